@@ -1,0 +1,12 @@
+//! What a guest sees besides its processors and its memory.
+//!
+//! The crate knows nothing of KVM. It is given guest memory ([`dma::DmaSpace`]), interrupt lines
+//! ([`irq`]) and wires ([`wire::Wire`]), and offers devices that answer register accesses. Everything
+//! that a guest writes is hostile: no access may panic, loop without bound or reach outside what the
+//! device owns.
+
+pub mod dma;
+pub mod irq;
+pub mod pci;
+pub mod rate_limit;
+pub mod wire;

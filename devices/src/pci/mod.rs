@@ -1,0 +1,52 @@
+//! PCI functions, without regard to whether they are emulated in this process or live elsewhere.
+
+/// Index of a base address register of a type 0 header, 0 to 5.
+pub type BarIndex = u8;
+
+/// Address space that a base address register decodes (PCI Local Bus 3.0, section 6.2.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BarSpace {
+    /// I/O ports.
+    Io,
+    /// Memory below 4 GiB.
+    Memory32,
+    /// Memory anywhere; uses this register and the next one.
+    Memory64,
+}
+
+/// A range that a function decodes at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarRange {
+    /// Which base address register.
+    pub bar: BarIndex,
+    /// Space it is in.
+    pub space: BarSpace,
+    /// First address (port number or guest physical address), as the guest placed it.
+    pub address: u64,
+    /// Size in bytes, a power of two.
+    pub size_bytes: u64,
+}
+
+/// One PCI function.
+///
+/// Offsets and lengths come from the guest and may be anything: unaligned, over an end, of any
+/// length from 1 to 8. What real hardware would ignore is ignored; reads of nothing give all ones.
+pub trait PciFunction: Send {
+    /// Reads `data.len()` bytes of configuration space at `offset` (0 to 4095).
+    fn config_read(&mut self, offset: u16, data: &mut [u8]);
+
+    /// Writes configuration space. The bus asks for [`PciFunction::decoded`] again afterwards.
+    fn config_write(&mut self, offset: u16, data: &[u8]);
+
+    /// Ranges decoded now, by the base address registers and the command register's enable bits.
+    fn decoded(&self) -> Vec<BarRange>;
+
+    /// Reads from `bar` at byte `offset` of it.
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]);
+
+    /// Writes to `bar` at byte `offset` of it.
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]);
+
+    /// Power-on reset, as the bus's RST# does.
+    fn reset(&mut self);
+}

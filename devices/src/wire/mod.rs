@@ -1,0 +1,60 @@
+//! What a NIC is plugged into: something that carries Ethernet frames both ways.
+
+use std::os::fd::RawFd;
+
+/// Longest frame a wire carries: a jumbo frame with header and VLAN tag, without FCS, in bytes.
+pub const MAX_FRAME_BYTES: usize = 16 * 1024;
+
+/// What became of a frame that was handed to a wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SendOutcome {
+    /// The wire has it.
+    Sent,
+    /// The wire's queue is full. The NIC keeps the frame and tries again when
+    /// [`Wire::writable_fd`] says so: nothing is lost on the host's side.
+    Full,
+    /// Nobody is at the other end, or the frame is longer than the wire carries: it is gone, as on a
+    /// cable that was pulled.
+    Dropped,
+}
+
+/// One end of an Ethernet link. Frames carry no FCS.
+///
+/// Both descriptors are for an event loop (`epoll`); neither call ever blocks.
+pub trait Wire: Send {
+    /// Hands `frame` (destination address first, no FCS) to the wire.
+    fn send(&mut self, frame: &[u8]) -> SendOutcome;
+
+    /// Takes the next frame into `buffer` and returns its length in bytes; `None` when there is
+    /// none. A frame that is longer than `buffer` is dropped and counted by the wire.
+    fn receive(&mut self, buffer: &mut [u8]) -> Option<usize>;
+
+    /// Whether a carrier is there; a NIC shows it as its link state.
+    fn carrier(&self) -> bool;
+
+    /// Readable (`EPOLLIN`, level-triggered) while [`Wire::receive`] may return a frame or the
+    /// carrier changed.
+    fn readable_fd(&self) -> RawFd;
+
+    /// A descriptor that signals (`signal`'s event) when a wire that answered
+    /// [`SendOutcome::Full`] has room again; `None` where that cannot happen.
+    fn writable_fd(&self) -> Option<WritableFd>;
+}
+
+/// Where to learn that a full wire has room again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WritableFd {
+    /// Descriptor to poll.
+    pub fd: RawFd,
+    /// What it shows when there is room.
+    pub signal: WritableSignal,
+}
+
+/// How a descriptor shows that there is room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WritableSignal {
+    /// `EPOLLOUT`, on a socket or a TAP.
+    Out,
+    /// `EPOLLIN` on an eventfd, drained by the next [`Wire::send`].
+    In,
+}

@@ -1,0 +1,1 @@
+//! See the crate description in Cargo.toml; modules are added as they are built.
