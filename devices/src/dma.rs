@@ -43,6 +43,9 @@ impl DmaSpace {
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), DmaError> {
         self.memory
             .write_slice(data, GuestAddress(address))
-            .map_err(|_| DmaError { address, len: data.len() })
+            .map_err(|_| DmaError {
+                address,
+                len: data.len(),
+            })
     }
 }

@@ -22,7 +22,13 @@ impl Default for RateLimit {
 impl RateLimit {
     /// At most `burst` events in each `interval`.
     pub fn new(burst: u32, interval: Duration) -> Self {
-        Self { burst, interval, window_start: Instant::now(), in_window: 0, suppressed: 0 }
+        Self {
+            burst,
+            interval,
+            window_start: Instant::now(),
+            in_window: 0,
+            suppressed: 0,
+        }
     }
 
     /// Whether an event may be logged now; `Some(n)` tells that `n` were held back before it.
