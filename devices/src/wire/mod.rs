@@ -2,6 +2,8 @@
 
 use std::os::fd::RawFd;
 
+pub mod gateway;
+
 /// Longest frame a wire carries: a jumbo frame with header and VLAN tag, without FCS, in bytes.
 pub const MAX_FRAME_BYTES: usize = 16 * 1024;
 

@@ -1,0 +1,218 @@
+//! What passed through the gateway and when, readable from any thread while the guest runs.
+//!
+//! All times are [`monotonic_ns`](crate::clock::monotonic_ns). Lock order: the log's lock is taken last and nothing is
+//! called under it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Events kept; the oldest goes when a new one comes.
+const EVENTS: usize = 32 * 1024;
+
+/// Something that a measurement of recovery is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayEvent {
+    /// When, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub at_ns: u64,
+    /// What.
+    pub kind: GatewayEventKind,
+}
+
+/// Kinds of [`GatewayEvent`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GatewayEventKind {
+    /// An ARP request for the guest's address was put on the wire.
+    ArpSent,
+    /// An echo request was put on the wire; `sequence` counts from 0 and never wraps.
+    ProbeSent {
+        /// Number of the probe.
+        sequence: u64,
+    },
+    /// The guest answered an echo request.
+    ProbeReplied {
+        /// Number of the probe.
+        sequence: u64,
+        /// From request to reply, in nanoseconds.
+        round_trip_ns: u64,
+    },
+    /// The carrier came or went.
+    Carrier {
+        /// Whether it is there now.
+        present: bool,
+    },
+}
+
+/// Counters of everything that passed since the gateway was made.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayCounters {
+    /// Frames taken from the guest.
+    pub frames_from_guest: u64,
+    /// Frames handed to the guest.
+    pub frames_to_guest: u64,
+    /// Frames from the guest that no network of this gateway takes: too short, too long, or of an
+    /// unknown VLAN.
+    pub frames_refused: u64,
+    /// Frames longer than the NIC's buffer, lost.
+    pub frames_too_long: u64,
+}
+
+/// The gateway's record. Cheap to hold and to read.
+#[derive(Debug, Default)]
+pub struct GatewayLog {
+    events: Mutex<VecDeque<GatewayEvent>>,
+    frames_from_guest: AtomicU64,
+    frames_to_guest: AtomicU64,
+    frames_refused: AtomicU64,
+    frames_too_long: AtomicU64,
+    /// Zero while there was none.
+    first_from_guest_ns: AtomicU64,
+    /// Zero while there was none.
+    first_to_guest_ns: AtomicU64,
+}
+
+impl GatewayLog {
+    /// Events that happened at `since_ns` or later, oldest first.
+    pub fn events_since(&self, since_ns: u64) -> Vec<GatewayEvent> {
+        let events = self.events();
+        let start = events.partition_point(|event| event.at_ns < since_ns);
+        events.range(start..).copied().collect()
+    }
+
+    /// When the guest first answered a probe at `since_ns` or later.
+    pub fn first_reply_since(&self, since_ns: u64) -> Option<u64> {
+        let events = self.events();
+        let start = events.partition_point(|event| event.at_ns < since_ns);
+        events
+            .range(start..)
+            .find(|event| matches!(event.kind, GatewayEventKind::ProbeReplied { .. }))
+            .map(|event| event.at_ns)
+    }
+
+    /// When the guest last answered a probe before `before_ns`.
+    pub fn last_reply_before(&self, before_ns: u64) -> Option<u64> {
+        let events = self.events();
+        let end = events.partition_point(|event| event.at_ns < before_ns);
+        events
+            .range(..end)
+            .rev()
+            .find(|event| matches!(event.kind, GatewayEventKind::ProbeReplied { .. }))
+            .map(|event| event.at_ns)
+    }
+
+    /// Forgets the first frame of each direction, so that the next one counts as first. Returns the
+    /// time of the mark.
+    pub fn mark(&self) -> u64 {
+        self.first_from_guest_ns.store(0, Ordering::Relaxed);
+        self.first_to_guest_ns.store(0, Ordering::Relaxed);
+        crate::clock::monotonic_ns()
+    }
+
+    /// When the guest sent its first frame after [`GatewayLog::mark`] (DESIGN.md's `first_tx`).
+    pub fn first_from_guest_ns(&self) -> Option<u64> {
+        non_zero(self.first_from_guest_ns.load(Ordering::Relaxed))
+    }
+
+    /// When the guest's NIC took its first frame after [`GatewayLog::mark`] (`first_rx`).
+    pub fn first_to_guest_ns(&self) -> Option<u64> {
+        non_zero(self.first_to_guest_ns.load(Ordering::Relaxed))
+    }
+
+    /// Frames counted so far.
+    pub fn counters(&self) -> GatewayCounters {
+        GatewayCounters {
+            frames_from_guest: self.frames_from_guest.load(Ordering::Relaxed),
+            frames_to_guest: self.frames_to_guest.load(Ordering::Relaxed),
+            frames_refused: self.frames_refused.load(Ordering::Relaxed),
+            frames_too_long: self.frames_too_long.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn record(&self, at_ns: u64, kind: GatewayEventKind) {
+        let mut events = self.events();
+        if events.len() == EVENTS {
+            events.pop_front();
+        }
+        events.push_back(GatewayEvent { at_ns, kind });
+    }
+
+    pub(super) fn frame_from_guest(&self, at_ns: u64) {
+        self.frames_from_guest.fetch_add(1, Ordering::Relaxed);
+        set_first(&self.first_from_guest_ns, at_ns);
+    }
+
+    pub(super) fn frame_to_guest(&self) {
+        self.frames_to_guest.fetch_add(1, Ordering::Relaxed);
+        if self.first_to_guest_ns.load(Ordering::Relaxed) == 0 {
+            set_first(&self.first_to_guest_ns, crate::clock::monotonic_ns());
+        }
+    }
+
+    pub(super) fn frame_refused(&self) {
+        self.frames_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn frame_too_long(&self) {
+        self.frames_too_long.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn events(&self) -> MutexGuard<'_, VecDeque<GatewayEvent>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn set_first(first: &AtomicU64, at_ns: u64) {
+    // Already set is the common case, and no error.
+    let _ = first.compare_exchange(0, at_ns.max(1), Ordering::Relaxed, Ordering::Relaxed);
+}
+
+fn non_zero(ns: u64) -> Option<u64> {
+    (ns != 0).then_some(ns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_event_makes_room_for_a_new_one() {
+        let log = GatewayLog::default();
+        for at_ns in 0..EVENTS as u64 + 10 {
+            log.record(at_ns, GatewayEventKind::ArpSent);
+        }
+        let events = log.events_since(0);
+        assert_eq!(events.len(), EVENTS);
+        assert_eq!(events[0].at_ns, 10);
+    }
+
+    #[test]
+    fn replies_are_found_on_either_side_of_an_outage() {
+        let log = GatewayLog::default();
+        for at_ns in [10, 20, 500, 510] {
+            log.record(at_ns - 1, GatewayEventKind::ProbeSent { sequence: at_ns });
+            log.record(
+                at_ns,
+                GatewayEventKind::ProbeReplied {
+                    sequence: at_ns,
+                    round_trip_ns: 1,
+                },
+            );
+        }
+        assert_eq!(log.last_reply_before(100), Some(20));
+        assert_eq!(log.first_reply_since(100), Some(500));
+        assert_eq!(log.first_reply_since(511), None);
+    }
+
+    #[test]
+    fn a_mark_makes_the_next_frame_the_first() {
+        let log = GatewayLog::default();
+        log.frame_from_guest(5);
+        log.frame_from_guest(7);
+        assert_eq!(log.first_from_guest_ns(), Some(5));
+        log.mark();
+        assert_eq!(log.first_from_guest_ns(), None);
+        log.frame_from_guest(9);
+        assert_eq!(log.first_from_guest_ns(), Some(9));
+        assert_eq!(log.counters().frames_from_guest, 3);
+    }
+}

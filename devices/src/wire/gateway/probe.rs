@@ -1,0 +1,260 @@
+//! Pings the guest at a steady rate, to see when it is gone and when it is back.
+//!
+//! The frames are made here and not by `smoltcp`, whose neighbour cache asks only once a second for
+//! an address: that would be the resolution of every measurement.
+
+use std::collections::VecDeque;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
+    EthernetRepr, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, Ipv4Repr,
+};
+
+use super::log::{GatewayEventKind, GatewayLog};
+
+/// Identifier field of our echo requests.
+const IDENT: u16 = 0xcfd0;
+/// Requests whose replies are still welcome.
+const OUTSTANDING: usize = 1024;
+/// After so many requests in a row without a reply the guest is asked for its address again too.
+const SILENCE: u32 = 16;
+/// Shortest time between two probes.
+const MIN_INTERVAL: Duration = Duration::from_millis(1);
+
+struct Running {
+    interval_ns: u64,
+    next_ns: u64,
+    sequence: u64,
+    /// Number and time of requests that were not answered yet, oldest first.
+    outstanding: VecDeque<(u64, u64)>,
+    unanswered: u32,
+    ask_address: bool,
+}
+
+/// The prober of one gateway: for the untagged network's guest.
+pub(super) struct Probe {
+    mac: EthernetAddress,
+    address: Ipv4Addr,
+    guest_address: Ipv4Addr,
+    guest_mac: Option<EthernetAddress>,
+    running: Option<Running>,
+}
+
+impl Probe {
+    pub(super) fn new(mac: [u8; 6], address: Ipv4Addr, guest_address: Ipv4Addr) -> Self {
+        Self {
+            mac: EthernetAddress(mac),
+            address,
+            guest_address,
+            guest_mac: None,
+            running: None,
+        }
+    }
+
+    pub(super) fn start(&mut self, interval: Duration, now_ns: u64) {
+        let sequence = self.running.as_ref().map_or(0, |running| running.sequence);
+        self.running = Some(Running {
+            interval_ns: interval.max(MIN_INTERVAL).as_nanos().min(u64::MAX.into()) as u64,
+            next_ns: now_ns,
+            sequence,
+            outstanding: VecDeque::new(),
+            unanswered: 0,
+            ask_address: false,
+        });
+    }
+
+    pub(super) fn stop(&mut self) {
+        self.running = None;
+    }
+
+    /// When the next probe is due.
+    pub(super) fn next_ns(&self) -> Option<u64> {
+        self.running.as_ref().map(|running| running.next_ns)
+    }
+
+    /// The frame to send now, if one is due.
+    pub(super) fn poll(&mut self, now_ns: u64, log: &GatewayLog) -> Option<Vec<u8>> {
+        let running = self
+            .running
+            .as_mut()
+            .filter(|running| running.next_ns <= now_ns)?;
+        // Probes that could not be sent in time are left out, not made up for.
+        running.next_ns = running
+            .next_ns
+            .saturating_add(running.interval_ns)
+            .max(now_ns.saturating_add(running.interval_ns / 2));
+        // A silent guest may have got another NIC: every other probe asks for its address.
+        running.ask_address = running.unanswered >= SILENCE && !running.ask_address;
+        let guest_mac = match self.guest_mac {
+            Some(mac) if !running.ask_address => mac,
+            _ => {
+                log.record(now_ns, GatewayEventKind::ArpSent);
+                return Some(self.arp_request());
+            }
+        };
+        let sequence = running.sequence;
+        running.sequence += 1;
+        running.unanswered = running.unanswered.saturating_add(1);
+        if running.outstanding.len() == OUTSTANDING {
+            running.outstanding.pop_front();
+        }
+        running.outstanding.push_back((sequence, now_ns));
+        log.record(now_ns, GatewayEventKind::ProbeSent { sequence });
+        Some(self.echo_request(guest_mac, sequence as u16))
+    }
+
+    /// Looks at a frame from the guest. Returns whether it was for the prober alone.
+    pub(super) fn observe(&mut self, frame: &[u8], now_ns: u64, log: &GatewayLog) -> bool {
+        if self.running.is_none() {
+            return false;
+        }
+        let Ok(frame) = EthernetFrame::new_checked(frame) else {
+            return false;
+        };
+        match frame.ethertype() {
+            EthernetProtocol::Arp => {
+                self.learn(frame.payload());
+                false
+            }
+            EthernetProtocol::Ipv4 if frame.dst_addr() == self.mac => {
+                match echo_reply(frame.payload(), self.guest_address) {
+                    Some(sequence) => {
+                        self.replied(sequence, now_ns, log);
+                        true
+                    }
+                    None => false,
+                }
+            }
+            _ => false,
+        }
+    }
+
+    fn learn(&mut self, arp: &[u8]) {
+        let Ok(packet) = ArpPacket::new_checked(arp) else {
+            return;
+        };
+        if let Ok(ArpRepr::EthernetIpv4 {
+            source_hardware_addr,
+            source_protocol_addr,
+            ..
+        }) = ArpRepr::parse(&packet)
+            && source_protocol_addr == self.guest_address
+            && source_hardware_addr.is_unicast()
+            && self.guest_mac != Some(source_hardware_addr)
+        {
+            self.guest_mac = Some(source_hardware_addr);
+            // Not after the rest of an interval, but at once.
+            if let Some(running) = &mut self.running {
+                running.next_ns = 0;
+            }
+        }
+    }
+
+    fn replied(&mut self, low: u16, now_ns: u64, log: &GatewayLog) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let Some(place) = running
+            .outstanding
+            .iter()
+            .rposition(|(n, _)| *n as u16 == low)
+        else {
+            return;
+        };
+        if let Some((sequence, sent_ns)) = running.outstanding.remove(place) {
+            running.unanswered = 0;
+            let round_trip_ns = now_ns.saturating_sub(sent_ns);
+            log.record(
+                now_ns,
+                GatewayEventKind::ProbeReplied {
+                    sequence,
+                    round_trip_ns,
+                },
+            );
+        }
+    }
+
+    fn arp_request(&self) -> Vec<u8> {
+        let arp = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Request,
+            source_hardware_addr: self.mac,
+            source_protocol_addr: self.address,
+            target_hardware_addr: EthernetAddress([0; 6]),
+            target_protocol_addr: self.guest_address,
+        };
+        self.frame(
+            EthernetAddress::BROADCAST,
+            EthernetProtocol::Arp,
+            arp.buffer_len(),
+            |payload| {
+                arp.emit(&mut ArpPacket::new_unchecked(payload));
+            },
+        )
+    }
+
+    fn echo_request(&self, to: EthernetAddress, seq_no: u16) -> Vec<u8> {
+        let checksums = ChecksumCapabilities::default();
+        let icmp = Icmpv4Repr::EchoRequest {
+            ident: IDENT,
+            seq_no,
+            data: b"cofferdam probe",
+        };
+        let ip = Ipv4Repr {
+            src_addr: self.address,
+            dst_addr: self.guest_address,
+            next_header: IpProtocol::Icmp,
+            payload_len: icmp.buffer_len(),
+            hop_limit: 64,
+        };
+        let length = ip.buffer_len() + icmp.buffer_len();
+        self.frame(to, EthernetProtocol::Ipv4, length, |payload| {
+            let mut packet = Ipv4Packet::new_unchecked(payload);
+            ip.emit(&mut packet, &checksums);
+            icmp.emit(
+                &mut Icmpv4Packet::new_unchecked(packet.payload_mut()),
+                &checksums,
+            );
+        })
+    }
+
+    fn frame(
+        &self,
+        dst_addr: EthernetAddress,
+        ethertype: EthernetProtocol,
+        payload_len: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Vec<u8> {
+        let header = EthernetRepr {
+            src_addr: self.mac,
+            dst_addr,
+            ethertype,
+        };
+        let mut frame = vec![0; header.buffer_len() + payload_len];
+        let mut view = EthernetFrame::new_unchecked(&mut frame[..]);
+        header.emit(&mut view);
+        fill(view.payload_mut());
+        frame
+    }
+}
+
+/// Sequence number of an echo reply to us in `packet`.
+fn echo_reply(packet: &[u8], from: Ipv4Addr) -> Option<u16> {
+    let checksums = ChecksumCapabilities::default();
+    let packet = Ipv4Packet::new_checked(packet).ok()?;
+    if packet.next_header() != IpProtocol::Icmp || packet.src_addr() != from {
+        return None;
+    }
+    Ipv4Repr::parse(&packet, &checksums).ok()?;
+    let icmp = Icmpv4Packet::new_checked(packet.payload()).ok()?;
+    match Icmpv4Repr::parse(&icmp, &checksums).ok()? {
+        Icmpv4Repr::EchoReply {
+            ident: IDENT,
+            seq_no,
+            ..
+        } => Some(seq_no),
+        _ => None,
+    }
+}
