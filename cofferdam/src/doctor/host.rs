@@ -166,16 +166,15 @@ pub fn vfio() -> Check {
             format!("{groups} IOMMU groups, /dev/vfio/vfio cannot be opened{nics}"),
             "only for passthrough: load the module vfio-pci and run as root",
         ),
-        (_, true) => Check::good(
-            "VFIO",
-            format!(
-                "{groups} IOMMU groups, {} bound to vfio ({}){nics}",
-                bound.len(),
-                bound.join(" ")
-            ),
-        ),
-    };
-    vec![check]
+        (_, true) => {
+            let bound = if bound.is_empty() {
+                "none bound to vfio".into()
+            } else {
+                format!("bound to vfio: {}", bound.join(", "))
+            };
+            Check::good("VFIO", format!("{groups} IOMMU groups, {bound}{nics}"))
+        }
+    }
 }
 
 /// PCI functions of class 2 with their driver and IOMMU group.
