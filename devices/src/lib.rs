@@ -5,6 +5,7 @@
 //! that a guest writes is hostile: no access may panic, loop without bound or reach outside what the
 //! device owns.
 
+pub mod bus;
 pub mod clock;
 pub mod dma;
 pub mod irq;

@@ -1,5 +1,6 @@
 //! PCI functions, without regard to whether they are emulated in this process or live elsewhere.
 
+pub mod bus;
 pub mod config;
 
 /// Index of a base address register of a type 0 header, 0 to 5.

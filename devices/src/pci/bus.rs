@@ -1,0 +1,620 @@
+//! The PCI host bridge and bus 0: how the guest configures functions and where their base address
+//! registers put them.
+//!
+//! Configuration space is reached by configuration mechanism #1 (ports 0xCF8 and 0xCFC, PCI Local Bus
+//! 3.0, section 3.2.2.3.2) and by ECAM (PCI Express 3.0, section 7.2.2). The bus also does what
+//! firmware would: it gives each base address register a place before the guest starts.
+//!
+//! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while it
+//! calls a function.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use vm_allocator::{AddressAllocator, AllocPolicy};
+
+use super::config::{BAR_COUNT, Command, ConfigSpace, PciIdentity, offset};
+use super::{BarIndex, BarRange, BarSpace, PciFunction};
+use crate::bus::{Bus, BusDevice, MappingId};
+
+/// A function as the bus and the event loop share it.
+pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
+
+/// Device numbers of a bus.
+pub const SLOT_COUNT: u8 = 32;
+/// Bytes of ECAM for one bus: 32 devices of 8 functions of 4 KiB.
+pub const ECAM_BUS_BYTES: u64 = 1 << 20;
+/// First of the eight ports of [`ConfigPorts`].
+pub const CONFIG_PORTS: u64 = 0xcf8;
+/// Number of ports of [`ConfigPorts`].
+pub const CONFIG_PORTS_LEN: u64 = 8;
+
+/// Why a function cannot be put on the bus.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("PCI slot {0} does not exist or is taken")]
+pub struct SlotError(pub u8);
+
+/// Address ranges `[start, end)` that base address registers are placed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Windows {
+    /// I/O ports.
+    pub io: (u64, u64),
+    /// Memory below 4 GiB.
+    pub memory32: (u64, u64),
+    /// Memory above 4 GiB, for 64-bit registers that do not fit below.
+    pub memory64: (u64, u64),
+}
+
+struct Slot {
+    function: SharedFunction,
+    mapped: Mutex<Vec<(BarRange, MappingId)>>,
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, dyn PciFunction + 'static> {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bus 0 with its host bridge in slot 0.
+pub struct PciBus {
+    slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
+    io: Arc<Bus>,
+    memory: Arc<Bus>,
+    /// CONFIG_ADDRESS, the register at port 0xCF8.
+    config_address: AtomicU32,
+}
+
+impl PciBus {
+    /// A bus with a host bridge only. Base address registers are mapped into `io` and `memory`.
+    pub fn new(io: Arc<Bus>, memory: Arc<Bus>) -> Self {
+        let bus = Self {
+            slots: RwLock::new([const { None }; SLOT_COUNT as usize]),
+            io,
+            memory,
+            config_address: AtomicU32::new(0),
+        };
+        let bridge = Slot {
+            function: Arc::new(Mutex::new(HostBridge::new())),
+            mapped: Mutex::new(Vec::new()),
+        };
+        bus.slots.write().unwrap_or_else(PoisonError::into_inner)[0] = Some(Arc::new(bridge));
+        bus
+    }
+
+    /// Puts `function` into `slot` (1 to 31) as function 0 of that device.
+    pub fn insert(&self, slot: u8, function: SharedFunction) -> Result<(), SlotError> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        match slots.get_mut(usize::from(slot)) {
+            Some(entry @ None) => {
+                *entry = Some(Arc::new(Slot {
+                    function,
+                    mapped: Mutex::new(Vec::new()),
+                }));
+                Ok(())
+            }
+            _ => Err(SlotError(slot)),
+        }
+    }
+
+    /// Numbers of the slots that are in use, the host bridge's included.
+    pub fn occupied(&self) -> Vec<u8> {
+        (0..SLOT_COUNT)
+            .filter(|&slot| self.slot(slot).is_some())
+            .collect()
+    }
+
+    /// Reads configuration space of function 0 in `slot`; all ones where there is none.
+    pub fn config_read(&self, slot: u8, register: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some(slot) = self.slot(slot) {
+            slot.lock().config_read(register, data);
+        }
+    }
+
+    /// Writes configuration space of function 0 in `slot` and moves what it decodes.
+    pub fn config_write(&self, slot: u8, register: u16, data: &[u8]) {
+        if let Some(slot) = self.slot(slot) {
+            let mut function = slot.lock();
+            function.config_write(register, data);
+            self.remap(&slot, &*function);
+        }
+    }
+
+    /// Resets every function, as RST# does.
+    pub fn reset(&self) {
+        self.config_address.store(0, Ordering::Relaxed);
+        for slot in (0..SLOT_COUNT).filter_map(|slot| self.slot(slot)) {
+            let mut function = slot.lock();
+            function.reset();
+            self.remap(&slot, &*function);
+        }
+    }
+
+    /// Gives every base address register a place in `windows` and leaves decoding off, as firmware
+    /// does before it starts an operating system. `interrupt_line` says what to write into the
+    /// interrupt line register of a slot whose function has the given pin (1 to 4).
+    pub fn assign_resources(&self, windows: &Windows, interrupt_line: impl Fn(u8, u8) -> u8) {
+        let mut places = Places::new(windows);
+        for slot in self.occupied() {
+            let command = self.read_u32(slot, offset::COMMAND) as u16;
+            let decode = (Command::IO_SPACE | Command::MEMORY_SPACE).bits();
+            self.config_write(slot, offset::COMMAND, &(command & !decode).to_le_bytes());
+            let mut bar = 0;
+            while usize::from(bar) < BAR_COUNT {
+                bar += self.assign_bar(slot, bar, &mut places);
+            }
+            let mut pin = [0];
+            self.config_read(slot, offset::INTERRUPT_PIN, &mut pin);
+            if (1..=4).contains(&pin[0]) {
+                let line = interrupt_line(slot, pin[0]);
+                self.config_write(slot, offset::INTERRUPT_LINE, &[line]);
+            }
+        }
+    }
+
+    /// Places one base address register; gives how many registers it takes.
+    fn assign_bar(&self, slot: u8, bar: BarIndex, places: &mut Places) -> u8 {
+        let at = offset::BAR0 + 4 * u16::from(bar);
+        self.config_write(slot, at, &[0xff; 4]);
+        let low = self.read_u32(slot, at);
+        if low == 0 {
+            return 1;
+        }
+        if low & 1 == 1 {
+            let size = u64::from(!((low | 0xffff_0000) & !0x3)) + 1;
+            let place = places.take(BarSpace::Io, size);
+            self.config_write(slot, at, &(place as u32).to_le_bytes());
+            return 1;
+        }
+        if low & 0b110 != 0b100 {
+            let size = u64::from(!(low & !0xf)) + 1;
+            let place = places.take(BarSpace::Memory32, size);
+            self.config_write(slot, at, &(place as u32).to_le_bytes());
+            return 1;
+        }
+        self.config_write(slot, at + 4, &[0xff; 4]);
+        let mask = u64::from(self.read_u32(slot, at + 4)) << 32 | u64::from(low & !0xf);
+        let place = places.take(BarSpace::Memory64, (!mask).wrapping_add(1));
+        self.config_write(slot, at, &(place as u32).to_le_bytes());
+        self.config_write(slot, at + 4, &((place >> 32) as u32).to_le_bytes());
+        2
+    }
+
+    fn read_u32(&self, slot: u8, register: u16) -> u32 {
+        let mut data = [0; 4];
+        self.config_read(slot, register, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn slot(&self, slot: u8) -> Option<Arc<Slot>> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.get(usize::from(slot))?.clone()
+    }
+
+    /// Brings the mappings of a slot in line with what its function decodes.
+    fn remap(&self, slot: &Slot, function: &dyn PciFunction) {
+        let wanted = function.decoded();
+        let mut mapped = slot.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        if mapped.iter().map(|(range, _)| range).eq(wanted.iter()) {
+            return;
+        }
+        mapped.retain(|(range, id)| {
+            let keep = wanted.contains(range);
+            if !keep {
+                self.bus_of(range.space).unmap(*id);
+            }
+            keep
+        });
+        for range in wanted {
+            if mapped.iter().any(|(existing, _)| *existing == range) {
+                continue;
+            }
+            let window = Arc::new(BarWindow {
+                function: slot.function.clone(),
+                bar: range.bar,
+            });
+            match self
+                .bus_of(range.space)
+                .map(range.address, range.size_bytes, window)
+            {
+                Ok(id) => mapped.push((range, id)),
+                // The guest chose the address; hardware would not decode it either.
+                Err(error) => tracing::debug!(%error, "base address register not mapped"),
+            }
+        }
+        mapped.sort_by_key(|(range, _)| range.bar);
+    }
+
+    fn bus_of(&self, space: BarSpace) -> &Bus {
+        match space {
+            BarSpace::Io => &self.io,
+            BarSpace::Memory32 | BarSpace::Memory64 => &self.memory,
+        }
+    }
+}
+
+/// What answers in the range of one base address register.
+struct BarWindow {
+    function: SharedFunction,
+    bar: BarIndex,
+}
+
+impl BusDevice for BarWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        function.bar_read(self.bar, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        function.bar_write(self.bar, offset, data);
+    }
+}
+
+/// Free room in the windows, while resources are assigned.
+struct Places {
+    io: Option<AddressAllocator>,
+    memory32: Option<AddressAllocator>,
+    memory64: Option<AddressAllocator>,
+}
+
+impl Places {
+    fn new(windows: &Windows) -> Self {
+        let allocator =
+            |(start, end): (u64, u64)| AddressAllocator::new(start, end.checked_sub(start)?).ok();
+        Self {
+            io: allocator(windows.io),
+            memory32: allocator(windows.memory32),
+            memory64: allocator(windows.memory64),
+        }
+    }
+
+    /// An address for a register of `size` bytes, or 0 (not decoded) where there is no room.
+    fn take(&mut self, space: BarSpace, size: u64) -> u64 {
+        let choices = match space {
+            BarSpace::Io => [&mut self.io, &mut None],
+            BarSpace::Memory32 => [&mut self.memory32, &mut None],
+            BarSpace::Memory64 => [&mut self.memory32, &mut self.memory64],
+        };
+        // Registers smaller than a page get one of their own, so that each can be mapped alone.
+        let align = if space == BarSpace::Io {
+            size
+        } else {
+            size.max(0x1000)
+        };
+        for allocator in choices.into_iter().flatten() {
+            if let Ok(range) = allocator.allocate(align, align, AllocPolicy::FirstMatch) {
+                return range.start();
+            }
+        }
+        tracing::warn!(?space, size, "no room for a PCI base address register");
+        0
+    }
+}
+
+/// Configuration mechanism #1: map at [`CONFIG_PORTS`].
+pub struct ConfigPorts(pub Arc<PciBus>);
+
+impl ConfigPorts {
+    /// Slot and register that CONFIG_ADDRESS selects, with the port's own offset, if it is enabled
+    /// and selects function 0 of a device on bus 0.
+    fn target(&self, port: u64) -> Option<(u8, u16)> {
+        let address = self.0.config_address.load(Ordering::Relaxed);
+        let selected = address >> 31 == 1 && address & 0x00ff_0700 == 0;
+        let register = (address & 0xfc) as u16 + (port & 3) as u16;
+        selected.then_some(((address >> 11 & 0x1f) as u8, register))
+    }
+}
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, port: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        match (port, data.len()) {
+            (0, 4) => {
+                let address = self.0.config_address.load(Ordering::Relaxed);
+                data.copy_from_slice(&address.to_le_bytes());
+            }
+            (4..8, _) => {
+                if let Some((slot, register)) = self.target(port) {
+                    self.0.config_read(slot, register, data);
+                }
+            }
+            // Only a 32-bit access reaches CONFIG_ADDRESS.
+            _ => {}
+        }
+    }
+
+    fn write(&self, port: u64, data: &[u8]) {
+        match (port, data) {
+            (0, &[a, b, c, d]) => {
+                let address = u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc;
+                self.0.config_address.store(address, Ordering::Relaxed);
+            }
+            (4..8, _) => {
+                if let Some((slot, register)) = self.target(port) {
+                    self.0.config_write(slot, register, data);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// ECAM of bus 0: map [`ECAM_BUS_BYTES`] of memory.
+pub struct Ecam(pub Arc<PciBus>);
+
+/// Slot and register of an ECAM offset; `None` for functions other than 0.
+fn ecam_target(offset: u64) -> Option<(u8, u16)> {
+    let function_zero = offset < ECAM_BUS_BYTES && offset >> 12 & 7 == 0;
+    function_zero.then_some(((offset >> 15) as u8, (offset & 0xfff) as u16))
+}
+
+impl BusDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((slot, register)) = ecam_target(offset) {
+            self.0.config_read(slot, register, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((slot, register)) = ecam_target(offset) {
+            self.0.config_write(slot, register, data);
+        }
+    }
+}
+
+/// The host bridge's own function: an identity, nothing else.
+struct HostBridge(ConfigSpace);
+
+impl HostBridge {
+    fn new() -> Self {
+        // Red Hat's generic PCI Express host bridge: known to guests, with no quirks attached.
+        Self(ConfigSpace::new(PciIdentity {
+            vendor_id: 0x1b36,
+            device_id: 0x0008,
+            revision_id: 0,
+            class_code: 0x06_0000,
+            subsystem_vendor_id: 0,
+            subsystem_id: 0,
+        }))
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+
+    fn decoded(&self) -> Vec<BarRange> {
+        Vec::new()
+    }
+
+    fn bar_read(&mut self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn bar_write(&mut self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::config::InterruptPin;
+
+    const WINDOWS: Windows = Windows {
+        io: (0x1000, 0x1_0000),
+        memory32: (0xc000_0000, 0xc100_0000),
+        memory64: (1 << 36, 1 << 37),
+    };
+
+    /// Reads give the index of the register; writes are remembered.
+    struct Card {
+        config: ConfigSpace,
+        writes: Vec<(BarIndex, u64, Vec<u8>)>,
+    }
+
+    impl Card {
+        fn new(bars: &[(BarIndex, BarSpace, u64)]) -> Arc<Mutex<Self>> {
+            let mut config = ConfigSpace::new(PciIdentity {
+                vendor_id: 0x1234,
+                device_id: 0x5678,
+                revision_id: 0,
+                class_code: 0xff_0000,
+                subsystem_vendor_id: 0,
+                subsystem_id: 0,
+            });
+            config.set_interrupt_pin(InterruptPin::A);
+            for &(bar, space, size) in bars {
+                config.add_bar(bar, space, size).unwrap();
+            }
+            Arc::new(Mutex::new(Self {
+                config,
+                writes: Vec::new(),
+            }))
+        }
+    }
+
+    impl PciFunction for Card {
+        fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+            self.config.read(offset, data);
+        }
+        fn config_write(&mut self, offset: u16, data: &[u8]) {
+            self.config.write(offset, data);
+        }
+        fn decoded(&self) -> Vec<BarRange> {
+            self.config.decoded()
+        }
+        fn bar_read(&mut self, bar: BarIndex, _offset: u64, data: &mut [u8]) {
+            data.fill(bar);
+        }
+        fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+            self.writes.push((bar, offset, data.to_vec()));
+        }
+        fn reset(&mut self) {
+            self.config.reset();
+        }
+    }
+
+    struct Machine {
+        io: Arc<Bus>,
+        memory: Arc<Bus>,
+        pci: Arc<PciBus>,
+    }
+
+    fn machine() -> Machine {
+        let (io, memory) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let pci = Arc::new(PciBus::new(io.clone(), memory.clone()));
+        io.map(
+            CONFIG_PORTS,
+            CONFIG_PORTS_LEN,
+            Arc::new(ConfigPorts(pci.clone())),
+        )
+        .unwrap();
+        memory
+            .map(0xf000_0000, ECAM_BUS_BYTES, Arc::new(Ecam(pci.clone())))
+            .unwrap();
+        Machine { io, memory, pci }
+    }
+
+    fn in32(bus: &Bus, address: u64) -> u32 {
+        let mut data = [0; 4];
+        bus.read(address, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn both_mechanisms_reach_the_same_registers() {
+        let m = machine();
+        m.pci.insert(3, Card::new(&[])).unwrap();
+        for (slot, id) in [(0u64, 0x0008_1b36), (3, 0x5678_1234), (4, 0xffff_ffff)] {
+            m.io.write(0xcf8, &(0x8000_0000u32 | (slot as u32) << 11).to_le_bytes());
+            assert_eq!(in32(&m.io, 0xcfc), id);
+            assert_eq!(in32(&m.memory, 0xf000_0000 + (slot << 15)), id);
+        }
+        m.io.write(0xcf8, &(0x8000_0000u32 | 3 << 11 | 0x3c).to_le_bytes());
+        m.io.write(0xcfc, &[0x2a]);
+        assert_eq!(in32(&m.memory, 0xf000_0000 + (3 << 15) + 0x3c) & 0xff, 0x2a);
+        let mut pin = [0];
+        m.io.read(0xcfd, &mut pin);
+        assert_eq!(pin, [1]);
+    }
+
+    #[test]
+    fn other_functions_buses_and_a_disabled_address_read_all_ones() {
+        let m = machine();
+        for address in [0x8000_0100u32, 0x8001_0000, 0x0000_0000] {
+            m.io.write(0xcf8, &address.to_le_bytes());
+            assert_eq!(
+                in32(&m.io, 0xcfc),
+                0xffff_ffff,
+                "CONFIG_ADDRESS {address:#x}"
+            );
+        }
+        assert_eq!(in32(&m.memory, 0xf000_1000), 0xffff_ffff);
+        m.io.write(0xcf8, &0x8000_0000u32.to_le_bytes());
+        m.io.write(0xcf8, &[0, 0]);
+        assert_eq!(
+            in32(&m.io, 0xcf8),
+            0x8000_0000,
+            "a narrow write leaves CONFIG_ADDRESS alone"
+        );
+    }
+
+    #[test]
+    fn assigned_ranges_fit_their_windows_and_do_not_overlap() {
+        let m = machine();
+        for slot in 1..6 {
+            let bars = [
+                (0, BarSpace::Memory32, 0x2_0000),
+                (1, BarSpace::Io, 0x40),
+                (2, BarSpace::Memory64, if slot == 5 { 1 << 32 } else { 16 }),
+            ];
+            m.pci.insert(slot, Card::new(&bars)).unwrap();
+        }
+        m.pci
+            .assign_resources(&WINDOWS, |slot, pin| 16 + slot + pin);
+        let mut ranges = Vec::new();
+        for slot in 1..6 {
+            assert_eq!(
+                in32(&m.memory, 0xf000_0000 + (u64::from(slot) << 15) + 4) & 3,
+                0
+            );
+            m.pci.config_write(slot, offset::COMMAND, &[3, 0]);
+            assert_eq!(
+                m.pci.read_u32(slot, offset::INTERRUPT_LINE) & 0xff,
+                u32::from(17 + slot)
+            );
+            let decoded = m.pci.slot(slot).unwrap().lock().decoded();
+            assert_eq!(decoded.len(), 3, "slot {slot}: {decoded:x?}");
+            ranges.extend(decoded);
+        }
+        for (i, a) in ranges.iter().enumerate() {
+            let window = match a.space {
+                BarSpace::Io => WINDOWS.io,
+                _ if a.address < 1 << 32 => WINDOWS.memory32,
+                _ => WINDOWS.memory64,
+            };
+            assert!(
+                window.0 <= a.address && a.address + a.size_bytes <= window.1,
+                "{a:?}"
+            );
+            for b in &ranges[i + 1..] {
+                let same_bus = (a.space == BarSpace::Io) == (b.space == BarSpace::Io);
+                let apart =
+                    a.address + a.size_bytes <= b.address || b.address + b.size_bytes <= a.address;
+                assert!(!same_bus || apart, "{a:?} {b:?}");
+            }
+        }
+        assert!(
+            ranges
+                .iter()
+                .any(|r| r.size_bytes == 1 << 32 && r.address >= 1 << 36)
+        );
+    }
+
+    #[test]
+    fn a_moved_register_answers_at_its_new_place_only() {
+        let m = machine();
+        let card = Card::new(&[(0, BarSpace::Memory32, 0x1000), (1, BarSpace::Io, 8)]);
+        m.pci.insert(1, card.clone()).unwrap();
+        m.pci
+            .config_write(1, offset::BAR0, &0xc000_0000u32.to_le_bytes());
+        m.pci
+            .config_write(1, offset::BAR0 + 4, &0x2000u32.to_le_bytes());
+        assert!(!m.memory.write(0xc000_0000, &[1]), "decoding is off");
+        m.pci.config_write(1, offset::COMMAND, &[3, 0]);
+        assert!(m.memory.write(0xc000_0010, &[1]));
+        assert!(m.io.write(0x2004, &[2]));
+        m.pci
+            .config_write(1, offset::BAR0, &0xc010_0000u32.to_le_bytes());
+        assert!(!m.memory.write(0xc000_0010, &[3]));
+        assert!(m.memory.write(0xc010_0000, &[4]));
+        m.pci.reset();
+        assert!(!m.memory.write(0xc010_0000, &[5]));
+        let writes = &card.lock().unwrap().writes;
+        assert_eq!(
+            *writes,
+            [(0, 0x10, vec![1]), (1, 4, vec![2]), (0, 0, vec![4])]
+        );
+    }
+
+    #[test]
+    fn taken_and_missing_slots_are_refused() {
+        let m = machine();
+        assert_eq!(m.pci.insert(0, Card::new(&[])), Err(SlotError(0)));
+        assert_eq!(m.pci.insert(32, Card::new(&[])), Err(SlotError(32)));
+        m.pci.insert(31, Card::new(&[])).unwrap();
+        assert_eq!(m.pci.insert(31, Card::new(&[])), Err(SlotError(31)));
+        assert_eq!(m.pci.occupied(), [0, 31]);
+    }
+}
