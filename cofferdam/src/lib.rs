@@ -1,3 +1,9 @@
 //! The `cofferdam` command as a library, so that its tests and tools can use its parts.
 
+pub mod cli;
+pub mod control;
 pub mod doctor;
+pub mod options;
+pub mod report;
+pub mod run;
+pub mod runtime_dir;

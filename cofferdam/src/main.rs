@@ -1,21 +1,18 @@
-//! Entry point.
+//! The `cofferdam` command: reads the command line, does it, says in one line what went wrong.
+
+use std::process::ExitCode;
 
 use clap::Parser;
+use cofferdam::cli::{Cli, Ending, dispatch};
 
-#[derive(Parser)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(clap::Subcommand)]
-enum Command {
-    /// Say what this host can do
-    Doctor(cofferdam::doctor::Args),
-}
-
-fn main() -> anyhow::Result<std::process::ExitCode> {
-    match Cli::parse().command {
-        Command::Doctor(args) => cofferdam::doctor::run(&args),
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(Ending::Status(status)) => status,
+        // Everything was dropped, and so cleaned up, when the command returned.
+        Ok(Ending::Signal(signal)) => signal.end_process(),
+        Err(error) => {
+            eprintln!("cofferdam: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

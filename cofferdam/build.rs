@@ -1,0 +1,27 @@
+//! Tells the program which commit it is built from, for the reports it writes.
+
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    // A source archive has no commit; the program then says so.
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return;
+    };
+    println!("cargo::rustc-env=COFFERDAM_COMMIT={commit}");
+    if let Some(log) = git(&[
+        "rev-parse",
+        "--path-format=absolute",
+        "--git-path",
+        "logs/HEAD",
+    ]) {
+        println!("cargo::rerun-if-changed={log}");
+    }
+}
+
+/// What `git` answers, if there is a git and a repository.
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned())
+}

@@ -1,0 +1,135 @@
+//! The command line: what there is to type, and which function does it.
+
+mod control;
+mod logging;
+mod report;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+pub use logging::LogOptions;
+
+/// How the command ended, for the process's exit.
+#[derive(Debug, Clone, Copy)]
+pub enum Ending {
+    /// With this status.
+    Status(ExitCode),
+    /// By a signal that asked for it, once everything is cleaned up.
+    Signal(crate::run::signals::EndingSignal),
+}
+
+impl Ending {
+    /// All went well.
+    pub const SUCCESS: Self = Self::Status(ExitCode::SUCCESS);
+}
+
+/// A lightweight VMM for driver fault isolation.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cofferdam",
+    version,
+    max_term_width = 100,
+    propagate_version = false
+)]
+#[command(after_help = "\
+Examples:
+  cofferdam run --kernel target/images/vmlinux --initrd target/images/initrd.cpio --net user
+  cofferdam status
+  cofferdam exec -- ip addr
+  cofferdam bench recovery --method restart,reboot --runs 5 --json report.json
+
+Each command has examples in its own --help.")]
+pub struct Cli {
+    #[command(flatten)]
+    log: LogOptions,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the VMs that run
+    List(control::ListOptions),
+    /// Show how a VM is: state, memory, exits, NIC
+    Status(control::StatusOptions),
+    /// Hold a VM's processors
+    Pause(control::VmOptions),
+    /// Let a VM's processors go on
+    Resume(control::VmOptions),
+    /// Reset a VM, as its reset button would
+    Reset(control::VmOptions),
+    /// Shut a VM down, or end it at once with --force
+    Stop(control::StopOptions),
+    /// Run a command inside a guest, through its agent
+    Exec(control::ExecOptions),
+    /// Say what this host can do, and what to do about what is missing
+    Doctor(crate::doctor::Args),
+    /// Show, merge and draw what was measured
+    #[command(subcommand)]
+    Report(report::ReportCommand),
+    /// Print the completions of a shell
+    #[command(after_help = "\
+Examples:
+  cofferdam completions bash > /etc/bash_completion.d/cofferdam
+  cofferdam completions zsh > ~/.zfunc/_cofferdam
+  cofferdam completions fish > ~/.config/fish/completions/cofferdam.fish")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Does what was asked.
+pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
+    cli.log.start()?;
+    match cli.command {
+        Command::List(options) => options.run(),
+        Command::Status(options) => options.run(),
+        Command::Pause(options) => options.pause(),
+        Command::Resume(options) => options.resume(),
+        Command::Reset(options) => options.reset(),
+        Command::Stop(options) => options.run(),
+        Command::Exec(options) => options.run(),
+        Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
+        Command::Report(command) => command.run(),
+        Command::Completions { shell } => {
+            // Made in memory first: the library panics where its output goes nowhere.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "cofferdam", &mut script);
+            print_bytes(&script)?;
+            Ok(Ending::SUCCESS)
+        }
+    }
+}
+
+/// Writes `bytes` to standard output. A reader that has gone away (`| head`) is no error.
+pub fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("cannot write to standard output"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a value to standard output as JSON that a person can read as well.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print_bytes(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,161 @@
+//! `report`: shows, merges and draws what was measured.
+
+use std::path::PathBuf;
+
+use super::table::{number, table};
+use super::{Ending, print_bytes, print_json};
+use crate::report::{Report, Stat, html, merge};
+
+/// `report`
+#[derive(Debug, clap::Subcommand)]
+pub enum ReportCommand {
+    /// Show a report's numbers
+    Show {
+        /// Report that `bench` or `merge` wrote
+        report: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make one report out of several of the same build and host
+    #[command(after_help = "\
+Example:
+  cofferdam report merge boot.json recovery.json --json report.json --html report.html")]
+    Merge {
+        /// The parts
+        #[arg(required = true)]
+        parts: Vec<PathBuf>,
+        /// Where to write the report
+        #[arg(long, value_name = "FILE")]
+        json: PathBuf,
+        /// Where to write it as a page with plots
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+    },
+    /// Draw a report: one page with plots and tables that needs nothing else
+    #[command(after_help = "\
+Example:
+  cofferdam report html target/demo/report.json")]
+    Html {
+        /// Report that `bench` or `merge` wrote
+        report: PathBuf,
+        /// Where to write the page; beside the report when not given
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+}
+
+impl ReportCommand {
+    /// `report`
+    pub fn run(&self) -> anyhow::Result<Ending> {
+        match self {
+            Self::Show { report, json } => {
+                let report = merge::read(report)?;
+                if *json {
+                    print_json(&report)?;
+                } else {
+                    print_bytes(text(&report).as_bytes())?;
+                }
+            }
+            Self::Merge {
+                parts,
+                json,
+                html: page,
+            } => {
+                let parts: Vec<Report> = parts
+                    .iter()
+                    .map(|part| merge::read(part))
+                    .collect::<Result<_, _>>()?;
+                let whole = merge::merge(parts)?;
+                merge::write(&whole, json)?;
+                if let Some(page) = page {
+                    html::write(&whole, page)?;
+                }
+            }
+            Self::Html { report, output } => {
+                let page = output
+                    .clone()
+                    .unwrap_or_else(|| report.with_extension("html"));
+                html::write(&merge::read(report)?, &page)?;
+                print_bytes(format!("{}\n", page.display()).as_bytes())?;
+            }
+        }
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// A report's numbers as tables.
+pub fn text(report: &Report) -> String {
+    let mut text = String::new();
+    let mut stats = table(&["ms", "n", "smallest", "median", "p99", "largest"]);
+    let mut add = |name: String, stat: &Stat| {
+        let ms = |us: f64| number(format!("{:.3}", us / 1e3));
+        stats.add_row(vec![
+            name.into(),
+            number(stat.n),
+            ms(stat.min),
+            ms(stat.p50),
+            ms(stat.p99),
+            ms(stat.max),
+        ]);
+    };
+    if let Some(boot) = &report.boot {
+        if let Some(ready) = &boot.vmm_ready_us {
+            add("boot: to vCPUs run".to_owned(), ready);
+        }
+        add("boot: to /init".to_owned(), &boot.to_init_us);
+    }
+    for other in &report.boot_others {
+        add(
+            format!("boot of {}: to /init", other.vmm),
+            &other.to_init_us,
+        );
+    }
+    for recovery in &report.recovery {
+        let method = recovery.method.name();
+        for (phase, stat) in &recovery.phases_us {
+            add(format!("{method}: {}", phase.name()), stat);
+        }
+        add(format!("{method}: total"), &recovery.total_us);
+        for (step, stat) in &recovery.steps_us {
+            add(format!("{method}: step {step}"), stat);
+        }
+    }
+    if !stats.is_empty() {
+        text.push_str(&format!("{stats}\n"));
+    }
+    if let Some(boot) = &report.boot {
+        text.push_str(&format!(
+            "resident beyond guest memory: {} KiB\n",
+            boot.vmm_rss_kib
+        ));
+    }
+    if !report.traffic.is_empty() {
+        let mut rows = table(&[
+            "traffic",
+            "s",
+            "sent",
+            "answered",
+            "reordered",
+            "corrupted",
+            "MiB out",
+            "MiB in",
+        ]);
+        for t in &report.traffic {
+            let count = |n: Option<u64>| number(n.map_or_else(String::new, |n| n.to_string()));
+            let mib = |bytes: u64| number(format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
+            rows.add_row(vec![
+                t.kind.clone().into(),
+                number(format!("{:.1}", t.seconds)),
+                count(t.sent),
+                count(t.answered),
+                count(t.reordered),
+                number(t.corrupted),
+                mib(t.bytes_to_peer),
+                mib(t.bytes_from_peer),
+            ]);
+        }
+        text.push_str(&format!("{rows}\n"));
+    }
+    text
+}

@@ -1,0 +1,228 @@
+//! Requests to a VM process and its answers: one line of JSON each.
+//!
+//! ```text
+//! {"request":"status"}                          {"ok":{"reply":"status","state":"running",...}}
+//! {"request":"pause"}                           {"ok":{"reply":"done"}}
+//! {"request":"fly"}                             {"error":"this is not a request: ..."}
+//! ```
+//!
+//! All times named `_ns` are readings of the host's `CLOCK_MONOTONIC`, which is the same for every
+//! process: they can be compared with the asker's own.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+/// Longest request, with its line end, in bytes.
+pub const MAX_REQUEST_BYTES: u64 = 64 << 10;
+
+/// Longest answer, with its line end, in bytes.
+pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
+
+/// What can be asked of a VM process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// How is it? Answer: [`Reply::Status`].
+    Status {},
+    /// Hold all vCPUs; nothing happens if they are held already.
+    Pause {},
+    /// Let the vCPUs go on; nothing happens if they run already.
+    Resume {},
+    /// Reset the machine, as its reset button would.
+    Reset {},
+    /// End at once, as if the power cord was pulled.
+    Quit {},
+    /// Have the user-mode gateway ping the guest until told to stop.
+    ProbeStart {
+        /// The guest's address; the gateway's first lease when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        guest: Option<Ipv4Addr>,
+        /// Time between two pings, in microseconds.
+        interval_us: u64,
+    },
+    /// Stop the pings.
+    ProbeStop {},
+    /// Let the next frame of each direction count as the first. Answer: [`Reply::Marked`].
+    ProbeMark {},
+    /// What was seen? Answer: [`Reply::Probe`].
+    ProbeRead {
+        /// Only what happened at this time or later counts.
+        since_ns: u64,
+    },
+}
+
+impl Request {
+    /// The request as it travels.
+    pub fn line(&self) -> String {
+        line(self)
+    }
+}
+
+/// A VM process's answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It was done.
+    Ok(Reply),
+    /// It was not, and why, for the person who asked.
+    Error(String),
+}
+
+impl Answer {
+    /// The answer as it travels.
+    pub fn line(&self) -> String {
+        line(self)
+    }
+}
+
+/// A value as one line of JSON.
+fn line(value: &impl Serialize) -> String {
+    // Only maps with keys that are no text fail to become JSON, and there are none in here.
+    let mut line = serde_json::to_string(value).unwrap_or_default();
+    line.push('\n');
+    line
+}
+
+/// What a request brought.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// It was done.
+    Done {},
+    /// How the VM is.
+    Status(Box<Status>),
+    /// When the mark was set.
+    Marked {
+        /// Host's monotonic time.
+        at_ns: u64,
+    },
+    /// What the gateway saw.
+    Probe(ProbeReading),
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// Number of its process.
+    pub pid: u32,
+    /// What its vCPUs do.
+    pub state: VmState,
+    /// Time since the process began to build the VM, in milliseconds.
+    pub uptime_ms: u64,
+    /// When the vCPUs began to run.
+    pub ready_ns: u64,
+    /// Resident memory of the process beyond guest memory, in KiB.
+    pub vmm_rss_kib: u64,
+    /// Guest memory that is resident, in KiB.
+    pub guest_rss_kib: u64,
+    /// Times the guest was reset since it started.
+    pub resets: u64,
+    /// What it was started with.
+    pub config: ConfigSummary,
+    /// Exits of all vCPUs to this process, by reason.
+    pub exits: BTreeMap<String, u64>,
+    /// Counters of the NIC and of what it is plugged into.
+    pub nic: BTreeMap<String, u64>,
+}
+
+/// What the vCPUs of a VM do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// They run.
+    Running,
+    /// They are held.
+    Paused,
+}
+
+impl VmState {
+    /// Its name for a person.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+/// What a VM was started with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigSummary {
+    /// Path of the kernel.
+    pub kernel: String,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// NIC and what it is plugged into, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<NetSummary>,
+    /// Disks, as given.
+    pub disks: Vec<String>,
+    /// Where the serial console goes.
+    pub serial: String,
+}
+
+/// The network of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetSummary {
+    /// Which NIC.
+    pub nic: String,
+    /// Its address.
+    pub mac: String,
+    /// What it is plugged into.
+    pub wire: String,
+}
+
+/// What the gateway saw since a given time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeReading {
+    /// First answer of the guest to a ping.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_reply_ns: Option<u64>,
+    /// Last answer before the given time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_reply_before_ns: Option<u64>,
+    /// First frame from the guest since the mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_from_guest_ns: Option<u64>,
+    /// First frame that the guest's NIC took since the mark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_to_guest_ns: Option<u64>,
+    /// Pings sent since the given time, as far as they are remembered.
+    pub sent: u64,
+    /// Pings answered since the given time, as far as they are remembered.
+    pub replied: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_travel_as_one_short_line() {
+        let request = Request::ProbeStart {
+            guest: None,
+            interval_us: 1000,
+        };
+        let line = request.line();
+        assert_eq!(line, "{\"request\":\"probe_start\",\"interval_us\":1000}\n");
+        assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+    }
+
+    #[test]
+    fn answers_say_what_they_are() {
+        assert_eq!(
+            Answer::Ok(Reply::Done {}).line(),
+            "{\"ok\":{\"reply\":\"done\"}}\n"
+        );
+        assert_eq!(
+            Answer::Error("no\nway".to_owned()).line(),
+            "{\"error\":\"no\\nway\"}\n"
+        );
+    }
+}

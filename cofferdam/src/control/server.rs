@@ -1,0 +1,249 @@
+//! The VM process's side of the control socket.
+//!
+//! One thread accepts, one thread serves each connection, so that a client that is slow or sends
+//! nonsense holds up nobody but itself. Lines, connections and waits are bounded.
+
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::protocol::{Answer, MAX_REQUEST_BYTES, Reply, Request};
+
+/// Connections served at one time.
+const MAX_CONNECTIONS: usize = 16;
+
+/// How long a connection may stay silent, and how long it may take nothing of an answer.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// How long to wait before accepting again when the process has no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What answers requests.
+pub trait Handler: Send + Sync + 'static {
+    /// Carries out `request`. The error is one line for the person who asked.
+    fn handle(&self, request: Request) -> Result<Reply, String>;
+}
+
+/// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
+/// remove.
+pub fn serve(path: &Path, handler: Arc<dyn Handler>) -> anyhow::Result<()> {
+    let listener = UnixListener::bind(path)
+        .with_context(|| format!("cannot make the control socket {}", path.display()))?;
+    thread::Builder::new()
+        .name("control".to_owned())
+        .spawn(move || accept(&listener, &handler))
+        .context("cannot start the control thread")?;
+    Ok(())
+}
+
+/// Accepts connections for ever.
+fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("control socket: {error}");
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        let slot = Slot::take(&open);
+        if slot.0.load(Ordering::Relaxed) > MAX_CONNECTIONS {
+            refuse(stream);
+            continue;
+        }
+        let handler = Arc::clone(handler);
+        let served = thread::Builder::new()
+            .name("control-client".to_owned())
+            .spawn(move || {
+                let _slot = slot;
+                if let Err(error) = serve_connection(stream, &*handler) {
+                    tracing::debug!("control connection ended: {error}");
+                }
+            });
+        if let Err(error) = served {
+            tracing::warn!("control connection dropped, no thread for it: {error}");
+        }
+    }
+}
+
+/// One of the connections that may be open.
+struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    fn take(open: &Arc<AtomicUsize>) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(open))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Tells a client that there is no room for it.
+fn refuse(mut stream: UnixStream) {
+    let answer = Answer::Error("too many connections: close one and try again".to_owned());
+    // It may be gone already; there is nobody else to tell.
+    let _ = stream
+        .set_nonblocking(true)
+        .and_then(|()| stream.write_all(answer.line().as_bytes()));
+}
+
+/// Answers the requests of one connection until it closes.
+fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(SILENCE))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream;
+    loop {
+        let answer = match read_request(&mut reader)? {
+            None => return Ok(()),
+            Some(Ok(request)) => {
+                tracing::debug!(?request, "control");
+                match handler.handle(request) {
+                    Ok(reply) => Answer::Ok(reply),
+                    Err(error) => Answer::Error(error),
+                }
+            }
+            Some(Err(Malformed { error, recoverable })) => {
+                writer.write_all(Answer::Error(error).line().as_bytes())?;
+                if recoverable {
+                    continue;
+                }
+                return Ok(());
+            }
+        };
+        writer.write_all(answer.line().as_bytes())?;
+    }
+}
+
+/// A line that is no request.
+struct Malformed {
+    error: String,
+    /// Whether the next line can be found.
+    recoverable: bool,
+}
+
+/// Reads one line; `None` at the end of the stream.
+fn read_request(reader: &mut impl BufRead) -> std::io::Result<Option<Result<Request, Malformed>>> {
+    let mut line = Vec::new();
+    match reader.take(MAX_REQUEST_BYTES).read_until(b'\n', &mut line) {
+        Ok(0) => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
+        other => other?,
+    };
+    if line.last() != Some(&b'\n') {
+        let error = format!("a request is one line of at most {MAX_REQUEST_BYTES} bytes");
+        return Ok(Some(Err(Malformed {
+            error,
+            recoverable: false,
+        })));
+    }
+    Ok(Some(serde_json::from_slice(&line).map_err(|error| {
+        Malformed {
+            error: format!("this is not a request: {error}"),
+            recoverable: true,
+        }
+    })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::client::ControlClient;
+
+    /// Accepts nothing but `pause`.
+    struct OnlyPause;
+
+    impl Handler for OnlyPause {
+        fn handle(&self, request: Request) -> Result<Reply, String> {
+            match request {
+                Request::Pause {} => Ok(Reply::Done {}),
+                other => Err(format!("not {other:?}")),
+            }
+        }
+    }
+
+    fn served() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        serve(&path, Arc::new(OnlyPause)).unwrap();
+        (dir, path)
+    }
+
+    fn ask(stream: &mut UnixStream, line: &[u8]) -> String {
+        stream.write_all(line).unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream.try_clone().unwrap())
+            .read_line(&mut answer)
+            .unwrap();
+        answer
+    }
+
+    #[test]
+    fn requests_are_answered_or_refused_with_a_reason() {
+        let (_dir, path) = served();
+        let mut client = ControlClient::connect(&path).unwrap();
+        assert_eq!(client.ask(&Request::Pause {}).unwrap(), Reply::Done {});
+        let refused = client.ask(&Request::Reset {}).unwrap_err().to_string();
+        assert_eq!(refused, "not Reset");
+    }
+
+    #[test]
+    fn nonsense_is_answered_and_the_next_request_works() {
+        let (_dir, path) = served();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        for nonsense in [
+            &b"\n"[..],
+            b"{}\n",
+            b"{\"request\":\"fly\"}\n",
+            b"{\"request\":\"pause\",\"x\":1}\n",
+            b"\xff\xfe\n",
+            b"[[[[[[\n",
+        ] {
+            let answer = ask(&mut stream, nonsense);
+            assert!(answer.starts_with("{\"error\":"), "{answer}");
+        }
+        assert!(ask(&mut stream, b"{\"request\":\"pause\"}\n").starts_with("{\"ok\":"));
+    }
+
+    #[test]
+    fn a_line_without_end_closes_the_connection_only() {
+        let (_dir, path) = served();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        let long = vec![b'x'; usize::try_from(MAX_REQUEST_BYTES).unwrap()];
+        let answer = ask(&mut stream, &long);
+        assert!(answer.contains("at most"), "{answer}");
+        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+        let mut client = ControlClient::connect(&path).unwrap();
+        assert_eq!(client.ask(&Request::Pause {}).unwrap(), Reply::Done {});
+    }
+
+    #[test]
+    fn more_connections_than_are_served_are_told_so() {
+        let (_dir, path) = served();
+        let mut clients: Vec<UnixStream> = (0..MAX_CONNECTIONS)
+            .map(|_| {
+                let mut stream = UnixStream::connect(&path).unwrap();
+                ask(&mut stream, b"{\"request\":\"pause\"}\n");
+                stream
+            })
+            .collect();
+        let mut answer = String::new();
+        let one_more = UnixStream::connect(&path).unwrap();
+        BufReader::new(one_more).read_line(&mut answer).unwrap();
+        assert!(answer.contains("too many"), "{answer}");
+        let last = clients.last_mut().unwrap();
+        assert!(ask(last, b"{\"request\":\"pause\"}\n").starts_with("{\"ok\":"));
+    }
+}

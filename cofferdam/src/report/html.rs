@@ -1,0 +1,255 @@
+//! A report as one HTML file that needs nothing else.
+//!
+//! Every number in it is in the JSON as well. Colours follow the reader's light or dark setting.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::plot::{boot_boxes, css, ordered_medians, phase_color, recovery_bars, recovery_boxes};
+use super::{Boot, Recovery, Report, Stat, Traffic};
+
+/// Writes the page.
+pub fn write(report: &Report, path: &Path) -> anyhow::Result<()> {
+    super::merge::write_whole(path, page(report)?.as_bytes())
+}
+
+const STYLE: &str = "\
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid #8888; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+.note { opacity: .75; }";
+
+/// The whole page.
+fn page(report: &Report) -> anyhow::Result<String> {
+    let mut body = String::from("<h1>Cofferdam: what was measured</h1>\n");
+    let host = &report.host;
+    let mut facts = vec![
+        ("commit", report.commit.clone()),
+        ("where", host.place.clone()),
+        ("second stage", host.second_stage.clone()),
+        ("host's kernel", host.kernel.clone()),
+        ("processor", host.cpu.clone()),
+    ];
+    if let Some(guest) = &report.guest {
+        facts.push(("guest's kernel", guest.kernel.clone()));
+        facts.push((
+            "guest",
+            format!("{} vCPU, {} MiB", guest.vcpus, guest.mem_mib),
+        ));
+    }
+    body.push_str("<table>\n");
+    for (name, value) in facts {
+        row(&mut body, &[name.to_owned(), escape(&value)]);
+    }
+    body.push_str("</table>\n");
+    if !report.recovery.is_empty() {
+        recovery_section(&mut body, &report.recovery)?;
+    }
+    if let Some(boot) = &report.boot {
+        boot_section(&mut body, report, boot)?;
+    }
+    if !report.traffic.is_empty() {
+        traffic_section(&mut body, &report.traffic);
+    }
+    for (name, value) in &report.other {
+        let text = serde_json::to_string_pretty(value)?;
+        let _ = write!(
+            body,
+            "<h2>{}</h2>\n<pre>{}</pre>\n",
+            escape(name),
+            escape(&text)
+        );
+    }
+    Ok(format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n\
+         <title>Cofferdam: what was measured</title>\n<style>\n{STYLE}\n</style>\n</head>\n\
+         <body>\n{body}</body>\n</html>\n"
+    ))
+}
+
+fn recovery_section(body: &mut String, recoveries: &[Recovery]) -> anyhow::Result<()> {
+    body.push_str(
+        "<h2>Recovery: how long the network is gone</h2>\n\
+         <p class=\"note\">A phase lasts from the end of the phase before it to its own end. The last \
+         one is the guest's first reply to the host.</p>\n",
+    );
+    body.push_str(&recovery_bars(recoveries)?);
+    for recovery in recoveries {
+        let _ = writeln!(
+            body,
+            "<h3>{}: {} of {}, {} runs</h3>",
+            escape(&super::plot::recovery_name(recovery)),
+            recovery.method.name(),
+            escape(&recovery.driver),
+            recovery.n
+        );
+        body.push_str(&recovery_boxes(recovery)?);
+        stat_head(body, "phase", "ms");
+        for (phase, _) in ordered_medians(recovery) {
+            let swatch = format!(
+                "<span class=\"swatch\" style=\"background:{}\"></span>{}",
+                css(phase_color(phase)),
+                phase.name()
+            );
+            if let Some(stat) = recovery.phases_us.get(&phase) {
+                stat_row(body, &swatch, stat, 1e3);
+            }
+        }
+        stat_row(body, "total", &recovery.total_us, 1e3);
+        body.push_str("</table>\n");
+        if !recovery.steps_us.is_empty() {
+            stat_head(body, "step, by the guest's clock", "ms");
+            for (step, stat) in &recovery.steps_us {
+                stat_row(body, &escape(step), stat, 1e3);
+            }
+            body.push_str("</table>\n");
+        }
+    }
+    Ok(())
+}
+
+fn boot_section(body: &mut String, report: &Report, boot: &Boot) -> anyhow::Result<()> {
+    body.push_str("<h2>Boot</h2>\n");
+    if let Some(svg) = boot_boxes(report)? {
+        body.push_str(&svg);
+    }
+    stat_head(body, "start of the process to", "ms");
+    if let Some(ready) = &boot.vmm_ready_us {
+        stat_row(body, "vCPUs run", ready, 1e3);
+    }
+    stat_row(body, "first line of /init", &boot.to_init_us, 1e3);
+    for other in &report.boot_others {
+        let name = format!("first line of /init, {}", escape(&other.vmm));
+        stat_row(body, &name, &other.to_init_us, 1e3);
+    }
+    body.push_str("</table>\n");
+    for other in &report.boot_others {
+        let _ = writeln!(
+            body,
+            "<p>Median against {}: {:.2}</p>",
+            escape(&other.vmm),
+            boot.to_init_us.p50 / other.to_init_us.p50
+        );
+    }
+    let _ = writeln!(
+        body,
+        "<p>Resident memory beyond the guest's: {:.1} MiB (largest of the runs)</p>",
+        boot.vmm_rss_kib as f64 / 1024.0
+    );
+    Ok(())
+}
+
+fn traffic_section(body: &mut String, traffic: &[Traffic]) {
+    body.push_str("<h2>Traffic</h2>\n<table>\n<tr>");
+    for head in [
+        "kind",
+        "driver",
+        "s",
+        "sent",
+        "answered",
+        "reordered",
+        "corrupted",
+        "MiB out",
+        "MiB in",
+        "round trip, ms (median)",
+    ] {
+        let _ = write!(body, "<th>{head}</th>");
+    }
+    body.push_str("</tr>\n");
+    let count = |n: Option<u64>| n.map_or_else(String::new, |n| n.to_string());
+    let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+    for t in traffic {
+        row(
+            body,
+            &[
+                escape(&t.kind),
+                escape(&t.driver),
+                format!("{:.1}", t.seconds),
+                count(t.sent),
+                count(t.answered),
+                count(t.reordered),
+                t.corrupted.to_string(),
+                mib(t.bytes_to_peer),
+                mib(t.bytes_from_peer),
+                t.round_trip_us
+                    .map_or_else(String::new, |s| format!("{:.3}", s.p50 / 1e3)),
+            ],
+        );
+    }
+    body.push_str("</table>\n");
+}
+
+/// Opens a table of numbers.
+fn stat_head(body: &mut String, what: &str, unit: &str) {
+    let _ = writeln!(
+        body,
+        "<table>\n<tr><th>{what}</th><th>runs</th><th>smallest, {unit}</th><th>median, {unit}</th>\
+         <th>p99, {unit}</th><th>largest, {unit}</th></tr>"
+    );
+}
+
+/// One line of such a table; `name` is HTML.
+fn stat_row(body: &mut String, name: &str, stat: &Stat, unit_us: f64) {
+    let value = |us: f64| format!("{:.3}", us / unit_us);
+    row(
+        body,
+        &[
+            name.to_owned(),
+            stat.n.to_string(),
+            value(stat.min),
+            value(stat.p50),
+            value(stat.p99),
+            value(stat.max),
+        ],
+    );
+}
+
+/// One line of a table; the cells are HTML.
+fn row(body: &mut String, cells: &[String]) {
+    body.push_str("<tr>");
+    for cell in cells {
+        let _ = write!(body, "<td>{cell}</td>");
+    }
+    body.push_str("</tr>\n");
+}
+
+/// Text as HTML: what is in a report may have come from a guest.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Guest, Method, Phase, RecoveryRun, environment};
+
+    #[test]
+    fn a_page_needs_nothing_else_and_what_a_guest_said_stays_text() {
+        let mut report = environment::report_here();
+        report.guest = Some(Guest {
+            kernel: "<script>alert(1)</script>".to_owned(),
+            vcpus: 1,
+            mem_mib: 256,
+        });
+        let run = RecoveryRun {
+            at_us: [(Phase::FirstRx, 2e6)].into(),
+            ..Default::default()
+        };
+        report
+            .recovery
+            .extend(Recovery::from_runs("e1000", Method::Reboot, vec![run]));
+        let page = page(&report).unwrap();
+        assert!(page.contains("first_rx") && page.contains("2000.000"));
+        assert!(!page.contains("<script") && !page.contains("http-equiv"));
+        assert!(!page.contains("src=") && !page.contains("href="));
+    }
+}

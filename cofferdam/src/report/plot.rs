@@ -1,0 +1,431 @@
+//! Plots of a report, as SVG that can be put into a page of any colour.
+//!
+//! Text and axes are drawn in the page's own text colour; bars and boxes in colours that stand out on
+//! white and on black.
+
+use anyhow::anyhow;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use super::axis::Axis;
+use super::{OtherBoot, Phase, Recovery, Report, Stat};
+
+/// Width of every plot, in pixels.
+const WIDTH: i32 = 860;
+/// Height of one row, in pixels.
+const ROW: i32 = 40;
+/// Where the rows' names end and the plot begins, in pixels.
+const LEFT: i32 = 200;
+/// Where the plot ends, in pixels.
+const RIGHT: i32 = WIDTH - 30;
+/// Room above the rows, in pixels.
+const TOP: i32 = 8;
+/// Room below the rows for the axis, in pixels.
+const BOTTOM: i32 = 54;
+/// Size of the text, in pixels.
+const TEXT: i32 = 14;
+
+/// Stands for the page's text colour until the SVG is finished.
+const INK: RGBColor = RGBColor(1, 2, 3);
+/// How it looks in the SVG.
+const INK_TEXT: &str = "#010203";
+/// What is not the subject.
+const GREY: RGBColor = RGBColor(0x88, 0x88, 0x88);
+
+/// Samples of one row of a plot: what a box and its whiskers are drawn from.
+struct Row {
+    name: String,
+    color: RGBColor,
+    stat: Stat,
+    samples: Vec<f64>,
+}
+
+/// The colour of a phase, the same in every plot and table.
+pub fn phase_color(phase: Phase) -> RGBColor {
+    match phase {
+        Phase::Detect => RGBColor(0xcc, 0x78, 0x1c),
+        Phase::Memory => RGBColor(0x2a, 0x9d, 0x8f),
+        Phase::Compensate => RGBColor(0xb0, 0x5c, 0xc6),
+        Phase::Device => RGBColor(0xd6, 0x45, 0x50),
+        Phase::Returned => RGBColor(0x3d, 0x84, 0xd6),
+        Phase::IrqLive => RGBColor(0x8a, 0x8f, 0x2e),
+        Phase::LinkUp => RGBColor(0xe0, 0x8e, 0x45),
+        Phase::FirstTx => RGBColor(0x4c, 0xa6, 0x5a),
+        Phase::FirstRx => RGBColor(0x7d, 0x7a, 0xd9),
+    }
+}
+
+/// A colour as HTML takes it.
+pub fn css(color: RGBColor) -> String {
+    format!("#{:02x}{:02x}{:02x}", color.0, color.1, color.2)
+}
+
+/// One bar for each way of recovery: its phases one after the other, each at its median.
+pub fn recovery_bars(recoveries: &[Recovery]) -> anyhow::Result<String> {
+    let bars: Vec<(String, Vec<(Phase, f64)>)> = recoveries
+        .iter()
+        .map(|r| (recovery_name(r), ordered_medians(r)))
+        .collect();
+    let longest = bars
+        .iter()
+        .map(|(_, phases)| phases.iter().map(|(_, us)| us / 1e6).sum::<f64>())
+        .fold(0.0, f64::max);
+    let axis = Axis::linear(longest, LEFT, RIGHT);
+    let mut plot = Plot::new(
+        bars.len(),
+        &axis,
+        "s since the start (each phase at its median)",
+    );
+    for (index, (name, phases)) in bars.iter().enumerate() {
+        plot.name(index, name);
+        let y = Plot::center(index);
+        let mut from = 0.0;
+        for (phase, us) in phases {
+            let to = from + us / 1e6;
+            plot.block(axis.pixel(from), axis.pixel(to), y, 13, phase_color(*phase));
+            from = to;
+        }
+    }
+    plot.svg()
+}
+
+/// Boxes and whiskers for each phase of one way of recovery, and for its total.
+pub fn recovery_boxes(recovery: &Recovery) -> anyhow::Result<String> {
+    let mut rows: Vec<Row> = ordered_medians(recovery)
+        .into_iter()
+        .filter_map(|(phase, _)| {
+            Some(Row {
+                name: phase.name().to_owned(),
+                color: phase_color(phase),
+                stat: *recovery.phases_us.get(&phase)?,
+                samples: recovery
+                    .runs
+                    .iter()
+                    .flat_map(|run| run.durations_us())
+                    .filter(|(p, _)| *p == phase)
+                    .map(|(_, us)| us)
+                    .collect(),
+            })
+        })
+        .collect();
+    rows.push(Row {
+        name: "total".to_owned(),
+        color: GREY,
+        stat: recovery.total_us,
+        samples: recovery
+            .runs
+            .iter()
+            .filter_map(|run| run.total_us())
+            .collect(),
+    });
+    let low = rows
+        .iter()
+        .map(|r| ms(r.stat.min))
+        .fold(f64::INFINITY, f64::min);
+    let high = rows.iter().map(|r| ms(r.stat.max)).fold(0.0, f64::max);
+    boxes(
+        &rows,
+        &Axis::logarithmic(low, high, LEFT, RIGHT),
+        "ms, logarithmic",
+        ms,
+    )
+}
+
+/// Boxes and whiskers for the boots of this monitor and of others.
+pub fn boot_boxes(report: &Report) -> anyhow::Result<Option<String>> {
+    let Some(boot) = &report.boot else {
+        return Ok(None);
+    };
+    let mut rows = vec![Row {
+        name: "cofferdam".to_owned(),
+        color: phase_color(Phase::Returned),
+        stat: boot.to_init_us,
+        samples: boot.runs.iter().map(|run| run.to_init_us).collect(),
+    }];
+    rows.extend(report.boot_others.iter().map(
+        |OtherBoot {
+             vmm,
+             to_init_us,
+             runs,
+         }| Row {
+            name: vmm.clone(),
+            color: GREY,
+            stat: *to_init_us,
+            samples: runs.iter().map(|run| run.to_init_us).collect(),
+        },
+    ));
+    let in_s = |us: f64| us / 1e6;
+    let longest = rows.iter().map(|r| in_s(r.stat.max)).fold(0.0, f64::max);
+    let axis = Axis::linear(longest, LEFT, RIGHT);
+    boxes(
+        &rows,
+        &axis,
+        "s from the start of the process to the first line of /init",
+        in_s,
+    )
+    .map(Some)
+}
+
+/// Boxes (quartiles), medians and whiskers (smallest, largest). `unit` turns microseconds into what
+/// the axis shows.
+fn boxes(
+    rows: &[Row],
+    axis: &Axis,
+    label: &str,
+    unit: impl Fn(f64) -> f64,
+) -> anyhow::Result<String> {
+    let label = format!("{label}; box: quartiles, line: median, whiskers: smallest and largest");
+    let mut plot = Plot::new(rows.len(), axis, &label);
+    let pixel = |us: f64| axis.pixel(unit(us));
+    for (index, row) in rows.iter().enumerate() {
+        let y = Plot::center(index);
+        plot.name(index, &row.name);
+        let (min, max) = (pixel(row.stat.min), pixel(row.stat.max));
+        plot.line((min, y), (max, y), row.color, 2);
+        for end in [min, max] {
+            plot.line((end, y - 6), (end, y + 6), row.color, 2);
+        }
+        if let Some((q1, q3)) = quartiles(&row.samples) {
+            plot.block(pixel(q1), pixel(q3), y, 11, row.color);
+        }
+        let p50 = pixel(row.stat.p50);
+        plot.line((p50, y - 13), (p50, y + 13), INK, 2);
+    }
+    plot.svg()
+}
+
+/// What a way of recovery is called in a plot.
+pub fn recovery_name(recovery: &Recovery) -> String {
+    match &recovery.entry {
+        Some(entry) => format!("{} ({entry})", recovery.method.name()),
+        None => format!("{} ({})", recovery.method.name(), recovery.driver),
+    }
+}
+
+/// Phases with their median durations, in the order in which they end.
+pub fn ordered_medians(recovery: &Recovery) -> Vec<(Phase, f64)> {
+    let mut phases: Vec<(Phase, f64)> = recovery
+        .phases_us
+        .iter()
+        .map(|(phase, stat)| (*phase, stat.p50))
+        .collect();
+    let end = |phase: Phase| {
+        let ends: Vec<f64> = recovery
+            .runs
+            .iter()
+            .filter_map(|run| run.at_us.get(&phase).copied())
+            .collect();
+        Stat::from_samples(&ends).map_or(f64::INFINITY, |stat| stat.p50)
+    };
+    // Without the single runs the phases keep the order of their definition.
+    phases.sort_by(|a, b| end(a.0).total_cmp(&end(b.0)));
+    phases
+}
+
+/// First and third quartile, nearest rank.
+fn quartiles(samples: &[f64]) -> Option<(f64, f64)> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = |quarter: usize| sorted.get((sorted.len() * quarter).div_ceil(4).checked_sub(1)?);
+    Some((*rank(1)?, *rank(3)?))
+}
+
+/// Microseconds in milliseconds; never zero, which a logarithmic axis does not have.
+fn ms(us: f64) -> f64 {
+    (us / 1e3).max(1e-3)
+}
+
+/// A plot in the making: rows with names on the left, an axis below.
+struct Plot {
+    rows: usize,
+    elements: Vec<Element>,
+}
+
+/// Something to draw, in pixels.
+enum Element {
+    Line {
+        from: (i32, i32),
+        to: (i32, i32),
+        color: RGBColor,
+        width: u32,
+    },
+    Block {
+        from: (i32, i32),
+        to: (i32, i32),
+        color: RGBColor,
+    },
+    Text {
+        at: (i32, i32),
+        anchor: Pos,
+        text: String,
+    },
+}
+
+impl Plot {
+    fn new(rows: usize, axis: &Axis, label: &str) -> Self {
+        let mut plot = Self {
+            rows,
+            elements: Vec::new(),
+        };
+        let floor = Self::top(rows);
+        for tick in axis.ticks() {
+            let x = axis.pixel(tick);
+            let color = GREY;
+            plot.elements.push(Element::Line {
+                from: (x, TOP),
+                to: (x, floor),
+                color,
+                width: 1,
+            });
+            plot.text((x, floor + 6), HPos::Center, VPos::Top, axis.label(tick));
+        }
+        plot.line((LEFT, floor), (RIGHT, floor), INK, 1);
+        plot.text(
+            (i32::midpoint(LEFT, RIGHT), floor + 30),
+            HPos::Center,
+            VPos::Top,
+            label,
+        );
+        plot
+    }
+
+    /// Upper edge of a row.
+    fn top(row: usize) -> i32 {
+        i32::try_from(row)
+            .unwrap_or(i32::MAX)
+            .saturating_mul(ROW)
+            .saturating_add(TOP)
+    }
+
+    /// Middle of a row.
+    fn center(row: usize) -> i32 {
+        Self::top(row).saturating_add(ROW / 2)
+    }
+
+    fn name(&mut self, row: usize, name: &str) {
+        self.text(
+            (LEFT - 10, Self::center(row)),
+            HPos::Right,
+            VPos::Center,
+            name,
+        );
+    }
+
+    fn text(&mut self, at: (i32, i32), h: HPos, v: VPos, text: impl Into<String>) {
+        self.elements.push(Element::Text {
+            at,
+            anchor: Pos::new(h, v),
+            text: text.into(),
+        });
+    }
+
+    fn line(&mut self, from: (i32, i32), to: (i32, i32), color: RGBColor, width: u32) {
+        self.elements.push(Element::Line {
+            from,
+            to,
+            color,
+            width,
+        });
+    }
+
+    fn block(&mut self, from: i32, to: i32, y: i32, half: i32, color: RGBColor) {
+        let (from, to) = ((from, y - half), (to.max(from + 1), y + half));
+        self.elements.push(Element::Block { from, to, color });
+    }
+
+    fn svg(self) -> anyhow::Result<String> {
+        let mut svg = String::new();
+        {
+            let width = WIDTH.unsigned_abs();
+            let height = Self::top(self.rows).saturating_add(BOTTOM).unsigned_abs();
+            let root = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
+            for element in &self.elements {
+                draw(&root, element).map_err(|error| anyhow!("cannot draw a plot: {error}"))?;
+            }
+            root.present()
+                .map_err(|error| anyhow!("cannot draw a plot: {error}"))?;
+        }
+        Ok(svg.replace(INK_TEXT, "currentColor"))
+    }
+}
+
+/// Draws one element.
+fn draw<B: DrawingBackend>(
+    root: &DrawingArea<B, Shift>,
+    element: &Element,
+) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+    match element {
+        Element::Line {
+            from,
+            to,
+            color,
+            width,
+        } => {
+            let faint = if *color == GREY && *width == 1 {
+                0.35
+            } else {
+                1.0
+            };
+            let style = color.mix(faint).stroke_width(*width);
+            root.draw(&PathElement::new([*from, *to], style))
+        }
+        Element::Block { from, to, color } => {
+            root.draw(&Rectangle::new([*from, *to], color.filled()))
+        }
+        Element::Text { at, anchor, text } => {
+            let font = ("sans-serif", TEXT).into_font().color(&INK);
+            root.draw_text(text, &font.pos(*anchor), *at)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Method, RecoveryRun};
+
+    fn restart() -> Recovery {
+        let run = |at: f64| RecoveryRun {
+            at_us: [(Phase::Returned, at), (Phase::LinkUp, at * 2.0)].into(),
+            ..Default::default()
+        };
+        Recovery::from_runs("e1000", Method::Restart, vec![run(1e6), run(2e6), run(4e6)]).unwrap()
+    }
+
+    #[test]
+    fn plots_name_their_phases_and_take_the_pages_text_colour() {
+        let svg = recovery_boxes(&restart()).unwrap();
+        for part in ["link_up", "returned", "total", "currentColor"] {
+            assert!(svg.contains(part), "{part}");
+        }
+        assert!(!svg.contains(INK_TEXT));
+    }
+
+    #[test]
+    fn bars_are_as_long_as_their_phases() {
+        let svg = recovery_bars(&[restart()]).unwrap();
+        assert!(svg.contains("restart (e1000)"));
+        // 2 s and 2 s: both blocks have the same width.
+        let widths: Vec<&str> = svg
+            .lines()
+            .filter(|line| line.starts_with("<rect"))
+            .filter_map(|line| line.split("width=\"").nth(1)?.split('"').next())
+            .collect();
+        assert_eq!(widths.len(), 2);
+        assert_eq!(widths[0], widths[1]);
+    }
+
+    #[test]
+    fn phases_stand_in_the_order_in_which_they_ended() {
+        let order: Vec<Phase> = ordered_medians(&restart()).iter().map(|p| p.0).collect();
+        assert_eq!(order, [Phase::Returned, Phase::LinkUp]);
+    }
+
+    #[test]
+    fn quartiles_are_samples() {
+        assert_eq!(quartiles(&[5.0, 1.0, 2.0, 4.0, 3.0]), Some((2.0, 4.0)));
+        assert_eq!(quartiles(&[7.0]), Some((7.0, 7.0)));
+        assert_eq!(quartiles(&[]), None);
+    }
+}

@@ -1,0 +1,351 @@
+//! The folder of a running VM: where its sockets are, and that it is the only one of its name.
+//!
+//! ```text
+//! ${COFFERDAM_RUNTIME_DIR:-/run/cofferdam}/   flock while a VM comes or goes
+//! └── NAME/
+//!     ├── pid            flock for as long as the process lives; holds its number
+//!     ├── control.sock   requests to the VM process (see `control`)
+//!     └── agent.sock     the guest agent
+//! ```
+//!
+//! A process that dies cannot keep a lock, so a folder whose `pid` is not locked is left over from a
+//! dead one, whatever number is in it. The lock on the root makes looking and taking one step.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::options::{MAX_SOCKET_PATH_BYTES, VmName};
+
+/// Environment variable that names another root.
+pub const ROOT_VARIABLE: &str = "COFFERDAM_RUNTIME_DIR";
+
+/// Root when the variable is not set.
+const DEFAULT_ROOT: &str = "/run/cofferdam";
+
+/// The files that a VM's folder can hold. Nothing else is ever removed.
+const FILES: [&str; 3] = ["control.sock", "agent.sock", "pid"];
+
+/// The folder that holds one folder for each running VM.
+#[derive(Debug, Clone)]
+pub struct RuntimeRoot(PathBuf);
+
+/// Where the sockets of a VM are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmPaths {
+    /// The VM's folder.
+    pub dir: PathBuf,
+}
+
+impl VmPaths {
+    /// Socket of the VM process.
+    pub fn control_socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+
+    /// Socket of the guest agent.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.dir.join("agent.sock")
+    }
+
+    /// File with the number of the VM process.
+    fn pid_file(&self) -> PathBuf {
+        self.dir.join("pid")
+    }
+}
+
+/// A VM that runs now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunningVm {
+    /// Its name.
+    pub name: VmName,
+    /// Number of its process; `None` when it has only just begun.
+    pub pid: Option<u32>,
+    /// Its sockets.
+    pub paths: VmPaths,
+}
+
+impl RuntimeRoot {
+    /// The root that the environment names.
+    pub fn from_environment() -> Self {
+        let named = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty());
+        Self(named.map_or_else(|| PathBuf::from(DEFAULT_ROOT), PathBuf::from))
+    }
+
+    /// The root at `path`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Where the sockets of `name` are, if it runs.
+    pub fn paths(&self, name: &VmName) -> VmPaths {
+        VmPaths {
+            dir: self.0.join(name.as_str()),
+        }
+    }
+
+    /// Takes the name for this process, and clears away what dead processes left in the root.
+    pub fn claim(&self, name: &VmName) -> anyhow::Result<VmDir> {
+        let paths = self.paths(name);
+        let longest = paths.control_socket();
+        ensure!(
+            longest.as_os_str().len() <= MAX_SOCKET_PATH_BYTES,
+            "{} is too long for a socket: choose a shorter {ROOT_VARIABLE} or --name",
+            longest.display()
+        );
+        create_dir(&self.0).with_context(|| {
+            format!(
+                "cannot create {}: run as root or set {ROOT_VARIABLE} to a folder of yours",
+                self.0.display()
+            )
+        })?;
+        let root_lock = self.lock()?;
+        self.clear_leftovers()?;
+        create_dir(&paths.dir).with_context(|| {
+            format!(
+                "cannot create {}: run as root or set {ROOT_VARIABLE} to a folder of yours",
+                paths.dir.display()
+            )
+        })?;
+        let mut pid_file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(paths.pid_file())
+            .with_context(|| format!("cannot create {}", paths.pid_file().display()))?;
+        if flock(&pid_file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let owner =
+                read_pid(&mut pid_file).map_or_else(String::new, |pid| format!(" (process {pid})"));
+            bail!(
+                "a VM named \"{name}\" is running{owner}: choose another --name, or end it with \
+                 `cofferdam stop {name}`"
+            );
+        }
+        let dir = VmDir {
+            root: self.clone(),
+            paths,
+            pid_file,
+        };
+        dir.write_pid()?;
+        drop(root_lock);
+        Ok(dir)
+    }
+
+    /// All VMs that run now, by name.
+    pub fn running(&self) -> anyhow::Result<Vec<RunningVm>> {
+        if !self.0.exists() {
+            return Ok(Vec::new());
+        }
+        let _root_lock = self.lock()?;
+        let mut running = Vec::new();
+        for (name, paths) in self.folders()? {
+            let Ok(mut pid_file) = File::open(paths.pid_file()) else {
+                continue;
+            };
+            if flock(&pid_file, FlockOperation::NonBlockingLockShared).is_err() {
+                running.push(RunningVm {
+                    name,
+                    pid: read_pid(&mut pid_file),
+                    paths,
+                });
+            }
+        }
+        running.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(running)
+    }
+
+    /// The running VM called `name`, or the only one there is when no name is given.
+    pub fn find(&self, name: Option<&VmName>) -> anyhow::Result<RunningVm> {
+        let mut running = self.running()?;
+        match name {
+            Some(name) => running
+                .into_iter()
+                .find(|vm| vm.name == *name)
+                .with_context(|| {
+                    format!("no VM named \"{name}\" is running: see `cofferdam list`")
+                }),
+            None if running.len() > 1 => {
+                bail!(
+                    "{} VMs are running: name one, see `cofferdam list`",
+                    running.len()
+                )
+            }
+            None => running
+                .pop()
+                .context("no VM is running: start one with `cofferdam run`, see its --help"),
+        }
+    }
+
+    /// Folders in the root that are named as VMs are.
+    fn folders(&self) -> anyhow::Result<Vec<(VmName, VmPaths)>> {
+        let entries = self
+            .0
+            .read_dir()
+            .with_context(|| format!("cannot read {}", self.0.display()))?;
+        Ok(entries
+            .filter_map(|entry| {
+                let name: VmName = entry.ok()?.file_name().to_str()?.parse().ok()?;
+                let paths = self.paths(&name);
+                Some((name, paths))
+            })
+            .collect())
+    }
+
+    /// Removes the folders of dead processes. The caller holds the root's lock.
+    fn clear_leftovers(&self) -> anyhow::Result<()> {
+        for (name, paths) in self.folders()? {
+            let Ok(pid_file) = File::open(paths.pid_file()) else {
+                continue;
+            };
+            if flock(&pid_file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                tracing::info!(%name, "removing what a dead process left");
+                remove(&paths);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until no other process takes or leaves a name, and keeps others from it.
+    fn lock(&self) -> anyhow::Result<File> {
+        let root =
+            File::open(&self.0).with_context(|| format!("cannot open {}", self.0.display()))?;
+        flock(&root, FlockOperation::LockExclusive)
+            .with_context(|| format!("cannot lock {}", self.0.display()))?;
+        Ok(root)
+    }
+}
+
+/// The folder of this process's VM. Dropping it removes the folder.
+#[derive(Debug)]
+pub struct VmDir {
+    root: RuntimeRoot,
+    paths: VmPaths,
+    pid_file: File,
+}
+
+impl VmDir {
+    /// Where the sockets belong.
+    pub fn paths(&self) -> &VmPaths {
+        &self.paths
+    }
+
+    fn write_pid(&self) -> anyhow::Result<()> {
+        let mut file = &self.pid_file;
+        file.set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .with_context(|| format!("cannot write {}", self.paths.pid_file().display()))
+    }
+}
+
+impl Drop for VmDir {
+    fn drop(&mut self) {
+        // Without the root's lock a process that starts now could lose its files to us.
+        match self.root.lock() {
+            Ok(_root_lock) => remove(&self.paths),
+            Err(error) => tracing::warn!("{} stays behind: {error:#}", self.paths.dir.display()),
+        }
+    }
+}
+
+/// Creates a folder that only its owner may enter, with the folders above it; one that is there
+/// already is left as it is.
+fn create_dir(path: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Removes a VM's folder with everything that belongs to it.
+fn remove(paths: &VmPaths) {
+    for file in FILES {
+        let path = paths.dir.join(file);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!("{} stays behind: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+    if let Err(error) = std::fs::remove_dir(&paths.dir) {
+        tracing::warn!("{} stays behind: {error}", paths.dir.display());
+    }
+}
+
+/// The number in a `pid` file.
+fn read_pid(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> VmName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_free_again_afterwards() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RuntimeRoot::new(temporary.path().join("run"));
+        let first = root.claim(&name("a")).unwrap();
+        let refused = root.claim(&name("a")).unwrap_err().to_string();
+        assert!(
+            refused.contains(&format!("process {}", std::process::id())),
+            "{refused}"
+        );
+        let other = root.claim(&name("b")).unwrap();
+        assert_eq!(root.running().unwrap().len(), 2);
+        assert!(root.find(None).is_err());
+        drop(other);
+        assert_eq!(root.find(None).unwrap().name, name("a"));
+        drop(first);
+        assert!(root.running().unwrap().is_empty());
+        assert_eq!(temporary.path().join("run").read_dir().unwrap().count(), 0);
+        root.claim(&name("a")).unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_cleared_away() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RuntimeRoot::new(temporary.path());
+        for dead in ["same", "other"] {
+            let paths = root.paths(&name(dead));
+            std::fs::create_dir(&paths.dir).unwrap();
+            std::fs::write(paths.pid_file(), "1\n").unwrap();
+            std::os::unix::net::UnixListener::bind(paths.control_socket()).unwrap();
+        }
+        assert!(root.running().unwrap().is_empty());
+        let claimed = root.claim(&name("same")).unwrap();
+        assert!(!claimed.paths().control_socket().exists());
+        assert!(!root.paths(&name("other")).dir.exists());
+    }
+
+    #[test]
+    fn files_of_others_in_the_folder_are_kept() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RuntimeRoot::new(temporary.path());
+        std::fs::create_dir(temporary.path().join("theirs")).unwrap();
+        std::fs::write(temporary.path().join("theirs/file"), "x").unwrap();
+        drop(root.claim(&name("mine")).unwrap());
+        assert!(temporary.path().join("theirs/file").exists());
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_refused_before_anything_is_made() {
+        let temporary = tempfile::tempdir().unwrap();
+        let long = temporary.path().join("x".repeat(100));
+        let error = RuntimeRoot::new(&long)
+            .claim(&name("a"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("too long"), "{error}");
+        assert!(!long.exists());
+    }
+}
