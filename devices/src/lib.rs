@@ -11,4 +11,5 @@ pub mod dma;
 pub mod irq;
 pub mod pci;
 pub mod rate_limit;
+pub mod serial;
 pub mod wire;
