@@ -1,0 +1,10 @@
+//! What the host knows about a running guest: its page tables, symbols, types and code.
+//!
+//! Everything here only reads. All of it (memory, symbol text, type data) comes from the guest and
+//! is hostile: readers check every offset, bound their work and their memory, and never panic. What
+//! a hostile guest can get out of a lie is a refusal, or harm to itself.
+
+pub mod addr;
+pub mod paging;
+pub mod phys;
+pub mod root;
