@@ -1,1 +1,36 @@
-//! See the crate description in Cargo.toml; modules are added as they are built.
+//! Builds guest kernels and initramfs images out of Debian packages.
+//!
+//! ```text
+//!  apt-get download        unpack (ar, tar, xz)           assemble
+//!  linux-image-6.1.0-*  ─► kernel stage: vmlinuz,     ─┐
+//!                          vmlinux, wanted modules     ├─► *.cpio, modules/, manifest.json
+//!  busybox-static       ─► userland stage: programs   ─┤
+//!  iproute2, ethtool       and their libraries         │
+//!  this workspace       ─► guest-agent (cargo)        ─┘
+//! ```
+//!
+//! A stage is a directory named by the hash of all that went into it; it appears whole or not at all. The
+//! artefacts are put into place by rename and the manifest is written last, so an interrupted build
+//! leaves nothing half-made that looks finished. Same packages and same agent give the same bytes.
+//!
+//! What an image holds is data ([`spec::ImageSpec`]); [`spec::default_images`] are the ones the project
+//! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again needs no network.
+
+pub mod agent;
+pub mod apt;
+mod assemble;
+pub mod build;
+pub mod deb;
+mod elf;
+mod error;
+pub mod initramfs;
+pub mod kernel;
+pub mod modules;
+pub mod spec;
+mod stage;
+mod stages;
+mod userland;
+
+pub use build::{Artefact, BuildOptions, Manifest, build};
+pub use error::Error;
+pub use spec::{ImageSet, ImageSpec, default_images};

@@ -1,0 +1,251 @@
+//! Packages by name, with the system's own `apt-get`; kept in a directory, so that it is asked once.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use crate::Error;
+
+/// Where packages come from.
+pub struct Packages<'a> {
+    /// Package files that are there already, and where new ones go.
+    directory: PathBuf,
+    progress: &'a dyn Fn(&str),
+}
+
+impl<'a> Packages<'a> {
+    /// Packages kept in `directory`, which is made.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn open(directory: &Path, progress: &'a dyn Fn(&str)) -> Result<Self, Error> {
+        std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
+        Ok(Self {
+            directory: directory.into(),
+            progress,
+        })
+    }
+
+    /// Forgets all package files and asks the archive for its current list.
+    ///
+    /// # Errors
+    /// When a file cannot be removed or `apt-get update` fails.
+    pub fn refresh(&self) -> Result<(), Error> {
+        for file in self.files()? {
+            std::fs::remove_file(&file).map_err(Error::io(&file))?;
+        }
+        self.update()
+    }
+
+    /// Name of the newest kernel package of a series such as `6.1.0`: one that is here already, else the
+    /// newest that apt knows.
+    ///
+    /// # Errors
+    /// [`Error::Fetch`] when there is none.
+    pub fn newest_kernel(&self, series: &str) -> Result<String, Error> {
+        let here = self
+            .files()?
+            .into_iter()
+            .filter_map(|f| Some(file_package(&f)?.to_string()));
+        if let Some(name) = newest_kernel(series, here) {
+            return Ok(name);
+        }
+        let prefix = format!("linux-image-{series}-");
+        for attempt in 0..2 {
+            let output = run(Command::new("apt-cache").args(["pkgnames", &prefix]))?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            if let Some(name) = newest_kernel(series, text.lines().map(str::to_string)) {
+                return Ok(name);
+            }
+            if attempt == 0 {
+                self.update()?;
+            }
+        }
+        Err(Error::Fetch {
+            name: format!("{prefix}*-amd64"),
+            reason: "apt knows none, even after apt-get update: is this Debian 12 with its main archive in sources.list?"
+                .into(),
+        })
+    }
+
+    /// The files of these packages, in the same order; downloads those that are not here.
+    ///
+    /// # Errors
+    /// [`Error::Fetch`] when apt has no such package or cannot download it.
+    pub fn fetch(&self, names: &[&str]) -> Result<Vec<PathBuf>, Error> {
+        let missing: Vec<&str> = names
+            .iter()
+            .copied()
+            .filter(|n| matches!(self.find(n), Ok(None)))
+            .collect();
+        if !missing.is_empty() {
+            self.download(&missing)?;
+        }
+        names
+            .iter()
+            .map(|name| {
+                self.find(name)?.ok_or_else(|| Error::Fetch {
+                    name: name.to_string(),
+                    reason: "apt-get download said it worked but left no file".into(),
+                })
+            })
+            .collect()
+    }
+
+    fn download(&self, names: &[&str]) -> Result<(), Error> {
+        if let Err(first) = self.try_download(names) {
+            // On a fresh machine the lists are missing; on an old one they name files that are gone.
+            self.update()?;
+            self.try_download(names).map_err(|second| match second {
+                Error::Fetch { .. } => second,
+                _ => first,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn try_download(&self, names: &[&str]) -> Result<(), Error> {
+        (self.progress)(&format!("fetching {}", names.join(", ")));
+        let partial = self.directory.join("partial");
+        let _absent = std::fs::remove_dir_all(&partial);
+        std::fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
+        let mut command = Command::new("apt-get");
+        // apt's own user could not write here.
+        command
+            .args(["-q", "-o", "APT::Sandbox::User=root", "download"])
+            .args(names)
+            .current_dir(&partial);
+        let output = run(&mut command)?;
+        if !output.status.success() {
+            return Err(Error::Fetch {
+                name: names.join(", "),
+                reason: last_words(&output),
+            });
+        }
+        for entry in std::fs::read_dir(&partial).map_err(Error::io(&partial))? {
+            let from = entry.map_err(Error::io(&partial))?.path();
+            if let Some(name) = from.file_name() {
+                let to = self.directory.join(name);
+                std::fs::rename(&from, &to).map_err(Error::io(&to))?;
+            }
+        }
+        std::fs::remove_dir_all(&partial).map_err(Error::io(&partial))
+    }
+
+    fn update(&self) -> Result<(), Error> {
+        (self.progress)("asking for the archive's package lists (apt-get update)");
+        let mut command = Command::new("apt-get");
+        command.args(["-q", "update"]);
+        let output = run(&mut command)?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(Error::Command {
+            command: "apt-get update".into(),
+            reason: format!("{} (it needs root and the network)", last_words(&output)),
+        })
+    }
+
+    fn find(&self, package: &str) -> Result<Option<PathBuf>, Error> {
+        Ok(self
+            .files()?
+            .into_iter()
+            .find(|f| file_package(f) == Some(package)))
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.directory).map_err(Error::io(&self.directory))? {
+            let path = entry.map_err(Error::io(&self.directory))?.path();
+            if path.extension().is_some_and(|e| e == "deb") {
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+}
+
+/// `NAME` of a file `NAME_VERSION_ARCHITECTURE.deb`.
+fn file_package(path: &Path) -> Option<&str> {
+    Some(path.file_name()?.to_str()?.split_once('_')?.0)
+}
+
+fn newest_kernel(series: &str, names: impl Iterator<Item = String>) -> Option<String> {
+    names
+        .filter_map(|name| {
+            let number = name
+                .strip_prefix("linux-image-")?
+                .strip_prefix(series)?
+                .strip_prefix('-')?;
+            let number: u32 = number.strip_suffix("-amd64")?.parse().ok()?;
+            Some((number, name))
+        })
+        .max()
+        .map(|(_, name)| name)
+}
+
+fn run(command: &mut Command) -> Result<Output, Error> {
+    command
+        .env("LC_ALL", "C")
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(|error| Error::Command {
+            command: command.get_program().to_string_lossy().into_owned(),
+            reason: format!("{error}: the images are built on Debian, with its apt-get"),
+        })
+}
+
+fn last_words(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let line = text
+        .lines()
+        .rev()
+        .find(|l| l.starts_with("E:"))
+        .or_else(|| text.lines().next_back());
+    line.map_or_else(
+        || output.status.to_string(),
+        |l| l.trim_start_matches("E: ").to_string(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newest_kernel_is_by_number_and_neither_cloud_nor_debug() {
+        let names = [
+            "linux-image-6.1.0-9-amd64",
+            "linux-image-6.1.0-56-amd64",
+            "linux-image-6.1.0-57-cloud-amd64",
+            "linux-image-6.1.0-58-amd64-dbg",
+            "linux-image-6.1.0-59-amd64-unsigned",
+            "linux-image-6.10.0-60-amd64",
+        ];
+        let newest = newest_kernel("6.1.0", names.iter().map(|n| n.to_string()));
+        assert_eq!(newest.as_deref(), Some("linux-image-6.1.0-56-amd64"));
+    }
+
+    #[test]
+    fn packages_that_are_here_need_no_apt() {
+        let directory = tempfile::tempdir().unwrap();
+        for file in [
+            "linux-image-6.1.0-1-amd64_6.1.2_amd64.deb",
+            "libc6_2.36-9_amd64.deb",
+        ] {
+            std::fs::write(directory.path().join(file), "").unwrap();
+        }
+        let said = std::cell::RefCell::new(Vec::new());
+        let progress = |line: &str| said.borrow_mut().push(line.to_string());
+        let packages = Packages::open(directory.path(), &progress).unwrap();
+        assert_eq!(
+            packages.newest_kernel("6.1.0").unwrap(),
+            "linux-image-6.1.0-1-amd64"
+        );
+        assert_eq!(
+            packages.fetch(&["libc6"]).unwrap(),
+            [directory.path().join("libc6_2.36-9_amd64.deb")]
+        );
+        assert_eq!(said.borrow().len(), 0);
+    }
+}

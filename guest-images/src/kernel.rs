@@ -1,0 +1,215 @@
+//! A kernel image's own ELF file out of a `bzImage`.
+//!
+//! The header is described in the kernel's `Documentation/arch/x86/boot.rst` ("The Real-Mode Kernel
+//! Header"). The payload is a compressed `vmlinux`, for XZ and zstd followed by the unpacked size as
+//! `u32` little endian. After the ELF file itself come the relocations for address randomisation; they
+//! are cut off.
+
+use std::io::Read;
+
+use object::elf;
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+
+/// Offsets of header fields in the file.
+mod header {
+    pub const SETUP_SECTS: usize = 0x1F1;
+    pub const MAGIC: usize = 0x202;
+    pub const VERSION: usize = 0x206;
+    pub const PAYLOAD_OFFSET: usize = 0x248;
+    pub const PAYLOAD_LENGTH: usize = 0x24C;
+}
+
+/// Protocol 2.08 brought the payload fields.
+const FIRST_VERSION_WITH_PAYLOAD: u16 = 0x0208;
+
+/// No kernel comes near it.
+const MAX_UNPACKED: u64 = 512 << 20;
+
+/// An unpacked kernel.
+#[derive(Debug)]
+pub struct Vmlinux {
+    /// The ELF file.
+    pub elf: Vec<u8>,
+    /// Size of its `.BTF` section in bytes, 0 when it has none.
+    pub btf_size: u64,
+}
+
+/// Unpacks the ELF file out of a `bzImage`.
+///
+/// # Errors
+/// A line that says what is wrong with the image.
+pub fn extract_vmlinux(image: &[u8]) -> Result<Vmlinux, String> {
+    let payload = payload(image)?;
+    let (packed, size) = payload
+        .split_last_chunk::<4>()
+        .ok_or("its payload is empty")?;
+    let size = u64::from(u32::from_le_bytes(*size));
+    let mut unpacked = Vec::new();
+    let read = match packed {
+        [0xFD, b'7', b'z', b'X', b'Z', 0, ..] => liblzma::read::XzDecoder::new(packed)
+            .take(MAX_UNPACKED + 1)
+            .read_to_end(&mut unpacked),
+        [0x28, 0xB5, 0x2F, 0xFD, ..] => zstd::Decoder::with_buffer(packed).and_then(|d| {
+            d.single_frame()
+                .take(MAX_UNPACKED + 1)
+                .read_to_end(&mut unpacked)
+        }),
+        _ => return Err("its payload is neither XZ nor zstd".into()),
+    };
+    read.map_err(|error| format!("its payload cannot be unpacked: {error}"))?;
+    if unpacked.len() as u64 != size {
+        return Err(format!(
+            "its payload unpacks to {} bytes instead of {size}",
+            unpacked.len()
+        ));
+    }
+    let (end, btf_size) = elf_end(&unpacked)?;
+    unpacked.truncate(end);
+    Ok(Vmlinux {
+        elf: unpacked,
+        btf_size,
+    })
+}
+
+fn payload(image: &[u8]) -> Result<&[u8], String> {
+    let u32_at = |at: usize| {
+        image
+            .get(at..at + 4)
+            .and_then(|b| b.try_into().ok())
+            .map(u32::from_le_bytes)
+    };
+    if image.get(header::MAGIC..header::MAGIC + 4) != Some(b"HdrS") {
+        return Err("it is no bzImage (no HdrS)".into());
+    }
+    let version = image
+        .get(header::VERSION..header::VERSION + 2)
+        .and_then(|b| b.try_into().ok());
+    let version = u16::from_le_bytes(version.ok_or("it is cut short")?);
+    if version < FIRST_VERSION_WITH_PAYLOAD {
+        return Err(format!("its boot protocol {version:#06x} is too old"));
+    }
+    // 0 means 4, for backwards compatibility.
+    let setup_sectors = match image[header::SETUP_SECTS] {
+        0 => 4,
+        n => usize::from(n),
+    };
+    let offset = u32_at(header::PAYLOAD_OFFSET).ok_or("it is cut short")? as usize;
+    let length = u32_at(header::PAYLOAD_LENGTH).ok_or("it is cut short")? as usize;
+    let start = (setup_sectors + 1) * 512 + offset;
+    image
+        .get(start..start.saturating_add(length))
+        .ok_or_else(|| "it is cut short".into())
+}
+
+/// Where the ELF file ends, and the size of its BTF.
+fn elf_end(data: &[u8]) -> Result<(usize, u64), String> {
+    let bad = |error: object::Error| format!("its payload is no usable ELF file: {error}");
+    let header = elf::FileHeader64::<object::LittleEndian>::parse(data).map_err(bad)?;
+    let endian = header.endian().map_err(bad)?;
+    if header.e_machine(endian) != elf::EM_X86_64 {
+        return Err("it is for another machine than x86-64".into());
+    }
+    let mut end = u64::from(header.e_ehsize(endian));
+    let mut grow = |offset: u64, size: u64| end = end.max(offset.saturating_add(size));
+    grow(
+        header.e_phoff(endian),
+        u64::from(header.e_phentsize(endian)) * u64::from(header.e_phnum(endian)),
+    );
+    grow(
+        header.e_shoff(endian),
+        u64::from(header.e_shentsize(endian)) * u64::from(header.e_shnum(endian)),
+    );
+    for segment in header.program_headers(endian, data).map_err(bad)? {
+        grow(segment.p_offset(endian), segment.p_filesz(endian));
+    }
+    let sections = header.sections(endian, data).map_err(bad)?;
+    let mut btf_size = 0;
+    for section in sections.iter() {
+        if section.sh_type(endian) != elf::SHT_NOBITS {
+            grow(section.sh_offset(endian), section.sh_size(endian));
+        }
+        if sections
+            .section_name(endian, section)
+            .is_ok_and(|n| n == b".BTF")
+        {
+            btf_size = section.sh_size(endian);
+        }
+    }
+    let end = usize::try_from(end).unwrap_or(usize::MAX);
+    if end > data.len() {
+        return Err("its payload is an ELF file cut short".into());
+    }
+    Ok((end, btf_size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// An ELF header with no segments or sections, and rubbish behind it.
+    fn small_elf(machine: u16) -> Vec<u8> {
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(64, 0);
+        elf[16] = 2;
+        elf[18..20].copy_from_slice(&machine.to_le_bytes());
+        elf[20] = 1;
+        elf[52] = 64;
+        elf
+    }
+
+    fn bz_image(packed: &[u8], size: usize) -> Vec<u8> {
+        let mut image = vec![0u8; 512 * 3];
+        image[header::SETUP_SECTS] = 1;
+        image[header::MAGIC..header::MAGIC + 4].copy_from_slice(b"HdrS");
+        image[header::VERSION..header::VERSION + 2].copy_from_slice(&0x020Fu16.to_le_bytes());
+        image[header::PAYLOAD_OFFSET..header::PAYLOAD_OFFSET + 4]
+            .copy_from_slice(&512u32.to_le_bytes());
+        let length = packed.len() as u32 + 4;
+        image[header::PAYLOAD_LENGTH..header::PAYLOAD_LENGTH + 4]
+            .copy_from_slice(&length.to_le_bytes());
+        image.extend_from_slice(packed);
+        image.extend_from_slice(&(size as u32).to_le_bytes());
+        image.extend_from_slice(&[0xAA; 100]);
+        image
+    }
+
+    fn xz(data: &[u8]) -> Vec<u8> {
+        let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn payload_of_both_packings_is_found_and_relocations_are_cut_off() {
+        let elf = small_elf(62);
+        let mut data = elf.clone();
+        data.extend_from_slice(b"relocations");
+        for packed in [xz(&data), zstd::encode_all(data.as_slice(), 1).unwrap()] {
+            let vmlinux = extract_vmlinux(&bz_image(&packed, data.len())).unwrap();
+            assert_eq!(vmlinux.elf, elf);
+            assert_eq!(vmlinux.btf_size, 0);
+        }
+    }
+
+    #[test]
+    fn image_cut_at_any_byte_is_refused() {
+        let data = small_elf(62);
+        let whole = bz_image(&xz(&data), data.len());
+        let end = whole.len() - 100;
+        assert!(extract_vmlinux(&whole[..end]).is_ok());
+        for length in 0..end {
+            assert!(extract_vmlinux(&whole[..length]).is_err(), "{length}");
+        }
+    }
+
+    #[test]
+    fn wrong_machine_wrong_size_and_unknown_packing_are_told_apart() {
+        let says = |image: Vec<u8>| extract_vmlinux(&image).unwrap_err();
+        let arm = small_elf(183);
+        assert!(says(bz_image(&xz(&arm), arm.len())).contains("another machine"));
+        assert!(says(bz_image(&xz(&arm), 5)).contains("instead of 5"));
+        assert!(says(bz_image(b"\x1f\x8b\x08", 5)).contains("neither XZ nor zstd"));
+        assert!(says(vec![0; 4096]).contains("no bzImage"));
+    }
+}

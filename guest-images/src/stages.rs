@@ -1,0 +1,249 @@
+//! The two slow steps, each kept as a stage: the kernel out of its package, and programs with their
+//! libraries out of theirs.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::apt::Packages;
+use crate::build::{BUILDER, BuildOptions, PackageUse, package_use, read, to_json};
+use crate::modules::{Module, ModuleTree};
+use crate::spec::{ImageSet, ImageSpec, Program};
+use crate::stage::{Store, hash_file};
+use crate::userland::Userland;
+use crate::{Error, deb, kernel};
+
+/// File in a stage that says what it holds.
+const LIST: &str = "list.json";
+
+/// An unpacked kernel: `vmlinuz`, `vmlinux`, `config` and `modules/NAME.ko`.
+pub struct KernelStage {
+    pub directory: PathBuf,
+    pub release: String,
+    /// In an order in which they can be loaded.
+    pub modules: Vec<Module>,
+    pub package: PackageUse,
+}
+
+impl KernelStage {
+    /// A module's file.
+    pub fn module_content(&self, module: &Module) -> Result<Vec<u8>, Error> {
+        read(
+            &self
+                .directory
+                .join("modules")
+                .join(format!("{}.ko", module.name)),
+        )
+    }
+}
+
+/// Names of the modules that an image asks for.
+pub fn wanted_modules(image: &ImageSpec) -> impl Iterator<Item = &str> {
+    image
+        .init
+        .modules
+        .iter()
+        .map(|m| m.name.as_str())
+        .chain(image.modules.iter().map(String::as_str))
+}
+
+/// Fetches and unpacks the kernel.
+pub fn kernel_stage(
+    set: &ImageSet,
+    packages: &Packages<'_>,
+    store: &mut Store,
+    options: &BuildOptions<'_>,
+) -> Result<KernelStage, Error> {
+    let name = packages.newest_kernel(&set.kernel_series)?;
+    let file = packages.fetch(&[&name])?.remove(0);
+    let package = package_use(&file)?;
+    let release = name.trim_start_matches("linux-image-").to_string();
+    let names: BTreeSet<&str> = set
+        .images
+        .iter()
+        .flat_map(wanted_modules)
+        .chain(set.host_modules.iter().map(String::as_str))
+        .collect();
+    let inputs = (BUILDER, &package.sha256, &names);
+    let directory = store.stage("kernel", &inputs, |stage| {
+        make_kernel_stage(&file, &release, &names, stage, options.progress)
+    })?;
+    let modules = read_list(&directory)?;
+    Ok(KernelStage {
+        directory,
+        release,
+        modules,
+        package,
+    })
+}
+
+fn make_kernel_stage(
+    package: &Path,
+    release: &str,
+    names: &BTreeSet<&str>,
+    stage: &Path,
+    progress: &dyn Fn(&str),
+) -> Result<(), Error> {
+    let tree = stage.join("tree");
+    let mut told = 0;
+    let wanted = |path: &str| path.starts_with("/boot/") || path.contains("/modules/");
+    deb::unpack(package, &tree, &wanted, &mut |done, all| {
+        let quarter = done * 4 / all.max(1);
+        if quarter > told {
+            told = quarter;
+            progress(&format!("unpacking the kernel package: {} %", quarter * 25));
+        }
+    })?;
+    let write = |path: &Path, content: &[u8]| fs::write(path, content).map_err(Error::io(path));
+
+    let boot = |name: &str| tree.join("boot").join(format!("{name}-{release}"));
+    let image = read(&boot("vmlinuz"))?;
+    let vmlinux = kernel::extract_vmlinux(&image).map_err(|reason| Error::BadKernel {
+        path: boot("vmlinuz"),
+        reason,
+    })?;
+    if vmlinux.btf_size == 0 {
+        progress("this kernel has no types (BTF): drivers cannot be isolated in it");
+    }
+    write(&stage.join("vmlinuz"), &image)?;
+    write(&stage.join("vmlinux"), &vmlinux.elf)?;
+    write(&stage.join("config"), &read(&boot("config"))?)?;
+
+    let under = ["lib/modules", "usr/lib/modules"].map(|d| tree.join(d).join(release));
+    let under = under.iter().find(|d| d.is_dir()).unwrap_or(&under[0]);
+    let directory = stage.join("modules");
+    fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
+    let mut list = Vec::new();
+    for (module, content) in ModuleTree::open(under)?.closure(names.iter().copied())? {
+        write(&directory.join(format!("{}.ko", module.name)), &content)?;
+        list.push(module);
+    }
+    write(&stage.join(LIST), &to_json(&list)?)?;
+    fs::remove_dir_all(&tree).map_err(Error::io(&tree))
+}
+
+fn read_list<T: serde::de::DeserializeOwned>(directory: &Path) -> Result<T, Error> {
+    let path = directory.join(LIST);
+    serde_json::from_slice(&read(&path)?).map_err(|error| Error::io(&path)(error.into()))
+}
+
+/// A program or library: its path in an image and its file's name in the stage.
+#[derive(Serialize, Deserialize)]
+pub struct StagedFile {
+    pub path: String,
+    name: String,
+}
+
+/// Programs with their libraries.
+#[derive(Serialize, Deserialize)]
+pub struct UserlandStage {
+    #[serde(skip)]
+    directory: PathBuf,
+    /// Busybox's commands.
+    pub applets: Vec<String>,
+    /// For each image of the set, in its order.
+    pub images: Vec<Vec<StagedFile>>,
+    pub packages: Vec<PackageUse>,
+}
+
+impl UserlandStage {
+    /// A program's or library's content.
+    pub fn content(&self, file: &StagedFile) -> Result<Vec<u8>, Error> {
+        read(&self.directory.join(&file.name))
+    }
+}
+
+/// In the package and in the image.
+const BUSYBOX: &str = "/bin/busybox";
+
+/// Fetches and unpacks programs and their libraries.
+pub fn userland_stage(
+    set: &ImageSet,
+    packages: &Packages<'_>,
+    store: &mut Store,
+    options: &BuildOptions<'_>,
+) -> Result<UserlandStage, Error> {
+    let busybox = || Program::new("busybox-static", BUSYBOX);
+    let programs: Vec<Vec<Program>> = set
+        .images
+        .iter()
+        .map(|i| {
+            i.programs
+                .iter()
+                .cloned()
+                .chain(i.busybox.then(busybox))
+                .collect()
+        })
+        .collect();
+    let names: BTreeSet<&str> = programs
+        .iter()
+        .flatten()
+        .map(|p| p.package.as_str())
+        .collect();
+    let mut hashes = Vec::new();
+    for file in packages.fetch(&names.into_iter().collect::<Vec<_>>())? {
+        hashes.push(hash_file(&file)?);
+    }
+    let directory = store.stage("userland", &(BUILDER, &programs, hashes), |stage| {
+        (options.progress)("collecting programs and their libraries");
+        make_userland_stage(&programs, packages, stage)
+    })?;
+    let stage: UserlandStage = read_list(&directory)?;
+    Ok(UserlandStage { directory, ..stage })
+}
+
+fn make_userland_stage(
+    programs: &[Vec<Program>],
+    packages: &Packages<'_>,
+    stage: &Path,
+) -> Result<(), Error> {
+    let tree = stage.join("tree");
+    fs::create_dir_all(&tree).map_err(Error::io(&tree))?;
+    let mut userland = Userland::new(packages, &tree);
+    let mut list = UserlandStage {
+        directory: stage.into(),
+        applets: vec![],
+        images: vec![],
+        packages: vec![],
+    };
+    for image in programs {
+        let mut files = Vec::new();
+        for file in userland.programs(image)? {
+            let name = file.path.trim_start_matches('/').replace('/', "!");
+            let to = stage.join(&name);
+            fs::write(&to, &file.content).map_err(Error::io(&to))?;
+            if file.path == BUSYBOX {
+                list.applets = applets(&to)?;
+            }
+            files.push(StagedFile {
+                path: file.path,
+                name,
+            });
+        }
+        list.images.push(files);
+    }
+    for file in &userland.used {
+        list.packages.push(package_use(file)?);
+    }
+    let path = stage.join(LIST);
+    fs::write(&path, to_json(&list)?).map_err(Error::io(&path))?;
+    fs::remove_dir_all(&tree).map_err(Error::io(&tree))
+}
+
+/// Asks busybox for its commands: it is static and runs anywhere.
+fn applets(busybox: &Path) -> Result<Vec<String>, Error> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(busybox, fs::Permissions::from_mode(0o755)).map_err(Error::io(busybox))?;
+    let output = std::process::Command::new(busybox)
+        .arg("--list")
+        .output()
+        .map_err(Error::io(busybox))?;
+    let names = String::from_utf8_lossy(&output.stdout);
+    Ok(names
+        .lines()
+        .filter(|n| *n != "busybox" && !n.is_empty())
+        .map(str::to_string)
+        .collect())
+}
