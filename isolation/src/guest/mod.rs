@@ -8,3 +8,4 @@ pub mod addr;
 pub mod paging;
 pub mod phys;
 pub mod root;
+pub mod symbols;

@@ -1,0 +1,7 @@
+//! What an isolated call may change, and what it did change.
+//!
+//! Pure bookkeeping over addresses and bytes: no guest, no KVM. The addresses come from the guest
+//! and are hostile; tables are bounded.
+
+pub mod diff;
+pub mod range_table;
