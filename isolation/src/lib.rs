@@ -1,4 +1,5 @@
-//! See the crate description in Cargo.toml; modules are added as they are built.
+//! Runs chosen functions of an unmodified guest driver in a domain of their own.
 
+pub mod domain;
 pub mod guest;
 pub mod policy;

@@ -1,0 +1,144 @@
+//! KVM's dirty ring: which pages P wrote, in time that grows with the pages written and not with
+//! the guest's memory (KVM API, sections 8.29 `KVM_CAP_DIRTY_LOG_RING` and 4.146
+//! `KVM_RESET_DIRTY_RINGS`).
+//!
+//! An entry appears when KVM maps a page writable. A page that is dropped from the private view
+//! loses that mapping and appears again at its next write, so entries need not be reset after each
+//! call: they are reset when the ring is half full, which is once in tens of thousands of pages.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_DIRTY_LOG_PAGE_OFFSET, KVMIO, kvm_dirty_gfn, kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl;
+use vmm_sys_util::ioctl_io_nr;
+
+use super::view::{PAGE_SIZE, Pfn};
+
+/// Size of the ring in entries of 16 bytes; KVM wants a power of two and sets some aside.
+const ENTRIES: u32 = 16 * 1024;
+
+/// `KVM_DIRTY_GFN_F_DIRTY`: KVM filled the entry.
+const GFN_F_DIRTY: u32 = 1;
+/// `KVM_DIRTY_GFN_F_RESET`: user space has read the entry.
+const GFN_F_RESET: u32 = 2;
+
+mod ioctls {
+    #![allow(missing_docs, reason = "the macro makes an undocumented function")]
+    use super::{KVMIO, ioctl_io_nr};
+    ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+}
+
+/// The ring of one vCPU, mapped.
+#[derive(Debug)]
+pub struct DirtyRing {
+    entries: NonNull<kvm_dirty_gfn>,
+    bytes: usize,
+    vm: RawFd,
+    next: u32,
+    unreset: u32,
+}
+
+// SAFETY: the mapping belongs to this value alone and every entry is accessed through `&mut self`;
+// the kernel synchronises through the entries' flags.
+unsafe impl Send for DirtyRing {}
+
+impl DirtyRing {
+    /// Turns the ring on for `vm`; must come before its vCPUs are created.
+    pub fn enable(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_DIRTY_LOG_RING,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(ENTRIES) * size_of::<kvm_dirty_gfn>() as u64;
+        vm.enable_cap(&cap)
+    }
+
+    /// Maps the ring of `vcpu`.
+    pub fn map(vm: &VmFd, vcpu: &VcpuFd) -> io::Result<Self> {
+        let bytes = ENTRIES as usize * size_of::<kvm_dirty_gfn>();
+        let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as i64;
+        // SAFETY: a new shared mapping of the vCPU's descriptor at the offset the API names; the
+        // kernel checks size and offset.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                offset,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let entries = NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
+        Ok(Self {
+            entries,
+            bytes,
+            vm: vm.as_raw_fd(),
+            next: 0,
+            unreset: 0,
+        })
+    }
+
+    /// Calls `seen` with slot and page number (relative to the slot's first page) of every page that
+    /// KVM made writable since the last time.
+    pub fn harvest(&mut self, mut seen: impl FnMut(u32, Pfn)) -> io::Result<()> {
+        // No more than one turn of the ring: KVM stops the vCPU before it would overwrite.
+        for _ in 0..ENTRIES {
+            let index = (self.next % ENTRIES) as usize;
+            // SAFETY: `index` is below the number of entries mapped.
+            let entry = unsafe { self.entries.add(index) };
+            // SAFETY: the flags word is shared with the kernel, which accesses it atomically; it is
+            // the entry's first, aligned field.
+            let flags = unsafe { AtomicU32::from_ptr(entry.as_ptr().cast::<u32>()) };
+            if flags.load(Ordering::Acquire) & (GFN_F_DIRTY | GFN_F_RESET) != GFN_F_DIRTY {
+                break;
+            }
+            // SAFETY: the acquire load above saw the entry filled; the kernel leaves it alone until
+            // it is reset.
+            let (slot, offset) = unsafe { ((*entry.as_ptr()).slot, (*entry.as_ptr()).offset) };
+            seen(slot, Pfn(offset));
+            flags.store(GFN_F_RESET, Ordering::Release);
+            self.next = self.next.wrapping_add(1);
+            self.unreset += 1;
+        }
+        if self.unreset >= ENTRIES / 2 {
+            self.reset()?;
+        }
+        Ok(())
+    }
+
+    /// Gives harvested entries back to KVM. Their pages are write-protected again, so a page that is
+    /// still a copy appears anew at its next write.
+    pub fn reset(&mut self) -> io::Result<()> {
+        // SAFETY: the descriptor outlives the ring (both are owned by the private VM), the call takes
+        // no argument and touches no memory of ours but the ring.
+        let result = unsafe {
+            ioctl(
+                &BorrowedFd::borrow_raw(self.vm),
+                ioctls::KVM_RESET_DIRTY_RINGS(),
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.unreset = 0;
+        Ok(())
+    }
+}
+
+impl Drop for DirtyRing {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `map`; no reference to it is left. A failure could only
+        // mean that the range is not mapped, and nothing could be done about it.
+        unsafe { libc::munmap(self.entries.as_ptr().cast(), self.bytes) };
+    }
+}

@@ -1,0 +1,244 @@
+//! The driver domain: a private VM in which isolated calls run.
+//!
+//! | file | what it is |
+//! | --- | --- |
+//! | `view` | copy-on-write view of guest memory |
+//! | `monitor` | the pages only P has: stubs, trampolines, tables |
+//! | `roots` | driver root and kernel root |
+//! | `private_vm`, `dirty_ring` | the KVM side |
+//! | `warm` | private pages kept from call to call |
+//! | `transaction` | one call from entry to commit or abort |
+//! | `supervisor` | what a call asks of the layer above |
+//! | `watchdog` | ends calls that hang |
+
+pub mod diff;
+pub mod dirty_ring;
+pub mod error;
+pub mod monitor;
+pub mod private_vm;
+pub mod roots;
+pub mod supervisor;
+pub mod transaction;
+pub mod view;
+pub mod violation;
+pub mod warm;
+pub mod watchdog;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, kvm_sregs};
+use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::GuestMemoryMmap;
+
+use error::DomainError;
+use monitor::Monitor;
+use private_vm::PrivateVm;
+use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
+use view::{PAGE_SIZE, Page, Pfn, PrivateView};
+use warm::WarmPages;
+use watchdog::Watchdog;
+
+/// Highest place tried for the monitor area: the end of Linux's module mapping space
+/// (Documentation/x86/x86_64/mm.rst, `MODULES_END`), less 2 MiB.
+const HIGHEST_MONITOR_VA: u64 = 0xffff_ffff_fee0_0000;
+/// Lowest: `MODULES_VADDR` of a kernel without KASLR of modules, plus room for them.
+const LOWEST_MONITOR_VA: u64 = 0xffff_ffff_d000_0000;
+const LARGE_PAGE: u64 = 2 << 20;
+
+/// What a domain is made from.
+pub struct DomainConfig<'a> {
+    /// The host's KVM.
+    pub kvm: &'a Kvm,
+    /// The guest's memory, with files behind its regions.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// CPUID of the guest's vCPUs.
+    pub cpuid: &'a CpuId,
+    /// A vCPU of the guest, for its clock; `None` where the guest has no use for one.
+    pub clock: Option<&'a VcpuFd>,
+    /// Control registers of a vCPU of the guest in kernel mode.
+    pub sregs: &'a kvm_sregs,
+    /// Guest physical address for the monitor area, which no memory and no device of the guest has.
+    pub monitor_gpa: u64,
+    /// Pages of the isolated driver's text, by virtual address.
+    pub driver_text: Vec<u64>,
+    /// Pages with return and indirect-branch thunks, by virtual address.
+    pub thunks: Vec<u64>,
+    /// Signal that interrupts a vCPU thread; the process has a handler for it.
+    pub kick_signal: i32,
+}
+
+/// The control registers and segment bases of K that P has taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Adopted {
+    cr0: u64,
+    cr4: u64,
+    efer: u64,
+    gs_base: u64,
+}
+
+/// One driver domain: a private VM for the functions of one driver.
+#[derive(Debug)]
+pub struct Domain {
+    // The VM comes first: it is gone before the memory under its slots.
+    vm: PrivateVm,
+    monitor: Monitor,
+    roots: Roots,
+    view: PrivateView,
+    warm: WarmPages,
+    fixed: FixedPages,
+    thunks: BTreeSet<u64>,
+    /// Driver text: virtual page to guest physical page.
+    text: BTreeMap<u64, Pfn>,
+    text_pages: BTreeSet<Pfn>,
+    /// Virtual address by which the driver writes a page.
+    opened: HashMap<Pfn, u64>,
+    slot_bases: Vec<Pfn>,
+    adopted: Option<Adopted>,
+    watchdog: Watchdog,
+    crossings_at_entry: u64,
+}
+
+impl Domain {
+    /// Makes a domain. The guest must not run meanwhile.
+    pub fn new(config: DomainConfig<'_>) -> Result<Self, DomainError> {
+        let view = PrivateView::new(config.memory)?;
+        let cr3 = config.sregs.cr3;
+        let va = free_va(&view, cr3)?;
+        let (driver, kernel) = ROOT_OFFSETS;
+        let gpa = config.monitor_gpa;
+        let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
+        let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid, config.clock)?;
+        let roots = Roots::new(cr3);
+        let mut text = BTreeMap::new();
+        for va in &config.driver_text {
+            let translation = roots.translate(*va, &view)?;
+            let gpa = translation.ok_or(DomainError::TextNotMapped(*va))?.gpa;
+            text.insert(*va, Pfn::of(gpa));
+        }
+        let mut domain = Self {
+            slot_bases: private_vm::slot_bases(&view),
+            vm,
+            monitor,
+            roots,
+            view,
+            warm: WarmPages::default(),
+            thunks: config.thunks.iter().copied().collect(),
+            fixed: FixedPages {
+                driver_text: config.driver_text,
+                thunks: config.thunks,
+            },
+            text_pages: text.values().copied().collect(),
+            text,
+            opened: HashMap::new(),
+            adopted: None,
+            watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
+            crossings_at_entry: 0,
+        };
+        domain.adopt(config.sregs)?;
+        domain.build_roots(cr3)?;
+        Ok(domain)
+    }
+
+    /// P's own copy of a page of driver text, to restore bytes that are patched in the guest and to
+    /// redirect calls.
+    pub fn text_page_mut(&mut self, va: u64) -> Result<&mut Page, DomainError> {
+        let pfn = self.text.get(&(va & !(PAGE_SIZE - 1))).copied();
+        let pfn = pfn.ok_or(DomainError::TextNotMapped(va))?;
+        Ok(self.view.private_page_mut(pfn)?)
+    }
+
+    /// Address that calls of the kernel function `target` have to go to in P.
+    pub fn trampoline(&mut self, target: u64) -> Result<u64, DomainError> {
+        Ok(self.monitor.trampoline(target)?)
+    }
+
+    /// The private view, to look at.
+    pub fn view(&self) -> &PrivateView {
+        &self.view
+    }
+
+    /// Pages kept from call to call.
+    pub fn warm_pages(&self) -> usize {
+        self.warm.len()
+    }
+
+    /// Takes over K's control registers if they changed; says whether they did.
+    fn adopt(&mut self, sregs: &kvm_sregs) -> Result<bool, DomainError> {
+        self.crossings_at_entry = self.monitor.crossings();
+        let now = Adopted {
+            cr0: sregs.cr0,
+            cr4: sregs.cr4,
+            efer: sregs.efer,
+            gs_base: sregs.gs.base,
+        };
+        if self.adopted == Some(now) {
+            return Ok(false);
+        }
+        self.vm
+            .adopt(sregs, &self.monitor, self.monitor.gpa() + ROOT_OFFSETS.1)?;
+        self.adopted = Some(now);
+        Ok(true)
+    }
+
+    fn build_roots(&mut self, cr3: u64) -> Result<(), DomainError> {
+        self.opened.clear();
+        Ok(self
+            .roots
+            .build(cr3, &self.fixed, &self.view, &mut self.monitor)?)
+    }
+
+    fn root_of(&self, cr3: u64) -> Root {
+        if cr3 == self.monitor.gpa() + ROOT_OFFSETS.0 {
+            Root::Driver
+        } else {
+            Root::Kernel
+        }
+    }
+
+    fn is_driver_text(&self, va: u64) -> bool {
+        self.text.contains_key(&(va & !(PAGE_SIZE - 1)))
+    }
+
+    fn is_thunk(&self, va: u64) -> bool {
+        self.thunks.contains(&(va & !(PAGE_SIZE - 1)))
+    }
+
+    fn is_text_page(&self, pfn: Pfn) -> bool {
+        self.text_pages.contains(&pfn)
+    }
+
+    fn note_open(&mut self, va: u64, gpa: u64) {
+        self.opened.insert(Pfn::of(gpa), va & !(PAGE_SIZE - 1));
+    }
+
+    fn opened_va(&self, pfn: Pfn) -> Option<u64> {
+        self.opened.get(&pfn).copied()
+    }
+}
+
+/// A place for the monitor area within reach of a direct call from a module.
+fn free_va(view: &PrivateView, cr3: u64) -> Result<u64, DomainError> {
+    let mut va = HIGHEST_MONITOR_VA;
+    while va >= LOWEST_MONITOR_VA {
+        if roots::is_free(view, cr3, va)? {
+            return Ok(va);
+        }
+        va -= LARGE_PAGE;
+    }
+    Err(DomainError::NoRoom)
+}
+
+#[cfg(test)]
+pub(crate) fn test_memory(pages: u64) -> std::sync::Arc<GuestMemoryMmap> {
+    use vm_memory::{FileOffset, GuestAddress};
+    let file = tempfile::tempfile().unwrap();
+    let bytes = pages * PAGE_SIZE;
+    file.set_len(bytes).unwrap();
+    let range = (
+        GuestAddress(0),
+        bytes as usize,
+        Some(FileOffset::new(file, 0)),
+    );
+    std::sync::Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap())
+}

@@ -1,0 +1,554 @@
+//! The monitor area: the few pages that only P has, above guest memory.
+//!
+//! ```text
+//!  page                     driver root   kernel root
+//!  0        stubs           execute       execute      entry, exit and call-back return
+//!  1        VECTORS         execute       execute      256 exception stubs of 16 bytes
+//!  2..34    TRAMPOLINES     execute       execute      one for each imported function
+//!  34       TABLES_RO       read          read         IDT
+//!  35       SEGMENTS        read          read         GDT and TSS
+//!  36       EXCEPTION_STACK write         write        IST1; every exception frame lands here
+//!  37       SCRATCH         write         write        one register, while roots are switched
+//!  38       RETURN_STACK    read          write        where kernel functions return to; top first
+//!  39..     page tables     -             -            roots and their tables; no virtual address
+//! ```
+//!
+//! All pages but the page tables are mapped at consecutive virtual addresses; the one after
+//! `RETURN_STACK` is unmapped, so crossings nested too deep fault instead of running on.
+//!
+//! What the driver can do to it: run the stubs at a wrong place, which no check here prevents, and
+//! overwrite the exception stack and the scratch word, which hold nothing across an instruction
+//! that could be interrupted.
+
+use std::collections::HashMap;
+use std::ptr::NonNull;
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
+
+use super::view::{PAGE_SIZE, Page};
+
+const VECTORS: u64 = 1;
+const TRAMPOLINES: u64 = 2;
+const TRAMPOLINE_PAGES: u64 = 32;
+const IDT: u64 = 34;
+const SEGMENTS: u64 = 35;
+const EXCEPTION_STACK: u64 = 36;
+const SCRATCH: u64 = 37;
+const RETURN_STACK: u64 = 38;
+/// Pages that have a virtual address.
+pub const MAPPED_PAGES: u64 = 39;
+/// Pages for page tables.
+pub const TABLE_PAGES: u64 = 1024;
+/// All pages of the area.
+pub const AREA_PAGES: u64 = MAPPED_PAGES + TABLE_PAGES;
+
+/// Port of the exit by which an isolated function returns.
+pub const PORT_RETURN: u16 = 0xF1;
+/// Port of the exit by which an exception is told.
+pub const PORT_EXCEPTION: u16 = 0xF0;
+/// Port of the exit by which a call-back of the kernel into the driver returns.
+pub const PORT_CALLBACK_RETURN: u16 = 0xF2;
+
+/// Kernel code segment selector of 64-bit Linux (`__KERNEL_CS`), which exceptions run on.
+pub const KERNEL_CS: u16 = 0x10;
+/// Kernel data segment selector (`__KERNEL_DS`).
+pub const KERNEL_DS: u16 = 0x18;
+
+const VECTOR_STUB_BYTES: u64 = 16;
+const TRAMPOLINE_SLOT_BYTES: u64 = 256;
+// Offsets in the return stack's page.
+const TOP: u64 = 0;
+const CROSSINGS: u64 = 8;
+const TARGET: u64 = 16;
+const FIRST_FRAME: u64 = 32;
+const FRAME_BYTES: u64 = 16;
+
+/// What the guest may do with a mapped monitor page in each root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MonitorAccess {
+    /// Executable in both roots.
+    pub execute: bool,
+    /// Writable in the driver root.
+    pub driver_write: bool,
+    /// Writable in the kernel root.
+    pub kernel_write: bool,
+}
+
+/// Access to mapped page `page` of the area.
+pub fn access(page: u64) -> MonitorAccess {
+    let execute = page < IDT;
+    let both = page == EXCEPTION_STACK || page == SCRATCH;
+    MonitorAccess {
+        execute,
+        driver_write: both,
+        kernel_write: both || page == RETURN_STACK,
+    }
+}
+
+/// What an exception pushed, with the vector whose stub ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExceptionFrame {
+    /// Vector (Intel SDM volume 3, table 6-1).
+    pub vector: u8,
+    /// Error code; 0 for vectors without one.
+    pub error_code: u64,
+    /// Interrupted RIP.
+    pub rip: u64,
+    /// Interrupted RFLAGS.
+    pub rflags: u64,
+    /// Interrupted RSP.
+    pub rsp: u64,
+}
+
+/// Where a kernel function that the driver called will return to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CrossingFrame {
+    /// Return address in the driver (or a stub, for a tail call).
+    pub return_address: u64,
+    /// RSP after the return, before stack arguments are popped.
+    pub rsp: u64,
+}
+
+/// Why the area could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// Host memory for it could not be had.
+    #[error("cannot map the monitor area: {0}")]
+    Map(#[source] std::io::Error),
+    /// Code did not assemble.
+    #[error("cannot assemble monitor code: {0}")]
+    Assemble(String),
+    /// More functions are imported than there is room for.
+    #[error("the driver imports more kernel functions than the monitor area has trampolines for")]
+    TooManyImports,
+}
+
+impl From<IcedError> for MonitorError {
+    fn from(error: IcedError) -> Self {
+        Self::Assemble(error.to_string())
+    }
+}
+
+/// The area: host memory, guest addresses and what was put into it.
+#[derive(Debug)]
+pub struct Monitor {
+    memory: NonNull<Page>,
+    gpa: u64,
+    va: u64,
+    driver_root: u64,
+    kernel_root: u64,
+    trampolines: HashMap<u64, u64>,
+}
+
+// SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
+// the thread that owns the value.
+unsafe impl Send for Monitor {}
+
+impl Monitor {
+    /// An area at guest physical `gpa` that will be mapped at guest virtual `va`, with code that
+    /// switches between page-table roots at guest physical `driver_root` and `kernel_root`.
+    pub fn new(
+        gpa: u64,
+        va: u64,
+        driver_root: u64,
+        kernel_root: u64,
+    ) -> Result<Self, MonitorError> {
+        // SAFETY: a new anonymous mapping, nothing is replaced.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                (AREA_PAGES * PAGE_SIZE) as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let memory = (address != libc::MAP_FAILED)
+            .then_some(address)
+            .and_then(|address| NonNull::new(address.cast()))
+            .ok_or_else(|| MonitorError::Map(std::io::Error::last_os_error()))?;
+        let mut monitor = Self {
+            memory,
+            gpa,
+            va,
+            driver_root,
+            kernel_root,
+            trampolines: HashMap::new(),
+        };
+        monitor.write_stubs()?;
+        monitor.write_vectors()?;
+        monitor.write_idt();
+        monitor.write_segments();
+        monitor.begin_call(0);
+        Ok(monitor)
+    }
+
+    /// Host address of the area, for the memory slot.
+    pub fn host_address(&self) -> u64 {
+        self.memory.as_ptr() as u64
+    }
+
+    /// Guest physical address of the area's first byte.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Guest virtual address of the area's first byte.
+    pub fn va(&self) -> u64 {
+        self.va
+    }
+
+    /// Whether `va` is in the mapped part, the guard page included.
+    pub fn contains_va(&self, va: u64) -> bool {
+        va.wrapping_sub(self.va) < (MAPPED_PAGES + 1) * PAGE_SIZE
+    }
+
+    /// One page of the area.
+    pub fn page(&self, index: u64) -> &Page {
+        assert!(index < AREA_PAGES, "page of the monitor area");
+        // SAFETY: the index is within the mapping; P does not run while the host looks (see `Send`).
+        unsafe { self.memory.add(index as usize).as_ref() }
+    }
+
+    /// One page of the area, to change.
+    pub fn page_mut(&mut self, index: u64) -> &mut Page {
+        assert!(index < AREA_PAGES, "page of the monitor area");
+        // SAFETY: as in `page`, and `&mut self` makes this the only borrow.
+        unsafe { self.memory.add(index as usize).as_mut() }
+    }
+
+    /// Where P starts a call: loads the driver root, which drops stale translations, and jumps to
+    /// the function given to [`Monitor::begin_call`].
+    pub fn entry_stub(&self) -> u64 {
+        self.va
+    }
+
+    /// Where P goes on in the kernel after a call-back: loads the kernel root and jumps to the address
+    /// given to [`Monitor::resume_at`].
+    pub fn kernel_stub(&self) -> u64 {
+        self.va + 0x60
+    }
+
+    /// Return address of the isolated function.
+    pub fn exit_stub(&self) -> u64 {
+        self.va + 0x40
+    }
+
+    /// Return address of a driver function that the kernel called back.
+    pub fn callback_return_stub(&self) -> u64 {
+        self.va + 0x50
+    }
+
+    /// Guest virtual address of the GDT and its limit.
+    pub fn gdt(&self) -> (u64, u16) {
+        (self.va + SEGMENTS * PAGE_SIZE, 4 * 8 - 1)
+    }
+
+    /// Guest virtual address of the TSS and its limit.
+    pub fn tss(&self) -> (u64, u32) {
+        (self.va + SEGMENTS * PAGE_SIZE + 0x100, 103)
+    }
+
+    /// Guest virtual address of the IDT and its limit.
+    pub fn idt(&self) -> (u64, u16) {
+        (self.va + IDT * PAGE_SIZE, 4095)
+    }
+
+    /// Empties the return stack and sets what the entry stub jumps to.
+    pub fn begin_call(&mut self, target: u64) {
+        let top = self.va + RETURN_STACK * PAGE_SIZE + FIRST_FRAME;
+        self.put(RETURN_STACK, TOP, top);
+        self.put(RETURN_STACK, TARGET, target);
+    }
+
+    /// Sets what the entry stub jumps to and leaves the return stack as it is: to go on in the driver
+    /// after a root was changed behind its back.
+    pub fn resume_at(&mut self, target: u64) {
+        self.put(RETURN_STACK, TARGET, target);
+    }
+
+    /// Crossings made by trampolines since the area was made.
+    pub fn crossings(&self) -> u64 {
+        self.get(RETURN_STACK, CROSSINGS)
+    }
+
+    /// Kernel functions now being called by the driver, outermost first.
+    pub fn crossing_frames(&self) -> Vec<CrossingFrame> {
+        let base = self.va + RETURN_STACK * PAGE_SIZE;
+        let top = self
+            .get(RETURN_STACK, TOP)
+            .wrapping_sub(base)
+            .min(PAGE_SIZE);
+        (FIRST_FRAME..)
+            .step_by(FRAME_BYTES as usize)
+            .take_while(|offset| offset + FRAME_BYTES <= top)
+            .map(|offset| CrossingFrame {
+                return_address: self.get(RETURN_STACK, offset),
+                rsp: self.get(RETURN_STACK, offset + 8),
+            })
+            .collect()
+    }
+
+    /// The frame of the exception whose stub exited with RSP `rsp` at RIP `rip`; `None` where the two
+    /// cannot come from a stub.
+    pub fn exception_frame(&self, rip: u64, rsp_at_exit: u64) -> Option<ExceptionFrame> {
+        let offset = rip.checked_sub(self.va + VECTORS * PAGE_SIZE)?;
+        let vector = u8::try_from(offset / VECTOR_STUB_BYTES).ok()?;
+        let stack = self.va + EXCEPTION_STACK * PAGE_SIZE;
+        let mut at = rsp_at_exit.checked_sub(stack)?;
+        let with_code = has_error_code(vector);
+        if at % 8 != 0 || at.checked_add(if with_code { 48 } else { 40 })? > PAGE_SIZE {
+            return None;
+        }
+        let mut next = || {
+            let value = self.get(EXCEPTION_STACK, at);
+            at += 8;
+            value
+        };
+        let error_code = if with_code { next() } else { 0 };
+        // RIP, CS, RFLAGS, RSP, SS as pushed in 64-bit mode (Intel SDM volume 3, figure 6-9).
+        let [rip, _cs, rflags, stack_pointer] = [next(), next(), next(), next()];
+        Some(ExceptionFrame {
+            vector,
+            error_code,
+            rip,
+            rflags,
+            rsp: stack_pointer,
+        })
+    }
+
+    /// The trampoline that calls `target` in the kernel root, made at the first request.
+    pub fn trampoline(&mut self, target: u64) -> Result<u64, MonitorError> {
+        if let Some(va) = self.trampolines.get(&target) {
+            return Ok(*va);
+        }
+        let per_page = PAGE_SIZE / TRAMPOLINE_SLOT_BYTES;
+        let index = self.trampolines.len() as u64;
+        if index >= TRAMPOLINE_PAGES * per_page {
+            return Err(MonitorError::TooManyImports);
+        }
+        let va = self.va + TRAMPOLINES * PAGE_SIZE + index * TRAMPOLINE_SLOT_BYTES;
+        let code = self.assemble_trampoline(va, target)?;
+        if code.len() as u64 > TRAMPOLINE_SLOT_BYTES {
+            return Err(MonitorError::Assemble(
+                "trampoline longer than its slot".into(),
+            ));
+        }
+        self.put_code(va, &code);
+        self.trampolines.insert(target, va);
+        Ok(va)
+    }
+
+    /// Kernel function that the trampoline at `va` calls.
+    pub fn trampoline_target(&self, va: u64) -> Option<u64> {
+        let slot = va - (va.checked_sub(self.va)? % TRAMPOLINE_SLOT_BYTES);
+        self.trampolines
+            .iter()
+            .find(|(_, at)| **at == slot)
+            .map(|(target, _)| *target)
+    }
+
+    fn data(&self, page: u64, offset: u64) -> u64 {
+        self.va + page * PAGE_SIZE + offset
+    }
+
+    /// `call target` on the kernel root. All registers and the stack's layout are as in a direct call:
+    /// some kernel functions are called from inline assembly and must keep every register.
+    fn assemble_trampoline(&self, va: u64, target: u64) -> Result<Vec<u8>, MonitorError> {
+        let top = qword_ptr(self.data(RETURN_STACK, TOP));
+        let crossings = qword_ptr(self.data(RETURN_STACK, CROSSINGS));
+        let scratch = qword_ptr(self.data(SCRATCH, 0));
+        let mut a = CodeAssembler::new(64)?;
+        a.mov(scratch, r11)?;
+        a.mov(r11, self.kernel_root)?;
+        a.mov(cr3, r11)?;
+        a.mov(r11, crossings)?;
+        a.lea(r11, qword_ptr(r11 + 1))?;
+        a.mov(crossings, r11)?;
+        a.mov(r11, top)?;
+        a.pop(qword_ptr(r11))?;
+        a.mov(qword_ptr(r11 + 8), rsp)?;
+        a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
+        a.mov(top, r11)?;
+        a.mov(r11, scratch)?;
+        a.call(target)?;
+        a.mov(scratch, r11)?;
+        a.mov(r11, top)?;
+        a.lea(r11, qword_ptr(r11 - FRAME_BYTES as i32))?;
+        a.mov(top, r11)?;
+        a.push(qword_ptr(r11))?;
+        a.mov(r11, self.driver_root)?;
+        a.mov(cr3, r11)?;
+        a.mov(r11, scratch)?;
+        a.ret()?;
+        Ok(a.assemble(va)?)
+    }
+
+    fn write_stubs(&mut self) -> Result<(), MonitorError> {
+        for (at, root) in [
+            (self.entry_stub(), self.driver_root),
+            (self.kernel_stub(), self.kernel_root),
+        ] {
+            let mut a = CodeAssembler::new(64)?;
+            let scratch = qword_ptr(self.data(SCRATCH, 0));
+            a.mov(scratch, r11)?;
+            a.mov(r11, root)?;
+            a.mov(cr3, r11)?;
+            a.mov(r11, scratch)?;
+            a.jmp(qword_ptr(self.data(RETURN_STACK, TARGET)))?;
+            let code = a.assemble(at)?;
+            self.put_code(at, &code);
+        }
+        self.put_code(self.exit_stub(), &out_and_halt(PORT_RETURN));
+        self.put_code(
+            self.callback_return_stub(),
+            &out_and_halt(PORT_CALLBACK_RETURN),
+        );
+        Ok(())
+    }
+
+    fn write_vectors(&mut self) -> Result<(), MonitorError> {
+        for vector in 0..256 {
+            let at = self.va + VECTORS * PAGE_SIZE + vector * VECTOR_STUB_BYTES;
+            self.put_code(at, &out_and_halt(PORT_EXCEPTION));
+        }
+        Ok(())
+    }
+
+    /// Interrupt gates (Intel SDM volume 3, section 6.14.1) to the vectors' stubs, all on IST1.
+    fn write_idt(&mut self) {
+        for vector in 0..256u64 {
+            let target = self.va + VECTORS * PAGE_SIZE + vector * VECTOR_STUB_BYTES;
+            let low = (target & 0xffff)
+                | u64::from(KERNEL_CS) << 16
+                | 1 << 32
+                | 0x8e << 40
+                | (target >> 16 & 0xffff) << 48;
+            self.put(IDT, vector * 16, low);
+            self.put(IDT, vector * 16 + 8, target >> 32);
+        }
+    }
+
+    /// Flat 64-bit code and data at Linux's selectors, accessed bits set so that the processor does
+    /// not write them, and a TSS with IST1 (Intel SDM volume 3, section 7.7).
+    fn write_segments(&mut self) {
+        self.put(SEGMENTS, u64::from(KERNEL_CS), 0x00af_9b00_0000_ffff);
+        self.put(SEGMENTS, u64::from(KERNEL_DS), 0x00cf_9300_0000_ffff);
+        let stack_top = self.va + (EXCEPTION_STACK + 1) * PAGE_SIZE;
+        let ist1 = stack_top.to_le_bytes();
+        self.page_mut(SEGMENTS)[0x100 + 0x24..0x100 + 0x2c].copy_from_slice(&ist1);
+    }
+
+    fn put_code(&mut self, va: u64, code: &[u8]) {
+        let offset = va - self.va;
+        let (page, at) = (offset / PAGE_SIZE, (offset % PAGE_SIZE) as usize);
+        self.page_mut(page)[at..at + code.len()].copy_from_slice(code);
+    }
+
+    fn put(&mut self, page: u64, offset: u64, value: u64) {
+        let at = offset as usize;
+        self.page_mut(page)[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn get(&self, page: u64, offset: u64) -> u64 {
+        let at = offset as usize;
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.page(page)[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `new`. The memory slot over it belongs to a VM that is
+        // gone by now or never runs again; a failure would only mean the range is not mapped.
+        unsafe {
+            libc::munmap(
+                self.memory.as_ptr().cast(),
+                (AREA_PAGES * PAGE_SIZE) as usize,
+            );
+        }
+    }
+}
+
+/// `out port, al; hlt`: the `hlt` is never reached.
+fn out_and_halt(port: u16) -> [u8; 3] {
+    [0xe6, port as u8, 0xf4]
+}
+
+/// Vectors that push an error code (Intel SDM volume 3, table 6-1; 29 and 30 are AMD's #VC and #SX).
+fn has_error_code(vector: u8) -> bool {
+    matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+
+    const VA: u64 = 0xffff_ffff_fee0_0000;
+
+    fn monitor() -> Monitor {
+        Monitor::new(1 << 38, VA, 0x1000, 0x2000).unwrap()
+    }
+
+    #[test]
+    fn trampolines_are_made_once_and_found_again() {
+        let mut monitor = monitor();
+        let target = 0xffff_ffff_8123_4560;
+        let va = monitor.trampoline(target).unwrap();
+        assert_eq!(monitor.trampoline(target).unwrap(), va);
+        assert_ne!(monitor.trampoline(target + 16).unwrap(), va);
+        assert_eq!(monitor.trampoline_target(va + 20), Some(target));
+        assert_eq!(monitor.trampoline_target(VA), None);
+    }
+
+    #[test]
+    fn trampoline_calls_its_target_between_two_root_switches() {
+        let mut monitor = monitor();
+        let target = 0xffff_ffff_8123_4560;
+        let va = monitor.trampoline(target).unwrap();
+        let page = (va - VA) / PAGE_SIZE;
+        let at = ((va - VA) % PAGE_SIZE) as usize;
+        let code = &monitor.page(page)[at..at + TRAMPOLINE_SLOT_BYTES as usize];
+        let mut decoder = Decoder::with_ip(64, code, va, DecoderOptions::NONE);
+        let mut seen = Vec::new();
+        for instruction in &mut decoder {
+            match instruction.mnemonic() {
+                Mnemonic::Call => seen.push(instruction.near_branch_target()),
+                Mnemonic::Mov if instruction.op0_register() == iced_x86::Register::CR3 => {
+                    seen.push(0);
+                }
+                Mnemonic::Ret => break,
+                _ => {}
+            }
+        }
+        assert_eq!(seen, [0, target, 0]);
+    }
+
+    #[test]
+    fn too_many_imports_are_refused() {
+        let mut monitor = monitor();
+        let room = TRAMPOLINE_PAGES * PAGE_SIZE / TRAMPOLINE_SLOT_BYTES;
+        for index in 0..room {
+            monitor.trampoline(0xffff_ffff_8000_0000 + index).unwrap();
+        }
+        assert!(matches!(
+            monitor.trampoline(0xffff_ffff_9000_0000),
+            Err(MonitorError::TooManyImports)
+        ));
+    }
+
+    #[test]
+    fn frames_outside_the_exception_stack_are_refused() {
+        let monitor = monitor();
+        let stub = VA + PAGE_SIZE + 14 * VECTOR_STUB_BYTES + 2;
+        let stack_end = VA + (EXCEPTION_STACK + 1) * PAGE_SIZE;
+        assert!(monitor.exception_frame(stub, stack_end - 48).is_some());
+        assert!(monitor.exception_frame(stub, stack_end - 40).is_none());
+        assert!(monitor.exception_frame(stub, 0x1000).is_none());
+        assert!(monitor.exception_frame(0x1000, stack_end - 48).is_none());
+    }
+}

@@ -1,0 +1,439 @@
+//! P: the second KVM VM, over the private view, with one vCPU on which isolated calls run.
+//!
+//! P has no interrupt controller and takes no interrupts. Its memory slots are set once and never
+//! change. Registers travel through `kvm_run` (KVM API, section 8.2 `KVM_CAP_SYNC_REGS`), so a warm
+//! call needs no system call but `KVM_RUN`.
+//!
+//! A finished `out` needs no completing run: KVM skips the instruction at the next `KVM_RUN` only
+//! while RIP still points at it, and every way on from a stub sets RIP elsewhere.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    KVMIO, kvm_device_attr, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+use super::dirty_ring::DirtyRing;
+use super::monitor::{AREA_PAGES, KERNEL_CS, KERNEL_DS, Monitor};
+use super::view::{PAGE_SIZE, Pfn, PrivateView};
+
+mod ioctls {
+    #![allow(missing_docs, reason = "the macro makes undocumented functions")]
+    use super::{KVMIO, ioctl_iow_nr, kvm_device_attr};
+    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+}
+
+/// CR0.TS: an FPU instruction raises #NM.
+const CR0_TS: u64 = 1 << 3;
+const CR4_PGE: u64 = 1 << 7;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_PCIDE: u64 = 1 << 17;
+
+/// Why P could not be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum PrivateVmError {
+    /// A KVM call failed.
+    #[error("KVM refused {call} for the private VM: {source}")]
+    Kvm {
+        /// Name of the call.
+        call: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// The dirty ring could not be used.
+    #[error("cannot use the private VM's dirty ring: {0}")]
+    DirtyRing(#[source] std::io::Error),
+    /// The guest runs with 5-level paging.
+    #[error(
+        "the guest uses 5-level paging, which isolation does not support yet: boot it with no5lvl"
+    )]
+    FiveLevelPaging,
+}
+
+fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
+    move |source| PrivateVmError::Kvm { call, source }
+}
+
+/// Why P stopped running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// `out` to a port; `value` holds the bytes written, little-endian.
+    Out {
+        /// Port.
+        port: u16,
+        /// Bytes written.
+        value: u32,
+        /// Their number: 1, 2 or 4 times the repeat count.
+        bytes: usize,
+    },
+    /// `in` from a port.
+    In {
+        /// Port.
+        port: u16,
+        /// Bytes wanted.
+        bytes: usize,
+    },
+    /// Load from an address that is no memory.
+    MmioRead {
+        /// Guest physical address.
+        gpa: u64,
+        /// Bytes wanted, 1 to 8.
+        bytes: usize,
+    },
+    /// Store to an address that is no memory.
+    MmioWrite {
+        /// Guest physical address.
+        gpa: u64,
+        /// Bytes written, little-endian.
+        value: u64,
+        /// Their number, 1 to 8.
+        bytes: usize,
+    },
+    /// Access to a model-specific register that KVM does not know.
+    Msr {
+        /// Register number.
+        index: u32,
+    },
+    /// A signal arrived.
+    Interrupted,
+    /// The dirty ring is full.
+    DirtyRingFull,
+    /// Shutdown: an exception could not be delivered.
+    Shutdown,
+    /// Anything else, by its `KVM_EXIT_` number: `hlt`, an emulation failure.
+    Other(u32),
+}
+
+/// The private VM.
+#[derive(Debug)]
+pub struct PrivateVm {
+    // Fields are dropped in this order: the ring's mapping before the descriptors.
+    ring: DirtyRing,
+    vcpu: VcpuFd,
+    _vm: VmFd,
+    runs: u64,
+}
+
+impl PrivateVm {
+    /// A VM over the private side of `view` and the `monitor` area, for a guest whose vCPUs have
+    /// `cpuid`. `k_vcpu` is one of them, whose time-stamp counter P follows.
+    pub fn new(
+        kvm_device: &Kvm,
+        view: &PrivateView,
+        monitor: &Monitor,
+        cpuid: &CpuId,
+        k_vcpu: Option<&VcpuFd>,
+    ) -> Result<Self, PrivateVmError> {
+        let vm = kvm_device.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+        DirtyRing::enable(&vm).map_err(kvm("KVM_CAP_DIRTY_LOG_RING"))?;
+        let mut msr_exits = kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            ..Default::default()
+        };
+        msr_exits.args[0] = u64::from(
+            KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_FILTER,
+        );
+        vm.enable_cap(&msr_exits)
+            .map_err(kvm("KVM_CAP_X86_USER_SPACE_MSR"))?;
+        set_slots(&vm, view, monitor)?;
+        let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+        if let Some(k_vcpu) = k_vcpu {
+            follow_clock(k_vcpu, &vcpu)?;
+        }
+        vcpu.set_sync_valid_reg(SyncReg::Register);
+        let ring = DirtyRing::map(&vm, &vcpu).map_err(PrivateVmError::DirtyRing)?;
+        Ok(Self {
+            ring,
+            vcpu,
+            _vm: vm,
+            runs: 0,
+        })
+    }
+
+    /// Takes over the control registers and segments of a vCPU of the guest, with P's own descriptor
+    /// tables and roots. Only needed when they changed since the last time.
+    pub fn adopt(
+        &mut self,
+        k: &kvm_sregs,
+        monitor: &Monitor,
+        kernel_root: u64,
+    ) -> Result<(), PrivateVmError> {
+        if k.cr4 & CR4_LA57 != 0 {
+            return Err(PrivateVmError::FiveLevelPaging);
+        }
+        let mut sregs = self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+        sregs.cs = code_segment();
+        (sregs.ds, sregs.es, sregs.ss) = (data_segment(), data_segment(), data_segment());
+        sregs.fs = k.fs;
+        sregs.gs = k.gs;
+        sregs.ldt = kvm_segment {
+            unusable: 1,
+            ..Default::default()
+        };
+        let (base, limit) = monitor.tss();
+        sregs.tr = kvm_segment {
+            base,
+            limit,
+            type_: 11,
+            present: 1,
+            selector: 0x40,
+            ..Default::default()
+        };
+        (sregs.gdt.base, sregs.gdt.limit) = monitor.gdt();
+        (sregs.idt.base, sregs.idt.limit) = monitor.idt();
+        sregs.cr0 = k.cr0 | CR0_TS;
+        sregs.cr3 = kernel_root;
+        sregs.cr4 = k.cr4 & !(CR4_PGE | CR4_PCIDE);
+        sregs.efer = k.efer;
+        sregs.interrupt_bitmap = [0; 4];
+        self.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))
+    }
+
+    /// General registers at the last exit.
+    pub fn regs(&self) -> kvm_regs {
+        self.vcpu.sync_regs().regs
+    }
+
+    /// Sets the general registers for the next run.
+    pub fn set_regs(&mut self, regs: &kvm_regs) {
+        self.vcpu.sync_regs_mut().regs = *regs;
+        self.vcpu.set_sync_dirty_reg(SyncReg::Register);
+    }
+
+    /// CR2 and CR3 at the last exit: two numbers that only unusual exits need.
+    pub fn fault_registers(&self) -> Result<(u64, u64), PrivateVmError> {
+        let sregs = self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+        Ok((sregs.cr2, sregs.cr3))
+    }
+
+    /// Runs until something stops it.
+    pub fn run(&mut self) -> Result<Exit, PrivateVmError> {
+        self.runs += 1;
+        let exit = match self.vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                return Ok(Exit::Interrupted);
+            }
+            Err(source) => {
+                return Err(PrivateVmError::Kvm {
+                    call: "KVM_RUN",
+                    source,
+                });
+            }
+        };
+        Ok(match exit {
+            VcpuExit::IoOut(port, data) => Exit::Out {
+                port,
+                value: little_endian(data) as u32,
+                bytes: data.len(),
+            },
+            VcpuExit::IoIn(port, data) => Exit::In {
+                port,
+                bytes: data.len(),
+            },
+            VcpuExit::MmioRead(gpa, data) => Exit::MmioRead {
+                gpa,
+                bytes: data.len(),
+            },
+            VcpuExit::MmioWrite(gpa, data) => Exit::MmioWrite {
+                gpa,
+                value: little_endian(data),
+                bytes: data.len(),
+            },
+            VcpuExit::X86Rdmsr(exit) => Exit::Msr { index: exit.index },
+            VcpuExit::X86Wrmsr(exit) => Exit::Msr { index: exit.index },
+            VcpuExit::Intr => Exit::Interrupted,
+            VcpuExit::Shutdown => Exit::Shutdown,
+            _ => {
+                let reason = self.vcpu.get_kvm_run().exit_reason;
+                if reason == kvm_bindings::KVM_EXIT_DIRTY_RING_FULL {
+                    Exit::DirtyRingFull
+                } else {
+                    Exit::Other(reason)
+                }
+            }
+        })
+    }
+
+    /// Gives the answer to the load of the last [`Exit::MmioRead`].
+    pub fn answer_mmio(&mut self, value: u64) {
+        let run = self.vcpu.get_kvm_run();
+        run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
+    }
+
+    /// Lets KVM forget a half-done access or a pending exception after a call was stopped in the
+    /// middle of something.
+    pub fn settle(&mut self) -> Result<(), PrivateVmError> {
+        self.vcpu.set_kvm_immediate_exit(1);
+        let result = self.vcpu.run().map(|_| ());
+        self.vcpu.set_kvm_immediate_exit(0);
+        if let Err(source) = result
+            && !matches!(source.errno(), libc::EINTR | libc::EAGAIN)
+        {
+            return Err(PrivateVmError::Kvm {
+                call: "KVM_RUN",
+                source,
+            });
+        }
+        let mut events = self
+            .vcpu
+            .get_vcpu_events()
+            .map_err(kvm("KVM_GET_VCPU_EVENTS"))?;
+        events.exception.injected = 0;
+        events.exception.pending = 0;
+        events.nmi.injected = 0;
+        events.interrupt.injected = 0;
+        events.interrupt.shadow = 0;
+        events.flags = 0;
+        self.vcpu
+            .set_vcpu_events(&events)
+            .map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Pages of guest memory written since the last time, monitor area left out.
+    pub fn harvest(
+        &mut self,
+        bases: &[Pfn],
+        mut seen: impl FnMut(Pfn),
+    ) -> Result<(), PrivateVmError> {
+        self.ring
+            .harvest(|slot, offset| {
+                if let Some(base) = bases.get(slot as usize) {
+                    seen(Pfn(base.0 + offset.0));
+                }
+            })
+            .map_err(PrivateVmError::DirtyRing)
+    }
+
+    /// Empties the ring for KVM, after [`Exit::DirtyRingFull`].
+    pub fn reset_ring(&mut self) -> Result<(), PrivateVmError> {
+        self.ring.reset().map_err(PrivateVmError::DirtyRing)
+    }
+
+    /// Number of `KVM_RUN` calls made.
+    pub fn runs(&self) -> u64 {
+        self.runs
+    }
+}
+
+/// First page of each memory slot, by slot number.
+pub fn slot_bases(view: &PrivateView) -> Vec<Pfn> {
+    view.private()
+        .iter()
+        .map(|region| Pfn::of(region.start_addr().raw_value()))
+        .collect()
+}
+
+fn set_slots(vm: &VmFd, view: &PrivateView, monitor: &Monitor) -> Result<(), PrivateVmError> {
+    let mut slot = 0;
+    let mut add = |guest_phys_addr, memory_size, userspace_addr, flags| {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr,
+            memory_size,
+            userspace_addr,
+        };
+        slot += 1;
+        // SAFETY: the range is a mapping owned by the view or the monitor area, both of which the
+        // domain keeps for as long as the VM.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))
+    };
+    for region in view.private().iter() {
+        let gpa = region.start_addr().raw_value();
+        add(
+            gpa,
+            region.len(),
+            region.as_ptr() as u64,
+            KVM_MEM_LOG_DIRTY_PAGES,
+        )?;
+    }
+    add(
+        monitor.gpa(),
+        AREA_PAGES * PAGE_SIZE,
+        monitor.host_address(),
+        0,
+    )
+}
+
+/// Sets P's time-stamp counter offset to that of `k` (KVM documentation, devices/vcpu, section 4.1).
+fn follow_clock(k: &VcpuFd, p: &VcpuFd) -> Result<(), PrivateVmError> {
+    let mut offset = 0u64;
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: std::ptr::from_mut(&mut offset) as u64,
+        flags: 0,
+    };
+    for (descriptor, request, call) in [
+        (
+            k.as_raw_fd(),
+            ioctls::KVM_GET_DEVICE_ATTR(),
+            "KVM_GET_DEVICE_ATTR",
+        ),
+        (
+            p.as_raw_fd(),
+            ioctls::KVM_SET_DEVICE_ATTR(),
+            "KVM_SET_DEVICE_ATTR",
+        ),
+    ] {
+        // SAFETY: `attribute` and the 8 bytes it points to live through both calls; the kernel reads
+        // or writes just those.
+        let result = unsafe {
+            ioctl_with_ref(
+                &std::os::fd::BorrowedFd::borrow_raw(descriptor),
+                request,
+                &attribute,
+            )
+        };
+        if result < 0 {
+            return Err(PrivateVmError::Kvm {
+                call,
+                source: kvm_ioctls::Error::last(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn code_segment() -> kvm_segment {
+    kvm_segment {
+        limit: u32::MAX,
+        selector: KERNEL_CS,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
+
+fn data_segment() -> kvm_segment {
+    kvm_segment {
+        limit: u32::MAX,
+        selector: KERNEL_DS,
+        type_: 3,
+        present: 1,
+        s: 1,
+        db: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
+
+fn little_endian(data: &[u8]) -> u64 {
+    data.iter()
+        .take(8)
+        .rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
+}

@@ -1,0 +1,583 @@
+//! The two page-table roots that P runs on, and how they follow the guest's own tables.
+//!
+//! ```text
+//!               driver root                              kernel root
+//!  a page is    read-only, not executable ...            as the guest has it ...
+//!  except       driver text      execute                 driver text   not executable
+//!               thunks           execute                 monitor area  as its pages say
+//!               opened pages     write
+//!               monitor area     as its pages say
+//! ```
+//!
+//! A root is filled on demand. An entry either *links* a whole sub-tree of the guest's own tables
+//! (with write and execute taken away where the root's default says so: permissions of all levels are
+//! combined, Intel SDM volume 3, section 4.6), or leads to a *mirror*, a table in the monitor area
+//! that is itself filled on demand. Mirrors exist only on the paths to pages with permissions of
+//! their own.
+//!
+//! Every entry that was taken over from the guest is remembered with its value. Before each call the
+//! values are compared; when one changed the roots are built anew. Tables of the guest below a link
+//! are walked by the processor itself and cannot go stale.
+
+use std::collections::HashMap;
+
+use super::monitor::{self, MAPPED_PAGES, Monitor, TABLE_PAGES};
+use super::view::{PAGE_SIZE, Pfn, PrivateView, ViewError};
+
+/// Entry bits (Intel SDM volume 3, tables 4-15 to 4-20).
+mod bits {
+    pub const PRESENT: u64 = 1 << 0;
+    pub const WRITE: u64 = 1 << 1;
+    pub const USER: u64 = 1 << 2;
+    pub const ACCESSED: u64 = 1 << 5;
+    pub const DIRTY: u64 = 1 << 6;
+    pub const LARGE: u64 = 1 << 7;
+    pub const GLOBAL: u64 = 1 << 8;
+    pub const PAT_LARGE: u64 = 1 << 12;
+    pub const NX: u64 = 1 << 63;
+    pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+}
+
+/// One of the two roots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Root {
+    /// The driver's: nothing is writable or executable but what was opened.
+    Driver,
+    /// The kernel's: the guest's permissions, driver text excepted.
+    Kernel,
+}
+
+/// Permissions of one page in one root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Permissions {
+    /// Stores succeed.
+    pub write: bool,
+    /// Instruction fetches succeed.
+    pub execute: bool,
+}
+
+/// What filling an address did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// The root now says what the guest and the root's own permissions say.
+    Filled,
+    /// The guest itself does not map the address.
+    NotMapped,
+}
+
+/// Why roots could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum RootError {
+    /// The monitor area's table pages are used up.
+    #[error("no table pages left for the domain's page tables")]
+    OutOfTables,
+    /// A guest page table lies outside guest memory.
+    #[error("a guest page table is not in guest memory: {0}")]
+    Table(#[from] ViewError),
+}
+
+/// What the paging structures of one translation say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Translation {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Writable at every level.
+    pub write: bool,
+    /// Executable at every level.
+    pub execute: bool,
+}
+
+/// A guest entry that a root depends on.
+#[derive(Debug, Clone, Copy)]
+struct Source {
+    gpa: u64,
+    value: u64,
+}
+
+#[derive(Debug, Default)]
+struct RootState {
+    /// Mirror tables: (level, virtual address prefix) to page of the monitor area.
+    mirrors: HashMap<(u8, u64), u64>,
+    /// Leaf permissions of pages that differ from the root's default.
+    special: HashMap<u64, Permissions>,
+}
+
+/// Both roots. The tables live in the monitor area.
+#[derive(Debug)]
+pub struct Roots {
+    cr3: u64,
+    driver: RootState,
+    kernel: RootState,
+    /// Entries below the top level.
+    sources: Vec<Source>,
+    /// Entries of the top level in use: index and value.
+    top_sources: Vec<(u64, u64)>,
+    next_table: u64,
+    rebuilds: u64,
+}
+
+const DRIVER_TOP: u64 = MAPPED_PAGES;
+const KERNEL_TOP: u64 = MAPPED_PAGES + 1;
+
+/// Offset in the monitor area of the driver root's and the kernel root's top-level table, in bytes.
+pub const ROOT_OFFSETS: (u64, u64) = (DRIVER_TOP * PAGE_SIZE, KERNEL_TOP * PAGE_SIZE);
+
+/// Where the fixed parts of the address space are.
+#[derive(Debug, Clone)]
+pub struct FixedPages {
+    /// Pages of the isolated driver's text, by virtual address.
+    pub driver_text: Vec<u64>,
+    /// Pages with return and indirect-branch thunks, by virtual address: executable in both roots.
+    pub thunks: Vec<u64>,
+}
+
+impl Roots {
+    /// Empty roots that follow the tables at `cr3`.
+    pub fn new(cr3: u64) -> Self {
+        Self {
+            cr3,
+            driver: RootState::default(),
+            kernel: RootState::default(),
+            sources: Vec::new(),
+            top_sources: Vec::new(),
+            next_table: KERNEL_TOP + 1,
+            rebuilds: 0,
+        }
+    }
+
+    /// How often the roots were built, the first time included.
+    pub fn rebuilds(&self) -> u64 {
+        self.rebuilds
+    }
+
+    /// Takes all mirrors down and puts the fixed pages and the monitor area in.
+    pub fn build(
+        &mut self,
+        cr3: u64,
+        fixed: &FixedPages,
+        view: &PrivateView,
+        monitor: &mut Monitor,
+    ) -> Result<(), RootError> {
+        *self = Self {
+            rebuilds: self.rebuilds + 1,
+            ..Self::new(cr3)
+        };
+        for top in [DRIVER_TOP, KERNEL_TOP] {
+            monitor.page_mut(top).fill(0);
+        }
+        self.driver.mirrors.insert((4, 0), DRIVER_TOP);
+        self.kernel.mirrors.insert((4, 0), KERNEL_TOP);
+        for va in &fixed.driver_text {
+            self.driver.special.insert(
+                *va,
+                Permissions {
+                    write: false,
+                    execute: true,
+                },
+            );
+            self.kernel.special.insert(
+                *va,
+                Permissions {
+                    write: false,
+                    execute: false,
+                },
+            );
+        }
+        for va in &fixed.thunks {
+            self.driver.special.insert(
+                *va,
+                Permissions {
+                    write: false,
+                    execute: true,
+                },
+            );
+        }
+        for va in &fixed.driver_text {
+            self.fill(Root::Driver, *va, view, monitor)?;
+            self.fill(Root::Kernel, *va, view, monitor)?;
+        }
+        for va in &fixed.thunks {
+            self.fill(Root::Driver, *va, view, monitor)?;
+        }
+        self.map_monitor(Root::Driver, view, monitor)?;
+        self.map_monitor(Root::Kernel, view, monitor)
+    }
+
+    /// Whether the guest's tables, entered at `cr3`, still say what the roots took from them.
+    pub fn fresh(&self, cr3: u64, view: &PrivateView) -> bool {
+        let top = cr3 & bits::ADDRESS;
+        let same = |gpa: u64, value: u64| {
+            read_shared(view, gpa).is_ok_and(|now| without_used(now) == without_used(value))
+        };
+        self.top_sources
+            .iter()
+            .all(|(index, value)| same(top + index * 8, *value))
+            && self
+                .sources
+                .iter()
+                .all(|source| same(source.gpa, source.value))
+    }
+
+    /// Follows the tables at `cr3` from now on; the user half is forgotten when they are another
+    /// process's.
+    pub fn enter(&mut self, cr3: u64, monitor: &mut Monitor) {
+        if self.cr3 & bits::ADDRESS == cr3 & bits::ADDRESS {
+            return;
+        }
+        self.cr3 = cr3;
+        for top in [DRIVER_TOP, KERNEL_TOP] {
+            monitor.page_mut(top)[..PAGE_SIZE as usize / 2].fill(0);
+        }
+        self.top_sources.retain(|(index, _)| *index >= 256);
+    }
+
+    /// Lets P write the page at `va` in the driver root.
+    pub fn open(
+        &mut self,
+        va: u64,
+        view: &PrivateView,
+        monitor: &mut Monitor,
+    ) -> Result<Fill, RootError> {
+        let page = va & !(PAGE_SIZE - 1);
+        let execute = self
+            .driver
+            .special
+            .get(&page)
+            .is_some_and(|special| special.execute);
+        self.driver.special.insert(
+            page,
+            Permissions {
+                write: true,
+                execute,
+            },
+        );
+        self.fill(Root::Driver, page, view, monitor)
+    }
+
+    /// Whether the page at `va` is open for writing in the driver root.
+    pub fn is_open(&self, va: u64) -> bool {
+        let page = va & !(PAGE_SIZE - 1);
+        self.driver
+            .special
+            .get(&page)
+            .is_some_and(|special| special.write)
+    }
+
+    /// Walks the guest's tables as P sees them, permissions of the roots left aside.
+    pub fn translate(&self, va: u64, view: &PrivateView) -> Result<Option<Translation>, RootError> {
+        let mut table = self.cr3 & bits::ADDRESS;
+        let (mut write, mut execute) = (true, true);
+        for level in (1..=4u8).rev() {
+            let entry = read_private(view, table + index(va, level) * 8)?;
+            if entry & bits::PRESENT == 0 {
+                return Ok(None);
+            }
+            write &= entry & bits::WRITE != 0;
+            execute &= entry & bits::NX == 0;
+            if level == 1 || (level < 4 && entry & bits::LARGE != 0) {
+                let offset_mask = (1 << shift(level)) - 1;
+                let gpa = (entry & bits::ADDRESS & !offset_mask) | (va & offset_mask);
+                return Ok(Some(Translation {
+                    gpa,
+                    write,
+                    execute,
+                }));
+            }
+            table = entry & bits::ADDRESS;
+        }
+        Ok(None)
+    }
+
+    /// Puts into `root` what the guest's tables say about `va`.
+    pub fn fill(
+        &mut self,
+        root: Root,
+        va: u64,
+        view: &PrivateView,
+        monitor: &mut Monitor,
+    ) -> Result<Fill, RootError> {
+        let page = va & !(PAGE_SIZE - 1);
+        let special = self.state(root).special.get(&page).copied();
+        let mut guest_table = self.cr3 & bits::ADDRESS;
+        // Set once the walk is below a large page of the guest: its entry and the level it was at.
+        let mut large: Option<(u64, u8)> = None;
+        for level in (1..=4u8).rev() {
+            let mirror = self.mirror(root, level, page, monitor)?;
+            let at = index(page, level);
+            let (entry, source) = match large {
+                Some((entry, from)) => (split(entry, from, level, page), None),
+                None => {
+                    let gpa = guest_table + at * 8;
+                    let entry = read_private(view, gpa)?;
+                    (entry, Some(Source { gpa, value: entry }))
+                }
+            };
+            if entry & bits::PRESENT == 0 {
+                return Ok(Fill::NotMapped);
+            }
+            let below = self.has_special_below(root, level, page);
+            if level == 1 || !below {
+                let leaf = if level == 1 {
+                    restrict(root, entry, special)
+                } else {
+                    restrict(root, entry, None)
+                };
+                put_entry(monitor, mirror, at, leaf);
+                self.remember(level, at, source);
+                if let (1, Some((entry, from))) = (level, large) {
+                    self.fill_split(root, page, mirror, (entry, from), monitor);
+                }
+                return Ok(Fill::Filled);
+            }
+            // A path of our own: the guest's permissions hold at the leaf, so grant all here and
+            // carry the guest's along.
+            self.remember(level, at, source);
+            let next = self.mirror(root, level - 1, page, monitor)?;
+            let kept = bits::WRITE | bits::USER | bits::NX;
+            let upper = entry & kept | bits::PRESENT | bits::ACCESSED;
+            put_entry(
+                monitor,
+                mirror,
+                at,
+                upper | (monitor.gpa() + next * PAGE_SIZE),
+            );
+            if large.is_none() {
+                if level < 4 && entry & bits::LARGE != 0 {
+                    large = Some((entry, level));
+                } else {
+                    guest_table = entry & bits::ADDRESS;
+                }
+            } else {
+                large = Some((entry, level));
+            }
+        }
+        Ok(Fill::NotMapped)
+    }
+
+    /// Fills the rest of a table that stands for a piece of a large page: all of it depends on the one
+    /// entry that was remembered, so it costs nothing later.
+    fn fill_split(
+        &self,
+        root: Root,
+        page: u64,
+        mirror: u64,
+        (entry, from): (u64, u8),
+        monitor: &mut Monitor,
+    ) {
+        let first = page & !((1 << shift(2)) - 1);
+        for at in 0..512 {
+            let va = first + at * PAGE_SIZE;
+            let special = self.state(root).special.get(&va).copied();
+            put_entry(
+                monitor,
+                mirror,
+                at,
+                restrict(root, split(entry, from, 1, va), special),
+            );
+        }
+    }
+
+    fn state(&self, root: Root) -> &RootState {
+        match root {
+            Root::Driver => &self.driver,
+            Root::Kernel => &self.kernel,
+        }
+    }
+
+    fn state_mut(&mut self, root: Root) -> &mut RootState {
+        match root {
+            Root::Driver => &mut self.driver,
+            Root::Kernel => &mut self.kernel,
+        }
+    }
+
+    /// Whether the entry of `level` that covers `va` also covers a page with permissions of its own,
+    /// so that it cannot be a link.
+    fn has_special_below(&self, root: Root, level: u8, va: u64) -> bool {
+        let state = self.state(root);
+        level > 1
+            && (state
+                .mirrors
+                .contains_key(&(level - 1, prefix(va, level - 1)))
+                || state.special.contains_key(&va))
+    }
+
+    /// The mirror table of `level` that covers `va`, made when there is none.
+    fn mirror(
+        &mut self,
+        root: Root,
+        level: u8,
+        va: u64,
+        monitor: &mut Monitor,
+    ) -> Result<u64, RootError> {
+        let key = (level, prefix(va, level));
+        if let Some(table) = self.state(root).mirrors.get(&key) {
+            return Ok(*table);
+        }
+        let table = self.next_table;
+        if table >= MAPPED_PAGES + TABLE_PAGES {
+            return Err(RootError::OutOfTables);
+        }
+        self.next_table += 1;
+        monitor.page_mut(table).fill(0);
+        self.state_mut(root).mirrors.insert(key, table);
+        Ok(table)
+    }
+
+    fn remember(&mut self, level: u8, at: u64, source: Option<Source>) {
+        let Some(source) = source else { return };
+        if level == 4 {
+            if !self.top_sources.iter().any(|(index, _)| *index == at) {
+                self.top_sources.push((at, source.value));
+            }
+        } else if !self.sources.iter().any(|known| known.gpa == source.gpa) {
+            self.sources.push(source);
+        }
+    }
+
+    /// Maps the monitor area's pages at its virtual address, all within one table.
+    fn map_monitor(
+        &mut self,
+        root: Root,
+        view: &PrivateView,
+        monitor: &mut Monitor,
+    ) -> Result<(), RootError> {
+        let va = monitor.va();
+        let mut guest_table = Some(self.cr3 & bits::ADDRESS);
+        for level in [4, 3, 2u8] {
+            let mirror = self.mirror(root, level, va, monitor)?;
+            let next = self.mirror(root, level - 1, va, monitor)?;
+            let at = index(va, level);
+            let entry = bits::PRESENT | bits::WRITE | bits::ACCESSED;
+            put_entry(
+                monitor,
+                mirror,
+                at,
+                entry | (monitor.gpa() + next * PAGE_SIZE),
+            );
+            // The place must stay free in the guest: its entry is a source like any other.
+            if let Some(table) = guest_table {
+                let gpa = table + at * 8;
+                let value = read_private(view, gpa)?;
+                self.remember(level, at, Some(Source { gpa, value }));
+                let descend = value & bits::PRESENT != 0 && value & bits::LARGE == 0;
+                guest_table = descend.then_some(value & bits::ADDRESS);
+            }
+        }
+        let table = self.mirror(root, 1, va, monitor)?;
+        for page in 0..MAPPED_PAGES {
+            let access = monitor::access(page);
+            let write = match root {
+                Root::Driver => access.driver_write,
+                Root::Kernel => access.kernel_write,
+            };
+            let mut entry = (monitor.gpa() + page * PAGE_SIZE) | bits::PRESENT | bits::ACCESSED;
+            if write {
+                entry |= bits::WRITE | bits::DIRTY;
+            }
+            if !access.execute {
+                entry |= bits::NX;
+            }
+            put_entry(monitor, table, index(va + page * PAGE_SIZE, 1), entry);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the 2 MiB around `va` are unmapped in the guest's tables at `cr3`, so that the monitor
+/// area can go there.
+pub fn is_free(view: &PrivateView, cr3: u64, va: u64) -> Result<bool, RootError> {
+    let mut table = cr3 & bits::ADDRESS;
+    for level in [4, 3, 2u8] {
+        let entry = read_private(view, table + index(va, level) * 8)?;
+        if entry & bits::PRESENT == 0 {
+            return Ok(true);
+        }
+        if entry & bits::LARGE != 0 {
+            return Ok(false);
+        }
+        table = entry & bits::ADDRESS;
+    }
+    Ok(false)
+}
+
+fn shift(level: u8) -> u32 {
+    12 + 9 * (u32::from(level) - 1)
+}
+
+fn index(va: u64, level: u8) -> u64 {
+    (va >> shift(level)) & 511
+}
+
+/// What addresses covered by one table of `level` have in common.
+fn prefix(va: u64, level: u8) -> u64 {
+    if level >= 4 {
+        0
+    } else {
+        va >> shift(level + 1)
+    }
+}
+
+/// The entry one level below (at `level`) that a large page's `entry` at `from` stands for.
+fn split(entry: u64, from: u8, level: u8, va: u64) -> u64 {
+    let covered = (1u64 << shift(from)) - 1;
+    let piece = (va & covered) & !((1u64 << shift(level)) - 1);
+    let base = entry & bits::ADDRESS & !covered;
+    let mut flags = entry & !bits::ADDRESS & !bits::LARGE;
+    if level > 1 {
+        flags |= bits::LARGE | (entry & bits::PAT_LARGE);
+    } else if entry & bits::PAT_LARGE != 0 {
+        // PAT is bit 12 of a large entry and bit 7 of a 4 KiB one.
+        flags |= bits::LARGE;
+    }
+    base | piece | flags
+}
+
+/// `entry` with the permissions that `root` gives by default, or those of a `special` page. Global
+/// bits go: a translation must not survive the switch to the other root.
+fn restrict(root: Root, entry: u64, special: Option<Permissions>) -> u64 {
+    let entry = entry & !bits::GLOBAL;
+    match (special, root) {
+        (Some(special), Root::Driver) => {
+            let write = if special.write {
+                entry & bits::WRITE
+            } else {
+                0
+            };
+            let nx = if special.execute {
+                entry & bits::NX
+            } else {
+                bits::NX
+            };
+            (entry & !bits::WRITE & !bits::NX) | write | nx
+        }
+        (None, Root::Driver) => (entry & !bits::WRITE) | bits::NX,
+        (Some(special), Root::Kernel) if !special.execute => entry | bits::NX,
+        (_, Root::Kernel) => entry,
+    }
+}
+
+fn without_used(entry: u64) -> u64 {
+    entry & !(bits::ACCESSED | bits::DIRTY)
+}
+
+fn put_entry(monitor: &mut Monitor, table: u64, at: u64, entry: u64) {
+    let at = at as usize * 8;
+    monitor.page_mut(table)[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+}
+
+fn read_shared(view: &PrivateView, gpa: u64) -> Result<u64, ViewError> {
+    Ok(entry_of(view.shared_page(Pfn::of(gpa))?, gpa))
+}
+
+fn read_private(view: &PrivateView, gpa: u64) -> Result<u64, ViewError> {
+    Ok(entry_of(view.private_page(Pfn::of(gpa))?, gpa))
+}
+
+fn entry_of(page: &super::view::Page, gpa: u64) -> u64 {
+    let at = (gpa % PAGE_SIZE) as usize & !7;
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&page[at..at + 8]);
+    u64::from_le_bytes(bytes)
+}

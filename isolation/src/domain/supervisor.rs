@@ -1,0 +1,51 @@
+//! What a call in the domain asks of the layer that knows the guest: its functions, objects and
+//! devices.
+
+use super::monitor::ExceptionFrame;
+
+/// What to do about an exception in a kernel function that the driver called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelExceptionVerdict {
+    /// The kernel expects it (a user page that is not present, a `WARN`): let the guest take it.
+    Expected,
+    /// The kernel would oops: the driver passed something bad.
+    DriversFault,
+}
+
+/// Knowledge about the guest and access to the isolated device.
+pub trait Supervisor {
+    /// Whether this call may write at least one byte around guest virtual address `va`, on its page;
+    /// the driver's stack frame is not asked for.
+    fn may_write(&mut self, va: u64) -> bool;
+
+    /// Whether this call may change the `bytes` bytes at `va`.
+    fn may_change(&mut self, va: u64, bytes: u64) -> bool;
+
+    /// Whether a function of the kernel or of another module begins at `va`.
+    fn is_kernel_function(&self, va: u64) -> bool;
+
+    /// Whether a function of the isolated driver begins at `va`.
+    fn is_driver_function(&self, va: u64) -> bool;
+
+    /// Judges an exception in a kernel function; `address` is CR2.
+    fn kernel_exception(&self, frame: &ExceptionFrame, address: u64) -> KernelExceptionVerdict;
+
+    /// Whether guest physical address `gpa` belongs to the isolated device.
+    fn owns_mmio(&self, gpa: u64) -> bool;
+
+    /// Loads `bytes` (1 to 8) from the isolated device.
+    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> u64;
+
+    /// Stores the low `bytes` (1 to 8) of `value` to the isolated device.
+    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize);
+
+    /// Takes the device's state, before the call reaches it for the first time.
+    fn checkpoint_device(&mut self);
+
+    /// Puts the state taken last back.
+    fn restore_device(&mut self);
+
+    /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever
+    /// becomes of the call (console output); `false` where it may not.
+    fn harmless_port_write(&mut self, port: u16, value: u32, bytes: usize) -> bool;
+}

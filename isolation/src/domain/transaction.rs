@@ -1,0 +1,890 @@
+//! One isolated call, from its entry to commit, abort or pass-through.
+//!
+//! ```text
+//!            ┌──────────────────────────── fill, open, cross, call back ─┐
+//!            ▼                                                           │
+//!  begin ─► run P ─► exit ─┬─ an access the roots can be changed for ────┘
+//!                          ├─ device access: queue it, or publish and perform it ─► run P
+//!                          ├─ return ─► check ─► publish ─► Committed
+//!                          ├─ violation ─► undo ─► Aborted
+//!                          └─ something that only the guest can do ─► undo ─► PassThrough
+//! ```
+//!
+//! The caller holds the guest's other vCPUs and its emulated devices for the whole call: nobody else
+//! writes guest memory meanwhile.
+//!
+//! A call that passes through leaves no trace, and the guest runs the function itself, unisolated:
+//! that is how calls that sleep, wait for another processor or use the FPU are carried out.
+
+use std::time::Duration;
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+
+use super::Domain;
+use super::diff::changed_runs;
+use super::error::DomainError;
+use super::monitor::{ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_RETURN};
+use super::private_vm::Exit;
+use super::roots::{Fill, Root, RootError};
+use super::supervisor::{KernelExceptionVerdict, Supervisor};
+use super::view::{PAGE_SIZE, Pfn};
+use super::violation::{Violation, ViolationKind};
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
+/// RFLAGS.TF.
+const TRAP_FLAG: u64 = 1 << 8;
+/// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
+const THREAD_SIZE: u64 = 16 * 1024;
+/// Device stores that may wait for commit.
+const MAX_POSTED: usize = 4096;
+/// Unusual exits after which a call is given up: no honest call comes near.
+const MAX_DETOURS: u32 = 20_000;
+
+const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
+const VECTOR_NMI: u8 = 2;
+const VECTOR_MACHINE_CHECK: u8 = 18;
+const VECTOR_PAGE_FAULT: u8 = 14;
+const PF_PRESENT: u64 = 1 << 0;
+const PF_WRITE: u64 = 1 << 1;
+const PF_FETCH: u64 = 1 << 4;
+
+/// A call to be isolated, as the guest's vCPU stood at the entry gate.
+#[derive(Debug)]
+pub struct CallRequest<'a> {
+    /// General registers; RIP is not used.
+    pub regs: kvm_regs,
+    /// Control registers and segments.
+    pub sregs: &'a kvm_sregs,
+    /// Guest virtual address at which the function's own code begins.
+    pub function: u64,
+    /// Time after which the call is aborted.
+    pub budget: Duration,
+}
+
+/// Why a call was given back to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PassThroughReason {
+    /// A kernel function uses the FPU.
+    Fpu,
+    /// A kernel function takes an exception that the kernel handles itself.
+    KernelException,
+    /// A kernel function uses the interrupt controller or another processor register of K.
+    ProcessorRegister,
+    /// A kernel function reaches a device that is not the isolated one.
+    OtherDevice,
+    /// A kernel function halts or does something that KVM cannot carry out.
+    Halt,
+    /// A kernel function that was marked to be run by the guest only, such as the scheduler.
+    TrappedFunction,
+    /// The guest's page tables are too large or changed too often.
+    PageTables,
+    /// The stack or its return address cannot be used.
+    Stack,
+}
+
+/// How a call ended.
+#[derive(Debug, Clone)]
+pub enum CallEnd {
+    /// Its effects are in the guest.
+    Committed,
+    /// It broke a rule; nothing of it is left.
+    Aborted(Box<Violation>),
+    /// The guest must run the function itself; nothing of the attempt is left.
+    PassThrough(PassThroughReason),
+}
+
+/// What a call did and cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CallStats {
+    /// `KVM_RUN` calls on P.
+    pub runs: u64,
+    /// Kernel functions called through trampolines.
+    pub crossings: u64,
+    /// Exits to fill in page-table entries.
+    pub fills: u32,
+    /// Pages opened for writing by the driver.
+    pub opened: u32,
+    /// Exits for indirect calls of kernel functions.
+    pub indirect_calls: u32,
+    /// Call-backs of the kernel into the driver.
+    pub callbacks: u32,
+    /// Device stores queued.
+    pub posted_writes: u32,
+    /// Device loads.
+    pub device_reads: u32,
+    /// Pages with a private copy at the end.
+    pub dirty_pages: u32,
+    /// Bytes that differed from the guest's and were committed.
+    pub committed_bytes: u64,
+    /// System calls other than `KVM_RUN`.
+    pub other_syscalls: u32,
+    /// Times the roots had to be built.
+    pub rebuilds: u32,
+}
+
+/// The end of a call with the registers that the guest's vCPU goes on with.
+#[derive(Debug, Clone)]
+pub struct CallResult {
+    /// How it ended.
+    pub end: CallEnd,
+    /// For a committed call: all general registers. For an aborted one: those of the entry, after a
+    /// return; the caller sets RAX. For a pass-through: those of the entry.
+    pub regs: kvm_regs,
+    /// What it did and cost.
+    pub stats: CallStats,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct PostedWrite {
+    gpa: u64,
+    value: u64,
+    bytes: usize,
+}
+
+/// A call of the kernel back into the driver.
+#[derive(Debug, Clone, Copy)]
+struct Callback {
+    return_address: u64,
+    rsp: u64,
+}
+
+/// Old bytes of memory that was published before the end of the call.
+#[derive(Debug)]
+struct Undo {
+    pfn: Pfn,
+    offset: usize,
+    bytes: Vec<u8>,
+}
+
+/// What an exit leads to.
+enum Step {
+    Continue,
+    Returned,
+    Violation(ViolationKind, u64),
+    PassThrough(PassThroughReason),
+}
+
+pub(super) struct Call<'a> {
+    domain: &'a mut Domain,
+    supervisor: &'a mut dyn Supervisor,
+    request: &'a CallRequest<'a>,
+    return_address: u64,
+    return_slot: (Pfn, usize),
+    /// Pages written by the host on P's behalf, which KVM does not know of.
+    host_written: Vec<Pfn>,
+    callbacks: Vec<Callback>,
+    posted: Vec<PostedWrite>,
+    undo: Vec<Undo>,
+    harvested: Vec<Pfn>,
+    reached_device: bool,
+    detours: u32,
+    last_fault: (u64, u64, u32),
+    stats: CallStats,
+}
+
+impl Domain {
+    /// Carries out one call. On an error the guest is as before the call, and the domain should be
+    /// taken down.
+    pub fn call(
+        &mut self,
+        request: &CallRequest<'_>,
+        supervisor: &mut dyn Supervisor,
+    ) -> Result<CallResult, DomainError> {
+        let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
+        let mut call = Call {
+            domain: self,
+            supervisor,
+            request,
+            return_address: 0,
+            return_slot: (Pfn(0), 0),
+            host_written: Vec::new(),
+            callbacks: Vec::new(),
+            posted: Vec::new(),
+            undo: Vec::new(),
+            harvested: Vec::new(),
+            reached_device: false,
+            detours: 0,
+            last_fault: (0, 0, 0),
+            stats: CallStats::default(),
+        };
+        let result = call.carry_out();
+        let mut stats = call.stats;
+        self.watchdog.end();
+        stats.runs = self.vm.runs() - runs;
+        stats.crossings = self.monitor.crossings() - crossings;
+        result.map(|(end, regs)| CallResult { end, regs, stats })
+    }
+}
+
+impl Call<'_> {
+    fn carry_out(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
+        let step = match self.begin()? {
+            None => self.run()?,
+            Some(reason) => Step::PassThrough(reason),
+        };
+        match step {
+            Step::Returned => match self.check_return() {
+                Some((kind, rip)) => self.abort(kind, rip),
+                None => self.commit(),
+            },
+            Step::Violation(kind, rip) => self.abort(kind, rip),
+            Step::PassThrough(reason) => {
+                self.take_back()?;
+                Ok((CallEnd::PassThrough(reason), self.request.regs))
+            }
+            Step::Continue => Err(DomainError::Internal("a call stopped without a reason")),
+        }
+    }
+
+    /// Brings P to the entry of the function. `Some` says why the call cannot be isolated.
+    fn begin(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
+        let domain = &mut *self.domain;
+        domain.watchdog.begin(self.request.budget);
+        domain.warm.refresh(&mut domain.view)?;
+        if domain.adopt(self.request.sregs)? {
+            self.stats.other_syscalls += 2;
+        }
+        let cr3 = self.request.sregs.cr3;
+        domain.roots.enter(cr3, &mut domain.monitor);
+        if !domain.roots.fresh(cr3, &domain.view) {
+            match domain.build_roots(cr3) {
+                Ok(()) => self.stats.rebuilds += 1,
+                Err(DomainError::Roots(RootError::OutOfTables)) => {
+                    return Ok(Some(PassThroughReason::PageTables));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        domain.monitor.begin_call(self.request.function);
+        let rsp = self.request.regs.rsp;
+        let Some(slot) = domain
+            .roots
+            .translate(rsp, &domain.view)?
+            .filter(|_| rsp.is_multiple_of(8))
+        else {
+            return Ok(Some(PassThroughReason::Stack));
+        };
+        self.return_slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
+        if !domain.view.contains(self.return_slot.0) {
+            return Ok(Some(PassThroughReason::Stack));
+        }
+        self.return_address = self.read_slot(self.return_slot)?;
+        let stub = self.domain.monitor.exit_stub();
+        self.write_slot(self.return_slot, stub)?;
+        for va in [rsp.wrapping_sub(8), rsp.wrapping_sub(PAGE_SIZE / 2)] {
+            if va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1) && !self.domain.roots.is_open(va)
+            {
+                self.open(va)?;
+            }
+        }
+        let mut regs = self.request.regs;
+        regs.rip = self.domain.monitor.entry_stub();
+        regs.rflags &= !TRAP_FLAG;
+        self.domain.vm.set_regs(&regs);
+        Ok(None)
+    }
+
+    fn run(&mut self) -> Result<Step, DomainError> {
+        loop {
+            let exit = self.domain.vm.run()?;
+            let step = self.handle(exit)?;
+            if !matches!(step, Step::Continue) {
+                return Ok(step);
+            }
+            self.detours += 1;
+            if self.detours > MAX_DETOURS {
+                let rip = self.domain.vm.regs().rip;
+                return Ok(Step::Violation(ViolationKind::TimeBudget, rip));
+            }
+        }
+    }
+
+    fn handle(&mut self, exit: Exit) -> Result<Step, DomainError> {
+        let regs = self.domain.vm.regs();
+        match exit {
+            Exit::Out {
+                port: PORT_RETURN, ..
+            } if self.at_stub(&regs) => Ok(Step::Returned),
+            Exit::Out {
+                port: PORT_EXCEPTION,
+                ..
+            } if self.at_stub(&regs) => self.exception(&regs),
+            Exit::Out {
+                port: PORT_CALLBACK_RETURN,
+                ..
+            } if self.at_stub(&regs) => Ok(self.callback_return(&regs)),
+            Exit::Out { port, value, bytes } => {
+                if self.root()? == Root::Kernel
+                    && self.supervisor.harmless_port_write(port, value, bytes)
+                {
+                    return Ok(Step::Continue);
+                }
+                let kind = ViolationKind::ForeignPort { port, write: true };
+                self.foreign(kind, PassThroughReason::OtherDevice)
+            }
+            Exit::In { port, .. } => {
+                let kind = ViolationKind::ForeignPort { port, write: false };
+                self.foreign(kind, PassThroughReason::OtherDevice)
+            }
+            Exit::MmioRead { gpa, bytes } => self.mmio_read(gpa, bytes),
+            Exit::MmioWrite { gpa, value, bytes } => self.mmio_write(gpa, value, bytes),
+            Exit::Msr { index } => self.foreign(
+                ViolationKind::ForeignMsr { index },
+                PassThroughReason::ProcessorRegister,
+            ),
+            Exit::Interrupted => {
+                if self.domain.watchdog.expired() {
+                    return Ok(Step::Violation(ViolationKind::TimeBudget, regs.rip));
+                }
+                Ok(Step::Continue)
+            }
+            Exit::DirtyRingFull => {
+                self.harvest()?;
+                self.domain.vm.reset_ring()?;
+                self.stats.other_syscalls += 1;
+                Ok(Step::Continue)
+            }
+            Exit::Shutdown => Ok(Step::Violation(ViolationKind::Shutdown, regs.rip)),
+            Exit::Other(_) => self.foreign(
+                ViolationKind::PrivilegedInstruction,
+                PassThroughReason::Halt,
+            ),
+        }
+    }
+
+    /// Whether RIP is in the monitor area: a driver that uses a stub's port itself is no stub.
+    fn at_stub(&self, regs: &kvm_regs) -> bool {
+        self.domain.monitor.contains_va(regs.rip)
+    }
+
+    /// Which root P is on.
+    fn root(&mut self) -> Result<Root, DomainError> {
+        self.stats.other_syscalls += 1;
+        let (_, cr3) = self.domain.vm.fault_registers()?;
+        Ok(self.domain.root_of(cr3))
+    }
+
+    /// Something a driver must not do and a kernel function may, in the guest.
+    fn foreign(
+        &mut self,
+        kind: ViolationKind,
+        reason: PassThroughReason,
+    ) -> Result<Step, DomainError> {
+        let rip = self.domain.vm.regs().rip;
+        Ok(match self.root()? {
+            Root::Driver => Step::Violation(kind, rip),
+            Root::Kernel => Step::PassThrough(reason),
+        })
+    }
+
+    fn exception(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
+        let Some(frame) = self.domain.monitor.exception_frame(regs.rip, regs.rsp) else {
+            return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
+        };
+        self.stats.other_syscalls += 1;
+        let (cr2, cr3) = self.domain.vm.fault_registers()?;
+        let root = self.domain.root_of(cr3);
+        match frame.vector {
+            VECTOR_DEVICE_NOT_AVAILABLE => Ok(Step::PassThrough(PassThroughReason::Fpu)),
+            VECTOR_NMI | VECTOR_MACHINE_CHECK => {
+                Ok(Step::PassThrough(PassThroughReason::KernelException))
+            }
+            VECTOR_PAGE_FAULT if frame.error_code & PF_FETCH != 0 => {
+                self.fetch_fault(&frame, cr2, root, regs)
+            }
+            VECTOR_PAGE_FAULT => self.data_fault(&frame, cr2, root, regs),
+            _ => Ok(self.real_exception(&frame, 0, root)),
+        }
+    }
+
+    /// An exception that no change of the roots makes go away.
+    fn real_exception(&self, frame: &ExceptionFrame, address: u64, root: Root) -> Step {
+        let (vector, error_code) = (frame.vector, frame.error_code);
+        if root == Root::Driver {
+            let kind = ViolationKind::Exception {
+                vector,
+                error_code,
+                address,
+            };
+            return Step::Violation(kind, frame.rip);
+        }
+        match self.supervisor.kernel_exception(frame, address) {
+            KernelExceptionVerdict::Expected => {
+                Step::PassThrough(PassThroughReason::KernelException)
+            }
+            KernelExceptionVerdict::DriversFault => {
+                let kind = ViolationKind::KernelException {
+                    vector,
+                    error_code,
+                    address,
+                };
+                Step::Violation(kind, frame.rip)
+            }
+        }
+    }
+
+    fn data_fault(
+        &mut self,
+        frame: &ExceptionFrame,
+        address: u64,
+        root: Root,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let write = frame.error_code & PF_WRITE != 0;
+        let here = (frame.rip, address, frame.error_code as u32);
+        let repeated = std::mem::replace(&mut self.last_fault, here) == here;
+        let translation = self.domain.roots.translate(address, &self.domain.view)?;
+        let Some(translation) = translation.filter(|_| !self.domain.monitor.contains_va(address))
+        else {
+            return Ok(self.real_exception(frame, address, root));
+        };
+        // A present page, read: protection (SMAP) that filling does not change.
+        if (repeated && frame.error_code & PF_PRESENT != 0) || (write && !translation.write) {
+            if root == Root::Driver && write {
+                return Ok(Step::Violation(
+                    ViolationKind::StrayWrite { address },
+                    frame.rip,
+                ));
+            }
+            return Ok(self.real_exception(frame, address, root));
+        }
+        if write && root == Root::Driver && !self.domain.roots.is_open(address) {
+            // Device registers are judged when the access arrives as an exit of its own.
+            let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
+            if is_memory && !self.in_own_stack(address) && !self.supervisor.may_write(address) {
+                return Ok(Step::Violation(
+                    ViolationKind::StrayWrite { address },
+                    frame.rip,
+                ));
+            }
+            self.open(address)?;
+            self.domain.note_open(address, translation.gpa);
+        }
+        self.fill(root, address)?;
+        self.resume(frame, regs);
+        Ok(Step::Continue)
+    }
+
+    fn fetch_fault(
+        &mut self,
+        frame: &ExceptionFrame,
+        target: u64,
+        root: Root,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let wild = Step::Violation(ViolationKind::IllegalControlTransfer { target }, frame.rip);
+        let Some(translation) = self.domain.roots.translate(target, &self.domain.view)? else {
+            return Ok(match root {
+                Root::Driver => wild,
+                Root::Kernel => self.real_exception(frame, target, root),
+            });
+        };
+        let in_driver = self.domain.is_driver_text(target);
+        match root {
+            Root::Driver if in_driver || self.domain.is_thunk(target) => {
+                self.fill(root, target)?;
+                self.resume(frame, regs);
+                Ok(Step::Continue)
+            }
+            Root::Driver if self.supervisor.is_kernel_function(target) => {
+                let Some(return_address) = self.read_guest(frame.rsp)? else {
+                    return Ok(wild);
+                };
+                if !self.domain.is_driver_text(return_address)
+                    && !self.domain.monitor.contains_va(return_address)
+                {
+                    return Ok(wild);
+                }
+                self.stats.indirect_calls += 1;
+                let trampoline = self.domain.monitor.trampoline(target)?;
+                self.resume_at(frame, regs, trampoline);
+                Ok(Step::Continue)
+            }
+            Root::Driver => Ok(wild),
+            Root::Kernel if in_driver => self.call_back(frame, target, regs),
+            Root::Kernel if translation.execute => {
+                self.fill(root, target)?;
+                self.resume(frame, regs);
+                Ok(Step::Continue)
+            }
+            Root::Kernel => Ok(self.real_exception(frame, target, root)),
+        }
+    }
+
+    /// The kernel calls the driver: go on in the driver root, with a return address of ours.
+    fn call_back(
+        &mut self,
+        frame: &ExceptionFrame,
+        target: u64,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let translation = self.domain.roots.translate(frame.rsp, &self.domain.view)?;
+        let (Some(slot), true) = (translation, self.supervisor.is_driver_function(target)) else {
+            let kind = ViolationKind::IllegalControlTransfer { target };
+            return Ok(Step::Violation(kind, frame.rip));
+        };
+        let slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
+        let return_address = self.read_slot(slot)?;
+        let stub = self.domain.monitor.callback_return_stub();
+        self.write_slot(slot, stub)?;
+        self.callbacks.push(Callback {
+            return_address,
+            rsp: frame.rsp + 8,
+        });
+        self.stats.callbacks += 1;
+        self.domain.monitor.resume_at(target);
+        let entry = self.domain.monitor.entry_stub();
+        self.resume_at(frame, regs, entry);
+        Ok(Step::Continue)
+    }
+
+    fn callback_return(&mut self, regs: &kvm_regs) -> Step {
+        let Some(callback) = self.callbacks.pop() else {
+            let target = self.domain.monitor.callback_return_stub();
+            return Step::Violation(ViolationKind::IllegalControlTransfer { target }, regs.rip);
+        };
+        if callback.rsp != regs.rsp {
+            return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
+        }
+        self.domain.monitor.resume_at(callback.return_address);
+        let mut next = *regs;
+        next.rip = self.domain.monitor.kernel_stub();
+        self.domain.vm.set_regs(&next);
+        Step::Continue
+    }
+
+    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> Result<Step, DomainError> {
+        if !self.supervisor.owns_mmio(gpa) {
+            let kind = ViolationKind::ForeignMmio { gpa, write: false };
+            return self.foreign(kind, PassThroughReason::OtherDevice);
+        }
+        self.reach_device()?;
+        self.stats.device_reads += 1;
+        let value = self.supervisor.mmio_read(gpa, bytes);
+        self.follow_device()?;
+        self.domain.vm.answer_mmio(value);
+        Ok(Step::Continue)
+    }
+
+    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) -> Result<Step, DomainError> {
+        if !self.supervisor.owns_mmio(gpa) {
+            let kind = ViolationKind::ForeignMmio { gpa, write: true };
+            return self.foreign(kind, PassThroughReason::OtherDevice);
+        }
+        if self.posted.len() >= MAX_POSTED {
+            self.reach_device()?;
+            self.follow_device()?;
+        }
+        self.posted.push(PostedWrite { gpa, value, bytes });
+        self.stats.posted_writes += 1;
+        Ok(Step::Continue)
+    }
+
+    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the
+    /// queued stores.
+    fn reach_device(&mut self) -> Result<(), DomainError> {
+        if !self.reached_device {
+            self.supervisor.checkpoint_device();
+            self.reached_device = true;
+        }
+        // What the guest and its devices see is the stack with its own return address.
+        self.write_slot(self.return_slot, self.return_address)?;
+        for pfn in self.private_pages()? {
+            let mut runs = Vec::new();
+            let view = &self.domain.view;
+            changed_runs(
+                view.shared_page(pfn)?,
+                view.private_page(pfn)?,
+                |offset, length| {
+                    runs.push((offset, length));
+                },
+            );
+            for (offset, length) in runs {
+                let bytes = self.domain.view.shared_page(pfn)?[offset..offset + length].to_vec();
+                self.undo.push(Undo { pfn, offset, bytes });
+                self.domain.view.publish(pfn, offset, length)?;
+            }
+        }
+        self.flush_posted();
+        Ok(())
+    }
+
+    /// Takes over into private copies what the device wrote.
+    fn follow_device(&mut self) -> Result<(), DomainError> {
+        for pfn in self.private_pages()? {
+            self.domain.view.refresh(pfn)?;
+        }
+        let stub = self.domain.monitor.exit_stub();
+        self.write_slot(self.return_slot, stub)
+    }
+
+    fn flush_posted(&mut self) {
+        for write in std::mem::take(&mut self.posted) {
+            self.supervisor
+                .mmio_write(write.gpa, write.value, write.bytes);
+        }
+    }
+
+    /// What is wrong with the way the function returned.
+    fn check_return(&self) -> Option<(ViolationKind, u64)> {
+        let (entry, now) = (&self.request.regs, self.domain.vm.regs());
+        let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
+        let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
+            ViolationKind::UnbalancedStack { rsp: now.rsp }
+        } else if (now.rflags ^ entry.rflags) & INTERRUPT_FLAG != 0 {
+            ViolationKind::InterruptFlag
+        } else if kept(&now) != kept(entry) {
+            ViolationKind::CalleeSavedRegister
+        } else {
+            return None;
+        };
+        Some((kind, self.request.function))
+    }
+
+    fn commit(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
+        let mut regs = self.domain.vm.regs();
+        regs.rip = self.return_address;
+        self.write_slot(self.return_slot, self.return_address)?;
+        let pages = self.private_pages()?;
+        self.stats.dirty_pages = pages.len() as u32;
+        let mut changes = Vec::new();
+        for pfn in &pages {
+            let view = &self.domain.view;
+            let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
+            if old != new {
+                changed_runs(old, new, |offset, length| {
+                    changes.push((*pfn, offset, length))
+                });
+            }
+        }
+        if let Some(kind) = self.forbidden_change(&changes) {
+            return self.abort(kind, self.request.function);
+        }
+        for (pfn, offset, length) in &changes {
+            self.domain.view.publish(*pfn, *offset, *length)?;
+            self.stats.committed_bytes += *length as u64;
+        }
+        let changed = |pfn: Pfn| {
+            changes
+                .binary_search_by_key(&pfn, |change| change.0)
+                .is_ok()
+        };
+        let domain = &mut *self.domain;
+        let host_written = &self.host_written;
+        let mut dropped = domain
+            .warm
+            .age(|pfn| changed(pfn) || host_written.contains(&pfn));
+        for pfn in pages {
+            if !dropped.contains(&pfn) && !domain.warm.keep(pfn) {
+                dropped.push(pfn);
+            }
+        }
+        dropped.sort_unstable();
+        self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
+        self.flush_posted();
+        Ok((CallEnd::Committed, regs))
+    }
+
+    /// The first change among `changes` (sorted by page) that the call may not make.
+    fn forbidden_change(&mut self, changes: &[(Pfn, usize, usize)]) -> Option<ViolationKind> {
+        let rsp = self.request.regs.rsp;
+        for (pfn, offset, length) in changes {
+            let bytes = *length as u64;
+            if *pfn == self.return_slot.0 {
+                // The entry page of the stack: below the return address is the call's own.
+                let address = (rsp & !(PAGE_SIZE - 1)) + *offset as u64;
+                let end = address + bytes;
+                if end > rsp
+                    && !self
+                        .supervisor
+                        .may_change(address.max(rsp), end - address.max(rsp))
+                {
+                    return Some(ViolationKind::StackSmash {
+                        address: address.max(rsp),
+                    });
+                }
+                continue;
+            }
+            // Kernel functions write through their own mapping of the same page, so bytes can only be
+            // laid at the driver's door where it called none.
+            if self.stats_crossed() {
+                continue;
+            }
+            if let Some(va) = self.domain.opened_va(*pfn) {
+                let address = va + *offset as u64;
+                if !self.in_own_stack(address) && !self.supervisor.may_change(address, bytes) {
+                    return Some(ViolationKind::StrayBytes { address, bytes });
+                }
+            }
+        }
+        None
+    }
+
+    fn stats_crossed(&self) -> bool {
+        self.domain.monitor.crossings() != self.domain.crossings_at_entry
+            || self.stats.callbacks > 0
+    }
+
+    fn abort(&mut self, kind: ViolationKind, rip: u64) -> Result<(CallEnd, kvm_regs), DomainError> {
+        let regs = self.domain.vm.regs();
+        let (_, cr3) = self.domain.vm.fault_registers()?;
+        let crossings = self.domain.monitor.crossing_frames();
+        let violation = Violation {
+            kind,
+            root: self.domain.root_of(cr3),
+            rip,
+            rsp: regs.rsp,
+            crossings: crossings.iter().map(|frame| frame.return_address).collect(),
+            reached_device: self.reached_device,
+        };
+        self.take_back()?;
+        let mut regs = self.request.regs;
+        regs.rip = self.return_address;
+        regs.rsp = regs.rsp.wrapping_add(8);
+        Ok((CallEnd::Aborted(Box::new(violation)), regs))
+    }
+
+    /// Leaves nothing of the call behind.
+    fn take_back(&mut self) -> Result<(), DomainError> {
+        self.domain.vm.settle()?;
+        self.posted.clear();
+        let pages = self.private_pages()?;
+        self.stats.dirty_pages = pages.len() as u32;
+        let domain = &mut *self.domain;
+        let dropped: Vec<Pfn> = pages
+            .into_iter()
+            .filter(|pfn| !domain.warm.contains(*pfn))
+            .collect();
+        self.stats.other_syscalls += 3 + domain.view.drop_pages(&dropped)?;
+        for undo in self.undo.drain(..).rev() {
+            domain
+                .view
+                .write_shared(undo.pfn, undo.offset, &undo.bytes)?;
+        }
+        if self.reached_device {
+            self.supervisor.restore_device();
+        }
+        Ok(())
+    }
+
+    /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's
+    /// text is not among them.
+    fn private_pages(&mut self) -> Result<Vec<Pfn>, DomainError> {
+        self.harvest()?;
+        let domain = &*self.domain;
+        let mut pages: Vec<Pfn> = self
+            .harvested
+            .iter()
+            .chain(&self.host_written)
+            .copied()
+            .chain(domain.warm.iter())
+            .filter(|pfn| !domain.is_text_page(*pfn))
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        Ok(pages)
+    }
+
+    fn harvest(&mut self) -> Result<(), DomainError> {
+        let harvested = &mut self.harvested;
+        let domain = &mut *self.domain;
+        domain
+            .vm
+            .harvest(&domain.slot_bases, |pfn| harvested.push(pfn))?;
+        Ok(())
+    }
+
+    fn open(&mut self, va: u64) -> Result<(), DomainError> {
+        let domain = &mut *self.domain;
+        self.stats.opened += 1;
+        match domain.roots.open(va, &domain.view, &mut domain.monitor) {
+            Err(RootError::OutOfTables) => {
+                self.rebuild()?;
+                let domain = &mut *self.domain;
+                domain.roots.open(va, &domain.view, &mut domain.monitor)?;
+                Ok(())
+            }
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+
+    fn fill(&mut self, root: Root, va: u64) -> Result<Fill, DomainError> {
+        self.stats.fills += 1;
+        let domain = &mut *self.domain;
+        match domain
+            .roots
+            .fill(root, va, &domain.view, &mut domain.monitor)
+        {
+            Err(RootError::OutOfTables) => {
+                self.rebuild()?;
+                let domain = &mut *self.domain;
+                Ok(domain
+                    .roots
+                    .fill(root, va, &domain.view, &mut domain.monitor)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Starts the roots afresh in the middle of a call: what was open is opened again when touched.
+    fn rebuild(&mut self) -> Result<(), DomainError> {
+        self.stats.rebuilds += 1;
+        self.domain.build_roots(self.request.sregs.cr3)
+    }
+
+    fn in_own_stack(&self, va: u64) -> bool {
+        let rsp = self.request.regs.rsp;
+        va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1)
+    }
+
+    fn resume(&mut self, frame: &ExceptionFrame, regs: &kvm_regs) {
+        self.resume_at(frame, regs, frame.rip);
+    }
+
+    fn resume_at(&mut self, frame: &ExceptionFrame, regs: &kvm_regs, rip: u64) {
+        let next = kvm_regs {
+            rip,
+            rsp: frame.rsp,
+            rflags: frame.rflags,
+            ..*regs
+        };
+        self.domain.vm.set_regs(&next);
+    }
+
+    fn read_guest(&self, va: u64) -> Result<Option<u64>, DomainError> {
+        let Some(translation) = self.domain.roots.translate(va, &self.domain.view)? else {
+            return Ok(None);
+        };
+        let slot = (
+            Pfn::of(translation.gpa),
+            (translation.gpa % PAGE_SIZE) as usize,
+        );
+        if slot.1 > PAGE_SIZE as usize - 8 {
+            return Ok(None);
+        }
+        self.read_slot(slot).map(Some)
+    }
+
+    fn read_slot(&self, (pfn, offset): (Pfn, usize)) -> Result<u64, DomainError> {
+        let page = self.domain.view.private_page(pfn)?;
+        let bytes = page
+            .get(offset..offset + 8)
+            .and_then(|bytes| bytes.try_into().ok());
+        bytes
+            .map(u64::from_le_bytes)
+            .ok_or(DomainError::Internal("a stack slot crosses a page"))
+    }
+
+    fn write_slot(&mut self, (pfn, offset): (Pfn, usize), value: u64) -> Result<(), DomainError> {
+        let page = self.domain.view.private_page_mut(pfn)?;
+        let slot = page.get_mut(offset..offset + 8);
+        slot.ok_or(DomainError::Internal("a stack slot crosses a page"))?
+            .copy_from_slice(&value.to_le_bytes());
+        if self.host_written.last() != Some(&pfn) {
+            self.host_written.push(pfn);
+        }
+        Ok(())
+    }
+}

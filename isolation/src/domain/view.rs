@@ -1,0 +1,292 @@
+//! The private view: a second, copy-on-write mapping of the guest's memory.
+//!
+//! ```text
+//!   memfd  ──MAP_SHARED──►  shared mapping   what K, its devices and the host see
+//!          ──MAP_PRIVATE─►  private mapping  what P sees: a page is the shared one until P (or the
+//!                                            host on P's behalf) writes to it, its own copy after
+//! ```
+//!
+//! Pages of the private view that were never written follow the shared memory at no cost. Pages that
+//! were written are copies and hide what K writes later: every function here that creates a copy
+//! leaves it to the caller to remember the page and to drop or refresh it.
+//!
+//! Rule for all page accesses: nobody else writes the two pages meanwhile. The caller holds the
+//! guest's other vCPUs and its emulated devices (see `transaction`).
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+/// Size of a page in bytes; the view works on whole pages.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// The bytes of one page.
+pub type Page = [u8; PAGE_SIZE as usize];
+
+/// Number of a guest physical page: guest physical address divided by [`PAGE_SIZE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pfn(pub u64);
+
+impl Pfn {
+    /// The page that holds guest physical address `gpa`.
+    pub fn of(gpa: u64) -> Self {
+        Self(gpa / PAGE_SIZE)
+    }
+
+    /// Guest physical address of the page's first byte.
+    pub fn gpa(self) -> u64 {
+        self.0 * PAGE_SIZE
+    }
+}
+
+/// Why a view could not be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// Guest memory is not backed by a file, so it cannot be mapped a second time.
+    #[error("guest memory at {0:#x} has no file behind it and cannot be mapped a second time")]
+    NotFileBacked(u64),
+    /// The second mapping was refused.
+    #[error("cannot map guest memory at {gpa:#x} privately: {source}")]
+    Map {
+        /// First guest physical address of the region.
+        gpa: u64,
+        /// What `mmap` said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not form an address space.
+    #[error("guest memory regions overlap")]
+    Layout,
+    /// An address that is no guest memory.
+    #[error("guest physical address {0:#x} is not in guest memory")]
+    NotMemory(u64),
+    /// Dropping pages failed.
+    #[error("cannot drop private pages: {0}")]
+    Drop(#[source] io::Error),
+}
+
+/// The shared memory of a guest and a private view of the same pages.
+#[derive(Debug)]
+pub struct PrivateView {
+    shared: Arc<GuestMemoryMmap>,
+    private: GuestMemoryMmap,
+}
+
+impl PrivateView {
+    /// Maps all of `shared` a second time, copy-on-write. No page is copied yet.
+    pub fn new(shared: Arc<GuestMemoryMmap>) -> Result<Self, ViewError> {
+        let mut regions = Vec::new();
+        for region in shared.iter() {
+            let gpa = region.start_addr();
+            let file = region
+                .file_offset()
+                .ok_or(ViewError::NotFileBacked(gpa.raw_value()))?;
+            let size = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;
+            let mapping = MmapRegion::build(
+                Some(file.clone()),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            )
+            .map_err(|source| ViewError::Map {
+                gpa: gpa.raw_value(),
+                source,
+            })?;
+            regions.push(GuestRegionMmap::new(mapping, gpa).ok_or(ViewError::Layout)?);
+        }
+        let private = GuestMemoryMmap::from_regions(regions).map_err(|_| ViewError::Layout)?;
+        Ok(Self { shared, private })
+    }
+
+    /// The shared memory: what K and its devices see.
+    pub fn shared(&self) -> &GuestMemoryMmap {
+        &self.shared
+    }
+
+    /// The private memory: what P sees.
+    pub fn private(&self) -> &GuestMemoryMmap {
+        &self.private
+    }
+
+    /// Whether `pfn` is a page of guest memory.
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        self.shared.address_in_range(GuestAddress(pfn.gpa()))
+    }
+
+    /// K's bytes of a page.
+    pub fn shared_page(&self, pfn: Pfn) -> Result<&Page, ViewError> {
+        let pointer = page_pointer(&self.shared, pfn)?;
+        // SAFETY: `page_pointer` vouches for 4096 mapped bytes that live as long as `self.shared`.
+        // The guest and its devices are held while a transaction looks at pages (module rule), so
+        // nothing writes them during the borrow.
+        Ok(unsafe { &*pointer })
+    }
+
+    /// P's bytes of a page.
+    pub fn private_page(&self, pfn: Pfn) -> Result<&Page, ViewError> {
+        let pointer = page_pointer(&self.private, pfn)?;
+        // SAFETY: as in `shared_page`; P runs on the calling thread only, so not now.
+        Ok(unsafe { &*pointer })
+    }
+
+    /// P's bytes of a page, to change: the page is a private copy from now on.
+    pub fn private_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
+        let pointer = page_pointer(&self.private, pfn)?;
+        // SAFETY: as in `private_page`, and `&mut self` makes this the only borrow of the view.
+        Ok(unsafe { &mut *pointer })
+    }
+
+    /// Copies `bytes` of the private page to K at `offset` of page `pfn`.
+    pub fn publish(&mut self, pfn: Pfn, offset: usize, length: usize) -> Result<(), ViewError> {
+        let from = page_pointer(&self.private, pfn)?;
+        let to = page_pointer(&self.shared, pfn)?;
+        let end = offset
+            .checked_add(length)
+            .filter(|end| *end <= PAGE_SIZE as usize);
+        if end.is_none() {
+            return Err(ViewError::NotMemory(pfn.gpa()));
+        }
+        // SAFETY: both pages are mapped (`page_pointer`), `offset + length` is within a page, and the
+        // two mappings are different addresses, so the ranges do not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                from.cast::<u8>().add(offset),
+                to.cast::<u8>().add(offset),
+                length,
+            );
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to K's page `pfn` at `offset`: to undo what was published.
+    pub fn write_shared(&mut self, pfn: Pfn, offset: usize, bytes: &[u8]) -> Result<(), ViewError> {
+        let fits = offset
+            .checked_add(bytes.len())
+            .is_some_and(|end| end <= PAGE_SIZE as usize);
+        let written = fits && {
+            let address = GuestAddress(pfn.gpa().saturating_add(offset as u64));
+            self.shared.write_slice(bytes, address).is_ok()
+        };
+        if written {
+            Ok(())
+        } else {
+            Err(ViewError::NotMemory(pfn.gpa()))
+        }
+    }
+
+    /// Makes the private copy of `pfn` equal to K's page again, keeping it a copy.
+    pub fn refresh(&mut self, pfn: Pfn) -> Result<(), ViewError> {
+        let from = page_pointer(&self.shared, pfn)?;
+        let to = page_pointer(&self.private, pfn)?;
+        // SAFETY: as in `publish`, with whole pages.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, 1) };
+        Ok(())
+    }
+
+    /// Drops the private copies of `pfns` (sorted, no duplicates): P sees K's pages again. Returns the
+    /// number of system calls made, one for each run of adjacent pages.
+    pub fn drop_pages(&mut self, pfns: &[Pfn]) -> Result<u32, ViewError> {
+        let mut calls = 0;
+        let mut rest = pfns;
+        while let Some(first) = rest.first() {
+            let mut length = 1;
+            let start = page_pointer(&self.private, *first)?;
+            while let Some(next) = rest.get(length) {
+                // Neighbours in guest memory need not be neighbours in ours: regions end.
+                let expected = start.wrapping_add(length);
+                if page_pointer(&self.private, *next)? != expected {
+                    break;
+                }
+                length += 1;
+            }
+            // SAFETY: the range is whole pages of our own private file mapping; dropping them makes
+            // the next access read the file's page, which is what the caller asked for. No borrow of
+            // the pages exists (`&mut self`).
+            let result = unsafe {
+                libc::madvise(
+                    start.cast(),
+                    length * PAGE_SIZE as usize,
+                    libc::MADV_DONTNEED,
+                )
+            };
+            if result != 0 {
+                return Err(ViewError::Drop(io::Error::last_os_error()));
+            }
+            calls += 1;
+            rest = &rest[length..];
+        }
+        Ok(calls)
+    }
+}
+
+/// Address of a whole page of `memory`, page-aligned and mapped for the life of `memory`.
+fn page_pointer(memory: &GuestMemoryMmap, pfn: Pfn) -> Result<*mut Page, ViewError> {
+    let gpa = pfn
+        .0
+        .checked_mul(PAGE_SIZE)
+        .ok_or(ViewError::NotMemory(u64::MAX))?;
+    let slice = memory
+        .get_slices(GuestAddress(gpa), PAGE_SIZE as usize)
+        .next()
+        .and_then(Result::ok)
+        .filter(|slice| slice.len() == PAGE_SIZE as usize)
+        .ok_or(ViewError::NotMemory(gpa))?;
+    Ok(slice.ptr_guard_mut().as_ptr().cast())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::test_memory;
+
+    #[test]
+    fn private_writes_stay_private_until_published() {
+        let shared = test_memory(16);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        shared.write_obj(0x11u8, GuestAddress(0x3000)).unwrap();
+        view.private_page_mut(Pfn(3)).unwrap()[1] = 0x22;
+        assert_eq!(view.private_page(Pfn(3)).unwrap()[..2], [0x11, 0x22]);
+        assert_eq!(view.shared_page(Pfn(3)).unwrap()[..2], [0x11, 0]);
+        view.publish(Pfn(3), 1, 1).unwrap();
+        assert_eq!(view.shared_page(Pfn(3)).unwrap()[..2], [0x11, 0x22]);
+    }
+
+    #[test]
+    fn dropped_pages_follow_the_guest_again() {
+        let shared = test_memory(16);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        for pfn in [2, 3, 4, 9] {
+            view.private_page_mut(Pfn(pfn)).unwrap()[0] = 0xee;
+        }
+        let calls = view.drop_pages(&[Pfn(2), Pfn(3), Pfn(4), Pfn(9)]).unwrap();
+        assert_eq!(calls, 2, "one call for each run");
+        shared.write_obj(0x77u8, GuestAddress(0x3000)).unwrap();
+        assert_eq!(view.private_page(Pfn(3)).unwrap()[0], 0x77);
+        assert_eq!(view.private_page(Pfn(9)).unwrap()[0], 0);
+    }
+
+    #[test]
+    fn refreshed_copy_equals_the_guests_page() {
+        let shared = test_memory(4);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        view.private_page_mut(Pfn(1)).unwrap().fill(9);
+        shared.write_obj(5u8, GuestAddress(0x1008)).unwrap();
+        view.refresh(Pfn(1)).unwrap();
+        assert_eq!(
+            view.private_page(Pfn(1)).unwrap(),
+            view.shared_page(Pfn(1)).unwrap()
+        );
+    }
+
+    #[test]
+    fn addresses_outside_memory_are_refused() {
+        let mut view = PrivateView::new(test_memory(4)).unwrap();
+        assert!(view.private_page(Pfn(4)).is_err());
+        assert!(view.shared_page(Pfn(u64::MAX)).is_err());
+        assert!(view.publish(Pfn(1), 4000, 200).is_err());
+        assert!(view.drop_pages(&[Pfn(99)]).is_err());
+    }
+}

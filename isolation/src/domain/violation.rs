@@ -1,0 +1,103 @@
+//! What a driver can do wrong, by name.
+
+use serde::Serialize;
+
+use super::roots::Root;
+
+/// How an isolated call broke the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum ViolationKind {
+    /// A processor exception in the driver (Intel SDM volume 3, table 6-1).
+    Exception {
+        /// Vector.
+        vector: u8,
+        /// Error code, 0 where there is none.
+        error_code: u64,
+        /// CR2 for a page fault, otherwise 0.
+        address: u64,
+    },
+    /// An exception in a kernel function that the driver called: a bad argument.
+    KernelException {
+        /// Vector.
+        vector: u8,
+        /// Error code, 0 where there is none.
+        error_code: u64,
+        /// CR2 for a page fault, otherwise 0.
+        address: u64,
+    },
+    /// A store to memory that the call may not write; it did not happen.
+    StrayWrite {
+        /// Guest virtual address.
+        address: u64,
+    },
+    /// Bytes that the call may not change were changed on a page that holds others that it may.
+    StrayBytes {
+        /// Guest virtual address of the first.
+        address: u64,
+        /// Their number.
+        bytes: u64,
+    },
+    /// A jump, call or return to code that is neither the driver's nor an imported function.
+    IllegalControlTransfer {
+        /// Where it went.
+        target: u64,
+    },
+    /// The caller's stack frame was changed.
+    StackSmash {
+        /// Guest virtual address of the first changed byte.
+        address: u64,
+    },
+    /// The function returned with another stack pointer than it was called with.
+    UnbalancedStack {
+        /// RSP at the return.
+        rsp: u64,
+    },
+    /// A register that the callee must preserve was changed (System V ABI, section 3.2.1).
+    CalleeSavedRegister,
+    /// An access to device memory that is not the isolated device's.
+    ForeignMmio {
+        /// Guest physical address.
+        gpa: u64,
+        /// A store, not a load.
+        write: bool,
+    },
+    /// An access to an I/O port.
+    ForeignPort {
+        /// Port.
+        port: u16,
+        /// An `out`, not an `in`.
+        write: bool,
+    },
+    /// An access to a model-specific register by the driver.
+    ForeignMsr {
+        /// Register number.
+        index: u32,
+    },
+    /// `hlt`, or an instruction that KVM could not carry out, in the driver.
+    PrivilegedInstruction,
+    /// The interrupt flag was not what it was at entry.
+    InterruptFlag,
+    /// The call took longer than its budget.
+    TimeBudget,
+    /// An exception could not be delivered: page tables or stack are destroyed.
+    Shutdown,
+}
+
+/// A violation and where it happened.
+#[derive(Debug, Clone, Serialize)]
+pub struct Violation {
+    /// What.
+    #[serde(flatten)]
+    pub kind: ViolationKind,
+    /// Which root was running: `driver`, or `kernel` for a kernel function called by the driver.
+    pub root: Root,
+    /// Instruction that did it, or that was to be executed next.
+    pub rip: u64,
+    /// Stack pointer there.
+    pub rsp: u64,
+    /// Return addresses in the driver of the kernel functions open at that moment, outermost first.
+    pub crossings: Vec<u64>,
+    /// Whether the device had already been reached, so that memory alone does not undo the call.
+    pub reached_device: bool,
+}

@@ -1,0 +1,332 @@
+//! A hand-made guest: page tables, a driver, a kernel and data, in a few dozen pages. It never runs
+//! itself; what runs is the domain's private VM over its memory.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use iced_x86::code_asm::CodeAssembler;
+use isolation::domain::monitor::ExceptionFrame;
+use isolation::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
+use isolation::domain::violation::{Violation, ViolationKind};
+use isolation::domain::{Domain, DomainConfig};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
+use kvm_ioctls::Kvm;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+pub const PAGE: u64 = 4096;
+pub const MEMORY_PAGES: u64 = 1024;
+pub const DRIVER_TEXT: u64 = 0xffff_ffff_c000_1000;
+pub const DRIVER_DATA: u64 = 0xffff_ffff_c000_3000;
+pub const KERNEL_TEXT: u64 = 0xffff_ffff_8100_0000;
+pub const THUNKS: u64 = 0xffff_ffff_8100_2000;
+pub const KERNEL_DATA: u64 = 0xffff_ffff_8200_0000;
+pub const STACK: u64 = 0xffff_c900_0000_4000;
+pub const STACK_TOP: u64 = STACK + 4 * PAGE;
+/// Large page of the direct map: the first 2 MiB of guest memory.
+pub const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
+/// The isolated device's registers and another device's.
+pub const DEVICE: u64 = 0xffff_c900_0010_0000;
+pub const DEVICE_GPA: u64 = 0xfeb0_0000;
+pub const OTHER_DEVICE: u64 = 0xffff_c900_0011_0000;
+pub const OTHER_DEVICE_GPA: u64 = 0xfec0_0000;
+/// Where an isolated function returns to.
+pub const CALLER: u64 = KERNEL_TEXT + 0xf00;
+
+const PML4: u64 = 0x1000;
+const PRESENT: u64 = 1;
+const WRITE: u64 = 2;
+const LARGE: u64 = 0x80;
+const NX: u64 = 1 << 63;
+
+pub struct Guest {
+    pub memory: Arc<GuestMemoryMmap>,
+    pub kvm: Kvm,
+    pub sregs: kvm_sregs,
+    next_table: u64,
+}
+
+pub fn gpa_of(va: u64) -> u64 {
+    match va {
+        DRIVER_TEXT..0xffff_ffff_c000_3000 => 0x20_0000 + (va - DRIVER_TEXT),
+        DRIVER_DATA..0xffff_ffff_c000_4000 => 0x21_0000 + (va - DRIVER_DATA),
+        KERNEL_TEXT..0xffff_ffff_8100_3000 => 0x22_0000 + (va - KERNEL_TEXT),
+        KERNEL_DATA..0xffff_ffff_8200_2000 => 0x23_0000 + (va - KERNEL_DATA),
+        STACK..STACK_TOP => 0x24_0000 + (va - STACK),
+        DIRECT_MAP..0xffff_8880_0020_0000 => va - DIRECT_MAP,
+        _ => panic!("{va:#x} is not mapped"),
+    }
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MEMORY_PAGES * PAGE).unwrap();
+        let range = (
+            GuestAddress(0),
+            (MEMORY_PAGES * PAGE) as usize,
+            Some(FileOffset::new(file, 0)),
+        );
+        let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
+        let kvm = Kvm::new().expect("tests of the domain need a usable /dev/kvm");
+        let vm = kvm.create_vm().unwrap();
+        let mut sregs = vm.create_vcpu(0).unwrap().get_sregs().unwrap();
+        sregs.cr0 = 0x8005_0033;
+        sregs.cr3 = PML4;
+        // PAE, PGE, OSFXSR, OSXMMEXCPT.
+        sregs.cr4 = 0x6a0;
+        // SCE, LME, LMA, NXE.
+        sregs.efer = 0xd01;
+        let mut guest = Self {
+            memory,
+            kvm,
+            sregs,
+            next_table: 0x2000,
+        };
+        for page in 0..2 {
+            guest.map(
+                DRIVER_TEXT + page * PAGE,
+                gpa_of(DRIVER_TEXT + page * PAGE),
+                0,
+            );
+        }
+        guest.map(DRIVER_DATA, gpa_of(DRIVER_DATA), WRITE | NX);
+        for page in 0..3 {
+            guest.map(
+                KERNEL_TEXT + page * PAGE,
+                gpa_of(KERNEL_TEXT + page * PAGE),
+                0,
+            );
+        }
+        for page in 0..2 {
+            let va = KERNEL_DATA + page * PAGE;
+            guest.map(va, gpa_of(va), WRITE | NX);
+        }
+        for page in 0..4 {
+            guest.map(STACK + page * PAGE, gpa_of(STACK + page * PAGE), WRITE | NX);
+        }
+        guest.map(DEVICE, DEVICE_GPA, WRITE | NX);
+        guest.map(OTHER_DEVICE, OTHER_DEVICE_GPA, WRITE | NX);
+        guest.map_large(DIRECT_MAP, 0);
+        guest
+    }
+
+    pub fn map(&mut self, va: u64, gpa: u64, flags: u64) {
+        let table = self.table(va, 1);
+        self.put(table, va >> 12, gpa | PRESENT | flags);
+    }
+
+    pub fn unmap(&mut self, va: u64) {
+        let table = self.table(va, 1);
+        self.put(table, va >> 12, 0);
+    }
+
+    fn map_large(&mut self, va: u64, gpa: u64) {
+        let table = self.table(va, 2);
+        self.put(table, va >> 21, gpa | PRESENT | WRITE | LARGE | NX);
+    }
+
+    fn table(&mut self, va: u64, level: u32) -> u64 {
+        let mut table = PML4;
+        for upper in ((level + 1)..=4).rev() {
+            let index = (va >> (12 + 9 * (upper - 1))) & 511;
+            let entry: u64 = self
+                .memory
+                .read_obj(GuestAddress(table + index * 8))
+                .unwrap();
+            if entry & PRESENT == 0 {
+                self.put(table, index, self.next_table | PRESENT | WRITE);
+                table = self.next_table;
+                self.next_table += PAGE;
+            } else {
+                table = entry & 0x000f_ffff_ffff_f000;
+            }
+        }
+        table
+    }
+
+    fn put(&self, table: u64, index: u64, entry: u64) {
+        self.memory
+            .write_obj(entry, GuestAddress(table + (index & 511) * 8))
+            .unwrap();
+    }
+
+    /// Assembles code at `va`.
+    pub fn code(&self, va: u64, build: impl FnOnce(&mut CodeAssembler)) {
+        let mut assembler = CodeAssembler::new(64).unwrap();
+        build(&mut assembler);
+        let bytes = assembler.assemble(va).unwrap();
+        self.memory
+            .write_slice(&bytes, GuestAddress(gpa_of(va)))
+            .unwrap();
+    }
+
+    pub fn read(&self, va: u64) -> u64 {
+        self.memory.read_obj(GuestAddress(gpa_of(va))).unwrap()
+    }
+
+    pub fn write(&self, va: u64, value: u64) {
+        self.memory
+            .write_obj(value, GuestAddress(gpa_of(va)))
+            .unwrap();
+    }
+
+    /// Every byte of guest memory.
+    pub fn all(&self) -> Vec<u8> {
+        let mut bytes = vec![0; (MEMORY_PAGES * PAGE) as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
+    }
+
+    pub fn domain(&self) -> Domain {
+        register_kick();
+        Domain::new(DomainConfig {
+            kvm: &self.kvm,
+            memory: self.memory.clone(),
+            cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
+            clock: None,
+            sregs: &self.sregs,
+            monitor_gpa: 1 << 33,
+            driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
+            thunks: vec![THUNKS],
+            kick_signal: libc::SIGUSR1,
+        })
+        .unwrap()
+    }
+
+    /// Registers of a call: the return address is on the stack, callee-saved registers hold marks.
+    pub fn entry_regs(&self) -> kvm_regs {
+        let rsp = STACK_TOP - 0x108;
+        self.write(rsp, CALLER);
+        kvm_regs {
+            rsp,
+            rflags: 0x202,
+            rbx: 0xb0b0,
+            rbp: 0xb1b1,
+            r12: 12,
+            r13: 13,
+            r14: 14,
+            r15: 15,
+            ..Default::default()
+        }
+    }
+
+    pub fn call(&self, domain: &mut Domain, kernel: &mut Kernel) -> CallResult {
+        self.call_with(domain, kernel, self.entry_regs())
+    }
+
+    pub fn call_with(
+        &self,
+        domain: &mut Domain,
+        kernel: &mut Kernel,
+        regs: kvm_regs,
+    ) -> CallResult {
+        let request = CallRequest {
+            regs,
+            sregs: &self.sregs,
+            function: DRIVER_TEXT,
+            budget: Duration::from_secs(5),
+        };
+        domain.call(&request, kernel).unwrap()
+    }
+}
+
+fn register_kick() {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    vmm_sys_util::signal::register_signal_handler(libc::SIGUSR1, nothing).unwrap();
+}
+
+/// Patches P's copy of a direct call or jump at `site` (5 bytes, opcode first) to go to `target`.
+pub fn redirect(domain: &mut Domain, site: u64, target: u64) {
+    let trampoline = domain.trampoline(target).unwrap();
+    let displacement = trampoline.wrapping_sub(site + 5) as u32;
+    let at = (site % PAGE) as usize;
+    let page = domain.text_page_mut(site).unwrap();
+    assert!(matches!(page[at], 0xe8 | 0xe9), "a direct call or jump");
+    page[at + 1..at + 5].copy_from_slice(&displacement.to_le_bytes());
+}
+
+/// What the tests' supervisor knows and records.
+#[derive(Default)]
+pub struct Kernel {
+    /// Writable ranges: address and length.
+    pub writable: Vec<(u64, u64)>,
+    pub kernel_functions: HashSet<u64>,
+    pub driver_functions: HashSet<u64>,
+    pub kernel_exception_expected: bool,
+    /// Stores that reached the device.
+    pub device_writes: Vec<(u64, u64, usize)>,
+    pub device_value: u64,
+    pub checkpoints: u32,
+    pub restores: u32,
+}
+
+impl Kernel {
+    pub fn with_data() -> Self {
+        Self {
+            writable: vec![(DRIVER_DATA, PAGE)],
+            ..Default::default()
+        }
+    }
+}
+
+impl Supervisor for Kernel {
+    fn may_write(&mut self, va: u64) -> bool {
+        let page = va & !(PAGE - 1);
+        self.writable
+            .iter()
+            .any(|(start, length)| *start < page + PAGE && start + length > page)
+    }
+    fn may_change(&mut self, va: u64, bytes: u64) -> bool {
+        self.writable
+            .iter()
+            .any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
+    fn is_kernel_function(&self, va: u64) -> bool {
+        self.kernel_functions.contains(&va)
+    }
+    fn is_driver_function(&self, va: u64) -> bool {
+        self.driver_functions.contains(&va)
+    }
+    fn kernel_exception(&self, _: &ExceptionFrame, _: u64) -> KernelExceptionVerdict {
+        if self.kernel_exception_expected {
+            KernelExceptionVerdict::Expected
+        } else {
+            KernelExceptionVerdict::DriversFault
+        }
+    }
+    fn owns_mmio(&self, gpa: u64) -> bool {
+        (DEVICE_GPA..DEVICE_GPA + PAGE).contains(&gpa)
+    }
+    fn mmio_read(&mut self, _: u64, _: usize) -> u64 {
+        self.device_value
+    }
+    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) {
+        self.device_writes.push((gpa, value, bytes));
+    }
+    fn checkpoint_device(&mut self) {
+        self.checkpoints += 1;
+    }
+    fn restore_device(&mut self) {
+        self.restores += 1;
+        self.device_writes.clear();
+    }
+    fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
+        port == 0x3f8
+    }
+}
+
+pub fn violation(result: &CallResult) -> &Violation {
+    match &result.end {
+        CallEnd::Aborted(violation) => violation,
+        other => panic!("expected a violation, got {other:?}"),
+    }
+}
+
+pub fn violation_kind(result: &CallResult) -> ViolationKind {
+    violation(result).kind
+}
