@@ -12,4 +12,5 @@ pub mod irq;
 pub mod pci;
 pub mod rate_limit;
 pub mod serial;
+pub mod virtio;
 pub mod wire;

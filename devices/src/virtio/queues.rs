@@ -1,0 +1,219 @@
+//! A device's queues while it works on them: chains in, chains out, and what is to be signalled.
+
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::Ordering;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::Chain;
+
+/// Vector of a queue or of configuration changes that has none (section 4.1.5.1.2).
+pub(super) const NO_VECTOR: u16 = 0xffff;
+/// Chains taken before other devices of the event loop and vCPU get their turn.
+const BUDGET: u32 = 1024;
+/// Flag of the available ring: the driver wants no interrupts (section 2.7.6).
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// What is wrong with a ring.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Indices or addresses of the ring itself.
+    #[error("queue {queue}: {source}")]
+    Ring {
+        /// Which queue.
+        queue: u16,
+        /// What is wrong with it.
+        source: virtio_queue::Error,
+    },
+    /// A loop, too many buffers, or a descriptor that is not there.
+    #[error("a descriptor chain has no end")]
+    Endless,
+    /// A buffer to read comes after one to write.
+    #[error("a descriptor chain has a readable buffer behind a writable one")]
+    Order,
+    /// A buffer is outside guest memory.
+    #[error("a buffer is outside guest memory")]
+    Unreachable,
+}
+
+/// A queue and its vector.
+pub(super) struct Virtqueue {
+    pub(super) queue: Queue,
+    pub(super) vector: u16,
+    /// Chains were returned since the driver was last interrupted.
+    returned: bool,
+}
+
+/// [`QueueState`] in a form that can be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtqueueState {
+    max_size: u16,
+    next_avail: u16,
+    next_used: u16,
+    event_idx_enabled: bool,
+    size: u16,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+    vector: u16,
+}
+
+impl Virtqueue {
+    pub(super) fn new(max_size: u16) -> Result<Self, virtio_queue::Error> {
+        Ok(Self {
+            queue: Queue::new(max_size)?,
+            vector: NO_VECTOR,
+            returned: false,
+        })
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.queue.reset();
+        self.vector = NO_VECTOR;
+        self.returned = false;
+    }
+
+    pub(super) fn save(&self) -> VirtqueueState {
+        let state = self.queue.state();
+        VirtqueueState {
+            max_size: state.max_size,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx_enabled,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+            vector: self.vector,
+        }
+    }
+
+    pub(super) fn restore(state: &VirtqueueState) -> Result<Self, virtio_queue::Error> {
+        let queue = Queue::try_from(QueueState {
+            max_size: state.max_size,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx_enabled,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        })?;
+        Ok(Self {
+            queue,
+            vector: state.vector,
+            returned: false,
+        })
+    }
+
+    /// Whether the driver is to be interrupted for what was returned since this was last asked.
+    pub(super) fn take_interrupt(
+        &mut self,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, virtio_queue::Error> {
+        if !std::mem::take(&mut self.returned) {
+            return Ok(false);
+        }
+        if self.queue.event_idx_enabled() {
+            return self.queue.needs_notification(memory);
+        }
+        let flags: u16 = memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Acquire)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
+    }
+}
+
+/// The queues of one device, for the length of one call.
+pub struct Queues<'a> {
+    memory: &'a GuestMemoryMmap,
+    queues: &'a mut [Virtqueue],
+    /// There is a driver and nothing is broken.
+    active: bool,
+    budget: u32,
+    /// The budget was used up with chains left.
+    pub(super) again: bool,
+    pub(super) config_changed: bool,
+}
+
+impl<'a> Queues<'a> {
+    pub(super) fn new(
+        memory: &'a GuestMemoryMmap,
+        queues: &'a mut [Virtqueue],
+        active: bool,
+    ) -> Self {
+        Self {
+            memory,
+            queues,
+            active,
+            budget: BUDGET,
+            again: false,
+            config_changed: false,
+        }
+    }
+
+    /// Guest memory that the chains' buffers lie in.
+    pub fn memory(&self) -> &'a GuestMemoryMmap {
+        self.memory
+    }
+
+    /// Whether there is a driver that is ready.
+    pub fn active(&self) -> bool {
+        self.active
+    }
+
+    /// Tells the driver that the device's configuration structure changed.
+    pub fn signal_config_change(&mut self) {
+        self.config_changed = self.active;
+    }
+
+    /// Takes the next chain that the driver made available in `queue`. When there is none the driver
+    /// is asked to notify about the next.
+    pub fn pop(&mut self, queue: u16) -> Result<Option<Chain>, QueueError> {
+        if !self.active {
+            return Ok(None);
+        }
+        let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {
+            return Ok(None);
+        };
+        let virtqueue = &mut virtqueue.queue;
+        if !virtqueue.ready() {
+            return Ok(None);
+        }
+        let memory = self.memory;
+        let ring = |source| QueueError::Ring { queue, source };
+        // Once more if the driver put one in before it could see that notifications are wanted.
+        for _ in 0..2 {
+            if self.budget == 0 {
+                self.again = true;
+                return Ok(None);
+            }
+            let next = virtqueue.iter(memory).map_err(ring)?.next();
+            if let Some(descriptors) = next {
+                self.budget -= 1;
+                return Chain::walk(descriptors).map(Some);
+            }
+            if !virtqueue.enable_notification(memory).map_err(ring)? {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives `chain` back to the driver, `written` bytes of it written.
+    pub fn push(&mut self, queue: u16, chain: &Chain, written: usize) -> Result<(), QueueError> {
+        let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {
+            return Ok(());
+        };
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        virtqueue
+            .queue
+            .add_used(self.memory, chain.head(), written)
+            .map_err(|source| QueueError::Ring { queue, source })?;
+        virtqueue.returned = true;
+        Ok(())
+    }
+}
