@@ -10,7 +10,6 @@
 //! process: they can be compared with the asker's own.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -36,9 +35,6 @@ pub enum Request {
     Quit {},
     /// Have the user-mode gateway ping the guest until told to stop.
     ProbeStart {
-        /// The guest's address; the gateway's first lease when absent.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        guest: Option<Ipv4Addr>,
         /// Time between two pings, in microseconds.
         interval_us: u64,
     },
@@ -205,10 +201,7 @@ mod tests {
 
     #[test]
     fn requests_travel_as_one_short_line() {
-        let request = Request::ProbeStart {
-            guest: None,
-            interval_us: 1000,
-        };
+        let request = Request::ProbeStart { interval_us: 1000 };
         let line = request.line();
         assert_eq!(line, "{\"request\":\"probe_start\",\"interval_us\":1000}\n");
         assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);

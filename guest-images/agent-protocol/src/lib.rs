@@ -21,12 +21,16 @@ pub mod client;
 pub mod frame;
 pub mod init_config;
 pub mod message;
+pub mod traffic;
 
 pub use client::{Client, ClientError};
 pub use message::{Request, Response, Stamp};
 
 /// Name of the virtio-console port that leads to the agent.
 pub const PORT_NAME: &str = "org.cofferdam.agent.0";
+
+/// First line that `/init` writes to the console, before it does anything else: a boot is timed by it.
+pub const INIT_LINE: &str = "cofferdam-init: started";
 
 /// Version of the messages. Host and agent must have the same one: they are built together.
 pub const PROTOCOL_VERSION: u32 = 1;
