@@ -7,6 +7,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// Time without a frame from the guest that makes the next one an event, in nanoseconds.
+pub const SILENCE_NS: u64 = 50_000_000;
+
 /// Events kept; the oldest goes when a new one comes.
 const EVENTS: usize = 32 * 1024;
 
@@ -36,6 +39,8 @@ pub enum GatewayEventKind {
         /// From request to reply, in nanoseconds.
         round_trip_ns: u64,
     },
+    /// A frame came from the guest after none had come for [`SILENCE_NS`] or longer (or ever).
+    FrameAfterSilence,
     /// The carrier came or went.
     Carrier {
         /// Whether it is there now.
@@ -69,6 +74,8 @@ pub struct GatewayLog {
     first_from_guest_ns: AtomicU64,
     /// Zero while there was none.
     first_to_guest_ns: AtomicU64,
+    /// Zero while there was none.
+    last_from_guest_ns: AtomicU64,
 }
 
 impl GatewayLog {
@@ -139,6 +146,10 @@ impl GatewayLog {
     pub(super) fn frame_from_guest(&self, at_ns: u64) {
         self.frames_from_guest.fetch_add(1, Ordering::Relaxed);
         set_first(&self.first_from_guest_ns, at_ns);
+        let last = self.last_from_guest_ns.swap(at_ns, Ordering::Relaxed);
+        if at_ns.saturating_sub(last) >= SILENCE_NS {
+            self.record(at_ns, GatewayEventKind::FrameAfterSilence);
+        }
     }
 
     pub(super) fn frame_to_guest(&self) {
@@ -214,5 +225,17 @@ mod tests {
         log.frame_from_guest(9);
         assert_eq!(log.first_from_guest_ns(), Some(9));
         assert_eq!(log.counters().frames_from_guest, 3);
+    }
+
+    #[test]
+    fn the_frame_that_ends_a_silence_is_an_event() {
+        let log = GatewayLog::default();
+        for at_ns in [1, 2, SILENCE_NS].map(|ns| 10 * SILENCE_NS + ns) {
+            log.frame_from_guest(at_ns);
+        }
+        log.frame_from_guest(20 * SILENCE_NS);
+        let events = log.events_since(0);
+        let at: Vec<u64> = events.iter().map(|event| event.at_ns).collect();
+        assert_eq!(at, [10 * SILENCE_NS + 1, 20 * SILENCE_NS]);
     }
 }

@@ -42,7 +42,7 @@ use self::probe::Probe;
 use super::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableFd, WritableSignal};
 use crate::clock::monotonic_ns;
 
-pub use self::log::{GatewayCounters, GatewayEvent, GatewayEventKind, GatewayLog};
+pub use self::log::{GatewayCounters, GatewayEvent, GatewayEventKind, GatewayLog, SILENCE_NS};
 pub use self::services::{MULTICAST_GROUP, SOURCE_LINE_BYTES, source_line};
 
 /// Why a gateway could not be made.

@@ -342,6 +342,7 @@ fn a_pulled_cable_loses_frames_and_is_recorded() {
         .events_since(0)
         .iter()
         .map(|event| event.kind)
+        .filter(|kind| matches!(kind, GatewayEventKind::Carrier { .. }))
         .collect();
     assert_eq!(
         changes,
@@ -635,7 +636,9 @@ fn probe_asks_for_the_address_then_pings_and_records_replies() {
         guest.step();
     }
     control.stop_probe();
-    let events = log.events_since(start);
+    let mut events = log.events_since(start);
+    // The first frame of all ends a silence, and a slow machine may make more of them.
+    events.retain(|event| event.kind != GatewayEventKind::FrameAfterSilence);
     assert_eq!(events[0].kind, GatewayEventKind::ArpSent);
     assert_eq!(events[1].kind, GatewayEventKind::ProbeSent { sequence: 0 });
     let GatewayEventKind::ProbeReplied {
