@@ -8,6 +8,7 @@
 pub mod bus;
 pub mod clock;
 pub mod dma;
+pub mod e1000;
 pub mod irq;
 pub mod pci;
 pub mod rate_limit;

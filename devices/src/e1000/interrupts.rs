@@ -1,0 +1,106 @@
+//! Interrupt causes and the INTx line (13.4.17 to 13.4.21, 3.2.7 and 3.4.3).
+//!
+//! The line is asserted while a cause that is set is not masked: `ICR & IMS != 0`. ITR only delays
+//! the next time that it becomes asserted. The `IrqLine` is called when the level changes and never
+//! otherwise.
+
+use serde::{Deserialize, Serialize};
+
+use super::E1000;
+use super::regs::{ICR, IMS, ITR, icr};
+use super::timers::Timer;
+use crate::pci::config::Command;
+
+/// Nanoseconds in a unit of ITR.
+const ITR_UNIT_NS: u64 = 256;
+
+/// What the interrupt logic remembers besides its registers.
+#[derive(Debug, Clone, Default)]
+pub struct InterruptLine {
+    /// The controller wants the line asserted.
+    pub asserted: bool,
+    /// Level that the line was last driven to.
+    pub driven: bool,
+    /// When it was last asserted.
+    pub last_assertion_ns: Option<u64>,
+}
+
+/// [`InterruptLine`] in a checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterruptState {
+    pub(super) asserted: bool,
+    pub(super) since_assertion_ns: Option<u64>,
+}
+
+impl E1000 {
+    /// Sets causes; asserts the line where it should be.
+    pub(super) fn raise(&mut self, causes: u32) {
+        if causes != 0 {
+            self.regs.set(ICR, self.regs.get(ICR) | causes & icr::ALL);
+            self.update_interrupt();
+        }
+    }
+
+    /// Reading ICR acknowledges all causes.
+    pub(super) fn read_icr(&mut self) -> u32 {
+        let causes = self.regs.get(ICR);
+        if causes != 0 {
+            self.clear_causes(causes);
+        }
+        causes
+    }
+
+    /// Clears causes as a read of ICR or a write to it does.
+    pub(super) fn clear_causes(&mut self, causes: u32) {
+        self.regs.set(ICR, self.regs.get(ICR) & !causes);
+        self.update_interrupt();
+    }
+
+    /// Sets the interrupt mask.
+    pub(super) fn set_interrupt_mask(&mut self, mask: u32) {
+        self.regs.set(IMS, mask & icr::ALL);
+        self.update_interrupt();
+    }
+
+    /// Brings the line to the level that causes, mask and throttle ask for.
+    pub(super) fn update_interrupt(&mut self) {
+        let pending = self.regs.get(ICR) & self.regs.get(IMS) != 0;
+        if pending && !self.line.asserted {
+            if let Some(wait_ns) = self.throttled_for() {
+                self.timers.start_if_idle(Timer::Throttle, wait_ns);
+                return;
+            }
+            self.line.asserted = true;
+        } else if !pending && self.line.asserted {
+            self.line.asserted = false;
+        }
+        self.drive_line();
+    }
+
+    /// How long the line may not be asserted yet. `None`, and the interval begins, when it may.
+    fn throttled_for(&mut self) -> Option<u64> {
+        let interval = u64::from(self.regs.get(ITR)) * ITR_UNIT_NS;
+        if interval == 0 {
+            return None;
+        }
+        let now = self.timers.now();
+        if let Some(last) = self.line.last_assertion_ns {
+            let passed = now.saturating_sub(last);
+            if passed < interval {
+                return Some(interval - passed);
+            }
+        }
+        self.line.last_assertion_ns = Some(now);
+        None
+    }
+
+    /// Drives the line to what the controller wants and configuration space allows.
+    pub(super) fn drive_line(&mut self) {
+        let level =
+            self.line.asserted && !self.config.command().contains(Command::INTERRUPT_DISABLE);
+        if level != self.line.driven {
+            self.line.driven = level;
+            self.intx.set_level(level);
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Intel 82540EM, the PRO/1000 MT Desktop adapter (PCI 8086:100e), as the stock Linux `e1000` driver
+//! uses it.
+//!
+//! After Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual*
+//! (8254x); section numbers in this directory are its. Not there: MSI and the PCI-X capability (the
+//! stock driver uses INTx), wake-up packets, packet buffer diagnostics, TBI (fibre) mode, collisions.
+//!
+//! ```text
+//!            configuration space            registers: mmio, regs, stats
+//!                    │                      ┌──────────┼──────────┬──────────┐
+//!   guest ───────────┤                     tx ──packet──► wire    rx ◄─ filter, rx_checksum ◄─ wire
+//!                    │                      └── loopback ────────►┘
+//!            INTx ◄── interrupts ◄── causes, timers        link ◄── phy, wire carrier
+//! ```
+//!
+//! Time and system calls: sending happens in the register write, receiving in the event loop
+//! (`events`). A register access makes no system call but for an interrupt line that changes, a
+//! timer that is armed (at most once for each time it fires), a frame that is sent, and a kick of
+//! the event loop when it has to watch something else. Delays are never rounded: a timer of 8 us is
+//! one of 8 us, though the host may be late.
+
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod bench;
+mod checksum;
+mod eeprom;
+mod events;
+mod filter;
+mod interrupts;
+mod link;
+mod mmio;
+mod packet;
+mod phy;
+mod regs;
+mod ring;
+mod rx;
+mod rx_checksum;
+mod state;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod timers;
+mod tx;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::eeprom::Eeprom;
+use self::events::Interest;
+use self::interrupts::InterruptLine;
+use self::packet::Transmitter;
+use self::phy::Phy;
+use self::regs::{RA, RAH_AV, RegisterFile};
+use self::rx::Receiver;
+pub use self::state::E1000State;
+use self::timers::{Timer, Timers};
+use crate::dma::DmaSpace;
+use crate::irq::IrqLine;
+use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity, Status};
+use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
+use crate::rate_limit::RateLimit;
+use crate::wire::Wire;
+
+const DEVICE_ID: u16 = 0x100e;
+/// PRO/1000 MT Desktop adapter.
+const SUBSYSTEM_ID: u16 = 0x001e;
+
+/// Memory base address register: 128 KiB of registers (4.1).
+const BAR_MEMORY: BarIndex = 0;
+/// I/O base address register: IOADDR and IODATA.
+const BAR_IO: BarIndex = 2;
+/// Offset of the power management capability (4.1.3).
+const POWER_MANAGEMENT: u16 = 0xdc;
+/// Offset of its control/status register.
+const PMCSR: u16 = POWER_MANAGEMENT + 4;
+const PMCSR_POWER_STATE: u16 = 3;
+
+/// Why a controller cannot be made or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host gave no event or timer descriptor.
+    #[error("the NIC cannot get a descriptor for its events: {0}")]
+    Descriptor(#[from] std::io::Error),
+    /// Configuration space does not fit.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A saved state is none that this controller can be in.
+    #[error("the saved NIC state is damaged")]
+    InvalidState,
+}
+
+/// What a controller is made with.
+#[derive(Debug, Clone)]
+pub struct E1000Config {
+    /// Ethernet address in the EEPROM.
+    pub mac: [u8; 6],
+    /// How long autonegotiation takes from carrier to link. Hardware takes seconds, and the driver
+    /// waits for it; 0 has the link up in the register write that asks for it.
+    pub autonegotiation: Duration,
+}
+
+impl E1000Config {
+    /// A controller with the address `mac` whose link comes up at once.
+    pub fn new(mac: [u8; 6]) -> Self {
+        Self {
+            mac,
+            autonegotiation: Duration::ZERO,
+        }
+    }
+}
+
+/// The controller. See the module's text.
+pub struct E1000 {
+    config: ConfigSpace,
+    regs: RegisterFile,
+    eeprom: Eeprom,
+    phy: Phy,
+    tx: Transmitter,
+    rx: Receiver,
+    line: InterruptLine,
+    timers: Timers,
+    /// Register that the I/O window shows.
+    io_address: u32,
+    autonegotiation_ns: u64,
+    dma: DmaSpace,
+    intx: Arc<dyn IrqLine>,
+    wire: Box<dyn Wire>,
+    kick_fd: EventFd,
+    /// A kick is on its way.
+    kicked: bool,
+    /// What the event loop watches.
+    watched: Interest,
+    complaints: RateLimit,
+}
+
+impl fmt::Debug for E1000 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("E1000")
+            .field("mac", &self.eeprom.ethernet_address())
+            .field("link_up", &self.link_up())
+            .finish_non_exhaustive()
+    }
+}
+
+impl E1000 {
+    /// A controller just powered on, with its descriptors unknown to any event loop yet.
+    pub fn new(
+        config: E1000Config,
+        dma: DmaSpace,
+        intx: Arc<dyn IrqLine>,
+        wire: Box<dyn Wire>,
+    ) -> Result<Self, Error> {
+        Self::with_clock(config, dma, intx, wire, false)
+    }
+
+    /// As [`E1000::new`], with a clock that stands still if asked for.
+    fn with_clock(
+        config: E1000Config,
+        dma: DmaSpace,
+        intx: Arc<dyn IrqLine>,
+        wire: Box<dyn Wire>,
+        manual_clock: bool,
+    ) -> Result<Self, Error> {
+        let mut nic = Self {
+            config: configuration_space()?,
+            regs: RegisterFile::power_on(),
+            eeprom: Eeprom::new(config.mac, DEVICE_ID, SUBSYSTEM_ID),
+            phy: Phy::default(),
+            tx: Transmitter::default(),
+            rx: Receiver::default(),
+            line: InterruptLine::default(),
+            timers: Timers::new(manual_clock)?,
+            io_address: 0,
+            autonegotiation_ns: u64::try_from(config.autonegotiation.as_nanos())
+                .unwrap_or(u64::MAX),
+            dma,
+            intx,
+            wire,
+            kick_fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            kicked: false,
+            watched: Interest::default(),
+            complaints: RateLimit::default(),
+        };
+        nic.load_eeprom();
+        nic.update_link();
+        Ok(nic)
+    }
+
+    /// Whether the controller may use the bus: bus mastering enabled, not in a sleep state.
+    fn dma_allowed(&self) -> bool {
+        self.config.command().contains(Command::BUS_MASTER) && !self.asleep()
+    }
+
+    fn asleep(&self) -> bool {
+        self.config.u16_at(PMCSR) & PMCSR_POWER_STATE != 0
+    }
+
+    /// Takes over what the EEPROM has for registers: the station address (5.6.1).
+    fn load_eeprom(&mut self) {
+        let [a, b, c, d, e, f] = self.eeprom.ethernet_address();
+        self.regs.set(RA, u32::from_le_bytes([a, b, c, d]));
+        self.regs
+            .set(RA + 4, RAH_AV | u32::from(u16::from_le_bytes([e, f])));
+    }
+
+    /// CTRL.RST: everything but configuration space, PHY and EEPROM content (14.7).
+    fn software_reset(&mut self) {
+        for timer in [
+            Timer::Throttle,
+            Timer::ReceiveDelay,
+            Timer::ReceiveAbsolute,
+            Timer::TransmitDelay,
+            Timer::TransmitAbsolute,
+        ] {
+            self.timers.stop(timer);
+        }
+        self.regs = self.regs.after_reset();
+        self.reset_units();
+        let request = self.phy.hold_in_reset(false);
+        self.change_link(request);
+        self.update_status();
+        // The link did not change while somebody was looking.
+        self.clear_causes(u32::MAX);
+    }
+
+    fn reset_units(&mut self) {
+        self.tx.reset();
+        self.rx.held = None;
+        self.eeprom.reset_interface();
+        self.io_address = 0;
+        self.line.last_assertion_ns = None;
+        self.load_eeprom();
+        self.update_interrupt();
+    }
+
+    /// Everything but configuration space.
+    fn hardware_reset(&mut self) {
+        self.timers.stop_all();
+        self.regs = RegisterFile::power_on();
+        self.phy = Phy::default();
+        self.reset_units();
+        self.update_link();
+        self.clear_causes(u32::MAX);
+    }
+
+    /// Logs something that the guest did wrong, rate-limited.
+    fn complain(&mut self, what: fmt::Arguments) {
+        if let Some(suppressed) = self.complaints.permit() {
+            tracing::warn!(suppressed, "e1000: {what}");
+        }
+    }
+}
+
+/// Configuration space of the 82540EM (4.1).
+fn configuration_space() -> Result<ConfigSpace, ConfigError> {
+    let mut config = ConfigSpace::new(PciIdentity {
+        vendor_id: 0x8086,
+        device_id: DEVICE_ID,
+        revision_id: 2,
+        class_code: 0x02_0000,
+        subsystem_vendor_id: 0x8086,
+        subsystem_id: SUBSYSTEM_ID,
+    });
+    config.set_power_on_status(Status::MHZ_66 | Status::DEVSEL_MEDIUM);
+    config.add_bar(BAR_MEMORY, BarSpace::Memory32, 128 << 10)?;
+    config.add_bar(BAR_IO, BarSpace::Io, 64)?;
+    config.set_interrupt_pin(InterruptPin::A);
+    // Version 2, device-specific initialization, PME from D0, D3hot and D3cold; power state and
+    // PME enable can be written.
+    let capabilities = 0xc822u16.to_le_bytes();
+    let body = [capabilities[0], capabilities[1], 0, 0, 0, 0];
+    config.add_capability_at(POWER_MANAGEMENT, 0x01, &body, &[0, 0, 0x03, 0x01])?;
+    Ok(config)
+}
+
+impl PciFunction for E1000 {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        let pending = self.line.asserted;
+        self.config.set_interrupt_status(pending);
+        self.config.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        let slept = self.asleep();
+        let could_dma = self.dma_allowed();
+        self.config.write(offset, data);
+        if slept && !self.asleep() {
+            // D3hot to D0 resets the function (PCI Power Management 1.1, 5.4.1).
+            self.hardware_reset();
+        }
+        self.drive_line();
+        if self.dma_allowed() && !could_dma {
+            self.transmit();
+            self.receive_batch();
+        }
+        self.settle();
+    }
+
+    fn decoded(&self) -> Vec<BarRange> {
+        // A sleeping function answers configuration accesses only.
+        if self.asleep() {
+            Vec::new()
+        } else {
+            self.config.decoded()
+        }
+    }
+
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        match bar {
+            BAR_MEMORY => self.read_memory(offset, data),
+            BAR_IO => self.read_io(offset, data),
+            _ => data.fill(0xff),
+        }
+    }
+
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        match bar {
+            BAR_MEMORY => self.write_memory(offset, data),
+            BAR_IO => self.write_io(offset, data),
+            _ => {}
+        }
+        self.settle();
+    }
+
+    fn reset(&mut self) {
+        self.config.reset();
+        self.hardware_reset();
+        self.drive_line();
+        self.settle();
+    }
+}

@@ -1,0 +1,514 @@
+//! Packets on their way out: gathering from descriptors, checksum insertion, VLAN tags, TCP
+//! segmentation (3.3 to 3.5).
+//!
+//! ```text
+//!   context descriptor ──► one of two contexts: segmentation (TSE), other
+//!   legacy or data descriptors ──► packet data ── EOP ──► finished in place, sent
+//!                                                  └ TSE ─► header + payload ──► segments, sent
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use super::E1000;
+use super::checksum::{fold, insert};
+use super::filter::{FCS_BYTES, HEADER_BYTES};
+use super::regs::{CTRL, TCTL, VET, ctrl, tctl};
+use super::rx::MIN_FRAME_BYTES;
+use super::stats::{Cast, TSCTC, TSCTFC};
+use super::tx::{Budget, command};
+use crate::wire::{MAX_FRAME_BYTES, SendOutcome};
+
+/// Room in front of packet data for a VLAN tag, in bytes.
+const TAG_BYTES: usize = 4;
+/// Longest packet that the controller sends without segmentation, in bytes (3.3.3, 16288).
+const MAX_PACKET_BYTES: usize = 16288;
+/// Packet data that is kept allocated, in bytes; what a segmented packet needed beyond is given back.
+const KEPT_BYTES: usize = 96 << 10;
+
+/// Descriptor types of extended descriptors, bits 23:20 of the third word.
+const DTYP_CONTEXT: u32 = 0;
+const DTYP_DATA: u32 = 1;
+
+/// Packet options of a data descriptor (3.3.7.3).
+const POPTS_IXSM: u8 = 1 << 0;
+const POPTS_TXSM: u8 = 1 << 1;
+
+/// A checksum context (3.3.6).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Context {
+    /// IP checksum start, offset and end.
+    ipcss: u8,
+    ipcso: u8,
+    ipcse: u16,
+    /// TCP/UDP checksum start, offset and end.
+    tucss: u8,
+    tucso: u8,
+    tucse: u16,
+    /// Payload length in bytes.
+    paylen: u32,
+    /// Header length in bytes.
+    hdrlen: u8,
+    /// Maximum segment size in bytes.
+    mss: u16,
+    tcp: bool,
+    ipv4: bool,
+}
+
+impl Context {
+    fn decode(descriptor: &[u8; 16], lower: u32) -> Self {
+        let u16_at = |at: usize| u16::from_le_bytes([descriptor[at], descriptor[at + 1]]);
+        Self {
+            ipcss: descriptor[0],
+            ipcso: descriptor[1],
+            ipcse: u16_at(2),
+            tucss: descriptor[4],
+            tucso: descriptor[5],
+            tucse: u16_at(6),
+            paylen: lower & 0xf_ffff,
+            hdrlen: descriptor[13],
+            mss: u16_at(14),
+            tcp: lower & command::TCP != 0,
+            ipv4: lower & command::IP != 0,
+        }
+    }
+}
+
+/// What the descriptors of the packet said so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Options {
+    /// A descriptor of the packet was seen.
+    started: bool,
+    popts: u8,
+    segment: bool,
+    /// Tag to insert.
+    vlan: Option<u16>,
+    /// Checksum start and offset of a legacy descriptor.
+    legacy_checksum: Option<(u8, u8)>,
+    /// More data than a packet can have: it will not be sent.
+    too_long: bool,
+    /// The data is finished (checksums, tag, padding) and only has to be sent; it begins here.
+    finished_at: Option<u32>,
+    /// Payload bytes and segments that were sent.
+    sent_bytes: u32,
+    sent_segments: u32,
+}
+
+/// What the transmitter has besides registers.
+#[derive(Debug, Default)]
+pub struct Transmitter {
+    other: Context,
+    segmentation: Context,
+    options: Options,
+    /// Packet data after `TAG_BYTES`, `filled` bytes of it.
+    data: Vec<u8>,
+    filled: usize,
+    /// The segment that is built.
+    segment: Vec<u8>,
+    /// The descriptor at the head ends the packet and was taken; the packet is not all sent.
+    pub ending: bool,
+    /// The wire was full.
+    pub stalled: bool,
+}
+
+/// [`Transmitter`] in a checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransmitterState {
+    other: Context,
+    segmentation: Context,
+    options: Options,
+    data: Vec<u8>,
+    ending: bool,
+    stalled: bool,
+}
+
+impl Transmitter {
+    /// Forgets the packet that is gathered or sent.
+    pub fn abandon_packet(&mut self) {
+        self.options = Options::default();
+        self.filled = 0;
+        self.ending = false;
+        self.stalled = false;
+        if self.data.len() > KEPT_BYTES {
+            self.data.truncate(KEPT_BYTES);
+            self.data.shrink_to_fit();
+        }
+    }
+
+    /// Forgets packet and contexts.
+    pub fn reset(&mut self) {
+        self.abandon_packet();
+        self.other = Context::default();
+        self.segmentation = Context::default();
+    }
+
+    /// For a checkpoint.
+    pub fn save(&self) -> TransmitterState {
+        TransmitterState {
+            other: self.other,
+            segmentation: self.segmentation,
+            options: self.options,
+            data: self.data[..self.data.len().min(TAG_BYTES + self.filled)].to_vec(),
+            ending: self.ending,
+            stalled: self.stalled,
+        }
+    }
+
+    /// From a checkpoint; `None` where it cannot be one.
+    pub fn restore(state: TransmitterState) -> Option<Self> {
+        let longest = MAX_PACKET_BYTES.max(u8::MAX as usize + 0xf_ffff) + TAG_BYTES;
+        let start = state.options.finished_at.unwrap_or(0) as usize;
+        if state.data.len() > longest || start > TAG_BYTES.min(state.data.len()) {
+            return None;
+        }
+        Some(Self {
+            other: state.other,
+            segmentation: state.segmentation,
+            options: state.options,
+            filled: state.data.len().saturating_sub(TAG_BYTES),
+            data: state.data,
+            segment: Vec::new(),
+            ending: state.ending,
+            stalled: state.stalled,
+        })
+    }
+
+    /// Makes room for `length` more bytes of packet data and gives it.
+    fn grow(&mut self, length: usize) -> &mut [u8] {
+        let start = TAG_BYTES + self.filled;
+        let end = start + length;
+        if self.data.len() < end {
+            self.data.resize(end.next_power_of_two(), 0);
+        }
+        self.filled += length;
+        &mut self.data[start..end]
+    }
+}
+
+/// How far sending a packet came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// All of it is sent, or dropped.
+    Sent,
+    /// The wire is full.
+    Full,
+    /// The call did enough.
+    OutOfBudget,
+}
+
+impl E1000 {
+    /// Takes a descriptor into the packet; true when it ends it.
+    pub(super) fn take_descriptor(&mut self, descriptor: &[u8; 16], budget: &mut Budget) -> bool {
+        let u32_at = |at: usize| {
+            u32::from_le_bytes([
+                descriptor[at],
+                descriptor[at + 1],
+                descriptor[at + 2],
+                descriptor[at + 3],
+            ])
+        };
+        let address = u64::from(u32_at(4)) << 32 | u64::from(u32_at(0));
+        let (lower, upper) = (u32_at(8), u32_at(12));
+        let kind = lower >> 20 & 0xf;
+        let extended = lower & command::DEXT != 0;
+        if extended && kind == DTYP_CONTEXT {
+            let context = Context::decode(descriptor, lower);
+            if lower & command::TSE != 0 {
+                self.tx.segmentation = context;
+            } else {
+                self.tx.other = context;
+            }
+            return false;
+        }
+        if extended && kind != DTYP_DATA {
+            self.complain(format_args!("transmit descriptor of unknown type {kind}"));
+            return false;
+        }
+        let first = !std::mem::replace(&mut self.tx.options.started, true);
+        let vlan_mode = self.regs.is_set(CTRL, ctrl::VME);
+        let options = &mut self.tx.options;
+        if lower & command::VLE != 0 && vlan_mode {
+            options.vlan = Some((upper >> 16) as u16);
+        }
+        let length = if extended {
+            if first {
+                options.popts = (upper >> 8) as u8;
+                options.segment = lower & command::TSE != 0;
+            }
+            lower & 0xf_ffff
+        } else {
+            if lower & command::IC != 0 {
+                options.legacy_checksum = Some(((upper >> 8) as u8, (lower >> 16) as u8));
+            }
+            lower & 0xffff
+        };
+        self.gather(address, length as usize, budget);
+        lower & command::EOP != 0
+    }
+
+    /// Reads `length` bytes of packet data.
+    fn gather(&mut self, address: u64, length: usize, budget: &mut Budget) {
+        let limit = if self.tx.options.segment {
+            let context = &self.tx.segmentation;
+            usize::from(context.hdrlen) + context.paylen as usize
+        } else {
+            MAX_PACKET_BYTES
+        };
+        let room = limit.saturating_sub(self.tx.filled);
+        if length > room && !self.tx.options.segment {
+            self.tx.options.too_long = true;
+            return;
+        }
+        // What goes beyond the announced payload of a segmented packet is not part of it.
+        let length = length.min(room);
+        budget.spend_bytes(length);
+        let data = self.tx.grow(length);
+        if let Err(error) = self.dma.read(address, data) {
+            self.tx.options.too_long = true;
+            self.complain(format_args!("transmit data: {error}"));
+        }
+    }
+
+    /// Sends the packet, or what is left of it.
+    pub(super) fn send_packet(&mut self, budget: &mut Budget) -> Progress {
+        self.tx.stalled = false;
+        let progress = if self.tx.options.too_long {
+            self.complain(format_args!(
+                "a packet that cannot be read or is too long is not sent"
+            ));
+            Progress::Sent
+        } else if self.tx.options.segment {
+            let mut segment = std::mem::take(&mut self.tx.segment);
+            let progress = self.send_segments(&mut segment, budget);
+            self.tx.segment = segment;
+            progress
+        } else {
+            self.send_whole(budget)
+        };
+        match progress {
+            Progress::Sent => self.tx.abandon_packet(),
+            Progress::Full => self.tx.stalled = true,
+            Progress::OutOfBudget => {}
+        }
+        progress
+    }
+
+    fn send_whole(&mut self, budget: &mut Budget) -> Progress {
+        if self.tx.filled < HEADER_BYTES {
+            let filled = self.tx.filled;
+            if filled != 0 {
+                self.complain(format_args!("a packet of {filled} bytes is not sent"));
+            }
+            return Progress::Sent;
+        }
+        if self.tx.options.finished_at.is_none() {
+            self.finish_whole();
+        }
+        let start = self.tx.options.finished_at.unwrap_or(0) as usize;
+        let data = std::mem::take(&mut self.tx.data);
+        let frame = data.get(start..TAG_BYTES + self.tx.filled).unwrap_or(&[]);
+        budget.spend_bytes(frame.len());
+        let sent = self.send_frame(frame);
+        self.tx.data = data;
+        if sent { Progress::Sent } else { Progress::Full }
+    }
+
+    /// Inserts checksums and tag, pads.
+    fn finish_whole(&mut self) {
+        let options = self.tx.options;
+        let context = self.tx.other;
+        let frame = &mut self.tx.data[TAG_BYTES..TAG_BYTES + self.tx.filled];
+        if let Some((start, offset)) = options.legacy_checksum {
+            insert(frame, start, offset, 0, false);
+        }
+        if options.popts & POPTS_IXSM != 0 {
+            insert(frame, context.ipcss, context.ipcso, context.ipcse, false);
+        }
+        if options.popts & POPTS_TXSM != 0 {
+            insert(
+                frame,
+                context.tucss,
+                context.tucso,
+                context.tucse,
+                !context.tcp,
+            );
+        }
+        let mut start = TAG_BYTES;
+        if let Some(tag) = options.vlan {
+            insert_tag(&mut self.tx.data, self.regs.get(VET) as u16, tag);
+            start = 0;
+        }
+        let length = TAG_BYTES + self.tx.filled - start;
+        if length < MIN_FRAME_BYTES && self.regs.is_set(TCTL, tctl::PSP) {
+            self.tx.grow(MIN_FRAME_BYTES - length).fill(0);
+        }
+        self.tx.options.finished_at = Some(start as u32);
+    }
+
+    fn send_segments(&mut self, segment: &mut Vec<u8>, budget: &mut Budget) -> Progress {
+        let context = self.tx.segmentation;
+        let (header, mss) = (usize::from(context.hdrlen), usize::from(context.mss));
+        let possible = mss != 0
+            && header >= HEADER_BYTES
+            && header <= self.tx.filled
+            && header + mss <= MAX_FRAME_BYTES - TAG_BYTES;
+        if !possible {
+            self.regs.count(TSCTFC);
+            let filled = self.tx.filled;
+            self.complain(format_args!(
+                "segmentation with a header of {header} of {filled} bytes and segments of {mss} bytes"
+            ));
+            return Progress::Sent;
+        }
+        let payload = self.tx.filled - header;
+        loop {
+            let from = (self.tx.options.sent_bytes as usize).min(payload);
+            let to = payload.min(from + mss);
+            if budget.is_spent() {
+                return Progress::OutOfBudget;
+            }
+            segment.clear();
+            segment.resize(TAG_BYTES, 0);
+            let data = &self.tx.data[TAG_BYTES..];
+            segment.extend_from_slice(&data[..header]);
+            segment.extend_from_slice(&data[header + from..header + to]);
+            let options = self.tx.options;
+            fix_up(
+                &context,
+                options.popts,
+                options.sent_segments,
+                to == payload,
+                from,
+                segment,
+            );
+            let mut start = TAG_BYTES;
+            if let Some(tag) = options.vlan {
+                insert_tag(segment, self.regs.get(VET) as u16, tag);
+                start = 0;
+            }
+            if segment.len() - start < MIN_FRAME_BYTES && self.regs.is_set(TCTL, tctl::PSP) {
+                segment.resize(start + MIN_FRAME_BYTES, 0);
+            }
+            // A segment costs at least as much as copying its headers.
+            budget.spend_bytes((to - from).max(512));
+            if !self.send_frame(&segment[start..]) {
+                return Progress::Full;
+            }
+            self.tx.options.sent_bytes = to as u32;
+            self.tx.options.sent_segments = options.sent_segments.wrapping_add(1);
+            if to == payload {
+                self.regs.count(TSCTC);
+                return Progress::Sent;
+            }
+        }
+    }
+
+    /// Hands a frame to the wire or back to the receiver; false when the wire is full.
+    fn send_frame(&mut self, frame: &[u8]) -> bool {
+        if self.in_loopback() {
+            self.receive_loopback(frame);
+        } else if self.wire.send(frame) == SendOutcome::Full {
+            return false;
+        }
+        // A frame that nobody takes left this station all the same.
+        self.regs
+            .count_transmitted(Cast::of(frame), frame.len() + FCS_BYTES);
+        true
+    }
+}
+
+/// Moves the addresses to the front of `data`, which begins with `TAG_BYTES` of room, and puts the
+/// tag behind them.
+fn insert_tag(data: &mut [u8], ethertype: u16, tag: u16) {
+    data.copy_within(TAG_BYTES..TAG_BYTES + 12, 0);
+    data[12..14].copy_from_slice(&ethertype.to_be_bytes());
+    data[14..16].copy_from_slice(&tag.to_be_bytes());
+}
+
+/// Adapts the headers of one segment (3.5.7): lengths, IP identification, sequence number, flags,
+/// checksums. `segment` begins with `TAG_BYTES` of room; fields that lie outside of it are left out.
+fn fix_up(
+    context: &Context,
+    popts: u8,
+    index: u32,
+    last: bool,
+    payload_offset: usize,
+    segment: &mut [u8],
+) {
+    let frame = &mut segment[TAG_BYTES..];
+    let length = frame.len();
+    let (ip, transport) = (usize::from(context.ipcss), usize::from(context.tucss));
+    let put = |frame: &mut [u8], at: usize, value: u16| {
+        if let Some(field) = frame.get_mut(at..at + 2) {
+            field.copy_from_slice(&value.to_be_bytes());
+        }
+    };
+    let get = |frame: &[u8], at: usize| match frame.get(at..at + 2) {
+        Some(field) => u16::from_be_bytes([field[0], field[1]]),
+        None => 0,
+    };
+    let ip_bytes = length.saturating_sub(ip);
+    if context.ipv4 {
+        put(frame, ip + 2, ip_bytes as u16);
+        let id = get(frame, ip + 4).wrapping_add(index as u16);
+        put(frame, ip + 4, id);
+    } else {
+        put(frame, ip + 4, ip_bytes.saturating_sub(40) as u16);
+    }
+    let transport_bytes = length.saturating_sub(transport) as u16;
+    if context.tcp {
+        if let Some(field) = frame.get_mut(transport + 4..transport + 8) {
+            let old = u32::from_be_bytes([field[0], field[1], field[2], field[3]]);
+            field.copy_from_slice(&old.wrapping_add(payload_offset as u32).to_be_bytes());
+        }
+        if !last && let Some(flags) = frame.get_mut(transport + 13) {
+            // FIN and PSH belong to the last segment only.
+            *flags &= !0x09;
+        }
+    } else {
+        put(frame, transport + 4, transport_bytes);
+    }
+    if popts & POPTS_IXSM != 0 {
+        insert(frame, context.ipcss, context.ipcso, context.ipcse, false);
+    }
+    if popts & POPTS_TXSM != 0 {
+        // The driver put the sum of the pseudo header there, without the length.
+        let field = usize::from(context.tucso);
+        let seed = u64::from(get(frame, field)) + u64::from(transport_bytes);
+        put(frame, field, fold(seed));
+        insert(
+            frame,
+            context.tucss,
+            context.tucso,
+            context.tucse,
+            !context.tcp,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_outside_of_a_segment_are_left_out() {
+        let context = Context {
+            ipcss: 255,
+            ipcso: 255,
+            tucss: 254,
+            tucso: 255,
+            ..Context::default()
+        };
+        for tcp in [false, true] {
+            for ipv4 in [false, true] {
+                let context = Context {
+                    tcp,
+                    ipv4,
+                    ..context
+                };
+                let mut segment = vec![7; 60];
+                fix_up(&context, 3, 5, false, 100, &mut segment);
+                assert_eq!(segment, vec![7; 60]);
+            }
+        }
+    }
+}

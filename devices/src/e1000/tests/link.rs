@@ -1,0 +1,87 @@
+use std::time::Duration;
+
+use super::driver::{Driver, MEMORY_BYTES, broadcast};
+use crate::e1000::E1000Config;
+use crate::e1000::bench::{Bench, MAC};
+use crate::e1000::regs::*;
+
+#[test]
+fn a_pulled_cable_shows_as_a_link_status_change() {
+    let mut driver = Driver::new();
+    assert!(driver.bench.read(STATUS) & status::LU != 0);
+    driver.bench.far_end().carrier = false;
+    driver.bench.serve();
+    assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
+    assert!(driver.bench.interrupt());
+    assert_eq!(driver.bench.read(ICR), icr::LSC);
+    driver.bench.far_end().carrier = true;
+    driver.bench.serve();
+    assert_eq!(driver.bench.read(ICR), icr::LSC);
+    assert_eq!(
+        driver.bench.read_phy(1) & 4,
+        0,
+        "the PHY remembers the loss"
+    );
+    assert_eq!(driver.bench.read_phy(1) & 0x24, 0x24);
+}
+
+#[test]
+fn autonegotiation_takes_the_time_that_was_configured() {
+    let config = E1000Config {
+        autonegotiation: Duration::from_millis(3),
+        ..E1000Config::new(MAC)
+    };
+    let mut bench = Bench::new(MEMORY_BYTES, config).unwrap();
+    bench.set_bits(CTRL, ctrl::SLU);
+    bench.write(IMS, icr::LSC);
+    bench.write_phy(0, 0x1340);
+    bench.advance_ns(2_900_000);
+    assert_eq!(
+        (bench.read(STATUS) & status::LU, bench.read_phy(1) & 0x24),
+        (0, 0)
+    );
+    bench.advance_ns(100_000);
+    assert!(bench.interrupt());
+    assert_eq!(
+        bench.read(STATUS),
+        status::LU | status::FD | 2 << 6 | 2 << 8
+    );
+    // Gigabit, full duplex, resolved, link; the partner's PAUSE.
+    assert_eq!(bench.read_phy(17), 0xac00);
+    assert_eq!(bench.read_phy(5) & 0x0c00, 0x0c00);
+}
+
+#[test]
+fn descriptors_wait_for_the_link() {
+    let mut driver = Driver::new();
+    driver.bench.far_end().carrier = false;
+    driver.bench.serve();
+    driver.send(&broadcast(60));
+    assert!(driver.sent().is_empty());
+    driver.bench.far_end().carrier = true;
+    driver.bench.serve();
+    assert_eq!(driver.sent(), [broadcast(60)]);
+}
+
+#[test]
+fn a_powered_down_phy_has_no_link() {
+    let mut driver = Driver::new();
+    driver.bench.write_phy(0, 0x1940);
+    assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
+    driver.bench.write_phy(0, 0x1140);
+    assert_ne!(driver.bench.read(STATUS) & status::LU, 0);
+}
+
+#[test]
+fn mdic_reports_an_absent_phy_and_interrupts_when_asked() {
+    let mut driver = Driver::new();
+    driver.bench.write(IMS, icr::MDAC);
+    driver
+        .bench
+        .write(MDIC, 2 << 21 | mdic::OP_READ | mdic::INTERRUPT);
+    assert_eq!(
+        driver.bench.read(MDIC) & (mdic::READY | mdic::ERROR),
+        mdic::READY | mdic::ERROR
+    );
+    assert!(driver.bench.interrupt());
+}
