@@ -80,7 +80,7 @@ fn a_fault_after_writes_and_a_kernel_call_leaves_every_byte_as_it_was() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 17, kernel_function);
+    domain.redirect(DRIVER_TEXT + 17, kernel_function).unwrap();
     let regs = guest.entry_regs();
     let before = guest.all();
     for _ in 0..3 {
@@ -121,7 +121,7 @@ fn crossings_need_no_exit_and_keep_every_register() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 8, kernel_function);
+    domain.redirect(DRIVER_TEXT + 8, kernel_function).unwrap();
     let mut kernel = Kernel::default();
     guest.call(&mut domain, &mut kernel);
     let result = guest.call(&mut domain, &mut kernel);
@@ -167,7 +167,7 @@ fn kernel_functions_may_write_what_the_driver_may_not() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 4, kernel_function);
+    domain.redirect(DRIVER_TEXT + 4, kernel_function).unwrap();
     let result = guest.call(&mut domain, &mut Kernel::default());
     assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
     assert_eq!(guest.read(KERNEL_DATA), 9);
@@ -299,7 +299,7 @@ fn a_tail_call_of_a_kernel_function_returns_to_the_caller() {
         a.jmp(kernel_function).unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT, kernel_function);
+    domain.redirect(DRIVER_TEXT, kernel_function).unwrap();
     let result = guest.call(&mut domain, &mut Kernel::default());
     assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
     assert_eq!((result.regs.rax, result.stats.crossings), (5, 1));
@@ -327,7 +327,7 @@ fn the_kernel_may_call_back_into_the_driver() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 10, kernel_function);
+    domain.redirect(DRIVER_TEXT + 10, kernel_function).unwrap();
     let mut kernel = Kernel::with_data();
     kernel.driver_functions.insert(callback);
     let result = guest.call(&mut domain, &mut kernel);
@@ -353,7 +353,7 @@ fn a_fault_inside_a_call_back_takes_everything_back() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 10, kernel_function);
+    domain.redirect(DRIVER_TEXT + 10, kernel_function).unwrap();
     let mut kernel = Kernel::with_data();
     kernel.driver_functions.insert(callback);
     let regs = guest.entry_regs();
@@ -381,7 +381,7 @@ fn a_kernel_function_that_would_oops_is_the_drivers_failure() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 5, kernel_function);
+    domain.redirect(DRIVER_TEXT + 5, kernel_function).unwrap();
     let result = guest.call(&mut domain, &mut Kernel::default());
     let ViolationKind::KernelException {
         vector: 14,
@@ -650,7 +650,7 @@ fn fpu_use_and_kernel_halts_are_given_back_to_the_guest() {
         a.ret().unwrap();
     });
     let mut domain = guest.domain();
-    redirect(&mut domain, DRIVER_TEXT + 4, kernel_function);
+    domain.redirect(DRIVER_TEXT + 4, kernel_function).unwrap();
     let regs = guest.entry_regs();
     let before = guest.all();
     let result = guest.call_with(&mut domain, &mut Kernel::with_data(), regs);
@@ -693,4 +693,52 @@ fn a_page_that_the_guest_moved_is_found_at_the_next_call() {
         (guest.read(DRIVER_DATA), guest.read(KERNEL_DATA + PAGE)),
         (11, 105)
     );
+}
+
+#[test]
+fn a_trapped_kernel_function_gives_the_call_back_to_the_guest() {
+    let guest = Guest::new();
+    let scheduler = KERNEL_TEXT + 0x100;
+    guest.code(scheduler, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rcx), 1).unwrap();
+        a.call(scheduler).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 17, scheduler).unwrap();
+    domain.trap_function(scheduler).unwrap();
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut Kernel::with_data(), regs);
+    let reason = PassThroughReason::TrappedFunction;
+    assert!(
+        matches!(result.end, CallEnd::PassThrough(why) if why == reason),
+        "{result:?}"
+    );
+    assert_eq!(result.regs, regs);
+    assert!(guest.all() == before);
+}
+
+#[test]
+fn a_gate_in_the_guest_is_not_in_the_domain_and_text_patched_later_is_followed() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.db(&[0x0f, 0x1f, 0x44, 0, 0]).unwrap();
+        a.mov(eax, 7).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain
+        .patch(DRIVER_TEXT, &[0x0f, 0x1f, 0x44, 0, 0])
+        .unwrap();
+    guest.code(DRIVER_TEXT, |a| {
+        a.db(&[0xe6, 0xe0, 0xe6, 0xe1, 0x90]).unwrap();
+        a.mov(eax, 8).unwrap();
+        a.ret().unwrap();
+    });
+    let result = guest.call(&mut domain, &mut Kernel::default());
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 8);
 }

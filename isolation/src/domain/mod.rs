@@ -6,15 +6,16 @@
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |
 //! | `roots` | driver root and kernel root |
 //! | `private_vm`, `dirty_ring` | the KVM side |
+//! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | ends calls that hang |
 
-pub mod diff;
 pub mod dirty_ring;
 pub mod error;
 pub mod monitor;
+pub mod overlay;
 pub mod private_vm;
 pub mod roots;
 pub mod supervisor;
@@ -24,7 +25,7 @@ pub mod violation;
 pub mod warm;
 pub mod watchdog;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, kvm_sregs};
@@ -32,10 +33,11 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 
 use error::DomainError;
-use monitor::Monitor;
+use monitor::{Monitor, PORT_TRAPPED};
+use overlay::Overlays;
 use private_vm::PrivateVm;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
-use view::{PAGE_SIZE, Page, Pfn, PrivateView};
+use view::{PAGE_SIZE, Pfn, PrivateView};
 use warm::WarmPages;
 use watchdog::Watchdog;
 
@@ -88,9 +90,8 @@ pub struct Domain {
     warm: WarmPages,
     fixed: FixedPages,
     thunks: BTreeSet<u64>,
-    /// Driver text: virtual page to guest physical page.
-    text: BTreeMap<u64, Pfn>,
-    text_pages: BTreeSet<Pfn>,
+    text: BTreeSet<u64>,
+    overlays: Overlays,
     /// Virtual address by which the driver writes a page.
     opened: HashMap<Pfn, u64>,
     slot_bases: Vec<Pfn>,
@@ -110,12 +111,6 @@ impl Domain {
         let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
         let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid, config.clock)?;
         let roots = Roots::new(cr3);
-        let mut text = BTreeMap::new();
-        for va in &config.driver_text {
-            let translation = roots.translate(*va, &view)?;
-            let gpa = translation.ok_or(DomainError::TextNotMapped(*va))?.gpa;
-            text.insert(*va, Pfn::of(gpa));
-        }
         let mut domain = Self {
             slot_bases: private_vm::slot_bases(&view),
             vm,
@@ -124,12 +119,12 @@ impl Domain {
             view,
             warm: WarmPages::default(),
             thunks: config.thunks.iter().copied().collect(),
+            text: config.driver_text.iter().copied().collect(),
             fixed: FixedPages {
                 driver_text: config.driver_text,
                 thunks: config.thunks,
             },
-            text_pages: text.values().copied().collect(),
-            text,
+            overlays: Overlays::default(),
             opened: HashMap::new(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
@@ -140,17 +135,31 @@ impl Domain {
         Ok(domain)
     }
 
-    /// P's own copy of a page of driver text, to restore bytes that are patched in the guest and to
-    /// redirect calls.
-    pub fn text_page_mut(&mut self, va: u64) -> Result<&mut Page, DomainError> {
-        let pfn = self.text.get(&(va & !(PAGE_SIZE - 1))).copied();
-        let pfn = pfn.ok_or(DomainError::TextNotMapped(va))?;
-        Ok(self.view.private_page_mut(pfn)?)
+    /// Gives P other bytes than the guest at `va`: the original ones where the guest's entry is
+    /// patched, or a redirected call.
+    pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {
+        for (at, byte) in (va..).zip(bytes) {
+            let translation = self.roots.translate(at, &self.view)?;
+            let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
+            let offset = (gpa % PAGE_SIZE) as usize;
+            self.overlays
+                .patch(Pfn::of(gpa), offset, *byte, &mut self.view)?;
+        }
+        Ok(())
     }
 
-    /// Address that calls of the kernel function `target` have to go to in P.
-    pub fn trampoline(&mut self, target: u64) -> Result<u64, DomainError> {
-        Ok(self.monitor.trampoline(target)?)
+    /// Redirects P's copy of the direct call or jump at `site` (5 bytes, E8 or E9 first) to a trampoline
+    /// for the kernel function `target`.
+    pub fn redirect(&mut self, site: u64, target: u64) -> Result<(), DomainError> {
+        let trampoline = self.monitor.trampoline(target)?;
+        let displacement = trampoline.wrapping_sub(site.wrapping_add(5)) as u32;
+        self.patch(site.wrapping_add(1), &displacement.to_le_bytes())
+    }
+
+    /// Makes the kernel function that begins at `va` one that only the guest may run: a call that
+    /// reaches it passes through.
+    pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {
+        self.patch(va, &monitor::out(PORT_TRAPPED))
     }
 
     /// The private view, to look at.
@@ -197,15 +206,15 @@ impl Domain {
     }
 
     fn is_driver_text(&self, va: u64) -> bool {
-        self.text.contains_key(&(va & !(PAGE_SIZE - 1)))
+        self.text.contains(&(va & !(PAGE_SIZE - 1)))
     }
 
     fn is_thunk(&self, va: u64) -> bool {
         self.thunks.contains(&(va & !(PAGE_SIZE - 1)))
     }
 
-    fn is_text_page(&self, pfn: Pfn) -> bool {
-        self.text_pages.contains(&pfn)
+    fn is_overlay(&self, pfn: Pfn) -> bool {
+        self.overlays.contains(pfn)
     }
 
     fn note_open(&mut self, va: u64, gpa: u64) {

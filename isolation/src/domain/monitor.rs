@@ -50,6 +50,9 @@ pub const PORT_EXCEPTION: u16 = 0xF0;
 /// Port of the exit by which a call-back of the kernel into the driver returns.
 pub const PORT_CALLBACK_RETURN: u16 = 0xF2;
 
+/// Port of the exit at a kernel function that only the guest may run.
+pub const PORT_TRAPPED: u16 = 0xF3;
+
 /// Kernel code segment selector of 64-bit Linux (`__KERNEL_CS`), which exceptions run on.
 pub const KERNEL_CS: u16 = 0x10;
 /// Kernel data segment selector (`__KERNEL_DS`).
@@ -473,9 +476,15 @@ impl Drop for Monitor {
     }
 }
 
+/// `out port, al` for a port below 256.
+pub fn out(port: u16) -> [u8; 2] {
+    [0xe6, port as u8]
+}
+
 /// `out port, al; hlt`: the `hlt` is never reached.
 fn out_and_halt(port: u16) -> [u8; 3] {
-    [0xe6, port as u8, 0xf4]
+    let [opcode, port] = out(port);
+    [opcode, port, 0xf4]
 }
 
 /// Vectors that push an error code (Intel SDM volume 3, table 6-1; 29 and 30 are AMD's #VC and #SX).

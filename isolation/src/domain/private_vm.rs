@@ -15,7 +15,10 @@ use kvm_bindings::{
     KVMIO, kvm_device_attr, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{
+    Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuExit, VcpuFd,
+    VmFd,
+};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -143,6 +146,7 @@ impl PrivateVm {
         );
         vm.enable_cap(&msr_exits)
             .map_err(kvm("KVM_CAP_X86_USER_SPACE_MSR"))?;
+        trap_timer(&vm)?;
         set_slots(&vm, view, monitor)?;
         let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
@@ -331,6 +335,20 @@ pub fn slot_bases(view: &PrivateView) -> Vec<Pfn> {
         .iter()
         .map(|region| Pfn::of(region.start_addr().raw_value()))
         .collect()
+}
+
+/// Makes accesses to the TSC deadline register exits: without an interrupt controller KVM would
+/// forget what was written. Those to the x2APIC's registers exit by themselves, being unknown.
+fn trap_timer(vm: &VmFd) -> Result<(), PrivateVmError> {
+    const TSC_DEADLINE: u32 = 0x6e0;
+    let deadline = MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base: TSC_DEADLINE,
+        msr_count: 1,
+        bitmap: &[0],
+    };
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[deadline])
+        .map_err(kvm("KVM_X86_SET_MSR_FILTER"))
 }
 
 fn set_slots(vm: &VmFd, view: &PrivateView, monitor: &Monitor) -> Result<(), PrivateVmError> {

@@ -21,14 +21,16 @@ use std::time::Duration;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::Domain;
-use super::diff::changed_runs;
 use super::error::DomainError;
-use super::monitor::{ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_RETURN};
+use super::monitor::{
+    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_RETURN, PORT_TRAPPED,
+};
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
 use super::supervisor::{KernelExceptionVerdict, Supervisor};
 use super::view::{PAGE_SIZE, Pfn};
 use super::violation::{Violation, ViolationKind};
+use crate::policy::diff::PageMask;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -243,6 +245,7 @@ impl Call<'_> {
         let domain = &mut *self.domain;
         domain.watchdog.begin(self.request.budget);
         domain.warm.refresh(&mut domain.view)?;
+        domain.overlays.follow_one(&mut domain.view)?;
         if domain.adopt(self.request.sregs)? {
             self.stats.other_syscalls += 2;
         }
@@ -315,6 +318,15 @@ impl Call<'_> {
                 port: PORT_CALLBACK_RETURN,
                 ..
             } if self.at_stub(&regs) => Ok(self.callback_return(&regs)),
+            Exit::Out {
+                port: PORT_TRAPPED, ..
+            } => self.foreign(
+                ViolationKind::ForeignPort {
+                    port: PORT_TRAPPED,
+                    write: true,
+                },
+                PassThroughReason::TrappedFunction,
+            ),
             Exit::Out { port, value, bytes } => {
                 if self.root()? == Root::Kernel
                     && self.supervisor.harmless_port_write(port, value, bytes)
@@ -592,16 +604,10 @@ impl Call<'_> {
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
         for pfn in self.private_pages()? {
-            let mut runs = Vec::new();
             let view = &self.domain.view;
-            changed_runs(
-                view.shared_page(pfn)?,
-                view.private_page(pfn)?,
-                |offset, length| {
-                    runs.push((offset, length));
-                },
-            );
-            for (offset, length) in runs {
+            let mask = PageMask::changed(view.shared_page(pfn)?, view.private_page(pfn)?);
+            for run in mask.runs() {
+                let (offset, length) = (run.start, run.len());
                 let bytes = self.domain.view.shared_page(pfn)?[offset..offset + length].to_vec();
                 self.undo.push(Undo { pfn, offset, bytes });
                 self.domain.view.publish(pfn, offset, length)?;
@@ -653,11 +659,8 @@ impl Call<'_> {
         for pfn in &pages {
             let view = &self.domain.view;
             let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
-            if old != new {
-                changed_runs(old, new, |offset, length| {
-                    changes.push((*pfn, offset, length))
-                });
-            }
+            let mask = PageMask::changed(old, new);
+            changes.extend(mask.runs().map(|run| (*pfn, run.start, run.len())));
         }
         if let Some(kind) = self.forbidden_change(&changes) {
             return self.abort(kind, self.request.function);
@@ -780,7 +783,7 @@ impl Call<'_> {
             .chain(&self.host_written)
             .copied()
             .chain(domain.warm.iter())
-            .filter(|pfn| !domain.is_text_page(*pfn))
+            .filter(|pfn| !domain.is_overlay(*pfn))
             .collect();
         pages.sort_unstable();
         pages.dedup();

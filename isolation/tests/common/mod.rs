@@ -240,16 +240,6 @@ fn register_kick() {
     vmm_sys_util::signal::register_signal_handler(libc::SIGUSR1, nothing).unwrap();
 }
 
-/// Patches P's copy of a direct call or jump at `site` (5 bytes, opcode first) to go to `target`.
-pub fn redirect(domain: &mut Domain, site: u64, target: u64) {
-    let trampoline = domain.trampoline(target).unwrap();
-    let displacement = trampoline.wrapping_sub(site + 5) as u32;
-    let at = (site % PAGE) as usize;
-    let page = domain.text_page_mut(site).unwrap();
-    assert!(matches!(page[at], 0xe8 | 0xe9), "a direct call or jump");
-    page[at + 1..at + 5].copy_from_slice(&displacement.to_le_bytes());
-}
-
 /// What the tests' supervisor knows and records.
 #[derive(Default)]
 pub struct Kernel {

@@ -1,0 +1,76 @@
+//! Pages of code that P has differently from the guest: driver text with its original entry bytes and
+//! redirected calls, kernel functions that only the guest may run.
+//!
+//! The guest patches its own text now and then (static keys, tracing). Each overlay remembers the
+//! guest's page it was made from; one overlay a call is compared, in turn, so that a change is
+//! followed within as many calls as there are overlays.
+
+use std::collections::BTreeMap;
+
+use super::view::{Page, Pfn, PrivateView, ViewError};
+
+#[derive(Debug)]
+struct Overlay {
+    guest: Box<Page>,
+    patches: BTreeMap<usize, u8>,
+}
+
+/// All overlays of a domain.
+#[derive(Debug, Default)]
+pub struct Overlays {
+    pages: BTreeMap<Pfn, Overlay>,
+    next: Option<Pfn>,
+}
+
+impl Overlays {
+    /// Whether P has its own version of `pfn`.
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        self.pages.contains_key(&pfn)
+    }
+
+    /// Puts `byte` at `offset` of P's version of `pfn`.
+    pub fn patch(
+        &mut self,
+        pfn: Pfn,
+        offset: usize,
+        byte: u8,
+        view: &mut PrivateView,
+    ) -> Result<(), ViewError> {
+        if !self.pages.contains_key(&pfn) {
+            let guest = Box::new(*view.shared_page(pfn)?);
+            self.pages.insert(
+                pfn,
+                Overlay {
+                    guest,
+                    patches: BTreeMap::new(),
+                },
+            );
+        }
+        if let Some(overlay) = self.pages.get_mut(&pfn) {
+            overlay.patches.insert(offset, byte);
+        }
+        view.private_page_mut(pfn)?[offset] = byte;
+        Ok(())
+    }
+
+    /// Compares the next overlay with the guest's page and makes it anew if that changed.
+    pub fn follow_one(&mut self, view: &mut PrivateView) -> Result<(), ViewError> {
+        let from = self.next.unwrap_or(Pfn(0));
+        let Some((pfn, overlay)) = self.pages.range_mut(from..).next() else {
+            self.next = None;
+            return Ok(());
+        };
+        self.next = Some(Pfn(pfn.0 + 1));
+        let guest = view.shared_page(*pfn)?;
+        if *guest == *overlay.guest {
+            return Ok(());
+        }
+        *overlay.guest = *guest;
+        let page = view.private_page_mut(*pfn)?;
+        *page = *overlay.guest;
+        for (offset, byte) in &overlay.patches {
+            page[*offset] = *byte;
+        }
+        Ok(())
+    }
+}
