@@ -5,6 +5,9 @@
 //! a hostile guest can get out of a lie is a refusal, or harm to itself.
 
 pub mod addr;
+pub mod gate;
+pub mod module_text;
+pub mod modules;
 pub mod paging;
 pub mod phys;
 pub mod root;

@@ -204,6 +204,11 @@ proptest! {
                 Act::Close(_) => {}
             }
         }
+        // No more segments than the open objects need, however many came and went.
+        for ((_, left), (first, right)) in table.segments.iter().zip(table.segments.iter().skip(1)) {
+            let touch = left.last + 1 == *first;
+            prop_assert!(left.last < *first && !(touch && left.covered_by == right.covered_by));
+        }
         let covers = |m: &(ObjectId, u64, u64, bool), at: u64| m.1 <= at && at < m.1 + m.2;
         let writable = |at: u64| {
             model.iter().any(|m| covers(m, at) && !m.3) && !model.iter().any(|m| covers(m, at) && m.3)
