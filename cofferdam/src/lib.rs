@@ -1,5 +1,6 @@
 //! The `cofferdam` command as a library, so that its tests and tools can use its parts.
 
+pub mod bench;
 pub mod cli;
 pub mod control;
 pub mod doctor;

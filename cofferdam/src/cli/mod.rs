@@ -1,5 +1,6 @@
 //! The command line: what there is to type, and which function does it.
 
+mod bench;
 mod control;
 mod logging;
 mod report;
@@ -65,6 +66,9 @@ enum Command {
     Stop(control::StopOptions),
     /// Run a command inside a guest, through its agent
     Exec(control::ExecOptions),
+    /// Measure boots, recovery and traffic
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Say what this host can do, and what to do about what is missing
     Doctor(crate::doctor::Args),
     /// Show, merge and draw what was measured
@@ -93,6 +97,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Reset(options) => options.reset(),
         Command::Stop(options) => options.run(),
         Command::Exec(options) => options.run(),
+        Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),
         Command::Completions { shell } => {

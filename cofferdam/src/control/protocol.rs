@@ -40,8 +40,6 @@ pub enum Request {
     },
     /// Stop the pings.
     ProbeStop {},
-    /// Let the next frame of each direction count as the first. Answer: [`Reply::Marked`].
-    ProbeMark {},
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.
@@ -89,11 +87,6 @@ pub enum Reply {
     Done {},
     /// How the VM is.
     Status(Box<Status>),
-    /// When the mark was set.
-    Marked {
-        /// Host's monotonic time.
-        at_ns: u64,
-    },
     /// What the gateway saw.
     Probe(ProbeReading),
 }
@@ -183,12 +176,9 @@ pub struct ProbeReading {
     /// Last answer before the given time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_reply_before_ns: Option<u64>,
-    /// First frame from the guest since the mark.
+    /// First frame of the guest that came after a silence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_from_guest_ns: Option<u64>,
-    /// First frame that the guest's NIC took since the mark.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_to_guest_ns: Option<u64>,
+    pub first_frame_ns: Option<u64>,
     /// Pings sent since the given time, as far as they are remembered.
     pub sent: u64,
     /// Pings answered since the given time, as far as they are remembered.

@@ -83,10 +83,8 @@ fn recovery_section(body: &mut String, recoveries: &[Recovery]) -> anyhow::Resul
     for recovery in recoveries {
         let _ = writeln!(
             body,
-            "<h3>{}: {} of {}, {} runs</h3>",
+            "<h3>{}, {} runs</h3>",
             escape(&super::plot::recovery_name(recovery)),
-            recovery.method.name(),
-            escape(&recovery.driver),
             recovery.n
         );
         body.push_str(&recovery_boxes(recovery)?);
@@ -154,6 +152,7 @@ fn traffic_section(body: &mut String, traffic: &[Traffic]) {
         "sent",
         "answered",
         "reordered",
+        "doubled",
         "corrupted",
         "MiB out",
         "MiB in",
@@ -174,6 +173,7 @@ fn traffic_section(body: &mut String, traffic: &[Traffic]) {
                 count(t.sent),
                 count(t.answered),
                 count(t.reordered),
+                count(t.duplicated),
                 t.corrupted.to_string(),
                 mib(t.bytes_to_peer),
                 mib(t.bytes_from_peer),

@@ -292,6 +292,9 @@ pub struct Traffic {
     /// Answers that came out of order; absent for a stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reordered: Option<u64>,
+    /// Answers that came more than once; absent for a stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duplicated: Option<u64>,
     /// Payload bytes that went out and whose contents were checked at the far end or on return.
     pub bytes_to_peer: u64,
     /// Payload bytes that came in and whose contents were checked.

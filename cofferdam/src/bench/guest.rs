@@ -1,0 +1,269 @@
+//! A VM of its own for a measurement or a test: this program's `run`, in a runtime folder of its own.
+//!
+//! Dropping it ends the VM and removes everything it made.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use agent_protocol::Client;
+use anyhow::{Context, bail};
+use devices::clock::monotonic_ns;
+use tempfile::TempDir;
+
+use crate::control::client::ControlClient;
+use crate::options::VmName;
+use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot, VmPaths};
+
+/// Name of the VM in its own runtime folder.
+const NAME: &str = "guest";
+
+/// How long a process may take to end once it was asked.
+const END_TIME: Duration = Duration::from_secs(10);
+
+/// Between two looks at something that will change.
+const POLL: Duration = Duration::from_millis(5);
+
+/// How much of a console is shown with an error.
+const CONSOLE_TAIL_LINES: usize = 20;
+
+/// What to boot.
+#[derive(Debug, Clone)]
+pub struct GuestOptions {
+    /// The `cofferdam` program.
+    pub program: PathBuf,
+    /// Folder with the guest images.
+    pub images: PathBuf,
+    /// Initramfs in that folder.
+    pub initrd: &'static str,
+    /// More options of `run`.
+    pub arguments: Vec<String>,
+}
+
+impl GuestOptions {
+    /// This program itself, with the full initramfs and no NIC.
+    pub fn new(images: &Path) -> anyhow::Result<Self> {
+        Ok(Self {
+            program: std::env::current_exe().context("cannot find this program's own file")?,
+            images: images.to_path_buf(),
+            initrd: "initrd.cpio",
+            arguments: Vec::new(),
+        })
+    }
+
+    /// With another initramfs of the images.
+    pub fn initrd(mut self, initrd: &'static str) -> Self {
+        self.initrd = initrd;
+        self
+    }
+
+    /// With more options of `run`, separated by blanks.
+    pub fn with(mut self, arguments: &str) -> Self {
+        self.arguments
+            .extend(arguments.split_whitespace().map(str::to_owned));
+        self
+    }
+
+    /// The file `name` of the images.
+    pub fn image(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.images.join(name);
+        if !path.is_file() {
+            bail!(
+                "{} is missing: build the guest images with `cargo xtask images`, or name their \
+                 folder with --images",
+                path.display()
+            );
+        }
+        Ok(path)
+    }
+}
+
+/// Where a VM's serial console goes.
+pub enum Console {
+    /// Into a file that an error can quote.
+    File,
+    /// To standard output of the process, which the caller reads.
+    Pipe,
+}
+
+/// A VM that runs for us.
+pub struct Guest {
+    child: Child,
+    /// When the process was started, in nanoseconds of the host's monotonic clock.
+    pub started_ns: u64,
+    paths: VmPaths,
+    folder: TempDir,
+    agent: Client,
+}
+
+impl Guest {
+    /// Starts a VM.
+    pub fn start(options: &GuestOptions, console: &Console) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("cofferdam-")
+            .tempdir()
+            .context("cannot make a temporary folder: set TMPDIR to one that can be written")?;
+        let root = RuntimeRoot::new(folder.path());
+        let name: VmName = NAME.parse()?;
+        let paths = root.paths(&name);
+        let mut command = Command::new(&options.program);
+        command
+            .env(ROOT_VARIABLE, folder.path())
+            .arg("run")
+            .args(["--name", NAME])
+            .arg("--kernel")
+            .arg(options.image("vmlinux")?)
+            .arg("--initrd")
+            .arg(options.image(options.initrd)?)
+            .args(&options.arguments)
+            .stdin(Stdio::null())
+            .stderr(File::create(folder.path().join("errors")).context("temporary folder")?);
+        match console {
+            Console::File => {
+                let mut serial = std::ffi::OsString::from("file=");
+                serial.push(folder.path().join("console"));
+                command.arg("--serial").arg(serial).stdout(Stdio::null());
+            }
+            Console::Pipe => {
+                command.args(["--serial", "stdio"]).stdout(Stdio::piped());
+            }
+        }
+        let started_ns = monotonic_ns();
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", options.program.display()))?;
+        let agent = Client::unix(paths.agent_socket());
+        Ok(Self {
+            child,
+            started_ns,
+            paths,
+            folder,
+            agent,
+        })
+    }
+
+    /// Starts a VM and waits for its agent.
+    pub fn boot(options: &GuestOptions, limit: Duration) -> anyhow::Result<Self> {
+        let mut guest = Self::start(options, &Console::File)?;
+        guest.wait_for_agent(limit)?;
+        Ok(guest)
+    }
+
+    /// Waits until the agent answers.
+    pub fn wait_for_agent(&mut self, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        while !self.paths.agent_socket().exists() {
+            if self.child.try_wait()?.is_some() {
+                bail!("the VM ended at once{}", self.last_words());
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "the VM has no agent socket after {limit:?}{}",
+                    self.last_words()
+                );
+            }
+            std::thread::sleep(POLL);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Err(error) = self.agent.hello(left) {
+            bail!(
+                "the guest's agent did not answer: {error}{}",
+                self.last_words()
+            );
+        }
+        Ok(())
+    }
+
+    /// The guest's agent.
+    pub fn agent(&mut self) -> &mut Client {
+        &mut self.agent
+    }
+
+    /// A new connection to the VM process.
+    pub fn control(&self) -> anyhow::Result<ControlClient> {
+        ControlClient::connect(&self.paths.control_socket())
+    }
+
+    /// Standard output of the process, once; only with [`Console::Pipe`].
+    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Where the VM's sockets are.
+    pub fn paths(&self) -> &VmPaths {
+        &self.paths
+    }
+
+    /// What the guest wrote to its console, as far as it is text; only with [`Console::File`].
+    pub fn console(&self) -> String {
+        let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&console).into_owned()
+    }
+
+    /// Runs a command in the guest and returns its output; it must succeed.
+    pub fn run(&mut self, argv: &[&str]) -> anyhow::Result<String> {
+        let words = argv.join(" ");
+        let result = self
+            .agent
+            .run(argv)
+            .with_context(|| format!("the guest's agent could not run `{words}`"))?;
+        if !result.success() {
+            bail!(
+                "`{words}` failed in the guest ({:?}): {}{}",
+                result.end,
+                result.stdout_text().trim(),
+                String::from_utf8_lossy(&result.stderr).trim()
+            );
+        }
+        Ok(result.stdout_text())
+    }
+
+    /// Runs a shell command in the guest; see [`Guest::run`].
+    pub fn shell(&mut self, script: &str) -> anyhow::Result<String> {
+        self.run(&["sh", "-c", script])
+    }
+
+    /// Waits until the process ends by itself.
+    pub fn wait_for_end(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!("the VM still runs after {limit:?}{}", self.last_words());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// What is known about a VM that went wrong: its errors and the end of its console.
+    pub fn last_words(&self) -> String {
+        let errors = std::fs::read_to_string(self.folder.path().join("errors")).unwrap_or_default();
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..];
+        format!(
+            "\n{}\n--- end of the console:\n{}",
+            errors.trim(),
+            tail.join("\n")
+        )
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // SAFETY: a plain system call; the child was not waited for, so its number is still its own.
+        unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
+        if self.wait_for_end(END_TIME).is_err() {
+            tracing::warn!("the VM process did not end when asked: killing it");
+            if let Err(error) = self.child.kill().and_then(|()| self.child.wait().map(drop)) {
+                tracing::warn!("cannot kill the VM process: {error}");
+            }
+        }
+    }
+}

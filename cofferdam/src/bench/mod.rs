@@ -1,0 +1,9 @@
+//! Measurements: each starts its own VMs from this same program, drives them from outside as a user
+//! would (control socket, guest agent) and gives back data for a report.
+
+pub mod boot;
+pub mod clock;
+pub mod guest;
+pub mod network;
+pub mod recovery;
+pub mod traffic;

@@ -1,0 +1,193 @@
+//! How long a guest's network is gone: by restart of its driver, and by reboot of the guest.
+//!
+//! ```text
+//! restart    start         returned            link_up      first_tx       first_rx
+//!            │ remove insert │ address, up       │ carrier    │ a frame      │ a ping answered
+//!            └─ agent ───────┴───────────────────┴────────────┴─ gateway ────┴─►
+//! reboot     │ reset           kernel, agent     insert, up     carrier, frame, ping
+//! ```
+//!
+//! The gateway pings the guest all the time; its stamps are the host's. The agent's stamps are the
+//! guest's and are put into the host's terms by [`GuestClock`].
+
+use std::time::Duration;
+
+use agent_protocol::message::{RestartDriver, StepName};
+use anyhow::Context;
+use devices::clock::monotonic_ns;
+
+use super::clock::{GuestClock, host_ns};
+use super::guest::{Guest, GuestOptions};
+use super::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
+use crate::control::protocol::Request;
+use crate::report::{Guest as GuestFacts, Method, Phase, Recovery, RecoveryRun};
+
+/// The driver under test, which is the stock one of the guest's kernel.
+pub const DRIVER: &str = "e1000";
+
+/// Between two pings: the resolution of `first_rx`.
+const PING_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How long a guest may take to boot, in the slowest place we measure in.
+pub const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// How long a driver may take for one step.
+const STEP_TIME: Duration = Duration::from_secs(60);
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct RecoveryOptions {
+    /// The guest; without a network, which is added.
+    pub guest: GuestOptions,
+    /// Ways of recovery, each in a guest of its own.
+    pub methods: Vec<Method>,
+    /// Recoveries of each.
+    pub runs: usize,
+}
+
+/// Measures, telling `progress` what is done.
+pub fn measure(
+    options: &RecoveryOptions,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<(Vec<Recovery>, GuestFacts)> {
+    let guest_options = options.guest.clone().with("--net user --nic e1000");
+    let mut recoveries = Vec::new();
+    let mut facts = None;
+    for &method in &options.methods {
+        let name = method.name();
+        progress(&format!("{name}: booting a guest"));
+        let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
+        network::bring_up(&mut guest, DRIVER)?;
+        let mut probe = Probe::start(&guest, PING_INTERVAL)?;
+        let mut runs = Vec::new();
+        for number in 1..=options.runs {
+            probe
+                .wait_for_reply(monotonic_ns(), LINK_TIME)
+                .context("the network did not work before the recovery")?;
+            let run = match method {
+                Method::Restart => restart(&mut guest, &mut probe),
+                Method::Reboot => reboot(&mut guest, &mut probe),
+                Method::Rollback => anyhow::bail!("rollback cannot be measured yet"),
+            }
+            .with_context(|| format!("{name}, run {number}"))?;
+            let total = run.total_us().unwrap_or_default() / 1e6;
+            progress(&format!(
+                "{name} {number} of {}: {total:.3} s",
+                options.runs
+            ));
+            runs.push(run);
+        }
+        recoveries.extend(Recovery::from_runs(DRIVER, method, runs));
+        facts = Some(guest_facts(&mut guest)?);
+    }
+    Ok((recoveries, facts.context("no way of recovery was given")?))
+}
+
+/// The guest, for the report.
+pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
+    let config = guest.control()?.status()?.config;
+    let kernel = guest.run(&["uname", "-r"])?.trim().to_owned();
+    Ok(GuestFacts {
+        kernel,
+        vcpus: config.vcpus,
+        mem_mib: config.memory_mib,
+    })
+}
+
+/// Removes and inserts the driver and brings its interface up.
+fn restart(guest: &mut Guest, probe: &mut Probe) -> anyhow::Result<RecoveryRun> {
+    let clock = GuestClock::measure(guest.agent()).context("the guest's clock")?;
+    let (steps, _) = guest
+        .agent()
+        .restart_driver(RestartDriver {
+            module: DRIVER.to_owned(),
+            params: String::new(),
+            interface: INTERFACE.to_owned(),
+            address: ADDRESS,
+            gateway: Some(GATEWAY),
+            wait_carrier: true,
+            limit_ms: u64::try_from(STEP_TIME.as_millis())?,
+        })
+        .context("the driver could not be restarted")?;
+    let find = |name: StepName| {
+        steps
+            .iter()
+            .find(|step| step.step == name)
+            .with_context(|| format!("the agent did not report the step {name:?}"))
+    };
+    let remove = find(StepName::Remove)?;
+    let start_ns = clock.host_ns(remove.begin.mono_ns);
+    let gone_ns = clock.host_ns(remove.end.mono_ns);
+    let (reply_ns, reading) = probe.wait_for_reply(gone_ns, LINK_TIME)?;
+    let mut run = RecoveryRun::default();
+    let mut ended = |phase: Phase, at_ns: u64| {
+        run.at_us.insert(phase, microseconds(start_ns, at_ns));
+    };
+    ended(
+        Phase::Returned,
+        clock.host_ns(find(StepName::Up)?.end.mono_ns),
+    );
+    ended(
+        Phase::LinkUp,
+        clock.host_ns(find(StepName::Carrier)?.end.mono_ns),
+    );
+    if let Some(frame_ns) = reading.first_frame_ns {
+        ended(Phase::FirstTx, frame_ns);
+    }
+    ended(Phase::FirstRx, reply_ns);
+    for step in &steps {
+        let name = serde_json::to_value(step.step)?;
+        if let Some(name) = name.as_str() {
+            let took = microseconds(step.begin.mono_ns, step.end.mono_ns);
+            run.steps_us.insert(name.to_owned(), took);
+        }
+    }
+    Ok(run)
+}
+
+/// Resets the guest and waits until its network is back.
+fn reboot(guest: &mut Guest, probe: &mut Probe) -> anyhow::Result<RecoveryRun> {
+    let mut control = guest.control()?;
+    let start_ns = monotonic_ns();
+    control.tell(&Request::Reset {})?;
+    let reset_ns = monotonic_ns();
+    guest
+        .agent()
+        .hello(BOOT_TIME)
+        .context("the guest did not come back")?;
+    let returned_ns = monotonic_ns();
+    let inserted = guest
+        .agent()
+        .load_module(DRIVER, "")
+        .context("cannot insert the driver")?;
+    let inserted_ns = host_ns(inserted.answered);
+    network::configure(guest)?;
+    let configured_ns = monotonic_ns();
+    let linked = network::wait_for_link(guest, LINK_TIME)?;
+    let clock = GuestClock::measure(guest.agent()).context("the guest's clock")?;
+    let (reply_ns, reading) = probe.wait_for_reply(reset_ns, LINK_TIME)?;
+    let mut run = RecoveryRun::default();
+    let mut ended = |phase: Phase, at_ns: u64| {
+        run.at_us.insert(phase, microseconds(start_ns, at_ns));
+    };
+    ended(Phase::Returned, returned_ns);
+    ended(Phase::LinkUp, clock.host_ns(linked));
+    if let Some(frame_ns) = reading.first_frame_ns {
+        ended(Phase::FirstTx, frame_ns);
+    }
+    ended(Phase::FirstRx, reply_ns);
+    for (name, from, to) in [
+        ("boot", start_ns, returned_ns),
+        ("insert", returned_ns, inserted_ns),
+        ("configure", inserted_ns, configured_ns),
+    ] {
+        run.steps_us.insert(name.to_owned(), microseconds(from, to));
+    }
+    Ok(run)
+}
+
+/// Time between two moments of one clock, in microseconds; none is before the other by more than the
+/// clocks are off.
+fn microseconds(from_ns: u64, to_ns: u64) -> f64 {
+    to_ns.saturating_sub(from_ns) as f64 / 1e3
+}

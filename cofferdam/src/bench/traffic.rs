@@ -1,0 +1,123 @@
+//! Traffic through a guest's NIC with every byte checked, driven from inside the guest.
+
+use std::time::Duration;
+
+use agent_protocol::message::Exec;
+use agent_protocol::traffic::{TrafficKind, TrafficResult};
+use anyhow::{Context, ensure};
+
+use super::guest::{Guest, GuestOptions};
+use super::network::{self, GATEWAY, LINK_TIME};
+use super::recovery::{BOOT_TIME, guest_facts};
+use crate::options::NicModel;
+use crate::report::{Guest as GuestFacts, Stat, Traffic};
+
+/// Where the traffic tool is in the guest.
+const TOOL: &str = "/init";
+
+/// How long the tool may take beyond the time it was given.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// What to send.
+#[derive(Debug, Clone)]
+pub struct TrafficOptions {
+    /// The guest; without a network, which is added.
+    pub guest: GuestOptions,
+    /// Which NIC.
+    pub nic: NicModel,
+    /// What.
+    pub kinds: Vec<TrafficKind>,
+    /// How long each.
+    pub time: Duration,
+}
+
+/// Sends, telling `progress` what is done.
+pub fn measure(
+    options: &TrafficOptions,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<(Vec<Traffic>, GuestFacts)> {
+    let guest_options = options
+        .guest
+        .clone()
+        .with(&format!("--net user --nic {}", options.nic.name()));
+    progress("booting a guest");
+    let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
+    network::bring_up(&mut guest, driver(options.nic))?;
+    network::wait_for_link(&mut guest, LINK_TIME)?;
+    let mut all = Vec::new();
+    for &kind in &options.kinds {
+        progress(&format!("{} for {} s", kind.name(), options.time.as_secs()));
+        let result = send(&mut guest, kind, options.time)?;
+        if let Some(error) = &result.error {
+            anyhow::bail!("{}: {error}", kind.name());
+        }
+        all.push(traffic(kind, options.nic, &result));
+    }
+    let facts = guest_facts(&mut guest)?;
+    Ok((all, facts))
+}
+
+/// Whether all of it arrived once, in order and as it was sent.
+pub fn all_well(traffic: &Traffic) -> bool {
+    traffic.sent == traffic.answered
+        && traffic.reordered.unwrap_or(0) == 0
+        && traffic.duplicated.unwrap_or(0) == 0
+        && traffic.corrupted == 0
+}
+
+/// Runs the tool in the guest.
+pub fn send(guest: &mut Guest, kind: TrafficKind, time: Duration) -> anyhow::Result<TrafficResult> {
+    let seconds = time.as_secs().to_string();
+    let gateway = GATEWAY.to_string();
+    let argv = [TOOL, "traffic", kind.name(), &gateway, &seconds];
+    let limit = time + GRACE;
+    let result = guest
+        .agent()
+        .exec(Exec {
+            argv: argv.map(str::to_owned).to_vec(),
+            limit_ms: Some(u64::try_from(limit.as_millis())?),
+            ..Exec::default()
+        })
+        .context("the guest's agent could not run the traffic tool")?;
+    ensure!(
+        !result.stdout.is_empty(),
+        "the traffic tool said nothing ({:?}): {}",
+        result.end,
+        String::from_utf8_lossy(&result.stderr).trim()
+    );
+    serde_json::from_slice(&result.stdout)
+        .with_context(|| format!("the traffic tool said: {}", result.stdout_text().trim()))
+}
+
+/// The driver of a NIC.
+fn driver(nic: NicModel) -> &'static str {
+    match nic {
+        NicModel::E1000 => "e1000",
+        NicModel::Virtio => "virtio_net",
+    }
+}
+
+/// A result as a part of a report.
+fn traffic(kind: TrafficKind, nic: NicModel, result: &TrafficResult) -> Traffic {
+    let packets = matches!(kind, TrafficKind::PingFlood | TrafficKind::UdpEcho);
+    let count = |n: u64| packets.then_some(n);
+    Traffic {
+        kind: kind.name().to_owned(),
+        driver: driver(nic).to_owned(),
+        seconds: result.elapsed_ns as f64 / 1e9,
+        sent: count(result.sent),
+        answered: count(result.answered),
+        reordered: count(result.reordered),
+        duplicated: count(result.duplicated),
+        bytes_to_peer: result.bytes_to_peer,
+        bytes_from_peer: result.bytes_from_peer,
+        corrupted: result.corrupted,
+        round_trip_us: result.round_trip_ns.map(|[min, p50, p99, max]| Stat {
+            n: result.answered,
+            min: min as f64 / 1e3,
+            p50: p50 as f64 / 1e3,
+            p99: p99 as f64 / 1e3,
+            max: max as f64 / 1e3,
+        }),
+    }
+}

@@ -1,0 +1,220 @@
+//! `bench`: its options, and what is printed and written at the end.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent_protocol::traffic::TrafficKind;
+use anyhow::Context;
+
+use super::{Ending, print_bytes};
+use crate::bench::guest::GuestOptions;
+use crate::bench::{boot, recovery, traffic};
+use crate::options::NicModel;
+use crate::report::{Method, Report, environment, html, merge};
+
+/// `bench`
+#[derive(Debug, clap::Subcommand)]
+pub enum BenchCommand {
+    /// Time boots: start of the process to the first line of /init
+    #[command(after_help = "\
+Example:
+  cofferdam bench boot --runs 5 --json boot.json")]
+    Boot {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        runs: Runs,
+        /// Which monitor boots the guest
+        #[arg(long, value_enum, default_value_t = Monitor::Cofferdam)]
+        vmm: Monitor,
+    },
+    /// Time how long the network is gone: driver restart, guest reboot
+    #[command(after_help = "\
+The gateway pings the guest all the time; the guest's agent restarts the driver.
+
+Example:
+  cofferdam bench recovery --method restart,reboot --runs 5 --json recovery.json")]
+    Recovery {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        runs: Runs,
+        /// Ways of recovery
+        #[arg(
+            long,
+            value_enum,
+            value_delimiter = ',',
+            default_values_t = [Baseline::Restart, Baseline::Reboot]
+        )]
+        method: Vec<Baseline>,
+    },
+    /// Send traffic through the NIC and check every byte of it
+    #[command(after_help = "\
+Fails when anything is lost, reordered, doubled or changed.
+
+Example:
+  cofferdam bench traffic --seconds 60 --kind ping_flood,tcp_echo --json traffic.json")]
+    Traffic {
+        #[command(flatten)]
+        common: Common,
+        /// How long each kind is sent
+        #[arg(
+            long,
+            default_value_t = 60,
+            value_parser = clap::value_parser!(u64).range(1..=3600)
+        )]
+        seconds: u64,
+        /// What is sent
+        #[arg(
+            long,
+            value_delimiter = ',',
+            value_parser = parse_kind,
+            default_value = "ping_flood,udp_echo,tcp_echo,tcp_sink,tcp_source"
+        )]
+        kind: Vec<TrafficKind>,
+        /// Through which NIC
+        #[arg(long, value_enum, default_value_t = NicModel::E1000)]
+        nic: NicModel,
+    },
+}
+
+/// What all measurements take.
+#[derive(Debug, clap::Args)]
+pub struct Common {
+    /// Folder with the guest images that `cargo xtask images` builds
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "COFFERDAM_IMAGES",
+        default_value = "target/images"
+    )]
+    images: PathBuf,
+    /// Where to write the report
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where to write the report as a page with plots
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+/// How often something is measured.
+#[derive(Debug, clap::Args)]
+pub struct Runs {
+    /// How often
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u16).range(1..=1000)
+    )]
+    runs: u16,
+}
+
+/// Monitors that `bench boot` knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Monitor {
+    /// This one, with the ELF kernel
+    Cofferdam,
+    /// QEMU's q35 with the same kernel's bzImage
+    Qemu,
+}
+
+/// Ways of recovery that exist without isolation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Baseline {
+    /// Remove and insert the driver
+    Restart,
+    /// Reset the guest
+    Reboot,
+}
+
+fn parse_kind(name: &str) -> Result<TrafficKind, String> {
+    TrafficKind::from_name(name).ok_or_else(|| {
+        let names: Vec<&str> = TrafficKind::ALL.iter().map(|kind| kind.name()).collect();
+        format!("there are {}", names.join(", "))
+    })
+}
+
+impl BenchCommand {
+    /// `bench`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        let mut report = environment::report_here();
+        let mut progress = |line: &str| eprintln!("{line}");
+        match self {
+            Self::Boot { common, runs, vmm } => {
+                let options = GuestOptions::new(&common.images)?;
+                let runs = usize::from(runs.runs);
+                match vmm {
+                    Monitor::Cofferdam => {
+                        report.boot = Some(boot::measure(&options, runs, &mut progress)?);
+                    }
+                    Monitor::Qemu => {
+                        report
+                            .boot_others
+                            .push(boot::measure_qemu(&options, runs, &mut progress)?);
+                    }
+                }
+                common.finish(&report)?;
+            }
+            Self::Recovery {
+                common,
+                runs,
+                method,
+            } => {
+                let options = recovery::RecoveryOptions {
+                    guest: GuestOptions::new(&common.images)?,
+                    methods: method.into_iter().map(Baseline::method).collect(),
+                    runs: usize::from(runs.runs),
+                };
+                let (recoveries, guest) = recovery::measure(&options, &mut progress)?;
+                report.recovery = recoveries;
+                report.guest = Some(guest);
+                common.finish(&report)?;
+            }
+            Self::Traffic {
+                common,
+                seconds,
+                kind,
+                nic,
+            } => {
+                let options = traffic::TrafficOptions {
+                    guest: GuestOptions::new(&common.images)?,
+                    nic,
+                    kinds: kind,
+                    time: Duration::from_secs(seconds),
+                };
+                let (all, guest) = traffic::measure(&options, &mut progress)?;
+                report.traffic = all;
+                report.guest = Some(guest);
+                common.finish(&report)?;
+                if let Some(bad) = report.traffic.iter().find(|t| !traffic::all_well(t)) {
+                    anyhow::bail!("{}: not all of it arrived as it was sent", bad.kind);
+                }
+            }
+        }
+        Ok(Ending::SUCCESS)
+    }
+}
+
+impl Baseline {
+    fn method(self) -> Method {
+        match self {
+            Self::Restart => Method::Restart,
+            Self::Reboot => Method::Reboot,
+        }
+    }
+}
+
+impl Common {
+    /// Prints the numbers and writes the files.
+    fn finish(&self, report: &Report) -> anyhow::Result<()> {
+        print_bytes(super::report::text(report).as_bytes())?;
+        if let Some(path) = &self.json {
+            merge::write(report, path)?;
+        }
+        if let Some(path) = &self.html {
+            html::write(report, path).context("the page with plots")?;
+        }
+        Ok(())
+    }
+}
