@@ -1,0 +1,73 @@
+//! Why a machine cannot be made or run. Each message is one line that says what to do.
+
+use crate::boot::BootError;
+use crate::memory::MemoryError;
+
+/// Why a machine cannot be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no `/dev/kvm`.
+    #[error(
+        "there is no /dev/kvm: load the module kvm_intel or kvm_amd, and turn on virtualisation in the firmware"
+    )]
+    NoKvm,
+    /// `/dev/kvm` may not be opened.
+    #[error("/dev/kvm may not be opened: run as root or join the group `kvm`")]
+    KvmForbidden,
+    /// `/dev/kvm` is there but does not work.
+    #[error("/dev/kvm cannot be used: {0}")]
+    KvmUnusable(#[source] kvm_ioctls::Error),
+    /// KVM cannot do something that is needed.
+    #[error("this host's KVM lacks {0}: use a newer kernel")]
+    KvmLacks(&'static str),
+    /// KVM refused something.
+    #[error("KVM did not {what}: {source}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// The host refused something other than KVM.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was asked.
+        what: &'static str,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// A machine has 1 to 8 vCPUs.
+    #[error("a guest has 1 to {max} vCPUs, not {0}", max = crate::MAX_VCPUS)]
+    VcpuCount(u8),
+    /// All PCI slots or interrupt vectors are in use.
+    #[error("more message-signalled interrupts than KVM can route: use fewer devices")]
+    TooManyVectors,
+    /// All PCI slots are in use.
+    #[error("all 31 PCI slots are in use: use fewer devices")]
+    NoFreeSlot,
+    /// A PCI slot cannot be used.
+    #[error(transparent)]
+    Slot(#[from] devices::pci::bus::SlotError),
+    /// The ACPI tables do not fit.
+    #[error("the ACPI tables are too large: use fewer devices")]
+    AcpiTooLarge,
+    /// Guest memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The guest cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The event loop failed.
+    #[error("the event loop failed: {0}")]
+    EventLoop(event_manager::Error),
+    /// A vCPU cannot go on.
+    #[error("{0}")]
+    VcpuFailed(String),
+}
+
+impl Error {
+    /// For `map_err`: KVM did not do `what`.
+    pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { what, source }
+    }
+}

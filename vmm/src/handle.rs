@@ -1,0 +1,293 @@
+//! A machine as other threads and upper layers see it while it runs.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use devices::bus::Bus;
+use devices::pci::bus::PciBus;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::Serialize;
+
+use crate::exits::ExitCounts;
+use crate::gate::on_vcpu_thread;
+use crate::lifecycle::Request;
+use crate::machine::{Machine, Phase};
+use crate::memory::GuestRam;
+use crate::trap::TrapHandler;
+
+/// What a machine is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Not started yet.
+    Created,
+    /// Guest code runs.
+    Running,
+    /// Paused from outside.
+    Paused,
+    /// Turned off; it does not start again.
+    Stopped,
+}
+
+/// Why an operation was not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The machine is paused.
+    #[error("the machine is paused already")]
+    AlreadyPaused,
+    /// The machine is not paused.
+    #[error("the machine is not paused")]
+    NotPaused,
+    /// The machine has ended.
+    #[error("the machine is turned off")]
+    Stopped,
+    /// A vCPU thread cannot wait for itself.
+    #[error("this cannot be done from inside a trap handler")]
+    OnVcpuThread,
+    /// Another trap handler is attached.
+    #[error("another trap handler is attached: detach it first")]
+    TrapHandlerAttached,
+}
+
+/// Figures of a machine at one moment.
+#[derive(Debug, Clone, Serialize)]
+pub struct VmStatus {
+    /// What it is doing.
+    pub state: VmState,
+    /// Exits of each vCPU since the machine was made.
+    pub exits: Vec<ExitCounts>,
+    /// How often it was reset.
+    pub resets: u64,
+    /// `CLOCK_MONOTONIC` time in nanoseconds when guest code first ran.
+    pub first_entry_ns: Option<u64>,
+}
+
+/// Controls a machine from any thread. Clones control the same machine.
+#[derive(Clone)]
+pub struct VmHandle {
+    machine: Arc<Machine>,
+}
+
+impl VmHandle {
+    pub(crate) fn new(machine: Arc<Machine>) -> Self {
+        Self { machine }
+    }
+
+    /// What the machine is doing.
+    pub fn state(&self) -> VmState {
+        let operations = self.machine.operations();
+        match (operations.phase, operations.paused) {
+            (Phase::Stopped, _) => VmState::Stopped,
+            (_, true) => VmState::Paused,
+            (Phase::Created, false) => VmState::Created,
+            (Phase::Started, false) => VmState::Running,
+        }
+    }
+
+    /// Figures of the machine.
+    pub fn status(&self) -> VmStatus {
+        VmStatus {
+            state: self.state(),
+            exits: self
+                .machine
+                .vcpus
+                .iter()
+                .map(|vcpu| vcpu.exits.read())
+                .collect(),
+            resets: self.machine.resets.load(Ordering::Relaxed),
+            first_entry_ns: match self.machine.first_entry_ns.load(Ordering::Relaxed) {
+                0 => None,
+                time => Some(time),
+            },
+        }
+    }
+
+    /// Stops guest code; returns when no vCPU runs any. Devices go on: what arrives meanwhile is
+    /// put where the guest will find it. Do not call this with a device locked.
+    pub fn pause(&self) -> Result<(), Refused> {
+        let mut operations = self.machine.operations();
+        self.can_wait(operations.phase)?;
+        if operations.paused {
+            return Err(Refused::AlreadyPaused);
+        }
+        operations.paused = true;
+        self.machine.gate.inhibit();
+        self.machine.gate.wait_all_parked();
+        Ok(())
+    }
+
+    /// Undoes [`VmHandle::pause`].
+    pub fn resume(&self) -> Result<(), Refused> {
+        let mut operations = self.machine.operations();
+        if operations.phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        if !std::mem::take(&mut operations.paused) {
+            return Err(Refused::NotPaused);
+        }
+        self.machine.gate.release();
+        Ok(())
+    }
+
+    /// Asks for a restart as after power-on. The main loop does it soon; guest code stops at once.
+    pub fn reset(&self) -> Result<(), Refused> {
+        self.request(Request::Reset)
+    }
+
+    /// Asks for the machine to be turned off, without regard to what the guest is doing.
+    pub fn power_off(&self) -> Result<(), Refused> {
+        self.request(Request::Stop)
+    }
+
+    /// Presses the power button: a guest that listens for it shuts down and turns itself off.
+    pub fn press_power_button(&self) -> Result<(), Refused> {
+        if self.machine.operations().phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        self.machine.power.press_button();
+        Ok(())
+    }
+
+    fn request(&self, request: Request) -> Result<(), Refused> {
+        if self.machine.operations().phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        self.machine.requests.push(request);
+        Ok(())
+    }
+
+    fn can_wait(&self, phase: Phase) -> Result<(), Refused> {
+        if phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        if on_vcpu_thread() {
+            return Err(Refused::OnVcpuThread);
+        }
+        Ok(())
+    }
+
+    /// Calls `look` with all vCPUs in hand while none runs guest code and all registers are those
+    /// between two instructions. A machine that was running goes on afterwards. Do not call this with
+    /// a device locked.
+    pub fn with_paused<R>(
+        &self,
+        look: impl FnOnce(&mut PausedVcpus<'_>) -> R,
+    ) -> Result<R, Refused> {
+        let operations = self.machine.operations();
+        self.can_wait(operations.phase)?;
+        self.machine.gate.inhibit();
+        let _release = Release(&self.machine);
+        self.machine.gate.wait_all_parked();
+        let result = look(&mut PausedVcpus {
+            vcpus: self.machine.lock_vcpus(),
+        });
+        drop(operations);
+        Ok(result)
+    }
+
+    /// Keeps all vCPUs but `index` out of the guest until the guard is dropped. To be called by a
+    /// trap handler, with the number of its own vCPU. Returns when the others are out; if another
+    /// vCPU holds, waits for it first.
+    pub fn hold_others(&self, index: u8) -> HoldGuard<'_> {
+        self.machine.gate.hold(index);
+        HoldGuard {
+            machine: &self.machine,
+        }
+    }
+
+    /// Attaches the one trap handler ([`crate::trap`]).
+    pub fn attach_trap_handler(&self, handler: Arc<dyn TrapHandler>) -> Result<(), Refused> {
+        let mut slot = self
+            .machine
+            .trap
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot.is_some() {
+            return Err(Refused::TrapHandlerAttached);
+        }
+        *slot = Some(handler);
+        Ok(())
+    }
+
+    /// Detaches the trap handler. A call of it that is under way goes on; inside
+    /// [`VmHandle::with_paused`] there is none.
+    pub fn detach_trap_handler(&self) {
+        *self
+            .machine
+            .trap
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.machine.ram
+    }
+
+    /// The machine's VM in KVM.
+    pub fn vm_fd(&self) -> &Arc<VmFd> {
+        &self.machine.vm
+    }
+
+    /// The connection to KVM that the VM was made with.
+    pub fn kvm(&self) -> &Kvm {
+        &self.machine.kvm
+    }
+
+    /// Devices in the memory space.
+    pub fn mmio_bus(&self) -> &Arc<Bus> {
+        &self.machine.mmio
+    }
+
+    /// Devices in the I/O space.
+    pub fn pio_bus(&self) -> &Arc<Bus> {
+        &self.machine.pio
+    }
+
+    /// The PCI bus.
+    pub fn pci_bus(&self) -> &Arc<PciBus> {
+        &self.machine.pci
+    }
+}
+
+/// Lets the vCPUs go on, whatever happens to the closure in between.
+struct Release<'a>(&'a Machine);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        self.0.gate.release();
+    }
+}
+
+/// All vCPUs of a machine that runs no guest code.
+pub struct PausedVcpus<'a> {
+    vcpus: Vec<MutexGuard<'a, VcpuFd>>,
+}
+
+impl PausedVcpus<'_> {
+    /// Number of vCPUs.
+    pub fn count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// vCPU `index`.
+    pub fn get(&mut self, index: usize) -> Option<&mut VcpuFd> {
+        self.vcpus.get_mut(index).map(|guard| &mut **guard)
+    }
+
+    /// All of them in order.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut VcpuFd> {
+        self.vcpus.iter_mut().map(|guard| &mut **guard)
+    }
+}
+
+/// Other vCPUs are out of the guest as long as this lives. See [`VmHandle::hold_others`].
+pub struct HoldGuard<'a> {
+    machine: &'a Machine,
+}
+
+impl Drop for HoldGuard<'_> {
+    fn drop(&mut self) {
+        self.machine.gate.unhold();
+    }
+}

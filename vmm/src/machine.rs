@@ -1,0 +1,90 @@
+//! What all threads of one machine share.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use devices::bus::Bus;
+use devices::pci::bus::PciBus;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use crate::gate::Gate;
+use crate::lifecycle::Requests;
+use crate::memory::GuestRam;
+use crate::power::PowerDevice;
+use crate::trap::TrapHandler;
+use crate::vcpu::Vcpu;
+
+/// How far the machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Made, not yet started.
+    Created,
+    /// Has vCPU threads.
+    Started,
+    /// Its threads have ended.
+    Stopped,
+}
+
+/// What operations from outside change, one at a time.
+#[derive(Debug)]
+pub(crate) struct Operations {
+    pub phase: Phase,
+    pub paused: bool,
+}
+
+pub(crate) struct Machine {
+    // Fields are dropped in this order: vCPUs, then the VM, then the memory that it maps.
+    pub vcpus: Vec<Vcpu>,
+    pub vm: Arc<VmFd>,
+    pub kvm: Kvm,
+    pub ram: GuestRam,
+    pub pio: Arc<Bus>,
+    pub mmio: Arc<Bus>,
+    pub pci: Arc<PciBus>,
+    pub power: Arc<PowerDevice>,
+    pub gate: Arc<Gate>,
+    pub requests: Arc<Requests>,
+    pub operations: Mutex<Operations>,
+    pub trap: RwLock<Option<Arc<dyn TrapHandler>>>,
+    /// Monotonic time at which guest code first ran, 0 before.
+    pub first_entry_ns: AtomicU64,
+    pub resets: AtomicU64,
+}
+
+impl Machine {
+    pub fn trap_handler(&self) -> Option<Arc<dyn TrapHandler>> {
+        self.trap
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub fn has_trap_handler(&self) -> bool {
+        self.trap
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
+    pub fn operations(&self) -> MutexGuard<'_, Operations> {
+        self.operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All vCPUs' descriptors; the threads must be at the gate.
+    pub fn lock_vcpus(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
+        self.vcpus
+            .iter()
+            .map(|vcpu| vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
+    }
+
+    pub fn mark_entered(&self) {
+        let now = devices::clock::monotonic_ns();
+        // Only the first start counts.
+        let _ = self
+            .first_entry_ns
+            .compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,240 @@
+//! Guest memory: one memfd, mapped shared.
+//!
+//! One descriptor for all of it, so that another mapping of the same memory (private, for an isolated
+//! call) sees the same layout. Pages are allocated when the guest touches them; nothing is zeroed or
+//! touched in advance.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, mmap::MmapRegionBuilder,
+};
+
+use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
+
+/// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
+pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
+
+/// Why guest memory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Less than [`MIN_MEMORY_BYTES`].
+    #[error("{} MiB of memory are too little: give the guest at least 2 MiB, 128 MiB for Linux", .0 >> 20)]
+    TooSmall(u64),
+    /// No multiple of a page.
+    #[error("memory of {0} bytes is no multiple of 4096: give whole MiB")]
+    NotWholePages(u64),
+    /// More than the host has in all.
+    #[error("the guest is to have {} MiB, but this host has {} MiB: ask for less", .asked >> 20, .host >> 20)]
+    MoreThanHost {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes of memory in this host.
+        host: u64,
+    },
+    /// More than the processor can address below the 64-bit PCI window.
+    #[error("the guest is to have {} MiB, but this processor can address {} MiB: ask for less", .asked >> 20, .limit >> 20)]
+    MoreThanAddressable {
+        /// Bytes asked for.
+        asked: u64,
+        /// Most there can be.
+        limit: u64,
+    },
+    /// The host refuses.
+    #[error("cannot allocate guest memory: {0}; close other programs or ask for less")]
+    Allocate(std::io::Error),
+    /// The host refuses a mapping.
+    #[error("cannot map guest memory: {0}; check `ulimit -v`")]
+    Map(#[source] vm_memory::mmap::MmapRegionError),
+    /// The regions do not fit together.
+    #[error("guest memory cannot be laid out: {0}")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// A contiguous part of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRegion {
+    /// KVM's memory slot, also in other VMs that map the same memory.
+    pub slot: u32,
+    /// First guest physical address.
+    pub guest_address: GuestAddress,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where it starts in the memfd.
+    pub file_offset: u64,
+    /// Where it is mapped in this process.
+    pub host_address: u64,
+}
+
+/// All memory of a guest.
+#[derive(Debug)]
+pub struct GuestRam {
+    memfd: Arc<File>,
+    memory: Arc<GuestMemoryMmap>,
+    regions: Vec<RamRegion>,
+    size_bytes: u64,
+}
+
+impl GuestRam {
+    /// Memory of `size_bytes`, all zero, below 3 GiB and from 4 GiB on.
+    pub fn new(size_bytes: u64) -> Result<Self, MemoryError> {
+        if size_bytes < MIN_MEMORY_BYTES {
+            return Err(MemoryError::TooSmall(size_bytes));
+        }
+        if !size_bytes.is_multiple_of(4096) {
+            return Err(MemoryError::NotWholePages(size_bytes));
+        }
+        let info = rustix::system::sysinfo();
+        let host = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
+        if size_bytes > host {
+            return Err(MemoryError::MoreThanHost {
+                asked: size_bytes,
+                host,
+            });
+        }
+        let memfd = memfd_create("cofferdam-guest", MemfdFlags::CLOEXEC)
+            .map_err(|errno| MemoryError::Allocate(errno.into()))?;
+        ftruncate(&memfd, size_bytes).map_err(|errno| MemoryError::Allocate(errno.into()))?;
+        let memfd = Arc::new(File::from(memfd));
+
+        let low = size_bytes.min(LOW_MEMORY_END);
+        let parts = [(0, low, 0), (MEMORY_ABOVE_4G, size_bytes - low, low)];
+        let (mut regions, mut mapped) = (Vec::new(), Vec::new());
+        for (guest, len, file_offset) in parts.into_iter().filter(|&(_, len, _)| len > 0) {
+            let file = FileOffset::from_arc(memfd.clone(), file_offset);
+            let mapping = MmapRegionBuilder::new(len as usize)
+                .with_file_offset(file)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .build()
+                .map_err(MemoryError::Map)?;
+            let guest_address = GuestAddress(guest);
+            regions.push(RamRegion {
+                slot: regions.len() as u32,
+                guest_address,
+                len,
+                file_offset,
+                host_address: mapping.as_ptr() as u64,
+            });
+            let limit = u64::MAX - guest;
+            mapped.push(GuestRegionMmap::new(mapping, guest_address).ok_or(
+                MemoryError::MoreThanAddressable {
+                    asked: size_bytes,
+                    limit,
+                },
+            )?);
+        }
+        let memory = GuestMemoryMmap::from_regions(mapped).map_err(MemoryError::Layout)?;
+        Ok(Self {
+            memfd,
+            memory: Arc::new(memory),
+            regions,
+            size_bytes,
+        })
+    }
+
+    /// The memory, for reading and writing by guest physical address.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.memory
+    }
+
+    /// The memfd that holds all of it.
+    pub fn memfd(&self) -> &File {
+        &self.memfd
+    }
+
+    /// Its contiguous parts in rising order.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Bytes of memory in all.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// First guest physical address behind the last byte of memory.
+    pub fn end(&self) -> GuestAddress {
+        self.regions
+            .last()
+            .map_or(GuestAddress(0), |r| GuestAddress(r.guest_address.0 + r.len))
+    }
+
+    /// First address behind the memory that starts at 0.
+    pub fn low_end(&self) -> u64 {
+        self.size_bytes.min(LOW_MEMORY_END)
+    }
+
+    /// Gives every page back to the host: the guest sees zeros again. Private copies of pages in
+    /// other mappings of the memfd stay.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&*self.memfd, flags, 0, self.size_bytes)
+            .map_err(|errno| MemoryError::Allocate(errno.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn sizes_that_cannot_work_are_refused() {
+        assert!(matches!(GuestRam::new(0), Err(MemoryError::TooSmall(0))));
+        assert!(matches!(
+            GuestRam::new(1 << 20),
+            Err(MemoryError::TooSmall(_))
+        ));
+        assert!(matches!(
+            GuestRam::new((2 << 20) + 1),
+            Err(MemoryError::NotWholePages(_))
+        ));
+        assert!(matches!(
+            GuestRam::new(1 << 50),
+            Err(MemoryError::MoreThanHost { .. })
+        ));
+    }
+
+    #[test]
+    fn memory_beyond_3_gib_is_above_4_gib_and_the_hole_is_empty() {
+        let ram = GuestRam::new(4 << 30).unwrap();
+        let [low, high] = ram.regions() else {
+            panic!("{:?}", ram.regions())
+        };
+        assert_eq!(
+            (low.guest_address.0, low.len, low.file_offset),
+            (0, 3 << 30, 0)
+        );
+        assert_eq!(
+            (high.guest_address.0, high.len, high.file_offset),
+            (1 << 32, 1 << 30, 3 << 30)
+        );
+        assert_eq!(ram.end().0, 5 << 30);
+        assert!(ram.memory().write_obj(1u8, GuestAddress(3 << 30)).is_err());
+        ram.memory()
+            .write_obj(0x55u8, GuestAddress(1 << 32))
+            .unwrap();
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_at(ram.memfd(), &mut byte, 3 << 30).unwrap();
+        assert_eq!(byte, [0x55]);
+    }
+
+    #[test]
+    fn cleared_memory_reads_zero_and_costs_nothing() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        ram.memory()
+            .write_slice(&[0xaa; 1 << 16], GuestAddress(0x1000))
+            .unwrap();
+        ram.clear().unwrap();
+        assert_eq!(
+            ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(),
+            0
+        );
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&ram.memfd().metadata().unwrap());
+        assert!(blocks <= 16, "{blocks} blocks of 512 bytes are allocated");
+    }
+}

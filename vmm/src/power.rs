@@ -1,0 +1,119 @@
+//! Fixed devices that turn the machine off, restart it, or tell the guest that it should turn itself
+//! off. The guest learns of them from ACPI ([`crate::acpi`]).
+//!
+//! | port | register |
+//! | --- | --- |
+//! | 0x64 | keyboard controller's command port: 0xFE resets, nothing else is there |
+//! | 0xCF9 | reset control, as on PC chipsets: bit 2 set resets; ACPI's reset register |
+//! | 0x600 | ACPI sleep control (ACPI 6.5, section 4.8.3.7): SLP_TYP in bits 4:2, SLP_EN in bit 5 |
+//! | 0x601 | ACPI sleep status: WAK_STS in bit 7 |
+//! | 0x604 | events of the generic event device: bit 0 power button; reading clears |
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use devices::bus::BusDevice;
+use devices::irq::IrqLine;
+
+use crate::lifecycle::{Request, Requests};
+
+/// Value that ACPI tells the guest to write to [`RESET_PORT`].
+pub const RESET_VALUE: u8 = 0x06;
+/// Reset control port.
+pub const RESET_PORT: u16 = 0xcf9;
+/// Command port of the keyboard controller.
+pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
+/// Number of ports from [`crate::layout::POWER_PORTS`].
+pub const POWER_PORT_COUNT: u16 = 8;
+/// Offset of the sleep control register.
+pub const SLEEP_CONTROL: u16 = 0;
+/// Offset of the sleep status register.
+pub const SLEEP_STATUS: u16 = 1;
+/// Offset of the event register.
+pub const EVENTS: u16 = 4;
+/// Bit of the event register: the power button was pressed.
+pub const EVENT_POWER_BUTTON: u8 = 1;
+/// SLP_TYP of the soft-off state, S5.
+pub const SLEEP_TYPE_S5: u8 = 5;
+
+const SLP_EN: u8 = 1 << 5;
+
+/// The sleep and event registers.
+pub(crate) struct PowerDevice {
+    requests: Arc<Requests>,
+    irq: Arc<dyn IrqLine>,
+    events: AtomicU8,
+}
+
+impl PowerDevice {
+    pub fn new(requests: Arc<Requests>, irq: Arc<dyn IrqLine>) -> Self {
+        Self {
+            requests,
+            irq,
+            events: AtomicU8::new(0),
+        }
+    }
+
+    /// Presses the power button: a guest that listens turns itself off.
+    pub fn press_button(&self) {
+        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
+        self.irq.set_level(true);
+        self.irq.set_level(false);
+    }
+
+    pub fn reset(&self) {
+        self.events.store(0, Ordering::Release);
+    }
+}
+
+impl BusDevice for PowerDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset == u64::from(EVENTS)
+            && let Some(first) = data.first_mut()
+        {
+            *first = self.events.swap(0, Ordering::AcqRel);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if offset == u64::from(SLEEP_CONTROL)
+            && let Some(&value) = data.first()
+            && value & SLP_EN != 0
+            && value >> 2 & 7 == SLEEP_TYPE_S5
+        {
+            self.requests.push(Request::PowerOff);
+        }
+    }
+}
+
+/// The reset control register.
+pub(crate) struct ResetControl(pub Arc<Requests>);
+
+impl BusDevice for ResetControl {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        if data.first().is_some_and(|value| value & 0x04 != 0) {
+            self.0.push(Request::Reset);
+        }
+    }
+}
+
+/// What is left of the keyboard controller.
+pub(crate) struct KeyboardController(pub Arc<Requests>);
+
+impl BusDevice for KeyboardController {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        // Status: no data, ready for a command. All ones would keep old kernels waiting.
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        if data.first() == Some(&0xfe) {
+            self.0.push(Request::Reset);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! A vCPU's thread: runs guest code, sends what leaves it to the devices, and calls the trap handler.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::exits::{ExitCounters, ExitKind};
+use crate::gate::Pass;
+use crate::lifecycle::Request;
+use crate::machine::Machine;
+use crate::trap::{TRAP_PORTS, TrapContext, TrapOutcome};
+
+/// Exits that the completion of one instruction may take at most: an MMIO store of 64 bytes takes
+/// eight. A string instruction of a hostile guest would go on for ever; it is left in the middle.
+const MAX_COMPLETION_EXITS: usize = 16;
+
+/// A vCPU as the machine shares it. Its thread keeps the descriptor locked while it runs.
+pub(crate) struct Vcpu {
+    pub fd: Mutex<VcpuFd>,
+    pub exits: ExitCounters,
+}
+
+/// What happened in the guest that its thread has to deal with between two runs.
+enum Flow {
+    /// Nothing: run on.
+    Continue,
+    /// The vCPU wrote `value` to trap port `port`.
+    Trap { port: u16, value: u8 },
+    /// The machine cannot go on.
+    Fail(String),
+}
+
+/// The body of a vCPU thread; returns when the machine stops.
+pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
+    let vcpu = &machine.vcpus[usize::from(index)];
+    let guard = {
+        let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        machine.gate.enter(index, &mut fd)
+    };
+    while machine.gate.pass(index) == Pass::Run {
+        let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        machine.mark_entered();
+        if let Err(reason) = run_until_kicked(machine, index, &mut fd) {
+            let regs = fd.get_regs().map(|regs| format!(" at RIP {:#x}", regs.rip));
+            let place = regs.unwrap_or_default();
+            machine.requests.push(Request::Fail(format!(
+                "vCPU {index} stopped: {reason}{place}"
+            )));
+        }
+    }
+    drop(guard);
+}
+
+/// Runs guest code until the gate wants the thread. Then all registers are complete.
+fn run_until_kicked(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<(), String> {
+    let mut io_pending = false;
+    while !machine.gate.attention(index) {
+        match enter_guest(machine, index, fd)? {
+            None => {}
+            Some(Flow::Continue) => io_pending = true,
+            Some(Flow::Fail(reason)) => return Err(reason),
+            Some(Flow::Trap { port, value }) => {
+                complete(machine, index, fd)?;
+                io_pending = false;
+                trap(machine, index, fd, port, value);
+            }
+        }
+    }
+    if io_pending {
+        complete(machine, index, fd)?;
+    }
+    Ok(())
+}
+
+/// Completes the instruction whose I/O was just done, without running another one: only then are
+/// the registers those behind it.
+fn complete(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<(), String> {
+    for _ in 0..MAX_COMPLETION_EXITS {
+        fd.set_kvm_immediate_exit(1);
+        match enter_guest(machine, index, fd)? {
+            None => return Ok(()),
+            Some(Flow::Fail(reason)) => return Err(reason),
+            // A trap in the middle of a string instruction is none.
+            Some(Flow::Continue | Flow::Trap { .. }) => {}
+        }
+    }
+    fd.set_kvm_immediate_exit(0);
+    Ok(())
+}
+
+/// One `KVM_RUN`. `None` if a signal or `immediate_exit` ended it, which is taken back then.
+fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Option<Flow>, String> {
+    let run: *const kvm_run = fd.get_kvm_run();
+    let exits = &machine.vcpus[usize::from(index)].exits;
+    match fd.run() {
+        Ok(VcpuExit::IoOut(port, data)) => {
+            // SAFETY: KVM filled the `io` part of the structure for this exit, and the mapping lives
+            // as long as `fd`.
+            let size = usize::from(unsafe { (*run).__bindgen_anon_1.io.size }.max(1));
+            if TRAP_PORTS.contains(&port) && machine.has_trap_handler() {
+                exits.count(ExitKind::Trap);
+                let value = data.first().copied().unwrap_or_default();
+                return Ok(Some(Flow::Trap { port, value }));
+            }
+            exits.count(ExitKind::IoOut);
+            for item in data.chunks(size) {
+                machine.pio.write(u64::from(port), item);
+            }
+        }
+        Ok(VcpuExit::IoIn(port, data)) => {
+            exits.count(ExitKind::IoIn);
+            // SAFETY: as above.
+            let size = usize::from(unsafe { (*run).__bindgen_anon_1.io.size }.max(1));
+            for item in data.chunks_mut(size) {
+                machine.pio.read(u64::from(port), item);
+            }
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            exits.count(ExitKind::MmioRead);
+            machine.mmio.read(address, data);
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            exits.count(ExitKind::MmioWrite);
+            machine.mmio.write(address, data);
+        }
+        Ok(VcpuExit::Shutdown) => {
+            exits.count(ExitKind::Shutdown);
+            tracing::info!(vcpu = index, "triple fault: the machine restarts");
+            machine.requests.push(Request::Reset);
+        }
+        Ok(VcpuExit::Intr) => exits.count(ExitKind::Interrupted),
+        Ok(other) => {
+            exits.count(ExitKind::Other);
+            return Ok(Some(Flow::Fail(describe(&other, run))));
+        }
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            exits.count(ExitKind::Interrupted);
+            fd.set_kvm_immediate_exit(0);
+            return Ok(None);
+        }
+        Err(error) => {
+            exits.count(ExitKind::Other);
+            return Ok(Some(Flow::Fail(format!("KVM_RUN: {error}"))));
+        }
+    }
+    Ok(Some(Flow::Continue))
+}
+
+fn describe(exit: &VcpuExit<'_>, run: *const kvm_run) -> String {
+    match exit {
+        VcpuExit::InternalError => {
+            // SAFETY: KVM filled this part for this exit; the caller's vCPU keeps the mapping.
+            let suberror = unsafe { (*run).__bindgen_anon_1.internal.suberror };
+            format!("KVM internal error {suberror}")
+        }
+        VcpuExit::FailEntry(reason, _) => format!("the processor refused entry ({reason:#x})"),
+        other => format!("unexpected exit {other:?}"),
+    }
+}
+
+fn trap(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd, port: u16, value: u8) {
+    let Some(handler) = machine.trap_handler() else {
+        return;
+    };
+    let outcome = handler.on_trap(&mut TrapContext {
+        vcpu: fd,
+        index,
+        port,
+        value,
+    });
+    match outcome {
+        TrapOutcome::Resume => {}
+        TrapOutcome::Reset => machine.requests.push(Request::Reset),
+        TrapOutcome::PowerOff => machine.requests.push(Request::PowerOff),
+    }
+}
