@@ -13,6 +13,8 @@ use crate::pci::config::Command;
 
 /// Nanoseconds in a unit of ITR.
 const ITR_UNIT_NS: u64 = 256;
+/// Longest time that ITR can ask for: what was before that does not matter.
+pub const LONGEST_THROTTLE_NS: u64 = 0xffff * ITR_UNIT_NS;
 
 /// What the interrupt logic remembers besides its registers.
 #[derive(Debug, Clone, Default)]

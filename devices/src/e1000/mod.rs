@@ -29,6 +29,9 @@ mod filter;
 mod interrupts;
 mod link;
 mod mmio;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod ops;
 mod packet;
 mod phy;
 mod regs;

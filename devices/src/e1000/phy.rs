@@ -105,6 +105,8 @@ pub struct Phy {
     /// Link was lost since PSTATUS was read (the link bit latches low).
     link_lost: bool,
     autoneg_complete: bool,
+    /// What this side advertised (ANA, GCON) when autonegotiation was last over.
+    advertised: (u16, u16),
     /// Held in reset by CTRL.PHY_RST.
     held_in_reset: bool,
 }
@@ -116,6 +118,7 @@ impl Default for Phy {
             link: false,
             link_lost: true,
             autoneg_complete: false,
+            advertised: (0, 0),
             held_in_reset: false,
         }
     }
@@ -248,6 +251,9 @@ impl Phy {
 
     /// Autonegotiation began (`false`) or is over (`true`).
     pub fn set_autoneg_complete(&mut self, complete: bool) {
+        if complete && !self.autoneg_complete {
+            self.advertised = (self.registers[reg::ANA], self.registers[reg::GCON]);
+        }
         self.autoneg_complete = complete;
     }
 
@@ -268,9 +274,10 @@ impl Phy {
     pub fn speed(&self) -> Speed {
         let control = self.registers[reg::PCTRL];
         if control & pctrl::AUTONEG != 0 {
-            if self.registers[reg::GCON] & 0x0300 != 0 {
+            let (ana, gcon) = self.advertised;
+            if gcon & 0x0300 != 0 {
                 Speed::Mb1000
-            } else if self.registers[reg::ANA] & 0x0180 != 0 {
+            } else if ana & 0x0180 != 0 {
                 Speed::Mb100
             } else {
                 Speed::Mb10
@@ -289,10 +296,11 @@ impl Phy {
         if !self.autonegotiates() {
             return self.registers[reg::PCTRL] & pctrl::FULL_DUPLEX != 0;
         }
+        let (ana, gcon) = self.advertised;
         match self.speed() {
-            Speed::Mb1000 => self.registers[reg::GCON] & 0x0200 != 0,
-            Speed::Mb100 => self.registers[reg::ANA] & 0x0100 != 0,
-            Speed::Mb10 => self.registers[reg::ANA] & 0x0040 != 0,
+            Speed::Mb1000 => gcon & 0x0200 != 0,
+            Speed::Mb100 => ana & 0x0100 != 0,
+            Speed::Mb10 => ana & 0x0040 != 0,
         }
     }
 }
@@ -327,11 +335,17 @@ mod tests {
     #[test]
     fn forced_and_negotiated_speed_and_duplex() {
         let mut phy = Phy::default();
-        assert_eq!((phy.speed(), phy.full_duplex()), (Speed::Mb1000, true));
+        let negotiate = |phy: &mut Phy| {
+            phy.set_autoneg_complete(false);
+            phy.set_autoneg_complete(true);
+            (phy.speed(), phy.full_duplex())
+        };
+        assert_eq!(negotiate(&mut phy), (Speed::Mb1000, true));
         phy.write(9, 0);
-        assert_eq!((phy.speed(), phy.full_duplex()), (Speed::Mb100, true));
+        assert_eq!(phy.speed(), Speed::Mb1000, "until it is negotiated again");
+        assert_eq!(negotiate(&mut phy), (Speed::Mb100, true));
         phy.write(4, 0x0081);
-        assert_eq!((phy.speed(), phy.full_duplex()), (Speed::Mb100, false));
+        assert_eq!(negotiate(&mut phy), (Speed::Mb100, false));
         phy.write(0, 0x0100);
         assert_eq!((phy.speed(), phy.full_duplex()), (Speed::Mb10, true));
     }

@@ -5,6 +5,7 @@
 //! [`write_mask`]; registers whose writes do something are handled in `mmio.rs`.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -345,7 +346,7 @@ pub fn unalias(offset: u32) -> u32 {
 /// The stored values of all registers.
 ///
 /// It is saved as the offsets and values of the registers that are not 0.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<u32, u32>", into = "BTreeMap<u32, u32>")]
 pub struct RegisterFile {
     words: Vec<u32>,
@@ -404,6 +405,12 @@ impl RegisterFile {
     /// Whether all of `bits` are set in the register at `offset`.
     pub fn is_set(&self, offset: u32, bits: u32) -> bool {
         self.get(offset) & bits == bits
+    }
+}
+
+impl fmt::Debug for RegisterFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(BTreeMap::from(self.clone())).finish()
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::eeprom::Eeprom;
-use super::interrupts::InterruptState;
+use super::interrupts::{InterruptState, LONGEST_THROTTLE_NS};
 use super::packet::{Transmitter, TransmitterState};
 use super::phy::Phy;
 use super::regs::RegisterFile;
@@ -46,7 +46,7 @@ impl E1000 {
                 since_assertion_ns: self
                     .line
                     .last_assertion_ns
-                    .map(|last| now.saturating_sub(last)),
+                    .map(|last| now.saturating_sub(last).min(LONGEST_THROTTLE_NS)),
             },
             timers: self.timers.save(),
             io_address: self.io_address,
@@ -75,10 +75,12 @@ impl E1000 {
         self.io_address = state.io_address;
         self.timers.restore(&state.timers);
         self.line.asserted = state.interrupt.asserted;
-        self.line.last_assertion_ns = state
-            .interrupt
-            .since_assertion_ns
-            .map(|since| self.timers.now().saturating_sub(since));
+        let since = state.interrupt.since_assertion_ns;
+        self.line.last_assertion_ns = since.map(|since| {
+            self.timers
+                .now()
+                .saturating_sub(since.min(LONGEST_THROTTLE_NS))
+        });
         self.drive_line();
         self.update_link();
         // The event loop looks again at what it has to wait for.

@@ -2,6 +2,8 @@
 
 mod driver;
 mod link;
+mod model;
+mod offload;
 mod receive;
 mod registers;
 mod transmit;

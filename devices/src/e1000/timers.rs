@@ -50,7 +50,10 @@ enum Clock {
     Manual(u64),
 }
 
-/// See the module's text. Times are nanoseconds since the set was made.
+/// What the clock shows when a set is made, so that a moment before that can be told.
+const EPOCH_NS: u64 = 1 << 32;
+
+/// See the module's text. Times are nanoseconds, [`EPOCH_NS`] when the set was made.
 #[derive(Debug)]
 pub struct Timers {
     clock: Clock,
@@ -85,7 +88,8 @@ impl Timers {
     pub fn now(&self) -> u64 {
         match self.clock {
             Clock::Monotonic(origin) => {
-                u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+                let passed = u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                passed.saturating_add(EPOCH_NS)
             }
             Clock::Manual(now) => now,
         }
@@ -115,6 +119,12 @@ impl Timers {
     /// Stops `timer`; true when it was running.
     pub fn stop(&mut self, timer: Timer) -> bool {
         self.deadlines[timer as usize].take().is_some()
+    }
+
+    /// Whether no timer runs.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn is_idle(&self) -> bool {
+        self.deadlines.iter().all(Option::is_none)
     }
 
     /// Stops all timers.

@@ -15,6 +15,13 @@ const RX_BUFFER_BYTES: u64 = 0x4000;
 /// Command bits of transmit descriptors.
 pub const EOP: u32 = 1 << 24;
 pub const RS: u32 = 1 << 27;
+pub const TSE: u32 = 1 << 26;
+pub const DEXT: u32 = 1 << 29;
+pub const VLE: u32 = 1 << 30;
+pub const IDE: u32 = 1 << 31;
+pub const DATA: u32 = DEXT | 1 << 20;
+/// Packet options: insert IP and TCP/UDP checksum.
+pub const IXSM_TXSM: u32 = 3 << 8;
 
 /// A descriptor that the controller wrote back.
 #[derive(Debug, Clone, PartialEq, Eq)]

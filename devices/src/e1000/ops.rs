@@ -1,0 +1,506 @@
+//! Sequences of everything that can happen to a controller: accesses, descriptors in memory, frames,
+//! carrier, time, checkpoints. For fuzzing and for tests with random histories.
+
+use arbitrary::Arbitrary;
+
+use super::bench::{Bench, MAC};
+use super::regs::{self, ICR, IMS, ITR};
+use super::{BAR_IO, BAR_MEMORY, E1000Config, Error};
+use crate::pci::PciFunction;
+use crate::pci::config::{Command, offset};
+use crate::wire::MAX_FRAME_BYTES;
+
+/// Memory of a controller under exercise, in bytes. Rings and buffers are pointed into it mostly.
+pub const MEMORY_BYTES: usize = 0x4_0000;
+const TX_RING: u32 = 0x1000;
+const RX_RING: u32 = 0x2000;
+const BUFFERS: u64 = 0x8000;
+
+/// Registers that do something, to be hit more often than by chance.
+const REGISTERS: [u32; 38] = [
+    regs::CTRL,
+    regs::CTRL_EXT,
+    regs::STATUS,
+    regs::EECD,
+    regs::EERD,
+    regs::MDIC,
+    regs::VET,
+    regs::ICR,
+    regs::ITR,
+    regs::ICS,
+    regs::IMS,
+    regs::IMC,
+    regs::RCTL,
+    regs::TCTL,
+    regs::PBA,
+    regs::RDBAL,
+    regs::RDBAH,
+    regs::RDLEN,
+    regs::RDH,
+    regs::RDT,
+    regs::RDTR,
+    regs::RADV,
+    regs::RSRPD,
+    regs::TDBAL,
+    regs::TDBAH,
+    regs::TDLEN,
+    regs::TDH,
+    regs::TDT,
+    regs::TIDV,
+    regs::TADV,
+    regs::TXDCTL,
+    regs::RXCSUM,
+    regs::MTA,
+    regs::RA,
+    regs::RA + 4,
+    regs::VFTA,
+    0x4074,
+    0x408c,
+];
+
+/// One thing that happens.
+#[derive(Debug, Clone, PartialEq, Eq, Arbitrary)]
+pub enum Op {
+    /// Sets rings up in memory, enables all units, brings the link up.
+    Open {
+        tx_count: u8,
+        rx_count: u8,
+        receive: u32,
+        vlan_mode: bool,
+    },
+    /// Reads a register of those that do something.
+    Read { register: u8 },
+    /// Writes a register of those that do something.
+    Write { register: u8, value: u32 },
+    /// Writes a small value to one.
+    WriteSmall { register: u8, value: u8 },
+    /// Any access of register or I/O space.
+    Access {
+        io: bool,
+        write: bool,
+        offset: u32,
+        data: [u8; 8],
+        length: u8,
+    },
+    /// Writes configuration space.
+    Config {
+        offset: u8,
+        data: [u8; 4],
+        length: u8,
+    },
+    /// Reads a PHY register.
+    ReadPhy { number: u8 },
+    /// Writes a PHY register.
+    WritePhy { number: u8, value: u16 },
+    /// Puts any bytes where a ring has a descriptor.
+    RawDescriptor {
+        transmit: bool,
+        index: u8,
+        bytes: [u8; 16],
+    },
+    /// Puts a data descriptor in the transmit ring.
+    Data {
+        index: u8,
+        buffer: u16,
+        length: u16,
+        command: u8,
+        popts: u8,
+        special: u16,
+        legacy: bool,
+    },
+    /// Puts a context descriptor in the transmit ring.
+    Context {
+        index: u8,
+        fields: [u8; 8],
+        paylen: u16,
+        command: u8,
+        header: u8,
+        mss: u16,
+    },
+    /// Puts a buffer in a receive descriptor.
+    Buffer { index: u8, buffer: u16 },
+    /// Gives descriptors to the controller.
+    Tail { transmit: bool, index: u8 },
+    /// A frame comes over the wire.
+    Deliver {
+        destination: u8,
+        ethertype: u8,
+        length: u16,
+        fill: u8,
+    },
+    /// The wire takes so many more frames; all if absent.
+    Room { frames: Option<u8> },
+    /// The cable is pulled or plugged in.
+    Carrier { up: bool },
+    /// Time passes.
+    Advance { ns: u32 },
+    /// The event loop comes by.
+    Serve,
+    /// The state is saved and taken back.
+    Checkpoint,
+    /// The bus is reset.
+    Reset,
+}
+
+/// A controller under exercise with what it showed so far.
+pub struct Exercise {
+    bench: Bench,
+    /// Everything that could be observed: values read, interrupt levels, frames sent.
+    seen: Vec<u8>,
+}
+
+impl Exercise {
+    /// A controller that was just powered on.
+    pub fn new() -> Result<Self, Error> {
+        let bench = Bench::new(MEMORY_BYTES, E1000Config::new(MAC))?;
+        Ok(Self {
+            bench,
+            seen: Vec::new(),
+        })
+    }
+
+    /// Another controller in the same state, with the same memory and the same frames under way.
+    pub fn twin(&self) -> Result<Self, Error> {
+        let mut twin = Self::new()?;
+        let mut memory = vec![0; MEMORY_BYTES];
+        let copied = self.bench.dma.read(0, &mut memory);
+        copied
+            .and_then(|()| twin.bench.dma.write(0, &memory))
+            .map_err(std::io::Error::other)?;
+        {
+            let (ours, mut theirs) = (self.bench.far_end(), twin.bench.far_end());
+            theirs.to_nic = ours.to_nic.clone();
+            theirs.room = ours.room;
+            theirs.carrier = ours.carrier;
+        }
+        twin.bench.nic.restore(self.bench.nic.save())?;
+        Ok(twin)
+    }
+
+    /// What was observed since this was asked last, and the memory.
+    pub fn take_observations(&mut self) -> (Vec<u8>, Vec<u8>) {
+        let mut memory = vec![0; MEMORY_BYTES];
+        // Reading own memory cannot fail; if it did, the observations would differ.
+        let _ = self.bench.dma.read(0, &mut memory);
+        (std::mem::take(&mut self.seen), memory)
+    }
+
+    /// State of the controller.
+    pub fn state(&self) -> super::E1000State {
+        self.bench.nic.save()
+    }
+
+    /// Lets `op` happen and checks what must always hold.
+    ///
+    /// # Panics
+    ///
+    /// When it does not hold.
+    pub fn apply(&mut self, op: &Op) {
+        self.happen(op);
+        self.seen.push(u8::from(self.bench.interrupt()));
+        let frames = std::mem::take(&mut self.bench.far_end().from_nic);
+        for frame in frames {
+            assert!(
+                frame.len() <= MAX_FRAME_BYTES,
+                "a frame of {} bytes was sent",
+                frame.len()
+            );
+            self.seen
+                .extend_from_slice(&(frame.len() as u32).to_le_bytes());
+            self.seen.extend_from_slice(&frame);
+        }
+        self.check_interrupt();
+    }
+
+    /// The line is asserted only while there is a cause, and at once unless it is throttled.
+    fn check_interrupt(&mut self) {
+        let nic = &self.bench.nic;
+        let pending = nic.regs.get(ICR) & nic.regs.get(IMS) != 0;
+        let disabled = nic.config.command().contains(Command::INTERRUPT_DISABLE);
+        let asserted = self.bench.interrupt();
+        assert!(
+            !asserted || pending && !disabled,
+            "an interrupt without a cause"
+        );
+        if pending && !disabled && nic.regs.get(ITR) == 0 && nic.timers.is_idle() {
+            assert!(asserted, "a cause without an interrupt");
+        }
+    }
+
+    fn happen(&mut self, op: &Op) {
+        let bench = &mut self.bench;
+        let register = |index: &u8| REGISTERS[usize::from(*index) % REGISTERS.len()];
+        match op {
+            Op::Open {
+                tx_count,
+                rx_count,
+                receive,
+                vlan_mode,
+            } => {
+                let vlan = if *vlan_mode { regs::ctrl::VME } else { 0 };
+                bench.nic.config_write(offset::COMMAND, &[0x07, 0x00]);
+                for (register, value) in [
+                    (regs::CTRL, regs::ctrl::SLU | vlan),
+                    (regs::TDBAL, TX_RING),
+                    (regs::TDBAH, 0),
+                    (regs::TDLEN, (u32::from(tx_count % 8) + 1) * 128),
+                    (regs::TDH, 0),
+                    (regs::TDT, 0),
+                    (regs::TCTL, regs::tctl::EN | regs::tctl::PSP),
+                    (regs::RDBAL, RX_RING),
+                    (regs::RDBAH, 0),
+                    (regs::RDLEN, (u32::from(rx_count % 8) + 1) * 128),
+                    (regs::RDH, 0),
+                    (regs::RDT, 0),
+                    (
+                        regs::RCTL,
+                        regs::rctl::EN | regs::rctl::BAM | receive & !0xc0,
+                    ),
+                    (regs::IMS, 0x9d),
+                ] {
+                    bench.write(register, value);
+                }
+            }
+            Op::Read { register: index } => {
+                let value = bench.read(register(index));
+                self.seen.extend_from_slice(&value.to_le_bytes());
+            }
+            Op::Write {
+                register: index,
+                value,
+            } => bench.write(register(index), *value),
+            Op::WriteSmall {
+                register: index,
+                value,
+            } => {
+                bench.write(register(index), u32::from(*value));
+            }
+            Op::Access {
+                io,
+                write,
+                offset,
+                data,
+                length,
+            } => {
+                let bar = if *io { BAR_IO } else { BAR_MEMORY };
+                let offset = u64::from(if *io { offset & 0xf } else { offset & 0x1_ffff });
+                let mut data = *data;
+                let data = &mut data[..usize::from(length % 8) + 1];
+                if *write {
+                    bench.nic.bar_write(bar, offset, data);
+                } else {
+                    bench.nic.bar_read(bar, offset, data);
+                    self.seen.extend_from_slice(data);
+                }
+            }
+            Op::Config {
+                offset,
+                data,
+                length,
+            } => {
+                let data = &data[..usize::from(length % 4) + 1];
+                bench.nic.config_write(u16::from(*offset), data);
+                let mut back = [0; 4];
+                bench.nic.config_read(u16::from(*offset), &mut back);
+                self.seen.extend_from_slice(&back);
+            }
+            Op::ReadPhy { number } => {
+                let value = bench.read_phy(u32::from(number & 0x1f));
+                self.seen.extend_from_slice(&value.to_le_bytes());
+            }
+            Op::WritePhy { number, value } => bench.write_phy(u32::from(number & 0x1f), *value),
+            Op::RawDescriptor {
+                transmit,
+                index,
+                bytes,
+            } => {
+                Self::put(bench, *transmit, *index, *bytes);
+            }
+            Op::Data {
+                index,
+                buffer,
+                length,
+                command,
+                popts,
+                special,
+                legacy,
+            } => {
+                let kind = if *legacy { 0 } else { 0x20 };
+                let command = command & !0x20 | kind;
+                let kind = if *legacy { 0 } else { 1 << 20 };
+                let lower = u32::from(command) << 24 | kind | u32::from(*length);
+                let upper = u32::from(*special) << 16 | u32::from(*popts) << 8;
+                let address = BUFFERS + u64::from(*buffer);
+                let bytes = u128::from(address) | u128::from(lower) << 64 | u128::from(upper) << 96;
+                Self::put(bench, true, *index, bytes.to_le_bytes());
+            }
+            Op::Context {
+                index,
+                fields,
+                paylen,
+                command,
+                header,
+                mss,
+            } => {
+                let lower = u32::from(command & !0x20 | 0x20) << 24 | u32::from(*paylen);
+                let upper = u32::from(*mss) << 16 | u32::from(*header) << 8;
+                let first = u128::from(u64::from_le_bytes(*fields));
+                let bytes = first | u128::from(lower) << 64 | u128::from(upper) << 96;
+                Self::put(bench, true, *index, bytes.to_le_bytes());
+            }
+            Op::Buffer { index, buffer } => {
+                let address = BUFFERS + u64::from(*buffer) * 3;
+                Self::put(bench, false, *index, u128::from(address).to_le_bytes());
+            }
+            Op::Tail { transmit, index } => {
+                let register = if *transmit { regs::TDT } else { regs::RDT };
+                bench.write(register, u32::from(index % 64));
+            }
+            Op::Deliver {
+                destination,
+                ethertype,
+                length,
+                fill,
+            } => {
+                let length = usize::from(*length) % (MAX_FRAME_BYTES + 100);
+                let mut frame = vec![*fill; length];
+                let address = match destination % 4 {
+                    0 => [0xff; 6],
+                    1 => MAC,
+                    2 => [0x01, 0x80, 0xc2, 0, 0, 1],
+                    _ => [*destination; 6],
+                };
+                let kinds: [[u8; 2]; 6] = [
+                    [8, 0],
+                    [0x86, 0xdd],
+                    [0x81, 0],
+                    [0x88, 8],
+                    [8, 6],
+                    [*ethertype; 2],
+                ];
+                let kind = kinds[usize::from(ethertype % 6)];
+                for (at, byte) in (0..6).zip(address).chain((12..14).zip(kind)) {
+                    if let Some(place) = frame.get_mut(at) {
+                        *place = byte;
+                    }
+                }
+                bench.deliver(&frame);
+            }
+            Op::Room { frames } => bench.far_end().room = frames.map(usize::from),
+            Op::Carrier { up } => {
+                bench.far_end().carrier = *up;
+                bench.serve();
+            }
+            Op::Advance { ns } => bench.advance_ns(u64::from(*ns)),
+            Op::Serve => bench.serve(),
+            Op::Checkpoint => {
+                let state = bench.nic.save();
+                assert!(
+                    bench.nic.restore(state.clone()).is_ok(),
+                    "a saved state is refused"
+                );
+                assert_eq!(bench.nic.save(), state, "taking a state back changes it");
+            }
+            Op::Reset => bench.nic.reset(),
+        }
+    }
+
+    fn put(bench: &mut Bench, transmit: bool, index: u8, bytes: [u8; 16]) {
+        let ring = if transmit { TX_RING } else { RX_RING };
+        // Both rings are in memory; if they were not, the controller would find out.
+        let _ = bench
+            .dma
+            .write(u64::from(ring) + 16 * u64::from(index % 64), &bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arbitrary::Unstructured;
+
+    /// Random bytes that are the same in every run (xorshift64*).
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        }
+
+        fn ops(&mut self) -> Vec<Op> {
+            let bytes: Vec<u8> = (0..400).flat_map(|_| self.next().to_le_bytes()).collect();
+            let mut source = Unstructured::new(&bytes);
+            let mut ops = vec![Op::Open {
+                tx_count: self.next() as u8,
+                rx_count: self.next() as u8,
+                receive: self.next() as u32,
+                vlan_mode: self.next() & 1 != 0,
+            }];
+            while !source.is_empty() {
+                match Op::arbitrary(&mut source) {
+                    Ok(op) => ops.push(op),
+                    Err(_) => break,
+                }
+            }
+            ops
+        }
+    }
+
+    /// How many histories to try; `E1000_HISTORIES` asks for more.
+    fn histories(default: u64) -> std::ops::Range<u64> {
+        let count = std::env::var("E1000_HISTORIES")
+            .ok()
+            .and_then(|n| n.parse().ok());
+        1..count.unwrap_or(default) + 1
+    }
+
+    #[test]
+    fn random_histories_break_nothing() {
+        for seed in histories(100) {
+            let mut exercise = Exercise::new().unwrap();
+            for op in Random(seed).ops() {
+                exercise.apply(&op);
+            }
+        }
+    }
+
+    #[test]
+    fn a_restored_twin_behaves_as_the_original() {
+        for seed in histories(100) {
+            let mut random = Random(seed << 32);
+            let mut original = Exercise::new().unwrap();
+            for op in random.ops() {
+                original.apply(&op);
+            }
+            original.take_observations();
+            let mut twin = original.twin().unwrap();
+            for op in random.ops().split_off(1) {
+                original.apply(&op);
+                twin.apply(&op);
+                assert_eq!(original.seen, twin.seen, "seed {seed}, {op:?}");
+            }
+            assert!(
+                original.take_observations() == twin.take_observations(),
+                "seed {seed}"
+            );
+            assert_eq!(original.state(), twin.state(), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_state_survives_its_stored_form() {
+        let mut exercise = Exercise::new().unwrap();
+        for op in Random(99).ops() {
+            exercise.apply(&op);
+        }
+        let state = exercise.state();
+        let stored = serde_json::to_vec(&state).unwrap();
+        assert_eq!(
+            serde_json::from_slice::<crate::e1000::E1000State>(&stored).unwrap(),
+            state
+        );
+    }
+}
