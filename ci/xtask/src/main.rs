@@ -1,3 +1,65 @@
-//! Entry point.
+//! `cargo xtask`: everything that is done with this workspace besides writing code.
 
-fn main() {}
+mod bench;
+mod images;
+mod lab;
+mod place;
+mod setup;
+mod steps;
+mod suite;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use steps::Steps;
+use workspace::Workspace;
+
+/// Builds, tests, measures and shows Cofferdam
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what the other tasks need and the machine has not
+    Setup,
+    /// Builds guest kernels and initramfs images out of Debian packages, and the lab's
+    Images {
+        /// Ask the archive for newer packages
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Builds the release program
+    Build,
+    Test(suite::Args),
+    Demo(bench::DemoArgs),
+    Bench(bench::Args),
+    Lab(lab::command::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = Workspace::find().and_then(|workspace| match &cli.task {
+        Task::Setup => one_step("set up", setup::run),
+        Task::Images { refresh } => one_step("images", || images::run(&workspace, *refresh)),
+        Task::Build => one_step("build", || bench::build(&workspace)),
+        Task::Test(args) => suite::main(&workspace, args),
+        Task::Demo(args) => bench::demo(&workspace, args),
+        Task::Bench(args) => bench::main(&workspace, args),
+        Task::Lab(args) => lab::command::run(&workspace, args),
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn one_step(name: &str, work: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<ExitCode> {
+    Steps::new(1).must(name, work)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 
-use super::{Report, SCHEMA};
+use super::{Boot, BootRun, OtherBoot, Report, SCHEMA, Stat};
 
 /// Largest report that is read, in bytes.
 const MAX_REPORT_BYTES: u64 = 64 << 20;
@@ -83,8 +83,13 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
             part.host.cpu
         );
         whole.guest = whole.guest.or(part.guest);
-        whole.boot = merge_one("boot", whole.boot, part.boot)?;
-        whole.boot_others.extend(part.boot_others);
+        whole.boot = match (whole.boot, part.boot) {
+            (Some(a), Some(b)) => Some(merge_boots(a, b)?),
+            (a, b) => a.or(b),
+        };
+        for other in part.boot_others {
+            merge_other(&mut whole.boot_others, other)?;
+        }
         whole.recovery.extend(part.recovery);
         whole.traffic.extend(part.traffic);
         for (section, value) in part.other {
@@ -102,13 +107,32 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
     Ok(whole)
 }
 
-/// The section that only one of two reports has.
-fn merge_one<T>(section: &str, a: Option<T>, b: Option<T>) -> anyhow::Result<Option<T>> {
-    ensure!(
-        a.is_none() || b.is_none(),
-        "two reports have a section \"{section}\": leave one out"
-    );
-    Ok(a.or(b))
+/// Boots are measured one by one, each in a fresh place, and become one set of samples.
+fn merge_boots(mut a: Boot, b: Boot) -> anyhow::Result<Boot> {
+    a.runs.extend(b.runs);
+    let ready: Vec<f64> = a.runs.iter().filter_map(|run| run.vmm_ready_us).collect();
+    a.vmm_ready_us = Stat::from_samples(&ready);
+    a.to_init_us = to_init(&a.runs)?;
+    a.vmm_rss_kib = a.vmm_rss_kib.max(b.vmm_rss_kib);
+    Ok(a)
+}
+
+/// Adds boots of another monitor to those of the same one.
+fn merge_other(all: &mut Vec<OtherBoot>, more: OtherBoot) -> anyhow::Result<()> {
+    match all.iter_mut().find(|other| other.vmm == more.vmm) {
+        Some(other) => {
+            other.runs.extend(more.runs);
+            other.to_init_us = to_init(&other.runs)?;
+        }
+        None => all.push(more),
+    }
+    Ok(())
+}
+
+fn to_init(runs: &[BootRun]) -> anyhow::Result<Stat> {
+    let samples: Vec<f64> = runs.iter().map(|run| run.to_init_us).collect();
+    Stat::from_samples(&samples)
+        .context("a report tells of boots, but has no runs: measure them again")
 }
 
 #[cfg(test)]
@@ -150,6 +174,40 @@ mod tests {
         let whole = merge([part(Method::Restart), later]).unwrap();
         assert_eq!(whole.recovery.len(), 2);
         assert_eq!(whole.other["campaign"]["seed"], 1);
+    }
+
+    #[test]
+    fn boots_measured_one_by_one_become_one_set() {
+        let boot = |us: f64| {
+            let runs = vec![BootRun {
+                vmm_ready_us: Some(1.0),
+                to_init_us: us,
+                vmm_rss_kib: Some(us as u64),
+            }];
+            let to_init_us = Stat::from_samples(&[us]).unwrap();
+            let mut report = part(Method::Restart);
+            report.boot_others.push(OtherBoot {
+                vmm: "other".to_owned(),
+                to_init_us,
+                runs: runs.clone(),
+            });
+            report.boot = Some(Boot {
+                vmm_ready_us: None,
+                to_init_us,
+                vmm_rss_kib: us as u64,
+                runs,
+            });
+            report
+        };
+        let whole = merge([boot(30.0), boot(10.0), boot(20.0)]).unwrap();
+        let ours = whole.boot.unwrap();
+        assert_eq!(
+            (ours.to_init_us.n, ours.to_init_us.p50, ours.vmm_rss_kib),
+            (3, 20.0, 30)
+        );
+        assert_eq!(ours.vmm_ready_us.unwrap().n, 3);
+        assert_eq!(whole.boot_others.len(), 1);
+        assert_eq!(whole.boot_others[0].to_init_us.max, 30.0);
     }
 
     #[test]

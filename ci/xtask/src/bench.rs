@@ -1,0 +1,337 @@
+//! `cargo xtask bench` and `cargo xtask demo`: measurements by `cofferdam bench`, in the place where Linux guests run, gathered
+//! in one report.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Subcommand, ValueEnum};
+
+use crate::lab::{Ended, Kind, Lab, Request, Settings, pass_on, watch_interrupts};
+use crate::place::Place;
+use crate::steps::{Steps, capture, cargo, run};
+use crate::suite::run_on_host;
+use crate::workspace::Workspace;
+use crate::{images, setup};
+
+/// For one measuring command in the lab: twice five reboots and more.
+const COMMAND_LIMIT: Duration = Duration::from_secs(900);
+
+/// Measures, and writes what came of it
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum What {
+    /// Time from the start of the process to /init, against QEMU; each boot in a fresh lab
+    Boot {
+        #[command(flatten)]
+        common: Common,
+        /// Only ours or only QEMU's
+        #[arg(long, value_enum)]
+        only: Option<Monitor>,
+    },
+    /// Time the network is gone: driver restart and guest reboot
+    Recovery(Common),
+    /// Send traffic through the NIC and check every byte of it
+    Traffic {
+        #[command(flatten)]
+        common: Common,
+        /// How long each kind is sent
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=600))]
+        seconds: u64,
+    },
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct Common {
+    /// How often
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
+    runs: u16,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Monitor {
+    Cofferdam,
+    Qemu,
+}
+
+impl Monitor {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Cofferdam => "cofferdam",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+/// Shows what Cofferdam does, and measures it
+///
+/// Installs what is missing, builds, boots guests on this host's KVM where that is fast enough and in the lab where it is not, and
+/// writes target/demo/report.json and target/demo/report.html.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Does `cargo xtask bench`.
+pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
+    let mut steps = Steps::new(4);
+    let mut bench = Bench::prepare(workspace, "target/bench", &mut steps)?;
+    let (common, name) = match &args.what {
+        What::Boot { common, only } => {
+            steps.must("boot", || {
+                let monitors =
+                    only.map_or(vec![Monitor::Cofferdam, Monitor::Qemu], |one| vec![one]);
+                bench.boots(common.runs, &monitors)
+            })?;
+            (common, "boot")
+        }
+        What::Recovery(common) => {
+            steps.must("recovery", || bench.recovery(common.runs))?;
+            (common, "recovery")
+        }
+        What::Traffic { common, seconds } => {
+            steps.must("traffic", || bench.traffic(*seconds))?;
+            (common, "traffic")
+        }
+    };
+    bench.finish(&workspace.path("target/bench"), name, common.json)?;
+    steps.summary();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Does `cargo xtask demo`.
+pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    let mut steps = Steps::new(5);
+    let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
+    let runs = args.common.runs;
+    steps.must("boot", || bench.demo_boots(runs))?;
+    steps.must("recovery", || bench.recovery(runs))?;
+    let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
+    steps.summary();
+    eprintln!(
+        "\nThe report: {}\n            {}",
+        report.display(),
+        report.with_extension("html").display()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A measurement under way.
+struct Bench {
+    cofferdam: PathBuf,
+    workspace: Workspace,
+    place: Place,
+    /// Absent on a host that needs none.
+    lab: Option<Lab>,
+    /// Where the parts are written, here and in the lab.
+    scratch: PathBuf,
+    parts: Vec<PathBuf>,
+}
+
+impl Bench {
+    fn prepare(workspace: &Workspace, scratch: &str, steps: &mut Steps) -> anyhow::Result<Self> {
+        steps.must("set up", setup::run)?;
+        steps.must("images", || images::run(workspace, false))?;
+        steps.must("build", || build(workspace))?;
+        let cofferdam = workspace.path("target/release/cofferdam");
+        let place = Place::find(&cofferdam)?;
+        let (lab, scratch) = match place {
+            Place::Host => {
+                watch_interrupts()?;
+                (None, workspace.path(scratch))
+            }
+            Place::Lab => {
+                eprintln!(
+                    "      Linux guests are too slow on this host's KVM: measuring in the lab"
+                );
+                let settings = Settings::new(workspace);
+                let scratch = settings.machine.out.clone();
+                (Some(Lab::open(settings, Kind::Fresh)?), scratch)
+            }
+        };
+        std::fs::create_dir_all(&scratch)
+            .with_context(|| format!("cannot make {}", scratch.display()))?;
+        Ok(Self {
+            cofferdam,
+            workspace: workspace.clone(),
+            place,
+            lab,
+            scratch,
+            parts: Vec::new(),
+        })
+    }
+
+    /// Each boot in a fresh lab: in a used one translated code is there already, or thrown away.
+    fn boots(&mut self, runs: u16, monitors: &[Monitor]) -> anyhow::Result<String> {
+        for number in 1..=runs {
+            for monitor in monitors {
+                self.renew()?;
+                let part = format!("boot-{}-{number}", monitor.word());
+                self.measure(&part, &["boot", "--runs", "1", "--vmm", monitor.word()])?;
+            }
+        }
+        Ok(format!("{} boots", usize::from(runs) * monitors.len()))
+    }
+
+    /// As [`Self::boots`], but ours only, and one of QEMU to compare with.
+    fn demo_boots(&mut self, runs: u16) -> anyhow::Result<String> {
+        self.boots(1, &[Monitor::Qemu])?;
+        self.boots(runs, &[Monitor::Cofferdam])
+    }
+
+    fn recovery(&mut self, runs: u16) -> anyhow::Result<String> {
+        self.renew()?;
+        let runs = runs.to_string();
+        self.measure(
+            "recovery",
+            &["recovery", "--method", "restart,reboot", "--runs", &runs],
+        )
+    }
+
+    fn traffic(&mut self, seconds: u64) -> anyhow::Result<String> {
+        self.renew()?;
+        self.measure("traffic", &["traffic", "--seconds", &seconds.to_string()])
+    }
+
+    fn renew(&mut self) -> anyhow::Result<()> {
+        self.lab.as_mut().map_or(Ok(()), Lab::renew)
+    }
+
+    fn measure(&mut self, part: &str, words: &[&str]) -> anyhow::Result<String> {
+        let json = self.scratch.join(format!("{part}.json"));
+        if json.exists() {
+            std::fs::remove_file(&json)
+                .with_context(|| format!("cannot remove {}", json.display()))?;
+        }
+        let mut argv = vec![text(&self.cofferdam), "bench".into()];
+        argv.extend(words.iter().map(|word| word.to_string()));
+        argv.extend([
+            "--images".into(),
+            text(&self.workspace.images()),
+            "--json".into(),
+            text(&json),
+        ]);
+        let mut request = Request::new(argv, COMMAND_LIMIT)?;
+        request.env.retain(|(name, _)| name != "COFFERDAM_WHERE");
+        request
+            .env
+            .push(("COFFERDAM_WHERE".into(), self.place.word().into()));
+        let mut to_stderr = |_: bool, bytes: &[u8]| pass_on(true, bytes);
+        let ended = match &mut self.lab {
+            Some(lab) => lab.run(&request, &mut to_stderr)?.ended,
+            None => run_on_host(&request, &mut to_stderr)?,
+        };
+        if ended != Ended::Exited(0) {
+            bail!("`cofferdam bench {}` ended: {ended:?}", words.join(" "));
+        }
+        self.parts.push(json);
+        Ok(String::new())
+    }
+
+    /// Merges the parts into `directory/name.json` and `.html`.
+    fn finish(self, directory: &Path, name: &str, print: bool) -> anyhow::Result<PathBuf> {
+        if let Some(lab) = self.lab {
+            lab.close()?;
+        }
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        let report = directory.join(format!("{name}.json"));
+        let mut merge = Command::new(&self.cofferdam);
+        merge.args(["report", "merge"]).args(&self.parts);
+        merge
+            .arg("--json")
+            .arg(&report)
+            .arg("--html")
+            .arg(report.with_extension("html"));
+        capture(&mut merge)?;
+        let shown = match print {
+            true => std::fs::read_to_string(&report)
+                .with_context(|| format!("cannot read {}", report.display()))?,
+            false => capture(
+                Command::new(&self.cofferdam)
+                    .args(["report", "show"])
+                    .arg(&report),
+            )?,
+        };
+        writeln!(std::io::stdout().lock(), "{}", shown.trim_end())
+            .context("cannot write to standard output")?;
+        Ok(report)
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// Builds the release program; the report names the commit it was built from.
+pub fn build(workspace: &Workspace) -> anyhow::Result<String> {
+    let words = ["build", "--release", "--locked", "-p", "cofferdam"];
+    run(cargo()
+        .args(words)
+        .env("COFFERDAM_COMMIT", commit(workspace))
+        .current_dir(workspace.root()))?;
+    Ok("target/release/cofferdam".into())
+}
+
+fn commit(workspace: &Workspace) -> String {
+    let git = |words: &[&str]| {
+        capture(
+            Command::new("git")
+                .args(words)
+                .current_dir(workspace.root()),
+        )
+    };
+    // Outside a checkout there is no commit to name.
+    let Ok(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return "unknown".into();
+    };
+    let changed =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_ok_and(|text| !text.is_empty());
+    commit.trim().to_owned() + if changed { "+changes" } else { "" }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn absurd_counts_are_refused() {
+        let parse = |words: &[&str]| {
+            Cli::try_parse_from(std::iter::once(&"bench").chain(words)).map(|cli| cli.args.what)
+        };
+        assert!(matches!(
+            parse(&["boot", "--runs", "3"]).unwrap(),
+            What::Boot {
+                common: Common { runs: 3, .. },
+                only: None
+            }
+        ));
+        for words in [
+            &["boot", "--runs", "0"][..],
+            &["recovery", "--runs", "-1"],
+            &["traffic", "--seconds", "0"],
+            &[],
+        ] {
+            assert!(parse(words).is_err(), "{words:?}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The emulated server: QEMU's command line.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// What the server is made of.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// QEMU's program.
+    pub qemu: PathBuf,
+    /// Kernel of L1.
+    pub kernel: PathBuf,
+    /// Initramfs of L1, with the agent.
+    pub initrd: PathBuf,
+    /// Directory that L1 may write.
+    pub out: PathBuf,
+    /// Emulated processors.
+    pub cpus: u32,
+    /// Emulated memory.
+    pub memory_mib: u32,
+}
+
+/// File names in an instance's directory. QEMU runs there, so that long paths do not exceed what a socket address holds.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// QEMU's monitor.
+pub const MONITOR_SOCKET: &str = "monitor.sock";
+/// L1's console.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What QEMU itself says.
+pub const QEMU_LOG: &str = "qemu.log";
+
+/// 9p tags, as the lab image mounts them.
+const HOST_TAG: &str = "host";
+const OUT_TAG: &str = "out";
+
+/// No mitigations: L1 is not there to be attacked, and emulating them costs. `iommu=pt`: L1's own devices are not
+/// translated, those under VFIO are.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off";
+
+impl Machine {
+    /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's directory.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = Vec::new();
+        let mut add = |words: &[&str]| args.extend(words.iter().map(OsString::from));
+        add(&["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024"]);
+        add(&["-cpu", "EPYC-Milan,+svm,+npt"]);
+        add(&[
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &self.memory_mib.to_string(),
+        ]);
+        add(&[
+            "-display",
+            "none",
+            "-vga",
+            "none",
+            "-nodefaults",
+            "-no-reboot",
+        ]);
+        add(&["-append", KERNEL_COMMAND_LINE]);
+        add(&["-device", "amd-iommu,intremap=on"]);
+        // For VFIO: L1 leaves it without a driver.
+        add(&[
+            "-device",
+            "e1000e,netdev=n,romfile=",
+            "-netdev",
+            "user,id=n",
+        ]);
+        add(&["-device", "virtio-serial-pci"]);
+        add(&[
+            "-chardev",
+            &format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"),
+        ]);
+        add(&[
+            "-device",
+            &format!(
+                "virtserialport,chardev=agent,name={}",
+                agent_protocol::PORT_NAME
+            ),
+        ]);
+        add(&["-serial", &format!("file:{CONSOLE_LOG}")]);
+        add(&[
+            "-chardev",
+            &format!("socket,id=monitor,path={MONITOR_SOCKET},server=on,wait=off"),
+        ]);
+        add(&["-mon", "chardev=monitor,mode=readline"]);
+        for (option, path) in [("-kernel", &self.kernel), ("-initrd", &self.initrd)] {
+            args.extend([option.into(), path.into()]);
+        }
+        for (path, tag, access) in [
+            (Path::new("/"), HOST_TAG, ",readonly=on"),
+            (&self.out, OUT_TAG, ""),
+        ] {
+            let mut share = OsString::from("local,path=");
+            share.push(escape(path));
+            // Without `remap` file systems of the host with equal inode numbers are mixed up.
+            share.push(format!(
+                ",mount_tag={tag},security_model=none,multidevs=remap{access}"
+            ));
+            args.extend(["-virtfs".into(), share]);
+        }
+        args
+    }
+}
+
+/// QEMU's option syntax ends a value at a comma, unless it is doubled.
+fn escape(path: &Path) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let mut escaped = Vec::new();
+    for &byte in path.as_os_str().as_bytes() {
+        escaped.push(byte);
+        if byte == b',' {
+            escaped.push(byte);
+        }
+    }
+    OsString::from_vec(escaped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(out: &str) -> Vec<String> {
+        let machine = Machine {
+            qemu: "qemu".into(),
+            kernel: "vmlinux".into(),
+            initrd: "initrd".into(),
+            out: out.into(),
+            cpus: 2,
+            memory_mib: 4096,
+        };
+        machine
+            .arguments()
+            .iter()
+            .map(|arg| arg.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    #[test]
+    fn host_root_cannot_be_written_and_results_can() {
+        let args = machine("/results");
+        let shares: Vec<_> = args
+            .iter()
+            .filter(|arg| arg.starts_with("local,path="))
+            .collect();
+        assert_eq!(shares.len(), 2);
+        assert!(shares[0].starts_with("local,path=/,") && shares[0].ends_with("readonly=on"));
+        assert!(shares[1].starts_with("local,path=/results,") && !shares[1].contains("readonly"));
+    }
+
+    #[test]
+    fn commas_in_paths_are_no_options() {
+        let args = machine("/a,readonly=on");
+        assert!(
+            args.iter()
+                .any(|arg| arg.starts_with("local,path=/a,,readonly=on,mount_tag=out"))
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! `cargo xtask setup`: installs what the other tasks need and the machine has not.
+
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+use crate::steps::{Progress, capture, cargo};
+
+/// A Debian package and the program by which we know that it is there.
+const PACKAGES: &[(&str, &str)] = &[
+    ("qemu-system-x86", "qemu-system-x86_64"),
+    ("iproute2", "ip"),
+];
+/// Parts of the Rust toolchain, and how to ask whether they are there.
+const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "fmt"), ("clippy", "clippy")];
+/// A package that any Debian archive lists: asks whether package lists were ever fetched.
+const LISTED_EVERYWHERE: &str = "busybox-static";
+
+/// Installs what is missing; says what that was.
+pub fn run() -> anyhow::Result<String> {
+    let mut installed = Vec::new();
+    for (component, subcommand) in COMPONENTS {
+        if capture(cargo().args([subcommand, "--version"])).is_err() {
+            let _progress = Progress::new(&format!("rustup component add {component}"));
+            capture(Command::new("rustup").args(["component", "add", component])).with_context(
+                || format!("install {component} for this Rust toolchain, then try again"),
+            )?;
+            installed.push(*component);
+        }
+    }
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(_, program)| !in_path(program))
+        .map(|(package, _)| *package)
+        .collect();
+    if !missing.is_empty() {
+        install(&missing)?;
+        installed.extend(&missing);
+    } else {
+        // The image builder downloads packages by name, for which the lists must be there.
+        fetch_lists_if_none()?;
+    }
+    Ok(match installed.is_empty() {
+        true => "nothing was missing".into(),
+        false => format!("installed {}", installed.join(", ")),
+    })
+}
+
+fn in_path(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
+fn apt(words: &[&str]) -> anyhow::Result<()> {
+    let _progress = Progress::new(&format!("apt-get {}", words.join(" ")));
+    let mut command = Command::new("apt-get");
+    command
+        .args(["-q", "-y"])
+        .args(words)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    capture(&mut command).map(drop)
+}
+
+fn fetch_lists_if_none() -> anyhow::Result<()> {
+    let show = capture(Command::new("apt-cache").args(["show", LISTED_EVERYWHERE]));
+    if show.is_ok_and(|text| !text.is_empty()) {
+        return Ok(());
+    }
+    need_root("apt-get update")?;
+    apt(&["update"])
+}
+
+fn install(packages: &[&str]) -> anyhow::Result<()> {
+    if !in_path("apt-get") {
+        bail!(
+            "install these by hand, this is no Debian: {}",
+            packages.join(", ")
+        );
+    }
+    let words = [&["install", "--no-install-recommends"], packages].concat();
+    need_root(&format!("apt-get {}", words.join(" ")))?;
+    fetch_lists_if_none()?;
+    // Lists that are too old name versions that are gone.
+    apt(&words).or_else(|_| apt(&["update"]).and_then(|()| apt(&words)))
+}
+
+fn need_root(command: &str) -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("run this as root, then try again: {command}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_looked_for_in_path() {
+        assert!(in_path("sh"));
+        assert!(!in_path("no-program-has-this-name"));
+    }
+}

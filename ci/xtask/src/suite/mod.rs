@@ -1,0 +1,263 @@
+//! `cargo xtask test`: every check and every test there is, on a machine that has nothing but Rust.
+
+mod count;
+mod fuzz;
+mod host;
+mod linux;
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, bail};
+
+use crate::place::Place;
+use crate::steps::{Steps, capture, cargo, run};
+use crate::workspace::Workspace;
+use crate::{images, setup};
+use count::Count;
+pub use host::run as run_on_host;
+
+/// Runs every check and every test
+///
+/// Style, lints, duplicates among the rust-vmm crates, unit and integration tests, a bounded run of the fuzz targets, and the
+/// tests that boot Linux: on this host's KVM where that is fast enough, else in the lab. Installs what is missing.
+/// The exit status is 0 when all went well.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Only the tests that boot Linux, those whose name contains this
+    #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
+    linux: Option<String>,
+    /// Print what came of it as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Does all of it.
+pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
+    let mut steps = Steps::new(if args.linux.is_some() { 4 } else { 9 });
+    let mut count = Count::default();
+    let mut linux_findings = linux::Findings::default();
+    steps.must("set up", setup::run)?;
+    if args.linux.is_none() {
+        checks(workspace, &mut steps);
+        steps.must("build", || build(workspace))?;
+        steps.may("tests", || tests(workspace, &mut count));
+        steps.may("fuzz", || fuzz::run(workspace));
+    } else {
+        steps.must("build", || build(workspace))?;
+    }
+    steps.must("images", || images::run(workspace, false))?;
+    steps.may("Linux tests", || {
+        let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
+        linux_findings = linux::run(workspace, place, args.linux.as_deref().unwrap_or_default())?;
+        verdict(linux_findings.count(), &format!("on the {}", place.word()))
+    });
+    count += linux_findings.count();
+    steps.summary();
+    let retries: u32 = linux_findings.tests.iter().map(|test| test.retries).sum();
+    if retries > 0 {
+        eprintln!("the lab hung {retries} times; target/lab/retries.json tells more");
+    }
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        let document = serde_json::json!({
+            "steps": steps.records(), "linux": linux_findings, "count": count,
+        });
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&document)?)?;
+    } else {
+        writeln!(stdout, "{count}")?;
+    }
+    let failed = steps.failed() || count.failed > 0 || count.passed == 0;
+    Ok(ExitCode::from(u8::from(failed)))
+}
+
+fn checks(workspace: &Workspace, steps: &mut Steps) {
+    let at_root = |words: &[&str]| {
+        let mut command = cargo();
+        command.args(words).current_dir(workspace.root());
+        command
+    };
+    steps.may("style", || {
+        run(&mut at_root(&["fmt", "--all", "--check"])).map(|()| String::new())
+    });
+    steps.may("duplicates", || {
+        duplicates(&mut at_root(&[
+            "tree",
+            "--workspace",
+            "--locked",
+            "-e",
+            "normal",
+            "-d",
+            "--depth",
+            "0",
+            "--prefix",
+            "none",
+        ]))
+    });
+    steps.may("lints", || {
+        let words = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        run(&mut at_root(&words)).map(|()| String::new())
+    });
+}
+
+/// Crates of which two copies do not work together: types of one are not those of the other.
+const ONCE: &[&str] = &[
+    "kvm-bindings",
+    "kvm-ioctls",
+    "vm-memory",
+    "vmm-sys-util",
+    "vfio-bindings",
+    "vfio-ioctls",
+    "virtio-bindings",
+    "virtio-queue",
+    "linux-loader",
+    "event-manager",
+    "vm-superio",
+    "vm-allocator",
+    "acpi_tables",
+    "iommufd-bindings",
+    "iommufd-ioctls",
+    "seccompiler",
+];
+
+fn duplicates(tree: &mut Command) -> anyhow::Result<String> {
+    let tree = capture(tree)?;
+    let found = duplicates_in(&tree);
+    match found.is_empty() {
+        true => Ok("no rust-vmm crate twice".into()),
+        false => bail!(
+            "more than one version of a rust-vmm crate: {}",
+            found.join(", ")
+        ),
+    }
+}
+
+fn duplicates_in(tree: &str) -> Vec<&str> {
+    let mut found: Vec<&str> = tree
+        .lines()
+        .map(|line| line.trim_end_matches(" (*)"))
+        .filter(|line| {
+            line.split_whitespace()
+                .next()
+                .is_some_and(|name| ONCE.contains(&name))
+        })
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+fn build(workspace: &Workspace) -> anyhow::Result<String> {
+    let words = ["test", "--workspace", "--locked", "--no-run", "--quiet"];
+    run(cargo().args(words).current_dir(workspace.root()))?;
+    run(cargo()
+        .args(["build", "--workspace", "--locked", "--quiet"])
+        .current_dir(workspace.root()))?;
+    Ok(String::new())
+}
+
+fn tests(workspace: &Workspace, count: &mut Count) -> anyhow::Result<String> {
+    let mut total = Count::default();
+    let nextest = capture(cargo().args(["nextest", "--version"])).is_ok();
+    let suites: &[&[&str]] = match nextest {
+        true => &[
+            &[
+                "nextest",
+                "run",
+                "--workspace",
+                "--locked",
+                "--no-fail-fast",
+            ],
+            &[
+                "test",
+                "--workspace",
+                "--locked",
+                "--no-fail-fast",
+                "--doc",
+                "--quiet",
+            ],
+        ],
+        false => &[&["test", "--workspace", "--locked", "--no-fail-fast"]],
+    };
+    let mut ended_well = true;
+    for words in suites {
+        ended_well &= run_counted(
+            cargo().args(*words).current_dir(workspace.root()),
+            &mut total,
+        )?;
+    }
+    *count += total;
+    match verdict(total, "") {
+        Ok(_) if !ended_well => bail!("{total}, but the test runner failed"),
+        verdict => verdict,
+    }
+}
+
+/// Runs a test runner on our own output and counts along.
+fn run_counted(command: &mut Command, count: &mut Count) -> anyhow::Result<bool> {
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .spawn()
+        .context("cannot start cargo")?;
+    // The command holds the pipe's other end open until it is given another.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = line.context("cannot read what the tests say")?;
+        let line = String::from_utf8_lossy(&line);
+        count.read_line(&line);
+        eprintln!("{line}");
+    }
+    Ok(child.wait().context("cannot wait for cargo")?.success())
+}
+
+fn verdict(count: Count, place: &str) -> anyhow::Result<String> {
+    let text = format!("{count} {place}");
+    match count {
+        Count { failed: 1.., .. } => bail!("{}", text.trim()),
+        _ => Ok(text.trim().to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_rust_vmm_crates_count_as_duplicates() {
+        let tree =
+            "bitflags v1.3.2\n\nbitflags v2.13.2\n\nvm-memory v0.17.1\n\nvm-memory v0.18.0 (*)\n";
+        assert_eq!(
+            duplicates_in(tree),
+            ["vm-memory v0.17.1", "vm-memory v0.18.0"]
+        );
+        assert!(duplicates_in("syn v1.0.0\n\nsyn v2.0.0\n").is_empty());
+    }
+
+    #[test]
+    fn failed_tests_are_counted_and_make_the_step_fail() {
+        let mut count = Count::default();
+        let script = "echo 'test result: FAILED. 2 passed; 1 failed; 0 ignored'; exit 101";
+        let ended_well = run_counted(Command::new("sh").args(["-c", script]), &mut count).unwrap();
+        assert!(!ended_well);
+        assert_eq!(
+            count,
+            Count {
+                passed: 2,
+                failed: 1
+            }
+        );
+        assert!(verdict(count, "").is_err());
+    }
+}
