@@ -3,6 +3,8 @@
 use std::os::fd::RawFd;
 
 pub mod gateway;
+pub mod tap;
+pub mod unix_link;
 
 /// Longest frame a wire carries: a jumbo frame with header and VLAN tag, without FCS, in bytes.
 pub const MAX_FRAME_BYTES: usize = 16 * 1024;
@@ -28,7 +30,8 @@ pub trait Wire: Send {
     fn send(&mut self, frame: &[u8]) -> SendOutcome;
 
     /// Takes the next frame into `buffer` and returns its length in bytes; `None` when there is
-    /// none. A frame that is longer than `buffer` is dropped and counted by the wire.
+    /// none. A frame that is longer than `buffer` is dropped. A frame may be shorter than the 60
+    /// bytes that Ethernet asks for: the NIC pads it.
     fn receive(&mut self, buffer: &mut [u8]) -> Option<usize>;
 
     /// Whether a carrier is there; a NIC shows it as its link state.
