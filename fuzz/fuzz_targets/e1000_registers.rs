@@ -24,5 +24,5 @@ fuzz_target!(|ops: Vec<Op>| {
         twin.apply(op);
     }
     assert!(exercise.take_observations() == twin.take_observations(), "the twin differs");
-    assert!(exercise.state() == twin.state(), "the twin's state differs");
+    assert_eq!(exercise.state(), twin.state(), "the twin differs");
 });

@@ -16,8 +16,8 @@
 //! Time and system calls: sending happens in the register write, receiving in the event loop
 //! (`events`). A register access makes no system call but for an interrupt line that changes, a
 //! timer that is armed (at most once for each time it fires), a frame that is sent, and a kick of
-//! the event loop when it has to watch something else. Delays are never rounded: a timer of 8 us is
-//! one of 8 us, though the host may be late.
+//! the event loop when it has to watch something else. Interrupt delays below 16 us are taken as
+//! none (`timers`).
 
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]

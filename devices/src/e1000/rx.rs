@@ -14,15 +14,13 @@ use super::regs::{CTRL, RADV, RCTL, RDBAL, RDH, RDTR, RSRPD, ctrl, icr, rctl};
 use super::ring::Ring;
 use super::rx_checksum::{self, Errors};
 use super::stats::{Cast, MPC, RNBC};
-use super::timers::Timer;
+use super::timers::{Timer, delay_ns};
 use crate::wire::MAX_FRAME_BYTES;
 
 /// Frames that one call handles at most; the event loop goes on with the rest.
 const BATCH_FRAMES: usize = 256;
 /// Shortest frame without FCS on an Ethernet (802.3, 4A.2.3.2.4), in bytes.
 pub const MIN_FRAME_BYTES: usize = 60;
-/// Nanoseconds in a unit of the delay timers.
-pub const DELAY_UNIT_NS: u64 = 1024;
 const VLAN_TAG_BYTES: usize = 4;
 
 /// Status bits of a receive descriptor (3.2.3.1).
@@ -263,17 +261,14 @@ impl E1000 {
         if small != 0 && bytes as u64 <= u64::from(small) {
             self.rx.causes |= icr::SRPD;
         }
-        let delay = u64::from(self.regs.get(RDTR));
-        if delay == 0 {
-            self.rx.causes |= icr::RXT0;
-            return;
-        }
-        self.timers
-            .start(Timer::ReceiveDelay, delay * DELAY_UNIT_NS);
-        let absolute = u64::from(self.regs.get(RADV));
-        if absolute != 0 {
-            self.timers
-                .start_if_idle(Timer::ReceiveAbsolute, absolute * DELAY_UNIT_NS);
+        match delay_ns(self.regs.get(RDTR)) {
+            None => self.rx.causes |= icr::RXT0,
+            Some(delay) => {
+                self.timers.start(Timer::ReceiveDelay, delay);
+                if let Some(absolute) = delay_ns(self.regs.get(RADV)) {
+                    self.timers.start_if_idle(Timer::ReceiveAbsolute, absolute);
+                }
+            }
         }
     }
 

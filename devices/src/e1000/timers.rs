@@ -50,6 +50,17 @@ enum Clock {
     Manual(u64),
 }
 
+/// Nanoseconds in a unit of the delay registers (13.4.30, 13.4.31, 13.4.41, 13.4.44).
+const DELAY_UNIT_NS: u64 = 1024;
+/// Delays below this are none: they are over before the host can wake a thread for them, and waking
+/// it costs more than the interrupt that they save.
+const SHORTEST_DELAY_NS: u64 = 16 * DELAY_UNIT_NS;
+
+/// Nanoseconds that a delay register asks for; `None` where the interrupt comes at once.
+pub fn delay_ns(units: u32) -> Option<u64> {
+    Some(u64::from(units) * DELAY_UNIT_NS).filter(|&ns| ns >= SHORTEST_DELAY_NS)
+}
+
 /// What the clock shows when a set is made, so that a moment before that can be told.
 const EPOCH_NS: u64 = 1 << 32;
 
@@ -69,7 +80,7 @@ impl Timers {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self {
             clock: if manual_clock {
-                Clock::Manual(0)
+                Clock::Manual(EPOCH_NS)
             } else {
                 Clock::Monotonic(Instant::now())
             },
@@ -132,7 +143,8 @@ impl Timers {
         self.deadlines = Default::default();
     }
 
-    /// Takes the next timer whose time has come; arms the descriptor when there is none.
+    /// Takes the next timer whose time has come; when there is none, arms the descriptor for the
+    /// next one if it fired.
     pub fn due(&mut self) -> Option<Timer> {
         let now = self.now();
         for timer in TIMERS {
@@ -141,12 +153,14 @@ impl Timers {
                 return Some(timer);
             }
         }
-        let mut expirations = [0; 8];
-        // The count does not matter, nor does it when nothing expired.
-        let _ = rustix::io::read(&self.fd, &mut expirations);
-        self.armed_for = None;
-        if let Some(deadline) = self.deadlines.iter().flatten().min() {
-            self.arm(*deadline);
+        if self.armed_for.is_some_and(|armed| armed <= now) {
+            let mut expirations = [0; 8];
+            // The count does not matter, nor does it when the descriptor is a little late.
+            let _ = rustix::io::read(&self.fd, &mut expirations);
+            self.armed_for = None;
+            if let Some(deadline) = self.deadlines.iter().flatten().min() {
+                self.arm(*deadline);
+            }
         }
         None
     }

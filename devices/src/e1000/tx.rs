@@ -11,8 +11,7 @@ use super::E1000;
 use super::packet::Progress;
 use super::regs::{TADV, TCTL, TDBAL, TDH, TDT, TIDV, TXDCTL, icr, tctl};
 use super::ring::{DESCRIPTOR_BYTES, Ring};
-use super::rx::DELAY_UNIT_NS;
-use super::timers::Timer;
+use super::timers::{Timer, delay_ns};
 
 /// Descriptors read at once.
 const FETCH: usize = 16;
@@ -185,17 +184,15 @@ impl E1000 {
         {
             self.complain(format_args!("transmit write-back: {error}"));
         }
-        let delay = u64::from(self.regs.get(TIDV));
-        if lower & command::IDE == 0 || delay == 0 {
-            *causes |= icr::TXDW;
-            return;
-        }
-        self.timers
-            .start(Timer::TransmitDelay, delay * DELAY_UNIT_NS);
-        let absolute = u64::from(self.regs.get(TADV));
-        if absolute != 0 {
-            self.timers
-                .start_if_idle(Timer::TransmitAbsolute, absolute * DELAY_UNIT_NS);
+        let delay = delay_ns(self.regs.get(TIDV)).filter(|_| lower & command::IDE != 0);
+        match delay {
+            None => *causes |= icr::TXDW,
+            Some(delay) => {
+                self.timers.start(Timer::TransmitDelay, delay);
+                if let Some(absolute) = delay_ns(self.regs.get(TADV)) {
+                    self.timers.start_if_idle(Timer::TransmitAbsolute, absolute);
+                }
+            }
         }
     }
 

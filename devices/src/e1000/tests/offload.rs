@@ -281,24 +281,29 @@ fn delayed_and_immediate_transmit_interrupts() {
     let mut driver = Driver::new();
     driver.bench.write(IMC, u32::MAX);
     driver.bench.write(IMS, icr::TXDW);
-    driver.bench.write(TIDV, 10);
-    driver.bench.write(TADV, 15);
+    driver.bench.write(TIDV, 100);
+    driver.bench.write(TADV, 150);
     for _ in 0..2 {
         driver.queue_data(TX_BUFFERS, &broadcast(60), EOP | RS | IDE, 0);
         driver.ring();
         assert!(!driver.bench.interrupt());
-        driver.bench.advance_ns(9 * 1024);
+        driver.bench.advance_ns(90 * 1024);
     }
     assert!(
         driver.bench.interrupt(),
-        "18 units after the first the absolute delay is over"
+        "180 units after the first the absolute delay is over"
     );
     driver.bench.read(ICR);
     driver.queue_data(TX_BUFFERS, &broadcast(60), EOP | RS | IDE, 0);
     driver.ring();
-    driver.bench.advance_ns(10 * 1024);
+    driver.bench.advance_ns(100 * 1024);
     assert!(driver.bench.interrupt());
     driver.bench.read(ICR);
     driver.send(&broadcast(60));
     assert!(driver.bench.interrupt(), "without IDE at once");
+    driver.bench.read(ICR);
+    driver.bench.write(TIDV, 8);
+    driver.queue_data(TX_BUFFERS, &broadcast(60), EOP | RS | IDE, 0);
+    driver.ring();
+    assert!(driver.bench.interrupt(), "8 us are too short to wait for");
 }
