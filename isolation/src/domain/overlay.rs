@@ -6,6 +6,7 @@
 //! followed within as many calls as there are overlays.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use super::view::{Page, Pfn, PrivateView, ViewError};
 
@@ -36,19 +37,14 @@ impl Overlays {
         byte: u8,
         view: &mut PrivateView,
     ) -> Result<(), ViewError> {
-        if !self.pages.contains_key(&pfn) {
-            let guest = Box::new(*view.shared_page(pfn)?);
-            self.pages.insert(
-                pfn,
-                Overlay {
-                    guest,
-                    patches: BTreeMap::new(),
-                },
-            );
-        }
-        if let Some(overlay) = self.pages.get_mut(&pfn) {
-            overlay.patches.insert(offset, byte);
-        }
+        let overlay = match self.pages.entry(pfn) {
+            Entry::Occupied(overlay) => overlay.into_mut(),
+            Entry::Vacant(place) => place.insert(Overlay {
+                guest: Box::new(*view.shared_page(pfn)?),
+                patches: BTreeMap::new(),
+            }),
+        };
+        overlay.patches.insert(offset, byte);
         view.private_page_mut(pfn)?[offset] = byte;
         Ok(())
     }
