@@ -32,8 +32,8 @@ pub(crate) fn on_vcpu_thread() -> bool {
     CURRENT_VCPU.get().is_some()
 }
 
-/// The signal that takes a vCPU thread out of the guest.
-fn kick_signal() -> libc::c_int {
+/// The signal that takes a vCPU thread out of the guest, with a handler once a machine exists.
+pub fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 

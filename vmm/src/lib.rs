@@ -33,6 +33,7 @@ mod vm;
 
 pub use boot::{BootError, DEFAULT_COMMAND_LINE, Payload};
 pub use error::Error;
+pub use gate::kick_signal;
 pub use handle::{HoldGuard, PausedVcpus, Refused, VmHandle, VmState, VmStatus};
 pub use vm::{ExitReason, OnGuestReset, PciSlot, SharedSubscriber, Vm, VmConfig};
 

@@ -97,6 +97,15 @@ impl PciBus {
         }
     }
 
+    /// The functions in all slots but `slot`, in the order of slots.
+    pub fn functions_except(&self, slot: u8) -> Vec<SharedFunction> {
+        (0..SLOT_COUNT)
+            .filter(|&other| other != slot)
+            .filter_map(|other| self.slot(other))
+            .map(|other| other.function.clone())
+            .collect()
+    }
+
     /// Numbers of the slots that are in use, the host bridge's included.
     pub fn occupied(&self) -> Vec<u8> {
         (0..SLOT_COUNT)

@@ -33,7 +33,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 
 use error::DomainError;
-use monitor::{Monitor, PORT_TRAPPED};
+use monitor::{Monitor, PORT_FATAL, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::PrivateVm;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
@@ -160,6 +160,21 @@ impl Domain {
     /// reaches it passes through.
     pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {
         self.patch(va, &monitor::out(PORT_TRAPPED))
+    }
+
+    /// Makes reaching the kernel function that begins at `va` the driver's failure.
+    pub fn forbid_function(&mut self, va: u64) -> Result<(), DomainError> {
+        self.patch(va, &monitor::out(PORT_FATAL))
+    }
+
+    /// The bytes that P has at `va`.
+    pub fn code(&self, va: u64, bytes: &mut [u8]) -> Result<(), DomainError> {
+        for (at, byte) in (va..).zip(bytes) {
+            let translation = self.roots.translate(at, &self.view)?;
+            let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
+            *byte = self.view.private_page(Pfn::of(gpa))?[(gpa % PAGE_SIZE) as usize];
+        }
+        Ok(())
     }
 
     /// The private view, to look at.

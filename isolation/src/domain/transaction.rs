@@ -23,7 +23,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use super::Domain;
 use super::error::DomainError;
 use super::monitor::{
-    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_RETURN, PORT_TRAPPED,
+    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_RETURN, PORT_TRAPPED,
 };
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
@@ -84,6 +84,22 @@ pub enum PassThroughReason {
     PageTables,
     /// The stack or its return address cannot be used.
     Stack,
+}
+
+impl PassThroughReason {
+    /// Its name in counters and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fpu => "fpu",
+            Self::KernelException => "kernel_exception",
+            Self::ProcessorRegister => "processor_register",
+            Self::OtherDevice => "other_device",
+            Self::Halt => "halt",
+            Self::TrappedFunction => "trapped_function",
+            Self::PageTables => "page_tables",
+            Self::Stack => "stack",
+        }
+    }
 }
 
 /// How a call ended.
@@ -318,6 +334,15 @@ impl Call<'_> {
                 port: PORT_CALLBACK_RETURN,
                 ..
             } if self.at_stub(&regs) => Ok(self.callback_return(&regs)),
+            Exit::Out {
+                port: PORT_FATAL, ..
+            } if self.root()? == Root::Kernel => {
+                let function = regs.rip;
+                Ok(Step::Violation(
+                    ViolationKind::FatalFunction { function },
+                    regs.rip,
+                ))
+            }
             Exit::Out {
                 port: PORT_TRAPPED, ..
             } => self.foreign(

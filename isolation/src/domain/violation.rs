@@ -26,6 +26,12 @@ pub enum ViolationKind {
         /// CR2 for a page fault, otherwise 0.
         address: u64,
     },
+    /// The driver made the kernel give up: `panic`, an oops, a smashed stack that the compiler's check
+    /// found.
+    FatalFunction {
+        /// Guest virtual address of the function that was reached.
+        function: u64,
+    },
     /// A store to memory that the call may not write; it did not happen.
     StrayWrite {
         /// Guest virtual address.

@@ -1,0 +1,27 @@
+//! The isolated driver's device, as the domain reaches it.
+
+/// Access to a device while nobody else has it.
+pub trait HeldDevice {
+    /// Whether guest physical address `gpa` is in one of the device's memory BARs, as they are
+    /// placed now.
+    fn owns(&self, gpa: u64) -> bool;
+
+    /// Loads `data.len()` bytes (1 to 8) from `gpa`, which the device owns.
+    fn read(&mut self, gpa: u64, data: &mut [u8]);
+
+    /// Stores `data` (1 to 8 bytes) to `gpa`, which the device owns.
+    fn write(&mut self, gpa: u64, data: &[u8]);
+
+    /// Takes the device's whole state.
+    fn checkpoint(&mut self);
+
+    /// Puts back the state that was taken last.
+    fn restore(&mut self);
+}
+
+/// A device that can be held: neither the guest nor its own event handling touches it or guest
+/// memory through it meanwhile.
+pub trait IsolatedDevice: Send + Sync {
+    /// Calls `with` with the device in hand.
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice));
+}

@@ -1,0 +1,255 @@
+//! What has to be patched to isolate functions of a module: worked out from symbols and memory before
+//! anything is touched.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use crate::guest::addr::Gva;
+use crate::guest::gate::{GateSite, NoGate};
+use crate::guest::module_text::{Reach, SiteKind, TextScan, TextTooLarge};
+use crate::guest::modules::{ModuleLayout, ModuleText};
+use crate::guest::symbols::SymbolTable;
+
+/// Kernel functions that only the guest can run: they switch to another thread, wait for another
+/// processor, change code under way, or end the machine. A call that reaches one passes through.
+const GUEST_ONLY: &[&str] = &[
+    "__schedule",
+    "smp_call_function_many_cond",
+    "smp_call_function_single",
+    "generic_exec_single",
+    "text_poke_bp_batch",
+    "stop_machine_cpuslocked",
+    "synchronize_rcu_expedited",
+    "flush_tlb_mm_range",
+    "flush_tlb_kernel_range",
+    "flush_tlb_all",
+    "machine_restart",
+    "kernel_power_off",
+];
+
+/// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
+/// failure.
+const FATAL: &[&str] = &["panic", "oops_begin", "stack_chk_fail", "__stack_chk_fail"];
+
+/// Names of the processor's thunks, which must stay executable in the driver root.
+fn is_thunk(name: &str) -> bool {
+    name.starts_with("__x86_indirect_")
+        || name.starts_with("__x86_return_")
+        || name.ends_with("_return_thunk")
+        || name.ends_with("_untrain_ret")
+        || name.contains("_safe_ret")
+}
+
+/// Which functions of a module are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// All that can be gated.
+    All,
+    /// These, each of which must be gateable.
+    Named(Vec<String>),
+    /// All gateable ones whose name matches the pattern, in which `*` stands for any characters.
+    Matching(String),
+}
+
+/// A function that will be gated.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlannedGate {
+    /// Its name.
+    pub name: String,
+    /// Where its gate goes.
+    pub site: GateSite,
+}
+
+/// A function that was asked for and cannot be gated.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Refusal {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: NoGate,
+}
+
+/// Why there is nothing to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Named functions that cannot be gated.
+    #[error("cannot isolate {}", list(.0))]
+    Refused(Vec<Refusal>),
+    /// A pattern that fits no function.
+    #[error("no function of the module that can be isolated matches {0}")]
+    NothingMatches(String),
+    /// The module's text.
+    #[error(transparent)]
+    Text(#[from] TextTooLarge),
+}
+
+fn list(refusals: &[Refusal]) -> String {
+    let each = refusals
+        .iter()
+        .map(|refusal| format!("{}: {}", refusal.name, refusal.reason));
+    each.collect::<Vec<_>>().join("; ")
+}
+
+/// Everything that is patched or mapped specially.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Functions to gate, by address.
+    pub gates: Vec<PlannedGate>,
+    /// Functions that fit `All` or a pattern but cannot be gated.
+    pub refused: Vec<Refusal>,
+    /// Direct calls and jumps out of the module: instruction and target.
+    pub redirects: Vec<(Gva, Gva)>,
+    /// Pages of the module's text.
+    pub text_pages: Vec<Gva>,
+    /// Pages that hold thunks.
+    pub thunk_pages: Vec<Gva>,
+    /// Kernel functions whose callers pass through.
+    pub guest_only: Vec<Gva>,
+    /// Kernel functions that no call may reach.
+    pub fatal: Vec<Gva>,
+}
+
+impl Plan {
+    /// Works out how to isolate the `wanted` functions of the module with this layout and text.
+    pub fn new(
+        wanted: &Wanted,
+        layout: &ModuleLayout,
+        text: &ModuleText,
+        symbols: &SymbolTable,
+    ) -> Result<Self, PlanError> {
+        let scan = text.scan(symbols)?;
+        let (gates, refused) = gates(wanted, layout, text, &scan, symbols)?;
+        let redirects = scan.sites().iter().filter_map(|site| match site.kind {
+            SiteKind::Direct {
+                target,
+                reach: Reach::Outside,
+                ..
+            } if site.len >= 5 => {
+                // The displacement is the last four bytes; a jcc has one byte more in front.
+                Some((Gva(site.at.0 + u64::from(site.len) - 5), target))
+            }
+            _ => None,
+        });
+        let redirects = redirects.collect();
+        let pages = |addresses: &mut dyn Iterator<Item = u64>| -> Vec<Gva> {
+            let pages: BTreeSet<u64> = addresses.map(|at| at & !0xfff).collect();
+            pages.into_iter().map(Gva).collect()
+        };
+        let text_pages = layout.sections.iter().filter(|section| section.is_text());
+        let text_pages = pages(
+            &mut text_pages
+                .flat_map(|section| section.range.pages())
+                .map(|page| page.0),
+        );
+        let thunks = symbols
+            .iter()
+            .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
+        let thunk_pages = pages(&mut thunks.map(|symbol| symbol.at.0));
+        let kernel = |names: &[&str]| -> Vec<Gva> {
+            names
+                .iter()
+                .filter_map(|name| symbols.kernel_symbol(name))
+                .map(|s| s.at)
+                .collect()
+        };
+        Ok(Self {
+            gates,
+            refused,
+            redirects,
+            text_pages,
+            thunk_pages,
+            guest_only: kernel(GUEST_ONLY),
+            fatal: kernel(FATAL),
+        })
+    }
+}
+
+fn gates(
+    wanted: &Wanted,
+    layout: &ModuleLayout,
+    text: &ModuleText,
+    scan: &TextScan,
+    symbols: &SymbolTable,
+) -> Result<(Vec<PlannedGate>, Vec<Refusal>), PlanError> {
+    let (mut gates, mut refused) = (Vec::new(), Vec::new());
+    match wanted {
+        Wanted::Named(names) => {
+            for name in names {
+                match layout.find_gate(name, text, scan, symbols) {
+                    Ok(site) => gates.push(PlannedGate {
+                        name: name.clone(),
+                        site,
+                    }),
+                    Err(reason) => refused.push(Refusal {
+                        name: name.clone(),
+                        reason,
+                    }),
+                }
+            }
+            if !refused.is_empty() {
+                return Err(PlanError::Refused(refused));
+            }
+        }
+        Wanted::All | Wanted::Matching(_) => {
+            for symbol in symbols
+                .in_module(&layout.name)
+                .filter(|symbol| symbol.is_code())
+            {
+                if let Wanted::Matching(pattern) = wanted
+                    && !matches(pattern, symbol.name)
+                {
+                    continue;
+                }
+                let name = symbol.name.to_owned();
+                match layout.gate_at(symbol.at, text, scan, symbols) {
+                    Ok(site) => gates.push(PlannedGate { name, site }),
+                    Err(reason) => refused.push(Refusal { name, reason }),
+                }
+            }
+        }
+    }
+    gates.sort_by_key(|gate| gate.site.gate);
+    gates.dedup_by_key(|gate| gate.site.gate);
+    match wanted {
+        Wanted::Matching(pattern) if gates.is_empty() => {
+            Err(PlanError::NothingMatches(pattern.clone()))
+        }
+        Wanted::All if gates.is_empty() => Err(PlanError::NothingMatches("*".into())),
+        _ => Ok((gates, refused)),
+    }
+}
+
+/// Whether `name` fits `pattern`, in which `*` stands for any characters.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
+        return false;
+    };
+    let Some(last) = parts.next_back() else {
+        return rest.is_empty();
+    };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        assert!(matches("e1000_get_*", "e1000_get_regs"));
+        assert!(matches("*_xmit*", "dummy_xmit"));
+        assert!(matches("a*b*c", "a__b__c"));
+        assert!(matches("exact", "exact"));
+        assert!(!matches("exact", "exactly"));
+        assert!(!matches("a*b*c", "a__c__b"));
+        assert!(!matches("ab*ba", "aba"));
+    }
+}

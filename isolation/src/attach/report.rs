@@ -1,0 +1,144 @@
+//! A violation as a person reads it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::domain::roots::Root;
+use crate::domain::violation::{Violation, ViolationKind};
+
+/// A violation with names.
+#[derive(Debug, Clone, Serialize)]
+pub struct ViolationReport {
+    /// The isolated function whose call it was.
+    pub entry: String,
+    /// What happened.
+    pub violation: Violation,
+    /// Where, as `function+offset [module]`.
+    pub at: String,
+    /// The instruction there, as it is in the domain.
+    pub instruction: String,
+    /// What was touched, as `symbol+offset [module]`, if anything is known by that address.
+    pub touched: Option<String>,
+    /// Calls of kernel functions open at that moment: places in the driver, outermost first.
+    pub call_chain: Vec<String>,
+}
+
+impl fmt::Display for ViolationReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            entry,
+            violation,
+            at,
+            instruction,
+            touched,
+            call_chain,
+        } = self;
+        write!(f, "{entry}: {} at {at}", What(violation))?;
+        if !instruction.is_empty() {
+            write!(f, ": `{instruction}`")?;
+        }
+        if let Some(touched) = touched {
+            write!(f, ", touching {touched}")?;
+        }
+        if violation.root == Root::Kernel {
+            write!(f, ", in a kernel function called by the driver")?;
+        }
+        for place in call_chain.iter().rev() {
+            write!(f, ", called from {place}")?;
+        }
+        if violation.reached_device {
+            write!(
+                f,
+                "; the device had been reached and was put back from its checkpoint"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+struct What<'a>(&'a Violation);
+
+impl fmt::Display for What<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.kind {
+            ViolationKind::Exception {
+                vector,
+                error_code,
+                address,
+            }
+            | ViolationKind::KernelException {
+                vector,
+                error_code,
+                address,
+            } => {
+                write!(f, "exception {vector} ({})", exception_name(vector))?;
+                if vector == 14 {
+                    write!(f, ", error code {error_code:#x}, address {address:#x}")?;
+                }
+                Ok(())
+            }
+            ViolationKind::FatalFunction { function } => {
+                write!(f, "the kernel gave up in {function:#x}")
+            }
+            ViolationKind::StrayWrite { address } => write!(f, "stray write to {address:#x}"),
+            ViolationKind::StrayBytes { address, bytes } => {
+                write!(
+                    f,
+                    "{bytes} bytes changed at {address:#x} that are not the driver's"
+                )
+            }
+            ViolationKind::IllegalControlTransfer { target } => {
+                write!(f, "illegal control transfer to {target:#x}")
+            }
+            ViolationKind::StackSmash { address } => {
+                write!(f, "the caller's stack frame was changed at {address:#x}")
+            }
+            ViolationKind::UnbalancedStack { rsp } => {
+                write!(f, "return with a wrong stack pointer ({rsp:#x})")
+            }
+            ViolationKind::CalleeSavedRegister => {
+                write!(f, "return with a callee-saved register changed")
+            }
+            ViolationKind::ForeignMmio { gpa, write } => {
+                let what = if write { "store to" } else { "load from" };
+                write!(f, "{what} another device's memory at {gpa:#x}")
+            }
+            ViolationKind::ForeignPort { port, write } => {
+                write!(
+                    f,
+                    "{} I/O port {port:#x}",
+                    if write { "out to" } else { "in from" }
+                )
+            }
+            ViolationKind::ForeignMsr { index } => write!(f, "access to MSR {index:#x}"),
+            ViolationKind::PrivilegedInstruction => write!(f, "privileged instruction"),
+            ViolationKind::InterruptFlag => write!(f, "return with the interrupt flag changed"),
+            ViolationKind::TimeBudget => write!(f, "time budget used up"),
+            ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
+        }
+    }
+}
+
+/// Names of exceptions (Intel SDM volume 3, table 6-1).
+fn exception_name(vector: u8) -> &'static str {
+    match vector {
+        0 => "divide error",
+        1 => "debug",
+        3 => "breakpoint",
+        4 => "overflow",
+        5 => "BOUND range exceeded",
+        6 => "invalid opcode",
+        8 => "double fault",
+        10 => "invalid TSS",
+        11 => "segment not present",
+        12 => "stack-segment fault",
+        13 => "general protection",
+        14 => "page fault",
+        16 => "x87 floating-point error",
+        17 => "alignment check",
+        19 => "SIMD floating-point exception",
+        21 => "control protection",
+        _ => "reserved",
+    }
+}

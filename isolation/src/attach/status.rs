@@ -1,0 +1,104 @@
+//! Counters of isolated modules and their entries.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::transaction::{CallEnd, CallResult};
+
+/// One isolated function since it was isolated.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryStatus {
+    /// Its name.
+    pub name: String,
+    /// Calls that came through the gate.
+    pub calls: u64,
+    /// Calls whose effects are in the guest.
+    pub commits: u64,
+    /// Calls that were taken back because of a violation.
+    pub aborts: u64,
+    /// Calls that were given back to the guest, by reason.
+    pub pass_throughs: BTreeMap<String, u64>,
+    /// Kernel functions called without an exit.
+    pub crossings: u64,
+    /// Kernel functions called through pointers, at one exit each.
+    pub indirect_calls: u64,
+    /// Call-backs of the kernel into the driver.
+    pub callbacks: u64,
+    /// Entries into the private VM, each of which ended in an exit.
+    pub private_exits: u64,
+    /// Exits for page-table entries that were filled on demand.
+    pub fills: u64,
+    /// Page-table roots that had to be built.
+    pub rebuilds: u64,
+    /// Pages with a private copy at the end of calls.
+    pub dirty_pages: u64,
+    /// Bytes committed.
+    pub committed_bytes: u64,
+    /// Device stores that waited for commit.
+    pub posted_writes: u64,
+    /// Device loads.
+    pub device_reads: u64,
+    /// System calls of calls, `KVM_RUN` left out.
+    pub other_syscalls: u64,
+    /// Time in all calls, from the trap to the registers, in nanoseconds.
+    pub total_ns: u64,
+    /// The longest, in nanoseconds.
+    pub longest_ns: u64,
+}
+
+impl EntryStatus {
+    /// Counters at zero.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..Self::default()
+        }
+    }
+
+    /// Counts a call that took `time`.
+    pub fn count(&mut self, result: &CallResult, time: Duration) {
+        let stats = &result.stats;
+        let ns = time.as_nanos() as u64;
+        self.calls += 1;
+        match &result.end {
+            CallEnd::Committed => self.commits += 1,
+            CallEnd::Aborted(_) => self.aborts += 1,
+            CallEnd::PassThrough(reason) => {
+                *self
+                    .pass_throughs
+                    .entry(reason.name().to_owned())
+                    .or_default() += 1;
+            }
+        }
+        self.crossings += stats.crossings;
+        self.indirect_calls += u64::from(stats.indirect_calls);
+        self.callbacks += u64::from(stats.callbacks);
+        self.private_exits += stats.runs;
+        self.fills += u64::from(stats.fills);
+        self.rebuilds += u64::from(stats.rebuilds);
+        self.dirty_pages += u64::from(stats.dirty_pages);
+        self.committed_bytes += stats.committed_bytes;
+        self.posted_writes += u64::from(stats.posted_writes);
+        self.device_reads += u64::from(stats.device_reads);
+        self.other_syscalls += u64::from(stats.other_syscalls);
+        self.total_ns += ns;
+        self.longest_ns = self.longest_ns.max(ns);
+    }
+}
+
+/// One isolated module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleStatus {
+    /// Its name.
+    pub module: String,
+    /// Its isolated functions, by name.
+    pub entries: Vec<EntryStatus>,
+    /// Violations since it was isolated.
+    pub violations: u64,
+    /// Private pages kept from call to call.
+    pub warm_pages: usize,
+    /// Why calls are not isolated any more although the gates are there.
+    pub broken: Option<String>,
+}

@@ -1,0 +1,236 @@
+//! What calls in the domain are told about this guest: its functions, its memory, its device.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
+
+use super::device::HeldDevice;
+use super::report::ViolationReport;
+use crate::domain::Domain;
+use crate::domain::monitor::ExceptionFrame;
+use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use crate::domain::violation::{Violation, ViolationKind};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::fault_tables::FaultTables;
+use crate::guest::modules::ModuleLayout;
+use crate::guest::symbols::SymbolTable;
+
+/// Start of the kernel image's mapping (`__START_KERNEL_map`).
+const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
+/// End of the area that holds the image and all modules (`MODULES_END`).
+const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
+/// Addresses below belong to user space.
+const USER_END: u64 = 0x0000_8000_0000_0000;
+const VECTOR_INVALID_OPCODE: u8 = 6;
+/// Port of the first serial line, where the kernel's console may go.
+const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
+
+/// What is known of the guest for one module, fixed while it is isolated.
+pub struct Knowledge {
+    symbols: Arc<SymbolTable>,
+    module: String,
+    text: Vec<GvaRange>,
+    data: Vec<GvaRange>,
+    kernel_functions: HashSet<u64>,
+    driver_functions: HashSet<u64>,
+    faults: FaultTables,
+}
+
+impl Knowledge {
+    /// Collects what calls will be asked about.
+    pub fn new(layout: &ModuleLayout, symbols: Arc<SymbolTable>, faults: FaultTables) -> Self {
+        let of_module = |module: Option<&str>| module == Some(layout.name.as_str());
+        let functions = |own: bool| -> HashSet<u64> {
+            let code = symbols.iter().filter(|symbol| symbol.is_code());
+            code.filter(|symbol| of_module(symbol.module) == own)
+                .map(|s| s.at.0)
+                .collect()
+        };
+        Self {
+            module: layout.name.clone(),
+            text: layout.text().map(|section| section.range).collect(),
+            data: layout.data().map(|section| section.range).collect(),
+            kernel_functions: functions(false),
+            driver_functions: functions(true),
+            symbols,
+            faults,
+        }
+    }
+
+    /// Address of a function of the module.
+    pub fn driver_function(&self, name: &str) -> Option<u64> {
+        let mut found = self
+            .symbols
+            .named(name)
+            .filter(|symbol| symbol.is_code() && symbol.module == Some(self.module.as_str()));
+        found.next().map(|symbol| symbol.at.0)
+    }
+
+    /// Whether the `bytes` bytes at `va` are the module's text.
+    pub fn in_text(&self, va: u64, bytes: u64) -> bool {
+        GvaRange::new(Gva(va), bytes)
+            .is_some_and(|range| self.text.iter().any(|t| t.covers(&range)))
+    }
+
+    /// Gives a violation names.
+    pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
+        let touched = match violation.kind {
+            ViolationKind::StrayWrite { address }
+            | ViolationKind::StrayBytes { address, .. }
+            | ViolationKind::IllegalControlTransfer { target: address }
+            | ViolationKind::FatalFunction { function: address } => self.name(address),
+            _ => None,
+        };
+        ViolationReport {
+            entry: entry.to_owned(),
+            at: self
+                .name(violation.rip)
+                .unwrap_or_else(|| format!("{:#x}", violation.rip)),
+            instruction: disassemble(domain, violation.rip),
+            touched,
+            call_chain: violation
+                .crossings
+                .iter()
+                .filter_map(|return_address| self.name(return_address.wrapping_sub(1)))
+                .collect(),
+            violation,
+        }
+    }
+
+    /// `symbol+offset [module]` for addresses of the kernel image and of modules.
+    fn name(&self, va: u64) -> Option<String> {
+        if !(KERNEL_IMAGE..MODULES_END).contains(&va) {
+            return None;
+        }
+        let (symbol, offset) = self.symbols.lookup(Gva(va))?;
+        let module = symbol
+            .module
+            .map(|module| format!(" [{module}]"))
+            .unwrap_or_default();
+        Some(format!("{}+{offset:#x}{module}", symbol.name))
+    }
+
+    /// Whether the driver may write at `va`. Memory that is not the kernel image's or a module's
+    /// (heap, stacks, per-CPU data) is not told apart.
+    fn writable(&self, va: u64) -> bool {
+        if (KERNEL_IMAGE..MODULES_END).contains(&va) {
+            return self
+                .data
+                .iter()
+                .any(|range| range.to_pages().contains(Gva(va)));
+        }
+        va >= USER_END
+    }
+
+    fn changeable(&self, va: u64, bytes: u64) -> bool {
+        if (KERNEL_IMAGE..MODULES_END).contains(&va) {
+            return GvaRange::new(Gva(va), bytes)
+                .is_some_and(|range| self.data.iter().any(|data| data.covers(&range)));
+        }
+        va >= USER_END
+    }
+}
+
+/// The instruction at `va` as the domain has it; empty where there is none.
+fn disassemble(domain: &Domain, va: u64) -> String {
+    let mut code = [0; 15];
+    // An instruction near the end of the last page may have fewer bytes behind it.
+    let readable = (1..=code.len())
+        .rev()
+        .find(|n| domain.code(va, &mut code[..*n]).is_ok());
+    let Some(bytes) = readable else {
+        return String::new();
+    };
+    let instruction = Decoder::with_ip(64, &code[..bytes], va, DecoderOptions::NONE).decode();
+    if instruction.is_invalid() {
+        return "(bad)".into();
+    }
+    let mut text = String::new();
+    GasFormatter::new().format(&instruction, &mut text);
+    text
+}
+
+/// The supervisor of one call.
+pub struct CallSupervisor<'a> {
+    knowledge: &'a Knowledge,
+    device: Option<&'a mut dyn HeldDevice>,
+}
+
+impl<'a> CallSupervisor<'a> {
+    /// For a call of a module with this knowledge, whose device is in hand.
+    pub fn new(knowledge: &'a Knowledge, device: Option<&'a mut dyn HeldDevice>) -> Self {
+        Self { knowledge, device }
+    }
+}
+
+impl Supervisor for CallSupervisor<'_> {
+    fn may_write(&mut self, va: u64) -> bool {
+        self.knowledge.writable(va)
+    }
+
+    fn may_change(&mut self, va: u64, bytes: u64) -> bool {
+        self.knowledge.changeable(va, bytes)
+    }
+
+    fn is_kernel_function(&self, va: u64) -> bool {
+        self.knowledge.kernel_functions.contains(&va)
+    }
+
+    fn is_driver_function(&self, va: u64) -> bool {
+        self.knowledge.driver_functions.contains(&va)
+    }
+
+    fn kernel_exception(&self, frame: &ExceptionFrame, _address: u64) -> KernelExceptionVerdict {
+        let expected = if frame.vector == VECTOR_INVALID_OPCODE {
+            self.knowledge
+                .faults
+                .bug_at(Gva(frame.rip))
+                .is_some_and(|bug| bug.is_warning())
+        } else {
+            self.knowledge.faults.exception_at(Gva(frame.rip)).is_some()
+        };
+        if expected {
+            KernelExceptionVerdict::Expected
+        } else {
+            KernelExceptionVerdict::DriversFault
+        }
+    }
+
+    fn owns_mmio(&self, gpa: u64) -> bool {
+        self.device.as_ref().is_some_and(|device| device.owns(gpa))
+    }
+
+    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> u64 {
+        let mut data = [0xff; 8];
+        if let Some(device) = &mut self.device {
+            device.read(gpa, &mut data[..bytes.min(8)]);
+        }
+        data[bytes.min(8)..].fill(0);
+        u64::from_le_bytes(data)
+    }
+
+    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) {
+        if let Some(device) = &mut self.device {
+            device.write(gpa, &value.to_le_bytes()[..bytes.min(8)]);
+        }
+    }
+
+    fn checkpoint_device(&mut self) {
+        if let Some(device) = &mut self.device {
+            device.checkpoint();
+        }
+    }
+
+    fn restore_device(&mut self) {
+        if let Some(device) = &mut self.device {
+            device.restore();
+        }
+    }
+
+    fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {
+        // What a call of the driver prints on the console is in the kernel's log as well if the call
+        // commits; the line itself is left out rather than printed for calls that are taken back.
+        SERIAL_PORTS.contains(&port)
+    }
+}
