@@ -185,7 +185,7 @@ fn read_table<M: GuestPhys>(
     range: GvaRange,
 ) -> Result<Vec<u8>, TableError> {
     let bytes = range.len_bytes();
-    if bytes > MAX_BYTES || bytes % ENTRY_BYTES as u64 != 0 {
+    if bytes > MAX_BYTES || !bytes.is_multiple_of(ENTRY_BYTES as u64) {
         return Err(TableError::Size { bytes });
     }
     Ok(virt.read_vec(range.first(), bytes as usize)?)
