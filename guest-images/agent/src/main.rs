@@ -1,13 +1,61 @@
-//! Entry point.
+//! The guest agent: `/init` as process 1, `serve` for the host's channel, `traffic` to send
+//! and check traffic, `--socket PATH` for tests on a host.
 
 mod traffic;
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use guest_agent::server::{Powers, serve};
+use guest_agent::{channel, init};
+
+/// Between two looks for a port, and after a host that closed its side.
+const AGAIN: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.split_first() {
-        Some((word, rest)) if word == "traffic" => ExitCode::from(traffic::main(rest)),
-        _ => ExitCode::SUCCESS,
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        [] if std::process::id() == 1 => init::run(),
+        ["serve"] => serve_port(),
+        ["traffic", ..] => ExitCode::from(traffic::main(&arguments[1..])),
+        ["--socket", path] => match serve_socket(path) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("guest-agent: {path}: {error}");
+                ExitCode::FAILURE
+            }
+        },
+        _ => {
+            eprintln!(
+                "usage: guest-agent serve | guest-agent --socket PATH | guest-agent traffic ... (and /init as process 1)"
+            );
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Serves the host's port for ever.
+fn serve_port() -> ! {
+    loop {
+        // No port: a machine that is not driven from outside, or a port that comes later. An error while
+        // serving: the port was unplugged. In both cases, look again.
+        if let Ok(port) = channel::open_port(agent_protocol::PORT_NAME) {
+            let _ended = serve(port, Powers::WholeMachine);
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+/// Serves one client after the other.
+fn serve_socket(path: &str) -> std::io::Result<()> {
+    let listener = UnixListener::bind(path)?;
+    loop {
+        let (client, _) = listener.accept()?;
+        // An error is the client's end.
+        let _ended = serve(File::from(OwnedFd::from(client)), Powers::Nothing);
     }
 }
