@@ -107,6 +107,7 @@ impl Timers {
     }
 
     /// Moves a manual clock.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn advance(&mut self, ns: u64) {
         if let Clock::Manual(now) = &mut self.clock {
             *now = now.saturating_add(ns);

@@ -10,8 +10,10 @@
 //! device sees chains of buffers, already walked and checked for shape. A ring that makes no sense
 //! ends in DEVICE_NEEDS_RESET (section 2.1.2): the device stands still until the driver resets it.
 
+pub mod blk;
 mod chain;
 pub mod console;
+pub mod net;
 pub mod pci;
 mod queues;
 #[cfg(test)]
@@ -42,6 +44,15 @@ pub enum DeviceError {
     /// A request breaks the device's own rules so that no answer is possible.
     #[error("{0}")]
     Request(&'static str),
+}
+
+/// Fills `data` with the bytes of a configuration structure from `offset` on.
+fn read_structure(structure: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let rest = structure.get(start..).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
 }
 
 /// One device behind a transport. Everything it is given comes from the guest and may be anything.

@@ -203,6 +203,13 @@ impl<'a> Queues<'a> {
         Ok(None)
     }
 
+    /// Leaves the chain that was popped last from `queue` for later, as if it had not been.
+    pub fn put_back(&mut self, queue: u16) {
+        if let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) {
+            virtqueue.queue.go_to_previous_position();
+        }
+    }
+
     /// Gives `chain` back to the driver, `written` bytes of it written.
     pub fn push(&mut self, queue: u16, chain: &Chain, written: usize) -> Result<(), QueueError> {
         let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {

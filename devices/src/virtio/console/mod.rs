@@ -27,7 +27,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use event_manager::{EventOps, EventSet, Events};
 
-use super::{Chain, DeviceError, DeviceKind, Queues, VirtioDevice};
+use super::{Chain, DeviceError, DeviceKind, Queues, VirtioDevice, read_structure};
 
 /// VIRTIO_CONSOLE_F_MULTIPORT.
 const F_MULTIPORT: u64 = 1 << 1;
@@ -346,12 +346,7 @@ impl VirtioDevice for Console {
         // struct virtio_console_config: cols, rows, max_nr_ports, emerg_wr.
         let mut config = [0; 12];
         config[4..8].copy_from_slice(&MAX_NR_PORTS.to_le_bytes());
-        let start = usize::try_from(offset)
-            .unwrap_or(usize::MAX)
-            .min(config.len());
-        for (to, from) in data.iter_mut().zip(&config[start..]) {
-            *to = *from;
-        }
+        read_structure(&config, offset, data);
     }
 
     fn activate(&mut self, _: u64, _: &mut Queues<'_>) -> Result<(), DeviceError> {
