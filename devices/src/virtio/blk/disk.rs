@@ -11,7 +11,7 @@ use rustix::io::Errno;
 /// Bytes of a sector, the unit of everything in virtio-blk.
 pub const SECTOR_BYTES: u64 = 512;
 /// Zeros written at a time where the file system cannot make them.
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why a file cannot be a disk.
 #[derive(Debug, thiserror::Error)]
