@@ -3,6 +3,8 @@
 //! Needs what `cargo xtask images` builds (or `COFFERDAM_IMAGES`); the comparison of types needs
 //! `bpftool` too (Debian package `bpftool`, or its path in `BPFTOOL`).
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail by panicking")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -48,7 +50,7 @@ fn as_bpftool(btf: &Btf, id: TypeId) -> String {
         Kind::Union { bytes, members } => {
             format!("{} vlen={}", sized("UNION", bytes), members.len())
         }
-        Kind::Enum { bytes } => sized("ENUM", bytes),
+        Kind::Enum { bytes, .. } => sized("ENUM", bytes),
         Kind::Forward { union } => {
             format!(
                 "FWD '{name}' fwd_kind={}",

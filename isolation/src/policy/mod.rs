@@ -3,5 +3,6 @@
 //! Pure bookkeeping over addresses and bytes: no guest, no KVM. The addresses come from the guest
 //! and are hostile; tables are bounded.
 
+pub mod abort_value;
 pub mod diff;
 pub mod range_table;

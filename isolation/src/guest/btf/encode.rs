@@ -112,6 +112,22 @@ impl Encoder {
         self.raw(name, 6 << 24, bytes, &[])
     }
 
+    pub(crate) fn enumeration_of(&mut self, name: &str, values: &[(&str, i32)]) -> TypeId {
+        let mut words = Vec::new();
+        for (name, value) in values {
+            words.extend([self.name(name), *value as u32]);
+        }
+        self.raw(name, 6 << 24 | values.len() as u32, 4, &words)
+    }
+
+    pub(crate) fn enumeration64(&mut self, name: &str, values: &[(&str, i64)]) -> TypeId {
+        let mut words = Vec::new();
+        for (name, value) in values {
+            words.extend([self.name(name), *value as u32, (*value >> 32) as u32]);
+        }
+        self.raw(name, 19 << 24 | values.len() as u32, 8, &words)
+    }
+
     pub(crate) fn function(
         &mut self,
         name: &str,

@@ -55,6 +55,8 @@ pub enum Kind<'a> {
     Enum {
         /// Size in bytes.
         bytes: u32,
+        /// Its values.
+        values: EnumValues<'a>,
     },
     /// A structure or union that is only declared.
     Forward {
@@ -181,6 +183,25 @@ impl Params<'_> {
     }
 }
 
+/// Values of an enumeration.
+#[derive(Debug, Clone, Copy)]
+pub struct EnumValues<'a> {
+    narrow: &'a [[u8; 8]],
+    wide: &'a [[u8; 12]],
+}
+
+impl EnumValues<'_> {
+    /// Where each value's name is (see `Btf::string`), and its number.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, i64)> {
+        let word = |record: &[u8], at| u32_at(record, at).unwrap_or(0);
+        let narrow = self.narrow.iter();
+        let narrow = narrow.map(move |r| (word(r, 0), i64::from(word(r, 4) as i32)));
+        let wide = self.wide.iter();
+        let number = move |r: &[u8]| u64::from(word(r, 4)) | u64::from(word(r, 8)) << 32;
+        narrow.chain(wide.map(move |r| (word(r, 0), number(r) as i64)))
+    }
+}
+
 /// `BTF_KIND_*` of an info word.
 pub(super) fn kind_number(info: u32) -> u8 {
     (info >> 24 & 0x1f) as u8
@@ -233,7 +254,20 @@ pub(super) fn decode(record: &[u8]) -> Option<Kind<'_>> {
             bytes,
             members: members(),
         },
-        6 | 19 => Kind::Enum { bytes },
+        6 => Kind::Enum {
+            bytes,
+            values: EnumValues {
+                narrow: behind.as_chunks().0,
+                wide: &[],
+            },
+        },
+        19 => Kind::Enum {
+            bytes,
+            values: EnumValues {
+                narrow: &[],
+                wide: behind.as_chunks().0,
+            },
+        },
         7 => Kind::Forward { union: flag },
         8 => Kind::Typedef(target),
         9 => Kind::Volatile(target),

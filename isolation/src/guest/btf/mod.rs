@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use object::{Object, ObjectSection};
 
-pub use kinds::{Kind, Member, Members, Param, Params, TypeId};
+pub use kinds::{EnumValues, Kind, Member, Members, Param, Params, TypeId};
 pub use query::{Function, MAX_HOPS};
 
 const MAGIC: u16 = 0xeb9f;

@@ -117,7 +117,7 @@ impl Btf {
                 Kind::Int { bytes, .. }
                 | Kind::Struct { bytes, .. }
                 | Kind::Union { bytes, .. }
-                | Kind::Enum { bytes }
+                | Kind::Enum { bytes, .. }
                 | Kind::DataSection { bytes }
                 | Kind::Float { bytes } => bytes,
                 Kind::Pointer(_) => 8,
@@ -166,6 +166,20 @@ impl Btf {
         self.own_ids()
             .find_map(function)
             .or_else(|| self.base.as_ref()?.find_function(name))
+    }
+
+    /// The number of the enumeration value `name`. The first that is found, of all enumerations.
+    pub fn enum_value(&self, name: &str) -> Option<i64> {
+        let value = |id| match self.kind(id)? {
+            Kind::Enum { values, .. } => values
+                .iter()
+                .find(|(name_at, _)| self.string(*name_at) == name)
+                .map(|(_, n)| n),
+            _ => None,
+        };
+        self.own_ids()
+            .find_map(value)
+            .or_else(|| self.base.as_ref()?.enum_value(name))
     }
 
     /// The member `name` of a structure or union; anonymous structures and unions in it are looked

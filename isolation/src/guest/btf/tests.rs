@@ -28,7 +28,7 @@ fn a_modules_types_go_on_where_the_kernels_end() {
     assert_eq!(btf.type_name(function.returns), "netdev_tx_t");
     assert_eq!(btf.names_of(function.returns), ["netdev_tx_t", "netdev_tx"]);
     assert!(
-        matches!(btf.resolve(function.returns), Some((id, Kind::Enum { bytes: 4 })) if id == busy)
+        matches!(btf.resolve(function.returns), Some((id, Kind::Enum { bytes: 4, .. })) if id == busy)
     );
     let params: Vec<_> = function.params.iter().collect();
     assert_eq!(btf.string(params[0].name_at), "dev");
@@ -56,7 +56,8 @@ fn every_kind_is_read_and_written_out() {
     let tagged = e.pointer(tag);
     let float = e.raw("double", 16 << 24, 8, &[]);
     let forward = e.raw("later", 7 << 24 | 1 << 31, 0, &[]);
-    let wide = e.raw("wide", 19 << 24 | 1, 8, &[0, 1, 2]);
+    let wide = e.enumeration64("wide", &[("FAR", -1)]);
+    e.enumeration_of("pageflags", &[("PG_locked", 0), ("PG_slab", 9)]);
     let variable = e.raw("var", 14 << 24, wide.0, &[1]);
     let section = e.raw(".data", 15 << 24 | 1, 96, &[variable.0, 0, 96]);
     let decl = e.raw("tag", 17 << 24, variable.0, &[0]);
@@ -67,6 +68,9 @@ fn every_kind_is_read_and_written_out() {
     let bits = e.raw("bits", 4 << 24 | 1 << 31 | 1, 4, &[0, int.0, 3 << 24 | 5]);
     let btf = Btf::parse(&e.bytes(), None).unwrap();
 
+    assert_eq!(btf.enum_value("PG_slab"), Some(9));
+    assert_eq!(btf.enum_value("FAR"), Some(-1));
+    assert_eq!(btf.enum_value("PG_none"), None);
     let names = [
         (TypeId::VOID, "void"),
         (boolean, "_Bool"),

@@ -1,0 +1,240 @@
+//! What a call returns that was aborted.
+//!
+//! The caller has to take it for an ordinary failure of the driver. Where the kernel knows a
+//! better answer than an error number, the operation is in the table; operations are recognised by
+//! the names of their types, because stock modules say no more about a function.
+
+use serde::Serialize;
+
+use crate::guest::btf::{Btf, Function, Kind, TypeId};
+
+/// `EIO`.
+const EIO: i64 = 5;
+
+/// Arguments that are passed in registers: `rdi`, `rsi`, `rdx`, `rcx`, `r8`, `r9`.
+pub const REGISTER_ARGUMENTS: usize = 6;
+
+/// What is left in `rax`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AbortValue {
+    /// The function returns nothing.
+    Nothing,
+    /// This.
+    Constant(i64),
+    /// What the caller passed as this argument.
+    Argument(usize),
+}
+
+impl AbortValue {
+    /// The value for a call with these register arguments. For `Nothing` zero, which nobody reads.
+    pub fn rax(self, arguments: &[u64; REGISTER_ARGUMENTS]) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::Constant(value) => value as u64,
+            Self::Argument(index) => arguments.get(index).copied().unwrap_or(0),
+        }
+    }
+}
+
+/// The value, and what the caller makes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct AbortReturn {
+    /// The value.
+    pub value: AbortValue,
+    /// For reports.
+    pub meaning: &'static str,
+}
+
+/// By the name of the returned type, with the constant and its meaning. Values from
+/// `include/linux/netdevice.h`, `irqreturn.h`, `blk_types.h`, `hrtimer.h`, `blk-mq.h`, `pci.h` and
+/// `include/uapi/linux/eventpoll.h`.
+const BY_RETURNED_TYPE: &[(&str, i64, &str)] = &[
+    (
+        "netdev_tx_t",
+        0x10,
+        "NETDEV_TX_BUSY: the packet is queued again",
+    ),
+    // Unhandled interrupts are counted, and the line is switched off when there were too many.
+    (
+        "irqreturn_t",
+        1,
+        "IRQ_HANDLED: a level that is still raised comes again",
+    ),
+    (
+        "blk_status_t",
+        10,
+        "BLK_STS_IOERR: the request ends with an error",
+    ),
+    (
+        "blk_eh_timer_return",
+        1,
+        "BLK_EH_RESET_TIMER: the request is given more time",
+    ),
+    ("hrtimer_restart", 0, "HRTIMER_NORESTART"),
+    (
+        "pci_ers_result_t",
+        4,
+        "PCI_ERS_RESULT_DISCONNECT: the device is given up",
+    ),
+    ("__poll_t", 8, "EPOLLERR"),
+];
+
+/// What an aborted call of `function` returns; `None` if no value of its type can be made (a
+/// structure returned by value).
+pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn> {
+    let constant = |value, meaning| {
+        Some(AbortReturn {
+            value: AbortValue::Constant(value),
+            meaning,
+        })
+    };
+    let names = types.names_of(function.returns);
+    let known = BY_RETURNED_TYPE
+        .iter()
+        .find(|(name, ..)| names.contains(name));
+    if let Some((_, value, meaning)) = known {
+        return constant(*value, meaning);
+    }
+    // `ndo_fix_features`, `ndo_features_check`.
+    if names.contains(&"netdev_features_t") {
+        let same = |id: TypeId| types.names_of(id).contains(&"netdev_features_t");
+        let given = function
+            .params
+            .iter()
+            .take(REGISTER_ARGUMENTS)
+            .position(|p| same(p.type_id));
+        return Some(match given {
+            Some(index) => AbortReturn {
+                value: AbortValue::Argument(index),
+                meaning: "the features that were asked for",
+            },
+            None => AbortReturn {
+                value: AbortValue::Constant(0),
+                meaning: "no features",
+            },
+        });
+    }
+    if is_napi_poll(types, function) {
+        return Some(AbortReturn {
+            value: AbortValue::Argument(1),
+            meaning: "the whole budget: the device is polled again",
+        });
+    }
+    match types.resolve(function.returns)?.1 {
+        Kind::Void => Some(AbortReturn {
+            value: AbortValue::Nothing,
+            meaning: "nothing",
+        }),
+        Kind::Int { boolean: true, .. } => constant(0, "false"),
+        Kind::Int {
+            signed: true,
+            bytes: 4 | 8,
+            ..
+        } => constant(-EIO, "-EIO"),
+        Kind::Int { bytes: 1..=8, .. } => constant(0, "0"),
+        Kind::Pointer(_) => constant(0, "NULL"),
+        Kind::Enum { .. } => constant(0, "0, the first value"),
+        _ => None,
+    }
+}
+
+/// `int poll(struct napi_struct *, int budget)`. With less than the budget the kernel would take
+/// the device for idle and never poll it again.
+fn is_napi_poll(types: &Btf, function: &Function<'_>) -> bool {
+    let mut params = function.params.iter();
+    let napi = params.next().and_then(|p| types.pointee(p.type_id));
+    let (budget, rest) = (params.next(), params.next());
+    let is_int = |id| {
+        matches!(
+            types.resolve(id),
+            Some((
+                _,
+                Kind::Int {
+                    signed: true,
+                    bytes: 4,
+                    ..
+                }
+            ))
+        )
+    };
+    napi.is_some_and(|id| types.names_of(id).contains(&"napi_struct"))
+        && budget.is_some_and(|p| is_int(p.type_id))
+        && rest.is_none()
+        && is_int(function.returns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::btf::encode::Encoder;
+
+    /// The abort value of a function of these types, made by `build`.
+    fn of(build: impl FnOnce(&mut Encoder) -> (TypeId, Vec<TypeId>)) -> Option<AbortReturn> {
+        let mut e = Encoder::new(None);
+        let (returns, params) = build(&mut e);
+        let params: Vec<_> = params.into_iter().map(|id| ("p", id)).collect();
+        e.function("f", returns, &params);
+        let types = Btf::parse(&e.bytes(), None).unwrap();
+        abort_return(&types, &types.find_function("f").unwrap())
+    }
+
+    fn value(build: impl FnOnce(&mut Encoder) -> (TypeId, Vec<TypeId>)) -> AbortValue {
+        of(build).unwrap().value
+    }
+
+    #[test]
+    fn values_fit_the_returned_type() {
+        use AbortValue::{Constant, Nothing};
+        assert_eq!(value(|_| (TypeId::VOID, vec![])), Nothing);
+        assert_eq!(value(|e| (e.int("int", 4, 1), vec![])), Constant(-5));
+        assert_eq!(value(|e| (e.int("long", 8, 1), vec![])), Constant(-5));
+        assert_eq!(
+            value(|e| (e.int("unsigned int", 4, 0), vec![])),
+            Constant(0)
+        );
+        assert_eq!(value(|e| (e.int("_Bool", 1, 4), vec![])), Constant(0));
+        assert_eq!(value(|e| (e.pointer(TypeId::VOID), vec![])), Constant(0));
+        assert_eq!(of(|e| (e.structure("pair", 16, &[]), vec![])), None);
+        let typedef = |e: &mut Encoder, name: &str| {
+            let int = e.int("int", 4, 1);
+            e.typedef(name, int)
+        };
+        assert_eq!(
+            value(|e| (typedef(e, "netdev_tx_t"), vec![])),
+            Constant(0x10)
+        );
+        assert_eq!(value(|e| (typedef(e, "irqreturn_t"), vec![])), Constant(1));
+        assert_eq!(value(|e| (typedef(e, "some_t"), vec![])), Constant(-5));
+        let arguments = [7; REGISTER_ARGUMENTS];
+        assert_eq!(Constant(-5).rax(&arguments) as i64, -5);
+    }
+
+    #[test]
+    fn a_poll_that_failed_is_polled_again() {
+        let poll = value(|e| {
+            let int = e.int("int", 4, 1);
+            let napi = e.structure("napi_struct", 400, &[]);
+            (int, vec![e.pointer(napi), int])
+        });
+        assert_eq!(poll, AbortValue::Argument(1));
+        assert_eq!(poll.rax(&[1, 64, 3, 4, 5, 6]), 64);
+        let other = value(|e| {
+            let int = e.int("int", 4, 1);
+            let device = e.structure("net_device", 400, &[]);
+            (int, vec![e.pointer(device), int])
+        });
+        assert_eq!(other, AbortValue::Constant(-5));
+    }
+
+    #[test]
+    fn features_are_returned_as_asked_for() {
+        let fix = value(|e| {
+            let device = e.structure("net_device", 400, &[]);
+            let word = e.int("u64", 8, 0);
+            let features = e.typedef("netdev_features_t", word);
+            (features, vec![e.pointer(device), features])
+        });
+        assert_eq!(fix, AbortValue::Argument(1));
+    }
+}
