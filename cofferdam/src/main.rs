@@ -3,15 +3,29 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use cofferdam::cli::{Cli, Ending, dispatch};
+use cofferdam::cli::{Cli, Ending, dispatch, one_line, usage_error};
+
+/// Exit status for a command line that cannot be understood.
+const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    match dispatch(Cli::parse()) {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => match usage_error(&error) {
+            Some(line) => {
+                eprintln!("cofferdam: {line}");
+                return ExitCode::from(USAGE);
+            }
+            // Help and version, which are no errors.
+            None => error.exit(),
+        },
+    };
+    match dispatch(cli) {
         Ok(Ending::Status(status)) => status,
         // Everything was dropped, and so cleaned up, when the command returned.
         Ok(Ending::Signal(signal)) => signal.end_process(),
         Err(error) => {
-            eprintln!("cofferdam: {error:#}");
+            eprintln!("cofferdam: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }

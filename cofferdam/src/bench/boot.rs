@@ -66,7 +66,9 @@ fn boot_once(options: &GuestOptions) -> anyhow::Result<BootRun> {
         .with_context(|| format!("the guest did not reach /init{}", guest.last_words()))?;
     let status = guest.control()?.status()?;
     Ok(BootRun {
-        vmm_ready_us: Some(us(guest.started_ns, status.ready_ns)),
+        vmm_ready_us: status
+            .ready_ns
+            .map(|ready_ns| us(guest.started_ns, ready_ns)),
         to_init_us: us(guest.started_ns, init_ns),
         vmm_rss_kib: Some(status.vmm_rss_kib),
     })

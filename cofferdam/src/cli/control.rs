@@ -18,6 +18,9 @@ use crate::runtime_dir::{RunningVm, RuntimeRoot};
 /// How long to wait for a guest's agent when its VM runs.
 const AGENT_TIME: Duration = Duration::from_secs(20);
 
+/// How long to wait for it before the power button is pressed instead.
+const STOP_AGENT_TIME: Duration = Duration::from_secs(3);
+
 /// How often to look whether a VM has ended.
 const END_POLL: Duration = Duration::from_millis(20);
 
@@ -228,16 +231,11 @@ impl StopOptions {
             control.tell(&Request::Quit {})?;
         } else {
             let mut agent = Client::unix(vm.paths.agent_socket());
-            agent
-                .hello(AGENT_TIME)
-                .and_then(|_| agent.power_off())
-                .with_context(|| {
-                    format!(
-                        "the agent of {0} does not shut it down: end it with \
-                         `cofferdam stop --force {0}`",
-                        vm.name
-                    )
-                })?;
+            let asked = agent.hello(STOP_AGENT_TIME).and_then(|_| agent.power_off());
+            if let Err(error) = asked {
+                tracing::info!("no agent ({error}): pressing the power button");
+                control.tell(&Request::PowerButton {})?;
+            }
         }
         let deadline = Instant::now() + Duration::from_secs(self.timeout);
         while still_runs(&vm)? {

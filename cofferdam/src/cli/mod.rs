@@ -2,14 +2,17 @@
 
 mod bench;
 mod control;
+mod errors;
 mod logging;
 mod report;
+mod run;
 mod table;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+pub use errors::{one_line, usage_error};
 pub use logging::LogOptions;
 
 /// How the command ended, for the process's exit.
@@ -52,6 +55,8 @@ pub struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Boot a guest in this terminal
+    Run(Box<run::RunOptions>),
     /// List the VMs that run
     List(control::ListOptions),
     /// Show how a VM is: state, memory, exits, NIC
@@ -90,6 +95,7 @@ Examples:
 pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
     cli.log.start()?;
     match cli.command {
+        Command::Run(options) => options.run(),
         Command::List(options) => options.run(),
         Command::Status(options) => options.run(),
         Command::Pause(options) => options.pause(),

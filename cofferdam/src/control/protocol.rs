@@ -31,6 +31,8 @@ pub enum Request {
     Resume {},
     /// Reset the machine, as its reset button would.
     Reset {},
+    /// Press the power button: a guest that listens for it shuts down.
+    PowerButton {},
     /// End at once, as if the power cord was pulled.
     Quit {},
     /// Have the user-mode gateway ping the guest until told to stop.
@@ -102,8 +104,9 @@ pub struct Status {
     pub state: VmState,
     /// Time since the process began to build the VM, in milliseconds.
     pub uptime_ms: u64,
-    /// When the vCPUs began to run.
-    pub ready_ns: u64,
+    /// When guest code first ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_ns: Option<u64>,
     /// Resident memory of the process beyond guest memory, in KiB.
     pub vmm_rss_kib: u64,
     /// Guest memory that is resident, in KiB.
@@ -122,18 +125,24 @@ pub struct Status {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
+    /// They do not run yet.
+    Starting,
     /// They run.
     Running,
     /// They are held.
     Paused,
+    /// They do not run any more.
+    Ending,
 }
 
 impl VmState {
     /// Its name for a person.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Ending => "ending",
         }
     }
 }

@@ -5,12 +5,13 @@
 /// Ctrl-A.
 const ESCAPE: u8 = 0x01;
 
-/// What to print for Ctrl-A h. The terminal is raw: lines need their carriage returns.
-pub const HELP: &str = "\r\n\
-    Ctrl-A x    end the guest at once\r\n\
-    Ctrl-A r    reset the guest\r\n\
-    Ctrl-A a    send Ctrl-A to the guest\r\n\
-    Ctrl-A h    this help\r\n";
+/// What to print for Ctrl-A h.
+pub const HELP: &str = "
+Ctrl-A x    end the guest at once
+Ctrl-A r    reset the guest
+Ctrl-A a    send Ctrl-A to the guest
+Ctrl-A h    this help
+";
 
 /// What a person asked of us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,143 @@
-//! `run`: one VM in this process.
+//! `run`: one VM in this process, from the command line to the last file removed.
+//!
+//! ```text
+//! signals ──► watch ─────────────┐ power off, or at last the end by force
+//! terminal ─► console (thread) ──┼► VmHandle ──► Vm::run (main thread: event loop, vCPU threads)
+//! control.sock ─► service ───────┘                │
+//!                                    machine: serial, agent's console, NIC ─► wire, disks
+//! ```
+//!
+//! What must be gone at the end (terminal mode, sockets, the runtime folder) belongs to
+//! [`watch::Belongings`], which the orderly way and the way by force both clear.
 
+mod console;
 pub mod escape;
+mod machine;
+mod memory;
+mod meter;
+mod service;
 pub mod signals;
 pub mod terminal;
+mod watch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use devices::clock::monotonic_ns;
+use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
+
+use crate::cli::Ending;
+use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
+use crate::runtime_dir::RuntimeRoot;
+use signals::Signals;
+
+/// Most vCPUs a VM can have.
+pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The VM's name.
+    pub name: VmName,
+    /// bzImage or ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line in place of the default one.
+    pub cmdline: Option<String>,
+    /// More for the kernel command line.
+    pub append: Vec<String>,
+    /// Disks, in this order.
+    pub disks: Vec<DiskSpec>,
+    /// The network.
+    pub net: Option<NetConfig>,
+    /// Guest memory.
+    pub memory: MemorySize,
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Where the serial console goes.
+    pub serial: SerialSpec,
+    /// End when the guest reboots.
+    pub no_reboot: bool,
+}
+
+/// A NIC and what it is plugged into.
+#[derive(Debug, Clone)]
+pub struct NetConfig {
+    /// What it is plugged into.
+    pub wire: NetSpec,
+    /// Which NIC.
+    pub nic: NicModel,
+    /// Its address.
+    pub mac: MacAddress,
+}
+
+impl RunConfig {
+    /// The kernel command line.
+    fn command_line(&self) -> String {
+        let mut words = vec![self.cmdline.as_deref().unwrap_or(vmm::DEFAULT_COMMAND_LINE)];
+        words.extend(self.append.iter().map(String::as_str));
+        words.retain(|word| !word.is_empty());
+        words.join(" ")
+    }
+}
+
+/// Runs a VM to its end.
+pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
+    let started_ns = monotonic_ns();
+    let signals = Signals::block().context("cannot block signals")?;
+    let watch = watch::Watch::start(signals)?;
+    let result = boot(&config, started_ns, &watch);
+    // Whatever came of it: a signal that asked for the end has the last word.
+    if let Some(signal) = watch.finish() {
+        if let Err(error) = result {
+            eprintln!("cofferdam: {}", crate::cli::one_line(&error));
+        }
+        return Ok(Ending::Signal(signal));
+    }
+    match result? {
+        ExitReason::GuestPowerOff | ExitReason::HostPowerOff => Ok(Ending::SUCCESS),
+        ExitReason::GuestReset => {
+            tracing::info!("the guest rebooted, which ends it with --no-reboot");
+            Ok(Ending::Status(ExitCode::SUCCESS))
+        }
+    }
+}
+
+/// Makes the VM, runs it and takes it down.
+fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Result<ExitReason> {
+    let dir = RuntimeRoot::from_environment().claim(&config.name)?;
+    let paths = dir.paths().clone();
+    let belongings = watch.belongings();
+    belongings.add_dir(dir);
+    let (backend, input) = console::open(&config.serial, belongings)?;
+    let mut vm = Vm::new(VmConfig {
+        memory_bytes: config.memory.bytes(),
+        vcpus: config.vcpus,
+        payload: Payload::Linux {
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone(),
+            cmdline: config.command_line(),
+        },
+        console: backend,
+        on_guest_reset: if config.no_reboot {
+            OnGuestReset::Exit
+        } else {
+            OnGuestReset::Restart
+        },
+    })?;
+    let parts = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    let service = service::VmService::new(config, vm.handle(), parts, started_ns);
+    crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
+    if !watch.attach(vm.handle()) {
+        // Asked to end before it began.
+        return Ok(ExitReason::HostPowerOff);
+    }
+    if let Some(input) = input {
+        input.start(vm.handle(), belongings)?;
+    }
+    tracing::info!(name = %config.name, "the guest starts");
+    Ok(vm.run()?)
+}

@@ -1,10 +1,9 @@
-//! Signals as something to read: the ones that ask a run to end, or to stop and go on.
+//! Signals as something to wait for: the ones that ask a run to end, or to stop and go on.
 //!
-//! They are blocked in every thread and read from a `signalfd`, so that they arrive at the event loop
-//! like everything else and whatever was made is taken down in order. A run that was asked to end by a
-//! signal ends *by* that signal, after all is cleaned up: a shell or a supervisor sees what it expects.
-
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+//! They are blocked in every thread and taken by one thread that does nothing else, so that they are
+//! heard even while the event loop or a vCPU is stuck in a write to a terminal that nobody reads. A run
+//! that was asked to end by a signal ends *by* that signal, after all is cleaned up: a shell or a
+//! supervisor sees what it expects.
 
 /// Signals that ask for an end.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
@@ -51,9 +50,8 @@ impl EndingSignal {
     }
 }
 
-/// The signals of this process that concern a run.
-#[derive(Debug)]
-pub struct Signals(OwnedFd);
+/// The signals of this process that concern a run, blocked.
+pub struct Signals(libc::sigset_t);
 
 impl Signals {
     /// Blocks the signals in this thread and those it starts from now on. Call it before the first
@@ -61,8 +59,7 @@ impl Signals {
     ///
     /// A signal that the parent has set to be ignored (`nohup`) stays ignored.
     pub fn block() -> std::io::Result<Self> {
-        // SAFETY: the set is initialised by sigemptyset before it is used; signalfd gives a new
-        // descriptor that nobody else owns.
+        // SAFETY: the set is initialised by sigemptyset before it is used.
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut set);
@@ -76,36 +73,21 @@ impl Signals {
             if error != 0 {
                 return Err(std::io::Error::from_raw_os_error(error));
             }
-            let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
-            if fd < 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(Self(OwnedFd::from_raw_fd(fd)))
+            Ok(Self(set))
         }
     }
 
-    /// The next signal that came, if any.
-    pub fn next(&self) -> std::io::Result<Option<Asked>> {
-        let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
-        match rustix::io::read(&self.0, &mut info[..]) {
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
-            Err(error) => Err(error.into()),
-            Ok(_) => {
-                // `ssi_signo` is the first field.
-                let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
-                Ok(Some(match number {
-                    libc::SIGTSTP => Asked::Stop,
-                    libc::SIGCONT => Asked::Continued,
-                    ending => Asked::End(EndingSignal(ending)),
-                }))
-            }
+    /// Waits for the next signal.
+    pub fn wait(&self) -> std::io::Result<Asked> {
+        let mut number = 0;
+        // SAFETY: the set was initialised by `block`; the number is written to memory of its size.
+        let error = unsafe { libc::sigwait(&raw const self.0, &raw mut number) };
+        match (error, number) {
+            (0, libc::SIGTSTP) => Ok(Asked::Stop),
+            (0, libc::SIGCONT) => Ok(Asked::Continued),
+            (0, ending) => Ok(Asked::End(EndingSignal(ending))),
+            (error, _) => Err(std::io::Error::from_raw_os_error(error)),
         }
-    }
-}
-
-impl AsRawFd for Signals {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
     }
 }
 

@@ -35,11 +35,16 @@ const FATAL: [libc::c_int; 7] = [
 #[derive(Debug)]
 pub struct RawTerminal(());
 
+/// Whether standard input is a terminal that is ours to use at this moment.
+pub fn available() -> bool {
+    std::io::stdin().is_terminal() && in_foreground()
+}
+
 impl RawTerminal {
     /// Makes the terminal raw; `None` where standard input is no terminal, or is the foreground of
     /// another process group.
     pub fn take() -> std::io::Result<Option<Self>> {
-        if !std::io::stdin().is_terminal() || !in_foreground() {
+        if !available() {
             return Ok(None);
         }
         let mut original = std::mem::MaybeUninit::uninit();
@@ -54,16 +59,11 @@ impl RawTerminal {
         make_raw()?;
         Ok(Some(Self(())))
     }
+}
 
-    /// Makes the terminal raw again after the process was stopped and went on.
-    pub fn resume(&self) -> std::io::Result<()> {
-        make_raw()
-    }
-
-    /// Puts the terminal back for the time the process is stopped.
-    pub fn suspend(&self) {
-        restore();
-    }
+/// Makes the terminal raw again after the process was stopped and went on, if it was raw before.
+pub fn resume() -> std::io::Result<()> {
+    if available() { make_raw() } else { Ok(()) }
 }
 
 impl Drop for RawTerminal {
@@ -78,7 +78,7 @@ fn in_foreground() -> bool {
     unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() }
 }
 
-/// Switches to raw mode, with output as it was: the guest's console sends its own carriage returns.
+/// Switches to raw mode, but for output: log lines come out as lines.
 fn make_raw() -> std::io::Result<()> {
     let Some(original) = ORIGINAL.get() else {
         return Ok(());
@@ -86,6 +86,7 @@ fn make_raw() -> std::io::Result<()> {
     let mut raw = *original;
     // SAFETY: `raw` is a valid termios.
     unsafe { libc::cfmakeraw(&raw mut raw) };
+    raw.c_oflag |= libc::OPOST;
     RAW.store(true, Ordering::SeqCst);
     // SAFETY: `raw` is a valid termios.
     if unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw) } != 0 {
@@ -95,7 +96,7 @@ fn make_raw() -> std::io::Result<()> {
 }
 
 /// Puts the terminal back if it is raw. Calls nothing that a signal handler may not call.
-fn restore() {
+pub fn restore() {
     if !RAW.swap(false, Ordering::SeqCst) {
         return;
     }

@@ -1,0 +1,166 @@
+//! What a VM process answers on its control socket.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use devices::clock::monotonic_ns;
+use devices::wire::gateway::{GatewayControl, GatewayEventKind};
+use vmm::{Refused, VmHandle};
+
+use super::machine::Parts;
+use super::{RunConfig, memory};
+use crate::control::protocol::{
+    ConfigSummary, NetSummary, ProbeReading, Reply, Request, Status, VmState,
+};
+use crate::control::server::Handler;
+
+/// Least time between two pings of the gateway, in microseconds.
+const MIN_PROBE_INTERVAL_US: u64 = 1000;
+
+/// Longest time between two pings, in microseconds.
+const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
+
+/// The VM as its control socket sees it.
+pub struct VmService {
+    vm: VmHandle,
+    parts: Parts,
+    name: String,
+    config: ConfigSummary,
+    started_ns: u64,
+}
+
+impl VmService {
+    /// Serves `vm`, which was made from `config`.
+    pub fn new(config: &RunConfig, vm: VmHandle, parts: Parts, started_ns: u64) -> Self {
+        Self {
+            vm,
+            parts,
+            name: config.name.to_string(),
+            config: summary(config),
+            started_ns,
+        }
+    }
+
+    fn status(&self) -> Result<Reply, String> {
+        let vm = self.vm.status();
+        let resident = memory::resident()
+            .map_err(|error| format!("the VM cannot read its own /proc/self/smaps: {error}"))?;
+        let mut exits = BTreeMap::new();
+        for counts in &vm.exits {
+            if let Ok(serde_json::Value::Object(counts)) = serde_json::to_value(counts) {
+                for (reason, count) in counts {
+                    *exits.entry(reason).or_default() += count.as_u64().unwrap_or(0);
+                }
+            }
+        }
+        let mut nic = self
+            .parts
+            .meter
+            .as_ref()
+            .map(|meter| meter.read())
+            .unwrap_or_default();
+        if let Some(gateway) = &self.parts.gateway {
+            let counters = gateway.log().counters();
+            nic.insert("gateway_refused".to_owned(), counters.frames_refused);
+            nic.insert("gateway_too_long".to_owned(), counters.frames_too_long);
+        }
+        Ok(Reply::Status(Box::new(Status {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            state: match vm.state {
+                vmm::VmState::Created => VmState::Starting,
+                vmm::VmState::Running => VmState::Running,
+                vmm::VmState::Paused => VmState::Paused,
+                vmm::VmState::Stopped => VmState::Ending,
+            },
+            uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
+            ready_ns: vm.first_entry_ns,
+            vmm_rss_kib: resident.own_kib,
+            guest_rss_kib: resident.guest_kib,
+            resets: vm.resets,
+            config: self.config.clone(),
+            exits,
+            nic,
+        })))
+    }
+
+    fn gateway(&self) -> Result<&GatewayControl, String> {
+        self.parts
+            .gateway
+            .as_ref()
+            .ok_or_else(|| "this VM has no gateway: run it with --net user".to_owned())
+    }
+
+    fn probe_start(&self, interval_us: u64) -> Result<Reply, String> {
+        if !(MIN_PROBE_INTERVAL_US..=MAX_PROBE_INTERVAL_US).contains(&interval_us) {
+            return Err(format!(
+                "pings come every {MIN_PROBE_INTERVAL_US} to {MAX_PROBE_INTERVAL_US} microseconds"
+            ));
+        }
+        self.gateway()?
+            .start_probe(Duration::from_micros(interval_us));
+        Ok(Reply::Done {})
+    }
+
+    fn probe_read(&self, since_ns: u64) -> Result<Reply, String> {
+        let log = self.gateway()?.log();
+        let events = log.events_since(since_ns);
+        let count = |wanted: fn(&GatewayEventKind) -> bool| {
+            events.iter().filter(|event| wanted(&event.kind)).count() as u64
+        };
+        Ok(Reply::Probe(ProbeReading {
+            first_reply_ns: log.first_reply_since(since_ns),
+            last_reply_before_ns: log.last_reply_before(since_ns),
+            first_frame_ns: events
+                .iter()
+                .find(|event| event.kind == GatewayEventKind::FrameAfterSilence)
+                .map(|event| event.at_ns),
+            sent: count(|kind| matches!(kind, GatewayEventKind::ProbeSent { .. })),
+            replied: count(|kind| matches!(kind, GatewayEventKind::ProbeReplied { .. })),
+        }))
+    }
+}
+
+impl Handler for VmService {
+    fn handle(&self, request: Request) -> Result<Reply, String> {
+        match request {
+            Request::Status {} => self.status(),
+            // Asked for twice is as good as once.
+            Request::Pause {} => done(self.vm.pause(), Some(Refused::AlreadyPaused)),
+            Request::Resume {} => done(self.vm.resume(), Some(Refused::NotPaused)),
+            Request::Reset {} => done(self.vm.reset(), None),
+            Request::PowerButton {} => done(self.vm.press_power_button(), None),
+            Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
+            Request::ProbeStart { interval_us } => self.probe_start(interval_us),
+            Request::ProbeStop {} => {
+                self.gateway()?.stop_probe();
+                Ok(Reply::Done {})
+            }
+            Request::ProbeRead { since_ns } => self.probe_read(since_ns),
+        }
+    }
+}
+
+/// An answer that says no more than whether it was done; `as_good` is no failure.
+fn done(result: Result<(), Refused>, as_good: Option<Refused>) -> Result<Reply, String> {
+    match result {
+        Err(error) if Some(error) != as_good => Err(error.to_string()),
+        _ => Ok(Reply::Done {}),
+    }
+}
+
+/// A VM's configuration for people.
+fn summary(config: &RunConfig) -> ConfigSummary {
+    ConfigSummary {
+        kernel: config.kernel.display().to_string(),
+        memory_mib: config.memory.bytes() >> 20,
+        vcpus: u32::from(config.vcpus),
+        net: config.net.as_ref().map(|net| NetSummary {
+            nic: net.nic.name().to_owned(),
+            mac: net.mac.to_string(),
+            wire: net.wire.to_string(),
+        }),
+        disks: config.disks.iter().map(ToString::to_string).collect(),
+        serial: config.serial.to_string(),
+    }
+}

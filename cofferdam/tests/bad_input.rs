@@ -1,0 +1,490 @@
+//! Bad input to `cofferdam run`: a clear error or a clean end, and nothing left behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// How long a `run` that must end may take.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A folder for everything that a test's VMs make.
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        fs::create_dir(place.path("run")).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file with these bytes.
+    fn file(&self, name: &str, bytes: &[u8]) -> String {
+        fs::write(self.path(name), bytes).unwrap();
+        self.path(name).display().to_string()
+    }
+
+    /// A kernel that starts and then does nothing for ever: `hlt` and a jump back to it.
+    fn idle_kernel(&self) -> String {
+        self.file("idle", &elf(EM_X86_64, &[0xf4, 0xeb, 0xfd]))
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+        command
+            .env("COFFERDAM_RUNTIME_DIR", self.path("run"))
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// `cofferdam run` with these words, to its end.
+    fn run(&self, words: &str) -> Output {
+        let words = words.split_whitespace();
+        finish(self.command().arg("run").args(words).spawn().unwrap())
+    }
+
+    /// `cofferdam run` with these words must fail with one line that says all of `says`.
+    #[track_caller]
+    fn refused(&self, words: &str, says: &[&str]) {
+        let output = self.run(words);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            matches!(output.status.code(), Some(1 | 2)),
+            "{words}: {:?}: {error}",
+            output.status
+        );
+        for word in says {
+            assert!(error.contains(word), "{words}: no {word:?} in: {error}");
+        }
+        assert_eq!(error.lines().count(), 1, "{words}: {error}");
+        assert!(error.starts_with("cofferdam: "), "{words}: {error}");
+        self.assert_empty();
+    }
+
+    /// Nothing is left in the runtime folder.
+    #[track_caller]
+    fn assert_empty(&self) {
+        let left: Vec<_> = fs::read_dir(self.path("run"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert!(left.is_empty(), "left behind: {left:?}");
+    }
+
+    /// Starts a VM that does nothing and waits until it can be talked to.
+    fn idle(&self, words: &str) -> Child {
+        let mut child = self
+            .command()
+            .args(["run", "--name", "idle", "--kernel", &self.idle_kernel()])
+            .args(words.split_whitespace())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + LIMIT;
+        while UnixStream::connect(self.path("run/idle/control.sock")).is_err() {
+            if let Some(status) = child.try_wait().unwrap() {
+                let output = child.wait_with_output().unwrap();
+                panic!("{status}: {}", String::from_utf8_lossy(&output.stderr));
+            }
+            assert!(Instant::now() < deadline, "no control socket");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child
+    }
+
+    /// Runs a command to its end; it must succeed.
+    #[track_caller]
+    fn ask(&self, words: &str) -> String {
+        let output = finish(self.command().args(words.split(' ')).spawn().unwrap());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ask("status idle --json")).unwrap()
+    }
+}
+
+/// Waits for a process that must end by itself.
+#[track_caller]
+fn finish(mut child: Child) -> Output {
+    let deadline = Instant::now() + LIMIT;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+            let output = child.wait_with_output().unwrap();
+            panic!("still runs: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.wait_with_output().unwrap()
+}
+
+fn signal(child: &Child, signal: libc::c_int) {
+    // SAFETY: a plain system call; the child was not waited for, so its number is its own.
+    let sent = unsafe { libc::kill(child.id().cast_signed(), signal) };
+    assert_eq!(sent, 0);
+}
+
+/// Ends a VM and looks whether anything is left.
+#[track_caller]
+fn end(place: &Place, vm: Child) {
+    signal(&vm, libc::SIGTERM);
+    assert_eq!(finish(vm).status.signal(), Some(libc::SIGTERM));
+    place.assert_empty();
+}
+
+const EM_X86_64: u16 = 62;
+const EM_AARCH64: u16 = 183;
+
+/// A 64-bit ELF executable for `machine` with one segment of `code`, at 16 MiB.
+fn elf(machine: u16, code: &[u8]) -> Vec<u8> {
+    const ADDRESS: u64 = 16 << 20;
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend(2u16.to_le_bytes());
+    file.extend(machine.to_le_bytes());
+    file.extend(1u32.to_le_bytes());
+    for offset in [ADDRESS, 64, 0] {
+        file.extend(offset.to_le_bytes());
+    }
+    file.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 64, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend([1u32, 5].map(u32::to_le_bytes).concat());
+    let length = code.len() as u64;
+    for word in [64 + 56, ADDRESS, ADDRESS, length, length, 4096] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(code);
+    file
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused() {
+    let place = Place::new();
+    place.refused("--kernel /nonexistent/vmlinux", &["/nonexistent/vmlinux"]);
+    let text = place.file("text", b"#!/bin/sh\necho no kernel\n");
+    place.refused(
+        &format!("--kernel {text}"),
+        &["not a Linux kernel", "vmlinux"],
+    );
+    let empty = place.file("empty", b"");
+    place.refused(&format!("--kernel {empty}"), &["empty"]);
+    let folder = place.folder.path().display().to_string();
+    place.refused(&format!("--kernel {folder}"), &[&folder]);
+    place.refused("--kernel /dev/zero", &["/dev/zero"]);
+}
+
+#[test]
+fn a_kernel_that_is_cut_short_is_refused() {
+    let place = Place::new();
+    let whole = elf(EM_X86_64, &[0xf4; 1000]);
+    for length in [20, 64, 100, whole.len() - 1] {
+        let cut = place.file("kernel", &whole[..length]);
+        place.refused(&format!("--kernel {cut}"), &["cut short"]);
+    }
+}
+
+#[test]
+fn a_kernel_for_another_machine_is_refused() {
+    let place = Place::new();
+    let arm = place.file("arm", &elf(EM_AARCH64, &[0; 16]));
+    place.refused(
+        &format!("--kernel {arm}"),
+        &["for another machine", "x86-64"],
+    );
+}
+
+#[test]
+fn an_initramfs_larger_than_memory_is_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    let initrd = place.path("initrd");
+    fs::File::create(&initrd)
+        .unwrap()
+        .set_len(300 << 20)
+        .unwrap();
+    let initrd = initrd.display();
+    place.refused(
+        &format!("--kernel {kernel} --initrd {initrd} --memory 256M"),
+        &["initramfs", "give it more"],
+    );
+    place.refused(
+        &format!("--kernel {kernel} --initrd /nonexistent"),
+        &["/nonexistent"],
+    );
+}
+
+#[test]
+fn memory_that_no_guest_or_host_can_have_is_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    for memory in ["0", "1M", "-1", "lots"] {
+        place.refused(
+            &format!("--kernel {kernel} --memory={memory}"),
+            &["--memory"],
+        );
+    }
+    place.refused(
+        &format!("--kernel {kernel} --memory 8000G"),
+        &["this host has", "less"],
+    );
+}
+
+#[test]
+fn unknown_options_are_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    place.refused("--kernell x", &["--kernell", "--help"]);
+    for (words, says) in [
+        ("--nic ne2k --net user", ["ne2k", "e1000"]),
+        ("--net vde", ["user", "tap=NAME"]),
+        ("--vcpus 9", ["9", "8"]),
+        ("--name ../x", ["../x", "letters"]),
+        ("--mac 01:00:00:00:00:00 --net user", ["multicast", "even"]),
+        ("--mac 02:00:00:00:00:01", ["--net", "--help"]),
+    ] {
+        place.refused(&format!("--kernel {kernel} {words}"), &says);
+    }
+}
+
+#[test]
+fn a_tap_that_does_not_exist_is_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    place.refused(
+        &format!("--kernel {kernel} --net tap=nosuchtap0"),
+        &["nosuchtap0", "ip tuntap"],
+    );
+    place.refused(&format!("--kernel {kernel} --net tap=lo"), &["lo"]);
+}
+
+#[test]
+fn a_tap_that_is_busy_is_refused() {
+    let name = format!("cofft{}", std::process::id() % 100_000);
+    let ip = |word: &str| {
+        let words = ["tuntap", word, "dev", &name, "mode", "tap"];
+        Command::new("ip").args(words).output()
+    };
+    if !ip("add").is_ok_and(|output| output.status.success()) {
+        eprintln!("no right to make a TAP: not tested here");
+        return;
+    }
+    let place = Place::new();
+    let vm = place.idle(&format!("--net tap={name}"));
+    let kernel = place.idle_kernel();
+    let output = place.run(&format!("--kernel {kernel} --net tap={name}"));
+    end(&place, vm);
+    assert!(ip("del").unwrap().status.success());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("in use"), "{error}");
+}
+
+#[test]
+fn a_disk_that_is_none_is_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    let folder = place.folder.path().display().to_string();
+    for disk in [&folder, "/nonexistent,ro", "/dev/null"] {
+        let path = disk.trim_end_matches(",ro");
+        place.refused(&format!("--kernel {kernel} --disk {disk}"), &[path]);
+    }
+}
+
+#[test]
+fn sockets_that_cannot_be_made_are_refused() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    let file = place.file("file", b"x");
+    let taken = place.path("taken");
+    let _listener = UnixListener::bind(&taken).unwrap();
+    let taken = taken.display();
+    for (words, says) in [
+        (format!("--serial unix={file}"), "another path"),
+        (format!("--net unix={file},listen"), "another path"),
+        ("--serial file=/nonexistent/x".to_owned(), "/nonexistent/x"),
+        (format!("--serial unix={taken}"), "another process"),
+        (format!("--net unix={taken},listen"), "another process"),
+    ] {
+        place.refused(&format!("--kernel {kernel} {words}"), &[says]);
+    }
+    assert_eq!(fs::read(file).unwrap(), b"x");
+}
+
+#[test]
+fn a_runtime_folder_that_cannot_be_made_is_refused() {
+    let place = Place::new();
+    let file = place.file("file", b"x");
+    let output = place
+        .command()
+        .env("COFFERDAM_RUNTIME_DIR", format!("{file}/run"))
+        .args(["run", "--kernel", &place.idle_kernel()])
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("COFFERDAM_RUNTIME_DIR"), "{error}");
+}
+
+#[test]
+fn a_second_vm_of_the_same_name_is_refused_and_the_first_goes_on() {
+    let place = Place::new();
+    let first = place.idle("");
+    let kernel = place.idle_kernel();
+    let output = place.run(&format!("--kernel {kernel} --name idle"));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("--name"), "{error}");
+    assert!(error.contains("cofferdam stop idle"), "{error}");
+    assert!(error.contains(&first.id().to_string()), "{error}");
+    assert_eq!(place.status()["pid"], first.id());
+    end(&place, first);
+}
+
+#[test]
+fn signals_end_a_vm_cleanly_and_by_the_signal() {
+    for number in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        let place = Place::new();
+        let (console, cable) = (place.path("console"), place.path("cable"));
+        let vm = place.idle(&format!(
+            "--net unix={},listen --serial unix={}",
+            cable.display(),
+            console.display()
+        ));
+        assert!(console.exists() && cable.exists());
+        signal(&vm, number);
+        assert_eq!(finish(vm).status.signal(), Some(number));
+        place.assert_empty();
+        assert!(!console.exists() && !cable.exists());
+    }
+}
+
+#[test]
+fn a_signal_at_any_moment_ends_a_vm_and_leaves_nothing() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    for delay_us in (0..40).map(|step| step * 500) {
+        let child = place
+            .command()
+            .args(["run", "--kernel", &kernel, "--net", "user"])
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_micros(delay_us));
+        signal(&child, libc::SIGTERM);
+        let status = finish(child).status;
+        assert_eq!(status.signal(), Some(libc::SIGTERM), "after {delay_us} us");
+        place.assert_empty();
+    }
+}
+
+#[test]
+fn what_a_killed_vm_leaves_is_cleared_by_the_next_one() {
+    let place = Place::new();
+    let mut killed = place.idle("");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(place.path("run/idle/control.sock").exists());
+    let next = place.idle("");
+    let list: serde_json::Value = serde_json::from_str(&place.ask("list --json")).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 1);
+    end(&place, next);
+}
+
+#[test]
+fn a_vm_is_paused_resumed_reset_and_ended_through_its_socket() {
+    let place = Place::new();
+    let vm = place.idle("");
+    for _ in 0..2 {
+        place.ask("pause idle");
+        assert_eq!(place.status()["state"], "paused");
+    }
+    for _ in 0..2 {
+        place.ask("resume idle");
+        assert_eq!(place.status()["state"], "running");
+    }
+    place.ask("reset idle");
+    let deadline = Instant::now() + LIMIT;
+    while place.status()["resets"] != 1 {
+        assert!(Instant::now() < deadline, "{}", place.status());
+    }
+    place.ask("stop --force");
+    assert!(finish(vm).status.success());
+    place.assert_empty();
+}
+
+#[test]
+fn a_console_that_nobody_reads_does_not_keep_a_vm_from_ending() {
+    let place = Place::new();
+    // mov dx, 0x3f8; mov al, 'x'; out dx, al; jmp to the out: fills the pipe.
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfd];
+    let kernel = place.file("chatty", &elf(EM_X86_64, &code));
+    let mut vm = place
+        .command()
+        .args(["run", "--kernel", &kernel])
+        .spawn()
+        .unwrap();
+    let mut stdout = vm.stdout.take().unwrap();
+    stdout.read_exact(&mut [0]).unwrap();
+    let pipe_bytes = || {
+        let mut count: libc::c_int = 0;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&stdout);
+        // SAFETY: FIONREAD writes an int.
+        unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut count) };
+        count
+    };
+    // Full when it does not grow any more; where a guest is emulated that takes a while.
+    let deadline = Instant::now() + LIMIT;
+    while pipe_bytes() < 65536 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    end(&place, vm);
+}
+
+#[test]
+fn nonsense_on_the_control_socket_does_not_disturb_a_vm() {
+    let place = Place::new();
+    let vm = place.idle("");
+    for nonsense in [
+        &b"\x00\xff\x00\n"[..],
+        b"{\"request\":\"probe_start\",\"interval_us\":1}\n",
+    ] {
+        let mut stream = UnixStream::connect(place.path("run/idle/control.sock")).unwrap();
+        stream.write_all(nonsense).unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).unwrap();
+        assert!(answer.starts_with("{\"error\""), "{answer}");
+    }
+    assert_eq!(place.status()["state"], "running");
+    end(&place, vm);
+}
+
+#[test]
+fn commands_to_a_vm_that_does_not_run_say_so() {
+    let place = Place::new();
+    for words in ["status x", "pause x", "stop x", "exec x -- true", "status"] {
+        let output = place.command().args(words.split(' ')).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words}");
+        assert!(error.contains("running"), "{words}: {error}");
+        assert_eq!(error.lines().count(), 1, "{words}: {error}");
+    }
+}
