@@ -1,5 +1,10 @@
 //! Bad input to `cofferdam run`: a clear error or a clean end, and nothing left behind.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something unexpected happens"
+)]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
