@@ -29,7 +29,8 @@ pub use message::{Request, Response, Stamp};
 /// Name of the virtio-console port that leads to the agent.
 pub const PORT_NAME: &str = "org.cofferdam.agent.0";
 
-/// First line that `/init` writes to the console, before it does anything else: a boot is timed by it.
+/// Begins the first line that `/init` writes to the console, before it does anything else: a boot is
+/// timed by it. The kernel's uptime in seconds follows.
 pub const INIT_LINE: &str = "cofferdam-init: started";
 
 /// Version of the messages. Host and agent must have the same one: they are built together.

@@ -18,6 +18,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use agent_protocol::INIT_LINE;
 use agent_protocol::init_config::{self, BootModule, InitConfig, Mount};
 use agent_protocol::message::AgentError;
 use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_remount};
@@ -29,8 +30,8 @@ use crate::fail::{Context, Result, error};
 use crate::net::Watch;
 use crate::{modules, net, sys};
 
-/// Begins every line on the console. The first one ends with the seconds since the kernel's start.
-pub const CONSOLE_TAG: &str = "cofferdam-init:";
+/// Begins every line on the console.
+const CONSOLE_TAG: &str = "cofferdam-init:";
 
 /// How long to wait for an interface after its driver was loaded.
 const INTERFACE_LIMIT: Duration = Duration::from_secs(10);
@@ -40,12 +41,9 @@ const SERVER_STARTS: u32 = 100;
 
 /// Runs as process 1; never returns.
 pub fn run() -> ! {
-    let start = sys::stamp().mono_ns;
-    say(&format!(
-        "{}.{:06}",
-        start / 1_000_000_000,
-        start / 1000 % 1_000_000
-    ));
+    let uptime = sys::stamp().mono_ns;
+    let (seconds, us) = (uptime / 1_000_000_000, uptime / 1000 % 1_000_000);
+    write_console(&format!("{INIT_LINE} {seconds}.{us:06}\n"));
     sys::block_init_signals();
     mount_kernel_file_systems();
     let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
@@ -151,8 +149,12 @@ pub fn end_machine(how: Exit) -> AgentError {
 
 /// One line on the console.
 fn say(text: &str) {
+    write_console(&format!("{CONSOLE_TAG} {text}\n"));
+}
+
+fn write_console(line: &str) {
     // No console, no line: there is nobody else to tell.
-    let _unheard = std::io::stdout().write_all(format!("{CONSOLE_TAG} {text}\n").as_bytes());
+    let _unheard = std::io::stdout().write_all(line.as_bytes());
 }
 
 fn complain<T>(result: Result<T>) {
