@@ -235,15 +235,26 @@ fn make_userland_stage(
 /// Asks busybox for its commands: it is static and runs anywhere.
 fn applets(busybox: &Path) -> Result<Vec<String>, Error> {
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
     fs::set_permissions(busybox, fs::Permissions::from_mode(0o755)).map_err(Error::io(busybox))?;
-    let output = std::process::Command::new(busybox)
+    // It looks at its own name, which is another one in the stage.
+    let mut command = std::process::Command::new(busybox);
+    let output = command
+        .arg0("busybox")
         .arg("--list")
         .output()
         .map_err(Error::io(busybox))?;
-    let names = String::from_utf8_lossy(&output.stdout);
-    Ok(names
+    let text = String::from_utf8_lossy(&output.stdout);
+    let names: Vec<String> = text
         .lines()
-        .filter(|n| *n != "busybox" && !n.is_empty())
+        .filter(|n| !matches!(*n, "" | "busybox"))
         .map(str::to_string)
-        .collect())
+        .collect();
+    if !output.status.success() || !names.iter().any(|n| n == "sh") {
+        return Err(Error::Command {
+            command: "busybox --list".into(),
+            reason: format!("{}, and it named {} commands", output.status, names.len()),
+        });
+    }
+    Ok(names)
 }
