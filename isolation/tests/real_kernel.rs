@@ -3,7 +3,11 @@
 //! Needs what `cargo xtask images` builds (or `COFFERDAM_IMAGES`); the comparison of types needs
 //! `bpftool` too (Debian package `bpftool`, or its path in `BPFTOOL`).
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test's helpers fail by panicking"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -5,6 +5,7 @@
 //! a hostile guest can get out of a lie is a refusal, or harm to itself.
 
 pub mod addr;
+pub mod allocations;
 pub mod btf;
 pub mod fault_tables;
 pub mod gate;

@@ -56,6 +56,7 @@ pub(crate) struct TestGuest {
     pub(crate) memory: TestMemory,
     pub(crate) space: AddressSpace,
     next_table: u64,
+    next_page: u64,
 }
 
 impl TestGuest {
@@ -76,6 +77,7 @@ impl TestGuest {
             memory,
             space,
             next_table,
+            next_page: 0x4000_0000,
         }
     }
 
@@ -126,19 +128,24 @@ impl TestGuest {
             .write_u64(entry, gpa.0 | flags | large | Entry::PRESENT);
     }
 
-    /// Maps `data`'s pages from `at` on and writes it there.
+    /// Maps `data`'s pages from `at` on, where there are none yet, and writes it there.
     pub(crate) fn put(&mut self, at: Gva, data: &[u8], flags: u64) {
-        for (i, byte) in data.iter().enumerate() {
-            let at = Gva(at.0 + i as u64);
+        let mut rest = data;
+        let mut at = at;
+        while !rest.is_empty() {
             let gpa = match self.space.walk(&self.memory, at) {
                 Ok(found) => found.gpa,
                 Err(_) => {
-                    let page = GuestAddress(0x4000_0000 + (at.0 & 0x0fff_f000));
+                    let page = GuestAddress(self.next_page);
+                    self.next_page += 0x1000;
                     self.map(at.page(), page, PageSize::Size4K, flags);
                     GuestAddress(page.0 | (at.0 & 0xfff))
                 }
             };
-            self.memory.write(gpa, &[*byte]);
+            let (part, later) = rest.split_at(rest.len().min(0x1000 - (at.0 as usize & 0xfff)));
+            self.memory.write(gpa, part);
+            at = Gva(at.0.wrapping_add(part.len() as u64));
+            rest = later;
         }
     }
 }

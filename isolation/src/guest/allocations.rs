@@ -1,0 +1,323 @@
+//! How far the allocation around an address goes, from the guest kernel's own bookkeeping.
+//!
+//! Types say what a pointer points at, but not how many there are behind it: rings, statistics and
+//! buffers are arrays whose length no type knows. The kernel knows how much it handed out: the slab
+//! cache of the page (SLUB), the order of a compound page, the guard pages around a `vmalloc` area.
+//!
+//! Field offsets come from the kernel's BTF, so that nothing here is tied to one version; what a
+//! version does not have is not found, and an allocation then counts as unknown. The bookkeeping is
+//! in guest memory and hostile: a lie makes an allocation look larger than it is, which lets the
+//! guest's driver harm the guest, but no host memory is touched and all work is bounded.
+
+use serde::Serialize;
+
+use super::addr::{Gva, GvaRange};
+use super::btf::{Btf, TypeId};
+use super::paging::VirtMemory;
+use super::phys::GuestPhys;
+use super::symbols::SymbolTable;
+
+/// Most pages that one `vmalloc` area is followed over: 64 MiB.
+const MAX_AREA_PAGES: u64 = 1 << 14;
+
+/// Largest order of a compound page that is believed: 1 GiB.
+const MAX_ORDER: u8 = 18;
+
+/// Most bytes of KFENCE's pool (`CONFIG_KFENCE_NUM_OBJECTS` 255, the default).
+const KFENCE_POOL_BYTES: u64 = 2 << 20;
+
+/// Where an allocation came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AllocationKind {
+    /// `kmalloc`, `kmem_cache_alloc`.
+    Slab,
+    /// Whole pages.
+    Pages,
+    /// `vmalloc`: also modules and stacks.
+    Vmalloc,
+}
+
+/// A piece of memory that the guest's kernel handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Allocation {
+    /// All of it; for slabs what was asked for at most.
+    pub range: GvaRange,
+    /// Where it came from.
+    pub kind: AllocationKind,
+}
+
+/// Something that knows allocations.
+pub trait FindAllocation {
+    /// The allocation that `at` lies in, if it is known.
+    fn allocation_at(&self, at: Gva) -> Option<Allocation>;
+}
+
+/// A field of a kernel structure: offset and size in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Field {
+    offset: u64,
+    bytes: usize,
+}
+
+impl Field {
+    fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+        let member = types.find_member(of, name)?;
+        let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
+        let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
+        whole.then_some(Self {
+            offset: u64::from(member.bit_offset / 8),
+            bytes,
+        })
+    }
+
+    /// The field of the structure at `at`, as an unsigned number.
+    fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
+        let mut word = [0; 8];
+        virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
+            .ok()?;
+        Some(u64::from_le_bytes(word))
+    }
+}
+
+/// Where the kernel keeps what it knows about its memory.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryModel {
+    /// Start of the mapping of all memory (`page_offset_base`).
+    direct_map: Gva,
+    /// Start of the area for `vmalloc` (`vmalloc_base`).
+    vmalloc: Gva,
+    /// Start of the array of `struct page` (`vmemmap_base`).
+    vmemmap: Gva,
+    kfence_pool: Option<Gva>,
+    page_bytes: u64,
+    flags: Field,
+    compound_head: Field,
+    compound_order: Field,
+    refcount: Field,
+    slab_bit: u8,
+    head_bit: u8,
+    slab_cache: Field,
+    cache_size: Field,
+    cache_object_size: Field,
+    cache_left_pad: Option<Field>,
+}
+
+/// What is missing to know allocations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest's kernel keeps its memory in a way this program does not know ({missing} not found)"
+)]
+pub struct UnknownMemoryModel {
+    /// Type, field or symbol.
+    pub missing: &'static str,
+}
+
+impl MemoryModel {
+    /// From the kernel's types and symbols, and the bases that it chose at boot. Knows SLUB as of
+    /// Linux 5.17 to 6.8.
+    pub fn new<M: GuestPhys>(
+        types: &Btf,
+        symbols: &SymbolTable,
+        virt: &VirtMemory<'_, M>,
+    ) -> Result<Self, UnknownMemoryModel> {
+        let need = |missing| move || UnknownMemoryModel { missing };
+        let structure = |name| types.find_struct(name).ok_or_else(need(name));
+        let field = |of, name| Field::find(types, of, name).ok_or_else(need(name));
+        let pointer = |name| {
+            let symbol = symbols.kernel_symbol(name).ok_or_else(need(name))?;
+            virt.read_u64(symbol.at).map(Gva).map_err(|_| need(name)())
+        };
+        let bit = |name| {
+            let value = types
+                .enum_value(name)
+                .and_then(|value| u8::try_from(value).ok());
+            value.filter(|bit| *bit < 64).ok_or_else(need(name))
+        };
+        let (page, slab, cache) = (
+            structure("page")?,
+            structure("slab")?,
+            structure("kmem_cache")?,
+        );
+        let page_bytes = types
+            .size_of(page)
+            .filter(|bytes| (16..=512).contains(bytes));
+        Ok(Self {
+            direct_map: pointer("page_offset_base")?,
+            vmalloc: pointer("vmalloc_base")?,
+            vmemmap: pointer("vmemmap_base")?,
+            kfence_pool: pointer("__kfence_pool").ok().filter(|pool| pool.0 != 0),
+            page_bytes: page_bytes.ok_or_else(need("struct page"))?,
+            flags: field(page, "flags")?,
+            compound_head: field(page, "compound_head")?,
+            compound_order: compound_order(types, page).ok_or_else(need("compound_order"))?,
+            refcount: field(page, "_refcount")?,
+            slab_bit: bit("PG_slab")?,
+            head_bit: bit("PG_head")?,
+            slab_cache: field(slab, "slab_cache")?,
+            cache_size: field(cache, "size")?,
+            cache_object_size: field(cache, "object_size")?,
+            cache_left_pad: Field::find(types, cache, "red_left_pad"),
+        })
+    }
+
+    /// Joins the model with the memory as it is now.
+    pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
+        Allocations { model: self, virt }
+    }
+}
+
+/// The order of a compound page is in its second `struct page`: before Linux 6.3 under that name,
+/// since then in `struct folio`, which overlays the first pages.
+fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
+    if let Some(field) = Field::find(types, page, "compound_order") {
+        return Some(field);
+    }
+    let folio = types.find_struct("folio")?;
+    let order = Field::find(types, folio, "_folio_order")?;
+    let offset = order.offset.checked_sub(types.size_of(page)?)?;
+    Some(Field { offset, ..order })
+}
+
+/// The guest's allocations as they are now.
+#[derive(Debug, Clone, Copy)]
+pub struct Allocations<'a, M> {
+    model: &'a MemoryModel,
+    virt: VirtMemory<'a, M>,
+}
+
+impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
+    fn allocation_at(&self, at: Gva) -> Option<Allocation> {
+        let model = self.model;
+        if at >= model.direct_map && at < model.vmalloc {
+            self.in_direct_map(at)
+        } else if at >= model.vmalloc && at < model.vmemmap {
+            self.in_vmalloc(at)
+        } else {
+            None
+        }
+    }
+}
+
+impl<M: GuestPhys> Allocations<'_, M> {
+    fn in_direct_map(&self, at: Gva) -> Option<Allocation> {
+        let model = self.model;
+        let single = Allocation {
+            range: GvaRange::aligned(at, 4096),
+            kind: AllocationKind::Pages,
+        };
+        let in_pool = |pool: Gva| at >= pool && at.0 - pool.0 < KFENCE_POOL_BYTES;
+        if model.kfence_pool.is_some_and(in_pool) {
+            return Some(single);
+        }
+        let pfn = (at.0 - model.direct_map.0) >> 12;
+        let page = Gva(model
+            .vmemmap
+            .0
+            .checked_add(pfn.checked_mul(model.page_bytes)?)?);
+        let compound = model.compound_head.read(&self.virt, page)?;
+        let head = if compound & 1 != 0 {
+            Gva(compound - 1)
+        } else {
+            page
+        };
+        let head_pfn = head.0.checked_sub(model.vmemmap.0)? / model.page_bytes;
+        let pages_before = pfn.checked_sub(head_pfn)?;
+        let start = Gva(model
+            .direct_map
+            .0
+            .checked_add(head_pfn.checked_mul(4096)?)?);
+        let flags = model.flags.read(&self.virt, head)?;
+        let order = match flags >> model.head_bit & 1 {
+            0 => 0,
+            _ => {
+                let second = head.checked_add(model.page_bytes)?;
+                let order = model.compound_order.read(&self.virt, second)? as u8;
+                order.min(MAX_ORDER)
+            }
+        };
+        if pages_before >> order != 0 {
+            return None;
+        }
+        let whole = GvaRange::new(start, 4096 << order)?;
+        if flags >> model.slab_bit & 1 != 0 {
+            return self.in_slab(at, head, whole);
+        }
+        // Nobody holds it: it is free.
+        if model.refcount.read(&self.virt, head)? == 0 {
+            return None;
+        }
+        Some(Allocation {
+            range: whole,
+            ..single
+        })
+    }
+
+    /// The object of the slab `whole` that `at` lies in.
+    fn in_slab(&self, at: Gva, slab: Gva, whole: GvaRange) -> Option<Allocation> {
+        let model = self.model;
+        let cache = Gva(model.slab_cache.read(&self.virt, slab)?);
+        let size = model
+            .cache_size
+            .read(&self.virt, cache)
+            .filter(|size| *size >= 8)?;
+        let object_size = model.cache_object_size.read(&self.virt, cache)?;
+        let left_pad = match model.cache_left_pad {
+            Some(field) => field.read(&self.virt, cache)?,
+            None => 0,
+        };
+        let index = (at.0 - whole.first().0) / size;
+        let start = whole
+            .first()
+            .checked_add(index.checked_mul(size)?)?
+            .checked_add(left_pad)?;
+        let range = GvaRange::new(start, object_size.min(size))?;
+        let fits = whole.covers(&range) && range.contains(at);
+        fits.then_some(Allocation {
+            range,
+            kind: AllocationKind::Slab,
+        })
+    }
+
+    /// The pages around `at` up to those that are not mapped: every area has a guard page behind it.
+    fn in_vmalloc(&self, at: Gva) -> Option<Allocation> {
+        let rights = |page: Gva| {
+            self.virt
+                .space
+                .walk(self.virt.memory, page)
+                .ok()
+                .map(|found| found.rights)
+        };
+        let here = rights(at)?;
+        let same = |page: &Gva| rights(*page) == Some(here);
+        let area = GvaRange::inclusive(self.model.vmalloc, self.model.vmemmap)?;
+        let mut budget = MAX_AREA_PAGES;
+        let mut first = at.page();
+        while let Some(before) = first
+            .checked_sub(4096)
+            .filter(|p| area.contains(*p))
+            .filter(same)
+        {
+            budget = budget.checked_sub(1)?;
+            first = before;
+        }
+        let mut last = Gva(at.0 | 0xfff);
+        while let Some(after) = last
+            .checked_add(1)
+            .filter(|p| area.contains(*p))
+            .filter(same)
+        {
+            budget = budget.checked_sub(1)?;
+            last = Gva(after.0 | 0xfff);
+        }
+        let range = GvaRange::inclusive(first, last)?;
+        Some(Allocation {
+            range,
+            kind: AllocationKind::Vmalloc,
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "allocations_tests.rs"]
+mod tests;

@@ -1,0 +1,194 @@
+//! Allocations in a make-believe kernel's bookkeeping.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::guest::btf::encode::Encoder;
+use crate::guest::paging::testing::TestGuest;
+use crate::guest::paging::{Entry, Levels};
+use crate::guest::symbols::read_kallsyms;
+
+const DIRECT: u64 = 0xffff_8880_0000_0000;
+const VMALLOC: u64 = 0xffff_c900_0000_0000;
+const VMEMMAP: u64 = 0xffff_ea00_0000_0000;
+const VARIABLES: u64 = 0xffff_ffff_8200_0000;
+const CACHE: u64 = 0xffff_8880_0000_0100;
+const PAGE_STRUCT: u64 = 64;
+
+fn types() -> Btf {
+    let mut e = Encoder::new(None);
+    let long = e.int("long unsigned int", 8, 0);
+    let int = e.int("unsigned int", 4, 0);
+    let byte = e.int("unsigned char", 1, 0);
+    let atomic = e.structure("", 4, &[("counter", int, 0)]);
+    let tail = e.structure(
+        "",
+        16,
+        &[
+            ("compound_head", long, 0),
+            ("compound_dtor", byte, 8),
+            ("compound_order", byte, 9),
+        ],
+    );
+    let union = e.composite(5, "", 40, &[("", tail, 0)]);
+    e.structure(
+        "page",
+        64,
+        &[
+            ("flags", long, 0),
+            ("", union, 8),
+            ("_refcount", atomic, 52),
+        ],
+    );
+    let cache = e.structure(
+        "kmem_cache",
+        64,
+        &[
+            ("size", int, 24),
+            ("object_size", int, 28),
+            ("red_left_pad", int, 32),
+        ],
+    );
+    let cache = e.pointer(cache);
+    e.structure("slab", 64, &[("slab_cache", cache, 24)]);
+    e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    Btf::parse(&e.bytes(), None).unwrap()
+}
+
+fn symbols() -> SymbolTable {
+    let text = format!(
+        "{VARIABLES:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n{:x} D __kfence_pool\n",
+        VARIABLES + 8,
+        VARIABLES + 16,
+        VARIABLES + 24
+    );
+    read_kallsyms(text.as_bytes(), |_| true).unwrap()
+}
+
+const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
+
+/// Writes a `struct page`.
+fn put_page(guest: &mut TestGuest, pfn: u64, flags: u64, compound: u64, order: u8, count: u32) {
+    let at = VMEMMAP + pfn * PAGE_STRUCT;
+    guest.put(Gva(at), &[0; 64], DATA);
+    guest.put(Gva(at), &flags.to_le_bytes(), DATA);
+    guest.put(Gva(at + 8), &compound.to_le_bytes(), DATA);
+    guest.put(Gva(at + 17), &[order], DATA);
+    guest.put(Gva(at + 52), &count.to_le_bytes(), DATA);
+}
+
+/// A guest whose kernel has three kinds of pages: 16 single ones from 0; a slab of two pages at 16
+/// with objects of 192 bytes (176 asked for, 8 left of each); a compound page of order 3 at 24.
+fn guest() -> TestGuest {
+    let mut guest = TestGuest::new(Levels::Four);
+    let bases = [DIRECT, VMALLOC, VMEMMAP, DIRECT + (40 << 12)];
+    guest.put(Gva(VARIABLES), &bases.map(u64::to_le_bytes).concat(), DATA);
+    guest.put(Gva(DIRECT), &[0; 4096], DATA);
+    for pfn in 0..15 {
+        put_page(&mut guest, pfn, 0, 0, 0, 1);
+    }
+    put_page(&mut guest, 15, 0, 0, 0, 0);
+    let head = |pfn: u64| VMEMMAP + pfn * PAGE_STRUCT;
+    put_page(&mut guest, 16, 1 << 9 | 1 << 16, 0, 0, 1);
+    put_page(&mut guest, 17, 0, head(16) | 1, 1, 0);
+    guest.put(Gva(head(16) + 24), &CACHE.to_le_bytes(), DATA);
+    let cache: Vec<u8> = [192u32, 176, 8]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
+    guest.put(Gva(CACHE + 24), &cache, DATA);
+    put_page(&mut guest, 24, 1 << 16, 0, 0, 1);
+    for pfn in 25..32 {
+        put_page(
+            &mut guest,
+            pfn,
+            0,
+            head(24) | 1,
+            if pfn == 25 { 3 } else { 0 },
+            0,
+        );
+    }
+    guest.put(Gva(VMALLOC + 0x1000), &[0; 0x3000], DATA);
+    guest.put(Gva(VMALLOC + 0x5000), &[0; 0x1000], DATA);
+    guest
+}
+
+fn find(guest: &TestGuest, at: u64) -> Option<(u64, u64, AllocationKind)> {
+    let model = MemoryModel::new(&types(), &symbols(), &guest.virt()).unwrap();
+    let found = model.with(guest.virt()).allocation_at(Gva(at))?;
+    Some((found.range.first().0, found.range.len_bytes(), found.kind))
+}
+
+#[test]
+fn pages_slabs_and_areas_are_found() {
+    use AllocationKind::{Pages, Slab, Vmalloc};
+    let guest = guest();
+    let at = |pfn: u64, offset: u64| DIRECT + (pfn << 12) + offset;
+    assert_eq!(find(&guest, at(3, 5)), Some((at(3, 0), 4096, Pages)));
+    assert_eq!(find(&guest, at(15, 0)), None, "a free page");
+    assert_eq!(find(&guest, at(24, 0)), Some((at(24, 0), 8 << 12, Pages)));
+    assert_eq!(
+        find(&guest, at(31, 4095)),
+        Some((at(24, 0), 8 << 12, Pages))
+    );
+    assert_eq!(find(&guest, at(16, 8)), Some((at(16, 8), 176, Slab)));
+    assert_eq!(
+        find(&guest, at(16, 193)),
+        None,
+        "the pad left of the second object"
+    );
+    // The object that lies on both pages of the slab.
+    let crossing = 4096 / 192 * 192 + 8;
+    assert_eq!(find(&guest, at(17, 0)), Some((at(16, crossing), 176, Slab)));
+    assert_eq!(
+        find(&guest, VMALLOC + 0x2345),
+        Some((VMALLOC + 0x1000, 0x3000, Vmalloc))
+    );
+    assert_eq!(
+        find(&guest, VMALLOC + 0x5fff),
+        Some((VMALLOC + 0x5000, 0x1000, Vmalloc))
+    );
+    assert_eq!(find(&guest, VMALLOC + 0x4000), None);
+    assert_eq!(
+        find(&guest, VARIABLES),
+        None,
+        "the kernel's own data is nobody's allocation"
+    );
+    // KFENCE's objects have a page each.
+    assert_eq!(find(&guest, at(41, 8)), Some((at(41, 0), 4096, Pages)));
+}
+
+#[test]
+fn a_kernel_that_is_unknown_says_what_is_missing() {
+    let guest = guest();
+    let error = MemoryModel::new(&types(), &SymbolTable::default(), &guest.virt()).unwrap_err();
+    assert_eq!(error.missing, "page_offset_base");
+    let empty = Btf::parse(&Encoder::new(None).bytes(), None).unwrap();
+    let error = MemoryModel::new(&empty, &symbols(), &guest.virt()).unwrap_err();
+    assert_eq!(error.missing, "page");
+}
+
+proptest! {
+    #[test]
+    fn damaged_bookkeeping_is_read_without_harm(
+        changes in prop::collection::vec((0u64..40 * PAGE_STRUCT, any::<u8>()), 0..60),
+        cache in prop::collection::vec((0u64..64, any::<u8>()), 0..20),
+        probes in prop::collection::vec(0u64..(40 << 12), 20),
+    ) {
+        static GUEST: std::sync::LazyLock<TestGuest> = std::sync::LazyLock::new(guest);
+        let mut guest = GUEST.clone();
+        for (at, value) in changes {
+            guest.put(Gva(VMEMMAP + at), &[value], DATA);
+        }
+        for (at, value) in cache {
+            guest.put(Gva(CACHE + at), &[value], DATA);
+        }
+        let model = MemoryModel::new(&types(), &symbols(), &guest.virt()).unwrap();
+        for probe in probes {
+            if let Some(found) = model.with(guest.virt()).allocation_at(Gva(DIRECT + probe)) {
+                prop_assert!(found.range.contains(Gva(DIRECT + probe)));
+                prop_assert!(found.range.len_bytes() <= 4096 << MAX_ORDER);
+            }
+        }
+    }
+}
