@@ -6,3 +6,4 @@
 pub mod abort_value;
 pub mod diff;
 pub mod range_table;
+pub mod reach;

@@ -1,0 +1,116 @@
+//! Which objects a call reaches from its arguments, by type.
+//!
+//! ```text
+//!  argument ─► kernel's structure ─ rules only: the private area behind it, a packet's data
+//!                     │
+//!                     ▼
+//!              driver's structure ─ every pointer in it ─► kernel's structure: itself
+//!                                                      ─► driver's structure: as this one
+//!                                                      ─► numbers, void: to the allocation's end
+//! ```
+//!
+//! A structure is the driver's if the module's own BTF defines it. Pointers in it are followed,
+//! because they are the driver's; pointers in the kernel's structures are not, because they lead
+//! everywhere. What types do not say is data in [`Rules`]: the private area behind a `net_device`,
+//! the packet of an `sk_buff`. The result is what the call may write, at most; it is meant to be
+//! worked out when a call first stores to something unknown, not at every call.
+//!
+//! The pointers are the guest's and hostile: depth, objects and reads are bounded, and what is not
+//! guest memory is left out.
+
+mod rules;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use serde::Serialize;
+
+use super::range_table::ObjectKind;
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::FindAllocation;
+use crate::guest::btf::{Btf, Function, TypeId};
+use crate::guest::paging::VirtMemory;
+use crate::guest::phys::GuestPhys;
+
+use super::abort_value::REGISTER_ARGUMENTS;
+
+pub use rules::{Embedded, PacketData, PrivateArea, Rules};
+
+/// Most objects that one question finds.
+pub const MAX_OBJECTS: usize = 1024;
+
+/// Most pointers in a row that are followed.
+pub const MAX_DEPTH: usize = 6;
+
+/// An object that a call reaches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Reached {
+    /// Where it is.
+    pub range: GvaRange,
+    /// What it is to the call.
+    pub kind: ObjectKind,
+    /// Type and path, for reports: `struct e1000_tx_ring (netdev->private->tx_ring)`.
+    pub label: String,
+}
+
+/// Something to start from besides the arguments: an object that is known to belong to the driver,
+/// such as a network interface that it registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Start {
+    /// Where it is.
+    pub at: Gva,
+    /// Its type, not that of a pointer to it.
+    pub type_id: TypeId,
+    /// What to call it in reports.
+    pub name: String,
+}
+
+/// A call's view of memory.
+#[derive(Debug)]
+pub struct Reach<'a, M, A> {
+    /// Types of the kernel and the module.
+    pub types: &'a Btf,
+    /// Memory at the time of the call.
+    pub virt: VirtMemory<'a, M>,
+    /// Knows how far allocations go.
+    pub allocations: &'a A,
+    /// The stack that the call runs on: what lies on it is never taken for an array.
+    pub stack: Option<GvaRange>,
+    /// What types do not say.
+    pub rules: &'a Rules,
+}
+
+impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
+    /// What a call of `function` with these register arguments reaches, and what is reached from
+    /// `starts`. Each object once, in the order found.
+    pub fn objects(
+        &self,
+        function: &Function<'_>,
+        arguments: &[u64; REGISTER_ARGUMENTS],
+        starts: &[Start],
+    ) -> Vec<Reached> {
+        let mut walk = walk::Walk::new(self);
+        let names = function
+            .params
+            .iter()
+            .map(|p| (p.type_id, self.types.string(p.name_at)));
+        for (index, ((type_id, name), value)) in names.zip(arguments).enumerate() {
+            // A structure passed by value takes two registers or the stack: no telling from here.
+            if self.types.size_of(type_id).is_some_and(|bytes| bytes > 8) {
+                break;
+            }
+            if let Some(to) = self.types.pointee(type_id) {
+                let name = match name {
+                    "" => format!("argument {index}"),
+                    name => name.to_owned(),
+                };
+                walk.enter(Gva(*value), to, name);
+            }
+        }
+        for start in starts {
+            walk.enter(start.at, start.type_id, start.name.clone());
+        }
+        walk.run()
+    }
+}

@@ -1,0 +1,391 @@
+//! The walk along pointers.
+
+use std::collections::{HashSet, VecDeque};
+
+use super::{MAX_DEPTH, MAX_OBJECTS, PrivateArea, Reach, Reached};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::{Allocation, FindAllocation};
+use crate::guest::btf::{Kind, Member, TypeId};
+use crate::guest::phys::GuestPhys;
+use crate::policy::range_table::ObjectKind;
+
+/// Pointers into the first and last pages of the address space are error numbers or nonsense.
+const LOWEST: Gva = Gva(0xff00_0000_0000_0000);
+const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
+
+/// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
+const MAX_ELEMENTS: u64 = 8;
+
+/// Most members that one question looks at.
+const MAX_MEMBERS: usize = 1 << 16;
+
+/// Deepest nesting of structures in a structure.
+const MAX_NESTING: usize = 8;
+
+/// Longest label, in bytes.
+const MAX_LABEL: usize = 160;
+
+/// An object still to be looked at.
+struct Item {
+    at: Gva,
+    type_id: TypeId,
+    path: String,
+    depth: usize,
+    kind: ObjectKind,
+}
+
+pub(super) struct Walk<'a, 'r, M, A> {
+    reach: &'a Reach<'r, M, A>,
+    queue: VecDeque<Item>,
+    seen: HashSet<(Gva, TypeId)>,
+    found: Vec<Reached>,
+    members_left: usize,
+}
+
+impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
+    pub(super) fn new(reach: &'a Reach<'r, M, A>) -> Self {
+        Self {
+            reach,
+            queue: VecDeque::new(),
+            seen: HashSet::new(),
+            found: Vec::new(),
+            members_left: MAX_MEMBERS,
+        }
+    }
+
+    /// Starts from the object at `at`.
+    pub(super) fn enter(&mut self, at: Gva, type_id: TypeId, path: String) {
+        self.push(Item {
+            at,
+            type_id,
+            path,
+            depth: 0,
+            kind: ObjectKind::Argument,
+        });
+    }
+
+    pub(super) fn run(mut self) -> Vec<Reached> {
+        while let Some(item) = self.queue.pop_front() {
+            self.look_at(&item);
+        }
+        self.found
+    }
+
+    fn push(&mut self, item: Item) {
+        let types = self.reach.types;
+        let plausible = item.at >= LOWEST && item.at <= HIGHEST && item.depth <= MAX_DEPTH;
+        let foreign = ["user", "percpu", "iomem"];
+        if !plausible
+            || self.found.len() + self.queue.len() >= MAX_OBJECTS
+            || types.is_const(item.type_id)
+            || foreign.iter().any(|tag| types.has_tag(item.type_id, tag))
+        {
+            return;
+        }
+        let behind = types
+            .resolve(item.type_id)
+            .map_or(item.type_id, |(id, _)| id);
+        if self.seen.insert((item.at, behind)) {
+            self.queue.push_back(item);
+        }
+    }
+
+    fn look_at(&mut self, item: &Item) {
+        let (types, rules) = (self.reach.types, self.reach.rules);
+        let Some((id, kind)) = types.resolve(item.type_id) else {
+            return;
+        };
+        let allocation = self.allocation(item.at);
+        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        match kind {
+            Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
+                let name = types.name(id);
+                if types.is_own(id) && types.base().is_some() {
+                    let one = GvaRange::new(item.at, bytes.into());
+                    let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
+                        return;
+                    };
+                    self.add(range, item.kind, id, &item.path);
+                    self.follow_elements(item, id, bytes.into(), range);
+                    return;
+                }
+                let from_driver = item.depth > 0;
+                if from_driver && rules.closed.contains(&name) {
+                    return;
+                }
+                if let Some(range) = GvaRange::new(item.at, bytes.into()) {
+                    self.add(range, item.kind, id, &item.path);
+                }
+                if rules.embedded.contains(&name)
+                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
+                {
+                    self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
+                }
+                self.packet_data(item, id, name);
+                self.private_area(item, id, name, bytes.into(), rest);
+            }
+            // Numbers, pointers and void: an array up to the end of what was allocated.
+            _ => {
+                let one = types
+                    .size_of(id)
+                    .and_then(|bytes| GvaRange::new(item.at, bytes));
+                let range = if self.on_stack(item.at) {
+                    one
+                } else {
+                    rest.or(one)
+                };
+                if let Some(range) = range {
+                    self.add(range, item.kind, id, &item.path);
+                }
+            }
+        }
+    }
+
+    /// Buffers that the rules know of.
+    fn packet_data(&mut self, item: &Item, id: TypeId, name: &str) {
+        for rule in self
+            .reach
+            .rules
+            .packet_data
+            .iter()
+            .filter(|rule| rule.of == name)
+        {
+            let base = self.member_value(item.at, id, rule.base);
+            let end = self.member_value(item.at, id, rule.end);
+            let trailer = self.reach.types.find_struct(rule.trailer);
+            let trailer = trailer.and_then(|id| self.reach.types.size_of(id));
+            let (Some(base), Some(end), Some(trailer)) = (base, end, trailer) else {
+                continue;
+            };
+            // The end is an offset of at most 32 bits.
+            let range = GvaRange::new(Gva(base), (end & u64::from(u32::MAX)) + trailer);
+            if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
+                let path = format!("{}->{}", item.path, rule.base);
+                self.add(range, item.kind, id, &path);
+            }
+        }
+    }
+
+    /// Private data behind a structure.
+    fn private_area(
+        &mut self,
+        item: &Item,
+        id: TypeId,
+        name: &str,
+        bytes: u64,
+        rest: Option<GvaRange>,
+    ) {
+        let areas = self.reach.rules.private_areas;
+        let Some(rule) = areas.iter().find(|rule| rule.behind == name) else {
+            return;
+        };
+        let Some(area) = private_range(item.at, bytes, rule, rest) else {
+            return;
+        };
+        let path = format!("{}->private", item.path);
+        self.add(area, ObjectKind::PrivateArea, id, &path);
+        // Whose type it is nobody says; but it most often points back.
+        let owner = self.structure_that_points_back(area, id, item.at);
+        if let Some((type_id, _)) = owner {
+            let depth = item.depth + 1;
+            let kind = ObjectKind::PrivateArea;
+            self.push(Item {
+                at: area.first(),
+                type_id,
+                path,
+                depth,
+                kind,
+            });
+        }
+    }
+
+    /// The largest of the driver's structures that fits into `area` and there has a pointer of type
+    /// `of *` that points at `at`.
+    fn structure_that_points_back(
+        &mut self,
+        area: GvaRange,
+        of: TypeId,
+        at: Gva,
+    ) -> Option<(TypeId, u64)> {
+        let types = self.reach.types;
+        types.base()?;
+        let mut best: Option<(TypeId, u64)> = None;
+        for id in types.own_ids() {
+            let Some(Kind::Struct { bytes, members }) = types.kind(id) else {
+                continue;
+            };
+            let bytes = u64::from(bytes);
+            if bytes > area.len_bytes() || best.is_some_and(|(_, largest)| largest >= bytes) {
+                continue;
+            }
+            for member in members.iter() {
+                let Some(left) = self.members_left.checked_sub(1) else {
+                    return best;
+                };
+                self.members_left = left;
+                let to = types
+                    .pointee(member.type_id)
+                    .and_then(|to| types.resolve(to));
+                let points_back = to.is_some_and(|(to, _)| to == of)
+                    && self.word_at(area.first(), &member) == Some(at.0);
+                if points_back {
+                    best = Some((id, bytes));
+                    break;
+                }
+            }
+        }
+        best
+    }
+
+    /// Follows the pointers in the first elements of an array of a driver's structures.
+    fn follow_elements(&mut self, item: &Item, id: TypeId, bytes: u64, range: GvaRange) {
+        let count = range.len_bytes().checked_div(bytes).unwrap_or(0);
+        let count = if count > MAX_ELEMENTS { 1 } else { count };
+        for element in 0..count {
+            let Some(at) = item.at.checked_add(element * bytes) else {
+                return;
+            };
+            let path = match element {
+                0 => item.path.clone(),
+                n => format!("{}[{n}]", item.path),
+            };
+            self.follow_members(item, id, at, &path, MAX_NESTING);
+        }
+    }
+
+    fn follow_members(&mut self, item: &Item, id: TypeId, at: Gva, path: &str, nesting: usize) {
+        let types = self.reach.types;
+        let Some(nesting) = nesting.checked_sub(1) else {
+            return;
+        };
+        let Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) =
+            types.resolve(id)
+        else {
+            return;
+        };
+        for member in members.iter() {
+            if member.bit_size != 0 || !member.bit_offset.is_multiple_of(8) {
+                continue;
+            }
+            let Some(here) = at.checked_add(u64::from(member.bit_offset / 8)) else {
+                return;
+            };
+            let path = match types.string(member.name_at) {
+                "" => path.to_owned(),
+                name => format!("{path}->{name}"),
+            };
+            self.follow(item, member.type_id, here, &path, nesting);
+        }
+    }
+
+    /// Follows what is in a driver's structure at `at`: a pointer, an array of them, or a structure
+    /// of the driver's.
+    fn follow(&mut self, item: &Item, type_id: TypeId, at: Gva, path: &str, nesting: usize) {
+        let types = self.reach.types;
+        let Some(left) = self.members_left.checked_sub(1) else {
+            return;
+        };
+        self.members_left = left;
+        match types.resolve(type_id) {
+            Some((_, Kind::Pointer(to))) => {
+                let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
+                if let Some(target) = self.read_word(at).filter(|_| !is_code) {
+                    let depth = item.depth + 1;
+                    let path = path.to_owned();
+                    let kind = ObjectKind::Allocated;
+                    self.push(Item {
+                        at: Gva(target),
+                        type_id: to,
+                        path,
+                        depth,
+                        kind,
+                    });
+                }
+            }
+            Some((_, Kind::Array { element, count })) => {
+                let Some(bytes) = types.size_of(element) else {
+                    return;
+                };
+                let Some(nesting) = nesting.checked_sub(1) else {
+                    return;
+                };
+                for index in 0..u64::from(count).min(MAX_ELEMENTS) {
+                    let offset = index.checked_mul(bytes);
+                    let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
+                        return;
+                    };
+                    self.follow(item, element, here, &format!("{path}[{index}]"), nesting);
+                }
+            }
+            // The kernel's structures inside the driver's hold the kernel's pointers.
+            Some((id, Kind::Struct { .. } | Kind::Union { .. })) if types.is_own(id) => {
+                self.follow_members(item, id, at, path, nesting);
+            }
+            _ => {}
+        }
+    }
+
+    fn member_value(&self, at: Gva, id: TypeId, name: &str) -> Option<u64> {
+        let types = self.reach.types;
+        let member = types.find_member(id, name)?;
+        let bytes = types.size_of(member.type_id).filter(|bytes| *bytes <= 8)?;
+        let value = self.word_at(at, &member)?;
+        Some(if bytes == 8 {
+            value
+        } else {
+            value & ((1 << (bytes * 8)) - 1)
+        })
+    }
+
+    fn word_at(&self, at: Gva, member: &Member) -> Option<u64> {
+        self.read_word(at.checked_add(u64::from(member.bit_offset / 8))?)
+    }
+
+    fn read_word(&self, at: Gva) -> Option<u64> {
+        self.reach.virt.read_u64(at).ok()
+    }
+
+    fn on_stack(&self, at: Gva) -> bool {
+        self.reach.stack.is_some_and(|stack| stack.contains(at))
+    }
+
+    fn allocation(&self, at: Gva) -> Option<Allocation> {
+        self.reach
+            .allocations
+            .allocation_at(at)
+            .filter(|all| all.range.contains(at))
+    }
+
+    /// Takes an object, if its first byte is memory.
+    fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
+        let mut byte = [0];
+        if self.found.len() >= MAX_OBJECTS
+            || self.reach.virt.read(range.first(), &mut byte).is_err()
+        {
+            return;
+        }
+        let mut label = format!("{} ({path})", self.reach.types.type_name(id));
+        if label.len() > MAX_LABEL {
+            let mut end = MAX_LABEL;
+            while !label.is_char_boundary(end) {
+                end -= 1;
+            }
+            label.truncate(end);
+        }
+        if !self.found.iter().any(|other| other.range == range) {
+            self.found.push(Reached { range, kind, label });
+        }
+    }
+}
+
+/// The private data behind the structure of `bytes` bytes at `at`: to the end of the allocation.
+fn private_range(
+    at: Gva,
+    bytes: u64,
+    rule: &PrivateArea,
+    rest: Option<GvaRange>,
+) -> Option<GvaRange> {
+    let end = at.checked_add(bytes)?;
+    let first = Gva(end.checked_add(rule.align - 1)?.0 & !(rule.align - 1));
+    GvaRange::inclusive(first, rest?.last())
+}
