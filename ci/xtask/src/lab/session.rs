@@ -43,9 +43,10 @@ if [ ! -e "/host$workspace/Cargo.lock" ]; then
     mount --bind "/raw$workspace" "/host$workspace"
 fi
 mount --bind /out "/host$out"
-mkdir -p /dev/shm /dev/pts
-grep -q ' /dev/shm ' /proc/mounts || mount -t tmpfs tmpfs /dev/shm
-grep -q ' /dev/pts ' /proc/mounts || mount -t devpts devpts /dev/pts
+cd /host/dev
+mkdir -p shm pts
+grep -q ' /host/dev/shm ' /proc/mounts || mount -t tmpfs tmpfs shm
+grep -q ' /host/dev/pts ' /proc/mounts || mount -t devpts devpts pts
 ip link set lo up
 "#;
 
