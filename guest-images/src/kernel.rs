@@ -4,11 +4,15 @@
 //! Header"). The payload is a compressed `vmlinux`, for XZ and zstd followed by the unpacked size as
 //! `u32` little endian. After the ELF file itself come the relocations for address randomisation; they
 //! are cut off.
+//!
+//! Nearly half of what a Debian kernel's segments have in the file is zeros (`.bss` and what comes after it,
+//! gaps between sections). A loader would read and write them all, so the segments are split: what is
+//! zero is in a segment's memory size and not in its file size. The memory that results is the same.
 
 use std::io::Read;
 
-use object::elf;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+use object::{LittleEndian, elf};
 
 /// Offsets of header fields in the file.
 mod header {
@@ -65,6 +69,7 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vmlinux, String> {
     }
     let (end, btf_size) = elf_end(&unpacked)?;
     unpacked.truncate(end);
+    leave_out_zeros(&mut unpacked)?;
     Ok(Vmlinux {
         elf: unpacked,
         btf_size,
@@ -104,7 +109,7 @@ fn payload(image: &[u8]) -> Result<&[u8], String> {
 /// Where the ELF file ends, and the size of its BTF.
 fn elf_end(data: &[u8]) -> Result<(usize, u64), String> {
     let bad = |error: object::Error| format!("its payload is no usable ELF file: {error}");
-    let header = elf::FileHeader64::<object::LittleEndian>::parse(data).map_err(bad)?;
+    let header = elf::FileHeader64::<LittleEndian>::parse(data).map_err(bad)?;
     let endian = header.endian().map_err(bad)?;
     if header.e_machine(endian) != elf::EM_X86_64 {
         return Err("it is for another machine than x86-64".into());
@@ -140,6 +145,96 @@ fn elf_end(data: &[u8]) -> Result<(usize, u64), String> {
         return Err("its payload is an ELF file cut short".into());
     }
     Ok((end, btf_size))
+}
+
+/// Shorter runs of zeros are not worth a segment of their own.
+const ZERO_RUN: usize = 16;
+const PAGE: usize = 4096;
+
+type Segment = elf::ProgramHeader64<LittleEndian>;
+
+/// Splits the segments so that zeros are not in the file. Does nothing where the program header table
+/// has no room to grow.
+fn leave_out_zeros(data: &mut [u8]) -> Result<(), String> {
+    let bad = |error: object::Error| format!("its payload is no usable ELF file: {error}");
+    let header = elf::FileHeader64::<LittleEndian>::parse(&*data).map_err(bad)?;
+    let old = header.program_headers(LittleEndian, &*data).map_err(bad)?;
+    let table = header.e_phoff(LittleEndian);
+    let new: Vec<Segment> = old
+        .iter()
+        .flat_map(|segment| split(segment, data))
+        .collect();
+    let used = old.iter().map(|s| s.p_offset.get(LittleEndian));
+    let sections = header.sections(LittleEndian, &*data).map_err(bad)?;
+    let used = used.chain(sections.iter().map(|s| s.sh_offset.get(LittleEndian)));
+    let room = used.filter(|offset| *offset > table).min().unwrap_or(table);
+    let bytes = object::pod::bytes_of_slice(&new).to_vec();
+    let (Ok(count), Ok(start)) = (u16::try_from(new.len()), usize::try_from(table)) else {
+        return Ok(());
+    };
+    if new.len() == old.len() || table.saturating_add(bytes.len() as u64) > room {
+        return Ok(());
+    }
+    let count_at = std::mem::offset_of!(elf::FileHeader64<LittleEndian>, e_phnum);
+    for (at, bytes) in [(start, bytes.as_slice()), (count_at, &count.to_le_bytes())] {
+        if let Some(place) = data.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    }
+    Ok(())
+}
+
+/// The parts of a segment: each begins with what is not zero, and its memory goes on to the next part.
+fn split(segment: &Segment, data: &[u8]) -> Vec<Segment> {
+    let endian = LittleEndian;
+    let Ok(content) = segment.data(endian, data) else {
+        return vec![*segment];
+    };
+    if segment.p_type(endian) != elf::PT_LOAD || content.is_empty() {
+        return vec![*segment];
+    }
+    // Beginnings and ends of the parts, in bytes from the segment's start. The first one stays where the
+    // segment is, whatever it begins with.
+    let mut parts: Vec<(usize, usize)> = vec![(0, 0)];
+    let mut zeros = 0;
+    for (number, page) in content.chunks(PAGE).enumerate() {
+        if page.iter().all(|byte| *byte == 0) {
+            zeros += 1;
+            continue;
+        }
+        let begin = number * PAGE;
+        if zeros >= ZERO_RUN {
+            parts.push((begin, begin));
+        }
+        if let Some(last) = parts.last_mut() {
+            last.1 = begin + page.len();
+        }
+        zeros = 0;
+    }
+    if zeros < ZERO_RUN
+        && let Some(last) = parts.last_mut()
+    {
+        last.1 = content.len();
+    }
+    let memory = segment.p_memsz(endian);
+    let ends = parts
+        .iter()
+        .skip(1)
+        .map(|(begin, _)| *begin as u64)
+        .chain([memory]);
+    let part = |((begin, end), memory_end): (&(usize, usize), u64)| {
+        let (begin, size) = (*begin as u64, (end - begin) as u64);
+        let mut part = *segment;
+        part.p_offset.set(endian, segment.p_offset(endian) + begin);
+        part.p_vaddr
+            .set(endian, segment.p_vaddr(endian).wrapping_add(begin));
+        part.p_paddr
+            .set(endian, segment.p_paddr(endian).wrapping_add(begin));
+        part.p_filesz.set(endian, size);
+        part.p_memsz.set(endian, memory_end.saturating_sub(begin));
+        part
+    };
+    parts.iter().zip(ends).map(part).collect()
 }
 
 #[cfg(test)]
@@ -190,6 +285,79 @@ mod tests {
             assert_eq!(vmlinux.elf, elf);
             assert_eq!(vmlinux.btf_size, 0);
         }
+    }
+
+    /// What a loader makes of the segments: (physical address, byte) of all that is not zero.
+    fn memory(elf: &[u8]) -> Vec<(u64, u8)> {
+        let header = elf::FileHeader64::<LittleEndian>::parse(elf).unwrap();
+        let mut memory = Vec::new();
+        for segment in header.program_headers(LittleEndian, elf).unwrap() {
+            let data = segment.data(LittleEndian, elf).unwrap();
+            assert!(segment.p_memsz(LittleEndian) >= data.len() as u64);
+            let start = segment.p_paddr(LittleEndian);
+            memory.extend(
+                (start..)
+                    .zip(data)
+                    .filter(|(_, b)| **b != 0)
+                    .map(|(a, b)| (a, *b)),
+            );
+        }
+        memory
+    }
+
+    fn load_segment(offset: u64, address: u64, size: u64, memory: u64) -> Segment {
+        let mut segment = *object::pod::from_bytes::<Segment>(&[0; 56]).unwrap().0;
+        segment.p_type.set(LittleEndian, elf::PT_LOAD);
+        segment.p_offset.set(LittleEndian, offset);
+        segment.p_vaddr.set(LittleEndian, address);
+        segment.p_paddr.set(LittleEndian, address);
+        segment.p_filesz.set(LittleEndian, size);
+        segment.p_memsz.set(LittleEndian, memory);
+        segment
+    }
+
+    #[test]
+    fn zeros_are_left_out_and_memory_stays_the_same() {
+        let page = PAGE as u64;
+        let mut elf = small_elf(62);
+        elf[32] = 64;
+        elf[54] = 56;
+        elf[56] = 2;
+        elf.resize(4096, 0);
+        // Data, a long gap, data, a short gap, data, zeros to the end.
+        let mut content = vec![0u8; PAGE * 200];
+        for (at, byte) in [(10, 1), (40 * PAGE + 5, 2), (45 * PAGE, 3)] {
+            content[at] = byte;
+        }
+        // All zero.
+        let segments = [
+            load_segment(page, 0x100_0000, 200 * page, 300 * page),
+            load_segment(page * 201, 0x300_0000, 50 * page, 50 * page),
+        ];
+        elf[64..64 + 112].copy_from_slice(object::pod::bytes_of_slice(&segments));
+        elf.extend_from_slice(&content);
+        elf.extend_from_slice(&vec![0; PAGE * 50]);
+        let before = memory(&elf);
+        leave_out_zeros(&mut elf).unwrap();
+        assert_eq!(memory(&elf), before);
+        let header = elf::FileHeader64::<LittleEndian>::parse(elf.as_slice()).unwrap();
+        let found: Vec<_> = header
+            .program_headers(LittleEndian, elf.as_slice())
+            .unwrap()
+            .iter()
+            .map(|s| {
+                (
+                    s.p_paddr(LittleEndian),
+                    s.p_filesz(LittleEndian) / page,
+                    s.p_memsz(LittleEndian) / page,
+                )
+            })
+            .collect();
+        let second = 0x100_0000 + 40 * page;
+        assert_eq!(
+            found,
+            [(0x100_0000, 1, 40), (second, 6, 260), (0x300_0000, 0, 50)]
+        );
     }
 
     #[test]

@@ -71,7 +71,12 @@ impl<'a> Userland<'a> {
                 reason,
             })?;
             files.insert(path.clone(), content);
-            for library in &needs.libraries {
+            // The loader is there as a program's interpreter, and counts as loaded.
+            for library in needs
+                .libraries
+                .iter()
+                .filter(|l| !l.starts_with("ld-linux"))
+            {
                 let to = format!("{LIBRARY_DIRECTORY}/{library}");
                 if !files.contains_key(&to) && !todo.iter().any(|(p, _)| *p == to) {
                     todo.push((to, self.library(library, &path)?));
