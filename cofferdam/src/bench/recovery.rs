@@ -86,9 +86,12 @@ pub fn measure(
 /// The guest, for the report.
 pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
     let config = guest.control()?.status()?.config;
-    let kernel = guest.run(&["uname", "-r"])?.trim().to_owned();
+    let agent = guest
+        .agent()
+        .agent()
+        .context("the guest's agent is not connected")?;
     Ok(GuestFacts {
-        kernel,
+        kernel: agent.kernel.clone(),
         vcpus: config.vcpus,
         mem_mib: config.memory_mib,
     })

@@ -1,4 +1,5 @@
-//! How much memory this process has, the guest's and its own apart.
+//! How much memory this process has, the guest's and its own apart, and giving back what only its start
+//! needed.
 
 use std::io::{BufRead, BufReader};
 
@@ -43,6 +44,58 @@ fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
     Ok(total)
 }
 
+/// Allocations from this size on get pages of their own, in bytes.
+const OWN_PAGES: libc::c_int = 32 << 10;
+
+/// Lets large buffers take memory only as far as they are used. Inside the heap the allocator clears
+/// them when they are made, and the user-mode gateway has a buffer for each connection there could be.
+pub fn make_buffers_lazy() {
+    // SAFETY: mallopt takes no pointer and may be called at any time.
+    if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_PAGES) } == 0 {
+        tracing::debug!("the allocator keeps its threshold");
+    }
+}
+
+/// Gives back memory that only the start of the process needed: freed heap, and pages of program text,
+/// most of which reads command lines and draws reports. Text that is needed comes back from the page
+/// cache by itself.
+pub fn give_back_startup() {
+    // SAFETY: malloc_trim takes no pointer and may be called at any time.
+    unsafe { libc::malloc_trim(0) };
+    let maps = match std::fs::read_to_string("/proc/self/maps") {
+        Ok(maps) => maps,
+        Err(error) => {
+            tracing::debug!("memory of the start is kept: {error}");
+            return;
+        }
+    };
+    for (start, end) in maps.lines().filter_map(text_of_file) {
+        let length = end.saturating_sub(start);
+        // SAFETY: the range is a private mapping of a file that cannot be written through, so no page
+        // of it differs from the file; dropped pages are read from the file again when touched.
+        let result =
+            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED) };
+        if result != 0 {
+            tracing::debug!("text is kept: {}", std::io::Error::last_os_error());
+        }
+    }
+}
+
+/// Start and end of a mapping of a file's text, out of a line of `/proc/self/maps` (proc(5)).
+fn text_of_file(line: &str) -> Option<(usize, usize)> {
+    let mut words = line.split_whitespace();
+    let (range, permissions) = (words.next()?, words.next()?);
+    let path = words.nth(3)?;
+    if permissions != "r-xp" || !path.starts_with('/') {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    Some((
+        usize::from_str_radix(start, 16).ok()?,
+        usize::from_str_radix(end, 16).ok()?,
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +127,29 @@ Rss:                  40 kB
     #[test]
     fn this_process_has_some() {
         assert!(resident().unwrap().own_kib > 100);
+    }
+
+    #[test]
+    fn only_text_of_files_is_given_back() {
+        let text = "55e0c0a00000-55e0c0b00000 r-xp 00001000 08:01 1234      /usr/bin/cofferdam";
+        assert_eq!(
+            text_of_file(text),
+            Some((0x55e0_c0a0_0000, 0x55e0_c0b0_0000))
+        );
+        for other in [
+            "7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0     [stack]",
+            "7ffd1bd000-7ffd1bf000 r-xp 00000000 00:00 0         [vdso]",
+            "7f0000000000-7f0000001000 rwxp 00000000 00:00 0",
+            "55e0c0a00000-55e0c0b00000 r--p 00001000 08:01 1234  /usr/bin/cofferdam",
+            "",
+        ] {
+            assert_eq!(text_of_file(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_process_goes_on_without_its_text() {
+        give_back_startup();
+        assert!(resident().unwrap().own_kib > 0);
     }
 }

@@ -88,6 +88,7 @@ impl RunConfig {
 pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
     let signals = Signals::block().context("cannot block signals")?;
+    memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
     let result = boot(&config, started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
@@ -138,6 +139,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     if let Some(input) = input {
         input.start(vm.handle(), belongings)?;
     }
+    memory::give_back_startup();
     tracing::info!(name = %config.name, "the guest starts");
     Ok(vm.run()?)
 }
