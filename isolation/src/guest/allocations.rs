@@ -180,7 +180,7 @@ fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
 }
 
 /// The guest's allocations as they are now.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Allocations<'a, M> {
     model: &'a MemoryModel,
     virt: VirtMemory<'a, M>,

@@ -55,10 +55,11 @@ impl ExceptionEntry {
         self.data as u8
     }
 
-    /// Whether the handler is for accesses of user memory and nothing else: `EX_TYPE_UACCESS` (3)
-    /// and `EX_TYPE_UCOPY_LEN` (19) of `arch/x86/include/asm/extable_fixup_types.h`.
+    /// Whether the handler is for accesses of user memory and nothing else: `EX_TYPE_UACCESS` (3),
+    /// `EX_TYPE_COPY` (4) and `EX_TYPE_UCOPY_LEN` (19) of
+    /// `arch/x86/include/asm/extable_fixup_types.h`.
     pub fn is_user_access(&self) -> bool {
-        matches!(self.kind(), 3 | 19)
+        matches!(self.kind(), 3 | 4 | 19)
     }
 }
 

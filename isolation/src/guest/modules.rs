@@ -101,8 +101,7 @@ impl ModuleLayout {
             gone: Vec::new(),
         };
         for (index, (at, section)) in starts.iter().enumerate() {
-            // Per-CPU data has its address in another space; what initialised is gone.
-            if section.starts_with(".data..percpu") || section.starts_with(".init") {
+            if !stays(section) {
                 continue;
             }
             let next = starts[index + 1..]
@@ -235,6 +234,13 @@ impl Section {
     pub fn is_text(&self) -> bool {
         self.executable && !self.writable
     }
+}
+
+/// Whether a section is where the guest says after the module was loaded. What initialised is
+/// gone, and with it the full symbol table; per-CPU data has its address in another space.
+fn stays(name: &str) -> bool {
+    let gone = [".init", ".symtab", ".strtab", ".data..percpu"];
+    !gone.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Whether a section of this name should hold code.

@@ -39,7 +39,9 @@ fn reported() -> Vec<(String, u64)> {
         (".exit.text", BASE + 0xc0),
         (".data", BASE + 0x1000),
         (".bss", BASE + 0x1800),
+        (".gnu.linkonce.this_module", BASE + 0x1700),
         (".init.text", BASE + 0x8000),
+        (".symtab", BASE + 0x1900),
         (".data..percpu", 0x1000),
         (".nothing", BASE + 0x9000),
     ]
@@ -72,9 +74,14 @@ fn sections_end_at_the_next_or_where_the_mapping_does() {
         [
             (".text", 0, 0xc0, false),
             (".exit.text", 0xc0, 0xf40, false),
-            (".data", 0x1000, 0x800, true),
+            (".data", 0x1000, 0x700, true),
+            (".gnu.linkonce.this_module", 0x1700, 0x100, true),
             (".bss", 0x1800, 0x1800, true),
         ]
+    );
+    assert_eq!(
+        layout.data().map(|s| s.name.as_str()).collect::<Vec<_>>(),
+        [".data", ".bss"]
     );
     assert_eq!(layout.text().count(), 2);
     assert_eq!(layout.section_at(Gva(BASE + 0x2fff)).unwrap().name, ".bss");

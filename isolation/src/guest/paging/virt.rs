@@ -34,13 +34,22 @@ pub enum VirtError {
 }
 
 /// Guest memory as code of one address space sees it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct VirtMemory<'a, M> {
     /// The address space.
     pub space: AddressSpace,
     /// Where its tables and pages are.
     pub memory: &'a M,
 }
+
+// Derived ones would ask the same of `M`.
+impl<M> Clone for VirtMemory<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for VirtMemory<'_, M> {}
 
 impl<M: GuestPhys> VirtMemory<'_, M> {
     /// Fills `data` from `at`, page by page. On an error `data` may be partly filled.
