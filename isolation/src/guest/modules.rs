@@ -93,6 +93,7 @@ impl ModuleLayout {
         let mut starts: Vec<(Gva, &str)> = reported
             .iter()
             .map(|(name, at)| (Gva(*at), name.as_str()))
+            .filter(|(_, name)| stays(name))
             .collect();
         starts.sort_unstable();
         let mut layout = Self {
@@ -101,9 +102,6 @@ impl ModuleLayout {
             gone: Vec::new(),
         };
         for (index, (at, section)) in starts.iter().enumerate() {
-            if !stays(section) {
-                continue;
-            }
             let next = starts[index + 1..]
                 .iter()
                 .map(|(next, _)| *next)
@@ -137,11 +135,15 @@ impl ModuleLayout {
         self.sections.iter().filter(|section| section.is_text())
     }
 
-    /// The sections that the module may write.
+    /// The sections that hold the module's variables. What the kernel keeps in a module for itself
+    /// (`.gnu.linkonce.this_module`, `__bug_table`, ...) is writable too, but not among them.
     pub fn data(&self) -> impl Iterator<Item = &Section> {
-        self.sections
-            .iter()
-            .filter(|section| section.writable && !section.executable)
+        let is_data = |section: &&Section| {
+            let name = section.name.as_str();
+            let variables = [".data", ".bss", ".ref.data", ".exit.data"];
+            section.writable && !section.executable && variables.iter().any(|v| name.starts_with(v))
+        };
+        self.sections.iter().filter(is_data)
     }
 
     /// The section that `at` lies in.
