@@ -99,7 +99,7 @@ fn driver(nic: NicModel) -> &'static str {
 
 /// A result as a part of a report.
 fn traffic(kind: TrafficKind, nic: NicModel, result: &TrafficResult) -> Traffic {
-    let packets = matches!(kind, TrafficKind::PingFlood | TrafficKind::UdpEcho);
+    let packets = result.sent > 0;
     let count = |n: u64| packets.then_some(n);
     Traffic {
         kind: kind.name().to_owned(),

@@ -10,6 +10,8 @@ pub enum TrafficKind {
     PingFlood,
     /// UDP to port 7, as fast as answers come, of all sizes up to the MTU.
     UdpEcho,
+    /// UDP to port 7777, which sends it on to a multicast group that was joined.
+    Multicast,
     /// A TCP stream to port 7 and back.
     TcpEcho,
     /// A TCP stream to port 9, which answers with its checksum.
@@ -20,9 +22,10 @@ pub enum TrafficKind {
 
 impl TrafficKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::PingFlood,
         Self::UdpEcho,
+        Self::Multicast,
         Self::TcpEcho,
         Self::TcpSink,
         Self::TcpSource,
@@ -33,6 +36,7 @@ impl TrafficKind {
         match self {
             Self::PingFlood => "ping_flood",
             Self::UdpEcho => "udp_echo",
+            Self::Multicast => "multicast",
             Self::TcpEcho => "tcp_echo",
             Self::TcpSink => "tcp_sink",
             Self::TcpSource => "tcp_source",

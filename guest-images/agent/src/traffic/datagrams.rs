@@ -18,6 +18,12 @@ const WINDOW: usize = 16;
 /// Port of UDP's echo service.
 const ECHO_PORT: u16 = 7;
 
+/// Port of the service that sends datagrams on to [`GROUP`], same port.
+const MULTICAST_PORT: u16 = 7777;
+
+/// The group.
+const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
+
 /// Room for a packet with its headers, in bytes.
 const BUFFER_BYTES: usize = 2048;
 
@@ -38,6 +44,11 @@ pub fn ping_flood(peer: Ipv4Addr, time: Duration) -> TrafficResult {
 /// UDP echo.
 pub fn udp_echo(peer: Ipv4Addr, time: Duration) -> TrafficResult {
     finish(Udp::new(peer).and_then(|mut udp| exchange(&mut udp, time)))
+}
+
+/// UDP that comes back by multicast.
+pub fn multicast(peer: Ipv4Addr, time: Duration) -> TrafficResult {
+    finish(Udp::join(peer).and_then(|mut udp| exchange(&mut udp, time)))
 }
 
 fn finish(result: io::Result<TrafficResult>) -> TrafficResult {
@@ -193,26 +204,39 @@ fn checksum(data: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// UDP echo.
-struct Udp(UdpSocket);
+/// UDP, answered from the same place or by multicast.
+struct Udp {
+    socket: UdpSocket,
+    peer: SocketAddrV4,
+}
 
 impl Udp {
     fn new(peer: Ipv4Addr) -> io::Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.connect((peer, ECHO_PORT))?;
+        Self::with(socket, SocketAddrV4::new(peer, ECHO_PORT))
+    }
+
+    fn join(peer: Ipv4Addr) -> io::Result<Self> {
+        // Bound to the group, it hears nothing that was sent to this host alone.
+        let socket = UdpSocket::bind((GROUP, MULTICAST_PORT))?;
+        socket.join_multicast_v4(&GROUP, &Ipv4Addr::UNSPECIFIED)?;
+        Self::with(socket, SocketAddrV4::new(peer, MULTICAST_PORT))
+    }
+
+    fn with(socket: UdpSocket, peer: SocketAddrV4) -> io::Result<Self> {
         socket.set_read_timeout(Some(Duration::from_secs(1)))?;
-        Ok(Self(socket))
+        Ok(Self { socket, peer })
     }
 }
 
 impl Carrier for Udp {
     fn send(&mut self, payload: &[u8]) -> io::Result<()> {
-        self.0.send(payload).map(drop)
+        self.socket.send_to(payload, self.peer).map(drop)
     }
 
     fn receive(&mut self, payload: &mut Vec<u8>) -> io::Result<bool> {
         payload.resize(BUFFER_BYTES, 0);
-        match self.0.recv(payload) {
+        match self.socket.recv(payload) {
             Ok(length) => {
                 payload.truncate(length);
                 Ok(true)

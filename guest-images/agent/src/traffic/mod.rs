@@ -33,6 +33,7 @@ pub fn main(arguments: &[String]) -> u8 {
     let result = match kind {
         TrafficKind::PingFlood => datagrams::ping_flood(peer, time),
         TrafficKind::UdpEcho => datagrams::udp_echo(peer, time),
+        TrafficKind::Multicast => datagrams::multicast(peer, time),
         TrafficKind::TcpEcho => streams::echo(peer, time),
         TrafficKind::TcpSink => streams::sink(peer, time),
         TrafficKind::TcpSource => streams::source(peer, time),

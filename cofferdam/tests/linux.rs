@@ -1,0 +1,390 @@
+//! A stock Linux guest and its own drivers on our machine and devices.
+//!
+//! Each test needs a KVM that boots Linux in seconds and the guest images, so all are ignored unless
+//! asked for. Those that leave the guest as they found it share one; the others boot their own.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test ends where something unexpected happens"
+)]
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use agent_protocol::traffic::{TrafficKind, TrafficResult};
+use cofferdam::bench::guest::{Guest, GuestOptions};
+use cofferdam::bench::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
+use cofferdam::bench::traffic;
+
+/// How long a guest may take to boot or to end.
+const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// How long traffic is sent.
+const TRAFFIC_TIME: Duration = Duration::from_secs(3);
+
+/// The guest that tests share, ended when the process ends.
+static SHARED: Mutex<Option<Guest>> = Mutex::new(None);
+
+fn options() -> GuestOptions {
+    let images = std::env::var_os("COFFERDAM_IMAGES").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
+        PathBuf::from,
+    );
+    GuestOptions {
+        program: env!("CARGO_BIN_EXE_cofferdam").into(),
+        images,
+        initrd: "initrd.cpio",
+        arguments: Vec::new(),
+    }
+}
+
+#[track_caller]
+fn boot(options: &GuestOptions) -> Guest {
+    Guest::boot(options, BOOT_TIME).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// The shared guest, with its network up.
+fn shared() -> Shared {
+    let mut guest = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if guest.is_none() {
+        // SAFETY: the handler does nothing that may not be done at the end of a process.
+        assert_eq!(unsafe { libc::atexit(end_shared) }, 0);
+        let mut new = boot(&options().with("--net user --nic e1000"));
+        network::bring_up(&mut new, "e1000").unwrap();
+        network::wait_for_link(&mut new, LINK_TIME).unwrap();
+        *guest = Some(new);
+    }
+    Shared(guest)
+}
+
+extern "C" fn end_shared() {
+    drop(SHARED.lock().unwrap_or_else(PoisonError::into_inner).take());
+}
+
+/// The shared guest for the time of one test.
+struct Shared(MutexGuard<'static, Option<Guest>>);
+
+impl std::ops::Deref for Shared {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        self.0.as_ref().unwrap()
+    }
+}
+
+impl std::ops::DerefMut for Shared {
+    fn deref_mut(&mut self) -> &mut Guest {
+        self.0.as_mut().unwrap()
+    }
+}
+
+/// Runs a shell command in the guest; it must succeed.
+#[track_caller]
+fn shell(guest: &mut Guest, script: &str) -> String {
+    guest
+        .shell(script)
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Sends traffic; all of it must arrive once, in order and unchanged.
+#[track_caller]
+fn traffic(guest: &mut Guest, kind: TrafficKind) -> TrafficResult {
+    let result = traffic::send(guest, kind, TRAFFIC_TIME).unwrap();
+    assert_eq!(result.error, None, "{result:?}");
+    assert_eq!(result.answered, result.sent, "lost: {result:?}");
+    let TrafficResult {
+        reordered,
+        duplicated,
+        corrupted,
+        ..
+    } = result;
+    assert_eq!((reordered, duplicated, corrupted), (0, 0, 0), "{result:?}");
+    result
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_stock_driver_finds_the_nic_and_its_link_comes_up() {
+    let mut guest = shared();
+    let mac = guest.control().unwrap().status().unwrap().config.net;
+    let mac = mac.unwrap().mac;
+    let address = shell(&mut guest, "cat /sys/class/net/eth0/address");
+    assert_eq!(address.trim(), mac);
+    let driver = shell(&mut guest, "ethtool -i eth0");
+    assert!(driver.contains("driver: e1000"), "{driver}");
+    let link = shell(&mut guest, "ethtool eth0");
+    for fact in ["Speed: 1000Mb/s", "Duplex: Full", "Link detected: yes"] {
+        assert!(link.contains(fact), "{link}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn pings_are_answered_in_both_directions() {
+    let mut guest = shared();
+    let pings = traffic(&mut guest, TrafficKind::PingFlood);
+    assert!(pings.sent >= 100, "{pings:?}");
+    let mut probe = Probe::start(&guest, Duration::from_millis(20)).unwrap();
+    let now = devices::clock::monotonic_ns();
+    probe.wait_for_reply(now, LINK_TIME).unwrap();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn datagrams_of_all_sizes_come_back_unchanged() {
+    let result = traffic(&mut shared(), TrafficKind::UdpEcho);
+    assert!(result.sent >= 100, "{result:?}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn tcp_streams_arrive_unchanged_with_checksum_and_segmentation_offload() {
+    let mut guest = shared();
+    let features = shell(&mut guest, "ethtool -k eth0");
+    for feature in ["tx-checksumming: on", "tcp-segmentation-offload: on"] {
+        assert!(features.contains(feature), "{features}");
+    }
+    for kind in [
+        TrafficKind::TcpEcho,
+        TrafficKind::TcpSink,
+        TrafficKind::TcpSource,
+    ] {
+        let result = traffic(&mut guest, kind);
+        let bytes = result.bytes_to_peer + result.bytes_from_peer;
+        assert!(bytes > 100_000, "{kind:?}: {result:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn tagged_frames_reach_their_vlan() {
+    let mut guest = shared();
+    guest.agent().load_module("8021q", "").unwrap();
+    let script = "ip link add link eth0 name eth0.5 type vlan id 5 &&
+        ip addr add 10.64.5.15/24 dev eth0.5 && ip link set eth0.5 up";
+    shell(&mut guest, script);
+    let tagged = guest.shell("ping -c 3 -W 5 10.64.5.2");
+    let untagged = guest.shell("ping -c 3 -W 5 10.0.2.2");
+    shell(&mut guest, "ip link del eth0.5");
+    for answer in [tagged, untagged] {
+        let answer = answer.unwrap();
+        assert!(answer.contains(" 0% packet loss"), "{answer}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn multicast_is_received_once_joined() {
+    let mut guest = shared();
+    let result = traffic(&mut guest, TrafficKind::Multicast);
+    assert!(result.sent >= 20, "{result:?}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_drivers_self_test_passes() {
+    let mut guest = shared();
+    let result = guest.shell("ethtool -t eth0 offline; echo status $?");
+    // It resets the controller, which takes the address's route along.
+    network::configure(&mut guest).unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    let result = result.unwrap();
+    assert!(result.contains("The test result is PASS"), "{result}");
+    for test in ["Register", "Eeprom", "Interrupt", "Loopback", "Link"] {
+        let line = result.lines().find(|line| line.starts_with(test));
+        let line = line.unwrap_or_else(|| panic!("no {test} in {result}"));
+        assert!(line.trim_end().ends_with('0'), "{line}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn registers_and_eeprom_can_be_dumped() {
+    let mut guest = shared();
+    let registers = shell(&mut guest, "ethtool -d eth0");
+    for fact in [
+        "CTRL (Device control register)",
+        "Link up:                           link config",
+        "RCTL (Receive control register)",
+    ] {
+        assert!(
+            registers.contains(fact) || !fact.contains('('),
+            "{registers}"
+        );
+    }
+    let dump = shell(&mut guest, "ethtool -e eth0 offset 0 length 6");
+    let mac = shell(&mut guest, "cat /sys/class/net/eth0/address");
+    let bytes = mac.trim().replace(':', " ");
+    assert!(dump.contains(&bytes), "{dump} has no {bytes}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_driver_is_removed_and_inserted_twenty_times() {
+    let mut guest = shared();
+    for round in 1..=20 {
+        guest.agent().remove_module("e1000").unwrap();
+        let interfaces = guest.agent().interfaces().unwrap();
+        assert!(
+            interfaces.iter().all(|i| i.name != INTERFACE),
+            "round {round}"
+        );
+        network::bring_up(&mut guest, "e1000").unwrap();
+    }
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    let ping = shell(&mut guest, "ping -c 3 -W 5 10.0.2.2");
+    assert!(ping.contains(" 0% packet loss"), "{ping}");
+    let log = guest.agent().kmsg(0).unwrap().0;
+    let bad: Vec<_> = log
+        .iter()
+        .filter(|record| {
+            ["BUG", "WARNING", "Oops"]
+                .iter()
+                .any(|w| record.text.contains(w))
+        })
+        .collect();
+    assert!(bad.is_empty(), "{bad:?}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_paused_guest_stands_still_and_goes_on() {
+    let mut guest = shared();
+    let mut control = guest.control().unwrap();
+    use cofferdam::control::protocol::Request;
+    control.tell(&Request::Pause {}).unwrap();
+    let before = control.status().unwrap().exits;
+    std::thread::sleep(Duration::from_millis(200));
+    let after = control.status().unwrap().exits;
+    control.tell(&Request::Resume {}).unwrap();
+    assert_eq!(before, after);
+    guest.agent().ping().unwrap();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_boots_reboots_and_powers_off() {
+    let mut guest = boot(&options());
+    let first = guest.agent().agent().unwrap().boot_id.clone();
+    guest.agent().reboot().unwrap();
+    guest.wait_for_agent(BOOT_TIME).unwrap();
+    let second = guest.agent().agent().unwrap().boot_id.clone();
+    assert_ne!(first, second);
+    assert_eq!(guest.control().unwrap().status().unwrap().resets, 1);
+    guest.agent().power_off().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    assert!(!guest.paths().dir.exists());
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_that_reboots_ends_with_no_reboot() {
+    let mut guest = boot(&options().with("--no-reboot"));
+    guest.agent().reboot().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn four_processors_come_up_and_work() {
+    let mut guest = boot(&options().with("--vcpus 4 --net user"));
+    let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
+    assert_eq!(count.trim(), "4");
+    let script = "for cpu in 0 1 2 3; do taskset -c $cpu sh -c 'echo $cpu ok' & done; wait";
+    let works = shell(&mut guest, script);
+    assert_eq!(works.matches("ok").count(), 4, "{works}");
+    network::bring_up(&mut guest, "e1000").unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    traffic(&mut guest, TrafficKind::TcpEcho);
+    traffic(&mut guest, TrafficKind::PingFlood);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_disk_keeps_what_is_written_and_a_read_only_one_takes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (disk, fixed) = (path("disk"), path("fixed"));
+    let pattern: Vec<u8> = (0..1 << 20)
+        .map(|i: u32| (i >> 3) as u8 ^ i as u8)
+        .collect();
+    std::fs::write(&fixed, &pattern).unwrap();
+    std::fs::File::create(&disk)
+        .unwrap()
+        .set_len(16 << 20)
+        .unwrap();
+    let mut guest = boot(&options().with(&format!("--disk {disk} --disk {fixed},ro")));
+    guest.agent().load_module("virtio_blk", "").unwrap();
+    shell(
+        &mut guest,
+        "dd if=/dev/vdb of=/dev/vda bs=64k seek=16 conv=fsync",
+    );
+    let refused = guest.shell("echo x | dd of=/dev/vdb conv=fsync");
+    assert!(refused.is_err(), "{refused:?}");
+    guest.agent().load_module("ext4", "").unwrap();
+    let script = "mke2fs -F /dev/vda 1024 && mkdir -p /tmp/disk && mount -t ext4 /dev/vda /tmp/disk
+        echo kept > /tmp/disk/file && umount /tmp/disk
+        echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 /dev/vda /tmp/disk && cat /tmp/disk/file
+        umount /tmp/disk";
+    assert!(shell(&mut guest, script).ends_with("kept\n"));
+    guest.agent().power_off().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    let bytes = std::fs::read(&disk).unwrap();
+    assert!(
+        bytes[1 << 20..2 << 20] == pattern[..],
+        "the pattern did not arrive"
+    );
+    assert!(
+        std::fs::read(&fixed).unwrap() == pattern,
+        "the read-only disk was changed"
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn virtio_net_reaches_the_gateway() {
+    let mut guest = boot(&options().with("--net user --nic virtio"));
+    network::bring_up(&mut guest, "virtio_net").unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    traffic(&mut guest, TrafficKind::PingFlood);
+    traffic(&mut guest, TrafficKind::TcpEcho);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn two_guests_on_one_cable_reach_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let cable = folder.path().join("cable").display().to_string();
+    let mac = "02:cf:00:00:00";
+    let mut left = boot(&options().with(&format!("--net unix={cable},listen --mac {mac}:01")));
+    let mut right = boot(&options().with(&format!("--net unix={cable} --mac {mac}:02")));
+    for (guest, host) in [(&mut left, 1), (&mut right, 2)] {
+        guest.agent().load_module("e1000", "").unwrap();
+        shell(
+            guest,
+            &format!("ip addr add 192.168.7.{host}/24 dev eth0 && ip link set eth0 up"),
+        );
+        network::wait_for_link(guest, LINK_TIME).unwrap();
+    }
+    for (guest, other) in [(&mut left, 2), (&mut right, 1)] {
+        let ping = shell(guest, &format!("ping -c 5 -W 5 192.168.7.{other}"));
+        assert!(ping.contains(" 0% packet loss"), "{ping}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_gateway_gives_an_address_by_dhcp() {
+    let mut guest = shared();
+    shell(&mut guest, "ip addr flush dev eth0");
+    let lease = guest.shell("udhcpc -i eth0 -n -q -s /etc/udhcpc.script");
+    let address = guest.shell("ip -4 addr show dev eth0");
+    network::configure(&mut guest).unwrap();
+    lease.unwrap();
+    let address = address.unwrap();
+    assert!(address.contains(&ADDRESS.to_string()), "{address}");
+    let ping = shell(&mut guest, &format!("ping -c 1 -W 5 {GATEWAY}"));
+    assert!(ping.contains(" 0% packet loss"), "{ping}");
+}
