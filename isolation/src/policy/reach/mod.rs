@@ -1,8 +1,8 @@
 //! Which objects a call reaches from its arguments, by type.
 //!
 //! ```text
-//!  argument ─► kernel's structure ─ rules only: the private area behind it, a packet's data
-//!                     │
+//!  argument ─► kernel's structure ─ rules only: the private area behind it, a packet's data,
+//!                     │             queues and counters that inline functions write
 //!                     ▼
 //!              driver's structure ─ every pointer in it ─► kernel's structure: itself
 //!                                                      ─► driver's structure: as this one
@@ -35,7 +35,7 @@ use crate::guest::phys::GuestPhys;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 
-pub use rules::{Embedded, PacketData, PrivateArea, Rules};
+pub use rules::{Embedded, Followed, PacketData, PerCpuPointer, PrivateArea, Rules};
 
 /// Most objects that one question finds.
 pub const MAX_OBJECTS: usize = 1024;
@@ -77,6 +77,8 @@ pub struct Reach<'a, M, A> {
     pub allocations: &'a A,
     /// The stack that the call runs on: what lies on it is never taken for an array.
     pub stack: Option<GvaRange>,
+    /// What to add to a per-CPU address for the processor that the call runs on: its GS base.
+    pub per_cpu_base: Option<u64>,
     /// What types do not say.
     pub rules: &'a Rules,
 }

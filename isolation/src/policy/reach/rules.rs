@@ -25,6 +25,30 @@ pub struct PacketData {
 /// A structure of the kernel's that drivers embed in their own, and get back as an argument.
 pub type Embedded = &'static str;
 
+/// A pointer in a structure of the kernel's that leads to what a driver may write: inline functions
+/// of the kernel that became part of the driver write there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Followed {
+    /// The structure.
+    pub of: &'static str,
+    /// The pointer.
+    pub member: &'static str,
+    /// Member with the number of elements, if it is an array.
+    pub count: Option<&'static str>,
+    /// What a `void *` is: the first of these structures that the module defines.
+    pub is: &'static [&'static str],
+}
+
+/// A pointer in a structure of the kernel's to data of the current processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerCpuPointer {
+    /// The structure.
+    pub of: &'static str,
+    /// The pointer. Only that of the kernel's version at hand exists; members of a union are all
+    /// named, the largest counts.
+    pub members: &'static [&'static str],
+}
+
 /// All rules.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
@@ -34,6 +58,10 @@ pub struct Rules {
     pub packet_data: &'static [PacketData],
     /// Structures whose whole allocation is the driver's (`container_of`).
     pub embedded: &'static [Embedded],
+    /// Pointers that are followed though they are the kernel's.
+    pub followed: &'static [Followed],
+    /// Pointers to data of the current processor.
+    pub per_cpu: &'static [PerCpuPointer],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
 }
@@ -69,6 +97,54 @@ impl Rules {
             "tasklet_struct",
             "notifier_block",
             "config_item",
+        ],
+        followed: &[
+            // `netif_tx_stop_queue`, `__netif_tx_lock`.
+            Followed {
+                of: "net_device",
+                member: "_tx",
+                count: Some("num_tx_queues"),
+                is: &[],
+            },
+            Followed {
+                of: "blk_mq_queue_data",
+                member: "rq",
+                count: None,
+                is: &[],
+            },
+            Followed {
+                of: "blk_mq_hw_ctx",
+                member: "driver_data",
+                count: None,
+                is: &["nullb_queue"],
+            },
+            Followed {
+                of: "request_queue",
+                member: "queuedata",
+                count: None,
+                is: &["nullb"],
+            },
+            Followed {
+                of: "gendisk",
+                member: "private_data",
+                count: None,
+                is: &["nullb"],
+            },
+        ],
+        per_cpu: &[
+            // `dev_lstats_add`, `dev_sw_netstats_rx_add`, `dev_hold`, `dev_core_stats_*`.
+            PerCpuPointer {
+                of: "net_device",
+                members: &["lstats", "tstats", "dstats"],
+            },
+            PerCpuPointer {
+                of: "net_device",
+                members: &["pcpu_refcnt"],
+            },
+            PerCpuPointer {
+                of: "net_device",
+                members: &["core_stats"],
+            },
         ],
         closed: &[
             "module",

@@ -19,6 +19,8 @@ const SLOTS: u64 = 0xffff_8880_0003_0000;
 const PACKET: u64 = 0xffff_8880_0004_0000;
 const PACKET_HEAD: u64 = 0xffff_8880_0005_0000;
 const NET: u64 = 0xffff_8880_0006_0000;
+const QUEUES: u64 = 0xffff_8880_0007_0000;
+const PER_CPU_BASE: u64 = 0xffff_8880_0008_0000;
 const STACK: u64 = 0xffff_c900_0000_8000;
 const BUFFER: u64 = 0xffff_c900_0010_0000;
 
@@ -44,7 +46,22 @@ fn types() -> Arc<Btf> {
     let bytes = e.pointer(byte);
     let net = e.structure("net", 64, &[("x", int, 0)]);
     let net = e.pointer(net);
-    e.structure("net_device", 0x48, &[("mtu", int, 0), ("nd_net", net, 8)]);
+    let queue = e.structure("netdev_queue", 40, &[]);
+    let queues = e.pointer(queue);
+    let counters = e.structure("pcpu_lstats", 16, &[]);
+    let counters = e.pointer(counters);
+    let stats = e.composite(5, "", 8, &[("lstats", counters, 0)]);
+    e.structure(
+        "net_device",
+        0x48,
+        &[
+            ("mtu", int, 0),
+            ("num_tx_queues", int, 4),
+            ("nd_net", net, 8),
+            ("_tx", queues, 16),
+            ("", stats, 24),
+        ],
+    );
     e.structure("skb_shared_info", 320, &[]);
     e.structure("sk_buff", 232, &[("end", int, 8), ("head", bytes, 16)]);
     e.structure("napi_struct", 16, &[("state", long, 0)]);
@@ -90,7 +107,9 @@ fn guest() -> (TestGuest, Known) {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         guest.put(Gva(at), &bytes, DATA);
     };
-    put(DEVICE, &[1500, NET]);
+    put(DEVICE, &[1500 | 3 << 32, NET, QUEUES, 0x100]);
+    put(QUEUES, &[0]);
+    put(PER_CPU_BASE, &[0]);
     put(PRIVATE, &[DEVICE, RING, 0, 0, 0, 0, 0, 0, NET, DEVICE]);
     put(RING, &[SLOTS, 256, 0]);
     put(SLOTS, &[PACKET, 0]);
@@ -123,6 +142,7 @@ fn reach<'a>(
         virt: guest.virt(),
         allocations,
         stack,
+        per_cpu_base: Some(PER_CPU_BASE),
         rules: &Rules::LINUX,
     }
 }
@@ -154,6 +174,12 @@ fn a_transmit_reaches_packet_interface_and_the_drivers_rings() {
             (PACKET_HEAD, 0xc0 + 320, "struct sk_buff (skb->head)"),
             (DEVICE, 0x48, "struct net_device (netdev)"),
             (PRIVATE, 0x200 - 0x60, "struct net_device (netdev->private)"),
+            (QUEUES, 3 * 40, "struct netdev_queue (netdev->_tx)"),
+            (
+                PER_CPU_BASE + 0x100,
+                16,
+                "struct pcpu_lstats (netdev->lstats)"
+            ),
             (RING, 24, "struct my_ring (netdev->private->rings[0])"),
             (
                 SLOTS,

@@ -16,6 +16,9 @@ const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
 const MAX_ELEMENTS: u64 = 8;
 
+/// Most elements of an array whose length the guest says.
+const MAX_COUNT: u64 = 4096;
+
 /// Most members that one question looks at.
 const MAX_MEMBERS: usize = 1 << 16;
 
@@ -123,6 +126,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
                 self.packet_data(item, id, name);
                 self.private_area(item, id, name, bytes.into(), rest);
+                self.followed(item, id, name);
+                self.per_cpu(item, id, name);
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
             _ => {
@@ -162,6 +167,82 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
                 let path = format!("{}->{}", item.path, rule.base);
                 self.add(range, item.kind, id, &path);
+            }
+        }
+    }
+
+    /// Pointers of the kernel's that the rules follow.
+    fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
+        let types = self.reach.types;
+        for rule in self
+            .reach
+            .rules
+            .followed
+            .iter()
+            .filter(|rule| rule.of == name)
+        {
+            let Some(member) = types.find_member(id, rule.member) else {
+                continue;
+            };
+            let target = self.word_at(item.at, &member).map(Gva);
+            let (Some(at), Some(to)) = (target, types.pointee(member.type_id)) else {
+                continue;
+            };
+            let path = format!("{}->{}", item.path, rule.member);
+            if let Some(count) = rule.count {
+                let count = self
+                    .member_value(item.at, id, count)
+                    .unwrap_or(0)
+                    .min(MAX_COUNT);
+                let bytes = types.size_of(to).and_then(|bytes| bytes.checked_mul(count));
+                if let Some(range) = bytes.and_then(|bytes| GvaRange::new(at, bytes)) {
+                    self.add(range, ObjectKind::Other, to, &path);
+                }
+                continue;
+            }
+            let own = rule.is.iter().find_map(|name| types.find_struct(name));
+            let type_id = own.filter(|id| types.is_own(*id)).unwrap_or(to);
+            let (depth, kind) = (item.depth + 1, ObjectKind::PrivateArea);
+            self.push(Item {
+                at,
+                type_id,
+                path,
+                depth,
+                kind,
+            });
+        }
+    }
+
+    /// Data of the current processor that the rules know of.
+    fn per_cpu(&mut self, item: &Item, id: TypeId, name: &str) {
+        let types = self.reach.types;
+        let Some(base) = self.reach.per_cpu_base else {
+            return;
+        };
+        for rule in self
+            .reach
+            .rules
+            .per_cpu
+            .iter()
+            .filter(|rule| rule.of == name)
+        {
+            let members = rule
+                .members
+                .iter()
+                .filter_map(|name| types.find_member(id, name));
+            let sized = members.filter_map(|member| {
+                let to = types.pointee(member.type_id)?;
+                Some((types.size_of(to)?, member, to))
+            });
+            let Some((bytes, member, to)) = sized.max_by_key(|(bytes, ..)| *bytes) else {
+                continue;
+            };
+            let Some(pointer) = self.word_at(item.at, &member).filter(|p| *p != 0) else {
+                continue;
+            };
+            if let Some(range) = GvaRange::new(Gva(base.wrapping_add(pointer)), bytes) {
+                let path = format!("{}->{}", item.path, types.string(member.name_at));
+                self.add(range, ObjectKind::Other, to, &path);
             }
         }
     }
