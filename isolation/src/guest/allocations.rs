@@ -23,6 +23,9 @@ const MAX_AREA_PAGES: u64 = 1 << 14;
 /// Largest order of a compound page that is believed: 1 GiB.
 const MAX_ORDER: u8 = 18;
 
+/// Longest name of a slab cache, in bytes.
+const MAX_CACHE_NAME: usize = 64;
+
 /// Most bytes of KFENCE's pool (`CONFIG_KFENCE_NUM_OBJECTS` 255, the default).
 const KFENCE_POOL_BYTES: u64 = 2 << 20;
 
@@ -45,6 +48,8 @@ pub struct Allocation {
     pub range: GvaRange,
     /// Where it came from.
     pub kind: AllocationKind,
+    /// The `struct kmem_cache` of a slab's object.
+    pub cache: Option<Gva>,
 }
 
 /// Something that knows allocations.
@@ -101,6 +106,9 @@ pub struct MemoryModel {
     cache_size: Field,
     cache_object_size: Field,
     cache_left_pad: Option<Field>,
+    /// Where a free object has the pointer to the next one.
+    cache_free_pointer: Option<Field>,
+    cache_name: Option<Field>,
 }
 
 /// What is missing to know allocations.
@@ -134,6 +142,12 @@ impl MemoryModel {
                 .and_then(|value| u8::try_from(value).ok());
             value.filter(|bit| *bit < 64).ok_or_else(need(name))
         };
+        let (direct_map, vmalloc) = (pointer("page_offset_base")?, pointer("vmalloc_base")?);
+        if vmalloc <= direct_map {
+            return Err(UnknownMemoryModel {
+                missing: "vmalloc_base",
+            });
+        }
         let (page, slab, cache) = (
             structure("page")?,
             structure("slab")?,
@@ -143,8 +157,8 @@ impl MemoryModel {
             .size_of(page)
             .filter(|bytes| (16..=512).contains(bytes));
         Ok(Self {
-            direct_map: pointer("page_offset_base")?,
-            vmalloc: pointer("vmalloc_base")?,
+            direct_map,
+            vmalloc,
             vmemmap: pointer("vmemmap_base")?,
             kfence_pool: pointer("__kfence_pool").ok().filter(|pool| pool.0 != 0),
             page_bytes: page_bytes.ok_or_else(need("struct page"))?,
@@ -158,7 +172,19 @@ impl MemoryModel {
             cache_size: field(cache, "size")?,
             cache_object_size: field(cache, "object_size")?,
             cache_left_pad: Field::find(types, cache, "red_left_pad"),
+            cache_free_pointer: Field::find(types, cache, "offset"),
+            cache_name: Field::find(types, cache, "name"),
         })
+    }
+
+    /// Whether the byte at `at` is part of the reference count of some page.
+    pub fn is_page_reference_count(&self, at: Gva) -> bool {
+        let Some(offset) = at.0.checked_sub(self.vmemmap.0) else {
+            return false;
+        };
+        let array = ((self.vmalloc.0 - self.direct_map.0) >> 12).saturating_mul(self.page_bytes);
+        let field = self.refcount.offset..self.refcount.offset + self.refcount.bytes as u64;
+        offset < array && field.contains(&(offset % self.page_bytes))
     }
 
     /// Joins the model with the memory as it is now.
@@ -205,6 +231,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
         let single = Allocation {
             range: GvaRange::aligned(at, 4096),
             kind: AllocationKind::Pages,
+            cache: None,
         };
         let in_pool = |pool: Gva| at >= pool && at.0 - pool.0 < KFENCE_POOL_BYTES;
         if model.kfence_pool.is_some_and(in_pool) {
@@ -276,7 +303,44 @@ impl<M: GuestPhys> Allocations<'_, M> {
         fits.then_some(Allocation {
             range,
             kind: AllocationKind::Slab,
+            cache: Some(cache),
         })
+    }
+
+    /// The name of the slab cache that an allocation is from, such as `kmalloc-64`.
+    pub fn cache_name(&self, allocation: &Allocation) -> Option<String> {
+        let name = self.model.cache_name?.read(&self.virt, allocation.cache?)?;
+        let mut bytes = [0; MAX_CACHE_NAME];
+        self.virt.read(Gva(name), &mut bytes).ok()?;
+        let len = bytes.iter().position(|byte| *byte == 0)?;
+        String::from_utf8(bytes[..len].to_vec()).ok()
+    }
+
+    /// Whether `allocation`, found in this memory, was not there yet in the `earlier` one.
+    ///
+    /// A slab's object counts as new if the word changed that links free objects: kernels that
+    /// clear memory when they hand it out (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do) change
+    /// it always, others if the object is filled.
+    pub fn is_new(&self, allocation: &Allocation, earlier: &Self) -> bool {
+        let at = allocation.range.first();
+        if earlier
+            .allocation_at(at)
+            .is_none_or(|before| before.range != allocation.range)
+        {
+            return true;
+        }
+        let link = || {
+            let offset = self
+                .model
+                .cache_free_pointer?
+                .read(&self.virt, allocation.cache?)?;
+            let link = at.checked_add(offset)?;
+            Some((
+                self.virt.read_u64(link).ok()?,
+                earlier.virt.read_u64(link).ok()?,
+            ))
+        };
+        link().is_some_and(|(now, before)| now != before)
     }
 
     /// The pages around `at` up to those that are not mapped: every area has a guard page behind it.
@@ -314,6 +378,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
         Some(Allocation {
             range,
             kind: AllocationKind::Vmalloc,
+            cache: None,
         })
     }
 }

@@ -46,6 +46,15 @@ pub struct AbortReturn {
     pub meaning: &'static str,
 }
 
+impl AbortReturn {
+    /// For a function that nothing is known of: an error for most, and harmless for those that
+    /// return nothing.
+    pub const UNKNOWN: Self = Self {
+        value: AbortValue::Constant(-EIO),
+        meaning: "-EIO",
+    };
+}
+
 /// By the name of the returned type, with the constant and its meaning. Values from
 /// `include/linux/netdevice.h`, `irqreturn.h`, `blk_types.h`, `hrtimer.h`, `blk-mq.h`, `pci.h` and
 /// `include/uapi/linux/eventpoll.h`.

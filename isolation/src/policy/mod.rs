@@ -4,6 +4,7 @@
 //! and are hostile; tables are bounded.
 
 pub mod abort_value;
+pub mod call;
 pub mod diff;
 pub mod range_table;
 pub mod reach;

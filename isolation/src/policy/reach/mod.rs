@@ -115,4 +115,13 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         }
         walk.run()
     }
+
+    /// What is reached from `starts` alone.
+    pub fn objects_from(&self, starts: &[Start]) -> Vec<Reached> {
+        let mut walk = walk::Walk::new(self);
+        for start in starts {
+            walk.enter(start.at, start.type_id, start.name.clone());
+        }
+        walk.run()
+    }
 }

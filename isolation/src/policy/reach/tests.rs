@@ -34,6 +34,7 @@ impl FindAllocation for Known {
         Some(Allocation {
             range,
             kind: AllocationKind::Slab,
+            cache: None,
         })
     }
 }

@@ -1,0 +1,351 @@
+//! May this call write there? The range table of a driver, filled as its calls ask.
+//!
+//! ```text
+//!  store to an address that nothing open covers
+//!    1. the driver's variables                        open from the start
+//!    2. reached from the call's arguments by type     worked out at the first such store of a call
+//!    3. the kernel's inline functions write there     reference counts of pages, preemption count
+//!    4. allocated since the call began                found by comparing the two views of memory
+//!    otherwise                                        a stray write
+//! ```
+//!
+//! The order is that of cost: most calls never get past what earlier ones opened for the driver.
+//! Both views are read: the private one shows what the call did, the shared one what was there
+//! when it began. The other vCPUs are held, so neither changes meanwhile.
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return};
+use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
+use super::reach::{Reach, Reached, Rules, Start};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::{Allocations, FindAllocation, MemoryModel};
+use crate::guest::btf::Btf;
+use crate::guest::modules::ModuleLayout;
+use crate::guest::paging::VirtMemory;
+use crate::guest::phys::GuestPhys;
+use crate::guest::symbols::SymbolTable;
+
+/// Variables of each processor that inline functions of the kernel write, with their sizes in
+/// bytes: `preempt_disable` before and since Linux 6.2.
+const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
+
+/// Slab caches whose objects are packets (`net/core/skbuff.c`).
+const PACKET_CACHES: &[&str] = &[
+    "skbuff_head_cache",
+    "skbuff_fclone_cache",
+    "skbuff_small_head",
+];
+
+/// Most network interfaces that are remembered as the driver's.
+const MAX_INTERFACES: usize = 64;
+
+/// Most objects that one question about a range of bytes opens.
+const MAX_STEPS: usize = 64;
+
+/// A call in progress: whose arguments say what it may write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Call {
+    function: String,
+    arguments: [u64; REGISTER_ARGUMENTS],
+    /// What the arguments reach is in the table.
+    resolved: bool,
+}
+
+/// Memory as a call has it.
+#[derive(Debug)]
+pub struct CallMemory<'a, M> {
+    /// What the call and the kernel functions it called have made of it.
+    pub private: VirtMemory<'a, M>,
+    /// As it was when the call began.
+    pub shared: VirtMemory<'a, M>,
+    /// The stack that the call runs on.
+    pub stack: Option<GvaRange>,
+    /// GS base of the processor that the call runs on.
+    pub per_cpu_base: u64,
+}
+
+/// What the calls of one driver may write.
+#[derive(Debug)]
+pub struct DriverPolicy {
+    types: Arc<Btf>,
+    memory: MemoryModel,
+    rules: Rules,
+    table: RangeTable,
+    /// Offsets in the per-CPU area.
+    per_cpu_variables: Vec<(&'static str, GvaRange)>,
+    interfaces: Vec<Start>,
+    /// Sections of the module: where its operations tables are.
+    sections: Vec<GvaRange>,
+    calls: Vec<Call>,
+    /// Numbers calls, so that their objects can be told apart.
+    number: u64,
+}
+
+impl DriverPolicy {
+    /// For the module with this layout; `types` are the kernel's and the module's.
+    pub fn new(
+        types: Arc<Btf>,
+        memory: MemoryModel,
+        layout: &ModuleLayout,
+        symbols: &SymbolTable,
+    ) -> Result<Self, RangeTableError> {
+        let mut table = RangeTable::default();
+        for section in layout.data() {
+            table.open(Object {
+                range: section.range,
+                kind: ObjectKind::DriverData,
+                permit: Permit::Write,
+                lifetime: Lifetime::Driver,
+                label: format!("{} of {}", section.name, layout.name),
+            })?;
+        }
+        let variable = |(name, bytes): &(&'static str, u64)| {
+            let symbol = symbols.kernel_symbol(name)?;
+            Some((*name, GvaRange::new(symbol.at, *bytes)?))
+        };
+        Ok(Self {
+            types,
+            memory,
+            rules: Rules::LINUX,
+            table,
+            per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
+            interfaces: Vec::new(),
+            sections: layout
+                .sections
+                .iter()
+                .map(|section| section.range)
+                .collect(),
+            calls: Vec::new(),
+            number: 0,
+        })
+    }
+
+    /// What an aborted call of `function` returns; `-EIO` for a function without types.
+    pub fn abort_return(&self, function: &str) -> AbortReturn {
+        let known = self.types.find_function(function);
+        let value = known.and_then(|function| abort_return(&self.types, &function));
+        value.unwrap_or(AbortReturn::UNKNOWN)
+    }
+
+    /// A call of `function` begins, or the kernel calls back into `function` during one.
+    pub fn begin(&mut self, function: &str, arguments: [u64; REGISTER_ARGUMENTS]) {
+        let function = function.to_owned();
+        self.remember_interfaces(&function, &arguments);
+        self.calls.push(Call {
+            function,
+            arguments,
+            resolved: false,
+        });
+    }
+
+    /// The call is over: what only it could write is closed.
+    pub fn end(&mut self) {
+        self.calls.clear();
+        self.table.end_call(self.number);
+        self.number = self.number.wrapping_add(1);
+    }
+
+    /// Whether the call may write every byte of `range`.
+    pub fn may_write<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) -> bool {
+        for _ in 0..MAX_STEPS {
+            match self.table.first_denied(range) {
+                None => return true,
+                Some(at) if !self.open_around(memory, at) => return false,
+                Some(_) => {}
+            }
+        }
+        false
+    }
+
+    /// The object that `at` lies in, if it is one that a call may write or was asked about.
+    pub fn owner(&self, at: Gva) -> Option<&Object> {
+        self.table.lookup(at).map(|(_, object)| object)
+    }
+
+    /// The range table, for reports.
+    pub fn table(&self) -> &RangeTable {
+        &self.table
+    }
+
+    /// Finds a reason why the byte at `at` may be written, and opens what it lies in.
+    fn open_around<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
+        self.resolve(memory);
+        let one = GvaRange::aligned(at, 1);
+        if self.table.may_write(one) {
+            return true;
+        }
+        if self.memory.is_page_reference_count(at) {
+            return self.open(one, ObjectKind::Other, "reference count of a page".into());
+        }
+        let offset = Gva(at.0.wrapping_sub(memory.per_cpu_base));
+        let variable = self
+            .per_cpu_variables
+            .iter()
+            .find(|(_, range)| range.contains(offset));
+        if let Some((name, _)) = variable {
+            let label = format!("{name} of this processor");
+            return self.open(one, ObjectKind::Other, label);
+        }
+        self.open_new_allocation(memory, at)
+    }
+
+    /// Puts what the calls' arguments reach into the table, once for each.
+    fn resolve<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
+        let open: Vec<Call> = self
+            .calls
+            .iter()
+            .filter(|call| !call.resolved)
+            .cloned()
+            .collect();
+        let interfaces: Vec<Start> = self
+            .interfaces
+            .iter()
+            .filter(|start| self.is_drivers(memory, start))
+            .cloned()
+            .collect();
+        for call in &open {
+            let types = Arc::clone(&self.types);
+            // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
+            let function = types.find_function(&call.function);
+            let found = self.reach(memory, |reach| match &function {
+                Some(function) => reach.objects(function, &call.arguments, &interfaces),
+                None => reach.objects_from(&interfaces),
+            });
+            self.open_all(found);
+        }
+        self.calls.iter_mut().for_each(|call| call.resolved = true);
+    }
+
+    /// Whether an interface that was once seen is still one, and this driver's: its operations are.
+    fn is_drivers<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, start: &Start) -> bool {
+        let operations = || {
+            let member = self.types.find_member(start.type_id, "netdev_ops")?;
+            let at = start.at.checked_add(u64::from(member.bit_offset / 8))?;
+            memory.private.read_u64(at).ok().map(Gva)
+        };
+        operations().is_some_and(|at| self.sections.iter().any(|section| section.contains(at)))
+    }
+
+    /// An allocation that was not there when the call began belongs to the call.
+    fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
+        let model = self.memory;
+        let now = model.with(memory.private);
+        let Some(found) = now.allocation_at(at) else {
+            return false;
+        };
+        if memory
+            .stack
+            .is_some_and(|stack| stack.intersection(&found.range).is_some())
+            || !now.is_new(&found, &model.with(memory.shared))
+        {
+            return false;
+        }
+        let name = now.cache_name(&found).unwrap_or_else(|| "memory".into());
+        let opened = self.open(
+            found.range,
+            ObjectKind::Allocated,
+            format!("{name} allocated in this call"),
+        );
+        if PACKET_CACHES.contains(&name.as_str())
+            && let Some(type_id) = self.types.find_struct("sk_buff")
+        {
+            let packet = Start {
+                at: found.range.first(),
+                type_id,
+                name: "packet of this call".into(),
+            };
+            let found = self.reach(memory, |reach| reach.objects_from(&[packet]));
+            self.open_all(found);
+        }
+        opened
+    }
+
+    fn reach<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        ask: impl FnOnce(&Reach<'_, M, Allocations<'_, M>>) -> Vec<Reached>,
+    ) -> Vec<Reached> {
+        ask(&Reach {
+            types: &self.types,
+            virt: memory.private,
+            allocations: &self.memory.with(memory.private),
+            stack: memory.stack,
+            per_cpu_base: Some(memory.per_cpu_base),
+            rules: &self.rules,
+        })
+    }
+
+    fn open_all(&mut self, found: Vec<Reached>) {
+        for object in found {
+            // What does not fit into the table is not permitted; the store will say so.
+            self.open(object.range, object.kind, object.label);
+        }
+    }
+
+    /// Opens an object for this call; `false` if the table is full.
+    fn open(&mut self, range: GvaRange, kind: ObjectKind, label: String) -> bool {
+        if self.table.may_write(range) {
+            return true;
+        }
+        let lifetime = Lifetime::Call(self.number);
+        let object = Object {
+            range,
+            kind,
+            permit: Permit::Write,
+            lifetime,
+            label,
+        };
+        match self.table.open(object) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%range, "object of a driver not opened: {error}");
+                false
+            }
+        }
+    }
+
+    /// Interrupt handlers, timers and work get pointers whose types say nothing; the interfaces that
+    /// earlier calls were about tell what they may write.
+    fn remember_interfaces(&mut self, function: &str, arguments: &[u64; REGISTER_ARGUMENTS]) {
+        let Some(function) = self.types.find_function(function) else {
+            return;
+        };
+        let Some(interface) = self.types.find_struct("net_device") else {
+            return;
+        };
+        let found: Vec<Start> = function
+            .params
+            .iter()
+            .zip(arguments)
+            .filter(|(param, at)| {
+                let to = self
+                    .types
+                    .pointee(param.type_id)
+                    .and_then(|to| self.types.resolve(to));
+                to.is_some_and(|(id, _)| id == interface) && **at != 0
+            })
+            .map(|(_, at)| Start {
+                at: Gva(*at),
+                type_id: interface,
+                name: "interface".into(),
+            })
+            .collect();
+        for start in found {
+            self.add_interface(start);
+        }
+    }
+
+    /// Remembers an object of the driver's that every call may start from.
+    pub fn add_interface(&mut self, start: Start) {
+        if !self.interfaces.iter().any(|known| known.at == start.at) {
+            if self.interfaces.len() >= MAX_INTERFACES {
+                self.interfaces.remove(0);
+            }
+            self.interfaces.push(start);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Calls of a make-believe driver in a make-believe guest with a slab allocator.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::guest::btf::TypeId;
+use crate::guest::btf::encode::Encoder;
+use crate::guest::paging::testing::{TestGuest, TestMemory};
+use crate::guest::paging::{Entry, Levels};
+use crate::guest::symbols::read_kallsyms;
+
+const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
+const DIRECT: u64 = 0xffff_8880_0000_0000;
+const VMALLOC: u64 = 0xffff_c900_0000_0000;
+const VMEMMAP: u64 = 0xffff_ea00_0000_0000;
+const BASES: u64 = 0xffff_ffff_8200_0000;
+const MODULE: u64 = 0xffff_ffff_c000_0000;
+const VARIABLES: u64 = MODULE + 0x1000;
+const PER_CPU: u64 = DIRECT + 0x1_0000;
+/// `struct kmem_cache`s: of packets, and of 256 bytes.
+const CACHES: [u64; 2] = [DIRECT, DIRECT + 0x100];
+/// Slabs of one page each.
+const PACKETS: u64 = DIRECT + 0x2000;
+const OBJECTS: u64 = DIRECT + 0x3000;
+/// The interface is the second object of 256 bytes.
+const DEVICE: u64 = OBJECTS + 256;
+const HEAD: u64 = DIRECT + 0x4000;
+const STACK: u64 = VMALLOC + 0x4000;
+
+fn types() -> Arc<Btf> {
+    let mut e = Encoder::new(None);
+    let long = e.int("long unsigned int", 8, 0);
+    let int = e.int("unsigned int", 4, 0);
+    let byte = e.int("unsigned char", 1, 0);
+    let pointer = e.pointer(TypeId::VOID);
+    let bytes = e.pointer(byte);
+    let page = [
+        ("flags", long, 0),
+        ("compound_head", long, 8),
+        ("compound_order", byte, 17),
+    ];
+    e.structure(
+        "page",
+        64,
+        &[page.as_slice(), &[("_refcount", int, 52)]].concat(),
+    );
+    e.structure("slab", 64, &[("slab_cache", pointer, 24)]);
+    let cache = [
+        ("size", int, 0),
+        ("object_size", int, 4),
+        ("offset", int, 8),
+        ("name", pointer, 16),
+    ];
+    e.structure("kmem_cache", 64, &cache);
+    e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    e.structure("skb_shared_info", 64, &[]);
+    e.structure("sk_buff", 192, &[("end", int, 8), ("head", bytes, 16)]);
+    e.structure("net_device", 96, &[("netdev_ops", pointer, 8)]);
+    let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
+    let mut e = Encoder::new(Some(&base));
+    let device = e.pointer(base.find_struct("net_device").unwrap());
+    let void = e.pointer(TypeId::VOID);
+    let int = e.int("int", 4, 1);
+    e.function("my_open", int, &[("dev", device)]);
+    e.function("my_irq", int, &[("irq", int), ("data", void)]);
+    Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn put_page(guest: &mut TestGuest, at: u64, flags: u64, cache: u64, count: u32) {
+    let page = VMEMMAP + ((at - DIRECT) >> 12) * 64;
+    guest.put(Gva(page), &[0; 64], DATA);
+    guest.put(Gva(page), &words(&[flags, 0, 0, cache]), DATA);
+    guest.put(Gva(page + 52), &count.to_le_bytes(), DATA);
+}
+
+fn guest() -> TestGuest {
+    let mut guest = TestGuest::new(Levels::Four);
+    guest.put(Gva(BASES), &words(&[DIRECT, VMALLOC, VMEMMAP]), DATA);
+    guest.put(Gva(MODULE), &[0x90; 64], 0);
+    guest.put(Gva(VARIABLES), &[0; 64], DATA);
+    for page in [CACHES[0], PACKETS, OBJECTS, HEAD, PER_CPU] {
+        guest.put(Gva(page), &[0; 4096], DATA);
+    }
+    let names = DIRECT + 0x800;
+    guest.put(Gva(names), b"skbuff_head_cache\0", DATA);
+    guest.put(Gva(names + 64), b"kmalloc-256\0", DATA);
+    guest.put(Gva(CACHES[0]), &words(&[256 | 192 << 32, 64, names]), DATA);
+    guest.put(
+        Gva(CACHES[1]),
+        &words(&[256 | 256 << 32, 128, names + 64]),
+        DATA,
+    );
+    put_page(&mut guest, CACHES[0], 0, 0, 1);
+    put_page(&mut guest, PACKETS, 1 << 9, CACHES[0], 1);
+    put_page(&mut guest, OBJECTS, 1 << 9, CACHES[1], 1);
+    put_page(&mut guest, HEAD, 0, 0, 1);
+    put_page(&mut guest, PER_CPU, 0, 0, 1);
+    guest.put(Gva(DEVICE), &words(&[0, VARIABLES]), DATA);
+    // Free objects are linked in the middle.
+    guest.put(Gva(OBJECTS + 512 + 128), &words(&[0xfeed_f00d]), DATA);
+    guest.put(Gva(PACKETS + 256 + 64), &words(&[0xfeed_f00d]), DATA);
+    guest.put(Gva(STACK), &[0; 0x2000], DATA);
+    guest
+}
+
+fn policy(guest: &TestGuest) -> DriverPolicy {
+    let text = format!(
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n",
+        BASES,
+        BASES + 8,
+        BASES + 16
+    );
+    let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
+    let sections = [
+        (".text".to_owned(), MODULE),
+        (".data".to_owned(), VARIABLES),
+    ];
+    let layout = ModuleLayout::new("my", &sections, None, &guest.virt()).unwrap();
+    let memory = MemoryModel::new(&types(), &symbols, &guest.virt()).unwrap();
+    DriverPolicy::new(types(), memory, &layout, &symbols).unwrap()
+}
+
+/// Asks whether the call may write `bytes` at `at`, with `now` and `before` as memory.
+fn ask(
+    policy: &mut DriverPolicy,
+    now: &TestGuest,
+    before: &TestGuest,
+    at: u64,
+    bytes: u64,
+) -> bool {
+    let memory: CallMemory<'_, TestMemory> = CallMemory {
+        private: now.virt(),
+        shared: before.virt(),
+        stack: GvaRange::new(Gva(STACK), 0x2000),
+        per_cpu_base: PER_CPU,
+    };
+    policy.may_write(&memory, GvaRange::new(Gva(at), bytes).unwrap())
+}
+
+#[test]
+fn arguments_and_the_drivers_variables_may_be_written_others_may_not() {
+    let guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(VARIABLES + 8, 8));
+    assert!(may(DEVICE, 96));
+    assert!(may(DEVICE + 96, 160), "the private area");
+    assert!(!may(DEVICE + 250, 8), "into the next object");
+    assert!(!may(OBJECTS, 1), "another live object of the same size");
+    assert!(!may(MODULE, 1), "text");
+    assert!(!may(BASES, 8), "the kernel's variables");
+    assert!(
+        !may(STACK, 8),
+        "stacks are not asked for, and are no allocation of the call"
+    );
+}
+
+#[test]
+fn what_inline_functions_write_is_permitted() {
+    let guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(VMEMMAP + 4 * 64 + 52, 4), "a page's reference count");
+    assert!(!may(VMEMMAP + 4 * 64, 8), "a page's flags");
+    assert!(may(PER_CPU + 0x40, 4), "the preemption count");
+    assert!(!may(PER_CPU + 0x44, 1));
+}
+
+#[test]
+fn objects_allocated_by_the_call_may_be_written_until_it_ends() {
+    let before = guest();
+    let mut now = before.clone();
+    let fresh = OBJECTS + 512;
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &before, &before, fresh, 8), "still free");
+    assert!(ask(&mut policy, &now, &before, fresh, 256));
+    assert!(
+        policy
+            .owner(Gva(fresh))
+            .unwrap()
+            .label
+            .starts_with("kmalloc-256 allocated")
+    );
+    policy.end();
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &now, &now, fresh, 8));
+}
+
+#[test]
+fn a_packet_allocated_by_the_call_brings_its_data() {
+    let before = guest();
+    let mut now = before.clone();
+    let packet = PACKETS + 256;
+    now.put(Gva(packet), &words(&[0, 0x100, HEAD]), DATA);
+    now.put(Gva(packet + 64), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(
+        !ask(&mut policy, &now, &before, HEAD, 8),
+        "nothing says so yet"
+    );
+    assert!(ask(&mut policy, &now, &before, packet + 100, 8));
+    assert!(ask(&mut policy, &now, &before, HEAD, 0x140));
+    assert!(!ask(&mut policy, &now, &before, HEAD + 0x140, 1));
+}
+
+#[test]
+fn an_interface_seen_once_is_the_drivers_in_interrupts_until_it_is_gone() {
+    let mut guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
+    policy.end();
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    policy.end();
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &guest, &guest, DEVICE, 8));
+    policy.end();
+    // Its memory is another object now.
+    guest.put(Gva(DEVICE), &words(&[0, 0]), DATA);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
+}
+
+#[test]
+fn aborted_calls_of_unknown_functions_return_an_error() {
+    let guest = guest();
+    let policy = policy(&guest);
+    assert_eq!(policy.abort_return("my_open").value.rax(&[0; 6]) as i64, -5);
+    assert_eq!(
+        policy.abort_return("my_open.isra.0").value.rax(&[0; 6]) as i64,
+        -5
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever the guest writes into its bookkeeping and objects: text, stacks and the kernel's own
+    /// variables stay closed.
+    #[test]
+    fn hostile_memory_opens_no_text_and_no_kernel_variables(
+        changes in prop::collection::vec((0usize..6, 0u64..64, any::<u64>()), 0..40),
+        arguments in prop::array::uniform6(0usize..8),
+        irq in any::<bool>(),
+    ) {
+        let places = [DEVICE, PACKETS, OBJECTS, CACHES[0], VMEMMAP, HEAD, STACK, BASES];
+        let before = guest();
+        let mut now = before.clone();
+        for (at, word, value) in changes {
+            let value = if value % 2 == 0 { places[value as usize % 8] } else { value };
+            now.put(Gva(places[at] + word * 8), &words(&[value]), DATA);
+        }
+        let mut policy = policy(&before);
+        policy.begin(if irq { "my_irq" } else { "my_open" }, arguments.map(|a| places[a.min(6)]));
+        prop_assert!(!ask(&mut policy, &now, &before, MODULE, 1));
+        for probe in [DEVICE, PACKETS, OBJECTS + 256, HEAD] {
+            ask(&mut policy, &now, &before, probe, 8);
+        }
+        prop_assert!(policy.table().len() < 3000);
+        policy.end();
+        prop_assert!(policy.table().len() == 1);
+    }
+}
