@@ -113,6 +113,11 @@ impl VmHandle {
         operations.paused = true;
         self.machine.gate.inhibit();
         self.machine.gate.wait_all_parked();
+        for vcpu in self.machine.lock_vcpus() {
+            // Tells the guest that it was stopped, so that its watchdog finds no lock-up. Refused
+            // where the guest does not use KVM's clock.
+            let _ = vcpu.kvmclock_ctrl();
+        }
         Ok(())
     }
 

@@ -31,8 +31,24 @@ enum Flow {
     Fail(String),
 }
 
+/// Ends the machine if a vCPU's thread panics: it would go on without that vCPU otherwise.
+struct PanicGuard<'a> {
+    machine: &'a Machine,
+    index: u8,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = format!("a device failed on the thread of vCPU {}", self.index);
+            self.machine.requests.push(Request::Fail(reason));
+        }
+    }
+}
+
 /// The body of a vCPU thread; returns when the machine stops.
 pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
+    let _panic_guard = PanicGuard { machine, index };
     let vcpu = &machine.vcpus[usize::from(index)];
     let guard = {
         let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);

@@ -301,7 +301,12 @@ impl Vm {
     /// Starts the guest and serves it until the machine is turned off. The calling thread becomes
     /// the event loop's.
     pub fn run(&mut self) -> Result<ExitReason, Error> {
-        self.load_guest()?;
+        let result = self.load_guest().and_then(|()| self.run_threads());
+        self.machine.operations().phase = Phase::Stopped;
+        result
+    }
+
+    fn run_threads(&mut self) -> Result<ExitReason, Error> {
         let mut threads = Vec::new();
         let mut result = Ok(());
         for index in 0..self.machine.vcpus.len() as u8 {
@@ -316,7 +321,8 @@ impl Vm {
                     result = Err(Error::Host {
                         what: "start a thread",
                         source,
-                    })
+                    });
+                    break;
                 }
             }
         }
@@ -328,7 +334,6 @@ impl Vm {
                 tracing::error!("a vCPU thread panicked");
             }
         }
-        self.machine.operations().phase = Phase::Stopped;
         result
     }
 

@@ -342,6 +342,31 @@ fn a_pci_slot_that_is_reserved_is_not_given_twice() {
     assert!(matches!(vm.reserve_pci_slot(), Err(Error::NoFreeSlot)));
 }
 
+struct Panics;
+
+impl BusDevice for Panics {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, _data: &[u8]) {
+        panic!("as a device with a mistake in it would");
+    }
+}
+
+#[test]
+fn a_device_that_panics_ends_the_machine() {
+    let guest = Guest::new(config(panics(), 2));
+    guest
+        .vm
+        .handle()
+        .pio_bus()
+        .map(0x510, 1, Arc::new(Panics))
+        .unwrap();
+    let error = guest.start().end().unwrap_err();
+    assert!(matches!(error, Error::VcpuFailed(_)), "{error}");
+}
+
+guest_code!(panics, "mov edx, 0x510", "out dx, al", "1: jmp 1b");
+
 fn refusal(change: impl FnOnce(&mut vmm::VmConfig)) -> Error {
     let mut config = config(counts(), 1);
     change(&mut config);
