@@ -10,6 +10,8 @@ pub struct Packages<'a> {
     /// Package files that are there already, and where new ones go.
     directory: PathBuf,
     progress: &'a dyn Fn(&str),
+    apt_get: PathBuf,
+    apt_cache: PathBuf,
 }
 
 impl<'a> Packages<'a> {
@@ -22,6 +24,8 @@ impl<'a> Packages<'a> {
         Ok(Self {
             directory: directory.into(),
             progress,
+            apt_get: "apt-get".into(),
+            apt_cache: "apt-cache".into(),
         })
     }
 
@@ -51,7 +55,7 @@ impl<'a> Packages<'a> {
         }
         let prefix = format!("linux-image-{series}-");
         for attempt in 0..2 {
-            let output = run(Command::new("apt-cache").args(["pkgnames", &prefix]))?;
+            let output = run(Command::new(&self.apt_cache).args(["pkgnames", &prefix]))?;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             if let Some(name) = newest_kernel(series, text.lines().map(str::to_string)) {
                 return Ok(name);
@@ -108,7 +112,7 @@ impl<'a> Packages<'a> {
         let partial = self.directory.join("partial");
         let _absent = std::fs::remove_dir_all(&partial);
         std::fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
-        let mut command = Command::new("apt-get");
+        let mut command = Command::new(&self.apt_get);
         // apt's own user could not write here.
         command
             .args(["-q", "-o", "APT::Sandbox::User=root", "download"])
@@ -133,7 +137,7 @@ impl<'a> Packages<'a> {
 
     fn update(&self) -> Result<(), Error> {
         (self.progress)("asking for the archive's package lists (apt-get update)");
-        let mut command = Command::new("apt-get");
+        let mut command = Command::new(&self.apt_get);
         command.args(["-q", "update"]);
         let output = run(&mut command)?;
         if output.status.success() {
@@ -247,5 +251,84 @@ mod tests {
             [directory.path().join("libc6_2.36-9_amd64.deb")]
         );
         assert_eq!(said.borrow().len(), 0);
+    }
+
+    /// Programs in place of apt's: each writes its name and arguments to `log`, then runs `script`.
+    fn with_apt<'a>(directory: &Path, script: &str, progress: &'a dyn Fn(&str)) -> Packages<'a> {
+        use std::os::unix::fs::PermissionsExt;
+        let apt = directory.join("apt");
+        let log = directory.join("log");
+        std::fs::write(
+            &apt,
+            format!("#!/bin/sh\necho \"$*\" >>{}\n{script}\n", log.display()),
+        )
+        .unwrap();
+        std::fs::set_permissions(&apt, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let packages = Packages::open(&directory.join("packages"), progress).unwrap();
+        Packages {
+            apt_get: apt.clone(),
+            apt_cache: apt,
+            ..packages
+        }
+    }
+
+    fn log(directory: &Path) -> Vec<String> {
+        let text = std::fs::read_to_string(directory.join("log")).unwrap();
+        text.lines().map(str::to_string).collect()
+    }
+
+    #[test]
+    fn unknown_package_is_asked_for_again_after_an_update_and_then_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = r#"case "$*" in *download*) echo "E: Unable to locate package nosuch" >&2; exit 100;; esac"#;
+        let packages = with_apt(directory.path(), script, &|_| ());
+        let failed = packages.fetch(&["nosuch"]).unwrap_err().to_string();
+        assert_eq!(
+            failed,
+            "package nosuch cannot be fetched: Unable to locate package nosuch"
+        );
+        let download = "-q -o APT::Sandbox::User=root download nosuch";
+        assert_eq!(log(directory.path()), [download, "-q update", download]);
+    }
+
+    #[test]
+    fn downloaded_package_is_kept_and_asked_for_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = r#"case "$*" in *download*) echo deb >libx1_2.0_amd64.deb;; esac"#;
+        let packages = with_apt(directory.path(), script, &|_| ());
+        for _ in 0..2 {
+            let file = packages.fetch(&["libx1"]).unwrap().remove(0);
+            assert_eq!(std::fs::read(file).unwrap(), b"deb\n");
+        }
+        assert_eq!(log(directory.path()).len(), 1);
+    }
+
+    #[test]
+    fn machine_without_kernels_or_without_apt_is_told_what_it_lacks() {
+        let directory = tempfile::tempdir().unwrap();
+        let packages = with_apt(directory.path(), "true", &|_| ());
+        let failed = packages.newest_kernel("6.1.0").unwrap_err().to_string();
+        assert!(failed.contains("is this Debian 12"), "{failed}");
+        let packages = Packages {
+            apt_cache: "/no/such/program".into(),
+            ..packages
+        };
+        let failed = packages.newest_kernel("6.1.0").unwrap_err().to_string();
+        assert!(failed.contains("apt-get"), "{failed}");
+    }
+
+    #[test]
+    fn failed_update_says_what_it_needs() {
+        let directory = tempfile::tempdir().unwrap();
+        let packages = with_apt(
+            directory.path(),
+            "echo 'E: Permission denied' >&2; exit 100",
+            &|_| (),
+        );
+        let failed = packages.fetch(&["x"]).unwrap_err().to_string();
+        assert!(
+            failed.contains("Permission denied (it needs root and the network)"),
+            "{failed}"
+        );
     }
 }

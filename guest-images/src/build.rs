@@ -217,3 +217,7 @@ pub(crate) fn package_use(file: &Path) -> Result<PackageUse, Error> {
         sha256: hash_file(file)?,
     })
 }
+
+#[cfg(test)]
+#[path = "build_test.rs"]
+mod tests;

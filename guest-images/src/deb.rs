@@ -208,49 +208,7 @@ impl<R: Read> Read for Counted<'_, R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-
-    fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (path, content) in files {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o755);
-            // Not set_path, which refuses what a hostile package may hold.
-            header.as_gnu_mut().unwrap().name[..path.len()].copy_from_slice(path.as_bytes());
-            header.set_cksum();
-            builder.append(&header, *content).unwrap();
-        }
-        builder.into_inner().unwrap()
-    }
-
-    fn xz(data: &[u8]) -> Vec<u8> {
-        let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
-        encoder.write_all(data).unwrap();
-        encoder.finish().unwrap()
-    }
-
-    fn deb_of(members: &[(&str, Vec<u8>)]) -> Vec<u8> {
-        let mut builder = ar::Builder::new(Vec::new());
-        for (name, data) in members {
-            let header = ar::Header::new(name.as_bytes().to_vec(), data.len() as u64);
-            builder.append(&header, data.as_slice()).unwrap();
-        }
-        builder.into_inner().unwrap()
-    }
-
-    fn small_deb(files: &[(&str, &[u8])]) -> Vec<u8> {
-        let control =
-            b"Package: small\nVersion: 1:2-3\nDepends: a (>= 1) | b, c:any\nDescription: x\n";
-        deb_of(&[
-            ("debian-binary", b"2.0\n".to_vec()),
-            (
-                "control.tar.zst",
-                zstd::encode_all(tar_of(&[("./control", control)]).as_slice(), 1).unwrap(),
-            ),
-            ("data.tar.xz", xz(&tar_of(files))),
-        ])
-    }
+    use crate::fixtures::*;
 
     fn on_disk(content: &[u8]) -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{LittleEndian, elf};
 
 /// Offsets of header fields in the file.
-mod header {
+pub(crate) mod header {
     pub const SETUP_SECTS: usize = 0x1F1;
     pub const MAGIC: usize = 0x202;
     pub const VERSION: usize = 0x206;
@@ -240,40 +240,7 @@ fn split(segment: &Segment, data: &[u8]) -> Vec<Segment> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-
-    /// An ELF header with no segments or sections, and rubbish behind it.
-    fn small_elf(machine: u16) -> Vec<u8> {
-        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
-        elf.resize(64, 0);
-        elf[16] = 2;
-        elf[18..20].copy_from_slice(&machine.to_le_bytes());
-        elf[20] = 1;
-        elf[52] = 64;
-        elf
-    }
-
-    fn bz_image(packed: &[u8], size: usize) -> Vec<u8> {
-        let mut image = vec![0u8; 512 * 3];
-        image[header::SETUP_SECTS] = 1;
-        image[header::MAGIC..header::MAGIC + 4].copy_from_slice(b"HdrS");
-        image[header::VERSION..header::VERSION + 2].copy_from_slice(&0x020Fu16.to_le_bytes());
-        image[header::PAYLOAD_OFFSET..header::PAYLOAD_OFFSET + 4]
-            .copy_from_slice(&512u32.to_le_bytes());
-        let length = packed.len() as u32 + 4;
-        image[header::PAYLOAD_LENGTH..header::PAYLOAD_LENGTH + 4]
-            .copy_from_slice(&length.to_le_bytes());
-        image.extend_from_slice(packed);
-        image.extend_from_slice(&(size as u32).to_le_bytes());
-        image.extend_from_slice(&[0xAA; 100]);
-        image
-    }
-
-    fn xz(data: &[u8]) -> Vec<u8> {
-        let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
-        encoder.write_all(data).unwrap();
-        encoder.finish().unwrap()
-    }
+    use crate::fixtures::*;
 
     #[test]
     fn payload_of_both_packings_is_found_and_relocations_are_cut_off() {

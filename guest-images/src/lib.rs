@@ -23,6 +23,8 @@ pub mod build;
 pub mod deb;
 mod elf;
 mod error;
+#[cfg(test)]
+mod fixtures;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;

@@ -188,38 +188,7 @@ pub fn modules_dep(modules: &[Module]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A relocatable ELF file with nothing but a `.modinfo` section.
-    fn module_file(modinfo: &[u8]) -> Vec<u8> {
-        let names = b"\0.modinfo\0.shstrtab\0";
-        let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-        file.resize(64, 0);
-        file[16] = 1;
-        file[18] = 62;
-        file[20] = 1;
-        file[52] = 64;
-        file[58] = 64;
-        file[60] = 3;
-        file[62] = 2;
-        let modinfo_at = file.len() as u64;
-        file.extend_from_slice(modinfo);
-        let names_at = file.len() as u64;
-        file.extend_from_slice(names);
-        let headers_at = file.len() as u64;
-        file[40..48].copy_from_slice(&headers_at.to_le_bytes());
-        let mut section = |name: u32, kind: u32, at: u64, size: u64| {
-            let mut header = [0u8; 64];
-            header[..4].copy_from_slice(&name.to_le_bytes());
-            header[4..8].copy_from_slice(&kind.to_le_bytes());
-            header[24..32].copy_from_slice(&at.to_le_bytes());
-            header[32..40].copy_from_slice(&size.to_le_bytes());
-            file.extend_from_slice(&header);
-        };
-        section(0, 0, 0, 0);
-        section(1, 1, modinfo_at, modinfo.len() as u64);
-        section(10, 3, names_at, names.len() as u64);
-        file
-    }
+    use crate::fixtures::module_file;
 
     fn tree() -> (tempfile::TempDir, ModuleTree) {
         let root = tempfile::tempdir().unwrap();
