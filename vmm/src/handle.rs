@@ -173,7 +173,7 @@ impl VmHandle {
 
     /// Calls `look` with all vCPUs in hand while none runs guest code and all registers are those
     /// between two instructions. A machine that was running goes on afterwards. Do not call this with
-    /// a device locked.
+    /// a device locked, and do not wait for the event loop in `look`: it may be waiting for its end.
     pub fn with_paused<R>(
         &self,
         look: impl FnOnce(&mut PausedVcpus<'_>) -> R,

@@ -361,8 +361,10 @@ impl Vm {
 
     /// Brings everything back to the state after power-on. The vCPUs are inhibited.
     fn reset(&mut self) -> Result<(), Error> {
+        let machine = self.machine.clone();
+        // Nobody looks at the vCPUs in between.
+        let _operations = machine.operations();
         self.machine.gate.wait_all_parked();
-        self.machine.resets.fetch_add(1, Ordering::Relaxed);
         self.machine.pci.reset();
         self.serial
             .lock()
@@ -377,7 +379,9 @@ impl Vm {
         for hook in &mut self.reset_hooks {
             hook();
         }
-        self.load_guest()
+        self.load_guest()?;
+        self.machine.resets.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What firmware and boot loader do: PCI resources, tables, kernel, entry registers.
