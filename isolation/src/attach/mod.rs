@@ -12,6 +12,7 @@
 
 pub mod abort_value;
 pub mod device;
+pub mod e1000;
 pub mod plan;
 pub mod report;
 pub mod status;

@@ -1,0 +1,71 @@
+//! The 82540EM model as an isolated device: its whole state is one value, so a checkpoint is exact.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::e1000::{E1000, E1000State};
+use devices::pci::{BarRange, BarSpace, PciFunction};
+
+use super::device::{HeldDevice, IsolatedDevice};
+
+/// A controller shared with the bus and the event loop.
+pub struct E1000Device(pub Arc<Mutex<E1000>>);
+
+impl IsolatedDevice for E1000Device {
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
+        let mut nic = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = |range: &BarRange| range.space != BarSpace::Io;
+        let ranges = nic.decoded().into_iter().filter(memory).collect();
+        with(&mut Held {
+            nic: &mut nic,
+            ranges,
+            saved: None,
+        });
+    }
+}
+
+struct Held<'a> {
+    nic: &'a mut E1000,
+    /// Where the memory BARs are. Only configuration space moves them, which an isolated call does
+    /// not reach.
+    ranges: Vec<BarRange>,
+    saved: Option<E1000State>,
+}
+
+impl Held<'_> {
+    fn find(&self, gpa: u64) -> Option<(u8, u64)> {
+        self.ranges.iter().find_map(|range| {
+            let offset = gpa.checked_sub(range.address)?;
+            (offset < range.size_bytes).then_some((range.bar, offset))
+        })
+    }
+}
+
+impl HeldDevice for Held<'_> {
+    fn owns(&self, gpa: u64) -> bool {
+        self.find(gpa).is_some()
+    }
+
+    fn read(&mut self, gpa: u64, data: &mut [u8]) {
+        if let Some((bar, offset)) = self.find(gpa) {
+            self.nic.bar_read(bar, offset, data);
+        }
+    }
+
+    fn write(&mut self, gpa: u64, data: &[u8]) {
+        if let Some((bar, offset)) = self.find(gpa) {
+            self.nic.bar_write(bar, offset, data);
+        }
+    }
+
+    fn checkpoint(&mut self) {
+        self.saved = Some(self.nic.save());
+    }
+
+    fn restore(&mut self) {
+        if let Some(state) = self.saved.take()
+            && let Err(error) = self.nic.restore(state)
+        {
+            tracing::error!("the NIC does not take back its own checkpoint: {error}");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! A Debian guest in this process, with a NIC on a gateway of its own and the agent's channel.
+
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use agent_protocol::Client;
+use agent_protocol::message::SymbolFilter;
+use devices::e1000::{E1000, E1000Config};
+use devices::pci::config::InterruptPin;
+use devices::serial::SerialBackend;
+use devices::virtio::console::Console;
+use devices::virtio::pci::VirtioPciFunction;
+use devices::wire::gateway::{Gateway, GatewayConfig};
+use isolation::attach::e1000::E1000Device;
+use isolation::attach::plan::Wanted;
+use isolation::attach::status::{EntryStatus, ModuleStatus};
+use isolation::attach::{AttachError, DEFAULT_BUDGET, IsolateRequest, Isolated, Isolator};
+use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
+
+/// Time for a boot in the lab when it is busy.
+const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// A running guest.
+pub struct Machine {
+    pub agent: Client,
+    pub isolator: Arc<Isolator>,
+    pub handle: VmHandle,
+    nic: Arc<Mutex<E1000>>,
+    nic_slot: u8,
+    symbols: Arc<SymbolTable>,
+    thread: Option<JoinHandle<()>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Machine {
+    /// Boots a guest with `vcpus` vCPUs and `append` at the end of its command line.
+    pub fn boot(vcpus: u8, append: &str) -> Self {
+        let images =
+            std::env::var_os("COFFERDAM_IMAGES").expect("COFFERDAM_IMAGES names the images");
+        let images = PathBuf::from(images);
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let console_log = std::fs::File::create(directory.path().join("console")).unwrap();
+        let mut vm = Vm::new(VmConfig {
+            memory_bytes: 256 << 20,
+            vcpus,
+            payload: Payload::Linux {
+                kernel: images.join("vmlinux"),
+                initrd: Some(images.join("initrd.cpio")),
+                cmdline: format!("{DEFAULT_COMMAND_LINE} {append}"),
+            },
+            console: SerialBackend::Output(console_log),
+            on_guest_reset: OnGuestReset::Exit,
+        })
+        .unwrap();
+        let console = Console::new(
+            "org.cofferdam.agent.0",
+            UnixListener::bind(&socket).unwrap(),
+        );
+        let slot = vm.reserve_pci_slot().unwrap();
+        let console = VirtioPciFunction::new(
+            console.unwrap(),
+            vm.dma_space(),
+            slot.intx_line(InterruptPin::A),
+            vm.msi_vectors(8).unwrap(),
+        );
+        let console = Arc::new(Mutex::new(console.unwrap()));
+        vm.add_pci(&slot, console.clone()).unwrap();
+        vm.add_subscriber(console);
+        let gateway = Gateway::new(&GatewayConfig::default()).unwrap();
+        vm.add_subscriber(Arc::new(Mutex::new(gateway.timer())));
+        let slot = vm.reserve_pci_slot().unwrap();
+        let nic = E1000::new(
+            E1000Config::new([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
+            vm.dma_space(),
+            slot.intx_line(InterruptPin::A),
+            Box::new(gateway),
+        );
+        let nic = Arc::new(Mutex::new(nic.unwrap()));
+        vm.add_pci(&slot, nic.clone()).unwrap();
+        vm.add_subscriber(nic.clone());
+        let handle = vm.handle();
+        let isolator = Isolator::attach(handle.clone()).unwrap();
+        let thread = std::thread::spawn(move || {
+            vm.run().unwrap();
+        });
+        let mut agent = Client::unix(&socket);
+        agent.hello(BOOT_TIME).unwrap();
+        agent.set_limit(Duration::from_secs(60));
+        Self {
+            agent,
+            isolator,
+            handle,
+            nic,
+            nic_slot: slot.number(),
+            symbols: Arc::new(SymbolTable::default()),
+            thread: Some(thread),
+            _directory: directory,
+        }
+    }
+
+    /// Runs a program in the guest, which must succeed, and returns what it wrote.
+    pub fn run(&mut self, command: &str) -> String {
+        let result = self.agent.run(&["busybox", "sh", "-c", command]).unwrap();
+        let text = result.stdout_text();
+        let errors = String::from_utf8_lossy(&result.stderr).into_owned();
+        assert!(
+            result.success(),
+            "{command}: {:?} {text} {errors}",
+            result.end
+        );
+        text
+    }
+
+    /// Loads a module and reads the guest's symbols anew.
+    pub fn load(&mut self, module: &str, params: &str) {
+        self.agent.load_module(module, params).unwrap();
+        self.read_symbols();
+    }
+
+    pub fn read_symbols(&mut self) {
+        let mut table = SymbolTableBuilder::default();
+        for symbol in self.agent.symbols(SymbolFilter::default()).unwrap() {
+            let line = Line {
+                address: symbol.address,
+                kind: symbol.kind,
+                name: &symbol.name,
+                module: symbol.module.as_deref(),
+            };
+            table.add(&line).unwrap();
+        }
+        self.symbols = Arc::new(table.finish());
+    }
+
+    pub fn isolate(&mut self, module: &str, wanted: Wanted) -> Result<Isolated, AttachError> {
+        let modules = self.agent.modules(Some(module)).unwrap();
+        let device = (module == "e1000").then(|| E1000Device(self.nic.clone()));
+        self.isolator.isolate(IsolateRequest {
+            module: module.to_owned(),
+            sections: modules[0].sections.clone(),
+            symbols: self.symbols.clone(),
+            wanted,
+            device_slot: device.as_ref().map(|_| self.nic_slot),
+            device: device.map(|device| Arc::new(device) as _),
+            budget: DEFAULT_BUDGET.max(Duration::from_secs(2)),
+        })
+    }
+
+    pub fn status(&self, module: &str) -> ModuleStatus {
+        let all = self.isolator.status();
+        all.into_iter()
+            .find(|status| status.module == module)
+            .unwrap()
+    }
+
+    pub fn entry(&self, module: &str, entry: &str) -> EntryStatus {
+        let status = self.status(module);
+        assert_eq!(status.broken, None);
+        status
+            .entries
+            .into_iter()
+            .find(|status| status.name == entry)
+            .unwrap()
+    }
+
+    /// Kernel messages that no healthy guest writes.
+    pub fn assert_healthy(&mut self) {
+        let (records, _) = self.agent.kmsg(0).unwrap();
+        for record in records {
+            for bad in [
+                "BUG:",
+                "WARNING:",
+                "Oops",
+                "Call Trace",
+                "soft lockup",
+                "stall",
+            ] {
+                assert!(!record.text.contains(bad), "dmesg: {}", record.text);
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let stopped = self.handle.power_off().is_ok();
+        if let Some(thread) = self.thread.take()
+            && stopped
+        {
+            let _ = thread.join();
+        }
+    }
+}
