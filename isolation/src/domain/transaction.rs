@@ -704,11 +704,11 @@ impl Call<'_> {
         let mut dropped = domain
             .warm
             .age(|pfn| changed(pfn) || host_written.contains(&pfn));
-        for pfn in pages {
-            if !dropped.contains(&pfn) && !domain.warm.keep(pfn) {
-                dropped.push(pfn);
-            }
-        }
+        let rest: Vec<Pfn> = pages
+            .into_iter()
+            .filter(|pfn| !dropped.contains(pfn))
+            .collect();
+        dropped.extend(domain.warm.admit(&rest));
         dropped.sort_unstable();
         self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
         self.flush_posted();

@@ -173,7 +173,7 @@ impl Machine {
         for record in records {
             for bad in [
                 "BUG:",
-                "WARNING:",
+                "WARNING: CPU",
                 "Oops",
                 "Call Trace",
                 "soft lockup",
