@@ -193,6 +193,9 @@ fn status_text(status: &Status) -> String {
         }
         text.push_str(&format!("\n{rows}\n"));
     }
+    for module in &status.isolation {
+        text.push_str(&format!("\n{}", super::isolation::status_text(module)));
+    }
     text
 }
 

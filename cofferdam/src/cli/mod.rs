@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod errors;
+mod isolation;
 mod logging;
 mod report;
 mod run;
@@ -71,6 +72,12 @@ enum Command {
     Stop(control::StopOptions),
     /// Run a command inside a guest, through its agent
     Exec(control::ExecOptions),
+    /// Put functions of a guest's driver into a domain of their own
+    Isolate(isolation::IsolateOptions),
+    /// Take a guest's driver out of its domain
+    Release(isolation::ReleaseOptions),
+    /// Show what calls of an isolated driver did wrong
+    Violations(isolation::ViolationsOptions),
     /// Measure boots, recovery and traffic
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -103,6 +110,9 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Reset(options) => options.reset(),
         Command::Stop(options) => options.run(),
         Command::Exec(options) => options.run(),
+        Command::Isolate(options) => options.run(),
+        Command::Release(options) => options.run(),
+        Command::Violations(options) => options.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),

@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 
+use isolation::attach::status::ModuleStatus;
 use serde::{Deserialize, Serialize};
 
 /// Longest request, with its line end, in bytes.
@@ -42,6 +43,25 @@ pub enum Request {
     },
     /// Stop the pings.
     ProbeStop {},
+    /// Put functions of a guest's module into a domain. Answer: [`Reply::Isolated`].
+    Isolate {
+        /// Name of the module.
+        module: String,
+        /// Which functions.
+        entries: EntrySelection,
+        /// Time that a call may take, in microseconds; the default otherwise.
+        budget_us: Option<u64>,
+    },
+    /// Take a module out of its domain. Answer: [`Reply::Released`].
+    Release {
+        /// Name of the module.
+        module: String,
+    },
+    /// What did calls of a module do wrong lately? Answer: [`Reply::Violations`].
+    Violations {
+        /// Name of the module.
+        module: String,
+    },
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.
@@ -54,6 +74,18 @@ impl Request {
     pub fn line(&self) -> String {
         line(self)
     }
+}
+
+/// Which functions of a module to isolate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntrySelection {
+    /// All that can be.
+    All,
+    /// These.
+    Named(Vec<String>),
+    /// Those whose name fits; `*` stands for any characters.
+    Matching(String),
 }
 
 /// A VM process's answer.
@@ -89,6 +121,17 @@ pub enum Reply {
     Done {},
     /// How the VM is.
     Status(Box<Status>),
+    /// What was isolated, as `isolation::attach::Isolated` writes it.
+    Isolated(serde_json::Value),
+    /// The final counters of a module that is isolated no more.
+    Released(Box<ModuleStatus>),
+    /// Violations, oldest first.
+    Violations {
+        /// As `isolation::attach::report::ViolationReport` writes them.
+        reports: serde_json::Value,
+        /// The same for people.
+        texts: Vec<String>,
+    },
     /// What the gateway saw.
     Probe(ProbeReading),
 }
@@ -117,6 +160,8 @@ pub struct Status {
     pub config: ConfigSummary,
     /// Exits of all vCPUs to this process, by reason.
     pub exits: BTreeMap<String, u64>,
+    /// Isolated modules.
+    pub isolation: Vec<ModuleStatus>,
     /// Counters of the NIC and of what it is plugged into.
     pub nic: BTreeMap<String, u64>,
 }

@@ -25,6 +25,7 @@ use devices::wire::tap::Tap;
 use devices::wire::unix_link::UnixLink;
 use vmm::Vm;
 
+use super::isolation::IsolatedNic;
 use super::meter::{Meter, MeteredWire};
 use super::watch::Belongings;
 use super::{NetConfig, RunConfig};
@@ -38,6 +39,8 @@ const GATEWAY_VLAN: u16 = 5;
 pub struct Parts {
     /// What passed between NIC and wire.
     pub meter: Option<Arc<Meter>>,
+    /// The e1000, if that is the NIC.
+    pub nic: Option<IsolatedNic>,
     /// The user-mode gateway.
     pub gateway: Option<GatewayControl>,
 }
@@ -95,6 +98,10 @@ fn add_nic(
             let nic = E1000::new(E1000Config::new(net.mac.0), vm.dma_space(), line, wire)?;
             let nic = Arc::new(Mutex::new(nic));
             vm.add_pci(&slot, nic.clone())?;
+            parts.nic = Some(IsolatedNic {
+                nic: nic.clone(),
+                slot: slot.number(),
+            });
             vm.add_subscriber(nic);
             Ok(())
         }

@@ -12,6 +12,7 @@
 
 mod console;
 pub mod escape;
+pub mod isolation;
 mod machine;
 mod memory;
 mod meter;
@@ -24,8 +25,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use ::isolation::attach::Isolator;
 use anyhow::Context;
 use devices::clock::monotonic_ns;
+use isolation::Isolation;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::cli::Ending;
@@ -130,7 +133,11 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         },
     })?;
     let parts = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
-    let service = service::VmService::new(config, vm.handle(), parts, started_ns);
+    let isolator = Isolator::attach(vm.handle())?;
+    let forgetful = isolator.clone();
+    vm.on_reset(move || forgetful.forget());
+    let isolation = Isolation::new(isolator, paths.agent_socket(), parts.nic.clone());
+    let service = service::VmService::new(config, vm.handle(), parts, isolation, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

@@ -7,6 +7,7 @@ use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
 use vmm::{Refused, VmHandle};
 
+use super::isolation::Isolation;
 use super::machine::Parts;
 use super::{RunConfig, memory};
 use crate::control::protocol::{
@@ -24,6 +25,7 @@ const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 pub struct VmService {
     vm: VmHandle,
     parts: Parts,
+    isolation: Isolation,
     name: String,
     config: ConfigSummary,
     started_ns: u64,
@@ -31,10 +33,17 @@ pub struct VmService {
 
 impl VmService {
     /// Serves `vm`, which was made from `config`.
-    pub fn new(config: &RunConfig, vm: VmHandle, parts: Parts, started_ns: u64) -> Self {
+    pub fn new(
+        config: &RunConfig,
+        vm: VmHandle,
+        parts: Parts,
+        isolation: Isolation,
+        started_ns: u64,
+    ) -> Self {
         Self {
             vm,
             parts,
+            isolation,
             name: config.name.to_string(),
             config: summary(config),
             started_ns,
@@ -80,6 +89,7 @@ impl VmService {
             resets: vm.resets,
             config: self.config.clone(),
             exits,
+            isolation: self.isolation.status(),
             nic,
         })))
     }
@@ -131,6 +141,13 @@ impl Handler for VmService {
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
+            Request::Isolate {
+                module,
+                entries,
+                budget_us,
+            } => self.isolation.isolate(&module, entries, budget_us),
+            Request::Release { module } => self.isolation.release(&module),
+            Request::Violations { module } => self.isolation.reports(&module),
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {
                 self.gateway()?.stop_probe();

@@ -294,6 +294,18 @@ impl Isolator {
         })?
     }
 
+    /// Forgets `module` if it is isolated but its text is not at `text` any more: it was removed, and
+    /// perhaps loaded again elsewhere, in the meantime.
+    pub fn forget_stale(&self, module: &str, text: Option<u64>) {
+        let mut modules = self.modules();
+        let stale = modules
+            .get(module)
+            .is_some_and(|armed| text.is_none_or(|text| !armed.knowledge.in_text(text, 1)));
+        if stale {
+            modules.remove(module);
+        }
+    }
+
     /// Forgets all modules without touching the guest's memory: the guest was reset and holds
     /// nothing of them.
     pub fn forget(&self) {

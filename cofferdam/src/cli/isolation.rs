@@ -1,0 +1,189 @@
+//! `isolate`, `release`, `violations`: functions of a guest's driver in a domain of their own.
+
+use anyhow::bail;
+use isolation::attach::status::ModuleStatus;
+
+use super::table::{number, table};
+use super::{Ending, print_bytes, print_json};
+use crate::control::client::ControlClient;
+use crate::control::protocol::{EntrySelection, Reply, Request};
+use crate::options::VmName;
+use crate::runtime_dir::RuntimeRoot;
+
+fn connect(vm: &VmName) -> anyhow::Result<ControlClient> {
+    let vm = RuntimeRoot::from_environment().find(Some(vm))?;
+    ControlClient::connect(&vm.paths.control_socket())
+}
+
+/// `isolate`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  cofferdam isolate web e1000 --entry e1000_xmit_frame --entry e1000_clean
+  cofferdam isolate web e1000 --match 'e1000_get_*'
+  cofferdam isolate web dummy --entries all")]
+pub struct IsolateOptions {
+    /// Name of the VM
+    vm: VmName,
+    /// Name of the module, as lsmod shows it in the guest
+    module: String,
+    #[command(flatten)]
+    which: Which,
+    /// Time that a call may take before it is taken back, in microseconds
+    #[arg(long, value_name = "US")]
+    budget_us: Option<u64>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which functions.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// A function to isolate; may be given several times
+    #[arg(long, value_name = "FUNCTION")]
+    entry: Vec<String>,
+    /// Isolate all functions whose name fits; * stands for any characters
+    #[arg(long = "match", value_name = "PATTERN")]
+    matching: Option<String>,
+    /// Isolate every function that can be
+    #[arg(long, value_name = "all", value_parser = ["all"])]
+    entries: Option<String>,
+}
+
+impl IsolateOptions {
+    /// `isolate`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        let entries = match (self.which.matching, self.which.entry) {
+            (Some(pattern), _) => EntrySelection::Matching(pattern),
+            (None, names) if !names.is_empty() => EntrySelection::Named(names),
+            _ => EntrySelection::All,
+        };
+        let request = Request::Isolate {
+            module: self.module.clone(),
+            entries,
+            budget_us: self.budget_us,
+        };
+        let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        if self.json {
+            print_json(&isolated)?;
+            return Ok(Ending::SUCCESS);
+        }
+        let count = |key: &str| isolated[key].as_array().map_or(0, Vec::len);
+        let mut text = format!(
+            "isolated {} functions of {} ({} calls of kernel functions redirected); the guest was stopped for {} us\n",
+            count("entries"),
+            self.module,
+            isolated["redirected_calls"],
+            isolated["stopped_us"],
+        );
+        if count("refused") > 0 {
+            text.push_str(&format!(
+                "{} cannot be isolated; --json says why\n",
+                count("refused")
+            ));
+        }
+        print_bytes(text.as_bytes())?;
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// `release`
+#[derive(Debug, clap::Args)]
+pub struct ReleaseOptions {
+    /// Name of the VM
+    vm: VmName,
+    /// Name of the module
+    module: String,
+    /// The final counters as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ReleaseOptions {
+    /// `release`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        let request = Request::Release {
+            module: self.module,
+        };
+        let Reply::Released(status) = connect(&self.vm)?.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        if self.json {
+            print_json(&status)?;
+        } else {
+            print_bytes(status_text(&status).as_bytes())?;
+        }
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// `violations`
+#[derive(Debug, clap::Args)]
+pub struct ViolationsOptions {
+    /// Name of the VM
+    vm: VmName,
+    /// Name of the module
+    module: String,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ViolationsOptions {
+    /// `violations`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        let request = Request::Violations {
+            module: self.module,
+        };
+        let Reply::Violations { reports, texts } = connect(&self.vm)?.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        if self.json {
+            print_json(&reports)?;
+        } else {
+            let text: String = texts.iter().map(|text| format!("{text}\n")).collect();
+            print_bytes(text.as_bytes())?;
+        }
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// Counters of a module's entries as a table.
+pub fn status_text(status: &ModuleStatus) -> String {
+    let mut rows = table(&[
+        &format!("isolated in {}", status.module),
+        "calls",
+        "committed",
+        "aborted",
+        "passed through",
+        "crossings",
+        "exits",
+        "mean us",
+        "longest us",
+    ]);
+    for entry in &status.entries {
+        let passed: u64 = entry.pass_throughs.values().sum();
+        let mean = entry.total_ns / entry.calls.max(1) / 1000;
+        rows.add_row(vec![
+            entry.name.clone().into(),
+            number(entry.calls),
+            number(entry.commits),
+            number(entry.aborts),
+            number(passed),
+            number(entry.crossings),
+            // Each call leaves the guest once at its gate.
+            number(entry.private_exits + entry.calls),
+            number(mean),
+            number(entry.longest_ns / 1000),
+        ]);
+    }
+    let mut text = format!("{rows}\n");
+    if let Some(broken) = &status.broken {
+        text.push_str(&format!("not isolated any more: {broken}\n"));
+    }
+    text
+}
