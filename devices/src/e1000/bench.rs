@@ -127,6 +127,24 @@ impl Bench {
         })
     }
 
+    /// A bench with a controller in the same state, the same memory (copied through `memory`, which
+    /// has its size) and the same frames under way.
+    pub fn twin(&self, memory: &mut [u8]) -> Result<Self, Error> {
+        let mut twin = Self::new(memory.len(), E1000Config::new(MAC))?;
+        let copied = self.dma.read(0, memory);
+        copied
+            .and_then(|()| twin.dma.write(0, memory))
+            .map_err(std::io::Error::other)?;
+        {
+            let (ours, mut theirs) = (self.far_end(), twin.far_end());
+            theirs.to_nic = ours.to_nic.clone();
+            theirs.room = ours.room;
+            theirs.carrier = ours.carrier;
+        }
+        twin.nic.restore(self.nic.save())?;
+        Ok(twin)
+    }
+
     /// Reads a register.
     pub fn read(&mut self, register: u32) -> u32 {
         let mut data = [0; 4];

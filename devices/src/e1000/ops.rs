@@ -5,6 +5,7 @@ use arbitrary::Arbitrary;
 
 use super::bench::{Bench, MAC};
 use super::regs::{self, ICR, IMS, ITR};
+use super::ring::Ring;
 use super::{BAR_IO, BAR_MEMORY, E1000Config, Error};
 use crate::pci::PciFunction;
 use crate::pci::config::{Command, offset};
@@ -92,15 +93,10 @@ pub enum Op {
     ReadPhy { number: u8 },
     /// Writes a PHY register.
     WritePhy { number: u8, value: u16 },
-    /// Puts any bytes where a ring has a descriptor.
-    RawDescriptor {
-        transmit: bool,
-        index: u8,
-        bytes: [u8; 16],
-    },
-    /// Puts a data descriptor in the transmit ring.
+    /// Puts any bytes behind the transmit tail, or at the receive tail.
+    RawDescriptor { transmit: bool, bytes: [u8; 16] },
+    /// Puts a data or legacy descriptor behind the transmit tail.
     Data {
-        index: u8,
         buffer: u16,
         length: u16,
         command: u8,
@@ -108,19 +104,20 @@ pub enum Op {
         special: u16,
         legacy: bool,
     },
-    /// Puts a context descriptor in the transmit ring.
+    /// Puts a context descriptor behind the transmit tail.
     Context {
-        index: u8,
         fields: [u8; 8],
         paylen: u16,
         command: u8,
         header: u8,
         mss: u16,
     },
-    /// Puts a buffer in a receive descriptor.
-    Buffer { index: u8, buffer: u16 },
-    /// Gives descriptors to the controller.
-    Tail { transmit: bool, index: u8 },
+    /// Puts a buffer in the receive descriptor at the tail.
+    Buffer { buffer: u16 },
+    /// Gives the controller the descriptors that were put behind the transmit tail.
+    Send,
+    /// Gives the controller receive descriptors: so many from the head on.
+    Refill { count: u8 },
     /// A frame comes over the wire.
     Deliver {
         destination: u8,
@@ -145,6 +142,8 @@ pub enum Op {
 /// A controller under exercise with what it showed so far.
 pub struct Exercise {
     bench: Bench,
+    /// Descriptors behind the transmit tail.
+    queued: u32,
     /// Everything that could be observed: values read, interrupt levels, frames sent.
     seen: Vec<u8>,
 }
@@ -155,26 +154,20 @@ impl Exercise {
         let bench = Bench::new(MEMORY_BYTES, E1000Config::new(MAC))?;
         Ok(Self {
             bench,
+            queued: 0,
             seen: Vec::new(),
         })
     }
 
     /// Another controller in the same state, with the same memory and the same frames under way.
     pub fn twin(&self) -> Result<Self, Error> {
-        let mut twin = Self::new()?;
         let mut memory = vec![0; MEMORY_BYTES];
-        let copied = self.bench.dma.read(0, &mut memory);
-        copied
-            .and_then(|()| twin.bench.dma.write(0, &memory))
-            .map_err(std::io::Error::other)?;
-        {
-            let (ours, mut theirs) = (self.bench.far_end(), twin.bench.far_end());
-            theirs.to_nic = ours.to_nic.clone();
-            theirs.room = ours.room;
-            theirs.carrier = ours.carrier;
-        }
-        twin.bench.nic.restore(self.bench.nic.save())?;
-        Ok(twin)
+        let bench = self.bench.twin(&mut memory)?;
+        Ok(Self {
+            bench,
+            queued: self.queued,
+            seen: Vec::new(),
+        })
     }
 
     /// What was observed since this was asked last, and the memory.
@@ -183,6 +176,17 @@ impl Exercise {
         // Reading own memory cannot fail; if it did, the observations would differ.
         let _ = self.bench.dma.read(0, &mut memory);
         (std::mem::take(&mut self.seen), memory)
+    }
+
+    /// Reads everything that can be read.
+    pub fn read_all(&mut self) {
+        for (bar, bytes) in [(BAR_IO, 8), (BAR_MEMORY, 0xa000)] {
+            let start = self.seen.len();
+            self.seen.resize(start + bytes, 0);
+            for (i, word) in self.seen[start..].chunks_mut(4).enumerate() {
+                self.bench.nic.bar_read(bar, 4 * i as u64, word);
+            }
+        }
     }
 
     /// State of the controller.
@@ -309,15 +313,8 @@ impl Exercise {
                 self.seen.extend_from_slice(&value.to_le_bytes());
             }
             Op::WritePhy { number, value } => bench.write_phy(u32::from(number & 0x1f), *value),
-            Op::RawDescriptor {
-                transmit,
-                index,
-                bytes,
-            } => {
-                Self::put(bench, *transmit, *index, *bytes);
-            }
+            Op::RawDescriptor { transmit, bytes } => self.put(*transmit, *bytes),
             Op::Data {
-                index,
                 buffer,
                 length,
                 command,
@@ -325,36 +322,48 @@ impl Exercise {
                 special,
                 legacy,
             } => {
-                let kind = if *legacy { 0 } else { 0x20 };
-                let command = command & !0x20 | kind;
-                let kind = if *legacy { 0 } else { 1 << 20 };
-                let lower = u32::from(command) << 24 | kind | u32::from(*length);
+                let (extended, kind) = if *legacy { (0, 0) } else { (0x20, 1 << 20) };
+                let command = command & !0x20 | extended;
+                // Mostly lengths that a packet can have.
+                let length = if length & 0x8000 != 0 {
+                    *length
+                } else {
+                    length % 1024
+                };
+                let lower = u32::from(command) << 24 | kind | u32::from(length);
                 let upper = u32::from(*special) << 16 | u32::from(*popts) << 8;
                 let address = BUFFERS + u64::from(*buffer);
                 let bytes = u128::from(address) | u128::from(lower) << 64 | u128::from(upper) << 96;
-                Self::put(bench, true, *index, bytes.to_le_bytes());
+                self.put(true, bytes.to_le_bytes());
             }
             Op::Context {
-                index,
                 fields,
                 paylen,
                 command,
                 header,
                 mss,
             } => {
-                let lower = u32::from(command & !0x20 | 0x20) << 24 | u32::from(*paylen);
+                let lower = u32::from(command | 0x20) << 24 | u32::from(*paylen);
                 let upper = u32::from(*mss) << 16 | u32::from(*header) << 8;
                 let first = u128::from(u64::from_le_bytes(*fields));
                 let bytes = first | u128::from(lower) << 64 | u128::from(upper) << 96;
-                Self::put(bench, true, *index, bytes.to_le_bytes());
+                self.put(true, bytes.to_le_bytes());
             }
-            Op::Buffer { index, buffer } => {
+            Op::Buffer { buffer } => {
                 let address = BUFFERS + u64::from(*buffer) * 3;
-                Self::put(bench, false, *index, u128::from(address).to_le_bytes());
+                self.put(false, u128::from(address).to_le_bytes());
             }
-            Op::Tail { transmit, index } => {
-                let register = if *transmit { regs::TDT } else { regs::RDT };
-                bench.write(register, u32::from(index % 64));
+            Op::Send => {
+                let ring = Ring::at(&bench.nic.regs, regs::TDBAL);
+                let tail = (ring.tail + std::mem::take(&mut self.queued)) % ring.count.max(1);
+                bench.write(regs::TDT, tail);
+            }
+            Op::Refill { count } => {
+                let ring = Ring::at(&bench.nic.regs, regs::RDBAL);
+                bench.write(
+                    regs::RDT,
+                    (ring.head + u32::from(*count)) % ring.count.max(1),
+                );
             }
             Op::Deliver {
                 destination,
@@ -362,7 +371,13 @@ impl Exercise {
                 length,
                 fill,
             } => {
-                let length = usize::from(*length) % (MAX_FRAME_BYTES + 100);
+                // Mostly lengths that pass without RCTL.LPE.
+                let limit = if length & 0x8000 != 0 {
+                    MAX_FRAME_BYTES + 100
+                } else {
+                    1600
+                };
+                let length = usize::from(*length) % limit;
                 let mut frame = vec![*fill; length];
                 let address = match destination % 4 {
                     0 => [0xff; 6],
@@ -405,12 +420,22 @@ impl Exercise {
         }
     }
 
-    fn put(bench: &mut Bench, transmit: bool, index: u8, bytes: [u8; 16]) {
-        let ring = if transmit { TX_RING } else { RX_RING };
+    /// Puts a descriptor behind the transmit tail or at the receive tail.
+    fn put(&mut self, transmit: bool, bytes: [u8; 16]) {
+        let (base, register) = if transmit {
+            (TX_RING, regs::TDBAL)
+        } else {
+            (RX_RING, regs::RDBAL)
+        };
+        let ring = Ring::at(&self.bench.nic.regs, register);
+        let mut index = ring.tail;
+        if transmit {
+            index += self.queued;
+            self.queued = (self.queued + 1).min(63);
+        }
         // Both rings are in memory; if they were not, the controller would find out.
-        let _ = bench
-            .dma
-            .write(u64::from(ring) + 16 * u64::from(index % 64), &bytes);
+        let index = index % ring.count.clamp(1, 64);
+        let _ = self.bench.dma.write(u64::from(base + 16 * index), &bytes);
     }
 }
 
@@ -430,19 +455,41 @@ mod tests {
             self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
         }
 
-        fn ops(&mut self) -> Vec<Op> {
-            let bytes: Vec<u8> = (0..400).flat_map(|_| self.next().to_le_bytes()).collect();
-            let mut source = Unstructured::new(&bytes);
-            let mut ops = vec![Op::Open {
+        fn open(&mut self) -> Op {
+            Op::Open {
                 tx_count: self.next() as u8,
                 rx_count: self.next() as u8,
                 receive: self.next() as u32,
                 vlan_mode: self.next() & 1 != 0,
-            }];
-            while !source.is_empty() {
-                match Op::arbitrary(&mut source) {
-                    Ok(op) => ops.push(op),
-                    Err(_) => break,
+            }
+        }
+
+        fn ops(&mut self) -> Vec<Op> {
+            let bytes: Vec<u8> = (0..600).flat_map(|_| self.next().to_le_bytes()).collect();
+            let mut source = Unstructured::new(&bytes);
+            let mut ops = vec![self.open()];
+            while let Ok(op) = Op::arbitrary(&mut source) {
+                if source.is_empty() {
+                    break;
+                }
+                // What switches the controller off happens seldom, or little else would.
+                let seldom = match op {
+                    Op::Reset | Op::Config { .. } | Op::Carrier { up: false } => 20,
+                    Op::WritePhy { .. } => 8,
+                    Op::Write { .. } | Op::WriteSmall { .. } => 4,
+                    _ => 1,
+                };
+                if self.next().is_multiple_of(seldom) {
+                    ops.push(op);
+                }
+                if self.next().is_multiple_of(40) {
+                    ops.extend([
+                        Op::WritePhy {
+                            number: 0,
+                            value: 0x9340,
+                        },
+                        self.open(),
+                    ]);
                 }
             }
             ops
@@ -471,8 +518,11 @@ mod tests {
     fn a_restored_twin_behaves_as_the_original() {
         for seed in histories(100) {
             let mut random = Random(seed << 32);
+            // A checkpoint on the way would lose in the original too what checkpoints lose.
+            let mut ops = random.ops();
+            ops.retain(|op| *op != Op::Checkpoint);
             let mut original = Exercise::new().unwrap();
-            for op in random.ops() {
+            for op in ops {
                 original.apply(&op);
             }
             original.take_observations();
@@ -482,11 +532,13 @@ mod tests {
                 twin.apply(&op);
                 assert_eq!(original.seen, twin.seen, "seed {seed}, {op:?}");
             }
+            assert_eq!(original.state(), twin.state(), "seed {seed}");
+            original.read_all();
+            twin.read_all();
             assert!(
                 original.take_observations() == twin.take_observations(),
                 "seed {seed}"
             );
-            assert_eq!(original.state(), twin.state(), "seed {seed}");
         }
     }
 

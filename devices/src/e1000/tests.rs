@@ -6,4 +6,5 @@ mod model;
 mod offload;
 mod receive;
 mod registers;
+mod state;
 mod transmit;

@@ -59,6 +59,12 @@ impl Driver {
         driver
     }
 
+    /// The same driver on a controller that was restored from this one's state.
+    pub fn twin(&self) -> Self {
+        let bench = self.bench.twin(&mut vec![0; MEMORY_BYTES]).unwrap();
+        Self { bench, ..*self }
+    }
+
     pub fn open(&mut self) {
         let bench = &mut self.bench;
         bench.set_bits(CTRL, ctrl::SLU);

@@ -147,3 +147,26 @@ fn heads_and_tails_outside_of_the_ring_stop_it() {
         assert!(driver.receive().is_some(), "it waited on the wire");
     }
 }
+
+#[test]
+fn a_new_head_forgets_the_frame_that_waited() {
+    let mut driver = Driver::with_rings(8, 8);
+    driver
+        .bench
+        .write(RCTL, rctl::EN | rctl::BAM | rctl::LPE | 3 << 16);
+    for _ in 0..3 {
+        driver.bench.deliver(&broadcast(1000));
+    }
+    assert_eq!(
+        driver.bench.read(RNBC),
+        1,
+        "the second needs 4 of 3 descriptors"
+    );
+    driver.open();
+    assert_eq!(
+        driver.receive().unwrap().data.len(),
+        1004,
+        "the third, from the wire"
+    );
+    assert_eq!(driver.receive(), None);
+}

@@ -1,0 +1,122 @@
+//! What is under way when a state is saved goes on where it is restored.
+
+use super::driver::*;
+use crate::e1000::regs::*;
+
+#[test]
+fn running_delays_go_on() {
+    let mut driver = Driver::new();
+    driver.bench.write(RDTR, 100);
+    driver.bench.write(TIDV, 200);
+    driver.bench.deliver(&broadcast(60));
+    driver.queue_data(TX_BUFFERS, &broadcast(60), EOP | RS | IDE, 0);
+    driver.ring();
+    driver.bench.read(ICR);
+    driver.bench.advance_ns(60 * 1024);
+    let mut twin = driver.twin();
+    twin.bench.advance_ns(39 * 1024);
+    assert!(!twin.bench.interrupt());
+    twin.bench.advance_ns(1024);
+    assert_eq!(twin.bench.read(ICR), icr::RXT0);
+    twin.bench.advance_ns(100 * 1024);
+    assert_eq!(twin.bench.read(ICR), icr::TXDW);
+}
+
+#[test]
+fn a_throttled_interrupt_comes_in_its_time() {
+    let mut driver = Driver::new();
+    driver.bench.write(ITR, 1000);
+    driver.bench.write(ICS, icr::RXT0);
+    driver.bench.read(ICR);
+    driver.bench.advance_ns(100_000);
+    for cause_before in [false, true] {
+        if cause_before {
+            driver.bench.write(ICS, icr::RXT0);
+        }
+        let mut twin = driver.twin();
+        twin.bench.write(ICS, icr::RXT0);
+        twin.bench.advance_ns(155_999);
+        assert!(!twin.bench.interrupt());
+        twin.bench.advance_ns(1);
+        assert!(twin.bench.interrupt());
+    }
+}
+
+#[test]
+fn an_asserted_line_is_asserted_again_and_can_be_acknowledged() {
+    let mut driver = Driver::new();
+    driver.bench.write(ICS, icr::LSC);
+    let mut twin = driver.twin();
+    assert!(twin.bench.interrupt());
+    assert_eq!(twin.bench.read(ICR), icr::LSC);
+    assert!(!twin.bench.interrupt());
+}
+
+#[test]
+fn a_packet_that_was_half_fetched_or_half_sent_is_sent_once() {
+    let mut driver = Driver::new();
+    let frame = broadcast(200);
+    driver.queue_data(TX_BUFFERS, &frame[..80], 0, 0);
+    driver.ring();
+    let mut twin = driver.twin();
+    twin.bench.far_end().room = Some(0);
+    // The first part is in the controller already.
+    twin.bench.dma.write(TX_BUFFERS, &[0xee; 80]).unwrap();
+    twin.queue_data(TX_BUFFERS + 0x100, &frame[80..], EOP | RS, 0);
+    twin.ring();
+    assert!(twin.sent().is_empty());
+    let mut third = twin.twin();
+    third
+        .bench
+        .dma
+        .write(TX_BUFFERS + 0x100, &[0xee; 120])
+        .unwrap();
+    third.bench.far_end().room = None;
+    third.bench.serve();
+    assert_eq!(third.sent(), [frame]);
+    assert_eq!((third.tx_status(1), third.bench.read(TDH)), (1, 2));
+}
+
+#[test]
+fn a_frame_that_waits_for_descriptors_goes_along() {
+    let mut driver = Driver::with_rings(8, 8);
+    driver.bench.write(RCTL, rctl::EN | rctl::BAM | 3 << 16);
+    driver.bench.deliver(&broadcast(1000));
+    driver.bench.deliver(&broadcast(1001));
+    let mut twin = driver.twin();
+    assert_eq!(twin.receive().unwrap().data[..1000], broadcast(1000));
+    assert_eq!(twin.receive().unwrap().data[..1001], broadcast(1001));
+}
+
+#[test]
+fn another_carrier_is_a_link_status_change() {
+    let driver = Driver::new();
+    let state = driver.bench.nic.save();
+    let mut other = Driver::new();
+    other.bench.far_end().carrier = false;
+    other.bench.nic.restore(state).unwrap();
+    assert_eq!(other.bench.read(ICR), icr::LSC);
+    assert_eq!(other.bench.read(STATUS) & status::LU, 0);
+}
+
+#[test]
+fn a_damaged_state_is_refused_and_changes_nothing() {
+    let mut driver = Driver::new();
+    let state = serde_json::to_value(driver.bench.nic.save()).unwrap();
+    driver.bench.write(VET, 0x1234);
+    let before = driver.bench.nic.save();
+    let damage: [(&str, serde_json::Value); 5] = [
+        ("/eeprom/words", serde_json::json!([1, 2, 3])),
+        ("/phy/registers", serde_json::json!([])),
+        ("/held_frame", serde_json::json!(vec![0; 20_000])),
+        ("/transmitter/options/finished_at", serde_json::json!(9)),
+        ("/config/bytes", serde_json::json!([0])),
+    ];
+    for (place, value) in damage {
+        let mut state = state.clone();
+        *state.pointer_mut(place).unwrap() = value;
+        let state = serde_json::from_value(state).unwrap();
+        assert!(driver.bench.nic.restore(state).is_err(), "{place}");
+        assert_eq!(driver.bench.nic.save(), before, "{place}");
+    }
+}
