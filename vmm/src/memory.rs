@@ -9,7 +9,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, ftruncate, memfd_create, openat,
+    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, ftruncate, memfd_create, openat,
+    unlinkat,
 };
 use rustix::mm::{Advice, madvise};
 use rustix::mount::{
@@ -24,6 +25,9 @@ use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
+
+/// Name of the file, as the end of the path that `/proc/PID/maps` shows.
+pub const FILE_NAME: &str = "cofferdam-guest";
 
 /// Why guest memory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +111,7 @@ impl GuestRam {
             Err(error) => {
                 // Not privileged, or a kernel without huge pages: slower, but the same otherwise.
                 tracing::debug!(%error, "guest memory without huge pages");
-                memfd_create("cofferdam-guest", MemfdFlags::CLOEXEC)
+                memfd_create(FILE_NAME, MemfdFlags::CLOEXEC)
                     .map_err(|errno| MemoryError::Allocate(errno.into()))?
             }
         };
@@ -192,7 +196,7 @@ impl GuestRam {
     }
 }
 
-/// An unnamed file with `size_bytes` at most whose mappings can have huge pages, which save most of
+/// A file of `size_bytes` at most, deleted at once, whose mappings can have huge pages, which save most of
 /// the second stage's faults while a guest starts. An ordinary memfd has none on a host with default
 /// settings (`transparent_hugepage/shmem_enabled` is `never`), so this one is made in a tmpfs of its
 /// own, mounted nowhere.
@@ -206,8 +210,10 @@ fn huge_page_file(size_bytes: u64) -> rustix::io::Result<OwnedFd> {
         FsMountFlags::FSMOUNT_CLOEXEC,
         MountAttrFlags::empty(),
     )?;
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    openat(&root, ".", flags, Mode::RUSR | Mode::WUSR)
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = openat(&root, FILE_NAME, flags, Mode::RUSR | Mode::WUSR)?;
+    unlinkat(&root, FILE_NAME, AtFlags::empty())?;
+    Ok(file)
 }
 
 /// Asks for huge pages for a mapping.
@@ -228,6 +234,8 @@ fn advise_huge_pages(mapping: &MmapRegion) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use vm_memory::Bytes;
 
     use super::*;
@@ -271,6 +279,24 @@ mod tests {
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_at(ram.memfd(), &mut byte, 3 << 30).unwrap();
         assert_eq!(byte, [0x55]);
+    }
+
+    #[test]
+    fn mappings_are_found_under_the_name_of_the_file() {
+        for file in [
+            huge_page_file(4 << 20),
+            memfd_create(FILE_NAME, MemfdFlags::CLOEXEC),
+        ] {
+            // Huge pages need privilege, which a test may lack.
+            let Ok(file) = file else { continue };
+            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let path = std::fs::read_link(link).unwrap();
+            assert!(
+                path.to_string_lossy().contains(FILE_NAME),
+                "{}",
+                path.display()
+            );
+        }
     }
 
     #[test]

@@ -3,9 +3,6 @@
 
 use std::io::{BufRead, BufReader};
 
-/// Part of the path of guest memory's mapping.
-const GUEST_MAPPING: &str = "/memfd:cofferdam-guest";
-
 /// Resident memory of a process, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Resident {
@@ -38,7 +35,7 @@ fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
             *part = part.saturating_add(kib);
         } else if !first.ends_with(':') {
             // The head of a mapping: addresses, permissions, offset, device, inode, path.
-            of_guest = line.contains(GUEST_MAPPING);
+            of_guest = line.contains(vmm::memory::FILE_NAME);
         }
     }
     Ok(total)
