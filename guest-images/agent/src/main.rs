@@ -16,10 +16,17 @@ use guest_agent::{channel, init};
 const AGAIN: Duration = Duration::from_millis(50);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if std::process::id() == 1 {
+        // The kernel gives its /init the words of its command line that it does not know itself.
+        init::run();
+    }
+    // Arguments of a person or of a request, not to be trusted to be text.
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|a| a.to_string_lossy().into_owned())
+        .collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        [] if std::process::id() == 1 => init::run(),
         ["serve"] => serve_port(),
         ["traffic", ..] => ExitCode::from(traffic::main(&arguments[1..])),
         ["--socket", path] => match serve_socket(path) {
