@@ -30,6 +30,8 @@ pub struct FarEnd {
     pub room: Option<usize>,
     /// Whether the cable is plugged in.
     pub carrier: bool,
+    /// What the wire knows of that: it looks when it finds no frame, as a TAP does.
+    pub known_carrier: bool,
 }
 
 struct BenchWire {
@@ -45,6 +47,10 @@ fn lock(far_end: &Mutex<FarEnd>) -> MutexGuard<'_, FarEnd> {
 impl Wire for BenchWire {
     fn send(&mut self, frame: &[u8]) -> SendOutcome {
         let mut far_end = lock(&self.far_end);
+        if !far_end.carrier {
+            far_end.known_carrier = false;
+            return SendOutcome::Dropped;
+        }
         match &mut far_end.room {
             Some(0) => return SendOutcome::Full,
             Some(room) => *room -= 1,
@@ -55,13 +61,17 @@ impl Wire for BenchWire {
     }
 
     fn receive(&mut self, buffer: &mut [u8]) -> Option<usize> {
-        let frame = lock(&self.far_end).to_nic.pop_front()?;
+        let mut far_end = lock(&self.far_end);
+        let Some(frame) = far_end.to_nic.pop_front() else {
+            far_end.known_carrier = far_end.carrier;
+            return None;
+        };
         buffer.get_mut(..frame.len())?.copy_from_slice(&frame);
         Some(frame.len())
     }
 
     fn carrier(&self) -> bool {
-        lock(&self.far_end).carrier
+        lock(&self.far_end).known_carrier
     }
 
     fn readable_fd(&self) -> RawFd {
@@ -110,6 +120,7 @@ impl Bench {
         let dma = DmaSpace::new(Arc::new(memory));
         let far_end = Arc::new(Mutex::new(FarEnd {
             carrier: true,
+            known_carrier: true,
             ..FarEnd::default()
         }));
         let line = Arc::new(BenchLine::default());
@@ -140,6 +151,7 @@ impl Bench {
             theirs.to_nic = ours.to_nic.clone();
             theirs.room = ours.room;
             theirs.carrier = ours.carrier;
+            theirs.known_carrier = ours.known_carrier;
         }
         twin.nic.restore(self.nic.save())?;
         Ok(twin)

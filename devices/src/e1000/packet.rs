@@ -406,8 +406,12 @@ impl E1000 {
     fn send_frame(&mut self, frame: &[u8]) -> bool {
         if self.in_loopback() {
             self.receive_loopback(frame);
-        } else if self.wire.send(frame) == SendOutcome::Full {
-            return false;
+        } else {
+            match self.wire.send(frame) {
+                SendOutcome::Sent => {}
+                SendOutcome::Full => return false,
+                SendOutcome::Dropped => self.update_link(),
+            }
         }
         // A frame that nobody takes left this station all the same.
         self.regs

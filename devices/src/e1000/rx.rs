@@ -93,7 +93,11 @@ impl E1000 {
                 Some(length) => length,
                 None => match self.wire.receive(&mut self.rx.buffer[..MAX_FRAME_BYTES]) {
                     Some(length) => length.min(MAX_FRAME_BYTES),
-                    None => break,
+                    None => {
+                        // A wire may learn only now that nobody is at its other end.
+                        self.update_link();
+                        break;
+                    }
                 },
             };
             if listening && !self.receive_frame(length) {

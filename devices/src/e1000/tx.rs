@@ -120,7 +120,8 @@ impl E1000 {
             count: 0,
         };
         let mut budget = Budget::new();
-        while ring.head != ring.tail {
+        // The link may go away on the way.
+        while ring.head != ring.tail && self.may_transmit() {
             if budget.is_spent() {
                 self.kick();
                 break;

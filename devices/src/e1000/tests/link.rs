@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use super::driver::{Driver, MEMORY_BYTES, broadcast};
+use super::driver::{Driver, EOP, MEMORY_BYTES, RS, TX_BUFFERS, broadcast};
 use crate::e1000::E1000Config;
 use crate::e1000::bench::{Bench, MAC};
 use crate::e1000::regs::*;
@@ -61,6 +61,25 @@ fn descriptors_wait_for_the_link() {
     driver.bench.far_end().carrier = true;
     driver.bench.serve();
     assert_eq!(driver.sent(), [broadcast(60)]);
+}
+
+#[test]
+fn a_wire_that_learns_in_sending_that_it_is_cut_keeps_the_rest() {
+    let mut driver = Driver::new();
+    for i in 0..3 {
+        driver.queue_data(TX_BUFFERS + 64 * i, &broadcast(60), EOP | RS, 0);
+    }
+    driver.bench.far_end().carrier = false;
+    driver.ring();
+    assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
+    assert_eq!(
+        driver.bench.read(TDH),
+        1,
+        "the first is lost, the others wait"
+    );
+    driver.bench.far_end().carrier = true;
+    driver.bench.serve();
+    assert_eq!(driver.sent().len(), 2);
 }
 
 #[test]

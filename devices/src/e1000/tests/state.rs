@@ -94,6 +94,7 @@ fn another_carrier_is_a_link_status_change() {
     let state = driver.bench.nic.save();
     let mut other = Driver::new();
     other.bench.far_end().carrier = false;
+    other.bench.far_end().known_carrier = false;
     other.bench.nic.restore(state).unwrap();
     assert_eq!(other.bench.read(ICR), icr::LSC);
     assert_eq!(other.bench.read(STATUS) & status::LU, 0);
