@@ -316,6 +316,17 @@ impl<M: GuestPhys> Allocations<'_, M> {
         String::from_utf8(bytes[..len].to_vec()).ok()
     }
 
+    /// Whether a byte of `allocation` differs from the `earlier` memory: whether somebody has worked
+    /// on it since. Looks at the first 4 KiB.
+    pub fn is_changed(&self, allocation: &Allocation, earlier: &Self) -> bool {
+        let len = allocation.range.len_bytes().min(4096) as usize;
+        let at = allocation.range.first();
+        match (self.virt.read_vec(at, len), earlier.virt.read_vec(at, len)) {
+            (Ok(now), Ok(before)) => now != before,
+            _ => false,
+        }
+    }
+
     /// Whether `allocation`, found in this memory, was not there yet in the `earlier` one.
     ///
     /// A slab's object counts as new if the word changed that links free objects: kernels that

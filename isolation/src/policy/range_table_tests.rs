@@ -176,6 +176,8 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     #[test]
     fn the_table_agrees_with_a_table_of_bytes(
         acts in acts(),

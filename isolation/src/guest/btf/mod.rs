@@ -73,6 +73,8 @@ pub struct Btf {
     strings: Vec<u8>,
     /// Where the record of type `first_id + i` begins.
     offsets: Vec<u32>,
+    /// Hashes of this part's names, sorted, with the type of each: calls ask by name.
+    by_name: Vec<(u64, u32)>,
     /// First type number of this part: 1, or what follows the base's last.
     first_id: u32,
     /// Offset of this part's first string: 0, or the length of the base's strings.
@@ -105,10 +107,14 @@ impl Btf {
             types,
             strings,
             offsets: Vec::new(),
+            by_name: Vec::new(),
             first_id,
             first_string,
         };
         btf.index()?;
+        let named = btf.own_ids().filter(|id| !btf.name(*id).is_empty());
+        btf.by_name = named.map(|id| (hash_of(btf.name(id)), id.0)).collect();
+        btf.by_name.sort_unstable();
         Ok(btf)
     }
 
@@ -169,6 +175,17 @@ impl Btf {
         kinds::decode(self.record(id)?)
     }
 
+    /// This part's types of this name, in order.
+    pub fn own_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
+        let hash = hash_of(name);
+        let first = self.by_name.partition_point(|(other, _)| *other < hash);
+        let same = self.by_name[first..]
+            .iter()
+            .take_while(move |(other, _)| *other == hash);
+        same.map(|(_, id)| TypeId(*id))
+            .filter(move |id| self.name(*id) == name)
+    }
+
     fn end_id(&self) -> u32 {
         self.first_id.saturating_add(self.offsets.len() as u32)
     }
@@ -206,6 +223,13 @@ impl Btf {
         }
         Ok(())
     }
+}
+
+fn hash_of(name: &str) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {

@@ -143,9 +143,9 @@ impl Btf {
             matches!(
                 self.kind(*id),
                 Some(Kind::Struct { .. } | Kind::Union { .. })
-            ) && self.name(*id) == name
+            )
         };
-        self.own_ids()
+        self.own_named(name)
             .find(is_struct)
             .or_else(|| self.base.as_ref()?.find_struct(name))
     }
@@ -153,7 +153,7 @@ impl Btf {
     /// The function of this name. A module's own first.
     pub fn find_function(&self, name: &str) -> Option<Function<'_>> {
         let function = |id: TypeId| match self.kind(id)? {
-            Kind::Function(of) if self.name(id) == name => match self.kind(of)? {
+            Kind::Function(of) => match self.kind(of)? {
                 Kind::FunctionType { returns, params } => Some(Function {
                     id,
                     returns,
@@ -163,7 +163,7 @@ impl Btf {
             },
             _ => None,
         };
-        self.own_ids()
+        self.own_named(name)
             .find_map(function)
             .or_else(|| self.base.as_ref()?.find_function(name))
     }

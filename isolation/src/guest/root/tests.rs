@@ -398,7 +398,7 @@ fn place(levels: Levels, seed: u64) -> Gva {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// The derived root, kept up to date step by step, is what the guest's tables and the edits
     /// say, at every place; and so is one built afresh.

@@ -5,7 +5,7 @@
 //!    1. the driver's variables                        open from the start
 //!    2. reached from the call's arguments by type     worked out at the first such store of a call
 //!    3. the kernel's inline functions write there     reference counts of pages, preemption count
-//!    4. allocated since the call began                found by comparing the two views of memory
+//!    4. handed out since the call began               found by comparing the two views of memory
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -33,7 +33,7 @@ use crate::guest::symbols::SymbolTable;
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
 
-/// Slab caches whose objects are packets (`net/core/skbuff.c`).
+/// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
 const PACKET_CACHES: &[&str] = &[
     "skbuff_head_cache",
     "skbuff_fclone_cache",
@@ -230,29 +230,29 @@ impl DriverPolicy {
         operations().is_some_and(|at| self.sections.iter().any(|section| section.contains(at)))
     }
 
-    /// An allocation that was not there when the call began belongs to the call.
+    /// What was handed out since the call began belongs to the call.
     fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let model = self.memory;
-        let now = model.with(memory.private);
+        let (now, before) = (model.with(memory.private), model.with(memory.shared));
         let Some(found) = now.allocation_at(at) else {
             return false;
         };
         if memory
             .stack
             .is_some_and(|stack| stack.intersection(&found.range).is_some())
-            || !now.is_new(&found, &model.with(memory.shared))
         {
             return false;
         }
-        let name = now.cache_name(&found).unwrap_or_else(|| "memory".into());
-        let opened = self.open(
-            found.range,
-            ObjectKind::Allocated,
-            format!("{name} allocated in this call"),
-        );
-        if PACKET_CACHES.contains(&name.as_str())
-            && let Some(type_id) = self.types.find_struct("sk_buff")
-        {
+        let cache = now.cache_name(&found).unwrap_or_else(|| "memory".into());
+        let is_packet = PACKET_CACHES.contains(&cache.as_str());
+        // Packets are kept in stock by each processor, so that one that is handed out need not be
+        // new; but the kernel fills in its head.
+        if !now.is_new(&found, &before) && !(is_packet && now.is_changed(&found, &before)) {
+            return false;
+        }
+        let label = format!("{cache} handed out in this call");
+        let opened = self.open(found.range, ObjectKind::Allocated, label);
+        if is_packet && let Some(type_id) = self.types.find_struct("sk_buff") {
             let packet = Start {
                 at: found.range.first(),
                 type_id,

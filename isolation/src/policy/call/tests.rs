@@ -187,7 +187,7 @@ fn objects_allocated_by_the_call_may_be_written_until_it_ends() {
             .owner(Gva(fresh))
             .unwrap()
             .label
-            .starts_with("kmalloc-256 allocated")
+            .starts_with("kmalloc-256 handed out")
     );
     policy.end();
     policy.begin("my_irq", [0; 6]);
@@ -210,6 +210,20 @@ fn a_packet_allocated_by_the_call_brings_its_data() {
     assert!(ask(&mut policy, &now, &before, packet + 100, 8));
     assert!(ask(&mut policy, &now, &before, HEAD, 0x140));
     assert!(!ask(&mut policy, &now, &before, HEAD + 0x140, 1));
+}
+
+#[test]
+fn a_packet_from_stock_is_the_calls_once_the_kernel_has_filled_it_in() {
+    let before = guest();
+    let mut now = before.clone();
+    // It is linked with no free object; nothing but its head changes.
+    let packet = PACKETS;
+    now.put(Gva(packet), &words(&[0, 0x100, HEAD]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &before, &before, packet, 8));
+    assert!(ask(&mut policy, &now, &before, packet, 8));
+    assert!(ask(&mut policy, &now, &before, HEAD, 8));
 }
 
 #[test]
