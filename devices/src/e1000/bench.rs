@@ -29,9 +29,9 @@ pub struct FarEnd {
     /// Frames that the wire takes before it is full; unlimited if absent.
     pub room: Option<usize>,
     /// Whether the cable is plugged in.
-    pub carrier: bool,
+    pub plugged_in: bool,
     /// What the wire knows of that: it looks when it finds no frame, as a TAP does.
-    pub known_carrier: bool,
+    pub carrier: bool,
 }
 
 struct BenchWire {
@@ -47,8 +47,8 @@ fn lock(far_end: &Mutex<FarEnd>) -> MutexGuard<'_, FarEnd> {
 impl Wire for BenchWire {
     fn send(&mut self, frame: &[u8]) -> SendOutcome {
         let mut far_end = lock(&self.far_end);
-        if !far_end.carrier {
-            far_end.known_carrier = false;
+        if !far_end.plugged_in {
+            far_end.carrier = false;
             return SendOutcome::Dropped;
         }
         match &mut far_end.room {
@@ -63,7 +63,7 @@ impl Wire for BenchWire {
     fn receive(&mut self, buffer: &mut [u8]) -> Option<usize> {
         let mut far_end = lock(&self.far_end);
         let Some(frame) = far_end.to_nic.pop_front() else {
-            far_end.known_carrier = far_end.carrier;
+            far_end.carrier = far_end.plugged_in;
             return None;
         };
         buffer.get_mut(..frame.len())?.copy_from_slice(&frame);
@@ -71,7 +71,7 @@ impl Wire for BenchWire {
     }
 
     fn carrier(&self) -> bool {
-        lock(&self.far_end).known_carrier
+        lock(&self.far_end).carrier
     }
 
     fn readable_fd(&self) -> RawFd {
@@ -119,8 +119,8 @@ impl Bench {
             .map_err(|error| Error::Descriptor(std::io::Error::other(error)))?;
         let dma = DmaSpace::new(Arc::new(memory));
         let far_end = Arc::new(Mutex::new(FarEnd {
+            plugged_in: true,
             carrier: true,
-            known_carrier: true,
             ..FarEnd::default()
         }));
         let line = Arc::new(BenchLine::default());
@@ -150,8 +150,8 @@ impl Bench {
             let (ours, mut theirs) = (self.far_end(), twin.far_end());
             theirs.to_nic = ours.to_nic.clone();
             theirs.room = ours.room;
+            theirs.plugged_in = ours.plugged_in;
             theirs.carrier = ours.carrier;
-            theirs.known_carrier = ours.known_carrier;
         }
         twin.nic.restore(self.nic.save())?;
         Ok(twin)

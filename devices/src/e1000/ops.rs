@@ -403,7 +403,7 @@ impl Exercise {
             }
             Op::Room { frames } => bench.far_end().room = frames.map(usize::from),
             Op::Carrier { up } => {
-                bench.far_end().carrier = *up;
+                bench.far_end().plugged_in = *up;
                 bench.serve();
             }
             Op::Advance { ns } => bench.advance_ns(u64::from(*ns)),

@@ -9,12 +9,12 @@ use crate::e1000::regs::*;
 fn a_pulled_cable_shows_as_a_link_status_change() {
     let mut driver = Driver::new();
     assert!(driver.bench.read(STATUS) & status::LU != 0);
-    driver.bench.far_end().carrier = false;
+    driver.bench.far_end().plugged_in = false;
     driver.bench.serve();
     assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
     assert!(driver.bench.interrupt());
     assert_eq!(driver.bench.read(ICR), icr::LSC);
-    driver.bench.far_end().carrier = true;
+    driver.bench.far_end().plugged_in = true;
     driver.bench.serve();
     assert_eq!(driver.bench.read(ICR), icr::LSC);
     assert_eq!(
@@ -54,11 +54,11 @@ fn autonegotiation_takes_the_time_that_was_configured() {
 #[test]
 fn descriptors_wait_for_the_link() {
     let mut driver = Driver::new();
-    driver.bench.far_end().carrier = false;
+    driver.bench.far_end().plugged_in = false;
     driver.bench.serve();
     driver.send(&broadcast(60));
     assert!(driver.sent().is_empty());
-    driver.bench.far_end().carrier = true;
+    driver.bench.far_end().plugged_in = true;
     driver.bench.serve();
     assert_eq!(driver.sent(), [broadcast(60)]);
 }
@@ -69,7 +69,7 @@ fn a_wire_that_learns_in_sending_that_it_is_cut_keeps_the_rest() {
     for i in 0..3 {
         driver.queue_data(TX_BUFFERS + 64 * i, &broadcast(60), EOP | RS, 0);
     }
-    driver.bench.far_end().carrier = false;
+    driver.bench.far_end().plugged_in = false;
     driver.ring();
     assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
     assert_eq!(
@@ -77,7 +77,7 @@ fn a_wire_that_learns_in_sending_that_it_is_cut_keeps_the_rest() {
         1,
         "the first is lost, the others wait"
     );
-    driver.bench.far_end().carrier = true;
+    driver.bench.far_end().plugged_in = true;
     driver.bench.serve();
     assert_eq!(driver.sent().len(), 2);
 }

@@ -93,8 +93,8 @@ fn another_carrier_is_a_link_status_change() {
     let driver = Driver::new();
     let state = driver.bench.nic.save();
     let mut other = Driver::new();
+    other.bench.far_end().plugged_in = false;
     other.bench.far_end().carrier = false;
-    other.bench.far_end().known_carrier = false;
     other.bench.nic.restore(state).unwrap();
     assert_eq!(other.bench.read(ICR), icr::LSC);
     assert_eq!(other.bench.read(STATUS) & status::LU, 0);
