@@ -25,11 +25,9 @@ use image::ImageKind;
 /// - `panic=-1`: a panic restarts at once; the host sees it as a reset.
 /// - `quiet`: every character of the boot log costs a VM exit.
 /// - `8250.nr_uarts=1`: no probing of the three serial ports that are not there.
-/// - `random.trust_cpu=on`: the random pool is seeded from RDRAND, with no wait for entropy.
 ///
 /// ACPI, mitigations and everything else stay at the kernel's defaults.
-pub const DEFAULT_COMMAND_LINE: &str =
-    "console=ttyS0 panic=-1 quiet 8250.nr_uarts=1 random.trust_cpu=on";
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet 8250.nr_uarts=1";
 
 /// Why the guest cannot be loaded.
 #[derive(Debug, thiserror::Error)]
