@@ -2,6 +2,7 @@
 
 mod driver;
 mod event_loop;
+mod histories;
 mod link;
 mod model;
 mod offload;
