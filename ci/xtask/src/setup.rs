@@ -1,5 +1,6 @@
 //! `cargo xtask setup`: installs what the other tasks need and the machine has not.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -47,6 +48,11 @@ pub fn run() -> anyhow::Result<String> {
 }
 
 fn in_path(program: &str) -> bool {
+    // Where Debian puts what root uses, in the path or not.
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    if system.iter().any(|dir| dir.join(program).is_file()) {
+        return true;
+    }
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }

@@ -93,13 +93,6 @@ pub struct BenchLine {
     changes: AtomicU32,
 }
 
-impl BenchLine {
-    /// Level of the line.
-    pub fn asserted(&self) -> bool {
-        self.asserted.load(Ordering::Relaxed)
-    }
-}
-
 impl IrqLine for BenchLine {
     fn set_level(&self, asserted: bool) {
         self.asserted.store(asserted, Ordering::Relaxed);
@@ -197,7 +190,7 @@ impl Bench {
 
     /// Level of the interrupt line.
     pub fn interrupt(&self) -> bool {
-        self.line.asserted()
+        self.line.asserted.load(Ordering::Relaxed)
     }
 
     /// How often the line was driven.

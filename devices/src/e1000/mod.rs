@@ -26,7 +26,6 @@ mod checksum;
 mod eeprom;
 mod events;
 mod filter;
-mod headers;
 mod interrupts;
 mod link;
 mod mmio;

@@ -25,15 +25,16 @@ impl std::fmt::Display for Count {
 }
 
 impl Count {
-    /// Adds what a line of a runner's output says; any other line says nothing.
+    /// Adds what a line of a runner's output says; any other line says nothing. nextest repeats, indented, what the
+    /// program of a failed test said: that is not counted again.
     pub fn read_line(&mut self, line: &str) {
         let line = without_colours(line);
-        let line = line.trim_start();
         // cargo test:  test result: ok. 3 passed; 0 failed; 1 ignored; ...
         // nextest:     Summary [   0.5s] 3 tests run: 2 passed (1 slow), 1 failed, 4 skipped
         let numbers = if let Some(rest) = line.strip_prefix("test result: ") {
             rest
         } else if let Some((_, rest)) = line
+            .trim_start()
             .strip_prefix("Summary [")
             .and_then(|s| s.split_once(" run: "))
         {

@@ -131,11 +131,16 @@ mod tests {
                 child => break child.to_owned(),
             }
         };
-        let state = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-        assert!(
-            state.is_empty() || state.contains(") Z"),
-            "the child still runs: {state}"
-        );
+        // A killed process is gone when it is next scheduled.
+        let gone = || {
+            let state = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+            state.is_empty() || state.contains(") Z")
+        };
+        let until = Instant::now() + Duration::from_secs(60);
+        while !gone() {
+            assert!(Instant::now() < until, "the child still runs");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]

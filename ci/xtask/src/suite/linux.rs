@@ -1,5 +1,7 @@
-//! The tests that boot Linux: `#[ignore]`d ones, found in the workspace's test programs and run one by one, so that each has
-//! its own time limit and one that hangs the lab is tried again in a new one. All share one lab while it lives.
+//! The `#[ignore]`d tests, found in the workspace's test programs: they need the images. Those of targets named
+//! `linux` (`tests/linux.rs`) boot guests and run where that is possible, all others on this host. They are run one by
+//! one, so that each has its own time limit and one that hangs the lab is tried again in a new one. All share one lab
+//! while it lives.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +18,9 @@ use crate::workspace::Workspace;
 /// For one test: several boots and twenty driver restarts in the lab.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 
+/// Test targets of this name boot Linux.
+const LINUX_TARGET: &str = "linux";
+
 /// A test program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
@@ -25,6 +30,8 @@ pub struct Program {
     pub directory: PathBuf,
     /// `crate::target`.
     pub name: String,
+    /// Its ignored tests boot Linux.
+    pub boots_linux: bool,
 }
 
 /// A test that ran.
@@ -32,6 +39,8 @@ pub struct Program {
 pub struct TestRecord {
     /// Program and test.
     pub name: String,
+    /// Where it ran.
+    pub place: Place,
     /// Whether it passed.
     pub passed: bool,
     /// How long it took.
@@ -43,8 +52,6 @@ pub struct TestRecord {
 /// What came of all of them.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Findings {
-    /// Where they ran.
-    pub place: &'static str,
     /// Each test.
     pub tests: Vec<TestRecord>,
 }
@@ -120,6 +127,7 @@ fn read_messages(messages: &str) -> anyhow::Result<Vec<Program>> {
                 .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default();
             programs.push(Program {
+                boots_linux: target.name == LINUX_TARGET,
                 path,
                 directory,
                 name: format!("{package}::{}", target.name),
@@ -146,79 +154,87 @@ fn read_list(list: &str) -> Vec<String> {
         .collect()
 }
 
-/// Runs every ignored test whose name contains `filter`.
-pub fn run(workspace: &Workspace, place: Place, filter: &str) -> anyhow::Result<Findings> {
-    let mut tests = Vec::new();
+/// Runs every ignored test whose name contains `filter`, guests in `place`. What was done is in `findings` even if it ends
+/// early.
+pub fn run(
+    workspace: &Workspace,
+    place: Place,
+    filter: &str,
+    findings: &mut Findings,
+) -> anyhow::Result<()> {
+    watch_interrupts()?;
+    let mut lab = None;
     for program in programs(workspace)? {
+        let place = if program.boots_linux {
+            place
+        } else {
+            Place::Host
+        };
         for test in ignored(&program)? {
-            if format!("{}::{test}", program.name).contains(filter) {
-                tests.push((program.clone(), test));
+            let name = format!("{}::{test}", program.name);
+            if !name.contains(filter) {
+                continue;
             }
-        }
-    }
-    let mut findings = Findings {
-        place: place.word(),
-        tests: Vec::new(),
-    };
-    if tests.is_empty() {
-        return Ok(findings);
-    }
-    let mut lab = match place {
-        Place::Host => {
-            watch_interrupts()?;
-            None
-        }
-        Place::Lab => Some(Lab::open(Settings::new(workspace), Kind::Any)?),
-    };
-    for (program, test) in &tests {
-        let name = format!("{}::{test}", program.name);
-        let begin = Instant::now();
-        let request = request(workspace, program, test)?;
-        let mut output = Vec::new();
-        let mut take = |_: bool, bytes: &[u8]| {
-            output.extend_from_slice(bytes);
-            Ok(())
-        };
-        let (ended, retries) = match &mut lab {
-            Some(lab) => {
-                let outcome = lab.run(&request, &mut take)?;
-                (outcome.ended, outcome.retries)
+            if place == Place::Lab && lab.is_none() {
+                lab = Some(Lab::open(Settings::new(workspace), Kind::Any)?);
             }
-            None => (crate::suite::host::run(&request, &mut take)?, 0),
-        };
-        if ended == Ended::Interrupted {
-            bail!("interrupted");
+            let lab = lab.as_mut().filter(|_| place == Place::Lab);
+            let record = run_test(name, place, &request(workspace, &program, &test)?, lab)?;
+            findings.tests.push(record);
         }
-        // A filter that matches nothing also ends well.
-        let mut count = Count::default();
-        String::from_utf8_lossy(&output)
-            .lines()
-            .for_each(|line| count.read_line(line));
-        let passed = ended == Ended::Exited(0) && count.passed == 1;
-        let seconds = begin.elapsed().as_secs_f64();
-        let word = if passed { "ok" } else { "FAILED" };
-        let again = if retries > 0 { ", lab hung once" } else { "" };
-        eprintln!(
-            "      test {name} ... {word} ({}{again})",
-            duration(seconds)
-        );
-        if !passed {
-            eprintln!(
-                "{}\n      ended: {ended:?}",
-                String::from_utf8_lossy(&output)
-            );
+    }
+    lab.map_or(Ok(()), Lab::close)
+}
+
+fn run_test(
+    name: String,
+    place: Place,
+    request: &Request,
+    lab: Option<&mut Lab>,
+) -> anyhow::Result<TestRecord> {
+    let begin = Instant::now();
+    let mut output = Vec::new();
+    let mut take = |_: bool, bytes: &[u8]| {
+        output.extend_from_slice(bytes);
+        Ok(())
+    };
+    let (ended, retries) = match lab {
+        Some(lab) => {
+            let outcome = lab.run(request, &mut take)?;
+            (outcome.ended, outcome.retries)
         }
-        findings.tests.push(TestRecord {
-            name,
-            passed,
-            seconds,
-            retries,
-        });
+        None => (super::host::run(request, &mut take)?, 0),
+    };
+    if ended == Ended::Interrupted {
+        bail!("interrupted");
     }
-    if let Some(lab) = lab {
-        lab.close()?;
+    // A filter that matches nothing also ends well.
+    let mut count = Count::default();
+    let output = String::from_utf8_lossy(&output);
+    output.lines().for_each(|line| count.read_line(line));
+    let passed = ended == Ended::Exited(0) && count.passed == 1;
+    let seconds = begin.elapsed().as_secs_f64();
+    let word = if passed { "ok" } else { "FAILED" };
+    let again = if retries > 0 {
+        ", the lab hung once"
+    } else {
+        ""
+    };
+    eprintln!(
+        "      test {name} ... {word} ({}, {}{again})",
+        duration(seconds),
+        place.word()
+    );
+    if !passed {
+        eprintln!("{output}\n      ended: {ended:?}");
     }
-    Ok(findings)
+    Ok(TestRecord {
+        name,
+        place,
+        passed,
+        seconds,
+        retries,
+    })
 }
 
 fn request(workspace: &Workspace, program: &Program, test: &str) -> anyhow::Result<Request> {
@@ -267,6 +283,7 @@ mod tests {
             path: "/t/boot-1".into(),
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
+            boots_linux: false,
         };
         assert_eq!(programs, [boot]);
     }
@@ -285,6 +302,7 @@ mod tests {
             path: "/t/boot".into(),
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
+            boots_linux: false,
         };
         let request = request(&Workspace::find().unwrap(), &program, "boots").unwrap();
         let values: Vec<_> = request

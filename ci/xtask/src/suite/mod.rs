@@ -49,7 +49,9 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     steps.must("images", || images::run(workspace, false))?;
     steps.may("Linux tests", || {
         let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
-        linux_findings = linux::run(workspace, place, args.linux.as_deref().unwrap_or_default())?;
+        let filter = args.linux.as_deref().unwrap_or_default();
+        linux::run(workspace, place, filter, &mut linux_findings)
+            .with_context(|| format!("after {}", linux_findings.count()))?;
         verdict(linux_findings.count(), &format!("on the {}", place.word()))
     });
     count += linux_findings.count();
