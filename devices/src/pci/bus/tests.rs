@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::pci::config::InterruptPin;
 
@@ -206,4 +208,51 @@ fn taken_and_missing_slots_are_refused() {
     m.pci.insert(31, Card::new(&[])).unwrap();
     assert_eq!(m.pci.insert(31, Card::new(&[])), Err(SlotError(31)));
     assert_eq!(m.pci.occupied(), [0, 31]);
+}
+
+/// A register of the header, and bytes to write there: mostly the command and base address registers.
+fn config_write() -> impl Strategy<Value = (u8, u16, Vec<u8>)> {
+    let register = prop_oneof![Just(offset::COMMAND), 0x10u16..0x28, any::<u16>()];
+    let byte = prop_oneof![Just(0), Just(0xff), Just(7), any::<u8>()];
+    (1u8..3, register, prop::collection::vec(byte, 1..5))
+}
+
+proptest! {
+    #[test]
+    fn the_bus_answers_exactly_where_functions_decode(
+        writes in prop::collection::vec(config_write(), 1..60),
+    ) {
+        let (io, memory) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let pci = PciBus::new(io.clone(), memory.clone());
+        let bars = [
+            (0, BarSpace::Memory32, 0x2_0000),
+            (1, BarSpace::Io, 0x40),
+            (2, BarSpace::Memory64, 0x4000),
+        ];
+        for slot in 1..3 {
+            pci.insert(slot, Card::new(&bars)).unwrap();
+        }
+        let mut probes = vec![(true, 0), (false, 0)];
+        for (slot, register, data) in writes {
+            pci.config_write(slot, register, &data);
+            let decoded: Vec<BarRange> =
+                (1..3).flat_map(|slot| pci.slot(slot).unwrap().lock().decoded()).collect();
+            for range in &decoded {
+                let is_io = range.space == BarSpace::Io;
+                let last = range.address + (range.size_bytes - 1);
+                for address in [range.address, last, range.address - 1, last.saturating_add(1)] {
+                    probes.push((is_io, address));
+                }
+            }
+            for &(is_io, address) in &probes {
+                let expected = decoded.iter().any(|range| {
+                    let offset = address.checked_sub(range.address);
+                    let inside = offset.is_some_and(|offset| offset < range.size_bytes);
+                    (range.space == BarSpace::Io) == is_io && inside
+                });
+                let bus = if is_io { &io } else { &memory };
+                prop_assert_eq!(bus.read(address, &mut [0]), expected, "{:#x}", address);
+            }
+        }
+    }
 }
