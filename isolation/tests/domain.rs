@@ -552,6 +552,7 @@ fn a_call_that_hangs_is_ended_by_its_budget() {
     let request = CallRequest {
         regs: guest.entry_regs(),
         sregs: &guest.sregs,
+        clock: None,
         function: DRIVER_TEXT,
         budget: Duration::from_millis(20),
     };

@@ -10,16 +10,17 @@ const NETDEV_TX_BUSY: u64 = 0x10;
 const IRQ_HANDLED: u64 = 1;
 const EIO: i64 = 5;
 
-/// RAX of an aborted call of the function `name`.
-pub fn abort_value(name: &str) -> u64 {
+/// RAX of an aborted call of the function `name`, whose second argument was `second`.
+pub fn abort_value(name: &str, second: u64) -> u64 {
     let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     if ends(&["_xmit", "_xmit_frame", "_start_xmit", "_tx_frame"]) {
         NETDEV_TX_BUSY
     } else if ends(&["_intr", "_irq", "_interrupt", "_isr", "_irq_handler"]) {
         IRQ_HANDLED
     } else if ends(&["_poll", "_clean", "_napi"]) {
-        // No packet was handled; NAPI polls again.
-        0
+        // The whole budget: NAPI polls again. Anything less says that polling was ended, which would
+        // leave the interface deaf.
+        second
     } else {
         (-EIO) as u64
     }
@@ -31,10 +32,10 @@ mod tests {
 
     #[test]
     fn operations_with_a_convention_of_their_own_fail_by_it() {
-        assert_eq!(abort_value("dummy_xmit"), NETDEV_TX_BUSY);
-        assert_eq!(abort_value("e1000_xmit_frame"), NETDEV_TX_BUSY);
-        assert_eq!(abort_value("e1000_intr"), IRQ_HANDLED);
-        assert_eq!(abort_value("e1000_clean"), 0);
-        assert_eq!(abort_value("e1000_set_ringparam") as i64, -5);
+        assert_eq!(abort_value("dummy_xmit", 0), NETDEV_TX_BUSY);
+        assert_eq!(abort_value("e1000_xmit_frame", 0), NETDEV_TX_BUSY);
+        assert_eq!(abort_value("e1000_intr", 0), IRQ_HANDLED);
+        assert_eq!(abort_value("e1000_clean", 64), 64);
+        assert_eq!(abort_value("e1000_set_ringparam", 0) as i64, -5);
     }
 }

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_sregs};
+use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 use vmm::{Refused, VmHandle};
@@ -125,7 +126,6 @@ struct Gate {
     /// Where the function goes on behind the gate.
     body: u64,
     entry: EntryStatus,
-    abort_value: u64,
 }
 
 /// A module whose functions are gated.
@@ -192,7 +192,6 @@ impl Isolator {
                 kvm: self.vm.kvm(),
                 memory: memory.clone(),
                 cpuid: &cpuid,
-                clock: Some(vcpu),
                 sregs: &sregs,
                 monitor_gpa: 1 << (u32::from(physical_bits.clamp(36, 52)) - 1),
                 driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
@@ -345,7 +344,7 @@ impl TrapHandler for Isolator {
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let next = armed.carry_out(gate, &regs, &sregs);
+        let next = armed.carry_out(gate, &regs, &sregs, context.vcpu);
         if let Err(error) = context.vcpu.set_regs(&next) {
             tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
             return TrapOutcome::PowerOff;
@@ -361,15 +360,10 @@ impl Armed {
         gate: u64,
         regs: &kvm_bindings::kvm_regs,
         sregs: &kvm_sregs,
+        vcpu: &VcpuFd,
     ) -> kvm_bindings::kvm_regs {
         let start = Instant::now();
-        let Some(Gate {
-            body,
-            abort_value,
-            entry,
-            ..
-        }) = self.gates.get_mut(&gate)
-        else {
+        let Some(Gate { body, entry, .. }) = self.gates.get_mut(&gate) else {
             return *regs;
         };
         let unisolated = kvm_bindings::kvm_regs {
@@ -382,6 +376,7 @@ impl Armed {
         let request = CallRequest {
             regs: *regs,
             sregs,
+            clock: Some(vcpu),
             function: *body,
             budget: self.budget,
         };
@@ -406,7 +401,7 @@ impl Armed {
                     CallEnd::Aborted(violation) => {
                         let name = entry.name.clone();
                         let next = kvm_bindings::kvm_regs {
-                            rax: *abort_value,
+                            rax: abort_value(&name, regs.rsi),
                             ..result.regs
                         };
                         let report = self.knowledge.report(&name, *violation, &self.domain);
@@ -524,7 +519,6 @@ fn set_gates(
                 gpa,
                 body: gate.site.body().0,
                 entry: EntryStatus::new(&gate.name),
-                abort_value: abort_value(&gate.name),
             },
         );
     }

@@ -29,7 +29,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, kvm_sregs};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::Kvm;
 use vm_memory::GuestMemoryMmap;
 
 use error::DomainError;
@@ -56,8 +56,6 @@ pub struct DomainConfig<'a> {
     pub memory: Arc<GuestMemoryMmap>,
     /// CPUID of the guest's vCPUs.
     pub cpuid: &'a CpuId,
-    /// A vCPU of the guest, for its clock; `None` where the guest has no use for one.
-    pub clock: Option<&'a VcpuFd>,
     /// Control registers of a vCPU of the guest in kernel mode.
     pub sregs: &'a kvm_sregs,
     /// Guest physical address for the monitor area, which no memory and no device of the guest has.
@@ -109,7 +107,7 @@ impl Domain {
         let (driver, kernel) = ROOT_OFFSETS;
         let gpa = config.monitor_gpa;
         let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
-        let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid, config.clock)?;
+        let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid)?;
         let roots = Roots::new(cr3);
         let mut domain = Self {
             slot_bases: private_vm::slot_bases(&view),

@@ -123,17 +123,17 @@ pub struct PrivateVm {
     vcpu: VcpuFd,
     _vm: VmFd,
     runs: u64,
+    clock: Clock,
 }
 
 impl PrivateVm {
     /// A VM over the private side of `view` and the `monitor` area, for a guest whose vCPUs have
-    /// `cpuid`. `k_vcpu` is one of them, whose time-stamp counter P follows.
+    /// `cpuid`.
     pub fn new(
         kvm_device: &Kvm,
         view: &PrivateView,
         monitor: &Monitor,
         cpuid: &CpuId,
-        k_vcpu: Option<&VcpuFd>,
     ) -> Result<Self, PrivateVmError> {
         let vm = kvm_device.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
         DirtyRing::enable(&vm).map_err(kvm("KVM_CAP_DIRTY_LOG_RING"))?;
@@ -150,9 +150,6 @@ impl PrivateVm {
         set_slots(&vm, view, monitor)?;
         let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-        if let Some(k_vcpu) = k_vcpu {
-            follow_clock(k_vcpu, &vcpu)?;
-        }
         vcpu.set_sync_valid_reg(SyncReg::Register);
         let ring = DirtyRing::map(&vm, &vcpu).map_err(PrivateVmError::DirtyRing)?;
         Ok(Self {
@@ -160,6 +157,7 @@ impl PrivateVm {
             vcpu,
             _vm: vm,
             runs: 0,
+            clock: Clock::default(),
         })
     }
 
@@ -200,6 +198,11 @@ impl PrivateVm {
         sregs.efer = k.efer;
         sregs.interrupt_bitmap = [0; 4];
         self.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))
+    }
+
+    /// Makes P's time-stamp counter that of `k`; returns the number of system calls it took.
+    pub fn follow_clock(&mut self, k: &VcpuFd) -> Result<u32, PrivateVmError> {
+        self.clock.follow(k, &self.vcpu)
     }
 
     /// General registers at the last exit.
@@ -383,42 +386,76 @@ fn set_slots(vm: &VmFd, view: &PrivateView, monitor: &Monitor) -> Result<(), Pri
     )
 }
 
-/// Sets P's time-stamp counter offset to that of `k` (KVM documentation, devices/vcpu, section 4.1).
-fn follow_clock(k: &VcpuFd, p: &VcpuFd) -> Result<(), PrivateVmError> {
+/// Calls after which an offset that never changed is taken to be fixed.
+const SETTLED_CALLS: u32 = 64;
+
+/// Keeps P's time-stamp counter equal to K's.
+///
+/// On a host whose own counter is reliable the offset of a vCPU is fixed. On others (nested and
+/// emulated hosts) KVM moves it at every load of the vCPU so that the guest's counter stands still
+/// while the vCPU does not run: there it has to be taken over before each call, or the guest's clock
+/// jumps ahead inside the domain and stands still outside until it has caught up.
+#[derive(Debug, Default)]
+struct Clock {
+    offset: Option<u64>,
+    unchanged: u32,
+}
+
+impl Clock {
+    /// Sets P's offset to that of `k` where it may have changed; returns the number of system calls.
+    fn follow(&mut self, k: &VcpuFd, p: &VcpuFd) -> Result<u32, PrivateVmError> {
+        if self.unchanged >= SETTLED_CALLS {
+            return Ok(0);
+        }
+        let offset = tsc_offset(k)?;
+        if self.offset == Some(offset) {
+            self.unchanged += 1;
+            return Ok(1);
+        }
+        (self.offset, self.unchanged) = (Some(offset), 0);
+        set_tsc_offset(p, offset)?;
+        Ok(2)
+    }
+}
+
+/// Reads a vCPU's time-stamp counter offset (KVM documentation, devices/vcpu, section 4.1).
+fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, PrivateVmError> {
     let mut offset = 0u64;
-    let attribute = kvm_device_attr {
+    let attribute = tsc_offset_attribute(&raw mut offset);
+    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel writes just
+    // those 8 bytes.
+    let result = unsafe {
+        let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
+        ioctl_with_ref(&vcpu, ioctls::KVM_GET_DEVICE_ATTR(), &attribute)
+    };
+    attribute_result(result, "KVM_GET_DEVICE_ATTR").map(|()| offset)
+}
+
+fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), PrivateVmError> {
+    let attribute = tsc_offset_attribute(&raw mut offset);
+    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel reads them.
+    let result = unsafe {
+        let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
+        ioctl_with_ref(&vcpu, ioctls::KVM_SET_DEVICE_ATTR(), &attribute)
+    };
+    attribute_result(result, "KVM_SET_DEVICE_ATTR")
+}
+
+fn tsc_offset_attribute(offset: *mut u64) -> kvm_device_attr {
+    kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
-        addr: std::ptr::from_mut(&mut offset) as u64,
+        addr: offset as u64,
         flags: 0,
-    };
-    for (descriptor, request, call) in [
-        (
-            k.as_raw_fd(),
-            ioctls::KVM_GET_DEVICE_ATTR(),
-            "KVM_GET_DEVICE_ATTR",
-        ),
-        (
-            p.as_raw_fd(),
-            ioctls::KVM_SET_DEVICE_ATTR(),
-            "KVM_SET_DEVICE_ATTR",
-        ),
-    ] {
-        // SAFETY: `attribute` and the 8 bytes it points to live through both calls; the kernel reads
-        // or writes just those.
-        let result = unsafe {
-            ioctl_with_ref(
-                &std::os::fd::BorrowedFd::borrow_raw(descriptor),
-                request,
-                &attribute,
-            )
-        };
-        if result < 0 {
-            return Err(PrivateVmError::Kvm {
-                call,
-                source: kvm_ioctls::Error::last(),
-            });
-        }
+    }
+}
+
+fn attribute_result(result: i32, call: &'static str) -> Result<(), PrivateVmError> {
+    if result < 0 {
+        return Err(PrivateVmError::Kvm {
+            call,
+            source: kvm_ioctls::Error::last(),
+        });
     }
     Ok(())
 }

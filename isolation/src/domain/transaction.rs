@@ -19,6 +19,7 @@
 use std::time::Duration;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
 
 use super::Domain;
 use super::error::DomainError;
@@ -58,6 +59,8 @@ pub struct CallRequest<'a> {
     pub regs: kvm_regs,
     /// Control registers and segments.
     pub sregs: &'a kvm_sregs,
+    /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
+    pub clock: Option<&'a VcpuFd>,
     /// Guest virtual address at which the function's own code begins.
     pub function: u64,
     /// Time after which the call is aborted.
@@ -264,6 +267,9 @@ impl Call<'_> {
         domain.overlays.follow_one(&mut domain.view)?;
         if domain.adopt(self.request.sregs)? {
             self.stats.other_syscalls += 2;
+        }
+        if let Some(clock) = self.request.clock {
+            self.stats.other_syscalls += domain.vm.follow_clock(clock)?;
         }
         let cr3 = self.request.sregs.cr3;
         domain.roots.enter(cr3, &mut domain.monitor);

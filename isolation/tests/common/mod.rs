@@ -188,7 +188,6 @@ impl Guest {
             kvm: &self.kvm,
             memory: self.memory.clone(),
             cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
-            clock: None,
             sregs: &self.sregs,
             monitor_gpa: 1 << 33,
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
@@ -228,6 +227,7 @@ impl Guest {
         let request = CallRequest {
             regs,
             sregs: &self.sregs,
+            clock: None,
             function: DRIVER_TEXT,
             budget: Duration::from_secs(5),
         };

@@ -110,14 +110,19 @@ impl Machine {
 
     /// Runs a program in the guest, which must succeed, and returns what it wrote.
     pub fn run(&mut self, command: &str) -> String {
-        let result = self.agent.run(&["busybox", "sh", "-c", command]).unwrap();
+        let result = match self.agent.run(&["busybox", "sh", "-c", command]) {
+            Ok(result) => result,
+            Err(error) => {
+                self.print_status();
+                panic!("{command}: {error}");
+            }
+        };
         let text = result.stdout_text();
         let errors = String::from_utf8_lossy(&result.stderr).into_owned();
-        assert!(
-            result.success(),
-            "{command}: {:?} {text} {errors}",
-            result.end
-        );
+        if !result.success() {
+            self.print_status();
+            panic!("{command}: {:?} {text} {errors}", result.end);
+        }
         text
     }
 
@@ -170,6 +175,45 @@ impl Machine {
             .into_iter()
             .find(|status| status.name == entry)
             .unwrap()
+    }
+
+    /// What the domains did so far, for whoever looks at a test.
+    pub fn print_status(&self) {
+        for status in self.isolator.status() {
+            for entry in status.entries.iter().filter(|entry| entry.calls > 0) {
+                let calls = entry.calls as f64;
+                let per_call = |count: u64| count as f64 / calls;
+                eprintln!(
+                    "{:24} calls {} commits {} aborts {} passed {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
+                     indirect {:.2}, callbacks {:.2}, rebuilds {:.2}, dirty {:.1}, bytes {:.0}, posted {:.1}, reads {:.1}, \
+                     syscalls {:.1}, {:.0} us, longest {} us",
+                    entry.name,
+                    entry.calls,
+                    entry.commits,
+                    entry.aborts,
+                    entry.pass_throughs,
+                    per_call(entry.crossings),
+                    per_call(entry.private_exits),
+                    per_call(entry.fills),
+                    per_call(entry.indirect_calls),
+                    per_call(entry.callbacks),
+                    per_call(entry.rebuilds),
+                    per_call(entry.dirty_pages),
+                    per_call(entry.committed_bytes),
+                    per_call(entry.posted_writes),
+                    per_call(entry.device_reads),
+                    per_call(entry.other_syscalls),
+                    per_call(entry.total_ns) / 1e3,
+                    entry.longest_ns / 1000,
+                );
+            }
+            if let Some(broken) = status.broken {
+                eprintln!("  broken: {broken}");
+            }
+            for report in self.isolator.reports(&status.module).unwrap_or_default() {
+                eprintln!("  {report}");
+            }
+        }
     }
 
     /// Kernel messages that no healthy guest writes.

@@ -74,41 +74,6 @@ fn boot_with_network(vcpus: u8, append: &str) -> Machine {
     machine
 }
 
-fn print_status(machine: &Machine, module: &str) {
-    for entry in machine
-        .status(module)
-        .entries
-        .iter()
-        .filter(|entry| entry.calls > 0)
-    {
-        let calls = entry.calls as f64;
-        eprintln!(
-            "{:28} calls {:6} commits {:6} aborts {:3} pass {:?} | per call: crossings {:.1} exits {:.2} fills {:.2} indirect {:.2} callbacks {:.2} rebuilds {:.2} dirty {:.1} bytes {:.0} posted {:.1} reads {:.1} syscalls {:.1} us {:.0} (max {})",
-            entry.name,
-            entry.calls,
-            entry.commits,
-            entry.aborts,
-            entry.pass_throughs,
-            entry.crossings as f64 / calls,
-            entry.private_exits as f64 / calls,
-            entry.fills as f64 / calls,
-            entry.indirect_calls as f64 / calls,
-            entry.callbacks as f64 / calls,
-            entry.rebuilds as f64 / calls,
-            entry.dirty_pages as f64 / calls,
-            entry.committed_bytes as f64 / calls,
-            entry.posted_writes as f64 / calls,
-            entry.device_reads as f64 / calls,
-            entry.other_syscalls as f64 / calls,
-            entry.total_ns as f64 / calls / 1e3,
-            entry.longest_ns / 1000,
-        );
-    }
-    for report in machine.isolator.reports(module).unwrap() {
-        eprintln!("  {report}");
-    }
-}
-
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn e1000_works_with_each_of_its_entries_in_the_domain() {
@@ -118,7 +83,7 @@ fn e1000_works_with_each_of_its_entries_in_the_domain() {
         assert_eq!(isolated.entries, [*entry]);
         machine.run("ping -c 5 -i 0.05 -W 2 10.0.2.2");
         machine.run(OPERATIONS);
-        print_status(&machine, "e1000");
+        machine.print_status();
         let status = machine.entry("e1000", entry);
         assert!(status.calls > 0, "{entry} was not called");
         assert_eq!(status.aborts, 0, "{entry}");
@@ -142,7 +107,7 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
             "{line}"
         );
     }
-    print_status(&machine, "e1000");
+    machine.print_status();
     let status = machine.status("e1000");
     assert_eq!((status.violations, &status.broken), (0, &None));
     machine.assert_healthy();
