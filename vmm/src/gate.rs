@@ -125,6 +125,10 @@ impl Gate {
 
     /// Makes the calling thread the one that runs vCPU `index`, until the guard is dropped.
     pub fn enter(&self, index: u8, vcpu: &mut VcpuFd) -> ThreadGuard<'_> {
+        // The thread may have inherited a mask that blocks it.
+        if let Err(error) = vmm_sys_util::signal::unblock_signal(kick_signal()) {
+            tracing::error!(?error, "a vCPU cannot be interrupted");
+        }
         IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
         CURRENT_VCPU.set(Some(index));
         // SAFETY: pthread_self has no preconditions.

@@ -282,6 +282,15 @@ fn a_paused_guest_does_nothing_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_machine_started_with_its_signal_blocked_can_be_paused() {
+    vmm_sys_util::signal::block_signal(vmm::kick_signal()).unwrap();
+    let guest = start(counts(), 1); // its threads inherit the mask
+    guest.report();
+    guest.handle.pause().unwrap();
+    guest.power_off();
+}
+
+#[test]
 fn registers_changed_while_paused_take_effect() {
     let guest = start(counts(), 1);
     guest.report();
