@@ -224,6 +224,13 @@ impl VmHandle {
             .unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Calls `hook` at each reset from now on, when guest memory was emptied and before the guest is
+    /// loaded again. The hook runs on the event loop's thread with the machine locked: it may read and
+    /// write guest memory, but call no operation of this handle.
+    pub fn on_reset(&self, hook: impl FnMut() + Send + 'static) {
+        self.machine.reset_hooks().push(Box::new(hook));
+    }
+
     /// Guest memory.
     pub fn ram(&self) -> &GuestRam {
         &self.machine.ram

@@ -14,6 +14,9 @@ use crate::power::PowerDevice;
 use crate::trap::TrapHandler;
 use crate::vcpu::Vcpu;
 
+/// Called at each reset, see [`crate::VmHandle::on_reset`].
+pub(crate) type ResetHook = Box<dyn FnMut() + Send>;
+
 /// How far the machine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -49,6 +52,7 @@ pub(crate) struct Machine {
     /// Monotonic time at which guest code first ran, 0 before.
     pub first_entry_ns: AtomicU64,
     pub resets: AtomicU64,
+    pub reset_hooks: Mutex<Vec<ResetHook>>,
 }
 
 impl Machine {
@@ -68,6 +72,12 @@ impl Machine {
 
     pub fn operations(&self) -> MutexGuard<'_, Operations> {
         self.operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn reset_hooks(&self) -> MutexGuard<'_, Vec<ResetHook>> {
+        self.reset_hooks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

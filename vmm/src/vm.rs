@@ -105,7 +105,6 @@ pub struct Vm {
     next_slot: u8,
     serial: Arc<Mutex<Serial>>,
     power_on: PowerOnState,
-    reset_hooks: Vec<Box<dyn FnMut() + Send>>,
     on_guest_reset: OnGuestReset,
 }
 
@@ -179,6 +178,7 @@ impl Vm {
             trap: RwLock::new(None),
             first_entry_ns: AtomicU64::new(0),
             resets: AtomicU64::new(0),
+            reset_hooks: Mutex::new(Vec::new()),
             vm: vm.clone(),
             kvm,
             ram,
@@ -196,7 +196,6 @@ impl Vm {
             next_slot: 1,
             serial: Arc::new(Mutex::new(serial)),
             power_on,
-            reset_hooks: Vec::new(),
             on_guest_reset: config.on_guest_reset,
             machine,
         };
@@ -293,11 +292,6 @@ impl Vm {
         self.events.remote_endpoint()
     }
 
-    /// Calls `hook` at each reset, when memory was emptied and before the guest starts again.
-    pub fn on_reset(&mut self, hook: impl FnMut() + Send + 'static) {
-        self.reset_hooks.push(Box::new(hook));
-    }
-
     /// Starts the guest and serves it until the machine is turned off. The calling thread becomes
     /// the event loop's.
     pub fn run(&mut self) -> Result<ExitReason, Error> {
@@ -376,7 +370,7 @@ impl Vm {
             state.restore(vcpu)?;
         }
         self.machine.ram.clear()?;
-        for hook in &mut self.reset_hooks {
+        for hook in machine.reset_hooks().iter_mut() {
             hook();
         }
         self.load_guest()?;

@@ -158,10 +158,10 @@ guest_code!(
 
 #[test]
 fn reset_port_starts_again_with_empty_memory_until_the_host_ends_it() {
-    let mut guest = Guest::new(config(resets_again_and_again(), 2));
+    let guest = Guest::new(config(resets_again_and_again(), 2));
     let hooks = Arc::new(AtomicU32::new(0));
     let counter = hooks.clone();
-    guest.vm.on_reset(move || {
+    guest.vm.handle().on_reset(move || {
         counter.fetch_add(1, Ordering::Relaxed);
     });
     let guest = guest.start();
