@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+mod common;
+
+use common::{EM_AARCH64, EM_X86_64, IDLE_CODE, elf};
+
 /// How long a `run` that must end may take.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -42,9 +46,9 @@ impl Place {
         self.path(name).display().to_string()
     }
 
-    /// A kernel that starts and then does nothing for ever: `hlt` and a jump back to it.
+    /// A kernel that starts and then does nothing for ever.
     fn idle_kernel(&self) -> String {
-        self.file("idle", &elf(EM_X86_64, &[0xf4, 0xeb, 0xfd]))
+        self.file("idle", &elf(EM_X86_64, &IDLE_CODE))
     }
 
     fn command(&self) -> Command {
@@ -153,33 +157,6 @@ fn end(place: &Place, vm: Child) {
     signal(&vm, libc::SIGTERM);
     assert_eq!(finish(vm).status.signal(), Some(libc::SIGTERM));
     place.assert_empty();
-}
-
-const EM_X86_64: u16 = 62;
-const EM_AARCH64: u16 = 183;
-
-/// A 64-bit ELF executable for `machine` with one segment of `code`, at 16 MiB.
-fn elf(machine: u16, code: &[u8]) -> Vec<u8> {
-    const ADDRESS: u64 = 16 << 20;
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    file.extend(2u16.to_le_bytes());
-    file.extend(machine.to_le_bytes());
-    file.extend(1u32.to_le_bytes());
-    for offset in [ADDRESS, 64, 0] {
-        file.extend(offset.to_le_bytes());
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 64, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    file.extend([1u32, 5].map(u32::to_le_bytes).concat());
-    let length = code.len() as u64;
-    for word in [64 + 56, ADDRESS, ADDRESS, length, length, 4096] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(code);
-    file
 }
 
 #[test]
@@ -333,6 +310,36 @@ fn sockets_that_cannot_be_made_are_refused() {
         place.refused(&format!("--kernel {kernel} {words}"), &[says]);
     }
     assert_eq!(fs::read(file).unwrap(), b"x");
+}
+
+#[test]
+fn a_host_without_usable_kvm_is_told_what_to_do() {
+    let place = Place::new();
+    let kernel = place.idle_kernel();
+    // A mount of its own, so that only this one run sees another /dev/kvm.
+    for (hide, says) in [
+        ("mount --bind /dev/null /dev/kvm", "this host's KVM"),
+        ("mount -t tmpfs none /dev", "no /dev/kvm"),
+    ] {
+        let run = format!("{hide} && exec \"$0\" run --kernel {kernel}");
+        let mut command = Command::new("unshare");
+        let cofferdam = env!("CARGO_BIN_EXE_cofferdam");
+        let output = command
+            .args(["--mount", "sh", "-c", &run, cofferdam])
+            .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        if error.starts_with("unshare:") {
+            eprintln!("no right to mount: not tested here: {error}");
+            return;
+        }
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(says), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        place.assert_empty();
+    }
 }
 
 #[test]

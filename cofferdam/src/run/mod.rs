@@ -135,7 +135,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let parts = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     let isolator = Isolator::attach(vm.handle())?;
     let forgetful = isolator.clone();
-    vm.on_reset(move || forgetful.forget());
+    vm.handle().on_reset(move || forgetful.forget());
     let isolation = Isolation::new(isolator, paths.agent_socket(), parts.nic.clone());
     let service = service::VmService::new(config, vm.handle(), parts, isolation, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;

@@ -93,6 +93,13 @@ pub struct BenchLine {
     changes: AtomicU32,
 }
 
+impl BenchLine {
+    /// Level of the line.
+    pub fn asserted(&self) -> bool {
+        self.asserted.load(Ordering::Relaxed)
+    }
+}
+
 impl IrqLine for BenchLine {
     fn set_level(&self, asserted: bool) {
         self.asserted.store(asserted, Ordering::Relaxed);
@@ -190,7 +197,7 @@ impl Bench {
 
     /// Level of the interrupt line.
     pub fn interrupt(&self) -> bool {
-        self.line.asserted.load(Ordering::Relaxed)
+        self.line.asserted()
     }
 
     /// How often the line was driven.

@@ -26,6 +26,7 @@ mod checksum;
 mod eeprom;
 mod events;
 mod filter;
+mod headers;
 mod interrupts;
 mod link;
 mod mmio;

@@ -111,7 +111,7 @@ pub const VFTA: u32 = 0x5600;
 pub const WUC: u32 = 0x5800;
 /// Wakeup Filter Control (13.6.2).
 pub const WUFC: u32 = 0x5808;
-/// Management Control (13.4, power management).
+/// Management Control: only stored, there is no management controller.
 pub const MANC: u32 = 0x5820;
 /// IP Address Valid (13.6.4).
 pub const IPAV: u32 = 0x5838;

@@ -1,6 +1,8 @@
 //! What a driver sees of the controller: link, interrupts, rings, self-test, reset.
 
 mod driver;
+mod event_loop;
+mod histories;
 mod link;
 mod model;
 mod offload;

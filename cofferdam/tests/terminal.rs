@@ -1,0 +1,211 @@
+//! The terminal of an interactive run: the guest's while it runs, a person's again afterwards.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something unexpected happens"
+)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+mod common;
+
+use common::{ECHO_CODE, EM_X86_64, elf};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Local modes that a raw terminal has not and a person's has.
+const COOKED: libc::tcflag_t = libc::ICANON | libc::ECHO | libc::ISIG;
+
+/// A guest that echoes, run in a terminal of its own.
+struct Session {
+    child: Child,
+    /// Our end of the terminal.
+    keyboard: File,
+    /// The other end, kept open to look at its modes.
+    terminal: OwnedFd,
+    screen: Arc<Mutex<Vec<u8>>>,
+    folder: TempDir,
+}
+
+impl Session {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("echo");
+        std::fs::write(&kernel, elf(EM_X86_64, &ECHO_CODE)).unwrap();
+        let (mut ours, mut theirs) = (-1, -1);
+        // SAFETY: both descriptors are written; the other pointers may be null.
+        let made = unsafe {
+            libc::openpty(
+                &raw mut ours,
+                &raw mut theirs,
+                std::ptr::null_mut(),
+                std::ptr::null(),
+                std::ptr::null(),
+            )
+        };
+        assert_eq!(made, 0);
+        // SAFETY: openpty gave both, and nobody else owns them.
+        let (keyboard, terminal) =
+            unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+        command
+            .env("COFFERDAM_RUNTIME_DIR", folder.path().join("run"))
+            .args(["run", "--name", "tty", "--kernel"])
+            .arg(&kernel)
+            .stdin(terminal.try_clone().unwrap())
+            .stdout(terminal.try_clone().unwrap())
+            .stderr(terminal.try_clone().unwrap());
+        // SAFETY: only async-signal-safe calls between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        let screen = Arc::new(Mutex::new(Vec::new()));
+        let (mut reader, seen) = (keyboard.try_clone().unwrap(), Arc::clone(&screen));
+        std::thread::spawn(move || {
+            let mut buffer = [0; 256];
+            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+                seen.lock().unwrap().extend(&buffer[..count]);
+            }
+        });
+        Self {
+            child,
+            keyboard,
+            terminal,
+            screen,
+            folder,
+        }
+    }
+
+    /// Whether the terminal is in the modes a person works in.
+    fn cooked(&self) -> bool {
+        let mut modes = std::mem::MaybeUninit::<libc::termios>::uninit();
+        // SAFETY: the memory is of a termios' size, and filled when the call succeeds.
+        let modes = unsafe {
+            assert_eq!(
+                libc::tcgetattr(self.terminal.as_raw_fd(), modes.as_mut_ptr()),
+                0
+            );
+            modes.assume_init()
+        };
+        modes.c_lflag & COOKED == COOKED
+    }
+
+    fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !holds(self) {
+            assert!(Instant::now() < deadline, "no {what}: {}", self.screen());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until the guest has the terminal.
+    #[track_caller]
+    fn wait_until_raw(&self) {
+        self.wait_for("raw terminal", |session| !session.cooked());
+    }
+
+    fn type_in(&mut self, keys: &[u8]) {
+        self.keyboard.write_all(keys).unwrap();
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: a plain system call; the child was not waited for, so its number is its own.
+        let sent = unsafe { libc::kill(self.child.id().cast_signed(), signal) };
+        assert_eq!(sent, 0);
+    }
+
+    /// Waits for the end; the terminal must be as it was.
+    #[track_caller]
+    fn end(mut self) -> ExitStatus {
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                self.child.kill().unwrap();
+                panic!("still runs: {}", self.screen());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert!(self.cooked(), "the terminal is still raw: {status}");
+        status
+    }
+
+    fn assert_nothing_left(folder: &std::path::Path) {
+        assert_eq!(folder.join("run").read_dir().unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn keys_go_to_the_guest_and_ctrl_a_x_ends_it() {
+    let mut session = Session::start();
+    session.wait_until_raw();
+    session.type_in(b"to the guest\x03still\x01h");
+    session.wait_for("echo", |session| {
+        session.screen().contains("to the guest\x03still")
+    });
+    session.wait_for("help", |session| session.screen().contains("Ctrl-A r"));
+    session.type_in(b"\x01x");
+    assert!(session.end().success());
+}
+
+#[test]
+fn signals_give_the_terminal_back() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        let session = Session::start();
+        session.wait_until_raw();
+        let folder = session.folder.path().to_path_buf();
+        session.signal(signal);
+        // The folder is the session's, which `end` takes.
+        session.wait_for("end", |_| {
+            folder
+                .join("run")
+                .read_dir()
+                .is_ok_and(|mut left| left.next().is_none())
+        });
+        Session::assert_nothing_left(&folder);
+        assert_eq!(session.end().signal(), Some(signal));
+    }
+}
+
+#[test]
+fn a_crash_gives_the_terminal_back() {
+    for signal in [libc::SIGSEGV, libc::SIGABRT, libc::SIGBUS] {
+        let session = Session::start();
+        session.wait_until_raw();
+        session.signal(signal);
+        assert_eq!(session.end().signal(), Some(signal));
+    }
+}
+
+#[test]
+fn a_stopped_run_gives_the_terminal_back_until_it_goes_on() {
+    let mut session = Session::start();
+    session.wait_until_raw();
+    session.signal(libc::SIGTSTP);
+    session.wait_for("cooked terminal", Session::cooked);
+    session.signal(libc::SIGCONT);
+    session.wait_until_raw();
+    session.type_in(b"\x01x");
+    assert!(session.end().success());
+}
