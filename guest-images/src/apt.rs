@@ -29,15 +29,36 @@ impl<'a> Packages<'a> {
         })
     }
 
-    /// Forgets all package files and asks the archive for its current list.
+    /// Asks the archive for its current list, and forgets the package files that are here.
     ///
     /// # Errors
-    /// When a file cannot be removed or `apt-get update` fails.
+    /// When `apt-get update` fails (then everything stays) or a file cannot be removed.
     pub fn refresh(&self) -> Result<(), Error> {
+        self.update()?;
         for file in self.files()? {
             std::fs::remove_file(&file).map_err(Error::io(&file))?;
         }
-        self.update()
+        Ok(())
+    }
+
+    /// The newest kernel package of a series such as `6.1.0`, by name and file.
+    ///
+    /// # Errors
+    /// [`Error::Fetch`] when there is none or it cannot be downloaded.
+    pub fn kernel(&self, series: &str) -> Result<(String, PathBuf), Error> {
+        let name = self.newest_kernel(series)?;
+        let (name, mut files) = match self.fetch(&[&name]) {
+            Ok(files) => (name, files),
+            // The list was old and has been renewed: the archive may have another kernel by now.
+            Err(error) => match self.newest_kernel(series)? {
+                newer if newer != name => {
+                    let files = self.fetch(&[&newer])?;
+                    (newer, files)
+                }
+                _ => return Err(error),
+            },
+        };
+        Ok((name, files.remove(0)))
     }
 
     /// Name of the newest kernel package of a series such as `6.1.0`: one that is here already, else the
@@ -45,7 +66,7 @@ impl<'a> Packages<'a> {
     ///
     /// # Errors
     /// [`Error::Fetch`] when there is none.
-    pub fn newest_kernel(&self, series: &str) -> Result<String, Error> {
+    fn newest_kernel(&self, series: &str) -> Result<String, Error> {
         let here = self
             .files()?
             .into_iter()
@@ -330,5 +351,34 @@ mod tests {
             failed.contains("Permission denied (it needs root and the network)"),
             "{failed}"
         );
+    }
+
+    #[test]
+    fn kernel_that_left_the_archive_is_replaced_by_its_successor() {
+        let directory = tempfile::tempdir().unwrap();
+        let updated = directory.path().join("updated");
+        let script = format!(
+            r#"case "$*" in
+            *update*) touch {0} ;;
+            pkgnames*) test -e {0} && echo linux-image-6.1.0-2-amd64 || echo linux-image-6.1.0-1-amd64 ;;
+            *6.1.0-2-amd64*) echo deb >linux-image-6.1.0-2-amd64_6.1.2_amd64.deb ;;
+            *) echo "E: 404  Not Found" >&2; exit 100 ;;
+            esac"#,
+            updated.display()
+        );
+        let packages = with_apt(directory.path(), &script, &|_| ());
+        let (name, file) = packages.kernel("6.1.0").unwrap();
+        assert_eq!(name, "linux-image-6.1.0-2-amd64");
+        assert!(file.exists());
+    }
+
+    #[test]
+    fn failed_refresh_keeps_the_packages() {
+        let directory = tempfile::tempdir().unwrap();
+        let packages = with_apt(directory.path(), "exit 100", &|_| ());
+        let file = directory.path().join("packages/libx1_2.0_amd64.deb");
+        std::fs::write(&file, "").unwrap();
+        assert!(packages.refresh().is_err());
+        assert!(file.exists());
     }
 }

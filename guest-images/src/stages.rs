@@ -56,8 +56,7 @@ pub fn kernel_stage(
     store: &mut Store,
     options: &BuildOptions<'_>,
 ) -> Result<KernelStage, Error> {
-    let name = packages.newest_kernel(&set.kernel_series)?;
-    let file = packages.fetch(&[&name])?.remove(0);
+    let (name, file) = packages.kernel(&set.kernel_series)?;
     let package = package_use(&file)?;
     let release = name.trim_start_matches("linux-image-").to_string();
     let names: BTreeSet<&str> = set

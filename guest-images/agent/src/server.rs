@@ -68,7 +68,7 @@ pub fn serve(channel: File, powers: Powers) -> io::Result<()> {
 impl Server {
     fn read(self: &Arc<Self>, reader: &mut File) -> io::Result<()> {
         let mut decoder = Decoder::new();
-        let mut worker = self.worker();
+        let mut worker = self.worker()?;
         let mut buffer = vec![0; 1 << 16];
         loop {
             let n = match reader.read(&mut buffer) {
@@ -82,7 +82,7 @@ impl Server {
                 match item {
                     Item::Mark => {
                         self.begin(None)?;
-                        worker = self.worker();
+                        worker = self.worker()?;
                     }
                     Item::TooLong(length) => {
                         self.refuse(
@@ -122,10 +122,10 @@ impl Server {
         self.running.begin_generation(generation);
     }
 
-    fn worker(self: &Arc<Self>) -> SyncSender<(Request, Stamp)> {
+    fn worker(self: &Arc<Self>) -> io::Result<SyncSender<(Request, Stamp)>> {
         let (sender, receiver) = sync_channel::<(Request, Stamp)>(QUEUE);
         let (server, generation) = (self.clone(), self.generation.load(Ordering::SeqCst));
-        std::thread::spawn(move || {
+        std::thread::Builder::new().spawn(move || {
             for (Request { id, call }, received) in receiver {
                 if server.generation.load(Ordering::SeqCst) != generation {
                     return;
@@ -134,8 +134,8 @@ impl Server {
                 let result = carry_out(call, &mut part);
                 server.finish(generation, id, received, result);
             }
-        });
-        sender
+        })?;
+        Ok(sender)
     }
 
     fn request(
@@ -166,12 +166,15 @@ impl Server {
             Call::Reboot => self.exit(id, received, Exit::Reboot),
             Call::Exec(exec) => {
                 let server = self.clone();
-                std::thread::spawn(move || {
+                let started = std::thread::Builder::new().spawn(move || {
                     let mut part = |body| server.part(generation, id, received, body);
                     let result = exec::run((generation, id), exec, &server.running, &mut part);
                     server.finish(generation, id, received, result);
                 });
-                return Ok(());
+                match started {
+                    Ok(_) => return Ok(()),
+                    Err(failed) => Err(error(format!("no thread for the program: {failed}"))),
+                }
             }
             call => match worker.try_send((Request { id, call }, received)) {
                 Ok(()) => return Ok(()),
