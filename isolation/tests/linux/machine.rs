@@ -18,6 +18,9 @@ use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, IsolateRequest, Isolated, Isolator};
+use isolation::guest::module_text::{Site, SiteKind};
+use isolation::guest::modules::{ModuleLayout, ModuleText};
+use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
@@ -158,6 +161,46 @@ impl Machine {
             device: device.map(|device| Arc::new(device) as _),
             budget: DEFAULT_BUDGET.max(Duration::from_secs(2)),
         })
+    }
+
+    /// The text of a module as it is in the guest's memory now.
+    pub fn module_text(&mut self, module: &str) -> ModuleText {
+        let sections = self.agent.modules(Some(module)).unwrap()[0]
+            .sections
+            .clone();
+        let memory = self.handle.ram().memory().clone();
+        let read = self.handle.with_paused(|vcpus| {
+            let sregs = vcpus.get(0).unwrap().get_sregs().unwrap();
+            // With page-table isolation the kernel's tables are those beside the user's.
+            let spaces = [sregs.cr3, sregs.cr3 & !0x1000]
+                .map(|cr3| AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, 40));
+            spaces.into_iter().find_map(|space| {
+                let virt = VirtMemory {
+                    space,
+                    memory: &*memory,
+                };
+                let layout = ModuleLayout::new(module, &sections, None, &virt).ok()?;
+                layout.read_text(&virt).ok()
+            })
+        });
+        read.unwrap().unwrap()
+    }
+
+    /// Offsets in `function` of its direct calls of the kernel's `target`.
+    pub fn calls_in(&mut self, module: &str, function: &str, target: &str) -> Vec<u64> {
+        let scan = self.module_text(module).scan(&self.symbols).unwrap();
+        let start = self.symbols.named(function).next().unwrap().at;
+        let wanted = self.symbols.kernel_symbol(target).unwrap().at;
+        let own = |site: &&Site| {
+            let symbol = self.symbols.lookup(site.at);
+            symbol.is_some_and(|(symbol, _)| symbol.name == function)
+                && matches!(site.kind, SiteKind::Direct { target, .. } if target == wanted)
+        };
+        scan.sites()
+            .iter()
+            .filter(own)
+            .map(|site| site.at.0 - start.0)
+            .collect()
     }
 
     pub fn status(&self, module: &str) -> ModuleStatus {

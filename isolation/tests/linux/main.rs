@@ -17,7 +17,7 @@ fn dummy_transmits_in_its_domain_and_faults_are_taken_back() {
     let mut machine = Machine::boot(1, "");
     machine.load("dummy", "numdummies=1");
     machine.run("ip addr add 10.9.9.1/24 dev dummy0 && ip link set dummy0 up");
-    let send = "for i in 1 2 3 4 5 6 7 8; do ping -c 1 -W 1 -I dummy0 10.9.9.2 >/dev/null 2>&1; done; ip neigh replace 10.9.9.2 lladdr 02:00:00:00:00:02 dev dummy0 2>/dev/null; ping -c 5 -i 0.1 -W 1 10.9.9.2 >/dev/null 2>&1; true";
+    let send = "for i in 1 2 3 4 5 6 7 8; do ping -c 1 -W 1 -I dummy0 10.9.9.2 >/dev/null 2>&1; done; /bin/ip neigh replace 10.9.9.2 lladdr 02:00:00:00:00:02 dev dummy0 2>/dev/null; ping -c 5 -i 0.1 -W 1 10.9.9.2 >/dev/null 2>&1; true";
     machine.run(send);
     let isolated = machine.isolate("dummy", named(&["dummy_xmit"])).unwrap();
     eprintln!("isolated: {isolated:?}");
@@ -110,5 +110,118 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
     machine.print_status();
     let status = machine.status("e1000");
     assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.assert_healthy();
+}
+
+/// `xor eax, eax; mov rax, [rax]`: a NULL dereference.
+const NULL_DEREFERENCE: &[u8] = &[0x31, 0xc0, 0x48, 0x8b, 0x00];
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn injected_faults_are_taken_back_and_the_next_calls_work() {
+    let mut machine = Machine::boot(1, "");
+    machine.load("dummy", "numdummies=1");
+    machine.run("ip addr add 10.9.9.1/24 dev dummy0; ip link set dummy0 up; /bin/ip neigh add 10.9.9.2 lladdr 02:00:00:00:00:02 dev dummy0");
+    let send = "ping -c 4 -i 0.1 -W 1 10.9.9.2 >/dev/null 2>&1; true";
+    let sent = "cat /sys/class/net/dummy0/statistics/tx_packets";
+    machine.isolate("dummy", named(&["dummy_xmit"])).unwrap();
+    machine.run(send);
+    let before: u64 = machine.run(sent).trim().parse().unwrap();
+    // Behind the gate, and right after the call that frees the packet.
+    let calls = machine.calls_in("dummy", "dummy_xmit", "consume_skb");
+    let after_free = calls.first().expect("dummy_xmit frees its packet") + 5;
+    let mut aborts = 0;
+    for offset in [5, after_free] {
+        let original = machine
+            .isolator
+            .inject("dummy", "dummy_xmit", offset, NULL_DEREFERENCE)
+            .unwrap();
+        machine.run(send);
+        let entry = machine.entry("dummy", "dummy_xmit");
+        assert!(
+            entry.aborts > aborts,
+            "no call ran into the fault at {offset:#x}"
+        );
+        aborts = entry.aborts;
+        let reports = machine.isolator.reports("dummy").unwrap();
+        let report = reports.last().unwrap().to_string();
+        eprintln!("{report}");
+        let place = format!("dummy_xmit+{:#x} [dummy]", offset + 2);
+        assert!(
+            report.contains("page fault") && report.contains(&place),
+            "{report}"
+        );
+        machine
+            .isolator
+            .inject("dummy", "dummy_xmit", offset, &original)
+            .unwrap();
+    }
+    let while_faulty: u64 = machine.run(sent).trim().parse().unwrap();
+    machine.run(send);
+    let after: u64 = machine.run(sent).trim().parse().unwrap();
+    assert!(
+        while_faulty - before <= 8 && after > while_faulty,
+        "{before} {while_faulty} {after}"
+    );
+    machine.print_status();
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_released_module_has_every_byte_of_its_text_back() {
+    let mut machine = boot_with_network(1, "");
+    let before = machine.module_text("e1000");
+    let ping = "ping -c 3 -i 0.1 -W 2 10.0.2.2 >/dev/null";
+    machine.isolate("e1000", Wanted::All).unwrap();
+    assert_ne!(machine.module_text("e1000"), before, "gates are in place");
+    machine.run(ping);
+    let final_status = machine.isolator.release("e1000").unwrap();
+    assert!(final_status.entries.iter().any(|entry| entry.calls > 0));
+    assert!(
+        machine.module_text("e1000") == before,
+        "text differs after release"
+    );
+    let traps = |machine: &Machine| -> u64 {
+        machine
+            .handle
+            .status()
+            .exits
+            .iter()
+            .map(|exits| exits.trap)
+            .sum()
+    };
+    let traps_before = traps(&machine);
+    machine.run(ping);
+    assert_eq!(
+        traps(&machine),
+        traps_before,
+        "a released module still exits at gates"
+    );
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn what_cannot_be_isolated_is_refused_with_the_reason() {
+    let mut machine = Machine::boot(1, "");
+    machine.load("dummy", "numdummies=1");
+    let refusal = |machine: &mut Machine, wanted| {
+        machine
+            .isolate("dummy", wanted)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string()
+    };
+    let misspelt = refusal(&mut machine, named(&["dummy_xmitt"]));
+    assert!(misspelt.contains("no such function"), "{misspelt}");
+    let nothing = refusal(&mut machine, Wanted::Matching("e1000_*".into()));
+    assert!(nothing.contains("matches e1000_*"), "{nothing}");
+    machine.isolate("dummy", named(&["dummy_xmit"])).unwrap();
+    let twice = refusal(&mut machine, named(&["dummy_xmit"]));
+    assert!(twice.contains("isolated already"), "{twice}");
+    machine.isolator.release("dummy").unwrap();
+    let gone = machine.isolator.release("dummy").unwrap_err().to_string();
+    assert!(gone.contains("is not isolated"), "{gone}");
     machine.assert_healthy();
 }
