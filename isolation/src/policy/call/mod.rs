@@ -6,6 +6,7 @@
 //!    2. reached from the call's arguments by type     worked out at the first such store of a call
 //!    3. the kernel's inline functions write there     reference counts of pages, preemption count
 //!    4. handed out since the call began               found by comparing the two views of memory
+//!       or to an earlier call, and not given back
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -13,21 +14,25 @@
 //! Both views are read: the private one shows what the call did, the shared one what was there
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
+mod interfaces;
+
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return};
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Reach, Reached, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocations, FindAllocation, MemoryModel};
+use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
+use interfaces::InterfaceList;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
@@ -39,6 +44,9 @@ const PACKET_CACHES: &[&str] = &[
     "skbuff_fclone_cache",
     "skbuff_small_head",
 ];
+
+/// Most allocations of earlier calls that are remembered.
+const MAX_OWNED: usize = 1 << 16;
 
 /// Most network interfaces that are remembered as the driver's.
 const MAX_INTERFACES: usize = 64;
@@ -78,6 +86,15 @@ pub struct DriverPolicy {
     /// Offsets in the per-CPU area.
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
     interfaces: Vec<Start>,
+    /// Where the guest has its interfaces; `None` if that is not known.
+    list: Option<InterfaceList>,
+    /// This call has looked there already.
+    listed: bool,
+    /// What was handed out to earlier calls, by first byte: last byte. The driver may have given it
+    /// back since; then somebody else's object of the same place and size counts as the driver's.
+    owned: BTreeMap<u64, u64>,
+    /// What was handed out to this call.
+    handed_out: Vec<GvaRange>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     calls: Vec<Call>,
@@ -107,6 +124,7 @@ impl DriverPolicy {
             let symbol = symbols.kernel_symbol(name)?;
             Some((*name, GvaRange::new(symbol.at, *bytes)?))
         };
+        let list = InterfaceList::new(&types, symbols);
         Ok(Self {
             types,
             memory,
@@ -114,6 +132,10 @@ impl DriverPolicy {
             table,
             per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
             interfaces: Vec::new(),
+            list,
+            listed: false,
+            owned: BTreeMap::new(),
+            handed_out: Vec::new(),
             sections: layout
                 .sections
                 .iter()
@@ -142,11 +164,20 @@ impl DriverPolicy {
         });
     }
 
-    /// The call is over: what only it could write is closed.
-    pub fn end(&mut self) {
+    /// The call is over: what only it could write is closed. What was handed out to it stays the
+    /// driver's if the call was `committed`.
+    pub fn end(&mut self, committed: bool) {
         self.calls.clear();
+        self.listed = false;
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
+        let handed_out = std::mem::take(&mut self.handed_out);
+        for range in handed_out.into_iter().filter(|_| committed) {
+            if self.owned.len() >= MAX_OWNED {
+                self.owned.pop_first();
+            }
+            self.owned.insert(range.first().0, range.last().0);
+        }
     }
 
     /// Whether the call may write every byte of `range`.
@@ -164,6 +195,30 @@ impl DriverPolicy {
     /// The object that `at` lies in, if it is one that a call may write or was asked about.
     pub fn owner(&self, at: Gva) -> Option<&Object> {
         self.table.lookup(at).map(|(_, object)| object)
+    }
+
+    /// Whose memory `at` is, as the guest's allocator has it: `kmalloc-512 object + 0x10`.
+    pub fn whose<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, at: Gva) -> Option<String> {
+        let allocations = self.memory.with(virt);
+        let found = allocations.allocation_at(at)?;
+        let offset = at.0 - found.range.first().0;
+        Some(match found.kind {
+            AllocationKind::Slab => {
+                let cache = allocations
+                    .cache_name(&found)
+                    .unwrap_or_else(|| "slab".into());
+                format!("{cache} object + {offset:#x}")
+            }
+            AllocationKind::Pages => {
+                format!("{} bytes of pages + {offset:#x}", found.range.len_bytes())
+            }
+            AllocationKind::Vmalloc => {
+                format!(
+                    "{} bytes of vmalloc area + {offset:#x}",
+                    found.range.len_bytes()
+                )
+            }
+        })
     }
 
     /// The range table, for reports.
@@ -190,7 +245,36 @@ impl DriverPolicy {
             let label = format!("{name} of this processor");
             return self.open(one, ObjectKind::Other, label);
         }
-        self.open_new_allocation(memory, at)
+        if self.open_new_allocation(memory, at) {
+            return true;
+        }
+        // Before it is a stray write: has the driver interfaces that no argument was about yet?
+        if self.list_interfaces(memory) {
+            self.resolve(memory);
+        }
+        self.table.may_write(one)
+    }
+
+    /// Looks, once in a call, for interfaces of the driver. Whether there are new ones, so that the
+    /// calls' arguments have to be resolved again.
+    fn list_interfaces<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> bool {
+        let Some(list) = self.list.filter(|_| !self.listed) else {
+            return false;
+        };
+        self.listed = true;
+        let before = self.interfaces.len();
+        for at in list.find(memory.private, &self.sections) {
+            self.add_interface(Start {
+                at,
+                type_id: list.type_id,
+                name: "interface".into(),
+            });
+        }
+        let more = self.interfaces.len() > before;
+        if more {
+            self.calls.iter_mut().for_each(|call| call.resolved = false);
+        }
+        more
     }
 
     /// Puts what the calls' arguments reach into the table, once for each.
@@ -201,12 +285,12 @@ impl DriverPolicy {
             .filter(|call| !call.resolved)
             .cloned()
             .collect();
-        let interfaces: Vec<Start> = self
-            .interfaces
-            .iter()
-            .filter(|start| self.is_drivers(memory, start))
-            .cloned()
-            .collect();
+        // One that was once seen may be gone, and its memory another's.
+        let is_drivers = |start: &&Start| {
+            self.list
+                .is_some_and(|list| list.is_drivers(memory.private, start.at, &self.sections))
+        };
+        let interfaces: Vec<Start> = self.interfaces.iter().filter(is_drivers).cloned().collect();
         for call in &open {
             let types = Arc::clone(&self.types);
             // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
@@ -220,17 +304,7 @@ impl DriverPolicy {
         self.calls.iter_mut().for_each(|call| call.resolved = true);
     }
 
-    /// Whether an interface that was once seen is still one, and this driver's: its operations are.
-    fn is_drivers<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, start: &Start) -> bool {
-        let operations = || {
-            let member = self.types.find_member(start.type_id, "netdev_ops")?;
-            let at = start.at.checked_add(u64::from(member.bit_offset / 8))?;
-            memory.private.read_u64(at).ok().map(Gva)
-        };
-        operations().is_some_and(|at| self.sections.iter().any(|section| section.contains(at)))
-    }
-
-    /// What was handed out since the call began belongs to the call.
+    /// What was handed out to the driver, in this call or an earlier one, is the driver's.
     fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let model = self.memory;
         let (now, before) = (model.with(memory.private), model.with(memory.shared));
@@ -247,10 +321,16 @@ impl DriverPolicy {
         let is_packet = PACKET_CACHES.contains(&cache.as_str());
         // Packets are kept in stock by each processor, so that one that is handed out need not be
         // new; but the kernel fills in its head.
-        if !now.is_new(&found, &before) && !(is_packet && now.is_changed(&found, &before)) {
+        let filled_in = is_packet && now.is_changed(&found, &before);
+        let owned = self.owned.get(&found.range.first().0) == Some(&found.range.last().0);
+        if !filled_in && !owned && !now.is_new(&found, &before) {
             return false;
         }
-        let label = format!("{cache} handed out in this call");
+        // A packet is passed on, not kept.
+        if !is_packet {
+            self.handed_out.push(found.range);
+        }
+        let label = format!("{cache} handed out to the driver");
         let opened = self.open(found.range, ObjectKind::Allocated, label);
         if is_packet && let Some(type_id) = self.types.find_struct("sk_buff") {
             let packet = Start {
@@ -340,7 +420,7 @@ impl DriverPolicy {
     }
 
     /// Remembers an object of the driver's that every call may start from.
-    pub fn add_interface(&mut self, start: Start) {
+    fn add_interface(&mut self, start: Start) {
         if !self.interfaces.iter().any(|known| known.at == start.at) {
             if self.interfaces.len() >= MAX_INTERFACES {
                 self.interfaces.remove(0);

@@ -55,7 +55,12 @@ fn types() -> Arc<Btf> {
     e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
     e.structure("skb_shared_info", 64, &[]);
     e.structure("sk_buff", 192, &[("end", int, 8), ("head", bytes, 16)]);
-    e.structure("net_device", 96, &[("netdev_ops", pointer, 8)]);
+    e.structure(
+        "net_device",
+        96,
+        &[("netdev_ops", pointer, 8), ("dev_list", pointer, 16)],
+    );
+    e.structure("net", 64, &[("dev_base_head", pointer, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
     let device = e.pointer(base.find_struct("net_device").unwrap());
@@ -109,10 +114,11 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n{:x} D init_net\n",
         BASES,
         BASES + 8,
-        BASES + 16
+        BASES + 16,
+        BASES + 32
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [
@@ -173,7 +179,7 @@ fn what_inline_functions_write_is_permitted() {
 }
 
 #[test]
-fn objects_allocated_by_the_call_may_be_written_until_it_ends() {
+fn objects_handed_out_to_the_call_may_be_written_until_it_is_taken_back() {
     let before = guest();
     let mut now = before.clone();
     let fresh = OBJECTS + 512;
@@ -189,7 +195,29 @@ fn objects_allocated_by_the_call_may_be_written_until_it_ends() {
             .label
             .starts_with("kmalloc-256 handed out")
     );
-    policy.end();
+    policy.end(false);
+    policy.begin("my_irq", [0; 6]);
+    assert!(
+        !ask(&mut policy, &now, &now, fresh, 8),
+        "the call was taken back"
+    );
+}
+
+#[test]
+fn what_was_handed_out_to_a_committed_call_stays_the_drivers() {
+    let before = guest();
+    let mut now = before.clone();
+    let fresh = OBJECTS + 512;
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &now, &before, fresh, 8));
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &now, &now, fresh, 256));
+    // The slab is gone; nobody has memory there.
+    put_page(&mut now, OBJECTS, 0, 0, 0);
+    policy.end(true);
     policy.begin("my_irq", [0; 6]);
     assert!(!ask(&mut policy, &now, &now, fresh, 8));
 }
@@ -232,16 +260,53 @@ fn an_interface_seen_once_is_the_drivers_in_interrupts_until_it_is_gone() {
     let mut policy = policy(&guest);
     policy.begin("my_irq", [0; 6]);
     assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
-    policy.end();
+    policy.end(true);
     policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
-    policy.end();
+    policy.end(true);
     policy.begin("my_irq", [0; 6]);
     assert!(ask(&mut policy, &guest, &guest, DEVICE, 8));
-    policy.end();
+    policy.end(true);
     // Its memory is another object now.
     guest.put(Gva(DEVICE), &words(&[0, 0]), DATA);
     policy.begin("my_irq", [0; 6]);
     assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
+}
+
+#[test]
+fn interfaces_that_no_call_was_about_are_found_in_the_kernels_list() {
+    let mut guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
+    policy.end(true);
+    // Its list has another driver's interface, then ours.
+    let (head, other) = (BASES + 32 + 8, OBJECTS);
+    guest.put(Gva(head), &words(&[other + 16]), DATA);
+    guest.put(Gva(other + 8), &words(&[BASES, DEVICE + 16]), DATA);
+    guest.put(Gva(DEVICE + 16), &words(&[head]), DATA);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &guest, &guest, DEVICE, 8));
+    assert!(!ask(&mut policy, &guest, &guest, other, 8));
+}
+
+#[test]
+fn memory_is_named_by_the_guests_allocator() {
+    let guest = guest();
+    let policy = policy(&guest);
+    let whose = |at| policy.whose(guest.virt(), Gva(at));
+    assert_eq!(
+        whose(DEVICE + 16).as_deref(),
+        Some("kmalloc-256 object + 0x10")
+    );
+    assert_eq!(
+        whose(HEAD + 1).as_deref(),
+        Some("4096 bytes of pages + 0x1")
+    );
+    assert_eq!(
+        whose(STACK + 8).as_deref(),
+        Some("8192 bytes of vmalloc area + 0x8")
+    );
+    assert_eq!(whose(BASES), None);
 }
 
 #[test]
@@ -280,7 +345,7 @@ proptest! {
             ask(&mut policy, &now, &before, probe, 8);
         }
         prop_assert!(policy.table().len() < 3000);
-        policy.end();
+        policy.end(true);
         prop_assert!(policy.table().len() == 1);
     }
 }
