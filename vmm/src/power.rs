@@ -38,6 +38,21 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 
 const SLP_EN: u8 = 1 << 5;
 
+/// Real-mode code for [`crate::layout::RESET_VECTOR`]: all there is of a BIOS. Linux ends there when
+/// it restarts a machine that has hardware-reduced ACPI and no EFI: it prefers EFI's reset on such
+/// machines, and the BIOS's where there is none.
+pub(crate) const RESET_VECTOR_CODE: [u8; 9] = [
+    0xba,
+    RESET_PORT as u8,
+    (RESET_PORT >> 8) as u8, // mov dx, RESET_PORT
+    0xb0,
+    RESET_VALUE, // mov al, RESET_VALUE
+    0xee,        // out dx, al
+    0xf4,        // hlt
+    0xeb,
+    0xfd, // jmp to hlt
+];
+
 /// The sleep and event registers.
 pub(crate) struct PowerDevice {
     requests: Arc<Requests>,

@@ -17,6 +17,7 @@ use event_manager::{
 };
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::Bytes;
 
 use crate::boot::{OpenPayload, Payload};
 use crate::cpu::state::{ChipState, VcpuState};
@@ -31,7 +32,7 @@ use crate::machine::{Machine, Operations, Phase};
 use crate::memory::{GuestRam, MemoryError};
 use crate::power::{
     KEYBOARD_COMMAND_PORT, KeyboardController, POWER_PORT_COUNT, PowerDevice, RESET_PORT,
-    ResetControl,
+    RESET_VECTOR_CODE, ResetControl,
 };
 use crate::vcpu::{self, Vcpu};
 use crate::{MAX_VCPUS, acpi, layout};
@@ -391,6 +392,11 @@ impl Vm {
             windows: self.windows,
         };
         acpi::write(&machine.ram, &tables)?;
+        machine
+            .ram
+            .memory()
+            .write_slice(&RESET_VECTOR_CODE, layout::RESET_VECTOR)
+            .map_err(|error| Error::Boot(error.into()))?;
         regs::write_boot_tables(&machine.ram)?;
         if let Some(boot_processor) = machine.lock_vcpus().first() {
             regs::set_entry(boot_processor, entry)?;

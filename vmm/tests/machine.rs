@@ -203,6 +203,44 @@ fn a_triple_fault_is_a_reset() {
     guest.power_off();
 }
 
+// The first processor starts the second one, which jumps to the reset vector in real mode.
+guest_code!(
+    jumps_to_the_reset_vector,
+    "lea rsi, [rip + 7f]",
+    "mov edi, 0x8000",
+    "mov ecx, 8",
+    "rep movsb",
+    "mov edx, 0x500",
+    "mov al, 5",
+    "out dx, al",
+    "mov ecx, 0x1b", // x2APIC mode, APIC on
+    "rdmsr",
+    "or eax, 0xc00",
+    "wrmsr",
+    "xor edx, edx",
+    "mov ecx, 0x80f",
+    "mov eax, 0x1ff",
+    "wrmsr",
+    "mov ecx, 0x830", // INIT, then start-up at 0x8000, to all others
+    "mov eax, 0xc4500",
+    "wrmsr",
+    "mov eax, 0xc4608",
+    "wrmsr",
+    "1: jmp 1b",
+    "7: .byte 0xea, 0, 0, 0xff, 0xff", // jmp ffff:0000
+);
+
+#[test]
+fn the_reset_vector_of_real_mode_resets() {
+    let guest = start(jumps_to_the_reset_vector(), 2);
+    assert_eq!((guest.report(), guest.report(), guest.report()), (5, 5, 5));
+    assert!(
+        guest.handle.status().exits[1].io_out > 0,
+        "the second processor did it"
+    );
+    guest.power_off();
+}
+
 guest_code!(
     keyboard_reset,
     "mov edx, 0x500",
