@@ -64,11 +64,16 @@ pub fn gpa_of(va: u64) -> u64 {
 
 impl Guest {
     pub fn new() -> Self {
+        Self::with_memory(MEMORY_PAGES)
+    }
+
+    /// A guest with `pages` pages of memory, at least [`MEMORY_PAGES`], of which it uses the first.
+    pub fn with_memory(pages: u64) -> Self {
         let file = tempfile::tempfile().unwrap();
-        file.set_len(MEMORY_PAGES * PAGE).unwrap();
+        file.set_len(pages * PAGE).unwrap();
         let range = (
             GuestAddress(0),
-            (MEMORY_PAGES * PAGE) as usize,
+            (pages * PAGE) as usize,
             Some(FileOffset::new(file, 0)),
         );
         let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());

@@ -1,0 +1,133 @@
+//! What a call in the domain costs, as ratios within one run, on a hand-made guest.
+//!
+//! `cargo bench -p isolation` prints one JSON object: times in microseconds are medians over
+//! rounds. *Exit* is one turn from P to the host and back at an `out`; *crossing* is one kernel
+//! function called through its trampoline, the function being a bare `ret`; *call* is a whole isolated
+//! call that writes two pages; *abort* one that faults after the same writes. The two memory sizes
+//! show whether commit and abort depend on the guest's memory.
+
+#![allow(clippy::unwrap_used, reason = "bench code")]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::time::Instant;
+
+use common::*;
+use iced_x86::code_asm::*;
+use isolation::domain::Domain;
+use isolation::domain::transaction::CallEnd;
+
+const ROUNDS: usize = 31;
+const CALLS: u32 = 20;
+/// Crossings or exits in one call, so that the call itself does not count.
+const REPEATED: u32 = 200;
+
+/// Median time of one call in microseconds.
+fn time(guest: &Guest, domain: &mut Domain, kernel: &mut Kernel, aborts: bool) -> f64 {
+    let mut times: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let start = Instant::now();
+            for _ in 0..CALLS {
+                let result = guest.call(domain, kernel);
+                assert_eq!(
+                    matches!(result.end, CallEnd::Aborted(_)),
+                    aborts,
+                    "{result:?}"
+                );
+            }
+            start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS)
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[ROUNDS / 2]
+}
+
+/// A driver that writes two pages and then does what `end` adds.
+fn driver(pages: u64, end: impl FnOnce(&mut CodeAssembler)) -> (Guest, Domain) {
+    let guest = Guest::with_memory(pages);
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DRIVER_DATA).unwrap();
+        a.inc(qword_ptr(rcx)).unwrap();
+        a.push(rax).unwrap();
+        a.pop(rax).unwrap();
+        end(a);
+        a.ret().unwrap();
+    });
+    let domain = guest.domain();
+    (guest, domain)
+}
+
+fn repeated(a: &mut CodeAssembler, body: impl FnOnce(&mut CodeAssembler)) {
+    a.push(rbx).unwrap();
+    a.mov(ebx, REPEATED as i32).unwrap();
+    let mut top = a.create_label();
+    a.set_label(&mut top).unwrap();
+    body(a);
+    a.dec(ebx).unwrap();
+    a.jnz(top).unwrap();
+    a.pop(rbx).unwrap();
+}
+
+/// Address of the first direct call in the driver.
+fn call_site(guest: &Guest) -> u64 {
+    let bytes: Vec<u8> = (0..16)
+        .flat_map(|word| guest.read(DRIVER_TEXT + word * 8).to_le_bytes())
+        .collect();
+    DRIVER_TEXT + bytes.iter().position(|byte| *byte == 0xe8).unwrap() as u64
+}
+
+fn main() {
+    let small = (128 << 20) / PAGE;
+    let large = (4 << 30) / PAGE;
+    let kernel_function = KERNEL_TEXT + 0x100;
+
+    let (guest, mut domain) = driver(small, |_| {});
+    let call = time(&guest, &mut domain, &mut Kernel::with_data(), false);
+    let (guest_large, mut domain_large) = driver(large, |_| {});
+    let call_large = time(
+        &guest_large,
+        &mut domain_large,
+        &mut Kernel::with_data(),
+        false,
+    );
+
+    let (guest, mut domain) = driver(small, |a| a.ud2().unwrap());
+    let abort = time(&guest, &mut domain, &mut Kernel::with_data(), true);
+    let (guest_large, mut domain_large) = driver(large, |a| a.ud2().unwrap());
+    let abort_large = time(
+        &guest_large,
+        &mut domain_large,
+        &mut Kernel::with_data(),
+        true,
+    );
+
+    // The serial port's is the one port that a kernel function may write; the driver calls one that
+    // does nothing else.
+    let (guest, mut domain) = driver(small, |a| repeated(a, |a| a.call(kernel_function).unwrap()));
+    guest.code(kernel_function, |a| a.ret().unwrap());
+    domain.redirect(call_site(&guest), kernel_function).unwrap();
+    let crossings = time(&guest, &mut domain, &mut Kernel::with_data(), false);
+    let crossing = (crossings - call) / f64::from(REPEATED);
+
+    let device = 0xfeb0_0000u64;
+    let (guest, mut domain) = driver(small, |a| {
+        a.mov(rdx, DEVICE).unwrap();
+        repeated(a, |a| a.mov(dword_ptr(rdx), eax).unwrap());
+    });
+    assert_eq!(device, DEVICE_GPA);
+    let mut kernel = Kernel::with_data();
+    let stores = time(&guest, &mut domain, &mut kernel, false);
+    let exit = (stores - call) / f64::from(REPEATED);
+
+    println!(
+        "{{\"exit_us\":{exit:.3},\"crossing_us\":{crossing:.3},\"crossing_per_exit\":{:.3},\
+         \"call_us\":{call:.1},\"call_per_exit\":{:.2},\"abort_us\":{abort:.1},\"abort_per_exit\":{:.2},\
+         \"call_4g_per_128m\":{:.3},\"abort_4g_per_128m\":{:.3}}}",
+        crossing / exit,
+        call / exit,
+        abort / exit,
+        call_large / call,
+        abort_large / abort,
+    );
+}
