@@ -131,8 +131,15 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         at.into()
     }
 
+    /// Lets the function master the bus, or not.
+    pub(crate) fn set_bus_master(&self, on: bool) {
+        let command: u16 = if on { 0x06 } else { 0x02 };
+        self.function().config_write(0x04, &command.to_le_bytes());
+    }
+
     /// Resets the device and negotiates `features` up to FEATURES_OK.
     pub(crate) fn negotiate(&mut self, features: u64) {
+        self.set_bus_master(true);
         self.write(0x14, 1, 0);
         self.write(0x14, 1, 3);
         self.write(0x08, 4, 0);

@@ -219,14 +219,21 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
         self.update_intx();
     }
 
+    /// Whether there is a working driver, and the function may reach its rings: that is DMA.
+    fn may_use_queues(&self) -> bool {
+        let status = self.common.status();
+        let stopped = DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED;
+        status.contains(DeviceStatus::DRIVER_OK)
+            && !status.intersects(stopped)
+            && self.config.command().contains(Command::BUS_MASTER)
+    }
+
     /// Lets the device work on its queues, then tells the driver what it has to know.
     fn with_queues(
         &mut self,
         work: impl FnOnce(&mut D, &mut Queues<'_>) -> Result<(), DeviceError>,
     ) {
-        let status = self.common.status();
-        let stopped = DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED;
-        let active = status.contains(DeviceStatus::DRIVER_OK) && !status.intersects(stopped);
+        let active = self.may_use_queues();
         let mut queues = Queues::new(self.dma.memory(), &mut self.queues, active);
         let result = work(&mut self.device, &mut queues);
         let (again, config_changed) = (queues.again, queues.config_changed);
@@ -367,9 +374,13 @@ impl<D: VirtioDevice> PciFunction for VirtioPciFunction<D> {
     }
 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
+        let could_use_queues = self.may_use_queues();
         self.config.write(offset, data);
         self.msix.config_written(&self.config);
         self.update_intx();
+        if !could_use_queues && self.may_use_queues() {
+            self.notify_all();
+        }
         if self.touches_window(offset, data.len())
             && let Some((at, length)) = self.window()
         {

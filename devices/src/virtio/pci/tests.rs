@@ -229,6 +229,18 @@ fn nothing_is_taken_before_the_driver_is_ready_and_all_after() {
 }
 
 #[test]
+fn rings_are_left_alone_while_the_function_may_not_master_the_bus() {
+    let mut driver = driver();
+    driver.start(0);
+    driver.set_bus_master(false);
+    driver.post(0, &[b"x"], &[1]);
+    driver.kick(0);
+    assert_eq!(driver.used(0), []);
+    driver.set_bus_master(true);
+    assert_eq!(driver.used(0)[0].data, b"y");
+}
+
+#[test]
 fn reset_forgets_queues_and_features() {
     let mut driver = driver();
     driver.start(F_LOUD);
