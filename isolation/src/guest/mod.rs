@@ -13,5 +13,4 @@ pub mod module_text;
 pub mod modules;
 pub mod paging;
 pub mod phys;
-pub mod root;
 pub mod symbols;
