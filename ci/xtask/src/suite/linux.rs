@@ -1,5 +1,5 @@
 //! The `#[ignore]`d tests, found in the workspace's test programs: they need the images. Those of targets named
-//! `linux` (`tests/linux.rs`) boot guests and run where that is possible, all others on this host. They are run one by
+//! `linux*` (`tests/linux.rs`) boot guests and run where that is possible, all others on this host. They are run one by
 //! one, so that each has its own time limit and one that hangs the lab is tried again in a new one. All share one lab
 //! while it lives.
 
@@ -18,8 +18,8 @@ use crate::workspace::Workspace;
 /// For one test: several boots and twenty driver restarts in the lab.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 
-/// Test targets of this name boot Linux.
-const LINUX_TARGET: &str = "linux";
+/// Test targets whose names begin so boot Linux.
+const LINUX_TARGETS: &str = "linux";
 
 /// A test program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,7 +127,7 @@ fn read_messages(messages: &str) -> anyhow::Result<Vec<Program>> {
                 .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default();
             programs.push(Program {
-                boots_linux: target.name == LINUX_TARGET,
+                boots_linux: target.name.starts_with(LINUX_TARGETS),
                 path,
                 directory,
                 name: format!("{package}::{}", target.name),
