@@ -204,15 +204,13 @@ fn the_drivers_self_test_passes() {
 fn registers_and_eeprom_can_be_dumped() {
     let mut guest = shared();
     let registers = shell(&mut guest, "ethtool -d eth0");
-    for fact in [
+    for name in [
         "CTRL (Device control register)",
-        "Link up:                           link config",
+        "STATUS (Device status register)",
         "RCTL (Receive control register)",
+        "TCTL (Transmit ctrl register)",
     ] {
-        assert!(
-            registers.contains(fact) || !fact.contains('('),
-            "{registers}"
-        );
+        assert!(registers.contains(name), "no {name}: {registers}");
     }
     let dump = shell(&mut guest, "ethtool -e eth0 offset 0 length 6");
     let mac = shell(&mut guest, "cat /sys/class/net/eth0/address");
@@ -224,6 +222,8 @@ fn registers_and_eeprom_can_be_dumped() {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn the_driver_is_removed_and_inserted_twenty_times() {
     let mut guest = shared();
+    // The emulated processor's quirks make the kernel warn while it boots.
+    let (_, boot_end) = guest.agent().kmsg(0).unwrap();
     for round in 1..=20 {
         guest.agent().remove_module("e1000").unwrap();
         let interfaces = guest.agent().interfaces().unwrap();
@@ -236,7 +236,7 @@ fn the_driver_is_removed_and_inserted_twenty_times() {
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     let ping = shell(&mut guest, "ping -c 3 -W 5 10.0.2.2");
     assert!(ping.contains(" 0% packet loss"), "{ping}");
-    let log = guest.agent().kmsg(0).unwrap().0;
+    let log = guest.agent().kmsg(boot_end).unwrap().0;
     let bad: Vec<_> = log
         .iter()
         .filter(|record| {
@@ -299,79 +299,6 @@ fn four_processors_come_up_and_work() {
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     traffic(&mut guest, TrafficKind::TcpEcho);
     traffic(&mut guest, TrafficKind::PingFlood);
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_disk_keeps_what_is_written_and_a_read_only_one_takes_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).display().to_string();
-    let (disk, fixed) = (path("disk"), path("fixed"));
-    let pattern: Vec<u8> = (0..1 << 20)
-        .map(|i: u32| (i >> 3) as u8 ^ i as u8)
-        .collect();
-    std::fs::write(&fixed, &pattern).unwrap();
-    std::fs::File::create(&disk)
-        .unwrap()
-        .set_len(16 << 20)
-        .unwrap();
-    let mut guest = boot(&options().with(&format!("--disk {disk} --disk {fixed},ro")));
-    guest.agent().load_module("virtio_blk", "").unwrap();
-    shell(
-        &mut guest,
-        "dd if=/dev/vdb of=/dev/vda bs=64k seek=16 conv=fsync",
-    );
-    let refused = guest.shell("echo x | dd of=/dev/vdb conv=fsync");
-    assert!(refused.is_err(), "{refused:?}");
-    guest.agent().load_module("ext4", "").unwrap();
-    let script = "mke2fs -F /dev/vda 1024 && mkdir -p /tmp/disk && mount -t ext4 /dev/vda /tmp/disk
-        echo kept > /tmp/disk/file && umount /tmp/disk
-        echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 /dev/vda /tmp/disk && cat /tmp/disk/file
-        umount /tmp/disk";
-    assert!(shell(&mut guest, script).ends_with("kept\n"));
-    guest.agent().power_off().unwrap();
-    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
-    let bytes = std::fs::read(&disk).unwrap();
-    assert!(
-        bytes[1 << 20..2 << 20] == pattern[..],
-        "the pattern did not arrive"
-    );
-    assert!(
-        std::fs::read(&fixed).unwrap() == pattern,
-        "the read-only disk was changed"
-    );
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn virtio_net_reaches_the_gateway() {
-    let mut guest = boot(&options().with("--net user --nic virtio"));
-    network::bring_up(&mut guest, "virtio_net").unwrap();
-    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-    traffic(&mut guest, TrafficKind::PingFlood);
-    traffic(&mut guest, TrafficKind::TcpEcho);
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn two_guests_on_one_cable_reach_each_other() {
-    let folder = tempfile::tempdir().unwrap();
-    let cable = folder.path().join("cable").display().to_string();
-    let mac = "02:cf:00:00:00";
-    let mut left = boot(&options().with(&format!("--net unix={cable},listen --mac {mac}:01")));
-    let mut right = boot(&options().with(&format!("--net unix={cable} --mac {mac}:02")));
-    for (guest, host) in [(&mut left, 1), (&mut right, 2)] {
-        guest.agent().load_module("e1000", "").unwrap();
-        shell(
-            guest,
-            &format!("ip addr add 192.168.7.{host}/24 dev eth0 && ip link set eth0 up"),
-        );
-        network::wait_for_link(guest, LINK_TIME).unwrap();
-    }
-    for (guest, other) in [(&mut left, 2), (&mut right, 1)] {
-        let ping = shell(guest, &format!("ping -c 5 -W 5 192.168.7.{other}"));
-        assert!(ping.contains(" 0% packet loss"), "{ping}");
-    }
 }
 
 #[test]
