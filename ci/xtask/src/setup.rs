@@ -11,6 +11,10 @@ use crate::steps::{Progress, capture, cargo};
 const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("iproute2", "ip"),
+    // Tests compare our reading of kernel types with its.
+    ("bpftool", "bpftool"),
+    // For libFuzzer.
+    ("g++", "g++"),
 ];
 /// Parts of the Rust toolchain, and how to ask whether they are there.
 const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "fmt"), ("clippy", "clippy")];

@@ -1,5 +1,7 @@
 //! The stream to the lab's agent, with two watches on it: the user's Ctrl-C, and a heartbeat.
 //!
+//! While it waits, it also kicks the emulated processors ([`super::kick`]).
+//!
 //! A program may be silent for minutes; an agent may not. While nothing comes, a ping is put into the stream between two
 //! requests' frames; the client passes over its answer. An agent that answers none is hung, and so is its server.
 
@@ -15,6 +17,7 @@ use agent_protocol::message::Call;
 use agent_protocol::{Request, frame};
 
 use super::interrupt;
+use super::kick::Kick;
 
 /// How soon Ctrl-C is noticed.
 const SLICE: Duration = Duration::from_millis(100);
@@ -34,11 +37,17 @@ pub struct Watched {
     silence_limit: Duration,
     heard: Instant,
     pinged: Instant,
+    kick: Option<Kick>,
 }
 
 impl Watched {
     /// Watches `stream`; the heartbeat is looked for while the flag is set.
-    pub fn new(stream: UnixStream, heartbeat: Arc<AtomicBool>, silence_limit: Duration) -> Self {
+    pub fn new(
+        stream: UnixStream,
+        kick: Option<Kick>,
+        heartbeat: Arc<AtomicBool>,
+        silence_limit: Duration,
+    ) -> Self {
         let now = Instant::now();
         Self {
             stream,
@@ -47,6 +56,7 @@ impl Watched {
             silence_limit,
             heard: now,
             pinged: now,
+            kick,
         }
     }
 
@@ -61,6 +71,9 @@ impl Watched {
         }
         if !self.heartbeat.load(Ordering::Relaxed) {
             return Ok(());
+        }
+        if let Some(kick) = &mut self.kick {
+            kick.now_and_then();
         }
         if now - self.heard > self.silence_limit {
             let text = format!("no sign of life for {} s", self.silence_limit.as_secs());
@@ -94,6 +107,7 @@ impl Read for Watched {
             match self.stream.read(buffer) {
                 Ok(count) => {
                     self.heard = Instant::now();
+                    self.kick.iter_mut().for_each(Kick::now_and_then);
                     return Ok(count);
                 }
                 Err(error) if is_time(&error) || error.kind() == io::ErrorKind::Interrupted => {
@@ -135,7 +149,7 @@ mod tests {
     fn watched(limit: Duration, silence_ms: u64) -> (Watched, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let heartbeat = Arc::new(AtomicBool::new(true));
-        let watched = Watched::new(ours, heartbeat, Duration::from_millis(silence_ms));
+        let watched = Watched::new(ours, None, heartbeat, Duration::from_millis(silence_ms));
         watched.set_time_limit(limit).unwrap();
         (watched, theirs)
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal};
 
-use super::machine::{AGENT_SOCKET, CONSOLE_LOG, MONITOR_SOCKET, Machine, QEMU_LOG};
+use super::machine::{AGENT_SOCKET, CONSOLE_LOG, MONITOR_SOCKET, Machine, QEMU_LOG, TEST_SOCKET};
 
 const PID_FILE: &str = "pid";
 /// How long QEMU may take to end when asked to.
@@ -140,6 +140,11 @@ impl Instance {
     /// Connects to the agent's channel.
     pub fn connect_agent(directory: &Path) -> std::io::Result<UnixStream> {
         Self::connect(directory, AGENT_SOCKET)
+    }
+
+    /// Connects to QEMU's test port.
+    pub fn connect_test(directory: &Path) -> std::io::Result<UnixStream> {
+        Self::connect(directory, TEST_SOCKET)
     }
 
     /// Why it does not do what it should: last lines of its logs.

@@ -22,6 +22,8 @@ pub struct Machine {
 
 /// File names in an instance's directory. QEMU runs there, so that long paths do not exceed what a socket address holds.
 pub const AGENT_SOCKET: &str = "agent.sock";
+/// QEMU's test port, see [`super::kick`].
+pub const TEST_SOCKET: &str = "test.sock";
 /// QEMU's monitor.
 pub const MONITOR_SOCKET: &str = "monitor.sock";
 /// L1's console.
@@ -85,6 +87,12 @@ impl Machine {
             &format!("socket,id=monitor,path={MONITOR_SOCKET},server=on,wait=off"),
         ]);
         add(&["-mon", "chardev=monitor,mode=readline"]);
+        add(&[
+            "-qtest",
+            &format!("unix:{TEST_SOCKET},server=on,wait=off"),
+            "-qtest-log",
+            "none",
+        ]);
         for (option, path) in [("-kernel", &self.kernel), ("-initrd", &self.initrd)] {
             args.extend([option.into(), path.into()]);
         }

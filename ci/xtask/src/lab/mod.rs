@@ -17,6 +17,7 @@ mod channel;
 pub mod command;
 mod instance;
 mod interrupt;
+mod kick;
 mod ledger;
 mod machine;
 mod session;

@@ -22,6 +22,7 @@ use anyhow::{Context, bail};
 use super::channel::{SILENCE_LIMIT, Watched};
 use super::instance::{Instance, lock};
 use super::interrupt;
+use super::kick::Kick;
 use super::ledger::{Ledger, Retry};
 use super::machine::Machine;
 
@@ -422,7 +423,9 @@ impl Running {
                 return Err(std::io::Error::other("interrupted"));
             }
             let stream = Instance::connect_agent(&directory)?;
-            Ok(Box::new(Watched::new(stream, flag.clone(), silence_limit)))
+            let kick = Instance::connect_test(&directory).map(Kick::new).ok();
+            let flag = flag.clone();
+            Ok(Box::new(Watched::new(stream, kick, flag, silence_limit)))
         });
         Self {
             instance,
