@@ -9,6 +9,9 @@
     reason = "a test ends where something unexpected happens"
 )]
 
+#[path = "linux/agent.rs"]
+mod agent;
+
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
