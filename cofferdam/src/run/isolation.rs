@@ -13,6 +13,7 @@ use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::ModuleStatus;
 use isolation::attach::{DEFAULT_BUDGET, IsolateRequest, Isolator};
+use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 
 use crate::control::protocol::{EntrySelection, Reply};
@@ -76,6 +77,11 @@ impl Isolation {
             .find(|(name, _)| name == ".text")
             .map(|(_, at)| *at);
         self.isolator.forget_stale(module, text);
+        let types = guest_types(&mut agent, module)
+            .inspect_err(|error| {
+                tracing::warn!("calls of {module} may write to all of the guest's heap: {error:#}")
+            })
+            .ok();
         let nic = self.nic.as_ref().filter(|_| module == "e1000");
         let device =
             nic.map(|nic| -> Arc<dyn IsolatedDevice> { Arc::new(E1000Device(nic.nic.clone())) });
@@ -85,6 +91,7 @@ impl Isolation {
                 module: module.to_owned(),
                 sections,
                 symbols: Arc::new(symbols),
+                types,
                 wanted: match entries {
                     EntrySelection::All => Wanted::All,
                     EntrySelection::Named(names) => Wanted::Named(names),
@@ -150,6 +157,13 @@ fn guest_knowledge(
         })?;
     }
     Ok((Some(loaded.sections), table.finish()))
+}
+
+/// Types of the guest's kernel and of `module`.
+fn guest_types(agent: &mut Client, module: &str) -> anyhow::Result<Arc<Btf>> {
+    let kernel = Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?;
+    let own = agent.read_file(&format!("/sys/kernel/btf/{module}"))?;
+    Ok(Arc::new(Btf::parse(&own, Some(Arc::new(kernel)))?))
 }
 
 fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {

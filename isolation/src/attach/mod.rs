@@ -10,7 +10,6 @@
 //! inside the trap handler. Threads that are in the middle of a gated function stay there; only the
 //! function's first instruction is replaced.
 
-pub mod abort_value;
 pub mod device;
 pub mod e1000;
 pub mod plan;
@@ -32,23 +31,28 @@ use crate::domain::error::DomainError;
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult};
 use crate::domain::{Domain, DomainConfig};
 use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::MemoryModel;
+use crate::guest::btf::Btf;
 use crate::guest::fault_tables::FaultTables;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES, GatePorts};
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
-use abort_value::abort_value;
+use crate::policy::abort_value::AbortReturn;
+use crate::policy::call::{CallMemory, DriverPolicy};
 use device::IsolatedDevice;
 use plan::{Plan, PlanError, Refusal, Wanted};
 use report::ViolationReport;
 use status::{EntryStatus, ModuleStatus};
-use supervisor::{CallSupervisor, Knowledge};
+use supervisor::{CallPolicy, CallSupervisor, Knowledge};
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
 const GATE: GatePorts = GatePorts {
     entry: 0xe0,
     returning: 0xe1,
 };
+/// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
+const THREAD_SIZE: u64 = 16 * 1024;
 /// Reports kept for each module.
 const REPORTS_KEPT: usize = 32;
 /// Time that a call may take unless said otherwise.
@@ -97,6 +101,9 @@ pub struct IsolateRequest {
     pub sections: Vec<(String, u64)>,
     /// The guest's symbols.
     pub symbols: Arc<SymbolTable>,
+    /// Types of the kernel and the module. Without them calls may write to all of the heap, and
+    /// aborted ones return `-EIO` whatever they are.
+    pub types: Option<Arc<Btf>>,
     /// Which functions.
     pub wanted: Wanted,
     /// The module's device, if it has one.
@@ -126,12 +133,16 @@ struct Gate {
     /// Where the function goes on behind the gate.
     body: u64,
     entry: EntryStatus,
+    aborted: AbortReturn,
 }
 
 /// A module whose functions are gated.
 struct Armed {
     domain: Domain,
     knowledge: Knowledge,
+    /// What calls may write; `None` if the guest's types or memory management are not known.
+    policy: Option<DriverPolicy>,
+    physical_bits: u8,
     /// By address of the gate.
     gates: HashMap<u64, Gate>,
     device: Option<Arc<dyn IsolatedDevice>>,
@@ -210,10 +221,15 @@ impl Isolator {
                 redirected_calls: plan.redirects.len(),
                 stopped_us: 0,
             };
-            let gates = set_gates(&plan, &virt, &memory)?;
+            let policy = request
+                .types
+                .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
+            let gates = set_gates(&plan, &virt, &memory, policy.as_ref())?;
             let armed = Armed {
                 domain,
                 knowledge,
+                policy,
+                physical_bits,
                 gates,
                 device: request.device,
                 device_slot: request.device_slot,
@@ -363,7 +379,13 @@ impl Armed {
         vcpu: &VcpuFd,
     ) -> kvm_bindings::kvm_regs {
         let start = Instant::now();
-        let Some(Gate { body, entry, .. }) = self.gates.get_mut(&gate) else {
+        let Some(Gate {
+            body,
+            aborted,
+            entry,
+            ..
+        }) = self.gates.get_mut(&gate)
+        else {
             return *regs;
         };
         let unisolated = kvm_bindings::kvm_regs {
@@ -381,16 +403,43 @@ impl Armed {
             budget: self.budget,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+        let (private, shared) = domain.memories();
+        let space =
+            AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits);
+        if let Some(policy) = &mut self.policy {
+            policy.begin(&entry.name, arguments);
+        }
+        let mut policy = self.policy.as_mut().map(|policy| CallPolicy {
+            policy,
+            memory: CallMemory {
+                private: VirtMemory {
+                    space,
+                    memory: &private,
+                },
+                shared: VirtMemory {
+                    space,
+                    memory: &shared,
+                },
+                stack: Some(GvaRange::aligned(Gva(regs.rsp), THREAD_SIZE)),
+                per_cpu_base: sregs.gs.base,
+            },
+        });
         let mut result: Option<Result<CallResult, DomainError>> = None;
         match &self.device {
             Some(device) => device.hold(&mut |held| {
-                let mut supervisor = CallSupervisor::new(knowledge, Some(held));
+                let mut supervisor = CallSupervisor::new(knowledge, policy.take(), Some(held));
                 result = Some(domain.call(&request, &mut supervisor));
             }),
             None => {
-                let mut supervisor = CallSupervisor::new(knowledge, None);
+                let mut supervisor = CallSupervisor::new(knowledge, policy, None);
                 result = Some(domain.call(&request, &mut supervisor));
             }
+        }
+        if let Some(policy) = &mut self.policy {
+            policy.end(
+                matches!(&result, Some(Ok(result)) if matches!(result.end, CallEnd::Committed)),
+            );
         }
         match result {
             Some(Ok(result)) => {
@@ -401,10 +450,20 @@ impl Armed {
                     CallEnd::Aborted(violation) => {
                         let name = entry.name.clone();
                         let next = kvm_bindings::kvm_regs {
-                            rax: abort_value(&name, regs.rsi),
+                            rax: aborted.value.rax(&arguments),
                             ..result.regs
                         };
-                        let report = self.knowledge.report(&name, *violation, &self.domain);
+                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
+                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
+                            let virt = VirtMemory {
+                                space,
+                                memory: &shared,
+                            };
+                            report.touched = report
+                                .violation
+                                .touched()
+                                .and_then(|at| policy.whose(virt, Gva(at)));
+                        }
                         tracing::warn!("{report}");
                         self.violations += 1;
                         if self.reports.len() >= REPORTS_KEPT {
@@ -477,6 +536,21 @@ fn fault_tables(virt: &VirtMemory<'_, GuestMemoryMmap>, symbols: &SymbolTable) -
     tables
 }
 
+/// What the driver's calls may write. A kernel whose memory management is unknown is isolated without.
+fn driver_policy(
+    types: Arc<Btf>,
+    layout: &ModuleLayout,
+    symbols: &SymbolTable,
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+) -> Option<DriverPolicy> {
+    let memory = MemoryModel::new(&types, symbols, virt)
+        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
+        .ok()?;
+    DriverPolicy::new(types, memory, layout, symbols)
+        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
+        .ok()
+}
+
 /// Patches P's copies of driver and kernel text.
 fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
     for gate in &plan.gates {
@@ -499,6 +573,7 @@ fn set_gates(
     plan: &Plan,
     virt: &VirtMemory<'_, GuestMemoryMmap>,
     memory: &GuestMemoryMmap,
+    policy: Option<&DriverPolicy>,
 ) -> Result<HashMap<u64, Gate>, AttachError> {
     let mut gates = HashMap::new();
     for gate in &plan.gates {
@@ -519,6 +594,9 @@ fn set_gates(
                 gpa,
                 body: gate.site.body().0,
                 entry: EntryStatus::new(&gate.name),
+                aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
+                    policy.abort_return(&gate.name)
+                }),
             },
         );
     }

@@ -4,17 +4,19 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
+use vm_memory::GuestMemoryMmap;
 
 use super::device::HeldDevice;
 use super::report::ViolationReport;
 use crate::domain::Domain;
 use crate::domain::monitor::ExceptionFrame;
 use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
-use crate::domain::violation::{Violation, ViolationKind};
+use crate::domain::violation::Violation;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::fault_tables::FaultTables;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::symbols::SymbolTable;
+use crate::policy::call::{CallMemory, DriverPolicy};
 
 /// Start of the kernel image's mapping (`__START_KERNEL_map`).
 const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
@@ -75,13 +77,7 @@ impl Knowledge {
 
     /// Gives a violation names.
     pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
-        let touched = match violation.kind {
-            ViolationKind::StrayWrite { address }
-            | ViolationKind::StrayBytes { address, .. }
-            | ViolationKind::IllegalControlTransfer { target: address }
-            | ViolationKind::FatalFunction { function: address } => self.name(address),
-            _ => None,
-        };
+        let touched = violation.touched().and_then(|address| self.name(address));
         ViolationReport {
             entry: entry.to_owned(),
             at: self
@@ -151,26 +147,59 @@ fn disassemble(domain: &Domain, va: u64) -> String {
     text
 }
 
+/// What one call may write.
+pub struct CallPolicy<'a> {
+    /// The driver's policy, in which the call has begun.
+    pub policy: &'a mut DriverPolicy,
+    /// Memory as the call has it.
+    pub memory: CallMemory<'a, GuestMemoryMmap>,
+}
+
 /// The supervisor of one call.
 pub struct CallSupervisor<'a> {
     knowledge: &'a Knowledge,
+    policy: Option<CallPolicy<'a>>,
     device: Option<&'a mut dyn HeldDevice>,
 }
 
 impl<'a> CallSupervisor<'a> {
     /// For a call of a module with this knowledge, whose device is in hand.
-    pub fn new(knowledge: &'a Knowledge, device: Option<&'a mut dyn HeldDevice>) -> Self {
-        Self { knowledge, device }
+    pub fn new(
+        knowledge: &'a Knowledge,
+        policy: Option<CallPolicy<'a>>,
+        device: Option<&'a mut dyn HeldDevice>,
+    ) -> Self {
+        Self {
+            knowledge,
+            policy,
+            device,
+        }
+    }
+
+    /// Whether the call may write the `bytes` bytes at `va`; `None` if there is no policy.
+    fn permits(&mut self, va: u64, bytes: u64) -> Option<bool> {
+        let CallPolicy { policy, memory } = self.policy.as_mut()?;
+        let range = GvaRange::new(Gva(va), bytes);
+        Some(range.is_some_and(|range| va >= USER_END && policy.may_write(memory, range)))
     }
 }
 
 impl Supervisor for CallSupervisor<'_> {
     fn may_write(&mut self, va: u64) -> bool {
-        self.knowledge.writable(va)
+        self.permits(va, 1)
+            .unwrap_or_else(|| self.knowledge.writable(va))
     }
 
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
-        self.knowledge.changeable(va, bytes)
+        self.permits(va, bytes)
+            .unwrap_or_else(|| self.knowledge.changeable(va, bytes))
+    }
+
+    fn called_back(&mut self, function: u64, arguments: [u64; 6]) {
+        let symbol = self.knowledge.symbols.at(Gva(function)).next();
+        if let (Some(CallPolicy { policy, .. }), Some(symbol)) = (&mut self.policy, symbol) {
+            policy.begin(symbol.name, arguments);
+        }
     }
 
     fn is_kernel_function(&self, va: u64) -> bool {

@@ -133,6 +133,11 @@ impl Domain {
         Ok(domain)
     }
 
+    /// The guest's memory as P has it, and as the guest has it.
+    pub fn memories(&self) -> (GuestMemoryMmap, GuestMemoryMmap) {
+        (self.view.private().clone(), self.view.shared().clone())
+    }
+
     /// Gives P other bytes than the guest at `va`: the original ones where the guest's entry is
     /// patched, or a redirected call.
     pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {

@@ -21,6 +21,10 @@ pub trait Supervisor {
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
 
+    /// The kernel calls back into the driver's `function` with these register arguments (`rdi`, `rsi`,
+    /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
+    fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}
+
     /// Whether a function of the kernel or of another module begins at `va`.
     fn is_kernel_function(&self, va: u64) -> bool;
 

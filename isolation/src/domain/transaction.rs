@@ -577,6 +577,8 @@ impl Call<'_> {
             rsp: frame.rsp + 8,
         });
         self.stats.callbacks += 1;
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+        self.supervisor.called_back(target, arguments);
         self.domain.monitor.resume_at(target);
         let entry = self.domain.monitor.entry_stub();
         self.resume_at(frame, regs, entry);

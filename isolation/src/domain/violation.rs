@@ -107,3 +107,17 @@ pub struct Violation {
     /// Whether the device had already been reached, so that memory alone does not undo the call.
     pub reached_device: bool,
 }
+
+impl Violation {
+    /// The address that was touched and should not have been, where the violation is about one.
+    pub fn touched(&self) -> Option<u64> {
+        match self.kind {
+            ViolationKind::StrayWrite { address }
+            | ViolationKind::StrayBytes { address, .. }
+            | ViolationKind::StackSmash { address } => Some(address),
+            ViolationKind::IllegalControlTransfer { target } => Some(target),
+            ViolationKind::FatalFunction { function } => Some(function),
+            _ => None,
+        }
+    }
+}

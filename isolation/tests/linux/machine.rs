@@ -18,6 +18,7 @@ use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, IsolateRequest, Isolated, Isolator};
+use isolation::guest::btf::Btf;
 use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
@@ -35,6 +36,8 @@ pub struct Machine {
     nic: Arc<Mutex<E1000>>,
     nic_slot: u8,
     symbols: Arc<SymbolTable>,
+    kernel_types: Arc<Btf>,
+    images: PathBuf,
     /// First kernel message after the boot.
     boot_end: u64,
     thread: Option<JoinHandle<()>>,
@@ -106,6 +109,11 @@ impl Machine {
             nic,
             nic_slot: slot.number(),
             symbols: Arc::new(SymbolTable::default()),
+            kernel_types: {
+                let kernel = std::fs::read(images.join("vmlinux")).unwrap();
+                Arc::new(Btf::from_elf(&kernel, None).unwrap())
+            },
+            images,
             thread: Some(thread),
             _directory: directory,
         }
@@ -149,11 +157,20 @@ impl Machine {
         self.symbols = Arc::new(table.finish());
     }
 
+    /// Address of a symbol of the kernel's.
+    pub fn symbol(&self, name: &str) -> u64 {
+        self.symbols.kernel_symbol(name).unwrap().at.0
+    }
+
     pub fn isolate(&mut self, module: &str, wanted: Wanted) -> Result<Isolated, AttachError> {
         let modules = self.agent.modules(Some(module)).unwrap();
         let device = (module == "e1000").then(|| E1000Device(self.nic.clone()));
+        let file = self.images.join(format!("modules/{module}.ko"));
+        let file = std::fs::read(file).unwrap();
+        let types = Btf::from_elf(&file, Some(self.kernel_types.clone())).unwrap();
         self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
+            types: Some(Arc::new(types)),
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,

@@ -5,6 +5,7 @@
 mod machine;
 
 use isolation::attach::plan::Wanted;
+use isolation::domain::violation::ViolationKind;
 use machine::Machine;
 
 fn named(names: &[&str]) -> Wanted {
@@ -163,8 +164,37 @@ fn injected_faults_are_taken_back_and_the_next_calls_work() {
         while_faulty - before <= 8 && after > while_faulty,
         "{before} {while_faulty} {after}"
     );
+    stray_store_to_the_running_thread_is_stopped(&mut machine);
+    machine.run(send);
+    let at_end: u64 = machine.run(sent).trim().parse().unwrap();
+    assert!(at_end > after, "{after} {at_end}");
     machine.print_status();
     machine.assert_healthy();
+}
+
+/// A store to an object of the heap that is none of the call's: the thread it runs on.
+fn stray_store_to_the_running_thread_is_stopped(machine: &mut Machine) {
+    let mut code = vec![0x65, 0x48, 0x8b, 0x04, 0x25]; // mov %gs:current_task, %rax
+    code.extend((machine.symbol("current_task") as u32).to_le_bytes());
+    code.extend([0xc6, 0x40, 0x08, 0x41]); // movb $0x41, 8(%rax)
+    let inject = |machine: &Machine, code: &[u8]| {
+        machine
+            .isolator
+            .inject("dummy", "dummy_xmit", 5, code)
+            .unwrap()
+    };
+    let original = inject(machine, &code);
+    machine.run("ping -c 1 -W 1 10.9.9.2 >/dev/null 2>&1; true");
+    inject(machine, &original);
+    let reports = machine.isolator.reports("dummy").unwrap();
+    let report = reports.last().expect("the store is reported");
+    eprintln!("{report}");
+    assert!(
+        matches!(report.violation.kind, ViolationKind::StrayWrite { .. }),
+        "{report}"
+    );
+    assert_eq!(report.at, "dummy_xmit+0xe [dummy]");
+    assert_eq!(report.touched.as_deref(), Some("task_struct object + 0x8"));
 }
 
 #[test]

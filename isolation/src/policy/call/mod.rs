@@ -48,6 +48,9 @@ const PACKET_CACHES: &[&str] = &[
 /// Most allocations of earlier calls that are remembered.
 const MAX_OWNED: usize = 1 << 16;
 
+/// Most call-backs in one call whose arguments count.
+const MAX_CALLS: usize = 1024;
+
 /// Most network interfaces that are remembered as the driver's.
 const MAX_INTERFACES: usize = 64;
 
@@ -155,6 +158,9 @@ impl DriverPolicy {
 
     /// A call of `function` begins, or the kernel calls back into `function` during one.
     pub fn begin(&mut self, function: &str, arguments: [u64; REGISTER_ARGUMENTS]) {
+        if self.calls.len() >= MAX_CALLS {
+            return;
+        }
         let function = function.to_owned();
         self.remember_interfaces(&function, &arguments);
         self.calls.push(Call {
@@ -248,21 +254,20 @@ impl DriverPolicy {
         if self.open_new_allocation(memory, at) {
             return true;
         }
-        // Before it is a stray write: has the driver interfaces that no argument was about yet?
-        if self.list_interfaces(memory) {
-            self.resolve(memory);
-        }
+        // Before it is a stray write: has the driver interfaces that no argument was about yet, and
+        // has the call since hung something new into what its arguments reach?
+        self.list_interfaces(memory);
+        self.calls.iter_mut().for_each(|call| call.resolved = false);
+        self.resolve(memory);
         self.table.may_write(one)
     }
 
-    /// Looks, once in a call, for interfaces of the driver. Whether there are new ones, so that the
-    /// calls' arguments have to be resolved again.
-    fn list_interfaces<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> bool {
+    /// Looks, once in a call, for interfaces of the driver.
+    fn list_interfaces<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
         let Some(list) = self.list.filter(|_| !self.listed) else {
-            return false;
+            return;
         };
         self.listed = true;
-        let before = self.interfaces.len();
         for at in list.find(memory.private, &self.sections) {
             self.add_interface(Start {
                 at,
@@ -270,11 +275,6 @@ impl DriverPolicy {
                 name: "interface".into(),
             });
         }
-        let more = self.interfaces.len() > before;
-        if more {
-            self.calls.iter_mut().for_each(|call| call.resolved = false);
-        }
-        more
     }
 
     /// Puts what the calls' arguments reach into the table, once for each.

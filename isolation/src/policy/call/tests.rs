@@ -66,6 +66,9 @@ fn types() -> Arc<Btf> {
     let device = e.pointer(base.find_struct("net_device").unwrap());
     let void = e.pointer(TypeId::VOID);
     let int = e.int("int", 4, 1);
+    let ring = e.structure("my_ring", 64, &[]);
+    let ring = e.pointer(ring);
+    e.structure("my_private", 16, &[("dev", device, 0), ("ring", ring, 8)]);
     e.function("my_open", int, &[("dev", device)]);
     e.function("my_irq", int, &[("irq", int), ("data", void)]);
     Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
@@ -287,6 +290,20 @@ fn interfaces_that_no_call_was_about_are_found_in_the_kernels_list() {
     policy.begin("my_irq", [0; 6]);
     assert!(ask(&mut policy, &guest, &guest, DEVICE, 8));
     assert!(!ask(&mut policy, &guest, &guest, other, 8));
+}
+
+#[test]
+fn what_the_call_hung_into_its_objects_is_reached_from_them() {
+    let mut guest = guest();
+    let mut policy = policy(&guest);
+    let ring = OBJECTS + 512;
+    guest.put(Gva(DEVICE + 96), &words(&[DEVICE, 0]), DATA);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(ask(&mut policy, &guest, &guest, DEVICE + 104, 8));
+    assert!(!ask(&mut policy, &guest, &guest, ring, 8));
+    // Published already, as before a load from the device: both views have it.
+    guest.put(Gva(DEVICE + 104), &words(&[ring]), DATA);
+    assert!(ask(&mut policy, &guest, &guest, ring, 8));
 }
 
 #[test]
