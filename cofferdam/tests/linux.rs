@@ -295,9 +295,11 @@ fn four_processors_come_up_and_work() {
     let mut guest = boot(&options().with("--vcpus 4 --net user"));
     let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
     assert_eq!(count.trim(), "4");
-    let script = "for cpu in 0 1 2 3; do taskset -c $cpu sh -c 'echo $cpu ok' & done; wait";
+    let script = "for cpu in 0 1 2 3; do taskset -c $cpu echo cpu $cpu works; done";
     let works = shell(&mut guest, script);
-    assert_eq!(works.matches("ok").count(), 4, "{works}");
+    for cpu in 0..4 {
+        assert!(works.contains(&format!("cpu {cpu} works")), "{works}");
+    }
     network::bring_up(&mut guest, "e1000").unwrap();
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     traffic(&mut guest, TrafficKind::TcpEcho);
