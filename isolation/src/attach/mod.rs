@@ -150,6 +150,8 @@ struct Armed {
     budget: Duration,
     reports: VecDeque<ViolationReport>,
     violations: u64,
+    /// When memory and device of a failed call were as before; taken when its caller runs again.
+    rolled_back: Option<Instant>,
     /// Why the domain is not used any more.
     broken: Option<String>,
 }
@@ -236,6 +238,7 @@ impl Isolator {
                 budget: request.budget,
                 reports: VecDeque::new(),
                 violations: 0,
+                rolled_back: None,
                 broken: None,
             };
             self.modules().insert(request.module, armed);
@@ -365,6 +368,7 @@ impl TrapHandler for Isolator {
             tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
             return TrapOutcome::PowerOff;
         }
+        armed.caller_runs_again();
         TrapOutcome::Resume
     }
 }
@@ -441,6 +445,7 @@ impl Armed {
                 matches!(&result, Some(Ok(result)) if matches!(result.end, CallEnd::Committed)),
             );
         }
+        let ended = Instant::now();
         match result {
             Some(Ok(result)) => {
                 entry.count(&result, start.elapsed());
@@ -464,8 +469,10 @@ impl Armed {
                                 .touched()
                                 .and_then(|at| policy.whose(virt, Gva(at)));
                         }
+                        report.phases = result.phases;
                         tracing::warn!("{report}");
                         self.violations += 1;
+                        self.rolled_back = Some(ended);
                         if self.reports.len() >= REPORTS_KEPT {
                             self.reports.pop_front();
                         }
@@ -480,6 +487,14 @@ impl Armed {
                 unisolated
             }
             None => unisolated,
+        }
+    }
+
+    /// Completes the report of a call that failed just now.
+    fn caller_runs_again(&mut self) {
+        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
+            report.phases.returned_ns =
+                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         }
     }
 

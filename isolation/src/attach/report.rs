@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::domain::roots::Root;
+use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::{Violation, ViolationKind};
 
 /// A violation with names.
@@ -22,6 +23,8 @@ pub struct ViolationReport {
     pub touched: Option<String>,
     /// Calls of kernel functions open at that moment: places in the driver, outermost first.
     pub call_chain: Vec<String>,
+    /// Where the time of the rollback went.
+    pub phases: AbortPhases,
 }
 
 impl fmt::Display for ViolationReport {
@@ -33,6 +36,7 @@ impl fmt::Display for ViolationReport {
             instruction,
             touched,
             call_chain,
+            phases: _,
         } = self;
         write!(f, "{entry}: {} at {at}", What(violation))?;
         if !instruction.is_empty() {

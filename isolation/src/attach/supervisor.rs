@@ -11,6 +11,7 @@ use super::report::ViolationReport;
 use crate::domain::Domain;
 use crate::domain::monitor::ExceptionFrame;
 use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::Violation;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::fault_tables::FaultTables;
@@ -91,6 +92,7 @@ impl Knowledge {
                 .filter_map(|return_address| self.name(return_address.wrapping_sub(1)))
                 .collect(),
             violation,
+            phases: AbortPhases::default(),
         }
     }
 

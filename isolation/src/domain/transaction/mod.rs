@@ -16,7 +16,7 @@
 //! A call that passes through leaves no trace, and the guest runs the function itself, unisolated:
 //! that is how calls that sleep, wait for another processor or use the FPU are carried out.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -32,6 +32,10 @@ use super::supervisor::{KernelExceptionVerdict, Supervisor};
 use super::view::{PAGE_SIZE, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
+
+mod device;
+mod faults;
+mod finish;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -145,6 +149,19 @@ pub struct CallStats {
     pub rebuilds: u32,
 }
 
+/// Where the time of a failed call's rollback went, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct AbortPhases {
+    /// From the exit of P that told of the fault to its being judged a violation.
+    pub detect_ns: u64,
+    /// Dropping private pages and putting published bytes back.
+    pub memory_ns: u64,
+    /// Putting the device's checkpoint back; 0 if the call had not reached the device.
+    pub device_ns: u64,
+    /// From then until the guest's vCPU has its registers for the return to the caller.
+    pub returned_ns: u64,
+}
+
 /// The end of a call with the registers that the guest's vCPU goes on with.
 #[derive(Debug, Clone)]
 pub struct CallResult {
@@ -155,6 +172,8 @@ pub struct CallResult {
     pub regs: kvm_regs,
     /// What it did and cost.
     pub stats: CallStats,
+    /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
+    pub phases: AbortPhases,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -203,6 +222,8 @@ pub(super) struct Call<'a> {
     detours: u32,
     last_fault: (u64, u64, u32),
     stats: CallStats,
+    last_exit: Instant,
+    phases: AbortPhases,
 }
 
 impl Domain {
@@ -229,13 +250,20 @@ impl Domain {
             detours: 0,
             last_fault: (0, 0, 0),
             stats: CallStats::default(),
+            last_exit: Instant::now(),
+            phases: AbortPhases::default(),
         };
         let result = call.carry_out();
-        let mut stats = call.stats;
+        let (mut stats, phases) = (call.stats, call.phases);
         self.watchdog.end();
         stats.runs = self.vm.runs() - runs;
         stats.crossings = self.monitor.crossings() - crossings;
-        result.map(|(end, regs)| CallResult { end, regs, stats })
+        result.map(|(end, regs)| CallResult {
+            end,
+            regs,
+            stats,
+            phases,
+        })
     }
 }
 
@@ -314,6 +342,7 @@ impl Call<'_> {
     fn run(&mut self) -> Result<Step, DomainError> {
         loop {
             let exit = self.domain.vm.run()?;
+            self.last_exit = Instant::now();
             let step = self.handle(exit)?;
             if !matches!(step, Step::Continue) {
                 return Ok(step);
@@ -420,389 +449,6 @@ impl Call<'_> {
             Root::Driver => Step::Violation(kind, rip),
             Root::Kernel => Step::PassThrough(reason),
         })
-    }
-
-    fn exception(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
-        let Some(frame) = self.domain.monitor.exception_frame(regs.rip, regs.rsp) else {
-            return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
-        };
-        self.stats.other_syscalls += 1;
-        let (cr2, cr3) = self.domain.vm.fault_registers()?;
-        let root = self.domain.root_of(cr3);
-        match frame.vector {
-            VECTOR_DEVICE_NOT_AVAILABLE => Ok(Step::PassThrough(PassThroughReason::Fpu)),
-            VECTOR_NMI | VECTOR_MACHINE_CHECK => {
-                Ok(Step::PassThrough(PassThroughReason::KernelException))
-            }
-            VECTOR_PAGE_FAULT if frame.error_code & PF_FETCH != 0 => {
-                self.fetch_fault(&frame, cr2, root, regs)
-            }
-            VECTOR_PAGE_FAULT => self.data_fault(&frame, cr2, root, regs),
-            _ => Ok(self.real_exception(&frame, 0, root)),
-        }
-    }
-
-    /// An exception that no change of the roots makes go away.
-    fn real_exception(&self, frame: &ExceptionFrame, address: u64, root: Root) -> Step {
-        let (vector, error_code) = (frame.vector, frame.error_code);
-        if root == Root::Driver {
-            let kind = ViolationKind::Exception {
-                vector,
-                error_code,
-                address,
-            };
-            return Step::Violation(kind, frame.rip);
-        }
-        match self.supervisor.kernel_exception(frame, address) {
-            KernelExceptionVerdict::Expected => {
-                Step::PassThrough(PassThroughReason::KernelException)
-            }
-            KernelExceptionVerdict::DriversFault => {
-                let kind = ViolationKind::KernelException {
-                    vector,
-                    error_code,
-                    address,
-                };
-                Step::Violation(kind, frame.rip)
-            }
-        }
-    }
-
-    fn data_fault(
-        &mut self,
-        frame: &ExceptionFrame,
-        address: u64,
-        root: Root,
-        regs: &kvm_regs,
-    ) -> Result<Step, DomainError> {
-        let write = frame.error_code & PF_WRITE != 0;
-        let here = (frame.rip, address, frame.error_code as u32);
-        let repeated = std::mem::replace(&mut self.last_fault, here) == here;
-        let translation = self.domain.roots.translate(address, &self.domain.view)?;
-        let Some(translation) = translation.filter(|_| !self.domain.monitor.contains_va(address))
-        else {
-            return Ok(self.real_exception(frame, address, root));
-        };
-        // A present page, read: protection (SMAP) that filling does not change.
-        if (repeated && frame.error_code & PF_PRESENT != 0) || (write && !translation.write) {
-            if root == Root::Driver && write {
-                return Ok(Step::Violation(
-                    ViolationKind::StrayWrite { address },
-                    frame.rip,
-                ));
-            }
-            return Ok(self.real_exception(frame, address, root));
-        }
-        if write && root == Root::Driver && !self.domain.roots.is_open(address) {
-            // Device registers are judged when the access arrives as an exit of its own.
-            let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
-            if is_memory && !self.in_own_stack(address) && !self.supervisor.may_write(address) {
-                return Ok(Step::Violation(
-                    ViolationKind::StrayWrite { address },
-                    frame.rip,
-                ));
-            }
-            self.open(address)?;
-            self.domain.note_open(address, translation.gpa);
-        }
-        self.fill(root, address)?;
-        self.resume(frame, regs);
-        Ok(Step::Continue)
-    }
-
-    fn fetch_fault(
-        &mut self,
-        frame: &ExceptionFrame,
-        target: u64,
-        root: Root,
-        regs: &kvm_regs,
-    ) -> Result<Step, DomainError> {
-        let wild = Step::Violation(ViolationKind::IllegalControlTransfer { target }, frame.rip);
-        let Some(translation) = self.domain.roots.translate(target, &self.domain.view)? else {
-            return Ok(match root {
-                Root::Driver => wild,
-                Root::Kernel => self.real_exception(frame, target, root),
-            });
-        };
-        let in_driver = self.domain.is_driver_text(target);
-        match root {
-            Root::Driver if in_driver || self.domain.is_thunk(target) => {
-                self.fill(root, target)?;
-                self.resume(frame, regs);
-                Ok(Step::Continue)
-            }
-            Root::Driver if self.supervisor.is_kernel_function(target) => {
-                let Some(return_address) = self.read_guest(frame.rsp)? else {
-                    return Ok(wild);
-                };
-                if !self.domain.is_driver_text(return_address)
-                    && !self.domain.monitor.contains_va(return_address)
-                {
-                    return Ok(wild);
-                }
-                self.stats.indirect_calls += 1;
-                let trampoline = self.domain.monitor.trampoline(target)?;
-                self.resume_at(frame, regs, trampoline);
-                Ok(Step::Continue)
-            }
-            Root::Driver => Ok(wild),
-            Root::Kernel if in_driver => self.call_back(frame, target, regs),
-            Root::Kernel if translation.execute => {
-                self.fill(root, target)?;
-                self.resume(frame, regs);
-                Ok(Step::Continue)
-            }
-            Root::Kernel => Ok(self.real_exception(frame, target, root)),
-        }
-    }
-
-    /// The kernel calls the driver: go on in the driver root, with a return address of ours.
-    fn call_back(
-        &mut self,
-        frame: &ExceptionFrame,
-        target: u64,
-        regs: &kvm_regs,
-    ) -> Result<Step, DomainError> {
-        let translation = self.domain.roots.translate(frame.rsp, &self.domain.view)?;
-        let (Some(slot), true) = (translation, self.supervisor.is_driver_function(target)) else {
-            let kind = ViolationKind::IllegalControlTransfer { target };
-            return Ok(Step::Violation(kind, frame.rip));
-        };
-        let slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
-        let return_address = self.read_slot(slot)?;
-        let stub = self.domain.monitor.callback_return_stub();
-        self.write_slot(slot, stub)?;
-        self.callbacks.push(Callback {
-            return_address,
-            rsp: frame.rsp + 8,
-        });
-        self.stats.callbacks += 1;
-        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
-        self.supervisor.called_back(target, arguments);
-        self.domain.monitor.resume_at(target);
-        let entry = self.domain.monitor.entry_stub();
-        self.resume_at(frame, regs, entry);
-        Ok(Step::Continue)
-    }
-
-    fn callback_return(&mut self, regs: &kvm_regs) -> Step {
-        let Some(callback) = self.callbacks.pop() else {
-            let target = self.domain.monitor.callback_return_stub();
-            return Step::Violation(ViolationKind::IllegalControlTransfer { target }, regs.rip);
-        };
-        if callback.rsp != regs.rsp {
-            return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
-        }
-        self.domain.monitor.resume_at(callback.return_address);
-        let mut next = *regs;
-        next.rip = self.domain.monitor.kernel_stub();
-        self.domain.vm.set_regs(&next);
-        Step::Continue
-    }
-
-    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> Result<Step, DomainError> {
-        if !self.supervisor.owns_mmio(gpa) {
-            let kind = ViolationKind::ForeignMmio { gpa, write: false };
-            return self.foreign(kind, PassThroughReason::OtherDevice);
-        }
-        self.reach_device()?;
-        self.stats.device_reads += 1;
-        let value = self.supervisor.mmio_read(gpa, bytes);
-        self.follow_device()?;
-        self.domain.vm.answer_mmio(value);
-        Ok(Step::Continue)
-    }
-
-    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) -> Result<Step, DomainError> {
-        if !self.supervisor.owns_mmio(gpa) {
-            let kind = ViolationKind::ForeignMmio { gpa, write: true };
-            return self.foreign(kind, PassThroughReason::OtherDevice);
-        }
-        if self.posted.len() >= MAX_POSTED {
-            self.reach_device()?;
-            self.follow_device()?;
-        }
-        self.posted.push(PostedWrite { gpa, value, bytes });
-        self.stats.posted_writes += 1;
-        Ok(Step::Continue)
-    }
-
-    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the
-    /// queued stores.
-    fn reach_device(&mut self) -> Result<(), DomainError> {
-        if !self.reached_device {
-            self.supervisor.checkpoint_device();
-            self.reached_device = true;
-        }
-        // What the guest and its devices see is the stack with its own return address.
-        self.write_slot(self.return_slot, self.return_address)?;
-        for pfn in self.private_pages()? {
-            let view = &self.domain.view;
-            let mask = PageMask::changed(view.shared_page(pfn)?, view.private_page(pfn)?);
-            for run in mask.runs() {
-                let (offset, length) = (run.start, run.len());
-                let bytes = self.domain.view.shared_page(pfn)?[offset..offset + length].to_vec();
-                self.undo.push(Undo { pfn, offset, bytes });
-                self.domain.view.publish(pfn, offset, length)?;
-            }
-        }
-        self.flush_posted();
-        Ok(())
-    }
-
-    /// Takes over into private copies what the device wrote.
-    fn follow_device(&mut self) -> Result<(), DomainError> {
-        for pfn in self.private_pages()? {
-            self.domain.view.refresh(pfn)?;
-        }
-        let stub = self.domain.monitor.exit_stub();
-        self.write_slot(self.return_slot, stub)
-    }
-
-    fn flush_posted(&mut self) {
-        for write in std::mem::take(&mut self.posted) {
-            self.supervisor
-                .mmio_write(write.gpa, write.value, write.bytes);
-        }
-    }
-
-    /// What is wrong with the way the function returned.
-    fn check_return(&self) -> Option<(ViolationKind, u64)> {
-        let (entry, now) = (&self.request.regs, self.domain.vm.regs());
-        let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
-        let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
-            ViolationKind::UnbalancedStack { rsp: now.rsp }
-        } else if (now.rflags ^ entry.rflags) & INTERRUPT_FLAG != 0 {
-            ViolationKind::InterruptFlag
-        } else if kept(&now) != kept(entry) {
-            ViolationKind::CalleeSavedRegister
-        } else {
-            return None;
-        };
-        Some((kind, self.request.function))
-    }
-
-    fn commit(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
-        let mut regs = self.domain.vm.regs();
-        regs.rip = self.return_address;
-        self.write_slot(self.return_slot, self.return_address)?;
-        let pages = self.private_pages()?;
-        self.stats.dirty_pages = pages.len() as u32;
-        let mut changes = Vec::new();
-        for pfn in &pages {
-            let view = &self.domain.view;
-            let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
-            let mask = PageMask::changed(old, new);
-            changes.extend(mask.runs().map(|run| (*pfn, run.start, run.len())));
-        }
-        if let Some(kind) = self.forbidden_change(&changes) {
-            return self.abort(kind, self.request.function);
-        }
-        for (pfn, offset, length) in &changes {
-            self.domain.view.publish(*pfn, *offset, *length)?;
-            self.stats.committed_bytes += *length as u64;
-        }
-        let changed = |pfn: Pfn| {
-            changes
-                .binary_search_by_key(&pfn, |change| change.0)
-                .is_ok()
-        };
-        let domain = &mut *self.domain;
-        let host_written = &self.host_written;
-        let mut dropped = domain
-            .warm
-            .age(|pfn| changed(pfn) || host_written.contains(&pfn));
-        let rest: Vec<Pfn> = pages
-            .into_iter()
-            .filter(|pfn| !dropped.contains(pfn))
-            .collect();
-        dropped.extend(domain.warm.admit(&rest));
-        dropped.sort_unstable();
-        self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
-        self.flush_posted();
-        Ok((CallEnd::Committed, regs))
-    }
-
-    /// The first change among `changes` (sorted by page) that the call may not make.
-    fn forbidden_change(&mut self, changes: &[(Pfn, usize, usize)]) -> Option<ViolationKind> {
-        let rsp = self.request.regs.rsp;
-        for (pfn, offset, length) in changes {
-            let bytes = *length as u64;
-            if *pfn == self.return_slot.0 {
-                // The entry page of the stack: below the return address is the call's own.
-                let address = (rsp & !(PAGE_SIZE - 1)) + *offset as u64;
-                let end = address + bytes;
-                if end > rsp
-                    && !self
-                        .supervisor
-                        .may_change(address.max(rsp), end - address.max(rsp))
-                {
-                    return Some(ViolationKind::StackSmash {
-                        address: address.max(rsp),
-                    });
-                }
-                continue;
-            }
-            // Kernel functions write through their own mapping of the same page, so bytes can only be
-            // laid at the driver's door where it called none.
-            if self.stats_crossed() {
-                continue;
-            }
-            if let Some(va) = self.domain.opened_va(*pfn) {
-                let address = va + *offset as u64;
-                if !self.in_own_stack(address) && !self.supervisor.may_change(address, bytes) {
-                    return Some(ViolationKind::StrayBytes { address, bytes });
-                }
-            }
-        }
-        None
-    }
-
-    fn stats_crossed(&self) -> bool {
-        self.domain.monitor.crossings() != self.domain.crossings_at_entry
-            || self.stats.callbacks > 0
-    }
-
-    fn abort(&mut self, kind: ViolationKind, rip: u64) -> Result<(CallEnd, kvm_regs), DomainError> {
-        let regs = self.domain.vm.regs();
-        let (_, cr3) = self.domain.vm.fault_registers()?;
-        let crossings = self.domain.monitor.crossing_frames();
-        let violation = Violation {
-            kind,
-            root: self.domain.root_of(cr3),
-            rip,
-            rsp: regs.rsp,
-            crossings: crossings.iter().map(|frame| frame.return_address).collect(),
-            reached_device: self.reached_device,
-        };
-        self.take_back()?;
-        let mut regs = self.request.regs;
-        regs.rip = self.return_address;
-        regs.rsp = regs.rsp.wrapping_add(8);
-        Ok((CallEnd::Aborted(Box::new(violation)), regs))
-    }
-
-    /// Leaves nothing of the call behind.
-    fn take_back(&mut self) -> Result<(), DomainError> {
-        self.domain.vm.settle()?;
-        self.posted.clear();
-        let pages = self.private_pages()?;
-        self.stats.dirty_pages = pages.len() as u32;
-        let domain = &mut *self.domain;
-        let dropped: Vec<Pfn> = pages
-            .into_iter()
-            .filter(|pfn| !domain.warm.contains(*pfn))
-            .collect();
-        self.stats.other_syscalls += 3 + domain.view.drop_pages(&dropped)?;
-        for undo in self.undo.drain(..).rev() {
-            domain
-                .view
-                .write_shared(undo.pfn, undo.offset, &undo.bytes)?;
-        }
-        if self.reached_device {
-            self.supervisor.restore_device();
-        }
-        Ok(())
     }
 
     /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's

@@ -1,0 +1,183 @@
+//! Exceptions in the domain: what the roots can be changed for, crossings, call-backs, violations.
+
+use super::*;
+
+impl Call<'_> {
+    pub(super) fn exception(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
+        let Some(frame) = self.domain.monitor.exception_frame(regs.rip, regs.rsp) else {
+            return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
+        };
+        self.stats.other_syscalls += 1;
+        let (cr2, cr3) = self.domain.vm.fault_registers()?;
+        let root = self.domain.root_of(cr3);
+        match frame.vector {
+            VECTOR_DEVICE_NOT_AVAILABLE => Ok(Step::PassThrough(PassThroughReason::Fpu)),
+            VECTOR_NMI | VECTOR_MACHINE_CHECK => {
+                Ok(Step::PassThrough(PassThroughReason::KernelException))
+            }
+            VECTOR_PAGE_FAULT if frame.error_code & PF_FETCH != 0 => {
+                self.fetch_fault(&frame, cr2, root, regs)
+            }
+            VECTOR_PAGE_FAULT => self.data_fault(&frame, cr2, root, regs),
+            _ => Ok(self.real_exception(&frame, 0, root)),
+        }
+    }
+
+    /// An exception that no change of the roots makes go away.
+    pub(super) fn real_exception(&self, frame: &ExceptionFrame, address: u64, root: Root) -> Step {
+        let (vector, error_code) = (frame.vector, frame.error_code);
+        if root == Root::Driver {
+            let kind = ViolationKind::Exception {
+                vector,
+                error_code,
+                address,
+            };
+            return Step::Violation(kind, frame.rip);
+        }
+        match self.supervisor.kernel_exception(frame, address) {
+            KernelExceptionVerdict::Expected => {
+                Step::PassThrough(PassThroughReason::KernelException)
+            }
+            KernelExceptionVerdict::DriversFault => {
+                let kind = ViolationKind::KernelException {
+                    vector,
+                    error_code,
+                    address,
+                };
+                Step::Violation(kind, frame.rip)
+            }
+        }
+    }
+
+    pub(super) fn data_fault(
+        &mut self,
+        frame: &ExceptionFrame,
+        address: u64,
+        root: Root,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let write = frame.error_code & PF_WRITE != 0;
+        let here = (frame.rip, address, frame.error_code as u32);
+        let repeated = std::mem::replace(&mut self.last_fault, here) == here;
+        let translation = self.domain.roots.translate(address, &self.domain.view)?;
+        let Some(translation) = translation.filter(|_| !self.domain.monitor.contains_va(address))
+        else {
+            return Ok(self.real_exception(frame, address, root));
+        };
+        // A present page, read: protection (SMAP) that filling does not change.
+        if (repeated && frame.error_code & PF_PRESENT != 0) || (write && !translation.write) {
+            if root == Root::Driver && write {
+                return Ok(Step::Violation(
+                    ViolationKind::StrayWrite { address },
+                    frame.rip,
+                ));
+            }
+            return Ok(self.real_exception(frame, address, root));
+        }
+        if write && root == Root::Driver && !self.domain.roots.is_open(address) {
+            // Device registers are judged when the access arrives as an exit of its own.
+            let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
+            if is_memory && !self.in_own_stack(address) && !self.supervisor.may_write(address) {
+                return Ok(Step::Violation(
+                    ViolationKind::StrayWrite { address },
+                    frame.rip,
+                ));
+            }
+            self.open(address)?;
+            self.domain.note_open(address, translation.gpa);
+        }
+        self.fill(root, address)?;
+        self.resume(frame, regs);
+        Ok(Step::Continue)
+    }
+
+    pub(super) fn fetch_fault(
+        &mut self,
+        frame: &ExceptionFrame,
+        target: u64,
+        root: Root,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let wild = Step::Violation(ViolationKind::IllegalControlTransfer { target }, frame.rip);
+        let Some(translation) = self.domain.roots.translate(target, &self.domain.view)? else {
+            return Ok(match root {
+                Root::Driver => wild,
+                Root::Kernel => self.real_exception(frame, target, root),
+            });
+        };
+        let in_driver = self.domain.is_driver_text(target);
+        match root {
+            Root::Driver if in_driver || self.domain.is_thunk(target) => {
+                self.fill(root, target)?;
+                self.resume(frame, regs);
+                Ok(Step::Continue)
+            }
+            Root::Driver if self.supervisor.is_kernel_function(target) => {
+                let Some(return_address) = self.read_guest(frame.rsp)? else {
+                    return Ok(wild);
+                };
+                if !self.domain.is_driver_text(return_address)
+                    && !self.domain.monitor.contains_va(return_address)
+                {
+                    return Ok(wild);
+                }
+                self.stats.indirect_calls += 1;
+                let trampoline = self.domain.monitor.trampoline(target)?;
+                self.resume_at(frame, regs, trampoline);
+                Ok(Step::Continue)
+            }
+            Root::Driver => Ok(wild),
+            Root::Kernel if in_driver => self.call_back(frame, target, regs),
+            Root::Kernel if translation.execute => {
+                self.fill(root, target)?;
+                self.resume(frame, regs);
+                Ok(Step::Continue)
+            }
+            Root::Kernel => Ok(self.real_exception(frame, target, root)),
+        }
+    }
+
+    /// The kernel calls the driver: go on in the driver root, with a return address of ours.
+    pub(super) fn call_back(
+        &mut self,
+        frame: &ExceptionFrame,
+        target: u64,
+        regs: &kvm_regs,
+    ) -> Result<Step, DomainError> {
+        let translation = self.domain.roots.translate(frame.rsp, &self.domain.view)?;
+        let (Some(slot), true) = (translation, self.supervisor.is_driver_function(target)) else {
+            let kind = ViolationKind::IllegalControlTransfer { target };
+            return Ok(Step::Violation(kind, frame.rip));
+        };
+        let slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
+        let return_address = self.read_slot(slot)?;
+        let stub = self.domain.monitor.callback_return_stub();
+        self.write_slot(slot, stub)?;
+        self.callbacks.push(Callback {
+            return_address,
+            rsp: frame.rsp + 8,
+        });
+        self.stats.callbacks += 1;
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+        self.supervisor.called_back(target, arguments);
+        self.domain.monitor.resume_at(target);
+        let entry = self.domain.monitor.entry_stub();
+        self.resume_at(frame, regs, entry);
+        Ok(Step::Continue)
+    }
+
+    pub(super) fn callback_return(&mut self, regs: &kvm_regs) -> Step {
+        let Some(callback) = self.callbacks.pop() else {
+            let target = self.domain.monitor.callback_return_stub();
+            return Step::Violation(ViolationKind::IllegalControlTransfer { target }, regs.rip);
+        };
+        if callback.rsp != regs.rsp {
+            return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
+        }
+        self.domain.monitor.resume_at(callback.return_address);
+        let mut next = *regs;
+        next.rip = self.domain.monitor.kernel_stub();
+        self.domain.vm.set_regs(&next);
+        Step::Continue
+    }
+}

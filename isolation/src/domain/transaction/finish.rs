@@ -1,0 +1,160 @@
+//! The end of a call: checks, commit, abort, and taking everything back.
+
+use super::*;
+
+impl Call<'_> {
+    /// What is wrong with the way the function returned.
+    pub(super) fn check_return(&self) -> Option<(ViolationKind, u64)> {
+        let (entry, now) = (&self.request.regs, self.domain.vm.regs());
+        let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
+        let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
+            ViolationKind::UnbalancedStack { rsp: now.rsp }
+        } else if (now.rflags ^ entry.rflags) & INTERRUPT_FLAG != 0 {
+            ViolationKind::InterruptFlag
+        } else if kept(&now) != kept(entry) {
+            ViolationKind::CalleeSavedRegister
+        } else {
+            return None;
+        };
+        Some((kind, self.request.function))
+    }
+
+    pub(super) fn commit(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
+        let mut regs = self.domain.vm.regs();
+        regs.rip = self.return_address;
+        self.write_slot(self.return_slot, self.return_address)?;
+        let pages = self.private_pages()?;
+        self.stats.dirty_pages = pages.len() as u32;
+        let mut changes = Vec::new();
+        for pfn in &pages {
+            let view = &self.domain.view;
+            let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
+            let mask = PageMask::changed(old, new);
+            changes.extend(mask.runs().map(|run| (*pfn, run.start, run.len())));
+        }
+        if let Some(kind) = self.forbidden_change(&changes) {
+            return self.abort(kind, self.request.function);
+        }
+        for (pfn, offset, length) in &changes {
+            self.domain.view.publish(*pfn, *offset, *length)?;
+            self.stats.committed_bytes += *length as u64;
+        }
+        let changed = |pfn: Pfn| {
+            changes
+                .binary_search_by_key(&pfn, |change| change.0)
+                .is_ok()
+        };
+        let domain = &mut *self.domain;
+        let host_written = &self.host_written;
+        let mut dropped = domain
+            .warm
+            .age(|pfn| changed(pfn) || host_written.contains(&pfn));
+        let rest: Vec<Pfn> = pages
+            .into_iter()
+            .filter(|pfn| !dropped.contains(pfn))
+            .collect();
+        dropped.extend(domain.warm.admit(&rest));
+        dropped.sort_unstable();
+        self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
+        self.flush_posted();
+        Ok((CallEnd::Committed, regs))
+    }
+
+    /// The first change among `changes` (sorted by page) that the call may not make.
+    pub(super) fn forbidden_change(
+        &mut self,
+        changes: &[(Pfn, usize, usize)],
+    ) -> Option<ViolationKind> {
+        let rsp = self.request.regs.rsp;
+        for (pfn, offset, length) in changes {
+            let bytes = *length as u64;
+            if *pfn == self.return_slot.0 {
+                // The entry page of the stack: below the return address is the call's own.
+                let address = (rsp & !(PAGE_SIZE - 1)) + *offset as u64;
+                let end = address + bytes;
+                if end > rsp
+                    && !self
+                        .supervisor
+                        .may_change(address.max(rsp), end - address.max(rsp))
+                {
+                    return Some(ViolationKind::StackSmash {
+                        address: address.max(rsp),
+                    });
+                }
+                continue;
+            }
+            // Kernel functions write through their own mapping of the same page, so bytes can only be
+            // laid at the driver's door where it called none.
+            if self.stats_crossed() {
+                continue;
+            }
+            if let Some(va) = self.domain.opened_va(*pfn) {
+                let address = va + *offset as u64;
+                if !self.in_own_stack(address) && !self.supervisor.may_change(address, bytes) {
+                    return Some(ViolationKind::StrayBytes { address, bytes });
+                }
+            }
+        }
+        None
+    }
+
+    pub(super) fn stats_crossed(&self) -> bool {
+        self.domain.monitor.crossings() != self.domain.crossings_at_entry
+            || self.stats.callbacks > 0
+    }
+
+    pub(super) fn abort(
+        &mut self,
+        kind: ViolationKind,
+        rip: u64,
+    ) -> Result<(CallEnd, kvm_regs), DomainError> {
+        self.phases.detect_ns = elapsed_ns(self.last_exit);
+        let regs = self.domain.vm.regs();
+        let (_, cr3) = self.domain.vm.fault_registers()?;
+        let crossings = self.domain.monitor.crossing_frames();
+        let violation = Violation {
+            kind,
+            root: self.domain.root_of(cr3),
+            rip,
+            rsp: regs.rsp,
+            crossings: crossings.iter().map(|frame| frame.return_address).collect(),
+            reached_device: self.reached_device,
+        };
+        self.take_back()?;
+        let mut regs = self.request.regs;
+        regs.rip = self.return_address;
+        regs.rsp = regs.rsp.wrapping_add(8);
+        Ok((CallEnd::Aborted(Box::new(violation)), regs))
+    }
+
+    /// Leaves nothing of the call behind.
+    pub(super) fn take_back(&mut self) -> Result<(), DomainError> {
+        let start = Instant::now();
+        self.domain.vm.settle()?;
+        self.posted.clear();
+        let pages = self.private_pages()?;
+        self.stats.dirty_pages = pages.len() as u32;
+        let domain = &mut *self.domain;
+        let dropped: Vec<Pfn> = pages
+            .into_iter()
+            .filter(|pfn| !domain.warm.contains(*pfn))
+            .collect();
+        self.stats.other_syscalls += 3 + domain.view.drop_pages(&dropped)?;
+        for undo in self.undo.drain(..).rev() {
+            domain
+                .view
+                .write_shared(undo.pfn, undo.offset, &undo.bytes)?;
+        }
+        self.phases.memory_ns = elapsed_ns(start);
+        if self.reached_device {
+            let start = Instant::now();
+            self.supervisor.restore_device();
+            self.phases.device_ns = elapsed_ns(start);
+        }
+        Ok(())
+    }
+}
+
+fn elapsed_ns(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
