@@ -8,6 +8,7 @@ use std::time::Duration;
 use agent_protocol::Client;
 use agent_protocol::message::SymbolFilter;
 use devices::e1000::E1000;
+use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::device::IsolatedDevice;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
@@ -100,6 +101,7 @@ impl Isolation {
                 device,
                 device_slot: nic.map(|nic| nic.slot),
                 budget: budget_us.map_or(DEFAULT_BUDGET, Duration::from_micros),
+                policy: Box::new(ReturnErrors),
             })
             .map_err(|error| error.to_string())?;
         json(&isolated).map(Reply::Isolated)

@@ -17,6 +17,9 @@ pub trait HeldDevice {
 
     /// Puts back the state that was taken last.
     fn restore(&mut self);
+
+    /// Keeps the device from interrupting and from moving data: its driver does not run any more.
+    fn silence(&mut self);
 }
 
 /// A device that can be held: neither the guest nor its own event handling touches it or guest

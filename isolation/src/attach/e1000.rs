@@ -7,6 +7,16 @@ use devices::pci::{BarRange, BarSpace, PciFunction};
 
 use super::device::{HeldDevice, IsolatedDevice};
 
+/// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
+/// Manual, 4.1.1).
+const REGISTERS_BAR: u8 = 0;
+/// Interrupt Mask Clear (13.4.21).
+const IMC: u64 = 0xd8;
+/// Receive Control; zero switches reception off (13.4.22).
+const RCTL: u64 = 0x100;
+/// Transmit Control; zero switches transmission off (13.4.33).
+const TCTL: u64 = 0x400;
+
 /// A controller shared with the bus and the event loop.
 pub struct E1000Device(pub Arc<Mutex<E1000>>);
 
@@ -66,6 +76,13 @@ impl HeldDevice for Held<'_> {
             && let Err(error) = self.nic.restore(state)
         {
             tracing::error!("the NIC does not take back its own checkpoint: {error}");
+        }
+    }
+
+    fn silence(&mut self) {
+        for (register, value) in [(IMC, u32::MAX), (RCTL, 0), (TCTL, 0)] {
+            self.nic
+                .bar_write(REGISTERS_BAR, register, &value.to_le_bytes());
         }
     }
 }

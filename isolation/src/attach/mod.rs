@@ -10,8 +10,10 @@
 //! inside the trap handler. Threads that are in the middle of a gated function stay there; only the
 //! function's first instruction is replaced.
 
+pub mod after_fault;
 pub mod device;
 pub mod e1000;
+pub mod fault;
 pub mod plan;
 pub mod report;
 pub mod status;
@@ -21,6 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use devices::clock::monotonic_ns;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -40,7 +43,9 @@ use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::{CallMemory, DriverPolicy};
+use after_fault::{AfterFault, FailedCall, FaultPolicy};
 use device::IsolatedDevice;
+use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use plan::{Plan, PlanError, Refusal, Wanted};
 use report::ViolationReport;
 use status::{EntryStatus, ModuleStatus};
@@ -112,6 +117,8 @@ pub struct IsolateRequest {
     pub device_slot: Option<u8>,
     /// Time that a call may take before it is aborted.
     pub budget: Duration,
+    /// Decides what becomes of calls that failed.
+    pub policy: Box<dyn FaultPolicy>,
 }
 
 /// What was isolated.
@@ -145,6 +152,15 @@ struct Armed {
     physical_bits: u8,
     /// By address of the gate.
     gates: HashMap<u64, Gate>,
+    /// Targets of calls out of the module, by the address of their displacement's opcode.
+    calls: HashMap<u64, Gva>,
+    fault_policy: Box<dyn FaultPolicy>,
+    /// A fault that is put into calls on purpose.
+    fault: Option<Fault>,
+    /// What was decided about the call that failed just now.
+    decided: Option<AfterFault>,
+    /// Calls return their errors without being run.
+    stopped: bool,
     device: Option<Arc<dyn IsolatedDevice>>,
     device_slot: Option<u8>,
     budget: Duration,
@@ -233,6 +249,15 @@ impl Isolator {
                 policy,
                 physical_bits,
                 gates,
+                calls: plan
+                    .redirects
+                    .iter()
+                    .map(|(site, target)| (site.0, *target))
+                    .collect(),
+                fault_policy: request.policy,
+                fault: None,
+                decided: None,
+                stopped: false,
                 device: request.device,
                 device_slot: request.device_slot,
                 budget: request.budget,
@@ -312,6 +337,60 @@ impl Isolator {
         })?
     }
 
+    /// Puts a fault into calls of an isolated function, in place of the one ordered before.
+    pub fn order_fault(&self, module: &str, order: FaultOrder) -> Result<(), AttachError> {
+        let not_an_entry = || AttachError::NotAnEntry(order.entry.clone());
+        self.with_module(module, |armed| {
+            let function = armed
+                .knowledge
+                .driver_function(&order.entry)
+                .filter(|_| {
+                    armed
+                        .gates
+                        .values()
+                        .any(|gate| gate.entry.name == order.entry)
+                })
+                .ok_or_else(not_an_entry)?;
+            let at = function.checked_add(order.offset);
+            at.filter(|at| armed.knowledge.in_text(*at, order.code.len() as u64))
+                .ok_or_else(not_an_entry)?;
+            armed.fault = Some(Fault::new(order.clone(), function));
+            Ok(())
+        })
+    }
+
+    /// What became of the fault that was ordered last.
+    pub fn fault_count(&self, module: &str) -> Result<FaultCount, AttachError> {
+        self.with_module(module, |armed| {
+            Ok(armed.fault.as_ref().map(Fault::count).unwrap_or_default())
+        })
+    }
+
+    /// The instructions of a function of an isolated module, as the domain has them.
+    pub fn instructions(
+        &self,
+        module: &str,
+        function: &str,
+    ) -> Result<Vec<InstructionAt>, AttachError> {
+        self.with_module(module, |armed| {
+            let start = armed.knowledge.driver_function(function);
+            let start = start.ok_or_else(|| AttachError::NotAnEntry(function.to_owned()))?;
+            let (knowledge, domain) = (&armed.knowledge, &armed.domain);
+            Ok(fault::instructions(start, knowledge, &armed.calls, domain)?)
+        })
+    }
+
+    /// Does something with an isolated module while none of its calls is in the domain.
+    fn with_module<T>(
+        &self,
+        module: &str,
+        with: impl FnOnce(&mut Armed) -> Result<T, AttachError>,
+    ) -> Result<T, AttachError> {
+        let mut modules = self.modules();
+        let armed = modules.get_mut(module);
+        with(armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?)
+    }
+
     /// Forgets `module` if it is isolated but its text is not at `text` any more: it was removed, and
     /// perhaps loaded again elsewhere, in the meantime.
     pub fn forget_stale(&self, module: &str, text: Option<u64>) {
@@ -363,7 +442,12 @@ impl TrapHandler for Isolator {
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let next = armed.carry_out(gate, &regs, &sregs, context.vcpu);
+        let mut next = armed.carry_out(gate, 1, &regs, &sregs, context.vcpu);
+        let mut attempts = 1;
+        while armed.decided.take() == Some(AfterFault::Retry) {
+            attempts += 1;
+            next = armed.carry_out(gate, attempts, &regs, &sregs, context.vcpu);
+        }
         if let Err(error) = context.vcpu.set_regs(&next) {
             tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
             return TrapOutcome::PowerOff;
@@ -378,6 +462,7 @@ impl Armed {
     fn carry_out(
         &mut self,
         gate: u64,
+        attempts: u32,
         regs: &kvm_bindings::kvm_regs,
         sregs: &kvm_sregs,
         vcpu: &VcpuFd,
@@ -399,6 +484,18 @@ impl Armed {
         if self.broken.is_some() {
             return unisolated;
         }
+        let space =
+            AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits);
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+        if self.stopped {
+            entry.refused += 1;
+            let memory = self.domain.memories().1;
+            let virt = VirtMemory {
+                space,
+                memory: &memory,
+            };
+            return returned(regs, virt, aborted.value.rax(&arguments)).unwrap_or(unisolated);
+        }
         let request = CallRequest {
             regs: *regs,
             sregs,
@@ -407,10 +504,12 @@ impl Armed {
             budget: self.budget,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
-        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+        if let Some(fault) = &mut self.fault
+            && let Err(error) = fault.begin(&entry.name, domain)
+        {
+            tracing::error!("a fault cannot be put into {}: {error}", entry.name);
+        }
         let (private, shared) = domain.memories();
-        let space =
-            AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits);
         if let Some(policy) = &mut self.policy {
             policy.begin(&entry.name, arguments);
         }
@@ -446,7 +545,10 @@ impl Armed {
             );
         }
         let ended = Instant::now();
-        match result {
+        let ended_ns = monotonic_ns();
+        let failed =
+            matches!(&result, Some(Ok(result)) if matches!(result.end, CallEnd::Aborted(_)));
+        let next = match result {
             Some(Ok(result)) => {
                 entry.count(&result, start.elapsed());
                 match result.end {
@@ -469,8 +571,19 @@ impl Armed {
                                 .touched()
                                 .and_then(|at| policy.whose(virt, Gva(at)));
                         }
-                        report.phases = result.phases;
+                        let phases = result.phases;
+                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                        report.at_ns = ended_ns.saturating_sub(took);
+                        report.phases = phases;
                         tracing::warn!("{report}");
+                        let call = FailedCall {
+                            report: &report,
+                            attempts,
+                        };
+                        let decided = self.fault_policy.after_fault(&call);
+                        entry.retries += u64::from(decided == AfterFault::Retry);
+                        self.stopped |= decided == AfterFault::Stop;
+                        self.decided = Some(decided);
                         self.violations += 1;
                         self.rolled_back = Some(ended);
                         if self.reports.len() >= REPORTS_KEPT {
@@ -487,7 +600,17 @@ impl Armed {
                 unisolated
             }
             None => unisolated,
+        };
+        if let Some(fault) = &mut self.fault
+            && let Err(error) = fault.end(failed, &mut self.domain)
+        {
+            tracing::error!("the domain is not used any more: {error}");
+            self.broken = Some(error.to_string());
         }
+        if let (Some(AfterFault::Stop), Some(device)) = (self.decided, &self.device) {
+            device.hold(&mut |held| held.silence());
+        }
+        next
     }
 
     /// Completes the report of a call that failed just now.
@@ -505,6 +628,7 @@ impl Armed {
             module: module.to_owned(),
             entries,
             violations: self.violations,
+            stopped: self.stopped,
             warm_pages: self.domain.warm_pages(),
             broken: self.broken.clone(),
         }
@@ -564,6 +688,22 @@ fn driver_policy(
     DriverPolicy::new(types, memory, layout, symbols)
         .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
         .ok()
+}
+
+/// The registers after a function returned `rax` to its caller without having been run.
+fn returned(
+    regs: &kvm_bindings::kvm_regs,
+    virt: VirtMemory<'_, GuestMemoryMmap>,
+    rax: u64,
+) -> Option<kvm_bindings::kvm_regs> {
+    let mut address = [0; 8];
+    virt.read(Gva(regs.rsp), &mut address).ok()?;
+    Some(kvm_bindings::kvm_regs {
+        rax,
+        rip: u64::from_le_bytes(address),
+        rsp: regs.rsp.wrapping_add(8),
+        ..*regs
+    })
 }
 
 /// Patches P's copies of driver and kernel text.

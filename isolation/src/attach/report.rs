@@ -23,6 +23,8 @@ pub struct ViolationReport {
     pub touched: Option<String>,
     /// Calls of kernel functions open at that moment: places in the driver, outermost first.
     pub call_chain: Vec<String>,
+    /// When it failed, in nanoseconds of the host's `CLOCK_MONOTONIC`.
+    pub at_ns: u64,
     /// Where the time of the rollback went.
     pub phases: AbortPhases,
 }
@@ -36,6 +38,7 @@ impl fmt::Display for ViolationReport {
             instruction,
             touched,
             call_chain,
+            at_ns: _,
             phases: _,
         } = self;
         write!(f, "{entry}: {} at {at}", What(violation))?;

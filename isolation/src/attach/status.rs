@@ -18,6 +18,12 @@ pub struct EntryStatus {
     pub commits: u64,
     /// Calls that were taken back because of a violation.
     pub aborts: u64,
+    /// Calls that were run once more after they had been taken back.
+    #[serde(default)]
+    pub retries: u64,
+    /// Calls that returned their error without being run, because the driver is stopped.
+    #[serde(default)]
+    pub refused: u64,
     /// Calls that were given back to the guest, by reason.
     pub pass_throughs: BTreeMap<String, u64>,
     /// Kernel functions called without an exit.
@@ -97,6 +103,9 @@ pub struct ModuleStatus {
     pub entries: Vec<EntryStatus>,
     /// Violations since it was isolated.
     pub violations: u64,
+    /// Whether its calls return their errors without being run.
+    #[serde(default)]
+    pub stopped: bool,
     /// Private pages kept from call to call.
     pub warm_pages: usize,
     /// Why calls are not isolated any more although the gates are there.

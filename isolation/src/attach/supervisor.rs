@@ -76,6 +76,19 @@ impl Knowledge {
             .is_some_and(|range| self.text.iter().any(|t| t.covers(&range)))
     }
 
+    /// Bytes from `start`, a function of the module, to the next symbol or the end of its section.
+    pub fn extent(&self, start: u64) -> u64 {
+        let within = self.text.iter().find(|range| range.contains(Gva(start)));
+        let extent = within.and_then(|range| self.symbols.extent(Gva(start), *range));
+        extent.map_or(0, |range| range.len_bytes())
+    }
+
+    /// Name of the function that begins at `va`.
+    pub fn function_name(&self, va: u64) -> String {
+        let symbol = self.symbols.at(Gva(va)).find(|symbol| symbol.is_code());
+        symbol.map_or_else(|| format!("{va:#x}"), |symbol| symbol.name.to_owned())
+    }
+
     /// Gives a violation names.
     pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
         let touched = violation.touched().and_then(|address| self.name(address));
@@ -92,6 +105,7 @@ impl Knowledge {
                 .filter_map(|return_address| self.name(return_address.wrapping_sub(1)))
                 .collect(),
             violation,
+            at_ns: 0,
             phases: AbortPhases::default(),
         }
     }

@@ -14,6 +14,7 @@ use devices::serial::SerialBackend;
 use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
+use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
@@ -177,6 +178,7 @@ impl Machine {
             device_slot: device.as_ref().map(|_| self.nic_slot),
             device: device.map(|device| Arc::new(device) as _),
             budget: DEFAULT_BUDGET.max(Duration::from_secs(2)),
+            policy: Box::new(ReturnErrors),
         })
     }
 

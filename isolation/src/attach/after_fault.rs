@@ -1,0 +1,40 @@
+//! What becomes of a call that was taken back: the question that is asked after each abort.
+
+use super::report::ViolationReport;
+
+/// An isolated call that failed and was taken back.
+#[derive(Debug, Clone, Copy)]
+pub struct FailedCall<'a> {
+    /// What it did.
+    pub report: &'a ViolationReport,
+    /// How often the same call was run by now, at least 1.
+    pub attempts: u32,
+}
+
+/// What its caller sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterFault {
+    /// The call returns an error.
+    ReturnError,
+    /// The call is run once more, in the domain.
+    Retry,
+    /// The call returns an error, and from now on all isolated functions of the module do so without being
+    /// run. The device is silenced.
+    Stop,
+}
+
+/// Decides after each abort. Called on a vCPU's thread with the other vCPUs held: it must not wait.
+pub trait FaultPolicy: Send {
+    /// Decides what becomes of `call`.
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault;
+}
+
+/// Every call that failed returns an error, however many they are.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReturnErrors;
+
+impl FaultPolicy for ReturnErrors {
+    fn after_fault(&mut self, _call: &FailedCall<'_>) -> AfterFault {
+        AfterFault::ReturnError
+    }
+}

@@ -1,0 +1,189 @@
+//! Faults put into calls on purpose: other code in the domain's copy of the driver for single calls.
+//!
+//! ```text
+//!   call 1   call 2   call 3 (every = 3)                    call 4 ...
+//!   as is    as is    patched ─► runs ─► original bytes     as is
+//! ```
+//!
+//! The guest's own text is never touched, and between two calls the domain's copy is as it was: a
+//! fault stays in the call that it was meant for.
+
+use std::collections::HashMap;
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
+use serde::{Deserialize, Serialize};
+
+use super::supervisor::Knowledge;
+use crate::domain::Domain;
+use crate::domain::error::DomainError;
+use crate::guest::addr::Gva;
+
+/// Longest function that is listed, in bytes.
+const MAX_FUNCTION: u64 = 64 << 10;
+/// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
+const MAX_INSTRUCTION: usize = 15;
+
+/// A fault for calls of one isolated function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FaultOrder {
+    /// The isolated function whose calls get it.
+    pub entry: String,
+    /// Where the fault goes, in bytes from the function's start.
+    pub offset: u64,
+    /// The code that is put there.
+    pub code: Vec<u8>,
+    /// Which calls: every `every`-th, at least 1.
+    pub every: u32,
+    /// Calls that fail before the fault is used up.
+    pub times: u64,
+}
+
+/// What became of a [`FaultOrder`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultCount {
+    /// Calls that ran with the fault in them.
+    pub tried: u64,
+    /// Those of them that failed.
+    pub failed: u64,
+    /// Calls that have yet to fail.
+    pub left: u64,
+}
+
+/// An instruction of a function of the driver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstructionAt {
+    /// Bytes from the function's start.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u8,
+    /// What it is.
+    pub kind: InstructionKind,
+}
+
+/// What matters of an instruction to who puts faults in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InstructionKind {
+    /// Goes on behind itself.
+    Plain,
+    /// A branch inside the driver.
+    Branch,
+    /// Calls the function of the kernel of that name.
+    Calls(String),
+    /// Ends the function.
+    Return,
+    /// Traps if it is reached, or is no instruction.
+    Dead,
+}
+
+/// A fault order under way.
+pub(super) struct Fault {
+    order: FaultOrder,
+    at: u64,
+    original: Vec<u8>,
+    /// Calls until the next one that gets it.
+    wait: u32,
+    in_place: bool,
+    count: FaultCount,
+}
+
+impl Fault {
+    /// For calls of the function at `function`.
+    pub fn new(order: FaultOrder, function: u64) -> Self {
+        Self {
+            at: function.wrapping_add(order.offset),
+            wait: order.every.saturating_sub(1),
+            count: FaultCount {
+                left: order.times,
+                ..FaultCount::default()
+            },
+            original: Vec::new(),
+            in_place: false,
+            order,
+        }
+    }
+
+    /// A call of `entry` begins.
+    pub fn begin(&mut self, entry: &str, domain: &mut Domain) -> Result<(), DomainError> {
+        if entry != self.order.entry || self.count.left == 0 {
+            return Ok(());
+        }
+        if self.wait > 0 {
+            self.wait -= 1;
+            return Ok(());
+        }
+        let mut original = vec![0; self.order.code.len()];
+        domain.code(self.at, &mut original)?;
+        domain.patch(self.at, &self.order.code)?;
+        self.original = original;
+        self.in_place = true;
+        self.count.tried += 1;
+        Ok(())
+    }
+
+    /// A call has ended, or goes on elsewhere. The domain's code is as it was.
+    pub fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
+        if !std::mem::take(&mut self.in_place) {
+            return Ok(());
+        }
+        if failed {
+            self.count.failed += 1;
+            self.count.left -= 1;
+            self.wait = self.order.every.saturating_sub(1);
+        }
+        domain.patch(self.at, &self.original)
+    }
+
+    /// What became of it so far.
+    pub fn count(&self) -> FaultCount {
+        self.count
+    }
+}
+
+/// The instructions of the function of the module at `start`. `calls` has the targets of calls out of
+/// the module, which the domain's copy leads elsewhere.
+pub(super) fn instructions(
+    start: u64,
+    knowledge: &Knowledge,
+    calls: &HashMap<u64, Gva>,
+    domain: &Domain,
+) -> Result<Vec<InstructionAt>, DomainError> {
+    let bytes = knowledge.extent(start).min(MAX_FUNCTION);
+    let mut code = vec![0; usize::try_from(bytes).unwrap_or_default()];
+    domain.code(start, &mut code)?;
+    let mut decoder = Decoder::with_ip(64, &code, start, DecoderOptions::NONE);
+    let mut all = Vec::new();
+    while decoder.can_decode() {
+        let instruction = decoder.decode();
+        let at = instruction.ip();
+        let len = instruction.len().clamp(1, MAX_INSTRUCTION);
+        // A jcc has one byte more in front of its displacement.
+        let site = at.wrapping_add(len as u64).wrapping_sub(5);
+        let called = calls
+            .get(&site)
+            .map(|target| knowledge.function_name(target.0));
+        let kind = if instruction.is_invalid() {
+            InstructionKind::Dead
+        } else {
+            match (instruction.flow_control(), called) {
+                (FlowControl::Call, Some(name)) => InstructionKind::Calls(name),
+                (FlowControl::Next, _) => InstructionKind::Plain,
+                (FlowControl::Interrupt | FlowControl::Exception, _) => InstructionKind::Dead,
+                (FlowControl::Return, _) => InstructionKind::Return,
+                // A tail call, or a return through a thunk.
+                (FlowControl::UnconditionalBranch, _)
+                    if instruction.near_branch_target().wrapping_sub(start) >= bytes =>
+                {
+                    InstructionKind::Return
+                }
+                _ => InstructionKind::Branch,
+            }
+        };
+        all.push(InstructionAt {
+            offset: at.wrapping_sub(start),
+            len: len as u8,
+            kind,
+        });
+    }
+    Ok(all)
+}
