@@ -139,6 +139,7 @@ fn start(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    sys::start_with_signals_free(&mut command);
     sys::start_in(&mut command, root, directory);
     command.spawn()
 }

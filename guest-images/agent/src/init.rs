@@ -242,13 +242,14 @@ fn set_up_network(network: &Network) -> Result<Option<String>> {
 
 const SHELL: &str = "/bin/sh";
 
-/// A child of process 1, with the environment that it should have.
+/// A child of process 1, with the environment and the signals that it should have.
 fn program(path: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(path);
     command
         .args(arguments)
         .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
         .env("HOME", "/root");
+    sys::start_with_signals_free(&mut command);
     command
 }
 

@@ -27,6 +27,25 @@ fn nanoseconds(time: Timespec) -> u64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)
 }
 
+/// Makes the program start with no signal blocked: std lets it inherit the mask of the thread that starts it, and a shell
+/// that has `SIGCHLD` blocked waits for ever for its children.
+pub fn start_with_signals_free(command: &mut Command) {
+    let free = || {
+        // SAFETY: sigemptyset initialises the set before it is used, and the old mask is not asked for.
+        let done = unsafe {
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())
+        };
+        match done {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec only a system call is made.
+    unsafe { command.pre_exec(free) };
+}
+
 /// Makes the program start in the root directory `root` and there in `directory`.
 pub fn start_in(command: &mut Command, root: Option<String>, directory: Option<String>) {
     if root.is_none() && directory.is_none() {
@@ -68,7 +87,7 @@ fn init_signal_set() -> libc::sigset_t {
     }
 }
 
-/// Blocks [`INIT_SIGNALS`] in this thread; programs started later have them free again.
+/// Blocks [`INIT_SIGNALS`] in this thread. What it starts inherits that: see [`start_with_signals_free`].
 pub fn block_init_signals() {
     let set = init_signal_set();
     // SAFETY: the set is initialised, the old one is not asked for.
@@ -232,6 +251,21 @@ mod tests {
                 .any(|(name, _, ipv4)| name == "lo" && *ipv4 == Some(loopback)),
             "{found:?}"
         );
+    }
+
+    #[test]
+    fn programs_start_with_no_signal_blocked() {
+        let start = || {
+            block_init_signals();
+            let mut command = Command::new("cat");
+            start_with_signals_free(command.arg("/proc/self/status"));
+            command.output().unwrap()
+        };
+        // A thread's mask is its own.
+        let output = std::thread::spawn(start).join().unwrap();
+        let status = String::from_utf8(output.stdout).unwrap();
+        let blocked = status.lines().find(|line| line.starts_with("SigBlk:"));
+        assert_eq!(blocked, Some("SigBlk:\t0000000000000000"));
     }
 
     #[test]
