@@ -123,6 +123,7 @@ pub fn lab_image() -> ImageSpec {
             mounts: lab_mounts(),
             shell: false,
             serve: true,
+            keep_machines: true,
         },
         modules: strings(&["e1000e", "loop", "ext4"]),
         busybox: true,

@@ -22,6 +22,9 @@ pub struct InitConfig {
     pub shell: bool,
     /// Serve the agent's channel.
     pub serve: bool,
+    /// Make KVM virtual machines and keep them, after the modules: then the kernel never changes its own code when the
+    /// first machine comes or the last one goes.
+    pub keep_machines: bool,
 }
 
 /// A module to load at boot.

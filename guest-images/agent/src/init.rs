@@ -28,13 +28,16 @@ use rustix::system::RebootCommand;
 use crate::cmdline::{self, Exit, Network};
 use crate::fail::{Context, Result, error};
 use crate::net::Watch;
-use crate::{modules, net, sys};
+use crate::{hypervisor, modules, net, sys};
 
 /// Begins every line on the console.
 const CONSOLE_TAG: &str = "cofferdam-init:";
 
 /// How long to wait for an interface after its driver was loaded.
 const INTERFACE_LIMIT: Duration = Duration::from_secs(10);
+
+/// No machine that this runs on has more.
+const MOST_PROCESSORS: usize = 256;
 
 /// So many times is a server started that dies.
 const SERVER_STARTS: u32 = 100;
@@ -59,6 +62,9 @@ pub fn run() -> ! {
     }
     for name in &options.modules {
         complain(modules::ensure(name, ""));
+    }
+    if config.keep_machines {
+        complain(alone(hypervisor::keep_machines));
     }
     for entry in &config.mounts {
         complain(
@@ -179,6 +185,24 @@ fn read_config() -> InitConfig {
         say(&format!("{path}: {failed}"));
         InitConfig::default()
     })
+}
+
+/// Does `what` while all processors but the first are off.
+fn alone(what: fn() -> Result<()>) -> Result<()> {
+    let mut others = Vec::new();
+    for number in 1..MOST_PROCESSORS {
+        let switch = format!("/sys/devices/system/cpu/cpu{number}/online");
+        if !Path::new(&switch).exists() {
+            break;
+        }
+        fs::write(&switch, "0").context(|| format!("switch processor {number} off"))?;
+        others.push(switch);
+    }
+    let done = what();
+    for switch in others {
+        fs::write(&switch, "1").context(|| format!("write {switch}"))?;
+    }
+    done
 }
 
 fn load_boot_module(module: &BootModule) {

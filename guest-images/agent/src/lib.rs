@@ -10,6 +10,7 @@ pub mod cmdline;
 mod exec;
 mod fail;
 mod files;
+mod hypervisor;
 pub mod init;
 mod kmsg;
 pub mod modules;

@@ -1,9 +1,10 @@
 //! System calls that have no safe wrapper elsewhere, and clocks. The only `unsafe` of the agent.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -232,6 +233,39 @@ pub fn link_events() -> io::Result<OwnedFd> {
     let groups = (libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR) as u32;
     bind(&socket, &SocketAddrNetlink::new(0, groups))?;
     Ok(socket)
+}
+
+/// Requests of KVM without an argument (`linux/kvm.h`).
+const KVM_CREATE_VM: libc::Ioctl = 0xae01;
+const KVM_CREATE_VCPU: libc::Ioctl = 0xae41;
+const KVM_CREATE_IRQCHIP: libc::Ioctl = 0xae60;
+
+/// A virtual machine of `/dev/kvm`.
+pub fn kvm_create_machine(kvm: &File) -> io::Result<OwnedFd> {
+    kvm_request(kvm.as_fd(), KVM_CREATE_VM).and_then(owned)
+}
+
+/// Gives a machine its interrupt controllers, so that its vCPUs have local APICs.
+pub fn kvm_create_interrupt_controller(machine: &OwnedFd) -> io::Result<()> {
+    kvm_request(machine.as_fd(), KVM_CREATE_IRQCHIP).map(drop)
+}
+
+/// A machine's first vCPU.
+pub fn kvm_create_vcpu(machine: &OwnedFd) -> io::Result<OwnedFd> {
+    kvm_request(machine.as_fd(), KVM_CREATE_VCPU).and_then(owned)
+}
+
+fn kvm_request(file: BorrowedFd<'_>, number: libc::Ioctl) -> io::Result<libc::c_int> {
+    // SAFETY: the three requests take a plain number, zero here, and touch no memory of this process.
+    match unsafe { libc::ioctl(file.as_raw_fd(), number, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        answer => Ok(answer),
+    }
+}
+
+fn owned(descriptor: libc::c_int) -> io::Result<OwnedFd> {
+    // SAFETY: both requests whose answer comes here return a new descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 #[cfg(test)]
