@@ -489,6 +489,28 @@ fn a_device_load_flushes_the_queue_and_an_abort_after_it_restores_the_device() {
 }
 
 #[test]
+fn the_devices_ports_are_written_at_commit_and_read_at_once() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(edx, 0xc000).unwrap();
+        a.mov(eax, 0x11).unwrap();
+        a.out(dx, eax).unwrap();
+        a.mov(edx, 0xc004).unwrap();
+        a.in_(eax, dx).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        device_value: 0x5566_7788,
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 0x5566_7788);
+    assert_eq!(kernel.device_writes, [(0xc000, 0x11, 4)]);
+}
+
+#[test]
 fn another_devices_registers_are_a_violation() {
     let guest = Guest::new();
     guest.code(DRIVER_TEXT, |a| {
@@ -554,6 +576,7 @@ fn a_call_that_hangs_is_ended_by_its_budget() {
         sregs: &guest.sregs,
         clock: None,
         function: DRIVER_TEXT,
+        sleep_limit: Duration::ZERO,
         budget: Duration::from_millis(20),
     };
     let result = domain.call(&request, &mut Kernel::with_data()).unwrap();

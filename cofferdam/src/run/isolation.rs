@@ -13,7 +13,7 @@ use isolation::attach::device::IsolatedDevice;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::ModuleStatus;
-use isolation::attach::{DEFAULT_BUDGET, IsolateRequest, Isolator};
+use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolator};
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 
@@ -100,6 +100,7 @@ impl Isolation {
                 },
                 device,
                 device_slot: nic.map(|nic| nic.slot),
+                sleep_limit: DEFAULT_SLEEP_LIMIT,
                 budget: budget_us.map_or(DEFAULT_BUDGET, Duration::from_micros),
                 policy: Box::new(ReturnErrors),
             })

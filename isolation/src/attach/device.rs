@@ -1,16 +1,21 @@
 //! The isolated driver's device, as the domain reaches it.
 
+use crate::domain::supervisor::DeviceAddress;
+
 /// Access to a device while nobody else has it.
 pub trait HeldDevice {
     /// Whether guest physical address `gpa` is in one of the device's memory BARs, as they are
     /// placed now.
     fn owns(&self, gpa: u64) -> bool;
 
-    /// Loads `data.len()` bytes (1 to 8) from `gpa`, which the device owns.
-    fn read(&mut self, gpa: u64, data: &mut [u8]);
+    /// Whether I/O port `port` is in one of the device's I/O BARs.
+    fn owns_port(&self, port: u16) -> bool;
 
-    /// Stores `data` (1 to 8 bytes) to `gpa`, which the device owns.
-    fn write(&mut self, gpa: u64, data: &[u8]);
+    /// Loads `data.len()` bytes (1 to 8) from a place that the device owns.
+    fn read(&mut self, at: DeviceAddress, data: &mut [u8]);
+
+    /// Stores `data` (1 to 8 bytes) to a place that the device owns.
+    fn write(&mut self, at: DeviceAddress, data: &[u8]);
 
     /// Takes the device's whole state.
     fn checkpoint(&mut self);

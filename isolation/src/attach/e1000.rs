@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use devices::e1000::{E1000, E1000State};
 use devices::pci::{BarRange, BarSpace, PciFunction};
 
+use crate::domain::supervisor::DeviceAddress;
+
 use super::device::{HeldDevice, IsolatedDevice};
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
@@ -23,8 +25,7 @@ pub struct E1000Device(pub Arc<Mutex<E1000>>);
 impl IsolatedDevice for E1000Device {
     fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
         let mut nic = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = |range: &BarRange| range.space != BarSpace::Io;
-        let ranges = nic.decoded().into_iter().filter(memory).collect();
+        let ranges = nic.decoded().into_iter().collect();
         with(&mut Held {
             nic: &mut nic,
             ranges,
@@ -35,16 +36,22 @@ impl IsolatedDevice for E1000Device {
 
 struct Held<'a> {
     nic: &'a mut E1000,
-    /// Where the memory BARs are. Only configuration space moves them, which an isolated call does
+    /// Where the BARs are. Only configuration space moves them, which an isolated call does
     /// not reach.
     ranges: Vec<BarRange>,
     saved: Option<E1000State>,
 }
 
 impl Held<'_> {
-    fn find(&self, gpa: u64) -> Option<(u8, u64)> {
-        self.ranges.iter().find_map(|range| {
-            let offset = gpa.checked_sub(range.address)?;
+    fn find(&self, at: DeviceAddress) -> Option<(u8, u64)> {
+        let (is_port, address) = match at {
+            DeviceAddress::Memory(gpa) => (false, gpa),
+            DeviceAddress::Port(port) => (true, port.into()),
+        };
+        let ranges = self.ranges.iter();
+        let mut ranges = ranges.filter(|range| (range.space == BarSpace::Io) == is_port);
+        ranges.find_map(|range| {
+            let offset = address.checked_sub(range.address)?;
             (offset < range.size_bytes).then_some((range.bar, offset))
         })
     }
@@ -52,17 +59,21 @@ impl Held<'_> {
 
 impl HeldDevice for Held<'_> {
     fn owns(&self, gpa: u64) -> bool {
-        self.find(gpa).is_some()
+        self.find(DeviceAddress::Memory(gpa)).is_some()
     }
 
-    fn read(&mut self, gpa: u64, data: &mut [u8]) {
-        if let Some((bar, offset)) = self.find(gpa) {
+    fn owns_port(&self, port: u16) -> bool {
+        self.find(DeviceAddress::Port(port)).is_some()
+    }
+
+    fn read(&mut self, at: DeviceAddress, data: &mut [u8]) {
+        if let Some((bar, offset)) = self.find(at) {
             self.nic.bar_read(bar, offset, data);
         }
     }
 
-    fn write(&mut self, gpa: u64, data: &[u8]) {
-        if let Some((bar, offset)) = self.find(gpa) {
+    fn write(&mut self, at: DeviceAddress, data: &[u8]) {
+        if let Some((bar, offset)) = self.find(at) {
             self.nic.bar_write(bar, offset, data);
         }
     }

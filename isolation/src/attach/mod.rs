@@ -15,6 +15,7 @@ pub mod device;
 pub mod e1000;
 pub mod fault;
 pub mod plan;
+mod platform;
 pub mod report;
 pub mod status;
 mod supervisor;
@@ -25,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use devices::clock::monotonic_ns;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_sregs};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 use vmm::{Refused, VmHandle};
@@ -47,6 +48,7 @@ use after_fault::{AfterFault, FailedCall, FaultPolicy};
 use device::IsolatedDevice;
 use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use plan::{Plan, PlanError, Refusal, Wanted};
+use platform::Platform;
 use report::ViolationReport;
 use status::{EntryStatus, ModuleStatus};
 use supervisor::{CallPolicy, CallSupervisor, Knowledge};
@@ -62,6 +64,10 @@ const THREAD_SIZE: u64 = 16 * 1024;
 const REPORTS_KEPT: usize = 32;
 /// Time that a call may take unless said otherwise.
 pub const DEFAULT_BUDGET: Duration = Duration::from_millis(10);
+
+/// Time that a call may wait for and remain atomic unless said otherwise: the waits of an `open` or a reset
+/// of the adapter add up to a third of it.
+pub const DEFAULT_SLEEP_LIMIT: Duration = Duration::from_millis(100);
 
 /// Why a module could not be isolated or released.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +125,8 @@ pub struct IsolateRequest {
     pub budget: Duration,
     /// Decides what becomes of calls that failed.
     pub policy: Box<dyn FaultPolicy>,
+    /// Time that a call may wait for in all, with the guest standing still, and remain atomic.
+    pub sleep_limit: Duration,
 }
 
 /// What was isolated.
@@ -164,6 +172,7 @@ struct Armed {
     device: Option<Arc<dyn IsolatedDevice>>,
     device_slot: Option<u8>,
     budget: Duration,
+    sleep_limit: Duration,
     reports: VecDeque<ViolationReport>,
     violations: u64,
     /// When memory and device of a failed call were as before; taken when its caller runs again.
@@ -261,6 +270,7 @@ impl Isolator {
                 device: request.device,
                 device_slot: request.device_slot,
                 budget: request.budget,
+                sleep_limit: request.sleep_limit,
                 reports: VecDeque::new(),
                 violations: 0,
                 rolled_back: None,
@@ -442,11 +452,11 @@ impl TrapHandler for Isolator {
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let mut next = armed.carry_out(gate, 1, &regs, &sregs, context.vcpu);
+        let mut next = armed.carry_out(gate, 1, &regs, &sregs, context.vcpu, self.vm.vm_fd());
         let mut attempts = 1;
         while armed.decided.take() == Some(AfterFault::Retry) {
             attempts += 1;
-            next = armed.carry_out(gate, attempts, &regs, &sregs, context.vcpu);
+            next = armed.carry_out(gate, attempts, &regs, &sregs, context.vcpu, self.vm.vm_fd());
         }
         if let Err(error) = context.vcpu.set_regs(&next) {
             tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
@@ -466,6 +476,7 @@ impl Armed {
         regs: &kvm_bindings::kvm_regs,
         sregs: &kvm_sregs,
         vcpu: &VcpuFd,
+        vm: &VmFd,
     ) -> kvm_bindings::kvm_regs {
         let start = Instant::now();
         let Some(Gate {
@@ -502,6 +513,7 @@ impl Armed {
             clock: Some(vcpu),
             function: *body,
             budget: self.budget,
+            sleep_limit: self.sleep_limit,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
         if let Some(fault) = &mut self.fault
@@ -528,14 +540,20 @@ impl Armed {
                 per_cpu_base: sregs.gs.base,
             },
         });
+        let mut platform = Some(Platform::new(vm, vcpu));
         let mut result: Option<Result<CallResult, DomainError>> = None;
         match &self.device {
             Some(device) => device.hold(&mut |held| {
-                let mut supervisor = CallSupervisor::new(knowledge, policy.take(), Some(held));
+                let Some(platform) = platform.take() else {
+                    return;
+                };
+                let mut supervisor =
+                    CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
                 result = Some(domain.call(&request, &mut supervisor));
             }),
             None => {
-                let mut supervisor = CallSupervisor::new(knowledge, policy, None);
+                let platform = Platform::new(vm, vcpu);
+                let mut supervisor = CallSupervisor::new(knowledge, policy, None, platform);
                 result = Some(domain.call(&request, &mut supervisor));
             }
         }
@@ -716,6 +734,12 @@ fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
     }
     for function in &plan.guest_only {
         domain.trap_function(function.0)?;
+    }
+    for (function, unit) in &plan.sleeps {
+        domain.sleep_function(function.0, *unit)?;
+    }
+    for function in &plan.skipped {
+        domain.skip_function(function.0)?;
     }
     for function in &plan.fatal {
         domain.forbid_function(function.0)?;

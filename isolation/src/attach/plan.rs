@@ -2,6 +2,7 @@
 //! anything is touched.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -26,6 +27,20 @@ const GUEST_ONLY: &[&str] = &[
     "flush_tlb_all",
     "machine_restart",
     "kernel_power_off",
+];
+
+/// Kernel functions that wait for as long as their first argument says, with its unit in microseconds.
+const SLEEPS: &[(&str, u64)] = &[
+    ("msleep", 1000),
+    ("msleep_interruptible", 1000),
+    ("usleep_range_state", 1),
+];
+
+/// Kernel functions that let others run if somebody waits for the processor: inside a call nobody can.
+const YIELDS: &[&str] = &[
+    "__cond_resched",
+    "preempt_schedule",
+    "preempt_schedule_notrace",
 ];
 
 /// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
@@ -106,6 +121,10 @@ pub struct Plan {
     pub thunk_pages: Vec<Gva>,
     /// Kernel functions whose callers pass through.
     pub guest_only: Vec<Gva>,
+    /// Kernel functions that wait, with the unit of their first argument.
+    pub sleeps: Vec<(Gva, Duration)>,
+    /// Kernel functions that return at once.
+    pub skipped: Vec<Gva>,
     /// Kernel functions that no call may reach.
     pub fatal: Vec<Gva>,
 }
@@ -160,6 +179,14 @@ impl Plan {
             text_pages,
             thunk_pages,
             guest_only: kernel(GUEST_ONLY),
+            sleeps: SLEEPS
+                .iter()
+                .filter_map(|(name, unit)| {
+                    let symbol = symbols.kernel_symbol(name)?;
+                    Some((symbol.at, Duration::from_micros(*unit)))
+                })
+                .collect(),
+            skipped: kernel(YIELDS),
             fatal: kernel(FATAL),
         })
     }

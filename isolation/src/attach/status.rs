@@ -48,6 +48,10 @@ pub struct EntryStatus {
     pub device_reads: u64,
     /// System calls of calls, `KVM_RUN` left out.
     pub other_syscalls: u64,
+    /// Waits inside atomic calls.
+    pub sleeps: u64,
+    /// Time of these waits in microseconds.
+    pub slept_us: u64,
     /// Time in all calls, from the trap to the registers, in nanoseconds.
     pub total_ns: u64,
     /// The longest, in nanoseconds.
@@ -89,6 +93,8 @@ impl EntryStatus {
         self.posted_writes += u64::from(stats.posted_writes);
         self.device_reads += u64::from(stats.device_reads);
         self.other_syscalls += u64::from(stats.other_syscalls);
+        self.sleeps += u64::from(stats.sleeps);
+        self.slept_us += stats.slept_us;
         self.total_ns += ns;
         self.longest_ns = self.longest_ns.max(ns);
     }

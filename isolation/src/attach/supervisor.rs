@@ -7,10 +7,11 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
 use vm_memory::GuestMemoryMmap;
 
 use super::device::HeldDevice;
+use super::platform::Platform;
 use super::report::ViolationReport;
 use crate::domain::Domain;
 use crate::domain::monitor::ExceptionFrame;
-use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
 use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::Violation;
 use crate::guest::addr::{Gva, GvaRange};
@@ -176,6 +177,7 @@ pub struct CallSupervisor<'a> {
     knowledge: &'a Knowledge,
     policy: Option<CallPolicy<'a>>,
     device: Option<&'a mut dyn HeldDevice>,
+    platform: Platform<'a>,
 }
 
 impl<'a> CallSupervisor<'a> {
@@ -184,11 +186,13 @@ impl<'a> CallSupervisor<'a> {
         knowledge: &'a Knowledge,
         policy: Option<CallPolicy<'a>>,
         device: Option<&'a mut dyn HeldDevice>,
+        platform: Platform<'a>,
     ) -> Self {
         Self {
             knowledge,
             policy,
             device,
+            platform,
         }
     }
 
@@ -246,18 +250,23 @@ impl Supervisor for CallSupervisor<'_> {
         self.device.as_ref().is_some_and(|device| device.owns(gpa))
     }
 
-    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> u64 {
+    fn owns_port(&self, port: u16) -> bool {
+        let device = self.device.as_ref();
+        device.is_some_and(|device| device.owns_port(port))
+    }
+
+    fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64 {
         let mut data = [0xff; 8];
         if let Some(device) = &mut self.device {
-            device.read(gpa, &mut data[..bytes.min(8)]);
+            device.read(at, &mut data[..bytes.min(8)]);
         }
         data[bytes.min(8)..].fill(0);
         u64::from_le_bytes(data)
     }
 
-    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) {
+    fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize) {
         if let Some(device) = &mut self.device {
-            device.write(gpa, &value.to_le_bytes()[..bytes.min(8)]);
+            device.write(at, &value.to_le_bytes()[..bytes.min(8)]);
         }
     }
 
@@ -271,6 +280,22 @@ impl Supervisor for CallSupervisor<'_> {
         if let Some(device) = &mut self.device {
             device.restore();
         }
+    }
+
+    fn platform_read(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
+        self.platform.read(gpa, bytes)
+    }
+
+    fn platform_write(&mut self, gpa: u64, value: u64, bytes: usize) -> bool {
+        self.platform.write(gpa, value, bytes)
+    }
+
+    fn platform_msr_write(&mut self, index: u32, value: u64) -> bool {
+        self.platform.write_msr(index, value)
+    }
+
+    fn commit_platform(&mut self) {
+        self.platform.commit();
     }
 
     fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {

@@ -27,13 +27,14 @@ pub mod watchdog;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::{CpuId, kvm_sregs};
 use kvm_ioctls::Kvm;
 use vm_memory::GuestMemoryMmap;
 
 use error::DomainError;
-use monitor::{Monitor, PORT_FATAL, PORT_TRAPPED};
+use monitor::{Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::PrivateVm;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
@@ -96,6 +97,8 @@ pub struct Domain {
     adopted: Option<Adopted>,
     watchdog: Watchdog,
     crossings_at_entry: u64,
+    /// Functions that wait, with the unit of their first argument.
+    sleeps: HashMap<u64, Duration>,
 }
 
 impl Domain {
@@ -127,6 +130,7 @@ impl Domain {
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: 0,
+            sleeps: HashMap::new(),
         };
         domain.adopt(config.sregs)?;
         domain.build_roots(cr3)?;
@@ -163,6 +167,19 @@ impl Domain {
     /// reaches it passes through.
     pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {
         self.patch(va, &monitor::out(PORT_TRAPPED))
+    }
+
+    /// Makes the kernel function that begins at `va`, which waits for as many `unit`s as its first argument
+    /// says, one that a call can wait in without ceasing to be atomic.
+    pub fn sleep_function(&mut self, va: u64, unit: Duration) -> Result<(), DomainError> {
+        self.sleeps.insert(va, unit);
+        self.patch(va, &monitor::out(PORT_SLEEP))
+    }
+
+    /// Makes the kernel function that begins at `va` return 0 at once.
+    pub fn skip_function(&mut self, va: u64) -> Result<(), DomainError> {
+        // xor eax, eax; ret
+        self.patch(va, &[0x31, 0xc0, 0xc3])
     }
 
     /// Makes reaching the kernel function that begins at `va` the driver's failure.

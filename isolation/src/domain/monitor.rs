@@ -53,6 +53,9 @@ pub const PORT_CALLBACK_RETURN: u16 = 0xF2;
 /// Port of the exit at a kernel function that only the guest may run.
 pub const PORT_TRAPPED: u16 = 0xF3;
 
+/// Port of the exit at a kernel function that waits for time to pass.
+pub const PORT_SLEEP: u16 = 0xF5;
+
 /// Port of the exit at a kernel function that means that something is broken for good.
 pub const PORT_FATAL: u16 = 0xF4;
 

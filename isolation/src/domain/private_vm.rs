@@ -100,10 +100,17 @@ pub enum Exit {
         /// Their number, 1 to 8.
         bytes: usize,
     },
-    /// Access to a model-specific register that KVM does not know.
-    Msr {
+    /// Read of a model-specific register that KVM does not know or that is P's to trap.
+    MsrRead {
         /// Register number.
         index: u32,
+    },
+    /// Write of such a register.
+    MsrWrite {
+        /// Register number.
+        index: u32,
+        /// Value to be written.
+        value: u64,
     },
     /// A signal arrived.
     Interrupted,
@@ -256,8 +263,16 @@ impl PrivateVm {
                 value: little_endian(data),
                 bytes: data.len(),
             },
-            VcpuExit::X86Rdmsr(exit) => Exit::Msr { index: exit.index },
-            VcpuExit::X86Wrmsr(exit) => Exit::Msr { index: exit.index },
+            VcpuExit::X86Rdmsr(exit) => Exit::MsrRead { index: exit.index },
+            VcpuExit::X86Wrmsr(exit) => {
+                // The write counts as done unless somebody says otherwise; calls that must not make it
+                // never run on.
+                *exit.error = 0;
+                Exit::MsrWrite {
+                    index: exit.index,
+                    value: exit.data,
+                }
+            }
             VcpuExit::Intr => Exit::Interrupted,
             VcpuExit::Shutdown => Exit::Shutdown,
             _ => {
@@ -275,6 +290,23 @@ impl PrivateVm {
     pub fn answer_mmio(&mut self, value: u64) {
         let run = self.vcpu.get_kvm_run();
         run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
+    }
+
+    /// Gives the answer to the `in` of the last [`Exit::In`], of 1 to 4 bytes.
+    pub fn answer_port(&mut self, value: u32) {
+        let run = self.vcpu.get_kvm_run();
+        // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the member in use.
+        let (offset, bytes) = unsafe {
+            let io = run.__bindgen_anon_1.io;
+            (io.data_offset as usize, usize::from(io.size))
+        };
+        let value = &value.to_le_bytes()[..bytes.min(4)];
+        // SAFETY: KVM puts the data at this offset within the mapping that `kvm_run` is the head of (KVM
+        // API, section 5, KVM_EXIT_IO), with room for `size` bytes; nobody else uses it until KVM_RUN.
+        unsafe {
+            let data = std::ptr::from_mut(run).cast::<u8>().add(offset);
+            data.copy_from_nonoverlapping(value.as_ptr(), value.len());
+        }
     }
 
     /// Lets KVM forget a half-done access or a pending exception after a call was stopped in the

@@ -12,6 +12,15 @@ pub enum KernelExceptionVerdict {
     DriversFault,
 }
 
+/// Where a device is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceAddress {
+    /// A guest physical address in a memory BAR.
+    Memory(u64),
+    /// A port in an I/O BAR.
+    Port(u16),
+}
+
 /// Knowledge about the guest and access to the isolated device.
 pub trait Supervisor {
     /// Whether this call may write at least one byte around guest virtual address `va`, on its page;
@@ -37,17 +46,43 @@ pub trait Supervisor {
     /// Whether guest physical address `gpa` belongs to the isolated device.
     fn owns_mmio(&self, gpa: u64) -> bool;
 
-    /// Loads `bytes` (1 to 8) from the isolated device.
-    fn mmio_read(&mut self, gpa: u64, bytes: usize) -> u64;
+    /// Whether I/O port `port` belongs to the isolated device.
+    fn owns_port(&self, _port: u16) -> bool {
+        false
+    }
 
-    /// Stores the low `bytes` (1 to 8) of `value` to the isolated device.
-    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize);
+    /// Loads `bytes` (1 to 8, from ports 1 to 4) from the isolated device.
+    fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64;
+
+    /// Stores the low `bytes` (1 to 8, to ports 1 to 4) of `value` to the isolated device.
+    fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize);
 
     /// Takes the device's state, before the call reaches it for the first time.
     fn checkpoint_device(&mut self);
 
     /// Puts the state taken last back.
     fn restore_device(&mut self);
+
+    /// Loads `bytes` from the platform's interrupt controller at `gpa`, as stores of this call left it;
+    /// `None` if there is none at that address.
+    fn platform_read(&mut self, _gpa: u64, _bytes: usize) -> Option<u64> {
+        None
+    }
+
+    /// Stores to the platform's interrupt controller when the call commits; `false` if there is none at
+    /// that address.
+    fn platform_write(&mut self, _gpa: u64, _value: u64, _bytes: usize) -> bool {
+        false
+    }
+
+    /// Writes a register of the processor's interrupt controller or timer when the call commits;
+    /// `false` if it is not one that can wait.
+    fn platform_msr_write(&mut self, _index: u32, _value: u64) -> bool {
+        false
+    }
+
+    /// Performs what waited. If the call does not commit, it is forgotten.
+    fn commit_platform(&mut self) {}
 
     /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever
     /// becomes of the call (console output); `false` where it may not.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::monitor::ExceptionFrame;
-use isolation::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use isolation::domain::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::domain::{Domain, DomainConfig};
@@ -34,6 +34,8 @@ pub const DEVICE: u64 = 0xffff_c900_0010_0000;
 pub const DEVICE_GPA: u64 = 0xfeb0_0000;
 pub const OTHER_DEVICE: u64 = 0xffff_c900_0011_0000;
 pub const OTHER_DEVICE_GPA: u64 = 0xfec0_0000;
+/// The isolated device's I/O ports.
+pub const DEVICE_PORTS: std::ops::Range<u16> = 0xc000..0xc008;
 /// Where an isolated function returns to.
 pub const CALLER: u64 = KERNEL_TEXT + 0xf00;
 
@@ -235,6 +237,7 @@ impl Guest {
             clock: None,
             function: DRIVER_TEXT,
             budget: Duration::from_secs(5),
+            sleep_limit: Duration::from_millis(20),
         };
         domain.call(&request, kernel).unwrap()
     }
@@ -258,6 +261,11 @@ pub struct Kernel {
     pub device_value: u64,
     pub checkpoints: u32,
     pub restores: u32,
+    /// The guest's interrupt controller is at [`OTHER_DEVICE`].
+    pub platform: bool,
+    pub platform_waiting: Vec<(u64, u64)>,
+    /// Registers of interrupt controller and timer that were written at commit.
+    pub platform_written: Vec<(u64, u64)>,
 }
 
 impl Kernel {
@@ -297,11 +305,18 @@ impl Supervisor for Kernel {
     fn owns_mmio(&self, gpa: u64) -> bool {
         (DEVICE_GPA..DEVICE_GPA + PAGE).contains(&gpa)
     }
-    fn mmio_read(&mut self, _: u64, _: usize) -> u64 {
+    fn owns_port(&self, port: u16) -> bool {
+        DEVICE_PORTS.contains(&port)
+    }
+    fn device_read(&mut self, _: DeviceAddress, _: usize) -> u64 {
         self.device_value
     }
-    fn mmio_write(&mut self, gpa: u64, value: u64, bytes: usize) {
-        self.device_writes.push((gpa, value, bytes));
+    fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize) {
+        let at = match at {
+            DeviceAddress::Memory(gpa) => gpa,
+            DeviceAddress::Port(port) => port.into(),
+        };
+        self.device_writes.push((at, value, bytes));
     }
     fn checkpoint_device(&mut self) {
         self.checkpoints += 1;
@@ -309,6 +324,21 @@ impl Supervisor for Kernel {
     fn restore_device(&mut self) {
         self.restores += 1;
         self.device_writes.clear();
+    }
+    fn platform_read(&mut self, gpa: u64, _: usize) -> Option<u64> {
+        let written = self.platform_waiting.iter().rev();
+        let value = written.clone().find(|(at, _)| *at == gpa);
+        self.platform.then(|| value.map_or(0, |(_, value)| *value))
+    }
+    fn platform_write(&mut self, gpa: u64, value: u64, _: usize) -> bool {
+        self.platform_waiting.push((gpa, value));
+        self.platform
+    }
+    fn platform_msr_write(&mut self, index: u32, value: u64) -> bool {
+        self.platform_write(index.into(), value, 8)
+    }
+    fn commit_platform(&mut self) {
+        self.platform_written.append(&mut self.platform_waiting);
     }
     fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
         port == 0x3f8

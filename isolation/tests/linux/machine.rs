@@ -18,7 +18,9 @@ use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
-use isolation::attach::{AttachError, DEFAULT_BUDGET, IsolateRequest, Isolated, Isolator};
+use isolation::attach::{
+    AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator,
+};
 use isolation::guest::btf::Btf;
 use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
@@ -179,6 +181,7 @@ impl Machine {
             device: device.map(|device| Arc::new(device) as _),
             budget: DEFAULT_BUDGET.max(Duration::from_secs(2)),
             policy: Box::new(ReturnErrors),
+            sleep_limit: DEFAULT_SLEEP_LIMIT,
         })
     }
 

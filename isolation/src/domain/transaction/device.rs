@@ -2,17 +2,67 @@
 
 use super::*;
 
+/// Bytes of one access to a port (Intel SDM volume 1, section 19.3); string instructions move more.
+const MAX_PORT_BYTES: usize = 4;
+
 impl Call<'_> {
     pub(super) fn mmio_read(&mut self, gpa: u64, bytes: usize) -> Result<Step, DomainError> {
         if !self.supervisor.owns_mmio(gpa) {
+            if self.root()? == Root::Kernel
+                && let Some(value) = self.supervisor.platform_read(gpa, bytes)
+            {
+                self.domain.vm.answer_mmio(value);
+                return Ok(Step::Continue);
+            }
             let kind = ViolationKind::ForeignMmio { gpa, write: false };
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
+        let value = self.device_read(DeviceAddress::Memory(gpa), bytes)?;
+        self.domain.vm.answer_mmio(value);
+        Ok(Step::Continue)
+    }
+
+    pub(super) fn port_read(&mut self, port: u16, bytes: usize) -> Result<Step, DomainError> {
+        if !self.supervisor.owns_port(port) || bytes > MAX_PORT_BYTES {
+            let kind = ViolationKind::ForeignPort { port, write: false };
+            return self.foreign(kind, PassThroughReason::OtherDevice);
+        }
+        let value = self.device_read(DeviceAddress::Port(port), bytes)?;
+        self.domain.vm.answer_port(value as u32);
+        Ok(Step::Continue)
+    }
+
+    pub(super) fn port_write(
+        &mut self,
+        port: u16,
+        value: u32,
+        bytes: usize,
+    ) -> Result<Step, DomainError> {
+        if self.supervisor.owns_port(port) && bytes <= MAX_PORT_BYTES {
+            return self.post(DeviceAddress::Port(port), value.into(), bytes);
+        }
+        if self.root()? == Root::Kernel && self.supervisor.harmless_port_write(port, value, bytes) {
+            return Ok(Step::Continue);
+        }
+        let kind = ViolationKind::ForeignPort { port, write: true };
+        self.foreign(kind, PassThroughReason::OtherDevice)
+    }
+
+    fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> Result<u64, DomainError> {
         self.reach_device()?;
         self.stats.device_reads += 1;
-        let value = self.supervisor.mmio_read(gpa, bytes);
+        let value = self.supervisor.device_read(at, bytes);
         self.follow_device()?;
-        self.domain.vm.answer_mmio(value);
+        Ok(value)
+    }
+
+    fn post(&mut self, at: DeviceAddress, value: u64, bytes: usize) -> Result<Step, DomainError> {
+        if self.posted.len() >= MAX_POSTED {
+            self.reach_device()?;
+            self.follow_device()?;
+        }
+        self.posted.push(PostedWrite { at, value, bytes });
+        self.stats.posted_writes += 1;
         Ok(Step::Continue)
     }
 
@@ -23,16 +73,13 @@ impl Call<'_> {
         bytes: usize,
     ) -> Result<Step, DomainError> {
         if !self.supervisor.owns_mmio(gpa) {
+            if self.root()? == Root::Kernel && self.supervisor.platform_write(gpa, value, bytes) {
+                return Ok(Step::Continue);
+            }
             let kind = ViolationKind::ForeignMmio { gpa, write: true };
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
-        if self.posted.len() >= MAX_POSTED {
-            self.reach_device()?;
-            self.follow_device()?;
-        }
-        self.posted.push(PostedWrite { gpa, value, bytes });
-        self.stats.posted_writes += 1;
-        Ok(Step::Continue)
+        self.post(DeviceAddress::Memory(gpa), value, bytes)
     }
 
     /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the
@@ -70,7 +117,7 @@ impl Call<'_> {
     pub(super) fn flush_posted(&mut self) {
         for write in std::mem::take(&mut self.posted) {
             self.supervisor
-                .mmio_write(write.gpa, write.value, write.bytes);
+                .device_write(write.at, write.value, write.bytes);
         }
     }
 }

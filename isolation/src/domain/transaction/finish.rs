@@ -56,6 +56,7 @@ impl Call<'_> {
         dropped.extend(domain.warm.admit(&rest));
         dropped.sort_unstable();
         self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
+        self.supervisor.commit_platform();
         self.flush_posted();
         Ok((CallEnd::Committed, regs))
     }

@@ -16,6 +16,7 @@
 //! A call that passes through leaves no trace, and the guest runs the function itself, unisolated:
 //! that is how calls that sleep, wait for another processor or use the FPU are carried out.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
@@ -24,11 +25,12 @@ use kvm_ioctls::VcpuFd;
 use super::Domain;
 use super::error::DomainError;
 use super::monitor::{
-    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_RETURN, PORT_TRAPPED,
+    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_RETURN, PORT_SLEEP,
+    PORT_TRAPPED,
 };
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
-use super::supervisor::{KernelExceptionVerdict, Supervisor};
+use super::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
 use super::view::{PAGE_SIZE, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
@@ -36,6 +38,7 @@ use crate::policy::diff::PageMask;
 mod device;
 mod faults;
 mod finish;
+mod sleep;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -47,6 +50,9 @@ const THREAD_SIZE: u64 = 16 * 1024;
 const MAX_POSTED: usize = 4096;
 /// Unusual exits after which a call is given up: no honest call comes near.
 const MAX_DETOURS: u32 = 20_000;
+
+/// Length of `out imm8, al`.
+const OUT_BYTES: u64 = 2;
 
 const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
 const VECTOR_NMI: u8 = 2;
@@ -69,6 +75,9 @@ pub struct CallRequest<'a> {
     pub function: u64,
     /// Time after which the call is aborted.
     pub budget: Duration,
+    /// Time that the call may wait for in all, with the guest standing still, before it is given up as
+    /// one that sleeps.
+    pub sleep_limit: Duration,
 }
 
 /// Why a call was given back to the guest.
@@ -85,6 +94,8 @@ pub enum PassThroughReason {
     OtherDevice,
     /// A kernel function halts or does something that KVM cannot carry out.
     Halt,
+    /// A kernel function waits, for longer than the guest may stand still or for somebody else.
+    Sleeps,
     /// A kernel function that was marked to be run by the guest only, such as the scheduler.
     TrappedFunction,
     /// The guest's page tables are too large or changed too often.
@@ -102,6 +113,7 @@ impl PassThroughReason {
             Self::ProcessorRegister => "processor_register",
             Self::OtherDevice => "other_device",
             Self::Halt => "halt",
+            Self::Sleeps => "sleeps",
             Self::TrappedFunction => "trapped_function",
             Self::PageTables => "page_tables",
             Self::Stack => "stack",
@@ -147,6 +159,10 @@ pub struct CallStats {
     pub other_syscalls: u32,
     /// Times the roots had to be built.
     pub rebuilds: u32,
+    /// Times the call waited, with the guest standing still.
+    pub sleeps: u32,
+    /// Time that it waited for, in microseconds.
+    pub slept_us: u64,
 }
 
 /// Where the time of a failed call's rollback went, in nanoseconds.
@@ -178,7 +194,7 @@ pub struct CallResult {
 
 #[derive(Debug, Clone, Copy)]
 struct PostedWrite {
-    gpa: u64,
+    at: DeviceAddress,
     value: u64,
     bytes: usize,
 }
@@ -224,6 +240,8 @@ pub(super) struct Call<'a> {
     stats: CallStats,
     last_exit: Instant,
     phases: AbortPhases,
+    /// Where the last wait was called from, and how often running.
+    last_sleep: (u64, u32),
 }
 
 impl Domain {
@@ -252,6 +270,7 @@ impl Domain {
             stats: CallStats::default(),
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
+            last_sleep: (0, 0),
         };
         let result = call.carry_out();
         let (mut stats, phases) = (call.stats, call.phases);
@@ -387,25 +406,27 @@ impl Call<'_> {
                 },
                 PassThroughReason::TrappedFunction,
             ),
-            Exit::Out { port, value, bytes } => {
-                if self.root()? == Root::Kernel
-                    && self.supervisor.harmless_port_write(port, value, bytes)
-                {
-                    return Ok(Step::Continue);
-                }
-                let kind = ViolationKind::ForeignPort { port, write: true };
-                self.foreign(kind, PassThroughReason::OtherDevice)
-            }
-            Exit::In { port, .. } => {
-                let kind = ViolationKind::ForeignPort { port, write: false };
-                self.foreign(kind, PassThroughReason::OtherDevice)
-            }
+            Exit::Out {
+                port: PORT_SLEEP, ..
+            } if self.root()? == Root::Kernel => self.sleep(&regs),
+            Exit::Out { port, value, bytes } => self.port_write(port, value, bytes),
+            Exit::In { port, bytes } => self.port_read(port, bytes),
             Exit::MmioRead { gpa, bytes } => self.mmio_read(gpa, bytes),
             Exit::MmioWrite { gpa, value, bytes } => self.mmio_write(gpa, value, bytes),
-            Exit::Msr { index } => self.foreign(
+            Exit::MsrRead { index } => self.foreign(
                 ViolationKind::ForeignMsr { index },
                 PassThroughReason::ProcessorRegister,
             ),
+            Exit::MsrWrite { index, value } => {
+                if self.root()? == Root::Kernel && self.supervisor.platform_msr_write(index, value)
+                {
+                    return Ok(Step::Continue);
+                }
+                self.foreign(
+                    ViolationKind::ForeignMsr { index },
+                    PassThroughReason::ProcessorRegister,
+                )
+            }
             Exit::Interrupted => {
                 if self.domain.watchdog.expired() {
                     return Ok(Step::Violation(ViolationKind::TimeBudget, regs.rip));
