@@ -88,6 +88,7 @@ fn e1000_works_with_each_of_its_entries_in_the_domain() {
         let status = machine.entry("e1000", entry);
         assert!(status.calls > 0, "{entry} was not called");
         assert_eq!(status.aborts, 0, "{entry}");
+        assert!(status.commits > 0, "{entry} never ran in the domain");
         machine.isolator.release("e1000").unwrap();
         machine.run("ip link set eth0 down; ip link set eth0 address 52:54:00:12:34:56; ip link set eth0 up; sleep 1; ping -c 1 -W 2 10.0.2.2");
         machine.assert_healthy();
