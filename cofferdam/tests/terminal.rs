@@ -52,9 +52,10 @@ impl Session {
             )
         };
         assert_eq!(made, 0);
-        // SAFETY: openpty gave both, and nobody else owns them.
-        let (keyboard, terminal) =
-            unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) };
+        // SAFETY: openpty gave it, and nobody else owns it.
+        let keyboard = unsafe { File::from_raw_fd(ours) };
+        // SAFETY: as above.
+        let terminal = unsafe { OwnedFd::from_raw_fd(theirs) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
         command
             .env("COFFERDAM_RUNTIME_DIR", folder.path().join("run"))

@@ -68,11 +68,10 @@ pub fn give_back_startup() {
     };
     for (start, end) in maps.lines().filter_map(text_of_file) {
         let length = end.saturating_sub(start);
+        let start = start as *mut libc::c_void;
         // SAFETY: the range is a private mapping of a file that cannot be written through, so no page
         // of it differs from the file; dropped pages are read from the file again when touched.
-        let result =
-            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_DONTNEED) };
-        if result != 0 {
+        if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } != 0 {
             tracing::debug!("text is kept: {}", std::io::Error::last_os_error());
         }
     }
