@@ -2,7 +2,9 @@
 
 use agent_protocol::message::{ExecEnd, RestartDriver, StepName, SymbolFilter};
 
-use super::*;
+use cofferdam::bench::network::{ADDRESS, GATEWAY, INTERFACE};
+
+use super::{BOOT_TIME, shared};
 
 const EEXIST: i32 = libc::EEXIST;
 

@@ -1,7 +1,7 @@
 //! The `#[ignore]`d tests, found in the workspace's test programs: they need the images. Those of targets named
-//! `linux*` (`tests/linux.rs`) boot guests and run where that is possible, all others on this host. They are run one by
-//! one, so that each has its own time limit and one that hangs the lab is tried again in a new one. All share one lab
-//! while it lives.
+//! `linux*` (`tests/linux/`) boot guests and run where that is possible, all others on this host. The tests of one program run
+//! in one process, one after the other, so that they can share a guest; all programs share one lab while it lives. A program
+//! that hangs the lab is tried again as a whole in a new one.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,8 +15,9 @@ use crate::place::Place;
 use crate::steps::{capture, cargo, duration};
 use crate::workspace::Workspace;
 
-/// For one test: several boots and twenty driver restarts in the lab.
-const TEST_LIMIT: Duration = Duration::from_secs(300);
+/// For a program, and for each of its tests beyond that: several boots, or twenty driver restarts, in a busy lab.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(240);
+const TEST_LIMIT: Duration = Duration::from_secs(40);
 
 /// Test targets whose names begin so boot Linux.
 const LINUX_TARGETS: &str = "linux";
@@ -34,6 +35,12 @@ pub struct Program {
     pub boots_linux: bool,
 }
 
+impl Program {
+    fn full_name(&self, test: &str) -> String {
+        format!("{}::{test}", self.name)
+    }
+}
+
 /// A test that ran.
 #[derive(Clone, Debug, Serialize)]
 pub struct TestRecord {
@@ -43,10 +50,8 @@ pub struct TestRecord {
     pub place: Place,
     /// Whether it passed.
     pub passed: bool,
-    /// How long it took.
+    /// How long it took: to its end from that of the one before it.
     pub seconds: f64,
-    /// Labs that hung under it.
-    pub retries: u32,
 }
 
 /// What came of all of them.
@@ -54,6 +59,8 @@ pub struct TestRecord {
 pub struct Findings {
     /// Each test.
     pub tests: Vec<TestRecord>,
+    /// Labs that hung.
+    pub retries: u32,
 }
 
 impl Findings {
@@ -165,90 +172,143 @@ pub fn run(
     watch_interrupts()?;
     let mut lab = None;
     for program in programs(workspace)? {
-        let place = if program.boots_linux {
-            place
-        } else {
-            Place::Host
-        };
-        for test in ignored(&program)? {
-            let name = format!("{}::{test}", program.name);
-            if !name.contains(filter) {
-                continue;
-            }
-            if place == Place::Lab && lab.is_none() {
-                lab = Some(Lab::open(Settings::new(workspace), Kind::Any)?);
-            }
-            let lab = lab.as_mut().filter(|_| place == Place::Lab);
-            let record = run_test(name, place, &request(workspace, &program, &test)?, lab)?;
-            findings.tests.push(record);
+        let mut tests = ignored(&program)?;
+        tests.retain(|test| program.full_name(test).contains(filter));
+        if tests.is_empty() {
+            continue;
         }
+        let request = request(workspace, &program, &tests)?;
+        let mut run = ProgramRun::new(&program, &tests);
+        let ended = match place {
+            Place::Lab if program.boots_linux => {
+                let lab = match &mut lab {
+                    Some(lab) => lab,
+                    none => none.insert(Lab::open(Settings::new(workspace), Kind::Any)?),
+                };
+                run.place = Place::Lab;
+                let outcome =
+                    lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
+                findings.retries += outcome.retries;
+                outcome.ended
+            }
+            _ => super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?,
+        };
+        if ended == Ended::Interrupted {
+            bail!("interrupted");
+        }
+        findings.tests.extend(run.finish(ended));
     }
     lab.map_or(Ok(()), Lab::close)
 }
 
-fn run_test(
-    name: String,
+/// Understands what a test program says while it runs.
+struct ProgramRun<'a> {
+    program: &'a Program,
+    tests: &'a [String],
     place: Place,
-    request: &Request,
-    lab: Option<&mut Lab>,
-) -> anyhow::Result<TestRecord> {
-    let begin = Instant::now();
-    let mut output = Vec::new();
-    let mut take = |_: bool, bytes: &[u8]| {
-        output.extend_from_slice(bytes);
-        Ok(())
-    };
-    let (ended, retries) = match lab {
-        Some(lab) => {
-            let outcome = lab.run(request, &mut take)?;
-            (outcome.ended, outcome.retries)
-        }
-        None => (super::host::run(request, &mut take)?, 0),
-    };
-    if ended == Ended::Interrupted {
-        bail!("interrupted");
-    }
-    // A filter that matches nothing also ends well.
-    let mut count = Count::default();
-    let output = String::from_utf8_lossy(&output);
-    output.lines().for_each(|line| count.read_line(line));
-    let passed = ended == Ended::Exited(0) && count.passed == 1;
-    let seconds = begin.elapsed().as_secs_f64();
-    let word = if passed { "ok" } else { "FAILED" };
-    let again = if retries > 0 {
-        ", the lab hung once"
-    } else {
-        ""
-    };
-    eprintln!(
-        "      test {name} ... {word} ({}, {}{again})",
-        duration(seconds),
-        place.word()
-    );
-    if !passed {
-        eprintln!("{output}\n      ended: {ended:?}");
-    }
-    Ok(TestRecord {
-        name,
-        place,
-        passed,
-        seconds,
-        retries,
-    })
+    /// All that it said.
+    output: Vec<u8>,
+    /// The unfinished line on its standard output, where the results are.
+    line: Vec<u8>,
+    records: Vec<TestRecord>,
+    last_end: Instant,
 }
 
-fn request(workspace: &Workspace, program: &Program, test: &str) -> anyhow::Result<Request> {
+impl<'a> ProgramRun<'a> {
+    fn new(program: &'a Program, tests: &'a [String]) -> Self {
+        Self {
+            program,
+            tests,
+            place: Place::Host,
+            output: Vec::new(),
+            line: Vec::new(),
+            records: Vec::new(),
+            last_end: Instant::now(),
+        }
+    }
+
+    fn read(&mut self, is_stderr: bool, bytes: &[u8]) -> std::io::Result<()> {
+        self.output.extend_from_slice(bytes);
+        if is_stderr {
+            return Ok(());
+        }
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.line.extend_from_slice(piece);
+            if piece.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.line);
+                if let Some((test, passed)) = read_result(String::from_utf8_lossy(&line).trim_end())
+                {
+                    self.record(test, passed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, test: &str, passed: bool) {
+        if !self.tests.iter().any(|known| known == test) {
+            return;
+        }
+        let name = self.program.full_name(test);
+        // A lab that hung: the program begins anew.
+        self.records.retain(|record| record.name != name);
+        let seconds = self.last_end.elapsed().as_secs_f64();
+        self.last_end = Instant::now();
+        let word = if passed { "ok" } else { "FAILED" };
+        let (time, place) = (duration(seconds), self.place.word());
+        eprintln!("      test {name} ... {word} ({time}, {place})");
+        self.records.push(TestRecord {
+            name,
+            place: self.place,
+            passed,
+            seconds,
+        });
+    }
+
+    /// A test that the program did not come to has failed, and so has every one if the program says nothing of them but ends
+    /// badly.
+    fn finish(mut self, ended: Ended) -> Vec<TestRecord> {
+        for test in self.tests {
+            let name = self.program.full_name(test);
+            if !self.records.iter().any(|record| record.name == name) {
+                self.record(test, false);
+            }
+        }
+        let all_passed = self.records.iter().all(|record| record.passed);
+        if all_passed && ended != Ended::Exited(0) {
+            // All tests ended well, but something behind them did not.
+            self.records
+                .iter_mut()
+                .for_each(|record| record.passed = false);
+        }
+        if !all_passed || ended != Ended::Exited(0) {
+            eprintln!(
+                "{}\n      {} ended: {ended:?}",
+                String::from_utf8_lossy(&self.output),
+                self.program.name
+            );
+        }
+        self.records
+    }
+}
+
+/// Test and whether it passed, of a line such as `test boots ... ok`.
+fn read_result(line: &str) -> Option<(&str, bool)> {
+    let (test, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    match result {
+        "ok" => Some((test, true)),
+        "FAILED" => Some((test, false)),
+        _ => None,
+    }
+}
+
+fn request(workspace: &Workspace, program: &Program, tests: &[String]) -> anyhow::Result<Request> {
     let path = program.path.to_string_lossy().into_owned();
-    let words = [
-        path.as_str(),
-        "--ignored",
-        "--exact",
-        test,
-        "--nocapture",
-        "--test-threads",
-        "1",
-    ];
-    let mut request = Request::new(words.map(str::to_owned).to_vec(), TEST_LIMIT)?;
+    let mut argv = vec![path];
+    argv.extend(["--ignored", "--test-threads", "1", "--exact"].map(str::to_owned));
+    argv.extend_from_slice(tests);
+    let limit = PROGRAM_LIMIT + TEST_LIMIT * u32::try_from(tests.len())?;
+    let mut request = Request::new(argv, limit)?;
     request.cwd = program.directory.clone();
     let text = |path: &Path| path.to_string_lossy().into_owned();
     for (name, value) in [
@@ -296,15 +356,75 @@ mod tests {
         );
     }
 
-    #[test]
-    fn environment_of_a_test_is_that_of_its_crate() {
-        let program = Program {
+    fn program() -> Program {
+        Program {
             path: "/t/boot".into(),
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
-            boots_linux: false,
-        };
-        let request = request(&Workspace::find().unwrap(), &program, "boots").unwrap();
+            boots_linux: true,
+        }
+    }
+
+    fn passed(said: &[&str], ended: Ended) -> Vec<(String, bool)> {
+        let (program, tests) = (program(), ["a", "b"].map(str::to_owned));
+        let mut run = ProgramRun::new(&program, &tests);
+        for piece in said {
+            run.read(false, piece.as_bytes()).unwrap();
+            run.read(true, b"a word on standard error").unwrap();
+        }
+        let records = run.finish(ended);
+        records
+            .into_iter()
+            .map(|record| (record.name, record.passed))
+            .collect()
+    }
+
+    fn both(a: bool, b: bool) -> Vec<(String, bool)> {
+        vec![("vmm::boot::a".into(), a), ("vmm::boot::b".into(), b)]
+    }
+
+    #[test]
+    fn results_are_read_from_what_a_program_says() {
+        let said = [
+            "running 2 tests\ntest a ...",
+            " ok\ntest b ... FAIL",
+            "ED\n\ntest c ... ok\n",
+        ];
+        assert_eq!(passed(&said, Ended::Exited(101)), both(true, false));
+        assert_eq!(
+            passed(&["test a ... ok\ntest b ... ok\n"], Ended::Exited(0)),
+            both(true, true)
+        );
+    }
+
+    #[test]
+    fn tests_that_a_program_did_not_come_to_have_failed() {
+        assert_eq!(
+            passed(&["test a ... ok\ntest b ... "], Ended::TimeLimit),
+            both(true, false)
+        );
+        assert_eq!(passed(&[""], Ended::Exited(0)), both(false, false));
+    }
+
+    #[test]
+    fn a_program_that_ends_badly_after_its_tests_fails_them() {
+        let said = ["test a ... ok\ntest b ... ok\n"];
+        assert_eq!(passed(&said, Ended::Signaled(11)), both(false, false));
+    }
+
+    #[test]
+    fn a_second_try_replaces_what_the_first_found() {
+        let said = [
+            "test a ... FAILED\n",
+            "running 2 tests\ntest a ... ok\ntest b ... ok\n",
+        ];
+        assert_eq!(passed(&said, Ended::Exited(0)), both(true, true));
+    }
+
+    #[test]
+    fn environment_of_a_program_is_that_of_its_crate() {
+        let tests = ["boots".to_owned()];
+        let request = request(&Workspace::find().unwrap(), &program(), &tests).unwrap();
         let values: Vec<_> = request
             .env
             .iter()
@@ -312,6 +432,6 @@ mod tests {
             .collect();
         assert_eq!(values.len(), 1);
         assert_eq!(values[0].1, "/w/vmm");
-        assert_eq!(request.argv[2..4], ["--exact", "boots"]);
+        assert_eq!(request.argv[request.argv.len() - 2..], ["--exact", "boots"]);
     }
 }

@@ -1,99 +1,20 @@
-//! A stock Linux guest and its own drivers on our machine and devices.
-//!
-//! Each test needs a KVM that boots Linux in seconds and the guest images, so all are ignored unless
-//! asked for. Those that leave the guest as they found it share one; the others boot their own.
+//! The stock `e1000` driver on our 82540EM: all that it uses of the card, and the gateway at the other end of the wire.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test ends where something unexpected happens"
-)]
-
-#[path = "linux/agent.rs"]
-mod agent;
-
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
-use cofferdam::bench::guest::{Guest, GuestOptions};
+use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
 use cofferdam::bench::traffic;
 
-/// How long a guest may take to boot or to end.
-const BOOT_TIME: Duration = Duration::from_secs(120);
+use super::{ping, shared, shell};
 
 /// How long traffic is sent.
 const TRAFFIC_TIME: Duration = Duration::from_secs(3);
 
-/// The guest that tests share, ended when the process ends.
-static SHARED: Mutex<Option<Guest>> = Mutex::new(None);
-
-fn options() -> GuestOptions {
-    let images = std::env::var_os("COFFERDAM_IMAGES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
-        PathBuf::from,
-    );
-    GuestOptions {
-        program: env!("CARGO_BIN_EXE_cofferdam").into(),
-        images,
-        initrd: "initrd.cpio",
-        arguments: Vec::new(),
-    }
-}
-
-#[track_caller]
-fn boot(options: &GuestOptions) -> Guest {
-    Guest::boot(options, BOOT_TIME).unwrap_or_else(|error| panic!("{error:#}"))
-}
-
-/// The shared guest, with its network up.
-fn shared() -> Shared {
-    let mut guest = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-    if guest.is_none() {
-        // SAFETY: the handler does nothing that may not be done at the end of a process.
-        assert_eq!(unsafe { libc::atexit(end_shared) }, 0);
-        let mut new = boot(&options().with("--net user --nic e1000"));
-        network::bring_up(&mut new, "e1000").unwrap();
-        network::wait_for_link(&mut new, LINK_TIME).unwrap();
-        *guest = Some(new);
-    }
-    Shared(guest)
-}
-
-extern "C" fn end_shared() {
-    drop(SHARED.lock().unwrap_or_else(PoisonError::into_inner).take());
-}
-
-/// The shared guest for the time of one test.
-struct Shared(MutexGuard<'static, Option<Guest>>);
-
-impl std::ops::Deref for Shared {
-    type Target = Guest;
-
-    fn deref(&self) -> &Guest {
-        self.0.as_ref().unwrap()
-    }
-}
-
-impl std::ops::DerefMut for Shared {
-    fn deref_mut(&mut self) -> &mut Guest {
-        self.0.as_mut().unwrap()
-    }
-}
-
-/// Runs a shell command in the guest; it must succeed.
-#[track_caller]
-fn shell(guest: &mut Guest, script: &str) -> String {
-    guest
-        .shell(script)
-        .unwrap_or_else(|error| panic!("{error:#}"))
-}
-
 /// Sends traffic; all of it must arrive once, in order and unchanged.
 #[track_caller]
-fn traffic(guest: &mut Guest, kind: TrafficKind) -> TrafficResult {
+pub fn traffic(guest: &mut Guest, kind: TrafficKind) -> TrafficResult {
     let result = traffic::send(guest, kind, TRAFFIC_TIME).unwrap();
     assert_eq!(result.error, None, "{result:?}");
     assert_eq!(result.answered, result.sent, "lost: {result:?}");
@@ -237,8 +158,7 @@ fn the_driver_is_removed_and_inserted_twenty_times() {
         network::bring_up(&mut guest, "e1000").unwrap();
     }
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-    let ping = shell(&mut guest, "ping -c 3 -W 5 10.0.2.2");
-    assert!(ping.contains(" 0% packet loss"), "{ping}");
+    ping(&mut guest, "10.0.2.2", 56);
     let log = guest.agent().kmsg(boot_end).unwrap().0;
     let bad: Vec<_> = log
         .iter()
@@ -253,64 +173,6 @@ fn the_driver_is_removed_and_inserted_twenty_times() {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_paused_guest_stands_still_and_goes_on() {
-    let mut guest = shared();
-    let mut control = guest.control().unwrap();
-    use cofferdam::control::protocol::Request;
-    control.tell(&Request::Pause {}).unwrap();
-    let before = control.status().unwrap().exits;
-    std::thread::sleep(Duration::from_millis(200));
-    let after = control.status().unwrap().exits;
-    control.tell(&Request::Resume {}).unwrap();
-    assert_eq!(before, after);
-    guest.agent().ping().unwrap();
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_boots_reboots_and_powers_off() {
-    let mut guest = boot(&options());
-    let first = guest.agent().agent().unwrap().boot_id.clone();
-    guest.agent().reboot().unwrap();
-    guest.wait_for_agent(BOOT_TIME).unwrap();
-    let second = guest.agent().agent().unwrap().boot_id.clone();
-    assert_ne!(first, second);
-    assert_eq!(guest.control().unwrap().status().unwrap().resets, 1);
-    guest.agent().power_off().unwrap();
-    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
-    assert!(!guest.paths().dir.exists());
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_that_reboots_ends_with_no_reboot() {
-    let mut guest = boot(&options().with("--no-reboot"));
-    guest.agent().reboot().unwrap();
-    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn four_processors_come_up_and_work() {
-    let mut guest = boot(&options().with("--vcpus 4 --net user"));
-    let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
-    assert_eq!(count.trim(), "4");
-    // All at once, and a shell that waits for them: each round takes interrupts between processors.
-    let script = "for round in $(seq 25); do
-        for cpu in 0 1 2 3; do taskset -c $cpu sh -c 'echo cpu $0 works' $cpu & done; wait; done";
-    let works = shell(&mut guest, script);
-    for cpu in 0..4 {
-        let line = format!("cpu {cpu} works");
-        assert_eq!(works.matches(&line).count(), 25, "{works}");
-    }
-    network::bring_up(&mut guest, "e1000").unwrap();
-    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-    traffic(&mut guest, TrafficKind::TcpEcho);
-    traffic(&mut guest, TrafficKind::PingFlood);
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn the_gateway_gives_an_address_by_dhcp() {
     let mut guest = shared();
     shell(&mut guest, "ip addr flush dev eth0");
@@ -320,6 +182,5 @@ fn the_gateway_gives_an_address_by_dhcp() {
     lease.unwrap();
     let address = address.unwrap();
     assert!(address.contains(&ADDRESS.to_string()), "{address}");
-    let ping = shell(&mut guest, &format!("ping -c 1 -W 5 {GATEWAY}"));
-    assert!(ping.contains(" 0% packet loss"), "{ping}");
+    ping(&mut guest, &GATEWAY.to_string(), 56);
 }

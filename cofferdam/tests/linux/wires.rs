@@ -1,34 +1,14 @@
 //! Guests on wires other than the gateway: joined by a cable, and on a TAP of the host.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test ends where something unexpected happens"
-)]
-
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use agent_protocol::message::Ipv4;
-use cofferdam::bench::guest::{Guest, GuestOptions};
+use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, INTERFACE, LINK_TIME};
 
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
-
-fn boot(arguments: &str) -> Guest {
-    let images = std::env::var_os("COFFERDAM_IMAGES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
-        PathBuf::from,
-    );
-    let options = GuestOptions {
-        program: env!("CARGO_BIN_EXE_cofferdam").into(),
-        images,
-        initrd: "initrd.cpio",
-        arguments: Vec::new(),
-    };
-    Guest::boot(&options.with(arguments), BOOT_LIMIT).unwrap_or_else(|error| panic!("{error:#}"))
-}
+use super::{boot, options, ping, shell};
 
 /// Inserts the driver and gives its interface `10.9.0.NUMBER/24`.
 fn bring_up(guest: &mut Guest, driver: &str, number: u8) {
@@ -42,17 +22,14 @@ fn bring_up(guest: &mut Guest, driver: &str, number: u8) {
 }
 
 fn assert_reaches(guest: &mut Guest, number: u8) {
-    let output = guest
-        .shell(&format!("ping -c 3 -i 0.1 -W 5 -s 1400 10.9.0.{number}"))
-        .unwrap();
-    assert!(output.contains(" 0% packet loss"), "{output}");
+    ping(guest, &format!("10.9.0.{number}"), 1400);
 }
 
 /// Waits until the guest sees the carrier gone.
 fn wait_for_no_link(guest: &mut Guest) {
     let deadline = Instant::now() + LINK_TIME;
     let carrier = format!("cat /sys/class/net/{INTERFACE}/carrier");
-    while guest.shell(&carrier).unwrap().trim() != "0" {
+    while shell(guest, &carrier).trim() != "0" {
         assert!(Instant::now() < deadline, "the link stays");
     }
 }
@@ -63,17 +40,17 @@ fn two_guests_are_joined_by_a_cable_that_one_can_leave() {
     let folder = tempfile::tempdir().unwrap();
     let link = folder.path().join("link");
     let link = link.display();
-    let mut first = boot(&format!("--net unix={link},listen"));
+    let mut first = boot(&options().with(&format!("--net unix={link},listen")));
     bring_up(&mut first, "e1000", 1);
     {
-        let mut second = boot(&format!("--net unix={link} --nic virtio"));
+        let mut second = boot(&options().with(&format!("--net unix={link} --nic virtio")));
         bring_up(&mut second, "virtio_net", 2);
         network::wait_for_link(&mut first, LINK_TIME).unwrap();
         assert_reaches(&mut first, 2);
         assert_reaches(&mut second, 1);
     }
     wait_for_no_link(&mut first);
-    let mut third = boot(&format!("--net unix={link}"));
+    let mut third = boot(&options().with(&format!("--net unix={link}")));
     bring_up(&mut third, "e1000", 3);
     network::wait_for_link(&mut third, LINK_TIME).unwrap();
     network::wait_for_link(&mut first, LINK_TIME).unwrap();
@@ -109,7 +86,7 @@ fn ip(arguments: &[&str]) {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_on_a_tap_reaches_the_host() {
     let _tap = HostTap::new("cofferdam-tap0");
-    let mut guest = boot("--net tap=cofferdam-tap0");
+    let mut guest = boot(&options().with("--net tap=cofferdam-tap0"));
     bring_up(&mut guest, "e1000", 1);
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     assert_reaches(&mut guest, 100);

@@ -1,32 +1,12 @@
 //! Stock Linux drivers on the virtio devices: disk, network card, and the console that carries the
 //! agent.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test ends where something unexpected happens"
-)]
+use cofferdam::bench::guest::Guest;
 
-use std::path::PathBuf;
-use std::time::Duration;
+use super::{boot, options, ping, shell};
 
-use cofferdam::bench::guest::{Guest, GuestOptions};
-
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const DISK_BYTES: usize = 8 << 20;
 const MIB: usize = 1 << 20;
-
-fn options() -> GuestOptions {
-    let images = std::env::var_os("COFFERDAM_IMAGES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
-        PathBuf::from,
-    );
-    GuestOptions {
-        program: env!("CARGO_BIN_EXE_cofferdam").into(),
-        images,
-        initrd: "initrd.cpio",
-        arguments: Vec::new(),
-    }
-}
 
 /// Bytes without a pattern that an error could keep, the same in every run.
 fn noise(length: usize, seed: u64) -> Vec<u8> {
@@ -43,14 +23,10 @@ fn noise(length: usize, seed: u64) -> Vec<u8> {
 }
 
 fn set_network_up(guest: &mut Guest) {
-    guest
-        .shell("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")
-        .unwrap();
-}
-
-/// A line of `ping`'s summary says that all came back.
-fn assert_no_loss(output: &str) {
-    assert!(output.contains(" 0% packet loss"), "{output}");
+    shell(
+        guest,
+        "ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0",
+    );
 }
 
 #[test]
@@ -62,12 +38,13 @@ fn disks_hold_what_is_written_and_read_only_ones_stay() {
     std::fs::write(&disk, &content).unwrap();
     std::fs::write(&fixed, &content[..MIB]).unwrap();
     let arguments = format!("--disk {} --disk {},ro", disk.display(), fixed.display());
-    let mut guest = Guest::boot(&options().with(&arguments), BOOT_LIMIT).unwrap();
-    guest.shell("modprobe virtio_blk").unwrap();
+    let mut guest = boot(&options().with(&arguments));
+    shell(&mut guest, "modprobe virtio_blk");
 
-    guest
-        .shell("cat /dev/vda > /tmp/all && cp /dev/vdb /tmp/fixed")
-        .unwrap();
+    shell(
+        &mut guest,
+        "cat /dev/vda > /tmp/all && cp /dev/vdb /tmp/fixed",
+    );
     assert!(guest.agent().read_file("/tmp/all").unwrap() == content);
     assert!(guest.agent().read_file("/tmp/fixed").unwrap() == content[..MIB]);
 
@@ -76,19 +53,18 @@ fn disks_hold_what_is_written_and_read_only_ones_stay() {
         .agent()
         .write_file("/tmp/new", &written, 0o600)
         .unwrap();
-    guest
-        .shell("dd if=/tmp/new of=/dev/vda bs=64k seek=32 conv=notrunc,fsync")
-        .unwrap();
-    guest
-        .shell("blkdiscard -o 6291456 -l 65536 /dev/vda")
-        .unwrap();
+    shell(
+        &mut guest,
+        "dd if=/tmp/new of=/dev/vda bs=64k seek=32 conv=notrunc,fsync",
+    );
+    shell(&mut guest, "blkdiscard -o 6291456 -l 65536 /dev/vda");
     content[2 * MIB..3 * MIB].copy_from_slice(&written);
     let host = std::fs::read(&disk).unwrap();
     assert!(host[..6 * MIB] == content[..6 * MIB]);
     assert!(host[6 * MIB..6 * MIB + 65536].iter().all(|byte| *byte == 0));
     assert!(host[6 * MIB + 65536..] == content[6 * MIB + 65536..]);
 
-    assert_eq!(guest.shell("cat /sys/block/vdb/ro").unwrap().trim(), "1");
+    assert_eq!(shell(&mut guest, "cat /sys/block/vdb/ro").trim(), "1");
     assert!(
         guest
             .shell("dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=fsync")
@@ -96,34 +72,29 @@ fn disks_hold_what_is_written_and_read_only_ones_stay() {
     );
     assert!(std::fs::read(&fixed).unwrap() == content[..MIB]);
 
-    guest
-        .shell("rmmod virtio_blk && modprobe virtio_blk && echo 3 > /proc/sys/vm/drop_caches")
-        .unwrap();
-    guest
-        .shell("dd if=/dev/vda of=/tmp/again bs=1M skip=2 count=1")
-        .unwrap();
+    shell(
+        &mut guest,
+        "rmmod virtio_blk && modprobe virtio_blk && echo 3 > /proc/sys/vm/drop_caches",
+    );
+    shell(
+        &mut guest,
+        "dd if=/dev/vda of=/tmp/again bs=1M skip=2 count=1",
+    );
     assert!(guest.agent().read_file("/tmp/again").unwrap() == written);
 }
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn network_card_reaches_the_gateway_and_can_be_restarted() {
-    let options = options().with("--net user --nic virtio");
-    let mut guest = Guest::boot(&options, BOOT_LIMIT).unwrap();
-    guest.shell("modprobe virtio_net").unwrap();
+    let mut guest = boot(&options().with("--net user --nic virtio"));
+    shell(&mut guest, "modprobe virtio_net");
     set_network_up(&mut guest);
     for size in [56, 1472, 9000] {
-        assert_no_loss(
-            &guest
-                .shell(&format!("ping -c 3 -i 0.1 -s {size} 10.0.2.2"))
-                .unwrap(),
-        );
+        ping(&mut guest, "10.0.2.2", size);
     }
     let sent = noise(2 * MIB, 3);
     guest.agent().write_file("/tmp/sent", &sent, 0o600).unwrap();
-    guest
-        .shell("nc 10.0.2.2 7 < /tmp/sent > /tmp/back")
-        .unwrap();
+    shell(&mut guest, "nc 10.0.2.2 7 < /tmp/sent > /tmp/back");
     assert!(guest.agent().read_file("/tmp/back").unwrap() == sent);
     guest
         .shell(
@@ -131,13 +102,11 @@ fn network_card_reaches_the_gateway_and_can_be_restarted() {
              && ip addr add 10.64.5.15/24 dev v5",
         )
         .unwrap();
-    assert_no_loss(&guest.shell("ping -c 3 -i 0.1 10.64.5.2").unwrap());
+    ping(&mut guest, "10.64.5.2", 56);
     for _ in 0..5 {
-        guest
-            .shell("rmmod virtio_net && modprobe virtio_net")
-            .unwrap();
+        shell(&mut guest, "rmmod virtio_net && modprobe virtio_net");
         set_network_up(&mut guest);
-        assert_no_loss(&guest.shell("ping -c 1 -W 5 10.0.2.2").unwrap());
+        ping(&mut guest, "10.0.2.2", 56);
     }
 }
 
@@ -152,15 +121,13 @@ fn devices_work_by_the_interrupt_pin_too() {
         "--net user --nic virtio --append pci=nomsi --disk {}",
         disk.display()
     );
-    let mut guest = Guest::boot(&options().with(&arguments), BOOT_LIMIT).unwrap();
-    guest
-        .shell("modprobe virtio_net && modprobe virtio_blk")
-        .unwrap();
+    let mut guest = boot(&options().with(&arguments));
+    shell(&mut guest, "modprobe virtio_net && modprobe virtio_blk");
     set_network_up(&mut guest);
-    assert_no_loss(&guest.shell("ping -c 3 -i 0.1 10.0.2.2").unwrap());
-    guest.shell("cp /dev/vda /tmp/all").unwrap();
+    ping(&mut guest, "10.0.2.2", 56);
+    shell(&mut guest, "cp /dev/vda /tmp/all");
     assert!(guest.agent().read_file("/tmp/all").unwrap() == content);
-    let interrupts = guest.shell("grep virtio /proc/interrupts").unwrap();
+    let interrupts = shell(&mut guest, "grep virtio /proc/interrupts");
     assert!(
         interrupts.contains("IO-APIC") && !interrupts.contains("MSI"),
         "{interrupts}"

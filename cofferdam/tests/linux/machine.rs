@@ -1,0 +1,67 @@
+//! The machine: boot, reboot, power-off, pause, several processors.
+
+use std::time::Duration;
+
+use agent_protocol::traffic::TrafficKind;
+use cofferdam::bench::network::{self, LINK_TIME};
+use cofferdam::control::protocol::Request;
+
+use super::nic::traffic;
+use super::{BOOT_TIME, boot, options, shared, shell};
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_paused_guest_stands_still_and_goes_on() {
+    let mut guest = shared();
+    let mut control = guest.control().unwrap();
+    control.tell(&Request::Pause {}).unwrap();
+    let before = control.status().unwrap().exits;
+    std::thread::sleep(Duration::from_millis(200));
+    let after = control.status().unwrap().exits;
+    control.tell(&Request::Resume {}).unwrap();
+    assert_eq!(before, after);
+    guest.agent().ping().unwrap();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_boots_reboots_and_powers_off() {
+    let mut guest = boot(&options());
+    let first = guest.agent().agent().unwrap().boot_id.clone();
+    guest.agent().reboot().unwrap();
+    guest.wait_for_agent(BOOT_TIME).unwrap();
+    let second = guest.agent().agent().unwrap().boot_id.clone();
+    assert_ne!(first, second);
+    assert_eq!(guest.control().unwrap().status().unwrap().resets, 1);
+    guest.agent().power_off().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    assert!(!guest.paths().dir.exists());
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_that_reboots_ends_with_no_reboot() {
+    let mut guest = boot(&options().with("--no-reboot"));
+    guest.agent().reboot().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn four_processors_come_up_and_work() {
+    let mut guest = boot(&options().with("--vcpus 4 --net user"));
+    let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
+    assert_eq!(count.trim(), "4");
+    // All at once, and a shell that waits for them: each round takes interrupts between processors.
+    let script = "for round in $(seq 25); do
+        for cpu in 0 1 2 3; do taskset -c $cpu sh -c 'echo cpu $0 works' $cpu & done; wait; done";
+    let works = shell(&mut guest, script);
+    for cpu in 0..4 {
+        let line = format!("cpu {cpu} works");
+        assert_eq!(works.matches(&line).count(), 25, "{works}");
+    }
+    network::bring_up(&mut guest, "e1000").unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    traffic(&mut guest, TrafficKind::TcpEcho);
+    traffic(&mut guest, TrafficKind::PingFlood);
+}
