@@ -111,7 +111,7 @@ fn reports_are_merged_shown_and_drawn() {
     cofferdam(&format!("report show {whole}"))
         .assert()
         .success()
-        .stdout(contains("restart: first_rx").and(contains("2000.000")));
+        .stdout(contains("restart (e1000): first_rx").and(contains("2000.000")));
     cofferdam(&format!("report html {whole}"))
         .assert()
         .success()

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod dma;
 pub mod e1000;
 pub mod irq;
+pub mod moments;
 pub mod pci;
 pub mod rate_limit;
 pub mod serial;

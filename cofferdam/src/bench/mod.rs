@@ -6,4 +6,5 @@ pub mod clock;
 pub mod guest;
 pub mod network;
 pub mod recovery;
+pub mod rollback;
 pub mod traffic;

@@ -1,10 +1,12 @@
-//! How long a guest's network is gone: by restart of its driver, and by reboot of the guest.
+//! How long a guest's network is gone: by rollback of a failed call of its driver, by restart of the driver,
+//! and by reboot of the guest.
 //!
 //! ```text
 //! restart    start         returned            link_up      first_tx       first_rx
 //!            │ remove insert │ address, up       │ carrier    │ a frame      │ a ping answered
 //!            └─ agent ───────┴───────────────────┴────────────┴─ gateway ────┴─►
 //! reboot     │ reset ─ kernel ─ driver, address, up ─ carrier, a frame, a ping answered; agent
+//! rollback   see [`super::rollback`]
 //! ```
 //!
 //! The gateway pings the guest all the time; its stamps are the host's. The agent's stamps are the
@@ -19,6 +21,7 @@ use devices::clock::monotonic_ns;
 use super::clock::GuestClock;
 use super::guest::{Guest, GuestOptions};
 use super::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
+use super::rollback;
 use crate::control::protocol::Request;
 use crate::report::{Guest as GuestFacts, Method, Phase, Recovery, RecoveryRun};
 
@@ -41,8 +44,12 @@ pub struct RecoveryOptions {
     pub guest: GuestOptions,
     /// Ways of recovery, each in a guest of its own.
     pub methods: Vec<Method>,
-    /// Recoveries of each.
+    /// Recoveries of each baseline.
     pub runs: usize,
+    /// Entry points whose calls are rolled back.
+    pub entries: Vec<String>,
+    /// Rollbacks of each entry point.
+    pub rollbacks: usize,
 }
 
 /// Measures, telling `progress` what is done.
@@ -64,17 +71,31 @@ pub fn measure(
         progress(&format!("{name}: booting a guest"));
         let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
         let mut probe = Probe::start(&guest, PING_INTERVAL)?;
+        let recover = match method {
+            Method::Restart => restart,
+            Method::Reboot => reboot,
+            Method::Rollback => {
+                probe
+                    .wait_for_reply(monotonic_ns(), LINK_TIME)
+                    .context("the network did not work before the first fault")?;
+                recoveries.extend(rollback::measure(
+                    &mut guest,
+                    &mut probe,
+                    &options.entries,
+                    options.rollbacks,
+                    progress,
+                )?);
+                facts = Some(guest_facts(&mut guest)?);
+                continue;
+            }
+        };
         let mut runs = Vec::new();
         for number in 1..=options.runs {
             probe
                 .wait_for_reply(monotonic_ns(), LINK_TIME)
                 .context("the network did not work before the recovery")?;
-            let run = match method {
-                Method::Restart => restart(&mut guest, &mut probe),
-                Method::Reboot => reboot(&mut guest, &mut probe),
-                Method::Rollback => anyhow::bail!("rollback cannot be measured yet"),
-            }
-            .with_context(|| format!("{name}, run {number}"))?;
+            let run =
+                recover(&mut guest, &mut probe).with_context(|| format!("{name}, run {number}"))?;
             let total = run.total_us().unwrap_or_default() / 1e6;
             progress(&format!(
                 "{name} {number} of {}: {total:.3} s",

@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, recovery, traffic};
+use crate::bench::{boot, recovery, rollback, traffic};
 use crate::options::NicModel;
 use crate::report::{Method, Report, environment, html, merge};
 
@@ -28,12 +28,14 @@ Example:
         #[arg(long, value_enum, default_value_t = Monitor::Cofferdam)]
         vmm: Monitor,
     },
-    /// Time how long the network is gone: driver restart, guest reboot
+    /// Time how long the network is gone: rollback of a call, driver restart, guest reboot
     #[command(after_help = "\
-The gateway pings the guest all the time; the guest's agent restarts the driver.
+The gateway pings the guest all the time. For rollback, faults are put into single calls of the driver; for
+the others, the guest's agent restarts the driver or the guest is reset.
 
-Example:
-  cofferdam bench recovery --method restart,reboot --runs 5 --json recovery.json")]
+Examples:
+  cofferdam bench recovery --runs 5 --json recovery.json --html recovery.html
+  cofferdam bench recovery --method rollback,restart --entry e1000_clean --rollbacks 300")]
     Recovery {
         #[command(flatten)]
         common: Common,
@@ -44,9 +46,26 @@ Example:
             long,
             value_enum,
             value_delimiter = ',',
-            default_values_t = [Baseline::Restart, Baseline::Reboot]
+            default_values_t = [Method::Rollback, Method::Restart, Method::Reboot]
         )]
-        method: Vec<Baseline>,
+        method: Vec<Method>,
+        /// An entry point of the driver whose calls are made to fail and rolled back; may be given several
+        /// times
+        #[arg(
+            long,
+            value_name = "FUNCTION",
+            value_delimiter = ',',
+            default_values = rollback::ENTRIES
+        )]
+        entry: Vec<String>,
+        /// How many rollbacks of each entry point
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 100,
+            value_parser = clap::value_parser!(u16).range(1..=10_000)
+        )]
+        rollbacks: u16,
     },
     /// Send traffic through the NIC and check every byte of it
     #[command(after_help = "\
@@ -119,15 +138,6 @@ pub enum Monitor {
     Qemu,
 }
 
-/// Ways of recovery that exist without isolation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Baseline {
-    /// Remove and insert the driver
-    Restart,
-    /// Reset the guest
-    Reboot,
-}
-
 fn parse_kind(name: &str) -> Result<TrafficKind, String> {
     TrafficKind::from_name(name).ok_or_else(|| {
         let names: Vec<&str> = TrafficKind::ALL.iter().map(|kind| kind.name()).collect();
@@ -160,11 +170,15 @@ impl BenchCommand {
                 common,
                 runs,
                 method,
+                entry,
+                rollbacks,
             } => {
                 let options = recovery::RecoveryOptions {
                     guest: GuestOptions::new(&common.images)?,
-                    methods: method.into_iter().map(Baseline::method).collect(),
+                    methods: method,
                     runs: usize::from(runs.runs),
+                    entries: entry,
+                    rollbacks: usize::from(rollbacks),
                 };
                 let (recoveries, guest) = recovery::measure(&options, &mut progress)?;
                 report.recovery = recoveries;
@@ -193,15 +207,6 @@ impl BenchCommand {
             }
         }
         Ok(Ending::SUCCESS)
-    }
-}
-
-impl Baseline {
-    fn method(self) -> Method {
-        match self {
-            Self::Restart => Method::Restart,
-            Self::Reboot => Method::Reboot,
-        }
     }
 }
 

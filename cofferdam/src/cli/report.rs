@@ -112,7 +112,7 @@ pub fn text(report: &Report) -> String {
         );
     }
     for recovery in &report.recovery {
-        let method = recovery.method.name();
+        let method = recovery.name();
         for (phase, stat) in &recovery.phases_us {
             add(format!("{method}: {}", phase.name()), stat);
         }

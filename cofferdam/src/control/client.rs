@@ -9,8 +9,9 @@ use anyhow::{Context, bail, ensure};
 
 use super::protocol::{Answer, MAX_ANSWER_BYTES, Reply, Request, Status};
 
-/// How long a VM process may take to answer.
-const ANSWER_TIME: Duration = Duration::from_secs(30);
+/// How long a VM process may take to answer: to isolate a module it asks the guest's agent for all symbols and
+/// types first.
+const ANSWER_TIME: Duration = Duration::from_secs(90);
 
 /// A connection to a VM process.
 #[derive(Debug)]

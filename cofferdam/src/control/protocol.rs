@@ -11,7 +11,9 @@
 
 use std::collections::BTreeMap;
 
+use isolation::attach::fault::{FaultCount, InstructionAt};
 use isolation::attach::status::ModuleStatus;
+use recovery::fault::FaultKind;
 use serde::{Deserialize, Serialize};
 
 /// Longest request, with its line end, in bytes.
@@ -59,6 +61,35 @@ pub enum Request {
     },
     /// What did calls of a module do wrong lately? Answer: [`Reply::Violations`].
     Violations {
+        /// Name of the module.
+        module: String,
+    },
+    /// Which instructions does a function of an isolated module have? Answer:
+    /// [`Reply::Instructions`].
+    Instructions {
+        /// Name of the module.
+        module: String,
+        /// Name of the function.
+        function: String,
+    },
+    /// Put a fault into calls of an isolated function, in place of the one before. The guest's own
+    /// text is not touched.
+    Inject {
+        /// Name of the module.
+        module: String,
+        /// Name of the isolated function.
+        entry: String,
+        /// Where in it, in bytes from its start.
+        offset: u64,
+        /// What goes wrong.
+        fault: FaultKind,
+        /// Every how many calls, at least 1.
+        every: u32,
+        /// How many calls.
+        times: u64,
+    },
+    /// What became of that fault? Answer: [`Reply::FaultCount`].
+    FaultCount {
         /// Name of the module.
         module: String,
     },
@@ -132,6 +163,13 @@ pub enum Reply {
         /// The same for people.
         texts: Vec<String>,
     },
+    /// Instructions of a function.
+    Instructions {
+        /// By offset.
+        instructions: Vec<InstructionAt>,
+    },
+    /// What became of an injected fault.
+    FaultCount(FaultCount),
     /// What the gateway saw.
     Probe(ProbeReading),
 }
@@ -233,6 +271,15 @@ pub struct ProbeReading {
     /// First frame of the guest that came after a silence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_frame_ns: Option<u64>,
+    /// First answer to a ping that was sent at that time or later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_round_trip_ns: Option<u64>,
+    /// First frame of the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_tx_ns: Option<u64>,
+    /// First interrupt of the NIC that the guest took; only of an e1000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_interrupt_ns: Option<u64>,
     /// Pings sent since the given time, as far as they are remembered.
     pub sent: u64,
     /// Pings answered since the given time, as far as they are remembered.
@@ -249,6 +296,18 @@ mod tests {
         let line = request.line();
         assert_eq!(line, "{\"request\":\"probe_start\",\"interval_us\":1000}\n");
         assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+    }
+
+    #[test]
+    fn lists_travel_in_answers() {
+        let line = Answer::Ok(Reply::Instructions {
+            instructions: Vec::new(),
+        })
+        .line();
+        assert_eq!(
+            line,
+            "{\"ok\":{\"reply\":\"instructions\",\"instructions\":[]}}\n"
+        );
     }
 
     #[test]

@@ -84,7 +84,7 @@ fn recovery_section(body: &mut String, recoveries: &[Recovery]) -> anyhow::Resul
         let _ = writeln!(
             body,
             "<h3>{}, {} runs</h3>",
-            escape(&super::plot::recovery_name(recovery)),
+            escape(&recovery.name()),
             recovery.n
         );
         body.push_str(&recovery_boxes(recovery)?);

@@ -127,6 +127,10 @@ pub struct Recovery {
     /// Fault that was put in; absent for a baseline, which has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
+    /// How often the link came or went during all runs of the entry; absent for a baseline, which takes it
+    /// down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_changes: Option<u64>,
     /// Number of runs that are in the numbers.
     pub n: u64,
     /// Each phase's duration: from the end of the phase before it in the same run to its own end, so
@@ -143,7 +147,19 @@ pub struct Recovery {
 }
 
 /// How a guest gets its network back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
     /// The failed call is rolled back.
@@ -239,6 +255,22 @@ impl RecoveryRun {
 }
 
 impl Recovery {
+    /// What was recovered from, and how.
+    pub fn name(&self) -> String {
+        let method = self.method.name();
+        match (&self.entry, &self.fault) {
+            (Some(entry), Some(fault)) => format!("{method} ({entry}, {fault})"),
+            (Some(entry), None) => format!("{method} ({entry})"),
+            (None, _) => format!("{method} ({})", self.driver),
+        }
+    }
+
+    /// When a phase ended in each run that had it, in microseconds since the start.
+    pub fn ends_us(&self, phase: Phase) -> Vec<f64> {
+        let ends = self.runs.iter().filter_map(|run| run.at_us.get(&phase));
+        ends.copied().collect()
+    }
+
     /// The numbers of `runs`; `None` where there is none.
     pub fn from_runs(driver: &str, method: Method, runs: Vec<RecoveryRun>) -> Option<Self> {
         let totals: Vec<f64> = runs.iter().filter_map(RecoveryRun::total_us).collect();
@@ -257,6 +289,7 @@ impl Recovery {
             entry: None,
             method,
             fault: None,
+            link_changes: None,
             n: u64::try_from(totals.len()).ok()?,
             phases_us: stats(phases),
             total_us: Stat::from_samples(&totals)?,

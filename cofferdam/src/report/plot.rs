@@ -65,7 +65,7 @@ pub fn css(color: RGBColor) -> String {
 pub fn recovery_bars(recoveries: &[Recovery]) -> anyhow::Result<String> {
     let bars: Vec<(String, Vec<(Phase, f64)>)> = recoveries
         .iter()
-        .map(|r| (recovery_name(r), ordered_medians(r)))
+        .map(|r| (r.name(), ordered_medians(r)))
         .collect();
     let longest = bars
         .iter()
@@ -195,14 +195,6 @@ fn boxes(
         plot.line((p50, y - 13), (p50, y + 13), INK, 2);
     }
     plot.svg()
-}
-
-/// What a way of recovery is called in a plot.
-pub fn recovery_name(recovery: &Recovery) -> String {
-    match &recovery.entry {
-        Some(entry) => format!("{} ({entry})", recovery.method.name()),
-        None => format!("{} ({})", recovery.method.name(), recovery.driver),
-    }
 }
 
 /// Phases with their median durations, in the order in which they end.

@@ -2,15 +2,16 @@
 //! counters and reports come out.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_protocol::Client;
-use agent_protocol::message::SymbolFilter;
+use agent_protocol::message::{Module, SymbolFilter};
 use devices::e1000::E1000;
 use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::device::IsolatedDevice;
 use isolation::attach::e1000::E1000Device;
+use isolation::attach::fault::FaultOrder;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::ModuleStatus;
 use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolator};
@@ -39,6 +40,16 @@ pub struct Isolation {
     isolator: Arc<Isolator>,
     agent_socket: PathBuf,
     nic: Option<IsolatedNic>,
+    /// What the agent reported last: it takes seconds to transfer.
+    known: Mutex<Option<Known>>,
+}
+
+/// What is known of a guest and a module, for as long as the same modules are loaded at the same places.
+struct Known {
+    module: String,
+    loaded: Vec<Module>,
+    symbols: Arc<SymbolTable>,
+    types: Option<Arc<Btf>>,
 }
 
 impl Isolation {
@@ -48,6 +59,7 @@ impl Isolation {
             isolator,
             agent_socket,
             nic,
+            known: Mutex::new(None),
         }
     }
 
@@ -67,22 +79,21 @@ impl Isolation {
         }
         let mut agent = Client::unix(self.agent_socket.clone());
         agent.set_limit(AGENT_TIME);
-        let (sections, symbols) = guest_knowledge(&mut agent, module).map_err(|e| e.to_string())?;
-        let Some(sections) = sections else {
+        let loaded = agent.modules(None).map_err(|error| error.to_string())?;
+        let Some(own) = loaded.iter().find(|loaded| loaded.name == module) else {
             return Err(format!(
                 "the guest has no module {module} loaded (see lsmod in it)"
             ));
         };
+        let sections = own.sections.clone();
         let text = sections
             .iter()
             .find(|(name, _)| name == ".text")
             .map(|(_, at)| *at);
         self.isolator.forget_stale(module, text);
-        let types = guest_types(&mut agent, module)
-            .inspect_err(|error| {
-                tracing::warn!("calls of {module} may write to all of the guest's heap: {error:#}")
-            })
-            .ok();
+        let (symbols, types) = self
+            .knowledge(&mut agent, module, loaded)
+            .map_err(|error| error.to_string())?;
         let nic = self.nic.as_ref().filter(|_| module == "e1000");
         let device =
             nic.map(|nic| -> Arc<dyn IsolatedDevice> { Arc::new(E1000Device(nic.nic.clone())) });
@@ -91,7 +102,7 @@ impl Isolation {
             .isolate(IsolateRequest {
                 module: module.to_owned(),
                 sections,
-                symbols: Arc::new(symbols),
+                symbols,
                 types,
                 wanted: match entries {
                     EntrySelection::All => Wanted::All,
@@ -106,6 +117,35 @@ impl Isolation {
             })
             .map_err(|error| error.to_string())?;
         json(&isolated).map(Reply::Isolated)
+    }
+
+    /// The guest's symbols, and the types of its kernel and of `module` if it has them.
+    fn knowledge(
+        &self,
+        agent: &mut Client,
+        module: &str,
+        loaded: Vec<Module>,
+    ) -> anyhow::Result<(Arc<SymbolTable>, Option<Arc<Btf>>)> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known
+            .as_ref()
+            .filter(|known| known.module == module && known.loaded == loaded)
+        {
+            return Ok((known.symbols.clone(), known.types.clone()));
+        }
+        let symbols = Arc::new(guest_symbols(agent)?);
+        let types = guest_types(agent, module)
+            .inspect_err(|error| {
+                tracing::warn!("calls of {module} may write to all of the guest's heap: {error:#}")
+            })
+            .ok();
+        *known = Some(Known {
+            module: module.to_owned(),
+            loaded,
+            symbols: symbols.clone(),
+            types: types.clone(),
+        });
+        Ok((symbols, types))
     }
 
     /// Takes `module` out of its domain.
@@ -130,26 +170,41 @@ impl Isolation {
         })
     }
 
+    /// The instructions of a function of an isolated module.
+    pub fn instructions(&self, module: &str, function: &str) -> Result<Reply, String> {
+        let instructions = self.isolator.instructions(module, function);
+        instructions
+            .map(|instructions| Reply::Instructions { instructions })
+            .map_err(|error| error.to_string())
+    }
+
+    /// Puts a fault into calls of an isolated function.
+    pub fn inject(&self, module: &str, order: FaultOrder) -> Result<Reply, String> {
+        if order.every == 0 {
+            return Err("every 0th call is none: choose 1 for every call".to_owned());
+        }
+        let ordered = self.isolator.order_fault(module, order);
+        ordered
+            .map(|()| Reply::Done {})
+            .map_err(|error| error.to_string())
+    }
+
+    /// What became of that fault.
+    pub fn fault_count(&self, module: &str) -> Result<Reply, String> {
+        let count = self.isolator.fault_count(module);
+        count
+            .map(Reply::FaultCount)
+            .map_err(|error| error.to_string())
+    }
+
     /// Counters of all isolated modules.
     pub fn status(&self) -> Vec<ModuleStatus> {
         self.isolator.status()
     }
 }
 
-type Sections = Vec<(String, u64)>;
-
-/// Sections of `module`, if it is loaded, and all symbols of the guest.
-fn guest_knowledge(
-    agent: &mut Client,
-    module: &str,
-) -> anyhow::Result<(Option<Sections>, SymbolTable)> {
-    let loaded = agent
-        .modules(None)?
-        .into_iter()
-        .find(|loaded| loaded.name == module);
-    let Some(loaded) = loaded else {
-        return Ok((None, SymbolTable::default()));
-    };
+/// All symbols of the guest.
+fn guest_symbols(agent: &mut Client) -> anyhow::Result<SymbolTable> {
     let mut table = SymbolTableBuilder::default();
     for symbol in agent.symbols(SymbolFilter::default())? {
         table.add(&Line {
@@ -159,7 +214,7 @@ fn guest_knowledge(
             module: symbol.module.as_deref(),
         })?;
     }
-    Ok((Some(loaded.sections), table.finish()))
+    Ok(table.finish())
 }
 
 /// Types of the guest's kernel and of `module`.

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use agent_protocol::PORT_NAME;
 use anyhow::{Context, bail};
 use devices::e1000::{E1000, E1000Config};
+use devices::moments::Moments;
 use devices::pci::config::InterruptPin;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Block, Disk};
@@ -41,6 +42,8 @@ pub struct Parts {
     pub meter: Option<Arc<Meter>>,
     /// The e1000, if that is the NIC.
     pub nic: Option<IsolatedNic>,
+    /// When the guest took interrupts of the e1000.
+    pub interrupts: Option<Arc<Moments>>,
     /// The user-mode gateway.
     pub gateway: Option<GatewayControl>,
 }
@@ -96,6 +99,7 @@ fn add_nic(
             let slot = vm.reserve_pci_slot()?;
             let line = slot.intx_line(InterruptPin::A);
             let nic = E1000::new(E1000Config::new(net.mac.0), vm.dma_space(), line, wire)?;
+            parts.interrupts = Some(nic.interrupts_taken());
             let nic = Arc::new(Mutex::new(nic));
             vm.add_pci(&slot, nic.clone())?;
             parts.nic = Some(IsolatedNic {

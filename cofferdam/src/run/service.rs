@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
+use isolation::attach::fault::FaultOrder;
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
@@ -125,6 +126,13 @@ impl VmService {
                 .iter()
                 .find(|event| event.kind == GatewayEventKind::FrameAfterSilence)
                 .map(|event| event.at_ns),
+            first_round_trip_ns: log.first_round_trip_since(since_ns),
+            first_tx_ns: log.first_frame_since(since_ns),
+            first_interrupt_ns: self
+                .parts
+                .interrupts
+                .as_ref()
+                .and_then(|taken| taken.first_since(since_ns)),
             sent: count(|kind| matches!(kind, GatewayEventKind::ProbeSent { .. })),
             replied: count(|kind| matches!(kind, GatewayEventKind::ProbeReplied { .. })),
         }))
@@ -148,6 +156,27 @@ impl Handler for VmService {
             } => self.isolation.isolate(&module, entries, budget_us),
             Request::Release { module } => self.isolation.release(&module),
             Request::Violations { module } => self.isolation.reports(&module),
+            Request::Instructions { module, function } => {
+                self.isolation.instructions(&module, &function)
+            }
+            Request::Inject {
+                module,
+                entry,
+                offset,
+                fault,
+                every,
+                times,
+            } => self.isolation.inject(
+                &module,
+                FaultOrder {
+                    entry,
+                    offset,
+                    code: fault.code().to_vec(),
+                    every,
+                    times,
+                },
+            ),
+            Request::FaultCount { module } => self.isolation.fault_count(&module),
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {
                 self.gateway()?.stop_probe();

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::E1000;
 use super::regs::{ICR, IMS, ITR, icr};
 use super::timers::Timer;
+use crate::clock::monotonic_ns;
 use crate::pci::config::Command;
 
 /// Nanoseconds in a unit of ITR.
@@ -46,6 +47,9 @@ impl E1000 {
     /// Reading ICR acknowledges all causes.
     pub(super) fn read_icr(&mut self) -> u32 {
         let causes = self.regs.get(ICR);
+        if self.line.driven {
+            self.interrupts_taken.record(monotonic_ns());
+        }
         if causes != 0 {
             self.clear_causes(causes);
         }

@@ -63,6 +63,7 @@ pub use self::state::E1000State;
 use self::timers::{Timer, Timers};
 use crate::dma::DmaSpace;
 use crate::irq::IrqLine;
+use crate::moments::Moments;
 use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity, Status};
 use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
@@ -138,6 +139,8 @@ pub struct E1000 {
     /// What the event loop watches.
     watched: Interest,
     complaints: RateLimit,
+    /// When the guest took interrupts: read ICR while the line was asserted.
+    interrupts_taken: Arc<Moments>,
 }
 
 impl fmt::Debug for E1000 {
@@ -187,10 +190,16 @@ impl E1000 {
             kicked: false,
             watched: Interest::default(),
             complaints: RateLimit::default(),
+            interrupts_taken: Arc::default(),
         };
         nic.load_eeprom();
         nic.update_link();
         Ok(nic)
+    }
+
+    /// When the guest took interrupts of this controller.
+    pub fn interrupts_taken(&self) -> Arc<Moments> {
+        Arc::clone(&self.interrupts_taken)
     }
 
     /// Whether the controller may use the bus: bus mastering enabled, not in a sleep state.

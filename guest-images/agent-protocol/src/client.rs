@@ -160,6 +160,12 @@ impl Client {
         Self::new(move || Ok(Box::new(UnixStream::connect(&path)?)))
     }
 
+    /// Closes the channel, which only one client at a time can have. The next call opens it again.
+    pub fn disconnect(&mut self) {
+        self.session = None;
+        self.stream = None;
+    }
+
     /// How long a call may take from now on.
     pub fn set_limit(&mut self, limit: Duration) {
         self.limit = limit;

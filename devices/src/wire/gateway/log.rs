@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::moments::Moments;
+
 /// Time without a frame from the guest that makes the next one an event, in nanoseconds.
 pub const SILENCE_NS: u64 = 50_000_000;
 
@@ -70,10 +72,8 @@ pub struct GatewayLog {
     frames_to_guest: AtomicU64,
     frames_refused: AtomicU64,
     frames_too_long: AtomicU64,
-    /// Zero while there was none.
-    first_from_guest_ns: AtomicU64,
-    /// Zero while there was none.
-    first_to_guest_ns: AtomicU64,
+    /// Frames from the guest.
+    from_guest: Moments,
     /// Zero while there was none.
     last_from_guest_ns: AtomicU64,
 }
@@ -107,22 +107,22 @@ impl GatewayLog {
             .map(|event| event.at_ns)
     }
 
-    /// Forgets the first frame of each direction, so that the next one counts as first. Returns the
-    /// time of the mark.
-    pub fn mark(&self) -> u64 {
-        self.first_from_guest_ns.store(0, Ordering::Relaxed);
-        self.first_to_guest_ns.store(0, Ordering::Relaxed);
-        crate::clock::monotonic_ns()
+    /// When the guest first answered a probe that was sent at `since_ns` or later.
+    pub fn first_round_trip_since(&self, since_ns: u64) -> Option<u64> {
+        let events = self.events();
+        let start = events.partition_point(|event| event.at_ns < since_ns);
+        events.range(start..).find_map(|event| match event.kind {
+            GatewayEventKind::ProbeReplied { round_trip_ns, .. } => {
+                let sent_ns = event.at_ns.saturating_sub(round_trip_ns);
+                (sent_ns >= since_ns).then_some(event.at_ns)
+            }
+            _ => None,
+        })
     }
 
-    /// When the guest sent its first frame after [`GatewayLog::mark`] (DESIGN.md's `first_tx`).
-    pub fn first_from_guest_ns(&self) -> Option<u64> {
-        non_zero(self.first_from_guest_ns.load(Ordering::Relaxed))
-    }
-
-    /// When the guest's NIC took its first frame after [`GatewayLog::mark`] (`first_rx`).
-    pub fn first_to_guest_ns(&self) -> Option<u64> {
-        non_zero(self.first_to_guest_ns.load(Ordering::Relaxed))
+    /// When the guest first sent a frame at `since_ns` or later.
+    pub fn first_frame_since(&self, since_ns: u64) -> Option<u64> {
+        self.from_guest.first_since(since_ns)
     }
 
     /// Frames counted so far.
@@ -145,7 +145,7 @@ impl GatewayLog {
 
     pub(super) fn frame_from_guest(&self, at_ns: u64) {
         self.frames_from_guest.fetch_add(1, Ordering::Relaxed);
-        set_first(&self.first_from_guest_ns, at_ns);
+        self.from_guest.record(at_ns);
         let last = self.last_from_guest_ns.swap(at_ns, Ordering::Relaxed);
         if at_ns.saturating_sub(last) >= SILENCE_NS {
             self.record(at_ns, GatewayEventKind::FrameAfterSilence);
@@ -154,9 +154,6 @@ impl GatewayLog {
 
     pub(super) fn frame_to_guest(&self) {
         self.frames_to_guest.fetch_add(1, Ordering::Relaxed);
-        if self.first_to_guest_ns.load(Ordering::Relaxed) == 0 {
-            set_first(&self.first_to_guest_ns, crate::clock::monotonic_ns());
-        }
     }
 
     pub(super) fn frame_refused(&self) {
@@ -170,15 +167,6 @@ impl GatewayLog {
     fn events(&self) -> MutexGuard<'_, VecDeque<GatewayEvent>> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn set_first(first: &AtomicU64, at_ns: u64) {
-    // Already set is the common case, and no error.
-    let _ = first.compare_exchange(0, at_ns.max(1), Ordering::Relaxed, Ordering::Relaxed);
-}
-
-fn non_zero(ns: u64) -> Option<u64> {
-    (ns != 0).then_some(ns)
 }
 
 #[cfg(test)]
@@ -215,16 +203,20 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_makes_the_next_frame_the_first() {
+    fn a_frame_and_a_round_trip_count_only_if_they_began_afterwards() {
         let log = GatewayLog::default();
-        log.frame_from_guest(5);
-        log.frame_from_guest(7);
-        assert_eq!(log.first_from_guest_ns(), Some(5));
-        log.mark();
-        assert_eq!(log.first_from_guest_ns(), None);
-        log.frame_from_guest(9);
-        assert_eq!(log.first_from_guest_ns(), Some(9));
-        assert_eq!(log.counters().frames_from_guest, 3);
+        let reply = |sequence, round_trip_ns| GatewayEventKind::ProbeReplied {
+            sequence,
+            round_trip_ns,
+        };
+        for (at_ns, sequence) in [(110, 0), (160, 1)] {
+            log.frame_from_guest(at_ns);
+            log.record(at_ns, reply(sequence, 50));
+        }
+        assert_eq!(log.first_frame_since(100), Some(110));
+        assert_eq!(log.first_round_trip_since(100), Some(160));
+        assert_eq!(log.first_round_trip_since(111), None);
+        assert_eq!(log.counters().frames_from_guest, 2);
     }
 
     #[test]

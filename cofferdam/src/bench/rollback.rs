@@ -1,0 +1,449 @@
+//! How long a guest's network is gone when a failed call of its driver is rolled back.
+//!
+//! ```text
+//! fault ─ detect ─ memory ─ device ─ returned ─┬─ irq_live   the guest takes an interrupt of the NIC
+//!         └─ the VM's own clock ─────────────┘ ├─ first_tx   a frame of the guest
+//!                                              └─ first_rx   a ping sent after the fault is answered
+//! ```
+//!
+//! One fault at a time goes into one call. Each entry is isolated alone: a function that an isolated one
+//! calls, directly or through the kernel, is part of that call. The gateway pings all the time, and
+//! after the faults at one place the same operation must succeed.
+
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::{Exec, ExecEnd};
+use anyhow::{Context, bail, ensure};
+use isolation::attach::fault::FaultCount;
+use recovery::fault::{FaultKind, Place};
+use serde::Deserialize;
+
+use super::guest::Guest;
+use super::network::{INTERFACE, LINK_TIME, Probe};
+use super::recovery::DRIVER;
+use crate::control::client::ControlClient;
+use crate::control::protocol::{EntrySelection, Reply, Request};
+use crate::report::{Method, Phase, Recovery, RecoveryRun};
+
+/// Entry points that are measured unless others are asked for: those whose calls do not sleep.
+pub const ENTRIES: &[&str] = &[
+    "e1000_xmit_frame",
+    "e1000_clean",
+    "e1000_intr",
+    "e1000_get_ethtool_stats",
+    "e1000_get_regs",
+    "e1000_set_rx_mode",
+    "e1000_set_mac",
+];
+
+/// Faults that are put in, in turn from place to place.
+const FAULTS: [FaultKind; 2] = [FaultKind::NullDereference, FaultKind::UndefinedInstruction];
+
+/// Time for a call in the domain, in microseconds: only a call that hangs should reach it.
+const BUDGET_US: u64 = 2_000_000;
+
+/// How long a call may be in coming once it was asked for.
+const CALL_TIME: Duration = Duration::from_secs(5);
+
+/// Calls that may miss an instruction before it counts as one that this operation does not reach.
+const MISSES: u64 = 2;
+
+/// Instructions tried at most to find one at a place that calls reach.
+const CANDIDATES: usize = 24;
+
+/// Between two looks at something that will change.
+const POLL: Duration = Duration::from_millis(1);
+
+/// Limit of a command in the guest, in milliseconds.
+const COMMAND_MS: u64 = 10_000;
+
+/// What makes the kernel call an entry point.
+#[derive(Debug, Clone, Copy)]
+enum Operation {
+    /// The gateway's pings.
+    Traffic,
+    /// A command.
+    Command(&'static [&'static str]),
+    /// Two commands in turn, the second of which undoes the first.
+    Toggle(&'static [&'static str], &'static [&'static str]),
+}
+
+impl Operation {
+    fn of(entry: &str) -> Option<Self> {
+        Some(match entry {
+            "e1000_xmit_frame" | "e1000_clean" | "e1000_intr" => Self::Traffic,
+            "e1000_get_ethtool_stats" => Self::Command(&["ethtool", "-S", INTERFACE]),
+            "e1000_get_regs" => Self::Command(&["ethtool", "-d", INTERFACE]),
+            "e1000_get_drvinfo" => Self::Command(&["ethtool", "-i", INTERFACE]),
+            "e1000_set_rx_mode" => Self::Toggle(
+                &["ip", "link", "set", INTERFACE, "promisc", "on"],
+                &["ip", "link", "set", INTERFACE, "promisc", "off"],
+            ),
+            // To the address that it has: what goes wrong must not cut the guest off.
+            "e1000_set_mac" => Self::Command(&[
+                "sh",
+                "-c",
+                "ip link set eth0 address $(cat /sys/class/net/eth0/address)",
+            ]),
+            "e1000_set_ringparam" => Self::Toggle(
+                &["ethtool", "-G", INTERFACE, "rx", "128"],
+                &["ethtool", "-G", INTERFACE, "rx", "256"],
+            ),
+            "e1000_change_mtu" => Self::Toggle(
+                &["ip", "link", "set", INTERFACE, "mtu", "1400"],
+                &["ip", "link", "set", INTERFACE, "mtu", "1500"],
+            ),
+            "e1000_set_features" => Self::Toggle(
+                &["ethtool", "-K", INTERFACE, "rx", "off"],
+                &["ethtool", "-K", INTERFACE, "rx", "on"],
+            ),
+            "e1000_open" => Self::Toggle(
+                &["ip", "link", "set", INTERFACE, "down"],
+                &["ip", "link", "set", INTERFACE, "up"],
+            ),
+            _ => return None,
+        })
+    }
+}
+
+/// A rollback as the VM reports it (`isolation::attach::report::ViolationReport`).
+#[derive(Debug, Deserialize)]
+struct RolledBack {
+    entry: String,
+    at_ns: u64,
+    phases: Phases,
+}
+
+/// `isolation::domain::transaction::AbortPhases`
+#[derive(Debug, Deserialize)]
+struct Phases {
+    detect_ns: u64,
+    memory_ns: u64,
+    device_ns: u64,
+    returned_ns: u64,
+}
+
+impl RolledBack {
+    /// The phases that the VM times itself.
+    fn run(&self) -> RecoveryRun {
+        let Phases {
+            detect_ns,
+            memory_ns,
+            device_ns,
+            returned_ns,
+        } = self.phases;
+        let mut run = RecoveryRun::default();
+        let mut at = 0_u64;
+        let mut add = |phase, ns: u64| {
+            at = at.saturating_add(ns);
+            run.at_us.insert(phase, at as f64 / 1e3);
+        };
+        add(Phase::Detect, detect_ns);
+        add(Phase::Memory, memory_ns);
+        // What did not run is absent.
+        if device_ns > 0 {
+            add(Phase::Device, device_ns);
+        }
+        add(Phase::Returned, returned_ns);
+        run
+    }
+}
+
+/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place.
+pub fn measure(
+    guest: &mut Guest,
+    probe: &mut Probe,
+    entries: &[String],
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<Vec<Recovery>> {
+    let control = guest.control()?;
+    let mut bench = Bench {
+        guest,
+        probe,
+        control,
+    };
+    let mut all = Vec::new();
+    for entry in entries {
+        let operation = Operation::of(entry).with_context(|| {
+            format!("what makes the kernel call {entry} is not known to this bench")
+        })?;
+        let before = bench.carrier_changes()?;
+        let isolate = Request::Isolate {
+            module: DRIVER.to_owned(),
+            entries: EntrySelection::Named(vec![entry.clone()]),
+            budget_us: Some(BUDGET_US),
+        };
+        // The VM asks the agent itself, which listens to one client at a time.
+        bench.guest.agent().disconnect();
+        bench.control.ask(&isolate)?;
+        let of_entry = bench
+            .entry(entry, operation, runs, progress)
+            .with_context(|| format!("rollback of {entry}"))?;
+        let lost = bench.carrier_changes()?.saturating_sub(before);
+        all.extend(of_entry.into_iter().map(|recovery| Recovery {
+            link_changes: Some(lost),
+            ..recovery
+        }));
+        bench.control.ask(&Request::Release {
+            module: DRIVER.to_owned(),
+        })?;
+    }
+    Ok(all)
+}
+
+struct Bench<'a> {
+    guest: &'a mut Guest,
+    probe: &'a mut Probe,
+    control: ControlClient,
+}
+
+/// How an order of one fault ended.
+enum Fired {
+    /// In a rollback.
+    Yes,
+    /// Calls came, and did not reach the instruction.
+    Missed,
+    /// No call came.
+    NoCall,
+}
+
+impl Bench<'_> {
+    fn entry(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        runs: usize,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Vec<Recovery>> {
+        let mut all = Vec::new();
+        for (index, place) in Place::ALL.into_iter().enumerate() {
+            // The first places take what does not divide evenly.
+            let share = (runs + Place::ALL.len() - 1 - index) / Place::ALL.len();
+            if share == 0 {
+                continue;
+            }
+            let fault = FAULTS[index % FAULTS.len()];
+            let offset = self
+                .find(entry, operation, place, fault)
+                .with_context(|| format!("{} instruction", place.name()))?;
+            let what = format!("{} at +{offset:#x} ({})", fault.name(), place.name());
+            let mut of_place = Vec::new();
+            for _ in 0..share {
+                match self.order(entry, operation, offset, fault)? {
+                    Fired::Yes => of_place.push(self.collect(entry)?),
+                    // Another way through the function this time.
+                    Fired::Missed => {}
+                    Fired::NoCall => bail!("{entry} is not called any more after {what}"),
+                }
+            }
+            self.works(operation)
+                .with_context(|| format!("after {what}"))?;
+            let returned: Vec<f64> = of_place
+                .iter()
+                .filter_map(|run| run.at_us.get(&Phase::Returned).copied())
+                .collect();
+            let median = crate::report::Stat::from_samples(&returned).map_or(0.0, |s| s.p50);
+            progress(&format!(
+                "rollback {entry}, {what}: {} of {share}, {median:.0} us",
+                of_place.len()
+            ));
+            let recovery = Recovery::from_runs(DRIVER, Method::Rollback, of_place);
+            all.extend(recovery.map(|recovery| Recovery {
+                entry: Some(entry.to_owned()),
+                fault: Some(what),
+                ..recovery
+            }));
+        }
+        Ok(all)
+    }
+
+    /// An instruction at `place` that calls reach.
+    fn find(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        place: Place,
+        fault: FaultKind,
+    ) -> anyhow::Result<u64> {
+        let request = Request::Instructions {
+            module: DRIVER.to_owned(),
+            function: entry.to_owned(),
+        };
+        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        for offset in place.candidates(&instructions).into_iter().take(CANDIDATES) {
+            match self.order(entry, operation, offset, fault)? {
+                Fired::Yes => {
+                    self.collect(entry)?;
+                    return Ok(offset);
+                }
+                Fired::Missed => {}
+                Fired::NoCall => {
+                    bail!(
+                        "{entry} is not called at +{offset:#x}{}",
+                        self.guest.last_words()
+                    )
+                }
+            }
+        }
+        bail!("none of the instructions tried is reached by calls of {entry}");
+    }
+
+    /// Puts one fault in and has the call made.
+    fn order(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        offset: u64,
+        fault: FaultKind,
+    ) -> anyhow::Result<Fired> {
+        self.inject(entry, offset, fault, 1)?;
+        let deadline = Instant::now() + CALL_TIME;
+        let mut steps = [true, false].into_iter().cycle();
+        loop {
+            let forth = steps.next().unwrap_or(true);
+            if let Some(argv) = operation.command(forth) {
+                // It may fail: its call did.
+                self.command(argv)?;
+            }
+            let count = self.count()?;
+            let whole = operation.command(true).is_none() || !forth || operation.is_one();
+            if count.failed > 0 {
+                // The undoing half still has to come.
+                if let (false, Some(argv)) = (whole, operation.command(false)) {
+                    self.command(argv)?;
+                }
+                return Ok(Fired::Yes);
+            }
+            if whole && count.tried >= MISSES {
+                self.inject(entry, offset, fault, 0)?;
+                return Ok(Fired::Missed);
+            }
+            if Instant::now() >= deadline {
+                self.inject(entry, offset, fault, 0)?;
+                return Ok(if count.tried > 0 {
+                    Fired::Missed
+                } else {
+                    Fired::NoCall
+                });
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn inject(
+        &mut self,
+        entry: &str,
+        offset: u64,
+        fault: FaultKind,
+        times: u64,
+    ) -> anyhow::Result<()> {
+        self.control.tell(&Request::Inject {
+            module: DRIVER.to_owned(),
+            entry: entry.to_owned(),
+            offset,
+            fault,
+            every: 1,
+            times,
+        })
+    }
+
+    fn count(&mut self) -> anyhow::Result<FaultCount> {
+        let request = Request::FaultCount {
+            module: DRIVER.to_owned(),
+        };
+        match self.control.ask(&request)? {
+            Reply::FaultCount(count) => Ok(count),
+            other => bail!("the VM answered something else: {other:?}"),
+        }
+    }
+
+    /// The rollback that happened last, with what the guest did afterwards.
+    fn collect(&mut self, entry: &str) -> anyhow::Result<RecoveryRun> {
+        let request = Request::Violations {
+            module: DRIVER.to_owned(),
+        };
+        let Reply::Violations { reports, texts } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let last = reports.as_array().and_then(|all| all.last()).cloned();
+        let last = last.context("a call failed and no report of it is there")?;
+        let rolled_back: RolledBack = serde_json::from_value(last).context("the report")?;
+        ensure!(
+            rolled_back.entry == entry,
+            "another call than the one with the fault failed: {}",
+            texts.last().map_or("", String::as_str)
+        );
+        let at_ns = rolled_back.at_ns;
+        let mut run = rolled_back.run();
+        let deadline = Instant::now() + LINK_TIME;
+        let reading = loop {
+            let reading = self.probe.read(at_ns)?;
+            if reading.first_round_trip_ns.is_some() {
+                break reading;
+            }
+            if Instant::now() >= deadline {
+                bail!("the guest did not answer a ping within {LINK_TIME:?} after a rollback");
+            }
+            std::thread::sleep(POLL);
+        };
+        for (phase, moment) in [
+            (Phase::IrqLive, reading.first_interrupt_ns),
+            (Phase::FirstTx, reading.first_tx_ns),
+            (Phase::FirstRx, reading.first_round_trip_ns),
+        ] {
+            if let Some(moment) = moment {
+                run.at_us
+                    .insert(phase, moment.saturating_sub(at_ns) as f64 / 1e3);
+            }
+        }
+        Ok(run)
+    }
+
+    /// The operation without a fault in it must succeed.
+    fn works(&mut self, operation: Operation) -> anyhow::Result<()> {
+        match operation {
+            Operation::Traffic => Ok(()),
+            Operation::Command(argv) => self.guest.run(argv).map(drop),
+            Operation::Toggle(forth, back) => {
+                self.guest.run(forth)?;
+                self.guest.run(back).map(drop)
+            }
+        }
+    }
+
+    fn command(&mut self, argv: &[&str]) -> anyhow::Result<ExecEnd> {
+        let result = self.guest.agent().exec(Exec {
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+            limit_ms: Some(COMMAND_MS),
+            ..Exec::default()
+        });
+        Ok(result.context("the guest's agent does not answer")?.end)
+    }
+
+    /// How often the interface's link came or went.
+    fn carrier_changes(&mut self) -> anyhow::Result<u64> {
+        let text = self
+            .guest
+            .run(&["cat", "/sys/class/net/eth0/carrier_changes"])?;
+        text.trim().parse().context("carrier_changes")
+    }
+}
+
+impl Operation {
+    /// The command of its first or its second half; `None` if there is nothing to do.
+    fn command(self, forth: bool) -> Option<&'static [&'static str]> {
+        match self {
+            Self::Traffic => None,
+            Self::Command(argv) => Some(argv),
+            Self::Toggle(first, second) => Some(if forth { first } else { second }),
+        }
+    }
+
+    /// Whether one command is all of it.
+    fn is_one(self) -> bool {
+        matches!(self, Self::Command(_))
+    }
+}

@@ -1,0 +1,9 @@
+//! What becomes of a driver's call that failed in its domain, and of the driver.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | `fault` | faults that are put into calls on purpose, and where in a function |
+//!
+//! Knows nothing of a guest's agent or of the command line: who uses it carries out what it decides.
+
+pub mod fault;
