@@ -3,7 +3,11 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | `fault` | faults that are put into calls on purpose, and where in a function |
+//! | `interface` | a network interface's configuration, read and put back |
+//! | `ladder` | what is tried, in which order, after a fault |
 //!
 //! Knows nothing of a guest's agent or of the command line: who uses it carries out what it decides.
 
 pub mod fault;
+pub mod interface;
+pub mod ladder;

@@ -16,6 +16,7 @@ use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use isolation::attach::fault::FaultCount;
 use recovery::fault::{FaultKind, Place};
+use recovery::ladder::LadderConfig;
 use serde::Deserialize;
 
 use super::guest::Guest;
@@ -25,7 +26,7 @@ use crate::control::client::ControlClient;
 use crate::control::protocol::{EntrySelection, Reply, Request};
 use crate::report::{Method, Phase, Recovery, RecoveryRun};
 
-/// Entry points that are measured unless others are asked for: those whose calls do not sleep.
+/// Entry points that are measured unless others are asked for.
 pub const ENTRIES: &[&str] = &[
     "e1000_xmit_frame",
     "e1000_clean",
@@ -34,6 +35,10 @@ pub const ENTRIES: &[&str] = &[
     "e1000_get_regs",
     "e1000_set_rx_mode",
     "e1000_set_mac",
+    "e1000_set_ringparam",
+    "e1000_change_mtu",
+    "e1000_set_features",
+    "e1000_open",
 ];
 
 /// Faults that are put in, in turn from place to place.
@@ -173,6 +178,10 @@ pub fn measure(
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.clone()]),
             budget_us: Some(BUDGET_US),
+            recovery: LadderConfig {
+                recoveries_per_minute: u32::MAX,
+                ..LadderConfig::default()
+            },
         };
         // The VM asks the agent itself, which listens to one client at a time.
         bench.guest.agent().disconnect();

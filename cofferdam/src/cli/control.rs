@@ -195,6 +195,9 @@ fn status_text(status: &Status) -> String {
     }
     for module in &status.isolation {
         text.push_str(&format!("\n{}", super::isolation::status_text(module)));
+        if let Some(recovery) = status.recovery.get(&module.module) {
+            text.push_str(&super::isolation::recovery_text(&module.module, recovery));
+        }
     }
     text
 }

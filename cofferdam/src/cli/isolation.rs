@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use isolation::attach::status::ModuleStatus;
+use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
@@ -20,7 +21,8 @@ fn connect(vm: &VmName) -> anyhow::Result<ControlClient> {
 #[command(after_help = "\
 Examples:
   cofferdam isolate web e1000 --entry e1000_xmit_frame --entry e1000_clean
-  cofferdam isolate web e1000 --match 'e1000_get_*'
+  cofferdam isolate web e1000 --match 'e1000_get_*' --on-fault retry
+  cofferdam isolate web e1000 --entry e1000_open --on-fault e1000_open=restart
   cofferdam isolate web dummy --entries all")]
 pub struct IsolateOptions {
     /// Name of the VM
@@ -32,9 +34,36 @@ pub struct IsolateOptions {
     /// Time that a call may take before it is taken back, in microseconds
     #[arg(long, value_name = "US")]
     budget_us: Option<u64>,
+    /// What is done about a call that failed, once it was taken back: error, retry, restart or stop; for one
+    /// function with FUNCTION= in front. May be given several times. Without it a function that returns
+    /// nothing is run again, and any other returns an error
+    #[arg(long, value_name = "[FUNCTION=]WHAT", value_parser = parse_on_fault)]
+    on_fault: Vec<(Option<String>, OnFault)>,
+    /// Failed calls in one minute, above which the driver is stopped: its calls return errors without being
+    /// run
+    #[arg(long, value_name = "N", default_value_t = LadderConfig::default().recoveries_per_minute)]
+    max_recoveries_per_minute: u32,
+    /// How often one call is run again
+    #[arg(long, value_name = "N", default_value_t = LadderConfig::default().retries)]
+    retries: u32,
+    /// Reset the guest when the driver cannot be restarted
+    #[arg(long)]
+    may_reset_guest: bool,
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+/// `WHAT` or `FUNCTION=WHAT`.
+fn parse_on_fault(text: &str) -> Result<(Option<String>, OnFault), String> {
+    let (function, what) = match text.split_once('=') {
+        Some((function, what)) if !function.is_empty() => (Some(function.to_owned()), what),
+        Some(_) => return Err("give the function's name before =".to_owned()),
+        None => (None, text),
+    };
+    let names = OnFault::ALL.map(OnFault::name).join(", ");
+    let on_fault = OnFault::from_name(what).ok_or_else(|| format!("there are {names}"))?;
+    Ok((function, on_fault))
 }
 
 /// Which functions.
@@ -60,10 +89,25 @@ impl IsolateOptions {
             (None, names) if !names.is_empty() => EntrySelection::Named(names),
             _ => EntrySelection::All,
         };
+        let mut recovery = LadderConfig {
+            recoveries_per_minute: self.max_recoveries_per_minute,
+            retries: self.retries,
+            may_reset_guest: self.may_reset_guest,
+            ..LadderConfig::default()
+        };
+        for (function, on_fault) in self.on_fault {
+            match function {
+                Some(function) => {
+                    recovery.per_entry.insert(function, on_fault);
+                }
+                None => recovery.on_fault = Some(on_fault),
+            }
+        }
         let request = Request::Isolate {
             module: self.module.clone(),
             entries,
             budget_us: self.budget_us,
+            recovery,
         };
         let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
             bail!("the VM answered something else");
@@ -186,4 +230,39 @@ pub fn status_text(status: &ModuleStatus) -> String {
         text.push_str(&format!("not isolated any more: {broken}\n"));
     }
     text
+}
+
+/// How recovery of a module stands, in lines.
+pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
+    let state = match status.state {
+        State::Running => "runs",
+        State::Restarting => "is being restarted",
+        State::Resetting => "goes with the guest, which is being reset",
+        State::Stopped => "is stopped: its calls return errors",
+    };
+    let rungs = &status.rungs;
+    let mut text = format!(
+        "{module} {state}; failed calls: {} returned an error, {} were run again; restarts: {} ({} failed); \
+         resets: {}\n",
+        rungs.errors, rungs.retries, rungs.restarts, rungs.failed_restarts, rungs.resets
+    );
+    if let Some(why) = &status.gave_up {
+        text.push_str(&format!("stopped because {why}\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_about_faults_is_said_for_all_or_for_one() {
+        assert_eq!(parse_on_fault("retry"), Ok((None, OnFault::Retry)));
+        let one = parse_on_fault("e1000_open=restart").unwrap();
+        assert_eq!(one, (Some("e1000_open".to_owned()), OnFault::Restart));
+        for wrong in ["", "=", "=stop", "e1000_open=", "reboot"] {
+            assert!(parse_on_fault(wrong).is_err(), "{wrong}");
+        }
+    }
 }

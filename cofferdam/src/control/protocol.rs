@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use isolation::attach::status::ModuleStatus;
 use recovery::fault::FaultKind;
+use recovery::ladder::{LadderConfig, LadderStatus};
 use serde::{Deserialize, Serialize};
 
 /// Longest request, with its line end, in bytes.
@@ -53,6 +54,9 @@ pub enum Request {
         entries: EntrySelection,
         /// Time that a call may take, in microseconds; the default otherwise.
         budget_us: Option<u64>,
+        /// What is done about calls that fail.
+        #[serde(default)]
+        recovery: LadderConfig,
     },
     /// Take a module out of its domain. Answer: [`Reply::Released`].
     Release {
@@ -200,6 +204,9 @@ pub struct Status {
     pub exits: BTreeMap<String, u64>,
     /// Isolated modules.
     pub isolation: Vec<ModuleStatus>,
+    /// How recovery of each isolated module stands, by its name.
+    #[serde(default)]
+    pub recovery: BTreeMap<String, LadderStatus>,
     /// Counters of the NIC and of what it is plugged into.
     pub nic: BTreeMap<String, u64>,
 }

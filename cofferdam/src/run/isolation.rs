@@ -1,6 +1,7 @@
 //! Isolation as the VM process offers it on its control socket: what the guest's agent reports goes in,
 //! counters and reports come out.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,7 +9,6 @@ use std::time::Duration;
 use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
 use devices::e1000::E1000;
-use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::device::IsolatedDevice;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::fault::FaultOrder;
@@ -18,6 +18,10 @@ use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Iso
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 
+use recovery::ladder::{LadderConfig, LadderStatus};
+use vmm::VmHandle;
+
+use super::recover::{self, LadderPolicy, Recoveries, Wish};
 use crate::control::protocol::{EntrySelection, Reply};
 
 /// How long the agent may take to list the guest's symbols.
@@ -40,6 +44,8 @@ pub struct Isolation {
     isolator: Arc<Isolator>,
     agent_socket: PathBuf,
     nic: Option<IsolatedNic>,
+    vm: VmHandle,
+    recoveries: Recoveries,
     /// What the agent reported last: it takes seconds to transfer.
     known: Mutex<Option<Known>>,
 }
@@ -53,13 +59,57 @@ struct Known {
 }
 
 impl Isolation {
-    /// For the VM of `isolator`, whose agent is reached at `agent_socket`.
-    pub fn new(isolator: Arc<Isolator>, agent_socket: PathBuf, nic: Option<IsolatedNic>) -> Self {
-        Self {
+    /// For `vm` with its `isolator`, whose agent is reached at `agent_socket`.
+    pub fn start(
+        vm: VmHandle,
+        isolator: Arc<Isolator>,
+        agent_socket: PathBuf,
+        nic: Option<IsolatedNic>,
+    ) -> std::io::Result<Arc<Self>> {
+        let (recoveries, asked) = Recoveries::new();
+        let isolation = Arc::new(Self {
             isolator,
             agent_socket,
             nic,
+            vm,
+            recoveries,
             known: Mutex::new(None),
+        });
+        let weak = Arc::downgrade(&isolation);
+        std::thread::Builder::new()
+            .name("recovery".to_owned())
+            .spawn(move || recover::serve(&asked, &weak))?;
+        Ok(isolation)
+    }
+
+    /// A client of the guest's agent.
+    pub(super) fn agent(&self) -> Client {
+        let mut agent = Client::unix(self.agent_socket.clone());
+        agent.set_limit(AGENT_TIME);
+        agent
+    }
+
+    /// The VM.
+    pub(super) fn vm(&self) -> &VmHandle {
+        &self.vm
+    }
+
+    /// The ladders of the isolated modules.
+    pub(super) fn recoveries(&self) -> &Recoveries {
+        &self.recoveries
+    }
+
+    /// Takes a module's gates out, if there are any, to put them in again later.
+    pub(super) fn take_out(&self, module: &str) {
+        if let Err(error) = self.isolator.release(module) {
+            tracing::debug!("{error}");
+        }
+    }
+
+    /// Stops a module that is isolated.
+    pub(super) fn stop(&self, module: &str) {
+        if let Err(error) = self.isolator.stop(module) {
+            tracing::warn!("{module} cannot be stopped: {error}");
         }
     }
 
@@ -69,7 +119,25 @@ impl Isolation {
         module: &str,
         entries: EntrySelection,
         budget_us: Option<u64>,
+        recovery: LadderConfig,
     ) -> Result<Reply, String> {
+        let wish = Wish {
+            module: module.to_owned(),
+            entries,
+            budget_us,
+        };
+        let policy = self.recoveries.policy(module, recovery);
+        self.isolate_with(&wish, policy)
+    }
+
+    /// Puts functions of a module into a domain, with a ladder that is there already.
+    pub(super) fn isolate_with(&self, wish: &Wish, policy: LadderPolicy) -> Result<Reply, String> {
+        let Wish {
+            module,
+            entries,
+            budget_us,
+        } = wish.clone();
+        let (module, ladder) = (module.as_str(), policy.ladder());
         if let Some(budget) = budget_us.filter(|budget| !BUDGET_US.contains(budget)) {
             return Err(format!(
                 "a budget of {budget} us is not sensible: choose one from {} to {} us",
@@ -77,8 +145,7 @@ impl Isolation {
                 BUDGET_US.end()
             ));
         }
-        let mut agent = Client::unix(self.agent_socket.clone());
-        agent.set_limit(AGENT_TIME);
+        let mut agent = self.agent();
         let loaded = agent.modules(None).map_err(|error| error.to_string())?;
         let Some(own) = loaded.iter().find(|loaded| loaded.name == module) else {
             return Err(format!(
@@ -113,9 +180,10 @@ impl Isolation {
                 device_slot: nic.map(|nic| nic.slot),
                 sleep_limit: DEFAULT_SLEEP_LIMIT,
                 budget: budget_us.map_or(DEFAULT_BUDGET, Duration::from_micros),
-                policy: Box::new(ReturnErrors),
+                policy: Box::new(policy),
             })
             .map_err(|error| error.to_string())?;
+        self.recoveries.isolated(wish.clone(), ladder);
         json(&isolated).map(Reply::Isolated)
     }
 
@@ -154,6 +222,7 @@ impl Isolation {
             .isolator
             .release(module)
             .map_err(|error| error.to_string())?;
+        self.recoveries.released(module);
         Ok(Reply::Released(Box::new(status)))
     }
 
@@ -195,6 +264,11 @@ impl Isolation {
         count
             .map(Reply::FaultCount)
             .map_err(|error| error.to_string())
+    }
+
+    /// How recovery of each isolated module stands.
+    pub fn recovery_status(&self) -> BTreeMap<String, LadderStatus> {
+        self.recoveries.status().into_iter().collect()
     }
 
     /// Counters of all isolated modules.

@@ -16,6 +16,7 @@ pub mod isolation;
 mod machine;
 mod memory;
 mod meter;
+mod recover;
 mod service;
 pub mod signals;
 pub mod terminal;
@@ -136,7 +137,12 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let isolator = Isolator::attach(vm.handle())?;
     let forgetful = isolator.clone();
     vm.handle().on_reset(move || forgetful.forget());
-    let isolation = Isolation::new(isolator, paths.agent_socket(), parts.nic.clone());
+    let isolation = Isolation::start(
+        vm.handle(),
+        isolator,
+        paths.agent_socket(),
+        parts.nic.clone(),
+    )?;
     let service = service::VmService::new(config, vm.handle(), parts, isolation, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {

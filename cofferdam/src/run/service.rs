@@ -1,6 +1,7 @@
 //! What a VM process answers on its control socket.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use devices::clock::monotonic_ns;
@@ -26,7 +27,7 @@ const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 pub struct VmService {
     vm: VmHandle,
     parts: Parts,
-    isolation: Isolation,
+    isolation: Arc<Isolation>,
     name: String,
     config: ConfigSummary,
     started_ns: u64,
@@ -38,7 +39,7 @@ impl VmService {
         config: &RunConfig,
         vm: VmHandle,
         parts: Parts,
-        isolation: Isolation,
+        isolation: Arc<Isolation>,
         started_ns: u64,
     ) -> Self {
         Self {
@@ -91,6 +92,7 @@ impl VmService {
             config: self.config.clone(),
             exits,
             isolation: self.isolation.status(),
+            recovery: self.isolation.recovery_status(),
             nic,
         })))
     }
@@ -153,7 +155,10 @@ impl Handler for VmService {
                 module,
                 entries,
                 budget_us,
-            } => self.isolation.isolate(&module, entries, budget_us),
+                recovery,
+            } => self
+                .isolation
+                .isolate(&module, entries, budget_us, recovery),
             Request::Release { module } => self.isolation.release(&module),
             Request::Violations { module } => self.isolation.reports(&module),
             Request::Instructions { module, function } => {

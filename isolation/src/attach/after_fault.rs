@@ -9,6 +9,8 @@ pub struct FailedCall<'a> {
     pub report: &'a ViolationReport,
     /// How often the same call was run by now, at least 1.
     pub attempts: u32,
+    /// Whether the function returns nothing, so that its caller cannot know that it failed.
+    pub returns_nothing: bool,
 }
 
 /// What its caller sees.

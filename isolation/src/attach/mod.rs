@@ -42,7 +42,7 @@ use crate::guest::gate::{FTRACE_NOP, GATE_BYTES, GatePorts};
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
-use crate::policy::abort_value::AbortReturn;
+use crate::policy::abort_value::{AbortReturn, AbortValue};
 use crate::policy::call::{CallMemory, DriverPolicy};
 use after_fault::{AfterFault, FailedCall, FaultPolicy};
 use device::IsolatedDevice;
@@ -347,6 +347,17 @@ impl Isolator {
         })?
     }
 
+    /// Has all isolated functions of a module return errors without being run, and silences its device.
+    pub fn stop(&self, module: &str) -> Result<(), AttachError> {
+        self.with_module(module, |armed| {
+            armed.stopped = true;
+            if let Some(device) = &armed.device {
+                device.hold(&mut |held| held.silence());
+            }
+            Ok(())
+        })
+    }
+
     /// Puts a fault into calls of an isolated function, in place of the one ordered before.
     pub fn order_fault(&self, module: &str, order: FaultOrder) -> Result<(), AttachError> {
         let not_an_entry = || AttachError::NotAnEntry(order.entry.clone());
@@ -597,6 +608,7 @@ impl Armed {
                         let call = FailedCall {
                             report: &report,
                             attempts,
+                            returns_nothing: aborted.value == AbortValue::Nothing,
                         };
                         let decided = self.fault_policy.after_fault(&call);
                         entry.retries += u64::from(decided == AfterFault::Retry);

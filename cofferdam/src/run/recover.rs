@@ -1,0 +1,298 @@
+//! Carries out what the ladder of an isolated driver decides.
+//!
+//! ```text
+//!  vCPU's thread: fault ─► Ladder ─┬─► error or retry, at once
+//!                                  └─► restart ─► queue ─► this module's thread: read the configuration,
+//!                                      remove, insert, put it back, isolate again ─► Ladder ─► reset, stop
+//! ```
+//!
+//! Lock order: a ladder's lock is taken last, and nothing is called under it.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use agent_protocol::Client;
+use anyhow::{Context, ensure};
+use devices::clock::monotonic_ns;
+use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use recovery::interface::{InterfaceConfig, Printed};
+use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next};
+
+use super::isolation::Isolation;
+use crate::control::protocol::EntrySelection;
+
+/// How long a step of a restart may take in the guest.
+const STEP_TIME: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to boot after a reset.
+const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// Between two looks at something that will change.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Interfaces of one driver whose configuration is put back.
+const MAX_INTERFACES: usize = 8;
+
+/// Prints the names of the interfaces of the driver module `$1`.
+const LIST_INTERFACES: &str = "for i in /sys/class/net/*; do \
+    m=$(readlink $i/device/driver/module) && [ ${m##*/} = \"$1\" ] && echo ${i##*/}; done; true";
+
+/// What was asked for when a module was isolated, to be asked for again after a restart.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// Name of the module.
+    pub module: String,
+    /// Which functions.
+    pub entries: EntrySelection,
+    /// Time that a call may take, in microseconds.
+    pub budget_us: Option<u64>,
+}
+
+struct Ward {
+    wish: Wish,
+    ladder: Arc<Mutex<Ladder>>,
+}
+
+/// The ladders of all isolated modules of a VM.
+pub struct Recoveries {
+    wards: Mutex<HashMap<String, Ward>>,
+    restarts: Sender<String>,
+}
+
+impl Recoveries {
+    /// None yet. The receiver gets the names of modules to restart.
+    pub fn new() -> (Self, Receiver<String>) {
+        let (restarts, asked) = channel();
+        let recoveries = Self {
+            wards: Mutex::default(),
+            restarts,
+        };
+        (recoveries, asked)
+    }
+
+    /// A ladder for a module that is about to be isolated.
+    pub fn policy(&self, module: &str, config: LadderConfig) -> LadderPolicy {
+        LadderPolicy {
+            module: module.to_owned(),
+            ladder: Arc::new(Mutex::new(Ladder::new(config))),
+            restarts: self.restarts.clone(),
+        }
+    }
+
+    /// The ladder that a module already has, for when it is isolated again.
+    fn same_policy(&self, module: &str) -> Option<LadderPolicy> {
+        let wards = self.wards();
+        Some(LadderPolicy {
+            module: module.to_owned(),
+            ladder: wards.get(module)?.ladder.clone(),
+            restarts: self.restarts.clone(),
+        })
+    }
+
+    /// The module was isolated with this policy.
+    pub fn isolated(&self, wish: Wish, ladder: Arc<Mutex<Ladder>>) {
+        let module = wish.module.clone();
+        self.wards().insert(module, Ward { wish, ladder });
+    }
+
+    /// The module was released.
+    pub fn released(&self, module: &str) {
+        self.wards().remove(module);
+    }
+
+    /// How each ladder stands.
+    pub fn status(&self) -> Vec<(String, LadderStatus)> {
+        let wards = self.wards();
+        let status = |ladder: &Mutex<Ladder>| lock(ladder).status().clone();
+        let all = wards
+            .iter()
+            .map(|(module, ward)| (module.clone(), status(&ward.ladder)));
+        all.collect()
+    }
+
+    fn wards(&self) -> MutexGuard<'_, HashMap<String, Ward>> {
+        lock(&self.wards)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change under these locks is whole when it can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks the ladder of a module after each fault.
+pub struct LadderPolicy {
+    module: String,
+    ladder: Arc<Mutex<Ladder>>,
+    restarts: Sender<String>,
+}
+
+impl LadderPolicy {
+    /// Its ladder.
+    pub fn ladder(&self) -> Arc<Mutex<Ladder>> {
+        self.ladder.clone()
+    }
+}
+
+impl FaultPolicy for LadderPolicy {
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        let decision = lock(&self.ladder).fault(&Fault {
+            entry: &call.report.entry,
+            attempts: call.attempts,
+            returns_nothing: call.returns_nothing,
+            now_ns: monotonic_ns(),
+        });
+        match decision {
+            Decision::Error => AfterFault::ReturnError,
+            Decision::Retry => AfterFault::Retry,
+            Decision::Restart => {
+                // The thread that restarts lives as long as the VM.
+                let _ = self.restarts.send(self.module.clone());
+                AfterFault::ReturnError
+            }
+            Decision::Stop => {
+                tracing::error!("{} is stopped: its calls return errors", self.module);
+                AfterFault::Stop
+            }
+        }
+    }
+}
+
+/// Restarts modules as they are asked for, until the VM ends.
+pub fn serve(asked: &Receiver<String>, isolation: &Weak<Isolation>) {
+    while let Ok(module) = asked.recv() {
+        let Some(isolation) = isolation.upgrade() else {
+            return;
+        };
+        recover(&isolation, &module);
+    }
+}
+
+/// Climbs down from a restart until something holds.
+fn recover(isolation: &Isolation, module: &str) {
+    let (wish, ladder) = match isolation.recoveries().wards().get(module) {
+        Some(ward) => (ward.wish.clone(), ward.ladder.clone()),
+        // Released meanwhile.
+        None => return,
+    };
+    let result = restart(isolation, &wish).map_err(|error| format!("{error:#}"));
+    match &result {
+        Ok(()) => tracing::warn!("{module} was restarted"),
+        Err(error) => tracing::error!("{module} could not be restarted: {error}"),
+    }
+    let mut next = lock(&ladder).restarted(borrowed(&result));
+    if next == Next::Reset {
+        let result = reset(isolation, &wish).map_err(|error| format!("{error:#}"));
+        if let Err(error) = &result {
+            tracing::error!("after the reset: {error}");
+        }
+        next = lock(&ladder).reset(borrowed(&result));
+    }
+    if next == Next::Stop {
+        isolation.stop(module);
+    }
+}
+
+fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
+    result.as_ref().map(drop).map_err(String::as_str)
+}
+
+/// Removes and inserts the driver, gives its interfaces the configuration that they had, and isolates the
+/// same functions again.
+fn restart(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
+    let module = wish.module.as_str();
+    let mut agent = isolation.agent();
+    let configs = read(&mut agent, module).context("its configuration cannot be read")?;
+    isolation.take_out(module);
+    agent
+        .remove_module(module)
+        .context("it cannot be removed")?;
+    agent
+        .load_module(module, "")
+        .context("it cannot be inserted")?;
+    for config in &configs {
+        put_back(&mut agent, config)
+            .with_context(|| format!("the configuration of {} cannot be put back", config.name))?;
+    }
+    isolate_again(isolation, wish)
+}
+
+/// Resets the guest, and isolates the same functions again once it has booted.
+fn reset(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
+    isolation
+        .vm()
+        .reset()
+        .context("the guest cannot be reset")?;
+    isolation.agent().hello(BOOT_TIME)?;
+    let deadline = Instant::now() + STEP_TIME;
+    let loaded = || isolation.agent().modules(Some(&wish.module));
+    while !loaded().is_ok_and(|modules| !modules.is_empty()) {
+        ensure!(
+            Instant::now() < deadline,
+            "the guest does not load {} at boot",
+            wish.module
+        );
+        std::thread::sleep(POLL);
+    }
+    isolate_again(isolation, wish)
+}
+
+fn isolate_again(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
+    // Released meanwhile: then that is what is wanted.
+    let Some(policy) = isolation.recoveries().same_policy(&wish.module) else {
+        return Ok(());
+    };
+    isolation
+        .isolate_with(wish, policy)
+        .map(drop)
+        .map_err(|error| anyhow::anyhow!(error))
+        .context("it cannot be isolated again")
+}
+
+/// The configuration of all interfaces of `module`.
+fn read(agent: &mut Client, module: &str) -> anyhow::Result<Vec<InterfaceConfig>> {
+    let list = agent.run(&["sh", "-c", LIST_INTERFACES, "sh", module])?;
+    let names = list.stdout_text();
+    let addresses = agent
+        .run(&["ip", "-j", "-d", "addr", "show"])?
+        .stdout_text();
+    let mut all = Vec::new();
+    for name in names.split_whitespace().take(MAX_INTERFACES) {
+        let mut printed = |argv: &[&str]| agent.run(argv).map(|result| result.stdout_text());
+        let printed = Printed {
+            addresses: addresses.clone(),
+            routes: printed(&["ip", "-j", "route", "show", "dev", name])?,
+            // These fail where the driver has no such thing, and print nothing then.
+            rings: printed(&["ethtool", "-g", name])?,
+            features: printed(&["ethtool", "-k", name])?,
+        };
+        all.push(InterfaceConfig::parse(name, &printed)?);
+    }
+    Ok(all)
+}
+
+/// Waits for the interface and configures it.
+fn put_back(agent: &mut Client, config: &InterfaceConfig) -> anyhow::Result<()> {
+    let deadline = Instant::now() + STEP_TIME;
+    let path = format!("/sys/class/net/{}", config.name);
+    while !agent.run(&["test", "-e", &path])?.success() {
+        ensure!(
+            Instant::now() < deadline,
+            "the interface does not come back"
+        );
+        std::thread::sleep(POLL);
+    }
+    for (argv, must) in config.replay() {
+        let words: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let result = agent.run(&words)?;
+        ensure!(
+            result.success() || !must,
+            "`{}`: {}",
+            argv.join(" "),
+            String::from_utf8_lossy(&result.stderr).trim()
+        );
+    }
+    Ok(())
+}

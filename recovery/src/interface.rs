@@ -1,0 +1,493 @@
+//! The configuration of a network interface, read before its driver is restarted and put back afterwards.
+//!
+//! Read from what `ip -j` and `ethtool` print in the guest, written as the same programs' command lines.
+//! What a guest prints is hostile: sizes are bounded, and a word that becomes part of a command line
+//! is of a form that cannot be taken for an option.
+
+use std::net::IpAddr;
+
+use serde::Deserialize;
+
+/// Longest text of one program that is read, in bytes.
+const MAX_TEXT: usize = 256 << 10;
+/// Most addresses, VLANs or routes of one interface.
+const MAX_ITEMS: usize = 256;
+/// Longest name of an interface (`IFNAMSIZ` without its end byte).
+const MAX_NAME: usize = 15;
+/// Longest name of a feature (`ETH_GSTRING_LEN`).
+const MAX_FEATURE_NAME: usize = 32;
+
+/// Why a configuration cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A program printed what is not understood.
+    #[error("what `{0}` printed in the guest is not understood: {1}")]
+    Text(&'static str, String),
+    /// There is no such interface.
+    #[error("the guest has no interface {0}")]
+    NoInterface(String),
+}
+
+/// What programs in the guest print about an interface.
+#[derive(Debug, Clone, Default)]
+pub struct Printed {
+    /// `ip -j -d addr show`: all interfaces.
+    pub addresses: String,
+    /// `ip -j route show dev INTERFACE`
+    pub routes: String,
+    /// `ethtool -g INTERFACE`; empty if the driver has no rings to set.
+    pub rings: String,
+    /// `ethtool -k INTERFACE`
+    pub features: String,
+}
+
+/// The configuration of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceConfig {
+    /// Its name.
+    pub name: String,
+    mac: String,
+    mtu: u32,
+    up: bool,
+    promiscuous: bool,
+    all_multicast: bool,
+    addresses: Vec<Address>,
+    vlans: Vec<Vlan>,
+    routes: Vec<Route>,
+    /// `rx` and `tx` with the number of descriptors.
+    rings: Vec<(&'static str, u32)>,
+    /// Features that can be set, and whether they are.
+    features: Vec<(String, bool)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Address {
+    local: IpAddr,
+    prefix: u8,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Vlan {
+    name: String,
+    id: u16,
+    up: bool,
+    addresses: Vec<Address>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Route {
+    destination: String,
+    gateway: Option<IpAddr>,
+}
+
+#[derive(Deserialize)]
+struct LinkJson {
+    ifname: Option<String>,
+    link: Option<String>,
+    #[serde(default)]
+    flags: Vec<String>,
+    mtu: Option<u32>,
+    address: Option<String>,
+    linkinfo: Option<LinkInfo>,
+    #[serde(default)]
+    addr_info: Vec<AddressJson>,
+}
+
+#[derive(Deserialize)]
+struct LinkInfo {
+    info_kind: Option<String>,
+    info_data: Option<VlanData>,
+}
+
+#[derive(Deserialize)]
+struct VlanData {
+    id: Option<u16>,
+}
+
+#[derive(Deserialize)]
+struct AddressJson {
+    local: Option<IpAddr>,
+    prefixlen: Option<u8>,
+    scope: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RouteJson {
+    dst: Option<String>,
+    gateway: Option<IpAddr>,
+    protocol: Option<String>,
+}
+
+impl InterfaceConfig {
+    /// The configuration of `interface` as the guest printed it.
+    pub fn parse(interface: &str, printed: &Printed) -> Result<Self, ConfigError> {
+        let links: Vec<LinkJson> = json("ip -j -d addr show", &printed.addresses)?;
+        let link = links
+            .iter()
+            .find(|link| link.ifname.as_deref() == Some(interface) && is_name(interface))
+            .ok_or_else(|| ConfigError::NoInterface(interface.to_owned()))?;
+        let flag = |link: &LinkJson, name: &str| link.flags.iter().any(|flag| flag == name);
+        let not_understood = |what| ConfigError::Text("ip -j -d addr show", what);
+        let mac = link.address.clone().filter(|mac| is_mac(mac));
+        let vlans = links
+            .iter()
+            .filter(|other| other.link.as_deref() == Some(interface))
+            .filter_map(|other| {
+                let info = other.linkinfo.as_ref()?;
+                let name = other.ifname.clone().filter(|name| is_name(name))?;
+                Some(Vlan {
+                    name,
+                    id: match info.info_kind.as_deref() {
+                        Some("vlan") => info.info_data.as_ref()?.id.filter(|id| *id < 4095)?,
+                        _ => return None,
+                    },
+                    up: flag(other, "UP"),
+                    addresses: addresses(other),
+                })
+            });
+        let routes: Vec<RouteJson> = if printed.routes.trim().is_empty() {
+            Vec::new()
+        } else {
+            json("ip -j route show", &printed.routes)?
+        };
+        Ok(Self {
+            name: interface.to_owned(),
+            mac: mac.ok_or_else(|| not_understood("no Ethernet address".to_owned()))?,
+            mtu: link
+                .mtu
+                .ok_or_else(|| not_understood("no MTU".to_owned()))?,
+            up: flag(link, "UP"),
+            promiscuous: flag(link, "PROMISC"),
+            all_multicast: flag(link, "ALLMULTI"),
+            addresses: addresses(link),
+            vlans: vlans.take(MAX_ITEMS).collect(),
+            routes: routes
+                .into_iter()
+                .filter_map(route)
+                .take(MAX_ITEMS)
+                .collect(),
+            rings: rings(&bounded("ethtool -g", &printed.rings)?),
+            features: features(&bounded("ethtool -k", &printed.features)?),
+        })
+    }
+
+    /// The command lines that give an interface of the same name this configuration, in order. Those
+    /// whose second part is `false` may fail: a feature may depend on another that comes later.
+    pub fn replay(&self) -> Vec<(Vec<String>, bool)> {
+        let name = self.name.as_str();
+        let mut all = Vec::new();
+        let mut add = |words: &[&str], must: bool| {
+            all.push((words.iter().map(|word| (*word).to_owned()).collect(), must));
+        };
+        add(
+            &["ip", "link", "set", "dev", name, "address", &self.mac],
+            true,
+        );
+        add(
+            &[
+                "ip",
+                "link",
+                "set",
+                "dev",
+                name,
+                "mtu",
+                &self.mtu.to_string(),
+            ],
+            true,
+        );
+        // A driver refuses sizes that it has already.
+        for (ring, size) in &self.rings {
+            add(&["ethtool", "-G", name, ring, &size.to_string()], false);
+        }
+        for (feature, on) in &self.features {
+            add(&["ethtool", "-K", name, feature, on_off(*on)], false);
+        }
+        add(
+            &[
+                "ip",
+                "link",
+                "set",
+                "dev",
+                name,
+                "promisc",
+                on_off(self.promiscuous),
+            ],
+            true,
+        );
+        add(
+            &[
+                "ip",
+                "link",
+                "set",
+                "dev",
+                name,
+                "allmulticast",
+                on_off(self.all_multicast),
+            ],
+            true,
+        );
+        if self.up {
+            add(&["ip", "link", "set", "dev", name, "up"], true);
+        }
+        for address in &self.addresses {
+            add(
+                &["ip", "addr", "replace", &address.text(), "dev", name],
+                true,
+            );
+        }
+        for vlan in &self.vlans {
+            let (own, id) = (vlan.name.as_str(), vlan.id.to_string());
+            add(
+                &[
+                    "ip", "link", "add", "link", name, "name", own, "type", "vlan", "id", &id,
+                ],
+                true,
+            );
+            if vlan.up {
+                add(&["ip", "link", "set", "dev", own, "up"], true);
+            }
+            for address in &vlan.addresses {
+                add(
+                    &["ip", "addr", "replace", &address.text(), "dev", own],
+                    true,
+                );
+            }
+        }
+        for route in &self.routes {
+            let gateway = route.gateway.map(|gateway| gateway.to_string());
+            let mut words = vec!["ip", "route", "replace", route.destination.as_str()];
+            if let Some(gateway) = &gateway {
+                words.extend(["via", gateway]);
+            }
+            words.extend(["dev", name]);
+            add(&words, true);
+        }
+        all
+    }
+}
+
+impl Address {
+    fn text(&self) -> String {
+        format!("{}/{}", self.local, self.prefix)
+    }
+}
+
+fn on_off(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}
+
+fn bounded(program: &'static str, text: &str) -> Result<String, ConfigError> {
+    if text.len() > MAX_TEXT {
+        return Err(ConfigError::Text(program, format!("{} bytes", text.len())));
+    }
+    Ok(text.to_owned())
+}
+
+fn json<T: for<'a> Deserialize<'a>>(program: &'static str, text: &str) -> Result<T, ConfigError> {
+    let text = bounded(program, text)?;
+    serde_json::from_str(&text).map_err(|error| ConfigError::Text(program, error.to_string()))
+}
+
+/// Addresses that a person or a DHCP client gave; those of link scope the kernel makes itself.
+fn addresses(link: &LinkJson) -> Vec<Address> {
+    let given = link
+        .addr_info
+        .iter()
+        .filter(|address| address.scope.as_deref() != Some("link"));
+    given
+        .filter_map(|address| {
+            Some(Address {
+                local: address.local?,
+                prefix: address.prefixlen.filter(|prefix| *prefix <= 128)?,
+            })
+        })
+        .take(MAX_ITEMS)
+        .collect()
+}
+
+/// A route that does not come with an address by itself.
+fn route(route: RouteJson) -> Option<Route> {
+    if route.protocol.as_deref() == Some("kernel") {
+        return None;
+    }
+    let destination = route.dst?;
+    let (address, prefix) = destination.split_once('/').unwrap_or((&destination, "0"));
+    let is_route = destination == "default"
+        || (address.parse::<IpAddr>().is_ok() && prefix.parse::<u8>().is_ok_and(|p| p <= 128));
+    is_route.then_some(Route {
+        destination,
+        gateway: route.gateway,
+    })
+}
+
+/// `RX: 256` and `TX: 256` of the second part, the current settings.
+fn rings(text: &str) -> Vec<(&'static str, u32)> {
+    let current = text
+        .lines()
+        .skip_while(|line| !line.starts_with("Current hardware settings"));
+    current
+        .filter_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            let name = match name.trim() {
+                "RX" => "rx",
+                "TX" => "tx",
+                _ => return None,
+            };
+            Some((name, value.trim().parse().ok()?))
+        })
+        .take(2)
+        .collect()
+}
+
+/// Lines such as `rx-checksumming: on` that do not say `[fixed]`.
+fn features(text: &str) -> Vec<(String, bool)> {
+    text.lines()
+        .filter(|line| !line.contains("[fixed]"))
+        .filter_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            let name = name.trim();
+            let on = match value.split_whitespace().next()? {
+                "on" => true,
+                "off" => false,
+                _ => return None,
+            };
+            is_feature(name).then(|| (name.to_owned(), on))
+        })
+        .take(MAX_ITEMS)
+        .collect()
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-@:".contains(&b))
+}
+
+fn is_feature(name: &str) -> bool {
+    (1..=MAX_FEATURE_NAME).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+fn is_mac(mac: &str) -> bool {
+    mac.len() == 17
+        && mac.split(':').count() == 6
+        && mac
+            .split(':')
+            .all(|byte| byte.len() == 2 && byte.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed() -> Printed {
+        Printed {
+            addresses: r#"[
+                {"ifname":"lo","flags":["LOOPBACK","UP"],"mtu":65536,"address":"00:00:00:00:00:00","addr_info":[]},
+                {"ifname":"eth0","flags":["BROADCAST","MULTICAST","PROMISC","UP"],"mtu":1400,
+                 "address":"52:54:00:12:34:57","promiscuity":1,
+                 "addr_info":[{"family":"inet","local":"10.0.2.15","prefixlen":24,"scope":"global"},
+                              {"family":"inet6","local":"fe80::1","prefixlen":64,"scope":"link"}]},
+                {"ifname":"eth0.5","link":"eth0","flags":["UP"],"mtu":1400,"address":"52:54:00:12:34:57",
+                 "linkinfo":{"info_kind":"vlan","info_data":{"protocol":"802.1Q","id":5,"flags":[]}},
+                 "addr_info":[{"local":"10.0.5.15","prefixlen":24,"scope":"global"}]}]"#
+                .to_owned(),
+            routes: r#"[{"dst":"default","gateway":"10.0.2.2","flags":[]},
+                        {"dst":"10.0.2.0/24","protocol":"kernel","scope":"link"}]"#
+                .to_owned(),
+            rings: "Ring parameters for eth0:\nPre-set maximums:\nRX:\t\t4096\nTX:\t\t4096\n\
+                    Current hardware settings:\nRX:\t\t128\nRX Mini:\tn/a\nTX:\t\t256\n"
+                .to_owned(),
+            features: "Features for eth0:\nrx-checksumming: off\ntx-checksumming: on\n\
+                       \ttx-checksum-ipv4: off [fixed]\n\ttx-checksum-ip-generic: on\n"
+                .to_owned(),
+        }
+    }
+
+    fn lines(config: &InterfaceConfig) -> Vec<String> {
+        let replay = config.replay();
+        replay
+            .into_iter()
+            .map(|(words, _)| words.join(" "))
+            .collect()
+    }
+
+    #[test]
+    fn all_that_was_set_is_set_again() {
+        let config = InterfaceConfig::parse("eth0", &printed()).unwrap();
+        assert_eq!(
+            lines(&config),
+            [
+                "ip link set dev eth0 address 52:54:00:12:34:57",
+                "ip link set dev eth0 mtu 1400",
+                "ethtool -G eth0 rx 128",
+                "ethtool -G eth0 tx 256",
+                "ethtool -K eth0 rx-checksumming off",
+                "ethtool -K eth0 tx-checksumming on",
+                "ethtool -K eth0 tx-checksum-ip-generic on",
+                "ip link set dev eth0 promisc on",
+                "ip link set dev eth0 allmulticast off",
+                "ip link set dev eth0 up",
+                "ip addr replace 10.0.2.15/24 dev eth0",
+                "ip link add link eth0 name eth0.5 type vlan id 5",
+                "ip link set dev eth0.5 up",
+                "ip addr replace 10.0.5.15/24 dev eth0.5",
+                "ip route replace default via 10.0.2.2 dev eth0",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_interface_that_is_down_stays_down() {
+        let mut printed = printed();
+        printed.addresses = printed
+            .addresses
+            .replace("\"PROMISC\",\"UP\"", "\"PROMISC\"");
+        let config = InterfaceConfig::parse("eth0", &printed).unwrap();
+        assert!(
+            !lines(&config)
+                .iter()
+                .any(|line| line == "ip link set dev eth0 up")
+        );
+    }
+
+    #[test]
+    fn what_a_guest_prints_cannot_become_an_option_or_another_command() {
+        let mut hostile = printed();
+        hostile.addresses = hostile.addresses.replace("\"eth0.5\"", "\"--help\"");
+        hostile.routes = r#"[{"dst":"-batch"},{"dst":"1.2.3.4/999"},{"dst":"x;y"}]"#.to_owned();
+        hostile.features = "--json: on\na b: on\n-K: off\n".to_owned();
+        let config = InterfaceConfig::parse("eth0", &hostile).unwrap();
+        for line in lines(&config) {
+            assert!(!line.contains("--") && !line.contains("batch"), "{line}");
+            assert!(!line.contains("999") && !line.contains(';'), "{line}");
+        }
+        let mut hostile = printed();
+        hostile.addresses = hostile
+            .addresses
+            .replace("52:54:00:12:34:57", "-52:54:00:12:34:5");
+        assert!(InterfaceConfig::parse("eth0", &hostile).is_err());
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_the_programs_name() {
+        for text in ["", "{}", "[1]", "[{\"ifname\":1}]", "[[[["] {
+            let printed = Printed {
+                addresses: text.to_owned(),
+                ..Printed::default()
+            };
+            let error = InterfaceConfig::parse("eth0", &printed).unwrap_err();
+            assert!(error.to_string().contains("ip -j"), "{error}");
+        }
+        let gone = InterfaceConfig::parse("eth1", &printed()).unwrap_err();
+        assert_eq!(gone, ConfigError::NoInterface("eth1".to_owned()));
+        let long = Printed {
+            features: "x".repeat(MAX_TEXT + 1),
+            ..printed()
+        };
+        assert!(InterfaceConfig::parse("eth0", &long).is_err());
+    }
+}

@@ -1,0 +1,310 @@
+//! The ladder: what is tried, in which order, to get a driver back after calls of it failed.
+//!
+//! ```text
+//!            fault: rolled back ─┬─ the caller gets an error ───────────────────► Running
+//!  Running ─────────────────────┼─ run again, at most `retries` times ──────────► Running
+//!                                ├─ error, and the driver is restarted ─► Restarting ─┬─ done ─► Running
+//!                                │                                                    └─ failed
+//!                                │        Resetting ◄── if that is allowed ────────────────┤
+//!                                │            └─ done ─► Running                           │
+//!                                └─ stop, or too many faults in a minute ─► Stopped ◄──────┘
+//! ```
+//!
+//! A fault that is rolled back leaves memory and device as they were before the call: that is the first rung,
+//! and always taken. The machine is pure: it is told what happened and when, and says what to do. A
+//! driver that is stopped stays so until it is isolated anew.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+/// Nanoseconds in the minute that recoveries are limited in.
+const MINUTE_NS: u64 = 60_000_000_000;
+
+/// What to do about a call that failed, once it was rolled back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFault {
+    /// The call returns an error.
+    Error,
+    /// The call is run once more, for faults that do not last; an error when it fails again and again.
+    Retry,
+    /// The call returns an error, and the driver is restarted with its configuration put back.
+    Restart,
+    /// The call returns an error, and no call of the driver is run any more.
+    Stop,
+}
+
+impl OnFault {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Error, Self::Retry, Self::Restart, Self::Stop];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Retry => "retry",
+            Self::Restart => "restart",
+            Self::Stop => "stop",
+        }
+    }
+
+    /// The one of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|on_fault| on_fault.name() == name)
+    }
+}
+
+/// What is allowed, and what is wanted for which entry point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LadderConfig {
+    /// For entry points that are not named. Without it, functions that return a value return an error, and
+    /// functions that return nothing, whose caller cannot know that they failed, are run again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_fault: Option<OnFault>,
+    /// For single entry points.
+    #[serde(default)]
+    pub per_entry: BTreeMap<String, OnFault>,
+    /// Faults in one minute, above which the driver is stopped.
+    pub recoveries_per_minute: u32,
+    /// How often one call is run again.
+    pub retries: u32,
+    /// Whether the guest may be reset when the driver cannot be restarted.
+    #[serde(default)]
+    pub may_reset_guest: bool,
+}
+
+impl Default for LadderConfig {
+    fn default() -> Self {
+        Self {
+            on_fault: None,
+            per_entry: BTreeMap::new(),
+            // A fault every 100 ms: a driver that fails more often does nothing but fail.
+            recoveries_per_minute: 600,
+            retries: 2,
+            may_reset_guest: false,
+        }
+    }
+}
+
+/// Where a driver stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Its calls are run.
+    #[default]
+    Running,
+    /// It is being restarted.
+    Restarting,
+    /// The guest is being reset.
+    Resetting,
+    /// Its calls return errors without being run.
+    Stopped,
+}
+
+/// How often each rung was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Rungs {
+    /// Calls that were rolled back and returned an error.
+    pub errors: u64,
+    /// Calls that were rolled back and run again.
+    pub retries: u64,
+    /// Restarts of the driver that were begun.
+    pub restarts: u64,
+    /// Those of them that failed.
+    pub failed_restarts: u64,
+    /// Resets of the guest that were begun.
+    pub resets: u64,
+    /// Times the driver was stopped.
+    pub stops: u64,
+}
+
+/// A ladder as others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LadderStatus {
+    /// Where the driver stands.
+    pub state: State,
+    /// How often each rung was used.
+    pub rungs: Rungs,
+    /// Why the driver was stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gave_up: Option<String>,
+}
+
+/// What to do about a call that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Return an error.
+    Error,
+    /// Run the call again.
+    Retry,
+    /// Return an error, and restart the driver.
+    Restart,
+    /// Return an error, and run no call any more.
+    Stop,
+}
+
+/// What to do after a rung did not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing: the driver runs, or was stopped meanwhile.
+    Nothing,
+    /// Reset the guest.
+    Reset,
+    /// Run no call of the driver any more.
+    Stop,
+}
+
+/// A call that failed.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault<'a> {
+    /// The entry point.
+    pub entry: &'a str,
+    /// How often this call was run by now, at least 1.
+    pub attempts: u32,
+    /// Whether the function returns nothing.
+    pub returns_nothing: bool,
+    /// When, on a clock that does not run backwards.
+    pub now_ns: u64,
+}
+
+/// The ladder of one driver.
+#[derive(Debug, Clone, Default)]
+pub struct Ladder {
+    config: LadderConfig,
+    status: LadderStatus,
+    /// Faults of the last minute, oldest first; never more than the limit.
+    lately: VecDeque<u64>,
+}
+
+impl Ladder {
+    /// A ladder with nothing behind it.
+    pub fn new(config: LadderConfig) -> Self {
+        Self {
+            config,
+            ..Self::default()
+        }
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> &LadderStatus {
+        &self.status
+    }
+
+    /// A call failed and was rolled back.
+    pub fn fault(&mut self, fault: &Fault<'_>) -> Decision {
+        if self.status.state == State::Stopped {
+            return Decision::Stop;
+        }
+        if self.too_many(fault.now_ns) {
+            let limit = self.config.recoveries_per_minute;
+            self.stop(format!(
+                "{} failed, and more than {limit} calls did within a minute",
+                fault.entry
+            ));
+            return Decision::Stop;
+        }
+        let on_fault = match self.on_fault(fault) {
+            // The driver that fails is on its way out already.
+            OnFault::Restart if self.status.state != State::Running => OnFault::Error,
+            OnFault::Retry if fault.attempts > self.config.retries => OnFault::Error,
+            other => other,
+        };
+        let rungs = &mut self.status.rungs;
+        match on_fault {
+            OnFault::Error => {
+                rungs.errors += 1;
+                Decision::Error
+            }
+            OnFault::Retry => {
+                rungs.retries += 1;
+                Decision::Retry
+            }
+            OnFault::Restart => {
+                rungs.errors += 1;
+                rungs.restarts += 1;
+                self.status.state = State::Restarting;
+                Decision::Restart
+            }
+            OnFault::Stop => {
+                self.stop(format!("{} failed", fault.entry));
+                Decision::Stop
+            }
+        }
+    }
+
+    /// The restart that was asked for has ended.
+    pub fn restarted(&mut self, result: Result<(), &str>) -> Next {
+        if self.status.state != State::Restarting {
+            return Next::Nothing;
+        }
+        let Err(error) = result else {
+            self.status.state = State::Running;
+            return Next::Nothing;
+        };
+        self.status.rungs.failed_restarts += 1;
+        if self.config.may_reset_guest {
+            self.status.rungs.resets += 1;
+            self.status.state = State::Resetting;
+            return Next::Reset;
+        }
+        self.stop(format!("the driver could not be restarted: {error}"));
+        Next::Stop
+    }
+
+    /// The reset that was asked for has ended: the guest boots, or could not be reset.
+    pub fn reset(&mut self, result: Result<(), &str>) -> Next {
+        if self.status.state != State::Resetting {
+            return Next::Nothing;
+        }
+        match result {
+            Ok(()) => {
+                self.status.state = State::Running;
+                self.lately.clear();
+                Next::Nothing
+            }
+            Err(error) => {
+                self.stop(format!("the guest could not be reset: {error}"));
+                Next::Stop
+            }
+        }
+    }
+
+    fn on_fault(&self, fault: &Fault<'_>) -> OnFault {
+        let named = self.config.per_entry.get(fault.entry).copied();
+        named
+            .or(self.config.on_fault)
+            .unwrap_or(if fault.returns_nothing {
+                OnFault::Retry
+            } else {
+                OnFault::Error
+            })
+    }
+
+    /// Counts a fault at `now_ns`; whether there were too many in the last minute.
+    fn too_many(&mut self, now_ns: u64) -> bool {
+        while let Some(oldest) = self.lately.front()
+            && now_ns.saturating_sub(*oldest) >= MINUTE_NS
+        {
+            self.lately.pop_front();
+        }
+        if self.lately.len() >= self.config.recoveries_per_minute as usize {
+            return true;
+        }
+        self.lately.push_back(now_ns);
+        false
+    }
+
+    fn stop(&mut self, why: String) {
+        self.status.state = State::Stopped;
+        self.status.rungs.stops += 1;
+        self.status.gave_up = Some(why);
+    }
+}
+
+#[cfg(test)]
+#[path = "ladder_tests.rs"]
+mod tests;

@@ -1,0 +1,271 @@
+//! The ladder alone, and against a model that looks at the whole history at each step.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn config(on_fault: OnFault) -> LadderConfig {
+    LadderConfig {
+        on_fault: Some(on_fault),
+        ..LadderConfig::default()
+    }
+}
+
+fn fault(entry: &str, attempts: u32, now_ns: u64) -> Fault<'_> {
+    Fault {
+        entry,
+        attempts,
+        returns_nothing: false,
+        now_ns,
+    }
+}
+
+#[test]
+fn who_can_be_told_of_an_error_is_and_who_cannot_gets_another_try() {
+    let mut ladder = Ladder::new(LadderConfig::default());
+    assert_eq!(
+        ladder.fault(&fault("ndo_start_xmit", 1, 0)),
+        Decision::Error
+    );
+    let void = |attempts| Fault {
+        returns_nothing: true,
+        ..fault("watchdog", attempts, 0)
+    };
+    let decided: Vec<Decision> = (1..=3).map(|n| ladder.fault(&void(n))).collect();
+    assert_eq!(decided, [Decision::Retry, Decision::Retry, Decision::Error]);
+    let rungs = ladder.status().rungs;
+    assert_eq!((rungs.errors, rungs.retries), (2, 2));
+}
+
+#[test]
+fn what_is_said_for_one_entry_goes_before_what_is_said_for_all() {
+    let mut config = config(OnFault::Retry);
+    config.per_entry.insert("open".to_owned(), OnFault::Restart);
+    let mut ladder = Ladder::new(config);
+    assert_eq!(ladder.fault(&fault("close", 1, 0)), Decision::Retry);
+    assert_eq!(ladder.fault(&fault("open", 1, 0)), Decision::Restart);
+}
+
+#[test]
+fn more_faults_than_allowed_in_a_minute_stop_the_driver_for_good() {
+    let limited = LadderConfig {
+        recoveries_per_minute: 3,
+        ..config(OnFault::Error)
+    };
+    let mut ladder = Ladder::new(limited.clone());
+    for now in [0, 1, 2] {
+        assert_eq!(ladder.fault(&fault("f", 1, now)), Decision::Error);
+    }
+    assert_eq!(ladder.fault(&fault("f", 1, 3)), Decision::Stop);
+    let why = ladder.status().gave_up.clone().unwrap();
+    assert!(why.contains("more than 3"), "{why}");
+    assert_eq!(ladder.fault(&fault("f", 1, 9 * MINUTE_NS)), Decision::Stop);
+    assert_eq!(ladder.status().rungs.stops, 1);
+    // The same number spread over more time is no reason.
+    let mut ladder = Ladder::new(limited);
+    for minute in 0..10 {
+        let now = minute * MINUTE_NS / 3;
+        assert_eq!(ladder.fault(&fault("f", 1, now)), Decision::Error);
+    }
+}
+
+#[test]
+fn a_restart_that_fails_leads_to_a_reset_only_where_that_is_allowed() {
+    for (may_reset_guest, next, state) in [
+        (true, Next::Reset, State::Resetting),
+        (false, Next::Stop, State::Stopped),
+    ] {
+        let mut ladder = Ladder::new(LadderConfig {
+            may_reset_guest,
+            ..config(OnFault::Restart)
+        });
+        assert_eq!(ladder.fault(&fault("f", 1, 0)), Decision::Restart);
+        // Calls of the driver on its way out.
+        assert_eq!(ladder.fault(&fault("f", 1, 1)), Decision::Error);
+        assert_eq!(ladder.restarted(Err("busy")), next);
+        assert_eq!(ladder.status().state, state);
+        assert_eq!(ladder.status().rungs.failed_restarts, 1);
+        assert_eq!(ladder.status().rungs.restarts, 1);
+    }
+}
+
+#[test]
+fn a_driver_that_was_restarted_runs_and_can_be_restarted_again() {
+    let mut ladder = Ladder::new(config(OnFault::Restart));
+    for n in 1..=3 {
+        assert_eq!(ladder.fault(&fault("f", 1, n)), Decision::Restart);
+        assert_eq!(ladder.restarted(Ok(())), Next::Nothing);
+        assert_eq!(ladder.status().state, State::Running);
+        assert_eq!(ladder.status().rungs.restarts, n);
+    }
+}
+
+#[test]
+fn a_reset_that_fails_is_the_end() {
+    let mut ladder = Ladder::new(LadderConfig {
+        may_reset_guest: true,
+        ..config(OnFault::Restart)
+    });
+    ladder.fault(&fault("f", 1, 0));
+    assert_eq!(ladder.restarted(Err("gone")), Next::Reset);
+    assert_eq!(ladder.reset(Err("stopped")), Next::Stop);
+    assert_eq!(ladder.reset(Ok(())), Next::Nothing);
+    assert_eq!(ladder.status().state, State::Stopped);
+}
+
+/// Something that happens to a ladder.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    Fault {
+        entry: usize,
+        attempts: u32,
+        returns_nothing: bool,
+        after_ns: u64,
+    },
+    Restarted(bool),
+    Reset(bool),
+}
+
+const ENTRIES: [&str; 3] = ["a", "b", "c"];
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let fault = (0..ENTRIES.len(), 1..5_u32, any::<bool>(), 0..MINUTE_NS).prop_map(
+        |(entry, attempts, returns_nothing, after_ns)| Event::Fault {
+            entry,
+            attempts,
+            returns_nothing,
+            after_ns: after_ns / 8,
+        },
+    );
+    let event = prop_oneof![
+        8 => fault,
+        2 => any::<bool>().prop_map(Event::Restarted),
+        1 => any::<bool>().prop_map(Event::Reset),
+    ];
+    prop::collection::vec(event, 0..80)
+}
+
+fn configs() -> impl Strategy<Value = LadderConfig> {
+    let on_fault = || prop::sample::select(&OnFault::ALL[..]);
+    (
+        prop::option::of(on_fault()),
+        prop::collection::btree_map(
+            prop::sample::select(&ENTRIES[..]).prop_map(str::to_owned),
+            on_fault(),
+            0..3,
+        ),
+        0..20_u32,
+        0..4_u32,
+        any::<bool>(),
+    )
+        .prop_map(
+            |(on_fault, per_entry, recoveries_per_minute, retries, may_reset_guest)| LadderConfig {
+                on_fault,
+                per_entry,
+                recoveries_per_minute,
+                retries,
+                may_reset_guest,
+            },
+        )
+}
+
+/// A ladder that keeps everything that ever happened and works out its state from that.
+struct Model {
+    config: LadderConfig,
+    recovered_at: Vec<u64>,
+    state: State,
+    rungs: Rungs,
+}
+
+impl Model {
+    fn fault(&mut self, entry: &str, attempts: u32, returns_nothing: bool, now: u64) -> Decision {
+        if self.state == State::Stopped {
+            return Decision::Stop;
+        }
+        let recent = self.recovered_at.iter().filter(|at| now - **at < MINUTE_NS);
+        let wanted = match (self.config.per_entry.get(entry), self.config.on_fault) {
+            (Some(own), _) => *own,
+            (None, Some(general)) => general,
+            (None, None) if returns_nothing => OnFault::Retry,
+            (None, None) => OnFault::Error,
+        };
+        let over = recent.count() >= self.config.recoveries_per_minute as usize;
+        if over || wanted == OnFault::Stop {
+            self.state = State::Stopped;
+            self.rungs.stops += 1;
+            return Decision::Stop;
+        }
+        self.recovered_at.push(now);
+        if wanted == OnFault::Retry && attempts <= self.config.retries {
+            self.rungs.retries += 1;
+            return Decision::Retry;
+        }
+        self.rungs.errors += 1;
+        if wanted == OnFault::Restart && self.state == State::Running {
+            self.state = State::Restarting;
+            self.rungs.restarts += 1;
+            return Decision::Restart;
+        }
+        Decision::Error
+    }
+
+    fn restarted(&mut self, well: bool) {
+        if self.state == State::Restarting {
+            self.rungs.failed_restarts += u64::from(!well);
+            self.state = match (well, self.config.may_reset_guest) {
+                (true, _) => State::Running,
+                (false, true) => State::Resetting,
+                (false, false) => State::Stopped,
+            };
+            self.rungs.resets += u64::from(self.state == State::Resetting);
+            self.rungs.stops += u64::from(self.state == State::Stopped);
+        }
+    }
+
+    fn reset(&mut self, well: bool) {
+        if self.state == State::Resetting {
+            self.state = if well { State::Running } else { State::Stopped };
+            self.rungs.stops += u64::from(!well);
+            if well {
+                self.recovered_at.clear();
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_ladder_does_what_the_model_does(config in configs(), events in events()) {
+        let mut ladder = Ladder::new(config.clone());
+        let mut model = Model {
+            config: config.clone(),
+            recovered_at: Vec::new(),
+            state: State::Running,
+            rungs: Rungs::default(),
+        };
+        let mut now_ns = 0;
+        for event in events {
+            match event {
+                Event::Fault { entry, attempts, returns_nothing, after_ns } => {
+                    now_ns += after_ns;
+                    let entry = ENTRIES[entry];
+                    let fault = Fault { entry, attempts, returns_nothing, now_ns };
+                    let expected = model.fault(entry, attempts, returns_nothing, now_ns);
+                    prop_assert_eq!(ladder.fault(&fault), expected);
+                }
+                Event::Restarted(well) => {
+                    ladder.restarted(if well { Ok(()) } else { Err("why") });
+                    model.restarted(well);
+                }
+                Event::Reset(well) => {
+                    ladder.reset(if well { Ok(()) } else { Err("why") });
+                    model.reset(well);
+                }
+            }
+            prop_assert_eq!(ladder.status().state, model.state);
+            prop_assert_eq!(ladder.status().rungs, model.rungs);
+            prop_assert_eq!(ladder.status().gave_up.is_some(), model.state == State::Stopped);
+            prop_assert!(ladder.lately.len() <= config.recoveries_per_minute as usize);
+        }
+    }
+}
