@@ -103,12 +103,19 @@ impl Fault {
         }
     }
 
-    /// A call of `entry` begins.
-    pub fn begin(&mut self, entry: &str, domain: &mut Domain) -> Result<(), DomainError> {
+    /// A call of `entry` begins or, having gone on in the guest, comes back (`again`).
+    pub fn begin(
+        &mut self,
+        entry: &str,
+        again: bool,
+        domain: &mut Domain,
+    ) -> Result<(), DomainError> {
         if entry != self.order.entry || self.count.left == 0 {
             return Ok(());
         }
-        if self.wait > 0 {
+        // The calls before it had no fault in them.
+        let same_call = again && self.wait == 0;
+        if self.wait > 0 && !again {
             self.wait -= 1;
             return Ok(());
         }
@@ -117,7 +124,7 @@ impl Fault {
         domain.patch(self.at, &self.order.code)?;
         self.original = original;
         self.in_place = true;
-        self.count.tried += 1;
+        self.count.tried += u64::from(!same_call);
         Ok(())
     }
 

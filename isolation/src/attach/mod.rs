@@ -11,6 +11,8 @@
 //! function's first instruction is replaced.
 
 pub mod after_fault;
+mod arm;
+mod armed;
 pub mod device;
 pub mod e1000;
 pub mod fault;
@@ -24,40 +26,34 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use devices::clock::monotonic_ns;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_sregs};
-use kvm_ioctls::{VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 use vmm::{Refused, VmHandle};
 
 use crate::domain::error::DomainError;
-use crate::domain::transaction::{CallEnd, CallRequest, CallResult};
 use crate::domain::{Domain, DomainConfig};
-use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::MemoryModel;
 use crate::guest::btf::Btf;
-use crate::guest::fault_tables::FaultTables;
-use crate::guest::gate::{FTRACE_NOP, GATE_BYTES, GatePorts};
+use crate::guest::gate::GatePorts;
 use crate::guest::modules::{ModuleError, ModuleLayout};
-use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
+use crate::guest::paging::{VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
-use crate::policy::abort_value::{AbortReturn, AbortValue};
-use crate::policy::call::{CallMemory, DriverPolicy};
-use after_fault::{AfterFault, FailedCall, FaultPolicy};
+use after_fault::{AfterFault, FaultPolicy};
+use arm::{clear_gate, driver_policy, fault_tables, kernel_space, prepare, set_gates};
+use armed::{Armed, AtGate};
 use device::IsolatedDevice;
 use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use plan::{Plan, PlanError, Refusal, Wanted};
-use platform::Platform;
 use report::ViolationReport;
-use status::{EntryStatus, ModuleStatus};
-use supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use status::ModuleStatus;
+use supervisor::Knowledge;
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
 const GATE: GatePorts = GatePorts {
     entry: 0xe0,
     returning: 0xe1,
 };
+/// Length of `out imm8, al`.
+const OUT_BYTES: u64 = 2;
 /// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
 const THREAD_SIZE: u64 = 16 * 1024;
 /// Reports kept for each module.
@@ -142,45 +138,6 @@ pub struct Isolated {
     pub stopped_us: u64,
 }
 
-/// A gate in the guest.
-struct Gate {
-    gpa: u64,
-    /// Where the function goes on behind the gate.
-    body: u64,
-    entry: EntryStatus,
-    aborted: AbortReturn,
-}
-
-/// A module whose functions are gated.
-struct Armed {
-    domain: Domain,
-    knowledge: Knowledge,
-    /// What calls may write; `None` if the guest's types or memory management are not known.
-    policy: Option<DriverPolicy>,
-    physical_bits: u8,
-    /// By address of the gate.
-    gates: HashMap<u64, Gate>,
-    /// Targets of calls out of the module, by the address of their displacement's opcode.
-    calls: HashMap<u64, Gva>,
-    fault_policy: Box<dyn FaultPolicy>,
-    /// A fault that is put into calls on purpose.
-    fault: Option<Fault>,
-    /// What was decided about the call that failed just now.
-    decided: Option<AfterFault>,
-    /// Calls return their errors without being run.
-    stopped: bool,
-    device: Option<Arc<dyn IsolatedDevice>>,
-    device_slot: Option<u8>,
-    budget: Duration,
-    sleep_limit: Duration,
-    reports: VecDeque<ViolationReport>,
-    violations: u64,
-    /// When memory and device of a failed call were as before; taken when its caller runs again.
-    rolled_back: Option<Instant>,
-    /// Why the domain is not used any more.
-    broken: Option<String>,
-}
-
 /// Isolates modules of one machine.
 pub struct Isolator {
     vm: VmHandle,
@@ -258,6 +215,7 @@ impl Isolator {
                 policy,
                 physical_bits,
                 gates,
+                spilled: HashMap::new(),
                 calls: plan
                     .redirects
                     .iter()
@@ -287,7 +245,8 @@ impl Isolator {
     pub fn release(&self, module: &str) -> Result<ModuleStatus, AttachError> {
         let memory = self.vm.ram().memory().clone();
         let armed = self.vm.with_paused(|_| {
-            let armed = self.modules().remove(module)?;
+            let mut armed = self.modules().remove(module)?;
+            armed.hand_over_all();
             for gate in armed.gates.values() {
                 clear_gate(&memory, gate.gpa);
             }
@@ -438,21 +397,29 @@ impl Isolator {
 
 impl TrapHandler for Isolator {
     fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
-        if context.port != u16::from(GATE.entry) {
+        let Ok(port) = u8::try_from(context.port) else {
+            return TrapOutcome::Resume;
+        };
+        if port != GATE.entry && port != GATE.returning {
             return TrapOutcome::Resume;
         }
         let (Ok(regs), Ok(sregs)) = (context.vcpu.get_regs(), context.vcpu.get_sregs()) else {
-            tracing::error!("cannot read a vCPU's registers at an entry gate");
+            tracing::error!("cannot read a vCPU's registers at a gate");
             return TrapOutcome::Resume;
         };
         let _others = self.vm.hold_others(context.index);
         let mut modules = self.modules();
-        let gate = regs.rip.wrapping_sub(2);
-        let Some(armed) = modules
-            .values_mut()
-            .find(|armed| armed.gates.contains_key(&gate))
-        else {
-            // User code that may use I/O ports wrote to this one.
+        let gate = regs.rip.wrapping_sub(OUT_BYTES);
+        let found = modules.values_mut().find(|armed| {
+            if port == GATE.entry {
+                armed.gates.contains_key(&gate)
+            } else {
+                let open = armed.spilled.get(&regs.rsp);
+                open.is_some_and(|open| open.gate + OUT_BYTES == gate)
+            }
+        });
+        let Some(armed) = found else {
+            // Code that may use I/O ports wrote to this one, or jumped into a gate.
             return TrapOutcome::Resume;
         };
         let functions = match armed.device_slot {
@@ -463,353 +430,32 @@ impl TrapHandler for Isolator {
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let mut next = armed.carry_out(gate, 1, &regs, &sregs, context.vcpu, self.vm.vm_fd());
-        let mut attempts = 1;
-        while armed.decided.take() == Some(AfterFault::Retry) {
-            attempts += 1;
-            next = armed.carry_out(gate, attempts, &regs, &sregs, context.vcpu, self.vm.vm_fd());
-        }
+        let at = AtGate {
+            regs,
+            sregs,
+            vcpu: context.vcpu,
+            vm: self.vm.vm_fd(),
+        };
+        let next = match armed.spilled.remove(&regs.rsp) {
+            Some(open) if port == GATE.returning => armed.go_on(&open, &at),
+            // A call that once had this stack never came back.
+            _ => {
+                let mut attempts = 1;
+                loop {
+                    let next = armed.call(gate, attempts, &at);
+                    if armed.decided.take() != Some(AfterFault::Retry) {
+                        break next;
+                    }
+                    attempts += 1;
+                }
+            }
+        };
+        armed.decided = None;
         if let Err(error) = context.vcpu.set_regs(&next) {
             tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
             return TrapOutcome::PowerOff;
         }
         armed.caller_runs_again();
         TrapOutcome::Resume
-    }
-}
-
-impl Armed {
-    /// Runs the function behind `gate` and returns the registers to go on with.
-    fn carry_out(
-        &mut self,
-        gate: u64,
-        attempts: u32,
-        regs: &kvm_bindings::kvm_regs,
-        sregs: &kvm_sregs,
-        vcpu: &VcpuFd,
-        vm: &VmFd,
-    ) -> kvm_bindings::kvm_regs {
-        let start = Instant::now();
-        let Some(Gate {
-            body,
-            aborted,
-            entry,
-            ..
-        }) = self.gates.get_mut(&gate)
-        else {
-            return *regs;
-        };
-        let unisolated = kvm_bindings::kvm_regs {
-            rip: *body,
-            ..*regs
-        };
-        if self.broken.is_some() {
-            return unisolated;
-        }
-        let space =
-            AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits);
-        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
-        if self.stopped {
-            entry.refused += 1;
-            let memory = self.domain.memories().1;
-            let virt = VirtMemory {
-                space,
-                memory: &memory,
-            };
-            return returned(regs, virt, aborted.value.rax(&arguments)).unwrap_or(unisolated);
-        }
-        let request = CallRequest {
-            regs: *regs,
-            sregs,
-            clock: Some(vcpu),
-            function: *body,
-            budget: self.budget,
-            sleep_limit: self.sleep_limit,
-        };
-        let (domain, knowledge) = (&mut self.domain, &self.knowledge);
-        if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.begin(&entry.name, domain)
-        {
-            tracing::error!("a fault cannot be put into {}: {error}", entry.name);
-        }
-        let (private, shared) = domain.memories();
-        if let Some(policy) = &mut self.policy {
-            policy.begin(&entry.name, arguments);
-        }
-        let mut policy = self.policy.as_mut().map(|policy| CallPolicy {
-            policy,
-            memory: CallMemory {
-                private: VirtMemory {
-                    space,
-                    memory: &private,
-                },
-                shared: VirtMemory {
-                    space,
-                    memory: &shared,
-                },
-                stack: Some(GvaRange::aligned(Gva(regs.rsp), THREAD_SIZE)),
-                per_cpu_base: sregs.gs.base,
-            },
-        });
-        let mut platform = Some(Platform::new(vm, vcpu));
-        let mut result: Option<Result<CallResult, DomainError>> = None;
-        match &self.device {
-            Some(device) => device.hold(&mut |held| {
-                let Some(platform) = platform.take() else {
-                    return;
-                };
-                let mut supervisor =
-                    CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
-                result = Some(domain.call(&request, &mut supervisor));
-            }),
-            None => {
-                let platform = Platform::new(vm, vcpu);
-                let mut supervisor = CallSupervisor::new(knowledge, policy, None, platform);
-                result = Some(domain.call(&request, &mut supervisor));
-            }
-        }
-        if let Some(policy) = &mut self.policy {
-            policy.end(
-                matches!(&result, Some(Ok(result)) if matches!(result.end, CallEnd::Committed)),
-            );
-        }
-        let ended = Instant::now();
-        let ended_ns = monotonic_ns();
-        let failed =
-            matches!(&result, Some(Ok(result)) if matches!(result.end, CallEnd::Aborted(_)));
-        let next = match result {
-            Some(Ok(result)) => {
-                entry.count(&result, start.elapsed());
-                match result.end {
-                    CallEnd::Committed => result.regs,
-                    CallEnd::PassThrough(_) => unisolated,
-                    CallEnd::Aborted(violation) => {
-                        let name = entry.name.clone();
-                        let next = kvm_bindings::kvm_regs {
-                            rax: aborted.value.rax(&arguments),
-                            ..result.regs
-                        };
-                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
-                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
-                            let virt = VirtMemory {
-                                space,
-                                memory: &shared,
-                            };
-                            report.touched = report
-                                .violation
-                                .touched()
-                                .and_then(|at| policy.whose(virt, Gva(at)));
-                        }
-                        let phases = result.phases;
-                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
-                        report.at_ns = ended_ns.saturating_sub(took);
-                        report.phases = phases;
-                        tracing::warn!("{report}");
-                        let call = FailedCall {
-                            report: &report,
-                            attempts,
-                            returns_nothing: aborted.value == AbortValue::Nothing,
-                        };
-                        let decided = self.fault_policy.after_fault(&call);
-                        entry.retries += u64::from(decided == AfterFault::Retry);
-                        self.stopped |= decided == AfterFault::Stop;
-                        self.decided = Some(decided);
-                        self.violations += 1;
-                        self.rolled_back = Some(ended);
-                        if self.reports.len() >= REPORTS_KEPT {
-                            self.reports.pop_front();
-                        }
-                        self.reports.push_back(report);
-                        next
-                    }
-                }
-            }
-            Some(Err(error)) => {
-                tracing::error!("the domain is not used any more: {error}");
-                self.broken = Some(error.to_string());
-                unisolated
-            }
-            None => unisolated,
-        };
-        if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.end(failed, &mut self.domain)
-        {
-            tracing::error!("the domain is not used any more: {error}");
-            self.broken = Some(error.to_string());
-        }
-        if let (Some(AfterFault::Stop), Some(device)) = (self.decided, &self.device) {
-            device.hold(&mut |held| held.silence());
-        }
-        next
-    }
-
-    /// Completes the report of a call that failed just now.
-    fn caller_runs_again(&mut self) {
-        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
-            report.phases.returned_ns =
-                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        }
-    }
-
-    fn status(&self, module: &str) -> ModuleStatus {
-        let mut entries: Vec<_> = self.gates.values().map(|gate| gate.entry.clone()).collect();
-        entries.sort_by(|a, b| a.name.cmp(&b.name));
-        ModuleStatus {
-            module: module.to_owned(),
-            entries,
-            violations: self.violations,
-            stopped: self.stopped,
-            warm_pages: self.domain.warm_pages(),
-            broken: self.broken.clone(),
-        }
-    }
-}
-
-/// The address space with the kernel mapped: that of `sregs`, or with page-table isolation the one
-/// next to the user's (bit 12 of CR3, `PTI_USER_PGTABLE_BIT`).
-fn kernel_space(
-    sregs: &mut kvm_sregs,
-    physical_bits: u8,
-    request: &IsolateRequest,
-    memory: &GuestMemoryMmap,
-) -> Result<AddressSpace, AttachError> {
-    let probe = request.sections.iter().find(|(name, _)| name == ".text");
-    let probe = probe.ok_or_else(|| ModuleError::NoSections(request.module.clone()))?;
-    for cr3 in [sregs.cr3, sregs.cr3 & !0x1000] {
-        let space = AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, physical_bits);
-        if space.walk(memory, Gva(probe.1)).is_ok() {
-            sregs.cr3 = cr3;
-            return Ok(space);
-        }
-    }
-    Err(AttachError::NoKernelTables)
-}
-
-/// Tables of the kernel's expected faults; where they cannot be read, no fault is expected.
-fn fault_tables(virt: &VirtMemory<'_, GuestMemoryMmap>, symbols: &SymbolTable) -> FaultTables {
-    let range = |first: &str, end: &str| {
-        let at = |name: &str| symbols.kernel_symbol(name).map(|symbol| symbol.at);
-        GvaRange::until(at(first)?, at(end)?)
-    };
-    let mut tables = FaultTables::default();
-    if let Some(range) = range("__start___ex_table", "__stop___ex_table")
-        && let Err(error) = tables.add_exceptions(virt, range)
-    {
-        tracing::warn!("the guest's exception table cannot be read: {error}");
-    }
-    if let Some(range) = range("__start___bug_table", "__stop___bug_table")
-        && let Err(error) = tables.add_bugs(virt, range)
-    {
-        tracing::warn!("the guest's bug table cannot be read: {error}");
-    }
-    tables
-}
-
-/// What the driver's calls may write. A kernel whose memory management is unknown is isolated without.
-fn driver_policy(
-    types: Arc<Btf>,
-    layout: &ModuleLayout,
-    symbols: &SymbolTable,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
-) -> Option<DriverPolicy> {
-    let memory = MemoryModel::new(&types, symbols, virt)
-        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
-        .ok()?;
-    DriverPolicy::new(types, memory, layout, symbols)
-        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
-        .ok()
-}
-
-/// The registers after a function returned `rax` to its caller without having been run.
-fn returned(
-    regs: &kvm_bindings::kvm_regs,
-    virt: VirtMemory<'_, GuestMemoryMmap>,
-    rax: u64,
-) -> Option<kvm_bindings::kvm_regs> {
-    let mut address = [0; 8];
-    virt.read(Gva(regs.rsp), &mut address).ok()?;
-    Some(kvm_bindings::kvm_regs {
-        rax,
-        rip: u64::from_le_bytes(address),
-        rsp: regs.rsp.wrapping_add(8),
-        ..*regs
-    })
-}
-
-/// Patches P's copies of driver and kernel text.
-fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
-    for gate in &plan.gates {
-        domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
-    }
-    for (site, target) in &plan.redirects {
-        domain.redirect(site.0, target.0)?;
-    }
-    for function in &plan.guest_only {
-        domain.trap_function(function.0)?;
-    }
-    for (function, unit) in &plan.sleeps {
-        domain.sleep_function(function.0, *unit)?;
-    }
-    for function in &plan.skipped {
-        domain.skip_function(function.0)?;
-    }
-    for function in &plan.fatal {
-        domain.forbid_function(function.0)?;
-    }
-    Ok(())
-}
-
-/// Writes the gates into the guest's text; all or none.
-fn set_gates(
-    plan: &Plan,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
-    policy: Option<&DriverPolicy>,
-) -> Result<HashMap<u64, Gate>, AttachError> {
-    let mut gates = HashMap::new();
-    for gate in &plan.gates {
-        let mut now = [0; GATE_BYTES];
-        virt.read(gate.site.gate, &mut now)?;
-        let translation = virt.space.walk(virt.memory, gate.site.gate);
-        let gpa = translation
-            .map_err(|_| DomainError::TextNotMapped(gate.site.gate.0))?
-            .gpa
-            .0;
-        // A NOP that crosses a page would need two translations; functions are 16-byte aligned.
-        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
-            return Err(DomainError::TextNotMapped(gate.site.gate.0).into());
-        }
-        gates.insert(
-            gate.site.gate.0,
-            Gate {
-                gpa,
-                body: gate.site.body().0,
-                entry: EntryStatus::new(&gate.name),
-                aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
-                    policy.abort_return(&gate.name)
-                }),
-            },
-        );
-    }
-    for (written, gate) in gates.values().enumerate() {
-        if memory
-            .write_slice(&GATE.bytes(), GuestAddress(gate.gpa))
-            .is_err()
-        {
-            for gate in gates.values().take(written) {
-                clear_gate(memory, gate.gpa);
-            }
-            return Err(DomainError::TextNotMapped(gate.gpa).into());
-        }
-    }
-    Ok(gates)
-}
-
-/// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
-fn clear_gate(memory: &GuestMemoryMmap, gpa: u64) {
-    let mut now = [0; GATE_BYTES];
-    let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
-    if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {
-        tracing::error!("cannot take a gate out of guest memory at {gpa:#x}");
     }
 }

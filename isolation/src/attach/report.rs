@@ -60,6 +60,13 @@ impl fmt::Display for ViolationReport {
                 "; the device had been reached and was put back from its checkpoint"
             )?;
         }
+        if violation.spills > 0 {
+            write!(
+                f,
+                "; the call had gone on in the guest {} times, and what it did until then stays",
+                violation.spills
+            )?;
+        }
         Ok(())
     }
 }
@@ -122,6 +129,7 @@ impl fmt::Display for What<'_> {
             ViolationKind::PrivilegedInstruction => write!(f, "privileged instruction"),
             ViolationKind::InterruptFlag => write!(f, "return with the interrupt flag changed"),
             ViolationKind::TimeBudget => write!(f, "time budget used up"),
+            ViolationKind::LostSpill => write!(f, "a call that cannot go on, stopped"),
             ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
         }
     }

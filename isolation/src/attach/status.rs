@@ -24,6 +24,9 @@ pub struct EntryStatus {
     /// Calls that returned their error without being run, because the driver is stopped.
     #[serde(default)]
     pub refused: u64,
+    /// Times that calls went on in the guest in the middle of a kernel function, by reason.
+    #[serde(default)]
+    pub spills: BTreeMap<String, u64>,
     /// Calls that were given back to the guest, by reason.
     pub pass_throughs: BTreeMap<String, u64>,
     /// Kernel functions called without an exit.
@@ -67,14 +70,18 @@ impl EntryStatus {
         }
     }
 
-    /// Counts a call that took `time`.
-    pub fn count(&mut self, result: &CallResult, time: Duration) {
+    /// Counts a call that took `time`, or the part of one that had gone on in the guest and came back
+    /// (`again`).
+    pub fn count(&mut self, result: &CallResult, again: bool, time: Duration) {
         let stats = &result.stats;
         let ns = time.as_nanos() as u64;
-        self.calls += 1;
+        self.calls += u64::from(!again);
         match &result.end {
             CallEnd::Committed => self.commits += 1,
             CallEnd::Aborted(_) => self.aborts += 1,
+            CallEnd::Spilled(reason, _) => {
+                *self.spills.entry(reason.name().to_owned()).or_default() += 1;
+            }
             CallEnd::PassThrough(reason) => {
                 *self
                     .pass_throughs

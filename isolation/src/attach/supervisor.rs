@@ -222,6 +222,12 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn returned(&mut self, value: u64) {
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            policy.hand_out(memory, Gva(value));
+        }
+    }
+
     fn is_kernel_function(&self, va: u64) -> bool {
         self.knowledge.kernel_functions.contains(&va)
     }

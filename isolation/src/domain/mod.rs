@@ -97,6 +97,8 @@ pub struct Domain {
     adopted: Option<Adopted>,
     watchdog: Watchdog,
     crossings_at_entry: u64,
+    /// Functions that only the guest may run.
+    trapped: HashMap<u64, ()>,
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
 }
@@ -130,6 +132,7 @@ impl Domain {
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: 0,
+            trapped: HashMap::new(),
             sleeps: HashMap::new(),
         };
         domain.adopt(config.sregs)?;
@@ -166,6 +169,7 @@ impl Domain {
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that
     /// reaches it passes through.
     pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {
+        self.trapped.insert(va, ());
         self.patch(va, &monitor::out(PORT_TRAPPED))
     }
 

@@ -278,6 +278,25 @@ impl Monitor {
         self.put(RETURN_STACK, TARGET, target);
     }
 
+    /// Makes the return stack hold `frames`, outermost first, and sets what the entry stub jumps to: to go
+    /// on with a call that was left for a while. `false` if there are more than fit.
+    pub fn resume_with(&mut self, frames: &[CrossingFrame], target: u64) -> bool {
+        let end = FIRST_FRAME + frames.len() as u64 * FRAME_BYTES;
+        if end > PAGE_SIZE {
+            return false;
+        }
+        for (frame, offset) in frames
+            .iter()
+            .zip((FIRST_FRAME..).step_by(FRAME_BYTES as usize))
+        {
+            self.put(RETURN_STACK, offset, frame.return_address);
+            self.put(RETURN_STACK, offset + 8, frame.rsp);
+        }
+        self.put(RETURN_STACK, TOP, self.va + RETURN_STACK * PAGE_SIZE + end);
+        self.put(RETURN_STACK, TARGET, target);
+        true
+    }
+
     /// Crossings made by trampolines since the area was made.
     pub fn crossings(&self) -> u64 {
         self.get(RETURN_STACK, CROSSINGS)

@@ -34,6 +34,10 @@ pub trait Supervisor {
     /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
     fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}
 
+    /// A kernel function that went on in the guest has returned `value` to the driver: what was handed out
+    /// there is the driver's to write.
+    fn returned(&mut self, _value: u64) {}
+
     /// Whether a function of the kernel or of another module begins at `va`.
     fn is_kernel_function(&self, va: u64) -> bool;
 

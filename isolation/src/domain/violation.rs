@@ -86,6 +86,8 @@ pub enum ViolationKind {
     InterruptFlag,
     /// The call took longer than its budget.
     TimeBudget,
+    /// The call had gone on in the guest, came back, and can neither go on nor be given back.
+    LostSpill,
     /// An exception could not be delivered: page tables or stack are destroyed.
     Shutdown,
 }
@@ -106,6 +108,8 @@ pub struct Violation {
     pub crossings: Vec<u64>,
     /// Whether the device had already been reached, so that memory alone does not undo the call.
     pub reached_device: bool,
+    /// Times that the call had gone on in the guest. What it did until then is in the guest and stays.
+    pub spills: u32,
 }
 
 impl Violation {

@@ -236,6 +236,7 @@ impl Guest {
             sregs: &self.sregs,
             clock: None,
             function: DRIVER_TEXT,
+            return_gate: None,
             budget: Duration::from_secs(5),
             sleep_limit: Duration::from_millis(20),
         };
@@ -261,6 +262,8 @@ pub struct Kernel {
     pub device_value: u64,
     pub checkpoints: u32,
     pub restores: u32,
+    /// What kernel functions that went on in the guest returned.
+    pub returned: Vec<u64>,
     /// The guest's interrupt controller is at [`OTHER_DEVICE`].
     pub platform: bool,
     pub platform_waiting: Vec<(u64, u64)>,
@@ -288,6 +291,9 @@ impl Supervisor for Kernel {
         self.writable
             .iter()
             .any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
+    fn returned(&mut self, value: u64) {
+        self.returned.push(value);
     }
     fn is_kernel_function(&self, va: u64) -> bool {
         self.kernel_functions.contains(&va)

@@ -11,20 +11,46 @@ impl Call<'_> {
         let (cr2, cr3) = self.domain.vm.fault_registers()?;
         let root = self.domain.root_of(cr3);
         match frame.vector {
-            VECTOR_DEVICE_NOT_AVAILABLE => Ok(Step::PassThrough(PassThroughReason::Fpu)),
+            VECTOR_DEVICE_NOT_AVAILABLE => {
+                let at = self.interrupted(&frame, regs, root);
+                Ok(Step::GuestOnly(PassThroughReason::Fpu, at))
+            }
             VECTOR_NMI | VECTOR_MACHINE_CHECK => {
-                Ok(Step::PassThrough(PassThroughReason::KernelException))
+                Ok(Step::GuestOnly(PassThroughReason::KernelException, None))
             }
             VECTOR_PAGE_FAULT if frame.error_code & PF_FETCH != 0 => {
                 self.fetch_fault(&frame, cr2, root, regs)
             }
             VECTOR_PAGE_FAULT => self.data_fault(&frame, cr2, root, regs),
-            _ => Ok(self.real_exception(&frame, 0, root)),
+            _ => Ok(self.real_exception(&frame, 0, root, regs)),
         }
     }
 
+    /// Registers with which the guest meets the same exception itself.
+    fn interrupted(
+        &self,
+        frame: &ExceptionFrame,
+        regs: &kvm_regs,
+        root: Root,
+    ) -> Option<Box<kvm_regs>> {
+        (root == Root::Kernel).then(|| {
+            Box::new(kvm_regs {
+                rip: frame.rip,
+                rsp: frame.rsp,
+                rflags: frame.rflags,
+                ..*regs
+            })
+        })
+    }
+
     /// An exception that no change of the roots makes go away.
-    pub(super) fn real_exception(&self, frame: &ExceptionFrame, address: u64, root: Root) -> Step {
+    pub(super) fn real_exception(
+        &self,
+        frame: &ExceptionFrame,
+        address: u64,
+        root: Root,
+        regs: &kvm_regs,
+    ) -> Step {
         let (vector, error_code) = (frame.vector, frame.error_code);
         if root == Root::Driver {
             let kind = ViolationKind::Exception {
@@ -36,7 +62,8 @@ impl Call<'_> {
         }
         match self.supervisor.kernel_exception(frame, address) {
             KernelExceptionVerdict::Expected => {
-                Step::PassThrough(PassThroughReason::KernelException)
+                let at = self.interrupted(frame, regs, root);
+                Step::GuestOnly(PassThroughReason::KernelException, at)
             }
             KernelExceptionVerdict::DriversFault => {
                 let kind = ViolationKind::KernelException {
@@ -62,7 +89,7 @@ impl Call<'_> {
         let translation = self.domain.roots.translate(address, &self.domain.view)?;
         let Some(translation) = translation.filter(|_| !self.domain.monitor.contains_va(address))
         else {
-            return Ok(self.real_exception(frame, address, root));
+            return Ok(self.real_exception(frame, address, root, regs));
         };
         // A present page, read: protection (SMAP) that filling does not change.
         if (repeated && frame.error_code & PF_PRESENT != 0) || (write && !translation.write) {
@@ -72,7 +99,7 @@ impl Call<'_> {
                     frame.rip,
                 ));
             }
-            return Ok(self.real_exception(frame, address, root));
+            return Ok(self.real_exception(frame, address, root, regs));
         }
         if write && root == Root::Driver && !self.domain.roots.is_open(address) {
             // Device registers are judged when the access arrives as an exit of its own.
@@ -102,7 +129,7 @@ impl Call<'_> {
         let Some(translation) = self.domain.roots.translate(target, &self.domain.view)? else {
             return Ok(match root {
                 Root::Driver => wild,
-                Root::Kernel => self.real_exception(frame, target, root),
+                Root::Kernel => self.real_exception(frame, target, root, regs),
             });
         };
         let in_driver = self.domain.is_driver_text(target);
@@ -133,7 +160,7 @@ impl Call<'_> {
                 self.resume(frame, regs);
                 Ok(Step::Continue)
             }
-            Root::Kernel => Ok(self.real_exception(frame, target, root)),
+            Root::Kernel => Ok(self.real_exception(frame, target, root, regs)),
         }
     }
 
@@ -153,12 +180,14 @@ impl Call<'_> {
         let return_address = self.read_slot(slot)?;
         let stub = self.domain.monitor.callback_return_stub();
         self.write_slot(slot, stub)?;
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
         self.callbacks.push(Callback {
+            function: target,
+            arguments,
             return_address,
             rsp: frame.rsp + 8,
         });
         self.stats.callbacks += 1;
-        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
         self.supervisor.called_back(target, arguments);
         self.domain.monitor.resume_at(target);
         let entry = self.domain.monitor.entry_stub();

@@ -5,7 +5,7 @@ use super::*;
 impl Call<'_> {
     /// What is wrong with the way the function returned.
     pub(super) fn check_return(&self) -> Option<(ViolationKind, u64)> {
-        let (entry, now) = (&self.request.regs, self.domain.vm.regs());
+        let (entry, now) = (&self.entry, self.domain.vm.regs());
         let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
         let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
             ViolationKind::UnbalancedStack { rsp: now.rsp }
@@ -23,6 +23,15 @@ impl Call<'_> {
         let mut regs = self.domain.vm.regs();
         regs.rip = self.return_address;
         self.write_slot(self.return_slot, self.return_address)?;
+        match self.publish()? {
+            Some(kind) => self.abort(kind, self.request.function),
+            None => Ok((CallEnd::Committed, regs)),
+        }
+    }
+
+    /// Puts what P wrote into the guest and does what waited; `Some` if the call may not change all of it,
+    /// and nothing was done.
+    pub(super) fn publish(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         let pages = self.private_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
         let mut changes = Vec::new();
@@ -33,7 +42,7 @@ impl Call<'_> {
             changes.extend(mask.runs().map(|run| (*pfn, run.start, run.len())));
         }
         if let Some(kind) = self.forbidden_change(&changes) {
-            return self.abort(kind, self.request.function);
+            return Ok(Some(kind));
         }
         for (pfn, offset, length) in &changes {
             self.domain.view.publish(*pfn, *offset, *length)?;
@@ -58,7 +67,7 @@ impl Call<'_> {
         self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
         self.supervisor.commit_platform();
         self.flush_posted();
-        Ok((CallEnd::Committed, regs))
+        Ok(None)
     }
 
     /// The first change among `changes` (sorted by page) that the call may not make.
@@ -66,21 +75,15 @@ impl Call<'_> {
         &mut self,
         changes: &[(Pfn, usize, usize)],
     ) -> Option<ViolationKind> {
-        let rsp = self.request.regs.rsp;
+        // The return address is the host's to set: the callers' frames begin above it.
+        let callers = self.entry.rsp.wrapping_add(8);
         for (pfn, offset, length) in changes {
             let bytes = *length as u64;
             if *pfn == self.return_slot.0 {
-                // The entry page of the stack: below the return address is the call's own.
-                let address = (rsp & !(PAGE_SIZE - 1)) + *offset as u64;
-                let end = address + bytes;
-                if end > rsp
-                    && !self
-                        .supervisor
-                        .may_change(address.max(rsp), end - address.max(rsp))
-                {
-                    return Some(ViolationKind::StackSmash {
-                        address: address.max(rsp),
-                    });
+                let address = (self.entry.rsp & !(PAGE_SIZE - 1)) + *offset as u64;
+                let (from, end) = (address.max(callers), address + bytes);
+                if end > from && !self.supervisor.may_change(from, end - from) {
+                    return Some(ViolationKind::StackSmash { address: from });
                 }
                 continue;
             }
@@ -120,9 +123,10 @@ impl Call<'_> {
             rsp: regs.rsp,
             crossings: crossings.iter().map(|frame| frame.return_address).collect(),
             reached_device: self.reached_device,
+            spills: self.spills,
         };
         self.take_back()?;
-        let mut regs = self.request.regs;
+        let mut regs = self.entry;
         regs.rip = self.return_address;
         regs.rsp = regs.rsp.wrapping_add(8);
         Ok((CallEnd::Aborted(Box::new(violation)), regs))

@@ -39,6 +39,9 @@ mod device;
 mod faults;
 mod finish;
 mod sleep;
+mod spill;
+
+pub use spill::SpilledCall;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -73,6 +76,9 @@ pub struct CallRequest<'a> {
     pub clock: Option<&'a VcpuFd>,
     /// Guest virtual address at which the function's own code begins.
     pub function: u64,
+    /// Guest virtual address of the return gate: an instruction in the guest that gives control back when a
+    /// kernel function that went on there returns to it. Without one calls are never spilled.
+    pub return_gate: Option<u64>,
     /// Time after which the call is aborted.
     pub budget: Duration,
     /// Time that the call may wait for in all, with the guest standing still, before it is given up as
@@ -130,6 +136,9 @@ pub enum CallEnd {
     Aborted(Box<Violation>),
     /// The guest must run the function itself; nothing of the attempt is left.
     PassThrough(PassThroughReason),
+    /// What it did so far is in the guest, which goes on in the middle of a kernel function. The call
+    /// comes back with [`Domain::go_on`] when that function reaches the return gate.
+    Spilled(PassThroughReason, Box<SpilledCall>),
 }
 
 /// What a call did and cost.
@@ -183,8 +192,8 @@ pub struct AbortPhases {
 pub struct CallResult {
     /// How it ended.
     pub end: CallEnd,
-    /// For a committed call: all general registers. For an aborted one: those of the entry, after a
-    /// return; the caller sets RAX. For a pass-through: those of the entry.
+    /// For a committed or spilled call: all general registers. For an aborted one: those of the entry,
+    /// after a return; the caller sets RAX. For a pass-through: those of the entry.
     pub regs: kvm_regs,
     /// What it did and cost.
     pub stats: CallStats,
@@ -202,6 +211,8 @@ struct PostedWrite {
 /// A call of the kernel back into the driver.
 #[derive(Debug, Clone, Copy)]
 struct Callback {
+    function: u64,
+    arguments: [u64; 6],
     return_address: u64,
     rsp: u64,
 }
@@ -219,13 +230,18 @@ enum Step {
     Continue,
     Returned,
     Violation(ViolationKind, u64),
-    PassThrough(PassThroughReason),
+    /// Only the guest can go on, with these registers if it can do so from here.
+    GuestOnly(PassThroughReason, Option<Box<kvm_regs>>),
 }
 
 pub(super) struct Call<'a> {
     domain: &'a mut Domain,
     supervisor: &'a mut dyn Supervisor,
     request: &'a CallRequest<'a>,
+    /// Registers at the entry of the call.
+    entry: kvm_regs,
+    /// Times that the call went on in the guest.
+    spills: u32,
     return_address: u64,
     return_slot: (Pfn, usize),
     /// Pages written by the host on P's behalf, which KVM does not know of.
@@ -252,11 +268,34 @@ impl Domain {
         request: &CallRequest<'_>,
         supervisor: &mut dyn Supervisor,
     ) -> Result<CallResult, DomainError> {
+        self.carry_out(request, supervisor, None)
+    }
+
+    /// Goes on with a call that was spilled and whose kernel function has reached the return gate, where
+    /// the guest's vCPU stands as `request` says. On an error the call is lost.
+    pub fn go_on(
+        &mut self,
+        spilled: &SpilledCall,
+        request: &CallRequest<'_>,
+        supervisor: &mut dyn Supervisor,
+    ) -> Result<CallResult, DomainError> {
+        self.carry_out(request, supervisor, Some(spilled))
+    }
+
+    /// Begins a call, or goes on with a spilled one.
+    pub(crate) fn carry_out(
+        &mut self,
+        request: &CallRequest<'_>,
+        supervisor: &mut dyn Supervisor,
+        spilled: Option<&SpilledCall>,
+    ) -> Result<CallResult, DomainError> {
         let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
         let mut call = Call {
             domain: self,
             supervisor,
             request,
+            entry: spilled.map_or(request.regs, |spilled| spilled.entry),
+            spills: spilled.map_or(0, |spilled| spilled.spills),
             return_address: 0,
             return_slot: (Pfn(0), 0),
             host_written: Vec::new(),
@@ -272,7 +311,7 @@ impl Domain {
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
         };
-        let result = call.carry_out();
+        let result = call.carry_out(spilled);
         let (mut stats, phases) = (call.stats, call.phases);
         self.watchdog.end();
         stats.runs = self.vm.runs() - runs;
@@ -287,10 +326,17 @@ impl Domain {
 }
 
 impl Call<'_> {
-    fn carry_out(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
-        let step = match self.begin()? {
+    fn carry_out(
+        &mut self,
+        spilled: Option<&SpilledCall>,
+    ) -> Result<(CallEnd, kvm_regs), DomainError> {
+        let begun = match spilled {
+            None => self.begin()?,
+            Some(spilled) => self.begin_again(spilled)?,
+        };
+        let step = match begun {
             None => self.run()?,
-            Some(reason) => Step::PassThrough(reason),
+            Some(reason) => Step::GuestOnly(reason, None),
         };
         match step {
             Step::Returned => match self.check_return() {
@@ -298,7 +344,15 @@ impl Call<'_> {
                 None => self.commit(),
             },
             Step::Violation(kind, rip) => self.abort(kind, rip),
-            Step::PassThrough(reason) => {
+            Step::GuestOnly(reason, at) => {
+                if let Some(at) = at
+                    && let Some(end) = self.spill(reason, &at)?
+                {
+                    return Ok(end);
+                }
+                if self.spills > 0 {
+                    return self.abort(ViolationKind::LostSpill, self.domain.vm.regs().rip);
+                }
                 self.take_back()?;
                 Ok((CallEnd::PassThrough(reason), self.request.regs))
             }
@@ -306,8 +360,8 @@ impl Call<'_> {
         }
     }
 
-    /// Brings P to the entry of the function. `Some` says why the call cannot be isolated.
-    fn begin(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
+    /// Makes P ready for a call: pages, control registers, clock and roots as the guest has them now.
+    fn prepare(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
         let domain = &mut *self.domain;
         domain.watchdog.begin(self.request.budget);
         domain.warm.refresh(&mut domain.view)?;
@@ -329,8 +383,17 @@ impl Call<'_> {
                 Err(error) => return Err(error),
             }
         }
+        Ok(None)
+    }
+
+    /// Brings P to the entry of the function. `Some` says why the call cannot be isolated.
+    fn begin(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
+        if let Some(reason) = self.prepare()? {
+            return Ok(Some(reason));
+        }
+        let domain = &mut *self.domain;
         domain.monitor.begin_call(self.request.function);
-        let rsp = self.request.regs.rsp;
+        let rsp = self.entry.rsp;
         let Some(slot) = domain
             .roots
             .translate(rsp, &domain.view)?
@@ -351,11 +414,16 @@ impl Call<'_> {
                 self.open(va)?;
             }
         }
-        let mut regs = self.request.regs;
+        self.start(&self.entry.clone());
+        Ok(None)
+    }
+
+    /// Sets P's registers to these, at the stub that goes on in the driver root.
+    fn start(&mut self, regs: &kvm_regs) {
+        let mut regs = *regs;
         regs.rip = self.domain.monitor.entry_stub();
         regs.rflags &= !TRAP_FLAG;
         self.domain.vm.set_regs(&regs);
-        Ok(None)
     }
 
     fn run(&mut self) -> Result<Step, DomainError> {
@@ -399,13 +467,13 @@ impl Call<'_> {
             }
             Exit::Out {
                 port: PORT_TRAPPED, ..
-            } => self.foreign(
-                ViolationKind::ForeignPort {
+            } => {
+                let kind = ViolationKind::ForeignPort {
                     port: PORT_TRAPPED,
                     write: true,
-                },
-                PassThroughReason::TrappedFunction,
-            ),
+                };
+                self.foreign(kind, PassThroughReason::TrappedFunction)
+            }
             Exit::Out {
                 port: PORT_SLEEP, ..
             } if self.root()? == Root::Kernel => self.sleep(&regs),
@@ -465,10 +533,10 @@ impl Call<'_> {
         kind: ViolationKind,
         reason: PassThroughReason,
     ) -> Result<Step, DomainError> {
-        let rip = self.domain.vm.regs().rip;
+        let regs = self.domain.vm.regs();
         Ok(match self.root()? {
-            Root::Driver => Step::Violation(kind, rip),
-            Root::Kernel => Step::PassThrough(reason),
+            Root::Driver => Step::Violation(kind, regs.rip),
+            Root::Kernel => Step::GuestOnly(reason, self.in_the_guest(&kind, &regs)?.map(Box::new)),
         })
     }
 
@@ -538,7 +606,7 @@ impl Call<'_> {
     }
 
     fn in_own_stack(&self, va: u64) -> bool {
-        let rsp = self.request.regs.rsp;
+        let rsp = self.entry.rsp;
         va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1)
     }
 

@@ -11,12 +11,21 @@ const MAX_REPEATED: u32 = 16;
 impl Call<'_> {
     /// P is at the beginning of a function that waits.
     pub(super) fn sleep(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
-        let given_up = Ok(Step::PassThrough(PassThroughReason::Sleeps));
-        let Some((_, unit)) = self.trapped_at(regs.rip, &self.domain.sleeps) else {
-            return given_up;
+        let Some((function, unit)) = self.trapped_at(regs.rip, &self.domain.sleeps) else {
+            return Ok(Step::GuestOnly(PassThroughReason::Sleeps, None));
+        };
+        let at = kvm_regs {
+            rip: function,
+            ..*regs
+        };
+        let given_up = || {
+            Ok(Step::GuestOnly(
+                PassThroughReason::Sleeps,
+                Some(Box::new(at)),
+            ))
         };
         let Some(return_address) = self.read_guest(regs.rsp)? else {
-            return given_up;
+            return given_up();
         };
         // The argument is an unsigned int or a number that fits one.
         let count = u32::try_from(regs.rdi).unwrap_or(u32::MAX);
@@ -28,7 +37,7 @@ impl Call<'_> {
         };
         self.last_sleep = (return_address, repeated);
         if slept.saturating_add(time) > self.request.sleep_limit || repeated > MAX_REPEATED {
-            return given_up;
+            return given_up();
         }
         std::thread::sleep(time);
         self.domain.watchdog.begin(self.request.budget);

@@ -179,10 +179,7 @@ impl DriverPolicy {
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
         for range in handed_out.into_iter().filter(|_| committed) {
-            if self.owned.len() >= MAX_OWNED {
-                self.owned.pop_first();
-            }
-            self.owned.insert(range.first().0, range.last().0);
+            self.own(range);
         }
     }
 
@@ -196,6 +193,27 @@ impl DriverPolicy {
             }
         }
         false
+    }
+
+    /// A kernel function has returned `at` to the driver, and both views of memory have what it did: memory
+    /// that begins there is the driver's, as if it had been handed out while they differed.
+    pub fn hand_out<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) {
+        let allocations = self.memory.with(memory.private);
+        let Some(found) = allocations.allocation_at(at) else {
+            return;
+        };
+        let stack = memory.stack;
+        let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
+        if found.range.first() == at && !on_stack {
+            self.own(found.range);
+        }
+    }
+
+    fn own(&mut self, range: GvaRange) {
+        if self.owned.len() >= MAX_OWNED {
+            self.owned.pop_first();
+        }
+        self.owned.insert(range.first().0, range.last().0);
     }
 
     /// The object that `at` lies in, if it is one that a call may write or was asked about.

@@ -1,0 +1,160 @@
+//! Arming and disarming: what has to be known of the guest, and the patches in P and in the guest.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_sregs;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::armed::Gate;
+use super::plan::Plan;
+use super::status::EntryStatus;
+use super::{AttachError, GATE, IsolateRequest};
+use crate::domain::Domain;
+use crate::domain::error::DomainError;
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::MemoryModel;
+use crate::guest::btf::Btf;
+use crate::guest::fault_tables::FaultTables;
+use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
+use crate::guest::modules::{ModuleError, ModuleLayout};
+use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::symbols::SymbolTable;
+use crate::policy::abort_value::AbortReturn;
+use crate::policy::call::DriverPolicy;
+
+/// The address space with the kernel mapped: that of `sregs`, or with page-table isolation the one
+/// next to the user's (bit 12 of CR3, `PTI_USER_PGTABLE_BIT`).
+pub(super) fn kernel_space(
+    sregs: &mut kvm_sregs,
+    physical_bits: u8,
+    request: &IsolateRequest,
+    memory: &GuestMemoryMmap,
+) -> Result<AddressSpace, AttachError> {
+    let probe = request.sections.iter().find(|(name, _)| name == ".text");
+    let probe = probe.ok_or_else(|| ModuleError::NoSections(request.module.clone()))?;
+    for cr3 in [sregs.cr3, sregs.cr3 & !0x1000] {
+        let space = AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, physical_bits);
+        if space.walk(memory, Gva(probe.1)).is_ok() {
+            sregs.cr3 = cr3;
+            return Ok(space);
+        }
+    }
+    Err(AttachError::NoKernelTables)
+}
+
+/// Tables of the kernel's expected faults; where they cannot be read, no fault is expected.
+pub(super) fn fault_tables(
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    symbols: &SymbolTable,
+) -> FaultTables {
+    let range = |first: &str, end: &str| {
+        let at = |name: &str| symbols.kernel_symbol(name).map(|symbol| symbol.at);
+        GvaRange::until(at(first)?, at(end)?)
+    };
+    let mut tables = FaultTables::default();
+    if let Some(range) = range("__start___ex_table", "__stop___ex_table")
+        && let Err(error) = tables.add_exceptions(virt, range)
+    {
+        tracing::warn!("the guest's exception table cannot be read: {error}");
+    }
+    if let Some(range) = range("__start___bug_table", "__stop___bug_table")
+        && let Err(error) = tables.add_bugs(virt, range)
+    {
+        tracing::warn!("the guest's bug table cannot be read: {error}");
+    }
+    tables
+}
+
+/// What the driver's calls may write. A kernel whose memory management is unknown is isolated without.
+pub(super) fn driver_policy(
+    types: Arc<Btf>,
+    layout: &ModuleLayout,
+    symbols: &SymbolTable,
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+) -> Option<DriverPolicy> {
+    let memory = MemoryModel::new(&types, symbols, virt)
+        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
+        .ok()?;
+    DriverPolicy::new(types, memory, layout, symbols)
+        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
+        .ok()
+}
+
+/// Patches P's copies of driver and kernel text.
+pub(super) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
+    for gate in &plan.gates {
+        domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
+    }
+    for (site, target) in &plan.redirects {
+        domain.redirect(site.0, target.0)?;
+    }
+    for function in &plan.guest_only {
+        domain.trap_function(function.0)?;
+    }
+    for (function, unit) in &plan.sleeps {
+        domain.sleep_function(function.0, *unit)?;
+    }
+    for function in &plan.skipped {
+        domain.skip_function(function.0)?;
+    }
+    for function in &plan.fatal {
+        domain.forbid_function(function.0)?;
+    }
+    Ok(())
+}
+
+/// Writes the gates into the guest's text; all or none.
+pub(super) fn set_gates(
+    plan: &Plan,
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    memory: &GuestMemoryMmap,
+    policy: Option<&DriverPolicy>,
+) -> Result<HashMap<u64, Gate>, AttachError> {
+    let mut gates = HashMap::new();
+    for gate in &plan.gates {
+        let mut now = [0; GATE_BYTES];
+        virt.read(gate.site.gate, &mut now)?;
+        let translation = virt.space.walk(virt.memory, gate.site.gate);
+        let gpa = translation
+            .map_err(|_| DomainError::TextNotMapped(gate.site.gate.0))?
+            .gpa
+            .0;
+        // A NOP that crosses a page would need two translations; functions are 16-byte aligned.
+        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
+            return Err(DomainError::TextNotMapped(gate.site.gate.0).into());
+        }
+        gates.insert(
+            gate.site.gate.0,
+            Gate {
+                gpa,
+                body: gate.site.body().0,
+                entry: EntryStatus::new(&gate.name),
+                aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
+                    policy.abort_return(&gate.name)
+                }),
+            },
+        );
+    }
+    for (written, gate) in gates.values().enumerate() {
+        if memory
+            .write_slice(&GATE.bytes(), GuestAddress(gate.gpa))
+            .is_err()
+        {
+            for gate in gates.values().take(written) {
+                clear_gate(memory, gate.gpa);
+            }
+            return Err(DomainError::TextNotMapped(gate.gpa).into());
+        }
+    }
+    Ok(gates)
+}
+
+/// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
+pub(super) fn clear_gate(memory: &GuestMemoryMmap, gpa: u64) {
+    let mut now = [0; GATE_BYTES];
+    let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
+    if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {
+        tracing::error!("cannot take a gate out of guest memory at {gpa:#x}");
+    }
+}

@@ -1,0 +1,342 @@
+//! A module whose functions are gated: its calls, from the gate to the registers that the guest goes on
+//! with.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::clock::monotonic_ns;
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::GuestMemoryMmap;
+
+use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use super::device::IsolatedDevice;
+use super::fault::Fault;
+use super::platform::Platform;
+use super::report::ViolationReport;
+use super::status::{EntryStatus, ModuleStatus};
+use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use super::{REPORTS_KEPT, THREAD_SIZE};
+use crate::domain::Domain;
+use crate::domain::error::DomainError;
+use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::policy::abort_value::{AbortReturn, AbortValue};
+use crate::policy::call::{CallMemory, DriverPolicy};
+
+/// The return gate is the second `out` of a gate.
+const RETURN_GATE_OFFSET: u64 = 2;
+
+/// A gate in the guest.
+pub(super) struct Gate {
+    pub gpa: u64,
+    /// Where the function goes on behind the gate.
+    pub body: u64,
+    pub entry: EntryStatus,
+    pub aborted: AbortReturn,
+}
+
+/// A module whose functions are gated.
+pub(super) struct Armed {
+    pub domain: Domain,
+    pub knowledge: Knowledge,
+    /// What calls may write; `None` if the guest's types or memory management are not known.
+    pub policy: Option<DriverPolicy>,
+    pub physical_bits: u8,
+    /// By address of the gate.
+    pub gates: HashMap<u64, Gate>,
+    /// Calls that went on in the guest, by the stack pointer with which they come back.
+    pub spilled: HashMap<u64, OpenCall>,
+    /// Targets of calls out of the module, by the address of their displacement's opcode.
+    pub calls: HashMap<u64, Gva>,
+    pub fault_policy: Box<dyn FaultPolicy>,
+    /// A fault that is put into calls on purpose.
+    pub fault: Option<Fault>,
+    /// What was decided about the call that failed just now.
+    pub decided: Option<AfterFault>,
+    /// Calls return their errors without being run.
+    pub stopped: bool,
+    pub device: Option<Arc<dyn IsolatedDevice>>,
+    pub device_slot: Option<u8>,
+    pub budget: Duration,
+    pub sleep_limit: Duration,
+    pub reports: VecDeque<ViolationReport>,
+    pub violations: u64,
+    /// When memory and device of a failed call were as before; taken when its caller runs again.
+    pub rolled_back: Option<Instant>,
+    /// Why the domain is not used any more.
+    pub broken: Option<String>,
+}
+
+/// A call that went on in the guest.
+pub(super) struct OpenCall {
+    /// Address of the gate it came through.
+    pub gate: u64,
+    call: Box<SpilledCall>,
+}
+
+/// A vCPU of the guest at a gate.
+pub(super) struct AtGate<'a> {
+    pub regs: kvm_regs,
+    pub sregs: kvm_sregs,
+    pub vcpu: &'a VcpuFd,
+    pub vm: &'a VmFd,
+}
+
+impl Armed {
+    /// Runs the function behind `gate`, for the `attempts`th time, and returns the registers to go on
+    /// with.
+    pub fn call(&mut self, gate: u64, attempts: u32, at: &AtGate<'_>) -> kvm_regs {
+        let Some(known) = self.gates.get_mut(&gate) else {
+            return at.regs;
+        };
+        let unisolated = kvm_regs {
+            rip: known.body,
+            ..at.regs
+        };
+        if self.broken.is_some() {
+            return unisolated;
+        }
+        if self.stopped {
+            known.entry.refused += 1;
+            let rax = known.aborted.value.rax(&arguments(&at.regs));
+            let memory = self.domain.memories().1;
+            let virt = VirtMemory {
+                space: self.space(&at.sregs),
+                memory: &memory,
+            };
+            return returned(&at.regs, virt, rax).unwrap_or(unisolated);
+        }
+        self.run(gate, None, attempts, at).unwrap_or(unisolated)
+    }
+
+    /// Goes on with a call whose kernel function has reached the return gate, and returns the registers to
+    /// go on with.
+    pub fn go_on(&mut self, open: &OpenCall, at: &AtGate<'_>) -> kvm_regs {
+        if self.broken.is_none()
+            && let Some(next) = self.run(open.gate, Some(&open.call), 1, at)
+        {
+            return next;
+        }
+        kvm_regs {
+            rip: self.hand_over(&open.call),
+            ..at.regs
+        }
+    }
+
+    /// Gives all calls that went on in the guest to the guest for good.
+    pub fn hand_over_all(&mut self) {
+        for (_, open) in std::mem::take(&mut self.spilled) {
+            self.hand_over(&open.call);
+        }
+    }
+
+    fn hand_over(&mut self, call: &SpilledCall) -> u64 {
+        self.domain.hand_over(call).unwrap_or_else(|error| {
+            tracing::error!("a call's stack cannot be given back to the guest: {error}");
+            0
+        })
+    }
+
+    fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
+        AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
+    }
+
+    /// Runs a call, or what is left of one, in the domain. `None` if the guest must run it itself.
+    fn run(
+        &mut self,
+        gate: u64,
+        spilled: Option<&SpilledCall>,
+        attempts: u32,
+        at: &AtGate<'_>,
+    ) -> Option<kvm_regs> {
+        let start = Instant::now();
+        let space = self.space(&at.sregs);
+        let Gate {
+            body,
+            aborted,
+            entry,
+            ..
+        } = self.gates.get_mut(&gate)?;
+        let arguments = arguments(spilled.map_or(&at.regs, |call| call.entry()));
+        let request = CallRequest {
+            regs: at.regs,
+            sregs: &at.sregs,
+            clock: Some(at.vcpu),
+            function: *body,
+            return_gate: Some(gate + RETURN_GATE_OFFSET),
+            budget: self.budget,
+            sleep_limit: self.sleep_limit,
+        };
+        let (domain, knowledge) = (&mut self.domain, &self.knowledge);
+        if let Some(fault) = &mut self.fault
+            && let Err(error) = fault.begin(&entry.name, spilled.is_some(), domain)
+        {
+            tracing::error!("a fault cannot be put into {}: {error}", entry.name);
+        }
+        let (private, shared) = domain.memories();
+        if let Some(policy) = &mut self.policy {
+            policy.begin(&entry.name, arguments);
+        }
+        let mut policy = self.policy.as_mut().map(|policy| CallPolicy {
+            policy,
+            memory: CallMemory {
+                private: VirtMemory {
+                    space,
+                    memory: &private,
+                },
+                shared: VirtMemory {
+                    space,
+                    memory: &shared,
+                },
+                stack: Some(GvaRange::aligned(Gva(at.regs.rsp), THREAD_SIZE)),
+                per_cpu_base: at.sregs.gs.base,
+            },
+        });
+        let mut platform = Some(Platform::new(at.vm, at.vcpu));
+        let mut result: Option<Result<CallResult, DomainError>> = None;
+        match &self.device {
+            Some(device) => device.hold(&mut |held| {
+                let Some(platform) = platform.take() else {
+                    return;
+                };
+                let mut supervisor =
+                    CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
+                result = Some(domain.carry_out(&request, &mut supervisor, spilled));
+            }),
+            None => {
+                let platform = Platform::new(at.vm, at.vcpu);
+                let mut supervisor = CallSupervisor::new(knowledge, policy, None, platform);
+                result = Some(domain.carry_out(&request, &mut supervisor, spilled));
+            }
+        }
+        let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
+        if let Some(policy) = &mut self.policy {
+            policy.end(matches!(&result, Some(Ok(result)) if stays(&result.end)));
+        }
+        let ended = Instant::now();
+        let ended_ns = monotonic_ns();
+        let mut failed = false;
+        let next = match result {
+            Some(Ok(result)) => {
+                entry.count(&result, spilled.is_some(), start.elapsed());
+                match result.end {
+                    CallEnd::Committed => Some(result.regs),
+                    CallEnd::PassThrough(_) => None,
+                    CallEnd::Spilled(_, call) => {
+                        let open = OpenCall { gate, call };
+                        self.spilled.insert(open.call.returns_with(), open);
+                        Some(result.regs)
+                    }
+                    CallEnd::Aborted(violation) => {
+                        failed = true;
+                        let next = kvm_regs {
+                            rax: aborted.value.rax(&arguments),
+                            ..result.regs
+                        };
+                        let name = entry.name.clone();
+                        let virt = VirtMemory {
+                            space,
+                            memory: &shared,
+                        };
+                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
+                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
+                            let touched = report.violation.touched();
+                            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
+                        }
+                        let phases = result.phases;
+                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                        report.at_ns = ended_ns.saturating_sub(took);
+                        report.phases = phases;
+                        self.failed(gate, report, attempts, ended);
+                        Some(next)
+                    }
+                }
+            }
+            Some(Err(error)) => {
+                tracing::error!("the domain is not used any more: {error}");
+                self.broken = Some(error.to_string());
+                self.hand_over_all();
+                None
+            }
+            None => None,
+        };
+        if let Some(fault) = &mut self.fault
+            && let Err(error) = fault.end(failed, &mut self.domain)
+        {
+            tracing::error!("the domain is not used any more: {error}");
+            self.broken = Some(error.to_string());
+            self.hand_over_all();
+        }
+        if let (Some(AfterFault::Stop), Some(device)) = (self.decided, &self.device) {
+            device.hold(&mut |held| held.silence());
+        }
+        next
+    }
+
+    /// Keeps the report of a call that failed and asks what becomes of it.
+    fn failed(&mut self, gate: u64, report: ViolationReport, attempts: u32, ended: Instant) {
+        tracing::warn!("{report}");
+        let aborted = self.gates.get(&gate).map(|gate| gate.aborted.value);
+        let mut decided = self.fault_policy.after_fault(&FailedCall {
+            report: &report,
+            attempts,
+            returns_nothing: aborted == Some(AbortValue::Nothing),
+        });
+        // What a spilled call did before is in the guest: it cannot be run once more.
+        if report.violation.spills > 0 && decided == AfterFault::Retry {
+            decided = AfterFault::ReturnError;
+        }
+        if let Some(gate) = self.gates.get_mut(&gate) {
+            gate.entry.retries += u64::from(decided == AfterFault::Retry);
+        }
+        self.stopped |= decided == AfterFault::Stop;
+        self.decided = Some(decided);
+        self.violations += 1;
+        self.rolled_back = Some(ended);
+        if self.reports.len() >= REPORTS_KEPT {
+            self.reports.pop_front();
+        }
+        self.reports.push_back(report);
+    }
+
+    /// Completes the report of a call that failed just now.
+    pub fn caller_runs_again(&mut self) {
+        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
+            report.phases.returned_ns =
+                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        }
+    }
+
+    pub fn status(&self, module: &str) -> ModuleStatus {
+        let mut entries: Vec<_> = self.gates.values().map(|gate| gate.entry.clone()).collect();
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        ModuleStatus {
+            module: module.to_owned(),
+            entries,
+            violations: self.violations,
+            stopped: self.stopped,
+            warm_pages: self.domain.warm_pages(),
+            broken: self.broken.clone(),
+        }
+    }
+}
+
+/// The arguments that a function gets in registers.
+fn arguments(regs: &kvm_regs) -> [u64; 6] {
+    [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9]
+}
+
+/// The registers after a function returned `rax` to its caller without having been run.
+fn returned(regs: &kvm_regs, virt: VirtMemory<'_, GuestMemoryMmap>, rax: u64) -> Option<kvm_regs> {
+    let mut address = [0; 8];
+    virt.read(Gva(regs.rsp), &mut address).ok()?;
+    Some(kvm_regs {
+        rax,
+        rip: u64::from_le_bytes(address),
+        rsp: regs.rsp.wrapping_add(8),
+        ..*regs
+    })
+}

@@ -1,0 +1,230 @@
+//! Calls that go on in the guest: what they did so far is published, and the guest's vCPU takes over in
+//! the middle of the kernel function that the driver called.
+//!
+//! ```text
+//!   P: driver ─► kernel function ─► must sleep        P: driver goes on ─► ... ─► commit
+//!                                     │ publish                ▲
+//!   K:                                └─► sleeps, ... returns ─┘ return gate
+//! ```
+//!
+//! Only the innermost kernel function goes on in the guest: its return address on the stack becomes
+//! the return gate. What is further out returns in P again, so its return addresses may stay those of the
+//! monitor; the guest never returns through them while the call is open. A spilled call is found
+//! again by the stack pointer with which that kernel function returns: nobody else has that stack.
+
+use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
+
+use super::*;
+use crate::domain::monitor::CrossingFrame;
+
+/// Times that one call may go on in the guest.
+const MAX_SPILLS: u32 = 4096;
+
+/// A place on a stack that holds a return address.
+#[derive(Debug, Clone, Copy)]
+struct ReturnSlot {
+    /// Stack pointer after a return through it.
+    rsp: u64,
+    slot: (Pfn, usize),
+}
+
+/// A call that goes on in the guest.
+#[derive(Debug, Clone)]
+pub struct SpilledCall {
+    pub(super) entry: kvm_regs,
+    pub(super) spills: u32,
+    return_address: u64,
+    return_slot: (Pfn, usize),
+    callbacks: Vec<Callback>,
+    /// Kernel functions called by the driver, outermost first; the last one is running in the guest.
+    frames: Vec<CrossingFrame>,
+    slots: Vec<ReturnSlot>,
+}
+
+impl SpilledCall {
+    /// Stack pointer with which the guest arrives at the return gate.
+    pub fn returns_with(&self) -> u64 {
+        self.frames.last().map_or(0, |frame| frame.rsp)
+    }
+
+    /// Registers at the entry of the call.
+    pub fn entry(&self) -> &kvm_regs {
+        &self.entry
+    }
+
+    /// Times that the call has gone on in the guest by now.
+    pub fn spills(&self) -> u32 {
+        self.spills
+    }
+}
+
+impl Domain {
+    /// Gives a spilled call to the guest for good: its stack gets the driver's own return addresses, and
+    /// the guest runs the rest unisolated. Returns where a vCPU goes on that has reached the return
+    /// gate.
+    pub fn hand_over(&mut self, call: &SpilledCall) -> Result<u64, DomainError> {
+        for slot in &call.slots {
+            let (pfn, offset) = slot.slot;
+            let bytes = self.view.shared_page(pfn)?.get(offset..offset + 8);
+            let now = bytes.and_then(|bytes| bytes.try_into().ok());
+            let now = now.map_or(0, u64::from_le_bytes);
+            // The innermost one holds the return gate.
+            if self.monitor.contains_va(now) || slot.rsp == call.returns_with() {
+                let address = self.unmonitored(call, slot.rsp);
+                self.view
+                    .write_shared(pfn, offset, &address.to_le_bytes())?;
+            }
+        }
+        Ok(self.unmonitored(call, call.returns_with()))
+    }
+
+    /// Where the driver's own code would return to with stack pointer `rsp`.
+    fn unmonitored(&self, call: &SpilledCall, rsp: u64) -> u64 {
+        let frames = call.frames.iter().filter(|frame| frame.rsp == rsp);
+        let callbacks = call.callbacks.iter().filter(|callback| callback.rsp == rsp);
+        frames
+            .map(|frame| frame.return_address)
+            .chain(callbacks.map(|callback| callback.return_address))
+            .find(|address| !self.monitor.contains_va(*address))
+            .unwrap_or(call.return_address)
+    }
+}
+
+impl Call<'_> {
+    /// Lets the guest go on with the registers `at`. `None` if it cannot: the call is as it was.
+    pub(super) fn spill(
+        &mut self,
+        reason: PassThroughReason,
+        at: &kvm_regs,
+    ) -> Result<Option<(CallEnd, kvm_regs)>, DomainError> {
+        let frames = self.domain.monitor.crossing_frames();
+        let (Some(gate), Some(innermost)) = (self.request.return_gate, frames.last()) else {
+            return Ok(None);
+        };
+        if self.spills >= MAX_SPILLS {
+            return Ok(None);
+        }
+        let returns = frames.iter().map(|frame| frame.rsp);
+        let mut returns: Vec<u64> = returns
+            .chain(self.callbacks.iter().map(|c| c.rsp))
+            .collect();
+        returns.dedup();
+        let mut slots = Vec::new();
+        for rsp in returns {
+            let Some(slot) = self.stack_slot(rsp.wrapping_sub(8))? else {
+                return Ok(None);
+            };
+            slots.push(ReturnSlot { rsp, slot });
+        }
+        let Some(gate_slot) = slots.iter().find(|slot| slot.rsp == innermost.rsp) else {
+            return Ok(None);
+        };
+        let gate_slot = gate_slot.slot;
+        self.domain.vm.settle()?;
+        // For whoever walks the stack in the guest.
+        if self.read_slot(self.return_slot)? == self.domain.monitor.exit_stub() {
+            self.write_slot(self.return_slot, self.return_address)?;
+        }
+        self.write_slot(gate_slot, gate)?;
+        if let Some(kind) = self.publish()? {
+            return self.abort(kind, self.request.function).map(Some);
+        }
+        let spilled = SpilledCall {
+            entry: self.entry,
+            spills: self.spills + 1,
+            return_address: self.return_address,
+            return_slot: self.return_slot,
+            callbacks: std::mem::take(&mut self.callbacks),
+            frames,
+            slots,
+        };
+        Ok(Some((CallEnd::Spilled(reason, Box::new(spilled)), *at)))
+    }
+
+    /// Takes a spilled call up again: its kernel function has returned in the guest.
+    pub(super) fn begin_again(
+        &mut self,
+        spilled: &SpilledCall,
+    ) -> Result<Option<PassThroughReason>, DomainError> {
+        self.return_address = spilled.return_address;
+        self.return_slot = spilled.return_slot;
+        self.callbacks = spilled.callbacks.clone();
+        if let Some(reason) = self.prepare()? {
+            return Ok(Some(reason));
+        }
+        let Some((returned, outer)) = spilled.frames.split_last() else {
+            return Err(DomainError::Internal("a spilled call without a crossing"));
+        };
+        let stub = self.domain.monitor.exit_stub();
+        // Below the stack pointer by now if the kernel function was called in the function's place.
+        self.write_slot(self.return_slot, stub)?;
+        for callback in &self.callbacks {
+            self.supervisor
+                .called_back(callback.function, callback.arguments);
+        }
+        self.supervisor.returned(self.request.regs.rax);
+        let monitor = &mut self.domain.monitor;
+        if !monitor.resume_with(outer, returned.return_address) {
+            return Err(DomainError::Internal("crossings nested too deep"));
+        }
+        self.start(&self.request.regs);
+        Ok(None)
+    }
+
+    /// Registers with which the guest can do itself what P may not, being stopped at it with `regs`; `None`
+    /// where that is not known for sure.
+    pub(super) fn in_the_guest(
+        &self,
+        kind: &ViolationKind,
+        regs: &kvm_regs,
+    ) -> Result<Option<kvm_regs>, DomainError> {
+        let rip = match kind {
+            ViolationKind::ForeignPort {
+                port: PORT_TRAPPED, ..
+            } => self
+                .trapped_at(regs.rip, &self.domain.trapped)
+                .map(|(function, ())| function),
+            ViolationKind::ForeignMsr { .. }
+            | ViolationKind::ForeignPort { .. }
+            | ViolationKind::ForeignMmio { write: false, .. } => {
+                self.is_access(regs.rip, kind).then_some(regs.rip)
+            }
+            // KVM has moved on already.
+            _ => None,
+        };
+        Ok(rip.map(|rip| kvm_regs { rip, ..*regs }))
+    }
+
+    /// Whether the instruction at `rip` is one that makes such an access, and no other effect with it.
+    fn is_access(&self, rip: u64, kind: &ViolationKind) -> bool {
+        let mut code = [0; 15];
+        let readable = (1..=code.len())
+            .rev()
+            .find(|bytes| self.domain.code(rip, &mut code[..*bytes]).is_ok());
+        let code = &code[..readable.unwrap_or(0)];
+        let instruction = Decoder::with_ip(64, code, rip, DecoderOptions::NONE).decode();
+        match kind {
+            ViolationKind::ForeignMsr { .. } => {
+                matches!(instruction.mnemonic(), Mnemonic::Rdmsr | Mnemonic::Wrmsr)
+            }
+            ViolationKind::ForeignPort { .. } => {
+                matches!(instruction.mnemonic(), Mnemonic::In | Mnemonic::Out)
+            }
+            _ => {
+                let load = matches!(
+                    instruction.mnemonic(),
+                    Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd
+                );
+                load && instruction.op1_kind() == OpKind::Memory
+            }
+        }
+    }
+
+    fn stack_slot(&self, va: u64) -> Result<Option<(Pfn, usize)>, DomainError> {
+        let translation = self.domain.roots.translate(va, &self.domain.view)?;
+        let slot = translation.map(|at| (Pfn::of(at.gpa), (at.gpa % PAGE_SIZE) as usize));
+        Ok(slot.filter(|(pfn, offset)| {
+            *offset <= PAGE_SIZE as usize - 8 && self.domain.view.contains(*pfn)
+        }))
+    }
+}
