@@ -43,6 +43,8 @@ pub struct Machine {
     images: PathBuf,
     /// First kernel message after the boot.
     boot_end: u64,
+    /// Time that calls may wait for and remain atomic.
+    pub sleep_limit: Duration,
     thread: Option<JoinHandle<()>>,
     _directory: tempfile::TempDir,
 }
@@ -106,6 +108,7 @@ impl Machine {
         let (_, boot_end) = agent.kmsg(0).unwrap();
         Self {
             boot_end,
+            sleep_limit: DEFAULT_SLEEP_LIMIT,
             agent,
             isolator,
             handle,
@@ -181,7 +184,7 @@ impl Machine {
             device: device.map(|device| Arc::new(device) as _),
             budget: DEFAULT_BUDGET.max(Duration::from_secs(2)),
             policy: Box::new(ReturnErrors),
-            sleep_limit: DEFAULT_SLEEP_LIMIT,
+            sleep_limit: self.sleep_limit,
         })
     }
 
@@ -249,7 +252,7 @@ impl Machine {
                 let calls = entry.calls as f64;
                 let per_call = |count: u64| count as f64 / calls;
                 eprintln!(
-                    "{:24} calls {} commits {} aborts {} passed {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
+                    "{:24} calls {} commits {} aborts {} passed {:?} spilled {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
                      indirect {:.2}, callbacks {:.2}, rebuilds {:.2}, dirty {:.1}, bytes {:.0}, posted {:.1}, reads {:.1}, \
                      syscalls {:.1}, {:.0} us, longest {} us",
                     entry.name,
@@ -257,6 +260,7 @@ impl Machine {
                     entry.commits,
                     entry.aborts,
                     entry.pass_throughs,
+                    entry.spills,
                     per_call(entry.crossings),
                     per_call(entry.private_exits),
                     per_call(entry.fills),

@@ -115,6 +115,39 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
     machine.assert_healthy();
 }
 
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
+    let mut machine = boot_with_network(1, "");
+    machine.sleep_limit = std::time::Duration::ZERO;
+    machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
+    machine.run(OPERATIONS);
+    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
+    machine.run(
+        "(for i in 1 2 3; do ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; done) & \
+        ping -c 20 -i 0.05 -W 1 10.0.2.2; wait; ping -c 2 -W 2 10.0.2.2",
+    );
+    machine.print_status();
+    for entry in [
+        "e1000_set_ringparam",
+        "e1000_change_mtu",
+        "e1000_set_features",
+        "e1000_close",
+    ] {
+        let status = machine.entry("e1000", entry);
+        assert!(
+            status.spills.values().sum::<u64>() > 0,
+            "{entry}: {status:?}"
+        );
+        assert_eq!(status.commits, status.calls, "{entry}: {status:?}");
+    }
+    let status = machine.status("e1000");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.isolator.release("e1000").unwrap();
+    machine.run("ping -c 2 -W 2 10.0.2.2");
+    machine.assert_healthy();
+}
+
 /// `xor eax, eax; mov rax, [rax]`: a NULL dereference.
 const NULL_DEREFERENCE: &[u8] = &[0x31, 0xc0, 0x48, 0x8b, 0x00];
 
