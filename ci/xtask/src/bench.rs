@@ -16,8 +16,11 @@ use crate::suite::run_on_host;
 use crate::workspace::Workspace;
 use crate::{images, setup};
 
-/// For one measuring command in the lab: twice five reboots and more.
-const COMMAND_LIMIT: Duration = Duration::from_secs(900);
+/// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and more.
+const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
+
+/// Rollbacks of each entry point that a demo makes.
+const DEMO_ROLLBACKS: u16 = 6;
 
 /// Measures, and writes what came of it
 #[derive(Clone, Debug, clap::Args)]
@@ -36,8 +39,14 @@ enum What {
         #[arg(long, value_enum)]
         only: Option<Monitor>,
     },
-    /// Time the network is gone: driver restart and guest reboot
-    Recovery(Common),
+    /// Time the network is gone: rollback of a failed call, driver restart, guest reboot
+    Recovery {
+        #[command(flatten)]
+        common: Common,
+        /// Rollbacks of each entry point of the driver
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        rollbacks: u16,
+    },
     /// Send traffic through the NIC and check every byte of it
     Traffic {
         #[command(flatten)]
@@ -96,8 +105,8 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             })?;
             (common, "boot")
         }
-        What::Recovery(common) => {
-            steps.must("recovery", || bench.recovery(common.runs))?;
+        What::Recovery { common, rollbacks } => {
+            steps.must("recovery", || bench.recovery(common.runs, *rollbacks))?;
             (common, "recovery")
         }
         What::Traffic { common, seconds } => {
@@ -116,7 +125,7 @@ pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> 
     let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
-    steps.must("recovery", || bench.recovery(runs))?;
+    steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
     let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
     steps.summary();
     eprintln!(
@@ -190,12 +199,13 @@ impl Bench {
         self.boots(runs, &[Monitor::Cofferdam])
     }
 
-    fn recovery(&mut self, runs: u16) -> anyhow::Result<String> {
+    /// All ways of recovery in one lab, so that their ratios mean something.
+    fn recovery(&mut self, runs: u16, rollbacks: u16) -> anyhow::Result<String> {
         self.renew()?;
-        let runs = runs.to_string();
+        let (runs, rollbacks) = (runs.to_string(), rollbacks.to_string());
         self.measure(
             "recovery",
-            &["recovery", "--method", "restart,reboot", "--runs", &runs],
+            &["recovery", "--runs", &runs, "--rollbacks", &rollbacks],
         )
     }
 

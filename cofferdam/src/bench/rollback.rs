@@ -186,9 +186,9 @@ pub fn measure(
         // The VM asks the agent itself, which listens to one client at a time.
         bench.guest.agent().disconnect();
         bench.control.ask(&isolate)?;
-        let of_entry = bench
-            .entry(entry, operation, runs, progress)
-            .with_context(|| format!("rollback of {entry}"))?;
+        let of_entry = bench.entry(entry, operation, runs, progress);
+        let of_entry =
+            of_entry.with_context(|| format!("rollback of {entry}{}", bench.guest.last_words()))?;
         let lost = bench.carrier_changes()?.saturating_sub(before);
         all.extend(of_entry.into_iter().map(|recovery| Recovery {
             link_changes: Some(lost),

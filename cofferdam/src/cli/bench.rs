@@ -10,7 +10,8 @@ use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
 use crate::bench::{boot, recovery, rollback, traffic};
 use crate::options::NicModel;
-use crate::report::{Method, Report, environment, html, merge};
+use crate::report::ratio::ratios;
+use crate::report::{Method, Report, environment, html, merge, svg};
 
 /// `bench`
 #[derive(Debug, clap::Subcommand)]
@@ -114,6 +115,9 @@ pub struct Common {
     /// Where to write the report as a page with plots
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Where to write its plots as SVG files
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
 }
 
 /// How often something is measured.
@@ -181,6 +185,7 @@ impl BenchCommand {
                     rollbacks: usize::from(rollbacks),
                 };
                 let (recoveries, guest) = recovery::measure(&options, &mut progress)?;
+                report.recovery_ratios = ratios(&recoveries);
                 report.recovery = recoveries;
                 report.guest = Some(guest);
                 common.finish(&report)?;
@@ -219,6 +224,9 @@ impl Common {
         }
         if let Some(path) = &self.html {
             html::write(report, path).context("the page with plots")?;
+        }
+        if let Some(folder) = &self.svg {
+            svg::write(report, folder).context("the plots")?;
         }
         Ok(())
     }

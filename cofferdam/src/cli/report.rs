@@ -124,6 +124,32 @@ pub fn text(report: &Report) -> String {
     if !stats.is_empty() {
         text.push_str(&format!("{stats}\n"));
     }
+    if !report.recovery_ratios.is_empty() {
+        let mut rows = table(&[
+            "rollback of",
+            "n",
+            "returned, us",
+            "p99",
+            "largest",
+            "sooner than",
+            "returned",
+            "first rx",
+        ]);
+        for ratio in &report.recovery_ratios {
+            let us = |us: f64| number(format!("{us:.0}"));
+            rows.add_row(vec![
+                ratio.entry.as_deref().unwrap_or("all").into(),
+                number(ratio.n),
+                us(ratio.returned_us.p50),
+                us(ratio.returned_us.p99),
+                us(ratio.returned_us.max),
+                ratio.against.name().into(),
+                number(format!("{:.0} times", ratio.returned)),
+                number(format!("{:.0} times", ratio.first_rx)),
+            ]);
+        }
+        text.push_str(&format!("{rows}\n"));
+    }
     if let Some(boot) = &report.boot {
         text.push_str(&format!(
             "resident beyond guest memory: {} KiB\n",

@@ -16,6 +16,7 @@ pub fn report_here() -> Report {
         boot: None,
         boot_others: Vec::new(),
         recovery: Vec::new(),
+        recovery_ratios: Vec::new(),
         traffic: Vec::new(),
         other: Default::default(),
     }

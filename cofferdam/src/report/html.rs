@@ -5,8 +5,11 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::plot::{boot_boxes, css, ordered_medians, phase_color, recovery_bars, recovery_boxes};
-use super::{Boot, Recovery, Report, Stat, Traffic};
+use super::plot::{
+    boot_boxes, css, end_boxes, ordered_medians, phase_color, recovery_bars, recovery_boxes,
+};
+use super::ratio::{FGFT_SHORTER_BY, Ratio};
+use super::{Boot, Method, Phase, Recovery, Report, Stat, Traffic};
 
 /// Writes the page.
 pub fn write(report: &Report, path: &Path) -> anyhow::Result<()> {
@@ -47,6 +50,9 @@ fn page(report: &Report) -> anyhow::Result<String> {
         row(&mut body, &[name.to_owned(), escape(&value)]);
     }
     body.push_str("</table>\n");
+    if !report.recovery_ratios.is_empty() {
+        ratio_section(&mut body, &report.recovery_ratios);
+    }
     if !report.recovery.is_empty() {
         recovery_section(&mut body, &report.recovery)?;
     }
@@ -73,13 +79,85 @@ fn page(report: &Report) -> anyhow::Result<String> {
     ))
 }
 
+fn ratio_section(body: &mut String, ratios: &[Ratio]) {
+    body.push_str("<h2>Rollback against restart and reboot</h2>\n<table>\n<tr>");
+    for head in [
+        "rollback of",
+        "n",
+        "caller runs again, ms (median)",
+        "p99",
+        "largest",
+        "against",
+        "sooner by",
+        "first packet sooner by",
+    ] {
+        let _ = write!(body, "<th>{head}</th>");
+    }
+    body.push_str("</tr>\n");
+    let ms = |us: f64| format!("{:.3}", us / 1e3);
+    for ratio in ratios {
+        row(
+            body,
+            &[
+                escape(ratio.entry.as_deref().unwrap_or("all")),
+                ratio.n.to_string(),
+                ms(ratio.returned_us.p50),
+                ms(ratio.returned_us.p99),
+                ms(ratio.returned_us.max),
+                ratio.against.name().to_owned(),
+                format!("{:.0} times", ratio.returned),
+                format!("{:.0} times", ratio.first_rx),
+            ],
+        );
+    }
+    body.push_str("</table>\n");
+    if let Some(ratio) = ratios.iter().find(|ratio| ratio.entry.is_none()) {
+        let _ = writeln!(
+            body,
+            "<p class=\"note\">The slowest: {}</p>",
+            escape(&ratio.slowest)
+        );
+    }
+    let shorter = |part: f64| format!("{:.2} %", part * 100.0);
+    body.push_str("<table>\n<tr><th>failures shorter than by restart</th><th>by</th></tr>\n");
+    for ratio in ratios {
+        if ratio.entry.is_none() && ratio.against == Method::Restart {
+            let ours = "Cofferdam, this report (fault to first packet)".to_owned();
+            row(body, &[ours, shorter(1.0 - 1.0 / ratio.first_rx)]);
+        }
+    }
+    row(
+        body,
+        &[
+            "FGFT, as published by its authors (six drivers, their hardware)".to_owned(),
+            shorter(FGFT_SHORTER_BY),
+        ],
+    );
+    body.push_str("</table>\n");
+}
+
 fn recovery_section(body: &mut String, recoveries: &[Recovery]) -> anyhow::Result<()> {
     body.push_str(
         "<h2>Recovery: how long the network is gone</h2>\n\
          <p class=\"note\">A phase lasts from the end of the phase before it to its own end. The last \
          one is the guest's first reply to the host.</p>\n",
     );
-    body.push_str(&recovery_bars(recoveries)?);
+    let baselines: Vec<Recovery> = recoveries
+        .iter()
+        .filter(|recovery| recovery.method != Method::Rollback)
+        .cloned()
+        .collect();
+    if !baselines.is_empty() {
+        body.push_str(&recovery_bars(&baselines)?);
+    }
+    for (phase, what) in [
+        (Phase::Returned, "until the caller runs again"),
+        (Phase::FirstRx, "until a ping sent afterwards is answered"),
+    ] {
+        if let Some(svg) = end_boxes(recoveries, phase)? {
+            let _ = writeln!(body, "<h3>Time {what}</h3>\n{svg}");
+        }
+    }
     for recovery in recoveries {
         let _ = writeln!(
             body,

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 
+use super::ratio::ratios;
 use super::{Boot, BootRun, OtherBoot, Report, SCHEMA, Stat};
 
 /// Largest report that is read, in bytes.
@@ -91,6 +92,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
             merge_other(&mut whole.boot_others, other)?;
         }
         whole.recovery.extend(part.recovery);
+        whole.recovery_ratios = ratios(&whole.recovery);
         whole.traffic.extend(part.traffic);
         for (section, value) in part.other {
             match (whole.other.get_mut(&section), value) {
@@ -160,6 +162,7 @@ mod tests {
             recovery: Recovery::from_runs("e1000", method, vec![run])
                 .into_iter()
                 .collect(),
+            recovery_ratios: Vec::new(),
             traffic: Vec::new(),
             other: Default::default(),
         }

@@ -9,7 +9,9 @@ pub mod environment;
 pub mod html;
 pub mod merge;
 mod plot;
+pub mod ratio;
 mod stat;
+pub mod svg;
 
 use std::collections::BTreeMap;
 
@@ -41,6 +43,9 @@ pub struct Report {
     /// How long a network is gone, by way of recovery.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recovery: Vec<Recovery>,
+    /// How much sooner rollbacks are over than the baselines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recovery_ratios: Vec<ratio::Ratio>,
     /// What went through the NIC, and whether all of it arrived.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traffic: Vec<Traffic>,

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::axis::Axis;
-use super::{OtherBoot, Phase, Recovery, Report, Stat};
+use super::{Method, OtherBoot, Phase, Recovery, Report, Stat};
 
 /// Width of every plot, in pixels.
 const WIDTH: i32 = 860;
@@ -132,6 +132,51 @@ pub fn recovery_boxes(recovery: &Recovery) -> anyhow::Result<String> {
         "ms, logarithmic",
         ms,
     )
+}
+
+/// Boxes and whiskers for when `phase` ended, in microseconds since the fault or the start: a row for each
+/// entry point and each baseline. `None` where nothing has that phase.
+pub fn end_boxes(recoveries: &[Recovery], phase: Phase) -> anyhow::Result<Option<String>> {
+    let mut samples: Vec<(String, Method, Vec<f64>)> = Vec::new();
+    for recovery in recoveries {
+        let name = recovery.entry.as_deref();
+        let name = name.unwrap_or(recovery.method.name());
+        let ends = recovery.ends_us(phase);
+        match samples.iter_mut().find(|(known, ..)| known == name) {
+            Some((_, _, all)) => all.extend(ends),
+            None => samples.push((name.to_owned(), recovery.method, ends)),
+        }
+    }
+    let rows: Vec<Row> = samples
+        .into_iter()
+        .filter_map(|(name, method, samples)| {
+            Some(Row {
+                name,
+                color: if method == Method::Rollback {
+                    phase_color(phase)
+                } else {
+                    GREY
+                },
+                stat: Stat::from_samples(&samples)?,
+                samples,
+            })
+        })
+        .collect();
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let low = rows
+        .iter()
+        .map(|r| ms(r.stat.min))
+        .fold(f64::INFINITY, f64::min);
+    let high = rows.iter().map(|r| ms(r.stat.max)).fold(0.0, f64::max);
+    boxes(
+        &rows,
+        &Axis::logarithmic(low, high, LEFT, RIGHT),
+        "ms, logarithmic",
+        ms,
+    )
+    .map(Some)
 }
 
 /// Boxes and whiskers for the boots of this monitor and of others.
