@@ -59,7 +59,7 @@ use self::packet::Transmitter;
 use self::phy::Phy;
 use self::regs::{RA, RAH_AV, RegisterFile};
 use self::rx::Receiver;
-pub use self::state::E1000State;
+pub use self::state::{E1000State, RingMemory};
 use self::timers::{Timer, Timers};
 use crate::dma::DmaSpace;
 use crate::irq::IrqLine;

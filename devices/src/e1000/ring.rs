@@ -29,6 +29,11 @@ impl Ring {
         }
     }
 
+    /// Guest physical address and length in bytes of all descriptors.
+    pub fn memory(&self) -> (u64, usize) {
+        (self.base, (self.count * DESCRIPTOR_BYTES) as usize)
+    }
+
     /// Whether head and tail are in the ring. Outside of it the controller would run over whatever
     /// lies behind; here it stands still.
     pub fn is_sane(&self) -> bool {

@@ -6,7 +6,8 @@ use super::eeprom::Eeprom;
 use super::interrupts::{InterruptState, LONGEST_THROTTLE_NS};
 use super::packet::{Transmitter, TransmitterState};
 use super::phy::Phy;
-use super::regs::RegisterFile;
+use super::regs::{RCTL, RDBAL, RegisterFile, TCTL, TDBAL, rctl, tctl};
+use super::ring::Ring;
 use super::timers::TimersState;
 use super::{E1000, Error};
 use crate::pci::config::ConfigSpaceState;
@@ -30,7 +31,36 @@ pub struct E1000State {
     io_address: u32,
 }
 
+/// The descriptor rings of a controller that was using them: guest memory that the controller writes behind the
+/// processor's back, and so a part of what a driver's call changes.
+#[derive(Debug, Clone, Default)]
+pub struct RingMemory(Vec<(u64, Vec<u8>)>);
+
 impl E1000 {
+    /// Takes the contents of the rings that the controller uses now.
+    pub fn save_rings(&self) -> RingMemory {
+        let enabled = [(TDBAL, TCTL, tctl::EN), (RDBAL, RCTL, rctl::EN)]
+            .into_iter()
+            .filter(|(_, control, enable)| self.regs.get(*control) & enable != 0);
+        let saved = enabled.filter_map(|(base, ..)| {
+            let (address, bytes) = Ring::at(&self.regs, base).memory();
+            let mut contents = vec![0; bytes];
+            // A ring outside of guest memory is one that the controller cannot write either.
+            self.dma.read(address, &mut contents).ok()?;
+            Some((address, contents))
+        });
+        RingMemory(saved.collect())
+    }
+
+    /// Puts the rings' contents back: descriptors that the controller finished since then are as if it had not.
+    pub fn restore_rings(&self, rings: &RingMemory) {
+        for (address, contents) in &rings.0 {
+            if let Err(error) = self.dma.write(*address, contents) {
+                tracing::error!("a ring cannot be put back: {error}");
+            }
+        }
+    }
+
     /// Takes the state. The controller goes on unchanged.
     pub fn save(&self) -> E1000State {
         let now = self.timers.now();

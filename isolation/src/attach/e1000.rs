@@ -1,8 +1,9 @@
-//! The 82540EM model as an isolated device: its whole state is one value, so a checkpoint is exact.
+//! The 82540EM model as an isolated device: its whole state is one value, so a checkpoint is exact. The descriptor
+//! rings, which it writes behind the processor's back, belong to the checkpoint.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::e1000::{E1000, E1000State};
+use devices::e1000::{E1000, E1000State, RingMemory};
 use devices::pci::{BarRange, BarSpace, PciFunction};
 
 use crate::domain::supervisor::DeviceAddress;
@@ -39,7 +40,7 @@ struct Held<'a> {
     /// Where the BARs are. Only configuration space moves them, which an isolated call does
     /// not reach.
     ranges: Vec<BarRange>,
-    saved: Option<E1000State>,
+    saved: Option<(E1000State, RingMemory)>,
 }
 
 impl Held<'_> {
@@ -79,15 +80,17 @@ impl HeldDevice for Held<'_> {
     }
 
     fn checkpoint(&mut self) {
-        self.saved = Some(self.nic.save());
+        self.saved = Some((self.nic.save(), self.nic.save_rings()));
     }
 
     fn restore(&mut self) {
-        if let Some(state) = self.saved.take()
-            && let Err(error) = self.nic.restore(state)
-        {
+        let Some((state, rings)) = self.saved.take() else {
+            return;
+        };
+        if let Err(error) = self.nic.restore(state) {
             tracing::error!("the NIC does not take back its own checkpoint: {error}");
         }
+        self.nic.restore_rings(&rings);
     }
 
     fn silence(&mut self) {

@@ -78,6 +78,36 @@ fn a_packet_that_was_half_fetched_or_half_sent_is_sent_once() {
 }
 
 #[test]
+fn descriptors_that_were_finished_after_the_checkpoint_are_unfinished_again() {
+    let mut driver = Driver::new();
+    let frame = broadcast(100);
+    driver.queue_data(TX_BUFFERS, &frame, EOP | RS, 0);
+    let (state, rings) = (driver.bench.nic.save(), driver.bench.nic.save_rings());
+    driver.ring();
+    assert_eq!(
+        (driver.sent(), driver.tx_status(0)),
+        (vec![frame.clone()], 1)
+    );
+    driver.bench.nic.restore(state).unwrap();
+    driver.bench.nic.restore_rings(&rings);
+    assert_eq!((driver.tx_status(0), driver.bench.read(TDH)), (0, 0));
+    // The driver that made the call again has the same frame sent again.
+    driver.ring();
+    assert_eq!((driver.sent(), driver.tx_status(0)), (vec![frame], 1));
+}
+
+#[test]
+fn rings_that_are_not_in_use_are_left_alone() {
+    let mut driver = Driver::new();
+    driver.bench.write(TCTL, 0);
+    let rings = driver.bench.nic.save_rings();
+    // Whoever owns that memory now.
+    driver.queue_data(TX_BUFFERS, &[], EOP, 0xff);
+    driver.bench.nic.restore_rings(&rings);
+    assert_eq!(driver.tx_status(0), 0xff);
+}
+
+#[test]
 fn a_frame_that_waits_for_descriptors_goes_along() {
     let mut driver = Driver::with_rings(8, 8);
     driver.bench.write(RCTL, rctl::EN | rctl::BAM | 3 << 16);
