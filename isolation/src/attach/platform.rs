@@ -67,6 +67,9 @@ impl<'a> Platform<'a> {
                     let (entry, high) = redirection(index)?;
                     // SAFETY: every pattern of bits is a valid entry.
                     let bits = unsafe { state.redirtbl.get(entry)?.bits };
+                    // An interrupt on its way is one that comes after the call: no vCPU takes it before,
+                    // and `synchronize_irq` would wait for that.
+                    let bits = bits & !REMOTE_IRR;
                     (bits >> if high { 32 } else { 0 }) as u32
                 }
             },
@@ -252,6 +255,28 @@ mod tests {
         vm.get_irqchip(&mut chip).unwrap();
         // SAFETY: the chip was filled in as an I/O APIC.
         assert_eq!(unsafe { chip.chip.ioapic.irr } & 1 << 11, 1 << 11);
+    }
+
+    #[test]
+    fn an_interrupt_on_its_way_is_not_waited_for() {
+        let (vm, vcpu) = machine();
+        let mut chip = kvm_irqchip {
+            chip_id: KVM_IRQCHIP_IOAPIC,
+            ..Default::default()
+        };
+        vm.get_irqchip(&mut chip).unwrap();
+        let in_service = LEVEL_TRIGGERED | REMOTE_IRR | 0x31;
+        // SAFETY: the chip was filled in as an I/O APIC.
+        unsafe { chip.chip.ioapic.redirtbl[11].bits = in_service };
+        vm.set_irqchip(&chip).unwrap();
+        let mut platform = Platform::new(&vm, &vcpu);
+        assert!(platform.write(IO_APIC, 0x10 + 22, 4));
+        assert_eq!(
+            platform.read(IO_APIC + IOWIN, 4),
+            Some(LEVEL_TRIGGERED | 0x31)
+        );
+        platform.commit();
+        assert_eq!(entry(&vm, 11), in_service, "it is still on its way");
     }
 
     #[test]
