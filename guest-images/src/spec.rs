@@ -70,7 +70,8 @@ pub fn default_images() -> ImageSet {
     ImageSet {
         kernel_series: DEBIAN_12_KERNEL.into(),
         images: vec![small_image(), full_image(), lab_image()],
-        host_modules: vec![],
+        // Drivers whose imports the model of kernel functions covers.
+        host_modules: strings(&["8139too", "r8169"]),
     }
 }
 

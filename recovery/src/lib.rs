@@ -5,9 +5,11 @@
 //! | `fault` | faults that are put into calls on purpose, and where in a function |
 //! | `interface` | a network interface's configuration, read and put back |
 //! | `ladder` | what is tried, in which order, after a fault |
+//! | `model` | what kernel functions do that outlasts a call |
 //!
 //! Knows nothing of a guest's agent or of the command line: who uses it carries out what it decides.
 
 pub mod fault;
 pub mod interface;
 pub mod ladder;
+pub mod model;

@@ -64,7 +64,7 @@ const COMMAND_MS: u64 = 10_000;
 
 /// What makes the kernel call an entry point.
 #[derive(Debug, Clone, Copy)]
-enum Operation {
+pub enum Operation {
     /// The gateway's pings.
     Traffic,
     /// A command.
@@ -74,7 +74,8 @@ enum Operation {
 }
 
 impl Operation {
-    fn of(entry: &str) -> Option<Self> {
+    /// What makes it call `entry`, if that is known.
+    pub fn of(entry: &str) -> Option<Self> {
         Some(match entry {
             "e1000_xmit_frame" | "e1000_clean" | "e1000_intr" => Self::Traffic,
             "e1000_get_ethtool_stats" => Self::Command(&["ethtool", "-S", INTERFACE]),
@@ -443,7 +444,7 @@ impl Bench<'_> {
 
 impl Operation {
     /// The command of its first or its second half; `None` if there is nothing to do.
-    fn command(self, forth: bool) -> Option<&'static [&'static str]> {
+    pub fn command(self, forth: bool) -> Option<&'static [&'static str]> {
         match self {
             Self::Traffic => None,
             Self::Command(argv) => Some(argv),

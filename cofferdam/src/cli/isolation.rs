@@ -124,6 +124,19 @@ impl IsolateOptions {
             isolated["redirected_calls"],
             isolated["stopped_us"],
         );
+        let unknown: Vec<&str> = isolated["not_modelled"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|name| name.as_str())
+            .collect();
+        if !unknown.is_empty() {
+            text.push_str(&format!(
+                "the model of kernel functions has no entry for {}: a call that sleeps after one of them cannot \
+                 be taken back as a whole\n",
+                unknown.join(", ")
+            ));
+        }
         if count("refused") > 0 {
             text.push_str(&format!(
                 "{} cannot be isolated; --json says why\n",

@@ -19,6 +19,7 @@ use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 
 use recovery::ladder::{LadderConfig, LadderStatus};
+use recovery::model::Model;
 use vmm::VmHandle;
 
 use super::recover::{self, LadderPolicy, Recoveries, Wish};
@@ -184,7 +185,9 @@ impl Isolation {
             })
             .map_err(|error| error.to_string())?;
         self.recoveries.isolated(wish.clone(), ladder);
-        json(&isolated).map(Reply::Isolated)
+        let mut reply = json(&isolated)?;
+        reply["not_modelled"] = json(&not_modelled(&isolated.imports))?;
+        Ok(Reply::Isolated(reply))
     }
 
     /// The guest's symbols, and the types of its kernel and of `module` if it has them.
@@ -296,6 +299,24 @@ fn guest_types(agent: &mut Client, module: &str) -> anyhow::Result<Arc<Btf>> {
     let kernel = Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?;
     let own = agent.read_file(&format!("/sys/kernel/btf/{module}"))?;
     Ok(Arc::new(Btf::parse(&own, Some(Arc::new(kernel)))?))
+}
+
+/// Imports of which the model of kernel functions knows nothing: a call that spills and reaches one cannot be
+/// taken back as a whole.
+fn not_modelled(imports: &[Vec<String>]) -> Vec<&str> {
+    let model = Model::linux_6_1()
+        .inspect_err(|error| tracing::error!("{error}"))
+        .ok();
+    let known = |name: &String| {
+        model
+            .as_ref()
+            .is_some_and(|model| model.get(name).is_some())
+    };
+    let unknown = imports.iter().filter(|names| !names.iter().any(known));
+    unknown
+        .filter_map(|names| names.first())
+        .map(String::as_str)
+        .collect()
 }
 
 fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {

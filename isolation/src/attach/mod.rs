@@ -134,6 +134,8 @@ pub struct Isolated {
     pub refused: Vec<Refusal>,
     /// Calls of kernel functions that were redirected to trampolines.
     pub redirected_calls: usize,
+    /// The kernel functions that these call, each with all its names.
+    pub imports: Vec<Vec<String>>,
     /// Time that the guest was stopped, in microseconds.
     pub stopped_us: u64,
 }
@@ -203,6 +205,7 @@ impl Isolator {
                 entries: plan.gates.iter().map(|gate| gate.name.clone()).collect(),
                 refused: plan.refused.clone(),
                 redirected_calls: plan.redirects.len(),
+                imports: knowledge.names_of(plan.redirects.iter().map(|(_, target)| *target)),
                 stopped_us: 0,
             };
             let policy = request

@@ -1,6 +1,6 @@
 //! What calls in the domain are told about this guest: its functions, its memory, its device.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
@@ -82,6 +82,16 @@ impl Knowledge {
         let within = self.text.iter().find(|range| range.contains(Gva(start)));
         let extent = within.and_then(|range| self.symbols.extent(Gva(start), *range));
         extent.map_or(0, |range| range.len_bytes())
+    }
+
+    /// All names of each of the functions that begin at `targets`, each function once.
+    pub fn names_of(&self, targets: impl Iterator<Item = Gva>) -> Vec<Vec<String>> {
+        let targets: BTreeSet<u64> = targets.map(|target| target.0).collect();
+        let names = |va: u64| -> Vec<String> {
+            let code = self.symbols.at(Gva(va)).filter(|symbol| symbol.is_code());
+            code.map(|symbol| symbol.name.to_owned()).collect()
+        };
+        targets.into_iter().map(names).collect()
     }
 
     /// Name of the function that begins at `va`.

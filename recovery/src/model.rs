@@ -1,0 +1,363 @@
+//! What kernel functions do that outlasts a call: the model that a call is undone by once a part of it is in
+//! the guest.
+//!
+//! The model is data (`models/linux-6.1.toml`, whose head explains it). It may come from a file of a
+//! user's own: it is bounded, every name is one that a kernel symbol can have, every argument
+//! exists, and a function that is irrevocable has no opposite.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+/// The model that comes with this crate.
+const LINUX_6_1: &str = include_str!("../models/linux-6.1.toml");
+
+/// Version of the schema.
+const SCHEMA: u32 = 1;
+/// Longest model, in bytes.
+const MAX_BYTES: usize = 1 << 20;
+/// Longest name of a symbol (`KSYM_NAME_LEN` with its end byte).
+const MAX_NAME: usize = 511;
+/// Arguments that are passed in registers (System V ABI, section 3.2.3).
+const REGISTER_ARGUMENTS: u8 = 6;
+
+/// Why a model cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    /// Too long.
+    #[error("a model has at most {MAX_BYTES} bytes, this one has {0}")]
+    TooLong(usize),
+    /// Not of the schema.
+    #[error("this is not a model of kernel functions: {0}")]
+    Syntax(String),
+    /// Another version.
+    #[error("the model has schema {0}, this program reads {SCHEMA}")]
+    Schema(u32),
+    /// A name that no symbol has.
+    #[error("{0:?} is not the name of a kernel symbol")]
+    Name(String),
+    /// Twice in the model.
+    #[error("{0} is in the model twice")]
+    Twice(String),
+    /// An opposite that cannot be called.
+    #[error("{function}: the opposite {text:?} is not understood: write name(result, 0, *1)")]
+    Undo {
+        /// The function that has it.
+        function: String,
+        /// What stands there.
+        text: String,
+    },
+    /// Fields that contradict each other.
+    #[error("{0}: {1}")]
+    Contradiction(String, &'static str),
+}
+
+/// A kind of thing that a function hands out or takes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resource {
+    /// Bytes of the heap or of per-CPU memory.
+    Memory,
+    /// Whole pages.
+    Page,
+    /// A packet.
+    Packet,
+    /// Memory, or a mapping of memory, that a device may use.
+    Dma,
+    /// An interrupt.
+    Interrupt,
+    /// A device of the kernel's.
+    Device,
+    /// A range of a bus.
+    Region,
+    /// A mapping of a device's memory.
+    Mapping,
+    /// A number out of a set.
+    Number,
+    /// A counted reference.
+    Reference,
+}
+
+/// What an opposite is called with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Argument {
+    /// What the function returned.
+    Result,
+    /// An argument of the function, from 0.
+    Own(u8),
+    /// What an argument of the function pointed at when it returned.
+    Behind(u8),
+}
+
+/// The opposite of a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Undo {
+    /// Its name.
+    pub function: String,
+    /// What it is called with.
+    pub arguments: Vec<Argument>,
+}
+
+/// What one function does that outlasts a call.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Effect {
+    /// What takes it back.
+    pub undo: Option<Undo>,
+    /// Arguments that must be objects of the driver.
+    pub owned: Vec<u8>,
+    /// What it hands out.
+    pub allocates: Option<Resource>,
+    /// What it takes back.
+    pub frees: Option<Resource>,
+    /// Whether it may wait.
+    pub sleeps: bool,
+    /// Whether nothing takes it back.
+    pub irrevocable: bool,
+    /// Whether it can wait until the call commits.
+    pub deferrable: bool,
+}
+
+/// What is known of a symbol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known<'a> {
+    /// A variable.
+    Data,
+    /// A function that leaves nothing behind but bytes in memory.
+    Transient,
+    /// Any other function.
+    Lasting(&'a Effect),
+}
+
+/// What is known of a kernel's functions.
+#[derive(Debug, Clone)]
+pub struct Model {
+    data: BTreeSet<String>,
+    transient: BTreeSet<String>,
+    lasting: BTreeMap<String, Effect>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    schema: u32,
+    /// Series of the kernel, for the reader.
+    #[serde(rename = "kernel")]
+    _kernel: String,
+    data: Vec<String>,
+    transient: Vec<String>,
+    function: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    undo: Option<String>,
+    #[serde(default)]
+    owned: Vec<u8>,
+    allocates: Option<Resource>,
+    frees: Option<Resource>,
+    #[serde(default)]
+    sleeps: bool,
+    #[serde(default)]
+    irrevocable: bool,
+    #[serde(default)]
+    deferrable: bool,
+}
+
+impl Model {
+    /// The model of Linux 6.1 that comes with this crate.
+    pub fn linux_6_1() -> Result<Self, ModelError> {
+        Self::parse(LINUX_6_1)
+    }
+
+    /// Reads a model.
+    pub fn parse(text: &str) -> Result<Self, ModelError> {
+        if text.len() > MAX_BYTES {
+            return Err(ModelError::TooLong(text.len()));
+        }
+        let file: File =
+            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
+        if file.schema != SCHEMA {
+            return Err(ModelError::Schema(file.schema));
+        }
+        let mut seen = BTreeSet::new();
+        let names = file.data.iter().chain(&file.transient);
+        for name in names.chain(file.function.keys()) {
+            if !is_symbol(name) {
+                return Err(ModelError::Name(name.clone()));
+            }
+            if !seen.insert(name.as_str()) {
+                return Err(ModelError::Twice(name.clone()));
+            }
+        }
+        let lasting = file.function.iter().map(|(name, entry)| {
+            let effect = entry.effect(name)?;
+            Ok((name.clone(), effect))
+        });
+        let lasting = lasting.collect::<Result<_, ModelError>>()?;
+        Ok(Self {
+            data: file.data.into_iter().collect(),
+            transient: file.transient.into_iter().collect(),
+            lasting,
+        })
+    }
+
+    /// What is known of `symbol`; `None` if nothing is.
+    pub fn get(&self, symbol: &str) -> Option<Known<'_>> {
+        if let Some(effect) = self.lasting.get(symbol) {
+            return Some(Known::Lasting(effect));
+        }
+        if self.transient.contains(symbol) {
+            return Some(Known::Transient);
+        }
+        self.data.contains(symbol).then_some(Known::Data)
+    }
+
+    /// All functions with effects that last, by name.
+    pub fn lasting(&self) -> impl Iterator<Item = (&str, &Effect)> {
+        let all = self.lasting.iter();
+        all.map(|(name, effect)| (name.as_str(), effect))
+    }
+}
+
+impl Entry {
+    fn effect(&self, name: &str) -> Result<Effect, ModelError> {
+        let contradiction = |what| Err(ModelError::Contradiction(name.to_owned(), what));
+        if self.irrevocable && self.undo.is_some() {
+            return contradiction("what is irrevocable has no opposite");
+        }
+        if self.owned.iter().any(|index| *index >= REGISTER_ARGUMENTS) {
+            return contradiction("a function has six arguments in registers, 0 to 5");
+        }
+        let undo = self.undo.as_deref().map(|text| {
+            parse_undo(text).ok_or_else(|| ModelError::Undo {
+                function: name.to_owned(),
+                text: text.to_owned(),
+            })
+        });
+        Ok(Effect {
+            undo: undo.transpose()?,
+            owned: self.owned.clone(),
+            allocates: self.allocates,
+            frees: self.frees,
+            sleeps: self.sleeps,
+            irrevocable: self.irrevocable,
+            deferrable: self.deferrable,
+        })
+    }
+}
+
+/// `name(argument, ...)`.
+fn parse_undo(text: &str) -> Option<Undo> {
+    let (function, arguments) = text.strip_suffix(')')?.split_once('(')?;
+    let arguments: Vec<&str> = match arguments.trim() {
+        "" => Vec::new(),
+        list => list.split(',').map(str::trim).collect(),
+    };
+    if !is_symbol(function) || arguments.len() > usize::from(REGISTER_ARGUMENTS) {
+        return None;
+    }
+    let index = |text: &str| {
+        let index: u8 = text.parse().ok()?;
+        (index < REGISTER_ARGUMENTS).then_some(index)
+    };
+    let arguments = arguments.into_iter().map(|argument| {
+        if argument == "result" {
+            return Some(Argument::Result);
+        }
+        match argument.strip_prefix('*') {
+            Some(behind) => index(behind).map(Argument::Behind),
+            None => index(argument).map(Argument::Own),
+        }
+    });
+    Some(Undo {
+        function: function.to_owned(),
+        arguments: arguments.collect::<Option<_>>()?,
+    })
+}
+
+fn is_symbol(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && !name.starts_with(|c: char| c.is_ascii_digit())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_.".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(functions: &str) -> Result<Model, ModelError> {
+        Model::parse(&format!(
+            "schema = 1\nkernel = \"x\"\ndata = [\"jiffies\"]\ntransient = [\"memcpy\"]\n[function]\n{functions}\n"
+        ))
+    }
+
+    #[test]
+    fn what_undoes_a_function_says_what_it_is_called_with() {
+        let model = Model::linux_6_1().unwrap();
+        let Some(Known::Lasting(effect)) = model.get("dma_alloc_attrs") else {
+            panic!("dma_alloc_attrs has no entry")
+        };
+        let undo = effect.undo.as_ref().unwrap();
+        assert_eq!(undo.function, "dma_free_attrs");
+        use Argument::{Behind, Own, Result};
+        assert_eq!(undo.arguments, [Own(0), Own(1), Result, Behind(2), Own(4)]);
+        assert!(effect.sleeps && effect.allocates == Some(Resource::Dma));
+        assert_eq!(model.get("memcpy"), Some(Known::Transient));
+        assert_eq!(model.get("jiffies"), Some(Known::Data));
+        assert_eq!(model.get("no_such_function"), None);
+    }
+
+    #[test]
+    fn every_function_that_hands_something_out_says_how_it_is_given_back() {
+        for (name, effect) in Model::linux_6_1().unwrap().lasting() {
+            if effect.allocates.is_some() && !effect.irrevocable && name != "napi_get_frags" {
+                assert!(effect.undo.is_some(), "{name}");
+            }
+            // What is freed can only be undone by not doing it yet.
+            if effect.frees.is_some() {
+                assert!(effect.deferrable || effect.irrevocable, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_model_that_contradicts_itself_is_refused() {
+        assert!(with("f = {}").is_ok());
+        for wrong in [
+            "f = { undo = \"g(0)\", irrevocable = true }",
+            "f = { undo = \"g\" }",
+            "f = { undo = \"g(6)\" }",
+            "f = { undo = \"g(-1)\" }",
+            "f = { undo = \"g(**0)\" }",
+            "f = { undo = \"g(0,1,2,3,4,5,0)\" }",
+            "f = { undo = \"(0)\" }",
+            "f = { owned = [6] }",
+            "f = { owned = [-1] }",
+            "f = { frees = \"everything\" }",
+            "f = { sleep = true }",
+            "memcpy = {}",
+            "\"a b\" = {}",
+            "\"\" = {}",
+            "\"9\" = {}",
+            "f = {}\nf = {}",
+        ] {
+            assert!(with(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn nonsense_and_other_versions_are_refused() {
+        for text in ["", "schema = 1", "[[[", "schema = \"1\"", "\u{0}"] {
+            assert!(Model::parse(text).is_err(), "{text:?}");
+        }
+        let text = "schema = 2\nkernel = \"\"\ndata = []\ntransient = []\n[function]\n";
+        assert_eq!(Model::parse(text).unwrap_err(), ModelError::Schema(2));
+        let long = format!("# {}", "x".repeat(MAX_BYTES));
+        assert!(matches!(Model::parse(&long), Err(ModelError::TooLong(_))));
+        let deep = format!("a = {}", "[".repeat(100_000));
+        assert!(Model::parse(&deep).is_err());
+    }
+}
