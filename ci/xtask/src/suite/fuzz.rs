@@ -1,8 +1,11 @@
 //! A bounded run of the fuzz targets, on the stable toolchain: `cargo-fuzz` is not needed for that, only the compiler's
-//! coverage instrumentation that libFuzzer reads. For long hunts with sanitizers there is `cargo fuzz`.
+//! coverage instrumentation that libFuzzer reads. As many run at a time as there are processors. For long hunts with sanitizers
+//! there is `cargo fuzz`.
 
+use std::num::NonZero;
 use std::path::Path;
 use std::process::Command;
+use std::thread::available_parallelism;
 
 use anyhow::{Context, bail};
 
@@ -46,11 +49,23 @@ pub fn run(workspace: &Workspace) -> anyhow::Result<String> {
             .env("RUSTFLAGS", RUSTFLAGS)
             .current_dir(workspace.root()),
     )?;
+    let findings = built.join("findings");
+    std::fs::create_dir_all(&findings)
+        .with_context(|| format!("cannot make {}", findings.display()))?;
+    let programs = built.join(TARGET).join("release");
     let mut notes = Vec::new();
-    for target in targets {
-        let program = built.join(TARGET).join("release").join(&target);
-        let inputs = run_target(&program, &built.join("findings"), &target)?;
-        notes.push(format!("{target} {inputs} inputs"));
+    for targets in targets.chunks(available_parallelism().map_or(1, NonZero::get)) {
+        let _progress = Progress::new(&format!("{} for {SECONDS} s", targets.join(", ")));
+        let run = |target: &String| run_target(&programs.join(target), &findings, target);
+        let runs: Vec<_> = std::thread::scope(|scope| {
+            let spawn = |target| scope.spawn(move || run(target));
+            let threads: Vec<_> = targets.iter().map(spawn).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for (target, run) in targets.iter().zip(runs) {
+            let inputs = run.map_err(|_| anyhow::anyhow!("the run of {target} panicked"))??;
+            notes.push(format!("{target} {inputs} inputs"));
+        }
     }
     Ok(notes.join(", "))
 }
@@ -73,9 +88,6 @@ fn targets(sources: &Path) -> anyhow::Result<Vec<String>> {
 }
 
 fn run_target(program: &Path, findings: &Path, name: &str) -> anyhow::Result<String> {
-    std::fs::create_dir_all(findings)
-        .with_context(|| format!("cannot make {}", findings.display()))?;
-    let _progress = Progress::new(&format!("{name} for {SECONDS} s"));
     let mut command = Command::new(program);
     command
         .arg(format!("-max_total_time={SECONDS}"))
