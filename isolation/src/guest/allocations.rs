@@ -23,6 +23,12 @@ const MAX_AREA_PAGES: u64 = 1 << 14;
 /// Largest order of a compound page that is believed: 1 GiB.
 const MAX_ORDER: u8 = 18;
 
+/// Largest order of pages that the page allocator hands out (`MAX_ORDER` of Linux 6.1, less 1).
+const MAX_PAGES_ORDER: u32 = 10;
+
+/// What `list_del` leaves in a list's link (`LIST_POISON1`, include/linux/poison.h).
+const LIST_POISON: u64 = 0xdead_0000_0000_0100;
+
 /// Longest name of a slab cache, in bytes.
 const MAX_CACHE_NAME: usize = 64;
 
@@ -100,6 +106,8 @@ pub struct MemoryModel {
     compound_head: Field,
     compound_order: Field,
     refcount: Field,
+    /// Links free pages.
+    lru: Option<Field>,
     slab_bit: u8,
     head_bit: u8,
     slab_cache: Field,
@@ -166,6 +174,10 @@ impl MemoryModel {
             compound_head: field(page, "compound_head")?,
             compound_order: compound_order(types, page).ok_or_else(need("compound_order"))?,
             refcount: field(page, "_refcount")?,
+            lru: types.find_member(page, "lru").map(|member| Field {
+                offset: u64::from(member.bit_offset / 8),
+                bytes: 8,
+            }),
             slab_bit: bit("PG_slab")?,
             head_bit: bit("PG_head")?,
             slab_cache: field(slab, "slab_cache")?,
@@ -238,10 +250,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
             return Some(single);
         }
         let pfn = (at.0 - model.direct_map.0) >> 12;
-        let page = Gva(model
-            .vmemmap
-            .0
-            .checked_add(pfn.checked_mul(model.page_bytes)?)?);
+        let page = self.page(pfn)?;
         let compound = model.compound_head.read(&self.virt, page)?;
         let head = if compound & 1 != 0 {
             Gva(compound - 1)
@@ -270,6 +279,13 @@ impl<M: GuestPhys> Allocations<'_, M> {
         if flags >> model.slab_bit & 1 != 0 {
             return self.in_slab(at, head, whole);
         }
+        // Several pages in a row need not be a compound page: then only the first one is held.
+        if order == 0 {
+            return Some(Allocation {
+                range: self.pages_in_a_row(pfn)?,
+                ..single
+            });
+        }
         // Nobody holds it: it is free.
         if model.refcount.read(&self.virt, head)? == 0 {
             return None;
@@ -278,6 +294,48 @@ impl<M: GuestPhys> Allocations<'_, M> {
             range: whole,
             ..single
         })
+    }
+
+    /// The pages that were handed out together with page `pfn`, which is none of a compound page's.
+    fn pages_in_a_row(&self, pfn: u64) -> Option<GvaRange> {
+        let held = |pfn| Some(self.model.refcount.read(&self.virt, self.page(pfn)?)? != 0);
+        let head = (0..=MAX_PAGES_ORDER)
+            .map(|order| pfn >> order << order)
+            .find(|head| held(*head) == Some(true))?;
+        if !(head + 1..=pfn).all(|pfn| self.is_held_by_another(pfn)) {
+            return None;
+        }
+        let most = 1 << head.trailing_zeros().min(MAX_PAGES_ORDER);
+        let behind = (head + 1..head + most).take_while(|pfn| self.is_held_by_another(*pfn));
+        let pages = 1 + behind.count() as u64;
+        let start = head
+            .checked_mul(4096)?
+            .checked_add(self.model.direct_map.0)?;
+        GvaRange::new(Gva(start), pages * 4096)
+    }
+
+    /// Whether nobody holds page `pfn` by itself and it is not free either: free pages are on a list, or
+    /// behind one that is.
+    fn is_held_by_another(&self, pfn: u64) -> bool {
+        let model = self.model;
+        let known = || {
+            let page = self.page(pfn)?;
+            let lru = model.lru?;
+            let link = lru.read(&self.virt, page)?;
+            let unlinked = [0, LIST_POISON, page.checked_add(lru.offset)?.0].contains(&link);
+            let compound = model.compound_head.read(&self.virt, page)? & 1 != 0;
+            let flags = model.flags.read(&self.virt, page)?;
+            let single = flags & (1 << model.head_bit | 1 << model.slab_bit) == 0;
+            let free = model.refcount.read(&self.virt, page)? == 0;
+            Some(free && unlinked && !compound && single)
+        };
+        known().unwrap_or(false)
+    }
+
+    /// The `struct page` of page `pfn`.
+    fn page(&self, pfn: u64) -> Option<Gva> {
+        let offset = pfn.checked_mul(self.model.page_bytes)?;
+        self.model.vmemmap.checked_add(offset)
     }
 
     /// The object of the slab `whole` that `at` lies in.

@@ -30,7 +30,10 @@ fn types() -> Btf {
             ("compound_order", byte, 9),
         ],
     );
-    let union = e.composite(5, "", 40, &[("", tail, 0)]);
+    let link = e.pointer(long);
+    let list = e.structure("list_head", 16, &[("next", link, 0), ("prev", link, 8)]);
+    let listed = e.structure("", 16, &[("lru", list, 0)]);
+    let union = e.composite(5, "", 40, &[("", tail, 0), ("", listed, 0)]);
     e.structure(
         "page",
         64,
@@ -77,6 +80,12 @@ fn put_page(guest: &mut TestGuest, pfn: u64, flags: u64, compound: u64, order: u
     guest.put(Gva(at + 52), &count.to_le_bytes(), DATA);
 }
 
+/// Puts page `pfn` on a list, or off it.
+fn put_link(guest: &mut TestGuest, pfn: u64, link: u64) {
+    let at = VMEMMAP + pfn * PAGE_STRUCT + 8;
+    guest.put(Gva(at), &link.to_le_bytes(), DATA);
+}
+
 /// A guest whose kernel has three kinds of pages: 16 single ones from 0; a slab of two pages at 16
 /// with objects of 192 bytes (176 asked for, 8 left of each); a compound page of order 3 at 24.
 fn guest() -> TestGuest {
@@ -88,6 +97,7 @@ fn guest() -> TestGuest {
         put_page(&mut guest, pfn, 0, 0, 0, 1);
     }
     put_page(&mut guest, 15, 0, 0, 0, 0);
+    put_link(&mut guest, 15, VMEMMAP + 14 * PAGE_STRUCT + 8);
     let head = |pfn: u64| VMEMMAP + pfn * PAGE_STRUCT;
     put_page(&mut guest, 16, 1 << 9 | 1 << 16, 0, 0, 1);
     put_page(&mut guest, 17, 0, head(16) | 1, 1, 0);
@@ -156,6 +166,27 @@ fn pages_slabs_and_areas_are_found() {
     );
     // KFENCE's objects have a page each.
     assert_eq!(find(&guest, at(41, 8)), Some((at(41, 0), 4096, Pages)));
+}
+
+#[test]
+fn pages_handed_out_together_are_found_from_any_of_them() {
+    let mut guest = guest();
+    let at = |pfn: u64| DIRECT + (pfn << 12);
+    // Four pages in a row at 8, of which only the first is held; then a free block of two at 12, whose first
+    // page is on a list, and one page that is in use at 14.
+    for pfn in 9..14 {
+        put_page(&mut guest, pfn, 0, 0, 0, 0);
+        put_link(&mut guest, pfn, LIST_POISON);
+    }
+    put_link(&mut guest, 12, VMEMMAP + 20 * PAGE_STRUCT + 8);
+    let expected = Some((at(8), 4 << 12, AllocationKind::Pages));
+    for pfn in 8..12 {
+        assert_eq!(find(&guest, at(pfn) + 7), expected, "page {pfn}");
+    }
+    assert_eq!(find(&guest, at(12)), None, "on a list: free");
+    assert_eq!(find(&guest, at(13)), None, "behind one that is free");
+    let single = Some((at(14), 4096, AllocationKind::Pages));
+    assert_eq!(find(&guest, at(14)), single);
 }
 
 #[test]

@@ -1,0 +1,65 @@
+//! Isolating and releasing: what is left afterwards, and what is refused.
+
+use isolation::attach::plan::Wanted;
+
+use crate::machine::Machine;
+use crate::{boot_with_network, named};
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_released_module_has_every_byte_of_its_text_back() {
+    let mut machine = boot_with_network(1, "");
+    let before = machine.module_text("e1000");
+    let ping = "ping -c 3 -i 0.1 -W 2 10.0.2.2 >/dev/null";
+    machine.isolate("e1000", Wanted::All).unwrap();
+    assert_ne!(machine.module_text("e1000"), before, "gates are in place");
+    machine.run(ping);
+    let final_status = machine.isolator.release("e1000").unwrap();
+    assert!(final_status.entries.iter().any(|entry| entry.calls > 0));
+    assert!(
+        machine.module_text("e1000") == before,
+        "text differs after release"
+    );
+    let traps = |machine: &Machine| -> u64 {
+        machine
+            .handle
+            .status()
+            .exits
+            .iter()
+            .map(|exits| exits.trap)
+            .sum()
+    };
+    let traps_before = traps(&machine);
+    machine.run(ping);
+    assert_eq!(
+        traps(&machine),
+        traps_before,
+        "a released module still exits at gates"
+    );
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn what_cannot_be_isolated_is_refused_with_the_reason() {
+    let mut machine = Machine::boot(1, "");
+    machine.load("dummy", "numdummies=1");
+    let refusal = |machine: &mut Machine, wanted| {
+        machine
+            .isolate("dummy", wanted)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string()
+    };
+    let misspelt = refusal(&mut machine, named(&["dummy_xmitt"]));
+    assert!(misspelt.contains("no such function"), "{misspelt}");
+    let nothing = refusal(&mut machine, Wanted::Matching("e1000_*".into()));
+    assert!(nothing.contains("matches e1000_*"), "{nothing}");
+    machine.isolate("dummy", named(&["dummy_xmit"])).unwrap();
+    let twice = refusal(&mut machine, named(&["dummy_xmit"]));
+    assert!(twice.contains("isolated already"), "{twice}");
+    machine.isolator.release("dummy").unwrap();
+    let gone = machine.isolator.release("dummy").unwrap_err().to_string();
+    assert!(gone.contains("is not isolated"), "{gone}");
+    machine.assert_healthy();
+}

@@ -1,0 +1,190 @@
+//! The stock driver of the 82540EM, under traffic.
+
+use crate::machine::Machine;
+use crate::{boot_with_network, named};
+
+/// The functions that are isolated, alone and together.
+pub const E1000_ENTRIES: &[&str] = &[
+    "e1000_xmit_frame",
+    "e1000_clean",
+    "e1000_intr",
+    "e1000_get_ethtool_stats",
+    "e1000_get_regs",
+    "e1000_set_ringparam",
+    "e1000_change_mtu",
+    "e1000_set_rx_mode",
+    "e1000_set_features",
+    "e1000_set_mac",
+    "e1000_watchdog",
+    "e1000_open",
+    "e1000_close",
+];
+
+/// Operations that between them call every entry.
+const OPERATIONS: &str = "ethtool -S eth0 | head -3; ethtool -d eth0 | head -3; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; \
+    ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ethtool -K eth0 rx off; ethtool -K eth0 rx on; \
+    ip link set eth0 promisc on; ip link set eth0 promisc off; \
+    ip link set eth0 down; ip link set eth0 address 52:54:00:12:34:57; ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.0.2.2";
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn e1000_works_with_each_of_its_entries_in_the_domain() {
+    let mut machine = boot_with_network(1, "");
+    for entry in E1000_ENTRIES {
+        let isolated = machine.isolate("e1000", named(&[entry])).unwrap();
+        assert_eq!(isolated.entries, [*entry]);
+        machine.run("ping -c 5 -i 0.05 -W 2 10.0.2.2");
+        machine.run(OPERATIONS);
+        machine.print_status();
+        let status = machine.entry("e1000", entry);
+        assert!(status.calls > 0, "{entry} was not called");
+        assert_eq!(status.aborts, 0, "{entry}");
+        assert!(status.commits > 0, "{entry} never ran in the domain");
+        machine.isolator.release("e1000").unwrap();
+        machine.run("ip link set eth0 down; ip link set eth0 address 52:54:00:12:34:56; ip link set eth0 up; sleep 1; ping -c 1 -W 2 10.0.2.2");
+        machine.assert_healthy();
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
+    let mut machine = boot_with_network(1, "");
+    machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
+    stream_and_flood(&mut machine);
+    machine.print_status();
+    let status = machine.status("e1000");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
+    let mut machine = boot_with_network(1, "");
+    machine.sleep_limit = std::time::Duration::ZERO;
+    machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
+    machine.run(OPERATIONS);
+    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
+    machine.run(
+        "(for i in 1 2 3; do ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; done) & \
+        ping -c 20 -i 0.05 -W 1 10.0.2.2; wait; ping -c 2 -W 2 10.0.2.2",
+    );
+    machine.print_status();
+    for entry in [
+        "e1000_set_ringparam",
+        "e1000_change_mtu",
+        "e1000_set_features",
+        "e1000_close",
+    ] {
+        let status = machine.entry("e1000", entry);
+        assert!(
+            status.spills.values().sum::<u64>() > 0,
+            "{entry}: {status:?}"
+        );
+        assert_eq!(status.commits, status.calls, "{entry}: {status:?}");
+    }
+    let status = machine.status("e1000");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.isolator.release("e1000").unwrap();
+    machine.run("ping -c 2 -W 2 10.0.2.2");
+    machine.assert_healthy();
+}
+
+/// A TCP stream with checked contents and a flood of pings, each for `COFFERDAM_TRAFFIC_SECONDS`.
+pub fn stream_and_flood(machine: &mut Machine) {
+    let seconds = std::env::var("COFFERDAM_TRAFFIC_SECONDS").unwrap_or("5".into());
+    for kind in ["tcp_echo", "ping_flood"] {
+        let line = machine.run(&format!("/init traffic {kind} 10.0.2.2 {seconds}"));
+        eprintln!("{kind}: {line}");
+        assert!(
+            line.contains("\"corrupted\":0") && !line.contains("\"error\""),
+            "{line}"
+        );
+    }
+}
+
+/// What tools of the user show of the NIC; traffic stands still.
+const TOOLS: &str = "ethtool eth0; ethtool -i eth0; ethtool -a eth0; ethtool -c eth0; ethtool -g eth0; ethtool -k eth0; \
+    ethtool -e eth0 length 64; ethtool -d eth0; ethtool -S eth0; ethtool -P eth0; /bin/ip -d -s link show eth0; \
+    ethtool -G eth0 rx 512; ethtool -g eth0; ethtool -K eth0 rx off; ethtool -k eth0; ethtool -K eth0 rx on; \
+    ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; /bin/ip link show eth0; ip link set eth0 mtu 1500; \
+    ip link set eth0 promisc on; ethtool -d eth0; ip link set eth0 promisc off; \
+    ethtool -G eth0 rx 7 2>&1; ethtool -s eth0 speed 10 duplex half autoneg off 2>&1; ethtool eth0; \
+    ethtool -s eth0 autoneg on; sleep 3; ethtool eth0; true";
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn ethtool_and_ip_show_the_same_from_the_domain() {
+    let mut machine = boot_with_network(1, "ipv6.disable=1");
+    machine.run(TOOLS);
+    let native = machine.run(TOOLS);
+    let again = machine.run(TOOLS);
+    assert_eq!(native, again, "the tools' output changes by itself");
+    machine
+        .isolate("e1000", isolation::attach::plan::Wanted::All)
+        .unwrap();
+    let isolated = machine.run(TOOLS);
+    machine.print_status();
+    assert_eq!(native, isolated);
+    let status = machine.status("e1000");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.assert_healthy();
+}
+
+/// A generator of pseudo-random numbers (xorshift).
+fn next(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn entries_are_isolated_and_released_at_random_under_traffic() {
+    let seconds = std::env::var("COFFERDAM_SOAK_SECONDS").map_or(20, |text| text.parse().unwrap());
+    let mut machine = boot_with_network(1, "");
+    machine.run(&format!(
+        "(/init traffic tcp_echo 10.0.2.2 {seconds} > /tmp/stream 2>&1; echo done >> /tmp/stream) </dev/null >/dev/null 2>&1 &"
+    ));
+    let mut seed =
+        std::env::var("COFFERDAM_SOAK_SEED").map_or(0x5eed, |text| text.parse().unwrap());
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let (mut rounds, mut calls) = (0, 0);
+    while std::time::Instant::now() < end {
+        let entries: Vec<&str> = E1000_ENTRIES
+            .iter()
+            .filter(|_| next(&mut seed) & 1 == 0)
+            .copied()
+            .collect();
+        if entries.is_empty() {
+            continue;
+        }
+        // Every other time calls that sleep go on in the guest, and some are open at the release.
+        machine.sleep_limit = std::time::Duration::from_millis(100 * (rounds & 1));
+        machine.isolate("e1000", named(&entries)).unwrap();
+        if next(&mut seed) & 3 == 0 {
+            machine.run(
+                "(ethtool -G eth0 rx 128; ethtool -G eth0 rx 256) </dev/null >/dev/null 2>&1 &",
+            );
+        }
+        std::thread::sleep(std::time::Duration::from_millis(next(&mut seed) % 2000));
+        let status = machine.isolator.release("e1000").unwrap();
+        assert_eq!(
+            (status.violations, &status.broken),
+            (0, &None),
+            "{entries:?}"
+        );
+        calls += status.entries.iter().map(|entry| entry.calls).sum::<u64>();
+        rounds += 1;
+    }
+    let result = machine.run("while ! grep -q done /tmp/stream; do sleep 1; done; cat /tmp/stream");
+    eprintln!("{rounds} rounds, {calls} calls: {result}");
+    assert!(calls > 0);
+    assert!(
+        result.contains("\"corrupted\":0") && !result.contains("\"error\""),
+        "{result}"
+    );
+    machine.assert_healthy();
+}
