@@ -11,6 +11,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
 use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use super::arm::clear_gate;
 use super::device::IsolatedDevice;
 use super::fault::Fault;
 use super::platform::Platform;
@@ -123,6 +124,14 @@ impl Armed {
         kvm_regs {
             rip: self.hand_over(&open.call),
             ..at.regs
+        }
+    }
+
+    /// Takes everything out of the guest: gates, and return gates on stacks.
+    pub fn disarm(&mut self, memory: &GuestMemoryMmap) {
+        self.hand_over_all();
+        for gate in self.gates.values() {
+            clear_gate(memory, gate.gpa);
         }
     }
 

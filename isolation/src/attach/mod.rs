@@ -18,6 +18,7 @@ pub mod e1000;
 pub mod fault;
 pub mod plan;
 mod platform;
+mod removal;
 pub mod report;
 pub mod status;
 mod supervisor;
@@ -26,7 +27,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
+use vm_memory::GuestMemoryMmap;
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 use vmm::{Refused, VmHandle};
 
@@ -35,14 +37,15 @@ use crate::domain::{Domain, DomainConfig};
 use crate::guest::btf::Btf;
 use crate::guest::gate::GatePorts;
 use crate::guest::modules::{ModuleError, ModuleLayout};
-use crate::guest::paging::{VirtError, VirtMemory};
+use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
 use after_fault::{AfterFault, FaultPolicy};
-use arm::{clear_gate, driver_policy, fault_tables, kernel_space, prepare, set_gates};
+use arm::{driver_policy, fault_tables, kernel_space, prepare, set_gates};
 use armed::{Armed, AtGate};
 use device::IsolatedDevice;
 use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use plan::{Plan, PlanError, Refusal, Wanted};
+use removal::RemovalWatch;
 use report::ViolationReport;
 use status::ModuleStatus;
 use supervisor::Knowledge;
@@ -144,6 +147,8 @@ pub struct Isolated {
 pub struct Isolator {
     vm: VmHandle,
     modules: Mutex<HashMap<String, Armed>>,
+    /// In place as long as there are modules. Taken while `modules` is.
+    watch: Mutex<Option<RemovalWatch>>,
 }
 
 impl Isolator {
@@ -152,6 +157,7 @@ impl Isolator {
         let isolator = Arc::new(Self {
             vm: vm.clone(),
             modules: Mutex::new(HashMap::new()),
+            watch: Mutex::new(None),
         });
         vm.attach_trap_handler(isolator.clone())?;
         Ok(isolator)
@@ -208,8 +214,9 @@ impl Isolator {
                 imports: knowledge.names_of(plan.redirects.iter().map(|(_, target)| *target)),
                 stopped_us: 0,
             };
-            let policy = request
-                .types
+            let types = request.types;
+            let policy = types
+                .clone()
                 .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
             let gates = set_gates(&plan, &virt, &memory, policy.as_ref())?;
             let armed = Armed {
@@ -238,6 +245,10 @@ impl Isolator {
                 broken: None,
             };
             self.modules().insert(request.module, armed);
+            let mut watch = self.watch();
+            if let (None, Some(types)) = (*watch, types) {
+                *watch = RemovalWatch::set(&types, &request.symbols, &virt);
+            }
             Ok::<_, AttachError>(isolated)
         })??;
         isolated.stopped_us = start.elapsed().as_micros() as u64;
@@ -249,10 +260,8 @@ impl Isolator {
         let memory = self.vm.ram().memory().clone();
         let armed = self.vm.with_paused(|_| {
             let mut armed = self.modules().remove(module)?;
-            armed.hand_over_all();
-            for gate in armed.gates.values() {
-                clear_gate(&memory, gate.gpa);
-            }
+            armed.disarm(&memory);
+            self.unwatch_if_idle(&memory);
             Some(armed)
         })?;
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
@@ -386,10 +395,54 @@ impl Isolator {
         }
     }
 
+    /// Takes the gate of the watch out when nothing is isolated any more.
+    fn unwatch_if_idle(&self, memory: &GuestMemoryMmap) {
+        if self.modules().is_empty()
+            && let Some(watch) = self.watch().take()
+        {
+            watch.clear(memory);
+        }
+    }
+
+    /// The guest frees the module whose `struct module` is the first argument: it is not isolated any
+    /// more.
+    fn module_freed(&self, watch: RemovalWatch, regs: &kvm_regs, sregs: &kvm_sregs) {
+        let memory = self.vm.ram().memory().clone();
+        {
+            let mut modules = self.modules();
+            // All isolated modules are the same guest's, on the same processor.
+            let Some(physical_bits) = modules.values().next().map(|armed| armed.physical_bits)
+            else {
+                return;
+            };
+            let space =
+                AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, physical_bits);
+            let virt = VirtMemory {
+                space,
+                memory: &*memory,
+            };
+            let name = watch.name(&virt, regs.rdi);
+            let Some(mut armed) = name.as_ref().and_then(|name| modules.remove(name)) else {
+                return;
+            };
+            armed.disarm(&memory);
+            tracing::info!(
+                "module {} was removed and is not isolated any more",
+                name.unwrap_or_default()
+            );
+        }
+        self.unwatch_if_idle(&memory);
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Option<RemovalWatch>> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Forgets all modules without touching the guest's memory: the guest was reset and holds
     /// nothing of them.
     pub fn forget(&self) {
         self.modules().clear();
+        *self.watch() = None;
     }
 
     fn modules(&self) -> MutexGuard<'_, HashMap<String, Armed>> {
@@ -411,8 +464,21 @@ impl TrapHandler for Isolator {
             return TrapOutcome::Resume;
         };
         let _others = self.vm.hold_others(context.index);
-        let mut modules = self.modules();
         let gate = regs.rip.wrapping_sub(OUT_BYTES);
+        let watch = *self.watch();
+        if let Some(watch) = watch.filter(|watch| port == GATE.entry && watch.gate == gate) {
+            self.module_freed(watch, &regs, &sregs);
+            let next = kvm_regs {
+                rip: watch.body(),
+                ..regs
+            };
+            if let Err(error) = context.vcpu.set_regs(&next) {
+                tracing::error!("cannot set a vCPU's registers at a gate: {error}");
+                return TrapOutcome::PowerOff;
+            }
+            return TrapOutcome::Resume;
+        }
+        let mut modules = self.modules();
         let found = modules.values_mut().find(|armed| {
             if port == GATE.entry {
                 armed.gates.contains_key(&gate)

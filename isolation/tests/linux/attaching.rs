@@ -10,6 +10,7 @@ use crate::{boot_with_network, named};
 fn a_released_module_has_every_byte_of_its_text_back() {
     let mut machine = boot_with_network(1, "");
     let before = machine.module_text("e1000");
+    let kernel_before = machine.kernel_code("free_module");
     let ping = "ping -c 3 -i 0.1 -W 2 10.0.2.2 >/dev/null";
     machine.isolate("e1000", Wanted::All).unwrap();
     assert_ne!(machine.module_text("e1000"), before, "gates are in place");
@@ -20,6 +21,7 @@ fn a_released_module_has_every_byte_of_its_text_back() {
         machine.module_text("e1000") == before,
         "text differs after release"
     );
+    assert_eq!(machine.kernel_code("free_module"), kernel_before);
     let traps = |machine: &Machine| -> u64 {
         machine
             .handle
@@ -61,5 +63,27 @@ fn what_cannot_be_isolated_is_refused_with_the_reason() {
     machine.isolator.release("dummy").unwrap();
     let gone = machine.isolator.release("dummy").unwrap_err().to_string();
     assert!(gone.contains("is not isolated"), "{gone}");
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_module_that_is_removed_is_not_isolated_any_more() {
+    let mut machine = boot_with_network(1, "");
+    let kernel_before = machine.kernel_code("free_module");
+    machine.isolate("e1000", Wanted::All).unwrap();
+    assert_ne!(machine.kernel_code("free_module"), kernel_before);
+    machine.agent.remove_module("e1000").unwrap();
+    assert!(machine.isolator.status().is_empty());
+    assert_eq!(machine.kernel_code("free_module"), kernel_before);
+    let gone = machine.isolator.release("e1000").unwrap_err().to_string();
+    assert!(gone.contains("is not isolated"), "{gone}");
+    // It comes back elsewhere, and can be isolated there.
+    machine.load("e1000", "");
+    machine.run("ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; sleep 2");
+    machine.isolate("e1000", Wanted::All).unwrap();
+    machine.run("for i in 1 2 3 4 5; do ping -c 1 -W 1 10.0.2.2 && exit 0; done; exit 1");
+    assert!(machine.entry("e1000", "e1000_xmit_frame").commits > 0);
+    machine.isolator.release("e1000").unwrap();
     machine.assert_healthy();
 }

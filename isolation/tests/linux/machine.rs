@@ -21,6 +21,7 @@ use isolation::attach::status::{EntryStatus, ModuleStatus};
 use isolation::attach::{
     AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator,
 };
+use isolation::guest::addr::Gva;
 use isolation::guest::btf::Btf;
 use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
@@ -186,6 +187,25 @@ impl Machine {
             policy: Box::new(ReturnErrors),
             sleep_limit: self.sleep_limit,
         })
+    }
+
+    /// The first bytes of a function of the kernel, as they are in the guest's memory now.
+    pub fn kernel_code(&mut self, function: &str) -> Vec<u8> {
+        let at = self.symbol(function);
+        let memory = self.handle.ram().memory().clone();
+        let read = self.handle.with_paused(|vcpus| {
+            let sregs = vcpus.get(0).unwrap().get_sregs().unwrap();
+            let spaces = [sregs.cr3, sregs.cr3 & !0x1000]
+                .map(|cr3| AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, 40));
+            spaces.into_iter().find_map(|space| {
+                let virt = VirtMemory {
+                    space,
+                    memory: &*memory,
+                };
+                virt.read_vec(Gva(at), 16).ok()
+            })
+        });
+        read.unwrap().unwrap()
     }
 
     /// The text of a module as it is in the guest's memory now.

@@ -1,0 +1,74 @@
+//! Notices that the guest removes a module: a gate on the kernel's own function that frees modules, in
+//! place for as long as any module is isolated.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::GATE;
+use super::arm::clear_gate;
+use crate::guest::addr::Gva;
+use crate::guest::btf::Btf;
+use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
+use crate::guest::paging::VirtMemory;
+use crate::guest::symbols::SymbolTable;
+
+/// The kernel's function that frees a module, with a `struct module *` as its argument
+/// (kernel/module/main.c).
+const FREE_MODULE: &str = "free_module";
+/// Longest name of a module, its end left out (`MODULE_NAME_LEN`, include/linux/module.h).
+const MAX_NAME: usize = 56;
+
+/// The gate.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RemovalWatch {
+    /// Where it is.
+    pub gate: u64,
+    gpa: u64,
+    /// Offset of the name in `struct module`.
+    name: u64,
+}
+
+impl RemovalWatch {
+    /// Puts the gate there. `None` if the guest's kernel has no such function or it cannot be gated: then a
+    /// module that was removed is noticed when it is isolated again.
+    pub fn set(
+        types: &Btf,
+        symbols: &SymbolTable,
+        virt: &VirtMemory<'_, GuestMemoryMmap>,
+    ) -> Option<Self> {
+        let module = types.find_struct("module")?;
+        let name = u64::from(types.find_member(module, "name")?.bit_offset / 8);
+        let gate = symbols.kernel_symbol(FREE_MODULE)?.at;
+        let mut now = [0; GATE_BYTES];
+        virt.read(gate, &mut now).ok()?;
+        let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;
+        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
+            return None;
+        }
+        let gates = GATE.bytes();
+        virt.memory.write_slice(&gates, GuestAddress(gpa)).ok()?;
+        Some(Self {
+            gate: gate.0,
+            gpa,
+            name,
+        })
+    }
+
+    /// Takes the gate out.
+    pub fn clear(self, memory: &GuestMemoryMmap) {
+        clear_gate(memory, self.gpa);
+    }
+
+    /// Where the function goes on behind the gate.
+    pub fn body(self) -> u64 {
+        self.gate + GATE_BYTES as u64
+    }
+
+    /// Name of the `struct module` at `module`.
+    pub fn name(self, virt: &VirtMemory<'_, GuestMemoryMmap>, module: u64) -> Option<String> {
+        let mut bytes = [0; MAX_NAME];
+        let at = Gva(module).checked_add(self.name)?;
+        virt.read(at, &mut bytes).ok()?;
+        let end = bytes.iter().position(|byte| *byte == 0)?;
+        String::from_utf8(bytes[..end].to_vec()).ok()
+    }
+}
