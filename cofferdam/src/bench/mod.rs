@@ -4,6 +4,7 @@
 pub mod boot;
 pub mod clock;
 pub mod guest;
+pub mod isolation;
 pub mod network;
 pub mod recovery;
 pub mod rollback;

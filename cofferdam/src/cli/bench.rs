@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, recovery, rollback, traffic};
+use crate::bench::{boot, isolation, recovery, rollback, traffic};
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
 use crate::report::{Method, Report, environment, html, merge, svg};
@@ -67,6 +67,27 @@ Examples:
             value_parser = clap::value_parser!(u16).range(1..=10_000)
         )]
         rollbacks: u16,
+    },
+    /// Measure what isolation costs: traffic with functions of the driver isolated, against none
+    #[command(after_help = "\
+Packet rate and TCP throughput with each set of functions isolated, as a fraction of the same traffic with none,
+and what a call of each function costs and where its time goes.
+
+Example:
+  cofferdam bench isolation --seconds 10 --set e1000_xmit_frame --set e1000_clean+e1000_intr --json isolation.json")]
+    Isolation {
+        #[command(flatten)]
+        common: Common,
+        /// How long each kind of traffic runs with each set
+        #[arg(
+            long,
+            default_value_t = 10,
+            value_parser = clap::value_parser!(u64).range(1..=3600)
+        )]
+        seconds: u64,
+        /// Functions that are isolated together, joined by `+`; may be given several times
+        #[arg(long = "set", value_name = "FUNCTION[+FUNCTION...]", default_values = isolation::SETS)]
+        sets: Vec<String>,
     },
     /// Send traffic through the NIC and check every byte of it
     #[command(after_help = "\
@@ -187,6 +208,22 @@ impl BenchCommand {
                 let (recoveries, guest) = recovery::measure(&options, &mut progress)?;
                 report.recovery_ratios = ratios(&recoveries);
                 report.recovery = recoveries;
+                report.guest = Some(guest);
+                common.finish(&report)?;
+            }
+            Self::Isolation {
+                common,
+                seconds,
+                sets,
+            } => {
+                let functions = |set: &String| set.split('+').map(str::to_owned).collect();
+                let options = isolation::IsolationOptions {
+                    guest: GuestOptions::new(&common.images)?,
+                    sets: sets.iter().map(functions).collect(),
+                    time: Duration::from_secs(seconds),
+                };
+                let (costs, guest) = isolation::measure(&options, &mut progress)?;
+                report.isolation = Some(costs);
                 report.guest = Some(guest);
                 common.finish(&report)?;
             }

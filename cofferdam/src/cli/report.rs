@@ -156,6 +156,47 @@ pub fn text(report: &Report) -> String {
             boot.vmm_rss_kib
         ));
     }
+    if let Some(isolation) = &report.isolation {
+        let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);
+        let mut costs = table(&[
+            "function (in set)",
+            "calls",
+            "exits",
+            "crossings",
+            "system calls",
+            "pages",
+            "hold, us",
+            "private VM, us",
+            "host, us",
+        ]);
+        let decimals = |value: f64, n: usize| number(format!("{value:.n$}"));
+        for set in &isolation.sets {
+            rows.add_row(vec![
+                set.name().into(),
+                decimals(set.pings_per_s, 1),
+                decimals(set.pings_fraction, 2),
+                decimals(set.tcp_mib_per_s, 3),
+                decimals(set.tcp_fraction, 2),
+            ]);
+            for f in &set.functions {
+                costs.add_row(vec![
+                    format!("{} ({})", f.name, set.name()).into(),
+                    number(f.calls),
+                    decimals(f.exits_per_call, 2),
+                    decimals(f.crossings_per_call, 1),
+                    decimals(f.ioctls_per_call, 1),
+                    decimals(f.dirty_pages_per_call, 1),
+                    decimals(f.holding_us, 1),
+                    decimals(f.private_us, 1),
+                    decimals(f.host_us, 1),
+                ]);
+            }
+        }
+        text.push_str(&format!(
+            "{rows}\n{costs}\nexits to the isolator after release: {}\n",
+            isolation.exits_when_off
+        ));
+    }
     if !report.traffic.is_empty() {
         let mut rows = table(&[
             "traffic",

@@ -25,6 +25,7 @@ th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884;
 th:first-child, td:first-child { text-align: left; }
 svg { max-width: 100%; height: auto; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+.bar { height: .8em; background: #4878cf; }
 .note { opacity: .75; }";
 
 /// The whole page.
@@ -62,6 +63,7 @@ fn page(report: &Report) -> anyhow::Result<String> {
     if !report.traffic.is_empty() {
         traffic_section(&mut body, &report.traffic);
     }
+    super::isolation::section(&mut body, report);
     for (name, value) in &report.other {
         let text = serde_json::to_string_pretty(value)?;
         let _ = write!(
@@ -298,7 +300,7 @@ fn row(body: &mut String, cells: &[String]) {
 }
 
 /// Text as HTML: what is in a report may have come from a guest.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -94,6 +94,13 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.recovery.extend(part.recovery);
         whole.recovery_ratios = ratios(&whole.recovery);
         whole.traffic.extend(part.traffic);
+        if part.isolation.is_some() {
+            ensure!(
+                whole.isolation.is_none(),
+                "two reports say what isolation costs: leave one out"
+            );
+            whole.isolation = part.isolation;
+        }
         for (section, value) in part.other {
             match (whole.other.get_mut(&section), value) {
                 (None, value) => {
@@ -164,6 +171,7 @@ mod tests {
                 .collect(),
             recovery_ratios: Vec::new(),
             traffic: Vec::new(),
+            isolation: None,
             other: Default::default(),
         }
     }

@@ -7,6 +7,7 @@
 mod axis;
 pub mod environment;
 pub mod html;
+pub mod isolation;
 pub mod merge;
 mod plot;
 pub mod ratio;
@@ -49,6 +50,9 @@ pub struct Report {
     /// What went through the NIC, and whether all of it arrived.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traffic: Vec<Traffic>,
+    /// What isolation costs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<isolation::Isolation>,
     /// Sections that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

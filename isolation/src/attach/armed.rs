@@ -80,6 +80,8 @@ pub(super) struct OpenCall {
 
 /// A vCPU of the guest at a gate.
 pub(super) struct AtGate<'a> {
+    /// Time that it took to hold the other vCPUs and the devices.
+    pub holding: Duration,
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub vcpu: &'a VcpuFd,
@@ -231,6 +233,7 @@ impl Armed {
         let next = match result {
             Some(Ok(result)) => {
                 entry.count(&result, spilled.is_some(), start.elapsed());
+                entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
                 match result.end {
                     CallEnd::Committed => Some(result.regs),
                     CallEnd::PassThrough(_) => None,

@@ -463,6 +463,7 @@ impl TrapHandler for Isolator {
             tracing::error!("cannot read a vCPU's registers at a gate");
             return TrapOutcome::Resume;
         };
+        let start = Instant::now();
         let _others = self.vm.hold_others(context.index);
         let gate = regs.rip.wrapping_sub(OUT_BYTES);
         let watch = *self.watch();
@@ -500,6 +501,7 @@ impl TrapHandler for Isolator {
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
         let at = AtGate {
+            holding: start.elapsed(),
             regs,
             sregs,
             vcpu: context.vcpu,

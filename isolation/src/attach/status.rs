@@ -55,6 +55,12 @@ pub struct EntryStatus {
     pub sleeps: u64,
     /// Time of these waits in microseconds.
     pub slept_us: u64,
+    /// Time from the gate until the guest's other processors and its devices were held, in nanoseconds.
+    #[serde(default)]
+    pub holding_ns: u64,
+    /// Time in the private VM, in nanoseconds.
+    #[serde(default)]
+    pub private_ns: u64,
     /// Time in all calls, from the trap to the registers, in nanoseconds.
     pub total_ns: u64,
     /// The longest, in nanoseconds.
@@ -102,6 +108,7 @@ impl EntryStatus {
         self.other_syscalls += u64::from(stats.other_syscalls);
         self.sleeps += u64::from(stats.sleeps);
         self.slept_us += stats.slept_us;
+        self.private_ns += stats.private_ns;
         self.total_ns += ns;
         self.longest_ns = self.longest_ns.max(ns);
     }

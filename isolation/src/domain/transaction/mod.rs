@@ -168,6 +168,8 @@ pub struct CallStats {
     pub other_syscalls: u32,
     /// Times the roots had to be built.
     pub rebuilds: u32,
+    /// Time in `KVM_RUN` on P, in nanoseconds.
+    pub private_ns: u64,
     /// Times the call waited, with the guest standing still.
     pub sleeps: u32,
     /// Time that it waited for, in microseconds.
@@ -428,8 +430,11 @@ impl Call<'_> {
 
     fn run(&mut self) -> Result<Step, DomainError> {
         loop {
+            let entered = Instant::now();
             let exit = self.domain.vm.run()?;
             self.last_exit = Instant::now();
+            let inside = self.last_exit.duration_since(entered);
+            self.stats.private_ns += u64::try_from(inside.as_nanos()).unwrap_or(u64::MAX);
             let step = self.handle(exit)?;
             if !matches!(step, Step::Continue) {
                 return Ok(step);
