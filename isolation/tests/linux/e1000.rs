@@ -181,6 +181,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
     }
     let result = machine.run("while ! grep -q done /tmp/stream; do sleep 1; done; cat /tmp/stream");
     eprintln!("{rounds} rounds, {calls} calls: {result}");
+    eprintln!("{}", machine.run("ping -c 3 -W 2 10.0.2.2; ethtool -S eth0; ethtool -d eth0; cat /proc/interrupts /proc/net/tcp; dmesg | tail -20; true"));
     assert!(calls > 0);
     assert!(
         result.contains("\"corrupted\":0") && !result.contains("\"error\""),

@@ -37,6 +37,8 @@ pub struct Followed {
     pub count: Option<&'static str>,
     /// What a `void *` is: the first of these structures that the module defines.
     pub is: &'static [&'static str],
+    /// Followed also where the structure itself is only to be read.
+    pub from_const: bool,
 }
 
 /// A pointer in a structure of the kernel's to data of the current processor.
@@ -105,30 +107,35 @@ impl Rules {
                 member: "_tx",
                 count: Some("num_tx_queues"),
                 is: &[],
+                from_const: false,
             },
             Followed {
                 of: "blk_mq_queue_data",
                 member: "rq",
                 count: None,
                 is: &[],
+                from_const: true,
             },
             Followed {
                 of: "blk_mq_hw_ctx",
                 member: "driver_data",
                 count: None,
                 is: &["nullb_queue"],
+                from_const: false,
             },
             Followed {
                 of: "request_queue",
                 member: "queuedata",
                 count: None,
                 is: &["nullb"],
+                from_const: false,
             },
             Followed {
                 of: "gendisk",
                 member: "private_data",
                 count: None,
                 is: &["nullb"],
+                from_const: false,
             },
         ],
         per_cpu: &[

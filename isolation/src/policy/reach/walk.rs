@@ -80,7 +80,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let foreign = ["user", "percpu", "iomem"];
         if !plausible
             || self.found.len() + self.queue.len() >= MAX_OBJECTS
-            || types.is_const(item.type_id)
             || foreign.iter().any(|tag| types.has_tag(item.type_id, tag))
         {
             return;
@@ -103,6 +102,10 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         match kind {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
                 let name = types.name(id);
+                let is_const = types.is_const(item.type_id);
+                if is_const && types.is_own(id) && types.base().is_some() {
+                    return;
+                }
                 if types.is_own(id) && types.base().is_some() {
                     let one = GvaRange::new(item.at, bytes.into());
                     let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
@@ -110,6 +113,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     };
                     self.add(range, item.kind, id, &item.path);
                     self.follow_elements(item, id, bytes.into(), range);
+                    return;
+                }
+                // What is only to be read may still lead to what is to be written.
+                if is_const {
+                    self.followed(item, id, name);
                     return;
                 }
                 let from_driver = item.depth > 0;
@@ -129,6 +137,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 self.followed(item, id, name);
                 self.per_cpu(item, id, name);
             }
+            _ if types.is_const(item.type_id) => {}
             // Numbers, pointers and void: an array up to the end of what was allocated.
             _ => {
                 let one = types
@@ -174,12 +183,13 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     /// Pointers of the kernel's that the rules follow.
     fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
         let types = self.reach.types;
+        let is_const = types.is_const(item.type_id);
         for rule in self
             .reach
             .rules
             .followed
             .iter()
-            .filter(|rule| rule.of == name)
+            .filter(|rule| rule.of == name && (rule.from_const || !is_const))
         {
             let Some(member) = types.find_member(id, rule.member) else {
                 continue;
