@@ -47,6 +47,14 @@ enum What {
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
         rollbacks: u16,
     },
+    /// Packet rate and throughput with functions of the driver isolated, against none
+    Isolation {
+        #[command(flatten)]
+        common: Common,
+        /// How long each kind of traffic runs with each set of functions
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=60))]
+        seconds: u64,
+    },
     /// Send traffic through the NIC and check every byte of it
     Traffic {
         #[command(flatten)]
@@ -108,6 +116,10 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
         What::Recovery { common, rollbacks } => {
             steps.must("recovery", || bench.recovery(common.runs, *rollbacks))?;
             (common, "recovery")
+        }
+        What::Isolation { common, seconds } => {
+            steps.must("isolation", || bench.isolation(*seconds))?;
+            (common, "isolation")
         }
         What::Traffic { common, seconds } => {
             steps.must("traffic", || bench.traffic(*seconds))?;
@@ -206,6 +218,14 @@ impl Bench {
         self.measure(
             "recovery",
             &["recovery", "--runs", &runs, "--rollbacks", &rollbacks],
+        )
+    }
+
+    fn isolation(&mut self, seconds: u64) -> anyhow::Result<String> {
+        self.renew()?;
+        self.measure(
+            "isolation",
+            &["isolation", "--seconds", &seconds.to_string()],
         )
     }
 
