@@ -12,7 +12,8 @@
 
 use std::ops::RangeInclusive;
 
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::{SyncReg, VcpuFd};
 
 /// I/O ports reserved for traps.
 pub const TRAP_PORTS: RangeInclusive<u16> = 0xe0..=0xe7;
@@ -27,6 +28,21 @@ pub struct TrapContext<'a> {
     pub port: u16,
     /// Byte that was written, that is AL.
     pub value: u8,
+}
+
+impl TrapContext<'_> {
+    /// General registers behind the `out`, and control registers and segments. They come with the exit and
+    /// cost no system call.
+    pub fn registers(&self) -> (kvm_regs, kvm_sregs) {
+        let registers = self.vcpu.sync_regs();
+        (registers.regs, registers.sregs)
+    }
+
+    /// Sets the general registers that the vCPU goes on with, at no system call either.
+    pub fn set_regs(&mut self, regs: &kvm_regs) {
+        self.vcpu.sync_regs_mut().regs = *regs;
+        self.vcpu.set_sync_dirty_reg(SyncReg::Register);
+    }
 }
 
 /// What the machine does after a trap was handled.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_run;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use crate::exits::{ExitCounters, ExitKind};
 use crate::gate::Pass;
@@ -77,7 +77,13 @@ fn run_until_kicked(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Resul
             Some(Flow::Continue) => io_pending = true,
             Some(Flow::Fail(reason)) => return Err(reason),
             Some(Flow::Trap { port, value }) => {
-                complete(machine, index, fd)?;
+                // The run that completes the `out` brings the handler's registers along.
+                fd.set_sync_valid_reg(SyncReg::Register);
+                fd.set_sync_valid_reg(SyncReg::SystemRegister);
+                let completed = complete(machine, index, fd);
+                fd.clear_sync_valid_reg(SyncReg::Register);
+                fd.clear_sync_valid_reg(SyncReg::SystemRegister);
+                completed?;
                 io_pending = false;
                 trap(machine, index, fd, port, value);
             }
@@ -85,6 +91,18 @@ fn run_until_kicked(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Resul
     }
     if io_pending {
         complete(machine, index, fd)?;
+    }
+    settle_registers(fd)
+}
+
+/// Gives KVM the registers that a trap handler set for the next run, now that others may look at them
+/// before it.
+fn settle_registers(fd: &mut VcpuFd) -> Result<(), String> {
+    let dirty = SyncReg::Register as u64;
+    if fd.get_kvm_run().kvm_dirty_regs & dirty != 0 {
+        fd.set_regs(&fd.sync_regs().regs)
+            .map_err(|error| format!("KVM_SET_REGS: {error}"))?;
+        fd.clear_sync_dirty_reg(SyncReg::Register);
     }
     Ok(())
 }

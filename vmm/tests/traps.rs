@@ -6,6 +6,7 @@ mod common;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use common::{CODE, Guest, config, start};
 use vm_memory::{Bytes, GuestAddress};
@@ -34,12 +35,13 @@ struct SetsRcx {
 
 impl TrapHandler for SetsRcx {
     fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
-        let mut regs = context.vcpu.get_regs().unwrap();
+        let (mut regs, sregs) = context.registers();
+        assert_eq!(sregs.cr3, context.vcpu.get_sregs().unwrap().cr3);
         self.seen
             .set((context.index, context.port, context.value, regs.rip))
             .unwrap();
         regs.rcx = 42;
-        context.vcpu.set_regs(&regs).unwrap();
+        context.set_regs(&regs);
         TrapOutcome::Resume
     }
 }
@@ -60,6 +62,42 @@ fn a_trap_shows_the_registers_behind_the_instruction_and_takes_changes() {
     assert_eq!(guest.report(), 42);
     assert_eq!(handler.seen.get(), Some(&(0, 0xe3, 0x5a, behind)));
     assert_eq!(handle.status().exits[0].trap, 1);
+    guest.power_off();
+}
+
+/// Sets RCX while somebody waits for the machine to stop.
+struct WaitsInTrap {
+    arrived: std::sync::Barrier,
+}
+
+impl TrapHandler for WaitsInTrap {
+    fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
+        let (mut regs, _) = context.registers();
+        regs.rcx = 42;
+        context.set_regs(&regs);
+        self.arrived.wait();
+        // The other thread asks for the pause meanwhile; without it the vCPU would run on.
+        std::thread::sleep(Duration::from_millis(100));
+        TrapOutcome::Resume
+    }
+}
+
+#[test]
+fn registers_that_a_handler_set_are_there_when_the_machine_is_paused_before_the_next_run() {
+    let guest = Guest::new(config(traps_once(), 1));
+    let handler = Arc::new(WaitsInTrap {
+        arrived: std::sync::Barrier::new(2),
+    });
+    let handle = guest.vm.handle();
+    handle.attach_trap_handler(handler.clone()).unwrap();
+    let guest = guest.start();
+    handler.arrived.wait();
+    handle.pause().unwrap();
+    let rcx = handle.with_paused(|vcpus| vcpus.get(0).unwrap().get_regs().unwrap().rcx);
+    assert_eq!(rcx, Ok(42));
+    handle.resume().unwrap();
+    guest.report();
+    assert_eq!(guest.report(), 42);
     guest.power_off();
 }
 

@@ -459,10 +459,7 @@ impl TrapHandler for Isolator {
         if port != GATE.entry && port != GATE.returning {
             return TrapOutcome::Resume;
         }
-        let (Ok(regs), Ok(sregs)) = (context.vcpu.get_regs(), context.vcpu.get_sregs()) else {
-            tracing::error!("cannot read a vCPU's registers at a gate");
-            return TrapOutcome::Resume;
-        };
+        let (regs, sregs) = context.registers();
         let start = Instant::now();
         let _others = self.vm.hold_others(context.index);
         let gate = regs.rip.wrapping_sub(OUT_BYTES);
@@ -473,10 +470,7 @@ impl TrapHandler for Isolator {
                 rip: watch.body(),
                 ..regs
             };
-            if let Err(error) = context.vcpu.set_regs(&next) {
-                tracing::error!("cannot set a vCPU's registers at a gate: {error}");
-                return TrapOutcome::PowerOff;
-            }
+            context.set_regs(&next);
             return TrapOutcome::Resume;
         }
         let mut modules = self.modules();
@@ -522,10 +516,7 @@ impl TrapHandler for Isolator {
             }
         };
         armed.decided = None;
-        if let Err(error) = context.vcpu.set_regs(&next) {
-            tracing::error!("cannot set a vCPU's registers after an isolated call: {error}");
-            return TrapOutcome::PowerOff;
-        }
+        context.set_regs(&next);
         armed.caller_runs_again();
         TrapOutcome::Resume
     }
