@@ -144,6 +144,7 @@ fn next(seed: &mut u64) -> u64 {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn entries_are_isolated_and_released_at_random_under_traffic() {
     let seconds = std::env::var("COFFERDAM_SOAK_SECONDS").map_or(20, |text| text.parse().unwrap());
+    // The same without isolation, to compare.
     let native = std::env::var_os("COFFERDAM_SOAK_NATIVE").is_some();
     let mut machine = boot_with_network(1, "");
     machine.run(&format!(
@@ -167,7 +168,8 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         if !native {
             machine.isolate("e1000", named(&entries)).unwrap();
         }
-        if next(&mut seed) & 3 == 0 {
+        // Resets lose packets of the stream, which then stands still for seconds.
+        if next(&mut seed) & 7 == 0 {
             machine.run(
                 "(ethtool -G eth0 rx 128; ethtool -G eth0 rx 256) </dev/null >/dev/null 2>&1 &",
             );
@@ -185,9 +187,9 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         );
         calls += status.entries.iter().map(|entry| entry.calls).sum::<u64>();
     }
+    machine.agent.set_limit(std::time::Duration::from_secs(120));
     let result = machine.run("while ! grep -q done /tmp/stream; do sleep 1; done; cat /tmp/stream");
     eprintln!("{rounds} rounds, {calls} calls: {result}");
-    eprintln!("{}", machine.run("ping -c 3 -W 2 10.0.2.2; ethtool -S eth0; ethtool -d eth0; cat /proc/interrupts /proc/net/tcp; dmesg | tail -20; true"));
     assert!(calls > 0 || native);
     assert!(
         result.contains("\"corrupted\":0") && !result.contains("\"error\""),

@@ -15,6 +15,10 @@ const ECHO_PORT: u16 = 7;
 const DISCARD_PORT: u16 = 9;
 const SOURCE_PORT: u16 = 19;
 
+/// How long nothing may come through. A NIC that is reset loses what is under way, and either end then waits
+/// before it sends again, each time for twice as long.
+const STREAM_PATIENCE: Duration = Duration::from_secs(45);
+
 /// Bytes of one write or read.
 const PIECE_BYTES: usize = 32 << 10;
 
@@ -92,8 +96,8 @@ fn run(
     let start = Instant::now();
     let done = TcpStream::connect_timeout(&SocketAddr::from((peer, port)), PATIENCE).and_then(
         |mut stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(STREAM_PATIENCE))?;
+            stream.set_write_timeout(Some(STREAM_PATIENCE))?;
             work(&mut stream, &mut result)
         },
     );
