@@ -199,6 +199,16 @@ impl MemoryModel {
         offset < array && field.contains(&(offset % self.page_bytes))
     }
 
+    /// The `struct page` that `at` lies in, and the page that it describes.
+    pub fn described_page(&self, at: Gva) -> Option<(GvaRange, Gva)> {
+        let offset = at.0.checked_sub(self.vmemmap.0)?;
+        let pfn = offset / self.page_bytes;
+        let pages = (self.vmalloc.0 - self.direct_map.0) >> 12;
+        let first = Gva(at.0 - offset % self.page_bytes);
+        let page = Gva(self.direct_map.0.checked_add(pfn.checked_mul(4096)?)?);
+        (pfn < pages).then_some((GvaRange::new(first, self.page_bytes)?, page))
+    }
+
     /// Joins the model with the memory as it is now.
     pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
         Allocations { model: self, virt }

@@ -190,6 +190,21 @@ fn pages_handed_out_together_are_found_from_any_of_them() {
 }
 
 #[test]
+fn a_description_leads_to_its_page() {
+    let guest = guest();
+    let model = MemoryModel::new(&types(), &symbols(), &guest.virt()).unwrap();
+    let (description, page) = model
+        .described_page(Gva(VMEMMAP + 9 * PAGE_STRUCT + 32))
+        .unwrap();
+    assert_eq!(description.first(), Gva(VMEMMAP + 9 * PAGE_STRUCT));
+    assert_eq!(description.len_bytes(), PAGE_STRUCT);
+    assert_eq!(page, Gva(DIRECT + (9 << 12)));
+    assert_eq!(model.described_page(Gva(VMEMMAP - 1)), None);
+    let behind = (VMALLOC - DIRECT) / 4096 * PAGE_STRUCT;
+    assert_eq!(model.described_page(Gva(VMEMMAP + behind)), None);
+}
+
+#[test]
 fn a_kernel_that_is_unknown_says_what_is_missing() {
     let guest = guest();
     let error = MemoryModel::new(&types(), &SymbolTable::default(), &guest.virt()).unwrap_err();

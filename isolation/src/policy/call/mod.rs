@@ -260,6 +260,13 @@ impl DriverPolicy {
         if self.memory.is_page_reference_count(at) {
             return self.open(one, ObjectKind::Other, "reference count of a page".into());
         }
+        // A driver notes things in the descriptions of its own pages (`page->index`, `page->private`).
+        if let Some((description, page)) = self.memory.described_page(at) {
+            let own = self.table.may_write(GvaRange::aligned(page, 1))
+                || self.open_new_allocation(memory, page);
+            let label = "struct page of a page of the driver's".into();
+            return own && self.open(description, ObjectKind::Other, label);
+        }
         let offset = Gva(at.0.wrapping_sub(memory.per_cpu_base));
         let variable = self
             .per_cpu_variables
