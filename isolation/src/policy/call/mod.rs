@@ -38,6 +38,14 @@ use interfaces::InterfaceList;
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
 
+/// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then the first
+/// member of `pcpu_hot`).
+const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
+
+/// Members of the running thread's `struct task_struct` that inline functions of the kernel write:
+/// `pagefault_disable`, which `kmap_atomic` calls.
+const TASK_MEMBERS: &[&str] = &["pagefault_disabled"];
+
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
 const PACKET_CACHES: &[&str] = &[
     "skbuff_head_cache",
@@ -88,6 +96,10 @@ pub struct DriverPolicy {
     table: RangeTable,
     /// Offsets in the per-CPU area.
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
+    /// Offset of the pointer to the running thread in the per-CPU area.
+    current_task: Option<u64>,
+    /// Offsets in that thread.
+    task_members: Vec<(&'static str, GvaRange)>,
     interfaces: Vec<Start>,
     /// Where the guest has its interfaces; `None` if that is not known.
     list: Option<InterfaceList>,
@@ -127,6 +139,18 @@ impl DriverPolicy {
             let symbol = symbols.kernel_symbol(name)?;
             Some((*name, GvaRange::new(symbol.at, *bytes)?))
         };
+        let mut current_task = CURRENT_TASK.iter();
+        let current_task = current_task.find_map(|name| symbols.kernel_symbol(name));
+        let task = types.find_struct("task_struct");
+        let task_member = |name: &&'static str| {
+            let member = types.find_member(task?, name)?;
+            let offset = Gva(u64::from(member.bit_offset / 8));
+            Some((
+                *name,
+                GvaRange::new(offset, types.size_of(member.type_id)?)?,
+            ))
+        };
+        let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
         let list = InterfaceList::new(&types, symbols);
         Ok(Self {
             types,
@@ -134,6 +158,8 @@ impl DriverPolicy {
             rules: Rules::LINUX,
             table,
             per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
+            current_task: current_task.map(|symbol| symbol.at.0),
+            task_members,
             interfaces: Vec::new(),
             list,
             listed: false,
@@ -276,6 +302,10 @@ impl DriverPolicy {
             let label = format!("{name} of this processor");
             return self.open(one, ObjectKind::Other, label);
         }
+        if let Some(name) = self.member_of_current_task(memory, at) {
+            let label = format!("{name} of the running thread");
+            return self.open(one, ObjectKind::Other, label);
+        }
         if self.open_new_allocation(memory, at) {
             return true;
         }
@@ -285,6 +315,20 @@ impl DriverPolicy {
         self.calls.iter_mut().for_each(|call| call.resolved = false);
         self.resolve(memory);
         self.table.may_write(one)
+    }
+
+    /// The member that `at` is part of, among those of the running thread that may be written.
+    fn member_of_current_task<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        at: Gva,
+    ) -> Option<&'static str> {
+        let current = Gva(memory.per_cpu_base.wrapping_add(self.current_task?));
+        let task = memory.private.read_u64(current).ok()?;
+        let offset = Gva(at.0.checked_sub(task)?);
+        let mut members = self.task_members.iter();
+        let found = members.find(|(_, range)| range.contains(offset))?;
+        Some(found.0)
     }
 
     /// Looks, once in a call, for interfaces of the driver.

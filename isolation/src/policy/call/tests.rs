@@ -60,6 +60,11 @@ fn types() -> Arc<Btf> {
         96,
         &[("netdev_ops", pointer, 8), ("dev_list", pointer, 16)],
     );
+    e.structure(
+        "task_struct",
+        128,
+        &[("pagefault_disabled", int, 0x40), ("flags", int, 0x44)],
+    );
     e.structure("net", 64, &[("dev_base_head", pointer, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
@@ -117,7 +122,7 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n{:x} D init_net\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n{:x} D init_net\n",
         BASES,
         BASES + 8,
         BASES + 16,
@@ -171,7 +176,8 @@ fn arguments_and_the_drivers_variables_may_be_written_others_may_not() {
 
 #[test]
 fn what_inline_functions_write_is_permitted() {
-    let guest = guest();
+    let mut guest = guest();
+    guest.put(Gva(PER_CPU + 0x48), &words(&[HEAD]), DATA);
     let mut policy = policy(&guest);
     policy.begin("my_irq", [0; 6]);
     let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
@@ -179,6 +185,8 @@ fn what_inline_functions_write_is_permitted() {
     assert!(!may(VMEMMAP + 4 * 64, 8), "a page's flags");
     assert!(may(PER_CPU + 0x40, 4), "the preemption count");
     assert!(!may(PER_CPU + 0x44, 1));
+    assert!(may(HEAD + 0x40, 4), "the running thread's page fault count");
+    assert!(!may(HEAD + 0x44, 1), "its flags");
 }
 
 #[test]
