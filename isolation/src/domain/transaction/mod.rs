@@ -1,4 +1,4 @@
-//! One isolated call, from its entry to commit, abort or pass-through.
+//! One isolated call, from its entry to commit, abort, spill or pass-through.
 //!
 //! ```text
 //!            ┌──────────────────────────── fill, open, cross, call back ─┐
@@ -7,20 +7,22 @@
 //!                          ├─ device access: queue it, or publish and perform it ─► run P
 //!                          ├─ return ─► check ─► publish ─► Committed
 //!                          ├─ violation ─► undo ─► Aborted
-//!                          └─ something that only the guest can do ─► undo ─► PassThrough
+//!                          ├─ a wait that is short enough ─► wait ─► run P
+//!                          └─ something that only the guest can do ─┬─ publish ─► Spilled
+//!                                                                   └─ undo ─► PassThrough
 //! ```
 //!
 //! The caller holds the guest's other vCPUs and its emulated devices for the whole call: nobody else
 //! writes guest memory meanwhile.
 //!
-//! A call that passes through leaves no trace, and the guest runs the function itself, unisolated:
-//! that is how calls that sleep, wait for another processor or use the FPU are carried out.
+//! A spilled call goes on in the guest in the middle of a kernel function and comes back when that function
+//! returns ([`spill`]). A call that passes through leaves no trace, and the guest runs the function itself,
+//! unisolated; that happens where the guest could not take over at the very instruction.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{kvm_regs, kvm_sregs};
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::kvm_regs;
 
 use super::Domain;
 use super::error::DomainError;
@@ -35,12 +37,15 @@ use super::view::{PAGE_SIZE, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
 
+mod call;
 mod device;
 mod faults;
 mod finish;
+mod memory;
 mod sleep;
 mod spill;
 
+pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThroughReason};
 pub use spill::SpilledCall;
 
 /// RFLAGS.IF.
@@ -64,144 +69,6 @@ const VECTOR_PAGE_FAULT: u8 = 14;
 const PF_PRESENT: u64 = 1 << 0;
 const PF_WRITE: u64 = 1 << 1;
 const PF_FETCH: u64 = 1 << 4;
-
-/// A call to be isolated, as the guest's vCPU stood at the entry gate.
-#[derive(Debug)]
-pub struct CallRequest<'a> {
-    /// General registers; RIP is not used.
-    pub regs: kvm_regs,
-    /// Control registers and segments.
-    pub sregs: &'a kvm_sregs,
-    /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
-    pub clock: Option<&'a VcpuFd>,
-    /// Guest virtual address at which the function's own code begins.
-    pub function: u64,
-    /// Guest virtual address of the return gate: an instruction in the guest that gives control back when a
-    /// kernel function that went on there returns to it. Without one calls are never spilled.
-    pub return_gate: Option<u64>,
-    /// Time after which the call is aborted.
-    pub budget: Duration,
-    /// Time that the call may wait for in all, with the guest standing still, before it is given up as
-    /// one that sleeps.
-    pub sleep_limit: Duration,
-}
-
-/// Why a call was given back to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PassThroughReason {
-    /// A kernel function uses the FPU.
-    Fpu,
-    /// A kernel function takes an exception that the kernel handles itself.
-    KernelException,
-    /// A kernel function uses the interrupt controller or another processor register of K.
-    ProcessorRegister,
-    /// A kernel function reaches a device that is not the isolated one.
-    OtherDevice,
-    /// A kernel function halts or does something that KVM cannot carry out.
-    Halt,
-    /// A kernel function waits, for longer than the guest may stand still or for somebody else.
-    Sleeps,
-    /// A kernel function that was marked to be run by the guest only, such as the scheduler.
-    TrappedFunction,
-    /// The guest's page tables are too large or changed too often.
-    PageTables,
-    /// The stack or its return address cannot be used.
-    Stack,
-}
-
-impl PassThroughReason {
-    /// Its name in counters and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fpu => "fpu",
-            Self::KernelException => "kernel_exception",
-            Self::ProcessorRegister => "processor_register",
-            Self::OtherDevice => "other_device",
-            Self::Halt => "halt",
-            Self::Sleeps => "sleeps",
-            Self::TrappedFunction => "trapped_function",
-            Self::PageTables => "page_tables",
-            Self::Stack => "stack",
-        }
-    }
-}
-
-/// How a call ended.
-#[derive(Debug, Clone)]
-pub enum CallEnd {
-    /// Its effects are in the guest.
-    Committed,
-    /// It broke a rule; nothing of it is left.
-    Aborted(Box<Violation>),
-    /// The guest must run the function itself; nothing of the attempt is left.
-    PassThrough(PassThroughReason),
-    /// What it did so far is in the guest, which goes on in the middle of a kernel function. The call
-    /// comes back with [`Domain::go_on`] when that function reaches the return gate.
-    Spilled(PassThroughReason, Box<SpilledCall>),
-}
-
-/// What a call did and cost.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct CallStats {
-    /// `KVM_RUN` calls on P.
-    pub runs: u64,
-    /// Kernel functions called through trampolines.
-    pub crossings: u64,
-    /// Exits to fill in page-table entries.
-    pub fills: u32,
-    /// Pages opened for writing by the driver.
-    pub opened: u32,
-    /// Exits for indirect calls of kernel functions.
-    pub indirect_calls: u32,
-    /// Call-backs of the kernel into the driver.
-    pub callbacks: u32,
-    /// Device stores queued.
-    pub posted_writes: u32,
-    /// Device loads.
-    pub device_reads: u32,
-    /// Pages with a private copy at the end.
-    pub dirty_pages: u32,
-    /// Bytes that differed from the guest's and were committed.
-    pub committed_bytes: u64,
-    /// System calls other than `KVM_RUN`.
-    pub other_syscalls: u32,
-    /// Times the roots had to be built.
-    pub rebuilds: u32,
-    /// Time in `KVM_RUN` on P, in nanoseconds.
-    pub private_ns: u64,
-    /// Times the call waited, with the guest standing still.
-    pub sleeps: u32,
-    /// Time that it waited for, in microseconds.
-    pub slept_us: u64,
-}
-
-/// Where the time of a failed call's rollback went, in nanoseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct AbortPhases {
-    /// From the exit of P that told of the fault to its being judged a violation.
-    pub detect_ns: u64,
-    /// Dropping private pages and putting published bytes back.
-    pub memory_ns: u64,
-    /// Putting the device's checkpoint back; 0 if the call had not reached the device.
-    pub device_ns: u64,
-    /// From then until the guest's vCPU has its registers for the return to the caller.
-    pub returned_ns: u64,
-}
-
-/// The end of a call with the registers that the guest's vCPU goes on with.
-#[derive(Debug, Clone)]
-pub struct CallResult {
-    /// How it ended.
-    pub end: CallEnd,
-    /// For a committed or spilled call: all general registers. For an aborted one: those of the entry,
-    /// after a return; the caller sets RAX. For a pass-through: those of the entry.
-    pub regs: kvm_regs,
-    /// What it did and cost.
-    pub stats: CallStats,
-    /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
-    pub phases: AbortPhases,
-}
 
 #[derive(Debug, Clone, Copy)]
 struct PostedWrite {
@@ -545,76 +412,6 @@ impl Call<'_> {
         })
     }
 
-    /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's
-    /// text is not among them.
-    fn private_pages(&mut self) -> Result<Vec<Pfn>, DomainError> {
-        self.harvest()?;
-        let domain = &*self.domain;
-        let mut pages: Vec<Pfn> = self
-            .harvested
-            .iter()
-            .chain(&self.host_written)
-            .copied()
-            .chain(domain.warm.iter())
-            .filter(|pfn| !domain.is_overlay(*pfn))
-            .collect();
-        pages.sort_unstable();
-        pages.dedup();
-        Ok(pages)
-    }
-
-    fn harvest(&mut self) -> Result<(), DomainError> {
-        let harvested = &mut self.harvested;
-        let domain = &mut *self.domain;
-        domain
-            .vm
-            .harvest(&domain.slot_bases, |pfn| harvested.push(pfn))?;
-        Ok(())
-    }
-
-    fn open(&mut self, va: u64) -> Result<(), DomainError> {
-        let domain = &mut *self.domain;
-        self.stats.opened += 1;
-        match domain.roots.open(va, &domain.view, &mut domain.monitor) {
-            Err(RootError::OutOfTables) => {
-                self.rebuild()?;
-                let domain = &mut *self.domain;
-                domain.roots.open(va, &domain.view, &mut domain.monitor)?;
-                Ok(())
-            }
-            other => Ok(other.map(|_| ())?),
-        }
-    }
-
-    fn fill(&mut self, root: Root, va: u64) -> Result<Fill, DomainError> {
-        self.stats.fills += 1;
-        let domain = &mut *self.domain;
-        match domain
-            .roots
-            .fill(root, va, &domain.view, &mut domain.monitor)
-        {
-            Err(RootError::OutOfTables) => {
-                self.rebuild()?;
-                let domain = &mut *self.domain;
-                Ok(domain
-                    .roots
-                    .fill(root, va, &domain.view, &mut domain.monitor)?)
-            }
-            other => Ok(other?),
-        }
-    }
-
-    /// Starts the roots afresh in the middle of a call: what was open is opened again when touched.
-    fn rebuild(&mut self) -> Result<(), DomainError> {
-        self.stats.rebuilds += 1;
-        self.domain.build_roots(self.request.sregs.cr3)
-    }
-
-    fn in_own_stack(&self, va: u64) -> bool {
-        let rsp = self.entry.rsp;
-        va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1)
-    }
-
     fn resume(&mut self, frame: &ExceptionFrame, regs: &kvm_regs) {
         self.resume_at(frame, regs, frame.rip);
     }
@@ -627,40 +424,5 @@ impl Call<'_> {
             ..*regs
         };
         self.domain.vm.set_regs(&next);
-    }
-
-    fn read_guest(&self, va: u64) -> Result<Option<u64>, DomainError> {
-        let Some(translation) = self.domain.roots.translate(va, &self.domain.view)? else {
-            return Ok(None);
-        };
-        let slot = (
-            Pfn::of(translation.gpa),
-            (translation.gpa % PAGE_SIZE) as usize,
-        );
-        if slot.1 > PAGE_SIZE as usize - 8 {
-            return Ok(None);
-        }
-        self.read_slot(slot).map(Some)
-    }
-
-    fn read_slot(&self, (pfn, offset): (Pfn, usize)) -> Result<u64, DomainError> {
-        let page = self.domain.view.private_page(pfn)?;
-        let bytes = page
-            .get(offset..offset + 8)
-            .and_then(|bytes| bytes.try_into().ok());
-        bytes
-            .map(u64::from_le_bytes)
-            .ok_or(DomainError::Internal("a stack slot crosses a page"))
-    }
-
-    fn write_slot(&mut self, (pfn, offset): (Pfn, usize), value: u64) -> Result<(), DomainError> {
-        let page = self.domain.view.private_page_mut(pfn)?;
-        let slot = page.get_mut(offset..offset + 8);
-        slot.ok_or(DomainError::Internal("a stack slot crosses a page"))?
-            .copy_from_slice(&value.to_le_bytes());
-        if self.host_written.last() != Some(&pfn) {
-            self.host_written.push(pfn);
-        }
-        Ok(())
     }
 }

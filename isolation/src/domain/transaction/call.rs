@@ -1,0 +1,147 @@
+//! What is asked of a domain, and what comes of it.
+
+use std::time::Duration;
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::SpilledCall;
+use crate::domain::violation::Violation;
+
+/// A call to be isolated, as the guest's vCPU stood at the entry gate.
+#[derive(Debug)]
+pub struct CallRequest<'a> {
+    /// General registers; RIP is not used.
+    pub regs: kvm_regs,
+    /// Control registers and segments.
+    pub sregs: &'a kvm_sregs,
+    /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
+    pub clock: Option<&'a VcpuFd>,
+    /// Guest virtual address at which the function's own code begins.
+    pub function: u64,
+    /// Guest virtual address of the return gate: an instruction in the guest that gives control back when a
+    /// kernel function that went on there returns to it. Without one calls are never spilled.
+    pub return_gate: Option<u64>,
+    /// Time after which the call is aborted.
+    pub budget: Duration,
+    /// Time that the call may wait for in all, with the guest standing still, before it is given up as
+    /// one that sleeps.
+    pub sleep_limit: Duration,
+}
+
+/// Why a call was given back to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PassThroughReason {
+    /// A kernel function uses the FPU.
+    Fpu,
+    /// A kernel function takes an exception that the kernel handles itself.
+    KernelException,
+    /// A kernel function uses the interrupt controller or another processor register of K.
+    ProcessorRegister,
+    /// A kernel function reaches a device that is not the isolated one.
+    OtherDevice,
+    /// A kernel function halts or does something that KVM cannot carry out.
+    Halt,
+    /// A kernel function waits, for longer than the guest may stand still or for somebody else.
+    Sleeps,
+    /// A kernel function that was marked to be run by the guest only, such as the scheduler.
+    TrappedFunction,
+    /// The guest's page tables are too large or changed too often.
+    PageTables,
+    /// The stack or its return address cannot be used.
+    Stack,
+}
+
+impl PassThroughReason {
+    /// Its name in counters and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fpu => "fpu",
+            Self::KernelException => "kernel_exception",
+            Self::ProcessorRegister => "processor_register",
+            Self::OtherDevice => "other_device",
+            Self::Halt => "halt",
+            Self::Sleeps => "sleeps",
+            Self::TrappedFunction => "trapped_function",
+            Self::PageTables => "page_tables",
+            Self::Stack => "stack",
+        }
+    }
+}
+
+/// How a call ended.
+#[derive(Debug, Clone)]
+pub enum CallEnd {
+    /// Its effects are in the guest.
+    Committed,
+    /// It broke a rule; nothing of it is left.
+    Aborted(Box<Violation>),
+    /// The guest must run the function itself; nothing of the attempt is left.
+    PassThrough(PassThroughReason),
+    /// What it did so far is in the guest, which goes on in the middle of a kernel function. The call
+    /// comes back with [`crate::domain::Domain::go_on`] when that function reaches the return gate.
+    Spilled(PassThroughReason, Box<SpilledCall>),
+}
+
+/// What a call did and cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CallStats {
+    /// `KVM_RUN` calls on P.
+    pub runs: u64,
+    /// Kernel functions called through trampolines.
+    pub crossings: u64,
+    /// Exits to fill in page-table entries.
+    pub fills: u32,
+    /// Pages opened for writing by the driver.
+    pub opened: u32,
+    /// Exits for indirect calls of kernel functions.
+    pub indirect_calls: u32,
+    /// Call-backs of the kernel into the driver.
+    pub callbacks: u32,
+    /// Device stores queued.
+    pub posted_writes: u32,
+    /// Device loads.
+    pub device_reads: u32,
+    /// Pages with a private copy at the end.
+    pub dirty_pages: u32,
+    /// Bytes that differed from the guest's and were committed.
+    pub committed_bytes: u64,
+    /// System calls other than `KVM_RUN`.
+    pub other_syscalls: u32,
+    /// Times the roots had to be built.
+    pub rebuilds: u32,
+    /// Time in `KVM_RUN` on P, in nanoseconds.
+    pub private_ns: u64,
+    /// Times the call waited, with the guest standing still.
+    pub sleeps: u32,
+    /// Time that it waited for, in microseconds.
+    pub slept_us: u64,
+}
+
+/// Where the time of a failed call's rollback went, in nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct AbortPhases {
+    /// From the exit of P that told of the fault to its being judged a violation.
+    pub detect_ns: u64,
+    /// Dropping private pages and putting published bytes back.
+    pub memory_ns: u64,
+    /// Putting the device's checkpoint back; 0 if the call had not reached the device.
+    pub device_ns: u64,
+    /// From then until the guest's vCPU has its registers for the return to the caller.
+    pub returned_ns: u64,
+}
+
+/// The end of a call with the registers that the guest's vCPU goes on with.
+#[derive(Debug, Clone)]
+pub struct CallResult {
+    /// How it ended.
+    pub end: CallEnd,
+    /// For a committed or spilled call: all general registers. For an aborted one: those of the entry,
+    /// after a return; the caller sets RAX. For a pass-through: those of the entry.
+    pub regs: kvm_regs,
+    /// What it did and cost.
+    pub stats: CallStats,
+    /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
+    pub phases: AbortPhases,
+}

@@ -1,0 +1,114 @@
+//! Memory as a call has it: private pages, roots, words on stacks.
+
+use super::*;
+
+impl Call<'_> {
+    /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's
+    /// text is not among them.
+    pub(super) fn private_pages(&mut self) -> Result<Vec<Pfn>, DomainError> {
+        self.harvest()?;
+        let domain = &*self.domain;
+        let mut pages: Vec<Pfn> = self
+            .harvested
+            .iter()
+            .chain(&self.host_written)
+            .copied()
+            .chain(domain.warm.iter())
+            .filter(|pfn| !domain.is_overlay(*pfn))
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        Ok(pages)
+    }
+
+    pub(super) fn harvest(&mut self) -> Result<(), DomainError> {
+        let harvested = &mut self.harvested;
+        let domain = &mut *self.domain;
+        domain
+            .vm
+            .harvest(&domain.slot_bases, |pfn| harvested.push(pfn))?;
+        Ok(())
+    }
+
+    pub(super) fn open(&mut self, va: u64) -> Result<(), DomainError> {
+        let domain = &mut *self.domain;
+        self.stats.opened += 1;
+        match domain.roots.open(va, &domain.view, &mut domain.monitor) {
+            Err(RootError::OutOfTables) => {
+                self.rebuild()?;
+                let domain = &mut *self.domain;
+                domain.roots.open(va, &domain.view, &mut domain.monitor)?;
+                Ok(())
+            }
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+
+    pub(super) fn fill(&mut self, root: Root, va: u64) -> Result<Fill, DomainError> {
+        self.stats.fills += 1;
+        let domain = &mut *self.domain;
+        match domain
+            .roots
+            .fill(root, va, &domain.view, &mut domain.monitor)
+        {
+            Err(RootError::OutOfTables) => {
+                self.rebuild()?;
+                let domain = &mut *self.domain;
+                Ok(domain
+                    .roots
+                    .fill(root, va, &domain.view, &mut domain.monitor)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Starts the roots afresh in the middle of a call: what was open is opened again when touched.
+    pub(super) fn rebuild(&mut self) -> Result<(), DomainError> {
+        self.stats.rebuilds += 1;
+        self.domain.build_roots(self.request.sregs.cr3)
+    }
+
+    pub(super) fn in_own_stack(&self, va: u64) -> bool {
+        let rsp = self.entry.rsp;
+        va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1)
+    }
+
+    pub(super) fn read_guest(&self, va: u64) -> Result<Option<u64>, DomainError> {
+        let Some(translation) = self.domain.roots.translate(va, &self.domain.view)? else {
+            return Ok(None);
+        };
+        let slot = (
+            Pfn::of(translation.gpa),
+            (translation.gpa % PAGE_SIZE) as usize,
+        );
+        if slot.1 > PAGE_SIZE as usize - 8 {
+            return Ok(None);
+        }
+        self.read_slot(slot).map(Some)
+    }
+
+    pub(super) fn read_slot(&self, (pfn, offset): (Pfn, usize)) -> Result<u64, DomainError> {
+        let page = self.domain.view.private_page(pfn)?;
+        let bytes = page
+            .get(offset..offset + 8)
+            .and_then(|bytes| bytes.try_into().ok());
+        bytes
+            .map(u64::from_le_bytes)
+            .ok_or(DomainError::Internal("a stack slot crosses a page"))
+    }
+
+    pub(super) fn write_slot(
+        &mut self,
+        (pfn, offset): (Pfn, usize),
+        value: u64,
+    ) -> Result<(), DomainError> {
+        let page = self.domain.view.private_page_mut(pfn)?;
+        let slot = page.get_mut(offset..offset + 8);
+        slot.ok_or(DomainError::Internal("a stack slot crosses a page"))?
+            .copy_from_slice(&value.to_le_bytes());
+        if self.host_written.last() != Some(&pfn) {
+            self.host_written.push(pfn);
+        }
+        Ok(())
+    }
+}
