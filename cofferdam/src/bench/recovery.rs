@@ -42,7 +42,7 @@ const STEP_TIME: Duration = Duration::from_secs(60);
 pub struct RecoveryOptions {
     /// The guest; without a network, which is added.
     pub guest: GuestOptions,
-    /// Ways of recovery, each in a guest of its own.
+    /// Ways of recovery, in this order and in one guest.
     pub methods: Vec<Method>,
     /// Recoveries of each baseline.
     pub runs: usize,
@@ -65,12 +65,12 @@ pub fn measure(
         .with("--net user --nic e1000")
         .with(&boot);
     let mut recoveries = Vec::new();
-    let mut facts = None;
+    progress("booting a guest");
+    let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
+    let facts = guest_facts(&mut guest)?;
+    let mut probe = Probe::start(&guest, PING_INTERVAL)?;
     for &method in &options.methods {
         let name = method.name();
-        progress(&format!("{name}: booting a guest"));
-        let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
-        let mut probe = Probe::start(&guest, PING_INTERVAL)?;
         let recover = match method {
             Method::Restart => restart,
             Method::Reboot => reboot,
@@ -85,7 +85,6 @@ pub fn measure(
                     options.rollbacks,
                     progress,
                 )?);
-                facts = Some(guest_facts(&mut guest)?);
                 continue;
             }
         };
@@ -104,9 +103,8 @@ pub fn measure(
             runs.push(run);
         }
         recoveries.extend(Recovery::from_runs(DRIVER, method, runs));
-        facts = Some(guest_facts(&mut guest)?);
     }
-    Ok((recoveries, facts.context("no way of recovery was given")?))
+    Ok((recoveries, facts))
 }
 
 /// The guest, for the report.

@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod errors;
+mod inject;
 mod isolation;
 mod logging;
 mod report;
@@ -78,6 +79,8 @@ enum Command {
     Release(isolation::ReleaseOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(isolation::ViolationsOptions),
+    /// Make calls of an isolated driver fail, to see it recover
+    Inject(inject::InjectOptions),
     /// Measure boots, recovery and traffic
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -113,6 +116,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),
         Command::Violations(options) => options.run(),
+        Command::Inject(options) => options.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),

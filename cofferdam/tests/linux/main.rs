@@ -12,6 +12,7 @@
 mod agent;
 mod machine;
 mod nic;
+mod recovery;
 mod virtio;
 mod wires;
 

@@ -1,0 +1,315 @@
+//! Faults in calls of the stock e1000 driver of a live guest, and what is left of them.
+//!
+//! `COFFERDAM_FULL=1` runs all entry points, all places and a thousand faults in a stream; otherwise a
+//! few of each.
+
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::Exec;
+use agent_protocol::traffic::TrafficKind;
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network::{self, LINK_TIME};
+use cofferdam::bench::rollback::{ENTRIES, Operation};
+use cofferdam::bench::traffic;
+use cofferdam::control::protocol::{EntrySelection, Reply, Request};
+use isolation::attach::fault::{FaultCount, InstructionAt};
+use recovery::fault::{FaultKind, Place, after_kernel_calls};
+use recovery::ladder::{LadderConfig, LadderStatus};
+
+use super::{boot, options};
+
+const DRIVER: &str = "e1000";
+/// How long a call may be in coming.
+const CALL_TIME: Duration = Duration::from_secs(5);
+/// Functions whose calls carry a stream.
+const STREAM_ENTRIES: [&str; 3] = ["e1000_xmit_frame", "e1000_clean", "e1000_intr"];
+
+fn full() -> bool {
+    std::env::var_os("COFFERDAM_FULL").is_some()
+}
+
+/// A guest whose driver is made to fail.
+struct Victim {
+    guest: Guest,
+    /// First kernel message after the boot.
+    boot_end: u64,
+}
+
+impl Victim {
+    fn boot() -> Self {
+        let mut guest = boot(&options().with("--net user --nic e1000"));
+        // The emulated processor's quirks make the kernel warn while it boots.
+        let (_, boot_end) = guest.agent().kmsg(0).unwrap();
+        network::bring_up(&mut guest, DRIVER).unwrap();
+        network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+        Self { guest, boot_end }
+    }
+
+    fn ask(&mut self, request: &Request) -> Reply {
+        let answer = self.guest.control().unwrap().ask(request);
+        answer.unwrap_or_else(|error| panic!("{request:?}: {error:#}{}", self.guest.last_words()))
+    }
+
+    fn isolate(&mut self, entry: &str, recovery: LadderConfig) {
+        // The VM asks the agent itself, which listens to one client at a time.
+        self.guest.agent().disconnect();
+        self.ask(&Request::Isolate {
+            module: DRIVER.to_owned(),
+            entries: EntrySelection::Named(vec![entry.to_owned()]),
+            budget_us: Some(2_000_000),
+            recovery,
+        });
+    }
+
+    fn release(&mut self) {
+        self.ask(&Request::Release {
+            module: DRIVER.to_owned(),
+        });
+    }
+
+    fn inject(&mut self, entry: &str, offset: u64, fault: FaultKind, every: u32, times: u64) {
+        self.ask(&Request::Inject {
+            module: DRIVER.to_owned(),
+            entry: entry.to_owned(),
+            offset,
+            fault,
+            every,
+            times,
+        });
+    }
+
+    fn count(&mut self) -> FaultCount {
+        match self.ask(&Request::FaultCount {
+            module: DRIVER.to_owned(),
+        }) {
+            Reply::FaultCount(count) => count,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn instructions(&mut self, function: &str) -> Vec<InstructionAt> {
+        match self.ask(&Request::Instructions {
+            module: DRIVER.to_owned(),
+            function: function.to_owned(),
+        }) {
+            Reply::Instructions { instructions } => instructions,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn ladder(&self) -> LadderStatus {
+        let status = self.guest.control().unwrap().status().unwrap();
+        status.recovery[DRIVER].clone()
+    }
+
+    /// Runs a command, which may fail.
+    fn try_command(&mut self, argv: &[&str]) {
+        let exec = Exec {
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+            limit_ms: Some(20_000),
+            ..Exec::default()
+        };
+        self.guest.agent().exec(exec).unwrap();
+    }
+
+    fn run(&mut self, argv: &[&str]) -> String {
+        let result = self.guest.run(argv);
+        result.unwrap_or_else(|error| panic!("{error:#}{}", self.guest.last_words()))
+    }
+
+    fn ping(&mut self) {
+        self.run(&["ping", "-c", "3", "-i", "0.1", "-W", "5", "10.0.2.2"]);
+    }
+
+    /// Has the kernel call the function once or twice.
+    fn operate(&mut self, operation: Operation) {
+        match (operation.command(true), operation.command(false)) {
+            (None, _) | (_, None) => {
+                self.try_command(&["ping", "-c", "2", "-i", "0.05", "-W", "1", "10.0.2.2"])
+            }
+            (Some(forth), Some(back)) => {
+                self.try_command(forth);
+                self.try_command(back);
+            }
+        }
+    }
+
+    /// The same, which must succeed.
+    fn operate_well(&mut self, operation: Operation) {
+        for argv in [operation.command(true), operation.command(false)]
+            .into_iter()
+            .flatten()
+        {
+            self.run(argv);
+        }
+        self.ping();
+    }
+
+    /// One fault at `offset`; whether a call reached it.
+    fn fail_once(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        offset: u64,
+        fault: FaultKind,
+    ) -> bool {
+        self.inject(entry, offset, fault, 1, 1);
+        let deadline = Instant::now() + CALL_TIME;
+        let count = loop {
+            self.operate(operation);
+            let count = self.count();
+            if count.tried > 0 || Instant::now() > deadline {
+                break count;
+            }
+        };
+        assert!(
+            count.tried > 0,
+            "{entry} is not called{}",
+            self.guest.last_words()
+        );
+        self.inject(entry, offset, fault, 1, 0);
+        count.failed > 0
+    }
+
+    /// Kernel messages that no healthy guest writes.
+    fn assert_healthy(&mut self, after: &str) {
+        let (records, _) = self.guest.agent().kmsg(self.boot_end).unwrap();
+        for record in records {
+            for bad in [
+                "BUG:",
+                "WARNING: CPU",
+                "Oops",
+                "Call Trace",
+                "soft lockup",
+                "stall",
+                "leak",
+            ] {
+                assert!(
+                    !record.text.contains(bad),
+                    "{after}: dmesg: {}",
+                    record.text
+                );
+            }
+        }
+    }
+
+    /// Objects of the caches that packets and rings are made of, and pages in use.
+    fn memory(&mut self) -> Vec<(String, i64)> {
+        let script = "for c in skbuff_head_cache skbuff_fclone_cache kmalloc-256 kmalloc-512 kmalloc-1k kmalloc-2k kmalloc-4k; do \
+            f=/sys/kernel/slab/$c; [ -e $f/shrink ] || continue; echo 1 > $f/shrink; \
+            echo $c $(sed 's/ .*//' $f/objects); done; \
+            echo pages $(awk '/^MemFree/{f=$2} /^Cached/{c=$2} END{print int(-(f+c)/4)}' /proc/meminfo)";
+        let text = self.run(&["sh", "-c", script]);
+        let lines = text.lines().filter_map(|line| line.split_once(' '));
+        lines
+            .map(|(name, count)| (name.to_owned(), count.trim().parse().unwrap()))
+            .collect()
+    }
+}
+
+fn unlimited() -> LadderConfig {
+    LadderConfig {
+        recoveries_per_minute: u32::MAX,
+        ..LadderConfig::default()
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn after_a_fault_at_any_place_the_same_operation_succeeds() {
+    let mut victim = Victim::boot();
+    let shortened = [
+        "e1000_xmit_frame",
+        "e1000_get_ethtool_stats",
+        "e1000_set_mac",
+    ];
+    let entries: &[&str] = if full() { ENTRIES } else { &shortened };
+    for entry in entries {
+        let operation = Operation::of(entry).unwrap();
+        victim.isolate(entry, unlimited());
+        let instructions = victim.instructions(entry);
+        let mut failed = 0;
+        for place in Place::ALL {
+            let candidates = place.candidates(&instructions);
+            let reached = candidates.into_iter().take(24).find(|offset| {
+                victim.fail_once(entry, operation, *offset, FaultKind::NullDereference)
+            });
+            let offset =
+                reached.unwrap_or_else(|| panic!("{entry}: no {} instruction", place.name()));
+            eprintln!("{entry}+{offset:#x} ({})", place.name());
+            victim.operate_well(operation);
+            victim.assert_healthy(&format!("{entry}, {}", place.name()));
+            failed += 1;
+        }
+        let calls = after_kernel_calls(&instructions);
+        let most = if full() { usize::MAX } else { 3 };
+        for (offset, called) in calls.into_iter().take(most) {
+            // Calls on ways that this operation does not go are not reached.
+            if victim.fail_once(entry, operation, offset, FaultKind::UndefinedInstruction) {
+                eprintln!("{entry}+{offset:#x} (after {called})");
+                victim.operate_well(operation);
+                victim.assert_healthy(&format!("{entry}, after {called}"));
+                failed += 1;
+            }
+        }
+        eprintln!("{entry}: {failed} places");
+        victim.release();
+        victim.ping();
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_checked_stream_survives_faults_and_nothing_leaks() {
+    let mut victim = Victim::boot();
+    let faults: u64 = if full() { 1000 } else { 30 };
+    for entry in STREAM_ENTRIES {
+        // Once without faults, so that what is kept for later is there already.
+        let warm = traffic::send(
+            &mut victim.guest,
+            TrafficKind::TcpEcho,
+            Duration::from_secs(2),
+        );
+        assert_eq!(warm.unwrap().error, None);
+        let before = victim.memory();
+        victim.isolate(entry, unlimited());
+        victim.inject(entry, 5, FaultKind::NullDereference, 5, faults);
+        let mut bytes = 0;
+        let deadline = Instant::now() + Duration::from_secs(600);
+        loop {
+            let result = traffic::send(
+                &mut victim.guest,
+                TrafficKind::TcpEcho,
+                Duration::from_secs(5),
+            );
+            let result = result.unwrap();
+            assert_eq!((result.corrupted, &result.error), (0, &None), "{entry}");
+            bytes += result.bytes_to_peer + result.bytes_from_peer;
+            let count = victim.count();
+            if count.left == 0 {
+                assert_eq!(count.failed, faults);
+                break;
+            }
+            assert!(Instant::now() < deadline, "{entry}: {count:?}");
+        }
+        let ladder = victim.ladder();
+        assert_eq!(
+            ladder.rungs.errors + ladder.rungs.retries,
+            faults,
+            "{ladder:?}"
+        );
+        victim.release();
+        let after = victim.memory();
+        victim.assert_healthy(entry);
+        eprintln!("{entry}: {faults} faults, {bytes} bytes; before {before:?}, after {after:?}");
+        for ((name, before), (_, after)) in before.iter().zip(&after) {
+            // One for every other fault would be a leak; less is the noise of a living guest.
+            let allowed =
+                if name == "pages" { 512 } else { 64 } + i64::try_from(faults).unwrap() / 4;
+            assert!(
+                after - before < allowed,
+                "{entry}: {name} went from {before} to {after}"
+            );
+        }
+    }
+}
