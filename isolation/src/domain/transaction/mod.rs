@@ -16,7 +16,7 @@
 //! writes guest memory meanwhile.
 //!
 //! A spilled call goes on in the guest in the middle of a kernel function and comes back when that function
-//! returns ([`spill`]). A call that passes through leaves no trace, and the guest runs the function itself,
+//! returns (`spill.rs`). A call that passes through leaves no trace, and the guest runs the function itself,
 //! unisolated; that happens where the guest could not take over at the very instruction.
 
 use std::collections::HashMap;
