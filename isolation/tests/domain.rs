@@ -217,6 +217,51 @@ fn a_smashed_caller_frame_is_found_at_commit() {
 }
 
 #[test]
+fn a_kernel_function_may_write_an_object_on_the_callers_stack() {
+    let guest = Guest::new();
+    let completes = KERNEL_TEXT + 0x100;
+    guest.code(completes, |a| {
+        a.mov(qword_ptr(rdi), 1).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(completes).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, completes).unwrap();
+    let mut regs = guest.entry_regs();
+    regs.rdi = regs.rsp + 0x40;
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(guest.read(regs.rdi), 1);
+}
+
+#[test]
+fn an_overflow_on_the_stack_ends_at_the_return_address() {
+    let guest = Guest::new();
+    let nothing = KERNEL_TEXT + 0x100;
+    guest.code(nothing, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(nothing).unwrap();
+        a.mov(dword_ptr(rsp), 0x4141_4141).unwrap();
+        a.mov(dword_ptr(rsp + 4), 0x4141_4141).unwrap();
+        a.mov(dword_ptr(rsp + 8), 0x4141_4141).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, nothing).unwrap();
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert!(
+        !matches!(result.end, CallEnd::Committed | CallEnd::PassThrough(_)),
+        "{result:?}"
+    );
+    assert!(guest.all() == before);
+}
+
+#[test]
 fn a_callers_local_that_was_passed_to_the_call_may_be_written() {
     let guest = Guest::new();
     guest.code(DRIVER_TEXT, |a| {

@@ -75,6 +75,12 @@ impl Call<'_> {
         &mut self,
         changes: &[(Pfn, usize, usize)],
     ) -> Option<ViolationKind> {
+        // Kernel functions write through their own mapping of the same page, and to objects on the callers'
+        // stack (a block request's completion), so bytes can only be laid at the driver's door where it
+        // called none. An overflow that reaches a caller's frame hits the return address on its way.
+        if self.stats_crossed() {
+            return None;
+        }
         // The return address is the host's to set: the callers' frames begin above it.
         let callers = self.entry.rsp.wrapping_add(8);
         for (pfn, offset, length) in changes {
@@ -85,11 +91,6 @@ impl Call<'_> {
                 if end > from && !self.supervisor.may_change(from, end - from) {
                     return Some(ViolationKind::StackSmash { address: from });
                 }
-                continue;
-            }
-            // Kernel functions write through their own mapping of the same page, so bytes can only be
-            // laid at the driver's door where it called none.
-            if self.stats_crossed() {
                 continue;
             }
             if let Some(va) = self.domain.opened_va(*pfn) {
