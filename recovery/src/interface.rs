@@ -64,6 +64,7 @@ pub struct InterfaceConfig {
 struct Address {
     local: IpAddr,
     prefix: u8,
+    broadcast: Option<IpAddr>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,6 +109,7 @@ struct VlanData {
 struct AddressJson {
     local: Option<IpAddr>,
     prefixlen: Option<u8>,
+    broadcast: Option<IpAddr>,
     scope: Option<String>,
 }
 
@@ -230,10 +232,8 @@ impl InterfaceConfig {
             add(&["ip", "link", "set", "dev", name, "up"], true);
         }
         for address in &self.addresses {
-            add(
-                &["ip", "addr", "replace", &address.text(), "dev", name],
-                true,
-            );
+            let words = address.give(name);
+            add(&words.iter().map(String::as_str).collect::<Vec<_>>(), true);
         }
         for vlan in &self.vlans {
             let (own, id) = (vlan.name.as_str(), vlan.id.to_string());
@@ -247,10 +247,8 @@ impl InterfaceConfig {
                 add(&["ip", "link", "set", "dev", own, "up"], true);
             }
             for address in &vlan.addresses {
-                add(
-                    &["ip", "addr", "replace", &address.text(), "dev", own],
-                    true,
-                );
+                let words = address.give(own);
+                add(&words.iter().map(String::as_str).collect::<Vec<_>>(), true);
             }
         }
         for route in &self.routes {
@@ -267,8 +265,19 @@ impl InterfaceConfig {
 }
 
 impl Address {
-    fn text(&self) -> String {
-        format!("{}/{}", self.local, self.prefix)
+    /// The command line that gives it to `interface`.
+    fn give(&self, interface: &str) -> Vec<String> {
+        let mut words = vec![
+            "ip".to_owned(),
+            "addr".to_owned(),
+            "replace".to_owned(),
+            format!("{}/{}", self.local, self.prefix),
+        ];
+        if let Some(broadcast) = self.broadcast {
+            words.extend(["broadcast".to_owned(), broadcast.to_string()]);
+        }
+        words.extend(["dev".to_owned(), interface.to_owned()]);
+        words
     }
 }
 
@@ -299,6 +308,7 @@ fn addresses(link: &LinkJson) -> Vec<Address> {
             Some(Address {
                 local: address.local?,
                 prefix: address.prefixlen.filter(|prefix| *prefix <= 128)?,
+                broadcast: address.broadcast,
             })
         })
         .take(MAX_ITEMS)
@@ -389,7 +399,7 @@ mod tests {
                 {"ifname":"lo","flags":["LOOPBACK","UP"],"mtu":65536,"address":"00:00:00:00:00:00","addr_info":[]},
                 {"ifname":"eth0","flags":["BROADCAST","MULTICAST","PROMISC","UP"],"mtu":1400,
                  "address":"52:54:00:12:34:57","promiscuity":1,
-                 "addr_info":[{"family":"inet","local":"10.0.2.15","prefixlen":24,"scope":"global"},
+                 "addr_info":[{"family":"inet","local":"10.0.2.15","prefixlen":24,"broadcast":"10.0.2.255","scope":"global"},
                               {"family":"inet6","local":"fe80::1","prefixlen":64,"scope":"link"}]},
                 {"ifname":"eth0.5","link":"eth0","flags":["UP"],"mtu":1400,"address":"52:54:00:12:34:57",
                  "linkinfo":{"info_kind":"vlan","info_data":{"protocol":"802.1Q","id":5,"flags":[]}},
@@ -431,7 +441,7 @@ mod tests {
                 "ip link set dev eth0 promisc on",
                 "ip link set dev eth0 allmulticast off",
                 "ip link set dev eth0 up",
-                "ip addr replace 10.0.2.15/24 dev eth0",
+                "ip addr replace 10.0.2.15/24 broadcast 10.0.2.255 dev eth0",
                 "ip link add link eth0 name eth0.5 type vlan id 5",
                 "ip link set dev eth0.5 up",
                 "ip addr replace 10.0.5.15/24 dev eth0.5",

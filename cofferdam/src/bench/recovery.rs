@@ -52,11 +52,21 @@ pub struct RecoveryOptions {
     pub rollbacks: usize,
 }
 
-/// Measures, telling `progress` what is done.
+/// What was measured; of a measurement that failed, what there was before.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// By way of recovery, entry point and fault.
+    pub recoveries: Vec<Recovery>,
+    /// The guest, if it booted.
+    pub guest: Option<GuestFacts>,
+}
+
+/// Measures, telling `progress` what is done. What was measured is in `measured` even after an error.
 pub fn measure(
     options: &RecoveryOptions,
+    measured: &mut Measured,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<(Vec<Recovery>, GuestFacts)> {
+) -> anyhow::Result<()> {
     // The guest sets its network up by itself at each boot.
     let boot = format!("--append cofferdam.net={DRIVER},{ADDRESS},{GATEWAY}");
     let guest_options = options
@@ -64,10 +74,9 @@ pub fn measure(
         .clone()
         .with("--net user --nic e1000")
         .with(&boot);
-    let mut recoveries = Vec::new();
     progress("booting a guest");
     let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
-    let facts = guest_facts(&mut guest)?;
+    measured.guest = Some(guest_facts(&mut guest)?);
     let mut probe = Probe::start(&guest, PING_INTERVAL)?;
     for &method in &options.methods {
         let name = method.name();
@@ -78,7 +87,7 @@ pub fn measure(
                 probe
                     .wait_for_reply(monotonic_ns(), LINK_TIME)
                     .context("the network did not work before the first fault")?;
-                recoveries.extend(rollback::measure(
+                measured.recoveries.extend(rollback::measure(
                     &mut guest,
                     &mut probe,
                     &options.entries,
@@ -102,9 +111,10 @@ pub fn measure(
             ));
             runs.push(run);
         }
-        recoveries.extend(Recovery::from_runs(DRIVER, method, runs));
+        let baseline = Recovery::from_runs(DRIVER, method, runs);
+        measured.recoveries.extend(baseline);
     }
-    Ok((recoveries, facts))
+    Ok(())
 }
 
 /// The guest, for the report.

@@ -205,11 +205,16 @@ impl BenchCommand {
                     entries: entry,
                     rollbacks: usize::from(rollbacks),
                 };
-                let (recoveries, guest) = recovery::measure(&options, &mut progress)?;
-                report.recovery_ratios = ratios(&recoveries);
-                report.recovery = recoveries;
-                report.guest = Some(guest);
-                common.finish(&report)?;
+                let mut measured = recovery::Measured::default();
+                let result = recovery::measure(&options, &mut measured, &mut progress);
+                report.recovery_ratios = ratios(&measured.recoveries);
+                report.recovery = measured.recoveries;
+                report.guest = measured.guest;
+                // What was measured is not lost because a later part failed.
+                if result.is_ok() || !report.recovery.is_empty() {
+                    common.finish(&report)?;
+                }
+                result?;
             }
             Self::Isolation {
                 common,

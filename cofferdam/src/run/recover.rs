@@ -216,6 +216,8 @@ fn restart(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
         put_back(&mut agent, config)
             .with_context(|| format!("the configuration of {} cannot be put back", config.name))?;
     }
+    // The agent listens to one client at a time, and isolating asks it as well.
+    drop(agent);
     isolate_again(isolation, wish)
 }
 
