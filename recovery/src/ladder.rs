@@ -167,6 +167,9 @@ pub struct Fault<'a> {
     pub attempts: u32,
     /// Whether the function returns nothing.
     pub returns_nothing: bool,
+    /// Whether the call had gone on in the guest before it failed: what it did until then stays, so the driver
+    /// and its device are half-way through something.
+    pub half_done: bool,
     /// When, on a clock that does not run backwards.
     pub now_ns: u64,
 }
@@ -207,7 +210,12 @@ impl Ladder {
             ));
             return Decision::Stop;
         }
-        let on_fault = match self.on_fault(fault) {
+        let wanted = match self.on_fault(fault) {
+            // Neither an error nor another try makes good what was begun.
+            OnFault::Error | OnFault::Retry if fault.half_done => OnFault::Restart,
+            other => other,
+        };
+        let on_fault = match wanted {
             // The driver that fails is on its way out already.
             OnFault::Restart if self.status.state != State::Running => OnFault::Error,
             OnFault::Retry if fault.attempts > self.config.retries => OnFault::Error,

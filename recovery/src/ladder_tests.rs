@@ -16,6 +16,7 @@ fn fault(entry: &str, attempts: u32, now_ns: u64) -> Fault<'_> {
         entry,
         attempts,
         returns_nothing: false,
+        half_done: false,
         now_ns,
     }
 }
@@ -35,6 +36,22 @@ fn who_can_be_told_of_an_error_is_and_who_cannot_gets_another_try() {
     assert_eq!(decided, [Decision::Retry, Decision::Retry, Decision::Error]);
     let rungs = ladder.status().rungs;
     assert_eq!((rungs.errors, rungs.retries), (2, 2));
+}
+
+#[test]
+fn a_call_that_was_half_done_has_its_driver_restarted_whatever_else_was_chosen() {
+    for (chosen, decision) in [
+        (OnFault::Error, Decision::Restart),
+        (OnFault::Retry, Decision::Restart),
+        (OnFault::Stop, Decision::Stop),
+    ] {
+        let mut ladder = Ladder::new(config(chosen));
+        let half_done = Fault {
+            half_done: true,
+            ..fault("set_ringparam", 1, 0)
+        };
+        assert_eq!(ladder.fault(&half_done), decision);
+    }
 }
 
 #[test]
@@ -120,6 +137,7 @@ enum Event {
         entry: usize,
         attempts: u32,
         returns_nothing: bool,
+        half_done: bool,
         after_ns: u64,
     },
     Restarted(bool),
@@ -129,14 +147,23 @@ enum Event {
 const ENTRIES: [&str; 3] = ["a", "b", "c"];
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    let fault = (0..ENTRIES.len(), 1..5_u32, any::<bool>(), 0..MINUTE_NS).prop_map(
-        |(entry, attempts, returns_nothing, after_ns)| Event::Fault {
-            entry,
-            attempts,
-            returns_nothing,
-            after_ns: after_ns / 8,
-        },
+    let fault = (
+        0..ENTRIES.len(),
+        1..5_u32,
+        any::<bool>(),
+        prop::bool::weighted(0.1),
+        0..MINUTE_NS,
     );
+    let fault =
+        fault.prop_map(
+            |(entry, attempts, returns_nothing, half_done, after_ns)| Event::Fault {
+                entry,
+                attempts,
+                returns_nothing,
+                half_done,
+                after_ns: after_ns / 8,
+            },
+        );
     let event = prop_oneof![
         8 => fault,
         2 => any::<bool>().prop_map(Event::Restarted),
@@ -178,7 +205,14 @@ struct Model {
 }
 
 impl Model {
-    fn fault(&mut self, entry: &str, attempts: u32, returns_nothing: bool, now: u64) -> Decision {
+    fn fault(
+        &mut self,
+        entry: &str,
+        attempts: u32,
+        returns_nothing: bool,
+        half_done: bool,
+        now: u64,
+    ) -> Decision {
         if self.state == State::Stopped {
             return Decision::Stop;
         }
@@ -189,6 +223,8 @@ impl Model {
             (None, None) if returns_nothing => OnFault::Retry,
             (None, None) => OnFault::Error,
         };
+        let half_done = half_done && wanted != OnFault::Stop;
+        let wanted = if half_done { OnFault::Restart } else { wanted };
         let over = recent.count() >= self.config.recoveries_per_minute as usize;
         if over || wanted == OnFault::Stop {
             self.state = State::Stopped;
@@ -246,11 +282,11 @@ proptest! {
         let mut now_ns = 0;
         for event in events {
             match event {
-                Event::Fault { entry, attempts, returns_nothing, after_ns } => {
+                Event::Fault { entry, attempts, returns_nothing, half_done, after_ns } => {
                     now_ns += after_ns;
                     let entry = ENTRIES[entry];
-                    let fault = Fault { entry, attempts, returns_nothing, now_ns };
-                    let expected = model.fault(entry, attempts, returns_nothing, now_ns);
+                    let fault = Fault { entry, attempts, returns_nothing, half_done, now_ns };
+                    let expected = model.fault(entry, attempts, returns_nothing, half_done, now_ns);
                     prop_assert_eq!(ladder.fault(&fault), expected);
                 }
                 Event::Restarted(well) => {
