@@ -100,6 +100,7 @@ pub fn full_image() -> ImageSpec {
             "8021q",
             "dummy",
             "null_blk",
+            "crc32c_generic",
             "virtio_net",
             "virtio_blk",
             "ext4",

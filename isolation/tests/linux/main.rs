@@ -6,6 +6,7 @@ mod attaching;
 mod dummy;
 mod e1000;
 mod machine;
+mod null_blk;
 mod processors;
 
 use isolation::attach::plan::Wanted;

@@ -1,0 +1,44 @@
+//! The block driver `null_blk` with memory behind it.
+
+use isolation::attach::plan::Wanted;
+
+use crate::machine::Machine;
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_file_system_on_an_isolated_null_blk_keeps_its_contents() {
+    let mut machine = Machine::boot(1, "");
+    machine.load(
+        "null_blk",
+        "nr_devices=1 gb=1 memory_backed=1 bs=4096 queue_mode=2 irqmode=0",
+    );
+    machine.load("crc32c_generic", "");
+    machine.load("ext4", "");
+    machine.isolate("null_blk", Wanted::All).unwrap();
+    let sums = machine.run(
+        "set -e; dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; \
+        dd if=/tmp/data of=/dev/nullb0 bs=64k oflag=direct 2>/dev/null; \
+        dd if=/dev/nullb0 of=/tmp/back bs=64k count=16 iflag=direct 2>/dev/null; cmp /tmp/data /tmp/back; \
+        mke2fs -F -b 4096 /dev/nullb0 65536 >/dev/null 2>&1; mkdir -p /mnt; mount -t ext4 /dev/nullb0 /mnt; \
+        cp /tmp/data /mnt/a; cp -r /proc/self/net /mnt/ 2>/dev/null || true; sync; umount /mnt; \
+        echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 /dev/nullb0 /mnt; \
+        sha256sum < /tmp/data; sha256sum < /mnt/a; umount /mnt",
+    );
+    machine.print_status();
+    let sums: Vec<&str> = sums.lines().collect();
+    assert_eq!(sums.len(), 2, "{sums:?}");
+    assert_eq!(sums[0], sums[1]);
+    let status = machine.status("null_blk");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    assert!(
+        status
+            .entries
+            .iter()
+            .map(|entry| entry.commits)
+            .sum::<u64>()
+            > 0,
+        "nothing ran in the domain"
+    );
+    machine.isolator.release("null_blk").unwrap();
+    machine.assert_healthy();
+}
