@@ -363,3 +363,40 @@ fn an_access_to_another_device_is_made_by_the_guest() {
         (function + 10, OTHER_DEVICE)
     );
 }
+
+#[test]
+fn a_breakpoint_in_the_kernels_code_is_met_by_the_guest() {
+    let guest = Guest::new();
+    let function = KERNEL_TEXT + 0x400;
+    guest.code(function, |a| {
+        a.mov(eax, 1).unwrap();
+        a.int3().unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(function).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, function).unwrap();
+    let mut kernel = Kernel {
+        kernel_exception_expected: true,
+        ..Default::default()
+    };
+    let result = begin(&guest, &mut domain, &mut kernel, guest.entry_regs());
+    assert!(
+        matches!(
+            result.end,
+            CallEnd::Spilled(
+                PassThroughReason::KernelException | PassThroughReason::Halt,
+                _
+            )
+        ),
+        "{result:?}"
+    );
+    assert_eq!(
+        result.regs.rip,
+        function + 5,
+        "at the breakpoint, not behind it"
+    );
+}

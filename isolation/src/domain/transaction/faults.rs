@@ -33,9 +33,11 @@ impl Call<'_> {
         regs: &kvm_regs,
         root: Root,
     ) -> Option<Box<kvm_regs>> {
+        // A breakpoint is told behind its instruction (Intel SDM volume 3, section 6.5).
+        let back = u64::from(frame.vector == VECTOR_BREAKPOINT);
         (root == Root::Kernel).then(|| {
             Box::new(kvm_regs {
-                rip: frame.rip,
+                rip: frame.rip.wrapping_sub(back),
                 rsp: frame.rsp,
                 rflags: frame.rflags,
                 ..*regs

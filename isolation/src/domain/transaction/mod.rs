@@ -65,6 +65,7 @@ const OUT_BYTES: u64 = 2;
 const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
 const VECTOR_NMI: u8 = 2;
 const VECTOR_MACHINE_CHECK: u8 = 18;
+const VECTOR_BREAKPOINT: u8 = 3;
 const VECTOR_PAGE_FAULT: u8 = 14;
 const PF_PRESENT: u64 = 1 << 0;
 const PF_WRITE: u64 = 1 << 1;

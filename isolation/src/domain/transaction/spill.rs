@@ -186,7 +186,8 @@ impl Call<'_> {
                 .map(|(function, ())| function),
             ViolationKind::ForeignMsr { .. }
             | ViolationKind::ForeignPort { .. }
-            | ViolationKind::ForeignMmio { write: false, .. } => {
+            | ViolationKind::ForeignMmio { write: false, .. }
+            | ViolationKind::PrivilegedInstruction => {
                 self.is_access(regs.rip, kind).then_some(regs.rip)
             }
             // KVM has moved on already.
@@ -210,6 +211,8 @@ impl Call<'_> {
             ViolationKind::ForeignPort { .. } => {
                 matches!(instruction.mnemonic(), Mnemonic::In | Mnemonic::Out)
             }
+            // Not every KVM delivers a breakpoint where it emulates.
+            ViolationKind::PrivilegedInstruction => instruction.mnemonic() == Mnemonic::Int3,
             _ => {
                 let load = matches!(
                     instruction.mnemonic(),
