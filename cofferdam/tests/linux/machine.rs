@@ -3,12 +3,10 @@
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
-use agent_protocol::traffic::TrafficKind;
 use cofferdam::bench::guest::GuestOptions;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::Request;
 
-use super::nic::traffic;
 use super::{BOOT_TIME, boot, options, shared, shell};
 
 #[test]
@@ -80,6 +78,4 @@ fn four_processors_come_up_and_work() {
     }
     network::bring_up(&mut guest, "e1000").unwrap();
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-    traffic(&mut guest, TrafficKind::TcpEcho);
-    traffic(&mut guest, TrafficKind::PingFlood);
 }
