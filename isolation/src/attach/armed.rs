@@ -39,6 +39,10 @@ pub(super) struct Gate {
     pub aborted: AbortReturn,
 }
 
+/// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
+/// has a stack of its own, and no honest guest has as many in one driver.
+const MAX_OPEN: usize = 4096;
+
 /// A module whose functions are gated.
 pub(super) struct Armed {
     pub domain: Domain,
@@ -177,7 +181,7 @@ impl Armed {
             sregs: &at.sregs,
             clock: Some(at.vcpu),
             function: *body,
-            return_gate: Some(gate + RETURN_GATE_OFFSET),
+            return_gate: (self.spilled.len() < MAX_OPEN).then_some(gate + RETURN_GATE_OFFSET),
             budget: self.budget,
             sleep_limit: self.sleep_limit,
         };

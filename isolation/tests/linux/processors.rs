@@ -5,14 +5,11 @@ use isolation::attach::plan::Wanted;
 use crate::e1000::{E1000_ENTRIES, stream_and_flood};
 use crate::{boot_with_network, named};
 
+// In the lab guests with four processors now and then do not come up (docs/limits.md).
+#[cfg(feature = "four-processors")]
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn four_processors_share_an_isolated_nic() {
-    // In the lab guests with four processors now and then do not come up: only on request (docs/limits.md).
-    if std::env::var_os("COFFERDAM_TEST_PROCESSORS").is_none() {
-        eprintln!("left out: set COFFERDAM_TEST_PROCESSORS to run it");
-        return;
-    }
     let mut machine = boot_with_network(4, "");
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     // Other processors have work of their own, and move the threads that use the NIC about.
