@@ -96,7 +96,7 @@ impl Place {
         assert!(left.is_empty(), "left behind: {left:?}");
     }
 
-    /// Starts a VM that does nothing and waits until it can be talked to.
+    /// Starts a VM that does nothing and waits until it runs.
     fn idle(&self, words: &str) -> Child {
         let mut child = self
             .command()
@@ -111,6 +111,11 @@ impl Place {
                 panic!("{status}: {}", String::from_utf8_lossy(&output.stderr));
             }
             assert!(Instant::now() < deadline, "no control socket");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // The control socket is there before the vCPUs are.
+        while self.status()["state"] == "starting" {
+            assert!(Instant::now() < deadline, "still starting");
             std::thread::sleep(Duration::from_millis(5));
         }
         child

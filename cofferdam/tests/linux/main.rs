@@ -10,6 +10,7 @@
 )]
 
 mod agent;
+mod isolation;
 mod machine;
 mod nic;
 mod recovery;

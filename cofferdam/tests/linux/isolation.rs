@@ -1,0 +1,158 @@
+//! `cofferdam isolate` and its like on a live guest, by the command line.
+
+use std::process::{Command, Output};
+
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network::{self, LINK_TIME};
+use serde_json::Value;
+
+use super::{BOOT_TIME, boot, options, ping, shared, shell};
+
+/// Runs `cofferdam` with these words on the guest's VM.
+fn command(guest: &Guest, words: &str) -> Output {
+    let root = guest.paths().dir.parent().unwrap();
+    Command::new(env!("CARGO_BIN_EXE_cofferdam"))
+        .env("COFFERDAM_RUNTIME_DIR", root)
+        .args(words.split_whitespace())
+        .output()
+        .unwrap()
+}
+
+/// The same; it must succeed.
+#[track_caller]
+fn ask(guest: &mut Guest, words: &str) -> String {
+    // The VM asks the agent itself, which listens to one client at a time.
+    guest.agent().disconnect();
+    let output = command(guest, words);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{words}: {error}{}",
+        guest.last_words()
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn ask_json(guest: &mut Guest, words: &str) -> Value {
+    serde_json::from_str(&ask(guest, &format!("{words} --json"))).unwrap()
+}
+
+/// It must fail with one line that says `says`.
+#[track_caller]
+fn refused(guest: &mut Guest, words: &str, says: &str) {
+    guest.agent().disconnect();
+    let output = command(guest, words);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{words}: {error}");
+    assert_eq!(error.lines().count(), 1, "{words}: {error}");
+    assert!(error.contains(says), "{words}: no {says:?} in: {error}");
+}
+
+/// Modules that `status` shows as isolated.
+fn isolated(guest: &mut Guest) -> Vec<Value> {
+    let status = ask_json(guest, "status guest");
+    status["isolation"].as_array().cloned().unwrap_or_default()
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_command_line_isolates_injects_reports_and_releases() {
+    let mut guest = shared();
+    for (words, says) in [
+        ("isolate nobody e1000 --entries all", "no VM named nobody"),
+        ("isolate guest floppy --entries all", "no module floppy"),
+        ("isolate guest e1000 --entry e1000_fly", "e1000_fly"),
+        ("isolate guest e1000 --match e1000_fly_*", "e1000_fly_*"),
+        ("release guest e1000", "not isolated"),
+        ("violations guest e1000", "not isolated"),
+        ("inject guest e1000 e1000_clean", "not isolated"),
+    ] {
+        refused(&mut guest, words, says);
+    }
+    let reply = ask_json(
+        &mut guest,
+        "isolate guest e1000 --match e1000_get_* --budget-us 2000000",
+    );
+    let entries = reply["entries"].as_array().unwrap();
+    assert!(
+        entries.contains(&"e1000_get_ethtool_stats".into()),
+        "{reply}"
+    );
+    refused(&mut guest, "inject guest e1000 e1000_clean", "e1000_clean");
+    let statistics = shell(&mut guest, "ethtool -S eth0");
+    assert!(statistics.contains("rx_packets"), "{statistics}");
+    ask(
+        &mut guest,
+        "inject guest e1000 e1000_get_ethtool_stats --fault undefined_instruction",
+    );
+    // The function returns nothing, so it is run again after the fault.
+    shell(&mut guest, "ethtool -S eth0");
+    let text = ask(&mut guest, "violations guest e1000");
+    assert!(
+        text.contains("e1000_get_ethtool_stats") && text.contains("#UD"),
+        "{text}"
+    );
+    let reports = ask_json(&mut guest, "violations guest e1000");
+    assert_eq!(reports.as_array().unwrap().len(), 1, "{reports}");
+
+    let status = &isolated(&mut guest)[0];
+    let entry = status["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|entry| entry["name"] == "e1000_get_ethtool_stats")
+        .unwrap();
+    assert_eq!(entry["aborts"], 1, "{entry}");
+    assert!(entry["commits"].as_u64() >= Some(2), "{entry}");
+    let table = ask(&mut guest, "release guest e1000");
+    assert!(table.contains("e1000_get_ethtool_stats"), "{table}");
+    assert_eq!(isolated(&mut guest).len(), 0);
+    ping(&mut guest, "10.0.2.2", 56);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn isolation_ends_with_the_guest_that_reboots_crashes_or_is_reset() {
+    let mut guest = boot(&options().with("--net user --nic e1000"));
+    let ends: [(&str, fn(&mut Guest)); 3] = [
+        ("reboots", |guest| guest.agent().reboot().unwrap()),
+        ("crashes", |guest| {
+            let script = "echo c > /proc/sysrq-trigger";
+            // It cannot answer that.
+            drop(guest.agent().run(&["sh", "-c", script]));
+        }),
+        ("is reset", |guest| {
+            ask(guest, "reset guest");
+        }),
+    ];
+    for (round, (how, end)) in ends.into_iter().enumerate() {
+        network::bring_up(&mut guest, "e1000").unwrap();
+        network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+        ask(
+            &mut guest,
+            "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_intr --budget-us 2000000",
+        );
+        ping(&mut guest, "10.0.2.2", 56);
+        assert_eq!(isolated(&mut guest).len(), 1, "before it {how}");
+        let boot = guest.agent().agent().unwrap().boot_id.clone();
+        end(&mut guest);
+        let resets = u64::try_from(round).unwrap() + 1;
+        let deadline = std::time::Instant::now() + BOOT_TIME;
+        while guest.control().unwrap().status().unwrap().resets < resets {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "it {how}{}",
+                guest.last_words()
+            );
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        guest.agent().disconnect();
+        guest.wait_for_agent(BOOT_TIME).unwrap();
+        assert_ne!(guest.agent().agent().unwrap().boot_id, boot, "it {how}");
+        assert_eq!(isolated(&mut guest).len(), 0, "after it {how}");
+    }
+    network::bring_up(&mut guest, "e1000").unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    ping(&mut guest, "10.0.2.2", 56);
+}
