@@ -143,6 +143,8 @@ pub struct Settings {
     pub directory: PathBuf,
     /// Root of the workspace, visible in L1.
     pub workspace: PathBuf,
+    /// Tells labs that one process has at the same time apart.
+    pub number: usize,
     /// Limit for a boot.
     pub boot_limit: Duration,
     /// Silence after which the lab counts as hung.
@@ -166,6 +168,7 @@ impl Settings {
             machine,
             directory: workspace.lab(),
             workspace: workspace.root().to_owned(),
+            number: 0,
             boot_limit: BOOT_LIMIT,
             silence_limit: SILENCE_LIMIT,
         }
@@ -340,9 +343,11 @@ impl Lab {
         let settings = &self.settings;
         let directory = match self.kept {
             true => settings.kept(),
-            false => settings
-                .directory
-                .join(format!("once-{}", std::process::id())),
+            false => {
+                settings
+                    .directory
+                    .join(format!("once-{}-{}", std::process::id(), settings.number))
+            }
         };
         self.ledger.count_start()?;
         let instance = Instance::start(&directory, &settings.machine, !self.kept)?;

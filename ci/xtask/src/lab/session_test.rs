@@ -56,6 +56,7 @@ impl Fixture {
             machine,
             directory: file("lab"),
             workspace: file("workspace"),
+            number: 0,
             boot_limit: Duration::from_millis(1500),
             silence_limit: Duration::from_millis(1200),
         };
@@ -92,7 +93,7 @@ impl Fixture {
         self.directory
             .path()
             .join("lab")
-            .join(format!("once-{}", std::process::id()))
+            .join(format!("once-{}-0", std::process::id()))
             .join(AGENT_SOCKET)
     }
 

@@ -1,9 +1,11 @@
 //! The `#[ignore]`d tests, found in the workspace's test programs: they need the images. Those of targets named
 //! `linux*` (`tests/linux/`) boot guests and run where that is possible, all others on this host. The tests of one program run
-//! in one process, one after the other, so that they can share a guest; all programs share one lab while it lives. A program
-//! that hangs the lab is tried again as a whole in a new one.
+//! in one process, one after the other, so that they can share a guest; in labs, programs run side by side. A program
+//! that hangs its lab is tried again as a whole in a new one.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -161,6 +163,9 @@ fn read_list(list: &str) -> Vec<String> {
         .collect()
 }
 
+/// A program and those of its tests that are to run.
+type Chosen = (Program, Vec<String>);
+
 /// Runs every ignored test whose name contains `filter`, guests in `place`. What was done is in `findings` even if it ends
 /// early.
 pub fn run(
@@ -170,35 +175,86 @@ pub fn run(
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     watch_interrupts()?;
-    let mut lab = None;
+    let mut in_labs: VecDeque<Chosen> = VecDeque::new();
     for program in programs(workspace)? {
         let mut tests = ignored(&program)?;
         tests.retain(|test| program.full_name(test).contains(filter));
         if tests.is_empty() {
             continue;
         }
+        if place == Place::Lab && program.boots_linux {
+            in_labs.push_back((program, tests));
+            continue;
+        }
         let request = request(workspace, &program, &tests)?;
-        let mut run = ProgramRun::new(&program, &tests);
-        let ended = match place {
-            Place::Lab if program.boots_linux => {
-                let lab = match &mut lab {
-                    Some(lab) => lab,
-                    none => none.insert(Lab::open(Settings::new(workspace), Kind::Any)?),
-                };
-                run.place = Place::Lab;
-                let outcome =
-                    lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
-                findings.retries += outcome.retries;
-                outcome.ended
-            }
-            _ => super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?,
-        };
+        let mut run = ProgramRun::new(&program, &tests, Place::Host);
+        let ended = super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
         if ended == Ended::Interrupted {
             bail!("interrupted");
         }
         findings.tests.extend(run.finish(ended));
     }
-    lab.map_or(Ok(()), Lab::close)
+    run_in_labs(workspace, in_labs, findings)
+}
+
+/// Several labs side by side: each keeps little more than one of this host's processors busy.
+fn run_in_labs(
+    workspace: &Workspace,
+    programs: VecDeque<Chosen>,
+    findings: &mut Findings,
+) -> anyhow::Result<()> {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let labs = processors.min(programs.len());
+    let left = Mutex::new(programs);
+    let next = || {
+        left.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front()
+    };
+    let found = Mutex::new(findings);
+    let (next, found) = (&next, &found);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..labs)
+            .map(|number| {
+                // One that was left running serves one command at a time.
+                let kind = if number == 0 { Kind::Any } else { Kind::Fresh };
+                scope.spawn(move || {
+                    let mut settings = Settings::new(workspace);
+                    settings.number = number;
+                    let mut lab = Lab::open(settings, kind)?;
+                    while let Some(chosen) = next() {
+                        let of_program = run_in_lab(workspace, &mut lab, &chosen)?;
+                        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+                        found.retries += of_program.retries;
+                        found.tests.extend(of_program.tests);
+                    }
+                    lab.close()
+                })
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
+}
+
+fn run_in_lab(
+    workspace: &Workspace,
+    lab: &mut Lab,
+    (program, tests): &Chosen,
+) -> anyhow::Result<Findings> {
+    let request = request(workspace, program, tests)?;
+    let mut run = ProgramRun::new(program, tests, Place::Lab);
+    let outcome = lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
+    if outcome.ended == Ended::Interrupted {
+        bail!("interrupted");
+    }
+    Ok(Findings {
+        tests: run.finish(outcome.ended),
+        retries: outcome.retries,
+    })
 }
 
 /// Understands what a test program says while it runs.
@@ -215,11 +271,11 @@ struct ProgramRun<'a> {
 }
 
 impl<'a> ProgramRun<'a> {
-    fn new(program: &'a Program, tests: &'a [String]) -> Self {
+    fn new(program: &'a Program, tests: &'a [String], place: Place) -> Self {
         Self {
             program,
             tests,
-            place: Place::Host,
+            place,
             output: Vec::new(),
             line: Vec::new(),
             records: Vec::new(),
@@ -367,7 +423,7 @@ mod tests {
 
     fn passed(said: &[&str], ended: Ended) -> Vec<(String, bool)> {
         let (program, tests) = (program(), ["a", "b"].map(str::to_owned));
-        let mut run = ProgramRun::new(&program, &tests);
+        let mut run = ProgramRun::new(&program, &tests, Place::Lab);
         for piece in said {
             run.read(false, piece.as_bytes()).unwrap();
             run.read(true, b"a word on standard error").unwrap();
