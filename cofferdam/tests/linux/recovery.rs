@@ -14,7 +14,7 @@ use cofferdam::bench::traffic;
 use cofferdam::control::protocol::{EntrySelection, Reply, Request};
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place, after_kernel_calls};
-use recovery::ladder::{LadderConfig, LadderStatus};
+use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 
 use super::{boot, options};
 
@@ -205,6 +205,21 @@ impl Victim {
             .map(|(name, count)| (name.to_owned(), count.trim().parse().unwrap()))
             .collect()
     }
+
+    /// All that a person can set of the interface, as programs print it.
+    fn configuration(&mut self) -> String {
+        let mut text = self.run(&["ip", "-d", "link", "show", "dev", "eth0"]);
+        text += &self.run(&["ip", "-4", "addr", "show"]);
+        text += &self.run(&["ip", "route"]);
+        text += &self.run(&["ethtool", "-g", "eth0"]);
+        text += &self.run(&["ethtool", "-k", "eth0"]);
+        // Numbers of interfaces grow with each that is made.
+        let plain = |line: &str| match line.split_once(": ") {
+            Some((number, rest)) if number.parse::<u32>().is_ok() => rest.to_owned(),
+            _ => line.to_owned(),
+        };
+        text.lines().map(plain).collect::<Vec<_>>().join("\n")
+    }
 }
 
 fn unlimited() -> LadderConfig {
@@ -312,4 +327,99 @@ fn a_checked_stream_survives_faults_and_nothing_leaks() {
             );
         }
     }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often_is_stopped() {
+    let mut victim = Victim::boot();
+    victim.guest.agent().load_module("8021q", "").unwrap();
+    for line in [
+        "ip link set eth0 mtu 1400",
+        "ethtool -G eth0 rx 128 tx 128",
+        "ethtool -K eth0 rx off",
+        "ip link set eth0 promisc on",
+        "ip link add link eth0 name eth0.5 type vlan id 5",
+        "ip addr add 10.0.5.15/24 dev eth0.5",
+        "ip link set eth0.5 up",
+        "ip route add 192.0.2.0/24 via 10.0.2.2",
+    ] {
+        victim.run(&line.split(' ').collect::<Vec<_>>());
+    }
+    victim.ping();
+    let before = victim.configuration();
+    // A call that returns nothing is run again, and does its work.
+    victim.isolate("e1000_set_rx_mode", LadderConfig::default());
+    victim.inject(
+        "e1000_set_rx_mode",
+        5,
+        FaultKind::UndefinedInstruction,
+        1,
+        1,
+    );
+    victim.run(&["ip", "link", "set", "eth0", "allmulticast", "on"]);
+    victim.run(&["ip", "link", "set", "eth0", "allmulticast", "off"]);
+    let rungs = victim.ladder().rungs;
+    assert_eq!((rungs.retries, rungs.errors), (1, 0));
+    victim.release();
+    assert_eq!(victim.configuration(), before);
+    // The driver is restarted, and all that was set is set again.
+    let mut restart = LadderConfig::default();
+    let entry = "e1000_get_ethtool_stats";
+    restart.per_entry.insert(entry.to_owned(), OnFault::Restart);
+    victim.isolate(entry, restart);
+    victim.inject(entry, 5, FaultKind::NullDereference, 1, 1);
+    victim.try_command(&["ethtool", "-S", "eth0"]);
+    victim.guest.agent().disconnect();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while victim.ladder().state == State::Restarting {
+        assert!(Instant::now() < deadline, "the driver is not back");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let ladder = victim.ladder();
+    assert_eq!(
+        ladder.state,
+        State::Running,
+        "{ladder:?}{}",
+        victim.guest.last_words()
+    );
+    assert_eq!(
+        (ladder.rungs.restarts, ladder.rungs.failed_restarts),
+        (1, 0)
+    );
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    assert_eq!(victim.configuration(), before);
+    victim.release();
+    // Too many faults: the driver is stopped, the guest lives.
+    victim.isolate(
+        entry,
+        LadderConfig {
+            recoveries_per_minute: 3,
+            ..LadderConfig::default()
+        },
+    );
+    victim.inject(entry, 5, FaultKind::NullDereference, 1, 100);
+    for _ in 0..6 {
+        victim.try_command(&["ethtool", "-S", "eth0"]);
+    }
+    let ladder = victim.ladder();
+    assert_eq!(
+        (ladder.state, ladder.rungs.errors),
+        (State::Stopped, 3),
+        "{ladder:?}"
+    );
+    assert_eq!(
+        victim.count().failed,
+        4,
+        "a stopped driver's calls are not run"
+    );
+    victim.run(&["true"]);
+    victim.release();
+    // The device was silenced with its driver.
+    victim.run(&["ip", "link", "set", "eth0", "down"]);
+    victim.run(&["ip", "link", "set", "eth0", "up"]);
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    victim.assert_healthy("all of it");
 }
