@@ -4,6 +4,7 @@
 //! What a guest prints is hostile: sizes are bounded, and a word that becomes part of a command line
 //! is of a form that cannot be taken for an option.
 
+use std::fmt::Display;
 use std::net::IpAddr;
 
 use serde::Deserialize;
@@ -173,69 +174,41 @@ impl InterfaceConfig {
         })
     }
 
-    /// The command lines that give an interface of the same name this configuration, in order. Those
-    /// whose second part is `false` may fail: a feature may depend on another that comes later.
-    pub fn replay(&self) -> Vec<(Vec<String>, bool)> {
+    /// The command lines that make `fresh`, an interface of the same name, have this configuration, in order.
+    /// What it has already is left out. Those whose second part is `false` may fail: a feature may depend on another
+    /// that comes later.
+    pub fn replay(&self, fresh: &Self) -> Vec<(Vec<String>, bool)> {
         let name = self.name.as_str();
         let mut all = Vec::new();
         let mut add = |words: &[&str], must: bool| {
             all.push((words.iter().map(|word| (*word).to_owned()).collect(), must));
         };
-        add(
-            &["ip", "link", "set", "dev", name, "address", &self.mac],
-            true,
-        );
-        add(
-            &[
-                "ip",
-                "link",
-                "set",
-                "dev",
-                name,
-                "mtu",
-                &self.mtu.to_string(),
-            ],
-            true,
-        );
-        // A driver refuses sizes that it has already.
-        for (ring, size) in &self.rings {
+        if self.mac != fresh.mac {
+            add(&set(name, "address", &self.mac), true);
+        }
+        if self.mtu != fresh.mtu {
+            add(&set(name, "mtu", &self.mtu.to_string()), true);
+        }
+        for (ring, size) in missing(&self.rings, &fresh.rings) {
             add(&["ethtool", "-G", name, ring, &size.to_string()], false);
         }
-        for (feature, on) in &self.features {
+        for (feature, on) in missing(&self.features, &fresh.features) {
             add(&["ethtool", "-K", name, feature, on_off(*on)], false);
         }
-        add(
-            &[
-                "ip",
-                "link",
-                "set",
-                "dev",
-                name,
-                "promisc",
-                on_off(self.promiscuous),
-            ],
-            true,
-        );
-        add(
-            &[
-                "ip",
-                "link",
-                "set",
-                "dev",
-                name,
-                "allmulticast",
-                on_off(self.all_multicast),
-            ],
-            true,
-        );
-        if self.up {
+        if self.promiscuous != fresh.promiscuous {
+            add(&set(name, "promisc", on_off(self.promiscuous)), true);
+        }
+        if self.all_multicast != fresh.all_multicast {
+            add(&set(name, "allmulticast", on_off(self.all_multicast)), true);
+        }
+        if self.up && !fresh.up {
             add(&["ip", "link", "set", "dev", name, "up"], true);
         }
-        for address in &self.addresses {
+        for address in missing(&self.addresses, &fresh.addresses) {
             let words = address.give(name);
             add(&words.iter().map(String::as_str).collect::<Vec<_>>(), true);
         }
-        for vlan in &self.vlans {
+        for vlan in missing(&self.vlans, &fresh.vlans) {
             let (own, id) = (vlan.name.as_str(), vlan.id.to_string());
             add(
                 &[
@@ -251,7 +224,7 @@ impl InterfaceConfig {
                 add(&words.iter().map(String::as_str).collect::<Vec<_>>(), true);
             }
         }
-        for route in &self.routes {
+        for route in missing(&self.routes, &fresh.routes) {
             let gateway = route.gateway.map(|gateway| gateway.to_string());
             let mut words = vec!["ip", "route", "replace", route.destination.as_str()];
             if let Some(gateway) = &gateway {
@@ -262,6 +235,56 @@ impl InterfaceConfig {
         }
         all
     }
+
+    /// Whether the interface is up.
+    pub fn is_up(&self) -> bool {
+        self.up
+    }
+
+    /// What of this configuration an interface that has `now` lacks, in words; nothing if it has all.
+    pub fn lost(&self, now: &Self) -> Vec<String> {
+        let mut lost = Vec::new();
+        let mut differs = |what: &str, before: &dyn Display, now: &dyn Display| {
+            let (before, now) = (before.to_string(), now.to_string());
+            if before != now {
+                lost.push(format!("{what} {before} is {now} now"));
+            }
+        };
+        differs("address", &self.mac, &now.mac);
+        differs("MTU", &self.mtu, &now.mtu);
+        differs("up", &on_off(self.up), &on_off(now.up));
+        differs(
+            "promisc",
+            &on_off(self.promiscuous),
+            &on_off(now.promiscuous),
+        );
+        differs(
+            "allmulticast",
+            &on_off(self.all_multicast),
+            &on_off(now.all_multicast),
+        );
+        for (ring, size) in missing(&self.rings, &now.rings) {
+            lost.push(format!("{ring} ring of {size}"));
+        }
+        for (feature, on) in missing(&self.features, &now.features) {
+            lost.push(format!("{feature} {}", on_off(*on)));
+        }
+        for address in missing(&self.addresses, &now.addresses) {
+            lost.push(format!("{}/{}", address.local, address.prefix));
+        }
+        for vlan in missing(&self.vlans, &now.vlans) {
+            lost.push(format!("VLAN {} ({})", vlan.id, vlan.name));
+        }
+        for route in missing(&self.routes, &now.routes) {
+            lost.push(format!("route to {}", route.destination));
+        }
+        lost
+    }
+}
+
+/// Those of `wanted` that are not in `there`.
+fn missing<'a, T: PartialEq>(wanted: &'a [T], there: &'a [T]) -> impl Iterator<Item = &'a T> {
+    wanted.iter().filter(|item| !there.contains(item))
 }
 
 impl Address {
@@ -279,6 +302,11 @@ impl Address {
         words.extend(["dev".to_owned(), interface.to_owned()]);
         words
     }
+}
+
+/// The command line that sets something of an interface.
+fn set<'a>(name: &'a str, what: &'a str, value: &'a str) -> [&'a str; 7] {
+    ["ip", "link", "set", "dev", name, what, value]
 }
 
 fn on_off(on: bool) -> &'static str {
@@ -390,114 +418,5 @@ fn is_mac(mac: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn printed() -> Printed {
-        Printed {
-            addresses: r#"[
-                {"ifname":"lo","flags":["LOOPBACK","UP"],"mtu":65536,"address":"00:00:00:00:00:00","addr_info":[]},
-                {"ifname":"eth0","flags":["BROADCAST","MULTICAST","PROMISC","UP"],"mtu":1400,
-                 "address":"52:54:00:12:34:57","promiscuity":1,
-                 "addr_info":[{"family":"inet","local":"10.0.2.15","prefixlen":24,"broadcast":"10.0.2.255","scope":"global"},
-                              {"family":"inet6","local":"fe80::1","prefixlen":64,"scope":"link"}]},
-                {"ifname":"eth0.5","link":"eth0","flags":["UP"],"mtu":1400,"address":"52:54:00:12:34:57",
-                 "linkinfo":{"info_kind":"vlan","info_data":{"protocol":"802.1Q","id":5,"flags":[]}},
-                 "addr_info":[{"local":"10.0.5.15","prefixlen":24,"scope":"global"}]}]"#
-                .to_owned(),
-            routes: r#"[{"dst":"default","gateway":"10.0.2.2","flags":[]},
-                        {"dst":"10.0.2.0/24","protocol":"kernel","scope":"link"}]"#
-                .to_owned(),
-            rings: "Ring parameters for eth0:\nPre-set maximums:\nRX:\t\t4096\nTX:\t\t4096\n\
-                    Current hardware settings:\nRX:\t\t128\nRX Mini:\tn/a\nTX:\t\t256\n"
-                .to_owned(),
-            features: "Features for eth0:\nrx-checksumming: off\ntx-checksumming: on\n\
-                       \ttx-checksum-ipv4: off [fixed]\n\ttx-checksum-ip-generic: on\n"
-                .to_owned(),
-        }
-    }
-
-    fn lines(config: &InterfaceConfig) -> Vec<String> {
-        let replay = config.replay();
-        replay
-            .into_iter()
-            .map(|(words, _)| words.join(" "))
-            .collect()
-    }
-
-    #[test]
-    fn all_that_was_set_is_set_again() {
-        let config = InterfaceConfig::parse("eth0", &printed()).unwrap();
-        assert_eq!(
-            lines(&config),
-            [
-                "ip link set dev eth0 address 52:54:00:12:34:57",
-                "ip link set dev eth0 mtu 1400",
-                "ethtool -G eth0 rx 128",
-                "ethtool -G eth0 tx 256",
-                "ethtool -K eth0 rx-checksumming off",
-                "ethtool -K eth0 tx-checksumming on",
-                "ethtool -K eth0 tx-checksum-ip-generic on",
-                "ip link set dev eth0 promisc on",
-                "ip link set dev eth0 allmulticast off",
-                "ip link set dev eth0 up",
-                "ip addr replace 10.0.2.15/24 broadcast 10.0.2.255 dev eth0",
-                "ip link add link eth0 name eth0.5 type vlan id 5",
-                "ip link set dev eth0.5 up",
-                "ip addr replace 10.0.5.15/24 dev eth0.5",
-                "ip route replace default via 10.0.2.2 dev eth0",
-            ]
-        );
-    }
-
-    #[test]
-    fn an_interface_that_is_down_stays_down() {
-        let mut printed = printed();
-        printed.addresses = printed
-            .addresses
-            .replace("\"PROMISC\",\"UP\"", "\"PROMISC\"");
-        let config = InterfaceConfig::parse("eth0", &printed).unwrap();
-        assert!(
-            !lines(&config)
-                .iter()
-                .any(|line| line == "ip link set dev eth0 up")
-        );
-    }
-
-    #[test]
-    fn what_a_guest_prints_cannot_become_an_option_or_another_command() {
-        let mut hostile = printed();
-        hostile.addresses = hostile.addresses.replace("\"eth0.5\"", "\"--help\"");
-        hostile.routes = r#"[{"dst":"-batch"},{"dst":"1.2.3.4/999"},{"dst":"x;y"}]"#.to_owned();
-        hostile.features = "--json: on\na b: on\n-K: off\n".to_owned();
-        let config = InterfaceConfig::parse("eth0", &hostile).unwrap();
-        for line in lines(&config) {
-            assert!(!line.contains("--") && !line.contains("batch"), "{line}");
-            assert!(!line.contains("999") && !line.contains(';'), "{line}");
-        }
-        let mut hostile = printed();
-        hostile.addresses = hostile
-            .addresses
-            .replace("52:54:00:12:34:57", "-52:54:00:12:34:5");
-        assert!(InterfaceConfig::parse("eth0", &hostile).is_err());
-    }
-
-    #[test]
-    fn nonsense_is_refused_with_the_programs_name() {
-        for text in ["", "{}", "[1]", "[{\"ifname\":1}]", "[[[["] {
-            let printed = Printed {
-                addresses: text.to_owned(),
-                ..Printed::default()
-            };
-            let error = InterfaceConfig::parse("eth0", &printed).unwrap_err();
-            assert!(error.to_string().contains("ip -j"), "{error}");
-        }
-        let gone = InterfaceConfig::parse("eth1", &printed()).unwrap_err();
-        assert_eq!(gone, ConfigError::NoInterface("eth1".to_owned()));
-        let long = Printed {
-            features: "x".repeat(MAX_TEXT + 1),
-            ..printed()
-        };
-        assert!(InterfaceConfig::parse("eth0", &long).is_err());
-    }
-}
+#[path = "interface_tests.rs"]
+mod tests;

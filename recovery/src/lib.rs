@@ -6,6 +6,7 @@
 //! | `interface` | a network interface's configuration, read and put back |
 //! | `ladder` | what is tried, in which order, after a fault |
 //! | `model` | what kernel functions do that outlasts a call |
+//! | `module_file` | a module's file that is to take a running one's place |
 //!
 //! Knows nothing of a guest's agent or of the command line: who uses it carries out what it decides.
 
@@ -13,3 +14,4 @@ pub mod fault;
 pub mod interface;
 pub mod ladder;
 pub mod model;
+pub mod module_file;

@@ -9,6 +9,7 @@ mod logging;
 mod report;
 mod run;
 mod table;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -77,6 +78,8 @@ enum Command {
     Isolate(isolation::IsolateOptions),
     /// Take a guest's driver out of its domain
     Release(isolation::ReleaseOptions),
+    /// Put another build of a driver in the place of the one that runs
+    Upgrade(upgrade::UpgradeOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(isolation::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
@@ -115,6 +118,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Exec(options) => options.run(),
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),
+        Command::Upgrade(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Bench(command) => command.run(),

@@ -33,10 +33,29 @@ impl ControlClient {
 
     /// Asks for something and waits for the answer.
     pub fn ask(&mut self, request: &Request) -> anyhow::Result<Reply> {
+        self.ask_and_watch(request, &mut |_| {})
+    }
+
+    /// The same, with what is told meanwhile for `progress`. Each step may take as long as an answer.
+    pub fn ask_and_watch(
+        &mut self,
+        request: &Request,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Reply> {
         self.reader
             .get_mut()
             .write_all(request.line().as_bytes())
             .context("the VM has closed its control socket")?;
+        loop {
+            match self.answer()? {
+                Answer::Ok(reply) => return Ok(reply),
+                Answer::Error(error) => bail!("{error}"),
+                Answer::Progress(what) => progress(&what),
+            }
+        }
+    }
+
+    fn answer(&mut self) -> anyhow::Result<Answer> {
         let mut line = Vec::new();
         (&mut self.reader)
             .take(MAX_ANSWER_BYTES)
@@ -46,10 +65,7 @@ impl ControlClient {
             line.last() == Some(&b'\n'),
             "the VM ended before it answered"
         );
-        match serde_json::from_slice(&line).context("the VM's answer cannot be read")? {
-            Answer::Ok(reply) => Ok(reply),
-            Answer::Error(error) => bail!("{error}"),
-        }
+        serde_json::from_slice(&line).context("the VM's answer cannot be read")
     }
 
     /// Asks for something that answers nothing but that it was done.

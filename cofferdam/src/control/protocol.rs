@@ -4,6 +4,8 @@
 //! {"request":"status"}                          {"ok":{"reply":"status","state":"running",...}}
 //! {"request":"pause"}                           {"ok":{"reply":"done"}}
 //! {"request":"fly"}                             {"error":"this is not a request: ..."}
+//! {"request":"upgrade",...}                     {"progress":"removing e1000"}
+//!                                               {"ok":{"reply":"upgraded",...}}
 //! ```
 //!
 //! All times named `_ns` are readings of the host's `CLOCK_MONOTONIC`, which is the same for every
@@ -11,14 +13,16 @@
 
 use std::collections::BTreeMap;
 
+use agent_protocol::message::Bytes;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use isolation::attach::status::ModuleStatus;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, LadderStatus};
+use recovery::module_file::MAX_MODULE_BYTES;
 use serde::{Deserialize, Serialize};
 
-/// Longest request, with its line end, in bytes.
-pub const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
+pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
@@ -62,6 +66,15 @@ pub enum Request {
     Release {
         /// Name of the module.
         module: String,
+    },
+    /// Put another build of a driver module in the place of the one that runs. Answer: [`Reply::Upgraded`].
+    Upgrade {
+        /// Name of the module.
+        module: String,
+        /// The new module's file.
+        file: Bytes,
+        /// How long the new one may take to have its interfaces back with their configuration, in milliseconds.
+        limit_ms: u64,
     },
     /// What did calls of a module do wrong lately? Answer: [`Reply::Violations`].
     Violations {
@@ -131,6 +144,8 @@ pub enum Answer {
     Ok(Reply),
     /// It was not, and why, for the person who asked.
     Error(String),
+    /// It is being done: what of it. Any number of these come before one of the others.
+    Progress(String),
 }
 
 impl Answer {
@@ -160,6 +175,8 @@ pub enum Reply {
     Isolated(serde_json::Value),
     /// The final counters of a module that is isolated no more.
     Released(Box<ModuleStatus>),
+    /// How an upgrade ended.
+    Upgraded(Box<UpgradeReport>),
     /// Violations, oldest first.
     Violations {
         /// As `isolation::attach::report::ViolationReport` writes them.
@@ -176,6 +193,39 @@ pub enum Reply {
     FaultCount(FaultCount),
     /// What the gateway saw.
     Probe(ProbeReading),
+}
+
+/// How an upgrade ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeReport {
+    /// Name of the module.
+    pub module: String,
+    /// Which one runs now.
+    pub outcome: UpgradeOutcome,
+    /// Build id of the one that ran before, in hexadecimal digits; empty where it has none.
+    pub old_build: String,
+    /// That of the new one.
+    pub new_build: String,
+    /// Interfaces that were given their configuration again.
+    pub interfaces: Vec<String>,
+    /// Functions that are isolated again.
+    pub isolated: usize,
+    /// From the removal of the old one to the configuration put back, in microseconds.
+    pub outage_us: u64,
+    /// What went wrong, one line each.
+    pub problems: Vec<String>,
+}
+
+/// Which driver runs after an upgrade.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeOutcome {
+    /// The new one.
+    New,
+    /// The old one: the new one failed and was taken out.
+    Old,
+    /// None, or one without its configuration.
+    Neither,
 }
 
 /// How a VM is.

@@ -26,8 +26,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests.
 pub trait Handler: Send + Sync + 'static {
-    /// Carries out `request`. The error is one line for the person who asked.
-    fn handle(&self, request: Request) -> Result<Reply, String>;
+    /// Carries out `request`, telling `progress` in a few words what is done if it takes long. The error is one
+    /// line for the person who asked.
+    fn handle(&self, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Reply, String>;
 }
 
 /// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
@@ -110,7 +111,11 @@ fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Resul
             None => return Ok(()),
             Some(Ok(request)) => {
                 tracing::debug!(?request, "control");
-                match handler.handle(request) {
+                // It is carried out to its end even when nobody listens any more.
+                let mut progress = |what: &str| {
+                    let _ = writer.write_all(Answer::Progress(what.to_owned()).line().as_bytes());
+                };
+                match handler.handle(request, &mut progress) {
                     Ok(reply) => Answer::Ok(reply),
                     Err(error) => Answer::Error(error),
                 }
@@ -162,13 +167,22 @@ mod tests {
     use super::*;
     use crate::control::client::ControlClient;
 
-    /// Accepts nothing but `pause`.
+    /// Accepts nothing but `pause`, and `reset` in two steps.
     struct OnlyPause;
 
     impl Handler for OnlyPause {
-        fn handle(&self, request: Request) -> Result<Reply, String> {
+        fn handle(
+            &self,
+            request: Request,
+            progress: &mut dyn FnMut(&str),
+        ) -> Result<Reply, String> {
             match request {
                 Request::Pause {} => Ok(Reply::Done {}),
+                Request::Reset {} => {
+                    progress("down");
+                    progress("up");
+                    Ok(Reply::Done {})
+                }
                 other => Err(format!("not {other:?}")),
             }
         }
@@ -195,8 +209,22 @@ mod tests {
         let (_dir, path) = served();
         let mut client = ControlClient::connect(&path).unwrap();
         assert_eq!(client.ask(&Request::Pause {}).unwrap(), Reply::Done {});
-        let refused = client.ask(&Request::Reset {}).unwrap_err().to_string();
-        assert_eq!(refused, "not Reset");
+        let refused = client.ask(&Request::Quit {}).unwrap_err().to_string();
+        assert_eq!(refused, "not Quit");
+    }
+
+    #[test]
+    fn what_is_done_is_told_before_the_answer() {
+        let (_dir, path) = served();
+        let mut client = ControlClient::connect(&path).unwrap();
+        let mut told = Vec::new();
+        let reply =
+            client.ask_and_watch(&Request::Reset {}, &mut |what| told.push(what.to_owned()));
+        assert_eq!(reply.unwrap(), Reply::Done {});
+        assert_eq!(told, ["down", "up"]);
+        // Who does not watch gets the answer all the same.
+        assert_eq!(client.ask(&Request::Reset {}).unwrap(), Reply::Done {});
+        assert_eq!(client.ask(&Request::Pause {}).unwrap(), Reply::Done {});
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Isolation as the VM process offers it on its control socket: what the guest's agent reports goes in,
 //! counters and reports come out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_protocol::Client;
@@ -23,6 +23,7 @@ use recovery::model::Model;
 use vmm::VmHandle;
 
 use super::recover::{self, LadderPolicy, Recoveries, Wish};
+use super::upgrade;
 use crate::control::protocol::{EntrySelection, Reply};
 
 /// How long the agent may take to list the guest's symbols.
@@ -49,6 +50,10 @@ pub struct Isolation {
     recoveries: Recoveries,
     /// What the agent reported last: it takes seconds to transfer.
     known: Mutex<Option<Known>>,
+    /// Held by whoever removes and inserts drivers.
+    driver_change: Mutex<()>,
+    /// Paths in the guest of the files of drivers that were upgraded.
+    driver_files: Arc<Mutex<HashMap<String, String>>>,
 }
 
 /// What is known of a guest and a module, for as long as the same modules are loaded at the same places.
@@ -75,7 +80,12 @@ impl Isolation {
             vm,
             recoveries,
             known: Mutex::new(None),
+            driver_change: Mutex::new(()),
+            driver_files: Arc::default(),
         });
+        // A guest that boots anew loads what is installed in it.
+        let files = isolation.driver_files.clone();
+        isolation.vm.on_reset(move || lock(&files).clear());
         let weak = Arc::downgrade(&isolation);
         std::thread::Builder::new()
             .name("recovery".to_owned())
@@ -105,6 +115,54 @@ impl Isolation {
         if let Err(error) = self.isolator.release(module) {
             tracing::debug!("{error}");
         }
+    }
+
+    /// Isolates the same functions of a module again, unless it was released meanwhile; how many there are.
+    pub(super) fn isolate_again(&self, module: &str) -> Result<usize, String> {
+        let recoveries = &self.recoveries;
+        let (Some(wish), Some(policy)) = (recoveries.wish(module), recoveries.same_policy(module))
+        else {
+            return Ok(0);
+        };
+        match self.isolate_with(&wish, policy)? {
+            Reply::Isolated(isolated) => Ok(isolated["entries"].as_array().map_or(0, Vec::len)),
+            other => Err(format!("isolating answered something else: {other:?}")),
+        }
+    }
+
+    /// Waits until nobody else removes or inserts a driver.
+    pub(super) fn change_driver(&self) -> MutexGuard<'_, ()> {
+        lock(&self.driver_change)
+    }
+
+    /// Path in the guest of the file that the driver `module` came from, if it was upgraded.
+    pub(super) fn driver_file(&self, module: &str) -> Option<String> {
+        lock(&self.driver_files).get(module).cloned()
+    }
+
+    /// The driver `module` is another build now, of the file at `path` in the guest.
+    pub(super) fn driver_came_from(&self, module: &str, path: &str) {
+        lock(&self.driver_files).insert(module.to_owned(), path.to_owned());
+        // Even at the same addresses it may have other functions and types.
+        *lock(&self.known) = None;
+    }
+
+    /// The NIC that `module` drives.
+    pub(super) fn nic_of(&self, module: &str) -> Option<&IsolatedNic> {
+        self.nic.as_ref().filter(|_| module == "e1000")
+    }
+
+    /// Puts another build of a driver module in the place of the one that runs.
+    pub fn upgrade(
+        &self,
+        module: &str,
+        file: &[u8],
+        limit_ms: u64,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Reply, String> {
+        upgrade::upgrade(self, module, file, limit_ms, progress)
+            .map(|report| Reply::Upgraded(Box::new(report)))
+            .map_err(|error| format!("{error:#}"))
     }
 
     /// Stops a module that is isolated.
@@ -162,7 +220,7 @@ impl Isolation {
         let (symbols, types) = self
             .knowledge(&mut agent, module, loaded)
             .map_err(|error| error.to_string())?;
-        let nic = self.nic.as_ref().filter(|_| module == "e1000");
+        let nic = self.nic_of(module);
         let device =
             nic.map(|nic| -> Arc<dyn IsolatedDevice> { Arc::new(E1000Device(nic.nic.clone())) });
         let isolated = self
@@ -197,7 +255,7 @@ impl Isolation {
         module: &str,
         loaded: Vec<Module>,
     ) -> anyhow::Result<(Arc<SymbolTable>, Option<Arc<Btf>>)> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.known);
         if let Some(known) = known
             .as_ref()
             .filter(|known| known.module == module && known.loaded == loaded)
@@ -278,6 +336,11 @@ impl Isolation {
     pub fn status(&self) -> Vec<ModuleStatus> {
         self.isolator.status()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change under these locks is whole when it can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All symbols of the guest.

@@ -17,6 +17,7 @@ pub struct Meter {
     received_frames: AtomicU64,
     received_bytes: AtomicU64,
     carrier: AtomicBool,
+    link_losses: AtomicU64,
 }
 
 impl Meter {
@@ -31,6 +32,7 @@ impl Meter {
             ("rx_frames", value(&self.received_frames)),
             ("rx_bytes", value(&self.received_bytes)),
             ("carrier", u64::from(self.carrier.load(Ordering::Relaxed))),
+            ("link_losses", value(&self.link_losses)),
         ]
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
@@ -91,6 +93,13 @@ impl Wire for MeteredWire {
         carrier
     }
 
+    fn nic_link(&mut self, up: bool) {
+        if !up {
+            add(&self.meter.link_losses, 1);
+        }
+        self.wire.nic_link(up);
+    }
+
     fn readable_fd(&self) -> RawFd {
         self.wire.readable_fd()
     }
@@ -127,5 +136,10 @@ mod tests {
             (1, length as u64)
         );
         assert_eq!(values["carrier"], 1);
+        assert_eq!(values["link_losses"], 0);
+        for up in [true, false, true] {
+            wire.nic_link(up);
+        }
+        assert_eq!(meter.read()["link_losses"], 1);
     }
 }

@@ -12,6 +12,7 @@
 
 mod console;
 pub mod escape;
+mod interfaces;
 pub mod isolation;
 mod machine;
 mod memory;
@@ -20,6 +21,7 @@ mod recover;
 mod service;
 pub mod signals;
 pub mod terminal;
+mod upgrade;
 mod watch;
 
 use std::path::PathBuf;

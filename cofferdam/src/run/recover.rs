@@ -13,13 +13,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use agent_protocol::Client;
 use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
 use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy};
-use recovery::interface::{InterfaceConfig, Printed};
 use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next};
 
+use super::interfaces;
 use super::isolation::Isolation;
 use crate::control::protocol::EntrySelection;
 
@@ -31,13 +30,6 @@ const BOOT_TIME: Duration = Duration::from_secs(120);
 
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(20);
-
-/// Interfaces of one driver whose configuration is put back.
-const MAX_INTERFACES: usize = 8;
-
-/// Prints the names of the interfaces of the driver module `$1`.
-const LIST_INTERFACES: &str = "for i in /sys/class/net/*; do \
-    m=$(readlink $i/device/driver/module) && [ ${m##*/} = \"$1\" ] && echo ${i##*/}; done; true";
 
 /// What was asked for when a module was isolated, to be asked for again after a restart.
 #[derive(Debug, Clone)]
@@ -81,8 +73,13 @@ impl Recoveries {
         }
     }
 
+    /// What was asked for when a module was isolated, if it is.
+    pub fn wish(&self, module: &str) -> Option<Wish> {
+        Some(self.wards().get(module)?.wish.clone())
+    }
+
     /// The ladder that a module already has, for when it is isolated again.
-    fn same_policy(&self, module: &str) -> Option<LadderPolicy> {
+    pub fn same_policy(&self, module: &str) -> Option<LadderPolicy> {
         let wards = self.wards();
         Some(LadderPolicy {
             module: module.to_owned(),
@@ -178,6 +175,8 @@ fn recover(isolation: &Isolation, module: &str) {
         // Released meanwhile.
         None => return,
     };
+    // Nobody exchanges the driver meanwhile.
+    let _alone = isolation.change_driver();
     let result = restart(isolation, &wish).map_err(|error| format!("{error:#}"));
     match &result {
         Ok(()) => tracing::warn!("{module} was restarted"),
@@ -205,17 +204,23 @@ fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
 fn restart(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
     let module = wish.module.as_str();
     let mut agent = isolation.agent();
-    let configs = read(&mut agent, module).context("its configuration cannot be read")?;
+    let configs =
+        interfaces::read(&mut agent, module).context("its configuration cannot be read")?;
     isolation.take_out(module);
     agent
         .remove_module(module)
         .context("it cannot be removed")?;
-    agent
-        .load_module(module, "")
-        .context("it cannot be inserted")?;
-    for config in &configs {
-        put_back(&mut agent, config)
-            .with_context(|| format!("the configuration of {} cannot be put back", config.name))?;
+    match isolation.driver_file(module) {
+        Some(path) => agent.load_module_file(&path, ""),
+        None => agent.load_module(module, ""),
+    }
+    .context("it cannot be inserted")?;
+    let lost = interfaces::put_back(&mut agent, &configs, Instant::now() + STEP_TIME)?;
+    if !lost.is_empty() {
+        tracing::warn!(
+            "{module} was restarted but is not as before: {}",
+            lost.join(", ")
+        );
     }
     // The agent listens to one client at a time, and isolating asks it as well.
     drop(agent);
@@ -243,59 +248,9 @@ fn reset(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
 }
 
 fn isolate_again(isolation: &Isolation, wish: &Wish) -> anyhow::Result<()> {
-    // Released meanwhile: then that is what is wanted.
-    let Some(policy) = isolation.recoveries().same_policy(&wish.module) else {
-        return Ok(());
-    };
     isolation
-        .isolate_with(wish, policy)
+        .isolate_again(&wish.module)
         .map(drop)
         .map_err(|error| anyhow::anyhow!(error))
         .context("it cannot be isolated again")
-}
-
-/// The configuration of all interfaces of `module`.
-fn read(agent: &mut Client, module: &str) -> anyhow::Result<Vec<InterfaceConfig>> {
-    let list = agent.run(&["sh", "-c", LIST_INTERFACES, "sh", module])?;
-    let names = list.stdout_text();
-    let addresses = agent
-        .run(&["ip", "-j", "-d", "addr", "show"])?
-        .stdout_text();
-    let mut all = Vec::new();
-    for name in names.split_whitespace().take(MAX_INTERFACES) {
-        let mut printed = |argv: &[&str]| agent.run(argv).map(|result| result.stdout_text());
-        let printed = Printed {
-            addresses: addresses.clone(),
-            routes: printed(&["ip", "-j", "route", "show", "dev", name])?,
-            // These fail where the driver has no such thing, and print nothing then.
-            rings: printed(&["ethtool", "-g", name])?,
-            features: printed(&["ethtool", "-k", name])?,
-        };
-        all.push(InterfaceConfig::parse(name, &printed)?);
-    }
-    Ok(all)
-}
-
-/// Waits for the interface and configures it.
-fn put_back(agent: &mut Client, config: &InterfaceConfig) -> anyhow::Result<()> {
-    let deadline = Instant::now() + STEP_TIME;
-    let path = format!("/sys/class/net/{}", config.name);
-    while !agent.run(&["test", "-e", &path])?.success() {
-        ensure!(
-            Instant::now() < deadline,
-            "the interface does not come back"
-        );
-        std::thread::sleep(POLL);
-    }
-    for (argv, must) in config.replay() {
-        let words: Vec<&str> = argv.iter().map(String::as_str).collect();
-        let result = agent.run(&words)?;
-        ensure!(
-            result.success() || !must,
-            "`{}`: {}",
-            argv.join(" "),
-            String::from_utf8_lossy(&result.stderr).trim()
-        );
-    }
-    Ok(())
 }

@@ -142,7 +142,7 @@ impl VmService {
 }
 
 impl Handler for VmService {
-    fn handle(&self, request: Request) -> Result<Reply, String> {
+    fn handle(&self, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Reply, String> {
         match request {
             Request::Status {} => self.status(),
             // Asked for twice is as good as once.
@@ -160,6 +160,11 @@ impl Handler for VmService {
                 .isolation
                 .isolate(&module, entries, budget_us, recovery),
             Request::Release { module } => self.isolation.release(&module),
+            Request::Upgrade {
+                module,
+                file,
+                limit_ms,
+            } => self.isolation.upgrade(&module, &file.0, limit_ms, progress),
             Request::Violations { module } => self.isolation.reports(&module),
             Request::Instructions { module, function } => {
                 self.isolation.instructions(&module, &function)

@@ -14,6 +14,7 @@ mod isolation;
 mod machine;
 mod nic;
 mod recovery;
+mod upgrade;
 mod virtio;
 mod wires;
 

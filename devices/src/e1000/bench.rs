@@ -32,6 +32,8 @@ pub struct FarEnd {
     pub plugged_in: bool,
     /// What the wire knows of that: it looks when it finds no frame, as a TAP does.
     pub carrier: bool,
+    /// Every change of the controller's own link that was to be seen.
+    pub nic_link: Vec<bool>,
 }
 
 struct BenchWire {
@@ -72,6 +74,10 @@ impl Wire for BenchWire {
 
     fn carrier(&self) -> bool {
         lock(&self.far_end).carrier
+    }
+
+    fn nic_link(&mut self, up: bool) {
+        lock(&self.far_end).nic_link.push(up);
     }
 
     fn readable_fd(&self) -> RawFd {

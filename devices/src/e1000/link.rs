@@ -5,6 +5,7 @@
 //!   wire carrier ──► PHY: powered, out of reset ──► autonegotiation (a delay) ──► PHY link
 //!                         PCTRL loopback ─────────────────────────────────────►  PHY link
 //!   PHY link and CTRL.SLU ──► STATUS.LU;  any change of it ──► ICR.LSC
+//!   PHY link, no loopback ──► what the port at the other end sees, unless it is held
 //! ```
 
 use super::E1000;
@@ -33,6 +34,7 @@ impl E1000 {
                 self.timers.stop(Timer::Autonegotiation);
                 self.phy.set_autoneg_complete(false);
                 self.phy.set_link(false);
+                self.show_link();
                 self.update_status();
                 self.update_link();
             }
@@ -56,7 +58,27 @@ impl E1000 {
         let up = usable
             && (!self.phy.autonegotiates() || self.phy.autoneg_complete() || self.phy.loopback());
         self.phy.set_link(up);
+        self.show_link();
         self.update_status();
+    }
+
+    /// Keeps the link as the port at the other end sees it, whatever becomes of the PHY meanwhile, or lets it follow
+    /// the PHY again. The guest sees its own link as it is.
+    ///
+    /// For the time in which one driver takes another one's place: each powers the PHY down or resets it, and a switch
+    /// that sees the link go waits for half a minute before it forwards again.
+    pub fn hold_link(&mut self, held: bool) {
+        self.link_held = held;
+        self.show_link();
+    }
+
+    /// Lets the far end see the PHY's link.
+    pub(super) fn show_link(&mut self) {
+        let up = self.phy.link() && !self.phy.loopback();
+        if !self.link_held && up != self.shown_link {
+            self.shown_link = up;
+            self.wire.nic_link(up);
+        }
     }
 
     /// The autonegotiation timer ran out.

@@ -133,6 +133,10 @@ pub struct E1000 {
     dma: DmaSpace,
     intx: Arc<dyn IrqLine>,
     wire: Box<dyn Wire>,
+    /// What the far end sees of the PHY's link.
+    shown_link: bool,
+    /// The far end goes on seeing what it saw last.
+    link_held: bool,
     kick_fd: EventFd,
     /// A kick is on its way.
     kicked: bool,
@@ -186,6 +190,8 @@ impl E1000 {
             dma,
             intx,
             wire,
+            shown_link: false,
+            link_held: false,
             kick_fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             kicked: false,
             watched: Interest::default(),
@@ -254,6 +260,7 @@ impl E1000 {
         self.timers.stop_all();
         self.regs = RegisterFile::power_on();
         self.phy = Phy::default();
+        self.show_link();
         self.reset_units();
         self.update_link();
         self.clear_causes(u32::MAX);

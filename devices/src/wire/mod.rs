@@ -37,6 +37,10 @@ pub trait Wire: Send {
     /// Whether a carrier is there; a NIC shows it as its link state.
     fn carrier(&self) -> bool;
 
+    /// The NIC's own end came up or went down: what the port at the other end would see of the NIC's PHY. By
+    /// default nobody is told.
+    fn nic_link(&mut self, _up: bool) {}
+
     /// Readable (`EPOLLIN`, level-triggered) while [`Wire::receive`] may return a frame or the
     /// carrier changed.
     fn readable_fd(&self) -> RawFd;

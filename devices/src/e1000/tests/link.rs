@@ -4,6 +4,7 @@ use super::driver::{Driver, EOP, MEMORY_BYTES, RS, TX_BUFFERS, broadcast};
 use crate::e1000::E1000Config;
 use crate::e1000::bench::{Bench, MAC};
 use crate::e1000::regs::*;
+use crate::pci::PciFunction;
 
 #[test]
 fn a_pulled_cable_shows_as_a_link_status_change() {
@@ -103,4 +104,40 @@ fn mdic_reports_an_absent_phy_and_interrupts_when_asked() {
         mdic::READY | mdic::ERROR
     );
     assert!(driver.bench.interrupt());
+}
+
+/// PHY Control with autonegotiation, gigabit, full duplex, and with power down.
+const POWERED: u16 = 0x1140;
+const POWERED_DOWN: u16 = POWERED | 1 << 11;
+
+#[test]
+fn the_far_end_sees_a_phy_that_is_powered_down_or_begins_anew() {
+    let mut driver = Driver::new();
+    assert_eq!(driver.bench.far_end().nic_link.last(), Some(&true));
+    driver.bench.far_end().nic_link.clear();
+    driver.bench.write_phy(0, POWERED_DOWN);
+    driver.bench.write_phy(0, POWERED);
+    driver.bench.write_phy(0, POWERED | 1 << 9);
+    driver.bench.nic.reset();
+    assert_eq!(
+        driver.bench.far_end().nic_link,
+        [false, true, false, true, false, true]
+    );
+}
+
+#[test]
+fn a_link_that_is_held_stays_for_the_far_end_but_not_for_the_guest() {
+    let mut driver = Driver::new();
+    driver.bench.far_end().nic_link.clear();
+    driver.bench.nic.hold_link(true);
+    driver.bench.write_phy(0, POWERED_DOWN);
+    assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
+    driver.bench.write_phy(0, POWERED);
+    driver.bench.nic.reset();
+    driver.bench.nic.hold_link(false);
+    assert_eq!(driver.bench.far_end().nic_link, [true; 0]);
+    driver.bench.nic.hold_link(true);
+    driver.bench.write_phy(0, POWERED_DOWN);
+    driver.bench.nic.hold_link(false);
+    assert_eq!(driver.bench.far_end().nic_link, [false]);
 }

@@ -112,6 +112,17 @@ impl Client {
         })
     }
 
+    /// Loads a module from a file of the guest.
+    ///
+    /// # Errors
+    /// See [`Client::call`].
+    pub fn load_module_file(&mut self, path: &str, params: &str) -> Result<Answer, ClientError> {
+        self.simple(Call::LoadModule {
+            source: ModuleSource::Path(path.into()),
+            params: params.into(),
+        })
+    }
+
     /// Removes a module.
     ///
     /// # Errors

@@ -1,0 +1,234 @@
+//! Another build of the stock e1000 driver in the place of the one that runs, good and bad ones.
+
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::Bytes;
+use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::network::{self, LINK_TIME};
+use cofferdam::control::protocol::{Reply, Request, UpgradeOutcome, UpgradeReport};
+use recovery::ladder::LadderConfig;
+use recovery::module_file::ModuleFile;
+
+use super::options;
+use super::recovery::Victim;
+
+const DRIVER: &str = "e1000";
+const ENTRY: &str = "e1000_xmit_frame";
+/// Longer than all that happens to it.
+const STREAM_SECONDS: u64 = 60;
+
+/// The stock driver.
+fn stock(module: &str) -> Vec<u8> {
+    let path = options()
+        .images
+        .join("modules")
+        .join(format!("{module}.ko"));
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Replaces what is found once.
+#[track_caller]
+fn patch(file: &mut [u8], from: &[u8], to: &[u8]) {
+    assert_eq!(from.len(), to.len());
+    let places: Vec<usize> = (0..file.len() - from.len())
+        .filter(|at| file[*at..].starts_with(from))
+        .collect();
+    let [at] = places[..] else {
+        panic!("found {} times", places.len());
+    };
+    file[at..at + to.len()].copy_from_slice(to);
+}
+
+fn build_of(file: &[u8]) -> Vec<u8> {
+    ModuleFile::parse(file).unwrap().build_id.unwrap()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The same driver with another build id, and without the signature, which would not fit any more.
+fn another_build(number: u8) -> Vec<u8> {
+    let mut file = stock(DRIVER);
+    // At the end: signature, its description of 12 bytes that ends with its length, a magic line.
+    let magic = b"~Module signature appended~\n";
+    if let Some(signed) = file.strip_suffix(magic) {
+        let (rest, length) = signed.split_last_chunk::<4>().unwrap();
+        let signature = usize::try_from(u32::from_be_bytes(*length)).unwrap();
+        let length = rest.len() - 8 - signature;
+        file.truncate(length);
+    }
+    let old = build_of(&file);
+    let new = vec![number; old.len()];
+    patch(&mut file, &old, &new);
+    file
+}
+
+/// One whose init function returns an input/output error.
+fn with_failing_init() -> Vec<u8> {
+    let mut file = another_build(0xf1);
+    // call __fentry__; push %rbx; mov $..,%rsi; mov $..,%rdi; call _printk; mov
+    let head = [0xe8, 0, 0, 0, 0];
+    let rest = [
+        0, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0x48, 0xc7, 0xc6,
+    ];
+    let with = |code: [u8; 4]| [&head[..], &code[..], &rest[..]].concat();
+    // push $-5; pop %rax; ret
+    patch(
+        &mut file,
+        &with([0x53, 0x48, 0xc7, 0xc6]),
+        &with([0x6a, 0xfb, 0x58, 0xc3]),
+    );
+    file
+}
+
+/// One that does not know the device, so that no interface comes back.
+fn without_the_device() -> Vec<u8> {
+    let mut file = another_build(0xf2);
+    patch(
+        &mut file,
+        &[0x86, 0x80, 0, 0, 0x0e, 0x10, 0, 0],
+        &[0x86, 0x80, 0, 0, 0xfe, 0xff, 0, 0],
+    );
+    file
+}
+
+impl Victim {
+    fn upgrade(
+        &mut self,
+        module: &str,
+        file: Vec<u8>,
+        limit_ms: u64,
+    ) -> Result<UpgradeReport, String> {
+        // The VM asks the agent itself, which listens to one client at a time.
+        self.guest.agent().disconnect();
+        let request = Request::Upgrade {
+            module: module.to_owned(),
+            file: Bytes(file),
+            limit_ms,
+        };
+        let mut told = Vec::new();
+        let answer = self
+            .guest
+            .control()
+            .unwrap()
+            .ask_and_watch(&request, &mut |what| told.push(what.to_owned()));
+        match answer {
+            Ok(Reply::Upgraded(report)) => {
+                eprintln!("{told:?}: {report:?}");
+                Ok(*report)
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    }
+
+    fn loaded_build(&mut self) -> Vec<u8> {
+        let path = "/sys/module/e1000/notes/.note.gnu.build-id";
+        let note = self.guest.agent().read_file(path).unwrap();
+        recovery::module_file::build_id(&note).unwrap()
+    }
+
+    fn link_losses(&self) -> u64 {
+        self.guest.control().unwrap().status().unwrap().nic["link_losses"]
+    }
+
+    fn isolated(&self) -> Vec<String> {
+        let status = self.guest.control().unwrap().status().unwrap();
+        let modules = status.isolation.into_iter();
+        modules
+            .flat_map(|module| module.entries)
+            .map(|entry| entry.name)
+            .collect()
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
+    let mut victim = Victim::boot();
+    victim.configure();
+    victim.isolate(ENTRY, LadderConfig::default());
+    let before = victim.configuration();
+    let losses = victim.link_losses();
+    // In a session of its own: the agent ends programs whose client goes.
+    let stream = format!(
+        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {STREAM_SECONDS} > /tmp/stream 2>&1; \
+         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
+    );
+    victim.run(&["sh", "-c", &stream]);
+    let check = |victim: &mut Victim, build: &[u8], after: &str| {
+        assert_eq!(hex(&victim.loaded_build()), hex(build), "{after}");
+        eprintln!("{after}");
+        victim.assert_configured(&before);
+        assert_eq!(victim.link_losses(), losses, "{after}");
+        assert_eq!(victim.isolated(), [ENTRY], "{after}");
+        victim.ping();
+        victim.assert_healthy(after);
+    };
+
+    let new = another_build(0xa1);
+    let report = victim.upgrade(DRIVER, new.clone(), 60_000).unwrap();
+    assert_eq!(
+        (report.outcome, report.problems.as_slice()),
+        (UpgradeOutcome::New, &[][..]),
+        "{}",
+        victim.guest.last_words()
+    );
+    assert_eq!(report.old_build, hex(&build_of(&stock(DRIVER))));
+    assert_eq!(
+        (report.interfaces, report.isolated),
+        (vec!["eth0".to_owned()], 1)
+    );
+    check(&mut victim, &build_of(&new), "a good one");
+
+    let report = victim.upgrade(DRIVER, with_failing_init(), 60_000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::Old);
+    assert!(
+        report.problems[0].contains("cannot be inserted"),
+        "{report:?}"
+    );
+    check(&mut victim, &build_of(&new), "one that cannot be inserted");
+
+    let report = victim.upgrade(DRIVER, without_the_device(), 2000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::Old);
+    assert!(
+        report.problems[0].contains("eth0 does not come back"),
+        "{report:?}"
+    );
+    check(&mut victim, &build_of(&new), "one without an interface");
+
+    for (module, file, why) in [
+        (DRIVER, stock("dummy"), "it is the module dummy, not e1000"),
+        (DRIVER, b"\x7fELF".to_vec(), "no kernel module"),
+        ("dummy", stock("dummy"), "no module dummy loaded"),
+    ] {
+        let error = victim.upgrade(module, file, 5000).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+    check(&mut victim, &build_of(&new), "files that were refused");
+
+    let deadline = Instant::now() + Duration::from_secs(STREAM_SECONDS + 60);
+    let result = loop {
+        let result = victim.guest.agent().read_file("/tmp/result");
+        if let Ok(result) = result {
+            break result;
+        }
+        assert!(Instant::now() < deadline, "the stream does not end");
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let result: TrafficResult = serde_json::from_slice(&result).unwrap();
+    eprintln!("{result:?}");
+    assert_eq!((result.error, result.corrupted), (None, 0));
+    assert_eq!(result.bytes_from_peer, result.bytes_to_peer);
+    assert!(result.bytes_to_peer > 100_000);
+
+    // A plain exchange of the driver shows at the other end of the wire.
+    victim.ask(&Request::Release {
+        module: DRIVER.to_owned(),
+    });
+    victim.guest.agent().remove_module(DRIVER).unwrap();
+    network::bring_up(&mut victim.guest, DRIVER).unwrap();
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    assert!(victim.link_losses() > losses);
+}
