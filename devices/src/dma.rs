@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Why a device could not reach guest memory.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("DMA of {len} bytes at guest physical address {address:#x} is outside guest memory")]
 pub struct DmaError {
     /// Guest physical address of the first byte.

@@ -189,6 +189,12 @@ impl Exercise {
         }
     }
 
+    /// The bench that the controller is on.
+    #[cfg(test)]
+    pub(super) fn bench(&mut self) -> &mut Bench {
+        &mut self.bench
+    }
+
     /// State of the controller.
     pub fn state(&self) -> super::E1000State {
         self.bench.nic.save()

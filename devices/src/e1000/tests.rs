@@ -1,5 +1,6 @@
 //! What a driver sees of the controller: link, interrupts, rings, self-test, reset.
 
+mod by_registers;
 mod driver;
 mod event_loop;
 mod histories;

@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod config;
 pub mod msix;
+pub mod registers;
 
 /// Index of a base address register of a type 0 header, 0 to 5.
 pub type BarIndex = u8;

@@ -6,7 +6,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use crate::e1000::ops::{Exercise, Op};
 
 /// Random bytes that are the same in every run (xorshift64*).
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -25,7 +25,7 @@ impl Random {
         }
     }
 
-    fn ops(&mut self) -> Vec<Op> {
+    pub fn ops(&mut self) -> Vec<Op> {
         let bytes: Vec<u8> = (0..600).flat_map(|_| self.next().to_le_bytes()).collect();
         let mut source = Unstructured::new(&bytes);
         let mut ops = vec![self.open()];
@@ -58,7 +58,7 @@ impl Random {
 }
 
 /// How many histories to try; `E1000_HISTORIES` asks for more.
-fn histories(default: u64) -> std::ops::Range<u64> {
+pub(super) fn histories(default: u64) -> std::ops::Range<u64> {
     let count = std::env::var("E1000_HISTORIES")
         .ok()
         .and_then(|n| n.parse().ok());

@@ -1,0 +1,390 @@
+//! What a function's state is made of, as a small file says it for each kind of device.
+//!
+//! ```toml
+//! schema = 1
+//!
+//! [device]            # which functions the file is for, and where their registers are
+//! [[config]]          # fields of configuration space, in the order in which they are written back
+//! [[before]]          # stores that stop the device's units
+//! [[ring]]            # memory that the device writes by itself while a unit is enabled
+//! [[register]]        # registers, in the order in which they are written back
+//! [mdio]              # a PHY behind a register, and [[mdio.saved]]: which of its registers
+//! [[after]]           # stores that make up for what is not known
+//! [[untouched]]       # registers that are neither read nor written, and why
+//! ```
+//!
+//! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are written as 0.
+
+use serde::Deserialize;
+
+/// The form of files that this code reads.
+const SCHEMA: u32 = 1;
+/// Longest file, in bytes.
+const MAX_TEXT: usize = 64 << 10;
+/// Most entries of one kind.
+const MAX_ENTRIES: usize = 512;
+/// Most registers in all.
+const MAX_REGISTERS: u32 = 4096;
+/// Longest wait for a field of configuration space to take effect, in microseconds.
+const MAX_SETTLE_US: u64 = 100_000;
+/// Bytes of conventional configuration space.
+const CONFIG_BYTES: u16 = 256;
+/// Registers of a PHY (IEEE 802.3, clause 22).
+const PHY_REGISTERS: u8 = 32;
+
+/// Why a description cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DescriptionError {
+    /// It is no such file.
+    #[error("a device description cannot be read: {0}")]
+    Text(String),
+    /// It is one of another form.
+    #[error("a device description of schema {0}: this program reads schema {SCHEMA}")]
+    Schema(u32),
+    /// It contradicts itself or the specifications.
+    #[error("device description, {0}: {1}")]
+    Entry(String, &'static str),
+}
+
+/// A description of a kind of device.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    schema: u32,
+    /// Which functions it is for.
+    pub device: Device,
+    #[serde(default)]
+    pub(super) config: Vec<ConfigField>,
+    #[serde(default)]
+    pub(super) before: Vec<Store>,
+    #[serde(default)]
+    pub(super) ring: Vec<RingPlace>,
+    pub(super) register: Vec<Register>,
+    pub(super) mdio: Option<Mdio>,
+    #[serde(default)]
+    pub(super) after: Vec<Store>,
+    #[serde(default)]
+    pub(super) untouched: Vec<Untouched>,
+}
+
+/// Which functions a description is for.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Name of the device, as its manual has it.
+    pub name: String,
+    /// Of the description: checkpoints of another version are refused.
+    pub version: u32,
+    /// Vendor identifier.
+    pub vendor: u16,
+    /// Device identifier.
+    pub device: u16,
+    /// Base address register with the registers.
+    pub bar: u8,
+    /// Their bytes.
+    pub bytes: u32,
+}
+
+/// A field of configuration space.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ConfigField {
+    pub name: String,
+    pub offset: u16,
+    pub bytes: u8,
+    #[serde(default = "all")]
+    pub keep: u32,
+    /// How long the function takes after a change, in microseconds.
+    #[serde(default)]
+    pub settle_us: u64,
+    /// Bits that are 0 while the function has registers to save.
+    #[serde(default)]
+    pub awake: u32,
+}
+
+/// A store.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Store {
+    pub register: String,
+    pub offset: u32,
+    pub value: u32,
+}
+
+/// Registers by which a ring is found.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RingPlace {
+    pub name: String,
+    pub base_low: u32,
+    pub base_high: u32,
+    /// Holds its length in bytes.
+    pub length: u32,
+    pub control: u32,
+    /// Bits of `control` that are set while the ring is used.
+    pub enable: u32,
+}
+
+/// A register, or several of a kind one after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Register {
+    pub name: String,
+    pub offset: u32,
+    #[serde(default = "one")]
+    pub count: u32,
+    #[serde(default = "all")]
+    pub keep: u32,
+}
+
+/// A PHY that is reached through a register of the form of the 8254x's MDIC (13.4.7).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Mdio {
+    pub register: u32,
+    pub phy: u8,
+    pub saved: Vec<PhyRegister>,
+}
+
+/// A register of a PHY.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PhyRegister {
+    pub name: String,
+    pub number: u8,
+    #[serde(default = "all_of_phy")]
+    pub keep: u16,
+}
+
+/// Registers that are left alone.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Untouched {
+    pub name: String,
+    pub offset: u32,
+    #[serde(default = "one")]
+    pub count: u32,
+    pub why: Why,
+}
+
+/// Why registers are left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Why {
+    /// Reading them changes them.
+    ReadClears,
+    /// They cannot be written.
+    ReadOnly,
+    /// They cannot be read.
+    WriteOnly,
+    /// Accesses are steps of a conversation with something behind them.
+    Interface,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn all() -> u32 {
+    u32::MAX
+}
+
+fn all_of_phy() -> u16 {
+    u16::MAX
+}
+
+impl Description {
+    /// Reads and checks a description.
+    pub fn parse(text: &str) -> Result<Self, DescriptionError> {
+        if text.len() > MAX_TEXT {
+            let long = format!("it has {} bytes", text.len());
+            return Err(DescriptionError::Text(long));
+        }
+        let unreadable =
+            |error: toml::de::Error| DescriptionError::Text(error.message().to_owned());
+        let description: Self = toml::from_str(text).map_err(unreadable)?;
+        if description.schema != SCHEMA {
+            return Err(DescriptionError::Schema(description.schema));
+        }
+        description.check()?;
+        Ok(description)
+    }
+
+    /// That of the Intel 82540EM.
+    pub fn intel_82540em() -> Result<Self, DescriptionError> {
+        Self::parse(include_str!("../../../models/82540em.toml"))
+    }
+
+    fn check(&self) -> Result<(), DescriptionError> {
+        let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
+        let lengths = [self.config.len(), self.before.len(), self.ring.len()];
+        let more = [self.register.len(), self.after.len(), self.untouched.len()];
+        if lengths
+            .into_iter()
+            .chain(more)
+            .any(|length| length > MAX_ENTRIES)
+        {
+            return wrong(&self.device.name, "too many entries");
+        }
+        if self.device.bar > 5 {
+            return wrong(&self.device.name, "there are base address registers 0 to 5");
+        }
+        for (index, field) in self.config.iter().enumerate() {
+            let aligned = matches!(field.bytes, 1 | 2 | 4)
+                && field.offset.is_multiple_of(u16::from(field.bytes))
+                && field.offset < CONFIG_BYTES;
+            if !aligned {
+                return wrong(&field.name, "no aligned field of configuration space");
+            }
+            if field.settle_us > MAX_SETTLE_US {
+                return wrong(&field.name, "it takes too long to settle");
+            }
+            let earlier = &self.config[..index];
+            if earlier.iter().any(|other| other.name == field.name) {
+                return wrong(&field.name, "it is there twice");
+            }
+        }
+        self.check_registers()?;
+        if let Some(mdio) = &self.mdio {
+            if !self.has(mdio.register, 1) || mdio.phy >= 32 {
+                return wrong("mdio", "no such register or PHY");
+            }
+            for (index, phy) in mdio.saved.iter().enumerate() {
+                let earlier = &mdio.saved[..index];
+                if phy.number >= PHY_REGISTERS {
+                    return wrong(&phy.name, "a PHY has registers 0 to 31");
+                }
+                if earlier.iter().any(|other| other.number == phy.number) {
+                    return wrong(&phy.name, "it is there twice");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_registers(&self) -> Result<(), DescriptionError> {
+        let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
+        let mut taken: Vec<(&str, std::ops::Range<u32>, bool)> = Vec::new();
+        let saved = self.register.iter();
+        let saved = saved.map(|one| (one.name.as_str(), one.offset, one.count, true));
+        let left = self.untouched.iter();
+        let left = left.map(|one| (one.name.as_str(), one.offset, one.count, false));
+        let mut total = 0u32;
+        for (name, offset, count, is_saved) in saved.chain(left) {
+            if count == 0 || !self.has(offset, count) {
+                return wrong(name, "no aligned registers of this device");
+            }
+            total = total.saturating_add(count);
+            if total > MAX_REGISTERS {
+                return wrong(name, "too many registers");
+            }
+            let range = offset..offset + 4 * count;
+            for (other, others, other_saved) in &taken {
+                if range.start < others.end && others.start < range.end {
+                    return wrong(name, "its registers are another's too");
+                }
+                if *other == name && is_saved && *other_saved {
+                    return wrong(name, "it is there twice");
+                }
+            }
+            taken.push((name, range, is_saved));
+        }
+        for store in self.before.iter().chain(&self.after) {
+            if !self.has(store.offset, 1) {
+                return wrong(&store.register, "no aligned register of this device");
+            }
+        }
+        for ring in &self.ring {
+            for offset in [ring.base_low, ring.base_high, ring.length, ring.control] {
+                let known = self.register.iter().any(|one| one.offset == offset);
+                if !known {
+                    return wrong(&ring.name, "its registers are not saved");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the device has `count` registers from `offset` on.
+    fn has(&self, offset: u32, count: u32) -> bool {
+        let end = count
+            .checked_mul(4)
+            .and_then(|bytes| offset.checked_add(bytes));
+        offset.is_multiple_of(4) && end.is_some_and(|end| end <= self.device.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = r#"
+        schema = 1
+        [device]
+        name = "NIC"
+        version = 1
+        vendor = 1
+        device = 2
+        bar = 0
+        bytes = 0x100
+        [[config]]
+        name = "COMMAND"
+        offset = 4
+        bytes = 2
+        [[register]]
+        name = "A"
+        offset = 0
+        count = 4
+        [[untouched]]
+        name = "B"
+        offset = 0x10
+        why = "read_clears"
+        [mdio]
+        register = 0x20
+        phy = 1
+        saved = [{ name = "CONTROL", number = 0 }]
+        "#;
+
+    #[test]
+    fn the_description_of_the_82540em_is_good() {
+        let description = Description::intel_82540em().unwrap();
+        assert_eq!(
+            (description.device.vendor, description.device.device),
+            (0x8086, 0x100e)
+        );
+        assert!(Description::parse(SMALL).is_ok());
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        for (from, to, why) in [
+            ("schema = 1", "schema = 2", "schema 2"),
+            ("schema = 1", "", "schema"),
+            ("name = \"NIC\"", "nick = \"NIC\"", "unknown field"),
+            ("bar = 0", "bar = 6", "0 to 5"),
+            ("bytes = 2", "bytes = 3", "configuration space"),
+            ("offset = 4", "offset = 5", "configuration space"),
+            ("offset = 4", "offset = 256", "configuration space"),
+            ("bytes = 2", "bytes = 2\nsettle_us = 100001", "settle"),
+            ("count = 4", "count = 5", "another's too"),
+            ("count = 4", "count = 0", "no aligned registers"),
+            ("count = 4", "count = 65", "no aligned registers"),
+            ("count = 4", "count = 0xffffffff", "no aligned registers"),
+            ("offset = 0x10", "offset = 0x12", "no aligned registers"),
+            ("read_clears", "dislike", "unknown variant"),
+            ("number = 0", "number = 32", "0 to 31"),
+            ("register = 0x20", "register = 0x100", "mdio"),
+        ] {
+            let text = SMALL.replacen(from, to, 1);
+            let error = Description::parse(&text).unwrap_err().to_string();
+            assert!(error.contains(why), "{to}: {error}");
+        }
+        let ring = format!(
+            "{SMALL}\n[[ring]]\nname = \"R\"\nbase_low = 0x40\nbase_high = 0x44\nlength = 0x48\n\
+             control = 0\nenable = 1\n"
+        );
+        let error = Description::parse(&ring).unwrap_err().to_string();
+        assert!(error.contains("not saved"), "{error}");
+        assert!(Description::parse(&" ".repeat(MAX_TEXT + 1)).is_err());
+    }
+}

@@ -1,0 +1,409 @@
+//! The state of a PCI function by its registers: for devices that cannot give their state away as a whole.
+//!
+//! Which fields and registers, and in which order they are written back, is data ([`Description`]). Every register is
+//! read again after it was written: a device that does not hold what it was given is not the one that was saved.
+//!
+//! What is not held is what cannot be read, or not without changing it: statistics, causes of interrupts, timers that
+//! run, a frame that is half moved.
+
+pub mod description;
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use self::description::{ConfigField, Mdio, Register, RingPlace};
+pub use self::description::{Description, DescriptionError};
+use super::PciFunction;
+use crate::dma::{DmaError, DmaSpace};
+
+/// Largest ring, in bytes: what a length register of 20 bits can say.
+const MAX_RING: u32 = 1 << 20;
+/// Reads of a PHY access that is under way before it is given up.
+const MDIO_TRIES: u32 = 1000;
+/// Between two of them. An access takes 64 us (8254x manual, 13.4.7).
+const MDIO_WAIT: Duration = Duration::from_micros(10);
+
+/// Bits of a register of the form of MDIC (8254x manual, 13.4.7).
+mod mdic {
+    pub const REGISTER_SHIFT: u32 = 16;
+    pub const PHY_SHIFT: u32 = 21;
+    pub const WRITE: u32 = 1 << 26;
+    pub const READ: u32 = 2 << 26;
+    pub const READY: u32 = 1 << 28;
+    pub const ERROR: u32 = 1 << 30;
+}
+
+/// Why a function's state cannot be taken or put back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CheckpointError {
+    /// The function is not of the kind that is described, or is gone: all ones.
+    #[error("the device is {vendor:04x}:{device:04x}, not a {wanted}")]
+    OtherDevice {
+        /// Its vendor identifier.
+        vendor: u16,
+        /// Its device identifier.
+        device: u16,
+        /// What is described.
+        wanted: String,
+    },
+    /// The function sleeps.
+    #[error("the device sleeps ({0} is {1:#x}) and has no registers to save")]
+    Asleep(String, u32),
+    /// The checkpoint does not go with the description.
+    #[error("the checkpoint is none of a {wanted}: {what}")]
+    OtherCheckpoint {
+        /// What is described.
+        wanted: String,
+        /// What does not fit.
+        what: String,
+    },
+    /// A register does not hold what was put back.
+    #[error(
+        "the device does not answer as before: {register} was given {given:#x} and has {has:#x}"
+    )]
+    DoesNotHold {
+        /// Name of the register, with an index where there are several.
+        register: String,
+        /// What it was given.
+        given: u32,
+        /// What it has.
+        has: u32,
+    },
+    /// The PHY does not answer.
+    #[error("the device's PHY does not answer")]
+    NoPhy,
+    /// A ring lies outside of memory.
+    #[error("the {0} ring cannot be reached: {1}")]
+    Ring(String, DmaError),
+}
+
+/// The state of a function, taken by its registers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterCheckpoint {
+    device: String,
+    version: u32,
+    config: Vec<(String, u32)>,
+    registers: Vec<(String, Vec<u32>)>,
+    phy: Vec<(String, u16)>,
+    rings: Vec<SavedRing>,
+}
+
+/// A ring that was in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedRing {
+    name: String,
+    address: u64,
+    contents: Vec<u8>,
+}
+
+impl Description {
+    /// Takes the state of `function`, whose rings are in `memory`. Nobody else may use it meanwhile.
+    ///
+    /// The function goes on unchanged, but for the register through which a PHY is reached: that holds the last
+    /// access.
+    pub fn take(
+        &self,
+        function: &mut dyn PciFunction,
+        memory: &DmaSpace,
+    ) -> Result<RegisterCheckpoint, CheckpointError> {
+        let mut access = Access {
+            function,
+            bar: self.device.bar,
+        };
+        self.is_device(&mut access)?;
+        let mut config = Vec::new();
+        for field in &self.config {
+            let value = access.config(field);
+            if value & field.awake != 0 {
+                return Err(CheckpointError::Asleep(field.name.clone(), value));
+            }
+            config.push((field.name.clone(), value & field.keep));
+        }
+        let registers = self.register.iter().map(|register| {
+            let values = register.offsets().map(|at| access.read(at) & register.keep);
+            (register.name.clone(), values.collect())
+        });
+        let registers = registers.collect();
+        let mut rings = Vec::new();
+        for ring in &self.ring {
+            if let Some((address, length)) = ring.in_use(&mut access) {
+                let mut contents = vec![0; length];
+                // A ring outside of memory is one that the device cannot write either.
+                if memory.read(address, &mut contents).is_ok() {
+                    rings.push(SavedRing {
+                        name: ring.name.clone(),
+                        address,
+                        contents,
+                    });
+                }
+            }
+        }
+        let mut phy = Vec::new();
+        if let Some(mdio) = &self.mdio {
+            for register in &mdio.saved {
+                let value = mdio.read(&mut access, register.number)?;
+                phy.push((register.name.clone(), value & register.keep));
+            }
+        }
+        Ok(RegisterCheckpoint {
+            device: self.device.name.clone(),
+            version: self.device.version,
+            config,
+            registers,
+            phy,
+            rings,
+        })
+    }
+
+    /// Puts a state back. On an error the function is in no state that can be relied on, with its units stopped if
+    /// it still listens.
+    pub fn put_back(
+        &self,
+        function: &mut dyn PciFunction,
+        memory: &DmaSpace,
+        saved: &RegisterCheckpoint,
+    ) -> Result<(), CheckpointError> {
+        self.fits(saved)?;
+        let mut access = Access {
+            function,
+            bar: self.device.bar,
+        };
+        self.is_device(&mut access)?;
+        for (field, (_, value)) in self.config.iter().zip(&saved.config) {
+            if access.config(field) & field.keep == *value {
+                continue;
+            }
+            access.set_config(field, *value);
+            if field.settle_us > 0 {
+                std::thread::sleep(Duration::from_micros(field.settle_us));
+            }
+            held(&field.name, *value, access.config(field) & field.keep)?;
+        }
+        self.stop(&mut access);
+        let result = self.put_registers_back(&mut access, memory, saved);
+        if result.is_err() {
+            self.stop(&mut access);
+        }
+        result
+    }
+
+    fn put_registers_back(
+        &self,
+        access: &mut Access<'_>,
+        memory: &DmaSpace,
+        saved: &RegisterCheckpoint,
+    ) -> Result<(), CheckpointError> {
+        for ring in &saved.rings {
+            let unreachable = |error| CheckpointError::Ring(ring.name.clone(), error);
+            memory
+                .write(ring.address, &ring.contents)
+                .map_err(unreachable)?;
+        }
+        if let Some(mdio) = &self.mdio {
+            for (register, (_, value)) in mdio.saved.iter().zip(&saved.phy) {
+                if mdio.read(access, register.number)? & register.keep == *value {
+                    continue;
+                }
+                mdio.write(access, register.number, *value)?;
+                let has = mdio.read(access, register.number)? & register.keep;
+                held(&register.name, (*value).into(), has.into())?;
+            }
+        }
+        for (register, (_, values)) in self.register.iter().zip(&saved.registers) {
+            for (index, (at, value)) in register.offsets().zip(values).enumerate() {
+                if access.read(at) & register.keep == *value {
+                    continue;
+                }
+                access.write(at, *value);
+                let has = access.read(at) & register.keep;
+                if has != *value {
+                    let name = match register.count {
+                        1 => register.name.clone(),
+                        _ => format!("{}[{index}]", register.name),
+                    };
+                    held(&name, *value, has)?;
+                }
+            }
+        }
+        for store in &self.after {
+            access.write(store.offset, store.value);
+        }
+        Ok(())
+    }
+
+    /// Stops the device's units.
+    fn stop(&self, access: &mut Access<'_>) {
+        for store in &self.before {
+            access.write(store.offset, store.value);
+        }
+    }
+
+    /// Whether the function is one of those that are described.
+    fn is_device(&self, access: &mut Access<'_>) -> Result<(), CheckpointError> {
+        let mut identity = [0; 4];
+        access.function.config_read(0, &mut identity);
+        let [v0, v1, d0, d1] = identity;
+        let (vendor, device) = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([d0, d1]));
+        if (vendor, device) == (self.device.vendor, self.device.device) {
+            return Ok(());
+        }
+        Err(CheckpointError::OtherDevice {
+            vendor,
+            device,
+            wanted: self.device.name.clone(),
+        })
+    }
+
+    /// Whether a checkpoint has what is described, and nothing else.
+    fn fits(&self, saved: &RegisterCheckpoint) -> Result<(), CheckpointError> {
+        let other = |what: String| CheckpointError::OtherCheckpoint {
+            wanted: self.device.name.clone(),
+            what,
+        };
+        let device = &self.device;
+        if (&saved.device, saved.version) != (&device.name, device.version) {
+            let (name, version) = (&saved.device, saved.version);
+            return Err(other(format!(
+                "it is of a {name}, description {version} (here {})",
+                device.version
+            )));
+        }
+        let same = |known: &mut dyn Iterator<Item = &String>,
+                    there: &mut dyn Iterator<Item = &String>| loop {
+            match (known.next(), there.next()) {
+                (None, None) => return Ok(()),
+                (Some(known), Some(there)) if known == there => {}
+                (_, Some(there)) => return Err(other(format!("{there} is not expected"))),
+                (Some(known), None) => return Err(other(format!("{known} is missing"))),
+            }
+        };
+        same(
+            &mut self.config.iter().map(|field| &field.name),
+            &mut saved.config.iter().map(|(name, _)| name),
+        )?;
+        same(
+            &mut self.register.iter().map(|register| &register.name),
+            &mut saved.registers.iter().map(|(name, _)| name),
+        )?;
+        let phy = self.mdio.iter().flat_map(|mdio| &mdio.saved);
+        same(
+            &mut phy.map(|register| &register.name),
+            &mut saved.phy.iter().map(|(name, _)| name),
+        )?;
+        for (register, (name, values)) in self.register.iter().zip(&saved.registers) {
+            if values.len() != register.count as usize {
+                return Err(other(format!("{name} has {} values", values.len())));
+            }
+        }
+        for ring in &saved.rings {
+            let known = self.ring.iter().any(|known| known.name == ring.name);
+            if !known || ring.contents.len() > MAX_RING as usize {
+                return Err(other(format!("ring {} is not expected", ring.name)));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn held(register: &str, given: u32, has: u32) -> Result<(), CheckpointError> {
+    if given == has {
+        return Ok(());
+    }
+    Err(CheckpointError::DoesNotHold {
+        register: register.to_owned(),
+        given,
+        has,
+    })
+}
+
+impl Register {
+    fn offsets(&self) -> impl Iterator<Item = u32> + use<> {
+        (self.offset..).step_by(4).take(self.count as usize)
+    }
+}
+
+impl RingPlace {
+    /// Address and length of the ring, if the device uses it.
+    fn in_use(&self, access: &mut Access<'_>) -> Option<(u64, usize)> {
+        if access.read(self.control) & self.enable != self.enable {
+            return None;
+        }
+        let (low, high) = (access.read(self.base_low), access.read(self.base_high));
+        let length = access.read(self.length);
+        let address = u64::from(high) << 32 | u64::from(low);
+        (length <= MAX_RING).then_some((address, length as usize))
+    }
+}
+
+impl Mdio {
+    fn read(&self, access: &mut Access<'_>, register: u8) -> Result<u16, CheckpointError> {
+        self.operate(access, register, mdic::READ)
+    }
+
+    fn write(
+        &self,
+        access: &mut Access<'_>,
+        register: u8,
+        value: u16,
+    ) -> Result<(), CheckpointError> {
+        self.operate(access, register, mdic::WRITE | u32::from(value))
+            .map(drop)
+    }
+
+    fn operate(
+        &self,
+        access: &mut Access<'_>,
+        register: u8,
+        operation: u32,
+    ) -> Result<u16, CheckpointError> {
+        let place = u32::from(register) << mdic::REGISTER_SHIFT;
+        let place = place | u32::from(self.phy) << mdic::PHY_SHIFT;
+        access.write(self.register, operation | place);
+        for _ in 0..MDIO_TRIES {
+            let answer = access.read(self.register);
+            if answer & mdic::ERROR != 0 {
+                break;
+            }
+            if answer & mdic::READY != 0 {
+                return Ok(answer as u16);
+            }
+            std::thread::sleep(MDIO_WAIT);
+        }
+        Err(CheckpointError::NoPhy)
+    }
+}
+
+/// A function and the base address register that its registers are behind.
+struct Access<'a> {
+    function: &'a mut dyn PciFunction,
+    bar: u8,
+}
+
+impl Access<'_> {
+    fn read(&mut self, offset: u32) -> u32 {
+        let mut data = [0; 4];
+        self.function.bar_read(self.bar, offset.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u32, value: u32) {
+        self.function
+            .bar_write(self.bar, offset.into(), &value.to_le_bytes());
+    }
+
+    fn config(&mut self, field: &ConfigField) -> u32 {
+        let mut data = [0; 4];
+        let bytes = usize::from(field.bytes).min(4);
+        self.function.config_read(field.offset, &mut data[..bytes]);
+        u32::from_le_bytes(data)
+    }
+
+    fn set_config(&mut self, field: &ConfigField, value: u32) {
+        let bytes = usize::from(field.bytes).min(4);
+        self.function
+            .config_write(field.offset, &value.to_le_bytes()[..bytes]);
+    }
+}
