@@ -3,8 +3,10 @@
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
+use agent_protocol::traffic::TrafficKind;
 use cofferdam::bench::guest::GuestOptions;
 use cofferdam::bench::network::{self, LINK_TIME};
+use cofferdam::bench::traffic;
 use cofferdam::control::protocol::Request;
 
 use super::{BOOT_TIME, boot, options, shared, shell};
@@ -78,4 +80,15 @@ fn four_processors_come_up_and_work() {
     }
     network::bring_up(&mut guest, "e1000").unwrap();
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    let stream = traffic::send(&mut guest, TrafficKind::TcpEcho, Duration::from_secs(3)).unwrap();
+    assert_eq!((stream.corrupted, &stream.error), (0, &None), "{stream:?}");
+    assert!(stream.bytes_from_peer > 0, "{stream:?}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn eight_processors_come_up() {
+    let mut guest = boot(&options().with("--vcpus 8"));
+    let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
+    assert_eq!(count.trim(), "8");
 }

@@ -5,8 +5,6 @@ use isolation::attach::plan::Wanted;
 use crate::e1000::{E1000_ENTRIES, stream_and_flood};
 use crate::{boot_with_network, named};
 
-// In the lab guests with four processors now and then do not come up (docs/limits.md).
-#[cfg(feature = "four-processors")]
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn four_processors_share_an_isolated_nic() {
