@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::ensure;
+use isolation::attach::device::CheckpointBy;
 use recovery::ladder::LadderConfig;
 
 use super::guest::{Guest, GuestOptions};
@@ -68,6 +69,7 @@ pub fn measure(
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(entries.clone()),
             budget_us: Some(BUDGET_US),
+            device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
         })?;
         let isolated = rates(&mut guest, options.time)?;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
+use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::FaultCount;
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, OnFault};
@@ -175,6 +176,7 @@ pub fn measure(
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.clone()]),
             budget_us: Some(BUDGET_US),
+            device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig {
                 // The rollback alone: another try takes as long as the call does.
                 on_fault: Some(OnFault::Error),

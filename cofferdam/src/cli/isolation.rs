@@ -1,6 +1,7 @@
 //! `isolate`, `release`, `violations`: functions of a guest's driver in a domain of their own.
 
 use anyhow::bail;
+use isolation::attach::device::CheckpointBy;
 use isolation::attach::status::ModuleStatus;
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 
@@ -46,6 +47,9 @@ pub struct IsolateOptions {
     /// How often one call is run again
     #[arg(long, value_name = "N", default_value_t = LadderConfig::default().retries)]
     retries: u32,
+    /// How the device's state is taken before a call reaches it: exact, or registers as of a piece of hardware
+    #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_checkpoint)]
+    device_checkpoint: CheckpointBy,
     /// Reset the guest when the driver cannot be restarted
     #[arg(long)]
     may_reset_guest: bool,
@@ -64,6 +68,11 @@ fn parse_on_fault(text: &str) -> Result<(Option<String>, OnFault), String> {
     let names = OnFault::ALL.map(OnFault::name).join(", ");
     let on_fault = OnFault::from_name(what).ok_or_else(|| format!("there are {names}"))?;
     Ok((function, on_fault))
+}
+
+fn parse_checkpoint(name: &str) -> Result<CheckpointBy, String> {
+    let names = CheckpointBy::ALL.map(CheckpointBy::name).join(", ");
+    CheckpointBy::from_name(name).ok_or_else(|| format!("there are {names}"))
 }
 
 /// Which functions.
@@ -107,6 +116,7 @@ impl IsolateOptions {
             module: self.module.clone(),
             entries,
             budget_us: self.budget_us,
+            device_checkpoint: self.device_checkpoint,
             recovery,
         };
         let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
@@ -174,6 +184,32 @@ impl ReleaseOptions {
         } else {
             print_bytes(status_text(&status).as_bytes())?;
         }
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// `resume-device`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+For a device that does not work as its driver expects: it begins anew, and the driver, its interfaces and their \
+configuration stay. The link is lost for a moment.
+
+Example:
+  cofferdam resume-device web e1000")]
+pub struct ResumeDeviceOptions {
+    /// Name of the VM
+    vm: VmName,
+    /// Name of the module; isolated or not
+    module: String,
+}
+
+impl ResumeDeviceOptions {
+    /// `resume-device`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        let request = Request::ResumeDevice {
+            module: self.module,
+        };
+        connect(&self.vm)?.tell(&request)?;
         Ok(Ending::SUCCESS)
     }
 }

@@ -80,6 +80,8 @@ enum Command {
     Release(isolation::ReleaseOptions),
     /// Put another build of a driver in the place of the one that runs
     Upgrade(upgrade::UpgradeOptions),
+    /// Have a driver suspend and resume its devices, with its own functions
+    ResumeDevice(isolation::ResumeDeviceOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(isolation::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
@@ -119,6 +121,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),
         Command::Upgrade(options) => options.run(),
+        Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Bench(command) => command.run(),

@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 
 use agent_protocol::message::Bytes;
+use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use isolation::attach::status::ModuleStatus;
 use recovery::fault::FaultKind;
@@ -58,6 +59,9 @@ pub enum Request {
         entries: EntrySelection,
         /// Time that a call may take, in microseconds; the default otherwise.
         budget_us: Option<u64>,
+        /// How the device's state is taken before a call reaches it.
+        #[serde(default)]
+        device_checkpoint: CheckpointBy,
         /// What is done about calls that fail.
         #[serde(default)]
         recovery: LadderConfig,
@@ -75,6 +79,11 @@ pub enum Request {
         file: Bytes,
         /// How long the new one may take to have its interfaces back with their configuration, in milliseconds.
         limit_ms: u64,
+    },
+    /// Have a driver suspend and resume its devices, with its own functions.
+    ResumeDevice {
+        /// Name of the module.
+        module: String,
     },
     /// What did calls of a module do wrong lately? Answer: [`Reply::Violations`].
     Violations {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
 use devices::e1000::E1000;
-use isolation::attach::device::IsolatedDevice;
+use isolation::attach::device::{CheckpointBy, IsolatedDevice};
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::fault::FaultOrder;
 use isolation::attach::plan::Wanted;
@@ -23,7 +23,7 @@ use recovery::model::Model;
 use vmm::VmHandle;
 
 use super::recover::{self, LadderPolicy, Recoveries, Wish};
-use super::upgrade;
+use super::{suspend, upgrade};
 use crate::control::protocol::{EntrySelection, Reply};
 
 /// How long the agent may take to list the guest's symbols.
@@ -100,6 +100,11 @@ impl Isolation {
         agent
     }
 
+    /// What isolates.
+    pub(super) fn isolator(&self) -> &Isolator {
+        &self.isolator
+    }
+
     /// The VM.
     pub(super) fn vm(&self) -> &VmHandle {
         &self.vm
@@ -165,6 +170,14 @@ impl Isolation {
             .map_err(|error| format!("{error:#}"))
     }
 
+    /// Has a driver suspend and resume its devices.
+    pub fn resume_device(&self, module: &str) -> Result<Reply, String> {
+        let _alone = self.change_driver();
+        suspend::suspend_and_resume(self, module)
+            .map(|_| Reply::Done {})
+            .map_err(|error| format!("{error:#}"))
+    }
+
     /// Stops a module that is isolated.
     pub(super) fn stop(&self, module: &str) {
         if let Err(error) = self.isolator.stop(module) {
@@ -178,12 +191,14 @@ impl Isolation {
         module: &str,
         entries: EntrySelection,
         budget_us: Option<u64>,
+        checkpoint: CheckpointBy,
         recovery: LadderConfig,
     ) -> Result<Reply, String> {
         let wish = Wish {
             module: module.to_owned(),
             entries,
             budget_us,
+            checkpoint,
         };
         let policy = self.recoveries.policy(module, recovery);
         self.isolate_with(&wish, policy)
@@ -195,6 +210,7 @@ impl Isolation {
             module,
             entries,
             budget_us,
+            checkpoint,
         } = wish.clone();
         let (module, ladder) = (module.as_str(), policy.ladder());
         if let Some(budget) = budget_us.filter(|budget| !BUDGET_US.contains(budget)) {
@@ -221,8 +237,16 @@ impl Isolation {
             .knowledge(&mut agent, module, loaded)
             .map_err(|error| error.to_string())?;
         let nic = self.nic_of(module);
-        let device =
-            nic.map(|nic| -> Arc<dyn IsolatedDevice> { Arc::new(E1000Device(nic.nic.clone())) });
+        if nic.is_none() && checkpoint != CheckpointBy::Exact {
+            return Err(format!(
+                "there is no description of the registers of {module}'s device"
+            ));
+        }
+        let device = nic
+            .map(|nic| E1000Device::new(nic.nic.clone(), checkpoint))
+            .transpose()
+            .map_err(|error| error.to_string())?
+            .map(|device| -> Arc<dyn IsolatedDevice> { Arc::new(device) });
         let isolated = self
             .isolator
             .isolate(IsolateRequest {
@@ -249,7 +273,7 @@ impl Isolation {
     }
 
     /// The guest's symbols, and the types of its kernel and of `module` if it has them.
-    fn knowledge(
+    pub(super) fn knowledge(
         &self,
         agent: &mut Client,
         module: &str,

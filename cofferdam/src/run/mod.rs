@@ -20,6 +20,7 @@ mod meter;
 mod recover;
 mod service;
 pub mod signals;
+mod suspend;
 pub mod terminal;
 mod upgrade;
 mod watch;

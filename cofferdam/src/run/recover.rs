@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
 use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use isolation::attach::device::CheckpointBy;
 use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next};
 
 use super::interfaces;
@@ -40,6 +41,8 @@ pub struct Wish {
     pub entries: EntrySelection,
     /// Time that a call may take, in microseconds.
     pub budget_us: Option<u64>,
+    /// How the device's state is taken.
+    pub checkpoint: CheckpointBy,
 }
 
 struct Ward {
@@ -139,7 +142,7 @@ impl FaultPolicy for LadderPolicy {
             entry: &call.report.entry,
             attempts: call.attempts,
             returns_nothing: call.returns_nothing,
-            half_done: call.report.violation.spills > 0,
+            half_done: call.report.violation.spills > 0 || call.report.device_lost.is_some(),
             now_ns: monotonic_ns(),
         });
         match decision {

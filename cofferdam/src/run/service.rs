@@ -155,16 +155,18 @@ impl Handler for VmService {
                 module,
                 entries,
                 budget_us,
+                device_checkpoint,
                 recovery,
             } => self
                 .isolation
-                .isolate(&module, entries, budget_us, recovery),
+                .isolate(&module, entries, budget_us, device_checkpoint, recovery),
             Request::Release { module } => self.isolation.release(&module),
             Request::Upgrade {
                 module,
                 file,
                 limit_ms,
             } => self.isolation.upgrade(&module, &file.0, limit_ms, progress),
+            Request::ResumeDevice { module } => self.isolation.resume_device(&module),
             Request::Violations { module } => self.isolation.reports(&module),
             Request::Instructions { module, function } => {
                 self.isolation.instructions(&module, &function)

@@ -12,6 +12,7 @@ use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::rollback::{ENTRIES, Operation};
 use cofferdam::bench::traffic;
 use cofferdam::control::protocol::{EntrySelection, Reply, Request};
+use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place, after_kernel_calls};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
@@ -33,6 +34,8 @@ pub(super) struct Victim {
     pub guest: Guest,
     /// First kernel message after the boot.
     boot_end: u64,
+    /// How the device's state is taken.
+    checkpoint: CheckpointBy,
 }
 
 impl Victim {
@@ -42,7 +45,11 @@ impl Victim {
         let (_, boot_end) = guest.agent().kmsg(0).unwrap();
         network::bring_up(&mut guest, DRIVER).unwrap();
         network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-        Self { guest, boot_end }
+        Self {
+            guest,
+            boot_end,
+            checkpoint: CheckpointBy::Exact,
+        }
     }
 
     pub fn ask(&mut self, request: &Request) -> Reply {
@@ -57,6 +64,7 @@ impl Victim {
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.to_owned()]),
             budget_us: Some(2_000_000),
+            device_checkpoint: self.checkpoint,
             recovery,
         });
     }
@@ -171,6 +179,26 @@ impl Victim {
         count.failed > 0
     }
 
+    /// One fault at a place of this kind that calls reach.
+    fn fail_at(&mut self, entry: &str, operation: Operation, place: Place) -> u64 {
+        let candidates = place.candidates(&self.instructions(entry));
+        let reached = candidates
+            .into_iter()
+            .take(24)
+            .find(|offset| self.fail_once(entry, operation, *offset, FaultKind::NullDereference));
+        reached.unwrap_or_else(|| panic!("{entry}: no {} instruction", place.name()))
+    }
+
+    /// What the last failed calls did, as a person reads it.
+    fn violations(&mut self) -> Vec<String> {
+        match self.ask(&Request::Violations {
+            module: DRIVER.to_owned(),
+        }) {
+            Reply::Violations { texts, .. } => texts,
+            other => panic!("{other:?}"),
+        }
+    }
+
     /// Kernel messages that no healthy guest writes.
     pub fn assert_healthy(&mut self, after: &str) {
         let (records, _) = self.guest.agent().kmsg(self.boot_end).unwrap();
@@ -283,12 +311,7 @@ fn after_a_fault_at_any_place_the_same_operation_succeeds() {
         let instructions = victim.instructions(entry);
         let mut failed = 0;
         for place in Place::ALL {
-            let candidates = place.candidates(&instructions);
-            let reached = candidates.into_iter().take(24).find(|offset| {
-                victim.fail_once(entry, operation, *offset, FaultKind::NullDereference)
-            });
-            let offset =
-                reached.unwrap_or_else(|| panic!("{entry}: no {} instruction", place.name()));
+            let offset = victim.fail_at(entry, operation, place);
             eprintln!("{entry}+{offset:#x} ({})", place.name());
             victim.operate_well(operation);
             victim.assert_healthy(&format!("{entry}, {}", place.name()));
@@ -447,5 +470,101 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
     victim.run(&["ip", "link", "set", "eth0", "up"]);
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
+    victim.assert_healthy("all of it");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_device_that_is_put_back_by_its_registers_goes_on() {
+    let mut victim = Victim::boot();
+    victim.checkpoint = CheckpointBy::Registers;
+    // These read the device, and the first acknowledges its interrupts by that.
+    for entry in ["e1000_intr", "e1000_clean"] {
+        victim.isolate(entry, unlimited());
+        let operation = Operation::of(entry).unwrap();
+        let offset = victim.fail_at(entry, operation, Place::Last);
+        victim.inject(entry, offset, FaultKind::UndefinedInstruction, 5, 30);
+        let result = traffic::send(
+            &mut victim.guest,
+            TrafficKind::TcpEcho,
+            Duration::from_secs(5),
+        );
+        let result = result.unwrap();
+        assert_eq!((result.corrupted, &result.error), (0, &None), "{entry}");
+        let count = victim.count();
+        let violations = victim.violations();
+        eprintln!("{entry}+{offset:#x}: {count:?}, {result:?}");
+        assert!(count.failed > 0, "{count:?}");
+        // Not every poll reads the device before its end.
+        let reached = |text: &String| text.contains("put back from its checkpoint");
+        assert!(
+            entry == "e1000_clean" || violations.iter().all(reached),
+            "{violations:?}"
+        );
+        victim.release();
+        victim.assert_healthy(entry);
+    }
+    // These reset the controller and power the PHY down and up.
+    for entry in ["e1000_set_ringparam", "e1000_change_mtu"] {
+        victim.isolate(entry, unlimited());
+        let operation = Operation::of(entry).unwrap();
+        for place in [Place::Middle, Place::Last] {
+            let offset = victim.fail_at(entry, operation, place);
+            let violations = victim.violations();
+            eprintln!("{entry}+{offset:#x}: {violations:?}");
+            victim.ping();
+            victim.operate_well(operation);
+            victim.assert_healthy(entry);
+        }
+        victim.release();
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_driver_suspends_and_resumes_its_device_while_the_guest_works() {
+    let mut victim = Victim::boot();
+    victim.configure();
+    let before = victim.configuration();
+    let resume = |victim: &mut Victim, module: &str| {
+        victim.guest.agent().disconnect();
+        let request = Request::ResumeDevice {
+            module: module.to_owned(),
+        };
+        victim.guest.control().unwrap().ask(&request)
+    };
+    // The driver takes its link away and gives it back.
+    let changes = |victim: &mut Victim| -> u32 {
+        let text = victim.run(&["cat", "/sys/class/net/eth0/carrier_changes"]);
+        text.trim().parse().unwrap()
+    };
+    for round in 0..3 {
+        let begin = Instant::now();
+        let changes_before = changes(&mut victim);
+        let answer = resume(&mut victim, DRIVER);
+        let last_words = victim.guest.last_words();
+        assert_eq!(
+            answer.unwrap_or_else(|error| panic!("{error:#}{last_words}")),
+            Reply::Done {}
+        );
+        eprintln!("round {round}: {:?}", begin.elapsed());
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        victim.assert_configured(&before);
+        assert!(changes(&mut victim) >= changes_before + 2);
+        victim.assert_healthy("suspend and resume");
+    }
+    // It works with functions in the domain as well, and others' writes are what they were.
+    victim.isolate("e1000_xmit_frame", unlimited());
+    resume(&mut victim, DRIVER).unwrap();
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    victim.release();
+    let attribute = "/sys/class/net/eth0/device/broken_parity_status";
+    victim.run(&["sh", "-c", &format!("echo 1 > {attribute}")]);
+    assert_eq!(victim.run(&["cat", attribute]).trim(), "1");
+    victim.guest.agent().load_module("dummy", "").unwrap();
+    let error = resume(&mut victim, "dummy").unwrap_err().to_string();
+    assert!(error.contains("drives no PCI device"), "{error}");
     victim.assert_healthy("all of it");
 }

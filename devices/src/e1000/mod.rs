@@ -203,6 +203,11 @@ impl E1000 {
         Ok(nic)
     }
 
+    /// The memory that the controller reaches.
+    pub fn memory(&self) -> &DmaSpace {
+        &self.dma
+    }
+
     /// When the guest took interrupts of this controller.
     pub fn interrupts_taken(&self) -> Arc<Moments> {
         Arc::clone(&self.interrupts_taken)

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::armed::Gate;
 use super::plan::Plan;
 use super::status::EntryStatus;
-use super::{AttachError, GATE, IsolateRequest};
+use super::{AttachError, GATE};
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
 use crate::guest::addr::{Gva, GvaRange};
@@ -28,11 +28,12 @@ use crate::policy::call::DriverPolicy;
 pub(super) fn kernel_space(
     sregs: &mut kvm_sregs,
     physical_bits: u8,
-    request: &IsolateRequest,
+    module: &str,
+    sections: &[(String, u64)],
     memory: &GuestMemoryMmap,
 ) -> Result<AddressSpace, AttachError> {
-    let probe = request.sections.iter().find(|(name, _)| name == ".text");
-    let probe = probe.ok_or_else(|| ModuleError::NoSections(request.module.clone()))?;
+    let probe = sections.iter().find(|(name, _)| name == ".text");
+    let probe = probe.ok_or_else(|| ModuleError::NoSections(module.to_owned()))?;
     for cr3 in [sregs.cr3, sregs.cr3 & !0x1000] {
         let space = AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, physical_bits);
         if space.walk(memory, Gva(probe.1)).is_ok() {

@@ -212,6 +212,7 @@ impl Armed {
         });
         let mut platform = Some(Platform::new(at.vm, at.vcpu));
         let mut result: Option<Result<CallResult, DomainError>> = None;
+        let mut device_lost = None;
         match &self.device {
             Some(device) => device.hold(&mut |held| {
                 let Some(platform) = platform.take() else {
@@ -220,6 +221,7 @@ impl Armed {
                 let mut supervisor =
                     CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
                 result = Some(domain.carry_out(&request, &mut supervisor, spilled));
+                device_lost = supervisor.device_lost();
             }),
             None => {
                 let platform = Platform::new(at.vm, at.vcpu);
@@ -266,6 +268,7 @@ impl Armed {
                         let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
                         report.at_ns = ended_ns.saturating_sub(took);
                         report.phases = phases;
+                        report.device_lost = device_lost.map(|lost| lost.to_string());
                         self.failed(gate, report, attempts, ended);
                         Some(next)
                     }
@@ -301,8 +304,10 @@ impl Armed {
             attempts,
             returns_nothing: aborted == Some(AbortValue::Nothing),
         });
-        // What a spilled call did before is in the guest: it cannot be run once more.
-        if report.violation.spills > 0 && decided == AfterFault::Retry {
+        // What a spilled call did before is in the guest, and a device that was lost is not as before: it cannot
+        // be run once more.
+        let undone = report.violation.spills == 0 && report.device_lost.is_none();
+        if !undone && decided == AfterFault::Retry {
             decided = AfterFault::ReturnError;
         }
         if let Some(gate) = self.gates.get_mut(&gate) {

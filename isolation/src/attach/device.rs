@@ -1,6 +1,42 @@
 //! The isolated driver's device, as the domain reaches it.
 
+use serde::{Deserialize, Serialize};
+
 use crate::domain::supervisor::DeviceAddress;
+
+/// How a device's state is taken at the beginning of a call that reaches it, and put back if the call fails.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointBy {
+    /// All of it as one value: only a model can give it away.
+    #[default]
+    Exact,
+    /// What its registers show ([`devices::pci::registers`]), as of a piece of hardware.
+    Registers,
+}
+
+impl CheckpointBy {
+    /// All ways.
+    pub const ALL: [Self; 2] = [Self::Exact, Self::Registers];
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Registers => "registers",
+        }
+    }
+
+    /// The way with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|by| by.name() == name)
+    }
+}
+
+/// The state of a device could not be taken or put back: what it does from now on is not known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceLost(pub String);
 
 /// Access to a device while nobody else has it.
 pub trait HeldDevice {
@@ -17,11 +53,11 @@ pub trait HeldDevice {
     /// Stores `data` (1 to 8 bytes) to a place that the device owns.
     fn write(&mut self, at: DeviceAddress, data: &[u8]);
 
-    /// Takes the device's whole state.
+    /// Takes the device's state.
     fn checkpoint(&mut self);
 
-    /// Puts back the state that was taken last.
-    fn restore(&mut self);
+    /// Puts back the state that was taken last; the error is also that it could not be taken.
+    fn restore(&mut self) -> Result<(), DeviceLost>;
 
     /// Keeps the device from interrupting and from moving data: its driver does not run any more.
     fn silence(&mut self);

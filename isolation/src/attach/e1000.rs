@@ -1,14 +1,16 @@
-//! The 82540EM model as an isolated device: its whole state is one value, so a checkpoint is exact. The descriptor
-//! rings, which it writes behind the processor's back, belong to the checkpoint.
+//! The 82540EM model as an isolated device. Its whole state is one value, which a checkpoint may hold; or it is taken by
+//! its registers as that of a piece of hardware would be. The descriptor rings, which it writes behind the
+//! processor's back, belong to either.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::e1000::{E1000, E1000State, RingMemory};
+use devices::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
 use devices::pci::{BarRange, BarSpace, PciFunction};
 
 use crate::domain::supervisor::DeviceAddress;
 
-use super::device::{HeldDevice, IsolatedDevice};
+use super::device::{CheckpointBy, DeviceLost, HeldDevice, IsolatedDevice};
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
 /// Manual, 4.1.1).
@@ -21,26 +23,51 @@ const RCTL: u64 = 0x100;
 const TCTL: u64 = 0x400;
 
 /// A controller shared with the bus and the event loop.
-pub struct E1000Device(pub Arc<Mutex<E1000>>);
+pub struct E1000Device {
+    nic: Arc<Mutex<E1000>>,
+    /// Its registers, if its state is taken by them.
+    registers: Option<Description>,
+}
+
+impl E1000Device {
+    /// The controller, whose state is taken in this way.
+    pub fn new(nic: Arc<Mutex<E1000>>, by: CheckpointBy) -> Result<Self, DescriptionError> {
+        let registers = match by {
+            CheckpointBy::Exact => None,
+            CheckpointBy::Registers => Some(Description::intel_82540em()?),
+        };
+        Ok(Self { nic, registers })
+    }
+}
 
 impl IsolatedDevice for E1000Device {
     fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
-        let mut nic = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner);
         let ranges = nic.decoded().into_iter().collect();
         with(&mut Held {
             nic: &mut nic,
+            registers: self.registers.as_ref(),
             ranges,
-            saved: None,
+            saved: Saved::Nothing,
         });
     }
 }
 
+/// A checkpoint.
+enum Saved {
+    Nothing,
+    Exact(Box<(E1000State, RingMemory)>),
+    Registers(Box<RegisterCheckpoint>),
+    Failed(DeviceLost),
+}
+
 struct Held<'a> {
     nic: &'a mut E1000,
+    registers: Option<&'a Description>,
     /// Where the BARs are. Only configuration space moves them, which an isolated call does
     /// not reach.
     ranges: Vec<BarRange>,
-    saved: Option<(E1000State, RingMemory)>,
+    saved: Saved,
 }
 
 impl Held<'_> {
@@ -80,17 +107,38 @@ impl HeldDevice for Held<'_> {
     }
 
     fn checkpoint(&mut self) {
-        self.saved = Some((self.nic.save(), self.nic.save_rings()));
-    }
-
-    fn restore(&mut self) {
-        let Some((state, rings)) = self.saved.take() else {
+        let Some(registers) = self.registers else {
+            let exact = (self.nic.save(), self.nic.save_rings());
+            self.saved = Saved::Exact(Box::new(exact));
             return;
         };
-        if let Err(error) = self.nic.restore(state) {
-            tracing::error!("the NIC does not take back its own checkpoint: {error}");
+        let memory = self.nic.memory().clone();
+        self.saved = match registers.take(self.nic, &memory) {
+            Ok(saved) => Saved::Registers(Box::new(saved)),
+            Err(error) => Saved::Failed(DeviceLost(error.to_string())),
+        };
+    }
+
+    fn restore(&mut self) -> Result<(), DeviceLost> {
+        let lost = |error: &dyn std::fmt::Display| DeviceLost(error.to_string());
+        match (
+            std::mem::replace(&mut self.saved, Saved::Nothing),
+            self.registers,
+        ) {
+            (Saved::Exact(exact), _) => {
+                let (state, rings) = *exact;
+                self.nic.restore(state).map_err(|error| lost(&error))?;
+                self.nic.restore_rings(&rings);
+                Ok(())
+            }
+            (Saved::Registers(saved), Some(registers)) => {
+                let memory = self.nic.memory().clone();
+                let result = registers.put_back(self.nic, &memory, &saved);
+                result.map_err(|error| lost(&error))
+            }
+            (Saved::Failed(error), _) => Err(error),
+            (Saved::Nothing | Saved::Registers(_), _) => Ok(()),
         }
-        self.nic.restore_rings(&rings);
     }
 
     fn silence(&mut self) {

@@ -22,12 +22,13 @@ mod removal;
 pub mod report;
 pub mod status;
 mod supervisor;
+pub mod suspend_resume;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use vm_memory::GuestMemoryMmap;
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 use vmm::{Refused, VmHandle};
@@ -49,6 +50,7 @@ use removal::RemovalWatch;
 use report::ViolationReport;
 use status::ModuleStatus;
 use supervisor::Knowledge;
+use suspend_resume::{SuspendError, SuspendResume};
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
 const GATE: GatePorts = GatePorts {
@@ -95,6 +97,9 @@ pub enum AttachError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] VirtError),
+    /// The driver's own functions.
+    #[error(transparent)]
+    Suspend(#[from] SuspendError),
     /// KVM.
     #[error("KVM refused {0}: {1}")]
     Kvm(&'static str, kvm_ioctls::Error),
@@ -149,6 +154,8 @@ pub struct Isolator {
     modules: Mutex<HashMap<String, Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
+    /// Functions of a driver that are being called in the guest. Taken last.
+    suspending: Mutex<Option<SuspendResume>>,
 }
 
 impl Isolator {
@@ -158,6 +165,7 @@ impl Isolator {
             vm: vm.clone(),
             modules: Mutex::new(HashMap::new()),
             watch: Mutex::new(None),
+            suspending: Mutex::new(None),
         });
         vm.attach_trap_handler(isolator.clone())?;
         Ok(isolator)
@@ -175,15 +183,12 @@ impl Isolator {
             let cpuid = vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-            let physical_bits = cpuid
-                .as_slice()
-                .iter()
-                .find(|leaf| leaf.function == 0x8000_0008)
-                .map_or(36, |leaf| leaf.eax as u8);
+            let physical_bits = physical_bits(&cpuid);
             let mut sregs = vcpu
                 .get_sregs()
                 .map_err(|error| AttachError::Kvm("KVM_GET_SREGS", error))?;
-            let space = kernel_space(&mut sregs, physical_bits, &request, &memory)?;
+            let (module, sections) = (&request.module, &request.sections);
+            let space = kernel_space(&mut sregs, physical_bits, module, sections, &memory)?;
             let virt = VirtMemory {
                 space,
                 memory: &*memory,
@@ -318,6 +323,80 @@ impl Isolator {
         })?
     }
 
+    /// Has the next write of `word` to the [`suspend_resume::ATTRIBUTE`] of a device that `module` drives call the driver's
+    /// suspend function and then its resume function.
+    pub fn begin_suspend_resume(
+        &self,
+        module: &str,
+        sections: &[(String, u64)],
+        symbols: &SymbolTable,
+        types: &Btf,
+        word: &[u8],
+    ) -> Result<(), AttachError> {
+        let memory = self.vm.ram().memory().clone();
+        self.vm.with_paused(|vcpus| {
+            let mut suspending = self.suspending();
+            if suspending.is_some() {
+                return Err(SuspendError::Busy.into());
+            }
+            let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
+            let cpuid = vcpu
+                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+                .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
+            let mut sregs = vcpu
+                .get_sregs()
+                .map_err(|error| AttachError::Kvm("KVM_GET_SREGS", error))?;
+            let bits = physical_bits(&cpuid);
+            let virt = VirtMemory {
+                space: kernel_space(&mut sregs, bits, module, sections, &memory)?,
+                memory: &*memory,
+            };
+            *suspending = Some(SuspendResume::arm(
+                module, word, types, symbols, &virt, bits,
+            )?);
+            Ok(())
+        })?
+    }
+
+    /// What came of the suspend and resume that were begun. If one of them has not returned, its return is waited
+    /// for by the gate, and this has to be asked again.
+    pub fn end_suspend_resume(&self) -> Result<(), AttachError> {
+        let memory = self.vm.ram().memory().clone();
+        self.vm
+            .with_paused(|_| {
+                let mut suspending = self.suspending();
+                match suspending.take().map(|one| one.disarm(&memory)) {
+                    None => Err(SuspendError::NotReached),
+                    Some(Ok(result)) => result,
+                    Some(Err(out)) => {
+                        let error = out.out();
+                        *suspending = Some(*out);
+                        Err(error)
+                    }
+                }
+            })?
+            .map_err(AttachError::from)
+    }
+
+    fn suspending(&self) -> MutexGuard<'_, Option<SuspendResume>> {
+        self.suspending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes on with a suspend or resume, if a vCPU came to its gate. The registers to go on with.
+    fn suspend_step(&self, at: u64, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<kvm_regs> {
+        let mut suspending = self.suspending();
+        let suspending = suspending.as_mut()?;
+        let memory = self.vm.ram().memory().clone();
+        let bits = suspending.physical_bits;
+        let virt = VirtMemory {
+            space: AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, bits),
+            memory: &*memory,
+        };
+        suspending.step(at, regs, &virt)
+    }
+
     /// Has all isolated functions of a module return errors without being run, and silences its device.
     pub fn stop(&self, module: &str) -> Result<(), AttachError> {
         self.with_module(module, |armed| {
@@ -443,12 +522,22 @@ impl Isolator {
     pub fn forget(&self) {
         self.modules().clear();
         *self.watch() = None;
+        *self.suspending() = None;
     }
 
     fn modules(&self) -> MutexGuard<'_, HashMap<String, Armed>> {
         // A panic inside a call leaves counters behind that are off by one at worst.
         self.modules.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Bits of a guest physical address.
+fn physical_bits(cpuid: &CpuId) -> u8 {
+    let leaf = cpuid
+        .as_slice()
+        .iter()
+        .find(|leaf| leaf.function == 0x8000_0008);
+    leaf.map_or(36, |leaf| leaf.eax as u8)
 }
 
 impl TrapHandler for Isolator {
@@ -470,6 +559,10 @@ impl TrapHandler for Isolator {
                 rip: watch.body(),
                 ..regs
             };
+            context.set_regs(&next);
+            return TrapOutcome::Resume;
+        }
+        if let Some(next) = self.suspend_step(gate, &regs, &sregs) {
             context.set_regs(&next);
             return TrapOutcome::Resume;
         }

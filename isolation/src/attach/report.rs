@@ -27,6 +27,8 @@ pub struct ViolationReport {
     pub at_ns: u64,
     /// Where the time of the rollback went.
     pub phases: AbortPhases,
+    /// Why the device is not as before the call, if it is not.
+    pub device_lost: Option<String>,
 }
 
 impl fmt::Display for ViolationReport {
@@ -40,6 +42,7 @@ impl fmt::Display for ViolationReport {
             call_chain,
             at_ns: _,
             phases: _,
+            device_lost,
         } = self;
         write!(f, "{entry}: {} at {at}", What(violation))?;
         if !instruction.is_empty() {
@@ -54,11 +57,13 @@ impl fmt::Display for ViolationReport {
         for place in call_chain.iter().rev() {
             write!(f, ", called from {place}")?;
         }
-        if violation.reached_device {
-            write!(
+        match device_lost {
+            Some(why) => write!(f, "; the device could not be put back: {why}")?,
+            None if violation.reached_device => write!(
                 f,
                 "; the device had been reached and was put back from its checkpoint"
-            )?;
+            )?,
+            None => {}
         }
         if violation.spills > 0 {
             write!(

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
 use vm_memory::GuestMemoryMmap;
 
-use super::device::HeldDevice;
+use super::device::{DeviceLost, HeldDevice};
 use super::platform::Platform;
 use super::report::ViolationReport;
 use crate::domain::Domain;
@@ -119,6 +119,7 @@ impl Knowledge {
             violation,
             at_ns: 0,
             phases: AbortPhases::default(),
+            device_lost: None,
         }
     }
 
@@ -188,6 +189,7 @@ pub struct CallSupervisor<'a> {
     knowledge: &'a Knowledge,
     policy: Option<CallPolicy<'a>>,
     device: Option<&'a mut dyn HeldDevice>,
+    device_lost: Option<DeviceLost>,
     platform: Platform<'a>,
 }
 
@@ -203,8 +205,14 @@ impl<'a> CallSupervisor<'a> {
             knowledge,
             policy,
             device,
+            device_lost: None,
             platform,
         }
+    }
+
+    /// Why the device's state could not be put back, if it could not.
+    pub fn device_lost(self) -> Option<DeviceLost> {
+        self.device_lost
     }
 
     /// Whether the call may write the `bytes` bytes at `va`; `None` if there is no policy.
@@ -299,7 +307,7 @@ impl Supervisor for CallSupervisor<'_> {
 
     fn restore_device(&mut self) {
         if let Some(device) = &mut self.device {
-            device.restore();
+            self.device_lost = device.restore().err();
         }
     }
 

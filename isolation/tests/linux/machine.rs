@@ -15,6 +15,7 @@ use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
 use isolation::attach::after_fault::ReturnErrors;
+use isolation::attach::device::CheckpointBy;
 use isolation::attach::e1000::E1000Device;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
@@ -172,7 +173,8 @@ impl Machine {
 
     pub fn isolate(&mut self, module: &str, wanted: Wanted) -> Result<Isolated, AttachError> {
         let modules = self.agent.modules(Some(module)).unwrap();
-        let device = (module == "e1000").then(|| E1000Device(self.nic.clone()));
+        let device = (module == "e1000")
+            .then(|| E1000Device::new(self.nic.clone(), CheckpointBy::Exact).unwrap());
         let file = self.images.join(format!("modules/{module}.ko"));
         let file = std::fs::read(file).unwrap();
         let types = Btf::from_elf(&file, Some(self.kernel_types.clone())).unwrap();
