@@ -1,5 +1,7 @@
 //! The stock driver of the 82540EM, under traffic.
 
+use std::time::Duration;
+
 use crate::machine::Machine;
 use crate::{boot_with_network, named};
 
@@ -98,9 +100,13 @@ fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
 
 /// A TCP stream with checked contents and a flood of pings, each for `COFFERDAM_TRAFFIC_SECONDS`.
 pub fn stream_and_flood(machine: &mut Machine) {
-    let seconds = std::env::var("COFFERDAM_TRAFFIC_SECONDS").unwrap_or("5".into());
+    let seconds =
+        std::env::var("COFFERDAM_TRAFFIC_SECONDS").map_or(5, |text| text.parse().unwrap());
     for kind in ["tcp_echo", "ping_flood"] {
-        let line = machine.run(&format!("/init traffic {kind} 10.0.2.2 {seconds}"));
+        let line = machine.run_within(
+            Duration::from_secs(seconds + 60),
+            &format!("/init traffic {kind} 10.0.2.2 {seconds}"),
+        );
         eprintln!("{kind}: {line}");
         assert!(
             line.contains("\"corrupted\":0") && !line.contains("\"error\""),

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use agent_protocol::Client;
-use agent_protocol::message::SymbolFilter;
+use agent_protocol::message::{Exec, SymbolFilter};
 use devices::e1000::{E1000, E1000Config};
 use devices::pci::config::InterruptPin;
 use devices::serial::SerialBackend;
@@ -130,7 +130,17 @@ impl Machine {
 
     /// Runs a program in the guest, which must succeed, and returns what it wrote.
     pub fn run(&mut self, command: &str) -> String {
-        let result = match self.agent.run(&["busybox", "sh", "-c", command]) {
+        self.run_within(Duration::from_secs(60), command)
+    }
+
+    /// The same with another limit.
+    pub fn run_within(&mut self, limit: Duration, command: &str) -> String {
+        let exec = Exec {
+            argv: ["busybox", "sh", "-c", command].map(str::to_owned).to_vec(),
+            limit_ms: Some(u64::try_from(limit.as_millis()).unwrap()),
+            ..Exec::default()
+        };
+        let result = match self.agent.exec(exec) {
             Ok(result) => result,
             Err(error) => {
                 self.print_status();
