@@ -361,3 +361,12 @@ pub fn violation(result: &CallResult) -> &Violation {
 pub fn violation_kind(result: &CallResult) -> ViolationKind {
     violation(result).kind
 }
+
+/// A driver with this code, called once; the kernel lets it write its data.
+pub fn one_call(build: impl FnOnce(&mut CodeAssembler)) -> (Guest, CallResult) {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, build);
+    let mut domain = guest.domain();
+    let result = guest.call(&mut domain, &mut Kernel::with_data());
+    (guest, result)
+}

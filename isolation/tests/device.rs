@@ -1,0 +1,128 @@
+//! Calls of a hand-made guest that reach their device, on the host's real KVM.
+
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use common::*;
+use iced_x86::code_asm::*;
+use isolation::domain::transaction::CallEnd;
+use isolation::domain::violation::ViolationKind;
+
+#[test]
+fn device_stores_wait_for_commit_and_keep_their_order() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx + 0x18), 1).unwrap();
+        a.mov(dword_ptr(rcx + 0x10), 2).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel::default();
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(
+        kernel.device_writes,
+        [(DEVICE_GPA + 0x18, 1, 4), (DEVICE_GPA + 0x10, 2, 4)]
+    );
+    assert_eq!(
+        kernel.checkpoints, 0,
+        "nothing left the queue before commit"
+    );
+}
+
+#[test]
+fn an_aborted_call_never_reaches_the_device() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx), 1).unwrap();
+        a.ud2().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel::default();
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(
+        violation_kind(&result),
+        ViolationKind::Exception { vector: 6, .. }
+    ));
+    assert_eq!((kernel.device_writes.len(), kernel.restores), (0, 0));
+}
+
+#[test]
+fn a_device_load_flushes_the_queue_and_an_abort_after_it_restores_the_device() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rdx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rdx), 8).unwrap();
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx), 1).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.cmp(eax, 0x55).unwrap();
+        let mut good = a.create_label();
+        a.je(good).unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut good).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        device_value: 0x55,
+        ..Kernel::with_data()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 0x55);
+    assert_eq!(kernel.device_writes.len(), 1);
+    guest.write(DRIVER_DATA, 0);
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let mut kernel = Kernel {
+        device_value: 0x66,
+        ..Kernel::with_data()
+    };
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    assert!(violation(&result).reached_device);
+    assert_eq!((kernel.checkpoints, kernel.restores), (1, 1));
+    assert!(
+        guest.all() == before,
+        "memory published for the device was not taken back"
+    );
+}
+
+#[test]
+fn the_devices_ports_are_written_at_commit_and_read_at_once() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(edx, 0xc000).unwrap();
+        a.mov(eax, 0x11).unwrap();
+        a.out(dx, eax).unwrap();
+        a.mov(edx, 0xc004).unwrap();
+        a.in_(eax, dx).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        device_value: 0x5566_7788,
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 0x5566_7788);
+    assert_eq!(kernel.device_writes, [(0xc000, 0x11, 4)]);
+}
+
+#[test]
+fn another_devices_registers_are_a_violation() {
+    let (_, result) = one_call(|a| {
+        a.mov(rcx, OTHER_DEVICE).unwrap();
+        a.mov(dword_ptr(rcx), 1).unwrap();
+        a.ret().unwrap();
+    });
+    let expected = ViolationKind::ForeignMmio {
+        gpa: OTHER_DEVICE_GPA,
+        write: true,
+    };
+    assert_eq!(violation_kind(&result), expected);
+}

@@ -1,0 +1,345 @@
+//! What calls of a hand-made guest may not do, on the host's real KVM.
+
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod common;
+
+use common::*;
+use iced_x86::code_asm::*;
+use isolation::domain::roots::Root;
+use isolation::domain::transaction::{CallEnd, CallRequest, PassThroughReason};
+use isolation::domain::violation::ViolationKind;
+use std::time::Duration;
+
+#[test]
+fn a_stray_write_is_caught_before_it_happens_at_its_instruction() {
+    let (_, result) = one_call(|a| {
+        a.mov(rcx, KERNEL_DATA + 0x10).unwrap();
+        a.mov(qword_ptr(rcx), 1).unwrap();
+        a.ret().unwrap();
+    });
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StrayWrite {
+            address: KERNEL_DATA + 0x10
+        }
+    );
+    assert_eq!(violation(&result).rip, DRIVER_TEXT + 10);
+    assert_eq!(violation(&result).root, Root::Driver);
+}
+
+#[test]
+fn kernel_functions_may_write_what_the_driver_may_not() {
+    let guest = Guest::new();
+    let kernel_function = KERNEL_TEXT + 0x100;
+    guest.code(kernel_function, |a| {
+        a.mov(rcx, KERNEL_DATA).unwrap();
+        a.mov(qword_ptr(rcx), 9).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.sub(rsp, 8).unwrap();
+        a.call(kernel_function).unwrap();
+        a.add(rsp, 8).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 4, kernel_function).unwrap();
+    let result = guest.call(&mut domain, &mut Kernel::default());
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(guest.read(KERNEL_DATA), 9);
+}
+
+#[test]
+fn bytes_of_others_on_an_opened_page_are_found_at_commit() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rcx), 1).unwrap();
+        a.mov(qword_ptr(rcx + 0x80), -1).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        writable: vec![(DRIVER_DATA, 0x40)],
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    let expected = ViolationKind::StrayBytes {
+        address: DRIVER_DATA + 0x80,
+        bytes: 8,
+    };
+    assert_eq!(violation_kind(&result), expected);
+    assert_eq!(
+        (guest.read(DRIVER_DATA), guest.read(DRIVER_DATA + 0x80)),
+        (0, 0)
+    );
+}
+
+#[test]
+fn a_smashed_caller_frame_is_found_at_commit() {
+    let (guest, result) = one_call(|a| {
+        a.mov(qword_ptr(rsp + 0x20), 1).unwrap();
+        a.ret().unwrap();
+    });
+    let address = STACK_TOP - 0x108 + 0x20;
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StackSmash { address }
+    );
+    assert_eq!(guest.read(address), 0);
+}
+
+#[test]
+fn a_kernel_function_may_write_an_object_on_the_callers_stack() {
+    let guest = Guest::new();
+    let completes = KERNEL_TEXT + 0x100;
+    guest.code(completes, |a| {
+        a.mov(qword_ptr(rdi), 1).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(completes).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, completes).unwrap();
+    let mut regs = guest.entry_regs();
+    regs.rdi = regs.rsp + 0x40;
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(guest.read(regs.rdi), 1);
+}
+
+#[test]
+fn an_overflow_on_the_stack_ends_at_the_return_address() {
+    let guest = Guest::new();
+    let nothing = KERNEL_TEXT + 0x100;
+    guest.code(nothing, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(nothing).unwrap();
+        a.mov(dword_ptr(rsp), 0x4141_4141).unwrap();
+        a.mov(dword_ptr(rsp + 4), 0x4141_4141).unwrap();
+        a.mov(dword_ptr(rsp + 8), 0x4141_4141).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, nothing).unwrap();
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert!(
+        !matches!(result.end, CallEnd::Committed | CallEnd::PassThrough(_)),
+        "{result:?}"
+    );
+    assert!(guest.all() == before);
+}
+
+#[test]
+fn a_callers_local_that_was_passed_to_the_call_may_be_written() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(qword_ptr(rsp + 0x20), 1).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let address = STACK_TOP - 0x108 + 0x20;
+    let mut kernel = Kernel {
+        writable: vec![(address, 8)],
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(guest.read(address), 1);
+}
+
+#[test]
+fn a_wild_jump_into_kernel_text_is_an_illegal_control_transfer() {
+    let guest = Guest::new();
+    let inside = KERNEL_TEXT + 0x204;
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rax, inside).unwrap();
+        a.jmp(rax).unwrap();
+    });
+    let mut domain = guest.domain();
+    let result = guest.call(&mut domain, &mut Kernel::with_data());
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::IllegalControlTransfer { target: inside }
+    );
+}
+
+#[test]
+fn a_jump_to_unmapped_memory_is_an_illegal_control_transfer() {
+    let (_, result) = one_call(|a| {
+        a.xor(eax, eax).unwrap();
+        a.call(rax).unwrap();
+    });
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::IllegalControlTransfer { target: 0 }
+    );
+}
+
+#[test]
+fn a_kernel_function_that_would_oops_is_the_drivers_failure() {
+    let guest = Guest::new();
+    let kernel_function = KERNEL_TEXT + 0x100;
+    guest.code(kernel_function, |a| {
+        a.mov(rax, qword_ptr(rdi)).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(edi, 0x40).unwrap();
+        a.call(kernel_function).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 5, kernel_function).unwrap();
+    let result = guest.call(&mut domain, &mut Kernel::default());
+    let ViolationKind::KernelException {
+        vector: 14,
+        address: 0x40,
+        ..
+    } = violation_kind(&result)
+    else {
+        panic!("{result:?}")
+    };
+    assert_eq!(violation(&result).root, Root::Kernel);
+    let mut kernel = Kernel {
+        kernel_exception_expected: true,
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(
+        matches!(
+            result.end,
+            CallEnd::PassThrough(PassThroughReason::KernelException)
+        ),
+        "{result:?}"
+    );
+}
+
+#[test]
+fn ports_and_halts_are_violations_of_the_driver() {
+    for (code, expected) in [
+        (
+            &[0xe6u8, 0x80, 0xc3][..],
+            ViolationKind::ForeignPort {
+                port: 0x80,
+                write: true,
+            },
+        ),
+        (
+            &[0xe4, 0x71, 0xc3],
+            ViolationKind::ForeignPort {
+                port: 0x71,
+                write: false,
+            },
+        ),
+        (&[0xf4, 0xc3], ViolationKind::PrivilegedInstruction),
+        // The port of the monitor's own stubs, used by the driver.
+        (
+            &[0xe6, 0xf1, 0xc3],
+            ViolationKind::ForeignPort {
+                port: 0xf1,
+                write: true,
+            },
+        ),
+    ] {
+        let guest = Guest::new();
+        guest.code(DRIVER_TEXT, |a| a.db(code).unwrap());
+        let mut domain = guest.domain();
+        let result = guest.call(&mut domain, &mut Kernel::with_data());
+        assert_eq!(violation_kind(&result), expected);
+    }
+}
+
+#[test]
+fn a_call_that_hangs_is_ended_by_its_budget() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top).unwrap();
+        a.jmp(top).unwrap();
+    });
+    let mut domain = guest.domain();
+    let request = CallRequest {
+        regs: guest.entry_regs(),
+        sregs: &guest.sregs,
+        clock: None,
+        function: DRIVER_TEXT,
+        return_gate: None,
+        sleep_limit: Duration::ZERO,
+        budget: Duration::from_millis(20),
+    };
+    let result = domain.call(&request, &mut Kernel::with_data()).unwrap();
+    assert_eq!(violation_kind(&result), ViolationKind::TimeBudget);
+}
+
+#[test]
+fn what_the_callee_must_keep_is_checked() {
+    for (code, expected) in [
+        // cli; ret
+        (&[0xfau8, 0xc3][..], ViolationKind::InterruptFlag),
+        // inc rbx; ret
+        (
+            &[0x48, 0xff, 0xc3, 0xc3],
+            ViolationKind::CalleeSavedRegister,
+        ),
+    ] {
+        let guest = Guest::new();
+        guest.code(DRIVER_TEXT, |a| a.db(code).unwrap());
+        let mut domain = guest.domain();
+        let result = guest.call(&mut domain, &mut Kernel::with_data());
+        assert_eq!(violation_kind(&result), expected);
+    }
+}
+
+#[test]
+fn a_wild_stack_pointer_ends_in_a_report_not_in_a_triple_fault() {
+    let (_, result) = one_call(|a| {
+        a.mov(esp, 0x10).unwrap();
+        a.push(rax).unwrap();
+        a.ret().unwrap();
+    });
+    let ViolationKind::Exception {
+        vector: 14,
+        address: 8,
+        ..
+    } = violation_kind(&result)
+    else {
+        panic!("{result:?}")
+    };
+}
+
+#[test]
+fn writing_the_drivers_own_text_is_a_stray_write() {
+    let (_, result) = one_call(|a| {
+        a.mov(rcx, DRIVER_TEXT).unwrap();
+        a.mov(byte_ptr(rcx), 0).unwrap();
+        a.ret().unwrap();
+    });
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StrayWrite {
+            address: DRIVER_TEXT
+        }
+    );
+}
+
+#[test]
+fn page_tables_reached_through_the_direct_map_cannot_be_written() {
+    let (_, result) = one_call(|a| {
+        a.mov(rcx, DIRECT_MAP + 0x1000).unwrap();
+        a.mov(rax, qword_ptr(rcx)).unwrap();
+        a.mov(qword_ptr(rcx), 0).unwrap();
+        a.ret().unwrap();
+    });
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StrayWrite {
+            address: DIRECT_MAP + 0x1000
+        }
+    );
+}
