@@ -55,6 +55,7 @@ fn request<'a>(guest: &'a Guest, regs: kvm_regs) -> CallRequest<'a> {
         clock: None,
         function: DRIVER_TEXT,
         return_gate: Some(RETURN_GATE),
+        effects: None,
         budget: Duration::from_secs(5),
         sleep_limit: Duration::ZERO,
     }
@@ -88,8 +89,9 @@ fn go_on(
     before: &CallResult,
 ) -> CallResult {
     let regs = back(before, 100);
+    let mut call = spilled(before).clone();
     domain
-        .go_on(spilled(before), &request(guest, regs), kernel)
+        .go_on(&mut call, &request(guest, regs), kernel)
         .unwrap()
 }
 

@@ -270,6 +270,7 @@ fn a_call_that_hangs_is_ended_by_its_budget() {
         clock: None,
         function: DRIVER_TEXT,
         return_gate: None,
+        effects: None,
         sleep_limit: Duration::ZERO,
         budget: Duration::from_millis(20),
     };

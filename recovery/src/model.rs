@@ -7,6 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use isolation::attach::effects::{
+    ArgumentModel, FunctionModel, KernelModel, MemberOf, OppositeModel,
+};
 use serde::{Deserialize, Serialize};
 
 /// The model that comes with this crate.
@@ -20,6 +23,8 @@ const MAX_BYTES: usize = 1 << 20;
 const MAX_NAME: usize = 511;
 /// Arguments that are passed in registers (System V ABI, section 3.2.3).
 const REGISTER_ARGUMENTS: u8 = 6;
+/// Most members of members.
+const MAX_NESTING: usize = 8;
 
 /// Why a model cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +45,9 @@ pub enum ModelError {
     #[error("{0} is in the model twice")]
     Twice(String),
     /// An opposite that cannot be called.
-    #[error("{function}: the opposite {text:?} is not understood: write name(result, 0, *1)")]
+    #[error(
+        "{function}: the opposite {text:?} is not understood: write name(result, 0, *1, 2.member, =3)"
+    )]
     Undo {
         /// The function that has it.
         function: String,
@@ -79,7 +86,7 @@ pub enum Resource {
 }
 
 /// What an opposite is called with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Argument {
     /// What the function returned.
     Result,
@@ -87,6 +94,10 @@ pub enum Argument {
     Own(u8),
     /// What an argument of the function pointed at when it returned.
     Behind(u8),
+    /// A member of the structure that an argument of the function pointed at, when it returned.
+    Member(u8, String),
+    /// A number.
+    Constant(u64),
 }
 
 /// The opposite of a function.
@@ -96,6 +107,15 @@ pub struct Undo {
     pub function: String,
     /// What it is called with.
     pub arguments: Vec<Argument>,
+}
+
+/// A member of the structure that an argument points at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changed {
+    /// The argument, from 0.
+    pub argument: u8,
+    /// The member.
+    pub member: String,
 }
 
 /// What one function does that outlasts a call.
@@ -115,6 +135,8 @@ pub struct Effect {
     pub irrevocable: bool,
     /// Whether it can wait until the call commits.
     pub deferrable: bool,
+    /// What is another number afterwards if it did something.
+    pub changes: Option<Changed>,
 }
 
 /// What is known of a symbol.
@@ -162,6 +184,7 @@ struct Entry {
     irrevocable: bool,
     #[serde(default)]
     deferrable: bool,
+    changes: Option<String>,
 }
 
 impl Model {
@@ -213,10 +236,53 @@ impl Model {
         self.data.contains(symbol).then_some(Known::Data)
     }
 
+    /// What isolated calls are journalled and compensated by.
+    pub fn for_isolation(&self) -> KernelModel {
+        let mut model = KernelModel {
+            harmless: self.data.iter().chain(&self.transient).cloned().collect(),
+            lasting: Vec::new(),
+        };
+        for (name, effect) in &self.lasting {
+            if effect.undo.is_none() && !effect.irrevocable && !effect.deferrable {
+                model.harmless.push(name.clone());
+                continue;
+            }
+            model.lasting.push(FunctionModel {
+                name: name.clone(),
+                undo: effect.undo.as_ref().map(Undo::for_isolation),
+                deferred: effect.deferrable && effect.undo.is_none(),
+                changes: effect.changes.as_ref().map(|changes| MemberOf {
+                    argument: changes.argument,
+                    member: changes.member.clone(),
+                }),
+            });
+        }
+        model
+    }
+
     /// All functions with effects that last, by name.
     pub fn lasting(&self) -> impl Iterator<Item = (&str, &Effect)> {
         let all = self.lasting.iter();
         all.map(|(name, effect)| (name.as_str(), effect))
+    }
+}
+
+impl Undo {
+    fn for_isolation(&self) -> OppositeModel {
+        let arguments = self.arguments.iter().map(|argument| match argument {
+            Argument::Result => ArgumentModel::Result,
+            Argument::Own(index) => ArgumentModel::Own(*index),
+            Argument::Behind(index) => ArgumentModel::Behind(*index),
+            Argument::Member(argument, member) => ArgumentModel::Member(MemberOf {
+                argument: *argument,
+                member: member.clone(),
+            }),
+            Argument::Constant(number) => ArgumentModel::Constant(*number),
+        });
+        OppositeModel {
+            function: self.function.clone(),
+            arguments: arguments.collect(),
+        }
     }
 }
 
@@ -229,6 +295,13 @@ impl Entry {
         if self.owned.iter().any(|index| *index >= REGISTER_ARGUMENTS) {
             return contradiction("a function has six arguments in registers, 0 to 5");
         }
+        let changes = match self.changes.as_deref() {
+            None => None,
+            Some(text) => match parse_member(text) {
+                Some(changed) => Some(changed),
+                None => return contradiction("what it changes is written like 0.state"),
+            },
+        };
         let undo = self.undo.as_deref().map(|text| {
             parse_undo(text).ok_or_else(|| ModelError::Undo {
                 function: name.to_owned(),
@@ -243,8 +316,25 @@ impl Entry {
             sleeps: self.sleeps,
             irrevocable: self.irrevocable,
             deferrable: self.deferrable,
+            changes,
         })
     }
+}
+
+fn parse_index(text: &str) -> Option<u8> {
+    let index: u8 = text.parse().ok()?;
+    (index < REGISTER_ARGUMENTS).then_some(index)
+}
+
+/// `0.member`, `0.member.of.it`.
+fn parse_member(text: &str) -> Option<Changed> {
+    let (argument, member) = text.split_once('.')?;
+    let argument = parse_index(argument)?;
+    let names = || member.split('.');
+    (names().all(is_symbol) && names().count() <= MAX_NESTING).then(|| Changed {
+        argument,
+        member: member.to_owned(),
+    })
 }
 
 /// `name(argument, ...)`.
@@ -257,17 +347,19 @@ fn parse_undo(text: &str) -> Option<Undo> {
     if !is_symbol(function) || arguments.len() > usize::from(REGISTER_ARGUMENTS) {
         return None;
     }
-    let index = |text: &str| {
-        let index: u8 = text.parse().ok()?;
-        (index < REGISTER_ARGUMENTS).then_some(index)
-    };
     let arguments = arguments.into_iter().map(|argument| {
         if argument == "result" {
             return Some(Argument::Result);
         }
-        match argument.strip_prefix('*') {
-            Some(behind) => index(behind).map(Argument::Behind),
-            None => index(argument).map(Argument::Own),
+        if let Some(number) = argument.strip_prefix('=') {
+            return number.parse().ok().map(Argument::Constant);
+        }
+        if let Some(behind) = argument.strip_prefix('*') {
+            return parse_index(behind).map(Argument::Behind);
+        }
+        match parse_member(argument) {
+            Some(Changed { argument, member }) => Some(Argument::Member(argument, member)),
+            None => parse_index(argument).map(Argument::Own),
         }
     });
     Some(Undo {
@@ -324,6 +416,25 @@ mod tests {
     }
 
     #[test]
+    fn isolation_gets_what_has_to_be_seen_and_what_has_not() {
+        let model = Model::linux_6_1().unwrap().for_isolation();
+        let of = |name: &str| model.lasting.iter().find(|function| function.name == name);
+        // Given back only at the end of the call, because nothing brings it back.
+        assert!(of("kfree").is_some_and(|f| f.deferred && f.undo.is_none()));
+        assert!(of("queue_work_on").is_some_and(|f| !f.deferred && f.undo.is_some()));
+        assert!(of("free_irq").is_some_and(|f| !f.deferred && f.undo.is_none()));
+        let carrier = of("netif_carrier_off").unwrap().changes.clone().unwrap();
+        assert_eq!((carrier.argument, carrier.member.as_str()), (0, "state"));
+        for harmless in ["memcpy", "jiffies", "msleep", "ioread32", "iowrite32"] {
+            assert!(
+                model.harmless.iter().any(|name| name == harmless),
+                "{harmless}"
+            );
+            assert!(of(harmless).is_none(), "{harmless}");
+        }
+    }
+
+    #[test]
     fn a_model_that_contradicts_itself_is_refused() {
         assert!(with("f = {}").is_ok());
         for wrong in [
@@ -332,6 +443,11 @@ mod tests {
             "f = { undo = \"g(6)\" }",
             "f = { undo = \"g(-1)\" }",
             "f = { undo = \"g(**0)\" }",
+            "f = { undo = \"g(0.)\" }",
+            "f = { undo = \"g(6.x)\" }",
+            "f = { undo = \"g(=-1)\" }",
+            "f = { changes = \"state\" }",
+            "f = { changes = \"0.a.b.c.d.e.f.g.h.i\" }",
             "f = { undo = \"g(0,1,2,3,4,5,0)\" }",
             "f = { undo = \"(0)\" }",
             "f = { owned = [6] }",

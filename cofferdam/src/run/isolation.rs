@@ -259,6 +259,11 @@ impl Isolation {
                     EntrySelection::Named(names) => Wanted::Named(names),
                     EntrySelection::Matching(pattern) => Wanted::Matching(pattern),
                 },
+                model: Model::linux_6_1()
+                    .inspect_err(|error| tracing::error!("{error}"))
+                    .ok()
+                    .map(|model| model.for_isolation()),
+                guest_only: Vec::new(),
                 device,
                 device_slot: nic.map(|nic| nic.slot),
                 sleep_limit: DEFAULT_SLEEP_LIMIT,

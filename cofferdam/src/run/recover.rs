@@ -142,7 +142,7 @@ impl FaultPolicy for LadderPolicy {
             entry: &call.report.entry,
             attempts: call.attempts,
             returns_nothing: call.returns_nothing,
-            half_done: call.report.violation.spills > 0 || call.report.device_lost.is_some(),
+            half_done: call.report.violation.stays() || call.report.device_lost.is_some(),
             now_ns: monotonic_ns(),
         });
         match decision {

@@ -59,7 +59,7 @@ use self::packet::Transmitter;
 use self::phy::Phy;
 use self::regs::{RA, RAH_AV, RegisterFile};
 use self::rx::Receiver;
-pub use self::state::{E1000State, RingMemory};
+pub use self::state::{E1000State, Moment, RingMemory};
 use self::timers::{Timer, Timers};
 use crate::dma::DmaSpace;
 use crate::irq::IrqLine;
@@ -95,6 +95,9 @@ pub enum Error {
     /// A saved state is none that this controller can be in.
     #[error("the saved NIC state is damaged")]
     InvalidState,
+    /// What was done cannot be taken back without what was done since.
+    #[error("the NIC's rings or control registers were used meanwhile")]
+    UsedMeanwhile,
 }
 
 /// What a controller is made with.

@@ -402,6 +402,24 @@ impl RegisterFile {
         }
     }
 
+    /// These values without what was done between `before` and `after`: a register that was changed then and not
+    /// since gets its old value. `None` if one of `entangled` was changed then and since.
+    pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Option<Self> {
+        let values = before.words.iter().zip(&after.words);
+        for ((offset, now), (before, after)) in (0u32..).step_by(4).zip(&mut self.words).zip(values)
+        {
+            if before == after {
+                continue;
+            }
+            if now == after {
+                *now = *before;
+            } else if now != before && entangled.contains(&offset) {
+                return None;
+            }
+        }
+        Some(self)
+    }
+
     /// Whether all of `bits` are set in the register at `offset`.
     pub fn is_set(&self, offset: u32, bits: u32) -> bool {
         self.get(offset) & bits == bits

@@ -6,7 +6,10 @@ use super::eeprom::Eeprom;
 use super::interrupts::{InterruptState, LONGEST_THROTTLE_NS};
 use super::packet::{Transmitter, TransmitterState};
 use super::phy::Phy;
-use super::regs::{RCTL, RDBAL, RegisterFile, TCTL, TDBAL, rctl, tctl};
+use super::regs::{
+    CTRL, RCTL, RDBAH, RDBAL, RDH, RDLEN, RDT, RegisterFile, TCTL, TDBAH, TDBAL, TDH, TDLEN, TDT,
+    rctl, tctl,
+};
 use super::ring::Ring;
 use super::timers::TimersState;
 use super::{E1000, Error};
@@ -36,6 +39,41 @@ pub struct E1000State {
 #[derive(Debug, Clone, Default)]
 pub struct RingMemory(Vec<(u64, Vec<u8>)>);
 
+/// A controller and the descriptor rings that it uses, at one moment.
+pub type Moment = (E1000State, RingMemory);
+
+/// Registers that the controller and its driver move along together: what one of them did in between cannot be put
+/// together with where they were before.
+const ENTANGLED: [u32; 13] = [
+    CTRL, RCTL, TCTL, RDBAL, RDBAH, RDLEN, RDH, RDT, TDBAL, TDBAH, TDLEN, TDH, TDT,
+];
+
+impl E1000State {
+    /// This state without what was done between `before` and `after`.
+    fn without(self, before: &Self, after: &Self) -> Result<Self, Error> {
+        Ok(Self {
+            registers: self
+                .registers
+                .without(&before.registers, &after.registers, &ENTANGLED)
+                .ok_or(Error::UsedMeanwhile)?,
+            config: pick(self.config, &before.config, &after.config),
+            eeprom: pick(self.eeprom, &before.eeprom, &after.eeprom),
+            phy: pick(self.phy, &before.phy, &after.phy),
+            transmitter: pick(self.transmitter, &before.transmitter, &after.transmitter),
+            held_frame: pick(self.held_frame, &before.held_frame, &after.held_frame),
+            io_address: pick(self.io_address, &before.io_address, &after.io_address),
+            // Line and timers follow from the rest, or run on.
+            interrupt: self.interrupt,
+            timers: self.timers,
+        })
+    }
+}
+
+/// `now` unless it is what was left `after` something: then what was there `before` it.
+fn pick<T: PartialEq + Clone>(now: T, before: &T, after: &T) -> T {
+    if now == *after { before.clone() } else { now }
+}
+
 impl E1000 {
     /// Takes the contents of the rings that the controller uses now.
     pub fn save_rings(&self) -> RingMemory {
@@ -57,6 +95,56 @@ impl E1000 {
         for (address, contents) in &rings.0 {
             if let Err(error) = self.dma.write(*address, contents) {
                 tracing::error!("a ring cannot be put back: {error}");
+            }
+        }
+    }
+
+    /// Where the rings are that the controller uses now: guest address and length in bytes.
+    pub fn ring_ranges(&self) -> Vec<(u64, u64)> {
+        let rings = self.save_rings().0.into_iter();
+        rings
+            .map(|(address, contents)| (address, contents.len() as u64))
+            .collect()
+    }
+
+    /// Takes back what was done in parts, oldest first, with what the controller was before and after each, while
+    /// it may have been used in between. What was changed in between stays; where that cannot go together
+    /// with what was before, nothing is done.
+    pub fn undo(&mut self, parts: &[(&Moment, &Moment)]) -> Result<(), Error> {
+        let mut state = self.save();
+        for ((before, _), (after, _)) in parts.iter().rev() {
+            state = state.without(before, after)?;
+        }
+        for ((_, before), (_, after)) in parts.iter().rev() {
+            self.undo_rings(before, after);
+        }
+        self.restore(state)?;
+        self.update_interrupt();
+        Ok(())
+    }
+
+    /// Puts back what the controller itself wrote into the descriptors of a ring that it used before and after.
+    fn undo_rings(&self, before: &RingMemory, after: &RingMemory) {
+        const DESCRIPTOR_BYTES: usize = 16;
+        for (address, old) in &before.0 {
+            let new = after
+                .0
+                .iter()
+                .find(|(at, new)| at == address && new.len() == old.len());
+            let Some((_, new)) = new else { continue };
+            let mut now = vec![0; old.len()];
+            if self.dma.read(*address, &mut now).is_err() {
+                continue;
+            }
+            for at in (0..old.len()).step_by(DESCRIPTOR_BYTES) {
+                let one = at..(at + DESCRIPTOR_BYTES).min(old.len());
+                let (old, new, now) = (&old[one.clone()], &new[one.clone()], &now[one]);
+                if now == new
+                    && now != old
+                    && let Err(error) = self.dma.write(address + at as u64, old)
+                {
+                    tracing::error!("a descriptor cannot be put back: {error}");
+                }
             }
         }
     }

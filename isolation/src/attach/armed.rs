@@ -13,6 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use super::arm::clear_gate;
 use super::device::IsolatedDevice;
+use super::errand::{Errand, Failure, write_stack};
 use super::fault::Fault;
 use super::platform::Platform;
 use super::report::ViolationReport;
@@ -20,7 +21,9 @@ use super::status::{EntryStatus, ModuleStatus};
 use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
 use super::{REPORTS_KEPT, THREAD_SIZE};
 use crate::domain::Domain;
+use crate::domain::effects::KernelEffects;
 use crate::domain::error::DomainError;
+use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::{AddressSpace, VirtMemory};
@@ -54,13 +57,18 @@ pub(super) struct Armed {
     pub gates: HashMap<u64, Gate>,
     /// Calls that went on in the guest, by the stack pointer with which they come back.
     pub spilled: HashMap<u64, OpenCall>,
+    /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
+    /// back.
+    pub errands: HashMap<u64, Errand>,
+    /// What is known of the kernel's functions.
+    pub effects: Option<KernelEffects>,
     /// Targets of calls out of the module, by the address of their displacement's opcode.
     pub calls: HashMap<u64, Gva>,
     pub fault_policy: Box<dyn FaultPolicy>,
     /// A fault that is put into calls on purpose.
     pub fault: Option<Fault>,
-    /// What was decided about the call that failed just now.
-    pub decided: Option<AfterFault>,
+    /// The call that failed just now, if it is to be run once more.
+    pub again: Option<Again>,
     /// Calls return their errors without being run.
     pub stopped: bool,
     pub device: Option<Arc<dyn IsolatedDevice>>,
@@ -80,6 +88,17 @@ pub(super) struct OpenCall {
     /// Address of the gate it came through.
     pub gate: u64,
     call: Box<SpilledCall>,
+}
+
+/// A call that is to be run once more.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Again {
+    /// Address of its gate.
+    pub gate: u64,
+    /// How often it was run by now.
+    pub attempts: u32,
+    /// Registers at its entry.
+    pub entry: kvm_regs,
 }
 
 /// A vCPU of the guest at a gate.
@@ -121,29 +140,102 @@ impl Armed {
 
     /// Goes on with a call whose kernel function has reached the return gate, and returns the registers to
     /// go on with.
-    pub fn go_on(&mut self, open: &OpenCall, at: &AtGate<'_>) -> kvm_regs {
+    pub fn go_on(&mut self, mut open: OpenCall, at: &AtGate<'_>) -> kvm_regs {
         if self.broken.is_none()
-            && let Some(next) = self.run(open.gate, Some(&open.call), 1, at)
+            && let Some(next) = self.run(open.gate, Some(&mut open.call), 1, at)
         {
             return next;
         }
-        kvm_regs {
+        let finally = kvm_regs {
             rip: self.hand_over(&open.call),
             ..at.regs
+        };
+        let deferred = open.call.take_deferred();
+        self.run_errand(Errand::new(open.gate, deferred, finally, None), at)
+    }
+
+    /// Goes on with kernel functions that the guest calls, one of which has returned.
+    pub fn run_errand(&mut self, mut errand: Errand, at: &AtGate<'_>) -> kvm_regs {
+        let memory = self.domain.memories().1;
+        let virt = VirtMemory {
+            space: self.space(&at.sregs),
+            memory: &memory,
+        };
+        if let Some(next) = errand.next(errand.gate + RETURN_GATE_OFFSET, virt) {
+            self.spilled.remove(&errand.returns_with());
+            self.errands.insert(errand.returns_with(), errand);
+            return next;
+        }
+        if let Some(failure) = errand.failure.take() {
+            let entry = failure.entry;
+            self.failed(errand.gate, failure);
+            if self.again.is_some() {
+                write_stack(virt, entry.rsp, errand.finally.rip);
+            }
+        }
+        errand.finally
+    }
+
+    /// Gives up calls that are being taken back by a kernel function that does not return.
+    pub fn give_up_hanging(&mut self) {
+        let hanging: Vec<u64> = self
+            .errands
+            .iter()
+            .filter(|(_, errand)| errand.failure.is_some() && errand.hangs().is_some())
+            .map(|(rsp, _)| *rsp)
+            .collect();
+        for rsp in hanging {
+            let Some(errand) = self.errands.get_mut(&rsp) else {
+                continue;
+            };
+            let (gate, function) = (errand.gate, errand.hangs().unwrap_or(0));
+            let Some(mut failure) = errand.failure.take() else {
+                continue;
+            };
+            let stays = Stays::Hangs { function };
+            failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
+            failure.report.violation.published = Some(Published::Stays(stays));
+            self.failed(gate, failure);
+            // There is no caller to decide about.
+            self.again = None;
         }
     }
 
+    /// Whether calls of the guest's are under way that need this module's gates to come to a good end.
+    pub fn is_busy(&self) -> bool {
+        !self.errands.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
+    }
+
     /// Takes everything out of the guest: gates, and return gates on stacks.
-    pub fn disarm(&mut self, memory: &GuestMemoryMmap) {
-        self.hand_over_all();
+    pub fn disarm(&mut self, memory: &GuestMemoryMmap, space: Option<AddressSpace>) {
+        for (_, open) in std::mem::take(&mut self.spilled) {
+            if open.call.has_deferred() {
+                tracing::warn!(
+                    "a call of the module is given up before it has given everything back"
+                );
+            }
+            self.hand_over(&open.call);
+        }
+        for (_, errand) in std::mem::take(&mut self.errands) {
+            tracing::warn!("a call of the module is given up before it was taken back");
+            let slot = errand.finally.rsp.wrapping_sub(8);
+            if let Some(space) = space {
+                write_stack(VirtMemory { space, memory }, slot, errand.finally.rip);
+            }
+        }
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);
         }
     }
 
-    /// Gives all calls that went on in the guest to the guest for good.
-    pub fn hand_over_all(&mut self) {
-        for (_, open) in std::mem::take(&mut self.spilled) {
+    /// The domain is not used any more: gives all calls that went on in the guest to the guest for good.
+    fn hand_over_all(&mut self) {
+        // The others have to come back once more.
+        let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.spilled)
+            .into_iter()
+            .partition(|(_, open)| open.call.has_deferred());
+        self.spilled = back;
+        for open in over.values() {
             self.hand_over(&open.call);
         }
     }
@@ -155,6 +247,22 @@ impl Armed {
         })
     }
 
+    /// The address space with the kernel mapped, of a vCPU that may be in user space.
+    pub fn kernel_space(
+        &self,
+        sregs: &kvm_sregs,
+        memory: &GuestMemoryMmap,
+    ) -> Option<AddressSpace> {
+        let probe = Gva(*self.gates.keys().next()?);
+        // With page-table isolation the kernel's tables are those beside the user's.
+        let spaces = [sregs.cr3, sregs.cr3 & !0x1000].map(|cr3| {
+            AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, self.physical_bits)
+        });
+        spaces
+            .into_iter()
+            .find(|space| space.walk(memory, probe).is_ok())
+    }
+
     fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
@@ -163,7 +271,7 @@ impl Armed {
     fn run(
         &mut self,
         gate: u64,
-        spilled: Option<&SpilledCall>,
+        mut spilled: Option<&mut SpilledCall>,
         attempts: u32,
         at: &AtGate<'_>,
     ) -> Option<kvm_regs> {
@@ -175,19 +283,21 @@ impl Armed {
             entry,
             ..
         } = self.gates.get_mut(&gate)?;
-        let arguments = arguments(spilled.map_or(&at.regs, |call| call.entry()));
+        let entry_regs = spilled.as_ref().map_or(at.regs, |call| *call.entry());
+        let (again, arguments) = (spilled.is_some(), arguments(&entry_regs));
         let request = CallRequest {
             regs: at.regs,
             sregs: &at.sregs,
             clock: Some(at.vcpu),
             function: *body,
             return_gate: (self.spilled.len() < MAX_OPEN).then_some(gate + RETURN_GATE_OFFSET),
+            effects: self.effects.as_ref(),
             budget: self.budget,
             sleep_limit: self.sleep_limit,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
         if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.begin(&entry.name, spilled.is_some(), domain)
+            && let Err(error) = fault.begin(&entry.name, again, domain)
         {
             tracing::error!("a fault cannot be put into {}: {error}", entry.name);
         }
@@ -220,6 +330,7 @@ impl Armed {
                 };
                 let mut supervisor =
                     CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
+                let spilled = spilled.as_deref_mut();
                 result = Some(domain.carry_out(&request, &mut supervisor, spilled));
                 device_lost = supervisor.device_lost();
             }),
@@ -238,13 +349,17 @@ impl Armed {
         let mut failed = false;
         let next = match result {
             Some(Ok(result)) => {
-                entry.count(&result, spilled.is_some(), start.elapsed());
+                entry.count(&result, again, start.elapsed());
                 entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
                 match result.end {
-                    CallEnd::Committed => Some(result.regs),
+                    CallEnd::Committed => {
+                        let calls = result.kernel_calls;
+                        Some(self.run_errand(Errand::new(gate, calls, result.regs, None), at))
+                    }
                     CallEnd::PassThrough(_) => None,
                     CallEnd::Spilled(_, call) => {
                         let open = OpenCall { gate, call };
+                        self.errands.remove(&open.call.returns_with());
                         self.spilled.insert(open.call.returns_with(), open);
                         Some(result.regs)
                     }
@@ -269,8 +384,14 @@ impl Armed {
                         report.at_ns = ended_ns.saturating_sub(took);
                         report.phases = phases;
                         report.device_lost = device_lost.map(|lost| lost.to_string());
-                        self.failed(gate, report, attempts, ended);
-                        Some(next)
+                        let failure = Failure {
+                            report,
+                            attempts,
+                            entry: entry_regs,
+                            ended,
+                        };
+                        let calls = result.kernel_calls;
+                        Some(self.run_errand(Errand::new(gate, calls, next, Some(failure)), at))
                     }
                 }
             }
@@ -289,14 +410,17 @@ impl Armed {
             self.broken = Some(error.to_string());
             self.hand_over_all();
         }
-        if let (Some(AfterFault::Stop), Some(device)) = (self.decided, &self.device) {
-            device.hold(&mut |held| held.silence());
-        }
         next
     }
 
     /// Keeps the report of a call that failed and asks what becomes of it.
-    fn failed(&mut self, gate: u64, report: ViolationReport, attempts: u32, ended: Instant) {
+    fn failed(&mut self, gate: u64, failure: Failure) {
+        let Failure {
+            report,
+            attempts,
+            entry,
+            ended,
+        } = failure;
         tracing::warn!("{report}");
         let aborted = self.gates.get(&gate).map(|gate| gate.aborted.value);
         let mut decided = self.fault_policy.after_fault(&FailedCall {
@@ -304,17 +428,24 @@ impl Armed {
             attempts,
             returns_nothing: aborted == Some(AbortValue::Nothing),
         });
-        // What a spilled call did before is in the guest, and a device that was lost is not as before: it cannot
-        // be run once more.
-        let undone = report.violation.spills == 0 && report.device_lost.is_none();
+        // What is in the guest of it would be done twice, and a device that was lost is not as before.
+        let undone = !report.violation.stays() && report.device_lost.is_none();
         if !undone && decided == AfterFault::Retry {
             decided = AfterFault::ReturnError;
         }
         if let Some(gate) = self.gates.get_mut(&gate) {
+            gate.entry.count_failure(&report.violation);
             gate.entry.retries += u64::from(decided == AfterFault::Retry);
         }
         self.stopped |= decided == AfterFault::Stop;
-        self.decided = Some(decided);
+        self.again = (decided == AfterFault::Retry).then_some(Again {
+            gate,
+            attempts,
+            entry,
+        });
+        if let (AfterFault::Stop, Some(device)) = (decided, &self.device) {
+            device.hold(&mut |held| held.silence());
+        }
         self.violations += 1;
         self.rolled_back = Some(ended);
         if self.reports.len() >= REPORTS_KEPT {

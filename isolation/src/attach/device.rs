@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::supervisor::DeviceAddress;
+use crate::domain::supervisor::{DeviceAddress, DeviceState};
 
 /// How a device's state is taken at the beginning of a call that reaches it, and put back if the call fails.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,16 @@ pub trait HeldDevice {
 
     /// Puts back the state that was taken last; the error is also that it could not be taken.
     fn restore(&mut self) -> Result<(), DeviceLost>;
+
+    /// The device's state now, for [`HeldDevice::undo`]; `None` if it does not give it away.
+    fn state(&self) -> Option<DeviceState>;
+
+    /// Takes back what was done to the device in parts, between which others may have used it: its state before
+    /// and after each part, oldest first. All or nothing; the error says what is in the way.
+    fn undo(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String>;
+
+    /// Guest memory that the device uses as a part of its state: address and length of descriptor rings.
+    fn memory(&self) -> Vec<(u64, u64)>;
 
     /// Keeps the device from interrupting and from moving data: its driver does not run any more.
     fn silence(&mut self);

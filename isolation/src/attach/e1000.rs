@@ -4,11 +4,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::e1000::{E1000, E1000State, RingMemory};
+use devices::e1000::{E1000, Moment};
 use devices::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
 use devices::pci::{BarRange, BarSpace, PciFunction};
 
-use crate::domain::supervisor::DeviceAddress;
+use crate::domain::supervisor::{DeviceAddress, DeviceState};
 
 use super::device::{CheckpointBy, DeviceLost, HeldDevice, IsolatedDevice};
 
@@ -56,7 +56,7 @@ impl IsolatedDevice for E1000Device {
 /// A checkpoint.
 enum Saved {
     Nothing,
-    Exact(Box<(E1000State, RingMemory)>),
+    Exact(Box<Moment>),
     Registers(Box<RegisterCheckpoint>),
     Failed(DeviceLost),
 }
@@ -141,10 +141,33 @@ impl HeldDevice for Held<'_> {
         }
     }
 
+    fn state(&self) -> Option<DeviceState> {
+        // What registers show is not enough to tell who changed what in between.
+        let is_exact = self.registers.is_none();
+        is_exact.then(|| DeviceState(Arc::new((self.nic.save(), self.nic.save_rings()))))
+    }
+
+    fn undo(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        let parts: Option<Vec<_>> = parts
+            .iter()
+            .map(|(before, after)| Some((saved(before)?, saved(after)?)))
+            .collect();
+        let parts = parts.ok_or("its checkpoints are another device's")?;
+        self.nic.undo(&parts).map_err(|error| error.to_string())
+    }
+
+    fn memory(&self) -> Vec<(u64, u64)> {
+        self.nic.ring_ranges()
+    }
+
     fn silence(&mut self) {
         for (register, value) in [(IMC, u32::MAX), (RCTL, 0), (TCTL, 0)] {
             self.nic
                 .bar_write(REGISTERS_BAR, register, &value.to_le_bytes());
         }
     }
+}
+
+fn saved(state: &DeviceState) -> Option<&Moment> {
+    state.0.downcast_ref()
 }

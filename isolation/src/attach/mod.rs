@@ -15,6 +15,8 @@ mod arm;
 mod armed;
 pub mod device;
 pub mod e1000;
+pub mod effects;
+mod errand;
 pub mod fault;
 pub mod plan;
 mod platform;
@@ -40,10 +42,11 @@ use crate::guest::gate::GatePorts;
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
-use after_fault::{AfterFault, FaultPolicy};
+use after_fault::FaultPolicy;
 use arm::{driver_policy, fault_tables, kernel_space, prepare, set_gates};
 use armed::{Armed, AtGate};
 use device::IsolatedDevice;
+use effects::KernelModel;
 use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use plan::{Plan, PlanError, Refusal, Wanted};
 use removal::RemovalWatch;
@@ -61,6 +64,10 @@ const GATE: GatePorts = GatePorts {
 const OUT_BYTES: u64 = 2;
 /// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
 const THREAD_SIZE: u64 = 16 * 1024;
+/// How long a release waits for calls that are being taken back or have yet to give things back.
+const RELEASE_WAIT: Duration = Duration::from_secs(2);
+/// Between two looks at them.
+const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Reports kept for each module.
 const REPORTS_KEPT: usize = 32;
 /// Time that a call may take unless said otherwise.
@@ -82,6 +89,9 @@ pub enum AttachError {
     /// A function that is not gated.
     #[error("{0} is not an isolated function of the module")]
     NotAnEntry(String),
+    /// A function that the guest's kernel does not have, or has twice.
+    #[error("the guest's kernel has no function {0}, or several")]
+    NoSuchFunction(String),
     /// The machine refused.
     #[error(transparent)]
     Machine(#[from] Refused),
@@ -121,6 +131,11 @@ pub struct IsolateRequest {
     pub types: Option<Arc<Btf>>,
     /// Which functions.
     pub wanted: Wanted,
+    /// What is known of the kernel's functions. Without it, or without types, a call that went on in the guest
+    /// before it failed cannot be taken back.
+    pub model: Option<KernelModel>,
+    /// Further kernel functions that only the guest may run.
+    pub guest_only: Vec<String>,
     /// The module's device, if it has one.
     pub device: Option<Arc<dyn IsolatedDevice>>,
     /// PCI slot of that device; its lock is the device's own.
@@ -207,6 +222,11 @@ impl Isolator {
                 kick_signal: vmm::kick_signal(),
             })?;
             prepare(&mut domain, &plan)?;
+            for name in &request.guest_only {
+                let symbol = request.symbols.kernel_symbol(name);
+                let symbol = symbol.ok_or_else(|| AttachError::NoSuchFunction(name.clone()))?;
+                domain.trap_function(symbol.at.0)?;
+            }
             let knowledge = Knowledge::new(
                 &layout,
                 request.symbols.clone(),
@@ -220,6 +240,8 @@ impl Isolator {
                 stopped_us: 0,
             };
             let types = request.types;
+            let effects = request.model.as_ref().zip(types.as_deref());
+            let effects = effects.map(|(model, types)| model.resolve(&request.symbols, types));
             let policy = types
                 .clone()
                 .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
@@ -231,6 +253,8 @@ impl Isolator {
                 physical_bits,
                 gates,
                 spilled: HashMap::new(),
+                errands: HashMap::new(),
+                effects,
                 calls: plan
                     .redirects
                     .iter()
@@ -238,7 +262,7 @@ impl Isolator {
                     .collect(),
                 fault_policy: request.policy,
                 fault: None,
-                decided: None,
+                again: None,
                 stopped: false,
                 device: request.device,
                 device_slot: request.device_slot,
@@ -263,19 +287,35 @@ impl Isolator {
     /// Takes the gates of a module out and its domain down. The guest's memory is as before.
     pub fn release(&self, module: &str) -> Result<ModuleStatus, AttachError> {
         let memory = self.vm.ram().memory().clone();
-        let armed = self.vm.with_paused(|_| {
-            let mut armed = self.modules().remove(module)?;
-            armed.disarm(&memory);
-            self.unwatch_if_idle(&memory);
-            Some(armed)
-        })?;
+        let deadline = Instant::now() + RELEASE_WAIT;
+        let armed = loop {
+            let armed = self.vm.with_paused(|vcpus| {
+                let is_busy = self.modules().get(module).is_some_and(Armed::is_busy);
+                if is_busy && Instant::now() < deadline {
+                    return Err(());
+                }
+                let Some(mut armed) = self.modules().remove(module) else {
+                    return Ok(None);
+                };
+                let sregs = vcpus.get(0).and_then(|vcpu| vcpu.get_sregs().ok());
+                let space = sregs.and_then(|sregs| armed.kernel_space(&sregs, &memory));
+                armed.disarm(&memory, space);
+                self.unwatch_if_idle(&memory);
+                Ok(Some(armed))
+            })?;
+            match armed {
+                Ok(armed) => break armed,
+                Err(()) => std::thread::sleep(RELEASE_POLL),
+            }
+        };
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
         Ok(armed.status(module))
     }
 
     /// Counters of all isolated modules.
     pub fn status(&self) -> Vec<ModuleStatus> {
-        let modules = self.modules();
+        let mut modules = self.modules();
+        modules.values_mut().for_each(Armed::give_up_hanging);
         let mut all: Vec<_> = modules
             .iter()
             .map(|(name, armed)| armed.status(name))
@@ -504,7 +544,7 @@ impl Isolator {
             let Some(mut armed) = name.as_ref().and_then(|name| modules.remove(name)) else {
                 return;
             };
-            armed.disarm(&memory);
+            armed.disarm(&memory, Some(space));
             tracing::info!(
                 "module {} was removed and is not isolated any more",
                 name.unwrap_or_default()
@@ -571,8 +611,9 @@ impl TrapHandler for Isolator {
             if port == GATE.entry {
                 armed.gates.contains_key(&gate)
             } else {
-                let open = armed.spilled.get(&regs.rsp);
-                open.is_some_and(|open| open.gate + OUT_BYTES == gate)
+                let open = armed.spilled.get(&regs.rsp).map(|open| open.gate);
+                let errand = armed.errands.get(&regs.rsp).map(|errand| errand.gate);
+                open.or(errand).is_some_and(|open| open + OUT_BYTES == gate)
             }
         });
         let Some(armed) = found else {
@@ -587,28 +628,29 @@ impl TrapHandler for Isolator {
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let at = AtGate {
+        let mut at = AtGate {
             holding: start.elapsed(),
             regs,
             sregs,
             vcpu: context.vcpu,
             vm: self.vm.vm_fd(),
         };
-        let next = match armed.spilled.remove(&regs.rsp) {
-            Some(open) if port == GATE.returning => armed.go_on(&open, &at),
-            // A call that once had this stack never came back.
-            _ => {
-                let mut attempts = 1;
-                loop {
-                    let next = armed.call(gate, attempts, &at);
-                    if armed.decided.take() != Some(AfterFault::Retry) {
-                        break next;
-                    }
-                    attempts += 1;
-                }
-            }
+        armed.give_up_hanging();
+        let returning = port == GATE.returning;
+        // A call that once had this stack and enters anew never came back.
+        let (open, errand) = (
+            armed.spilled.remove(&regs.rsp),
+            armed.errands.remove(&regs.rsp),
+        );
+        let mut next = match (open, errand) {
+            (Some(open), _) if returning => armed.go_on(open, &at),
+            (None, Some(errand)) if returning => armed.run_errand(errand, &at),
+            _ => armed.call(gate, 1, &at),
         };
-        armed.decided = None;
+        while let Some(again) = armed.again.take() {
+            at.regs = again.entry;
+            next = armed.call(again.gate, again.attempts.saturating_add(1), &at);
+        }
         context.set_regs(&next);
         armed.caller_runs_again();
         TrapOutcome::Resume

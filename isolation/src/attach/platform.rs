@@ -118,6 +118,11 @@ impl<'a> Platform<'a> {
         waits
     }
 
+    /// Forgets what waited.
+    pub fn forget(&mut self) {
+        *self = Self::new(self.vm, self.vcpu);
+    }
+
     /// Does what waited.
     pub fn commit(&mut self) {
         if let Some(chip) = self.io_apic.take() {

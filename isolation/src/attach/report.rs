@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::domain::journal::Published;
 use crate::domain::roots::Root;
 use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::{Violation, ViolationKind};
@@ -23,6 +24,8 @@ pub struct ViolationReport {
     pub touched: Option<String>,
     /// Calls of kernel functions open at that moment: places in the driver, outermost first.
     pub call_chain: Vec<String>,
+    /// Why a part of the call stays in the guest, if one does.
+    pub stays: Option<String>,
     /// When it failed, in nanoseconds of the host's `CLOCK_MONOTONIC`.
     pub at_ns: u64,
     /// Where the time of the rollback went.
@@ -40,6 +43,7 @@ impl fmt::Display for ViolationReport {
             instruction,
             touched,
             call_chain,
+            stays,
             at_ns: _,
             phases: _,
             device_lost,
@@ -66,11 +70,26 @@ impl fmt::Display for ViolationReport {
             None => {}
         }
         if violation.spills > 0 {
-            write!(
-                f,
-                "; the call had gone on in the guest {} times, and what it did until then stays",
-                violation.spills
-            )?;
+            let times = violation.spills;
+            write!(f, "; the call had gone on in the guest {times} times, and")?;
+            match (&violation.published, stays) {
+                (
+                    Some(Published::Undone {
+                        bytes,
+                        kernel_calls,
+                    }),
+                    _,
+                ) => write!(
+                    f,
+                    " was taken back to its beginning: {bytes} bytes put back, {kernel_calls} kernel functions called"
+                )?,
+                (_, stays) => {
+                    write!(f, " what it did until then stays")?;
+                    if let Some(why) = stays {
+                        write!(f, ": {why}")?;
+                    }
+                }
+            }
         }
         Ok(())
     }

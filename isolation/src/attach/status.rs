@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::journal::Published;
 use crate::domain::transaction::{CallEnd, CallResult};
+use crate::domain::violation::Violation;
 
 /// One isolated function since it was isolated.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +26,18 @@ pub struct EntryStatus {
     /// Calls that returned their error without being run, because the driver is stopped.
     #[serde(default)]
     pub refused: u64,
+    /// Failed calls that had gone on in the guest and were taken back to their beginning.
+    #[serde(default)]
+    pub undone: u64,
+    /// Failed calls that had gone on in the guest and of which something stays there.
+    #[serde(default)]
+    pub left_over: u64,
+    /// Kernel functions that were called to take calls back.
+    #[serde(default)]
+    pub compensations: u64,
+    /// Bytes that were put back for calls that had gone on in the guest.
+    #[serde(default)]
+    pub restored_bytes: u64,
     /// Times that calls went on in the guest in the middle of a kernel function, by reason.
     #[serde(default)]
     pub spills: BTreeMap<String, u64>,
@@ -73,6 +87,22 @@ impl EntryStatus {
         Self {
             name: name.to_owned(),
             ..Self::default()
+        }
+    }
+
+    /// Counts what became of a call that failed.
+    pub fn count_failure(&mut self, violation: &Violation) {
+        match &violation.published {
+            None => {}
+            Some(Published::Stays(_)) => self.left_over += 1,
+            Some(Published::Undone {
+                bytes,
+                kernel_calls,
+            }) => {
+                self.undone += 1;
+                self.restored_bytes += bytes;
+                self.compensations += u64::from(*kernel_calls);
+            }
         }
     }
 

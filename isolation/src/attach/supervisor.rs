@@ -10,9 +10,11 @@ use super::device::{DeviceLost, HeldDevice};
 use super::platform::Platform;
 use super::report::ViolationReport;
 use crate::domain::Domain;
+use crate::domain::journal::{Published, Stays};
 use crate::domain::monitor::ExceptionFrame;
-use crate::domain::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{DeviceAddress, DeviceState, KernelExceptionVerdict, Supervisor};
 use crate::domain::transaction::AbortPhases;
+use crate::domain::undo_log::Restorable;
 use crate::domain::violation::Violation;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::fault_tables::FaultTables;
@@ -26,6 +28,7 @@ const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
 const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
 /// Addresses below belong to user space.
 const USER_END: u64 = 0x0000_8000_0000_0000;
+const PAGE_SIZE: u64 = 4096;
 const VECTOR_BREAKPOINT: u8 = 3;
 const VECTOR_INVALID_OPCODE: u8 = 6;
 /// Port of the first serial line, where the kernel's console may go.
@@ -101,10 +104,40 @@ impl Knowledge {
         symbol.map_or_else(|| format!("{va:#x}"), |symbol| symbol.name.to_owned())
     }
 
+    /// Why a part of a failed call stays in the guest, for people.
+    pub fn why_it_stays(&self, stays: &Stays) -> String {
+        let named = |function: &u64| self.function_name(*function);
+        match stays {
+            Stays::NoModel => "nothing is known of the kernel's functions".to_owned(),
+            Stays::TooMuchMemory => "it changed more memory than can be put back".to_owned(),
+            Stays::TooManyCalls => "it called more kernel functions than can be undone".to_owned(),
+            Stays::Irrevocable { function } => {
+                format!("nothing takes {} back", named(function))
+            }
+            Stays::Unknown { function } => format!(
+                "{} is not in the model of kernel functions",
+                named(function)
+            ),
+            Stays::KernelFunctionOpen => {
+                "a kernel function that had called the driver back was under way".to_owned()
+            }
+            Stays::Device { reason } => format!("the device cannot be put back: {reason}"),
+            Stays::Hangs { function } => format!(
+                "{}, called to take it back, does not return",
+                named(function)
+            ),
+        }
+    }
+
     /// Gives a violation names.
     pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
         let touched = violation.touched().and_then(|address| self.name(address));
+        let stays = match &violation.published {
+            Some(Published::Stays(stays)) => Some(self.why_it_stays(stays)),
+            _ => None,
+        };
         ViolationReport {
+            stays,
             entry: entry.to_owned(),
             at: self
                 .name(violation.rip)
@@ -307,7 +340,47 @@ impl Supervisor for CallSupervisor<'_> {
 
     fn restore_device(&mut self) {
         if let Some(device) = &mut self.device {
-            self.device_lost = device.restore().err();
+            self.device_lost = device.restore().err().or(self.device_lost.take());
+        }
+    }
+
+    fn restorable(&mut self) -> Restorable {
+        let mut restorable = Restorable::default();
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            let (drivers, kernels) = policy.restorable(memory);
+            let pieces = |range: &GvaRange| {
+                let range = *range;
+                let space = memory.private;
+                range.pages().filter_map(move |page| {
+                    let piece = range.intersection(&GvaRange::aligned(page, PAGE_SIZE))?;
+                    let at = space.space.walk(space.memory, piece.first()).ok()?;
+                    Some((at.gpa.0, piece.len_bytes()))
+                })
+            };
+            for (gpa, bytes) in drivers.iter().flat_map(pieces) {
+                restorable.include(gpa, bytes);
+            }
+            for (gpa, bytes) in kernels.iter().flat_map(pieces) {
+                restorable.exclude(gpa, bytes);
+            }
+        }
+        for (gpa, bytes) in self.device.iter().flat_map(|device| device.memory()) {
+            restorable.include(gpa, bytes);
+        }
+        restorable
+    }
+
+    fn device_state(&mut self) -> Option<DeviceState> {
+        self.device.as_ref().and_then(|device| device.state())
+    }
+
+    fn undo_device(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        if let Some(lost) = &self.device_lost {
+            return Err(lost.to_string());
+        }
+        match &mut self.device {
+            Some(device) => device.undo(parts),
+            None => Ok(()),
         }
     }
 
@@ -325,6 +398,10 @@ impl Supervisor for CallSupervisor<'_> {
 
     fn commit_platform(&mut self) {
         self.platform.commit();
+    }
+
+    fn forget_platform(&mut self) {
+        self.platform.forget();
     }
 
     fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {

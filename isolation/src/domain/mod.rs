@@ -9,17 +9,22 @@
 //! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
+//! | `effects` | what kernel functions do that outlasts a call |
+//! | `journal`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | ends calls that hang |
 
 pub mod dirty_ring;
+pub mod effects;
 pub mod error;
+pub mod journal;
 pub mod monitor;
 pub mod overlay;
 pub mod private_vm;
 pub mod roots;
 pub mod supervisor;
 pub mod transaction;
+pub mod undo_log;
 pub mod view;
 pub mod violation;
 pub mod warm;

@@ -23,8 +23,8 @@
 use std::collections::HashMap;
 use std::ptr::NonNull;
 
-use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
+use iced_x86::{Decoder, DecoderOptions, IcedError};
 
 use super::view::{PAGE_SIZE, Page};
 
@@ -59,6 +59,9 @@ pub const PORT_SLEEP: u16 = 0xF5;
 /// Port of the exit at a kernel function that means that something is broken for good.
 pub const PORT_FATAL: u16 = 0xF4;
 
+/// Port of the exits at both ends of a trampoline whose calls are journalled.
+pub const PORT_JOURNAL: u16 = 0xF6;
+
 /// Kernel code segment selector of 64-bit Linux (`__KERNEL_CS`), which exceptions run on.
 pub const KERNEL_CS: u16 = 0x10;
 /// Kernel data segment selector (`__KERNEL_DS`).
@@ -72,6 +75,11 @@ const CROSSINGS: u64 = 8;
 const TARGET: u64 = 16;
 const FIRST_FRAME: u64 = 32;
 const FRAME_BYTES: u64 = 16;
+
+/// First two bytes of `mov [disp32], r11`: REX.WR and the opcode.
+const MOV_FROM_R11: [u8; 2] = [0x4c, 0x89];
+/// `ret`.
+const RET: u8 = 0xc3;
 
 /// What the guest may do with a mapped monitor page in each root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +127,30 @@ pub struct CrossingFrame {
     pub rsp: u64,
 }
 
+/// A trampoline.
+#[derive(Debug, Clone, Copy)]
+struct Trampoline {
+    target: u64,
+    /// Length of its first instruction, which keeps `r11` in the scratch word.
+    first: u64,
+    /// Offset of its last instruction, the return to the driver.
+    last: u64,
+    /// Its calls are journalled.
+    journalled: bool,
+}
+
+/// An end of a journalled trampoline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JournalPoint {
+    /// The driver is about to call the function; the trampoline goes on at `resume`.
+    Enter {
+        /// Guest virtual address.
+        resume: u64,
+    },
+    /// The function has returned, and the driver root is loaded.
+    Leave,
+}
+
 /// Why the area could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
@@ -148,6 +180,8 @@ pub struct Monitor {
     driver_root: u64,
     kernel_root: u64,
     trampolines: HashMap<u64, u64>,
+    /// In the order of their slots.
+    slots: Vec<Trampoline>,
 }
 
 // SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
@@ -185,6 +219,7 @@ impl Monitor {
             driver_root,
             kernel_root,
             trampolines: HashMap::new(),
+            slots: Vec::new(),
         };
         monitor.write_stubs()?;
         monitor.write_vectors()?;
@@ -359,23 +394,78 @@ impl Monitor {
         }
         let va = self.va + TRAMPOLINES * PAGE_SIZE + index * TRAMPOLINE_SLOT_BYTES;
         let code = self.assemble_trampoline(va, target)?;
-        if code.len() as u64 > TRAMPOLINE_SLOT_BYTES {
+        // Both ends have room for an `out`.
+        if code.len() as u64 >= TRAMPOLINE_SLOT_BYTES {
             return Err(MonitorError::Assemble(
                 "trampoline longer than its slot".into(),
             ));
         }
         self.put_code(va, &code);
         self.trampolines.insert(target, va);
+        let mut first = Decoder::with_ip(64, &code, va, DecoderOptions::NONE);
+        self.slots.push(Trampoline {
+            target,
+            first: first.decode().len() as u64,
+            last: code.len() as u64 - 1,
+            journalled: false,
+        });
         Ok(va)
+    }
+
+    /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
+    /// others. P does not run meanwhile.
+    pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
+        for index in 0..self.slots.len() {
+            let trampoline = self.slots[index];
+            let journalled = wanted(trampoline.target);
+            if trampoline.journalled == journalled {
+                continue;
+            }
+            self.slots[index].journalled = journalled;
+            let va = self.slot_va(index);
+            // `mov [scratch], r11` and `ret` begin like this whatever the addresses are.
+            let (head, tail) = match journalled {
+                true => (out(PORT_JOURNAL), out(PORT_JOURNAL)),
+                false => (MOV_FROM_R11, [RET, 0]),
+            };
+            self.put_code(va, &head);
+            self.put_code(va + trampoline.last, &tail);
+        }
+    }
+
+    /// Which end of which journalled function's trampoline P stopped at with this RIP: KVM leaves it at an
+    /// `out` or, in some builds, behind it.
+    pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {
+        let offset = rip.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
+        let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
+        let trampoline = self.slots.get(index).filter(|slot| slot.journalled)?;
+        let within = offset % TRAMPOLINE_SLOT_BYTES;
+        let is_at = |point: u64| within == point || within == point + 2;
+        let point = if is_at(0) {
+            let resume = self.slot_va(index) + trampoline.first;
+            JournalPoint::Enter { resume }
+        } else if is_at(trampoline.last) {
+            JournalPoint::Leave
+        } else {
+            return None;
+        };
+        Some((trampoline.target, point))
+    }
+
+    /// Does what the first instruction of a trampoline does, which the exit stands in the place of.
+    pub fn keep_r11(&mut self, value: u64) {
+        self.put(SCRATCH, 0, value);
+    }
+
+    fn slot_va(&self, index: usize) -> u64 {
+        self.va + TRAMPOLINES * PAGE_SIZE + index as u64 * TRAMPOLINE_SLOT_BYTES
     }
 
     /// Kernel function that the trampoline at `va` calls.
     pub fn trampoline_target(&self, va: u64) -> Option<u64> {
-        let slot = va - (va.checked_sub(self.va)? % TRAMPOLINE_SLOT_BYTES);
-        self.trampolines
-            .iter()
-            .find(|(_, at)| **at == slot)
-            .map(|(target, _)| *target)
+        let offset = va.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
+        let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
+        self.slots.get(index).map(|slot| slot.target)
     }
 
     fn data(&self, page: u64, offset: u64) -> u64 {
@@ -520,7 +610,7 @@ fn has_error_code(vector: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+    use iced_x86::Mnemonic;
 
     const VA: u64 = 0xffff_ffff_fee0_0000;
 
@@ -560,6 +650,39 @@ mod tests {
             }
         }
         assert_eq!(seen, [0, target, 0]);
+    }
+
+    #[test]
+    fn journalled_trampolines_exit_at_both_ends_and_are_as_before_afterwards() {
+        let mut monitor = monitor();
+        let (seen, unseen) = (0xffff_ffff_8123_4560, 0xffff_ffff_8123_4000);
+        let vas = [seen, unseen].map(|target| monitor.trampoline(target).unwrap());
+        let before = *monitor.page(TRAMPOLINES);
+        monitor.journal(|target| target == seen);
+        let at = |va: u64| (va - VA - TRAMPOLINES * PAGE_SIZE) as usize;
+        let code = |monitor: &Monitor, va: u64| monitor.page(TRAMPOLINES)[at(va)..][..2].to_vec();
+        assert_eq!(code(&monitor, vas[0]), out(PORT_JOURNAL));
+        assert_eq!(code(&monitor, vas[1]), MOV_FROM_R11);
+        let Some((target, JournalPoint::Enter { resume })) = monitor.journal_point(vas[0]) else {
+            panic!("not the beginning of a trampoline")
+        };
+        assert_eq!((target, monitor.journal_point(vas[1])), (seen, None));
+        // What is left out is exactly the first instruction, and the other end is the return.
+        let mut decoder = Decoder::with_ip(64, &before, vas[0], DecoderOptions::NONE);
+        assert_eq!(decoder.decode().next_ip(), resume);
+        let last = std::iter::repeat_with(|| decoder.decode())
+            .find(|instruction| instruction.mnemonic() == Mnemonic::Ret)
+            .unwrap()
+            .ip();
+        for rip in [last, last + 2] {
+            assert_eq!(
+                monitor.journal_point(rip),
+                Some((seen, JournalPoint::Leave))
+            );
+        }
+        monitor.journal(|_| false);
+        assert!(*monitor.page(TRAMPOLINES) == before);
+        assert_eq!(monitor.journal_point(vas[0]), None);
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! What a call in the domain asks of the layer that knows the guest: its functions, objects and
 //! devices.
 
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
 use super::monitor::ExceptionFrame;
+use super::undo_log::Restorable;
 
 /// What to do about an exception in a kernel function that the driver called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +24,16 @@ pub enum DeviceAddress {
     Memory(u64),
     /// A port in an I/O BAR.
     Port(u16),
+}
+
+/// A device's state at one moment, which only the device understands.
+#[derive(Clone)]
+pub struct DeviceState(pub Arc<dyn Any + Send + Sync>);
+
+impl fmt::Debug for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceState")
+    }
 }
 
 /// Knowledge about the guest and access to the isolated device.
@@ -67,6 +82,26 @@ pub trait Supervisor {
     /// Puts the state taken last back.
     fn restore_device(&mut self);
 
+    /// Guest memory that belongs to the driver now, when a call begins that may go on in the guest: what is put
+    /// back if it fails later. What kernel functions keep there is not part of it.
+    fn restorable(&mut self) -> Restorable {
+        Restorable::default()
+    }
+
+    /// The device's state now; `None` if it cannot be taken.
+    fn device_state(&mut self) -> Option<DeviceState> {
+        None
+    }
+
+    /// Takes back what a call did to the device in parts, of which others may have used it in between: its
+    /// state before and after each part, oldest first. All or nothing; the error says what is in the way.
+    fn undo_device(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        match parts {
+            [] => Ok(()),
+            _ => Err("it cannot be put back in parts".to_owned()),
+        }
+    }
+
     /// Loads `bytes` from the platform's interrupt controller at `gpa`, as stores of this call left it;
     /// `None` if there is none at that address.
     fn platform_read(&mut self, _gpa: u64, _bytes: usize) -> Option<u64> {
@@ -87,6 +122,9 @@ pub trait Supervisor {
 
     /// Performs what waited. If the call does not commit, it is forgotten.
     fn commit_platform(&mut self) {}
+
+    /// Forgets what waited.
+    fn forget_platform(&mut self) {}
 
     /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever
     /// becomes of the call (console output); `false` where it may not.

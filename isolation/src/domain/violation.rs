@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::journal::Published;
 use super::roots::Root;
 
 /// How an isolated call broke the rules.
@@ -108,11 +109,18 @@ pub struct Violation {
     pub crossings: Vec<u64>,
     /// Whether the device had already been reached, so that memory alone does not undo the call.
     pub reached_device: bool,
-    /// Times that the call had gone on in the guest. What it did until then is in the guest and stays.
+    /// Times that the call had gone on in the guest.
     pub spills: u32,
+    /// What became of what it did until then; `None` if it had not gone on there.
+    pub published: Option<Published>,
 }
 
 impl Violation {
+    /// Whether something of the failed call is left in the guest.
+    pub fn stays(&self) -> bool {
+        self.published.as_ref().is_some_and(Published::stays)
+    }
+
     /// The address that was touched and should not have been, where the violation is about one.
     pub fn touched(&self) -> Option<u64> {
         match self.kind {

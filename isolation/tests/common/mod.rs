@@ -10,8 +10,11 @@ use std::time::Duration;
 
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::monitor::ExceptionFrame;
-use isolation::domain::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
+use isolation::domain::supervisor::{
+    DeviceAddress, DeviceState, KernelExceptionVerdict, Supervisor,
+};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
+use isolation::domain::undo_log::Restorable;
 use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::domain::{Domain, DomainConfig};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
@@ -237,6 +240,7 @@ impl Guest {
             clock: None,
             function: DRIVER_TEXT,
             return_gate: None,
+            effects: None,
             budget: Duration::from_secs(5),
             sleep_limit: Duration::from_millis(20),
         };
@@ -262,6 +266,14 @@ pub struct Kernel {
     pub device_value: u64,
     pub checkpoints: u32,
     pub restores: u32,
+    /// Among what is writable, what kernel functions keep: address and length.
+    pub kernels: Vec<(u64, u64)>,
+    /// Further bytes that would have to be put back, from guest physical address 0.
+    pub more_restorable: u64,
+    /// The device cannot be put back in parts.
+    pub device_is_in_use: bool,
+    /// Stores that had reached the device before and after each part that was taken back, oldest first.
+    pub undone_parts: Vec<(usize, usize)>,
     /// What kernel functions that went on in the guest returned.
     pub returned: Vec<u64>,
     /// The guest's interrupt controller is at [`OTHER_DEVICE`].
@@ -330,6 +342,31 @@ impl Supervisor for Kernel {
     fn restore_device(&mut self) {
         self.restores += 1;
         self.device_writes.clear();
+    }
+    fn restorable(&mut self) -> Restorable {
+        let mut restorable = Restorable::default();
+        for (va, bytes) in &self.writable {
+            restorable.include(gpa_of(*va), *bytes);
+        }
+        restorable.include(0, self.more_restorable);
+        for (va, bytes) in &self.kernels {
+            restorable.exclude(gpa_of(*va), *bytes);
+        }
+        restorable
+    }
+    fn device_state(&mut self) -> Option<DeviceState> {
+        Some(DeviceState(Arc::new(self.device_writes.len())))
+    }
+    fn undo_device(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        if self.device_is_in_use {
+            return Err("somebody uses it".to_owned());
+        }
+        let writes = |state: &DeviceState| *state.0.downcast_ref::<usize>().unwrap();
+        let parts = parts
+            .iter()
+            .map(|(before, after)| (writes(before), writes(after)));
+        self.undone_parts = parts.collect();
+        Ok(())
     }
     fn platform_read(&mut self, gpa: u64, _: usize) -> Option<u64> {
         let written = self.platform_waiting.iter().rev();

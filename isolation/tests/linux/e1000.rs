@@ -70,6 +70,7 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
 fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     let mut machine = boot_with_network(1, "");
     machine.sleep_limit = std::time::Duration::ZERO;
+    machine.model = true;
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
     // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
@@ -176,6 +177,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         }
         // Every other time calls that sleep go on in the guest, and some are open at the release.
         machine.sleep_limit = std::time::Duration::from_millis(100 * (rounds & 1));
+        machine.model = rounds & 2 != 0;
         if !native {
             machine.isolate("e1000", named(&entries)).unwrap();
         }

@@ -26,6 +26,7 @@ use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use recovery::model::Model;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 /// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as well.
@@ -48,6 +49,10 @@ pub struct Machine {
     boot_end: u64,
     /// Time that calls may wait for and remain atomic.
     pub sleep_limit: Duration,
+    /// Whether calls that go on in the guest are journalled.
+    pub model: bool,
+    /// Further kernel functions that only the guest may run.
+    pub guest_only: Vec<String>,
     thread: Option<JoinHandle<()>>,
     _directory: tempfile::TempDir,
 }
@@ -112,6 +117,8 @@ impl Machine {
         Self {
             boot_end,
             sleep_limit: DEFAULT_SLEEP_LIMIT,
+            model: false,
+            guest_only: Vec::new(),
             agent,
             isolator,
             handle,
@@ -194,6 +201,10 @@ impl Machine {
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,
+            model: self
+                .model
+                .then(|| Model::linux_6_1().unwrap().for_isolation()),
+            guest_only: self.guest_only.clone(),
             device_slot: device.as_ref().map(|_| self.nic_slot),
             device: device.map(|device| Arc::new(device) as _),
             budget: BUDGET,

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
 mod attaching;
+mod compensating;
 mod dummy;
 mod e1000;
 mod machine;

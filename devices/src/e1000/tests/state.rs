@@ -151,3 +151,63 @@ fn a_damaged_state_is_refused_and_changes_nothing() {
         assert_eq!(driver.bench.nic.save(), before, "{place}");
     }
 }
+
+/// State and rings as [`crate::e1000::E1000::undo`] wants them.
+fn part(driver: &Driver) -> crate::e1000::Moment {
+    (driver.bench.nic.save(), driver.bench.nic.save_rings())
+}
+
+#[test]
+fn parts_are_taken_back_around_what_was_done_in_between() {
+    let mut driver = Driver::new();
+    let first = (driver.bench.read(RCTL), driver.bench.read(TCTL));
+    // A reset in two parts: off, and between them somebody else sets the filter table.
+    let before = part(&driver);
+    driver.bench.write(RCTL, first.0 & !rctl::EN);
+    driver.bench.write(TCTL, first.1 & !tctl::EN);
+    let off = part(&driver);
+    driver.bench.write(MTA, 0x1234);
+    let between = part(&driver);
+    driver
+        .bench
+        .write(CTRL, driver.bench.nic.regs.get(CTRL) | ctrl::RST);
+    driver.bench.write(MTA + 4, 0x5678);
+    let reset = part(&driver);
+    let parts = [(&before, &off), (&between, &reset)];
+    driver.bench.nic.undo(&parts).unwrap();
+    assert_eq!((driver.bench.read(RCTL), driver.bench.read(TCTL)), first);
+    assert_eq!(driver.bench.read(MTA), 0x1234, "the other's");
+    assert_eq!(driver.bench.read(MTA + 4), 0);
+    // Rings and link are as they were: a frame goes through.
+    driver.send(&broadcast(100));
+    assert_eq!(driver.sent(), [broadcast(100)]);
+    driver.bench.deliver(&broadcast(101));
+    assert!(driver.receive().is_some());
+}
+
+#[test]
+fn rings_that_were_used_in_between_are_not_taken_back() {
+    let mut driver = Driver::new();
+    let before = part(&driver);
+    driver.bench.write(TDT, 0);
+    driver.bench.write(RCTL, 0);
+    let after = part(&driver);
+    driver.bench.write(RCTL, rctl::EN | rctl::UPE);
+    let now = driver.bench.nic.save();
+    let error = driver.bench.nic.undo(&[(&before, &after)]).unwrap_err();
+    assert!(matches!(error, crate::e1000::Error::UsedMeanwhile));
+    assert_eq!(driver.bench.nic.save(), now, "all or nothing");
+}
+
+#[test]
+fn a_frame_that_a_part_had_sent_is_sent_again() {
+    let mut driver = Driver::new();
+    let frame = broadcast(100);
+    driver.queue_data(TX_BUFFERS, &frame, EOP | RS, 0);
+    let before = part(&driver);
+    driver.ring();
+    let after = part(&driver);
+    driver.bench.nic.undo(&[(&before, &after)]).unwrap();
+    assert_eq!((driver.tx_status(0), driver.bench.read(TDH)), (0, 0));
+    assert!(!driver.bench.interrupt());
+}

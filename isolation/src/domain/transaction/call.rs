@@ -6,6 +6,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::SpilledCall;
+use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::violation::Violation;
 
 /// A call to be isolated, as the guest's vCPU stood at the entry gate.
@@ -22,6 +23,9 @@ pub struct CallRequest<'a> {
     /// Guest virtual address of the return gate: an instruction in the guest that gives control back when a
     /// kernel function that went on there returns to it. Without one calls are never spilled.
     pub return_gate: Option<u64>,
+    /// What is known of the kernel's functions: with it a call that goes on in the guest keeps a journal, and
+    /// is taken back to its beginning if it fails later.
+    pub effects: Option<&'a KernelEffects>,
     /// Time after which the call is aborted.
     pub budget: Duration,
     /// Time that the call may wait for in all, with the guest standing still, before it is given up as
@@ -144,4 +148,7 @@ pub struct CallResult {
     pub stats: CallStats,
     /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
     pub phases: AbortPhases,
+    /// Kernel functions that the guest has to call, in this order, before it goes on: what waited for the end
+    /// of the call, or what takes it back.
+    pub kernel_calls: Vec<KernelCall>,
 }

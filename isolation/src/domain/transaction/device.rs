@@ -88,12 +88,17 @@ impl Call<'_> {
         if !self.reached_device {
             self.supervisor.checkpoint_device();
             self.reached_device = true;
+            self.journal_device();
         }
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
         for pfn in self.private_pages()? {
             let view = &self.domain.view;
-            let mask = PageMask::changed(view.shared_page(pfn)?, view.private_page(pfn)?);
+            let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
+            let mask = PageMask::changed(old, new);
+            if let Some(journal) = &mut self.journal {
+                journal.memory.record(pfn, old, new);
+            }
             for run in mask.runs() {
                 let (offset, length) = (run.start, run.len());
                 let bytes = self.domain.view.shared_page(pfn)?[offset..offset + length].to_vec();

@@ -152,6 +152,10 @@ impl Call<'_> {
                 }
                 self.stats.indirect_calls += 1;
                 let trampoline = self.domain.monitor.trampoline(target)?;
+                if let (Some(_), Some(effects)) = (&self.journal, self.request.effects) {
+                    let monitor = &mut self.domain.monitor;
+                    monitor.journal(|function| effects.matters(function));
+                }
                 self.resume_at(frame, regs, trampoline);
                 Ok(Step::Continue)
             }

@@ -25,7 +25,13 @@ impl Call<'_> {
         self.write_slot(self.return_slot, self.return_address)?;
         match self.publish()? {
             Some(kind) => self.abort(kind, self.request.function),
-            None => Ok((CallEnd::Committed, regs)),
+            None => {
+                self.settle_journal(false);
+                if let Some(journal) = &mut self.journal {
+                    self.kernel_calls = journal.take_deferred();
+                }
+                Ok((CallEnd::Committed, regs))
+            }
         }
     }
 
@@ -43,6 +49,13 @@ impl Call<'_> {
         }
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
+        }
+        if let Some(journal) = &mut self.journal {
+            for pfn in &pages {
+                let view = &self.domain.view;
+                let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
+                journal.memory.record(*pfn, old, new);
+            }
         }
         for (pfn, offset, length) in &changes {
             self.domain.view.publish(*pfn, *offset, *length)?;
@@ -66,6 +79,9 @@ impl Call<'_> {
         dropped.sort_unstable();
         self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
         self.supervisor.commit_platform();
+        if !self.reached_device && !self.posted.is_empty() {
+            self.journal_device();
+        }
         self.flush_posted();
         Ok(None)
     }
@@ -117,7 +133,7 @@ impl Call<'_> {
         let regs = self.domain.vm.regs();
         let (_, cr3) = self.domain.vm.fault_registers()?;
         let crossings = self.domain.monitor.crossing_frames();
-        let violation = Violation {
+        let mut violation = Violation {
             kind,
             root: self.domain.root_of(cr3),
             rip,
@@ -125,8 +141,12 @@ impl Call<'_> {
             crossings: crossings.iter().map(|frame| frame.return_address).collect(),
             reached_device: self.reached_device,
             spills: self.spills,
+            published: None,
         };
         self.take_back()?;
+        if self.spills > 0 {
+            violation.published = Some(self.take_back_published()?);
+        }
         let mut regs = self.entry;
         regs.rip = self.return_address;
         regs.rsp = regs.rsp.wrapping_add(8);
@@ -157,10 +177,13 @@ impl Call<'_> {
             self.supervisor.restore_device();
             self.phases.device_ns = elapsed_ns(start);
         }
+        if let Some(journal) = &mut self.journal {
+            journal.discard();
+        }
         Ok(())
     }
 }
 
-fn elapsed_ns(since: Instant) -> u64 {
+pub(super) fn elapsed_ns(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }

@@ -18,6 +18,10 @@
 //! A spilled call goes on in the guest in the middle of a kernel function and comes back when that function
 //! returns (`spill.rs`). A call that passes through leaves no trace, and the guest runs the function itself,
 //! unisolated; that happens where the guest could not take over at the very instruction.
+//!
+//! A call that is about to spill for the first time is taken back and run once more with a journal
+//! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do not
+//! spill pay nothing for it.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -25,10 +29,12 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 
 use super::Domain;
+use super::effects::KernelCall;
 use super::error::DomainError;
+use super::journal::Journal;
 use super::monitor::{
-    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_RETURN, PORT_SLEEP,
-    PORT_TRAPPED,
+    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
+    PORT_SLEEP, PORT_TRAPPED,
 };
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
@@ -41,6 +47,7 @@ mod call;
 mod device;
 mod faults;
 mod finish;
+mod journal;
 mod memory;
 mod sleep;
 mod spill;
@@ -95,6 +102,13 @@ struct Undo {
     bytes: Vec<u8>,
 }
 
+/// What a call led to.
+enum Outcome {
+    Ended(CallEnd, kvm_regs),
+    /// It is to be run once more, with a journal; nothing of it is left.
+    WithJournal,
+}
+
 /// What an exit leads to.
 enum Step {
     Continue,
@@ -119,6 +133,9 @@ pub(super) struct Call<'a> {
     callbacks: Vec<Callback>,
     posted: Vec<PostedWrite>,
     undo: Vec<Undo>,
+    /// Kept by calls that go on in the guest.
+    journal: Option<Box<Journal>>,
+    kernel_calls: Vec<KernelCall>,
     harvested: Vec<Pfn>,
     reached_device: bool,
     detours: u32,
@@ -145,21 +162,47 @@ impl Domain {
     /// the guest's vCPU stands as `request` says. On an error the call is lost.
     pub fn go_on(
         &mut self,
-        spilled: &SpilledCall,
+        spilled: &mut SpilledCall,
         request: &CallRequest<'_>,
         supervisor: &mut dyn Supervisor,
     ) -> Result<CallResult, DomainError> {
         self.carry_out(request, supervisor, Some(spilled))
     }
 
-    /// Begins a call, or goes on with a spilled one.
+    /// Begins a call, or goes on with a spilled one, whose journal goes over into the result.
     pub(crate) fn carry_out(
         &mut self,
         request: &CallRequest<'_>,
         supervisor: &mut dyn Supervisor,
-        spilled: Option<&SpilledCall>,
+        mut spilled: Option<&mut SpilledCall>,
     ) -> Result<CallResult, DomainError> {
+        let journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
+        let spilled = spilled.as_deref();
+        let first = self.attempt(request, supervisor, spilled, journal)?;
+        let result = match first {
+            Some(result) => Some(result),
+            None => {
+                supervisor.forget_platform();
+                let journal = Some(Box::default());
+                self.attempt(request, supervisor, spilled, journal)?
+            }
+        };
+        result.ok_or(DomainError::Internal("a call was begun again twice"))
+    }
+
+    /// `None` if the call is to be run with a journal.
+    fn attempt(
+        &mut self,
+        request: &CallRequest<'_>,
+        supervisor: &mut dyn Supervisor,
+        spilled: Option<&SpilledCall>,
+        journal: Option<Box<Journal>>,
+    ) -> Result<Option<CallResult>, DomainError> {
         let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
+        let journalled = journal.is_some();
+        if let (true, Some(effects)) = (journalled, request.effects) {
+            self.monitor.journal(|function| effects.matters(function));
+        }
         let mut call = Call {
             domain: self,
             supervisor,
@@ -172,6 +215,8 @@ impl Domain {
             callbacks: Vec::new(),
             posted: Vec::new(),
             undo: Vec::new(),
+            journal,
+            kernel_calls: Vec::new(),
             harvested: Vec::new(),
             reached_device: false,
             detours: 0,
@@ -181,25 +226,30 @@ impl Domain {
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
         };
-        let result = call.carry_out(spilled);
+        let outcome = call.carry_out(spilled);
         let (mut stats, phases) = (call.stats, call.phases);
+        let kernel_calls = std::mem::take(&mut call.kernel_calls);
         self.watchdog.end();
+        if journalled {
+            self.monitor.journal(|_| false);
+        }
         stats.runs = self.vm.runs() - runs;
         stats.crossings = self.monitor.crossings() - crossings;
-        result.map(|(end, regs)| CallResult {
-            end,
-            regs,
-            stats,
-            phases,
+        Ok(match outcome? {
+            Outcome::WithJournal => None,
+            Outcome::Ended(end, regs) => Some(CallResult {
+                end,
+                regs,
+                stats,
+                phases,
+                kernel_calls,
+            }),
         })
     }
 }
 
 impl Call<'_> {
-    fn carry_out(
-        &mut self,
-        spilled: Option<&SpilledCall>,
-    ) -> Result<(CallEnd, kvm_regs), DomainError> {
+    fn carry_out(&mut self, spilled: Option<&SpilledCall>) -> Result<Outcome, DomainError> {
         let begun = match spilled {
             None => self.begin()?,
             Some(spilled) => self.begin_again(spilled)?,
@@ -208,25 +258,40 @@ impl Call<'_> {
             None => self.run()?,
             Some(reason) => Step::GuestOnly(reason, None),
         };
-        match step {
+        let ended = match step {
             Step::Returned => match self.check_return() {
                 Some((kind, rip)) => self.abort(kind, rip),
                 None => self.commit(),
             },
             Step::Violation(kind, rip) => self.abort(kind, rip),
-            Step::GuestOnly(reason, at) => {
-                if let Some(at) = at
-                    && let Some(end) = self.spill(reason, &at)?
-                {
-                    return Ok(end);
-                }
-                if self.spills > 0 {
-                    return self.abort(ViolationKind::LostSpill, self.domain.vm.regs().rip);
-                }
+            Step::GuestOnly(_, Some(_)) if self.wants_journal() => {
                 self.take_back()?;
-                Ok((CallEnd::PassThrough(reason), self.request.regs))
+                return Ok(Outcome::WithJournal);
             }
+            Step::GuestOnly(reason, at) => match self.go_on_in_the_guest(reason, at)? {
+                Some(end) => Ok(end),
+                None if self.spills > 0 => {
+                    self.abort(ViolationKind::LostSpill, self.domain.vm.regs().rip)
+                }
+                None => {
+                    self.take_back()?;
+                    Ok((CallEnd::PassThrough(reason), self.request.regs))
+                }
+            },
             Step::Continue => Err(DomainError::Internal("a call stopped without a reason")),
+        };
+        ended.map(|(end, regs)| Outcome::Ended(end, regs))
+    }
+
+    /// Spills, if the guest can go on with these registers.
+    fn go_on_in_the_guest(
+        &mut self,
+        reason: PassThroughReason,
+        at: Option<Box<kvm_regs>>,
+    ) -> Result<Option<(CallEnd, kvm_regs)>, DomainError> {
+        match at {
+            Some(at) => self.spill(reason, &at),
+            None => Ok(None),
         }
     }
 
@@ -284,6 +349,7 @@ impl Call<'_> {
                 self.open(va)?;
             }
         }
+        self.begin_journal()?;
         self.start(&self.entry.clone());
         Ok(None)
     }
@@ -329,6 +395,9 @@ impl Call<'_> {
                 port: PORT_CALLBACK_RETURN,
                 ..
             } if self.at_stub(&regs) => Ok(self.callback_return(&regs)),
+            Exit::Out {
+                port: PORT_JOURNAL, ..
+            } if self.at_stub(&regs) => self.journal_point(&regs),
             Exit::Out {
                 port: PORT_FATAL, ..
             } if self.root()? == Root::Kernel => {

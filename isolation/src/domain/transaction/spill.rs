@@ -36,6 +36,8 @@ pub struct SpilledCall {
     return_address: u64,
     return_slot: (Pfn, usize),
     callbacks: Vec<Callback>,
+    /// `None` if nothing is known of the kernel's functions.
+    pub(super) journal: Option<Box<Journal>>,
     /// Kernel functions called by the driver, outermost first; the last one is running in the guest.
     frames: Vec<CrossingFrame>,
     slots: Vec<ReturnSlot>,
@@ -50,6 +52,20 @@ impl SpilledCall {
     /// Registers at the entry of the call.
     pub fn entry(&self) -> &kvm_regs {
         &self.entry
+    }
+
+    /// Kernel functions that the call did not call yet and that have to be called once it has ended well, or
+    /// in any case if it is given to the guest for good.
+    pub fn take_deferred(&mut self) -> Vec<KernelCall> {
+        let journal = self.journal.as_mut();
+        journal.map_or_else(Vec::new, |journal| journal.take_deferred())
+    }
+
+    /// Whether there are such kernel functions.
+    pub fn has_deferred(&self) -> bool {
+        self.journal
+            .as_ref()
+            .is_some_and(|journal| journal.has_deferred())
     }
 
     /// Times that the call has gone on in the guest by now.
@@ -129,12 +145,14 @@ impl Call<'_> {
         if let Some(kind) = self.publish()? {
             return self.abort(kind, self.request.function).map(Some);
         }
+        self.settle_journal(frames.len() > 1 || !self.callbacks.is_empty());
         let spilled = SpilledCall {
             entry: self.entry,
             spills: self.spills + 1,
             return_address: self.return_address,
             return_slot: self.return_slot,
             callbacks: std::mem::take(&mut self.callbacks),
+            journal: self.journal.take(),
             frames,
             slots,
         };
@@ -166,6 +184,10 @@ impl Call<'_> {
         let monitor = &mut self.domain.monitor;
         if !monitor.resume_with(outer, returned.return_address) {
             return Err(DomainError::Internal("crossings nested too deep"));
+        }
+        self.journal_leave(returned.rsp, self.request.regs.rax);
+        if let Some(journal) = &mut self.journal {
+            journal.settle_return();
         }
         self.start(&self.request.regs);
         Ok(None)

@@ -15,6 +15,7 @@
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
 mod interfaces;
+mod restorable;
 
 #[cfg(test)]
 mod tests;
@@ -354,23 +355,36 @@ impl DriverPolicy {
             .filter(|call| !call.resolved)
             .cloned()
             .collect();
-        // One that was once seen may be gone, and its memory another's.
+        let interfaces = self.known_interfaces(memory);
+        for call in &open {
+            let found = self.reached_from(memory, call, &interfaces);
+            self.open_all(found);
+        }
+        self.calls.iter_mut().for_each(|call| call.resolved = true);
+    }
+
+    /// The interfaces of the driver that are known, and still its.
+    fn known_interfaces<M: GuestPhys>(&self, memory: &CallMemory<'_, M>) -> Vec<Start> {
         let is_drivers = |start: &&Start| {
             self.list
                 .is_some_and(|list| list.is_drivers(memory.private, start.at, &self.sections))
         };
-        let interfaces: Vec<Start> = self.interfaces.iter().filter(is_drivers).cloned().collect();
-        for call in &open {
-            let types = Arc::clone(&self.types);
-            // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
-            let function = types.find_function(&call.function);
-            let found = self.reach(memory, |reach| match &function {
-                Some(function) => reach.objects(function, &call.arguments, &interfaces),
-                None => reach.objects_from(&interfaces),
-            });
-            self.open_all(found);
-        }
-        self.calls.iter_mut().for_each(|call| call.resolved = true);
+        self.interfaces.iter().filter(is_drivers).cloned().collect()
+    }
+
+    /// What a call reaches from its arguments and from the driver's interfaces.
+    fn reached_from<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        call: &Call,
+        interfaces: &[Start],
+    ) -> Vec<Reached> {
+        // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
+        let function = self.types.find_function(&call.function);
+        self.reach(memory, |reach| match &function {
+            Some(function) => reach.objects(function, &call.arguments, interfaces),
+            None => reach.objects_from(interfaces),
+        })
     }
 
     /// What was handed out to the driver, in this call or an earlier one, is the driver's.

@@ -52,6 +52,9 @@ pub struct Reached {
     pub kind: ObjectKind,
     /// Type and path, for reports: `struct e1000_tx_ring (netdev->private->tx_ring)`.
     pub label: String,
+    /// What lies there, one after the other, if that is known for sure.
+    #[serde(skip)]
+    pub layout: Option<TypeId>,
 }
 
 /// Something to start from besides the arguments: an object that is known to belong to the driver,

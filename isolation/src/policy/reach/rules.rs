@@ -66,6 +66,11 @@ pub struct Rules {
     pub per_cpu: &'static [PerCpuPointer],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
+    /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone by calling
+    /// other kernel functions, not by putting bytes back.
+    pub kernels: &'static [&'static str],
+    /// Members that kernel functions keep in structures that are otherwise the driver's to write.
+    pub kernels_members: &'static [(&'static str, &'static str)],
 }
 
 impl Rules {
@@ -175,6 +180,47 @@ impl Rules {
             "user_namespace",
             "pid",
             "cpumask",
+        ],
+        kernels: &[
+            "list_head",
+            "hlist_head",
+            "hlist_node",
+            "rb_node",
+            "rb_root",
+            "callback_head",
+            "spinlock",
+            "raw_spinlock",
+            "qspinlock",
+            "seqcount",
+            "mutex",
+            "rw_semaphore",
+            "wait_queue_head",
+            "swait_queue_head",
+            "completion",
+            "refcount_struct",
+            "kref",
+            "napi_struct",
+            "work_struct",
+            "delayed_work",
+            "timer_list",
+            "hrtimer",
+            "tasklet_struct",
+            "device",
+            "kobject",
+            "pci_dev",
+            "pci_bus",
+            "phy_device",
+            "blk_mq_tag_set",
+            "request_queue",
+            "gendisk",
+            "Qdisc",
+        ],
+        kernels_members: &[
+            // Carrier, presence and `running`, changed by functions that do more than that.
+            ("net_device", "state"),
+            ("net_device", "flags"),
+            ("net_device", "reg_state"),
+            ("netdev_queue", "xmit_lock_owner"),
         ],
     };
 }

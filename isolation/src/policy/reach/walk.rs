@@ -111,7 +111,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
                         return;
                     };
-                    self.add(range, item.kind, id, &item.path);
+                    self.add_known(range, item.kind, id, &item.path);
                     self.follow_elements(item, id, bytes.into(), range);
                     return;
                 }
@@ -125,7 +125,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     return;
                 }
                 if let Some(range) = GvaRange::new(item.at, bytes.into()) {
-                    self.add(range, item.kind, id, &item.path);
+                    self.add_known(range, item.kind, id, &item.path);
                 }
                 if rules.embedded.contains(&name)
                     && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
@@ -206,7 +206,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     .min(MAX_COUNT);
                 let bytes = types.size_of(to).and_then(|bytes| bytes.checked_mul(count));
                 if let Some(range) = bytes.and_then(|bytes| GvaRange::new(at, bytes)) {
-                    self.add(range, ObjectKind::Other, to, &path);
+                    self.add_known(range, ObjectKind::Other, to, &path);
                 }
                 continue;
             }
@@ -447,6 +447,15 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             .filter(|all| all.range.contains(at))
     }
 
+    /// Takes an object that consists of structures of type `id`.
+    fn add_known(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
+        self.add(range, kind, id, path);
+        let mut found = self.found.iter_mut();
+        if let Some(object) = found.find(|object| object.range == range) {
+            object.layout.get_or_insert(id);
+        }
+    }
+
     /// Takes an object, if its first byte is memory.
     fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         let mut byte = [0];
@@ -464,7 +473,12 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             label.truncate(end);
         }
         if !self.found.iter().any(|other| other.range == range) {
-            self.found.push(Reached { range, kind, label });
+            self.found.push(Reached {
+                range,
+                kind,
+                label,
+                layout: None,
+            });
         }
     }
 }

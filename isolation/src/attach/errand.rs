@@ -1,0 +1,111 @@
+//! Kernel functions that the guest calls on the host's behalf, in the thread of the call that they are for.
+//!
+//! ```text
+//!   return gate ─► first function ─► return gate ─► second function ─► ... ─► the call's caller
+//! ```
+//!
+//! The stack below the caller's frame is free, so each function is entered as if the caller had called it, with the
+//! return gate as its return address. They may sleep: the thread comes back through the gate whenever it
+//! does.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_regs;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::report::ViolationReport;
+use crate::domain::effects::KernelCall;
+use crate::guest::addr::Gva;
+use crate::guest::paging::VirtMemory;
+
+/// Time after which a kernel function that takes something back is taken to hang.
+pub(super) const ERRAND_LIMIT: Duration = Duration::from_secs(10);
+
+/// A call that failed and whose taking back is under way.
+pub(super) struct Failure {
+    pub report: ViolationReport,
+    pub attempts: u32,
+    /// Registers at the entry of the call.
+    pub entry: kvm_regs,
+    pub ended: Instant,
+}
+
+/// Kernel functions to call, one after the other.
+pub(super) struct Errand {
+    /// Address of the gate through which the thread comes back.
+    pub gate: u64,
+    calls: VecDeque<KernelCall>,
+    /// What the guest goes on with afterwards.
+    pub finally: kvm_regs,
+    /// The call that is taken back by it; `None` if it is one that ended well, or that was given up.
+    pub failure: Option<Failure>,
+    /// The function that runs now, and since when.
+    running: (u64, Instant),
+}
+
+impl Errand {
+    pub fn new(
+        gate: u64,
+        calls: Vec<KernelCall>,
+        finally: kvm_regs,
+        failure: Option<Failure>,
+    ) -> Self {
+        Self {
+            gate,
+            calls: calls.into(),
+            finally,
+            failure,
+            running: (0, Instant::now()),
+        }
+    }
+
+    /// Stack pointer with which the thread comes back.
+    pub fn returns_with(&self) -> u64 {
+        self.finally.rsp
+    }
+
+    /// The function that runs, if it has for too long.
+    pub fn hangs(&self) -> Option<u64> {
+        let (function, since) = self.running;
+        (since.elapsed() > ERRAND_LIMIT).then_some(function)
+    }
+
+    /// Registers to call the next function with, whose return leads to `return_gate`. `None` if all have
+    /// returned, or if the stack is not there any more.
+    pub fn next(
+        &mut self,
+        return_gate: u64,
+        virt: VirtMemory<'_, GuestMemoryMmap>,
+    ) -> Option<kvm_regs> {
+        let call = self.calls.pop_front()?;
+        if !write_stack(virt, self.finally.rsp.wrapping_sub(8), return_gate) {
+            tracing::error!("the stack of a call that is taken back is not mapped");
+            self.calls.clear();
+            return None;
+        }
+        self.running = (call.function, Instant::now());
+        let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
+        Some(kvm_regs {
+            rip: call.function,
+            rsp: self.finally.rsp.wrapping_sub(8),
+            rax: 0,
+            rdi,
+            rsi,
+            rdx,
+            rcx,
+            r8,
+            r9,
+            ..self.finally
+        })
+    }
+}
+
+/// Writes a word of a stack; `false` if there is none.
+pub(super) fn write_stack(virt: VirtMemory<'_, GuestMemoryMmap>, va: u64, value: u64) -> bool {
+    let at = virt.space.walk(virt.memory, Gva(va));
+    at.is_ok_and(|at| {
+        let gpa = GuestAddress(at.gpa.0);
+        va.is_multiple_of(8) && virt.memory.write_slice(&value.to_le_bytes(), gpa).is_ok()
+    })
+}

@@ -1,0 +1,125 @@
+//! What kernel functions that a driver calls do that outlasts a call, by address: what a call that went on in
+//! the guest before it failed is compensated by.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::Serialize;
+
+/// A call of a kernel function, with the arguments in registers (System V ABI, section 3.2.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct KernelCall {
+    /// Guest virtual address of the function.
+    pub function: u64,
+    /// `rdi`, `rsi`, `rdx`, `rcx`, `r8`, `r9`.
+    pub arguments: [u64; 6],
+}
+
+/// A number behind an argument that is a pointer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Which argument, from 0 to 5.
+    pub argument: u8,
+    /// Offset in bytes from where it points.
+    pub offset: u64,
+    /// Size of the number in bytes: 1, 2, 4 or 8.
+    pub bytes: u8,
+}
+
+/// What an opposite is called with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OppositeArgument {
+    /// What the function returned.
+    Result,
+    /// An argument of the function, from 0 to 5.
+    Own(u8),
+    /// What stood there when the function had returned.
+    At(Place),
+    /// A number.
+    Constant(u64),
+}
+
+/// The function that takes back what another one did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opposite {
+    /// Guest virtual address.
+    pub function: u64,
+    /// At most six.
+    pub arguments: Vec<OppositeArgument>,
+}
+
+/// Which results mean that a function did something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Success {
+    /// All.
+    Always,
+    /// `true`, in the low byte.
+    True,
+    /// A 32-bit number that is not negative.
+    NotNegative,
+    /// A pointer that is neither `NULL` nor an error.
+    Pointer,
+    /// Any but all ones (`DMA_MAPPING_ERROR`).
+    NotAllOnes,
+}
+
+impl Success {
+    /// Whether a function that returned `result` did something.
+    pub fn is(self, result: u64) -> bool {
+        // `IS_ERR_VALUE`, include/linux/err.h.
+        const ERRORS: u64 = 4095;
+        match self {
+            Self::Always => true,
+            Self::True => result as u8 != 0,
+            Self::NotNegative => (result as u32).cast_signed() >= 0,
+            Self::Pointer => result != 0 && result < 0u64.wrapping_sub(ERRORS),
+            Self::NotAllOnes => result != u64::MAX,
+        }
+    }
+}
+
+/// What a kernel function does that outlasts a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Effect {
+    /// What takes it back; `None` if nothing does.
+    pub undo: Option<Opposite>,
+    /// Whether it is done only when the call has ended well.
+    pub deferred: bool,
+    /// When it did something.
+    pub success: Success,
+    /// A number that is another one afterwards if it did something.
+    pub changes: Option<Place>,
+}
+
+/// The kernel functions that are known.
+#[derive(Debug, Clone, Default)]
+pub struct KernelEffects {
+    /// Functions that do something that lasts.
+    pub lasting: HashMap<u64, Effect>,
+    /// Functions that leave nothing behind but bytes in memory.
+    pub harmless: HashSet<u64>,
+}
+
+impl KernelEffects {
+    /// Whether calls of the function at `va` have to be seen.
+    pub fn matters(&self, va: u64) -> bool {
+        !self.harmless.contains(&va)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_say_whether_a_function_did_something() {
+        let enomem = (-12i64).cast_unsigned();
+        assert!(Success::Pointer.is(0xffff_8880_0000_1000));
+        assert!(!Success::Pointer.is(0) && !Success::Pointer.is(enomem));
+        assert!(Success::NotNegative.is(0) && Success::NotNegative.is(7));
+        assert!(!Success::NotNegative.is(enomem) && !Success::NotNegative.is(0xffff_fff4));
+        // The upper bytes of a `bool` are anything.
+        assert!(Success::True.is(0xff01) && !Success::True.is(0xff00));
+        assert!(Success::NotAllOnes.is(0x1000) && !Success::NotAllOnes.is(u64::MAX));
+        assert!(Success::Always.is(0));
+    }
+}

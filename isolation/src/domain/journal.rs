@@ -1,0 +1,356 @@
+//! What a call that goes on in the guest leaves there, part by part, and what takes it back.
+//!
+//! ```text
+//!  part 1            spill            part 2             fault
+//!  ────────────────────┬──── guest ────┬──────────────────►
+//!  recorded as pending │ settled       │ pending: dropped with the private view
+//! ```
+//!
+//! Only what is settled is in the guest. Functions that give something back wait until the call has ended
+//! well: what they would free is needed again if it does not.
+
+use serde::Serialize;
+
+use super::effects::{KernelCall, KernelEffects, OppositeArgument};
+use super::supervisor::DeviceState;
+use super::undo_log::{Restorable, UndoLog};
+
+/// Most calls of kernel functions kept for one call: a few for each descriptor of the largest rings.
+pub const MAX_CALLS: usize = 1 << 15;
+/// Most parts in which a call may use the device.
+const MAX_DEVICE_PARTS: usize = 256;
+
+/// Why what a call did before it went on in the guest stays there although it failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "why")]
+pub enum Stays {
+    /// Nothing is known of the kernel's functions.
+    NoModel,
+    /// It changed more memory than is kept.
+    TooMuchMemory,
+    /// It called more kernel functions than are kept.
+    TooManyCalls,
+    /// It called a function that nothing takes back.
+    Irrevocable {
+        /// Guest virtual address.
+        function: u64,
+    },
+    /// It called a function of which nothing is known.
+    Unknown {
+        /// Guest virtual address.
+        function: u64,
+    },
+    /// A kernel function that called the driver back was under way.
+    KernelFunctionOpen,
+    /// The device cannot be put back.
+    Device {
+        /// Why.
+        reason: String,
+    },
+    /// A kernel function that takes something back did not return.
+    Hangs {
+        /// Guest virtual address.
+        function: u64,
+    },
+}
+
+/// What became of the parts of a failed call that were in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Published {
+    /// Everything was taken back.
+    Undone {
+        /// Bytes of the driver's memory that were put back.
+        bytes: u64,
+        /// Kernel functions that were called for it.
+        kernel_calls: u32,
+    },
+    /// It stays.
+    Stays(Stays),
+}
+
+impl Published {
+    /// Whether something of the failed call is left.
+    pub fn stays(&self) -> bool {
+        matches!(self, Self::Stays(_))
+    }
+}
+
+/// A kernel function with lasting effects that has not returned yet.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    call: KernelCall,
+    /// Stack pointer after its return.
+    rsp: u64,
+    /// The number that tells whether it did something, before.
+    before: Option<u64>,
+}
+
+/// A kernel function that did something.
+#[derive(Debug, Clone, Copy)]
+struct Done {
+    call: KernelCall,
+    /// What takes it back, and how many arguments that has.
+    undo: Option<(KernelCall, usize)>,
+}
+
+impl Done {
+    /// Whether `call` is what takes this back.
+    fn is_taken_back_by(&self, call: &KernelCall) -> bool {
+        self.undo.is_some_and(|(undo, arguments)| {
+            undo.function == call.function
+                && undo.arguments[..arguments] == call.arguments[..arguments]
+        })
+    }
+}
+
+/// Reads a number of up to 8 bytes from the call's memory; `None` where there is none.
+pub trait ReadNumber {
+    /// The `bytes` bytes at guest virtual address `va`.
+    fn number(&self, va: u64, bytes: u8) -> Option<u64>;
+}
+
+/// What to do about a call of a kernel function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crossing {
+    /// It is called.
+    Call,
+    /// It is called later; the driver goes on as if it had returned.
+    Later,
+}
+
+/// The journal of one call.
+#[derive(Debug, Clone, Default)]
+pub struct Journal {
+    /// Old bytes of memory.
+    pub memory: UndoLog,
+    open: Vec<Open>,
+    settled: Settled,
+    pending: Pending,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Settled {
+    done: Vec<Done>,
+    deferred: Vec<KernelCall>,
+    device: Vec<(DeviceState, DeviceState)>,
+    /// More kernel functions were open than the one that comes back first.
+    nested: bool,
+    stays: Option<Stays>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Pending {
+    done: Vec<Done>,
+    deferred: Vec<KernelCall>,
+    device: Option<DeviceState>,
+    stays: Option<Stays>,
+}
+
+impl Journal {
+    /// For a call that begins.
+    pub fn new(restorable: Restorable) -> Self {
+        Self {
+            memory: UndoLog::new(restorable),
+            ..Self::default()
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        let settled = self.settled.done.len() + self.settled.deferred.len();
+        let pending = self.pending.done.len() + self.pending.deferred.len();
+        settled + pending + self.open.len() >= MAX_CALLS
+    }
+
+    /// The driver calls a kernel function; after it returned the stack pointer is `rsp`.
+    pub fn enter(
+        &mut self,
+        call: KernelCall,
+        rsp: u64,
+        effects: &KernelEffects,
+        memory: &impl ReadNumber,
+    ) -> Crossing {
+        let function = call.function;
+        if self.is_full() {
+            self.pending.stays.get_or_insert(Stays::TooManyCalls);
+            return Crossing::Call;
+        }
+        let Some(effect) = effects.lasting.get(&function) else {
+            let unknown = Stays::Unknown { function };
+            self.pending.stays.get_or_insert(unknown);
+            return Crossing::Call;
+        };
+        if effect.deferred {
+            self.pending.deferred.push(call);
+            return Crossing::Later;
+        }
+        let before = effect.changes.and_then(|place| {
+            let at = call.arguments[usize::from(place.argument)].wrapping_add(place.offset);
+            memory.number(at, place.bytes)
+        });
+        self.open.push(Open { call, rsp, before });
+        Crossing::Call
+    }
+
+    /// The kernel function after which the stack pointer is `rsp` has returned `result`, if it is one that
+    /// matters.
+    pub fn leave(
+        &mut self,
+        rsp: u64,
+        result: u64,
+        effects: &KernelEffects,
+        memory: &impl ReadNumber,
+    ) {
+        let Some(at) = self.open.iter().rposition(|open| open.rsp == rsp) else {
+            return;
+        };
+        let open = self.open[at];
+        self.open.truncate(at);
+        let Some(effect) = effects.lasting.get(&open.call.function) else {
+            return;
+        };
+        let arguments = open.call.arguments;
+        let number = |place: crate::domain::effects::Place| {
+            let at = arguments[usize::from(place.argument)].wrapping_add(place.offset);
+            memory.number(at, place.bytes)
+        };
+        let unchanged = effect
+            .changes
+            .is_some_and(|place| open.before.is_some() && number(place) == open.before);
+        if unchanged || !effect.success.is(result) {
+            return;
+        }
+        let undo = effect.undo.as_ref().and_then(|opposite| {
+            let mut called_with = [0; 6];
+            for (argument, value) in opposite.arguments.iter().zip(&mut called_with) {
+                *value = match *argument {
+                    OppositeArgument::Result => result,
+                    OppositeArgument::Own(index) => arguments[usize::from(index)],
+                    OppositeArgument::At(place) => number(place)?,
+                    OppositeArgument::Constant(number) => number,
+                };
+            }
+            let call = KernelCall {
+                function: opposite.function,
+                arguments: called_with,
+            };
+            Some((call, opposite.arguments.len().min(6)))
+        });
+        let call = open.call;
+        self.pending.done.push(Done { call, undo });
+    }
+
+    /// The device is about to be used for the first time in this part; it is as `state` says.
+    pub fn reach_device(&mut self, state: Option<DeviceState>) {
+        match state {
+            Some(state) => self.pending.device = Some(state),
+            None => {
+                let reason = "its state cannot be taken".to_owned();
+                self.pending.stays.get_or_insert(Stays::Device { reason });
+            }
+        }
+    }
+
+    /// Whether the device was used in this part.
+    pub fn reached_device(&self) -> bool {
+        self.pending.device.is_some()
+    }
+
+    /// This part is in the guest now. The device, if it was used, is as `device` says; `nested` if kernel
+    /// functions are under way besides the one that goes on in the guest.
+    pub fn settle(&mut self, device: Option<DeviceState>, nested: bool) {
+        self.memory.settle();
+        let Pending {
+            done,
+            deferred,
+            device: before,
+            stays,
+        } = std::mem::take(&mut self.pending);
+        let settled = &mut self.settled;
+        settled.nested = nested;
+        settled.deferred.extend(deferred);
+        if let (None, Some(stays)) = (&settled.stays, stays) {
+            settled.stays = Some(stays);
+        }
+        if let (Some(before), Some(after)) = (before, device) {
+            settled.device.push((before, after));
+        }
+        if settled.device.len() > MAX_DEVICE_PARTS {
+            settled.device.clear();
+            let reason = "it was used in too many parts".to_owned();
+            settled.stays.get_or_insert(Stays::Device { reason });
+        }
+        self.settle_calls(done);
+    }
+
+    /// The kernel function that went on in the guest has returned there, and its return is noted: what it did is
+    /// done.
+    pub fn settle_return(&mut self) {
+        let done = std::mem::take(&mut self.pending.done);
+        self.settle_calls(done);
+    }
+
+    fn settle_calls(&mut self, done: Vec<Done>) {
+        let settled = &mut self.settled.done;
+        for done in done {
+            let opposite = settled
+                .iter()
+                .rposition(|earlier| earlier.is_taken_back_by(&done.call));
+            match opposite {
+                Some(at) => {
+                    settled.remove(at);
+                }
+                None => settled.push(done),
+            }
+        }
+    }
+
+    /// This part has been taken back.
+    pub fn discard(&mut self) {
+        self.memory.discard();
+        self.pending = Pending::default();
+    }
+
+    /// Why the settled parts cannot be undone, as far as can be told without the device.
+    pub fn why_it_stays(&self) -> Option<Stays> {
+        let settled = &self.settled;
+        if let Some(stays) = &settled.stays {
+            return Some(stays.clone());
+        }
+        if self.memory.is_incomplete() {
+            return Some(Stays::TooMuchMemory);
+        }
+        if settled.nested {
+            return Some(Stays::KernelFunctionOpen);
+        }
+        let forever = settled.done.iter().find(|done| done.undo.is_none())?;
+        let function = forever.call.function;
+        Some(Stays::Irrevocable { function })
+    }
+
+    /// How the device was before and after each settled part that used it, oldest first.
+    pub fn device(&self) -> &[(DeviceState, DeviceState)] {
+        &self.settled.device
+    }
+
+    /// The kernel functions that take the settled parts back, in the order in which they are called.
+    pub fn compensation(&self) -> Vec<KernelCall> {
+        let done = self.settled.done.iter().rev();
+        done.filter_map(|done| done.undo.map(|(call, _)| call))
+            .collect()
+    }
+
+    /// The settled calls that wait for the end of the call.
+    pub fn take_deferred(&mut self) -> Vec<KernelCall> {
+        std::mem::take(&mut self.settled.deferred)
+    }
+
+    /// Whether settled calls wait for the end of the call.
+    pub fn has_deferred(&self) -> bool {
+        !self.settled.deferred.is_empty()
+    }
+}
+
+#[cfg(test)]
+#[path = "journal_tests.rs"]
+mod tests;

@@ -1,0 +1,185 @@
+//! The journal of a call as it runs: what is noted at each crossing and at each publication, and how the parts
+//! that are in the guest are taken back.
+
+use super::finish::elapsed_ns;
+use super::*;
+use crate::domain::effects::KernelEffects;
+use crate::domain::journal::{Crossing, Published, ReadNumber, Stays};
+use crate::domain::monitor::JournalPoint;
+use crate::domain::roots::Roots;
+use crate::domain::view::PrivateView;
+
+/// The call's memory.
+struct CallNumbers<'a> {
+    roots: &'a Roots,
+    view: &'a PrivateView,
+}
+
+impl ReadNumber for CallNumbers<'_> {
+    fn number(&self, va: u64, bytes: u8) -> Option<u64> {
+        let mut number = [0; 8];
+        for (at, byte) in (va..).zip(number.iter_mut().take(bytes.into())) {
+            let gpa = self.roots.translate(at, self.view).ok()??.gpa;
+            let page = self.view.private_page(Pfn::of(gpa)).ok()?;
+            *byte = page[(gpa % PAGE_SIZE) as usize];
+        }
+        Some(u64::from_le_bytes(number))
+    }
+}
+
+impl Call<'_> {
+    /// Whether the call, which must go on in the guest, is to be run once more with a journal before it does.
+    pub(super) fn wants_journal(&self) -> bool {
+        self.journal.is_none()
+            && self.spills == 0
+            && self.request.effects.is_some()
+            && self.request.return_gate.is_some()
+    }
+
+    /// Takes note of what belongs to the driver before the call does anything.
+    pub(super) fn begin_journal(&mut self) -> Result<(), DomainError> {
+        if self.journal.is_none() {
+            return Ok(());
+        }
+        let mut restorable = self.supervisor.restorable();
+        // Frames below the caller's are dead when the call has ended, and others' by then.
+        let callers = self.entry.rsp.wrapping_add(8);
+        let mut va = self.entry.rsp & !(THREAD_SIZE - 1);
+        while va < callers {
+            let bytes = (callers - va).min(PAGE_SIZE);
+            if let Some(at) = self.domain.roots.translate(va, &self.domain.view)? {
+                restorable.exclude(at.gpa, bytes);
+            }
+            va = va.wrapping_add(PAGE_SIZE);
+        }
+        self.journal = Some(Box::new(Journal::new(restorable)));
+        Ok(())
+    }
+
+    /// P is at an end of the trampoline of a function that matters.
+    pub(super) fn journal_point(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
+        let Some((function, point)) = self.domain.monitor.journal_point(regs.rip) else {
+            return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
+        };
+        let Some(return_address) = self.read_guest(regs.rsp)? else {
+            let kind = ViolationKind::IllegalControlTransfer { target: function };
+            return Ok(Step::Violation(kind, regs.rip));
+        };
+        let rsp = regs.rsp.wrapping_add(8);
+        let returned = kvm_regs {
+            rip: return_address,
+            rsp,
+            ..*regs
+        };
+        let next = match point {
+            JournalPoint::Leave => {
+                self.journal_leave(rsp, regs.rax);
+                returned
+            }
+            JournalPoint::Enter { resume } => {
+                let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
+                let call = KernelCall {
+                    function,
+                    arguments,
+                };
+                match self.journal_enter(call, rsp) {
+                    Crossing::Later => kvm_regs { rax: 0, ..returned },
+                    Crossing::Call => {
+                        self.domain.monitor.keep_r11(regs.r11);
+                        kvm_regs {
+                            rip: resume,
+                            ..*regs
+                        }
+                    }
+                }
+            }
+        };
+        self.domain.vm.set_regs(&next);
+        Ok(Step::Continue)
+    }
+
+    fn journal_enter(&mut self, call: KernelCall, rsp: u64) -> Crossing {
+        let (numbers, journal, effects) = self.journal_parts();
+        match (journal, effects) {
+            (Some(journal), Some(effects)) => journal.enter(call, rsp, effects, &numbers),
+            _ => Crossing::Call,
+        }
+    }
+
+    /// A kernel function has returned, in P or in the guest.
+    pub(super) fn journal_leave(&mut self, rsp: u64, result: u64) {
+        let (numbers, journal, effects) = self.journal_parts();
+        if let (Some(journal), Some(effects)) = (journal, effects) {
+            journal.leave(rsp, result, effects, &numbers);
+        }
+    }
+
+    fn journal_parts(
+        &mut self,
+    ) -> (
+        CallNumbers<'_>,
+        Option<&mut Journal>,
+        Option<&KernelEffects>,
+    ) {
+        let numbers = CallNumbers {
+            roots: &self.domain.roots,
+            view: &self.domain.view,
+        };
+        (numbers, self.journal.as_deref_mut(), self.request.effects)
+    }
+
+    /// The device is about to be used for the first time in this part.
+    pub(super) fn journal_device(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.reach_device(self.supervisor.device_state());
+        }
+    }
+
+    /// This part is in the guest. `nested` if more kernel functions are under way than the innermost one.
+    pub(super) fn settle_journal(&mut self, nested: bool) {
+        if let Some(journal) = &mut self.journal {
+            let used = journal.reached_device();
+            let device = used.then(|| self.supervisor.device_state()).flatten();
+            journal.settle(device, nested);
+        }
+    }
+
+    /// Takes back what is in the guest of a call whose last part is taken back already: device and memory at
+    /// once, kernel functions by having the guest call their opposites.
+    pub(super) fn take_back_published(&mut self) -> Result<Published, DomainError> {
+        let Some(mut journal) = self.journal.take() else {
+            return Ok(Published::Stays(Stays::NoModel));
+        };
+        let mut stays = journal.why_it_stays();
+        if stays.is_none() {
+            let start = Instant::now();
+            let undone = self.supervisor.undo_device(journal.device());
+            stays = undone.err().map(|reason| Stays::Device { reason });
+            self.phases.device_ns += elapsed_ns(start);
+        }
+        if let Some(stays) = stays {
+            // As if it had ended here: what it let go of is not used any more.
+            self.kernel_calls = journal.take_deferred();
+            return Ok(Published::Stays(stays));
+        }
+        let start = Instant::now();
+        let view = &mut self.domain.view;
+        let bytes = journal.memory.undo(|pfn, offset, with| {
+            let mut word = [0; 8];
+            let page = view.shared_page(pfn)?;
+            word.copy_from_slice(&page[offset..offset + 8]);
+            let before = word;
+            with(&mut word);
+            match word == before {
+                true => Ok(()),
+                false => view.write_shared(pfn, offset, &word),
+            }
+        })?;
+        self.phases.memory_ns += elapsed_ns(start);
+        self.kernel_calls = journal.compensation();
+        Ok(Published::Undone {
+            bytes,
+            kernel_calls: u32::try_from(self.kernel_calls.len()).unwrap_or(u32::MAX),
+        })
+    }
+}

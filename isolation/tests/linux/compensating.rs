@@ -1,0 +1,222 @@
+//! Calls of the stock e1000 that went on in the guest, fail there and are taken back to their beginning.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use isolation::attach::fault::{FaultOrder, InstructionKind};
+
+use crate::e1000::E1000_ENTRIES;
+use crate::machine::Machine;
+use crate::{boot_with_network, named};
+
+/// `ud2`.
+const FAULT: [u8; 2] = [0x0f, 0x0b];
+
+/// A machine in which every wait of a call goes on in the guest, with all entries isolated.
+fn machine(guest_only: &[&str]) -> Machine {
+    let mut machine = boot_with_network(1, "ipv6.disable=1");
+    machine.sleep_limit = Duration::ZERO;
+    machine.model = true;
+    machine.guest_only = guest_only.iter().map(|name| (*name).to_owned()).collect();
+    machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
+    machine
+}
+
+/// Recoveries of each function; a few unless `COFFERDAM_RECOVERIES` says otherwise.
+fn recoveries() -> u64 {
+    std::env::var("COFFERDAM_RECOVERIES").map_or(8, |text| text.parse().unwrap())
+}
+
+/// Places for faults: behind each call of a kernel function, and at the last instruction.
+fn places(machine: &Machine, function: &str) -> Vec<u64> {
+    let all = machine.isolator.instructions("e1000", function).unwrap();
+    let behind = all.windows(2).filter_map(|pair| {
+        matches!(pair[0].kind, InstructionKind::Calls(_)).then_some(pair[1].offset)
+    });
+    let last = all
+        .iter()
+        .rev()
+        .find(|at| at.kind == InstructionKind::Return);
+    behind.chain(last.map(|at| at.offset)).collect()
+}
+
+/// Orders `times` faults at `offset` of `function`, of each call.
+fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
+    let order = FaultOrder {
+        entry: function.to_owned(),
+        offset,
+        code: FAULT.to_vec(),
+        every: 1,
+        times,
+    };
+    machine.isolator.order_fault("e1000", order).unwrap();
+}
+
+/// What a leak would show in: mappings, interrupts, and the objects of each slab cache.
+struct Resources {
+    mappings: String,
+    interrupts: String,
+    objects: BTreeMap<String, u64>,
+}
+
+impl Resources {
+    fn of(machine: &mut Machine) -> Self {
+        let mappings = "grep -c e1000 /proc/vmallocinfo; true";
+        let interrupts = "grep -c eth0 /proc/interrupts; ls /proc/irq | wc -l";
+        let caches = machine.run(
+            "for c in /sys/kernel/slab/kmalloc-*; do echo 1 > $c/shrink; done; \
+             tail -n +3 /proc/slabinfo | grep -e kmalloc -e skbuff -e proc | sed 's/ *  */ /g' | cut -d' ' -f1,2",
+        );
+        let object = |line: &str| {
+            let (name, count) = line.split_once(' ')?;
+            Some((name.to_owned(), count.trim().parse().ok()?))
+        };
+        Self {
+            mappings: machine.run(mappings),
+            interrupts: machine.run(interrupts),
+            objects: caches.lines().filter_map(object).collect(),
+        }
+    }
+
+    /// After `recoveries` more of them.
+    fn assert_not_grown(&self, before: &Self, recoveries: u64) {
+        assert_eq!(self.mappings, before.mappings);
+        assert_eq!(self.interrupts, before.interrupts);
+        assert!(!self.objects.is_empty());
+        for (cache, now) in &self.objects {
+            let then = before.objects.get(cache).copied().unwrap_or(0);
+            if *now > then {
+                eprintln!("{cache}: {then} -> {now} in {recoveries} recoveries");
+            }
+            // Other threads of the guest take and give objects too. One for each recovery is more than that once
+            // there are enough of them.
+            let noise = 64.max(recoveries / 2);
+            assert!(
+                now.saturating_sub(then) <= noise,
+                "{cache}: {then} -> {now}"
+            );
+        }
+    }
+}
+
+/// Has `function`, which `operation` calls, fail at each of its places, `count` times in all, and be taken back each
+/// time.
+fn fail_everywhere(
+    machine: &mut Machine,
+    function: &str,
+    (operation, back): (&str, &str),
+    count: u64,
+) {
+    let places = places(machine, function);
+    assert!(!places.is_empty());
+    let mut done = 0;
+    let mut hit = 0;
+    let mut before = None;
+    let mut index = 0;
+    // Places that an undisturbed call does not come by are passed over.
+    while done < count && index < places.len() * 64 {
+        let offset = places[index % places.len()];
+        index += 1;
+        let earlier = machine.entry("e1000", function);
+        order(machine, function, offset, 1);
+        let ended = machine.run(&format!("({operation}) >/dev/null 2>&1 && echo well; true"));
+        let now = machine.entry("e1000", function);
+        order(machine, function, offset, 0);
+        if now.aborts == earlier.aborts {
+            assert_eq!(ended.trim(), "well", "{function}+{offset:#x}");
+            machine.run(back);
+            continue;
+        }
+        hit += 1;
+        eprintln!(
+            "{function}+{offset:#x}: {}",
+            machine.isolator.reports("e1000").unwrap().last().unwrap()
+        );
+        assert_eq!(ended.trim(), "", "{function}+{offset:#x} did not fail");
+        assert_eq!(
+            now.left_over,
+            0,
+            "{function}+{offset:#x}: {:?}",
+            machine.isolator.reports("e1000").unwrap().last()
+        );
+        done += now.undone - earlier.undone;
+        machine.run("ip link set eth0 up; ping -c 1 -W 2 10.0.2.2");
+        // By now every kind of recovery has been once.
+        if before.is_none() && index >= places.len() {
+            before = Some((Resources::of(machine), done));
+        }
+    }
+    let status = machine.entry("e1000", function);
+    eprintln!(
+        "{function}: {} places, {hit} faults, {done} of them after a spill; {} bytes put back, {} kernel functions called",
+        places.len(),
+        status.restored_bytes,
+        status.compensations
+    );
+    assert!(
+        done >= count.min(1),
+        "{function} never failed after a spill"
+    );
+    if let Some((before, since)) = before {
+        Resources::of(machine).assert_not_grown(&before, done - since);
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_reset_of_the_adapter_that_fails_after_it_slept_is_taken_back() {
+    let mut machine = machine(&[]);
+    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ping -c 1 -W 2 10.0.2.2");
+    fail_everywhere(
+        &mut machine,
+        "e1000_set_ringparam",
+        ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
+        recoveries(),
+    );
+    machine.print_status();
+    assert_eq!(machine.status("e1000").broken, None);
+    // As if nothing had been: the rings are as large as before, and can be changed.
+    assert!(machine.run("ethtool -g eth0").contains("256"));
+    machine.run("ethtool -G eth0 rx 128; ping -c 3 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 256; ping -c 3 -i 0.1 -W 2 10.0.2.2");
+    machine.isolator.release("e1000").unwrap();
+    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.0.2.2");
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_taken_back() {
+    // The new rings are allocated in the guest, when the old ones are empty and the adapter has been reset.
+    let mut machine = machine(&["vzalloc"]);
+    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ping -c 1 -W 2 10.0.2.2");
+    fail_everywhere(
+        &mut machine,
+        "e1000_set_ringparam",
+        ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
+        recoveries(),
+    );
+    machine.print_status();
+    assert_eq!(machine.status("e1000").broken, None);
+    machine.run("ping -c 300 -i 0.01 -W 2 10.0.2.2");
+    machine.isolator.release("e1000").unwrap();
+    machine.run("ping -c 2 -W 2 10.0.2.2; ethtool -G eth0 rx 128; ping -c 2 -W 2 10.0.2.2");
+    machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn an_open_that_fails_after_its_interrupt_was_requested_in_the_guest_is_taken_back() {
+    let mut machine = machine(&["request_threaded_irq"]);
+    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 1 -W 2 10.0.2.2");
+    fail_everywhere(
+        &mut machine,
+        "e1000_open",
+        ("ip link set eth0 down; ip link set eth0 up", "true"),
+        recoveries(),
+    );
+    machine.print_status();
+    assert_eq!(machine.status("e1000").broken, None);
+    machine.isolator.release("e1000").unwrap();
+    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.0.2.2");
+    machine.assert_healthy();
+}
