@@ -3,6 +3,8 @@
 //! ```text
 //!            fault: rolled back ─┬─ the caller gets an error ───────────────────► Running
 //!  Running ─────────────────────┼─ run again, at most `retries` times ──────────► Running
+//!                                ├─ error, and the device is resumed ─► Resuming ─┬─ done ───────► Running
+//!                                │                                      failed │
 //!                                ├─ error, and the driver is restarted ─► Restarting ─┬─ done ─► Running
 //!                                │                                                    └─ failed
 //!                                │        Resetting ◄── if that is allowed ────────────────┤
@@ -29,6 +31,8 @@ pub enum OnFault {
     Error,
     /// The call is run once more, for faults that do not last; an error when it fails again and again.
     Retry,
+    /// The call returns an error, and the driver suspends and resumes its device with its own functions.
+    Resume,
     /// The call returns an error, and the driver is restarted with its configuration put back.
     Restart,
     /// The call returns an error, and no call of the driver is run any more.
@@ -37,13 +41,20 @@ pub enum OnFault {
 
 impl OnFault {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Error, Self::Retry, Self::Restart, Self::Stop];
+    pub const ALL: [Self; 5] = [
+        Self::Error,
+        Self::Retry,
+        Self::Resume,
+        Self::Restart,
+        Self::Stop,
+    ];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Error => "error",
             Self::Retry => "retry",
+            Self::Resume => "resume",
             Self::Restart => "restart",
             Self::Stop => "stop",
         }
@@ -97,6 +108,8 @@ pub enum State {
     /// Its calls are run.
     #[default]
     Running,
+    /// Its device is being resumed.
+    Resuming,
     /// It is being restarted.
     Restarting,
     /// The guest is being reset.
@@ -112,6 +125,12 @@ pub struct Rungs {
     pub errors: u64,
     /// Calls that were rolled back and run again.
     pub retries: u64,
+    /// Resumes of the device that were begun.
+    #[serde(default)]
+    pub resumes: u64,
+    /// Those of them that failed.
+    #[serde(default)]
+    pub failed_resumes: u64,
     /// Restarts of the driver that were begun.
     pub restarts: u64,
     /// Those of them that failed.
@@ -141,6 +160,8 @@ pub enum Decision {
     Error,
     /// Run the call again.
     Retry,
+    /// Return an error, and have the driver resume its device.
+    Resume,
     /// Return an error, and restart the driver.
     Restart,
     /// Return an error, and run no call any more.
@@ -152,6 +173,8 @@ pub enum Decision {
 pub enum Next {
     /// Nothing: the driver runs, or was stopped meanwhile.
     Nothing,
+    /// Restart the driver.
+    Restart,
     /// Reset the guest.
     Reset,
     /// Run no call of the driver any more.
@@ -170,6 +193,8 @@ pub struct Fault<'a> {
     /// Whether the call had gone on in the guest before it failed: what it did until then stays, so the driver
     /// and its device are half-way through something.
     pub half_done: bool,
+    /// Whether the device could not be put back: the driver is as before the call, and its device is not.
+    pub device_lost: bool,
     /// When, on a clock that does not run backwards.
     pub now_ns: u64,
 }
@@ -181,6 +206,8 @@ pub struct Ladder {
     status: LadderStatus,
     /// Faults of the last minute, oldest first; never more than the limit.
     lately: VecDeque<u64>,
+    /// When the device was last lost.
+    lost_ns: Option<u64>,
 }
 
 impl Ladder {
@@ -212,12 +239,28 @@ impl Ladder {
         }
         let wanted = match self.on_fault(fault) {
             // Neither an error nor another try makes good what was begun.
-            OnFault::Error | OnFault::Retry if fault.half_done => OnFault::Restart,
+            OnFault::Error | OnFault::Retry | OnFault::Resume if fault.half_done => {
+                OnFault::Restart
+            }
+            // A device that is lost again at once needs more.
+            OnFault::Error | OnFault::Retry | OnFault::Resume
+                if fault.device_lost && self.was_lost_lately(fault.now_ns) =>
+            {
+                OnFault::Restart
+            }
+            OnFault::Error | OnFault::Retry if fault.device_lost => OnFault::Resume,
             other => other,
         };
+        if fault.device_lost {
+            self.lost_ns = Some(fault.now_ns);
+        }
+        let state = self.status.state;
         let on_fault = match wanted {
-            // The driver that fails is on its way out already.
-            OnFault::Restart if self.status.state != State::Running => OnFault::Error,
+            // The driver that fails is on its way out already, or its device on its way back.
+            OnFault::Resume if state != State::Running => OnFault::Error,
+            OnFault::Restart if !matches!(state, State::Running | State::Resuming) => {
+                OnFault::Error
+            }
             OnFault::Retry if fault.attempts > self.config.retries => OnFault::Error,
             other => other,
         };
@@ -231,6 +274,12 @@ impl Ladder {
                 rungs.retries += 1;
                 Decision::Retry
             }
+            OnFault::Resume => {
+                rungs.errors += 1;
+                rungs.resumes += 1;
+                self.status.state = State::Resuming;
+                Decision::Resume
+            }
             OnFault::Restart => {
                 rungs.errors += 1;
                 rungs.restarts += 1;
@@ -242,6 +291,23 @@ impl Ladder {
                 Decision::Stop
             }
         }
+    }
+
+    /// The resume that was asked for has ended.
+    pub fn resumed(&mut self, result: Result<(), &str>) -> Next {
+        let failed = result.is_err();
+        self.status.rungs.failed_resumes += u64::from(failed);
+        if self.status.state != State::Resuming {
+            // A restart was asked for meanwhile, or the driver was stopped.
+            return Next::Nothing;
+        }
+        if !failed {
+            self.status.state = State::Running;
+            return Next::Nothing;
+        }
+        self.status.rungs.restarts += 1;
+        self.status.state = State::Restarting;
+        Next::Restart
     }
 
     /// The restart that was asked for has ended.
@@ -290,6 +356,12 @@ impl Ladder {
             } else {
                 OnFault::Error
             })
+    }
+
+    /// Whether the device was lost less than a minute ago.
+    fn was_lost_lately(&self, now_ns: u64) -> bool {
+        self.lost_ns
+            .is_some_and(|lost| now_ns.saturating_sub(lost) < MINUTE_NS)
     }
 
     /// Counts a fault at `now_ns`; whether there were too many in the last minute.

@@ -17,6 +17,7 @@ fn fault(entry: &str, attempts: u32, now_ns: u64) -> Fault<'_> {
         attempts,
         returns_nothing: false,
         half_done: false,
+        device_lost: false,
         now_ns,
     }
 }
@@ -43,6 +44,7 @@ fn a_call_that_was_half_done_has_its_driver_restarted_whatever_else_was_chosen()
     for (chosen, decision) in [
         (OnFault::Error, Decision::Restart),
         (OnFault::Retry, Decision::Restart),
+        (OnFault::Resume, Decision::Restart),
         (OnFault::Stop, Decision::Stop),
     ] {
         let mut ladder = Ladder::new(config(chosen));
@@ -52,6 +54,40 @@ fn a_call_that_was_half_done_has_its_driver_restarted_whatever_else_was_chosen()
         };
         assert_eq!(ladder.fault(&half_done), decision);
     }
+}
+
+#[test]
+fn a_device_that_is_lost_is_resumed_and_one_that_is_lost_again_has_its_driver_restarted() {
+    let lost = |now_ns| Fault {
+        device_lost: true,
+        ..fault("f", 1, now_ns)
+    };
+    let mut ladder = Ladder::new(LadderConfig::default());
+    assert_eq!(ladder.fault(&lost(0)), Decision::Resume);
+    assert_eq!(ladder.status().state, State::Resuming);
+    // Calls meanwhile, one of which finds the device gone too.
+    assert_eq!(ladder.fault(&fault("f", 1, 1)), Decision::Error);
+    assert_eq!(ladder.resumed(Ok(())), Next::Nothing);
+    assert_eq!(ladder.status().state, State::Running);
+    assert_eq!(ladder.fault(&lost(MINUTE_NS - 1)), Decision::Restart);
+    assert_eq!(ladder.restarted(Ok(())), Next::Nothing);
+    assert_eq!(ladder.fault(&lost(2 * MINUTE_NS)), Decision::Resume);
+    let rungs = ladder.status().rungs;
+    assert_eq!(
+        (rungs.resumes, rungs.failed_resumes, rungs.restarts),
+        (2, 0, 1)
+    );
+}
+
+#[test]
+fn a_resume_that_fails_leads_to_a_restart() {
+    let mut ladder = Ladder::new(config(OnFault::Resume));
+    assert_eq!(ladder.fault(&fault("f", 1, 0)), Decision::Resume);
+    assert_eq!(ladder.resumed(Err("no such functions")), Next::Restart);
+    assert_eq!(ladder.status().state, State::Restarting);
+    assert_eq!(ladder.restarted(Ok(())), Next::Nothing);
+    let rungs = ladder.status().rungs;
+    assert_eq!((rungs.failed_resumes, rungs.restarts), (1, 1));
 }
 
 #[test]
@@ -138,8 +174,10 @@ enum Event {
         attempts: u32,
         returns_nothing: bool,
         half_done: bool,
+        device_lost: bool,
         after_ns: u64,
     },
+    Resumed(bool),
     Restarted(bool),
     Reset(bool),
 }
@@ -152,20 +190,22 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1..5_u32,
         any::<bool>(),
         prop::bool::weighted(0.1),
+        prop::bool::weighted(0.1),
         0..MINUTE_NS,
     );
-    let fault =
-        fault.prop_map(
-            |(entry, attempts, returns_nothing, half_done, after_ns)| Event::Fault {
-                entry,
-                attempts,
-                returns_nothing,
-                half_done,
-                after_ns: after_ns / 8,
-            },
-        );
+    let fault = fault.prop_map(
+        |(entry, attempts, returns_nothing, half_done, device_lost, after_ns)| Event::Fault {
+            entry,
+            attempts,
+            returns_nothing,
+            half_done,
+            device_lost,
+            after_ns: after_ns / 8,
+        },
+    );
     let event = prop_oneof![
         8 => fault,
+        2 => any::<bool>().prop_map(Event::Resumed),
         2 => any::<bool>().prop_map(Event::Restarted),
         1 => any::<bool>().prop_map(Event::Reset),
     ];
@@ -200,19 +240,21 @@ fn configs() -> impl Strategy<Value = LadderConfig> {
 struct Model {
     config: LadderConfig,
     recovered_at: Vec<u64>,
+    lost_at: Vec<u64>,
     state: State,
     rungs: Rungs,
 }
 
 impl Model {
-    fn fault(
-        &mut self,
-        entry: &str,
-        attempts: u32,
-        returns_nothing: bool,
-        half_done: bool,
-        now: u64,
-    ) -> Decision {
+    fn fault(&mut self, fault: &Fault<'_>) -> Decision {
+        let Fault {
+            entry,
+            attempts,
+            returns_nothing,
+            half_done,
+            device_lost,
+            now_ns: now,
+        } = *fault;
         if self.state == State::Stopped {
             return Decision::Stop;
         }
@@ -223,8 +265,13 @@ impl Model {
             (None, None) if returns_nothing => OnFault::Retry,
             (None, None) => OnFault::Error,
         };
-        let half_done = half_done && wanted != OnFault::Stop;
-        let wanted = if half_done { OnFault::Restart } else { wanted };
+        let lost_lately = self.lost_at.iter().any(|at| now - at < MINUTE_NS);
+        let wanted = match wanted {
+            OnFault::Stop | OnFault::Restart => wanted,
+            _ if half_done || device_lost && lost_lately => OnFault::Restart,
+            _ if device_lost => OnFault::Resume,
+            _ => wanted,
+        };
         let over = recent.count() >= self.config.recoveries_per_minute as usize;
         if over || wanted == OnFault::Stop {
             self.state = State::Stopped;
@@ -232,17 +279,38 @@ impl Model {
             return Decision::Stop;
         }
         self.recovered_at.push(now);
+        if device_lost {
+            self.lost_at.push(now);
+        }
         if wanted == OnFault::Retry && attempts <= self.config.retries {
             self.rungs.retries += 1;
             return Decision::Retry;
         }
         self.rungs.errors += 1;
-        if wanted == OnFault::Restart && self.state == State::Running {
+        if wanted == OnFault::Resume && self.state == State::Running {
+            self.state = State::Resuming;
+            self.rungs.resumes += 1;
+            return Decision::Resume;
+        }
+        let here = self.state == State::Running || self.state == State::Resuming;
+        if wanted == OnFault::Restart && here {
             self.state = State::Restarting;
             self.rungs.restarts += 1;
             return Decision::Restart;
         }
         Decision::Error
+    }
+
+    fn resumed(&mut self, well: bool) {
+        self.rungs.failed_resumes += u64::from(!well);
+        if self.state == State::Resuming {
+            self.state = if well {
+                State::Running
+            } else {
+                State::Restarting
+            };
+            self.rungs.restarts += u64::from(!well);
+        }
     }
 
     fn restarted(&mut self, well: bool) {
@@ -276,18 +344,22 @@ proptest! {
         let mut model = Model {
             config: config.clone(),
             recovered_at: Vec::new(),
+            lost_at: Vec::new(),
             state: State::Running,
             rungs: Rungs::default(),
         };
         let mut now_ns = 0;
         for event in events {
             match event {
-                Event::Fault { entry, attempts, returns_nothing, half_done, after_ns } => {
+                Event::Fault { entry, attempts, returns_nothing, half_done, device_lost, after_ns } => {
                     now_ns += after_ns;
                     let entry = ENTRIES[entry];
-                    let fault = Fault { entry, attempts, returns_nothing, half_done, now_ns };
-                    let expected = model.fault(entry, attempts, returns_nothing, half_done, now_ns);
-                    prop_assert_eq!(ladder.fault(&fault), expected);
+                    let fault = Fault { entry, attempts, returns_nothing, half_done, device_lost, now_ns };
+                    prop_assert_eq!(ladder.fault(&fault), model.fault(&fault));
+                }
+                Event::Resumed(well) => {
+                    ladder.resumed(if well { Ok(()) } else { Err("why") });
+                    model.resumed(well);
                 }
                 Event::Restarted(well) => {
                     ladder.restarted(if well { Ok(()) } else { Err("why") });

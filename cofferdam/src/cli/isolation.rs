@@ -35,7 +35,7 @@ pub struct IsolateOptions {
     /// Time that a call may take before it is taken back, in microseconds
     #[arg(long, value_name = "US")]
     budget_us: Option<u64>,
-    /// What is done about a call that failed, once it was taken back: error, retry, restart or stop; for one
+    /// What is done about a call that failed, once it was taken back: error, retry, resume, restart or stop; for one
     /// function with FUNCTION= in front. May be given several times. Without it a function that returns
     /// nothing is run again, and any other returns an error
     #[arg(long, value_name = "[FUNCTION=]WHAT", value_parser = parse_on_fault)]
@@ -209,7 +209,14 @@ impl ResumeDeviceOptions {
         let request = Request::ResumeDevice {
             module: self.module,
         };
-        connect(&self.vm)?.tell(&request)?;
+        let Reply::Resumed { times_us } = connect(&self.vm)?.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let text: String = times_us
+            .iter()
+            .map(|us| format!("suspended and resumed in {:.1} ms\n", *us as f64 / 1000.0))
+            .collect();
+        print_bytes(text.as_bytes())?;
         Ok(Ending::SUCCESS)
     }
 }
@@ -285,15 +292,23 @@ pub fn status_text(status: &ModuleStatus) -> String {
 pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
     let state = match status.state {
         State::Running => "runs",
+        State::Resuming => "resumes its device",
         State::Restarting => "is being restarted",
         State::Resetting => "goes with the guest, which is being reset",
         State::Stopped => "is stopped: its calls return errors",
     };
     let rungs = &status.rungs;
     let mut text = format!(
-        "{module} {state}; failed calls: {} returned an error, {} were run again; restarts: {} ({} failed); \
+        "{module} {state}; failed calls: {} returned an error, {} were run again; resumes: {} ({} failed); \
+         restarts: {} ({} failed); \
          resets: {}\n",
-        rungs.errors, rungs.retries, rungs.restarts, rungs.failed_restarts, rungs.resets
+        rungs.errors,
+        rungs.retries,
+        rungs.resumes,
+        rungs.failed_resumes,
+        rungs.restarts,
+        rungs.failed_restarts,
+        rungs.resets
     );
     if let Some(why) = &status.gave_up {
         text.push_str(&format!("stopped because {why}\n"));

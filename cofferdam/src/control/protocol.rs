@@ -80,7 +80,7 @@ pub enum Request {
         /// How long the new one may take to have its interfaces back with their configuration, in milliseconds.
         limit_ms: u64,
     },
-    /// Have a driver suspend and resume its devices, with its own functions.
+    /// Have a driver suspend and resume its devices, with its own functions. Answer: [`Reply::Resumed`].
     ResumeDevice {
         /// Name of the module.
         module: String,
@@ -184,6 +184,11 @@ pub enum Reply {
     Isolated(serde_json::Value),
     /// The final counters of a module that is isolated no more.
     Released(Box<ModuleStatus>),
+    /// Devices were suspended and resumed.
+    Resumed {
+        /// How long each took, from the call of one function to the return of the other, in microseconds.
+        times_us: Vec<u64>,
+    },
     /// How an upgrade ended.
     Upgraded(Box<UpgradeReport>),
     /// Violations, oldest first.

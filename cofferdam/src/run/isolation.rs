@@ -174,7 +174,12 @@ impl Isolation {
     pub fn resume_device(&self, module: &str) -> Result<Reply, String> {
         let _alone = self.change_driver();
         suspend::suspend_and_resume(self, module)
-            .map(|_| Reply::Done {})
+            .map(|times| Reply::Resumed {
+                times_us: times
+                    .iter()
+                    .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
+                    .collect(),
+            })
             .map_err(|error| format!("{error:#}"))
     }
 

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  vCPU's thread: fault ─► Ladder ─┬─► error or retry, at once
-//!                                  └─► restart ─► queue ─► this module's thread: read the configuration,
-//!                                      remove, insert, put it back, isolate again ─► Ladder ─► reset, stop
+//!                                  └─► resume, restart ─► queue ─► this module's thread: suspend and resume;
+//!                                      or read the configuration, remove, insert, put it back, isolate again
+//!                                      ─► Ladder ─► reset, stop
 //! ```
 //!
 //! Lock order: a ladder's lock is taken last, and nothing is called under it.
@@ -21,6 +22,7 @@ use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next
 
 use super::interfaces;
 use super::isolation::Isolation;
+use super::suspend;
 use crate::control::protocol::EntrySelection;
 
 /// How long a step of a restart may take in the guest.
@@ -50,21 +52,28 @@ struct Ward {
     ladder: Arc<Mutex<Ladder>>,
 }
 
+/// What a module's ladder asks for beyond an error.
+pub struct Asked {
+    module: String,
+    /// Resume its device; otherwise restart it.
+    resume: bool,
+}
+
 /// The ladders of all isolated modules of a VM.
 pub struct Recoveries {
     wards: Mutex<HashMap<String, Ward>>,
-    restarts: Sender<String>,
+    asked: Sender<Asked>,
 }
 
 impl Recoveries {
-    /// None yet. The receiver gets the names of modules to restart.
-    pub fn new() -> (Self, Receiver<String>) {
-        let (restarts, asked) = channel();
+    /// None yet. The receiver gets what is asked for.
+    pub fn new() -> (Self, Receiver<Asked>) {
+        let (asked, answered) = channel();
         let recoveries = Self {
             wards: Mutex::default(),
-            restarts,
+            asked,
         };
-        (recoveries, asked)
+        (recoveries, answered)
     }
 
     /// A ladder for a module that is about to be isolated.
@@ -72,7 +81,7 @@ impl Recoveries {
         LadderPolicy {
             module: module.to_owned(),
             ladder: Arc::new(Mutex::new(Ladder::new(config))),
-            restarts: self.restarts.clone(),
+            asked: self.asked.clone(),
         }
     }
 
@@ -87,7 +96,7 @@ impl Recoveries {
         Some(LadderPolicy {
             module: module.to_owned(),
             ladder: wards.get(module)?.ladder.clone(),
-            restarts: self.restarts.clone(),
+            asked: self.asked.clone(),
         })
     }
 
@@ -126,7 +135,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct LadderPolicy {
     module: String,
     ladder: Arc<Mutex<Ladder>>,
-    restarts: Sender<String>,
+    asked: Sender<Asked>,
 }
 
 impl LadderPolicy {
@@ -142,15 +151,20 @@ impl FaultPolicy for LadderPolicy {
             entry: &call.report.entry,
             attempts: call.attempts,
             returns_nothing: call.returns_nothing,
-            half_done: call.report.violation.stays() || call.report.device_lost.is_some(),
+            half_done: call.report.violation.stays(),
+            device_lost: call.report.device_lost.is_some(),
             now_ns: monotonic_ns(),
         });
         match decision {
             Decision::Error => AfterFault::ReturnError,
             Decision::Retry => AfterFault::Retry,
-            Decision::Restart => {
+            Decision::Resume | Decision::Restart => {
+                let resume = decision == Decision::Resume;
                 // The thread that restarts lives as long as the VM.
-                let _ = self.restarts.send(self.module.clone());
+                let _ = self.asked.send(Asked {
+                    module: self.module.clone(),
+                    resume,
+                });
                 AfterFault::ReturnError
             }
             Decision::Stop => {
@@ -161,18 +175,18 @@ impl FaultPolicy for LadderPolicy {
     }
 }
 
-/// Restarts modules as they are asked for, until the VM ends.
-pub fn serve(asked: &Receiver<String>, isolation: &Weak<Isolation>) {
-    while let Ok(module) = asked.recv() {
+/// Resumes devices and restarts modules as they are asked for, until the VM ends.
+pub fn serve(asked: &Receiver<Asked>, isolation: &Weak<Isolation>) {
+    while let Ok(Asked { module, resume }) = asked.recv() {
         let Some(isolation) = isolation.upgrade() else {
             return;
         };
-        recover(&isolation, &module);
+        recover(&isolation, &module, resume);
     }
 }
 
-/// Climbs down from a restart until something holds.
-fn recover(isolation: &Isolation, module: &str) {
+/// Climbs down from a resume or a restart until something holds.
+fn recover(isolation: &Isolation, module: &str, resume: bool) {
     let (wish, ladder) = match isolation.recoveries().wards().get(module) {
         Some(ward) => (ward.wish.clone(), ward.ladder.clone()),
         // Released meanwhile.
@@ -180,6 +194,17 @@ fn recover(isolation: &Isolation, module: &str) {
     };
     // Nobody exchanges the driver meanwhile.
     let _alone = isolation.change_driver();
+    if resume {
+        let result = suspend::suspend_and_resume(isolation, module);
+        let result = result.map_err(|error| format!("{error:#}")).map(drop);
+        match &result {
+            Ok(()) => tracing::warn!("{module} has resumed its device"),
+            Err(error) => tracing::error!("{module} could not resume its device: {error}"),
+        }
+        if lock(&ladder).resumed(borrowed(&result)) != Next::Restart {
+            return;
+        }
+    }
     let result = restart(isolation, &wish).map_err(|error| format!("{error:#}"));
     match &result {
         Ok(()) => tracing::warn!("{module} was restarted"),

@@ -1,5 +1,7 @@
 //! A driver's own suspend and resume functions, called in the live guest: its device begins anew, the driver stays.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
 use isolation::attach::suspend_resume::ATTRIBUTE;
@@ -13,8 +15,8 @@ const MAX_DEVICES: usize = 8;
 const LIST: &str = "for d in /sys/bus/pci/devices/*; do \
     m=$(readlink $d/driver/module) && [ ${m##*/} = \"$1\" ] && echo $d; done; true";
 
-/// Has `module` suspend and resume each of its PCI devices, and returns how many they are.
-pub fn suspend_and_resume(isolation: &Isolation, module: &str) -> anyhow::Result<usize> {
+/// Has `module` suspend and resume each of its PCI devices, and returns how long each took.
+pub fn suspend_and_resume(isolation: &Isolation, module: &str) -> anyhow::Result<Vec<Duration>> {
     let mut agent = isolation.agent();
     let loaded = agent.modules(None)?;
     let own = loaded.iter().find(|one| one.name == module);
@@ -25,6 +27,7 @@ pub fn suspend_and_resume(isolation: &Isolation, module: &str) -> anyhow::Result
     let list = agent.run(&["sh", "-c", LIST, "sh", module])?.stdout_text();
     let folders: Vec<&str> = list.split_whitespace().take(MAX_DEVICES).collect();
     ensure!(!folders.is_empty(), "{module} drives no PCI device");
+    let mut times = Vec::new();
     for folder in &folders {
         let is_device = |address: &str| {
             address
@@ -46,11 +49,9 @@ pub fn suspend_and_resume(isolation: &Isolation, module: &str) -> anyhow::Result
             word.as_bytes(),
         )?;
         let written = agent.write_file(&format!("{folder}/{ATTRIBUTE}"), word.as_bytes(), 0o644);
-        isolation
-            .isolator()
-            .end_suspend_resume()
-            .context("the device cannot be resumed")?;
+        let ended = isolation.isolator().end_suspend_resume();
+        times.push(ended.context("the device cannot be resumed")?);
         written.context("the guest's agent cannot write to the device's folder")?;
     }
-    Ok(folders.len())
+    Ok(times)
 }

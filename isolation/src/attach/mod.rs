@@ -398,9 +398,9 @@ impl Isolator {
         })?
     }
 
-    /// What came of the suspend and resume that were begun. If one of them has not returned, its return is waited
+    /// What came of the suspend and resume that were begun, and how long they took. If one of them has not returned, its return is waited
     /// for by the gate, and this has to be asked again.
-    pub fn end_suspend_resume(&self) -> Result<(), AttachError> {
+    pub fn end_suspend_resume(&self) -> Result<Duration, AttachError> {
         let memory = self.vm.ram().memory().clone();
         self.vm
             .with_paused(|_| {

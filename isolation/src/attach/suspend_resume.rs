@@ -15,6 +15,7 @@
 //! The functions run in the guest, not in a domain.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -96,8 +97,8 @@ enum State {
     Suspending { entry: Box<kvm_regs>, resume: u64 },
     /// The second function runs.
     Resuming { entry: Box<kvm_regs> },
-    /// It is over.
-    Over(Result<(), SuspendError>),
+    /// It is over; how long it took.
+    Over(Result<Duration, SuspendError>),
 }
 
 /// A suspend and a resume to be carried out.
@@ -112,6 +113,8 @@ pub(super) struct SuspendResume {
     functions: HashSet<u64>,
     pub(super) physical_bits: u8,
     state: State,
+    /// When the first function was called.
+    begin: Instant,
 }
 
 impl SuspendResume {
@@ -144,6 +147,7 @@ impl SuspendResume {
             functions: functions.map(|symbol| symbol.at.0).collect(),
             physical_bits,
             state: State::Armed,
+            begin: Instant::now(),
         };
         let gates = GATE.bytes();
         virt.memory
@@ -153,7 +157,10 @@ impl SuspendResume {
     }
 
     /// Takes the gate out, unless a function that was called has yet to return to it. The guest stands still.
-    pub fn disarm(self, memory: &GuestMemoryMmap) -> Result<Result<(), SuspendError>, Box<Self>> {
+    pub fn disarm(
+        self,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Result<Duration, SuspendError>, Box<Self>> {
         match self.state {
             State::Suspending { .. } | State::Resuming { .. } => Err(Box::new(self)),
             State::Armed => {
@@ -212,6 +219,7 @@ impl SuspendResume {
         match self.call(suspend, regs, regs, virt) {
             Some(next) => {
                 let entry = Box::new(*regs);
+                self.begin = Instant::now();
                 self.state = State::Suspending { entry, resume };
                 Some(next)
             }
@@ -239,7 +247,8 @@ impl SuspendResume {
             return self.end(Err(SuspendError::Failed(name, result)), &entry, regs, virt);
         }
         let Some(resume) = resume else {
-            return self.end(Ok(()), &entry, regs, virt);
+            let took = self.begin.elapsed();
+            return self.end(Ok(took), &entry, regs, virt);
         };
         match self.call(resume, &entry, regs, virt) {
             Some(next) => {
@@ -293,7 +302,7 @@ impl SuspendResume {
     /// The store function returns that all of the word was written.
     fn end(
         &mut self,
-        result: Result<(), SuspendError>,
+        result: Result<Duration, SuspendError>,
         entry: &kvm_regs,
         now: &kvm_regs,
         virt: &VirtMemory<'_, GuestMemoryMmap>,
@@ -308,3 +317,7 @@ impl SuspendResume {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "suspend_resume_tests.rs"]
+mod tests;
