@@ -71,6 +71,9 @@ pub struct TrafficResult {
     /// Round trips in nanoseconds: smallest, median, 99th percentile, largest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_trip_ns: Option<[u64; 4]>,
+    /// Longest time that nothing of a stream came from the peer, in nanoseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_silence_ns: Option<u64>,
     /// What went wrong so that it ended early.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

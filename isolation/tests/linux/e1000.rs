@@ -69,7 +69,7 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     let mut machine = boot_with_network(1, "");
-    machine.sleep_limit = std::time::Duration::ZERO;
+    machine.sleep_limit = Duration::ZERO;
     machine.model = true;
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
@@ -164,7 +164,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
     ));
     let mut seed =
         std::env::var("COFFERDAM_SOAK_SEED").map_or(0x5eed, |text| text.parse().unwrap());
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let end = std::time::Instant::now() + Duration::from_secs(seconds);
     let (mut rounds, mut calls) = (0, 0);
     while std::time::Instant::now() < end {
         let entries: Vec<&str> = E1000_ENTRIES
@@ -176,7 +176,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
             continue;
         }
         // Every other time calls that sleep go on in the guest, and some are open at the release.
-        machine.sleep_limit = std::time::Duration::from_millis(100 * (rounds & 1));
+        machine.sleep_limit = Duration::from_millis(100 * (rounds & 1));
         machine.model = rounds & 2 != 0;
         if !native {
             machine.isolate("e1000", named(&entries)).unwrap();
@@ -187,7 +187,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
                 "(ethtool -G eth0 rx 128; ethtool -G eth0 rx 256) </dev/null >/dev/null 2>&1 &",
             );
         }
-        std::thread::sleep(std::time::Duration::from_millis(next(&mut seed) % 2000));
+        std::thread::sleep(Duration::from_millis(next(&mut seed) % 2000));
         rounds += 1;
         if native {
             continue;
@@ -200,8 +200,11 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         );
         calls += status.entries.iter().map(|entry| entry.calls).sum::<u64>();
     }
-    machine.agent.set_limit(std::time::Duration::from_secs(120));
-    let result = machine.run("while ! grep -q done /tmp/stream; do sleep 1; done; cat /tmp/stream");
+    machine.agent.set_limit(Duration::from_secs(240));
+    let result = machine.run_within(
+        Duration::from_secs(180),
+        "while ! grep -q done /tmp/stream; do sleep 1; done; cat /tmp/stream",
+    );
     eprintln!("{rounds} rounds, {calls} calls: {result}");
     assert!(calls > 0 || native);
     assert!(

@@ -16,8 +16,8 @@ const DISCARD_PORT: u16 = 9;
 const SOURCE_PORT: u16 = 19;
 
 /// How long nothing may come through. A NIC that is reset loses what is under way, and either end then waits
-/// before it sends again, each time for twice as long.
-const STREAM_PATIENCE: Duration = Duration::from_secs(45);
+/// before it sends again, each time for twice as long, up to two minutes with Linux.
+const STREAM_PATIENCE: Duration = Duration::from_secs(130);
 
 /// Bytes of one write or read.
 const PIECE_BYTES: usize = 32 << 10;
@@ -77,7 +77,7 @@ pub fn source(peer: Ipv4Addr, time: Duration) -> TrafficResult {
         let start = Instant::now();
         let mut piece = vec![0; PIECE_BYTES];
         while start.elapsed() < time {
-            let count = stream.read(&mut piece)?;
+            let count = read_some(stream, &mut piece, result)?;
             expect(count > 0, || "the peer ended its stream".to_owned())?;
             result.corrupted += wrong_lines(result.bytes_from_peer, &piece[..count]);
             result.bytes_from_peer += count as u64;
@@ -133,11 +133,25 @@ fn write_for(
     Ok(offset)
 }
 
+/// Reads what there is, and takes note of how long there was nothing.
+fn read_some(
+    stream: &mut TcpStream,
+    piece: &mut [u8],
+    result: &mut TrafficResult,
+) -> io::Result<usize> {
+    let start = Instant::now();
+    let count = stream.read(piece);
+    let silence = ns(start.elapsed());
+    let longest = result.longest_silence_ns.unwrap_or_default();
+    result.longest_silence_ns = Some(longest.max(silence));
+    count
+}
+
 /// Reads the stream to its end and checks it.
 fn read_all(stream: &mut TcpStream, result: &mut TrafficResult) -> io::Result<()> {
     let (mut piece, mut scratch) = (vec![0; PIECE_BYTES], Vec::new());
     loop {
-        let count = stream.read(&mut piece)?;
+        let count = read_some(stream, &mut piece, result)?;
         if count == 0 {
             return Ok(());
         }
