@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use recovery::model::Model;
+
 use crate::machine::Machine;
 use crate::{boot_with_network, named};
 
@@ -70,7 +72,7 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
 fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     let mut machine = boot_with_network(1, "");
     machine.sleep_limit = Duration::ZERO;
-    machine.model = true;
+    machine.model = Some(Model::linux_6_1().unwrap().for_isolation());
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
     // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
@@ -166,6 +168,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         std::env::var("COFFERDAM_SOAK_SEED").map_or(0x5eed, |text| text.parse().unwrap());
     let end = std::time::Instant::now() + Duration::from_secs(seconds);
     let (mut rounds, mut calls) = (0, 0);
+    let model = Some(Model::linux_6_1().unwrap().for_isolation());
     while std::time::Instant::now() < end {
         let entries: Vec<&str> = E1000_ENTRIES
             .iter()
@@ -177,7 +180,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         }
         // Every other time calls that sleep go on in the guest, and some are open at the release.
         machine.sleep_limit = Duration::from_millis(100 * (rounds & 1));
-        machine.model = rounds & 2 != 0;
+        machine.model = model.clone().filter(|_| rounds & 2 != 0);
         if !native {
             machine.isolate("e1000", named(&entries)).unwrap();
         }

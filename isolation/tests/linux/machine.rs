@@ -14,9 +14,10 @@ use devices::serial::SerialBackend;
 use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
-use isolation::attach::after_fault::ReturnErrors;
+use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::e1000::E1000Device;
+use isolation::attach::effects::KernelModel;
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::{EntryStatus, ModuleStatus};
 use isolation::attach::{AttachError, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator};
@@ -26,7 +27,6 @@ use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
-use recovery::model::Model;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 /// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as well.
@@ -34,6 +34,18 @@ const BUDGET: Duration = Duration::from_secs(30);
 
 /// Time for a boot in the lab when it is busy.
 const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// Runs calls that failed once more.
+struct Retry;
+
+impl FaultPolicy for Retry {
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        match call.attempts {
+            1 => AfterFault::Retry,
+            _ => AfterFault::ReturnError,
+        }
+    }
+}
 
 /// A running guest.
 pub struct Machine {
@@ -49,8 +61,10 @@ pub struct Machine {
     boot_end: u64,
     /// Time that calls may wait for and remain atomic.
     pub sleep_limit: Duration,
-    /// Whether calls that go on in the guest are journalled.
-    pub model: bool,
+    /// What calls that go on in the guest are journalled by.
+    pub model: Option<KernelModel>,
+    /// Whether calls that failed are run once more.
+    pub retry: bool,
     /// Further kernel functions that only the guest may run.
     pub guest_only: Vec<String>,
     thread: Option<JoinHandle<()>>,
@@ -117,7 +131,8 @@ impl Machine {
         Self {
             boot_end,
             sleep_limit: DEFAULT_SLEEP_LIMIT,
-            model: false,
+            model: None,
+            retry: false,
             guest_only: Vec::new(),
             agent,
             isolator,
@@ -201,14 +216,15 @@ impl Machine {
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,
-            model: self
-                .model
-                .then(|| Model::linux_6_1().unwrap().for_isolation()),
+            model: self.model.clone(),
             guest_only: self.guest_only.clone(),
             device_slot: device.as_ref().map(|_| self.nic_slot),
             device: device.map(|device| Arc::new(device) as _),
             budget: BUDGET,
-            policy: Box::new(ReturnErrors),
+            policy: match self.retry {
+                true => Box::new(Retry),
+                false => Box::new(ReturnErrors),
+            },
             sleep_limit: self.sleep_limit,
         })
     }

@@ -1,0 +1,253 @@
+//! Trampolines: the ways by which the driver calls kernel functions without an exit, and with two where calls are
+//! journalled.
+//!
+//! ```text
+//!   driver ─► mov [scratch], r11 ─► kernel root ─► call ─► driver root ─► ret ─► driver
+//!             out if journalled                                           out if journalled
+//! ```
+
+use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
+use iced_x86::{Decoder, DecoderOptions};
+
+use super::*;
+
+/// First two bytes of `mov [disp32], r11`: REX.WR and the opcode.
+const MOV_FROM_R11: [u8; 2] = [0x4c, 0x89];
+/// `ret`.
+const RET: u8 = 0xc3;
+
+/// A trampoline.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Trampoline {
+    target: u64,
+    /// Length of its first instruction, which keeps `r11` in the scratch word.
+    first: u64,
+    /// Offset of its last instruction, the return to the driver.
+    last: u64,
+    /// Its calls are journalled.
+    journalled: bool,
+}
+
+/// An end of a journalled trampoline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JournalPoint {
+    /// The driver is about to call the function; the trampoline goes on at `resume`.
+    Enter {
+        /// Guest virtual address.
+        resume: u64,
+    },
+    /// The function has returned, and the driver root is loaded.
+    Leave,
+}
+
+impl Monitor {
+    /// The trampoline that calls `target` in the kernel root, made at the first request.
+    pub fn trampoline(&mut self, target: u64) -> Result<u64, MonitorError> {
+        if let Some(va) = self.trampolines.get(&target) {
+            return Ok(*va);
+        }
+        let per_page = PAGE_SIZE / TRAMPOLINE_SLOT_BYTES;
+        let index = self.trampolines.len() as u64;
+        if index >= TRAMPOLINE_PAGES * per_page {
+            return Err(MonitorError::TooManyImports);
+        }
+        let va = self.va + TRAMPOLINES * PAGE_SIZE + index * TRAMPOLINE_SLOT_BYTES;
+        let code = self.assemble_trampoline(va, target)?;
+        // Both ends have room for an `out`.
+        if code.len() as u64 >= TRAMPOLINE_SLOT_BYTES {
+            return Err(MonitorError::Assemble(
+                "trampoline longer than its slot".into(),
+            ));
+        }
+        self.put_code(va, &code);
+        self.trampolines.insert(target, va);
+        let mut first = Decoder::with_ip(64, &code, va, DecoderOptions::NONE);
+        self.slots.push(Trampoline {
+            target,
+            first: first.decode().len() as u64,
+            last: code.len() as u64 - 1,
+            journalled: false,
+        });
+        Ok(va)
+    }
+
+    /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
+    /// others. P does not run meanwhile.
+    pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
+        for index in 0..self.slots.len() {
+            let trampoline = self.slots[index];
+            let journalled = wanted(trampoline.target);
+            if trampoline.journalled == journalled {
+                continue;
+            }
+            self.slots[index].journalled = journalled;
+            let va = self.slot_va(index);
+            // `mov [scratch], r11` and `ret` begin like this whatever the addresses are.
+            let (head, tail) = match journalled {
+                true => (out(PORT_JOURNAL), out(PORT_JOURNAL)),
+                false => (MOV_FROM_R11, [RET, 0]),
+            };
+            self.put_code(va, &head);
+            self.put_code(va + trampoline.last, &tail);
+        }
+    }
+
+    /// Which end of which journalled function's trampoline P stopped at with this RIP: KVM leaves it at an
+    /// `out` or, in some builds, behind it.
+    pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {
+        let offset = rip.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
+        let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
+        let trampoline = self.slots.get(index).filter(|slot| slot.journalled)?;
+        let within = offset % TRAMPOLINE_SLOT_BYTES;
+        let is_at = |point: u64| within == point || within == point + 2;
+        let point = if is_at(0) {
+            let resume = self.slot_va(index) + trampoline.first;
+            JournalPoint::Enter { resume }
+        } else if is_at(trampoline.last) {
+            JournalPoint::Leave
+        } else {
+            return None;
+        };
+        Some((trampoline.target, point))
+    }
+
+    /// Does what the first instruction of a trampoline does, which the exit stands in the place of.
+    pub fn keep_r11(&mut self, value: u64) {
+        self.put(SCRATCH, 0, value);
+    }
+
+    fn slot_va(&self, index: usize) -> u64 {
+        self.va + TRAMPOLINES * PAGE_SIZE + index as u64 * TRAMPOLINE_SLOT_BYTES
+    }
+
+    /// Kernel function that the trampoline at `va` calls.
+    pub fn trampoline_target(&self, va: u64) -> Option<u64> {
+        let offset = va.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
+        let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
+        self.slots.get(index).map(|slot| slot.target)
+    }
+
+    /// `call target` on the kernel root. All registers and the stack's layout are as in a direct call:
+    /// some kernel functions are called from inline assembly and must keep every register.
+    fn assemble_trampoline(&self, va: u64, target: u64) -> Result<Vec<u8>, MonitorError> {
+        let top = qword_ptr(self.data(RETURN_STACK, TOP));
+        let crossings = qword_ptr(self.data(RETURN_STACK, CROSSINGS));
+        let scratch = qword_ptr(self.data(SCRATCH, 0));
+        let mut a = CodeAssembler::new(64)?;
+        a.mov(scratch, r11)?;
+        a.mov(r11, self.kernel_root)?;
+        a.mov(cr3, r11)?;
+        a.mov(r11, crossings)?;
+        a.lea(r11, qword_ptr(r11 + 1))?;
+        a.mov(crossings, r11)?;
+        a.mov(r11, top)?;
+        a.pop(qword_ptr(r11))?;
+        a.mov(qword_ptr(r11 + 8), rsp)?;
+        a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
+        a.mov(top, r11)?;
+        a.mov(r11, scratch)?;
+        a.call(target)?;
+        a.mov(scratch, r11)?;
+        a.mov(r11, top)?;
+        a.lea(r11, qword_ptr(r11 - FRAME_BYTES as i32))?;
+        a.mov(top, r11)?;
+        a.push(qword_ptr(r11))?;
+        a.mov(r11, self.driver_root)?;
+        a.mov(cr3, r11)?;
+        a.mov(r11, scratch)?;
+        a.ret()?;
+        Ok(a.assemble(va)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::Mnemonic;
+
+    const VA: u64 = 0xffff_ffff_fee0_0000;
+
+    fn monitor() -> Monitor {
+        Monitor::new(1 << 38, VA, 0x1000, 0x2000).unwrap()
+    }
+
+    #[test]
+    fn trampolines_are_made_once_and_found_again() {
+        let mut monitor = monitor();
+        let target = 0xffff_ffff_8123_4560;
+        let va = monitor.trampoline(target).unwrap();
+        assert_eq!(monitor.trampoline(target).unwrap(), va);
+        assert_ne!(monitor.trampoline(target + 16).unwrap(), va);
+        assert_eq!(monitor.trampoline_target(va + 20), Some(target));
+        assert_eq!(monitor.trampoline_target(VA), None);
+    }
+
+    #[test]
+    fn trampoline_calls_its_target_between_two_root_switches() {
+        let mut monitor = monitor();
+        let target = 0xffff_ffff_8123_4560;
+        let va = monitor.trampoline(target).unwrap();
+        let page = (va - VA) / PAGE_SIZE;
+        let at = ((va - VA) % PAGE_SIZE) as usize;
+        let code = &monitor.page(page)[at..at + TRAMPOLINE_SLOT_BYTES as usize];
+        let mut decoder = Decoder::with_ip(64, code, va, DecoderOptions::NONE);
+        let mut seen = Vec::new();
+        for instruction in &mut decoder {
+            match instruction.mnemonic() {
+                Mnemonic::Call => seen.push(instruction.near_branch_target()),
+                Mnemonic::Mov if instruction.op0_register() == iced_x86::Register::CR3 => {
+                    seen.push(0);
+                }
+                Mnemonic::Ret => break,
+                _ => {}
+            }
+        }
+        assert_eq!(seen, [0, target, 0]);
+    }
+
+    #[test]
+    fn journalled_trampolines_exit_at_both_ends_and_are_as_before_afterwards() {
+        let mut monitor = monitor();
+        let (seen, unseen) = (0xffff_ffff_8123_4560, 0xffff_ffff_8123_4000);
+        let vas = [seen, unseen].map(|target| monitor.trampoline(target).unwrap());
+        let before = *monitor.page(TRAMPOLINES);
+        monitor.journal(|target| target == seen);
+        let at = |va: u64| (va - VA - TRAMPOLINES * PAGE_SIZE) as usize;
+        let code = |monitor: &Monitor, va: u64| monitor.page(TRAMPOLINES)[at(va)..][..2].to_vec();
+        assert_eq!(code(&monitor, vas[0]), out(PORT_JOURNAL));
+        assert_eq!(code(&monitor, vas[1]), MOV_FROM_R11);
+        let Some((target, JournalPoint::Enter { resume })) = monitor.journal_point(vas[0]) else {
+            panic!("not the beginning of a trampoline")
+        };
+        assert_eq!((target, monitor.journal_point(vas[1])), (seen, None));
+        // What is left out is exactly the first instruction, and the other end is the return.
+        let mut decoder = Decoder::with_ip(64, &before, vas[0], DecoderOptions::NONE);
+        assert_eq!(decoder.decode().next_ip(), resume);
+        let last = std::iter::repeat_with(|| decoder.decode())
+            .find(|instruction| instruction.mnemonic() == Mnemonic::Ret)
+            .unwrap()
+            .ip();
+        for rip in [last, last + 2] {
+            assert_eq!(
+                monitor.journal_point(rip),
+                Some((seen, JournalPoint::Leave))
+            );
+        }
+        monitor.journal(|_| false);
+        assert!(*monitor.page(TRAMPOLINES) == before);
+        assert_eq!(monitor.journal_point(vas[0]), None);
+    }
+
+    #[test]
+    fn too_many_imports_are_refused() {
+        let mut monitor = monitor();
+        let room = TRAMPOLINE_PAGES * PAGE_SIZE / TRAMPOLINE_SLOT_BYTES;
+        for index in 0..room {
+            monitor.trampoline(0xffff_ffff_8000_0000 + index).unwrap();
+        }
+        assert!(matches!(
+            monitor.trampoline(0xffff_ffff_9000_0000),
+            Err(MonitorError::TooManyImports)
+        ));
+    }
+}
