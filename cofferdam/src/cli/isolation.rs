@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 use isolation::attach::device::CheckpointBy;
-use isolation::attach::status::ModuleStatus;
+use isolation::attach::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 
 use super::table::{number, table};
@@ -282,10 +282,31 @@ pub fn status_text(status: &ModuleStatus) -> String {
         ]);
     }
     let mut text = format!("{rows}\n");
+    for entry in &status.entries {
+        text.push_str(&after_spills(entry));
+    }
     if let Some(broken) = &status.broken {
         text.push_str(&format!("not isolated any more: {broken}\n"));
     }
     text
+}
+
+/// What became of an entry's calls that failed after they had gone on in the guest, as a line; empty if there was none.
+fn after_spills(entry: &EntryStatus) -> String {
+    let mut line = String::new();
+    if entry.undone > 0 {
+        line = format!(
+            "{}: {} failed calls that had gone on in the guest were taken back ({} kernel functions called, {} bytes put back)\n",
+            entry.name, entry.undone, entry.compensations, entry.restored_bytes
+        );
+    }
+    if entry.left_over > 0 {
+        line.push_str(&format!(
+            "{}: {} failed calls that had gone on in the guest could not be taken back; `cofferdam violations` says why\n",
+            entry.name, entry.left_over
+        ));
+    }
+    line
 }
 
 /// How recovery of a module stands, in lines.
@@ -319,6 +340,26 @@ pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_status_says_what_became_of_calls_that_had_gone_on_in_the_guest() {
+        let entry = EntryStatus {
+            undone: 3,
+            compensations: 12,
+            restored_bytes: 4000,
+            left_over: 1,
+            ..EntryStatus::new("e1000_open")
+        };
+        let text = after_spills(&entry);
+        assert!(text.contains("e1000_open: 3 failed calls"), "{text}");
+        assert!(text.contains("12 kernel functions") && text.contains("4000 bytes"));
+        assert!(
+            text.lines()
+                .nth(1)
+                .is_some_and(|line| line.contains("1 failed calls"))
+        );
+        assert_eq!(after_spills(&EntryStatus::new("e1000_open")), "");
+    }
 
     #[test]
     fn what_to_do_about_faults_is_said_for_all_or_for_one() {
