@@ -219,6 +219,11 @@ impl Ladder {
         }
     }
 
+    /// What it was made with.
+    pub fn config(&self) -> &LadderConfig {
+        &self.config
+    }
+
     /// How it stands.
     pub fn status(&self) -> &LadderStatus {
         &self.status

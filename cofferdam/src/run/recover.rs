@@ -106,6 +106,14 @@ impl Recoveries {
         self.wards().insert(module, Ward { wish, ladder });
     }
 
+    /// The module is another build now: nothing that the old one did counts any more.
+    pub fn begin_anew(&self, module: &str) {
+        if let Some(ward) = self.wards().get_mut(module) {
+            let config = lock(&ward.ladder).config().clone();
+            ward.ladder = Arc::new(Mutex::new(Ladder::new(config)));
+        }
+    }
+
     /// The module was released.
     pub fn released(&self, module: &str) {
         self.wards().remove(module);

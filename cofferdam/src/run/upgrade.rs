@@ -121,6 +121,7 @@ pub fn upgrade(
     match outcome {
         UpgradeOutcome::New => {
             isolation.driver_came_from(module, &new.path);
+            isolation.recoveries().begin_anew(module);
             if old.path.starts_with(FOLDER) {
                 forget_file(&mut agent, &old.path);
             }

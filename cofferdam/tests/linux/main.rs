@@ -15,6 +15,7 @@ mod machine;
 mod nic;
 mod recovery;
 mod upgrade;
+mod victim;
 mod virtio;
 mod wires;
 

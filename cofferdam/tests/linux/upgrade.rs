@@ -6,13 +6,13 @@ use agent_protocol::message::Bytes;
 use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::{Reply, Request, UpgradeOutcome, UpgradeReport};
-use recovery::ladder::LadderConfig;
+use recovery::fault::FaultKind;
+use recovery::ladder::{LadderConfig, OnFault, State};
 use recovery::module_file::ModuleFile;
 
 use super::options;
-use super::recovery::Victim;
+use super::victim::{DRIVER, Victim};
 
-const DRIVER: &str = "e1000";
 const ENTRY: &str = "e1000_xmit_frame";
 /// Longer than all that happens to it.
 const STREAM_SECONDS: u64 = 60;
@@ -222,6 +222,26 @@ fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
     assert_eq!((result.error, result.corrupted), (None, 0));
     assert_eq!(result.bytes_from_peer, result.bytes_to_peer);
     assert!(result.bytes_to_peer > 100_000);
+
+    // A driver that was stopped is not stopped any more when another build has taken its place.
+    victim.ask(&Request::Release {
+        module: DRIVER.to_owned(),
+    });
+    victim.isolate(
+        ENTRY,
+        LadderConfig {
+            on_fault: Some(OnFault::Stop),
+            ..LadderConfig::default()
+        },
+    );
+    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+    victim.try_command(&["ping", "-c", "1", "-W", "1", "10.0.2.2"]);
+    assert_eq!(victim.ladder().state, State::Stopped);
+    let newer = another_build(0xa2);
+    let report = victim.upgrade(DRIVER, newer.clone(), 60_000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::New, "{report:?}");
+    assert_eq!(victim.ladder().state, State::Running);
+    check(&mut victim, &build_of(&newer), "a driver that was stopped");
 
     // A plain exchange of the driver shows at the other end of the wire.
     victim.ask(&Request::Release {
