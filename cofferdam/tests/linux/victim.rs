@@ -53,7 +53,8 @@ impl Victim {
         self.ask(&Request::Isolate {
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.to_owned()]),
-            budget_us: Some(2_000_000),
+            // The longest that there is: resets of the adapter take seconds in a busy lab.
+            budget_us: Some(10_000_000),
             device_checkpoint: self.checkpoint,
             recovery,
         });
