@@ -48,7 +48,7 @@ pub struct UpgradeOptions {
 impl UpgradeOptions {
     /// `upgrade`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let file = read(&self.file)?;
+        let file = read(&self.file, &self.module)?;
         let vm = RuntimeRoot::from_environment().find(Some(&self.vm))?;
         let request = Request::Upgrade {
             module: self.module,
@@ -71,14 +71,16 @@ impl UpgradeOptions {
 }
 
 /// Reads a module's file, so that what is wrong with it is known before a VM is asked.
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+fn read(path: &Path, module: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).and_then(|file| {
         // One byte more than there may be.
         file.take(MAX_MODULE_BYTES + 1).read_to_end(&mut bytes)
     });
     file.with_context(|| format!("cannot read {}", path.display()))?;
-    ModuleFile::parse(&bytes).with_context(|| format!("cannot use {}", path.display()))?;
+    ModuleFile::parse(&bytes)
+        .and_then(|file| file.is(module))
+        .with_context(|| format!("cannot use {}", path.display()))?;
     Ok(bytes)
 }
 
@@ -144,9 +146,16 @@ mod tests {
     fn files_that_are_no_modules_are_refused_before_a_vm_is_asked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("e1000.ko");
-        assert!(read(&path).unwrap_err().to_string().contains("cannot read"));
+        assert!(
+            read(&path, "e1000")
+                .unwrap_err()
+                .to_string()
+                .contains("cannot read")
+        );
         std::fs::write(&path, "not a module").unwrap();
-        let error = format!("{:#}", read(&path).unwrap_err());
+        let error = format!("{:#}", read(&path, "e1000").unwrap_err());
         assert!(error.contains("no kernel module"), "{error}");
+        let endless = format!("{:#}", read(Path::new("/dev/zero"), "e1000").unwrap_err());
+        assert!(endless.contains("at most"), "{endless}");
     }
 }
