@@ -195,6 +195,8 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         if native {
             continue;
         }
+        let reports = machine.isolator.reports("e1000").unwrap();
+        assert_eq!(reports.len(), 0, "{}", reports[0]);
         let status = machine.isolator.release("e1000").unwrap();
         assert_eq!(
             (status.violations, &status.broken),
