@@ -190,8 +190,8 @@ pub struct Fault<'a> {
     pub attempts: u32,
     /// Whether the function returns nothing.
     pub returns_nothing: bool,
-    /// Whether the call had gone on in the guest before it failed: what it did until then stays, so the driver
-    /// and its device are half-way through something.
+    /// Whether something of the failed call is left in the guest or the device, so that they are half-way through
+    /// something: it had gone on in the guest and could not be taken back, or the device could not be put back.
     pub half_done: bool,
     /// Whether the device could not be put back: the driver is as before the call, and its device is not.
     pub device_lost: bool,
