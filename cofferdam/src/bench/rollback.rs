@@ -100,7 +100,9 @@ impl Operation {
                 &["ethtool", "-K", INTERFACE, "rx", "off"],
                 &["ethtool", "-K", INTERFACE, "rx", "on"],
             ),
-            "e1000_open" => Self::Toggle(
+            // The link comes up again, and the driver looks at it.
+            "e1000_watchdog" => Self::Command(&["ethtool", "-r", INTERFACE]),
+            "e1000_open" | "e1000_close" => Self::Toggle(
                 &["ip", "link", "set", INTERFACE, "down"],
                 &["ip", "link", "set", INTERFACE, "up"],
             ),
