@@ -96,8 +96,8 @@ pub enum Error {
     #[error("the saved NIC state is damaged")]
     InvalidState,
     /// What was done cannot be taken back without what was done since.
-    #[error("the NIC's rings or control registers were used meanwhile")]
-    UsedMeanwhile,
+    #[error("the NIC's rings or control registers were used meanwhile (register {0:#x})")]
+    UsedMeanwhile(u32),
 }
 
 /// What a controller is made with.

@@ -403,8 +403,8 @@ impl RegisterFile {
     }
 
     /// These values without what was done between `before` and `after`: a register that was changed then and not
-    /// since gets its old value. `None` if one of `entangled` was changed then and since.
-    pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Option<Self> {
+    /// since gets its old value. The error is the one of `entangled` that was changed then and since.
+    pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Result<Self, u32> {
         let values = before.words.iter().zip(&after.words);
         for ((offset, now), (before, after)) in (0u32..).step_by(4).zip(&mut self.words).zip(values)
         {
@@ -414,10 +414,10 @@ impl RegisterFile {
             if now == after {
                 *now = *before;
             } else if now != before && entangled.contains(&offset) {
-                return None;
+                return Err(offset);
             }
         }
-        Some(self)
+        Ok(self)
     }
 
     /// Whether all of `bits` are set in the register at `offset`.

@@ -55,7 +55,7 @@ impl E1000State {
             registers: self
                 .registers
                 .without(&before.registers, &after.registers, &ENTANGLED)
-                .ok_or(Error::UsedMeanwhile)?,
+                .map_err(Error::UsedMeanwhile)?,
             config: pick(self.config, &before.config, &after.config),
             eeprom: pick(self.eeprom, &before.eeprom, &after.eeprom),
             phy: pick(self.phy, &before.phy, &after.phy),

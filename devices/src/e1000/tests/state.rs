@@ -195,7 +195,7 @@ fn rings_that_were_used_in_between_are_not_taken_back() {
     driver.bench.write(RCTL, rctl::EN | rctl::UPE);
     let now = driver.bench.nic.save();
     let error = driver.bench.nic.undo(&[(&before, &after)]).unwrap_err();
-    assert!(matches!(error, crate::e1000::Error::UsedMeanwhile));
+    assert!(matches!(error, crate::e1000::Error::UsedMeanwhile(RCTL)));
     assert_eq!(driver.bench.nic.save(), now, "all or nothing");
 }
 
