@@ -72,7 +72,7 @@ fn the_command_line_isolates_injects_reports_and_releases() {
     }
     let reply = ask_json(
         &mut guest,
-        "isolate guest e1000 --match e1000_get_* --budget-us 2000000",
+        "isolate guest e1000 --match e1000_get_* --budget-us 10000000",
     );
     let entries = reply["entries"].as_array().unwrap();
     assert!(
@@ -138,7 +138,7 @@ fn isolation_ends_with_a_guest_that_crashes_or_is_reset() {
         network::wait_for_link(&mut guest, LINK_TIME).unwrap();
         ask(
             &mut guest,
-            "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_intr --budget-us 2000000",
+            "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_intr --budget-us 10000000",
         );
         ping(&mut guest, "10.0.2.2", 56);
         assert_eq!(isolated(&mut guest).len(), 1, "before it {how}");
