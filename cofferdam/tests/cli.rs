@@ -118,6 +118,13 @@ fn reports_are_merged_shown_and_drawn() {
         .stdout(contains(&page));
     let html = std::fs::read_to_string(page).unwrap();
     assert!(html.contains("<svg") && html.contains("&quot;seed&quot;: 7"));
+    let plots = path("plots");
+    cofferdam(&format!("report svg {whole} --output {plots}"))
+        .assert()
+        .success()
+        .stdout(contains(&plots));
+    let baselines = std::fs::read_to_string(format!("{plots}/recovery-baselines.svg")).unwrap();
+    assert!(baselines.starts_with("<svg"), "{baselines}");
     cofferdam("report show /nonexistent.json")
         .assert()
         .code(1)

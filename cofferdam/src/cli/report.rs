@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
-use crate::report::{Report, Stat, html, merge};
+use crate::report::{Report, Stat, html, merge, svg};
 
 /// `report`
 #[derive(Debug, clap::Subcommand)]
@@ -43,6 +43,17 @@ Example:
         #[arg(long, short, value_name = "FILE")]
         output: Option<PathBuf>,
     },
+    /// Draw a report's plots of recoveries, each as an SVG file
+    #[command(after_help = "\
+Example:
+  cofferdam report svg target/bench/recovery.json --output plots")]
+    Svg {
+        /// Report that `bench` or `merge` wrote
+        report: PathBuf,
+        /// Folder for the files, made if it is not there
+        #[arg(long, short, value_name = "FOLDER")]
+        output: PathBuf,
+    },
 }
 
 impl ReportCommand {
@@ -78,6 +89,10 @@ impl ReportCommand {
                     .unwrap_or_else(|| report.with_extension("html"));
                 html::write(&merge::read(report)?, &page)?;
                 print_bytes(format!("{}\n", page.display()).as_bytes())?;
+            }
+            Self::Svg { report, output } => {
+                svg::write(&merge::read(report)?, output)?;
+                print_bytes(format!("{}\n", output.display()).as_bytes())?;
             }
         }
         Ok(Ending::SUCCESS)
