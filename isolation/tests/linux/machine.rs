@@ -152,7 +152,7 @@ impl Machine {
 
     /// Runs a program in the guest, which must succeed, and returns what it wrote.
     pub fn run(&mut self, command: &str) -> String {
-        self.run_within(Duration::from_secs(60), command)
+        self.run_within(Duration::from_secs(180), command)
     }
 
     /// The same with another limit.
