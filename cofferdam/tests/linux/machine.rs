@@ -1,4 +1,4 @@
-//! The machine: boot, reboot, power-off, pause, several processors.
+//! The machine: boot, reboot, power-off, several processors.
 
 use std::os::unix::fs::symlink;
 use std::time::Duration;
@@ -7,23 +7,8 @@ use agent_protocol::traffic::TrafficKind;
 use cofferdam::bench::guest::GuestOptions;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::traffic;
-use cofferdam::control::protocol::Request;
 
-use super::{BOOT_TIME, boot, options, shared, shell};
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_paused_guest_stands_still_and_goes_on() {
-    let mut guest = shared();
-    let mut control = guest.control().unwrap();
-    control.tell(&Request::Pause {}).unwrap();
-    let before = control.status().unwrap().exits;
-    std::thread::sleep(Duration::from_millis(200));
-    let after = control.status().unwrap().exits;
-    control.tell(&Request::Resume {}).unwrap();
-    assert_eq!(before, after);
-    guest.agent().ping().unwrap();
-}
+use super::{BOOT_TIME, boot, options, shell};
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]

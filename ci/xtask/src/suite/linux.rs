@@ -1,47 +1,26 @@
-//! The `#[ignore]`d tests, found in the workspace's test programs: they need the images. Those of targets named
-//! `linux*` (`tests/linux/`) boot guests and run where that is possible, all others on this host. The tests of one program run
-//! in one process, one after the other, so that they can share a guest; in labs, programs run side by side. A program
-//! that hangs its lab is tried again as a whole in a new one.
+//! Runs the `#[ignore]`d tests: they need the images. Those that boot guests run where that is possible, all others on this
+//! host, one after the other. In labs, a few tests at a time are one command, in a process of their own ([`queue`]), and
+//! several labs work side by side. A command that hangs its lab is tried again in a new one.
 
-use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use serde::{Deserialize, Serialize};
+use anyhow::bail;
+use serde::Serialize;
 
 use super::count::Count;
+use super::programs;
+use super::queue::{Batch, Queue, Times};
 use crate::lab::{Ended, Kind, Lab, Request, Settings, watch_interrupts};
 use crate::place::Place;
-use crate::steps::{capture, cargo, duration};
+use crate::steps::duration;
 use crate::workspace::Workspace;
 
-/// For a program, and for each of its tests beyond that: several boots, or twenty driver restarts, in a busy lab.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(240);
-const TEST_LIMIT: Duration = Duration::from_secs(40);
-
-/// Test targets whose names begin so boot Linux.
-const LINUX_TARGETS: &str = "linux";
-
-/// A test program.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Program {
-    /// The executable.
-    pub path: PathBuf,
-    /// Directory of its crate, in which cargo runs tests.
-    pub directory: PathBuf,
-    /// `crate::target`.
-    pub name: String,
-    /// Its ignored tests boot Linux.
-    pub boots_linux: bool,
-}
-
-impl Program {
-    fn full_name(&self, test: &str) -> String {
-        format!("{}::{test}", self.name)
-    }
-}
+/// For a process, and for each of its tests beyond that: several boots, or twenty driver restarts, in a busy lab.
+const PROCESS_LIMIT: Duration = Duration::from_secs(240);
+const TEST_LIMIT: Duration = Duration::from_secs(60);
 
 /// A test that ran.
 #[derive(Clone, Debug, Serialize)]
@@ -74,101 +53,17 @@ impl Findings {
             failed: self.tests.len() as u64 - passed,
         }
     }
-}
 
-/// The fields we use of cargo's messages.
-#[derive(Deserialize)]
-struct Message {
-    reason: String,
-    executable: Option<PathBuf>,
-    manifest_path: Option<PathBuf>,
-    profile: Option<Profile>,
-    target: Option<Target>,
-}
-
-#[derive(Deserialize)]
-struct Profile {
-    test: bool,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-}
-
-/// Builds the workspace's test programs and tells which they are.
-pub fn programs(workspace: &Workspace) -> anyhow::Result<Vec<Program>> {
-    let messages = capture(
-        cargo()
-            .args([
-                "test",
-                "--workspace",
-                "--locked",
-                "--no-run",
-                "--message-format",
-                "json",
-            ])
-            .current_dir(workspace.root()),
-    )?;
-    read_messages(&messages)
-}
-
-fn read_messages(messages: &str) -> anyhow::Result<Vec<Program>> {
-    let mut programs = Vec::new();
-    for line in messages.lines().filter(|line| line.starts_with('{')) {
-        let message: Message =
-            serde_json::from_str(line).context("cannot understand cargo's message")?;
-        let Message {
-            executable: Some(path),
-            manifest_path: Some(manifest),
-            target: Some(target),
-            ..
-        } = message
-        else {
-            continue;
-        };
-        if message.reason == "compiler-artifact"
-            && message.profile.is_some_and(|profile| profile.test)
-        {
-            let directory = manifest.parent().map(Path::to_owned).unwrap_or_default();
-            let package = directory
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-                .unwrap_or_default();
-            programs.push(Program {
-                boots_linux: target.name.starts_with(LINUX_TARGETS),
-                path,
-                directory,
-                name: format!("{package}::{}", target.name),
-            });
-        }
+    /// Names of those that failed.
+    pub fn failed(&self) -> impl Iterator<Item = &str> {
+        let failed = self.tests.iter().filter(|test| !test.passed);
+        failed.map(|test| test.name.as_str())
     }
-    Ok(programs)
-}
-
-/// Names of a program's ignored tests.
-fn ignored(program: &Program) -> anyhow::Result<Vec<String>> {
-    let list = capture(
-        std::process::Command::new(&program.path)
-            .args(["--list", "--ignored", "--format", "terse"])
-            .current_dir(&program.directory),
-    )?;
-    Ok(read_list(&list))
-}
-
-fn read_list(list: &str) -> Vec<String> {
-    list.lines()
-        .filter_map(|line| line.strip_suffix(": test"))
-        .map(str::to_owned)
-        .collect()
 }
 
 /// Emulated processors of a lab for tests. With two, QEMU's guests with several vCPUs now and then do not come up
 /// (`docs/lab.md`); with one lab for each of the host's processors there is no use for more either.
 const LAB_CPUS: u32 = 1;
-
-/// A program and those of its tests that are to run.
-type Chosen = (Program, Vec<String>);
 
 /// Runs every ignored test whose name contains `filter`, guests in `place`. What was done is in `findings` even if it ends
 /// early.
@@ -179,44 +74,49 @@ pub fn run(
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     watch_interrupts()?;
-    let mut in_labs: VecDeque<Chosen> = VecDeque::new();
-    for program in programs(workspace)? {
-        let mut tests = ignored(&program)?;
+    let mut on_host = Vec::new();
+    let mut in_labs = Vec::new();
+    for program in programs::build(workspace)? {
+        let mut tests = programs::ignored(&program)?;
         tests.retain(|test| program.full_name(test).contains(filter));
-        if tests.is_empty() {
-            continue;
-        }
         if place == Place::Lab && program.boots_linux {
-            in_labs.push_back((program, tests));
-            continue;
+            in_labs.extend(Batch::divide(program, tests));
+        } else if !tests.is_empty() {
+            let program = program.into();
+            on_host.push(Batch { program, tests });
         }
-        let request = request(workspace, &program, &tests)?;
-        let mut run = ProgramRun::new(&program, &tests, Place::Host);
+    }
+    let all = on_host.iter().chain(&in_labs);
+    let progress = Progress::new(all.map(|batch| batch.tests.len()).sum());
+    for batch in on_host {
+        let request = request(workspace, &batch)?;
+        let mut run = BatchRun::new(&batch, Place::Host, "host".into(), &progress);
         let ended = super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
         if ended == Ended::Interrupted {
             bail!("interrupted");
         }
         findings.tests.extend(run.finish(ended));
     }
-    run_in_labs(workspace, in_labs, findings)
+    if in_labs.is_empty() {
+        return Ok(());
+    }
+    let times = Times::read(&workspace.lab().join("times.json"));
+    let queue = Queue::new(in_labs, &times);
+    let result = run_in_labs(workspace, &queue, &progress, findings);
+    times.keep(&findings.tests)?;
+    result
 }
 
 /// Several labs side by side, one for each of this host's processors.
 fn run_in_labs(
     workspace: &Workspace,
-    programs: VecDeque<Chosen>,
+    queue: &Queue,
+    progress: &Progress,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let labs = processors.min(programs.len());
-    let left = Mutex::new(programs);
-    let next = || {
-        left.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
-    };
+    let labs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let found = Mutex::new(findings);
-    let (next, found) = (&next, &found);
+    let found = &found;
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..labs)
             .map(|number| {
@@ -227,11 +127,18 @@ fn run_in_labs(
                     settings.number = number;
                     settings.machine.cpus = LAB_CPUS;
                     let mut lab = Lab::open(settings, kind)?;
-                    while let Some(chosen) = next() {
-                        let of_program = run_in_lab(workspace, &mut lab, &chosen)?;
+                    let name = format!("lab {}", number + 1);
+                    while let Some(batch) = queue.take() {
+                        let request = request(workspace, &batch)?;
+                        let mut run = BatchRun::new(&batch, Place::Lab, name.clone(), progress);
+                        let outcome =
+                            lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
+                        if outcome.ended == Ended::Interrupted {
+                            bail!("interrupted");
+                        }
                         let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-                        found.retries += of_program.retries;
-                        found.tests.extend(of_program.tests);
+                        found.retries += outcome.retries;
+                        found.tests.extend(run.finish(outcome.ended));
                     }
                     lab.close()
                 })
@@ -245,28 +152,28 @@ fn run_in_labs(
     })
 }
 
-fn run_in_lab(
-    workspace: &Workspace,
-    lab: &mut Lab,
-    (program, tests): &Chosen,
-) -> anyhow::Result<Findings> {
-    let request = request(workspace, program, tests)?;
-    let mut run = ProgramRun::new(program, tests, Place::Lab);
-    let outcome = lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
-    if outcome.ended == Ended::Interrupted {
-        bail!("interrupted");
+/// How many tests are over, of how many.
+struct Progress {
+    over: AtomicUsize,
+    all: usize,
+}
+
+impl Progress {
+    fn new(all: usize) -> Self {
+        Self {
+            over: AtomicUsize::new(0),
+            all,
+        }
     }
-    Ok(Findings {
-        tests: run.finish(outcome.ended),
-        retries: outcome.retries,
-    })
 }
 
 /// Understands what a test program says while it runs.
-struct ProgramRun<'a> {
-    program: &'a Program,
-    tests: &'a [String],
+struct BatchRun<'a> {
+    batch: &'a Batch,
     place: Place,
+    /// What to call the place.
+    place_name: String,
+    progress: &'a Progress,
     /// All that it said.
     output: Vec<u8>,
     /// The unfinished line on its standard output, where the results are.
@@ -275,12 +182,13 @@ struct ProgramRun<'a> {
     last_end: Instant,
 }
 
-impl<'a> ProgramRun<'a> {
-    fn new(program: &'a Program, tests: &'a [String], place: Place) -> Self {
+impl<'a> BatchRun<'a> {
+    fn new(batch: &'a Batch, place: Place, place_name: String, progress: &'a Progress) -> Self {
         Self {
-            program,
-            tests,
+            batch,
             place,
+            place_name,
+            progress,
             output: Vec::new(),
             line: Vec::new(),
             records: Vec::new(),
@@ -307,17 +215,23 @@ impl<'a> ProgramRun<'a> {
     }
 
     fn record(&mut self, test: &str, passed: bool) {
-        if !self.tests.iter().any(|known| known == test) {
+        if !self.batch.tests.iter().any(|known| known == test) {
             return;
         }
-        let name = self.program.full_name(test);
+        let name = self.batch.program.full_name(test);
+        let before = self.records.len();
         // A lab that hung: the program begins anew.
         self.records.retain(|record| record.name != name);
+        let progress = self.progress;
+        let over = match self.records.len() == before {
+            true => 1 + progress.over.fetch_add(1, Ordering::Relaxed),
+            false => progress.over.load(Ordering::Relaxed),
+        };
         let seconds = self.last_end.elapsed().as_secs_f64();
         self.last_end = Instant::now();
         let word = if passed { "ok" } else { "FAILED" };
-        let (time, place) = (duration(seconds), self.place.word());
-        eprintln!("      test {name} ... {word} ({time}, {place})");
+        let (time, place, all) = (duration(seconds), &self.place_name, progress.all);
+        eprintln!("      {over}/{all} test {name} ... {word} ({time}, {place})");
         self.records.push(TestRecord {
             name,
             place: self.place,
@@ -329,8 +243,8 @@ impl<'a> ProgramRun<'a> {
     /// A test that the program did not come to has failed, and so has every one if the program says nothing of them but ends
     /// badly.
     fn finish(mut self, ended: Ended) -> Vec<TestRecord> {
-        for test in self.tests {
-            let name = self.program.full_name(test);
+        for test in &self.batch.tests {
+            let name = self.batch.program.full_name(test);
             if !self.records.iter().any(|record| record.name == name) {
                 self.record(test, false);
             }
@@ -346,7 +260,7 @@ impl<'a> ProgramRun<'a> {
             eprintln!(
                 "{}\n      {} ended: {ended:?}",
                 String::from_utf8_lossy(&self.output),
-                self.program.name
+                self.batch.program.name
             );
         }
         self.records
@@ -363,12 +277,12 @@ fn read_result(line: &str) -> Option<(&str, bool)> {
     }
 }
 
-fn request(workspace: &Workspace, program: &Program, tests: &[String]) -> anyhow::Result<Request> {
+fn request(workspace: &Workspace, Batch { program, tests }: &Batch) -> anyhow::Result<Request> {
     let path = program.path.to_string_lossy().into_owned();
     let mut argv = vec![path];
     argv.extend(["--ignored", "--test-threads", "1", "--exact"].map(str::to_owned));
     argv.extend_from_slice(tests);
-    let limit = PROGRAM_LIMIT + TEST_LIMIT * u32::try_from(tests.len())?;
+    let limit = PROCESS_LIMIT + TEST_LIMIT * u32::try_from(tests.len())?;
     let mut request = Request::new(argv, limit)?;
     request.cwd = program.directory.clone();
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -385,55 +299,30 @@ fn request(workspace: &Workspace, program: &Program, tests: &[String]) -> anyhow
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::suite::programs::Program;
 
-    #[test]
-    fn test_programs_are_picked_out_of_cargos_messages() {
-        let artifact = |test: bool, executable: &str| {
-            format!(
-                r#"{{"reason":"compiler-artifact","manifest_path":"/w/vmm/Cargo.toml","target":{{"name":"boot"}},"profile":{{"test":{test}}},"executable":{executable}}}"#
-            )
-        };
-        let messages = [
-            artifact(true, r#""/t/boot-1""#),
-            artifact(false, r#""/t/program""#),
-            artifact(true, "null"),
-            r#"{"reason":"build-finished","success":true}"#.into(),
-        ];
-        let programs = read_messages(&messages.join("\n")).unwrap();
-        let boot = Program {
-            path: "/t/boot-1".into(),
-            directory: "/w/vmm".into(),
-            name: "vmm::boot".into(),
-            boots_linux: false,
-        };
-        assert_eq!(programs, [boot]);
-    }
-
-    #[test]
-    fn benchmarks_and_summaries_are_no_tests() {
-        assert_eq!(
-            read_list("a::b: test\nc: benchmark\nd: test\n\n2 tests, 1 benchmark\n"),
-            ["a::b", "d"]
-        );
-    }
-
-    fn program() -> Program {
-        Program {
+    fn batch(tests: &[&str]) -> Batch {
+        let program = Program {
             path: "/t/boot".into(),
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
             boots_linux: true,
+        };
+        Batch {
+            program: program.into(),
+            tests: tests.iter().map(|test| (*test).to_owned()).collect(),
         }
     }
 
     fn passed(said: &[&str], ended: Ended) -> Vec<(String, bool)> {
-        let (program, tests) = (program(), ["a", "b"].map(str::to_owned));
-        let mut run = ProgramRun::new(&program, &tests, Place::Lab);
+        let (batch, progress) = (batch(&["a", "b"]), Progress::new(2));
+        let mut run = BatchRun::new(&batch, Place::Lab, "lab 1".into(), &progress);
         for piece in said {
             run.read(false, piece.as_bytes()).unwrap();
             run.read(true, b"a word on standard error").unwrap();
         }
         let records = run.finish(ended);
+        assert_eq!(progress.over.into_inner(), 2);
         records
             .into_iter()
             .map(|record| (record.name, record.passed))
@@ -484,8 +373,7 @@ mod tests {
 
     #[test]
     fn environment_of_a_program_is_that_of_its_crate() {
-        let tests = ["boots".to_owned()];
-        let request = request(&Workspace::find().unwrap(), &program(), &tests).unwrap();
+        let request = request(&Workspace::find().unwrap(), &batch(&["boots"])).unwrap();
         let values: Vec<_> = request
             .env
             .iter()

@@ -4,6 +4,8 @@ mod count;
 mod fuzz;
 mod host;
 mod linux;
+mod programs;
+mod queue;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
@@ -56,6 +58,9 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     });
     count += linux_findings.count();
     steps.summary();
+    for name in linux_findings.failed() {
+        eprintln!("FAILED  {name}: see above for what it said");
+    }
     if linux_findings.retries > 0 {
         let times = linux_findings.retries;
         eprintln!("the lab hung {times} times; target/lab/retries.json tells more");
@@ -159,11 +164,9 @@ fn duplicates_in(tree: &str) -> Vec<&str> {
 }
 
 fn build(workspace: &Workspace) -> anyhow::Result<String> {
+    // That makes the programs too: tests start them.
     let words = ["test", "--workspace", "--locked", "--no-run", "--quiet"];
     run(cargo().args(words).current_dir(workspace.root()))?;
-    run(cargo()
-        .args(["build", "--workspace", "--locked", "--quiet"])
-        .current_dir(workspace.root()))?;
     Ok(String::new())
 }
 

@@ -7,7 +7,8 @@ use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
 use cofferdam::bench::traffic;
 
-use super::{ping, shared, shell};
+use super::shared;
+use crate::{ping, shell};
 
 /// How long traffic is sent.
 const TRAFFIC_TIME: Duration = Duration::from_secs(3);
@@ -89,8 +90,8 @@ fn tagged_frames_reach_their_vlan() {
     let script = "ip link add link eth0 name eth0.5 type vlan id 5 &&
         ip addr add 10.64.5.15/24 dev eth0.5 && ip link set eth0.5 up";
     shell(&mut guest, script);
-    let tagged = guest.shell("ping -c 3 -W 5 10.64.5.2");
-    let untagged = guest.shell("ping -c 3 -W 5 10.0.2.2");
+    let tagged = guest.shell("ping -c 3 -i 0.1 -W 5 10.64.5.2");
+    let untagged = guest.shell("ping -c 3 -i 0.1 -W 5 10.0.2.2");
     shell(&mut guest, "ip link del eth0.5");
     for answer in [tagged, untagged] {
         let answer = answer.unwrap();

@@ -4,7 +4,8 @@ use agent_protocol::message::{ExecEnd, RestartDriver, StepName, SymbolFilter};
 
 use cofferdam::bench::network::{ADDRESS, GATEWAY, INTERFACE};
 
-use super::{BOOT_TIME, shared};
+use super::shared;
+use crate::BOOT_TIME;
 
 const EEXIST: i32 = libc::EEXIST;
 

@@ -1,0 +1,155 @@
+//! Which tests go to the labs, and in which order: those that share a guest together, all others one by one, the longest
+//! first. So labs side by side come to their ends at nearly the same time.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+
+use super::linux::TestRecord;
+use super::programs::Program;
+
+/// The tests of a program's module of this name share a guest: they run in one process.
+const SHARED: &str = "shared::";
+
+/// Seconds for a test of which nothing is known: most take less, so that those with known times fill the gaps.
+const UNKNOWN: f64 = 60.0;
+
+/// Tests of one program that run in one process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// The program.
+    pub program: Arc<Program>,
+    /// The tests' names in it.
+    pub tests: Vec<String>,
+}
+
+impl Batch {
+    /// A program's tests, divided into what can run for itself.
+    pub fn divide(program: Program, tests: Vec<String>) -> Vec<Self> {
+        let program = Arc::new(program);
+        let batch = |tests| Self {
+            program: program.clone(),
+            tests,
+        };
+        let (shared, single): (Vec<_>, Vec<_>) =
+            tests.into_iter().partition(|test| test.starts_with(SHARED));
+        let shared = (!shared.is_empty()).then_some(shared);
+        let single = single.into_iter().map(|test| vec![test]);
+        shared.into_iter().chain(single).map(batch).collect()
+    }
+}
+
+/// What labs take their work from.
+pub struct Queue(Mutex<VecDeque<Batch>>);
+
+impl Queue {
+    /// The batches, those that took longest in earlier runs first.
+    pub fn new(mut batches: Vec<Batch>, times: &Times) -> Self {
+        batches.sort_by(|a, b| times.of(b).total_cmp(&times.of(a)));
+        Self(Mutex::new(batches.into()))
+    }
+
+    /// The next one.
+    pub fn take(&self) -> Option<Batch> {
+        let mut batches = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        batches.pop_front()
+    }
+}
+
+/// How long tests took when they were last run. Nothing but the order depends on it.
+pub struct Times {
+    path: PathBuf,
+    /// By full name.
+    seconds: BTreeMap<String, f64>,
+}
+
+impl Times {
+    /// What the file of an earlier run says; nothing if there is none that can be understood.
+    pub fn read(path: &Path) -> Self {
+        let seconds = std::fs::read(path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        Self {
+            path: path.to_owned(),
+            seconds: seconds.unwrap_or_default(),
+        }
+    }
+
+    fn of(&self, batch: &Batch) -> f64 {
+        let names = batch.tests.iter().map(|test| batch.program.full_name(test));
+        names
+            .map(|name| self.seconds.get(&name).copied().unwrap_or(UNKNOWN))
+            .sum()
+    }
+
+    /// Remembers those that passed for the next run.
+    pub fn keep(mut self, tests: &[TestRecord]) -> anyhow::Result<()> {
+        let passed = tests.iter().filter(|test| test.passed);
+        self.seconds
+            .extend(passed.map(|test| (test.name.clone(), test.seconds)));
+        std::fs::write(&self.path, serde_json::to_vec_pretty(&self.seconds)?)
+            .with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::place::Place;
+
+    fn batches(tests: &[&str]) -> Vec<Batch> {
+        let program = Program {
+            path: "/t/linux".into(),
+            directory: "/w/vmm".into(),
+            name: "vmm::linux".into(),
+            boots_linux: true,
+        };
+        Batch::divide(program, tests.iter().map(|t| (*t).to_owned()).collect())
+    }
+
+    fn order(queue: &Queue) -> Vec<Vec<String>> {
+        std::iter::from_fn(|| queue.take().map(|batch| batch.tests)).collect()
+    }
+
+    #[test]
+    fn tests_that_share_a_guest_stay_together() {
+        let tests: Vec<_> = batches(&["a::x", "shared::nic::y", "b", "shared::z"])
+            .into_iter()
+            .map(|batch| batch.tests.join(" "))
+            .collect();
+        assert_eq!(tests, ["shared::nic::y shared::z", "a::x", "b"]);
+        assert_eq!(batches(&["a", "b"]).len(), 2);
+    }
+
+    #[test]
+    fn what_took_longest_in_the_last_run_comes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("times.json");
+        let record = |name: &str, seconds, passed| TestRecord {
+            name: format!("vmm::linux::{name}"),
+            place: Place::Lab,
+            passed,
+            seconds,
+        };
+        let ran = [
+            record("short", 1.0, true),
+            record("long", 100.0, true),
+            // It says nothing of how long a test takes that it failed.
+            record("failed", 0.1, false),
+        ];
+        Times::read(&path).keep(&ran).unwrap();
+        let batches = batches(&["short", "new", "long", "failed"]);
+        let queue = Queue::new(batches, &Times::read(&path));
+        assert_eq!(order(&queue), [["long"], ["new"], ["failed"], ["short"]]);
+    }
+
+    #[test]
+    fn damaged_times_are_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("times.json");
+        std::fs::write(&path, "{\"a\": ").unwrap();
+        assert!(Times::read(&path).seconds.is_empty());
+    }
+}
