@@ -300,6 +300,29 @@ fn what_the_driver_got_while_the_call_was_in_the_guest_is_told() {
 }
 
 #[test]
+fn what_the_call_holds_when_it_goes_on_in_the_guest_is_told() {
+    let guest = Guest::new();
+    waits(&guest);
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rbx, 0x1111_u64).unwrap();
+        a.mov(rax, 0x2222_u64).unwrap();
+        a.push(rax).unwrap();
+        a.call(WAITS).unwrap();
+        a.pop(rax).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 21, WAITS).unwrap();
+    domain.trap_function(SCHEDULER).unwrap();
+    let mut kernel = Kernel::with_data();
+    let result = begin(&guest, &mut domain, &mut kernel, guest.entry_regs());
+    spilled(&result);
+    for value in [0x1111, 0x2222] {
+        assert!(kernel.held.contains(&value), "{:x?}", kernel.held);
+    }
+}
+
+#[test]
 fn an_exception_that_the_kernel_expects_is_taken_by_the_guest_at_its_instruction() {
     let guest = Guest::new();
     let function = KERNEL_TEXT + 0x400;

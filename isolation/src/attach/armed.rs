@@ -28,7 +28,7 @@ use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::{AbortReturn, AbortValue};
-use crate::policy::call::{CallMemory, DriverPolicy};
+use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
 
 /// The return gate is the second `out` of a gate.
 const RETURN_GATE_OFFSET: u64 = 2;
@@ -312,10 +312,7 @@ impl Armed {
                     space,
                     memory: &private,
                 },
-                shared: VirtMemory {
-                    space,
-                    memory: &shared,
-                },
+                before: MemoryBefore::new(&shared),
                 stack: Some(GvaRange::aligned(Gva(at.regs.rsp), THREAD_SIZE)),
                 per_cpu_base: at.sregs.gs.base,
             },

@@ -274,6 +274,18 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn publishing(&mut self, gpa: u64, old: &[u8; 4096]) {
+        if let Some(CallPolicy { memory, .. }) = &mut self.policy {
+            memory.before.keep(gpa, old);
+        }
+    }
+
+    fn leaves(&mut self, values: &[u64]) {
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            policy.leave(memory, values);
+        }
+    }
+
     fn returned(&mut self, value: u64) {
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
             policy.hand_out(memory, Gva(value));

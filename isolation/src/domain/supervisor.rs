@@ -49,6 +49,13 @@ pub trait Supervisor {
     /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
     fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}
 
+    /// Something of the call is put into the guest's page at guest physical address `gpa`, which has been `old`
+    /// until now, and the call goes on.
+    fn publishing(&mut self, _gpa: u64, _old: &[u8; 4096]) {}
+
+    /// The call is about to go on in the guest, with these values in registers and on the call's stack.
+    fn leaves(&mut self, _values: &[u64]) {}
+
     /// A kernel function that went on in the guest has returned `value` to the driver: what was handed out
     /// there is the driver's to write.
     fn returned(&mut self, _value: u64) {}

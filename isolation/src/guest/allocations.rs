@@ -386,7 +386,11 @@ impl<M: GuestPhys> Allocations<'_, M> {
 
     /// Whether a byte of `allocation` differs from the `earlier` memory: whether somebody has worked
     /// on it since. Looks at the first 4 KiB.
-    pub fn is_changed(&self, allocation: &Allocation, earlier: &Self) -> bool {
+    pub fn is_changed<E: GuestPhys>(
+        &self,
+        allocation: &Allocation,
+        earlier: &Allocations<'_, E>,
+    ) -> bool {
         let len = allocation.range.len_bytes().min(4096) as usize;
         let at = allocation.range.first();
         match (self.virt.read_vec(at, len), earlier.virt.read_vec(at, len)) {
@@ -400,7 +404,11 @@ impl<M: GuestPhys> Allocations<'_, M> {
     /// A slab's object counts as new if the word changed that links free objects: kernels that
     /// clear memory when they hand it out (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do) change
     /// it always, others if the object is filled.
-    pub fn is_new(&self, allocation: &Allocation, earlier: &Self) -> bool {
+    pub fn is_new<E: GuestPhys>(
+        &self,
+        allocation: &Allocation,
+        earlier: &Allocations<'_, E>,
+    ) -> bool {
         let at = allocation.range.first();
         if earlier
             .allocation_at(at)

@@ -274,6 +274,10 @@ pub struct Kernel {
     pub device_is_in_use: bool,
     /// Stores that had reached the device before and after each part that was taken back, oldest first.
     pub undone_parts: Vec<(usize, usize)>,
+    /// Guest physical addresses and first words of pages that a call that went on put something into.
+    pub published: Vec<(u64, u64)>,
+    /// What calls held when they went on in the guest.
+    pub held: Vec<u64>,
     /// What kernel functions that went on in the guest returned.
     pub returned: Vec<u64>,
     /// The guest's interrupt controller is at [`OTHER_DEVICE`].
@@ -303,6 +307,13 @@ impl Supervisor for Kernel {
         self.writable
             .iter()
             .any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
+    fn publishing(&mut self, gpa: u64, old: &[u8; 4096]) {
+        let word = u64::from_le_bytes(old[..8].try_into().unwrap());
+        self.published.push((gpa, word));
+    }
+    fn leaves(&mut self, values: &[u64]) {
+        self.held.extend(values);
     }
     fn returned(&mut self, value: u64) {
         self.returned.push(value);

@@ -9,6 +9,7 @@ mod e1000;
 mod machine;
 mod null_blk;
 mod processors;
+mod soak;
 
 use isolation::attach::plan::Wanted;
 use machine::Machine;

@@ -29,6 +29,10 @@ fn the_command_line_isolates_injects_reports_and_releases() {
         "{reply}"
     );
     refused(&mut guest, "inject guest e1000 e1000_clean", "e1000_clean");
+    // It fills a buffer that it was handed before it read the device.
+    let eeprom = guest.shell("ethtool -e eth0 offset 0 length 6");
+    let violations = ask(&mut guest, "violations guest e1000");
+    assert!(eeprom.is_ok(), "{eeprom:?} {violations}");
     let statistics = shell(&mut guest, "ethtool -S eth0");
     assert!(statistics.contains("rx_packets"), "{statistics}");
     ask(

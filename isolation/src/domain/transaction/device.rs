@@ -96,6 +96,10 @@ impl Call<'_> {
             let view = &self.domain.view;
             let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
             let mask = PageMask::changed(old, new);
+            if mask.is_empty() {
+                continue;
+            }
+            self.supervisor.publishing(pfn.0 * PAGE_SIZE, old);
             if let Some(journal) = &mut self.journal {
                 journal.memory.record(pfn, old, new);
             }

@@ -19,6 +19,8 @@ use crate::domain::monitor::CrossingFrame;
 
 /// Times that one call may go on in the guest.
 const MAX_SPILLS: u32 = 4096;
+/// Most words of a call's stack that are looked through for what was handed out to it.
+const MAX_STACK_WORDS: usize = 1024;
 
 /// A place on a stack that holds a return address.
 #[derive(Debug, Clone, Copy)]
@@ -142,6 +144,8 @@ impl Call<'_> {
             self.write_slot(self.return_slot, self.return_address)?;
         }
         self.write_slot(gate_slot, gate)?;
+        let held = self.values_held(at)?;
+        self.supervisor.leaves(&held);
         if let Some(kind) = self.publish()? {
             return self.abort(kind, self.request.function).map(Some);
         }
@@ -243,6 +247,21 @@ impl Call<'_> {
                 load && instruction.op1_kind() == OpKind::Memory
             }
         }
+    }
+
+    /// What is in the registers that functions leave alone (System V ABI), and on the stack of the call up to its
+    /// return address.
+    fn values_held(&self, at: &kvm_regs) -> Result<Vec<u64>, DomainError> {
+        let mut values = vec![at.rbx, at.rbp, at.r12, at.r13, at.r14, at.r15];
+        let words = (at.rsp & !7..self.entry.rsp).step_by(8);
+        for va in words.take(MAX_STACK_WORDS) {
+            if let Some(slot) = self.stack_slot(va)? {
+                values.push(self.read_slot(slot)?);
+            }
+        }
+        values.sort_unstable();
+        values.dedup();
+        Ok(values)
     }
 
     fn stack_slot(&self, va: u64) -> Result<Option<(Pfn, usize)>, DomainError> {

@@ -11,9 +11,10 @@
 //! ```
 //!
 //! The order is that of cost: most calls never get past what earlier ones opened for the driver.
-//! Both views are read: the private one shows what the call did, the shared one what was there
+//! Both views are read: the private one shows what the call did, the other one what was there
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
+mod before;
 mod interfaces;
 mod restorable;
 
@@ -33,6 +34,7 @@ use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
+pub use before::MemoryBefore;
 use interfaces::InterfaceList;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -81,11 +83,21 @@ pub struct CallMemory<'a, M> {
     /// What the call and the kernel functions it called have made of it.
     pub private: VirtMemory<'a, M>,
     /// As it was when the call began.
-    pub shared: VirtMemory<'a, M>,
+    pub before: MemoryBefore<'a, M>,
     /// The stack that the call runs on.
     pub stack: Option<GvaRange>,
     /// GS base of the processor that the call runs on.
     pub per_cpu_base: u64,
+}
+
+impl<M> CallMemory<'_, M> {
+    /// Memory as it was when the call began, as the same address space has it.
+    fn earlier(&self) -> VirtMemory<'_, MemoryBefore<'_, M>> {
+        VirtMemory {
+            space: self.private.space,
+            memory: &self.before,
+        }
+    }
 }
 
 /// What the calls of one driver may write.
@@ -233,6 +245,16 @@ impl DriverPolicy {
         let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
         if found.range.first() == at && !on_stack {
             self.own(found.range);
+        }
+    }
+
+    /// The call goes on in the guest, where memory changes in other ways too, with these `values` in the driver's
+    /// registers and on its stack: what was handed out to it until now and lies at one of them is the driver's.
+    pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
+        for at in values.iter().copied().map(Gva) {
+            if !self.table.may_write(GvaRange::aligned(at, 1)) {
+                self.open_new_allocation(memory, at);
+            }
         }
     }
 
@@ -390,7 +412,7 @@ impl DriverPolicy {
     /// What was handed out to the driver, in this call or an earlier one, is the driver's.
     fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let model = self.memory;
-        let (now, before) = (model.with(memory.private), model.with(memory.shared));
+        let (now, before) = (model.with(memory.private), model.with(memory.earlier()));
         let Some(found) = now.allocation_at(at) else {
             return false;
         };

@@ -148,7 +148,7 @@ fn ask(
 ) -> bool {
     let memory: CallMemory<'_, TestMemory> = CallMemory {
         private: now.virt(),
-        shared: before.virt(),
+        before: MemoryBefore::new(before.virt().memory),
         stack: GvaRange::new(Gva(STACK), 0x2000),
         per_cpu_base: PER_CPU,
     };
@@ -231,6 +231,51 @@ fn what_was_handed_out_to_a_committed_call_stays_the_drivers() {
     policy.end(true);
     policy.begin("my_irq", [0; 6]);
     assert!(!ask(&mut policy, &now, &now, fresh, 8));
+}
+
+#[test]
+fn what_was_handed_out_to_the_call_is_its_own_though_the_guest_has_it_already() {
+    let before = guest();
+    let mut now = before.clone();
+    let fresh = OBJECTS + 512;
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    let mut memory = CallMemory {
+        private: now.virt(),
+        before: MemoryBefore::new(now.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    let range = GvaRange::new(Gva(fresh), 8).unwrap();
+    assert!(!policy.may_write(&memory, range), "nothing says it is new");
+    let virt = before.virt();
+    let gpa = virt.space.walk(virt.memory, Gva(OBJECTS)).unwrap().gpa.0;
+    let mut page = [0; 4096];
+    before.virt().read(Gva(OBJECTS), &mut page).unwrap();
+    memory.before.keep(gpa, &page);
+    assert!(policy.may_write(&memory, range));
+}
+
+#[test]
+fn what_was_handed_out_and_is_held_when_the_call_goes_on_in_the_guest_stays_the_drivers() {
+    let before = guest();
+    let mut now = before.clone();
+    let (fresh, other) = (OBJECTS + 512, OBJECTS);
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    let memory = CallMemory {
+        private: now.virt(),
+        before: MemoryBefore::new(before.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    policy.leave(&memory, &[0, 7, other, fresh, MODULE, u64::MAX]);
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &now, &now, fresh, 256));
+    assert!(!ask(&mut policy, &now, &now, other, 8), "it was not new");
 }
 
 #[test]
