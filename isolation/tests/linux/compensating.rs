@@ -139,7 +139,7 @@ fn fail_everywhere(
             times.push((phases.memory_ns, phases.device_ns, phases.returned_ns));
         }
         done += now.undone - earlier.undone;
-        machine.run("ip link set eth0 up; ping -c 1 -W 2 10.0.2.2");
+        machine.run("ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2");
         // By now every kind of recovery has been once.
         if before.is_none() && index >= places.len() {
             before = Some((Resources::of(machine), done));
@@ -176,7 +176,7 @@ fn fail_everywhere(
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_reset_of_the_adapter_that_fails_after_it_slept_is_taken_back() {
     let mut machine = machine(&[]);
-    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ping -c 1 -W 2 10.0.2.2");
+    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; linked; ping -c 1 -W 2 10.0.2.2");
     fail_everywhere(
         &mut machine,
         "e1000_set_ringparam",
@@ -187,9 +187,10 @@ fn a_reset_of_the_adapter_that_fails_after_it_slept_is_taken_back() {
     assert_eq!(machine.status("e1000").broken, None);
     // As if nothing had been: the rings are as large as before, and can be changed.
     assert!(machine.run("ethtool -g eth0").contains("256"));
-    machine.run("ethtool -G eth0 rx 128; ping -c 3 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 256; ping -c 3 -i 0.1 -W 2 10.0.2.2");
+    machine.run("ethtool -G eth0 rx 128; linked; ping -c 3 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 256; linked; ping -c 3 -i 0.1 -W 2 10.0.2.2");
     machine.isolator.release("e1000").unwrap();
-    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.0.2.2");
+    machine
+        .run("ip link set eth0 down; ip link set eth0 up; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
     machine.assert_healthy();
 }
 
@@ -198,7 +199,7 @@ fn a_reset_of_the_adapter_that_fails_after_it_slept_is_taken_back() {
 fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_taken_back() {
     // The new rings are allocated in the guest, when the old ones are empty and the adapter has been reset.
     let mut machine = machine(&["vzalloc"]);
-    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ping -c 1 -W 2 10.0.2.2");
+    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; linked; ping -c 1 -W 2 10.0.2.2");
     fail_everywhere(
         &mut machine,
         "e1000_set_ringparam",
@@ -209,7 +210,7 @@ fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_take
     assert_eq!(machine.status("e1000").broken, None);
     machine.run("ping -c 300 -i 0.01 -W 2 10.0.2.2");
     machine.isolator.release("e1000").unwrap();
-    machine.run("ping -c 2 -W 2 10.0.2.2; ethtool -G eth0 rx 128; ping -c 2 -W 2 10.0.2.2");
+    machine.run("ping -c 2 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 128; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
     machine.assert_healthy();
 }
 
@@ -229,7 +230,7 @@ fn a_call_that_was_taken_back_can_be_run_again() {
         let size = [128, 256][round % 2];
         // Nobody outside notices that it failed.
         machine.run(&format!(
-            "ethtool -G eth0 rx {size}; ping -c 2 -i 0.1 -W 2 10.0.2.2"
+            "ethtool -G eth0 rx {size}; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2"
         ));
         assert!(machine.run("ethtool -g eth0").contains(&size.to_string()));
         order(&machine, function, offset, 0);
@@ -255,7 +256,7 @@ fn an_opposite_that_does_not_return_is_given_up() {
         .find(|f| f.name == "netif_carrier_off");
     carrier.unwrap().undo = Some(OppositeModel {
         function: "msleep".to_owned(),
-        arguments: vec![ArgumentModel::Constant(25_000)],
+        arguments: vec![ArgumentModel::Constant(18_000)],
     });
     machine.model = Some(model);
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
@@ -276,7 +277,9 @@ fn an_opposite_that_does_not_return_is_given_up() {
         "{report}"
     );
     // It does after all: the caller is not left alone.
-    machine.run("while ! [ -e /tmp/done ]; do sleep 1; done; ping -c 2 -W 2 10.0.2.2");
+    machine.run(
+        "while ! [ -e /tmp/done ]; do sleep 0.2; done; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2",
+    );
     assert_eq!((entry(&machine).left_over, entry(&machine).undone), (1, 0));
     machine.assert_healthy();
 }
@@ -285,7 +288,7 @@ fn an_opposite_that_does_not_return_is_given_up() {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn an_open_that_fails_after_its_interrupt_was_requested_in_the_guest_is_taken_back() {
     let mut machine = machine(&["request_threaded_irq"]);
-    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 1 -W 2 10.0.2.2");
+    machine.run("ip link set eth0 down; ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2");
     fail_everywhere(
         &mut machine,
         "e1000_open",
@@ -295,6 +298,7 @@ fn an_open_that_fails_after_its_interrupt_was_requested_in_the_guest_is_taken_ba
     machine.print_status();
     assert_eq!(machine.status("e1000").broken, None);
     machine.isolator.release("e1000").unwrap();
-    machine.run("ip link set eth0 down; ip link set eth0 up; sleep 1; ping -c 2 -W 2 10.0.2.2");
+    machine
+        .run("ip link set eth0 down; ip link set eth0 up; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
     machine.assert_healthy();
 }

@@ -30,8 +30,8 @@ fn operations(number: usize) -> String {
         "ethtool -S eth0 | head -3; ethtool -d eth0 | head -3; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; \
          ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ethtool -K eth0 rx off; ethtool -K eth0 rx on; \
          ip link set eth0 promisc on; ip link set eth0 promisc off; \
-         ip link set eth0 down; ip link set eth0 address 52:54:00:12:34:{number:02x}; ip link set eth0 up; sleep 1; \
-         ping -c 2 -W 2 10.0.2.2"
+         ip link set eth0 down; ip link set eth0 address 52:54:00:12:34:{number:02x}; ip link set eth0 up; linked; \
+         ping -c 2 -i 0.1 -W 2 10.0.2.2"
     )
 }
 
@@ -78,7 +78,7 @@ fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
     machine.run(
         "(for i in 1 2; do ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; done) & \
-        ping -c 20 -i 0.05 -W 1 10.0.2.2; wait; ping -c 2 -W 2 10.0.2.2",
+        ping -c 20 -i 0.05 -W 1 10.0.2.2; wait; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2",
     );
     machine.print_status();
     for entry in [
@@ -97,14 +97,14 @@ fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     let status = machine.status("e1000");
     assert_eq!((status.violations, &status.broken), (0, &None));
     machine.isolator.release("e1000").unwrap();
-    machine.run("ping -c 2 -W 2 10.0.2.2");
+    machine.run("ping -c 2 -i 0.1 -W 2 10.0.2.2");
     machine.assert_healthy();
 }
 
 /// A TCP stream with checked contents and a flood of pings, each for `COFFERDAM_TRAFFIC_SECONDS`.
 pub fn stream_and_flood(machine: &mut Machine) {
     let seconds =
-        std::env::var("COFFERDAM_TRAFFIC_SECONDS").map_or(5, |text| text.parse().unwrap());
+        std::env::var("COFFERDAM_TRAFFIC_SECONDS").map_or(3, |text| text.parse().unwrap());
     for kind in ["tcp_echo", "ping_flood"] {
         let line = machine.run_within(
             Duration::from_secs(seconds + 60),
@@ -125,7 +125,7 @@ const TOOLS: &str = "ethtool eth0; ethtool -i eth0; ethtool -a eth0; ethtool -c 
     ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; /bin/ip link show eth0; ip link set eth0 mtu 1500; \
     ip link set eth0 promisc on; ethtool -d eth0; ip link set eth0 promisc off; \
     ethtool -G eth0 rx 7 2>&1; ethtool -s eth0 speed 10 duplex half autoneg off 2>&1; ethtool eth0; \
-    ethtool -s eth0 autoneg on; sleep 3; ethtool eth0; true";
+    ethtool -s eth0 autoneg on; linked; ethtool eth0; true";
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]

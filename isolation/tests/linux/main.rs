@@ -18,12 +18,25 @@ fn named(names: &[&str]) -> Wanted {
     Wanted::Named(names.iter().map(|name| (*name).to_owned()).collect())
 }
 
+/// A program in the guest that waits until the NIC has a link.
+const LINKED: &str = "#!/bin/busybox sh
+for round in $(seq 300); do
+    read -r carrier < /sys/class/net/eth0/carrier
+    [ \"$carrier\" = 1 ] && exit 0
+    sleep 0.1
+done
+exit 1
+";
+
 /// A guest whose NIC is up and reaches the gateway.
 fn boot_with_network(vcpus: u8, append: &str) -> Machine {
     let mut machine = Machine::boot(vcpus, append);
     machine.load("e1000", "");
     machine.run("ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up");
-    machine
-        .run("for i in 1 2 3 4 5 6 7 8 9 10; do ping -c 1 -W 1 10.0.2.2 && exit 0; done; exit 1");
+    let write = machine
+        .agent
+        .write_file("/bin/linked", LINKED.as_bytes(), 0o755);
+    write.unwrap();
+    machine.run("linked; ping -c 1 -W 5 10.0.2.2");
     machine
 }
