@@ -9,7 +9,9 @@
     reason = "a test ends where something unexpected happens"
 )]
 
+mod builds;
 mod isolation;
+mod last_resort;
 mod machine;
 mod recovery;
 mod shared;

@@ -2,146 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::Bytes;
 use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::control::protocol::{Reply, Request, UpgradeOutcome, UpgradeReport};
+use cofferdam::control::protocol::{Request, UpgradeOutcome};
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault, State};
-use recovery::module_file::ModuleFile;
 
-use super::options;
+use super::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
 use super::victim::{DRIVER, Victim};
 
 const ENTRY: &str = "e1000_xmit_frame";
 /// Longer than all that happens to it.
-const STREAM_SECONDS: u64 = 60;
-
-/// The stock driver.
-fn stock(module: &str) -> Vec<u8> {
-    let path = options()
-        .images
-        .join("modules")
-        .join(format!("{module}.ko"));
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
-
-/// Replaces what is found once.
-#[track_caller]
-fn patch(file: &mut [u8], from: &[u8], to: &[u8]) {
-    assert_eq!(from.len(), to.len());
-    let places: Vec<usize> = (0..file.len() - from.len())
-        .filter(|at| file[*at..].starts_with(from))
-        .collect();
-    let [at] = places[..] else {
-        panic!("found {} times", places.len());
-    };
-    file[at..at + to.len()].copy_from_slice(to);
-}
-
-fn build_of(file: &[u8]) -> Vec<u8> {
-    ModuleFile::parse(file).unwrap().build_id.unwrap()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The same driver with another build id, and without the signature, which would not fit any more.
-fn another_build(number: u8) -> Vec<u8> {
-    let mut file = stock(DRIVER);
-    // At the end: signature, its description of 12 bytes that ends with its length, a magic line.
-    let magic = b"~Module signature appended~\n";
-    if let Some(signed) = file.strip_suffix(magic) {
-        let (rest, length) = signed.split_last_chunk::<4>().unwrap();
-        let signature = usize::try_from(u32::from_be_bytes(*length)).unwrap();
-        let length = rest.len() - 8 - signature;
-        file.truncate(length);
-    }
-    let old = build_of(&file);
-    let new = vec![number; old.len()];
-    patch(&mut file, &old, &new);
-    file
-}
-
-/// One whose init function returns an input/output error.
-fn with_failing_init() -> Vec<u8> {
-    let mut file = another_build(0xf1);
-    // call __fentry__; push %rbx; mov $..,%rsi; mov $..,%rdi; call _printk; mov
-    let head = [0xe8, 0, 0, 0, 0];
-    let rest = [
-        0, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0x48, 0xc7, 0xc6,
-    ];
-    let with = |code: [u8; 4]| [&head[..], &code[..], &rest[..]].concat();
-    // push $-5; pop %rax; ret
-    patch(
-        &mut file,
-        &with([0x53, 0x48, 0xc7, 0xc6]),
-        &with([0x6a, 0xfb, 0x58, 0xc3]),
-    );
-    file
-}
-
-/// One that does not know the device, so that no interface comes back.
-fn without_the_device() -> Vec<u8> {
-    let mut file = another_build(0xf2);
-    patch(
-        &mut file,
-        &[0x86, 0x80, 0, 0, 0x0e, 0x10, 0, 0],
-        &[0x86, 0x80, 0, 0, 0xfe, 0xff, 0, 0],
-    );
-    file
-}
-
-impl Victim {
-    fn upgrade(
-        &mut self,
-        module: &str,
-        file: Vec<u8>,
-        limit_ms: u64,
-    ) -> Result<UpgradeReport, String> {
-        // The VM asks the agent itself, which listens to one client at a time.
-        self.guest.agent().disconnect();
-        let request = Request::Upgrade {
-            module: module.to_owned(),
-            file: Bytes(file),
-            limit_ms,
-        };
-        let mut told = Vec::new();
-        let answer = self
-            .guest
-            .control()
-            .unwrap()
-            .ask_and_watch(&request, &mut |what| told.push(what.to_owned()));
-        match answer {
-            Ok(Reply::Upgraded(report)) => {
-                eprintln!("{told:?}: {report:?}");
-                Ok(*report)
-            }
-            Ok(other) => panic!("{other:?}"),
-            Err(error) => Err(format!("{error:#}")),
-        }
-    }
-
-    fn loaded_build(&mut self) -> Vec<u8> {
-        let path = "/sys/module/e1000/notes/.note.gnu.build-id";
-        let note = self.guest.agent().read_file(path).unwrap();
-        recovery::module_file::build_id(&note).unwrap()
-    }
-
-    fn link_losses(&self) -> u64 {
-        self.guest.control().unwrap().status().unwrap().nic["link_losses"]
-    }
-
-    fn isolated(&self) -> Vec<String> {
-        let status = self.guest.control().unwrap().status().unwrap();
-        let modules = status.isolation.into_iter();
-        modules
-            .flat_map(|module| module.entries)
-            .map(|entry| entry.name)
-            .collect()
-    }
-}
+const STREAM_SECONDS: u64 = 40;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]

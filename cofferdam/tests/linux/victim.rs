@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::Exec;
+use agent_protocol::message::{Bytes, Exec};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::rollback::Operation;
-use cofferdam::control::protocol::{EntrySelection, Reply, Request};
+use cofferdam::control::protocol::{EntrySelection, Reply, Request, UpgradeReport};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
@@ -31,10 +31,20 @@ pub struct Victim {
 impl Victim {
     pub fn boot() -> Self {
         let mut guest = boot(&options().with("--net user --nic e1000"));
-        // The emulated processor's quirks make the kernel warn while it boots.
-        let (_, boot_end) = guest.agent().kmsg(0).unwrap();
+        let boot_end = messages(&mut guest);
         network::bring_up(&mut guest, DRIVER).unwrap();
         network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+        Self::new(guest, boot_end)
+    }
+
+    /// One that has loaded its driver while it booted.
+    pub fn of(mut guest: Guest) -> Self {
+        network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+        let boot_end = messages(&mut guest);
+        Self::new(guest, boot_end)
+    }
+
+    fn new(guest: Guest, boot_end: u64) -> Self {
         Self {
             guest,
             boot_end,
@@ -106,7 +116,13 @@ impl Victim {
         // It asks the agent itself, which listens to one client at a time.
         self.guest.agent().disconnect();
         let deadline = Instant::now() + Duration::from_secs(120);
-        while matches!(self.ladder().state, State::Resuming | State::Restarting) {
+        let under_way = |state| {
+            matches!(
+                state,
+                State::Resuming | State::Restarting | State::Resetting
+            )
+        };
+        while under_way(self.ladder().state) {
             assert!(Instant::now() < deadline, "the driver is not back");
             std::thread::sleep(Duration::from_millis(100));
         }
@@ -296,4 +312,61 @@ impl Victim {
         };
         text.lines().map(plain).collect::<Vec<_>>().join("\n")
     }
+
+    /// Exchanges the driver; what was told meanwhile is printed.
+    pub fn upgrade(
+        &mut self,
+        module: &str,
+        file: Vec<u8>,
+        limit_ms: u64,
+    ) -> Result<UpgradeReport, String> {
+        // The VM asks the agent itself, which listens to one client at a time.
+        self.guest.agent().disconnect();
+        let request = Request::Upgrade {
+            module: module.to_owned(),
+            file: Bytes(file),
+            limit_ms,
+        };
+        let mut told = Vec::new();
+        let answer = self
+            .guest
+            .control()
+            .unwrap()
+            .ask_and_watch(&request, &mut |what| told.push(what.to_owned()));
+        match answer {
+            Ok(Reply::Upgraded(report)) => {
+                eprintln!("{told:?}: {report:?}");
+                Ok(*report)
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    }
+
+    /// Build id of the driver that runs.
+    pub fn loaded_build(&mut self) -> Vec<u8> {
+        let path = "/sys/module/e1000/notes/.note.gnu.build-id";
+        let note = self.guest.agent().read_file(path).unwrap();
+        recovery::module_file::build_id(&note).unwrap()
+    }
+
+    /// How often the other end of the wire saw the link go.
+    pub fn link_losses(&self) -> u64 {
+        self.guest.control().unwrap().status().unwrap().nic["link_losses"]
+    }
+
+    /// Functions that are isolated.
+    pub fn isolated(&self) -> Vec<String> {
+        let status = self.guest.control().unwrap().status().unwrap();
+        let modules = status.isolation.into_iter();
+        modules
+            .flat_map(|module| module.entries)
+            .map(|entry| entry.name)
+            .collect()
+    }
+}
+
+/// How many kernel messages there are. The emulated processor's quirks make the kernel warn while it boots.
+fn messages(guest: &mut Guest) -> u64 {
+    guest.agent().kmsg(0).unwrap().1
 }

@@ -1,0 +1,88 @@
+//! Drivers that can be neither restarted nor exchanged: the guest is booted anew.
+
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network::{self, LINK_TIME};
+use cofferdam::control::protocol::{Request, UpgradeOutcome};
+use recovery::fault::FaultKind;
+use recovery::ladder::{LadderConfig, OnFault};
+
+use super::builds::{another_build, build_of, hex, stock, that_stays, without_the_device};
+use super::victim::{DRIVER, Victim};
+use super::{BOOT_TIME, boot, options};
+
+const ENTRY: &str = "e1000_get_ethtool_stats";
+
+/// Whose `/init` loads the driver and gives it its address, at each boot.
+fn victim() -> Victim {
+    let network = "--net user --nic e1000 --append cofferdam.net=e1000,10.0.2.15/24,10.0.2.2";
+    Victim::of(boot(&options().with(network)))
+}
+
+fn boot_id(guest: &mut Guest) -> String {
+    guest.agent().hello(BOOT_TIME).unwrap().boot_id.clone()
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed() {
+    let mut victim = victim();
+    let first = boot_id(&mut victim.guest);
+    let may_reset = LadderConfig {
+        on_fault: Some(OnFault::Restart),
+        may_reset_guest: true,
+        ..LadderConfig::default()
+    };
+    victim.isolate(ENTRY, may_reset);
+    let stays = that_stays(another_build(0xb1));
+    let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::New, "{report:?}");
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stays)));
+
+    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+    victim.try_command(&["ethtool", "-S", "eth0"]);
+    let ladder = victim.wait_until_running();
+    let rungs = &ladder.rungs;
+    assert_eq!(
+        (rungs.restarts, rungs.failed_restarts, rungs.resets),
+        (1, 1, 1),
+        "{ladder:?}"
+    );
+    // The installed driver is back, with the same function isolated.
+    assert_ne!(boot_id(&mut victim.guest), first);
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+    assert_eq!(victim.isolated(), [ENTRY]);
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    let statistics = victim.run(&["ethtool", "-S", "eth0"]);
+    assert!(statistics.contains("rx_packets"), "{statistics}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_new_driver_that_fails_and_cannot_be_removed_is_said_to_need_a_reset() {
+    let mut victim = victim();
+    let first = boot_id(&mut victim.guest);
+    victim.isolate(ENTRY, LadderConfig::default());
+    let bad = that_stays(without_the_device());
+    let report = victim.upgrade(DRIVER, bad.clone(), 2000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::Neither);
+    let [new, old] = report.problems.as_slice() else {
+        panic!("{report:?}");
+    };
+    assert!(new.contains("eth0 does not come back"), "{new}");
+    assert!(old.contains("the new one cannot be removed"), "{old}");
+    assert_eq!(report.isolated, 0);
+    // The guest goes on without its NIC.
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&bad)));
+    assert_eq!(victim.isolated(), [""; 0]);
+    let interfaces = victim.guest.agent().interfaces().unwrap();
+    assert!(interfaces.iter().all(|one| one.name != "eth0"));
+
+    victim.ask(&Request::Reset {});
+    victim.guest.agent().disconnect();
+    victim.guest.wait_for_agent(BOOT_TIME).unwrap();
+    assert_ne!(boot_id(&mut victim.guest), first);
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+}
