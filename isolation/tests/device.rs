@@ -76,6 +76,7 @@ fn a_device_load_flushes_the_queue_and_an_abort_after_it_restores_the_device() {
     assert_eq!(result.regs.rax, 0x55);
     assert_eq!(kernel.device_writes.len(), 1);
     assert!(kernel.published.contains(&(gpa_of(DRIVER_DATA), 0)));
+    assert!(result.stats.committed_bytes > 0, "{:?}", result.stats);
     guest.write(DRIVER_DATA, 0);
     let regs = guest.entry_regs();
     let before = guest.all();

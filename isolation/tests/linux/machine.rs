@@ -314,7 +314,7 @@ impl Machine {
                 eprintln!(
                     "{:24} calls {} commits {} aborts {} passed {:?} spilled {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
                      indirect {:.2}, callbacks {:.2}, rebuilds {:.2}, dirty {:.1}, bytes {:.0}, posted {:.1}, reads {:.1}, \
-                     syscalls {:.1}, {:.0} us, longest {} us",
+                     syscalls {:.1}, {:.0} us, of which {:.0} us until others were held, longest {} us",
                     entry.name,
                     entry.calls,
                     entry.commits,
@@ -333,6 +333,7 @@ impl Machine {
                     per_call(entry.device_reads),
                     per_call(entry.other_syscalls),
                     per_call(entry.total_ns) / 1e3,
+                    per_call(entry.holding_ns) / 1e3,
                     entry.longest_ns / 1000,
                 );
             }

@@ -57,6 +57,9 @@ impl Call<'_> {
                 journal.memory.record(*pfn, old, new);
             }
         }
+        // What the device had to see before is there already.
+        let earlier = self.undo.iter().map(|undo| undo.bytes.len() as u64);
+        self.stats.committed_bytes += earlier.sum::<u64>();
         for (pfn, offset, length) in &changes {
             self.domain.view.publish(*pfn, *offset, *length)?;
             self.stats.committed_bytes += *length as u64;
