@@ -198,6 +198,7 @@ impl Bench {
         for number in 1..=runs {
             for monitor in monitors {
                 self.renew()?;
+                eprintln!("      {}, {number} of {runs}", monitor.word());
                 let part = format!("boot-{}-{number}", monitor.word());
                 self.measure(&part, &["boot", "--runs", "1", "--vmm", monitor.word()])?;
             }
@@ -257,10 +258,14 @@ impl Bench {
         request
             .env
             .push(("COFFERDAM_WHERE".into(), self.place.word().into()));
-        let mut to_stderr = |_: bool, bytes: &[u8]| pass_on(true, bytes);
+        // Its progress only: its numbers are shown once, at the end, with those of the other parts.
+        let mut progress = |is_stderr: bool, bytes: &[u8]| match is_stderr {
+            true => pass_on(true, bytes),
+            false => Ok(()),
+        };
         let ended = match &mut self.lab {
-            Some(lab) => lab.run(&request, &mut to_stderr)?.ended,
-            None => run_on_host(&request, &mut to_stderr)?,
+            Some(lab) => lab.run(&request, &mut progress)?.ended,
+            None => run_on_host(&request, &mut progress)?,
         };
         if ended != Ended::Exited(0) {
             bail!("`cofferdam bench {}` ended: {ended:?}", words.join(" "));

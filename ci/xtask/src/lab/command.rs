@@ -8,7 +8,9 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 
 use super::ledger::Ledger;
-use super::session::{Kind, Lab, Request, Settings};
+use super::request::Request;
+use super::session::{Kind, Lab};
+use super::settings::Settings;
 use crate::workspace::Workspace;
 
 /// Runs a program of this host inside the emulated server

@@ -20,8 +20,12 @@ mod interrupt;
 mod kick;
 mod ledger;
 mod machine;
+mod request;
 mod session;
+mod settings;
 
 pub use command::pass_on;
 pub use interrupt::{seen as interrupted, watch as watch_interrupts};
-pub use session::{Ended, Kind, Lab, Request, Settings};
+pub use request::{Ended, Request};
+pub use session::{Kind, Lab};
+pub use settings::Settings;

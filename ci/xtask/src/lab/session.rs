@@ -19,19 +19,16 @@ use agent_protocol::Client;
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail};
 
-use super::channel::{SILENCE_LIMIT, Watched};
+use super::channel::Watched;
 use super::instance::{Instance, lock};
 use super::interrupt;
 use super::kick::Kick;
 use super::ledger::{Ledger, Retry};
-use super::machine::Machine;
+use super::request::{Ended, Request};
+use super::settings::Settings;
 
-/// Start of QEMU to an agent that answers: 4 s on an idle host.
-pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// For our own short commands in L1.
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
-/// The lab that `lab start` leaves running lives here, below the lab's directory.
-const KEPT: &str = "kept";
 
 /// Makes L1 ready for commands, once. The image has mounted the host's root on `/host` and our results on `/out`, and put
 /// its own file systems over `/host/tmp` and others. A workspace below one of those is brought back.
@@ -70,61 +67,6 @@ const WRAPPER: &[&str] = &[
     "lab",
 ];
 
-/// A command for the lab.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Program and arguments.
-    pub argv: Vec<String>,
-    /// Environment, complete.
-    pub env: Vec<(String, String)>,
-    /// Working directory, on the host as in L1.
-    pub cwd: PathBuf,
-    /// It is killed after this time.
-    pub limit: Duration,
-}
-
-impl Request {
-    /// `argv` with this process's environment and working directory.
-    pub fn new(argv: Vec<String>, limit: Duration) -> anyhow::Result<Self> {
-        let env = std::env::vars_os()
-            // What is not text cannot travel, and no program of ours reads it.
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-            .collect();
-        let cwd = std::env::current_dir().context("there is no current directory")?;
-        Ok(Self {
-            argv,
-            env,
-            cwd,
-            limit,
-        })
-    }
-}
-
-/// How a command ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// Exit status.
-    Exited(i32),
-    /// Killed by this signal.
-    Signaled(i32),
-    /// Killed because its time was up.
-    TimeLimit,
-    /// The user pressed Ctrl-C.
-    Interrupted,
-}
-
-impl Ended {
-    /// As a shell would say it; `timeout`'s 124 when the time was up.
-    pub fn status(self) -> u8 {
-        match self {
-            Self::Exited(status) => u8::try_from(status & 0xFF).unwrap_or(u8::MAX),
-            Self::Signaled(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
-            Self::TimeLimit => 124,
-            Self::Interrupted => 130,
-        }
-    }
-}
-
 /// How a command ended, and what it took.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
@@ -132,51 +74,6 @@ pub struct Outcome {
     pub ended: Ended,
     /// Labs that hung under it.
     pub retries: u32,
-}
-
-/// What a lab is to be.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// The server.
-    pub machine: Machine,
-    /// The lab's directory, `target/lab`.
-    pub directory: PathBuf,
-    /// Root of the workspace, visible in L1.
-    pub workspace: PathBuf,
-    /// Tells labs that one process has at the same time apart.
-    pub number: usize,
-    /// Limit for a boot.
-    pub boot_limit: Duration,
-    /// Silence after which the lab counts as hung.
-    pub silence_limit: Duration,
-}
-
-impl Settings {
-    /// The usual ones for a workspace.
-    pub fn new(workspace: &crate::workspace::Workspace) -> Self {
-        let images = workspace.images();
-        let machine = Machine {
-            qemu: std::env::var_os("COFFERDAM_LAB_QEMU")
-                .map_or_else(|| "qemu-system-x86_64".into(), PathBuf::from),
-            kernel: images.join("vmlinuz"),
-            initrd: images.join("l1/initrd.cpio"),
-            out: workspace.lab().join("out"),
-            cpus: 2,
-            memory_mib: 4096,
-        };
-        Self {
-            machine,
-            directory: workspace.lab(),
-            workspace: workspace.root().to_owned(),
-            number: 0,
-            boot_limit: BOOT_LIMIT,
-            silence_limit: SILENCE_LIMIT,
-        }
-    }
-
-    fn kept(&self) -> PathBuf {
-        self.directory.join(KEPT)
-    }
 }
 
 /// Which lab is wanted.

@@ -11,7 +11,7 @@ use agent_protocol::frame::{self, Decoder, Item};
 use agent_protocol::message::{AgentInfo, Body, Bytes, Call, Done, Response, Stamp};
 use agent_protocol::{PROTOCOL_VERSION, Request as Message};
 
-use super::super::machine::AGENT_SOCKET;
+use super::super::machine::{AGENT_SOCKET, Machine};
 use super::*;
 
 /// What the agent of one boot does.
