@@ -59,6 +59,7 @@ fn effects() -> KernelEffects {
     KernelEffects {
         lasting: lasting.into(),
         harmless: [WAITS, HARMLESS].into(),
+        interrupts_off: [SWITCH_OFF].into(),
     }
 }
 

@@ -156,6 +156,7 @@ pub struct Model {
     data: BTreeSet<String>,
     transient: BTreeSet<String>,
     lasting: BTreeMap<String, Effect>,
+    interrupts_off: BTreeSet<String>,
 }
 
 #[derive(Deserialize)]
@@ -167,6 +168,8 @@ struct File {
     _kernel: String,
     data: Vec<String>,
     transient: Vec<String>,
+    #[serde(default)]
+    interrupts_off: Vec<String>,
     function: BTreeMap<String, Entry>,
 }
 
@@ -203,6 +206,9 @@ impl Model {
         if file.schema != SCHEMA {
             return Err(ModelError::Schema(file.schema));
         }
+        if let Some(name) = file.interrupts_off.iter().find(|name| !is_symbol(name)) {
+            return Err(ModelError::Name(name.clone()));
+        }
         let mut seen = BTreeSet::new();
         let names = file.data.iter().chain(&file.transient);
         for name in names.chain(file.function.keys()) {
@@ -222,6 +228,7 @@ impl Model {
             data: file.data.into_iter().collect(),
             transient: file.transient.into_iter().collect(),
             lasting,
+            interrupts_off: file.interrupts_off.into_iter().collect(),
         })
     }
 
@@ -241,6 +248,7 @@ impl Model {
         let mut model = KernelModel {
             harmless: self.data.iter().chain(&self.transient).cloned().collect(),
             lasting: Vec::new(),
+            interrupts_off: self.interrupts_off.iter().cloned().collect(),
         };
         for (name, effect) in &self.lasting {
             if effect.undo.is_none() && !effect.irrevocable && !effect.deferrable {

@@ -19,7 +19,7 @@ use super::network::{self, LINK_TIME};
 use super::recovery::{BOOT_TIME, DRIVER, guest_facts};
 use super::traffic::send;
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Request};
+use crate::control::protocol::{EntrySelection, Request, Spilling};
 use crate::report::Guest as GuestFacts;
 use crate::report::isolation::{FunctionCost, IsolatedSet, Isolation};
 
@@ -71,6 +71,7 @@ pub fn measure(
             budget_us: Some(BUDGET_US),
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
+            spilling: Spilling::default(),
         })?;
         let isolated = rates(&mut guest, options.time)?;
         let functions = costs(&mut control)?;

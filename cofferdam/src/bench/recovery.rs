@@ -48,6 +48,8 @@ pub struct RecoveryOptions {
     pub runs: usize,
     /// Entry points whose calls are rolled back.
     pub entries: Vec<String>,
+    /// Entry points whose calls go on in the guest before they are rolled back.
+    pub spilling: Vec<String>,
     /// Rollbacks of each entry point.
     pub rollbacks: usize,
 }
@@ -87,13 +89,18 @@ pub fn measure(
                 probe
                     .wait_for_reply(monotonic_ns(), LINK_TIME)
                     .context("the network did not work before the first fault")?;
-                measured.recoveries.extend(rollback::measure(
-                    &mut guest,
-                    &mut probe,
-                    &options.entries,
-                    options.rollbacks,
-                    progress,
-                )?);
+                for (entries, spilled) in [(&options.entries, false), (&options.spilling, true)] {
+                    let rollbacks = rollback::measure(
+                        &mut guest,
+                        &mut probe,
+                        entries,
+                        spilled,
+                        options.rollbacks,
+                        progress,
+                        &mut measured.recoveries,
+                    );
+                    rollbacks?;
+                }
                 continue;
             }
         };

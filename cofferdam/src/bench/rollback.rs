@@ -16,7 +16,7 @@ use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::FaultCount;
-use recovery::fault::{FaultKind, Place};
+use recovery::fault::{FaultKind, Place, after_kernel_calls};
 use recovery::ladder::{LadderConfig, OnFault};
 use serde::Deserialize;
 
@@ -24,7 +24,7 @@ use super::guest::Guest;
 use super::network::{INTERFACE, LINK_TIME, Probe};
 use super::recovery::DRIVER;
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Reply, Request};
+use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
 use crate::report::{Method, Phase, Recovery, RecoveryRun};
 
 /// Entry points that are measured unless others are asked for: those whose calls do not sleep.
@@ -37,6 +37,17 @@ pub const ENTRIES: &[&str] = &[
     "e1000_set_rx_mode",
     "e1000_set_mac",
 ];
+
+/// Entry points whose calls go on in the guest and then fail: waits are the guest's, and so are
+/// [`GUEST_ONLY`].
+pub const SPILLING: &[&str] = &["e1000_set_ringparam", "e1000_open"];
+
+/// Kernel functions that may wait, and which these calls go on in the guest for: memory for rings, and the
+/// interrupt.
+const GUEST_ONLY: [&str; 2] = ["vzalloc", "request_threaded_irq"];
+
+/// Places of one entry point at which calls fail after they had gone on in the guest.
+const SPILLED_PLACES: usize = 3;
 
 /// Faults that are put in, in turn from place to place.
 const FAULTS: [FaultKind; 2] = [FaultKind::NullDereference, FaultKind::UndefinedInstruction];
@@ -117,6 +128,14 @@ struct RolledBack {
     entry: String,
     at_ns: u64,
     phases: Phases,
+    violation: Violated,
+    stays: Option<String>,
+}
+
+/// `isolation::domain::violation::Violation`
+#[derive(Debug, Deserialize)]
+struct Violated {
+    spills: u32,
 }
 
 /// `isolation::domain::transaction::AbortPhases`
@@ -125,6 +144,7 @@ struct Phases {
     detect_ns: u64,
     memory_ns: u64,
     device_ns: u64,
+    compensate_ns: u64,
     returned_ns: u64,
 }
 
@@ -135,6 +155,7 @@ impl RolledBack {
             detect_ns,
             memory_ns,
             device_ns,
+            compensate_ns,
             returned_ns,
         } = self.phases;
         let mut run = RecoveryRun::default();
@@ -149,31 +170,36 @@ impl RolledBack {
         if device_ns > 0 {
             add(Phase::Device, device_ns);
         }
+        if compensate_ns > 0 {
+            add(Phase::Compensate, compensate_ns);
+        }
         add(Phase::Returned, returned_ns);
         run
     }
 }
 
-/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place.
+/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place. If `spilled`, their calls go on
+/// in the guest and fail after that.
 pub fn measure(
     guest: &mut Guest,
     probe: &mut Probe,
     entries: &[String],
+    spilled: bool,
     runs: usize,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<Vec<Recovery>> {
+    all: &mut Vec<Recovery>,
+) -> anyhow::Result<()> {
     let control = guest.control()?;
     let mut bench = Bench {
         guest,
         probe,
         control,
     };
-    let mut all = Vec::new();
     for entry in entries {
         let operation = Operation::of(entry).with_context(|| {
             format!("what makes the kernel call {entry} is not known to this bench")
         })?;
-        let before = bench.carrier_changes()?;
+        let before = bench.link_changes(spilled)?;
         let isolate = Request::Isolate {
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.clone()]),
@@ -185,23 +211,34 @@ pub fn measure(
                 recoveries_per_minute: u32::MAX,
                 ..LadderConfig::default()
             },
+            spilling: match spilled {
+                true => Spilling {
+                    wait_us: Some(0),
+                    guest_only: GUEST_ONLY.map(str::to_owned).to_vec(),
+                },
+                false => Spilling::default(),
+            },
         };
         // The VM asks the agent itself, which listens to one client at a time.
         bench.guest.agent().disconnect();
         bench.control.ask(&isolate)?;
-        let of_entry = bench.entry(entry, operation, runs, progress);
+        let of_entry = match spilled {
+            true => bench.spilling_entry(entry, operation, runs, progress),
+            false => bench.entry(entry, operation, runs, progress),
+        };
         let of_entry =
             of_entry.with_context(|| format!("rollback of {entry}{}", bench.guest.last_words()))?;
-        let lost = bench.carrier_changes()?.saturating_sub(before);
+        let lost = bench.link_changes(spilled)?.saturating_sub(before);
         all.extend(of_entry.into_iter().map(|recovery| Recovery {
-            link_changes: Some(lost),
+            link_changes: operation.keeps_interface_up().then_some(lost),
+            spilled,
             ..recovery
         }));
         bench.control.ask(&Request::Release {
             module: DRIVER.to_owned(),
         })?;
     }
-    Ok(all)
+    Ok(())
 }
 
 struct Bench<'a> {
@@ -270,6 +307,101 @@ impl Bench<'_> {
         Ok(all)
     }
 
+    /// Rollbacks of calls that had gone on in the guest, at a few places in turn.
+    fn spilling_entry(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        runs: usize,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Vec<Recovery>> {
+        let request = Request::Instructions {
+            module: DRIVER.to_owned(),
+            function: entry.to_owned(),
+        };
+        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let fault = FaultKind::UndefinedInstruction;
+        // The later the more there is to take back.
+        let behind = after_kernel_calls(&instructions);
+        let behind = behind.into_iter().rev().map(|(offset, _)| offset);
+        let last = Place::Last.candidates(&instructions).into_iter();
+        let mut places = Vec::new();
+        for offset in last.chain(behind).take(CANDIDATES) {
+            if places.len() == SPILLED_PLACES {
+                break;
+            }
+            if self
+                .spilled_rollback(entry, operation, offset, fault)?
+                .is_some()
+            {
+                places.push(offset);
+            }
+        }
+        ensure!(
+            !places.is_empty(),
+            "no call of {entry} fails after it has gone on in the guest"
+        );
+        let mut all = Vec::new();
+        let mut misses = 0;
+        for offset in places.iter().cycle() {
+            if all.len() >= runs {
+                break;
+            }
+            match self.spilled_rollback(entry, operation, *offset, fault)? {
+                Some(run) => all.push(run),
+                // Another way through the function this time.
+                None => misses += 1,
+            }
+            ensure!(
+                misses <= runs,
+                "calls of {entry} do not come by their faults any more"
+            );
+            if !all.is_empty() && all.len().is_multiple_of(10) {
+                progress(&format!(
+                    "rollback {entry}, spilled: {} of {runs}",
+                    all.len()
+                ));
+            }
+        }
+        self.works(operation).context("after the faults")?;
+        let places: Vec<String> = places.iter().map(|at| format!("+{at:#x}")).collect();
+        let fault = format!("{} at {} (spilled)", fault.name(), places.join(", "));
+        let recovery = Recovery::from_runs(DRIVER, Method::Rollback, all);
+        Ok(Vec::from_iter(recovery.map(|recovery| Recovery {
+            entry: Some(entry.to_owned()),
+            fault: Some(fault),
+            ..recovery
+        })))
+    }
+
+    /// One fault in a call; `None` if calls do not reach it, or have not gone on in the guest by then.
+    fn spilled_rollback(
+        &mut self,
+        entry: &str,
+        operation: Operation,
+        offset: u64,
+        fault: FaultKind,
+    ) -> anyhow::Result<Option<RecoveryRun>> {
+        match self.order(entry, operation, offset, fault)? {
+            Fired::Yes => {}
+            Fired::Missed => return Ok(None),
+            Fired::NoCall => bail!("{entry} is not called any more at +{offset:#x}"),
+        }
+        let rolled_back = self.last_rollback(entry)?;
+        if let Some(why) = &rolled_back.stays {
+            bail!("a call of {entry} that failed at +{offset:#x} was not taken back: {why}");
+        }
+        if rolled_back.violation.spills == 0 {
+            return Ok(None);
+        }
+        match operation.keeps_interface_up() {
+            true => self.followed(&rolled_back).map(Some),
+            false => Ok(Some(rolled_back.run())),
+        }
+    }
+
     /// An instruction at `place` that calls reach.
     fn find(
         &mut self,
@@ -323,8 +455,8 @@ impl Bench<'_> {
             let count = self.count()?;
             let whole = operation.command(true).is_none() || !forth || operation.is_one();
             if count.failed > 0 {
-                // The undoing half still has to come.
-                if let (false, Some(argv)) = (whole, operation.command(false)) {
+                // The undoing half still has to come, or is what failed.
+                if let (Operation::Toggle(..), Some(argv)) = (operation, operation.command(false)) {
                     self.command(argv)?;
                 }
                 return Ok(Fired::Yes);
@@ -374,6 +506,12 @@ impl Bench<'_> {
 
     /// The rollback that happened last, with what the guest did afterwards.
     fn collect(&mut self, entry: &str) -> anyhow::Result<RecoveryRun> {
+        let rolled_back = self.last_rollback(entry)?;
+        self.followed(&rolled_back)
+    }
+
+    /// The rollback that happened last.
+    fn last_rollback(&mut self, entry: &str) -> anyhow::Result<RolledBack> {
         let request = Request::Violations {
             module: DRIVER.to_owned(),
         };
@@ -388,6 +526,11 @@ impl Bench<'_> {
             "another call than the one with the fault failed: {}",
             texts.last().map_or("", String::as_str)
         );
+        Ok(rolled_back)
+    }
+
+    /// A rollback with what the guest did afterwards.
+    fn followed(&mut self, rolled_back: &RolledBack) -> anyhow::Result<RecoveryRun> {
         let at_ns = rolled_back.at_ns;
         let mut run = rolled_back.run();
         let deadline = Instant::now() + LINK_TIME;
@@ -435,8 +578,14 @@ impl Bench<'_> {
         Ok(result.context("the guest's agent does not answer")?.end)
     }
 
-    /// How often the interface's link came or went.
-    fn carrier_changes(&mut self) -> anyhow::Result<u64> {
+    /// How often the link came or went: for the guest, or for the other end of the wire if calls are `spilled`. Those of
+    /// the guest's are a part of what the calls do.
+    fn link_changes(&mut self, spilled: bool) -> anyhow::Result<u64> {
+        if spilled {
+            let status = self.control.status()?;
+            let losses = status.nic.get("link_losses").copied();
+            return losses.context("the VM does not tell losses of the link");
+        }
         let text = self
             .guest
             .run(&["cat", "/sys/class/net/eth0/carrier_changes"])?;
@@ -452,6 +601,11 @@ impl Operation {
             Self::Command(argv) => Some(argv),
             Self::Toggle(first, second) => Some(if forth { first } else { second }),
         }
+    }
+
+    /// Whether the interface stays up all the time.
+    fn keeps_interface_up(self) -> bool {
+        !matches!(self, Self::Toggle(first, _) if first.contains(&"down"))
     }
 
     /// Whether one command is all of it.

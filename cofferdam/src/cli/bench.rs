@@ -36,7 +36,8 @@ the others, the guest's agent restarts the driver or the guest is reset.
 
 Examples:
   cofferdam bench recovery --runs 5 --json recovery.json --html recovery.html
-  cofferdam bench recovery --method rollback,restart --entry e1000_clean --rollbacks 300")]
+  cofferdam bench recovery --method rollback,restart --entry e1000_clean --rollbacks 300
+  cofferdam bench recovery --method rollback,restart --spilled e1000_set_ringparam,e1000_open")]
     Recovery {
         #[command(flatten)]
         common: Common,
@@ -51,14 +52,13 @@ Examples:
         )]
         method: Vec<Method>,
         /// An entry point of the driver whose calls are made to fail and rolled back; may be given several
-        /// times
-        #[arg(
-            long,
-            value_name = "FUNCTION",
-            value_delimiter = ',',
-            default_values = rollback::ENTRIES
-        )]
+        /// times. Without it, and without --spilled, seven whose calls are atomic
+        #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
         entry: Vec<String>,
+        /// One whose calls go on in the guest where they wait, and fail after that; may be given several times.
+        /// Without it, and without --entry, e1000_set_ringparam and e1000_open
+        #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
+        spilled: Vec<String>,
         /// How many rollbacks of each entry point
         #[arg(
             long,
@@ -196,13 +196,20 @@ impl BenchCommand {
                 runs,
                 method,
                 entry,
+                spilled,
                 rollbacks,
             } => {
+                let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+                let (entries, spilling) = match entry.is_empty() && spilled.is_empty() {
+                    true => (names(rollback::ENTRIES), names(rollback::SPILLING)),
+                    false => (entry, spilled),
+                };
                 let options = recovery::RecoveryOptions {
                     guest: GuestOptions::new(&common.images)?,
                     methods: method,
                     runs: usize::from(runs.runs),
-                    entries: entry,
+                    entries,
+                    spilling,
                     rollbacks: usize::from(rollbacks),
                 };
                 let mut measured = recovery::Measured::default();

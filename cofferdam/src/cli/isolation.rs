@@ -8,7 +8,7 @@ use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Reply, Request};
+use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 
@@ -50,6 +50,12 @@ pub struct IsolateOptions {
     /// How the device's state is taken before a call reaches it: exact, or registers as of a piece of hardware
     #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_checkpoint)]
     device_checkpoint: CheckpointBy,
+    /// How long a call may wait with the guest standing still, in microseconds; a longer wait goes on in the guest
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
+    wait_us: Option<u64>,
+    /// A kernel function that calls always go on in the guest for; may be given several times
+    #[arg(long, value_name = "FUNCTION")]
+    guest_only: Vec<String>,
     /// Reset the guest when the driver cannot be restarted
     #[arg(long)]
     may_reset_guest: bool,
@@ -118,6 +124,10 @@ impl IsolateOptions {
             budget_us: self.budget_us,
             device_checkpoint: self.device_checkpoint,
             recovery,
+            spilling: Spilling {
+                wait_us: self.wait_us,
+                guest_only: self.guest_only,
+            },
         };
         let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
             bail!("the VM answered something else");

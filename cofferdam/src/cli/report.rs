@@ -153,14 +153,14 @@ pub fn text(report: &Report) -> String {
         for ratio in &report.recovery_ratios {
             let us = |us: f64| number(format!("{us:.0}"));
             rows.add_row(vec![
-                ratio.entry.as_deref().unwrap_or("all").into(),
+                ratio.name().into(),
                 number(ratio.n),
                 us(ratio.returned_us.p50),
                 us(ratio.returned_us.p99),
                 us(ratio.returned_us.max),
                 ratio.against.name().into(),
                 number(format!("{:.0} times", ratio.returned)),
-                number(format!("{:.0} times", ratio.first_rx)),
+                number(ratio.first_rx_text()),
             ]);
         }
         text.push_str(&format!("{rows}\n"));

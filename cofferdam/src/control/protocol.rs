@@ -28,6 +28,19 @@ pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
 
+/// What calls go on in the guest for, besides what only the guest can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spilling {
+    /// Time that a call may wait for with the guest standing still, in microseconds, at most a second; a longer wait
+    /// goes on in the guest. The default otherwise.
+    #[serde(default)]
+    pub wait_us: Option<u64>,
+    /// Kernel functions that are always run in the guest.
+    #[serde(default)]
+    pub guest_only: Vec<String>,
+}
+
 /// What can be asked of a VM process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
@@ -65,6 +78,9 @@ pub enum Request {
         /// What is done about calls that fail.
         #[serde(default)]
         recovery: LadderConfig,
+        /// What calls go on in the guest for.
+        #[serde(default)]
+        spilling: Spilling,
     },
     /// Take a module out of its domain. Answer: [`Reply::Released`].
     Release {

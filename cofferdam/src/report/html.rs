@@ -102,31 +102,34 @@ fn ratio_section(body: &mut String, ratios: &[Ratio]) {
         row(
             body,
             &[
-                escape(ratio.entry.as_deref().unwrap_or("all")),
+                escape(&ratio.name()),
                 ratio.n.to_string(),
                 ms(ratio.returned_us.p50),
                 ms(ratio.returned_us.p99),
                 ms(ratio.returned_us.max),
                 ratio.against.name().to_owned(),
                 format!("{:.0} times", ratio.returned),
-                format!("{:.0} times", ratio.first_rx),
+                ratio.first_rx_text(),
             ],
         );
     }
     body.push_str("</table>\n");
-    if let Some(ratio) = ratios.iter().find(|ratio| ratio.entry.is_none()) {
-        let _ = writeln!(
-            body,
-            "<p class=\"note\">The slowest: {}</p>",
-            escape(&ratio.slowest)
-        );
+    body.push_str("<p class=\"note\">The slowest of each:</p>\n<ul class=\"note\">\n");
+    let entries = ratios.iter().filter(|ratio| ratio.entry.is_some());
+    for ratio in entries.filter(|ratio| ratio.against == ratios[0].against) {
+        let _ = writeln!(body, "<li>{}</li>", escape(&ratio.slowest));
     }
+    body.push_str("</ul>\n");
     let shorter = |part: f64| format!("{:.2} %", part * 100.0);
     body.push_str("<table>\n<tr><th>failures shorter than by restart</th><th>by</th></tr>\n");
     for ratio in ratios {
-        if ratio.entry.is_none() && ratio.against == Method::Restart {
-            let ours = "Cofferdam, this report (fault to first packet)".to_owned();
-            row(body, &[ours, shorter(1.0 - 1.0 / ratio.first_rx)]);
+        if let (None, Method::Restart, Some(sooner)) = (&ratio.entry, ratio.against, ratio.first_rx)
+        {
+            let ours = format!(
+                "Cofferdam, this report, {} (fault to first packet)",
+                ratio.name()
+            );
+            row(body, &[ours, shorter(1.0 - 1.0 / sooner)]);
         }
     }
     row(

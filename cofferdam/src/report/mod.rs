@@ -136,6 +136,9 @@ pub struct Recovery {
     /// Fault that was put in; absent for a baseline, which has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
+    /// The calls had gone on in the guest, and were taken back by compensation.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub spilled: bool,
     /// How often the link came or went during all runs of the entry; absent for a baseline, which takes it
     /// down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -298,6 +301,7 @@ impl Recovery {
             entry: None,
             method,
             fault: None,
+            spilled: false,
             link_changes: None,
             n: u64::try_from(totals.len()).ok()?,
             phases_us: stats(phases),

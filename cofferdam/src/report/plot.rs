@@ -139,12 +139,15 @@ pub fn recovery_boxes(recovery: &Recovery) -> anyhow::Result<String> {
 pub fn end_boxes(recoveries: &[Recovery], phase: Phase) -> anyhow::Result<Option<String>> {
     let mut samples: Vec<(String, Method, Vec<f64>)> = Vec::new();
     for recovery in recoveries {
-        let name = recovery.entry.as_deref();
-        let name = name.unwrap_or(recovery.method.name());
+        let name = match (recovery.entry.as_deref(), recovery.spilled) {
+            (None, _) => recovery.method.name().to_owned(),
+            (Some(entry), false) => entry.to_owned(),
+            (Some(entry), true) => format!("{entry}, spilled"),
+        };
         let ends = recovery.ends_us(phase);
-        match samples.iter_mut().find(|(known, ..)| known == name) {
+        match samples.iter_mut().find(|(known, ..)| *known == name) {
             Some((_, _, all)) => all.extend(ends),
-            None => samples.push((name.to_owned(), recovery.method, ends)),
+            None => samples.push((name, recovery.method, ends)),
         }
     }
     let rows: Vec<Row> = samples

@@ -29,6 +29,9 @@ use crate::control::protocol::{EntrySelection, Reply};
 /// How long the agent may take to list the guest's symbols.
 const AGENT_TIME: Duration = Duration::from_secs(60);
 
+/// Longest that the guest may stand still because a call waits.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
 /// Budgets outside are refused, in microseconds.
 const BUDGET_US: std::ops::RangeInclusive<u64> = 100..=10_000_000;
 
@@ -191,21 +194,8 @@ impl Isolation {
     }
 
     /// Puts functions of `module` into a domain.
-    pub fn isolate(
-        &self,
-        module: &str,
-        entries: EntrySelection,
-        budget_us: Option<u64>,
-        checkpoint: CheckpointBy,
-        recovery: LadderConfig,
-    ) -> Result<Reply, String> {
-        let wish = Wish {
-            module: module.to_owned(),
-            entries,
-            budget_us,
-            checkpoint,
-        };
-        let policy = self.recoveries.policy(module, recovery);
+    pub fn isolate(&self, wish: Wish, recovery: LadderConfig) -> Result<Reply, String> {
+        let policy = self.recoveries.policy(&wish.module, recovery);
         self.isolate_with(&wish, policy)
     }
 
@@ -216,6 +206,7 @@ impl Isolation {
             entries,
             budget_us,
             checkpoint,
+            spilling,
         } = wish.clone();
         let (module, ladder) = (module.as_str(), policy.ladder());
         if let Some(budget) = budget_us.filter(|budget| !BUDGET_US.contains(budget)) {
@@ -268,10 +259,12 @@ impl Isolation {
                     .inspect_err(|error| tracing::error!("{error}"))
                     .ok()
                     .map(|model| model.for_isolation()),
-                guest_only: Vec::new(),
+                guest_only: spilling.guest_only,
                 device,
                 device_slot: nic.map(|nic| nic.slot),
-                sleep_limit: DEFAULT_SLEEP_LIMIT,
+                sleep_limit: spilling.wait_us.map_or(DEFAULT_SLEEP_LIMIT, |us| {
+                    Duration::from_micros(us).min(LONGEST_WAIT)
+                }),
                 budget: budget_us.map_or(DEFAULT_BUDGET, Duration::from_micros),
                 policy: Box::new(policy),
             })

@@ -23,7 +23,7 @@ use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next
 use super::interfaces;
 use super::isolation::Isolation;
 use super::suspend;
-use crate::control::protocol::EntrySelection;
+use crate::control::protocol::{EntrySelection, Spilling};
 
 /// How long a step of a restart may take in the guest.
 const STEP_TIME: Duration = Duration::from_secs(60);
@@ -45,6 +45,8 @@ pub struct Wish {
     pub budget_us: Option<u64>,
     /// How the device's state is taken.
     pub checkpoint: CheckpointBy,
+    /// What calls go on in the guest for.
+    pub spilling: Spilling,
 }
 
 struct Ward {

@@ -11,6 +11,7 @@ use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
 use super::machine::Parts;
+use super::recover::Wish;
 use super::{RunConfig, memory};
 use crate::control::protocol::{
     ConfigSummary, NetSummary, ProbeReading, Reply, Request, Status, VmState,
@@ -157,9 +158,17 @@ impl Handler for VmService {
                 budget_us,
                 device_checkpoint,
                 recovery,
-            } => self
-                .isolation
-                .isolate(&module, entries, budget_us, device_checkpoint, recovery),
+                spilling,
+            } => self.isolation.isolate(
+                Wish {
+                    module,
+                    entries,
+                    budget_us,
+                    checkpoint: device_checkpoint,
+                    spilling,
+                },
+                recovery,
+            ),
             Request::Release { module } => self.isolation.release(&module),
             Request::Upgrade {
                 module,

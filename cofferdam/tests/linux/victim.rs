@@ -6,7 +6,7 @@ use agent_protocol::message::{Bytes, Exec};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::rollback::Operation;
-use cofferdam::control::protocol::{EntrySelection, Reply, Request, UpgradeReport};
+use cofferdam::control::protocol::{EntrySelection, Reply, Request, Spilling, UpgradeReport};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
@@ -67,6 +67,7 @@ impl Victim {
             budget_us: Some(10_000_000),
             device_checkpoint: self.checkpoint,
             recovery,
+            spilling: Spilling::default(),
         });
     }
 

@@ -26,6 +26,11 @@ pub struct InterruptLine {
     pub driven: bool,
     /// When it was last asserted.
     pub last_assertion_ns: Option<u64>,
+    /// The line stays as it is, whatever the controller wants.
+    pub frozen: bool,
+    /// The line is kept low, whatever the controller wants: somebody outside of it asks for that. No part of the
+    /// controller's state.
+    pub withheld: bool,
 }
 
 /// [`InterruptLine`] in a checkpoint.
@@ -100,11 +105,25 @@ impl E1000 {
         None
     }
 
+    /// Leaves the line as it is from now on, or drives it again to what the controller wants by then.
+    pub fn freeze_interrupts(&mut self, freeze: bool) {
+        self.line.frozen = freeze;
+        self.drive_line();
+    }
+
+    /// Keeps the line low from now on, or lets it be driven again to what the controller wants by then. A reset
+    /// ends it as well.
+    pub fn withhold_interrupts(&mut self, withhold: bool) {
+        self.line.withheld = withhold;
+        self.drive_line();
+    }
+
     /// Drives the line to what the controller wants and configuration space allows.
     pub(super) fn drive_line(&mut self) {
-        let level =
-            self.line.asserted && !self.config.command().contains(Command::INTERRUPT_DISABLE);
-        if level != self.line.driven {
+        let level = self.line.asserted
+            && !self.line.withheld
+            && !self.config.command().contains(Command::INTERRUPT_DISABLE);
+        if level != self.line.driven && !self.line.frozen {
             self.line.driven = level;
             self.intx.set_level(level);
         }

@@ -354,6 +354,7 @@ impl PciFunction for E1000 {
     }
 
     fn reset(&mut self) {
+        (self.line.withheld, self.line.frozen) = (false, false);
         self.config.reset();
         self.hardware_reset();
         self.drive_line();

@@ -405,16 +405,22 @@ impl RegisterFile {
     /// These values without what was done between `before` and `after`: a register that was changed then and not
     /// since gets its old value. The error is the one of `entangled` that was changed then and since.
     pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Result<Self, u32> {
-        let values = before.words.iter().zip(&after.words);
-        for ((offset, now), (before, after)) in (0u32..).step_by(4).zip(&mut self.words).zip(values)
-        {
-            if before == after {
-                continue;
-            }
-            if now == after {
-                *now = *before;
-            } else if now != before && entangled.contains(&offset) {
-                return Err(offset);
+        // Most of them are the same, which is told quickest of many at once.
+        const BLOCK: usize = 64;
+        let blocks = before.words.chunks(BLOCK).zip(after.words.chunks(BLOCK));
+        let blocks = (0usize..).step_by(BLOCK).zip(blocks);
+        for (first, (before, after)) in blocks.filter(|(_, (before, after))| before != after) {
+            for (word, (before, after)) in (first..).zip(before.iter().zip(after)) {
+                let now = &mut self.words[word];
+                if before == after {
+                    continue;
+                }
+                let offset = word as u32 * 4;
+                if now == after {
+                    *now = *before;
+                } else if now != before && entangled.contains(&offset) {
+                    return Err(offset);
+                }
             }
         }
         Ok(self)

@@ -72,6 +72,8 @@ pub(super) struct Armed {
     /// Calls return their errors without being run.
     pub stopped: bool,
     pub device: Option<Arc<dyn IsolatedDevice>>,
+    /// The device does not interrupt, because calls are being taken back.
+    pub withholding: bool,
     pub device_slot: Option<u8>,
     pub budget: Duration,
     pub sleep_limit: Duration,
@@ -161,13 +163,23 @@ impl Armed {
             space: self.space(&at.sregs),
             memory: &memory,
         };
-        if let Some(next) = errand.next(errand.gate + RETURN_GATE_OFFSET, virt) {
+        if let Some(next) = errand.next(
+            errand.gate + RETURN_GATE_OFFSET,
+            self.effects.as_ref(),
+            virt,
+        ) {
             self.spilled.remove(&errand.returns_with());
             self.errands.insert(errand.returns_with(), errand);
             return next;
         }
-        if let Some(failure) = errand.failure.take() {
+        if let Some(mut failure) = errand.failure.take() {
             let entry = failure.entry;
+            if errand.has_called() {
+                let now = Instant::now();
+                let took = now.duration_since(failure.ended).as_nanos();
+                failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
+                failure.ended = now;
+            }
             self.failed(errand.gate, failure);
             if self.again.is_some() {
                 write_stack(virt, entry.rsp, errand.finally.rip);
@@ -199,6 +211,20 @@ impl Armed {
             // There is no caller to decide about.
             self.again = None;
         }
+        self.let_interrupt();
+    }
+
+    /// Lets the device interrupt again once no call is being taken back any more. Until then its driver's objects
+    /// are not all as the device and the driver's memory are.
+    pub fn let_interrupt(&mut self) {
+        let taking_back = self.errands.values().any(|errand| errand.failure.is_some());
+        if !self.withholding || taking_back {
+            return;
+        }
+        self.withholding = false;
+        if let Some(device) = &self.device {
+            device.hold(&mut |held| held.withhold_interrupts(false));
+        }
     }
 
     /// Whether calls of the guest's are under way that need this module's gates to come to a good end.
@@ -223,6 +249,7 @@ impl Armed {
                 write_stack(VirtMemory { space, memory }, slot, errand.finally.rip);
             }
         }
+        self.let_interrupt();
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);
         }
@@ -296,6 +323,7 @@ impl Armed {
             sleep_limit: self.sleep_limit,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
+        let withholding = &mut self.withholding;
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.begin(&entry.name, again, domain)
         {
@@ -325,11 +353,19 @@ impl Armed {
                 let Some(platform) = platform.take() else {
                     return;
                 };
+                if again {
+                    held.freeze_interrupts();
+                }
                 let mut supervisor =
                     CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
                 let spilled = spilled.as_deref_mut();
-                result = Some(domain.carry_out(&request, &mut supervisor, spilled));
+                let done = domain.carry_out(&request, &mut supervisor, spilled);
                 device_lost = supervisor.device_lost();
+                if matches!(&done, Ok(done) if done.is_to_be_taken_back()) {
+                    held.withhold_interrupts(true);
+                    *withholding = true;
+                }
+                result = Some(done);
             }),
             None => {
                 let platform = Platform::new(at.vm, at.vcpu);

@@ -69,6 +69,13 @@ pub trait HeldDevice {
     /// Guest memory that the device uses as a part of its state: address and length of descriptor rings.
     fn memory(&self) -> Vec<(u64, u64)>;
 
+    /// Lets whether the device interrupts stay as it is until it is let go: the guest never learns of interrupts that
+    /// a call takes back.
+    fn freeze_interrupts(&mut self);
+
+    /// Keeps the device from interrupting until it is told otherwise; what it wants to interrupt for waits.
+    fn withhold_interrupts(&mut self, withhold: bool);
+
     /// Keeps the device from interrupting and from moving data: its driver does not run any more.
     fn silence(&mut self);
 }

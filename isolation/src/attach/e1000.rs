@@ -50,6 +50,7 @@ impl IsolatedDevice for E1000Device {
             ranges,
             saved: Saved::Nothing,
         });
+        nic.freeze_interrupts(false);
     }
 }
 
@@ -158,6 +159,14 @@ impl HeldDevice for Held<'_> {
 
     fn memory(&self) -> Vec<(u64, u64)> {
         self.nic.ring_ranges()
+    }
+
+    fn freeze_interrupts(&mut self) {
+        self.nic.freeze_interrupts(true);
+    }
+
+    fn withhold_interrupts(&mut self, withhold: bool) {
+        self.nic.withhold_interrupts(withhold);
     }
 
     fn silence(&mut self) {

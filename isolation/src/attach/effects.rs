@@ -12,6 +12,8 @@ pub struct KernelModel {
     pub lasting: Vec<FunctionModel>,
     /// Functions that leave nothing behind but bytes in memory.
     pub harmless: Vec<String>,
+    /// Functions that may be called with interrupts off.
+    pub interrupts_off: Vec<String>,
 }
 
 /// What a function does.
@@ -66,6 +68,11 @@ impl KernelModel {
         let at = |name: &str| symbols.kernel_symbol(name).map(|symbol| symbol.at.0);
         let mut effects = KernelEffects {
             harmless: self.harmless.iter().filter_map(|name| at(name)).collect(),
+            interrupts_off: self
+                .interrupts_off
+                .iter()
+                .filter_map(|name| at(name))
+                .collect(),
             ..KernelEffects::default()
         };
         for model in &self.lasting {
@@ -208,6 +215,7 @@ mod tests {
                 },
             ],
             harmless: vec!["queue".into(), "not_in_this_kernel".into()],
+            interrupts_off: vec!["get".into(), "not_in_this_kernel".into()],
         };
         let effects = model.resolve(&symbols.finish(), &types);
         assert_eq!(effects.lasting.len(), 2);
@@ -228,6 +236,7 @@ mod tests {
         // Without its opposite a function cannot be taken back.
         assert_eq!(effects.lasting[&0x3000].undo, None);
         assert_eq!(effects.lasting[&0x3000].success, Success::Pointer);
+        assert!(effects.interrupts_off.iter().eq([&0x3000]));
         assert!(!effects.matters(0x2000) && effects.matters(0x4000));
     }
 }

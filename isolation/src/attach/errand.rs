@@ -15,12 +15,15 @@ use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::report::ViolationReport;
-use crate::domain::effects::KernelCall;
+use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 
 /// Time after which a kernel function that takes something back is taken to hang.
 pub(super) const ERRAND_LIMIT: Duration = Duration::from_secs(10);
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// A call that failed and whose taking back is under way.
 pub(super) struct Failure {
@@ -60,6 +63,11 @@ impl Errand {
         }
     }
 
+    /// Whether the guest has called any function.
+    pub fn has_called(&self) -> bool {
+        self.running.0 != 0
+    }
+
     /// Stack pointer with which the thread comes back.
     pub fn returns_with(&self) -> u64 {
         self.finally.rsp
@@ -71,11 +79,12 @@ impl Errand {
         (since.elapsed() > ERRAND_LIMIT).then_some(function)
     }
 
-    /// Registers to call the next function with, whose return leads to `return_gate`. `None` if all have
-    /// returned, or if the stack is not there any more.
+    /// Registers to call the next function with, whose return leads to `return_gate`; with interrupts off if
+    /// `effects` says that it may be. `None` if all have returned, or if the stack is not there any more.
     pub fn next(
         &mut self,
         return_gate: u64,
+        effects: Option<&KernelEffects>,
         virt: VirtMemory<'_, GuestMemoryMmap>,
     ) -> Option<kvm_regs> {
         let call = self.calls.pop_front()?;
@@ -85,6 +94,12 @@ impl Errand {
             return None;
         }
         self.running = (call.function, Instant::now());
+        // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
+        let off = effects.is_some_and(|known| known.interrupts_off.contains(&call.function));
+        let rflags = match off {
+            true => self.finally.rflags & !INTERRUPT_FLAG,
+            false => self.finally.rflags,
+        };
         let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
         Some(kvm_regs {
             rip: call.function,
@@ -96,6 +111,7 @@ impl Errand {
             rcx,
             r8,
             r9,
+            rflags,
             ..self.finally
         })
     }

@@ -268,6 +268,7 @@ impl Isolator {
                 device_slot: request.device_slot,
                 budget: request.budget,
                 sleep_limit: request.sleep_limit,
+                withholding: false,
                 reports: VecDeque::new(),
                 violations: 0,
                 rolled_back: None,

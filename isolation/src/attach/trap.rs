@@ -80,6 +80,7 @@ impl TrapHandler for Isolator {
             at.regs = again.entry;
             next = armed.call(again.gate, again.attempts.saturating_add(1), &at);
         }
+        armed.let_interrupt();
         context.set_regs(&next);
         armed.caller_runs_again();
         TrapOutcome::Resume

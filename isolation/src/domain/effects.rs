@@ -97,6 +97,8 @@ pub struct KernelEffects {
     pub lasting: HashMap<u64, Effect>,
     /// Functions that leave nothing behind but bytes in memory.
     pub harmless: HashSet<u64>,
+    /// Functions that may be called with interrupts off.
+    pub interrupts_off: HashSet<u64>,
 }
 
 impl KernelEffects {

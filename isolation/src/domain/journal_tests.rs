@@ -83,6 +83,7 @@ fn effects() -> KernelEffects {
     KernelEffects {
         lasting: lasting.into(),
         harmless: [HARMLESS].into(),
+        ..KernelEffects::default()
     }
 }
 

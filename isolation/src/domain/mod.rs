@@ -92,6 +92,9 @@ pub struct Domain {
     roots: Roots,
     view: PrivateView,
     warm: WarmPages,
+    /// Pages of which P has copies that are not the guest's, left by calls that failed: dropped when the next call
+    /// begins, so that no caller waits for it.
+    stale: Vec<Pfn>,
     fixed: FixedPages,
     thunks: BTreeSet<u64>,
     text: BTreeSet<u64>,
@@ -126,6 +129,7 @@ impl Domain {
             roots,
             view,
             warm: WarmPages::default(),
+            stale: Vec::new(),
             thunks: config.thunks.iter().copied().collect(),
             text: config.driver_text.iter().copied().collect(),
             fixed: FixedPages {
@@ -153,6 +157,7 @@ impl Domain {
     /// Gives P other bytes than the guest at `va`: the original ones where the guest's entry is
     /// patched, or a redirected call.
     pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {
+        self.drop_stale()?;
         for (at, byte) in (va..).zip(bytes) {
             let translation = self.roots.translate(at, &self.view)?;
             let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
@@ -214,6 +219,14 @@ impl Domain {
     /// Pages kept from call to call.
     pub fn warm_pages(&self) -> usize {
         self.warm.len()
+    }
+
+    /// Drops the copies that calls that failed left behind; returns the number of system calls made.
+    fn drop_stale(&mut self) -> Result<u32, DomainError> {
+        let mut stale = std::mem::take(&mut self.stale);
+        stale.sort_unstable();
+        stale.dedup();
+        Ok(self.view.drop_pages(&stale)?)
     }
 
     /// Takes over K's control registers if they changed; says whether they did.

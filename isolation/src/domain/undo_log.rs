@@ -153,19 +153,25 @@ impl UndoLog {
         self.overflowed || self.restorable.is_too_large()
     }
 
-    /// Puts the old bytes back, newest first, wherever the word still is what was recorded. `page` has the
-    /// guest's pages. Returns the number of bytes put back.
+    /// Puts the old bytes back, newest first, wherever the word still is what was recorded. `with_page` calls what
+    /// it is given with a page of the guest's. Returns the number of bytes put back.
     pub fn undo<E>(
         &self,
-        mut access: impl FnMut(Pfn, usize, &mut dyn FnMut(&mut [u8; 8])) -> Result<(), E>,
+        mut with_page: impl FnMut(Pfn, &mut dyn FnMut(&mut Page)) -> Result<(), E>,
     ) -> Result<u64, E> {
         let mut restored = 0;
-        for word in self.words.iter().rev() {
-            access(word.pfn, usize::from(word.offset), &mut |bytes| {
-                let now = u64::from_le_bytes(*bytes);
-                if (now ^ word.new) & word.mask == 0 {
-                    *bytes = (now & !word.mask | word.old & word.mask).to_le_bytes();
-                    restored += u64::from(word.mask.count_ones() / 8);
+        for words in self.words.chunk_by(|a, b| a.pfn == b.pfn).rev() {
+            let Some(first) = words.first() else { continue };
+            with_page(first.pfn, &mut |page| {
+                for word in words.iter().rev() {
+                    let offset = word.offset;
+                    let now = word_of(page, offset);
+                    if (now ^ word.new) & word.mask == 0 {
+                        let then = now & !word.mask | word.old & word.mask;
+                        let at = usize::from(offset);
+                        page[at..at + 8].copy_from_slice(&then.to_le_bytes());
+                        restored += u64::from(word.mask.count_ones() / 8);
+                    }
                 }
             })?;
         }

@@ -56,12 +56,8 @@ fn carry_out(memory: &mut Memory, stores: &[Store]) {
 }
 
 fn undo(log: &UndoLog, memory: &mut Memory) -> u64 {
-    let done: Result<u64, ()> = log.undo(|pfn, offset, with| {
-        let mut word = [0; 8];
-        let page = &mut memory[pfn.0 as usize];
-        word.copy_from_slice(&page[offset..offset + 8]);
-        with(&mut word);
-        page[offset..offset + 8].copy_from_slice(&word);
+    let done: Result<u64, ()> = log.undo(|pfn, with| {
+        with(&mut memory[pfn.0 as usize]);
         Ok(())
     });
     done.unwrap()

@@ -125,6 +125,13 @@ impl PrivateView {
         Ok(unsafe { &*pointer })
     }
 
+    /// K's bytes of a page, to change.
+    pub fn shared_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
+        let pointer = page_pointer(&self.shared, pfn)?;
+        // SAFETY: as in `shared_page`, and `&mut self` makes this the only borrow of the view.
+        Ok(unsafe { &mut *pointer })
+    }
+
     /// P's bytes of a page.
     pub fn private_page(&self, pfn: Pfn) -> Result<&Page, ViewError> {
         let pointer = page_pointer(&self.private, pfn)?;

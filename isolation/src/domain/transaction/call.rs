@@ -132,6 +132,9 @@ pub struct AbortPhases {
     pub memory_ns: u64,
     /// Putting the device's checkpoint back; 0 if the call had not reached the device.
     pub device_ns: u64,
+    /// Until the guest has called all kernel functions that take the call back; 0 if there were none.
+    #[serde(default)]
+    pub compensate_ns: u64,
     /// From then until the guest's vCPU has its registers for the return to the caller.
     pub returned_ns: u64,
 }
@@ -151,4 +154,11 @@ pub struct CallResult {
     /// Kernel functions that the guest has to call, in this order, before it goes on: what waited for the end
     /// of the call, or what takes it back.
     pub kernel_calls: Vec<KernelCall>,
+}
+
+impl CallResult {
+    /// Whether the call failed and the guest has to call kernel functions that take it back.
+    pub fn is_to_be_taken_back(&self) -> bool {
+        matches!(self.end, CallEnd::Aborted(_)) && !self.kernel_calls.is_empty()
+    }
 }

@@ -103,11 +103,16 @@ impl Call<'_> {
             if let Some(journal) = &mut self.journal {
                 journal.memory.record(pfn, old, new);
             }
+            let kept = self.overwritten.entry(pfn).or_insert_with(|| Overwritten {
+                bytes: PageMask::EMPTY,
+                old: Box::new(*old),
+            });
+            for run in mask.without(&kept.bytes).runs() {
+                kept.old[run.clone()].copy_from_slice(&old[run]);
+            }
+            kept.bytes = kept.bytes.or(&mask);
             for run in mask.runs() {
-                let (offset, length) = (run.start, run.len());
-                let bytes = self.domain.view.shared_page(pfn)?[offset..offset + length].to_vec();
-                self.undo.push(Undo { pfn, offset, bytes });
-                self.domain.view.publish(pfn, offset, length)?;
+                self.domain.view.publish(pfn, run.start, run.len())?;
             }
         }
         self.flush_posted();

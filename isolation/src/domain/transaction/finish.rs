@@ -58,7 +58,8 @@ impl Call<'_> {
             }
         }
         // What the device had to see before is there already.
-        let earlier = self.undo.iter().map(|undo| undo.bytes.len() as u64);
+        let earlier = self.overwritten.values();
+        let earlier = earlier.map(|overwritten| overwritten.bytes.count() as u64);
         self.stats.committed_bytes += earlier.sum::<u64>();
         for (pfn, offset, length) in &changes {
             self.domain.view.publish(*pfn, *offset, *length)?;
@@ -168,11 +169,13 @@ impl Call<'_> {
             .into_iter()
             .filter(|pfn| !domain.warm.contains(*pfn))
             .collect();
-        self.stats.other_syscalls += 3 + domain.view.drop_pages(&dropped)?;
-        for undo in self.undo.drain(..).rev() {
-            domain
-                .view
-                .write_shared(undo.pfn, undo.offset, &undo.bytes)?;
+        self.stats.other_syscalls += 3;
+        domain.stale.extend(dropped);
+        for (pfn, overwritten) in std::mem::take(&mut self.overwritten) {
+            let page = domain.view.shared_page_mut(pfn)?;
+            for run in overwritten.bytes.runs() {
+                page[run.clone()].copy_from_slice(&overwritten.old[run]);
+            }
         }
         self.phases.memory_ns = elapsed_ns(start);
         if self.reached_device {

@@ -7,7 +7,7 @@ use crate::domain::effects::KernelEffects;
 use crate::domain::journal::{Crossing, Published, ReadNumber, Stays};
 use crate::domain::monitor::JournalPoint;
 use crate::domain::roots::Roots;
-use crate::domain::view::PrivateView;
+use crate::domain::view::{PrivateView, ViewError};
 
 /// The call's memory.
 struct CallNumbers<'a> {
@@ -164,16 +164,9 @@ impl Call<'_> {
         }
         let start = Instant::now();
         let view = &mut self.domain.view;
-        let bytes = journal.memory.undo(|pfn, offset, with| {
-            let mut word = [0; 8];
-            let page = view.shared_page(pfn)?;
-            word.copy_from_slice(&page[offset..offset + 8]);
-            let before = word;
-            with(&mut word);
-            match word == before {
-                true => Ok(()),
-                false => view.write_shared(pfn, offset, &word),
-            }
+        let bytes = journal.memory.undo(|pfn, with| {
+            with(view.shared_page_mut(pfn)?);
+            Ok::<(), ViewError>(())
         })?;
         self.phases.memory_ns += elapsed_ns(start);
         self.kernel_calls = journal.compensation();

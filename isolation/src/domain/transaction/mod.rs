@@ -23,7 +23,7 @@
 //! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do not
 //! spill pay nothing for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_regs;
@@ -39,7 +39,7 @@ use super::monitor::{
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
 use super::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
-use super::view::{PAGE_SIZE, Pfn};
+use super::view::{PAGE_SIZE, Page, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
 
@@ -94,12 +94,12 @@ struct Callback {
     rsp: u64,
 }
 
-/// Old bytes of memory that was published before the end of the call.
-#[derive(Debug)]
-struct Undo {
-    pfn: Pfn,
-    offset: usize,
-    bytes: Vec<u8>,
+/// A page of which something was published before the end of the call.
+struct Overwritten {
+    /// Bytes that were.
+    bytes: PageMask,
+    /// What they were when the call, or this part of it, began.
+    old: Box<Page>,
 }
 
 /// What a call led to.
@@ -132,7 +132,7 @@ pub(super) struct Call<'a> {
     host_written: Vec<Pfn>,
     callbacks: Vec<Callback>,
     posted: Vec<PostedWrite>,
-    undo: Vec<Undo>,
+    overwritten: BTreeMap<Pfn, Overwritten>,
     /// Kept by calls that go on in the guest.
     journal: Option<Box<Journal>>,
     kernel_calls: Vec<KernelCall>,
@@ -214,7 +214,7 @@ impl Domain {
             host_written: Vec::new(),
             callbacks: Vec::new(),
             posted: Vec::new(),
-            undo: Vec::new(),
+            overwritten: BTreeMap::new(),
             journal,
             kernel_calls: Vec::new(),
             harvested: Vec::new(),
@@ -299,6 +299,7 @@ impl Call<'_> {
     fn prepare(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
         let domain = &mut *self.domain;
         domain.watchdog.begin(self.request.budget);
+        self.stats.other_syscalls += domain.drop_stale()?;
         domain.warm.refresh(&mut domain.view)?;
         domain.overlays.follow_one(&mut domain.view)?;
         if domain.adopt(self.request.sregs)? {
