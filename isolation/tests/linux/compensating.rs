@@ -24,9 +24,11 @@ fn machine(guest_only: &[&str]) -> Machine {
     machine
 }
 
-/// Recoveries of each function; a few unless `COFFERDAM_RECOVERIES` says otherwise.
+/// Recoveries of each function: a hundred in a full run, a few otherwise, unless `COFFERDAM_RECOVERIES` says how many.
 fn recoveries() -> u64 {
-    std::env::var("COFFERDAM_RECOVERIES").map_or(2, |text| text.parse().unwrap())
+    let full = std::env::var_os("COFFERDAM_FULL").is_some();
+    let usual = if full { 100 } else { 2 };
+    std::env::var("COFFERDAM_RECOVERIES").map_or(usual, |text| text.parse().unwrap())
 }
 
 /// Places for faults: behind each call of a kernel function, and at the last instruction.

@@ -102,6 +102,41 @@ fn the_throttle_delays_the_next_assertion_only() {
 }
 
 #[test]
+fn interrupts_that_are_withheld_come_when_they_may_unless_they_are_over_by_then() {
+    let mut driver = Driver::new();
+    let bench = &mut driver.bench;
+    bench.write(ICS, icr::RXT0);
+    bench.nic.withhold_interrupts(true);
+    assert!(!bench.interrupt(), "one that is asserted goes away too");
+    bench.nic.withhold_interrupts(false);
+    assert!(bench.interrupt());
+    bench.nic.withhold_interrupts(true);
+    assert_eq!(bench.read(ICR), icr::RXT0);
+    bench.nic.withhold_interrupts(false);
+    assert!(!bench.interrupt());
+}
+
+#[test]
+fn a_frozen_line_follows_when_it_is_let_go() {
+    let mut driver = Driver::new();
+    let bench = &mut driver.bench;
+    bench.nic.freeze_interrupts(true);
+    bench.write(ICS, icr::RXT0);
+    bench.read(ICR);
+    bench.nic.freeze_interrupts(false);
+    assert_eq!(bench.line_changes(), 0, "nobody saw it");
+    bench.nic.freeze_interrupts(true);
+    bench.write(ICS, icr::RXT0);
+    assert!(!bench.interrupt());
+    bench.nic.freeze_interrupts(false);
+    assert!(bench.interrupt());
+    // A reset lets go of it.
+    bench.nic.freeze_interrupts(true);
+    bench.nic.reset();
+    assert!(!bench.interrupt());
+}
+
+#[test]
 fn the_command_register_can_mask_the_line() {
     let mut driver = Driver::new();
     driver.bench.write(ICS, icr::RXT0);
