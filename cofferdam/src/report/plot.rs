@@ -121,17 +121,7 @@ pub fn recovery_boxes(recovery: &Recovery) -> anyhow::Result<String> {
             .filter_map(|run| run.total_us())
             .collect(),
     });
-    let low = rows
-        .iter()
-        .map(|r| ms(r.stat.min))
-        .fold(f64::INFINITY, f64::min);
-    let high = rows.iter().map(|r| ms(r.stat.max)).fold(0.0, f64::max);
-    boxes(
-        &rows,
-        &Axis::logarithmic(low, high, LEFT, RIGHT),
-        "ms, logarithmic",
-        ms,
-    )
+    boxes_of_times(&rows)
 }
 
 /// Boxes and whiskers for when `phase` ended, in microseconds since the fault or the start: a row for each
@@ -168,18 +158,7 @@ pub fn end_boxes(recoveries: &[Recovery], phase: Phase) -> anyhow::Result<Option
     if rows.is_empty() {
         return Ok(None);
     }
-    let low = rows
-        .iter()
-        .map(|r| ms(r.stat.min))
-        .fold(f64::INFINITY, f64::min);
-    let high = rows.iter().map(|r| ms(r.stat.max)).fold(0.0, f64::max);
-    boxes(
-        &rows,
-        &Axis::logarithmic(low, high, LEFT, RIGHT),
-        "ms, logarithmic",
-        ms,
-    )
-    .map(Some)
+    boxes_of_times(&rows).map(Some)
 }
 
 /// Boxes and whiskers for the boots of this monitor and of others.
@@ -215,6 +194,21 @@ pub fn boot_boxes(report: &Report) -> anyhow::Result<Option<String>> {
         in_s,
     )
     .map(Some)
+}
+
+/// Boxes of times in milliseconds, on a logarithmic axis as wide as they are.
+fn boxes_of_times(rows: &[Row]) -> anyhow::Result<String> {
+    let low = rows
+        .iter()
+        .map(|r| ms(r.stat.min))
+        .fold(f64::INFINITY, f64::min);
+    let high = rows.iter().map(|r| ms(r.stat.max)).fold(0.0, f64::max);
+    boxes(
+        rows,
+        &Axis::logarithmic(low, high, LEFT, RIGHT),
+        "ms, logarithmic",
+        ms,
+    )
 }
 
 /// Boxes (quartiles), medians and whiskers (smallest, largest). `unit` turns microseconds into what

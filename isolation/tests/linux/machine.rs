@@ -27,6 +27,7 @@ use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use vm_memory::GuestMemoryMmap;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 /// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as well.
@@ -229,23 +230,31 @@ impl Machine {
         })
     }
 
-    /// The first bytes of a function of the kernel, as they are in the guest's memory now.
-    pub fn kernel_code(&mut self, function: &str) -> Vec<u8> {
-        let at = self.symbol(function);
+    /// What `read` finds in memory as the guest's kernel has it now.
+    fn in_kernel_memory<T>(
+        &self,
+        read: impl Fn(&VirtMemory<'_, GuestMemoryMmap>) -> Option<T>,
+    ) -> T {
         let memory = self.handle.ram().memory().clone();
-        let read = self.handle.with_paused(|vcpus| {
+        let found = self.handle.with_paused(|vcpus| {
             let sregs = vcpus.get(0).unwrap().get_sregs().unwrap();
+            // With page-table isolation the kernel's tables are those beside the user's.
             let spaces = [sregs.cr3, sregs.cr3 & !0x1000]
                 .map(|cr3| AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, 40));
             spaces.into_iter().find_map(|space| {
-                let virt = VirtMemory {
+                read(&VirtMemory {
                     space,
                     memory: &*memory,
-                };
-                virt.read_vec(Gva(at), 16).ok()
+                })
             })
         });
-        read.unwrap().unwrap()
+        found.unwrap().unwrap()
+    }
+
+    /// The first bytes of a function of the kernel, as they are in the guest's memory now.
+    pub fn kernel_code(&self, function: &str) -> Vec<u8> {
+        let at = self.symbol(function);
+        self.in_kernel_memory(|virt| virt.read_vec(Gva(at), 16).ok())
     }
 
     /// The text of a module as it is in the guest's memory now.
@@ -253,22 +262,10 @@ impl Machine {
         let sections = self.agent.modules(Some(module)).unwrap()[0]
             .sections
             .clone();
-        let memory = self.handle.ram().memory().clone();
-        let read = self.handle.with_paused(|vcpus| {
-            let sregs = vcpus.get(0).unwrap().get_sregs().unwrap();
-            // With page-table isolation the kernel's tables are those beside the user's.
-            let spaces = [sregs.cr3, sregs.cr3 & !0x1000]
-                .map(|cr3| AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, 40));
-            spaces.into_iter().find_map(|space| {
-                let virt = VirtMemory {
-                    space,
-                    memory: &*memory,
-                };
-                let layout = ModuleLayout::new(module, &sections, None, &virt).ok()?;
-                layout.read_text(&virt).ok()
-            })
-        });
-        read.unwrap().unwrap()
+        self.in_kernel_memory(|virt| {
+            let layout = ModuleLayout::new(module, &sections, None, virt).ok()?;
+            layout.read_text(virt).ok()
+        })
     }
 
     /// Offsets in `function` of its direct calls of the kernel's `target`.

@@ -23,19 +23,28 @@ pub struct Function<'a> {
     pub params: Params<'a>,
 }
 
+/// What a typedef, qualifier or tag stands before; `None` for a type of its own.
+fn behind(kind: &Kind<'_>) -> Option<TypeId> {
+    match kind {
+        Kind::Typedef(next)
+        | Kind::Const(next)
+        | Kind::Volatile(next)
+        | Kind::Restrict(next)
+        | Kind::TypeTag(next) => Some(*next),
+        _ => None,
+    }
+}
+
 impl Btf {
     /// The type behind typedefs, qualifiers and tags. `None` if it does not exist or the references
     /// form a circle.
     pub fn resolve(&self, mut id: TypeId) -> Option<(TypeId, Kind<'_>)> {
         for _ in 0..MAX_HOPS {
-            id = match self.kind(id)? {
-                Kind::Typedef(next)
-                | Kind::Const(next)
-                | Kind::Volatile(next)
-                | Kind::Restrict(next)
-                | Kind::TypeTag(next) => next,
-                kind => return Some((id, kind)),
+            let kind = self.kind(id)?;
+            let Some(next) = behind(&kind) else {
+                return Some((id, kind));
             };
+            id = next;
         }
         None
     }
@@ -49,16 +58,10 @@ impl Btf {
             if !name.is_empty() && !matches!(self.kind(id), Some(Kind::TypeTag(_))) {
                 names.push(name);
             }
-            id = match self.kind(id) {
-                Some(
-                    Kind::Typedef(next)
-                    | Kind::Const(next)
-                    | Kind::Volatile(next)
-                    | Kind::Restrict(next)
-                    | Kind::TypeTag(next),
-                ) => next,
-                _ => return names,
+            let Some(next) = self.kind(id).as_ref().and_then(behind) else {
+                return names;
             };
+            id = next;
         }
         names
     }
@@ -93,17 +96,14 @@ impl Btf {
     /// than qualifiers and typedefs.
     pub fn has_tag(&self, mut id: TypeId, tag: &str) -> bool {
         for _ in 0..MAX_HOPS {
-            id = match self.kind(id) {
-                Some(Kind::TypeTag(_)) if self.name(id) == tag => return true,
-                Some(
-                    Kind::Typedef(next)
-                    | Kind::Const(next)
-                    | Kind::Volatile(next)
-                    | Kind::Restrict(next)
-                    | Kind::TypeTag(next),
-                ) => next,
-                _ => return false,
+            let kind = self.kind(id);
+            if matches!(kind, Some(Kind::TypeTag(_))) && self.name(id) == tag {
+                return true;
+            }
+            let Some(next) = kind.as_ref().and_then(behind) else {
+                return false;
             };
+            id = next;
         }
         false
     }
