@@ -44,51 +44,79 @@ fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
 /// Allocations from this size on get pages of their own, in bytes.
 const OWN_PAGES: libc::c_int = 32 << 10;
 
-/// Lets large buffers take memory only as far as they are used. Inside the heap the allocator clears
-/// them when they are made, and the user-mode gateway has a buffer for each connection there could be.
+/// Lets large buffers take memory only as far as they are used, from the start of the process until
+/// [`give_back_startup`]. Inside the heap the allocator clears them when they are made, and the user-mode gateway has
+/// a buffer for each connection there could be. Where the kernel gives huge pages to whoever touches 2 MiB of address
+/// space (Debian's default), one byte of a buffer would take them all.
 pub fn make_buffers_lazy() {
     // SAFETY: mallopt takes no pointer and may be called at any time.
     if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_PAGES) } == 0 {
         tracing::debug!("the allocator keeps its threshold");
     }
+    forbid_huge_pages(true);
+}
+
+/// Forbids transparent huge pages everywhere in this process, or allows them again.
+fn forbid_huge_pages(forbidden: bool) {
+    // SAFETY: prctl(PR_SET_THP_DISABLE) takes numbers only (prctl(2)).
+    if unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, u64::from(forbidden), 0, 0, 0) } != 0 {
+        tracing::debug!("huge pages stay: {}", std::io::Error::last_os_error());
+    }
 }
 
 /// Gives back memory that only the start of the process needed: freed heap, and pages of program text,
 /// most of which reads command lines and draws reports. Text that is needed comes back from the page
-/// cache by itself.
+/// cache by itself. Guest memory may have huge pages from now on, what was allocated until now may not.
 pub fn give_back_startup() {
     // SAFETY: malloc_trim takes no pointer and may be called at any time.
     unsafe { libc::malloc_trim(0) };
-    let maps = match std::fs::read_to_string("/proc/self/maps") {
-        Ok(maps) => maps,
-        Err(error) => {
-            tracing::debug!("memory of the start is kept: {error}");
-            return;
-        }
-    };
-    for (start, end) in maps.lines().filter_map(text_of_file) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_else(|error| {
+        tracing::debug!("memory of the start is kept: {error}");
+        String::new()
+    });
+    for line in maps.lines() {
+        let Some((start, end, kind)) = mapping(line) else {
+            continue;
+        };
+        let advice = match kind {
+            Mapping::Text => libc::MADV_DONTNEED,
+            Mapping::Heap => libc::MADV_NOHUGEPAGE,
+        };
         let length = end.saturating_sub(start);
         let start = start as *mut libc::c_void;
-        // SAFETY: the range is a private mapping of a file that cannot be written through, so no page
-        // of it differs from the file; dropped pages are read from the file again when touched.
-        if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } != 0 {
-            tracing::debug!("text is kept: {}", std::io::Error::last_os_error());
+        // SAFETY: dropped pages are those of a private mapping of a file that cannot be written through, so that none
+        // differs from the file; they are read from it again when touched. The size of pages changes no byte.
+        if unsafe { libc::madvise(start, length, advice) } != 0 {
+            tracing::debug!("{line}: {}", std::io::Error::last_os_error());
         }
     }
+    forbid_huge_pages(false);
 }
 
-/// Start and end of a mapping of a file's text, out of a line of `/proc/self/maps` (proc(5)).
-fn text_of_file(line: &str) -> Option<(usize, usize)> {
+/// Mappings that something can be given back of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mapping {
+    /// Program text out of a file.
+    Text,
+    /// What the allocator and threads have, in no file.
+    Heap,
+}
+
+/// Start, end and kind of a mapping, out of a line of `/proc/self/maps` (proc(5)).
+fn mapping(line: &str) -> Option<(usize, usize, Mapping)> {
     let mut words = line.split_whitespace();
     let (range, permissions) = (words.next()?, words.next()?);
-    let path = words.nth(3)?;
-    if permissions != "r-xp" || !path.starts_with('/') {
-        return None;
-    }
+    let path = words.nth(3);
+    let kind = match (permissions, path) {
+        ("r-xp", Some(path)) if path.starts_with('/') => Mapping::Text,
+        ("rw-p", None | Some("[heap]")) => Mapping::Heap,
+        _ => return None,
+    };
     let (start, end) = range.split_once('-')?;
     Some((
         usize::from_str_radix(start, 16).ok()?,
         usize::from_str_radix(end, 16).ok()?,
+        kind,
     ))
 }
 
@@ -126,26 +154,39 @@ Rss:                  40 kB
     }
 
     #[test]
-    fn only_text_of_files_is_given_back() {
+    fn text_of_files_and_what_is_in_no_file_are_told_from_the_rest() {
         let text = "55e0c0a00000-55e0c0b00000 r-xp 00001000 08:01 1234      /usr/bin/cofferdam";
-        assert_eq!(
-            text_of_file(text),
-            Some((0x55e0_c0a0_0000, 0x55e0_c0b0_0000))
-        );
+        let (start, end) = (0x55e0_c0a0_0000, 0x55e0_c0b0_0000);
+        assert_eq!(mapping(text), Some((start, end, Mapping::Text)));
+        for heap in [
+            "55e0c0a00000-55e0c0b00000 rw-p 00000000 00:00 0     [heap]",
+            "55e0c0a00000-55e0c0b00000 rw-p 00000000 00:00 0 ",
+        ] {
+            assert_eq!(mapping(heap), Some((start, end, Mapping::Heap)));
+        }
         for other in [
             "7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0     [stack]",
             "7ffd1bd000-7ffd1bf000 r-xp 00000000 00:00 0         [vdso]",
             "7f0000000000-7f0000001000 rwxp 00000000 00:00 0",
+            "7f0000000000-7f0000001000 ---p 00000000 00:00 0",
             "55e0c0a00000-55e0c0b00000 r--p 00001000 08:01 1234  /usr/bin/cofferdam",
+            "55e0c0a00000-55e0c0b00000 rw-p 00001000 08:01 1234  /usr/bin/cofferdam",
             "",
         ] {
-            assert_eq!(text_of_file(other), None, "{other}");
+            assert_eq!(mapping(other), None, "{other}");
         }
     }
 
     #[test]
-    fn a_process_goes_on_without_its_text() {
+    fn a_byte_of_a_large_buffer_takes_a_small_page_and_the_process_goes_on() {
+        make_buffers_lazy();
+        let before = resident().unwrap().own_kib;
+        let mut buffer: Vec<u8> = Vec::with_capacity(8 << 20);
+        buffer.push(1);
+        let one = resident().unwrap().own_kib;
+        assert!(one < before + 1024, "{before} KiB, then {one}");
         give_back_startup();
-        assert!(resident().unwrap().own_kib > 0);
+        buffer.resize(8 << 20, 7);
+        assert!(buffer.iter().skip(1).all(|byte| *byte == 7));
     }
 }
