@@ -165,6 +165,12 @@ impl Lab {
             .map_or(Ok(()), |running| running.instance.stop())
     }
 
+    /// Throws the lab away: the next command gets a fresh one with `cpus` emulated processors.
+    pub fn renew_with(&mut self, cpus: u32) -> anyhow::Result<()> {
+        self.settings.machine.cpus = cpus;
+        self.renew()
+    }
+
     /// Runs a command; its output goes to `output(is_stderr, bytes)` as it comes.
     ///
     /// # Errors
