@@ -283,6 +283,9 @@ impl Victim {
         network::wait_for_link(&mut self.guest, LINK_TIME).unwrap();
         self.ping();
         self.run(&["ping", "-c", "3", "-i", "0.1", "-W", "5", "10.64.5.2"]);
+        // Packets pass before the interface is said to be up.
+        let settled = "until [ $(cat /sys/class/net/eth0.5/operstate) = up ]; do sleep 0.1; done";
+        self.run(&["busybox", "sh", "-c", settled]);
     }
 
     /// The configuration is as before, once the interfaces' states have settled.

@@ -116,7 +116,6 @@ impl Soak {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn entries_are_isolated_and_released_at_random_under_traffic() {
     let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 20));
     let mut soak = Soak {
         machine: boot_with_network(1, ""),
         random: Random(number("COFFERDAM_SOAK_SEED", 0x5eed)),
@@ -124,6 +123,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         rounds: 0,
         calls: 0,
     };
+    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 20));
     while Instant::now() < end {
         let left = end.saturating_duration_since(Instant::now());
         let stream = soak.stream(STREAM.min(left));
