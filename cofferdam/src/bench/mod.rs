@@ -6,6 +6,7 @@ pub mod clock;
 pub mod guest;
 pub mod isolation;
 pub mod network;
+pub mod operation;
 pub mod recovery;
 pub mod rollback;
 pub mod traffic;

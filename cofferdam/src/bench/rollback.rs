@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use isolation::attach::device::CheckpointBy;
-use isolation::attach::fault::FaultCount;
+use isolation::attach::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place, after_kernel_calls};
 use recovery::ladder::{LadderConfig, OnFault};
 use serde::Deserialize;
 
 use super::guest::Guest;
-use super::network::{INTERFACE, LINK_TIME, Probe};
+use super::network::{LINK_TIME, Probe};
+use super::operation::Operation;
 use super::recovery::DRIVER;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
@@ -69,58 +70,6 @@ const POLL: Duration = Duration::from_millis(1);
 
 /// Limit of a command in the guest, in milliseconds.
 const COMMAND_MS: u64 = 10_000;
-
-/// What makes the kernel call an entry point.
-#[derive(Debug, Clone, Copy)]
-pub enum Operation {
-    /// The gateway's pings.
-    Traffic,
-    /// A command.
-    Command(&'static [&'static str]),
-    /// Two commands in turn, the second of which undoes the first.
-    Toggle(&'static [&'static str], &'static [&'static str]),
-}
-
-impl Operation {
-    /// What makes it call `entry`, if that is known.
-    pub fn of(entry: &str) -> Option<Self> {
-        Some(match entry {
-            "e1000_xmit_frame" | "e1000_clean" | "e1000_intr" => Self::Traffic,
-            "e1000_get_ethtool_stats" => Self::Command(&["ethtool", "-S", INTERFACE]),
-            "e1000_get_regs" => Self::Command(&["ethtool", "-d", INTERFACE]),
-            "e1000_get_drvinfo" => Self::Command(&["ethtool", "-i", INTERFACE]),
-            "e1000_set_rx_mode" => Self::Toggle(
-                &["ip", "link", "set", INTERFACE, "promisc", "on"],
-                &["ip", "link", "set", INTERFACE, "promisc", "off"],
-            ),
-            // To the address that it has: what goes wrong must not cut the guest off.
-            "e1000_set_mac" => Self::Command(&[
-                "sh",
-                "-c",
-                "ip link set eth0 address $(cat /sys/class/net/eth0/address)",
-            ]),
-            "e1000_set_ringparam" => Self::Toggle(
-                &["ethtool", "-G", INTERFACE, "rx", "128"],
-                &["ethtool", "-G", INTERFACE, "rx", "256"],
-            ),
-            "e1000_change_mtu" => Self::Toggle(
-                &["ip", "link", "set", INTERFACE, "mtu", "1400"],
-                &["ip", "link", "set", INTERFACE, "mtu", "1500"],
-            ),
-            "e1000_set_features" => Self::Toggle(
-                &["ethtool", "-K", INTERFACE, "rx", "off"],
-                &["ethtool", "-K", INTERFACE, "rx", "on"],
-            ),
-            // The link comes up again, and the driver looks at it.
-            "e1000_watchdog" => Self::Command(&["ethtool", "-r", INTERFACE]),
-            "e1000_open" | "e1000_close" => Self::Toggle(
-                &["ip", "link", "set", INTERFACE, "down"],
-                &["ip", "link", "set", INTERFACE, "up"],
-            ),
-            _ => return None,
-        })
-    }
-}
 
 /// A rollback as the VM reports it (`isolation::attach::report::ViolationReport`).
 #[derive(Debug, Deserialize)]
@@ -315,13 +264,7 @@ impl Bench<'_> {
         runs: usize,
         progress: &mut dyn FnMut(&str),
     ) -> anyhow::Result<Vec<Recovery>> {
-        let request = Request::Instructions {
-            module: DRIVER.to_owned(),
-            function: entry.to_owned(),
-        };
-        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
-            bail!("the VM answered something else");
-        };
+        let instructions = self.instructions(entry)?;
         let fault = FaultKind::UndefinedInstruction;
         // The later the more there is to take back.
         let behind = after_kernel_calls(&instructions);
@@ -402,6 +345,18 @@ impl Bench<'_> {
         }
     }
 
+    /// The instructions of a function of the driver.
+    fn instructions(&mut self, function: &str) -> anyhow::Result<Vec<InstructionAt>> {
+        let request = Request::Instructions {
+            module: DRIVER.to_owned(),
+            function: function.to_owned(),
+        };
+        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        Ok(instructions)
+    }
+
     /// An instruction at `place` that calls reach.
     fn find(
         &mut self,
@@ -410,13 +365,7 @@ impl Bench<'_> {
         place: Place,
         fault: FaultKind,
     ) -> anyhow::Result<u64> {
-        let request = Request::Instructions {
-            module: DRIVER.to_owned(),
-            function: entry.to_owned(),
-        };
-        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
-            bail!("the VM answered something else");
-        };
+        let instructions = self.instructions(entry)?;
         for offset in place.candidates(&instructions).into_iter().take(CANDIDATES) {
             match self.order(entry, operation, offset, fault)? {
                 Fired::Yes => {
@@ -590,26 +539,5 @@ impl Bench<'_> {
             .guest
             .run(&["cat", "/sys/class/net/eth0/carrier_changes"])?;
         text.trim().parse().context("carrier_changes")
-    }
-}
-
-impl Operation {
-    /// The command of its first or its second half; `None` if there is nothing to do.
-    pub fn command(self, forth: bool) -> Option<&'static [&'static str]> {
-        match self {
-            Self::Traffic => None,
-            Self::Command(argv) => Some(argv),
-            Self::Toggle(first, second) => Some(if forth { first } else { second }),
-        }
-    }
-
-    /// Whether the interface stays up all the time.
-    fn keeps_interface_up(self) -> bool {
-        !matches!(self, Self::Toggle(first, _) if first.contains(&"down"))
-    }
-
-    /// Whether one command is all of it.
-    fn is_one(self) -> bool {
-        matches!(self, Self::Command(_))
     }
 }

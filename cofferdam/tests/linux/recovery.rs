@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::traffic::TrafficKind;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::bench::rollback::Operation;
+use cofferdam::bench::operation::Operation;
 use cofferdam::bench::traffic;
 use cofferdam::control::protocol::{Reply, Request};
 use isolation::attach::device::CheckpointBy;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::message::{Bytes, Exec};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::bench::rollback::Operation;
+use cofferdam::bench::operation::Operation;
 use cofferdam::control::protocol::{EntrySelection, Reply, Request, Spilling, UpgradeReport};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
