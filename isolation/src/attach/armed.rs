@@ -12,6 +12,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use super::arm::clear_gate;
+use super::call_loop::CallLoop;
 use super::device::IsolatedDevice;
 use super::errand::{Errand, Failure, write_stack};
 use super::fault::Fault;
@@ -60,6 +61,8 @@ pub(super) struct Armed {
     /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
     /// back.
     pub errands: HashMap<u64, Errand>,
+    /// Calls kernel functions for errands; `None` if the module's text has no room for it.
+    pub call_loop: Option<CallLoop>,
     /// What is known of the kernel's functions.
     pub effects: Option<KernelEffects>,
     /// Targets of calls out of the module, by the address of their displacement's opcode.
@@ -166,6 +169,7 @@ impl Armed {
         if let Some(next) = errand.next(
             errand.gate + RETURN_GATE_OFFSET,
             self.effects.as_ref(),
+            self.call_loop,
             virt,
         ) {
             self.spilled.remove(&errand.returns_with());
@@ -241,6 +245,12 @@ impl Armed {
                 );
             }
             self.hand_over(&open.call);
+        }
+        // A thread of an errand may be in the loop.
+        if let Some(call_loop) = self.call_loop.take()
+            && self.errands.is_empty()
+        {
+            call_loop.remove(memory);
         }
         for (_, errand) in std::mem::take(&mut self.errands) {
             tracing::warn!("a call of the module is given up before it was taken back");

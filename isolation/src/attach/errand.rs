@@ -4,6 +4,8 @@
 //!   return gate ─► first function ─► return gate ─► second function ─► ... ─► the call's caller
 //! ```
 //!
+//! Neighbours that may all be called with interrupts off are called in one go ([`CallLoop`]).
+//!
 //! The stack below the caller's frame is free, so each function is entered as if the caller had called it, with the
 //! return gate as its return address. They may sleep: the thread comes back through the gate whenever it
 //! does.
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::call_loop::{CallLoop, Row};
 use super::report::ViolationReport;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::guest::addr::Gva;
@@ -79,27 +82,51 @@ impl Errand {
         (since.elapsed() > ERRAND_LIMIT).then_some(function)
     }
 
-    /// Registers to call the next function with, whose return leads to `return_gate`; with interrupts off if
-    /// `effects` says that it may be. `None` if all have returned, or if the stack is not there any more.
+    /// Registers to call the next function with, or the next ones in `call_loop`, whose return leads to `return_gate`;
+    /// with interrupts off if `effects` says that they may be. `None` if all have returned, or if the stack is
+    /// not there any more.
     pub fn next(
         &mut self,
         return_gate: u64,
         effects: Option<&KernelEffects>,
+        call_loop: Option<CallLoop>,
         virt: VirtMemory<'_, GuestMemoryMmap>,
     ) -> Option<kvm_regs> {
+        let first = self.calls.front()?.function;
+        // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
+        let may_be_off = |call: &KernelCall| {
+            effects.is_some_and(|known| known.interrupts_off.contains(&call.function))
+        };
+        let neighbours = self
+            .calls
+            .iter()
+            .take_while(|call| may_be_off(call))
+            .count();
+        let rflags = match neighbours {
+            0 => self.finally.rflags,
+            _ => self.finally.rflags & !INTERRUPT_FLAG,
+        };
+        let caller = kvm_regs {
+            rflags,
+            ..self.finally
+        };
+        self.running = (first, Instant::now());
+        if let Some(call_loop) = call_loop {
+            let together = CallLoop::room(neighbours, self.finally.rsp);
+            let rows: Vec<Row> = self.calls.iter().take(together).map(row).collect();
+            if together > 1
+                && let Some(next) = call_loop.begin(&rows, &caller, return_gate, virt)
+            {
+                self.calls.drain(..together);
+                return Some(next);
+            }
+        }
         let call = self.calls.pop_front()?;
         if !write_stack(virt, self.finally.rsp.wrapping_sub(8), return_gate) {
             tracing::error!("the stack of a call that is taken back is not mapped");
             self.calls.clear();
             return None;
         }
-        self.running = (call.function, Instant::now());
-        // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
-        let off = effects.is_some_and(|known| known.interrupts_off.contains(&call.function));
-        let rflags = match off {
-            true => self.finally.rflags & !INTERRUPT_FLAG,
-            false => self.finally.rflags,
-        };
         let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
         Some(kvm_regs {
             rip: call.function,
@@ -111,10 +138,14 @@ impl Errand {
             rcx,
             r8,
             r9,
-            rflags,
-            ..self.finally
+            ..caller
         })
     }
+}
+
+fn row(call: &KernelCall) -> Row {
+    let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
+    [call.function, rdi, rsi, rdx, rcx, r8, r9]
 }
 
 /// Writes a word of a stack; `false` if there is none.

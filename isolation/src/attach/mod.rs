@@ -13,6 +13,7 @@
 pub mod after_fault;
 mod arm;
 mod armed;
+pub mod call_loop;
 pub mod device;
 pub mod e1000;
 pub mod effects;
@@ -45,6 +46,7 @@ use crate::guest::symbols::SymbolTable;
 use after_fault::FaultPolicy;
 use arm::{driver_policy, fault_tables, kernel_space, prepare, set_gates};
 use armed::Armed;
+use call_loop::CallLoop;
 use device::IsolatedDevice;
 use effects::KernelModel;
 use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
@@ -254,6 +256,10 @@ impl Isolator {
                 gates,
                 spilled: HashMap::new(),
                 errands: HashMap::new(),
+                call_loop: effects
+                    .is_some()
+                    .then(|| CallLoop::place(&layout, &virt))
+                    .flatten(),
                 effects,
                 calls: plan
                     .redirects

@@ -1,0 +1,165 @@
+//! A loop in the guest that calls several kernel functions without leaving it.
+//!
+//! ```text
+//!   stack of the thread                        loop, behind the module's text
+//!   top-8    return gate   ◄── last            next:  rdi .. r9 from the table
+//!   top-32   rbx, rbp, r12 of the caller              call the function
+//!            last call: function, rdi .. r9           next row; again as long as there are any
+//!            ...                                      caller's registers back, return
+//!   rsp      first call
+//! ```
+//!
+//! A call of a kernel function through the return gate costs an exit and an entry of the guest; taking back an
+//! `open` that has filled a ring takes five hundred of them. The loop is for functions that may be called with
+//! interrupts off, and so do not sleep: the thread is back at the gate before anything else runs on its processor.
+//!
+//! The kernel rounds a module's text up to whole pages and clears what is left (`layout_sections`, `move_module`,
+//! kernel/module/main.c). The loop stands at the end of the last page; where there is no room for it, functions are
+//! called one by one.
+
+use kvm_bindings::kvm_regs;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::THREAD_SIZE;
+use crate::guest::addr::Gva;
+use crate::guest::modules::ModuleLayout;
+use crate::guest::paging::VirtMemory;
+
+/// Most functions that are called in one go: for so long interrupts wait.
+pub const MAX_CALLS: usize = 64;
+
+/// Bytes of stack that must be left for the functions.
+const STACK_RESERVE: u64 = THREAD_SIZE / 2;
+
+/// Bytes that have to be free in front of the loop: an instruction may end in a few zeros.
+const GAP: usize = 32;
+
+/// A function, and what it is called with in `rdi`, `rsi`, `rdx`, `rcx`, `r8`, `r9`.
+pub type Row = [u64; 7];
+
+/// Bytes of a [`Row`].
+const ROW_BYTES: u64 = size_of::<Row>() as u64;
+
+/// Registers that the loop needs for itself, kept above its table, and its return address.
+const SAVED_BYTES: u64 = 4 * 8;
+
+/// The loop. `rbx`: row of the table; `r12d`: rows that are left; `rbp`: what is kept.
+///
+/// Functions are entered by a return and not by an indirect call, which a processor with branch tracking allows to
+/// marked functions only.
+const CODE: [u8; 52] = [
+    0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx+8]
+    0x48, 0x8b, 0x73, 0x10, // mov rsi, [rbx+16]
+    0x48, 0x8b, 0x53, 0x18, // mov rdx, [rbx+24]
+    0x48, 0x8b, 0x4b, 0x20, // mov rcx, [rbx+32]
+    0x4c, 0x8b, 0x43, 0x28, // mov r8, [rbx+40]
+    0x4c, 0x8b, 0x4b, 0x30, // mov r9, [rbx+48]
+    0x48, 0x8d, 0x05, 0x04, 0x00, 0x00, 0x00, // lea rax, [rip+4]
+    0x50, // push rax
+    0xff, 0x33, // push qword ptr [rbx]
+    0xc3, // ret
+    0x48, 0x83, 0xc3, 0x38, // add rbx, 56
+    0x41, 0xff, 0xcc, // dec r12d
+    0x75, 0xd4, // jne to the first instruction
+    0x48, 0x89, 0xec, // mov rsp, rbp
+    0x41, 0x5c, // pop r12
+    0x5d, // pop rbp
+    0x5b, // pop rbx
+    0xc3, // ret
+];
+
+/// The loop of a module.
+#[derive(Debug, Clone, Copy)]
+pub struct CallLoop {
+    at: Gva,
+    gpa: GuestAddress,
+}
+
+impl CallLoop {
+    /// Puts the loop behind the module's text; `None` if there is no room.
+    pub fn place(layout: &ModuleLayout, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Option<Self> {
+        let last = layout.text().map(|section| section.range.last()).max()?;
+        let page = Gva(last.0 & !0xfff);
+        // The next section begins in this page.
+        if last.0 & 0xfff != 0xfff {
+            return None;
+        }
+        let found = virt.space.walk(virt.memory, page).ok()?;
+        let mut bytes = [0; 0x1000];
+        virt.memory.read_slice(&mut bytes, found.gpa).ok()?;
+        let start = bytes.len() - CODE.len();
+        // Left there by a release that could not wait.
+        if bytes[start..] == CODE {
+            bytes[start..].fill(0);
+        }
+        if bytes[start - GAP..].iter().any(|byte| *byte != 0) {
+            return None;
+        }
+        let gpa = GuestAddress(found.gpa.0.checked_add(start as u64)?);
+        virt.memory.write_slice(&CODE, gpa).ok()?;
+        let at = page.checked_add(start as u64)?;
+        Some(Self { at, gpa })
+    }
+
+    /// Takes the loop out again. No thread may be in it.
+    pub fn remove(self, memory: &GuestMemoryMmap) {
+        let mut now = [0; CODE.len()];
+        // The module may be gone and its memory another's.
+        let there = memory.read_slice(&mut now, self.gpa).is_ok() && now == CODE;
+        if there && memory.write_slice(&[0; CODE.len()], self.gpa).is_err() {
+            tracing::error!(
+                "cannot take a loop out of guest memory at {:#x}",
+                self.gpa.0
+            );
+        }
+    }
+
+    /// How many of `calls` calls there is room for on the stack below `top`, in one go.
+    pub fn room(calls: usize, top: u64) -> usize {
+        let above_bottom = top.wrapping_sub(8) & (THREAD_SIZE - 1);
+        let bytes = above_bottom.saturating_sub(STACK_RESERVE + SAVED_BYTES);
+        let rows = usize::try_from(bytes / ROW_BYTES).unwrap_or(0);
+        calls.min(rows).min(MAX_CALLS)
+    }
+
+    /// Registers that call `rows` one after the other on the stack below that of `caller`, as whom it then goes on at
+    /// `back`. `None` if the stack is not there.
+    pub fn begin(
+        self,
+        rows: &[Row],
+        caller: &kvm_regs,
+        back: u64,
+        virt: VirtMemory<'_, GuestMemoryMmap>,
+    ) -> Option<kvm_regs> {
+        let kept = caller.rsp.wrapping_sub(SAVED_BYTES);
+        let table = kept.wrapping_sub(rows.len() as u64 * ROW_BYTES);
+        let words = rows.iter().flatten().copied();
+        let words = words.chain([caller.r12, caller.rbp, caller.rbx, back]);
+        let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        write(virt, table, &bytes)?;
+        Some(kvm_regs {
+            rip: self.at.0,
+            rsp: table,
+            rax: 0,
+            rbx: table,
+            rbp: kept,
+            r12: u64::try_from(rows.len()).ok()?,
+            ..*caller
+        })
+    }
+}
+
+/// Writes to a stack, page by page.
+fn write(virt: VirtMemory<'_, GuestMemoryMmap>, at: u64, bytes: &[u8]) -> Option<()> {
+    let mut at = at;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let in_page = usize::try_from(0x1000 - (at & 0xfff)).ok()?;
+        let (part, later) = rest.split_at(in_page.min(rest.len()));
+        let found = virt.space.walk(virt.memory, Gva(at)).ok()?;
+        virt.memory.write_slice(part, found.gpa).ok()?;
+        at = at.checked_add(part.len() as u64)?;
+        rest = later;
+    }
+    Some(())
+}
