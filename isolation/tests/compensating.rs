@@ -439,6 +439,42 @@ fn the_device_is_put_back_part_by_part() {
 }
 
 #[test]
+fn packets_are_kept_out_from_the_part_on_that_changed_the_transmitter() {
+    let mut bench = Bench::new(&[
+        Do::Device(1),
+        WAIT,
+        Do::Device(2),
+        Do::Device(TRANSMITTER),
+        WAIT,
+        Do::Store(0, 11),
+        WAIT,
+        Do::Device(3),
+        WAIT,
+        // Dropped with the part that it is in.
+        Do::Fault,
+    ]);
+    let mut kept_out = Vec::new();
+    let mut result = bench.begin();
+    while let CallEnd::Spilled(_, call) = &result.end {
+        kept_out.push(call.keeps_packets_out());
+        result = bench.go_on(&result, 0);
+    }
+    assert_eq!(kept_out, [false, true, true, true]);
+    assert!(!violation(&result).stays());
+}
+
+#[test]
+fn a_call_that_cannot_be_taken_back_anyhow_keeps_no_packets_out() {
+    let mut bench = Bench::new(&[Do::Device(TRANSMITTER), WAIT]);
+    let request = CallRequest {
+        effects: None,
+        ..Bench::request(&bench.guest, &bench.effects, bench.guest.entry_regs())
+    };
+    let result = bench.domain.call(&request, &mut bench.kernel).unwrap();
+    assert!(!spilled(&result).keeps_packets_out());
+}
+
+#[test]
 fn a_call_that_does_not_go_on_in_the_guest_pays_nothing() {
     let steps = [Do::Call(ALLOC, 0), Do::Store(0, 1), Do::Call(FREE, 1)];
     let mut bench = Bench::new(&steps);

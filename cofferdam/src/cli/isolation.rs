@@ -301,14 +301,21 @@ pub fn status_text(status: &ModuleStatus) -> String {
     text
 }
 
-/// What became of an entry's calls that failed after they had gone on in the guest, as a line; empty if there was none.
+/// What became of an entry's calls that failed after they had gone on in the guest, and what was kept out meanwhile, in
+/// lines; empty if there was nothing.
 fn after_spills(entry: &EntryStatus) -> String {
     let mut line = String::new();
-    if entry.undone > 0 {
+    if entry.kept_out > 0 {
         line = format!(
+            "{}: packets were kept out {} times while a call that had changed the device's transmitter was in the guest\n",
+            entry.name, entry.kept_out
+        );
+    }
+    if entry.undone > 0 {
+        line.push_str(&format!(
             "{}: {} failed calls that had gone on in the guest were taken back ({} kernel functions called, {} bytes put back)\n",
             entry.name, entry.undone, entry.compensations, entry.restored_bytes
-        );
+        ));
     }
     if entry.left_over > 0 {
         line.push_str(&format!(
@@ -369,6 +376,11 @@ mod tests {
                 .is_some_and(|line| line.contains("1 failed calls"))
         );
         assert_eq!(after_spills(&EntryStatus::new("e1000_open")), "");
+        let entry = EntryStatus {
+            kept_out: 7,
+            ..EntryStatus::new("e1000_xmit_frame")
+        };
+        assert!(after_spills(&entry).contains("e1000_xmit_frame: packets were kept out 7 times"));
     }
 
     #[test]

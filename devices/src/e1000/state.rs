@@ -48,7 +48,17 @@ const ENTANGLED: [u32; 13] = [
     CTRL, RCTL, TCTL, RDBAL, RDBAH, RDLEN, RDH, RDT, TDBAL, TDBAH, TDLEN, TDH, TDT,
 ];
 
+/// Registers that say whether and from where the controller transmits. The head is its own to move.
+const TRANSMISSION: [u32; 5] = [TCTL, TDBAL, TDBAH, TDLEN, TDT];
+
 impl E1000State {
+    /// Whether its driver has switched transmission, moved the ring or its tail between this state and `after`.
+    pub fn transmits_otherwise(&self, after: &Self) -> bool {
+        let differs =
+            |register: &u32| self.registers.get(*register) != after.registers.get(*register);
+        TRANSMISSION.iter().any(differs)
+    }
+
     /// This state without what was done between `before` and `after`.
     fn without(self, before: &Self, after: &Self) -> Result<Self, Error> {
         Ok(Self {

@@ -134,6 +134,7 @@ pub(super) fn set_gates(
                 aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
                     policy.abort_return(&gate.name)
                 }),
+                transmits: policy.is_some_and(|policy| policy.is_transmit(&gate.name)),
             },
         );
     }

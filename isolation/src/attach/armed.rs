@@ -20,9 +20,10 @@ use super::platform::Platform;
 use super::report::ViolationReport;
 use super::status::{EntryStatus, ModuleStatus};
 use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use super::transmit_queues::TransmitQueues;
 use super::{REPORTS_KEPT, THREAD_SIZE};
 use crate::domain::Domain;
-use crate::domain::effects::KernelEffects;
+use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
@@ -41,6 +42,8 @@ pub(super) struct Gate {
     pub body: u64,
     pub entry: EntryStatus,
     pub aborted: AbortReturn,
+    /// The kernel gives it packets, and keeps those that it does not take.
+    pub transmits: bool,
 }
 
 /// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
@@ -61,6 +64,8 @@ pub(super) struct Armed {
     /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
     /// back.
     pub errands: HashMap<u64, Errand>,
+    /// Transmit queues that are stopped because such calls keep packets out.
+    pub queues: TransmitQueues,
     /// Calls kernel functions for errands; `None` if the module's text has no room for it.
     pub call_loop: Option<CallLoop>,
     /// What is known of the kernel's functions.
@@ -130,14 +135,22 @@ impl Armed {
         if self.broken.is_some() {
             return unisolated;
         }
-        if self.stopped {
-            known.entry.refused += 1;
-            let rax = known.aborted.value.rax(&arguments(&at.regs));
+        let kept_out = known.transmits && keeps_packets_out(&self.spilled);
+        if self.stopped || kept_out {
+            let arguments = arguments(&at.regs);
+            let rax = known.aborted.value.rax(&arguments);
+            match self.stopped {
+                true => known.entry.refused += 1,
+                false => known.entry.kept_out += 1,
+            }
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
                 space: self.space(&at.sregs),
                 memory: &memory,
             };
+            if !self.stopped {
+                self.queues.stop(arguments[0], arguments[1], virt);
+            }
             return returned(&at.regs, virt, rax).unwrap_or(unisolated);
         }
         self.run(gate, None, attempts, at).unwrap_or(unisolated)
@@ -146,6 +159,12 @@ impl Armed {
     /// Goes on with a call whose kernel function has reached the return gate, and returns the registers to
     /// go on with.
     pub fn go_on(&mut self, mut open: OpenCall, at: &AtGate<'_>) -> kvm_regs {
+        let memory = self.domain.memories().1;
+        let virt = VirtMemory {
+            space: self.space(&at.sregs),
+            memory: &memory,
+        };
+        self.queues.let_go(virt);
         if self.broken.is_none()
             && let Some(next) = self.run(open.gate, Some(&mut open.call), 1, at)
         {
@@ -155,8 +174,17 @@ impl Armed {
             rip: self.hand_over(&open.call),
             ..at.regs
         };
-        let deferred = open.call.take_deferred();
-        self.run_errand(Errand::new(open.gate, deferred, finally, None), at)
+        let calls = self.and_let_packets_pass(open.call.take_deferred());
+        self.run_errand(Errand::new(open.gate, calls, finally, None), at)
+    }
+
+    /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were kept out, if no
+    /// other call keeps them.
+    fn and_let_packets_pass(&mut self, mut calls: Vec<KernelCall>) -> Vec<KernelCall> {
+        if !keeps_packets_out(&self.spilled) {
+            calls.extend(self.queues.schedule());
+        }
+        calls
     }
 
     /// Goes on with kernel functions that the guest calls, one of which has returned.
@@ -260,6 +288,9 @@ impl Armed {
             }
         }
         self.let_interrupt();
+        if let Some(space) = space {
+            self.queues.let_go(VirtMemory { space, memory });
+        }
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);
         }
@@ -396,7 +427,7 @@ impl Armed {
                 entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
                 match result.end {
                     CallEnd::Committed => {
-                        let calls = result.kernel_calls;
+                        let calls = self.and_let_packets_pass(result.kernel_calls);
                         Some(self.run_errand(Errand::new(gate, calls, result.regs, None), at))
                     }
                     CallEnd::PassThrough(_) => None,
@@ -433,7 +464,7 @@ impl Armed {
                             entry: entry_regs,
                             ended,
                         };
-                        let calls = result.kernel_calls;
+                        let calls = self.and_let_packets_pass(result.kernel_calls);
                         Some(self.run_errand(Errand::new(gate, calls, next, Some(failure)), at))
                     }
                 }
@@ -517,6 +548,11 @@ impl Armed {
             broken: self.broken.clone(),
         }
     }
+}
+
+/// Whether one of these calls could not be taken back with packets of others in the device's ring.
+fn keeps_packets_out(open: &HashMap<u64, OpenCall>) -> bool {
+    open.values().any(|open| open.call.keeps_packets_out())
 }
 
 /// The arguments that a function gets in registers.

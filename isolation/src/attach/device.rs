@@ -66,6 +66,9 @@ pub trait HeldDevice {
     /// and after each part, oldest first. All or nothing; the error says what is in the way.
     fn undo(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String>;
 
+    /// Whether its transmitter was switched, or its ring moved, between these two states.
+    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool;
+
     /// Guest memory that the device uses as a part of its state: address and length of descriptor rings.
     fn memory(&self) -> Vec<(u64, u64)>;
 

@@ -157,6 +157,11 @@ impl HeldDevice for Held<'_> {
         self.nic.undo(&parts).map_err(|error| error.to_string())
     }
 
+    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+        let states = saved(before).zip(saved(after));
+        states.is_some_and(|((before, _), (after, _))| before.transmits_otherwise(after))
+    }
+
     fn memory(&self) -> Vec<(u64, u64)> {
         self.nic.ring_ranges()
     }

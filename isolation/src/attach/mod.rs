@@ -26,6 +26,7 @@ pub mod report;
 pub mod status;
 mod supervisor;
 pub mod suspend_resume;
+mod transmit_queues;
 mod trap;
 
 use std::collections::{HashMap, VecDeque};
@@ -56,6 +57,7 @@ use report::ViolationReport;
 use status::ModuleStatus;
 use supervisor::Knowledge;
 use suspend_resume::{SuspendError, SuspendResume};
+use transmit_queues::TransmitQueues;
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
 const GATE: GatePorts = GatePorts {
@@ -256,6 +258,11 @@ impl Isolator {
                 gates,
                 spilled: HashMap::new(),
                 errands: HashMap::new(),
+                queues: types
+                    .as_deref()
+                    .map_or_else(TransmitQueues::default, |types| {
+                        TransmitQueues::new(types, &request.symbols)
+                    }),
                 call_loop: effects
                     .is_some()
                     .then(|| CallLoop::place(&layout, &virt))

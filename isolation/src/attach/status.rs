@@ -26,6 +26,10 @@ pub struct EntryStatus {
     /// Calls that returned their error without being run, because the driver is stopped.
     #[serde(default)]
     pub refused: u64,
+    /// Packets that the kernel was told to keep (`NETDEV_TX_BUSY`) without the function being run, because a call that
+    /// had changed the device's transmitter was in the guest.
+    #[serde(default)]
+    pub kept_out: u64,
     /// Failed calls that had gone on in the guest and were taken back to their beginning.
     #[serde(default)]
     pub undone: u64,

@@ -396,6 +396,11 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+        let device = self.device.as_ref();
+        device.is_some_and(|device| device.transmitter_changed(before, after))
+    }
+
     fn platform_read(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
         self.platform.read(gpa, bytes)
     }

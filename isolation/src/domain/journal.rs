@@ -134,6 +134,8 @@ struct Settled {
     done: Vec<Done>,
     deferred: Vec<KernelCall>,
     device: Vec<(DeviceState, DeviceState)>,
+    /// The device's transmitter is not any more as it was when the call began.
+    transmitter: bool,
     /// More kernel functions were open than the one that comes back first.
     nested: bool,
     stays: Option<Stays>,
@@ -281,6 +283,16 @@ impl Journal {
             settled.stays.get_or_insert(Stays::Device { reason });
         }
         self.settle_calls(done);
+    }
+
+    /// The last settled part that used the device changed its transmitter.
+    pub fn transmitter_changed(&mut self) {
+        self.settled.transmitter = true;
+    }
+
+    /// Whether packets that others give to the device would be in the way of taking the call back.
+    pub fn keeps_packets_out(&self) -> bool {
+        self.settled.transmitter
     }
 
     /// The kernel function that went on in the guest has returned there, and its return is noted: what it did is

@@ -109,6 +109,12 @@ pub trait Supervisor {
         }
     }
 
+    /// Whether the call put the device's transmitter into another state between `before` and `after`: a packet given to
+    /// it from now on would be in the way of putting it back.
+    fn transmitter_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
+        false
+    }
+
     /// Loads `bytes` from the platform's interrupt controller at `gpa`, as stores of this call left it;
     /// `None` if there is none at that address.
     fn platform_read(&mut self, _gpa: u64, _bytes: usize) -> Option<u64> {

@@ -148,6 +148,21 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
     }
 }
 
+/// `netdev_tx_t ndo_start_xmit(struct sk_buff *, struct net_device *)`: whoever calls it keeps the packet when it returns
+/// `NETDEV_TX_BUSY`.
+pub fn is_transmit(types: &Btf, function: &Function<'_>) -> bool {
+    let names = |id| types.pointee(id).map(|id| types.names_of(id));
+    let mut params = function.params.iter();
+    let mut next_is = |name| {
+        let names = params.next().and_then(|p| names(p.type_id));
+        names.is_some_and(|names| names.contains(&name))
+    };
+    types.names_of(function.returns).contains(&"netdev_tx_t")
+        && next_is("sk_buff")
+        && next_is("net_device")
+        && params.next().is_none()
+}
+
 /// `int poll(struct napi_struct *, int budget)`. With less than the budget the kernel would take
 /// the device for idle and never poll it again.
 fn is_napi_poll(types: &Btf, function: &Function<'_>) -> bool {
@@ -234,6 +249,30 @@ mod tests {
             (int, vec![e.pointer(device), int])
         });
         assert_eq!(other, AbortValue::Constant(-5));
+    }
+
+    #[test]
+    fn a_transmit_function_is_told_by_its_types() {
+        let is = |returns: &str, params: &[&str]| {
+            let mut e = Encoder::new(None);
+            let int = e.int("int", 4, 1);
+            let returns = e.typedef(returns, int);
+            let params: Vec<_> = params
+                .iter()
+                .map(|name| {
+                    let of = e.structure(name, 64, &[]);
+                    ("p", e.pointer(of))
+                })
+                .collect();
+            e.function("f", returns, &params);
+            let types = Btf::parse(&e.bytes(), None).unwrap();
+            is_transmit(&types, &types.find_function("f").unwrap())
+        };
+        assert!(is("netdev_tx_t", &["sk_buff", "net_device"]));
+        assert!(!is("irqreturn_t", &["sk_buff", "net_device"]));
+        assert!(!is("netdev_tx_t", &["sk_buff", "e1000_tx_ring"]));
+        assert!(!is("netdev_tx_t", &["sk_buff"]));
+        assert!(!is("netdev_tx_t", &["sk_buff", "net_device", "ring"]));
     }
 
     #[test]

@@ -253,6 +253,9 @@ fn register_kick() {
     vmm_sys_util::signal::register_signal_handler(libc::SIGUSR1, nothing).unwrap();
 }
 
+/// What is stored to the device to change its transmitter.
+pub const TRANSMITTER: u64 = 0x7c71;
+
 /// What the tests' supervisor knows and records.
 #[derive(Default)]
 pub struct Kernel {
@@ -378,6 +381,11 @@ impl Supervisor for Kernel {
             .map(|(before, after)| (writes(before), writes(after)));
         self.undone_parts = parts.collect();
         Ok(())
+    }
+    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+        let writes = |state: &DeviceState| *state.0.downcast_ref::<usize>().unwrap();
+        let part = self.device_writes.get(writes(before)..writes(after));
+        part.is_some_and(|part| part.iter().any(|(_, value, _)| *value == TRANSMITTER))
     }
     fn platform_read(&mut self, gpa: u64, _: usize) -> Option<u64> {
         let written = self.platform_waiting.iter().rev();

@@ -309,13 +309,14 @@ impl Machine {
                 let calls = entry.calls as f64;
                 let per_call = |count: u64| count as f64 / calls;
                 eprintln!(
-                    "{:24} calls {} commits {} aborts {} passed {:?} spilled {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
+                    "{:24} calls {} commits {} aborts {} kept out {} passed {:?} spilled {:?}; a call: crossings {:.1}, exits {:.2}, fills {:.2}, \
                      indirect {:.2}, callbacks {:.2}, rebuilds {:.2}, dirty {:.1}, bytes {:.0}, posted {:.1}, reads {:.1}, \
                      syscalls {:.1}, {:.0} us, of which {:.0} us until others were held, longest {} us",
                     entry.name,
                     entry.calls,
                     entry.commits,
                     entry.aborts,
+                    entry.kept_out,
                     entry.pass_throughs,
                     entry.spills,
                     per_call(entry.crossings),

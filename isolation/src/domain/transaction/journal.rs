@@ -141,6 +141,12 @@ impl Call<'_> {
             let used = journal.reached_device();
             let device = used.then(|| self.supervisor.device_state()).flatten();
             journal.settle(device, nested);
+            if used
+                && let Some((before, after)) = journal.device().last()
+                && self.supervisor.transmitter_changed(before, after)
+            {
+                journal.transmitter_changed();
+            }
         }
     }
 

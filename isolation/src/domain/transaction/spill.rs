@@ -70,6 +70,13 @@ impl SpilledCall {
             .is_some_and(|journal| journal.has_deferred())
     }
 
+    /// Whether packets must not be given to the device while the call is in the guest: it has changed the device's
+    /// transmitter, and could not be taken back with them in its ring.
+    pub fn keeps_packets_out(&self) -> bool {
+        let journal = self.journal.as_ref();
+        journal.is_some_and(|journal| journal.keeps_packets_out())
+    }
+
     /// Times that the call has gone on in the guest by now.
     pub fn spills(&self) -> u32 {
         self.spills
