@@ -1,5 +1,7 @@
-//! Counts of why vCPUs left the guest, cheap enough to be always on.
+//! Why vCPUs left the guest: counts, and the last few of them for when one stops for good. Cheap enough to be
+//! always on.
 
+use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
@@ -26,11 +28,45 @@ pub enum ExitKind {
     Other,
 }
 
-const KINDS: usize = ExitKind::Other as usize + 1;
+impl ExitKind {
+    const ALL: [Self; KINDS] = [
+        Self::IoIn,
+        Self::IoOut,
+        Self::MmioRead,
+        Self::MmioWrite,
+        Self::Trap,
+        Self::Interrupted,
+        Self::Shutdown,
+        Self::Other,
+    ];
 
-/// Counters of one vCPU.
+    fn name(self) -> &'static str {
+        match self {
+            Self::IoIn => "in",
+            Self::IoOut => "out",
+            Self::MmioRead => "load",
+            Self::MmioWrite => "store",
+            Self::Trap => "trap",
+            Self::Interrupted => "signal",
+            Self::Shutdown => "shutdown",
+            Self::Other => "other",
+        }
+    }
+}
+
+const KINDS: usize = ExitKind::Other as usize + 1;
+/// Exits that are remembered.
+const REMEMBERED: usize = 8;
+/// A remembered exit is its kind in the upper byte, and its place below.
+const PLACE_BITS: u32 = 56;
+
+/// Exits of one vCPU, written by its thread only.
 #[derive(Debug, Default)]
-pub struct ExitCounters([AtomicU64; KINDS]);
+pub struct ExitCounters {
+    counts: [AtomicU64; KINDS],
+    last: [AtomicU64; REMEMBERED],
+    total: AtomicU64,
+}
 
 /// Values of [`ExitCounters`] at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -54,14 +90,36 @@ pub struct ExitCounts {
 }
 
 impl ExitCounters {
-    /// Counts one exit.
-    pub fn count(&self, kind: ExitKind) {
-        self.0[kind as usize].fetch_add(1, Ordering::Relaxed);
+    /// Counts one exit at `place`: a port, or a guest physical address.
+    pub fn count(&self, kind: ExitKind, place: u64) {
+        self.counts[kind as usize].fetch_add(1, Ordering::Relaxed);
+        let at = self.total.fetch_add(1, Ordering::Relaxed) as usize % REMEMBERED;
+        let place = place & ((1 << PLACE_BITS) - 1);
+        self.last[at].store((kind as u64) << PLACE_BITS | place, Ordering::Relaxed);
+    }
+
+    /// The last exits in words, oldest first.
+    pub fn last(&self) -> String {
+        let total = self.total.load(Ordering::Relaxed);
+        let mut words = String::new();
+        for number in total.saturating_sub(REMEMBERED as u64)..total {
+            let exit = self.last[number as usize % REMEMBERED].load(Ordering::Relaxed);
+            let kind = ExitKind::ALL.get((exit >> PLACE_BITS) as usize);
+            let name = kind.map_or("?", |kind| kind.name());
+            let separator = if words.is_empty() { "" } else { ", " };
+            let place = exit & ((1 << PLACE_BITS) - 1);
+            // Writing to a string does not fail.
+            let _ = match place {
+                0 => write!(words, "{separator}{name}"),
+                place => write!(words, "{separator}{name} {place:#x}"),
+            };
+        }
+        words
     }
 
     /// The values now.
     pub fn read(&self) -> ExitCounts {
-        let value = |kind: ExitKind| self.0[kind as usize].load(Ordering::Relaxed);
+        let value = |kind: ExitKind| self.counts[kind as usize].load(Ordering::Relaxed);
         ExitCounts {
             io_in: value(ExitKind::IoIn),
             io_out: value(ExitKind::IoOut),
@@ -86,5 +144,25 @@ impl ExitCounts {
             + self.interrupted
             + self.shutdown
             + self.other
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_exits_are_told_in_order() {
+        let exits = ExitCounters::default();
+        assert_eq!(exits.last(), "");
+        exits.count(ExitKind::IoOut, 0x3f8);
+        exits.count(ExitKind::Interrupted, 0);
+        assert_eq!(exits.last(), "out 0x3f8, signal");
+        for port in 1..=7 {
+            exits.count(ExitKind::Trap, port);
+        }
+        assert!(exits.last().starts_with("signal, trap 0x1, "));
+        assert!(exits.last().ends_with("trap 0x7"));
+        assert_eq!(exits.read().total(), 9);
     }
 }

@@ -26,6 +26,7 @@ pub mod layout;
 mod lifecycle;
 mod machine;
 pub mod memory;
+mod post_mortem;
 pub mod power;
 pub mod trap;
 mod vcpu;

@@ -112,6 +112,7 @@ impl BusDevice for ResetControl {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         if data.first().is_some_and(|value| value & 0x04 != 0) {
+            tracing::info!("the guest restarts the machine");
             self.0.push(Request::Reset);
         }
     }

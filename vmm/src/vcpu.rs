@@ -9,6 +9,7 @@ use crate::exits::{ExitCounters, ExitKind};
 use crate::gate::Pass;
 use crate::lifecycle::Request;
 use crate::machine::Machine;
+use crate::post_mortem;
 use crate::trap::{TRAP_PORTS, TrapContext, TrapOutcome};
 
 /// Exits that the completion of one instruction may take at most: an MMIO store of 64 bytes takes
@@ -58,10 +59,9 @@ pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
         let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
         machine.mark_entered();
         if let Err(reason) = run_until_kicked(machine, index, &mut fd) {
-            let regs = fd.get_regs().map(|regs| format!(" at RIP {:#x}", regs.rip));
-            let place = regs.unwrap_or_default();
+            let state = post_mortem::describe(&fd, &vcpu.exits, &machine.ram);
             machine.requests.push(Request::Fail(format!(
-                "vCPU {index} stopped: {reason}{place}"
+                "vCPU {index} stopped: {reason}\n{state}"
             )));
         }
     }
@@ -133,17 +133,17 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             // as long as `fd`.
             let size = usize::from(unsafe { (*run).__bindgen_anon_1.io.size }.max(1));
             if TRAP_PORTS.contains(&port) && machine.has_trap_handler() {
-                exits.count(ExitKind::Trap);
+                exits.count(ExitKind::Trap, port.into());
                 let value = data.first().copied().unwrap_or_default();
                 return Ok(Some(Flow::Trap { port, value }));
             }
-            exits.count(ExitKind::IoOut);
+            exits.count(ExitKind::IoOut, port.into());
             for item in data.chunks(size) {
                 machine.pio.write(u64::from(port), item);
             }
         }
         Ok(VcpuExit::IoIn(port, data)) => {
-            exits.count(ExitKind::IoIn);
+            exits.count(ExitKind::IoIn, port.into());
             // SAFETY: as above.
             let size = usize::from(unsafe { (*run).__bindgen_anon_1.io.size }.max(1));
             for item in data.chunks_mut(size) {
@@ -151,30 +151,31 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             }
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
-            exits.count(ExitKind::MmioRead);
+            exits.count(ExitKind::MmioRead, address);
             machine.mmio.read(address, data);
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
-            exits.count(ExitKind::MmioWrite);
+            exits.count(ExitKind::MmioWrite, address);
             machine.mmio.write(address, data);
         }
         Ok(VcpuExit::Shutdown) => {
-            exits.count(ExitKind::Shutdown);
-            tracing::info!(vcpu = index, "triple fault: the machine restarts");
+            exits.count(ExitKind::Shutdown, 0);
+            let state = post_mortem::describe(fd, exits, &machine.ram);
+            tracing::warn!("triple fault on vCPU {index}: the machine restarts\n{state}");
             machine.requests.push(Request::Reset);
         }
-        Ok(VcpuExit::Intr) => exits.count(ExitKind::Interrupted),
+        Ok(VcpuExit::Intr) => exits.count(ExitKind::Interrupted, 0),
         Ok(other) => {
-            exits.count(ExitKind::Other);
+            exits.count(ExitKind::Other, 0);
             return Ok(Some(Flow::Fail(describe(&other, run))));
         }
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-            exits.count(ExitKind::Interrupted);
+            exits.count(ExitKind::Interrupted, 0);
             fd.set_kvm_immediate_exit(0);
             return Ok(None);
         }
         Err(error) => {
-            exits.count(ExitKind::Other);
+            exits.count(ExitKind::Other, 0);
             return Ok(Some(Flow::Fail(format!("KVM_RUN: {error}"))));
         }
     }

@@ -203,6 +203,26 @@ fn a_triple_fault_is_a_reset() {
     guest.power_off();
 }
 
+guest_code!(
+    jumps_to_nowhere,
+    "mov edx, 0x500",
+    "mov al, 1",
+    "out dx, al",
+    "mov ebx, 0x5eed",
+    "mov eax, 0x20000000", // mapped, but no memory
+    "jmp rax",
+);
+
+#[test]
+fn a_vcpu_that_stops_tells_its_registers_and_last_exits() {
+    let guest = start(jumps_to_nowhere(), 1);
+    assert_eq!(guest.report(), 1);
+    let error = guest.end().unwrap_err().to_string();
+    assert!(error.contains("rip 0x20000000 "), "{error}");
+    assert!(error.contains("rbx 0x5eed "), "{error}");
+    assert!(error.contains("last exits: out 0x500, "), "{error}");
+}
+
 // The first processor starts the second one, which jumps to the reset vector in real mode.
 guest_code!(
     jumps_to_the_reset_vector,

@@ -25,8 +25,8 @@ const END_TIME: Duration = Duration::from_secs(10);
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(5);
 
-/// How much of a console is shown with an error.
-const CONSOLE_TAIL_LINES: usize = 20;
+/// How much of a console is shown with an error: a kernel's oops with its call trace fits.
+const CONSOLE_TAIL_LINES: usize = 60;
 
 /// What to boot.
 #[derive(Debug, Clone)]
