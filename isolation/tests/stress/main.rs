@@ -113,6 +113,10 @@ impl HeldDevice for Held<'_> {
         Err("not in parts".into())
     }
 
+    fn transmitter_changed(&self, _: &DeviceState, _: &DeviceState) -> bool {
+        false
+    }
+
     fn memory(&self) -> Vec<(u64, u64)> {
         Vec::new()
     }
