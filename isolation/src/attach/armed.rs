@@ -125,6 +125,15 @@ impl Armed {
     /// Runs the function behind `gate`, for the `attempts`th time, and returns the registers to go on
     /// with.
     pub fn call(&mut self, gate: u64, attempts: u32, at: &AtGate<'_>) -> kvm_regs {
+        let keeps_out = keeps_packets_out(&self.spilled);
+        // The call that kept packets out was given to the guest, or has never come back.
+        if !self.queues.is_empty() && !keeps_out {
+            let memory = self.domain.memories().1;
+            self.queues.give_up(VirtMemory {
+                space: self.space(&at.sregs),
+                memory: &memory,
+            });
+        }
         let Some(known) = self.gates.get_mut(&gate) else {
             return at.regs;
         };
@@ -135,8 +144,7 @@ impl Armed {
         if self.broken.is_some() {
             return unisolated;
         }
-        let kept_out = known.transmits && keeps_packets_out(&self.spilled);
-        if self.stopped || kept_out {
+        if self.stopped || known.transmits && keeps_out {
             let arguments = arguments(&at.regs);
             let rax = known.aborted.value.rax(&arguments);
             match self.stopped {
@@ -289,7 +297,7 @@ impl Armed {
         }
         self.let_interrupt();
         if let Some(space) = space {
-            self.queues.let_go(VirtMemory { space, memory });
+            self.queues.give_up(VirtMemory { space, memory });
         }
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);

@@ -110,6 +110,17 @@ impl TransmitQueues {
         }
     }
 
+    /// Whether there are any.
+    pub fn is_empty(&self) -> bool {
+        self.stopped.is_empty()
+    }
+
+    /// Lets all of them go, and does not wait for anything to schedule them: the next packet does.
+    pub fn give_up(&mut self, virt: VirtMemory<'_, GuestMemoryMmap>) {
+        self.let_go(virt);
+        self.stopped.clear();
+    }
+
     /// What the guest has to call once packets may pass.
     pub fn schedule(&mut self) -> Vec<KernelCall> {
         let Some(layout) = self.layout else {
@@ -273,6 +284,17 @@ mod tests {
         assert_eq!(calls, [(SCHEDULE_AT, QUEUES + QUEUE.0)]);
         assert!(world.queues.schedule().is_empty());
         assert_eq!(world.states(), [0, 0]);
+    }
+
+    #[test]
+    fn queues_that_are_given_up_are_not_stopped_any_more() {
+        let mut world = World::new(0);
+        world.stop(PACKET);
+        assert!(!world.queues.is_empty());
+        let mut queues = std::mem::take(&mut world.queues);
+        queues.give_up(world.virt());
+        assert_eq!(world.states(), [0, 0]);
+        assert!(queues.is_empty() && queues.schedule().is_empty());
     }
 
     #[test]

@@ -56,6 +56,12 @@ fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
     machine.isolator.order_fault("e1000", order).unwrap();
 }
 
+/// Whether the gateway answers, and what there is to know if it does not.
+const ANSWERED: &str = "ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2 >/dev/null && echo answered && exit 0; \
+    for i in $(seq 15); do ping -c 1 -W 2 10.0.2.2 >/dev/null && echo answered late && exit 0; done; \
+    cd /sys/class/net/eth0/queues/tx-0; grep . tx_timeout byte_queue_limits/inflight byte_queue_limits/limit; \
+    ethtool -S eth0; ethtool -d eth0; dmesg | tail -n 20; cat /proc/net/softnet_stat; exit 0";
+
 /// What a leak would show in: mappings, interrupts, users of the module, the objects of each slab cache, and pages.
 struct Resources {
     mappings: String,
@@ -132,6 +138,7 @@ fn fail_everywhere(
     let mut before = None;
     let mut index = 0;
     let mut times = Vec::new();
+    let mut late = 0;
     // Places that an undisturbed call does not come by are passed over.
     while done < count && index < places.len() * 64 {
         let offset = places[index % places.len()];
@@ -156,7 +163,12 @@ fn fail_everywhere(
             times.push((phases.memory_ns, phases.device_ns, returned));
         }
         done += now.undone - earlier.undone;
-        machine.run("ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2");
+        let answered = machine.run(ANSWERED);
+        assert!(
+            answered.contains("answered"),
+            "{function}+{offset:#x}: {answered}"
+        );
+        late += u64::from(answered.contains("late"));
         // By now every kind of recovery has been once.
         if before.is_none() && index >= places.len() {
             before = Some((Resources::of(machine), done));
@@ -180,6 +192,7 @@ fn fail_everywhere(
         median_and_longest(|time| time.1),
         median_and_longest(|time| time.2)
     );
+    eprintln!("answered later than after 2 s: {late}");
     assert!(
         done >= count.min(1),
         "{function} never failed after a spill"
