@@ -8,6 +8,7 @@ use common::*;
 use iced_x86::code_asm::*;
 use isolation::domain::transaction::CallEnd;
 use isolation::domain::violation::ViolationKind;
+use kvm_bindings::kvm_regs;
 
 #[test]
 fn device_stores_wait_for_commit_and_keep_their_order() {
@@ -127,4 +128,43 @@ fn another_devices_registers_are_a_violation() {
         write: true,
     };
     assert_eq!(violation_kind(&result), expected);
+}
+
+#[test]
+fn a_load_in_two_parts_that_was_stopped_leaves_nothing_to_the_next_call() {
+    let mut guest = Guest::new();
+    guest.map(
+        OTHER_DEVICE + PAGE,
+        OTHER_DEVICE_GPA + PAGE,
+        1 << 1 | 1 << 63,
+    );
+    guest.code(DRIVER_TEXT, |a| {
+        let mut good = a.create_label();
+        a.mov(rcx, OTHER_DEVICE + PAGE - 4).unwrap();
+        a.test(edi, edi).unwrap();
+        a.je(good).unwrap();
+        a.mov(rbx, qword_ptr(rcx)).unwrap();
+        a.set_label(&mut good).unwrap();
+        a.mov(eax, 7).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel::default();
+    for argument in [1, 0, 1, 0] {
+        let regs = kvm_regs {
+            rdi: argument,
+            ..guest.entry_regs()
+        };
+        let result = guest.call_with(&mut domain, &mut kernel, regs);
+        if argument == 1 {
+            let kind = violation_kind(&result);
+            assert!(
+                matches!(kind, ViolationKind::ForeignMmio { .. }),
+                "{kind:?}"
+            );
+        } else {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+            assert_eq!((result.regs.rax, result.regs.rbx), (7, regs.rbx));
+        }
+    }
 }

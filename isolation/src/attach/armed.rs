@@ -18,10 +18,11 @@ use super::errand::{Errand, Failure, write_stack};
 use super::fault::Fault;
 use super::platform::Platform;
 use super::report::ViolationReport;
+use super::returning::Returning;
 use super::status::{EntryStatus, ModuleStatus};
 use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
 use super::transmit_queues::TransmitQueues;
-use super::{REPORTS_KEPT, THREAD_SIZE};
+use super::{OUT_BYTES, REPORTS_KEPT, THREAD_SIZE};
 use crate::domain::Domain;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
@@ -68,6 +69,8 @@ pub(super) struct Armed {
     pub queues: TransmitQueues,
     /// Calls kernel functions for errands; `None` if the module's text has no room for it.
     pub call_loop: Option<CallLoop>,
+    /// Threads that may have been at a return gate when their call was given to the guest for good.
+    pub returning: Vec<Returning>,
     /// What is known of the kernel's functions.
     pub effects: Option<KernelEffects>,
     /// Targets of calls out of the module, by the address of their displacement's opcode.
@@ -179,7 +182,7 @@ impl Armed {
             return next;
         }
         let finally = kvm_regs {
-            rip: self.hand_over(&open.call),
+            rip: self.hand_over(&open).map_or(0, |thread| thread.next),
             ..at.regs
         };
         let calls = self.and_let_packets_pass(open.call.take_deferred());
@@ -272,15 +275,27 @@ impl Armed {
         !self.errands.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
     }
 
-    /// Takes everything out of the guest: gates, and return gates on stacks.
-    pub fn disarm(&mut self, memory: &GuestMemoryMmap, space: Option<AddressSpace>) {
+    /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells where vCPUs go on
+    /// that stand at one of them.
+    pub fn disarm(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        space: Option<AddressSpace>,
+    ) -> Vec<Returning> {
         for (_, open) in std::mem::take(&mut self.spilled) {
             if open.call.has_deferred() {
                 tracing::warn!(
                     "a call of the module is given up before it has given everything back"
                 );
             }
-            self.hand_over(&open.call);
+            let thread = self.hand_over(&open);
+            self.returning.extend(thread);
+        }
+        let returning = std::mem::take(&mut self.returning);
+        for thread in &returning {
+            if let Some(space) = space {
+                thread.turn_interrupted(VirtMemory { space, memory });
+            }
         }
         // A thread of an errand may be in the loop.
         if let Some(call_loop) = self.call_loop.take()
@@ -302,6 +317,19 @@ impl Armed {
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);
         }
+        returning
+    }
+
+    /// Registers to go on with, for a vCPU that has come through a return gate with a call that was given back to the
+    /// guest when it was at the gate.
+    pub fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {
+        let at_gate = kvm_regs {
+            rip: regs.rip.wrapping_sub(OUT_BYTES),
+            ..*regs
+        };
+        self.returning
+            .iter()
+            .find_map(|thread| thread.turn(&at_gate))
     }
 
     /// The domain is not used any more: gives all calls that went on in the guest to the guest for good.
@@ -312,14 +340,21 @@ impl Armed {
             .partition(|(_, open)| open.call.has_deferred());
         self.spilled = back;
         for open in over.values() {
-            self.hand_over(&open.call);
+            let thread = self.hand_over(open);
+            self.returning.extend(thread);
         }
     }
 
-    fn hand_over(&mut self, call: &SpilledCall) -> u64 {
-        self.domain.hand_over(call).unwrap_or_else(|error| {
+    /// Gives a call to the guest for good.
+    fn hand_over(&mut self, open: &OpenCall) -> Option<Returning> {
+        let next = self.domain.hand_over(&open.call);
+        let next = next.inspect_err(|error| {
             tracing::error!("a call's stack cannot be given back to the guest: {error}");
-            0
+        });
+        Some(Returning {
+            gate: open.gate + RETURN_GATE_OFFSET,
+            rsp: open.call.returns_with(),
+            next: next.ok()?,
         })
     }
 

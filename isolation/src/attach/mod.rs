@@ -23,6 +23,7 @@ pub mod plan;
 mod platform;
 mod removal;
 pub mod report;
+mod returning;
 pub mod status;
 mod supervisor;
 pub mod suspend_resume;
@@ -258,6 +259,7 @@ impl Isolator {
                 gates,
                 spilled: HashMap::new(),
                 errands: HashMap::new(),
+                returning: Vec::new(),
                 queues: types
                     .as_deref()
                     .map_or_else(TransmitQueues::default, |types| {
@@ -313,7 +315,17 @@ impl Isolator {
                 };
                 let sregs = vcpus.get(0).and_then(|vcpu| vcpu.get_sregs().ok());
                 let space = sregs.and_then(|sregs| armed.kernel_space(&sregs, &memory));
-                armed.disarm(&memory, space);
+                let returning = armed.disarm(&memory, space);
+                for vcpu in vcpus.iter_mut() {
+                    let regs = vcpu.get_regs().ok();
+                    let next = regs
+                        .and_then(|regs| returning.iter().find_map(|thread| thread.turn(&regs)));
+                    if let Some(next) = next
+                        && let Err(error) = vcpu.set_regs(&next)
+                    {
+                        tracing::error!("a vCPU at a gate cannot be moved on: {error}");
+                    }
+                }
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;

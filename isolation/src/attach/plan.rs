@@ -13,7 +13,8 @@ use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::symbols::SymbolTable;
 
 /// Kernel functions that only the guest can run: they switch to another thread, wait for another
-/// processor, change code under way, or end the machine. A call that reaches one passes through.
+/// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
+/// under way, or end the machine. A call that reaches one goes on in the guest.
 const GUEST_ONLY: &[&str] = &[
     "__schedule",
     "smp_call_function_many_cond",
@@ -25,6 +26,9 @@ const GUEST_ONLY: &[&str] = &[
     "flush_tlb_mm_range",
     "flush_tlb_kernel_range",
     "flush_tlb_all",
+    "kvm_kick_cpu",
+    "kvm_send_ipi_mask",
+    "kvm_send_ipi_mask_allbutself",
     "machine_restart",
     "kernel_power_off",
 ];

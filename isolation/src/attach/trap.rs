@@ -36,6 +36,11 @@ impl TrapHandler for Isolator {
             return TrapOutcome::Resume;
         }
         let mut modules = self.modules();
+        let turned = modules.values().find_map(|armed| armed.turned(&regs));
+        if let Some(next) = turned.filter(|_| port == GATE.returning) {
+            context.set_regs(&next);
+            return TrapOutcome::Resume;
+        }
         let found = modules.values_mut().find(|armed| {
             if port == GATE.entry {
                 armed.gates.contains_key(&gate)

@@ -40,6 +40,9 @@ const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_PCIDE: u64 = 1 << 17;
 
+/// Exits that a half-done access may take at most until KVM forgets it: one of 64 bytes takes eight.
+const MAX_COMPLETION_EXITS: usize = 16;
+
 /// Why P could not be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateVmError {
@@ -313,7 +316,14 @@ impl PrivateVm {
     /// middle of something.
     pub fn settle(&mut self) -> Result<(), PrivateVmError> {
         self.vcpu.set_kvm_immediate_exit(1);
-        let result = self.vcpu.run().map(|_| ());
+        let mut result = Ok(());
+        // An access that crosses a page, or is of more than eight bytes, is several exits.
+        for _ in 0..MAX_COMPLETION_EXITS {
+            result = self.vcpu.run().map(|_| ());
+            if result.is_err() {
+                break;
+            }
+        }
         self.vcpu.set_kvm_immediate_exit(0);
         if let Err(source) = result
             && !matches!(source.errno(), libc::EINTR | libc::EAGAIN)

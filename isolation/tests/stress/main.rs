@@ -7,143 +7,35 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
+mod device;
 mod guest;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use device::{Acknowledge, Device, transfer};
 use devices::bus::MutBusDevice;
-use devices::irq::IrqLine;
 use devices::pci::config::InterruptPin;
 use devices::serial::SerialBackend;
 use isolation::attach::after_fault::ReturnErrors;
-use isolation::attach::device::{DeviceLost, HeldDevice, IsolatedDevice};
 use isolation::attach::plan::Wanted;
 use isolation::attach::status::ModuleStatus;
 use isolation::attach::{IsolateRequest, Isolator};
-use isolation::domain::supervisor::{DeviceAddress, DeviceState};
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_RUNNABLE, kvm_irqchip, kvm_mp_state};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::{OnGuestReset, Payload, Vm, VmConfig, VmHandle};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_RUNNABLE, kvm_irqchip, kvm_mp_state, kvm_regs,
+};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::{ExitReason, OnGuestReset, PausedVcpus, Payload, Vm, VmConfig, VmHandle};
 
 /// What does not come by then does not come.
 const NEVER: Duration = Duration::from_secs(60);
 /// Between two times that the gates are taken out and put back.
 const ROUND: Duration = Duration::from_millis(700);
 const MODULE: &str = "m";
-
-/// The device: a register for each vCPU, a line, and words in guest memory.
-struct Inner {
-    registers: [u64; 8],
-    line: Arc<dyn IrqLine>,
-    /// When the line was raised, if it is.
-    raised: Option<Instant>,
-    interrupts: u64,
-}
-
-struct Device(Mutex<Inner>);
-
-impl Device {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl IsolatedDevice for Device {
-    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
-        let mut inner = self.lock();
-        with(&mut Held {
-            registers: &mut inner.registers,
-            saved: None,
-        });
-    }
-}
-
-struct Held<'a> {
-    registers: &'a mut [u64; 8],
-    saved: Option<[u64; 8]>,
-}
-
-impl Held<'_> {
-    fn index(at: DeviceAddress) -> usize {
-        let DeviceAddress::Memory(gpa) = at else {
-            panic!("the device has no ports");
-        };
-        (gpa - guest::DEVICE_GPA) as usize / 8
-    }
-}
-
-impl HeldDevice for Held<'_> {
-    fn owns(&self, gpa: u64) -> bool {
-        (guest::DEVICE_GPA..guest::DEVICE_GPA + 64).contains(&gpa)
-    }
-
-    fn owns_port(&self, _port: u16) -> bool {
-        false
-    }
-
-    fn read(&mut self, at: DeviceAddress, data: &mut [u8]) {
-        let value = self.registers[Self::index(at)].to_le_bytes();
-        data.copy_from_slice(&value[..data.len()]);
-    }
-
-    fn write(&mut self, at: DeviceAddress, data: &[u8]) {
-        let mut value = [0; 8];
-        value[..data.len()].copy_from_slice(data);
-        self.registers[Self::index(at)] = u64::from_le_bytes(value);
-    }
-
-    fn checkpoint(&mut self) {
-        self.saved = Some(*self.registers);
-    }
-
-    fn restore(&mut self) -> Result<(), DeviceLost> {
-        *self.registers = self.saved.take().expect("a checkpoint");
-        Ok(())
-    }
-
-    fn state(&self) -> Option<DeviceState> {
-        None
-    }
-
-    fn undo(&mut self, _: &[(DeviceState, DeviceState)]) -> Result<(), String> {
-        Err("not in parts".into())
-    }
-
-    fn transmitter_changed(&self, _: &DeviceState, _: &DeviceState) -> bool {
-        false
-    }
-
-    fn memory(&self) -> Vec<(u64, u64)> {
-        Vec::new()
-    }
-
-    fn freeze_interrupts(&mut self) {}
-
-    fn withhold_interrupts(&mut self, _withhold: bool) {}
-
-    fn silence(&mut self) {}
-}
-
-/// Where the guest's interrupt handler tells the device that it has come.
-struct Acknowledge(Arc<Device>);
-
-impl MutBusDevice for Acknowledge {
-    fn read(&mut self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&mut self, _offset: u64, _data: &[u8]) {
-        let mut inner = self.0.lock();
-        if inner.raised.take().is_some() {
-            inner.interrupts += 1;
-        }
-        inner.line.set_level(false);
-    }
-}
 
 struct Reports(std::sync::mpsc::Sender<u32>);
 
@@ -158,46 +50,9 @@ impl MutBusDevice for Reports {
     }
 }
 
-/// Writes the device's words and raises its line, until it is told to stop; says what is wrong.
-fn transfer(device: &Device, memory: &GuestMemoryMmap, stop: &AtomicBool) -> Result<u64, String> {
-    let mut written = guest::BY_DEVICE.map(|_| 0u64);
-    let mut random = 1u64;
-    let mut transfers = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let mut inner = device.lock();
-        for (va, last) in guest::BY_DEVICE.into_iter().zip(&mut written) {
-            let at = GuestAddress(guest::gpa_of(va));
-            let now: u64 = memory.read_obj(at).unwrap();
-            if now != *last {
-                return Err(format!(
-                    "the device wrote {last:#x} at {va:#x}, where {now:#x} is"
-                ));
-            }
-            random = random
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            *last = random;
-            memory.write_obj(random, at).unwrap();
-        }
-        transfers += 1;
-        match inner.raised {
-            None => {
-                inner.raised = Some(Instant::now());
-                inner.line.set_level(true);
-            }
-            Some(since) if since.elapsed() > NEVER => {
-                return Err(format!("interrupt {} was not taken", inner.interrupts + 1));
-            }
-            Some(_) => {}
-        }
-        drop(inner);
-        std::thread::sleep(Duration::from_micros(random >> 32 & 0xff));
-    }
-    Ok(transfers)
-}
-
 struct Stress {
     handle: VmHandle,
+    machine: JoinHandle<Result<ExitReason, vmm::Error>>,
     isolator: Arc<Isolator>,
     device: Arc<Device>,
     symbols: Arc<SymbolTable>,
@@ -336,7 +191,8 @@ fn route(handle: &VmHandle, pin: u32, vcpus: u8) {
     handle.vm_fd().set_irqchip(&chip).unwrap();
 }
 
-fn stress(vcpus: u8) {
+/// Starts a guest whose calls are isolated and do not fail yet.
+fn start(vcpus: u8) -> Stress {
     let mut vm = Vm::new(VmConfig {
         memory_bytes: 8 << 20,
         vcpus,
@@ -350,12 +206,7 @@ fn stress(vcpus: u8) {
     .expect("this host has no usable KVM");
     let handle = vm.handle();
     let slot = vm.reserve_pci_slot().unwrap();
-    let device = Arc::new(Device(Mutex::new(Inner {
-        registers: [0; 8],
-        line: slot.intx_line(InterruptPin::A),
-        raised: None,
-        interrupts: 0,
-    })));
+    let device = Arc::new(Device::new(slot.intx_line(InterruptPin::A)));
     let (sender, reports) = channel();
     let reports_device = Arc::new(Mutex::new(Reports(sender)));
     let acknowledge = Arc::new(Mutex::new(Acknowledge(device.clone())));
@@ -390,10 +241,11 @@ fn stress(vcpus: u8) {
             }
         })
         .unwrap();
-    let mut stress = Stress {
-        handle: handle.clone(),
+    let stress = Stress {
+        handle,
+        machine,
         isolator,
-        device: device.clone(),
+        device,
         symbols: Arc::new(symbols()),
         reports,
         vcpus,
@@ -403,10 +255,16 @@ fn stress(vcpus: u8) {
     stress.each_moves_on(guest::TICKS, 1);
     stress.isolate();
     stress.each_moves_on(guest::SUCCEEDED, 2);
+    stress
+}
+
+fn stress(vcpus: u8) {
+    let mut stress = start(vcpus);
     stress.put(guest::DRIVER_DATA + guest::MODE, 1);
 
     let done = Arc::new(AtomicBool::new(false));
-    let (stop, shared) = (done.clone(), handle.ram().memory().clone());
+    let (stop, shared) = (done.clone(), stress.handle.ram().memory().clone());
+    let device = stress.device.clone();
     let transfers = std::thread::spawn(move || transfer(&device, &shared, &stop));
     let end = Instant::now() + seconds();
     while Instant::now() < end {
@@ -454,8 +312,8 @@ fn stress(vcpus: u8) {
         stress.released.len()
     );
     assert!(aborts > 0 && spills > 0 && interrupts > 0 && transfers > 0);
-    handle.power_off().unwrap();
-    machine.join().unwrap().unwrap();
+    stress.handle.power_off().unwrap();
+    stress.machine.join().unwrap().unwrap();
 }
 
 fn seconds() -> Duration {
@@ -476,4 +334,72 @@ fn two_vcpus_lose_nothing() {
 #[test]
 fn four_vcpus_lose_nothing() {
     stress(4);
+}
+
+/// Pauses the machine with the first vCPU in the scheduler, where a call that waits goes on, and puts it where it would
+/// be next: at the return gate.
+fn pause_at_return_gate(stress: &Stress) -> kvm_regs {
+    let start = Instant::now();
+    loop {
+        stress.handle.pause().unwrap();
+        let regs = stress
+            .handle
+            .with_paused(|vcpus| vcpus.get(0).unwrap().get_regs().unwrap());
+        let regs = regs.unwrap();
+        if regs.rip == guest::SCHEDULER {
+            return kvm_regs {
+                rip: guest::DRIVER_TEXT + 2,
+                rsp: regs.rsp + 16,
+                ..regs
+            };
+        }
+        stress.handle.resume().unwrap();
+        if start.elapsed() > NEVER {
+            stress.fail("no call waits");
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+fn goes_on_without_the_gate(mut stress: Stress, regs: &kvm_regs) {
+    let set = |vcpus: &mut PausedVcpus<'_>| vcpus.get(0).unwrap().set_regs(regs).unwrap();
+    stress.handle.with_paused(set).unwrap();
+    stress
+        .released
+        .push(stress.isolator.release(MODULE).unwrap());
+    stress.handle.resume().unwrap();
+    stress.each_moves_on(guest::SUCCEEDED, 3);
+    stress.isolate();
+    stress.each_moves_on(guest::SUCCEEDED, 3);
+    stress.stop();
+    let all: u64 = stress.each(guest::SUCCEEDED).iter().sum();
+    assert_eq!(stress.word(guest::DRIVER_DATA + guest::TOGETHER), all);
+    stress.handle.power_off().unwrap();
+    stress.machine.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_vcpu_at_a_return_gate_that_is_taken_out_goes_on_in_the_driver() {
+    let stress = start(2);
+    let regs = pause_at_return_gate(&stress);
+    goes_on_without_the_gate(stress, &regs);
+}
+
+#[test]
+fn a_thread_that_was_interrupted_at_a_return_gate_that_is_taken_out_goes_on_in_the_driver() {
+    let stress = start(2);
+    let regs = pause_at_return_gate(&stress);
+    // As the processor does it: SS, RSP, RFLAGS, CS, RIP.
+    let frame = (regs.rsp & !15) - 40;
+    let words = [regs.rip, 0x10, regs.rflags, regs.rsp, 0x18];
+    for (word, at) in words.into_iter().zip((frame..).step_by(8)) {
+        stress.put(at, word);
+    }
+    let interrupted = kvm_regs {
+        rip: guest::TIMER_HANDLER,
+        rsp: frame,
+        rflags: 2,
+        ..regs
+    };
+    goes_on_without_the_gate(stress, &interrupted);
 }
