@@ -286,6 +286,36 @@ fn a_device_that_is_put_back_by_its_registers_goes_on() {
     }
 }
 
+/// Puts the NIC to sleep behind its driver's back (D3hot, by its power management control register).
+const SLEEP: &str =
+    "printf '\\003' | dd of=/sys/class/net/eth0/device/config bs=1 seek=224 count=1 conv=notrunc";
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_device_that_is_lost_is_resumed_and_if_it_is_lost_again_its_driver_restarted() {
+    let mut victim = Victim::boot();
+    victim.configure();
+    let before = victim.configuration();
+    let entry = "e1000_get_ethtool_stats";
+    victim.isolate(entry, LadderConfig::default());
+    for round in 1..=2 {
+        victim.run(&["busybox", "sh", "-c", SLEEP]);
+        victim.try_command(&["ethtool", "-S", "eth0"]);
+        let violations = victim.violations();
+        let rungs = victim.wait_until_running().rungs;
+        eprintln!("round {round}: {rungs:?}, {violations:?}");
+        assert!(round == 2 || violations[0].contains("sleep state"));
+        assert_eq!(rungs.failed_resumes + rungs.failed_restarts, 0);
+        // The second time within a minute the driver is restarted, unless the lab is very slow.
+        assert!(rungs.resumes >= 1 && rungs.resumes + rungs.restarts == round);
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        victim.assert_configured(&before);
+    }
+    victim.release();
+    victim.assert_healthy("a lost device");
+}
+
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_driver_suspends_and_resumes_its_device_while_the_guest_works() {

@@ -225,6 +225,15 @@ impl E1000 {
         self.config.u16_at(PMCSR) & PMCSR_POWER_STATE != 0
     }
 
+    /// Whether there would be a register at the memory address `address` if the controller were not asleep.
+    pub fn sleeps_at(&self, address: u64) -> bool {
+        let is_there = |range: &BarRange| {
+            let offset = address.checked_sub(range.address);
+            range.space != BarSpace::Io && offset.is_some_and(|offset| offset < range.size_bytes)
+        };
+        self.asleep() && self.config.decoded().iter().any(is_there)
+    }
+
     /// Takes over what the EEPROM has for registers: the station address (5.6.1).
     fn load_eeprom(&mut self) {
         let [a, b, c, d, e, f] = self.eeprom.ethernet_address();

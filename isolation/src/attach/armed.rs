@@ -28,6 +28,7 @@ use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
+use crate::domain::violation::{Violation, ViolationKind};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::{AbortReturn, AbortValue};
@@ -500,7 +501,9 @@ impl Armed {
                         let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
                         report.at_ns = ended_ns.saturating_sub(took);
                         report.phases = phases;
-                        report.device_lost = device_lost.map(|lost| lost.to_string());
+                        let device_lost = device_lost.map(|lost| lost.to_string());
+                        report.device_lost = device_lost
+                            .or_else(|| asleep(self.device.as_deref(), &report.violation));
                         let failure = Failure {
                             report,
                             attempts,
@@ -596,6 +599,16 @@ impl Armed {
 /// Whether one of these calls could not be taken back with packets of others in the device's ring.
 fn keeps_packets_out(open: &HashMap<u64, OpenCall>) -> bool {
     open.values().any(|open| open.call.keeps_packets_out())
+}
+
+/// Why a device is lost that was not where its driver reached for it, although it has not gone.
+fn asleep(device: Option<&dyn IsolatedDevice>, violation: &Violation) -> Option<String> {
+    let ViolationKind::ForeignMmio { gpa, .. } = violation.kind else {
+        return None;
+    };
+    let mut asleep = false;
+    device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
+    asleep.then(|| "it is in a sleep state, of which its driver does not know".to_owned())
 }
 
 /// The arguments that a function gets in registers.

@@ -47,6 +47,12 @@ pub trait HeldDevice {
     /// Whether I/O port `port` is in one of the device's I/O BARs.
     fn owns_port(&self, port: u16) -> bool;
 
+    /// Whether the device would own guest physical address `gpa` if it were not in a sleep state: its driver does not
+    /// know that it is.
+    fn sleeps_at(&self, _gpa: u64) -> bool {
+        false
+    }
+
     /// Loads `data.len()` bytes (1 to 8) from a place that the device owns.
     fn read(&mut self, at: DeviceAddress, data: &mut [u8]);
 

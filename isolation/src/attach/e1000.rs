@@ -95,6 +95,10 @@ impl HeldDevice for Held<'_> {
         self.find(DeviceAddress::Port(port)).is_some()
     }
 
+    fn sleeps_at(&self, gpa: u64) -> bool {
+        self.nic.sleeps_at(gpa)
+    }
+
     fn read(&mut self, at: DeviceAddress, data: &mut [u8]) {
         if let Some((bar, offset)) = self.find(at) {
             self.nic.bar_read(bar, offset, data);

@@ -204,8 +204,17 @@ fn loopback_through_the_phy_brings_frames_back() {
 #[test]
 fn a_sleeping_function_does_nothing_and_wakes_up_reset() {
     let mut driver = Driver::new();
+    let place = 0xc000_0000u32.to_le_bytes();
+    driver.bench.nic.config_write(0x10, &place);
+    driver.bench.nic.config_write(4, &[0x07, 0x00]);
+    let memory = driver.bench.nic.decoded()[0];
+    assert!(!driver.bench.nic.sleeps_at(memory.address));
     driver.bench.nic.config_write(0xe0, &[3, 0]);
     assert!(driver.bench.nic.decoded().is_empty());
+    // Where its registers would be is still known.
+    let last = memory.address + memory.size_bytes - 1;
+    assert!(driver.bench.nic.sleeps_at(memory.address) && driver.bench.nic.sleeps_at(last));
+    assert!(!driver.bench.nic.sleeps_at(last + 1) && !driver.bench.nic.sleeps_at(0));
     driver.bench.deliver(&broadcast(60));
     driver.bench.nic.config_write(0xe0, &[0, 0]);
     assert_eq!(driver.bench.read(RCTL), 0);
