@@ -211,3 +211,20 @@ fn a_frame_that_a_part_had_sent_is_sent_again() {
     assert_eq!((driver.tx_status(0), driver.bench.read(TDH)), (0, 0));
     assert!(!driver.bench.interrupt());
 }
+
+#[test]
+fn a_part_that_uses_the_transmitter_is_told_from_one_that_does_not() {
+    let changes = |use_it: &dyn Fn(&mut Driver)| {
+        let mut driver = Driver::new();
+        let before = driver.bench.nic.save();
+        use_it(&mut driver);
+        before.transmits_otherwise(&driver.bench.nic.save())
+    };
+    assert!(changes(&|driver| driver.bench.write(TCTL, 0)));
+    assert!(changes(&|driver| driver.bench.write(TDBAL, 0x3000)));
+    assert!(changes(&|driver| driver.send(&broadcast(60))));
+    // What a poll, an interrupt handler and a receiver do.
+    assert!(!changes(&|driver| driver.bench.write(RDT, 3)));
+    assert!(!changes(&|driver| driver.bench.write(IMC, u32::MAX)));
+    assert!(!changes(&|driver| driver.bench.deliver(&broadcast(60))));
+}
