@@ -1,4 +1,4 @@
-//! Pings the guest at a steady rate, to see when it is gone and when it is back.
+//! Pings the guest at a steady rate as long as it keeps up, to see when it is gone and when it is back.
 //!
 //! The frames are made here and not by `smoltcp`, whose neighbour cache asks only once a second for
 //! an address: that would be the resolution of every measurement.
@@ -21,6 +21,10 @@ const IDENT: u16 = 0xcfd0;
 const OUTSTANDING: usize = 1024;
 /// After so many requests in a row without a reply the guest is asked for its address again too.
 const SILENCE: u32 = 16;
+/// How long a request is waited for before the next one is sent. A guest that answers more slowly than it is asked
+/// would be measured by the queue in front of it. One that lets a request go unanswered is asked at the
+/// steady rate from then on.
+const PATIENCE_NS: u64 = 20_000_000;
 /// Shortest time between two probes.
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -31,7 +35,17 @@ struct Running {
     /// Number and time of requests that were not answered yet, oldest first.
     outstanding: VecDeque<(u64, u64)>,
     unanswered: u32,
+    /// A request that was due waits for the reply to the one before.
+    waiting: bool,
     ask_address: bool,
+}
+
+impl Running {
+    /// Until when the last request is waited for.
+    fn patient_until(&self) -> Option<u64> {
+        let (_, sent_ns) = self.outstanding.back().filter(|_| self.unanswered == 1)?;
+        sent_ns.checked_add(PATIENCE_NS)
+    }
 }
 
 /// The prober of one gateway: for the untagged network's guest.
@@ -62,6 +76,7 @@ impl Probe {
             sequence,
             outstanding: VecDeque::new(),
             unanswered: 0,
+            waiting: false,
             ask_address: false,
         });
     }
@@ -81,6 +96,13 @@ impl Probe {
             .running
             .as_mut()
             .filter(|running| running.next_ns <= now_ns)?;
+        let patient_until = running.patient_until();
+        if let Some(until_ns) = patient_until.filter(|until_ns| now_ns < *until_ns) {
+            running.waiting = true;
+            running.next_ns = until_ns;
+            return None;
+        }
+        running.waiting = false;
         // Probes that could not be sent in time are left out, not made up for.
         running.next_ns = running
             .next_ns
@@ -166,6 +188,9 @@ impl Probe {
         };
         if let Some((sequence, sent_ns)) = running.outstanding.remove(place) {
             running.unanswered = 0;
+            if std::mem::take(&mut running.waiting) {
+                running.next_ns = now_ns;
+            }
             let round_trip_ns = now_ns.saturating_sub(sent_ns);
             log.record(
                 now_ns,
@@ -256,5 +281,68 @@ fn echo_reply(packet: &[u8], from: Ipv4Addr) -> Option<u16> {
             ..
         } => Some(seq_no),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+    const HOST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+    /// A prober that knows the guest and asks every 5 ms.
+    fn probe(log: &GatewayLog) -> Probe {
+        let (here, there) = (Ipv4Addr::new(10, 0, 2, 2), Ipv4Addr::new(10, 0, 2, 15));
+        let mut probe = Probe::new(HOST, here, there);
+        probe.start(Duration::from_millis(5), 0);
+        // The guest as seen from its own side asks for us.
+        let guest = Probe::new(GUEST, there, here);
+        assert!(!probe.observe(&guest.arp_request(), 0, log));
+        probe
+    }
+
+    /// The guest's answer to `request`.
+    fn answer(probe: &mut Probe, request: &[u8], now_ns: u64, log: &GatewayLog) {
+        let mut reply = request.to_vec();
+        reply[..6].copy_from_slice(&HOST);
+        reply[6..12].copy_from_slice(&GUEST);
+        // Addresses the other way round, and an echo reply with its checksum.
+        let (from, to) = (reply[30..34].to_vec(), reply[26..30].to_vec());
+        reply[26..30].copy_from_slice(&from);
+        reply[30..34].copy_from_slice(&to);
+        let mut icmp = Icmpv4Packet::new_unchecked(&mut reply[34..]);
+        icmp.set_msg_type(smoltcp::wire::Icmpv4Message::EchoReply);
+        icmp.fill_checksum();
+        assert!(probe.observe(&reply, now_ns, log));
+    }
+
+    #[test]
+    fn a_guest_that_is_slower_than_the_rate_is_asked_again_when_it_has_answered() {
+        let log = GatewayLog::default();
+        let mut probe = probe(&log);
+        let first = probe.poll(0, &log).unwrap();
+        assert_eq!(probe.poll(5 * MS, &log), None);
+        assert_eq!(probe.poll(12 * MS, &log), None);
+        answer(&mut probe, &first, 13 * MS, &log);
+        let second = probe.poll(13 * MS, &log).unwrap();
+        answer(&mut probe, &second, 14 * MS, &log);
+        // One that keeps up is asked at the rate.
+        assert_eq!(probe.next_ns(), Some(18 * MS));
+        assert_eq!(log.first_round_trip_since(13 * MS), Some(14 * MS));
+    }
+
+    #[test]
+    fn a_guest_that_does_not_answer_is_asked_at_the_rate_after_a_while() {
+        let log = GatewayLog::default();
+        let mut probe = probe(&log);
+        let mut sent = Vec::new();
+        for now_ns in (0..50).map(|ms| ms * MS) {
+            if probe.poll(now_ns, &log).is_some() {
+                sent.push(now_ns / MS);
+            }
+        }
+        assert_eq!(sent, [0, 20, 25, 30, 35, 40, 45]);
     }
 }
