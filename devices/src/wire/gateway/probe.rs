@@ -35,16 +35,25 @@ struct Running {
     /// Number and time of requests that were not answered yet, oldest first.
     outstanding: VecDeque<(u64, u64)>,
     unanswered: u32,
-    /// A request that was due waits for the reply to the one before.
+    /// The guest let a request go unanswered for too long, and has answered none since.
+    silent: bool,
+    /// A request that was due waits for the reply to the newest one.
     waiting: bool,
     ask_address: bool,
 }
 
 impl Running {
-    /// Until when the last request is waited for.
+    /// Whether the newest request was answered.
+    fn is_answered(&self) -> bool {
+        let newest = self.outstanding.back();
+        newest.is_none_or(|(number, _)| number.checked_add(1) != Some(self.sequence))
+    }
+
+    /// Until when the newest request is waited for.
     fn patient_until(&self) -> Option<u64> {
-        let (_, sent_ns) = self.outstanding.back().filter(|_| self.unanswered == 1)?;
-        sent_ns.checked_add(PATIENCE_NS)
+        let (_, sent_ns) = self.outstanding.back()?;
+        let waits = !self.silent && !self.is_answered();
+        waits.then(|| sent_ns.saturating_add(PATIENCE_NS))
     }
 }
 
@@ -76,6 +85,7 @@ impl Probe {
             sequence,
             outstanding: VecDeque::new(),
             unanswered: 0,
+            silent: false,
             waiting: false,
             ask_address: false,
         });
@@ -96,11 +106,13 @@ impl Probe {
             .running
             .as_mut()
             .filter(|running| running.next_ns <= now_ns)?;
-        let patient_until = running.patient_until();
-        if let Some(until_ns) = patient_until.filter(|until_ns| now_ns < *until_ns) {
-            running.waiting = true;
-            running.next_ns = until_ns;
-            return None;
+        if let Some(until_ns) = running.patient_until() {
+            if now_ns < until_ns {
+                running.waiting = true;
+                running.next_ns = until_ns;
+                return None;
+            }
+            running.silent = true;
         }
         running.waiting = false;
         // Probes that could not be sent in time are left out, not made up for.
@@ -188,7 +200,8 @@ impl Probe {
         };
         if let Some((sequence, sent_ns)) = running.outstanding.remove(place) {
             running.unanswered = 0;
-            if std::mem::take(&mut running.waiting) {
+            running.silent = false;
+            if running.waiting && running.is_answered() {
                 running.next_ns = now_ns;
             }
             let round_trip_ns = now_ns.saturating_sub(sent_ns);
@@ -344,5 +357,23 @@ mod tests {
             }
         }
         assert_eq!(sent, [0, 20, 25, 30, 35, 40, 45]);
+    }
+
+    #[test]
+    fn what_piled_up_while_a_guest_was_gone_is_worked_off_first() {
+        let log = GatewayLog::default();
+        let mut probe = probe(&log);
+        let sent: Vec<_> = (0..=30)
+            .filter_map(|ms| probe.poll(ms * MS, &log))
+            .collect();
+        let (newest, before) = sent.split_last().unwrap();
+        assert_eq!(before.len(), 3);
+        for (ms, request) in (31..).zip(before) {
+            answer(&mut probe, request, ms * MS, &log);
+            assert_eq!(probe.poll(ms * MS + MS / 2, &log), None);
+        }
+        assert_eq!(probe.poll(35 * MS, &log), None);
+        answer(&mut probe, newest, 36 * MS, &log);
+        assert!(probe.poll(36 * MS, &log).is_some());
     }
 }
