@@ -95,6 +95,31 @@ fn a_device_load_flushes_the_queue_and_an_abort_after_it_restores_the_device() {
 }
 
 #[test]
+fn a_load_that_only_flushes_stores_does_not_reach_the_device() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx + 0x10), 1).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    for (past, checkpoints) in [(vec![0x10], 0), (vec![0x18], 1)] {
+        let mut kernel = Kernel {
+            device_value: 0x55,
+            flushes: vec![8],
+            flushes_past: past,
+            ..Default::default()
+        };
+        let result = guest.call(&mut domain, &mut kernel);
+        assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        assert_eq!(result.regs.rax, 0x55);
+        assert_eq!(kernel.device_writes, [(DEVICE_GPA + 0x10, 1, 4)]);
+        assert_eq!(kernel.checkpoints, checkpoints);
+    }
+}
+
+#[test]
 fn the_devices_ports_are_written_at_commit_and_read_at_once() {
     let guest = Guest::new();
     guest.code(DRIVER_TEXT, |a| {

@@ -56,6 +56,15 @@ pub trait HeldDevice {
     /// Loads `data.len()` bytes (1 to 8) from a place that the device owns.
     fn read(&mut self, at: DeviceAddress, data: &mut [u8]);
 
+    /// What a load of `bytes` bytes shows, if it has no effect and the stores to `waiting`, which come before it, change
+    /// nothing of that: it need not wait for them.
+    fn read_past(
+        &mut self,
+        at: DeviceAddress,
+        bytes: usize,
+        waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64>;
+
     /// Stores `data` (1 to 8 bytes) to a place that the device owns.
     fn write(&mut self, at: DeviceAddress, data: &[u8]);
 

@@ -25,18 +25,15 @@ const TCTL: u64 = 0x400;
 /// A controller shared with the bus and the event loop.
 pub struct E1000Device {
     nic: Arc<Mutex<E1000>>,
-    /// Its registers, if its state is taken by them.
-    registers: Option<Description>,
+    registers: Description,
+    by: CheckpointBy,
 }
 
 impl E1000Device {
     /// The controller, whose state is taken in this way.
     pub fn new(nic: Arc<Mutex<E1000>>, by: CheckpointBy) -> Result<Self, DescriptionError> {
-        let registers = match by {
-            CheckpointBy::Exact => None,
-            CheckpointBy::Registers => Some(Description::intel_82540em()?),
-        };
-        Ok(Self { nic, registers })
+        let registers = Description::intel_82540em()?;
+        Ok(Self { nic, registers, by })
     }
 }
 
@@ -46,7 +43,8 @@ impl IsolatedDevice for E1000Device {
         let ranges = nic.decoded().into_iter().collect();
         with(&mut Held {
             nic: &mut nic,
-            registers: self.registers.as_ref(),
+            registers: &self.registers,
+            by: self.by,
             ranges,
             saved: Saved::Nothing,
         });
@@ -64,7 +62,8 @@ enum Saved {
 
 struct Held<'a> {
     nic: &'a mut E1000,
-    registers: Option<&'a Description>,
+    registers: &'a Description,
+    by: CheckpointBy,
     /// Where the BARs are. Only configuration space moves them, which an isolated call does
     /// not reach.
     ranges: Vec<BarRange>,
@@ -105,6 +104,26 @@ impl HeldDevice for Held<'_> {
         }
     }
 
+    fn read_past(
+        &mut self,
+        at: DeviceAddress,
+        bytes: usize,
+        waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        let (bar, offset) = self.find(at).filter(|at| at.0 == REGISTERS_BAR)?;
+        // A store elsewhere, to the window of I/O ports, may be to any register.
+        let waiting = waiting.map(|at| match self.find(at) {
+            Some((REGISTERS_BAR, offset)) => offset,
+            _ => u64::MAX,
+        });
+        if !self.registers.may_overtake(offset, bytes, waiting) {
+            return None;
+        }
+        let mut value = [0; 8];
+        self.nic.bar_read(bar, offset, value.get_mut(..bytes)?);
+        Some(u64::from_le_bytes(value))
+    }
+
     fn write(&mut self, at: DeviceAddress, data: &[u8]) {
         if let Some((bar, offset)) = self.find(at) {
             self.nic.bar_write(bar, offset, data);
@@ -112,13 +131,13 @@ impl HeldDevice for Held<'_> {
     }
 
     fn checkpoint(&mut self) {
-        let Some(registers) = self.registers else {
+        if self.by == CheckpointBy::Exact {
             let exact = (self.nic.save(), self.nic.save_rings());
             self.saved = Saved::Exact(Box::new(exact));
             return;
-        };
+        }
         let memory = self.nic.memory().clone();
-        self.saved = match registers.take(self.nic, &memory) {
+        self.saved = match self.registers.take(self.nic, &memory) {
             Ok(saved) => Saved::Registers(Box::new(saved)),
             Err(error) => Saved::Failed(DeviceLost(error.to_string())),
         };
@@ -126,29 +145,26 @@ impl HeldDevice for Held<'_> {
 
     fn restore(&mut self) -> Result<(), DeviceLost> {
         let lost = |error: &dyn std::fmt::Display| DeviceLost(error.to_string());
-        match (
-            std::mem::replace(&mut self.saved, Saved::Nothing),
-            self.registers,
-        ) {
-            (Saved::Exact(exact), _) => {
+        match std::mem::replace(&mut self.saved, Saved::Nothing) {
+            Saved::Exact(exact) => {
                 let (state, rings) = *exact;
                 self.nic.restore(state).map_err(|error| lost(&error))?;
                 self.nic.restore_rings(&rings);
                 Ok(())
             }
-            (Saved::Registers(saved), Some(registers)) => {
+            Saved::Registers(saved) => {
                 let memory = self.nic.memory().clone();
-                let result = registers.put_back(self.nic, &memory, &saved);
+                let result = self.registers.put_back(self.nic, &memory, &saved);
                 result.map_err(|error| lost(&error))
             }
-            (Saved::Failed(error), _) => Err(error),
-            (Saved::Nothing | Saved::Registers(_), _) => Ok(()),
+            Saved::Failed(error) => Err(error),
+            Saved::Nothing => Ok(()),
         }
     }
 
     fn state(&self) -> Option<DeviceState> {
         // What registers show is not enough to tell who changed what in between.
-        let is_exact = self.registers.is_none();
+        let is_exact = self.by == CheckpointBy::Exact;
         is_exact.then(|| DeviceState(Arc::new((self.nic.save(), self.nic.save_rings()))))
     }
 

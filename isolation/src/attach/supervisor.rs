@@ -338,6 +338,16 @@ impl Supervisor for CallSupervisor<'_> {
         u64::from_le_bytes(data)
     }
 
+    fn device_read_past(
+        &mut self,
+        at: DeviceAddress,
+        bytes: usize,
+        waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        let device = self.device.as_mut()?;
+        device.read_past(at, bytes, waiting)
+    }
+
     fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize) {
         if let Some(device) = &mut self.device {
             device.write(at, &value.to_le_bytes()[..bytes.min(8)]);

@@ -80,6 +80,17 @@ pub trait Supervisor {
     /// Loads `bytes` (1 to 8, from ports 1 to 4) from the isolated device.
     fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64;
 
+    /// What a load of `bytes` from the isolated device shows, if it has no effect and the stores to `waiting`, which
+    /// come before it, change nothing of that.
+    fn device_read_past(
+        &mut self,
+        _at: DeviceAddress,
+        _bytes: usize,
+        _waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        None
+    }
+
     /// Stores the low `bytes` (1 to 8, to ports 1 to 4) of `value` to the isolated device.
     fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize);
 

@@ -21,6 +21,8 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
+use crate::policy::diff::PageMask;
+
 /// Size of a page in bytes; the view works on whole pages.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -146,24 +148,16 @@ impl PrivateView {
         Ok(unsafe { &mut *pointer })
     }
 
-    /// Copies `bytes` of the private page to K at `offset` of page `pfn`.
-    pub fn publish(&mut self, pfn: Pfn, offset: usize, length: usize) -> Result<(), ViewError> {
-        let from = page_pointer(&self.private, pfn)?;
-        let to = page_pointer(&self.shared, pfn)?;
-        let end = offset
-            .checked_add(length)
-            .filter(|end| *end <= PAGE_SIZE as usize);
-        if end.is_none() {
-            return Err(ViewError::NotMemory(pfn.gpa()));
-        }
-        // SAFETY: both pages are mapped (`page_pointer`), `offset + length` is within a page, and the
-        // two mappings are different addresses, so the ranges do not overlap.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                from.cast::<u8>().add(offset),
-                to.cast::<u8>().add(offset),
-                length,
-            );
+    /// Copies the bytes of `mask` from P's page to K's.
+    pub fn publish(&mut self, pfn: Pfn, mask: &PageMask) -> Result<(), ViewError> {
+        let from = page_pointer(&self.private, pfn)?.cast::<u8>();
+        let to = page_pointer(&self.shared, pfn)?.cast::<u8>();
+        for run in mask.runs() {
+            // SAFETY: both pages are mapped (`page_pointer`), a run of a mask is within a page, and the two
+            // mappings are different addresses, so the ranges do not overlap.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from.add(run.start), to.add(run.start), run.len());
+            }
         }
         Ok(())
     }
@@ -257,7 +251,9 @@ mod tests {
         view.private_page_mut(Pfn(3)).unwrap()[1] = 0x22;
         assert_eq!(view.private_page(Pfn(3)).unwrap()[..2], [0x11, 0x22]);
         assert_eq!(view.shared_page(Pfn(3)).unwrap()[..2], [0x11, 0]);
-        view.publish(Pfn(3), 1, 1).unwrap();
+        let mut second = PageMask::EMPTY;
+        second.insert(1..2);
+        view.publish(Pfn(3), &second).unwrap();
         assert_eq!(view.shared_page(Pfn(3)).unwrap()[..2], [0x11, 0x22]);
     }
 
@@ -293,7 +289,7 @@ mod tests {
         let mut view = PrivateView::new(test_memory(4)).unwrap();
         assert!(view.private_page(Pfn(4)).is_err());
         assert!(view.shared_page(Pfn(u64::MAX)).is_err());
-        assert!(view.publish(Pfn(1), 4000, 200).is_err());
+        assert!(view.publish(Pfn(4), &PageMask::EMPTY).is_err());
         assert!(view.drop_pages(&[Pfn(99)]).is_err());
     }
 }

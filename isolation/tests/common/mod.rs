@@ -267,6 +267,9 @@ pub struct Kernel {
     /// Stores that reached the device.
     pub device_writes: Vec<(u64, u64, usize)>,
     pub device_value: u64,
+    /// Offsets of registers whose loads have no effect, and to which stores change nothing of what those show.
+    pub flushes: Vec<u64>,
+    pub flushes_past: Vec<u64>,
     pub checkpoints: u32,
     pub restores: u32,
     /// Among what is writable, what kernel functions keep: address and length.
@@ -342,6 +345,21 @@ impl Supervisor for Kernel {
     }
     fn device_read(&mut self, _: DeviceAddress, _: usize) -> u64 {
         self.device_value
+    }
+    fn device_read_past(
+        &mut self,
+        at: DeviceAddress,
+        _: usize,
+        waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        let is_of = |all: &[u64], at| {
+            all.iter()
+                .any(|offset| at == DeviceAddress::Memory(DEVICE_GPA + offset))
+        };
+        let waiting: Vec<_> = waiting.collect();
+        let may =
+            is_of(&self.flushes, at) && waiting.into_iter().all(|at| is_of(&self.flushes_past, at));
+        may.then_some(self.device_value)
     }
     fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize) {
         let at = match at {

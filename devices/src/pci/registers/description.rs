@@ -5,6 +5,7 @@
 //!
 //! [device]            # which functions the file is for, and where their registers are
 //! [[config]]          # fields of configuration space, in the order in which they are written back
+//! [[flush]]           # registers whose loads have no effect, and stores that change nothing of what they show
 //! [[before]]          # stores that stop the device's units
 //! [[ring]]            # memory that the device writes by itself while a unit is enabled
 //! [[register]]        # registers, in the order in which they are written back
@@ -56,6 +57,8 @@ pub struct Description {
     #[serde(default)]
     pub(super) config: Vec<ConfigField>,
     #[serde(default)]
+    flush: Vec<Flush>,
+    #[serde(default)]
     pub(super) before: Vec<Store>,
     #[serde(default)]
     pub(super) ring: Vec<RingPlace>,
@@ -100,6 +103,16 @@ pub(super) struct ConfigField {
     /// Bits that are 0 while the function has registers to save.
     #[serde(default)]
     pub awake: u32,
+}
+
+/// A register whose loads have no effect. Drivers load it to have their stores arrive, which a bus may hold back.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Flush {
+    register: String,
+    offset: u32,
+    /// Registers to which a store changes nothing of what it shows.
+    past: Vec<u32>,
 }
 
 /// A store.
@@ -215,10 +228,30 @@ impl Description {
         Self::parse(include_str!("../../../models/82540em.toml"))
     }
 
+    /// Whether a load of `bytes` bytes at `offset` of the registers has no effect, and shows the same whether or not the
+    /// stores at `waiting` have been made.
+    pub fn may_overtake(
+        &self,
+        offset: u64,
+        bytes: usize,
+        mut waiting: impl Iterator<Item = u64>,
+    ) -> bool {
+        let mut flushes = self.flush.iter();
+        let known = flushes.find(|flush| u64::from(flush.offset) == offset && bytes == 4);
+        known.is_some_and(|flush| {
+            waiting.all(|store| flush.past.iter().any(|past| u64::from(*past) == store))
+        })
+    }
+
     fn check(&self) -> Result<(), DescriptionError> {
         let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
         let lengths = [self.config.len(), self.before.len(), self.ring.len()];
-        let more = [self.register.len(), self.after.len(), self.untouched.len()];
+        let more = [
+            self.register.len(),
+            self.after.len(),
+            self.untouched.len(),
+            self.flush.len(),
+        ];
         if lengths
             .into_iter()
             .chain(more)
@@ -294,6 +327,18 @@ impl Description {
                 return wrong(&store.register, "no aligned register of this device");
             }
         }
+        for flush in &self.flush {
+            let known = |offset: &u32| self.has(*offset, 1);
+            if flush.past.len() > MAX_ENTRIES
+                || !known(&flush.offset)
+                || !flush.past.iter().all(known)
+            {
+                return wrong(&flush.register, "no aligned register of this device");
+            }
+            if flush.past.contains(&flush.offset) {
+                return wrong(&flush.register, "a store to it changes what it shows");
+            }
+        }
         for ring in &self.ring {
             for offset in [ring.base_low, ring.base_high, ring.length, ring.control] {
                 let known = self.register.iter().any(|one| one.offset == offset);
@@ -339,6 +384,10 @@ mod tests {
         name = "B"
         offset = 0x10
         why = "read_clears"
+        [[flush]]
+        register = "A"
+        offset = 0xc
+        past = [0x14]
         [mdio]
         register = 0x20
         phy = 1
@@ -353,6 +402,16 @@ mod tests {
             (0x8086, 0x100e)
         );
         assert!(Description::parse(SMALL).is_ok());
+    }
+
+    #[test]
+    fn a_load_without_effect_overtakes_stores_that_do_not_matter_to_it() {
+        let small = Description::parse(SMALL).unwrap();
+        let may = |offset, bytes, waiting: &[u64]| {
+            small.may_overtake(offset, bytes, waiting.iter().copied())
+        };
+        assert!(may(0xc, 4, &[]) && may(0xc, 4, &[0x14, 0x14]));
+        assert!(!may(0xc, 4, &[0x14, 0x18]) && !may(0xc, 2, &[]) && !may(0x10, 4, &[]));
     }
 
     #[test]
@@ -372,6 +431,13 @@ mod tests {
             ("count = 4", "count = 0xffffffff", "no aligned registers"),
             ("offset = 0x10", "offset = 0x12", "no aligned registers"),
             ("read_clears", "dislike", "unknown variant"),
+            ("offset = 0xc", "offset = 0xd", "no aligned register"),
+            (
+                "past = [0x14]",
+                "past = [0x14, 0x100]",
+                "no aligned register",
+            ),
+            ("past = [0x14]", "past = [0xc]", "changes what it shows"),
             ("number = 0", "number = 32", "0 to 31"),
             ("register = 0x20", "register = 0x100", "mdio"),
         ] {

@@ -45,7 +45,9 @@ impl Call<'_> {
             let view = &self.domain.view;
             let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
             let mask = PageMask::changed(old, new);
-            changes.extend(mask.runs().map(|run| (*pfn, run.start, run.len())));
+            if !mask.is_empty() {
+                changes.push((*pfn, mask));
+            }
         }
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
@@ -61,9 +63,9 @@ impl Call<'_> {
         let earlier = self.overwritten.values();
         let earlier = earlier.map(|overwritten| overwritten.bytes.count() as u64);
         self.stats.committed_bytes += earlier.sum::<u64>();
-        for (pfn, offset, length) in &changes {
-            self.domain.view.publish(*pfn, *offset, *length)?;
-            self.stats.committed_bytes += *length as u64;
+        for (pfn, mask) in &changes {
+            self.domain.view.publish(*pfn, mask)?;
+            self.stats.committed_bytes += mask.count() as u64;
         }
         let changed = |pfn: Pfn| {
             changes
@@ -93,7 +95,7 @@ impl Call<'_> {
     /// The first change among `changes` (sorted by page) that the call may not make.
     pub(super) fn forbidden_change(
         &mut self,
-        changes: &[(Pfn, usize, usize)],
+        changes: &[(Pfn, PageMask)],
     ) -> Option<ViolationKind> {
         // Kernel functions write through their own mapping of the same page, and to objects on the callers'
         // stack (a block request's completion), so bytes can only be laid at the driver's door where it
@@ -103,18 +105,21 @@ impl Call<'_> {
         }
         // The return address is the host's to set: the callers' frames begin above it.
         let callers = self.entry.rsp.wrapping_add(8);
-        for (pfn, offset, length) in changes {
-            let bytes = *length as u64;
-            if *pfn == self.return_slot.0 {
-                let address = (self.entry.rsp & !(PAGE_SIZE - 1)) + *offset as u64;
+        let runs = changes
+            .iter()
+            .flat_map(|(pfn, mask)| mask.runs().map(move |run| (*pfn, run)));
+        for (pfn, run) in runs {
+            let (offset, bytes) = (run.start as u64, run.len() as u64);
+            if pfn == self.return_slot.0 {
+                let address = (self.entry.rsp & !(PAGE_SIZE - 1)) + offset;
                 let (from, end) = (address.max(callers), address + bytes);
                 if end > from && !self.supervisor.may_change(from, end - from) {
                     return Some(ViolationKind::StackSmash { address: from });
                 }
                 continue;
             }
-            if let Some(va) = self.domain.opened_va(*pfn) {
-                let address = va + *offset as u64;
+            if let Some(va) = self.domain.opened_va(pfn) {
+                let address = va + offset;
                 if !self.in_own_stack(address) && !self.supervisor.may_change(address, bytes) {
                     return Some(ViolationKind::StrayBytes { address, bytes });
                 }
