@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -345,19 +346,32 @@ pub fn unalias(offset: u32) -> u32 {
 
 /// The stored values of all registers.
 ///
-/// It is saved as the offsets and values of the registers that are not 0.
+/// It is saved as the offsets and values of the registers that are not 0. A copy has its blocks in common with the
+/// original until one of them is changed: a checkpoint is taken in every call that reaches the device, and few
+/// registers change between two.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<u32, u32>", into = "BTreeMap<u32, u32>")]
 pub struct RegisterFile {
-    words: Vec<u32>,
+    blocks: Vec<Arc<Block>>,
 }
 
+/// Registers of a block.
+const BLOCK_WORDS: usize = 256;
+
+type Block = [u32; BLOCK_WORDS];
+
 impl RegisterFile {
+    fn zero() -> Self {
+        let blocks = FILE_BYTES as usize / size_of::<Block>();
+        let empty = Arc::new([0; BLOCK_WORDS]);
+        Self {
+            blocks: std::iter::repeat_n(empty, blocks).collect(),
+        }
+    }
+
     /// All registers as after power-on, before the EEPROM was read.
     pub fn power_on() -> Self {
-        let mut file = Self {
-            words: vec![0; (FILE_BYTES / 4) as usize],
-        };
+        let mut file = Self::zero();
         file.set(CTRL, ctrl::FD | ctrl::SPEED_1000);
         file.set(LEDCTL, 0x0706_8302);
         file.set(VET, 0x8100);
@@ -378,8 +392,9 @@ impl RegisterFile {
             VFTA..0x6000,
             FFMT..FILE_BYTES,
         ] {
-            let kept = (kept.start / 4) as usize..(kept.end / 4) as usize;
-            file.words[kept.clone()].copy_from_slice(&self.words[kept]);
+            for offset in kept.step_by(4) {
+                file.set(offset, self.get(offset));
+            }
         }
         // Address pairs keep their addresses and lose their valid bits.
         for pair in 0..RECEIVE_ADDRESSES {
@@ -392,33 +407,34 @@ impl RegisterFile {
 
     /// Value of the register at `offset`, 0 where there is none.
     pub fn get(&self, offset: u32) -> u32 {
-        self.words.get((offset / 4) as usize).copied().unwrap_or(0)
+        let word = (offset / 4) as usize;
+        let block = self.blocks.get(word / BLOCK_WORDS);
+        block.map_or(0, |block| block[word % BLOCK_WORDS])
     }
 
     /// Sets the register at `offset`, without any mask.
     pub fn set(&mut self, offset: u32, value: u32) {
-        if let Some(word) = self.words.get_mut((offset / 4) as usize) {
-            *word = value;
+        let word = (offset / 4) as usize;
+        if self.get(offset) != value
+            && let Some(block) = self.blocks.get_mut(word / BLOCK_WORDS)
+        {
+            Arc::make_mut(block)[word % BLOCK_WORDS] = value;
         }
     }
 
     /// These values without what was done between `before` and `after`: a register that was changed then and not
     /// since gets its old value. The error is the one of `entangled` that was changed then and since.
     pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Result<Self, u32> {
-        // Most of them are the same, which is told quickest of many at once.
-        const BLOCK: usize = 64;
-        let blocks = before.words.chunks(BLOCK).zip(after.words.chunks(BLOCK));
-        let blocks = (0usize..).step_by(BLOCK).zip(blocks);
+        let blocks = before.blocks.iter().zip(&after.blocks);
+        let blocks = (0u32..).step_by(size_of::<Block>()).zip(blocks);
         for (first, (before, after)) in blocks.filter(|(_, (before, after))| before != after) {
-            for (word, (before, after)) in (first..).zip(before.iter().zip(after)) {
-                let now = &mut self.words[word];
-                if before == after {
-                    continue;
-                }
-                let offset = word as u32 * 4;
-                if now == after {
-                    *now = *before;
-                } else if now != before && entangled.contains(&offset) {
+            let words = before.iter().zip(after.iter());
+            let words = (first..).step_by(4).zip(words);
+            for (offset, (before, after)) in words.filter(|(_, (before, after))| before != after) {
+                let now = self.get(offset);
+                if now == *after {
+                    self.set(offset, *before);
+                } else if now != *before && entangled.contains(&offset) {
                     return Err(offset);
                 }
             }
@@ -440,7 +456,8 @@ impl fmt::Debug for RegisterFile {
 
 impl From<RegisterFile> for BTreeMap<u32, u32> {
     fn from(file: RegisterFile) -> Self {
-        let values = (0u32..).step_by(4).zip(file.words);
+        let words = file.blocks.iter().flat_map(|block| **block);
+        let values = (0u32..).step_by(4).zip(words);
         values.filter(|&(_, value)| value != 0).collect()
     }
 }
@@ -449,9 +466,7 @@ impl TryFrom<BTreeMap<u32, u32>> for RegisterFile {
     type Error = String;
 
     fn try_from(values: BTreeMap<u32, u32>) -> Result<Self, String> {
-        let mut file = Self {
-            words: vec![0; (FILE_BYTES / 4) as usize],
-        };
+        let mut file = Self::zero();
         for (offset, value) in values {
             if !offset.is_multiple_of(4) || offset >= FILE_BYTES {
                 return Err(format!("there is no register at offset {offset:#x}"));

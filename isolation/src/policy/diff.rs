@@ -25,13 +25,14 @@ impl PageMask {
         let mut mask = Self::EMPTY;
         let blocks = old.as_chunks::<64>().0.iter().zip(new.as_chunks::<64>().0);
         for (word, (old, new)) in mask.words.iter_mut().zip(blocks) {
-            // Most blocks of most pages are equal; that comparison is one of vectors.
-            if old == new {
+            let pairs = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
+            let different =
+                pairs.map(|(old, new)| u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new));
+            // Most blocks of most pages are equal, which is told without a branch in between.
+            if different.clone().fold(0, |any, one| any | one) == 0 {
                 continue;
             }
-            let pairs = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
-            for (index, (old, new)) in pairs.enumerate() {
-                let different = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
+            for (index, different) in different.enumerate() {
                 *word |= u64::from(nonzero_bytes(different)) << (8 * index);
             }
         }
