@@ -25,15 +25,8 @@ impl PageMask {
         let mut mask = Self::EMPTY;
         let blocks = old.as_chunks::<64>().0.iter().zip(new.as_chunks::<64>().0);
         for (word, (old, new)) in mask.words.iter_mut().zip(blocks) {
-            let pairs = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
-            let different =
-                pairs.map(|(old, new)| u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new));
-            // Most blocks of most pages are equal, which is told without a branch in between.
-            if different.clone().fold(0, |any, one| any | one) == 0 {
-                continue;
-            }
-            for (index, different) in different.enumerate() {
-                *word |= u64::from(nonzero_bytes(different)) << (8 * index);
+            if differ(old, new) {
+                *word = different_bytes(old, new);
             }
         }
         mask
@@ -126,6 +119,31 @@ impl std::fmt::Debug for PageMask {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.runs()).finish()
     }
+}
+
+/// A part of a page for which a mask has one word.
+type Block = [u8; 64];
+
+/// Pairs of words, combined.
+fn differences(old: &Block, new: &Block) -> impl Iterator<Item = u64> {
+    let pairs = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
+    pairs.map(|(old, new)| u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new))
+}
+
+/// Whether two blocks differ, without a branch for each word.
+fn differ(old: &Block, new: &Block) -> bool {
+    differences(old, new).fold(0, |any, one| any | one) != 0
+}
+
+/// One bit per byte that differs. Most blocks of most pages are equal: this is kept out of their way.
+#[cold]
+#[inline(never)]
+fn different_bytes(old: &Block, new: &Block) -> u64 {
+    let words = differences(old, new).map(|word| u64::from(nonzero_bytes(word)));
+    (0u32..)
+        .step_by(8)
+        .zip(words)
+        .fold(0, |mask, (shift, bits)| mask | bits << shift)
 }
 
 /// One bit per byte of `word`, set where the byte is not zero.
