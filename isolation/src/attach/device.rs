@@ -60,10 +60,12 @@ pub trait HeldDevice {
     /// nothing of that: it need not wait for them.
     fn read_past(
         &mut self,
-        at: DeviceAddress,
-        bytes: usize,
-        waiting: &mut dyn Iterator<Item = DeviceAddress>,
-    ) -> Option<u64>;
+        _at: DeviceAddress,
+        _bytes: usize,
+        _waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        None
+    }
 
     /// Stores `data` (1 to 8 bytes) to a place that the device owns.
     fn write(&mut self, at: DeviceAddress, data: &[u8]);
