@@ -475,7 +475,13 @@ impl Armed {
                         Some(self.run_errand(Errand::new(gate, calls, result.regs, None), at))
                     }
                     CallEnd::PassThrough(_) => None,
-                    CallEnd::Spilled(_, call) => {
+                    CallEnd::Spilled(reason, call) => {
+                        tracing::debug!(
+                            "{} goes on in the guest at {}: {}",
+                            entry.name,
+                            self.knowledge.place(result.regs.rip),
+                            reason.name()
+                        );
                         let open = OpenCall { gate, call };
                         self.errands.remove(&open.call.returns_with());
                         self.spilled.insert(open.call.returns_with(), open);

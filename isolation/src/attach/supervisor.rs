@@ -139,9 +139,7 @@ impl Knowledge {
         ViolationReport {
             stays,
             entry: entry.to_owned(),
-            at: self
-                .name(violation.rip)
-                .unwrap_or_else(|| format!("{:#x}", violation.rip)),
+            at: self.place(violation.rip),
             instruction: disassemble(domain, violation.rip),
             touched,
             call_chain: violation
@@ -154,6 +152,11 @@ impl Knowledge {
             phases: AbortPhases::default(),
             device_lost: None,
         }
+    }
+
+    /// An address in the kernel image or a module with its symbol, any other as a number.
+    pub fn place(&self, va: u64) -> String {
+        self.name(va).unwrap_or_else(|| format!("{va:#x}"))
     }
 
     /// `symbol+offset [module]` for addresses of the kernel image and of modules.
