@@ -47,6 +47,10 @@ const YIELDS: &[&str] = &[
     "preempt_schedule_notrace",
 ];
 
+/// Kernel functions that ask whether the FPU may be used. It may not: a call that uses it goes on in the guest, and who asks
+/// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
+const FPU_QUESTIONS: &[&str] = &["irq_fpu_usable"];
+
 /// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
 /// failure.
 const FATAL: &[&str] = &["panic", "oops_begin", "stack_chk_fail", "__stack_chk_fail"];
@@ -190,7 +194,7 @@ impl Plan {
                     Some((symbol.at, Duration::from_micros(*unit)))
                 })
                 .collect(),
-            skipped: kernel(YIELDS),
+            skipped: kernel(&[YIELDS, FPU_QUESTIONS].concat()),
             fatal: kernel(FATAL),
         })
     }
