@@ -62,6 +62,9 @@ const CALL_TIME: Duration = Duration::from_secs(5);
 /// Calls that may miss an instruction before it counts as one that this operation does not reach.
 const MISSES: u64 = 2;
 
+/// Faults ordered at most for one rollback, at a place that calls do not always come by.
+const TRIES: usize = 16;
+
 /// Instructions tried at most to find one at a place that calls reach.
 const CANDIDATES: usize = 24;
 
@@ -147,12 +150,14 @@ pub fn measure(
         guest,
         probe,
         control,
+        link_losses: 0,
     };
     for entry in entries {
         let operation = Operation::of(entry).with_context(|| {
             format!("what makes the kernel call {entry} is not known to this bench")
         })?;
-        let before = bench.link_changes(spilled)?;
+        let before = bench.carrier_changes()?;
+        bench.link_losses = 0;
         let isolate = Request::Isolate {
             module: DRIVER.to_owned(),
             entries: EntrySelection::Named(vec![entry.clone()]),
@@ -181,7 +186,11 @@ pub fn measure(
         };
         let of_entry =
             of_entry.with_context(|| format!("rollback of {entry}{}", bench.guest.last_words()))?;
-        let lost = bench.link_changes(spilled)?.saturating_sub(before);
+        // Those of the guest's are a part of what spilled calls do.
+        let lost = match spilled {
+            true => bench.link_losses,
+            false => bench.carrier_changes()?.saturating_sub(before),
+        };
         all.extend(of_entry.into_iter().map(|recovery| Recovery {
             link_changes: operation.keeps_interface_up().then_some(lost),
             spilled,
@@ -198,6 +207,8 @@ struct Bench<'a> {
     guest: &'a mut Guest,
     probe: &'a mut Probe,
     control: ControlClient,
+    /// Losses of the link that the other end of the wire saw in calls that failed after they had gone on in the guest.
+    link_losses: u64,
 }
 
 /// How an order of one fault ended.
@@ -231,7 +242,10 @@ impl Bench<'_> {
                 .with_context(|| format!("{} instruction", place.name()))?;
             let what = format!("{} at +{offset:#x} ({})", fault.name(), place.name());
             let mut of_place = Vec::new();
-            for _ in 0..share {
+            for _ in 0..share * TRIES {
+                if of_place.len() == share {
+                    break;
+                }
                 match self.order(entry, operation, offset, fault)? {
                     Fired::Yes => of_place.push(self.collect(entry)?),
                     // Another way through the function this time.
@@ -331,11 +345,13 @@ impl Bench<'_> {
         offset: u64,
         fault: FaultKind,
     ) -> anyhow::Result<Option<RecoveryRun>> {
+        let losses = self.link_losses()?;
         match self.order(entry, operation, offset, fault)? {
             Fired::Yes => {}
             Fired::Missed => return Ok(None),
             Fired::NoCall => bail!("{entry} is not called any more at +{offset:#x}"),
         }
+        let lost = self.link_losses()?.saturating_sub(losses);
         let rolled_back = self.last_rollback(entry)?;
         if let Some(why) = &rolled_back.stays {
             bail!("a call of {entry} that failed at +{offset:#x} was not taken back: {why}");
@@ -343,6 +359,7 @@ impl Bench<'_> {
         if rolled_back.violation.spills == 0 {
             return Ok(None);
         }
+        self.link_losses = self.link_losses.saturating_add(lost);
         match operation.keeps_interface_up() {
             true => self.followed(&rolled_back).map(Some),
             false => Ok(Some(rolled_back.run())),
@@ -532,14 +549,15 @@ impl Bench<'_> {
         Ok(result.context("the guest's agent does not answer")?.end)
     }
 
-    /// How often the link came or went: for the guest, or for the other end of the wire if calls are `spilled`. Those of
-    /// the guest's are a part of what the calls do.
-    fn link_changes(&mut self, spilled: bool) -> anyhow::Result<u64> {
-        if spilled {
-            let status = self.control.status()?;
-            let losses = status.nic.get("link_losses").copied();
-            return losses.context("the VM does not tell losses of the link");
-        }
+    /// How often the other end of the wire saw the link go.
+    fn link_losses(&mut self) -> anyhow::Result<u64> {
+        let status = self.control.status()?;
+        let losses = status.nic.get("link_losses").copied();
+        losses.context("the VM does not tell losses of the link")
+    }
+
+    /// How often the link came or went for the guest.
+    fn carrier_changes(&mut self) -> anyhow::Result<u64> {
         let text = self
             .guest
             .run(&["cat", "/sys/class/net/eth0/carrier_changes"])?;

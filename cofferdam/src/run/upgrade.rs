@@ -287,7 +287,10 @@ impl HeldLink {
     fn set(&self, hold: bool) {
         if let Some(nic) = &self.0 {
             let mut nic = nic.lock().unwrap_or_else(PoisonError::into_inner);
-            nic.hold_link(hold);
+            match hold {
+                true => nic.hold_link(),
+                false => nic.let_link_go(false),
+            }
         }
     }
 }

@@ -62,20 +62,33 @@ impl E1000 {
         self.update_status();
     }
 
-    /// Keeps the link as the port at the other end sees it, whatever becomes of the PHY meanwhile, or lets it follow
-    /// the PHY again. The guest sees its own link as it is.
+    /// Keeps the link as the port at the other end sees it, whatever becomes of the PHY meanwhile, until
+    /// [`E1000::let_link_go`]. The guest sees its own link as it is.
     ///
-    /// For the time in which one driver takes another one's place: each powers the PHY down or resets it, and a switch
-    /// that sees the link go waits for half a minute before it forwards again.
-    pub fn hold_link(&mut self, held: bool) {
-        self.link_held = held;
+    /// For the time in which one driver takes another one's place, or in which a call may still be taken back: a
+    /// driver powers the PHY down or resets it, and a switch that sees the link go waits for half a minute before it
+    /// forwards again.
+    pub fn hold_link(&mut self) {
+        self.link_missed &= self.link_held;
+        self.link_held = true;
+    }
+
+    /// Lets the far end see the PHY's link as it is; a loss that is over by now only if `missed`.
+    pub fn let_link_go(&mut self, missed: bool) {
+        self.link_held = false;
+        if std::mem::take(&mut self.link_missed) && missed && self.shown_link {
+            self.shown_link = false;
+            self.wire.nic_link(false);
+        }
         self.show_link();
     }
 
     /// Lets the far end see the PHY's link.
     pub(super) fn show_link(&mut self) {
         let up = self.phy.link() && !self.phy.loopback();
-        if !self.link_held && up != self.shown_link {
+        if self.link_held {
+            self.link_missed |= !up;
+        } else if up != self.shown_link {
             self.shown_link = up;
             self.wire.nic_link(up);
         }

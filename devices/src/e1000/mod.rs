@@ -140,6 +140,8 @@ pub struct E1000 {
     shown_link: bool,
     /// The far end goes on seeing what it saw last.
     link_held: bool,
+    /// The PHY's link went while it was held.
+    link_missed: bool,
     kick_fd: EventFd,
     /// A kick is on its way.
     kicked: bool,
@@ -195,6 +197,7 @@ impl E1000 {
             wire,
             shown_link: false,
             link_held: false,
+            link_missed: false,
             kick_fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             kicked: false,
             watched: Interest::default(),

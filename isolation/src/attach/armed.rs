@@ -86,6 +86,9 @@ pub(super) struct Armed {
     pub device: Option<Arc<dyn IsolatedDevice>>,
     /// The device does not interrupt, because calls are being taken back.
     pub withholding: bool,
+    /// The other end of the device's wire does not see what becomes of the link, because calls are in the guest that may
+    /// be taken back.
+    pub link_held: bool,
     pub device_slot: Option<u8>,
     pub budget: Duration,
     pub sleep_limit: Duration,
@@ -255,19 +258,29 @@ impl Armed {
             // There is no caller to decide about.
             self.again = None;
         }
-        self.let_interrupt();
+        self.let_device_go();
     }
 
-    /// Lets the device interrupt again once no call is being taken back any more. Until then its driver's objects
-    /// are not all as the device and the driver's memory are.
-    pub fn let_interrupt(&mut self) {
+    /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
+    /// are not all as the device and the driver's memory are. And shows its link once no call can be taken back.
+    pub fn let_device_go(&mut self) {
         let taking_back = self.errands.values().any(|errand| errand.failure.is_some());
-        if !self.withholding || taking_back {
+        let interrupt = self.withholding && !taking_back;
+        let link = self.link_held && !may_be_taken_back(&self.spilled);
+        if !interrupt && !link {
             return;
         }
-        self.withholding = false;
+        self.withholding &= !interrupt;
+        self.link_held &= !link;
         if let Some(device) = &self.device {
-            device.hold(&mut |held| held.withhold_interrupts(false));
+            device.hold(&mut |held| {
+                if interrupt {
+                    held.withhold_interrupts(false);
+                }
+                if link {
+                    held.let_link_go(true);
+                }
+            });
         }
     }
 
@@ -311,7 +324,7 @@ impl Armed {
                 write_stack(VirtMemory { space, memory }, slot, errand.finally.rip);
             }
         }
-        self.let_interrupt();
+        self.let_device_go();
         if let Some(space) = space {
             self.queues.give_up(VirtMemory { space, memory });
         }
@@ -408,7 +421,8 @@ impl Armed {
             sleep_limit: self.sleep_limit,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
-        let withholding = &mut self.withholding;
+        let (withholding, link_held) = (&mut self.withholding, &mut self.link_held);
+        let others_open = may_be_taken_back(&self.spilled);
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.begin(&entry.name, again, domain)
         {
@@ -441,6 +455,7 @@ impl Armed {
                 if again {
                     held.freeze_interrupts();
                 }
+                held.hold_link();
                 let mut supervisor =
                     CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
                 let spilled = spilled.as_deref_mut();
@@ -449,6 +464,11 @@ impl Armed {
                 if matches!(&done, Ok(done) if done.is_to_be_taken_back()) {
                     held.withhold_interrupts(true);
                     *withholding = true;
+                }
+                *link_held = others_open || matches!(&done, Ok(done) if done.is_open());
+                if !*link_held {
+                    // What was taken back nobody has seen.
+                    held.let_link_go(!matches!(&done, Ok(done) if done.leaves_nothing()));
                 }
                 result = Some(done);
             }),
@@ -615,6 +635,11 @@ fn asleep(device: Option<&dyn IsolatedDevice>, violation: &Violation) -> Option<
     let mut asleep = false;
     device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
     asleep.then(|| "it is in a sleep state, of which its driver does not know".to_owned())
+}
+
+/// Whether any of these calls can be taken back.
+fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
+    spilled.values().any(|open| open.call.is_journalled())
 }
 
 /// The arguments that a function gets in registers.

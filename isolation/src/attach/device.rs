@@ -96,6 +96,13 @@ pub trait HeldDevice {
     /// Keeps the device from interrupting until it is told otherwise; what it wants to interrupt for waits.
     fn withhold_interrupts(&mut self, withhold: bool);
 
+    /// Keeps what the other end of its wire sees of the link until [`HeldDevice::let_link_go`]: a call that resets the
+    /// device may still be taken back.
+    fn hold_link(&mut self) {}
+
+    /// Lets the other end of the wire see the link as it is; a loss that is over by now only if `missed`.
+    fn let_link_go(&mut self, _missed: bool) {}
+
     /// Keeps the device from interrupting and from moving data: its driver does not run any more.
     fn silence(&mut self);
 }

@@ -194,6 +194,14 @@ impl HeldDevice for Held<'_> {
         self.nic.withhold_interrupts(withhold);
     }
 
+    fn hold_link(&mut self) {
+        self.nic.hold_link();
+    }
+
+    fn let_link_go(&mut self, missed: bool) {
+        self.nic.let_link_go(missed);
+    }
+
     fn silence(&mut self) {
         for (register, value) in [(IMC, u32::MAX), (RCTL, 0), (TCTL, 0)] {
             self.nic

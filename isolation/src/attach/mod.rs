@@ -284,6 +284,7 @@ impl Isolator {
                 budget: request.budget,
                 sleep_limit: request.sleep_limit,
                 withholding: false,
+                link_held: false,
                 reports: VecDeque::new(),
                 violations: 0,
                 rolled_back: None,

@@ -85,7 +85,7 @@ impl TrapHandler for Isolator {
             at.regs = again.entry;
             next = armed.call(again.gate, again.attempts.saturating_add(1), &at);
         }
-        armed.let_interrupt();
+        armed.let_device_go();
         context.set_regs(&next);
         armed.caller_runs_again();
         TrapOutcome::Resume

@@ -126,18 +126,38 @@ fn the_far_end_sees_a_phy_that_is_powered_down_or_begins_anew() {
 }
 
 #[test]
+fn a_loss_of_a_held_link_that_stays_done_is_seen_afterwards() {
+    let mut driver = Driver::new();
+    let nic = |driver: &mut Driver, missed| {
+        driver.bench.far_end().nic_link.clear();
+        driver.bench.nic.hold_link();
+        driver.bench.write_phy(0, POWERED_DOWN);
+        driver.bench.nic.hold_link();
+        driver.bench.write_phy(0, POWERED);
+        driver.bench.nic.let_link_go(missed);
+        driver.bench.far_end().nic_link.clone()
+    };
+    assert_eq!(nic(&mut driver, true), [false, true]);
+    assert_eq!(nic(&mut driver, false), [true; 0]);
+    // Nothing is left over from the time before.
+    driver.bench.nic.hold_link();
+    driver.bench.nic.let_link_go(true);
+    assert_eq!(driver.bench.far_end().nic_link, [true; 0]);
+}
+
+#[test]
 fn a_link_that_is_held_stays_for_the_far_end_but_not_for_the_guest() {
     let mut driver = Driver::new();
     driver.bench.far_end().nic_link.clear();
-    driver.bench.nic.hold_link(true);
+    driver.bench.nic.hold_link();
     driver.bench.write_phy(0, POWERED_DOWN);
     assert_eq!(driver.bench.read(STATUS) & status::LU, 0);
     driver.bench.write_phy(0, POWERED);
     driver.bench.nic.reset();
-    driver.bench.nic.hold_link(false);
+    driver.bench.nic.let_link_go(false);
     assert_eq!(driver.bench.far_end().nic_link, [true; 0]);
-    driver.bench.nic.hold_link(true);
+    driver.bench.nic.hold_link();
     driver.bench.write_phy(0, POWERED_DOWN);
-    driver.bench.nic.hold_link(false);
+    driver.bench.nic.let_link_go(false);
     assert_eq!(driver.bench.far_end().nic_link, [false]);
 }

@@ -161,4 +161,18 @@ impl CallResult {
     pub fn is_to_be_taken_back(&self) -> bool {
         matches!(self.end, CallEnd::Aborted(_)) && !self.kernel_calls.is_empty()
     }
+
+    /// Whether the call has not ended, and may yet be taken back.
+    pub fn is_open(&self) -> bool {
+        matches!(&self.end, CallEnd::Spilled(_, call) if call.is_journalled())
+    }
+
+    /// Whether memory and device are as before the call.
+    pub fn leaves_nothing(&self) -> bool {
+        match &self.end {
+            CallEnd::Aborted(violation) => !violation.stays(),
+            CallEnd::PassThrough(_) => true,
+            CallEnd::Committed | CallEnd::Spilled(..) => false,
+        }
+    }
 }

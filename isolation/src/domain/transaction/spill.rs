@@ -63,6 +63,11 @@ impl SpilledCall {
         journal.map_or_else(Vec::new, |journal| journal.take_deferred())
     }
 
+    /// Whether the call can be taken back.
+    pub fn is_journalled(&self) -> bool {
+        self.journal.is_some()
+    }
+
     /// Whether there are such kernel functions.
     pub fn has_deferred(&self) -> bool {
         self.journal
