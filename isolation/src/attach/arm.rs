@@ -84,7 +84,7 @@ pub(super) fn driver_policy(
 
 /// Patches P's copies of driver and kernel text.
 pub(super) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
-    for gate in &plan.gates {
+    for gate in plan.gates.iter().chain(&plan.guards) {
         domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
     }
     for (site, target) in &plan.redirects {
@@ -105,7 +105,7 @@ pub(super) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
     Ok(())
 }
 
-/// Writes the gates into the guest's text; all or none.
+/// Writes the gates into the guest's text; all or none. Guards are looked up, and set later.
 pub(super) fn set_gates(
     plan: &Plan,
     virt: &VirtMemory<'_, GuestMemoryMmap>,
@@ -113,7 +113,9 @@ pub(super) fn set_gates(
     policy: Option<&DriverPolicy>,
 ) -> Result<HashMap<u64, Gate>, AttachError> {
     let mut gates = HashMap::new();
-    for gate in &plan.gates {
+    let isolated = plan.gates.iter().map(|gate| (gate, false));
+    let guards = plan.guards.iter().map(|gate| (gate, true));
+    for (gate, is_guard) in isolated.chain(guards) {
         let mut now = [0; GATE_BYTES];
         virt.read(gate.site.gate, &mut now)?;
         let translation = virt.space.walk(virt.memory, gate.site.gate);
@@ -134,22 +136,26 @@ pub(super) fn set_gates(
                 aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
                     policy.abort_return(&gate.name)
                 }),
+                is_guard,
                 transmits: policy.is_some_and(|policy| policy.is_transmit(&gate.name)),
             },
         );
     }
-    for (written, gate) in gates.values().enumerate() {
-        if memory
-            .write_slice(&GATE.bytes(), GuestAddress(gate.gpa))
-            .is_err()
-        {
-            for gate in gates.values().take(written) {
+    let isolated = || gates.values().filter(|gate| !gate.is_guard);
+    for (written, gate) in isolated().enumerate() {
+        if !set_gate(memory, gate.gpa) {
+            for gate in isolated().take(written) {
                 clear_gate(memory, gate.gpa);
             }
             return Err(DomainError::TextNotMapped(gate.gpa).into());
         }
     }
     Ok(gates)
+}
+
+/// Writes a gate; `false` if there is no memory.
+pub(super) fn set_gate(memory: &GuestMemoryMmap, gpa: u64) -> bool {
+    memory.write_slice(&GATE.bytes(), GuestAddress(gpa)).is_ok()
 }
 
 /// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.

@@ -11,7 +11,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
 use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
-use super::arm::clear_gate;
+use super::arm::{clear_gate, set_gate};
 use super::call_loop::CallLoop;
 use super::device::IsolatedDevice;
 use super::errand::{Errand, Failure, write_stack};
@@ -46,6 +46,8 @@ pub(super) struct Gate {
     pub aborted: AbortReturn,
     /// The kernel gives it packets, and keeps those that it does not take.
     pub transmits: bool,
+    /// It is no gate of an isolated function, and there only while packets are kept out.
+    pub is_guard: bool,
 }
 
 /// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
@@ -66,6 +68,8 @@ pub(super) struct Armed {
     /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
     /// back.
     pub errands: HashMap<u64, Errand>,
+    /// Guards are set.
+    pub guarding: bool,
     /// Transmit queues that are stopped because such calls keep packets out.
     pub queues: TransmitQueues,
     /// Calls kernel functions for errands; `None` if the module's text has no room for it.
@@ -148,22 +152,23 @@ impl Armed {
             rip: known.body,
             ..at.regs
         };
-        if self.broken.is_some() {
+        let is_kept_out = known.transmits && keeps_out;
+        if self.broken.is_some() || known.is_guard && !is_kept_out {
             return unisolated;
         }
-        if self.stopped || known.transmits && keeps_out {
+        if self.stopped || is_kept_out {
             let arguments = arguments(&at.regs);
             let rax = known.aborted.value.rax(&arguments);
-            match self.stopped {
-                true => known.entry.refused += 1,
-                false => known.entry.kept_out += 1,
+            match is_kept_out {
+                true => known.entry.kept_out += 1,
+                false => known.entry.refused += 1,
             }
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
                 space: self.space(&at.sregs),
                 memory: &memory,
             };
-            if !self.stopped {
+            if is_kept_out {
                 self.queues.stop(arguments[0], arguments[1], virt);
             }
             return returned(&at.regs, virt, rax).unwrap_or(unisolated);
@@ -281,6 +286,25 @@ impl Armed {
                     held.let_link_go(true);
                 }
             });
+        }
+    }
+
+    /// Sets or takes out the guards of the transmit functions that are not isolated, as long as packets are kept out
+    /// of calls. The guest's other processors are held.
+    pub fn guard(&mut self) {
+        let guarding = keeps_packets_out(&self.spilled);
+        if self.guarding == guarding {
+            return;
+        }
+        self.guarding = guarding;
+        let memory = self.domain.memories().1;
+        for gate in self.gates.values().filter(|gate| gate.is_guard) {
+            match guarding {
+                true => {
+                    set_gate(&memory, gate.gpa);
+                }
+                false => clear_gate(&memory, gate.gpa),
+            }
         }
     }
 
@@ -609,7 +633,10 @@ impl Armed {
     }
 
     pub fn status(&self, module: &str) -> ModuleStatus {
-        let mut entries: Vec<_> = self.gates.values().map(|gate| gate.entry.clone()).collect();
+        // A guard that kept something out is told of.
+        let gates = self.gates.values();
+        let told = gates.filter(|gate| !gate.is_guard || gate.entry.kept_out > 0);
+        let mut entries: Vec<_> = told.map(|gate| gate.entry.clone()).collect();
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         ModuleStatus {
             module: module.to_owned(),

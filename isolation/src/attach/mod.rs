@@ -215,7 +215,16 @@ impl Isolator {
             };
             let layout = ModuleLayout::new(&request.module, &request.sections, None, &virt)?;
             let text = layout.read_text(&virt)?;
-            let plan = Plan::new(&request.wanted, &layout, &text, &request.symbols)?;
+            let types = request.types;
+            let policy = types
+                .clone()
+                .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
+            // Only calls that can be taken back keep packets out.
+            let may_keep_out = policy.as_ref().filter(|_| request.model.is_some());
+            let is_guarded =
+                |name: &str| may_keep_out.is_some_and(|policy| policy.is_transmit(name));
+            let (wanted, symbols) = (&request.wanted, &request.symbols);
+            let plan = Plan::new(wanted, &layout, &text, symbols, &is_guarded)?;
             let mut domain = Domain::new(DomainConfig {
                 kvm: self.vm.kvm(),
                 memory: memory.clone(),
@@ -244,12 +253,8 @@ impl Isolator {
                 imports: knowledge.names_of(plan.redirects.iter().map(|(_, target)| *target)),
                 stopped_us: 0,
             };
-            let types = request.types;
             let effects = request.model.as_ref().zip(types.as_deref());
             let effects = effects.map(|(model, types)| model.resolve(&request.symbols, types));
-            let policy = types
-                .clone()
-                .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
             let gates = set_gates(&plan, &virt, &memory, policy.as_ref())?;
             let armed = Armed {
                 domain,
@@ -257,6 +262,7 @@ impl Isolator {
                 policy,
                 physical_bits,
                 gates,
+                guarding: false,
                 spilled: HashMap::new(),
                 errands: HashMap::new(),
                 returning: Vec::new(),
@@ -412,7 +418,7 @@ impl Isolator {
                     armed
                         .gates
                         .values()
-                        .any(|gate| gate.entry.name == order.entry)
+                        .any(|gate| !gate.is_guard && gate.entry.name == order.entry)
                 })
                 .ok_or_else(not_an_entry)?;
             let at = function.checked_add(order.offset);

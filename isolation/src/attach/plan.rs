@@ -119,6 +119,8 @@ fn list(refusals: &[Refusal]) -> String {
 pub struct Plan {
     /// Functions to gate, by address.
     pub gates: Vec<PlannedGate>,
+    /// Further functions that get a gate while calls must not come between, by address.
+    pub guards: Vec<PlannedGate>,
     /// Functions that fit `All` or a pattern but cannot be gated.
     pub refused: Vec<Refusal>,
     /// Direct calls and jumps out of the module: instruction and target.
@@ -138,15 +140,29 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Works out how to isolate the `wanted` functions of the module with this layout and text.
+    /// Works out how to isolate the `wanted` functions of the module with this layout and text, and how to guard those
+    /// of which `is_guarded` is true by name.
     pub fn new(
         wanted: &Wanted,
         layout: &ModuleLayout,
         text: &ModuleText,
         symbols: &SymbolTable,
+        is_guarded: &dyn Fn(&str) -> bool,
     ) -> Result<Self, PlanError> {
         let scan = text.scan(symbols)?;
         let (gates, refused) = gates(wanted, layout, text, &scan, symbols)?;
+        let others = symbols.in_module(&layout.name).filter(|symbol| {
+            symbol.is_code()
+                && is_guarded(symbol.name)
+                && !gates.iter().any(|gate| gate.site.function == symbol.at)
+        });
+        let guards = others.filter_map(|symbol| {
+            Some(PlannedGate {
+                name: symbol.name.to_owned(),
+                site: layout.gate_at(symbol.at, text, &scan, symbols).ok()?,
+            })
+        });
+        let guards = guards.collect();
         let redirects = scan.sites().iter().filter_map(|site| match site.kind {
             SiteKind::Direct {
                 target,
@@ -182,6 +198,7 @@ impl Plan {
         };
         Ok(Self {
             gates,
+            guards,
             refused,
             redirects,
             text_pages,

@@ -86,6 +86,7 @@ impl TrapHandler for Isolator {
             next = armed.call(again.gate, again.attempts.saturating_add(1), &at);
         }
         armed.let_device_go();
+        armed.guard();
         context.set_regs(&next);
         armed.caller_runs_again();
         TrapOutcome::Resume
