@@ -6,7 +6,7 @@ mod common;
 
 use common::{DRIVER_TEXT, Guest, KERNEL_DATA, KERNEL_TEXT, PAGE, STACK, STACK_TOP, gpa_of};
 use iced_x86::code_asm::{al, qword_ptr, r8, r9, r10, r11, rax, rbx, rcx, rdi, rdx, rsi};
-use isolation::attach::call_loop::{CallLoop, MAX_CALLS, Row};
+use isolation::attach::call_loop::{CallLoop, MAX_ROWS, Row};
 use isolation::guest::modules::ModuleLayout;
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
@@ -106,10 +106,12 @@ fn run(guest: &Guest, regs: &kvm_regs) -> (u16, kvm_regs) {
 fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers() {
     let guest = guest();
     let call_loop = CallLoop::place(&layout(&guest), &virt(&guest)).unwrap();
-    for count in [1, 2, MAX_CALLS] {
+    for count in [1, 2, 64] {
         guest.write(KERNEL_DATA, LOG);
         let (rows, caller) = (rows(count), caller(STACK_TOP - 0x80));
-        let regs = call_loop.begin(&rows, &caller, GATE, virt(&guest)).unwrap();
+        let begun = call_loop.begin(&rows, &caller, GATE, virt(&guest));
+        let (regs, progress) = begun.unwrap();
+        assert_eq!(progress.function(&guest.memory), FUNCTION);
         let (port, after) = run(&guest, &regs);
         assert_eq!((port, after.rsp), (0xe1, caller.rsp));
         let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
@@ -127,13 +129,36 @@ fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers(
 
 #[test]
 fn only_as_many_are_called_as_there_is_stack_for() {
-    assert_eq!(CallLoop::room(1000, STACK_TOP - 0x80), MAX_CALLS);
-    assert_eq!(CallLoop::room(7, STACK_TOP - 0x80), 7);
-    assert_eq!(CallLoop::room(1000, STACK + 0x2000), 0);
-    let few = CallLoop::room(1000, STACK + 0x2200);
+    assert_eq!(CallLoop::room(STACK_TOP - 0x80), MAX_ROWS);
+    assert_eq!(CallLoop::room(STACK + 0x1000), 0);
+    let few = CallLoop::room(STACK + 0x1200);
     assert!(few > 0 && few < 10, "{few}");
     // A stack that ends where another begins.
-    assert_eq!(CallLoop::room(1000, STACK_TOP), MAX_CALLS);
+    assert_eq!(CallLoop::room(STACK_TOP), MAX_ROWS);
+}
+
+#[test]
+fn interrupts_are_switched_between_functions_and_the_one_that_runs_is_known() {
+    let guest = guest();
+    // Leaves the guest in the middle, with what it found.
+    let last = FUNCTION + 0x100;
+    guest.code(last, |a| a.out(0xe2, al).unwrap());
+    let call_loop = CallLoop::place(&layout(&guest), &virt(&guest)).unwrap();
+    for off in [false, true] {
+        guest.write(KERNEL_DATA, LOG);
+        let mut rows = rows(2);
+        rows.push(call_loop.interrupts(off));
+        rows.push([last, 0, 0, 0, 0, 0, 0]);
+        let caller = kvm_regs {
+            rflags: if off { 0x202 } else { 2 },
+            ..caller(STACK_TOP - 0x80)
+        };
+        let begun = call_loop.begin(&rows, &caller, GATE, virt(&guest));
+        let (regs, progress) = begun.unwrap();
+        let (port, now) = run(&guest, &regs);
+        assert_eq!((port, now.rflags & 0x200 == 0), (0xe2, off));
+        assert_eq!(progress.function(&guest.memory), last);
+    }
 }
 
 #[test]

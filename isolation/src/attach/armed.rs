@@ -242,17 +242,18 @@ impl Armed {
 
     /// Gives up calls that are being taken back by a kernel function that does not return.
     pub fn give_up_hanging(&mut self) {
-        let hanging: Vec<u64> = self
+        let memory = self.domain.memories().1;
+        let failed = self
             .errands
             .iter()
-            .filter(|(_, errand)| errand.failure.is_some() && errand.hangs().is_some())
-            .map(|(rsp, _)| *rsp)
-            .collect();
-        for rsp in hanging {
+            .filter(|(_, errand)| errand.failure.is_some());
+        let hanging = failed.filter_map(|(rsp, errand)| Some((*rsp, errand.hangs(&memory)?)));
+        let hanging: Vec<(u64, u64)> = hanging.collect();
+        for (rsp, function) in hanging {
             let Some(errand) = self.errands.get_mut(&rsp) else {
                 continue;
             };
-            let (gate, function) = (errand.gate, errand.hangs().unwrap_or(0));
+            let gate = errand.gate;
             let Some(mut failure) = errand.failure.take() else {
                 continue;
             };

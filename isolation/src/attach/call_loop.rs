@@ -2,16 +2,17 @@
 //!
 //! ```text
 //!   stack of the thread                        loop, behind the module's text
-//!   top-8    return gate   ◄── last            next:  rdi .. r9 from the table
-//!   top-32   rbx, rbp, r12 of the caller              call the function
+//!   top-8    return gate   ◄── last            next:  note the row
+//!   top-32   rbx, rbp, r12 of the caller              rdi .. r9 from the table
+//!   top-40   row that runs                            call the function
 //!            last call: function, rdi .. r9           next row; again as long as there are any
 //!            ...                                      caller's registers back, return
 //!   rsp      first call
 //! ```
 //!
 //! A call of a kernel function through the return gate costs an exit and an entry of the guest; taking back an
-//! `open` that has filled a ring takes five hundred of them. The loop is for functions that may be called with
-//! interrupts off, and so do not sleep: the thread is back at the gate before anything else runs on its processor.
+//! `open` that has filled a ring takes five hundred of them. Functions that sleep may be among them: the loop keeps
+//! all it needs on the thread's stack. Rows of their own switch interrupts off and on.
 //!
 //! The kernel rounds a module's text up to whole pages and clears what is left (`layout_sections`, `move_module`,
 //! kernel/module/main.c). The loop stands at the end of the last page; where there is no room for it, functions are
@@ -25,11 +26,11 @@ use crate::guest::addr::Gva;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 
-/// Most functions that are called in one go: for so long interrupts wait.
-pub const MAX_CALLS: usize = 64;
+/// Most rows of a table: for so long interrupts may wait.
+pub const MAX_ROWS: usize = 128;
 
 /// Bytes of stack that must be left for the functions.
-const STACK_RESERVE: u64 = THREAD_SIZE / 2;
+const STACK_RESERVE: u64 = THREAD_SIZE / 4;
 
 /// Bytes that have to be free in front of the loop: an instruction may end in a few zeros.
 const GAP: usize = 32;
@@ -43,11 +44,15 @@ const ROW_BYTES: u64 = size_of::<Row>() as u64;
 /// Registers that the loop needs for itself, kept above its table, and its return address.
 const SAVED_BYTES: u64 = 4 * 8;
 
+/// The row that runs, between these and the table.
+const PROGRESS_BYTES: u64 = 8;
+
 /// The loop. `rbx`: row of the table; `r12d`: rows that are left; `rbp`: what is kept.
 ///
 /// Functions are entered by a return and not by an indirect call, which a processor with branch tracking allows to
 /// marked functions only.
-const CODE: [u8; 52] = [
+const CODE: [u8; 60] = [
+    0x48, 0x89, 0x5d, 0xf8, // mov [rbp-8], rbx
     0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx+8]
     0x48, 0x8b, 0x73, 0x10, // mov rsi, [rbx+16]
     0x48, 0x8b, 0x53, 0x18, // mov rdx, [rbx+24]
@@ -60,13 +65,20 @@ const CODE: [u8; 52] = [
     0xc3, // ret
     0x48, 0x83, 0xc3, 0x38, // add rbx, 56
     0x41, 0xff, 0xcc, // dec r12d
-    0x75, 0xd4, // jne to the first instruction
+    0x75, 0xd0, // jne to the first instruction
     0x48, 0x89, 0xec, // mov rsp, rbp
     0x41, 0x5c, // pop r12
     0x5d, // pop rbp
     0x5b, // pop rbx
     0xc3, // ret
+    0xfa, 0xc3, // cli; ret
+    0xfb, 0xc3, // sti; ret
 ];
+
+/// Function in it that switches interrupts off.
+const OFF: u64 = 56;
+/// Function in it that switches them on.
+const ON: u64 = 58;
 
 /// The loop of a module.
 #[derive(Debug, Clone, Copy)]
@@ -114,12 +126,17 @@ impl CallLoop {
         }
     }
 
-    /// How many of `calls` calls there is room for on the stack below `top`, in one go.
-    pub fn room(calls: usize, top: u64) -> usize {
+    /// How many rows there is room for on the stack below `top`, in one go.
+    pub fn room(top: u64) -> usize {
         let above_bottom = top.wrapping_sub(8) & (THREAD_SIZE - 1);
-        let bytes = above_bottom.saturating_sub(STACK_RESERVE + SAVED_BYTES);
-        let rows = usize::try_from(bytes / ROW_BYTES).unwrap_or(0);
-        calls.min(rows).min(MAX_CALLS)
+        let bytes = above_bottom.saturating_sub(STACK_RESERVE + SAVED_BYTES + PROGRESS_BYTES);
+        usize::try_from(bytes / ROW_BYTES).map_or(MAX_ROWS, |rows| rows.min(MAX_ROWS))
+    }
+
+    /// The row that switches interrupts off, or on again.
+    pub fn interrupts(self, off: bool) -> Row {
+        let function = self.at.0.wrapping_add(if off { OFF } else { ON });
+        [function, 0, 0, 0, 0, 0, 0]
     }
 
     /// Registers that call `rows` one after the other on the stack below that of `caller`, as whom it then goes on at
@@ -130,14 +147,20 @@ impl CallLoop {
         caller: &kvm_regs,
         back: u64,
         virt: VirtMemory<'_, GuestMemoryMmap>,
-    ) -> Option<kvm_regs> {
+    ) -> Option<(kvm_regs, Progress)> {
         let kept = caller.rsp.wrapping_sub(SAVED_BYTES);
-        let table = kept.wrapping_sub(rows.len() as u64 * ROW_BYTES);
+        let noted = kept.wrapping_sub(PROGRESS_BYTES);
+        let table = noted.wrapping_sub(rows.len() as u64 * ROW_BYTES);
         let words = rows.iter().flatten().copied();
-        let words = words.chain([caller.r12, caller.rbp, caller.rbx, back]);
+        let words = words.chain([table, caller.r12, caller.rbp, caller.rbx, back]);
         let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         write(virt, table, &bytes)?;
-        Some(kvm_regs {
+        let progress = Progress {
+            at: virt.space.walk(virt.memory, Gva(noted)).ok()?.gpa,
+            table,
+            functions: rows.iter().map(|row| row[0]).collect(),
+        };
+        let regs = kvm_regs {
             rip: self.at.0,
             rsp: table,
             rax: 0,
@@ -145,7 +168,28 @@ impl CallLoop {
             rbp: kept,
             r12: u64::try_from(rows.len()).ok()?,
             ..*caller
-        })
+        };
+        Some((regs, progress))
+    }
+}
+
+/// Where a thread in the loop is.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// Where the row that runs is noted.
+    at: GuestAddress,
+    table: u64,
+    functions: Vec<u64>,
+}
+
+impl Progress {
+    /// The function that runs now, as the guest has noted it.
+    pub fn function(&self, memory: &GuestMemoryMmap) -> u64 {
+        let row = memory.read_obj::<u64>(self.at).unwrap_or(self.table);
+        let index = row.wrapping_sub(self.table) / ROW_BYTES;
+        let noted = usize::try_from(index).ok();
+        let noted = noted.and_then(|index| self.functions.get(index));
+        noted.or(self.functions.first()).copied().unwrap_or(0)
     }
 }
 

@@ -4,7 +4,7 @@
 //!   return gate ─► first function ─► return gate ─► second function ─► ... ─► the call's caller
 //! ```
 //!
-//! Neighbours that may all be called with interrupts off are called in one go ([`CallLoop`]).
+//! As many as fit on the stack are called in one go ([`CallLoop`]).
 //!
 //! The stack below the caller's frame is free, so each function is entered as if the caller had called it, with the
 //! return gate as its return address. They may sleep: the thread comes back through the gate whenever it
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::call_loop::{CallLoop, Row};
+use super::call_loop::{CallLoop, Progress, Row};
 use super::report::ViolationReport;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::guest::addr::Gva;
@@ -46,8 +46,10 @@ pub(super) struct Errand {
     pub finally: kvm_regs,
     /// The call that is taken back by it; `None` if it is one that ended well, or that was given up.
     pub failure: Option<Failure>,
-    /// The function that runs now, and since when.
+    /// The function that was called last, and when.
     running: (u64, Instant),
+    /// Where the thread is among those that were called in one go with it.
+    progress: Option<Progress>,
 }
 
 impl Errand {
@@ -63,6 +65,7 @@ impl Errand {
             finally,
             failure,
             running: (0, Instant::now()),
+            progress: None,
         }
     }
 
@@ -77,9 +80,13 @@ impl Errand {
     }
 
     /// The function that runs, if it has for too long.
-    pub fn hangs(&self) -> Option<u64> {
+    pub fn hangs(&self, memory: &GuestMemoryMmap) -> Option<u64> {
         let (function, since) = self.running;
-        (since.elapsed() > ERRAND_LIMIT).then_some(function)
+        let running = || match &self.progress {
+            Some(progress) => progress.function(memory),
+            None => function,
+        };
+        (since.elapsed() > ERRAND_LIMIT).then(running)
     }
 
     /// Registers to call the next function with, or the next ones in `call_loop`, whose return leads to `return_gate`;
@@ -92,32 +99,29 @@ impl Errand {
         call_loop: Option<CallLoop>,
         virt: VirtMemory<'_, GuestMemoryMmap>,
     ) -> Option<kvm_regs> {
-        let first = self.calls.front()?.function;
+        let stay_off = self.finally.rflags & INTERRUPT_FLAG == 0;
         // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
-        let may_be_off = |call: &KernelCall| {
-            effects.is_some_and(|known| known.interrupts_off.contains(&call.function))
+        let off = |call: &KernelCall| {
+            stay_off || effects.is_some_and(|known| known.interrupts_off.contains(&call.function))
         };
-        let neighbours = self
-            .calls
-            .iter()
-            .take_while(|call| may_be_off(call))
-            .count();
-        let rflags = match neighbours {
-            0 => self.finally.rflags,
-            _ => self.finally.rflags & !INTERRUPT_FLAG,
+        let first = self.calls.front()?;
+        let rflags = match off(first) {
+            true => self.finally.rflags & !INTERRUPT_FLAG,
+            false => self.finally.rflags,
         };
         let caller = kvm_regs {
             rflags,
             ..self.finally
         };
-        self.running = (first, Instant::now());
+        self.running = (first.function, Instant::now());
+        self.progress = None;
         if let Some(call_loop) = call_loop {
-            let together = CallLoop::room(neighbours, self.finally.rsp);
-            let rows: Vec<Row> = self.calls.iter().take(together).map(row).collect();
-            if together > 1
-                && let Some(next) = call_loop.begin(&rows, &caller, return_gate, virt)
+            let (rows, calls) = rows(&self.calls, call_loop, off, self.finally.rsp);
+            if calls > 1
+                && let Some((next, progress)) = call_loop.begin(&rows, &caller, return_gate, virt)
             {
-                self.calls.drain(..together);
+                self.progress = Some(progress);
+                self.calls.drain(..calls);
                 return Some(next);
             }
         }
@@ -141,6 +145,32 @@ impl Errand {
             ..caller
         })
     }
+}
+
+/// Rows for as many of `calls` as there is room for below `top`, and how many these are.
+fn rows(
+    calls: &VecDeque<KernelCall>,
+    call_loop: CallLoop,
+    off: impl Fn(&KernelCall) -> bool,
+    top: u64,
+) -> (Vec<Row>, usize) {
+    let room = CallLoop::room(top);
+    let mut rows = Vec::with_capacity(room);
+    let mut count = 0;
+    let mut is_off = calls.front().is_some_and(&off);
+    for call in calls {
+        let switches = off(call) != is_off;
+        if rows.len() + 1 + usize::from(switches) > room {
+            break;
+        }
+        if switches {
+            is_off = !is_off;
+            rows.push(call_loop.interrupts(is_off));
+        }
+        rows.push(row(call));
+        count += 1;
+    }
+    (rows, count)
 }
 
 fn row(call: &KernelCall) -> Row {
