@@ -16,7 +16,7 @@ use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use isolation::attach::device::CheckpointBy;
 use isolation::attach::fault::{FaultCount, InstructionAt};
-use recovery::fault::{FaultKind, Place, after_kernel_calls};
+use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, OnFault};
 use serde::Deserialize;
 
@@ -24,6 +24,7 @@ use super::guest::Guest;
 use super::network::{LINK_TIME, Probe};
 use super::operation::Operation;
 use super::recovery::DRIVER;
+use super::spilled::GUEST_ONLY;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
 use crate::report::{Method, Phase, Recovery, RecoveryRun};
@@ -38,17 +39,6 @@ pub const ENTRIES: &[&str] = &[
     "e1000_set_rx_mode",
     "e1000_set_mac",
 ];
-
-/// Entry points whose calls go on in the guest and then fail: waits are the guest's, and so are
-/// [`GUEST_ONLY`].
-pub const SPILLING: &[&str] = &["e1000_set_ringparam", "e1000_open"];
-
-/// Kernel functions that may wait, and which these calls go on in the guest for: memory for rings, and the
-/// interrupt.
-const GUEST_ONLY: [&str; 2] = ["vzalloc", "request_threaded_irq"];
-
-/// Places of one entry point at which calls fail after they had gone on in the guest.
-const SPILLED_PLACES: usize = 3;
 
 /// Faults that are put in, in turn from place to place.
 const FAULTS: [FaultKind; 2] = [FaultKind::NullDereference, FaultKind::UndefinedInstruction];
@@ -66,7 +56,7 @@ const MISSES: u64 = 2;
 const TRIES: usize = 16;
 
 /// Instructions tried at most to find one at a place that calls reach.
-const CANDIDATES: usize = 24;
+pub(super) const CANDIDATES: usize = 24;
 
 /// Between two looks at something that will change. Moments are noted by the VM; who looks takes the processor away from
 /// it where there is one for both.
@@ -80,18 +70,18 @@ const COMMAND_MS: u64 = 10_000;
 
 /// A rollback as the VM reports it (`isolation::attach::report::ViolationReport`).
 #[derive(Debug, Deserialize)]
-struct RolledBack {
+pub(super) struct RolledBack {
     entry: String,
     at_ns: u64,
     phases: Phases,
-    violation: Violated,
-    stays: Option<String>,
+    pub(super) violation: Violated,
+    pub(super) stays: Option<String>,
 }
 
 /// `isolation::domain::violation::Violation`
 #[derive(Debug, Deserialize)]
-struct Violated {
-    spills: u32,
+pub(super) struct Violated {
+    pub(super) spills: u32,
 }
 
 /// `isolation::domain::transaction::AbortPhases`
@@ -106,7 +96,7 @@ struct Phases {
 
 impl RolledBack {
     /// The phases that the VM times itself.
-    fn run(&self) -> RecoveryRun {
+    pub(super) fn run(&self) -> RecoveryRun {
         let Phases {
             detect_ns,
             memory_ns,
@@ -203,16 +193,16 @@ pub fn measure(
     Ok(())
 }
 
-struct Bench<'a> {
-    guest: &'a mut Guest,
+pub(super) struct Bench<'a> {
+    pub(super) guest: &'a mut Guest,
     probe: &'a mut Probe,
-    control: ControlClient,
+    pub(super) control: ControlClient,
     /// Losses of the link that the other end of the wire saw in calls that failed after they had gone on in the guest.
-    link_losses: u64,
+    pub(super) link_losses: u64,
 }
 
 /// How an order of one fault ended.
-enum Fired {
+pub(super) enum Fired {
     /// In a rollback.
     Yes,
     /// Calls came, and did not reach the instruction.
@@ -274,100 +264,8 @@ impl Bench<'_> {
         Ok(all)
     }
 
-    /// Rollbacks of calls that had gone on in the guest, at a few places in turn.
-    fn spilling_entry(
-        &mut self,
-        entry: &str,
-        operation: Operation,
-        runs: usize,
-        progress: &mut dyn FnMut(&str),
-    ) -> anyhow::Result<Vec<Recovery>> {
-        let instructions = self.instructions(entry)?;
-        let fault = FaultKind::UndefinedInstruction;
-        // The later the more there is to take back.
-        let behind = after_kernel_calls(&instructions);
-        let behind = behind.into_iter().rev().map(|(offset, _)| offset);
-        let last = Place::Last.candidates(&instructions).into_iter();
-        let mut places = Vec::new();
-        for offset in last.chain(behind).take(CANDIDATES) {
-            if places.len() == SPILLED_PLACES {
-                break;
-            }
-            if self
-                .spilled_rollback(entry, operation, offset, fault)?
-                .is_some()
-            {
-                places.push(offset);
-            }
-        }
-        ensure!(
-            !places.is_empty(),
-            "no call of {entry} fails after it has gone on in the guest"
-        );
-        let mut all = Vec::new();
-        let mut misses = 0;
-        for offset in places.iter().cycle() {
-            if all.len() >= runs {
-                break;
-            }
-            match self.spilled_rollback(entry, operation, *offset, fault)? {
-                Some(run) => all.push(run),
-                // Another way through the function this time.
-                None => misses += 1,
-            }
-            ensure!(
-                misses <= runs,
-                "calls of {entry} do not come by their faults any more"
-            );
-            if !all.is_empty() && all.len().is_multiple_of(10) {
-                progress(&format!(
-                    "rollback {entry}, spilled: {} of {runs}",
-                    all.len()
-                ));
-            }
-        }
-        self.works(operation).context("after the faults")?;
-        let places: Vec<String> = places.iter().map(|at| format!("+{at:#x}")).collect();
-        let fault = format!("{} at {} (spilled)", fault.name(), places.join(", "));
-        let recovery = Recovery::from_runs(DRIVER, Method::Rollback, all);
-        Ok(Vec::from_iter(recovery.map(|recovery| Recovery {
-            entry: Some(entry.to_owned()),
-            fault: Some(fault),
-            ..recovery
-        })))
-    }
-
-    /// One fault in a call; `None` if calls do not reach it, or have not gone on in the guest by then.
-    fn spilled_rollback(
-        &mut self,
-        entry: &str,
-        operation: Operation,
-        offset: u64,
-        fault: FaultKind,
-    ) -> anyhow::Result<Option<RecoveryRun>> {
-        let losses = self.link_losses()?;
-        match self.order(entry, operation, offset, fault)? {
-            Fired::Yes => {}
-            Fired::Missed => return Ok(None),
-            Fired::NoCall => bail!("{entry} is not called any more at +{offset:#x}"),
-        }
-        let lost = self.link_losses()?.saturating_sub(losses);
-        let rolled_back = self.last_rollback(entry)?;
-        if let Some(why) = &rolled_back.stays {
-            bail!("a call of {entry} that failed at +{offset:#x} was not taken back: {why}");
-        }
-        if rolled_back.violation.spills == 0 {
-            return Ok(None);
-        }
-        self.link_losses = self.link_losses.saturating_add(lost);
-        match operation.keeps_interface_up() {
-            true => self.followed(&rolled_back).map(Some),
-            false => Ok(Some(rolled_back.run())),
-        }
-    }
-
     /// The instructions of a function of the driver.
-    fn instructions(&mut self, function: &str) -> anyhow::Result<Vec<InstructionAt>> {
+    pub(super) fn instructions(&mut self, function: &str) -> anyhow::Result<Vec<InstructionAt>> {
         let request = Request::Instructions {
             module: DRIVER.to_owned(),
             function: function.to_owned(),
@@ -406,7 +304,7 @@ impl Bench<'_> {
     }
 
     /// Puts one fault in and has the call made.
-    fn order(
+    pub(super) fn order(
         &mut self,
         entry: &str,
         operation: Operation,
@@ -482,7 +380,7 @@ impl Bench<'_> {
     }
 
     /// The rollback that happened last.
-    fn last_rollback(&mut self, entry: &str) -> anyhow::Result<RolledBack> {
+    pub(super) fn last_rollback(&mut self, entry: &str) -> anyhow::Result<RolledBack> {
         let request = Request::Violations {
             module: DRIVER.to_owned(),
         };
@@ -501,7 +399,7 @@ impl Bench<'_> {
     }
 
     /// A rollback with what the guest did afterwards.
-    fn followed(&mut self, rolled_back: &RolledBack) -> anyhow::Result<RecoveryRun> {
+    pub(super) fn followed(&mut self, rolled_back: &RolledBack) -> anyhow::Result<RecoveryRun> {
         let at_ns = rolled_back.at_ns;
         let mut run = rolled_back.run();
         let deadline = Instant::now() + LINK_TIME;
@@ -529,7 +427,7 @@ impl Bench<'_> {
     }
 
     /// The operation without a fault in it must succeed.
-    fn works(&mut self, operation: Operation) -> anyhow::Result<()> {
+    pub(super) fn works(&mut self, operation: Operation) -> anyhow::Result<()> {
         match operation {
             Operation::Traffic => Ok(()),
             Operation::Command(argv) => self.guest.run(argv).map(drop),
@@ -547,13 +445,6 @@ impl Bench<'_> {
             ..Exec::default()
         });
         Ok(result.context("the guest's agent does not answer")?.end)
-    }
-
-    /// How often the other end of the wire saw the link go.
-    fn link_losses(&mut self) -> anyhow::Result<u64> {
-        let status = self.control.status()?;
-        let losses = status.nic.get("link_losses").copied();
-        losses.context("the VM does not tell losses of the link")
     }
 
     /// How often the link came or went for the guest.

@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, isolation, recovery, rollback, traffic};
+use crate::bench::{boot, isolation, recovery, rollback, spilled, traffic};
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
 use crate::report::{Method, Report, environment, html, merge, svg};
@@ -201,7 +201,7 @@ impl BenchCommand {
             } => {
                 let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
                 let (entries, spilling) = match entry.is_empty() && spilled.is_empty() {
-                    true => (names(rollback::ENTRIES), names(rollback::SPILLING)),
+                    true => (names(rollback::ENTRIES), names(spilled::SPILLING)),
                     false => (entry, spilled),
                 };
                 let options = recovery::RecoveryOptions {
