@@ -62,7 +62,7 @@ pub(super) const CANDIDATES: usize = 24;
 /// it where there is one for both.
 const POLL: Duration = Duration::from_millis(20);
 
-/// From seeing that a call failed to asking how: the first packets come undisturbed.
+/// From seeing that a call failed to going on: the first packets come undisturbed.
 const QUIET: Duration = Duration::from_millis(30);
 
 /// Limit of a command in the guest, in milliseconds.
@@ -323,11 +323,11 @@ impl Bench<'_> {
             let count = self.count()?;
             let whole = operation.command(true).is_none() || !forth || operation.is_one();
             if count.failed > 0 {
+                std::thread::sleep(QUIET);
                 // The undoing half still has to come, or is what failed.
                 if let (Operation::Toggle(..), Some(argv)) = (operation, operation.command(false)) {
                     self.command(argv)?;
                 }
-                std::thread::sleep(QUIET);
                 return Ok(Fired::Yes);
             }
             if whole && count.tried >= MISSES {

@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -30,6 +31,8 @@ use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use vm_memory::GuestMemoryMmap;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
+use crate::wire::CountingWire;
+
 /// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as well.
 const BUDGET: Duration = Duration::from_secs(30);
 
@@ -55,6 +58,7 @@ pub struct Machine {
     pub handle: VmHandle,
     nic: Arc<Mutex<E1000>>,
     nic_slot: u8,
+    link_losses: Arc<AtomicU64>,
     symbols: Arc<SymbolTable>,
     kernel_types: Arc<Btf>,
     images: PathBuf,
@@ -107,6 +111,7 @@ impl Machine {
         let console = Arc::new(Mutex::new(console.unwrap()));
         vm.add_pci(&slot, console.clone()).unwrap();
         vm.add_subscriber(console);
+        let link_losses = Arc::new(AtomicU64::new(0));
         let gateway = Gateway::new(&GatewayConfig::default()).unwrap();
         vm.add_subscriber(Arc::new(Mutex::new(gateway.timer())));
         let slot = vm.reserve_pci_slot().unwrap();
@@ -114,7 +119,10 @@ impl Machine {
             E1000Config::new([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
             vm.dma_space(),
             slot.intx_line(InterruptPin::A),
-            Box::new(gateway),
+            Box::new(CountingWire {
+                gateway,
+                losses: link_losses.clone(),
+            }),
         );
         let nic = Arc::new(Mutex::new(nic.unwrap()));
         vm.add_pci(&slot, nic.clone()).unwrap();
@@ -131,6 +139,7 @@ impl Machine {
         let (_, boot_end) = agent.kmsg(0).unwrap();
         Self {
             boot_end,
+            link_losses,
             sleep_limit: DEFAULT_SLEEP_LIMIT,
             model: None,
             retry: false,
@@ -342,6 +351,11 @@ impl Machine {
                 eprintln!("  {report}");
             }
         }
+    }
+
+    /// How often the far end of the wire saw the link go.
+    pub fn link_losses(&self) -> u64 {
+        self.link_losses.load(Ordering::Relaxed)
     }
 
     /// Kernel messages that no healthy guest writes.

@@ -10,6 +10,7 @@ mod machine;
 mod null_blk;
 mod processors;
 mod soak;
+mod wire;
 
 use isolation::attach::plan::Wanted;
 use machine::Machine;

@@ -21,9 +21,10 @@ const IDENT: u16 = 0xcfd0;
 const OUTSTANDING: usize = 1024;
 /// After so many requests in a row without a reply the guest is asked for its address again too.
 const SILENCE: u32 = 16;
-/// How long a request is waited for before the next one is sent. A guest that answers more slowly than it is asked
-/// would be measured by the queue in front of it. One that lets a request go unanswered is asked at the
-/// steady rate from then on.
+/// Requests that may be on their way at a time. A guest that answers more slowly than it is asked would be measured by
+/// the queue in front of it.
+const IN_FLIGHT: usize = 2;
+/// How long a guest may take to answer before it is asked at the steady rate, whatever is missing.
 const PATIENCE_NS: u64 = 20_000_000;
 /// Shortest time between two probes.
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
@@ -37,23 +38,16 @@ struct Running {
     unanswered: u32,
     /// The guest let a request go unanswered for too long, and has answered none since.
     silent: bool,
-    /// A request that was due waits for the reply to the newest one.
+    /// A request that was due waits for a reply to one before.
     waiting: bool,
     ask_address: bool,
 }
 
 impl Running {
-    /// Whether the newest request was answered.
-    fn is_answered(&self) -> bool {
-        let newest = self.outstanding.back();
-        newest.is_none_or(|(number, _)| number.checked_add(1) != Some(self.sequence))
-    }
-
-    /// Until when the newest request is waited for.
+    /// Until when replies are waited for, if too many are missing.
     fn patient_until(&self) -> Option<u64> {
-        let (_, sent_ns) = self.outstanding.back()?;
-        let waits = !self.silent && !self.is_answered();
-        waits.then(|| sent_ns.saturating_add(PATIENCE_NS))
+        let (_, sent_ns) = self.outstanding.iter().rev().nth(IN_FLIGHT - 1)?;
+        Some(sent_ns.saturating_add(PATIENCE_NS))
     }
 }
 
@@ -106,15 +100,13 @@ impl Probe {
             .running
             .as_mut()
             .filter(|running| running.next_ns <= now_ns)?;
-        if let Some(until_ns) = running.patient_until() {
-            if now_ns < until_ns {
-                running.waiting = true;
-                running.next_ns = until_ns;
-                return None;
-            }
-            running.silent = true;
+        running.silent |= std::mem::take(&mut running.waiting);
+        let patient_until = running.patient_until().filter(|_| !running.silent);
+        if let Some(until_ns) = patient_until.filter(|until_ns| now_ns < *until_ns) {
+            running.waiting = true;
+            running.next_ns = until_ns;
+            return None;
         }
-        running.waiting = false;
         // Probes that could not be sent in time are left out, not made up for.
         running.next_ns = running
             .next_ns
@@ -201,7 +193,7 @@ impl Probe {
         if let Some((sequence, sent_ns)) = running.outstanding.remove(place) {
             running.unanswered = 0;
             running.silent = false;
-            if running.waiting && running.is_answered() {
+            if std::mem::take(&mut running.waiting) {
                 running.next_ns = now_ns;
             }
             let round_trip_ns = now_ns.saturating_sub(sent_ns);
@@ -336,14 +328,16 @@ mod tests {
         let log = GatewayLog::default();
         let mut probe = probe(&log);
         let first = probe.poll(0, &log).unwrap();
-        assert_eq!(probe.poll(5 * MS, &log), None);
-        assert_eq!(probe.poll(12 * MS, &log), None);
+        let second = probe.poll(5 * MS, &log).unwrap();
+        assert_eq!(probe.poll(10 * MS, &log), None);
         answer(&mut probe, &first, 13 * MS, &log);
-        let second = probe.poll(13 * MS, &log).unwrap();
+        let third = probe.poll(13 * MS, &log).unwrap();
+        assert_eq!(log.first_round_trip_since(2 * MS), None);
         answer(&mut probe, &second, 14 * MS, &log);
+        answer(&mut probe, &third, 15 * MS, &log);
         // One that keeps up is asked at the rate.
         assert_eq!(probe.next_ns(), Some(18 * MS));
-        assert_eq!(log.first_round_trip_since(13 * MS), Some(14 * MS));
+        assert_eq!(log.first_round_trip_since(2 * MS), Some(14 * MS));
     }
 
     #[test]
@@ -356,7 +350,7 @@ mod tests {
                 sent.push(now_ns / MS);
             }
         }
-        assert_eq!(sent, [0, 20, 25, 30, 35, 40, 45]);
+        assert_eq!(sent, [0, 5, 20, 25, 30, 35, 40, 45]);
     }
 
     #[test]
@@ -366,14 +360,12 @@ mod tests {
         let sent: Vec<_> = (0..=30)
             .filter_map(|ms| probe.poll(ms * MS, &log))
             .collect();
-        let (newest, before) = sent.split_last().unwrap();
-        assert_eq!(before.len(), 3);
-        for (ms, request) in (31..).zip(before) {
+        assert_eq!(sent.len(), 5);
+        for (ms, request) in (31..).zip(&sent[..3]) {
             answer(&mut probe, request, ms * MS, &log);
-            assert_eq!(probe.poll(ms * MS + MS / 2, &log), None);
+            assert_eq!(probe.poll((ms + 4) * MS, &log), None);
         }
-        assert_eq!(probe.poll(35 * MS, &log), None);
-        answer(&mut probe, newest, 36 * MS, &log);
-        assert!(probe.poll(36 * MS, &log).is_some());
+        answer(&mut probe, &sent[3], 38 * MS, &log);
+        assert!(probe.poll(38 * MS, &log).is_some());
     }
 }
