@@ -10,11 +10,12 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
-use super::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use super::THREAD_SIZE;
+use super::after_fault::FaultPolicy;
 use super::arm::{clear_gate, set_gate};
 use super::call_loop::CallLoop;
 use super::device::IsolatedDevice;
-use super::errand::{Errand, Failure, write_stack};
+use super::errand::{Errand, Failure};
 use super::fault::Fault;
 use super::platform::Platform;
 use super::report::ViolationReport;
@@ -22,20 +23,18 @@ use super::returning::Returning;
 use super::status::{EntryStatus, ModuleStatus};
 use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
 use super::transmit_queues::TransmitQueues;
-use super::{OUT_BYTES, REPORTS_KEPT, THREAD_SIZE};
 use crate::domain::Domain;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
-use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
 use crate::domain::violation::{Violation, ViolationKind};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::{AddressSpace, VirtMemory};
-use crate::policy::abort_value::{AbortReturn, AbortValue};
+use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
 
 /// The return gate is the second `out` of a gate.
-const RETURN_GATE_OFFSET: u64 = 2;
+pub(super) const RETURN_GATE_OFFSET: u64 = 2;
 
 /// A gate in the guest.
 pub(super) struct Gate {
@@ -108,7 +107,7 @@ pub(super) struct Armed {
 pub(super) struct OpenCall {
     /// Address of the gate it came through.
     pub gate: u64,
-    call: Box<SpilledCall>,
+    pub call: Box<SpilledCall>,
 }
 
 /// A call that is to be run once more.
@@ -207,89 +206,6 @@ impl Armed {
         calls
     }
 
-    /// Goes on with kernel functions that the guest calls, one of which has returned.
-    pub fn run_errand(&mut self, mut errand: Errand, at: &AtGate<'_>) -> kvm_regs {
-        let memory = self.domain.memories().1;
-        let virt = VirtMemory {
-            space: self.space(&at.sregs),
-            memory: &memory,
-        };
-        if let Some(next) = errand.next(
-            errand.gate + RETURN_GATE_OFFSET,
-            self.effects.as_ref(),
-            self.call_loop,
-            virt,
-        ) {
-            self.spilled.remove(&errand.returns_with());
-            self.errands.insert(errand.returns_with(), errand);
-            return next;
-        }
-        if let Some(mut failure) = errand.failure.take() {
-            let entry = failure.entry;
-            if errand.has_called() {
-                let now = Instant::now();
-                let took = now.duration_since(failure.ended).as_nanos();
-                failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
-                failure.ended = now;
-            }
-            self.failed(errand.gate, failure);
-            if self.again.is_some() {
-                write_stack(virt, entry.rsp, errand.finally.rip);
-            }
-        }
-        errand.finally
-    }
-
-    /// Gives up calls that are being taken back by a kernel function that does not return.
-    pub fn give_up_hanging(&mut self) {
-        let memory = self.domain.memories().1;
-        let failed = self
-            .errands
-            .iter()
-            .filter(|(_, errand)| errand.failure.is_some());
-        let hanging = failed.filter_map(|(rsp, errand)| Some((*rsp, errand.hangs(&memory)?)));
-        let hanging: Vec<(u64, u64)> = hanging.collect();
-        for (rsp, function) in hanging {
-            let Some(errand) = self.errands.get_mut(&rsp) else {
-                continue;
-            };
-            let gate = errand.gate;
-            let Some(mut failure) = errand.failure.take() else {
-                continue;
-            };
-            let stays = Stays::Hangs { function };
-            failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
-            failure.report.violation.published = Some(Published::Stays(stays));
-            self.failed(gate, failure);
-            // There is no caller to decide about.
-            self.again = None;
-        }
-        self.let_device_go();
-    }
-
-    /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
-    /// are not all as the device and the driver's memory are. And shows its link once no call can be taken back.
-    pub fn let_device_go(&mut self) {
-        let taking_back = self.errands.values().any(|errand| errand.failure.is_some());
-        let interrupt = self.withholding && !taking_back;
-        let link = self.link_held && !may_be_taken_back(&self.spilled);
-        if !interrupt && !link {
-            return;
-        }
-        self.withholding &= !interrupt;
-        self.link_held &= !link;
-        if let Some(device) = &self.device {
-            device.hold(&mut |held| {
-                if interrupt {
-                    held.withhold_interrupts(false);
-                }
-                if link {
-                    held.let_link_go(true);
-                }
-            });
-        }
-    }
-
     /// Sets or takes out the guards of the transmit functions that are not isolated, as long as packets are kept out
     /// of calls. The guest's other processors are held.
     pub fn guard(&mut self) {
@@ -309,94 +225,6 @@ impl Armed {
         }
     }
 
-    /// Whether calls of the guest's are under way that need this module's gates to come to a good end.
-    pub fn is_busy(&self) -> bool {
-        !self.errands.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
-    }
-
-    /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells where vCPUs go on
-    /// that stand at one of them.
-    pub fn disarm(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        space: Option<AddressSpace>,
-    ) -> Vec<Returning> {
-        for (_, open) in std::mem::take(&mut self.spilled) {
-            if open.call.has_deferred() {
-                tracing::warn!(
-                    "a call of the module is given up before it has given everything back"
-                );
-            }
-            let thread = self.hand_over(&open);
-            self.returning.extend(thread);
-        }
-        let returning = std::mem::take(&mut self.returning);
-        for thread in &returning {
-            if let Some(space) = space {
-                thread.turn_interrupted(VirtMemory { space, memory });
-            }
-        }
-        // A thread of an errand may be in the loop.
-        if let Some(call_loop) = self.call_loop.take()
-            && self.errands.is_empty()
-        {
-            call_loop.remove(memory);
-        }
-        for (_, errand) in std::mem::take(&mut self.errands) {
-            tracing::warn!("a call of the module is given up before it was taken back");
-            let slot = errand.finally.rsp.wrapping_sub(8);
-            if let Some(space) = space {
-                write_stack(VirtMemory { space, memory }, slot, errand.finally.rip);
-            }
-        }
-        self.let_device_go();
-        if let Some(space) = space {
-            self.queues.give_up(VirtMemory { space, memory });
-        }
-        for gate in self.gates.values() {
-            clear_gate(memory, gate.gpa);
-        }
-        returning
-    }
-
-    /// Registers to go on with, for a vCPU that has come through a return gate with a call that was given back to the
-    /// guest when it was at the gate.
-    pub fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {
-        let at_gate = kvm_regs {
-            rip: regs.rip.wrapping_sub(OUT_BYTES),
-            ..*regs
-        };
-        self.returning
-            .iter()
-            .find_map(|thread| thread.turn(&at_gate))
-    }
-
-    /// The domain is not used any more: gives all calls that went on in the guest to the guest for good.
-    fn hand_over_all(&mut self) {
-        // The others have to come back once more.
-        let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.spilled)
-            .into_iter()
-            .partition(|(_, open)| open.call.has_deferred());
-        self.spilled = back;
-        for open in over.values() {
-            let thread = self.hand_over(open);
-            self.returning.extend(thread);
-        }
-    }
-
-    /// Gives a call to the guest for good.
-    fn hand_over(&mut self, open: &OpenCall) -> Option<Returning> {
-        let next = self.domain.hand_over(&open.call);
-        let next = next.inspect_err(|error| {
-            tracing::error!("a call's stack cannot be given back to the guest: {error}");
-        });
-        Some(Returning {
-            gate: open.gate + RETURN_GATE_OFFSET,
-            rsp: open.call.returns_with(),
-            next: next.ok()?,
-        })
-    }
-
     /// The address space with the kernel mapped, of a vCPU that may be in user space.
     pub fn kernel_space(
         &self,
@@ -413,7 +241,7 @@ impl Armed {
             .find(|space| space.walk(memory, probe).is_ok())
     }
 
-    fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
+    pub(super) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
 
@@ -584,55 +412,6 @@ impl Armed {
         next
     }
 
-    /// Keeps the report of a call that failed and asks what becomes of it.
-    fn failed(&mut self, gate: u64, failure: Failure) {
-        let Failure {
-            report,
-            attempts,
-            entry,
-            ended,
-        } = failure;
-        tracing::warn!("{report}");
-        let aborted = self.gates.get(&gate).map(|gate| gate.aborted.value);
-        let mut decided = self.fault_policy.after_fault(&FailedCall {
-            report: &report,
-            attempts,
-            returns_nothing: aborted == Some(AbortValue::Nothing),
-        });
-        // What is in the guest of it would be done twice, and a device that was lost is not as before.
-        let undone = !report.violation.stays() && report.device_lost.is_none();
-        if !undone && decided == AfterFault::Retry {
-            decided = AfterFault::ReturnError;
-        }
-        if let Some(gate) = self.gates.get_mut(&gate) {
-            gate.entry.count_failure(&report.violation);
-            gate.entry.retries += u64::from(decided == AfterFault::Retry);
-        }
-        self.stopped |= decided == AfterFault::Stop;
-        self.again = (decided == AfterFault::Retry).then_some(Again {
-            gate,
-            attempts,
-            entry,
-        });
-        if let (AfterFault::Stop, Some(device)) = (decided, &self.device) {
-            device.hold(&mut |held| held.silence());
-        }
-        self.violations += 1;
-        self.rolled_back = Some(ended);
-        if self.reports.len() >= REPORTS_KEPT {
-            self.reports.pop_front();
-        }
-        self.reports.push_back(report);
-    }
-
-    /// Completes the report of a call that failed just now.
-    pub fn caller_runs_again(&mut self) {
-        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
-            report.phases.returned_ns =
-                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        }
-    }
-
     pub fn status(&self, module: &str) -> ModuleStatus {
         // A guard that kept something out is told of.
         let gates = self.gates.values();
@@ -666,7 +445,7 @@ fn asleep(device: Option<&dyn IsolatedDevice>, violation: &Violation) -> Option<
 }
 
 /// Whether any of these calls can be taken back.
-fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
+pub(super) fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
     spilled.values().any(|open| open.call.is_journalled())
 }
 

@@ -21,12 +21,14 @@ mod errand;
 pub mod fault;
 pub mod plan;
 mod platform;
+mod release;
 mod removal;
 pub mod report;
 mod returning;
 pub mod status;
 mod supervisor;
 pub mod suspend_resume;
+mod taking_back;
 mod transmit_queues;
 mod trap;
 

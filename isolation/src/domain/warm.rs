@@ -13,8 +13,8 @@ use super::view::{Pfn, PrivateView, ViewError};
 
 /// Most pages kept. Each costs a copy of 4 KiB at every entry.
 const CAPACITY: usize = 48;
-/// Calls after which a page that no call changed is given up.
-const IDLE_CALLS: u32 = 64;
+/// Calls after which a page that no call changed is given up: each of them copies it and compares it once more.
+const IDLE_CALLS: u32 = 16;
 
 /// Calls over which a page must be written twice to be kept.
 const MEMORY_CALLS: usize = 4;

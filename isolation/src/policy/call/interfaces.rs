@@ -1,5 +1,8 @@
 //! The network interfaces that are a driver's.
 
+use super::super::abort_value::REGISTER_ARGUMENTS;
+use super::super::reach::Start;
+use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::btf::{Btf, TypeId};
 use crate::guest::paging::VirtMemory;
@@ -8,6 +11,9 @@ use crate::guest::symbols::SymbolTable;
 
 /// Most interfaces of the guest that are looked at.
 const MAX_LISTED: usize = 4096;
+
+/// Most network interfaces that are remembered as the driver's.
+const MAX_INTERFACES: usize = 64;
 
 /// Where the kernel lists its interfaces, and how an interface tells whose it is.
 #[derive(Debug, Clone, Copy)]
@@ -75,5 +81,92 @@ impl InterfaceList {
             }
         }
         found
+    }
+}
+
+impl DriverPolicy {
+    /// Looks, once in a call, for interfaces of the driver.
+    pub(super) fn list_interfaces<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
+        let Some(list) = self.list.filter(|_| !self.listed) else {
+            return;
+        };
+        self.listed = true;
+        for at in list.find(memory.private, &self.sections) {
+            self.add_interface(Start {
+                at,
+                type_id: list.type_id,
+                name: "interface".into(),
+            });
+        }
+    }
+
+    /// The interfaces of the driver that are known, and still its.
+    pub(super) fn known_interfaces<M: GuestPhys>(&self, memory: &CallMemory<'_, M>) -> Vec<Start> {
+        let is_drivers = |start: &&Start| {
+            self.list
+                .is_some_and(|list| list.is_drivers(memory.private, start.at, &self.sections))
+        };
+        self.interfaces.iter().filter(is_drivers).cloned().collect()
+    }
+
+    /// Interrupt handlers, timers and work get pointers whose types say nothing; the interfaces that
+    /// earlier calls were about tell what they may write.
+    pub(super) fn remember_interfaces(
+        &mut self,
+        function: &str,
+        arguments: &[u64; REGISTER_ARGUMENTS],
+    ) {
+        if !self.interface_arguments.contains_key(function) {
+            let which = self.find_interface_arguments(function);
+            self.interface_arguments.insert(function.to_owned(), which);
+        }
+        let which = self.interface_arguments.get(function).into_iter().flatten();
+        let found: Vec<Gva> = which
+            .filter_map(|index| arguments.get(*index))
+            .filter(|at| **at != 0)
+            .map(|at| Gva(*at))
+            .collect();
+        let Some(type_id) = self
+            .types
+            .find_struct("net_device")
+            .filter(|_| !found.is_empty())
+        else {
+            return;
+        };
+        for at in found {
+            self.add_interface(Start {
+                at,
+                type_id,
+                name: "interface".into(),
+            });
+        }
+    }
+
+    /// Which arguments of `function` are pointers to interfaces.
+    pub(super) fn find_interface_arguments(&self, function: &str) -> Vec<usize> {
+        let function = self.types.find_function(function);
+        let Some((function, interface)) = function.zip(self.types.find_struct("net_device")) else {
+            return Vec::new();
+        };
+        let points_to_one = |type_id| {
+            let to = self.types.pointee(type_id);
+            let to = to.and_then(|to| self.types.resolve(to));
+            to.is_some_and(|(id, _)| id == interface)
+        };
+        let params = function.params.iter().take(REGISTER_ARGUMENTS).enumerate();
+        params
+            .filter(|(_, param)| points_to_one(param.type_id))
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    /// Remembers an object of the driver's that every call may start from.
+    pub(super) fn add_interface(&mut self, start: Start) {
+        if !self.interfaces.iter().any(|known| known.at == start.at) {
+            if self.interfaces.len() >= MAX_INTERFACES {
+                self.interfaces.remove(0);
+            }
+            self.interfaces.push(start);
+        }
     }
 }

@@ -21,7 +21,7 @@ mod restorable;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return, is_transmit};
@@ -61,9 +61,6 @@ const MAX_OWNED: usize = 1 << 16;
 
 /// Most call-backs in one call whose arguments count.
 const MAX_CALLS: usize = 1024;
-
-/// Most network interfaces that are remembered as the driver's.
-const MAX_INTERFACES: usize = 64;
 
 /// Most objects that one question about a range of bytes opens.
 const MAX_STEPS: usize = 64;
@@ -114,6 +111,8 @@ pub struct DriverPolicy {
     /// Offsets in that thread.
     task_members: Vec<(&'static str, GvaRange)>,
     interfaces: Vec<Start>,
+    /// Which arguments of functions that were called are pointers to interfaces, by name.
+    interface_arguments: HashMap<String, Vec<usize>>,
     /// Where the guest has its interfaces; `None` if that is not known.
     list: Option<InterfaceList>,
     /// This call has looked there already.
@@ -174,6 +173,7 @@ impl DriverPolicy {
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,
             interfaces: Vec::new(),
+            interface_arguments: HashMap::new(),
             list,
             listed: false,
             owned: BTreeMap::new(),
@@ -360,21 +360,6 @@ impl DriverPolicy {
         Some(found.0)
     }
 
-    /// Looks, once in a call, for interfaces of the driver.
-    fn list_interfaces<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
-        let Some(list) = self.list.filter(|_| !self.listed) else {
-            return;
-        };
-        self.listed = true;
-        for at in list.find(memory.private, &self.sections) {
-            self.add_interface(Start {
-                at,
-                type_id: list.type_id,
-                name: "interface".into(),
-            });
-        }
-    }
-
     /// Puts what the calls' arguments reach into the table, once for each.
     fn resolve<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
         let open: Vec<Call> = self
@@ -389,15 +374,6 @@ impl DriverPolicy {
             self.open_all(found);
         }
         self.calls.iter_mut().for_each(|call| call.resolved = true);
-    }
-
-    /// The interfaces of the driver that are known, and still its.
-    fn known_interfaces<M: GuestPhys>(&self, memory: &CallMemory<'_, M>) -> Vec<Start> {
-        let is_drivers = |start: &&Start| {
-            self.list
-                .is_some_and(|list| list.is_drivers(memory.private, start.at, &self.sections))
-        };
-        self.interfaces.iter().filter(is_drivers).cloned().collect()
     }
 
     /// What a call reaches from its arguments and from the driver's interfaces.
@@ -496,47 +472,6 @@ impl DriverPolicy {
                 tracing::warn!(%range, "object of a driver not opened: {error}");
                 false
             }
-        }
-    }
-
-    /// Interrupt handlers, timers and work get pointers whose types say nothing; the interfaces that
-    /// earlier calls were about tell what they may write.
-    fn remember_interfaces(&mut self, function: &str, arguments: &[u64; REGISTER_ARGUMENTS]) {
-        let Some(function) = self.types.find_function(function) else {
-            return;
-        };
-        let Some(interface) = self.types.find_struct("net_device") else {
-            return;
-        };
-        let found: Vec<Start> = function
-            .params
-            .iter()
-            .zip(arguments)
-            .filter(|(param, at)| {
-                let to = self
-                    .types
-                    .pointee(param.type_id)
-                    .and_then(|to| self.types.resolve(to));
-                to.is_some_and(|(id, _)| id == interface) && **at != 0
-            })
-            .map(|(_, at)| Start {
-                at: Gva(*at),
-                type_id: interface,
-                name: "interface".into(),
-            })
-            .collect();
-        for start in found {
-            self.add_interface(start);
-        }
-    }
-
-    /// Remembers an object of the driver's that every call may start from.
-    fn add_interface(&mut self, start: Start) {
-        if !self.interfaces.iter().any(|known| known.at == start.at) {
-            if self.interfaces.len() >= MAX_INTERFACES {
-                self.interfaces.remove(0);
-            }
-            self.interfaces.push(start);
         }
     }
 }

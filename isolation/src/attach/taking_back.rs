@@ -1,0 +1,148 @@
+//! How failed calls of a module come to their end: the kernel functions that take them back, and the decision what
+//! their callers see.
+
+use std::time::Instant;
+
+use kvm_bindings::kvm_regs;
+
+use super::REPORTS_KEPT;
+use super::after_fault::{AfterFault, FailedCall};
+use super::armed::{Again, Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
+use super::errand::{Errand, Failure, write_stack};
+use crate::domain::journal::{Published, Stays};
+use crate::guest::paging::VirtMemory;
+use crate::policy::abort_value::AbortValue;
+
+impl Armed {
+    /// Goes on with kernel functions that the guest calls, one of which has returned.
+    pub(super) fn run_errand(&mut self, mut errand: Errand, at: &AtGate<'_>) -> kvm_regs {
+        let memory = self.domain.memories().1;
+        let virt = VirtMemory {
+            space: self.space(&at.sregs),
+            memory: &memory,
+        };
+        if let Some(next) = errand.next(
+            errand.gate + RETURN_GATE_OFFSET,
+            self.effects.as_ref(),
+            self.call_loop,
+            virt,
+        ) {
+            self.spilled.remove(&errand.returns_with());
+            self.errands.insert(errand.returns_with(), errand);
+            return next;
+        }
+        if let Some(mut failure) = errand.failure.take() {
+            let entry = failure.entry;
+            if errand.has_called() {
+                let now = Instant::now();
+                let took = now.duration_since(failure.ended).as_nanos();
+                failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
+                failure.ended = now;
+            }
+            self.failed(errand.gate, failure);
+            if self.again.is_some() {
+                write_stack(virt, entry.rsp, errand.finally.rip);
+            }
+        }
+        errand.finally
+    }
+
+    /// Gives up calls that are being taken back by a kernel function that does not return.
+    pub(super) fn give_up_hanging(&mut self) {
+        let memory = self.domain.memories().1;
+        let failed = self
+            .errands
+            .iter()
+            .filter(|(_, errand)| errand.failure.is_some());
+        let hanging = failed.filter_map(|(rsp, errand)| Some((*rsp, errand.hangs(&memory)?)));
+        let hanging: Vec<(u64, u64)> = hanging.collect();
+        for (rsp, function) in hanging {
+            let Some(errand) = self.errands.get_mut(&rsp) else {
+                continue;
+            };
+            let gate = errand.gate;
+            let Some(mut failure) = errand.failure.take() else {
+                continue;
+            };
+            let stays = Stays::Hangs { function };
+            failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
+            failure.report.violation.published = Some(Published::Stays(stays));
+            self.failed(gate, failure);
+            // There is no caller to decide about.
+            self.again = None;
+        }
+        self.let_device_go();
+    }
+
+    /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
+    /// are not all as the device and the driver's memory are. And shows its link once no call can be taken back.
+    pub(super) fn let_device_go(&mut self) {
+        let taking_back = self.errands.values().any(|errand| errand.failure.is_some());
+        let interrupt = self.withholding && !taking_back;
+        let link = self.link_held && !may_be_taken_back(&self.spilled);
+        if !interrupt && !link {
+            return;
+        }
+        self.withholding &= !interrupt;
+        self.link_held &= !link;
+        if let Some(device) = &self.device {
+            device.hold(&mut |held| {
+                if interrupt {
+                    held.withhold_interrupts(false);
+                }
+                if link {
+                    held.let_link_go(true);
+                }
+            });
+        }
+    }
+
+    /// Keeps the report of a call that failed and asks what becomes of it.
+    pub(super) fn failed(&mut self, gate: u64, failure: Failure) {
+        let Failure {
+            report,
+            attempts,
+            entry,
+            ended,
+        } = failure;
+        tracing::warn!("{report}");
+        let aborted = self.gates.get(&gate).map(|gate| gate.aborted.value);
+        let mut decided = self.fault_policy.after_fault(&FailedCall {
+            report: &report,
+            attempts,
+            returns_nothing: aborted == Some(AbortValue::Nothing),
+        });
+        // What is in the guest of it would be done twice, and a device that was lost is not as before.
+        let undone = !report.violation.stays() && report.device_lost.is_none();
+        if !undone && decided == AfterFault::Retry {
+            decided = AfterFault::ReturnError;
+        }
+        if let Some(gate) = self.gates.get_mut(&gate) {
+            gate.entry.count_failure(&report.violation);
+            gate.entry.retries += u64::from(decided == AfterFault::Retry);
+        }
+        self.stopped |= decided == AfterFault::Stop;
+        self.again = (decided == AfterFault::Retry).then_some(Again {
+            gate,
+            attempts,
+            entry,
+        });
+        if let (AfterFault::Stop, Some(device)) = (decided, &self.device) {
+            device.hold(&mut |held| held.silence());
+        }
+        self.violations += 1;
+        self.rolled_back = Some(ended);
+        if self.reports.len() >= REPORTS_KEPT {
+            self.reports.pop_front();
+        }
+        self.reports.push_back(report);
+    }
+
+    /// Completes the report of a call that failed just now.
+    pub(super) fn caller_runs_again(&mut self) {
+        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
+            report.phases.returned_ns =
+                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        }
+    }
+}
