@@ -217,9 +217,8 @@ impl Armed {
         let memory = self.domain.memories().1;
         for gate in self.gates.values().filter(|gate| gate.is_guard) {
             match guarding {
-                true => {
-                    set_gate(&memory, gate.gpa);
-                }
+                true if set_gate(&memory, gate.gpa) => {}
+                true => tracing::error!("packets are not kept out of {}", gate.entry.name),
                 false => clear_gate(&memory, gate.gpa),
             }
         }

@@ -49,6 +49,9 @@ impl Armed {
 
     /// Gives up calls that are being taken back by a kernel function that does not return.
     pub(super) fn give_up_hanging(&mut self) {
+        if self.errands.is_empty() {
+            return self.let_device_go();
+        }
         let memory = self.domain.memories().1;
         let failed = self
             .errands
