@@ -1,6 +1,16 @@
 //! Runs chosen functions of an unmodified guest driver in a domain of their own.
+//!
+//! ```text
+//!   attach ─► dispatch ─► compensation      a live guest: gates, what a vCPU at a gate does, calls taken back
+//!        └───────┴──► domain ◄──┘           the private VM and one call in it
+//!                  policy ─► guest          what a call may write; what there is to know of the guest
+//! ```
 
 pub mod attach;
+pub mod compensation;
+pub mod dispatch;
 pub mod domain;
 pub mod guest;
 pub mod policy;
+pub mod status;
+pub mod suspend_resume;

@@ -6,7 +6,7 @@ mod common;
 
 use common::{DRIVER_TEXT, Guest, KERNEL_DATA, KERNEL_TEXT, PAGE, STACK, STACK_TOP, gpa_of};
 use iced_x86::code_asm::{al, qword_ptr, r8, r9, r10, r11, rax, rbx, rcx, rdi, rdx, rsi};
-use isolation::attach::call_loop::{CallLoop, MAX_ROWS, Row};
+use isolation::compensation::call_loop::{CallLoop, MAX_ROWS, Row};
 use isolation::guest::modules::ModuleLayout;
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};

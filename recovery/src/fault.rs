@@ -4,7 +4,7 @@
 //! therefore stands for several instructions in order of preference: who injects tries them until
 //! one is reached.
 
-use isolation::attach::fault::{InstructionAt, InstructionKind};
+use isolation::dispatch::fault::{InstructionAt, InstructionKind};
 use serde::{Deserialize, Serialize};
 
 /// What goes wrong.

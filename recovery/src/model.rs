@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use isolation::attach::effects::{
+use isolation::compensation::effects::{
     ArgumentModel, FunctionModel, KernelModel, MemberOf, OppositeModel,
 };
 use serde::{Deserialize, Serialize};

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::ensure;
-use isolation::attach::device::CheckpointBy;
+use devices::hold::CheckpointBy;
 use recovery::ladder::LadderConfig;
 
 use super::guest::{Guest, GuestOptions};

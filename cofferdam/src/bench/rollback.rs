@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
-use isolation::attach::device::CheckpointBy;
-use isolation::attach::fault::{FaultCount, InstructionAt};
+use devices::hold::CheckpointBy;
+use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, OnFault};
 use serde::Deserialize;
@@ -68,7 +68,7 @@ const QUIET: Duration = Duration::from_millis(30);
 /// Limit of a command in the guest, in milliseconds.
 const COMMAND_MS: u64 = 10_000;
 
-/// A rollback as the VM reports it (`isolation::attach::report::ViolationReport`).
+/// A rollback as the VM reports it (`isolation::status::report::ViolationReport`).
 #[derive(Debug, Deserialize)]
 pub(super) struct RolledBack {
     entry: String,

@@ -1,8 +1,8 @@
 //! `isolate`, `release`, `violations`: functions of a guest's driver in a domain of their own.
 
 use anyhow::bail;
-use isolation::attach::device::CheckpointBy;
-use isolation::attach::status::{EntryStatus, ModuleStatus};
+use devices::hold::CheckpointBy;
+use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 
 use super::table::{number, table};

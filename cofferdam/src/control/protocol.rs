@@ -14,9 +14,9 @@
 use std::collections::BTreeMap;
 
 use agent_protocol::message::Bytes;
-use isolation::attach::device::CheckpointBy;
-use isolation::attach::fault::{FaultCount, InstructionAt};
-use isolation::attach::status::ModuleStatus;
+use devices::hold::CheckpointBy;
+use isolation::dispatch::fault::{FaultCount, InstructionAt};
+use isolation::status::ModuleStatus;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, LadderStatus};
 use recovery::module_file::MAX_MODULE_BYTES;
@@ -209,7 +209,7 @@ pub enum Reply {
     Upgraded(Box<UpgradeReport>),
     /// Violations, oldest first.
     Violations {
-        /// As `isolation::attach::report::ViolationReport` writes them.
+        /// As `isolation::status::report::ViolationReport` writes them.
         reports: serde_json::Value,
         /// The same for people.
         texts: Vec<String>,

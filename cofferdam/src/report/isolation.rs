@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use isolation::attach::status::EntryStatus;
+use isolation::status::EntryStatus;
 use serde::{Deserialize, Serialize};
 
 use super::Report;

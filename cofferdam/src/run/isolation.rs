@@ -9,14 +9,14 @@ use std::time::Duration;
 use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
 use devices::e1000::E1000;
-use isolation::attach::device::{CheckpointBy, IsolatedDevice};
-use isolation::attach::e1000::E1000Device;
-use isolation::attach::fault::FaultOrder;
+use devices::e1000::HoldableE1000;
+use devices::hold::{CheckpointBy, Holdable};
 use isolation::attach::plan::Wanted;
-use isolation::attach::status::ModuleStatus;
 use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolator};
+use isolation::dispatch::fault::FaultOrder;
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use isolation::status::ModuleStatus;
 
 use recovery::ladder::{LadderConfig, LadderStatus};
 use recovery::model::Model;
@@ -239,10 +239,10 @@ impl Isolation {
             ));
         }
         let device = nic
-            .map(|nic| E1000Device::new(nic.nic.clone(), checkpoint))
+            .map(|nic| HoldableE1000::new(nic.nic.clone(), checkpoint))
             .transpose()
             .map_err(|error| error.to_string())?
-            .map(|device| -> Arc<dyn IsolatedDevice> { Arc::new(device) });
+            .map(|device| -> Arc<dyn Holdable> { Arc::new(device) });
         let isolated = self
             .isolator
             .isolate(IsolateRequest {

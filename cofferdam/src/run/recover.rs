@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
-use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy};
-use isolation::attach::device::CheckpointBy;
+use devices::hold::CheckpointBy;
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use recovery::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus, Next};
 
 use super::interfaces;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
-use isolation::attach::fault::FaultOrder;
+use isolation::dispatch::fault::FaultOrder;
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;

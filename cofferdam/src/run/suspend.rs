@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
-use isolation::attach::suspend_resume::ATTRIBUTE;
+use isolation::suspend_resume::ATTRIBUTE;
 
 use super::isolation::Isolation;
 

@@ -10,7 +10,7 @@ use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::operation::Operation;
 use cofferdam::bench::traffic;
 use cofferdam::control::protocol::{Reply, Request};
-use isolation::attach::device::CheckpointBy;
+use devices::hold::CheckpointBy;
 use recovery::fault::{FaultKind, Place, after_kernel_calls};
 use recovery::ladder::{LadderConfig, OnFault, State};
 

@@ -7,8 +7,8 @@ use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::operation::Operation;
 use cofferdam::control::protocol::{EntrySelection, Reply, Request, Spilling, UpgradeReport};
-use isolation::attach::device::CheckpointBy;
-use isolation::attach::fault::{FaultCount, InstructionAt};
+use devices::hold::CheckpointBy;
+use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, LadderStatus, State};
 

@@ -27,6 +27,7 @@ mod eeprom;
 mod events;
 mod filter;
 mod headers;
+mod hold;
 mod interrupts;
 mod link;
 mod mmio;
@@ -54,6 +55,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::eeprom::Eeprom;
 use self::events::Interest;
+pub use self::hold::HoldableE1000;
 use self::interrupts::InterruptLine;
 use self::packet::Transmitter;
 use self::phy::Phy;

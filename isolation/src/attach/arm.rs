@@ -6,10 +6,9 @@ use std::sync::Arc;
 use kvm_bindings::kvm_sregs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::armed::Gate;
 use super::plan::Plan;
-use super::status::EntryStatus;
 use super::{AttachError, GATE};
+use crate::dispatch::armed::Gate;
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
 use crate::guest::addr::{Gva, GvaRange};
@@ -22,10 +21,11 @@ use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
+use crate::status::EntryStatus;
 
 /// The address space with the kernel mapped: that of `sregs`, or with page-table isolation the one
 /// next to the user's (bit 12 of CR3, `PTI_USER_PGTABLE_BIT`).
-pub(super) fn kernel_space(
+pub(crate) fn kernel_space(
     sregs: &mut kvm_sregs,
     physical_bits: u8,
     module: &str,
@@ -45,7 +45,7 @@ pub(super) fn kernel_space(
 }
 
 /// Tables of the kernel's expected faults; where they cannot be read, no fault is expected.
-pub(super) fn fault_tables(
+pub(crate) fn fault_tables(
     virt: &VirtMemory<'_, GuestMemoryMmap>,
     symbols: &SymbolTable,
 ) -> FaultTables {
@@ -68,7 +68,7 @@ pub(super) fn fault_tables(
 }
 
 /// What the driver's calls may write. A kernel whose memory management is unknown is isolated without.
-pub(super) fn driver_policy(
+pub(crate) fn driver_policy(
     types: Arc<Btf>,
     layout: &ModuleLayout,
     symbols: &SymbolTable,
@@ -83,7 +83,7 @@ pub(super) fn driver_policy(
 }
 
 /// Patches P's copies of driver and kernel text.
-pub(super) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
+pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
     for gate in plan.gates.iter().chain(&plan.guards) {
         domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
     }
@@ -106,7 +106,7 @@ pub(super) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
 }
 
 /// Writes the gates into the guest's text; all or none. Guards are looked up, and set later.
-pub(super) fn set_gates(
+pub(crate) fn set_gates(
     plan: &Plan,
     virt: &VirtMemory<'_, GuestMemoryMmap>,
     memory: &GuestMemoryMmap,
@@ -154,12 +154,12 @@ pub(super) fn set_gates(
 }
 
 /// Writes a gate; `false` if there is no memory.
-pub(super) fn set_gate(memory: &GuestMemoryMmap, gpa: u64) -> bool {
+pub(crate) fn set_gate(memory: &GuestMemoryMmap, gpa: u64) -> bool {
     memory.write_slice(&GATE.bytes(), GuestAddress(gpa)).is_ok()
 }
 
 /// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
-pub(super) fn clear_gate(memory: &GuestMemoryMmap, gpa: u64) {
+pub(crate) fn clear_gate(memory: &GuestMemoryMmap, gpa: u64) {
     let mut now = [0; GATE_BYTES];
     let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
     if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {

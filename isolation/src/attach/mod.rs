@@ -10,27 +10,11 @@
 //! inside the trap handler. Threads that are in the middle of a gated function stay there; only the
 //! function's first instruction is replaced.
 
-pub mod after_fault;
-mod arm;
-mod armed;
-pub mod call_loop;
-pub mod device;
-pub mod e1000;
-pub mod effects;
-mod errand;
-pub mod fault;
+pub(crate) mod arm;
 pub mod plan;
-mod platform;
 mod release;
-mod removal;
-pub mod report;
-mod returning;
-pub mod status;
-mod supervisor;
-pub mod suspend_resume;
-mod taking_back;
-mod transmit_queues;
-mod trap;
+pub(crate) mod removal;
+pub(crate) mod returning;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,6 +24,13 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use vm_memory::GuestMemoryMmap;
 use vmm::{Refused, VmHandle};
 
+use crate::compensation::call_loop::CallLoop;
+use crate::compensation::effects::KernelModel;
+use crate::compensation::transmit_queues::TransmitQueues;
+use crate::dispatch::after_fault::FaultPolicy;
+use crate::dispatch::armed::Armed;
+use crate::dispatch::fault::{Fault, FaultCount, FaultOrder, InstructionAt};
+use crate::dispatch::supervisor::Knowledge;
 use crate::domain::error::DomainError;
 use crate::domain::{Domain, DomainConfig};
 use crate::guest::btf::Btf;
@@ -47,36 +38,29 @@ use crate::guest::gate::GatePorts;
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::symbols::SymbolTable;
-use after_fault::FaultPolicy;
+use crate::status::ModuleStatus;
+use crate::status::report::ViolationReport;
+use crate::suspend_resume::{SuspendError, SuspendResume};
 use arm::{driver_policy, fault_tables, kernel_space, prepare, set_gates};
-use armed::Armed;
-use call_loop::CallLoop;
-use device::IsolatedDevice;
-use effects::KernelModel;
-use fault::{Fault, FaultCount, FaultOrder, InstructionAt};
+use devices::hold::Holdable;
 use plan::{Plan, PlanError, Refusal, Wanted};
 use removal::RemovalWatch;
-use report::ViolationReport;
-use status::ModuleStatus;
-use supervisor::Knowledge;
-use suspend_resume::{SuspendError, SuspendResume};
-use transmit_queues::TransmitQueues;
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
-const GATE: GatePorts = GatePorts {
+pub(crate) const GATE: GatePorts = GatePorts {
     entry: 0xe0,
     returning: 0xe1,
 };
 /// Length of `out imm8, al`.
-const OUT_BYTES: u64 = 2;
+pub(crate) const OUT_BYTES: u64 = 2;
 /// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
-const THREAD_SIZE: u64 = 16 * 1024;
+pub(crate) const THREAD_SIZE: u64 = 16 * 1024;
 /// How long a release waits for calls that are being taken back or have yet to give things back.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Between two looks at them.
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Reports kept for each module.
-const REPORTS_KEPT: usize = 32;
+pub(crate) const REPORTS_KEPT: usize = 32;
 /// Time that a call may take unless said otherwise.
 pub const DEFAULT_BUDGET: Duration = Duration::from_millis(10);
 
@@ -144,7 +128,7 @@ pub struct IsolateRequest {
     /// Further kernel functions that only the guest may run.
     pub guest_only: Vec<String>,
     /// The module's device, if it has one.
-    pub device: Option<Arc<dyn IsolatedDevice>>,
+    pub device: Option<Arc<dyn Holdable>>,
     /// PCI slot of that device; its lock is the device's own.
     pub device_slot: Option<u8>,
     /// Time that a call may take before it is aborted.
@@ -172,12 +156,12 @@ pub struct Isolated {
 
 /// Isolates modules of one machine.
 pub struct Isolator {
-    vm: VmHandle,
+    pub(crate) vm: VmHandle,
     modules: Mutex<HashMap<String, Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
     /// Functions of a driver that are being called in the guest. Taken last.
-    suspending: Mutex<Option<SuspendResume>>,
+    pub(crate) suspending: Mutex<Option<SuspendResume>>,
 }
 
 impl Isolator {
@@ -266,7 +250,7 @@ impl Isolator {
                 gates,
                 guarding: false,
                 spilled: HashMap::new(),
-                errands: HashMap::new(),
+                guest_calls: HashMap::new(),
                 returning: Vec::new(),
                 queues: types
                     .as_deref()
@@ -448,7 +432,12 @@ impl Isolator {
             let start = armed.knowledge.driver_function(function);
             let start = start.ok_or_else(|| AttachError::NotAnEntry(function.to_owned()))?;
             let (knowledge, domain) = (&armed.knowledge, &armed.domain);
-            Ok(fault::instructions(start, knowledge, &armed.calls, domain)?)
+            Ok(crate::dispatch::fault::instructions(
+                start,
+                knowledge,
+                &armed.calls,
+                domain,
+            )?)
         })
     }
 
@@ -486,7 +475,7 @@ impl Isolator {
 
     /// The guest frees the module whose `struct module` is the first argument: it is not isolated any
     /// more.
-    fn module_freed(&self, watch: RemovalWatch, regs: &kvm_regs, sregs: &kvm_sregs) {
+    pub(crate) fn module_freed(&self, watch: RemovalWatch, regs: &kvm_regs, sregs: &kvm_sregs) {
         let memory = self.vm.ram().memory().clone();
         {
             let mut modules = self.modules();
@@ -514,7 +503,7 @@ impl Isolator {
         self.unwatch_if_idle(&memory);
     }
 
-    fn watch(&self) -> MutexGuard<'_, Option<RemovalWatch>> {
+    pub(crate) fn watch(&self) -> MutexGuard<'_, Option<RemovalWatch>> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -526,14 +515,14 @@ impl Isolator {
         *self.suspending() = None;
     }
 
-    fn modules(&self) -> MutexGuard<'_, HashMap<String, Armed>> {
+    pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, Armed>> {
         // A panic inside a call leaves counters behind that are off by one at worst.
         self.modules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Bits of a guest physical address.
-fn physical_bits(cpuid: &CpuId) -> u8 {
+pub(crate) fn physical_bits(cpuid: &CpuId) -> u8 {
     let leaf = cpuid
         .as_slice()
         .iter()

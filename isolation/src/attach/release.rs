@@ -7,20 +7,20 @@ use vm_memory::GuestMemoryMmap;
 
 use super::OUT_BYTES;
 use super::arm::clear_gate;
-use super::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
-use super::errand::write_stack;
 use super::returning::Returning;
+use crate::compensation::guest_calls::write_stack;
+use crate::dispatch::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 
 impl Armed {
     /// Whether calls of the guest's are under way that need this module's gates to come to a good end.
-    pub(super) fn is_busy(&self) -> bool {
-        !self.errands.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.guest_calls.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
     }
 
     /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells where vCPUs go on
     /// that stand at one of them.
-    pub(super) fn disarm(
+    pub(crate) fn disarm(
         &mut self,
         memory: &GuestMemoryMmap,
         space: Option<AddressSpace>,
@@ -40,17 +40,17 @@ impl Armed {
                 thread.turn_interrupted(VirtMemory { space, memory });
             }
         }
-        // A thread of an errand may be in the loop.
+        // A thread of an calling may be in the loop.
         if let Some(call_loop) = self.call_loop.take()
-            && self.errands.is_empty()
+            && self.guest_calls.is_empty()
         {
             call_loop.remove(memory);
         }
-        for (_, errand) in std::mem::take(&mut self.errands) {
+        for (_, calling) in std::mem::take(&mut self.guest_calls) {
             tracing::warn!("a call of the module is given up before it was taken back");
-            let slot = errand.finally.rsp.wrapping_sub(8);
+            let slot = calling.finally.rsp.wrapping_sub(8);
             if let Some(space) = space {
-                write_stack(VirtMemory { space, memory }, slot, errand.finally.rip);
+                write_stack(VirtMemory { space, memory }, slot, calling.finally.rip);
             }
         }
         self.let_device_go();
@@ -65,7 +65,7 @@ impl Armed {
 
     /// Registers to go on with, for a vCPU that has come through a return gate with a call that was given back to the
     /// guest when it was at the gate.
-    pub(super) fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {
+    pub(crate) fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {
         let at_gate = kvm_regs {
             rip: regs.rip.wrapping_sub(OUT_BYTES),
             ..*regs
@@ -76,7 +76,7 @@ impl Armed {
     }
 
     /// The domain is not used any more: gives all calls that went on in the guest to the guest for good.
-    pub(super) fn hand_over_all(&mut self) {
+    pub(crate) fn hand_over_all(&mut self) {
         // The others have to come back once more.
         let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.spilled)
             .into_iter()
@@ -89,7 +89,7 @@ impl Armed {
     }
 
     /// Gives a call to the guest for good.
-    pub(super) fn hand_over(&mut self, open: &OpenCall) -> Option<Returning> {
+    pub(crate) fn hand_over(&mut self, open: &OpenCall) -> Option<Returning> {
         let next = self.domain.hand_over(&open.call);
         let next = next.inspect_err(|error| {
             tracing::error!("a call's stack cannot be given back to the guest: {error}");

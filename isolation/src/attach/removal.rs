@@ -19,7 +19,7 @@ const MAX_NAME: usize = 56;
 
 /// The gate.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RemovalWatch {
+pub(crate) struct RemovalWatch {
     /// Where it is.
     pub gate: u64,
     gpa: u64,

@@ -11,7 +11,7 @@
 use kvm_bindings::kvm_regs;
 use vm_memory::GuestMemoryMmap;
 
-use super::errand::write_stack;
+use crate::compensation::guest_calls::write_stack;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 
@@ -23,7 +23,7 @@ const RSP_OFFSET: usize = 24;
 
 /// A thread that may have come back to a return gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Returning {
+pub(crate) struct Returning {
     /// Address of the return gate.
     pub gate: u64,
     /// Stack pointer with which the thread is there.

@@ -12,8 +12,8 @@
 use serde::Serialize;
 
 use super::effects::{KernelCall, KernelEffects, OppositeArgument};
-use super::supervisor::DeviceState;
 use super::undo_log::{Restorable, UndoLog};
+use devices::hold::DeviceState;
 
 /// Most calls of kernel functions kept for one call: a few for each descriptor of the largest rings.
 pub const MAX_CALLS: usize = 1 << 15;

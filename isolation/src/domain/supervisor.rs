@@ -1,9 +1,7 @@
 //! What a call in the domain asks of the layer that knows the guest: its functions, objects and
 //! devices.
 
-use std::any::Any;
-use std::fmt;
-use std::sync::Arc;
+use devices::hold::{DeviceAddress, DeviceState};
 
 use super::monitor::ExceptionFrame;
 use super::undo_log::Restorable;
@@ -15,25 +13,6 @@ pub enum KernelExceptionVerdict {
     Expected,
     /// The kernel would oops: the driver passed something bad.
     DriversFault,
-}
-
-/// Where a device is reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeviceAddress {
-    /// A guest physical address in a memory BAR.
-    Memory(u64),
-    /// A port in an I/O BAR.
-    Port(u16),
-}
-
-/// A device's state at one moment, which only the device understands.
-#[derive(Clone)]
-pub struct DeviceState(pub Arc<dyn Any + Send + Sync>);
-
-impl fmt::Debug for DeviceState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("DeviceState")
-    }
 }
 
 /// Knowledge about the guest and access to the isolated device.

@@ -8,11 +8,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::hold::{DeviceAddress, DeviceState};
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::monitor::ExceptionFrame;
-use isolation::domain::supervisor::{
-    DeviceAddress, DeviceState, KernelExceptionVerdict, Supervisor,
-};
+use isolation::domain::supervisor::{KernelExceptionVerdict, Supervisor};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::undo_log::Restorable;
 use isolation::domain::violation::{Violation, ViolationKind};

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use isolation::attach::effects::{ArgumentModel, OppositeModel};
-use isolation::attach::fault::{FaultOrder, InstructionKind};
+use isolation::compensation::effects::{ArgumentModel, OppositeModel};
+use isolation::dispatch::fault::{FaultOrder, InstructionKind};
 use recovery::model::Model;
 
 use crate::e1000::E1000_ENTRIES;

@@ -9,25 +9,25 @@ use std::time::Duration;
 
 use agent_protocol::Client;
 use agent_protocol::message::{Exec, SymbolFilter};
+use devices::e1000::HoldableE1000;
 use devices::e1000::{E1000, E1000Config};
+use devices::hold::CheckpointBy;
 use devices::pci::config::InterruptPin;
 use devices::serial::SerialBackend;
 use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
-use isolation::attach::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
-use isolation::attach::device::CheckpointBy;
-use isolation::attach::e1000::E1000Device;
-use isolation::attach::effects::KernelModel;
 use isolation::attach::plan::Wanted;
-use isolation::attach::status::{EntryStatus, ModuleStatus};
 use isolation::attach::{AttachError, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator};
+use isolation::compensation::effects::KernelModel;
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
 use isolation::guest::addr::Gva;
 use isolation::guest::btf::Btf;
 use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use isolation::status::{EntryStatus, ModuleStatus};
 use vm_memory::GuestMemoryMmap;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
@@ -216,7 +216,7 @@ impl Machine {
     pub fn isolate(&mut self, module: &str, wanted: Wanted) -> Result<Isolated, AttachError> {
         let modules = self.agent.modules(Some(module)).unwrap();
         let device = (module == "e1000")
-            .then(|| E1000Device::new(self.nic.clone(), CheckpointBy::Exact).unwrap());
+            .then(|| HoldableE1000::new(self.nic.clone(), CheckpointBy::Exact).unwrap());
         let file = self.images.join(format!("modules/{module}.ko"));
         let file = std::fs::read(file).unwrap();
         let types = Btf::from_elf(&file, Some(self.kernel_types.clone())).unwrap();

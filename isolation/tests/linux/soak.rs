@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use isolation::attach::effects::KernelModel;
+use isolation::compensation::effects::KernelModel;
 use recovery::model::Model;
 
 use crate::e1000::E1000_ENTRIES;

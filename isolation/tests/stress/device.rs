@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use devices::bus::MutBusDevice;
+use devices::hold::{DeviceAddress, DeviceState};
+use devices::hold::{DeviceLost, HeldDevice, Holdable};
 use devices::irq::IrqLine;
-use isolation::attach::device::{DeviceLost, HeldDevice, IsolatedDevice};
-use isolation::domain::supervisor::{DeviceAddress, DeviceState};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{NEVER, guest};
@@ -38,7 +38,7 @@ impl Device {
     }
 }
 
-impl IsolatedDevice for Device {
+impl Holdable for Device {
     fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
         let mut inner = self.lock();
         with(&mut Held {

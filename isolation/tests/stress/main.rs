@@ -20,11 +20,11 @@ use device::{Acknowledge, Device, transfer};
 use devices::bus::MutBusDevice;
 use devices::pci::config::InterruptPin;
 use devices::serial::SerialBackend;
-use isolation::attach::after_fault::ReturnErrors;
 use isolation::attach::plan::Wanted;
-use isolation::attach::status::ModuleStatus;
 use isolation::attach::{IsolateRequest, Isolator};
+use isolation::dispatch::after_fault::ReturnErrors;
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
+use isolation::status::ModuleStatus;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_RUNNABLE, kvm_irqchip, kvm_mp_state, kvm_regs,
 };

@@ -38,10 +38,11 @@ use super::monitor::{
 };
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
-use super::supervisor::{DeviceAddress, KernelExceptionVerdict, Supervisor};
+use super::supervisor::{KernelExceptionVerdict, Supervisor};
 use super::view::{PAGE_SIZE, Page, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
+use devices::hold::DeviceAddress;
 
 mod call;
 mod device;

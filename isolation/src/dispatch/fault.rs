@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use serde::{Deserialize, Serialize};
 
-use super::supervisor::Knowledge;
+use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
 use crate::guest::addr::Gva;
@@ -77,7 +77,7 @@ pub enum InstructionKind {
 }
 
 /// A fault order under way.
-pub(super) struct Fault {
+pub(crate) struct Fault {
     order: FaultOrder,
     at: u64,
     original: Vec<u8>,
@@ -149,7 +149,7 @@ impl Fault {
 
 /// The instructions of the function of the module at `start`. `calls` has the targets of calls out of
 /// the module, which the domain's copy leads elsewhere.
-pub(super) fn instructions(
+pub(crate) fn instructions(
     start: u64,
     knowledge: &Knowledge,
     calls: &HashMap<u64, Gva>,

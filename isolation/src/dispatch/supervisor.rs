@@ -6,13 +6,11 @@ use std::sync::Arc;
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
 use vm_memory::GuestMemoryMmap;
 
-use super::device::{DeviceLost, HeldDevice};
-use super::platform::Platform;
-use super::report::ViolationReport;
+use crate::dispatch::platform::Platform;
 use crate::domain::Domain;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::monitor::ExceptionFrame;
-use crate::domain::supervisor::{DeviceAddress, DeviceState, KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
 use crate::domain::transaction::AbortPhases;
 use crate::domain::undo_log::Restorable;
 use crate::domain::violation::Violation;
@@ -21,6 +19,8 @@ use crate::guest::fault_tables::FaultTables;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::call::{CallMemory, DriverPolicy};
+use crate::status::report::ViolationReport;
+use devices::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice};
 
 /// Start of the kernel image's mapping (`__START_KERNEL_map`).
 const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;

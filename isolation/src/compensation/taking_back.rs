@@ -5,66 +5,66 @@ use std::time::Instant;
 
 use kvm_bindings::kvm_regs;
 
-use super::REPORTS_KEPT;
-use super::after_fault::{AfterFault, FailedCall};
-use super::armed::{Again, Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
-use super::errand::{Errand, Failure, write_stack};
+use crate::attach::REPORTS_KEPT;
+use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
+use crate::dispatch::after_fault::{AfterFault, FailedCall};
+use crate::dispatch::armed::{Again, Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
 use crate::domain::journal::{Published, Stays};
 use crate::guest::paging::VirtMemory;
 use crate::policy::abort_value::AbortValue;
 
 impl Armed {
     /// Goes on with kernel functions that the guest calls, one of which has returned.
-    pub(super) fn run_errand(&mut self, mut errand: Errand, at: &AtGate<'_>) -> kvm_regs {
+    pub(crate) fn run_guest_calls(&mut self, mut calling: GuestCalls, at: &AtGate<'_>) -> kvm_regs {
         let memory = self.domain.memories().1;
         let virt = VirtMemory {
             space: self.space(&at.sregs),
             memory: &memory,
         };
-        if let Some(next) = errand.next(
-            errand.gate + RETURN_GATE_OFFSET,
+        if let Some(next) = calling.next(
+            calling.gate + RETURN_GATE_OFFSET,
             self.effects.as_ref(),
             self.call_loop,
             virt,
         ) {
-            self.spilled.remove(&errand.returns_with());
-            self.errands.insert(errand.returns_with(), errand);
+            self.spilled.remove(&calling.returns_with());
+            self.guest_calls.insert(calling.returns_with(), calling);
             return next;
         }
-        if let Some(mut failure) = errand.failure.take() {
+        if let Some(mut failure) = calling.failure.take() {
             let entry = failure.entry;
-            if errand.has_called() {
+            if calling.has_called() {
                 let now = Instant::now();
                 let took = now.duration_since(failure.ended).as_nanos();
                 failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
                 failure.ended = now;
             }
-            self.failed(errand.gate, failure);
+            self.failed(calling.gate, failure);
             if self.again.is_some() {
-                write_stack(virt, entry.rsp, errand.finally.rip);
+                write_stack(virt, entry.rsp, calling.finally.rip);
             }
         }
-        errand.finally
+        calling.finally
     }
 
     /// Gives up calls that are being taken back by a kernel function that does not return.
-    pub(super) fn give_up_hanging(&mut self) {
-        if self.errands.is_empty() {
+    pub(crate) fn give_up_hanging(&mut self) {
+        if self.guest_calls.is_empty() {
             return self.let_device_go();
         }
         let memory = self.domain.memories().1;
         let failed = self
-            .errands
+            .guest_calls
             .iter()
-            .filter(|(_, errand)| errand.failure.is_some());
-        let hanging = failed.filter_map(|(rsp, errand)| Some((*rsp, errand.hangs(&memory)?)));
+            .filter(|(_, calling)| calling.failure.is_some());
+        let hanging = failed.filter_map(|(rsp, calling)| Some((*rsp, calling.hangs(&memory)?)));
         let hanging: Vec<(u64, u64)> = hanging.collect();
         for (rsp, function) in hanging {
-            let Some(errand) = self.errands.get_mut(&rsp) else {
+            let Some(calling) = self.guest_calls.get_mut(&rsp) else {
                 continue;
             };
-            let gate = errand.gate;
-            let Some(mut failure) = errand.failure.take() else {
+            let gate = calling.gate;
+            let Some(mut failure) = calling.failure.take() else {
                 continue;
             };
             let stays = Stays::Hangs { function };
@@ -79,8 +79,11 @@ impl Armed {
 
     /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
     /// are not all as the device and the driver's memory are. And shows its link once no call can be taken back.
-    pub(super) fn let_device_go(&mut self) {
-        let taking_back = self.errands.values().any(|errand| errand.failure.is_some());
+    pub(crate) fn let_device_go(&mut self) {
+        let taking_back = self
+            .guest_calls
+            .values()
+            .any(|calling| calling.failure.is_some());
         let interrupt = self.withholding && !taking_back;
         let link = self.link_held && !may_be_taken_back(&self.spilled);
         if !interrupt && !link {
@@ -101,7 +104,7 @@ impl Armed {
     }
 
     /// Keeps the report of a call that failed and asks what becomes of it.
-    pub(super) fn failed(&mut self, gate: u64, failure: Failure) {
+    pub(crate) fn failed(&mut self, gate: u64, failure: Failure) {
         let Failure {
             report,
             attempts,
@@ -142,7 +145,7 @@ impl Armed {
     }
 
     /// Completes the report of a call that failed just now.
-    pub(super) fn caller_runs_again(&mut self) {
+    pub(crate) fn caller_runs_again(&mut self) {
         if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
             report.phases.returned_ns =
                 u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);

@@ -1,8 +1,29 @@
-//! The isolated driver's device, as the domain reaches it.
+//! Devices that can be held: nobody else touches them meanwhile, their state can be taken and put back.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::supervisor::{DeviceAddress, DeviceState};
+/// Where a device is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceAddress {
+    /// A guest physical address in a memory BAR.
+    Memory(u64),
+    /// A port in an I/O BAR.
+    Port(u16),
+}
+
+/// A device's state at one moment, which only the device understands.
+#[derive(Clone)]
+pub struct DeviceState(pub Arc<dyn Any + Send + Sync>);
+
+impl fmt::Debug for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceState")
+    }
+}
 
 /// How a device's state is taken at the beginning of a call that reaches it, and put back if the call fails.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,7 +32,7 @@ pub enum CheckpointBy {
     /// All of it as one value: only a model can give it away.
     #[default]
     Exact,
-    /// What its registers show ([`devices::pci::registers`]), as of a piece of hardware.
+    /// What its registers show ([`crate::pci::registers`]), as of a piece of hardware.
     Registers,
 }
 
@@ -109,7 +130,7 @@ pub trait HeldDevice {
 
 /// A device that can be held: neither the guest nor its own event handling touches it or guest
 /// memory through it meanwhile.
-pub trait IsolatedDevice: Send + Sync {
+pub trait Holdable: Send + Sync {
     /// Calls `with` with the device in hand.
     fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice));
 }

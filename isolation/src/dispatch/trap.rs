@@ -6,8 +6,8 @@ use std::time::Instant;
 use kvm_bindings::kvm_regs;
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 
-use super::armed::AtGate;
-use super::{GATE, Isolator, OUT_BYTES};
+use crate::attach::{GATE, Isolator, OUT_BYTES};
+use crate::dispatch::armed::AtGate;
 
 impl TrapHandler for Isolator {
     fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
@@ -46,8 +46,9 @@ impl TrapHandler for Isolator {
                 armed.gates.contains_key(&gate)
             } else {
                 let open = armed.spilled.get(&regs.rsp).map(|open| open.gate);
-                let errand = armed.errands.get(&regs.rsp).map(|errand| errand.gate);
-                open.or(errand).is_some_and(|open| open + OUT_BYTES == gate)
+                let calling = armed.guest_calls.get(&regs.rsp).map(|calling| calling.gate);
+                open.or(calling)
+                    .is_some_and(|open| open + OUT_BYTES == gate)
             }
         });
         let Some(armed) = found else {
@@ -72,13 +73,13 @@ impl TrapHandler for Isolator {
         armed.give_up_hanging();
         let returning = port == GATE.returning;
         // A call that once had this stack and enters anew never came back.
-        let (open, errand) = (
+        let (open, calling) = (
             armed.spilled.remove(&regs.rsp),
-            armed.errands.remove(&regs.rsp),
+            armed.guest_calls.remove(&regs.rsp),
         );
-        let mut next = match (open, errand) {
+        let mut next = match (open, calling) {
             (Some(open), _) if returning => armed.go_on(open, &at),
-            (None, Some(errand)) if returning => armed.run_errand(errand, &at),
+            (None, Some(calling)) if returning => armed.run_guest_calls(calling, &at),
             _ => armed.call(gate, 1, &at),
         };
         while let Some(again) = armed.again.take() {

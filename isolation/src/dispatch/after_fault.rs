@@ -1,6 +1,6 @@
 //! What becomes of a call that was taken back: the question that is asked after each abort.
 
-use super::report::ViolationReport;
+use crate::status::report::ViolationReport;
 
 /// An isolated call that failed and was taken back.
 #[derive(Debug, Clone, Copy)]

@@ -10,19 +10,16 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
-use super::THREAD_SIZE;
-use super::after_fault::FaultPolicy;
-use super::arm::{clear_gate, set_gate};
-use super::call_loop::CallLoop;
-use super::device::IsolatedDevice;
-use super::errand::{Errand, Failure};
-use super::fault::Fault;
-use super::platform::Platform;
-use super::report::ViolationReport;
-use super::returning::Returning;
-use super::status::{EntryStatus, ModuleStatus};
-use super::supervisor::{CallPolicy, CallSupervisor, Knowledge};
-use super::transmit_queues::TransmitQueues;
+use crate::attach::THREAD_SIZE;
+use crate::attach::arm::{clear_gate, set_gate};
+use crate::attach::returning::Returning;
+use crate::compensation::call_loop::CallLoop;
+use crate::compensation::guest_calls::{Failure, GuestCalls};
+use crate::compensation::transmit_queues::TransmitQueues;
+use crate::dispatch::after_fault::FaultPolicy;
+use crate::dispatch::fault::Fault;
+use crate::dispatch::platform::Platform;
+use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, Knowledge};
 use crate::domain::Domain;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
@@ -32,12 +29,15 @@ use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
+use crate::status::report::ViolationReport;
+use crate::status::{EntryStatus, ModuleStatus};
+use devices::hold::Holdable;
 
 /// The return gate is the second `out` of a gate.
-pub(super) const RETURN_GATE_OFFSET: u64 = 2;
+pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
 
 /// A gate in the guest.
-pub(super) struct Gate {
+pub(crate) struct Gate {
     pub gpa: u64,
     /// Where the function goes on behind the gate.
     pub body: u64,
@@ -54,7 +54,7 @@ pub(super) struct Gate {
 const MAX_OPEN: usize = 4096;
 
 /// A module whose functions are gated.
-pub(super) struct Armed {
+pub(crate) struct Armed {
     pub domain: Domain,
     pub knowledge: Knowledge,
     /// What calls may write; `None` if the guest's types or memory management are not known.
@@ -66,12 +66,12 @@ pub(super) struct Armed {
     pub spilled: HashMap<u64, OpenCall>,
     /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
     /// back.
-    pub errands: HashMap<u64, Errand>,
+    pub guest_calls: HashMap<u64, GuestCalls>,
     /// Guards are set.
     pub guarding: bool,
     /// Transmit queues that are stopped because such calls keep packets out.
     pub queues: TransmitQueues,
-    /// Calls kernel functions for errands; `None` if the module's text has no room for it.
+    /// Calls kernel functions for guest_calls; `None` if the module's text has no room for it.
     pub call_loop: Option<CallLoop>,
     /// Threads that may have been at a return gate when their call was given to the guest for good.
     pub returning: Vec<Returning>,
@@ -86,7 +86,7 @@ pub(super) struct Armed {
     pub again: Option<Again>,
     /// Calls return their errors without being run.
     pub stopped: bool,
-    pub device: Option<Arc<dyn IsolatedDevice>>,
+    pub device: Option<Arc<dyn Holdable>>,
     /// The device does not interrupt, because calls are being taken back.
     pub withholding: bool,
     /// The other end of the device's wire does not see what becomes of the link, because calls are in the guest that may
@@ -104,7 +104,7 @@ pub(super) struct Armed {
 }
 
 /// A call that went on in the guest.
-pub(super) struct OpenCall {
+pub(crate) struct OpenCall {
     /// Address of the gate it came through.
     pub gate: u64,
     pub call: Box<SpilledCall>,
@@ -112,7 +112,7 @@ pub(super) struct OpenCall {
 
 /// A call that is to be run once more.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Again {
+pub(crate) struct Again {
     /// Address of its gate.
     pub gate: u64,
     /// How often it was run by now.
@@ -122,7 +122,7 @@ pub(super) struct Again {
 }
 
 /// A vCPU of the guest at a gate.
-pub(super) struct AtGate<'a> {
+pub(crate) struct AtGate<'a> {
     /// Time that it took to hold the other vCPUs and the devices.
     pub holding: Duration,
     pub regs: kvm_regs,
@@ -194,7 +194,7 @@ impl Armed {
             ..at.regs
         };
         let calls = self.and_let_packets_pass(open.call.take_deferred());
-        self.run_errand(Errand::new(open.gate, calls, finally, None), at)
+        self.run_guest_calls(GuestCalls::new(open.gate, calls, finally, None), at)
     }
 
     /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were kept out, if no
@@ -240,7 +240,7 @@ impl Armed {
             .find(|space| space.walk(memory, probe).is_ok())
     }
 
-    pub(super) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
+    pub(crate) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
 
@@ -337,70 +337,77 @@ impl Armed {
         let ended = Instant::now();
         let ended_ns = monotonic_ns();
         let mut failed = false;
-        let next = match result {
-            Some(Ok(result)) => {
-                entry.count(&result, again, start.elapsed());
-                entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
-                match result.end {
-                    CallEnd::Committed => {
-                        let calls = self.and_let_packets_pass(result.kernel_calls);
-                        Some(self.run_errand(Errand::new(gate, calls, result.regs, None), at))
-                    }
-                    CallEnd::PassThrough(_) => None,
-                    CallEnd::Spilled(reason, call) => {
-                        tracing::debug!(
-                            "{} goes on in the guest at {}: {}",
-                            entry.name,
-                            self.knowledge.place(result.regs.rip),
-                            reason.name()
-                        );
-                        let open = OpenCall { gate, call };
-                        self.errands.remove(&open.call.returns_with());
-                        self.spilled.insert(open.call.returns_with(), open);
-                        Some(result.regs)
-                    }
-                    CallEnd::Aborted(violation) => {
-                        failed = true;
-                        let next = kvm_regs {
-                            rax: aborted.value.rax(&arguments),
-                            ..result.regs
-                        };
-                        let name = entry.name.clone();
-                        let virt = VirtMemory {
-                            space,
-                            memory: &shared,
-                        };
-                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
-                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
-                            let touched = report.violation.touched();
-                            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
+        let next =
+            match result {
+                Some(Ok(result)) => {
+                    entry.count(&result, again, start.elapsed());
+                    entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
+                    match result.end {
+                        CallEnd::Committed => {
+                            let calls = self.and_let_packets_pass(result.kernel_calls);
+                            Some(self.run_guest_calls(
+                                GuestCalls::new(gate, calls, result.regs, None),
+                                at,
+                            ))
                         }
-                        let phases = result.phases;
-                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
-                        report.at_ns = ended_ns.saturating_sub(took);
-                        report.phases = phases;
-                        let device_lost = device_lost.map(|lost| lost.to_string());
-                        report.device_lost = device_lost
-                            .or_else(|| asleep(self.device.as_deref(), &report.violation));
-                        let failure = Failure {
-                            report,
-                            attempts,
-                            entry: entry_regs,
-                            ended,
-                        };
-                        let calls = self.and_let_packets_pass(result.kernel_calls);
-                        Some(self.run_errand(Errand::new(gate, calls, next, Some(failure)), at))
+                        CallEnd::PassThrough(_) => None,
+                        CallEnd::Spilled(reason, call) => {
+                            tracing::debug!(
+                                "{} goes on in the guest at {}: {}",
+                                entry.name,
+                                self.knowledge.place(result.regs.rip),
+                                reason.name()
+                            );
+                            let open = OpenCall { gate, call };
+                            self.guest_calls.remove(&open.call.returns_with());
+                            self.spilled.insert(open.call.returns_with(), open);
+                            Some(result.regs)
+                        }
+                        CallEnd::Aborted(violation) => {
+                            failed = true;
+                            let next = kvm_regs {
+                                rax: aborted.value.rax(&arguments),
+                                ..result.regs
+                            };
+                            let name = entry.name.clone();
+                            let virt = VirtMemory {
+                                space,
+                                memory: &shared,
+                            };
+                            let mut report = self.knowledge.report(&name, *violation, &self.domain);
+                            if let (None, Some(policy)) = (&report.touched, &self.policy) {
+                                let touched = report.violation.touched();
+                                report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
+                            }
+                            let phases = result.phases;
+                            let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                            report.at_ns = ended_ns.saturating_sub(took);
+                            report.phases = phases;
+                            let device_lost = device_lost.map(|lost| lost.to_string());
+                            report.device_lost = device_lost
+                                .or_else(|| asleep(self.device.as_deref(), &report.violation));
+                            let failure = Failure {
+                                report,
+                                attempts,
+                                entry: entry_regs,
+                                ended,
+                            };
+                            let calls = self.and_let_packets_pass(result.kernel_calls);
+                            Some(self.run_guest_calls(
+                                GuestCalls::new(gate, calls, next, Some(failure)),
+                                at,
+                            ))
+                        }
                     }
                 }
-            }
-            Some(Err(error)) => {
-                tracing::error!("the domain is not used any more: {error}");
-                self.broken = Some(error.to_string());
-                self.hand_over_all();
-                None
-            }
-            None => None,
-        };
+                Some(Err(error)) => {
+                    tracing::error!("the domain is not used any more: {error}");
+                    self.broken = Some(error.to_string());
+                    self.hand_over_all();
+                    None
+                }
+                None => None,
+            };
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.end(failed, &mut self.domain)
         {
@@ -434,7 +441,7 @@ fn keeps_packets_out(open: &HashMap<u64, OpenCall>) -> bool {
 }
 
 /// Why a device is lost that was not where its driver reached for it, although it has not gone.
-fn asleep(device: Option<&dyn IsolatedDevice>, violation: &Violation) -> Option<String> {
+fn asleep(device: Option<&dyn Holdable>, violation: &Violation) -> Option<String> {
     let ViolationKind::ForeignMmio { gpa, .. } = violation.kind else {
         return None;
     };
@@ -444,7 +451,7 @@ fn asleep(device: Option<&dyn IsolatedDevice>, violation: &Violation) -> Option<
 }
 
 /// Whether any of these calls can be taken back.
-pub(super) fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
+pub(crate) fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
     spilled.values().any(|open| open.call.is_journalled())
 }
 

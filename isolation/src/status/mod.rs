@@ -1,5 +1,7 @@
 //! Counters of isolated modules and their entries.
 
+pub mod report;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

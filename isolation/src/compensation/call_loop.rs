@@ -21,7 +21,7 @@
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::THREAD_SIZE;
+use crate::attach::THREAD_SIZE;
 use crate::guest::addr::Gva;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;

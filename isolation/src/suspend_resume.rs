@@ -22,8 +22,8 @@ use std::sync::{MutexGuard, PoisonError};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::arm::{clear_gate, kernel_space};
-use super::{AttachError, GATE, Isolator, OUT_BYTES, physical_bits};
+use crate::attach::arm::{clear_gate, kernel_space};
+use crate::attach::{AttachError, GATE, Isolator, OUT_BYTES, physical_bits};
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
@@ -105,7 +105,7 @@ enum State {
 
 /// A suspend and a resume to be carried out.
 #[derive(Debug)]
-pub(super) struct SuspendResume {
+pub(crate) struct SuspendResume {
     gate: u64,
     gpa: u64,
     /// What the write of ours says.
@@ -113,7 +113,7 @@ pub(super) struct SuspendResume {
     offsets: Offsets,
     /// First bytes of the driver's functions: nothing else is called.
     functions: HashSet<u64>,
-    pub(super) physical_bits: u8,
+    pub(crate) physical_bits: u8,
     state: State,
     /// When the first function was called.
     begin: Instant,
@@ -376,14 +376,14 @@ impl Isolator {
             .map_err(AttachError::from)
     }
 
-    pub(super) fn suspending(&self) -> MutexGuard<'_, Option<SuspendResume>> {
+    pub(crate) fn suspending(&self) -> MutexGuard<'_, Option<SuspendResume>> {
         self.suspending
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Goes on with a suspend or resume, if a vCPU came to its gate. The registers to go on with.
-    pub(super) fn suspend_step(
+    pub(crate) fn suspend_step(
         &self,
         at: u64,
         regs: &kvm_regs,

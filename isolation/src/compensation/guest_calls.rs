@@ -16,20 +16,20 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::call_loop::{CallLoop, Progress, Row};
-use super::report::ViolationReport;
+use crate::compensation::call_loop::{CallLoop, Progress, Row};
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
+use crate::status::report::ViolationReport;
 
 /// Time after which a kernel function that takes something back is taken to hang.
-pub(super) const ERRAND_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const GUEST_CALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// A call that failed and whose taking back is under way.
-pub(super) struct Failure {
+pub(crate) struct Failure {
     pub report: ViolationReport,
     pub attempts: u32,
     /// Registers at the entry of the call.
@@ -38,7 +38,7 @@ pub(super) struct Failure {
 }
 
 /// Kernel functions to call, one after the other.
-pub(super) struct Errand {
+pub(crate) struct GuestCalls {
     /// Address of the gate through which the thread comes back.
     pub gate: u64,
     calls: VecDeque<KernelCall>,
@@ -52,7 +52,7 @@ pub(super) struct Errand {
     progress: Option<Progress>,
 }
 
-impl Errand {
+impl GuestCalls {
     pub fn new(
         gate: u64,
         calls: Vec<KernelCall>,
@@ -86,7 +86,7 @@ impl Errand {
             Some(progress) => progress.function(memory),
             None => function,
         };
-        (since.elapsed() > ERRAND_LIMIT).then(running)
+        (since.elapsed() > GUEST_CALL_LIMIT).then(running)
     }
 
     /// Registers to call the next function with, or the next ones in `call_loop`, whose return leads to `return_gate`;
@@ -179,7 +179,7 @@ fn row(call: &KernelCall) -> Row {
 }
 
 /// Writes a word of a stack; `false` if there is none.
-pub(super) fn write_stack(virt: VirtMemory<'_, GuestMemoryMmap>, va: u64, value: u64) -> bool {
+pub(crate) fn write_stack(virt: VirtMemory<'_, GuestMemoryMmap>, va: u64, value: u64) -> bool {
     let at = virt.space.walk(virt.memory, Gva(va));
     at.is_ok_and(|at| {
         let gpa = GuestAddress(at.gpa.0);

@@ -1,16 +1,14 @@
-//! The 82540EM model as an isolated device. Its whole state is one value, which a checkpoint may hold; or it is taken by
+//! The 82540EM model as a device that can be held. Its whole state is one value, which a checkpoint may hold; or it is taken by
 //! its registers as that of a piece of hardware would be. The descriptor rings, which it writes behind the
 //! processor's back, belong to either.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devices::e1000::{E1000, Moment};
-use devices::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
-use devices::pci::{BarRange, BarSpace, PciFunction};
+use super::{E1000, Moment};
+use crate::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
+use crate::pci::{BarRange, BarSpace, PciFunction};
 
-use crate::domain::supervisor::{DeviceAddress, DeviceState};
-
-use super::device::{CheckpointBy, DeviceLost, HeldDevice, IsolatedDevice};
+use crate::hold::{CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable};
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
 /// Manual, 4.1.1).
@@ -23,13 +21,13 @@ const RCTL: u64 = 0x100;
 const TCTL: u64 = 0x400;
 
 /// A controller shared with the bus and the event loop.
-pub struct E1000Device {
+pub struct HoldableE1000 {
     nic: Arc<Mutex<E1000>>,
     registers: Description,
     by: CheckpointBy,
 }
 
-impl E1000Device {
+impl HoldableE1000 {
     /// The controller, whose state is taken in this way.
     pub fn new(nic: Arc<Mutex<E1000>>, by: CheckpointBy) -> Result<Self, DescriptionError> {
         let registers = Description::intel_82540em()?;
@@ -37,7 +35,7 @@ impl E1000Device {
     }
 }
 
-impl IsolatedDevice for E1000Device {
+impl Holdable for HoldableE1000 {
     fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
         let mut nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner);
         let ranges = nic.decoded().into_iter().collect();

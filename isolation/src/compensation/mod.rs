@@ -1,0 +1,8 @@
+//! Taking back calls that had gone on in the guest: kernel functions that the guest calls, in the failing call's own
+//! thread, and packets that are kept out meanwhile.
+
+pub mod call_loop;
+pub mod effects;
+pub(crate) mod guest_calls;
+mod taking_back;
+pub(crate) mod transmit_queues;

@@ -1,0 +1,15 @@
+//! What happens when a vCPU of the guest comes to a gate: its call is run in the domain, goes on there, or is
+//! answered without being run.
+//!
+//! ```text
+//!   trap (others held, devices held) ─► armed ─► Domain::call ─► registers ─► guest
+//!                                         ├── supervisor, platform: what the domain asks meanwhile
+//!                                         └── after_fault: what its failure means; fault: faults on purpose
+//! ```
+
+pub mod after_fault;
+pub(crate) mod armed;
+pub mod fault;
+pub(crate) mod platform;
+pub(crate) mod supervisor;
+mod trap;
