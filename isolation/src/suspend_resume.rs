@@ -22,8 +22,8 @@ use std::sync::{MutexGuard, PoisonError};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::attach::arm::{clear_gate, kernel_space};
-use crate::attach::{AttachError, GATE, Isolator, OUT_BYTES, physical_bits};
+use crate::attach::arm::{clear_gate, text_of};
+use crate::attach::{AttachError, GATE, Isolator, OUT_BYTES, live, physical_bits};
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
@@ -341,12 +341,11 @@ impl Isolator {
             let cpuid = vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-            let mut sregs = vcpu
-                .get_sregs()
-                .map_err(|error| AttachError::Kvm("KVM_GET_SREGS", error))?;
             let bits = physical_bits(&cpuid);
+            let text = text_of(module, sections)?;
+            let (_, space) = live::kernel_tables(vcpus, bits, text, &memory)?;
             let virt = VirtMemory {
-                space: kernel_space(&mut sregs, bits, module, sections, &memory)?,
+                space,
                 memory: &*memory,
             };
             *suspending = Some(SuspendResume::arm(

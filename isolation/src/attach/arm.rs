@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_sregs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::plan::Plan;
@@ -17,31 +16,17 @@ use crate::guest::btf::Btf;
 use crate::guest::fault_tables::FaultTables;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
 use crate::guest::modules::{ModuleError, ModuleLayout};
-use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
 use crate::status::EntryStatus;
 
-/// The address space with the kernel mapped: that of `sregs`, or with page-table isolation the one
-/// next to the user's (bit 12 of CR3, `PTI_USER_PGTABLE_BIT`).
-pub(crate) fn kernel_space(
-    sregs: &mut kvm_sregs,
-    physical_bits: u8,
-    module: &str,
-    sections: &[(String, u64)],
-    memory: &GuestMemoryMmap,
-) -> Result<AddressSpace, AttachError> {
-    let probe = sections.iter().find(|(name, _)| name == ".text");
-    let probe = probe.ok_or_else(|| ModuleError::NoSections(module.to_owned()))?;
-    for cr3 in [sregs.cr3, sregs.cr3 & !0x1000] {
-        let space = AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, physical_bits);
-        if space.walk(memory, Gva(probe.1)).is_ok() {
-            sregs.cr3 = cr3;
-            return Ok(space);
-        }
-    }
-    Err(AttachError::NoKernelTables)
+/// Where the text of a module with these sections begins.
+pub(crate) fn text_of(module: &str, sections: &[(String, u64)]) -> Result<Gva, ModuleError> {
+    let text = sections.iter().find(|(name, _)| name == ".text");
+    let text = text.ok_or_else(|| ModuleError::NoSections(module.to_owned()))?;
+    Ok(Gva(text.1))
 }
 
 /// Tables of the kernel's expected faults; where they cannot be read, no fault is expected.

@@ -11,6 +11,7 @@
 //! function's first instruction is replaced.
 
 pub(crate) mod arm;
+pub(crate) mod live;
 pub mod plan;
 mod release;
 pub(crate) mod removal;
@@ -41,7 +42,7 @@ use crate::guest::symbols::SymbolTable;
 use crate::status::ModuleStatus;
 use crate::status::report::ViolationReport;
 use crate::suspend_resume::{SuspendError, SuspendResume};
-use arm::{driver_policy, fault_tables, kernel_space, prepare, set_gates};
+use arm::{driver_policy, fault_tables, prepare, set_gates, text_of};
 use devices::hold::Holdable;
 use plan::{Plan, PlanError, Refusal, Wanted};
 use removal::RemovalWatch;
@@ -190,11 +191,8 @@ impl Isolator {
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
             let physical_bits = physical_bits(&cpuid);
-            let mut sregs = vcpu
-                .get_sregs()
-                .map_err(|error| AttachError::Kvm("KVM_GET_SREGS", error))?;
-            let (module, sections) = (&request.module, &request.sections);
-            let space = kernel_space(&mut sregs, physical_bits, module, sections, &memory)?;
+            let text = text_of(&request.module, &request.sections)?;
+            let (sregs, space) = live::kernel_tables(vcpus, physical_bits, text, &memory)?;
             let virt = VirtMemory {
                 space,
                 memory: &*memory,
@@ -306,8 +304,8 @@ impl Isolator {
                 let Some(mut armed) = self.modules().remove(module) else {
                     return Ok(None);
                 };
-                let sregs = vcpus.get(0).and_then(|vcpu| vcpu.get_sregs().ok());
-                let space = sregs.and_then(|sregs| armed.kernel_space(&sregs, &memory));
+                let space = armed.kernel_tables(vcpus, &memory).ok();
+                let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
                 for vcpu in vcpus.iter_mut() {
                     let regs = vcpu.get_regs().ok();
@@ -360,12 +358,7 @@ impl Isolator {
         offset: u64,
         code: &[u8],
     ) -> Result<Vec<u8>, AttachError> {
-        // The guest is stopped so that no call is in the domain.
-        self.vm.with_paused(|_| {
-            let mut modules = self.modules();
-            let armed = modules
-                .get_mut(module)
-                .ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
+        self.with_domain(module, |armed| {
             let not_an_entry = || AttachError::NotAnEntry(format!("{function}+{offset:#x}"));
             let at = armed
                 .knowledge
@@ -379,7 +372,7 @@ impl Isolator {
             armed.domain.code(at, &mut before)?;
             armed.domain.patch(at, code)?;
             Ok(before)
-        })?
+        })
     }
 
     /// Has all isolated functions of a module return errors without being run, and silences its device.
@@ -428,7 +421,7 @@ impl Isolator {
         module: &str,
         function: &str,
     ) -> Result<Vec<InstructionAt>, AttachError> {
-        self.with_module(module, |armed| {
+        self.with_domain(module, |armed| {
             let start = armed.knowledge.driver_function(function);
             let start = start.ok_or_else(|| AttachError::NotAnEntry(function.to_owned()))?;
             let (knowledge, domain) = (&armed.knowledge, &armed.domain);
@@ -450,6 +443,22 @@ impl Isolator {
         let mut modules = self.modules();
         let armed = modules.get_mut(module);
         with(armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?)
+    }
+
+    /// Looks at the domain of an isolated module, or changes it, while the guest is stopped and none of its calls is
+    /// in there.
+    fn with_domain<T>(
+        &self,
+        module: &str,
+        with: impl FnOnce(&mut Armed) -> Result<T, AttachError>,
+    ) -> Result<T, AttachError> {
+        let memory = self.vm.ram().memory().clone();
+        self.vm.with_paused(|vcpus| {
+            self.with_module(module, |armed| {
+                armed.follow_tables(vcpus, &memory)?;
+                with(armed)
+            })
+        })?
     }
 
     /// Forgets `module` if it is isolated but its text is not at `text` any more: it was removed, and

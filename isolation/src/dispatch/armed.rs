@@ -10,9 +10,11 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
-use crate::attach::THREAD_SIZE;
+use vmm::PausedVcpus;
+
 use crate::attach::arm::{clear_gate, set_gate};
 use crate::attach::returning::Returning;
+use crate::attach::{AttachError, THREAD_SIZE, live};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::{Failure, GuestCalls};
 use crate::compensation::transmit_queues::TransmitQueues;
@@ -224,20 +226,28 @@ impl Armed {
         }
     }
 
-    /// The address space with the kernel mapped, of a vCPU that may be in user space.
-    pub fn kernel_space(
+    /// Page tables of a vCPU that is stopped with the kernel and the module mapped.
+    pub fn kernel_tables(
         &self,
-        sregs: &kvm_sregs,
+        vcpus: &mut PausedVcpus<'_>,
         memory: &GuestMemoryMmap,
-    ) -> Option<AddressSpace> {
-        let probe = Gva(*self.gates.keys().next()?);
-        // With page-table isolation the kernel's tables are those beside the user's.
-        let spaces = [sregs.cr3, sregs.cr3 & !0x1000].map(|cr3| {
-            AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, self.physical_bits)
-        });
-        spaces
-            .into_iter()
-            .find(|space| space.walk(memory, probe).is_ok())
+    ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
+        let probe = self
+            .gates
+            .keys()
+            .next()
+            .ok_or(AttachError::NoKernelTables)?;
+        live::kernel_tables(vcpus, self.physical_bits, Gva(*probe), memory)
+    }
+
+    /// Has the domain looked at between calls: through page tables that the guest uses now.
+    pub fn follow_tables(
+        &mut self,
+        vcpus: &mut PausedVcpus<'_>,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), AttachError> {
+        let (sregs, _) = self.kernel_tables(vcpus, memory)?;
+        Ok(self.domain.follow_tables(sregs.cr3)?)
     }
 
     pub(crate) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
@@ -276,7 +286,7 @@ impl Armed {
         let (withholding, link_held) = (&mut self.withholding, &mut self.link_held);
         let others_open = may_be_taken_back(&self.spilled);
         if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.begin(&entry.name, again, domain)
+            && let Err(error) = fault.begin(&entry.name, again, at.sregs.cr3, domain)
         {
             tracing::error!("a fault cannot be put into {}: {error}", entry.name);
         }

@@ -103,11 +103,12 @@ impl Fault {
         }
     }
 
-    /// A call of `entry` begins or, having gone on in the guest, comes back (`again`).
+    /// A call of `entry` begins or, having gone on in the guest, comes back (`again`), with the page tables at `cr3`.
     pub fn begin(
         &mut self,
         entry: &str,
         again: bool,
+        cr3: u64,
         domain: &mut Domain,
     ) -> Result<(), DomainError> {
         if entry != self.order.entry || self.count.left == 0 {
@@ -119,6 +120,7 @@ impl Fault {
             self.wait -= 1;
             return Ok(());
         }
+        domain.follow_tables(cr3)?;
         let mut original = vec![0; self.order.code.len()];
         domain.code(self.at, &mut original)?;
         domain.patch(self.at, &self.order.code)?;

@@ -154,6 +154,16 @@ impl Domain {
         (self.view.private().clone(), self.view.shared().clone())
     }
 
+    /// Makes P's pages equal to the guest's and has addresses translated through the guest's tables at `cr3` from now
+    /// on, which have to be ones that the guest uses: between two calls those of the last call may be gone, and their
+    /// memory be somebody else's. The guest must not run meanwhile.
+    pub fn follow_tables(&mut self, cr3: u64) -> Result<(), DomainError> {
+        self.drop_stale()?;
+        self.warm.refresh(&mut self.view)?;
+        self.roots.enter(cr3, &mut self.monitor);
+        Ok(())
+    }
+
     /// Gives P other bytes than the guest at `va`: the original ones where the guest's entry is
     /// patched, or a redirected call.
     pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {
@@ -206,7 +216,7 @@ impl Domain {
         for (at, byte) in (va..).zip(bytes) {
             let translation = self.roots.translate(at, &self.view)?;
             let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
-            *byte = self.view.private_page(Pfn::of(gpa))?[(gpa % PAGE_SIZE) as usize];
+            self.view.read_private(gpa, std::slice::from_mut(byte))?;
         }
         Ok(())
     }

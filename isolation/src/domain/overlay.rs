@@ -40,13 +40,12 @@ impl Overlays {
         let overlay = match self.pages.entry(pfn) {
             Entry::Occupied(overlay) => overlay.into_mut(),
             Entry::Vacant(place) => place.insert(Overlay {
-                guest: Box::new(*view.shared_page(pfn)?),
+                guest: view.copy_shared(pfn)?,
                 patches: BTreeMap::new(),
             }),
         };
         overlay.patches.insert(offset, byte);
-        view.private_page_mut(pfn)?[offset] = byte;
-        Ok(())
+        view.write_private(pfn.gpa() + offset as u64, &[byte])
     }
 
     /// Compares the next overlay with the guest's page and makes it anew if that changed.

@@ -10,11 +10,13 @@
 //! were written are copies and hide what K writes later: every function here that creates a copy
 //! leaves it to the caller to remember the page and to drop or refresh it.
 //!
-//! Rule for all page accesses: nobody else writes the two pages meanwhile. The caller holds the
-//! guest's other vCPUs and its emulated devices (see `transaction`).
+//! Rule for all page accesses by reference: nobody else writes the two pages meanwhile. The caller holds the
+//! guest's other vCPUs and its emulated devices (see `transaction`). Where that is not so, because a domain is made or
+//! looked at between calls, bytes are copied: whoever writes meanwhile then makes them differ, and nothing worse.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -141,6 +143,39 @@ impl PrivateView {
         Ok(unsafe { &*pointer })
     }
 
+    /// Copies K's bytes of a page, which others may be writing.
+    pub fn copy_shared(&self, pfn: Pfn) -> Result<Box<Page>, ViewError> {
+        let mut page = Box::new([0; PAGE_SIZE as usize]);
+        let read = self
+            .shared
+            .read_slice(page.as_mut_slice(), GuestAddress(pfn.gpa()));
+        read.map_err(|_| ViewError::NotMemory(pfn.gpa()))?;
+        Ok(page)
+    }
+
+    /// Copies P's bytes from guest physical address `gpa`, which others may be writing.
+    pub fn read_private(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), ViewError> {
+        let read = self.private.read_slice(bytes, GuestAddress(gpa));
+        read.map_err(|_| ViewError::NotMemory(gpa))
+    }
+
+    /// Writes P's bytes at guest physical address `gpa`: the page is a private copy from now on. Others may be writing
+    /// the guest's.
+    pub fn write_private(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
+        let written = self.private.write_slice(bytes, GuestAddress(gpa));
+        written.map_err(|_| ViewError::NotMemory(gpa))
+    }
+
+    /// The 64-bit word around `gpa` as K has it, which others may be writing: read once.
+    pub fn shared_word(&self, gpa: u64) -> Result<u64, ViewError> {
+        word(&self.shared, gpa)
+    }
+
+    /// The same as P has it.
+    pub fn private_word(&self, gpa: u64) -> Result<u64, ViewError> {
+        word(&self.private, gpa)
+    }
+
     /// P's bytes of a page, to change: the page is a private copy from now on.
     pub fn private_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
         let pointer = page_pointer(&self.private, pfn)?;
@@ -221,6 +256,12 @@ impl PrivateView {
         }
         Ok(calls)
     }
+}
+
+fn word(memory: &GuestMemoryMmap, gpa: u64) -> Result<u64, ViewError> {
+    let word: Result<u64, _> = memory.load(GuestAddress(gpa & !7), Ordering::Relaxed);
+    word.map(u64::from_le)
+        .map_err(|_| ViewError::NotMemory(gpa))
 }
 
 /// Address of a whole page of `memory`, page-aligned and mapped for the life of `memory`.

@@ -24,7 +24,7 @@ mod entry;
 use std::collections::HashMap;
 
 use super::monitor::{self, MAPPED_PAGES, Monitor, TABLE_PAGES};
-use super::view::{PAGE_SIZE, Page, Pfn, PrivateView, ViewError};
+use super::view::{PAGE_SIZE, PrivateView, ViewError};
 pub use entry::{Permissions, Root};
 use entry::{bits, index, prefix, restrict, shift, split, without_used};
 
@@ -179,7 +179,8 @@ impl Roots {
     pub fn fresh(&self, cr3: u64, view: &PrivateView) -> bool {
         let top = cr3 & bits::ADDRESS;
         let same = |gpa: u64, value: u64| {
-            read_shared(view, gpa).is_ok_and(|now| without_used(now) == without_used(value))
+            view.shared_word(gpa)
+                .is_ok_and(|now| without_used(now) == without_used(value))
         };
         self.top_sources
             .iter()
@@ -240,7 +241,7 @@ impl Roots {
         let mut table = self.cr3 & bits::ADDRESS;
         let (mut write, mut execute) = (true, true);
         for level in (1..=4u8).rev() {
-            let entry = read_private(view, table + index(va, level) * 8)?;
+            let entry = view.private_word(table + index(va, level) * 8)?;
             if entry & bits::PRESENT == 0 {
                 return Ok(None);
             }
@@ -280,7 +281,7 @@ impl Roots {
                 Some((entry, from)) => (split(entry, from, level, page), None),
                 None => {
                     let gpa = guest_table + at * 8;
-                    let entry = read_private(view, gpa)?;
+                    let entry = view.private_word(gpa)?;
                     (entry, Some(Source { gpa, value: entry }))
                 }
             };
@@ -430,7 +431,7 @@ impl Roots {
             // The place must stay free in the guest: its entry is a source like any other.
             if let Some(table) = guest_table {
                 let gpa = table + at * 8;
-                let value = read_private(view, gpa)?;
+                let value = view.private_word(gpa)?;
                 self.remember(level, at, Some(Source { gpa, value }));
                 let descend = value & bits::PRESENT != 0 && value & bits::LARGE == 0;
                 guest_table = descend.then_some(value & bits::ADDRESS);
@@ -461,7 +462,7 @@ impl Roots {
 pub fn is_free(view: &PrivateView, cr3: u64, va: u64) -> Result<bool, RootError> {
     let mut table = cr3 & bits::ADDRESS;
     for level in [4, 3, 2u8] {
-        let entry = read_private(view, table + index(va, level) * 8)?;
+        let entry = view.private_word(table + index(va, level) * 8)?;
         if entry & bits::PRESENT == 0 {
             return Ok(true);
         }
@@ -476,19 +477,4 @@ pub fn is_free(view: &PrivateView, cr3: u64, va: u64) -> Result<bool, RootError>
 fn put_entry(monitor: &mut Monitor, table: u64, at: u64, entry: u64) {
     let at = at as usize * 8;
     monitor.page_mut(table)[at..at + 8].copy_from_slice(&entry.to_le_bytes());
-}
-
-fn read_shared(view: &PrivateView, gpa: u64) -> Result<u64, ViewError> {
-    Ok(entry_of(view.shared_page(Pfn::of(gpa))?, gpa))
-}
-
-fn read_private(view: &PrivateView, gpa: u64) -> Result<u64, ViewError> {
-    Ok(entry_of(view.private_page(Pfn::of(gpa))?, gpa))
-}
-
-fn entry_of(page: &Page, gpa: u64) -> u64 {
-    let at = (gpa % PAGE_SIZE) as usize & !7;
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&page[at..at + 8]);
-    u64::from_le_bytes(bytes)
 }

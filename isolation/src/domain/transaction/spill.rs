@@ -15,7 +15,7 @@
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
 
 use super::*;
-use crate::domain::monitor::CrossingFrame;
+use crate::domain::monitor::{self, CrossingFrame};
 
 /// Times that one call may go on in the guest.
 const MAX_SPILLS: u32 = 4096;
@@ -222,6 +222,9 @@ impl Call<'_> {
             } => self
                 .trapped_at(regs.rip, &self.domain.trapped)
                 .map(|(function, ())| function),
+            ViolationKind::ForeignPort { port, write: true } if port.to_le_bytes()[1] == 0 => {
+                self.gate_at(regs.rip, port.to_le_bytes()[0])
+            }
             ViolationKind::ForeignMsr { .. }
             | ViolationKind::ForeignPort { .. }
             | ViolationKind::ForeignMmio { write: false, .. }
@@ -232,6 +235,29 @@ impl Call<'_> {
             _ => None,
         };
         Ok(rip.map(|rip| kvm_regs { rip, ..*regs }))
+    }
+
+    /// Where the `out` to this port is that P, stopped with this RIP, has just come to: KVMs differ in whether they
+    /// have moved on already. Behind an entry gate of another isolated module is its return gate, another `out`.
+    fn gate_at(&self, rip: u64, port: u8) -> Option<u64> {
+        let out = monitor::out(port.into());
+        let is_there = |at: &u64| {
+            let mut code = [0; 2];
+            self.domain.code(*at, &mut code).is_ok() && out == code
+        };
+        let there = [rip, rip.wrapping_sub(out.len() as u64)];
+        if let Some(at) = there.into_iter().find(is_there) {
+            return Some(at);
+        }
+        // `out` with its port in DX, unless there is another one in front: then it is not known which one it is.
+        let kind = ViolationKind::ForeignPort {
+            port: port.into(),
+            write: true,
+        };
+        let mut before = [0];
+        let behind_another = self.domain.code(rip.wrapping_sub(1), &mut before).is_ok()
+            && matches!(before, [0xee | 0xef]);
+        (!behind_another && self.is_access(rip, &kind)).then_some(rip)
     }
 
     /// Whether the instruction at `rip` is one that makes such an access, and no other effect with it.
