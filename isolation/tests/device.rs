@@ -142,6 +142,39 @@ fn the_devices_ports_are_written_at_commit_and_read_at_once() {
 }
 
 #[test]
+fn string_instructions_are_as_many_port_accesses_as_they_say() {
+    const STORES: u64 = 5;
+    const LOADS: u64 = 3;
+    let guest = Guest::new();
+    guest.write(DRIVER_DATA, 0x0807_0605_0403_0201);
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(edx, 0xc000).unwrap();
+        a.mov(rsi, DRIVER_DATA).unwrap();
+        a.mov(ecx, STORES as u32).unwrap();
+        a.rep().outsb().unwrap();
+        a.mov(ecx, 1).unwrap();
+        a.rep().outsw().unwrap();
+        a.mov(edx, 0xc004).unwrap();
+        a.mov(rdi, DRIVER_DATA + 8).unwrap();
+        a.mov(ecx, LOADS as u32).unwrap();
+        a.rep().insw().unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        device_value: 0x5566_7788,
+        ..Kernel::with_data()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    let stores: Vec<_> = (1..=STORES).map(|value| (0xc000, value, 1)).collect();
+    assert_eq!(kernel.device_writes[..5], stores);
+    assert_eq!(kernel.device_writes[5..], [(0xc000, 0x0706, 2)]);
+    assert_eq!(guest.read(DRIVER_DATA + 8), 0x7788_7788_7788);
+    assert_eq!((result.regs.rcx, result.regs.rdi), (0, DRIVER_DATA + 14));
+}
+
+#[test]
 fn another_devices_registers_are_a_violation() {
     let (_, result) = one_call(|a| {
         a.mov(rcx, OTHER_DEVICE).unwrap();

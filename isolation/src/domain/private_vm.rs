@@ -71,21 +71,23 @@ fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
 /// Why P stopped running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// `out` to a port; `value` holds the bytes written, little-endian.
+    /// `out` or `outs` to a port: `count` stores one after the other, whose values are [`PrivateVm::port_item`].
     Out {
         /// Port.
         port: u16,
-        /// Bytes written.
-        value: u32,
-        /// Their number: 1, 2 or 4 times the repeat count.
+        /// Bytes of each store: 1, 2 or 4.
         bytes: usize,
+        /// How many stores: 1, more with a repeated string instruction.
+        count: usize,
     },
-    /// `in` from a port.
+    /// `in` or `ins` from a port: `count` loads one after the other, answered by [`PrivateVm::answer_port`].
     In {
         /// Port.
         port: u16,
-        /// Bytes wanted.
+        /// Bytes of each load: 1, 2 or 4.
         bytes: usize,
+        /// How many loads: 1, more with a repeated string instruction.
+        count: usize,
     },
     /// Load from an address that is no memory.
     MmioRead {
@@ -248,15 +250,14 @@ impl PrivateVm {
             }
         };
         Ok(match exit {
-            VcpuExit::IoOut(port, data) => Exit::Out {
-                port,
-                value: little_endian(data) as u32,
-                bytes: data.len(),
-            },
-            VcpuExit::IoIn(port, data) => Exit::In {
-                port,
-                bytes: data.len(),
-            },
+            VcpuExit::IoOut(port, _) => {
+                let (bytes, count) = self.port_access();
+                Exit::Out { port, bytes, count }
+            }
+            VcpuExit::IoIn(port, _) => {
+                let (bytes, count) = self.port_access();
+                Exit::In { port, bytes, count }
+            }
             VcpuExit::MmioRead(gpa, data) => Exit::MmioRead {
                 gpa,
                 bytes: data.len(),
@@ -295,20 +296,44 @@ impl PrivateVm {
         run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
     }
 
-    /// Gives the answer to the `in` of the last [`Exit::In`], of 1 to 4 bytes.
-    pub fn answer_port(&mut self, value: u32) {
+    /// Bytes of each access and number of accesses of the exit for port I/O that just happened.
+    fn port_access(&mut self) -> (usize, usize) {
         let run = self.vcpu.get_kvm_run();
         // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the member in use.
-        let (offset, bytes) = unsafe {
-            let io = run.__bindgen_anon_1.io;
-            (io.data_offset as usize, usize::from(io.size))
-        };
-        let value = &value.to_le_bytes()[..bytes.min(4)];
-        // SAFETY: KVM puts the data at this offset within the mapping that `kvm_run` is the head of (KVM
-        // API, section 5, KVM_EXIT_IO), with room for `size` bytes; nobody else uses it until KVM_RUN.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        (usize::from(io.size), io.count as usize)
+    }
+
+    /// Where access `index` of the last exit for port I/O has its value; `None` behind the last one.
+    fn port_data(&mut self, index: usize) -> Option<&mut [u8]> {
+        let run = self.vcpu.get_kvm_run();
+        // SAFETY: only called after KVM_EXIT_IO, so `io` is the member in use.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let bytes = usize::from(io.size);
+        if index >= io.count as usize || !matches!(bytes, 1 | 2 | 4) {
+            return None;
+        }
+        // SAFETY: KVM puts `count` values of `size` bytes at this offset within the mapping that `kvm_run` is the
+        // head of (KVM API, section 5, KVM_EXIT_IO); nobody else uses it until KVM_RUN, and the borrow of `self`
+        // keeps that away.
         unsafe {
-            let data = std::ptr::from_mut(run).cast::<u8>().add(offset);
-            data.copy_from_nonoverlapping(value.as_ptr(), value.len());
+            let data = std::ptr::from_mut(run).cast::<u8>();
+            let data = data.add(io.data_offset as usize + index * bytes);
+            Some(std::slice::from_raw_parts_mut(data, bytes))
+        }
+    }
+
+    /// Value of store `index` of the last [`Exit::Out`].
+    pub fn port_item(&mut self, index: usize) -> u32 {
+        let data = self.port_data(index);
+        data.map_or(0, |data| little_endian(data) as u32)
+    }
+
+    /// Gives the answer to load `index` of the last [`Exit::In`].
+    pub fn answer_port(&mut self, index: usize, value: u32) {
+        if let Some(data) = self.port_data(index) {
+            let bytes = data.len();
+            data.copy_from_slice(&value.to_le_bytes()[..bytes]);
         }
     }
 

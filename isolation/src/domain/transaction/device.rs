@@ -2,9 +2,6 @@
 
 use super::*;
 
-/// Bytes of one access to a port (Intel SDM volume 1, section 19.3); string instructions move more.
-const MAX_PORT_BYTES: usize = 4;
-
 impl Call<'_> {
     pub(super) fn mmio_read(&mut self, gpa: u64, bytes: usize) -> Result<Step, DomainError> {
         if !self.supervisor.owns_mmio(gpa) {
@@ -22,26 +19,42 @@ impl Call<'_> {
         Ok(Step::Continue)
     }
 
-    pub(super) fn port_read(&mut self, port: u16, bytes: usize) -> Result<Step, DomainError> {
-        if !self.supervisor.owns_port(port) || bytes > MAX_PORT_BYTES {
+    pub(super) fn port_read(
+        &mut self,
+        port: u16,
+        bytes: usize,
+        count: usize,
+    ) -> Result<Step, DomainError> {
+        if !self.supervisor.owns_port(port) {
             let kind = ViolationKind::ForeignPort { port, write: false };
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
-        let value = self.device_read(DeviceAddress::Port(port), bytes)?;
-        self.domain.vm.answer_port(value as u32);
+        for index in 0..count {
+            let value = self.device_read(DeviceAddress::Port(port), bytes)?;
+            self.domain.vm.answer_port(index, value as u32);
+        }
         Ok(Step::Continue)
     }
 
     pub(super) fn port_write(
         &mut self,
         port: u16,
-        value: u32,
         bytes: usize,
+        count: usize,
     ) -> Result<Step, DomainError> {
-        if self.supervisor.owns_port(port) && bytes <= MAX_PORT_BYTES {
-            return self.post(DeviceAddress::Port(port), value.into(), bytes);
+        if self.supervisor.owns_port(port) {
+            for index in 0..count {
+                let value = self.domain.vm.port_item(index);
+                self.post(DeviceAddress::Port(port), value.into(), bytes)?;
+            }
+            return Ok(Step::Continue);
         }
-        if self.root()? == Root::Kernel && self.supervisor.harmless_port_write(port, value, bytes) {
+        let is_kernel = self.root()? == Root::Kernel;
+        let harmless = (0..count).all(|index| {
+            let value = self.domain.vm.port_item(index);
+            is_kernel && self.supervisor.harmless_port_write(port, value, bytes)
+        });
+        if harmless {
             return Ok(Step::Continue);
         }
         let kind = ViolationKind::ForeignPort { port, write: true };

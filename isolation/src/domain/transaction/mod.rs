@@ -421,8 +421,8 @@ impl Call<'_> {
             Exit::Out {
                 port: PORT_SLEEP, ..
             } if self.root()? == Root::Kernel => self.sleep(&regs),
-            Exit::Out { port, value, bytes } => self.port_write(port, value, bytes),
-            Exit::In { port, bytes } => self.port_read(port, bytes),
+            Exit::Out { port, bytes, count } => self.port_write(port, bytes, count),
+            Exit::In { port, bytes, count } => self.port_read(port, bytes, count),
             Exit::MmioRead { gpa, bytes } => self.mmio_read(gpa, bytes),
             Exit::MmioWrite { gpa, value, bytes } => self.mmio_write(gpa, value, bytes),
             Exit::MsrRead { index } => self.foreign(
