@@ -13,6 +13,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -199,24 +200,46 @@ impl Serial {
         }
     }
 
+    /// Takes the clients that came: the first if there is none at the moment, or only one that has gone. The listener
+    /// is watched by edges, so all of them are looked at; where the host has no descriptor left they wait for the next
+    /// that comes.
     fn accept(&mut self, ops: &mut EventOps) {
-        let Some(listener) = &self.listener else {
-            return;
-        };
-        let client = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            Err(error) => return tracing::warn!(%error, "no serial client accepted"),
-        };
-        if matches!(self.uart.writer(), Sink::Client(_)) {
-            return tracing::info!("serial console is in use; second client turned away");
+        loop {
+            let Some(listener) = &self.listener else {
+                return;
+            };
+            let client = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    if let Some(suppressed) = self.log.permit() {
+                        tracing::warn!(%error, suppressed, "no serial client accepted");
+                    }
+                    return;
+                }
+            };
+            if let Sink::Client(present) = self.uart.writer() {
+                if !has_gone(present) {
+                    if let Some(suppressed) = self.log.permit() {
+                        tracing::info!(
+                            suppressed,
+                            "serial console is in use; another client is turned away"
+                        );
+                    }
+                    continue;
+                }
+                // What it said last and the guest has not read goes with it.
+                self.end_of_input(ops);
+            }
+            if let Err(error) = client.set_nonblocking(true) {
+                tracing::warn!(%error, "serial client turned away");
+                continue;
+            }
+            *self.uart.writer_mut() = Sink::Client(client);
+            self.stalled = false;
+            self.watch_source(ops);
         }
-        if let Err(error) = client.set_nonblocking(true) {
-            return tracing::warn!(%error, "serial client turned away");
-        }
-        *self.uart.writer_mut() = Sink::Client(client);
-        self.stalled = false;
-        self.watch_source(ops);
     }
 
     fn watch_source(&mut self, ops: &mut EventOps) {
@@ -234,6 +257,14 @@ impl Serial {
             tracing::debug!(%error, "serial input was not being waited for");
         }
     }
+}
+
+/// Whether nobody is at the other end any more, also where something that was said is still to be read.
+fn has_gone(client: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(client, PollFlags::empty())];
+    let now = Timespec::default();
+    // Hang-ups and errors are told without being asked for.
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 impl MutBusDevice for Serial {
@@ -260,12 +291,13 @@ impl MutBusDevice for Serial {
 
 impl MutEventSubscriber for Serial {
     fn init(&mut self, ops: &mut EventOps) {
-        let listener = self.listener.as_ref().map(AsRawFd::as_raw_fd);
-        for fd in [Some(self.room.as_raw_fd()), listener]
-            .into_iter()
-            .flatten()
-        {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        let listener = self.listener.as_ref().map(|listener| {
+            let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            Events::new_raw(listener.as_raw_fd(), edges)
+        });
+        let room = Events::new_raw(self.room.as_raw_fd(), EventSet::IN);
+        for events in [Some(room), listener].into_iter().flatten() {
+            if let Err(error) = ops.add(events) {
                 tracing::error!(%error, "serial port has no input");
             }
         }
@@ -291,137 +323,4 @@ impl MutEventSubscriber for Serial {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    use event_manager::{EventManager, SubscriberOps};
-
-    use super::*;
-
-    #[derive(Default)]
-    struct CountingLine(AtomicU32);
-
-    impl IrqLine for CountingLine {
-        fn set_level(&self, asserted: bool) {
-            self.0.fetch_add(u32::from(asserted), Ordering::Relaxed);
-        }
-    }
-
-    const DATA: u64 = 0;
-    const IER: u64 = 1;
-    const LSR: u64 = 5;
-
-    fn read_byte(serial: &Mutex<Serial>, offset: u64) -> u8 {
-        let mut data = [0];
-        serial.lock().unwrap().read(offset, &mut data);
-        data[0]
-    }
-
-    type Loop = EventManager<Arc<Mutex<Serial>>>;
-
-    /// Runs the loop until nothing more happens.
-    fn settle(events: &mut Loop) {
-        while events.run_with_timeout(20).unwrap() > 0 {}
-    }
-
-    #[test]
-    fn output_reaches_the_file_in_order() {
-        let mut file = tempfile::tempfile().unwrap();
-        let backend = SerialBackend::Output(file.try_clone().unwrap());
-        let mut serial = Serial::new(Arc::new(CountingLine::default()), backend).unwrap();
-        for byte in b"cofferdam\r\n" {
-            serial.write(DATA, &[*byte]);
-        }
-        let mut text = String::new();
-        io::Seek::rewind(&mut file).unwrap();
-        file.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "cofferdam\r\n");
-    }
-
-    #[test]
-    fn a_long_input_arrives_whole_although_the_fifo_is_short() {
-        let (mut peer, ours) = UnixStream::pair().unwrap();
-        let input = File::from(std::os::fd::OwnedFd::from(ours));
-        let output = input.try_clone().unwrap();
-        let line = Arc::new(CountingLine::default());
-        let serial = Serial::new(line.clone(), SerialBackend::Streams { input, output }).unwrap();
-        let serial = Arc::new(Mutex::new(serial));
-        let mut events = Loop::new().unwrap();
-        events.add_subscriber(serial.clone());
-        serial.lock().unwrap().write(IER, &[1]);
-        let sent: Vec<u8> = (0..1000u32).map(|i| (i * 7) as u8).collect();
-        peer.write_all(&sent).unwrap();
-        let mut received = Vec::new();
-        while received.len() < sent.len() {
-            settle(&mut events);
-            assert_eq!(
-                read_byte(&serial, LSR) & 1,
-                1,
-                "after {} bytes",
-                received.len()
-            );
-            while read_byte(&serial, LSR) & 1 == 1 {
-                received.push(read_byte(&serial, DATA));
-            }
-        }
-        assert_eq!(received, sent);
-        assert!(line.0.load(Ordering::Relaxed) > 0);
-    }
-
-    #[test]
-    fn socket_clients_come_and_go() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("serial.sock");
-        let backend = SerialBackend::Socket(UnixListener::bind(&path).unwrap());
-        let serial = Serial::new(Arc::new(CountingLine::default()), backend).unwrap();
-        let serial = Arc::new(Mutex::new(serial));
-        let mut events = Loop::new().unwrap();
-        events.add_subscriber(serial.clone());
-        serial.lock().unwrap().write(DATA, b"?");
-        for round in [b'1', b'2'] {
-            let mut client = UnixStream::connect(&path).unwrap();
-            settle(&mut events);
-            let mut second = UnixStream::connect(&path).unwrap();
-            settle(&mut events);
-            assert_eq!(
-                second.read(&mut [0]).unwrap(),
-                0,
-                "a second client is turned away"
-            );
-            serial.lock().unwrap().write(DATA, &[round]);
-            let mut byte = [0];
-            client.read_exact(&mut byte).unwrap();
-            assert_eq!(byte, [round]);
-            client.write_all(b"x").unwrap();
-            settle(&mut events);
-            assert_eq!(read_byte(&serial, DATA), b'x');
-            drop(client);
-            settle(&mut events);
-        }
-    }
-
-    #[test]
-    fn reset_forgets_registers_and_input() {
-        let (mut peer, ours) = UnixStream::pair().unwrap();
-        let input = File::from(std::os::fd::OwnedFd::from(ours));
-        let output = input.try_clone().unwrap();
-        let backend = SerialBackend::Streams { input, output };
-        let serial = Serial::new(Arc::new(CountingLine::default()), backend).unwrap();
-        let serial = Arc::new(Mutex::new(serial));
-        let mut events = Loop::new().unwrap();
-        events.add_subscriber(serial.clone());
-        peer.write_all(&[b'a'; 100]).unwrap();
-        settle(&mut events);
-        serial.lock().unwrap().write(IER, &[0xf]);
-        serial.lock().unwrap().reset();
-        assert_eq!(read_byte(&serial, IER), 0);
-        assert_eq!(read_byte(&serial, LSR) & 1, 0);
-        settle(&mut events);
-        assert_eq!(
-            read_byte(&serial, LSR) & 1,
-            1,
-            "input that waited outside goes on"
-        );
-    }
-}
+mod tests;

@@ -265,6 +265,12 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         avail_event == self.rings[queue].available.wrapping_sub(1)
     }
 
+    /// How many chains the device gave back in all, modulo 65536.
+    pub(crate) fn used_index(&self, queue: usize) -> u16 {
+        let at = addresses(queue).2 + 2;
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
     /// What the device gave back since this was last asked.
     pub(crate) fn used(&mut self, queue: usize) -> Vec<Used> {
         let used = addresses(queue).2;

@@ -23,10 +23,10 @@ pub enum DiskError {
     #[error("disk {0} is a directory; give an image file or a block device")]
     Directory(PathBuf),
     /// Not writable for this user.
-    #[error("disk {0} cannot be opened with the rights you have; change them, or add `,readonly`")]
+    #[error("disk {0} cannot be opened with the rights you have; change them, or add `,ro`")]
     Permission(PathBuf),
     /// In use.
-    #[error("disk {0} is in use by another VM; end that, or give both `,readonly`")]
+    #[error("disk {0} is in use by another VM; end that, or give both `,ro`")]
     Locked(PathBuf),
     /// No disk has this size.
     #[error(
@@ -126,10 +126,10 @@ impl Disk {
         self.file.sync_data()
     }
 
-    /// Gives the space of a range back, where the file system can; it may then read as zeros or not.
+    /// Gives the space of a range back, where the backing can; it may then read as zeros or not.
     pub(super) fn discard(&self, offset: u64, bytes: u64) -> std::io::Result<()> {
         match self.allocate(FallocateFlags::PUNCH_HOLE, offset, bytes) {
-            Err(Errno::OPNOTSUPP) => Ok(()),
+            Err(error) if cannot(error) => Ok(()),
             other => Ok(other?),
         }
     }
@@ -142,7 +142,7 @@ impl Disk {
             FallocateFlags::ZERO_RANGE
         };
         match self.allocate(how, offset, bytes) {
-            Err(Errno::OPNOTSUPP) => {}
+            Err(error) if cannot(error) => {}
             other => return Ok(other?),
         }
         let mut at = offset;
@@ -164,4 +164,10 @@ impl Disk {
             }
         }
     }
+}
+
+/// Whether a backing says that it cannot do this, or not for such a range: a block device of larger sectors answers
+/// EINVAL for a part of one. Nothing has changed then.
+fn cannot(error: Errno) -> bool {
+    matches!(error, Errno::OPNOTSUPP | Errno::INVAL)
 }

@@ -1,8 +1,9 @@
 //! Virtio block device (section 5.2) over a raw file.
 //!
-//! A request is served when the driver notifies about it, on the vCPU thread that does: the queue is
-//! empty when the notification returns. One request moves at most [`MAX_REQUEST_BYTES`], so that no
-//! turn takes long.
+//! Requests are served when the driver notifies about them, on the vCPU thread that does, until the turn is over
+//! ([`Queues::spend`]); the event loop goes on with what is left, turn by turn. One request moves at most
+//! [`MAX_REQUEST_BYTES`] and is done to its end, so that no turn takes long: a pause and the end of the machine wait for one
+//! turn at most.
 
 mod disk;
 #[cfg(test)]
@@ -46,6 +47,8 @@ const ID_BYTES: usize = 20;
 /// Most data of one read or write; also most that is zeroed at once.
 const MAX_REQUEST_BYTES: u64 = 16 << 20;
 const MAX_ZEROED_SECTORS: u32 = (MAX_REQUEST_BYTES / SECTOR_BYTES) as u32;
+/// What a flush counts for in a turn: nobody knows how long it takes.
+const FLUSH_BYTES: u64 = 2 << 20;
 /// Copied at a time.
 const SCRATCH_BYTES: usize = 128 * 1024;
 
@@ -135,7 +138,7 @@ impl Block {
         &mut self,
         chain: &Chain,
         writable: usize,
-        queues: &Queues<'_>,
+        queues: &mut Queues<'_>,
     ) -> Result<(), Failure> {
         let memory = queues.memory();
         let mut header = [0; HEADER_BYTES];
@@ -150,7 +153,10 @@ impl Block {
         match kind {
             T_IN => self.read(chain, sector, writable, queues),
             T_OUT => self.write(chain, sector, readable, queues),
-            T_FLUSH => Ok(self.disk.flush()?),
+            T_FLUSH => {
+                queues.spend(FLUSH_BYTES);
+                Ok(self.disk.flush()?)
+            }
             T_GET_ID => {
                 let length = writable.min(ID_BYTES);
                 chain.write(memory, 0, &self.id[..length])?;
@@ -163,7 +169,7 @@ impl Block {
                     return Err(Failure::Unsupported);
                 }
                 chain.read(memory, HEADER_BYTES, &mut range)?;
-                self.clear(kind == T_DISCARD, range)
+                self.clear(kind == T_DISCARD, range, queues)
             }
             _ => Err(Failure::Unsupported),
         }
@@ -174,9 +180,10 @@ impl Block {
         chain: &Chain,
         sector: u64,
         length: usize,
-        queues: &Queues<'_>,
+        queues: &mut Queues<'_>,
     ) -> Result<(), Failure> {
         let start = self.byte_range(sector, length as u64)?;
+        queues.spend(length as u64);
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(SCRATCH_BYTES);
@@ -193,10 +200,11 @@ impl Block {
         chain: &Chain,
         sector: u64,
         length: usize,
-        queues: &Queues<'_>,
+        queues: &mut Queues<'_>,
     ) -> Result<(), Failure> {
         self.check_writable()?;
         let start = self.byte_range(sector, length as u64)?;
+        queues.spend(length as u64);
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(SCRATCH_BYTES);
@@ -205,11 +213,16 @@ impl Block {
             self.disk.write(start + done as u64, scratch)?;
             done += piece;
         }
-        self.settle()
+        self.settle(queues)
     }
 
     /// Discards or zeroes a range of sectors (section 5.2.6).
-    fn clear(&mut self, discard: bool, range: [u8; RANGE_BYTES]) -> Result<(), Failure> {
+    fn clear(
+        &mut self,
+        discard: bool,
+        range: [u8; RANGE_BYTES],
+        queues: &mut Queues<'_>,
+    ) -> Result<(), Failure> {
         let [
             s0,
             s1,
@@ -244,20 +257,22 @@ impl Block {
         if bytes == 0 {
             return Ok(());
         }
+        queues.spend(bytes);
         if discard {
             self.disk.discard(start, bytes)?;
         } else {
             self.disk
                 .write_zeroes(start, bytes, flags & RANGE_UNMAP != 0)?;
         }
-        self.settle()
+        self.settle(queues)
     }
 
     /// Makes a change durable for a driver that will not ask for it.
-    fn settle(&self) -> Result<(), Failure> {
+    fn settle(&self, queues: &mut Queues<'_>) -> Result<(), Failure> {
         if self.driver_flushes {
             Ok(())
         } else {
+            queues.spend(FLUSH_BYTES);
             Ok(self.disk.flush()?)
         }
     }

@@ -262,3 +262,158 @@ fn a_disk_has_one_writer_or_many_readers() {
         Err(DiskError::Locked(_))
     ));
 }
+
+#[test]
+fn one_notification_moves_a_bounded_amount_and_the_event_loop_goes_on() {
+    const REQUESTS: u16 = 15;
+    const BYTES: usize = 2 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.img");
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(u64::from(REQUESTS) * BYTES as u64)
+        .unwrap();
+    let mut driver = Driver::new(Block::new(Disk::open(&path, false).unwrap(), "serial"));
+    driver.enable_msix();
+    driver.start(F_FLUSH);
+    // All read into the same memory. Indirect: each takes one descriptor of the table.
+    let memory = driver.memory.clone();
+    let write = |at: u64, bytes: &[u8]| {
+        vm_memory::Bytes::write_slice(&*memory, bytes, vm_memory::GuestAddress(at)).unwrap();
+    };
+    for index in 0..REQUESTS {
+        let at = 0x8_0000 + u64::from(index) * 0x100;
+        let sector = u64::from(index) * BYTES as u64 / SECTOR_BYTES;
+        write(
+            at,
+            &[&T_IN.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat(),
+        );
+        let mut table = Vec::new();
+        for (address, length, flags, next) in [
+            (at, 16u32, 1u16, 1u16),
+            (0x10_0000, BYTES as u32, 3, 2),
+            (at + 0x10, 1, 2, 0),
+        ] {
+            table.extend(address.to_le_bytes());
+            table.extend(length.to_le_bytes());
+            table.extend(flags.to_le_bytes());
+            table.extend(next.to_le_bytes());
+        }
+        write(at + 0x20, &table);
+        driver.descriptor(0, index, (at + 0x20, table.len() as u32), 4, 0);
+        driver.offer(0, index);
+    }
+    let done = |driver: &Driver<Block>| driver.used_index(0);
+    driver.kick(0);
+    let mut before = 0;
+    let mut turns = 0;
+    loop {
+        let now = done(&driver);
+        assert!(now > before, "a turn does something: {now} after {before}");
+        assert!(
+            usize::from(now - before) * BYTES <= 4 << 20,
+            "a turn is bounded: {now} after {before}"
+        );
+        (before, turns) = (now, turns + 1);
+        if now == REQUESTS {
+            break;
+        }
+        driver.run_events();
+    }
+    assert!(turns > 5, "{turns}");
+    driver.run_events();
+    assert_eq!(done(&driver), REQUESTS);
+}
+
+/// A loop device of 4096-byte sectors over `image`, where this process may make one.
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn new(image: &std::path::Path) -> Option<Self> {
+        let out = std::process::Command::new("losetup")
+            .args(["--sector-size", "4096", "--find", "--show"])
+            .arg(image)
+            .output();
+        let path = out.ok().filter(|out| out.status.success());
+        let path = path.and_then(|out| String::from_utf8(out.stdout).ok());
+        if path.is_none() {
+            eprintln!("not checked: this process may not make loop devices");
+        }
+        path.map(|path| Self(path.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let result = std::process::Command::new("losetup")
+            .arg("--detach")
+            .arg(&self.0)
+            .status();
+        assert!(result.unwrap().success());
+    }
+}
+
+/// Zeroes and discards ranges that no sector of the backing begins or ends with; nothing else may change, and no old data
+/// may be left in what was zeroed.
+fn clear_odd_ranges(path: &std::path::Path) {
+    let mut driver = Driver::new(Block::new(Disk::open(path, false).unwrap(), "serial"));
+    driver.start(F_FLUSH | F_DISCARD | F_WRITE_ZEROES);
+    let mut expected = std::fs::read(path).unwrap();
+    for (kind, sector, sectors, flags) in [
+        (T_WRITE_ZEROES, 11u64, 3u32, 0u32),
+        (T_WRITE_ZEROES, 17, 9, RANGE_UNMAP),
+        (T_WRITE_ZEROES, 32, 16, RANGE_UNMAP),
+        (T_WRITE_ZEROES, 50, 1, 0),
+        (T_DISCARD, 53, 2, 0),
+    ] {
+        let header = [&kind.to_le_bytes()[..], &[0; 12]].concat();
+        let range = [
+            &sector.to_le_bytes()[..],
+            &sectors.to_le_bytes(),
+            &flags.to_le_bytes(),
+        ];
+        driver.post(0, &[&header, &range.concat()], &[1]);
+        driver.kick(0);
+        driver.run_events();
+        assert_eq!(driver.used(0)[0].data, [S_OK], "{kind} {sector}+{sectors}");
+        if kind == T_WRITE_ZEROES {
+            let start = sector as usize * 512;
+            expected[start..start + sectors as usize * 512].fill(0);
+        }
+    }
+    let now = std::fs::read(path).unwrap();
+    let discarded = 53 * 512..55 * 512;
+    assert_eq!(now[..discarded.start], expected[..discarded.start]);
+    assert_eq!(now[discarded.end..], expected[discarded.end..]);
+}
+
+#[test]
+fn sectors_of_a_backing_with_larger_ones_are_zeroed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(&directory, &content());
+    let Some(device) = LoopDevice::new(&path) else {
+        return;
+    };
+    clear_odd_ranges(&device.0);
+}
+
+#[test]
+fn sectors_of_a_backing_that_cannot_punch_holes_are_zeroed() {
+    // A ramfs knows no fallocate at all.
+    let directory = tempfile::tempdir().unwrap();
+    let mounted = directory.path().join("mounted");
+    std::fs::create_dir(&mounted).unwrap();
+    let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+        let status = std::process::Command::new(program).args(arguments).output();
+        status.is_ok_and(|out| out.status.success())
+    };
+    let ramfs = ["-t", "ramfs", "ramfs"].map(std::ffi::OsStr::new);
+    if !run("mount", &[&ramfs[..], &[mounted.as_os_str()]].concat()) {
+        eprintln!("not checked: this process may not mount a file system without holes");
+        return;
+    }
+    let path = mounted.join("disk.img");
+    std::fs::write(&path, content()).unwrap();
+    clear_odd_ranges(&path);
+    assert!(run("umount", &[mounted.as_os_str()]));
+}

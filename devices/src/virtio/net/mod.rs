@@ -84,7 +84,9 @@ impl Net {
 
     fn receive(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         if !queues.active() {
-            self.drop_frames();
+            if !self.drop_frames() {
+                queues.go_on_later();
+            }
             return Ok(());
         }
         while let Some(chain) = queues.pop(RECEIVE)? {
@@ -107,12 +109,9 @@ impl Net {
         Ok(())
     }
 
-    fn drop_frames(&mut self) {
-        for _ in 0..MAX_DROPPED {
-            if self.wire.receive(&mut self.buffer).is_none() {
-                break;
-            }
-        }
+    /// Loses what came. Returns whether that was all.
+    fn drop_frames(&mut self) -> bool {
+        (0..MAX_DROPPED).any(|_| self.wire.receive(&mut self.buffer).is_none())
     }
 
     fn update_carrier(&mut self, queues: &mut Queues<'_>) {
@@ -170,7 +169,7 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, _: u64, _: &mut Queues<'_>) -> Result<(), DeviceError> {
-        // What came while nobody listened is lost.
+        // What came while nobody listened is lost; a wire may bring more than that in the meantime.
         self.drop_frames();
         self.carrier = self.wire.carrier();
         Ok(())
@@ -183,7 +182,10 @@ impl VirtioDevice for Net {
             self.transmit(queues)?;
         }
         // Whoever was sent to may have answered already.
-        self.receive(queues)
+        self.receive(queues)?;
+        // The wire may have learned just now that nobody is at its other end: no event tells of that any more.
+        self.update_carrier(queues);
+        Ok(())
     }
 
     fn watch(&mut self, ops: &mut EventOps<'_>) {

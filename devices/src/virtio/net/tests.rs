@@ -10,6 +10,7 @@ use super::*;
 use crate::virtio::testing::{Driver, EVENT_IDX};
 use crate::wire::WritableFd;
 use crate::wire::gateway::{Gateway, GatewayConfig};
+use crate::wire::unix_link::UnixLink;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 
@@ -239,4 +240,95 @@ fn the_gateway_answers_within_the_notification() {
     let used = driver.used(0);
     assert_eq!(used[0].data[12..18], MAC);
     assert_eq!(used[0].data[12 + 28..12 + 32], [10, 0, 2, 2]);
+}
+
+/// A card on a wire that listens, with `buffers` to receive into, and where to connect to it.
+fn listening_card(buffers: usize) -> (Driver<Net>, std::path::PathBuf, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("link.sock");
+    let link = UnixLink::listen(&path).unwrap();
+    let mut driver = Driver::new(Net::new(MAC, Box::new(link)));
+    driver.enable_msix();
+    driver.start(F_MAC | F_STATUS);
+    for _ in 0..buffers {
+        driver.post(0, &[], &[1526]);
+    }
+    driver.kick(0);
+    driver.run_events();
+    driver.vectors.take_triggered();
+    (driver, path, directory)
+}
+
+fn link_is_up(driver: &Driver<Net>) -> bool {
+    driver.read(0x2006, 2) == 1
+}
+
+#[test]
+fn the_driver_is_told_each_time_that_a_peer_of_a_listening_wire_came_and_went() {
+    let (mut driver, path, _directory) = listening_card(8);
+    assert!(!link_is_up(&driver));
+    for round in 0..50 {
+        let mut peer = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        driver.run_events();
+        assert!(link_is_up(&driver), "round {round}");
+        assert!(driver.vectors.take_triggered().contains(&0));
+        if round % 2 == 0 {
+            use std::io::Write;
+            peer.write_all(&[&60u32.to_be_bytes()[..], &[1; 60]].concat())
+                .unwrap();
+        }
+        drop(peer);
+        if round % 3 == 0 {
+            // Whoever sends into the wire finds out before the event loop does.
+            driver.post(1, &[&[0; 12], &frame(1)], &[]);
+            driver.kick(1);
+        }
+        driver.run_events();
+        driver.run_events();
+        assert!(!link_is_up(&driver), "round {round}");
+        assert!(driver.vectors.take_triggered().contains(&0));
+        if !driver.used(0).is_empty() {
+            driver.post(0, &[], &[1526]);
+            driver.kick(0);
+            driver.vectors.take_triggered();
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_went_while_there_was_no_buffer_is_noticed_with_the_next_buffer() {
+    let (mut driver, path, _directory) = listening_card(0);
+    let peer = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    // Without a buffer nothing is taken from the wire.
+    driver.post(0, &[], &[1526]);
+    driver.kick(0);
+    driver.run_events();
+    assert!(link_is_up(&driver));
+    {
+        use std::io::Write;
+        (&peer)
+            .write_all(&[&60u32.to_be_bytes()[..], &[1; 60]].concat())
+            .unwrap();
+    }
+    driver.run_events();
+    drop(peer);
+    driver.run_events();
+    driver.vectors.take_triggered();
+    driver.post(0, &[], &[1526]);
+    driver.kick(0);
+    assert!(!link_is_up(&driver));
+    assert!(driver.vectors.take_triggered().contains(&0));
+}
+
+#[test]
+fn a_flood_without_a_driver_is_lost_to_the_last_frame() {
+    let (mut driver, cable) = card();
+    driver.write(0x14, 1, 0);
+    for _ in 0..3 * MAX_DROPPED {
+        cable.arrive(frame(1));
+    }
+    for _ in 0..4 {
+        driver.run_events();
+    }
+    assert!(cable.0.lock().unwrap().to_card.is_empty());
 }
