@@ -10,28 +10,40 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
 use super::machine::{AGENT_SOCKET, CONSOLE_LOG, MONITOR_SOCKET, Machine, QEMU_LOG, TEST_SOCKET};
 
 const PID_FILE: &str = "pid";
+/// There while an instance is being ended on purpose.
+const STOPPING: &str = "stopping";
 /// How long QEMU may take to end when asked to.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// Lines of a log that are shown when something went wrong.
 const LOG_TAIL: usize = 12;
 
-/// Waits for the right to use `path`, which is made; given back when the file is dropped.
-pub fn lock(path: &Path) -> anyhow::Result<File> {
+/// Waits for the right to use `path`, which is made, and says `waiting` if another process has it; given back when
+/// the file is dropped.
+pub fn lock(path: &Path, waiting: Option<&str>) -> anyhow::Result<File> {
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
         .write(true)
         .open(path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    rustix::io::retry_on_intr(|| {
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
-    })
-    .with_context(|| format!("cannot lock {}", path.display()))?;
+    let take = |how| rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how));
+    let taken = match take(FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            if let Some(waiting) = waiting {
+                eprintln!("lab: {waiting}");
+            }
+            take(FlockOperation::LockExclusive)
+        }
+        other => other,
+    };
+    taken.with_context(|| format!("cannot lock {}", path.display()))?;
     Ok(file)
 }
 
@@ -207,6 +219,17 @@ impl Instance {
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
+    /// Tells whoever runs a command in this instance that it is about to be ended on purpose.
+    pub fn announce_stop(&self) -> anyhow::Result<()> {
+        let path = self.directory.join(STOPPING);
+        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Whether the instance in `directory` was, or is being, ended on purpose.
+    pub fn was_stopped(directory: &Path) -> bool {
+        !directory.exists() || directory.join(STOPPING).exists()
+    }
+
     /// Ends QEMU; L1 has nothing on disk that could be lost.
     pub fn stop(mut self) -> anyhow::Result<()> {
         self.end()
@@ -225,7 +248,7 @@ impl Instance {
             }
             // It may end in this very moment: then there is nothing to signal.
             if let Err(error) = rustix::process::kill_process(self.pid, signal)
-                && error != rustix::io::Errno::SRCH
+                && error != Errno::SRCH
             {
                 bail!("cannot end QEMU (process {}): {error}", self.pid());
             }

@@ -88,7 +88,7 @@ impl Ledger {
 
     fn change(&self, change: impl FnOnce(&mut Counts)) -> anyhow::Result<()> {
         let lock_path = self.path.with_extension("lock");
-        let _lock = super::instance::lock(&lock_path)?;
+        let _lock = super::instance::lock(&lock_path, None)?;
         let mut counts = self.read()?;
         change(&mut counts);
         let new = self.path.with_extension("new");

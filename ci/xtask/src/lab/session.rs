@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Client;
 use agent_protocol::message::{Exec, ExecEnd};
@@ -26,6 +26,9 @@ use super::kick::Kick;
 use super::ledger::{Ledger, Retry};
 use super::request::{Ended, Request};
 use super::settings::Settings;
+
+/// Start of QEMU to a lab that is ready, on an idle machine of two processors.
+const IDLE_BOOT: Duration = Duration::from_secs(5);
 
 /// For our own short commands in L1.
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
@@ -100,6 +103,8 @@ pub struct Lab {
     ledger: Ledger,
     kept: bool,
     running: Option<Running>,
+    /// How long the last start took until the lab was ready.
+    boot: Option<Duration>,
     /// Held while a kept lab is used: it serves one command at a time.
     _lock: Option<File>,
 }
@@ -130,7 +135,12 @@ impl Lab {
             Kind::Any => Instance::find(&settings.kept()).is_some(),
         };
         let lock = match kept {
-            true => Some(lock(&settings.directory.join("kept.lock"))?),
+            true => Some(lock(
+                &settings.directory.join("kept.lock"),
+                Some(
+                    "another command runs in the server that was left running: waiting for its end; --fresh does not",
+                ),
+            )?),
             false => None,
         };
         let ledger = Ledger::new(&settings.directory);
@@ -143,6 +153,7 @@ impl Lab {
             ledger,
             kept,
             running,
+            boot: None,
             _lock: lock,
         })
     }
@@ -151,6 +162,13 @@ impl Lab {
     pub fn bring_up(&mut self) -> anyhow::Result<()> {
         self.attempt(&[], |lab| lab.ready().map(|_| Ended::Exited(0)))
             .map(drop)
+    }
+
+    /// How many times slower this lab came up than on an idle machine, at least 1: limits that end what hangs are to
+    /// be so much longer. 1 for one that was up already.
+    pub fn pace(&self) -> f64 {
+        let boot = self.boot.unwrap_or_default();
+        (boot.as_secs_f64() / IDLE_BOOT.as_secs_f64()).max(1.0)
     }
 
     /// Process id of the lab's QEMU, if it is up.
@@ -199,6 +217,10 @@ impl Lab {
                     });
                 }
                 Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Hung(_)) if self.was_stopped() => {
+                    self.running = None;
+                    bail!("it was stopped by `lab stop` while the command ran");
+                }
                 Err(Failure::Hung(reason)) => reason,
             };
             let at = SystemTime::now()
@@ -230,6 +252,11 @@ impl Lab {
         }
     }
 
+    /// Whether somebody has ended the kept lab on purpose.
+    fn was_stopped(&self) -> bool {
+        self.kept && self.running.is_some() && Instance::was_stopped(&self.settings.kept())
+    }
+
     fn ready(&mut self) -> Result<&mut Running, Failure> {
         match &mut self.running {
             None => self.start()?,
@@ -253,6 +280,7 @@ impl Lab {
             }
         };
         self.ledger.count_start()?;
+        let begin = Instant::now();
         let instance = Instance::start(&directory, &settings.machine, !self.kept)?;
         let running = self.running.insert(Running::new(instance, settings, false));
         let out = settings.machine.out.clone();
@@ -260,6 +288,7 @@ impl Lab {
             let argv = shell(PREPARE, &[&settings.workspace, &out]);
             running.exec_plain(argv, "preparing the lab")
         });
+        self.boot = Some(begin.elapsed());
         match prepared {
             Err(Failure::Hung(reason)) if !running.instance.alive() => {
                 let words = running.instance.last_words();
@@ -309,7 +338,10 @@ impl Lab {
     /// Ends the kept lab. `false` when there is none.
     pub fn stop_kept(settings: &Settings) -> anyhow::Result<bool> {
         match Instance::find(&settings.kept()) {
-            Some(instance) => instance.stop().map(|()| true),
+            Some(instance) => {
+                instance.announce_stop()?;
+                instance.stop().map(|()| true)
+            }
             None => Ok(false),
         }
     }
@@ -345,7 +377,7 @@ impl Running {
 
     /// Waits for the agent. In slices, so that a QEMU that has ended and a Ctrl-C are noticed.
     fn hello(&mut self, limit: Duration) -> Result<(), Failure> {
-        let until = std::time::Instant::now() + limit;
+        let until = Instant::now() + limit;
         loop {
             match self.client.hello(Duration::from_secs(1)) {
                 Ok(_) => {
@@ -359,7 +391,7 @@ impl Running {
                 Err(error) if interrupt::seen() || !self.instance.alive() => {
                     return Err(Failure::Hung(error.to_string()));
                 }
-                Err(error) if std::time::Instant::now() > until => {
+                Err(error) if Instant::now() > until => {
                     return Err(Failure::Hung(format!(
                         "the lab did not come up within {} s ({error})",
                         limit.as_secs()

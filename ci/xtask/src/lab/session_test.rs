@@ -30,7 +30,8 @@ enum Agent {
 }
 
 struct Fixture {
-    directory: tempfile::TempDir,
+    /// Removed with it.
+    _directory: tempfile::TempDir,
     settings: Settings,
 }
 
@@ -61,18 +62,37 @@ impl Fixture {
             silence_limit: Duration::from_millis(1200),
         };
         Self {
-            directory,
+            _directory: directory,
             settings,
         }
     }
 
     /// Runs one command in a lab whose boots meet these agents; what it wrote comes along.
     fn run(&self, agents: &[Agent]) -> (anyhow::Result<Outcome>, String) {
+        self.run_in(Kind::Fresh, agents, || {})
+    }
+
+    /// The same in a lab of this kind; `meanwhile` is called beside it.
+    fn run_in(
+        &self,
+        kind: Kind,
+        agents: &[Agent],
+        meanwhile: impl FnOnce() + Send,
+    ) -> (anyhow::Result<Outcome>, String) {
+        let directory = match kind {
+            Kind::Kept => self.settings.kept(),
+            _ => {
+                let name = format!("once-{}-0", std::process::id());
+                self.settings.directory.join(name)
+            }
+        };
+        let socket = directory.join(AGENT_SOCKET);
         let done = AtomicBool::new(false);
         let written = Mutex::new(String::new());
         let result = std::thread::scope(|scope| {
-            scope.spawn(|| serve(&self.socket(), agents, &done));
-            let mut lab = Lab::open(self.settings.clone(), Kind::Fresh).unwrap();
+            scope.spawn(|| serve(&socket, agents, &done));
+            scope.spawn(meanwhile);
+            let mut lab = Lab::open(self.settings.clone(), kind).unwrap();
             let argv = vec!["say".into(), "hello".into()];
             let request = Request::new(argv, Duration::from_secs(600)).unwrap();
             let result = lab.run(&request, &mut |_, bytes| {
@@ -87,14 +107,6 @@ impl Fixture {
             result
         });
         (result, written.into_inner().unwrap())
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory
-            .path()
-            .join("lab")
-            .join(format!("once-{}-0", std::process::id()))
-            .join(AGENT_SOCKET)
     }
 
     fn counts(&self) -> super::super::ledger::Counts {
@@ -233,6 +245,35 @@ fn lab_that_hangs_twice_is_an_error() {
         error.contains("hung twice") && error.contains("no sign of life"),
         "{error}"
     );
+}
+
+#[test]
+fn lab_that_is_stopped_while_a_command_runs_ends_it_and_is_not_started_again() {
+    let fixture = Fixture::new(SLEEPING_QEMU);
+    let settings = &fixture.settings;
+    let stop = || {
+        // The command is counted when it is about to be sent.
+        while fixture.counts().commands == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(Lab::stop_kept(settings).unwrap());
+    };
+    let (result, _) = fixture.run_in(Kind::Kept, &[Agent::HangsInCommand], stop);
+    let error = format!("{:#}", result.unwrap_err());
+    assert!(error.contains("stopped by `lab stop`"), "{error}");
+    let counts = fixture.counts();
+    assert_eq!((counts.starts, counts.retries), (1, 0));
+}
+
+#[test]
+fn limits_follow_how_long_the_lab_took_to_come_up() {
+    let fixture = Fixture::new(SLEEPING_QEMU);
+    let mut lab = Lab::open(fixture.settings.clone(), Kind::Fresh).unwrap();
+    assert_eq!(lab.pace(), 1.0);
+    lab.boot = Some(IDLE_BOOT * 3);
+    assert_eq!(lab.pace(), 3.0);
+    lab.boot = Some(IDLE_BOOT / 2);
+    assert_eq!(lab.pace(), 1.0);
 }
 
 #[test]

@@ -9,22 +9,36 @@ pub struct Count {
     pub passed: u64,
     /// Did not.
     pub failed: u64,
+    /// Could not run on this machine: the runners count them as passed.
+    pub skipped: u64,
 }
 
 impl std::ops::AddAssign for Count {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.skipped += other.skipped;
     }
 }
 
 impl std::fmt::Display for Count {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} passed, {} failed", self.passed, self.failed)
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        match self.skipped {
+            0 => Ok(()),
+            skipped => write!(f, ", {skipped} skipped"),
+        }
     }
 }
 
 impl Count {
+    /// Takes tests that passed in a runner's eyes for what they are: skipped.
+    pub fn skip(&mut self, tests: u64) {
+        let skipped = tests.min(self.passed);
+        self.passed -= skipped;
+        self.skipped += skipped;
+    }
+
     /// Adds what a line of a runner's output says; any other line says nothing. nextest repeats, indented, what the
     /// program of a failed test said: that is not counted again.
     pub fn read_line(&mut self, line: &str) {

@@ -10,30 +10,23 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use serde::Serialize;
 
+use super::FULL;
 use super::count::Count;
 use super::programs;
 use super::queue::{Batch, Queue, Times};
+use super::record::TestRecord;
 use crate::lab::{Ended, Kind, Lab, Request, Settings, watch_interrupts};
 use crate::place::Place;
 use crate::steps::duration;
 use crate::workspace::Workspace;
 
-/// For a process, and for each of its tests beyond that: several boots, or twenty driver restarts, in a busy lab.
-const PROCESS_LIMIT: Duration = Duration::from_secs(240);
-const TEST_LIMIT: Duration = Duration::from_secs(60);
-
-/// A test that ran.
-#[derive(Clone, Debug, Serialize)]
-pub struct TestRecord {
-    /// Program and test.
-    pub name: String,
-    /// Where it ran.
-    pub place: Place,
-    /// Whether it passed.
-    pub passed: bool,
-    /// How long it took: to its end from that of the one before it.
-    pub seconds: f64,
-}
+/// Ends a process whose guest hangs in a lab that itself lives: for it, and for each of its tests beyond that. Several
+/// boots, or twenty driver restarts, take some two minutes in a lab that comes up in five seconds; one that took longer
+/// gets as many times more ([`Lab::pace`]).
+const PROCESS_LIMIT: Duration = Duration::from_secs(480);
+const TEST_LIMIT: Duration = Duration::from_secs(120);
+/// How many times longer the full forms of tests may take.
+const FULL_TIMES: u32 = 10;
 
 /// What came of all of them.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -51,6 +44,7 @@ impl Findings {
         Count {
             passed,
             failed: self.tests.len() as u64 - passed,
+            skipped: 0,
         }
     }
 
@@ -71,6 +65,7 @@ pub fn run(
     workspace: &Workspace,
     place: Place,
     filter: &str,
+    full: bool,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     watch_interrupts()?;
@@ -89,7 +84,7 @@ pub fn run(
     let all = on_host.iter().chain(&in_labs);
     let progress = Progress::new(all.map(|batch| batch.tests.len()).sum());
     for batch in on_host {
-        let request = request(workspace, &batch)?;
+        let request = request(workspace, &batch, full)?;
         let mut run = BatchRun::new(&batch, Place::Host, "host".into(), &progress);
         let ended = super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
         if ended == Ended::Interrupted {
@@ -102,7 +97,7 @@ pub fn run(
     }
     let times = Times::read(&workspace.lab().join("times.json"));
     let queue = Queue::new(in_labs, &times);
-    let result = run_in_labs(workspace, &queue, &progress, findings);
+    let result = run_in_labs(workspace, &queue, full, &progress, findings);
     times.keep(&findings.tests)?;
     result
 }
@@ -111,6 +106,7 @@ pub fn run(
 fn run_in_labs(
     workspace: &Workspace,
     queue: &Queue,
+    full: bool,
     progress: &Progress,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
@@ -129,7 +125,9 @@ fn run_in_labs(
                     let mut lab = Lab::open(settings, kind)?;
                     let name = format!("lab {}", number + 1);
                     while let Some(batch) = queue.take() {
-                        let request = request(workspace, &batch)?;
+                        let mut request = request(workspace, &batch, full)?;
+                        lab.bring_up()?;
+                        request.limit = request.limit.mul_f64(lab.pace());
                         let mut run = BatchRun::new(&batch, Place::Lab, name.clone(), progress);
                         let outcome =
                             lab.run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
@@ -277,12 +275,17 @@ fn read_result(line: &str) -> Option<(&str, bool)> {
     }
 }
 
-fn request(workspace: &Workspace, Batch { program, tests }: &Batch) -> anyhow::Result<Request> {
+fn request(
+    workspace: &Workspace,
+    Batch { program, tests }: &Batch,
+    full: bool,
+) -> anyhow::Result<Request> {
     let path = program.path.to_string_lossy().into_owned();
     let mut argv = vec![path];
     argv.extend(["--ignored", "--test-threads", "1", "--exact"].map(str::to_owned));
     argv.extend_from_slice(tests);
     let limit = PROCESS_LIMIT + TEST_LIMIT * u32::try_from(tests.len())?;
+    let limit = limit * if full { FULL_TIMES } else { 1 };
     let mut request = Request::new(argv, limit)?;
     request.cwd = program.directory.clone();
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -292,6 +295,9 @@ fn request(workspace: &Workspace, Batch { program, tests }: &Batch) -> anyhow::R
     ] {
         request.env.retain(|(other, _)| other != name);
         request.env.push((name.to_owned(), value));
+    }
+    if full {
+        request.env.push((FULL.to_owned(), "1".to_owned()));
     }
     Ok(request)
 }
@@ -373,7 +379,8 @@ mod tests {
 
     #[test]
     fn environment_of_a_program_is_that_of_its_crate() {
-        let request = request(&Workspace::find().unwrap(), &batch(&["boots"])).unwrap();
+        let workspace = Workspace::find().unwrap();
+        let request = request(&workspace, &batch(&["boots"]), false).unwrap();
         let values: Vec<_> = request
             .env
             .iter()

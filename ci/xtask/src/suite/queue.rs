@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 
-use super::linux::TestRecord;
 use super::programs::Program;
+use super::record::TestRecord;
 
 /// The tests of a program's module of this name share a guest: they run in one process.
 const SHARED: &str = "shared::";

@@ -1,0 +1,18 @@
+//! What came of one test.
+
+use serde::Serialize;
+
+use crate::place::Place;
+
+/// A test that ran.
+#[derive(Clone, Debug, Serialize)]
+pub struct TestRecord {
+    /// Program and test.
+    pub name: String,
+    /// Where it ran.
+    pub place: Place,
+    /// Whether it passed.
+    pub passed: bool,
+    /// How long it took: to its end from that of the one before it.
+    pub seconds: f64,
+}
