@@ -3,15 +3,27 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | `fault` | faults that are put into calls on purpose, and where in a function |
-//! | `interface` | a network interface's configuration, read and put back |
+//! | `guest` | what is needed of a live guest: two traits, with doubles in tests |
+//! | `interface` | network interfaces' configuration, read and put back |
 //! | `ladder` | what is tried, in which order, after a fault |
 //! | `model` | what kernel functions do that outlasts a call |
 //! | `module_file` | a module's file that is to take a running one's place |
+//! | `request` | what was asked for when a module was isolated |
+//! | `resume_device` | a driver's own suspend and resume functions, called |
+//! | `rungs` | resume, restart and reset, carried out |
+//! | `supervisor` | the isolated modules of a guest with their ladders |
+//! | `upgrade` | another build of a driver in the place of the one that runs |
 //!
-//! Knows nothing of a guest's agent or of the command line: who uses it carries out what it decides.
+//! Knows nothing of processes, sockets and the command line.
 
 pub mod fault;
+pub mod guest;
 pub mod interface;
 pub mod ladder;
 pub mod model;
 pub mod module_file;
+pub mod request;
+mod resume_device;
+mod rungs;
+pub mod supervisor;
+pub mod upgrade;

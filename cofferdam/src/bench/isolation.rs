@@ -12,14 +12,16 @@ use std::time::Duration;
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::ensure;
 use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
 use recovery::ladder::LadderConfig;
+use recovery::request::Spilling;
 
 use super::guest::{Guest, GuestOptions};
 use super::network::{self, LINK_TIME};
 use super::recovery::{BOOT_TIME, DRIVER, guest_facts};
 use super::traffic::send;
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Request, Spilling};
+use crate::control::protocol::Request;
 use crate::report::Guest as GuestFacts;
 use crate::report::isolation::{FunctionCost, IsolatedSet, Isolation};
 
@@ -67,7 +69,7 @@ pub fn measure(
         guest.agent().disconnect();
         control.ask(&Request::Isolate {
             module: DRIVER.to_owned(),
-            entries: EntrySelection::Named(entries.clone()),
+            entries: Wanted::Named(entries.clone()),
             budget_us: Some(BUDGET_US),
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),

@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, OnFault};
+use recovery::request::Spilling;
 use serde::Deserialize;
 
 use super::guest::Guest;
@@ -26,7 +28,7 @@ use super::operation::Operation;
 use super::recovery::DRIVER;
 use super::spilled::GUEST_ONLY;
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
+use crate::control::protocol::{Reply, Request};
 use crate::report::{Method, Phase, Recovery, RecoveryRun};
 
 /// Entry points that are measured unless others are asked for: those whose calls do not sleep.
@@ -150,7 +152,7 @@ pub fn measure(
         bench.link_losses = 0;
         let isolate = Request::Isolate {
             module: DRIVER.to_owned(),
-            entries: EntrySelection::Named(vec![entry.clone()]),
+            entries: Wanted::Named(vec![entry.clone()]),
             budget_us: Some(BUDGET_US),
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig {

@@ -2,13 +2,15 @@
 
 use anyhow::bail;
 use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
+use recovery::request::Spilling;
 
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::ControlClient;
-use crate::control::protocol::{EntrySelection, Reply, Request, Spilling};
+use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 
@@ -100,9 +102,9 @@ impl IsolateOptions {
     /// `isolate`
     pub fn run(self) -> anyhow::Result<Ending> {
         let entries = match (self.which.matching, self.which.entry) {
-            (Some(pattern), _) => EntrySelection::Matching(pattern),
-            (None, names) if !names.is_empty() => EntrySelection::Named(names),
-            _ => EntrySelection::All,
+            (Some(pattern), _) => Wanted::Matching(pattern),
+            (None, names) if !names.is_empty() => Wanted::Named(names),
+            _ => Wanted::All,
         };
         let mut recovery = LadderConfig {
             recoveries_per_minute: self.max_recoveries_per_minute,

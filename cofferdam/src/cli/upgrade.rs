@@ -8,10 +8,11 @@ use std::process::ExitCode;
 use agent_protocol::message::Bytes;
 use anyhow::{Context, bail};
 use recovery::module_file::{MAX_MODULE_BYTES, ModuleFile};
+use recovery::upgrade::{UpgradeOutcome, UpgradeReport};
 
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::ControlClient;
-use crate::control::protocol::{Reply, Request, UpgradeOutcome, UpgradeReport};
+use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 

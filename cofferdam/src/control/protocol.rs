@@ -15,11 +15,14 @@ use std::collections::BTreeMap;
 
 use agent_protocol::message::Bytes;
 use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::status::ModuleStatus;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, LadderStatus};
 use recovery::module_file::MAX_MODULE_BYTES;
+use recovery::request::Spilling;
+use recovery::upgrade::UpgradeReport;
 use serde::{Deserialize, Serialize};
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
@@ -27,19 +30,6 @@ pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
-
-/// What calls go on in the guest for, besides what only the guest can do.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Spilling {
-    /// Time that a call may wait for with the guest standing still, in microseconds, at most a second; a longer wait
-    /// goes on in the guest. The default otherwise.
-    #[serde(default)]
-    pub wait_us: Option<u64>,
-    /// Kernel functions that are always run in the guest.
-    #[serde(default)]
-    pub guest_only: Vec<String>,
-}
 
 /// What can be asked of a VM process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +59,7 @@ pub enum Request {
         /// Name of the module.
         module: String,
         /// Which functions.
-        entries: EntrySelection,
+        entries: Wanted,
         /// Time that a call may take, in microseconds; the default otherwise.
         budget_us: Option<u64>,
         /// How the device's state is taken before a call reaches it.
@@ -149,18 +139,6 @@ impl Request {
     }
 }
 
-/// Which functions of a module to isolate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EntrySelection {
-    /// All that can be.
-    All,
-    /// These.
-    Named(Vec<String>),
-    /// Those whose name fits; `*` stands for any characters.
-    Matching(String),
-}
-
 /// A VM process's answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -223,39 +201,6 @@ pub enum Reply {
     FaultCount(FaultCount),
     /// What the gateway saw.
     Probe(ProbeReading),
-}
-
-/// How an upgrade ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UpgradeReport {
-    /// Name of the module.
-    pub module: String,
-    /// Which one runs now.
-    pub outcome: UpgradeOutcome,
-    /// Build id of the one that ran before, in hexadecimal digits; empty where it has none.
-    pub old_build: String,
-    /// That of the new one.
-    pub new_build: String,
-    /// Interfaces that were given their configuration again.
-    pub interfaces: Vec<String>,
-    /// Functions that are isolated again.
-    pub isolated: usize,
-    /// From the removal of the old one to the configuration put back, in microseconds.
-    pub outage_us: u64,
-    /// What went wrong, one line each.
-    pub problems: Vec<String>,
-}
-
-/// Which driver runs after an upgrade.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum UpgradeOutcome {
-    /// The new one.
-    New,
-    /// The old one: the new one failed and was taken out.
-    Old,
-    /// None, or one without its configuration.
-    Neither,
 }
 
 /// How a VM is.

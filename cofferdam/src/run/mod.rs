@@ -12,17 +12,13 @@
 
 mod console;
 pub mod escape;
-mod interfaces;
 pub mod isolation;
 mod machine;
 mod memory;
 mod meter;
-mod recover;
 mod service;
 pub mod signals;
-mod suspend;
 pub mod terminal;
-mod upgrade;
 mod watch;
 
 use std::path::PathBuf;
@@ -33,6 +29,7 @@ use ::isolation::attach::Isolator;
 use anyhow::Context;
 use devices::clock::monotonic_ns;
 use isolation::Isolation;
+use recovery::supervisor::Supervisor;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::cli::Ending;
@@ -140,13 +137,20 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let isolator = Isolator::attach(vm.handle())?;
     let forgetful = isolator.clone();
     vm.handle().on_reset(move || forgetful.forget());
-    let isolation = Isolation::start(
+    let guest = Isolation::new(
         vm.handle(),
         isolator,
         paths.agent_socket(),
         parts.nic.clone(),
-    )?;
-    let service = service::VmService::new(config, vm.handle(), parts, isolation, started_ns);
+    );
+    let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
+    let weak = Arc::downgrade(&supervisor);
+    vm.handle().on_reset(move || {
+        if let Some(supervisor) = weak.upgrade() {
+            supervisor.guest_was_reset();
+        }
+    });
+    let service = service::VmService::new(config, vm.handle(), parts, supervisor, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

@@ -6,12 +6,16 @@ use std::time::Duration;
 
 use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
+use isolation::attach::Isolator;
 use isolation::dispatch::fault::FaultOrder;
+use recovery::ladder::LadderConfig;
+use recovery::model::Model;
+use recovery::request::IsolationRequest;
+use recovery::supervisor::Supervisor;
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
 use super::machine::Parts;
-use super::recover::Wish;
 use super::{RunConfig, memory};
 use crate::control::protocol::{
     ConfigSummary, NetSummary, ProbeReading, Reply, Request, Status, VmState,
@@ -28,7 +32,7 @@ const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 pub struct VmService {
     vm: VmHandle,
     parts: Parts,
-    isolation: Arc<Isolation>,
+    supervisor: Arc<Supervisor<Isolation>>,
     name: String,
     config: ConfigSummary,
     started_ns: u64,
@@ -40,13 +44,13 @@ impl VmService {
         config: &RunConfig,
         vm: VmHandle,
         parts: Parts,
-        isolation: Arc<Isolation>,
+        supervisor: Arc<Supervisor<Isolation>>,
         started_ns: u64,
     ) -> Self {
         Self {
             vm,
             parts,
-            isolation,
+            supervisor,
             name: config.name.to_string(),
             config: summary(config),
             started_ns,
@@ -92,10 +96,29 @@ impl VmService {
             resets: vm.resets,
             config: self.config.clone(),
             exits,
-            isolation: self.isolation.status(),
-            recovery: self.isolation.recovery_status(),
+            isolation: self.isolator().status(),
+            recovery: self.supervisor.status().into_iter().collect(),
             nic,
         })))
+    }
+
+    fn isolator(&self) -> &Isolator {
+        self.supervisor.guest().isolator()
+    }
+
+    fn isolate(&self, request: IsolationRequest, recovery: LadderConfig) -> Result<Reply, String> {
+        let isolated = self.supervisor.isolate(request, recovery).map_err(chain)?;
+        let mut reply = json(&isolated)?;
+        reply["not_modelled"] = json(&not_modelled(&isolated.imports))?;
+        Ok(Reply::Isolated(reply))
+    }
+
+    fn inject(&self, module: &str, order: FaultOrder) -> Result<Reply, String> {
+        if order.every == 0 {
+            return Err("every 0th call is none: choose 1 for every call".to_owned());
+        }
+        self.isolator().order_fault(module, order).map_err(text)?;
+        Ok(Reply::Done {})
     }
 
     fn gateway(&self) -> Result<&GatewayControl, String> {
@@ -159,8 +182,8 @@ impl Handler for VmService {
                 device_checkpoint,
                 recovery,
                 spilling,
-            } => self.isolation.isolate(
-                Wish {
+            } => self.isolate(
+                IsolationRequest {
                     module,
                     entries,
                     budget_us,
@@ -169,16 +192,38 @@ impl Handler for VmService {
                 },
                 recovery,
             ),
-            Request::Release { module } => self.isolation.release(&module),
+            Request::Release { module } => {
+                let status = self.supervisor.release(&module).map_err(chain)?;
+                Ok(Reply::Released(Box::new(status)))
+            }
             Request::Upgrade {
                 module,
                 file,
                 limit_ms,
-            } => self.isolation.upgrade(&module, &file.0, limit_ms, progress),
-            Request::ResumeDevice { module } => self.isolation.resume_device(&module),
-            Request::Violations { module } => self.isolation.reports(&module),
+            } => {
+                let limit = Duration::from_millis(limit_ms);
+                let upgraded = self.supervisor.upgrade(&module, &file.0, limit, progress);
+                Ok(Reply::Upgraded(Box::new(upgraded.map_err(chain)?)))
+            }
+            Request::ResumeDevice { module } => {
+                let times = self.supervisor.resume_device(&module).map_err(chain)?;
+                let us = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+                Ok(Reply::Resumed {
+                    times_us: times.iter().map(us).collect(),
+                })
+            }
+            Request::Violations { module } => {
+                let reports = self.isolator().reports(&module).map_err(text)?;
+                Ok(Reply::Violations {
+                    texts: reports.iter().map(ToString::to_string).collect(),
+                    reports: json(&reports)?,
+                })
+            }
             Request::Instructions { module, function } => {
-                self.isolation.instructions(&module, &function)
+                let instructions = self.isolator().instructions(&module, &function);
+                Ok(Reply::Instructions {
+                    instructions: instructions.map_err(text)?,
+                })
             }
             Request::Inject {
                 module,
@@ -187,7 +232,7 @@ impl Handler for VmService {
                 fault,
                 every,
                 times,
-            } => self.isolation.inject(
+            } => self.inject(
                 &module,
                 FaultOrder {
                     entry,
@@ -197,7 +242,10 @@ impl Handler for VmService {
                     times,
                 },
             ),
-            Request::FaultCount { module } => self.isolation.fault_count(&module),
+            Request::FaultCount { module } => {
+                let count = self.isolator().fault_count(&module).map_err(text)?;
+                Ok(Reply::FaultCount(count))
+            }
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {
                 self.gateway()?.stop_probe();
@@ -214,6 +262,37 @@ fn done(result: Result<(), Refused>, as_good: Option<Refused>) -> Result<Reply, 
         Err(error) if Some(error) != as_good => Err(error.to_string()),
         _ => Ok(Reply::Done {}),
     }
+}
+
+/// Imports of which the model of kernel functions knows nothing: a call that spills and reaches one cannot be
+/// taken back as a whole.
+fn not_modelled(imports: &[Vec<String>]) -> Vec<&str> {
+    let model = Model::linux_6_1()
+        .inspect_err(|error| tracing::error!("{error}"))
+        .ok();
+    let known = |name: &String| {
+        model
+            .as_ref()
+            .is_some_and(|model| model.get(name).is_some())
+    };
+    let unknown = imports.iter().filter(|names| !names.iter().any(known));
+    unknown
+        .filter_map(|names| names.first())
+        .map(String::as_str)
+        .collect()
+}
+
+fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
+    serde_json::to_value(value).map_err(|error| format!("cannot be shown as JSON: {error}"))
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// An error and what it comes from, on one line.
+fn chain(error: anyhow::Error) -> String {
+    format!("{error:#}")
 }
 
 /// A VM's configuration for people.

@@ -2,9 +2,10 @@
 
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::control::protocol::{Request, UpgradeOutcome};
+use cofferdam::control::protocol::Request;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault};
+use recovery::upgrade::UpgradeOutcome;
 
 use super::builds::{another_build, build_of, hex, stock, that_stays, without_the_device};
 use super::victim::{DRIVER, Victim};

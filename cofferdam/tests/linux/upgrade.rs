@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::control::protocol::{Request, UpgradeOutcome};
+use cofferdam::control::protocol::Request;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault, State};
+use recovery::upgrade::UpgradeOutcome;
 
 use super::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
 use super::victim::{DRIVER, Victim};

@@ -6,11 +6,14 @@ use agent_protocol::message::{Bytes, Exec};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::operation::Operation;
-use cofferdam::control::protocol::{EntrySelection, Reply, Request, Spilling, UpgradeReport};
+use cofferdam::control::protocol::{Reply, Request};
 use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, LadderStatus, State};
+use recovery::request::Spilling;
+use recovery::upgrade::UpgradeReport;
 
 use super::{boot, options};
 
@@ -62,7 +65,7 @@ impl Victim {
         self.guest.agent().disconnect();
         self.ask(&Request::Isolate {
             module: DRIVER.to_owned(),
-            entries: EntrySelection::Named(vec![entry.to_owned()]),
+            entries: Wanted::Named(vec![entry.to_owned()]),
             // The longest that there is: resets of the adapter take seconds in a busy lab.
             budget_us: Some(10_000_000),
             device_checkpoint: self.checkpoint,

@@ -141,7 +141,7 @@ pub struct IsolateRequest {
 }
 
 /// What was isolated.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Isolated {
     /// Gated functions.
     pub entries: Vec<String>,

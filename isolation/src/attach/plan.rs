@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::guest::addr::Gva;
 use crate::guest::gate::{GateSite, NoGate};
@@ -65,7 +65,8 @@ fn is_thunk(name: &str) -> bool {
 }
 
 /// Which functions of a module are wanted.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Wanted {
     /// All that can be gated.
     All,

@@ -11,28 +11,58 @@
 //! The checkpoint is taken when the old driver has shut the device down: it then moves no data, so that restoring it
 //! cannot have it write into memory that was freed.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent_protocol::Client;
 use anyhow::{Context, bail, ensure};
-use devices::e1000::{E1000, E1000State};
-use devices::pci::config::offset::COMMAND;
-use recovery::interface::InterfaceConfig;
-use recovery::module_file::{ModuleFile, build_id};
+use serde::{Deserialize, Serialize};
 
-use super::interfaces;
-use super::isolation::Isolation;
-use crate::control::protocol::{UpgradeOutcome, UpgradeReport};
+use crate::guest::{Agent, LiveGuest};
+use crate::interface::config::InterfaceConfig;
+use crate::interface::live;
+use crate::module_file::{ModuleFile, build_id};
+use crate::supervisor::Supervisor;
 
-/// Limits outside are refused, in milliseconds. Each step has to end before whoever asked gives up.
-const LIMIT_MS: std::ops::RangeInclusive<u64> = 1000..=60_000;
+/// Limits outside are refused. Each step has to end before whoever asked gives up.
+const LIMITS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(60);
 
 /// How long the old driver may take to be back.
 const OLD_TIME: Duration = Duration::from_secs(60);
 
 /// Where new files are put in the guest.
 const FOLDER: &str = "/run";
+
+/// How an upgrade ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeReport {
+    /// Name of the module.
+    pub module: String,
+    /// Which one runs now.
+    pub outcome: UpgradeOutcome,
+    /// Build id of the one that ran before, in hexadecimal digits; empty where it has none.
+    pub old_build: String,
+    /// That of the new one.
+    pub new_build: String,
+    /// Interfaces that were given their configuration again.
+    pub interfaces: Vec<String>,
+    /// Functions that are isolated again.
+    pub isolated: usize,
+    /// From the removal of the old one to the configuration put back, in microseconds.
+    pub outage_us: u64,
+    /// What went wrong, one line each.
+    pub problems: Vec<String>,
+}
+
+/// Which driver runs after an upgrade.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeOutcome {
+    /// The new one.
+    New,
+    /// The old one: the new one failed and was taken out.
+    Old,
+    /// None, or one without its configuration.
+    Neither,
+}
 
 /// A driver module's file in the guest.
 struct DriverFile {
@@ -47,26 +77,28 @@ struct Wanted {
 }
 
 /// Puts the module in `file` in the place of `module`. An error means that nothing was changed.
-pub fn upgrade(
-    isolation: &Isolation,
+pub(crate) fn upgrade<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
     module: &str,
     file: &[u8],
-    limit_ms: u64,
+    limit: Duration,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<UpgradeReport> {
     ensure!(
-        LIMIT_MS.contains(&limit_ms),
-        "a limit of {limit_ms} ms is not sensible: choose one from {} to {} ms",
-        LIMIT_MS.start(),
-        LIMIT_MS.end()
+        LIMITS.contains(&limit),
+        "a limit of {} ms is not sensible: choose one from {} to {} ms",
+        limit.as_millis(),
+        LIMITS.start().as_millis(),
+        LIMITS.end().as_millis()
     );
     let new = ModuleFile::parse(file).context("the file cannot be used")?;
     new.is(module).context("the file cannot be used")?;
     let module = new.name.as_str();
-    let _alone = isolation.change_driver();
-    let mut agent = isolation.agent();
+    let _alone = supervisor.change_driver();
+    let guest = supervisor.guest();
+    let mut agent = guest.agent();
     not_in_use(&mut agent, module)?;
-    let (old, old_file) = running(&mut agent, isolation, module)?;
+    let (old, old_file) = running(&mut agent, supervisor, module)?;
     new.fits(&old_file).context("the file cannot be used")?;
     progress("handing the new file to the guest");
     let new = DriverFile {
@@ -76,38 +108,39 @@ pub fn upgrade(
     agent
         .write_file(&new.path, file, 0o600)
         .context("the guest cannot store the file")?;
-    let configs = interfaces::read(&mut agent, module)
+    let configs = live::read(&mut agent, module)
         .context("the configuration of its interfaces cannot be read")?;
     let wanted = Wanted {
-        linked: interfaces::linked(&mut agent, &configs)?,
+        linked: live::linked(&mut agent, &configs)?,
         configs,
     };
-    let isolated = isolation.recoveries().wish(module).is_some();
-    isolation.take_out(module);
-    let link = HeldLink::hold(isolation, module);
+    let isolated = supervisor.ladder(module).is_some();
+    supervisor.take_out(module);
+    let link = HeldLink::hold(guest, module);
     progress(&format!("removing the old {module}"));
-    let begin = Instant::now();
+    let begin = guest.now();
     if let Err(error) = agent.remove_module(module) {
         forget_file(&mut agent, &new.path);
         drop(agent);
-        let again = isolation.isolate_again(module);
+        let again = supervisor.isolate_again(module);
         let error = anyhow::Error::new(error).context(format!("{module} cannot be removed"));
         return match again {
             Ok(_) => Err(error),
-            Err(other) => Err(error.context(format!("{module} is not isolated any more: {other}"))),
+            Err(other) => {
+                Err(error.context(format!("{module} is not isolated any more: {other:#}")))
+            }
         };
     }
-    let checkpoint = Checkpoint::take(isolation, module);
+    let checkpoint = guest.save_device(module);
     progress(&format!("inserting the new {module}"));
     let mut problems = Vec::new();
-    let limit = Duration::from_millis(limit_ms);
-    let outcome = match insert(&mut agent, module, &new, &wanted, limit) {
+    let outcome = match insert(guest, &mut agent, module, &new, &wanted, limit) {
         Ok(()) => UpgradeOutcome::New,
         Err(error) => {
             let problem = format!("the new {module} failed: {error:#}");
             progress(&format!("{problem}; putting the old one back"));
             problems.push(problem);
-            match put_old_back(&mut agent, module, &old, &wanted, checkpoint) {
+            match put_old_back(guest, &mut agent, module, &old, &wanted, checkpoint) {
                 Ok(()) => UpgradeOutcome::Old,
                 Err(error) => {
                     problems.push(format!("the old {module} cannot be put back: {error:#}"));
@@ -116,12 +149,11 @@ pub fn upgrade(
             }
         }
     };
-    let outage = begin.elapsed();
+    let outage = guest.now().saturating_sub(begin);
     drop(link);
     match outcome {
         UpgradeOutcome::New => {
-            isolation.driver_came_from(module, &new.path);
-            isolation.recoveries().begin_anew(module);
+            supervisor.driver_came_from(module, &new.path);
             if old.path.starts_with(FOLDER) {
                 forget_file(&mut agent, &old.path);
             }
@@ -133,9 +165,9 @@ pub fn upgrade(
     let mut count = 0;
     if isolated && outcome != UpgradeOutcome::Neither {
         progress("isolating the same functions again");
-        match isolation.isolate_again(module) {
+        match supervisor.isolate_again(module) {
             Ok(functions) => count = functions,
-            Err(error) => problems.push(format!("{module} is not isolated any more: {error}")),
+            Err(error) => problems.push(format!("{module} is not isolated any more: {error:#}")),
         }
     }
     Ok(UpgradeReport {
@@ -151,7 +183,7 @@ pub fn upgrade(
 }
 
 /// A module that others use cannot be removed, which is better known before anything is done.
-fn not_in_use(agent: &mut Client, module: &str) -> anyhow::Result<()> {
+fn not_in_use(agent: &mut impl Agent, module: &str) -> anyhow::Result<()> {
     let loaded = agent.modules(None)?;
     let Some(own) = loaded.iter().find(|one| one.name == module) else {
         bail!("the guest has no module {module} loaded (see lsmod in it)");
@@ -169,12 +201,12 @@ fn not_in_use(agent: &mut Client, module: &str) -> anyhow::Result<()> {
 }
 
 /// The file of the driver that runs, so that it can be inserted again.
-fn running(
-    agent: &mut Client,
-    isolation: &Isolation,
+fn running<G: LiveGuest>(
+    agent: &mut G::Agent,
+    supervisor: &Supervisor<G>,
     module: &str,
 ) -> anyhow::Result<(DriverFile, ModuleFile)> {
-    let path = match isolation.driver_file(module) {
+    let path = match supervisor.driver_file(module) {
         Some(path) => path,
         None => installed(agent, module)?,
     };
@@ -191,11 +223,10 @@ fn running(
 }
 
 /// Path of the module under the guest's `/lib/modules`.
-fn installed(agent: &mut Client, module: &str) -> anyhow::Result<String> {
-    let release = match agent.agent() {
-        Some(agent) => agent.kernel.clone(),
-        None => bail!("the guest's agent does not tell its kernel"),
-    };
+fn installed(agent: &mut impl Agent, module: &str) -> anyhow::Result<String> {
+    let release = agent
+        .kernel_release()
+        .context("the guest's agent does not tell its kernel")?;
     let folder = format!("/lib/modules/{release}");
     let list = agent.read_file(&format!("{folder}/modules.dep"))?;
     let list = String::from_utf8_lossy(&list);
@@ -211,7 +242,7 @@ fn installed(agent: &mut Client, module: &str) -> anyhow::Result<String> {
 }
 
 /// Build id of the module that is loaded.
-fn loaded_build(agent: &mut Client, module: &str) -> Option<Vec<u8>> {
+fn loaded_build(agent: &mut impl Agent, module: &str) -> Option<Vec<u8>> {
     let path = format!("/sys/module/{module}/notes/.note.gnu.build-id");
     build_id(&agent.read_file(&path).ok()?)
 }
@@ -225,41 +256,43 @@ fn new_path(module: &str, old: &str) -> String {
     first
 }
 
-fn forget_file(agent: &mut Client, path: &str) {
+fn forget_file(agent: &mut impl Agent, path: &str) {
     if let Err(error) = agent.run(&["rm", "-f", path]) {
         tracing::debug!("{path} stays in the guest: {error}");
     }
 }
 
 /// Inserts a driver and has its interfaces as they were.
-fn insert(
-    agent: &mut Client,
+fn insert<G: LiveGuest>(
+    guest: &G,
+    agent: &mut G::Agent,
     module: &str,
     file: &DriverFile,
     wanted: &Wanted,
     limit: Duration,
 ) -> anyhow::Result<()> {
-    let deadline = Instant::now() + limit;
+    let deadline = guest.now() + limit;
     agent.set_limit(limit);
     agent
-        .load_module_file(&file.path, "")
+        .insert_file(&file.path)
         .context("it cannot be inserted")?;
     ensure!(
         loaded_build(agent, module) == file.build,
         "the guest loaded another build"
     );
-    let lost = interfaces::put_back(agent, &wanted.configs, deadline)?;
+    let lost = live::put_back(guest, agent, &wanted.configs, deadline)?;
     ensure!(lost.is_empty(), "not as before: {}", lost.join(", "));
-    interfaces::wait_for_link(agent, &wanted.configs, &wanted.linked, deadline)
+    live::wait_for_link(guest, agent, &wanted.configs, &wanted.linked, deadline)
 }
 
 /// Takes out what there is of the new driver, and inserts the old one.
-fn put_old_back(
-    agent: &mut Client,
+fn put_old_back<G: LiveGuest>(
+    guest: &G,
+    agent: &mut G::Agent,
     module: &str,
     old: &DriverFile,
     wanted: &Wanted,
-    checkpoint: Option<Checkpoint<'_>>,
+    checkpoint: Option<G::DeviceState>,
 ) -> anyhow::Result<()> {
     agent.set_limit(OLD_TIME);
     if agent.modules(Some(module)).is_ok() {
@@ -268,70 +301,27 @@ fn put_old_back(
             .context("the new one cannot be removed")?;
     }
     if let Some(checkpoint) = checkpoint {
-        checkpoint.restore()?;
+        guest.restore_device(module, checkpoint)?;
     }
-    insert(agent, module, old, wanted, OLD_TIME)
+    insert(guest, agent, module, old, wanted, OLD_TIME)
 }
 
 /// The far end of the NIC's wire sees the link as it was.
-struct HeldLink(Option<Arc<Mutex<E1000>>>);
+struct HeldLink<'a, G: LiveGuest> {
+    guest: &'a G,
+    module: &'a str,
+}
 
-impl HeldLink {
-    fn hold(isolation: &Isolation, module: &str) -> Self {
-        let nic = isolation.nic_of(module).map(|nic| nic.nic.clone());
-        let held = Self(nic);
-        held.set(true);
-        held
-    }
-
-    fn set(&self, hold: bool) {
-        if let Some(nic) = &self.0 {
-            let mut nic = nic.lock().unwrap_or_else(PoisonError::into_inner);
-            match hold {
-                true => nic.hold_link(),
-                false => nic.let_link_go(false),
-            }
-        }
+impl<'a, G: LiveGuest> HeldLink<'a, G> {
+    fn hold(guest: &'a G, module: &'a str) -> Self {
+        guest.hold_link(module, true);
+        Self { guest, module }
     }
 }
 
-impl Drop for HeldLink {
+impl<G: LiveGuest> Drop for HeldLink<'_, G> {
     fn drop(&mut self) {
-        self.set(false);
-    }
-}
-
-/// The device as the old driver left it.
-struct Checkpoint<'a> {
-    isolation: &'a Isolation,
-    nic: Arc<Mutex<E1000>>,
-    slot: u8,
-    state: E1000State,
-}
-
-impl<'a> Checkpoint<'a> {
-    fn take(isolation: &'a Isolation, module: &str) -> Option<Self> {
-        let own = isolation.nic_of(module)?;
-        let nic = own.nic.clone();
-        let state = nic.lock().unwrap_or_else(PoisonError::into_inner).save();
-        Some(Self {
-            isolation,
-            nic,
-            slot: own.slot,
-            state,
-        })
-    }
-
-    fn restore(self) -> anyhow::Result<()> {
-        let mut nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner);
-        nic.restore(self.state)?;
-        drop(nic);
-        // Written through the bus, so that it decodes what the function decodes now.
-        let bus = self.isolation.vm().pci_bus();
-        let mut command = [0; 2];
-        bus.config_read(self.slot, COMMAND, &mut command);
-        bus.config_write(self.slot, COMMAND, &command);
-        Ok(())
+        self.guest.hold_link(self.module, false);
     }
 }
 

@@ -3,14 +3,12 @@
 //!
 //! The guest's agent runs `ip` and `ethtool` for that, and what they print is not trusted ([`InterfaceConfig`]).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent_protocol::Client;
 use anyhow::ensure;
-use recovery::interface::{InterfaceConfig, Printed};
 
-/// Between two looks at something that will change.
-const POLL: Duration = Duration::from_millis(20);
+use super::config::{InterfaceConfig, Printed};
+use crate::guest::{Agent, LiveGuest, POLL};
 
 /// Interfaces of one driver whose configuration is put back.
 const MAX_INTERFACES: usize = 8;
@@ -20,15 +18,15 @@ const LIST: &str = "for i in /sys/class/net/*; do \
     m=$(readlink $i/device/driver/module) && [ ${m##*/} = \"$1\" ] && echo ${i##*/}; done; true";
 
 /// The configuration of all interfaces of `module`.
-pub fn read(agent: &mut Client, module: &str) -> anyhow::Result<Vec<InterfaceConfig>> {
+pub(crate) fn read(agent: &mut impl Agent, module: &str) -> anyhow::Result<Vec<InterfaceConfig>> {
     let list = agent.run(&["sh", "-c", LIST, "sh", module])?;
-    let names = list.stdout_text();
+    let names = list.stdout;
     let names = names.split_whitespace().take(MAX_INTERFACES);
     names.map(|name| read_one(agent, name)).collect()
 }
 
-fn read_one(agent: &mut Client, name: &str) -> anyhow::Result<InterfaceConfig> {
-    let mut printed = |argv: &[&str]| agent.run(argv).map(|result| result.stdout_text());
+fn read_one(agent: &mut impl Agent, name: &str) -> anyhow::Result<InterfaceConfig> {
+    let mut printed = |argv: &[&str]| agent.run(argv).map(|ran| ran.stdout);
     let printed = Printed {
         addresses: printed(&["ip", "-j", "-d", "addr", "show"])?,
         routes: printed(&["ip", "-j", "route", "show", "dev", name])?,
@@ -39,30 +37,31 @@ fn read_one(agent: &mut Client, name: &str) -> anyhow::Result<InterfaceConfig> {
     Ok(InterfaceConfig::parse(name, &printed)?)
 }
 
-/// Waits for the interfaces and gives them what they lack of their configuration; returns what they lack
-/// nevertheless.
-pub fn put_back(
-    agent: &mut Client,
+/// Waits until `deadline` on the guest's clock for the interfaces and gives them what they lack of their configuration;
+/// returns what they lack nevertheless.
+pub(crate) fn put_back<G: LiveGuest>(
+    guest: &G,
+    agent: &mut G::Agent,
     configs: &[InterfaceConfig],
-    deadline: Instant,
+    deadline: Duration,
 ) -> anyhow::Result<Vec<String>> {
     let mut lost = Vec::new();
     for config in configs {
         let name = config.name.as_str();
         let path = format!("/sys/class/net/{name}");
-        while !agent.run(&["test", "-e", &path])?.success() {
-            ensure!(Instant::now() < deadline, "{name} does not come back");
-            std::thread::sleep(POLL);
+        while !agent.run(&["test", "-e", &path])?.success {
+            ensure!(guest.now() < deadline, "{name} does not come back");
+            guest.wait(POLL);
         }
         let fresh = read_one(agent, name)?;
         for (argv, must) in config.replay(&fresh) {
             let words: Vec<&str> = argv.iter().map(String::as_str).collect();
             let result = agent.run(&words)?;
             ensure!(
-                result.success() || !must,
+                result.success || !must,
                 "the configuration of {name} cannot be put back: `{}`: {}",
                 argv.join(" "),
-                String::from_utf8_lossy(&result.stderr).trim()
+                result.stderr.trim()
             );
         }
         let now = read_one(agent, name)?;
@@ -77,7 +76,10 @@ pub fn put_back(
 }
 
 /// Those of the interfaces that have a link.
-pub fn linked(agent: &mut Client, configs: &[InterfaceConfig]) -> anyhow::Result<Vec<String>> {
+pub(crate) fn linked(
+    agent: &mut impl Agent,
+    configs: &[InterfaceConfig],
+) -> anyhow::Result<Vec<String>> {
     let all = agent.interfaces()?;
     let ours = all
         .into_iter()
@@ -87,18 +89,19 @@ pub fn linked(agent: &mut Client, configs: &[InterfaceConfig]) -> anyhow::Result
 }
 
 /// Waits until all of `names` have a link.
-pub fn wait_for_link(
-    agent: &mut Client,
+pub(crate) fn wait_for_link<G: LiveGuest>(
+    guest: &G,
+    agent: &mut G::Agent,
     configs: &[InterfaceConfig],
     names: &[String],
-    deadline: Instant,
+    deadline: Duration,
 ) -> anyhow::Result<()> {
     loop {
         let linked = linked(agent, configs)?;
         let Some(without) = names.iter().find(|name| !linked.contains(name)) else {
             return Ok(());
         };
-        ensure!(Instant::now() < deadline, "{without} has no link any more");
-        std::thread::sleep(POLL);
+        ensure!(guest.now() < deadline, "{without} has no link any more");
+        guest.wait(POLL);
     }
 }

@@ -418,5 +418,5 @@ fn is_mac(mac: &str) -> bool {
 }
 
 #[cfg(test)]
-#[path = "interface_tests.rs"]
+#[path = "config_tests.rs"]
 mod tests;

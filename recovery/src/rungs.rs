@@ -1,0 +1,117 @@
+//! The rungs of a ladder that take time, carried out one after the other until one holds.
+//!
+//! ```text
+//!  resume the device ─► restart: read the configuration, take the gates out, remove, insert, put it back, isolate again
+//!     ─► reset the guest, isolate again ─► stop
+//! ```
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+
+use crate::guest::{Agent, LiveGuest, POLL};
+use crate::interface::live;
+use crate::ladder::Next;
+use crate::resume_device;
+use crate::supervisor::{Supervisor, lock};
+
+/// How long a step of a restart may take in the guest.
+const STEP_TIME: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to boot after a reset.
+const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// Begins with a resume or a restart, as the ladder of `module` decided, and goes on until something holds.
+pub(crate) fn recover<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str, resume: bool) {
+    // Nobody exchanges the driver meanwhile.
+    let _alone = supervisor.change_driver();
+    let Some(ladder) = supervisor.ladder(module) else {
+        // Released meanwhile.
+        return;
+    };
+    if resume {
+        let result = resume_device::suspend_and_resume(supervisor.guest(), module);
+        let result = result.map_err(|error| format!("{error:#}")).map(drop);
+        match &result {
+            Ok(()) => tracing::warn!("{module} has resumed its device"),
+            Err(error) => tracing::error!("{module} could not resume its device: {error}"),
+        }
+        if lock(&ladder).resumed(borrowed(&result)) != Next::Restart {
+            return;
+        }
+    }
+    let result = restart(supervisor, module).map_err(|error| format!("{error:#}"));
+    match &result {
+        Ok(()) => tracing::warn!("{module} was restarted"),
+        Err(error) => tracing::error!("{module} could not be restarted: {error}"),
+    }
+    let mut next = lock(&ladder).restarted(borrowed(&result));
+    if next == Next::Reset {
+        let result = reset(supervisor, module).map_err(|error| format!("{error:#}"));
+        if let Err(error) = &result {
+            tracing::error!("after the reset: {error}");
+        }
+        next = lock(&ladder).reset(borrowed(&result));
+    }
+    if next == Next::Stop
+        && let Err(error) = supervisor.guest().stop(module)
+    {
+        tracing::warn!("{module} cannot be stopped: {error:#}");
+    }
+}
+
+fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
+    result.as_ref().map(drop).map_err(String::as_str)
+}
+
+/// Removes and inserts the driver, gives its interfaces the configuration that they had, and isolates the
+/// same functions again.
+fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
+    let guest = supervisor.guest();
+    let mut agent = guest.agent();
+    let configs = live::read(&mut agent, module).context("its configuration cannot be read")?;
+    supervisor.take_out(module);
+    agent
+        .remove_module(module)
+        .context("it cannot be removed")?;
+    match supervisor.driver_file(module) {
+        Some(path) => agent.insert_file(&path),
+        None => agent.insert_installed(module),
+    }
+    .context("it cannot be inserted")?;
+    let deadline = guest.now() + STEP_TIME;
+    let lost = live::put_back(guest, &mut agent, &configs, deadline)?;
+    if !lost.is_empty() {
+        tracing::warn!(
+            "{module} was restarted but is not as before: {}",
+            lost.join(", ")
+        );
+    }
+    // The agent listens to one client at a time, and isolating asks it as well.
+    drop(agent);
+    isolate_again(supervisor, module)
+}
+
+/// Resets the guest, and isolates the same functions again once it has booted.
+fn reset<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
+    let guest = supervisor.guest();
+    guest.reset().context("the guest cannot be reset")?;
+    guest.agent().wait_until_it_answers(BOOT_TIME)?;
+    let deadline = guest.now() + STEP_TIME;
+    let loaded = || guest.agent().modules(Some(module));
+    while !loaded().is_ok_and(|modules| !modules.is_empty()) {
+        ensure!(
+            guest.now() < deadline,
+            "the guest does not load {module} at boot"
+        );
+        guest.wait(POLL);
+    }
+    isolate_again(supervisor, module)
+}
+
+fn isolate_again<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
+    supervisor
+        .isolate_again(module)
+        .map(drop)
+        .context("it cannot be isolated again")
+}

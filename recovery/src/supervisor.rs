@@ -1,0 +1,262 @@
+//! The isolated modules of a guest, each with what was asked for and with its ladder; and whoever changes a driver, one at
+//! a time.
+//!
+//! ```text
+//!  vCPU's thread: fault ─► Ladder ─┬─► error or retry, at once
+//!                                  └─► resume, restart ─► queue ─► a thread of its own ([`crate::rungs`])
+//! ```
+//!
+//! Lock order: who changes a driver holds the lock for that first; a ladder's lock is taken last, and nothing is called
+//! under it.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use devices::clock::monotonic_ns;
+use isolation::attach::Isolated;
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use isolation::status::ModuleStatus;
+
+use crate::guest::LiveGuest;
+use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
+use crate::request::IsolationRequest;
+use crate::upgrade::UpgradeReport;
+use crate::{resume_device, rungs, upgrade};
+
+struct SupervisedModule {
+    request: IsolationRequest,
+    ladder: Arc<Mutex<Ladder>>,
+}
+
+/// What a module's ladder asks for beyond an error.
+struct RungRequest {
+    module: String,
+    /// Resume its device; otherwise restart it.
+    resume: bool,
+}
+
+/// Supervises the isolated modules of a guest.
+pub struct Supervisor<G> {
+    guest: G,
+    modules: Mutex<HashMap<String, SupervisedModule>>,
+    rungs: Sender<RungRequest>,
+    /// Held by whoever removes and inserts drivers.
+    driver_change: Mutex<()>,
+    /// Paths in the guest of the files of drivers that were upgraded.
+    driver_files: Mutex<HashMap<String, String>>,
+}
+
+impl<G: LiveGuest> Supervisor<G> {
+    /// Supervises `guest`, in which nothing is isolated yet, with a thread that climbs the ladders' rungs until the
+    /// supervisor is dropped.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(guest: G) -> std::io::Result<Arc<Self>> {
+        let (supervisor, asked) = Self::new(guest);
+        let supervisor = Arc::new(supervisor);
+        let weak = Arc::downgrade(&supervisor);
+        std::thread::Builder::new()
+            .name("recovery".to_owned())
+            .spawn(move || serve(&asked, &weak))?;
+        Ok(supervisor)
+    }
+
+    fn new(guest: G) -> (Self, Receiver<RungRequest>) {
+        let (rungs, asked) = channel();
+        let supervisor = Self {
+            guest,
+            modules: Mutex::default(),
+            rungs,
+            driver_change: Mutex::new(()),
+            driver_files: Mutex::default(),
+        };
+        (supervisor, asked)
+    }
+
+    /// The guest.
+    pub fn guest(&self) -> &G {
+        &self.guest
+    }
+
+    /// Isolates functions of a module; `config` says what is done about calls that fail.
+    ///
+    /// # Errors
+    /// Why they cannot be isolated.
+    pub fn isolate(
+        &self,
+        request: IsolationRequest,
+        config: LadderConfig,
+    ) -> anyhow::Result<Isolated> {
+        let ladder = Arc::new(Mutex::new(Ladder::new(config)));
+        self.isolate_with(request, ladder)
+    }
+
+    /// Isolates the same functions of a module again, with the ladder that it has, unless it was released meanwhile; how
+    /// many there are.
+    pub(crate) fn isolate_again(&self, module: &str) -> anyhow::Result<usize> {
+        let supervised = self
+            .modules()
+            .get(module)
+            .map(|one| (one.request.clone(), one.ladder.clone()));
+        let Some((request, ladder)) = supervised else {
+            return Ok(0);
+        };
+        Ok(self.isolate_with(request, ladder)?.entries.len())
+    }
+
+    fn isolate_with(
+        &self,
+        request: IsolationRequest,
+        ladder: Arc<Mutex<Ladder>>,
+    ) -> anyhow::Result<Isolated> {
+        let policy = LadderPolicy {
+            module: request.module.clone(),
+            ladder: ladder.clone(),
+            rungs: self.rungs.clone(),
+        };
+        let isolated = self.guest.isolate(&request, Box::new(policy))?;
+        let module = request.module.clone();
+        let supervised = SupervisedModule { request, ladder };
+        self.modules().insert(module, supervised);
+        Ok(isolated)
+    }
+
+    /// Has the guest run a module's functions itself again; their final counters.
+    ///
+    /// # Errors
+    /// It is not isolated.
+    pub fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
+        let status = self.guest.release(module)?;
+        self.modules().remove(module);
+        Ok(status)
+    }
+
+    /// Puts another build of a driver module in the place of the one that runs ([`crate::upgrade`]).
+    ///
+    /// # Errors
+    /// Nothing was changed, and why.
+    pub fn upgrade(
+        &self,
+        module: &str,
+        file: &[u8],
+        limit: Duration,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<UpgradeReport> {
+        upgrade::upgrade(self, module, file, limit, progress)
+    }
+
+    /// Has a driver suspend and resume each of its devices; how long each took ([`crate::resume_device`]).
+    ///
+    /// # Errors
+    /// Its functions cannot be called, or failed.
+    pub fn resume_device(&self, module: &str) -> anyhow::Result<Vec<Duration>> {
+        let _alone = self.change_driver();
+        resume_device::suspend_and_resume(&self.guest, module)
+    }
+
+    /// How each ladder stands, by the module's name.
+    pub fn status(&self) -> Vec<(String, LadderStatus)> {
+        let modules = self.modules();
+        let status = |ladder: &Mutex<Ladder>| lock(ladder).status().clone();
+        let all = modules
+            .iter()
+            .map(|(module, one)| (module.clone(), status(&one.ladder)));
+        all.collect()
+    }
+
+    /// The guest boots anew, and loads what is installed in it.
+    pub fn guest_was_reset(&self) {
+        lock(&self.driver_files).clear();
+    }
+
+    /// The ladder of a module that is isolated.
+    pub(crate) fn ladder(&self, module: &str) -> Option<Arc<Mutex<Ladder>>> {
+        Some(self.modules().get(module)?.ladder.clone())
+    }
+
+    /// Takes a module's gates out, if there are any, to put them in again later.
+    pub(crate) fn take_out(&self, module: &str) {
+        if let Err(error) = self.guest.release(module) {
+            tracing::debug!("{error:#}");
+        }
+    }
+
+    /// Waits until nobody else removes or inserts a driver.
+    pub(crate) fn change_driver(&self) -> MutexGuard<'_, ()> {
+        lock(&self.driver_change)
+    }
+
+    /// Path in the guest of the file that the driver `module` came from, if it was upgraded.
+    pub(crate) fn driver_file(&self, module: &str) -> Option<String> {
+        lock(&self.driver_files).get(module).cloned()
+    }
+
+    /// The driver `module` is another build now, of the file at `path` in the guest: nothing that the old one did
+    /// counts any more.
+    pub(crate) fn driver_came_from(&self, module: &str, path: &str) {
+        lock(&self.driver_files).insert(module.to_owned(), path.to_owned());
+        self.guest.driver_changed(module);
+        if let Some(supervised) = self.modules().get_mut(module) {
+            let config = lock(&supervised.ladder).config().clone();
+            supervised.ladder = Arc::new(Mutex::new(Ladder::new(config)));
+        }
+    }
+
+    fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {
+        lock(&self.modules)
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change under these locks is whole when it can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks the ladder of a module after each fault.
+struct LadderPolicy {
+    module: String,
+    ladder: Arc<Mutex<Ladder>>,
+    rungs: Sender<RungRequest>,
+}
+
+impl FaultPolicy for LadderPolicy {
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        let decision = lock(&self.ladder).fault(&Fault {
+            entry: &call.report.entry,
+            attempts: call.attempts,
+            returns_nothing: call.returns_nothing,
+            half_done: call.report.violation.stays(),
+            device_lost: call.report.device_lost.is_some(),
+            now_ns: monotonic_ns(),
+        });
+        match decision {
+            Decision::Error => AfterFault::ReturnError,
+            Decision::Retry => AfterFault::Retry,
+            Decision::Resume | Decision::Restart => {
+                // The thread that climbs lives as long as the VM.
+                let _ = self.rungs.send(RungRequest {
+                    module: self.module.clone(),
+                    resume: decision == Decision::Resume,
+                });
+                AfterFault::ReturnError
+            }
+            Decision::Stop => {
+                tracing::error!("{} is stopped: its calls return errors", self.module);
+                AfterFault::Stop
+            }
+        }
+    }
+}
+
+/// Resumes devices and restarts modules as they are asked for, until the supervisor is gone.
+fn serve<G: LiveGuest>(asked: &Receiver<RungRequest>, supervisor: &Weak<Supervisor<G>>) {
+    while let Ok(RungRequest { module, resume }) = asked.recv() {
+        let Some(supervisor) = supervisor.upgrade() else {
+            return;
+        };
+        rungs::recover(&supervisor, &module, resume);
+    }
+}
