@@ -270,6 +270,12 @@ impl Supervisor for CallSupervisor<'_> {
             .unwrap_or_else(|| self.knowledge.changeable(va, bytes))
     }
 
+    fn holds(&mut self, values: &[u64]) {
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            policy.hold(memory, values);
+        }
+    }
+
     fn called_back(&mut self, function: u64, arguments: [u64; 6]) {
         let symbol = self.knowledge.symbols.at(Gva(function)).next();
         if let (Some(CallPolicy { policy, .. }), Some(symbol)) = (&mut self.policy, symbol) {

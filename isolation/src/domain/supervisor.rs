@@ -24,6 +24,10 @@ pub trait Supervisor {
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
 
+    /// The call, which holds these values in registers and on its stack, stores where nothing says that it may, and
+    /// [`Supervisor::may_write`] is asked once more: what kernel functions have returned to it is among them.
+    fn holds(&mut self, _values: &[u64]) {}
+
     /// The kernel calls back into the driver's `function` with these register arguments (`rdi`, `rsi`,
     /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
     fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}

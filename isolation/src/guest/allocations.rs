@@ -15,6 +15,7 @@ use super::addr::{Gva, GvaRange};
 use super::btf::{Btf, TypeId};
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
+use super::slab::{SlabModel, SlabObject};
 use super::symbols::SymbolTable;
 
 /// Most pages that one `vmalloc` area is followed over: 64 MiB.
@@ -66,13 +67,13 @@ pub trait FindAllocation {
 
 /// A field of a kernel structure: offset and size in bytes.
 #[derive(Debug, Clone, Copy)]
-struct Field {
+pub(super) struct Field {
     offset: u64,
     bytes: usize,
 }
 
 impl Field {
-    fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
         let member = types.find_member(of, name)?;
         let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
         let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
@@ -83,7 +84,7 @@ impl Field {
     }
 
     /// The field of the structure at `at`, as an unsigned number.
-    fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
+    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
         let mut word = [0; 8];
         virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
             .ok()?;
@@ -110,13 +111,7 @@ pub struct MemoryModel {
     lru: Option<Field>,
     slab_bit: u8,
     head_bit: u8,
-    slab_cache: Field,
-    cache_size: Field,
-    cache_object_size: Field,
-    cache_left_pad: Option<Field>,
-    /// Where a free object has the pointer to the next one.
-    cache_free_pointer: Option<Field>,
-    cache_name: Option<Field>,
+    slabs: SlabModel,
 }
 
 /// What is missing to know allocations.
@@ -180,12 +175,7 @@ impl MemoryModel {
             }),
             slab_bit: bit("PG_slab")?,
             head_bit: bit("PG_head")?,
-            slab_cache: field(slab, "slab_cache")?,
-            cache_size: field(cache, "size")?,
-            cache_object_size: field(cache, "object_size")?,
-            cache_left_pad: Field::find(types, cache, "red_left_pad"),
-            cache_free_pointer: Field::find(types, cache, "offset"),
-            cache_name: Field::find(types, cache, "name"),
+            slabs: SlabModel::new(types, slab, cache).map_err(|missing| need(missing)())?,
         })
     }
 
@@ -211,7 +201,11 @@ impl MemoryModel {
 
     /// Joins the model with the memory as it is now.
     pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
-        Allocations { model: self, virt }
+        Allocations {
+            model: self,
+            virt,
+            per_cpu_base: None,
+        }
     }
 }
 
@@ -227,11 +221,20 @@ fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
     Some(Field { offset, ..order })
 }
 
+/// A compound page, or a single one.
+struct Block {
+    /// Its first `struct page`, or `struct slab`.
+    head: Gva,
+    whole: GvaRange,
+    is_slab: bool,
+}
+
 /// The guest's allocations as they are now.
 #[derive(Debug)]
 pub struct Allocations<'a, M> {
     model: &'a MemoryModel,
     virt: VirtMemory<'a, M>,
+    per_cpu_base: Option<u64>,
 }
 
 impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
@@ -248,6 +251,14 @@ impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
 }
 
 impl<M: GuestPhys> Allocations<'_, M> {
+    /// With the lists of free objects of the processor that has this GS base, too.
+    pub fn on_processor(self, per_cpu_base: u64) -> Self {
+        Self {
+            per_cpu_base: Some(per_cpu_base),
+            ..self
+        }
+    }
+
     fn in_direct_map(&self, at: Gva) -> Option<Allocation> {
         let model = self.model;
         let single = Allocation {
@@ -255,11 +266,52 @@ impl<M: GuestPhys> Allocations<'_, M> {
             kind: AllocationKind::Pages,
             cache: None,
         };
-        let in_pool = |pool: Gva| at >= pool && at.0 - pool.0 < KFENCE_POOL_BYTES;
-        if model.kfence_pool.is_some_and(in_pool) {
-            return Some(single);
+        if self.in_pool(at) {
+            // Free objects are hidden.
+            let is_mapped = self.virt.space.walk(self.virt.memory, at).is_ok();
+            return is_mapped.then_some(single);
         }
-        let pfn = (at.0 - model.direct_map.0) >> 12;
+        let Block {
+            head,
+            whole,
+            is_slab,
+        } = self.block(at)?;
+        if is_slab {
+            let object = model.slabs.object(&self.virt, at, head, whole)?;
+            return Some(Allocation {
+                range: object.range,
+                kind: AllocationKind::Slab,
+                cache: Some(object.cache),
+            });
+        }
+        // Several pages in a row need not be a compound page: then only the first one is held.
+        if whole.len_bytes() == 4096 {
+            let pfn = (at.0 - model.direct_map.0) >> 12;
+            return Some(Allocation {
+                range: self.pages_in_a_row(pfn)?,
+                ..single
+            });
+        }
+        // Nobody holds it: it is free.
+        if model.refcount.read(&self.virt, head)? == 0 {
+            return None;
+        }
+        Some(Allocation {
+            range: whole,
+            ..single
+        })
+    }
+
+    /// Whether `at` lies in KFENCE's pool.
+    fn in_pool(&self, at: Gva) -> bool {
+        let pool = self.model.kfence_pool;
+        pool.is_some_and(|pool| at >= pool && at.0 - pool.0 < KFENCE_POOL_BYTES)
+    }
+
+    /// The compound page, or the page, of `at` in the direct map.
+    fn block(&self, at: Gva) -> Option<Block> {
+        let model = self.model;
+        let pfn = at.0.checked_sub(model.direct_map.0)? >> 12;
         let page = self.page(pfn)?;
         let compound = model.compound_head.read(&self.virt, page)?;
         let head = if compound & 1 != 0 {
@@ -285,25 +337,18 @@ impl<M: GuestPhys> Allocations<'_, M> {
         if pages_before >> order != 0 {
             return None;
         }
-        let whole = GvaRange::new(start, 4096 << order)?;
-        if flags >> model.slab_bit & 1 != 0 {
-            return self.in_slab(at, head, whole);
-        }
-        // Several pages in a row need not be a compound page: then only the first one is held.
-        if order == 0 {
-            return Some(Allocation {
-                range: self.pages_in_a_row(pfn)?,
-                ..single
-            });
-        }
-        // Nobody holds it: it is free.
-        if model.refcount.read(&self.virt, head)? == 0 {
-            return None;
-        }
-        Some(Allocation {
-            range: whole,
-            ..single
+        Some(Block {
+            head,
+            whole: GvaRange::new(start, 4096 << order)?,
+            is_slab: flags >> model.slab_bit & 1 != 0,
         })
+    }
+
+    /// The slab's object that `at` lies in.
+    fn slab_object(&self, at: Gva) -> Option<SlabObject> {
+        let block = self.block(at).filter(|block| block.is_slab)?;
+        let slabs = &self.model.slabs;
+        slabs.object(&self.virt, at, block.head, block.whole)
     }
 
     /// The pages that were handed out together with page `pfn`, which is none of a compound page's.
@@ -348,36 +393,9 @@ impl<M: GuestPhys> Allocations<'_, M> {
         self.model.vmemmap.checked_add(offset)
     }
 
-    /// The object of the slab `whole` that `at` lies in.
-    fn in_slab(&self, at: Gva, slab: Gva, whole: GvaRange) -> Option<Allocation> {
-        let model = self.model;
-        let cache = Gva(model.slab_cache.read(&self.virt, slab)?);
-        let size = model
-            .cache_size
-            .read(&self.virt, cache)
-            .filter(|size| *size >= 8)?;
-        let object_size = model.cache_object_size.read(&self.virt, cache)?;
-        let left_pad = match model.cache_left_pad {
-            Some(field) => field.read(&self.virt, cache)?,
-            None => 0,
-        };
-        let index = (at.0 - whole.first().0) / size;
-        let start = whole
-            .first()
-            .checked_add(index.checked_mul(size)?)?
-            .checked_add(left_pad)?;
-        let range = GvaRange::new(start, object_size.min(size))?;
-        let fits = whole.covers(&range) && range.contains(at);
-        fits.then_some(Allocation {
-            range,
-            kind: AllocationKind::Slab,
-            cache: Some(cache),
-        })
-    }
-
     /// The name of the slab cache that an allocation is from, such as `kmalloc-64`.
     pub fn cache_name(&self, allocation: &Allocation) -> Option<String> {
-        let name = self.model.cache_name?.read(&self.virt, allocation.cache?)?;
+        let name = self.model.slabs.name?.read(&self.virt, allocation.cache?)?;
         let mut bytes = [0; MAX_CACHE_NAME];
         self.virt.read(Gva(name), &mut bytes).ok()?;
         let len = bytes.iter().position(|byte| *byte == 0)?;
@@ -401,9 +419,10 @@ impl<M: GuestPhys> Allocations<'_, M> {
 
     /// Whether `allocation`, found in this memory, was not there yet in the `earlier` one.
     ///
-    /// A slab's object counts as new if the word changed that links free objects: kernels that
-    /// clear memory when they hand it out (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do) change
-    /// it always, others if the object is filled.
+    /// A slab's object is new if it was free and is not, or if what SLUB notes of it has changed: the word that links
+    /// free objects, which kernels clear with the rest when they hand memory out
+    /// (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do), or its red zones and records (`slub_debug`). An object of
+    /// KFENCE's is new if its page was hidden, or has changed: all around it is filled when it is handed out.
     pub fn is_new<E: GuestPhys>(
         &self,
         allocation: &Allocation,
@@ -416,18 +435,25 @@ impl<M: GuestPhys> Allocations<'_, M> {
         {
             return true;
         }
-        let link = || {
-            let offset = self
-                .model
-                .cache_free_pointer?
-                .read(&self.virt, allocation.cache?)?;
-            let link = at.checked_add(offset)?;
-            Some((
-                self.virt.read_u64(link).ok()?,
-                earlier.virt.read_u64(link).ok()?,
-            ))
+        let slabs = &self.model.slabs;
+        let Some(cache) = allocation.cache else {
+            return self.in_pool(at) && self.is_changed(allocation, earlier);
         };
-        link().is_some_and(|(now, before)| now != before)
+        let is_free = self.is_free(at);
+        if is_free == Some(true) {
+            return false;
+        }
+        let now = slabs.notes(&self.virt, cache, allocation.range);
+        let before = slabs.notes(&earlier.virt, cache, allocation.range);
+        let noted = now.zip(before).is_some_and(|(now, before)| now != before);
+        noted || is_free == Some(false) && earlier.is_free(at) == Some(true)
+    }
+
+    /// Whether the slab's object at `at` is free, if that is known.
+    fn is_free(&self, at: Gva) -> Option<bool> {
+        let object = self.slab_object(at)?;
+        let slabs = &self.model.slabs;
+        slabs.is_free(&self.virt, &object, self.per_cpu_base)
     }
 
     /// The pages around `at` up to those that are not mapped: every area has a guard page behind it.

@@ -47,13 +47,22 @@ fn types() -> Btf {
         "kmem_cache",
         64,
         &[
+            ("cpu_slab", long, 0),
             ("size", int, 24),
             ("object_size", int, 28),
             ("red_left_pad", int, 32),
+            ("offset", int, 36),
+            ("random", long, 40),
         ],
     );
+    let cpu = [("freelist", long, 0), ("slab", long, 16)];
+    e.structure("kmem_cache_cpu", 32, &cpu);
     let cache = e.pointer(cache);
-    e.structure("slab", 64, &[("slab_cache", cache, 24)]);
+    e.structure(
+        "slab",
+        64,
+        &[("slab_cache", cache, 24), ("freelist", long, 32)],
+    );
     e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
     Btf::parse(&e.bytes(), None).unwrap()
 }
@@ -164,7 +173,10 @@ fn pages_slabs_and_areas_are_found() {
         None,
         "the kernel's own data is nobody's allocation"
     );
-    // KFENCE's objects have a page each.
+    // KFENCE's objects have a page each, which is hidden while they are free.
+    assert_eq!(find(&guest, at(41, 8)), None);
+    let mut guest = guest;
+    guest.put(Gva(at(41, 0)), &[0; 4096], DATA);
     assert_eq!(find(&guest, at(41, 8)), Some((at(41, 0), 4096, Pages)));
 }
 
@@ -187,6 +199,107 @@ fn pages_handed_out_together_are_found_from_any_of_them() {
     assert_eq!(find(&guest, at(13)), None, "behind one that is free");
     let single = Some((at(14), 4096, AllocationKind::Pages));
     assert_eq!(find(&guest, at(14)), single);
+}
+
+/// What scrambles the links of free objects.
+const RANDOM: u64 = 0x1234_5678_9abc_def0;
+/// GS base, and where the cache has what belongs to the processor.
+const PER_CPU: u64 = DIRECT + 0x3000;
+const CPU_SLAB: u64 = 0x40;
+/// Objects of 176 bytes in the slab of [`guest`], with 8 bytes of red zone left and the link right of them.
+const fn object(index: u64) -> u64 {
+    DIRECT + (16 << 12) + index * 192 + 8
+}
+
+/// A guest whose slab has its links beside its objects, as with `slub_debug`, and these objects free: in the slab's list,
+/// and in the processor's if it takes objects from this slab.
+fn guest_with_free(of_slab: &[u64], of_cpu: Option<&[u64]>) -> TestGuest {
+    let mut guest = guest();
+    let word = |guest: &mut TestGuest, at: u64, value: u64| {
+        guest.put(Gva(at), &value.to_le_bytes(), DATA);
+    };
+    let slab = VMEMMAP + 16 * PAGE_STRUCT;
+    guest.put(Gva(object(0) - 8), &[0xcc; 2 * 4096], DATA);
+    guest.put(Gva(CACHE + 36), &176u32.to_le_bytes(), DATA);
+    word(&mut guest, CACHE, CPU_SLAB);
+    word(&mut guest, CACHE + 40, RANDOM);
+    guest.put(Gva(PER_CPU), &[0; 4096], DATA);
+    for list in [Some(of_slab), of_cpu].into_iter().flatten() {
+        for (index, at) in list.iter().enumerate() {
+            let next = list.get(index + 1).copied().unwrap_or(0);
+            let link = at + 176;
+            word(&mut guest, link, next ^ RANDOM ^ link.swap_bytes());
+        }
+    }
+    word(&mut guest, slab + 32, of_slab.first().copied().unwrap_or(0));
+    if let Some(list) = of_cpu {
+        word(&mut guest, PER_CPU + CPU_SLAB + 16, slab);
+        word(
+            &mut guest,
+            PER_CPU + CPU_SLAB,
+            list.first().copied().unwrap_or(0),
+        );
+    }
+    guest
+}
+
+/// Whether the object at `at` is one that was handed out between `before` and `now`.
+fn is_new(at: u64, before: &TestGuest, now: &TestGuest) -> bool {
+    let model = MemoryModel::new(&types(), &symbols(), &now.virt()).unwrap();
+    let now = model.with(now.virt()).on_processor(PER_CPU);
+    let before = model.with(before.virt()).on_processor(PER_CPU);
+    let found = now.allocation_at(Gva(at)).unwrap();
+    assert_eq!((found.range.first().0, found.range.len_bytes()), (at, 176));
+    now.is_new(&found, &before)
+}
+
+/// `slub_debug=P` and `init_on_alloc=0`: the object's bytes are as they were when it was free.
+#[test]
+fn an_object_that_left_the_list_of_free_ones_is_new_whatever_it_holds() {
+    let (a, b, live) = (object(5), object(2), object(1));
+    for list in [false, true] {
+        let with = |free: &[u64]| match list {
+            true => guest_with_free(&[], Some(free)),
+            false => guest_with_free(free, None),
+        };
+        let before = with(&[a, b]);
+        let mut now = with(&[b]);
+        let link = |guest: &TestGuest| guest.virt().read_u64(Gva(a + 176)).unwrap();
+        let old = link(&before).to_le_bytes();
+        now.put(Gva(a + 176), &old, DATA);
+        assert!(is_new(a, &before, &now));
+        assert!(!is_new(a, &before, &before), "free all the time");
+        assert!(!is_new(a, &now, &now), "handed out before");
+        assert!(!is_new(b, &before, &now), "still free");
+        assert!(!is_new(live, &before, &now));
+    }
+}
+
+#[test]
+fn an_object_that_was_given_back_is_not_handed_out() {
+    let (a, b) = (object(5), object(2));
+    let (before, now) = (guest_with_free(&[b], None), guest_with_free(&[a, b], None));
+    assert!(!is_new(a, &before, &now), "its link has changed");
+}
+
+/// `slub_debug=Z` and `U`: an object that somebody gave back and the call got is on no list before or after.
+#[test]
+fn an_object_that_changed_hands_is_told_by_what_lies_beside_it() {
+    let (a, b) = (object(5), object(2));
+    let before = guest_with_free(&[b], None);
+    let mut now = before.clone();
+    now.put(Gva(a + 176 + 7), &[0xbb], DATA);
+    assert!(is_new(a, &before, &now));
+    assert!(!is_new(object(6), &before, &now), "the next one");
+}
+
+#[test]
+fn lists_that_are_damaged_say_nothing_and_are_left() {
+    let (a, b) = (object(5), object(2));
+    let before = guest_with_free(&[a, b, a], None);
+    let outside = guest_with_free(&[b, DIRECT], None);
+    assert!(!is_new(object(1), &before, &outside));
+    assert!(!is_new(object(1), &outside, &before), "a ring");
 }
 
 #[test]

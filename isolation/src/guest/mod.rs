@@ -13,4 +13,5 @@ pub mod module_text;
 pub mod modules;
 pub mod paging;
 pub mod phys;
+mod slab;
 pub mod symbols;

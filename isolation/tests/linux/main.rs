@@ -6,6 +6,7 @@ mod attaching;
 mod compensating;
 mod dummy;
 mod e1000;
+mod jumbo;
 mod machine;
 mod null_blk;
 mod processors;

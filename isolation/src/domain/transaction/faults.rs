@@ -106,7 +106,8 @@ impl Call<'_> {
         if write && root == Root::Driver && !self.domain.roots.is_open(address) {
             // Device registers are judged when the access arrives as an exit of its own.
             let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
-            if is_memory && !self.in_own_stack(address) && !self.supervisor.may_write(address) {
+            let is_others = is_memory && !self.in_own_stack(address);
+            if is_others && !self.may_write(frame, address, regs)? {
                 return Ok(Step::Violation(
                     ViolationKind::StrayWrite { address },
                     frame.rip,
@@ -118,6 +119,27 @@ impl Call<'_> {
         self.fill(root, address)?;
         self.resume(frame, regs);
         Ok(Step::Continue)
+    }
+
+    /// Whether a call that was stopped with `regs` may write at `address`.
+    fn may_write(
+        &mut self,
+        frame: &ExceptionFrame,
+        address: u64,
+        regs: &kvm_regs,
+    ) -> Result<bool, DomainError> {
+        if self.supervisor.may_write(address) {
+            return Ok(true);
+        }
+        let interrupted = kvm_regs {
+            rsp: frame.rsp,
+            ..*regs
+        };
+        let mut held = self.values_held(&interrupted)?;
+        held.extend([regs.rax, regs.rcx, regs.rdx, regs.rsi, regs.rdi]);
+        held.extend([regs.r8, regs.r9, regs.r10, regs.r11]);
+        self.supervisor.holds(&held);
+        Ok(self.supervisor.may_write(address))
     }
 
     pub(super) fn fetch_fault(

@@ -289,7 +289,7 @@ impl Call<'_> {
 
     /// What is in the registers that functions leave alone (System V ABI), and on the stack of the call up to its
     /// return address.
-    fn values_held(&self, at: &kvm_regs) -> Result<Vec<u64>, DomainError> {
+    pub(super) fn values_held(&self, at: &kvm_regs) -> Result<Vec<u64>, DomainError> {
         let mut values = vec![at.rbx, at.rbp, at.r12, at.r13, at.r14, at.r15];
         let words = (at.rsp & !7..self.entry.rsp).step_by(8);
         for va in words.take(MAX_STACK_WORDS) {

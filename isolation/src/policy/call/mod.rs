@@ -21,14 +21,16 @@ mod restorable;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return, is_transmit};
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Reach, Reached, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation, MemoryModel};
+use crate::guest::allocations::{
+    Allocation, AllocationKind, Allocations, FindAllocation, MemoryModel,
+};
 use crate::guest::btf::Btf;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
@@ -264,6 +266,31 @@ impl DriverPolicy {
         }
     }
 
+    /// The call has these `values` in its registers and on its stack: packets among them that kernel functions have
+    /// handed out to it are its to write, with their data. Their heads may be pieces of pages that were handed
+    /// out long before, which nothing else tells.
+    pub fn hold<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
+        let mut seen = BTreeSet::new();
+        let values = values.iter().filter(|value| seen.insert(**value));
+        for at in values.copied().map(Gva) {
+            let found = self.memory.with(memory.private).allocation_at(at);
+            let is_object = |found: &Allocation| {
+                found.kind == AllocationKind::Slab && found.range.first() == at
+            };
+            if let Some(found) = found.filter(is_object)
+                && self.is_packet(memory, &found)
+            {
+                self.open_new_allocation(memory, at);
+            }
+        }
+    }
+
+    /// Whether `found` is a `struct sk_buff`.
+    fn is_packet<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, found: &Allocation) -> bool {
+        let name = self.memory.with(memory.private).cache_name(found);
+        name.is_some_and(|name| PACKET_CACHES.contains(&name.as_str()))
+    }
+
     fn own(&mut self, range: GvaRange) {
         if self.owned.len() >= MAX_OWNED {
             self.owned.pop_first();
@@ -394,7 +421,9 @@ impl DriverPolicy {
     /// What was handed out to the driver, in this call or an earlier one, is the driver's.
     fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let model = self.memory;
-        let (now, before) = (model.with(memory.private), model.with(memory.earlier()));
+        let base = memory.per_cpu_base;
+        let now = model.with(memory.private).on_processor(base);
+        let before = model.with(memory.earlier()).on_processor(base);
         let Some(found) = now.allocation_at(at) else {
             return false;
         };

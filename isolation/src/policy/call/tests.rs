@@ -297,6 +297,33 @@ fn a_packet_allocated_by_the_call_brings_its_data() {
 }
 
 #[test]
+fn a_packet_that_a_kernel_function_returned_brings_its_data_before_anything_is_stored_to_it() {
+    let before = guest();
+    let mut now = before.clone();
+    // Its head is a piece of a page that is nobody's news.
+    let packet = PACKETS;
+    now.put(Gva(packet), &words(&[0, 0x100, HEAD]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &now, &before, HEAD + 0x100, 8));
+    let memory = CallMemory {
+        private: now.virt(),
+        before: MemoryBefore::new(before.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    // A pointer into it is no packet, and neither is one that the call was not given.
+    policy.hold(&memory, &[packet + 8, PACKETS + 256, OBJECTS, 7, u64::MAX]);
+    assert!(!ask(&mut policy, &now, &before, HEAD + 0x100, 8));
+    policy.hold(&memory, &[packet]);
+    assert!(ask(&mut policy, &now, &before, HEAD + 0x100, 8));
+    assert!(
+        !ask(&mut policy, &now, &before, HEAD + 0x140, 8),
+        "behind it"
+    );
+}
+
+#[test]
 fn a_packet_from_stock_is_the_calls_once_the_kernel_has_filled_it_in() {
     let before = guest();
     let mut now = before.clone();

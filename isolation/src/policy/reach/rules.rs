@@ -114,6 +114,15 @@ impl Rules {
                 is: &[],
                 from_const: false,
             },
+            // `napi_get_frags`: the packet that NAPI keeps from poll to poll, into which a driver puts
+            // pages (`skb_fill_page_desc`).
+            Followed {
+                of: "napi_struct",
+                member: "skb",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
             Followed {
                 of: "blk_mq_queue_data",
                 member: "rq",

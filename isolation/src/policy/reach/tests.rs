@@ -64,8 +64,9 @@ fn types() -> Arc<Btf> {
         ],
     );
     e.structure("skb_shared_info", 320, &[]);
-    e.structure("sk_buff", 232, &[("end", int, 8), ("head", bytes, 16)]);
-    e.structure("napi_struct", 16, &[("state", long, 0)]);
+    let packet = e.structure("sk_buff", 232, &[("end", int, 8), ("head", bytes, 16)]);
+    let packet = e.pointer(packet);
+    e.structure("napi_struct", 16, &[("state", long, 0), ("skb", packet, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
 
     let mut e = Encoder::new(Some(&base));
@@ -206,6 +207,22 @@ fn a_structure_that_drivers_embed_opens_what_it_is_embedded_in() {
     let found = call("my_poll", &[PRIVATE + 32, 64]);
     let whole = (DEVICE, 0x200, "struct napi_struct (napi)".to_owned());
     assert!(found.contains(&whole), "{found:?}");
+}
+
+#[test]
+fn a_poll_reaches_the_packet_that_napi_keeps_from_poll_to_poll() {
+    let (types, (mut guest, known)) = (types(), guest());
+    let napi = PRIVATE + 32;
+    guest.put(Gva(napi + 8), &PACKET.to_le_bytes(), DATA);
+    let function = types.find_function("my_poll").unwrap();
+    let found = reach(&types, &guest, &known).objects(&function, &[napi, 64, 0, 0, 0, 0], &[]);
+    let found: Vec<_> = found
+        .iter()
+        .map(|o| (o.range.first().0, o.range.len_bytes()))
+        .collect();
+    for object in [(PACKET, 232), (PACKET_HEAD, 0xc0 + 320)] {
+        assert!(found.contains(&object), "{found:x?}");
+    }
 }
 
 #[test]
