@@ -116,6 +116,8 @@ pub enum State {
     Resetting,
     /// Its calls return errors without being run.
     Stopped,
+    /// Its functions should be isolated and are not, because isolating them again failed: they run in the guest.
+    Unisolated,
 }
 
 /// How often each rung was used.
@@ -148,7 +150,7 @@ pub struct LadderStatus {
     pub state: State,
     /// How often each rung was used.
     pub rungs: Rungs,
-    /// Why the driver was stopped.
+    /// Why the driver was stopped, or runs without being isolated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gave_up: Option<String>,
 }
@@ -349,6 +351,22 @@ impl Ladder {
                 self.stop(format!("the guest could not be reset: {error}"));
                 Next::Stop
             }
+        }
+    }
+
+    /// The driver's functions could not be isolated again. While a rung is being tried its end decides what comes next.
+    pub fn not_isolated(&mut self, why: &str) {
+        if matches!(self.status.state, State::Running | State::Stopped) {
+            self.status.state = State::Unisolated;
+            self.status.gave_up = Some(why.to_owned());
+        }
+    }
+
+    /// The driver's functions are isolated again after all.
+    pub fn isolated_again(&mut self) {
+        if self.status.state == State::Unisolated {
+            self.status.state = State::Running;
+            self.status.gave_up = None;
         }
     }
 

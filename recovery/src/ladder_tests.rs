@@ -180,6 +180,8 @@ enum Event {
     Resumed(bool),
     Restarted(bool),
     Reset(bool),
+    NotIsolated,
+    IsolatedAgain,
 }
 
 const ENTRIES: [&str; 3] = ["a", "b", "c"];
@@ -208,6 +210,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         2 => any::<bool>().prop_map(Event::Resumed),
         2 => any::<bool>().prop_map(Event::Restarted),
         1 => any::<bool>().prop_map(Event::Reset),
+        1 => Just(Event::NotIsolated),
+        1 => Just(Event::IsolatedAgain),
     ];
     prop::collection::vec(event, 0..80)
 }
@@ -273,14 +277,14 @@ impl Model {
             _ => wanted,
         };
         let over = recent.count() >= self.config.recoveries_per_minute as usize;
+        if !over {
+            self.recovered_at.push(now);
+            self.lost_at.extend(device_lost.then_some(now));
+        }
         if over || wanted == OnFault::Stop {
             self.state = State::Stopped;
             self.rungs.stops += 1;
             return Decision::Stop;
-        }
-        self.recovered_at.push(now);
-        if device_lost {
-            self.lost_at.push(now);
         }
         if wanted == OnFault::Retry && attempts <= self.config.retries {
             self.rungs.retries += 1;
@@ -335,6 +339,14 @@ impl Model {
             }
         }
     }
+
+    fn isolated(&mut self, well: bool) {
+        self.state = match (self.state, well) {
+            (State::Running | State::Stopped, false) => State::Unisolated,
+            (State::Unisolated, true) => State::Running,
+            (other, _) => other,
+        };
+    }
 }
 
 proptest! {
@@ -369,10 +381,19 @@ proptest! {
                     ladder.reset(if well { Ok(()) } else { Err("why") });
                     model.reset(well);
                 }
+                Event::NotIsolated => {
+                    ladder.not_isolated("why");
+                    model.isolated(false);
+                }
+                Event::IsolatedAgain => {
+                    ladder.isolated_again();
+                    model.isolated(true);
+                }
             }
             prop_assert_eq!(ladder.status().state, model.state);
             prop_assert_eq!(ladder.status().rungs, model.rungs);
-            prop_assert_eq!(ladder.status().gave_up.is_some(), model.state == State::Stopped);
+            let has_given_up = matches!(model.state, State::Stopped | State::Unisolated);
+            prop_assert_eq!(ladder.status().gave_up.is_some(), has_given_up);
             prop_assert!(ladder.lately.len() <= config.recoveries_per_minute as usize);
         }
     }

@@ -16,6 +16,9 @@
 //!
 //! Knows nothing of processes, sockets and the command line.
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod double;
 pub mod fault;
 pub mod guest;
 pub mod interface;

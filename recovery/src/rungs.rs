@@ -5,13 +5,14 @@
 //!     ─► reset the guest, isolate again ─► stop
 //! ```
 
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
 use crate::guest::{Agent, LiveGuest, POLL};
 use crate::interface::live;
-use crate::ladder::Next;
+use crate::ladder::{Ladder, Next};
 use crate::resume_device;
 use crate::supervisor::{Supervisor, lock};
 
@@ -21,14 +22,14 @@ const STEP_TIME: Duration = Duration::from_secs(60);
 /// How long a guest may take to boot after a reset.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
-/// Begins with a resume or a restart, as the ladder of `module` decided, and goes on until something holds.
-pub(crate) fn recover<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str, resume: bool) {
-    // Nobody exchanges the driver meanwhile.
-    let _alone = supervisor.change_driver();
-    let Some(ladder) = supervisor.ladder(module) else {
-        // Released meanwhile.
-        return;
-    };
+/// Begins with a resume or a restart, as the `ladder` of `module` decided, and goes on until something holds. Nobody
+/// else may change the driver meanwhile.
+pub(crate) fn recover<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+    resume: bool,
+    ladder: &Mutex<Ladder>,
+) {
     if resume {
         let result = resume_device::suspend_and_resume(supervisor.guest(), module);
         let result = result.map_err(|error| format!("{error:#}")).map(drop);
@@ -36,7 +37,7 @@ pub(crate) fn recover<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str, re
             Ok(()) => tracing::warn!("{module} has resumed its device"),
             Err(error) => tracing::error!("{module} could not resume its device: {error}"),
         }
-        if lock(&ladder).resumed(borrowed(&result)) != Next::Restart {
+        if lock(ladder).resumed(borrowed(&result)) != Next::Restart {
             return;
         }
     }
@@ -45,19 +46,35 @@ pub(crate) fn recover<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str, re
         Ok(()) => tracing::warn!("{module} was restarted"),
         Err(error) => tracing::error!("{module} could not be restarted: {error}"),
     }
-    let mut next = lock(&ladder).restarted(borrowed(&result));
+    let mut next = lock(ladder).restarted(borrowed(&result));
     if next == Next::Reset {
         let result = reset(supervisor, module).map_err(|error| format!("{error:#}"));
         if let Err(error) = &result {
             tracing::error!("after the reset: {error}");
         }
-        next = lock(&ladder).reset(borrowed(&result));
+        next = lock(ladder).reset(borrowed(&result));
     }
     if next == Next::Stop
-        && let Err(error) = supervisor.guest().stop(module)
+        && let Err(error) = stop(supervisor, module)
     {
-        tracing::warn!("{module} cannot be stopped: {error:#}");
+        tracing::error!("{module} cannot be stopped: {error:#}");
+        lock(ladder).not_isolated(&format!("{error:#}"));
     }
+}
+
+/// Has no call of the driver run any more. A restart takes the gates out, so that they may have to go in again first.
+fn stop<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
+    let guest = supervisor.guest();
+    if guest.stop(module).is_ok() {
+        return Ok(());
+    }
+    let loaded = guest.agent().modules(Some(module));
+    if loaded.is_ok_and(|modules| modules.is_empty()) {
+        // Of a driver that is not there no call can be run.
+        return Ok(());
+    }
+    isolate_again(supervisor, module)?;
+    guest.stop(module)
 }
 
 fn borrowed(result: &Result<(), String>) -> Result<(), &str> {

@@ -33,6 +33,8 @@ struct SupervisedModule {
 /// What a module's ladder asks for beyond an error.
 struct RungRequest {
     module: String,
+    /// The ladder that asks.
+    ladder: Arc<Mutex<Ladder>>,
     /// Resume its device; otherwise restart it.
     resume: bool,
 }
@@ -90,6 +92,9 @@ impl<G: LiveGuest> Supervisor<G> {
         request: IsolationRequest,
         config: LadderConfig,
     ) -> anyhow::Result<Isolated> {
+        // A call that fails as soon as there are gates asks for a rung of a ladder that is entered only then: who
+        // climbs it waits.
+        let _alone = self.change_driver();
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
         self.isolate_with(request, ladder)
     }
@@ -104,7 +109,12 @@ impl<G: LiveGuest> Supervisor<G> {
         let Some((request, ladder)) = supervised else {
             return Ok(0);
         };
-        Ok(self.isolate_with(request, ladder)?.entries.len())
+        let isolated = self.isolate_with(request, ladder.clone());
+        match &isolated {
+            Ok(_) => lock(&ladder).isolated_again(),
+            Err(error) => lock(&ladder).not_isolated(&format!("{error:#}")),
+        }
+        Ok(isolated?.entries.len())
     }
 
     fn isolate_with(
@@ -129,9 +139,10 @@ impl<G: LiveGuest> Supervisor<G> {
     /// # Errors
     /// It is not isolated.
     pub fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
-        let status = self.guest.release(module)?;
+        let status = self.guest.release(module);
+        // Also of one that could not be isolated again, and has nothing but a ladder.
         self.modules().remove(module);
-        Ok(status)
+        status
     }
 
     /// Puts another build of a driver module in the place of the one that runs ([`crate::upgrade`]).
@@ -239,6 +250,7 @@ impl FaultPolicy for LadderPolicy {
                 // The thread that climbs lives as long as the VM.
                 let _ = self.rungs.send(RungRequest {
                     module: self.module.clone(),
+                    ladder: self.ladder.clone(),
                     resume: decision == Decision::Resume,
                 });
                 AfterFault::ReturnError
@@ -251,12 +263,27 @@ impl FaultPolicy for LadderPolicy {
     }
 }
 
+/// Begins with the rung that a ladder asked for, unless its module was released or exchanged meanwhile.
+fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
+    // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
+    let alone = supervisor.change_driver();
+    let ladder = supervisor.ladder(&request.module);
+    if ladder.is_some_and(|ladder| Arc::ptr_eq(&ladder, &request.ladder)) {
+        rungs::recover(supervisor, &request.module, request.resume, &request.ladder);
+    }
+    drop(alone);
+}
+
 /// Resumes devices and restarts modules as they are asked for, until the supervisor is gone.
 fn serve<G: LiveGuest>(asked: &Receiver<RungRequest>, supervisor: &Weak<Supervisor<G>>) {
-    while let Ok(RungRequest { module, resume }) = asked.recv() {
+    while let Ok(request) = asked.recv() {
         let Some(supervisor) = supervisor.upgrade() else {
             return;
         };
-        rungs::recover(&supervisor, &module, resume);
+        climb(&supervisor, &request);
     }
 }
+
+#[cfg(test)]
+#[path = "supervisor_tests.rs"]
+mod tests;

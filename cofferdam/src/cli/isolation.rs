@@ -336,6 +336,7 @@ pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
         State::Restarting => "is being restarted",
         State::Resetting => "goes with the guest, which is being reset",
         State::Stopped => "is stopped: its calls return errors",
+        State::Unisolated => "runs in the guest and is NOT isolated",
     };
     let rungs = &status.rungs;
     let mut text = format!(

@@ -1,10 +1,12 @@
 //! Drivers that can be neither restarted nor exchanged: the guest is booted anew.
 
+use std::time::{Duration, Instant};
+
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::Request;
 use recovery::fault::FaultKind;
-use recovery::ladder::{LadderConfig, OnFault};
+use recovery::ladder::{LadderConfig, OnFault, State};
 use recovery::upgrade::UpgradeOutcome;
 
 use super::builds::{another_build, build_of, hex, stock, that_stays, without_the_device};
@@ -12,6 +14,8 @@ use super::victim::{DRIVER, Victim};
 use super::{BOOT_TIME, boot, options};
 
 const ENTRY: &str = "e1000_get_ethtool_stats";
+/// Within which a driver that cannot be restarted is stopped.
+const STOP_TIME: Duration = Duration::from_secs(120);
 
 /// Whose `/init` loads the driver and gives it its address, at each boot.
 fn victim() -> Victim {
@@ -86,4 +90,35 @@ fn a_new_driver_that_fails_and_cannot_be_removed_is_said_to_need_a_reset() {
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
     assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset() {
+    let mut victim = victim();
+    let restart = LadderConfig {
+        on_fault: Some(OnFault::Restart),
+        ..LadderConfig::default()
+    };
+    victim.isolate(ENTRY, restart);
+    let stays = that_stays(another_build(0xb3));
+    let report = victim.upgrade(DRIVER, stays, 60_000).unwrap();
+    assert_eq!(report.outcome, UpgradeOutcome::New, "{report:?}");
+
+    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+    victim.try_command(&["ethtool", "-S", "eth0"]);
+    victim.guest.agent().disconnect();
+    // The gates are put in again, and calls are not run.
+    let deadline = Instant::now() + STOP_TIME;
+    while !victim.module().is_some_and(|module| module.stopped) {
+        assert!(Instant::now() < deadline, "{:?}", victim.ladder());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let ladder = victim.ladder();
+    assert_eq!(ladder.state, State::Stopped, "{ladder:?}");
+    victim.try_command(&["ethtool", "-S", "eth0"]);
+    let entry = victim.module().unwrap().entries.remove(0);
+    assert_eq!((entry.name.as_str(), entry.commits), (ENTRY, 0));
+    assert!(entry.refused > 0, "{entry:?}");
+    victim.assert_healthy("a driver that was stopped");
 }

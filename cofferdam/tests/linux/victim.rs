@@ -10,6 +10,7 @@ use cofferdam::control::protocol::{Reply, Request};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
+use isolation::status::ModuleStatus;
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, LadderStatus, State};
 use recovery::request::Spilling;
@@ -360,6 +361,13 @@ impl Victim {
     /// How often the other end of the wire saw the link go.
     pub fn link_losses(&self) -> u64 {
         self.guest.control().unwrap().status().unwrap().nic["link_losses"]
+    }
+
+    /// The driver, if it is isolated.
+    pub fn module(&self) -> Option<ModuleStatus> {
+        let status = self.guest.control().unwrap().status().unwrap();
+        let mut modules = status.isolation.into_iter();
+        modules.find(|module| module.module == DRIVER)
     }
 
     /// Functions that are isolated.

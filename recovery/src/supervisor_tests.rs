@@ -1,0 +1,105 @@
+//! Rungs that take time, climbed for a double of a guest.
+
+use super::*;
+use crate::double::{Double, MODULE, request};
+use crate::ladder::{OnFault, State};
+
+fn restarting() -> LadderConfig {
+    LadderConfig {
+        on_fault: Some(OnFault::Restart),
+        ..LadderConfig::default()
+    }
+}
+
+/// A supervisor of a guest with the module isolated, and what is asked of it.
+fn supervised(guest: &Double) -> (Supervisor<Double>, Receiver<RungRequest>) {
+    let (supervisor, asked) = Supervisor::new(guest.clone());
+    supervisor.isolate(request(), restarting()).unwrap();
+    (supervisor, asked)
+}
+
+/// Climbs what is asked for, and how the ladder stands afterwards.
+fn climb_all(supervisor: &Supervisor<Double>, asked: &Receiver<RungRequest>) -> LadderStatus {
+    while let Ok(request) = asked.try_recv() {
+        climb(supervisor, &request);
+    }
+    let mut all = supervisor.status();
+    assert_eq!(all.len(), 1);
+    all.remove(0).1
+}
+
+#[test]
+fn a_driver_is_restarted_and_isolated_again() {
+    let guest = Double::new();
+    let (supervisor, asked) = supervised(&guest);
+    assert_eq!(guest.fail("f", 1), AfterFault::ReturnError);
+    let ladder = climb_all(&supervisor, &asked);
+    assert_eq!((ladder.state, ladder.rungs.restarts), (State::Running, 1));
+    let state = guest.state();
+    assert_eq!(
+        (state.removals, state.isolated, state.stopped),
+        (1, true, false)
+    );
+}
+
+#[test]
+fn a_driver_that_cannot_be_removed_is_isolated_again_and_stopped() {
+    let guest = Double::new();
+    let (supervisor, asked) = supervised(&guest);
+    guest.state().in_use = true;
+    guest.fail("f", 1);
+    let ladder = climb_all(&supervisor, &asked);
+    assert_eq!(ladder.state, State::Stopped, "{ladder:?}");
+    let state = guest.state();
+    assert_eq!((state.isolated, state.stopped), (true, true));
+}
+
+#[test]
+fn a_driver_that_cannot_be_isolated_again_is_said_to_run_unisolated() {
+    let guest = Double::new();
+    let (supervisor, asked) = supervised(&guest);
+    guest.state().refuses = true;
+    guest.fail("f", 1);
+    let ladder = climb_all(&supervisor, &asked);
+    assert_eq!(ladder.state, State::Unisolated, "{ladder:?}");
+    assert!(ladder.gave_up.is_some_and(|why| why.contains("no room")));
+    // It can be given up, and isolated anew once that works.
+    assert!(supervisor.release(MODULE).is_err());
+    assert_eq!(supervisor.status().len(), 0);
+    guest.state().refuses = false;
+    supervisor.isolate(request(), restarting()).unwrap();
+    assert_eq!(supervisor.status()[0].1.state, State::Running);
+}
+
+#[test]
+fn a_driver_that_is_gone_is_stopped() {
+    let guest = Double::new();
+    let (supervisor, asked) = supervised(&guest);
+    guest.state().in_use = true;
+    guest.fail("f", 1);
+    guest.state().loaded = false;
+    assert_eq!(climb_all(&supervisor, &asked).state, State::Stopped);
+}
+
+#[test]
+fn a_call_that_fails_as_soon_as_there_are_gates_has_its_rung_climbed() {
+    let guest = Double::new();
+    guest.state().fails_at_once = true;
+    let supervisor = Supervisor::start(guest.clone()).unwrap();
+    supervisor.isolate(request(), restarting()).unwrap();
+    while supervisor.status()[0].1.state != State::Running {
+        std::thread::yield_now();
+    }
+    assert_eq!(guest.state().removals, 1);
+}
+
+#[test]
+fn what_a_ladder_asked_for_that_is_not_there_any_more_is_not_done() {
+    let guest = Double::new();
+    let (supervisor, asked) = supervised(&guest);
+    guest.fail("f", 1);
+    supervisor.release(MODULE).unwrap();
+    supervisor.isolate(request(), restarting()).unwrap();
+    assert_eq!(climb_all(&supervisor, &asked).state, State::Running);
+    assert_eq!(guest.state().removals, 0);
+}
