@@ -440,6 +440,13 @@ impl Supervisor for CallSupervisor<'_> {
         self.platform.forget();
     }
 
+    fn begin_again(&mut self) {
+        self.forget_platform();
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            policy.begin_again(memory);
+        }
+    }
+
     fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {
         // What a call of the driver prints on the console is in the kernel's log as well if the call
         // commits; the line itself is left out rather than printed for calls that are taken back.

@@ -133,6 +133,12 @@ pub trait Supervisor {
     /// Forgets what waited.
     fn forget_platform(&mut self) {}
 
+    /// Nothing of the call is left, and it is run once more from its beginning: what it was told to be its own since then
+    /// is not, and what waited is forgotten.
+    fn begin_again(&mut self) {
+        self.forget_platform();
+    }
+
     /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever
     /// becomes of the call (console output); `false` where it may not.
     fn harmless_port_write(&mut self, port: u16, value: u32, bytes: usize) -> bool;

@@ -183,7 +183,7 @@ impl Domain {
         let result = match first {
             Some(result) => Some(result),
             None => {
-                supervisor.forget_platform();
+                supervisor.begin_again();
                 let journal = Some(Box::default());
                 self.attempt(request, supervisor, spilled, journal)?
             }

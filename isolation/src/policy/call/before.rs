@@ -30,6 +30,11 @@ impl<'a, M> MemoryBefore<'a, M> {
         let number = gpa / PAGE_BYTES as u64;
         self.pages.entry(number).or_insert_with(|| Box::new(*page));
     }
+
+    /// Nothing of the call is in the guest any more.
+    pub fn forget(&mut self) {
+        self.pages.clear();
+    }
 }
 
 impl<M: GuestPhys> GuestPhys for MemoryBefore<'_, M> {

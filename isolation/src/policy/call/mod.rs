@@ -15,13 +15,14 @@
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
 mod before;
+mod handed_out;
 mod interfaces;
 mod restorable;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return, is_transmit};
@@ -37,6 +38,7 @@ use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
 pub use before::MemoryBefore;
+use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -57,9 +59,6 @@ const PACKET_CACHES: &[&str] = &[
     "skbuff_fclone_cache",
     "skbuff_small_head",
 ];
-
-/// Most allocations of earlier calls that are remembered.
-const MAX_OWNED: usize = 1 << 16;
 
 /// Most call-backs in one call whose arguments count.
 const MAX_CALLS: usize = 1024;
@@ -119,9 +118,8 @@ pub struct DriverPolicy {
     list: Option<InterfaceList>,
     /// This call has looked there already.
     listed: bool,
-    /// What was handed out to earlier calls, by first byte: last byte. The driver may have given it
-    /// back since; then somebody else's object of the same place and size counts as the driver's.
-    owned: BTreeMap<u64, u64>,
+    /// What was handed out to earlier calls.
+    owned: EarlierAllocations,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Sections of the module: where its operations tables are.
@@ -178,7 +176,7 @@ impl DriverPolicy {
             interface_arguments: HashMap::new(),
             list,
             listed: false,
-            owned: BTreeMap::new(),
+            owned: EarlierAllocations::default(),
             handed_out: Vec::new(),
             sections: layout
                 .sections
@@ -226,8 +224,20 @@ impl DriverPolicy {
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
         for range in handed_out.into_iter().filter(|_| committed) {
-            self.own(range);
+            self.owned.insert(range);
         }
+    }
+
+    /// Nothing is left of what the call did, and it is run once more from its beginning: what the attempt was handed
+    /// out is not its own any more, and its call-backs have not happened.
+    pub fn begin_again<M>(&mut self, memory: &mut CallMemory<'_, M>) {
+        self.calls.truncate(1);
+        self.calls.iter_mut().for_each(|call| call.resolved = false);
+        self.listed = false;
+        self.handed_out.clear();
+        self.table.end_call(self.number);
+        self.number = self.number.wrapping_add(1);
+        memory.before.forget();
     }
 
     /// Whether the call may write every byte of `range`.
@@ -252,7 +262,7 @@ impl DriverPolicy {
         let stack = memory.stack;
         let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
         if found.range.first() == at && !on_stack {
-            self.own(found.range);
+            self.owned.insert(found.range);
         }
     }
 
@@ -289,13 +299,6 @@ impl DriverPolicy {
     fn is_packet<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, found: &Allocation) -> bool {
         let name = self.memory.with(memory.private).cache_name(found);
         name.is_some_and(|name| PACKET_CACHES.contains(&name.as_str()))
-    }
-
-    fn own(&mut self, range: GvaRange) {
-        if self.owned.len() >= MAX_OWNED {
-            self.owned.pop_first();
-        }
-        self.owned.insert(range.first().0, range.last().0);
     }
 
     /// The object that `at` lies in, if it is one that a call may write or was asked about.
@@ -438,7 +441,7 @@ impl DriverPolicy {
         // Packets are kept in stock by each processor, so that one that is handed out need not be
         // new; but the kernel fills in its head.
         let filled_in = is_packet && now.is_changed(&found, &before);
-        let owned = self.owned.get(&found.range.first().0) == Some(&found.range.last().0);
+        let owned = self.owned.contains(found.range);
         if !filled_in && !owned && !now.is_new(&found, &before) {
             return false;
         }

@@ -258,6 +258,45 @@ fn what_was_handed_out_to_the_call_is_its_own_though_the_guest_has_it_already() 
 }
 
 #[test]
+fn what_was_handed_out_to_an_attempt_is_not_that_of_the_next_one() {
+    let before = guest();
+    let mut now = before.clone();
+    let fresh = OBJECTS + 512;
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    // The kernel calls the driver back with the interface.
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(ask(&mut policy, &now, &before, fresh, 8));
+    let mut memory: CallMemory<'_, TestMemory> = CallMemory {
+        private: now.virt(),
+        before: MemoryBefore::new(before.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    memory.before.keep(0, &[7; 4096]);
+    policy.begin_again(&mut memory);
+    assert_eq!(
+        policy.calls.len(),
+        1,
+        "the call-back has not happened in it"
+    );
+    let mut first = [0; 1];
+    memory
+        .before
+        .read(vm_memory::GuestAddress(0), &mut first)
+        .ok();
+    assert_ne!(first, [7], "the page that was kept");
+    assert!(!ask(&mut policy, &before, &before, fresh, 8), "free again");
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(
+        !ask(&mut policy, &now, &now, fresh, 8),
+        "handed out to somebody else meanwhile"
+    );
+}
+
+#[test]
 fn what_was_handed_out_and_is_held_when_the_call_goes_on_in_the_guest_stays_the_drivers() {
     let before = guest();
     let mut now = before.clone();
