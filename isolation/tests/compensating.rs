@@ -76,6 +76,8 @@ enum Do {
     Load,
     /// Dereferences NULL.
     Fault,
+    /// Calls a kernel function by a pointer.
+    Indirect(u64),
 }
 
 struct Bench {
@@ -136,6 +138,10 @@ impl Bench {
                     code.xor(eax, eax).unwrap();
                     code.mov(rax, qword_ptr(rax)).unwrap();
                 }
+                Do::Indirect(function) => {
+                    code.mov(rax, function).unwrap();
+                    code.call(rax).unwrap();
+                }
             }
         }
         code.mov(eax, 7).unwrap();
@@ -153,10 +159,14 @@ impl Bench {
             }
         }
         domain.trap_function(SCHEDULER).unwrap();
+        let kernel = Kernel {
+            memory: Some(guest.memory.clone()),
+            ..Kernel::with_data()
+        };
         Self {
             guest,
             domain,
-            kernel: Kernel::with_data(),
+            kernel,
             effects: effects(),
         }
     }
@@ -335,6 +345,48 @@ fn things_are_given_back_only_when_the_call_has_ended_well() {
     assert_eq!(calls(&end), []);
     assert_eq!(bench.guest.read(FREED), 0);
     assert!(!violation(&end).stays());
+}
+
+#[test]
+fn a_domain_that_fails_leaves_an_open_call_as_it_came_back_and_gives_it_to_the_guest() {
+    let before = [Do::Store(0, 1), Do::Call(FREE, 1), Do::Call(ALLOC, 0), WAIT];
+    let after = [
+        Do::Store(0, 2),
+        Do::Device(1),
+        Do::Load,
+        Do::Call(FREE, 2),
+        Do::Indirect(HARMLESS),
+    ];
+    let mut bench = Bench::new(&[&before[..], &after[..]].concat());
+    bench.kernel.kernel_functions.insert(HARMLESS);
+    let result = bench.begin();
+    use_up_trampolines(&mut bench.domain);
+    let there = bench.guest.all();
+    let mut call = spilled(&result).clone();
+    let regs = kvm_regs {
+        rip: RETURN_GATE + 2,
+        rsp: call.returns_with(),
+        ..result.regs
+    };
+    let request = Bench::request(&bench.guest, &bench.effects, regs);
+    let failed = bench.domain.go_on(&mut call, &request, &mut bench.kernel);
+    assert!(failed.is_err(), "{failed:?}");
+    assert!(bench.guest.all() == there);
+    assert_eq!((bench.kernel.checkpoints, bench.kernel.restores), (1, 1));
+    // The guest goes on behind the call of WAITS, and gives back what the call could not any more.
+    let next = bench.domain.hand_over(&call);
+    let mut code = [0; 5];
+    bench.domain.code(next - 5, &mut code).unwrap();
+    assert!(
+        (DRIVER_TEXT..DRIVER_TEXT + PAGE).contains(&next) && code[0] == 0xe8,
+        "{next:#x}"
+    );
+    let deferred = call.take_deferred();
+    let deferred: Vec<_> = deferred
+        .iter()
+        .map(|call| (call.function, call.arguments[0]))
+        .collect();
+    assert_eq!(deferred, [(FREE, 1)]);
 }
 
 #[test]

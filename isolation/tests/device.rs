@@ -226,3 +226,65 @@ fn a_load_in_two_parts_that_was_stopped_leaves_nothing_to_the_next_call() {
         }
     }
 }
+
+#[test]
+fn bytes_that_are_not_the_drivers_are_found_before_a_device_sees_them() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rcx), 1).unwrap();
+        a.mov(qword_ptr(rcx + 0x80), -1).unwrap();
+        a.mov(rdx, DEVICE).unwrap();
+        a.mov(dword_ptr(rdx), 1).unwrap();
+        a.mov(eax, dword_ptr(rdx + 8)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel {
+        writable: vec![(DRIVER_DATA, 0x40)],
+        ..Default::default()
+    };
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    let expected = ViolationKind::StrayBytes {
+        address: DRIVER_DATA + 0x80,
+        bytes: 8,
+    };
+    assert_eq!(violation_kind(&result), expected);
+    assert!(!violation(&result).reached_device);
+    assert_eq!((kernel.checkpoints, kernel.device_writes.len()), (0, 0));
+    assert!(guest.all() == before);
+}
+
+#[test]
+fn a_domain_that_fails_after_a_device_load_leaves_neither_memory_nor_device_changed() {
+    let kernel_function = KERNEL_TEXT + 0x100;
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rdx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rdx), 8).unwrap();
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx), 1).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.mov(qword_ptr(rdx + 8), 9).unwrap();
+        a.mov(dword_ptr(rcx), 2).unwrap();
+        a.mov(rax, kernel_function).unwrap();
+        a.call(rax).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    use_up_trampolines(&mut domain);
+    let mut kernel = Kernel::with_data();
+    kernel.kernel_functions.insert(kernel_function);
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let error = guest.try_call(&mut domain, &mut kernel, regs).unwrap_err();
+    assert!(
+        error.to_string().contains("more kernel functions"),
+        "{error}"
+    );
+    assert_eq!((kernel.checkpoints, kernel.restores), (1, 1));
+    assert_eq!(kernel.device_writes, []);
+    assert!(guest.all() == before);
+}

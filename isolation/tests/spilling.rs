@@ -274,7 +274,7 @@ fn a_call_that_is_handed_over_has_the_drivers_own_return_addresses() {
     };
     let regs = guest.entry_regs();
     let result = begin(&guest, &mut domain, &mut kernel, regs);
-    let resume_at = domain.hand_over(spilled(&result)).unwrap();
+    let resume_at = domain.hand_over(spilled(&result));
     assert_eq!(resume_at, DRIVER_TEXT + 0x105);
     // From the scheduler outwards: WAITS, the call-back, the kernel function, the driver, its caller.
     let expected = [

@@ -193,7 +193,8 @@ pub struct Fault<'a> {
     /// Whether the function returns nothing.
     pub returns_nothing: bool,
     /// Whether something of the failed call is left in the guest or the device, so that they are half-way through
-    /// something: it had gone on in the guest and could not be taken back, or the device could not be put back.
+    /// something: it had gone on in the guest and could not be taken back, or the device could not be put back. Or
+    /// whether the domain itself failed, so that the driver's calls are not isolated any more.
     pub half_done: bool,
     /// Whether the device could not be put back: the driver is as before the call, and its device is not.
     pub device_lost: bool,

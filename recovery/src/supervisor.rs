@@ -239,7 +239,7 @@ impl FaultPolicy for LadderPolicy {
             entry: &call.report.entry,
             attempts: call.attempts,
             returns_nothing: call.returns_nothing,
-            half_done: call.report.violation.stays(),
+            half_done: call.report.violation.stays() || call.report.domain_failed(),
             device_lost: call.report.device_lost.is_some(),
             now_ns: monotonic_ns(),
         });

@@ -32,7 +32,7 @@ impl Armed {
                 );
             }
             let thread = self.hand_over(&open);
-            self.returning.extend(thread);
+            self.returning.push(thread);
         }
         let returning = std::mem::take(&mut self.returning);
         for thread in &returning {
@@ -84,20 +84,16 @@ impl Armed {
         self.spilled = back;
         for open in over.values() {
             let thread = self.hand_over(open);
-            self.returning.extend(thread);
+            self.returning.push(thread);
         }
     }
 
     /// Gives a call to the guest for good.
-    pub(crate) fn hand_over(&mut self, open: &OpenCall) -> Option<Returning> {
-        let next = self.domain.hand_over(&open.call);
-        let next = next.inspect_err(|error| {
-            tracing::error!("a call's stack cannot be given back to the guest: {error}");
-        });
-        Some(Returning {
+    pub(crate) fn hand_over(&mut self, open: &OpenCall) -> Returning {
+        Returning {
             gate: open.gate + RETURN_GATE_OFFSET,
             rsp: open.call.returns_with(),
-            next: next.ok()?,
-        })
+            next: self.domain.hand_over(&open.call),
+        }
     }
 }

@@ -10,6 +10,7 @@ use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
 use crate::dispatch::after_fault::{AfterFault, FailedCall};
 use crate::dispatch::armed::{Again, Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
 use crate::domain::journal::{Published, Stays};
+use crate::domain::violation::ViolationKind;
 use crate::guest::paging::VirtMemory;
 use crate::policy::abort_value::AbortValue;
 
@@ -118,8 +119,10 @@ impl Armed {
             attempts,
             returns_nothing: aborted == Some(AbortValue::Nothing),
         });
-        // What is in the guest of it would be done twice, and a device that was lost is not as before.
-        let undone = !report.violation.stays() && report.device_lost.is_none();
+        // What is in the guest of it would be done twice, and a device that was lost is not as before. Without a domain
+        // there is nowhere to run it.
+        let domain_failed = report.violation.kind == ViolationKind::DomainFailed;
+        let undone = !report.violation.stays() && report.device_lost.is_none() && !domain_failed;
         if !undone && decided == AfterFault::Retry {
             decided = AfterFault::ReturnError;
         }

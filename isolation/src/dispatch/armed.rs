@@ -154,7 +154,9 @@ impl Armed {
             ..at.regs
         };
         let is_kept_out = known.transmits && keeps_out;
-        if self.broken.is_some() || known.is_guard && !is_kept_out {
+        // What is stopped needs no domain for that.
+        let is_broken = self.broken.is_some() && !self.stopped;
+        if is_broken || known.is_guard && !is_kept_out {
             return unisolated;
         }
         if self.stopped || is_kept_out {
@@ -192,7 +194,7 @@ impl Armed {
             return next;
         }
         let finally = kvm_regs {
-            rip: self.hand_over(&open).map_or(0, |thread| thread.next),
+            rip: self.hand_over(&open).next,
             ..at.regs
         };
         let calls = self.and_let_packets_pass(open.call.take_deferred());
@@ -330,7 +332,8 @@ impl Armed {
                 *link_held = others_open || matches!(&done, Ok(done) if done.is_open());
                 if !*link_held {
                     // What was taken back nobody has seen.
-                    held.let_link_go(!matches!(&done, Ok(done) if done.leaves_nothing()));
+                    let is_undone = done.as_ref().map_or(true, CallResult::leaves_nothing);
+                    held.let_link_go(!is_undone);
                 }
                 result = Some(done);
             }),
@@ -411,9 +414,7 @@ impl Armed {
                     }
                 }
                 Some(Err(error)) => {
-                    tracing::error!("the domain is not used any more: {error}");
-                    self.broken = Some(error.to_string());
-                    self.hand_over_all();
+                    self.domain_failed(gate, entry_regs, &error);
                     None
                 }
                 None => None,
@@ -421,9 +422,7 @@ impl Armed {
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.end(failed, &mut self.domain)
         {
-            tracing::error!("the domain is not used any more: {error}");
-            self.broken = Some(error.to_string());
-            self.hand_over_all();
+            self.domain_failed(gate, entry_regs, &error);
         }
         next
     }

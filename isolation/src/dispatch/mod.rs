@@ -9,6 +9,7 @@
 
 pub mod after_fault;
 pub(crate) mod armed;
+mod domain_failure;
 pub mod fault;
 pub(crate) mod platform;
 pub(crate) mod supervisor;

@@ -197,20 +197,11 @@ impl PrivateView {
         Ok(())
     }
 
-    /// Writes `bytes` to K's page `pfn` at `offset`: to undo what was published.
-    pub fn write_shared(&mut self, pfn: Pfn, offset: usize, bytes: &[u8]) -> Result<(), ViewError> {
-        let fits = offset
-            .checked_add(bytes.len())
-            .is_some_and(|end| end <= PAGE_SIZE as usize);
-        let written = fits && {
-            let address = GuestAddress(pfn.gpa().saturating_add(offset as u64));
-            self.shared.write_slice(bytes, address).is_ok()
-        };
-        if written {
-            Ok(())
-        } else {
-            Err(ViewError::NotMemory(pfn.gpa()))
-        }
+    /// Writes the 64-bit word at `gpa`, a multiple of 8, to K's memory, which others may be writing.
+    pub fn write_shared_word(&mut self, gpa: u64, value: u64) -> Result<(), ViewError> {
+        let address = GuestAddress(gpa);
+        let written = self.shared.store(value.to_le(), address, Ordering::Relaxed);
+        written.map_err(|_| ViewError::NotMemory(gpa))
     }
 
     /// Makes the private copy of `pfn` equal to K's page again, keeping it a copy.

@@ -91,6 +91,9 @@ pub enum ViolationKind {
     LostSpill,
     /// An exception could not be delivered: page tables or stack are destroyed.
     Shutdown,
+    /// Not the driver's fault: something of the domain's own failed, and it is not used any more. The guest runs the
+    /// function itself.
+    DomainFailed,
 }
 
 /// A violation and where it happened.

@@ -34,6 +34,13 @@ pub struct ViolationReport {
     pub device_lost: Option<String>,
 }
 
+impl ViolationReport {
+    /// Whether it was the domain that failed, and not the driver: the module is not isolated any more.
+    pub fn domain_failed(&self) -> bool {
+        self.violation.kind == ViolationKind::DomainFailed
+    }
+}
+
 impl fmt::Display for ViolationReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -155,6 +162,9 @@ impl fmt::Display for What<'_> {
             ViolationKind::TimeBudget => write!(f, "time budget used up"),
             ViolationKind::LostSpill => write!(f, "a call that cannot go on, stopped"),
             ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
+            ViolationKind::DomainFailed => {
+                write!(f, "the domain failed, and the guest runs the function")
+            }
         }
     }
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use devices::hold::{DeviceAddress, DeviceState};
 use iced_x86::code_asm::CodeAssembler;
-use isolation::domain::monitor::ExceptionFrame;
+use isolation::domain::error::DomainError;
+use isolation::domain::monitor::{ExceptionFrame, MonitorError};
 use isolation::domain::supervisor::{KernelExceptionVerdict, Supervisor};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::undo_log::Restorable;
@@ -184,11 +185,9 @@ impl Guest {
             .unwrap();
     }
 
-    /// Every byte of guest memory.
+    /// Every byte of guest memory that the guest uses.
     pub fn all(&self) -> Vec<u8> {
-        let mut bytes = vec![0; (MEMORY_PAGES * PAGE) as usize];
-        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
-        bytes
+        all_of(&self.memory)
     }
 
     pub fn domain(&self) -> Domain {
@@ -233,6 +232,17 @@ impl Guest {
         kernel: &mut Kernel,
         regs: kvm_regs,
     ) -> CallResult {
+        self.try_call(domain, kernel, regs).unwrap()
+    }
+
+    /// A call in which the domain may fail.
+    pub fn try_call(
+        &self,
+        domain: &mut Domain,
+        kernel: &mut Kernel,
+        regs: kvm_regs,
+    ) -> Result<CallResult, DomainError> {
+        kernel.memory = Some(self.memory.clone());
         let request = CallRequest {
             regs,
             sregs: &self.sregs,
@@ -243,8 +253,14 @@ impl Guest {
             budget: Duration::from_secs(5),
             sleep_limit: Duration::from_millis(20),
         };
-        domain.call(&request, kernel).unwrap()
+        domain.call(&request, kernel)
     }
+}
+
+fn all_of(memory: &GuestMemoryMmap) -> Vec<u8> {
+    let mut bytes = vec![0; (MEMORY_PAGES * PAGE) as usize];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
 }
 
 fn register_kick() {
@@ -271,6 +287,9 @@ pub struct Kernel {
     pub flushes_past: Vec<u64>,
     pub checkpoints: u32,
     pub restores: u32,
+    /// The guest's memory: a device that is put back looks at it, so that has to be as it was at the checkpoint by then.
+    pub memory: Option<Arc<GuestMemoryMmap>>,
+    pub at_checkpoint: Vec<u8>,
     /// Among what is writable, what kernel functions keep: address and length.
     pub kernels: Vec<(u64, u64)>,
     /// Further bytes that would have to be put back, from guest physical address 0.
@@ -369,9 +388,15 @@ impl Supervisor for Kernel {
     }
     fn checkpoint_device(&mut self) {
         self.checkpoints += 1;
+        self.at_checkpoint = self.memory.as_deref().map(all_of).unwrap_or_default();
     }
     fn restore_device(&mut self) {
         self.restores += 1;
+        let now = self.memory.as_deref().map(all_of).unwrap_or_default();
+        assert!(
+            now == self.at_checkpoint,
+            "the device is put back before the memory that it looks at"
+        );
         self.device_writes.clear();
     }
     fn restorable(&mut self) -> Restorable {
@@ -409,6 +434,9 @@ impl Supervisor for Kernel {
         let value = written.clone().find(|(at, _)| *at == gpa);
         self.platform.then(|| value.map_or(0, |(_, value)| *value))
     }
+    fn forget_platform(&mut self) {
+        self.platform_waiting.clear();
+    }
     fn platform_write(&mut self, gpa: u64, value: u64, _: usize) -> bool {
         self.platform_waiting.push((gpa, value));
         self.platform
@@ -421,6 +449,18 @@ impl Supervisor for Kernel {
     }
     fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
         port == 0x3f8
+    }
+}
+
+/// Uses up all room for trampolines, so that the domain fails at the next kernel function that is called.
+pub fn use_up_trampolines(domain: &mut Domain) {
+    let site = DRIVER_TEXT + 0x1f00;
+    for function in 0.. {
+        match domain.redirect(site, KERNEL_TEXT + 0x2000 + function) {
+            Ok(()) => {}
+            Err(DomainError::Monitor(MonitorError::TooManyImports)) => return,
+            Err(other) => panic!("{other}"),
+        }
     }
 }
 

@@ -14,8 +14,10 @@ impl Call<'_> {
             let kind = ViolationKind::ForeignMmio { gpa, write: false };
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
-        let value = self.device_read(DeviceAddress::Memory(gpa), bytes)?;
-        self.domain.vm.answer_mmio(value);
+        match self.device_read(DeviceAddress::Memory(gpa), bytes)? {
+            Ok(value) => self.domain.vm.answer_mmio(value),
+            Err(kind) => return Ok(self.violation_here(kind)),
+        }
         Ok(Step::Continue)
     }
 
@@ -30,8 +32,10 @@ impl Call<'_> {
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
         for index in 0..count {
-            let value = self.device_read(DeviceAddress::Port(port), bytes)?;
-            self.domain.vm.answer_port(index, value as u32);
+            match self.device_read(DeviceAddress::Port(port), bytes)? {
+                Ok(value) => self.domain.vm.answer_port(index, value as u32),
+                Err(kind) => return Ok(self.violation_here(kind)),
+            }
         }
         Ok(Step::Continue)
     }
@@ -45,7 +49,10 @@ impl Call<'_> {
         if self.supervisor.owns_port(port) {
             for index in 0..count {
                 let value = self.domain.vm.port_item(index);
-                self.post(DeviceAddress::Port(port), value.into(), bytes)?;
+                let step = self.post(DeviceAddress::Port(port), value.into(), bytes)?;
+                if !matches!(step, Step::Continue) {
+                    return Ok(step);
+                }
             }
             return Ok(Step::Continue);
         }
@@ -61,22 +68,35 @@ impl Call<'_> {
         self.foreign(kind, PassThroughReason::OtherDevice)
     }
 
-    fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> Result<u64, DomainError> {
+    fn violation_here(&self, kind: ViolationKind) -> Step {
+        Step::Violation(kind, self.domain.vm.regs().rip)
+    }
+
+    /// What the device answers, or why the call may not get as far as asking it.
+    fn device_read(
+        &mut self,
+        at: DeviceAddress,
+        bytes: usize,
+    ) -> Result<Result<u64, ViolationKind>, DomainError> {
         self.stats.device_reads += 1;
         // A load that only flushes stores: they arrive when the call commits, and nobody uses the device before.
         let waiting = &mut self.posted.iter().map(|write| write.at);
         if let Some(value) = self.supervisor.device_read_past(at, bytes, waiting) {
-            return Ok(value);
+            return Ok(Ok(value));
         }
-        self.reach_device()?;
+        if let Some(kind) = self.reach_device()? {
+            return Ok(Err(kind));
+        }
         let value = self.supervisor.device_read(at, bytes);
         self.follow_device()?;
-        Ok(value)
+        Ok(Ok(value))
     }
 
     fn post(&mut self, at: DeviceAddress, value: u64, bytes: usize) -> Result<Step, DomainError> {
         if self.posted.len() >= MAX_POSTED {
-            self.reach_device()?;
+            if let Some(kind) = self.reach_device()? {
+                return Ok(self.violation_here(kind));
+            }
             self.follow_device()?;
         }
         self.posted.push(PostedWrite { at, value, bytes });
@@ -100,23 +120,24 @@ impl Call<'_> {
         self.post(DeviceAddress::Memory(gpa), value, bytes)
     }
 
-    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the
-    /// queued stores.
-    pub(super) fn reach_device(&mut self) -> Result<(), DomainError> {
+    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the queued stores. `Some` if
+    /// the call may not change all of it, and nothing was done: a commit would not find it any more.
+    pub(super) fn reach_device(&mut self) -> Result<Option<ViolationKind>, DomainError> {
+        // What the guest and its devices see is the stack with its own return address.
+        self.write_slot(self.return_slot, self.return_address)?;
+        let pages = self.private_pages()?;
+        let changes = self.changes(&pages)?;
+        if let Some(kind) = self.forbidden_change(&changes) {
+            return Ok(Some(kind));
+        }
         if !self.reached_device {
             self.supervisor.checkpoint_device();
             self.reached_device = true;
             self.journal_device();
         }
-        // What the guest and its devices see is the stack with its own return address.
-        self.write_slot(self.return_slot, self.return_address)?;
-        for pfn in self.private_pages()? {
+        for (pfn, mask) in changes {
             let view = &self.domain.view;
             let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
-            let mask = PageMask::changed(old, new);
-            if mask.is_empty() {
-                continue;
-            }
             self.supervisor.publishing(pfn.0 * PAGE_SIZE, old);
             if let Some(journal) = &mut self.journal {
                 journal.memory.record(pfn, old, new);
@@ -132,7 +153,7 @@ impl Call<'_> {
             self.domain.view.publish(pfn, &mask)?;
         }
         self.flush_posted();
-        Ok(())
+        Ok(None)
     }
 
     /// Takes over into private copies what the device wrote.

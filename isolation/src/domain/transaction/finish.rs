@@ -40,15 +40,7 @@ impl Call<'_> {
     pub(super) fn publish(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         let pages = self.private_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
-        let mut changes = Vec::new();
-        for pfn in &pages {
-            let view = &self.domain.view;
-            let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
-            let mask = PageMask::changed(old, new);
-            if !mask.is_empty() {
-                changes.push((*pfn, mask));
-            }
-        }
+        let changes = self.changes(&pages)?;
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
         }
@@ -83,13 +75,30 @@ impl Call<'_> {
             .collect();
         dropped.extend(domain.warm.admit(&rest));
         dropped.sort_unstable();
-        self.stats.other_syscalls += domain.view.drop_pages(&dropped)?;
+        // The call is in the guest by now, and nothing may fail any more: what is not dropped now is before the next.
+        match domain.view.drop_pages(&dropped) {
+            Ok(calls) => self.stats.other_syscalls += calls,
+            Err(_) => domain.stale.extend(dropped),
+        }
         self.supervisor.commit_platform();
         if !self.reached_device && !self.posted.is_empty() {
             self.journal_device();
         }
         self.flush_posted();
         Ok(None)
+    }
+
+    /// What P's copies of `pages` have differently from the guest's, page by page.
+    pub(super) fn changes(&self, pages: &[Pfn]) -> Result<Vec<(Pfn, PageMask)>, DomainError> {
+        let view = &self.domain.view;
+        let mut changes = Vec::new();
+        for pfn in pages {
+            let mask = PageMask::changed(view.shared_page(*pfn)?, view.private_page(*pfn)?);
+            if !mask.is_empty() {
+                changes.push((*pfn, mask));
+            }
+        }
+        Ok(changes)
     }
 
     /// The first change among `changes` (sorted by page) that the call may not make.
@@ -176,22 +185,49 @@ impl Call<'_> {
             .collect();
         self.stats.other_syscalls += 3;
         domain.stale.extend(dropped);
-        for (pfn, overwritten) in std::mem::take(&mut self.overwritten) {
-            let page = domain.view.shared_page_mut(pfn)?;
-            for run in overwritten.bytes.runs() {
-                page[run.clone()].copy_from_slice(&overwritten.old[run]);
-            }
-        }
+        self.put_memory_back();
         self.phases.memory_ns = elapsed_ns(start);
         if self.reached_device {
             let start = Instant::now();
-            self.supervisor.restore_device();
+            self.put_device_back();
             self.phases.device_ns = elapsed_ns(start);
         }
         if let Some(journal) = &mut self.journal {
             journal.discard();
         }
         Ok(())
+    }
+
+    /// Something of the domain's own failed in the middle of the call: leaves nothing of the call in the guest and
+    /// its device, without asking anything more of the private VM.
+    pub(super) fn leave_nothing(&mut self) {
+        self.posted.clear();
+        self.put_memory_back();
+        self.put_device_back();
+        self.supervisor.forget_platform();
+        if let Some(journal) = &mut self.journal {
+            journal.discard();
+        }
+    }
+
+    /// Puts the bytes back that the device had to see before the call's end.
+    fn put_memory_back(&mut self) {
+        for (pfn, overwritten) in std::mem::take(&mut self.overwritten) {
+            // It was there when something was published in it, and memory does not go away.
+            let Ok(page) = self.domain.view.shared_page_mut(pfn) else {
+                continue;
+            };
+            for run in overwritten.bytes.runs() {
+                page[run.clone()].copy_from_slice(&overwritten.old[run]);
+            }
+        }
+    }
+
+    /// Puts the device back, if the call has reached it; memory is as before already, which the device looks at.
+    fn put_device_back(&mut self) {
+        if std::mem::take(&mut self.reached_device) {
+            self.supervisor.restore_device();
+        }
     }
 }
 

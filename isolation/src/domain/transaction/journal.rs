@@ -153,7 +153,7 @@ impl Call<'_> {
     /// Takes back what is in the guest of a call whose last part is taken back already: device and memory at
     /// once, kernel functions by having the guest call their opposites.
     pub(super) fn take_back_published(&mut self) -> Result<Published, DomainError> {
-        let Some(mut journal) = self.journal.take() else {
+        let Some(journal) = &mut self.journal else {
             return Ok(Published::Stays(Stays::NoModel));
         };
         let mut stays = journal.why_it_stays();

@@ -149,8 +149,7 @@ pub(super) struct Call<'a> {
 }
 
 impl Domain {
-    /// Carries out one call. On an error the guest is as before the call, and the domain should be
-    /// taken down.
+    /// Carries out one call. On an error guest and device are as before the call, and the domain should be taken down.
     pub fn call(
         &mut self,
         request: &CallRequest<'_>,
@@ -160,7 +159,8 @@ impl Domain {
     }
 
     /// Goes on with a call that was spilled and whose kernel function has reached the return gate, where
-    /// the guest's vCPU stands as `request` says. On an error the call is lost.
+    /// the guest's vCPU stands as `request` says. On an error guest and device are as they were when it came back, it
+    /// keeps its journal, and it can be given to the guest for good ([`Domain::hand_over`]).
     pub fn go_on(
         &mut self,
         spilled: &mut SpilledCall,
@@ -177,27 +177,27 @@ impl Domain {
         supervisor: &mut dyn Supervisor,
         mut spilled: Option<&mut SpilledCall>,
     ) -> Result<CallResult, DomainError> {
-        let journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
-        let spilled = spilled.as_deref();
-        let first = self.attempt(request, supervisor, spilled, journal)?;
-        let result = match first {
-            Some(result) => Some(result),
-            None => {
-                supervisor.begin_again();
-                let journal = Some(Box::default());
-                self.attempt(request, supervisor, spilled, journal)?
-            }
-        };
-        result.ok_or(DomainError::Internal("a call was begun again twice"))
+        let mut journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
+        let before = spilled.as_deref();
+        let mut result = self.attempt(request, supervisor, before, &mut journal);
+        if matches!(result, Ok(None)) {
+            supervisor.begin_again();
+            journal = Some(Box::default());
+            result = self.attempt(request, supervisor, before, &mut journal);
+        }
+        if let Some(spilled) = spilled {
+            spilled.journal = journal;
+        }
+        result?.ok_or(DomainError::Internal("a call was begun again twice"))
     }
 
-    /// `None` if the call is to be run with a journal.
+    /// `None` if the call is to be run with a journal. On an error `journal` is as it was.
     fn attempt(
         &mut self,
         request: &CallRequest<'_>,
         supervisor: &mut dyn Supervisor,
         spilled: Option<&SpilledCall>,
-        journal: Option<Box<Journal>>,
+        journal: &mut Option<Box<Journal>>,
     ) -> Result<Option<CallResult>, DomainError> {
         let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
         let journalled = journal.is_some();
@@ -216,7 +216,7 @@ impl Domain {
             callbacks: Vec::new(),
             posted: Vec::new(),
             overwritten: BTreeMap::new(),
-            journal,
+            journal: journal.take(),
             kernel_calls: Vec::new(),
             harvested: Vec::new(),
             reached_device: false,
@@ -228,6 +228,10 @@ impl Domain {
             last_sleep: (0, 0),
         };
         let outcome = call.carry_out(spilled);
+        if outcome.is_err() {
+            call.leave_nothing();
+            *journal = call.journal.take();
+        }
         let (mut stats, phases) = (call.stats, call.phases);
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         self.watchdog.end();

@@ -92,20 +92,20 @@ impl Domain {
     /// Gives a spilled call to the guest for good: its stack gets the driver's own return addresses, and
     /// the guest runs the rest unisolated. Returns where a vCPU goes on that has reached the return
     /// gate.
-    pub fn hand_over(&mut self, call: &SpilledCall) -> Result<u64, DomainError> {
+    pub fn hand_over(&mut self, call: &SpilledCall) -> u64 {
         for slot in &call.slots {
             let (pfn, offset) = slot.slot;
-            let bytes = self.view.shared_page(pfn)?.get(offset..offset + 8);
-            let now = bytes.and_then(|bytes| bytes.try_into().ok());
-            let now = now.map_or(0, u64::from_le_bytes);
+            let at = pfn.gpa() + offset as u64;
+            let now = self.view.shared_word(at).unwrap_or(0);
             // The innermost one holds the return gate.
             if self.monitor.contains_va(now) || slot.rsp == call.returns_with() {
                 let address = self.unmonitored(call, slot.rsp);
-                self.view
-                    .write_shared(pfn, offset, &address.to_le_bytes())?;
+                if let Err(error) = self.view.write_shared_word(at, address) {
+                    tracing::error!("a call's stack cannot be given back to the guest: {error}");
+                }
             }
         }
-        Ok(self.unmonitored(call, call.returns_with()))
+        self.unmonitored(call, call.returns_with())
     }
 
     /// Where the driver's own code would return to with stack pointer `rsp`.
@@ -305,8 +305,10 @@ impl Call<'_> {
     fn stack_slot(&self, va: u64) -> Result<Option<(Pfn, usize)>, DomainError> {
         let translation = self.domain.roots.translate(va, &self.domain.view)?;
         let slot = translation.map(|at| (Pfn::of(at.gpa), (at.gpa % PAGE_SIZE) as usize));
-        Ok(slot.filter(|(pfn, offset)| {
-            *offset <= PAGE_SIZE as usize - 8 && self.domain.view.contains(*pfn)
-        }))
+        Ok(
+            slot.filter(|(pfn, offset)| {
+                offset.is_multiple_of(8) && self.domain.view.contains(*pfn)
+            }),
+        )
     }
 }
