@@ -68,8 +68,8 @@ fn stop<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Resul
     if guest.stop(module).is_ok() {
         return Ok(());
     }
-    let loaded = guest.agent().modules(Some(module));
-    if loaded.is_ok_and(|modules| modules.is_empty()) {
+    let loaded = guest.agent().modules(None);
+    if loaded.is_ok_and(|modules| modules.iter().all(|one| one.name != module)) {
         // Of a driver that is not there no call can be run.
         return Ok(());
     }
@@ -132,3 +132,7 @@ fn isolate_again<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyh
         .map(drop)
         .context("it cannot be isolated again")
 }
+
+#[cfg(test)]
+#[path = "rungs_tests.rs"]
+mod tests;

@@ -1,7 +1,7 @@
 //! Rungs that take time, climbed for a double of a guest.
 
 use super::*;
-use crate::double::{Double, MODULE, request};
+use crate::double::{DRIVER, Double, request};
 use crate::ladder::{OnFault, State};
 
 fn restarting() -> LadderConfig {
@@ -32,41 +32,43 @@ fn climb_all(supervisor: &Supervisor<Double>, asked: &Receiver<RungRequest>) -> 
 fn a_driver_is_restarted_and_isolated_again() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);
-    assert_eq!(guest.fail("f", 1), AfterFault::ReturnError);
+    assert_eq!(guest.fail(), AfterFault::ReturnError);
     let ladder = climb_all(&supervisor, &asked);
     assert_eq!((ladder.state, ladder.rungs.restarts), (State::Running, 1));
-    let state = guest.state();
-    assert_eq!(
-        (state.removals, state.isolated, state.stopped),
-        (1, true, false)
-    );
+    assert_eq!(guest.count("remove"), 1);
+    let world = guest.world();
+    assert_eq!((world.policy.is_some(), world.stopped), (true, false));
 }
 
 #[test]
 fn a_driver_that_cannot_be_removed_is_isolated_again_and_stopped() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);
-    guest.state().in_use = true;
-    guest.fail("f", 1);
+    guest.world().fails = |step, _| step == "remove";
+    guest.fail();
     let ladder = climb_all(&supervisor, &asked);
     assert_eq!(ladder.state, State::Stopped, "{ladder:?}");
-    let state = guest.state();
-    assert_eq!((state.isolated, state.stopped), (true, true));
+    let world = guest.world();
+    assert_eq!((world.policy.is_some(), world.stopped), (true, true));
 }
 
 #[test]
 fn a_driver_that_cannot_be_isolated_again_is_said_to_run_unisolated() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);
-    guest.state().refuses = true;
-    guest.fail("f", 1);
+    guest.world().fails = |step, _| step == "isolate";
+    guest.fail();
     let ladder = climb_all(&supervisor, &asked);
     assert_eq!(ladder.state, State::Unisolated, "{ladder:?}");
-    assert!(ladder.gave_up.is_some_and(|why| why.contains("no room")));
+    assert!(
+        ladder
+            .gave_up
+            .is_some_and(|why| why.contains("isolate: refused"))
+    );
     // It can be given up, and isolated anew once that works.
-    assert!(supervisor.release(MODULE).is_err());
+    assert!(supervisor.release(DRIVER).is_err());
     assert_eq!(supervisor.status().len(), 0);
-    guest.state().refuses = false;
+    guest.world().fails = |_, _| false;
     supervisor.isolate(request(), restarting()).unwrap();
     assert_eq!(supervisor.status()[0].1.state, State::Running);
 }
@@ -75,31 +77,31 @@ fn a_driver_that_cannot_be_isolated_again_is_said_to_run_unisolated() {
 fn a_driver_that_is_gone_is_stopped() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);
-    guest.state().in_use = true;
-    guest.fail("f", 1);
-    guest.state().loaded = false;
+    guest.world().fails = |step, _| step == "remove";
+    guest.fail();
+    guest.world().loaded = None;
     assert_eq!(climb_all(&supervisor, &asked).state, State::Stopped);
 }
 
 #[test]
 fn a_call_that_fails_as_soon_as_there_are_gates_has_its_rung_climbed() {
     let guest = Double::new();
-    guest.state().fails_at_once = true;
+    guest.world().fails_at_once = true;
     let supervisor = Supervisor::start(guest.clone()).unwrap();
     supervisor.isolate(request(), restarting()).unwrap();
     while supervisor.status()[0].1.state != State::Running {
         std::thread::yield_now();
     }
-    assert_eq!(guest.state().removals, 1);
+    assert_eq!(guest.count("remove"), 1);
 }
 
 #[test]
 fn what_a_ladder_asked_for_that_is_not_there_any_more_is_not_done() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);
-    guest.fail("f", 1);
-    supervisor.release(MODULE).unwrap();
+    guest.fail();
+    supervisor.release(DRIVER).unwrap();
     supervisor.isolate(request(), restarting()).unwrap();
     assert_eq!(climb_all(&supervisor, &asked).state, State::Running);
-    assert_eq!(guest.state().removals, 0);
+    assert_eq!(guest.count("remove"), 0);
 }

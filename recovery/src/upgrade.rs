@@ -331,14 +331,5 @@ fn hex(bytes: &Option<Vec<u8>>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_new_file_never_lies_where_the_old_one_does() {
-        let first = new_path("e1000", "/lib/modules/6.1/e1000.ko");
-        let second = new_path("e1000", &first);
-        assert_ne!(first, second);
-        assert_eq!(new_path("e1000", &second), first);
-    }
-}
+#[path = "upgrade_tests.rs"]
+mod tests;

@@ -1,0 +1,419 @@
+//! A guest without a machine: one driver with one interface, whose steps can be made to fail, and a clock that only
+//! waiting moves.
+
+pub(crate) mod module_file;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use agent_protocol::ClientError;
+use agent_protocol::message::{AgentError, Interface, Module};
+use anyhow::ensure;
+use isolation::attach::Isolated;
+use isolation::attach::plan::Wanted;
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use isolation::domain::roots::Root;
+use isolation::domain::transaction::AbortPhases;
+use isolation::domain::violation::{Violation, ViolationKind};
+use isolation::status::ModuleStatus;
+use isolation::status::report::ViolationReport;
+
+use crate::guest::{Agent, LiveGuest, Ran};
+use crate::request::{IsolationRequest, Spilling};
+
+/// The driver.
+pub(crate) const DRIVER: &str = "driver";
+/// Its file under `/lib/modules`.
+pub(crate) const INSTALLED: &str = "/lib/modules/6.1/kernel/driver.ko";
+/// The folder of its device.
+pub(crate) const DEVICE: &str = "/sys/bus/pci/devices/0000:00:02.0";
+
+/// The file of a build of the driver.
+pub(crate) fn build(id: u8) -> Vec<u8> {
+    module_file::module(DRIVER, "name=driver\0vermagic=6.1 SMP\0", &[id; 20])
+}
+
+/// What is asked for in these tests.
+pub(crate) fn request() -> IsolationRequest {
+    IsolationRequest {
+        module: DRIVER.to_owned(),
+        entries: Wanted::Named(vec!["xmit".to_owned()]),
+        budget_us: None,
+        checkpoint: devices::hold::CheckpointBy::Exact,
+        spilling: Spilling::default(),
+    }
+}
+
+/// The state of the guest.
+pub(crate) struct World {
+    pub now: Duration,
+    /// What was done to it, in order.
+    pub done: Vec<String>,
+    /// Whether a step fails, by its name in `done` and how many were done before it.
+    pub fails: fn(&str, usize) -> bool,
+    /// The file of the driver that is loaded.
+    pub loaded: Option<Vec<u8>>,
+    pub files: HashMap<String, Vec<u8>>,
+    pub mtu: u32,
+    pub up: bool,
+    /// Builds whose interface gets no link.
+    pub no_link: Vec<Vec<u8>>,
+    pub policy: Option<Box<dyn FaultPolicy>>,
+    /// A call fails as soon as there are gates.
+    pub fails_at_once: bool,
+    pub stopped: bool,
+    /// Agents that there are: the real one serves one at a time.
+    pub agents: usize,
+    pub link_held: bool,
+    /// Changes whenever a driver comes or goes.
+    pub device: u32,
+}
+
+/// The guest.
+#[derive(Clone)]
+pub(crate) struct Double(Arc<Mutex<World>>);
+
+impl Double {
+    /// The driver's first build is loaded, its interface is up and has an MTU that drivers do not begin with.
+    pub fn new() -> Self {
+        let installed = [
+            (INSTALLED, build(1)),
+            (
+                "/lib/modules/6.1/modules.dep",
+                b"kernel/driver.ko:\n".to_vec(),
+            ),
+        ];
+        Self(Arc::new(Mutex::new(World {
+            now: Duration::ZERO,
+            done: Vec::new(),
+            fails: |_, _| false,
+            loaded: Some(build(1)),
+            files: installed
+                .into_iter()
+                .map(|(path, data)| (path.to_owned(), data))
+                .collect(),
+            mtu: 1400,
+            up: true,
+            no_link: Vec::new(),
+            policy: None,
+            fails_at_once: false,
+            stopped: false,
+            agents: 0,
+            link_held: false,
+            device: 7,
+        })))
+    }
+
+    pub fn world(&self) -> MutexGuard<'_, World> {
+        self.0.lock().unwrap()
+    }
+
+    /// A call of an isolated function fails.
+    pub fn fail(&self) -> AfterFault {
+        fail(self.world().policy.as_mut().unwrap().as_mut())
+    }
+
+    /// How often a step was done.
+    pub fn count(&self, what: &str) -> usize {
+        let world = self.world();
+        world.done.iter().filter(|done| *done == what).count()
+    }
+
+    /// Writes a step down; whether it is to fail.
+    fn step(&self, what: &str) -> Result<(), ClientError> {
+        let mut world = self.world();
+        let before = world.done.iter().filter(|done| *done == what).count();
+        world.done.push(what.to_owned());
+        match (world.fails)(what, before) {
+            true => Err(refused(what)),
+            false => Ok(()),
+        }
+    }
+
+    fn insert(&self, path: &str) -> Result<(), ClientError> {
+        self.step(&format!("insert {path}"))?;
+        let mut world = self.world();
+        let file = world.files.get(path).cloned();
+        world.loaded = Some(file.ok_or_else(|| refused(path))?);
+        (world.mtu, world.up) = (1500, false);
+        world.device += 1;
+        Ok(())
+    }
+}
+
+fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
+    let report = ViolationReport {
+        entry: "xmit".to_owned(),
+        violation: Violation {
+            kind: ViolationKind::PrivilegedInstruction,
+            root: Root::Driver,
+            rip: 0,
+            rsp: 0,
+            crossings: Vec::new(),
+            reached_device: false,
+            spills: 0,
+            published: None,
+        },
+        at: String::new(),
+        instruction: String::new(),
+        touched: None,
+        call_chain: Vec::new(),
+        stays: None,
+        at_ns: 0,
+        phases: AbortPhases::default(),
+        device_lost: None,
+    };
+    policy.after_fault(&FailedCall {
+        report: &report,
+        attempts: 1,
+        returns_nothing: false,
+    })
+}
+
+fn refused(what: &str) -> ClientError {
+    ClientError::Agent(AgentError {
+        message: format!("{what}: refused"),
+        errno: Some(16),
+    })
+}
+
+/// The agent of the double.
+pub(crate) struct DoubleAgent(Double);
+
+impl Drop for DoubleAgent {
+    fn drop(&mut self) {
+        self.0.world().agents -= 1;
+    }
+}
+
+impl Agent for DoubleAgent {
+    fn set_limit(&mut self, _limit: Duration) {}
+
+    fn wait_until_it_answers(&mut self, _limit: Duration) -> Result<(), ClientError> {
+        self.0.step("boot")
+    }
+
+    fn kernel_release(&self) -> Option<String> {
+        Some("6.1".to_owned())
+    }
+
+    fn modules(&mut self, name: Option<&str>) -> Result<Vec<Module>, ClientError> {
+        let loaded = self.0.world().loaded.is_some();
+        let module = Module {
+            name: DRIVER.to_owned(),
+            size: 4096,
+            refcnt: Some(0),
+            state: "live".to_owned(),
+            holders: Vec::new(),
+            sections: Vec::new(),
+        };
+        match (loaded, name) {
+            (true, _) => Ok(vec![module]),
+            (false, None) => Ok(Vec::new()),
+            (false, Some(name)) => Err(refused(name)),
+        }
+    }
+
+    fn insert_installed(&mut self, _name: &str) -> Result<(), ClientError> {
+        self.0.insert(INSTALLED)
+    }
+
+    fn insert_file(&mut self, path: &str) -> Result<(), ClientError> {
+        self.0.insert(path)
+    }
+
+    fn remove_module(&mut self, _name: &str) -> Result<(), ClientError> {
+        self.0.step("remove")?;
+        let mut world = self.0.world();
+        world.loaded = None;
+        world.device += 1;
+        Ok(())
+    }
+
+    fn run(&mut self, argv: &[&str]) -> Result<Ran, ClientError> {
+        let there = self.0.world().loaded.is_some();
+        let said = |text: String| Ran {
+            success: true,
+            stdout: text,
+            stderr: String::new(),
+        };
+        Ok(match argv {
+            ["sh", _, list, ..] if list.contains("/sys/bus/pci") => said(DEVICE.to_owned()),
+            ["sh", ..] => said("eth0\n".repeat(usize::from(there))),
+            ["test", ..] => Ran {
+                success: there && self.0.step("look for eth0").is_ok(),
+                ..Ran::default()
+            },
+            ["ip", "-j", "-d", ..] => {
+                let world = self.0.world();
+                let up = if world.up { "\"UP\"" } else { "" };
+                said(format!(
+                    r#"[{{"ifname":"eth0","flags":[{up}],"mtu":{},"address":"52:54:00:00:00:01"}}]"#,
+                    world.mtu
+                ))
+            }
+            ["ip", "-j", ..] => said("[]".to_owned()),
+            ["ip", "link", "set", "dev", "eth0", words @ ..] => {
+                let ran = self.0.step(&words.join(" "));
+                let mut world = self.0.world();
+                match words {
+                    ["mtu", mtu] if ran.is_ok() => world.mtu = mtu.parse().unwrap(),
+                    ["up"] => world.up = true,
+                    _ => {}
+                }
+                Ran {
+                    success: ran.is_ok(),
+                    ..Ran::default()
+                }
+            }
+            ["rm", "-f", path] => {
+                self.0.world().files.remove(*path);
+                said(String::new())
+            }
+            _ => Ran::default(),
+        })
+    }
+
+    fn read_file(&mut self, path: &str) -> Result<Vec<u8>, ClientError> {
+        let world = self.0.world();
+        let own = format!("/sys/module/{DRIVER}/notes/.note.gnu.build-id");
+        match &world.loaded {
+            // The build's number is all that tells them apart.
+            Some(file) if path == own => {
+                let id = crate::module_file::ModuleFile::parse(file)
+                    .unwrap()
+                    .build_id;
+                Ok(module_file::note(&id.unwrap()))
+            }
+            _ => world.files.get(path).cloned().ok_or_else(|| refused(path)),
+        }
+    }
+
+    fn write_file(&mut self, path: &str, data: &[u8], _mode: u32) -> Result<(), ClientError> {
+        self.0.step(&format!("write {path}"))?;
+        self.0.world().files.insert(path.to_owned(), data.to_vec());
+        Ok(())
+    }
+
+    fn interfaces(&mut self) -> Result<Vec<Interface>, ClientError> {
+        let world = self.0.world();
+        let Some(file) = &world.loaded else {
+            return Ok(Vec::new());
+        };
+        Ok(vec![Interface {
+            name: "eth0".to_owned(),
+            index: 2,
+            flags: 0,
+            carrier: Some(!world.no_link.contains(file)),
+            operstate: "up".to_owned(),
+            mtu: world.mtu,
+            mac: String::new(),
+            driver: Some(DRIVER.to_owned()),
+            ipv4: Vec::new(),
+            ipv6: Vec::new(),
+            statistics: Vec::new(),
+        }])
+    }
+}
+
+impl LiveGuest for Double {
+    type Agent = DoubleAgent;
+    type DeviceState = u32;
+
+    fn agent(&self) -> DoubleAgent {
+        self.world().agents += 1;
+        DoubleAgent(self.clone())
+    }
+
+    fn isolate(
+        &self,
+        request: &IsolationRequest,
+        mut policy: Box<dyn FaultPolicy>,
+    ) -> anyhow::Result<Isolated> {
+        assert_eq!(self.world().agents, 0, "the agent would never answer");
+        self.step("isolate")?;
+        let mut world = self.world();
+        ensure!(world.loaded.is_some(), "not loaded");
+        ensure!(world.policy.is_none(), "isolated already");
+        if std::mem::take(&mut world.fails_at_once) {
+            fail(policy.as_mut());
+        }
+        world.policy = Some(policy);
+        world.stopped = false;
+        let Wanted::Named(entries) = request.entries.clone() else {
+            panic!("these tests name what they isolate");
+        };
+        Ok(Isolated {
+            entries,
+            ..Isolated::default()
+        })
+    }
+
+    fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
+        ensure!(self.world().policy.is_some(), "not isolated");
+        self.step("release")?;
+        self.world().policy = None;
+        Ok(ModuleStatus {
+            module: module.to_owned(),
+            entries: Vec::new(),
+            violations: 0,
+            stopped: false,
+            warm_pages: 0,
+            broken: None,
+        })
+    }
+
+    fn stop(&self, _module: &str) -> anyhow::Result<()> {
+        self.step("stop")?;
+        ensure!(self.world().policy.is_some(), "not isolated");
+        self.world().stopped = true;
+        Ok(())
+    }
+
+    fn driver_changed(&self, _module: &str) {}
+
+    fn begin_suspend_resume(
+        &self,
+        _agent: &mut DoubleAgent,
+        _module: &str,
+        _word: &[u8],
+    ) -> anyhow::Result<()> {
+        Ok(self.step("begin suspend")?)
+    }
+
+    fn end_suspend_resume(&self) -> anyhow::Result<Duration> {
+        self.step("end suspend")?;
+        Ok(Duration::from_millis(3))
+    }
+
+    fn reset(&self) -> anyhow::Result<()> {
+        self.step("reset")?;
+        let mut world = self.world();
+        world.policy = None;
+        world.loaded = Some(build(1));
+        Ok(())
+    }
+
+    fn hold_link(&self, _module: &str, hold: bool) {
+        self.world().link_held = hold;
+    }
+
+    fn save_device(&self, _module: &str) -> Option<u32> {
+        Some(self.world().device)
+    }
+
+    fn restore_device(&self, _module: &str, state: u32) -> anyhow::Result<()> {
+        self.step("restore device")?;
+        self.world().device = state;
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.world().now
+    }
+
+    fn wait(&self, time: Duration) {
+        self.world().now += time;
+    }
+}

@@ -1,0 +1,178 @@
+//! Resume, restart and reset of a guest that is a double.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::double::{DRIVER, Double, request};
+use crate::ladder::{Decision, Fault, LadderConfig, LadderStatus, OnFault, State};
+
+/// A supervisor whose driver is isolated, and its guest with nothing written down yet.
+fn isolated(may_reset_guest: bool) -> (Arc<Supervisor<Double>>, Double) {
+    let guest = Double::new();
+    let supervisor = Supervisor::start(guest.clone()).unwrap();
+    let config = LadderConfig {
+        on_fault: Some(OnFault::Restart),
+        may_reset_guest,
+        ..LadderConfig::default()
+    };
+    supervisor.isolate(request(), config).unwrap();
+    guest.world().done.clear();
+    (supervisor, guest)
+}
+
+/// A call fails, and what the ladder decides is carried out.
+fn fail(supervisor: &Supervisor<Double>, device_lost: bool) {
+    let ladder = supervisor.ladder(DRIVER).unwrap();
+    let decision = lock(&ladder).fault(&Fault {
+        entry: "xmit",
+        attempts: 1,
+        returns_nothing: false,
+        half_done: false,
+        device_lost,
+        now_ns: 0,
+    });
+    assert!(matches!(decision, Decision::Restart | Decision::Resume));
+    recover(supervisor, DRIVER, decision == Decision::Resume, &ladder);
+}
+
+fn status(supervisor: &Supervisor<Double>) -> LadderStatus {
+    let (module, status) = supervisor.status().pop().unwrap();
+    assert_eq!(module, DRIVER);
+    status
+}
+
+/// As `isolated`, with a ladder that resumes the device first.
+fn resuming() -> (Arc<Supervisor<Double>>, Double) {
+    let guest = Double::new();
+    let supervisor = Supervisor::start(guest.clone()).unwrap();
+    let config = LadderConfig {
+        on_fault: Some(OnFault::Resume),
+        ..LadderConfig::default()
+    };
+    supervisor.isolate(request(), config).unwrap();
+    guest.world().done.clear();
+    (supervisor, guest)
+}
+
+#[test]
+fn a_restart_gives_configuration_and_isolation_back() {
+    let (supervisor, guest) = isolated(false);
+    fail(&supervisor, false);
+    let world = guest.world();
+    assert_eq!(
+        world.done,
+        [
+            "release",
+            "remove",
+            "insert /lib/modules/6.1/kernel/driver.ko",
+            "look for eth0",
+            "mtu 1400",
+            "up",
+            "isolate"
+        ]
+    );
+    assert!(world.policy.is_some() && world.up);
+    assert_eq!((world.mtu, world.agents), (1400, 0));
+    drop(world);
+    let status = status(&supervisor);
+    assert_eq!(status.state, State::Running);
+    assert_eq!(
+        (status.rungs.restarts, status.rungs.failed_restarts),
+        (1, 0)
+    );
+}
+
+#[test]
+fn the_ladder_remembers_over_restarts() {
+    let (supervisor, _guest) = isolated(false);
+    for _ in 0..3 {
+        fail(&supervisor, false);
+    }
+    assert_eq!(status(&supervisor).rungs.restarts, 3);
+}
+
+#[test]
+fn an_interface_that_does_not_come_back_is_not_waited_for_without_end() {
+    let (supervisor, guest) = isolated(false);
+    guest.world().fails = |step, _| step == "look for eth0";
+    fail(&supervisor, false);
+    let why = status(&supervisor).gave_up.unwrap();
+    assert!(why.contains("eth0 does not come back"), "{why}");
+    let waited = guest.world().now;
+    assert!(waited >= STEP_TIME && waited < STEP_TIME * 2, "{waited:?}");
+}
+
+#[test]
+fn a_restart_that_fails_where_the_guest_may_not_be_reset_stops_the_driver() {
+    for fails in [
+        (|step, _| step == "mtu 1400") as fn(&str, usize) -> bool,
+        |step, _| step.starts_with("insert"),
+        |step, before| step == "isolate" && before == 0,
+    ] {
+        let (supervisor, guest) = isolated(false);
+        guest.world().fails = fails;
+        fail(&supervisor, false);
+        let status = status(&supervisor);
+        assert_eq!(status.state, State::Stopped, "{status:?}");
+        assert_eq!((status.rungs.resets, status.rungs.stops), (0, 1));
+        let why = status.gave_up.unwrap();
+        assert!(why.contains("could not be restarted"), "{why}");
+        assert!(why.contains("refused") || why.contains("mtu"), "{why}");
+        assert_eq!(guest.count("reset"), 0);
+        // Of a driver that is not there no call can be run.
+        let world = guest.world();
+        assert!(world.stopped || world.loaded.is_none());
+    }
+}
+
+#[test]
+fn a_restart_that_fails_resets_a_guest_that_may_be() {
+    let (supervisor, guest) = isolated(true);
+    guest.world().fails = |step, _| step.starts_with("insert");
+    fail(&supervisor, false);
+    let done = guest.world().done.clone();
+    assert_eq!(done[done.len() - 3..], ["reset", "boot", "isolate"]);
+    let status = status(&supervisor);
+    assert_eq!((status.state, status.rungs.resets), (State::Running, 1));
+    assert!(guest.world().policy.is_some());
+}
+
+#[test]
+fn a_guest_that_cannot_be_reset_or_does_not_boot_has_its_driver_stopped() {
+    for boots in [true, false] {
+        let (supervisor, guest) = isolated(true);
+        guest.world().fails = match boots {
+            true => |step, _| step.starts_with("insert") || step == "reset",
+            false => |step, _| step.starts_with("insert") || step == "boot",
+        };
+        fail(&supervisor, false);
+        let status = status(&supervisor);
+        assert_eq!((status.state, status.rungs.stops), (State::Stopped, 1));
+        assert!(status.gave_up.unwrap().contains("refused"));
+    }
+}
+
+#[test]
+fn a_device_is_resumed_without_touching_the_driver() {
+    let (supervisor, guest) = resuming();
+    fail(&supervisor, false);
+    let done = guest.world().done.join("; ");
+    assert!(
+        done.starts_with("begin suspend; write /sys/bus/pci/devices/0000:00:02.0/"),
+        "{done}"
+    );
+    assert!(done.ends_with("; end suspend"), "{done}");
+    let status = status(&supervisor);
+    assert_eq!((status.state, status.rungs.resumes), (State::Running, 1));
+}
+
+#[test]
+fn a_resume_that_fails_restarts_the_driver() {
+    let (supervisor, guest) = resuming();
+    guest.world().fails = |step, _| step == "end suspend";
+    fail(&supervisor, false);
+    let status = status(&supervisor);
+    assert_eq!(status.state, State::Running);
+    assert_eq!((status.rungs.failed_resumes, status.rungs.restarts), (1, 1));
+    assert_eq!(guest.world().done.last().unwrap(), "isolate");
+}
