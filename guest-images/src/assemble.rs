@@ -6,8 +6,8 @@ use std::path::Path;
 use agent_protocol::init_config;
 
 use crate::Error;
-use crate::build::read;
 use crate::initramfs::Initramfs;
+use crate::manifest::read;
 use crate::modules::{Module, modules_dep, normal_name};
 use crate::spec::ImageSpec;
 use crate::stages::{KernelStage, StagedFile, UserlandStage, wanted_modules};

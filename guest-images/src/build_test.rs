@@ -4,6 +4,8 @@ use std::cell::RefCell;
 
 use agent_protocol::init_config::{BootModule, InitConfig};
 
+use std::path::PathBuf;
+
 use super::*;
 use crate::fixtures::*;
 use crate::spec::{ImageSpec, Program};

@@ -27,12 +27,14 @@ mod error;
 mod fixtures;
 pub mod initramfs;
 pub mod kernel;
+mod manifest;
 pub mod modules;
 pub mod spec;
 mod stage;
 mod stages;
 mod userland;
 
-pub use build::{Artefact, BuildOptions, Manifest, build};
+pub use build::build;
 pub use error::Error;
+pub use manifest::{Artefact, BuildOptions, Manifest};
 pub use spec::{ImageSet, ImageSpec, default_images};

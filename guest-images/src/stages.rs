@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::apt::Packages;
-use crate::build::{BUILDER, BuildOptions, PackageUse, package_use, read, to_json};
+use crate::manifest::{BUILDER, BuildOptions, PackageUse, package_use, read, to_json};
 use crate::modules::{Module, ModuleTree};
 use crate::spec::{ImageSet, ImageSpec, Program};
 use crate::stage::{Store, hash_file};
