@@ -11,7 +11,7 @@ use isolation::domain::Domain;
 use isolation::domain::effects::{
     Effect, KernelCall, KernelEffects, Opposite, OppositeArgument, Success,
 };
-use isolation::domain::journal::{Published, Stays};
+use isolation::domain::journal::{MAX_CALLS, Published, Stays};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
 use kvm_bindings::kvm_regs;
 use std::time::Duration;
@@ -171,6 +171,22 @@ impl Bench {
         }
     }
 
+    /// Redirects the direct calls of the driver.
+    fn redirect_calls(&mut self) {
+        let words = (0..16).map(|word| self.guest.read(DRIVER_TEXT + word * 8));
+        let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        let decoder =
+            iced_x86::Decoder::with_ip(64, &bytes, DRIVER_TEXT, iced_x86::DecoderOptions::NONE);
+        for call in decoder
+            .into_iter()
+            .filter(iced_x86::Instruction::is_call_near)
+        {
+            self.domain
+                .redirect(call.ip(), call.near_branch_target())
+                .unwrap();
+        }
+    }
+
     fn request<'a>(
         guest: &'a Guest,
         effects: &'a KernelEffects,
@@ -183,7 +199,7 @@ impl Bench {
             function: DRIVER_TEXT,
             return_gate: Some(RETURN_GATE),
             effects: Some(effects),
-            budget: Duration::from_secs(5),
+            budget: Duration::from_secs(300),
             sleep_limit: Duration::ZERO,
         }
     }
@@ -469,6 +485,70 @@ fn a_kernel_function_that_called_the_driver_back_cannot_be_abandoned() {
         *published(&end),
         Published::Stays(Stays::KernelFunctionOpen)
     );
+}
+
+#[test]
+fn a_call_may_call_as_many_kernel_functions_as_the_largest_rings_take() {
+    const DESCRIPTORS: u64 = 4096;
+    let mut bench = Bench::new(&[]);
+    let kernel_functions = [ALLOC, SWITCH_ON, SWITCH_OFF, ALLOC, FREE];
+    bench.guest.code(DRIVER_TEXT, |a| {
+        // Waits for a reset, takes a ring down, and sets another one up: each descriptor is allocated, mapped, and so on.
+        a.push(rbx).unwrap();
+        a.call(WAITS).unwrap();
+        a.mov(rbx, DESCRIPTORS).unwrap();
+        let mut next = a.create_label();
+        a.set_label(&mut next).unwrap();
+        for function in kernel_functions {
+            a.mov(rdi, rbx).unwrap();
+            a.call(function).unwrap();
+        }
+        a.dec(rbx).unwrap();
+        a.jnz(next).unwrap();
+        a.call(WAITS).unwrap();
+        a.pop(rbx).unwrap();
+        a.ud2().unwrap();
+    });
+    bench.redirect_calls();
+    let result = bench.begin();
+    let result = bench.go_on(&result, 0);
+    assert!(result.stats.runs > 9 * DESCRIPTORS, "{:?}", result.stats);
+    assert!(matches!(result.end, CallEnd::Spilled(..)), "{result:?}");
+    assert_eq!(bench.guest.read(ALLOCATED), 2 * DESCRIPTORS);
+    let end = bench.go_on(&result, 0);
+    // What was switched on and off again is no concern; what was freed was not yet.
+    let taken_back = calls(&end);
+    assert_eq!(taken_back.len() as u64, 2 * DESCRIPTORS);
+    assert!(taken_back.iter().all(|(function, _)| *function == FREE));
+    assert!(!violation(&end).stays());
+    assert_eq!(bench.guest.read(FREED), 0);
+}
+
+#[test]
+fn a_call_of_more_kernel_functions_than_are_kept_stays_and_is_not_slowed_down_by_them() {
+    let mut bench = Bench::new(&[]);
+    let all = MAX_CALLS as u64 + 1000;
+    bench.guest.code(DRIVER_TEXT, |a| {
+        a.push(rbx).unwrap();
+        a.call(WAITS).unwrap();
+        a.mov(rbx, all).unwrap();
+        let mut next = a.create_label();
+        a.set_label(&mut next).unwrap();
+        a.call(ALLOC).unwrap();
+        a.dec(rbx).unwrap();
+        a.jnz(next).unwrap();
+        a.call(WAITS).unwrap();
+        a.pop(rbx).unwrap();
+        a.ud2().unwrap();
+    });
+    bench.redirect_calls();
+    let result = bench.begin();
+    let result = bench.go_on(&result, 0);
+    // Two exits for each that is kept, and none for the others.
+    let exits = result.stats.runs;
+    assert!(exits > 2 * MAX_CALLS as u64 && exits < 2 * MAX_CALLS as u64 + 100);
+    let end = bench.go_on(&result, 0);
+    assert_eq!(*published(&end), Published::Stays(Stays::TooManyCalls));
 }
 
 #[test]

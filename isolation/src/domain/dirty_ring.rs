@@ -88,17 +88,35 @@ impl DirtyRing {
         })
     }
 
+    /// Whether there are entries in half of the ring.
+    pub fn is_half_full(&self) -> bool {
+        let middle = self.next.wrapping_add(ENTRIES / 2 - 1);
+        self.flags(middle).load(Ordering::Acquire) & (GFN_F_DIRTY | GFN_F_RESET) == GFN_F_DIRTY
+    }
+
+    /// Entry `number`, counted from the first there ever was.
+    fn entry(&self, number: u32) -> NonNull<kvm_dirty_gfn> {
+        // SAFETY: the remainder is below the number of entries mapped.
+        unsafe { self.entries.add((number % ENTRIES) as usize) }
+    }
+
+    fn flags(&self, number: u32) -> &AtomicU32 {
+        // SAFETY: the flags word is shared with the kernel, which accesses it atomically; it is the entry's first,
+        // aligned field, and mapped as long as `self`.
+        unsafe { AtomicU32::from_ptr(self.entry(number).as_ptr().cast::<u32>()) }
+    }
+
     /// Calls `seen` with slot and page number (relative to the slot's first page) of every page that
     /// KVM made writable since the last time.
     pub fn harvest(&mut self, mut seen: impl FnMut(u32, Pfn)) -> io::Result<()> {
-        // No more than one turn of the ring: KVM stops the vCPU before it would overwrite.
-        for _ in 0..ENTRIES {
-            let index = (self.next % ENTRIES) as usize;
-            // SAFETY: `index` is below the number of entries mapped.
-            let entry = unsafe { self.entries.add(index) };
-            // SAFETY: the flags word is shared with the kernel, which accesses it atomically; it is
-            // the entry's first, aligned field.
-            let flags = unsafe { AtomicU32::from_ptr(entry.as_ptr().cast::<u32>()) };
+        for number in 0.. {
+            // KVM stops the vCPU before the ring is full. One that emulates many instructions in a row looks too late, and
+            // has written over entries by now.
+            if number == ENTRIES {
+                return Err(io::Error::other("it was overrun"));
+            }
+            let entry = self.entry(self.next);
+            let flags = self.flags(self.next);
             if flags.load(Ordering::Acquire) & (GFN_F_DIRTY | GFN_F_RESET) != GFN_F_DIRTY {
                 break;
             }

@@ -12,6 +12,7 @@
 use serde::Serialize;
 
 use super::effects::{KernelCall, KernelEffects, OppositeArgument};
+use super::lasting::{Done, Lasting};
 use super::undo_log::{Restorable, UndoLog};
 use devices::hold::DeviceState;
 
@@ -86,24 +87,6 @@ struct Open {
     before: Option<u64>,
 }
 
-/// A kernel function that did something.
-#[derive(Debug, Clone, Copy)]
-struct Done {
-    call: KernelCall,
-    /// What takes it back, and how many arguments that has.
-    undo: Option<(KernelCall, usize)>,
-}
-
-impl Done {
-    /// Whether `call` is what takes this back.
-    fn is_taken_back_by(&self, call: &KernelCall) -> bool {
-        self.undo.is_some_and(|(undo, arguments)| {
-            undo.function == call.function
-                && undo.arguments[..arguments] == call.arguments[..arguments]
-        })
-    }
-}
-
 /// Reads a number of up to 8 bytes from the call's memory; `None` where there is none.
 pub trait ReadNumber {
     /// The `bytes` bytes at guest virtual address `va`.
@@ -131,7 +114,7 @@ pub struct Journal {
 
 #[derive(Debug, Clone, Default)]
 struct Settled {
-    done: Vec<Done>,
+    done: Lasting,
     deferred: Vec<KernelCall>,
     device: Vec<(DeviceState, DeviceState)>,
     /// The device's transmitter is not any more as it was when the call began.
@@ -147,6 +130,7 @@ struct Pending {
     deferred: Vec<KernelCall>,
     device: Option<DeviceState>,
     stays: Option<Stays>,
+    overflowed: bool,
 }
 
 impl Journal {
@@ -156,6 +140,12 @@ impl Journal {
             memory: UndoLog::new(restorable),
             ..Self::default()
         }
+    }
+
+    /// Whether a call was not kept for want of room: this part cannot be taken back once it is in the guest, and no more
+    /// calls need to be seen.
+    pub fn has_overflowed(&self) -> bool {
+        self.pending.overflowed
     }
 
     fn is_full(&self) -> bool {
@@ -175,6 +165,7 @@ impl Journal {
         let function = call.function;
         if self.is_full() {
             self.pending.stays.get_or_insert(Stays::TooManyCalls);
+            self.pending.overflowed = true;
             return Crossing::Call;
         }
         let Some(effect) = effects.lasting.get(&function) else {
@@ -267,6 +258,7 @@ impl Journal {
             deferred,
             device: before,
             stays,
+            overflowed: _,
         } = std::mem::take(&mut self.pending);
         let settled = &mut self.settled;
         settled.nested = nested;
@@ -282,7 +274,8 @@ impl Journal {
             let reason = "it was used in too many parts".to_owned();
             settled.stays.get_or_insert(Stays::Device { reason });
         }
-        self.settle_calls(done);
+        done.into_iter()
+            .for_each(|done| settled.done.happened(done));
     }
 
     /// The last settled part that used the device changed its transmitter.
@@ -299,22 +292,8 @@ impl Journal {
     /// done.
     pub fn settle_return(&mut self) {
         let done = std::mem::take(&mut self.pending.done);
-        self.settle_calls(done);
-    }
-
-    fn settle_calls(&mut self, done: Vec<Done>) {
-        let settled = &mut self.settled.done;
-        for done in done {
-            let opposite = settled
-                .iter()
-                .rposition(|earlier| earlier.is_taken_back_by(&done.call));
-            match opposite {
-                Some(at) => {
-                    settled.remove(at);
-                }
-                None => settled.push(done),
-            }
-        }
+        done.into_iter()
+            .for_each(|done| self.settled.done.happened(done));
     }
 
     /// This part has been taken back.

@@ -10,7 +10,7 @@
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
 //! | `effects` | what kernel functions do that outlasts a call |
-//! | `journal`, `undo_log` | what a call left in the guest before its end, and what takes it back |
+//! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | ends calls that hang |
 
@@ -18,6 +18,7 @@ pub mod dirty_ring;
 pub mod effects;
 pub mod error;
 pub mod journal;
+mod lasting;
 pub mod monitor;
 pub mod overlay;
 pub mod private_vm;
@@ -258,7 +259,6 @@ impl Domain {
     }
 
     fn build_roots(&mut self, cr3: u64) -> Result<(), DomainError> {
-        self.opened.clear();
         Ok(self
             .roots
             .build(cr3, &self.fixed, &self.view, &mut self.monitor)?)

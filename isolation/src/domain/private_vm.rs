@@ -388,6 +388,11 @@ impl PrivateVm {
             .map_err(PrivateVmError::DirtyRing)
     }
 
+    /// Whether half of the ring is to be harvested.
+    pub fn ring_is_half_full(&self) -> bool {
+        self.ring.is_half_full()
+    }
+
     /// Empties the ring for KVM, after [`Exit::DirtyRingFull`].
     pub fn reset_ring(&mut self) -> Result<(), PrivateVmError> {
         self.ring.reset().map_err(PrivateVmError::DirtyRing)

@@ -135,7 +135,8 @@ impl Guest {
         self.put(table, va >> 12, 0);
     }
 
-    fn map_large(&mut self, va: u64, gpa: u64) {
+    /// Maps 2 MiB.
+    pub fn map_large(&mut self, va: u64, gpa: u64) {
         let table = self.table(va, 2);
         self.put(table, va >> 21, gpa | PRESENT | WRITE | LARGE | NX);
     }
@@ -250,7 +251,7 @@ impl Guest {
             function: DRIVER_TEXT,
             return_gate: None,
             effects: None,
-            budget: Duration::from_secs(5),
+            budget: Duration::from_secs(300),
             sleep_limit: Duration::from_millis(20),
         };
         domain.call(&request, kernel)

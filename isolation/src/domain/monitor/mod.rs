@@ -8,7 +8,7 @@
 //!  34       TABLES_RO       read          read         IDT
 //!  35       SEGMENTS        read          read         GDT and TSS
 //!  36       EXCEPTION_STACK write         write        IST1; every exception frame lands here
-//!  37       SCRATCH         write         write        one register, while roots are switched
+//!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines
 //!  38       RETURN_STACK    read          write        where kernel functions return to; top first
 //!  39..     page tables     -             -            roots and their tables; no virtual address
 //! ```
@@ -74,6 +74,9 @@ pub const KERNEL_DS: u16 = 0x18;
 
 const VECTOR_STUB_BYTES: u64 = 16;
 const TRAMPOLINE_SLOT_BYTES: u64 = 256;
+/// Offset in the scratch page of the stubs' word. That of the trampolines, at 0, may be in use when a stub runs: one that is
+/// interrupted by a page fault goes on by way of a stub if the roots were built anew.
+const STUB_SCRATCH: u64 = 8;
 // Offsets in the return stack's page.
 const TOP: u64 = 0;
 const CROSSINGS: u64 = 8;
@@ -368,7 +371,7 @@ impl Monitor {
             (self.kernel_stub(), self.kernel_root),
         ] {
             let mut a = CodeAssembler::new(64)?;
-            let scratch = qword_ptr(self.data(SCRATCH, 0));
+            let scratch = qword_ptr(self.data(SCRATCH, STUB_SCRATCH));
             a.mov(scratch, r11)?;
             a.mov(r11, root)?;
             a.mov(cr3, r11)?;

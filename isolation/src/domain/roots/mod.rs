@@ -21,7 +21,7 @@
 
 mod entry;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::monitor::{self, MAPPED_PAGES, Monitor, TABLE_PAGES};
 use super::view::{PAGE_SIZE, PrivateView, ViewError};
@@ -82,10 +82,14 @@ pub struct Roots {
     kernel: RootState,
     /// Entries below the top level.
     sources: Vec<Source>,
+    /// Their addresses.
+    known: HashSet<u64>,
     /// Entries of the top level in use: index and value.
     top_sources: Vec<(u64, u64)>,
     next_table: u64,
     rebuilds: u64,
+    /// All that [`Roots::build`] puts in is in.
+    complete: bool,
 }
 
 const DRIVER_TOP: u64 = MAPPED_PAGES;
@@ -111,9 +115,11 @@ impl Roots {
             driver: RootState::default(),
             kernel: RootState::default(),
             sources: Vec::new(),
+            known: HashSet::new(),
             top_sources: Vec::new(),
             next_table: KERNEL_TOP + 1,
             rebuilds: 0,
+            complete: false,
         }
     }
 
@@ -172,7 +178,9 @@ impl Roots {
             self.fill(Root::Driver, *va, view, monitor)?;
         }
         self.map_monitor(Root::Driver, view, monitor)?;
-        self.map_monitor(Root::Kernel, view, monitor)
+        self.map_monitor(Root::Kernel, view, monitor)?;
+        self.complete = true;
+        Ok(())
     }
 
     /// Whether the guest's tables, entered at `cr3`, still say what the roots took from them.
@@ -182,9 +190,11 @@ impl Roots {
             view.shared_word(gpa)
                 .is_ok_and(|now| without_used(now) == without_used(value))
         };
-        self.top_sources
-            .iter()
-            .all(|(index, value)| same(top + index * 8, *value))
+        self.complete
+            && self
+                .top_sources
+                .iter()
+                .all(|(index, value)| same(top + index * 8, *value))
             && self
                 .sources
                 .iter()
@@ -403,7 +413,7 @@ impl Roots {
             if !self.top_sources.iter().any(|(index, _)| *index == at) {
                 self.top_sources.push((at, source.value));
             }
-        } else if !self.sources.iter().any(|known| known.gpa == source.gpa) {
+        } else if self.known.insert(source.gpa) {
             self.sources.push(source);
         }
     }

@@ -115,6 +115,8 @@ pub struct CallStats {
     pub other_syscalls: u32,
     /// Times the roots had to be built.
     pub rebuilds: u32,
+    /// Times they were loaded again because that was in the middle of the call.
+    pub root_loads: u32,
     /// Time in `KVM_RUN` on P, in nanoseconds.
     pub private_ns: u64,
     /// Times the call waited, with the guest standing still.

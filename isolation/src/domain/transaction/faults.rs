@@ -174,7 +174,9 @@ impl Call<'_> {
                 }
                 self.stats.indirect_calls += 1;
                 let trampoline = self.domain.monitor.trampoline(target)?;
-                if let (Some(_), Some(effects)) = (&self.journal, self.request.effects) {
+                if let (Some(_), Some(effects)) = (&self.journal, self.request.effects)
+                    && !self.has_overflowed()
+                {
                     let monitor = &mut self.domain.monitor;
                     monitor.journal(|function| effects.matters(function));
                 }

@@ -61,6 +61,8 @@ impl Call<'_> {
         let Some((function, point)) = self.domain.monitor.journal_point(regs.rip) else {
             return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
         };
+        // Two for each call that is kept, of which there is a limit of its own.
+        self.detours = self.detours.saturating_sub(1);
         let Some(return_address) = self.read_guest(regs.rsp)? else {
             let kind = ViolationKind::IllegalControlTransfer { target: function };
             return Ok(Step::Violation(kind, regs.rip));
@@ -95,7 +97,16 @@ impl Call<'_> {
             }
         };
         self.domain.vm.set_regs(&next);
+        if self.has_overflowed() {
+            self.domain.monitor.journal(|_| false);
+        }
         Ok(Step::Continue)
+    }
+
+    /// Whether the journal need not see any more of what the call does.
+    pub(super) fn has_overflowed(&self) -> bool {
+        let journal = self.journal.as_ref();
+        journal.is_some_and(|journal| journal.has_overflowed())
     }
 
     fn journal_enter(&mut self, call: KernelCall, rsp: u64) -> Crossing {

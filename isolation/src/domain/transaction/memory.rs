@@ -35,7 +35,7 @@ impl Call<'_> {
         self.stats.opened += 1;
         match domain.roots.open(va, &domain.view, &mut domain.monitor) {
             Err(RootError::OutOfTables) => {
-                self.rebuild()?;
+                self.rebuild(Root::Driver)?;
                 let domain = &mut *self.domain;
                 domain.roots.open(va, &domain.view, &mut domain.monitor)?;
                 Ok(())
@@ -52,7 +52,7 @@ impl Call<'_> {
             .fill(root, va, &domain.view, &mut domain.monitor)
         {
             Err(RootError::OutOfTables) => {
-                self.rebuild()?;
+                self.rebuild(root)?;
                 let domain = &mut *self.domain;
                 Ok(domain
                     .roots
@@ -62,9 +62,10 @@ impl Call<'_> {
         }
     }
 
-    /// Starts the roots afresh in the middle of a call: what was open is opened again when touched.
-    pub(super) fn rebuild(&mut self) -> Result<(), DomainError> {
+    /// Starts the roots afresh in the middle of a call, with P on `root`: what was open is opened again when touched.
+    fn rebuild(&mut self, root: Root) -> Result<(), DomainError> {
         self.stats.rebuilds += 1;
+        self.rebuilt = Some(root);
         self.domain.build_roots(self.request.sregs.cr3)
     }
 

@@ -64,8 +64,9 @@ const TRAP_FLAG: u64 = 1 << 8;
 const THREAD_SIZE: u64 = 16 * 1024;
 /// Device stores that may wait for commit.
 const MAX_POSTED: usize = 4096;
-/// Unusual exits after which a call is given up: no honest call comes near.
-const MAX_DETOURS: u32 = 20_000;
+/// Unusual exits after which a call is given up, those at journalled kernel functions left aside: no honest call comes
+/// near.
+const MAX_DETOURS: u32 = 1 << 16;
 
 /// Length of `out imm8, al`.
 const OUT_BYTES: u64 = 2;
@@ -141,6 +142,9 @@ pub(super) struct Call<'a> {
     reached_device: bool,
     detours: u32,
     last_fault: (u64, u64, u32),
+    /// The roots were built anew while P was on this one: their tables are used for something else now, of which the
+    /// processor may remember what they were.
+    rebuilt: Option<Root>,
     stats: CallStats,
     last_exit: Instant,
     phases: AbortPhases,
@@ -222,6 +226,7 @@ impl Domain {
             reached_device: false,
             detours: 0,
             last_fault: (0, 0, 0),
+            rebuilt: None,
             stats: CallStats::default(),
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
@@ -316,6 +321,7 @@ impl Call<'_> {
         let cr3 = self.request.sregs.cr3;
         domain.roots.enter(cr3, &mut domain.monitor);
         if !domain.roots.fresh(cr3, &domain.view) {
+            domain.opened.clear();
             match domain.build_roots(cr3) {
                 Ok(()) => self.stats.rebuilds += 1,
                 Err(DomainError::Roots(RootError::OutOfTables)) => {
@@ -362,6 +368,8 @@ impl Call<'_> {
 
     /// Sets P's registers to these, at the stub that goes on in the driver root.
     fn start(&mut self, regs: &kvm_regs) {
+        // The stub loads CR3.
+        self.rebuilt = None;
         let mut regs = *regs;
         regs.rip = self.domain.monitor.entry_stub();
         regs.rflags &= !TRAP_FLAG;
@@ -378,6 +386,9 @@ impl Call<'_> {
             let step = self.handle(exit)?;
             if !matches!(step, Step::Continue) {
                 return Ok(step);
+            }
+            if self.domain.vm.ring_is_half_full() {
+                self.harvest()?;
             }
             self.detours += 1;
             if self.detours > MAX_DETOURS {
@@ -493,6 +504,20 @@ impl Call<'_> {
     }
 
     fn resume_at(&mut self, frame: &ExceptionFrame, regs: &kvm_regs, rip: u64) {
+        let rip = match self.rebuilt.take() {
+            None => rip,
+            // By way of a load of CR3, which drops all that the processor remembers of the tables (Intel SDM volume 3,
+            // section 4.10.4.1).
+            Some(root) => {
+                self.stats.root_loads += 1;
+                let monitor = &mut self.domain.monitor;
+                monitor.resume_at(rip);
+                match root {
+                    Root::Driver => monitor.entry_stub(),
+                    Root::Kernel => monitor.kernel_stub(),
+                }
+            }
+        };
         let next = kvm_regs {
             rip,
             rsp: frame.rsp,
