@@ -291,22 +291,96 @@ impl fmt::Display for SerialSpec {
     }
 }
 
-/// Which NIC the guest gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum NicModel {
-    /// Intel 82540EM, which the stock `e1000` driver runs.
-    E1000,
-    /// virtio-net.
-    Virtio,
-}
+/// A model of NIC, of those that there are ([`devices::nic::MODELS`]).
+#[derive(Debug, Clone, Copy)]
+pub struct NicModel(&'static devices::nic::NicModel);
 
 impl NicModel {
-    /// Its name on the command line, which is its driver's in the guest as well.
+    /// Its name on the command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::E1000 => "e1000",
-            Self::Virtio => "virtio",
+        self.0.name
+    }
+
+    /// Modules of Linux that drive it.
+    pub fn drivers(self) -> &'static [&'static str] {
+        self.0.drivers
+    }
+
+    /// The model.
+    pub fn model(self) -> &'static devices::nic::NicModel {
+        self.0
+    }
+}
+
+impl Default for NicModel {
+    fn default() -> Self {
+        Self(&devices::nic::MODELS[0])
+    }
+}
+
+impl PartialEq for NicModel {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for NicModel {}
+
+impl FromStr for NicModel {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match devices::nic::NicModel::from_name(text) {
+            Some(model) => Ok(Self(model)),
+            None => {
+                let names: Vec<_> = devices::nic::MODELS
+                    .iter()
+                    .map(|model| model.name)
+                    .collect();
+                bad(format!(
+                    "there is no NIC {text:?}: give {}",
+                    names.join(", ")
+                ))
+            }
         }
+    }
+}
+
+impl fmt::Display for NicModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A NIC as it is given: `WIRE[,nic=MODEL][,mac=ADDRESS]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetOption {
+    /// What it is plugged into.
+    pub wire: NetSpec,
+    /// Which NIC, if said.
+    pub nic: Option<NicModel>,
+    /// Its address, if said.
+    pub mac: Option<MacAddress>,
+}
+
+impl FromStr for NetOption {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let (mut wire, mut nic, mut mac) = (text, None, None);
+        // From the end, because a path may have commas.
+        while let Some((rest, last)) = wire.rsplit_once(',') {
+            if let Some(name) = last.strip_prefix("nic=").filter(|_| nic.is_none()) {
+                nic = Some(name.parse()?);
+            } else if let Some(address) = last.strip_prefix("mac=").filter(|_| mac.is_none()) {
+                mac = Some(address.parse()?);
+            } else {
+                break;
+            }
+            wire = rest;
+        }
+        let wire = wire.parse()?;
+        Ok(Self { wire, nic, mac })
     }
 }
 
@@ -398,6 +472,33 @@ mod tests {
         assert_eq!(one, MacAddress::for_name("one"));
         assert_ne!(one, MacAddress::for_name("two"));
         assert_eq!(one.to_string().parse::<MacAddress>().unwrap(), one);
+    }
+
+    #[test]
+    fn nics_are_parsed() {
+        let parse = |text: &str| text.parse::<NetOption>().unwrap();
+        assert_eq!(
+            parse("user"),
+            NetOption {
+                wire: NetSpec::User,
+                nic: None,
+                mac: None
+            }
+        );
+        let nic = parse("unix=/tmp/a,b,listen,mac=02:00:00:00:00:09,nic=virtio");
+        assert_eq!(nic.wire, parse("unix=/tmp/a,b,listen").wire);
+        assert_eq!(nic.nic.unwrap().name(), "virtio");
+        assert_eq!(nic.mac.unwrap().0, [2, 0, 0, 0, 0, 9]);
+        for wrong in [
+            "user,nic=ne2000",
+            "user,nic=",
+            "user,mac=1",
+            "nic=virtio",
+            "user,nic=virtio,nic=virtio",
+            "",
+        ] {
+            assert!(wrong.parse::<NetOption>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod e1000;
 pub mod hold;
 pub mod irq;
 pub mod moments;
+pub mod nic;
 pub mod pci;
 pub mod rate_limit;
 pub mod serial;

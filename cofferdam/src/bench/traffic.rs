@@ -91,10 +91,7 @@ pub fn send(guest: &mut Guest, kind: TrafficKind, time: Duration) -> anyhow::Res
 
 /// The driver of a NIC.
 fn driver(nic: NicModel) -> &'static str {
-    match nic {
-        NicModel::E1000 => "e1000",
-        NicModel::Virtio => "virtio_net",
-    }
+    nic.drivers().first().copied().unwrap_or_default()
 }
 
 /// A result as a part of a report.

@@ -114,7 +114,7 @@ Example:
         )]
         kind: Vec<TrafficKind>,
         /// Through which NIC
-        #[arg(long, value_enum, default_value_t = NicModel::E1000)]
+        #[arg(long, value_name = "MODEL", default_value_t = NicModel::default())]
         nic: NicModel,
     },
 }

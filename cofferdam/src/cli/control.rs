@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::ControlClient;
-use crate::control::protocol::{Request, Status};
+use crate::control::protocol::{NetSummary, NicStatus, Request, Status};
 use crate::options::VmName;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
 
@@ -115,9 +115,11 @@ impl ListOptions {
                 number(status.config.vcpus),
                 number(format!("{} MiB", status.config.memory_mib)),
                 status
-                    .config
-                    .net
-                    .map_or_else(String::new, |net| net.nic)
+                    .nics
+                    .iter()
+                    .map(|nic| nic.net.nic.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", ")
                     .into(),
             ]);
         }
@@ -176,18 +178,22 @@ fn status_text(status: &Status) -> String {
     for disk in &config.disks {
         facts.add_row(vec!["disk", disk]);
     }
-    if let Some(net) = &config.net {
-        facts.add_row(vec![
-            "NIC",
-            &format!("{} {} on {}", net.nic, net.mac, net.wire),
-        ]);
+    for NicStatus { address, net, .. } in &status.nics {
+        let NetSummary { nic, mac, wire } = net;
+        facts.add_row(vec!["NIC", &format!("{nic} {mac} on {wire}, {address}")]);
     }
     let mut text = format!("{facts}\n");
-    for (head, counters) in [("exits by reason", &status.exits), ("NIC", &status.nic)] {
+    let mut all = vec![("exits by reason".to_owned(), &status.exits)];
+    let several = status.nics.len() > 1;
+    all.extend(status.nics.iter().map(|nic| match several {
+        true => (format!("NIC {}", nic.address), &nic.counters),
+        false => ("NIC".to_owned(), &nic.counters),
+    }));
+    for (head, counters) in all {
         if counters.is_empty() {
             continue;
         }
-        let mut rows = table(&[head, "count"]);
+        let mut rows = table(&[&head, "count"]);
         for (name, count) in counters {
             rows.add_row(vec![name.into(), number(count)]);
         }

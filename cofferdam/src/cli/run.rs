@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
-use crate::run::{MAX_VCPUS, RunConfig};
+use anyhow::ensure;
+
+use crate::options::{DiskSpec, MacAddress, MemorySize, NetOption, NicModel, SerialSpec, VmName};
+use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, RunConfig};
 
 use super::Ending;
 
@@ -17,6 +19,9 @@ Examples:
   cofferdam run --kernel target/images/vmlinux --initrd target/images/initrd.cpio --net user
   cofferdam run --kernel vmlinuz --disk root.img --append 'root=/dev/vda' --memory 1G --vcpus 4
   cofferdam run --kernel vmlinux --initrd initrd.cpio --serial file=console.log --name web &
+
+Two NICs:
+  cofferdam run --kernel vmlinux --initrd initrd.cpio --net user --net tap=tap0,nic=virtio
 
 Two guests on one cable:
   cofferdam run --name left  ... --net unix=/tmp/cable,listen
@@ -37,14 +42,14 @@ pub struct RunOptions {
     /// Disk image: PATH, or PATH,ro to let the guest only read it (may be given again)
     #[arg(long, value_name = "PATH[,ro]")]
     disk: Vec<DiskSpec>,
-    /// What the NIC is plugged into: user (built-in gateway, needs no rights), tap=NAME or
-    /// unix=PATH[,listen]; no NIC without it
-    #[arg(long, value_name = "WIRE")]
-    net: Option<NetSpec>,
-    /// Which NIC
-    #[arg(long, value_enum, default_value_t = NicModel::E1000, requires = "net")]
+    /// A NIC and what it is plugged into: user (built-in gateway, needs no rights), tap=NAME or
+    /// unix=PATH[,listen]; no NIC without it (may be given again)
+    #[arg(long, value_name = "WIRE[,nic=MODEL][,mac=ADDRESS]")]
+    net: Vec<NetOption>,
+    /// Which NIC, where --net does not say: e1000 or virtio
+    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), requires = "net")]
     nic: NicModel,
-    /// Ethernet address of the NIC; made from the VM's name when not given
+    /// Ethernet address of the first NIC, where --net does not say; made from the VM's name when not given
     #[arg(long, value_name = "ADDRESS", requires = "net")]
     mac: Option<MacAddress>,
     /// Guest memory
@@ -76,9 +81,11 @@ impl RunOptions {
             Some(name) => name,
             None => format!("vm-{}", std::process::id()).parse()?,
         };
-        let mac = self
-            .mac
-            .unwrap_or_else(|| MacAddress::for_name(name.as_str()));
+        ensure!(
+            self.net.len() <= MAX_NICS,
+            "a VM has at most {MAX_NICS} NICs: give --net less often"
+        );
+        let nets = nets(&name, self.net, self.nic, self.mac)?;
         crate::run::run(RunConfig {
             name,
             kernel: self.kernel,
@@ -86,15 +93,61 @@ impl RunOptions {
             cmdline: self.cmdline,
             append: self.append,
             disks: self.disk,
-            net: self.net.map(|wire| crate::run::NetConfig {
-                wire,
-                nic: self.nic,
-                mac,
-            }),
+            nets,
             memory: self.memory,
             vcpus: self.vcpus,
             serial: self.serial,
             no_reboot: self.no_reboot,
         })
+    }
+}
+
+/// The NICs of the VM `name`. Addresses that nobody gave follow from the VM's name and the NIC's number.
+fn nets(
+    name: &VmName,
+    given: Vec<NetOption>,
+    nic: NicModel,
+    mac: Option<MacAddress>,
+) -> anyhow::Result<Vec<NetConfig>> {
+    let mut nets: Vec<NetConfig> = Vec::new();
+    for (index, net) in given.into_iter().enumerate() {
+        let own = net.mac.or(mac.filter(|_| index == 0));
+        let mac = own.unwrap_or_else(|| match index {
+            0 => MacAddress::for_name(name.as_str()),
+            _ => MacAddress::for_name(&format!("{name}/{index}")),
+        });
+        ensure!(
+            nets.iter().all(|other| other.mac != mac),
+            "two NICs have the address {mac}"
+        );
+        nets.push(NetConfig {
+            wire: net.wire,
+            nic: net.nic.unwrap_or(nic),
+            mac,
+        });
+    }
+    Ok(nets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_nic_has_what_it_was_given_or_an_address_of_its_own() {
+        let name: VmName = "web".parse().unwrap();
+        let given = |text: &[&str]| -> Vec<NetOption> {
+            text.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let mac: MacAddress = "02:00:00:00:00:07".parse().unwrap();
+        let all = given(&["user", "user,nic=virtio", "tap=t0,mac=02:00:00:00:00:09"]);
+        let nets = nets(&name, all, NicModel::default(), None).unwrap();
+        assert_eq!(nets[0].mac, MacAddress::for_name("web"));
+        assert_ne!(nets[0].mac, nets[1].mac);
+        assert_eq!(nets[2].mac.to_string(), "02:00:00:00:00:09");
+        let models: Vec<_> = nets.iter().map(|net| net.nic.name()).collect();
+        assert_eq!(models, ["e1000", "virtio", "e1000"]);
+        let same = given(&["user", "tap=t0,mac=02:00:00:00:00:07"]);
+        super::nets(&name, same, NicModel::default(), Some(mac)).unwrap_err();
     }
 }

@@ -232,8 +232,23 @@ pub struct Status {
     /// How recovery of each isolated module stands, by its name.
     #[serde(default)]
     pub recovery: BTreeMap<String, LadderStatus>,
-    /// Counters of the NIC and of what it is plugged into.
+    /// Counters of the first NIC and of what it is plugged into.
     pub nic: BTreeMap<String, u64>,
+    /// All NICs.
+    #[serde(default)]
+    pub nics: Vec<NicStatus>,
+}
+
+/// A NIC of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStatus {
+    /// Its PCI address in the guest, such as `0000:00:02.0`.
+    pub address: String,
+    /// What it is.
+    #[serde(flatten)]
+    pub net: NetSummary,
+    /// Its counters and those of what it is plugged into.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// What the vCPUs of a VM do.
@@ -271,7 +286,7 @@ pub struct ConfigSummary {
     pub memory_mib: u64,
     /// Number of vCPUs.
     pub vcpus: u32,
-    /// NIC and what it is plugged into, if it has one.
+    /// The first NIC and what it is plugged into, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<NetSummary>,
     /// Disks, as given.

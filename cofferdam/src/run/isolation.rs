@@ -1,4 +1,4 @@
-//! The live guest as recovery sees it ([`LiveGuest`]): this VM with its isolator, its NIC and the agent in its guest.
+//! The live guest as recovery sees it ([`LiveGuest`]): this VM with its isolator, its NICs and the agent in its guest.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,9 +8,7 @@ use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
 use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
-use devices::e1000::{E1000, E1000State, HoldableE1000};
-use devices::hold::{CheckpointBy, Holdable};
-use devices::pci::config::offset::COMMAND;
+use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
 use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
@@ -21,6 +19,8 @@ use recovery::model::Model;
 use recovery::request::IsolationRequest;
 use vmm::VmHandle;
 
+use super::nics::Nics;
+
 /// How long the agent may take to list the guest's symbols.
 const AGENT_TIME: Duration = Duration::from_secs(60);
 
@@ -30,20 +30,11 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// Budgets outside are refused, in microseconds.
 const BUDGET_US: std::ops::RangeInclusive<u64> = 100..=10_000_000;
 
-/// The guest's NIC, which goes with the module `e1000`.
-#[derive(Clone)]
-pub struct IsolatedNic {
-    /// The controller.
-    pub nic: Arc<Mutex<E1000>>,
-    /// Its PCI slot.
-    pub slot: u8,
-}
-
 /// A VM, its guest and what isolates modules of it.
 pub struct Isolation {
     isolator: Arc<Isolator>,
     agent_socket: PathBuf,
-    nic: Option<IsolatedNic>,
+    nics: Nics,
     vm: VmHandle,
     /// What the agent reported last: it takes seconds to transfer.
     known: Mutex<Option<Known>>,
@@ -59,16 +50,11 @@ struct Known {
 
 impl Isolation {
     /// For `vm` with its `isolator`, whose agent is reached at `agent_socket`.
-    pub fn new(
-        vm: VmHandle,
-        isolator: Arc<Isolator>,
-        agent_socket: PathBuf,
-        nic: Option<IsolatedNic>,
-    ) -> Self {
+    pub fn new(vm: VmHandle, isolator: Arc<Isolator>, agent_socket: PathBuf, nics: Nics) -> Self {
         Self {
             isolator,
             agent_socket,
-            nic,
+            nics,
             vm,
             known: Mutex::new(None),
         }
@@ -77,11 +63,6 @@ impl Isolation {
     /// What isolates.
     pub fn isolator(&self) -> &Isolator {
         &self.isolator
-    }
-
-    /// The NIC that `module` drives.
-    fn nic_of(&self, module: &str) -> Option<&IsolatedNic> {
-        self.nic.as_ref().filter(|_| module == "e1000")
     }
 
     /// The guest's symbols, and the types of its kernel and of `module` if it has them.
@@ -114,15 +95,9 @@ impl Isolation {
     }
 }
 
-impl IsolatedNic {
-    fn lock(&self) -> MutexGuard<'_, E1000> {
-        lock(&self.nic)
-    }
-}
-
 impl LiveGuest for Isolation {
     type Agent = Client;
-    type DeviceState = E1000State;
+    type DeviceState = DeviceState;
 
     fn agent(&self) -> Client {
         let mut agent = Client::unix(self.agent_socket.clone());
@@ -155,14 +130,12 @@ impl LiveGuest for Isolation {
             .map(|(_, at)| *at);
         self.isolator.forget_stale(module, text);
         let (symbols, types) = self.knowledge(&mut agent, module, loaded)?;
-        let nic = self.nic_of(module);
-        if nic.is_none() && request.checkpoint != CheckpointBy::Exact {
-            bail!("there is no description of the registers of {module}'s device");
-        }
-        let device = nic
-            .map(|nic| HoldableE1000::new(nic.nic.clone(), request.checkpoint))
-            .transpose()?
-            .map(|device| -> Arc<dyn Holdable> { Arc::new(device) });
+        self.nics.look(&mut agent, module)?;
+        let driven = self.nics.of(module, request.checkpoint)?;
+        let (device, device_slots) = match driven {
+            Some(driven) => (Some(driven.device), driven.slots),
+            None => (None, Vec::new()),
+        };
         let isolated = self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             sections,
@@ -175,7 +148,7 @@ impl LiveGuest for Isolation {
                 .map(|model| model.for_isolation()),
             guest_only: request.spilling.guest_only.clone(),
             device,
-            device_slot: nic.map(|nic| nic.slot),
+            device_slots,
             sleep_limit: request.spilling.wait_us.map_or(DEFAULT_SLEEP_LIMIT, |us| {
                 Duration::from_micros(us).min(LONGEST_WAIT)
             }),
@@ -226,27 +199,23 @@ impl LiveGuest for Isolation {
     }
 
     fn hold_link(&self, module: &str, hold: bool) {
-        if let Some(nic) = self.nic_of(module) {
-            match hold {
-                true => nic.lock().hold_link(),
-                false => nic.lock().let_link_go(false),
-            }
+        let driven = self.nics.of(module, CheckpointBy::Exact);
+        let Ok(Some(driven)) = driven else { return };
+        let held = driven.device.hold(&mut |held| match hold {
+            true => held.keep_outside(),
+            false => held.show_outside(OutsideChanges::Forgotten),
+        });
+        if let Err(lost) = held {
+            tracing::warn!("what is outside sees what becomes of {module}'s device: {lost}");
         }
     }
 
-    fn save_device(&self, module: &str) -> Option<E1000State> {
-        Some(self.nic_of(module)?.lock().save())
+    fn save_device(&self, module: &str) -> Option<DeviceState> {
+        self.nics.save(module)
     }
 
-    fn restore_device(&self, module: &str, state: E1000State) -> anyhow::Result<()> {
-        let nic = self.nic_of(module).context("it drives no device of ours")?;
-        nic.lock().restore(state)?;
-        // Written through the bus, so that it decodes what the function decodes now.
-        let bus = self.vm.pci_bus();
-        let mut command = [0; 2];
-        bus.config_read(nic.slot, COMMAND, &mut command);
-        bus.config_write(nic.slot, COMMAND, &command);
-        Ok(())
+    fn restore_device(&self, module: &str, state: DeviceState) -> anyhow::Result<()> {
+        self.nics.put_back(&self.vm, module, &state)
     }
 
     fn now(&self) -> Duration {

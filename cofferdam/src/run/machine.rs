@@ -3,7 +3,7 @@
 //! | slot | device |
 //! | --- | --- |
 //! | 1 | virtio-console with the guest agent's port |
-//! | 2 | NIC, if there is one |
+//! | 2 and on | NICs, in the order in which they are given |
 //! | then | a virtio-blk for each disk |
 
 use std::os::unix::net::UnixListener;
@@ -12,13 +12,11 @@ use std::sync::{Arc, Mutex};
 
 use agent_protocol::PORT_NAME;
 use anyhow::{Context, bail};
-use devices::e1000::{E1000, E1000Config};
-use devices::moments::Moments;
+use devices::nic::NicParts;
 use devices::pci::config::InterruptPin;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Block, Disk};
 use devices::virtio::console::Console;
-use devices::virtio::net::Net;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::Wire;
 use devices::wire::gateway::{Gateway, GatewayConfig, GatewayControl, NetworkConfig};
@@ -26,27 +24,14 @@ use devices::wire::tap::Tap;
 use devices::wire::unix_link::UnixLink;
 use vmm::Vm;
 
-use super::isolation::IsolatedNic;
-use super::meter::{Meter, MeteredWire};
+use super::meter::MeteredWire;
+use super::nics::{GuestNic, Nics};
 use super::watch::Belongings;
 use super::{NetConfig, RunConfig};
-use crate::options::{NetSpec, NicModel};
+use crate::options::NetSpec;
 
-/// VLAN that the gateway is on besides the untagged network.
+/// VLAN that the gateway of the first NIC is on besides the untagged network.
 const GATEWAY_VLAN: u16 = 5;
-
-/// What is kept of the devices to look at them and to control them while the VM runs.
-#[derive(Default)]
-pub struct Parts {
-    /// What passed between NIC and wire.
-    pub meter: Option<Arc<Meter>>,
-    /// The e1000, if that is the NIC.
-    pub nic: Option<IsolatedNic>,
-    /// When the guest took interrupts of the e1000.
-    pub interrupts: Option<Arc<Moments>>,
-    /// The user-mode gateway.
-    pub gateway: Option<GatewayControl>,
-}
 
 /// Gives `vm` its devices.
 pub fn add_devices(
@@ -54,20 +39,21 @@ pub fn add_devices(
     config: &RunConfig,
     agent_socket: &Path,
     belongings: &Belongings,
-) -> anyhow::Result<Parts> {
+) -> anyhow::Result<Nics> {
     let listener = UnixListener::bind(agent_socket)
         .with_context(|| format!("cannot make the agent's socket {}", agent_socket.display()))?;
     let console = Console::new(PORT_NAME, listener).context("cannot serve the agent's socket")?;
     add_virtio(vm, console)?;
-    let mut parts = Parts::default();
-    if let Some(net) = &config.net {
-        add_nic(vm, net, &mut parts, belongings)?;
+    let mut nics = Vec::new();
+    for net in &config.nets {
+        let nic = add_nic(vm, net, nics.len(), belongings);
+        nics.push(nic.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.wire))?);
     }
     for (index, disk) in config.disks.iter().enumerate() {
         let file = Disk::open(&disk.path, disk.read_only)?;
         add_virtio(vm, Block::new(file, &format!("disk{index}")))?;
     }
-    Ok(parts)
+    Ok(Nics::new(nics))
 }
 
 /// Puts a virtio device into the next slot.
@@ -84,50 +70,56 @@ fn add_virtio<D: VirtioDevice + 'static>(vm: &mut Vm, device: D) -> anyhow::Resu
     Ok(())
 }
 
-/// Puts a NIC into the next slot and plugs it in.
+/// Puts NIC number `index` into the next slot and plugs it in.
 fn add_nic(
     vm: &mut Vm,
     net: &NetConfig,
-    parts: &mut Parts,
+    index: usize,
     belongings: &Belongings,
-) -> anyhow::Result<()> {
-    let wire = MeteredWire::new(plug(vm, &net.wire, parts, belongings)?);
-    parts.meter = Some(wire.meter());
-    let wire = Box::new(wire);
-    match net.nic {
-        NicModel::E1000 => {
-            let slot = vm.reserve_pci_slot()?;
-            let line = slot.intx_line(InterruptPin::A);
-            let nic = E1000::new(E1000Config::new(net.mac.0), vm.dma_space(), line, wire)?;
-            parts.interrupts = Some(nic.interrupts_taken());
-            let nic = Arc::new(Mutex::new(nic));
-            vm.add_pci(&slot, nic.clone())?;
-            parts.nic = Some(IsolatedNic {
-                nic: nic.clone(),
-                slot: slot.number(),
-            });
-            vm.add_subscriber(nic);
-            Ok(())
-        }
-        NicModel::Virtio => add_virtio(vm, Net::new(net.mac.0, wire)),
-    }
+) -> anyhow::Result<GuestNic> {
+    let (wire, gateway) = plug(vm, &net.wire, index, belongings)?;
+    let wire = MeteredWire::new(wire);
+    let meter = wire.meter();
+    let slot = vm.reserve_pci_slot()?;
+    let nic = net.nic.model().make(NicParts {
+        mac: net.mac.0,
+        wire: Box::new(wire),
+        dma: vm.dma_space(),
+        intx: slot.intx_line(InterruptPin::A),
+        vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+    })?;
+    vm.add_pci(&slot, nic.function.clone())?;
+    vm.add_subscriber(nic.events.clone());
+    Ok(GuestNic {
+        config: net.clone(),
+        nic,
+        slot: slot.number(),
+        meter,
+        gateway,
+    })
 }
 
-/// Makes the wire that `spec` says.
+/// A wire, and the gateway at its end if there is one.
+type Plugged = (Box<dyn Wire>, Option<GatewayControl>);
+
+/// Makes the wire of NIC number `index` that `spec` says.
 fn plug(
     vm: &mut Vm,
     spec: &NetSpec,
-    parts: &mut Parts,
+    index: usize,
     belongings: &Belongings,
-) -> anyhow::Result<Box<dyn Wire>> {
+) -> anyhow::Result<Plugged> {
     match spec {
         NetSpec::User => {
-            let mut config = GatewayConfig::default();
-            config.networks.push(NetworkConfig::for_vlan(GATEWAY_VLAN));
+            // Each gateway is a network of its own. The number of NICs is far below what an octet holds.
+            let number = u8::try_from(index).unwrap_or(u8::MAX);
+            let mut config = GatewayConfig::numbered(number);
+            let vlan = GATEWAY_VLAN + u16::from(number);
+            config.networks.push(NetworkConfig::for_vlan(vlan));
             let gateway = Gateway::new(&config)?;
             vm.add_subscriber(Arc::new(Mutex::new(gateway.timer())));
-            parts.gateway = Some(gateway.control());
-            Ok(Box::new(gateway))
+            let control = gateway.control();
+            Ok((Box::new(gateway), Some(control)))
         }
         NetSpec::Tap(name) => {
             // One that was made for us would be gone with us; a misspelt name would go unnoticed.
@@ -137,16 +129,16 @@ fn plug(
                      use --net user, which needs none"
                 );
             }
-            Ok(Box::new(Tap::open(name)?))
+            Ok((Box::new(Tap::open(name)?), None))
         }
         NetSpec::Unix { path, listen: true } => {
             let link = UnixLink::listen(path)?;
             belongings.add_socket(path.clone());
-            Ok(Box::new(link))
+            Ok((Box::new(link), None))
         }
         NetSpec::Unix {
             path,
             listen: false,
-        } => Ok(Box::new(UnixLink::connect(path)?)),
+        } => Ok((Box::new(UnixLink::connect(path)?), None)),
     }
 }

@@ -16,6 +16,7 @@ pub mod isolation;
 mod machine;
 mod memory;
 mod meter;
+mod nics;
 mod service;
 pub mod signals;
 pub mod terminal;
@@ -40,6 +41,9 @@ use signals::Signals;
 /// Most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;
 
+/// Most NICs a VM can have.
+pub const MAX_NICS: usize = 8;
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
@@ -55,8 +59,8 @@ pub struct RunConfig {
     pub append: Vec<String>,
     /// Disks, in this order.
     pub disks: Vec<DiskSpec>,
-    /// The network.
-    pub net: Option<NetConfig>,
+    /// NICs, in this order.
+    pub nets: Vec<NetConfig>,
     /// Guest memory.
     pub memory: MemorySize,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
@@ -133,16 +137,14 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             OnGuestReset::Restart
         },
     })?;
-    let parts = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     let isolator = Isolator::attach(vm.handle())?;
-    let forgetful = isolator.clone();
-    vm.handle().on_reset(move || forgetful.forget());
-    let guest = Isolation::new(
-        vm.handle(),
-        isolator,
-        paths.agent_socket(),
-        parts.nic.clone(),
-    );
+    let (forgetful, drivers) = (isolator.clone(), nics.clone());
+    vm.handle().on_reset(move || {
+        forgetful.forget();
+        drivers.forget();
+    });
+    let guest = Isolation::new(vm.handle(), isolator, paths.agent_socket(), nics.clone());
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     let weak = Arc::downgrade(&supervisor);
     vm.handle().on_reset(move || {
@@ -150,7 +152,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             supervisor.guest_was_reset();
         }
     });
-    let service = service::VmService::new(config, vm.handle(), parts, supervisor, started_ns);
+    let service = service::VmService::new(config, vm.handle(), nics, supervisor, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

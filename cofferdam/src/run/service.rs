@@ -15,10 +15,10 @@ use recovery::supervisor::Supervisor;
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
-use super::machine::Parts;
-use super::{RunConfig, memory};
+use super::nics::{GuestNic, Nics};
+use super::{NetConfig, RunConfig, memory};
 use crate::control::protocol::{
-    ConfigSummary, NetSummary, ProbeReading, Reply, Request, Status, VmState,
+    ConfigSummary, NetSummary, NicStatus, ProbeReading, Reply, Request, Status, VmState,
 };
 use crate::control::server::Handler;
 
@@ -31,7 +31,7 @@ const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 /// The VM as its control socket sees it.
 pub struct VmService {
     vm: VmHandle,
-    parts: Parts,
+    nics: Nics,
     supervisor: Arc<Supervisor<Isolation>>,
     name: String,
     config: ConfigSummary,
@@ -43,13 +43,13 @@ impl VmService {
     pub fn new(
         config: &RunConfig,
         vm: VmHandle,
-        parts: Parts,
+        nics: Nics,
         supervisor: Arc<Supervisor<Isolation>>,
         started_ns: u64,
     ) -> Self {
         Self {
             vm,
-            parts,
+            nics,
             supervisor,
             name: config.name.to_string(),
             config: summary(config),
@@ -69,17 +69,8 @@ impl VmService {
                 }
             }
         }
-        let mut nic = self
-            .parts
-            .meter
-            .as_ref()
-            .map(|meter| meter.read())
-            .unwrap_or_default();
-        if let Some(gateway) = &self.parts.gateway {
-            let counters = gateway.log().counters();
-            nic.insert("gateway_refused".to_owned(), counters.frames_refused);
-            nic.insert("gateway_too_long".to_owned(), counters.frames_too_long);
-        }
+        let nics: Vec<_> = self.nics.all().iter().map(nic_status).collect();
+        let first = nics.first();
         Ok(Reply::Status(Box::new(Status {
             name: self.name.clone(),
             pid: std::process::id(),
@@ -98,7 +89,8 @@ impl VmService {
             exits,
             isolation: self.isolator().status(),
             recovery: self.supervisor.status().into_iter().collect(),
-            nic,
+            nic: first.map(|nic| nic.counters.clone()).unwrap_or_default(),
+            nics,
         })))
     }
 
@@ -122,9 +114,13 @@ impl VmService {
     }
 
     fn gateway(&self) -> Result<&GatewayControl, String> {
-        self.parts
-            .gateway
-            .as_ref()
+        let mut gateways = self
+            .nics
+            .all()
+            .iter()
+            .filter_map(|nic| nic.gateway.as_ref());
+        gateways
+            .next()
             .ok_or_else(|| "this VM has no gateway: run it with --net user".to_owned())
     }
 
@@ -155,9 +151,11 @@ impl VmService {
             first_round_trip_ns: log.first_round_trip_since(since_ns),
             first_tx_ns: log.first_frame_since(since_ns),
             first_interrupt_ns: self
-                .parts
-                .interrupts
-                .as_ref()
+                .nics
+                .all()
+                .iter()
+                .find(|nic| nic.gateway.is_some())
+                .and_then(|nic| nic.nic.interrupts.as_ref())
                 .and_then(|taken| taken.first_since(since_ns)),
             sent: count(|kind| matches!(kind, GatewayEventKind::ProbeSent { .. })),
             replied: count(|kind| matches!(kind, GatewayEventKind::ProbeReplied { .. })),
@@ -295,17 +293,37 @@ fn chain(error: anyhow::Error) -> String {
     format!("{error:#}")
 }
 
+/// A NIC's configuration for people.
+fn net_summary(net: &NetConfig) -> NetSummary {
+    NetSummary {
+        nic: net.nic.name().to_owned(),
+        mac: net.mac.to_string(),
+        wire: net.wire.to_string(),
+    }
+}
+
+/// A NIC's configuration and counters.
+fn nic_status(nic: &GuestNic) -> NicStatus {
+    let mut counters = nic.meter.read();
+    if let Some(gateway) = &nic.gateway {
+        let of_gateway = gateway.log().counters();
+        counters.insert("gateway_refused".to_owned(), of_gateway.frames_refused);
+        counters.insert("gateway_too_long".to_owned(), of_gateway.frames_too_long);
+    }
+    NicStatus {
+        address: nic.address(),
+        net: net_summary(&nic.config),
+        counters,
+    }
+}
+
 /// A VM's configuration for people.
 fn summary(config: &RunConfig) -> ConfigSummary {
     ConfigSummary {
         kernel: config.kernel.display().to_string(),
         memory_mib: config.memory.bytes() >> 20,
         vcpus: u32::from(config.vcpus),
-        net: config.net.as_ref().map(|net| NetSummary {
-            nic: net.nic.name().to_owned(),
-            mac: net.mac.to_string(),
-            wire: net.wire.to_string(),
-        }),
+        net: config.nets.first().map(net_summary),
         disks: config.disks.iter().map(ToString::to_string).collect(),
         serial: config.serial.to_string(),
     }

@@ -13,6 +13,7 @@ mod builds;
 mod isolation;
 mod last_resort;
 mod machine;
+mod nics;
 mod recovery;
 mod shared;
 mod upgrade;

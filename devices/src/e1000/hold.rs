@@ -8,7 +8,9 @@ use super::{E1000, Moment};
 use crate::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
 use crate::pci::{BarRange, BarSpace, PciFunction};
 
-use crate::hold::{CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable};
+use crate::hold::{
+    CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges,
+};
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
 /// Manual, 4.1.1).
@@ -36,7 +38,7 @@ impl HoldableE1000 {
 }
 
 impl Holdable for HoldableE1000 {
-    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) -> Result<(), DeviceLost> {
         let mut nic = self.nic.lock().unwrap_or_else(PoisonError::into_inner);
         let ranges = nic.decoded().into_iter().collect();
         with(&mut Held {
@@ -47,6 +49,7 @@ impl Holdable for HoldableE1000 {
             saved: Saved::Nothing,
         });
         nic.freeze_interrupts(false);
+        Ok(())
     }
 }
 
@@ -175,7 +178,16 @@ impl HeldDevice for Held<'_> {
         self.nic.undo(&parts).map_err(|error| error.to_string())
     }
 
-    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+    fn put_back(&mut self, state: &DeviceState) -> Result<(), DeviceLost> {
+        let foreign = || DeviceLost("its state is another device's".to_owned());
+        let (state, rings) = saved(state).ok_or_else(foreign)?;
+        let result = self.nic.restore(state.clone());
+        result.map_err(|error| DeviceLost(error.to_string()))?;
+        self.nic.restore_rings(rings);
+        Ok(())
+    }
+
+    fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
         let states = saved(before).zip(saved(after));
         states.is_some_and(|((before, _), (after, _))| before.transmits_otherwise(after))
     }
@@ -192,12 +204,12 @@ impl HeldDevice for Held<'_> {
         self.nic.withhold_interrupts(withhold);
     }
 
-    fn hold_link(&mut self) {
+    fn keep_outside(&mut self) {
         self.nic.hold_link();
     }
 
-    fn let_link_go(&mut self, missed: bool) {
-        self.nic.let_link_go(missed);
+    fn show_outside(&mut self, changes: OutsideChanges) {
+        self.nic.let_link_go(changes == OutsideChanges::Shown);
     }
 
     fn silence(&mut self) {

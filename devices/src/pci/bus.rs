@@ -97,10 +97,10 @@ impl PciBus {
         }
     }
 
-    /// The functions in all slots but `slot`, in the order of slots.
-    pub fn functions_except(&self, slot: u8) -> Vec<SharedFunction> {
+    /// The functions in all slots but `slots`, in the order of slots.
+    pub fn functions_except(&self, slots: &[u8]) -> Vec<SharedFunction> {
         (0..SLOT_COUNT)
-            .filter(|&other| other != slot)
+            .filter(|other| !slots.contains(other))
             .filter_map(|other| self.slot(other))
             .map(|other| other.function.clone())
             .collect()

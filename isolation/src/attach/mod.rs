@@ -128,10 +128,10 @@ pub struct IsolateRequest {
     pub model: Option<KernelModel>,
     /// Further kernel functions that only the guest may run.
     pub guest_only: Vec<String>,
-    /// The module's device, if it has one.
+    /// The module's device, if it has one; all of them as one if it has several.
     pub device: Option<Arc<dyn Holdable>>,
-    /// PCI slot of that device; its lock is the device's own.
-    pub device_slot: Option<u8>,
+    /// PCI slots of these devices; the functions' locks are the devices' own.
+    pub device_slots: Vec<u8>,
     /// Time that a call may take before it is aborted.
     pub budget: Duration,
     /// Decides what becomes of calls that failed.
@@ -270,11 +270,11 @@ impl Isolator {
                 again: None,
                 stopped: false,
                 device: request.device,
-                device_slot: request.device_slot,
+                device_slots: request.device_slots,
                 budget: request.budget,
                 sleep_limit: request.sleep_limit,
                 withholding: false,
-                link_held: false,
+                outside_kept: false,
                 reports: VecDeque::new(),
                 violations: 0,
                 rolled_back: None,
@@ -379,9 +379,7 @@ impl Isolator {
     pub fn stop(&self, module: &str) -> Result<(), AttachError> {
         self.with_module(module, |armed| {
             armed.stopped = true;
-            if let Some(device) = &armed.device {
-                device.hold(&mut |held| held.silence());
-            }
+            armed.silence_device();
             Ok(())
         })
     }

@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use devices::hold::OutsideChanges;
 use kvm_bindings::kvm_regs;
 
 use crate::attach::REPORTS_KEPT;
@@ -86,21 +87,24 @@ impl Armed {
             .values()
             .any(|calling| calling.failure.is_some());
         let interrupt = self.withholding && !taking_back;
-        let link = self.link_held && !may_be_taken_back(&self.spilled);
+        let link = self.outside_kept && !may_be_taken_back(&self.spilled);
         if !interrupt && !link {
             return;
         }
         self.withholding &= !interrupt;
-        self.link_held &= !link;
+        self.outside_kept &= !link;
         if let Some(device) = &self.device {
-            device.hold(&mut |held| {
+            let held = device.hold(&mut |held| {
                 if interrupt {
                     held.withhold_interrupts(false);
                 }
                 if link {
-                    held.let_link_go(true);
+                    held.show_outside(OutsideChanges::Shown);
                 }
             });
+            if let Err(lost) = held {
+                tracing::error!("the device does not go on as before: {lost}");
+            }
         }
     }
 
@@ -136,8 +140,8 @@ impl Armed {
             attempts,
             entry,
         });
-        if let (AfterFault::Stop, Some(device)) = (decided, &self.device) {
-            device.hold(&mut |held| held.silence());
+        if decided == AfterFault::Stop {
+            self.silence_device();
         }
         self.violations += 1;
         self.rolled_back = Some(ended);

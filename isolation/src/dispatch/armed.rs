@@ -33,7 +33,7 @@ use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
 use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
-use devices::hold::Holdable;
+use devices::hold::{Holdable, OutsideChanges};
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
@@ -91,10 +91,9 @@ pub(crate) struct Armed {
     pub device: Option<Arc<dyn Holdable>>,
     /// The device does not interrupt, because calls are being taken back.
     pub withholding: bool,
-    /// The other end of the device's wire does not see what becomes of the link, because calls are in the guest that may
-    /// be taken back.
-    pub link_held: bool,
-    pub device_slot: Option<u8>,
+    /// The outside does not see what becomes of the device, because calls are in the guest that may be taken back.
+    pub outside_kept: bool,
+    pub device_slots: Vec<u8>,
     pub budget: Duration,
     pub sleep_limit: Duration,
     pub reports: VecDeque<ViolationReport>,
@@ -285,7 +284,7 @@ impl Armed {
             sleep_limit: self.sleep_limit,
         };
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
-        let (withholding, link_held) = (&mut self.withholding, &mut self.link_held);
+        let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
         let others_open = may_be_taken_back(&self.spilled);
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.begin(&entry.name, again, at.sregs.cr3, domain)
@@ -312,31 +311,39 @@ impl Armed {
         let mut result: Option<Result<CallResult, DomainError>> = None;
         let mut device_lost = None;
         match &self.device {
-            Some(device) => device.hold(&mut |held| {
-                let Some(platform) = platform.take() else {
-                    return;
-                };
-                if again {
-                    held.freeze_interrupts();
+            Some(device) => {
+                let held = device.hold(&mut |held| {
+                    let Some(platform) = platform.take() else {
+                        return;
+                    };
+                    if again {
+                        held.freeze_interrupts();
+                    }
+                    held.keep_outside();
+                    let mut supervisor =
+                        CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
+                    let spilled = spilled.as_deref_mut();
+                    let done = domain.carry_out(&request, &mut supervisor, spilled);
+                    device_lost = supervisor.device_lost();
+                    if matches!(&done, Ok(done) if done.is_to_be_taken_back()) {
+                        held.withhold_interrupts(true);
+                        *withholding = true;
+                    }
+                    *outside_kept = others_open || matches!(&done, Ok(done) if done.is_open());
+                    if !*outside_kept {
+                        // What was taken back nobody has seen.
+                        let is_undone = done.as_ref().map_or(true, CallResult::leaves_nothing);
+                        held.show_outside(match is_undone {
+                            true => OutsideChanges::Forgotten,
+                            false => OutsideChanges::Shown,
+                        });
+                    }
+                    result = Some(done);
+                });
+                if let Err(lost) = held {
+                    result = Some(Err(lost.into()));
                 }
-                held.hold_link();
-                let mut supervisor =
-                    CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
-                let spilled = spilled.as_deref_mut();
-                let done = domain.carry_out(&request, &mut supervisor, spilled);
-                device_lost = supervisor.device_lost();
-                if matches!(&done, Ok(done) if done.is_to_be_taken_back()) {
-                    held.withhold_interrupts(true);
-                    *withholding = true;
-                }
-                *link_held = others_open || matches!(&done, Ok(done) if done.is_open());
-                if !*link_held {
-                    // What was taken back nobody has seen.
-                    let is_undone = done.as_ref().map_or(true, CallResult::leaves_nothing);
-                    held.let_link_go(!is_undone);
-                }
-                result = Some(done);
-            }),
+            }
             None => {
                 let platform = Platform::new(at.vm, at.vcpu);
                 let mut supervisor = CallSupervisor::new(knowledge, policy, None, platform);
@@ -427,6 +434,15 @@ impl Armed {
         next
     }
 
+    /// Keeps the device from interrupting and from moving data.
+    pub(crate) fn silence_device(&self) {
+        let held = self.device.as_ref();
+        let held = held.map(|device| device.hold(&mut |held| held.silence()));
+        if let Some(Err(lost)) = held {
+            tracing::warn!("the device of a stopped driver is not silent: {lost}");
+        }
+    }
+
     pub fn status(&self, module: &str) -> ModuleStatus {
         // A guard that kept something out is told of.
         let gates = self.gates.values();
@@ -455,7 +471,10 @@ fn asleep(device: Option<&dyn Holdable>, violation: &Violation) -> Option<String
         return None;
     };
     let mut asleep = false;
-    device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
+    let held = device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
+    if let Err(lost) = held {
+        return Some(lost.to_string());
+    }
     asleep.then(|| "it is in a sleep state, of which its driver does not know".to_owned())
 }
 

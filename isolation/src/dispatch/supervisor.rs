@@ -415,9 +415,9 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
-    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+    fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
         let device = self.device.as_ref();
-        device.is_some_and(|device| device.transmitter_changed(before, after))
+        device.is_some_and(|device| device.requests_changed(before, after))
     }
 
     fn platform_read(&mut self, gpa: u64, bytes: usize) -> Option<u64> {

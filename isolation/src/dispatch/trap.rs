@@ -55,10 +55,7 @@ impl TrapHandler for Isolator {
             // Code that may use I/O ports wrote to this one, or jumped into a gate.
             return TrapOutcome::Resume;
         };
-        let functions = match armed.device_slot {
-            Some(slot) => self.vm.pci_bus().functions_except(slot),
-            None => self.vm.pci_bus().functions_except(u8::MAX),
-        };
+        let functions = self.vm.pci_bus().functions_except(&armed.device_slots);
         let _devices: Vec<_> = functions
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))

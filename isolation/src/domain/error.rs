@@ -1,5 +1,7 @@
 //! Why a domain could not be made or a call not be carried out.
 
+use devices::hold::DeviceLost;
+
 use super::monitor::MonitorError;
 use super::private_vm::PrivateVmError;
 use super::roots::RootError;
@@ -31,6 +33,9 @@ pub enum DomainError {
     /// A page that should hold driver text is not mapped.
     #[error("driver text at {0:#x} is not mapped in the guest")]
     TextNotMapped(u64),
+    /// The device does not hold.
+    #[error("the device cannot be held: {0}")]
+    Device(#[from] DeviceLost),
     /// A rule of this crate was broken.
     #[error("internal error: {0}")]
     Internal(&'static str),

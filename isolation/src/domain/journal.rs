@@ -117,8 +117,8 @@ struct Settled {
     done: Lasting,
     deferred: Vec<KernelCall>,
     device: Vec<(DeviceState, DeviceState)>,
-    /// The device's transmitter is not any more as it was when the call began.
-    transmitter: bool,
+    /// The device does not take requests of others any more as it did when the call began.
+    requests_changed: bool,
     /// More kernel functions were open than the one that comes back first.
     nested: bool,
     stays: Option<Stays>,
@@ -278,14 +278,14 @@ impl Journal {
             .for_each(|done| settled.done.happened(done));
     }
 
-    /// The last settled part that used the device changed its transmitter.
-    pub fn transmitter_changed(&mut self) {
-        self.settled.transmitter = true;
+    /// The last settled part that used the device changed where that takes requests of others from.
+    pub fn requests_changed(&mut self) {
+        self.settled.requests_changed = true;
     }
 
-    /// Whether packets that others give to the device would be in the way of taking the call back.
+    /// Whether requests (packets) that others give to the device would be in the way of taking the call back.
     pub fn keeps_packets_out(&self) -> bool {
-        self.settled.transmitter
+        self.settled.requests_changed
     }
 
     /// The kernel function that went on in the guest has returned there, and its return is noted: what it did is

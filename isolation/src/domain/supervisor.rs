@@ -103,9 +103,9 @@ pub trait Supervisor {
         }
     }
 
-    /// Whether the call put the device's transmitter into another state between `before` and `after`: a packet given to
+    /// Whether the call changed where the device takes requests of others from between `before` and `after`: one given to
     /// it from now on would be in the way of putting it back.
-    fn transmitter_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
+    fn requests_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
         false
     }
 

@@ -266,7 +266,7 @@ impl Guest {
             model: None,
             guest_only: Vec::new(),
             device: None,
-            device_slot: None,
+            device_slots: Vec::new(),
             budget: Duration::from_secs(10),
             policy: Box::new(ReturnErrors),
             sleep_limit: Duration::ZERO,

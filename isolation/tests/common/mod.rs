@@ -425,7 +425,7 @@ impl Supervisor for Kernel {
         self.undone_parts = parts.collect();
         Ok(())
     }
-    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+    fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
         let writes = |state: &DeviceState| *state.0.downcast_ref::<usize>().unwrap();
         let part = self.device_writes.get(writes(before)..writes(after));
         part.is_some_and(|part| part.iter().any(|(_, value, _)| *value == TRANSMITTER))

@@ -228,7 +228,7 @@ impl Machine {
             wanted,
             model: self.model.clone(),
             guest_only: self.guest_only.clone(),
-            device_slot: device.as_ref().map(|_| self.nic_slot),
+            device_slots: device.iter().map(|_| self.nic_slot).collect(),
             device: device.map(|device| Arc::new(device) as _),
             budget: BUDGET,
             policy: match self.retry {

@@ -39,12 +39,13 @@ impl Device {
 }
 
 impl Holdable for Device {
-    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) {
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) -> Result<(), DeviceLost> {
         let mut inner = self.lock();
         with(&mut Held {
             registers: &mut inner.registers,
             saved: None,
         });
+        Ok(())
     }
 }
 
@@ -99,7 +100,11 @@ impl HeldDevice for Held<'_> {
         Err("not in parts".into())
     }
 
-    fn transmitter_changed(&self, _: &DeviceState, _: &DeviceState) -> bool {
+    fn put_back(&mut self, _: &DeviceState) -> Result<(), DeviceLost> {
+        Err(DeviceLost("it does not give its state away".into()))
+    }
+
+    fn requests_changed(&self, _: &DeviceState, _: &DeviceState) -> bool {
         false
     }
 

@@ -93,7 +93,7 @@ impl Stress {
                 model: None,
                 guest_only: Vec::new(),
                 device: Some(self.device.clone()),
-                device_slot: None,
+                device_slots: Vec::new(),
                 budget: Duration::from_millis(100),
                 policy: Box::new(ReturnErrors),
                 sleep_limit: Duration::ZERO,

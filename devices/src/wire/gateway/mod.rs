@@ -114,6 +114,18 @@ impl Default for GatewayConfig {
 }
 
 impl GatewayConfig {
+    /// As the default one for number 0, and the networks behind it for more: `10.0.3.2/24` and so on.
+    pub fn numbered(number: u8) -> Self {
+        let mut config = Self::default();
+        for network in &mut config.networks {
+            for address in [&mut network.address, &mut network.guest_address] {
+                let [a, b, c, d] = address.octets();
+                *address = Ipv4Addr::new(a, b, c.wrapping_add(number), d);
+            }
+        }
+        config
+    }
+
     fn check(&self) -> Result<&NetworkConfig, GatewayError> {
         if self.mac[0] & 1 != 0 || self.mac == [0; 6] {
             return Err(GatewayError::Config(

@@ -154,9 +154,9 @@ impl Call<'_> {
             journal.settle(device, nested);
             if used
                 && let Some((before, after)) = journal.device().last()
-                && self.supervisor.transmitter_changed(before, after)
+                && self.supervisor.requests_changed(before, after)
             {
-                journal.transmitter_changed();
+                journal.requests_changed();
             }
         }
     }

@@ -1,10 +1,22 @@
 //! Devices that can be held: nobody else touches them meanwhile, their state can be taken and put back.
+//!
+//! ```text
+//!   Holdable::hold ──► the device stands still ──► HeldDevice: accesses, state, what others see ──► it goes on
+//! ```
+//!
+//! Holding is asking: the device may be a lock away in this process, or a message away in another one, which may be
+//! gone. Nothing here says what kind of device it is: what a network card calls transmitter and link is *requests of
+//! others* and *what the outside sees*.
+
+mod set;
 
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::set::HoldableSet;
 
 /// Where a device is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,8 +116,13 @@ pub trait HeldDevice {
     /// and after each part, oldest first. All or nothing; the error says what is in the way.
     fn undo(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String>;
 
-    /// Whether its transmitter was switched, or its ring moved, between these two states.
-    fn transmitter_changed(&self, before: &DeviceState, after: &DeviceState) -> bool;
+    /// Becomes what it was at `state`, one of its own; the error is also that it cannot.
+    fn put_back(&mut self, state: &DeviceState) -> Result<(), DeviceLost>;
+
+    /// Whether its driver switched on or off, or moved, the place that the device takes requests of others from between
+    /// these two states: of a network card, whether it transmits and from which ring. What others ask for from then on
+    /// is in the way of taking back what was done between the two.
+    fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool;
 
     /// Guest memory that the device uses as a part of its state: address and length of descriptor rings.
     fn memory(&self) -> Vec<(u64, u64)>;
@@ -117,20 +134,33 @@ pub trait HeldDevice {
     /// Keeps the device from interrupting until it is told otherwise; what it wants to interrupt for waits.
     fn withhold_interrupts(&mut self, withhold: bool);
 
-    /// Keeps what the other end of its wire sees of the link until [`HeldDevice::let_link_go`]: a call that resets the
-    /// device may still be taken back.
-    fn hold_link(&mut self) {}
+    /// Keeps what the outside sees of it as it is until [`HeldDevice::show_outside`], whatever the guest sees of it: of a
+    /// network card, the link that a port at the other end of the cable sees. A call that resets the device may still be
+    /// taken back. Nothing for a device of which the outside sees no state.
+    fn keep_outside(&mut self) {}
 
-    /// Lets the other end of the wire see the link as it is; a loss that is over by now only if `missed`.
-    fn let_link_go(&mut self, _missed: bool) {}
+    /// Lets the outside see it as it is.
+    fn show_outside(&mut self, _changes: OutsideChanges) {}
 
     /// Keeps the device from interrupting and from moving data: its driver does not run any more.
     fn silence(&mut self);
 }
 
+/// What the outside is to see of changes that came and were over again while it was kept from seeing them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutsideChanges {
+    /// They have happened: it sees them, late.
+    Shown,
+    /// They were taken back: it never sees them.
+    Forgotten,
+}
+
 /// A device that can be held: neither the guest nor its own event handling touches it or guest
 /// memory through it meanwhile.
 pub trait Holdable: Send + Sync {
-    /// Calls `with` with the device in hand.
-    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice));
+    /// Asks the device to hold, calls `with` with the device in hand, and lets it go on.
+    ///
+    /// # Errors
+    /// The device does not answer, or did not hold: `with` was not called.
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) -> Result<(), DeviceLost>;
 }

@@ -1,0 +1,213 @@
+//! The guest's NICs: what is kept of them to look at them and to control them, and which of them a driver has.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent_protocol::{Client, ClientError};
+use anyhow::bail;
+use devices::hold::{CheckpointBy, DeviceState, Holdable, HoldableSet};
+use devices::nic::Nic;
+use devices::pci::config::offset::COMMAND;
+use devices::wire::gateway::GatewayControl;
+use vmm::VmHandle;
+
+use super::NetConfig;
+use super::meter::Meter;
+
+/// Longest name of a PCI driver that the guest is believed, in bytes.
+const MAX_DRIVER_NAME: usize = 64;
+
+/// One NIC.
+#[derive(Clone)]
+pub struct GuestNic {
+    /// What it was made from.
+    pub config: NetConfig,
+    /// The device.
+    pub nic: Nic,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// What passed between it and its wire.
+    pub meter: Arc<Meter>,
+    /// The user-mode gateway that it is plugged into, if it is.
+    pub gateway: Option<GatewayControl>,
+}
+
+impl GuestNic {
+    /// Its PCI address, as Linux writes it.
+    pub fn address(&self) -> String {
+        format!("0000:00:{:02x}.0", self.slot)
+    }
+}
+
+/// All NICs of a guest, in the order of their slots.
+#[derive(Clone, Default)]
+pub struct Nics {
+    all: Arc<[GuestNic]>,
+    /// Slots of the NICs that modules had when the guest was last asked: while a driver is out, it has none.
+    driven: Arc<Mutex<HashMap<String, Vec<u8>>>>,
+}
+
+/// The devices of a module, held as one.
+pub struct Driven {
+    /// The devices.
+    pub device: Arc<dyn Holdable>,
+    /// Their slots.
+    pub slots: Vec<u8>,
+}
+
+impl Nics {
+    /// These NICs.
+    pub fn new(all: Vec<GuestNic>) -> Self {
+        Self {
+            all: all.into(),
+            driven: Arc::default(),
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> &[GuestNic] {
+        &self.all
+    }
+
+    /// Asks the guest which NICs `module` drives, and remembers it.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn look(&self, agent: &mut Client, module: &str) -> anyhow::Result<()> {
+        let mut slots = Vec::new();
+        for nic in self.all.iter() {
+            if is_driven(agent, nic, module)? {
+                slots.push(nic.slot);
+            }
+        }
+        let mut driven = self.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        // A driver that has let go of its device for the moment is going to have it again.
+        if !slots.is_empty() {
+            driven.insert(module.to_owned(), slots);
+        }
+        Ok(())
+    }
+
+    /// Forgets what the guest said: it starts anew.
+    pub fn forget(&self) {
+        let mut driven = self.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        driven.clear();
+    }
+
+    /// The NICs of `module` that can be held, as one whose state is taken in the given way. Those that the guest said
+    /// last, or, if it was not asked since it started, those that such a module is known to drive.
+    ///
+    /// # Errors
+    /// There is no such way for them.
+    pub fn of(&self, module: &str, by: CheckpointBy) -> anyhow::Result<Option<Driven>> {
+        let driven = self.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = driven.get(module).cloned();
+        drop(driven);
+        let is_its = |nic: &&GuestNic| match &said {
+            Some(slots) => slots.contains(&nic.slot),
+            None => nic.config.nic.drivers().contains(&module),
+        };
+        let (mut devices, mut slots) = (Vec::new(), Vec::new());
+        for nic in self.all.iter().filter(is_its) {
+            if let Some(holdable) = &nic.nic.holdable {
+                devices.push(holdable(by)?);
+                slots.push(nic.slot);
+            }
+        }
+        if devices.is_empty() && by != CheckpointBy::Exact {
+            bail!("there is no description of the registers of {module}'s device");
+        }
+        let device = HoldableSet::of(devices);
+        Ok(device.map(|device| Driven { device, slots }))
+    }
+
+    /// The state of `module`'s devices.
+    pub fn save(&self, module: &str) -> Option<DeviceState> {
+        let driven = self.of(module, CheckpointBy::Exact).ok()??;
+        let mut state = None;
+        let held = driven.device.hold(&mut |held| state = held.state());
+        if let Err(lost) = held {
+            tracing::warn!("the state of {module}'s device is not taken: {lost}");
+        }
+        state
+    }
+
+    /// Puts that state back.
+    ///
+    /// # Errors
+    /// The devices do not take it.
+    pub fn put_back(&self, vm: &VmHandle, module: &str, state: &DeviceState) -> anyhow::Result<()> {
+        let Some(driven) = self.of(module, CheckpointBy::Exact)? else {
+            bail!("{module} drives no device of ours");
+        };
+        let mut result = Ok(());
+        driven
+            .device
+            .hold(&mut |held| result = held.put_back(state))?;
+        result?;
+        // Written through the bus, so that it decodes what the functions decode now.
+        let bus = vm.pci_bus();
+        for slot in driven.slots {
+            let mut command = [0; 2];
+            bus.config_read(slot, COMMAND, &mut command);
+            bus.config_write(slot, COMMAND, &command);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the guest's `module` drives `nic`.
+fn is_driven(agent: &mut Client, nic: &GuestNic, module: &str) -> Result<bool, ClientError> {
+    let address = nic.address();
+    let uevent = format!("/sys/bus/pci/devices/{address}/uevent");
+    let Some(text) = read(agent, &uevent)? else {
+        return Ok(false);
+    };
+    let Some(driver) = driver_in(&text) else {
+        return Ok(false);
+    };
+    // The module's folder has a link to its driver, and that has one to each of its devices.
+    let own = format!("/sys/module/{module}/drivers/pci:{driver}/{address}/uevent");
+    Ok(read(agent, &own)?.is_some())
+}
+
+/// A file of the guest; `None` if it does not give it.
+fn read(agent: &mut Client, path: &str) -> Result<Option<Vec<u8>>, ClientError> {
+    match agent.read_file(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(ClientError::Agent(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The driver's name in the `uevent` file of a device (`DRIVER=`); `None` if it has none, or none that could be a file's name.
+fn driver_in(uevent: &[u8]) -> Option<&str> {
+    let text = std::str::from_utf8(uevent).ok()?;
+    let driver = text.lines().find_map(|line| line.strip_prefix("DRIVER="))?;
+    let usable = !driver.is_empty()
+        && driver.len() <= MAX_DRIVER_NAME
+        && driver
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_+ ".contains(&byte));
+    usable.then_some(driver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drivers_name_is_taken_from_the_guest_only_if_it_can_be_one() {
+        let text = b"DRIVER=e1000\nPCI_CLASS=20000\nPCI_SLOT_NAME=0000:00:02.0\n";
+        assert_eq!(driver_in(text), Some("e1000"));
+        for none in [
+            &b"PCI_CLASS=20000\n"[..],
+            b"DRIVER=\n",
+            b"DRIVER=../../x\n",
+            b"DRIVER=\xff\n",
+            &[&b"DRIVER="[..], &[b'x'; 65]].concat(),
+        ] {
+            assert_eq!(driver_in(none), None);
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The network cards that there are, by name. Whoever needs one asks here; which model it is, nobody above this crate knows.
+//!
+//! A model is a row of [`MODELS`]: its name, which modules of Linux drive it, and how it is made. What is made is a PCI
+//! function like any other, with what else it has to offer.
+
+use std::sync::{Arc, Mutex};
+
+use event_manager::MutEventSubscriber;
+
+use crate::dma::DmaSpace;
+use crate::e1000::{E1000, E1000Config, HoldableE1000};
+use crate::hold::{CheckpointBy, Holdable};
+use crate::irq::{IrqLine, MsiVectors};
+use crate::moments::Moments;
+use crate::pci::bus::SharedFunction;
+use crate::pci::registers::DescriptionError;
+use crate::virtio::VirtioDevice;
+use crate::virtio::net::Net;
+use crate::virtio::pci::{VirtioError, VirtioPciFunction};
+use crate::wire::Wire;
+
+/// Why a card cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NicError {
+    /// The controller.
+    #[error(transparent)]
+    E1000(#[from] crate::e1000::Error),
+    /// The description of its registers.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// The virtio function.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// Interrupt vectors.
+    #[error("the NIC gets no interrupt vectors: {0}")]
+    Vectors(String),
+}
+
+/// A model of card.
+#[derive(Debug)]
+pub struct NicModel {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it is, in a few words.
+    pub summary: &'static str,
+    /// Modules of Linux that drive it. Which one does in a guest, only the guest knows.
+    pub drivers: &'static [&'static str],
+    make: fn(NicParts<'_>) -> Result<Nic, NicError>,
+}
+
+/// All models; the first is the one that a guest gets where nobody says which.
+pub static MODELS: [NicModel; 2] = [
+    NicModel {
+        name: "e1000",
+        summary: "Intel 82540EM",
+        drivers: &["e1000"],
+        make: make_e1000,
+    },
+    NicModel {
+        name: "virtio",
+        summary: "virtio-net",
+        drivers: &["virtio_net"],
+        make: make_virtio,
+    },
+];
+
+/// What a card is made of.
+pub struct NicParts<'a> {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// What it is plugged into.
+    pub wire: Box<dyn Wire>,
+    /// The memory that it reaches.
+    pub dma: DmaSpace,
+    /// Its slot's pin INTA#.
+    pub intx: Arc<dyn IrqLine>,
+    /// Gives so many message-signalled vectors.
+    pub vectors: &'a mut dyn FnMut(u16) -> Result<Arc<dyn MsiVectors>, String>,
+}
+
+/// Makes a device holdable whose state is taken in the given way.
+pub type MakeHoldable =
+    Arc<dyn Fn(CheckpointBy) -> Result<Arc<dyn Holdable>, NicError> + Send + Sync>;
+
+/// A card.
+#[derive(Clone)]
+pub struct Nic {
+    /// What is put into a PCI slot.
+    pub function: SharedFunction,
+    /// What the event loop serves.
+    pub events: Arc<Mutex<dyn MutEventSubscriber + Send>>,
+    /// How it is held, if it can be.
+    pub holdable: Option<MakeHoldable>,
+    /// When the guest took interrupts of it, if the model tells.
+    pub interrupts: Option<Arc<Moments>>,
+}
+
+impl NicModel {
+    /// The model of this name.
+    pub fn from_name(name: &str) -> Option<&'static Self> {
+        MODELS.iter().find(|model| model.name == name)
+    }
+
+    /// A card of this model.
+    ///
+    /// # Errors
+    /// The host refuses what it needs.
+    pub fn make(&self, parts: NicParts<'_>) -> Result<Nic, NicError> {
+        (self.make)(parts)
+    }
+}
+
+fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
+    let config = E1000Config::new(parts.mac);
+    let nic = E1000::new(config, parts.dma, parts.intx, parts.wire)?;
+    let interrupts = nic.interrupts_taken();
+    let nic = Arc::new(Mutex::new(nic));
+    let held = nic.clone();
+    Ok(Nic {
+        function: nic.clone(),
+        events: nic,
+        holdable: Some(Arc::new(move |by| {
+            Ok(Arc::new(HoldableE1000::new(held.clone(), by)?))
+        })),
+        interrupts: Some(interrupts),
+    })
+}
+
+fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
+    let device = Net::new(parts.mac, parts.wire);
+    // One vector for each queue and one for changes of configuration.
+    let count = u16::try_from(device.queue_sizes().len() + 1).unwrap_or(u16::MAX);
+    let vectors = (parts.vectors)(count).map_err(NicError::Vectors)?;
+    let function = VirtioPciFunction::new(device, parts.dma, parts.intx, vectors)?;
+    let function = Arc::new(Mutex::new(function));
+    Ok(Nic {
+        function: function.clone(),
+        events: function,
+        holdable: None,
+        interrupts: None,
+    })
+}
+
+#[cfg(test)]
+mod tests;
