@@ -338,3 +338,27 @@ fn a_gate_in_the_guest_is_not_in_the_domain_and_text_patched_later_is_followed()
     assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
     assert_eq!(result.regs.rax, 8);
 }
+
+#[test]
+fn a_domain_is_told_from_one_whose_guest_has_changed_since() {
+    let mut guest = Guest::new();
+    guest.code(DRIVER_TEXT, add_five);
+    let mut domain = guest.domain();
+    domain.patch(DRIVER_TEXT + 0x800, &[0xcc]).unwrap();
+    let tables = guest.sregs.cr3;
+    assert!(domain.is_current(tables).unwrap());
+    // Other code on a patched page is taken over, and the patch stays.
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(eax, 9).unwrap();
+        a.ret().unwrap();
+    });
+    assert!(domain.is_current(tables).unwrap());
+    let mut patched = [0];
+    domain.code(DRIVER_TEXT + 0x800, &mut patched).unwrap();
+    assert_eq!(patched, [0xcc]);
+    let result = guest.call(&mut domain, &mut Kernel::with_data());
+    assert_eq!(result.regs.rax, 9);
+    // Text that lies elsewhere now is not what was patched.
+    guest.map(DRIVER_TEXT, gpa_of(KERNEL_TEXT), 0);
+    assert!(!domain.is_current(tables).unwrap());
+}

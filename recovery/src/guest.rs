@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use agent_protocol::message::{Interface, Module};
 use agent_protocol::{Client, ClientError};
-use isolation::attach::Isolated;
+use isolation::attach::request::Isolated;
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::status::ModuleStatus;
 

@@ -12,8 +12,8 @@ use isolation::compensation::effects::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The model that comes with this crate.
-const LINUX_6_1: &str = include_str!("../models/linux-6.1.toml");
+/// The models that come with this crate, by the series of the kernel that they are of.
+const MODELS: [(&str, &str); 1] = [("6.1", include_str!("../models/linux-6.1.toml"))];
 
 /// Version of the schema.
 const SCHEMA: u32 = 1;
@@ -153,6 +153,7 @@ pub enum Known<'a> {
 /// What is known of a kernel's functions.
 #[derive(Debug, Clone)]
 pub struct Model {
+    kernel: String,
     data: BTreeSet<String>,
     transient: BTreeSet<String>,
     lasting: BTreeMap<String, Effect>,
@@ -163,9 +164,8 @@ pub struct Model {
 #[serde(deny_unknown_fields)]
 struct File {
     schema: u32,
-    /// Series of the kernel, for the reader.
-    #[serde(rename = "kernel")]
-    _kernel: String,
+    /// Series of the kernel.
+    kernel: String,
     data: Vec<String>,
     transient: Vec<String>,
     #[serde(default)]
@@ -191,9 +191,18 @@ struct Entry {
 }
 
 impl Model {
-    /// The model of Linux 6.1 that comes with this crate.
-    pub fn linux_6_1() -> Result<Self, ModelError> {
-        Self::parse(LINUX_6_1)
+    /// The model that comes with this crate for the kernel of this release, as `uname -r` has it; `None` if there is
+    /// none for its series. What a function leaves behind in one series it need not in another.
+    pub fn for_release(release: &str) -> Option<Result<Self, ModelError>> {
+        let series = series(release)?;
+        let mut models = MODELS.iter();
+        let (_, text) = models.find(|(kernel, _)| *kernel == series)?;
+        Some(Self::parse(text))
+    }
+
+    /// The series of the kernel that it is of, such as `6.1`.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
     }
 
     /// Reads a model.
@@ -225,6 +234,7 @@ impl Model {
         });
         let lasting = lasting.collect::<Result<_, ModelError>>()?;
         Ok(Self {
+            kernel: file.kernel,
             data: file.data.into_iter().collect(),
             transient: file.transient.into_iter().collect(),
             lasting,
@@ -246,6 +256,7 @@ impl Model {
     /// What isolated calls are journalled and compensated by.
     pub fn for_isolation(&self) -> KernelModel {
         let mut model = KernelModel {
+            kernel: self.kernel.clone(),
             harmless: self.data.iter().chain(&self.transient).cloned().collect(),
             lasting: Vec::new(),
             interrupts_off: self.interrupts_off.iter().cloned().collect(),
@@ -329,6 +340,15 @@ impl Entry {
     }
 }
 
+/// `6.1` of `6.1.0-44-amd64`: the first two numbers of a kernel's release.
+fn series(release: &str) -> Option<&str> {
+    let mut ends = release.match_indices(|c: char| !c.is_ascii_digit());
+    let (first, dot) = ends.next()?;
+    let end = ends.next().map_or(release.len(), |(at, _)| at);
+    let minor = release.get(first + 1..end)?;
+    (first > 0 && dot == "." && !minor.is_empty()).then(|| &release[..end])
+}
+
 fn parse_index(text: &str) -> Option<u8> {
     let index: u8 = text.parse().ok()?;
     (index < REGISTER_ARGUMENTS).then_some(index)
@@ -395,8 +415,30 @@ mod tests {
     }
 
     #[test]
+    fn the_guests_kernel_chooses_the_model() {
+        for release in ["6.1", "6.1.0-44-amd64", "6.1.158+", "6.1-rc3"] {
+            let model = Model::for_release(release).unwrap().unwrap();
+            assert_eq!(model.kernel(), "6.1", "{release}");
+            assert_eq!(model.for_isolation().kernel, "6.1");
+        }
+        let others = "6.12.117+deb13-amd64 6.10.0 16.1.0 7.2.13 6 6. 6-1 .6.1 x 6.é 6.1é";
+        for other in others.split(' ').chain([""]) {
+            let series = if other == "6.1é" { 1 } else { 0 };
+            assert_eq!(
+                usize::from(Model::for_release(other).is_some()),
+                series,
+                "{other}"
+            );
+        }
+        // Each is what it is filed under.
+        for (kernel, text) in MODELS {
+            assert_eq!(Model::parse(text).unwrap().kernel(), kernel);
+        }
+    }
+
+    #[test]
     fn what_undoes_a_function_says_what_it_is_called_with() {
-        let model = Model::linux_6_1().unwrap();
+        let model = Model::for_release("6.1.0").unwrap().unwrap();
         let Some(Known::Lasting(effect)) = model.get("dma_alloc_attrs") else {
             panic!("dma_alloc_attrs has no entry")
         };
@@ -412,7 +454,7 @@ mod tests {
 
     #[test]
     fn every_function_that_hands_something_out_says_how_it_is_given_back() {
-        for (name, effect) in Model::linux_6_1().unwrap().lasting() {
+        for (name, effect) in Model::for_release("6.1.0").unwrap().unwrap().lasting() {
             if effect.allocates.is_some() && !effect.irrevocable && name != "napi_get_frags" {
                 assert!(effect.undo.is_some(), "{name}");
             }
@@ -425,7 +467,10 @@ mod tests {
 
     #[test]
     fn isolation_gets_what_has_to_be_seen_and_what_has_not() {
-        let model = Model::linux_6_1().unwrap().for_isolation();
+        let model = Model::for_release("6.1.0")
+            .unwrap()
+            .unwrap()
+            .for_isolation();
         let of = |name: &str| model.lasting.iter().find(|function| function.name == name);
         // Given back only at the end of the call, because nothing brings it back.
         assert!(of("kfree").is_some_and(|f| f.deferred && f.undo.is_none()));

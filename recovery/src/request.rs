@@ -3,6 +3,7 @@
 
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
 use serde::{Deserialize, Serialize};
 
 /// Which functions of a module are to be isolated, and how.
@@ -18,6 +19,8 @@ pub struct IsolationRequest {
     pub checkpoint: CheckpointBy,
     /// What calls go on in the guest for.
     pub spilling: Spilling,
+    /// How far calls have to be contained.
+    pub contain: Contain,
 }
 
 /// What calls go on in the guest for, besides what only the guest can do.

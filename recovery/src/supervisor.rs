@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use devices::clock::monotonic_ns;
-use isolation::attach::Isolated;
+use isolation::attach::request::Isolated;
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use isolation::status::ModuleStatus;
 

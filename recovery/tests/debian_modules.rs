@@ -37,7 +37,7 @@ fn imports(module: &str) -> BTreeSet<String> {
 #[test]
 #[ignore = "needs target/images (cargo xtask images)"]
 fn every_import_of_the_drivers_has_an_entry_and_no_entry_is_for_nothing() {
-    let model = Model::linux_6_1().unwrap();
+    let model = Model::for_release("6.1.0").unwrap().unwrap();
     let all: BTreeSet<String> = MODULES.iter().flat_map(|module| imports(module)).collect();
     assert!(all.len() > 300, "{} imports", all.len());
     let missing: Vec<_> = all
@@ -60,7 +60,7 @@ fn every_opposite_is_a_function_of_the_kernel() {
     let types = Btf::from_elf(&kernel, None).unwrap();
     // Functions of other modules (PHYs) have their types there; the drivers import them.
     let all: BTreeSet<String> = MODULES.iter().flat_map(|module| imports(module)).collect();
-    for (name, effect) in Model::linux_6_1().unwrap().lasting() {
+    for (name, effect) in Model::for_release("6.1.0").unwrap().unwrap().lasting() {
         if let Some(undo) = &effect.undo {
             let opposite = undo.function.as_str();
             assert!(

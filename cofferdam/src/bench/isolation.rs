@@ -13,6 +13,7 @@ use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::ensure;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 
@@ -74,6 +75,7 @@ pub fn measure(
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
             spilling: Spilling::default(),
+            contain: Contain::Full,
         })?;
         let isolated = rates(&mut guest, options.time)?;
         let functions = costs(&mut control)?;

@@ -16,6 +16,7 @@ use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use recovery::fault::{FaultKind, Place};
 use recovery::ladder::{LadderConfig, OnFault};
@@ -168,6 +169,7 @@ pub fn measure(
                 },
                 false => Spilling::default(),
             },
+            contain: Contain::Full,
         };
         // The VM asks the agent itself, which listens to one client at a time.
         bench.guest.agent().disconnect();

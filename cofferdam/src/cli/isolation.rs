@@ -3,6 +3,7 @@
 use anyhow::bail;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::{Contain, Strength};
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 use recovery::request::Spilling;
@@ -58,6 +59,10 @@ pub struct IsolateOptions {
     /// A kernel function that calls always go on in the guest for; may be given several times
     #[arg(long, value_name = "FUNCTION")]
     guest_only: Vec<String>,
+    /// How far calls have to be contained: full, or none where too little is known of the guest's kernel; a faulty call
+    /// may then write to all of its heap
+    #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
+    contain: Contain,
     /// Reset the guest when the driver cannot be restarted
     #[arg(long)]
     may_reset_guest: bool,
@@ -81,6 +86,11 @@ fn parse_on_fault(text: &str) -> Result<(Option<String>, OnFault), String> {
 fn parse_checkpoint(name: &str) -> Result<CheckpointBy, String> {
     let names = CheckpointBy::ALL.map(CheckpointBy::name).join(", ");
     CheckpointBy::from_name(name).ok_or_else(|| format!("there are {names}"))
+}
+
+fn parse_contain(name: &str) -> Result<Contain, String> {
+    let names = Contain::ALL.map(Contain::name).join(", ");
+    Contain::from_name(name).ok_or_else(|| format!("there are {names}"))
 }
 
 /// Which functions.
@@ -130,6 +140,7 @@ impl IsolateOptions {
                 wait_us: self.wait_us,
                 guest_only: self.guest_only,
             },
+            contain: self.contain,
         };
         let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
             bail!("the VM answered something else");
@@ -293,12 +304,36 @@ pub fn status_text(status: &ModuleStatus) -> String {
             number(entry.longest_ns / 1000),
         ]);
     }
-    let mut text = format!("{rows}\n");
+    let mut text = format!("{rows}\n{}", strength_text(&status.strength));
     for entry in &status.entries {
         text.push_str(&after_spills(entry));
     }
     if let Some(broken) = &status.broken {
         text.push_str(&format!("not isolated any more: {broken}\n"));
+    }
+    text
+}
+
+/// How strong the isolation of a module is, in lines.
+fn strength_text(strength: &Strength) -> String {
+    let mut text = match strength.contained {
+        true => "each store is checked against what the call may write".to_owned(),
+        false => "NOT CONTAINED: a faulty call may write to all of the guest's heap".to_owned(),
+    };
+    match &strength.model {
+        Some(kernel) => text.push_str(&format!(
+            "; calls that go on in the guest can be taken back (model of Linux {kernel})\n"
+        )),
+        None => text.push_str("; calls that go on in the guest are not taken back\n"),
+    }
+    for missing in &strength.missing {
+        text.push_str(&format!("not known: {missing}\n"));
+    }
+    if !strength.untyped.is_empty() {
+        text.push_str(&format!(
+            "no type is known of {}: calls that fail return -EIO\n",
+            strength.untyped.join(", ")
+        ));
     }
     text
 }
@@ -384,6 +419,30 @@ mod tests {
             ..EntryStatus::new("e1000_xmit_frame")
         };
         assert!(after_spills(&entry).contains("e1000_xmit_frame: packets were kept out 7 times"));
+    }
+
+    #[test]
+    fn the_status_says_how_strong_isolation_is() {
+        let strong = Strength {
+            contained: true,
+            model: Some("6.1".to_owned()),
+            ..Strength::default()
+        };
+        let text = strength_text(&strong);
+        assert!(
+            text.contains("is checked") && text.contains("Linux 6.1"),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 1);
+        let weak = Strength {
+            untyped: vec!["f.isra.0".to_owned()],
+            missing: vec!["PG_slab not found".to_owned()],
+            ..Strength::default()
+        };
+        let text = strength_text(&weak);
+        for part in ["NOT CONTAINED", "not taken back", "PG_slab", "f.isra.0"] {
+            assert!(text.contains(part), "{text}");
+        }
     }
 
     #[test]

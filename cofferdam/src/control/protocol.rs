@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use agent_protocol::message::Bytes;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::status::ModuleStatus;
 use recovery::fault::FaultKind;
@@ -71,6 +72,9 @@ pub enum Request {
         /// What calls go on in the guest for.
         #[serde(default)]
         spilling: Spilling,
+        /// How far calls have to be contained.
+        #[serde(default)]
+        contain: Contain,
     },
     /// Take a module out of its domain. Answer: [`Reply::Released`].
     Release {
@@ -174,7 +178,7 @@ pub enum Reply {
     Done {},
     /// How the VM is.
     Status(Box<Status>),
-    /// What was isolated, as `isolation::attach::Isolated` writes it.
+    /// What was isolated, as `isolation::attach::request::Isolated` writes it.
     Isolated(serde_json::Value),
     /// The final counters of a module that is isolated no more.
     Released(Box<ModuleStatus>),

@@ -26,9 +26,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests.
 pub trait Handler: Send + Sync + 'static {
-    /// Carries out `request`, telling `progress` in a few words what is done if it takes long. The error is one
+    /// Carries out `request`, telling `progress` in a few words what is done if it takes long, which
+    /// says whether somebody still listens. The error is one
     /// line for the person who asked.
-    fn handle(&self, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Reply, String>;
+    fn handle(
+        &self,
+        request: Request,
+        progress: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Reply, String>;
 }
 
 /// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
@@ -111,9 +116,9 @@ fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Resul
             None => return Ok(()),
             Some(Ok(request)) => {
                 tracing::debug!(?request, "control");
-                // It is carried out to its end even when nobody listens any more.
                 let mut progress = |what: &str| {
-                    let _ = writer.write_all(Answer::Progress(what.to_owned()).line().as_bytes());
+                    let line = Answer::Progress(what.to_owned()).line();
+                    writer.write_all(line.as_bytes()).is_ok()
                 };
                 match handler.handle(request, &mut progress) {
                     Ok(reply) => Answer::Ok(reply),
@@ -174,7 +179,7 @@ mod tests {
         fn handle(
             &self,
             request: Request,
-            progress: &mut dyn FnMut(&str),
+            progress: &mut dyn FnMut(&str) -> bool,
         ) -> Result<Reply, String> {
             match request {
                 Request::Pause {} => Ok(Reply::Done {}),

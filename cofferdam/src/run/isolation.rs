@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
-use isolation::attach::{DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator};
+use isolation::attach::request::{Contain, IsolateRequest, Isolated};
+use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
@@ -37,7 +38,7 @@ pub struct Isolation {
     nics: Nics,
     vm: VmHandle,
     /// What the agent reported last: it takes seconds to transfer.
-    known: Mutex<Option<Known>>,
+    known: Mutex<Option<Arc<Known>>>,
 }
 
 /// What is known of a guest and a module, for as long as the same modules are loaded at the same places.
@@ -45,7 +46,8 @@ struct Known {
     module: String,
     loaded: Vec<Module>,
     symbols: Arc<SymbolTable>,
-    types: Option<Arc<Btf>>,
+    /// Otherwise why they are not known.
+    types: Result<Arc<Btf>, String>,
 }
 
 impl Isolation {
@@ -65,33 +67,37 @@ impl Isolation {
         &self.isolator
     }
 
-    /// The guest's symbols, and the types of its kernel and of `module` if it has them.
+    /// Asks the guest for what isolating `module` needs to know, so that it is known already.
+    pub fn learn(&self, module: &str) -> anyhow::Result<()> {
+        let mut agent = self.agent();
+        let loaded = agent.modules(None)?;
+        self.knowledge(&mut agent, module, loaded).map(drop)
+    }
+
+    /// What there is to know of the guest and of `module`.
     fn knowledge(
         &self,
         agent: &mut Client,
         module: &str,
         loaded: Vec<Module>,
-    ) -> anyhow::Result<(Arc<SymbolTable>, Option<Arc<Btf>>)> {
+    ) -> anyhow::Result<Arc<Known>> {
         let mut known = lock(&self.known);
-        if let Some(known) = known
-            .as_ref()
-            .filter(|known| known.module == module && known.loaded == loaded)
-        {
-            return Ok((known.symbols.clone(), known.types.clone()));
+        let same = |known: &&Arc<Known>| known.module == module && known.loaded == loaded;
+        if let Some(known) = known.as_ref().filter(same) {
+            return Ok(known.clone());
         }
-        let symbols = Arc::new(guest_symbols(agent)?);
+        // What was known does not take up memory while its successor is read.
+        *known = None;
         let types = guest_types(agent, module)
-            .inspect_err(|error| {
-                tracing::warn!("calls of {module} may write to all of the guest's heap: {error:#}")
-            })
-            .ok();
-        *known = Some(Known {
+            .map_err(|error| format!("the types of its kernel and of {module} (BTF): {error:#}"));
+        let new = Arc::new(Known {
             module: module.to_owned(),
+            symbols: Arc::new(guest_symbols(agent)?),
+            types,
             loaded,
-            symbols: symbols.clone(),
-            types: types.clone(),
         });
-        Ok((symbols, types))
+        *known = Some(new.clone());
+        Ok(new)
     }
 }
 
@@ -129,8 +135,12 @@ impl LiveGuest for Isolation {
             .find(|(name, _)| name == ".text")
             .map(|(_, at)| *at);
         self.isolator.forget_stale(module, text);
-        let (symbols, types) = self.knowledge(&mut agent, module, loaded)?;
+        let known = self.knowledge(&mut agent, module, loaded)?;
+        if let (Err(missing), Contain::Full) = (&known.types, request.contain) {
+            return Err(AttachError::NotContained(missing.clone()).into());
+        }
         self.nics.look(&mut agent, module)?;
+        let kernel = agent.agent().map_or("", |agent| agent.kernel.as_str());
         let driven = self.nics.of(module, request.checkpoint)?;
         let (device, device_slots) = match driven {
             Some(driven) => (Some(driven.device), driven.slots),
@@ -139,12 +149,13 @@ impl LiveGuest for Isolation {
         let isolated = self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             sections,
-            symbols,
-            types,
+            symbols: known.symbols.clone(),
+            types: known.types.as_ref().ok().cloned(),
+            contain: request.contain,
+            kernel: kernel.to_owned(),
             wanted: request.entries.clone(),
-            model: Model::linux_6_1()
-                .inspect_err(|error| tracing::error!("{error}"))
-                .ok()
+            model: Model::for_release(kernel)
+                .transpose()?
                 .map(|model| model.for_isolation()),
             guest_only: request.spilling.guest_only.clone(),
             device,
@@ -183,10 +194,13 @@ impl LiveGuest for Isolation {
         let own = loaded.iter().find(|one| one.name == module);
         let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
         let sections = own.sections.clone();
-        let (symbols, types) = self.knowledge(agent, module, loaded)?;
-        let types = types.context("the guest does not tell its types")?;
+        let known = self.knowledge(agent, module, loaded)?;
+        let types = known
+            .types
+            .as_ref()
+            .map_err(|why| anyhow!("not known: {why}"))?;
         self.isolator
-            .begin_suspend_resume(module, &sections, &symbols, &types, word)?;
+            .begin_suspend_resume(module, &sections, &known.symbols, types, word)?;
         Ok(())
     }
 

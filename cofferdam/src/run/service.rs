@@ -98,10 +98,38 @@ impl VmService {
         self.supervisor.guest().isolator()
     }
 
-    fn isolate(&self, request: IsolationRequest, recovery: LadderConfig) -> Result<Reply, String> {
+    /// Refuses what needs the guest's agent, which does not run while the VM is paused.
+    fn is_not_paused(&self) -> Result<(), String> {
+        match self.vm.state() {
+            vmm::VmState::Paused => Err("the VM is paused: resume it first".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Isolates what was asked for, unless who asked has gone when all is known that it takes.
+    fn isolate(
+        &self,
+        request: IsolationRequest,
+        recovery: LadderConfig,
+        progress: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Reply, String> {
+        self.is_not_paused()?;
+        progress("reading the guest's symbols and types");
+        let guest = self.supervisor.guest();
+        guest.learn(&request.module).map_err(chain)?;
+        if !progress("making the domain") {
+            return Err("nothing was isolated: who asked for it has gone".to_owned());
+        }
         let isolated = self.supervisor.isolate(request, recovery).map_err(chain)?;
         let mut reply = json(&isolated)?;
-        reply["not_modelled"] = json(&not_modelled(&isolated.imports))?;
+        let model = isolated.strength.model.as_deref();
+        if let Some(model) = model
+            .and_then(Model::for_release)
+            .transpose()
+            .map_err(text)?
+        {
+            reply["not_modelled"] = json(&not_modelled(&model, &isolated.imports))?;
+        }
         Ok(Reply::Isolated(reply))
     }
 
@@ -164,7 +192,11 @@ impl VmService {
 }
 
 impl Handler for VmService {
-    fn handle(&self, request: Request, progress: &mut dyn FnMut(&str)) -> Result<Reply, String> {
+    fn handle(
+        &self,
+        request: Request,
+        progress: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Reply, String> {
         match request {
             Request::Status {} => self.status(),
             // Asked for twice is as good as once.
@@ -180,6 +212,7 @@ impl Handler for VmService {
                 device_checkpoint,
                 recovery,
                 spilling,
+                contain,
             } => self.isolate(
                 IsolationRequest {
                     module,
@@ -187,8 +220,10 @@ impl Handler for VmService {
                     budget_us,
                     checkpoint: device_checkpoint,
                     spilling,
+                    contain,
                 },
                 recovery,
+                progress,
             ),
             Request::Release { module } => {
                 let status = self.supervisor.release(&module).map_err(chain)?;
@@ -199,11 +234,17 @@ impl Handler for VmService {
                 file,
                 limit_ms,
             } => {
+                self.is_not_paused()?;
                 let limit = Duration::from_millis(limit_ms);
-                let upgraded = self.supervisor.upgrade(&module, &file.0, limit, progress);
+                // It is carried out to its end even when nobody listens any more.
+                let mut tell = |what: &str| {
+                    progress(what);
+                };
+                let upgraded = self.supervisor.upgrade(&module, &file.0, limit, &mut tell);
                 Ok(Reply::Upgraded(Box::new(upgraded.map_err(chain)?)))
             }
             Request::ResumeDevice { module } => {
+                self.is_not_paused()?;
                 let times = self.supervisor.resume_device(&module).map_err(chain)?;
                 let us = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
                 Ok(Reply::Resumed {
@@ -264,15 +305,8 @@ fn done(result: Result<(), Refused>, as_good: Option<Refused>) -> Result<Reply, 
 
 /// Imports of which the model of kernel functions knows nothing: a call that spills and reaches one cannot be
 /// taken back as a whole.
-fn not_modelled(imports: &[Vec<String>]) -> Vec<&str> {
-    let model = Model::linux_6_1()
-        .inspect_err(|error| tracing::error!("{error}"))
-        .ok();
-    let known = |name: &String| {
-        model
-            .as_ref()
-            .is_some_and(|model| model.get(name).is_some())
-    };
+fn not_modelled<'a>(model: &Model, imports: &'a [Vec<String>]) -> Vec<&'a str> {
+    let known = |name: &String| model.get(name).is_some();
     let unknown = imports.iter().filter(|names| !names.iter().any(known));
     unknown
         .filter_map(|names| names.first())

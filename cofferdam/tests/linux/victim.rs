@@ -9,6 +9,7 @@ use cofferdam::bench::operation::Operation;
 use cofferdam::control::protocol::{Reply, Request};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::status::ModuleStatus;
 use recovery::fault::{FaultKind, Place};
@@ -72,6 +73,7 @@ impl Victim {
             device_checkpoint: self.checkpoint,
             recovery,
             spilling: Spilling::default(),
+            contain: Contain::Full,
         });
     }
 

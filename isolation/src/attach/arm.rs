@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::plan::Plan;
+use super::request::Strength;
 use super::{AttachError, GATE};
 use crate::dispatch::armed::Gate;
 use crate::domain::Domain;
@@ -18,7 +19,7 @@ use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
-use crate::policy::abort_value::AbortReturn;
+use crate::policy::abort_value::{AbortReturn, abort_return_named, is_transmit_named};
 use crate::policy::call::DriverPolicy;
 use crate::status::EntryStatus;
 
@@ -52,19 +53,15 @@ pub(crate) fn fault_tables(
     tables
 }
 
-/// What the driver's calls may write. A kernel whose memory management is unknown is isolated without.
+/// What the driver's calls may write; otherwise what is not known of the guest that it takes.
 pub(crate) fn driver_policy(
     types: Arc<Btf>,
     layout: &ModuleLayout,
     symbols: &SymbolTable,
     virt: &VirtMemory<'_, GuestMemoryMmap>,
-) -> Option<DriverPolicy> {
-    let memory = MemoryModel::new(&types, symbols, virt)
-        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
-        .ok()?;
-    DriverPolicy::new(types, memory, layout, symbols)
-        .inspect_err(|error| tracing::warn!("calls may write to all of the heap: {error}"))
-        .ok()
+) -> Result<DriverPolicy, String> {
+    let memory = MemoryModel::new(&types, symbols, virt).map_err(|error| error.to_string())?;
+    DriverPolicy::new(types, memory, layout, symbols).map_err(|error| error.to_string())
 }
 
 /// Patches P's copies of driver and kernel text.
@@ -90,41 +87,56 @@ pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
     Ok(())
 }
 
-/// Writes the gates into the guest's text; all or none. Guards are looked up, and set later.
-pub(crate) fn set_gates(
+/// The gates and guards of a plan, with what failed calls return; where they are in the guest's memory is not looked
+/// up yet.
+pub(crate) fn gates_of(
     plan: &Plan,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
-    policy: Option<&DriverPolicy>,
-) -> Result<HashMap<u64, Gate>, AttachError> {
-    let mut gates = HashMap::new();
+    types: Option<&Btf>,
+    strength: &mut Strength,
+) -> HashMap<u64, Gate> {
     let isolated = plan.gates.iter().map(|gate| (gate, false));
     let guards = plan.guards.iter().map(|gate| (gate, true));
+    let mut gates = HashMap::new();
     for (gate, is_guard) in isolated.chain(guards) {
-        let mut now = [0; GATE_BYTES];
-        virt.read(gate.site.gate, &mut now)?;
-        let translation = virt.space.walk(virt.memory, gate.site.gate);
-        let gpa = translation
-            .map_err(|_| DomainError::TextNotMapped(gate.site.gate.0))?
-            .gpa
-            .0;
-        // A NOP that crosses a page would need two translations; functions are 16-byte aligned.
-        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
-            return Err(DomainError::TextNotMapped(gate.site.gate.0).into());
+        let aborted = types.and_then(|types| abort_return_named(types, &gate.name));
+        if aborted.is_none() && !is_guard {
+            strength.untyped.push(gate.name.clone());
         }
         gates.insert(
             gate.site.gate.0,
             Gate {
-                gpa,
+                gpa: 0,
                 body: gate.site.body().0,
                 entry: EntryStatus::new(&gate.name),
-                aborted: policy.map_or(AbortReturn::UNKNOWN, |policy| {
-                    policy.abort_return(&gate.name)
-                }),
+                aborted: aborted.unwrap_or(AbortReturn::UNKNOWN),
                 is_guard,
-                transmits: policy.is_some_and(|policy| policy.is_transmit(&gate.name)),
+                transmits: types.is_some_and(|types| is_transmit_named(types, &gate.name)),
             },
         );
+    }
+    strength.untyped.sort_unstable();
+    gates
+}
+
+/// Writes the gates into the guest's text; all or none. Guards are looked up, and set later.
+pub(crate) fn set_gates(
+    gates: &mut HashMap<u64, Gate>,
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    memory: &GuestMemoryMmap,
+) -> Result<(), AttachError> {
+    for (at, gate) in gates.iter_mut() {
+        let mut now = [0; GATE_BYTES];
+        virt.read(Gva(*at), &mut now)?;
+        let translation = virt.space.walk(virt.memory, Gva(*at));
+        let gpa = translation
+            .map_err(|_| DomainError::TextNotMapped(*at))?
+            .gpa
+            .0;
+        // A NOP that crosses a page would need two translations; functions are 16-byte aligned.
+        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
+            return Err(DomainError::TextNotMapped(*at).into());
+        }
+        gate.gpa = gpa;
     }
     let isolated = || gates.values().filter(|gate| !gate.is_guard);
     for (written, gate) in isolated().enumerate() {
@@ -135,7 +147,7 @@ pub(crate) fn set_gates(
             return Err(DomainError::TextNotMapped(gate.gpa).into());
         }
     }
-    Ok(gates)
+    Ok(())
 }
 
 /// Writes a gate; `false` if there is no memory.

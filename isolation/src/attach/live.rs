@@ -10,7 +10,8 @@ use vmm::PausedVcpus;
 
 use super::AttachError;
 use crate::guest::addr::Gva;
-use crate::guest::paging::AddressSpace;
+use crate::guest::paging::{AddressSpace, TABLE_BYTES};
+use crate::guest::symbols::SymbolTable;
 
 /// Bit of CR3 that tells the user's tables from the kernel's beside them where the kernel isolates them from each other
 /// (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/processor-flags.h).
@@ -50,4 +51,22 @@ pub(crate) fn kernel_tables(
         }
     }
     Err(AttachError::NoKernelTables)
+}
+
+/// The kernel's own top-level table, which is there as long as the kernel is (arch/x86/include/asm/pgtable_64.h).
+const BOOT_TABLES: &str = "init_top_pgt";
+
+/// The kernel's own tables as an address space, if they can be found from the symbols through `space`, and lead to
+/// the same memory for `probe`. They stay when processes go.
+pub(crate) fn boot_tables(
+    symbols: &SymbolTable,
+    space: AddressSpace,
+    probe: Gva,
+    memory: &GuestMemoryMmap,
+) -> Option<AddressSpace> {
+    let at = symbols.kernel_symbol(BOOT_TABLES)?.at;
+    let root = space.walk(memory, at).ok()?.gpa;
+    let own = AddressSpace { root, ..space };
+    let leads_to = |space: &AddressSpace| space.walk(memory, probe).ok().map(|found| found.gpa);
+    (root.0.is_multiple_of(TABLE_BYTES) && leads_to(&own) == leads_to(&space)).then_some(own)
 }

@@ -1,7 +1,7 @@
 //! Puts functions of a live guest's module into a domain, and takes them out again.
 //!
 //! ```text
-//!   isolate: symbols, sections ─► Plan ─► (guest stopped) Domain, patches in P ─► gates in K
+//!   isolate: symbols, sections ─► Plan ─► Domain, patches in P ─► (guest stopped) still so? ─► gates in K
 //!   call:    gate ─► trap ─► others held, device held ─► Domain::call ─► registers ─► guest
 //!   release: (guest stopped) original bytes in K ─► domain gone
 //! ```
@@ -11,40 +11,32 @@
 //! function's first instruction is replaced.
 
 pub(crate) mod arm;
+mod isolate;
 pub(crate) mod live;
 pub mod plan;
 mod release;
 pub(crate) mod removal;
+pub mod request;
 pub(crate) mod returning;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
 use vm_memory::GuestMemoryMmap;
 use vmm::{Refused, VmHandle};
 
-use crate::compensation::call_loop::CallLoop;
-use crate::compensation::effects::KernelModel;
-use crate::compensation::transmit_queues::TransmitQueues;
-use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{Fault, FaultCount, FaultOrder, InstructionAt};
-use crate::dispatch::supervisor::Knowledge;
 use crate::domain::error::DomainError;
-use crate::domain::{Domain, DomainConfig};
-use crate::guest::btf::Btf;
 use crate::guest::gate::GatePorts;
-use crate::guest::modules::{ModuleError, ModuleLayout};
+use crate::guest::modules::ModuleError;
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
-use crate::guest::symbols::SymbolTable;
 use crate::status::ModuleStatus;
 use crate::status::report::ViolationReport;
 use crate::suspend_resume::{SuspendError, SuspendResume};
-use arm::{driver_policy, fault_tables, prepare, set_gates, text_of};
-use devices::hold::Holdable;
-use plan::{Plan, PlanError, Refusal, Wanted};
+use plan::PlanError;
 use removal::RemovalWatch;
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
@@ -106,53 +98,19 @@ pub enum AttachError {
     #[error("KVM refused {0}: {1}")]
     Kvm(&'static str, kvm_ioctls::Error),
     /// The kernel's page tables could not be found.
-    #[error("no vCPU of the guest has the kernel's page tables loaded; is the guest up?")]
+    #[error(
+        "no vCPU of the guest has page tables loaded in which the module is: is the guest up, and is it still loaded?"
+    )]
     NoKernelTables,
-}
-
-/// What to isolate.
-pub struct IsolateRequest {
-    /// Name of the module.
-    pub module: String,
-    /// Sections and addresses that the guest reports for it.
-    pub sections: Vec<(String, u64)>,
-    /// The guest's symbols.
-    pub symbols: Arc<SymbolTable>,
-    /// Types of the kernel and the module. Without them calls may write to all of the heap, and
-    /// aborted ones return `-EIO` whatever they are.
-    pub types: Option<Arc<Btf>>,
-    /// Which functions.
-    pub wanted: Wanted,
-    /// What is known of the kernel's functions. Without it, or without types, a call that went on in the guest
-    /// before it failed cannot be taken back.
-    pub model: Option<KernelModel>,
-    /// Further kernel functions that only the guest may run.
-    pub guest_only: Vec<String>,
-    /// The module's device, if it has one; all of them as one if it has several.
-    pub device: Option<Arc<dyn Holdable>>,
-    /// PCI slots of these devices; the functions' locks are the devices' own.
-    pub device_slots: Vec<u8>,
-    /// Time that a call may take before it is aborted.
-    pub budget: Duration,
-    /// Decides what becomes of calls that failed.
-    pub policy: Box<dyn FaultPolicy>,
-    /// Time that a call may wait for in all, with the guest standing still, and remain atomic.
-    pub sleep_limit: Duration,
-}
-
-/// What was isolated.
-#[derive(Debug, Clone, Default, serde::Serialize)]
-pub struct Isolated {
-    /// Gated functions.
-    pub entries: Vec<String>,
-    /// Functions that fit a pattern but cannot be gated.
-    pub refused: Vec<Refusal>,
-    /// Calls of kernel functions that were redirected to trampolines.
-    pub redirected_calls: usize,
-    /// The kernel functions that these call, each with all its names.
-    pub imports: Vec<Vec<String>>,
-    /// Time that the guest was stopped, in microseconds.
-    pub stopped_us: u64,
+    /// Something is not known of the guest that containment needs.
+    #[error(
+        "calls could not be contained: {0}. Nothing was isolated; `--contain none` isolates without, so that a \
+         faulty call may write to all of the guest's heap"
+    )]
+    NotContained(String),
+    /// The guest went on changing what was read of it.
+    #[error("the guest's module or kernel changed all the time while it was looked at: try again")]
+    Changing,
 }
 
 /// Isolates modules of one machine.
@@ -176,119 +134,6 @@ impl Isolator {
         });
         vm.attach_trap_handler(isolator.clone())?;
         Ok(isolator)
-    }
-
-    /// Puts functions of a module into a domain of their own.
-    pub fn isolate(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
-        if self.modules().contains_key(&request.module) {
-            return Err(AttachError::AlreadyIsolated(request.module));
-        }
-        let memory = self.vm.ram().memory().clone();
-        let start = Instant::now();
-        let mut isolated = self.vm.with_paused(|vcpus| {
-            let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
-            let cpuid = vcpu
-                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-                .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-            let physical_bits = physical_bits(&cpuid);
-            let text = text_of(&request.module, &request.sections)?;
-            let (sregs, space) = live::kernel_tables(vcpus, physical_bits, text, &memory)?;
-            let virt = VirtMemory {
-                space,
-                memory: &*memory,
-            };
-            let layout = ModuleLayout::new(&request.module, &request.sections, None, &virt)?;
-            let text = layout.read_text(&virt)?;
-            let types = request.types;
-            let policy = types
-                .clone()
-                .and_then(|types| driver_policy(types, &layout, &request.symbols, &virt));
-            // Only calls that can be taken back keep packets out.
-            let may_keep_out = policy.as_ref().filter(|_| request.model.is_some());
-            let is_guarded =
-                |name: &str| may_keep_out.is_some_and(|policy| policy.is_transmit(name));
-            let (wanted, symbols) = (&request.wanted, &request.symbols);
-            let plan = Plan::new(wanted, &layout, &text, symbols, &is_guarded)?;
-            let mut domain = Domain::new(DomainConfig {
-                kvm: self.vm.kvm(),
-                memory: memory.clone(),
-                cpuid: &cpuid,
-                sregs: &sregs,
-                monitor_gpa: 1 << (u32::from(physical_bits.clamp(36, 52)) - 1),
-                driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
-                thunks: plan.thunk_pages.iter().map(|page| page.0).collect(),
-                kick_signal: vmm::kick_signal(),
-            })?;
-            prepare(&mut domain, &plan)?;
-            for name in &request.guest_only {
-                let symbol = request.symbols.kernel_symbol(name);
-                let symbol = symbol.ok_or_else(|| AttachError::NoSuchFunction(name.clone()))?;
-                domain.trap_function(symbol.at.0)?;
-            }
-            let knowledge = Knowledge::new(
-                &layout,
-                request.symbols.clone(),
-                fault_tables(&virt, &request.symbols),
-            );
-            let isolated = Isolated {
-                entries: plan.gates.iter().map(|gate| gate.name.clone()).collect(),
-                refused: plan.refused.clone(),
-                redirected_calls: plan.redirects.len(),
-                imports: knowledge.names_of(plan.redirects.iter().map(|(_, target)| *target)),
-                stopped_us: 0,
-            };
-            let effects = request.model.as_ref().zip(types.as_deref());
-            let effects = effects.map(|(model, types)| model.resolve(&request.symbols, types));
-            let gates = set_gates(&plan, &virt, &memory, policy.as_ref())?;
-            let armed = Armed {
-                domain,
-                knowledge,
-                policy,
-                physical_bits,
-                gates,
-                guarding: false,
-                spilled: HashMap::new(),
-                guest_calls: HashMap::new(),
-                returning: Vec::new(),
-                queues: types
-                    .as_deref()
-                    .map_or_else(TransmitQueues::default, |types| {
-                        TransmitQueues::new(types, &request.symbols)
-                    }),
-                call_loop: effects
-                    .is_some()
-                    .then(|| CallLoop::place(&layout, &virt))
-                    .flatten(),
-                effects,
-                calls: plan
-                    .redirects
-                    .iter()
-                    .map(|(site, target)| (site.0, *target))
-                    .collect(),
-                fault_policy: request.policy,
-                fault: None,
-                again: None,
-                stopped: false,
-                device: request.device,
-                device_slots: request.device_slots,
-                budget: request.budget,
-                sleep_limit: request.sleep_limit,
-                withholding: false,
-                outside_kept: false,
-                reports: VecDeque::new(),
-                violations: 0,
-                rolled_back: None,
-                broken: None,
-            };
-            self.modules().insert(request.module, armed);
-            let mut watch = self.watch();
-            if let (None, Some(types)) = (*watch, types) {
-                *watch = RemovalWatch::set(&types, &request.symbols, &virt);
-            }
-            Ok::<_, AttachError>(isolated)
-        })??;
-        isolated.stopped_us = start.elapsed().as_micros() as u64;
-        Ok(isolated)
     }
 
     /// Takes the gates of a module out and its domain down. The guest's memory is as before.

@@ -8,6 +8,8 @@ use crate::guest::symbols::SymbolTable;
 /// What is known of a kernel's functions.
 #[derive(Debug, Clone, Default)]
 pub struct KernelModel {
+    /// Series of the kernel that it is a model of, such as `6.1`.
+    pub kernel: String,
     /// Functions that do something that lasts.
     pub lasting: Vec<FunctionModel>,
     /// Functions that leave nothing behind but bytes in memory.
@@ -197,6 +199,7 @@ mod tests {
             })
         };
         let model = KernelModel {
+            kernel: "6.1".to_owned(),
             lasting: vec![
                 FunctionModel {
                     name: "cancel".into(),

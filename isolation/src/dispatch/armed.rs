@@ -13,6 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm::PausedVcpus;
 
 use crate::attach::arm::{clear_gate, set_gate};
+use crate::attach::request::Strength;
 use crate::attach::returning::Returning;
 use crate::attach::{AttachError, THREAD_SIZE, live};
 use crate::compensation::call_loop::CallLoop;
@@ -81,6 +82,8 @@ pub(crate) struct Armed {
     pub effects: Option<KernelEffects>,
     /// Targets of calls out of the module, by the address of their displacement's opcode.
     pub calls: HashMap<u64, Gva>,
+    /// How strong the isolation is.
+    pub strength: Strength,
     pub fault_policy: Box<dyn FaultPolicy>,
     /// A fault that is put into calls on purpose.
     pub fault: Option<Fault>,
@@ -456,6 +459,7 @@ impl Armed {
             stopped: self.stopped,
             warm_pages: self.domain.warm_pages(),
             broken: self.broken.clone(),
+            strength: self.strength.clone(),
         }
     }
 }

@@ -100,6 +100,8 @@ pub struct Domain {
     thunks: BTreeSet<u64>,
     text: BTreeSet<u64>,
     overlays: Overlays,
+    /// Pages that were patched, by virtual address.
+    patched: HashMap<u64, Pfn>,
     /// Virtual address by which the driver writes a page.
     opened: HashMap<Pfn, u64>,
     slot_bases: Vec<Pfn>,
@@ -138,6 +140,7 @@ impl Domain {
                 thunks: config.thunks,
             },
             overlays: Overlays::default(),
+            patched: HashMap::new(),
             opened: HashMap::new(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
@@ -165,6 +168,24 @@ impl Domain {
         Ok(())
     }
 
+    /// Whether the guest, which must not run, has the same code under all that was patched as when it was patched, seen
+    /// through the tables at `cr3`. What changed beside the patches on their pages is taken over. If so, the domain is
+    /// ready for a call from these tables.
+    pub fn is_current(&mut self, cr3: u64) -> Result<bool, DomainError> {
+        self.follow_tables(cr3)?;
+        for (va, pfn) in &self.patched {
+            let now = self.roots.translate(*va, &self.view)?;
+            if now.map(|now| Pfn::of(now.gpa)) != Some(*pfn) {
+                return Ok(false);
+            }
+        }
+        self.overlays.follow_all(&mut self.view)?;
+        if !self.roots.fresh(cr3, &self.view) {
+            self.build_roots(cr3)?;
+        }
+        Ok(true)
+    }
+
     /// Gives P other bytes than the guest at `va`: the original ones where the guest's entry is
     /// patched, or a redirected call.
     pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {
@@ -173,6 +194,7 @@ impl Domain {
             let translation = self.roots.translate(at, &self.view)?;
             let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
             let offset = (gpa % PAGE_SIZE) as usize;
+            self.patched.insert(at & !(PAGE_SIZE - 1), Pfn::of(gpa));
             self.overlays
                 .patch(Pfn::of(gpa), offset, *byte, &mut self.view)?;
         }

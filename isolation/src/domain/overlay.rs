@@ -16,6 +16,21 @@ struct Overlay {
     patches: BTreeMap<usize, u8>,
 }
 
+impl Overlay {
+    fn follow(&mut self, pfn: Pfn, view: &mut PrivateView) -> Result<(), ViewError> {
+        let guest = view.copy_shared(pfn)?;
+        if guest == self.guest {
+            return Ok(());
+        }
+        self.guest = guest;
+        let mut page = self.guest.clone();
+        for (offset, byte) in &self.patches {
+            page[*offset] = *byte;
+        }
+        view.write_private(pfn.gpa(), page.as_slice())
+    }
+}
+
 /// All overlays of a domain.
 #[derive(Debug, Default)]
 pub struct Overlays {
@@ -56,16 +71,16 @@ impl Overlays {
             return Ok(());
         };
         self.next = Some(Pfn(pfn.0 + 1));
-        let guest = view.shared_page(*pfn)?;
-        if *guest == *overlay.guest {
+        // The guest is held: no copy is needed to compare.
+        if *view.shared_page(*pfn)? == *overlay.guest {
             return Ok(());
         }
-        *overlay.guest = *guest;
-        let page = view.private_page_mut(*pfn)?;
-        *page = *overlay.guest;
-        for (offset, byte) in &overlay.patches {
-            page[*offset] = *byte;
-        }
-        Ok(())
+        overlay.follow(*pfn, view)
+    }
+
+    /// The same for all of them.
+    pub fn follow_all(&mut self, view: &mut PrivateView) -> Result<(), ViewError> {
+        let mut all = self.pages.iter_mut();
+        all.try_for_each(|(pfn, overlay)| overlay.follow(*pfn, view))
     }
 }

@@ -89,6 +89,17 @@ const BY_RETURNED_TYPE: &[(&str, i64, &str)] = &[
     ("__poll_t", 8, "EPOLLERR"),
 ];
 
+/// What an aborted call of the function `name` returns; `None` if its type is not known, or no value can be made of it.
+pub fn abort_return_named(types: &Btf, name: &str) -> Option<AbortReturn> {
+    abort_return(types, &types.find_function(name)?)
+}
+
+/// Whether the function `name` is one that the kernel gives packets to.
+pub fn is_transmit_named(types: &Btf, name: &str) -> bool {
+    let known = types.find_function(name);
+    known.is_some_and(|function| is_transmit(types, &function))
+}
+
 /// What an aborted call of `function` returns; `None` if no value of its type can be made (a
 /// structure returned by value).
 pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn> {
@@ -232,6 +243,18 @@ mod tests {
         assert_eq!(value(|e| (typedef(e, "some_t"), vec![])), Constant(-5));
         let arguments = [7; REGISTER_ARGUMENTS];
         assert_eq!(Constant(-5).rax(&arguments) as i64, -5);
+    }
+
+    #[test]
+    fn only_functions_with_a_type_have_a_value() {
+        let mut e = Encoder::new(None);
+        let int = e.int("int", 4, 1);
+        e.function("my_open", int, &[]);
+        let types = Btf::parse(&e.bytes(), None).unwrap();
+        let known = abort_return_named(&types, "my_open").unwrap();
+        assert_eq!(known.value, AbortValue::Constant(-5));
+        assert_eq!(abort_return_named(&types, "my_open.isra.0"), None);
+        assert!(!is_transmit_named(&types, "my_open.isra.0"));
     }
 
     #[test]

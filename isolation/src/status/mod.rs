@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::attach::request::Strength;
 use crate::domain::journal::Published;
 use crate::domain::transaction::{CallEnd, CallResult};
 use crate::domain::violation::Violation;
@@ -166,4 +167,7 @@ pub struct ModuleStatus {
     pub warm_pages: usize,
     /// Why calls are not isolated any more although the gates are there.
     pub broken: Option<String>,
+    /// How strong the isolation is.
+    #[serde(default)]
+    pub strength: Strength,
 }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use devices::serial::SerialBackend;
 use iced_x86::code_asm::*;
 use isolation::attach::plan::Wanted;
-use isolation::attach::{AttachError, IsolateRequest, Isolated, Isolator};
+use isolation::attach::request::{Contain, IsolateRequest, Isolated};
+use isolation::attach::{AttachError, Isolator};
 use isolation::dispatch::after_fault::ReturnErrors;
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
 use isolation::status::ModuleStatus;
@@ -262,6 +263,8 @@ impl Guest {
             sections: vec![(".text".into(), text), (".data".into(), data)],
             symbols: Arc::new(symbols()),
             types: None,
+            kernel: "6.1.0".to_owned(),
+            contain: Contain::None,
             wanted: Wanted::All,
             model: None,
             guest_only: Vec::new(),

@@ -5,8 +5,12 @@
 
 mod guest;
 
+use std::sync::Arc;
+
 use guest::*;
+use isolation::attach::request::{Contain, IsolateRequest};
 use isolation::dispatch::fault::FaultOrder;
+use isolation::guest::btf::Btf;
 use vm_memory::{Bytes, GuestAddress};
 
 /// -EIO, what a call returns that failed and whose type is not known.
@@ -114,4 +118,88 @@ fn an_isolated_module_calls_another_one() {
         .inject("second", "second_counts", 5, &[0x0f, 0x0b])
         .unwrap();
     assert_eq!(guest.call(CALLS_SECOND), 400u64.wrapping_add(ERROR));
+}
+
+/// The first module's text as it is in memory.
+fn first_text(guest: &Guest) -> Vec<u8> {
+    let mut text = vec![0; PAGE as usize];
+    let memory = guest.handle.ram().memory();
+    memory
+        .read_slice(&mut text, GuestAddress(gpa_of(FIRST)))
+        .unwrap();
+    text
+}
+
+/// Types of nothing: a header with no types and one empty string (Documentation/bpf/btf.rst).
+fn no_types() -> Arc<Btf> {
+    let words = [0x0001_eb9fu32, 24, 0, 0, 0, 1];
+    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.push(0);
+    Arc::new(Btf::parse(&bytes, None).unwrap())
+}
+
+#[test]
+fn without_what_containment_needs_nothing_is_isolated_and_the_missing_fact_is_named() {
+    let guest = Guest::start();
+    let before = first_text(&guest);
+    let full = |types| IsolateRequest {
+        types,
+        contain: Contain::Full,
+        ..Guest::request("first")
+    };
+    for (types, missing) in [(None, "BTF"), (Some(no_types()), "page_offset_base")] {
+        let error = guest.isolator.isolate(full(types)).unwrap_err().to_string();
+        assert!(
+            error.contains(missing) && error.contains("--contain none"),
+            "{error}"
+        );
+        assert!(first_text(&guest) == before);
+        assert!(guest.isolator.status().is_empty());
+    }
+    assert_eq!(guest.call(FIRST), 1);
+}
+
+#[test]
+fn who_wants_it_all_the_same_is_told_what_is_not_contained() {
+    let guest = Guest::start();
+    let isolated = guest.isolate("first").unwrap();
+    let strength = guest.status("first").strength;
+    assert_eq!(isolated.strength, strength);
+    assert!(
+        !strength.contained && strength.model.is_none(),
+        "{strength:?}"
+    );
+    assert_eq!(strength.untyped, ["first_calls_second", "first_counts"]);
+    assert!(
+        strength.missing.iter().any(|m| m.contains("BTF")),
+        "{strength:?}"
+    );
+    assert!(
+        strength.missing.iter().any(|m| m.contains("6.1.0")),
+        "{strength:?}"
+    );
+    assert_eq!(guest.call(FIRST), 1);
+    assert_eq!(guest.status("first").entries[1].commits, 1);
+}
+
+#[test]
+fn a_module_that_is_isolated_is_refused_and_stays_as_it_is() {
+    let guest = Guest::start();
+    guest.isolate("first").unwrap();
+    let armed = first_text(&guest);
+    let error = guest.isolate("first").unwrap_err().to_string();
+    assert!(error.contains("isolated already"), "{error}");
+    assert!(first_text(&guest) == armed);
+    assert_eq!(guest.call(FIRST), 1);
+}
+
+#[test]
+fn a_module_that_is_gone_is_refused() {
+    let guest = Guest::start();
+    let request = IsolateRequest {
+        sections: vec![(".text".into(), FIRST + 0x10_0000)],
+        ..Guest::request("first")
+    };
+    let error = guest.isolator.isolate(request).unwrap_err().to_string();
+    assert!(error.contains("still loaded"), "{error}");
 }

@@ -23,7 +23,12 @@ fn machine(guest_only: &[&str]) -> Machine {
 fn machine_with(entries: &[&str], guest_only: &[&str]) -> Machine {
     let mut machine = boot_with_network(1, "ipv6.disable=1");
     machine.sleep_limit = Duration::ZERO;
-    machine.model = Some(Model::linux_6_1().unwrap().for_isolation());
+    machine.model = Some(
+        Model::for_release("6.1.0")
+            .unwrap()
+            .unwrap()
+            .for_isolation(),
+    );
     machine.guest_only = guest_only.iter().map(|name| (*name).to_owned()).collect();
     machine.isolate("e1000", named(entries)).unwrap();
     machine
@@ -320,7 +325,12 @@ fn a_call_that_was_taken_back_can_be_run_again() {
     let mut machine = boot_with_network(1, "ipv6.disable=1");
     machine.sleep_limit = Duration::ZERO;
     machine.retry = true;
-    machine.model = Some(Model::linux_6_1().unwrap().for_isolation());
+    machine.model = Some(
+        Model::for_release("6.1.0")
+            .unwrap()
+            .unwrap()
+            .for_isolation(),
+    );
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     let function = "e1000_set_ringparam";
     let places = places(&machine, function);
@@ -349,7 +359,10 @@ fn a_call_that_was_taken_back_can_be_run_again() {
 fn an_opposite_that_does_not_return_is_given_up() {
     let mut machine = boot_with_network(1, "ipv6.disable=1");
     machine.sleep_limit = Duration::ZERO;
-    let mut model = Model::linux_6_1().unwrap().for_isolation();
+    let mut model = Model::for_release("6.1.0")
+        .unwrap()
+        .unwrap()
+        .for_isolation();
     let carrier = model
         .lasting
         .iter_mut()

@@ -18,7 +18,8 @@ use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
 use isolation::attach::plan::Wanted;
-use isolation::attach::{AttachError, DEFAULT_SLEEP_LIMIT, IsolateRequest, Isolated, Isolator};
+use isolation::attach::request::{Contain, IsolateRequest, Isolated};
+use isolation::attach::{AttachError, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::compensation::effects::KernelModel;
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
 use isolation::guest::addr::Gva;
@@ -223,6 +224,8 @@ impl Machine {
         self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             types: Some(Arc::new(types)),
+            kernel: "6.1".to_owned(),
+            contain: Contain::Full,
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,

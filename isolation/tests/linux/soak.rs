@@ -119,7 +119,10 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
     let mut soak = Soak {
         machine: boot_with_network(1, ""),
         random: Random(number("COFFERDAM_SOAK_SEED", 0x5eed)),
-        model: Model::linux_6_1().unwrap().for_isolation(),
+        model: Model::for_release("6.1.0")
+            .unwrap()
+            .unwrap()
+            .for_isolation(),
         rounds: 0,
         calls: 0,
     };

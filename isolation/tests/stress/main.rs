@@ -20,8 +20,9 @@ use device::{Acknowledge, Device, transfer};
 use devices::bus::MutBusDevice;
 use devices::pci::config::InterruptPin;
 use devices::serial::SerialBackend;
+use isolation::attach::Isolator;
 use isolation::attach::plan::Wanted;
-use isolation::attach::{IsolateRequest, Isolator};
+use isolation::attach::request::{Contain, IsolateRequest};
 use isolation::dispatch::after_fault::ReturnErrors;
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
 use isolation::status::ModuleStatus;
@@ -89,6 +90,8 @@ impl Stress {
                 sections: sections.map(|(name, at)| (name.to_owned(), at)).to_vec(),
                 symbols: self.symbols.clone(),
                 types: None,
+                kernel: String::new(),
+                contain: Contain::None,
                 wanted: Wanted::Named(vec!["function".into()]),
                 model: None,
                 guest_only: Vec::new(),

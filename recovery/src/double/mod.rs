@@ -10,8 +10,8 @@ use std::time::Duration;
 use agent_protocol::ClientError;
 use agent_protocol::message::{AgentError, Interface, Module};
 use anyhow::ensure;
-use isolation::attach::Isolated;
 use isolation::attach::plan::Wanted;
+use isolation::attach::request::{Contain, Isolated, Strength};
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use isolation::domain::roots::Root;
 use isolation::domain::transaction::AbortPhases;
@@ -42,6 +42,7 @@ pub(crate) fn request() -> IsolationRequest {
         budget_us: None,
         checkpoint: devices::hold::CheckpointBy::Exact,
         spilling: Spilling::default(),
+        contain: Contain::Full,
     }
 }
 
@@ -361,6 +362,7 @@ impl LiveGuest for Double {
             stopped: false,
             warm_pages: 0,
             broken: None,
+            strength: Strength::default(),
         })
     }
 

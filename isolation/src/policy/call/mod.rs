@@ -25,7 +25,7 @@ mod tests;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::abort_value::{AbortReturn, REGISTER_ARGUMENTS, abort_return, is_transmit};
+use super::abort_value::REGISTER_ARGUMENTS;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Reach, Reached, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
@@ -186,19 +186,6 @@ impl DriverPolicy {
             calls: Vec::new(),
             number: 0,
         })
-    }
-
-    /// What an aborted call of `function` returns; `-EIO` for a function without types.
-    pub fn abort_return(&self, function: &str) -> AbortReturn {
-        let known = self.types.find_function(function);
-        let value = known.and_then(|function| abort_return(&self.types, &function));
-        value.unwrap_or(AbortReturn::UNKNOWN)
-    }
-
-    /// Whether `function` is one that the kernel gives packets to.
-    pub fn is_transmit(&self, function: &str) -> bool {
-        let known = self.types.find_function(function);
-        known.is_some_and(|function| is_transmit(&self.types, &function))
     }
 
     /// A call of `function` begins, or the kernel calls back into `function` during one.

@@ -445,17 +445,6 @@ fn memory_is_named_by_the_guests_allocator() {
     assert_eq!(whose(BASES), None);
 }
 
-#[test]
-fn aborted_calls_of_unknown_functions_return_an_error() {
-    let guest = guest();
-    let policy = policy(&guest);
-    assert_eq!(policy.abort_return("my_open").value.rax(&[0; 6]) as i64, -5);
-    assert_eq!(
-        policy.abort_return("my_open.isra.0").value.rax(&[0; 6]) as i64,
-        -5
-    );
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

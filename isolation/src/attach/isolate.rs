@@ -1,0 +1,372 @@
+//! Putting functions of a module into a domain, while the guest runs as long as it can.
+//!
+//! ```text
+//!   stopped    │ guest runs                                              │ stopped             │ guest runs
+//!   registers, │ layout, text, types, plan, private VM, roots, patches   │ is it still so?     │ calls come
+//!   tables     │ in the private VM's copies                              │ then gates          │ to the gates
+//! ```
+//!
+//! What is read while the guest runs may change while it is read: a process whose tables lead there ends, the module is
+//! removed, the kernel patches its code. So all of it is looked at once more with the guest stopped, and made anew if
+//! it is not as it was; at last with the guest stopped all the while.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_sregs};
+use kvm_ioctls::Kvm;
+use vm_memory::GuestMemoryMmap;
+use vmm::PausedVcpus;
+
+use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
+use super::live;
+use super::plan::Plan;
+use super::removal::RemovalWatch;
+use super::request::{Contain, IsolateRequest, Isolated, Strength};
+use super::{AttachError, Isolator, physical_bits};
+use crate::compensation::call_loop::CallLoop;
+use crate::compensation::transmit_queues::TransmitQueues;
+use crate::dispatch::armed::{Armed, Gate};
+use crate::dispatch::supervisor::Knowledge;
+use crate::domain::effects::KernelEffects;
+use crate::domain::{Domain, DomainConfig};
+use crate::guest::modules::{ModuleLayout, ModuleText};
+use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::policy::abort_value::is_transmit_named;
+use crate::policy::call::DriverPolicy;
+
+/// How often a domain is made while the guest runs before it is made with the guest stopped.
+const ATTEMPTS: u32 = 3;
+
+/// A vCPU's control registers and the tables that the guest is looked at through.
+struct Registers {
+    cpuid: CpuId,
+    physical_bits: u8,
+    sregs: kvm_sregs,
+    space: AddressSpace,
+}
+
+/// All of an isolated module but what is in the guest.
+struct Prepared {
+    layout: ModuleLayout,
+    text: ModuleText,
+    plan: Plan,
+    policy: Option<DriverPolicy>,
+    domain: Domain,
+    knowledge: Knowledge,
+    effects: Option<KernelEffects>,
+    queues: TransmitQueues,
+    gates: HashMap<u64, Gate>,
+    strength: Strength,
+    physical_bits: u8,
+}
+
+impl Isolator {
+    /// Puts functions of a module into a domain of their own.
+    pub fn isolate(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
+        self.not_isolated_yet(&request.module)?;
+        if request.types.is_none() && request.contain == Contain::Full {
+            let missing = "the types of its kernel and the module (BTF) are not known".to_owned();
+            return Err(AttachError::NotContained(missing));
+        }
+        let memory = self.vm.ram().memory().clone();
+        let (begun, mut stopped) = (Instant::now(), Duration::ZERO);
+        let mut request = Some(request);
+        for _ in 0..ATTEMPTS {
+            let Some(asked) = &request else { break };
+            let look = |vcpus: &mut PausedVcpus<'_>| Registers::of(vcpus, asked, &memory);
+            let registers = timed(&mut stopped, || self.vm.with_paused(look))??;
+            let prepared = match Prepared::new(self.vm.kvm(), asked, &registers, &memory) {
+                Err(error) if may_pass(&error) => continue,
+                prepared => prepared?,
+            };
+            let put = |vcpus: &mut PausedVcpus<'_>| {
+                self.put_in_place(prepared, &mut request, vcpus, &memory)
+            };
+            if let Some(isolated) = timed(&mut stopped, || self.vm.with_paused(put))?? {
+                return Ok(isolated.took(stopped, begun.elapsed()));
+            }
+        }
+        let at_once = |vcpus: &mut PausedVcpus<'_>| {
+            let asked = request.as_ref().ok_or(AttachError::Changing)?;
+            let registers = Registers::of(vcpus, asked, &memory)?;
+            let prepared = Prepared::new(self.vm.kvm(), asked, &registers, &memory)?;
+            self.put_in_place(prepared, &mut request, vcpus, &memory)
+        };
+        let isolated = timed(&mut stopped, || self.vm.with_paused(at_once))??;
+        let isolated = isolated.ok_or(AttachError::Changing)?;
+        Ok(isolated.took(stopped, begun.elapsed()))
+    }
+
+    fn not_isolated_yet(&self, module: &str) -> Result<(), AttachError> {
+        match self.modules().contains_key(module) {
+            true => Err(AttachError::AlreadyIsolated(module.to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes the gates of what was prepared into the guest, which is stopped, if the guest is still as it was
+    /// when it was prepared; `None`, with nothing done, if it is not. Takes the request if it is done.
+    fn put_in_place(
+        &self,
+        mut prepared: Prepared,
+        request: &mut Option<IsolateRequest>,
+        vcpus: &mut PausedVcpus<'_>,
+        memory: &Arc<GuestMemoryMmap>,
+    ) -> Result<Option<Isolated>, AttachError> {
+        let Some(asked) = request else {
+            return Ok(None);
+        };
+        self.not_isolated_yet(&asked.module)?;
+        let text = text_of(&asked.module, &asked.sections)?;
+        let (sregs, space) = live::kernel_tables(vcpus, prepared.physical_bits, text, memory)?;
+        let virt = VirtMemory {
+            space,
+            memory: &**memory,
+        };
+        if !prepared.is_current(&sregs, &virt)? {
+            return Ok(None);
+        }
+        set_gates(&mut prepared.gates, &virt, memory)?;
+        let Some(request) = request.take() else {
+            return Ok(None);
+        };
+        let isolated = prepared.isolated();
+        let (types, symbols) = (request.types.clone(), request.symbols.clone());
+        let module = request.module.clone();
+        let armed = prepared.arm(request, &virt);
+        self.modules().insert(module, armed);
+        let mut watch = self.watch();
+        if let (None, Some(types)) = (*watch, types) {
+            *watch = RemovalWatch::set(&types, &symbols, &virt);
+        }
+        Ok(Some(isolated))
+    }
+}
+
+impl Registers {
+    fn of(
+        vcpus: &mut PausedVcpus<'_>,
+        request: &IsolateRequest,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Self, AttachError> {
+        let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
+        let cpuid = vcpu
+            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
+        let physical_bits = physical_bits(&cpuid);
+        let text = text_of(&request.module, &request.sections)?;
+        let (mut sregs, space) = live::kernel_tables(vcpus, physical_bits, text, memory)?;
+        // Tables that stay while the guest runs, if there are any.
+        let space = match live::boot_tables(&request.symbols, space, text, memory) {
+            Some(lasting) => {
+                sregs.cr3 = lasting.root.0;
+                lasting
+            }
+            None => space,
+        };
+        Ok(Self {
+            cpuid,
+            physical_bits,
+            sregs,
+            space,
+        })
+    }
+}
+
+impl Prepared {
+    /// Makes everything ready that can be while the guest runs.
+    fn new(
+        kvm: &Kvm,
+        request: &IsolateRequest,
+        registers: &Registers,
+        memory: &Arc<GuestMemoryMmap>,
+    ) -> Result<Self, AttachError> {
+        let virt = VirtMemory {
+            space: registers.space,
+            memory: &**memory,
+        };
+        let (symbols, types) = (&request.symbols, request.types.as_deref());
+        let layout = ModuleLayout::new(&request.module, &request.sections, None, &virt)?;
+        let text = layout.read_text(&virt)?;
+        let mut strength = Strength::default();
+        let policy = containment(request, &layout, &virt, &mut strength)?;
+        let effects = request.model.as_ref().zip(types);
+        strength.model = effects.map(|(model, _)| model.kernel.clone());
+        if request.model.is_none() {
+            let kernel = &request.kernel;
+            let missing =
+                format!("what the functions of the guest's kernel ({kernel}) leave behind");
+            strength.missing.push(missing);
+        }
+        let effects = effects.map(|(model, types)| model.resolve(symbols, types));
+        // Only calls that can be taken back keep packets out.
+        let guarding = types.filter(|_| effects.is_some());
+        let is_guarded = |name: &str| guarding.is_some_and(|types| is_transmit_named(types, name));
+        let plan = Plan::new(&request.wanted, &layout, &text, symbols, &is_guarded)?;
+        let domain = make_domain(kvm, request, registers, &plan, memory)?;
+        let faults = fault_tables(&virt, symbols);
+        let gates = gates_of(&plan, types, &mut strength);
+        Ok(Self {
+            knowledge: Knowledge::new(&layout, symbols.clone(), faults),
+            queues: types.map_or_else(TransmitQueues::default, |types| {
+                TransmitQueues::new(types, symbols)
+            }),
+            physical_bits: registers.physical_bits,
+            layout,
+            text,
+            plan,
+            policy,
+            domain,
+            effects,
+            gates,
+            strength,
+        })
+    }
+
+    /// Whether the guest, which is stopped, is as it was when all this was read.
+    fn is_current(
+        &mut self,
+        sregs: &kvm_sregs,
+        virt: &VirtMemory<'_, GuestMemoryMmap>,
+    ) -> Result<bool, AttachError> {
+        let same_text = self
+            .layout
+            .read_text(virt)
+            .is_ok_and(|now| now == self.text);
+        Ok(same_text && self.domain.is_current(sregs.cr3)?)
+    }
+
+    /// What was isolated; the times are not known yet.
+    fn isolated(&self) -> Isolated {
+        let plan = &self.plan;
+        let targets = plan.redirects.iter().map(|(_, target)| *target);
+        Isolated {
+            entries: plan.gates.iter().map(|gate| gate.name.clone()).collect(),
+            refused: plan.refused.clone(),
+            redirected_calls: plan.redirects.len(),
+            imports: self.knowledge.names_of(targets),
+            strength: self.strength.clone(),
+            stopped_us: 0,
+            prepared_us: 0,
+        }
+    }
+
+    /// The module as it is once its gates are there.
+    fn arm(self, request: IsolateRequest, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Armed {
+        let call_loop = self.effects.is_some();
+        let redirects = self.plan.redirects.iter();
+        Armed {
+            call_loop: call_loop
+                .then(|| CallLoop::place(&self.layout, virt))
+                .flatten(),
+            calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
+            domain: self.domain,
+            knowledge: self.knowledge,
+            policy: self.policy,
+            physical_bits: self.physical_bits,
+            gates: self.gates,
+            guarding: false,
+            spilled: HashMap::new(),
+            guest_calls: HashMap::new(),
+            returning: Vec::new(),
+            queues: self.queues,
+            effects: self.effects,
+            strength: self.strength,
+            fault_policy: request.policy,
+            fault: None,
+            again: None,
+            stopped: false,
+            device: request.device,
+            device_slots: request.device_slots,
+            budget: request.budget,
+            sleep_limit: request.sleep_limit,
+            withholding: false,
+            outside_kept: false,
+            reports: VecDeque::new(),
+            violations: 0,
+            rolled_back: None,
+            broken: None,
+        }
+    }
+}
+
+impl Isolated {
+    fn took(self, stopped: Duration, all: Duration) -> Self {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            stopped_us: micros(stopped),
+            prepared_us: micros(all.saturating_sub(stopped)),
+            ..self
+        }
+    }
+}
+
+/// What the module's calls may write. Without that they are isolated only if it is all the same to who asks.
+fn containment(
+    request: &IsolateRequest,
+    layout: &ModuleLayout,
+    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    strength: &mut Strength,
+) -> Result<Option<DriverPolicy>, AttachError> {
+    let policy = match &request.types {
+        Some(types) => driver_policy(types.clone(), layout, &request.symbols, virt),
+        None => Err("the types of its kernel and the module (BTF) are not known".to_owned()),
+    };
+    match policy {
+        Ok(policy) => {
+            strength.contained = true;
+            Ok(Some(policy))
+        }
+        Err(missing) if request.contain == Contain::Full => Err(AttachError::NotContained(missing)),
+        Err(missing) => {
+            tracing::warn!("calls of {} are not contained: {missing}", request.module);
+            strength.missing.push(missing);
+            Ok(None)
+        }
+    }
+}
+
+/// The private VM with its copies of driver and kernel text patched.
+fn make_domain(
+    kvm: &Kvm,
+    request: &IsolateRequest,
+    registers: &Registers,
+    plan: &Plan,
+    memory: &Arc<GuestMemoryMmap>,
+) -> Result<Domain, AttachError> {
+    let mut domain = Domain::new(DomainConfig {
+        kvm,
+        memory: memory.clone(),
+        cpuid: &registers.cpuid,
+        sregs: &registers.sregs,
+        monitor_gpa: 1 << (u32::from(registers.physical_bits.clamp(36, 52)) - 1),
+        driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
+        thunks: plan.thunk_pages.iter().map(|page| page.0).collect(),
+        kick_signal: vmm::kick_signal(),
+    })?;
+    prepare(&mut domain, plan)?;
+    for name in &request.guest_only {
+        let symbol = request.symbols.kernel_symbol(name);
+        let symbol = symbol.ok_or_else(|| AttachError::NoSuchFunction(name.clone()))?;
+        domain.trap_function(symbol.at.0)?;
+    }
+    Ok(domain)
+}
+
+/// Whether what failed may work a moment later: the guest was running and what was read was changing.
+fn may_pass(error: &AttachError) -> bool {
+    matches!(
+        error,
+        AttachError::Memory(_) | AttachError::Domain(_) | AttachError::Module(_)
+    )
+}
+
+/// Adds the time that `work` takes to `spent`.
+fn timed<T>(spent: &mut Duration, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    *spent += start.elapsed();
+    result
+}
