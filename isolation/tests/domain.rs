@@ -6,6 +6,7 @@ mod common;
 
 use common::*;
 use iced_x86::code_asm::*;
+use isolation::domain::error::DomainError;
 use isolation::domain::transaction::{CallEnd, PassThroughReason};
 use isolation::domain::violation::ViolationKind;
 
@@ -361,4 +362,21 @@ fn a_domain_is_told_from_one_whose_guest_has_changed_since() {
     // Text that lies elsewhere now is not what was patched.
     guest.map(DRIVER_TEXT, gpa_of(KERNEL_TEXT), 0);
     assert!(!domain.is_current(tables).unwrap());
+}
+
+#[test]
+fn a_monitor_area_where_guest_memory_is_is_refused() {
+    let guest = Guest::new();
+    let end = MEMORY_PAGES * PAGE;
+    // One page of it is enough, at either end.
+    for place in [0, end - PAGE, u64::MAX - PAGE + 1] {
+        let refused = guest.domain_with(place);
+        assert!(
+            matches!(refused, Err(DomainError::MonitorPlace(at)) if at == place),
+            "{place:#x}"
+        );
+    }
+    for place in [end, vmm::layout::UNUSED.0] {
+        guest.domain_with(place).unwrap();
+    }
 }

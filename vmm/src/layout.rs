@@ -11,6 +11,7 @@
 //!   0x0010_0000  memory: kernel; initramfs at its upper end
 //!   0xc000_0000  end of low memory; 32-bit PCI window
 //!   0xf000_0000  ECAM of bus 0
+//!   0xf800_0000  nothing, ever
 //!   0xfec0_0000  I/O APIC
 //!   0xfee0_0000  local APICs
 //!   0xfffb_c000  KVM's own pages (identity map, TSS; Intel only)
@@ -49,6 +50,15 @@ pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 pub const PCI_MEMORY32: (u64, u64) = (LOW_MEMORY_END, 0xf000_0000);
 /// ECAM of bus 0.
 pub const ECAM: u64 = 0xf000_0000;
+/// Bytes of ECAM: 4 KiB for each of bus 0's 256 functions.
+pub const ECAM_BYTES: u64 = 256 * 4096;
+/// Nothing is ever put here, end exclusive, whatever the host's address width: room for memory that another VM over the same
+/// guest's has and the guest has not.
+pub const UNUSED: (u64, u64) = (0xf800_0000, 0xfc00_0000);
+const _: () = assert!(
+    ECAM + ECAM_BYTES <= UNUSED.0 && UNUSED.1 <= IO_APIC as u64,
+    "something is put where nothing should be"
+);
 /// I/O APIC, as the in-kernel interrupt controller has it.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs.

@@ -341,7 +341,7 @@ fn make_domain(
         memory: memory.clone(),
         cpuid: &registers.cpuid,
         sregs: &registers.sregs,
-        monitor_gpa: 1 << (u32::from(registers.physical_bits.clamp(36, 52)) - 1),
+        monitor_gpa: vmm::layout::UNUSED.0,
         driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
         thunks: plan.thunk_pages.iter().map(|page| page.0).collect(),
         kick_signal: vmm::kick_signal(),

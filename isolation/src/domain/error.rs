@@ -27,6 +27,9 @@ pub enum DomainError {
         "the guest has no free 2 MiB between its modules and its fixed mappings for the monitor area"
     )]
     NoRoom,
+    /// Something is where the monitor area should be.
+    #[error("there is guest memory at {0:#x}, where the monitor area should be")]
+    MonitorPlace(u64),
     /// The watchdog thread could not be started.
     #[error("cannot start the domain's watchdog thread: {0}")]
     Watchdog(#[source] std::io::Error),

@@ -37,10 +37,10 @@ use std::time::Duration;
 
 use kvm_bindings::{CpuId, kvm_sregs};
 use kvm_ioctls::Kvm;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use error::DomainError;
-use monitor::{Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
+use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::PrivateVm;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
@@ -122,6 +122,15 @@ impl Domain {
         let va = free_va(&view, cr3)?;
         let (driver, kernel) = ROOT_OFFSETS;
         let gpa = config.monitor_gpa;
+        let end = gpa.checked_add(AREA_PAGES * PAGE_SIZE);
+        let is_free = end.is_some_and(|end| {
+            let ranges = view.shared().iter();
+            let mut ranges = ranges.map(|range| (range.start_addr().0, range.len()));
+            ranges.all(|(start, bytes)| end <= start || gpa >= start.saturating_add(bytes))
+        });
+        if !is_free {
+            return Err(DomainError::MonitorPlace(gpa));
+        }
         let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
         let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid)?;
         let roots = Roots::new(cr3);

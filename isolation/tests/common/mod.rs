@@ -192,18 +192,22 @@ impl Guest {
     }
 
     pub fn domain(&self) -> Domain {
+        self.domain_with(1 << 33).unwrap()
+    }
+
+    /// A domain with the monitor area at this guest physical address.
+    pub fn domain_with(&self, monitor_gpa: u64) -> Result<Domain, DomainError> {
         register_kick();
         Domain::new(DomainConfig {
             kvm: &self.kvm,
             memory: self.memory.clone(),
             cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
             sregs: &self.sregs,
-            monitor_gpa: 1 << 33,
+            monitor_gpa,
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
             thunks: vec![THUNKS],
             kick_signal: libc::SIGUSR1,
         })
-        .unwrap()
     }
 
     /// Registers of a call: the return address is on the stack, callee-saved registers hold marks.

@@ -48,6 +48,11 @@ pub const TABLE_PAGES: u64 = 1024;
 /// All pages of the area.
 pub const AREA_PAGES: u64 = MAPPED_PAGES + TABLE_PAGES;
 
+const _: () = assert!(
+    AREA_PAGES * PAGE_SIZE <= vmm::layout::UNUSED.1 - vmm::layout::UNUSED.0,
+    "the area does not fit where the machine leaves room for it"
+);
+
 /// Port of the exit by which an isolated function returns.
 pub const PORT_RETURN: u16 = 0xF1;
 /// Port of the exit by which an exception is told.
