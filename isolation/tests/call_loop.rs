@@ -7,6 +7,7 @@ mod common;
 use common::{DRIVER_TEXT, Guest, KERNEL_DATA, KERNEL_TEXT, PAGE, STACK, STACK_TOP, gpa_of};
 use iced_x86::code_asm::{al, qword_ptr, r8, r9, r10, r11, rax, rbx, rcx, rdi, rdx, rsi};
 use isolation::compensation::call_loop::{CallLoop, MAX_ROWS, Row};
+use isolation::guest::addr::{Gva, GvaRange};
 use isolation::guest::modules::ModuleLayout;
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
@@ -129,12 +130,17 @@ fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers(
 
 #[test]
 fn only_as_many_are_called_as_there_is_stack_for() {
-    assert_eq!(CallLoop::room(STACK_TOP - 0x80), MAX_ROWS);
-    assert_eq!(CallLoop::room(STACK + 0x1000), 0);
-    let few = CallLoop::room(STACK + 0x1200);
+    let room = |top| CallLoop::room(top, GvaRange::new(Gva(STACK), STACK_TOP - STACK).unwrap());
+    assert_eq!(room(STACK_TOP - 0x80), MAX_ROWS);
+    assert_eq!(room(STACK + 0x1000), 0);
+    assert_eq!(room(STACK), 0);
+    let few = room(STACK + 0x1200);
     assert!(few > 0 && few < 10, "{few}");
     // A stack that ends where another begins.
-    assert_eq!(CallLoop::room(STACK_TOP), MAX_ROWS);
+    assert_eq!(room(STACK_TOP), MAX_ROWS);
+    // One that is not aligned to its size, three pages of which lie below an aligned address.
+    let stack = GvaRange::new(Gva(STACK + 0x1000), STACK_TOP - STACK).unwrap();
+    assert_eq!(CallLoop::room(STACK_TOP + 0x200, stack), MAX_ROWS);
 }
 
 #[test]

@@ -195,6 +195,7 @@ impl Bench {
         CallRequest {
             regs,
             sregs: &guest.sregs,
+            stack: guest.stack_around(regs.rsp),
             clock: None,
             function: DRIVER_TEXT,
             return_gate: Some(RETURN_GATE),

@@ -52,6 +52,7 @@ fn request<'a>(guest: &'a Guest, regs: kvm_regs) -> CallRequest<'a> {
     CallRequest {
         regs,
         sregs: &guest.sregs,
+        stack: guest.stack_around(regs.rsp),
         clock: None,
         function: DRIVER_TEXT,
         return_gate: Some(RETURN_GATE),

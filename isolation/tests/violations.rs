@@ -9,6 +9,7 @@ use iced_x86::code_asm::*;
 use isolation::domain::roots::Root;
 use isolation::domain::transaction::{CallEnd, CallRequest, PassThroughReason};
 use isolation::domain::violation::ViolationKind;
+use kvm_bindings::kvm_regs;
 use std::time::Duration;
 
 #[test]
@@ -264,9 +265,11 @@ fn a_call_that_hangs_is_ended_by_its_budget() {
         a.jmp(top).unwrap();
     });
     let mut domain = guest.domain();
+    let regs = guest.entry_regs();
     let request = CallRequest {
-        regs: guest.entry_regs(),
+        regs,
         sregs: &guest.sregs,
+        stack: guest.stack_around(regs.rsp),
         clock: None,
         function: DRIVER_TEXT,
         return_gate: None,
@@ -342,5 +345,107 @@ fn page_tables_reached_through_the_direct_map_cannot_be_written() {
         ViolationKind::StrayWrite {
             address: DIRECT_MAP + 0x1000
         }
+    );
+}
+
+/// A call on the stack that is not aligned to its size.
+fn on_the_other_stack(guest: &Guest) -> kvm_regs {
+    let at = OTHER_STACK_TOP - 0x108;
+    guest.write(at, CALLER);
+    kvm_regs {
+        rsp: at,
+        ..guest.entry_regs()
+    }
+}
+
+#[test]
+fn all_of_a_stack_is_the_calls_own_however_it_is_aligned() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        // A frame as deep as the stack, written at its bottom.
+        a.mov(rax, OTHER_STACK).unwrap();
+        a.mov(qword_ptr(rax), 1).unwrap();
+        a.mov(qword_ptr(rax + 0x1000), 2).unwrap();
+        a.mov(qword_ptr(rax + 0x2000), 3).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let regs = on_the_other_stack(&guest);
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(
+        [0, 1, 2].map(|page| guest.read(OTHER_STACK + page * PAGE)),
+        [1, 2, 3]
+    );
+}
+
+#[test]
+fn what_is_behind_a_stacks_guard_page_is_not_the_calls() {
+    let guest = Guest::new();
+    // In the same aligned 16 KiB as the stack's upper end.
+    assert_eq!(BEHIND / (4 * PAGE), (OTHER_STACK_TOP - 8) / (4 * PAGE));
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rax, BEHIND).unwrap();
+        a.mov(qword_ptr(rax), 1).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let regs = on_the_other_stack(&guest);
+    let result = guest.call_with(&mut domain, &mut Kernel::default(), regs);
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StrayWrite { address: BEHIND }
+    );
+}
+
+#[test]
+fn a_call_back_on_the_stack_for_interrupts_may_use_that_one_too() {
+    let guest = Guest::new();
+    // The kernel switches stacks for what interrupts have left to be done, and polls the driver there.
+    let softirq = KERNEL_TEXT + 0x100;
+    let poll = DRIVER_TEXT + 0x400;
+    guest.code(softirq, |a| {
+        a.push(rbp).unwrap();
+        a.mov(rbp, rsp).unwrap();
+        a.mov(rsp, OTHER_STACK_TOP - 8).unwrap();
+        a.mov(rax, poll).unwrap();
+        a.call(rax).unwrap();
+        a.mov(rsp, rbp).unwrap();
+        a.pop(rbp).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(poll, |a| {
+        a.push(r15).unwrap();
+        a.sub(rsp, 0x2000).unwrap();
+        a.mov(qword_ptr(rsp), 5).unwrap();
+        a.mov(eax, dword_ptr(rsp)).unwrap();
+        a.add(rsp, 0x2000).unwrap();
+        a.pop(r15).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(softirq).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, softirq).unwrap();
+    let mut kernel = Kernel {
+        driver_functions: [poll].into(),
+        interrupt_stack: Some(guest.stack_around(OTHER_STACK_TOP - 8)),
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 5);
+    // Any other stack is somebody else's.
+    kernel.interrupt_stack = None;
+    let result = {
+        let mut domain = guest.domain();
+        domain.redirect(DRIVER_TEXT, softirq).unwrap();
+        guest.call(&mut domain, &mut kernel)
+    };
+    assert!(
+        matches!(violation_kind(&result), ViolationKind::StrayWrite { .. }),
+        "{result:?}"
     );
 }

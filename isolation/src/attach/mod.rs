@@ -46,8 +46,6 @@ pub(crate) const GATE: GatePorts = GatePorts {
 };
 /// Length of `out imm8, al`.
 pub(crate) const OUT_BYTES: u64 = 2;
-/// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
-pub(crate) const THREAD_SIZE: u64 = 16 * 1024;
 /// How long a release waits for calls that are being taken back or have yet to give things back.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Between two looks at them.

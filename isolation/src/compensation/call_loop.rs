@@ -21,10 +21,10 @@
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::attach::THREAD_SIZE;
-use crate::guest::addr::Gva;
+use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
+use crate::guest::stack::THREAD_SIZE;
 
 /// Most rows of a table: for so long interrupts may wait.
 pub const MAX_ROWS: usize = 128;
@@ -126,9 +126,10 @@ impl CallLoop {
         }
     }
 
-    /// How many rows there is room for on the stack below `top`, in one go.
-    pub fn room(top: u64) -> usize {
-        let above_bottom = top.wrapping_sub(8) & (THREAD_SIZE - 1);
+    /// How many rows there is room for on `stack` below `top`, in one go.
+    pub fn room(top: u64, stack: GvaRange) -> usize {
+        let above_bottom = top.wrapping_sub(8).saturating_sub(stack.first().0);
+        let above_bottom = above_bottom.min(THREAD_SIZE);
         let bytes = above_bottom.saturating_sub(STACK_RESERVE + SAVED_BYTES + PROGRESS_BYTES);
         usize::try_from(bytes / ROW_BYTES).map_or(MAX_ROWS, |rows| rows.min(MAX_ROWS))
     }

@@ -18,8 +18,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::compensation::call_loop::{CallLoop, Progress, Row};
 use crate::domain::effects::{KernelCall, KernelEffects};
-use crate::guest::addr::Gva;
+use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::VirtMemory;
+use crate::guest::stack::stack_around;
 use crate::status::report::ViolationReport;
 
 /// Time after which a kernel function that takes something back is taken to hang.
@@ -116,7 +117,9 @@ impl GuestCalls {
         self.running = (first.function, Instant::now());
         self.progress = None;
         if let Some(call_loop) = call_loop {
-            let (rows, calls) = rows(&self.calls, call_loop, off, self.finally.rsp);
+            let top = self.finally.rsp;
+            let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
+            let (rows, calls) = rows(&self.calls, call_loop, off, top, stack);
             if calls > 1
                 && let Some((next, progress)) = call_loop.begin(&rows, &caller, return_gate, virt)
             {
@@ -153,8 +156,9 @@ fn rows(
     call_loop: CallLoop,
     off: impl Fn(&KernelCall) -> bool,
     top: u64,
+    stack: GvaRange,
 ) -> (Vec<Row>, usize) {
-    let room = CallLoop::room(top);
+    let room = CallLoop::room(top, stack);
     let mut rows = Vec::with_capacity(room);
     let mut count = 0;
     let mut is_off = calls.front().is_some_and(&off);

@@ -15,7 +15,7 @@ use vmm::PausedVcpus;
 use crate::attach::arm::{clear_gate, set_gate};
 use crate::attach::request::Strength;
 use crate::attach::returning::Returning;
-use crate::attach::{AttachError, THREAD_SIZE, live};
+use crate::attach::{AttachError, live};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::{Failure, GuestCalls};
 use crate::compensation::transmit_queues::TransmitQueues;
@@ -28,8 +28,9 @@ use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::error::DomainError;
 use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
 use crate::domain::violation::{Violation, ViolationKind};
-use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::addr::Gva;
 use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::stack::stack_around;
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
 use crate::status::report::ViolationReport;
@@ -276,10 +277,17 @@ impl Armed {
         } = self.gates.get_mut(&gate)?;
         let entry_regs = spilled.as_ref().map_or(at.regs, |call| *call.entry());
         let (again, arguments) = (spilled.is_some(), arguments(&entry_regs));
+        let (private, shared) = self.domain.memories();
+        let virt = VirtMemory {
+            space,
+            memory: &shared,
+        };
+        let stack = stack_around(virt, Gva(entry_regs.rsp));
         let request = CallRequest {
             regs: at.regs,
             sregs: &at.sregs,
             clock: Some(at.vcpu),
+            stack,
             function: *body,
             return_gate: (self.spilled.len() < MAX_OPEN).then_some(gate + RETURN_GATE_OFFSET),
             effects: self.effects.as_ref(),
@@ -294,7 +302,6 @@ impl Armed {
         {
             tracing::error!("a fault cannot be put into {}: {error}", entry.name);
         }
-        let (private, shared) = domain.memories();
         if let Some(policy) = &mut self.policy {
             policy.begin(&entry.name, arguments);
         }
@@ -306,7 +313,7 @@ impl Armed {
                     memory: &private,
                 },
                 before: MemoryBefore::new(&shared),
-                stack: Some(GvaRange::aligned(Gva(at.regs.rsp), THREAD_SIZE)),
+                stack: Some(stack),
                 per_cpu_base: at.sregs.gs.base,
             },
         });

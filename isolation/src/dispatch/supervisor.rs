@@ -17,6 +17,7 @@ use crate::domain::violation::Violation;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::fault_tables::FaultTables;
 use crate::guest::modules::ModuleLayout;
+use crate::guest::stack::InterruptStack;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::call::{CallMemory, DriverPolicy};
 use crate::status::report::ViolationReport;
@@ -43,6 +44,7 @@ pub struct Knowledge {
     kernel_functions: HashSet<u64>,
     driver_functions: HashSet<u64>,
     faults: FaultTables,
+    interrupt_stack: InterruptStack,
 }
 
 impl Knowledge {
@@ -61,6 +63,7 @@ impl Knowledge {
             data: layout.data().map(|section| section.range).collect(),
             kernel_functions: functions(false),
             driver_functions: functions(true),
+            interrupt_stack: InterruptStack::new(&symbols),
             symbols,
             faults,
         }
@@ -281,6 +284,12 @@ impl Supervisor for CallSupervisor<'_> {
         if let (Some(CallPolicy { policy, .. }), Some(symbol)) = (&mut self.policy, symbol) {
             policy.begin(symbol.name, arguments);
         }
+    }
+
+    fn interrupt_stack(&mut self, rsp: u64) -> Option<GvaRange> {
+        let CallPolicy { memory, .. } = self.policy.as_ref()?;
+        let stack = self.knowledge.interrupt_stack;
+        stack.around(memory.private, memory.per_cpu_base, Gva(rsp))
     }
 
     fn publishing(&mut self, gpa: u64, old: &[u8; 4096]) {

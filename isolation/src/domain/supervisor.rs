@@ -5,6 +5,7 @@ use devices::hold::{DeviceAddress, DeviceState};
 
 use super::monitor::ExceptionFrame;
 use super::undo_log::Restorable;
+use crate::guest::addr::GvaRange;
 
 /// What to do about an exception in a kernel function that the driver called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,12 @@ pub trait Supervisor {
     /// The kernel calls back into the driver's `function` with these register arguments (`rdi`, `rsi`,
     /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
     fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}
+
+    /// The stack that `rsp` is on, if it is one that the kernel may have switched to in the middle of the call, for
+    /// interrupts and what they leave to be done: what it calls the driver back on is the call's own.
+    fn interrupt_stack(&mut self, _rsp: u64) -> Option<GvaRange> {
+        None
+    }
 
     /// Something of the call is put into the guest's page at guest physical address `gpa`, which has been `old`
     /// until now, and the call goes on.

@@ -14,4 +14,5 @@ pub mod modules;
 pub mod paging;
 pub mod phys;
 mod slab;
+pub mod stack;
 pub mod symbols;

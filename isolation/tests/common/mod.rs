@@ -17,6 +17,9 @@ use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::undo_log::Restorable;
 use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::domain::{Domain, DomainConfig};
+use isolation::guest::addr::{Gva, GvaRange};
+use isolation::guest::paging::{AddressSpace, VirtMemory};
+use isolation::guest::stack::stack_around;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -30,6 +33,10 @@ pub const THUNKS: u64 = 0xffff_ffff_8100_2000;
 pub const KERNEL_DATA: u64 = 0xffff_ffff_8200_0000;
 pub const STACK: u64 = 0xffff_c900_0000_4000;
 pub const STACK_TOP: u64 = STACK + 4 * PAGE;
+/// A stack that is not aligned to its size, and what is behind its guard page.
+pub const OTHER_STACK: u64 = 0xffff_c900_0002_1000;
+pub const OTHER_STACK_TOP: u64 = OTHER_STACK + 4 * PAGE;
+pub const BEHIND: u64 = OTHER_STACK_TOP + PAGE;
 /// Large page of the direct map: the first 2 MiB of guest memory.
 pub const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
 /// The isolated device's registers and another device's.
@@ -62,6 +69,8 @@ pub fn gpa_of(va: u64) -> u64 {
         KERNEL_TEXT..0xffff_ffff_8100_3000 => 0x22_0000 + (va - KERNEL_TEXT),
         KERNEL_DATA..0xffff_ffff_8200_2000 => 0x23_0000 + (va - KERNEL_DATA),
         STACK..STACK_TOP => 0x24_0000 + (va - STACK),
+        OTHER_STACK..=OTHER_STACK_TOP => 0x25_0000 + (va - OTHER_STACK),
+        BEHIND..=0xffff_c900_0002_6fff => 0x26_0000 + (va - BEHIND),
         DIRECT_MAP..0xffff_8880_0020_0000 => va - DIRECT_MAP,
         _ => panic!("{va:#x} is not mapped"),
     }
@@ -118,6 +127,9 @@ impl Guest {
         }
         for page in 0..4 {
             guest.map(STACK + page * PAGE, gpa_of(STACK + page * PAGE), WRITE | NX);
+        }
+        for va in (0..4).map(|page| OTHER_STACK + page * PAGE).chain([BEHIND]) {
+            guest.map(va, gpa_of(va), WRITE | NX);
         }
         guest.map(DEVICE, DEVICE_GPA, WRITE | NX);
         guest.map(OTHER_DEVICE, OTHER_DEVICE_GPA, WRITE | NX);
@@ -227,6 +239,16 @@ impl Guest {
         }
     }
 
+    /// The stack that this stack pointer is on.
+    pub fn stack_around(&self, rsp: u64) -> GvaRange {
+        let (cr3, cr4, efer) = (self.sregs.cr3, self.sregs.cr4, self.sregs.efer);
+        let virt = VirtMemory {
+            space: AddressSpace::from_registers(cr3, cr4, efer, 46),
+            memory: &*self.memory,
+        };
+        stack_around(virt, Gva(rsp))
+    }
+
     pub fn call(&self, domain: &mut Domain, kernel: &mut Kernel) -> CallResult {
         self.call_with(domain, kernel, self.entry_regs())
     }
@@ -251,6 +273,7 @@ impl Guest {
         let request = CallRequest {
             regs,
             sregs: &self.sregs,
+            stack: self.stack_around(regs.rsp),
             clock: None,
             function: DRIVER_TEXT,
             return_gate: None,
@@ -284,6 +307,8 @@ pub struct Kernel {
     pub kernel_functions: HashSet<u64>,
     pub driver_functions: HashSet<u64>,
     pub kernel_exception_expected: bool,
+    /// The stack for interrupts.
+    pub interrupt_stack: Option<GvaRange>,
     /// Stores that reached the device.
     pub device_writes: Vec<(u64, u64, usize)>,
     pub device_value: u64,
@@ -336,6 +361,10 @@ impl Supervisor for Kernel {
         self.writable
             .iter()
             .any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
+    fn interrupt_stack(&mut self, rsp: u64) -> Option<GvaRange> {
+        self.interrupt_stack
+            .filter(|stack| stack.contains(Gva(rsp)))
     }
     fn publishing(&mut self, gpa: u64, old: &[u8; 4096]) {
         let word = u64::from_le_bytes(old[..8].try_into().unwrap());

@@ -8,6 +8,7 @@ use kvm_ioctls::VcpuFd;
 use super::SpilledCall;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::violation::Violation;
+use crate::guest::addr::GvaRange;
 
 /// A call to be isolated, as the guest's vCPU stood at the entry gate.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub struct CallRequest<'a> {
     pub regs: kvm_regs,
     /// Control registers and segments.
     pub sregs: &'a kvm_sregs,
+    /// The stack that the function is entered on ([`crate::guest::stack`]): the call's own to write.
+    pub stack: GvaRange,
     /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
     pub clock: Option<&'a VcpuFd>,
     /// Guest virtual address at which the function's own code begins.

@@ -217,6 +217,10 @@ impl Call<'_> {
             return_address,
             rsp: frame.rsp + 8,
         });
+        if self.stacks.len() < MAX_STACKS && !self.in_own_stack(frame.rsp) {
+            self.stacks
+                .extend(self.supervisor.interrupt_stack(frame.rsp));
+        }
         self.stats.callbacks += 1;
         self.supervisor.called_back(target, arguments);
         self.domain.monitor.resume_at(target);

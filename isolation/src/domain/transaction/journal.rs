@@ -44,7 +44,7 @@ impl Call<'_> {
         let mut restorable = self.supervisor.restorable();
         // Frames below the caller's are dead when the call has ended, and others' by then.
         let callers = self.entry.rsp.wrapping_add(8);
-        let mut va = self.entry.rsp & !(THREAD_SIZE - 1);
+        let mut va = self.request.stack.first().0;
         while va < callers {
             let bytes = (callers - va).min(PAGE_SIZE);
             if let Some(at) = self.domain.roots.translate(va, &self.domain.view)? {

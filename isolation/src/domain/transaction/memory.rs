@@ -70,8 +70,7 @@ impl Call<'_> {
     }
 
     pub(super) fn in_own_stack(&self, va: u64) -> bool {
-        let rsp = self.entry.rsp;
-        va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1)
+        self.stacks.iter().any(|stack| stack.contains(Gva(va)))
     }
 
     pub(super) fn read_guest(&self, va: u64) -> Result<Option<u64>, DomainError> {

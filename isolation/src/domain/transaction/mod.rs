@@ -41,6 +41,7 @@ use super::roots::{Fill, Root, RootError};
 use super::supervisor::{KernelExceptionVerdict, Supervisor};
 use super::view::{PAGE_SIZE, Page, Pfn};
 use super::violation::{Violation, ViolationKind};
+use crate::guest::addr::{Gva, GvaRange};
 use crate::policy::diff::PageMask;
 use devices::hold::DeviceAddress;
 
@@ -60,8 +61,8 @@ pub use spill::SpilledCall;
 const INTERRUPT_FLAG: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
-/// Size and alignment of a Linux kernel stack on x86-64 (`THREAD_SIZE`) in bytes.
-const THREAD_SIZE: u64 = 16 * 1024;
+/// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone on on.
+const MAX_STACKS: usize = 16;
 /// Device stores that may wait for commit.
 const MAX_POSTED: usize = 4096;
 /// Unusual exits after which a call is given up, those at journalled kernel functions left aside: no honest call comes
@@ -133,6 +134,8 @@ pub(super) struct Call<'a> {
     /// Pages written by the host on P's behalf, which KVM does not know of.
     host_written: Vec<Pfn>,
     callbacks: Vec<Callback>,
+    /// The stack it was entered on, and those on which the kernel has called the driver back.
+    stacks: Vec<GvaRange>,
     posted: Vec<PostedWrite>,
     overwritten: BTreeMap<Pfn, Overwritten>,
     /// Kept by calls that go on in the guest.
@@ -218,6 +221,7 @@ impl Domain {
             return_slot: (Pfn(0), 0),
             host_written: Vec::new(),
             callbacks: Vec::new(),
+            stacks: vec![request.stack],
             posted: Vec::new(),
             overwritten: BTreeMap::new(),
             journal: journal.take(),
@@ -356,8 +360,7 @@ impl Call<'_> {
         let stub = self.domain.monitor.exit_stub();
         self.write_slot(self.return_slot, stub)?;
         for va in [rsp.wrapping_sub(8), rsp.wrapping_sub(PAGE_SIZE / 2)] {
-            if va & !(THREAD_SIZE - 1) == rsp & !(THREAD_SIZE - 1) && !self.domain.roots.is_open(va)
-            {
+            if self.in_own_stack(va) && !self.domain.roots.is_open(va) {
                 self.open(va)?;
             }
         }

@@ -38,6 +38,7 @@ pub struct SpilledCall {
     return_address: u64,
     return_slot: (Pfn, usize),
     callbacks: Vec<Callback>,
+    stacks: Vec<GvaRange>,
     /// `None` if nothing is known of the kernel's functions.
     pub(super) journal: Option<Box<Journal>>,
     /// Kernel functions called by the driver, outermost first; the last one is running in the guest.
@@ -168,6 +169,7 @@ impl Call<'_> {
             return_address: self.return_address,
             return_slot: self.return_slot,
             callbacks: std::mem::take(&mut self.callbacks),
+            stacks: std::mem::take(&mut self.stacks),
             journal: self.journal.take(),
             frames,
             slots,
@@ -183,6 +185,7 @@ impl Call<'_> {
         self.return_address = spilled.return_address;
         self.return_slot = spilled.return_slot;
         self.callbacks = spilled.callbacks.clone();
+        self.stacks = spilled.stacks.clone();
         if let Some(reason) = self.prepare()? {
             return Ok(Some(reason));
         }

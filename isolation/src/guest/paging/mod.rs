@@ -117,6 +117,12 @@ impl AddressSpace {
         }
     }
 
+    /// Whether the entries of 4 KiB pages at `one` and `other` are in the same table.
+    pub fn same_table(one: Gva, other: Gva) -> bool {
+        let covered = entry_span(2);
+        one.0 / covered == other.0 / covered
+    }
+
     /// Translates `at`, as a processor would that looks for no permission in particular.
     pub fn walk(&self, memory: &impl GuestPhys, at: Gva) -> Result<Translation, WalkError> {
         if !self.levels.is_canonical(at) {
