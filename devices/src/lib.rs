@@ -16,5 +16,6 @@ pub mod nic;
 pub mod pci;
 pub mod rate_limit;
 pub mod serial;
+pub mod state;
 pub mod virtio;
 pub mod wire;

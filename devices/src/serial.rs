@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -21,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::bus::MutBusDevice;
 use crate::irq::IrqLine;
 use crate::rate_limit::RateLimit;
+use crate::state::{Form, Part, StateError};
 
 /// First I/O port of COM1.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -28,6 +30,30 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const UART_PORTS: u16 = 8;
 /// ISA interrupt of COM1.
 pub const COM1_IRQ: u8 = 4;
+
+/// Bytes that the receiver holds.
+const UART_FIFO_BYTES: usize = 64;
+/// Line status: something was received.
+const LSR_DATA_READY: u8 = 1;
+
+const FORM: Form = Form {
+    kind: "serial port",
+    version: 1,
+};
+
+/// Registers and FIFO of the UART.
+#[derive(Serialize, Deserialize)]
+struct UartState {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    received: Vec<u8>,
+}
 
 /// What is at the other end of the serial cable.
 #[derive(Debug)]
@@ -129,14 +155,64 @@ impl Serial {
 
     /// Goes back to the state after power-on. The other end stays connected.
     pub fn reset(&mut self) {
+        if let Err(error) = self.become_uart(SerialState::default()) {
+            // The default state has an empty FIFO and no interrupt, so it is always taken.
+            tracing::error!(%error, "serial port not reset");
+        }
+    }
+
+    /// The port's state; what is at its other end is not in it.
+    pub fn save(&self) -> Result<Part, StateError> {
+        let state = self.uart.state();
+        Part::new(
+            FORM,
+            &UartState {
+                baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+                interrupt_enable: state.interrupt_enable,
+                interrupt_identification: state.interrupt_identification,
+                line_control: state.line_control,
+                line_status: state.line_status,
+                modem_control: state.modem_control,
+                modem_status: state.modem_status,
+                scratch: state.scratch,
+                received: state.in_buffer,
+            },
+        )
+    }
+
+    /// Goes on as the port that `part` was taken of, with its own other end. An interrupt that was pending comes again.
+    pub fn restore(&mut self, part: &Part) -> Result<(), StateError> {
+        let state: UartState = part.open(FORM)?;
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        if (state.line_status & LSR_DATA_READY != 0) == state.received.is_empty() {
+            return Err(FORM.does_not_fit("it has received something and nothing"));
+        }
+        self.become_uart(SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received,
+        })
+    }
+
+    /// Takes over a state. On an error nothing changes.
+    fn become_uart(&mut self, state: SerialState) -> Result<(), StateError> {
+        // Checked before the other end is taken from the port that there is.
+        if state.in_buffer.len() > UART_FIFO_BYTES {
+            return Err(FORM.does_not_fit("it has received more than its FIFO holds"));
+        }
         let irq = Pulse(self.uart.interrupt_evt().0.clone());
         let sink = std::mem::replace(self.uart.writer_mut(), Sink::Nothing);
-        match vm_superio::Serial::from_state(&SerialState::default(), irq, NoEvents, sink) {
-            Ok(uart) => self.uart = uart,
-            // The default state has an empty FIFO and no interrupt, so it is always taken.
-            Err(error) => tracing::error!(%error, "serial port not reset"),
-        }
+        let uart = vm_superio::Serial::from_state(&state, irq, NoEvents, sink);
+        self.uart = uart.map_err(|error| FORM.does_not_fit(format!("{error:?}")))?;
         self.signal_room();
+        Ok(())
     }
 
     fn signal_room(&mut self) {

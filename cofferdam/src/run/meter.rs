@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use devices::state::{Part, StateError};
 use devices::wire::{SendOutcome, Wire, WritableFd};
 
 /// Counters of a [`MeteredWire`], readable from any thread.
@@ -98,6 +99,14 @@ impl Wire for MeteredWire {
             add(&self.meter.link_losses, 1);
         }
         self.wire.nic_link(up);
+    }
+
+    fn save(&self) -> Result<Option<Part>, StateError> {
+        self.wire.save()
+    }
+
+    fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
+        self.wire.restore(state)
     }
 
     fn readable_fd(&self) -> RawFd {

@@ -69,6 +69,7 @@ use crate::moments::Moments;
 use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity, Status};
 use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
+use crate::state::{Part, StateError};
 use crate::wire::Wire;
 
 const DEVICE_ID: u16 = 0x100e;
@@ -373,5 +374,13 @@ impl PciFunction for E1000 {
         self.hardware_reset();
         self.drive_line();
         self.settle();
+    }
+
+    fn save(&self) -> Result<Part, StateError> {
+        self.save_part()
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        self.restore_part(state)
     }
 }

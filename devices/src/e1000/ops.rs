@@ -149,6 +149,12 @@ pub struct Exercise {
 }
 
 impl Exercise {
+    /// The controller.
+    #[cfg(test)]
+    pub(super) fn nic(&mut self) -> &mut dyn PciFunction {
+        &mut self.bench.nic
+    }
+
     /// A controller that was just powered on.
     pub fn new() -> Result<Self, Error> {
         let bench = Bench::new(MEMORY_BYTES, E1000Config::new(MAC))?;

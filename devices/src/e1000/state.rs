@@ -14,7 +14,13 @@ use super::ring::Ring;
 use super::timers::TimersState;
 use super::{E1000, Error};
 use crate::pci::config::ConfigSpaceState;
+use crate::state::{Form, Part, StateError};
 use crate::wire::MAX_FRAME_BYTES;
+
+const FORM: Form = Form {
+    kind: "82540EM",
+    version: 1,
+};
 
 /// Everything that a controller is, besides what it is connected to.
 ///
@@ -157,6 +163,19 @@ impl E1000 {
                 }
             }
         }
+    }
+
+    /// The controller's state and its wire's, to be stored.
+    pub(super) fn save_part(&self) -> Result<Part, StateError> {
+        Part::new(FORM, &(self.save(), self.wire.save()?))
+    }
+
+    /// Goes on as the controller that `part` was taken of, with the wire that it was on.
+    pub(super) fn restore_part(&mut self, part: &Part) -> Result<(), StateError> {
+        let (state, wire): (E1000State, Option<Part>) = part.open(FORM)?;
+        self.wire.restore(&wire)?;
+        let result = self.restore(state);
+        result.map_err(|error| FORM.does_not_fit(error))
     }
 
     /// Takes the state. The controller goes on unchanged.

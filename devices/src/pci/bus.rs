@@ -16,6 +16,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use super::config::{BAR_COUNT, Command, ConfigSpace, PciIdentity, offset};
 use super::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::bus::{Bus, BusDevice, MappingId};
+use crate::state::{Form, Part, StateError};
 
 /// A function as the bus and the event loop share it.
 pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
@@ -378,6 +379,11 @@ impl BusDevice for Ecam {
 struct HostBridge(ConfigSpace);
 
 impl HostBridge {
+    const FORM: Form = Form {
+        kind: "host bridge",
+        version: 1,
+    };
+
     fn new() -> Self {
         // Red Hat's generic PCI Express host bridge: known to guests, with no quirks attached.
         Self(ConfigSpace::new(PciIdentity {
@@ -413,7 +419,20 @@ impl PciFunction for HostBridge {
     fn reset(&mut self) {
         self.0.reset();
     }
+
+    fn save(&self) -> Result<Part, StateError> {
+        Part::new(Self::FORM, &self.0.save())
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        let state = state.open(Self::FORM)?;
+        let result = self.0.restore(&state);
+        result.map_err(|error| Self::FORM.does_not_fit(error))
+    }
 }
 
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::{BusStateError, FunctionStates};

@@ -401,31 +401,33 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes over a saved content. It must be of a function with the same identity and layout;
-    /// otherwise nothing changes. Read-only bits of base address registers keep their value.
+    /// Takes over a saved content. It must be of a function with the same identity and layout: in all that neither the
+    /// guest nor the function changes. Otherwise nothing changes.
     pub fn restore(&mut self, state: &ConfigSpaceState) -> Result<(), ConfigError> {
+        self.bytes = self.check(state)?;
+        Ok(())
+    }
+
+    /// The content, if it can be one of this function's.
+    pub fn check(&self, state: &ConfigSpaceState) -> Result<[u8; CONFIG_SPACE_BYTES], ConfigError> {
         let bytes: [u8; CONFIG_SPACE_BYTES] = state
             .bytes
             .as_slice()
             .try_into()
             .map_err(|_| ConfigError::ForeignState)?;
-        let identity = (0..0x04).chain(0x08..0x0c).chain(0x2c..0x30).chain([0x34]);
-        if identity
-            .into_iter()
-            .any(|at: usize| bytes[at] != self.power_on[at])
-        {
-            return Err(ConfigError::ForeignState);
+        let status = usize::from(offset::STATUS)..usize::from(offset::STATUS) + 2;
+        let interrupt = Status::INTERRUPT_STATUS.bits().to_le_bytes();
+        let differs = bytes.iter().enumerate().any(|(at, byte)| {
+            let mut changes = self.writable[at] | self.write_one_to_clear[at];
+            if status.contains(&at) {
+                changes |= interrupt[at - status.start];
+            }
+            (byte ^ self.power_on[at]) & !changes != 0
+        });
+        match differs {
+            true => Err(ConfigError::ForeignState),
+            false => Ok(bytes),
         }
-        let bars = usize::from(offset::BAR0)..usize::from(offset::BAR0) + 4 * BAR_COUNT;
-        for (at, byte) in bytes.into_iter().enumerate() {
-            let keep = if bars.contains(&at) {
-                !self.writable[at]
-            } else {
-                0
-            };
-            self.bytes[at] = (self.power_on[at] & keep) | (byte & !keep);
-        }
-        Ok(())
     }
 
     fn init(&mut self, at: u16, data: &[u8]) {

@@ -5,6 +5,8 @@ pub mod config;
 pub mod msix;
 pub mod registers;
 
+use crate::state::{Part, StateError};
+
 /// Index of a base address register of a type 0 header, 0 to 5.
 pub type BarIndex = u8;
 
@@ -54,4 +56,15 @@ pub trait PciFunction: Send {
 
     /// Power-on reset, as the bus's RST# does.
     fn reset(&mut self);
+
+    /// The function's state between two accesses. One that does not give it away says so.
+    fn save(&self) -> Result<Part, StateError> {
+        Err(StateError::Kept)
+    }
+
+    /// Goes on as the function that `state` was taken of: drives its interrupts, and looks for work in its rings. On an
+    /// error it has to be reset. The bus asks for [`PciFunction::decoded`] again afterwards.
+    fn restore(&mut self, _state: &Part) -> Result<(), StateError> {
+        Err(StateError::Kept)
+    }
 }

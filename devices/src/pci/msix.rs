@@ -193,12 +193,19 @@ impl Msix {
     /// Takes over a stored state; `config` must have been restored. A state with another number of
     /// vectors is refused.
     pub fn restore(&mut self, state: &MsixState, config: &ConfigSpace) -> Result<(), ConfigError> {
-        if state.entries.len() != self.state.entries.len() {
-            return Err(ConfigError::ForeignState);
-        }
+        self.check(state)?;
         self.state = state.clone();
         self.control = config.u16_at(self.capability + 2);
         self.update_all();
+        Ok(())
+    }
+
+    /// Whether the state is one that the guest can have made.
+    pub fn check(&self, state: &MsixState) -> Result<(), ConfigError> {
+        let possible = |entry: &Entry| entry.address & 3 == 0 && entry.control & !VECTOR_MASK == 0;
+        if state.entries.len() != self.state.entries.len() || !state.entries.iter().all(possible) {
+            return Err(ConfigError::ForeignState);
+        }
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use event_manager::{EventManager, SubscriberOps};
 
 use super::*;
+use crate::state::tests::{Random, stored};
 
 #[derive(Default)]
 struct CountingLine(AtomicU32);
@@ -186,4 +187,87 @@ fn the_next_client_is_served_after_two_hundred_were_killed() {
 #[test]
 fn the_next_client_is_served_although_the_guest_never_read_what_those_before_said() {
     kill_clients(false);
+}
+
+/// Random accesses and input, the same for the same random numbers; what was read.
+fn happen(serial: &mut Serial, random: &mut Random) -> u8 {
+    let offset = random.below(8);
+    match random.below(4) {
+        0 => serial.write(offset, &[random.next() as u8]),
+        1 => {
+            let room = serial.uart.fifo_capacity();
+            let input = vec![random.next() as u8; (random.below(9) as usize).min(room)];
+            // Refused in loop-back mode.
+            let _ = serial.uart.enqueue_raw_bytes(&input);
+        }
+        _ => {
+            let mut data = [0];
+            serial.read(offset, &mut data);
+            return data[0];
+        }
+    }
+    0
+}
+
+#[test]
+fn a_restored_port_behaves_as_the_original() {
+    for seed in 1..200u64 {
+        let mut random = Random(seed << 32);
+        let make = || {
+            let line = Arc::new(CountingLine::default());
+            let output = tempfile::tempfile().unwrap();
+            let backend = SerialBackend::Output(output.try_clone().unwrap());
+            (Serial::new(line.clone(), backend).unwrap(), line, output)
+        };
+        let (mut original, line, mut output) = make();
+        for _ in 0..random.below(200) {
+            happen(&mut original, &mut random);
+        }
+        let (mut twin, twins_line, mut twins_output) = make();
+        twin.restore(&stored(&original.save().unwrap())).unwrap();
+        let count = |line: &CountingLine| line.0.load(Ordering::Relaxed);
+        let before = (count(&line), count(&twins_line));
+        let already = output.metadata().unwrap().len();
+        for step in 0..200 {
+            let mut same = Random(random.0);
+            let here = happen(&mut original, &mut random);
+            let there = happen(&mut twin, &mut same);
+            assert_eq!(here, there, "seed {seed}, step {step}");
+        }
+        assert_eq!(count(&line) - before.0, count(&twins_line) - before.1);
+        assert_eq!(original.save().unwrap(), twin.save().unwrap());
+        let read = |file: &mut File, from: u64| {
+            let mut text = Vec::new();
+            io::Seek::seek(file, io::SeekFrom::Start(from)).unwrap();
+            file.read_to_end(&mut text).unwrap();
+            text
+        };
+        assert_eq!(read(&mut output, already), read(&mut twins_output, 0));
+    }
+}
+
+#[test]
+fn a_port_that_has_received_more_than_it_holds_is_refused() {
+    let line = Arc::new(CountingLine::default());
+    let mut serial = Serial::new(line, SerialBackend::None).unwrap();
+    serial.write(7, &[0x5a]);
+    let before = serial.save().unwrap();
+    let state = |received: usize| UartState {
+        baud_divisor: [0; 2],
+        interrupt_enable: 0,
+        interrupt_identification: 0,
+        line_control: 0,
+        line_status: LSR_DATA_READY,
+        modem_control: 0,
+        modem_status: 0,
+        scratch: 0,
+        received: vec![0; received],
+    };
+    for wrong in [0, UART_FIFO_BYTES + 1] {
+        let part = Part::new(FORM, &state(wrong)).unwrap();
+        serial.restore(&part).unwrap_err();
+        assert_eq!(serial.save().unwrap(), before);
+    }
+    let part = Part::new(FORM, &state(UART_FIFO_BYTES)).unwrap();
+    serial.restore(&part).unwrap();
 }

@@ -13,6 +13,8 @@
 pub mod blk;
 mod chain;
 pub mod console;
+#[cfg(test)]
+mod history_tests;
 pub mod net;
 pub mod pci;
 mod queues;
@@ -20,6 +22,8 @@ mod queues;
 mod testing;
 
 use event_manager::{EventOps, Events};
+
+use crate::state::{Part, StateError};
 
 pub use self::chain::Chain;
 pub use self::queues::{QueueError, Queues};
@@ -74,6 +78,13 @@ pub trait VirtioDevice: Send {
 
     /// The driver reset the device: everything but what the host gave it is as new.
     fn reset(&mut self);
+
+    /// The device's own state between two calls; what is in its queues is not part of it.
+    fn save(&self) -> Result<Part, StateError>;
+
+    /// Goes on as the device that `state` was taken of. On an error nothing changes. The driver's buffers are looked at
+    /// afterwards, as if it had notified about all queues.
+    fn restore(&mut self, state: &Part) -> Result<(), StateError>;
 
     /// The driver put buffers into `queue`.
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError>;

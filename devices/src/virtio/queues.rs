@@ -93,7 +93,11 @@ impl Virtqueue {
         }
     }
 
-    pub(super) fn restore(state: &VirtqueueState) -> Result<Self, virtio_queue::Error> {
+    /// A queue with this state, of a function with `vectors` vectors. Whether its rings are in memory is not looked at.
+    pub(super) fn restore(
+        state: &VirtqueueState,
+        vectors: u16,
+    ) -> Result<Self, virtio_queue::Error> {
         let queue = Queue::try_from(QueueState {
             max_size: state.max_size,
             next_avail: state.next_avail,
@@ -107,7 +111,11 @@ impl Virtqueue {
         })?;
         Ok(Self {
             queue,
-            vector: state.vector,
+            vector: if state.vector < vectors {
+                state.vector
+            } else {
+                NO_VECTOR
+            },
             returned: false,
         })
     }

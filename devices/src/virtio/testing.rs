@@ -12,6 +12,7 @@ use crate::dma::DmaSpace;
 use crate::irq::IrqLine;
 use crate::pci::PciFunction;
 use crate::pci::msix::tests::RecordedVectors;
+use crate::state::tests::stored;
 
 pub(crate) const MEMORY_BYTES: usize = 16 << 20;
 const QUEUE_SIZE: u16 = 16;
@@ -29,7 +30,7 @@ impl IrqLine for Line {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Ring {
     next_descriptor: u16,
     available: u16,
@@ -80,6 +81,31 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             next_buffer: 1 << 20,
             event_idx: false,
         }
+    }
+
+    /// A driver of the same function with `device` in it, whose memory and state are as this one's are now. What was asked
+    /// of the device is found when the event loop runs.
+    pub(crate) fn twin(&self, device: D) -> Self {
+        let mut twin = Self::new(device);
+        let mut all = vec![0; MEMORY_BYTES];
+        self.memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+        twin.memory.write_slice(&all, GuestAddress(0)).unwrap();
+        twin.rings = self.rings.clone();
+        twin.next_buffer = self.next_buffer;
+        twin.event_idx = self.event_idx;
+        let state = stored(&self.function().save().unwrap());
+        twin.function().restore(&state).unwrap();
+        twin
+    }
+
+    /// Chains that the device has not given back.
+    pub(crate) fn outstanding(&self, queue: usize) -> u16 {
+        let ring = &self.rings[queue];
+        ring.available.wrapping_sub(ring.used)
+    }
+
+    pub(crate) fn queue_count(&self) -> usize {
+        self.rings.len()
     }
 
     pub(crate) fn function(&self) -> MutexGuard<'_, VirtioPciFunction<D>> {
@@ -181,6 +207,13 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         self.set_queues_up();
         self.write(0x14, 1, 15);
         assert_eq!(self.status(), 15);
+    }
+
+    /// Memory for a buffer is taken from the beginning again.
+    pub(crate) fn reuse_buffers(&mut self) {
+        if self.next_buffer > MEMORY_BYTES as u64 / 2 {
+            self.next_buffer = 1 << 20;
+        }
     }
 
     fn alloc(&mut self, length: usize) -> u64 {

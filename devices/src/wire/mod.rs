@@ -2,6 +2,8 @@
 
 use std::os::fd::RawFd;
 
+use crate::state::{Part, StateError};
+
 pub mod gateway;
 pub mod tap;
 pub mod unix_link;
@@ -44,6 +46,23 @@ pub trait Wire: Send {
     /// Readable (`EPOLLIN`, level-triggered) while [`Wire::receive`] may return a frame or the
     /// carrier changed.
     fn readable_fd(&self) -> RawFd;
+
+    /// What this end of the wire is besides its descriptors; `None` where nothing of it is here: what is on its way through
+    /// the host is lost, as on a cable that was pulled.
+    fn save(&self) -> Result<Option<Part>, StateError> {
+        Ok(None)
+    }
+
+    /// Goes on as the wire that `state` was taken of.
+    fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
+        match state {
+            None => Ok(()),
+            Some(part) => Err(StateError::Kind {
+                found: part.kind().to_owned(),
+                wanted: "wire without a state",
+            }),
+        }
+    }
 
     /// A descriptor that signals (`signal`'s event) when a wire that answered
     /// [`SendOutcome::Full`] has room again; `None` where that cannot happen.

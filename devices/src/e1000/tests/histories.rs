@@ -104,6 +104,31 @@ fn a_restored_twin_behaves_as_the_original() {
 }
 
 #[test]
+fn a_state_that_was_stored_is_as_it_was_and_a_damaged_one_is_refused() {
+    use crate::state::{Part, StateError};
+    for seed in histories(20) {
+        let mut exercise = Exercise::new().unwrap();
+        for op in Random(seed).ops() {
+            exercise.apply(&op);
+        }
+        let nic = exercise.nic();
+        let bytes = postcard::to_stdvec(&nic.save().unwrap()).unwrap();
+        let before = nic.save().unwrap();
+        for bit in (0..bytes.len() * 8).step_by(977) {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(part) = postcard::from_bytes::<Part>(&changed) {
+                let refused = nic.restore(&part);
+                assert!(matches!(refused, Err(StateError::Damaged(_))), "bit {bit}");
+            }
+        }
+        assert_eq!(nic.save().unwrap(), before);
+        let part = postcard::from_bytes::<Part>(&bytes).unwrap();
+        nic.restore(&part).unwrap();
+    }
+}
+
+#[test]
 fn a_state_survives_its_stored_form() {
     let mut exercise = Exercise::new().unwrap();
     for op in Random(99).ops() {

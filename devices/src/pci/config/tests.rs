@@ -151,6 +151,7 @@ proptest! {
     #[test]
     fn guest_writes_change_only_writable_bits(
         writes in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..9)), 0..40),
+        flip in any::<usize>(),
     ) {
         let mut space = nic();
         let power_on = space.save();
@@ -167,7 +168,17 @@ proptest! {
         let saved = space.save();
         let mut other = nic();
         other.restore(&saved).unwrap();
-        prop_assert_eq!(other.save(), saved);
+        prop_assert_eq!(other.save(), saved.clone());
+        // A change of what nobody can change is refused, and nothing is taken over.
+        let mut wrong = saved;
+        let at = flip % CONFIG_SPACE_BYTES;
+        wrong.bytes[at] ^= 1 << (flip % 8);
+        let mut third = nic();
+        let changes = third.writable[at] | third.write_one_to_clear[at];
+        if changes & 1 << (flip % 8) == 0 && at != usize::from(offset::STATUS) {
+            prop_assert_eq!(third.restore(&wrong), Err(ConfigError::ForeignState));
+            prop_assert_eq!(third.save(), power_on.clone());
+        }
         space.reset();
         prop_assert_eq!(space.save(), power_on);
     }

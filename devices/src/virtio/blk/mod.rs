@@ -16,6 +16,7 @@ use event_manager::{EventOps, Events};
 pub use self::disk::{Disk, DiskError, SECTOR_BYTES};
 use super::{Chain, DeviceError, DeviceKind, Queues, VirtioDevice, read_structure};
 use crate::rate_limit::RateLimit;
+use crate::state::{Form, Part, StateError};
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_GEOMETRY: u64 = 1 << 4;
@@ -36,6 +37,11 @@ const T_WRITE_ZEROES: u32 = 13;
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
+
+const FORM: Form = Form {
+    kind: "virtio disk",
+    version: 1,
+};
 
 const REQUEST_QUEUE: u16 = 0;
 const QUEUE_SIZE: u16 = 128;
@@ -360,6 +366,20 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.driver_flushes = false;
+    }
+
+    fn save(&self) -> Result<Part, StateError> {
+        let disk = (self.disk.sectors(), self.disk.read_only());
+        Part::new(FORM, &(disk, self.id, self.driver_flushes))
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        let (disk, id, driver_flushes): ((u64, bool), [u8; ID_BYTES], bool) = state.open(FORM)?;
+        if disk != (self.disk.sectors(), self.disk.read_only()) || id != self.id {
+            return Err(FORM.does_not_fit("its disk has another size, number or access"));
+        }
+        self.driver_flushes = driver_flushes;
+        Ok(())
     }
 
     fn notify(&mut self, _: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError> {

@@ -18,7 +18,7 @@
 //! has news. Only the event loop registers and drops them.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -26,8 +26,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use event_manager::{EventOps, EventSet, Events};
+use serde::{Deserialize, Serialize};
 
 use super::{Chain, DeviceError, DeviceKind, Queues, VirtioDevice, read_structure};
+use crate::state::{Form, Part, StateError};
 
 /// VIRTIO_CONSOLE_F_MULTIPORT.
 const F_MULTIPORT: u64 = 1 << 1;
@@ -39,6 +41,11 @@ const CONTROL_OUT: u16 = 3;
 const PORT_IN: u16 = 4;
 const PORT_OUT: u16 = 5;
 const QUEUE_SIZE: u16 = 64;
+
+const FORM: Form = Form {
+    kind: "virtio console",
+    version: 1,
+};
 
 /// Bytes taken from the client at a time.
 const TO_GUEST_BYTES: usize = 4096;
@@ -54,7 +61,7 @@ const PORT_NAME: u16 = 7;
 const CONTROL_BYTES: usize = 8;
 
 /// What the driver was told about the port and what it still has to be told.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Announcements {
     /// The driver is ready to hear of ports.
     device_ready: bool,
@@ -357,6 +364,25 @@ impl VirtioDevice for Console {
         self.finish_client();
         self.announcements = Announcements::default();
         self.guest_open = false;
+    }
+
+    fn save(&self) -> Result<Part, StateError> {
+        let mut said = self.announcements.clone();
+        // A client does not go along: the driver must see its session end.
+        said.must_close |= said.open;
+        Part::new(FORM, &(self.port_name.clone(), said, self.guest_open))
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        let (name, said, guest_open): (String, Announcements, bool) = state.open(FORM)?;
+        if name != self.port_name {
+            return Err(FORM.does_not_fit("its port has another name"));
+        }
+        // Who was talking to the guest as it was before learns that it is gone.
+        self.finish_client();
+        self.announcements = said;
+        self.guest_open = guest_open;
+        Ok(())
     }
 
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError> {

@@ -5,9 +5,17 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::*;
+use crate::pci::PciFunction;
 use crate::virtio::testing::Driver;
 
 const NAME: &str = "org.cofferdam.agent.0";
+
+/// A console that nobody can reach.
+pub(crate) fn console() -> Console {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join("agent.sock")).unwrap();
+    Console::new(NAME, listener).unwrap()
+}
 
 struct Channel {
     driver: Driver<Console>,
@@ -316,4 +324,33 @@ fn configuration_tells_how_many_ports_there_can_be() {
     let channel = Channel::new();
     assert_eq!(channel.driver.read(0x2004, 4), 2);
     assert_eq!(channel.driver.read(0x2ffc, 4), 0);
+}
+
+#[test]
+fn a_restored_console_has_the_guest_see_the_old_session_end_and_serves_the_next() {
+    let mut channel = Channel::opened();
+    let mut client = channel.connect();
+    assert_eq!(channel.heard(), [(PORT_OPEN, 1)]);
+    client.write_all(b"half a req").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join("agent.sock")).unwrap();
+    let driver = channel.driver.twin(Console::new(NAME, listener).unwrap());
+    let mut twin = Channel { driver, directory };
+    twin.driver.run_events();
+    assert_eq!(twin.heard(), [(PORT_OPEN, 0)]);
+    let mut next = twin.connect();
+    assert_eq!(twin.heard(), [(PORT_OPEN, 1)]);
+    twin.driver.post(4, &[], &[64]);
+    twin.driver.kick(4);
+    next.write_all(b"request").unwrap();
+    twin.driver.run_events();
+    assert_eq!(twin.received_by_guest(), b"request");
+    twin.write_to_host(b"answer");
+    let mut answer = [0; 6];
+    next.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"answer");
+    // A client of the machine that is put back learns at once that it is cut off.
+    let state = twin.driver.function().save().unwrap();
+    twin.driver.function().restore(&state).unwrap();
+    assert!(is_closed(&next));
 }

@@ -8,19 +8,25 @@
 //! the wire has none or the ring is empty, and in the latter case the driver's notification goes on.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::os::fd::RawFd;
 
 use event_manager::{EventOps, EventSet, Events};
 
 use super::{DeviceError, DeviceKind, Queues, VirtioDevice, read_structure};
+use crate::state::{Form, Part, StateError};
 use crate::wire::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableSignal};
 
 const F_MAC: u64 = 1 << 5;
 const F_STATUS: u64 = 1 << 16;
 /// Status field: VIRTIO_NET_S_LINK_UP.
 const S_LINK_UP: u16 = 1;
+
+const FORM: Form = Form {
+    kind: "virtio network card",
+    version: 1,
+};
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -176,6 +182,21 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {}
+
+    fn save(&self) -> Result<Part, StateError> {
+        Part::new(FORM, &(self.mac, self.carrier, self.wire.save()?))
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        let (mac, carrier, wire): ([u8; 6], bool, Option<Part>) = state.open(FORM)?;
+        if mac != self.mac {
+            return Err(FORM.does_not_fit("it has another address"));
+        }
+        self.wire.restore(&wire)?;
+        // If the wire's is another one by now, the driver is told.
+        self.carrier = carrier;
+        Ok(())
+    }
 
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
         if queue == TRANSMIT {

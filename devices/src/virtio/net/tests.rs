@@ -15,7 +15,7 @@ use crate::wire::unix_link::UnixLink;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 
 /// What the two ends of a test's wire share.
-struct Cable {
+pub(crate) struct Cable {
     to_card: VecDeque<Vec<u8>>,
     from_card: Vec<Vec<u8>>,
     room: usize,
@@ -25,10 +25,10 @@ struct Cable {
 }
 
 #[derive(Clone)]
-struct CableEnd(Arc<Mutex<Cable>>);
+pub(crate) struct CableEnd(Arc<Mutex<Cable>>);
 
 impl CableEnd {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let eventfd = || EventFd::new(EFD_NONBLOCK).unwrap();
         Self(Arc::new(Mutex::new(Cable {
             to_card: VecDeque::new(),
@@ -40,13 +40,39 @@ impl CableEnd {
         })))
     }
 
-    fn arrive(&self, frame: Vec<u8>) {
+    /// As this one is now, for a twin of the card.
+    pub(crate) fn twin(&self) -> Self {
+        let twin = Self::new();
+        let ours = self.0.lock().unwrap();
+        let mut theirs = twin.0.lock().unwrap();
+        theirs.to_card = ours.to_card.clone();
+        (theirs.room, theirs.carrier) = (ours.room, ours.carrier);
+        drop(theirs);
+        twin.0.lock().unwrap().readable.write(1).unwrap();
+        twin
+    }
+
+    /// The cable is pulled or plugged in.
+    pub(crate) fn set_carrier(&self, carrier: bool) {
+        let mut cable = self.0.lock().unwrap();
+        cable.carrier = carrier;
+        cable.readable.write(1).unwrap();
+    }
+
+    /// The cable takes so many frames more.
+    pub(crate) fn set_room(&self, frames: usize) {
+        let mut cable = self.0.lock().unwrap();
+        cable.room = frames;
+        cable.writable.write(1).unwrap();
+    }
+
+    pub(crate) fn arrive(&self, frame: Vec<u8>) {
         let mut cable = self.0.lock().unwrap();
         cable.to_card.push_back(frame);
         cable.readable.write(1).unwrap();
     }
 
-    fn sent(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
         std::mem::take(&mut self.0.lock().unwrap().from_card)
     }
 }

@@ -78,6 +78,17 @@ impl Common {
         };
     }
 
+    /// Whether a driver can have brought it here, of a function that offers these features and has so many vectors.
+    pub(super) fn is_possible(&self, offered_features: u64, vectors: u16) -> bool {
+        let status = self.status();
+        let negotiated = self.driver_features & !offered_features == 0;
+        (negotiated || !status.contains(DeviceStatus::FEATURES_OK))
+            && (!status.contains(DeviceStatus::DRIVER_OK)
+                || status.contains(DeviceStatus::FEATURES_OK))
+            && (self.config_vector < vectors || self.config_vector == NO_VECTOR)
+            && self.isr & !3 == 0
+    }
+
     pub(super) fn status(&self) -> DeviceStatus {
         DeviceStatus::from_bits_retain(self.status)
     }

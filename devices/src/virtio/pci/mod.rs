@@ -10,6 +10,7 @@
 //! by vCPU threads and by the event loop, always under its lock.
 
 mod common;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -17,23 +18,21 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::common::{Action, COMMON_BYTES, Common, DeviceStatus, Surroundings};
-use super::queues::{NO_VECTOR, Virtqueue, VirtqueueState};
+use super::queues::{NO_VECTOR, Virtqueue};
 use super::{DeviceError, Queues, VirtioDevice};
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
-use crate::pci::config::{
-    Command, ConfigError, ConfigSpace, ConfigSpaceState, InterruptPin, PciIdentity,
-};
-use crate::pci::msix::{Msix, MsixLayout, MsixState};
+use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity};
+use crate::pci::msix::{Msix, MsixLayout};
 use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
+use crate::state::{Part, StateError};
 
 const VENDOR_ID: u16 = 0x1af4;
 /// Device ID of a modern device is this plus the virtio device ID (section 4.1.2).
@@ -82,15 +81,6 @@ pub enum VirtioError {
         /// How many there is room for.
         limit: u64,
     },
-}
-
-/// The transport's state as a value that can be stored. The device's own state is not in it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VirtioPciState {
-    config: ConfigSpaceState,
-    msix: MsixState,
-    common: Common,
-    queues: Vec<VirtqueueState>,
 }
 
 /// A virtio device as a PCI function.
@@ -175,34 +165,6 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
     /// The device behind the transport.
     pub fn device(&self) -> &D {
         &self.device
-    }
-
-    /// The transport's state to store.
-    pub fn save(&self) -> VirtioPciState {
-        VirtioPciState {
-            config: self.config.save(),
-            msix: self.msix.save(),
-            common: self.common,
-            queues: self.queues.iter().map(Virtqueue::save).collect(),
-        }
-    }
-
-    /// Takes over a stored state of the same kind of function. After an error the function must be
-    /// reset.
-    pub fn restore(&mut self, state: &VirtioPciState) -> Result<(), VirtioError> {
-        if state.queues.len() != self.queues.len() {
-            return Err(ConfigError::ForeignState.into());
-        }
-        self.config.restore(&state.config)?;
-        self.msix.restore(&state.msix, &self.config)?;
-        self.common = state.common;
-        self.queues = state
-            .queues
-            .iter()
-            .map(Virtqueue::restore)
-            .collect::<Result<_, _>>()?;
-        self.update_intx();
-        Ok(())
     }
 
     fn offered_features(&self) -> u64 {
@@ -441,6 +403,14 @@ impl<D: VirtioDevice> PciFunction for VirtioPciFunction<D> {
         self.config.reset();
         self.msix.reset(&self.config);
         self.reset_device();
+    }
+
+    fn save(&self) -> Result<Part, StateError> {
+        self.save_part()
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        self.restore_part(state)
     }
 }
 

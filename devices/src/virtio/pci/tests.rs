@@ -4,10 +4,16 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::state::{Form, StateError};
 use crate::virtio::DeviceKind;
 use crate::virtio::testing::{Driver, EVENT_IDX, MEMORY_BYTES, VERSION_1};
 
 const F_LOUD: u64 = 1;
+
+const FORM: Form = Form {
+    kind: "adder",
+    version: 1,
+};
 
 /// Writes back what it is sent, each byte plus one; has a configuration of 4 bytes.
 #[derive(Default)]
@@ -48,6 +54,15 @@ impl VirtioDevice for Adder {
 
     fn reset(&mut self) {
         self.active_features = None;
+    }
+
+    fn save(&self) -> Result<Part, StateError> {
+        Part::new(FORM, &self.active_features)
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        self.active_features = state.open(FORM)?;
+        Ok(())
     }
 
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
@@ -441,16 +456,50 @@ fn a_restored_function_goes_on_where_the_saved_one_stopped() {
     driver.post(0, &[b"a"], &[1]);
     driver.kick(0);
     assert_eq!(driver.used(0).len(), 1);
-    let state = driver.function().save();
+    let state = driver.function().save().unwrap();
     driver.function().reset();
     assert_eq!(driver.status(), 0);
     driver.function().restore(&state).unwrap();
-    assert_eq!(driver.function().save(), state);
+    assert_eq!(driver.function().save().unwrap(), state);
     driver.vectors.take_triggered();
     driver.post(0, &[b"b"], &[1]);
     driver.kick(0);
     assert_eq!(driver.used(0)[0].data, b"c");
     assert_eq!(driver.vectors.take_triggered(), [1]);
+}
+
+#[test]
+fn a_request_that_nobody_was_notified_about_is_found_after_a_restore() {
+    let mut driver = driver();
+    driver.start(0);
+    driver.post(0, &[b"a"], &[1]);
+    let mut twin = driver.twin(Adder::default());
+    assert!(twin.used(0).is_empty());
+    twin.run_events();
+    assert_eq!(twin.used(0)[0].data, b"b");
+}
+
+#[test]
+fn a_state_that_no_driver_can_have_made_is_refused_and_nothing_changes() {
+    let mut driver = driver();
+    driver.start(0);
+    let before = driver.function().save().unwrap();
+    // Another kind of function, another number of queues, a queue outside of memory.
+    let mut foreign = Driver::new(crate::virtio::console::tests::console());
+    foreign.start(0);
+    let console = foreign.function().save().unwrap();
+    driver.function().restore(&console).unwrap_err();
+    driver.write(0x14, 1, 0);
+    driver.negotiate(VERSION_1);
+    let stopped = driver.function().save().unwrap();
+    driver.function().restore(&before).unwrap();
+    assert_eq!(driver.function().save().unwrap(), before);
+    driver.function().restore(&stopped).unwrap();
+    assert_eq!(driver.status(), 11);
+    driver.function().restore(&before).unwrap();
+    driver.post(0, &[b"x"], &[1]);
+    driver.kick(0);
+    assert_eq!(driver.used(0)[0].data, b"y");
 }
 
 #[test]

@@ -42,6 +42,21 @@ impl DhcpServer {
         }
     }
 
+    /// Clients that have a lease.
+    pub(super) fn known(&self) -> Vec<[u8; 6]> {
+        self.leases.iter().map(|client| client.0).collect()
+    }
+
+    /// These clients have a lease and no other; `false`, and nothing changes, if there are too many or one is no client.
+    pub(super) fn set_known(&mut self, clients: &[[u8; 6]]) -> bool {
+        let clients: Vec<_> = clients.iter().copied().map(EthernetAddress).collect();
+        if clients.len() > LEASES || !clients.iter().all(EthernetAddress::is_unicast) {
+            return false;
+        }
+        self.leases = clients;
+        true
+    }
+
     /// Answers a client's `message`, or keeps silent.
     pub(super) fn answer(&mut self, message: &[u8]) -> Option<Answer> {
         let packet = DhcpPacket::new_checked(message).ok()?;

@@ -24,6 +24,7 @@ mod log;
 mod network;
 mod probe;
 mod services;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ use self::network::{Incoming, Network, Outbox};
 use self::probe::Probe;
 use super::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableFd, WritableSignal};
 use crate::clock::monotonic_ns;
+use crate::state::{Part, StateError};
 
 pub use self::log::{GatewayCounters, GatewayEvent, GatewayEventKind, GatewayLog, SILENCE_NS};
 pub use self::services::{MULTICAST_GROUP, SOURCE_LINE_BYTES, source_line};
@@ -344,6 +346,14 @@ impl Wire for Gateway {
 
     fn carrier(&self) -> bool {
         self.shared.lock().carrier
+    }
+
+    fn save(&self) -> Result<Option<Part>, StateError> {
+        self.save_state().map(Some)
+    }
+
+    fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
+        self.restore_state(state)
     }
 
     fn readable_fd(&self) -> RawFd {

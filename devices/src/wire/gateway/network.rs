@@ -67,6 +67,26 @@ impl Outbox {
         self.frames.len() <= self.limit / 2
     }
 
+    /// The frames that wait, without those that are of use only while they are fresh.
+    pub(super) fn lasting(&self) -> impl Iterator<Item = &[u8]> {
+        let lasting = self.frames.iter().filter(|outgoing| !outgoing.probe);
+        lasting.map(|outgoing| outgoing.frame.as_slice())
+    }
+
+    /// Frames that can wait.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Holds these frames and no other.
+    pub(super) fn replace(&mut self, frames: Vec<Vec<u8>>) {
+        let probe = false;
+        self.frames = frames
+            .into_iter()
+            .map(|frame| Outgoing { frame, probe })
+            .collect();
+    }
+
     pub(super) fn pop(&mut self) -> Option<Outgoing> {
         self.frames.pop_front()
     }
@@ -185,6 +205,16 @@ impl Network {
                 break;
             }
         }
+    }
+
+    /// Hardware addresses that have a lease, in the order in which they got it.
+    pub(super) fn leases(&self) -> Vec<[u8; 6]> {
+        self.services.leases().known()
+    }
+
+    /// These have a lease and no other; `false` if there are too many.
+    pub(super) fn set_leases(&mut self, clients: &[[u8; 6]]) -> bool {
+        self.services.leases_mut().set_known(clients)
     }
 
     /// When [`Network::run`] should be called next although nothing came.

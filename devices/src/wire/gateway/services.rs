@@ -128,6 +128,14 @@ pub(super) struct Services {
 }
 
 impl Services {
+    pub(super) fn leases(&self) -> &DhcpServer {
+        &self.leases
+    }
+
+    pub(super) fn leases_mut(&mut self) -> &mut DhcpServer {
+        &mut self.leases
+    }
+
     /// Opens the services' sockets in `sockets`.
     pub(super) fn new(leases: DhcpServer, sockets: &mut SocketSet<'static>) -> Self {
         let echo = datagram_socket(sockets, ECHO_PORT);
