@@ -35,6 +35,7 @@ use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::is_transmit_named;
 use crate::policy::call::DriverPolicy;
+use crate::policy::completion::{no_answer, serves_blocks};
 
 /// How often a domain is made while the guest runs before it is made with the guest stopped.
 const ATTEMPTS: u32 = 3;
@@ -204,7 +205,15 @@ impl Prepared {
         // Only calls that can be taken back keep packets out.
         let guarding = types.filter(|_| effects.is_some());
         let is_guarded = |name: &str| guarding.is_some_and(|types| is_transmit_named(types, name));
-        let plan = Plan::new(&request.wanted, &layout, &text, symbols, &is_guarded)?;
+        let of_blocks = types.filter(|types| serves_blocks(types));
+        let no_answer = |name: &str| no_answer(of_blocks?, name);
+        let plan = Plan::new(
+            &request.wanted,
+            &layout,
+            &text,
+            symbols,
+            (&is_guarded, &no_answer),
+        )?;
         let domain = make_domain(kvm, request, registers, &plan, memory)?;
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);

@@ -10,7 +10,7 @@ use crate::guest::addr::Gva;
 use crate::guest::gate::{GateSite, NoGate};
 use crate::guest::module_text::{Reach, SiteKind, TextScan, TextTooLarge};
 use crate::guest::modules::{ModuleLayout, ModuleText};
-use crate::guest::symbols::SymbolTable;
+use crate::guest::symbols::{Symbol, SymbolTable};
 
 /// Kernel functions that only the guest can run: they switch to another thread, wait for another
 /// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
@@ -63,6 +63,9 @@ fn is_thunk(name: &str) -> bool {
         || name.ends_with("_untrain_ret")
         || name.contains("_safe_ret")
 }
+
+/// Why a failure of the function of this name has no answer that would do, if that is so.
+pub type NoAnswer<'a> = &'a dyn Fn(&str) -> Option<&'static str>;
 
 /// Which functions of a module are wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,16 +145,21 @@ pub struct Plan {
 
 impl Plan {
     /// Works out how to isolate the `wanted` functions of the module with this layout and text, and how to guard those
-    /// of which `is_guarded` is true by name.
+    /// of which `is_guarded` is true by name. Those of which `no_answer` has a reason are isolated only if they are
+    /// named.
     pub fn new(
         wanted: &Wanted,
         layout: &ModuleLayout,
         text: &ModuleText,
         symbols: &SymbolTable,
-        is_guarded: &dyn Fn(&str) -> bool,
+        (is_guarded, no_answer): (&dyn Fn(&str) -> bool, NoAnswer<'_>),
     ) -> Result<Self, PlanError> {
         let scan = text.scan(symbols)?;
-        let (gates, refused) = gates(wanted, layout, text, &scan, symbols)?;
+        let gate_at = |symbol: &Symbol<'_>| match no_answer(symbol.name) {
+            Some(why) => Err(NoGate::NoAnswer { why }),
+            None => layout.gate_at(symbol.at, text, &scan, symbols),
+        };
+        let (gates, refused) = gates(wanted, layout, text, &scan, symbols, &gate_at)?;
         let others = symbols.in_module(&layout.name).filter(|symbol| {
             symbol.is_code()
                 && is_guarded(symbol.name)
@@ -224,6 +232,7 @@ fn gates(
     text: &ModuleText,
     scan: &TextScan,
     symbols: &SymbolTable,
+    gate_at: &dyn Fn(&Symbol<'_>) -> Result<GateSite, NoGate>,
 ) -> Result<(Vec<PlannedGate>, Vec<Refusal>), PlanError> {
     let (mut gates, mut refused) = (Vec::new(), Vec::new());
     match wanted {
@@ -255,7 +264,7 @@ fn gates(
                     continue;
                 }
                 let name = symbol.name.to_owned();
-                match layout.gate_at(symbol.at, text, scan, symbols) {
+                match gate_at(&symbol) {
                     Ok(site) => gates.push(PlannedGate { name, site }),
                     Err(reason) => refused.push(Refusal { name, reason }),
                 }

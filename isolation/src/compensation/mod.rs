@@ -2,6 +2,7 @@
 //! thread, and packets that are kept out meanwhile.
 
 pub mod call_loop;
+pub(crate) mod completing;
 pub mod effects;
 pub(crate) mod guest_calls;
 mod taking_back;

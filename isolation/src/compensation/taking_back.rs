@@ -41,9 +41,12 @@ impl Armed {
                 failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
                 failure.ended = now;
             }
+            let undone = !failure.report.violation.stays();
             self.failed(calling.gate, failure);
             if self.again.is_some() {
                 write_stack(virt, entry.rsp, calling.finally.rip);
+            } else if undone {
+                return self.complete(calling.gate, &entry, calling.finally, at);
             }
         }
         calling.finally

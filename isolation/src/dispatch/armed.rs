@@ -177,7 +177,10 @@ impl Armed {
             if is_kept_out {
                 self.queues.stop(arguments[0], arguments[1], virt);
             }
-            return returned(&at.regs, virt, rax).unwrap_or(unisolated);
+            return match returned(&at.regs, virt, rax) {
+                Some(next) if !is_kept_out => self.complete(gate, &at.regs, next, at),
+                next => next.unwrap_or(unisolated),
+            };
         }
         self.run(gate, None, attempts, at).unwrap_or(unisolated)
     }
@@ -495,7 +498,7 @@ pub(crate) fn may_be_taken_back(spilled: &HashMap<u64, OpenCall>) -> bool {
 }
 
 /// The arguments that a function gets in registers.
-fn arguments(regs: &kvm_regs) -> [u64; 6] {
+pub(crate) fn arguments(regs: &kvm_regs) -> [u64; 6] {
     [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9]
 }
 

@@ -63,6 +63,9 @@ pub struct Allocation {
 pub trait FindAllocation {
     /// The allocation that `at` lies in, if it is known.
     fn allocation_at(&self, at: Gva) -> Option<Allocation>;
+
+    /// The page that the `struct page` at `description` stands for.
+    fn page_address(&self, description: Gva) -> Option<Gva>;
 }
 
 /// A field of a kernel structure: offset and size in bytes.
@@ -247,6 +250,11 @@ impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
         } else {
             None
         }
+    }
+
+    fn page_address(&self, description: Gva) -> Option<Gva> {
+        let (range, page) = self.model.described_page(description)?;
+        (range.first() == description).then_some(page)
     }
 }
 

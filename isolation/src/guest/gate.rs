@@ -75,6 +75,12 @@ impl GateSite {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NoGate {
+    /// It could be, but what it does not do nobody would make up for.
+    #[error("{why}; it is isolated if it is named")]
+    NoAnswer {
+        /// Why no answer to its caller would do.
+        why: &'static str,
+    },
     /// There is no code symbol of that name in the module.
     #[error(
         "no such function in the module: it is misspelt, inlined into its callers, or optimised away"

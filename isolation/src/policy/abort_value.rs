@@ -91,7 +91,13 @@ const BY_RETURNED_TYPE: &[(&str, i64, &str)] = &[
 
 /// What an aborted call of the function `name` returns; `None` if its type is not known, or no value can be made of it.
 pub fn abort_return_named(types: &Btf, name: &str) -> Option<AbortReturn> {
-    abort_return(types, &types.find_function(name)?)
+    if let Some(function) = types.find_function(name) {
+        return abort_return(types, &function);
+    }
+    // The compiler's copies (`f.isra.0`) return what the function does, and have other parameters.
+    let (original, _) = name.split_once('.')?;
+    let value = abort_return(types, &types.find_function(original)?)?;
+    (!matches!(value.value, AbortValue::Argument(_))).then_some(value)
 }
 
 /// Whether the function `name` is one that the kernel gives packets to.
@@ -135,6 +141,9 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
             },
         });
     }
+    if polls_for_blocks(types, function) {
+        return constant(0, "0: nothing is completed yet");
+    }
     if is_napi_poll(types, function) {
         return Some(AbortReturn {
             value: AbortValue::Argument(1),
@@ -172,6 +181,16 @@ pub fn is_transmit(types: &Btf, function: &Function<'_>) -> bool {
         && next_is("sk_buff")
         && next_is("net_device")
         && params.next().is_none()
+}
+
+/// `int poll(struct blk_mq_hw_ctx *, ...)` and `int iopoll(struct kiocb *, struct io_comp_batch *, unsigned int)`, which
+/// return how many requests have completed; told by the batch that the requests go to.
+fn polls_for_blocks(types: &Btf, function: &Function<'_>) -> bool {
+    let mut params = function.params.iter();
+    params.any(|p| {
+        let to = types.pointee(p.type_id).map(|id| types.names_of(id));
+        to.is_some_and(|names| names.contains(&"io_comp_batch"))
+    })
 }
 
 /// `int poll(struct napi_struct *, int budget)`. With less than the budget the kernel would take
@@ -272,6 +291,33 @@ mod tests {
             (int, vec![e.pointer(device), int])
         });
         assert_eq!(other, AbortValue::Constant(-5));
+    }
+
+    #[test]
+    fn the_compilers_copies_return_what_their_original_does() {
+        let mut e = Encoder::new(None);
+        let int = e.int("int", 4, 1);
+        let napi = e.structure("napi_struct", 400, &[]);
+        let napi = e.pointer(napi);
+        e.function("find", napi, &[("p", int)]);
+        e.function("poll", int, &[("napi", napi), ("budget", int)]);
+        let types = Btf::parse(&e.bytes(), None).unwrap();
+        let value = |name| abort_return_named(&types, name).map(|known| known.value);
+        assert_eq!(value("find.isra.0"), Some(AbortValue::Constant(0)));
+        assert_eq!(value("poll"), Some(AbortValue::Argument(1)));
+        assert_eq!(value("poll.constprop.0"), None, "its arguments are others");
+        assert_eq!(value("other.isra.0"), None);
+    }
+
+    #[test]
+    fn a_poll_for_block_requests_never_counts_less_than_none() {
+        let poll = value(|e| {
+            let int = e.int("int", 4, 1);
+            let queue = e.structure("blk_mq_hw_ctx", 400, &[]);
+            let batch = e.structure("io_comp_batch", 24, &[]);
+            (int, vec![e.pointer(queue), e.pointer(batch)])
+        });
+        assert_eq!(poll, AbortValue::Constant(0));
     }
 
     #[test]

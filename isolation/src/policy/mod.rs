@@ -5,6 +5,7 @@
 
 pub mod abort_value;
 pub mod call;
+pub mod completion;
 pub mod diff;
 pub mod range_table;
 pub mod reach;

@@ -52,6 +52,11 @@ impl FaultPolicy for Retry {
     }
 }
 
+/// What the command line of every guest ends with: `COFFERDAM_GUEST_APPEND`.
+fn append_of_all() -> String {
+    std::env::var("COFFERDAM_GUEST_APPEND").unwrap_or_default()
+}
+
 /// A running guest.
 pub struct Machine {
     pub agent: Client,
@@ -92,7 +97,7 @@ impl Machine {
             payload: Payload::Linux {
                 kernel: images.join("vmlinux"),
                 initrd: Some(images.join("initrd.cpio")),
-                cmdline: format!("{DEFAULT_COMMAND_LINE} {append}"),
+                cmdline: format!("{DEFAULT_COMMAND_LINE} {append} {}", append_of_all()),
             },
             console: SerialBackend::Output(console_log),
             on_guest_reset: OnGuestReset::Exit,

@@ -6,6 +6,7 @@ mod attaching;
 mod compensating;
 mod dummy;
 mod e1000;
+mod given_objects;
 mod jumbo;
 mod machine;
 mod null_blk;
@@ -30,7 +31,7 @@ done
 exit 1
 ";
 
-/// A guest whose NIC is up and reaches the gateway.
+/// A guest whose NIC is up and reaches the gateway, with the MTU that `COFFERDAM_GUEST_MTU` says.
 fn boot_with_network(vcpus: u8, append: &str) -> Machine {
     let mut machine = Machine::boot(vcpus, append);
     machine.load("e1000", "");
@@ -40,5 +41,8 @@ fn boot_with_network(vcpus: u8, append: &str) -> Machine {
         .write_file("/bin/linked", LINKED.as_bytes(), 0o755);
     write.unwrap();
     machine.run("linked; ping -c 1 -W 5 10.0.2.2");
+    if let Ok(mtu) = std::env::var("COFFERDAM_GUEST_MTU") {
+        machine.run(&format!("ip link set eth0 mtu {mtu}; linked"));
+    }
     machine
 }

@@ -71,7 +71,8 @@ pub fn run(
     watch_interrupts()?;
     let mut on_host = Vec::new();
     let mut in_labs = Vec::new();
-    for program in programs::build(workspace)? {
+    let programs = programs::build(workspace)?.into_iter();
+    for program in programs.flat_map(|program| program.forms(full)) {
         let mut tests = programs::ignored(&program)?;
         tests.retain(|test| program.full_name(test).contains(filter));
         if place == Place::Lab && program.boots_linux {
@@ -299,6 +300,10 @@ fn request(
     if full {
         request.env.push((FULL.to_owned(), "1".to_owned()));
     }
+    let more = program.environment.iter();
+    request
+        .env
+        .extend(more.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
     Ok(request)
 }
 
@@ -313,6 +318,7 @@ mod tests {
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
             boots_linux: true,
+            environment: &[],
         };
         Batch {
             program: program.into(),

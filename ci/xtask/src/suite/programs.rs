@@ -22,9 +22,31 @@ pub struct Program {
     pub name: String,
     /// Its ignored tests boot Linux.
     pub boots_linux: bool,
+    /// What it finds in its environment besides.
+    pub environment: &'static [(&'static str, &'static str)],
 }
 
+/// The program whose tests run drivers in domains.
+const ISOLATION: &str = "isolation::linux";
+
+/// Guests in which frames fill several pages and the kernel's allocators check what is done to their memory.
+const CHECKED: &[(&str, &str)] = &[
+    ("COFFERDAM_GUEST_APPEND", "slub_debug=FZPU page_poison=1"),
+    ("COFFERDAM_GUEST_MTU", "9000"),
+];
+
 impl Program {
+    /// The program as often as it is to be run: in the `full` form of the suite, drivers are run in domains once more in guests
+    /// whose kernel checks its memory.
+    pub fn forms(self, full: bool) -> Vec<Self> {
+        let checked = (full && self.name == ISOLATION).then(|| Self {
+            name: format!("{ISOLATION} (MTU 9000, checked memory)"),
+            environment: CHECKED,
+            ..self.clone()
+        });
+        [self].into_iter().chain(checked).collect()
+    }
+
     /// `crate::target::test`.
     pub fn full_name(&self, test: &str) -> String {
         format!("{}::{test}", self.name)
@@ -92,6 +114,7 @@ fn read_messages(messages: &str) -> anyhow::Result<Vec<Program>> {
                 .unwrap_or_default();
             programs.push(Program {
                 boots_linux: target.name.starts_with(LINUX_TARGETS),
+                environment: &[],
                 path,
                 directory,
                 name: format!("{package}::{}", target.name),
@@ -123,6 +146,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn drivers_run_in_domains_once_more_in_the_full_form() {
+        let program = |name: &str| Program {
+            path: "/t/linux".into(),
+            directory: "/w/isolation".into(),
+            name: name.into(),
+            boots_linux: true,
+            environment: &[],
+        };
+        assert_eq!(program(ISOLATION).forms(false), [program(ISOLATION)]);
+        let other = program("vmm::linux");
+        assert_eq!(other.clone().forms(true), [other]);
+        let [plain, checked] = &program(ISOLATION).forms(true)[..] else {
+            panic!("not two");
+        };
+        assert_eq!(*plain, program(ISOLATION));
+        assert_eq!(checked.environment, CHECKED);
+        assert_ne!(checked.name, plain.name);
+    }
+
+    #[test]
     fn test_programs_are_picked_out_of_cargos_messages() {
         let artifact = |test: bool, executable: &str| {
             format!(
@@ -141,6 +184,7 @@ mod tests {
             directory: "/w/vmm".into(),
             name: "vmm::boot".into(),
             boots_linux: false,
+            environment: &[],
         };
         assert_eq!(programs, [boot]);
     }

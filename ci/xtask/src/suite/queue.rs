@@ -105,6 +105,7 @@ mod tests {
             directory: "/w/vmm".into(),
             name: "vmm::linux".into(),
             boots_linux: true,
+            environment: &[],
         };
         Batch::divide(program, tests.iter().map(|t| (*t).to_owned()).collect())
     }

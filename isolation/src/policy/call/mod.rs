@@ -26,6 +26,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::abort_value::REGISTER_ARGUMENTS;
+use super::completion::{Completion, Completions};
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Reach, Reached, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
@@ -45,13 +46,16 @@ use interfaces::InterfaceList;
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
 
+/// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
+const PER_CPU_END: &str = "__per_cpu_end";
+
 /// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then the first
 /// member of `pcpu_hot`).
 const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
 
 /// Members of the running thread's `struct task_struct` that inline functions of the kernel write:
-/// `pagefault_disable`, which `kmap_atomic` calls.
-const TASK_MEMBERS: &[&str] = &["pagefault_disabled"];
+/// `pagefault_disable`, which `kmap_atomic` calls, and `memalloc_noio_save` and its like.
+const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
 const PACKET_CACHES: &[&str] = &[
@@ -107,6 +111,8 @@ pub struct DriverPolicy {
     table: RangeTable,
     /// Offsets in the per-CPU area.
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
+    /// End of the kernel's own variables in the per-CPU area.
+    per_cpu_handed_out: Option<u64>,
     /// Offset of the pointer to the running thread in the per-CPU area.
     current_task: Option<u64>,
     /// Offsets in that thread.
@@ -124,6 +130,7 @@ pub struct DriverPolicy {
     handed_out: Vec<GvaRange>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
+    completions: Completions,
     calls: Vec<Call>,
     /// Numbers calls, so that their objects can be told apart.
     number: u64,
@@ -164,12 +171,15 @@ impl DriverPolicy {
         };
         let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
         let list = InterfaceList::new(&types, symbols);
+        let completions = Completions::new(&types, symbols);
         Ok(Self {
+            completions,
             types,
             memory,
             rules: Rules::LINUX,
             table,
             per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
+            per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,
             interfaces: Vec::new(),
@@ -186,6 +196,18 @@ impl DriverPolicy {
             calls: Vec::new(),
             number: 0,
         })
+    }
+
+    /// What has to be done in place of the function with its gate at `gate`, that was not run or was taken back as a whole.
+    pub fn completion<M: GuestPhys>(
+        &self,
+        virt: VirtMemory<'_, M>,
+        gate: u64,
+        (transmits, is_stopped): (bool, bool),
+        arguments: &[u64; REGISTER_ARGUMENTS],
+    ) -> Option<Completion> {
+        let flags = (transmits, is_stopped);
+        self.completions.of(virt, gate, flags, arguments)
     }
 
     /// A call of `function` begins, or the kernel calls back into `function` during one.
@@ -461,6 +483,7 @@ impl DriverPolicy {
             allocations: &self.memory.with(memory.private),
             stack: memory.stack,
             per_cpu_base: Some(memory.per_cpu_base),
+            per_cpu_handed_out: self.per_cpu_handed_out,
             rules: &self.rules,
         })
     }

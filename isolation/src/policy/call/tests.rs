@@ -63,7 +63,11 @@ fn types() -> Arc<Btf> {
     e.structure(
         "task_struct",
         128,
-        &[("pagefault_disabled", int, 0x40), ("flags", int, 0x44)],
+        &[
+            ("pagefault_disabled", int, 0x40),
+            ("flags", int, 0x44),
+            ("prio", int, 0x48),
+        ],
     );
     e.structure("net", 64, &[("dev_base_head", pointer, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
@@ -186,7 +190,8 @@ fn what_inline_functions_write_is_permitted() {
     assert!(may(PER_CPU + 0x40, 4), "the preemption count");
     assert!(!may(PER_CPU + 0x44, 1));
     assert!(may(HEAD + 0x40, 4), "the running thread's page fault count");
-    assert!(!may(HEAD + 0x44, 1), "its flags");
+    assert!(may(HEAD + 0x44, 4), "its flags");
+    assert!(!may(HEAD + 0x48, 1), "its priority");
 }
 
 #[test]

@@ -18,6 +18,8 @@
 //! The pointers are the guest's and hostile: depth, objects and reads are bounded, and what is not
 //! guest memory is left out.
 
+mod block_io;
+mod path;
 mod rules;
 mod walk;
 
@@ -35,6 +37,7 @@ use crate::guest::phys::GuestPhys;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 
+pub use path::Path;
 pub use rules::{Embedded, Followed, PacketData, PerCpuPointer, PrivateArea, Rules};
 
 /// Most objects that one question finds.
@@ -82,6 +85,8 @@ pub struct Reach<'a, M, A> {
     pub stack: Option<GvaRange>,
     /// What to add to a per-CPU address for the processor that the call runs on: its GS base.
     pub per_cpu_base: Option<u64>,
+    /// Per-CPU addresses below are the kernel's own variables, not handed out to anybody.
+    pub per_cpu_handed_out: Option<u64>,
     /// What types do not say.
     pub rules: &'a Rules,
 }

@@ -7,6 +7,8 @@ pub struct PrivateArea {
     pub behind: &'static str,
     /// Alignment of the private data, a power of two in bytes.
     pub align: u64,
+    /// What the private data is where nothing in it tells: the first of these structures that the module defines.
+    pub is: &'static [&'static str],
 }
 
 /// A buffer described by two members of a structure.
@@ -25,17 +27,18 @@ pub struct PacketData {
 /// A structure of the kernel's that drivers embed in their own, and get back as an argument.
 pub type Embedded = &'static str;
 
-/// A pointer in a structure of the kernel's that leads to what a driver may write: inline functions
-/// of the kernel that became part of the driver write there.
+/// A pointer in a structure of the kernel's that leads to what a driver may write: its own data, or what inline functions
+/// of the kernel that became part of the driver write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Followed {
     /// The structure.
     pub of: &'static str,
-    /// The pointer.
+    /// The pointer; `a->b` for member `b` of what `a` points at, which is not to be written for that.
     pub member: &'static str,
     /// Member with the number of elements, if it is an array.
     pub count: Option<&'static str>,
-    /// What a `void *` is: the first of these structures that the module defines.
+    /// What a `void *` is: the first of these structures that the module defines. Where none is, it is the module's structure
+    /// that points back.
     pub is: &'static [&'static str],
     /// Followed also where the structure itself is only to be read.
     pub from_const: bool,
@@ -81,11 +84,13 @@ impl Rules {
             PrivateArea {
                 behind: "net_device",
                 align: 32,
+                is: &["ifb_dev_private"],
             },
             // `blk_mq_rq_to_pdu` (include/linux/blk-mq.h).
             PrivateArea {
                 behind: "request",
                 align: 1,
+                is: &[],
             },
         ],
         // `skb_end_pointer`, `skb_shinfo` (include/linux/skbuff.h), 64-bit.
@@ -142,6 +147,44 @@ impl Rules {
                 member: "queuedata",
                 count: None,
                 is: &["nullb"],
+                from_const: false,
+            },
+            // What block drivers find their own data by: from what is submitted, from a request, from the queue, from a
+            // device that is opened.
+            Followed {
+                of: "bio",
+                member: "bi_bdev->bd_disk->private_data",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            Followed {
+                of: "request",
+                member: "q->queuedata",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            Followed {
+                of: "blk_mq_hw_ctx",
+                member: "queue->queuedata",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            Followed {
+                of: "block_device",
+                member: "bd_disk->private_data",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            // `__ptr_ring_produce`.
+            Followed {
+                of: "ptr_ring",
+                member: "queue",
+                count: None,
+                is: &[],
                 from_const: false,
             },
             Followed {

@@ -1,5 +1,8 @@
 //! Arguments of make-believe functions in a make-believe guest.
 
+#[path = "drivers_tests.rs"]
+mod drivers;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -36,6 +39,11 @@ impl FindAllocation for Known {
             kind: AllocationKind::Slab,
             cache: None,
         })
+    }
+
+    /// The only one is that of [`BUFFER`], in front of which it lies.
+    fn page_address(&self, description: Gva) -> Option<Gva> {
+        (description.0 == BUFFER - 64).then_some(Gva(BUFFER))
     }
 }
 
@@ -145,6 +153,7 @@ fn reach<'a>(
         allocations,
         stack,
         per_cpu_base: Some(PER_CPU_BASE),
+        per_cpu_handed_out: Some(0x800),
         rules: &Rules::LINUX,
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use super::{MAX_DEPTH, MAX_OBJECTS, PrivateArea, Reach, Reached};
+use super::{MAX_DEPTH, MAX_OBJECTS, Path, PrivateArea, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
@@ -29,16 +29,16 @@ const MAX_NESTING: usize = 8;
 const MAX_LABEL: usize = 160;
 
 /// An object still to be looked at.
-struct Item {
-    at: Gva,
-    type_id: TypeId,
-    path: String,
+pub(super) struct Item {
+    pub at: Gva,
+    pub type_id: TypeId,
+    pub path: String,
     depth: usize,
-    kind: ObjectKind,
+    pub kind: ObjectKind,
 }
 
 pub(super) struct Walk<'a, 'r, M, A> {
-    reach: &'a Reach<'r, M, A>,
+    pub(super) reach: &'a Reach<'r, M, A>,
     queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
@@ -98,7 +98,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             return;
         };
         let allocation = self.allocation(item.at);
-        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        let rest = self.rest(item.at);
         match kind {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
                 let name = types.name(id);
@@ -133,6 +133,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
                 }
                 self.packet_data(item, id, name);
+                self.block_io(item, id, name);
                 self.private_area(item, id, name, bytes.into(), rest);
                 self.followed(item, id, name);
                 self.per_cpu(item, id, name);
@@ -191,13 +192,18 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             .iter()
             .filter(|rule| rule.of == name && (rule.from_const || !is_const))
         {
-            let Some(member) = types.find_member(id, rule.member) else {
+            let virt = self.reach.virt;
+            let Some(path) = Path::find(types, id, rule.member) else {
                 continue;
             };
-            let target = self.word_at(item.at, &member).map(Gva);
-            let (Some(at), Some(to)) = (target, types.pointee(member.type_id)) else {
+            let (Some(at), Some(to), Some(holder_at)) = (
+                path.read(virt, item.at).map(Gva),
+                types.pointee(path.type_id),
+                path.holder_at(virt, item.at),
+            ) else {
                 continue;
             };
+            let holder = path.holder;
             let path = format!("{}->{}", item.path, rule.member);
             if let Some(count) = rule.count {
                 let count = self
@@ -211,7 +217,14 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 continue;
             }
             let own = rule.is.iter().find_map(|name| types.find_struct(name));
-            let type_id = own.filter(|id| types.is_own(*id)).unwrap_or(to);
+            let own = own.filter(|id| types.is_own(*id));
+            let is_void = matches!(types.resolve(to), Some((_, Kind::Void)));
+            let own = own.or_else(|| {
+                let rest = self.rest(at).filter(|_| is_void)?;
+                let back = self.structure_that_points_back(rest, holder, holder_at)?;
+                Some(back.0)
+            });
+            let type_id = own.unwrap_or(to);
             let (depth, kind) = (item.depth + 1, ObjectKind::PrivateArea);
             self.push(Item {
                 at,
@@ -257,6 +270,21 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
     }
 
+    /// Data of the current processor that was handed out to the driver (`alloc_percpu`), if `pointer`, which the driver
+    /// has, is a per-CPU address.
+    fn per_cpu_data(&mut self, pointer: u64, to: TypeId, path: &str) {
+        let reach = self.reach;
+        let (Some(base), Some(first)) = (reach.per_cpu_base, reach.per_cpu_handed_out) else {
+            return;
+        };
+        let is_per_cpu = (first..LOWEST.0).contains(&pointer);
+        let bytes = reach.types.size_of(to).filter(|_| is_per_cpu);
+        let range = bytes.and_then(|bytes| GvaRange::new(Gva(base.wrapping_add(pointer)), bytes));
+        if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
+            self.add(range, ObjectKind::Other, to, path);
+        }
+    }
+
     /// Private data behind a structure.
     fn private_area(
         &mut self,
@@ -266,6 +294,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         bytes: u64,
         rest: Option<GvaRange>,
     ) {
+        let types = self.reach.types;
         let areas = self.reach.rules.private_areas;
         let Some(rule) = areas.iter().find(|rule| rule.behind == name) else {
             return;
@@ -277,7 +306,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.add(area, ObjectKind::PrivateArea, id, &path);
         // Whose type it is nobody says; but it most often points back.
         let owner = self.structure_that_points_back(area, id, item.at);
-        if let Some((type_id, _)) = owner {
+        let told = || {
+            let found = rule.is.iter().find_map(|name| types.find_struct(name))?;
+            types.is_own(found).then_some(found)
+        };
+        if let Some(type_id) = owner.map(|(id, _)| id).or_else(told) {
             let depth = item.depth + 1;
             let kind = ObjectKind::PrivateArea;
             self.push(Item {
@@ -381,6 +414,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             Some((_, Kind::Pointer(to))) => {
                 let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
                 if let Some(target) = self.read_word(at).filter(|_| !is_code) {
+                    self.per_cpu_data(target, to, path);
                     let depth = item.depth + 1;
                     let path = path.to_owned();
                     let kind = ObjectKind::Allocated;
@@ -408,15 +442,25 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     self.follow(item, element, here, &format!("{path}[{index}]"), nesting);
                 }
             }
-            // The kernel's structures inside the driver's hold the kernel's pointers.
             Some((id, Kind::Struct { .. } | Kind::Union { .. })) if types.is_own(id) => {
                 self.follow_members(item, id, at, path, nesting);
+            }
+            // The kernel's structures inside the driver's hold the kernel's pointers.
+            Some((id, Kind::Struct { .. })) => {
+                let embedded = Item {
+                    at,
+                    type_id: id,
+                    path: path.to_owned(),
+                    depth: item.depth,
+                    kind: item.kind,
+                };
+                self.followed(&embedded, id, types.name(id));
             }
             _ => {}
         }
     }
 
-    fn member_value(&self, at: Gva, id: TypeId, name: &str) -> Option<u64> {
+    pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &str) -> Option<u64> {
         let types = self.reach.types;
         let member = types.find_member(id, name)?;
         let bytes = types.size_of(member.type_id).filter(|bytes| *bytes <= 8)?;
@@ -447,6 +491,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             .filter(|all| all.range.contains(at))
     }
 
+    /// From `at` to the end of the allocation that it lies in.
+    fn rest(&self, at: Gva) -> Option<GvaRange> {
+        GvaRange::inclusive(at, self.allocation(at)?.range.last())
+    }
+
     /// Takes an object that consists of structures of type `id`.
     fn add_known(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         self.add(range, kind, id, path);
@@ -457,7 +506,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Takes an object, if its first byte is memory.
-    fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
+    pub(super) fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         let mut byte = [0];
         if self.found.len() >= MAX_OBJECTS
             || self.reach.virt.read(range.first(), &mut byte).is_err()

@@ -1,0 +1,53 @@
+//! Members behind pointers behind members.
+
+use crate::guest::addr::Gva;
+use crate::guest::btf::{Btf, TypeId};
+use crate::guest::paging::VirtMemory;
+use crate::guest::phys::GuestPhys;
+
+/// A chain of pointers: offsets of members, each in what the one before it points at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Path {
+    before: Vec<u64>,
+    last: u64,
+    /// The structure that has the last member.
+    pub holder: TypeId,
+    /// Type of the last member.
+    pub type_id: TypeId,
+}
+
+impl Path {
+    /// The member that `path`, members between `->`, leads to from structure `of`.
+    pub fn find(types: &Btf, of: TypeId, path: &str) -> Option<Self> {
+        let (before, last) = match path.rsplit_once("->") {
+            Some((before, last)) => (Some(before), last),
+            None => (None, path),
+        };
+        let (mut offsets, mut holder) = (Vec::new(), of);
+        for name in before.iter().flat_map(|before| before.split("->")) {
+            let member = types.find_member(holder, name)?;
+            offsets.push(u64::from(member.bit_offset / 8));
+            let to = types.pointee(member.type_id);
+            holder = to.and_then(|to| types.resolve(to))?.0;
+        }
+        let member = types.find_member(holder, last)?;
+        Some(Self {
+            before: offsets,
+            last: u64::from(member.bit_offset / 8),
+            holder,
+            type_id: member.type_id,
+        })
+    }
+
+    /// Where the structure with the last member is, beginning at the one at `start`.
+    pub fn holder_at<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, start: Gva) -> Option<Gva> {
+        let step = |at: Gva, offset: &u64| virt.read_u64(at.checked_add(*offset)?).ok().map(Gva);
+        self.before.iter().try_fold(start, step)
+    }
+
+    /// The pointer that is the last member.
+    pub fn read<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, start: Gva) -> Option<u64> {
+        let at = self.holder_at(virt, start)?.checked_add(self.last)?;
+        virt.read_u64(at).ok()
+    }
+}
