@@ -11,8 +11,11 @@ use isolation::domain::Domain;
 use isolation::domain::effects::{
     Effect, KernelCall, KernelEffects, Opposite, OppositeArgument, Success,
 };
+use isolation::domain::host_memory::HostMemory;
 use isolation::domain::journal::{MAX_CALLS, Published, Stays};
-use isolation::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
+use isolation::domain::transaction::{
+    CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
+};
 use kvm_bindings::kvm_regs;
 use std::time::Duration;
 
@@ -94,7 +97,10 @@ impl Bench {
 
     /// With more code in the guest.
     fn with(steps: &[Do], more: impl FnOnce(&Guest)) -> Self {
-        let guest = Guest::new();
+        Self::in_guest(Guest::new(), steps, more)
+    }
+
+    fn in_guest(guest: Guest, steps: &[Do], more: impl FnOnce(&Guest)) -> Self {
         more(&guest);
         for (function, counter) in [(ALLOC, ALLOCATED), (FREE, FREED)] {
             guest.code(function, |a| {
@@ -459,6 +465,49 @@ fn a_call_of_which_more_would_have_to_be_kept_than_there_is_room_for_stays() {
     let end = bench.run();
     assert_eq!(bench.data(0), 11);
     assert_eq!(*published(&end), Published::Stays(Stays::TooMuchMemory));
+}
+
+#[test]
+fn open_calls_together_have_the_host_keep_no_more_than_there_is_room_for() {
+    const LIMIT: u64 = 2 << 20;
+    let steps = [Do::Store(0, 11), Do::Call(FREE, 1), WAIT, Do::Fault];
+    let mut guest = Guest::new();
+    guest.host_memory = HostMemory::new(LIMIT);
+    let account = guest.host_memory.clone();
+    let mut bench = Bench::in_guest(guest, &steps, |_| {});
+    // So much that two calls have room for it, and not three.
+    bench.kernel.more_restorable = 1500 * PAGE;
+    let mut open = Vec::new();
+    let refused = loop {
+        let result = bench.begin();
+        assert!(account.used() <= LIMIT, "{}", account.used());
+        match result.end {
+            CallEnd::Spilled(..) => open.push(result),
+            other => break other,
+        }
+    };
+    assert!(
+        matches!(
+            refused,
+            CallEnd::PassThrough(PassThroughReason::TrappedFunction)
+        ),
+        "{refused:?}"
+    );
+    // There was room for the calls themselves when there was none for what takes them back, and the first have that.
+    assert!(open.len() > 100, "{}", open.len());
+    let end = bench.go_on(&open[0], 0);
+    assert!(matches!(published(&end), Published::Undone { .. }));
+    let last = open.pop().unwrap();
+    let end = bench.go_on(&last, 0);
+    assert_eq!(*published(&end), Published::Stays(Stays::TooMuchMemory));
+    // What a failed call has yet to give back is charged until that is done.
+    drop((open, last));
+    assert!(account.used() > 0);
+    drop(end);
+    assert_eq!(account.used(), 0);
+    let result = bench.begin();
+    let end = bench.go_on(&result, 0);
+    assert!(matches!(published(&end), Published::Undone { .. }));
 }
 
 #[test]

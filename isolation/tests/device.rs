@@ -6,6 +6,7 @@ mod common;
 
 use common::*;
 use iced_x86::code_asm::*;
+use isolation::domain::host_memory::HostMemory;
 use isolation::domain::transaction::CallEnd;
 use isolation::domain::violation::ViolationKind;
 use kvm_bindings::kvm_regs;
@@ -287,4 +288,41 @@ fn a_domain_that_fails_after_a_device_load_leaves_neither_memory_nor_device_chan
     assert_eq!((kernel.checkpoints, kernel.restores), (1, 1));
     assert_eq!(kernel.device_writes, []);
     assert!(guest.all() == before);
+}
+
+#[test]
+fn a_call_that_would_have_the_host_keep_too_much_for_its_device_is_stopped_before_it() {
+    let mut guest = Guest::new();
+    guest.host_memory = HostMemory::new(4 * PAGE);
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rdx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rdx), 8).unwrap();
+        // A page of the stack as well, if there is an argument.
+        a.test(edi, edi).unwrap();
+        let mut few = a.create_label();
+        a.je(few).unwrap();
+        a.mov(qword_ptr(rsp - 0x1800), 9).unwrap();
+        a.set_label(&mut few).unwrap();
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let mut kernel = Kernel::with_data();
+    let call = |domain: &mut _, kernel: &mut _, argument| {
+        let regs = kvm_regs {
+            rdi: argument,
+            ..guest.entry_regs()
+        };
+        let before = guest.all();
+        (before, guest.call_with(domain, kernel, regs))
+    };
+    let (_, result) = call(&mut domain, &mut kernel, 0);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(guest.host_memory.used(), 0, "it is over");
+    guest.write(DRIVER_DATA, 0);
+    let (before, result) = call(&mut domain, &mut kernel, 1);
+    assert_eq!(violation_kind(&result), ViolationKind::HostMemory);
+    assert_eq!((kernel.checkpoints, kernel.restores), (1, 0));
+    assert!(guest.all() == before && guest.host_memory.used() == 0);
 }

@@ -7,6 +7,7 @@ mod common;
 
 use common::*;
 use iced_x86::code_asm::*;
+use isolation::domain::host_memory::HostMemory;
 use isolation::domain::transaction::CallEnd;
 use isolation::domain::violation::ViolationKind;
 use kvm_bindings::kvm_regs;
@@ -163,4 +164,41 @@ fn kernel_functions_go_on_in_their_root_when_the_roots_were_built_anew() {
     assert_eq!((result.regs.rax, guest.read(KERNEL_DATA)), (77, 5));
     assert!(words(&guest).iter().all(|word| *word == 2));
     assert!(result.stats.root_loads >= 2, "{:?}", result.stats);
+}
+
+#[test]
+fn a_call_that_copies_more_pages_than_the_host_keeps_is_stopped() {
+    let mut guest = guest();
+    guest.host_memory = HostMemory::new(16 << 20);
+    let kernel_function = KERNEL_TEXT + 0x100;
+    guest.code(kernel_function, |a| {
+        // A word in each page of 2 MiB.
+        a.mov(eax, (LARGE / PAGE) as i32).unwrap();
+        let mut next = a.create_label();
+        a.set_label(&mut next).unwrap();
+        a.mov(qword_ptr(rcx), 1).unwrap();
+        a.add(rcx, PAGE as i32).unwrap();
+        a.dec(eax).unwrap();
+        a.jnz(next).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, place(0).0).unwrap();
+        a.mov(edx, 40).unwrap();
+        let mut next = a.create_label();
+        a.set_label(&mut next).unwrap();
+        a.call(kernel_function).unwrap();
+        // An exit now and then: a KVM that emulates the guest's kernel mode looks at its ring too late otherwise.
+        a.mov(rsi, DEVICE).unwrap();
+        a.mov(dword_ptr(rsi), edx).unwrap();
+        a.dec(edx).unwrap();
+        a.jnz(next).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 15, kernel_function).unwrap();
+    let result = guest.call(&mut domain, &mut kernel());
+    assert_eq!(violation_kind(&result), ViolationKind::HostMemory);
+    assert!(words(&guest).iter().all(|word| *word == 0));
+    assert_eq!(guest.host_memory.used(), 0);
 }

@@ -30,6 +30,7 @@ use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::armed::{Armed, Gate};
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::effects::KernelEffects;
+use crate::domain::host_memory::HostMemory;
 use crate::domain::{Domain, DomainConfig};
 use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::paging::{AddressSpace, VirtMemory};
@@ -78,7 +79,12 @@ impl Isolator {
             let Some(asked) = &request else { break };
             let look = |vcpus: &mut PausedVcpus<'_>| Registers::of(vcpus, asked, &memory);
             let registers = timed(&mut stopped, || self.vm.with_paused(look))??;
-            let prepared = match Prepared::new(self.vm.kvm(), asked, &registers, &memory) {
+            let prepared = match Prepared::new(
+                (self.vm.kvm(), &self.host_memory),
+                asked,
+                &registers,
+                &memory,
+            ) {
                 Err(error) if may_pass(&error) => continue,
                 prepared => prepared?,
             };
@@ -92,7 +98,12 @@ impl Isolator {
         let at_once = |vcpus: &mut PausedVcpus<'_>| {
             let asked = request.as_ref().ok_or(AttachError::Changing)?;
             let registers = Registers::of(vcpus, asked, &memory)?;
-            let prepared = Prepared::new(self.vm.kvm(), asked, &registers, &memory)?;
+            let prepared = Prepared::new(
+                (self.vm.kvm(), &self.host_memory),
+                asked,
+                &registers,
+                &memory,
+            )?;
             self.put_in_place(prepared, &mut request, vcpus, &memory)
         };
         let isolated = timed(&mut stopped, || self.vm.with_paused(at_once))??;
@@ -179,7 +190,7 @@ impl Registers {
 impl Prepared {
     /// Makes everything ready that can be while the guest runs.
     fn new(
-        kvm: &Kvm,
+        (kvm, host_memory): (&Kvm, &HostMemory),
         request: &IsolateRequest,
         registers: &Registers,
         memory: &Arc<GuestMemoryMmap>,
@@ -214,7 +225,7 @@ impl Prepared {
             symbols,
             (&is_guarded, &no_answer),
         )?;
-        let domain = make_domain(kvm, request, registers, &plan, memory)?;
+        let domain = make_domain((kvm, host_memory), request, registers, &plan, memory)?;
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);
         Ok(Self {
@@ -339,7 +350,7 @@ fn containment(
 
 /// The private VM with its copies of driver and kernel text patched.
 fn make_domain(
-    kvm: &Kvm,
+    (kvm, host_memory): (&Kvm, &HostMemory),
     request: &IsolateRequest,
     registers: &Registers,
     plan: &Plan,
@@ -351,6 +362,7 @@ fn make_domain(
         cpuid: &registers.cpuid,
         sregs: &registers.sregs,
         monitor_gpa: vmm::layout::UNUSED.0,
+        host_memory: host_memory.clone(),
         driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
         thunks: plan.thunk_pages.iter().map(|page| page.0).collect(),
         kick_signal: vmm::kick_signal(),

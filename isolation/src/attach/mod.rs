@@ -30,6 +30,7 @@ use vmm::{Refused, VmHandle};
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{Fault, FaultCount, FaultOrder, InstructionAt};
 use crate::domain::error::DomainError;
+use crate::domain::host_memory::HostMemory;
 use crate::guest::gate::GatePorts;
 use crate::guest::modules::ModuleError;
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
@@ -114,6 +115,8 @@ pub enum AttachError {
 /// Isolates modules of one machine.
 pub struct Isolator {
     pub(crate) vm: VmHandle,
+    /// Of all modules.
+    host_memory: HostMemory,
     modules: Mutex<HashMap<String, Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
@@ -126,6 +129,7 @@ impl Isolator {
     pub fn attach(vm: VmHandle) -> Result<Arc<Self>, Refused> {
         let isolator = Arc::new(Self {
             vm: vm.clone(),
+            host_memory: HostMemory::default(),
             modules: Mutex::new(HashMap::new()),
             watch: Mutex::new(None),
             suspending: Mutex::new(None),

@@ -18,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::compensation::call_loop::{CallLoop, Progress, Row};
 use crate::domain::effects::{KernelCall, KernelEffects};
+use crate::domain::host_memory::Kept;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
@@ -51,6 +52,8 @@ pub(crate) struct GuestCalls {
     running: (u64, Instant),
     /// Where the thread is among those that were called in one go with it.
     progress: Option<Progress>,
+    /// What is charged of the host's memory for the calls.
+    kept: Kept,
 }
 
 impl GuestCalls {
@@ -67,7 +70,14 @@ impl GuestCalls {
             failure,
             running: (0, Instant::now()),
             progress: None,
+            kept: Kept::default(),
         }
+    }
+
+    /// With what is charged of the host's memory for the calls.
+    pub fn keeping(mut self, kept: Kept) -> Self {
+        self.kept = kept;
+        self
     }
 
     /// Whether the guest has called any function.

@@ -204,7 +204,8 @@ impl Armed {
             ..at.regs
         };
         let calls = self.and_let_packets_pass(open.call.take_deferred());
-        self.run_guest_calls(GuestCalls::new(open.gate, calls, finally, None), at)
+        let calling = GuestCalls::new(open.gate, calls, finally, None);
+        self.run_guest_calls(calling.keeping(open.call.take_kept()), at)
     }
 
     /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were kept out, if no
@@ -370,75 +371,74 @@ impl Armed {
         let ended = Instant::now();
         let ended_ns = monotonic_ns();
         let mut failed = false;
-        let next =
-            match result {
-                Some(Ok(result)) => {
-                    entry.count(&result, again, start.elapsed());
-                    entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
-                    match result.end {
-                        CallEnd::Committed => {
-                            let calls = self.and_let_packets_pass(result.kernel_calls);
-                            Some(self.run_guest_calls(
-                                GuestCalls::new(gate, calls, result.regs, None),
-                                at,
-                            ))
+        let next = match result {
+            Some(Ok(result)) => {
+                entry.count(&result, again, start.elapsed());
+                entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
+                match result.end {
+                    CallEnd::Committed => {
+                        let calls = self.and_let_packets_pass(result.kernel_calls);
+                        Some(self.run_guest_calls(
+                            GuestCalls::new(gate, calls, result.regs, None).keeping(result.kept),
+                            at,
+                        ))
+                    }
+                    CallEnd::PassThrough(_) => None,
+                    CallEnd::Spilled(reason, call) => {
+                        tracing::debug!(
+                            "{} goes on in the guest at {}: {}",
+                            entry.name,
+                            self.knowledge.place(result.regs.rip),
+                            reason.name()
+                        );
+                        let open = OpenCall { gate, call };
+                        self.guest_calls.remove(&open.call.returns_with());
+                        self.spilled.insert(open.call.returns_with(), open);
+                        Some(result.regs)
+                    }
+                    CallEnd::Aborted(violation) => {
+                        failed = true;
+                        let next = kvm_regs {
+                            rax: aborted.value.rax(&arguments),
+                            ..result.regs
+                        };
+                        let name = entry.name.clone();
+                        let virt = VirtMemory {
+                            space,
+                            memory: &shared,
+                        };
+                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
+                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
+                            let touched = report.violation.touched();
+                            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
                         }
-                        CallEnd::PassThrough(_) => None,
-                        CallEnd::Spilled(reason, call) => {
-                            tracing::debug!(
-                                "{} goes on in the guest at {}: {}",
-                                entry.name,
-                                self.knowledge.place(result.regs.rip),
-                                reason.name()
-                            );
-                            let open = OpenCall { gate, call };
-                            self.guest_calls.remove(&open.call.returns_with());
-                            self.spilled.insert(open.call.returns_with(), open);
-                            Some(result.regs)
-                        }
-                        CallEnd::Aborted(violation) => {
-                            failed = true;
-                            let next = kvm_regs {
-                                rax: aborted.value.rax(&arguments),
-                                ..result.regs
-                            };
-                            let name = entry.name.clone();
-                            let virt = VirtMemory {
-                                space,
-                                memory: &shared,
-                            };
-                            let mut report = self.knowledge.report(&name, *violation, &self.domain);
-                            if let (None, Some(policy)) = (&report.touched, &self.policy) {
-                                let touched = report.violation.touched();
-                                report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
-                            }
-                            let phases = result.phases;
-                            let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
-                            report.at_ns = ended_ns.saturating_sub(took);
-                            report.phases = phases;
-                            let device_lost = device_lost.map(|lost| lost.to_string());
-                            report.device_lost = device_lost
-                                .or_else(|| asleep(self.device.as_deref(), &report.violation));
-                            let failure = Failure {
-                                report,
-                                attempts,
-                                entry: entry_regs,
-                                ended,
-                            };
-                            let calls = self.and_let_packets_pass(result.kernel_calls);
-                            Some(self.run_guest_calls(
-                                GuestCalls::new(gate, calls, next, Some(failure)),
-                                at,
-                            ))
-                        }
+                        let phases = result.phases;
+                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                        report.at_ns = ended_ns.saturating_sub(took);
+                        report.phases = phases;
+                        let device_lost = device_lost.map(|lost| lost.to_string());
+                        report.device_lost = device_lost
+                            .or_else(|| asleep(self.device.as_deref(), &report.violation));
+                        let failure = Failure {
+                            report,
+                            attempts,
+                            entry: entry_regs,
+                            ended,
+                        };
+                        let calls = self.and_let_packets_pass(result.kernel_calls);
+                        Some(self.run_guest_calls(
+                            GuestCalls::new(gate, calls, next, Some(failure)).keeping(result.kept),
+                            at,
+                        ))
                     }
                 }
-                Some(Err(error)) => {
-                    self.domain_failed(gate, entry_regs, &error);
-                    None
-                }
-                None => None,
-            };
+            }
+            Some(Err(error)) => {
+                self.domain_failed(gate, entry_regs, &error);
+                None
+            }
+            None => None,
+        };
         if let Some(fault) = &mut self.fault
             && let Err(error) = fault.end(failed, &mut self.domain)
         {

@@ -12,12 +12,18 @@
 use serde::Serialize;
 
 use super::effects::{KernelCall, KernelEffects, OppositeArgument};
+use super::host_memory::Kept;
 use super::lasting::{Done, Lasting};
 use super::undo_log::{Restorable, UndoLog};
+use super::view::{Page, Pfn};
 use devices::hold::DeviceState;
 
 /// Most calls of kernel functions kept for one call: a few for each descriptor of the largest rings.
 pub const MAX_CALLS: usize = 1 << 15;
+/// Bytes that one of them takes, with what takes it back and where it is found by that.
+const CALL_BYTES: u64 = 320;
+/// Bytes that the device's states before and after a part take, about: its registers and its rings.
+const DEVICE_PART_BYTES: u64 = 64 << 10;
 /// Most parts in which a call may use the device.
 const MAX_DEVICE_PARTS: usize = 256;
 
@@ -107,6 +113,7 @@ pub enum Crossing {
 pub struct Journal {
     /// Old bytes of memory.
     pub memory: UndoLog,
+    kept: Kept,
     open: Vec<Open>,
     settled: Settled,
     pending: Pending,
@@ -134,12 +141,43 @@ struct Pending {
 }
 
 impl Journal {
-    /// For a call that begins.
-    pub fn new(restorable: Restorable) -> Self {
-        Self {
+    /// For a call that begins. What the journal takes of the host's memory is charged to `kept`.
+    pub fn new(restorable: Restorable, kept: Kept) -> Self {
+        let mut journal = Self {
             memory: UndoLog::new(restorable),
+            kept,
             ..Self::default()
+        };
+        if !journal.fits() {
+            journal.memory.give_up();
         }
+        journal
+    }
+
+    /// Page `pfn` is about to become `new` in the guest, where it is `old`.
+    pub fn record(&mut self, pfn: Pfn, old: &Page, new: &Page) {
+        self.memory.record(pfn, old, new);
+        if !self.fits() {
+            self.memory.give_up();
+        }
+    }
+
+    /// What is charged for it, which the kernel functions that it has named take along.
+    pub fn take_kept(&mut self) -> Kept {
+        std::mem::take(&mut self.kept)
+    }
+
+    fn calls(&self) -> usize {
+        let settled = self.settled.done.len() + self.settled.deferred.len();
+        let pending = self.pending.done.len() + self.pending.deferred.len();
+        settled + pending + self.open.len()
+    }
+
+    /// Charges what it takes by now; `false` if there is no room for the last of it.
+    fn fits(&mut self) -> bool {
+        let calls = self.calls() as u64 * CALL_BYTES;
+        let device = self.settled.device.len() as u64 * DEVICE_PART_BYTES;
+        self.kept.reach(self.memory.bytes() + calls + device)
     }
 
     /// Whether a call was not kept for want of room: this part cannot be taken back once it is in the guest, and no more
@@ -149,9 +187,7 @@ impl Journal {
     }
 
     fn is_full(&self) -> bool {
-        let settled = self.settled.done.len() + self.settled.deferred.len();
-        let pending = self.pending.done.len() + self.pending.deferred.len();
-        settled + pending + self.open.len() >= MAX_CALLS
+        self.calls() >= MAX_CALLS
     }
 
     /// The driver calls a kernel function; after it returned the stack pointer is `rsp`.
@@ -163,7 +199,7 @@ impl Journal {
         memory: &impl ReadNumber,
     ) -> Crossing {
         let function = call.function;
-        if self.is_full() {
+        if self.is_full() || !self.fits() {
             self.pending.stays.get_or_insert(Stays::TooManyCalls);
             self.pending.overflowed = true;
             return Crossing::Call;
@@ -269,13 +305,15 @@ impl Journal {
         if let (Some(before), Some(after)) = (before, device) {
             settled.device.push((before, after));
         }
-        if settled.device.len() > MAX_DEVICE_PARTS {
+        done.into_iter()
+            .for_each(|done| settled.done.happened(done));
+        let parts = self.settled.device.len();
+        if parts > MAX_DEVICE_PARTS || parts > 0 && !self.fits() {
+            let settled = &mut self.settled;
             settled.device.clear();
             let reason = "it was used in too many parts".to_owned();
             settled.stays.get_or_insert(Stays::Device { reason });
         }
-        done.into_iter()
-            .for_each(|done| settled.done.happened(done));
     }
 
     /// The last settled part that used the device changed where that takes requests of others from.

@@ -11,12 +11,14 @@
 //! | `transaction` | one call from entry to commit or abort |
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
+//! | `host_memory` | the account of what calls make the host keep |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | ends calls that hang |
 
 pub mod dirty_ring;
 pub mod effects;
 pub mod error;
+pub mod host_memory;
 pub mod journal;
 mod lasting;
 pub mod monitor;
@@ -40,6 +42,7 @@ use kvm_ioctls::Kvm;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use error::DomainError;
+use host_memory::HostMemory;
 use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::PrivateVm;
@@ -71,6 +74,8 @@ pub struct DomainConfig<'a> {
     pub driver_text: Vec<u64>,
     /// Pages with return and indirect-branch thunks, by virtual address.
     pub thunks: Vec<u64>,
+    /// Where memory of the host is charged that calls make it keep: one account for all domains of a guest.
+    pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
     pub kick_signal: i32,
 }
@@ -89,6 +94,7 @@ struct Adopted {
 pub struct Domain {
     // The VM comes first: it is gone before the memory under its slots.
     vm: PrivateVm,
+    host_memory: HostMemory,
     monitor: Monitor,
     roots: Roots,
     view: PrivateView,
@@ -137,6 +143,7 @@ impl Domain {
         let mut domain = Self {
             slot_bases: private_vm::slot_bases(&view),
             vm,
+            host_memory: config.host_memory,
             monitor,
             roots,
             view,

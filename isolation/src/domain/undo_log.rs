@@ -110,6 +110,21 @@ impl UndoLog {
         }
     }
 
+    /// Bytes of the host's memory that it takes.
+    pub fn bytes(&self) -> u64 {
+        let pages = self.restorable.pages.len() * (size_of::<(Pfn, PageMask)>() + 16);
+        let words = self.words.capacity() * size_of::<Word>();
+        (pages + words) as u64
+    }
+
+    /// There is no room for it: nothing is recorded, and nothing can be put back.
+    pub fn give_up(&mut self) {
+        *self = Self {
+            overflowed: true,
+            ..Self::default()
+        };
+    }
+
     /// Page `pfn` is about to become `new` in the guest, where it is `old`.
     pub fn record(&mut self, pfn: Pfn, old: &Page, new: &Page) {
         let Some(restorable) = self.restorable.pages.get(&pfn) else {

@@ -91,6 +91,8 @@ pub enum ViolationKind {
     LostSpill,
     /// An exception could not be delivered: page tables or stack are destroyed.
     Shutdown,
+    /// The call would have the host keep more than there is room for.
+    HostMemory,
     /// Not the driver's fault: something of the domain's own failed, and it is not used any more. The guest runs the
     /// function itself.
     DomainFailed,

@@ -162,6 +162,9 @@ impl fmt::Display for What<'_> {
             ViolationKind::TimeBudget => write!(f, "time budget used up"),
             ViolationKind::LostSpill => write!(f, "a call that cannot go on, stopped"),
             ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
+            ViolationKind::HostMemory => {
+                write!(f, "more memory used than the host keeps for calls")
+            }
             ViolationKind::DomainFailed => {
                 write!(f, "the domain failed, and the guest runs the function")
             }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use devices::hold::{DeviceAddress, DeviceState};
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::error::DomainError;
+use isolation::domain::host_memory::HostMemory;
 use isolation::domain::monitor::{ExceptionFrame, MonitorError};
 use isolation::domain::supervisor::{KernelExceptionVerdict, Supervisor};
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
@@ -59,6 +60,7 @@ pub struct Guest {
     pub memory: Arc<GuestMemoryMmap>,
     pub kvm: Kvm,
     pub sregs: kvm_sregs,
+    pub host_memory: HostMemory,
     next_table: u64,
 }
 
@@ -104,6 +106,7 @@ impl Guest {
             memory,
             kvm,
             sregs,
+            host_memory: HostMemory::default(),
             next_table: 0x2000,
         };
         for page in 0..2 {
@@ -216,6 +219,7 @@ impl Guest {
             cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
             sregs: &self.sregs,
             monitor_gpa,
+            host_memory: self.host_memory.clone(),
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
             thunks: vec![THUNKS],
             kick_signal: libc::SIGUSR1,

@@ -7,6 +7,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::SpilledCall;
 use crate::domain::effects::{KernelCall, KernelEffects};
+use crate::domain::host_memory::Kept;
 use crate::domain::violation::Violation;
 use crate::guest::addr::GvaRange;
 
@@ -159,6 +160,8 @@ pub struct CallResult {
     /// Kernel functions that the guest has to call, in this order, before it goes on: what waited for the end
     /// of the call, or what takes it back.
     pub kernel_calls: Vec<KernelCall>,
+    /// What is charged of the host's memory for these.
+    pub kept: Kept,
 }
 
 impl CallResult {

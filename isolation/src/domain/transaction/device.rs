@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Bytes of the host's memory that the old bytes of a page take, here and with the policy.
+const OVERWRITTEN_BYTES: u64 = 3 * PAGE_SIZE;
+
 impl Call<'_> {
     pub(super) fn mmio_read(&mut self, gpa: u64, bytes: usize) -> Result<Step, DomainError> {
         if !self.supervisor.owns_mmio(gpa) {
@@ -130,6 +133,12 @@ impl Call<'_> {
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
         }
+        let more = changes
+            .iter()
+            .filter(|(pfn, _)| !self.overwritten.contains_key(pfn));
+        if !self.kept.grow(more.count() as u64 * OVERWRITTEN_BYTES) {
+            return Ok(Some(ViolationKind::HostMemory));
+        }
         if !self.reached_device {
             self.supervisor.checkpoint_device();
             self.reached_device = true;
@@ -140,7 +149,7 @@ impl Call<'_> {
             let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
             self.supervisor.publishing(pfn.0 * PAGE_SIZE, old);
             if let Some(journal) = &mut self.journal {
-                journal.memory.record(pfn, old, new);
+                journal.record(pfn, old, new);
             }
             let kept = self.overwritten.entry(pfn).or_insert_with(|| Overwritten {
                 bytes: PageMask::EMPTY,

@@ -29,6 +29,7 @@ impl Call<'_> {
                 self.settle_journal(false);
                 if let Some(journal) = &mut self.journal {
                     self.kernel_calls = journal.take_deferred();
+                    self.calls_kept = journal.take_kept();
                 }
                 Ok((CallEnd::Committed, regs))
             }
@@ -48,7 +49,7 @@ impl Call<'_> {
             for pfn in &pages {
                 let view = &self.domain.view;
                 let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
-                journal.memory.record(*pfn, old, new);
+                journal.record(*pfn, old, new);
             }
         }
         // What the device had to see before is there already.

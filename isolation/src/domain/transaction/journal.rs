@@ -52,7 +52,10 @@ impl Call<'_> {
             }
             va = va.wrapping_add(PAGE_SIZE);
         }
-        self.journal = Some(Box::new(Journal::new(restorable)));
+        self.journal = Some(Box::new(Journal::new(
+            restorable,
+            self.domain.host_memory.nothing(),
+        )));
         Ok(())
     }
 
@@ -177,6 +180,7 @@ impl Call<'_> {
         if let Some(stays) = stays {
             // As if it had ended here: what it let go of is not used any more.
             self.kernel_calls = journal.take_deferred();
+            self.calls_kept = journal.take_kept();
             return Ok(Published::Stays(stays));
         }
         let start = Instant::now();
@@ -187,6 +191,7 @@ impl Call<'_> {
         })?;
         self.phases.memory_ns += elapsed_ns(start);
         self.kernel_calls = journal.compensation();
+        self.calls_kept = journal.take_kept();
         Ok(Published::Undone {
             bytes,
             kernel_calls: u32::try_from(self.kernel_calls.len()).unwrap_or(u32::MAX),

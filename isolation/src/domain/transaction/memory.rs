@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Private copies of pages below which a call is not charged for them.
+const MIN_CHARGED: usize = 4096;
+
 impl Call<'_> {
     /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's
     /// text is not among them.
@@ -28,6 +31,19 @@ impl Call<'_> {
             .vm
             .harvest(&domain.slot_bases, |pfn| harvested.push(pfn))?;
         Ok(())
+    }
+
+    /// Charges the private copies of pages that are known of; `false` if there is no room for them. They are looked at each
+    /// time that they may have doubled, so that it costs most calls one comparison.
+    pub(super) fn may_keep_copies(&mut self) -> bool {
+        if self.harvested.len() < 2 * self.copies_charged.max(MIN_CHARGED) {
+            return true;
+        }
+        self.harvested.sort_unstable();
+        self.harvested.dedup();
+        let more = self.harvested.len().saturating_sub(self.copies_charged);
+        self.copies_charged += more;
+        self.kept.grow(more as u64 * PAGE_SIZE)
     }
 
     pub(super) fn open(&mut self, va: u64) -> Result<(), DomainError> {

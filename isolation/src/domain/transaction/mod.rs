@@ -31,6 +31,7 @@ use kvm_bindings::kvm_regs;
 use super::Domain;
 use super::effects::KernelCall;
 use super::error::DomainError;
+use super::host_memory::Kept;
 use super::journal::Journal;
 use super::monitor::{
     ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
@@ -141,7 +142,13 @@ pub(super) struct Call<'a> {
     /// Kept by calls that go on in the guest.
     journal: Option<Box<Journal>>,
     kernel_calls: Vec<KernelCall>,
+    /// What is charged for them.
+    calls_kept: Kept,
+    /// What is charged for the call itself until its end.
+    kept: Kept,
     harvested: Vec<Pfn>,
+    /// Of these, pages that are charged.
+    copies_charged: usize,
     reached_device: bool,
     detours: u32,
     last_fault: (u64, u64, u32),
@@ -211,6 +218,7 @@ impl Domain {
         if let (true, Some(effects)) = (journalled, request.effects) {
             self.monitor.journal(|function| effects.matters(function));
         }
+        let kept = self.host_memory.nothing();
         let mut call = Call {
             domain: self,
             supervisor,
@@ -226,7 +234,10 @@ impl Domain {
             overwritten: BTreeMap::new(),
             journal: journal.take(),
             kernel_calls: Vec::new(),
+            calls_kept: Kept::default(),
+            kept,
             harvested: Vec::new(),
+            copies_charged: 0,
             reached_device: false,
             detours: 0,
             last_fault: (0, 0, 0),
@@ -243,6 +254,7 @@ impl Domain {
         }
         let (mut stats, phases) = (call.stats, call.phases);
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
+        let kept = std::mem::take(&mut call.calls_kept);
         self.watchdog.end();
         if journalled {
             self.monitor.journal(|_| false);
@@ -257,6 +269,7 @@ impl Domain {
                 stats,
                 phases,
                 kernel_calls,
+                kept,
             }),
         })
     }
@@ -392,6 +405,10 @@ impl Call<'_> {
             }
             if self.domain.vm.ring_is_half_full() {
                 self.harvest()?;
+            }
+            if !self.may_keep_copies() {
+                let rip = self.domain.vm.regs().rip;
+                return Ok(Step::Violation(ViolationKind::HostMemory, rip));
             }
             self.detours += 1;
             if self.detours > MAX_DETOURS {

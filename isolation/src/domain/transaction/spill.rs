@@ -17,6 +17,8 @@ use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
 use super::*;
 use crate::domain::monitor::{self, CrossingFrame};
 
+/// Bytes of the host's memory that a call in the guest takes at least.
+const SPILLED_BYTES: u64 = 1024;
 /// Times that one call may go on in the guest.
 const MAX_SPILLS: u32 = 4096;
 /// Most words of a call's stack that are looked through for what was handed out to it.
@@ -39,6 +41,8 @@ pub struct SpilledCall {
     return_slot: (Pfn, usize),
     callbacks: Vec<Callback>,
     stacks: Vec<GvaRange>,
+    /// What is charged for it, its journal left aside.
+    _kept: Kept,
     /// `None` if nothing is known of the kernel's functions.
     pub(super) journal: Option<Box<Journal>>,
     /// Kernel functions called by the driver, outermost first; the last one is running in the guest.
@@ -62,6 +66,12 @@ impl SpilledCall {
     pub fn take_deferred(&mut self) -> Vec<KernelCall> {
         let journal = self.journal.as_mut();
         journal.map_or_else(Vec::new, |journal| journal.take_deferred())
+    }
+
+    /// What is charged of the host's memory for these.
+    pub fn take_kept(&mut self) -> Kept {
+        let journal = self.journal.as_mut();
+        journal.map_or_else(Kept::default, |journal| journal.take_kept())
     }
 
     /// Whether the call can be taken back.
@@ -151,6 +161,13 @@ impl Call<'_> {
             return Ok(None);
         };
         let gate_slot = gate_slot.slot;
+        let frame_bytes = size_of::<CrossingFrame>() + size_of::<ReturnSlot>();
+        let frames_bytes =
+            frames.len() * frame_bytes + self.callbacks.len() * size_of::<Callback>();
+        let mut kept = self.domain.host_memory.nothing();
+        if !kept.grow(SPILLED_BYTES + 2 * frames_bytes as u64) {
+            return Ok(None);
+        }
         self.domain.vm.settle()?;
         // For whoever walks the stack in the guest.
         if self.read_slot(self.return_slot)? == self.domain.monitor.exit_stub() {
@@ -170,6 +187,7 @@ impl Call<'_> {
             return_slot: self.return_slot,
             callbacks: std::mem::take(&mut self.callbacks),
             stacks: std::mem::take(&mut self.stacks),
+            _kept: kept,
             journal: self.journal.take(),
             frames,
             slots,

@@ -1,0 +1,133 @@
+//! Memory of the host that calls make it keep: one account for all that a guest can have open at a time.
+//!
+//! Each thing that is kept has a limit of its own, but a guest can have thousands of calls open, and the limits multiply. What is
+//! charged: journals, kernel functions that are still to be called, private copies of pages, old bytes of what was
+//! published before a call's end, and calls that are in the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes that all calls of a guest may have the host keep unless said otherwise: some twenty times what the largest honest call
+/// takes.
+pub const DEFAULT_LIMIT: u64 = 256 << 20;
+
+#[derive(Debug)]
+struct Account {
+    used: AtomicU64,
+    limit: u64,
+}
+
+/// The account. Clones are the same one.
+#[derive(Debug, Clone)]
+pub struct HostMemory(Arc<Account>);
+
+impl Default for HostMemory {
+    fn default() -> Self {
+        Self::new(DEFAULT_LIMIT)
+    }
+}
+
+impl HostMemory {
+    /// An account of `limit` bytes.
+    pub fn new(limit: u64) -> Self {
+        Self(Arc::new(Account {
+            used: AtomicU64::new(0),
+            limit,
+        }))
+    }
+
+    /// Bytes that are kept now.
+    pub fn used(&self) -> u64 {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// Nothing kept yet.
+    pub fn nothing(&self) -> Kept {
+        Kept {
+            account: Some(self.clone()),
+            bytes: 0,
+        }
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        let within = |used: u64| used.checked_add(bytes).filter(|now| *now <= self.0.limit);
+        let used = &self.0.used;
+        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within)
+            .is_ok()
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// What one thing keeps, given back when it goes. The default one is nobody's, and not counted.
+#[derive(Debug, Default)]
+pub struct Kept {
+    account: Option<HostMemory>,
+    bytes: u64,
+}
+
+impl Kept {
+    /// Makes it at least `bytes`; `false` if there is no room, and it is as before.
+    pub fn reach(&mut self, bytes: u64) -> bool {
+        let more = bytes.saturating_sub(self.bytes);
+        let Some(account) = self.account.as_ref().filter(|_| more > 0) else {
+            return true;
+        };
+        if !account.take(more) {
+            return false;
+        }
+        self.bytes = bytes;
+        true
+    }
+
+    /// Makes it `bytes` more; `false` if there is no room, and it is as before.
+    pub fn grow(&mut self, bytes: u64) -> bool {
+        self.reach(self.bytes.saturating_add(bytes))
+    }
+}
+
+impl Clone for Kept {
+    /// The copy is another thing that is kept, or not counted if there is no room for it.
+    fn clone(&self) -> Self {
+        let account = self.account.clone();
+        match account.filter(|account| account.take(self.bytes)) {
+            Some(account) => Self {
+                account: Some(account),
+                bytes: self.bytes,
+            },
+            None => Self::default(),
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if let Some(account) = &self.account {
+            account.give_back(self.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_kept_than_there_is_room_for_and_all_is_given_back() {
+        let account = HostMemory::new(100);
+        let (mut one, mut two) = (account.nothing(), account.nothing());
+        assert!(one.grow(60) && two.grow(40));
+        assert!(!one.grow(1) && !two.grow(u64::MAX));
+        assert!(one.reach(10), "it is more already");
+        assert_eq!(account.used(), 100);
+        drop(two);
+        assert!(one.reach(100) && !one.reach(101));
+        let copy = one.clone();
+        drop(copy);
+        assert_eq!(account.used(), 100);
+        drop(one);
+        assert_eq!(account.used(), 0);
+    }
+}
