@@ -1,8 +1,9 @@
 //! Guest memory as a bus-mastering device sees it.
 
+use std::fs::File;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Why a device could not reach guest memory.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
@@ -12,6 +13,19 @@ pub struct DmaError {
     pub address: u64,
     /// Length in bytes.
     pub len: usize,
+}
+
+/// A contiguous part of guest memory and where it lies in a file.
+#[derive(Debug, Clone)]
+pub struct DmaRegion {
+    /// Guest physical address of its first byte.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The file, which is mapped shared.
+    pub file: Arc<File>,
+    /// Where the first byte is in it.
+    pub offset: u64,
 }
 
 /// The guest physical memory that one device may read and write.
@@ -31,6 +45,21 @@ impl DmaSpace {
         &self.memory
     }
 
+    /// The parts of the space with the file behind each: for a device in another process, or one that the kernel gives a
+    /// map of addresses. A part that no file is behind is left out; nobody else can reach it.
+    pub fn regions(&self) -> Vec<DmaRegion> {
+        let regions = self.memory.iter().filter_map(|region| {
+            let file = region.file_offset()?;
+            Some(DmaRegion {
+                address: region.start_addr().0,
+                len: region.len(),
+                file: file.arc().clone(),
+                offset: file.start(),
+            })
+        });
+        regions.collect()
+    }
+
     /// Fills `data` from guest physical `address`. On an error `data` may be partly filled.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Result<(), DmaError> {
         let len = data.len();
@@ -47,5 +76,41 @@ impl DmaSpace {
                 address,
                 len: data.len(),
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::FileOffset;
+
+    use super::*;
+
+    #[test]
+    fn whoever_has_the_files_sees_what_the_device_writes() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(0x8000).unwrap();
+        let part = |address: u64, len: usize, offset: u64| {
+            let file = FileOffset::from_arc(file.clone(), offset);
+            (GuestAddress(address), len, Some(file))
+        };
+        let parts = [part(0, 0x3000, 0), part(1 << 32, 0x5000, 0x3000)];
+        let memory = GuestMemoryMmap::from_ranges_with_files(parts).unwrap();
+        let dma = DmaSpace::new(Arc::new(memory));
+        let regions = dma.regions();
+        let places: Vec<_> = regions
+            .iter()
+            .map(|region| (region.address, region.len, region.offset))
+            .collect();
+        assert_eq!(places, [(0, 0x3000, 0), (1 << 32, 0x5000, 0x3000)]);
+        for region in &regions {
+            let at = region.address + region.len - 4;
+            dma.write(at, &at.to_le_bytes()[..4]).unwrap();
+            let mut seen = [0; 4];
+            let offset = region.offset + region.len - 4;
+            region.file.read_exact_at(&mut seen, offset).unwrap();
+            assert_eq!(seen, at.to_le_bytes()[..4]);
+        }
     }
 }

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::checksum::{fold, insert};
-use super::tx::command;
+use super::tx_descriptor::command;
 
 /// Room in front of packet data for a VLAN tag, in bytes.
 pub const TAG_BYTES: usize = 4;

@@ -46,6 +46,7 @@ mod stats;
 mod tests;
 mod timers;
 mod tx;
+mod tx_descriptor;
 
 use std::fmt;
 use std::sync::Arc;

@@ -16,7 +16,7 @@ use super::headers::{Context, POPTS_IXSM, POPTS_TXSM, TAG_BYTES, fix_up, insert_
 use super::regs::{CTRL, TCTL, VET, ctrl, tctl};
 use super::rx::MIN_FRAME_BYTES;
 use super::stats::{Cast, TSCTC, TSCTFC};
-use super::tx::{Budget, command};
+use super::tx_descriptor::{Budget, command};
 use crate::wire::{MAX_FRAME_BYTES, SendOutcome};
 
 /// Longest packet that the controller sends without segmentation, in bytes (3.3.3, 16288).

@@ -12,63 +12,12 @@ use super::packet::Progress;
 use super::regs::{TADV, TCTL, TDBAL, TDH, TDT, TIDV, TXDCTL, icr, tctl};
 use super::ring::{DESCRIPTOR_BYTES, Ring};
 use super::timers::{Timer, delay_ns};
+use super::tx_descriptor::{Budget, command};
 
 /// Descriptors read at once.
 const FETCH: usize = 16;
 /// Status bit: descriptor done (3.3.3.2).
 const DD: u8 = 1 << 0;
-
-/// Bits of the command, in the third 32-bit word of every descriptor (3.3.3.1, 3.3.6, 3.3.7).
-pub mod command {
-    /// End of packet (legacy, data).
-    pub const EOP: u32 = 1 << 24;
-    /// Insert checksum (legacy).
-    pub const IC: u32 = 1 << 26;
-    /// TCP segmentation enable (context, data).
-    pub const TSE: u32 = 1 << 26;
-    /// Report status.
-    pub const RS: u32 = 1 << 27;
-    /// Report packet sent (legacy).
-    pub const RPS: u32 = 1 << 28;
-    /// Extended descriptor.
-    pub const DEXT: u32 = 1 << 29;
-    /// Insert VLAN tag.
-    pub const VLE: u32 = 1 << 30;
-    /// Delay the interrupt.
-    pub const IDE: u32 = 1 << 31;
-    /// Packet is TCP, not UDP (context).
-    pub const TCP: u32 = 1 << 24;
-    /// Packet is IPv4, not IPv6 (context).
-    pub const IP: u32 = 1 << 25;
-}
-
-/// What one call of the transmitter may still do.
-#[derive(Debug)]
-pub struct Budget {
-    /// Descriptors.
-    descriptors: u32,
-    /// Bytes read from guest memory or sent.
-    bytes: usize,
-}
-
-impl Budget {
-    fn new() -> Self {
-        Self {
-            descriptors: 1024,
-            bytes: 4 << 20,
-        }
-    }
-
-    /// Takes `bytes` off.
-    pub fn spend_bytes(&mut self, bytes: usize) {
-        self.bytes = self.bytes.saturating_sub(bytes);
-    }
-
-    /// Whether nothing is left.
-    pub fn is_spent(&self) -> bool {
-        self.descriptors == 0 || self.bytes == 0
-    }
-}
 
 /// Descriptors that were read from the ring ahead of their turn, within one call.
 struct Fetched {
@@ -119,7 +68,7 @@ impl E1000 {
             next: 0,
             count: 0,
         };
-        let mut budget = Budget::new();
+        let mut budget = Budget::default();
         // The link may go away on the way.
         while ring.head != ring.tail && self.may_transmit() {
             if budget.is_spent() {
@@ -142,7 +91,7 @@ impl E1000 {
                     }
                 }
             }
-            budget.descriptors -= 1;
+            budget.spend_descriptor();
             self.write_back(ring.head_address(), &descriptor, causes);
             ring.advance();
         }
