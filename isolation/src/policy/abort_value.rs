@@ -272,7 +272,7 @@ mod tests {
         let types = Btf::parse(&e.bytes(), None).unwrap();
         let known = abort_return_named(&types, "my_open").unwrap();
         assert_eq!(known.value, AbortValue::Constant(-5));
-        assert_eq!(abort_return_named(&types, "my_open.isra.0"), None);
+        assert_eq!(abort_return_named(&types, "my_close"), None);
         assert!(!is_transmit_named(&types, "my_open.isra.0"));
     }
 
