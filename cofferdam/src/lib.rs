@@ -5,6 +5,7 @@ pub mod cli;
 pub mod control;
 pub mod doctor;
 pub mod options;
+pub mod process;
 pub mod report;
 pub mod run;
 pub mod runtime_dir;

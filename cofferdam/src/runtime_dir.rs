@@ -15,6 +15,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
@@ -29,6 +30,12 @@ const DEFAULT_ROOT: &str = "/run/cofferdam";
 
 /// The files that a VM's folder can hold. Nothing else is ever removed.
 const FILES: [&str; 3] = ["control.sock", "agent.sock", "pid"];
+
+/// How long another process may keep the root's lock.
+const LOCK_TIME: Duration = Duration::from_secs(10);
+
+/// Between two looks at it.
+const LOCK_POLL: Duration = Duration::from_millis(2);
 
 /// The folder that holds one folder for each running VM.
 #[derive(Debug, Clone)]
@@ -197,6 +204,12 @@ impl RuntimeRoot {
             .collect())
     }
 
+    /// Removes what dead processes left.
+    pub fn clear(&self) -> anyhow::Result<()> {
+        let _root_lock = self.lock()?;
+        self.clear_leftovers()
+    }
+
     /// Removes the folders of dead processes. The caller holds the root's lock.
     fn clear_leftovers(&self) -> anyhow::Result<()> {
         for (name, paths) in self.folders()? {
@@ -215,8 +228,15 @@ impl RuntimeRoot {
     fn lock(&self) -> anyhow::Result<File> {
         let root =
             File::open(&self.0).with_context(|| format!("cannot open {}", self.0.display()))?;
-        flock(&root, FlockOperation::LockExclusive)
-            .with_context(|| format!("cannot lock {}", self.0.display()))?;
+        let deadline = Instant::now() + LOCK_TIME;
+        while let Err(error) = flock(&root, FlockOperation::NonBlockingLockExclusive) {
+            // Whoever comes or goes just now may be stopped, and is not waited for without end.
+            let waits = error == rustix::io::Errno::WOULDBLOCK && Instant::now() < deadline;
+            if !waits {
+                return Err(error).with_context(|| format!("cannot lock {}", self.0.display()));
+            }
+            std::thread::sleep(LOCK_POLL);
+        }
         Ok(root)
     }
 }

@@ -6,6 +6,7 @@
 //! client at a time; without a client, or with one that does not read, output is lost, as on a cable
 //! with nothing at its end.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -71,6 +72,14 @@ pub enum SerialBackend {
     },
     /// A listening socket; clients come and go.
     Socket(UnixListener),
+    /// One of the others, with somebody who looks at what the guest writes on its way there.
+    Observed(Box<Self>, Box<dyn SerialObserver>),
+}
+
+/// Looks at what a guest writes to its serial port.
+pub trait SerialObserver: fmt::Debug + Send {
+    /// It wrote `byte`. On the vCPU's thread: must not wait.
+    fn wrote(&mut self, byte: u8);
 }
 
 impl SerialBackend {
@@ -88,7 +97,7 @@ impl SerialBackend {
 /// A UART and its other end. Map it as [`MutBusDevice`] at [`COM1_PORT`] and give it to the event
 /// loop for its input.
 pub struct Serial {
-    uart: vm_superio::Serial<Pulse, NoEvents, Sink>,
+    uart: vm_superio::Serial<Pulse, NoEvents, Output>,
     input: Option<File>,
     listener: Option<UnixListener>,
     /// Written when a full FIFO has room again, so that the loop goes on reading input.
@@ -107,6 +116,29 @@ impl Trigger for Pulse {
     fn trigger(&self) -> Result<(), Self::E> {
         self.0.set_level(true);
         self.0.set_level(false);
+        Ok(())
+    }
+}
+
+/// What the UART writes to.
+struct Output {
+    sink: Sink,
+    observer: Option<Box<dyn SerialObserver>>,
+}
+
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let written = self.sink.write(data);
+        if let Some(observer) = &mut self.observer {
+            // Lost or not: the guest has written it.
+            for byte in data.iter().take(*written.as_ref().unwrap_or(&data.len())) {
+                observer.wrote(*byte);
+            }
+        }
+        written
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
@@ -134,8 +166,13 @@ impl Write for Sink {
 impl Serial {
     /// A UART whose interrupt is `irq` and whose other end is `backend`.
     pub fn new(irq: Arc<dyn IrqLine>, backend: SerialBackend) -> io::Result<Self> {
+        let (backend, observer) = match backend {
+            SerialBackend::Observed(backend, observer) => (*backend, Some(observer)),
+            other => (other, None),
+        };
         let (sink, input, listener) = match backend {
-            SerialBackend::None => (Sink::Nothing, None, None),
+            // One observer is enough.
+            SerialBackend::None | SerialBackend::Observed(..) => (Sink::Nothing, None, None),
             SerialBackend::Output(file) => (Sink::File(file), None, None),
             SerialBackend::Streams { input, output } => (Sink::File(output), Some(input), None),
             SerialBackend::Socket(listener) => {
@@ -144,7 +181,7 @@ impl Serial {
             }
         };
         Ok(Self {
-            uart: vm_superio::Serial::new(Pulse(irq), sink),
+            uart: vm_superio::Serial::new(Pulse(irq), Output { sink, observer }),
             input,
             listener,
             room: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -208,8 +245,12 @@ impl Serial {
             return Err(FORM.does_not_fit("it has received more than its FIFO holds"));
         }
         let irq = Pulse(self.uart.interrupt_evt().0.clone());
-        let sink = std::mem::replace(self.uart.writer_mut(), Sink::Nothing);
-        let uart = vm_superio::Serial::from_state(&state, irq, NoEvents, sink);
+        let output = self.uart.writer_mut();
+        let output = Output {
+            sink: std::mem::replace(&mut output.sink, Sink::Nothing),
+            observer: output.observer.take(),
+        };
+        let uart = vm_superio::Serial::from_state(&state, irq, NoEvents, output);
         self.uart = uart.map_err(|error| FORM.does_not_fit(format!("{error:?}")))?;
         self.signal_room();
         Ok(())
@@ -226,7 +267,7 @@ impl Serial {
 
     /// Where input comes from at the moment.
     fn source(&self) -> Option<RawFd> {
-        match (&self.input, self.uart.writer()) {
+        match (&self.input, &self.uart.writer().sink) {
             (Some(input), _) => Some(input.as_raw_fd()),
             (None, Sink::Client(stream)) => Some(stream.as_raw_fd()),
             _ => None,
@@ -240,7 +281,7 @@ impl Serial {
             self.stall(ops);
             return;
         }
-        let read = match (&mut self.input, self.uart.writer_mut()) {
+        let read = match (&mut self.input, &mut self.uart.writer_mut().sink) {
             (Some(input), _) => input.read(&mut buffer[..room]),
             (None, Sink::Client(stream)) => stream.read(&mut buffer[..room]),
             _ => return,
@@ -271,8 +312,8 @@ impl Serial {
     fn end_of_input(&mut self, ops: &mut EventOps) {
         self.unwatch_source(ops);
         self.input = None;
-        if matches!(self.uart.writer(), Sink::Client(_)) {
-            *self.uart.writer_mut() = Sink::Nothing;
+        if matches!(self.uart.writer().sink, Sink::Client(_)) {
+            self.uart.writer_mut().sink = Sink::Nothing;
         }
     }
 
@@ -295,7 +336,7 @@ impl Serial {
                     return;
                 }
             };
-            if let Sink::Client(present) = self.uart.writer() {
+            if let Sink::Client(present) = &self.uart.writer().sink {
                 if !has_gone(present) {
                     if let Some(suppressed) = self.log.permit() {
                         tracing::info!(
@@ -312,7 +353,7 @@ impl Serial {
                 tracing::warn!(%error, "serial client turned away");
                 continue;
             }
-            *self.uart.writer_mut() = Sink::Client(client);
+            self.uart.writer_mut().sink = Sink::Client(client);
             self.stalled = false;
             self.watch_source(ops);
         }

@@ -12,6 +12,7 @@ use isolation::attach::request::Isolated;
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::status::ModuleStatus;
 
+use crate::asker::Asker;
 use crate::request::IsolationRequest;
 
 /// How a program in the guest ended, and what it wrote.
@@ -125,14 +126,16 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// A client of its agent.
     fn agent(&self) -> Self::Agent;
 
-    /// Puts functions of a module into a domain; `policy` is asked after each call that failed. Uses the agent.
+    /// Puts functions of a module into a domain; `policy` is asked after each call that failed. Uses the agent. `asker` is
+    /// told of steps that take long.
     ///
     /// # Errors
-    /// Why they cannot be isolated.
+    /// Why they cannot be isolated; also that `asker` has gone before anything was done.
     fn isolate(
         &self,
         request: &IsolationRequest,
         policy: Box<dyn FaultPolicy>,
+        asker: &dyn Asker,
     ) -> anyhow::Result<Isolated>;
 
     /// Has the guest run a module's functions itself again; their final counters.

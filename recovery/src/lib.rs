@@ -2,6 +2,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
+//! | `asker` | who asked for something that takes long |
 //! | `fault` | faults that are put into calls on purpose, and where in a function |
 //! | `guest` | what is needed of a live guest: two traits, with doubles in tests |
 //! | `interface` | network interfaces' configuration, read and put back |
@@ -13,9 +14,11 @@
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
 //! | `upgrade` | another build of a driver in the place of the one that runs |
+//! | `violations` | what calls did wrong, counted |
 //!
 //! Knows nothing of processes, sockets and the command line.
 
+pub mod asker;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod double;
@@ -30,3 +33,4 @@ mod resume_device;
 mod rungs;
 pub mod supervisor;
 pub mod upgrade;
+pub mod violations;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::asker::Nobody;
 use crate::double::{DRIVER, Double, request};
 use crate::ladder::{Decision, Fault, LadderConfig, LadderStatus, OnFault, State};
 
@@ -15,7 +16,7 @@ fn isolated(may_reset_guest: bool) -> (Arc<Supervisor<Double>>, Double) {
         may_reset_guest,
         ..LadderConfig::default()
     };
-    supervisor.isolate(request(), config).unwrap();
+    supervisor.isolate(request(), config, &Nobody).unwrap();
     guest.world().done.clear();
     (supervisor, guest)
 }
@@ -49,7 +50,7 @@ fn resuming() -> (Arc<Supervisor<Double>>, Double) {
         on_fault: Some(OnFault::Resume),
         ..LadderConfig::default()
     };
-    supervisor.isolate(request(), config).unwrap();
+    supervisor.isolate(request(), config, &Nobody).unwrap();
     guest.world().done.clear();
     (supervisor, guest)
 }

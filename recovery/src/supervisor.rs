@@ -19,10 +19,12 @@ use isolation::attach::request::Isolated;
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use isolation::status::ModuleStatus;
 
+use crate::asker::{Asker, Gone, Nobody};
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
 use crate::request::IsolationRequest;
 use crate::upgrade::UpgradeReport;
+use crate::violations::{ViolationLog, Violations};
 use crate::{resume_device, rungs, upgrade};
 
 struct SupervisedModule {
@@ -44,6 +46,7 @@ pub struct Supervisor<G> {
     guest: G,
     modules: Mutex<HashMap<String, SupervisedModule>>,
     rungs: Sender<RungRequest>,
+    violations: Arc<Mutex<ViolationLog>>,
     /// Held by whoever removes and inserts drivers.
     driver_change: Mutex<()>,
     /// Paths in the guest of the files of drivers that were upgraded.
@@ -72,6 +75,7 @@ impl<G: LiveGuest> Supervisor<G> {
             guest,
             modules: Mutex::default(),
             rungs,
+            violations: Arc::default(),
             driver_change: Mutex::new(()),
             driver_files: Mutex::default(),
         };
@@ -91,12 +95,13 @@ impl<G: LiveGuest> Supervisor<G> {
         &self,
         request: IsolationRequest,
         config: LadderConfig,
+        asker: &dyn Asker,
     ) -> anyhow::Result<Isolated> {
         // A call that fails as soon as there are gates asks for a rung of a ladder that is entered only then: who
         // climbs it waits.
-        let _alone = self.change_driver();
+        let _alone = self.change_driver_for(asker)?;
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
-        self.isolate_with(request, ladder)
+        self.isolate_with(request, ladder, asker)
     }
 
     /// Isolates the same functions of a module again, with the ladder that it has, unless it was released meanwhile; how
@@ -109,7 +114,7 @@ impl<G: LiveGuest> Supervisor<G> {
         let Some((request, ladder)) = supervised else {
             return Ok(0);
         };
-        let isolated = self.isolate_with(request, ladder.clone());
+        let isolated = self.isolate_with(request, ladder.clone(), &Nobody);
         match &isolated {
             Ok(_) => lock(&ladder).isolated_again(),
             Err(error) => lock(&ladder).not_isolated(&format!("{error:#}")),
@@ -121,13 +126,15 @@ impl<G: LiveGuest> Supervisor<G> {
         &self,
         request: IsolationRequest,
         ladder: Arc<Mutex<Ladder>>,
+        asker: &dyn Asker,
     ) -> anyhow::Result<Isolated> {
         let policy = LadderPolicy {
             module: request.module.clone(),
             ladder: ladder.clone(),
             rungs: self.rungs.clone(),
+            violations: self.violations.clone(),
         };
-        let isolated = self.guest.isolate(&request, Box::new(policy))?;
+        let isolated = self.guest.isolate(&request, Box::new(policy), asker)?;
         let module = request.module.clone();
         let supervised = SupervisedModule { request, ladder };
         self.modules().insert(module, supervised);
@@ -154,17 +161,18 @@ impl<G: LiveGuest> Supervisor<G> {
         module: &str,
         file: &[u8],
         limit: Duration,
-        progress: &mut dyn FnMut(&str),
+        asker: &dyn Asker,
     ) -> anyhow::Result<UpgradeReport> {
-        upgrade::upgrade(self, module, file, limit, progress)
+        upgrade::upgrade(self, module, file, limit, asker)
     }
 
     /// Has a driver suspend and resume each of its devices; how long each took ([`crate::resume_device`]).
     ///
     /// # Errors
     /// Its functions cannot be called, or failed.
-    pub fn resume_device(&self, module: &str) -> anyhow::Result<Vec<Duration>> {
-        let _alone = self.change_driver();
+    pub fn resume_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<Vec<Duration>> {
+        let _alone = self.change_driver_for(asker)?;
+        asker.tell("having the driver suspend and resume its devices")?;
         resume_device::suspend_and_resume(&self.guest, module)
     }
 
@@ -176,6 +184,11 @@ impl<G: LiveGuest> Supervisor<G> {
             .iter()
             .map(|(module, one)| (module.clone(), status(&one.ladder)));
         all.collect()
+    }
+
+    /// What calls of `module` did wrong since the VM began, the latest last; also of one that is not isolated any more.
+    pub fn violations(&self, module: &str) -> Vec<Violations> {
+        lock(&self.violations).of(module)
     }
 
     /// The guest boots anew, and loads what is installed in it.
@@ -198,6 +211,17 @@ impl<G: LiveGuest> Supervisor<G> {
     /// Waits until nobody else removes or inserts a driver.
     pub(crate) fn change_driver(&self) -> MutexGuard<'_, ()> {
         lock(&self.driver_change)
+    }
+
+    /// The same for `asker`, who is told of the wait and may be gone after it.
+    pub(crate) fn change_driver_for(&self, asker: &dyn Asker) -> Result<MutexGuard<'_, ()>, Gone> {
+        if let Ok(alone) = self.driver_change.try_lock() {
+            return Ok(alone);
+        }
+        asker.tell("waiting for another change of a driver to end")?;
+        let alone = self.change_driver();
+        asker.tell("it has ended")?;
+        Ok(alone)
     }
 
     /// Path in the guest of the file that the driver `module` came from, if it was upgraded.
@@ -231,10 +255,12 @@ struct LadderPolicy {
     module: String,
     ladder: Arc<Mutex<Ladder>>,
     rungs: Sender<RungRequest>,
+    violations: Arc<Mutex<ViolationLog>>,
 }
 
 impl FaultPolicy for LadderPolicy {
     fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        lock(&self.violations).add(&self.module, call.report);
         let decision = lock(&self.ladder).fault(&Fault {
             entry: &call.report.entry,
             attempts: call.attempts,

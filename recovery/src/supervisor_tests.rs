@@ -14,7 +14,9 @@ fn restarting() -> LadderConfig {
 /// A supervisor of a guest with the module isolated, and what is asked of it.
 fn supervised(guest: &Double) -> (Supervisor<Double>, Receiver<RungRequest>) {
     let (supervisor, asked) = Supervisor::new(guest.clone());
-    supervisor.isolate(request(), restarting()).unwrap();
+    supervisor
+        .isolate(request(), restarting(), &Nobody)
+        .unwrap();
     (supervisor, asked)
 }
 
@@ -69,7 +71,9 @@ fn a_driver_that_cannot_be_isolated_again_is_said_to_run_unisolated() {
     assert!(supervisor.release(DRIVER).is_err());
     assert_eq!(supervisor.status().len(), 0);
     guest.world().fails = |_, _| false;
-    supervisor.isolate(request(), restarting()).unwrap();
+    supervisor
+        .isolate(request(), restarting(), &Nobody)
+        .unwrap();
     assert_eq!(supervisor.status()[0].1.state, State::Running);
 }
 
@@ -88,7 +92,9 @@ fn a_call_that_fails_as_soon_as_there_are_gates_has_its_rung_climbed() {
     let guest = Double::new();
     guest.world().fails_at_once = true;
     let supervisor = Supervisor::start(guest.clone()).unwrap();
-    supervisor.isolate(request(), restarting()).unwrap();
+    supervisor
+        .isolate(request(), restarting(), &Nobody)
+        .unwrap();
     while supervisor.status()[0].1.state != State::Running {
         std::thread::yield_now();
     }
@@ -101,7 +107,52 @@ fn what_a_ladder_asked_for_that_is_not_there_any_more_is_not_done() {
     let (supervisor, asked) = supervised(&guest);
     guest.fail();
     supervisor.release(DRIVER).unwrap();
-    supervisor.isolate(request(), restarting()).unwrap();
+    supervisor
+        .isolate(request(), restarting(), &Nobody)
+        .unwrap();
     assert_eq!(climb_all(&supervisor, &asked).state, State::Running);
     assert_eq!(guest.count("remove"), 0);
+}
+
+/// Somebody who goes away when told so many things.
+struct Leaving(std::cell::Cell<usize>);
+
+impl Asker for Leaving {
+    fn tell(&self, _what: &str) -> Result<(), Gone> {
+        let left = self.0.get().checked_sub(1).ok_or(Gone)?;
+        self.0.set(left);
+        Ok(())
+    }
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_not_isolated() {
+    let guest = Double::new();
+    let (supervisor, _asked) = Supervisor::new(guest.clone());
+    let error = supervisor.isolate(request(), restarting(), &Leaving(0.into()));
+    assert!(error.unwrap_err().is::<Gone>());
+    assert_eq!(guest.count("isolate"), 0);
+    assert_eq!(supervisor.status().len(), 0);
+}
+
+#[test]
+fn an_upgrade_whose_asker_goes_is_not_begun_or_carried_out_to_its_end() {
+    let mut ends = [0, 0];
+    for told in 0..6 {
+        let guest = Double::new();
+        let (supervisor, _asked) = supervised(&guest);
+        let limit = Duration::from_secs(5);
+        let file = crate::double::build(2);
+        let report = supervisor.upgrade(DRIVER, &file, limit, &Leaving(told.into()));
+        let world = guest.world();
+        assert!(world.policy.is_some(), "after {told}");
+        let loaded = if report.is_ok() {
+            file
+        } else {
+            crate::double::build(1)
+        };
+        assert_eq!(world.loaded, Some(loaded), "after {told}");
+        ends[usize::from(report.is_ok())] += 1;
+    }
+    assert!(ends[0] > 0 && ends[1] > 0, "{ends:?}");
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest};
 use crate::interface::config::InterfaceConfig;
 use crate::interface::live;
@@ -82,7 +83,7 @@ pub(crate) fn upgrade<G: LiveGuest>(
     module: &str,
     file: &[u8],
     limit: Duration,
-    progress: &mut dyn FnMut(&str),
+    asker: &dyn Asker,
 ) -> anyhow::Result<UpgradeReport> {
     ensure!(
         LIMITS.contains(&limit),
@@ -94,13 +95,13 @@ pub(crate) fn upgrade<G: LiveGuest>(
     let new = ModuleFile::parse(file).context("the file cannot be used")?;
     new.is(module).context("the file cannot be used")?;
     let module = new.name.as_str();
-    let _alone = supervisor.change_driver();
+    let _alone = supervisor.change_driver_for(asker)?;
     let guest = supervisor.guest();
     let mut agent = guest.agent();
     not_in_use(&mut agent, module)?;
     let (old, old_file) = running(&mut agent, supervisor, module)?;
     new.fits(&old_file).context("the file cannot be used")?;
-    progress("handing the new file to the guest");
+    asker.tell("handing the new file to the guest")?;
     let new = DriverFile {
         path: new_path(module, &old.path),
         build: new.build_id.clone(),
@@ -114,10 +115,15 @@ pub(crate) fn upgrade<G: LiveGuest>(
         linked: live::linked(&mut agent, &configs)?,
         configs,
     };
+    asker.tell("everything is there for the exchange")?;
+    // From here on it is carried out to its end, even when nobody listens any more.
+    let tell = |what: &str| {
+        let _gone = asker.tell(what);
+    };
     let isolated = supervisor.ladder(module).is_some();
     supervisor.take_out(module);
     let link = HeldLink::hold(guest, module);
-    progress(&format!("removing the old {module}"));
+    tell(&format!("removing the old {module}"));
     let begin = guest.now();
     if let Err(error) = agent.remove_module(module) {
         forget_file(&mut agent, &new.path);
@@ -132,13 +138,13 @@ pub(crate) fn upgrade<G: LiveGuest>(
         };
     }
     let checkpoint = guest.save_device(module);
-    progress(&format!("inserting the new {module}"));
+    tell(&format!("inserting the new {module}"));
     let mut problems = Vec::new();
     let outcome = match insert(guest, &mut agent, module, &new, &wanted, limit) {
         Ok(()) => UpgradeOutcome::New,
         Err(error) => {
             let problem = format!("the new {module} failed: {error:#}");
-            progress(&format!("{problem}; putting the old one back"));
+            tell(&format!("{problem}; putting the old one back"));
             problems.push(problem);
             match put_old_back(guest, &mut agent, module, &old, &wanted, checkpoint) {
                 Ok(()) => UpgradeOutcome::Old,
@@ -164,7 +170,7 @@ pub(crate) fn upgrade<G: LiveGuest>(
     drop(agent);
     let mut count = 0;
     if isolated && outcome != UpgradeOutcome::Neither {
-        progress("isolating the same functions again");
+        tell("isolating the same functions again");
         match supervisor.isolate_again(module) {
             Ok(functions) => count = functions,
             Err(error) => problems.push(format!("{module} is not isolated any more: {error:#}")),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::asker::Nobody;
 use crate::double::{DRIVER, Double, INSTALLED, build, request};
 use crate::ladder::LadderConfig;
 
@@ -13,7 +14,7 @@ fn start(isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
     let supervisor = Supervisor::start(guest.clone()).unwrap();
     if isolated {
         supervisor
-            .isolate(request(), LadderConfig::default())
+            .isolate(request(), LadderConfig::default(), &Nobody)
             .unwrap();
     }
     guest.world().done.clear();
@@ -21,7 +22,7 @@ fn start(isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
 }
 
 fn upgrade_to(supervisor: &Supervisor<Double>, file: &[u8]) -> anyhow::Result<UpgradeReport> {
-    supervisor.upgrade(DRIVER, file, LIMIT, &mut |_| {})
+    supervisor.upgrade(DRIVER, file, LIMIT, &Nobody)
 }
 
 #[test]
@@ -120,7 +121,7 @@ fn nothing_is_touched_for_a_file_that_does_not_fit() {
     for file in [&other_kernel[..], &other_module, b"no module"] {
         upgrade_to(&supervisor, file).unwrap_err();
     }
-    let long = supervisor.upgrade(DRIVER, &build(2), Duration::from_secs(61), &mut |_| {});
+    let long = supervisor.upgrade(DRIVER, &build(2), Duration::from_secs(61), &Nobody);
     assert!(long.unwrap_err().to_string().contains("not sensible"));
     assert!(guest.world().done.is_empty());
 }

@@ -388,7 +388,7 @@ impl Bench<'_> {
         let request = Request::Violations {
             module: DRIVER.to_owned(),
         };
-        let Reply::Violations { reports, texts } = self.control.ask(&request)? else {
+        let Reply::Violations { reports, texts, .. } = self.control.ask(&request)? else {
             bail!("the VM answered something else");
         };
         let last = reports.as_array().and_then(|all| all.last()).cloned();

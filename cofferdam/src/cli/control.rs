@@ -1,22 +1,24 @@
-//! Commands to VMs that run: `list`, `status`, `pause`, `resume`, `reset`, `stop`, `exec`.
+//! Commands to VMs that run: `list`, `status`, `pause`, `resume`, `reset`, `stop`.
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Client;
-use agent_protocol::message::{Bytes, Exec, ExecEnd};
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use serde::Serialize;
 
 use super::table::{number, table};
-use super::{Ending, print_bytes, print_json};
-use crate::control::client::ControlClient;
-use crate::control::protocol::{NetSummary, NicStatus, Request, Status};
+use super::{Ending, one_line, print_bytes, print_json};
+use crate::control::client::{ANSWER_TIME, ControlClient};
+use crate::control::protocol::{NetSummary, NicStatus, Request, Status, VmState};
 use crate::options::VmName;
+use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
 
-/// How long to wait for a guest's agent when its VM runs.
-const AGENT_TIME: Duration = Duration::from_secs(20);
+/// How long a VM may take to be listed.
+const LIST_TIME: Duration = Duration::from_secs(5);
+
+/// How long a VM has to end by itself when it is to end at once.
+const FORCE_TIME: Duration = Duration::from_secs(5);
 
 /// How long to wait for it before the power button is pressed instead.
 const STOP_AGENT_TIME: Duration = Duration::from_secs(3);
@@ -33,13 +35,13 @@ pub struct VmOptions {
 }
 
 impl VmOptions {
-    fn find(&self) -> anyhow::Result<RunningVm> {
+    pub(super) fn find(&self) -> anyhow::Result<RunningVm> {
         RuntimeRoot::from_environment().find(self.vm.as_ref())
     }
 
     fn connect(&self) -> anyhow::Result<(RunningVm, ControlClient)> {
         let vm = self.find()?;
-        let client = ControlClient::connect(&vm.paths.control_socket())?;
+        let client = ControlClient::to(&vm, ANSWER_TIME)?;
         Ok((vm, client))
     }
 
@@ -79,23 +81,43 @@ struct Listed {
     pid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     status: Option<Status>,
+    /// Why there is no status.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_answer: Option<String>,
+}
+
+impl Listed {
+    fn ask(vm: &RunningVm) -> Self {
+        let status = ControlClient::to(vm, LIST_TIME).and_then(|mut client| client.status());
+        let (status, no_answer) = match status {
+            Ok(status) => (Some(status), None),
+            Err(error) => (None, Some(one_line(&error))),
+        };
+        Self {
+            name: vm.name.to_string(),
+            pid: vm.pid,
+            status,
+            no_answer,
+        }
+    }
 }
 
 impl ListOptions {
     /// `list`
     pub fn run(&self) -> anyhow::Result<Ending> {
-        let listed: Vec<Listed> = RuntimeRoot::from_environment()
-            .running()?
-            .into_iter()
-            .map(|vm| Listed {
-                name: vm.name.to_string(),
-                pid: vm.pid,
-                // A VM that is just coming or going does not answer, and is listed all the same.
-                status: ControlClient::connect(&vm.paths.control_socket())
-                    .and_then(|mut client| client.status())
-                    .ok(),
-            })
-            .collect();
+        let running = RuntimeRoot::from_environment().running()?;
+        // All at once: one that does not answer must not hold up the others. One that is just coming or going does not
+        // answer, and is listed all the same.
+        let listed: Vec<Listed> = std::thread::scope(|scope| {
+            let asked: Vec<_> = running
+                .iter()
+                .map(|vm| scope.spawn(|| Listed::ask(vm)))
+                .collect();
+            asked
+                .into_iter()
+                .filter_map(|listed| listed.join().ok())
+                .collect()
+        });
         if self.json {
             print_json(&listed)?;
             return Ok(Ending::SUCCESS);
@@ -104,13 +126,13 @@ impl ListOptions {
         for vm in listed {
             let pid = vm.pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
             let Some(status) = vm.status else {
-                rows.add_row(vec![vm.name.into(), number(pid), "no answer".into()]);
+                rows.add_row(vec![vm.name.into(), number(pid), "does not answer".into()]);
                 continue;
             };
             rows.add_row(vec![
                 vm.name.into(),
                 number(pid),
-                status.state.name().into(),
+                state(&status).into(),
                 number(duration(status.uptime_ms)),
                 number(status.config.vcpus),
                 number(format!("{} MiB", status.config.memory_mib)),
@@ -155,11 +177,22 @@ impl StatusOptions {
     }
 }
 
+/// What a VM does, in a word.
+fn state(status: &Status) -> &'static str {
+    match (status.state, &status.guest_panic) {
+        (VmState::Running, Some(_)) => "panicked",
+        (state, _) => state.name(),
+    }
+}
+
 /// A VM's status as tables.
 fn status_text(status: &Status) -> String {
     let mut facts = table(&["VM", &status.name]);
     let config = &status.config;
-    facts.add_row(vec!["state", status.state.name()]);
+    facts.add_row(vec!["state", state(status)]);
+    if let Some(line) = &status.guest_panic {
+        facts.add_row(vec!["guest", &format!("has panicked: {line}")]);
+    }
     facts.add_row(vec!["process", &status.pid.to_string()]);
     facts.add_row(vec!["up", &duration(status.uptime_ms)]);
     facts.add_row(vec!["kernel", &config.kernel]);
@@ -209,7 +242,7 @@ fn status_text(status: &Status) -> String {
 }
 
 /// A time as a person says it.
-fn duration(ms: u64) -> String {
+pub(super) fn duration(ms: u64) -> String {
     let s = ms / 1000;
     match s {
         0..60 => format!("{}.{} s", s, ms % 1000 / 100),
@@ -238,30 +271,67 @@ pub struct StopOptions {
 impl StopOptions {
     /// `stop`
     pub fn run(&self) -> anyhow::Result<Ending> {
-        let (vm, mut control) = self.vm.connect()?;
+        let vm = self.vm.find()?;
         if self.force {
-            control.tell(&Request::Quit {})?;
-        } else {
-            let mut agent = Client::unix(vm.paths.agent_socket());
-            let asked = agent.hello(STOP_AGENT_TIME).and_then(|_| agent.power_off());
-            if let Err(error) = asked {
-                tracing::info!("no agent ({error}): pressing the power button");
-                control.tell(&Request::PowerButton {})?;
-            }
+            return force(&vm);
         }
-        let deadline = Instant::now() + Duration::from_secs(self.timeout);
-        while still_runs(&vm)? {
-            if Instant::now() >= deadline {
-                bail!(
-                    "{0} still runs after {1} s: end it with `cofferdam stop --force {0}`",
-                    vm.name,
-                    self.timeout
-                );
-            }
-            std::thread::sleep(END_POLL);
+        let mut control = ControlClient::to(&vm, ANSWER_TIME)?;
+        // A process that is stopped would have the agent waited for in vain.
+        control.status()?;
+        let mut agent = Client::unix(vm.paths.agent_socket());
+        let asked = agent.hello(STOP_AGENT_TIME).and_then(|_| agent.power_off());
+        if let Err(error) = asked {
+            tracing::info!("no agent ({error}): pressing the power button");
+            control.tell(&Request::PowerButton {})?;
         }
+        ensure!(
+            ended(&vm, Duration::from_secs(self.timeout))?,
+            "{0} still runs after {1} s: end it with `cofferdam stop --force {0}`",
+            vm.name,
+            self.timeout
+        );
         Ok(Ending::SUCCESS)
     }
+}
+
+/// Ends a VM at once: by its own hand if it answers, otherwise by `SIGKILL`.
+fn force(vm: &RunningVm) -> anyhow::Result<Ending> {
+    // Held from before it is asked, so that nobody else with its number is killed.
+    let process = vm.pid.map(Process::open).transpose();
+    let asked =
+        ControlClient::to(vm, FORCE_TIME).and_then(|mut client| client.tell(&Request::Quit {}));
+    let why = match asked {
+        Ok(()) if ended(vm, FORCE_TIME)? => return Ok(Ending::SUCCESS),
+        Ok(()) => format!("{} does not end", vm.name),
+        Err(error) => one_line(&error),
+    };
+    if !still_runs(vm)? {
+        return Ok(Ending::SUCCESS);
+    }
+    let process = process?.with_context(|| format!("{why}, and its process is not known"))?;
+    process
+        .kill()
+        .with_context(|| format!("{why}, and its process cannot be killed"))?;
+    ensure!(
+        ended(vm, ANSWER_TIME)?,
+        "{why}, and its process was killed but is still there"
+    );
+    eprintln!("{why}: it was killed");
+    // Its folder, which it could not remove any more.
+    RuntimeRoot::from_environment().clear()?;
+    Ok(Ending::SUCCESS)
+}
+
+/// Waits for the end of a VM; whether it came in time.
+fn ended(vm: &RunningVm, limit: Duration) -> anyhow::Result<bool> {
+    let deadline = Instant::now() + limit;
+    while still_runs(vm)? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(END_POLL);
+    }
+    Ok(true)
 }
 
 /// Whether the same process still has the VM's name.
@@ -270,90 +340,6 @@ fn still_runs(vm: &RunningVm) -> anyhow::Result<bool> {
     Ok(running
         .iter()
         .any(|other| other.name == vm.name && other.pid == vm.pid))
-}
-
-/// `exec`
-#[derive(Debug, clap::Args)]
-#[command(after_help = "\
-The command's output and exit status become this command's own.
-
-Examples:
-  cofferdam exec -- ip addr
-  cofferdam exec web -- sh -c 'dmesg | tail'
-  cofferdam exec web --stdin -- sh -c 'cat > /tmp/file' < file")]
-pub struct ExecOptions {
-    #[command(flatten)]
-    vm: VmOptions,
-    /// Command and its arguments, after --
-    #[arg(last = true, required = true, value_name = "CMD")]
-    command: Vec<String>,
-    /// Give the command what is on standard input, up to 32 KiB
-    #[arg(long)]
-    stdin: bool,
-    /// Kill the command after so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
-    timeout: u64,
-}
-
-/// Longest standard input that is passed on, in bytes.
-const MAX_STDIN_BYTES: u64 = 32 << 10;
-
-impl ExecOptions {
-    /// `exec`
-    pub fn run(&self) -> anyhow::Result<Ending> {
-        let vm = self.vm.find()?;
-        let mut agent = Client::unix(vm.paths.agent_socket());
-        agent.hello(AGENT_TIME).with_context(|| {
-            format!(
-                "the agent of {} does not answer: does its initramfs have one?",
-                vm.name
-            )
-        })?;
-        let exec = Exec {
-            argv: self.command.clone(),
-            stdin: Bytes(if self.stdin {
-                read_stdin()?
-            } else {
-                Vec::new()
-            }),
-            limit_ms: Some(self.timeout.saturating_mul(1000)),
-            ..Exec::default()
-        };
-        let (end, _) = agent.exec_streaming(exec, &mut |is_stderr, bytes| {
-            let written = if is_stderr {
-                std::io::stderr().write_all(&bytes)
-            } else {
-                let mut out = std::io::stdout();
-                out.write_all(&bytes).and_then(|()| out.flush())
-            };
-            written.map_err(agent_protocol::ClientError::Channel)
-        })?;
-        match end {
-            ExecEnd::Exited(status) => Ok(exit_status(status)),
-            // As a shell says it.
-            ExecEnd::Signaled(signal) => Ok(exit_status(signal.saturating_add(128))),
-            ExecEnd::TimeLimit => bail!("the command was killed after {} s", self.timeout),
-        }
-    }
-}
-
-/// The guest's exit status as ours.
-fn exit_status(status: i32) -> Ending {
-    Ending::Status(u8::try_from(status).unwrap_or(u8::MAX).into())
-}
-
-/// All of standard input.
-fn read_stdin() -> anyhow::Result<Vec<u8>> {
-    use std::io::Read;
-    let mut input = Vec::new();
-    std::io::stdin()
-        .take(MAX_STDIN_BYTES + 1)
-        .read_to_end(&mut input)
-        .context("cannot read standard input")?;
-    if input.len() as u64 > MAX_STDIN_BYTES {
-        bail!("standard input has more than {MAX_STDIN_BYTES} bytes: pass it another way");
-    }
-    Ok(input)
 }
 
 #[cfg(test)]

@@ -2,12 +2,13 @@
 
 use anyhow::{Context, bail};
 use recovery::fault::{FaultKind, Place};
+use serde::Serialize;
 
-use super::{Ending, print_bytes};
-use crate::control::client::ControlClient;
+use super::isolation::ask;
+use super::words::{counted, ordinal};
+use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
-use crate::runtime_dir::RuntimeRoot;
 
 /// `inject`
 #[derive(Debug, clap::Args)]
@@ -43,6 +44,51 @@ pub struct InjectOptions {
     /// Into how many calls; 0 takes an earlier order back
     #[arg(long, value_name = "N", default_value_t = 1)]
     times: u64,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was ordered.
+#[derive(Debug, Serialize)]
+struct Ordered {
+    module: String,
+    function: String,
+    /// Where in the function, in bytes.
+    offset: u64,
+    fault: &'static str,
+    every: u32,
+    times: u64,
+    /// Faults of the order before that had not happened yet, and will not.
+    dropped: u64,
+}
+
+impl Ordered {
+    /// For a person.
+    fn text(&self) -> String {
+        let fault = self.fault.replace('_', " ");
+        let (function, offset) = (&self.function, self.offset);
+        let mut text = match (self.every, self.times) {
+            (_, 0) => format!("no more faults in calls of {function}\n"),
+            (1, 1) => format!("the next call of {function} fails: {fault} at +{offset:#x}\n"),
+            (1, times) => {
+                format!("the next {times} calls of {function} fail: {fault} at +{offset:#x}\n")
+            }
+            (every, times) => format!(
+                "every {} call of {function} fails, {} in all: {fault} at +{offset:#x}\n",
+                ordinal(every.into()),
+                counted(times, "time", "times")
+            ),
+        };
+        if self.dropped > 0 {
+            text.push_str(&format!(
+                "this takes the place of an earlier order for {}, of which {} left\n",
+                self.module,
+                counted(self.dropped, "fault was", "faults were")
+            ));
+        }
+        text
+    }
 }
 
 /// Where a fault goes.
@@ -76,13 +122,11 @@ fn parse_fault(name: &str) -> Result<FaultKind, String> {
 impl InjectOptions {
     /// `inject`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let vm = RuntimeRoot::from_environment().find(Some(&self.vm))?;
-        let mut control = ControlClient::connect(&vm.paths.control_socket())?;
         let request = Request::Instructions {
             module: self.module.clone(),
             function: self.function.clone(),
         };
-        let Reply::Instructions { instructions } = control.ask(&request)? else {
+        let Reply::Instructions { instructions } = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
         };
         let offset = match self.at {
@@ -94,22 +138,39 @@ impl InjectOptions {
         };
         let offset =
             offset.with_context(|| format!("no instruction of {} begins there", self.function))?;
-        control.tell(&Request::Inject {
+        let count = Request::FaultCount {
+            module: self.module.clone(),
+        };
+        // There is at most one order for a module: who gives another should know what becomes of the one before.
+        let dropped = match ask(&self.vm, &count) {
+            Ok(Reply::FaultCount(count)) => count.left,
+            _ => 0,
+        };
+        let ordered = Ordered {
             module: self.module,
-            entry: self.function.clone(),
+            function: self.function,
+            offset,
+            fault: self.fault.name(),
+            every: self.every,
+            times: self.times,
+            dropped,
+        };
+        let request = Request::Inject {
+            module: ordered.module.clone(),
+            entry: ordered.function.clone(),
             offset,
             fault: self.fault,
             every: self.every,
             times: self.times,
-        })?;
-        let text = format!(
-            "{} at {}+{offset:#x}, {} times, in every {}. call\n",
-            self.fault.name(),
-            self.function,
-            self.times,
-            self.every
-        );
-        print_bytes(text.as_bytes())?;
+        };
+        let Reply::Done {} = ask(&self.vm, &request)? else {
+            bail!("the VM answered something else");
+        };
+        if self.json {
+            print_json(&ordered)?;
+        } else {
+            print_bytes(ordered.text().as_bytes())?;
+        }
         Ok(Ending::SUCCESS)
     }
 }
@@ -117,6 +178,30 @@ impl InjectOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_ordered_is_said_in_english() {
+        let said = |every, times, dropped| {
+            let ordered = Ordered {
+                module: "e1000".to_owned(),
+                function: "e1000_clean".to_owned(),
+                offset: 5,
+                fault: FaultKind::ALL[0].name(),
+                every,
+                times,
+                dropped,
+            };
+            ordered.text()
+        };
+        assert_eq!(
+            said(1, 10, 0),
+            "the next 10 calls of e1000_clean fail: null dereference at +0x5\n"
+        );
+        assert!(said(1, 1, 0).starts_with("the next call of e1000_clean fails:"));
+        assert!(said(3, 2, 0).starts_with("every 3rd call of e1000_clean fails, 2 times in all:"));
+        assert!(said(1, 0, 0).starts_with("no more faults"));
+        assert!(said(1, 1, 4).contains("an earlier order for e1000, of which 4 faults were left"));
+    }
 
     #[test]
     fn a_place_is_a_word_or_an_offset() {

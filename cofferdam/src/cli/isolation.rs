@@ -1,23 +1,38 @@
 //! `isolate`, `release`, `violations`: functions of a guest's driver in a domain of their own.
 
+use std::time::{Duration, Instant};
+
 use anyhow::bail;
+use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Strength};
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 use recovery::request::Spilling;
+use recovery::violations::Violations;
 
+use super::control::duration;
 use super::table::{number, table};
+use super::words::counted;
 use super::{Ending, print_bytes, print_json};
-use crate::control::client::ControlClient;
+use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 
-fn connect(vm: &VmName) -> anyhow::Result<ControlClient> {
+/// After so long a person is told what is done.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Asks a VM, with what it does meanwhile on standard error if that takes long.
+pub(super) fn ask(vm: &VmName, request: &Request) -> anyhow::Result<Reply> {
     let vm = RuntimeRoot::from_environment().find(Some(vm))?;
-    ControlClient::connect(&vm.paths.control_socket())
+    let begin = Instant::now();
+    ControlClient::to(&vm, ANSWER_TIME)?.ask_and_watch(request, &mut |what| {
+        if begin.elapsed() > PATIENCE {
+            eprintln!("{what}");
+        }
+    })
 }
 
 /// `isolate`
@@ -142,7 +157,7 @@ impl IsolateOptions {
             },
             contain: self.contain,
         };
-        let Reply::Isolated(isolated) = connect(&self.vm)?.ask(&request)? else {
+        let Reply::Isolated(isolated) = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
         };
         if self.json {
@@ -151,10 +166,9 @@ impl IsolateOptions {
         }
         let count = |key: &str| isolated[key].as_array().map_or(0, Vec::len);
         let mut text = format!(
-            "isolated {} functions of {} ({} calls of kernel functions redirected); the guest was stopped for {} us\n",
-            count("entries"),
+            "{} of {} isolated; the guest stood still for {} us\n",
+            counted(count("entries") as u64, "function", "functions"),
             self.module,
-            isolated["redirected_calls"],
             isolated["stopped_us"],
         );
         let unknown: Vec<&str> = isolated["not_modelled"]
@@ -173,7 +187,7 @@ impl IsolateOptions {
         if count("refused") > 0 {
             text.push_str(&format!(
                 "{} cannot be isolated; --json says why\n",
-                count("refused")
+                counted(count("refused") as u64, "function", "functions")
             ));
         }
         print_bytes(text.as_bytes())?;
@@ -199,7 +213,7 @@ impl ReleaseOptions {
         let request = Request::Release {
             module: self.module,
         };
-        let Reply::Released(status) = connect(&self.vm)?.ask(&request)? else {
+        let Reply::Released(status) = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
         };
         if self.json {
@@ -224,6 +238,9 @@ pub struct ResumeDeviceOptions {
     vm: VmName,
     /// Name of the module; isolated or not
     module: String,
+    /// The times as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 impl ResumeDeviceOptions {
@@ -232,9 +249,13 @@ impl ResumeDeviceOptions {
         let request = Request::ResumeDevice {
             module: self.module,
         };
-        let Reply::Resumed { times_us } = connect(&self.vm)?.ask(&request)? else {
+        let Reply::Resumed { times_us } = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
         };
+        if self.json {
+            print_json(&serde_json::json!({ "times_us": times_us }))?;
+            return Ok(Ending::SUCCESS);
+        }
         let text: String = times_us
             .iter()
             .map(|us| format!("suspended and resumed in {:.1} ms\n", *us as f64 / 1000.0))
@@ -260,19 +281,53 @@ impl ViolationsOptions {
     /// `violations`
     pub fn run(self) -> anyhow::Result<Ending> {
         let request = Request::Violations {
-            module: self.module,
+            module: self.module.clone(),
         };
-        let Reply::Violations { reports, texts } = connect(&self.vm)?.ask(&request)? else {
+        let Reply::Violations {
+            isolated,
+            all,
+            reports,
+            ..
+        } = ask(&self.vm, &request)?
+        else {
             bail!("the VM answered something else");
         };
         if self.json {
-            print_json(&reports)?;
+            print_json(&serde_json::json!({
+                "isolated": isolated,
+                "violations": all,
+                "last_reports": reports,
+            }))?;
         } else {
-            let text: String = texts.iter().map(|text| format!("{text}\n")).collect();
+            let text = violations_text(&self.module, isolated, &all, monotonic_ns());
             print_bytes(text.as_bytes())?;
         }
         Ok(Ending::SUCCESS)
     }
+}
+
+/// What calls of a module did wrong, for a person who reads it at `now_ns`.
+fn violations_text(module: &str, isolated: bool, all: &[Violations], now_ns: u64) -> String {
+    let mut text = String::new();
+    if all.is_empty() {
+        text.push_str(&format!("no call of {module} has done anything wrong\n"));
+    }
+    let ago = |ns: u64| duration(now_ns.saturating_sub(ns) / 1_000_000);
+    for violations in all {
+        let times = match violations.count {
+            1 => format!("once, {} ago", ago(violations.last_ns)),
+            count => format!(
+                "{count} times, first {} ago, last {} ago",
+                ago(violations.first_ns),
+                ago(violations.last_ns)
+            ),
+        };
+        text.push_str(&format!("{times}: {}\n", violations.text));
+    }
+    if !isolated {
+        text.push_str(&format!("{module} is not isolated any more\n"));
+    }
+    text
 }
 
 /// Counters of a module's entries as a table.
@@ -280,26 +335,20 @@ pub fn status_text(status: &ModuleStatus) -> String {
     let mut rows = table(&[
         &format!("isolated in {}", status.module),
         "calls",
-        "committed",
-        "aborted",
-        "passed through",
+        "commits",
+        "aborts",
         "crossings",
-        "exits",
         "mean us",
-        "longest us",
+        "max us",
     ]);
     for entry in &status.entries {
-        let passed: u64 = entry.pass_throughs.values().sum();
         let mean = entry.total_ns / entry.calls.max(1) / 1000;
         rows.add_row(vec![
             entry.name.clone().into(),
             number(entry.calls),
             number(entry.commits),
             number(entry.aborts),
-            number(passed),
             number(entry.crossings),
-            // Each call leaves the guest once at its gate.
-            number(entry.private_exits + entry.calls),
             number(mean),
             number(entry.longest_ns / 1000),
         ]);
@@ -342,22 +391,35 @@ fn strength_text(strength: &Strength) -> String {
 /// lines; empty if there was nothing.
 fn after_spills(entry: &EntryStatus) -> String {
     let mut line = String::new();
+    for (why, count) in &entry.pass_throughs {
+        let calls = counted(*count, "call was", "calls were");
+        line.push_str(&format!(
+            "{}: {calls} run in the guest itself: {why}\n",
+            entry.name
+        ));
+    }
     if entry.kept_out > 0 {
-        line = format!(
-            "{}: packets were kept out {} times while a call that had changed the device's transmitter was in the guest\n",
-            entry.name, entry.kept_out
-        );
+        line.push_str(&format!(
+            "{}: packets were kept out {} while a call that had changed the device's transmitter was in the guest\n",
+            entry.name,
+            counted(entry.kept_out, "time", "times")
+        ));
     }
     if entry.undone > 0 {
         line.push_str(&format!(
-            "{}: {} failed calls that had gone on in the guest were taken back ({} kernel functions called, {} bytes put back)\n",
-            entry.name, entry.undone, entry.compensations, entry.restored_bytes
+            "{}: {} gone on in the guest and {} taken back (by calling {}; {} were put back)\n",
+            entry.name,
+            counted(entry.undone, "failed call had", "failed calls had"),
+            if entry.undone == 1 { "was" } else { "were" },
+            counted(entry.compensations, "kernel function", "kernel functions"),
+            counted(entry.restored_bytes, "byte", "bytes"),
         ));
     }
     if entry.left_over > 0 {
         line.push_str(&format!(
-            "{}: {} failed calls that had gone on in the guest could not be taken back; `cofferdam violations` says why\n",
-            entry.name, entry.left_over
+            "{}: {} gone on in the guest and could not be taken back; `cofferdam violations` says why\n",
+            entry.name,
+            counted(entry.left_over, "failed call had", "failed calls had")
         ));
     }
     line
@@ -375,9 +437,8 @@ pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
     };
     let rungs = &status.rungs;
     let mut text = format!(
-        "{module} {state}; failed calls: {} returned an error, {} were run again; resumes: {} ({} failed); \
-         restarts: {} ({} failed); \
-         resets: {}\n",
+        "{module} {state}; failed calls that returned an error: {}, that were run again: {}; resumes: {} ({} failed); \
+         restarts: {} ({} failed); resets: {}\n",
         rungs.errors,
         rungs.retries,
         rungs.resumes,
@@ -411,7 +472,7 @@ mod tests {
         assert!(
             text.lines()
                 .nth(1)
-                .is_some_and(|line| line.contains("1 failed calls"))
+                .is_some_and(|line| line.contains("1 failed call had gone on"))
         );
         assert_eq!(after_spills(&EntryStatus::new("e1000_open")), "");
         let entry = EntryStatus {

@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod errors;
+mod exec;
 mod inject;
 mod isolation;
 mod logging;
@@ -10,6 +11,7 @@ mod report;
 mod run;
 mod table;
 mod upgrade;
+mod words;
 
 use std::process::ExitCode;
 
@@ -73,7 +75,7 @@ enum Command {
     /// Shut a VM down, or end it at once with --force
     Stop(control::StopOptions),
     /// Run a command inside a guest, through its agent
-    Exec(control::ExecOptions),
+    Exec(exec::ExecOptions),
     /// Put functions of a guest's driver into a domain of their own
     Isolate(isolation::IsolateOptions),
     /// Take a guest's driver out of its domain

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -10,8 +11,9 @@ use anyhow::{Context, bail};
 use recovery::module_file::{MAX_MODULE_BYTES, ModuleFile};
 use recovery::upgrade::{UpgradeOutcome, UpgradeReport};
 
+use super::words::counted;
 use super::{Ending, print_bytes, print_json};
-use crate::control::client::ControlClient;
+use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
@@ -50,13 +52,13 @@ impl UpgradeOptions {
     /// `upgrade`
     pub fn run(self) -> anyhow::Result<Ending> {
         let file = read(&self.file, &self.module)?;
-        let vm = RuntimeRoot::from_environment().find(Some(&self.vm))?;
         let request = Request::Upgrade {
             module: self.module,
             file: Bytes(file),
             limit_ms: self.limit * 1000,
         };
-        let mut control = ControlClient::connect(&vm.paths.control_socket())?;
+        let vm = RuntimeRoot::from_environment().find(Some(&self.vm))?;
+        let mut control = ControlClient::to(&vm, ANSWER_TIME)?;
         let reply = control.ask_and_watch(&request, &mut |what| eprintln!("{what}"))?;
         let Reply::Upgraded(report) = reply else {
             bail!("the VM answered something else");
@@ -74,7 +76,12 @@ impl UpgradeOptions {
 /// Reads a module's file, so that what is wrong with it is known before a VM is asked.
 fn read(path: &Path, module: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let file = File::open(path).and_then(|file| {
+    // A FIFO that nobody writes to would hold us up for ever; of one there is nothing to read then.
+    let open = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let file = open.and_then(|file| {
         // One byte more than there may be.
         file.take(MAX_MODULE_BYTES + 1).read_to_end(&mut bytes)
     });
@@ -101,13 +108,13 @@ fn text(report: &UpgradeReport) -> String {
         }
     });
     text.push_str(&format!(
-        "; {} without a driver for {:.1} ms; {} functions isolated\n",
+        "; {} without a driver for {:.1} ms; {} isolated\n",
         match report.interfaces.as_slice() {
             [] => "no interface was".to_owned(),
             names => names.join(", "),
         },
         report.outage_us as f64 / 1000.0,
-        report.isolated
+        counted(report.isolated as u64, "function", "functions")
     ));
     text
 }
@@ -155,6 +162,11 @@ mod tests {
         );
         std::fs::write(&path, "not a module").unwrap();
         let error = format!("{:#}", read(&path, "e1000").unwrap_err());
+        assert!(error.contains("no kernel module"), "{error}");
+        let fifo = folder.path().join("fifo");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let error = format!("{:#}", read(&fifo, "e1000").unwrap_err());
         assert!(error.contains("no kernel module"), "{error}");
         let endless = format!("{:#}", read(Path::new("/dev/zero"), "e1000").unwrap_err());
         assert!(endless.contains("at most"), "{endless}");

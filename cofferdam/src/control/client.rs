@@ -1,34 +1,69 @@
 //! The other side of the control socket.
+//!
+//! No request waits without end: those that are answered at once have a limit, and where a VM process is at work for
+//! long it says every second what it does. One that is silent for longer is stopped, or so is its host.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::protocol::{Answer, MAX_ANSWER_BYTES, Reply, Request, Status};
+use crate::process::State;
+use crate::runtime_dir::RunningVm;
 
-/// How long a VM process may take to answer: to isolate a module it asks the guest's agent for all symbols and
-/// types first.
-const ANSWER_TIME: Duration = Duration::from_secs(90);
+/// How long a VM process may take to answer a request, or be silent while it is at work on one.
+pub const ANSWER_TIME: Duration = Duration::from_secs(20);
 
 /// A connection to a VM process.
 #[derive(Debug)]
 pub struct ControlClient {
     reader: BufReader<UnixStream>,
+    /// Name and process of the VM, for what a person is told.
+    vm: Option<(String, Option<u32>)>,
+    limit: Duration,
 }
 
 impl ControlClient {
     /// Connects to the socket at `path`.
     pub fn connect(path: &Path) -> anyhow::Result<Self> {
-        let stream = UnixStream::connect(path)
-            .with_context(|| format!("cannot reach the VM at {}", path.display()))?;
-        stream.set_read_timeout(Some(ANSWER_TIME))?;
-        stream.set_write_timeout(Some(ANSWER_TIME))?;
-        Ok(Self {
-            reader: BufReader::new(stream),
-        })
+        Self::open(path, None, ANSWER_TIME)
+    }
+
+    /// Connects to a VM that runs, which has `limit` for each answer.
+    pub fn to(vm: &RunningVm, limit: Duration) -> anyhow::Result<Self> {
+        let who = (vm.name.to_string(), vm.pid);
+        Self::open(&vm.paths.control_socket(), Some(who), limit)
+    }
+
+    fn open(
+        path: &Path,
+        vm: Option<(String, Option<u32>)>,
+        limit: Duration,
+    ) -> anyhow::Result<Self> {
+        let cannot = || format!("cannot reach the VM at {}", path.display());
+        // With its limits before it connects: a process that is stopped accepts nobody, and its queue may be full.
+        let flags = SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .with_context(cannot)?;
+        for side in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(&socket, side, Some(limit)).with_context(cannot)?;
+        }
+        let address = SocketAddrUnix::new(path).with_context(cannot)?;
+        let client = Self {
+            reader: BufReader::new(UnixStream::from(socket)),
+            vm,
+            limit,
+        };
+        match connect(client.reader.get_ref(), &address) {
+            Err(rustix::io::Errno::AGAIN) => bail!("{}", client.silent()),
+            other => other.with_context(cannot)?,
+        }
+        Ok(client)
     }
 
     /// Asks for something and waits for the answer.
@@ -36,36 +71,77 @@ impl ControlClient {
         self.ask_and_watch(request, &mut |_| {})
     }
 
-    /// The same, with what is told meanwhile for `progress`. Each step may take as long as an answer.
+    /// The same, with each new word of what is done meanwhile for `progress`.
     pub fn ask_and_watch(
         &mut self,
         request: &Request,
         progress: &mut dyn FnMut(&str),
     ) -> anyhow::Result<Reply> {
-        self.reader
-            .get_mut()
-            .write_all(request.line().as_bytes())
-            .context("the VM has closed its control socket")?;
+        let written = self.reader.get_mut().write_all(request.line().as_bytes());
+        self.in_words(written, "the VM has closed its control socket")?;
+        let mut told = String::new();
+        let longest = request.may_take().unwrap_or(self.limit);
+        let deadline = Instant::now() + longest;
         loop {
             match self.answer()? {
                 Answer::Ok(reply) => return Ok(reply),
                 Answer::Error(error) => bail!("{error}"),
-                Answer::Progress(what) => progress(&what),
+                Answer::Progress(what) if Instant::now() >= deadline => bail!(
+                    "not done within {} s, and given up; the VM is at this: {what}",
+                    longest.as_secs()
+                ),
+                Answer::Progress(what) if what == told => {}
+                Answer::Progress(what) => {
+                    progress(&what);
+                    told = what;
+                }
             }
         }
     }
 
     fn answer(&mut self) -> anyhow::Result<Answer> {
         let mut line = Vec::new();
-        (&mut self.reader)
+        let read = (&mut self.reader)
             .take(MAX_ANSWER_BYTES)
-            .read_until(b'\n', &mut line)
-            .context("the VM does not answer")?;
+            .read_until(b'\n', &mut line);
+        self.in_words(read, "the VM's answer cannot be read")?;
         ensure!(
             line.last() == Some(&b'\n'),
             "the VM ended before it answered"
         );
         serde_json::from_slice(&line).context("the VM's answer cannot be read")
+    }
+
+    fn in_words<T>(
+        &self,
+        result: std::io::Result<T>,
+        otherwise: &'static str,
+    ) -> anyhow::Result<T> {
+        match result {
+            // How the system says that a socket's time is up.
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                bail!("{}", self.silent())
+            }
+            other => other.context(otherwise),
+        }
+    }
+
+    /// Why there is no answer, as far as the process can be seen.
+    fn silent(&self) -> String {
+        let seconds = self.limit.as_secs();
+        let Some((name, pid)) = &self.vm else {
+            return format!("the VM does not answer within {seconds} s");
+        };
+        match pid.map(|pid| (pid, State::of(pid))) {
+            Some((pid, Some(State::Stopped))) => format!(
+                "{name} does not answer: its process is stopped; `kill -CONT {pid}` lets it go on"
+            ),
+            Some((pid, Some(State::Lives))) => format!(
+                "{name} does not answer within {seconds} s, though its process ({pid}) lives: try again, or end it \
+                 with `cofferdam stop --force {name}`"
+            ),
+            _ => format!("{name} has ended"),
+        }
     }
 
     /// Asks for something that answers nothing but that it was done.

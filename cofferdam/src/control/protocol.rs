@@ -5,6 +5,7 @@
 //! {"request":"pause"}                           {"ok":{"reply":"done"}}
 //! {"request":"fly"}                             {"error":"this is not a request: ..."}
 //! {"request":"upgrade",...}                     {"progress":"removing e1000"}
+//!                                               {"progress":"removing e1000"}     every second, as a sign of life
 //!                                               {"ok":{"reply":"upgraded",...}}
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! process: they can be compared with the asker's own.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use agent_protocol::message::Bytes;
 use devices::hold::CheckpointBy;
@@ -24,10 +26,14 @@ use recovery::ladder::{LadderConfig, LadderStatus};
 use recovery::module_file::MAX_MODULE_BYTES;
 use recovery::request::Spilling;
 use recovery::upgrade::UpgradeReport;
+use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
+
+/// Between two words of a VM process that is at work on a request for long.
+pub const BEAT: Duration = Duration::from_secs(1);
 
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
@@ -95,7 +101,7 @@ pub enum Request {
         /// Name of the module.
         module: String,
     },
-    /// What did calls of a module do wrong lately? Answer: [`Reply::Violations`].
+    /// What did calls of a module do wrong? Answer: [`Reply::Violations`].
     Violations {
         /// Name of the module.
         module: String,
@@ -137,6 +143,19 @@ pub enum Request {
 }
 
 impl Request {
+    /// How long a VM process may be at work on it, where that can be long: what it does is told at least every
+    /// [`BEAT`] then. The others are answered at once.
+    pub fn may_take(&self) -> Option<Duration> {
+        match self {
+            Self::Release { .. } => Some(Duration::from_secs(60)),
+            // The agent lists all symbols, for which it has a minute; each device has one.
+            Self::Isolate { .. } | Self::ResumeDevice { .. } => Some(Duration::from_secs(600)),
+            // Its steps have limits of their own.
+            Self::Upgrade { .. } => Some(Duration::from_secs(1200)),
+            _ => None,
+        }
+    }
+
     /// The request as it travels.
     pub fn line(&self) -> String {
         line(self)
@@ -189,9 +208,14 @@ pub enum Reply {
     },
     /// How an upgrade ended.
     Upgraded(Box<UpgradeReport>),
-    /// Violations, oldest first.
+    /// Violations.
     Violations {
-        /// As `isolation::status::report::ViolationReport` writes them.
+        /// Whether the module is isolated now.
+        isolated: bool,
+        /// All since the VM began, counted, the latest last; also of a module that was released.
+        all: Vec<Violations>,
+        /// The last ones one by one, oldest first, as `isolation::status::report::ViolationReport` writes them; none of a
+        /// module that is not isolated.
         reports: serde_json::Value,
         /// The same for people.
         texts: Vec<String>,
@@ -216,6 +240,9 @@ pub struct Status {
     pub pid: u32,
     /// What its vCPUs do.
     pub state: VmState,
+    /// What the guest's kernel said last if it has panicked since it was booted, as far as its console shows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_panic: Option<String>,
     /// Time since the process began to build the VM, in milliseconds.
     pub uptime_ms: u64,
     /// When guest code first ran.

@@ -6,14 +6,16 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use recovery::asker::{Asker, Gone};
 
-use super::protocol::{Answer, MAX_REQUEST_BYTES, Reply, Request};
+use super::protocol::{Answer, BEAT, MAX_REQUEST_BYTES, Reply, Request};
 
 /// Connections served at one time.
 const MAX_CONNECTIONS: usize = 16;
@@ -26,14 +28,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests.
 pub trait Handler: Send + Sync + 'static {
-    /// Carries out `request`, telling `progress` in a few words what is done if it takes long, which
-    /// says whether somebody still listens. The error is one
-    /// line for the person who asked.
-    fn handle(
-        &self,
-        request: Request,
-        progress: &mut dyn FnMut(&str) -> bool,
-    ) -> Result<Reply, String>;
+    /// Carries out `request`, telling `asker` what is done if it takes long. The error is one line for the person who
+    /// asked.
+    fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String>;
 }
 
 /// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
@@ -116,14 +113,13 @@ fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Resul
             None => return Ok(()),
             Some(Ok(request)) => {
                 tracing::debug!(?request, "control");
-                let mut progress = |what: &str| {
-                    let line = Answer::Progress(what.to_owned()).line();
-                    writer.write_all(line.as_bytes()).is_ok()
+                let client = Client::new(&writer);
+                let result = if request.may_take().is_some() {
+                    client.while_it_waits(|| handler.handle(request, &client))
+                } else {
+                    handler.handle(request, &client)
                 };
-                match handler.handle(request, &mut progress) {
-                    Ok(reply) => Answer::Ok(reply),
-                    Err(error) => Answer::Error(error),
-                }
+                result.map_or_else(Answer::Error, Answer::Ok)
             }
             Some(Err(Malformed { error, recoverable })) => {
                 writer.write_all(Answer::Error(error).line().as_bytes())?;
@@ -134,6 +130,61 @@ fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Resul
             }
         };
         writer.write_all(answer.line().as_bytes())?;
+    }
+}
+
+/// Who waits for an answer at the other end of a connection.
+struct Client<'a> {
+    /// What it was told last.
+    told: Mutex<String>,
+    stream: &'a UnixStream,
+}
+
+impl<'a> Client<'a> {
+    fn new(stream: &'a UnixStream) -> Self {
+        Self {
+            told: Mutex::new("working".to_owned()),
+            stream,
+        }
+    }
+
+    /// Repeats what was told last at every beat while `work` is done: that the process lives, and what it is at.
+    fn while_it_waits<T>(&self, work: impl FnOnce() -> T) -> T {
+        let (done, ended) = channel::<()>();
+        thread::scope(|scope| {
+            // Without the thread there are no signs of life; the answer comes all the same.
+            let _beats = thread::Builder::new().spawn_scoped(scope, move || {
+                while ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+                    // Under the lock, or an old word would come after a new one.
+                    let told = self.told();
+                    if self.write(&told).is_err() {
+                        return;
+                    }
+                }
+            });
+            let result = work();
+            drop(done);
+            result
+        })
+    }
+
+    fn told(&self) -> MutexGuard<'_, String> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, what: &str) -> std::io::Result<()> {
+        let line = Answer::Progress(what.to_owned()).line();
+        let mut stream = self.stream;
+        stream.write_all(line.as_bytes())
+    }
+}
+
+impl Asker for Client<'_> {
+    fn tell(&self, what: &str) -> Result<(), Gone> {
+        tracing::debug!("{what}");
+        let mut told = self.told();
+        what.clone_into(&mut told);
+        self.write(&told).map_err(|_| Gone)
     }
 }
 
@@ -169,23 +220,31 @@ fn read_request(reader: &mut impl BufRead) -> std::io::Result<Option<Result<Requ
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use crate::control::client::ControlClient;
 
-    /// Accepts nothing but `pause`, and `reset` in two steps.
-    struct OnlyPause;
+    /// Accepts nothing but `pause`, `reset` in two steps, and `release`, which takes its time.
+    #[derive(Default)]
+    struct OnlyPause(Arc<AtomicBool>);
 
     impl Handler for OnlyPause {
-        fn handle(
-            &self,
-            request: Request,
-            progress: &mut dyn FnMut(&str) -> bool,
-        ) -> Result<Reply, String> {
+        fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String> {
             match request {
                 Request::Pause {} => Ok(Reply::Done {}),
                 Request::Reset {} => {
-                    progress("down");
-                    progress("up");
+                    asker.tell("down").unwrap();
+                    asker.tell("up").unwrap();
+                    Ok(Reply::Done {})
+                }
+                Request::Release { module } => {
+                    asker.tell("at it").unwrap();
+                    while asker.tell("waiting").is_ok() && module == "until I go" {
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                    self.0.store(true, Ordering::Relaxed);
+                    thread::sleep(BEAT * 5 / 2);
                     Ok(Reply::Done {})
                 }
                 other => Err(format!("not {other:?}")),
@@ -196,7 +255,7 @@ mod tests {
     fn served() -> (tempfile::TempDir, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
-        serve(&path, Arc::new(OnlyPause)).unwrap();
+        serve(&path, Arc::new(OnlyPause::default())).unwrap();
         (dir, path)
     }
 
@@ -230,6 +289,38 @@ mod tests {
         // Who does not watch gets the answer all the same.
         assert_eq!(client.ask(&Request::Reset {}).unwrap(), Reply::Done {});
         assert_eq!(client.ask(&Request::Pause {}).unwrap(), Reply::Done {});
+    }
+
+    #[test]
+    fn a_process_that_is_long_at_something_says_so_until_it_is_done() {
+        let (_dir, path) = served();
+        let mut client = ControlClient::connect(&path).unwrap();
+        let mut told = Vec::new();
+        let request = Request::Release {
+            module: "e1000".to_owned(),
+        };
+        let reply = client.ask_and_watch(&request, &mut |what| told.push(what.to_owned()));
+        assert_eq!(reply.unwrap(), Reply::Done {});
+        // The same word again is not told again.
+        assert_eq!(told, ["at it", "waiting"]);
+    }
+
+    #[test]
+    fn who_goes_away_is_known_to_have_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let ended = Arc::new(AtomicBool::new(false));
+        serve(&path, Arc::new(OnlyPause(ended.clone()))).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        let request = Request::Release {
+            module: "until I go".to_owned(),
+        };
+        ask(&mut stream, request.line().as_bytes());
+        assert!(!ended.load(Ordering::Relaxed));
+        drop(stream);
+        while !ended.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]

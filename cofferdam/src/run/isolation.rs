@@ -15,6 +15,7 @@ use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::ModuleStatus;
+use recovery::asker::Asker;
 use recovery::guest::LiveGuest;
 use recovery::model::Model;
 use recovery::request::IsolationRequest;
@@ -67,13 +68,6 @@ impl Isolation {
         &self.isolator
     }
 
-    /// Asks the guest for what isolating `module` needs to know, so that it is known already.
-    pub fn learn(&self, module: &str) -> anyhow::Result<()> {
-        let mut agent = self.agent();
-        let loaded = agent.modules(None)?;
-        self.knowledge(&mut agent, module, loaded).map(drop)
-    }
-
     /// What there is to know of the guest and of `module`.
     fn knowledge(
         &self,
@@ -115,6 +109,7 @@ impl LiveGuest for Isolation {
         &self,
         request: &IsolationRequest,
         policy: Box<dyn FaultPolicy>,
+        asker: &dyn Asker,
     ) -> anyhow::Result<Isolated> {
         let module = request.module.as_str();
         if let Some(budget) = request.budget_us.filter(|us| !BUDGET_US.contains(us)) {
@@ -124,6 +119,7 @@ impl LiveGuest for Isolation {
                 BUDGET_US.end()
             );
         }
+        asker.tell("waiting for the guest's agent")?;
         let mut agent = self.agent();
         let loaded = agent.modules(None)?;
         let Some(own) = loaded.iter().find(|loaded| loaded.name == module) else {
@@ -135,6 +131,7 @@ impl LiveGuest for Isolation {
             .find(|(name, _)| name == ".text")
             .map(|(_, at)| *at);
         self.isolator.forget_stale(module, text);
+        asker.tell("reading the symbols and types of the guest")?;
         let known = self.knowledge(&mut agent, module, loaded)?;
         if let (Err(missing), Contain::Full) = (&known.types, request.contain) {
             return Err(AttachError::NotContained(missing.clone()).into());
@@ -146,6 +143,7 @@ impl LiveGuest for Isolation {
             Some(driven) => (Some(driven.device), driven.slots),
             None => (None, Vec::new()),
         };
+        asker.tell("making the domain")?;
         let isolated = self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             sections,

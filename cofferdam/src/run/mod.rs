@@ -17,19 +17,23 @@ mod machine;
 mod memory;
 mod meter;
 mod nics;
+mod panic_watch;
 mod service;
 pub mod signals;
 pub mod terminal;
 mod watch;
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use ::isolation::attach::Isolator;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
+use devices::serial::SerialBackend;
 use isolation::Isolation;
+use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
@@ -115,13 +119,32 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     }
 }
 
+/// A FIFO can be a file's name as well, and who opens one waits until somebody writes to it.
+fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
+    let is_fifo = path
+        .metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_fifo());
+    ensure!(!is_fifo, "{what} {} is a FIFO: give a file", path.display());
+    Ok(())
+}
+
 /// Makes the VM, runs it and takes it down.
 fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Result<ExitReason> {
     let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
     belongings.add_dir(dir);
+    for (what, path) in [
+        ("kernel", Some(&config.kernel)),
+        ("initrd", config.initrd.as_ref()),
+    ] {
+        if let Some(path) = path {
+            no_fifo(what, path)?;
+        }
+    }
     let (backend, input) = console::open(&config.serial, belongings)?;
+    let panic = GuestPanic::default();
+    let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
     let mut vm = Vm::new(VmConfig {
         memory_bytes: config.memory.bytes(),
         vcpus: config.vcpus,
@@ -147,12 +170,14 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let guest = Isolation::new(vm.handle(), isolator, paths.agent_socket(), nics.clone());
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     let weak = Arc::downgrade(&supervisor);
+    let forgotten = panic.clone();
     vm.handle().on_reset(move || {
+        forgotten.forget();
         if let Some(supervisor) = weak.upgrade() {
             supervisor.guest_was_reset();
         }
     });
-    let service = service::VmService::new(config, vm.handle(), nics, supervisor, started_ns);
+    let service = service::VmService::new(config, vm.handle(), nics, supervisor, panic, started_ns);
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

@@ -8,6 +8,8 @@ use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
 use isolation::attach::Isolator;
 use isolation::dispatch::fault::FaultOrder;
+use recovery::asker::Asker;
+use recovery::guest::LiveGuest;
 use recovery::ladder::LadderConfig;
 use recovery::model::Model;
 use recovery::request::IsolationRequest;
@@ -16,6 +18,7 @@ use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
 use super::nics::{GuestNic, Nics};
+use super::panic_watch::GuestPanic;
 use super::{NetConfig, RunConfig, memory};
 use crate::control::protocol::{
     ConfigSummary, NetSummary, NicStatus, ProbeReading, Reply, Request, Status, VmState,
@@ -28,6 +31,9 @@ const MIN_PROBE_INTERVAL_US: u64 = 1000;
 /// Longest time between two pings, in microseconds.
 const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 
+/// How long a guest that is said to have panicked has to show that it lives.
+const PANIC_TIME: Duration = Duration::from_secs(2);
+
 /// The VM as its control socket sees it.
 pub struct VmService {
     vm: VmHandle,
@@ -35,6 +41,7 @@ pub struct VmService {
     supervisor: Arc<Supervisor<Isolation>>,
     name: String,
     config: ConfigSummary,
+    panic: GuestPanic,
     started_ns: u64,
 }
 
@@ -45,6 +52,7 @@ impl VmService {
         vm: VmHandle,
         nics: Nics,
         supervisor: Arc<Supervisor<Isolation>>,
+        panic: GuestPanic,
         started_ns: u64,
     ) -> Self {
         Self {
@@ -53,6 +61,7 @@ impl VmService {
             supervisor,
             name: config.name.to_string(),
             config: summary(config),
+            panic,
             started_ns,
         }
     }
@@ -80,6 +89,7 @@ impl VmService {
                 vmm::VmState::Paused => VmState::Paused,
                 vmm::VmState::Stopped => VmState::Ending,
             },
+            guest_panic: self.panic.line(),
             uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
             ready_ns: vm.first_entry_ns,
             vmm_rss_kib: resident.own_kib,
@@ -98,12 +108,19 @@ impl VmService {
         self.supervisor.guest().isolator()
     }
 
-    /// Refuses what needs the guest's agent, which does not run while the VM is paused.
-    fn is_not_paused(&self) -> Result<(), String> {
-        match self.vm.state() {
-            vmm::VmState::Paused => Err("the VM is paused: resume it first".to_owned()),
-            _ => Ok(()),
+    /// Whether there is a guest that can answer: one that stands still is not waited for.
+    fn guest_runs(&self) -> Result<(), String> {
+        if self.vm.state() == vmm::VmState::Paused {
+            return Err("the VM is paused: `cofferdam resume` lets it go on".to_owned());
         }
+        let Some(line) = self.panic.line() else {
+            return Ok(());
+        };
+        // A guest can print what it likes. One that has panicked does not answer.
+        let answers = self.supervisor.guest().agent().hello(PANIC_TIME);
+        answers.map(drop).map_err(|_| {
+            format!("the guest has panicked ({line}): `cofferdam reset` boots it anew")
+        })
     }
 
     /// Isolates what was asked for, unless who asked has gone when all is known that it takes.
@@ -111,16 +128,13 @@ impl VmService {
         &self,
         request: IsolationRequest,
         recovery: LadderConfig,
-        progress: &mut dyn FnMut(&str) -> bool,
+        asker: &dyn Asker,
     ) -> Result<Reply, String> {
-        self.is_not_paused()?;
-        progress("reading the guest's symbols and types");
-        let guest = self.supervisor.guest();
-        guest.learn(&request.module).map_err(chain)?;
-        if !progress("making the domain") {
-            return Err("nothing was isolated: who asked for it has gone".to_owned());
-        }
-        let isolated = self.supervisor.isolate(request, recovery).map_err(chain)?;
+        self.guest_runs()?;
+        let isolated = self
+            .supervisor
+            .isolate(request, recovery, asker)
+            .map_err(chain)?;
         let mut reply = json(&isolated)?;
         let model = isolated.strength.model.as_deref();
         if let Some(model) = model
@@ -192,11 +206,7 @@ impl VmService {
 }
 
 impl Handler for VmService {
-    fn handle(
-        &self,
-        request: Request,
-        progress: &mut dyn FnMut(&str) -> bool,
-    ) -> Result<Reply, String> {
+    fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String> {
         match request {
             Request::Status {} => self.status(),
             // Asked for twice is as good as once.
@@ -223,9 +233,12 @@ impl Handler for VmService {
                     contain,
                 },
                 recovery,
-                progress,
+                asker,
             ),
             Request::Release { module } => {
+                asker
+                    .tell(&format!("waiting for calls of {module} to end"))
+                    .map_err(text)?;
                 let status = self.supervisor.release(&module).map_err(chain)?;
                 Ok(Reply::Released(Box::new(status)))
             }
@@ -234,26 +247,34 @@ impl Handler for VmService {
                 file,
                 limit_ms,
             } => {
-                self.is_not_paused()?;
+                self.guest_runs()?;
                 let limit = Duration::from_millis(limit_ms);
-                // It is carried out to its end even when nobody listens any more.
-                let mut tell = |what: &str| {
-                    progress(what);
-                };
-                let upgraded = self.supervisor.upgrade(&module, &file.0, limit, &mut tell);
+                let upgraded = self.supervisor.upgrade(&module, &file.0, limit, asker);
                 Ok(Reply::Upgraded(Box::new(upgraded.map_err(chain)?)))
             }
             Request::ResumeDevice { module } => {
-                self.is_not_paused()?;
-                let times = self.supervisor.resume_device(&module).map_err(chain)?;
+                self.guest_runs()?;
+                let times = self
+                    .supervisor
+                    .resume_device(&module, asker)
+                    .map_err(chain)?;
                 let us = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
                 Ok(Reply::Resumed {
                     times_us: times.iter().map(us).collect(),
                 })
             }
             Request::Violations { module } => {
-                let reports = self.isolator().reports(&module).map_err(text)?;
+                let all = self.supervisor.violations(&module);
+                let reports = self.isolator().reports(&module);
+                let isolated = reports.is_ok();
+                // Of one that was released what it did is still known.
+                let reports = match reports {
+                    Err(error) if all.is_empty() => return Err(error.to_string()),
+                    reports => reports.unwrap_or_default(),
+                };
                 Ok(Reply::Violations {
+                    isolated,
+                    all,
                     texts: reports.iter().map(ToString::to_string).collect(),
                     reports: json(&reports)?,
                 })

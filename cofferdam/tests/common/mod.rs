@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod place;
+
 /// ELF machine.
 pub const EM_X86_64: u16 = 62;
 /// ELF machine.

@@ -19,6 +19,7 @@ use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::status::ModuleStatus;
 use isolation::status::report::ViolationReport;
 
+use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest, Ran};
 use crate::request::{IsolationRequest, Spilling};
 
@@ -143,9 +144,10 @@ impl Double {
     }
 }
 
-fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
-    let report = ViolationReport {
-        entry: "xmit".to_owned(),
+/// A violation of a call of `entry`.
+pub(crate) fn report(entry: &str) -> ViolationReport {
+    ViolationReport {
+        entry: entry.to_owned(),
         violation: Violation {
             kind: ViolationKind::PrivilegedInstruction,
             root: Root::Driver,
@@ -164,7 +166,11 @@ fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
         at_ns: 0,
         phases: AbortPhases::default(),
         device_lost: None,
-    };
+    }
+}
+
+fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
+    let report = report("xmit");
     policy.after_fault(&FailedCall {
         report: &report,
         attempts: 1,
@@ -331,7 +337,9 @@ impl LiveGuest for Double {
         &self,
         request: &IsolationRequest,
         mut policy: Box<dyn FaultPolicy>,
+        asker: &dyn Asker,
     ) -> anyhow::Result<Isolated> {
+        asker.tell("isolating")?;
         assert_eq!(self.world().agents, 0, "the agent would never answer");
         self.step("isolate")?;
         let mut world = self.world();
