@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cli;
 pub mod control;
 pub mod doctor;
+pub mod error_text;
 pub mod options;
 pub mod process;
 pub mod report;

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
@@ -80,18 +80,6 @@ pub enum SerialBackend {
 pub trait SerialObserver: fmt::Debug + Send {
     /// It wrote `byte`. On the vCPU's thread: must not wait.
     fn wrote(&mut self, byte: u8);
-}
-
-impl SerialBackend {
-    /// The process's own standard input and output.
-    pub fn stdio() -> io::Result<Self> {
-        let input = io::stdin().as_fd().try_clone_to_owned()?;
-        let output = io::stdout().as_fd().try_clone_to_owned()?;
-        Ok(Self::Streams {
-            input: input.into(),
-            output: output.into(),
-        })
-    }
 }
 
 /// A UART and its other end. Map it as [`MutBusDevice`] at [`COM1_PORT`] and give it to the event

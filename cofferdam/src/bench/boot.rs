@@ -11,8 +11,8 @@ use agent_protocol::INIT_LINE;
 use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
 
+use super::guest::BOOT_TIME;
 use super::guest::{Console, Guest, GuestOptions};
-use super::recovery::BOOT_TIME;
 use crate::report::{Boot, BootRun, OtherBoot, Stat};
 
 /// The initramfs that is booted: nothing but `/init`.

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::control::client::ControlClient;
 use crate::options::VmName;
+use crate::report::Guest as GuestFacts;
 use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot, VmPaths};
 
 /// Name of the VM in its own runtime folder.
@@ -21,6 +22,9 @@ const NAME: &str = "guest";
 
 /// How long a process may take to end once it was asked.
 const END_TIME: Duration = Duration::from_secs(10);
+
+/// How long a guest may take to boot, in the slowest place we measure in.
+pub const BOOT_TIME: Duration = Duration::from_secs(120);
 
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(5);
@@ -266,4 +270,18 @@ impl Drop for Guest {
             }
         }
     }
+}
+
+/// The guest, for the report.
+pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
+    let config = guest.control()?.status()?.config;
+    let agent = guest
+        .agent()
+        .agent()
+        .context("the guest's agent is not connected")?;
+    Ok(GuestFacts {
+        kernel: agent.kernel.clone(),
+        vcpus: config.vcpus,
+        mem_mib: config.memory_mib,
+    })
 }

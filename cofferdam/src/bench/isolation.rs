@@ -17,9 +17,8 @@ use isolation::attach::request::Contain;
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 
-use super::guest::{Guest, GuestOptions};
-use super::network::{self, LINK_TIME};
-use super::recovery::{BOOT_TIME, DRIVER, guest_facts};
+use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
+use super::network::{self, DRIVER, LINK_TIME};
 use super::traffic::send;
 use crate::control::client::ControlClient;
 use crate::control::protocol::Request;

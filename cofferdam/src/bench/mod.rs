@@ -9,5 +9,4 @@ pub mod network;
 pub mod operation;
 pub mod recovery;
 pub mod rollback;
-pub mod spilled;
 pub mod traffic;

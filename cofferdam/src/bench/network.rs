@@ -9,6 +9,9 @@ use anyhow::{Context, bail};
 use super::guest::Guest;
 use crate::control::protocol::{ProbeReading, Reply, Request};
 
+/// The driver under test, which is the stock one of the guest's kernel.
+pub const DRIVER: &str = "e1000";
+
 /// The guest's interface.
 pub const INTERFACE: &str = "eth0";
 

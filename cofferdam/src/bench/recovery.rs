@@ -19,20 +19,14 @@ use anyhow::Context;
 use devices::clock::monotonic_ns;
 
 use super::clock::GuestClock;
-use super::guest::{Guest, GuestOptions};
-use super::network::{self, ADDRESS, GATEWAY, INTERFACE, LINK_TIME, Probe};
+use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
+use super::network::{self, ADDRESS, DRIVER, GATEWAY, INTERFACE, LINK_TIME, Probe};
 use super::rollback;
 use crate::control::protocol::Request;
 use crate::report::{Guest as GuestFacts, Method, Phase, Recovery, RecoveryRun};
 
-/// The driver under test, which is the stock one of the guest's kernel.
-pub const DRIVER: &str = "e1000";
-
 /// Between two pings: the resolution of `first_rx`.
 const PING_INTERVAL: Duration = Duration::from_millis(5);
-
-/// How long a guest may take to boot, in the slowest place we measure in.
-pub const BOOT_TIME: Duration = Duration::from_secs(120);
 
 /// How long a driver may take for one step.
 const STEP_TIME: Duration = Duration::from_secs(60);
@@ -122,20 +116,6 @@ pub fn measure(
         measured.recoveries.extend(baseline);
     }
     Ok(())
-}
-
-/// The guest, for the report.
-pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
-    let config = guest.control()?.status()?.config;
-    let agent = guest
-        .agent()
-        .agent()
-        .context("the guest's agent is not connected")?;
-    Ok(GuestFacts {
-        kernel: agent.kernel.clone(),
-        vcpus: config.vcpus,
-        mem_mib: config.memory_mib,
-    })
 }
 
 /// Removes and inserts the driver and brings its interface up.

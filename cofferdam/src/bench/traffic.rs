@@ -6,9 +6,8 @@ use agent_protocol::message::Exec;
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::{Context, ensure};
 
-use super::guest::{Guest, GuestOptions};
+use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, GATEWAY, LINK_TIME};
-use super::recovery::{BOOT_TIME, guest_facts};
 use crate::options::NicModel;
 use crate::report::{Guest as GuestFacts, Stat, Traffic};
 

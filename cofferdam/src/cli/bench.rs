@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, isolation, recovery, rollback, spilled, traffic};
+use crate::bench::{boot, isolation, recovery, rollback, traffic};
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
 use crate::report::{Method, Report, environment, html, merge, svg};
@@ -52,7 +52,7 @@ Examples:
         )]
         method: Vec<Method>,
         /// An entry point of the driver whose calls are made to fail and rolled back; may be given several
-        /// times. Without it, and without --spilled, seven whose calls are atomic
+        /// times. Without it, and without --seven whose calls are atomic
         #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
         entry: Vec<String>,
         /// One whose calls go on in the guest where they wait, and fail after that; may be given several times.
@@ -201,7 +201,7 @@ impl BenchCommand {
             } => {
                 let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
                 let (entries, spilling) = match entry.is_empty() && spilled.is_empty() {
-                    true => (names(rollback::ENTRIES), names(spilled::SPILLING)),
+                    true => (names(rollback::ENTRIES), names(rollback::SPILLING)),
                     false => (entry, spilled),
                 };
                 let options = recovery::RecoveryOptions {

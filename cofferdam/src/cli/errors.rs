@@ -2,22 +2,6 @@
 
 use clap::error::ErrorKind;
 
-/// An error and its causes, each once: many messages quote their cause already.
-pub fn one_line(error: &anyhow::Error) -> String {
-    let mut line = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string();
-        if line.contains(&text) {
-            continue;
-        }
-        if !line.is_empty() {
-            line.push_str(": ");
-        }
-        line.push_str(&text);
-    }
-    line
-}
-
 /// What is wrong with a command line; `None` where help or the version was asked for.
 pub fn usage_error(error: &clap::Error) -> Option<String> {
     match error.kind() {
@@ -72,14 +56,5 @@ mod tests {
         }
         assert_eq!(complaint("cofferdam --help"), None);
         assert_eq!(complaint("cofferdam"), None);
-    }
-
-    #[test]
-    fn a_cause_is_said_once() {
-        let cause = std::io::Error::other("no such thing");
-        let error = anyhow::Error::new(cause).context("cannot read x: no such thing");
-        assert_eq!(one_line(&error), "cannot read x: no such thing");
-        let error = anyhow::anyhow!("b").context("a");
-        assert_eq!(one_line(&error), "a: b");
     }
 }

@@ -1,18 +1,15 @@
-//! `isolate`, `release`, `violations`: functions of a guest's driver in a domain of their own.
+//! `isolate`, `release`, `resume-device`: functions of a guest's driver in a domain of their own.
 
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Strength};
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
 use recovery::request::Spilling;
-use recovery::violations::Violations;
 
-use super::control::duration;
 use super::table::{number, table};
 use super::words::counted;
 use super::{Ending, print_bytes, print_json};
@@ -115,7 +112,7 @@ struct Which {
     /// A function to isolate; may be given several times
     #[arg(long, value_name = "FUNCTION")]
     entry: Vec<String>,
-    /// Isolate all functions whose name fits; * stands for any characters
+    /// Isolate all functions whose name fits a pattern as a shell's: *, ?, [a-z], {open,close}
     #[arg(long = "match", value_name = "PATTERN")]
     matching: Option<String>,
     /// Isolate every function that can be
@@ -263,71 +260,6 @@ impl ResumeDeviceOptions {
         print_bytes(text.as_bytes())?;
         Ok(Ending::SUCCESS)
     }
-}
-
-/// `violations`
-#[derive(Debug, clap::Args)]
-pub struct ViolationsOptions {
-    /// Name of the VM
-    vm: VmName,
-    /// Name of the module
-    module: String,
-    /// As JSON
-    #[arg(long)]
-    json: bool,
-}
-
-impl ViolationsOptions {
-    /// `violations`
-    pub fn run(self) -> anyhow::Result<Ending> {
-        let request = Request::Violations {
-            module: self.module.clone(),
-        };
-        let Reply::Violations {
-            isolated,
-            all,
-            reports,
-            ..
-        } = ask(&self.vm, &request)?
-        else {
-            bail!("the VM answered something else");
-        };
-        if self.json {
-            print_json(&serde_json::json!({
-                "isolated": isolated,
-                "violations": all,
-                "last_reports": reports,
-            }))?;
-        } else {
-            let text = violations_text(&self.module, isolated, &all, monotonic_ns());
-            print_bytes(text.as_bytes())?;
-        }
-        Ok(Ending::SUCCESS)
-    }
-}
-
-/// What calls of a module did wrong, for a person who reads it at `now_ns`.
-fn violations_text(module: &str, isolated: bool, all: &[Violations], now_ns: u64) -> String {
-    let mut text = String::new();
-    if all.is_empty() {
-        text.push_str(&format!("no call of {module} has done anything wrong\n"));
-    }
-    let ago = |ns: u64| duration(now_ns.saturating_sub(ns) / 1_000_000);
-    for violations in all {
-        let times = match violations.count {
-            1 => format!("once, {} ago", ago(violations.last_ns)),
-            count => format!(
-                "{count} times, first {} ago, last {} ago",
-                ago(violations.first_ns),
-                ago(violations.last_ns)
-            ),
-        };
-        text.push_str(&format!("{times}: {}\n", violations.text));
-    }
-    if !isolated {
-        text.push_str(&format!("{module} is not isolated any more\n"));
-    }
-    text
 }
 
 /// Counters of a module's entries as a table.

@@ -11,28 +11,16 @@ mod report;
 mod run;
 mod table;
 mod upgrade;
+mod violations;
 mod words;
-
-use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-pub use errors::{one_line, usage_error};
+pub use errors::usage_error;
 pub use logging::LogOptions;
 
-/// How the command ended, for the process's exit.
-#[derive(Debug, Clone, Copy)]
-pub enum Ending {
-    /// With this status.
-    Status(ExitCode),
-    /// By a signal that asked for it, once everything is cleaned up.
-    Signal(crate::run::signals::EndingSignal),
-}
-
-impl Ending {
-    /// All went well.
-    pub const SUCCESS: Self = Self::Status(ExitCode::SUCCESS);
-}
+pub use crate::error_text::one_line;
+pub use crate::run::Ending;
 
 /// A lightweight VMM for driver fault isolation.
 #[derive(Debug, Parser)]
@@ -85,7 +73,7 @@ enum Command {
     /// Have a driver suspend and resume its devices, with its own functions
     ResumeDevice(isolation::ResumeDeviceOptions),
     /// Show what calls of an isolated driver did wrong
-    Violations(isolation::ViolationsOptions),
+    Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
     /// Measure boots, recovery and traffic

@@ -1,11 +1,7 @@
 //! What isolation costs: traffic with functions of the driver in a domain, against the same traffic without.
 
-use std::fmt::Write as _;
-
 use isolation::status::EntryStatus;
 use serde::{Deserialize, Serialize};
-
-use super::Report;
 
 /// Traffic with sets of functions isolated.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -91,75 +87,6 @@ impl IsolatedSet {
             all => format!("{} functions", all.len()),
         }
     }
-}
-
-/// The part as HTML.
-pub(super) fn section(body: &mut String, report: &Report) {
-    let Some(isolation) = &report.isolation else {
-        return;
-    };
-    body.push_str(
-        "<h2>Traffic through an isolated driver</h2>\n<table>\n<tr><th>isolated</th><th>pings/s</th><th>of none</th><th></th>\
-         <th>TCP MiB/s</th><th>of none</th><th></th></tr>\n",
-    );
-    let bar = |fraction: f64| {
-        let percent = (fraction * 100.0).clamp(0.0, 100.0);
-        format!("<div class=\"bar\" style=\"width:{percent:.0}px\"></div>")
-    };
-    for set in &isolation.sets {
-        let _ = writeln!(
-            body,
-            "<tr><td>{}</td><td>{:.1}</td><td>{:.2}</td><td>{}</td><td>{:.3}</td><td>{:.2}</td><td>{}</td></tr>",
-            super::html::escape(&set.name()),
-            set.pings_per_s,
-            set.pings_fraction,
-            bar(set.pings_fraction),
-            set.tcp_mib_per_s,
-            set.tcp_fraction,
-            bar(set.tcp_fraction),
-        );
-    }
-    body.push_str("</table>\n<table>\n<tr>");
-    for head in [
-        "function (in set)",
-        "calls",
-        "exits",
-        "crossings",
-        "system calls",
-        "pages",
-        "bytes",
-        "hold, us",
-        "private VM, us",
-        "host, us",
-    ] {
-        let _ = write!(body, "<th>{head}</th>");
-    }
-    body.push_str("</tr>\n");
-    for set in &isolation.sets {
-        for function in &set.functions {
-            let _ = writeln!(
-                body,
-                "<tr><td>{} ({})</td><td>{}</td><td>{:.2}</td><td>{:.1}</td><td>{:.1}</td><td>{:.1}</td><td>{:.0}</td>\
-                 <td>{:.1}</td><td>{:.1}</td><td>{:.1}</td></tr>",
-                super::html::escape(&function.name),
-                super::html::escape(&set.name()),
-                function.calls,
-                function.exits_per_call,
-                function.crossings_per_call,
-                function.ioctls_per_call,
-                function.dirty_pages_per_call,
-                function.committed_bytes_per_call,
-                function.holding_us,
-                function.private_us,
-                function.host_us,
-            );
-        }
-    }
-    let _ = writeln!(
-        body,
-        "</table>\n<p class=\"note\">Averages of one call. Exits to the isolator after release: {}.</p>",
-        isolation.exits_when_off
-    );
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 //! [`watch::Belongings`], which the orderly way and the way by force both clear.
 
 mod console;
+mod ending;
 pub mod escape;
 pub mod isolation;
 mod machine;
@@ -37,10 +38,11 @@ use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
-use crate::cli::Ending;
 use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
 use signals::Signals;
+
+pub use ending::Ending;
 
 /// Most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;
@@ -106,7 +108,7 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
-            eprintln!("cofferdam: {}", crate::cli::one_line(&error));
+            eprintln!("cofferdam: {}", crate::error_text::one_line(&error));
         }
         return Ok(Ending::Signal(signal));
     }

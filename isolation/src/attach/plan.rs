@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
 use crate::guest::addr::Gva;
@@ -75,7 +76,7 @@ pub enum Wanted {
     All,
     /// These, each of which must be gateable.
     Named(Vec<String>),
-    /// All gateable ones whose name matches the pattern, in which `*` stands for any characters.
+    /// All gateable ones whose name matches the pattern, as a shell's: `*`, `?`, `[a-z]`, `{open,close}`.
     Matching(String),
 }
 
@@ -103,6 +104,9 @@ pub enum PlanError {
     /// Named functions that cannot be gated.
     #[error("cannot isolate {}", list(.0))]
     Refused(Vec<Refusal>),
+    /// A pattern that is none.
+    #[error("this is no pattern: {0}")]
+    Pattern(String),
     /// A pattern that fits no function.
     #[error("no function of the module that can be isolated matches {0}")]
     NothingMatches(String),
@@ -254,12 +258,17 @@ fn gates(
             }
         }
         Wanted::All | Wanted::Matching(_) => {
+            let matcher = match wanted {
+                Wanted::Matching(pattern) => Some(matcher(pattern)?),
+                _ => None,
+            };
             for symbol in symbols
                 .in_module(&layout.name)
                 .filter(|symbol| symbol.is_code())
             {
-                if let Wanted::Matching(pattern) = wanted
-                    && !matches(pattern, symbol.name)
+                if matcher
+                    .as_ref()
+                    .is_some_and(|matcher| !matcher.is_match(symbol.name))
                 {
                     continue;
                 }
@@ -282,22 +291,11 @@ fn gates(
     }
 }
 
-/// Whether `name` fits `pattern`, in which `*` stands for any characters.
-fn matches(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
-        return false;
-    };
-    let Some(last) = parts.next_back() else {
-        return rest.is_empty();
-    };
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
+/// What tells whether a name fits `pattern`.
+fn matcher(pattern: &str) -> Result<GlobMatcher, PlanError> {
+    let glob = Glob::new(pattern);
+    let glob = glob.map_err(|error| PlanError::Pattern(error.to_string()))?;
+    Ok(glob.compile_matcher())
 }
 
 #[cfg(test)]
@@ -306,12 +304,22 @@ mod tests {
 
     #[test]
     fn patterns_match_whole_names() {
+        let matches = |pattern, name| matcher(pattern).unwrap().is_match(name);
         assert!(matches("e1000_get_*", "e1000_get_regs"));
         assert!(matches("*_xmit*", "dummy_xmit"));
         assert!(matches("a*b*c", "a__b__c"));
         assert!(matches("exact", "exact"));
+        assert!(matches("e1000_{open,close}", "e1000_close"));
+        assert!(matches(
+            "nullb_device_[a-h]*",
+            "nullb_device_home_node_show"
+        ));
         assert!(!matches("exact", "exactly"));
         assert!(!matches("a*b*c", "a__c__b"));
         assert!(!matches("ab*ba", "aba"));
+        for broken in ["a[", "{a", "a{b,{c}"] {
+            let error = matcher(broken).unwrap_err().to_string();
+            assert!(error.contains(broken), "{error}");
+        }
     }
 }

@@ -1,62 +1,25 @@
-//! How long a guest's network is gone when a failed call of its driver is rolled back.
-//!
-//! ```text
-//! fault ─ detect ─ memory ─ device ─ returned ─┬─ irq_live   the guest takes an interrupt of the NIC
-//!         └─ the VM's own clock ─────────────┘ ├─ first_tx   a frame of the guest
-//!                                              └─ first_rx   a ping sent after the fault is answered
-//! ```
-//!
-//! One fault at a time goes into one call. Each entry is isolated alone: a function that an isolated one
-//! calls, directly or through the kernel, is part of that call. The gateway pings all the time, and
-//! after the faults at one place the same operation must succeed.
+//! One fault at a time in a call of the driver, and what the VM and the guest's network say of it.
 
 use std::time::{Duration, Instant};
 
 use agent_protocol::message::{Exec, ExecEnd};
 use anyhow::{Context, bail, ensure};
-use devices::hold::CheckpointBy;
-use isolation::attach::plan::Wanted;
-use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
-use recovery::fault::{FaultKind, Place};
-use recovery::ladder::{LadderConfig, OnFault};
-use recovery::request::Spilling;
+use recovery::fault::FaultKind;
 use serde::Deserialize;
 
-use super::guest::Guest;
-use super::network::{LINK_TIME, Probe};
-use super::operation::Operation;
-use super::recovery::DRIVER;
-use super::spilled::GUEST_ONLY;
+use crate::bench::guest::Guest;
+use crate::bench::network::{DRIVER, LINK_TIME, Probe};
+use crate::bench::operation::Operation;
 use crate::control::client::ControlClient;
 use crate::control::protocol::{Reply, Request};
-use crate::report::{Method, Phase, Recovery, RecoveryRun};
-
-/// Entry points that are measured unless others are asked for: those whose calls do not sleep.
-pub const ENTRIES: &[&str] = &[
-    "e1000_xmit_frame",
-    "e1000_clean",
-    "e1000_intr",
-    "e1000_get_ethtool_stats",
-    "e1000_get_regs",
-    "e1000_set_rx_mode",
-    "e1000_set_mac",
-];
-
-/// Faults that are put in, in turn from place to place.
-const FAULTS: [FaultKind; 2] = [FaultKind::NullDereference, FaultKind::UndefinedInstruction];
-
-/// Time for a call in the domain, in microseconds: only a call that hangs should reach it.
-const BUDGET_US: u64 = 10_000_000;
+use crate::report::{Phase, RecoveryRun};
 
 /// How long a call may be in coming once it was asked for.
 const CALL_TIME: Duration = Duration::from_secs(5);
 
 /// Calls that may miss an instruction before it counts as one that this operation does not reach.
 const MISSES: u64 = 2;
-
-/// Faults ordered at most for one rollback, at a place that calls do not always come by.
-const TRIES: usize = 16;
 
 /// Instructions tried at most to find one at a place that calls reach.
 pub(super) const CANDIDATES: usize = 24;
@@ -127,79 +90,9 @@ impl RolledBack {
     }
 }
 
-/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place. If `spilled`, their calls go on
-/// in the guest and fail after that.
-pub fn measure(
-    guest: &mut Guest,
-    probe: &mut Probe,
-    entries: &[String],
-    spilled: bool,
-    runs: usize,
-    progress: &mut dyn FnMut(&str),
-    all: &mut Vec<Recovery>,
-) -> anyhow::Result<()> {
-    let control = guest.control()?;
-    let mut bench = Bench {
-        guest,
-        probe,
-        control,
-        link_losses: 0,
-    };
-    for entry in entries {
-        let operation = Operation::of(entry).with_context(|| {
-            format!("what makes the kernel call {entry} is not known to this bench")
-        })?;
-        let before = bench.carrier_changes()?;
-        bench.link_losses = 0;
-        let isolate = Request::Isolate {
-            module: DRIVER.to_owned(),
-            entries: Wanted::Named(vec![entry.clone()]),
-            budget_us: Some(BUDGET_US),
-            device_checkpoint: CheckpointBy::Exact,
-            recovery: LadderConfig {
-                // The rollback alone: another try takes as long as the call does.
-                on_fault: Some(OnFault::Error),
-                recoveries_per_minute: u32::MAX,
-                ..LadderConfig::default()
-            },
-            spilling: match spilled {
-                true => Spilling {
-                    wait_us: Some(0),
-                    guest_only: GUEST_ONLY.map(str::to_owned).to_vec(),
-                },
-                false => Spilling::default(),
-            },
-            contain: Contain::Full,
-        };
-        // The VM asks the agent itself, which listens to one client at a time.
-        bench.guest.agent().disconnect();
-        bench.control.ask(&isolate)?;
-        let of_entry = match spilled {
-            true => bench.spilling_entry(entry, operation, runs, progress),
-            false => bench.entry(entry, operation, runs, progress),
-        };
-        let of_entry =
-            of_entry.with_context(|| format!("rollback of {entry}{}", bench.guest.last_words()))?;
-        // Those of the guest's are a part of what spilled calls do.
-        let lost = match spilled {
-            true => bench.link_losses,
-            false => bench.carrier_changes()?.saturating_sub(before),
-        };
-        all.extend(of_entry.into_iter().map(|recovery| Recovery {
-            link_changes: operation.keeps_interface_up().then_some(lost),
-            spilled,
-            ..recovery
-        }));
-        bench.control.ask(&Request::Release {
-            module: DRIVER.to_owned(),
-        })?;
-    }
-    Ok(())
-}
-
 pub(super) struct Bench<'a> {
     pub(super) guest: &'a mut Guest,
-    probe: &'a mut Probe,
+    pub(super) probe: &'a mut Probe,
     pub(super) control: ControlClient,
     /// Losses of the link that the other end of the wire saw in calls that failed after they had gone on in the guest.
     pub(super) link_losses: u64,
@@ -216,58 +109,6 @@ pub(super) enum Fired {
 }
 
 impl Bench<'_> {
-    fn entry(
-        &mut self,
-        entry: &str,
-        operation: Operation,
-        runs: usize,
-        progress: &mut dyn FnMut(&str),
-    ) -> anyhow::Result<Vec<Recovery>> {
-        let mut all = Vec::new();
-        for (index, place) in Place::ALL.into_iter().enumerate() {
-            // The first places take what does not divide evenly.
-            let share = (runs + Place::ALL.len() - 1 - index) / Place::ALL.len();
-            if share == 0 {
-                continue;
-            }
-            let fault = FAULTS[index % FAULTS.len()];
-            let offset = self
-                .find(entry, operation, place, fault)
-                .with_context(|| format!("{} instruction", place.name()))?;
-            let what = format!("{} at +{offset:#x} ({})", fault.name(), place.name());
-            let mut of_place = Vec::new();
-            for _ in 0..share * TRIES {
-                if of_place.len() == share {
-                    break;
-                }
-                match self.order(entry, operation, offset, fault)? {
-                    Fired::Yes => of_place.push(self.collect(entry)?),
-                    // Another way through the function this time.
-                    Fired::Missed => {}
-                    Fired::NoCall => bail!("{entry} is not called any more after {what}"),
-                }
-            }
-            self.works(operation)
-                .with_context(|| format!("after {what}"))?;
-            let returned: Vec<f64> = of_place
-                .iter()
-                .filter_map(|run| run.at_us.get(&Phase::Returned).copied())
-                .collect();
-            let median = crate::report::Stat::from_samples(&returned).map_or(0.0, |s| s.p50);
-            progress(&format!(
-                "rollback {entry}, {what}: {} of {share}, {median:.0} us",
-                of_place.len()
-            ));
-            let recovery = Recovery::from_runs(DRIVER, Method::Rollback, of_place);
-            all.extend(recovery.map(|recovery| Recovery {
-                entry: Some(entry.to_owned()),
-                fault: Some(what),
-                ..recovery
-            }));
-        }
-        Ok(all)
-    }
-
     /// The instructions of a function of the driver.
     pub(super) fn instructions(&mut self, function: &str) -> anyhow::Result<Vec<InstructionAt>> {
         let request = Request::Instructions {
@@ -278,33 +119,6 @@ impl Bench<'_> {
             bail!("the VM answered something else");
         };
         Ok(instructions)
-    }
-
-    /// An instruction at `place` that calls reach.
-    fn find(
-        &mut self,
-        entry: &str,
-        operation: Operation,
-        place: Place,
-        fault: FaultKind,
-    ) -> anyhow::Result<u64> {
-        let instructions = self.instructions(entry)?;
-        for offset in place.candidates(&instructions).into_iter().take(CANDIDATES) {
-            match self.order(entry, operation, offset, fault)? {
-                Fired::Yes => {
-                    self.collect(entry)?;
-                    return Ok(offset);
-                }
-                Fired::Missed => {}
-                Fired::NoCall => {
-                    bail!(
-                        "{entry} is not called at +{offset:#x}{}",
-                        self.guest.last_words()
-                    )
-                }
-            }
-        }
-        bail!("none of the instructions tried is reached by calls of {entry}");
     }
 
     /// Puts one fault in and has the call made.
@@ -378,7 +192,7 @@ impl Bench<'_> {
     }
 
     /// The rollback that happened last, with what the guest did afterwards.
-    fn collect(&mut self, entry: &str) -> anyhow::Result<RecoveryRun> {
+    pub(super) fn collect(&mut self, entry: &str) -> anyhow::Result<RecoveryRun> {
         let rolled_back = self.last_rollback(entry)?;
         self.followed(&rolled_back)
     }
@@ -452,7 +266,7 @@ impl Bench<'_> {
     }
 
     /// How often the link came or went for the guest.
-    fn carrier_changes(&mut self) -> anyhow::Result<u64> {
+    pub(super) fn carrier_changes(&mut self) -> anyhow::Result<u64> {
         let text = self
             .guest
             .run(&["cat", "/sys/class/net/eth0/carrier_changes"])?;

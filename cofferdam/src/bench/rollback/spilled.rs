@@ -3,9 +3,9 @@
 use anyhow::{Context, bail, ensure};
 use recovery::fault::{FaultKind, Place, after_kernel_calls};
 
-use super::operation::Operation;
-use super::recovery::DRIVER;
-use super::rollback::{Bench, CANDIDATES, Fired};
+use super::faults::{Bench, CANDIDATES, Fired};
+use crate::bench::network::DRIVER;
+use crate::bench::operation::Operation;
 use crate::report::{Method, Recovery, RecoveryRun};
 
 /// Entry points whose calls go on in the guest and then fail: waits are the guest's, and so are

@@ -1,0 +1,17 @@
+//! How a command ends.
+
+use std::process::ExitCode;
+
+/// How a run or another command ended, for the process's exit.
+#[derive(Debug, Clone, Copy)]
+pub enum Ending {
+    /// With this status.
+    Status(ExitCode),
+    /// By a signal that asked for it, once everything is cleaned up.
+    Signal(super::signals::EndingSignal),
+}
+
+impl Ending {
+    /// All went well.
+    pub const SUCCESS: Self = Self::Status(ExitCode::SUCCESS);
+}
