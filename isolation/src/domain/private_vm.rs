@@ -7,32 +7,23 @@
 //! A finished `out` needs no completing run: KVM skips the instruction at the next `KVM_RUN` only
 //! while RIP still points at it, and every way on from a stub sets RIP elsewhere.
 
-use std::os::fd::AsRawFd;
-
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    KVMIO, kvm_device_attr, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_userspace_memory_region,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
     Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuExit, VcpuFd,
     VmFd,
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
 
 use super::dirty_ring::DirtyRing;
 use super::monitor::{AREA_PAGES, KERNEL_CS, KERNEL_DS, Monitor};
 use super::view::{PAGE_SIZE, Pfn, PrivateView};
+use clock::Clock;
 
-mod ioctls {
-    #![allow(missing_docs, reason = "the macro makes undocumented functions")]
-    use super::{KVMIO, ioctl_iow_nr, kvm_device_attr};
-    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
-    ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
-}
+mod clock;
 
 /// CR0.TS: an FPU instruction raises #NM.
 const CR0_TS: u64 = 1 << 3;
@@ -456,80 +447,6 @@ fn set_slots(vm: &VmFd, view: &PrivateView, monitor: &Monitor) -> Result<(), Pri
         monitor.host_address(),
         0,
     )
-}
-
-/// Calls after which an offset that never changed is taken to be fixed.
-const SETTLED_CALLS: u32 = 64;
-
-/// Keeps P's time-stamp counter equal to K's.
-///
-/// On a host whose own counter is reliable the offset of a vCPU is fixed. On others (nested and
-/// emulated hosts) KVM moves it at every load of the vCPU so that the guest's counter stands still
-/// while the vCPU does not run: there it has to be taken over before each call, or the guest's clock
-/// jumps ahead inside the domain and stands still outside until it has caught up.
-#[derive(Debug, Default)]
-struct Clock {
-    offset: Option<u64>,
-    unchanged: u32,
-}
-
-impl Clock {
-    /// Sets P's offset to that of `k` where it may have changed; returns the number of system calls.
-    fn follow(&mut self, k: &VcpuFd, p: &VcpuFd) -> Result<u32, PrivateVmError> {
-        if self.unchanged >= SETTLED_CALLS {
-            return Ok(0);
-        }
-        let offset = tsc_offset(k)?;
-        if self.offset == Some(offset) {
-            self.unchanged += 1;
-            return Ok(1);
-        }
-        (self.offset, self.unchanged) = (Some(offset), 0);
-        set_tsc_offset(p, offset)?;
-        Ok(2)
-    }
-}
-
-/// Reads a vCPU's time-stamp counter offset (KVM documentation, devices/vcpu, section 4.1).
-fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, PrivateVmError> {
-    let mut offset = 0u64;
-    let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel writes just
-    // those 8 bytes.
-    let result = unsafe {
-        let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
-        ioctl_with_ref(&vcpu, ioctls::KVM_GET_DEVICE_ATTR(), &attribute)
-    };
-    attribute_result(result, "KVM_GET_DEVICE_ATTR").map(|()| offset)
-}
-
-fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), PrivateVmError> {
-    let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel reads them.
-    let result = unsafe {
-        let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
-        ioctl_with_ref(&vcpu, ioctls::KVM_SET_DEVICE_ATTR(), &attribute)
-    };
-    attribute_result(result, "KVM_SET_DEVICE_ATTR")
-}
-
-fn tsc_offset_attribute(offset: *mut u64) -> kvm_device_attr {
-    kvm_device_attr {
-        group: KVM_VCPU_TSC_CTRL,
-        attr: u64::from(KVM_VCPU_TSC_OFFSET),
-        addr: offset as u64,
-        flags: 0,
-    }
-}
-
-fn attribute_result(result: i32, call: &'static str) -> Result<(), PrivateVmError> {
-    if result < 0 {
-        return Err(PrivateVmError::Kvm {
-            call,
-            source: kvm_ioctls::Error::last(),
-        });
-    }
-    Ok(())
 }
 
 fn code_segment() -> kvm_segment {

@@ -1,0 +1,193 @@
+//! The tests' supervisor: what it knows of the hand-made guest, and what it records.
+
+use super::*;
+
+/// What is stored to the device to change its transmitter.
+pub const TRANSMITTER: u64 = 0x7c71;
+
+/// What the tests' supervisor knows and records.
+#[derive(Default)]
+pub struct Kernel {
+    /// Writable ranges: address and length.
+    pub writable: Vec<(u64, u64)>,
+    pub kernel_functions: HashSet<u64>,
+    pub driver_functions: HashSet<u64>,
+    pub kernel_exception_expected: bool,
+    /// The stack for interrupts.
+    pub interrupt_stack: Option<GvaRange>,
+    /// Stores that reached the device.
+    pub device_writes: Vec<(u64, u64, usize)>,
+    pub device_value: u64,
+    /// Offsets of registers whose loads have no effect, and to which stores change nothing of what those show.
+    pub flushes: Vec<u64>,
+    pub flushes_past: Vec<u64>,
+    pub checkpoints: u32,
+    pub restores: u32,
+    /// The guest's memory: a device that is put back looks at it, so that has to be as it was at the checkpoint by then.
+    pub memory: Option<Arc<GuestMemoryMmap>>,
+    pub at_checkpoint: Vec<u8>,
+    /// Among what is writable, what kernel functions keep: address and length.
+    pub kernels: Vec<(u64, u64)>,
+    /// Further bytes that would have to be put back, from guest physical address 0.
+    pub more_restorable: u64,
+    /// The device cannot be put back in parts.
+    pub device_is_in_use: bool,
+    /// Stores that had reached the device before and after each part that was taken back, oldest first.
+    pub undone_parts: Vec<(usize, usize)>,
+    /// Guest physical addresses and first words of pages that a call that went on put something into.
+    pub published: Vec<(u64, u64)>,
+    /// What calls held when they went on in the guest.
+    pub held: Vec<u64>,
+    /// What kernel functions that went on in the guest returned.
+    pub returned: Vec<u64>,
+    /// The guest's interrupt controller is at [`OTHER_DEVICE`].
+    pub platform: bool,
+    pub platform_waiting: Vec<(u64, u64)>,
+    /// Registers of interrupt controller and timer that were written at commit.
+    pub platform_written: Vec<(u64, u64)>,
+}
+
+impl Kernel {
+    pub fn with_data() -> Self {
+        Self {
+            writable: vec![(DRIVER_DATA, PAGE)],
+            ..Default::default()
+        }
+    }
+}
+
+impl Supervisor for Kernel {
+    fn may_write(&mut self, va: u64) -> bool {
+        let page = va & !(PAGE - 1);
+        self.writable
+            .iter()
+            .any(|(start, length)| *start < page + PAGE && start + length > page)
+    }
+    fn may_change(&mut self, va: u64, bytes: u64) -> bool {
+        self.writable
+            .iter()
+            .any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
+    fn interrupt_stack(&mut self, rsp: u64) -> Option<GvaRange> {
+        self.interrupt_stack
+            .filter(|stack| stack.contains(Gva(rsp)))
+    }
+    fn publishing(&mut self, gpa: u64, old: &[u8; 4096]) {
+        let word = u64::from_le_bytes(old[..8].try_into().unwrap());
+        self.published.push((gpa, word));
+    }
+    fn leaves(&mut self, values: &[u64]) {
+        self.held.extend(values);
+    }
+    fn returned(&mut self, value: u64) {
+        self.returned.push(value);
+    }
+    fn is_kernel_function(&self, va: u64) -> bool {
+        self.kernel_functions.contains(&va)
+    }
+    fn is_driver_function(&self, va: u64) -> bool {
+        self.driver_functions.contains(&va)
+    }
+    fn kernel_exception(&self, _: &ExceptionFrame, _: u64) -> KernelExceptionVerdict {
+        if self.kernel_exception_expected {
+            KernelExceptionVerdict::Expected
+        } else {
+            KernelExceptionVerdict::DriversFault
+        }
+    }
+    fn owns_mmio(&self, gpa: u64) -> bool {
+        (DEVICE_GPA..DEVICE_GPA + PAGE).contains(&gpa)
+    }
+    fn owns_port(&self, port: u16) -> bool {
+        DEVICE_PORTS.contains(&port)
+    }
+    fn device_read(&mut self, _: DeviceAddress, _: usize) -> u64 {
+        self.device_value
+    }
+    fn device_read_past(
+        &mut self,
+        at: DeviceAddress,
+        _: usize,
+        waiting: &mut dyn Iterator<Item = DeviceAddress>,
+    ) -> Option<u64> {
+        let is_of = |all: &[u64], at| {
+            all.iter()
+                .any(|offset| at == DeviceAddress::Memory(DEVICE_GPA + offset))
+        };
+        let waiting: Vec<_> = waiting.collect();
+        let may =
+            is_of(&self.flushes, at) && waiting.into_iter().all(|at| is_of(&self.flushes_past, at));
+        may.then_some(self.device_value)
+    }
+    fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize) {
+        let at = match at {
+            DeviceAddress::Memory(gpa) => gpa,
+            DeviceAddress::Port(port) => port.into(),
+        };
+        self.device_writes.push((at, value, bytes));
+    }
+    fn checkpoint_device(&mut self) {
+        self.checkpoints += 1;
+        self.at_checkpoint = self.memory.as_deref().map(all_of).unwrap_or_default();
+    }
+    fn restore_device(&mut self) {
+        self.restores += 1;
+        let now = self.memory.as_deref().map(all_of).unwrap_or_default();
+        assert!(
+            now == self.at_checkpoint,
+            "the device is put back before the memory that it looks at"
+        );
+        self.device_writes.clear();
+    }
+    fn restorable(&mut self) -> Restorable {
+        let mut restorable = Restorable::default();
+        for (va, bytes) in &self.writable {
+            restorable.include(gpa_of(*va), *bytes);
+        }
+        restorable.include(0, self.more_restorable);
+        for (va, bytes) in &self.kernels {
+            restorable.exclude(gpa_of(*va), *bytes);
+        }
+        restorable
+    }
+    fn device_state(&mut self) -> Option<DeviceState> {
+        Some(DeviceState(Arc::new(self.device_writes.len())))
+    }
+    fn undo_device(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        if self.device_is_in_use {
+            return Err("somebody uses it".to_owned());
+        }
+        let writes = |state: &DeviceState| *state.0.downcast_ref::<usize>().unwrap();
+        let parts = parts
+            .iter()
+            .map(|(before, after)| (writes(before), writes(after)));
+        self.undone_parts = parts.collect();
+        Ok(())
+    }
+    fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool {
+        let writes = |state: &DeviceState| *state.0.downcast_ref::<usize>().unwrap();
+        let part = self.device_writes.get(writes(before)..writes(after));
+        part.is_some_and(|part| part.iter().any(|(_, value, _)| *value == TRANSMITTER))
+    }
+    fn platform_read(&mut self, gpa: u64, _: usize) -> Option<u64> {
+        let written = self.platform_waiting.iter().rev();
+        let value = written.clone().find(|(at, _)| *at == gpa);
+        self.platform.then(|| value.map_or(0, |(_, value)| *value))
+    }
+    fn forget_platform(&mut self) {
+        self.platform_waiting.clear();
+    }
+    fn platform_write(&mut self, gpa: u64, value: u64, _: usize) -> bool {
+        self.platform_waiting.push((gpa, value));
+        self.platform
+    }
+    fn platform_msr_write(&mut self, index: u32, value: u64) -> bool {
+        self.platform_write(index.into(), value, 8)
+    }
+    fn commit_platform(&mut self) {
+        self.platform_written.append(&mut self.platform_waiting);
+    }
+    fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
+        port == 0x3f8
+    }
+}
