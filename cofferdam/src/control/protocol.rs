@@ -114,8 +114,8 @@ pub enum Request {
         /// Name of the function.
         function: String,
     },
-    /// Put a fault into calls of an isolated function, in place of the one before. The guest's own
-    /// text is not touched.
+    /// Put a fault into calls of an isolated function. Faults that were ordered before are kept until they are used up.
+    /// The guest's own text is not touched.
     Inject {
         /// Name of the module.
         module: String,

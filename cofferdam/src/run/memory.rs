@@ -45,7 +45,7 @@ fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
 const OWN_PAGES: libc::c_int = 32 << 10;
 
 /// Lets large buffers take memory only as far as they are used, from the start of the process until
-/// [`give_back_startup`]. Inside the heap the allocator clears them when they are made, and the user-mode gateway has
+/// [`give_back_unused`]. Inside the heap the allocator clears them when they are made, and the user-mode gateway has
 /// a buffer for each connection there could be. Where the kernel gives huge pages to whoever touches 2 MiB of address
 /// space (Debian's default), one byte of a buffer would take them all.
 pub fn make_buffers_lazy() {
@@ -64,10 +64,10 @@ fn forbid_huge_pages(forbidden: bool) {
     }
 }
 
-/// Gives back memory that only the start of the process needed: freed heap, and pages of program text,
+/// Gives back memory that only the start of the process, or what was just done, needed: freed heap, and pages of program text,
 /// most of which reads command lines and draws reports. Text that is needed comes back from the page
 /// cache by itself. Guest memory may have huge pages from now on, what was allocated until now may not.
-pub fn give_back_startup() {
+pub fn give_back_unused() {
     // SAFETY: malloc_trim takes no pointer and may be called at any time.
     unsafe { libc::malloc_trim(0) };
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_else(|error| {
@@ -190,7 +190,7 @@ Rss:                  40 kB
         buffer.spare_capacity_mut()[4 << 20].write(1);
         let one = resident().unwrap().own_kib;
         assert!(one < before + 1024, "{before} KiB, then {one}");
-        give_back_startup();
+        give_back_unused();
         buffer.resize(8 << 20, 7);
         assert!(buffer.iter().skip(1).all(|byte| *byte == 7));
     }

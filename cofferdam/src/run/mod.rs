@@ -188,7 +188,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     if let Some(input) = input {
         input.start(vm.handle(), belongings)?;
     }
-    memory::give_back_startup();
+    memory::give_back_unused();
     tracing::info!(name = %config.name, "the guest starts");
     Ok(vm.run()?)
 }

@@ -134,7 +134,10 @@ impl VmService {
         let isolated = self
             .supervisor
             .isolate(request, recovery, asker)
-            .map_err(chain)?;
+            .map_err(chain);
+        // The agent's lists are large, and what reads them is not needed soon.
+        memory::give_back_unused();
+        let isolated = isolated?;
         let mut reply = json(&isolated)?;
         let model = isolated.strength.model.as_deref();
         if let Some(model) = model

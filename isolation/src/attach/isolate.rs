@@ -22,12 +22,13 @@ use vmm::PausedVcpus;
 use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
 use super::live;
 use super::plan::Plan;
-use super::removal::RemovalWatch;
+use super::removal::{PlannedWatch, RemovalWatch};
 use super::request::{Contain, IsolateRequest, Isolated, Strength};
 use super::{AttachError, Isolator, physical_bits};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::armed::{Armed, Gate};
+use crate::dispatch::fault::Faults;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::effects::KernelEffects;
 use crate::domain::host_memory::HostMemory;
@@ -62,6 +63,8 @@ struct Prepared {
     gates: HashMap<u64, Gate>,
     strength: Strength,
     physical_bits: u8,
+    isolated: Isolated,
+    watch: Option<PlannedWatch>,
 }
 
 impl Isolator {
@@ -72,6 +75,17 @@ impl Isolator {
             let missing = "the types of its kernel and the module (BTF) are not known".to_owned();
             return Err(AttachError::NotContained(missing));
         }
+        let (symbols, types) = (request.symbols.clone(), request.types.clone());
+        let isolated = self.make_and_put_in_place(request);
+        // What calls need of it comes back by itself.
+        symbols.cool();
+        if let Some(types) = types {
+            types.cool();
+        }
+        isolated
+    }
+
+    fn make_and_put_in_place(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
         let memory = self.vm.ram().memory().clone();
         let (begun, mut stopped) = (Instant::now(), Duration::ZERO);
         let mut request = Some(request);
@@ -144,14 +158,13 @@ impl Isolator {
         let Some(request) = request.take() else {
             return Ok(None);
         };
-        let isolated = prepared.isolated();
-        let (types, symbols) = (request.types.clone(), request.symbols.clone());
+        let (isolated, planned) = (prepared.isolated.clone(), prepared.watch);
         let module = request.module.clone();
         let armed = prepared.arm(request, &virt);
         self.modules().insert(module, armed);
         let mut watch = self.watch();
-        if let (None, Some(types)) = (*watch, types) {
-            *watch = RemovalWatch::set(&types, &symbols, &virt);
+        if let (None, Some(planned)) = (*watch, planned) {
+            *watch = RemovalWatch::set(planned, &virt);
         }
         Ok(Some(isolated))
     }
@@ -228,8 +241,11 @@ impl Prepared {
         let domain = make_domain((kvm, host_memory), request, registers, &plan, memory)?;
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);
+        let knowledge = Knowledge::new(&layout, symbols.clone(), faults);
         Ok(Self {
-            knowledge: Knowledge::new(&layout, symbols.clone(), faults),
+            isolated: isolated(&plan, &knowledge, &strength),
+            watch: types.and_then(|types| RemovalWatch::plan(types, symbols)),
+            knowledge,
             queues: types.map_or_else(TransmitQueues::default, |types| {
                 TransmitQueues::new(types, symbols)
             }),
@@ -258,21 +274,6 @@ impl Prepared {
         Ok(same_text && self.domain.is_current(sregs.cr3)?)
     }
 
-    /// What was isolated; the times are not known yet.
-    fn isolated(&self) -> Isolated {
-        let plan = &self.plan;
-        let targets = plan.redirects.iter().map(|(_, target)| *target);
-        Isolated {
-            entries: plan.gates.iter().map(|gate| gate.name.clone()).collect(),
-            refused: plan.refused.clone(),
-            redirected_calls: plan.redirects.len(),
-            imports: self.knowledge.names_of(targets),
-            strength: self.strength.clone(),
-            stopped_us: 0,
-            prepared_us: 0,
-        }
-    }
-
     /// The module as it is once its gates are there.
     fn arm(self, request: IsolateRequest, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Armed {
         let call_loop = self.effects.is_some();
@@ -295,7 +296,7 @@ impl Prepared {
             effects: self.effects,
             strength: self.strength,
             fault_policy: request.policy,
-            fault: None,
+            faults: Faults::default(),
             again: None,
             stopped: false,
             device: request.device,
@@ -320,6 +321,20 @@ impl Isolated {
             prepared_us: micros(all.saturating_sub(stopped)),
             ..self
         }
+    }
+}
+
+/// What is isolated by this plan; the times are not known yet.
+fn isolated(plan: &Plan, knowledge: &Knowledge, strength: &Strength) -> Isolated {
+    let targets = plan.redirects.iter().map(|(_, target)| *target);
+    Isolated {
+        entries: plan.gates.iter().map(|gate| gate.name.clone()).collect(),
+        refused: plan.refused.clone(),
+        redirected_calls: plan.redirects.len(),
+        imports: knowledge.names_of(targets),
+        strength: strength.clone(),
+        stopped_us: 0,
+        prepared_us: 0,
     }
 }
 

@@ -28,7 +28,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm::{Refused, VmHandle};
 
 use crate::dispatch::armed::Armed;
-use crate::dispatch::fault::{Fault, FaultCount, FaultOrder, InstructionAt};
+use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
 use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
 use crate::guest::gate::GatePorts;
@@ -75,6 +75,9 @@ pub enum AttachError {
     /// A function that the guest's kernel does not have, or has twice.
     #[error("the guest's kernel has no function {0}, or several")]
     NoSuchFunction(String),
+    /// Too many faults.
+    #[error("too many faults are ordered of the module and not used up: release it to drop them")]
+    TooManyFaults,
     /// The machine refused.
     #[error(transparent)]
     Machine(#[from] Refused),
@@ -231,7 +234,7 @@ impl Isolator {
         })
     }
 
-    /// Puts a fault into calls of an isolated function, in place of the one ordered before.
+    /// Puts a fault into calls of an isolated function. Those ordered before are kept until they are used up.
     pub fn order_fault(&self, module: &str, order: FaultOrder) -> Result<(), AttachError> {
         let not_an_entry = || AttachError::NotAnEntry(order.entry.clone());
         self.with_module(module, |armed| {
@@ -248,16 +251,16 @@ impl Isolator {
             let at = function.checked_add(order.offset);
             at.filter(|at| armed.knowledge.in_text(*at, order.code.len() as u64))
                 .ok_or_else(not_an_entry)?;
-            armed.fault = Some(Fault::new(order.clone(), function));
-            Ok(())
+            match armed.faults.add(order.clone(), function) {
+                true => Ok(()),
+                false => Err(AttachError::TooManyFaults),
+            }
         })
     }
 
     /// What became of the fault that was ordered last.
     pub fn fault_count(&self, module: &str) -> Result<FaultCount, AttachError> {
-        self.with_module(module, |armed| {
-            Ok(armed.fault.as_ref().map(Fault::count).unwrap_or_default())
-        })
+        self.with_module(module, |armed| Ok(armed.faults.count()))
     }
 
     /// The instructions of a function of an isolated module, as the domain has them.

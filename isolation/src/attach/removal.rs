@@ -27,17 +27,27 @@ pub(crate) struct RemovalWatch {
     name: u64,
 }
 
+/// Where the gate will go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PlannedWatch {
+    gate: Gva,
+    name: u64,
+}
+
 impl RemovalWatch {
-    /// Puts the gate there. `None` if the guest's kernel has no such function or it cannot be gated: then a
-    /// module that was removed is noticed when it is isolated again.
-    pub fn set(
-        types: &Btf,
-        symbols: &SymbolTable,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
-    ) -> Option<Self> {
+    /// Where the gate goes. `None` if the guest's kernel has no such function: then a module that was removed is noticed
+    /// when it is isolated again.
+    pub fn plan(types: &Btf, symbols: &SymbolTable) -> Option<PlannedWatch> {
         let module = types.find_struct("module")?;
-        let name = u64::from(types.find_member(module, "name")?.bit_offset / 8);
-        let gate = symbols.kernel_symbol(FREE_MODULE)?.at;
+        Some(PlannedWatch {
+            name: u64::from(types.find_member(module, "name")?.bit_offset / 8),
+            gate: symbols.kernel_symbol(FREE_MODULE)?.at,
+        })
+    }
+
+    /// Puts the gate there. `None` if it cannot be gated.
+    pub fn set(planned: PlannedWatch, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Option<Self> {
+        let PlannedWatch { gate, name } = planned;
         let mut now = [0; GATE_BYTES];
         virt.read(gate, &mut now).ok()?;
         let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;

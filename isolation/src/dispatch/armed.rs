@@ -20,7 +20,7 @@ use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::{Failure, GuestCalls};
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
-use crate::dispatch::fault::Fault;
+use crate::dispatch::fault::Faults;
 use crate::dispatch::platform::Platform;
 use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, Knowledge};
 use crate::domain::Domain;
@@ -86,8 +86,8 @@ pub(crate) struct Armed {
     /// How strong the isolation is.
     pub strength: Strength,
     pub fault_policy: Box<dyn FaultPolicy>,
-    /// A fault that is put into calls on purpose.
-    pub fault: Option<Fault>,
+    /// Faults that are put into calls on purpose.
+    pub faults: Faults,
     /// The call that failed just now, if it is to be run once more.
     pub again: Option<Again>,
     /// Calls return their errors without being run.
@@ -301,9 +301,8 @@ impl Armed {
         let (domain, knowledge) = (&mut self.domain, &self.knowledge);
         let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
         let others_open = may_be_taken_back(&self.spilled);
-        if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.begin(&entry.name, again, at.sregs.cr3, domain)
-        {
+        let begun = self.faults.begin(&entry.name, again, at.sregs.cr3, domain);
+        if let Err(error) = begun {
             tracing::error!("a fault cannot be put into {}: {error}", entry.name);
         }
         if let Some(policy) = &mut self.policy {
@@ -439,9 +438,7 @@ impl Armed {
             }
             None => None,
         };
-        if let Some(fault) = &mut self.fault
-            && let Err(error) = fault.end(failed, &mut self.domain)
-        {
+        if let Err(error) = self.faults.end(failed, &mut self.domain) {
             self.domain_failed(gate, entry_regs, &error);
         }
         next

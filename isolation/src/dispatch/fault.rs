@@ -20,6 +20,8 @@ use crate::guest::addr::Gva;
 
 /// Longest function that is listed, in bytes.
 const MAX_FUNCTION: u64 = 64 << 10;
+/// Most orders of one module that are not used up.
+const MAX_ORDERS: usize = 16;
 /// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
@@ -76,8 +78,54 @@ pub enum InstructionKind {
     Dead,
 }
 
+/// The fault orders of a module, oldest first: each is kept until it is used up. Of several for one function the oldest
+/// that is due gets a call.
+#[derive(Default)]
+pub(crate) struct Faults(Vec<Fault>);
+
+impl Faults {
+    /// Takes one more order, for calls of the function at `function`; `false` if there are too many that are not used
+    /// up.
+    pub fn add(&mut self, order: FaultOrder, function: u64) -> bool {
+        self.0.retain(|fault| fault.count.left > 0);
+        let has_room = self.0.len() < MAX_ORDERS;
+        if has_room {
+            self.0.push(Fault::new(order, function));
+        }
+        has_room
+    }
+
+    /// See [`Fault::begin`].
+    pub fn begin(
+        &mut self,
+        entry: &str,
+        again: bool,
+        cr3: u64,
+        domain: &mut Domain,
+    ) -> Result<(), DomainError> {
+        for fault in &mut self.0 {
+            fault.begin(entry, again, cr3, domain)?;
+            if fault.in_place {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`Fault::end`].
+    pub fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
+        let mut all = self.0.iter_mut();
+        all.try_for_each(|fault| fault.end(failed, domain))
+    }
+
+    /// What became of the one that was ordered last.
+    pub fn count(&self) -> FaultCount {
+        self.0.last().map(|fault| fault.count).unwrap_or_default()
+    }
+}
+
 /// A fault order under way.
-pub(crate) struct Fault {
+struct Fault {
     order: FaultOrder,
     at: u64,
     original: Vec<u8>,
@@ -89,7 +137,7 @@ pub(crate) struct Fault {
 
 impl Fault {
     /// For calls of the function at `function`.
-    pub fn new(order: FaultOrder, function: u64) -> Self {
+    fn new(order: FaultOrder, function: u64) -> Self {
         Self {
             at: function.wrapping_add(order.offset),
             wait: order.every.saturating_sub(1),
@@ -104,7 +152,7 @@ impl Fault {
     }
 
     /// A call of `entry` begins or, having gone on in the guest, comes back (`again`), with the page tables at `cr3`.
-    pub fn begin(
+    fn begin(
         &mut self,
         entry: &str,
         again: bool,
@@ -131,7 +179,7 @@ impl Fault {
     }
 
     /// A call has ended, or goes on elsewhere. The domain's code is as it was.
-    pub fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
+    fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
         if !std::mem::take(&mut self.in_place) {
             return Ok(());
         }
@@ -141,11 +189,6 @@ impl Fault {
             self.wait = self.order.every.saturating_sub(1);
         }
         domain.patch(self.at, &self.original)
-    }
-
-    /// What became of it so far.
-    pub fn count(&self) -> FaultCount {
-        self.count
     }
 }
 

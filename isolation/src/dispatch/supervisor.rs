@@ -1,6 +1,6 @@
 //! What calls in the domain are told about this guest: its functions, its memory, its device.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
@@ -41,8 +41,6 @@ pub struct Knowledge {
     module: String,
     text: Vec<GvaRange>,
     data: Vec<GvaRange>,
-    kernel_functions: HashSet<u64>,
-    driver_functions: HashSet<u64>,
     faults: FaultTables,
     interrupt_stack: InterruptStack,
 }
@@ -50,23 +48,20 @@ pub struct Knowledge {
 impl Knowledge {
     /// Collects what calls will be asked about.
     pub fn new(layout: &ModuleLayout, symbols: Arc<SymbolTable>, faults: FaultTables) -> Self {
-        let of_module = |module: Option<&str>| module == Some(layout.name.as_str());
-        let functions = |own: bool| -> HashSet<u64> {
-            let code = symbols.iter().filter(|symbol| symbol.is_code());
-            code.filter(|symbol| of_module(symbol.module) == own)
-                .map(|s| s.at.0)
-                .collect()
-        };
         Self {
             module: layout.name.clone(),
             text: layout.text().map(|section| section.range).collect(),
             data: layout.data().map(|section| section.range).collect(),
-            kernel_functions: functions(false),
-            driver_functions: functions(true),
             interrupt_stack: InterruptStack::new(&symbols),
             symbols,
             faults,
         }
+    }
+
+    /// Whether a function begins at `va` that is the module's own, or anybody else's.
+    fn is_function(&self, va: u64, own: bool) -> bool {
+        let mut there = self.symbols.at(Gva(va));
+        there.any(|symbol| symbol.is_code() && (symbol.module == Some(self.module.as_str())) == own)
     }
 
     /// Address of a function of the module.
@@ -311,11 +306,11 @@ impl Supervisor for CallSupervisor<'_> {
     }
 
     fn is_kernel_function(&self, va: u64) -> bool {
-        self.knowledge.kernel_functions.contains(&va)
+        self.knowledge.is_function(va, false)
     }
 
     fn is_driver_function(&self, va: u64) -> bool {
-        self.knowledge.driver_functions.contains(&va)
+        self.knowledge.is_function(va, true)
     }
 
     fn kernel_exception(&self, frame: &ExceptionFrame, _address: u64) -> KernelExceptionVerdict {

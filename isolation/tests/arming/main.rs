@@ -203,3 +203,41 @@ fn a_module_that_is_gone_is_refused() {
     let error = guest.isolator.isolate(request).unwrap_err().to_string();
     assert!(error.contains("still loaded"), "{error}");
 }
+
+#[test]
+fn faults_that_were_ordered_before_are_kept() {
+    let guest = Guest::start();
+    guest.isolate("first").unwrap();
+    guest.isolate("second").unwrap();
+    let order = |entry: &str, times| FaultOrder {
+        entry: entry.to_owned(),
+        offset: 5,
+        code: vec![0x0f, 0x0b],
+        every: 1,
+        times,
+    };
+    let isolator = &guest.isolator;
+    isolator
+        .order_fault("first", order("first_counts", 2))
+        .unwrap();
+    isolator
+        .order_fault("first", order("first_calls_second", 1))
+        .unwrap();
+    isolator
+        .order_fault("first", order("first_counts", 1))
+        .unwrap();
+    assert_eq!(guest.call(CALLS_SECOND), ERROR);
+    // The two of the first, and then the one that was ordered last.
+    let results: Vec<u64> = (0..4).map(|_| guest.call(FIRST)).collect();
+    assert_eq!(results, [ERROR, ERROR, ERROR, 1]);
+    let count = isolator.fault_count("first").unwrap();
+    assert_eq!((count.tried, count.failed, count.left), (1, 1, 0));
+    // No more than there is room for, and used ones take none.
+    for _ in 0..16 {
+        isolator
+            .order_fault("first", order("first_counts", 1))
+            .unwrap();
+    }
+    let error = isolator.order_fault("first", order("first_counts", 1));
+    assert!(error.unwrap_err().to_string().contains("too many faults"));
+}

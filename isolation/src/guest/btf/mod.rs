@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use object::{Object, ObjectSection};
 
+use super::cold::{ColdBytes, ColdRows};
 pub use kinds::{EnumValues, Kind, Member, Members, Param, Params, TypeId};
 pub use query::{Function, MAX_HOPS};
 
@@ -26,6 +27,9 @@ const HEADER_BYTES: usize = 24;
 
 /// Longest string that is a name, in bytes (`KSYM_NAME_LEN`).
 const MAX_STRING: usize = 512;
+
+/// Bytes of a hash and the number of a type.
+const NAME_BYTES: usize = 12;
 
 /// Largest BTF that is read, in bytes. Debian's kernel has 4.3 million.
 const MAX_BYTES: usize = 64 << 20;
@@ -68,13 +72,13 @@ pub enum BtfError {
 pub struct Btf {
     base: Option<Arc<Btf>>,
     /// Type records.
-    types: Vec<u8>,
+    types: ColdBytes,
     /// Zero-terminated strings.
-    strings: Vec<u8>,
+    strings: ColdBytes,
     /// Where the record of type `first_id + i` begins.
-    offsets: Vec<u32>,
+    offsets: ColdRows<4>,
     /// Hashes of this part's names, sorted, with the type of each: calls ask by name.
-    by_name: Vec<(u64, u32)>,
+    by_name: ColdRows<NAME_BYTES>,
     /// First type number of this part: 1, or what follows the base's last.
     first_id: u32,
     /// Offset of this part's first string: 0, or the length of the base's strings.
@@ -96,26 +100,38 @@ impl Btf {
             let start = field(4)?.checked_add(offset?)?;
             data.get(start..start.checked_add(len?)?)
         };
-        let types = part(field(8), field(12)).ok_or(BtfError::Size)?.to_vec();
-        let strings = part(field(16), field(20)).ok_or(BtfError::Size)?.to_vec();
+        let types = part(field(8), field(12)).ok_or(BtfError::Size)?;
+        let strings = part(field(16), field(20)).ok_or(BtfError::Size)?;
         let (first_id, first_string) = match &base {
             Some(base) => (base.end_id(), base.end_string()),
             None => (1, 0),
         };
+        let offsets = record_offsets(types, first_id)?;
         let mut btf = Self {
             base,
-            types,
-            strings,
-            offsets: Vec::new(),
-            by_name: Vec::new(),
+            types: ColdBytes::new(types.to_vec()),
+            strings: ColdBytes::new(strings.to_vec()),
+            offsets: ColdRows::new(offsets.into_iter().map(u32::to_le_bytes)),
+            by_name: ColdRows::default(),
             first_id,
             first_string,
         };
-        btf.index()?;
         let named = btf.own_ids().filter(|id| !btf.name(*id).is_empty());
-        btf.by_name = named.map(|id| (hash_of(btf.name(id)), id.0)).collect();
-        btf.by_name.sort_unstable();
+        let mut by_name: Vec<_> = named.map(|id| (hash_of(btf.name(id)), id.0)).collect();
+        by_name.sort_unstable();
+        btf.by_name = ColdRows::new(by_name.into_iter().map(name_row));
         Ok(btf)
+    }
+
+    /// Gives up the memory of what was looked at until now, the base's too.
+    pub fn cool(&self) {
+        self.types.cool();
+        self.strings.cool();
+        self.offsets.cool();
+        self.by_name.cool();
+        if let Some(base) = &self.base {
+            base.cool();
+        }
     }
 
     /// Reads the `.BTF` section of a kernel's or module's ELF file.
@@ -178,11 +194,15 @@ impl Btf {
     /// This part's types of this name, in order.
     pub fn own_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
         let hash = hash_of(name);
-        let first = self.by_name.partition_point(|(other, _)| *other < hash);
-        let same = self.by_name[first..]
+        let rows = self.by_name.rows();
+        let first = rows.partition_point(|row| hash_and_id(row).0 < hash);
+        let behind = rows
+            .get(first..)
+            .unwrap_or_default()
             .iter()
-            .take_while(move |(other, _)| *other == hash);
-        same.map(|(_, id)| TypeId(*id))
+            .map(hash_and_id);
+        let same = behind.take_while(move |(other, _)| *other == hash);
+        same.map(|(_, id)| TypeId(id))
             .filter(move |id| self.name(*id) == name)
     }
 
@@ -199,30 +219,46 @@ impl Btf {
         if id.0 < self.first_id {
             return self.base.as_ref()?.record(id);
         }
-        let offset = *self.offsets.get((id.0 - self.first_id) as usize)?;
+        let offset = self.offsets.get((id.0 - self.first_id) as usize)?;
+        let offset = u32::from_le_bytes(*offset);
         self.types.get(offset as usize..)
     }
+}
 
-    /// Finds where each record begins.
-    fn index(&mut self) -> Result<(), BtfError> {
-        let mut at = 0;
-        while at < self.types.len() {
-            let id = self.end_id();
-            let rest = &self.types[at..];
-            let cut_short = BtfError::TypeCutShort { id };
-            let info = u32_at(rest, 4).ok_or(cut_short.clone())?;
-            let len = kinds::record_bytes(info).ok_or(BtfError::UnknownKind {
-                id,
-                kind: kinds::kind_number(info),
-            })?;
-            if rest.len() < len {
-                return Err(cut_short);
-            }
-            self.offsets.push(at as u32);
-            at += len;
+/// Where each record of `types` begins, the first of which has this number.
+fn record_offsets(types: &[u8], first_id: u32) -> Result<Vec<u32>, BtfError> {
+    let mut offsets = Vec::new();
+    let mut at = 0;
+    while at < types.len() {
+        let id = first_id.saturating_add(offsets.len() as u32);
+        let rest = &types[at..];
+        let cut_short = BtfError::TypeCutShort { id };
+        let info = u32_at(rest, 4).ok_or(cut_short.clone())?;
+        let len = kinds::record_bytes(info).ok_or(BtfError::UnknownKind {
+            id,
+            kind: kinds::kind_number(info),
+        })?;
+        if rest.len() < len {
+            return Err(cut_short);
         }
-        Ok(())
+        offsets.push(at as u32);
+        at += len;
     }
+    Ok(offsets)
+}
+
+/// A hash and the number of a type as a row.
+fn name_row((hash, id): (u64, u32)) -> [u8; NAME_BYTES] {
+    let mut row = [0; NAME_BYTES];
+    row[..8].copy_from_slice(&hash.to_le_bytes());
+    row[8..].copy_from_slice(&id.to_le_bytes());
+    row
+}
+
+fn hash_and_id(row: &[u8; NAME_BYTES]) -> (u64, u32) {
+    let [h0, h1, h2, h3, h4, h5, h6, h7, i0, i1, i2, i3] = *row;
+    let hash = u64::from_le_bytes([h0, h1, h2, h3, h4, h5, h6, h7]);
+    (hash, u32::from_le_bytes([i0, i1, i2, i3]))
 }
 
 fn hash_of(name: &str) -> u64 {

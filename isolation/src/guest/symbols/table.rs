@@ -2,6 +2,7 @@
 
 use super::Line;
 use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::cold::{ColdBytes, ColdRows};
 
 /// Most symbols a table holds; a Debian kernel with all its modules has about 300,000.
 const MAX_SYMBOLS: usize = 4 << 20;
@@ -17,6 +18,9 @@ const MAX_MODULES: usize = 1 << 16;
 #[error("the guest names an absurd number of symbols; is this /proc/kallsyms?")]
 pub struct TooManySymbols;
 
+/// Bytes of a record in a table.
+const RECORD_BYTES: usize = 20;
+
 #[derive(Debug, Clone, Copy)]
 struct Record {
     address: u64,
@@ -25,6 +29,30 @@ struct Record {
     /// 0 for the kernel, else one more than the index of the module.
     module: u16,
     kind: char,
+}
+
+impl Record {
+    fn row(self) -> [u8; RECORD_BYTES] {
+        let mut row = [0; RECORD_BYTES];
+        row[..8].copy_from_slice(&self.address.to_le_bytes());
+        row[8..12].copy_from_slice(&self.name_at.to_le_bytes());
+        row[12..14].copy_from_slice(&self.name_len.to_le_bytes());
+        row[14..16].copy_from_slice(&self.module.to_le_bytes());
+        row[16..].copy_from_slice(&u32::from(self.kind).to_le_bytes());
+        row
+    }
+
+    fn of(row: &[u8; RECORD_BYTES]) -> Self {
+        let [a0, a1, a2, a3, a4, a5, a6, a7, rest @ ..] = *row;
+        let [n0, n1, n2, n3, l0, l1, m0, m1, k0, k1, k2, k3] = rest;
+        Self {
+            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            name_at: u32::from_le_bytes([n0, n1, n2, n3]),
+            name_len: u16::from_le_bytes([l0, l1]),
+            module: u16::from_le_bytes([m0, m1]),
+            kind: char::from_u32(u32::from_le_bytes([k0, k1, k2, k3])).unwrap_or('?'),
+        }
+    }
 }
 
 /// A symbol in a table.
@@ -58,18 +86,19 @@ impl std::fmt::Display for Symbol<'_> {
 /// Collects symbols for a table.
 #[derive(Debug, Default)]
 pub struct SymbolTableBuilder {
-    table: SymbolTable,
+    records: Vec<Record>,
+    names: String,
+    modules: Vec<String>,
 }
 
 impl SymbolTableBuilder {
     /// Takes one symbol.
     pub fn add(&mut self, line: &Line<'_>) -> Result<(), TooManySymbols> {
-        let SymbolTable {
+        let Self {
             records,
             names,
             modules,
-            ..
-        } = &mut self.table;
+        } = self;
         if records.len() >= MAX_SYMBOLS || names.len() + line.name.len() > MAX_NAME_BYTES {
             return Err(TooManySymbols);
         }
@@ -99,28 +128,48 @@ impl SymbolTableBuilder {
 
     /// Sorts what was collected.
     pub fn finish(self) -> SymbolTable {
-        let mut table = self.table;
+        let Self {
+            mut records,
+            names,
+            modules,
+        } = self;
         // Stable: of symbols with one address the guest's first one names it.
-        table.records.sort_by_key(|record| record.address);
-        let mut by_name: Vec<u32> = (0..table.records.len() as u32).collect();
-        by_name.sort_by(|a, b| table.name_of(*a as usize).cmp(table.name_of(*b as usize)));
-        table.by_name = by_name;
-        table
+        records.sort_by_key(|record| record.address);
+        let name_of = |index: &u32| {
+            let record = &records[*index as usize];
+            let from = record.name_at as usize;
+            &names[from..from + usize::from(record.name_len)]
+        };
+        let mut by_name: Vec<u32> = (0..records.len() as u32).collect();
+        by_name.sort_by(|a, b| name_of(a).cmp(name_of(b)));
+        SymbolTable {
+            by_name: ColdRows::new(by_name.into_iter().map(u32::to_le_bytes)),
+            records: ColdRows::new(records.into_iter().map(Record::row)),
+            names: ColdBytes::new(names.into_bytes()),
+            modules,
+        }
     }
 }
 
 /// The guest's symbols.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default)]
 pub struct SymbolTable {
     /// By address.
-    records: Vec<Record>,
+    records: ColdRows<RECORD_BYTES>,
     /// Indices into `records`, by name and then by address.
-    by_name: Vec<u32>,
-    names: String,
+    by_name: ColdRows<4>,
+    names: ColdBytes,
     modules: Vec<String>,
 }
 
 impl SymbolTable {
+    /// Gives up the memory of what was looked at until now.
+    pub fn cool(&self) {
+        self.records.cool();
+        self.by_name.cool();
+        self.names.cool();
+    }
+
     /// How many symbols there are.
     pub fn len(&self) -> usize {
         self.records.len()
@@ -128,12 +177,12 @@ impl SymbolTable {
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.records.is_empty()
+        self.records.len() == 0
     }
 
     /// All symbols, by address.
     pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
-        self.records.iter().map(|record| self.symbol(record))
+        self.records().map(|record| self.symbol(&record))
     }
 
     /// The symbol that `at` lies in or right behind, and how far behind its start. Of several at
@@ -142,39 +191,33 @@ impl SymbolTable {
     /// A symbol has no length: what lies behind the last symbol of a module counts as its. Where
     /// that matters use [`SymbolTable::extent`].
     pub fn lookup(&self, at: Gva) -> Option<(Symbol<'_>, u64)> {
-        let behind = self
-            .records
-            .partition_point(|record| record.address <= at.0);
-        let address = self.records.get(behind.checked_sub(1)?)?.address;
-        let first = self
-            .records
-            .partition_point(|record| record.address < address);
-        let record = self
-            .records
-            .get(first)
-            .filter(|record| record.address != 0)?;
-        Some((self.symbol(record), at.0 - record.address))
+        let behind = self.first_where(|address| address > at.0);
+        let address = self.record(behind.checked_sub(1)?)?.address;
+        let first = self.first_where(|other| other >= address);
+        let record = self.record(first).filter(|record| record.address != 0)?;
+        Some((self.symbol(&record), at.0 - record.address))
     }
 
     /// The symbols exactly at `at`, in the guest's order.
     pub fn at(&self, at: Gva) -> impl Iterator<Item = Symbol<'_>> {
-        let first = self.records.partition_point(|record| record.address < at.0);
-        let behind = self
-            .records
-            .partition_point(|record| record.address <= at.0);
-        self.records[first..behind]
-            .iter()
-            .map(|record| self.symbol(record))
+        let first = self.first_where(|address| address >= at.0);
+        let behind = self.first_where(|address| address > at.0);
+        let rows = self.records.rows().get(first..behind);
+        let rows = rows.unwrap_or_default().iter();
+        rows.map(|row| self.symbol(&Record::of(row)))
     }
 
     /// All symbols of this name: static functions of several files or modules may share one.
     pub fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = Symbol<'a>> + use<'a> {
-        let name_of = |index: &u32| self.name_of(*index as usize);
-        let first = self.by_name.partition_point(|index| name_of(index) < name);
-        let behind = self.by_name.partition_point(|index| name_of(index) <= name);
-        self.by_name[first..behind]
-            .iter()
-            .map(|index| self.symbol(&self.records[*index as usize]))
+        let name_of = |row: &[u8; 4]| self.name_of(u32::from_le_bytes(*row) as usize);
+        let rows = self.by_name.rows();
+        let first = rows.partition_point(|row| name_of(row) < name);
+        let behind = rows.partition_point(|row| name_of(row) <= name);
+        let same = rows.get(first..behind).unwrap_or_default().iter();
+        same.filter_map(|row| {
+            let record = self.record(u32::from_le_bytes(*row) as usize)?;
+            Some(self.symbol(&record))
+        })
     }
 
     /// The one symbol of this name that the kernel itself has.
@@ -190,10 +233,9 @@ impl SymbolTable {
             .iter()
             .position(|known| known == module)
             .map(|i| i as u16 + 1);
-        self.records
-            .iter()
+        self.records()
             .filter(move |record| Some(record.module) == index)
-            .map(|record| self.symbol(record))
+            .map(|record| self.symbol(&record))
     }
 
     /// The bytes from `at` to the next symbol, but not past the end of `within` (the section).
@@ -202,31 +244,48 @@ impl SymbolTable {
         if !within.contains(at) {
             return None;
         }
-        let next = self
-            .records
-            .partition_point(|record| record.address <= at.0);
-        let last = match self.records.get(next) {
+        let next = self.first_where(|address| address > at.0);
+        let last = match self.record(next) {
             Some(record) => within.last().min(Gva(record.address - 1)),
             None => within.last(),
         };
         GvaRange::inclusive(at, last)
     }
 
+    /// Index of the first record whose address fulfils `is_behind`, as all later ones do.
+    fn first_where(&self, is_behind: impl Fn(u64) -> bool) -> usize {
+        let rows = self.records.rows();
+        rows.partition_point(|row| !is_behind(Record::of(row).address))
+    }
+
+    fn record(&self, index: usize) -> Option<Record> {
+        self.records.get(index).map(Record::of)
+    }
+
+    fn records(&self) -> impl Iterator<Item = Record> {
+        self.records.rows().iter().map(Record::of)
+    }
+
     fn name_of(&self, index: usize) -> &str {
-        let record = &self.records[index];
+        self.record(index).map_or("", |record| self.name(&record))
+    }
+
+    fn name(&self, record: &Record) -> &str {
         let from = record.name_at as usize;
-        &self.names[from..from + usize::from(record.name_len)]
+        let bytes = self.names.get(from..from + usize::from(record.name_len));
+        // Names were text when they were put away.
+        std::str::from_utf8(bytes.unwrap_or_default()).unwrap_or_default()
     }
 
     fn symbol(&self, record: &Record) -> Symbol<'_> {
-        let from = record.name_at as usize;
         Symbol {
             at: Gva(record.address),
             kind: record.kind,
-            name: &self.names[from..from + usize::from(record.name_len)],
+            name: self.name(record),
             module: usize::from(record.module)
                 .checked_sub(1)
-                .map(|i| self.modules[i].as_str()),
+                .and_then(|index| self.modules.get(index))
+                .map(String::as_str),
         }
     }
 }
