@@ -7,15 +7,17 @@
 //! the time from KVM's clock.
 //!
 //! ```text
-//! RSDP ─► XSDT ─┬► FADT ─► DSDT (PCI root, COM1, ECAM's reservation, power button, _S5)
+//! RSDP ─► XSDT ─┬► FADT ─► DSDT (PCI root and its slots, COM1, ECAM's reservation, power button,
+//!               │               panic device, _S5)
 //!               ├► MADT (local APICs, I/O APIC)
 //!               └► MCFG (ECAM of bus 0)
 //! ```
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
-    ONE, OpRegion, OpRegionSpace, PackageBuilder, Path, ResourceTemplate, Scope, Store, ZERO,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall,
+    Name, Notify, ONE, OpRegion, OpRegionSpace, PackageBuilder, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -27,7 +29,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use devices::pci::bus::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_BUS_BYTES, Windows};
+use devices::pci::bus::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_BUS_BYTES, SLOT_COUNT, Windows};
 use devices::serial::{COM1_IRQ, COM1_PORT, UART_PORTS};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -48,8 +50,8 @@ const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 pub(crate) struct Machine {
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// PCI slots that have a device.
-    pub pci_slots: Vec<u8>,
+    /// PCI slots whose device can come and go while the guest runs.
+    pub removable_slots: Vec<u8>,
     /// Where PCI devices decode.
     pub windows: Windows,
 }
@@ -181,30 +183,45 @@ fn pci_root(machine: &Machine, aml: &mut dyn AmlSink) {
         ResourceTemplate::new(vec![&bus, &config, &low_io, &high_io, &memory32, &memory64]);
 
     let mut routes = PackageBuilder::new();
-    for &slot in machine.pci_slots.iter().filter(|&&slot| slot != 0) {
+    for slot in 1..SLOT_COUNT {
         for pin in 0..4u8 {
             let mut route = PackageBuilder::new();
             // All functions of the device; the pin; no link device: a GSI.
-            route.add_element(&(u32::from(slot) << 16 | 0xffff));
+            route.add_element(&address(slot, 0xffff));
             route.add_element(&pin);
             route.add_element(&ZERO);
             route.add_element(&layout::pci_gsi(slot, pin + 1));
             routes.add_element(&route);
         }
     }
-    Device::new(
-        "PCI0".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_ADR".into(), &ZERO),
-            &Name::new("_SEG".into(), &ZERO),
-            &Name::new("_BBN".into(), &ZERO),
-            &Name::new("_CRS".into(), &resources),
-            &Name::new("_PRT".into(), &routes),
-        ],
-    )
-    .to_aml_bytes(aml);
+    let mut root = Vec::new();
+    for object in [
+        &Name::new("_HID".into(), &EISAName::new("PNP0A03")) as &dyn Aml,
+        &Name::new("_UID".into(), &ZERO),
+        &Name::new("_ADR".into(), &ZERO),
+        &Name::new("_SEG".into(), &ZERO),
+        &Name::new("_BBN".into(), &ZERO),
+        &Name::new("_CRS".into(), &resources),
+        &Name::new("_PRT".into(), &routes),
+    ] {
+        object.to_aml_bytes(&mut root);
+    }
+    hotplug::slots(&machine.removable_slots, &mut root);
+    Device::new("PCI0".into(), vec![&Raw(root)]).to_aml_bytes(aml);
+}
+
+/// `_ADR` of `function` in `slot`.
+fn address(slot: u8, function: u16) -> u32 {
+    u32::from(slot) << 16 | u32::from(function)
+}
+
+/// Objects that are AML already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 /// COM1, the reservation of ECAM, and the power button with the event device that reports it.
@@ -235,6 +252,22 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
                     true,
                     layout::ECAM as u32,
                     ECAM_BUS_BYTES as u32,
+                )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+    Device::new(
+        "PVPN".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&IO::new(
+                    layout::PANIC_PORT,
+                    layout::PANIC_PORT,
+                    1,
+                    1,
                 )]),
             ),
         ],
@@ -280,6 +313,11 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
                         &Local(1),
                         vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
                     ),
+                    &And::new(&Local(1), &Local(0), &power::EVENT_PCI_HOTPLUG),
+                    &If::new(
+                        &Local(1),
+                        vec![&MethodCall::new(hotplug::method_path(), vec![])],
+                    ),
                 ],
             ),
         ],
@@ -287,5 +325,6 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
     .to_aml_bytes(aml);
 }
 
+mod hotplug;
 #[cfg(test)]
 mod tests;

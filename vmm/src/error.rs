@@ -3,6 +3,8 @@
 use crate::boot::BootError;
 use crate::memory::MemoryError;
 
+/// Version of the encoding and of what it means. Changes with every change of either.
+pub const STATE_VERSION: u32 = 1;
 /// Why a machine cannot be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -57,6 +59,9 @@ pub enum Error {
     /// The guest cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A state cannot be put back.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The event loop failed.
     #[error("the event loop failed: {0}")]
     EventLoop(event_manager::Error),
@@ -70,4 +75,50 @@ impl Error {
     pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |source| Self::Kvm { what, source }
     }
+}
+
+/// Why bytes are not the state of a machine, or of this one.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum StateError {
+    /// Other bytes altogether.
+    #[error("these bytes are no state of a machine")]
+    NoState,
+    /// Of another version.
+    #[error(
+        "the state has version {0}, this program reads {STATE_VERSION}: use the one that wrote it"
+    )]
+    Version(u32),
+    /// Not all of it is there, or more than that.
+    #[error("the state is {found} bytes long, not {told}")]
+    Length {
+        /// Bytes that its head tells of.
+        told: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+    /// It was changed.
+    #[error("the state is damaged: its checksum is wrong")]
+    Checksum,
+    /// It is not as this program writes it.
+    #[error("the state is not as this program writes it: {0}")]
+    Content(&'static str),
+    /// Of a machine with other vCPUs.
+    #[error("the state is of a machine with {found} vCPUs, this one has {here}")]
+    Vcpus {
+        /// In the state.
+        found: usize,
+        /// In the machine.
+        here: usize,
+    },
+    /// Of a machine with other memory.
+    #[error("the state is of a machine with {found} bytes of memory, this one has {here}")]
+    Memory {
+        /// In the state.
+        found: u64,
+        /// In the machine.
+        here: u64,
+    },
+    /// A message is routed from where this machine has no device.
+    #[error("the state routes message {0}, which no device of this machine has")]
+    Route(u32),
 }

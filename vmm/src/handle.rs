@@ -1,18 +1,25 @@
 //! A machine as other threads and upper layers see it while it runs.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::bus::Bus;
+use devices::dma::DmaSpace;
+use devices::irq::MsiVectors;
+use devices::pci::PciFunction;
 use devices::pci::bus::PciBus;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::{Kvm, VmFd};
 use serde::Serialize;
 
+use crate::error::Error;
 use crate::exits::ExitCounts;
 use crate::gate::on_vcpu_thread;
 use crate::lifecycle::Request;
 use crate::machine::{Machine, Phase};
 use crate::memory::GuestRam;
+use crate::paused::PausedVcpus;
+use crate::slot::PciSlot;
 use crate::trap::TrapHandler;
 
 /// What a machine is doing.
@@ -44,6 +51,9 @@ pub enum Refused {
     /// A vCPU thread cannot wait for itself.
     #[error("this cannot be done from inside a trap handler")]
     OnVcpuThread,
+    /// Nothing that can be taken out is in the slot.
+    #[error("no device that came while the machine ran is in this slot")]
+    NotPlugged,
     /// Another trap handler is attached.
     #[error("another trap handler is attached: detach it first")]
     TrapHandlerAttached,
@@ -58,6 +68,10 @@ pub struct VmStatus {
     pub exits: Vec<ExitCounts>,
     /// How often it was reset.
     pub resets: u64,
+    /// The guest's kernel has told that it panicked, and was not reset since.
+    pub panicked: bool,
+    /// How often it has told so since the machine was made.
+    pub panics: u64,
     /// `CLOCK_MONOTONIC` time in nanoseconds when guest code first ran.
     pub first_entry_ns: Option<u64>,
 }
@@ -71,6 +85,10 @@ pub struct VmHandle {
 impl VmHandle {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         Self { machine }
+    }
+
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
+        &self.machine
     }
 
     /// What the machine is doing.
@@ -95,6 +113,8 @@ impl VmHandle {
                 .map(|vcpu| vcpu.exits.read())
                 .collect(),
             resets: self.machine.resets.load(Ordering::Relaxed),
+            panicked: self.machine.panic.panicked(),
+            panics: self.machine.panic.panics(),
             first_entry_ns: match self.machine.first_entry_ns.load(Ordering::Relaxed) {
                 0 => None,
                 time => Some(time),
@@ -113,12 +133,15 @@ impl VmHandle {
         operations.paused = true;
         self.machine.gate.inhibit();
         self.machine.gate.wait_all_parked();
+        self.tell_guest_that_it_stopped();
+        Ok(())
+    }
+
+    /// So that its watchdog finds no lock-up. KVM refuses where the guest does not use KVM's clock.
+    fn tell_guest_that_it_stopped(&self) {
         for vcpu in self.machine.lock_vcpus() {
-            // Tells the guest that it was stopped, so that its watchdog finds no lock-up. Refused
-            // where the guest does not use KVM's clock.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(())
     }
 
     /// Undoes [`VmHandle::pause`].
@@ -130,6 +153,8 @@ impl VmHandle {
         if !std::mem::take(&mut operations.paused) {
             return Err(Refused::NotPaused);
         }
+        // Again: a look at the vCPUs in between may have let the guest's clock take note of the first time.
+        self.tell_guest_that_it_stopped();
         self.machine.gate.release();
         Ok(())
     }
@@ -183,9 +208,7 @@ impl VmHandle {
         self.machine.gate.inhibit();
         let _release = Release(&self.machine);
         self.machine.gate.wait_all_parked();
-        let result = look(&mut PausedVcpus {
-            vcpus: self.machine.lock_vcpus(),
-        });
+        let result = look(&mut PausedVcpus::new(self.machine.lock_vcpus()));
         drop(operations);
         Ok(result)
     }
@@ -198,6 +221,49 @@ impl VmHandle {
         HoldGuard {
             machine: &self.machine,
         }
+    }
+
+    /// All of guest memory, for a device.
+    pub fn dma_space(&self) -> DmaSpace {
+        DmaSpace::new(self.machine.ram.memory().clone())
+    }
+
+    /// The next free slot of the PCI bus.
+    pub fn reserve_pci_slot(&self) -> Result<PciSlot, Error> {
+        PciSlot::reserve(&self.machine)
+    }
+
+    /// Message-signalled vectors for one function.
+    pub fn msi_vectors(&self, count: u16) -> Result<Arc<dyn MsiVectors>, Error> {
+        Ok(Arc::new(self.machine.routing.vectors(count)?))
+    }
+
+    /// Puts a device into its slot while the machine runs, lets the event loop serve it, and tells the guest to
+    /// look for it.
+    pub fn plug<D>(&self, slot: &PciSlot, device: Arc<Mutex<D>>) -> Result<(), Error>
+    where
+        D: PciFunction + MutEventSubscriber + Send + 'static,
+    {
+        slot.insert(device.clone())?;
+        self.machine.hotplug.came(slot.number(), device);
+        Ok(())
+    }
+
+    /// Asks the guest to let the device go that [`VmHandle::plug`] put into `slot`. It is taken out when the guest
+    /// ejects it or restarts; [`VmHandle::is_plugged`] tells.
+    pub fn unplug(&self, slot: u8) -> Result<(), Refused> {
+        if self.machine.operations().phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        match self.machine.hotplug.ask_back(slot) {
+            true => Ok(()),
+            false => Err(Refused::NotPlugged),
+        }
+    }
+
+    /// Whether `slot` has a device that [`VmHandle::plug`] put there.
+    pub fn is_plugged(&self, slot: u8) -> bool {
+        self.machine.hotplug.is_removable(slot)
     }
 
     /// Attaches the one trap handler ([`crate::trap`]).
@@ -268,28 +334,6 @@ struct Release<'a>(&'a Machine);
 impl Drop for Release<'_> {
     fn drop(&mut self) {
         self.0.gate.release();
-    }
-}
-
-/// All vCPUs of a machine that runs no guest code.
-pub struct PausedVcpus<'a> {
-    vcpus: Vec<MutexGuard<'a, VcpuFd>>,
-}
-
-impl PausedVcpus<'_> {
-    /// Number of vCPUs.
-    pub fn count(&self) -> usize {
-        self.vcpus.len()
-    }
-
-    /// vCPU `index`.
-    pub fn get(&mut self, index: usize) -> Option<&mut VcpuFd> {
-        self.vcpus.get_mut(index).map(|guard| &mut **guard)
-    }
-
-    /// All of them in order.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut VcpuFd> {
-        self.vcpus.iter_mut().map(|guard| &mut **guard)
     }
 }
 

@@ -2,8 +2,9 @@
 //! message-signalled vectors by irqfd.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::irq::{IrqLine, MsiMessage, MsiVectors};
 use kvm_bindings::{
@@ -12,9 +13,10 @@ use kvm_bindings::{
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::error::Error;
+use crate::error::{Error, StateError};
 use crate::layout::IO_APIC_PINS;
 
 /// One input of the I/O APIC, shared by any number of devices: asserted while one of them asserts it.
@@ -66,6 +68,13 @@ impl LineInput {
     }
 }
 
+impl Drop for LineInput {
+    /// A device that is gone asserts nothing.
+    fn drop(&mut self) {
+        self.set_level(false);
+    }
+}
+
 impl IrqLine for LineInput {
     fn set_level(&self, asserted: bool) {
         if self.level.swap(asserted, Ordering::AcqRel) != asserted {
@@ -78,79 +87,173 @@ impl IrqLine for LineInput {
 /// and message-signalled vectors behind them.
 pub(crate) struct GsiRouting {
     vm: Arc<VmFd>,
-    table: Mutex<Table>,
+    table: Mutex<BTreeMap<u32, Routed>>,
 }
 
-struct Table {
-    messages: BTreeMap<u32, MsiMessage>,
-    next_gsi: u32,
+/// Where a vector of a device goes.
+struct Routed {
+    message: Option<MsiMessage>,
+    /// The same for its device, which looks at it before each message.
+    flag: Arc<AtomicBool>,
 }
+
+/// Where a message-signalled vector goes, as a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Route {
+    gsi: u32,
+    address: u64,
+    data: u32,
+}
+
+/// First GSI of vectors.
+const FIRST_VECTOR: u32 = IO_APIC_PINS;
+/// First GSI that no vector can have: the pins of the interrupt controllers take entries of the table too.
+const VECTORS_END: u32 = KVM_MAX_IRQ_ROUTES as u32 - 16;
 
 impl GsiRouting {
     pub fn new(vm: Arc<VmFd>) -> Self {
-        let table = Table {
-            messages: BTreeMap::new(),
-            next_gsi: IO_APIC_PINS,
-        };
         Self {
             vm,
-            table: Mutex::new(table),
+            table: Mutex::new(BTreeMap::new()),
         }
     }
 
-    /// Vectors for one function, routed to nowhere.
+    fn table(&self) -> MutexGuard<'_, BTreeMap<u32, Routed>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Vectors for one function, routed to nowhere. They are free again when the group is dropped.
     pub fn vectors(self: &Arc<Self>, count: u16) -> Result<MsiGroup, Error> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        // The pins of the interrupt controllers take entries of the table too.
-        let end = table.next_gsi + u32::from(count);
-        if end as usize + 16 > KVM_MAX_IRQ_ROUTES {
+        let mut table = self.table();
+        let free: Vec<u32> = (FIRST_VECTOR..VECTORS_END)
+            .filter(|gsi| !table.contains_key(gsi))
+            .take(usize::from(count))
+            .collect();
+        if free.len() < usize::from(count) {
             return Err(Error::TooManyVectors);
         }
-        let mut vectors = Vec::with_capacity(usize::from(count));
-        for gsi in table.next_gsi..end {
-            let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| Error::Host {
-                what: "create an eventfd",
-                source,
-            })?;
-            self.vm
-                .register_irqfd(&event, gsi)
-                .map_err(|source| Error::Kvm {
-                    what: "register an irqfd",
-                    source,
-                })?;
-            vectors.push(Vector {
-                gsi,
-                event,
-                routed: AtomicBool::new(false),
-            });
-        }
-        table.next_gsi = end;
-        Ok(MsiGroup {
+        let mut group = MsiGroup {
             routing: self.clone(),
-            vectors,
+            vectors: Vec::with_capacity(free.len()),
+        };
+        for gsi in free {
+            let vector = self.vector(gsi);
+            match vector {
+                Ok(vector) => {
+                    let flag = vector.routed.clone();
+                    table.insert(
+                        gsi,
+                        Routed {
+                            message: None,
+                            flag,
+                        },
+                    );
+                    group.vectors.push(vector);
+                }
+                Err(error) => {
+                    // The group takes its vectors out of the table.
+                    drop(table);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(group)
+    }
+
+    fn vector(&self, gsi: u32) -> Result<Vector, Error> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| Error::Host {
+            what: "create an eventfd",
+            source,
+        })?;
+        self.vm
+            .register_irqfd(&event, gsi)
+            .map_err(Error::kvm("register an irqfd"))?;
+        Ok(Vector {
+            gsi,
+            event,
+            routed: Arc::new(AtomicBool::new(false)),
         })
     }
 
     fn route(&self, gsi: u32, message: Option<MsiMessage>) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let previous = match message {
-            Some(message) => table.messages.insert(gsi, message),
-            None => table.messages.remove(&gsi),
+        let mut table = self.table();
+        let Some(routed) = table.get_mut(&gsi) else {
+            return;
         };
-        if previous == message {
+        routed.flag.store(message.is_some(), Ordering::Release);
+        if std::mem::replace(&mut routed.message, message) == message {
             return;
         }
-        let entries = entries(&table.messages);
-        let result = KvmIrqRouting::from_entries(&entries)
-            .map_err(|error| format!("{error:?}"))
-            .and_then(|table| self.vm.set_gsi_routing(&table).map_err(|e| e.to_string()));
-        if let Err(error) = result {
+        if let Err(error) = self.tell_kvm(&table) {
             tracing::error!(%error, gsi, "message-signalled interrupt not routed");
         }
     }
+
+    fn tell_kvm(&self, table: &BTreeMap<u32, Routed>) -> Result<(), Error> {
+        let entries = entries(table);
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::TooManyVectors)?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .map_err(Error::kvm("route interrupts"))
+    }
+
+    fn release(&self, vectors: &[Vector]) {
+        let mut table = self.table();
+        let mut changed = false;
+        for vector in vectors {
+            if let Err(error) = self.vm.unregister_irqfd(&vector.event, vector.gsi) {
+                tracing::error!(%error, gsi = vector.gsi, "irqfd not taken back");
+            }
+            changed |= table
+                .remove(&vector.gsi)
+                .is_some_and(|routed| routed.message.is_some());
+        }
+        if changed && let Err(error) = self.tell_kvm(&table) {
+            tracing::error!(%error, "routes of a device that is gone stay");
+        }
+    }
+
+    /// Routes of all vectors that go anywhere.
+    pub fn save(&self) -> Vec<Route> {
+        let route = |(&gsi, routed): (&u32, &Routed)| {
+            let message = routed.message?;
+            Some(Route {
+                gsi,
+                address: message.address,
+                data: message.data,
+            })
+        };
+        self.table().iter().filter_map(route).collect()
+    }
+
+    /// Routes vectors as `routes` says, and all others to nowhere. The devices are those that were there
+    /// when it was taken, made in the same order.
+    pub fn restore(&self, routes: &[Route]) -> Result<(), Error> {
+        let mut table = self.table();
+        if let Some(unknown) = routes.iter().find(|route| !table.contains_key(&route.gsi)) {
+            return Err(StateError::Route(unknown.gsi).into());
+        }
+        for routed in table.values_mut() {
+            routed.message = None;
+        }
+        for route in routes {
+            if let Entry::Occupied(mut entry) = table.entry(route.gsi) {
+                entry.get_mut().message = Some(MsiMessage {
+                    address: route.address,
+                    data: route.data,
+                });
+            }
+        }
+        for routed in table.values() {
+            routed
+                .flag
+                .store(routed.message.is_some(), Ordering::Release);
+        }
+        self.tell_kvm(&table)
+    }
 }
 
-fn entries(messages: &BTreeMap<u32, MsiMessage>) -> Vec<kvm_irq_routing_entry> {
+fn entries(table: &BTreeMap<u32, Routed>) -> Vec<kvm_irq_routing_entry> {
     let pin = |gsi: u32, irqchip: u32, pin: u32| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
@@ -162,9 +265,10 @@ fn entries(messages: &BTreeMap<u32, MsiMessage>) -> Vec<kvm_irq_routing_entry> {
     let master = (0..8).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
     let slave = (8..16).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
     let io_apic = (0..IO_APIC_PINS).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    let message = messages
+    let message = table
         .iter()
-        .map(|(&gsi, message)| kvm_irq_routing_entry {
+        .filter_map(|(&gsi, routed)| Some((gsi, routed.message?)))
+        .map(|(gsi, message)| kvm_irq_routing_entry {
             gsi,
             type_: KVM_IRQ_ROUTING_MSI,
             u: kvm_irq_routing_entry__bindgen_ty_1 {
@@ -183,13 +287,19 @@ fn entries(messages: &BTreeMap<u32, MsiMessage>) -> Vec<kvm_irq_routing_entry> {
 struct Vector {
     gsi: u32,
     event: EventFd,
-    routed: AtomicBool,
+    routed: Arc<AtomicBool>,
 }
 
 /// The vectors of one function.
 pub(crate) struct MsiGroup {
     routing: Arc<GsiRouting>,
     vectors: Vec<Vector>,
+}
+
+impl Drop for MsiGroup {
+    fn drop(&mut self) {
+        self.routing.release(&self.vectors);
+    }
 }
 
 impl MsiVectors for MsiGroup {
@@ -202,7 +312,6 @@ impl MsiVectors for MsiGroup {
         let Some(vector) = self.vectors.get(usize::from(vector)) else {
             return;
         };
-        vector.routed.store(message.is_some(), Ordering::Release);
         self.routing.route(vector.gsi, message);
     }
 

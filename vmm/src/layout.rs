@@ -76,6 +76,10 @@ pub const PCI_MEMORY64_BYTES: u64 = 64 << 30;
 pub const PCI_IO: (u64, u64) = (0x1000, 0x1_0000);
 /// Ports of the power device, see [`crate::power`].
 pub const POWER_PORTS: u16 = 0x600;
+/// Ports of PCI hot-plug, see [`crate::hotplug`].
+pub const HOTPLUG_PORTS: u16 = 0x610;
+/// Port of the panic device, where QEMU has it.
+pub const PANIC_PORT: u16 = 0x505;
 
 /// GSI of the power device's events: the interrupt that ACPI uses on PCs.
 pub const POWER_GSI: u32 = 9;

@@ -1,21 +1,34 @@
 //! What all threads of one machine share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use devices::bus::Bus;
 use devices::pci::bus::PciBus;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+use crate::exits::ExitCounters;
 use crate::gate::Gate;
+use crate::hotplug::Hotplug;
+use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::memory::GuestRam;
+use crate::panic::PanicDevice;
+use crate::participant::Participant;
 use crate::power::PowerDevice;
+
 use crate::trap::TrapHandler;
-use crate::vcpu::Vcpu;
 
 /// Called at each reset, see [`crate::VmHandle::on_reset`].
 pub(crate) type ResetHook = Box<dyn FnMut() + Send>;
+
+/// A vCPU as the machine shares it. Its thread keeps the descriptor locked while it runs.
+pub(crate) struct Vcpu {
+    pub fd: Mutex<VcpuFd>,
+    pub exits: ExitCounters,
+    /// It is at the gate in the middle of an instruction, its registers are not those between two.
+    pub incomplete: AtomicBool,
+}
 
 /// How far the machine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +58,11 @@ pub(crate) struct Machine {
     pub mmio: Arc<Bus>,
     pub pci: Arc<PciBus>,
     pub power: Arc<PowerDevice>,
+    pub hotplug: Arc<Hotplug>,
+    pub panic: Arc<PanicDevice>,
+    /// Inputs of the I/O APIC.
+    pub lines: Arc<[Arc<Gsi>]>,
+    pub routing: Arc<GsiRouting>,
     pub gate: Arc<Gate>,
     pub requests: Arc<Requests>,
     pub operations: Mutex<Operations>,
@@ -53,6 +71,7 @@ pub(crate) struct Machine {
     pub first_entry_ns: AtomicU64,
     pub resets: AtomicU64,
     pub reset_hooks: Mutex<Vec<ResetHook>>,
+    pub participants: Mutex<Vec<Arc<dyn Participant>>>,
 }
 
 impl Machine {
@@ -80,6 +99,18 @@ impl Machine {
         self.reset_hooks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those that have to come to rest, see [`crate::quiesce`].
+    pub fn participants(&self) -> MutexGuard<'_, Vec<Arc<dyn Participant>>> {
+        self.participants
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A device's connection to input `gsi` of the I/O APIC, one of [`crate::layout::IO_APIC_PINS`].
+    pub fn line(&self, gsi: u32) -> Arc<LineInput> {
+        Arc::new(LineInput::new(self.lines[gsi as usize].clone()))
     }
 
     /// All vCPUs' descriptors; the threads must be at the gate.

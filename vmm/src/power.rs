@@ -7,13 +7,14 @@
 //! | 0xCF9 | reset control, as on PC chipsets: bit 2 set resets; ACPI's reset register |
 //! | 0x600 | ACPI sleep control (ACPI 6.5, section 4.8.3.7): SLP_TYP in bits 4:2, SLP_EN in bit 5 |
 //! | 0x601 | ACPI sleep status: WAK_STS in bit 7 |
-//! | 0x604 | events of the generic event device: bit 0 power button; reading clears |
+//! | 0x604 | events of the generic event device: bit 0 power button, bit 1 PCI hot-plug; reading clears |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use devices::bus::BusDevice;
 use devices::irq::IrqLine;
+use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::{Request, Requests};
 
@@ -33,6 +34,8 @@ pub const SLEEP_STATUS: u16 = 1;
 pub const EVENTS: u16 = 4;
 /// Bit of the event register: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Bit of the event register: functions come or are to go, see [`crate::hotplug`].
+pub const EVENT_PCI_HOTPLUG: u8 = 2;
 /// SLP_TYP of the soft-off state, S5.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
@@ -53,6 +56,12 @@ pub(crate) const RESET_VECTOR_CODE: [u8; 9] = [
     0xfd, // jmp to hlt
 ];
 
+/// State of the sleep and event registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PowerState {
+    events: u8,
+}
+
 /// The sleep and event registers.
 pub(crate) struct PowerDevice {
     requests: Arc<Requests>,
@@ -71,13 +80,24 @@ impl PowerDevice {
 
     /// Presses the power button: a guest that listens turns itself off.
     pub fn press_button(&self) {
-        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
+        self.announce(EVENT_POWER_BUTTON);
+    }
+
+    /// Lets the guest see `event`.
+    pub fn announce(&self, event: u8) {
+        self.events.fetch_or(event, Ordering::AcqRel);
         self.irq.set_level(true);
         self.irq.set_level(false);
     }
 
-    pub fn reset(&self) {
-        self.events.store(0, Ordering::Release);
+    pub fn save(&self) -> PowerState {
+        PowerState {
+            events: self.events.load(Ordering::Acquire),
+        }
+    }
+
+    pub fn restore(&self, state: PowerState) {
+        self.events.store(state.events, Ordering::Release);
     }
 }
 

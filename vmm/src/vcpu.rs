@@ -1,11 +1,12 @@
 //! A vCPU's thread: runs guest code, sends what leaves it to the devices, and calls the trap handler.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
-use crate::exits::{ExitCounters, ExitKind};
+use crate::exits::ExitKind;
 use crate::gate::Pass;
 use crate::lifecycle::Request;
 use crate::machine::Machine;
@@ -15,12 +16,6 @@ use crate::trap::{TRAP_PORTS, TrapContext, TrapOutcome};
 /// Exits that the completion of one instruction may take at most: an MMIO store of 64 bytes takes
 /// eight. A string instruction of a hostile guest would go on for ever; it is left in the middle.
 const MAX_COMPLETION_EXITS: usize = 16;
-
-/// A vCPU as the machine shares it. Its thread keeps the descriptor locked while it runs.
-pub(crate) struct Vcpu {
-    pub fd: Mutex<VcpuFd>,
-    pub exits: ExitCounters,
-}
 
 /// What happened in the guest that its thread has to deal with between two runs.
 enum Flow {
@@ -58,6 +53,7 @@ pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
     while machine.gate.pass(index) == Pass::Run {
         let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
         machine.mark_entered();
+        vcpu.incomplete.store(false, Ordering::Release);
         if let Err(reason) = run_until_kicked(machine, index, &mut fd) {
             let state = post_mortem::describe(&fd, &vcpu.exits, &machine.ram);
             machine.requests.push(Request::Fail(format!(
@@ -120,6 +116,9 @@ fn complete(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<(), St
         }
     }
     fd.set_kvm_immediate_exit(0);
+    machine.vcpus[usize::from(index)]
+        .incomplete
+        .store(true, Ordering::Release);
     Ok(())
 }
 

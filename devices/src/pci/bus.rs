@@ -8,7 +8,7 @@
 //! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while it
 //! calls a function.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
@@ -30,6 +30,9 @@ pub const CONFIG_PORTS: u64 = 0xcf8;
 /// Number of ports of [`ConfigPorts`].
 pub const CONFIG_PORTS_LEN: u64 = 8;
 
+/// Bits of CONFIG_ADDRESS that can be set.
+const CONFIG_ADDRESS_BITS: u32 = 0x80ff_fffc;
+
 /// Why a function cannot be put on the bus.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("PCI slot {0} does not exist or is taken")]
@@ -49,9 +52,19 @@ pub struct Windows {
 struct Slot {
     function: SharedFunction,
     mapped: Mutex<Vec<(BarRange, MappingId)>>,
+    /// It was taken out; an access that was under way maps nothing any more. Changes with the function locked.
+    gone: AtomicBool,
 }
 
 impl Slot {
+    fn new(function: SharedFunction) -> Self {
+        Self {
+            function,
+            mapped: Mutex::new(Vec::new()),
+            gone: AtomicBool::new(false),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, dyn PciFunction + 'static> {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,10 +88,7 @@ impl PciBus {
             memory,
             config_address: AtomicU32::new(0),
         };
-        let bridge = Slot {
-            function: Arc::new(Mutex::new(HostBridge::new())),
-            mapped: Mutex::new(Vec::new()),
-        };
+        let bridge = Slot::new(Arc::new(Mutex::new(HostBridge::new())));
         bus.slots.write().unwrap_or_else(PoisonError::into_inner)[0] = Some(Arc::new(bridge));
         bus
     }
@@ -88,14 +98,40 @@ impl PciBus {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         match slots.get_mut(usize::from(slot)) {
             Some(entry @ None) => {
-                *entry = Some(Arc::new(Slot {
-                    function,
-                    mapped: Mutex::new(Vec::new()),
-                }));
+                *entry = Some(Arc::new(Slot::new(function)));
                 Ok(())
             }
             _ => Err(SlotError(slot)),
         }
+    }
+
+    /// Takes the function out of `slot`, with everything that it decodes.
+    pub fn remove(&self, slot: u8) -> Option<SharedFunction> {
+        let taken = {
+            let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+            match slot {
+                0 => None, // The host bridge stays.
+                _ => slots.get_mut(usize::from(slot))?.take(),
+            }
+        }?;
+        let _function = taken.lock();
+        taken.gone.store(true, Ordering::Relaxed);
+        let mut mapped = taken.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        for (range, id) in mapped.drain(..) {
+            self.bus_of(range.space).unmap(id);
+        }
+        Some(taken.function.clone())
+    }
+
+    /// CONFIG_ADDRESS, the register of configuration mechanism #1.
+    pub fn config_address(&self) -> u32 {
+        self.config_address.load(Ordering::Relaxed)
+    }
+
+    /// Sets CONFIG_ADDRESS.
+    pub fn set_config_address(&self, address: u32) {
+        self.config_address
+            .store(address & CONFIG_ADDRESS_BITS, Ordering::Relaxed);
     }
 
     /// The functions in all slots but `slots`, in the order of slots.
@@ -204,6 +240,9 @@ impl PciBus {
 
     /// Brings the mappings of a slot in line with what its function decodes.
     fn remap(&self, slot: &Slot, function: &dyn PciFunction) {
+        if slot.gone.load(Ordering::Relaxed) {
+            return;
+        }
         let wanted = function.decoded();
         let mut mapped = slot.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         if mapped.iter().map(|(range, _)| range).eq(wanted.iter()) {
@@ -338,8 +377,7 @@ impl BusDevice for ConfigPorts {
     fn write(&self, port: u64, data: &[u8]) {
         match (port, data) {
             (0, &[a, b, c, d]) => {
-                let address = u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc;
-                self.0.config_address.store(address, Ordering::Relaxed);
+                self.0.set_config_address(u32::from_le_bytes([a, b, c, d]));
             }
             (4..8, _) => {
                 if let Some((slot, register)) = self.target(port) {

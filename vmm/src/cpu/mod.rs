@@ -1,5 +1,7 @@
 //! What a vCPU is (CPUID) and how it starts (registers, local APIC).
 
 pub(crate) mod cpuid;
+mod leaves;
+mod probe;
 pub(crate) mod regs;
-pub(crate) mod state;
+mod xstate;

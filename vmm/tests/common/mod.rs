@@ -112,7 +112,13 @@ impl Guest {
             mut vm, reports, ..
         } = self;
         let handle = vm.handle();
-        let thread = std::thread::spawn(move || vm.run());
+        let thread = std::thread::spawn(move || {
+            let result = vm.run();
+            if let Err(error) = &result {
+                eprintln!("the machine ended: {error}");
+            }
+            result
+        });
         Running {
             handle,
             reports,

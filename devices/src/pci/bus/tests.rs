@@ -256,3 +256,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_function_that_was_taken_out_decodes_nothing_and_its_slot_is_free() {
+    let machine = machine();
+    let card = Card::new(&[(0, BarSpace::Memory32, 0x1000)]);
+    machine.pci.insert(3, card.clone()).unwrap();
+    machine.pci.assign_resources(&WINDOWS, |_, _| 0);
+    let mut address = [0; 4];
+    machine.pci.config_read(3, offset::BAR0, &mut address);
+    let address = u64::from(u32::from_le_bytes(address) & !0xf);
+    machine.pci.config_write(3, offset::COMMAND, &[2, 0]);
+    assert!(machine.memory.read(address, &mut [0]));
+    // An access that had found the slot before, and is served behind.
+    let slot = machine.pci.slot(3).unwrap();
+    assert!(machine.pci.remove(3).is_some());
+    machine.pci.remap(&slot, &*slot.lock());
+    assert!(!machine.memory.read(address, &mut [0]));
+    drop(slot);
+    assert_eq!(Arc::strong_count(&card), 1);
+    let mut identity = [0; 4];
+    machine.pci.config_read(3, 0, &mut identity);
+    assert_eq!(identity, [0xff; 4]);
+    assert!(machine.pci.remove(3).is_none());
+    assert!(machine.pci.remove(0).is_none(), "the host bridge stays");
+    assert!(machine.pci.remove(200).is_none());
+    machine.pci.insert(3, card).unwrap();
+}

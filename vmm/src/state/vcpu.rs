@@ -1,20 +1,27 @@
-//! All of a vCPU's and of the interrupt controllers' state as values: taken once when the machine is
-//! new and put back at each reset.
+//! State of one vCPU, its TSC apart.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, MsrList, Msrs,
-    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, MsrList, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// IA32_TIME_STAMP_COUNTER: goes on over a reset, so that all vCPUs stay in step.
-const MSR_IA32_TSC: u32 = 0x10;
+/// IA32_TIME_STAMP_COUNTER: in [`super::time`], so that all vCPUs stay in step.
+pub(super) const MSR_IA32_TSC: u32 = 0x10;
+/// IA32_TSC_DEADLINE: means something only once the local APIC's timer is set.
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Most MSRs that a state may have; KVM lists some hundred.
+pub(super) const MAX_MSRS: usize = 4096;
+/// Most that KVM takes at once.
+const MSR_BATCH: usize = 256;
 
-/// State of one vCPU, CPUID apart.
+/// State of one vCPU.
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct VcpuState {
+    pub(super) cpuid: Vec<kvm_cpuid_entry2>,
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: kvm_xsave,
@@ -30,7 +37,11 @@ impl VcpuState {
     /// Takes the state of `vcpu`, with the values of all MSRs in `msr_indices`.
     pub fn save(kvm: &Kvm, vcpu: &VcpuFd, msr_indices: &MsrList) -> Result<Self, Error> {
         let xcrs = kvm.check_extension(Cap::Xcrs);
+        let cpuid = vcpu
+            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("read CPUID"))?;
         Ok(Self {
+            cpuid: cpuid.as_slice().to_vec(),
             mp_state: vcpu
                 .get_mp_state()
                 .map_err(Error::kvm("read a vCPU's run state"))?,
@@ -56,14 +67,26 @@ impl VcpuState {
         })
     }
 
-    /// Puts the state into `vcpu`, which is out of the guest with no I/O pending.
+    /// Number of MSRs.
+    pub(super) fn msr_count(&self) -> usize {
+        self.msrs.len()
+    }
+
+    /// Gives `vcpu`, which has never run, this CPUID.
+    pub(super) fn restore_cpuid(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|_| Error::KvmLacks("room for CPUID leaves"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set CPUID"))
+    }
+
+    /// Puts the rest of the state into `vcpu`, which is out of the guest with no I/O pending.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(Error::kvm("set a vCPU's run state"))?;
-        vcpu.set_regs(&self.regs)
-            .map_err(Error::kvm("set registers"))?;
         vcpu.set_sregs(&self.sregs)
             .map_err(Error::kvm("set special registers"))?;
+        vcpu.set_regs(&self.regs)
+            .map_err(Error::kvm("set registers"))?;
         // SAFETY: the structure has the 4 KiB that the call reads; no feature that needs more was
         // ever enabled for the guest (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM is never called).
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(Error::kvm("set extended registers"))?;
@@ -72,9 +95,9 @@ impl VcpuState {
         }
         vcpu.set_debug_regs(&self.debug_regs)
             .map_err(Error::kvm("set debug registers"))?;
-        write_msrs(vcpu, &self.msrs)?;
         vcpu.set_lapic(&self.lapic)
             .map_err(Error::kvm("set a local APIC"))?;
+        write_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(Error::kvm("set pending events"))
     }
@@ -85,7 +108,8 @@ fn read_msrs(vcpu: &VcpuFd, indices: &MsrList) -> Result<Vec<kvm_msr_entry>, Err
     let mut wanted: Vec<kvm_msr_entry> = indices
         .as_slice()
         .iter()
-        .filter(|&&index| index != MSR_IA32_TSC)
+        .filter(|&&index| index != MSR_IA32_TSC && index != MSR_IA32_TSC_DEADLINE)
+        .chain([&MSR_IA32_TSC_DEADLINE])
         .map(|&index| kvm_msr_entry {
             index,
             ..Default::default()
@@ -93,11 +117,12 @@ fn read_msrs(vcpu: &VcpuFd, indices: &MsrList) -> Result<Vec<kvm_msr_entry>, Err
         .collect();
     let mut values = Vec::with_capacity(wanted.len());
     while !wanted.is_empty() {
-        let mut batch = batch(&wanted)?;
+        let mut batch = batch(&wanted[..wanted.len().min(MSR_BATCH)])?;
         let done = vcpu.get_msrs(&mut batch).map_err(Error::kvm("read MSRs"))?;
+        let asked = batch.as_slice().len();
         values.extend_from_slice(&batch.as_slice()[..done]);
         // The call stops at the first that cannot be read.
-        wanted.drain(..(done + 1).min(wanted.len()));
+        wanted.drain(..(done + 1).min(asked));
     }
     Ok(values)
 }
@@ -105,13 +130,14 @@ fn read_msrs(vcpu: &VcpuFd, indices: &MsrList) -> Result<Vec<kvm_msr_entry>, Err
 /// Writes those of `values` that can be written; read-only ones keep theirs anyway.
 fn write_msrs(vcpu: &VcpuFd, mut values: &[kvm_msr_entry]) -> Result<(), Error> {
     while !values.is_empty() {
+        let now = &values[..values.len().min(MSR_BATCH)];
         let done = vcpu
-            .set_msrs(&batch(values)?)
+            .set_msrs(&batch(now)?)
             .map_err(Error::kvm("set MSRs"))?;
-        if let Some(refused) = values.get(done) {
+        if let Some(refused) = now.get(done) {
             tracing::trace!(index = refused.index, "MSR not put back");
         }
-        values = values.get(done + 1..).unwrap_or_default();
+        values = values.get((done + 1).min(now.len())..).unwrap_or_default();
     }
     Ok(())
 }
@@ -119,40 +145,4 @@ fn write_msrs(vcpu: &VcpuFd, mut values: &[kvm_msr_entry]) -> Result<(), Error> 
 fn batch(entries: &[kvm_msr_entry]) -> Result<Msrs, Error> {
     // Fails only for more entries than KVM takes, and the list came from KVM.
     Msrs::from_entries(entries).map_err(|_| Error::KvmLacks("a usable list of MSRs"))
-}
-
-/// State of the interrupt controllers and the timer of a machine.
-pub(crate) struct ChipState {
-    chips: [kvm_irqchip; 3],
-    pit: kvm_pit_state2,
-}
-
-impl ChipState {
-    /// Takes the state.
-    pub fn save(vm: &VmFd) -> Result<Self, Error> {
-        let mut chips = [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ]
-        .map(|chip_id| kvm_irqchip {
-            chip_id,
-            ..Default::default()
-        });
-        for chip in &mut chips {
-            vm.get_irqchip(chip)
-                .map_err(Error::kvm("read an interrupt controller"))?;
-        }
-        let pit = vm.get_pit2().map_err(Error::kvm("read the timer"))?;
-        Ok(Self { chips, pit })
-    }
-
-    /// Puts it back.
-    pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
-        for chip in &self.chips {
-            vm.set_irqchip(chip)
-                .map_err(Error::kvm("set an interrupt controller"))?;
-        }
-        vm.set_pit2(&self.pit).map_err(Error::kvm("set the timer"))
-    }
 }

@@ -1,0 +1,81 @@
+//! KVM itself and a machine's VM in it: what is needed, and what is made before there are vCPUs.
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use crate::error::Error;
+use crate::layout;
+use crate::memory::GuestRam;
+
+/// Opens KVM and checks that it can do what machines need.
+pub(crate) fn open() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::NoKvm,
+        libc::EACCES | libc::EPERM => Error::KvmForbidden,
+        _ => Error::KvmUnusable(error),
+    })?;
+    const API_VERSION: i32 = 12;
+    if kvm.get_api_version() != API_VERSION {
+        return Err(Error::KvmLacks("API version 12"));
+    }
+    let needed = [
+        (Cap::Irqchip, "an in-kernel interrupt controller"),
+        (Cap::Pit2, "a timer"),
+        (Cap::UserMemory, "user memory"),
+        (Cap::Irqfd, "irqfd"),
+        (Cap::IrqRouting, "interrupt routing"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::MpState, "vCPU run states"),
+        (Cap::VcpuEvents, "vCPU events"),
+        (Cap::Debugregs, "debug registers"),
+        (Cap::Xsave, "extended registers"),
+    ];
+    match needed
+        .into_iter()
+        .find(|&(cap, _)| !kvm.check_extension(cap))
+    {
+        Some((_, name)) => Err(Error::KvmLacks(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// A VM without memory and interrupt controllers.
+pub(crate) fn create_empty_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    let vm = loop {
+        match kvm.create_vm() {
+            Ok(vm) => break vm,
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(Error::kvm("create a virtual machine")(error)),
+        }
+    };
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(Error::kvm("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .map_err(Error::kvm("place its TSS"))?;
+    Ok(vm)
+}
+
+/// A machine's VM: interrupt controllers, timer, and `ram` as its memory.
+pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, Error> {
+    let vm = create_empty_vm(kvm)?;
+    vm.create_irq_chip()
+        .map_err(Error::kvm("create interrupt controllers"))?;
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit).map_err(Error::kvm("create a timer"))?;
+    for region in ram.regions() {
+        let slot = kvm_userspace_memory_region {
+            slot: region.slot,
+            flags: 0,
+            guest_phys_addr: region.guest_address.0,
+            memory_size: region.len,
+            userspace_addr: region.host_address,
+        };
+        // SAFETY: the range is a mapping of `ram`, which the machine drops after its vCPUs, so no
+        // guest code runs once it is gone; regions do not overlap.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("take guest memory"))?;
+    }
+    Ok(vm)
+}

@@ -1,0 +1,142 @@
+//! Bringing a machine to rest: guest code out, instructions complete, nothing open in what works beside it.
+//!
+//! ```text
+//!  running ─► vCPUs to the gate ─► exits completed? ─► each participant: settle ─► at rest: look, save
+//!     ▲            │ no, or "soon"                        │ refused                     │
+//!     └────────────┴── let them go on, ask again ◄────────┴──► error with the reason    └─► go on
+//! ```
+//!
+//! A participant is what has business with the guest that must be finished before state is taken: a device with
+//! requests under way, a layer with calls of the guest open.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+use crate::handle::{Refused, VmHandle};
+use crate::machine::Machine;
+use crate::participant::{Participant, Unsettled};
+use crate::paused::PausedVcpus;
+use crate::state::MachineState;
+
+/// Between two attempts: the guest goes on meanwhile.
+const AGAIN_AFTER: Duration = Duration::from_millis(1);
+
+/// Why a machine did not come to rest.
+#[derive(Debug, thiserror::Error)]
+pub enum QuiesceError {
+    /// It cannot be paused.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Something is open.
+    #[error("{who} did not come to rest: {reason}")]
+    Unsettled {
+        /// What is open.
+        who: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl VmHandle {
+    /// Has `participant` settle whenever the machine is brought to rest, after those that were added before.
+    pub fn add_participant(&self, participant: Arc<dyn Participant>) {
+        self.machine().participants().push(participant);
+    }
+
+    /// Forgets `participant`.
+    pub fn remove_participant(&self, participant: &Arc<dyn Participant>) {
+        self.machine()
+            .participants()
+            .retain(|known| !Arc::ptr_eq(known, participant));
+    }
+
+    /// Calls `look` with the machine at rest. What is open and ends by itself is waited for until `limit` is
+    /// over, during which the guest goes on from time to time; a machine that is paused cannot wait. It goes on
+    /// afterwards if it was running. As [`VmHandle::with_paused`], not to be called with a device locked.
+    pub fn quiesce<R>(
+        &self,
+        limit: Duration,
+        look: impl FnOnce(&mut Quiesced<'_, '_>) -> R,
+    ) -> Result<R, QuiesceError> {
+        let mut look = Some(look);
+        let start = Instant::now();
+        loop {
+            let attempt = self.with_paused(|vcpus| {
+                let settled = settle(self.machine(), vcpus)?;
+                let mut quiesced = Quiesced {
+                    machine: self.machine(),
+                    vcpus,
+                };
+                let result = look.take().map(|look| look(&mut quiesced));
+                drop(settled);
+                Ok(result)
+            })?;
+            match attempt {
+                Ok(Some(result)) => return Ok(result),
+                // Only a look that was made takes it.
+                Ok(None) => return Err(Refused::Stopped.into()),
+                Err((who, Unsettled { reason, soon })) => {
+                    if !soon || self.machine().operations().paused || start.elapsed() >= limit {
+                        return Err(QuiesceError::Unsettled { who, reason });
+                    }
+                }
+            }
+            std::thread::sleep(AGAIN_AFTER);
+        }
+    }
+}
+
+/// Participants that have settled; they go on when this is dropped, in reverse order.
+struct Settled(Vec<Arc<dyn Participant>>);
+
+impl Drop for Settled {
+    fn drop(&mut self) {
+        for participant in self.0.iter().rev() {
+            participant.go_on();
+        }
+    }
+}
+
+/// Has everybody settle; gives who did not and why.
+fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (String, Unsettled)> {
+    if let Some(index) = machine
+        .vcpus
+        .iter()
+        .position(|vcpu| vcpu.incomplete.load(Ordering::Acquire))
+    {
+        let unsettled = Unsettled {
+            reason: "it is in the middle of a string instruction".to_owned(),
+            soon: true,
+        };
+        return Err((format!("vCPU {index}"), unsettled));
+    }
+    let participants = machine.participants().clone();
+    let mut settled = Settled(Vec::with_capacity(participants.len()));
+    for participant in participants {
+        match participant.settle(vcpus) {
+            Ok(()) => settled.0.push(participant),
+            Err(unsettled) => return Err((participant.name(), unsettled)),
+        }
+    }
+    Ok(settled)
+}
+
+/// A machine at rest, see [`VmHandle::quiesce`].
+pub struct Quiesced<'a, 'v> {
+    machine: &'a Machine,
+    vcpus: &'a mut PausedVcpus<'v>,
+}
+
+impl<'v> Quiesced<'_, 'v> {
+    /// The vCPUs.
+    pub fn vcpus(&mut self) -> &mut PausedVcpus<'v> {
+        self.vcpus
+    }
+
+    /// State of the machine, its memory and its devices on PCI apart.
+    pub fn save(&mut self) -> Result<MachineState, Error> {
+        MachineState::save(self.machine, self.vcpus.fds())
+    }
+}
