@@ -88,7 +88,7 @@ pub fn full_image() -> ImageSpec {
     ImageSpec {
         file: "initrd.cpio".into(),
         init: InitConfig {
-            modules: ["virtio_pci", "virtio_console"]
+            modules: ["virtio_pci", "virtio_console", "pvpanic-mmio"]
                 .map(BootModule::optional)
                 .into(),
             shell: true,

@@ -31,7 +31,7 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(
+    fn shared(
         name: &'static str,
         log: &Arc<Mutex<Vec<String>>>,
         answer: impl FnMut() -> Result<(), Unsettled> + Send + 'static,
@@ -76,9 +76,9 @@ fn participants_settle_in_order_and_go_on_in_reverse() {
     let guest = start(counts(), 2);
     guest.report();
     let log = Arc::new(Mutex::new(Vec::new()));
-    let first = Probe::new("disk", &log, || Ok(()));
+    let first = Probe::shared("disk", &log, || Ok(()));
     let mut tries = 0;
-    let second = Probe::new("calls", &log, move || {
+    let second = Probe::shared("calls", &log, move || {
         tries += 1;
         match tries {
             1..=3 => busy("one is open", true),
@@ -119,7 +119,7 @@ fn participants_settle_in_order_and_go_on_in_reverse() {
 fn a_refusal_names_who_and_why_and_leaves_the_machine_as_it_was() {
     let guest = start(counts(), 2);
     let log = Arc::new(Mutex::new(Vec::new()));
-    let refusing = Probe::new("calls", &log, || busy("`e1000_open` is open", false));
+    let refusing = Probe::shared("calls", &log, || busy("`e1000_open` is open", false));
     guest.handle.add_participant(refusing.clone());
     let error = guest.handle.quiesce(LIMIT, |_| ()).unwrap_err();
     assert_eq!(
@@ -132,7 +132,7 @@ fn a_refusal_names_who_and_why_and_leaves_the_machine_as_it_was() {
     // One that is paused cannot end what is open, however soon it would.
     guest
         .handle
-        .add_participant(Probe::new("disk", &log, || busy("a request", true)));
+        .add_participant(Probe::shared("disk", &log, || busy("a request", true)));
     guest.handle.pause().unwrap();
     let error = guest.handle.quiesce(LIMIT, |_| ()).unwrap_err();
     assert!(matches!(error, QuiesceError::Unsettled { .. }), "{error}");
@@ -204,11 +204,7 @@ fn registers_are_those_behind_the_last_store_of_a_string_instruction() {
             .handle
             .quiesce(LIMIT, |quiesced| {
                 let regs = quiesced.vcpus().get(0).unwrap().get_regs().unwrap();
-                let copied = if regs.rdi >= 0x3000_0000 {
-                    regs.rdi - 0x3000_0000
-                } else {
-                    0
-                };
+                let copied = regs.rdi.saturating_sub(0x3000_0000);
                 in_the_middle += u32::from((1..3000).contains(&copied));
                 (
                     regs.r12 * 3000 + copied,

@@ -296,6 +296,7 @@ fn time_stamp_counters_go_on_from_one_moment_on_all_vcpus() {
     let original = machine(4, None);
     original.guest.report();
     original.guest.handle.pause().unwrap();
+    let host_before = host_tsc();
     let before = original
         .guest
         .handle

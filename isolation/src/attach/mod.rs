@@ -17,6 +17,7 @@ pub mod plan;
 mod release;
 pub(crate) mod removal;
 pub mod request;
+mod rest;
 pub(crate) mod returning;
 
 use std::collections::HashMap;
@@ -138,6 +139,7 @@ impl Isolator {
             suspending: Mutex::new(None),
         });
         vm.attach_trap_handler(isolator.clone())?;
+        vm.add_participant(isolator.clone());
         Ok(isolator)
     }
 

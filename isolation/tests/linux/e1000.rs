@@ -1,8 +1,11 @@
 //! The stock driver of the 82540EM, under traffic.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use recovery::model::Model;
+use vmm::QuiesceError;
 
 use crate::machine::Machine;
 use crate::{boot_with_network, named};
@@ -80,11 +83,42 @@ fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     );
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
-    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest.
+    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest, and
+    // the machine comes to rest only between such calls.
+    let looking = Arc::new(AtomicBool::new(true));
+    let looks = {
+        let (handle, looking) = (machine.handle.clone(), looking.clone());
+        std::thread::spawn(move || {
+            let (mut refused, mut rested) = (0, 0);
+            while looking.load(Ordering::Relaxed) {
+                match handle.quiesce(Duration::ZERO, |quiesced| quiesced.save().map(drop)) {
+                    Ok(saved) => {
+                        saved.unwrap();
+                        rested += 1;
+                    }
+                    Err(QuiesceError::Unsettled { who, reason }) => {
+                        assert_eq!(who, "isolation", "{reason}");
+                        refused += u32::from(reason.contains("`e1000` are open in the guest"));
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            (refused, rested)
+        })
+    };
     machine.run(
         "(for i in 1 2; do ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; done) & \
         ping -c 20 -i 0.05 -W 1 10.0.2.2; wait; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2",
     );
+    looking.store(false, Ordering::Relaxed);
+    let (refused, rested) = looks.join().unwrap();
+    eprintln!("at rest {rested} times, {refused} times a call was open");
+    assert!(refused > 0 && rested > 0);
+    machine
+        .handle
+        .quiesce(Duration::from_secs(30), |_| ())
+        .unwrap();
     machine.print_status();
     for entry in [
         "e1000_set_ringparam",

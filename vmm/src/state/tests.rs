@@ -43,7 +43,7 @@ fn a_state_is_the_same_after_encoding_and_decoding() {
     let bytes = bytes(&vm);
     let again = MachineState::from_bytes(&bytes).unwrap();
     assert_eq!(again.to_bytes().unwrap(), bytes);
-    assert!(bytes.len() < 2 * 16 << 10, "{} bytes", bytes.len());
+    assert!(bytes.len() < 2 * (16 << 10), "{} bytes", bytes.len());
 }
 
 #[test]
