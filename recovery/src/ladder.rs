@@ -12,6 +12,10 @@
 //!                                └─ stop, or too many faults in a minute ─► Stopped ◄──────┘
 //! ```
 //!
+//! A function that fails again and again, with no call of it that ends well in between, is a livelock: its caller calls
+//! it again at once, as the kernel does with a poll. After `failures_in_a_row` of them the device is resumed whatever
+//! was chosen, after as many more the driver is restarted, then stopped. A call that hangs counts for many.
+//!
 //! A fault that is rolled back leaves memory and device as they were before the call: that is the first rung,
 //! and always taken. The machine is pure: it is told what happened and when, and says what to do. A
 //! driver that is stopped stays so until it is isolated anew.
@@ -22,6 +26,10 @@ use serde::{Deserialize, Serialize};
 
 /// Nanoseconds in the minute that recoveries are limited in.
 const MINUTE_NS: u64 = 60_000_000_000;
+/// How long it is remembered which rung was tried for a function that fails again and again.
+const REMEMBERED_NS: u64 = 10 * MINUTE_NS;
+/// Failures that a call counts for which used up its time: each keeps the whole guest waiting.
+const HANG: u32 = 25;
 
 /// What to do about a call that failed, once it was rolled back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -83,9 +91,18 @@ pub struct LadderConfig {
     pub recoveries_per_minute: u32,
     /// How often one call is run again.
     pub retries: u32,
+    /// Failed calls of one function, with none that ends well in between, after which the next rung is tried whatever was
+    /// chosen.
+    #[serde(default = "failures_in_a_row")]
+    pub failures_in_a_row: u32,
     /// Whether the guest may be reset when the driver cannot be restarted.
     #[serde(default)]
     pub may_reset_guest: bool,
+}
+
+/// More than a person injects to see what happens, and less than a second of polls.
+fn failures_in_a_row() -> u32 {
+    100
 }
 
 impl Default for LadderConfig {
@@ -96,6 +113,7 @@ impl Default for LadderConfig {
             // A fault every 100 ms: a driver that fails more often does nothing but fail.
             recoveries_per_minute: 600,
             retries: 2,
+            failures_in_a_row: failures_in_a_row(),
             may_reset_guest: false,
         }
     }
@@ -198,8 +216,21 @@ pub struct Fault<'a> {
     pub half_done: bool,
     /// Whether the device could not be put back: the driver is as before the call, and its device is not.
     pub device_lost: bool,
+    /// Whether it used up the time that it may take over all runs, so that it cannot be run again.
+    pub out_of_time: bool,
+    /// Whether the call of this function before it failed, too.
+    pub in_a_row: bool,
     /// When, on a clock that does not run backwards.
     pub now_ns: u64,
+}
+
+/// Calls of one function that failed one after the other.
+#[derive(Debug, Clone, Copy, Default)]
+struct Row {
+    failures: u32,
+    /// How many rungs were tried for it, and when the last one was.
+    tried: u32,
+    tried_ns: u64,
 }
 
 /// The ladder of one driver.
@@ -211,6 +242,8 @@ pub struct Ladder {
     lately: VecDeque<u64>,
     /// When the device was last lost.
     lost_ns: Option<u64>,
+    /// By function.
+    rows: BTreeMap<String, Row>,
 }
 
 impl Ladder {
@@ -245,20 +278,8 @@ impl Ladder {
             ));
             return Decision::Stop;
         }
-        let wanted = match self.on_fault(fault) {
-            // Neither an error nor another try makes good what was begun.
-            OnFault::Error | OnFault::Retry | OnFault::Resume if fault.half_done => {
-                OnFault::Restart
-            }
-            // A device that is lost again at once needs more.
-            OnFault::Error | OnFault::Retry | OnFault::Resume
-                if fault.device_lost && self.was_lost_lately(fault.now_ns) =>
-            {
-                OnFault::Restart
-            }
-            OnFault::Error | OnFault::Retry if fault.device_lost => OnFault::Resume,
-            other => other,
-        };
+        let livelock = self.livelock(fault);
+        let wanted = self.wanted(fault, livelock);
         if fault.device_lost {
             self.lost_ns = Some(fault.now_ns);
         }
@@ -269,7 +290,9 @@ impl Ladder {
             OnFault::Restart if !matches!(state, State::Running | State::Resuming) => {
                 OnFault::Error
             }
-            OnFault::Retry if fault.attempts > self.config.retries => OnFault::Error,
+            OnFault::Retry if fault.attempts > self.config.retries || fault.out_of_time => {
+                OnFault::Error
+            }
             other => other,
         };
         let rungs = &mut self.status.rungs;
@@ -295,7 +318,13 @@ impl Ladder {
                 Decision::Restart
             }
             OnFault::Stop => {
-                self.stop(format!("{} failed", fault.entry));
+                let why = match livelock {
+                    Some(OnFault::Stop) => {
+                        " fails again and again, and what was tried has not helped"
+                    }
+                    _ => " failed",
+                };
+                self.stop(format!("{}{why}", fault.entry));
                 Decision::Stop
             }
         }
@@ -380,6 +409,58 @@ impl Ladder {
             } else {
                 OnFault::Error
             })
+    }
+
+    /// What is to be done about a fault, were there nothing else under way.
+    fn wanted(&self, fault: &Fault<'_>, livelock: Option<OnFault>) -> OnFault {
+        let wanted = match self.on_fault(fault) {
+            // Neither an error nor another try makes good what was begun.
+            OnFault::Error | OnFault::Retry | OnFault::Resume if fault.half_done => {
+                OnFault::Restart
+            }
+            // A device that is lost again at once needs more.
+            OnFault::Error | OnFault::Retry | OnFault::Resume
+                if fault.device_lost && self.was_lost_lately(fault.now_ns) =>
+            {
+                OnFault::Restart
+            }
+            OnFault::Error | OnFault::Retry if fault.device_lost => OnFault::Resume,
+            other => other,
+        };
+        match (wanted, livelock) {
+            (_, Some(OnFault::Stop)) => OnFault::Stop,
+            (OnFault::Error | OnFault::Retry, Some(rung)) => rung,
+            (OnFault::Resume, Some(OnFault::Restart)) => OnFault::Restart,
+            (wanted, _) => wanted,
+        }
+    }
+
+    /// Counts a failure of a function; what is to be tried if there have been too many in a row.
+    fn livelock(&mut self, fault: &Fault<'_>) -> Option<OnFault> {
+        // A rung is being tried, or this is a further run of a call that was counted.
+        if self.status.state != State::Running || fault.attempts > 1 && !fault.out_of_time {
+            return None;
+        }
+        let row = self.rows.entry(fault.entry.to_owned()).or_default();
+        if !fault.in_a_row {
+            row.failures = 0;
+        }
+        let counts = if fault.out_of_time { HANG } else { 1 };
+        row.failures = row.failures.saturating_add(counts);
+        if row.failures < self.config.failures_in_a_row {
+            return None;
+        }
+        row.failures = 0;
+        if fault.now_ns.saturating_sub(row.tried_ns) >= REMEMBERED_NS {
+            row.tried = 0;
+        }
+        row.tried += 1;
+        row.tried_ns = fault.now_ns;
+        Some(match row.tried {
+            1 => OnFault::Resume,
+            2 => OnFault::Restart,
+            _ => OnFault::Stop,
+        })
     }
 
     /// Whether the device was lost less than a minute ago.

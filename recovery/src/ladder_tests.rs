@@ -18,6 +18,8 @@ fn fault(entry: &str, attempts: u32, now_ns: u64) -> Fault<'_> {
         returns_nothing: false,
         half_done: false,
         device_lost: false,
+        out_of_time: false,
+        in_a_row: false,
         now_ns,
     }
 }
@@ -167,6 +169,54 @@ fn a_reset_that_fails_is_the_end() {
 }
 
 /// Something that happens to a ladder.
+/// What is decided about `count` calls of a poll that fail one after the other.
+fn polls(ladder: &mut Ladder, count: u32, out_of_time: bool) -> Vec<Decision> {
+    let poll = Fault {
+        in_a_row: true,
+        out_of_time,
+        ..fault("poll", 1, 0)
+    };
+    (0..count).map(|_| ladder.fault(&poll)).collect()
+}
+
+#[test]
+fn a_function_that_fails_again_and_again_has_one_rung_after_the_other_tried() {
+    let mut ladder = Ladder::new(LadderConfig {
+        failures_in_a_row: 10,
+        ..config(OnFault::Error)
+    });
+    let next = |decision| [vec![Decision::Error; 9], vec![decision]].concat();
+    assert_eq!(polls(&mut ladder, 10, false), next(Decision::Resume));
+    // Nothing is counted while it is tried.
+    assert_eq!(polls(&mut ladder, 50, false), [Decision::Error; 50]);
+    ladder.resumed(Ok(()));
+    assert_eq!(polls(&mut ladder, 10, false), next(Decision::Restart));
+    ladder.restarted(Ok(()));
+    assert_eq!(polls(&mut ladder, 10, false), next(Decision::Stop));
+    assert!(ladder.status().gave_up.as_ref().unwrap().contains("poll"));
+}
+
+#[test]
+fn a_call_that_ends_well_ends_the_row() {
+    let mut ladder = Ladder::new(LadderConfig {
+        failures_in_a_row: 10,
+        ..config(OnFault::Error)
+    });
+    for _ in 0..20 {
+        // The first one after one that ended well.
+        assert_eq!(ladder.fault(&fault("poll", 1, 0)), Decision::Error);
+        assert_eq!(polls(&mut ladder, 8, false), [Decision::Error; 8]);
+    }
+}
+
+#[test]
+fn four_calls_that_hang_are_enough_and_none_is_run_again() {
+    let mut ladder = Ladder::new(config(OnFault::Retry));
+    let decided = polls(&mut ladder, 4, true);
+    assert_eq!(decided[..3], [Decision::Error; 3]);
+    assert_eq!(decided[3], Decision::Resume);
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Fault {
@@ -175,6 +225,8 @@ enum Event {
         returns_nothing: bool,
         half_done: bool,
         device_lost: bool,
+        out_of_time: bool,
+        in_a_row: bool,
         after_ns: u64,
     },
     Resumed(bool),
@@ -193,15 +245,28 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         any::<bool>(),
         prop::bool::weighted(0.1),
         prop::bool::weighted(0.1),
+        prop::bool::weighted(0.2),
+        prop::bool::weighted(0.8),
         0..MINUTE_NS,
     );
     let fault = fault.prop_map(
-        |(entry, attempts, returns_nothing, half_done, device_lost, after_ns)| Event::Fault {
+        |(
             entry,
             attempts,
             returns_nothing,
             half_done,
             device_lost,
+            out_of_time,
+            in_a_row,
+            after_ns,
+        )| Event::Fault {
+            entry,
+            attempts,
+            returns_nothing,
+            half_done,
+            device_lost,
+            out_of_time,
+            in_a_row,
             after_ns: after_ns / 8,
         },
     );
@@ -227,14 +292,23 @@ fn configs() -> impl Strategy<Value = LadderConfig> {
         ),
         0..20_u32,
         0..4_u32,
+        1..60_u32,
         any::<bool>(),
     )
         .prop_map(
-            |(on_fault, per_entry, recoveries_per_minute, retries, may_reset_guest)| LadderConfig {
+            |(
                 on_fault,
                 per_entry,
                 recoveries_per_minute,
                 retries,
+                failures_in_a_row,
+                may_reset_guest,
+            )| LadderConfig {
+                on_fault,
+                per_entry,
+                recoveries_per_minute,
+                retries,
+                failures_in_a_row,
                 may_reset_guest,
             },
         )
@@ -245,6 +319,10 @@ struct Model {
     config: LadderConfig,
     recovered_at: Vec<u64>,
     lost_at: Vec<u64>,
+    /// Failures that count, by function: whether the one before failed too, and as how many.
+    failures: Vec<(String, bool, u32)>,
+    /// Rungs tried for functions that fail again and again: when, and after how many of `failures`.
+    tried: Vec<(String, u64, usize)>,
     state: State,
     rungs: Rungs,
 }
@@ -257,6 +335,8 @@ impl Model {
             returns_nothing,
             half_done,
             device_lost,
+            out_of_time,
+            in_a_row: _,
             now_ns: now,
         } = *fault;
         if self.state == State::Stopped {
@@ -277,6 +357,13 @@ impl Model {
             _ => wanted,
         };
         let over = recent.count() >= self.config.recoveries_per_minute as usize;
+        let livelock = if over { None } else { self.livelock(fault) };
+        let wanted = match (wanted, livelock) {
+            (_, Some(OnFault::Stop)) => OnFault::Stop,
+            (OnFault::Error | OnFault::Retry, Some(rung)) => rung,
+            (OnFault::Resume, Some(OnFault::Restart)) => OnFault::Restart,
+            (wanted, _) => wanted,
+        };
         if !over {
             self.recovered_at.push(now);
             self.lost_at.extend(device_lost.then_some(now));
@@ -286,7 +373,7 @@ impl Model {
             self.rungs.stops += 1;
             return Decision::Stop;
         }
-        if wanted == OnFault::Retry && attempts <= self.config.retries {
+        if wanted == OnFault::Retry && attempts <= self.config.retries && !out_of_time {
             self.rungs.retries += 1;
             return Decision::Retry;
         }
@@ -303,6 +390,51 @@ impl Model {
             return Decision::Restart;
         }
         Decision::Error
+    }
+
+    /// The rung to be tried because this function fails again and again.
+    fn livelock(&mut self, fault: &Fault<'_>) -> Option<OnFault> {
+        let is_counted = fault.attempts == 1 || fault.out_of_time;
+        if self.state != State::Running || !is_counted {
+            return None;
+        }
+        let entry = fault.entry.to_owned();
+        let counts = if fault.out_of_time { HANG } else { 1 };
+        self.failures.push((entry, fault.in_a_row, counts));
+        let mine: Vec<_> = self
+            .tried
+            .iter()
+            .filter(|tried| tried.0 == fault.entry)
+            .collect();
+        let since = mine.last().map_or(0, |tried| tried.2);
+        let mut row = 0;
+        for (entry, in_a_row, counts) in self.failures[since..].iter().rev() {
+            if entry == fault.entry {
+                row += counts;
+                if !in_a_row {
+                    break;
+                }
+            }
+        }
+        if row < self.config.failures_in_a_row {
+            return None;
+        }
+        // One rung after the other, as long as none is ten minutes after the one before.
+        let (mut tries, mut next) = (1, fault.now_ns);
+        for tried in mine.iter().rev() {
+            if next - tried.1 >= REMEMBERED_NS {
+                break;
+            }
+            tries += 1;
+            next = tried.1;
+        }
+        self.tried
+            .push((fault.entry.to_owned(), fault.now_ns, self.failures.len()));
+        Some(match tries {
+            1 => OnFault::Resume,
+            2 => OnFault::Restart,
+            _ => OnFault::Stop,
+        })
     }
 
     fn resumed(&mut self, well: bool) {
@@ -357,16 +489,18 @@ proptest! {
             config: config.clone(),
             recovered_at: Vec::new(),
             lost_at: Vec::new(),
+            failures: Vec::new(),
+            tried: Vec::new(),
             state: State::Running,
             rungs: Rungs::default(),
         };
         let mut now_ns = 0;
         for event in events {
             match event {
-                Event::Fault { entry, attempts, returns_nothing, half_done, device_lost, after_ns } => {
+                Event::Fault { entry, attempts, returns_nothing, half_done, device_lost, out_of_time, in_a_row, after_ns } => {
                     now_ns += after_ns;
                     let entry = ENTRIES[entry];
-                    let fault = Fault { entry, attempts, returns_nothing, half_done, device_lost, now_ns };
+                    let fault = Fault { entry, attempts, returns_nothing, half_done, device_lost, out_of_time, in_a_row, now_ns };
                     prop_assert_eq!(ladder.fault(&fault), model.fault(&fault));
                 }
                 Event::Resumed(well) => {

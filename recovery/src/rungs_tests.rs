@@ -30,6 +30,8 @@ fn fail(supervisor: &Supervisor<Double>, device_lost: bool) {
         returns_nothing: false,
         half_done: false,
         device_lost,
+        out_of_time: false,
+        in_a_row: false,
         now_ns: 0,
     });
     assert!(matches!(decision, Decision::Restart | Decision::Resume));

@@ -267,6 +267,8 @@ impl FaultPolicy for LadderPolicy {
             returns_nothing: call.returns_nothing,
             half_done: call.report.violation.stays() || call.report.domain_failed(),
             device_lost: call.report.device_lost.is_some(),
+            out_of_time: call.out_of_time,
+            in_a_row: call.in_a_row,
             now_ns: monotonic_ns(),
         });
         match decision {

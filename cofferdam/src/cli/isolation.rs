@@ -47,7 +47,8 @@ pub struct IsolateOptions {
     module: String,
     #[command(flatten)]
     which: Which,
-    /// Time that a call may take before it is taken back, in microseconds
+    /// Processor time of its own that a call may take before it is taken to hang and is taken back, in microseconds, over
+    /// all of its parts and runs; a second without it. What the host does for it and waits do not count
     #[arg(long, value_name = "US")]
     budget_us: Option<u64>,
     /// What is done about a call that failed, once it was taken back: error, retry, resume, restart or stop; for one
@@ -62,6 +63,10 @@ pub struct IsolateOptions {
     /// How often one call is run again
     #[arg(long, value_name = "N", default_value_t = LadderConfig::default().retries)]
     retries: u32,
+    /// Failed calls of one function, with none that ends well in between, after which the device is resumed whatever was
+    /// chosen; after as many more the driver is restarted, then stopped. A call that hangs counts for 25
+    #[arg(long, value_name = "N", default_value_t = LadderConfig::default().failures_in_a_row, value_parser = clap::value_parser!(u32).range(1..))]
+    max_failures_in_a_row: u32,
     /// How the device's state is taken before a call reaches it: exact, or registers as of a piece of hardware
     #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_checkpoint)]
     device_checkpoint: CheckpointBy,
@@ -131,6 +136,7 @@ impl IsolateOptions {
         let mut recovery = LadderConfig {
             recoveries_per_minute: self.max_recoveries_per_minute,
             retries: self.retries,
+            failures_in_a_row: self.max_failures_in_a_row,
             may_reset_guest: self.may_reset_guest,
             ..LadderConfig::default()
         };

@@ -30,7 +30,7 @@ const AGENT_TIME: Duration = Duration::from_secs(60);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// Budgets outside are refused, in microseconds.
-const BUDGET_US: std::ops::RangeInclusive<u64> = 100..=10_000_000;
+const BUDGET_US: std::ops::RangeInclusive<u64> = 20_000..=60_000_000;
 
 /// A VM, its guest and what isolates modules of it.
 pub struct Isolation {
@@ -45,6 +45,8 @@ pub struct Isolation {
 /// What is known of a guest and a module, for as long as the same modules are loaded at the same places.
 struct Known {
     module: String,
+    /// Resets of the machine by then: a guest that boots anew may have its kernel elsewhere.
+    resets: u64,
     loaded: Vec<Module>,
     symbols: Arc<SymbolTable>,
     /// Otherwise why they are not known.
@@ -75,8 +77,11 @@ impl Isolation {
         module: &str,
         loaded: Vec<Module>,
     ) -> anyhow::Result<Arc<Known>> {
+        let resets = self.vm.status().resets;
         let mut known = lock(&self.known);
-        let same = |known: &&Arc<Known>| known.module == module && known.loaded == loaded;
+        let same = |known: &&Arc<Known>| {
+            known.module == module && known.resets == resets && known.loaded == loaded
+        };
         if let Some(known) = known.as_ref().filter(same) {
             return Ok(known.clone());
         }
@@ -88,6 +93,7 @@ impl Isolation {
             module: module.to_owned(),
             symbols: Arc::new(guest_symbols(agent)?),
             types,
+            resets,
             loaded,
         });
         *known = Some(new.clone());

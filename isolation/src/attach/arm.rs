@@ -111,6 +111,7 @@ pub(crate) fn gates_of(
                 aborted: aborted.unwrap_or(AbortReturn::UNKNOWN),
                 is_guard,
                 transmits: types.is_some_and(|types| is_transmit_named(types, &gate.name)),
+                failed_last: false,
             },
         );
     }

@@ -26,6 +26,7 @@ use super::removal::{PlannedWatch, RemovalWatch};
 use super::request::{Contain, IsolateRequest, Isolated, Strength};
 use super::{AttachError, Isolator, physical_bits};
 use crate::compensation::call_loop::CallLoop;
+use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::armed::{Armed, Gate};
 use crate::dispatch::fault::Faults;
@@ -160,7 +161,7 @@ impl Isolator {
         };
         let (isolated, planned) = (prepared.isolated.clone(), prepared.watch);
         let module = request.module.clone();
-        let armed = prepared.arm(request, &virt);
+        let armed = prepared.arm(request, &virt, self.guest_time.stopwatches());
         self.modules().insert(module, armed);
         let mut watch = self.watch();
         if let (None, Some(planned)) = (*watch, planned) {
@@ -275,7 +276,12 @@ impl Prepared {
     }
 
     /// The module as it is once its gates are there.
-    fn arm(self, request: IsolateRequest, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Armed {
+    fn arm(
+        self,
+        request: IsolateRequest,
+        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        stopwatches: Stopwatches,
+    ) -> Armed {
         let call_loop = self.effects.is_some();
         let redirects = self.plan.redirects.iter();
         Armed {
@@ -291,6 +297,7 @@ impl Prepared {
             guarding: false,
             spilled: HashMap::new(),
             guest_calls: HashMap::new(),
+            stopwatches,
             returning: Vec::new(),
             queues: self.queues,
             effects: self.effects,

@@ -26,8 +26,9 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
 use vm_memory::GuestMemoryMmap;
-use vmm::{Refused, VmHandle};
+use vmm::{Refused, VmHandle, VmState};
 
+use crate::compensation::guest_time::GuestTime;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
 use crate::domain::error::DomainError;
@@ -54,8 +55,9 @@ const RELEASE_WAIT: Duration = Duration::from_secs(2);
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Reports kept for each module.
 pub(crate) const REPORTS_KEPT: usize = 32;
-/// Time that a call may take unless said otherwise.
-pub const DEFAULT_BUDGET: Duration = Duration::from_millis(10);
+/// Processor time of its own that a call may take unless said otherwise: a hundred times what the longest of honest
+/// drivers takes, and a twentieth of what the guest's kernel waits for a processor before it says so.
+pub const DEFAULT_BUDGET: Duration = Duration::from_secs(1);
 
 /// Time that a call may wait for and remain atomic unless said otherwise: the waits of an `open` or a reset
 /// of the adapter add up to a third of it.
@@ -126,12 +128,15 @@ pub struct Isolator {
     watch: Mutex<Option<RemovalWatch>>,
     /// Functions of a driver that are being called in the guest. Taken last.
     pub(crate) suspending: Mutex<Option<SuspendResume>>,
+    guest_time: GuestTime,
 }
 
 impl Isolator {
     /// An isolator for the machine behind `vm`, to which it attaches as trap handler.
     pub fn attach(vm: VmHandle) -> Result<Arc<Self>, Refused> {
+        let watched = vm.clone();
         let isolator = Arc::new(Self {
+            guest_time: GuestTime::start(move || watched.state() == VmState::Running),
             vm: vm.clone(),
             host_memory: HostMemory::default(),
             modules: Mutex::new(HashMap::new()),
@@ -367,9 +372,11 @@ impl Isolator {
     }
 
     /// Forgets all modules without touching the guest's memory: the guest was reset and holds
-    /// nothing of them.
+    /// nothing of them. Their devices interrupt and show their links again.
     pub fn forget(&self) {
-        self.modules().clear();
+        for (_, armed) in self.modules().drain() {
+            armed.guest_is_gone();
+        }
         *self.watch() = None;
         *self.suspending() = None;
     }

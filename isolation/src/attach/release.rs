@@ -63,6 +63,13 @@ impl Armed {
         returning
     }
 
+    /// The guest was reset: there are no calls any more, and what was kept from the world for them is not.
+    pub(crate) fn guest_is_gone(mut self) {
+        self.spilled.clear();
+        self.guest_calls.clear();
+        self.let_device_go();
+    }
+
     /// Registers to go on with, for a vCPU that has come through a return gate with a call that was given back to the
     /// guest when it was at the gate.
     pub(crate) fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {

@@ -81,7 +81,7 @@ pub struct IsolateRequest {
     pub device: Option<Arc<dyn Holdable>>,
     /// PCI slots of these devices; the functions' locks are the devices' own.
     pub device_slots: Vec<u8>,
-    /// Time that a call may take before it is aborted.
+    /// Processor time of its own that a call may take before it is aborted, over all of its parts and runs.
     pub budget: Duration,
     /// Decides what becomes of calls that failed.
     pub policy: Box<dyn FaultPolicy>,

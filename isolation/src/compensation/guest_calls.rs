@@ -17,6 +17,8 @@ use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::compensation::call_loop::{CallLoop, Progress, Row};
+use crate::compensation::guest_time::{Stopwatch, Stopwatches};
+use crate::dispatch::run::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::guest::addr::{Gva, GvaRange};
@@ -24,7 +26,7 @@ use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
 use crate::status::report::ViolationReport;
 
-/// Time after which a kernel function that takes something back is taken to hang.
+/// Time of the guest after which a kernel function that takes something back is taken to hang.
 pub(crate) const GUEST_CALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// RFLAGS.IF.
@@ -33,7 +35,7 @@ const INTERRUPT_FLAG: u64 = 1 << 9;
 /// A call that failed and whose taking back is under way.
 pub(crate) struct Failure {
     pub report: ViolationReport,
-    pub attempts: u32,
+    pub attempt: Attempt,
     /// Registers at the entry of the call.
     pub entry: kvm_regs,
     pub ended: Instant,
@@ -48,8 +50,10 @@ pub(crate) struct GuestCalls {
     pub finally: kvm_regs,
     /// The call that is taken back by it; `None` if it is one that ended well, or that was given up.
     pub failure: Option<Failure>,
-    /// The function that was called last, and when.
-    running: (u64, Instant),
+    /// The function that was called last, and how long ago; `None` as long as none was.
+    running: Option<(u64, Stopwatch)>,
+    /// How many are not called, because there is no stack for it any more.
+    abandoned: usize,
     /// Where the thread is among those that were called in one go with it.
     progress: Option<Progress>,
     /// What is charged of the host's memory for the calls.
@@ -68,7 +72,8 @@ impl GuestCalls {
             calls: calls.into(),
             finally,
             failure,
-            running: (0, Instant::now()),
+            running: None,
+            abandoned: 0,
             progress: None,
             kept: Kept::default(),
         }
@@ -82,7 +87,12 @@ impl GuestCalls {
 
     /// Whether the guest has called any function.
     pub fn has_called(&self) -> bool {
-        self.running.0 != 0
+        self.running.is_some()
+    }
+
+    /// How many functions were not called, because the thread's stack is not there any more.
+    pub fn abandoned(&self) -> usize {
+        self.abandoned
     }
 
     /// Stack pointer with which the thread comes back.
@@ -92,22 +102,23 @@ impl GuestCalls {
 
     /// The function that runs, if it has for too long.
     pub fn hangs(&self, memory: &GuestMemoryMmap) -> Option<u64> {
-        let (function, since) = self.running;
+        let (function, since) = self.running.as_ref()?;
         let running = || match &self.progress {
             Some(progress) => progress.function(memory),
-            None => function,
+            None => *function,
         };
         (since.elapsed() > GUEST_CALL_LIMIT).then(running)
     }
 
     /// Registers to call the next function with, or the next ones in `call_loop`, whose return leads to `return_gate`;
     /// with interrupts off if `effects` says that they may be. `None` if all have returned, or if the stack is
-    /// not there any more.
+    /// not there any more ([`Self::abandoned`]).
     pub fn next(
         &mut self,
         return_gate: u64,
         effects: Option<&KernelEffects>,
         call_loop: Option<CallLoop>,
+        stopwatches: &Stopwatches,
         virt: VirtMemory<'_, GuestMemoryMmap>,
     ) -> Option<kvm_regs> {
         let stay_off = self.finally.rflags & INTERRUPT_FLAG == 0;
@@ -124,8 +135,7 @@ impl GuestCalls {
             rflags,
             ..self.finally
         };
-        self.running = (first.function, Instant::now());
-        self.progress = None;
+        let function = first.function;
         if let Some(call_loop) = call_loop {
             let top = self.finally.rsp;
             let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
@@ -133,17 +143,20 @@ impl GuestCalls {
             if calls > 1
                 && let Some((next, progress)) = call_loop.begin(&rows, &caller, return_gate, virt)
             {
+                self.running = Some((function, stopwatches.start()));
                 self.progress = Some(progress);
                 self.calls.drain(..calls);
                 return Some(next);
             }
         }
-        let call = self.calls.pop_front()?;
         if !write_stack(virt, self.finally.rsp.wrapping_sub(8), return_gate) {
-            tracing::error!("the stack of a call that is taken back is not mapped");
-            self.calls.clear();
+            tracing::error!("the stack that kernel functions are to be called on is not mapped");
+            self.abandoned = std::mem::take(&mut self.calls).len();
             return None;
         }
+        let call = self.calls.pop_front()?;
+        self.running = Some((function, stopwatches.start()));
+        self.progress = None;
         let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
         Some(kvm_regs {
             rip: call.function,

@@ -5,5 +5,6 @@ pub mod call_loop;
 pub(crate) mod completing;
 pub mod effects;
 pub(crate) mod guest_calls;
+pub(crate) mod guest_time;
 mod taking_back;
 pub(crate) mod transmit_queues;

@@ -9,11 +9,13 @@ use kvm_bindings::kvm_regs;
 use crate::attach::REPORTS_KEPT;
 use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
 use crate::dispatch::after_fault::{AfterFault, FailedCall};
-use crate::dispatch::armed::{Again, Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
+use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
+use crate::dispatch::run::Again;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::violation::ViolationKind;
 use crate::guest::paging::VirtMemory;
 use crate::policy::abort_value::AbortValue;
+use crate::status::report::Told;
 
 impl Armed {
     /// Goes on with kernel functions that the guest calls, one of which has returned.
@@ -27,6 +29,7 @@ impl Armed {
             calling.gate + RETURN_GATE_OFFSET,
             self.effects.as_ref(),
             self.call_loop,
+            &self.stopwatches,
             virt,
         ) {
             self.spilled.remove(&calling.returns_with());
@@ -40,6 +43,9 @@ impl Armed {
                 let took = now.duration_since(failure.ended).as_nanos();
                 failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
                 failure.ended = now;
+            }
+            if calling.abandoned() > 0 {
+                self.stays(&mut failure, Stays::StackGone);
             }
             let undone = !failure.report.violation.stays();
             self.failed(calling.gate, failure);
@@ -72,14 +78,18 @@ impl Armed {
             let Some(mut failure) = calling.failure.take() else {
                 continue;
             };
-            let stays = Stays::Hangs { function };
-            failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
-            failure.report.violation.published = Some(Published::Stays(stays));
+            self.stays(&mut failure, Stays::Hangs { function });
             self.failed(gate, failure);
             // There is no caller to decide about.
             self.again = None;
         }
         self.let_device_go();
+    }
+
+    /// Something of a failed call could not be taken back.
+    fn stays(&self, failure: &mut Failure, stays: Stays) {
+        failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
+        failure.report.violation.published = Some(Published::Stays(stays));
     }
 
     /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
@@ -114,17 +124,22 @@ impl Armed {
     /// Keeps the report of a call that failed and asks what becomes of it.
     pub(crate) fn failed(&mut self, gate: u64, failure: Failure) {
         let Failure {
-            report,
-            attempts,
+            mut report,
+            attempt,
             entry,
             ended,
         } = failure;
-        tracing::warn!("{report}");
-        let aborted = self.gates.get(&gate).map(|gate| gate.aborted.value);
+        let known = self.gates.get_mut(&gate);
+        let (returns_nothing, in_a_row) = known.map_or((false, false), |gate| {
+            let in_a_row = std::mem::replace(&mut gate.failed_last, true);
+            (gate.aborted.value == AbortValue::Nothing, in_a_row)
+        });
         let mut decided = self.fault_policy.after_fault(&FailedCall {
             report: &report,
-            attempts,
-            returns_nothing: aborted == Some(AbortValue::Nothing),
+            attempts: attempt.number,
+            returns_nothing,
+            out_of_time: report.violation.kind == ViolationKind::TimeBudget,
+            in_a_row,
         });
         // What is in the guest of it would be done twice, and a device that was lost is not as before. Without a domain
         // there is nowhere to run it.
@@ -137,10 +152,17 @@ impl Armed {
             gate.entry.count_failure(&report.violation);
             gate.entry.retries += u64::from(decided == AfterFault::Retry);
         }
+        report.told = match decided {
+            AfterFault::Retry => Told::RunAgain,
+            _ if domain_failed => Told::GuestRuns,
+            _ if returns_nothing => Told::Nothing,
+            _ => Told::Error,
+        };
+        tracing::warn!("{report}");
         self.stopped |= decided == AfterFault::Stop;
         self.again = (decided == AfterFault::Retry).then_some(Again {
             gate,
-            attempts,
+            attempt: attempt.next(),
             entry,
         });
         if decided == AfterFault::Stop {

@@ -11,6 +11,10 @@ pub struct FailedCall<'a> {
     pub attempts: u32,
     /// Whether the function returns nothing, so that its caller cannot know that it failed.
     pub returns_nothing: bool,
+    /// Whether it has used up the time that it may take, over all runs: it cannot be run again.
+    pub out_of_time: bool,
+    /// Whether the call of this function before it failed, too: none has ended well in between.
+    pub in_a_row: bool,
 }
 
 /// What its caller sees.

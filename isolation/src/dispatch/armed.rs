@@ -5,7 +5,6 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::clock::monotonic_ns;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
@@ -17,25 +16,23 @@ use crate::attach::request::Strength;
 use crate::attach::returning::Returning;
 use crate::attach::{AttachError, live};
 use crate::compensation::call_loop::CallLoop;
-use crate::compensation::guest_calls::{Failure, GuestCalls};
+use crate::compensation::guest_calls::GuestCalls;
+use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::fault::Faults;
-use crate::dispatch::platform::Platform;
-use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use crate::dispatch::run::{Again, Attempt};
+use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::effects::{KernelCall, KernelEffects};
-use crate::domain::error::DomainError;
-use crate::domain::transaction::{CallEnd, CallRequest, CallResult, SpilledCall};
-use crate::domain::violation::{Violation, ViolationKind};
+use crate::domain::transaction::{CallEnd, CallResult, SpilledCall};
 use crate::guest::addr::Gva;
 use crate::guest::paging::{AddressSpace, VirtMemory};
-use crate::guest::stack::stack_around;
 use crate::policy::abort_value::AbortReturn;
-use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
+use crate::policy::call::DriverPolicy;
 use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
-use devices::hold::{Holdable, OutsideChanges};
+use devices::hold::Holdable;
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
@@ -49,13 +46,27 @@ pub(crate) struct Gate {
     pub aborted: AbortReturn,
     /// The kernel gives it packets, and keeps those that it does not take.
     pub transmits: bool,
+    /// The last call of it that has ended has failed.
+    pub failed_last: bool,
     /// It is no gate of an isolated function, and there only while packets are kept out.
     pub is_guard: bool,
 }
 
-/// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
-/// has a stack of its own, and no honest guest has as many in one driver.
-const MAX_OPEN: usize = 4096;
+impl Gate {
+    /// Counts a call that took `time`, or the part of one that comes back from the guest.
+    pub fn count(
+        &mut self,
+        result: &CallResult,
+        comes_back: bool,
+        time: Duration,
+        holding: Duration,
+    ) {
+        self.failed_last &= !matches!(result.end, CallEnd::Committed);
+        self.entry.count(result, comes_back, time);
+        let holding = u64::try_from(holding.as_nanos()).unwrap_or(u64::MAX);
+        self.entry.holding_ns += holding;
+    }
+}
 
 /// A module whose functions are gated.
 pub(crate) struct Armed {
@@ -77,6 +88,8 @@ pub(crate) struct Armed {
     pub queues: TransmitQueues,
     /// Calls kernel functions for guest_calls; `None` if the module's text has no room for it.
     pub call_loop: Option<CallLoop>,
+    /// Measure how long those take.
+    pub stopwatches: Stopwatches,
     /// Threads that may have been at a return gate when their call was given to the guest for good.
     pub returning: Vec<Returning>,
     /// What is known of the kernel's functions.
@@ -112,18 +125,9 @@ pub(crate) struct Armed {
 pub(crate) struct OpenCall {
     /// Address of the gate it came through.
     pub gate: u64,
+    /// Which run of the call it is.
+    pub attempt: Attempt,
     pub call: Box<SpilledCall>,
-}
-
-/// A call that is to be run once more.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Again {
-    /// Address of its gate.
-    pub gate: u64,
-    /// How often it was run by now.
-    pub attempts: u32,
-    /// Registers at its entry.
-    pub entry: kvm_regs,
 }
 
 /// A vCPU of the guest at a gate.
@@ -137,9 +141,8 @@ pub(crate) struct AtGate<'a> {
 }
 
 impl Armed {
-    /// Runs the function behind `gate`, for the `attempts`th time, and returns the registers to go on
-    /// with.
-    pub fn call(&mut self, gate: u64, attempts: u32, at: &AtGate<'_>) -> kvm_regs {
+    /// Runs the function behind `gate` and returns the registers to go on with.
+    pub fn call(&mut self, gate: u64, attempt: Attempt, at: &AtGate<'_>) -> kvm_regs {
         let keeps_out = keeps_packets_out(&self.spilled);
         // The call that kept packets out was given to the guest, or has never come back.
         if !self.queues.is_empty() && !keeps_out {
@@ -182,7 +185,7 @@ impl Armed {
                 next => next.unwrap_or(unisolated),
             };
         }
-        self.run(gate, None, attempts, at).unwrap_or(unisolated)
+        self.run(gate, None, attempt, at).unwrap_or(unisolated)
     }
 
     /// Goes on with a call whose kernel function has reached the return gate, and returns the registers to
@@ -195,7 +198,7 @@ impl Armed {
         };
         self.queues.let_go(virt);
         if self.broken.is_none()
-            && let Some(next) = self.run(open.gate, Some(&mut open.call), 1, at)
+            && let Some(next) = self.run(open.gate, Some(&mut open.call), open.attempt, at)
         {
             return next;
         }
@@ -210,7 +213,7 @@ impl Armed {
 
     /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were kept out, if no
     /// other call keeps them.
-    fn and_let_packets_pass(&mut self, mut calls: Vec<KernelCall>) -> Vec<KernelCall> {
+    pub(super) fn and_let_packets_pass(&mut self, mut calls: Vec<KernelCall>) -> Vec<KernelCall> {
         if !keeps_packets_out(&self.spilled) {
             calls.extend(self.queues.schedule());
         }
@@ -263,187 +266,6 @@ impl Armed {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
 
-    /// Runs a call, or what is left of one, in the domain. `None` if the guest must run it itself.
-    fn run(
-        &mut self,
-        gate: u64,
-        mut spilled: Option<&mut SpilledCall>,
-        attempts: u32,
-        at: &AtGate<'_>,
-    ) -> Option<kvm_regs> {
-        let start = Instant::now();
-        let space = self.space(&at.sregs);
-        let Gate {
-            body,
-            aborted,
-            entry,
-            ..
-        } = self.gates.get_mut(&gate)?;
-        let entry_regs = spilled.as_ref().map_or(at.regs, |call| *call.entry());
-        let (again, arguments) = (spilled.is_some(), arguments(&entry_regs));
-        let (private, shared) = self.domain.memories();
-        let virt = VirtMemory {
-            space,
-            memory: &shared,
-        };
-        let stack = stack_around(virt, Gva(entry_regs.rsp));
-        let request = CallRequest {
-            regs: at.regs,
-            sregs: &at.sregs,
-            clock: Some(at.vcpu),
-            stack,
-            function: *body,
-            return_gate: (self.spilled.len() < MAX_OPEN).then_some(gate + RETURN_GATE_OFFSET),
-            effects: self.effects.as_ref(),
-            budget: self.budget,
-            sleep_limit: self.sleep_limit,
-        };
-        let (domain, knowledge) = (&mut self.domain, &self.knowledge);
-        let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
-        let others_open = may_be_taken_back(&self.spilled);
-        let begun = self.faults.begin(&entry.name, again, at.sregs.cr3, domain);
-        if let Err(error) = begun {
-            tracing::error!("a fault cannot be put into {}: {error}", entry.name);
-        }
-        if let Some(policy) = &mut self.policy {
-            policy.begin(&entry.name, arguments);
-        }
-        let mut policy = self.policy.as_mut().map(|policy| CallPolicy {
-            policy,
-            memory: CallMemory {
-                private: VirtMemory {
-                    space,
-                    memory: &private,
-                },
-                before: MemoryBefore::new(&shared),
-                stack: Some(stack),
-                per_cpu_base: at.sregs.gs.base,
-            },
-        });
-        let mut platform = Some(Platform::new(at.vm, at.vcpu));
-        let mut result: Option<Result<CallResult, DomainError>> = None;
-        let mut device_lost = None;
-        match &self.device {
-            Some(device) => {
-                let held = device.hold(&mut |held| {
-                    let Some(platform) = platform.take() else {
-                        return;
-                    };
-                    if again {
-                        held.freeze_interrupts();
-                    }
-                    held.keep_outside();
-                    let mut supervisor =
-                        CallSupervisor::new(knowledge, policy.take(), Some(held), platform);
-                    let spilled = spilled.as_deref_mut();
-                    let done = domain.carry_out(&request, &mut supervisor, spilled);
-                    device_lost = supervisor.device_lost();
-                    if matches!(&done, Ok(done) if done.is_to_be_taken_back()) {
-                        held.withhold_interrupts(true);
-                        *withholding = true;
-                    }
-                    *outside_kept = others_open || matches!(&done, Ok(done) if done.is_open());
-                    if !*outside_kept {
-                        // What was taken back nobody has seen.
-                        let is_undone = done.as_ref().map_or(true, CallResult::leaves_nothing);
-                        held.show_outside(match is_undone {
-                            true => OutsideChanges::Forgotten,
-                            false => OutsideChanges::Shown,
-                        });
-                    }
-                    result = Some(done);
-                });
-                if let Err(lost) = held {
-                    result = Some(Err(lost.into()));
-                }
-            }
-            None => {
-                let platform = Platform::new(at.vm, at.vcpu);
-                let mut supervisor = CallSupervisor::new(knowledge, policy, None, platform);
-                result = Some(domain.carry_out(&request, &mut supervisor, spilled));
-            }
-        }
-        let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
-        if let Some(policy) = &mut self.policy {
-            policy.end(matches!(&result, Some(Ok(result)) if stays(&result.end)));
-        }
-        let ended = Instant::now();
-        let ended_ns = monotonic_ns();
-        let mut failed = false;
-        let next = match result {
-            Some(Ok(result)) => {
-                entry.count(&result, again, start.elapsed());
-                entry.holding_ns += u64::try_from(at.holding.as_nanos()).unwrap_or(u64::MAX);
-                match result.end {
-                    CallEnd::Committed => {
-                        let calls = self.and_let_packets_pass(result.kernel_calls);
-                        Some(self.run_guest_calls(
-                            GuestCalls::new(gate, calls, result.regs, None).keeping(result.kept),
-                            at,
-                        ))
-                    }
-                    CallEnd::PassThrough(_) => None,
-                    CallEnd::Spilled(reason, call) => {
-                        tracing::debug!(
-                            "{} goes on in the guest at {}: {}",
-                            entry.name,
-                            self.knowledge.place(result.regs.rip),
-                            reason.name()
-                        );
-                        let open = OpenCall { gate, call };
-                        self.guest_calls.remove(&open.call.returns_with());
-                        self.spilled.insert(open.call.returns_with(), open);
-                        Some(result.regs)
-                    }
-                    CallEnd::Aborted(violation) => {
-                        failed = true;
-                        let next = kvm_regs {
-                            rax: aborted.value.rax(&arguments),
-                            ..result.regs
-                        };
-                        let name = entry.name.clone();
-                        let virt = VirtMemory {
-                            space,
-                            memory: &shared,
-                        };
-                        let mut report = self.knowledge.report(&name, *violation, &self.domain);
-                        if let (None, Some(policy)) = (&report.touched, &self.policy) {
-                            let touched = report.violation.touched();
-                            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
-                        }
-                        let phases = result.phases;
-                        let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
-                        report.at_ns = ended_ns.saturating_sub(took);
-                        report.phases = phases;
-                        let device_lost = device_lost.map(|lost| lost.to_string());
-                        report.device_lost = device_lost
-                            .or_else(|| asleep(self.device.as_deref(), &report.violation));
-                        let failure = Failure {
-                            report,
-                            attempts,
-                            entry: entry_regs,
-                            ended,
-                        };
-                        let calls = self.and_let_packets_pass(result.kernel_calls);
-                        Some(self.run_guest_calls(
-                            GuestCalls::new(gate, calls, next, Some(failure)).keeping(result.kept),
-                            at,
-                        ))
-                    }
-                }
-            }
-            Some(Err(error)) => {
-                self.domain_failed(gate, entry_regs, &error);
-                None
-            }
-            None => None,
-        };
-        if let Err(error) = self.faults.end(failed, &mut self.domain) {
-            self.domain_failed(gate, entry_regs, &error);
-        }
-        next
-    }
-
     /// Keeps the device from interrupting and from moving data.
     pub(crate) fn silence_device(&self) {
         let held = self.device.as_ref();
@@ -474,19 +296,6 @@ impl Armed {
 /// Whether one of these calls could not be taken back with packets of others in the device's ring.
 fn keeps_packets_out(open: &HashMap<u64, OpenCall>) -> bool {
     open.values().any(|open| open.call.keeps_packets_out())
-}
-
-/// Why a device is lost that was not where its driver reached for it, although it has not gone.
-fn asleep(device: Option<&dyn Holdable>, violation: &Violation) -> Option<String> {
-    let ViolationKind::ForeignMmio { gpa, .. } = violation.kind else {
-        return None;
-    };
-    let mut asleep = false;
-    let held = device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
-    if let Err(lost) = held {
-        return Some(lost.to_string());
-    }
-    asleep.then(|| "it is in a sleep state, of which its driver does not know".to_owned())
 }
 
 /// Whether any of these calls can be taken back.

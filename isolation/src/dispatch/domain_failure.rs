@@ -7,6 +7,7 @@ use kvm_bindings::kvm_regs;
 
 use crate::compensation::guest_calls::Failure;
 use crate::dispatch::armed::Armed;
+use crate::dispatch::run::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::roots::Root;
 use crate::domain::violation::{Violation, ViolationKind};
@@ -36,7 +37,7 @@ impl Armed {
         report.at_ns = monotonic_ns();
         let failure = Failure {
             report,
-            attempts: 1,
+            attempt: Attempt::FIRST,
             entry,
             ended: Instant::now(),
         };

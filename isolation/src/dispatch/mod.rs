@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   trap (others held, devices held) ─► armed ─► Domain::call ─► registers ─► guest
+//!                              run: step by step
 //!                                         ├── supervisor, platform: what the domain asks meanwhile
 //!                                         └── after_fault: what its failure means; fault: faults on purpose
 //! ```
@@ -12,5 +13,6 @@ pub(crate) mod armed;
 mod domain_failure;
 pub mod fault;
 pub(crate) mod platform;
+pub(crate) mod run;
 pub(crate) mod supervisor;
 mod trap;

@@ -20,7 +20,7 @@ use crate::guest::modules::ModuleLayout;
 use crate::guest::stack::InterruptStack;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::call::{CallMemory, DriverPolicy};
-use crate::status::report::ViolationReport;
+use crate::status::report::{Told, ViolationReport};
 use devices::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice};
 
 /// Start of the kernel image's mapping (`__START_KERNEL_map`).
@@ -124,6 +124,9 @@ impl Knowledge {
                 "{}, called to take it back, does not return",
                 named(function)
             ),
+            Stays::StackGone => {
+                "the stack that it was to be taken back on is not there any more".to_owned()
+            }
         }
     }
 
@@ -149,6 +152,7 @@ impl Knowledge {
             at_ns: 0,
             phases: AbortPhases::default(),
             device_lost: None,
+            told: Told::Error,
         }
     }
 

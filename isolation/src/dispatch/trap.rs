@@ -1,92 +1,141 @@
 //! A vCPU at a gate: whose it is, and what it goes on with.
+//!
+//! ```text
+//!   others held ─┬─ gate of the removal watch, of suspend and resume, of a thread that is moved on: registers at once
+//!                └─ a module's: devices held ─► enter, come back or be called back ─► again while it is to be retried
+//! ```
 
 use std::sync::PoisonError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 
 use crate::attach::{GATE, Isolator, OUT_BYTES};
-use crate::dispatch::armed::AtGate;
+use crate::dispatch::armed::{Armed, AtGate};
+use crate::dispatch::run::Attempt;
+
+/// Which half of which gate a vCPU stands at.
+#[derive(Clone, Copy)]
+struct Standing {
+    /// Address of the `out`.
+    at: u64,
+    /// It is the second half: a kernel function has returned there.
+    returning: bool,
+}
 
 impl TrapHandler for Isolator {
     fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
-        let Ok(port) = u8::try_from(context.port) else {
-            return TrapOutcome::Resume;
+        let returning = match u8::try_from(context.port) {
+            Ok(port) if port == GATE.entry => false,
+            Ok(port) if port == GATE.returning => true,
+            _ => return TrapOutcome::Resume,
         };
-        if port != GATE.entry && port != GATE.returning {
-            return TrapOutcome::Resume;
-        }
         let (regs, sregs) = context.registers();
         let start = Instant::now();
         let _others = self.vm.hold_others(context.index);
-        let gate = regs.rip.wrapping_sub(OUT_BYTES);
-        let watch = *self.watch();
-        if let Some(watch) = watch.filter(|watch| port == GATE.entry && watch.gate == gate) {
-            self.module_freed(watch, &regs, &sregs);
-            let next = kvm_regs {
-                rip: watch.body(),
-                ..regs
-            };
-            context.set_regs(&next);
-            return TrapOutcome::Resume;
-        }
-        if let Some(next) = self.suspend_step(gate, &regs, &sregs) {
+        let standing = Standing {
+            at: regs.rip.wrapping_sub(OUT_BYTES),
+            returning,
+        };
+        if let Some(next) = self.at_own_gate(standing, &regs, &sregs) {
             context.set_regs(&next);
             return TrapOutcome::Resume;
         }
         let mut modules = self.modules();
         let turned = modules.values().find_map(|armed| armed.turned(&regs));
-        if let Some(next) = turned.filter(|_| port == GATE.returning) {
+        if let Some(next) = turned.filter(|_| returning) {
             context.set_regs(&next);
             return TrapOutcome::Resume;
         }
-        let found = modules.values_mut().find(|armed| {
-            if port == GATE.entry {
-                armed.gates.contains_key(&gate)
-            } else {
-                let open = armed.spilled.get(&regs.rsp).map(|open| open.gate);
-                let calling = armed.guest_calls.get(&regs.rsp).map(|calling| calling.gate);
-                open.or(calling)
-                    .is_some_and(|open| open + OUT_BYTES == gate)
-            }
-        });
-        let Some(armed) = found else {
+        let found = modules.values_mut();
+        let Some(armed) = found.into_iter().find(|one| one.owns(standing, regs.rsp)) else {
             // Code that may use I/O ports wrote to this one, or jumped into a gate.
             return TrapOutcome::Resume;
         };
+        self.at_module(armed, standing, (regs, sregs), start, context);
+        TrapOutcome::Resume
+    }
+}
+
+impl Isolator {
+    /// What a vCPU goes on with that stands at a gate of no module: the removal watch, or suspend and resume.
+    fn at_own_gate(
+        &self,
+        standing: Standing,
+        regs: &kvm_regs,
+        sregs: &kvm_sregs,
+    ) -> Option<kvm_regs> {
+        let watch = *self.watch();
+        if let Some(watch) = watch.filter(|watch| !standing.returning && watch.gate == standing.at)
+        {
+            self.module_freed(watch, regs, sregs);
+            return Some(kvm_regs {
+                rip: watch.body(),
+                ..*regs
+            });
+        }
+        self.suspend_step(standing.at, regs, sregs)
+    }
+
+    /// Serves a vCPU at a gate of a module, with all devices but the module's own held.
+    fn at_module(
+        &self,
+        armed: &mut Armed,
+        standing: Standing,
+        (regs, sregs): (kvm_regs, kvm_sregs),
+        start: Instant,
+        context: &mut TrapContext<'_>,
+    ) {
         let functions = self.vm.pci_bus().functions_except(&armed.device_slots);
         let _devices: Vec<_> = functions
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
         let mut at = AtGate {
-            holding: start.elapsed(),
+            holding: Duration::ZERO,
             regs,
             sregs,
             vcpu: context.vcpu,
             vm: self.vm.vm_fd(),
         };
-        armed.give_up_hanging();
-        let returning = port == GATE.returning;
-        // A call that once had this stack and enters anew never came back.
-        let (open, calling) = (
-            armed.spilled.remove(&regs.rsp),
-            armed.guest_calls.remove(&regs.rsp),
-        );
-        let mut next = match (open, calling) {
-            (Some(open), _) if returning => armed.go_on(open, &at),
-            (None, Some(calling)) if returning => armed.run_guest_calls(calling, &at),
-            _ => armed.call(gate, 1, &at),
-        };
-        while let Some(again) = armed.again.take() {
-            at.regs = again.entry;
-            next = armed.call(again.gate, again.attempts.saturating_add(1), &at);
-        }
-        armed.let_device_go();
-        armed.guard();
+        at.holding = start.elapsed();
+        let next = armed.serve(standing, &mut at);
         context.set_regs(&next);
         armed.caller_runs_again();
-        TrapOutcome::Resume
+    }
+}
+
+impl Armed {
+    /// Whether a vCPU that stands there with this stack pointer is at a gate of this module.
+    fn owns(&self, standing: Standing, rsp: u64) -> bool {
+        if !standing.returning {
+            return self.gates.contains_key(&standing.at);
+        }
+        let open = self.spilled.get(&rsp).map(|open| open.gate);
+        let calling = self.guest_calls.get(&rsp).map(|calling| calling.gate);
+        open.or(calling)
+            .is_some_and(|open| open + OUT_BYTES == standing.at)
+    }
+
+    /// A call enters, comes back from the guest, or a kernel function that is called for one has returned; what the
+    /// vCPU goes on with.
+    fn serve(&mut self, standing: Standing, at: &mut AtGate<'_>) -> kvm_regs {
+        self.give_up_hanging();
+        // A call that once had this stack and enters anew never came back.
+        let open = self.spilled.remove(&at.regs.rsp);
+        let calling = self.guest_calls.remove(&at.regs.rsp);
+        let mut next = match (open, calling) {
+            (Some(open), _) if standing.returning => self.go_on(open, at),
+            (None, Some(calling)) if standing.returning => self.run_guest_calls(calling, at),
+            _ => self.call(standing.at, Attempt::FIRST, at),
+        };
+        while let Some(again) = self.again.take() {
+            at.regs = again.entry;
+            next = self.call(again.gate, again.attempt, at);
+        }
+        self.let_device_go();
+        self.guard();
+        next
     }
 }

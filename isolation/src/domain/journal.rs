@@ -59,6 +59,8 @@ pub enum Stays {
         /// Guest virtual address.
         function: u64,
     },
+    /// There was no stack any more to call kernel functions on that take it back.
+    StackGone,
 }
 
 /// What became of the parts of a failed call that were in the guest.

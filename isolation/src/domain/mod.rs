@@ -13,7 +13,7 @@
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `host_memory` | the account of what calls make the host keep |
 //! | `supervisor` | what a call asks of the layer above |
-//! | `watchdog` | ends calls that hang |
+//! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
 pub mod dirty_ring;
 pub mod effects;

@@ -1,26 +1,35 @@
-//! Ends calls that hang: interrupts the thread that runs P when a call is over its time budget.
+//! Interrupts runs of P that last: whoever runs it then looks at how much time the call has had.
 //!
-//! One thread a domain, which ticks only while calls are being made. A call that begins and ends
-//! between two ticks costs two stores and no system call.
+//! ```text
+//!   thread that runs P:  enter ─► KVM_RUN ..................... EINTR ─► leave ─► time counted ─► enter ─► ...
+//!   this thread:                  tick      tick (still there) ─► signal
+//! ```
+//!
+//! One thread a domain, which ticks only while calls are being made. It measures nothing and decides nothing: real
+//! time passes also for a thread that does not get a processor. A run that begins and ends between two ticks costs
+//! two stores and no system call.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// How often a running call is looked at.
-const TICK: Duration = Duration::from_millis(2);
-/// Ticks without any call after which the thread sleeps until the next one.
+/// How often a run is looked at.
+const TICK: Duration = Duration::from_millis(5);
+/// After how long it is interrupted: long enough to get on in it on a slow host.
+const LASTS: Duration = Duration::from_millis(10);
+/// Ticks without any run after which the thread sleeps until the next one.
 const IDLE_TICKS: u32 = 50;
 
 #[derive(Debug)]
 struct Shared {
     epoch: Instant,
-    /// Deadline of the call in progress in nanoseconds since `epoch`; 0 when none is.
-    deadline_ns: AtomicU64,
-    /// Calls begun, to tell that something happens at all.
-    calls: AtomicU64,
-    /// Kernel thread id of the thread that runs the call.
+    /// When the run under way began, in nanoseconds since `epoch`; 0 when there is none.
+    since_ns: AtomicU64,
+    /// Runs begun, to tell that something happens at all.
+    runs: AtomicU64,
+    /// Kernel thread id of the thread that runs P.
     thread: AtomicI32,
     asleep: AtomicBool,
     stop: AtomicBool,
@@ -40,8 +49,8 @@ impl Watchdog {
     pub fn start(signal: i32) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             epoch: Instant::now(),
-            deadline_ns: AtomicU64::new(0),
-            calls: AtomicU64::new(0),
+            since_ns: AtomicU64::new(0),
+            runs: AtomicU64::new(0),
             thread: AtomicI32::new(0),
             asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -57,35 +66,21 @@ impl Watchdog {
         })
     }
 
-    /// A call begins on this thread and may take `budget`.
-    pub fn begin(&self, budget: Duration) {
-        let deadline = self
-            .now_ns()
-            .saturating_add(budget.as_nanos() as u64)
-            .max(1);
-        // SAFETY: gettid has no arguments and cannot fail.
-        let tid = unsafe { libc::gettid() };
-        self.shared.thread.store(tid, Ordering::Relaxed);
-        self.shared.calls.fetch_add(1, Ordering::Relaxed);
-        self.shared.deadline_ns.store(deadline, Ordering::SeqCst);
+    /// A run of P begins on this thread.
+    pub fn enter(&self, now: Instant) {
+        let since = now.saturating_duration_since(self.shared.epoch).as_nanos();
+        let since = u64::try_from(since).unwrap_or(u64::MAX).max(1);
+        self.shared.thread.store(thread_id(), Ordering::Relaxed);
+        self.shared.runs.fetch_add(1, Ordering::Relaxed);
+        self.shared.since_ns.store(since, Ordering::SeqCst);
         if self.shared.asleep.load(Ordering::SeqCst) {
             self.waker.unpark();
         }
     }
 
-    /// Whether the call in progress is over its budget.
-    pub fn expired(&self) -> bool {
-        let deadline = self.shared.deadline_ns.load(Ordering::Relaxed);
-        deadline != 0 && self.now_ns() >= deadline
-    }
-
-    /// The call ended.
-    pub fn end(&self) {
-        self.shared.deadline_ns.store(0, Ordering::SeqCst);
-    }
-
-    fn now_ns(&self) -> u64 {
-        self.shared.epoch.elapsed().as_nanos() as u64
+    /// It has ended.
+    pub fn leave(&self) {
+        self.shared.since_ns.store(0, Ordering::SeqCst);
     }
 }
 
@@ -100,30 +95,41 @@ impl Drop for Watchdog {
     }
 }
 
+/// Kernel thread id of this thread, asked for once.
+fn thread_id() -> i32 {
+    thread_local! {
+        static ID: Cell<i32> = const { Cell::new(0) };
+    }
+    if ID.get() == 0 {
+        // SAFETY: gettid has no arguments and cannot fail.
+        ID.set(unsafe { libc::gettid() });
+    }
+    ID.get()
+}
+
 fn watch(shared: &Shared, signal: i32) {
     let (mut seen, mut idle) = (0, 0);
     while !shared.stop.load(Ordering::SeqCst) {
         std::thread::park_timeout(TICK);
-        let deadline = shared.deadline_ns.load(Ordering::SeqCst);
-        if deadline != 0 && shared.epoch.elapsed().as_nanos() as u64 >= deadline {
-            // Sent again at every tick until the call ends: one that arrives just before KVM_RUN is
-            // lost.
+        let since = shared.since_ns.load(Ordering::SeqCst);
+        let now = u64::try_from(shared.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if since != 0 && now.saturating_sub(since) >= LASTS.as_nanos() as u64 {
+            // Sent again at every tick until the run ends: one that arrives just before KVM_RUN is lost.
             let thread = shared.thread.load(Ordering::Relaxed);
             // SAFETY: tgkill only sends a signal, to a thread of this very process; one that is gone
             // gives ESRCH, which is harmless.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
         }
-        let calls = shared.calls.load(Ordering::Relaxed);
-        idle = if calls == seen && deadline == 0 {
+        let runs = shared.runs.load(Ordering::Relaxed);
+        idle = if runs == seen && since == 0 {
             idle + 1
         } else {
             0
         };
-        seen = calls;
+        seen = runs;
         if idle >= IDLE_TICKS {
             shared.asleep.store(true, Ordering::SeqCst);
-            while shared.deadline_ns.load(Ordering::SeqCst) == 0
-                && !shared.stop.load(Ordering::SeqCst)
+            while shared.since_ns.load(Ordering::SeqCst) == 0 && !shared.stop.load(Ordering::SeqCst)
             {
                 std::thread::park();
             }

@@ -9,6 +9,20 @@ use crate::domain::roots::Root;
 use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::{Violation, ViolationKind};
 
+/// What the caller of a failed call was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Told {
+    /// Nothing yet: the call is run once more.
+    RunAgain,
+    /// What the function returns in the guest, which runs it: the domain failed.
+    GuestRuns,
+    /// An error.
+    Error,
+    /// Nothing: the function returns nothing, and has not been run.
+    Nothing,
+}
+
 /// A violation with names.
 #[derive(Debug, Clone, Serialize)]
 pub struct ViolationReport {
@@ -32,6 +46,8 @@ pub struct ViolationReport {
     pub phases: AbortPhases,
     /// Why the device is not as before the call, if it is not.
     pub device_lost: Option<String>,
+    /// What its caller was told.
+    pub told: Told,
 }
 
 impl ViolationReport {
@@ -54,6 +70,7 @@ impl fmt::Display for ViolationReport {
             at_ns: _,
             phases: _,
             device_lost,
+            told,
         } = self;
         write!(f, "{entry}: {} at {at}", What(violation))?;
         if !instruction.is_empty() {
@@ -98,7 +115,14 @@ impl fmt::Display for ViolationReport {
                 }
             }
         }
-        Ok(())
+        match told {
+            Told::RunAgain => write!(f, "; it is run again"),
+            Told::Error | Told::GuestRuns => Ok(()),
+            Told::Nothing => write!(
+                f,
+                "; it was NOT run, which its caller cannot know: it returns nothing"
+            ),
+        }
     }
 }
 
@@ -159,7 +183,7 @@ impl fmt::Display for What<'_> {
             ViolationKind::ForeignMsr { index } => write!(f, "access to MSR {index:#x}"),
             ViolationKind::PrivilegedInstruction => write!(f, "privileged instruction"),
             ViolationKind::InterruptFlag => write!(f, "return with the interrupt flag changed"),
-            ViolationKind::TimeBudget => write!(f, "time budget used up"),
+            ViolationKind::TimeBudget => write!(f, "its time is used up: it hangs"),
             ViolationKind::LostSpill => write!(f, "a call that cannot go on, stopped"),
             ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
             ViolationKind::HostMemory => {

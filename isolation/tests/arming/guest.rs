@@ -16,7 +16,7 @@ use isolation::attach::request::{Contain, IsolateRequest, Isolated};
 use isolation::attach::{AttachError, Isolator};
 use isolation::dispatch::after_fault::ReturnErrors;
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
-use isolation::status::ModuleStatus;
+use isolation::status::{EntryStatus, ModuleStatus};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
@@ -29,12 +29,22 @@ pub const SECOND: u64 = 0xffff_ffff_c001_1000;
 pub const SECOND_DATA: u64 = 0xffff_ffff_c001_3000;
 /// A function of the first module that calls one of the second.
 pub const CALLS_SECOND: u64 = FIRST + 0x100;
+/// A function of the first module that waits in the kernel, and then fails if [`FAILS`] says so.
+pub const WAITS: u64 = FIRST + 0x200;
+/// How often that ran to its end.
+pub const RUNS: u64 = FIRST_DATA + 8;
+pub const FAILS: u64 = FIRST_DATA + 16;
 const KERNEL_TEXT: u64 = 0xffff_ffff_8100_0000;
+const KERNEL_WAITS: u64 = KERNEL_TEXT + 0x100;
+const SCHEDULE: u64 = KERNEL_TEXT + 0x200;
 const LOOP: u64 = KERNEL_TEXT + 0x400;
 const KERNEL_DATA: u64 = 0xffff_ffff_8200_0000;
 const ORDER: u64 = KERNEL_DATA;
 const TABLES: u64 = KERNEL_DATA + 8;
 const RESULT: u64 = KERNEL_DATA + 16;
+/// How often the scheduler was called, and whether it stays in there.
+pub const SCHEDULED: u64 = KERNEL_DATA + 24;
+pub const STAYS: u64 = KERNEL_DATA + 32;
 const GDT: u64 = KERNEL_DATA + 0x800;
 const STACK_TOP: u64 = 0xffff_c900_0000_4000;
 /// Top-level tables: the kernel's own, and those of a process.
@@ -142,6 +152,37 @@ fn write(memory: &GuestMemoryMmap) {
         a.pop(rbx)?;
         a.ret()
     });
+    code(WAITS, &|a| {
+        let mut well = a.create_label();
+        a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
+        a.push(rbx)?;
+        a.mov(rbx, FIRST_DATA)?;
+        a.call(KERNEL_WAITS)?;
+        a.cmp(qword_ptr(rbx + (FAILS - FIRST_DATA)), 0)?;
+        a.je(well)?;
+        a.ud2()?;
+        a.set_label(&mut well)?;
+        a.inc(qword_ptr(rbx + (RUNS - FIRST_DATA)))?;
+        a.mov(eax, 7)?;
+        a.pop(rbx)?;
+        a.ret()
+    });
+    code(KERNEL_WAITS, &|a| {
+        a.call(SCHEDULE)?;
+        a.ret()
+    });
+    code(SCHEDULE, &|a| {
+        let (mut stays, mut goes) = (a.create_label(), a.create_label());
+        a.mov(rcx, SCHEDULED)?;
+        a.inc(qword_ptr(rcx))?;
+        a.set_label(&mut stays)?;
+        a.cmp(qword_ptr(rcx + (STAYS - SCHEDULED)), 0)?;
+        a.je(goes)?;
+        a.pause()?;
+        a.jmp(stays)?;
+        a.set_label(&mut goes)?;
+        a.ret()
+    });
     code(LOOP, &|a| {
         let (mut top, mut wait) = (a.create_label(), a.create_label());
         a.set_label(&mut top)?;
@@ -231,6 +272,12 @@ impl Guest {
         self.handle.ram().memory().write_obj(value, at).unwrap();
     }
 
+    /// Has the guest call `function`, and does not wait.
+    pub fn order(&self, function: u64) {
+        self.write(TABLES, KERNEL_TABLES);
+        self.write(ORDER, function);
+    }
+
     /// Has the guest call `function` with the top-level table at `tables`, and waits for what it returns.
     pub fn call_from(&self, tables: u64, function: u64) -> u64 {
         self.write(TABLES, tables);
@@ -280,6 +327,12 @@ impl Guest {
         self.isolator.isolate(Self::request(module))
     }
 
+    /// Counters of one function of the first module.
+    pub fn entry(&self, name: &str) -> EntryStatus {
+        let entries = self.status("first").entries;
+        entries.into_iter().find(|one| one.name == name).unwrap()
+    }
+
     pub fn status(&self, module: &str) -> ModuleStatus {
         let all = self.isolator.status();
         all.into_iter()
@@ -302,8 +355,8 @@ impl Drop for Guest {
 fn symbols() -> SymbolTable {
     let text = format!(
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
-         {FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
-         {LOOP:x} T kernel_loop\n"
+         {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
+         {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{LOOP:x} T kernel_loop\n"
     );
     read_kallsyms(text.as_bytes(), |_| true).unwrap()
 }

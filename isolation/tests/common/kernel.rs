@@ -18,6 +18,8 @@ pub struct Kernel {
     /// Stores that reached the device.
     pub device_writes: Vec<(u64, u64, usize)>,
     pub device_value: u64,
+    /// How long the host works for each device load.
+    pub device_works: std::time::Duration,
     /// Offsets of registers whose loads have no effect, and to which stores change nothing of what those show.
     pub flushes: Vec<u64>,
     pub flushes_past: Vec<u64>,
@@ -102,6 +104,10 @@ impl Supervisor for Kernel {
         DEVICE_PORTS.contains(&port)
     }
     fn device_read(&mut self, _: DeviceAddress, _: usize) -> u64 {
+        let start = std::time::Instant::now();
+        while start.elapsed() < self.device_works {
+            std::hint::spin_loop();
+        }
         self.device_value
     }
     fn device_read_past(

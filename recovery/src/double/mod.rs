@@ -17,7 +17,7 @@ use isolation::domain::roots::Root;
 use isolation::domain::transaction::AbortPhases;
 use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::status::ModuleStatus;
-use isolation::status::report::ViolationReport;
+use isolation::status::report::{Told, ViolationReport};
 
 use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest, Ran};
@@ -166,6 +166,7 @@ pub(crate) fn report(entry: &str) -> ViolationReport {
         at_ns: 0,
         phases: AbortPhases::default(),
         device_lost: None,
+        told: Told::Error,
     }
 }
 
@@ -175,6 +176,8 @@ fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
         report: &report,
         attempts: 1,
         returns_nothing: false,
+        out_of_time: false,
+        in_a_row: false,
     })
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::SpilledCall;
+use super::{CallTime, SpilledCall};
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::domain::violation::Violation;
@@ -30,10 +30,11 @@ pub struct CallRequest<'a> {
     /// What is known of the kernel's functions: with it a call that goes on in the guest keeps a journal, and
     /// is taken back to its beginning if it fails later.
     pub effects: Option<&'a KernelEffects>,
-    /// Time after which the call is aborted.
+    /// Processor time in the private VM, over all parts of the call, after which it is taken to hang and is aborted. One
+    /// that exits gets a little more for each exit.
     pub budget: Duration,
-    /// Time that the call may wait for in all, with the guest standing still, before it is given up as
-    /// one that sleeps.
+    /// Time that the call may wait for in all, over all parts of it, with the guest standing still, before it is given
+    /// up as one that sleeps.
     pub sleep_limit: Duration,
 }
 
@@ -59,6 +60,8 @@ pub enum PassThroughReason {
     PageTables,
     /// The stack or its return address cannot be used.
     Stack,
+    /// The host has worked for it for too long.
+    Slow,
 }
 
 impl PassThroughReason {
@@ -74,6 +77,7 @@ impl PassThroughReason {
             Self::TrappedFunction => "trapped_function",
             Self::PageTables => "page_tables",
             Self::Stack => "stack",
+            Self::Slow => "slow",
         }
     }
 }
@@ -155,6 +159,8 @@ pub struct CallResult {
     pub regs: kvm_regs,
     /// What it did and cost.
     pub stats: CallStats,
+    /// Time that it has had by now, its earlier parts among it.
+    pub time: CallTime,
     /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
     pub phases: AbortPhases,
     /// Kernel functions that the guest has to call, in this order, before it goes on: what waited for the end

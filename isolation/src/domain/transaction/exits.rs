@@ -59,12 +59,7 @@ impl Call<'_> {
                     PassThroughReason::ProcessorRegister,
                 )
             }
-            Exit::Interrupted => {
-                if self.domain.watchdog.expired() {
-                    return Ok(Step::Violation(ViolationKind::TimeBudget, regs.rip));
-                }
-                Ok(Step::Continue)
-            }
+            Exit::Interrupted => Ok(Step::Continue),
             Exit::DirtyRingFull => {
                 self.harvest()?;
                 self.domain.vm.reset_ring()?;

@@ -24,7 +24,7 @@
 //! spill pay nothing for it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvm_bindings::kvm_regs;
 
@@ -55,9 +55,13 @@ mod journal;
 mod memory;
 mod sleep;
 mod spill;
+mod time;
 
 pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThroughReason};
 pub use spill::SpilledCall;
+pub use time::CallTime;
+
+use time::Meter;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -157,6 +161,9 @@ pub(super) struct Call<'a> {
     /// processor may remember what they were.
     rebuilt: Option<Root>,
     stats: CallStats,
+    /// Time that it has had, its earlier parts and attempts among it.
+    time: CallTime,
+    meter: Meter,
     last_exit: Instant,
     phases: AbortPhases,
     /// Where the last wait was called from, and how often running.
@@ -194,11 +201,12 @@ impl Domain {
     ) -> Result<CallResult, DomainError> {
         let mut journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
         let before = spilled.as_deref();
-        let mut result = self.attempt(request, supervisor, before, &mut journal);
+        let mut time = before.map_or_else(CallTime::default, |spilled| spilled.time);
+        let mut result = self.attempt(request, supervisor, before, &mut journal, &mut time);
         if matches!(result, Ok(None)) {
             supervisor.begin_again();
             journal = Some(Box::default());
-            result = self.attempt(request, supervisor, before, &mut journal);
+            result = self.attempt(request, supervisor, before, &mut journal, &mut time);
         }
         if let Some(spilled) = spilled {
             spilled.journal = journal;
@@ -213,6 +221,7 @@ impl Domain {
         supervisor: &mut dyn Supervisor,
         spilled: Option<&SpilledCall>,
         journal: &mut Option<Box<Journal>>,
+        time: &mut CallTime,
     ) -> Result<Option<CallResult>, DomainError> {
         let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
         let journalled = journal.is_some();
@@ -244,6 +253,8 @@ impl Domain {
             last_fault: (0, 0, 0),
             rebuilt: None,
             stats: CallStats::default(),
+            time: *time,
+            meter: Meter::default(),
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
@@ -256,7 +267,7 @@ impl Domain {
         let (mut stats, phases) = (call.stats, call.phases);
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         let kept = std::mem::take(&mut call.calls_kept);
-        self.watchdog.end();
+        *time = call.time;
         if journalled {
             self.monitor.journal(|_| false);
         }
@@ -268,6 +279,7 @@ impl Domain {
                 end,
                 regs,
                 stats,
+                time: *time,
                 phases,
                 kernel_calls,
                 kept,
@@ -326,7 +338,6 @@ impl Call<'_> {
     /// Makes P ready for a call: pages, control registers, clock and roots as the guest has them now.
     fn prepare(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
         let domain = &mut *self.domain;
-        domain.watchdog.begin(self.request.budget);
         self.stats.other_syscalls += domain.drop_stale()?;
         domain.warm.refresh(&mut domain.view)?;
         domain.overlays.follow_one(&mut domain.view)?;
@@ -395,11 +406,7 @@ impl Call<'_> {
 
     fn run(&mut self) -> Result<Step, DomainError> {
         loop {
-            let entered = Instant::now();
-            let exit = self.domain.vm.run()?;
-            self.last_exit = Instant::now();
-            let inside = self.last_exit.duration_since(entered);
-            self.stats.private_ns += u64::try_from(inside.as_nanos()).unwrap_or(u64::MAX);
+            let exit = self.run_to_exit()?;
             let step = self.handle(exit)?;
             if !matches!(step, Step::Continue) {
                 return Ok(step);
@@ -412,10 +419,31 @@ impl Call<'_> {
                 return Ok(Step::Violation(ViolationKind::HostMemory, rip));
             }
             self.detours += 1;
-            if self.detours > MAX_DETOURS {
+            if self.detours > MAX_DETOURS || self.time.hangs(self.request.budget) {
                 let rip = self.domain.vm.regs().rip;
                 return Ok(Step::Violation(ViolationKind::TimeBudget, rip));
             }
+            if self.time.is_slow() {
+                return Ok(Step::GuestOnly(PassThroughReason::Slow, None));
+            }
         }
+    }
+
+    /// Runs P to its next exit, and counts the time before it and in it.
+    fn run_to_exit(&mut self) -> Result<Exit, DomainError> {
+        let entered = Instant::now();
+        self.time.host += self.meter.count(entered.duration_since(self.last_exit));
+        self.domain.watchdog.enter(entered);
+        let exit = self.domain.vm.run();
+        self.domain.watchdog.leave();
+        self.last_exit = Instant::now();
+        let inside = self.last_exit.duration_since(entered);
+        self.stats.private_ns += u64::try_from(inside.as_nanos()).unwrap_or(u64::MAX);
+        self.time.own += self.meter.count(inside);
+        let exit = exit?;
+        // Those that the host brings about tell nothing of the call.
+        let is_its_own = !matches!(exit, Exit::Interrupted | Exit::DirtyRingFull);
+        self.time.exits = self.time.exits.saturating_add(is_its_own.into());
+        Ok(exit)
     }
 }

@@ -1,6 +1,6 @@
 //! Kernel functions that only wait for time to pass: the call waits in them and stays atomic.
 //!
-//! The guest stands still meanwhile, so the time is limited. A call that waits at one place over and over is
+//! The guest stands still meanwhile, so the time is limited, over all waits of a call. A call that waits at one place over and over is
 //! waiting for somebody else, who stands still too: it is given up.
 
 use super::*;
@@ -30,7 +30,6 @@ impl Call<'_> {
         // The argument is an unsigned int or a number that fits one.
         let count = u32::try_from(regs.rdi).unwrap_or(u32::MAX);
         let time = unit.saturating_mul(count);
-        let slept = Duration::from_micros(self.stats.slept_us);
         let repeated = match self.last_sleep {
             (at, times) if at == return_address => times + 1,
             _ => 1,
@@ -38,11 +37,13 @@ impl Call<'_> {
         self.last_sleep = (return_address, repeated);
         // With a journal it goes on in the guest anyhow.
         let limit = self.request.sleep_limit;
-        if self.journal.is_some() || slept.saturating_add(time) > limit || repeated > MAX_REPEATED {
+        if self.journal.is_some() || !self.time.may_wait(time, limit) || repeated > MAX_REPEATED {
             return given_up();
         }
+        let since = Instant::now();
         std::thread::sleep(time);
-        self.domain.watchdog.begin(self.request.budget);
+        self.time.asked += time;
+        self.time.waited += since.elapsed();
         self.stats.sleeps += 1;
         self.stats.slept_us += u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let next = kvm_regs {

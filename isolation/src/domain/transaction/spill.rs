@@ -37,6 +37,8 @@ struct ReturnSlot {
 pub struct SpilledCall {
     pub(super) entry: kvm_regs,
     pub(super) spills: u32,
+    /// Time that it has had.
+    pub(super) time: CallTime,
     return_address: u64,
     return_slot: (Pfn, usize),
     callbacks: Vec<Callback>,
@@ -183,6 +185,7 @@ impl Call<'_> {
         let spilled = SpilledCall {
             entry: self.entry,
             spills: self.spills + 1,
+            time: self.time,
             return_address: self.return_address,
             return_slot: self.return_slot,
             callbacks: std::mem::take(&mut self.callbacks),

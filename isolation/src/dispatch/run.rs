@@ -1,0 +1,410 @@
+//! One run of a call in the domain, or of what is left of one that comes back from the guest, step by step.
+//!
+//! ```text
+//!   fault put in ─► policy told ─► device held ─► Domain::carry_out ─► counted ─┬─ committed, aborted: what the guest calls then
+//!                                                                               ├─ goes on in the guest: kept
+//!                                                                               └─ passes through, domain broken: the guest's
+//! ```
+
+use std::time::{Duration, Instant};
+
+use devices::clock::monotonic_ns;
+use devices::hold::{DeviceLost, HeldDevice, Holdable, OutsideChanges};
+use kvm_bindings::kvm_regs;
+
+use crate::compensation::guest_calls::{Failure, GuestCalls};
+use crate::dispatch::armed::{
+    Armed, AtGate, OpenCall, RETURN_GATE_OFFSET, arguments, may_be_taken_back,
+};
+use crate::dispatch::platform::Platform;
+use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use crate::domain::Domain;
+use crate::domain::error::DomainError;
+use crate::domain::transaction::{
+    CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
+};
+use crate::domain::violation::{Violation, ViolationKind};
+use crate::guest::addr::Gva;
+use crate::guest::paging::VirtMemory;
+use crate::guest::stack::stack_around;
+use crate::policy::call::{CallMemory, MemoryBefore};
+use crate::status::report::ViolationReport;
+
+/// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
+/// has a stack of its own, and no honest guest has as many in one driver.
+const MAX_OPEN: usize = 4096;
+
+/// How often a call is being run with this run, and what it has had before.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attempt {
+    /// 1 for the first.
+    pub number: u32,
+    /// Time of its own in the runs before this one.
+    pub spent: Duration,
+}
+
+impl Attempt {
+    /// Of a call that enters.
+    pub const FIRST: Self = Self {
+        number: 1,
+        spent: Duration::ZERO,
+    };
+
+    /// The one after this.
+    pub fn next(self) -> Self {
+        Self {
+            number: self.number.saturating_add(1),
+            ..self
+        }
+    }
+
+    /// This one, which has ended after a time of its own.
+    fn after(self, own: Duration) -> Self {
+        Self {
+            spent: self.spent.saturating_add(own),
+            ..self
+        }
+    }
+}
+
+/// A call that is to be run once more.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Again {
+    /// Address of its gate.
+    pub gate: u64,
+    /// Which run it is to be.
+    pub attempt: Attempt,
+    /// Registers at its entry.
+    pub entry: kvm_regs,
+}
+
+/// What is being run.
+struct Run<'a> {
+    gate: u64,
+    attempt: Attempt,
+    /// Registers at the entry of the call.
+    entry: kvm_regs,
+    /// It comes back from the guest.
+    comes_back: bool,
+    at: &'a AtGate<'a>,
+}
+
+/// What the domain made of it.
+struct Done {
+    result: Result<CallResult, DomainError>,
+    device_lost: Option<DeviceLost>,
+}
+
+impl Armed {
+    /// Runs a call, or what is left of one, in the domain. `None` if the guest must run it itself.
+    pub(super) fn run(
+        &mut self,
+        gate: u64,
+        spilled: Option<&mut SpilledCall>,
+        attempt: Attempt,
+        at: &AtGate<'_>,
+    ) -> Option<kvm_regs> {
+        let start = Instant::now();
+        let run = Run {
+            gate,
+            attempt,
+            entry: spilled.as_ref().map_or(at.regs, |call| *call.entry()),
+            comes_back: spilled.is_some(),
+            at,
+        };
+        self.put_fault_in(&run);
+        let Done {
+            result,
+            device_lost,
+        } = self.carry_out(&run, spilled)?;
+        let failed = matches!(&result, Ok(result) if matches!(result.end, CallEnd::Aborted(_)));
+        let next = match result {
+            Ok(result) => {
+                if let Some(known) = self.gates.get_mut(&gate) {
+                    known.count(&result, run.comes_back, start.elapsed(), at.holding);
+                }
+                self.ended(&run, result, device_lost)
+            }
+            Err(error) => {
+                self.domain_failed(gate, run.entry, &error);
+                None
+            }
+        };
+        self.take_fault_out(&run, failed);
+        next
+    }
+
+    fn put_fault_in(&mut self, run: &Run<'_>) {
+        if let Some(gate) = self.gates.get(&run.gate) {
+            let (name, cr3) = (&gate.entry.name, run.at.sregs.cr3);
+            let begun = self
+                .faults
+                .begin(name, run.comes_back, cr3, &mut self.domain);
+            if let Err(error) = begun {
+                tracing::error!("a fault cannot be put into {name}: {error}");
+            }
+        }
+    }
+
+    fn take_fault_out(&mut self, run: &Run<'_>, failed: bool) {
+        if let Err(error) = self.faults.end(failed, &mut self.domain) {
+            self.domain_failed(run.gate, run.entry, &error);
+        }
+    }
+
+    /// Has the domain carry it out with the device held, and tells the policy. `None` if the device could not be held.
+    fn carry_out(&mut self, run: &Run<'_>, spilled: Option<&mut SpilledCall>) -> Option<Done> {
+        let at = run.at;
+        let space = self.space(&at.sregs);
+        let gate = self.gates.get(&run.gate)?;
+        let others_open = may_be_taken_back(&self.spilled);
+        let (private, shared) = self.domain.memories();
+        let virt = VirtMemory {
+            space,
+            memory: &shared,
+        };
+        let stack = stack_around(virt, Gva(run.entry.rsp));
+        let request = CallRequest {
+            regs: at.regs,
+            sregs: &at.sregs,
+            clock: Some(at.vcpu),
+            stack,
+            function: gate.body,
+            return_gate: (self.spilled.len() < MAX_OPEN).then_some(run.gate + RETURN_GATE_OFFSET),
+            effects: self.effects.as_ref(),
+            budget: self.budget.saturating_sub(run.attempt.spent),
+            sleep_limit: self.sleep_limit,
+        };
+        if let Some(policy) = &mut self.policy {
+            policy.begin(&gate.entry.name, arguments(&run.entry));
+        }
+        let policy = self.policy.as_mut().map(|policy| CallPolicy {
+            policy,
+            memory: CallMemory {
+                private: VirtMemory {
+                    space,
+                    memory: &private,
+                },
+                before: MemoryBefore::new(&shared),
+                stack: Some(stack),
+                per_cpu_base: at.sregs.gs.base,
+            },
+        });
+        let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
+        let mut in_domain = Some(InDomain {
+            domain: &mut self.domain,
+            knowledge: &self.knowledge,
+            policy,
+            platform: Platform::new(at.vm, at.vcpu),
+            request: &request,
+            spilled,
+        });
+        let mut done = None;
+        match &self.device {
+            Some(device) => {
+                let held = device.hold(&mut |held| {
+                    let Some(in_domain) = in_domain.take() else {
+                        return;
+                    };
+                    before_call(held, run.comes_back);
+                    let ran = in_domain.carry_out(Some(held));
+                    let left = after_call(held, &ran.result, others_open);
+                    *withholding |= left.withheld;
+                    *outside_kept = left.outside_kept;
+                    done = Some(ran);
+                });
+                if let Err(lost) = held {
+                    done = Some(Done {
+                        result: Err(lost.into()),
+                        device_lost: None,
+                    });
+                }
+            }
+            None => done = in_domain.map(|in_domain| in_domain.carry_out(None)),
+        }
+        let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
+        if let Some(policy) = &mut self.policy {
+            policy
+                .end(matches!(&done, Some(Done { result: Ok(result), .. }) if stays(&result.end)));
+        }
+        done
+    }
+
+    /// What the guest's vCPU goes on with after a run. `None` if the guest must run the call itself.
+    fn ended(
+        &mut self,
+        run: &Run<'_>,
+        result: CallResult,
+        device_lost: Option<DeviceLost>,
+    ) -> Option<kvm_regs> {
+        let CallResult {
+            end,
+            regs,
+            time,
+            phases,
+            kernel_calls,
+            kept,
+            ..
+        } = result;
+        let (ended, ended_ns) = (Instant::now(), monotonic_ns());
+        let failure = match end {
+            CallEnd::PassThrough(_) => return None,
+            CallEnd::Spilled(reason, call) => {
+                return Some(self.goes_on_in_the_guest(run, reason, call, regs));
+            }
+            CallEnd::Committed => None,
+            CallEnd::Aborted(violation) => {
+                let mut report = self.report(run, *violation);
+                let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                report.at_ns = ended_ns.saturating_sub(took);
+                report.phases = phases;
+                report.device_lost = device_lost
+                    .map(|lost| lost.to_string())
+                    .or_else(|| asleep(self.device.as_deref(), &report.violation));
+                Some(Failure {
+                    report,
+                    attempt: run.attempt.after(time.own),
+                    entry: run.entry,
+                    ended,
+                })
+            }
+        };
+        let gate = self.gates.get(&run.gate)?;
+        let finally = match &failure {
+            Some(_) => kvm_regs {
+                rax: gate.aborted.value.rax(&arguments(&run.entry)),
+                ..regs
+            },
+            None => regs,
+        };
+        let calls = self.and_let_packets_pass(kernel_calls);
+        let calls = GuestCalls::new(run.gate, calls, finally, failure).keeping(kept);
+        Some(self.run_guest_calls(calls, run.at))
+    }
+
+    /// Keeps a call that goes on in the guest with these registers, until it comes back.
+    fn goes_on_in_the_guest(
+        &mut self,
+        run: &Run<'_>,
+        reason: PassThroughReason,
+        call: Box<SpilledCall>,
+        regs: kvm_regs,
+    ) -> kvm_regs {
+        if let Some(gate) = self.gates.get(&run.gate) {
+            tracing::debug!(
+                "{} goes on in the guest at {}: {}",
+                gate.entry.name,
+                self.knowledge.place(regs.rip),
+                reason.name()
+            );
+        }
+        let open = OpenCall {
+            gate: run.gate,
+            attempt: run.attempt,
+            call,
+        };
+        self.guest_calls.remove(&open.call.returns_with());
+        self.spilled.insert(open.call.returns_with(), open);
+        regs
+    }
+
+    /// Gives a violation names, and says what it touched.
+    fn report(&self, run: &Run<'_>, violation: Violation) -> ViolationReport {
+        let name = self
+            .gates
+            .get(&run.gate)
+            .map(|gate| gate.entry.name.as_str());
+        let name = name.unwrap_or_default();
+        let mut report = self.knowledge.report(name, violation, &self.domain);
+        if let (None, Some(policy)) = (&report.touched, &self.policy) {
+            let memory = self.domain.memories().1;
+            let virt = VirtMemory {
+                space: self.space(&run.at.sregs),
+                memory: &memory,
+            };
+            let touched = report.violation.touched();
+            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
+        }
+        report
+    }
+}
+
+/// What a run in the domain takes.
+struct InDomain<'a> {
+    domain: &'a mut Domain,
+    knowledge: &'a Knowledge,
+    policy: Option<CallPolicy<'a>>,
+    platform: Platform<'a>,
+    request: &'a CallRequest<'a>,
+    spilled: Option<&'a mut SpilledCall>,
+}
+
+impl InDomain<'_> {
+    fn carry_out(self, held: Option<&mut dyn HeldDevice>) -> Done {
+        let device = held.map(|held| -> &mut dyn HeldDevice { held });
+        let mut supervisor =
+            CallSupervisor::new(self.knowledge, self.policy, device, self.platform);
+        let result = self
+            .domain
+            .carry_out(self.request, &mut supervisor, self.spilled);
+        Done {
+            device_lost: supervisor.device_lost(),
+            result,
+        }
+    }
+}
+
+/// What of a device is kept from the world after a call.
+struct Left {
+    /// It does not interrupt.
+    withheld: bool,
+    /// The outside does not see what becomes of it.
+    outside_kept: bool,
+}
+
+/// Makes a device ready for a call, or for one that comes back from the guest.
+fn before_call(held: &mut dyn HeldDevice, comes_back: bool) {
+    if comes_back {
+        held.freeze_interrupts();
+    }
+    held.keep_outside();
+}
+
+/// Shows the world what a call has made of a device, as far as that is known by now; `others_open` if another call is in
+/// the guest that may be taken back.
+fn after_call(
+    held: &mut dyn HeldDevice,
+    result: &Result<CallResult, DomainError>,
+    others_open: bool,
+) -> Left {
+    let withheld = matches!(result, Ok(result) if result.is_to_be_taken_back());
+    if withheld {
+        held.withhold_interrupts(true);
+    }
+    let outside_kept = others_open || matches!(result, Ok(result) if result.is_open());
+    if !outside_kept {
+        // What was taken back nobody has seen.
+        let is_undone = result.as_ref().map_or(true, CallResult::leaves_nothing);
+        held.show_outside(match is_undone {
+            true => OutsideChanges::Forgotten,
+            false => OutsideChanges::Shown,
+        });
+    }
+    Left {
+        withheld,
+        outside_kept,
+    }
+}
+
+/// Why a device is lost that was not where its driver reached for it, although it has not gone.
+fn asleep(device: Option<&dyn Holdable>, violation: &Violation) -> Option<String> {
+    let ViolationKind::ForeignMmio { gpa, .. } = violation.kind else {
+        return None;
+    };
+    let mut asleep = false;
+    let held = device?.hold(&mut |held| asleep = held.sleeps_at(gpa));
+    if let Err(lost) = held {
+        return Some(lost.to_string());
+    }
+    asleep.then(|| "it is in a sleep state, of which its driver does not know".to_owned())
+}

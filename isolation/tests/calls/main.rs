@@ -1,0 +1,233 @@
+//! What becomes of calls that fail, of a hand-made guest that runs, on the host's real KVM.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
+
+#[path = "../arming/guest.rs"]
+#[allow(dead_code, reason = "each test file uses a part of it")]
+mod guest;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use devices::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
+use guest::*;
+use isolation::attach::request::IsolateRequest;
+use isolation::compensation::effects::KernelModel;
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
+use isolation::guest::btf::Btf;
+
+/// -EIO, what a call returns that failed and whose type is not known.
+const ERROR: u64 = -5i64 as u64;
+const RETRIES: u32 = 2;
+/// `jmp` to itself.
+const HANGS: [u8; 2] = [0xeb, 0xfe];
+
+/// A failed call as its policy is told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Told {
+    attempts: u32,
+    out_of_time: bool,
+    in_a_row: bool,
+}
+
+/// Has calls run again, and keeps what it is told.
+#[derive(Clone, Default)]
+struct Retry(Arc<Mutex<Vec<Told>>>);
+
+impl FaultPolicy for Retry {
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        self.0.lock().unwrap().push(Told {
+            attempts: call.attempts,
+            out_of_time: call.out_of_time,
+            in_a_row: call.in_a_row,
+        });
+        match call.attempts > RETRIES || call.out_of_time {
+            true => AfterFault::ReturnError,
+            false => AfterFault::Retry,
+        }
+    }
+}
+
+impl Retry {
+    fn take(&self) -> Vec<Told> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+/// Types of nothing at all: BTF with an empty string in it (Documentation/bpf/btf.rst).
+fn no_types() -> Arc<Btf> {
+    let mut bytes = vec![0x9f, 0xeb, 1, 0];
+    for word in [24u32, 0, 0, 0, 1] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes.push(0);
+    Arc::new(Btf::parse(&bytes, None).unwrap())
+}
+
+/// A guest whose first module is isolated, its calls going on in the guest for `kernel_schedule`.
+fn spilling(policy: Box<dyn FaultPolicy>) -> Guest {
+    let guest = Guest::start();
+    let model = KernelModel {
+        harmless: vec!["kernel_waits".to_owned()],
+        ..KernelModel::default()
+    };
+    guest
+        .isolator
+        .isolate(IsolateRequest {
+            types: Some(no_types()),
+            model: Some(model),
+            guest_only: vec!["kernel_schedule".to_owned()],
+            policy,
+            ..Guest::request("first")
+        })
+        .unwrap();
+    guest
+}
+
+fn failed(attempts: u32) -> Told {
+    Told {
+        attempts,
+        out_of_time: false,
+        in_a_row: attempts > 1,
+    }
+}
+
+#[test]
+fn a_call_that_fails_after_it_went_on_in_the_guest_is_run_again_at_most_as_often_as_any() {
+    let policy = Retry::default();
+    let guest = spilling(Box::new(policy.clone()));
+    guest.write(FAILS, 1);
+    assert_eq!(guest.call(WAITS), ERROR);
+    assert_eq!(policy.take(), [failed(1), failed(2), failed(3)]);
+    // It went on in the guest in each of them, and nothing of it is left there.
+    assert_eq!(guest.read(SCHEDULED), 3);
+    assert_eq!(guest.read(RUNS), 0);
+    let entry = guest.entry("first_waits");
+    assert_eq!((entry.aborts, entry.retries, entry.undone), (3, 2, 3));
+    guest.write(FAILS, 0);
+    assert_eq!(guest.call(WAITS), 7);
+    assert_eq!(guest.read(RUNS), 1);
+    // The one before that has ended well.
+    guest.write(FAILS, 1);
+    assert_eq!(guest.call(WAITS), ERROR);
+    assert_eq!(policy.take(), [failed(1), failed(2), failed(3)]);
+}
+
+#[test]
+fn a_call_that_hangs_is_not_run_again_and_the_next_one_is_told_to_be_in_a_row() {
+    let policy = Retry::default();
+    let guest = Guest::start();
+    guest
+        .isolator
+        .isolate(IsolateRequest {
+            policy: Box::new(policy.clone()),
+            budget: Duration::from_millis(50),
+            ..Guest::request("first")
+        })
+        .unwrap();
+    let isolator = &guest.isolator;
+    let before = isolator.inject("first", "first_counts", 5, &HANGS).unwrap();
+    let hung = |in_a_row| Told {
+        attempts: 1,
+        out_of_time: true,
+        in_a_row,
+    };
+    assert_eq!((guest.call(FIRST), guest.call(FIRST)), (ERROR, ERROR));
+    assert_eq!(policy.take(), [hung(false), hung(true)]);
+    isolator
+        .inject("first", "first_counts", 5, &before)
+        .unwrap();
+    assert_eq!(guest.call(FIRST), 1);
+    isolator.inject("first", "first_counts", 5, &HANGS).unwrap();
+    assert_eq!(guest.call(FIRST), ERROR);
+    assert_eq!(policy.take(), [hung(false)]);
+}
+
+/// A device whose interrupts and link can be held back, and nothing else.
+#[derive(Default)]
+struct Link(Mutex<Held>);
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Held {
+    outside: bool,
+    interrupts: bool,
+}
+
+impl Holdable for Link {
+    fn hold(&self, with: &mut dyn FnMut(&mut dyn HeldDevice)) -> Result<(), DeviceLost> {
+        with(&mut *self.0.lock().unwrap());
+        Ok(())
+    }
+}
+
+impl HeldDevice for Held {
+    fn owns(&self, _gpa: u64) -> bool {
+        false
+    }
+    fn owns_port(&self, _port: u16) -> bool {
+        false
+    }
+    fn read(&mut self, _at: DeviceAddress, _data: &mut [u8]) {}
+    fn write(&mut self, _at: DeviceAddress, _data: &[u8]) {}
+    fn checkpoint(&mut self) {}
+    fn restore(&mut self) -> Result<(), DeviceLost> {
+        Ok(())
+    }
+    fn state(&self) -> Option<DeviceState> {
+        None
+    }
+    fn undo(&mut self, _parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
+        Ok(())
+    }
+    fn put_back(&mut self, _state: &DeviceState) -> Result<(), DeviceLost> {
+        Ok(())
+    }
+    fn requests_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
+        false
+    }
+    fn memory(&self) -> Vec<(u64, u64)> {
+        Vec::new()
+    }
+    fn freeze_interrupts(&mut self) {}
+    fn withhold_interrupts(&mut self, withhold: bool) {
+        self.interrupts = withhold;
+    }
+    fn keep_outside(&mut self) {
+        self.outside = true;
+    }
+    fn show_outside(&mut self, _changes: OutsideChanges) {
+        self.outside = false;
+    }
+    fn silence(&mut self) {}
+}
+
+#[test]
+fn a_reset_with_a_call_in_the_guest_lets_the_device_go() {
+    let guest = Guest::start();
+    let device = Arc::new(Link::default());
+    guest
+        .isolator
+        .isolate(IsolateRequest {
+            types: Some(no_types()),
+            model: Some(KernelModel {
+                harmless: vec!["kernel_waits".to_owned()],
+                ..KernelModel::default()
+            }),
+            guest_only: vec!["kernel_schedule".to_owned()],
+            policy: Box::new(ReturnErrors),
+            device: Some(device.clone()),
+            ..Guest::request("first")
+        })
+        .unwrap();
+    guest.write(STAYS, 1);
+    guest.order(WAITS);
+    while guest.read(SCHEDULED) == 0 {
+        std::thread::yield_now();
+    }
+    assert!(device.0.lock().unwrap().outside);
+    guest
+        .handle
+        .with_paused(|_| guest.isolator.forget())
+        .unwrap();
+    assert!(!device.0.lock().unwrap().outside);
+}
