@@ -97,11 +97,6 @@ impl<const N: usize> ColdRows<N> {
         Self(ColdBytes::new(rows.flatten().collect()))
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.rows().len()
-    }
-
     /// Row `index`.
     pub fn get(&self, index: usize) -> Option<&[u8; N]> {
         self.rows().get(index)
@@ -162,7 +157,7 @@ mod tests {
     fn rows_are_found_by_their_number() {
         let count = LEAST_BYTES;
         let cold = ColdRows::new((0..count as u32).map(u32::to_le_bytes));
-        assert_eq!(cold.len(), count);
+        assert_eq!(cold.rows().len(), count);
         assert_eq!(cold.get(777), Some(&777u32.to_le_bytes()));
         assert_eq!(cold.get(count), None);
     }

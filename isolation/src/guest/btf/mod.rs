@@ -207,7 +207,8 @@ impl Btf {
     }
 
     fn end_id(&self) -> u32 {
-        self.first_id.saturating_add(self.offsets.len() as u32)
+        self.first_id
+            .saturating_add(self.offsets.rows().len() as u32)
     }
 
     fn end_string(&self) -> u32 {

@@ -172,12 +172,12 @@ impl SymbolTable {
 
     /// How many symbols there are.
     pub fn len(&self) -> usize {
-        self.records.len()
+        self.records.rows().len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.records.len() == 0
+        self.records.rows().is_empty()
     }
 
     /// All symbols, by address.
