@@ -19,6 +19,12 @@ use crate::runtime_dir::RunningVm;
 /// How long a VM process may take to answer a request, or be silent while it is at work on one.
 pub const ANSWER_TIME: Duration = Duration::from_secs(20);
 
+/// How often the process is looked at while it does not answer.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Looks in a row at which it is stopped, after which it is not waited for.
+const STOPPED_LOOKS: u32 = 3;
+
 /// A connection to a VM process.
 #[derive(Debug)]
 pub struct ControlClient {
@@ -50,8 +56,8 @@ impl ControlClient {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .with_context(cannot)?;
-        for side in [Timeout::Recv, Timeout::Send] {
-            set_socket_timeout(&socket, side, Some(limit)).with_context(cannot)?;
+        for (side, time) in [(Timeout::Recv, limit.min(LOOK)), (Timeout::Send, limit)] {
+            set_socket_timeout(&socket, side, Some(time)).with_context(cannot)?;
         }
         let address = SocketAddrUnix::new(path).with_context(cannot)?;
         let client = Self {
@@ -101,10 +107,23 @@ impl ControlClient {
 
     fn answer(&mut self) -> anyhow::Result<Answer> {
         let mut line = Vec::new();
-        let read = (&mut self.reader)
-            .take(MAX_ANSWER_BYTES)
-            .read_until(b'\n', &mut line);
-        self.in_words(read, "the VM's answer cannot be read")?;
+        let deadline = Instant::now() + self.limit;
+        let mut stopped = 0;
+        loop {
+            let room = MAX_ANSWER_BYTES.saturating_sub(line.len() as u64);
+            // What was read when the time is up stays in the line.
+            let read = (&mut self.reader).take(room).read_until(b'\n', &mut line);
+            match read {
+                Err(error) if is_time_up(&error) && Instant::now() < deadline => {
+                    stopped = if self.is_stopped() { stopped + 1 } else { 0 };
+                    ensure!(stopped < STOPPED_LOOKS, "{}", self.silent());
+                }
+                read => {
+                    self.in_words(read, "the VM's answer cannot be read")?;
+                    break;
+                }
+            }
+        }
         ensure!(
             line.last() == Some(&b'\n'),
             "the VM ended before it answered"
@@ -118,12 +137,14 @@ impl ControlClient {
         otherwise: &'static str,
     ) -> anyhow::Result<T> {
         match result {
-            // How the system says that a socket's time is up.
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                bail!("{}", self.silent())
-            }
+            Err(error) if is_time_up(&error) => bail!("{}", self.silent()),
             other => other.context(otherwise),
         }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let pid = self.vm.as_ref().and_then(|(_, pid)| *pid);
+        pid.and_then(State::of) == Some(State::Stopped)
     }
 
     /// Why there is no answer, as far as the process can be seen.
@@ -159,4 +180,9 @@ impl ControlClient {
             other => bail!("the VM answered something else: {other:?}"),
         }
     }
+}
+
+/// Whether this is how the system says that a socket's time is up.
+fn is_time_up(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }

@@ -42,6 +42,7 @@ fn full() -> bool {
 fn unlimited() -> LadderConfig {
     LadderConfig {
         recoveries_per_minute: u32::MAX,
+        failures_in_a_row: u32::MAX,
         ..LadderConfig::default()
     }
 }

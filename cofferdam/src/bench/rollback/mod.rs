@@ -78,6 +78,7 @@ pub fn measure(
                 // The rollback alone: another try takes as long as the call does.
                 on_fault: Some(OnFault::Error),
                 recoveries_per_minute: u32::MAX,
+                failures_in_a_row: u32::MAX,
                 ..LadderConfig::default()
             },
             spilling: match spilled {
