@@ -59,8 +59,8 @@ struct Ordered {
     fault: &'static str,
     every: u32,
     times: u64,
-    /// Faults of the order before that had not happened yet, and will not.
-    dropped: u64,
+    /// Faults of the order before that have not happened yet, and will.
+    earlier: u64,
 }
 
 impl Ordered {
@@ -80,11 +80,11 @@ impl Ordered {
                 counted(times, "time", "times")
             ),
         };
-        if self.dropped > 0 {
+        if self.earlier > 0 {
             text.push_str(&format!(
-                "this takes the place of an earlier order for {}, of which {} left\n",
+                "an earlier order for {} goes on, of which {} left\n",
                 self.module,
-                counted(self.dropped, "fault was", "faults were")
+                counted(self.earlier, "fault is", "faults are")
             ));
         }
         text
@@ -141,9 +141,9 @@ impl InjectOptions {
         let count = Request::FaultCount {
             module: self.module.clone(),
         };
-        // There is at most one order for a module: who gives another should know what becomes of the one before.
-        let dropped = match ask(&self.vm, &count) {
-            Ok(Reply::FaultCount(count)) => count.left,
+        // Orders are kept until they are used up or withdrawn: who gives another should know of the one before.
+        let earlier = match ask(&self.vm, &count) {
+            Ok(Reply::FaultCount(count)) if self.times > 0 => count.left,
             _ => 0,
         };
         let ordered = Ordered {
@@ -153,7 +153,7 @@ impl InjectOptions {
             fault: self.fault.name(),
             every: self.every,
             times: self.times,
-            dropped,
+            earlier,
         };
         let request = Request::Inject {
             module: ordered.module.clone(),
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn what_was_ordered_is_said_in_english() {
-        let said = |every, times, dropped| {
+        let said = |every, times, earlier| {
             let ordered = Ordered {
                 module: "e1000".to_owned(),
                 function: "e1000_clean".to_owned(),
@@ -189,7 +189,7 @@ mod tests {
                 fault: FaultKind::ALL[0].name(),
                 every,
                 times,
-                dropped,
+                earlier,
             };
             ordered.text()
         };
@@ -200,7 +200,10 @@ mod tests {
         assert!(said(1, 1, 0).starts_with("the next call of e1000_clean fails:"));
         assert!(said(3, 2, 0).starts_with("every 3rd call of e1000_clean fails, 2 times in all:"));
         assert!(said(1, 0, 0).starts_with("no more faults"));
-        assert!(said(1, 1, 4).contains("an earlier order for e1000, of which 4 faults were left"));
+        assert!(
+            said(1, 1, 4)
+                .contains("an earlier order for e1000 goes on, of which 4 faults are left")
+        );
     }
 
     #[test]

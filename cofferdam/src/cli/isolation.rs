@@ -1,5 +1,6 @@
 //! `isolate`, `release`, `resume-device`: functions of a guest's driver in a domain of their own.
 
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -21,12 +22,12 @@ use crate::runtime_dir::RuntimeRoot;
 /// After so long a person is told what is done.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
-/// Asks a VM, with what it does meanwhile on standard error if that takes long.
+/// Asks a VM, with what it does meanwhile on a terminal if that takes long.
 pub(super) fn ask(vm: &VmName, request: &Request) -> anyhow::Result<Reply> {
     let vm = RuntimeRoot::from_environment().find(Some(vm))?;
     let begin = Instant::now();
     ControlClient::to(&vm, ANSWER_TIME)?.ask_and_watch(request, &mut |what| {
-        if begin.elapsed() > PATIENCE {
+        if begin.elapsed() > PATIENCE && std::io::stderr().is_terminal() {
             eprintln!("{what}");
         }
     })

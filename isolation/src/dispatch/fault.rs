@@ -85,9 +85,11 @@ pub(crate) struct Faults(Vec<Fault>);
 
 impl Faults {
     /// Takes one more order, for calls of the function at `function`; `false` if there are too many that are not used
-    /// up.
+    /// up. An order of no faults withdraws those that are left for the same function.
     pub fn add(&mut self, order: FaultOrder, function: u64) -> bool {
-        self.0.retain(|fault| fault.count.left > 0);
+        let withdraws = |fault: &Fault| order.times == 0 && fault.order.entry == order.entry;
+        self.0
+            .retain(|fault| fault.count.left > 0 && !withdraws(fault));
         let has_room = self.0.len() < MAX_ORDERS;
         if has_room {
             self.0.push(Fault::new(order, function));

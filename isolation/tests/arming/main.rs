@@ -242,4 +242,13 @@ fn faults_that_were_ordered_before_are_kept() {
     }
     let error = isolator.order_fault("first", order("first_counts", 1));
     assert!(error.unwrap_err().to_string().contains("too many faults"));
+    // An order of none withdraws all that are left for the function.
+    isolator
+        .order_fault("first", order("first_counts", 0))
+        .unwrap();
+    assert_ne!(guest.call(FIRST), ERROR);
+    isolator
+        .order_fault("first", order("first_counts", 1))
+        .unwrap();
+    assert_eq!(guest.call(FIRST), ERROR);
 }

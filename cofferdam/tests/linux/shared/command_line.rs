@@ -47,7 +47,9 @@ fn the_command_line_isolates_injects_reports_and_releases() {
         "{text}"
     );
     let reports = ask_json(&mut guest, "violations guest e1000");
-    assert_eq!(reports.as_array().unwrap().len(), 1, "{reports}");
+    let all = reports["violations"].as_array().unwrap();
+    assert_eq!((all.len(), &all[0]["count"]), (1, &1.into()), "{reports}");
+    assert_eq!(reports["last_reports"].as_array().unwrap().len(), 1);
 
     let status = &isolated(&mut guest)[0];
     let entry = status["entries"]
@@ -61,5 +63,8 @@ fn the_command_line_isolates_injects_reports_and_releases() {
     let table = ask(&mut guest, "release guest e1000");
     assert!(table.contains("e1000_get_ethtool_stats"), "{table}");
     assert_eq!(isolated(&mut guest).len(), 0);
+    // What they did wrong is still known.
+    let text = ask(&mut guest, "violations guest e1000");
+    assert!(text.contains("invalid opcode"), "{text}");
     ping(&mut guest, "10.0.2.2", 56);
 }
