@@ -408,8 +408,14 @@ impl Call<'_> {
         loop {
             let exit = self.run_to_exit()?;
             let step = self.handle(exit)?;
-            if !matches!(step, Step::Continue) {
-                return Ok(step);
+            match step {
+                Step::Continue => {}
+                // A call may hang by parts that each end in the guest.
+                Step::GuestOnly(..) if self.time.hangs(self.request.budget) => {
+                    let rip = self.domain.vm.regs().rip;
+                    return Ok(Step::Violation(ViolationKind::TimeBudget, rip));
+                }
+                _ => return Ok(step),
             }
             if self.domain.vm.ring_is_half_full() {
                 self.harvest()?;
