@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 
 use std::sync::{MutexGuard, PoisonError};
 
+use devices::dma::GuestMemory;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::attach::arm::{clear_gate, text_of};
 use crate::attach::{AttachError, GATE, Isolator, OUT_BYTES, live, physical_bits};
@@ -126,7 +127,7 @@ impl SuspendResume {
         word: &[u8],
         types: &Btf,
         symbols: &SymbolTable,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
         physical_bits: u8,
     ) -> Result<Self, SuspendError> {
         let place = || {
@@ -159,10 +160,7 @@ impl SuspendResume {
     }
 
     /// Takes the gate out, unless a function that was called has yet to return to it. The guest stands still.
-    pub fn disarm(
-        self,
-        memory: &GuestMemoryMmap,
-    ) -> Result<Result<Duration, SuspendError>, Box<Self>> {
+    pub fn disarm(self, memory: &GuestMemory) -> Result<Result<Duration, SuspendError>, Box<Self>> {
         match self.state {
             State::Suspending { .. } | State::Resuming { .. } => Err(Box::new(self)),
             State::Armed => {
@@ -189,7 +187,7 @@ impl SuspendResume {
         &mut self,
         at: u64,
         regs: &kvm_regs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         if at == self.gate {
             return Some(self.entered(regs, virt).unwrap_or(kvm_regs {
@@ -203,11 +201,7 @@ impl SuspendResume {
     }
 
     /// The store function was called. `None` if it is to run as ever.
-    fn entered(
-        &mut self,
-        regs: &kvm_regs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
-    ) -> Option<kvm_regs> {
+    fn entered(&mut self, regs: &kvm_regs, virt: &VirtMemory<'_, GuestMemory>) -> Option<kvm_regs> {
         if !matches!(self.state, State::Armed) || regs.rcx != self.word.len() as u64 {
             return None;
         }
@@ -233,7 +227,7 @@ impl SuspendResume {
     fn returned(
         &mut self,
         regs: &kvm_regs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         let (name, entry, resume) = match &self.state {
             State::Suspending { entry, resume } => ("suspend", **entry, Some(*resume)),
@@ -264,7 +258,7 @@ impl SuspendResume {
     }
 
     /// The suspend and resume functions of the driver of the `struct device` at `device`.
-    fn find(&self, device: u64, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Option<(u64, u64)> {
+    fn find(&self, device: u64, virt: &VirtMemory<'_, GuestMemory>) -> Option<(u64, u64)> {
         let follow = |from: u64, offset: u64| {
             let value = virt.read_u64(Gva(from).checked_add(offset)?).ok()?;
             (value != 0).then_some(value)
@@ -284,7 +278,7 @@ impl SuspendResume {
         function: u64,
         entry: &kvm_regs,
         now: &kvm_regs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         let rsp = entry.rsp.checked_sub(FRAME)?;
         if !rsp.is_multiple_of(8) {
@@ -307,7 +301,7 @@ impl SuspendResume {
         result: Result<Duration, SuspendError>,
         entry: &kvm_regs,
         now: &kvm_regs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         self.state = State::Over(result);
         let address = virt.read_u64(Gva(entry.rsp)).ok()?;

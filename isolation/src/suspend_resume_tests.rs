@@ -4,6 +4,7 @@ use crate::guest::btf::encode::Encoder;
 use crate::guest::paging::Levels;
 use crate::guest::paging::testing::TestGuest;
 use crate::guest::symbols::{Line, SymbolTableBuilder};
+use devices::dma::GuestMemory;
 
 use super::*;
 
@@ -19,7 +20,7 @@ const RESUME: u64 = 0xffff_ffff_c000_1100;
 const WORD: &[u8] = b"cofferdam-1f";
 
 struct World {
-    memory: GuestMemoryMmap,
+    memory: GuestMemory,
     space: crate::guest::paging::AddressSpace,
     symbols: SymbolTable,
     types: Btf,
@@ -40,7 +41,7 @@ impl World {
             (GuestAddress(0), 4 << 20),
             (GuestAddress(0x4000_0000), 1 << 20),
         ];
-        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let memory = GuestMemory::from_ranges(&ranges).unwrap();
         for (page, bytes) in &guest.memory.pages {
             memory
                 .write_slice(&bytes[..], GuestAddress(page << 12))
@@ -77,7 +78,7 @@ impl World {
         }
     }
 
-    fn virt(&self) -> VirtMemory<'_, GuestMemoryMmap> {
+    fn virt(&self) -> VirtMemory<'_, GuestMemory> {
         VirtMemory {
             space: self.space,
             memory: &self.memory,

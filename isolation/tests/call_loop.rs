@@ -5,6 +5,7 @@
 mod common;
 
 use common::{DRIVER_TEXT, Guest, KERNEL_DATA, KERNEL_TEXT, PAGE, STACK, STACK_TOP, gpa_of};
+use devices::dma::GuestMemory;
 use iced_x86::code_asm::{al, qword_ptr, r8, r9, r10, r11, rax, rbx, rcx, rdi, rdx, rsi};
 use isolation::compensation::call_loop::{CallLoop, MAX_ROWS, Row};
 use isolation::guest::addr::{Gva, GvaRange};
@@ -12,7 +13,7 @@ use isolation::guest::modules::ModuleLayout;
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::VcpuExit;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const FUNCTION: u64 = KERNEL_TEXT + 0x100;
 const GATE: u64 = DRIVER_TEXT + 0x10;
@@ -41,7 +42,7 @@ fn guest() -> Guest {
     guest
 }
 
-fn virt(guest: &Guest) -> VirtMemory<'_, GuestMemoryMmap> {
+fn virt(guest: &Guest) -> VirtMemory<'_, GuestMemory> {
     let sregs = &guest.sregs;
     VirtMemory {
         space: AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, 46),

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use devices::dma::{DirtyLog, GuestMemory};
 use rustix::fs::{
     AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, ftruncate, memfd_create, openat,
     unlinkat,
@@ -17,9 +18,8 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
     fsopen,
 };
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
-};
+use vm_memory::bitmap::NewBitmap;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder};
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
@@ -84,7 +84,7 @@ pub struct RamRegion {
 #[derive(Debug)]
 pub struct GuestRam {
     memfd: Arc<File>,
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemory>,
     regions: Vec<RamRegion>,
     size_bytes: u64,
 }
@@ -123,12 +123,13 @@ impl GuestRam {
         let (mut regions, mut mapped) = (Vec::new(), Vec::new());
         for (guest, len, file_offset) in parts.into_iter().filter(|&(_, len, _)| len > 0) {
             let file = FileOffset::from_arc(memfd.clone(), file_offset);
-            let mapping = MmapRegionBuilder::new(len as usize)
-                .with_file_offset(file)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .build()
-                .map_err(MemoryError::Map)?;
+            let mapping =
+                MmapRegionBuilder::new_with_bitmap(len as usize, DirtyLog::with_len(len as usize))
+                    .with_file_offset(file)
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .build()
+                    .map_err(MemoryError::Map)?;
             advise_huge_pages(&mapping);
             let guest_address = GuestAddress(guest);
             regions.push(RamRegion {
@@ -146,7 +147,7 @@ impl GuestRam {
                 },
             )?);
         }
-        let memory = GuestMemoryMmap::from_regions(mapped).map_err(MemoryError::Layout)?;
+        let memory = GuestMemory::from_regions(mapped).map_err(MemoryError::Layout)?;
         Ok(Self {
             memfd,
             memory: Arc::new(memory),
@@ -156,7 +157,7 @@ impl GuestRam {
     }
 
     /// The memory, for reading and writing by guest physical address.
-    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+    pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 
@@ -217,7 +218,7 @@ fn huge_page_file(size_bytes: u64) -> rustix::io::Result<OwnedFd> {
 }
 
 /// Asks for huge pages for a mapping.
-fn advise_huge_pages(mapping: &MmapRegion) {
+fn advise_huge_pages(mapping: &MmapRegion<DirtyLog>) {
     // SAFETY: the range is exactly this mapping; the advice changes no content.
     let result = unsafe {
         madvise(

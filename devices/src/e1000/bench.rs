@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use crate::dma::GuestMemory;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{BAR_MEMORY, E1000, E1000Config, Error};
@@ -128,7 +129,7 @@ impl Bench {
     /// A controller with `memory_bytes` of memory at address 0, bus mastering and both spaces
     /// enabled, the cable plugged in.
     pub fn new(memory_bytes: usize, config: E1000Config) -> Result<Self, Error> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), memory_bytes)])
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), memory_bytes)])
             .map_err(|error| Error::Descriptor(std::io::Error::other(error)))?;
         let dma = DmaSpace::new(Arc::new(memory));
         let far_end = Arc::new(Mutex::new(FarEnd {

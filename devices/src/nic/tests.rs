@@ -1,6 +1,7 @@
 //! Cards made from their names, and two of them held as one.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use crate::dma::GuestMemory;
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::e1000::bench::BenchLine;
@@ -25,7 +26,7 @@ fn make(model: &NicModel, dma: &DmaSpace) -> Nic {
 }
 
 fn memory() -> DmaSpace {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     DmaSpace::new(Arc::new(memory))
 }
 

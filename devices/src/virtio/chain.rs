@@ -1,7 +1,8 @@
 //! A descriptor chain that was walked once, to its end, and found to have a shape that makes sense.
 
+use crate::dma::GuestMemory;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::QueueError;
 
@@ -26,9 +27,7 @@ pub struct Chain {
 
 impl Chain {
     /// Walks `descriptors`, at most [`MAX_BUFFERS`] of them.
-    pub(super) fn walk(
-        mut descriptors: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Result<Self, QueueError> {
+    pub(super) fn walk(mut descriptors: DescriptorChain<&GuestMemory>) -> Result<Self, QueueError> {
         let head = descriptors.head_index();
         let mut chain = Self {
             head,
@@ -76,7 +75,7 @@ impl Chain {
     /// Fills `data` from byte `offset` of the readable part; returns how many bytes there were.
     pub fn read(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         offset: usize,
         data: &mut [u8],
     ) -> Result<usize, QueueError> {
@@ -94,7 +93,7 @@ impl Chain {
     /// Writes `data` from byte `offset` of the writable part on; returns how many bytes had room.
     pub fn write(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         offset: usize,
         data: &[u8],
     ) -> Result<usize, QueueError> {

@@ -1,9 +1,10 @@
 //! A device's queues while it works on them: chains in, chains out, and what is to be signalled.
 
+use crate::dma::GuestMemory;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::Chain;
 
@@ -123,7 +124,7 @@ impl Virtqueue {
     /// Whether the driver is to be interrupted for what was returned since this was last asked.
     pub(super) fn take_interrupt(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
     ) -> Result<bool, virtio_queue::Error> {
         if !std::mem::take(&mut self.returned) {
             return Ok(false);
@@ -140,7 +141,7 @@ impl Virtqueue {
 
 /// The queues of one device, for the length of one call.
 pub struct Queues<'a> {
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestMemory,
     queues: &'a mut [Virtqueue],
     /// There is a driver and nothing is broken.
     active: bool,
@@ -152,11 +153,7 @@ pub struct Queues<'a> {
 }
 
 impl<'a> Queues<'a> {
-    pub(super) fn new(
-        memory: &'a GuestMemoryMmap,
-        queues: &'a mut [Virtqueue],
-        active: bool,
-    ) -> Self {
+    pub(super) fn new(memory: &'a GuestMemory, queues: &'a mut [Virtqueue], active: bool) -> Self {
         Self {
             memory,
             queues,
@@ -168,7 +165,7 @@ impl<'a> Queues<'a> {
     }
 
     /// Guest memory that the chains' buffers lie in.
-    pub fn memory(&self) -> &'a GuestMemoryMmap {
+    pub fn memory(&self) -> &'a GuestMemory {
         self.memory
     }
 

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::dma::GuestMemory;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::VirtioDevice;
 use super::pci::VirtioPciFunction;
@@ -47,7 +48,7 @@ pub(crate) struct Used {
 }
 
 pub(crate) struct Driver<D: VirtioDevice + 'static> {
-    pub(crate) memory: Arc<GuestMemoryMmap>,
+    pub(crate) memory: Arc<GuestMemory>,
     function: Arc<Mutex<VirtioPciFunction<D>>>,
     pub(crate) vectors: Arc<RecordedVectors>,
     pub(crate) line: Arc<Line>,
@@ -61,7 +62,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
     /// A function with `device` that nobody has touched yet.
     pub(crate) fn new(device: D) -> Self {
         let memory =
-            Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap());
+            Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap());
         let queues = device.queue_sizes().len();
         let vectors = RecordedVectors::new(queues + 1);
         let line = Arc::new(Line::default());

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use devices::dma::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::plan::Plan;
 use super::request::Strength;
@@ -32,7 +33,7 @@ pub(crate) fn text_of(module: &str, sections: &[(String, u64)]) -> Result<Gva, M
 
 /// Tables of the kernel's expected faults; where they cannot be read, no fault is expected.
 pub(crate) fn fault_tables(
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    virt: &VirtMemory<'_, GuestMemory>,
     symbols: &SymbolTable,
 ) -> FaultTables {
     let range = |first: &str, end: &str| {
@@ -58,7 +59,7 @@ pub(crate) fn driver_policy(
     types: Arc<Btf>,
     layout: &ModuleLayout,
     symbols: &SymbolTable,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    virt: &VirtMemory<'_, GuestMemory>,
 ) -> Result<DriverPolicy, String> {
     let memory = MemoryModel::new(&types, symbols, virt).map_err(|error| error.to_string())?;
     DriverPolicy::new(types, memory, layout, symbols).map_err(|error| error.to_string())
@@ -122,8 +123,8 @@ pub(crate) fn gates_of(
 /// Writes the gates into the guest's text; all or none. Guards are looked up, and set later.
 pub(crate) fn set_gates(
     gates: &mut HashMap<u64, Gate>,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
+    virt: &VirtMemory<'_, GuestMemory>,
+    memory: &GuestMemory,
 ) -> Result<(), AttachError> {
     for (at, gate) in gates.iter_mut() {
         let mut now = [0; GATE_BYTES];
@@ -152,12 +153,12 @@ pub(crate) fn set_gates(
 }
 
 /// Writes a gate; `false` if there is no memory.
-pub(crate) fn set_gate(memory: &GuestMemoryMmap, gpa: u64) -> bool {
+pub(crate) fn set_gate(memory: &GuestMemory, gpa: u64) -> bool {
     memory.write_slice(&GATE.bytes(), GuestAddress(gpa)).is_ok()
 }
 
 /// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
-pub(crate) fn clear_gate(memory: &GuestMemoryMmap, gpa: u64) {
+pub(crate) fn clear_gate(memory: &GuestMemory, gpa: u64) {
     let mut now = [0; GATE_BYTES];
     let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
     if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {

@@ -14,9 +14,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::dma::GuestMemory;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_sregs};
 use kvm_ioctls::Kvm;
-use vm_memory::GuestMemoryMmap;
+
 use vmm::PausedVcpus;
 
 use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
@@ -140,7 +141,7 @@ impl Isolator {
         mut prepared: Prepared,
         request: &mut Option<IsolateRequest>,
         vcpus: &mut PausedVcpus<'_>,
-        memory: &Arc<GuestMemoryMmap>,
+        memory: &Arc<GuestMemory>,
     ) -> Result<Option<Isolated>, AttachError> {
         let Some(asked) = request else {
             return Ok(None);
@@ -175,7 +176,7 @@ impl Registers {
     fn of(
         vcpus: &mut PausedVcpus<'_>,
         request: &IsolateRequest,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
     ) -> Result<Self, AttachError> {
         let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
         let cpuid = vcpu
@@ -207,7 +208,7 @@ impl Prepared {
         (kvm, host_memory): (&Kvm, &HostMemory),
         request: &IsolateRequest,
         registers: &Registers,
-        memory: &Arc<GuestMemoryMmap>,
+        memory: &Arc<GuestMemory>,
     ) -> Result<Self, AttachError> {
         let virt = VirtMemory {
             space: registers.space,
@@ -266,7 +267,7 @@ impl Prepared {
     fn is_current(
         &mut self,
         sregs: &kvm_sregs,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
     ) -> Result<bool, AttachError> {
         let same_text = self
             .layout
@@ -279,7 +280,7 @@ impl Prepared {
     fn arm(
         self,
         request: IsolateRequest,
-        virt: &VirtMemory<'_, GuestMemoryMmap>,
+        virt: &VirtMemory<'_, GuestMemory>,
         stopwatches: Stopwatches,
     ) -> Armed {
         let call_loop = self.effects.is_some();
@@ -349,7 +350,7 @@ fn isolated(plan: &Plan, knowledge: &Knowledge, strength: &Strength) -> Isolated
 fn containment(
     request: &IsolateRequest,
     layout: &ModuleLayout,
-    virt: &VirtMemory<'_, GuestMemoryMmap>,
+    virt: &VirtMemory<'_, GuestMemory>,
     strength: &mut Strength,
 ) -> Result<Option<DriverPolicy>, AttachError> {
     let policy = match &request.types {
@@ -376,7 +377,7 @@ fn make_domain(
     request: &IsolateRequest,
     registers: &Registers,
     plan: &Plan,
-    memory: &Arc<GuestMemoryMmap>,
+    memory: &Arc<GuestMemory>,
 ) -> Result<Domain, AttachError> {
     let mut domain = Domain::new(DomainConfig {
         kvm,

@@ -4,8 +4,9 @@
 //! have ended, and their memory may be somebody else's. What is translated then goes through the tables of a vCPU
 //! that is stopped, which nobody has given up, and of those only ones that map what is asked for.
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_sregs;
-use vm_memory::GuestMemoryMmap;
+
 use vmm::PausedVcpus;
 
 use super::AttachError;
@@ -23,7 +24,7 @@ pub(crate) fn tables_with(
     sregs: &kvm_sregs,
     physical_bits: u8,
     probe: Gva,
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
 ) -> Option<(u64, AddressSpace)> {
     let spaces = [sregs.cr3, sregs.cr3 & !USER_TABLES].map(|cr3| {
         let space = AddressSpace::from_registers(cr3, sregs.cr4, sregs.efer, physical_bits);
@@ -39,7 +40,7 @@ pub(crate) fn kernel_tables(
     vcpus: &mut PausedVcpus<'_>,
     physical_bits: u8,
     probe: Gva,
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
 ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
     for vcpu in vcpus.iter_mut() {
         let mut sregs = vcpu
@@ -62,7 +63,7 @@ pub(crate) fn boot_tables(
     symbols: &SymbolTable,
     space: AddressSpace,
     probe: Gva,
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
 ) -> Option<AddressSpace> {
     let at = symbols.kernel_symbol(BOOT_TABLES)?.at;
     let root = space.walk(memory, at).ok()?.gpa;

@@ -24,8 +24,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use devices::dma::GuestMemory;
 use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
-use vm_memory::GuestMemoryMmap;
+
 use vmm::{Refused, VmHandle, VmState};
 
 use crate::compensation::guest_time::GuestTime;
@@ -329,7 +330,7 @@ impl Isolator {
     }
 
     /// Takes the gate of the watch out when nothing is isolated any more.
-    fn unwatch_if_idle(&self, memory: &GuestMemoryMmap) {
+    fn unwatch_if_idle(&self, memory: &GuestMemory) {
         if self.modules().is_empty()
             && let Some(watch) = self.watch().take()
         {

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
-use vm_memory::GuestMemoryMmap;
 
 use super::OUT_BYTES;
 use super::arm::clear_gate;
@@ -22,7 +22,7 @@ impl Armed {
     /// that stand at one of them.
     pub(crate) fn disarm(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         space: Option<AddressSpace>,
     ) -> Vec<Returning> {
         for (_, open) in std::mem::take(&mut self.spilled) {

@@ -1,7 +1,8 @@
 //! Notices that the guest removes a module: a gate on the kernel's own function that frees modules, in
 //! place for as long as any module is isolated.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use devices::dma::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::GATE;
 use super::arm::clear_gate;
@@ -46,7 +47,7 @@ impl RemovalWatch {
     }
 
     /// Puts the gate there. `None` if it cannot be gated.
-    pub fn set(planned: PlannedWatch, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Option<Self> {
+    pub fn set(planned: PlannedWatch, virt: &VirtMemory<'_, GuestMemory>) -> Option<Self> {
         let PlannedWatch { gate, name } = planned;
         let mut now = [0; GATE_BYTES];
         virt.read(gate, &mut now).ok()?;
@@ -64,7 +65,7 @@ impl RemovalWatch {
     }
 
     /// Takes the gate out.
-    pub fn clear(self, memory: &GuestMemoryMmap) {
+    pub fn clear(self, memory: &GuestMemory) {
         clear_gate(memory, self.gpa);
     }
 
@@ -74,7 +75,7 @@ impl RemovalWatch {
     }
 
     /// Name of the `struct module` at `module`.
-    pub fn name(self, virt: &VirtMemory<'_, GuestMemoryMmap>, module: u64) -> Option<String> {
+    pub fn name(self, virt: &VirtMemory<'_, GuestMemory>, module: u64) -> Option<String> {
         let mut bytes = [0; MAX_NAME];
         let at = Gva(module).checked_add(self.name)?;
         virt.read(at, &mut bytes).ok()?;

@@ -8,8 +8,8 @@
 //! Such a thread is a vCPU that was stopped right there, or one that took an interrupt there: then the gate's address is
 //! in the frame that the processor has pushed. Either goes on where the driver would have gone on.
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
-use vm_memory::GuestMemoryMmap;
 
 use crate::compensation::guest_calls::write_stack;
 use crate::guest::addr::Gva;
@@ -42,7 +42,7 @@ impl Returning {
     }
 
     /// Changes where the thread goes on after an interrupt, if it was interrupted at the gate.
-    pub fn turn_interrupted(&self, virt: VirtMemory<'_, GuestMemoryMmap>) {
+    pub fn turn_interrupted(&self, virt: VirtMemory<'_, GuestMemory>) {
         let at = (self.rsp & !(FRAME_ALIGNMENT - 1)).wrapping_sub(FRAME_BYTES);
         let mut frame = [0; FRAME_BYTES as usize];
         // Whoever has no such stack is not there.

@@ -18,8 +18,9 @@
 //! kernel/module/main.c). The loop stands at the end of the last page; where there is no room for it, functions are
 //! called one by one.
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::modules::ModuleLayout;
@@ -89,7 +90,7 @@ pub struct CallLoop {
 
 impl CallLoop {
     /// Puts the loop behind the module's text; `None` if there is no room.
-    pub fn place(layout: &ModuleLayout, virt: &VirtMemory<'_, GuestMemoryMmap>) -> Option<Self> {
+    pub fn place(layout: &ModuleLayout, virt: &VirtMemory<'_, GuestMemory>) -> Option<Self> {
         let last = layout.text().map(|section| section.range.last()).max()?;
         let page = Gva(last.0 & !0xfff);
         // The next section begins in this page.
@@ -114,7 +115,7 @@ impl CallLoop {
     }
 
     /// Takes the loop out again. No thread may be in it.
-    pub fn remove(self, memory: &GuestMemoryMmap) {
+    pub fn remove(self, memory: &GuestMemory) {
         let mut now = [0; CODE.len()];
         // The module may be gone and its memory another's.
         let there = memory.read_slice(&mut now, self.gpa).is_ok() && now == CODE;
@@ -147,7 +148,7 @@ impl CallLoop {
         rows: &[Row],
         caller: &kvm_regs,
         back: u64,
-        virt: VirtMemory<'_, GuestMemoryMmap>,
+        virt: VirtMemory<'_, GuestMemory>,
     ) -> Option<(kvm_regs, Progress)> {
         let kept = caller.rsp.wrapping_sub(SAVED_BYTES);
         let noted = kept.wrapping_sub(PROGRESS_BYTES);
@@ -185,7 +186,7 @@ pub struct Progress {
 
 impl Progress {
     /// The function that runs now, as the guest has noted it.
-    pub fn function(&self, memory: &GuestMemoryMmap) -> u64 {
+    pub fn function(&self, memory: &GuestMemory) -> u64 {
         let row = memory.read_obj::<u64>(self.at).unwrap_or(self.table);
         let index = row.wrapping_sub(self.table) / ROW_BYTES;
         let noted = usize::try_from(index).ok();
@@ -195,7 +196,7 @@ impl Progress {
 }
 
 /// Writes to a stack, page by page.
-fn write(virt: VirtMemory<'_, GuestMemoryMmap>, at: u64, bytes: &[u8]) -> Option<()> {
+fn write(virt: VirtMemory<'_, GuestMemory>, at: u64, bytes: &[u8]) -> Option<()> {
     let mut at = at;
     let mut rest = bytes;
     while !rest.is_empty() {

@@ -1,7 +1,8 @@
 //! Ends in a driver's place what it was given with a call that did not take place: a packet, a block I/O, a request.
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::Bytes;
 
 use crate::compensation::guest_calls::GuestCalls;
 use crate::dispatch::armed::{Armed, AtGate, arguments};
@@ -51,7 +52,7 @@ impl Armed {
 }
 
 /// Stores a byte in the guest; `false` if there is no memory.
-fn store(virt: VirtMemory<'_, GuestMemoryMmap>, va: u64, byte: u8) -> bool {
+fn store(virt: VirtMemory<'_, GuestMemory>, va: u64, byte: u8) -> bool {
     let at = virt.space.walk(virt.memory, crate::guest::addr::Gva(va));
     at.is_ok_and(|at| virt.memory.write_obj(byte, at.gpa).is_ok())
 }

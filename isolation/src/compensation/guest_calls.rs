@@ -13,8 +13,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::compensation::call_loop::{CallLoop, Progress, Row};
 use crate::compensation::guest_time::{Stopwatch, Stopwatches};
@@ -101,7 +102,7 @@ impl GuestCalls {
     }
 
     /// The function that runs, if it has for too long.
-    pub fn hangs(&self, memory: &GuestMemoryMmap) -> Option<u64> {
+    pub fn hangs(&self, memory: &GuestMemory) -> Option<u64> {
         let (function, since) = self.running.as_ref()?;
         let running = || match &self.progress {
             Some(progress) => progress.function(memory),
@@ -119,7 +120,7 @@ impl GuestCalls {
         effects: Option<&KernelEffects>,
         call_loop: Option<CallLoop>,
         stopwatches: &Stopwatches,
-        virt: VirtMemory<'_, GuestMemoryMmap>,
+        virt: VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         let stay_off = self.finally.rflags & INTERRUPT_FLAG == 0;
         // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
@@ -206,7 +207,7 @@ fn row(call: &KernelCall) -> Row {
 }
 
 /// Writes a word of a stack; `false` if there is none.
-pub(crate) fn write_stack(virt: VirtMemory<'_, GuestMemoryMmap>, va: u64, value: u64) -> bool {
+pub(crate) fn write_stack(virt: VirtMemory<'_, GuestMemory>, va: u64, value: u64) -> bool {
     let at = virt.space.walk(virt.memory, Gva(va));
     at.is_ok_and(|at| {
         let gpa = GuestAddress(at.gpa.0);

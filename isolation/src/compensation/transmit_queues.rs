@@ -14,7 +14,8 @@
 
 use std::collections::BTreeSet;
 
-use vm_memory::{Bytes, GuestMemoryMmap};
+use devices::dma::GuestMemory;
+use vm_memory::Bytes;
 
 use crate::domain::effects::KernelCall;
 use crate::guest::addr::Gva;
@@ -89,7 +90,7 @@ impl TransmitQueues {
 
     /// Stops the queue in which the `sk_buff` at `packet` came to the `net_device` at `device`. The guest's other
     /// processors are held.
-    pub fn stop(&mut self, packet: u64, device: u64, virt: VirtMemory<'_, GuestMemoryMmap>) {
+    pub fn stop(&mut self, packet: u64, device: u64, virt: VirtMemory<'_, GuestMemory>) {
         let Some(layout) = self.layout else { return };
         let Some(queue) = layout.queue_of(packet, device, virt) else {
             return;
@@ -103,7 +104,7 @@ impl TransmitQueues {
     }
 
     /// Lets all of them go. They are still to be scheduled.
-    pub fn let_go(&self, virt: VirtMemory<'_, GuestMemoryMmap>) {
+    pub fn let_go(&self, virt: VirtMemory<'_, GuestMemory>) {
         let Some(layout) = self.layout else { return };
         for queue in &self.stopped {
             layout.change(*queue, virt, |state| state & !layout.stopped);
@@ -116,7 +117,7 @@ impl TransmitQueues {
     }
 
     /// Lets all of them go, and does not wait for anything to schedule them: the next packet does.
-    pub fn give_up(&mut self, virt: VirtMemory<'_, GuestMemoryMmap>) {
+    pub fn give_up(&mut self, virt: VirtMemory<'_, GuestMemory>) {
         self.let_go(virt);
         self.stopped.clear();
     }
@@ -137,12 +138,7 @@ impl TransmitQueues {
 
 impl Layout {
     /// Address of the `netdev_queue`; `None` if the guest's memory does not say so.
-    fn queue_of(
-        &self,
-        packet: u64,
-        device: u64,
-        virt: VirtMemory<'_, GuestMemoryMmap>,
-    ) -> Option<u64> {
+    fn queue_of(&self, packet: u64, device: u64, virt: VirtMemory<'_, GuestMemory>) -> Option<u64> {
         let at = |start: u64, offset: u64| start.checked_add(offset).map(Gva);
         let (mut mapping, mut count) = ([0; 2], [0; 4]);
         virt.read(at(packet, self.mapping)?, &mut mapping).ok()?;
@@ -159,7 +155,7 @@ impl Layout {
     fn change(
         &self,
         queue: u64,
-        virt: VirtMemory<'_, GuestMemoryMmap>,
+        virt: VirtMemory<'_, GuestMemory>,
         how: impl Fn(u8) -> u8,
     ) -> bool {
         let at = queue.checked_add(self.state).map(Gva);
@@ -189,7 +185,7 @@ mod tests {
     const QUEUE: (u64, u64) = (0x40, 0x10);
 
     struct World {
-        memory: GuestMemoryMmap,
+        memory: GuestMemory,
         space: AddressSpace,
         queues: TransmitQueues,
     }
@@ -206,7 +202,7 @@ mod tests {
                 (GuestAddress(0), 4 << 20),
                 (GuestAddress(0x4000_0000), 1 << 20),
             ];
-            let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+            let memory = GuestMemory::from_ranges(&ranges).unwrap();
             for (page, bytes) in &guest.memory.pages {
                 let at = GuestAddress(page << 12);
                 memory.write_slice(&bytes[..], at).unwrap();
@@ -242,7 +238,7 @@ mod tests {
             }
         }
 
-        fn virt(&self) -> VirtMemory<'_, GuestMemoryMmap> {
+        fn virt(&self) -> VirtMemory<'_, GuestMemory> {
             VirtMemory {
                 space: self.space,
                 memory: &self.memory,

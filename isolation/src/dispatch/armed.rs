@@ -5,9 +5,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::dma::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
-use vm_memory::GuestMemoryMmap;
 
 use vmm::PausedVcpus;
 
@@ -242,7 +242,7 @@ impl Armed {
     pub fn kernel_tables(
         &self,
         vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
     ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
         let probe = self
             .gates
@@ -256,7 +256,7 @@ impl Armed {
     pub fn follow_tables(
         &mut self,
         vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
     ) -> Result<(), AttachError> {
         let (sregs, _) = self.kernel_tables(vcpus, memory)?;
         Ok(self.domain.follow_tables(sregs.cr3)?)
@@ -309,7 +309,7 @@ pub(crate) fn arguments(regs: &kvm_regs) -> [u64; 6] {
 }
 
 /// The registers after a function returned `rax` to its caller without having been run.
-fn returned(regs: &kvm_regs, virt: VirtMemory<'_, GuestMemoryMmap>, rax: u64) -> Option<kvm_regs> {
+fn returned(regs: &kvm_regs, virt: VirtMemory<'_, GuestMemory>, rax: u64) -> Option<kvm_regs> {
     let mut address = [0; 8];
     virt.read(Gva(regs.rsp), &mut address).ok()?;
     Some(kvm_regs {

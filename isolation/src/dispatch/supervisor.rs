@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use devices::dma::GuestMemory;
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
-use vm_memory::GuestMemoryMmap;
 
 use crate::dispatch::platform::Platform;
 use crate::domain::Domain;
@@ -219,7 +219,7 @@ pub struct CallPolicy<'a> {
     /// The driver's policy, in which the call has begun.
     pub policy: &'a mut DriverPolicy,
     /// Memory as the call has it.
-    pub memory: CallMemory<'a, GuestMemoryMmap>,
+    pub memory: CallMemory<'a, GuestMemory>,
 }
 
 /// The supervisor of one call.

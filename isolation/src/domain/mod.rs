@@ -37,9 +37,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::dma::GuestMemory;
 use kvm_bindings::{CpuId, kvm_sregs};
 use kvm_ioctls::Kvm;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use error::DomainError;
 use host_memory::HostMemory;
@@ -63,7 +64,7 @@ pub struct DomainConfig<'a> {
     /// The host's KVM.
     pub kvm: &'a Kvm,
     /// The guest's memory, with files behind its regions.
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Arc<GuestMemory>,
     /// CPUID of the guest's vCPUs.
     pub cpuid: &'a CpuId,
     /// Control registers of a vCPU of the guest in kernel mode.
@@ -170,7 +171,7 @@ impl Domain {
     }
 
     /// The guest's memory as P has it, and as the guest has it.
-    pub fn memories(&self) -> (GuestMemoryMmap, GuestMemoryMmap) {
+    pub fn memories(&self) -> (GuestMemory, GuestMemory) {
         (self.view.private().clone(), self.view.shared().clone())
     }
 
@@ -344,7 +345,7 @@ fn free_va(view: &PrivateView, cr3: u64) -> Result<u64, DomainError> {
 }
 
 #[cfg(test)]
-pub(crate) fn test_memory(pages: u64) -> std::sync::Arc<GuestMemoryMmap> {
+pub(crate) fn test_memory(pages: u64) -> std::sync::Arc<GuestMemory> {
     use vm_memory::{FileOffset, GuestAddress};
     let file = tempfile::tempfile().unwrap();
     let bytes = pages * PAGE_SIZE;
@@ -354,5 +355,5 @@ pub(crate) fn test_memory(pages: u64) -> std::sync::Arc<GuestMemoryMmap> {
         bytes as usize,
         Some(FileOffset::new(file, 0)),
     );
-    std::sync::Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap())
+    std::sync::Arc::new(GuestMemory::from_ranges_with_files([range]).unwrap())
 }

@@ -18,9 +18,11 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use devices::dma::GuestMemory;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::policy::diff::PageMask;
@@ -75,13 +77,13 @@ pub enum ViewError {
 /// The shared memory of a guest and a private view of the same pages.
 #[derive(Debug)]
 pub struct PrivateView {
-    shared: Arc<GuestMemoryMmap>,
-    private: GuestMemoryMmap,
+    shared: Arc<GuestMemory>,
+    private: GuestMemory,
 }
 
 impl PrivateView {
     /// Maps all of `shared` a second time, copy-on-write. No page is copied yet.
-    pub fn new(shared: Arc<GuestMemoryMmap>) -> Result<Self, ViewError> {
+    pub fn new(shared: Arc<GuestMemory>) -> Result<Self, ViewError> {
         let mut regions = Vec::new();
         for region in shared.iter() {
             let gpa = region.start_addr();
@@ -101,17 +103,17 @@ impl PrivateView {
             })?;
             regions.push(GuestRegionMmap::new(mapping, gpa).ok_or(ViewError::Layout)?);
         }
-        let private = GuestMemoryMmap::from_regions(regions).map_err(|_| ViewError::Layout)?;
+        let private = GuestMemory::from_regions(regions).map_err(|_| ViewError::Layout)?;
         Ok(Self { shared, private })
     }
 
     /// The shared memory: what K and its devices see.
-    pub fn shared(&self) -> &GuestMemoryMmap {
+    pub fn shared(&self) -> &GuestMemory {
         &self.shared
     }
 
     /// The private memory: what P sees.
-    pub fn private(&self) -> &GuestMemoryMmap {
+    pub fn private(&self) -> &GuestMemory {
         &self.private
     }
 
@@ -132,6 +134,7 @@ impl PrivateView {
     /// K's bytes of a page, to change.
     pub fn shared_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
         let pointer = page_pointer(&self.shared, pfn)?;
+        self.mark_shared(pfn);
         // SAFETY: as in `shared_page`, and `&mut self` makes this the only borrow of the view.
         Ok(unsafe { &mut *pointer })
     }
@@ -194,7 +197,17 @@ impl PrivateView {
                 std::ptr::copy_nonoverlapping(from.add(run.start), to.add(run.start), run.len());
             }
         }
+        self.mark_shared(pfn);
         Ok(())
+    }
+
+    /// Notes that K's page was written by its address, for whoever wants to know what changed.
+    fn mark_shared(&self, pfn: Pfn) {
+        if let Some((region, at)) = self.shared.to_region_addr(GuestAddress(pfn.gpa())) {
+            region
+                .bitmap()
+                .mark_dirty(at.0 as usize, PAGE_SIZE as usize);
+        }
     }
 
     /// Writes the 64-bit word at `gpa`, a multiple of 8, to K's memory, which others may be writing.
@@ -249,14 +262,14 @@ impl PrivateView {
     }
 }
 
-fn word(memory: &GuestMemoryMmap, gpa: u64) -> Result<u64, ViewError> {
+fn word(memory: &GuestMemory, gpa: u64) -> Result<u64, ViewError> {
     let word: Result<u64, _> = memory.load(GuestAddress(gpa & !7), Ordering::Relaxed);
     word.map(u64::from_le)
         .map_err(|_| ViewError::NotMemory(gpa))
 }
 
 /// Address of a whole page of `memory`, page-aligned and mapped for the life of `memory`.
-fn page_pointer(memory: &GuestMemoryMmap, pfn: Pfn) -> Result<*mut Page, ViewError> {
+fn page_pointer(memory: &GuestMemory, pfn: Pfn) -> Result<*mut Page, ViewError> {
     let gpa = pfn
         .0
         .checked_mul(PAGE_SIZE)
@@ -287,6 +300,25 @@ mod tests {
         second.insert(1..2);
         view.publish(Pfn(3), &second).unwrap();
         assert_eq!(view.shared_page(Pfn(3)).unwrap()[..2], [0x11, 0x22]);
+    }
+
+    #[test]
+    fn what_is_written_to_the_guest_by_address_is_marked() {
+        let shared = test_memory(16);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        let mapping = shared.iter().next().unwrap().get_mmap();
+        mapping.bitmap().start();
+        let mut first = PageMask::EMPTY;
+        first.insert(0..1);
+        view.private_page_mut(Pfn(2)).unwrap()[0] = 1;
+        view.publish(Pfn(2), &first).unwrap();
+        view.shared_page_mut(Pfn(5)).unwrap()[0] = 1;
+        view.write_shared_word(0x7008, 1).unwrap();
+        view.private_page_mut(Pfn(9)).unwrap()[0] = 1;
+        view.refresh(Pfn(9)).unwrap();
+        let mut marked = Vec::new();
+        mapping.bitmap().take(|page| marked.push(page));
+        assert_eq!(marked, [2, 5, 7]);
     }
 
     #[test]

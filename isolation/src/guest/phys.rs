@@ -1,5 +1,6 @@
 //! Reading guest physical memory.
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Physical addresses that are not backed by memory.
@@ -26,7 +27,7 @@ pub trait GuestPhys {
     }
 }
 
-impl GuestPhys for GuestMemoryMmap<()> {
+impl<B: Bitmap + 'static> GuestPhys for GuestMemoryMmap<B> {
     fn read(&self, at: GuestAddress, data: &mut [u8]) -> Result<(), OutsideMemory> {
         let len = data.len();
         self.read_slice(data, at)

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use devices::dma::GuestMemory;
 use devices::serial::SerialBackend;
 use iced_x86::code_asm::*;
 use isolation::attach::plan::Wanted;
@@ -18,7 +19,7 @@ use isolation::dispatch::after_fault::ReturnErrors;
 use isolation::guest::symbols::{SymbolTable, read_kallsyms};
 use isolation::status::{EntryStatus, ModuleStatus};
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 pub const PAGE: u64 = 4096;
@@ -68,7 +69,7 @@ pub fn gpa_of(va: u64) -> u64 {
 }
 
 struct PageTables<'a> {
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestMemory,
     next: u64,
 }
 
@@ -102,7 +103,7 @@ fn counts(a: &mut CodeAssembler, data: u64) -> Result<(), IcedError> {
     a.ret()
 }
 
-fn write(memory: &GuestMemoryMmap) {
+fn write(memory: &GuestMemory) {
     let mut tables = PageTables {
         memory,
         next: KERNEL_TABLES + PAGE,

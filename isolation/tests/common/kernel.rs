@@ -1,6 +1,7 @@
 //! The tests' supervisor: what it knows of the hand-made guest, and what it records.
 
 use super::*;
+use devices::dma::GuestMemory;
 
 /// What is stored to the device to change its transmitter.
 pub const TRANSMITTER: u64 = 0x7c71;
@@ -26,7 +27,7 @@ pub struct Kernel {
     pub checkpoints: u32,
     pub restores: u32,
     /// The guest's memory: a device that is put back looks at it, so that has to be as it was at the checkpoint by then.
-    pub memory: Option<Arc<GuestMemoryMmap>>,
+    pub memory: Option<Arc<GuestMemory>>,
     pub at_checkpoint: Vec<u8>,
     /// Among what is writable, what kernel functions keep: address and length.
     pub kernels: Vec<(u64, u64)>,

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::dma::GuestMemory;
 use devices::hold::{DeviceAddress, DeviceState};
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::error::DomainError;
@@ -23,7 +24,7 @@ use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::stack::stack_around;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use kvm_ioctls::Kvm;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress};
 
 mod kernel;
 pub use kernel::*;
@@ -60,7 +61,7 @@ const LARGE: u64 = 0x80;
 const NX: u64 = 1 << 63;
 
 pub struct Guest {
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Arc<GuestMemory>,
     pub kvm: Kvm,
     pub sregs: kvm_sregs,
     pub host_memory: HostMemory,
@@ -95,7 +96,7 @@ impl Guest {
             (pages * PAGE) as usize,
             Some(FileOffset::new(file, 0)),
         );
-        let memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
+        let memory = Arc::new(GuestMemory::from_ranges_with_files([range]).unwrap());
         let kvm = Kvm::new().expect("tests of the domain need a usable /dev/kvm");
         let vm = kvm.create_vm().unwrap();
         let mut sregs = vm.create_vcpu(0).unwrap().get_sregs().unwrap();
@@ -292,7 +293,7 @@ impl Guest {
     }
 }
 
-pub fn all_of(memory: &GuestMemoryMmap) -> Vec<u8> {
+pub fn all_of(memory: &GuestMemory) -> Vec<u8> {
     let mut bytes = vec![0; (MEMORY_PAGES * PAGE) as usize];
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     bytes

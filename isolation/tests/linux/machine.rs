@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use agent_protocol::Client;
 use agent_protocol::message::{Exec, SymbolFilter};
+use devices::dma::GuestMemory;
 use devices::e1000::HoldableE1000;
 use devices::e1000::{E1000, E1000Config};
 use devices::hold::CheckpointBy;
@@ -29,7 +30,7 @@ use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::{EntryStatus, ModuleStatus};
-use vm_memory::GuestMemoryMmap;
+
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 use crate::wire::CountingWire;
@@ -248,10 +249,7 @@ impl Machine {
     }
 
     /// What `read` finds in memory as the guest's kernel has it now.
-    fn in_kernel_memory<T>(
-        &self,
-        read: impl Fn(&VirtMemory<'_, GuestMemoryMmap>) -> Option<T>,
-    ) -> T {
+    fn in_kernel_memory<T>(&self, read: impl Fn(&VirtMemory<'_, GuestMemory>) -> Option<T>) -> T {
         let memory = self.handle.ram().memory().clone();
         let found = self.handle.with_paused(|vcpus| {
             let sregs = vcpus.get(0).unwrap().get_sregs().unwrap();

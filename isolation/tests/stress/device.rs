@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use devices::bus::MutBusDevice;
+use devices::dma::GuestMemory;
 use devices::hold::{DeviceAddress, DeviceState};
 use devices::hold::{DeviceLost, HeldDevice, Holdable};
 use devices::irq::IrqLine;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{NEVER, guest};
 
@@ -137,11 +138,7 @@ impl MutBusDevice for Acknowledge {
 }
 
 /// Writes the device's words and raises its line, until it is told to stop; says what is wrong.
-pub fn transfer(
-    device: &Device,
-    memory: &GuestMemoryMmap,
-    stop: &AtomicBool,
-) -> Result<u64, String> {
+pub fn transfer(device: &Device, memory: &GuestMemory, stop: &AtomicBool) -> Result<u64, String> {
     let mut written = guest::BY_DEVICE.map(|_| 0u64);
     let mut random = 1u64;
     let mut transfers = 0;

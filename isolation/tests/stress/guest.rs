@@ -7,9 +7,10 @@
 //!                          then by chance a device load, a wait in the guest, a fault
 //! ```
 
+use devices::dma::GuestMemory;
 use iced_x86::code_asm::*;
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const PAGE: u64 = 4096;
 pub const DRIVER_TEXT: u64 = 0xffff_ffff_c000_1000;
@@ -109,7 +110,7 @@ pub fn per_cpu(index: u8, word: u64) -> u64 {
 }
 
 /// Writes everything but registers into guest memory.
-pub fn write(memory: &GuestMemoryMmap) {
+pub fn write(memory: &GuestMemory) {
     let mut tables = PageTables {
         memory,
         next: PML4 + PAGE,
@@ -374,7 +375,7 @@ fn end_of_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// An interrupt gate.
-fn gate(memory: &GuestMemoryMmap, vector: u64, handler: u64) {
+fn gate(memory: &GuestMemory, vector: u64, handler: u64) {
     let low = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
     let at = gpa_of(TABLES + PAGE + vector * 16);
     memory.write_obj(low, GuestAddress(at)).unwrap();
@@ -384,7 +385,7 @@ fn gate(memory: &GuestMemoryMmap, vector: u64, handler: u64) {
 }
 
 struct PageTables<'a> {
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestMemory,
     next: u64,
 }
 

@@ -10,10 +10,11 @@ mod params;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use devices::dma::GuestMemory;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, bootparam};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout;
 use crate::memory::GuestRam;
@@ -290,7 +291,7 @@ fn load_kernel(kernel: &mut OpenFile, ram: &GuestRam) -> Result<LoadedKernel, Bo
             Err(BootError::KernelTooLarge { path, end, memory })
         }
     };
-    let memory: &GuestMemoryMmap = ram.memory();
+    let memory: &GuestMemory = ram.memory();
     match image::identify(kernel)? {
         ImageKind::Elf { end } => {
             fits(&kernel.path, end)?;

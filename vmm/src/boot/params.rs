@@ -1,9 +1,9 @@
 //! The zero page: what a boot loader tells Linux.
 
+use devices::dma::GuestMemory;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use vm_memory::GuestMemoryMmap;
 
 use super::{BootError, LoadedInitrd};
 use crate::layout;
@@ -51,12 +51,12 @@ pub(super) fn write(
         params.e820_entries += 1;
     }
     let params = BootParams::new(&params, layout::ZERO_PAGE);
-    LinuxBootConfigurator::write_bootparams::<GuestMemoryMmap>(&params, ram.memory()).map_err(
-        |_| BootError::CodeOutside {
+    LinuxBootConfigurator::write_bootparams::<GuestMemory>(&params, ram.memory()).map_err(|_| {
+        BootError::CodeOutside {
             address: layout::ZERO_PAGE.0,
             len: 4096,
-        },
-    )
+        }
+    })
 }
 
 /// Ranges `[start, end)` with their E820 types.

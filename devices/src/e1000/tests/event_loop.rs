@@ -4,8 +4,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
+use crate::dma::GuestMemory;
 use event_manager::{EventManager, SubscriberOps};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::driver::{EOP, RS, broadcast, descriptor};
 use crate::dma::DmaSpace;
@@ -65,7 +66,7 @@ impl Loop {
         let (near, far_end) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         far_end.set_nonblocking(true).unwrap();
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let dma = DmaSpace::new(Arc::new(memory));
         let line = Arc::new(BenchLine::default());
         let wire = Box::new(SocketWire(near));

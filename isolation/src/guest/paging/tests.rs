@@ -1,7 +1,8 @@
 //! Walks, visits and reads over hand-made and random tables.
 
+use devices::dma::GuestMemory;
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::Bytes;
 
 use super::testing::{TestGuest, random_target};
 use super::*;
@@ -146,7 +147,7 @@ fn registers_tell_the_mode() {
 
 #[test]
 fn real_guest_memory_can_be_walked() {
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
     for (table, next) in [(0x1000u64, 0x2000u64), (0x2000, 0x3000), (0x3000, 0x4000)] {
         memory.write_obj(next | 3, GuestAddress(table)).unwrap();
     }

@@ -5,6 +5,14 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+mod dirty_log;
+
+pub use self::dirty_log::DirtyLog;
+
+/// Guest memory as this process reads and writes it. What it writes is marked where somebody wants to know
+/// ([`DirtyLog`]), which is why nobody writes guest memory by another way without marking it himself.
+pub type GuestMemory = GuestMemoryMmap<DirtyLog>;
+
 /// Why a device could not reach guest memory.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("DMA of {len} bytes at guest physical address {address:#x} is outside guest memory")]
@@ -31,17 +39,17 @@ pub struct DmaRegion {
 /// The guest physical memory that one device may read and write.
 #[derive(Debug, Clone)]
 pub struct DmaSpace {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemory>,
 }
 
 impl DmaSpace {
     /// A space that reaches all of `memory`.
-    pub fn new(memory: Arc<GuestMemoryMmap>) -> Self {
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self { memory }
     }
 
     /// The memory behind the space, for libraries that walk it themselves (`virtio-queue`).
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
@@ -96,7 +104,7 @@ mod tests {
             (GuestAddress(address), len, Some(file))
         };
         let parts = [part(0, 0x3000, 0), part(1 << 32, 0x5000, 0x3000)];
-        let memory = GuestMemoryMmap::from_ranges_with_files(parts).unwrap();
+        let memory = GuestMemory::from_ranges_with_files(parts).unwrap();
         let dma = DmaSpace::new(Arc::new(memory));
         let regions = dma.regions();
         let places: Vec<_> = regions
