@@ -2,7 +2,6 @@
 //! message-signalled vectors by irqfd.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -233,23 +232,27 @@ impl GsiRouting {
         if let Some(unknown) = routes.iter().find(|route| !table.contains_key(&route.gsi)) {
             return Err(StateError::Route(unknown.gsi).into());
         }
-        for routed in table.values_mut() {
-            routed.message = None;
-        }
-        for route in routes {
-            if let Entry::Occupied(mut entry) = table.entry(route.gsi) {
-                entry.get_mut().message = Some(MsiMessage {
+        let wanted: BTreeMap<u32, MsiMessage> = routes
+            .iter()
+            .map(|route| {
+                let message = MsiMessage {
                     address: route.address,
                     data: route.data,
-                });
-            }
+                };
+                (route.gsi, message)
+            })
+            .collect();
+        let mut changed = false;
+        for (gsi, routed) in table.iter_mut() {
+            let message = wanted.get(gsi).copied();
+            changed |= std::mem::replace(&mut routed.message, message) != message;
+            routed.flag.store(message.is_some(), Ordering::Release);
         }
-        for routed in table.values() {
-            routed
-                .flag
-                .store(routed.message.is_some(), Ordering::Release);
+        match changed {
+            // KVM waits for all its readers.
+            true => self.tell_kvm(&table),
+            false => Ok(()),
         }
-        self.tell_kvm(&table)
     }
 }
 

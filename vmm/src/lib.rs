@@ -47,7 +47,7 @@ pub use error::{Error, STATE_VERSION, StateError};
 pub use gate::kick_signal;
 pub use handle::{HoldGuard, Refused, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;
-pub use participant::{Participant, Unsettled};
+pub use participant::{Kept, Participant, Unsettled};
 pub use paused::PausedVcpus;
 pub use quiesce::{QuiesceError, Quiesced};
 pub use slot::PciSlot;

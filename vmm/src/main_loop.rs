@@ -117,7 +117,8 @@ impl Vm {
             .unwrap_or_else(PoisonError::into_inner)
             .reset();
         self.machine.panic.reset();
-        self.power_on.restore(&machine, Restore::Reset)?;
+        self.power_on
+            .restore(&machine, &machine.lock_vcpus(), Restore::Reset)?;
         self.machine.ram.clear()?;
         for hook in machine.reset_hooks().iter_mut() {
             hook();

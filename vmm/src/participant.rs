@@ -1,6 +1,12 @@
 //! What works beside the guest and has to come to rest with it, see [`crate::quiesce`].
 
+use std::any::Any;
+use std::sync::Arc;
+
 use crate::paused::PausedVcpus;
+
+/// What a participant keeps with a mark of the machine, which only it understands; nothing if there is nothing.
+pub type Kept = Option<Arc<dyn Any + Send + Sync>>;
 
 /// What has to come to rest before a machine's state can be taken.
 pub trait Participant: Send + Sync {
@@ -11,6 +17,21 @@ pub trait Participant: Send + Sync {
     fn settle(&self, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled>;
     /// The machine goes on. Called once for each [`Participant::settle`] that succeeded.
     fn go_on(&self);
+    /// What of its own state in this process has to be put back when the machine is rewound to this moment. Called at
+    /// rest.
+    ///
+    /// # Errors
+    /// The machine cannot be marked now.
+    fn keep(&self) -> Result<Kept, Unsettled> {
+        Ok(None)
+    }
+    /// Puts back what [`Participant::keep`] gave. Called at rest, when memory, devices and vCPUs are those of the mark.
+    ///
+    /// # Errors
+    /// It cannot: the machine stays paused, and the error, which is a part of a sentence, is told.
+    fn put_back(&self, _kept: &Kept) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// Why something is not at rest.

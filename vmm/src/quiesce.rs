@@ -13,12 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use devices::pci::bus::PciBus;
+
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
 use crate::machine::Machine;
+use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};
 use crate::paused::PausedVcpus;
-use crate::state::MachineState;
+use crate::state::{MachineState, Restore};
 
 /// Between two attempts: the guest goes on meanwhile.
 const AGAIN_AFTER: Duration = Duration::from_millis(1);
@@ -138,5 +141,21 @@ impl<'v> Quiesced<'_, 'v> {
     /// State of the machine, its memory and its devices on PCI apart.
     pub fn save(&mut self) -> Result<MachineState, Error> {
         MachineState::save(self.machine, self.vcpus.fds())
+    }
+
+    /// Puts a state of this machine back, its memory and its devices on PCI apart. After an error the machine is in
+    /// neither state.
+    pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
+        state.restore(self.machine, self.vcpus.fds(), Restore::Back)
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.machine.ram
+    }
+
+    /// The PCI bus.
+    pub fn pci_bus(&self) -> &PciBus {
+        &self.machine.pci
     }
 }

@@ -260,7 +260,9 @@ impl Vm {
     /// the same memory (the caller fills it) and number of vCPUs, and the same devices, added in the same
     /// order. Call this before [`Vm::run`], and give the devices their states after it.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
-        state.restore(&self.machine, Restore::GoOn)?;
+        let vcpus = self.machine.lock_vcpus();
+        state.restore(&self.machine, &vcpus, Restore::GoOn)?;
+        drop(vcpus);
         self.restored = true;
         Ok(())
     }

@@ -65,6 +65,8 @@ pub(crate) enum Restore {
     Reset,
     /// The machine goes on where another one was: everything.
     GoOn,
+    /// The machine goes on where it was itself: its vCPUs have run with this CPUID and this frequency.
+    Back,
 }
 
 impl MachineState {
@@ -92,11 +94,18 @@ impl MachineState {
     }
 
     /// Puts the state into `machine`, whose vCPUs are out of the guest.
-    pub(crate) fn restore(&self, machine: &Machine, how: Restore) -> Result<(), Error> {
+    pub(crate) fn restore(
+        &self,
+        machine: &Machine,
+        vcpus: &[MutexGuard<'_, VcpuFd>],
+        how: Restore,
+    ) -> Result<(), Error> {
         self.fits(machine)?;
-        let vcpus = machine.lock_vcpus();
         if how == Restore::GoOn {
-            self.time.restore_tscs(&vcpus)?;
+            self.time.restore_frequency(vcpus)?;
+        }
+        if how != Restore::Reset {
+            self.time.restore_tscs(vcpus)?;
         }
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             if how == Restore::GoOn {
@@ -105,15 +114,15 @@ impl MachineState {
             state.restore(vcpu)?;
         }
         self.chips.restore(&machine.vm)?;
-        if how == Restore::GoOn {
+        if how != Restore::Reset {
             machine.routing.restore(&self.routes)?;
         }
         machine.power.restore(self.power);
         machine.hotplug.restore(self.hotplug);
         machine.pci.set_config_address(self.pci_config_address);
-        if how == Restore::GoOn {
+        if how != Restore::Reset {
             self.time.restore_clock(&machine.vm)?;
-            for vcpu in &vcpus {
+            for vcpu in vcpus {
                 // The guest was stopped; refused where it does not use KVM's clock.
                 let _ = vcpu.kvmclock_ctrl();
             }

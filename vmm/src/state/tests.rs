@@ -127,7 +127,7 @@ fn changed_content_is_decoded_or_refused_and_never_more_than_that() {
             bytes.truncate(cut.unwrap_or(len));
             if let Ok(state) = MachineState::from_bytes(&resealed(bytes)) {
                 // KVM has the last word.
-                let _ = state.restore(&taking.machine, Restore::GoOn);
+                let _ = state.restore(&taking.machine, &taking.machine.lock_vcpus(), Restore::GoOn);
             }
             Ok(())
         })

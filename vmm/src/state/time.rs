@@ -59,8 +59,8 @@ impl TimeState {
         })
     }
 
-    /// Sets the TSCs of vCPUs that have never run.
-    pub(super) fn restore_tscs(&self, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<(), Error> {
+    /// Sets the frequency of vCPUs that have never run.
+    pub(super) fn restore_frequency(&self, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<(), Error> {
         for vcpu in vcpus {
             let here = vcpu.get_tsc_khz().unwrap_or(0);
             if self.tsc_khz != 0 && here != self.tsc_khz {
@@ -68,6 +68,11 @@ impl TimeState {
                     .map_err(Error::kvm("set the frequency of the TSC"))?;
             }
         }
+        Ok(())
+    }
+
+    /// Sets the TSCs, whose frequency is that of the state.
+    pub(super) fn restore_tscs(&self, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<(), Error> {
         let Some(first) = vcpus.first() else {
             return Ok(());
         };
