@@ -3,8 +3,11 @@
 use crate::boot::BootError;
 use crate::memory::MemoryError;
 
-/// Version of the encoding and of what it means. Changes with every change of either.
+/// Version of the encoding of a machine's state and of what it means. Changes with every change of either.
 pub const STATE_VERSION: u32 = 1;
+/// The same of the states of a machine's devices, each of which has a version of its own besides.
+pub const DEVICE_STATES_VERSION: u32 = 1;
+
 /// Why a machine cannot be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -81,13 +84,16 @@ impl Error {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
     /// Other bytes altogether.
-    #[error("these bytes are no state of a machine")]
-    NoState,
+    #[error("these bytes are not {0}")]
+    NoState(&'static str),
     /// Of another version.
-    #[error(
-        "the state has version {0}, this program reads {STATE_VERSION}: use the one that wrote it"
-    )]
-    Version(u32),
+    #[error("the state has version {found}, this program reads {known}: use the one that wrote it")]
+    Version {
+        /// Its version.
+        found: u32,
+        /// The version that is known.
+        known: u32,
+    },
     /// Not all of it is there, or more than that.
     #[error("the state is {found} bytes long, not {told}")]
     Length {
@@ -121,4 +127,20 @@ pub enum StateError {
     /// A message is routed from where this machine has no device.
     #[error("the state routes message {0}, which no device of this machine has")]
     Route(u32),
+    /// A PCI function's state, or the slots that they are in.
+    #[error(transparent)]
+    Functions(#[from] devices::pci::bus::BusStateError),
+    /// The serial port's state.
+    #[error("serial port: {0}")]
+    Serial(devices::state::StateError),
+    /// Other functions came while the machine ran.
+    #[error(
+        "in the saved machine the functions in slots {found:?} came while it ran, in this one those in {here:?}"
+    )]
+    Plugged {
+        /// Slots in the state.
+        found: Vec<u8>,
+        /// Slots here.
+        here: Vec<u8>,
+    },
 }

@@ -213,6 +213,13 @@ impl VmHandle {
         Ok(result)
     }
 
+    /// Calls `work`, which works on devices on a thread that is not a vCPU's, while the machine is not at rest. It must not
+    /// wait for vCPUs, and must not bring the machine to rest.
+    pub fn with_devices<R>(&self, work: impl FnOnce() -> R) -> R {
+        let _at_work = self.machine.at_work.lock();
+        work()
+    }
+
     /// Keeps all vCPUs but `index` out of the guest until the guard is dropped. To be called by a
     /// trap handler, with the number of its own vCPU. Returns when the others are out; if another
     /// vCPU holds, waits for it first.

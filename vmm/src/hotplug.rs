@@ -119,6 +119,18 @@ impl Hotplug {
         self.slots().removable & bit(slot) != 0
     }
 
+    /// Slots with a function that came while the machine ran, and which of them were asked back, as bits.
+    pub fn plugged(&self) -> (u32, u32) {
+        let slots = self.slots();
+        (slots.removable, slots.leaving)
+    }
+
+    /// The functions in the slots of `leaving` were asked back from the guest and no others.
+    pub fn set_leaving(&self, leaving: u32) {
+        let mut slots = self.slots();
+        slots.leaving = leaving & slots.removable;
+    }
+
     /// `slot`, which was reserved, has a function now.
     pub fn came(&self, slot: u8, subscriber: SharedSubscriber) {
         {

@@ -15,6 +15,7 @@
 //! isolation either: an upper layer attaches to the [`trap`] port.
 
 mod acpi;
+mod at_work;
 mod boot;
 mod cpu;
 mod error;
@@ -43,7 +44,7 @@ mod vm;
 mod waker;
 
 pub use boot::{BootError, DEFAULT_COMMAND_LINE, Payload};
-pub use error::{Error, STATE_VERSION, StateError};
+pub use error::{DEVICE_STATES_VERSION, Error, STATE_VERSION, StateError};
 pub use gate::kick_signal;
 pub use handle::{HoldGuard, Refused, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;
@@ -52,6 +53,7 @@ pub use paused::PausedVcpus;
 pub use quiesce::{QuiesceError, Quiesced};
 pub use slot::PciSlot;
 pub use state::MachineState;
+pub use state::devices::DeviceStates;
 pub use vm::{ExitReason, OnGuestReset, Vm, VmConfig};
 
 /// Most vCPUs a machine can have.

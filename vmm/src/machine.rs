@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use devices::bus::Bus;
 use devices::pci::bus::PciBus;
+use devices::serial::Serial;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+use crate::at_work::AtWork;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
 use crate::hotplug::Hotplug;
@@ -60,6 +62,8 @@ pub(crate) struct Machine {
     pub power: Arc<PowerDevice>,
     pub hotplug: Arc<Hotplug>,
     pub panic: Arc<PanicDevice>,
+    pub serial: Arc<Mutex<Serial>>,
+    pub at_work: AtWork,
     /// Inputs of the I/O APIC.
     pub lines: Arc<[Arc<Gsi>]>,
     pub routing: Arc<GsiRouting>,
@@ -106,6 +110,10 @@ impl Machine {
         self.participants
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn serial(&self) -> MutexGuard<'_, Serial> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A device's connection to input `gsi` of the I/O APIC, one of [`crate::layout::IO_APIC_PINS`].

@@ -1,6 +1,5 @@
 //! The main loop: the machine's threads, devices' events, requests to restart or end, and what firmware does.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use event_manager::SubscriberOps;
@@ -88,7 +87,8 @@ impl Vm {
         for change in self.machine.hotplug.take_changes() {
             match change {
                 Change::Serve(slot, subscriber) => {
-                    let id = self.events.add_subscriber(subscriber);
+                    let guarded = self.machine.at_work.guard(subscriber);
+                    let id = self.events.add_subscriber(guarded);
                     self.plugged.insert(slot, id);
                 }
                 Change::Forget(slot) => {
@@ -112,10 +112,7 @@ impl Vm {
         self.machine.hotplug.eject_leaving();
         self.serve_changes();
         self.machine.pci.reset();
-        self.serial
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .reset();
+        machine.serial().reset();
         self.machine.panic.reset();
         self.power_on
             .restore(&machine, &machine.lock_vcpus(), Restore::Reset)?;

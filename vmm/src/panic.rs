@@ -32,7 +32,12 @@ impl PanicDevice {
 
     /// The guest starts anew.
     pub fn reset(&self) {
-        self.panicked.store(false, Ordering::Release);
+        self.set_panicked(false);
+    }
+
+    /// The guest is one that has panicked, or one that has not. What was counted stays.
+    pub fn set_panicked(&self, panicked: bool) {
+        self.panicked.store(panicked, Ordering::Release);
     }
 }
 

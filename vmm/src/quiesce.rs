@@ -1,9 +1,10 @@
-//! Bringing a machine to rest: guest code out, instructions complete, nothing open in what works beside it.
+//! Bringing a machine to rest: guest code out, instructions complete, devices still, nothing open in what works
+//! beside it.
 //!
 //! ```text
-//!  running ─► vCPUs to the gate ─► exits completed? ─► each participant: settle ─► at rest: look, save
-//!     ▲            │ no, or "soon"                        │ refused                     │
-//!     └────────────┴── let them go on, ask again ◄────────┴──► error with the reason    └─► go on
+//!  running ─► vCPUs to the gate, devices held ─► exits completed? ─► each participant: settle ─► at rest: look, save
+//!     ▲                                  │ no, or "soon"            │ refused                     │
+//!     └──────────────────────────────────┴─ let them go on ◄────────┴──► error with the reason    └─► go on
 //! ```
 //!
 //! A participant is what has business with the guest that must be finished before state is taken: a device with
@@ -21,6 +22,7 @@ use crate::machine::Machine;
 use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};
 use crate::paused::PausedVcpus;
+use crate::state::devices::DeviceStates;
 use crate::state::{MachineState, Restore};
 
 /// Between two attempts: the guest goes on meanwhile.
@@ -57,7 +59,8 @@ impl VmHandle {
 
     /// Calls `look` with the machine at rest. What is open and ends by itself is waited for until `limit` is
     /// over, during which the guest goes on from time to time; a machine that is paused cannot wait. It goes on
-    /// afterwards if it was running. As [`VmHandle::with_paused`], not to be called with a device locked.
+    /// afterwards if it was running. As [`VmHandle::with_paused`], not to be called with a device locked, nor by the
+    /// event loop.
     pub fn quiesce<R>(
         &self,
         limit: Duration,
@@ -67,6 +70,7 @@ impl VmHandle {
         let start = Instant::now();
         loop {
             let attempt = self.with_paused(|vcpus| {
+                let _devices_rest = self.machine().at_work.lock();
                 let settled = settle(self.machine(), vcpus)?;
                 let mut quiesced = Quiesced {
                     machine: self.machine(),
@@ -138,7 +142,7 @@ impl<'v> Quiesced<'_, 'v> {
         self.vcpus
     }
 
-    /// State of the machine, its memory and its devices on PCI apart.
+    /// State of the machine, its memory and its devices apart.
     pub fn save(&mut self) -> Result<MachineState, Error> {
         MachineState::save(self.machine, self.vcpus.fds())
     }
@@ -157,5 +161,22 @@ impl<'v> Quiesced<'_, 'v> {
     /// The PCI bus.
     pub fn pci_bus(&self) -> &PciBus {
         &self.machine.pci
+    }
+
+    /// States of the devices. Not to be called with a device locked.
+    ///
+    /// # Errors
+    /// One does not give its state away.
+    pub fn save_devices(&self) -> Result<DeviceStates, Error> {
+        DeviceStates::save(self.machine)
+    }
+
+    /// Puts back the states of the devices, when the machine's own state was put back. Not to be called with a
+    /// device locked.
+    ///
+    /// # Errors
+    /// Devices came or went since. After any other error the machine has to be reset.
+    pub fn restore_devices(&self, states: &DeviceStates) -> Result<(), Error> {
+        states.restore(self.machine)
     }
 }

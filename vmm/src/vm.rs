@@ -12,8 +12,9 @@ use devices::pci::bus::{
     Windows,
 };
 use devices::serial::{COM1_IRQ, COM1_PORT, Serial, SerialBackend, UART_PORTS};
-use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
+use event_manager::{EventManager, SubscriberId, SubscriberOps};
 
+use crate::at_work::AtWork;
 use crate::boot::{OpenPayload, Payload};
 use crate::cpu::cpuid::Shown;
 use crate::cpu::regs;
@@ -31,6 +32,7 @@ use crate::power::{
     ResetControl,
 };
 use crate::slot::PciSlot;
+use crate::state::devices::DeviceStates;
 use crate::state::{MachineState, Restore};
 use crate::waker::Waker;
 use crate::{MAX_VCPUS, kvm, layout};
@@ -79,7 +81,6 @@ pub struct Vm {
     /// Devices that came while the machine ran, by slot.
     pub(crate) plugged: BTreeMap<u8, SubscriberId>,
     pub(crate) windows: Windows,
-    pub(crate) serial: Arc<Mutex<Serial>>,
     /// As after power-on.
     pub(crate) power_on: MachineState,
     /// It goes on from a state instead of being loaded.
@@ -142,6 +143,8 @@ impl Vm {
             power,
             hotplug: Arc::new(hotplug),
             panic: Arc::default(),
+            serial: Arc::new(Mutex::new(serial)),
+            at_work: AtWork::default(),
             lines,
             routing: Arc::new(GsiRouting::new(vm.clone())),
             operations: Mutex::new(Operations {
@@ -168,7 +171,6 @@ impl Vm {
             events: EventManager::new().map_err(Error::EventLoop)?,
             plugged: BTreeMap::new(),
             windows,
-            serial: Arc::new(Mutex::new(serial)),
             restored: false,
             on_guest_reset: config.on_guest_reset,
             machine,
@@ -200,7 +202,7 @@ impl Vm {
             (
                 u64::from(COM1_PORT),
                 u64::from(UART_PORTS),
-                self.serial.clone(),
+                machine.serial.clone(),
             ),
             (
                 u64::from(layout::POWER_PORTS),
@@ -223,7 +225,7 @@ impl Vm {
         if let Err(error) = machine.mmio.map(layout::ECAM, ECAM_BUS_BYTES, ecam) {
             tracing::error!(%error, "ECAM not mapped");
         }
-        self.events.add_subscriber(self.serial.clone());
+        self.add_subscriber(machine.serial.clone());
         self.events.add_subscriber(Arc::new(Mutex::new(Waker {
             requests: machine.requests.clone(),
             hotplug: machine.hotplug.clone(),
@@ -258,7 +260,8 @@ impl Vm {
 
     /// Lets the machine go on where another one was when `state` was taken, in place of being loaded. It has
     /// the same memory (the caller fills it) and number of vCPUs, and the same devices, added in the same
-    /// order. Call this before [`Vm::run`], and give the devices their states after it.
+    /// order (those that came while it ran, by [`VmHandle::plug`]). Call this before [`Vm::run`], and
+    /// [`Vm::restore_devices`] after it.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
         let vcpus = self.machine.lock_vcpus();
         state.restore(&self.machine, &vcpus, Restore::GoOn)?;
@@ -267,14 +270,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets the event loop serve `subscriber`.
-    pub fn add_subscriber(&mut self, subscriber: SharedSubscriber) {
-        self.events.add_subscriber(subscriber);
+    /// Gives the devices their states, after [`Vm::restore`] and before [`Vm::run`].
+    ///
+    /// # Errors
+    /// The states are of other devices. The machine is not to be run then.
+    pub fn restore_devices(&mut self, states: &DeviceStates) -> Result<(), Error> {
+        states.restore(&self.machine)
     }
 
-    /// Changes the event loop's subscribers from other threads while it runs.
-    pub fn event_loop(&self) -> RemoteEndpoint<SharedSubscriber> {
-        self.events.remote_endpoint()
+    /// Lets the event loop serve `subscriber`.
+    pub fn add_subscriber(&mut self, subscriber: SharedSubscriber) {
+        let guarded = self.machine.at_work.guard(subscriber);
+        self.events.add_subscriber(guarded);
     }
 }
 

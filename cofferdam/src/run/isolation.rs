@@ -233,7 +233,9 @@ impl LiveGuest for Isolation {
     }
 
     fn restore_device(&self, module: &str, state: DeviceState) -> anyhow::Result<()> {
-        self.nics.put_back(&self.vm, module, &state)
+        // Not while the machine is at rest: it writes the rings in the guest's memory.
+        self.vm
+            .with_devices(|| self.nics.put_back(&self.vm, module, &state))
     }
 
     fn now(&self) -> Duration {

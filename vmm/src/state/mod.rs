@@ -3,8 +3,8 @@
 //!
 //! What is in it: vCPUs with their CPUID, registers, local APICs, MSRs, pending events; TSC and KVM's clock;
 //! interrupt controllers, timer, routes of messages; power and hot-plug registers, the address register of
-//! PCI's configuration mechanism. What is not: guest memory, and what is plugged in (devices save themselves;
-//! they also drive their interrupt lines anew).
+//! PCI's configuration mechanism. What is not: guest memory, and what is plugged in ([`devices`]; they also drive
+//! their interrupt lines anew).
 //!
 //! ```text
 //!  put back:  TSCs ─► each vCPU: CPUID, special registers, XSAVE, local APIC, MSRs (deadline last), events
@@ -14,11 +14,12 @@
 //! TSCs come first because a deadline is armed against the TSC; interrupt controllers come behind the local
 //! APICs because setting them delivers what is pending; the clock is last so that it has not gone on meanwhile.
 //!
-//! As bytes, a state has a head of 20 bytes: magic, version, length and CRC-32 of the rest, which is `postcard`'s
-//! encoding. Bytes are not trusted: what is no state of this version, is cut, changed, or not as it would
-//! be written, is refused; what KVM refuses is an error, too.
+//! As bytes, a state has magic, version, length and checksum ([`encoding`]). What is no state of this version, or was
+//! changed, is refused; what KVM refuses is an error, too.
 
 pub(crate) mod chips;
+pub(crate) mod devices;
+mod encoding;
 pub(crate) mod time;
 pub(crate) mod vcpu;
 
@@ -35,15 +36,17 @@ use crate::power::PowerState;
 use crate::{MAX_VCPUS, hotplug::HotplugState};
 
 use self::chips::ChipState;
+use self::encoding::Encoding;
 use self::time::TimeState;
 use self::vcpu::{MAX_MSRS, VcpuState};
 
-/// First bytes of a state.
-const MAGIC: [u8; 8] = *b"COFFMACH";
-/// Magic, version, length, CRC-32.
-const HEAD_BYTES: usize = 20;
-/// Longest state that is looked at: eight vCPUs have some 10 KiB each.
-const MAX_BYTES: usize = 1 << 20;
+/// Eight vCPUs have some 10 KiB each.
+const ENCODING: Encoding = Encoding {
+    magic: *b"COFFMACH",
+    version: STATE_VERSION,
+    max_bytes: 1 << 20,
+    what: "the state of a machine",
+};
 
 /// State of a machine; see the module's text.
 #[derive(Debug, Serialize, Deserialize)]
@@ -144,48 +147,13 @@ impl MachineState {
 
     /// The state as bytes.
     pub fn to_bytes(&self) -> Result<Vec<u8>, StateError> {
-        let content =
-            postcard::to_stdvec(self).map_err(|_| StateError::Content("it cannot be encoded"))?;
-        let mut bytes = Vec::with_capacity(HEAD_BYTES + content.len());
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&STATE_VERSION.to_le_bytes());
-        // Far below 4 GiB: eight vCPUs at most.
-        bytes.extend_from_slice(&(content.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&crc32fast::hash(&content).to_le_bytes());
-        bytes.extend_from_slice(&content);
-        Ok(bytes)
+        ENCODING.write(self)
     }
 
     /// The state that [`MachineState::to_bytes`] gave.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        let (head, content) = bytes
-            .split_first_chunk::<HEAD_BYTES>()
-            .ok_or(StateError::NoState)?;
-        if head[..8] != MAGIC {
-            return Err(StateError::NoState);
-        }
-        let word =
-            |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        if word(8) != STATE_VERSION {
-            return Err(StateError::Version(word(8)));
-        }
-        let told = u64::from(word(12));
-        if told != content.len() as u64 || content.len() > MAX_BYTES {
-            return Err(StateError::Length {
-                told,
-                found: content.len() as u64,
-            });
-        }
-        if word(16) != crc32fast::hash(content) {
-            return Err(StateError::Checksum);
-        }
-        let state: Self = postcard::from_bytes(content)
-            .map_err(|_| StateError::Content("it cannot be decoded"))?;
+        let state: Self = ENCODING.read(bytes)?;
         state.check()?;
-        // Numbers can be written in several ways, and structures of KVM's cut short.
-        if postcard::to_stdvec(&state).ok().as_deref() != Some(content) {
-            return Err(StateError::Content("it is written in another way"));
-        }
         Ok(state)
     }
 

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use devices::serial::SerialBackend;
+use ::devices::serial::SerialBackend;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use vm_memory::GuestAddress;
 
+use super::encoding::HEAD_BYTES;
 use super::*;
 use crate::{OnGuestReset, Payload, Vm, VmConfig};
 
@@ -75,18 +76,21 @@ fn other_versions_and_other_machines_are_refused_with_the_reason() {
     bytes[8] = 99;
     assert_eq!(
         MachineState::from_bytes(&bytes).unwrap_err(),
-        StateError::Version(99)
+        StateError::Version {
+            found: 99,
+            known: STATE_VERSION
+        }
     );
     bytes[0] = b'X';
     let refused = MachineState::from_bytes(&bytes).unwrap_err();
-    assert_eq!(refused, StateError::NoState);
+    assert_eq!(refused, StateError::NoState("the state of a machine"));
 }
 
 #[test]
 fn a_route_of_a_device_that_is_not_there_is_refused() {
     let giving = vm(1, 4 << 20);
     let vectors = giving.msi_vectors(2).unwrap();
-    let message = devices::irq::MsiMessage {
+    let message = ::devices::irq::MsiMessage {
         address: 0xfee0_0000,
         data: 0x41,
     };

@@ -30,6 +30,13 @@ pub enum BusStateError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionStates(Vec<(u8, Part)>);
 
+impl FunctionStates {
+    /// Slot and kind of each function.
+    pub fn kinds(&self) -> impl Iterator<Item = (u8, &str)> {
+        self.0.iter().map(|(slot, part)| (*slot, part.kind()))
+    }
+}
+
 impl PciBus {
     /// Takes the state of every function. To be called while nobody uses them.
     ///

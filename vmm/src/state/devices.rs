@@ -1,0 +1,94 @@
+//! States of all devices of a machine as one value: everything that is neither in [`super::MachineState`] nor in
+//! guest memory.
+//!
+//! Each device gives a [`Part`], which has its own kind, version and checksum; what a device is connected to on
+//! the host (files, sockets, clients) is not in it. A device that was put back drives its interrupts anew and
+//! has the event loop look at its rings: a notification is no state.
+//!
+//! Lock order: devices are locked one at a time, while no vCPU is waited for.
+
+use devices::pci::bus::{FunctionStates, SLOT_COUNT};
+use devices::state::Part;
+use serde::{Deserialize, Serialize};
+
+use super::encoding::Encoding;
+use crate::error::{DEVICE_STATES_VERSION, Error, StateError};
+use crate::machine::Machine;
+
+/// A function has at most some 4 MiB, and there are 32.
+const ENCODING: Encoding = Encoding {
+    magic: *b"COFFDEVS",
+    version: DEVICE_STATES_VERSION,
+    max_bytes: 160 << 20,
+    what: "the states of a machine's devices",
+};
+
+/// See the module's text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStates {
+    functions: FunctionStates,
+    serial: Part,
+    /// The guest's kernel has told that it panicked.
+    panicked: bool,
+    /// Slots whose function came while the machine ran, as bits.
+    plugged: u32,
+    /// Those of them that were asked back from the guest.
+    leaving: u32,
+}
+
+impl DeviceStates {
+    /// Takes the states of all devices of `machine`, which nobody uses meanwhile.
+    pub(crate) fn save(machine: &Machine) -> Result<Self, Error> {
+        let (plugged, leaving) = machine.hotplug.plugged();
+        let functions = machine.pci.save_functions();
+        let serial = machine.serial().save();
+        Ok(Self {
+            functions: functions.map_err(StateError::Functions)?,
+            serial: serial.map_err(StateError::Serial)?,
+            panicked: machine.panic.panicked(),
+            plugged,
+            leaving,
+        })
+    }
+
+    /// Puts them back into `machine`, which has the same devices and whose own state was put back before.
+    pub(crate) fn restore(&self, machine: &Machine) -> Result<(), Error> {
+        let (here, _) = machine.hotplug.plugged();
+        if here != self.plugged {
+            let slots = |bits: u32| {
+                (0..SLOT_COUNT)
+                    .filter(|slot| bits >> slot & 1 == 1)
+                    .collect()
+            };
+            let (found, here) = (slots(self.plugged), slots(here));
+            return Err(StateError::Plugged { found, here }.into());
+        }
+        machine
+            .pci
+            .restore_functions(&self.functions)
+            .map_err(StateError::Functions)?;
+        machine
+            .serial()
+            .restore(&self.serial)
+            .map_err(StateError::Serial)?;
+        machine.panic.set_panicked(self.panicked);
+        machine.hotplug.set_leaving(self.leaving);
+        Ok(())
+    }
+
+    /// Slot and kind of each PCI function.
+    pub fn functions(&self) -> impl Iterator<Item = (u8, &str)> {
+        self.functions.kinds()
+    }
+
+    /// The states as bytes.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, StateError> {
+        ENCODING.write(self)
+    }
+
+    /// The states that [`DeviceStates::to_bytes`] gave. Whether this machine can have them is known only when
+    /// they are put back.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
+        ENCODING.read(bytes)
+    }
+}
