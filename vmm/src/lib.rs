@@ -37,6 +37,7 @@ mod post_mortem;
 pub mod power;
 mod quiesce;
 mod slot;
+pub mod snapshot;
 mod state;
 pub mod trap;
 mod vcpu;

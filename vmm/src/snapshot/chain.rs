@@ -1,0 +1,171 @@
+//! A snapshot with all that it is based on.
+
+use std::path::Path;
+
+use super::image::in_parallel;
+use super::{Loaded, PAGE_BYTES, PageRun, Snapshot, SnapshotError};
+
+/// Most snapshots that a page is looked for in.
+pub(super) const MAX_CHAIN: usize = 64;
+
+/// A snapshot and its parents, itself first.
+#[derive(Debug)]
+pub struct Chain(Vec<Snapshot>);
+
+/// Pages that one of a chain's snapshots has and none of those above it.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    /// Which snapshot.
+    level: usize,
+    /// The run that it is a part of.
+    run: PageRun,
+    /// First page.
+    first: u64,
+    /// First page behind it.
+    end: u64,
+}
+
+impl Chain {
+    /// Opens the snapshot in `dir` and all that it is based on.
+    ///
+    /// # Errors
+    /// One of them cannot be used, or is not the one that the diff was based on.
+    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+        let mut chain = vec![Snapshot::open(dir)?];
+        loop {
+            let Some(child) = chain.last() else {
+                return Err(SnapshotError::NoSnapshot(dir.to_owned()));
+            };
+            let Some(parent) = &child.manifest().parent else {
+                return Ok(Self(chain));
+            };
+            if chain.len() >= MAX_CHAIN {
+                return Err(SnapshotError::ChainTooLong(dir.to_owned()));
+            }
+            let path = child.dir().join(&parent.path);
+            let other = |what: String| SnapshotError::Parent {
+                path: path.clone(),
+                child: child.dir().to_owned(),
+                what,
+            };
+            let found = match Snapshot::open(&path) {
+                Err(SnapshotError::NoSnapshot(_)) => return Err(other("nothing is there".into())),
+                found => found?,
+            };
+            let (here, there) = (child.manifest(), found.manifest());
+            if there.id != parent.id {
+                return Err(other(format!("it is {}, not {}", there.id, parent.id)));
+            }
+            if here.memory_bytes != there.memory_bytes {
+                return Err(other("it has other memory".to_owned()));
+            }
+            chain.push(found);
+        }
+    }
+
+    /// The snapshot itself and then its parents, the full one last.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.0
+    }
+
+    /// The snapshot itself.
+    pub fn top(&self) -> &Snapshot {
+        // One is always there.
+        &self.0[0]
+    }
+
+    /// The full snapshot that all of it is based on.
+    pub fn base(&self) -> &Snapshot {
+        &self.0[self.0.len() - 1]
+    }
+
+    /// Reads every file of every snapshot and checks it.
+    ///
+    /// # Errors
+    /// Something is damaged.
+    pub fn check(&self) -> Result<(), SnapshotError> {
+        self.0.iter().try_for_each(Snapshot::check)
+    }
+
+    /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run at a time and on
+    /// several threads. `above_base`: only what the diffs say, zero pages too.
+    ///
+    /// # Errors
+    /// Pages are damaged or cannot be read, or `put` says so.
+    pub fn load(
+        &self,
+        above_base: bool,
+        put: impl Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync,
+    ) -> Result<Loaded, SnapshotError> {
+        let pieces: Vec<Piece> = self
+            .pieces()
+            .into_iter()
+            .filter(|piece| match above_base {
+                true => piece.level + 1 < self.0.len(),
+                false => piece.run.crc32.is_some(),
+            })
+            .collect();
+        in_parallel(&pieces, |piece, buffer| {
+            buffer.resize(piece.run.bytes(), 0);
+            self.0[piece.level].read_run(&piece.run, buffer)?;
+            let from = (piece.first - piece.run.first) * PAGE_BYTES;
+            let to = (piece.end - piece.run.first) * PAGE_BYTES;
+            put(
+                piece.first * PAGE_BYTES,
+                &buffer[from as usize..to as usize],
+            )
+        })?;
+        let pages = pieces.iter().map(|piece| piece.end - piece.first).sum();
+        Ok(Loaded { pages })
+    }
+
+    /// Which snapshot has which pages, in rising order.
+    fn pieces(&self) -> Vec<Piece> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (level, snapshot) in self.0.iter().enumerate() {
+            let mut below = Vec::new();
+            let mut above = pieces.iter().peekable();
+            for run in snapshot.map().runs() {
+                let mut first = run.first;
+                while let Some(other) = above.next_if(|other| other.end <= first) {
+                    below.push(*other);
+                }
+                // Whatever of the run is between pieces that are known already.
+                loop {
+                    match above.peek() {
+                        Some(other) if other.first < run.end() => {
+                            if other.first > first {
+                                below.push(Piece {
+                                    level,
+                                    run: *run,
+                                    first,
+                                    end: other.first,
+                                });
+                            }
+                            first = first.max(other.end);
+                            if other.end > run.end() {
+                                break;
+                            }
+                            below.push(**other);
+                            above.next();
+                        }
+                        _ => {
+                            if first < run.end() {
+                                below.push(Piece {
+                                    level,
+                                    run: *run,
+                                    first,
+                                    end: run.end(),
+                                });
+                            }
+                            break;
+                        }
+                    }
+                }
+            }
+            below.extend(above.copied());
+            pieces = below;
+        }
+        pieces
+    }
+}

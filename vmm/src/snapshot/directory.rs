@@ -1,0 +1,174 @@
+//! A snapshot's directory, opened for reading.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::image::verify_run;
+use super::manifest::{MAX_MANIFEST_BYTES, StoredFile};
+use super::memory_map::MAX_MAP_BYTES;
+use super::{
+    DEVICES_FILE, IMAGE_FILE, MACHINE_FILE, MANIFEST_FILE, MAP_FILE, Manifest, MemoryMap, PageRun,
+    SnapshotError,
+};
+
+/// Longest state that is looked at, in bytes: each part of it has a limit of its own.
+const MAX_STATE_BYTES: u64 = 256 << 20;
+
+/// One snapshot, its parents apart: the manifest is read and checked, the files are open and as long as it says.
+#[derive(Debug)]
+pub struct Snapshot {
+    dir: PathBuf,
+    manifest: Manifest,
+    map: MemoryMap,
+    image: File,
+}
+
+impl Snapshot {
+    /// Opens the snapshot in `dir`.
+    ///
+    /// # Errors
+    /// There is none, it is not one of this version, or its manifest, map or image is damaged in a way that can be seen
+    /// without reading the pages.
+    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+        let path = dir.join(MANIFEST_FILE);
+        let text = match read_limited(&path, MAX_MANIFEST_BYTES) {
+            Err(SnapshotError::Read { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                return Err(SnapshotError::NoSnapshot(dir.to_owned()));
+            }
+            text => text?,
+        };
+        let text = String::from_utf8(text)
+            .map_err(|_| SnapshotError::damaged(&path, "it is no text (UTF-8)"))?;
+        let manifest = Manifest::from_text(&path, &text)?;
+        let map = read_stored(dir, MAP_FILE, &manifest.files.map, MAX_MAP_BYTES)?;
+        let map = MemoryMap::from_bytes(&map, manifest.memory_bytes)
+            .map_err(|what| SnapshotError::damaged(dir.join(MAP_FILE), what))?;
+        let path = dir.join(IMAGE_FILE);
+        let image = File::open(&path).map_err(SnapshotError::read(&path))?;
+        let metadata = image.metadata().map_err(SnapshotError::read(&path))?;
+        if !metadata.is_file() {
+            return Err(SnapshotError::damaged(path, "it is no file"));
+        }
+        check_length(&path, metadata.len(), &manifest.files.image)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            map,
+            image,
+        })
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it is.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Which pages it has.
+    pub fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// The pages, each at its offset.
+    pub fn image(&self) -> &File {
+        &self.image
+    }
+
+    /// The machine's state, as [`crate::MachineState::from_bytes`] reads it.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn machine_state(&self) -> Result<Vec<u8>, SnapshotError> {
+        let file = &self.manifest.files.machine;
+        read_stored(&self.dir, MACHINE_FILE, file, MAX_STATE_BYTES)
+    }
+
+    /// The devices' states.
+    ///
+    /// # Errors
+    /// They are damaged.
+    pub fn device_states(&self) -> Result<Vec<u8>, SnapshotError> {
+        let file = &self.manifest.files.devices;
+        read_stored(&self.dir, DEVICES_FILE, file, MAX_STATE_BYTES)
+    }
+
+    /// Reads the pages of `run` into `buffer`, whose length is theirs.
+    ///
+    /// # Errors
+    /// They cannot be read, or are not those that were written.
+    pub fn read_run(&self, run: &PageRun, buffer: &mut [u8]) -> Result<(), SnapshotError> {
+        verify_run(&self.image, run, buffer).map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidData => {
+                SnapshotError::damaged(self.dir.join(IMAGE_FILE), error.to_string())
+            }
+            _ => SnapshotError::Read {
+                path: self.dir.join(IMAGE_FILE),
+                source: error,
+            },
+        })
+    }
+
+    /// Reads everything and checks it.
+    ///
+    /// # Errors
+    /// Something is damaged.
+    pub fn check(&self) -> Result<(), SnapshotError> {
+        self.machine_state()?;
+        self.device_states()?;
+        let mut buffer = Vec::new();
+        for run in self.map.runs() {
+            buffer.resize(run.bytes(), 0);
+            self.read_run(run, &mut buffer)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file of at most `limit` bytes.
+fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, SnapshotError> {
+    let file = File::open(path).map_err(SnapshotError::read(path))?;
+    let metadata = file.metadata().map_err(SnapshotError::read(path))?;
+    // A FIFO would be waited for, a device read without end.
+    if !metadata.is_file() {
+        return Err(SnapshotError::damaged(path, "it is no file"));
+    }
+    if metadata.len() > limit {
+        let what = format!("it has {} bytes, more than any", metadata.len());
+        return Err(SnapshotError::damaged(path, what));
+    }
+    let mut bytes = Vec::new();
+    let read = file.take(limit).read_to_end(&mut bytes);
+    read.map_err(SnapshotError::read(path))?;
+    Ok(bytes)
+}
+
+/// Reads a file that the manifest tells of.
+fn read_stored(
+    dir: &Path,
+    name: &str,
+    stored: &StoredFile,
+    limit: u64,
+) -> Result<Vec<u8>, SnapshotError> {
+    let path = dir.join(name);
+    let bytes = read_limited(&path, limit)?;
+    check_length(&path, bytes.len() as u64, stored)?;
+    if stored.crc32 != Some(crc32fast::hash(&bytes)) {
+        return Err(SnapshotError::damaged(path, "its checksum is wrong"));
+    }
+    Ok(bytes)
+}
+
+fn check_length(path: &Path, found: u64, stored: &StoredFile) -> Result<(), SnapshotError> {
+    if found == stored.bytes {
+        return Ok(());
+    }
+    let what = format!("it has {found} bytes instead of {}", stored.bytes);
+    Err(SnapshotError::damaged(path, what))
+}
