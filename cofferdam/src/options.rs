@@ -96,6 +96,14 @@ impl MacAddress {
         let [a, b, c, d] = hash.to_be_bytes();
         Self([0x02, 0xcf, a, b, c, d])
     }
+
+    /// The address that NIC number `index` of the VM `name` gets when none is given.
+    pub fn for_nic(name: &VmName, index: usize) -> Self {
+        match index {
+            0 => Self::for_name(name.as_str()),
+            _ => Self::for_name(&format!("{name}/{index}")),
+        }
+    }
 }
 
 impl FromStr for MacAddress {

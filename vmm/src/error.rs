@@ -124,6 +124,9 @@ pub enum StateError {
         /// In the machine.
         here: u64,
     },
+    /// The guest ran on a processor that this one cannot stand in for.
+    #[error("the state needs {0}")]
+    Processor(String),
     /// A message is routed from where this machine has no device.
     #[error("the state routes message {0}, which no device of this machine has")]
     Route(u32),

@@ -5,13 +5,14 @@
 //! touched in advance. Where the host lets us, the file is one that can have huge pages.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use devices::dma::{DirtyLog, GuestMemory};
 use rustix::fs::{
-    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, ftruncate, memfd_create, openat,
-    unlinkat,
+    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate, memfd_create, openat,
+    seek, unlinkat,
 };
 use rustix::mm::{Advice, madvise};
 use rustix::mount::{
@@ -22,6 +23,9 @@ use vm_memory::bitmap::NewBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder};
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
+
+/// Bytes of a page.
+const PAGE_BYTES: u64 = 4096;
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
@@ -186,6 +190,32 @@ impl GuestRam {
     /// First address behind the memory that starts at 0.
     pub fn low_end(&self) -> u64 {
         self.size_bytes.min(LOW_MEMORY_END)
+    }
+
+    /// Number of the page at guest physical `address`, as the memory's file has it.
+    pub fn page_at(&self, address: GuestAddress) -> Option<u64> {
+        let regions = self.regions.iter();
+        let mut regions = regions.filter_map(|region| {
+            let offset = address.0.checked_sub(region.guest_address.0)?;
+            (offset < region.len).then(|| (region.file_offset + offset) / PAGE_BYTES)
+        });
+        regions.next()
+    }
+
+    /// Parts of the memory's file, in bytes, outside of which all is zero, in rising order.
+    pub fn populated(&self) -> Vec<Range<u64>> {
+        let mut parts = Vec::new();
+        let mut at = 0;
+        while at < self.size_bytes {
+            // No data behind it.
+            let Ok(start) = seek(&*self.memfd, SeekFrom::Data(at)) else {
+                break;
+            };
+            let end = seek(&*self.memfd, SeekFrom::Hole(start)).unwrap_or(self.size_bytes);
+            parts.push(start..end.min(self.size_bytes));
+            at = end.max(start + 1);
+        }
+        parts
     }
 
     /// Gives every page back to the host: the guest sees zeros again. Private copies of pages in

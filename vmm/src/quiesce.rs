@@ -18,6 +18,7 @@ use devices::pci::bus::PciBus;
 
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
+use crate::lifecycle::Request;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};

@@ -263,6 +263,7 @@ impl Vm {
     /// order (those that came while it ran, by [`VmHandle::plug`]). Call this before [`Vm::run`], and
     /// [`Vm::restore_devices`] after it.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
+        state.fits_processor_of(&self.power_on)?;
         let vcpus = self.machine.lock_vcpus();
         state.restore(&self.machine, &vcpus, Restore::GoOn)?;
         drop(vcpus);

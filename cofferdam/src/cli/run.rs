@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use vmm::snapshot::Snapshot;
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NetOption, NicModel, SerialSpec, VmName};
-use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, RunConfig};
+use crate::run::saved::{Changes, SavedVm};
+use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, Restored, RunConfig};
 
 use super::Ending;
 
@@ -20,24 +22,30 @@ Examples:
   cofferdam run --kernel vmlinuz --disk root.img --append 'root=/dev/vda' --memory 1G --vcpus 4
   cofferdam run --kernel vmlinux --initrd initrd.cpio --serial file=console.log --name web &
 
+  cofferdam run --snapshot DIR
+
 Two NICs:
   cofferdam run --kernel vmlinux --initrd initrd.cpio --net user --net tap=tap0,nic=virtio
 
 Two guests on one cable:
   cofferdam run --name left  ... --net unix=/tmp/cable,listen
-  cofferdam run --name right ... --net unix=/tmp/cable")]
+  cofferdam run --name right ... --net unix=/tmp/cable
+
+Two copies of one guest:
+  cofferdam run --snapshot DIR --lazy --name one --serial file=one.log &
+  cofferdam run --snapshot DIR --lazy --name two --serial file=two.log &")]
 pub struct RunOptions {
     /// Kernel: ELF vmlinux (starts fastest) or bzImage
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "snapshot")]
+    kernel: Option<PathBuf>,
     /// Initial RAM file system
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Whole kernel command line, instead of the default one
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "snapshot")]
     cmdline: Option<String>,
     /// More for the kernel command line, after the rest
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "snapshot")]
     append: Vec<String>,
     /// Disk image: PATH, or PATH,ro to let the guest only read it (may be given again)
     #[arg(long, value_name = "PATH[,ro]")]
@@ -47,48 +55,70 @@ pub struct RunOptions {
     #[arg(long, value_name = "WIRE[,nic=MODEL][,mac=ADDRESS]")]
     net: Vec<NetOption>,
     /// Which NIC, where --net does not say: e1000 or virtio
-    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), requires = "net")]
+    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), requires = "net", conflicts_with = "snapshot")]
     nic: NicModel,
     /// Ethernet address of the first NIC, where --net does not say; made from the VM's name when not given
-    #[arg(long, value_name = "ADDRESS", requires = "net")]
+    #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddress>,
     /// Guest memory
-    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    #[arg(long, value_name = "SIZE", default_value = "256M", conflicts_with = "snapshot")]
     memory: MemorySize,
     /// Number of vCPUs
     #[arg(
         long,
         value_name = "N",
         default_value_t = 1,
+        conflicts_with = "snapshot",
         value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS))
     )]
     vcpus: u8,
     /// Name of the VM for the other commands; vm-PID when not given
     #[arg(long, value_name = "NAME")]
     name: Option<VmName>,
-    /// Serial console: stdio, file=PATH or unix=PATH
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: SerialSpec,
+    /// Serial console: stdio (when not given), file=PATH or unix=PATH
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<SerialSpec>,
     /// End when the guest reboots, instead of rebooting it
     #[arg(long)]
     no_reboot: bool,
+    /// Go on from the snapshot in this directory instead of booting. NICs, disks and the kernel for a reset are
+    /// those of the snapshot, unless they are given: all NICs, all disks, in their order
+    #[arg(long, value_name = "DIR")]
+    snapshot: Option<PathBuf>,
+    /// With --snapshot: begin before the memory is there, and share what is not written with other VMs that do so.
+    /// The memory's checksums are not looked at then
+    #[arg(long, requires = "snapshot")]
+    lazy: bool,
 }
 
 impl RunOptions {
     /// `run`
     pub fn run(self) -> anyhow::Result<Ending> {
+        ensure!(
+            self.net.len() <= MAX_NICS,
+            "a VM has at most {MAX_NICS} NICs: give --net less often"
+        );
+        let config = match self.snapshot.clone() {
+            Some(dir) => self.restored(dir)?,
+            None => self.fresh()?,
+        };
+        crate::run::run(config)
+    }
+
+    /// A VM that boots.
+    fn fresh(self) -> anyhow::Result<RunConfig> {
         let name = match self.name {
             Some(name) => name,
             None => format!("vm-{}", std::process::id()).parse()?,
         };
         ensure!(
-            self.net.len() <= MAX_NICS,
-            "a VM has at most {MAX_NICS} NICs: give --net less often"
+            self.mac.is_none() || !self.net.is_empty(),
+            "--mac is the address of a NIC: give --net too"
         );
         let nets = nets(&name, self.net, self.nic, self.mac)?;
-        crate::run::run(RunConfig {
+        Ok(RunConfig {
             name,
-            kernel: self.kernel,
+            kernel: self.kernel.context("there is no kernel: give --kernel")?,
             initrd: self.initrd,
             cmdline: self.cmdline,
             append: self.append,
@@ -96,9 +126,27 @@ impl RunOptions {
             nets,
             memory: self.memory,
             vcpus: self.vcpus,
+            serial: self.serial.unwrap_or(SerialSpec::Stdio),
+            no_reboot: self.no_reboot,
+            restored: None,
+        })
+    }
+
+    /// A VM that goes on from the snapshot in `dir`.
+    fn restored(self, dir: PathBuf) -> anyhow::Result<RunConfig> {
+        let snapshot = Snapshot::open(&dir)?;
+        let changes = Changes {
+            name: self.name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            disks: self.disk,
+            nets: self.net,
+            mac: self.mac,
             serial: self.serial,
             no_reboot: self.no_reboot,
-        })
+        };
+        let lazy = self.lazy;
+        SavedVm::of(snapshot.manifest())?.configure(changes, Restored { dir, lazy })
     }
 }
 
@@ -112,10 +160,7 @@ fn nets(
     let mut nets: Vec<NetConfig> = Vec::new();
     for (index, net) in given.into_iter().enumerate() {
         let own = net.mac.or(mac.filter(|_| index == 0));
-        let mac = own.unwrap_or_else(|| match index {
-            0 => MacAddress::for_name(name.as_str()),
-            _ => MacAddress::for_name(&format!("{name}/{index}")),
-        });
+        let mac = own.unwrap_or_else(|| MacAddress::for_nic(name, index));
         ensure!(
             nets.iter().all(|other| other.mac != mac),
             "two NICs have the address {mac}"

@@ -19,6 +19,7 @@ mod memory;
 mod meter;
 mod nics;
 mod panic_watch;
+pub mod saved;
 mod service;
 pub mod signals;
 pub mod terminal;
@@ -75,6 +76,17 @@ pub struct RunConfig {
     pub serial: SerialSpec,
     /// End when the guest reboots.
     pub no_reboot: bool,
+    /// What it goes on from instead of booting.
+    pub restored: Option<Restored>,
+}
+
+/// The snapshot that a VM goes on from.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Whether the guest begins before its memory is there.
+    pub lazy: bool,
 }
 
 /// A NIC and what it is plugged into.

@@ -8,9 +8,14 @@ use super::{Loaded, PAGE_BYTES, PageRun, Snapshot, SnapshotError};
 /// Most snapshots that a page is looked for in.
 pub(super) const MAX_CHAIN: usize = 64;
 
-/// A snapshot and its parents, itself first.
+/// A snapshot and its parents.
 #[derive(Debug)]
-pub struct Chain(Vec<Snapshot>);
+pub struct Chain {
+    /// Itself first, the full one last.
+    snapshots: Vec<Snapshot>,
+    /// Which of them has which pages, in rising order.
+    pieces: Vec<Piece>,
+}
 
 /// Pages that one of a chain's snapshots has and none of those above it.
 #[derive(Debug, Clone, Copy)]
@@ -32,13 +37,9 @@ impl Chain {
     /// One of them cannot be used, or is not the one that the diff was based on.
     pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
         let mut chain = vec![Snapshot::open(dir)?];
-        loop {
-            let Some(child) = chain.last() else {
-                return Err(SnapshotError::NoSnapshot(dir.to_owned()));
-            };
-            let Some(parent) = &child.manifest().parent else {
-                return Ok(Self(chain));
-            };
+        while let Some(child) = chain.last()
+            && let Some(parent) = &child.manifest().parent
+        {
             if chain.len() >= MAX_CHAIN {
                 return Err(SnapshotError::ChainTooLong(dir.to_owned()));
             }
@@ -61,22 +62,26 @@ impl Chain {
             }
             chain.push(found);
         }
+        Ok(Self {
+            pieces: pieces(&chain),
+            snapshots: chain,
+        })
     }
 
     /// The snapshot itself and then its parents, the full one last.
     pub fn snapshots(&self) -> &[Snapshot] {
-        &self.0
+        &self.snapshots
     }
 
     /// The snapshot itself.
     pub fn top(&self) -> &Snapshot {
         // One is always there.
-        &self.0[0]
+        &self.snapshots[0]
     }
 
     /// The full snapshot that all of it is based on.
     pub fn base(&self) -> &Snapshot {
-        &self.0[self.0.len() - 1]
+        &self.snapshots[self.snapshots.len() - 1]
     }
 
     /// Reads every file of every snapshot and checks it.
@@ -84,7 +89,7 @@ impl Chain {
     /// # Errors
     /// Something is damaged.
     pub fn check(&self) -> Result<(), SnapshotError> {
-        self.0.iter().try_for_each(Snapshot::check)
+        self.snapshots.iter().try_for_each(Snapshot::check)
     }
 
     /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run at a time and on
@@ -97,17 +102,16 @@ impl Chain {
         above_base: bool,
         put: impl Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync,
     ) -> Result<Loaded, SnapshotError> {
-        let pieces: Vec<Piece> = self
-            .pieces()
-            .into_iter()
+        let pieces = self.pieces.iter().copied();
+        let pieces: Vec<Piece> = pieces
             .filter(|piece| match above_base {
-                true => piece.level + 1 < self.0.len(),
+                true => piece.level + 1 < self.snapshots.len(),
                 false => piece.run.crc32.is_some(),
             })
             .collect();
         in_parallel(&pieces, |piece, buffer| {
             buffer.resize(piece.run.bytes(), 0);
-            self.0[piece.level].read_run(&piece.run, buffer)?;
+            self.snapshots[piece.level].read_run(&piece.run, buffer)?;
             let from = (piece.first - piece.run.first) * PAGE_BYTES;
             let to = (piece.end - piece.run.first) * PAGE_BYTES;
             put(
@@ -119,10 +123,38 @@ impl Chain {
         Ok(Loaded { pages })
     }
 
-    /// Which snapshot has which pages, in rising order.
-    fn pieces(&self) -> Vec<Piece> {
+    /// Fills `buffer` with the pages from number `first` on, checked; those that no snapshot has are zero.
+    ///
+    /// # Errors
+    /// Pages are damaged or cannot be read.
+    pub fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
+        buffer.fill(0);
+        let behind = first.saturating_add(buffer.len() as u64 / PAGE_BYTES);
+        let from = self.pieces.partition_point(|piece| piece.end <= first);
+        let mut run = Vec::new();
+        for piece in &self.pieces[from..] {
+            if piece.first >= behind {
+                break;
+            }
+            if piece.run.crc32.is_none() {
+                continue;
+            }
+            run.resize(piece.run.bytes(), 0);
+            self.snapshots[piece.level].read_run(&piece.run, &mut run)?;
+            let (start, end) = (piece.first.max(first), piece.end.min(behind));
+            let within = |page: u64, base: u64| ((page - base) * PAGE_BYTES) as usize;
+            buffer[within(start, first)..within(end, first)].copy_from_slice(
+                &run[within(start, piece.run.first)..within(end, piece.run.first)],
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Which of `snapshots` has which pages, in rising order.
+fn pieces(snapshots: &[Snapshot]) -> Vec<Piece> {
         let mut pieces: Vec<Piece> = Vec::new();
-        for (level, snapshot) in self.0.iter().enumerate() {
+        for (level, snapshot) in snapshots.iter().enumerate() {
             let mut below = Vec::new();
             let mut above = pieces.iter().peekable();
             for run in snapshot.map().runs() {
@@ -168,4 +200,3 @@ impl Chain {
         }
         pieces
     }
-}

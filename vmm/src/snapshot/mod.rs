@@ -16,7 +16,9 @@
 //! It comes from outside when it is read, and is not trusted: every size is bounded, every byte is under a
 //! checksum, and what this version does not understand is refused.
 
+mod capture;
 mod chain;
+mod copier;
 mod directory;
 mod image;
 mod manifest;
@@ -25,6 +27,7 @@ mod writer;
 
 use std::path::PathBuf;
 
+pub use capture::{Beside, CaptureError, SnapshotRequest, Taken};
 pub use chain::Chain;
 pub use directory::Snapshot;
 pub use image::{Loaded, PAGE_BYTES};

@@ -82,11 +82,6 @@ impl DirectoryWriter {
         })
     }
 
-    /// For `map_err`: the file `name` cannot be written.
-    pub(super) fn cannot_write(&self, name: &str) -> impl FnOnce(std::io::Error) -> SnapshotError {
-        SnapshotError::write(self.target.join(name))
-    }
-
     /// Writes the manifest and gives the directory its name.
     ///
     /// # Errors
@@ -179,6 +174,38 @@ impl ImageWriter {
             }
         }
         write_pages(&self.file, first, &pages[run_start..], run_start)
+    }
+
+    /// Whether it was told of page `number`.
+    pub fn has(&self, number: u64) -> bool {
+        let known = usize::try_from(number).ok();
+        let known = known.and_then(|number| self.pages.get(number));
+        known.is_some_and(|page| *page != Page::Untold)
+    }
+
+    /// Changes page `number`, as far as it was told of; what `change` returns, or `None` if the page is beyond memory.
+    ///
+    /// # Errors
+    /// It cannot be read or written.
+    pub fn change(
+        &mut self,
+        number: u64,
+        change: impl FnOnce(&mut [u8; PAGE_BYTES as usize]) -> Option<()>,
+    ) -> std::io::Result<Option<()>> {
+        let Some(known) = usize::try_from(number)
+            .ok()
+            .and_then(|number| self.pages.get(number))
+        else {
+            return Ok(None);
+        };
+        let mut page = [0; PAGE_BYTES as usize];
+        if matches!(known, Page::Stored(_)) {
+            self.file.read_exact_at(&mut page, number * PAGE_BYTES)?;
+        }
+        match change(&mut page) {
+            Some(()) => self.put(number, &page).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The image's file once all is in it, and its map. `diff`: pages that were not told of are the parent's; in a full

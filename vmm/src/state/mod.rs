@@ -29,10 +29,13 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::compatible;
+use crate::cpu::leaves::Leaves;
 use crate::error::{Error, STATE_VERSION, StateError};
 use crate::irq::Route;
 use crate::machine::Machine;
 use crate::power::PowerState;
+use crate::snapshot::CpuModel;
 use crate::{MAX_VCPUS, hotplug::HotplugState};
 
 use self::chips::ChipState;
@@ -131,6 +134,29 @@ impl MachineState {
             }
         }
         Ok(())
+    }
+
+    /// The processor that the guest was shown, for people.
+    pub fn cpu_model(&self) -> CpuModel {
+        let leaves = self.leaves();
+        CpuModel {
+            vendor: compatible::vendor(&leaves),
+            brand: compatible::brand(&leaves),
+        }
+    }
+
+    /// That a guest with this state can go on where `power_on` was taken.
+    pub(crate) fn fits_processor_of(&self, power_on: &Self) -> Result<(), StateError> {
+        match compatible::missing(&self.leaves(), &power_on.leaves()) {
+            Some(missing) => Err(StateError::Processor(missing)),
+            None => Ok(()),
+        }
+    }
+
+    /// CPUID of the first vCPU; the others differ in their place only.
+    fn leaves(&self) -> Leaves {
+        let first = self.vcpus.first();
+        first.map_or_else(Leaves::default, |vcpu| Leaves::from(vcpu.cpuid.as_slice()))
     }
 
     fn fits(&self, machine: &Machine) -> Result<(), StateError> {

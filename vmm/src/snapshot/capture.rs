@@ -1,0 +1,248 @@
+//! Taking a snapshot of a machine that runs.
+//!
+//! ```text
+//!  guest runs │ at rest                                          │ guest runs
+//!  ───────────┼──────────────────────────────────────────────────┼──────────────────────
+//!             │ pages ─► image; machine, devices, what is beside │ ─► other files ─► name
+//! ```
+//!
+//! With the directory written beside its name, whoever looks finds all of the snapshot or nothing.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_memory::GuestAddress;
+
+use super::copier::Copier;
+use super::manifest::Files;
+use super::{
+    Chain, CpuModel, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter,
+    MACHINE_FILE, MAP_FILE, Manifest, ParentSnapshot, SnapshotError, SnapshotId,
+    StoredFile,
+};
+use crate::error::Error;
+use crate::handle::VmHandle;
+use crate::quiesce::{QuiesceError, Quiesced};
+
+/// Why no snapshot was taken. The guest goes on, and earlier snapshots are as they were.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The machine did not come to rest.
+    #[error(transparent)]
+    Quiesce(#[from] QuiesceError),
+    /// The directory cannot be written, or the parent cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The machine does not give its state away.
+    #[error(transparent)]
+    Machine(#[from] Error),
+    /// The parent is of another machine.
+    #[error("{path} has {there} MiB of memory, this VM {here}: it is no parent of its snapshots")]
+    OtherMemory {
+        /// The parent.
+        path: PathBuf,
+        /// MiB of its memory.
+        there: u64,
+        /// MiB of this machine's.
+        here: u64,
+    },
+    /// What is beside the machine cannot be saved.
+    #[error("{0}")]
+    Beside(String),
+    /// Whoever wanted it does not any more.
+    #[error("the snapshot was given up, nothing of it is left")]
+    GivenUp,
+}
+
+/// What is saved with a machine by the layers above it.
+#[derive(Debug, Default)]
+pub struct Beside {
+    /// What it takes to make the same machine.
+    pub vm: Value,
+    /// What guest memory is to hold at some places instead of what it holds: whoever has patched the guest tells what was
+    /// there before. By guest physical address.
+    pub instead: Vec<(GuestAddress, Vec<u8>)>,
+}
+
+/// A snapshot that is wanted.
+#[derive(Debug)]
+pub struct SnapshotRequest<'a> {
+    /// Where: a directory that is not there, or an empty one.
+    pub dir: &'a Path,
+    /// The snapshot that it is to be a diff of; a full one without.
+    pub parent: Option<&'a Path>,
+    /// Who writes it, for the manifest.
+    pub program: &'a str,
+    /// The machine ends where the snapshot was taken.
+    pub stop: bool,
+    /// How long the machine may take to come to rest.
+    pub limit: Duration,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// Which it is.
+    pub id: SnapshotId,
+    /// Pages in its image.
+    pub pages: u64,
+    /// Whether it is a diff.
+    pub diff: bool,
+    /// How long the guest was at rest, in microseconds.
+    pub rest_us: u64,
+    /// How long all of it took, in microseconds.
+    pub whole_us: u64,
+}
+
+/// What is known when the machine has been at rest.
+struct AtRest {
+    machine: Vec<u8>,
+    devices: Vec<u8>,
+    cpu: CpuModel,
+    vm: Value,
+    rest: Duration,
+}
+
+impl VmHandle {
+    /// Takes a snapshot. `tell` hears what is done, and says whether it is still wanted; `beside` is asked at rest.
+    ///
+    /// # Errors
+    /// See [`CaptureError`].
+    pub fn snapshot(
+        &self,
+        request: &SnapshotRequest<'_>,
+        tell: &mut dyn FnMut(&str) -> bool,
+        beside: &mut dyn FnMut() -> Result<Beside, String>,
+    ) -> Result<Taken, CaptureError> {
+        let begun = Instant::now();
+        let parent = request.parent.map(Chain::open).transpose()?;
+        if let Some(parent) = &parent {
+            self.is_of_this_machine(parent)?;
+        }
+        let writer = DirectoryWriter::begin(request.dir)?;
+        let cannot_write = || SnapshotError::write(request.dir.join(IMAGE_FILE));
+        let image = ImageWriter::new(writer.create(IMAGE_FILE)?, self.ram().size_bytes());
+        let image = image.map_err(cannot_write())?;
+        let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
+        still_wanted(tell, "bringing the guest to rest")?;
+        let at_rest = self.quiesce(request.limit, |quiesced| {
+            self.take(request, quiesced, &mut copier, tell, beside)
+        })??;
+        still_wanted(tell, "writing the snapshot")?;
+        let finished = copier.into_image().finish(parent.is_some());
+        let (_, map) = finished.map_err(cannot_write())?;
+        let pages = map.stored_pages();
+        let map = map
+            .to_bytes()
+            .map_err(|what| SnapshotError::damaged(request.dir.join(MAP_FILE), what))?;
+        let id = SnapshotId::random().map_err(SnapshotError::write(request.dir))?;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH);
+        let files = Files {
+            machine: writer.store(MACHINE_FILE, &at_rest.machine)?,
+            devices: writer.store(DEVICES_FILE, &at_rest.devices)?,
+            map: writer.store(MAP_FILE, &map)?,
+            image: StoredFile {
+                bytes: self.ram().size_bytes(),
+                crc32: None,
+            },
+        };
+        let diff = parent.is_some();
+        writer.finish(&Manifest {
+            version: FORMAT_VERSION,
+            id,
+            parent: parent.as_ref().map(|parent| relation(request.dir, parent)),
+            created_unix_s: created.map_or(0, |since| since.as_secs()),
+            program: request.program.to_owned(),
+            cpu: at_rest.cpu,
+            memory_bytes: self.ram().size_bytes(),
+            vcpus: u8::try_from(self.status().exits.len()).unwrap_or(u8::MAX),
+            files,
+            vm: at_rest.vm,
+        })?;
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Ok(Taken {
+            id,
+            pages,
+            diff,
+            rest_us: us(at_rest.rest),
+            whole_us: us(begun.elapsed()),
+        })
+    }
+
+    fn is_of_this_machine(&self, parent: &Chain) -> Result<(), CaptureError> {
+        let (here, there) = (
+            self.ram().size_bytes(),
+            parent.top().manifest().memory_bytes,
+        );
+        if here == there {
+            return Ok(());
+        }
+        Err(CaptureError::OtherMemory {
+            path: parent.top().dir().to_owned(),
+            there: there >> 20,
+            here: here >> 20,
+        })
+    }
+
+    /// What has to be done while nothing runs.
+    fn take(
+        &self,
+        request: &SnapshotRequest<'_>,
+        quiesced: &mut Quiesced<'_, '_>,
+        copier: &mut Copier<'_>,
+        tell: &mut dyn FnMut(&str) -> bool,
+        beside: &mut dyn FnMut() -> Result<Beside, String>,
+    ) -> Result<AtRest, CaptureError> {
+        let begun = Instant::now();
+        let beside = beside().map_err(CaptureError::Beside)?;
+        let machine = quiesced.save()?;
+        let devices = quiesced.save_devices()?.to_bytes().map_err(Error::from)?;
+        copier.copy_all(tell)?;
+        for (address, bytes) in &beside.instead {
+            copier.put_instead(*address, bytes)?;
+        }
+        let at_rest = AtRest {
+            cpu: machine.cpu_model(),
+            machine: machine.to_bytes().map_err(Error::from)?,
+            devices,
+            vm: beside.vm,
+            rest: begun.elapsed(),
+        };
+        if request.stop {
+            quiesced.power_off();
+        }
+        Ok(at_rest)
+    }
+}
+
+/// Tells what is done, and stops if nobody wants it any more.
+pub(super) fn still_wanted(
+    tell: &mut dyn FnMut(&str) -> bool,
+    what: &str,
+) -> Result<(), CaptureError> {
+    match tell(what) {
+        true => Ok(()),
+        false => Err(CaptureError::GivenUp),
+    }
+}
+
+/// How the snapshot in `dir` names its parent: by its name where both are in one folder, so that they can be moved
+/// together.
+fn relation(dir: &Path, parent: &Chain) -> ParentSnapshot {
+    let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let there = whole(parent.top().dir());
+    let above = dir.parent().map(|above| match above.as_os_str().is_empty() {
+        true => whole(Path::new(".")),
+        false => whole(above),
+    });
+    let path = match (there.parent(), there.file_name()) {
+        (Some(folder), Some(name)) if Some(folder) == above.as_deref() => Path::new("..").join(name),
+        _ => there,
+    };
+    ParentSnapshot {
+        id: parent.top().manifest().id,
+        path: path.display().to_string(),
+    }
+}
