@@ -202,6 +202,12 @@ impl GuestRam {
         regions.next()
     }
 
+    /// The region that byte `offset` of the memory's file is in.
+    pub fn region_of(&self, offset: u64) -> Option<&RamRegion> {
+        let mut regions = self.regions.iter();
+        regions.find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset))
+    }
+
     /// Parts of the memory's file, in bytes, outside of which all is zero, in rising order.
     pub fn populated(&self) -> Vec<Range<u64>> {
         let mut parts = Vec::new();

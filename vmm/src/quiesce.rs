@@ -143,6 +143,11 @@ impl<'v> Quiesced<'_, 'v> {
         self.vcpus
     }
 
+    /// Turns the machine off where it stands: the guest does not go on.
+    pub fn power_off(&mut self) {
+        self.machine.requests.push(Request::Stop);
+    }
+
     /// State of the machine, its memory and its devices apart.
     pub fn save(&mut self) -> Result<MachineState, Error> {
         MachineState::save(self.machine, self.vcpus.fds())

@@ -263,12 +263,18 @@ impl Vm {
     /// order (those that came while it ran, by [`VmHandle::plug`]). Call this before [`Vm::run`], and
     /// [`Vm::restore_devices`] after it.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
-        state.fits_processor_of(&self.power_on)?;
+        self.can_be(state)?;
         let vcpus = self.machine.lock_vcpus();
         state.restore(&self.machine, &vcpus, Restore::GoOn)?;
         drop(vcpus);
         self.restored = true;
         Ok(())
+    }
+
+    /// That this machine can be in that state, as far as can be seen without trying.
+    pub(crate) fn can_be(&self, state: &MachineState) -> Result<(), Error> {
+        state.fits(&self.machine)?;
+        Ok(state.fits_processor_of(&self.power_on)?)
     }
 
     /// Gives the devices their states, after [`Vm::restore`] and before [`Vm::run`].

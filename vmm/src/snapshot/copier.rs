@@ -109,9 +109,7 @@ impl<'a> Copier<'a> {
     /// The region that page `first` is in, and the first page behind it.
     fn region(&self, first: u64) -> Result<(RamRegion, u64), SnapshotError> {
         let offset = first * PAGE_BYTES;
-        let regions = self.ram.regions().iter();
-        let mut regions = regions.filter(|region| region.file_offset <= offset);
-        let region = regions.next_back().copied();
+        let region = self.ram.region_of(offset).copied();
         let region = region.ok_or(SnapshotError::GuestMemory(offset))?;
         Ok((region, (region.file_offset + region.len) / PAGE_BYTES))
     }

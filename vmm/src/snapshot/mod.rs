@@ -23,6 +23,7 @@ mod directory;
 mod image;
 mod manifest;
 mod memory_map;
+mod restore;
 mod writer;
 
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ pub use directory::Snapshot;
 pub use image::{Loaded, PAGE_BYTES};
 pub use manifest::{CpuModel, FORMAT_VERSION, Manifest, ParentSnapshot, SnapshotId, StoredFile};
 pub use memory_map::{MemoryMap, PageRun};
+pub use restore::RestoreError;
 pub use writer::{DirectoryWriter, ImageWriter};
 
 /// Name of the manifest in a snapshot's directory.

@@ -159,7 +159,8 @@ impl MachineState {
         first.map_or_else(Leaves::default, |vcpu| Leaves::from(vcpu.cpuid.as_slice()))
     }
 
-    fn fits(&self, machine: &Machine) -> Result<(), StateError> {
+    /// That `machine` is as large.
+    pub(crate) fn fits(&self, machine: &Machine) -> Result<(), StateError> {
         let (found, here) = (self.vcpus.len(), machine.vcpus.len());
         if found != here {
             return Err(StateError::Vcpus { found, here });

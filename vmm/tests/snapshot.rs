@@ -1,0 +1,286 @@
+//! Snapshots of running machines on disk: what goes on from one is what was saved, to the instruction.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::{Guest, MEMORY, Running, config};
+use devices::serial::SerialBackend;
+use serde_json::json;
+use vm_memory::{Bytes, GuestAddress};
+use vmm::snapshot::{Beside, CaptureError, Chain, SnapshotRequest, Taken};
+use vmm::{ExitReason, VmConfig};
+
+/// Where the guest's pages are, and their number.
+const PAGES_AT: u64 = 0x20_0000;
+const PAGES: u32 = 64;
+/// What the guest reports when a page is not as it left it.
+const BROKEN: u32 = 0xbad;
+
+// Counts; each number goes into the next of 64 pages, where the one of 64 before has to be, and is reported.
+guest_code!(
+    counts,
+    "mov r12d, 0x1000",
+    "1: mov ecx, r12d",
+    "and ecx, 63",
+    "shl ecx, 12",
+    "lea rbx, [rcx + 0x200000]",
+    "mov eax, [rbx]",
+    "test eax, eax",
+    "jz 2f",
+    "add eax, 64",
+    "cmp eax, r12d",
+    "je 2f",
+    "mov eax, 0xbad",
+    "mov edx, 0x500",
+    "out dx, eax",
+    "hlt",
+    "2: mov [rbx], r12d",
+    "mov eax, r12d",
+    "mov edx, 0x500",
+    "out dx, eax",
+    "inc r12d",
+    "jmp 1b",
+);
+
+fn guest() -> Guest {
+    Guest::new(config(counts(), 1))
+}
+
+fn request<'a>(dir: &'a Path, parent: Option<&'a Path>) -> SnapshotRequest<'a> {
+    SnapshotRequest {
+        dir,
+        parent,
+        program: "test",
+        stop: false,
+        limit: Duration::from_secs(10),
+    }
+}
+
+fn beside() -> Result<Beside, String> {
+    Ok(Beside {
+        vm: json!({"name": "test"}),
+        instead: Vec::new(),
+    })
+}
+
+fn snapshot(guest: &Running, dir: &Path, parent: Option<&Path>) -> Taken {
+    let taken = guest
+        .handle
+        .snapshot(&request(dir, parent), &mut |_| true, &mut beside);
+    taken.unwrap()
+}
+
+/// The next so many reports of one that counts from `last` on.
+fn count_on(guest: &Running, last: &mut u32, reports: u32) {
+    for _ in 0..reports {
+        let next = guest.report();
+        assert_ne!(next, BROKEN, "a page is not as the guest left it");
+        assert_eq!(next, *last + 1, "a step lost or done twice");
+        *last = next;
+    }
+}
+
+/// A machine that goes on from `dir`, and the number it reported last before.
+fn go_on(dir: &Path) -> (Running, u32) {
+    let chain = Chain::open(dir).unwrap();
+    let mut guest = guest();
+    guest.vm.go_on_from(&chain).unwrap();
+    let guest = guest.start();
+    let first = guest.report();
+    assert_ne!(first, BROKEN);
+    (guest, first)
+}
+
+#[test]
+fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    let mut last = original.report();
+    count_on(&original, &mut last, 200);
+    let taken = snapshot(&original, &dir, None);
+    assert!(taken.pages > u64::from(PAGES), "{taken:?}");
+    count_on(&original, &mut last, 300);
+
+    // Twice from the same directory.
+    for _ in 0..2 {
+        let (twin, mut at) = go_on(&dir);
+        assert!(at > 0x1000 + 200);
+        count_on(&twin, &mut at, 300);
+        // A reset boots it, as if it had never been elsewhere.
+        twin.handle.reset().unwrap();
+        while twin.report() != 0x1000 {}
+        count_on(&twin, &mut 0x1000, 100);
+        twin.power_off();
+    }
+    original.power_off();
+}
+
+#[test]
+fn one_that_ends_with_its_snapshot_loses_nothing_and_repeats_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = guest().start();
+    let mut last = 0xfff;
+    for round in 0..5 {
+        count_on(&guest, &mut last, 150);
+        let dir = folder.path().join(format!("{round}"));
+        let request = SnapshotRequest {
+            stop: true,
+            ..request(&dir, None)
+        };
+        let taken = guest.handle.snapshot(&request, &mut |_| true, &mut beside);
+        taken.unwrap();
+        // What it still reported, up to its end.
+        for next in guest.drain() {
+            assert_eq!(next, last + 1);
+            last = next;
+        }
+        assert_eq!(guest.end().unwrap(), ExitReason::HostPowerOff);
+        let (twin, first) = go_on(&dir);
+        assert_eq!(first, last + 1, "round {round}");
+        last = first;
+        guest = twin;
+    }
+    guest.power_off();
+}
+
+#[test]
+fn diffs_hold_what_changed_and_each_of_a_chain_can_be_gone_on_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = guest().start();
+    let mut last = original.report();
+    let dir = |index: u32| folder.path().join(index.to_string());
+    let mut moments = Vec::new();
+    for index in 0..4u32 {
+        count_on(&original, &mut last, 40);
+        let parent = index.checked_sub(1).map(dir);
+        let taken = snapshot(&original, &dir(index), parent.as_deref());
+        assert_eq!(taken.diff, index > 0);
+        if index > 0 {
+            // The guest's pages, and some that KVM or nobody wrote.
+            assert!((1..=u64::from(PAGES) + 8).contains(&taken.pages), "{taken:?}");
+        }
+        moments.push(last);
+    }
+    original.power_off();
+    for index in 0..4 {
+        let (twin, mut at) = go_on(&dir(index));
+        assert!(at > moments[index as usize]);
+        count_on(&twin, &mut at, 200);
+        twin.power_off();
+    }
+    // Folders that lie together may move together.
+    let moved = folder.path().join("moved");
+    std::fs::create_dir(&moved).unwrap();
+    for index in 0..4 {
+        std::fs::rename(dir(index), moved.join(index.to_string())).unwrap();
+    }
+    Chain::open(&moved.join("3")).unwrap().check().unwrap();
+}
+
+#[test]
+fn what_is_given_up_or_cannot_be_written_leaves_nothing_and_the_guest_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = guest().start();
+    let mut last = guest.report();
+    let dir = folder.path().join("s");
+    for words in 0..2 {
+        let mut heard = 0;
+        let given_up = guest.handle.snapshot(
+            &request(&dir, None),
+            &mut |_| {
+                heard += 1;
+                heard <= words
+            },
+            &mut beside,
+        );
+        assert!(matches!(given_up, Err(CaptureError::GivenUp)));
+        count_on(&guest, &mut last, 100);
+    }
+    let refused = guest
+        .handle
+        .snapshot(&request(&dir, None), &mut |_| true, &mut || {
+            Err("not now".to_owned())
+        });
+    assert!(matches!(refused, Err(CaptureError::Beside(_))));
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    let nowhere = folder.path().join("not/there");
+    for (dir, parent) in [(&nowhere, None), (&dir, Some(nowhere.as_path()))] {
+        let error = guest
+            .handle
+            .snapshot(&request(dir, parent), &mut |_| true, &mut beside);
+        assert!(error.unwrap_err().to_string().contains("not/there"));
+    }
+    count_on(&guest, &mut last, 100);
+    snapshot(&guest, &dir, None);
+    guest.power_off();
+}
+
+#[test]
+fn a_machine_that_is_not_alike_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    original.report();
+    snapshot(&original, &dir, None);
+    let chain = Chain::open(&dir).unwrap();
+    let larger = VmConfig {
+        memory_bytes: 2 * MEMORY,
+        ..config(counts(), 1)
+    };
+    for (config, word) in [(config(counts(), 2), "vCPUs"), (larger, "memory")] {
+        let mut other = Guest::new(config);
+        let error = other.vm.go_on_from(&chain).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+    // Nor is a snapshot of another machine a parent.
+    let other = Guest::new(VmConfig {
+        memory_bytes: 2 * MEMORY,
+        console: SerialBackend::None,
+        ..config(counts(), 1)
+    });
+    let other = other.start();
+    other.report();
+    let second = folder.path().join("t");
+    let error = other
+        .handle
+        .snapshot(&request(&second, Some(&dir)), &mut |_| true, &mut beside);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("no parent"), "{error}");
+    other.power_off();
+    original.power_off();
+}
+
+#[test]
+fn what_was_patched_into_the_guest_is_not_in_its_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let guest = guest().start();
+    guest.report();
+    let place = GuestAddress(PAGES_AT + 0x10_0ffc);
+    let memory = guest.handle.ram().memory();
+    memory.write_slice(b"gate", place).unwrap();
+    let mut beside = || {
+        Ok(Beside {
+            vm: json!(null),
+            instead: vec![(place, b"text".to_vec())],
+        })
+    };
+    let taken = guest
+        .handle
+        .snapshot(&request(&dir, None), &mut |_| true, &mut beside);
+    taken.unwrap();
+    let mut now = [0; 4];
+    memory.read_slice(&mut now, place).unwrap();
+    assert_eq!(&now, b"gate");
+    let mut page = [0; 4096];
+    let chain = Chain::open(&dir).unwrap();
+    chain.read(place.0 / 4096, &mut page).unwrap();
+    assert_eq!(&page[4092..], b"text");
+    chain.check().unwrap();
+    guest.power_off();
+}
