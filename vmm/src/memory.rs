@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use devices::dma::{DirtyLog, GuestMemory};
 use rustix::fs::{
-    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate, memfd_create, openat,
-    seek, unlinkat,
+    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate,
+    memfd_create, openat, seek, unlinkat,
 };
 use rustix::mm::{Advice, madvise};
 use rustix::mount::{
@@ -205,7 +205,8 @@ impl GuestRam {
     /// The region that byte `offset` of the memory's file is in.
     pub fn region_of(&self, offset: u64) -> Option<&RamRegion> {
         let mut regions = self.regions.iter();
-        regions.find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset))
+        regions
+            .find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset))
     }
 
     /// Parts of the memory's file, in bytes, outside of which all is zero, in rising order.

@@ -162,7 +162,10 @@ fn diffs_hold_what_changed_and_each_of_a_chain_can_be_gone_on_from() {
         assert_eq!(taken.diff, index > 0);
         if index > 0 {
             // The guest's pages, and some that KVM or nobody wrote.
-            assert!((1..=u64::from(PAGES) + 8).contains(&taken.pages), "{taken:?}");
+            assert!(
+                (1..=u64::from(PAGES) + 8).contains(&taken.pages),
+                "{taken:?}"
+            );
         }
         moments.push(last);
     }

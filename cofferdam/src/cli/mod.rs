@@ -9,6 +9,7 @@ mod isolation;
 mod logging;
 mod report;
 mod run;
+mod snapshot;
 mod table;
 mod upgrade;
 mod violations;
@@ -62,6 +63,8 @@ enum Command {
     Reset(control::VmOptions),
     /// Shut a VM down, or end it at once with --force
     Stop(control::StopOptions),
+    /// Write all of a VM's state to disk, to go on from there; look at such snapshots
+    Snapshot(snapshot::SnapshotOptions),
     /// Run a command inside a guest, through its agent
     Exec(exec::ExecOptions),
     /// Put functions of a guest's driver into a domain of their own
@@ -107,6 +110,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Resume(options) => options.resume(),
         Command::Reset(options) => options.reset(),
         Command::Stop(options) => options.run(),
+        Command::Snapshot(options) => options.run(),
         Command::Exec(options) => options.run(),
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),

@@ -42,10 +42,20 @@ pub struct RunOptions {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Whole kernel command line, instead of the default one
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "snapshot")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "snapshot"
+    )]
     cmdline: Option<String>,
     /// More for the kernel command line, after the rest
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "snapshot")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "snapshot"
+    )]
     append: Vec<String>,
     /// Disk image: PATH, or PATH,ro to let the guest only read it (may be given again)
     #[arg(long, value_name = "PATH[,ro]")]
@@ -61,7 +71,12 @@ pub struct RunOptions {
     #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddress>,
     /// Guest memory
-    #[arg(long, value_name = "SIZE", default_value = "256M", conflicts_with = "snapshot")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "256M",
+        conflicts_with = "snapshot"
+    )]
     memory: MemorySize,
     /// Number of vCPUs
     #[arg(

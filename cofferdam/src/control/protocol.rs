@@ -13,6 +13,7 @@
 //! process: they can be compared with the asker's own.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_protocol::message::Bytes;
@@ -28,6 +29,7 @@ use recovery::request::Spilling;
 use recovery::upgrade::UpgradeReport;
 use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
+use vmm::snapshot::Taken;
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
@@ -61,6 +63,17 @@ pub enum Request {
     },
     /// Stop the pings.
     ProbeStop {},
+    /// Take a snapshot. Answer: [`Reply::Snapshot`].
+    Snapshot {
+        /// Where: a directory that is not there yet, or an empty one. Absolute.
+        dir: PathBuf,
+        /// The snapshot that it is to be a diff of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<PathBuf>,
+        /// The VM ends with it.
+        #[serde(default)]
+        stop: bool,
+    },
     /// Put functions of a guest's module into a domain. Answer: [`Reply::Isolated`].
     Isolate {
         /// Name of the module.
@@ -148,6 +161,8 @@ impl Request {
     pub fn may_take(&self) -> Option<Duration> {
         match self {
             Self::Release { .. } => Some(Duration::from_secs(60)),
+            // All of the memory is written, to whatever kind of disk.
+            Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
             // The agent lists all symbols, for which it has a minute; each device has one.
             Self::Isolate { .. } | Self::ResumeDevice { .. } => Some(Duration::from_secs(600)),
             // Its steps have limits of their own.
@@ -197,6 +212,8 @@ pub enum Reply {
     Done {},
     /// How the VM is.
     Status(Box<Status>),
+    /// The snapshot that was taken.
+    Snapshot(Taken),
     /// What was isolated, as `isolation::attach::request::Isolated` writes it.
     Isolated(serde_json::Value),
     /// The final counters of a module that is isolated no more.

@@ -37,6 +37,7 @@ use devices::serial::SerialBackend;
 use isolation::Isolation;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
+use vmm::snapshot::Chain;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
@@ -156,6 +157,8 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             no_fifo(what, path)?;
         }
     }
+    let chain = config.restored.as_ref().map(|from| Chain::open(&from.dir));
+    let chain = chain.transpose()?;
     let (backend, input) = console::open(&config.serial, belongings)?;
     let panic = GuestPanic::default();
     let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
@@ -175,6 +178,10 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         },
     })?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    if let Some(chain) = &chain {
+        let loaded = vm.go_on_from(chain)?;
+        tracing::info!(pages = loaded.pages, "memory is as it was saved");
+    }
     let isolator = Isolator::attach(vm.handle())?;
     let (forgetful, drivers) = (isolator.clone(), nics.clone());
     vm.handle().on_reset(move || {
@@ -191,7 +198,8 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             supervisor.guest_was_reset();
         }
     });
-    let service = service::VmService::new(config, vm.handle(), nics, supervisor, panic, started_ns);
+    let service =
+        service::VmService::new(config, vm.handle(), nics, supervisor, panic, started_ns)?;
     crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
@@ -201,6 +209,10 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         input.start(vm.handle(), belongings)?;
     }
     memory::give_back_unused();
-    tracing::info!(name = %config.name, "the guest starts");
+    let begins = match chain {
+        Some(_) => "the guest goes on",
+        None => "the guest starts",
+    };
+    tracing::info!(name = %config.name, "{begins}");
     Ok(vm.run()?)
 }

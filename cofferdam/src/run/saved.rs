@@ -127,7 +127,11 @@ impl SavedVm {
         let name = changes.name.unwrap_or_else(|| saved_name.clone());
         let is_clone = name != saved_name;
         let disks = match changes.disks.as_slice() {
-            [] => self.disks.iter().map(|disk| disk.parse()).collect::<Result<_, _>>()?,
+            [] => self
+                .disks
+                .iter()
+                .map(|disk| disk.parse())
+                .collect::<Result<_, _>>()?,
             given => given.to_vec(),
         };
         ensure!(
@@ -203,7 +207,6 @@ impl SavedNic {
             mac: given_mac.or(mac).unwrap_or(own),
         })
     }
-
 }
 
 #[cfg(test)]

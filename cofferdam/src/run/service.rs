@@ -1,6 +1,7 @@
 //! What a VM process answers on its control socket.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,11 +15,13 @@ use recovery::ladder::LadderConfig;
 use recovery::model::Model;
 use recovery::request::IsolationRequest;
 use recovery::supervisor::Supervisor;
+use vmm::snapshot::{Beside, SnapshotRequest};
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
 use super::nics::{GuestNic, Nics};
 use super::panic_watch::GuestPanic;
+use super::saved::SavedVm;
 use super::{NetConfig, RunConfig, memory};
 use crate::control::protocol::{
     ConfigSummary, NetSummary, NicStatus, ProbeReading, Reply, Request, Status, VmState,
@@ -31,6 +34,9 @@ const MIN_PROBE_INTERVAL_US: u64 = 1000;
 /// Longest time between two pings, in microseconds.
 const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 
+/// How long a guest may take to come to rest: calls that are open have to end.
+const REST_TIME: Duration = Duration::from_secs(10);
+
 /// How long a guest that is said to have panicked has to show that it lives.
 const PANIC_TIME: Duration = Duration::from_secs(2);
 
@@ -41,12 +47,17 @@ pub struct VmService {
     supervisor: Arc<Supervisor<Isolation>>,
     name: String,
     config: ConfigSummary,
+    /// The same for a snapshot.
+    saved: SavedVm,
     panic: GuestPanic,
     started_ns: u64,
 }
 
 impl VmService {
     /// Serves `vm`, which was made from `config`.
+    ///
+    /// # Errors
+    /// What it was made from cannot be kept.
     pub fn new(
         config: &RunConfig,
         vm: VmHandle,
@@ -54,8 +65,9 @@ impl VmService {
         supervisor: Arc<Supervisor<Isolation>>,
         panic: GuestPanic,
         started_ns: u64,
-    ) -> Self {
-        Self {
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            saved: SavedVm::new(config)?,
             vm,
             nics,
             supervisor,
@@ -63,7 +75,7 @@ impl VmService {
             config: summary(config),
             panic,
             started_ns,
-        }
+        })
     }
 
     fn status(&self) -> Result<Reply, String> {
@@ -150,6 +162,34 @@ impl VmService {
         Ok(Reply::Isolated(reply))
     }
 
+    fn snapshot(
+        &self,
+        dir: &Path,
+        parent: Option<&Path>,
+        stop: bool,
+        asker: &dyn Asker,
+    ) -> Result<Reply, String> {
+        if !dir.is_absolute() || parent.is_some_and(|parent| !parent.is_absolute()) {
+            return Err("a snapshot's directory is named by its whole path".to_owned());
+        }
+        let request = SnapshotRequest {
+            dir,
+            parent,
+            program: concat!("cofferdam ", env!("CARGO_PKG_VERSION")),
+            stop,
+            limit: REST_TIME,
+        };
+        let mut tell = |what: &str| asker.tell(what).is_ok();
+        let mut beside = || {
+            Ok(Beside {
+                vm: json(&self.saved)?,
+                instead: Vec::new(),
+            })
+        };
+        let taken = self.vm.snapshot(&request, &mut tell, &mut beside);
+        taken.map(Reply::Snapshot).map_err(text)
+    }
+
     fn inject(&self, module: &str, order: FaultOrder) -> Result<Reply, String> {
         if order.every == 0 {
             return Err("every 0th call is none: choose 1 for every call".to_owned());
@@ -218,6 +258,9 @@ impl Handler for VmService {
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
+            Request::Snapshot { dir, parent, stop } => {
+                self.snapshot(&dir, parent.as_deref(), stop, asker)
+            }
             Request::Isolate {
                 module,
                 entries,

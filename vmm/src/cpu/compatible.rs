@@ -43,12 +43,14 @@ pub(crate) fn missing(saved: &Leaves, here: &Leaves) -> Option<String> {
     if was != is {
         return Some(format!("a processor of {was}; this one is of {is}"));
     }
-    let missing = FEATURES.iter().filter_map(|(leaf, index, register, ignored)| {
-        let (name, value) = *register;
-        let bits = |leaves: &Leaves| leaves.get(*leaf, *index).map_or(0, value);
-        let lacks = bits(saved) & !bits(here) & !ignored;
-        (lacks != 0).then(|| format!("CPUID leaf {leaf:#x}.{index} {name} {lacks:#x}"))
-    });
+    let missing = FEATURES
+        .iter()
+        .filter_map(|(leaf, index, register, ignored)| {
+            let (name, value) = *register;
+            let bits = |leaves: &Leaves| leaves.get(*leaf, *index).map_or(0, value);
+            let lacks = bits(saved) & !bits(here) & !ignored;
+            (lacks != 0).then(|| format!("CPUID leaf {leaf:#x}.{index} {name} {lacks:#x}"))
+        });
     let missing: Vec<_> = missing.collect();
     (!missing.is_empty())
         .then(|| format!("features that this processor lacks: {}", missing.join(", ")))
@@ -82,15 +84,17 @@ mod tests {
     fn leaves(entries: &[(u32, u32, [u32; 4])]) -> Leaves {
         let entries: Vec<_> = entries
             .iter()
-            .map(|&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-                function,
-                index,
-                eax,
-                ebx,
-                ecx,
-                edx,
-                ..Default::default()
-            })
+            .map(
+                |&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
+                    function,
+                    index,
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                },
+            )
             .collect();
         Leaves::from(entries.as_slice())
     }
@@ -120,14 +124,21 @@ mod tests {
     fn vendors_are_told_apart() {
         assert_eq!(vendor(&leaves(&[INTEL])), "GenuineIntel");
         let missing = missing(&leaves(&[INTEL]), &leaves(&[AMD])).unwrap();
-        assert!(missing.contains("GenuineIntel") && missing.contains("AuthenticAMD"), "{missing}");
+        assert!(
+            missing.contains("GenuineIntel") && missing.contains("AuthenticAMD"),
+            "{missing}"
+        );
     }
 
     #[test]
     fn brands_are_text_only() {
         let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
         let brand = brand(&leaves(&[
-            (0x8000_0002, 0, [word(b" Tes"), word(b"t\x1b\0\0"), word(b" CPU"), 0]),
+            (
+                0x8000_0002,
+                0,
+                [word(b" Tes"), word(b"t\x1b\0\0"), word(b" CPU"), 0],
+            ),
             (0x8000_0003, 0, [0; 4]),
         ]));
         assert_eq!(brand, "Test CPU");

@@ -19,8 +19,7 @@ use super::copier::Copier;
 use super::manifest::Files;
 use super::{
     Chain, CpuModel, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter,
-    MACHINE_FILE, MAP_FILE, Manifest, ParentSnapshot, SnapshotError, SnapshotId,
-    StoredFile,
+    MACHINE_FILE, MAP_FILE, Manifest, ParentSnapshot, SnapshotError, SnapshotId, StoredFile,
 };
 use crate::error::Error;
 use crate::handle::VmHandle;
@@ -233,12 +232,16 @@ pub(super) fn still_wanted(
 fn relation(dir: &Path, parent: &Chain) -> ParentSnapshot {
     let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let there = whole(parent.top().dir());
-    let above = dir.parent().map(|above| match above.as_os_str().is_empty() {
-        true => whole(Path::new(".")),
-        false => whole(above),
-    });
+    let above = dir
+        .parent()
+        .map(|above| match above.as_os_str().is_empty() {
+            true => whole(Path::new(".")),
+            false => whole(above),
+        });
     let path = match (there.parent(), there.file_name()) {
-        (Some(folder), Some(name)) if Some(folder) == above.as_deref() => Path::new("..").join(name),
+        (Some(folder), Some(name)) if Some(folder) == above.as_deref() => {
+            Path::new("..").join(name)
+        }
         _ => there,
     };
     ParentSnapshot {

@@ -153,50 +153,50 @@ impl Chain {
 
 /// Which of `snapshots` has which pages, in rising order.
 fn pieces(snapshots: &[Snapshot]) -> Vec<Piece> {
-        let mut pieces: Vec<Piece> = Vec::new();
-        for (level, snapshot) in snapshots.iter().enumerate() {
-            let mut below = Vec::new();
-            let mut above = pieces.iter().peekable();
-            for run in snapshot.map().runs() {
-                let mut first = run.first;
-                while let Some(other) = above.next_if(|other| other.end <= first) {
-                    below.push(*other);
-                }
-                // Whatever of the run is between pieces that are known already.
-                loop {
-                    match above.peek() {
-                        Some(other) if other.first < run.end() => {
-                            if other.first > first {
-                                below.push(Piece {
-                                    level,
-                                    run: *run,
-                                    first,
-                                    end: other.first,
-                                });
-                            }
-                            first = first.max(other.end);
-                            if other.end > run.end() {
-                                break;
-                            }
-                            below.push(**other);
-                            above.next();
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (level, snapshot) in snapshots.iter().enumerate() {
+        let mut below = Vec::new();
+        let mut above = pieces.iter().peekable();
+        for run in snapshot.map().runs() {
+            let mut first = run.first;
+            while let Some(other) = above.next_if(|other| other.end <= first) {
+                below.push(*other);
+            }
+            // Whatever of the run is between pieces that are known already.
+            loop {
+                match above.peek() {
+                    Some(other) if other.first < run.end() => {
+                        if other.first > first {
+                            below.push(Piece {
+                                level,
+                                run: *run,
+                                first,
+                                end: other.first,
+                            });
                         }
-                        _ => {
-                            if first < run.end() {
-                                below.push(Piece {
-                                    level,
-                                    run: *run,
-                                    first,
-                                    end: run.end(),
-                                });
-                            }
+                        first = first.max(other.end);
+                        if other.end > run.end() {
                             break;
                         }
+                        below.push(**other);
+                        above.next();
+                    }
+                    _ => {
+                        if first < run.end() {
+                            below.push(Piece {
+                                level,
+                                run: *run,
+                                first,
+                                end: run.end(),
+                            });
+                        }
+                        break;
                     }
                 }
             }
-            below.extend(above.copied());
-            pieces = below;
         }
-        pieces
+        below.extend(above.copied());
+        pieces = below;
     }
+    pieces
+}

@@ -53,7 +53,10 @@ impl<'a> Copier<'a> {
             return self.copy(all, tell);
         }
         for range in self.ram.populated() {
-            self.copy(range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES), tell)?;
+            self.copy(
+                range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES),
+                tell,
+            )?;
         }
         Ok(())
     }
@@ -119,8 +122,7 @@ impl<'a> Copier<'a> {
         let (region, _) = self.region(first)?;
         let offset = first * PAGE_BYTES - region.file_offset;
         let address = region.guest_address.0 + offset;
-        self.pages
-            .resize(((end - first) * PAGE_BYTES) as usize, 0);
+        self.pages.resize(((end - first) * PAGE_BYTES) as usize, 0);
         self.ram
             .memory()
             .read_slice(&mut self.pages, GuestAddress(address))

@@ -23,6 +23,7 @@ mod directory;
 mod image;
 mod manifest;
 mod memory_map;
+mod merge;
 mod restore;
 mod writer;
 

@@ -131,7 +131,12 @@ proptest! {
                 let wanted = diffs.get(&page_number).map_or([0xee; PAGE], |value| page(*value));
                 prop_assert!(above[at..at + PAGE] == wanted);
             }
-            Chain::open(&dir).unwrap().check().unwrap();
+            let chain = Chain::open(&dir).unwrap();
+            chain.check().unwrap();
+            let whole = folder.path().join(format!("whole {index}"));
+            chain.merge(&whole).unwrap();
+            prop_assert!(Chain::open(&whole).unwrap().snapshots().len() == 1);
+            prop_assert!(read(&whole).unwrap() == flat(&expected));
             parent = Some(Snapshot::open(&dir).unwrap());
         }
     }
