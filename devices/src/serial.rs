@@ -9,6 +9,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -205,13 +206,15 @@ impl Serial {
         )
     }
 
-    /// Goes on as the port that `part` was taken of, with its own other end. An interrupt that was pending comes again.
+    /// Goes on as the port that `part` was taken of, with its own other end; a client of its socket is disconnected,
+    /// since it has talked to another guest. An interrupt that was pending comes again.
     pub fn restore(&mut self, part: &Part) -> Result<(), StateError> {
         let state: UartState = part.open(FORM)?;
         let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
         if (state.line_status & LSR_DATA_READY != 0) == state.received.is_empty() {
             return Err(FORM.does_not_fit("it has received something and nothing"));
         }
+        self.send_client_away();
         self.become_uart(SerialState {
             baud_divisor_low,
             baud_divisor_high,
@@ -224,6 +227,17 @@ impl Serial {
             scratch: state.scratch,
             in_buffer: state.received,
         })
+    }
+
+    /// Ends a client's session, what it said and nobody has read lost; the event loop finds it gone.
+    fn send_client_away(&mut self) {
+        if let Sink::Client(stream) = &mut self.uart.writer_mut().sink {
+            // It may have gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+            // Nothing is added to what the socket holds now, so this ends.
+            let mut lost = [0; 4096];
+            while stream.read(&mut lost).is_ok_and(|length| length > 0) {}
+        }
     }
 
     /// Takes over a state. On an error nothing changes.

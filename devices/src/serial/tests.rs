@@ -271,3 +271,43 @@ fn a_port_that_has_received_more_than_it_holds_is_refused() {
     let part = Part::new(FORM, &state(UART_FIFO_BYTES)).unwrap();
     serial.restore(&part).unwrap();
 }
+
+#[test]
+fn a_client_of_a_port_that_is_put_back_is_sent_away_and_the_next_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serial.sock");
+    let backend = SerialBackend::Socket(UnixListener::bind(&path).unwrap());
+    let line = Arc::new(CountingLine::default());
+    let serial = Arc::new(Mutex::new(Serial::new(line, backend).unwrap()));
+    let mut events = EventManager::new().unwrap();
+    events.add_subscriber(serial.clone());
+    let state = serial.lock().unwrap().save().unwrap();
+    for round in 0..4u8 {
+        let mut client = UnixStream::connect(&path).unwrap();
+        settle(&mut events);
+        // As much as the guest holds, and more.
+        client.write_all(&[round; 100]).unwrap();
+        if round % 2 == 0 {
+            settle(&mut events);
+        }
+        serial.lock().unwrap().restore(&stored(&state)).unwrap();
+        let mut rest = Vec::new();
+        // An end or an error, at once; no wait.
+        client.set_nonblocking(true).unwrap();
+        match client.read_to_end(&mut rest) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+        }
+        assert_eq!(read_byte(&serial, LSR) & 1, 0, "nothing of it is left");
+    }
+    settle(&mut events);
+    let mut next = UnixStream::connect(&path).unwrap();
+    settle(&mut events);
+    next.write_all(b"?").unwrap();
+    settle(&mut events);
+    assert_eq!(read_byte(&serial, DATA), b'?');
+    serial.lock().unwrap().write(DATA, b"!");
+    let mut byte = [0];
+    next.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, *b"!");
+}
