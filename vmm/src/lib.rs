@@ -21,6 +21,7 @@ mod cpu;
 mod error;
 pub mod exits;
 mod gate;
+mod generation;
 mod handle;
 mod hotplug;
 mod irq;

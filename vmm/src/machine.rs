@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use crate::at_work::AtWork;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
+use crate::generation::GenerationId;
 use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
@@ -64,6 +65,8 @@ pub(crate) struct Machine {
     pub panic: Arc<PanicDevice>,
     pub serial: Arc<Mutex<Serial>>,
     pub at_work: AtWork,
+    /// As written at each start; a machine that goes on from a state gets another one.
+    pub generation: Mutex<GenerationId>,
     /// Inputs of the I/O APIC.
     pub lines: Arc<[Arc<Gsi>]>,
     pub routing: Arc<GsiRouting>,
