@@ -24,6 +24,8 @@ pub enum ExitKind {
     Interrupted,
     /// Triple fault.
     Shutdown,
+    /// KVM's dirty ring was full.
+    DirtyRing,
     /// Anything else.
     Other,
 }
@@ -37,6 +39,7 @@ impl ExitKind {
         Self::Trap,
         Self::Interrupted,
         Self::Shutdown,
+        Self::DirtyRing,
         Self::Other,
     ];
 
@@ -49,6 +52,7 @@ impl ExitKind {
             Self::Trap => "trap",
             Self::Interrupted => "signal",
             Self::Shutdown => "shutdown",
+            Self::DirtyRing => "dirty ring",
             Self::Other => "other",
         }
     }
@@ -85,6 +89,8 @@ pub struct ExitCounts {
     pub interrupted: u64,
     /// See [`ExitKind::Shutdown`].
     pub shutdown: u64,
+    /// See [`ExitKind::DirtyRing`].
+    pub dirty_ring: u64,
     /// See [`ExitKind::Other`].
     pub other: u64,
 }
@@ -128,6 +134,7 @@ impl ExitCounters {
             trap: value(ExitKind::Trap),
             interrupted: value(ExitKind::Interrupted),
             shutdown: value(ExitKind::Shutdown),
+            dirty_ring: value(ExitKind::DirtyRing),
             other: value(ExitKind::Other),
         }
     }
@@ -143,6 +150,7 @@ impl ExitCounts {
             + self.trap
             + self.interrupted
             + self.shutdown
+            + self.dirty_ring
             + self.other
     }
 }

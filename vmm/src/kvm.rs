@@ -3,6 +3,7 @@
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use crate::dirty::DirtyTracking;
 use crate::error::Error;
 use crate::layout;
 use crate::memory::GuestRam;
@@ -55,8 +56,8 @@ pub(crate) fn create_empty_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// A machine's VM: interrupt controllers, timer, and `ram` as its memory.
-pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, Error> {
+/// A machine's VM: interrupt controllers, timer, dirty rings if KVM has them, and `ram` as its memory.
+pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<(VmFd, bool), Error> {
     let vm = create_empty_vm(kvm)?;
     vm.create_irq_chip()
         .map_err(Error::kvm("create interrupt controllers"))?;
@@ -65,17 +66,24 @@ pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, Error> {
         ..Default::default()
     };
     vm.create_pit2(pit).map_err(Error::kvm("create a timer"))?;
+    let has_dirty_rings = DirtyTracking::prepare(&vm);
+    set_slots(&vm, ram, 0).map_err(Error::kvm("take guest memory"))?;
+    Ok((vm, has_dirty_rings))
+}
+
+/// Gives `vm` the regions of `ram` as its memory slots, or those that it has other `flags`.
+pub(crate) fn set_slots(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), kvm_ioctls::Error> {
     for region in ram.regions() {
         let slot = kvm_userspace_memory_region {
             slot: region.slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.guest_address.0,
             memory_size: region.len,
             userspace_addr: region.host_address,
         };
         // SAFETY: the range is a mapping of `ram`, which the machine drops after its vCPUs, so no
         // guest code runs once it is gone; regions do not overlap.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(Error::kvm("take guest memory"))?;
+        unsafe { vm.set_user_memory_region(slot) }?;
     }
-    Ok(vm)
+    Ok(())
 }

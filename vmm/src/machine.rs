@@ -9,9 +9,9 @@ use devices::serial::Serial;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::at_work::AtWork;
+use crate::dirty::DirtyTracking;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
-use crate::generation::GenerationId;
 use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
@@ -52,7 +52,8 @@ pub(crate) struct Operations {
 }
 
 pub(crate) struct Machine {
-    // Fields are dropped in this order: vCPUs, then the VM, then the memory that it maps.
+    // Fields are dropped in this order: dirty rings, vCPUs, then the VM, then the memory that it maps.
+    pub dirty: DirtyTracking,
     pub vcpus: Vec<Vcpu>,
     pub vm: Arc<VmFd>,
     pub kvm: Kvm,
@@ -65,8 +66,6 @@ pub(crate) struct Machine {
     pub panic: Arc<PanicDevice>,
     pub serial: Arc<Mutex<Serial>>,
     pub at_work: AtWork,
-    /// As written at each start; a machine that goes on from a state gets another one.
-    pub generation: Mutex<GenerationId>,
     /// Inputs of the I/O APIC.
     pub lines: Arc<[Arc<Gsi>]>,
     pub routing: Arc<GsiRouting>,

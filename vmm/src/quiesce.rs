@@ -133,8 +133,8 @@ fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (St
 
 /// A machine at rest, see [`VmHandle::quiesce`].
 pub struct Quiesced<'a, 'v> {
-    machine: &'a Machine,
-    vcpus: &'a mut PausedVcpus<'v>,
+    pub(crate) machine: &'a Machine,
+    pub(crate) vcpus: &'a mut PausedVcpus<'v>,
 }
 
 impl<'v> Quiesced<'_, 'v> {

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use crate::exits::ExitKind;
@@ -164,6 +164,14 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             machine.requests.push(Request::Reset);
         }
         Ok(VcpuExit::Intr) => exits.count(ExitKind::Interrupted, 0),
+        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+            exits.count(ExitKind::DirtyRing, 0);
+            if let Err(error) = machine.dirty.lock().empty_rings() {
+                return Ok(Some(Flow::Fail(error.to_string())));
+            }
+            // Nothing of an instruction is open.
+            return Ok(None);
+        }
         Ok(other) => {
             exits.count(ExitKind::Other, 0);
             return Ok(Some(Flow::Fail(describe(&other, run))));

@@ -18,16 +18,16 @@ use crate::at_work::AtWork;
 use crate::boot::{OpenPayload, Payload};
 use crate::cpu::cpuid::Shown;
 use crate::cpu::regs;
+use crate::dirty::DirtyTracking;
 use crate::error::Error;
 use crate::exits::ExitCounters;
 use crate::gate::{Gate, install_kick_handler};
-use crate::generation::GenerationId;
 use crate::handle::VmHandle;
 use crate::hotplug::{HOTPLUG_PORT_COUNT, Hotplug, SharedSubscriber};
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::machine::{Machine, Operations, Phase, Vcpu};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, MemorySource};
 use crate::power::{
     KEYBOARD_COMMAND_PORT, KeyboardController, POWER_PORT_COUNT, PowerDevice, RESET_PORT,
     ResetControl,
@@ -43,6 +43,8 @@ use crate::{MAX_VCPUS, kvm, layout};
 pub struct VmConfig {
     /// Guest memory in bytes, a multiple of 4 KiB.
     pub memory_bytes: u64,
+    /// What is in it before the guest is loaded; of use with [`Vm::restore`].
+    pub memory: MemorySource,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
     /// What it starts with.
@@ -100,12 +102,13 @@ impl Vm {
         let kvm = kvm::open()?;
         let shown = Shown::on_this_host(&kvm)?;
         let windows = windows(shown.physical_address_bits());
-        let ram = GuestRam::new(config.memory_bytes)?;
+        let ram = GuestRam::from(config.memory, config.memory_bytes)?;
         if ram.end().0 > windows.memory64.0 {
             let (asked, limit) = (config.memory_bytes, windows.memory64.0);
             return Err(MemoryError::MoreThanAddressable { asked, limit }.into());
         }
-        let vm = Arc::new(kvm::create_vm(&kvm, &ram)?);
+        let (vm, has_dirty_rings) = kvm::create_vm(&kvm, &ram)?;
+        let vm = Arc::new(vm);
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let fd = vm
@@ -131,7 +134,10 @@ impl Vm {
         let power = Arc::new(PowerDevice::new(requests.clone(), line(layout::POWER_GSI)));
         let hotplug =
             Hotplug::new(pci.clone(), power.clone()).map_err(host("create an eventfd"))?;
+        let ringed = if has_dirty_rings { &vcpus[..] } else { &[] };
+        let dirty = DirtyTracking::new(&vm, ringed, &ram)?;
         let machine = Arc::new(Machine {
+            dirty,
             vcpus: vcpus
                 .into_iter()
                 .map(|fd| Vcpu {
@@ -146,7 +152,6 @@ impl Vm {
             panic: Arc::default(),
             serial: Arc::new(Mutex::new(serial)),
             at_work: AtWork::default(),
-            generation: Mutex::new(GenerationId::random()?),
             lines,
             routing: Arc::new(GsiRouting::new(vm.clone())),
             operations: Mutex::new(Operations {

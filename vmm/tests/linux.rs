@@ -18,6 +18,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
+use vmm::memory::MemorySource;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, PciSlot, Vm, VmConfig, VmHandle};
 
 /// Time for a boot, or for a driver to come or go, in a busy lab.
@@ -51,6 +52,7 @@ impl Machine {
         let console = std::fs::File::create(directory.path().join("console")).unwrap();
         let mut vm = Vm::new(VmConfig {
             memory_bytes: 256 << 20,
+            memory: MemorySource::default(),
             vcpus: 1,
             payload: Payload::Linux {
                 kernel: images.join("vmlinux"),

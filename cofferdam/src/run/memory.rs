@@ -3,6 +3,8 @@
 
 use std::io::{BufRead, BufReader};
 
+use vmm::memory::RamRegion;
+
 /// Resident memory of a process, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Resident {
@@ -12,13 +14,20 @@ pub struct Resident {
     pub own_kib: u64,
 }
 
-/// Resident memory of this process now.
-pub fn resident() -> std::io::Result<Resident> {
-    sum(BufReader::new(std::fs::File::open("/proc/self/smaps")?))
+/// Resident memory of this process, whose guest memory is mapped at `guest`, now. Pages that it shares with others, such as
+/// those of a template, count in full.
+pub fn resident(guest: &[RamRegion]) -> std::io::Result<Resident> {
+    let smaps = BufReader::new(std::fs::File::open("/proc/self/smaps")?);
+    sum(smaps, |start| {
+        guest
+            .iter()
+            .any(|region| (region.host_address..region.host_address + region.len).contains(&start))
+    })
 }
 
-/// Adds up the mappings of an `smaps` (proc(5)).
-fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
+/// Adds up the mappings of an `smaps` (proc(5)); those that `is_guest` says, by the address where they start, and those of
+/// guest memory's own file are the guest's.
+fn sum(smaps: impl BufRead, is_guest: impl Fn(u64) -> bool) -> std::io::Result<Resident> {
     let mut total = Resident::default();
     let mut of_guest = false;
     for line in smaps.lines() {
@@ -35,7 +44,10 @@ fn sum(smaps: impl BufRead) -> std::io::Result<Resident> {
             *part = part.saturating_add(kib);
         } else if !first.ends_with(':') {
             // The head of a mapping: addresses, permissions, offset, device, inode, path.
-            of_guest = line.contains(vmm::memory::FILE_NAME);
+            let start = first
+                .split_once('-')
+                .and_then(|(start, _)| u64::from_str_radix(start, 16).ok());
+            of_guest = line.contains(vmm::memory::FILE_NAME) || start.is_some_and(&is_guest);
         }
     }
     Ok(total)
@@ -135,22 +147,26 @@ VmFlags: rd ex mr mw me
 7f0000000000-7f0010000000 rw-s 00000000 00:01 77 /memfd:cofferdam-guest (deleted)
 Size:             262144 kB
 Rss:               70000 kB
+7f1000000000-7f1000100000 rw-p 00000000 08:01 99 /var/lib/snapshots/a/memory
+Rss:                1000 kB
+7f2000000000-7f2000100000 rw-p 00000000 08:01 99 /var/lib/snapshots/a/memory
+Rss:                  60 kB
 7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]
 Rss:                  40 kB
 ";
-        let resident = sum(smaps.as_bytes()).unwrap();
+        let resident = sum(smaps.as_bytes(), |start| start == 0x7f10_0000_0000).unwrap();
         assert_eq!(
             resident,
             Resident {
-                guest_kib: 70_000,
-                own_kib: 940
+                guest_kib: 71_000,
+                own_kib: 1_000
             }
         );
     }
 
     #[test]
     fn this_process_has_some() {
-        assert!(resident().unwrap().own_kib > 100);
+        assert!(resident(&[]).unwrap().own_kib > 100);
     }
 
     #[test]
@@ -186,9 +202,9 @@ Rss:                  40 kB
         let middle = middle.map_addr(|at| at & !0xfff).cast();
         // SAFETY: the pages are the buffer's; their size changes no byte.
         unsafe { libc::madvise(middle, 7 << 20, libc::MADV_HUGEPAGE) };
-        let before = resident().unwrap().own_kib;
+        let before = resident(&[]).unwrap().own_kib;
         buffer.spare_capacity_mut()[4 << 20].write(1);
-        let one = resident().unwrap().own_kib;
+        let one = resident(&[]).unwrap().own_kib;
         assert!(one < before + 1024, "{before} KiB, then {one}");
         give_back_unused();
         buffer.resize(8 << 20, 7);

@@ -37,6 +37,7 @@ use devices::serial::SerialBackend;
 use isolation::Isolation;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
+use vmm::memory::MemorySource;
 use vmm::snapshot::Chain;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
@@ -164,6 +165,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
     let mut vm = Vm::new(VmConfig {
         memory_bytes: config.memory.bytes(),
+        memory: MemorySource::default(),
         vcpus: config.vcpus,
         payload: Payload::Linux {
             kernel: config.kernel.clone(),

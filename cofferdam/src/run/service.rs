@@ -80,7 +80,7 @@ impl VmService {
 
     fn status(&self) -> Result<Reply, String> {
         let vm = self.vm.status();
-        let resident = memory::resident()
+        let resident = memory::resident(self.vm.ram().regions())
             .map_err(|error| format!("the VM cannot read its own /proc/self/smaps: {error}"))?;
         let mut exits = BTreeMap::new();
         for counts in &vm.exits {

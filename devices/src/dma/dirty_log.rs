@@ -26,6 +26,7 @@ const BITS: usize = u64::BITS as usize;
 #[derive(Debug, Default)]
 pub struct DirtyLog {
     on: AtomicBool,
+    elsewhere: AtomicBool,
     pages: usize,
     /// Made when it is first turned on.
     levels: OnceLock<Levels>,
@@ -89,6 +90,16 @@ impl DirtyLog {
                 }
             }
         }
+    }
+
+    /// Says whether the memory's bytes are elsewhere than in the file behind it: whoever maps the file does not see them.
+    pub fn set_elsewhere(&self, elsewhere: bool) {
+        self.elsewhere.store(elsewhere, Ordering::Release);
+    }
+
+    /// See [`DirtyLog::set_elsewhere`].
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.load(Ordering::Acquire)
     }
 
     #[cold]

@@ -54,10 +54,14 @@ impl DmaSpace {
     }
 
     /// The parts of the space with the file behind each: for a device in another process, or one that the kernel gives a
-    /// map of addresses. A part that no file is behind is left out; nobody else can reach it.
+    /// map of addresses. A part that no file is behind, or that began as a template's bytes and is not in its file yet, is left
+    /// out; nobody else can reach it.
     pub fn regions(&self) -> Vec<DmaRegion> {
         let regions = self.memory.iter().filter_map(|region| {
             let file = region.file_offset()?;
+            if region.get_mmap().bitmap().is_elsewhere() {
+                return None;
+            }
             Some(DmaRegion {
                 address: region.start_addr().0,
                 len: region.len(),
@@ -120,5 +124,8 @@ mod tests {
             region.file.read_exact_at(&mut seen, offset).unwrap();
             assert_eq!(seen, at.to_le_bytes()[..4]);
         }
+        let first = dma.memory().iter().next().unwrap().get_mmap();
+        first.bitmap().set_elsewhere(true);
+        assert_eq!(dma.regions().len(), 1, "a file without the bytes");
     }
 }

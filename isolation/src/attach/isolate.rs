@@ -88,6 +88,8 @@ impl Isolator {
     }
 
     fn make_and_put_in_place(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
+        // A private view is a second mapping of the file that memory is in.
+        self.vm.own_memory()?;
         let memory = self.vm.ram().memory().clone();
         let (begun, mut stopped) = (Instant::now(), Duration::ZERO);
         let mut request = Some(request);
@@ -289,7 +291,6 @@ impl Prepared {
             call_loop: call_loop
                 .then(|| CallLoop::place(&self.layout, virt))
                 .flatten(),
-            wanted: Arc::default(),
             calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
             domain: self.domain,
             knowledge: self.knowledge,

@@ -11,9 +11,7 @@
 //! function's first instruction is replaced.
 
 pub(crate) mod arm;
-pub mod clean;
 mod isolate;
-mod kept;
 pub(crate) mod live;
 pub mod plan;
 mod release;
@@ -99,6 +97,9 @@ pub enum AttachError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] VirtError),
+    /// Memory of the guest's own.
+    #[error(transparent)]
+    Own(#[from] vmm::memory::OwnError),
     /// The driver's own functions.
     #[error(transparent)]
     Suspend(#[from] SuspendError),
@@ -127,9 +128,6 @@ pub struct Isolator {
     /// Of all modules.
     host_memory: HostMemory,
     modules: Mutex<HashMap<String, Armed>>,
-    /// Modules that are not isolated any more, and were at a mark of the machine that may be rewound to. Taken while
-    /// `modules` is.
-    shelf: Mutex<Vec<Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
     /// Functions of a driver that are being called in the guest. Taken last.
@@ -146,7 +144,6 @@ impl Isolator {
             vm: vm.clone(),
             host_memory: HostMemory::default(),
             modules: Mutex::new(HashMap::new()),
-            shelf: Mutex::default(),
             watch: Mutex::new(None),
             suspending: Mutex::new(None),
         });
@@ -171,7 +168,16 @@ impl Isolator {
                 let space = armed.kernel_tables(vcpus, &memory).ok();
                 let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
-                returning::turn_vcpus(&returning, vcpus);
+                for vcpu in vcpus.iter_mut() {
+                    let regs = vcpu.get_regs().ok();
+                    let next = regs
+                        .and_then(|regs| returning.iter().find_map(|thread| thread.turn(&regs)));
+                    if let Some(next) = next
+                        && let Err(error) = vcpu.set_regs(&next)
+                    {
+                        tracing::error!("a vCPU at a gate cannot be moved on: {error}");
+                    }
+                }
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;
@@ -181,9 +187,7 @@ impl Isolator {
             }
         };
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
-        let status = armed.status(module);
-        self.put_away(armed);
-        Ok(status)
+        Ok(armed.status(module))
     }
 
     /// Counters of all isolated modules.
@@ -323,8 +327,8 @@ impl Isolator {
         let stale = modules
             .get(module)
             .is_some_and(|armed| text.is_none_or(|text| !armed.knowledge.in_text(text, 1)));
-        if stale && let Some(armed) = modules.remove(module) {
-            self.put_away(armed);
+        if stale {
+            modules.remove(module);
         }
     }
 
@@ -359,7 +363,6 @@ impl Isolator {
                 return;
             };
             armed.disarm(&memory, Some(space));
-            self.put_away(armed);
             tracing::info!(
                 "module {} was removed and is not isolated any more",
                 name.unwrap_or_default()
@@ -375,9 +378,8 @@ impl Isolator {
     /// Forgets all modules without touching the guest's memory: the guest was reset and holds
     /// nothing of them. Their devices interrupt and show their links again.
     pub fn forget(&self) {
-        for (_, mut armed) in self.modules().drain() {
+        for (_, armed) in self.modules().drain() {
             armed.guest_is_gone();
-            self.put_away(armed);
         }
         *self.watch() = None;
         *self.suspending() = None;

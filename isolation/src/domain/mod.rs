@@ -5,23 +5,20 @@
 //! | `view` | copy-on-write view of guest memory |
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |
 //! | `roots` | driver root and kernel root |
-//! | `private_vm`, `dirty_ring` | the KVM side |
+//! | `private_vm` | the KVM side |
 //! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `host_memory` | the account of what calls make the host keep |
-//! | `kept` | what has to be put back when the guest is rewound |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
-pub mod dirty_ring;
 pub mod effects;
 pub mod error;
 pub mod host_memory;
 pub mod journal;
-pub mod kept;
 mod lasting;
 pub mod monitor;
 pub mod overlay;

@@ -18,10 +18,10 @@ use kvm_ioctls::{
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::dirty_ring::DirtyRing;
 use super::monitor::{AREA_PAGES, KERNEL_CS, KERNEL_DS, Monitor};
 use super::view::{PAGE_SIZE, Pfn, PrivateView};
 use clock::Clock;
+use vmm::dirty_ring::DirtyRing;
 
 mod clock;
 
@@ -208,11 +208,6 @@ impl PrivateVm {
         self.clock.follow(k, &self.vcpu)
     }
 
-    /// The time-stamp counters of K's vCPUs were set: P's is compared with them again from the next call on.
-    pub fn forget_clock(&mut self) {
-        self.clock.forget();
-    }
-
     /// General registers at the last exit.
     pub fn regs(&self) -> kvm_regs {
         self.vcpu.sync_regs().regs
@@ -375,13 +370,18 @@ impl PrivateVm {
         bases: &[Pfn],
         mut seen: impl FnMut(Pfn),
     ) -> Result<(), PrivateVmError> {
-        self.ring
-            .harvest(|slot, offset| {
-                if let Some(base) = bases.get(slot as usize) {
-                    seen(Pfn(base.0 + offset.0));
-                }
-            })
-            .map_err(PrivateVmError::DirtyRing)
+        let harvest = self.ring.harvest(|slot, offset| {
+            if let Some(base) = bases.get(slot as usize) {
+                seen(Pfn(base.0 + offset));
+            }
+        });
+        harvest.map_err(|lost| PrivateVmError::DirtyRing(std::io::Error::other(lost)))?;
+        // A page that is dropped from the private view loses its mapping and appears again without a reset, so one in tens
+        // of thousands of pages will do.
+        match self.ring.is_half_seen() {
+            true => self.reset_ring(),
+            false => Ok(()),
+        }
     }
 
     /// Whether half of the ring is to be harvested.

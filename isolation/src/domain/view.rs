@@ -52,8 +52,8 @@ impl Pfn {
 /// Why a view could not be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
-    /// Guest memory is not backed by a file, so it cannot be mapped a second time.
-    #[error("guest memory at {0:#x} has no file behind it and cannot be mapped a second time")]
+    /// Guest memory is not in a file of its own, so it cannot be mapped a second time.
+    #[error("guest memory at {0:#x} is in no file of its own and cannot be mapped a second time")]
     NotFileBacked(u64),
     /// The second mapping was refused.
     #[error("cannot map guest memory at {gpa:#x} privately: {source}")]
@@ -90,6 +90,9 @@ impl PrivateView {
             let file = region
                 .file_offset()
                 .ok_or(ViewError::NotFileBacked(gpa.raw_value()))?;
+            if region.get_mmap().bitmap().is_elsewhere() {
+                return Err(ViewError::NotFileBacked(gpa.raw_value()));
+            }
             let size = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;
             let mapping = MmapRegion::build(
                 Some(file.clone()),

@@ -20,6 +20,7 @@ use isolation::guest::symbols::{SymbolTable, read_kallsyms};
 use isolation::status::{EntryStatus, ModuleStatus};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
+use vmm::memory::MemorySource;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 pub const PAGE: u64 = 4096;
@@ -232,6 +233,7 @@ impl Guest {
     pub fn start() -> Self {
         let mut vm = Vm::new(VmConfig {
             memory_bytes: 8 << 20,
+            memory: MemorySource::default(),
             vcpus: 1,
             payload: Payload::Code {
                 code: vec![0xeb, 0xfe],

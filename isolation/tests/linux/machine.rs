@@ -31,6 +31,7 @@ use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::{EntryStatus, ModuleStatus};
 
+use vmm::memory::MemorySource;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 use crate::wire::CountingWire;
@@ -94,6 +95,7 @@ impl Machine {
         let console_log = std::fs::File::create(directory.path().join("console")).unwrap();
         let mut vm = Vm::new(VmConfig {
             memory_bytes: 256 << 20,
+            memory: MemorySource::default(),
             vcpus,
             payload: Payload::Linux {
                 kernel: images.join("vmlinux"),

@@ -30,6 +30,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_RUNNABLE, kvm_irqchip, kvm_mp_state, kvm_regs,
 };
 use vm_memory::{Bytes, GuestAddress};
+use vmm::memory::MemorySource;
 use vmm::{ExitReason, OnGuestReset, PausedVcpus, Payload, Vm, VmConfig, VmHandle};
 
 /// What does not come by then does not come.
@@ -198,6 +199,7 @@ fn route(handle: &VmHandle, pin: u32, vcpus: u8) {
 fn start(vcpus: u8) -> Stress {
     let mut vm = Vm::new(VmConfig {
         memory_bytes: 8 << 20,
+        memory: MemorySource::default(),
         vcpus,
         payload: Payload::Code {
             code: vec![0xeb, 0xfe],

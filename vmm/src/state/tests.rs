@@ -9,11 +9,13 @@ use vm_memory::GuestAddress;
 
 use super::encoding::HEAD_BYTES;
 use super::*;
+use crate::memory::MemorySource;
 use crate::{OnGuestReset, Payload, Vm, VmConfig};
 
 fn vm(vcpus: u8, memory_bytes: u64) -> Vm {
     Vm::new(VmConfig {
         memory_bytes,
+        memory: MemorySource::default(),
         vcpus,
         payload: Payload::Code {
             code: vec![0xf4],

@@ -10,6 +10,7 @@ use std::time::Duration;
 use devices::bus::MutBusDevice;
 use devices::serial::SerialBackend;
 use vm_memory::GuestAddress;
+use vmm::memory::MemorySource;
 use vmm::{Error, ExitReason, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 /// Port at which guests report: width and value of each write arrive at the test.
@@ -74,6 +75,7 @@ impl MutBusDevice for Reporter {
 pub fn config(code: Vec<u8>, vcpus: u8) -> VmConfig {
     VmConfig {
         memory_bytes: MEMORY,
+        memory: MemorySource::default(),
         vcpus,
         payload: Payload::Code {
             code,

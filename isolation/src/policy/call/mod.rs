@@ -17,7 +17,6 @@
 mod before;
 mod handed_out;
 mod interfaces;
-mod kept;
 mod restorable;
 
 #[cfg(test)]
@@ -42,7 +41,6 @@ use crate::guest::symbols::SymbolTable;
 pub use before::MemoryBefore;
 use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
-pub(crate) use kept::KeptPolicy;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
@@ -127,7 +125,7 @@ pub struct DriverPolicy {
     /// This call has looked there already.
     listed: bool,
     /// What was handed out to earlier calls.
-    owned: Arc<EarlierAllocations>,
+    owned: EarlierAllocations,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Sections of the module: where its operations tables are.
@@ -188,7 +186,7 @@ impl DriverPolicy {
             interface_arguments: HashMap::new(),
             list,
             listed: false,
-            owned: Arc::default(),
+            owned: EarlierAllocations::default(),
             handed_out: Vec::new(),
             sections: layout
                 .sections
@@ -235,7 +233,7 @@ impl DriverPolicy {
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
         for range in handed_out.into_iter().filter(|_| committed) {
-            Arc::make_mut(&mut self.owned).insert(range);
+            self.owned.insert(range);
         }
     }
 
@@ -273,7 +271,7 @@ impl DriverPolicy {
         let stack = memory.stack;
         let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
         if found.range.first() == at && !on_stack {
-            Arc::make_mut(&mut self.owned).insert(found.range);
+            self.owned.insert(found.range);
         }
     }
 

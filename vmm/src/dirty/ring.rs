@@ -1,10 +1,9 @@
-//! KVM's dirty ring: which pages P wrote, in time that grows with the pages written and not with
+//! KVM's dirty ring: which pages a vCPU wrote, in time that grows with the pages written and not with
 //! the guest's memory (KVM API, sections 8.29 `KVM_CAP_DIRTY_LOG_RING` and 4.146
 //! `KVM_RESET_DIRTY_RINGS`).
 //!
-//! An entry appears when KVM maps a page writable. A page that is dropped from the private view
-//! loses that mapping and appears again at its next write, so entries need not be reset after each
-//! call: they are reset when the ring is half full, which is once in tens of thousands of pages.
+//! An entry appears when KVM maps a page of a slot with `KVM_MEM_LOG_DIRTY_PAGES` writable, or writes it itself. The page
+//! appears again at its next write once its entry was reset.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -18,10 +17,10 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl;
 use vmm_sys_util::ioctl_io_nr;
 
-use super::view::{PAGE_SIZE, Pfn};
-
 /// Size of the ring in entries of 16 bytes; KVM wants a power of two and sets some aside.
 const ENTRIES: u32 = 16 * 1024;
+
+const PAGE_SIZE: i64 = 4096;
 
 /// `KVM_DIRTY_GFN_F_DIRTY`: KVM filled the entry.
 const GFN_F_DIRTY: u32 = 1;
@@ -42,7 +41,13 @@ pub struct DirtyRing {
     vm: RawFd,
     next: u32,
     unreset: u32,
+    overran: bool,
 }
+
+/// Entries were written over before they were seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("KVM's dirty ring was overrun")]
+pub struct Overrun;
 
 // SAFETY: the mapping belongs to this value alone and every entry is accessed through `&mut self`;
 // the kernel synchronises through the entries' flags.
@@ -62,7 +67,7 @@ impl DirtyRing {
     /// Maps the ring of `vcpu`.
     pub fn map(vm: &VmFd, vcpu: &VcpuFd) -> io::Result<Self> {
         let bytes = ENTRIES as usize * size_of::<kvm_dirty_gfn>();
-        let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as i64;
+        let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
         // SAFETY: a new shared mapping of the vCPU's descriptor at the offset the API names; the
         // kernel checks size and offset.
         let address = unsafe {
@@ -85,6 +90,7 @@ impl DirtyRing {
             vm: vm.as_raw_fd(),
             next: 0,
             unreset: 0,
+            overran: false,
         })
     }
 
@@ -106,14 +112,21 @@ impl DirtyRing {
         unsafe { AtomicU32::from_ptr(self.entry(number).as_ptr().cast::<u32>()) }
     }
 
-    /// Calls `seen` with slot and page number (relative to the slot's first page) of every page that
-    /// KVM made writable since the last time.
-    pub fn harvest(&mut self, mut seen: impl FnMut(u32, Pfn)) -> io::Result<()> {
+    /// Calls `seen` with slot and page number (relative to the slot's first page) of every page that is in the ring and
+    /// was not seen yet.
+    ///
+    /// # Errors
+    /// The ring was overrun: pages are missing in what was seen, but not in what will be.
+    pub fn harvest(&mut self, mut seen: impl FnMut(u32, u64)) -> Result<(), Overrun> {
+        if self.overran {
+            self.skip_lost();
+        }
         for number in 0.. {
             // KVM stops the vCPU before the ring is full. One that emulates many instructions in a row looks too late, and
             // has written over entries by now.
             if number == ENTRIES {
-                return Err(io::Error::other("it was overrun"));
+                self.overran = true;
+                return Err(Overrun);
             }
             let entry = self.entry(self.next);
             let flags = self.flags(self.next);
@@ -123,21 +136,49 @@ impl DirtyRing {
             // SAFETY: the acquire load above saw the entry filled; the kernel leaves it alone until
             // it is reset.
             let (slot, offset) = unsafe { ((*entry.as_ptr()).slot, (*entry.as_ptr()).offset) };
-            seen(slot, Pfn(offset));
+            seen(slot, offset);
             flags.store(GFN_F_RESET, Ordering::Release);
             self.next = self.next.wrapping_add(1);
             self.unreset += 1;
         }
-        if self.unreset >= ENTRIES / 2 {
-            self.reset()?;
-        }
         Ok(())
     }
 
-    /// Gives harvested entries back to KVM. Their pages are write-protected again, so a page that is
-    /// still a copy appears anew at its next write.
+    /// After an overrun KVM's place is ahead of ours by what was lost. Goes there, if there is an entry, over ones that
+    /// are given back to KVM as they are: it protects pages again that it protected before.
+    fn skip_lost(&mut self) {
+        let flags = |number: u32| self.flags(number).load(Ordering::Acquire);
+        let found = (0..ENTRIES).find(|&ahead| {
+            let number = self.next.wrapping_add(ahead);
+            flags(number) & (GFN_F_DIRTY | GFN_F_RESET) == GFN_F_DIRTY
+        });
+        for _ in 0..found.unwrap_or(0) {
+            self.flags(self.next).store(GFN_F_RESET, Ordering::Release);
+            self.next = self.next.wrapping_add(1);
+            self.unreset += 1;
+        }
+        self.overran = found.is_none();
+    }
+
+    /// Whether entries that were seen fill half of the ring: it is time to reset them.
+    pub fn is_half_seen(&self) -> bool {
+        self.unreset >= ENTRIES / 2
+    }
+
+    /// Whether there are entries that were seen and not reset.
+    pub fn has_seen(&self) -> bool {
+        self.unreset > 0
+    }
+
+    /// They were reset by [`DirtyRing::reset`] of another ring of the same VM.
+    pub fn was_reset(&mut self) {
+        self.unreset = 0;
+    }
+
+    /// Gives the entries that were seen, in all rings of the VM, back to KVM. Their pages are write-protected again, so
+    /// they appear anew at their next writes.
     pub fn reset(&mut self) -> io::Result<()> {
-        // SAFETY: the descriptor outlives the ring (both are owned by the private VM), the call takes
+        // SAFETY: the descriptor outlives the ring (whoever has a ring has its VM), the call takes
         // no argument and touches no memory of ours but the ring.
         let result = unsafe {
             ioctl(

@@ -1,4 +1,4 @@
-//! Guest memory: one memfd, mapped shared.
+//! Guest memory: one memfd, mapped shared, unless it begins as a [`template`].
 //!
 //! One descriptor for all of it, so that another mapping of the same memory (private, for an isolated
 //! call) sees the same layout. Pages are allocated when the guest touches them; nothing is zeroed or
@@ -7,28 +7,38 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::dma::{DirtyLog, GuestMemory};
 use rustix::fs::{
-    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate,
-    memfd_create, openat, seek, unlinkat,
+    AtFlags, FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, ftruncate, memfd_create, openat,
+    unlinkat,
 };
 use rustix::mm::{Advice, madvise};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
     fsopen,
 };
-use vm_memory::bitmap::NewBitmap;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder};
+use vm_memory::bitmap::{Bitmap, NewBitmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
+    mmap::MmapRegionBuilder,
+};
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
-/// Bytes of a page.
-const PAGE_BYTES: u64 = 4096;
+mod own;
+mod template;
+
+pub use self::own::OwnError;
+use self::template::Mapped;
+pub use self::template::MemorySource;
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
+
+/// Bytes of a page.
+pub const PAGE_BYTES: u64 = 4096;
 
 /// Name of the file, as the end of the path that `/proc/PID/maps` shows.
 pub const FILE_NAME: &str = "cofferdam-guest";
@@ -64,6 +74,22 @@ pub enum MemoryError {
     /// The host refuses a mapping.
     #[error("cannot map guest memory: {0}; check `ulimit -v`")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
+    /// The template cannot be mapped.
+    #[error("cannot map the file that guest memory begins as: {0}")]
+    Template(#[source] std::io::Error),
+    /// The template is too short.
+    #[error(
+        "the file that guest memory begins as has {length} bytes, the guest {wanted}: it was cut, or is of another guest"
+    )]
+    TemplateSize {
+        /// Its length.
+        length: u64,
+        /// Bytes of memory.
+        wanted: u64,
+    },
+    /// There is no page at this offset.
+    #[error("offset {0:#x} is outside guest memory")]
+    NoPage(u64),
     /// The regions do not fit together.
     #[error("guest memory cannot be laid out: {0}")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
@@ -91,15 +117,26 @@ pub struct GuestRam {
     memory: Arc<GuestMemory>,
     regions: Vec<RamRegion>,
     size_bytes: u64,
+    mapped: Mapped,
+    owning: Mutex<()>,
 }
 
 impl GuestRam {
+    /// Memory of `size_bytes`, below 3 GiB and from 4 GiB on.
+    pub fn from(source: MemorySource, size_bytes: u64) -> Result<Self, MemoryError> {
+        let ram = Self::new(size_bytes)?;
+        if let MemorySource::Template { file } = source {
+            ram.use_template(file)?;
+        }
+        Ok(ram)
+    }
+
     /// Memory of `size_bytes`, all zero, below 3 GiB and from 4 GiB on.
     pub fn new(size_bytes: u64) -> Result<Self, MemoryError> {
         if size_bytes < MIN_MEMORY_BYTES {
             return Err(MemoryError::TooSmall(size_bytes));
         }
-        if !size_bytes.is_multiple_of(4096) {
+        if !size_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(MemoryError::NotWholePages(size_bytes));
         }
         let info = rustix::system::sysinfo();
@@ -157,6 +194,8 @@ impl GuestRam {
             memory: Arc::new(memory),
             regions,
             size_bytes,
+            mapped: Mapped::default(),
+            owning: Mutex::new(()),
         })
     }
 
@@ -209,28 +248,64 @@ impl GuestRam {
             .find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset))
     }
 
-    /// Parts of the memory's file, in bytes, outside of which all is zero, in rising order.
-    pub fn populated(&self) -> Vec<Range<u64>> {
-        let mut parts = Vec::new();
-        let mut at = 0;
-        while at < self.size_bytes {
-            // No data behind it.
-            let Ok(start) = seek(&*self.memfd, SeekFrom::Data(at)) else {
-                break;
-            };
-            let end = seek(&*self.memfd, SeekFrom::Hole(start)).unwrap_or(self.size_bytes);
-            parts.push(start..end.min(self.size_bytes));
-            at = end.max(start + 1);
+    /// Gives every page back to the host: the guest sees zeros again, also if its memory began as a template. Private
+    /// copies of pages in other mappings of the memfd stay.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        if self.logs_are_on() {
+            // Changes that no write makes.
+            for range in self.populated() {
+                self.mark_changed(&range);
+            }
         }
-        parts
+        self.use_own()?;
+        self.punch()
     }
 
-    /// Gives every page back to the host: the guest sees zeros again. Private copies of pages in
-    /// other mappings of the memfd stay.
-    pub fn clear(&self) -> Result<(), MemoryError> {
+    fn punch(&self) -> Result<(), MemoryError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&*self.memfd, flags, 0, self.size_bytes)
             .map_err(|errno| MemoryError::Allocate(errno.into()))
+    }
+
+    /// Calls `f` with the log of each region, in the order of regions.
+    pub(crate) fn for_each_log(&self, mut f: impl FnMut(&DirtyLog)) {
+        for region in self.memory.iter() {
+            f(region.get_mmap().bitmap());
+        }
+    }
+
+    /// To be kept while memory is copied to the file of its own.
+    fn owning(&self) -> MutexGuard<'_, ()> {
+        self.owning.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn logs_are_on(&self) -> bool {
+        let mut on = false;
+        self.for_each_log(|log| on |= log.is_on());
+        on
+    }
+
+    /// Marks what is at `range` of the file as written.
+    fn mark_changed(&self, range: &Range<u64>) {
+        let mut regions = self.regions.iter();
+        self.for_each_log(|log| {
+            let Some(region) = regions.next() else { return };
+            let start = range.start.max(region.file_offset);
+            let end = range.end.min(region.file_offset + region.len);
+            if start < end {
+                log.mark_dirty(
+                    (start - region.file_offset) as usize,
+                    (end - start) as usize,
+                );
+            }
+        });
+    }
+
+    /// Asks for huge pages.
+    fn advise(&self) {
+        for region in self.memory.iter() {
+            advise_huge_pages(&region.get_mmap());
+        }
     }
 }
 

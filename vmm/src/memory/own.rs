@@ -1,0 +1,166 @@
+//! Giving a guest that began as a template memory of its own while it runs.
+//!
+//! ```text
+//!  at rest: follow changes ─► guest runs: copy all that is not zero ─► copy what changed, again while that is much
+//!     ─► at rest: copy the rest, map the file of its own at the same addresses
+//! ```
+
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{GuestRam, MemoryError, PAGE_BYTES};
+use crate::dirty::User;
+use crate::error::Error;
+use crate::handle::{Refused, VmHandle};
+use crate::machine::Machine;
+
+/// Bytes that are copied at once.
+const CHUNK: usize = 256 << 10;
+/// So few pages that they are copied at rest.
+const FEW_PAGES: usize = 512;
+/// Rounds while the guest runs: it may write faster than is copied.
+const ROUNDS: usize = 4;
+
+/// Why a guest keeps the memory of its template.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnError {
+    /// It cannot be paused.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Its memory cannot be copied: most likely the host has no more.
+    #[error("cannot give the guest memory of its own: {0}")]
+    Memory(#[from] MemoryError),
+    /// Changes cannot be followed.
+    #[error(transparent)]
+    Kvm(#[from] Error),
+}
+
+impl VmHandle {
+    /// If memory began as a template, copies it into the file of its own, which others can map then. The guest runs
+    /// meanwhile, apart from two short pauses. Not to be called with a device locked. After an error it goes on with
+    /// the template.
+    pub fn own_memory(&self) -> Result<(), OwnError> {
+        let machine = self.machine();
+        // One at a time.
+        let _owning = machine.ram.owning();
+        if !machine.ram.is_template() {
+            return Ok(());
+        }
+        self.follow_copying(machine)?;
+        let result = self.copy_to_own(machine);
+        let stopped = machine
+            .dirty
+            .lock()
+            .stop(User::Copying, &machine.vm, &machine.ram);
+        result?;
+        Ok(stopped?)
+    }
+
+    fn follow_copying(&self, machine: &Machine) -> Result<(), OwnError> {
+        Ok(self.with_devices_at_rest(|| {
+            let mut tracker = machine.dirty.lock();
+            tracker.start(User::Copying, &machine.vm, &machine.ram)
+        })??)
+    }
+
+    /// Calls `look` while no vCPU runs guest code and no device works.
+    fn with_devices_at_rest<R>(&self, look: impl FnOnce() -> R) -> Result<R, Refused> {
+        self.with_paused(|_vcpus| {
+            let _devices_rest = self.machine().at_work.lock();
+            look()
+        })
+    }
+
+    fn copy_to_own(&self, machine: &Machine) -> Result<(), OwnError> {
+        let ram = &machine.ram;
+        ram.empty_own()?;
+        for range in ram.populated() {
+            let mut at = range.start;
+            while at < range.end {
+                let bytes = (range.end - at).min(CHUNK as u64);
+                ram.copy_to_own(at, bytes as usize, false)?;
+                at += bytes;
+            }
+        }
+        for _ in 0..ROUNDS {
+            let changed = self.with_devices_at_rest(|| changed(machine))??;
+            for &page in &changed {
+                let at = u64::from(page) * PAGE_BYTES;
+                ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
+            }
+            if changed.len() <= FEW_PAGES {
+                break;
+            }
+        }
+        self.with_devices_at_rest(|| {
+            // A reset in between did all that is needed.
+            if !ram.is_template() {
+                return Ok(());
+            }
+            for page in changed(machine)? {
+                let at = u64::from(page) * PAGE_BYTES;
+                ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
+            }
+            Ok(ram.use_own()?)
+        })?
+    }
+}
+
+/// Takes the pages that changed while memory was copied. The machine is at rest.
+fn changed(machine: &Machine) -> Result<Vec<u32>, Error> {
+    let mut tracker = machine.dirty.lock();
+    tracker.collect(&machine.ram)?;
+    let Some(set) = tracker.set(User::Copying) else {
+        return Ok(Vec::new());
+    };
+    let pages = set.pages().to_vec();
+    set.clear();
+    Ok(pages)
+}
+
+impl GuestRam {
+    /// Copies `bytes`, whole pages, from `offset` on to the same place in the memory's own file, with or without pages of
+    /// zeros. Does nothing if that file is in use by now.
+    fn copy_to_own(&self, offset: u64, bytes: usize, zeros: bool) -> Result<(), MemoryError> {
+        // A reset, which takes the file into use, waits.
+        let mapped = self.mapped.lock();
+        if mapped.is_none() {
+            return Ok(());
+        }
+        let mut buffer = vec![0; bytes];
+        let (page, mut at) = (PAGE_BYTES as usize, offset);
+        for piece in buffer.chunks_mut(page) {
+            // A write by the guest meanwhile has the page copied again.
+            let read = self.region_of(at).and_then(|region| {
+                let gpa = region.guest_address.0 + (at - region.file_offset);
+                self.memory().read_slice(piece, GuestAddress(gpa)).ok()
+            });
+            read.ok_or(MemoryError::NoPage(at))?;
+            at += PAGE_BYTES;
+        }
+        let mut from = 0;
+        while from < bytes {
+            let is_kept = |piece: &[u8]| zeros || piece.iter().any(|&byte| byte != 0);
+            let pieces = buffer[from..].chunks(page);
+            let kept = pieces.take_while(|piece| is_kept(piece)).count() * page;
+            if kept > 0 {
+                let kept = kept.min(bytes - from);
+                self.memfd()
+                    .write_all_at(&buffer[from..from + kept], offset + from as u64)
+                    .map_err(MemoryError::Allocate)?;
+            }
+            from += kept.max(page);
+        }
+        Ok(())
+    }
+
+    /// Empties the memory's own file of what an earlier attempt left there.
+    fn empty_own(&self) -> Result<(), MemoryError> {
+        let mapped = self.mapped.lock();
+        match mapped.is_some() {
+            true => self.punch(),
+            false => Ok(()),
+        }
+    }
+}

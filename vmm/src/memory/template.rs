@@ -1,0 +1,186 @@
+//! Memory that begins as a file's bytes, which several guests share until they write.
+//!
+//! ```text
+//!   template  ──MAP_PRIVATE─►  guest memory      shared page for page with everybody who maps the file; a page
+//!                                  │             that the guest writes is its own from then on
+//!                own_memory, reset │ mmap(MAP_FIXED) at the same addresses
+//!                                  ▼
+//!   own file  ──MAP_SHARED──►  guest memory
+//! ```
+//!
+//! KVM's memory slots name addresses of this process, so they stay as they are. The guest's own file is there from the start,
+//! empty, so that whoever has the memory finds it behind it; until it is in use the memory's
+//! [`devices::dma::DirtyLog`] says that nothing is in it.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+use super::{GuestRam, MemoryError, PAGE_BYTES, RamRegion};
+
+/// Where a machine's memory comes from.
+#[derive(Debug, Clone, Default)]
+pub enum MemorySource {
+    /// Zeros.
+    #[default]
+    Fresh,
+    /// The bytes of a file, which is not changed.
+    Template {
+        /// Holds all of memory, at the offsets of [`RamRegion::file_offset`]. It must stay as it is and as long as it is: a
+        /// page that is missing when the guest touches it ends the process (SIGBUS).
+        file: Arc<File>,
+    },
+}
+
+/// What memory is mapped from if not from its own file.
+#[derive(Debug, Default)]
+pub(super) struct Mapped(Mutex<Option<Arc<File>>>);
+
+impl Mapped {
+    pub fn lock(&self) -> MutexGuard<'_, Option<Arc<File>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestRam {
+    /// Maps `file` in place of the memory's own.
+    pub(super) fn use_template(&self, file: Arc<File>) -> Result<(), MemoryError> {
+        let length = file.metadata().map_err(MemoryError::Template)?.len();
+        if length < self.size_bytes() {
+            let wanted = self.size_bytes();
+            return Err(MemoryError::TemplateSize { length, wanted });
+        }
+        let mut mapped = self.mapped.lock();
+        for region in self.regions() {
+            map_over(region, &file, MapFlags::PRIVATE).map_err(MemoryError::Template)?;
+        }
+        self.for_each_log(|log| log.set_elsewhere(true));
+        *mapped = Some(file);
+        Ok(())
+    }
+
+    /// Whether it is mapped from a template: its own file is empty.
+    pub fn is_template(&self) -> bool {
+        self.mapped.lock().is_some()
+    }
+
+    /// Maps the memory's own file. If it was mapped from a template, its bytes are those of the file now.
+    pub(crate) fn use_own(&self) -> Result<(), MemoryError> {
+        let mut mapped = self.mapped.lock();
+        if mapped.is_none() {
+            return Ok(());
+        }
+        for region in self.regions() {
+            map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
+        }
+        *mapped = None;
+        drop(mapped);
+        self.for_each_log(|log| log.set_elsewhere(false));
+        self.advise();
+        Ok(())
+    }
+
+    /// Parts of the memory's file, in bytes and whole pages, outside of which all is zero, in rising order. Costs by what is
+    /// there, for memory that is a template's by its size.
+    pub fn populated(&self) -> Vec<Range<u64>> {
+        self.find_populated().unwrap_or_else(|error| {
+            tracing::debug!(%error, "all of guest memory may be other than zero");
+            std::iter::once(0..self.size_bytes()).collect()
+        })
+    }
+
+    fn find_populated(&self) -> io::Result<Vec<Range<u64>>> {
+        let template = self.mapped.lock().clone();
+        let Some(file) = template else {
+            return data_of(self.memfd(), self.size_bytes());
+        };
+        let mut found = data_of(&file, self.size_bytes())?;
+        for region in self.regions() {
+            own_pages(region, &mut found)?;
+        }
+        Ok(joined(found))
+    }
+}
+
+/// Maps `file` over `region`.
+fn map_over(region: &RamRegion, file: &File, flags: MapFlags) -> io::Result<()> {
+    // SAFETY: the range is the mapping of this region, which the memory owns and which nobody has a reference into: guest
+    // memory is accessed by volatile accesses alone, and these find one mapping or the other.
+    let mapped = unsafe {
+        mmap(
+            region.host_address as *mut _,
+            region.len as usize,
+            ProtFlags::READ | ProtFlags::WRITE,
+            flags | MapFlags::FIXED | MapFlags::NORESERVE,
+            file,
+            region.file_offset,
+        )
+    };
+    mapped.map(|_| ()).map_err(Into::into)
+}
+
+/// Parts of the first `size` bytes of `file` that are no hole, in whole pages (lseek(2), `SEEK_DATA`).
+fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Nothing follows.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = seek(file, SeekFrom::Hole(start))?;
+        let start = start / PAGE_BYTES * PAGE_BYTES;
+        at = end.next_multiple_of(PAGE_BYTES);
+        if start < size {
+            found.push(start..at.min(size));
+        }
+    }
+    Ok(found)
+}
+
+/// Adds the pages of a private mapping that are no longer its file's (proc_pid_pagemap(5): present or swapped, and neither of
+/// a file nor shared).
+fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+    const OF_FILE: u64 = 1 << 61;
+    /// Entries that are read at once.
+    const BATCH: u64 = 8192;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut entries = vec![0; BATCH as usize * 8];
+    let mut page = 0;
+    let pages = region.len / PAGE_BYTES;
+    while page < pages {
+        let count = BATCH.min(pages - page);
+        let bytes = &mut entries[..count as usize * 8];
+        pagemap.read_exact_at(bytes, (region.host_address / PAGE_BYTES + page) * 8)?;
+        for (number, entry) in (page..).zip(bytes.as_chunks().0) {
+            let entry = u64::from_ne_bytes(*entry);
+            if entry & PRESENT_OR_SWAPPED != 0 && entry & OF_FILE == 0 {
+                let start = region.file_offset + number * PAGE_BYTES;
+                found.push(start..start + PAGE_BYTES);
+            }
+        }
+        page += count;
+    }
+    Ok(())
+}
+
+/// The same places in rising order, none twice.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
