@@ -365,6 +365,27 @@ fn a_domain_is_told_from_one_whose_guest_has_changed_since() {
 }
 
 #[test]
+fn pages_that_were_opened_after_a_mark_are_closed_by_the_rewind() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, add_five);
+    let mut domain = guest.domain();
+    let kept = domain.keep();
+    let mut kernel = Kernel::with_data();
+    let opened = guest.call(&mut domain, &mut kernel).stats.opened;
+    assert!(opened > 0);
+    assert_eq!(guest.call(&mut domain, &mut kernel).stats.opened, 0);
+    for _ in 0..3 {
+        domain.put_back(&kept).unwrap();
+        let result = guest.call(&mut domain, &mut kernel);
+        assert_eq!(result.stats.opened, opened);
+        assert_eq!(result.stats.rebuilds, 0, "its tables have not changed");
+    }
+    let kept = domain.keep();
+    domain.put_back(&kept).unwrap();
+    assert_eq!(guest.call(&mut domain, &mut kernel).stats.opened, 0);
+}
+
+#[test]
 fn a_monitor_area_where_guest_memory_is_is_refused() {
     let guest = Guest::new();
     let end = MEMORY_PAGES * PAGE;

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT (PCI root and its slots, COM1, ECAM's reservation, power button,
-//!               │               panic device, _S5)
+//!               │               panic device, VM generation ID, _S5)
 //!               ├► MADT (local APICs, I/O APIC)
 //!               └► MCFG (ECAM of bus 0)
 //! ```
@@ -273,6 +273,7 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(aml);
+    generation_id(aml);
     Device::new(
         "PWRB".into(),
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
@@ -318,8 +319,34 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
                         &Local(1),
                         vec![&MethodCall::new(hotplug::method_path(), vec![])],
                     ),
+                    &And::new(&Local(1), &Local(0), &power::EVENT_GENERATION),
+                    &If::new(
+                        &Local(1),
+                        vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
+                    ),
                 ],
             ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// The VM generation ID: where it is, for the driver that goes by the name that its specification asks for, and by the
+/// shorter one that fits where names have eight characters.
+fn generation_id(aml: &mut dyn AmlSink) {
+    let mut names = PackageBuilder::new();
+    names.add_element(&"VM_Gen_Counter");
+    names.add_element(&"VMGENCTR");
+    let mut address = PackageBuilder::new();
+    address.add_element(&(layout::GENERATION_ID.0 as u32));
+    address.add_element(&((layout::GENERATION_ID.0 >> 32) as u32));
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"COFF0001"),
+            &Name::new("_CID".into(), &names),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
         ],
     )
     .to_aml_bytes(aml);

@@ -7,6 +7,7 @@
 //!   0x0002_0000  command line                   ┘
 //!   0x0009_fc00  end of conventional memory
 //!   0x000e_0000  ACPI tables, RSDP first          reserved, up to 1 MiB
+//!   0x000f_e000  VM generation ID
 //!   0x000f_fff0  reset vector
 //!   0x0010_0000  memory: kernel; initramfs at its upper end
 //!   0xc000_0000  end of low memory; 32-bit PCI window
@@ -38,7 +39,9 @@ pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables; the RSDP is at this very address, where a guest looks for it.
 pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// Bytes there are for ACPI tables.
-pub const ACPI_TABLES_MAX_BYTES: usize = (RESET_VECTOR.0 - ACPI_TABLES.0) as usize;
+pub const ACPI_TABLES_MAX_BYTES: usize = (GENERATION_ID.0 - ACPI_TABLES.0) as usize;
+/// VM generation ID, 16 bytes in a page of their own, see [`crate::generation`].
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_e000);
 /// Where real-mode software jumps to restart a PC, F000:FFF0.
 pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Memory goes on here after the reserved part below 1 MiB.

@@ -22,6 +22,7 @@ mod dirty;
 mod error;
 pub mod exits;
 mod gate;
+mod generation;
 mod handle;
 mod hotplug;
 mod irq;

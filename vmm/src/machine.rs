@@ -12,6 +12,7 @@ use crate::at_work::AtWork;
 use crate::dirty::DirtyTracking;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
+use crate::generation::GenerationId;
 use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
@@ -66,6 +67,8 @@ pub(crate) struct Machine {
     pub panic: Arc<PanicDevice>,
     pub serial: Arc<Mutex<Serial>>,
     pub at_work: AtWork,
+    /// As written at each start; a machine that goes on from a state gets another one.
+    pub generation: Mutex<GenerationId>,
     /// Inputs of the I/O APIC.
     pub lines: Arc<[Arc<Gsi>]>,
     pub routing: Arc<GsiRouting>,

@@ -1,5 +1,6 @@
 //! The main loop: the machine's threads, devices' events, requests to restart or end, and what firmware does.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use event_manager::SubscriberOps;
@@ -7,10 +8,11 @@ use vm_memory::Bytes;
 
 use crate::cpu::regs;
 use crate::error::Error;
+use crate::generation::GenerationId;
 use crate::hotplug::Change;
 use crate::lifecycle::Request;
 use crate::machine::Phase;
-use crate::power::RESET_VECTOR_CODE;
+use crate::power::{EVENT_GENERATION, RESET_VECTOR_CODE};
 use crate::state::Restore;
 use crate::vm::{ExitReason, OnGuestReset, Vm};
 use crate::{acpi, layout, vcpu};
@@ -20,12 +22,26 @@ impl Vm {
     /// the event loop's.
     pub fn run(&mut self) -> Result<ExitReason, Error> {
         let result = match self.restored {
-            true => Ok(()),
+            true => self.renew_generation(),
             false => self.load_guest(),
         };
         let result = result.and_then(|()| self.run_threads());
         self.machine.operations().phase = Phase::Stopped;
         result
+    }
+
+    /// Gives a machine that goes on from a state an ID that its other copies have not, and tells the guest, when memory
+    /// is there and before any vCPU runs.
+    fn renew_generation(&self) -> Result<(), Error> {
+        let machine = &self.machine;
+        let id = GenerationId::random()?;
+        *machine
+            .generation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = id;
+        id.write(&machine.ram)?;
+        machine.power.announce(EVENT_GENERATION);
+        Ok(())
     }
 
     fn run_threads(&mut self) -> Result<ExitReason, Error> {
@@ -143,6 +159,11 @@ impl Vm {
             .memory()
             .write_slice(&RESET_VECTOR_CODE, layout::RESET_VECTOR)
             .map_err(|error| Error::Boot(error.into()))?;
+        let id = *machine
+            .generation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        id.write(&machine.ram)?;
         regs::write_boot_tables(&machine.ram)?;
         if let Some(boot_processor) = machine.lock_vcpus().first() {
             regs::set_entry(boot_processor, entry)?;

@@ -7,7 +7,7 @@
 //! | 0xCF9 | reset control, as on PC chipsets: bit 2 set resets; ACPI's reset register |
 //! | 0x600 | ACPI sleep control (ACPI 6.5, section 4.8.3.7): SLP_TYP in bits 4:2, SLP_EN in bit 5 |
 //! | 0x601 | ACPI sleep status: WAK_STS in bit 7 |
-//! | 0x604 | events of the generic event device: bit 0 power button, bit 1 PCI hot-plug; reading clears |
+//! | 0x604 | events of the generic event device: bit 0 power button, bit 1 PCI hot-plug, bit 2 VM generation ID; reading clears |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -36,6 +36,8 @@ pub const EVENTS: u16 = 4;
 pub const EVENT_POWER_BUTTON: u8 = 1;
 /// Bit of the event register: functions come or are to go, see [`crate::hotplug`].
 pub const EVENT_PCI_HOTPLUG: u8 = 2;
+/// Bit of the event register: the VM generation ID is another one, see [`crate::generation`].
+pub const EVENT_GENERATION: u8 = 4;
 /// SLP_TYP of the soft-off state, S5.
 pub const SLEEP_TYPE_S5: u8 = 5;
 

@@ -22,6 +22,7 @@ use crate::dirty::DirtyTracking;
 use crate::error::Error;
 use crate::exits::ExitCounters;
 use crate::gate::{Gate, install_kick_handler};
+use crate::generation::GenerationId;
 use crate::handle::VmHandle;
 use crate::hotplug::{HOTPLUG_PORT_COUNT, Hotplug, SharedSubscriber};
 use crate::irq::{Gsi, GsiRouting, LineInput};
@@ -152,6 +153,7 @@ impl Vm {
             panic: Arc::default(),
             serial: Arc::new(Mutex::new(serial)),
             at_work: AtWork::default(),
+            generation: Mutex::new(GenerationId::random()?),
             lines,
             routing: Arc::new(GsiRouting::new(vm.clone())),
             operations: Mutex::new(Operations {

@@ -291,6 +291,7 @@ impl Prepared {
             call_loop: call_loop
                 .then(|| CallLoop::place(&self.layout, virt))
                 .flatten(),
+            wanted: Arc::default(),
             calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
             domain: self.domain,
             knowledge: self.knowledge,

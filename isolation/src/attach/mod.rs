@@ -11,7 +11,9 @@
 //! function's first instruction is replaced.
 
 pub(crate) mod arm;
+pub mod clean;
 mod isolate;
+mod kept;
 pub(crate) mod live;
 pub mod plan;
 mod release;
@@ -128,6 +130,9 @@ pub struct Isolator {
     /// Of all modules.
     host_memory: HostMemory,
     modules: Mutex<HashMap<String, Armed>>,
+    /// Modules that are not isolated any more, and were at a mark of the machine that may be rewound to. Taken while
+    /// `modules` is.
+    shelf: Mutex<Vec<Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
     /// Functions of a driver that are being called in the guest. Taken last.
@@ -144,6 +149,7 @@ impl Isolator {
             vm: vm.clone(),
             host_memory: HostMemory::default(),
             modules: Mutex::new(HashMap::new()),
+            shelf: Mutex::default(),
             watch: Mutex::new(None),
             suspending: Mutex::new(None),
         });
@@ -168,16 +174,7 @@ impl Isolator {
                 let space = armed.kernel_tables(vcpus, &memory).ok();
                 let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
-                for vcpu in vcpus.iter_mut() {
-                    let regs = vcpu.get_regs().ok();
-                    let next = regs
-                        .and_then(|regs| returning.iter().find_map(|thread| thread.turn(&regs)));
-                    if let Some(next) = next
-                        && let Err(error) = vcpu.set_regs(&next)
-                    {
-                        tracing::error!("a vCPU at a gate cannot be moved on: {error}");
-                    }
-                }
+                returning::turn_vcpus(&returning, vcpus);
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;
@@ -187,7 +184,9 @@ impl Isolator {
             }
         };
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
-        Ok(armed.status(module))
+        let status = armed.status(module);
+        self.put_away(armed);
+        Ok(status)
     }
 
     /// Counters of all isolated modules.
@@ -327,8 +326,8 @@ impl Isolator {
         let stale = modules
             .get(module)
             .is_some_and(|armed| text.is_none_or(|text| !armed.knowledge.in_text(text, 1)));
-        if stale {
-            modules.remove(module);
+        if stale && let Some(armed) = modules.remove(module) {
+            self.put_away(armed);
         }
     }
 
@@ -363,6 +362,7 @@ impl Isolator {
                 return;
             };
             armed.disarm(&memory, Some(space));
+            self.put_away(armed);
             tracing::info!(
                 "module {} was removed and is not isolated any more",
                 name.unwrap_or_default()
@@ -378,8 +378,9 @@ impl Isolator {
     /// Forgets all modules without touching the guest's memory: the guest was reset and holds
     /// nothing of them. Their devices interrupt and show their links again.
     pub fn forget(&self) {
-        for (_, armed) in self.modules().drain() {
+        for (_, mut armed) in self.modules().drain() {
             armed.guest_is_gone();
+            self.put_away(armed);
         }
         *self.watch() = None;
         *self.suspending() = None;

@@ -64,7 +64,7 @@ impl Armed {
     }
 
     /// The guest was reset: there are no calls any more, and what was kept from the world for them is not.
-    pub(crate) fn guest_is_gone(mut self) {
+    pub(crate) fn guest_is_gone(&mut self) {
         self.spilled.clear();
         self.guest_calls.clear();
         self.let_device_go();

@@ -64,6 +64,11 @@ impl RemovalWatch {
         })
     }
 
+    /// Guest physical address of the gate.
+    pub fn gpa(self) -> u64 {
+        self.gpa
+    }
+
     /// Takes the gate out.
     pub fn clear(self, memory: &GuestMemory) {
         clear_gate(memory, self.gpa);

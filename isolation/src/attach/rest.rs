@@ -4,27 +4,24 @@
 //! at rest. One that went on in the guest is, with its journal in this process; it ends by itself when the guest
 //! goes on, and so do kernel functions that the guest runs for calls that have ended.
 
-use std::sync::TryLockError;
+use std::sync::{MutexGuard, TryLockError};
 
-use vmm::{Participant, PausedVcpus, Unsettled};
+use std::collections::HashMap;
+
+use devices::dma::GuestMemory;
+use vmm::{Kept, Participant, PausedVcpus, Unsettled};
 
 use super::Isolator;
+use crate::dispatch::armed::Armed;
+use crate::guest::paging::VirtMemory;
 
 impl Participant for Isolator {
     fn name(&self) -> String {
         "isolation".to_owned()
     }
 
-    fn settle(&self, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
-        let soon = |reason: String| Err(Unsettled { reason, soon: true });
-        // Whoever holds the lock may be waiting for the machine.
-        let modules = match self.modules.try_lock() {
-            Ok(modules) => modules,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                return soon("what is isolated is being changed".to_owned());
-            }
-        };
+    fn settle(&self, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+        let mut modules = self.modules_at_once()?;
         for (name, armed) in modules.iter() {
             let (open, calling) = (armed.spilled.len(), armed.guest_calls.len());
             if open > 0 {
@@ -37,11 +34,64 @@ impl Participant for Isolator {
             }
         }
         match self.suspending.try_lock() {
-            Ok(suspending) if suspending.is_none() => Ok(()),
-            _ => soon("functions of a driver are being called in the guest".to_owned()),
+            Ok(suspending) if suspending.is_none() => {}
+            _ => return soon("functions of a driver are being called in the guest".to_owned()),
         }
+        let memory = self.vm.ram().memory();
+        let mut all = modules.values_mut();
+        all.try_for_each(|armed| armed.leave_no_traces(vcpus, memory))
     }
 
     /// Nothing was stopped: calls begin at gates, and no vCPU reaches one while the machine is at rest.
     fn go_on(&self) {}
+
+    fn keep(&self) -> Result<Kept, Unsettled> {
+        Ok(self.keep_modules())
+    }
+
+    fn put_back(&self, kept: &Kept) -> Result<(), String> {
+        self.put_modules_back(kept)
+    }
+}
+
+fn soon<T>(reason: String) -> Result<T, Unsettled> {
+    Err(Unsettled { reason, soon: true })
+}
+
+impl Isolator {
+    /// The isolated modules, unless somebody else has them, who may be waiting for the machine.
+    fn modules_at_once(&self) -> Result<MutexGuard<'_, HashMap<String, Armed>>, Unsettled> {
+        match self.modules.try_lock() {
+            Ok(modules) => Ok(modules),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => soon("what is isolated is being changed".to_owned()),
+        }
+    }
+}
+
+impl Armed {
+    /// Ends what open calls have left behind that waits for the next call to be ended: queues that keep packets out,
+    /// threads at return gates.
+    fn leave_no_traces(
+        &mut self,
+        vcpus: &mut PausedVcpus<'_>,
+        memory: &GuestMemory,
+    ) -> Result<(), Unsettled> {
+        self.let_device_go();
+        self.guard();
+        if self.returning.is_empty() && self.queues.is_empty() {
+            return Ok(());
+        }
+        let Ok((_, space)) = self.kernel_tables(vcpus, memory) else {
+            return soon("no vCPU has the kernel's page tables loaded".to_owned());
+        };
+        let virt = VirtMemory { space, memory };
+        self.queues.give_up(virt);
+        let returning = std::mem::take(&mut self.returning);
+        for thread in &returning {
+            thread.turn_interrupted(virt);
+        }
+        super::returning::turn_vcpus(&returning, vcpus);
+        Ok(())
+    }
 }

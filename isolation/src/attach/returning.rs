@@ -10,6 +10,7 @@
 
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
+use vmm::PausedVcpus;
 
 use crate::compensation::guest_calls::write_stack;
 use crate::guest::addr::Gva;
@@ -30,6 +31,19 @@ pub(crate) struct Returning {
     pub rsp: u64,
     /// Where the driver goes on.
     pub next: u64,
+}
+
+/// Has vCPUs that stand at a return gate go on where `threads` say.
+pub(super) fn turn_vcpus(threads: &[Returning], vcpus: &mut PausedVcpus<'_>) {
+    for vcpu in vcpus.iter_mut() {
+        let regs = vcpu.get_regs().ok();
+        let next = regs.and_then(|regs| threads.iter().find_map(|thread| thread.turn(&regs)));
+        if let Some(next) = next
+            && let Err(error) = vcpu.set_regs(&next)
+        {
+            tracing::error!("a vCPU at a gate cannot be moved on: {error}");
+        }
+    }
 }
 
 impl Returning {

@@ -127,6 +127,11 @@ impl CallLoop {
         }
     }
 
+    /// Where it is, and what was there before it.
+    pub fn place_without(self) -> (GuestAddress, Vec<u8>) {
+        (self.gpa, vec![0; CODE.len()])
+    }
+
     /// How many rows there is room for on `stack` below `top`, in one go.
     pub fn room(top: u64, stack: GvaRange) -> usize {
         let above_bottom = top.wrapping_sub(8).saturating_sub(stack.first().0);

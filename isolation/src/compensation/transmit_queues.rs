@@ -122,6 +122,11 @@ impl TransmitQueues {
         self.stopped.clear();
     }
 
+    /// The guest is as it was when none was stopped.
+    pub fn forget(&mut self) {
+        self.stopped.clear();
+    }
+
     /// What the guest has to call once packets may pass.
     pub fn schedule(&mut self) -> Vec<KernelCall> {
         let Some(layout) = self.layout else {

@@ -70,6 +70,9 @@ impl Gate {
 
 /// A module whose functions are gated.
 pub(crate) struct Armed {
+    /// Shared with the marks of the machine that were made while this was isolated: as long as there are any, it may be
+    /// needed again.
+    pub wanted: Arc<()>,
     pub domain: Domain,
     pub knowledge: Knowledge,
     /// What calls may write; `None` if the guest's types or memory management are not known.

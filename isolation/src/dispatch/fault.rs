@@ -80,7 +80,7 @@ pub enum InstructionKind {
 
 /// The fault orders of a module, oldest first: each is kept until it is used up. Of several for one function the oldest
 /// that is due gets a call.
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Faults(Vec<Fault>);
 
 impl Faults {
@@ -127,6 +127,7 @@ impl Faults {
 }
 
 /// A fault order under way.
+#[derive(Debug, Clone)]
 struct Fault {
     order: FaultOrder,
     at: u64,

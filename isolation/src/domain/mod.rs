@@ -12,6 +12,7 @@
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `host_memory` | the account of what calls make the host keep |
+//! | `kept` | what has to be put back when the guest is rewound |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
@@ -19,6 +20,7 @@ pub mod effects;
 pub mod error;
 pub mod host_memory;
 pub mod journal;
+pub mod kept;
 mod lasting;
 pub mod monitor;
 pub mod overlay;

@@ -7,13 +7,17 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use super::view::{Page, Pfn, PrivateView, ViewError};
+
+/// Bytes that P has differently on a page, by offset.
+type Patches = BTreeMap<usize, u8>;
 
 #[derive(Debug)]
 struct Overlay {
     guest: Box<Page>,
-    patches: BTreeMap<usize, u8>,
+    patches: Arc<Patches>,
 }
 
 impl Overlay {
@@ -23,13 +27,22 @@ impl Overlay {
             return Ok(());
         }
         self.guest = guest;
+        self.write(pfn, view)
+    }
+
+    /// Makes P's page the guest's with the patches.
+    fn write(&self, pfn: Pfn, view: &mut PrivateView) -> Result<(), ViewError> {
         let mut page = self.guest.clone();
-        for (offset, byte) in &self.patches {
+        for (offset, byte) in &*self.patches {
             page[*offset] = *byte;
         }
         view.write_private(pfn.gpa(), page.as_slice())
     }
 }
+
+/// What was patched at a moment, see [`Overlays::keep`].
+#[derive(Debug)]
+pub struct KeptOverlays(BTreeMap<Pfn, Arc<Patches>>);
 
 /// All overlays of a domain.
 #[derive(Debug, Default)]
@@ -56,10 +69,10 @@ impl Overlays {
             Entry::Occupied(overlay) => overlay.into_mut(),
             Entry::Vacant(place) => place.insert(Overlay {
                 guest: view.copy_shared(pfn)?,
-                patches: BTreeMap::new(),
+                patches: Arc::default(),
             }),
         };
-        overlay.patches.insert(offset, byte);
+        Arc::make_mut(&mut overlay.patches).insert(offset, byte);
         view.write_private(pfn.gpa() + offset as u64, &[byte])
     }
 
@@ -82,5 +95,43 @@ impl Overlays {
     pub fn follow_all(&mut self, view: &mut PrivateView) -> Result<(), ViewError> {
         let mut all = self.pages.iter_mut();
         all.try_for_each(|(pfn, overlay)| overlay.follow(*pfn, view))
+    }
+
+    /// What is patched now.
+    pub fn keep(&self) -> KeptOverlays {
+        let patches = self.pages.iter();
+        KeptOverlays(
+            patches
+                .map(|(pfn, overlay)| (*pfn, overlay.patches.clone()))
+                .collect(),
+        )
+    }
+
+    /// Has P have patched what `kept` says, over the guest's pages as they are now. The guest is held.
+    pub fn put_back(
+        &mut self,
+        kept: &KeptOverlays,
+        view: &mut PrivateView,
+    ) -> Result<(), ViewError> {
+        let mut gone = Vec::new();
+        for (pfn, overlay) in &mut self.pages {
+            let Some(patches) = kept.0.get(pfn) else {
+                gone.push(*pfn);
+                continue;
+            };
+            let same_patches = Arc::ptr_eq(patches, &overlay.patches);
+            if !same_patches {
+                overlay.patches = patches.clone();
+            }
+            if *view.shared_page(*pfn)? != *overlay.guest {
+                overlay.follow(*pfn, view)?;
+            } else if !same_patches {
+                overlay.write(*pfn, view)?;
+            }
+        }
+        for pfn in &gone {
+            self.pages.remove(pfn);
+        }
+        view.drop_pages(&gone).map(drop)
     }
 }

@@ -208,6 +208,11 @@ impl PrivateVm {
         self.clock.follow(k, &self.vcpu)
     }
 
+    /// The time-stamp counters of K's vCPUs were set: P's is compared with them again from the next call on.
+    pub fn forget_clock(&mut self) {
+        self.clock.forget();
+    }
+
     /// General registers at the last exit.
     pub fn regs(&self) -> kvm_regs {
         self.vcpu.sync_regs().regs

@@ -141,8 +141,20 @@ fn the_reference_disassembler_understands_the_dsdt() {
     );
     let text = std::fs::read_to_string(file.with_extension("dsl")).unwrap();
     for part in [
-        "PNP0A03", "PNP0501", "ACPI0013", "PNP0C0C", "QEMU0001", "_S5", "_PRT", "_EVT", "S001",
-        "S003", "CHNG", "_EJ0",
+        "PNP0A03",
+        "PNP0501",
+        "ACPI0013",
+        "PNP0C0C",
+        "QEMU0001",
+        "_S5",
+        "_PRT",
+        "_EVT",
+        "S001",
+        "S003",
+        "CHNG",
+        "_EJ0",
+        "VM_Gen_Counter",
+        "ADDR",
     ] {
         assert!(text.contains(part), "{part} is missing:\n{text}");
     }

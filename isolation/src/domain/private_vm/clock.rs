@@ -32,6 +32,11 @@ pub(super) struct Clock {
 }
 
 impl Clock {
+    /// K's offset may have been set anew.
+    pub(super) fn forget(&mut self) {
+        *self = Self::default();
+    }
+
     /// Sets P's offset to that of `k` where it may have changed; returns the number of system calls.
     pub(super) fn follow(&mut self, k: &VcpuFd, p: &VcpuFd) -> Result<u32, PrivateVmError> {
         if self.unchanged >= SETTLED_CALLS {

@@ -20,6 +20,7 @@
 //! are walked by the processor itself and cannot go stale.
 
 mod entry;
+mod open;
 
 use std::collections::{HashMap, HashSet};
 
@@ -212,38 +213,6 @@ impl Roots {
             monitor.page_mut(top)[..PAGE_SIZE as usize / 2].fill(0);
         }
         self.top_sources.retain(|(index, _)| *index >= 256);
-    }
-
-    /// Lets P write the page at `va` in the driver root.
-    pub fn open(
-        &mut self,
-        va: u64,
-        view: &PrivateView,
-        monitor: &mut Monitor,
-    ) -> Result<Fill, RootError> {
-        let page = va & !(PAGE_SIZE - 1);
-        let execute = self
-            .driver
-            .special
-            .get(&page)
-            .is_some_and(|special| special.execute);
-        self.driver.special.insert(
-            page,
-            Permissions {
-                write: true,
-                execute,
-            },
-        );
-        self.fill(Root::Driver, page, view, monitor)
-    }
-
-    /// Whether the page at `va` is open for writing in the driver root.
-    pub fn is_open(&self, va: u64) -> bool {
-        let page = va & !(PAGE_SIZE - 1);
-        self.driver
-            .special
-            .get(&page)
-            .is_some_and(|special| special.write)
     }
 
     /// Walks the guest's tables as P sees them, permissions of the roots left aside.

@@ -18,7 +18,7 @@ struct HandedOut {
 
 /// Allocations of earlier calls. The driver may have given one back since; then somebody else's object of the same
 /// place and size counts as the driver's.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct EarlierAllocations {
     /// By first byte.
     known: HashMap<u64, HandedOut>,

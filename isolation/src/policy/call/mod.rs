@@ -17,6 +17,7 @@
 mod before;
 mod handed_out;
 mod interfaces;
+mod kept;
 mod restorable;
 
 #[cfg(test)]
@@ -41,6 +42,7 @@ use crate::guest::symbols::SymbolTable;
 pub use before::MemoryBefore;
 use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
+pub(crate) use kept::KeptPolicy;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
@@ -125,7 +127,7 @@ pub struct DriverPolicy {
     /// This call has looked there already.
     listed: bool,
     /// What was handed out to earlier calls.
-    owned: EarlierAllocations,
+    owned: Arc<EarlierAllocations>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Sections of the module: where its operations tables are.
@@ -186,7 +188,7 @@ impl DriverPolicy {
             interface_arguments: HashMap::new(),
             list,
             listed: false,
-            owned: EarlierAllocations::default(),
+            owned: Arc::default(),
             handed_out: Vec::new(),
             sections: layout
                 .sections
@@ -233,7 +235,7 @@ impl DriverPolicy {
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
         for range in handed_out.into_iter().filter(|_| committed) {
-            self.owned.insert(range);
+            Arc::make_mut(&mut self.owned).insert(range);
         }
     }
 
@@ -271,7 +273,7 @@ impl DriverPolicy {
         let stack = memory.stack;
         let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
         if found.range.first() == at && !on_stack {
-            self.owned.insert(found.range);
+            Arc::make_mut(&mut self.owned).insert(found.range);
         }
     }
 

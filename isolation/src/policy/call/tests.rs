@@ -239,6 +239,34 @@ fn what_was_handed_out_to_a_committed_call_stays_the_drivers() {
 }
 
 #[test]
+fn what_was_handed_out_after_a_mark_is_somebody_elses_after_the_rewind() {
+    let (fresh, later) = (OBJECTS + 512, OBJECTS + 768);
+    let mut before = guest();
+    before.put(Gva(later + 128), &words(&[0xfeed_f00d]), DATA);
+    let mut now = before.clone();
+    now.put(Gva(fresh + 128), &words(&[0]), DATA);
+    let mut last = now.clone();
+    last.put(Gva(later + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &now, &before, fresh, 8));
+    policy.end(true);
+    let kept = policy.keep();
+    for _ in 0..3 {
+        policy.begin("my_irq", [0; 6]);
+        assert!(ask(&mut policy, &last, &now, later, 8));
+        policy.end(true);
+        policy.begin("my_irq", [0; 6]);
+        assert!(ask(&mut policy, &last, &last, later, 8));
+        policy.put_back(&kept);
+        policy.begin("my_irq", [0; 6]);
+        assert!(!ask(&mut policy, &last, &last, later, 8));
+        assert!(ask(&mut policy, &last, &last, fresh, 8));
+        policy.end(true);
+    }
+}
+
+#[test]
 fn what_was_handed_out_to_the_call_is_its_own_though_the_guest_has_it_already() {
     let before = guest();
     let mut now = before.clone();

@@ -1,0 +1,66 @@
+//! Pages that the driver root lets P write.
+
+use std::collections::HashSet;
+
+use super::super::monitor::Monitor;
+use super::super::view::{PAGE_SIZE, PrivateView};
+use super::entry::{index, prefix};
+use super::{Fill, Permissions, Root, RootError, Roots, put_entry};
+
+impl Roots {
+    /// Lets P write the page at `va` in the driver root.
+    pub fn open(
+        &mut self,
+        va: u64,
+        view: &PrivateView,
+        monitor: &mut Monitor,
+    ) -> Result<Fill, RootError> {
+        let page = va & !(PAGE_SIZE - 1);
+        let execute = self
+            .driver
+            .special
+            .get(&page)
+            .is_some_and(|special| special.execute);
+        self.driver.special.insert(
+            page,
+            Permissions {
+                write: true,
+                execute,
+            },
+        );
+        self.fill(Root::Driver, page, view, monitor)
+    }
+
+    /// Whether the page at `va` is open for writing in the driver root.
+    pub fn is_open(&self, va: u64) -> bool {
+        let page = va & !(PAGE_SIZE - 1);
+        self.driver
+            .special
+            .get(&page)
+            .is_some_and(|special| special.write)
+    }
+
+    /// The pages that are open for writing in the driver root.
+    pub fn open_pages(&self) -> HashSet<u64> {
+        let open = self.driver.special.iter();
+        open.filter(|(_, special)| special.write)
+            .map(|(page, _)| *page)
+            .collect()
+    }
+
+    /// Closes all pages that are open for writing in the driver root but those in `keep`. What a page is mapped to is looked
+    /// up anew at its next access.
+    pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
+        let mirrors = &self.driver.mirrors;
+        self.driver.special.retain(|page, special| {
+            if !special.write || keep.contains(page) {
+                return true;
+            }
+            if let Some(table) = mirrors.get(&(1, prefix(*page, 1))) {
+                put_entry(monitor, *table, index(*page, 1), 0);
+            }
+            special.write = false;
+            special.execute
+        });
+    }
+}
