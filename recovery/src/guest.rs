@@ -122,6 +122,8 @@ pub trait LiveGuest: Send + Sync + 'static {
     type Agent: Agent;
     /// The state of a device.
     type DeviceState;
+    /// What was learnt of the guest, to be known again after a rewind.
+    type Learnt: Send + Sync + 'static;
 
     /// A client of its agent.
     fn agent(&self) -> Self::Agent;
@@ -176,6 +178,18 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// # Errors
     /// It cannot be reset now.
     fn reset(&self) -> anyhow::Result<()>;
+
+    /// Has the guest go back to the last mark that was made of it.
+    ///
+    /// # Errors
+    /// There is none, or it cannot go back to it.
+    fn go_back(&self) -> anyhow::Result<()>;
+
+    /// What was learnt of the guest by now.
+    fn learnt(&self) -> Self::Learnt;
+
+    /// The guest is as it was when `learnt` was known.
+    fn put_learnt_back(&self, learnt: &Self::Learnt);
 
     /// Keeps what the other end of the wire sees of the link of `module`'s device as it is, or lets it go on. Nothing
     /// happens if the device has none.

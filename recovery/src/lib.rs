@@ -10,9 +10,11 @@
 //! | `model` | what kernel functions do that outlasts a call |
 //! | `module_file` | a module's file that is to take a running one's place |
 //! | `request` | what was asked for when a module was isolated |
+//! | `rest` | the supervisor at rest with its machine, and after a rewind |
 //! | `resume_device` | a driver's own suspend and resume functions, called |
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
+//! | `turn` | whose turn it is to change drivers |
 //! | `upgrade` | another build of a driver in the place of the one that runs |
 //! | `violations` | what calls did wrong, counted |
 //!
@@ -29,8 +31,10 @@ pub mod ladder;
 pub mod model;
 pub mod module_file;
 pub mod request;
+mod rest;
 mod resume_device;
 mod rungs;
 pub mod supervisor;
+mod turn;
 pub mod upgrade;
 pub mod violations;

@@ -6,8 +6,24 @@ use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
 use serde::{Deserialize, Serialize};
 
+use crate::ladder::LadderConfig;
+
+/// A module that is isolated, as it has to be told so that it can be isolated again in a guest that was restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IsolatedModule {
+    /// What was asked for.
+    pub request: IsolationRequest,
+    /// What is done about its calls that fail.
+    pub recovery: LadderConfig,
+    /// Why its calls are not run, if they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
+}
+
 /// Which functions of a module are to be isolated, and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct IsolationRequest {
     /// Name of the module.
     pub module: String,

@@ -2,19 +2,21 @@
 //!
 //! ```text
 //!  resume the device ─► restart: read the configuration, take the gates out, remove, insert, put it back, isolate again
-//!     ─► reset the guest, isolate again ─► stop
+//!     ─► the guest goes back to its last mark ─► reset the guest, isolate again ─► stop
 //! ```
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
+use crate::asker::Nobody;
 use crate::guest::{Agent, LiveGuest, POLL};
 use crate::interface::live;
 use crate::ladder::{Ladder, Next};
 use crate::resume_device;
 use crate::supervisor::{Supervisor, lock};
+use crate::turn::Taken;
 
 /// How long a step of a restart may take in the guest.
 const STEP_TIME: Duration = Duration::from_secs(60);
@@ -28,7 +30,8 @@ pub(crate) fn recover<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
     resume: bool,
-    ladder: &Mutex<Ladder>,
+    ladder: &Arc<Mutex<Ladder>>,
+    turn: &Taken<'_>,
 ) {
     if resume {
         let result = resume_device::suspend_and_resume(supervisor.guest(), module);
@@ -47,6 +50,15 @@ pub(crate) fn recover<G: LiveGuest>(
         Err(error) => tracing::error!("{module} could not be restarted: {error}"),
     }
     let mut next = lock(ladder).restarted(borrowed(&result));
+    if next == Next::GoBack {
+        let result =
+            go_back(supervisor, module, ladder, turn).map_err(|error| format!("{error:#}"));
+        match &result {
+            Ok(()) => tracing::warn!("the guest is back at its last mark for {module}"),
+            Err(error) => tracing::error!("the guest does not go back to a mark: {error}"),
+        }
+        next = lock(ladder).went_back(borrowed(&result));
+    }
     if next == Next::Reset {
         let result = reset(supervisor, module).map_err(|error| format!("{error:#}"));
         if let Err(error) = &result {
@@ -107,6 +119,25 @@ fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Re
     // The agent listens to one client at a time, and isolating asks it as well.
     drop(agent);
     isolate_again(supervisor, module)
+}
+
+/// Has the guest go back to its last mark, and the module isolated in it also if it was not at the mark.
+fn go_back<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+    ladder: &Arc<Mutex<Ladder>>,
+    turn: &Taken<'_>,
+) -> anyhow::Result<()> {
+    let request = supervisor.request(module);
+    turn.lend(|| supervisor.guest().go_back())?;
+    if supervisor.ladder(module).is_some() {
+        return Ok(());
+    }
+    let request = request.context("it is not isolated any more")?;
+    let isolated = supervisor.isolate_with(request, ladder.clone(), &Nobody);
+    isolated
+        .map(drop)
+        .context("it cannot be isolated in the guest as it was at the mark")
 }
 
 /// Resets the guest, and isolates the same functions again once it has booted.

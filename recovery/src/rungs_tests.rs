@@ -5,10 +5,10 @@ use std::sync::Arc;
 use super::*;
 use crate::asker::Nobody;
 use crate::double::{DRIVER, Double, request};
-use crate::ladder::{Decision, Fault, LadderConfig, LadderStatus, OnFault, State};
+use crate::ladder::{Decision, Fault, LadderConfig, LadderStatus, MayReset, OnFault, State};
 
 /// A supervisor whose driver is isolated, and its guest with nothing written down yet.
-fn isolated(may_reset_guest: bool) -> (Arc<Supervisor<Double>>, Double) {
+fn isolated(may_reset_guest: MayReset) -> (Arc<Supervisor<Double>>, Double) {
     let guest = Double::new();
     let supervisor = Supervisor::start(guest.clone()).unwrap();
     let config = LadderConfig {
@@ -35,7 +35,9 @@ fn fail(supervisor: &Supervisor<Double>, device_lost: bool) {
         now_ns: 0,
     });
     assert!(matches!(decision, Decision::Restart | Decision::Resume));
-    recover(supervisor, DRIVER, decision == Decision::Resume, &ladder);
+    let resume = decision == Decision::Resume;
+    let turn = supervisor.change_driver();
+    recover(supervisor, DRIVER, resume, &ladder, &turn);
 }
 
 fn status(supervisor: &Supervisor<Double>) -> LadderStatus {
@@ -59,7 +61,7 @@ fn resuming() -> (Arc<Supervisor<Double>>, Double) {
 
 #[test]
 fn a_restart_gives_configuration_and_isolation_back() {
-    let (supervisor, guest) = isolated(false);
+    let (supervisor, guest) = isolated(MayReset::No);
     fail(&supervisor, false);
     let world = guest.world();
     assert_eq!(
@@ -87,7 +89,7 @@ fn a_restart_gives_configuration_and_isolation_back() {
 
 #[test]
 fn the_ladder_remembers_over_restarts() {
-    let (supervisor, _guest) = isolated(false);
+    let (supervisor, _guest) = isolated(MayReset::No);
     for _ in 0..3 {
         fail(&supervisor, false);
     }
@@ -96,7 +98,7 @@ fn the_ladder_remembers_over_restarts() {
 
 #[test]
 fn an_interface_that_does_not_come_back_is_not_waited_for_without_end() {
-    let (supervisor, guest) = isolated(false);
+    let (supervisor, guest) = isolated(MayReset::No);
     guest.world().fails = |step, _| step == "look for eth0";
     fail(&supervisor, false);
     let why = status(&supervisor).gave_up.unwrap();
@@ -112,7 +114,7 @@ fn a_restart_that_fails_where_the_guest_may_not_be_reset_stops_the_driver() {
         |step, _| step.starts_with("insert"),
         |step, before| step == "isolate" && before == 0,
     ] {
-        let (supervisor, guest) = isolated(false);
+        let (supervisor, guest) = isolated(MayReset::No);
         guest.world().fails = fails;
         fail(&supervisor, false);
         let status = status(&supervisor);
@@ -130,7 +132,7 @@ fn a_restart_that_fails_where_the_guest_may_not_be_reset_stops_the_driver() {
 
 #[test]
 fn a_restart_that_fails_resets_a_guest_that_may_be() {
-    let (supervisor, guest) = isolated(true);
+    let (supervisor, guest) = isolated(MayReset::Boot);
     guest.world().fails = |step, _| step.starts_with("insert");
     fail(&supervisor, false);
     let done = guest.world().done.clone();
@@ -143,7 +145,7 @@ fn a_restart_that_fails_resets_a_guest_that_may_be() {
 #[test]
 fn a_guest_that_cannot_be_reset_or_does_not_boot_has_its_driver_stopped() {
     for boots in [true, false] {
-        let (supervisor, guest) = isolated(true);
+        let (supervisor, guest) = isolated(MayReset::Boot);
         guest.world().fails = match boots {
             true => |step, _| step.starts_with("insert") || step == "reset",
             false => |step, _| step.starts_with("insert") || step == "boot",
@@ -178,4 +180,78 @@ fn a_resume_that_fails_restarts_the_driver() {
     assert_eq!(status.state, State::Running);
     assert_eq!((status.rungs.failed_resumes, status.rungs.restarts), (1, 1));
     assert_eq!(guest.world().done.last().unwrap(), "isolate");
+}
+
+/// A guest with a mark at which the driver is isolated, or not, and whose driver cannot be inserted any more.
+fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
+    let (supervisor, guest) = isolated(MayReset::Snapshot);
+    let request = supervisor.request(DRIVER).unwrap();
+    if !is_isolated {
+        supervisor.release(DRIVER).unwrap();
+    }
+    supervisor.come_to_rest().unwrap();
+    let kept = supervisor.keep_ladders();
+    supervisor.end_rest();
+    if !is_isolated {
+        let config = LadderConfig {
+            on_fault: Some(OnFault::Restart),
+            may_reset_guest: MayReset::Snapshot,
+            ..LadderConfig::default()
+        };
+        supervisor.isolate(request, config, &Nobody).unwrap();
+    }
+    let weak = Arc::downgrade(&supervisor);
+    let mut world = guest.world();
+    world.fails = |step, _| step.starts_with("insert");
+    world.done.clear();
+    world.mark = Some(Arc::new(move |guest: &Double| {
+        let supervisor = weak.upgrade().unwrap();
+        // As the machine does it.
+        supervisor.come_to_rest().unwrap();
+        guest.world().loaded = Some(crate::double::build(1));
+        supervisor.put_ladders_back(&kept).unwrap();
+        supervisor.end_rest();
+    }));
+    drop(world);
+    (supervisor, guest)
+}
+
+#[test]
+fn a_restart_that_fails_has_the_guest_go_back_to_its_mark_and_boot_if_it_fails_again() {
+    let (supervisor, guest) = with_mark(true);
+    fail(&supervisor, false);
+    let went_back = status(&supervisor);
+    assert_eq!((went_back.state, went_back.gave_up), (State::Running, None));
+    assert_eq!((went_back.rungs.rewinds, went_back.rungs.resets), (1, 0));
+    assert_eq!(guest.world().done.last().unwrap(), "go back");
+    assert_eq!(guest.count("reset"), 0);
+    fail(&supervisor, false);
+    let booted = status(&supervisor);
+    assert_eq!((booted.rungs.rewinds, booted.rungs.resets), (1, 1));
+    let done = guest.world().done.clone();
+    assert_eq!(done[done.len() - 3..], ["reset", "boot", "isolate"]);
+}
+
+#[test]
+fn a_driver_that_was_not_isolated_at_the_mark_is_isolated_again_in_the_guest_that_went_back() {
+    let (supervisor, guest) = with_mark(false);
+    fail(&supervisor, false);
+    let status = status(&supervisor);
+    assert_eq!((status.state, status.rungs.rewinds), (State::Running, 1));
+    let done = guest.world().done.clone();
+    assert_eq!(done[done.len() - 2..], ["go back", "isolate"]);
+}
+
+#[test]
+fn a_guest_without_a_mark_boots() {
+    let (supervisor, guest) = isolated(MayReset::Snapshot);
+    guest.world().fails = |step, _| step.starts_with("insert");
+    fail(&supervisor, false);
+    let status = status(&supervisor);
+    assert_eq!((status.state, status.rungs.resets), (State::Running, 1));
+    let done = guest.world().done.clone();
+    assert_eq!(
+        done[done.len() - 4..],
+        ["go back", "reset", "boot", "isolate"]
+    );
 }

@@ -6,7 +6,7 @@
 //!                                  └─► resume, restart ─► queue ─► a thread of its own ([`crate::rungs`])
 //! ```
 //!
-//! Lock order: who changes a driver holds the lock for that first; a ladder's lock is taken last, and nothing is called
+//! Lock order: who changes a driver takes the turn for that first; a ladder's lock is taken last, and nothing is called
 //! under it.
 
 use std::collections::HashMap;
@@ -23,17 +23,18 @@ use crate::asker::{Asker, Gone, Nobody};
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
 use crate::request::IsolationRequest;
+use crate::turn::{Taken, Turn};
 use crate::upgrade::UpgradeReport;
 use crate::violations::{ViolationLog, Violations};
 use crate::{resume_device, rungs, upgrade};
 
-struct SupervisedModule {
-    request: IsolationRequest,
-    ladder: Arc<Mutex<Ladder>>,
+pub(crate) struct SupervisedModule {
+    pub request: IsolationRequest,
+    pub ladder: Arc<Mutex<Ladder>>,
 }
 
 /// What a module's ladder asks for beyond an error.
-struct RungRequest {
+pub(crate) struct RungRequest {
     module: String,
     /// The ladder that asks.
     ladder: Arc<Mutex<Ladder>>,
@@ -47,10 +48,10 @@ pub struct Supervisor<G> {
     modules: Mutex<HashMap<String, SupervisedModule>>,
     rungs: Sender<RungRequest>,
     violations: Arc<Mutex<ViolationLog>>,
-    /// Held by whoever removes and inserts drivers.
-    driver_change: Mutex<()>,
+    /// Whose turn it is to remove and insert drivers.
+    pub(crate) turn: Turn,
     /// Paths in the guest of the files of drivers that were upgraded.
-    driver_files: Mutex<HashMap<String, String>>,
+    pub(crate) driver_files: Mutex<HashMap<String, String>>,
 }
 
 impl<G: LiveGuest> Supervisor<G> {
@@ -69,14 +70,14 @@ impl<G: LiveGuest> Supervisor<G> {
         Ok(supervisor)
     }
 
-    fn new(guest: G) -> (Self, Receiver<RungRequest>) {
+    pub(crate) fn new(guest: G) -> (Self, Receiver<RungRequest>) {
         let (rungs, asked) = channel();
         let supervisor = Self {
             guest,
             modules: Mutex::default(),
             rungs,
             violations: Arc::default(),
-            driver_change: Mutex::new(()),
+            turn: Turn::default(),
             driver_files: Mutex::default(),
         };
         (supervisor, asked)
@@ -122,7 +123,7 @@ impl<G: LiveGuest> Supervisor<G> {
         Ok(isolated?.entries.len())
     }
 
-    fn isolate_with(
+    pub(crate) fn isolate_with(
         &self,
         request: IsolationRequest,
         ladder: Arc<Mutex<Ladder>>,
@@ -201,6 +202,11 @@ impl<G: LiveGuest> Supervisor<G> {
         Some(self.modules().get(module)?.ladder.clone())
     }
 
+    /// What was asked for of a module that is isolated.
+    pub(crate) fn request(&self, module: &str) -> Option<IsolationRequest> {
+        Some(self.modules().get(module)?.request.clone())
+    }
+
     /// Takes a module's gates out, if there are any, to put them in again later.
     pub(crate) fn take_out(&self, module: &str) {
         if let Err(error) = self.guest.release(module) {
@@ -209,13 +215,13 @@ impl<G: LiveGuest> Supervisor<G> {
     }
 
     /// Waits until nobody else removes or inserts a driver.
-    pub(crate) fn change_driver(&self) -> MutexGuard<'_, ()> {
-        lock(&self.driver_change)
+    pub(crate) fn change_driver(&self) -> Taken<'_> {
+        self.turn.take()
     }
 
     /// The same for `asker`, who is told of the wait and may be gone after it.
-    pub(crate) fn change_driver_for(&self, asker: &dyn Asker) -> Result<MutexGuard<'_, ()>, Gone> {
-        if let Ok(alone) = self.driver_change.try_lock() {
+    pub(crate) fn change_driver_for(&self, asker: &dyn Asker) -> Result<Taken<'_>, Gone> {
+        if let Some(alone) = self.turn.try_take() {
             return Ok(alone);
         }
         asker.tell("waiting for another change of a driver to end")?;
@@ -240,7 +246,7 @@ impl<G: LiveGuest> Supervisor<G> {
         }
     }
 
-    fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {
+    pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {
         lock(&self.modules)
     }
 }
@@ -292,12 +298,13 @@ impl FaultPolicy for LadderPolicy {
 }
 
 /// Begins with the rung that a ladder asked for, unless its module was released or exchanged meanwhile.
-fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
+pub(crate) fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
     // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
     let alone = supervisor.change_driver();
     let ladder = supervisor.ladder(&request.module);
     if ladder.is_some_and(|ladder| Arc::ptr_eq(&ladder, &request.ladder)) {
-        rungs::recover(supervisor, &request.module, request.resume, &request.ladder);
+        let (module, ladder) = (&request.module, &request.ladder);
+        rungs::recover(supervisor, module, request.resume, ladder, &alone);
     }
     drop(alone);
 }

@@ -8,7 +8,7 @@ use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Strength};
 use isolation::status::{EntryStatus, ModuleStatus};
-use recovery::ladder::{LadderConfig, LadderStatus, OnFault, State};
+use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::request::Spilling;
 
 use super::table::{number, table};
@@ -81,9 +81,10 @@ pub struct IsolateOptions {
     /// may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
     contain: Contain,
-    /// Reset the guest when the driver cannot be restarted
-    #[arg(long)]
-    may_reset_guest: bool,
+    /// Reset the guest when the driver cannot be restarted: have it boot, or go back to its last mark (snapshot); it boots
+    /// where there is no mark, or where going back has not helped. Boot without a value
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "boot", value_parser = parse_may_reset)]
+    may_reset_guest: Option<MayReset>,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -109,6 +110,11 @@ fn parse_checkpoint(name: &str) -> Result<CheckpointBy, String> {
 fn parse_contain(name: &str) -> Result<Contain, String> {
     let names = Contain::ALL.map(Contain::name).join(", ");
     Contain::from_name(name).ok_or_else(|| format!("there are {names}"))
+}
+
+fn parse_may_reset(name: &str) -> Result<MayReset, String> {
+    let names = MayReset::ALLOWED.map(MayReset::name).join(", ");
+    MayReset::from_name(name).ok_or_else(|| format!("there are {names}"))
 }
 
 /// Which functions.
@@ -138,7 +144,7 @@ impl IsolateOptions {
             recoveries_per_minute: self.max_recoveries_per_minute,
             retries: self.retries,
             failures_in_a_row: self.max_failures_in_a_row,
-            may_reset_guest: self.may_reset_guest,
+            may_reset_guest: self.may_reset_guest.unwrap_or_default(),
             ..LadderConfig::default()
         };
         for (function, on_fault) in self.on_fault {
@@ -377,13 +383,14 @@ pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
     let rungs = &status.rungs;
     let mut text = format!(
         "{module} {state}; failed calls that returned an error: {}, that were run again: {}; resumes: {} ({} failed); \
-         restarts: {} ({} failed); resets: {}\n",
+         restarts: {} ({} failed); times back at a mark: {}; resets: {}\n",
         rungs.errors,
         rungs.retries,
         rungs.resumes,
         rungs.failed_resumes,
         rungs.restarts,
         rungs.failed_restarts,
+        rungs.rewinds,
         rungs.resets
     );
     if let Some(why) = &status.gave_up {

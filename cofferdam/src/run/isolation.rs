@@ -42,8 +42,8 @@ pub struct Isolation {
     known: Mutex<Option<Arc<Known>>>,
 }
 
-/// What is known of a guest and a module, for as long as the same modules are loaded at the same places.
-struct Known {
+/// What is known of a guest and one of its modules, for as long as the same modules are loaded at the same places.
+pub struct Known {
     module: String,
     /// Resets of the machine by then: a guest that boots anew may have its kernel elsewhere.
     resets: u64,
@@ -104,6 +104,7 @@ impl Isolation {
 impl LiveGuest for Isolation {
     type Agent = Client;
     type DeviceState = DeviceState;
+    type Learnt = Option<Arc<Known>>;
 
     fn agent(&self) -> Client {
         let mut agent = Client::unix(self.agent_socket.clone());
@@ -214,6 +215,18 @@ impl LiveGuest for Isolation {
 
     fn reset(&self) -> anyhow::Result<()> {
         Ok(self.vm.reset()?)
+    }
+
+    fn go_back(&self) -> anyhow::Result<()> {
+        bail!("no mark was made of the guest")
+    }
+
+    fn learnt(&self) -> Self::Learnt {
+        lock(&self.known).clone()
+    }
+
+    fn put_learnt_back(&self, learnt: &Self::Learnt) {
+        lock(&self.known).clone_from(learnt);
     }
 
     fn hold_link(&self, module: &str, hold: bool) {

@@ -36,7 +36,10 @@ use devices::clock::monotonic_ns;
 use devices::serial::SerialBackend;
 use isolation::Isolation;
 use panic_watch::GuestPanic;
+use recovery::asker::Nobody;
+use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
+use saved::SavedVm;
 use vmm::memory::MemorySource;
 use vmm::snapshot::Chain;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
@@ -192,6 +195,11 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     });
     let guest = Isolation::new(vm.handle(), isolator, paths.agent_socket(), nics.clone());
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
+    vm.handle().add_participant(supervisor.clone());
+    if let Some(chain) = &chain {
+        let saved = SavedVm::of(chain.top().manifest())?;
+        isolate_again(&supervisor, saved.isolated())?;
+    }
     let weak = Arc::downgrade(&supervisor);
     let forgotten = panic.clone();
     vm.handle().on_reset(move || {
@@ -217,4 +225,27 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     };
     tracing::info!(name = %config.name, "{begins}");
     Ok(vm.run()?)
+}
+
+/// Isolates what was isolated when the snapshot was taken, once the guest goes on and its agent answers. Where that does
+/// not work, `cofferdam status` says so.
+fn isolate_again(
+    supervisor: &Arc<Supervisor<Isolation>>,
+    isolated: &[IsolatedModule],
+) -> anyhow::Result<()> {
+    if isolated.is_empty() {
+        return Ok(());
+    }
+    let (supervisor, isolated) = (supervisor.clone(), isolated.to_vec());
+    std::thread::Builder::new()
+        .name("isolate-again".to_owned())
+        .spawn(move || {
+            for (module, error) in supervisor.isolate_as_told(isolated, &Nobody) {
+                tracing::error!(
+                    "{module} is not isolated as it was when the guest was saved: {error:#}"
+                );
+            }
+        })
+        .context("cannot start a thread that isolates again")?;
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use recovery::request::IsolatedModule;
 use serde::{Deserialize, Serialize};
 use vmm::snapshot::Manifest;
 
@@ -25,6 +26,9 @@ pub struct SavedVm {
     memory: String,
     vcpus: u8,
     no_reboot: bool,
+    /// What was isolated in the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    isolated: Vec<IsolatedModule>,
 }
 
 /// A NIC of a [`SavedVm`].
@@ -96,7 +100,21 @@ impl SavedVm {
             memory: config.memory.to_string(),
             vcpus: config.vcpus,
             no_reboot: config.no_reboot,
+            isolated: Vec::new(),
         })
+    }
+
+    /// The same with `isolated` in the guest.
+    pub fn with_isolated(&self, isolated: Vec<IsolatedModule>) -> Self {
+        Self {
+            isolated,
+            ..self.clone()
+        }
+    }
+
+    /// What was isolated in the guest.
+    pub fn isolated(&self) -> &[IsolatedModule] {
+        &self.isolated
     }
 
     /// What the snapshot says.

@@ -181,9 +181,11 @@ impl VmService {
         };
         let mut tell = |what: &str| asker.tell(what).is_ok();
         let mut beside = || {
+            let isolated = self.supervisor.isolated();
+            let clean = self.isolator().clean_bytes().into_iter();
             Ok(Beside {
-                vm: json(&self.saved)?,
-                instead: Vec::new(),
+                vm: json(&self.saved.with_isolated(isolated))?,
+                instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
             })
         };
         let taken = self.vm.snapshot(&request, &mut tell, &mut beside);

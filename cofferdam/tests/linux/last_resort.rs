@@ -6,7 +6,7 @@ use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::Request;
 use recovery::fault::FaultKind;
-use recovery::ladder::{LadderConfig, OnFault, State};
+use recovery::ladder::{LadderConfig, MayReset, OnFault, State};
 use recovery::upgrade::UpgradeOutcome;
 
 use super::builds::{another_build, build_of, hex, stock, that_stays, without_the_device};
@@ -34,7 +34,7 @@ fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed()
     let first = boot_id(&mut victim.guest);
     let may_reset = LadderConfig {
         on_fault: Some(OnFault::Restart),
-        may_reset_guest: true,
+        may_reset_guest: MayReset::Boot,
         ..LadderConfig::default()
     };
     victim.isolate(ENTRY, may_reset);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use agent_protocol::ClientError;
 use agent_protocol::message::{AgentError, Interface, Module};
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Isolated, Strength};
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
@@ -47,6 +47,9 @@ pub(crate) fn request() -> IsolationRequest {
     }
 }
 
+/// Puts a guest back to where it was.
+pub(crate) type Rewind = dyn Fn(&Double) + Send + Sync;
+
 /// The state of the guest.
 pub(crate) struct World {
     pub now: Duration,
@@ -70,6 +73,10 @@ pub(crate) struct World {
     pub link_held: bool,
     /// Changes whenever a driver comes or goes.
     pub device: u32,
+    /// What was learnt of the guest.
+    pub learnt: u32,
+    /// What puts the guest back to its last mark, if there is one.
+    pub mark: Option<Arc<Rewind>>,
 }
 
 /// The guest.
@@ -104,6 +111,8 @@ impl Double {
             agents: 0,
             link_held: false,
             device: 7,
+            learnt: 1,
+            mark: None,
         })))
     }
 
@@ -330,6 +339,7 @@ impl Agent for DoubleAgent {
 impl LiveGuest for Double {
     type Agent = DoubleAgent;
     type DeviceState = u32;
+    type Learnt = u32;
 
     fn agent(&self) -> DoubleAgent {
         self.world().agents += 1;
@@ -406,6 +416,21 @@ impl LiveGuest for Double {
         world.policy = None;
         world.loaded = Some(build(1));
         Ok(())
+    }
+
+    fn go_back(&self) -> anyhow::Result<()> {
+        self.step("go back")?;
+        let mark = self.world().mark.clone();
+        mark.context("there is no mark")?(self);
+        Ok(())
+    }
+
+    fn learnt(&self) -> u32 {
+        self.world().learnt
+    }
+
+    fn put_learnt_back(&self, learnt: &u32) {
+        self.world().learnt = *learnt;
     }
 
     fn hold_link(&self, _module: &str, hold: bool) {

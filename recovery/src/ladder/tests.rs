@@ -127,8 +127,9 @@ fn more_faults_than_allowed_in_a_minute_stop_the_driver_for_good() {
 #[test]
 fn a_restart_that_fails_leads_to_a_reset_only_where_that_is_allowed() {
     for (may_reset_guest, next, state) in [
-        (true, Next::Reset, State::Resetting),
-        (false, Next::Stop, State::Stopped),
+        (MayReset::Boot, Next::Reset, State::Resetting),
+        (MayReset::Snapshot, Next::GoBack, State::Resetting),
+        (MayReset::No, Next::Stop, State::Stopped),
     ] {
         let mut ladder = Ladder::new(LadderConfig {
             may_reset_guest,
@@ -158,7 +159,7 @@ fn a_driver_that_was_restarted_runs_and_can_be_restarted_again() {
 #[test]
 fn a_reset_that_fails_is_the_end() {
     let mut ladder = Ladder::new(LadderConfig {
-        may_reset_guest: true,
+        may_reset_guest: MayReset::Boot,
         ..config(OnFault::Restart)
     });
     ladder.fault(&fault("f", 1, 0));
@@ -166,6 +167,46 @@ fn a_reset_that_fails_is_the_end() {
     assert_eq!(ladder.reset(Err("stopped")), Next::Stop);
     assert_eq!(ladder.reset(Ok(())), Next::Nothing);
     assert_eq!(ladder.status().state, State::Stopped);
+}
+
+#[test]
+fn a_guest_that_went_back_boots_if_that_has_not_helped() {
+    let mut ladder = Ladder::new(LadderConfig {
+        may_reset_guest: MayReset::Snapshot,
+        ..config(OnFault::Restart)
+    });
+    let kept = ladder.clone();
+    let mut fails_at = |now_ns| {
+        assert_eq!(ladder.fault(&fault("f", 1, now_ns)), Decision::Restart);
+        let next = ladder.restarted(Err("busy"));
+        match next {
+            Next::GoBack => {
+                ladder.put_back(&kept);
+                assert_eq!(ladder.went_back(Ok(())), Next::Nothing);
+            }
+            _ => assert_eq!(ladder.reset(Ok(())), Next::Nothing),
+        }
+        assert_eq!(ladder.status().state, State::Running);
+        next
+    };
+    assert_eq!(fails_at(1000), Next::GoBack);
+    assert_eq!(fails_at(1000 + MINUTE_NS), Next::Reset);
+    assert_eq!(fails_at(1000 + REMEMBERED_NS), Next::GoBack);
+    let rungs = ladder.status().rungs;
+    assert_eq!((rungs.restarts, rungs.rewinds, rungs.resets), (3, 2, 1));
+}
+
+#[test]
+fn a_guest_that_cannot_go_back_boots() {
+    let mut ladder = Ladder::new(LadderConfig {
+        may_reset_guest: MayReset::Snapshot,
+        ..config(OnFault::Restart)
+    });
+    ladder.fault(&fault("f", 1, 0));
+    assert_eq!(ladder.restarted(Err("busy")), Next::GoBack);
+    assert_eq!(ladder.went_back(Err("no mark")), Next::Reset);
+    assert_eq!(ladder.reset(Ok(())), Next::Nothing);
+    assert_eq!(ladder.status().state, State::Running);
 }
 
 /// Something that happens to a ladder.
@@ -232,6 +273,7 @@ enum Event {
     Resumed(bool),
     Restarted(bool),
     Reset(bool),
+    WentBack(bool),
     NotIsolated,
     IsolatedAgain,
 }
@@ -275,6 +317,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         2 => any::<bool>().prop_map(Event::Resumed),
         2 => any::<bool>().prop_map(Event::Restarted),
         1 => any::<bool>().prop_map(Event::Reset),
+        1 => any::<bool>().prop_map(Event::WentBack),
         1 => Just(Event::NotIsolated),
         1 => Just(Event::IsolatedAgain),
     ];
@@ -293,7 +336,7 @@ fn configs() -> impl Strategy<Value = LadderConfig> {
         0..20_u32,
         0..4_u32,
         1..60_u32,
-        any::<bool>(),
+        prop::sample::select(&[MayReset::No, MayReset::Boot, MayReset::Snapshot][..]),
     )
         .prop_map(
             |(
@@ -325,10 +368,13 @@ struct Model {
     tried: Vec<(String, u64, usize)>,
     state: State,
     rungs: Rungs,
+    failed_at: u64,
+    went_back_at: Option<u64>,
 }
 
 impl Model {
     fn fault(&mut self, fault: &Fault<'_>) -> Decision {
+        self.failed_at = fault.now_ns;
         let Fault {
             entry,
             attempts,
@@ -454,10 +500,20 @@ impl Model {
             self.rungs.failed_restarts += u64::from(!well);
             self.state = match (well, self.config.may_reset_guest) {
                 (true, _) => State::Running,
-                (false, true) => State::Resetting,
-                (false, false) => State::Stopped,
+                (false, MayReset::No) => State::Stopped,
+                (false, _) => State::Resetting,
             };
-            self.rungs.resets += u64::from(self.state == State::Resetting);
+            if self.state == State::Resetting {
+                let lately = self
+                    .went_back_at
+                    .filter(|at| self.failed_at - at < REMEMBERED_NS);
+                if self.config.may_reset_guest == MayReset::Boot || lately.is_some() {
+                    self.rungs.resets += 1;
+                } else {
+                    self.rungs.rewinds += 1;
+                    self.went_back_at = Some(self.failed_at);
+                }
+            }
             self.rungs.stops += u64::from(self.state == State::Stopped);
         }
     }
@@ -469,6 +525,17 @@ impl Model {
             if well {
                 self.recovered_at.clear();
             }
+        }
+    }
+
+    fn went_back(&mut self, well: bool) {
+        match (self.state, well) {
+            (State::Resetting, true) => self.reset(true),
+            (State::Resetting | State::Running, false) => {
+                self.state = State::Resetting;
+                self.rungs.resets += 1;
+            }
+            _ => {}
         }
     }
 
@@ -493,6 +560,8 @@ proptest! {
             tried: Vec::new(),
             state: State::Running,
             rungs: Rungs::default(),
+            failed_at: 0,
+            went_back_at: None,
         };
         let mut now_ns = 0;
         for event in events {
@@ -514,6 +583,10 @@ proptest! {
                 Event::Reset(well) => {
                     ladder.reset(if well { Ok(()) } else { Err("why") });
                     model.reset(well);
+                }
+                Event::WentBack(well) => {
+                    ladder.went_back(if well { Ok(()) } else { Err("why") });
+                    model.went_back(well);
                 }
                 Event::NotIsolated => {
                     ladder.not_isolated("why");

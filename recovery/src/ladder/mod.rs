@@ -8,7 +8,7 @@
 //!                                ├─ error, and the driver is restarted ─► Restarting ─┬─ done ─► Running
 //!                                │                                                    └─ failed
 //!                                │        Resetting ◄── if that is allowed ────────────────┤
-//!                                │            └─ done ─► Running                           │
+//!                                │            └─ back at a mark, or booted ─► Running      │
 //!                                └─ stop, or too many faults in a minute ─► Stopped ◄──────┘
 //! ```
 //!
@@ -20,9 +20,13 @@
 //! and always taken. The machine is pure: it is told what happened and when, and says what to do. A
 //! driver that is stopped stays so until it is isolated anew.
 
+mod config;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
+
+pub use config::{LadderConfig, MayReset, OnFault};
 
 /// Nanoseconds in the minute that recoveries are limited in.
 const MINUTE_NS: u64 = 60_000_000_000;
@@ -30,94 +34,6 @@ const MINUTE_NS: u64 = 60_000_000_000;
 const REMEMBERED_NS: u64 = 10 * MINUTE_NS;
 /// Failures that a call counts for which used up its time: each keeps the whole guest waiting.
 const HANG: u32 = 25;
-
-/// What to do about a call that failed, once it was rolled back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnFault {
-    /// The call returns an error.
-    Error,
-    /// The call is run once more, for faults that do not last; an error when it fails again and again.
-    Retry,
-    /// The call returns an error, and the driver suspends and resumes its device with its own functions.
-    Resume,
-    /// The call returns an error, and the driver is restarted with its configuration put back.
-    Restart,
-    /// The call returns an error, and no call of the driver is run any more.
-    Stop,
-}
-
-impl OnFault {
-    /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Error,
-        Self::Retry,
-        Self::Resume,
-        Self::Restart,
-        Self::Stop,
-    ];
-
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Retry => "retry",
-            Self::Resume => "resume",
-            Self::Restart => "restart",
-            Self::Stop => "stop",
-        }
-    }
-
-    /// The one of that name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|on_fault| on_fault.name() == name)
-    }
-}
-
-/// What is allowed, and what is wanted for which entry point.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LadderConfig {
-    /// For entry points that are not named. Without it, functions that return a value return an error, and
-    /// functions that return nothing, whose caller cannot know that they failed, are run again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub on_fault: Option<OnFault>,
-    /// For single entry points.
-    #[serde(default)]
-    pub per_entry: BTreeMap<String, OnFault>,
-    /// Faults in one minute, above which the driver is stopped.
-    pub recoveries_per_minute: u32,
-    /// How often one call is run again.
-    pub retries: u32,
-    /// Failed calls of one function, with none that ends well in between, after which the next rung is tried whatever was
-    /// chosen.
-    #[serde(default = "failures_in_a_row")]
-    pub failures_in_a_row: u32,
-    /// Whether the guest may be reset when the driver cannot be restarted.
-    #[serde(default)]
-    pub may_reset_guest: bool,
-}
-
-/// More than a person injects to see what happens, and less than a second of polls.
-fn failures_in_a_row() -> u32 {
-    100
-}
-
-impl Default for LadderConfig {
-    fn default() -> Self {
-        Self {
-            on_fault: None,
-            per_entry: BTreeMap::new(),
-            // A fault every 100 ms: a driver that fails more often does nothing but fail.
-            recoveries_per_minute: 600,
-            retries: 2,
-            failures_in_a_row: failures_in_a_row(),
-            may_reset_guest: false,
-        }
-    }
-}
 
 /// Where a driver stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -130,7 +46,7 @@ pub enum State {
     Resuming,
     /// It is being restarted.
     Restarting,
-    /// The guest is being reset.
+    /// The guest is being reset, or goes back to a mark.
     Resetting,
     /// Its calls return errors without being run.
     Stopped,
@@ -155,6 +71,9 @@ pub struct Rungs {
     pub restarts: u64,
     /// Those of them that failed.
     pub failed_restarts: u64,
+    /// Times that the guest was to go back to its last mark.
+    #[serde(default)]
+    pub rewinds: u64,
     /// Resets of the guest that were begun.
     pub resets: u64,
     /// Times the driver was stopped.
@@ -195,6 +114,8 @@ pub enum Next {
     Nothing,
     /// Restart the driver.
     Restart,
+    /// Have the guest go back to its last mark.
+    GoBack,
     /// Reset the guest.
     Reset,
     /// Run no call of the driver any more.
@@ -244,6 +165,9 @@ pub struct Ladder {
     lost_ns: Option<u64>,
     /// By function.
     rows: BTreeMap<String, Row>,
+    /// When the last call failed, and when the guest last had to go back to a mark for this driver.
+    failed_ns: u64,
+    went_back_ns: Option<u64>,
 }
 
 impl Ladder {
@@ -253,6 +177,14 @@ impl Ladder {
             config,
             ..Self::default()
         }
+    }
+
+    /// One that was made anew for a driver that was stopped, and why it was.
+    pub fn stopped(config: LadderConfig, why: String) -> Self {
+        let mut ladder = Self::new(config);
+        ladder.status.state = State::Stopped;
+        ladder.status.gave_up = Some(why);
+        ladder
     }
 
     /// What it was made with.
@@ -267,6 +199,7 @@ impl Ladder {
 
     /// A call failed and was rolled back.
     pub fn fault(&mut self, fault: &Fault<'_>) -> Decision {
+        self.failed_ns = fault.now_ns;
         if self.status.state == State::Stopped {
             return Decision::Stop;
         }
@@ -357,13 +290,55 @@ impl Ladder {
             return Next::Nothing;
         };
         self.status.rungs.failed_restarts += 1;
-        if self.config.may_reset_guest {
-            self.status.rungs.resets += 1;
-            self.status.state = State::Resetting;
-            return Next::Reset;
+        match self.config.may_reset_guest {
+            MayReset::No => {
+                self.stop(format!("the driver could not be restarted: {error}"));
+                Next::Stop
+            }
+            MayReset::Snapshot if !self.went_back_lately() => {
+                self.status.rungs.rewinds += 1;
+                self.status.state = State::Resetting;
+                self.went_back_ns = Some(self.failed_ns);
+                Next::GoBack
+            }
+            MayReset::Boot | MayReset::Snapshot => self.begin_reset(),
         }
-        self.stop(format!("the driver could not be restarted: {error}"));
-        Next::Stop
+    }
+
+    fn begin_reset(&mut self) -> Next {
+        self.status.rungs.resets += 1;
+        self.status.state = State::Resetting;
+        Next::Reset
+    }
+
+    /// Whether the guest had to go back to a mark for this driver not long before the last failure.
+    fn went_back_lately(&self) -> bool {
+        self.went_back_ns
+            .is_some_and(|back| self.failed_ns.saturating_sub(back) < REMEMBERED_NS)
+    }
+
+    /// The guest has gone back to its mark with the driver isolated, or could not.
+    pub fn went_back(&mut self, result: Result<(), &str>) -> Next {
+        // A ladder that went back with the guest runs.
+        match (self.status.state, result) {
+            (State::Resetting | State::Running, Err(_)) => return self.begin_reset(),
+            (State::Resetting, Ok(())) => {
+                self.status.state = State::Running;
+                self.lately.clear();
+            }
+            _ => {}
+        }
+        Next::Nothing
+    }
+
+    /// The guest was rewound to where this ladder was `kept`. What was counted, and that the guest had to go back for this
+    /// driver, stays known.
+    pub fn put_back(&mut self, kept: &Self) {
+        let rungs = self.status.rungs;
+        let (failed_ns, went_back_ns) = (self.failed_ns, self.went_back_ns);
+        self.clone_from(kept);
+        self.status.rungs = rungs;
+        (self.failed_ns, self.went_back_ns) = (failed_ns, went_back_ns);
     }
 
     /// The reset that was asked for has ended: the guest boots, or could not be reset.
@@ -491,5 +466,4 @@ impl Ladder {
 }
 
 #[cfg(test)]
-#[path = "ladder_tests.rs"]
 mod tests;
