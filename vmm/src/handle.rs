@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::exits::ExitCounts;
 use crate::gate::on_vcpu_thread;
 use crate::lifecycle::Request;
-use crate::machine::{Machine, Phase};
+use crate::machine::{Machine, Operations, Phase};
 use crate::memory::GuestRam;
 use crate::paused::PausedVcpus;
 use crate::slot::PciSlot;
@@ -54,6 +54,11 @@ pub enum Refused {
     /// Nothing that can be taken out is in the slot.
     #[error("no device that came while the machine ran is in this slot")]
     NotPlugged,
+    /// A rewind failed.
+    #[error(
+        "a rewind of the machine failed half-way: rewind it to a mark, reset it, or turn it off"
+    )]
+    HalfRewound,
     /// Another trap handler is attached.
     #[error("another trap handler is attached: detach it first")]
     TrapHandlerAttached,
@@ -150,6 +155,9 @@ impl VmHandle {
         if operations.phase == Phase::Stopped {
             return Err(Refused::Stopped);
         }
+        if operations.mixed {
+            return Err(Refused::HalfRewound);
+        }
         if !std::mem::take(&mut operations.paused) {
             return Err(Refused::NotPaused);
         }
@@ -203,14 +211,21 @@ impl VmHandle {
         &self,
         look: impl FnOnce(&mut PausedVcpus<'_>) -> R,
     ) -> Result<R, Refused> {
-        let operations = self.machine.operations();
+        self.at_gate(|_operations, vcpus| look(vcpus))
+    }
+
+    /// The same, with the operations in hand.
+    pub(crate) fn at_gate<R>(
+        &self,
+        look: impl FnOnce(&mut Operations, &mut PausedVcpus<'_>) -> R,
+    ) -> Result<R, Refused> {
+        let mut operations = self.machine.operations();
         self.can_wait(operations.phase)?;
         self.machine.gate.inhibit();
         let _release = Release(&self.machine);
         self.machine.gate.wait_all_parked();
-        let result = look(&mut PausedVcpus::new(self.machine.lock_vcpus()));
-        drop(operations);
-        Ok(result)
+        let mut vcpus = PausedVcpus::new(self.machine.lock_vcpus());
+        Ok(look(&mut operations, &mut vcpus))
     }
 
     /// Calls `work`, which works on devices on a thread that is not a vCPU's, while the machine is not at rest. It must not

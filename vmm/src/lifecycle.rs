@@ -1,6 +1,6 @@
 //! Requests to end or restart the machine: made on any thread, carried out by the main loop.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -23,8 +23,25 @@ pub(crate) enum Request {
 /// it was carried out.
 pub(crate) struct Requests {
     gate: Arc<Gate>,
-    pending: Mutex<Vec<Request>>,
+    pending: Mutex<Pending>,
     wake: EventFd,
+}
+
+#[derive(Default)]
+struct Pending {
+    requests: Vec<Request>,
+    /// Counts what became of those that the guest made before it was rewound: nothing.
+    age: u64,
+}
+
+/// Requests that the main loop has taken.
+pub(crate) struct Taken {
+    /// How many there were.
+    pub count: usize,
+    /// The weightiest.
+    pub request: Request,
+    /// See [`Requests::is_of_now`].
+    age: u64,
 }
 
 impl Requests {
@@ -32,7 +49,7 @@ impl Requests {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self {
             gate,
-            pending: Mutex::new(Vec::new()),
+            pending: Mutex::default(),
             wake,
         })
     }
@@ -40,21 +57,43 @@ impl Requests {
     /// Asks for `request`; vCPUs leave the guest at once, the calling one after the exit it is in.
     pub fn push(&self, request: Request) {
         self.gate.inhibit();
-        self.pending
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(request);
+        self.pending().requests.push(request);
         if let Err(error) = self.wake.write(1) {
             tracing::error!(%error, "main loop not woken");
         }
     }
 
-    /// Takes all requests: how many there were and the weightiest.
-    pub fn take(&self) -> Option<(usize, Request)> {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        let requests = std::mem::take(&mut *pending);
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all requests.
+    pub fn take(&self) -> Option<Taken> {
+        let mut pending = self.pending();
+        let requests = std::mem::take(&mut pending.requests);
         let count = requests.len();
-        requests.into_iter().max().map(|request| (count, request))
+        requests.into_iter().max().map(|request| Taken {
+            count,
+            request,
+            age: pending.age,
+        })
+    }
+
+    /// The machine is another one than the one that was to be reset, or that turned itself off: it was rewound.
+    pub fn forget_guests(&self) {
+        let mut pending = self.pending();
+        pending.age += 1;
+        let before = pending.requests.len();
+        let of_guest = |request: &Request| matches!(request, Request::Reset | Request::PowerOff);
+        pending.requests.retain(|request| !of_guest(request));
+        for _ in pending.requests.len()..before {
+            self.gate.release();
+        }
+    }
+
+    /// Whether the machine was not rewound since `taken` was.
+    pub fn is_of_now(&self, taken: &Taken) -> bool {
+        self.pending().age == taken.age
     }
 
     /// Readable when there are requests; to be read by the main loop.

@@ -16,6 +16,7 @@ use crate::generation::GenerationId;
 use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
+use crate::marks::Marks;
 use crate::memory::GuestRam;
 use crate::panic::PanicDevice;
 use crate::participant::Participant;
@@ -50,6 +51,8 @@ pub(crate) enum Phase {
 pub(crate) struct Operations {
     pub phase: Phase,
     pub paused: bool,
+    /// A rewind failed half-way: it must not go on.
+    pub mixed: bool,
 }
 
 pub(crate) struct Machine {
@@ -75,6 +78,7 @@ pub(crate) struct Machine {
     pub gate: Arc<Gate>,
     pub requests: Arc<Requests>,
     pub operations: Mutex<Operations>,
+    pub marks: Mutex<Marks>,
     pub trap: RwLock<Option<Arc<dyn TrapHandler>>>,
     /// Monotonic time at which guest code first ran, 0 before.
     pub first_entry_ns: AtomicU64,

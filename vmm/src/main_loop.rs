@@ -10,7 +10,7 @@ use crate::cpu::regs;
 use crate::error::Error;
 use crate::generation::GenerationId;
 use crate::hotplug::Change;
-use crate::lifecycle::Request;
+use crate::lifecycle::{Request, Taken};
 use crate::machine::Phase;
 use crate::power::{EVENT_GENERATION, RESET_VECTOR_CODE};
 use crate::state::Restore;
@@ -80,19 +80,19 @@ impl Vm {
         loop {
             self.events.run().map_err(Error::EventLoop)?;
             self.serve_changes();
-            let Some((count, request)) = self.machine.requests.take() else {
+            let Some(taken) = self.machine.requests.take() else {
                 continue;
             };
-            match request {
+            match &taken.request {
                 Request::Reset if self.on_guest_reset == OnGuestReset::Exit => {
                     return Ok(ExitReason::GuestReset);
                 }
-                Request::Reset => self.reset()?,
+                Request::Reset => self.reset(&taken)?,
                 Request::PowerOff => return Ok(ExitReason::GuestPowerOff),
                 Request::Stop => return Ok(ExitReason::HostPowerOff),
-                Request::Fail(reason) => return Err(Error::VcpuFailed(reason)),
+                Request::Fail(reason) => return Err(Error::VcpuFailed(reason.clone())),
             }
-            for _ in 0..count {
+            for _ in 0..taken.count {
                 self.machine.gate.release();
             }
         }
@@ -119,11 +119,14 @@ impl Vm {
         }
     }
 
-    /// Brings everything back to the state after power-on. The vCPUs are inhibited.
-    fn reset(&mut self) -> Result<(), Error> {
+    /// Brings everything back to the state after power-on, as it was asked. The vCPUs are inhibited.
+    fn reset(&mut self, asked: &Taken) -> Result<(), Error> {
         let machine = self.machine.clone();
         // Nobody looks at the vCPUs in between.
-        let _operations = machine.operations();
+        let mut operations = machine.operations();
+        if !machine.requests.is_of_now(asked) {
+            return Ok(());
+        }
         self.machine.gate.wait_all_parked();
         self.machine.hotplug.eject_leaving();
         self.serve_changes();
@@ -137,6 +140,7 @@ impl Vm {
             hook();
         }
         self.load_guest()?;
+        operations.mixed = false;
         self.machine.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

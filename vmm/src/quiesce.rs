@@ -19,7 +19,7 @@ use devices::pci::bus::PciBus;
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
 use crate::lifecycle::Request;
-use crate::machine::Machine;
+use crate::machine::{Machine, Operations};
 use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};
 use crate::paused::PausedVcpus;
@@ -67,14 +67,27 @@ impl VmHandle {
         limit: Duration,
         look: impl FnOnce(&mut Quiesced<'_, '_>) -> R,
     ) -> Result<R, QuiesceError> {
+        self.quiesce_mixed(limit, |quiesced| match quiesced.operations.mixed {
+            true => Err(Refused::HalfRewound.into()),
+            false => Ok(look(quiesced)),
+        })?
+    }
+
+    /// The same for a machine that may be in a mixed state.
+    pub(crate) fn quiesce_mixed<R>(
+        &self,
+        limit: Duration,
+        look: impl FnOnce(&mut Quiesced<'_, '_>) -> R,
+    ) -> Result<R, QuiesceError> {
         let mut look = Some(look);
         let start = Instant::now();
         loop {
-            let attempt = self.with_paused(|vcpus| {
+            let attempt = self.at_gate(|operations, vcpus| {
                 let _devices_rest = self.machine().at_work.lock();
                 let settled = settle(self.machine(), vcpus)?;
                 let mut quiesced = Quiesced {
                     machine: self.machine(),
+                    operations,
                     vcpus,
                 };
                 let result = look.take().map(|look| look(&mut quiesced));
@@ -134,6 +147,7 @@ fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (St
 /// A machine at rest, see [`VmHandle::quiesce`].
 pub struct Quiesced<'a, 'v> {
     pub(crate) machine: &'a Machine,
+    operations: &'a mut Operations,
     pub(crate) vcpus: &'a mut PausedVcpus<'v>,
 }
 
@@ -146,6 +160,14 @@ impl<'v> Quiesced<'_, 'v> {
     /// Turns the machine off where it stands: the guest does not go on.
     pub fn power_off(&mut self) {
         self.machine.requests.push(Request::Stop);
+    }
+
+    /// Says whether the machine is between two states. One that is stays paused and does not go on.
+    pub(crate) fn set_mixed(&mut self, mixed: bool) {
+        self.operations.mixed = mixed;
+        if mixed && !std::mem::replace(&mut self.operations.paused, true) {
+            self.machine.gate.inhibit();
+        }
     }
 
     /// State of the machine, its memory and its devices apart.

@@ -28,6 +28,7 @@ use crate::hotplug::{HOTPLUG_PORT_COUNT, Hotplug, SharedSubscriber};
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::machine::{Machine, Operations, Phase, Vcpu};
+use crate::marks::Marks;
 use crate::memory::{GuestRam, MemoryError, MemorySource};
 use crate::power::{
     KEYBOARD_COMMAND_PORT, KeyboardController, POWER_PORT_COUNT, PowerDevice, RESET_PORT,
@@ -159,7 +160,9 @@ impl Vm {
             operations: Mutex::new(Operations {
                 phase: Phase::Created,
                 paused: false,
+                mixed: false,
             }),
+            marks: Mutex::new(Marks::new(ram.size_bytes())),
             trap: RwLock::new(None),
             first_entry_ns: AtomicU64::new(0),
             resets: AtomicU64::new(0),

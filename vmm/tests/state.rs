@@ -254,6 +254,48 @@ fn a_machine_saved_in_the_middle_goes_on_elsewhere_with_what_is_pending() {
 }
 
 #[test]
+fn a_machine_that_is_rewound_takes_what_was_pending_each_time_once() {
+    let twin = machine(2, None);
+    let handle = &twin.guest.handle;
+    let mut state = 1;
+    for _ in 0..20 {
+        assert_eq!(twin.guest.report(), next_report(&mut state));
+    }
+    let message = MsiMessage {
+        address: 0xfee0_0000,
+        data: 0x42,
+    };
+    twin.vectors.route(0, Some(message));
+    twin.vectors.trigger(0);
+    handle.pause().unwrap();
+    for (_, value) in twin.guest.reports.try_iter() {
+        assert_eq!(value, next_report(&mut state));
+    }
+    handle.mark("pending", Duration::from_secs(10)).unwrap();
+    for _ in 0..5 {
+        twin.switch.0.store(1, Ordering::Release);
+        handle.resume().unwrap();
+        follow(&twin, state);
+        // Elsewhere by then, and one more that is not taken.
+        twin.switch.0.store(0, Ordering::Release);
+        let elsewhere = MsiMessage {
+            data: 0x43,
+            ..message
+        };
+        twin.vectors.route(0, Some(elsewhere));
+        twin.vectors.trigger(0);
+        handle.pause().unwrap();
+        handle
+            .rewind(Some("pending"), Duration::from_secs(10))
+            .unwrap();
+        twin.guest.drain();
+    }
+    handle.resume().unwrap();
+    twin.guest.report();
+    twin.guest.power_off();
+}
+
+#[test]
 fn a_machine_can_be_handed_on_again_and_again() {
     let mut guest = machine(1, None);
     let mut state = 1;

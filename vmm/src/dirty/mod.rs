@@ -1,8 +1,8 @@
 //! Which pages of guest memory changed, for whoever asked beforehand.
 //!
 //! ```text
-//!  vCPUs, KVM itself ─► dirty rings of KVM ─┐               ┌─► set of the next snapshot
-//!                                           ├─► collect ────┤
+//!  vCPUs, KVM itself ─► dirty rings of KVM ─┐               ┌─► set of the marks
+//!                                           ├─► collect ────┼─► set of the next snapshot
 //!  devices, host     ─► DirtyLog of memory ─┘   (at rest)   └─► set of a memory that is being copied
 //! ```
 //!
@@ -33,6 +33,8 @@ use self::ring::{DirtyRing, Overrun};
 /// Who asks for changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum User {
+    /// Marks to be rewound to.
+    Marks,
     /// Snapshots of what changed since the last one.
     Snapshots,
     /// Memory that is copied while the guest runs.
@@ -172,6 +174,18 @@ impl Tracker {
     /// What changed for `user`, as far as it was collected.
     pub fn set(&mut self, user: User) -> Option<&mut PageSet> {
         self.sets[user as usize].as_mut()
+    }
+
+    /// The pages in the set of `user` were changed once more, to what they were when it was empty.
+    pub fn rewound(&mut self, user: User) {
+        let Some(mut set) = self.sets[user as usize].take() else {
+            return;
+        };
+        for other in self.sets.iter_mut().flatten() {
+            set.pages().iter().for_each(|&page| other.insert(page));
+        }
+        set.clear();
+        self.sets[user as usize] = Some(set);
     }
 
     /// Makes room in the rings. Guest code may run.

@@ -1,0 +1,316 @@
+//! Marks: moments of a machine to which it can be rewound, in the same process.
+//!
+//! ```text
+//!  mark    guest runs: copy all of memory (the first mark alone) ─► at rest: copy pages that changed, states of
+//!          machine and devices, what participants keep
+//!  rewind  at rest: pages that changed since, and those on the way through the tree ─► machine ─► devices ─► participants
+//! ```
+//!
+//! A rewind makes nothing anew: no VM, vCPU, mapping or device. Its cost is that of the pages that changed and of the states.
+//! Everything goes back to the mark, the guest's clocks with it: TSC and KVM's clock are those of the mark and go on from
+//! there, so that the guest does not see that time went by, and the host's wall clock is ahead of the guest's by as much.
+//! A KVM that cannot offset TSCs leaves them the host's.
+//!
+//! Marks are valid across resets of the guest: what a reset empties and loads has changed. They end with the machine.
+
+use std::sync::{MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::dirty::User;
+use crate::error::Error;
+use crate::handle::VmHandle;
+use crate::machine::Machine;
+use crate::memory::PAGE_BYTES;
+use crate::participant::Kept;
+use crate::quiesce::{QuiesceError, Quiesced};
+use crate::state::MachineState;
+use crate::state::devices::DeviceStates;
+
+mod pages;
+mod rewind;
+mod tree;
+
+use self::pages::{Base, Delta, Pages};
+pub use self::rewind::{RewindError, RewindPhases, Rewound};
+use self::tree::Tree;
+
+/// Most marks of a machine.
+pub const MAX_MARKS: usize = 64;
+/// Longest name, in bytes.
+const MAX_NAME: usize = 64;
+
+/// Why there is no mark.
+#[derive(Debug, thiserror::Error)]
+pub enum MarkError {
+    /// The machine did not come to rest.
+    #[error(transparent)]
+    Rest(#[from] QuiesceError),
+    /// Not a name.
+    #[error(
+        "{0:?} is no name of a mark: use 1 to 64 letters, digits, '-', '_' and '.', the first a letter or digit"
+    )]
+    Name(String),
+    /// There is one.
+    #[error("there is a mark {0} already: forget it first, or use another name")]
+    Exists(String),
+    /// There is none.
+    #[error("there is no mark {0}")]
+    NoSuchMark(String),
+    /// There is none at all.
+    #[error("the guest has no mark: set one first")]
+    NoMark,
+    /// Too many.
+    #[error("there are {MAX_MARKS} marks already: forget one first")]
+    TooMany,
+    /// They would keep too much.
+    #[error("marks would keep more than {} MiB of memory: forget some, or allow more", .limit >> 20)]
+    TooMuch {
+        /// Most bytes that they may keep.
+        limit: u64,
+    },
+    /// The host has no memory.
+    #[error("the host has no memory for the mark: forget others, or stop other programs")]
+    NoMemory,
+    /// A page that is none.
+    #[error("page {0:#x} is outside guest memory")]
+    NoPage(u32),
+    /// A state cannot be taken, or changes not be followed.
+    #[error(transparent)]
+    State(#[from] Error),
+    /// Devices came or went.
+    #[error(
+        "at the mark there were PCI functions in slots {had:?}, now there are in {has:?}: take out what came, or put back what went"
+    )]
+    Devices {
+        /// Slots now.
+        has: Vec<u8>,
+        /// Slots at the mark.
+        had: Vec<u8>,
+    },
+    /// A participant refuses.
+    #[error("{who} cannot be marked now: {reason}")]
+    Participant {
+        /// Who.
+        who: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A mark as it is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MarkInfo {
+    /// Its name.
+    pub name: String,
+    /// The mark that it follows, if that was not forgotten, or the one that that one follows.
+    pub parent: Option<String>,
+    /// Pages that are kept for it.
+    pub pages: u64,
+    /// Bytes of memory that they take.
+    pub bytes: u64,
+    /// The guest is at it, or has gone on from it.
+    pub current: bool,
+}
+
+/// State of a machine at a mark, memory apart.
+struct MarkState {
+    machine: MachineState,
+    devices: DeviceStates,
+    kept: Vec<(String, Kept)>,
+}
+
+/// The marks of a machine.
+pub(crate) struct Marks {
+    tree: Tree<MarkState>,
+    /// Most bytes of memory that are kept.
+    limit: u64,
+}
+
+impl Marks {
+    /// None yet, of a machine with `memory_bytes` of memory.
+    pub fn new(memory_bytes: u64) -> Self {
+        Self {
+            tree: Tree::default(),
+            limit: memory_bytes.saturating_mul(2),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        let pages = self.tree.iter().map(|(_, node)| node.pages.count());
+        pages.sum::<u64>() * PAGE_BYTES
+    }
+
+    fn info(&self, id: tree::Id) -> Option<MarkInfo> {
+        let node = self.tree.get(id)?;
+        let named = |id: &tree::Id| self.tree.get(*id).is_some_and(|node| node.name.is_some());
+        let up = |from: Option<tree::Id>| {
+            let above = |&id: &tree::Id| self.tree.get(id)?.parent;
+            std::iter::successors(from, above).find(named)
+        };
+        let name_of = |id| self.tree.get(id)?.name.clone();
+        Some(MarkInfo {
+            name: node.name.clone()?,
+            parent: up(node.parent).and_then(name_of),
+            pages: node.pages.count(),
+            bytes: node.pages.count() * PAGE_BYTES,
+            current: up(self.tree.current()) == Some(id),
+        })
+    }
+}
+
+impl Machine {
+    /// Its marks. Locked before the operations.
+    fn marks(&self) -> MutexGuard<'_, Marks> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VmHandle {
+    /// Sets a mark with this name where the guest is now. `limit` is how long to wait for it to come to rest; it goes on
+    /// afterwards if it was running. Not to be called with a device locked.
+    pub fn mark(&self, name: &str, limit: Duration) -> Result<MarkInfo, MarkError> {
+        check_name(name)?;
+        let machine = self.machine();
+        let marks = &mut *machine.marks();
+        if marks.tree.find(name).is_some() {
+            return Err(MarkError::Exists(name.to_owned()));
+        }
+        if marks.tree.iter().count() >= MAX_MARKS {
+            return Err(MarkError::TooMany);
+        }
+        let id = match marks.tree.is_empty() {
+            false => self.quiesce(limit, |quiesced| quiesced.mark(marks, name))??,
+            true => {
+                let first = self.first_mark(marks, name, limit);
+                if first.is_err() {
+                    let mut tracker = machine.dirty.lock();
+                    tracker.stop(User::Marks, &machine.vm, &machine.ram)?;
+                }
+                first?
+            }
+        };
+        marks.info(id).ok_or(MarkError::NoMark)
+    }
+
+    /// Copies memory while the guest runs, and again what changed meanwhile when it is at rest.
+    fn first_mark(
+        &self,
+        marks: &mut Marks,
+        name: &str,
+        limit: Duration,
+    ) -> Result<tree::Id, MarkError> {
+        let machine = self.machine();
+        let ram = &machine.ram;
+        let deadline = Instant::now() + limit;
+        self.quiesce(limit, |_| {
+            let mut tracker = machine.dirty.lock();
+            tracker.start(User::Marks, &machine.vm, ram)
+        })??;
+        let mut base = Base::new(ram.size_bytes())?;
+        for range in ram.populated() {
+            for page in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
+                let page = u32::try_from(page).map_err(|_| MarkError::NoMemory)?;
+                base.take(ram, page)?;
+                marks.check(base.count())?;
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.quiesce(left, |quiesced| {
+            let state = quiesced.mark_state()?;
+            let mut tracker = machine.dirty.lock();
+            tracker.collect(ram)?;
+            if let Some(changed) = tracker.set(User::Marks) {
+                for &page in changed.pages() {
+                    base.take(ram, page)?;
+                }
+                changed.clear();
+            }
+            marks.check(base.count())?;
+            Ok(marks.tree.add(name.to_owned(), Pages::Base(base), state))
+        })?
+    }
+
+    /// All marks, parents before those that follow them.
+    pub fn marks(&self) -> Vec<MarkInfo> {
+        let marks = self.machine().marks();
+        let ids = marks.tree.iter().map(|(id, _)| id);
+        ids.filter_map(|id| marks.info(id)).collect()
+    }
+
+    /// Forgets the mark with this name. What others need of it is kept.
+    pub fn forget_mark(&self, name: &str) -> Result<(), MarkError> {
+        let machine = self.machine();
+        let mut marks = machine.marks();
+        let found = marks.tree.find(name);
+        let id = found.ok_or_else(|| MarkError::NoSuchMark(name.to_owned()))?;
+        let mut tracker = machine.dirty.lock();
+        if let Some(changed) = tracker.set(User::Marks) {
+            marks.tree.forget(id, changed)?;
+        }
+        if marks.tree.is_empty() {
+            tracker.stop(User::Marks, &machine.vm, &machine.ram)?;
+        }
+        Ok(())
+    }
+
+    /// Lets marks keep at most `bytes` of memory; twice the guest's memory otherwise. Those that there are stay.
+    pub fn limit_marks(&self, bytes: u64) {
+        self.machine().marks().limit = bytes;
+    }
+}
+
+impl Marks {
+    /// Whether `pages` more may be kept.
+    fn check(&self, pages: u64) -> Result<(), MarkError> {
+        let limit = self.limit;
+        match self.bytes().saturating_add(pages * PAGE_BYTES) <= limit {
+            true => Ok(()),
+            false => Err(MarkError::TooMuch { limit }),
+        }
+    }
+}
+
+impl Quiesced<'_, '_> {
+    fn mark(&mut self, marks: &mut Marks, name: &str) -> Result<tree::Id, MarkError> {
+        let state = self.mark_state()?;
+        let ram = &self.machine.ram;
+        let mut tracker = self.machine.dirty.lock();
+        tracker.collect(ram)?;
+        let changed = tracker.set(User::Marks).ok_or(MarkError::NoMark)?;
+        marks.check(changed.pages().len() as u64)?;
+        let delta = Delta::take(ram, changed.pages().to_vec())?;
+        changed.clear();
+        Ok(marks.tree.add(name.to_owned(), Pages::Delta(delta), state))
+    }
+
+    fn mark_state(&mut self) -> Result<MarkState, MarkError> {
+        let participants = self.machine.participants().clone();
+        let keep = participants.iter().map(|participant| {
+            let refused = |unsettled: crate::Unsettled| MarkError::Participant {
+                who: participant.name(),
+                reason: unsettled.reason,
+            };
+            Ok((participant.name(), participant.keep().map_err(refused)?))
+        });
+        let kept = keep.collect::<Result<_, MarkError>>()?;
+        Ok(MarkState {
+            devices: self.save_devices()?,
+            machine: self.save()?,
+            kept,
+        })
+    }
+}
+
+fn check_name(name: &str) -> Result<(), MarkError> {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let starts_well = name
+        .bytes()
+        .next()
+        .is_some_and(|byte| byte.is_ascii_alphanumeric());
+    match starts_well && name.len() <= MAX_NAME && name.bytes().all(is_good) {
+        true => Ok(()),
+        false => Err(MarkError::Name(name.chars().take(MAX_NAME).collect())),
+    }
+}

@@ -1,0 +1,446 @@
+//! Marks of running guests, and rewinding to them: every byte and register again, whatever happened in between.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm::memory::MemorySource;
+use vmm::{
+    Kept, MarkError, Participant, PausedVcpus, QuiesceError, Refused, RewindError, Unsettled,
+    VmHandle, VmState,
+};
+use writer::{Writing, all_of, writer};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+type Registers = (kvm_regs, kvm_sregs, kvm_vcpu_events, Vec<u32>, Vec<i8>);
+
+/// All that a guest can see of itself, time apart.
+#[derive(PartialEq)]
+struct Whole {
+    memory: Vec<u8>,
+    vcpus: Vec<Registers>,
+    devices: vmm::DeviceStates,
+}
+
+fn whole(handle: &VmHandle) -> Whole {
+    handle
+        .quiesce(LIMIT, |quiesced| {
+            let devices = quiesced.save_devices().unwrap();
+            let vcpus = quiesced.vcpus().iter_mut().map(|vcpu| {
+                let xsave: kvm_xsave = vcpu.get_xsave().unwrap();
+                (
+                    vcpu.get_regs().unwrap(),
+                    vcpu.get_sregs().unwrap(),
+                    vcpu.get_vcpu_events().unwrap(),
+                    xsave.region.to_vec(),
+                    vcpu.get_lapic().unwrap().regs.to_vec(),
+                )
+            });
+            Whole {
+                vcpus: vcpus.collect(),
+                memory: all_of(handle),
+                devices,
+            }
+        })
+        .unwrap()
+}
+
+fn assert_same(now: &Whole, then: &Whole, what: &str) {
+    let pages = writer::differing(&then.memory, &now.memory);
+    assert!(pages.is_empty(), "{what}: pages {pages:x?} differ");
+    for (index, (now, then)) in now.vcpus.iter().zip(&then.vcpus).enumerate() {
+        assert_eq!(now.0, then.0, "{what}: registers of vCPU {index}");
+        assert_eq!(now.1, then.1, "{what}: special registers of vCPU {index}");
+        assert!(now == then, "{what}: other state of vCPU {index}");
+    }
+    assert!(now.devices == then.devices, "{what}: devices");
+}
+
+fn is_on(handle: &VmHandle) -> bool {
+    let memory = handle.ram().memory();
+    memory
+        .iter()
+        .any(|region| region.get_mmap().bitmap().is_on())
+}
+
+/// Goes back to `name` from wherever the guest is, and looks whether it is there.
+fn rewind(writing: &Writing, name: &str, then: &Whole) -> u64 {
+    let handle = writing.handle();
+    handle.pause().unwrap();
+    let rewound = handle.rewind(Some(name), LIMIT).unwrap();
+    assert_eq!(handle.state(), VmState::Paused);
+    assert_same(&whole(handle), then, name);
+    handle.resume().unwrap();
+    rewound.pages
+}
+
+/// Sets a mark, and looks at the machine at it.
+fn mark(writing: &Writing, name: &str) -> Whole {
+    let handle = writing.handle();
+    handle.pause().unwrap();
+    handle.mark(name, LIMIT).unwrap();
+    let then = whole(handle);
+    handle.resume().unwrap();
+    then
+}
+
+#[test]
+fn a_thousand_rewinds_give_every_byte_and_register_back() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
+    writing.wait(100);
+    let then = mark(&writing, "warm");
+    for round in 0..1000 {
+        writing.wait(round % 40);
+        let pages = rewind(&writing, "warm", &then);
+        assert!(pages <= 2 * 64 + 8 + 8, "{pages} pages");
+    }
+    // It was never anything else than a guest that had run without a pause.
+    writing.wait(200);
+    let handle = writing.handle();
+    handle
+        .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+        .unwrap();
+    writing.guest.power_off();
+}
+
+#[test]
+fn a_guest_that_runs_goes_on_from_the_mark() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 3, 64).start();
+    writing.wait(100);
+    let handle = writing.handle();
+    let info = handle.mark("a", LIMIT).unwrap();
+    assert!(info.current && info.pages > 0 && info.bytes == info.pages * 4096);
+    for _ in 0..50 {
+        writing.wait(60);
+        let rewound = handle.rewind(None, LIMIT).unwrap();
+        assert_eq!(rewound.mark, "a");
+        assert_eq!(handle.state(), VmState::Running);
+        handle
+            .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+            .unwrap();
+    }
+    writing.guest.power_off();
+}
+
+/// Numbers that look random and are the same in each run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(0x5851_f42d_4c95_7f2d)
+            .wrapping_add(0x1405_7b7e_f767_814f);
+        (self.0 >> 33) % end
+    }
+}
+
+#[test]
+fn any_mark_of_a_tree_can_be_gone_to_whatever_was_forgotten() {
+    for seed in 0..6 {
+        let mut numbers = Numbers(seed);
+        let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
+        let handle = writing.handle();
+        writing.wait(50);
+        handle.limit_marks(64 << 20);
+        let mut marks: BTreeMap<String, Whole> = BTreeMap::new();
+        for step in 0..60 {
+            writing.wait(numbers.below(20));
+            if numbers.below(3) == 0 {
+                // By the host, to pages that only it writes.
+                let at = GuestAddress(0x30_0000 + numbers.below(64) * 4096);
+                handle.ram().memory().write_obj(step, at).unwrap();
+            }
+            let any = numbers.below(marks.len().max(1) as u64) as usize;
+            let any = marks.keys().nth(any).cloned();
+            match (numbers.below(10), any) {
+                (0..4, _) | (_, None) => {
+                    let name = format!("m{step}");
+                    marks.insert(name.clone(), mark(&writing, &name));
+                }
+                (4..8, Some(name)) => {
+                    rewind(&writing, &name, &marks[&name]);
+                }
+                (_, Some(name)) => {
+                    handle.forget_mark(&name).unwrap();
+                    marks.remove(&name);
+                    assert_eq!(is_on(handle), !marks.is_empty());
+                }
+            }
+            let told: Vec<_> = handle.marks().into_iter().map(|mark| mark.name).collect();
+            assert_eq!(told.len(), marks.len());
+            assert!(told.iter().all(|name| marks.contains_key(name)));
+        }
+        for (name, then) in &marks {
+            writing.wait(5);
+            rewind(&writing, name, then);
+        }
+        handle
+            .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+            .unwrap();
+        writing.guest.power_off();
+    }
+}
+
+#[test]
+fn the_tree_is_told_with_what_it_keeps() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
+    let handle = writing.handle();
+    assert!(handle.marks().is_empty());
+    for name in ["a", "b"] {
+        writing.wait(30);
+        handle.mark(name, LIMIT).unwrap();
+    }
+    handle.rewind(Some("a"), LIMIT).unwrap();
+    handle.mark("c", LIMIT).unwrap();
+    let told = |handle: &VmHandle| -> Vec<(String, Option<String>, bool)> {
+        let marks = handle.marks().into_iter();
+        marks
+            .map(|mark| (mark.name, mark.parent, mark.current))
+            .collect()
+    };
+    let entry = |name: &str, parent: Option<&str>, current| {
+        (name.to_owned(), parent.map(str::to_owned), current)
+    };
+    let all = [
+        entry("a", None, false),
+        entry("b", Some("a"), false),
+        entry("c", Some("a"), true),
+    ];
+    assert_eq!(told(handle), all);
+    let marks = handle.marks();
+    assert!(
+        marks[1].pages <= 64 + 16 && marks[0].pages >= 30,
+        "{marks:?}"
+    );
+    // What b and c build on stays; without b, c takes it over.
+    handle.forget_mark("a").unwrap();
+    assert_eq!(
+        told(handle),
+        [entry("b", None, false), entry("c", None, true)]
+    );
+    handle.forget_mark("b").unwrap();
+    assert_eq!(told(handle), [entry("c", None, true)]);
+    handle.forget_mark("c").unwrap();
+    assert!(!is_on(handle), "nobody needs to know any more what changes");
+    writing.guest.power_off();
+}
+
+#[test]
+fn what_cannot_be_marked_or_rewound_is_refused_and_nothing_changes() {
+    let made = writer(4 << 20, MemorySource::Fresh, 1, 64);
+    let handle = made.guest.vm.handle();
+    let refused = handle.rewind(Some("a"), LIMIT).unwrap_err();
+    assert!(matches!(
+        refused,
+        RewindError::Refused(MarkError::NoSuchMark(_))
+    ));
+    let writing = made.start();
+    writing.wait(200);
+    let no_mark = handle.rewind(None, LIMIT).unwrap_err();
+    assert!(matches!(no_mark, RewindError::Refused(MarkError::NoMark)));
+    let long = "x".repeat(65);
+    for name in ["", " ", "a b", "-a", ".", "../a", "ä", &long] {
+        let refused = handle.mark(name, LIMIT).unwrap_err();
+        assert!(matches!(refused, MarkError::Name(_)), "{name}");
+    }
+    handle.limit_marks(16 * 4096);
+    let refused = handle.mark("a", LIMIT).unwrap_err();
+    assert!(
+        matches!(refused, MarkError::TooMuch { limit: 65_536 }),
+        "{refused}"
+    );
+    assert!(!is_on(&handle) && handle.marks().is_empty());
+    handle.limit_marks(1 << 20);
+    handle.mark("a", LIMIT).unwrap();
+    let exists = handle.mark("a", LIMIT).unwrap_err();
+    assert!(matches!(exists, MarkError::Exists(_)));
+    let then = handle.marks();
+    handle.limit_marks(then[0].bytes);
+    writing.wait(5);
+    let refused = handle.mark("b", LIMIT).unwrap_err();
+    assert!(matches!(refused, MarkError::TooMuch { .. }));
+    assert_eq!(handle.marks(), then);
+    assert!(matches!(
+        handle.forget_mark("b"),
+        Err(MarkError::NoSuchMark(_))
+    ));
+    handle.limit_marks(1 << 30);
+    for number in 1..vmm::MAX_MARKS {
+        handle.mark(&format!("n{number}"), LIMIT).unwrap();
+    }
+    assert!(matches!(
+        handle.mark("one-more", LIMIT),
+        Err(MarkError::TooMany)
+    ));
+    handle.rewind(Some("a"), LIMIT).unwrap();
+    handle
+        .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+        .unwrap();
+    writing.guest.power_off();
+    let refused = handle.rewind(Some("a"), LIMIT).unwrap_err();
+    let stopped = QuiesceError::Refused(Refused::Stopped).to_string();
+    assert_eq!(refused.to_string(), stopped);
+}
+
+/// Does not put back what it kept, if told so.
+#[derive(Default)]
+struct Stubborn(AtomicBool);
+
+impl Participant for Stubborn {
+    fn name(&self) -> String {
+        "stubborn".to_owned()
+    }
+    fn settle(&self, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+        Ok(())
+    }
+    fn go_on(&self) {}
+    fn keep(&self) -> Result<Kept, Unsettled> {
+        Ok(Some(Arc::new(7u32)))
+    }
+    fn put_back(&self, kept: &Kept) -> Result<(), String> {
+        let kept = kept.as_ref().and_then(|kept| kept.downcast_ref::<u32>());
+        assert_eq!(kept, Some(&7));
+        match self.0.load(Ordering::Acquire) {
+            true => Err("it does not want to".to_owned()),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn a_rewind_that_fails_half_way_keeps_the_guest_still_until_one_succeeds_or_it_is_reset() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
+    let handle = writing.handle();
+    let stubborn = Arc::new(Stubborn::default());
+    handle.add_participant(stubborn.clone());
+    let then = mark(&writing, "a");
+    for mended_by_reset in [false, true] {
+        writing.wait(20);
+        stubborn.0.store(true, Ordering::Release);
+        let error = handle.rewind(Some("a"), LIMIT).unwrap_err();
+        assert!(matches!(error, RewindError::HalfWay { .. }), "{error}");
+        assert!(error.to_string().contains("stubborn: it does not want to"));
+        assert_eq!(handle.state(), VmState::Paused);
+        assert_eq!(handle.resume(), Err(Refused::HalfRewound));
+        let look = handle.quiesce(LIMIT, |_| ()).unwrap_err();
+        assert!(matches!(look, QuiesceError::Refused(Refused::HalfRewound)));
+        assert!(handle.mark("b", LIMIT).is_err());
+        stubborn.0.store(false, Ordering::Release);
+        if mended_by_reset {
+            let resets = handle.status().resets;
+            handle.reset().unwrap();
+            while handle.status().resets == resets {
+                std::thread::yield_now();
+            }
+            handle.resume().unwrap();
+            writing.guest.report();
+        } else {
+            handle.rewind(Some("a"), LIMIT).unwrap();
+            assert_same(&whole(handle), &then, "mended");
+            handle.resume().unwrap();
+        }
+    }
+    // The mark outlives the reset.
+    rewind(&writing, "a", &then);
+    writing.wait(20);
+    handle
+        .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+        .unwrap();
+    writing.guest.power_off();
+}
+
+#[test]
+fn a_mark_is_valid_after_resets() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
+    let handle = writing.handle();
+    writing.wait(100);
+    let then = mark(&writing, "a");
+    for resets in 1..4 {
+        writing.wait(20);
+        handle.reset().unwrap();
+        while handle.status().resets < resets {
+            std::thread::yield_now();
+        }
+        writing.guest.report();
+        rewind(&writing, "a", &then);
+        handle
+            .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+            .unwrap();
+    }
+    writing.guest.power_off();
+}
+
+#[test]
+fn memory_above_4_gib_is_rewound_and_what_is_empty_costs_nothing() {
+    let mut made = writer(4 << 30, MemorySource::Fresh, 1, 64);
+    made.areas[0].start = (4 << 30) + (16 << 20);
+    let writing = made.go_on();
+    writing.guest.report();
+    let handle = writing.handle();
+    writer::map_high(handle);
+    writing.begin();
+    writing.wait(100);
+    let info = handle.mark("a", LIMIT).unwrap();
+    assert!(info.pages < 200, "{info:?}");
+    let high = GuestAddress((4 << 30) + (700 << 20));
+    for _ in 0..20 {
+        handle.ram().memory().write_obj(7u64, high).unwrap();
+        writing.wait(100);
+        let rewound = handle.rewind(None, LIMIT).unwrap();
+        assert!(rewound.pages <= 64 + 16, "{rewound:?}");
+        assert_eq!(handle.ram().memory().read_obj::<u64>(high).unwrap(), 0);
+        handle
+            .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+            .unwrap();
+    }
+    writing.guest.power_off();
+}
+
+#[test]
+fn who_follows_changes_for_snapshots_sees_rewinds_too() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
+    let handle = writing.handle();
+    writing.wait(50);
+    handle.mark("a", LIMIT).unwrap();
+    writing.wait(50);
+    handle.track_changes(LIMIT).unwrap();
+    let look = || {
+        handle
+            .quiesce(LIMIT, |quiesced| {
+                let changed = quiesced.changed_pages().unwrap().unwrap();
+                handle.confirm_changes(&changed);
+                (all_of(handle), changed)
+            })
+            .unwrap()
+    };
+    let (mut before, _) = look();
+    for round in 0..10 {
+        match round % 3 {
+            0 => drop(handle.rewind(Some("a"), LIMIT).unwrap()),
+            1 => drop(handle.mark(&format!("m{round}"), LIMIT).unwrap()),
+            _ => writing.wait(10),
+        }
+        let (after, changed) = look();
+        let told = |page: &u32| changed.pages().contains(page);
+        assert!(writer::differing(&before, &after).iter().all(told));
+        before = after;
+    }
+    // Each ends for itself.
+    handle.stop_tracking_changes().unwrap();
+    assert!(is_on(handle));
+    handle.rewind(Some("a"), LIMIT).unwrap();
+    handle
+        .quiesce(LIMIT, |quiesced| writing.check(quiesced))
+        .unwrap();
+    writing.guest.power_off();
+}
