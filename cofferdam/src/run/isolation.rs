@@ -26,6 +26,9 @@ use super::nics::Nics;
 /// How long the agent may take to list the guest's symbols.
 const AGENT_TIME: Duration = Duration::from_secs(60);
 
+/// How long a guest that has to go back to a mark may take to come to rest.
+const REST_TIME: Duration = Duration::from_secs(5);
+
 /// Longest that the guest may stand still because a call waits.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
@@ -218,7 +221,13 @@ impl LiveGuest for Isolation {
     }
 
     fn go_back(&self) -> anyhow::Result<()> {
-        bail!("no mark was made of the guest")
+        let rewound = self.vm.rewind(None, REST_TIME)?;
+        tracing::warn!(
+            "the guest is back at its mark {}, with {} pages put back",
+            rewound.mark,
+            rewound.pages
+        );
+        Ok(())
     }
 
     fn learnt(&self) -> Self::Learnt {

@@ -16,7 +16,7 @@ use isolation::attach::request::IsolateRequest;
 use isolation::compensation::effects::KernelModel;
 use isolation::dispatch::fault::FaultOrder;
 use isolation::guest::btf::Btf;
-use mark::{Mark, memory};
+use mark::{MachineMark, Mark, memory};
 use vm_memory::{Bytes, GuestAddress};
 
 /// -EIO, what a call returns that failed and whose type is not known.
@@ -85,10 +85,8 @@ fn the_same_calls_have_the_same_results_after_each_rewind() {
     assert_eq!(guest.entry("first_counts").aborts, 6);
 }
 
-#[test]
-fn a_thousand_rewinds_under_calls_that_fail_leave_memory_as_at_the_mark() {
-    let guest = both();
-    let mark = Mark::of(&guest);
+/// Rewinds a guest that has both modules isolated a thousand times, after random calls, some of which fail.
+fn thousand_rewinds(guest: &Guest, rewind: impl Fn()) {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = |below: u64| {
         random = random
@@ -101,19 +99,40 @@ fn a_thousand_rewinds_under_calls_that_fail_leave_memory_as_at_the_mark() {
             .map(|_| ([FIRST, CALLS_SECOND][next(2) as usize], next(3) == 0))
             .collect();
         let well = calls.iter().filter(|(_, fails)| !fails).count();
-        let results = results(&guest, &calls);
+        let results = results(guest, &calls);
         assert_eq!(results.iter().filter(|rax| **rax != ERROR).count(), well);
         // Also with an order that no call has taken yet.
         if next(4) == 0 {
             let order = fault("first_counts");
             guest.isolator.order_fault("first", order).unwrap();
         }
-        mark.rewind(&guest);
+        rewind();
     }
     assert_eq!((guest.call(FIRST), guest.call(SECOND)), (101, 2));
     for module in ["first", "second"] {
         assert_eq!(guest.status(module).broken, None);
     }
+}
+
+#[test]
+fn a_thousand_rewinds_under_calls_that_fail_leave_memory_as_at_the_mark() {
+    let guest = both();
+    let mark = Mark::of(&guest);
+    thousand_rewinds(&guest, || {
+        mark.rewind(&guest);
+    });
+}
+
+#[test]
+fn a_thousand_rewinds_by_the_machine_leave_memory_as_at_the_mark() {
+    let guest = both();
+    let mark = MachineMark::of(&guest);
+    thousand_rewinds(&guest, || mark.rewind(&guest));
+    guest.isolator.release("first").unwrap();
+    assert_eq!(guest.call(FIRST), 102);
+    mark.rewind(&guest);
+    assert_eq!(guest.call(FIRST), 101);
+    assert!(guest.entry("first_counts").commits > 0);
 }
 
 #[test]

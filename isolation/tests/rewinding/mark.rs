@@ -86,3 +86,28 @@ impl Mark {
         memory
     }
 }
+
+/// A mark of the machine's own.
+pub struct MachineMark(Vec<u8>);
+
+impl MachineMark {
+    const NAME: &str = "warm";
+
+    pub fn of(guest: &Guest) -> Self {
+        guest.handle.pause().unwrap();
+        guest.handle.mark(Self::NAME, NEVER).unwrap();
+        let memory = memory(guest);
+        guest.handle.resume().unwrap();
+        Self(memory)
+    }
+
+    /// Has the machine go back, and looks whether its memory is as it was.
+    pub fn rewind(&self, guest: &Guest) {
+        // A machine that is paused cannot wait for what ends when it goes on.
+        guest.handle.rewind(Some(Self::NAME), NEVER).unwrap();
+        guest.handle.pause().unwrap();
+        guest.handle.rewind(Some(Self::NAME), NEVER).unwrap();
+        assert!(memory(guest) == self.0, "memory is not that of the mark");
+        guest.handle.resume().unwrap();
+    }
+}

@@ -341,6 +341,45 @@ fn four_vcpus_lose_nothing() {
     stress(4);
 }
 
+#[test]
+fn rewinds_under_calls_of_several_vcpus_lose_nothing_and_leave_nothing() {
+    let mut stress = start(2);
+    let succeeded = |stress: &Stress| -> u64 { stress.each(guest::SUCCEEDED).iter().sum() };
+    stress.handle.mark("warm", NEVER).unwrap();
+    let rewound = |stress: &Stress| {
+        stress.handle.rewind(None, NEVER).unwrap();
+        stress.check();
+    };
+    let mut most = 0;
+    for round in 0..200 {
+        if round % 50 == 7 {
+            // The gates of the mark come back whatever was done with them since.
+            stress
+                .released
+                .push(stress.isolator.release(MODULE).unwrap());
+        }
+        stress.each_moves_on(guest::SUCCEEDED, round % 5);
+        most = most.max(succeeded(&stress));
+        rewound(&stress);
+    }
+    stress.handle.pause().unwrap();
+    stress.handle.rewind(None, NEVER).unwrap();
+    assert!(succeeded(&stress) < most, "{most} calls were undone");
+    stress.handle.resume().unwrap();
+    stress.each_moves_on(guest::TICKS, 1);
+    stress.each_moves_on(guest::SUCCEEDED, 5);
+    stress.stop();
+    let all = succeeded(&stress);
+    assert_eq!(stress.word(guest::DRIVER_DATA + guest::TOGETHER), all);
+    assert_eq!(
+        stress.word(guest::KERNEL_DATA + guest::TOGETHER_BY_KERNEL),
+        all
+    );
+    assert!(stress.released.iter().all(|module| module.broken.is_none()));
+    stress.handle.power_off().unwrap();
+    stress.machine.join().unwrap().unwrap();
+}
+
 /// Pauses the machine with the first vCPU in the scheduler, where a call that waits goes on, and puts it where it would
 /// be next: at the return gate.
 fn pause_at_return_gate(stress: &Stress) -> kvm_regs {
