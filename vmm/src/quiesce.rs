@@ -18,7 +18,6 @@ use devices::pci::bus::PciBus;
 
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
-use crate::lifecycle::Request;
 use crate::machine::{Machine, Operations};
 use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};
@@ -146,7 +145,7 @@ fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (St
 
 /// A machine at rest, see [`VmHandle::quiesce`].
 pub struct Quiesced<'a, 'v> {
-    pub(crate) machine: &'a Machine,
+    pub(crate) machine: &'a Arc<Machine>,
     operations: &'a mut Operations,
     pub(crate) vcpus: &'a mut PausedVcpus<'v>,
 }
@@ -157,9 +156,10 @@ impl<'v> Quiesced<'_, 'v> {
         self.vcpus
     }
 
-    /// Turns the machine off where it stands: the guest does not go on.
-    pub fn power_off(&mut self) {
-        self.machine.requests.push(Request::Stop);
+    /// Has the guest stay where it is when the machine's rest is over, until this is dropped.
+    pub fn stay(&mut self) -> Stay {
+        self.machine.gate.inhibit();
+        Stay(self.machine.clone())
     }
 
     /// Says whether the machine is between two states. One that is stays paused and does not go on.
@@ -206,5 +206,14 @@ impl<'v> Quiesced<'_, 'v> {
     /// Devices came or went since. After any other error the machine has to be reset.
     pub fn restore_devices(&self, states: &DeviceStates) -> Result<(), Error> {
         states.restore(self.machine)
+    }
+}
+
+/// Keeps the vCPUs out of the guest, see [`Quiesced::stay`].
+pub struct Stay(Arc<Machine>);
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        self.0.gate.release();
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -35,18 +35,53 @@ pub trait Handler: Send + Sync + 'static {
 
 /// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
 /// remove.
-pub fn serve(path: &Path, handler: Arc<dyn Handler>) -> anyhow::Result<()> {
+pub fn serve(path: &Path, handler: Arc<dyn Handler>) -> anyhow::Result<Serving> {
+    let serving = Serving::default();
+    let under_way = serving.clone();
     let listener = UnixListener::bind(path)
         .with_context(|| format!("cannot make the control socket {}", path.display()))?;
     thread::Builder::new()
         .name("control".to_owned())
-        .spawn(move || accept(&listener, &handler))
+        .spawn(move || accept(&listener, &handler, &under_way))
         .context("cannot start the control thread")?;
-    Ok(())
+    Ok(serving)
+}
+
+/// The requests that are being carried out.
+#[derive(Clone, Default)]
+pub struct Serving(Arc<(Mutex<usize>, Condvar)>);
+
+impl Serving {
+    /// Waits until each has its answer, for `limit` at most: who asked for the end is to hear that it came.
+    pub fn wait_for_answers(&self, limit: Duration) {
+        let (count, changed) = &*self.0;
+        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whether all are answered makes no difference any more.
+        let _ = changed.wait_timeout_while(count, limit, |count| *count > 0);
+    }
+
+    fn begin(&self) -> UnderWay<'_> {
+        *self.count() += 1;
+        UnderWay(self)
+    }
+
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request that has no answer yet.
+struct UnderWay<'a>(&'a Serving);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.0.1.notify_all();
+    }
 }
 
 /// Accepts connections for ever.
-fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
+fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>, serving: &Serving) {
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -63,11 +98,12 @@ fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
             continue;
         }
         let handler = Arc::clone(handler);
+        let serving = serving.clone();
         let served = thread::Builder::new()
             .name("control-client".to_owned())
             .spawn(move || {
                 let _slot = slot;
-                if let Err(error) = serve_connection(stream, &*handler) {
+                if let Err(error) = serve_connection(stream, &*handler, &serving) {
                     tracing::debug!("control connection ended: {error}");
                 }
             });
@@ -103,13 +139,19 @@ fn refuse(mut stream: UnixStream) {
 }
 
 /// Answers the requests of one connection until it closes.
-fn serve_connection(stream: UnixStream, handler: &dyn Handler) -> std::io::Result<()> {
+fn serve_connection(
+    stream: UnixStream,
+    handler: &dyn Handler,
+    serving: &Serving,
+) -> std::io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut writer = stream;
     loop {
-        let answer = match read_request(&mut reader)? {
+        let request = read_request(&mut reader)?;
+        let _under_way = serving.begin();
+        let answer = match request {
             None => return Ok(()),
             Some(Ok(request)) => {
                 tracing::debug!(?request, "control");
@@ -321,6 +363,23 @@ mod tests {
         while !ended.load(Ordering::Relaxed) {
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    #[test]
+    fn the_end_waits_for_answers_and_not_for_silence() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let serving = serve(&path, Arc::new(OnlyPause::default())).unwrap();
+        // A connection without a request.
+        let _silent = UnixStream::connect(&path).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        ask(&mut stream, b"{\"request\":\"pause\"}\n");
+        serving.wait_for_answers(Duration::MAX);
+        // One that never ends is waited for as long as is said.
+        let busy = serving.begin();
+        serving.wait_for_answers(Duration::from_millis(1));
+        drop(busy);
+        serving.wait_for_answers(Duration::MAX);
     }
 
     #[test]

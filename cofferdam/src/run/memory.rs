@@ -68,6 +68,14 @@ pub fn make_buffers_lazy() {
     forbid_huge_pages(true);
 }
 
+/// Has `work` fill guest memory with huge pages while [`make_buffers_lazy`] forbids them.
+pub fn with_huge_pages<T>(work: impl FnOnce() -> T) -> T {
+    forbid_huge_pages(false);
+    let result = work();
+    forbid_huge_pages(true);
+    result
+}
+
 /// Forbids transparent huge pages everywhere in this process, or allows them again.
 fn forbid_huge_pages(forbidden: bool) {
     // SAFETY: prctl(PR_SET_THP_DISABLE) takes numbers only (prctl(2)).

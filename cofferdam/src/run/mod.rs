@@ -29,6 +29,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::isolation::attach::Isolator;
 use anyhow::{Context, ensure};
@@ -52,6 +53,9 @@ pub use ending::Ending;
 
 /// Most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;
+
+/// How long those who wait for an answer may hold up the end.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
 
 /// Most NICs a VM can have.
 pub const MAX_NICS: usize = 8;
@@ -184,7 +188,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     })?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     if let Some(chain) = &chain {
-        let loaded = vm.go_on_from(chain)?;
+        let loaded = memory::with_huge_pages(|| vm.go_on_from(chain))?;
         tracing::info!(pages = loaded.pages, "memory is as it was saved");
     }
     let isolator = Isolator::attach(vm.handle())?;
@@ -210,7 +214,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     });
     let service =
         service::VmService::new(config, vm.handle(), nics, supervisor, panic, started_ns)?;
-    crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
+    let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
         return Ok(ExitReason::HostPowerOff);
@@ -224,7 +228,9 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         None => "the guest starts",
     };
     tracing::info!(name = %config.name, "{begins}");
-    Ok(vm.run()?)
+    let ended = vm.run();
+    control.wait_for_answers(ANSWER_TIME);
+    Ok(ended?)
 }
 
 /// Isolates what was isolated when the snapshot was taken, once the guest goes on and its agent answers. Where that does

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::error::Error;
 use crate::handle::VmHandle;
-use crate::quiesce::{QuiesceError, Quiesced};
+use crate::quiesce::{QuiesceError, Quiesced, Stay};
 
 /// Why no snapshot was taken. The guest goes on, and earlier snapshots are as they were.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +102,8 @@ struct AtRest {
     cpu: CpuModel,
     vm: Value,
     rest: Duration,
+    /// Of a machine that is to end with this.
+    stay: Option<Stay>,
 }
 
 impl VmHandle {
@@ -160,6 +162,9 @@ impl VmHandle {
             files,
             vm: at_rest.vm,
         })?;
+        if at_rest.stay.is_some() {
+            self.power_off().map_err(QuiesceError::from)?;
+        }
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(Taken {
             id,
@@ -202,17 +207,14 @@ impl VmHandle {
         for (address, bytes) in &beside.instead {
             copier.put_instead(*address, bytes)?;
         }
-        let at_rest = AtRest {
+        Ok(AtRest {
+            stay: request.stop.then(|| quiesced.stay()),
             cpu: machine.cpu_model(),
             machine: machine.to_bytes().map_err(Error::from)?,
             devices,
             vm: beside.vm,
             rest: begun.elapsed(),
-        };
-        if request.stop {
-            quiesced.power_off();
-        }
-        Ok(at_rest)
+        })
     }
 }
 
