@@ -21,6 +21,7 @@ use crate::memory::GuestRam;
 use crate::panic::PanicDevice;
 use crate::participant::Participant;
 use crate::power::PowerDevice;
+use crate::snapshot::SnapshotId;
 
 use crate::trap::TrapHandler;
 
@@ -70,6 +71,8 @@ pub(crate) struct Machine {
     pub panic: Arc<PanicDevice>,
     pub serial: Arc<Mutex<Serial>>,
     pub at_work: AtWork,
+    /// The last snapshot that was taken.
+    pub last_snapshot: Mutex<Option<SnapshotId>>,
     /// As written at each start; a machine that goes on from a state gets another one.
     pub generation: Mutex<GenerationId>,
     /// Inputs of the I/O APIC.
@@ -110,6 +113,13 @@ impl Machine {
 
     pub fn reset_hooks(&self) -> MutexGuard<'_, Vec<ResetHook>> {
         self.reset_hooks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last snapshot that was taken: what is followed for snapshots changed since then.
+    pub fn last_snapshot(&self) -> MutexGuard<'_, Option<SnapshotId>> {
+        self.last_snapshot
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

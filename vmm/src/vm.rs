@@ -154,6 +154,7 @@ impl Vm {
             panic: Arc::default(),
             serial: Arc::new(Mutex::new(serial)),
             at_work: AtWork::default(),
+            last_snapshot: Mutex::default(),
             generation: Mutex::new(GenerationId::random()?),
             lines,
             routing: Arc::new(GsiRouting::new(vm.clone())),

@@ -55,6 +55,7 @@ fn request<'a>(dir: &'a Path, parent: Option<&'a Path>) -> SnapshotRequest<'a> {
         dir,
         parent,
         program: "test",
+        track: false,
         stop: false,
         limit: Duration::from_secs(10),
     }
@@ -158,7 +159,16 @@ fn diffs_hold_what_changed_and_each_of_a_chain_can_be_gone_on_from() {
     for index in 0..4u32 {
         count_on(&original, &mut last, 40);
         let parent = index.checked_sub(1).map(dir);
-        let taken = snapshot(&original, &dir(index), parent.as_deref());
+        let here = dir(index);
+        // What changed is found by looking at first, and followed from the second on.
+        let request = SnapshotRequest {
+            track: index == 1,
+            ..request(&here, parent.as_deref())
+        };
+        let taken = original
+            .handle
+            .snapshot(&request, &mut |_| true, &mut beside);
+        let taken = taken.unwrap();
         assert_eq!(taken.diff, index > 0);
         if index > 0 {
             // The guest's pages, and some that KVM or nobody wrote.

@@ -43,6 +43,10 @@ pub struct SnapshotOptions {
     /// Only what changed since that snapshot, which is needed to go on from this one
     #[arg(long, value_name = "DIR")]
     diff: Option<PathBuf>,
+    /// Follow from now on what changes, so that the next --diff of this snapshot takes little time. It slows the guest
+    /// down a little
+    #[arg(long)]
+    track: bool,
     /// End the VM where the snapshot is taken
     #[arg(long)]
     stop: bool,
@@ -95,38 +99,29 @@ impl SnapshotOptions {
             None => {
                 let vm = self.vm.context("give the VM's name")?;
                 let dir = self.dir.context("give the directory to write")?;
-                take(&vm, &dir, self.diff.as_deref(), self.stop, self.json)?;
+                let whole = |path: &Path| {
+                    // The VM's process is in another folder.
+                    std::path::absolute(path)
+                        .with_context(|| format!("cannot name {}", path.display()))
+                };
+                let request = Request::Snapshot {
+                    dir: whole(&dir)?,
+                    parent: self.diff.as_deref().map(whole).transpose()?,
+                    track: self.track,
+                    stop: self.stop,
+                };
+                let taken = match ask(&vm, &request)? {
+                    Reply::Snapshot(taken) => taken,
+                    other => bail!("the VM answered something else: {other:?}"),
+                };
+                match self.json {
+                    true => print_json(&taken)?,
+                    false => print_bytes(sentence(&taken, &dir).as_bytes())?,
+                }
             }
         }
         Ok(Ending::SUCCESS)
     }
-}
-
-/// Has a VM take a snapshot.
-fn take(
-    vm: &VmName,
-    dir: &Path,
-    parent: Option<&Path>,
-    stop: bool,
-    json: bool,
-) -> anyhow::Result<()> {
-    // The VM's process is in another folder.
-    let whole = |path: &Path| {
-        std::path::absolute(path).with_context(|| format!("cannot name {}", path.display()))
-    };
-    let request = Request::Snapshot {
-        dir: whole(dir)?,
-        parent: parent.map(whole).transpose()?,
-        stop,
-    };
-    let taken = match ask(vm, &request)? {
-        Reply::Snapshot(taken) => taken,
-        other => bail!("the VM answered something else: {other:?}"),
-    };
-    if json {
-        return print_json(&taken);
-    }
-    print_bytes(sentence(&taken, dir).as_bytes())
 }
 
 fn sentence(taken: &Taken, dir: &Path) -> String {

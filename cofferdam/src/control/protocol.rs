@@ -70,6 +70,9 @@ pub enum Request {
         /// The snapshot that it is to be a diff of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         parent: Option<PathBuf>,
+        /// Have it followed from now on what changes.
+        #[serde(default)]
+        track: bool,
         /// The VM ends with it.
         #[serde(default)]
         stop: bool,

@@ -1,7 +1,6 @@
 //! What a VM process answers on its control socket.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -164,21 +163,13 @@ impl VmService {
 
     fn snapshot(
         &self,
-        dir: &Path,
-        parent: Option<&Path>,
-        stop: bool,
+        request: &SnapshotRequest<'_>,
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
-        if !dir.is_absolute() || parent.is_some_and(|parent| !parent.is_absolute()) {
+        let paths = std::iter::once(request.dir).chain(request.parent);
+        if paths.into_iter().any(|path| !path.is_absolute()) {
             return Err("a snapshot's directory is named by its whole path".to_owned());
         }
-        let request = SnapshotRequest {
-            dir,
-            parent,
-            program: concat!("cofferdam ", env!("CARGO_PKG_VERSION")),
-            stop,
-            limit: REST_TIME,
-        };
         let mut tell = |what: &str| asker.tell(what).is_ok();
         let mut beside = || {
             let isolated = self.supervisor.isolated();
@@ -188,7 +179,7 @@ impl VmService {
                 instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
             })
         };
-        let taken = self.vm.snapshot(&request, &mut tell, &mut beside);
+        let taken = self.vm.snapshot(request, &mut tell, &mut beside);
         taken.map(Reply::Snapshot).map_err(text)
     }
 
@@ -260,8 +251,21 @@ impl Handler for VmService {
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
-            Request::Snapshot { dir, parent, stop } => {
-                self.snapshot(&dir, parent.as_deref(), stop, asker)
+            Request::Snapshot {
+                dir,
+                parent,
+                track,
+                stop,
+            } => {
+                let request = SnapshotRequest {
+                    dir: &dir,
+                    parent: parent.as_deref(),
+                    program: concat!("cofferdam ", env!("CARGO_PKG_VERSION")),
+                    track,
+                    stop,
+                    limit: REST_TIME,
+                };
+                self.snapshot(&request, asker)
             }
             Request::Isolate {
                 module,

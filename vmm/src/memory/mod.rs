@@ -27,6 +27,7 @@ use vm_memory::{
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
+pub(crate) mod copying;
 mod own;
 mod template;
 

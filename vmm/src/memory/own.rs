@@ -10,18 +10,12 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{GuestRam, MemoryError, PAGE_BYTES};
-use crate::dirty::User;
+use super::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
-use crate::machine::Machine;
 
 /// Bytes that are copied at once.
 const CHUNK: usize = 256 << 10;
-/// So few pages that they are copied at rest.
-const FEW_PAGES: usize = 512;
-/// Rounds while the guest runs: it may write faster than is copied.
-const ROUNDS: usize = 4;
-
 /// Why a guest keeps the memory of its template.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnError {
@@ -36,44 +30,30 @@ pub enum OwnError {
     Kvm(#[from] Error),
 }
 
+impl From<CopyingError> for OwnError {
+    fn from(error: CopyingError) -> Self {
+        match error {
+            CopyingError::Refused(refused) => Self::Refused(refused),
+            CopyingError::Kvm(error) => Self::Kvm(error),
+        }
+    }
+}
+
 impl VmHandle {
     /// If memory began as a template, copies it into the file of its own, which others can map then. The guest runs
     /// meanwhile, apart from two short pauses. Not to be called with a device locked. After an error it goes on with
     /// the template.
     pub fn own_memory(&self) -> Result<(), OwnError> {
-        let machine = self.machine();
-        // One at a time.
-        let _owning = machine.ram.owning();
-        if !machine.ram.is_template() {
+        let one = self.one_copying();
+        if !self.machine().ram.is_template() {
             return Ok(());
         }
-        self.follow_copying(machine)?;
-        let result = self.copy_to_own(machine);
-        let stopped = machine
-            .dirty
-            .lock()
-            .stop(User::Copying, &machine.vm, &machine.ram);
-        result?;
-        Ok(stopped?)
+        let copying = self.follow_copying(one)?;
+        self.copy_to_own(&copying)
     }
 
-    fn follow_copying(&self, machine: &Machine) -> Result<(), OwnError> {
-        Ok(self.with_devices_at_rest(|| {
-            let mut tracker = machine.dirty.lock();
-            tracker.start(User::Copying, &machine.vm, &machine.ram)
-        })??)
-    }
-
-    /// Calls `look` while no vCPU runs guest code and no device works.
-    fn with_devices_at_rest<R>(&self, look: impl FnOnce() -> R) -> Result<R, Refused> {
-        self.with_paused(|_vcpus| {
-            let _devices_rest = self.machine().at_work.lock();
-            look()
-        })
-    }
-
-    fn copy_to_own(&self, machine: &Machine) -> Result<(), OwnError> {
-        let ram = &machine.ram;
+    fn copy_to_own(&self, copying: &Copying<'_>) -> Result<(), OwnError> {
+        let ram = &self.machine().ram;
         ram.empty_own()?;
         for range in ram.populated() {
             let mut at = range.start;
@@ -84,7 +64,7 @@ impl VmHandle {
             }
         }
         for _ in 0..ROUNDS {
-            let changed = self.with_devices_at_rest(|| changed(machine))??;
+            let changed = self.with_devices_at_rest(|| copying.changed())??;
             for &page in &changed {
                 let at = u64::from(page) * PAGE_BYTES;
                 ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
@@ -98,25 +78,13 @@ impl VmHandle {
             if !ram.is_template() {
                 return Ok(());
             }
-            for page in changed(machine)? {
+            for page in copying.changed()? {
                 let at = u64::from(page) * PAGE_BYTES;
                 ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
             }
             Ok(ram.use_own()?)
         })?
     }
-}
-
-/// Takes the pages that changed while memory was copied. The machine is at rest.
-fn changed(machine: &Machine) -> Result<Vec<u32>, Error> {
-    let mut tracker = machine.dirty.lock();
-    tracker.collect(&machine.ram)?;
-    let Some(set) = tracker.set(User::Copying) else {
-        return Ok(Vec::new());
-    };
-    let pages = set.pages().to_vec();
-    set.clear();
-    Ok(pages)
 }
 
 impl GuestRam {

@@ -1,9 +1,10 @@
 //! Taking a snapshot of a machine that runs.
 //!
 //! ```text
-//!  guest runs │ at rest                                          │ guest runs
-//!  ───────────┼──────────────────────────────────────────────────┼──────────────────────
-//!             │ pages ─► image; machine, devices, what is beside │ ─► other files ─► name
+//!  guest runs                          │ at rest                                       │ guest runs
+//!  ────────────────────────────────────┼───────────────────────────────────────────────┼──────────────────────
+//!  all pages ─► image, then those that │ the last of them ─► image; machine, devices,  │ ─► other files ─► name
+//!  changed meanwhile, some times over  │ what is beside ─► memory of this process      │
 //! ```
 //!
 //! With the directory written beside its name, whoever looks finds all of the snapshot or nothing.
@@ -21,8 +22,10 @@ use super::{
     Chain, CpuModel, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter,
     MACHINE_FILE, MAP_FILE, Manifest, ParentSnapshot, SnapshotError, SnapshotId, StoredFile,
 };
+use crate::dirty::ChangedPages;
 use crate::error::Error;
 use crate::handle::VmHandle;
+use crate::memory::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
 use crate::quiesce::{QuiesceError, Quiesced, Stay};
 
 /// Why no snapshot was taken. The guest goes on, and earlier snapshots are as they were.
@@ -74,6 +77,9 @@ pub struct SnapshotRequest<'a> {
     pub parent: Option<&'a Path>,
     /// Who writes it, for the manifest.
     pub program: &'a str,
+    /// Have it followed from now on what changes, so that a diff of this snapshot takes little time. It costs the guest
+    /// something.
+    pub track: bool,
     /// The machine ends where the snapshot was taken.
     pub stop: bool,
     /// How long the machine may take to come to rest.
@@ -104,6 +110,8 @@ struct AtRest {
     rest: Duration,
     /// Of a machine that is to end with this.
     stay: Option<Stay>,
+    /// What changed since the last snapshot, where that is followed.
+    changed: Option<ChangedPages>,
 }
 
 impl VmHandle {
@@ -127,10 +135,13 @@ impl VmHandle {
         let image = ImageWriter::new(writer.create(IMAGE_FILE)?, self.ram().size_bytes());
         let image = image.map_err(cannot_write())?;
         let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
+        let since = self.is_tracked_since(parent.as_ref());
+        let copying = self.copy_ahead(&mut copier, since, request.limit, tell)?;
         still_wanted(tell, "bringing the guest to rest")?;
-        let at_rest = self.quiesce(request.limit, |quiesced| {
-            self.take(request, quiesced, &mut copier, tell, beside)
+        let mut at_rest = self.quiesce(request.limit, |quiesced| {
+            self.take(request, quiesced, copying.as_ref(), &mut copier, beside)
         })??;
+        drop(copying);
         still_wanted(tell, "writing the snapshot")?;
         let finished = copier.into_image().finish(parent.is_some());
         let (_, map) = finished.map_err(cannot_write())?;
@@ -162,6 +173,7 @@ impl VmHandle {
             files,
             vm: at_rest.vm,
         })?;
+        self.is_snapshot(id, at_rest.changed.take());
         if at_rest.stay.is_some() {
             self.power_off().map_err(QuiesceError::from)?;
         }
@@ -190,31 +202,93 @@ impl VmHandle {
         })
     }
 
+    /// Copies while the guest runs. `None` where KVM does not tell what changes meanwhile: all is left to be done.
+    fn copy_ahead(
+        &self,
+        copier: &mut Copier<'_>,
+        since_parent: bool,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Option<Copying<'_>>, CaptureError> {
+        still_wanted(tell, "waiting for others who copy memory")?;
+        let copying = match self.follow_copying(self.one_copying()) {
+            Err(CopyingError::Kvm(Error::KvmLacks(_))) => return Ok(None),
+            Err(CopyingError::Refused(refused)) => return Err(QuiesceError::from(refused).into()),
+            Err(CopyingError::Kvm(error)) => return Err(error.into()),
+            Ok(copying) => copying,
+        };
+        let changed = match since_parent {
+            true => self.quiesce(limit, |quiesced| quiesced.changed_pages())??,
+            false => None,
+        };
+        match changed {
+            Some(changed) => {
+                for range in changed.ranges() {
+                    copier.copy(range, tell)?;
+                }
+            }
+            None => copier.copy_all(tell)?,
+        }
+        copier.comes_again();
+        for _ in 0..ROUNDS {
+            let pages = self.with_devices_at_rest(|| copying.changed());
+            let pages = pages.map_err(QuiesceError::from)??;
+            copier.copy_pages(&pages, tell)?;
+            if pages.len() <= FEW_PAGES {
+                break;
+            }
+        }
+        Ok(Some(copying))
+    }
+
     /// What has to be done while nothing runs.
     fn take(
         &self,
         request: &SnapshotRequest<'_>,
         quiesced: &mut Quiesced<'_, '_>,
+        copying: Option<&Copying<'_>>,
         copier: &mut Copier<'_>,
-        tell: &mut dyn FnMut(&str) -> bool,
         beside: &mut dyn FnMut() -> Result<Beside, String>,
     ) -> Result<AtRest, CaptureError> {
         let begun = Instant::now();
         let beside = beside().map_err(CaptureError::Beside)?;
         let machine = quiesced.save()?;
-        let devices = quiesced.save_devices()?.to_bytes().map_err(Error::from)?;
-        copier.copy_all(tell)?;
+        let devices = quiesced.save_devices()?;
+        // Nobody is asked any more: what is left is short, or cannot be had otherwise.
+        match copying {
+            Some(copying) => copier.copy_pages(&copying.changed()?, &mut |_| true)?,
+            None => copier.copy_all(&mut |_| true)?,
+        }
         for (address, bytes) in &beside.instead {
             copier.put_instead(*address, bytes)?;
         }
+        let changed = quiesced.changed_pages()?;
+        if changed.is_none() && request.track {
+            quiesced.track_changes()?;
+        }
         Ok(AtRest {
             stay: request.stop.then(|| quiesced.stay()),
+            rest: begun.elapsed(),
             cpu: machine.cpu_model(),
             machine: machine.to_bytes().map_err(Error::from)?,
-            devices,
+            devices: devices.to_bytes().map_err(Error::from)?,
             vm: beside.vm,
-            rest: begun.elapsed(),
+            changed,
         })
+    }
+
+    /// Whether it is known what changed since `parent`.
+    fn is_tracked_since(&self, parent: Option<&Chain>) -> bool {
+        let last = *self.machine().last_snapshot();
+        parent.is_some_and(|parent| last == Some(parent.top().manifest().id))
+    }
+
+    /// Snapshot `id` is complete: what changed until then counts no more.
+    fn is_snapshot(&self, id: SnapshotId, changed: Option<ChangedPages>) {
+        if let Some(changed) = changed {
+            self.confirm_changes(&changed);
+        }
+        *self.machine().last_snapshot() = Some(id);
     }
 }
 

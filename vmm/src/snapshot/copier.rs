@@ -84,6 +84,25 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
+    /// Copies `pages`, by their numbers.
+    pub fn copy_pages(
+        &mut self,
+        pages: &[u32],
+        tell: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<(), CaptureError> {
+        for run in pages.chunk_by(|page, next| page.checked_add(1) == Some(*next)) {
+            if let (Some(first), Some(last)) = (run.first(), run.last()) {
+                self.copy(u64::from(*first)..u64::from(*last) + 1, tell)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is copied from now on has changed: it is not compared with the parent.
+    pub fn comes_again(&mut self) {
+        self.parent = None;
+    }
+
     /// Has the image hold `bytes` at guest physical `address`, where the guest holds something else. Within a page.
     pub fn put_instead(&mut self, address: GuestAddress, bytes: &[u8]) -> Result<(), CaptureError> {
         let beyond = || SnapshotError::GuestMemory(address.0);
@@ -140,8 +159,7 @@ impl<'a> Copier<'a> {
         let size = PAGE_BYTES as usize;
         let pairs = self.pages.chunks(size).zip(self.before.chunks(size));
         for (number, (page, before)) in (first..).zip(pairs) {
-            // One that was copied already may have changed back.
-            if page != before || self.image.has(number) {
+            if page != before {
                 let put = self.image.put(number, page);
                 put.map_err(|source| self.cannot_write(source))?;
             }

@@ -176,14 +176,7 @@ impl ImageWriter {
         write_pages(&self.file, first, &pages[run_start..], run_start)
     }
 
-    /// Whether it was told of page `number`.
-    pub fn has(&self, number: u64) -> bool {
-        let known = usize::try_from(number).ok();
-        let known = known.and_then(|number| self.pages.get(number));
-        known.is_some_and(|page| *page != Page::Untold)
-    }
-
-    /// Changes page `number`, as far as it was told of; what `change` returns, or `None` if the page is beyond memory.
+    /// Changes page `number` if it was told of; what `change` returns, or `None` if the page is beyond memory.
     ///
     /// # Errors
     /// It cannot be read or written.
@@ -199,8 +192,10 @@ impl ImageWriter {
             return Ok(None);
         };
         let mut page = [0; PAGE_BYTES as usize];
-        if matches!(known, Page::Stored(_)) {
-            self.file.read_exact_at(&mut page, number * PAGE_BYTES)?;
+        match known {
+            Page::Untold => return Ok(Some(())),
+            Page::Zero => {}
+            Page::Stored(_) => self.file.read_exact_at(&mut page, number * PAGE_BYTES)?,
         }
         match change(&mut page) {
             Some(()) => self.put(number, &page).map(Some),
