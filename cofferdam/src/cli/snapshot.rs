@@ -179,7 +179,9 @@ fn show(dir: &Path, json: bool) -> anyhow::Result<()> {
         ("vCPUs", top.vcpus.to_string()),
         (
             "processor",
-            format!("{} {}", top.cpu.vendor, top.cpu.brand).trim().to_owned(),
+            format!("{} {}", top.cpu.vendor, top.cpu.brand)
+                .trim()
+                .to_owned(),
         ),
         ("written by", top.program.clone()),
         ("taken", age(top.created_unix_s)),

@@ -161,11 +161,7 @@ impl VmService {
         Ok(Reply::Isolated(reply))
     }
 
-    fn snapshot(
-        &self,
-        request: &SnapshotRequest<'_>,
-        asker: &dyn Asker,
-    ) -> Result<Reply, String> {
+    fn snapshot(&self, request: &SnapshotRequest<'_>, asker: &dyn Asker) -> Result<Reply, String> {
         let paths = std::iter::once(request.dir).chain(request.parent);
         if paths.into_iter().any(|path| !path.is_absolute()) {
             return Err("a snapshot's directory is named by its whole path".to_owned());

@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{GuestRam, MemoryError, PAGE_BYTES};
 use super::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
+use super::{GuestRam, MemoryError, PAGE_BYTES};
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
 
