@@ -7,6 +7,7 @@ mod exec;
 mod inject;
 mod isolation;
 mod logging;
+mod marks;
 mod report;
 mod run;
 mod snapshot;
@@ -65,6 +66,12 @@ enum Command {
     Stop(control::StopOptions),
     /// Write all of a VM's state to disk, to go on from there; look at such snapshots
     Snapshot(snapshot::SnapshotOptions),
+    /// Set a mark where a guest is, to rewind it there
+    Mark(marks::MarkOptions),
+    /// Take a guest back to a mark, in place and at once
+    Rewind(marks::RewindOptions),
+    /// Show a VM's marks, or forget one
+    Marks(marks::MarksOptions),
     /// Run a command inside a guest, through its agent
     Exec(exec::ExecOptions),
     /// Put functions of a guest's driver into a domain of their own
@@ -111,6 +118,9 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Reset(options) => options.reset(),
         Command::Stop(options) => options.run(),
         Command::Snapshot(options) => options.run(),
+        Command::Mark(options) => options.run(),
+        Command::Rewind(options) => options.run(),
+        Command::Marks(options) => options.run(),
         Command::Exec(options) => options.run(),
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),

@@ -30,6 +30,7 @@ use recovery::upgrade::UpgradeReport;
 use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
 use vmm::snapshot::Taken;
+use vmm::{MarkInfo, Rewound};
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
@@ -76,6 +77,24 @@ pub enum Request {
         /// The VM ends with it.
         #[serde(default)]
         stop: bool,
+    },
+    /// Set a mark where the guest is. Answer: [`Reply::Marked`].
+    Mark {
+        /// Its name.
+        name: String,
+    },
+    /// Take the guest back to a mark. Answer: [`Reply::Rewound`].
+    Rewind {
+        /// Its name; the mark that the guest has gone on from last otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+    },
+    /// Which marks are there? Answer: [`Reply::Marks`].
+    Marks {},
+    /// Forget a mark. Others stay. Answer: [`Reply::Marks`].
+    ForgetMark {
+        /// Its name.
+        name: String,
     },
     /// Put functions of a guest's module into a domain. Answer: [`Reply::Isolated`].
     Isolate {
@@ -163,6 +182,7 @@ impl Request {
     /// [`BEAT`] then. The others are answered at once.
     pub fn may_take(&self) -> Option<Duration> {
         match self {
+            Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
             Self::Release { .. } => Some(Duration::from_secs(60)),
             // All of the memory is written, to whatever kind of disk.
             Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
@@ -217,6 +237,15 @@ pub enum Reply {
     Status(Box<Status>),
     /// The snapshot that was taken.
     Snapshot(Taken),
+    /// The mark that was set.
+    Marked(MarkInfo),
+    /// The rewind that was done.
+    Rewound(Rewound),
+    /// The marks that there are, parents before those that follow them.
+    Marks {
+        /// All of them.
+        marks: Vec<MarkInfo>,
+    },
     /// What was isolated, as `isolation::attach::request::Isolated` writes it.
     Isolated(serde_json::Value),
     /// The final counters of a module that is isolated no more.

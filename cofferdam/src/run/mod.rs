@@ -19,6 +19,7 @@ mod memory;
 mod meter;
 mod nics;
 mod panic_watch;
+mod restored;
 pub mod saved;
 mod service;
 pub mod signals;
@@ -37,12 +38,8 @@ use devices::clock::monotonic_ns;
 use devices::serial::SerialBackend;
 use isolation::Isolation;
 use panic_watch::GuestPanic;
-use recovery::asker::Nobody;
-use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
-use saved::SavedVm;
-use vmm::memory::MemorySource;
-use vmm::snapshot::Chain;
+use restored::Saved;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
@@ -50,6 +47,7 @@ use crate::runtime_dir::RuntimeRoot;
 use signals::Signals;
 
 pub use ending::Ending;
+pub use restored::Restored;
 
 /// Most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;
@@ -87,15 +85,6 @@ pub struct RunConfig {
     pub no_reboot: bool,
     /// What it goes on from instead of booting.
     pub restored: Option<Restored>,
-}
-
-/// The snapshot that a VM goes on from.
-#[derive(Debug, Clone)]
-pub struct Restored {
-    /// Its directory.
-    pub dir: PathBuf,
-    /// Whether the guest begins before its memory is there.
-    pub lazy: bool,
 }
 
 /// A NIC and what it is plugged into.
@@ -165,14 +154,17 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             no_fifo(what, path)?;
         }
     }
-    let chain = config.restored.as_ref().map(|from| Chain::open(&from.dir));
-    let chain = chain.transpose()?;
+    let saved = config.restored.as_ref().map(Saved::open).transpose()?;
     let (backend, input) = console::open(&config.serial, belongings)?;
     let panic = GuestPanic::default();
     let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
     let mut vm = Vm::new(VmConfig {
         memory_bytes: config.memory.bytes(),
-        memory: MemorySource::default(),
+        memory: saved
+            .as_ref()
+            .map(Saved::memory)
+            .transpose()?
+            .unwrap_or_default(),
         vcpus: config.vcpus,
         payload: Payload::Linux {
             kernel: config.kernel.clone(),
@@ -187,9 +179,8 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         },
     })?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
-    if let Some(chain) = &chain {
-        let loaded = memory::with_huge_pages(|| vm.go_on_from(chain))?;
-        tracing::info!(pages = loaded.pages, "memory is as it was saved");
+    if let Some(saved) = &saved {
+        saved.put_into(&mut vm)?;
     }
     let isolator = Isolator::attach(vm.handle())?;
     let (forgetful, drivers) = (isolator.clone(), nics.clone());
@@ -200,9 +191,8 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let guest = Isolation::new(vm.handle(), isolator, paths.agent_socket(), nics.clone());
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
-    if let Some(chain) = &chain {
-        let saved = SavedVm::of(chain.top().manifest())?;
-        isolate_again(&supervisor, saved.isolated())?;
+    if let Some(saved) = &saved {
+        saved.tell_guest(config, &supervisor)?;
     }
     let weak = Arc::downgrade(&supervisor);
     let forgotten = panic.clone();
@@ -223,7 +213,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         input.start(vm.handle(), belongings)?;
     }
     memory::give_back_unused();
-    let begins = match chain {
+    let begins = match saved {
         Some(_) => "the guest goes on",
         None => "the guest starts",
     };
@@ -231,27 +221,4 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let ended = vm.run();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
-}
-
-/// Isolates what was isolated when the snapshot was taken, once the guest goes on and its agent answers. Where that does
-/// not work, `cofferdam status` says so.
-fn isolate_again(
-    supervisor: &Arc<Supervisor<Isolation>>,
-    isolated: &[IsolatedModule],
-) -> anyhow::Result<()> {
-    if isolated.is_empty() {
-        return Ok(());
-    }
-    let (supervisor, isolated) = (supervisor.clone(), isolated.to_vec());
-    std::thread::Builder::new()
-        .name("isolate-again".to_owned())
-        .spawn(move || {
-            for (module, error) in supervisor.isolate_as_told(isolated, &Nobody) {
-                tracing::error!(
-                    "{module} is not isolated as it was when the guest was saved: {error:#}"
-                );
-            }
-        })
-        .context("cannot start a thread that isolates again")?;
-    Ok(())
 }

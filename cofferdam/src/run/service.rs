@@ -161,6 +161,12 @@ impl VmService {
         Ok(Reply::Isolated(reply))
     }
 
+    fn marks(&self) -> Reply {
+        Reply::Marks {
+            marks: self.vm.marks(),
+        }
+    }
+
     fn snapshot(&self, request: &SnapshotRequest<'_>, asker: &dyn Asker) -> Result<Reply, String> {
         let paths = std::iter::once(request.dir).chain(request.parent);
         if paths.into_iter().any(|path| !path.is_absolute()) {
@@ -262,6 +268,21 @@ impl Handler for VmService {
                     limit: REST_TIME,
                 };
                 self.snapshot(&request, asker)
+            }
+            Request::Mark { name } => {
+                asker.tell("setting a mark").map_err(text)?;
+                let marked = self.vm.mark(&name, REST_TIME);
+                marked.map(Reply::Marked).map_err(text)
+            }
+            Request::Rewind { name } => {
+                asker.tell("going back").map_err(text)?;
+                let rewound = self.vm.rewind(name.as_deref(), REST_TIME);
+                rewound.map(Reply::Rewound).map_err(text)
+            }
+            Request::Marks {} => Ok(self.marks()),
+            Request::ForgetMark { name } => {
+                self.vm.forget_mark(&name).map_err(text)?;
+                Ok(self.marks())
             }
             Request::Isolate {
                 module,

@@ -16,7 +16,7 @@
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::dirty::User;
 use crate::error::Error;
@@ -100,7 +100,7 @@ pub enum MarkError {
 }
 
 /// A mark as it is told.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MarkInfo {
     /// Its name.
     pub name: String,

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::pages::Places;
 use super::tree::Id;
@@ -16,7 +16,7 @@ use crate::handle::VmHandle;
 use crate::quiesce::{QuiesceError, Quiesced};
 
 /// A rewind that was done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rewound {
     /// The mark.
     pub mark: String,
@@ -27,7 +27,7 @@ pub struct Rewound {
 }
 
 /// Nanoseconds of the host's monotonic clock that the phases of a rewind took, one after the other.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RewindPhases {
     /// Bringing the machine to rest.
     pub rest_ns: u64,

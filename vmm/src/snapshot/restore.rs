@@ -1,10 +1,12 @@
 //! Making a machine go on from a snapshot.
 
+use std::sync::Arc;
+
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Chain, Loaded, SnapshotError};
+use super::{Chain, IMAGE_FILE, Loaded, SnapshotError};
 use crate::error::{Error, StateError};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemorySource};
 use crate::state::MachineState;
 use crate::state::devices::DeviceStates;
 use crate::vm::Vm;
@@ -26,9 +28,26 @@ impl From<StateError> for RestoreError {
     }
 }
 
+impl Chain {
+    /// Memory that is mapped from the image of the full snapshot, for [`crate::VmConfig::memory`]: pages are read when
+    /// they are touched, without a look at their checksums, and all machines that map it share those that they have not written.
+    ///
+    /// # Errors
+    /// The process has no more descriptors.
+    pub fn template(&self) -> Result<MemorySource, SnapshotError> {
+        let base = self.base();
+        let file = base.image().try_clone();
+        let file = file.map_err(SnapshotError::read(base.dir().join(IMAGE_FILE)))?;
+        Ok(MemorySource::Template {
+            file: Arc::new(file),
+        })
+    }
+}
+
 impl Vm {
     /// Has the machine go on from a snapshot when it is run: memory, its own state, then its devices, which are all
-    /// there already. After an error it cannot be used.
+    /// there already. Where the machine's memory is the snapshot's image ([`Chain::template`]), only what differs is read
+    /// now. After an error the machine cannot be used.
     ///
     /// # Errors
     /// The snapshot is damaged, or is of a machine that this one is not like.
@@ -38,7 +57,8 @@ impl Vm {
         let devices = DeviceStates::from_bytes(&chain.top().device_states()?)?;
         self.can_be(&machine)?;
         let ram = &self.machine.ram;
-        let loaded = chain.load(false, |offset, content| fill(ram, offset, content))?;
+        let mapped = ram.is_template();
+        let loaded = chain.load(mapped, |offset, content| fill(ram, offset, content))?;
         // The clock goes on from here.
         self.restore(&machine)?;
         self.restore_devices(&devices)?;
