@@ -91,22 +91,37 @@ impl Offsets {
     }
 }
 
+/// Which functions of a driver are called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverCalls {
+    /// The suspend function, and when it has returned the resume function: the device begins anew.
+    SuspendAndResume,
+    /// The suspend function: the device rests until the other is called.
+    Suspend,
+    /// The resume function.
+    Resume,
+}
+
 /// How far it got.
 #[derive(Debug)]
 enum State {
     /// Nobody has come by.
     Armed,
-    /// The first function runs, and the second is to follow.
-    Suspending { entry: Box<kvm_regs>, resume: u64 },
-    /// The second function runs.
+    /// The suspend function runs, and the resume function is to follow if there is one here.
+    Suspending {
+        entry: Box<kvm_regs>,
+        resume: Option<u64>,
+    },
+    /// The resume function runs.
     Resuming { entry: Box<kvm_regs> },
     /// It is over; how long it took.
     Over(Result<Duration, SuspendError>),
 }
 
-/// A suspend and a resume to be carried out.
+/// A suspend, a resume or both to be carried out.
 #[derive(Debug)]
 pub(crate) struct SuspendResume {
+    calls: DriverCalls,
     gate: u64,
     gpa: u64,
     /// What the write of ours says.
@@ -123,8 +138,8 @@ pub(crate) struct SuspendResume {
 impl SuspendResume {
     /// Puts the gate there. The guest stands still.
     pub fn arm(
-        module: &str,
-        word: &[u8],
+        calls: DriverCalls,
+        (module, word): (&str, &[u8]),
         types: &Btf,
         symbols: &SymbolTable,
         virt: &VirtMemory<'_, GuestMemory>,
@@ -143,6 +158,7 @@ impl SuspendResume {
         let functions = symbols.in_module(module);
         let functions = functions.filter(|symbol| symbol.is_code());
         let this = Self {
+            calls,
             gate,
             gpa,
             word: word[..word.len().min(MAX_WORD)].to_vec(),
@@ -212,11 +228,22 @@ impl SuspendResume {
         let Some((suspend, resume)) = self.find(regs.rdi, virt) else {
             return self.end(Err(SuspendError::NoFunctions), regs, regs, virt);
         };
-        match self.call(suspend, regs, regs, virt) {
+        let entry = Box::new(*regs);
+        let (first, state) = match self.calls {
+            DriverCalls::SuspendAndResume => {
+                let resume = Some(resume);
+                (suspend, State::Suspending { entry, resume })
+            }
+            DriverCalls::Suspend => {
+                let resume = None;
+                (suspend, State::Suspending { entry, resume })
+            }
+            DriverCalls::Resume => (resume, State::Resuming { entry }),
+        };
+        match self.call(first, regs, regs, virt) {
             Some(next) => {
-                let entry = Box::new(*regs);
                 self.begin = Instant::now();
-                self.state = State::Suspending { entry, resume };
+                self.state = state;
                 Some(next)
             }
             None => self.end(Err(SuspendError::Stack), regs, regs, virt),
@@ -230,7 +257,7 @@ impl SuspendResume {
         virt: &VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         let (name, entry, resume) = match &self.state {
-            State::Suspending { entry, resume } => ("suspend", **entry, Some(*resume)),
+            State::Suspending { entry, resume } => ("suspend", **entry, *resume),
             State::Resuming { entry } => ("resume", **entry, None),
             State::Armed | State::Over(_) => return None,
         };
@@ -315,10 +342,11 @@ impl SuspendResume {
 }
 
 impl Isolator {
-    /// Has the next write of `word` to the [`ATTRIBUTE`] of a device that `module` drives call the driver's
-    /// suspend function and then its resume function.
+    /// Has the next write of `word` to the [`ATTRIBUTE`] of a device that `module` drives call these functions of the
+    /// driver.
     pub fn begin_suspend_resume(
         &self,
+        calls: DriverCalls,
         module: &str,
         sections: &[(String, u64)],
         symbols: &SymbolTable,
@@ -342,14 +370,15 @@ impl Isolator {
                 space,
                 memory: &*memory,
             };
+            let which = (module, word);
             *suspending = Some(SuspendResume::arm(
-                module, word, types, symbols, &virt, bits,
+                calls, which, types, symbols, &virt, bits,
             )?);
             Ok(())
         })?
     }
 
-    /// What came of the suspend and resume that were begun, and how long they took. If one of them has not returned, its return is waited
+    /// What came of the calls that were begun, and how long they took together. If one of them has not returned, its return is waited
     /// for by the gate, and this has to be asked again.
     pub fn end_suspend_resume(&self) -> Result<Duration, AttachError> {
         let memory = self.vm.ram().memory().clone();

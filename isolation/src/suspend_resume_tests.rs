@@ -17,6 +17,7 @@ const STACK: u64 = 0xffff_c900_0000_0ff8;
 const CALLER: u64 = 0xffff_ffff_8190_0000;
 const SUSPEND: u64 = 0xffff_ffff_c000_1000;
 const RESUME: u64 = 0xffff_ffff_c000_1100;
+const BOTH: DriverCalls = DriverCalls::SuspendAndResume;
 const WORD: &[u8] = b"cofferdam-1f";
 
 struct World {
@@ -87,7 +88,14 @@ impl World {
 
     fn arm(&self) -> SuspendResume {
         let (types, symbols) = (&self.types, &self.symbols);
-        SuspendResume::arm("nic", WORD, types, symbols, &self.virt(), 46).unwrap()
+        SuspendResume::arm(BOTH, ("nic", WORD), types, symbols, &self.virt(), 46).unwrap()
+    }
+
+    fn arm_for(&self, calls: DriverCalls) -> SuspendResume {
+        SuspendResume {
+            calls,
+            ..self.arm()
+        }
     }
 
     fn text(&self) -> [u8; GATE_BYTES] {
@@ -145,6 +153,31 @@ fn suspend_and_resume_are_called_one_after_the_other_and_the_write_is_done() {
     assert_eq!((done.rax, done.rbx), (WORD.len() as u64, 0x77));
     assert!(calls.disarm(&world.memory).unwrap().is_ok());
     assert_eq!(world.text(), FTRACE_NOP);
+}
+
+#[test]
+fn either_function_is_called_alone() {
+    for (which, function, name) in [
+        (DriverCalls::Suspend, SUSPEND, "suspend"),
+        (DriverCalls::Resume, RESUME, "resume"),
+    ] {
+        let world = World::new(SUSPEND, RESUME);
+        let mut calls = world.arm_for(which);
+        let first = calls.step(STORE_AT, &entry(), &world.virt()).unwrap();
+        assert_eq!((first.rip, first.rdi), (function, DEVICE));
+        assert_eq!(calls.out(), SuspendError::NotBack(name));
+        let done = calls
+            .step(STORE_AT + 2, &back(&first, 0), &world.virt())
+            .unwrap();
+        assert_eq!((done.rip, done.rsp), (CALLER, STACK + 8));
+        assert!(calls.disarm(&world.memory).unwrap().is_ok());
+        let mut calls = world.arm_for(which);
+        let first = calls.step(STORE_AT, &entry(), &world.virt()).unwrap();
+        let failed = back(&first, 0xffff_fffb);
+        calls.step(STORE_AT + 2, &failed, &world.virt()).unwrap();
+        let result = calls.disarm(&world.memory).unwrap();
+        assert_eq!(result, Err(SuspendError::Failed(name, -5)));
+    }
 }
 
 #[test]
@@ -237,14 +270,35 @@ fn a_gate_to_which_somebody_has_to_return_stays() {
 fn a_kernel_that_is_not_as_expected_is_left_alone() {
     let world = World::new(SUSPEND, RESUME);
     let (memory, symbols) = (&world.memory, SymbolTableBuilder::default().finish());
-    let none = SuspendResume::arm("nic", WORD, &world.types, &symbols, &world.virt(), 46);
+    let none = SuspendResume::arm(
+        BOTH,
+        ("nic", WORD),
+        &world.types,
+        &symbols,
+        &world.virt(),
+        46,
+    );
     assert_eq!(none.unwrap_err(), SuspendError::NoGate);
     let empty = Btf::parse(&Encoder::new(None).bytes(), None).unwrap();
-    let none = SuspendResume::arm("nic", WORD, &empty, &world.symbols, &world.virt(), 46);
+    let none = SuspendResume::arm(
+        BOTH,
+        ("nic", WORD),
+        &empty,
+        &world.symbols,
+        &world.virt(),
+        46,
+    );
     assert_eq!(none.unwrap_err(), SuspendError::NoGate);
     let at = world.space.walk(memory, Gva(STORE_AT)).unwrap().gpa;
     memory.write_slice(&[0xcc], at).unwrap();
-    let none = SuspendResume::arm("nic", WORD, &world.types, &world.symbols, &world.virt(), 46);
+    let none = SuspendResume::arm(
+        BOTH,
+        ("nic", WORD),
+        &world.types,
+        &world.symbols,
+        &world.virt(),
+        46,
+    );
     assert_eq!(none.unwrap_err(), SuspendError::NoGate);
     assert_eq!(world.text()[1..], FTRACE_NOP[1..]);
 }

@@ -11,6 +11,7 @@ use agent_protocol::{Client, ClientError};
 use isolation::attach::request::Isolated;
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::status::ModuleStatus;
+use isolation::suspend_resume::DriverCalls;
 
 use crate::asker::Asker;
 use crate::request::IsolationRequest;
@@ -121,7 +122,7 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// A client of its agent.
     type Agent: Agent;
     /// The state of a device.
-    type DeviceState;
+    type DeviceState: Clone + Send + Sync + 'static;
     /// What was learnt of the guest, to be known again after a rewind.
     type Learnt: Send + Sync + 'static;
 
@@ -155,19 +156,20 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// The driver is another build now: nothing that is known of its functions and types holds.
     fn driver_changed(&self, module: &str);
 
-    /// Has the next write of `word` to [`isolation::suspend_resume::ATTRIBUTE`] of a device of `module` call the driver's
-    /// suspend function and then its resume function.
+    /// Has the next write of `word` to [`isolation::suspend_resume::ATTRIBUTE`] of a device of `module` call these functions
+    /// of the driver.
     ///
     /// # Errors
     /// The guest does not have the functions, or does not tell where.
     fn begin_suspend_resume(
         &self,
         agent: &mut Self::Agent,
+        calls: DriverCalls,
         module: &str,
         word: &[u8],
     ) -> anyhow::Result<()>;
 
-    /// What came of it, and how long both functions took together.
+    /// What came of it, and how long the functions took together.
     ///
     /// # Errors
     /// They were not called, failed, or have not returned.
@@ -203,6 +205,10 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// # Errors
     /// The device does not take it.
     fn restore_device(&self, module: &str, state: Self::DeviceState) -> anyhow::Result<()>;
+
+    /// Puts `module`'s devices into the sleep state D3hot, or wakes them; `false` if they have no power states, or are none
+    /// of ours.
+    fn set_power(&self, module: &str, awake: bool) -> bool;
 
     /// The time on a clock that does not run backwards.
     fn now(&self) -> Duration;

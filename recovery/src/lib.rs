@@ -11,7 +11,7 @@
 //! | `module_file` | a module's file that is to take a running one's place |
 //! | `request` | what was asked for when a module was isolated |
 //! | `rest` | the supervisor at rest with its machine, and after a rewind |
-//! | `resume_device` | a driver's own suspend and resume functions, called |
+//! | `resume_device` | a driver's own suspend and resume functions, called; devices that rest |
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
 //! | `turn` | whose turn it is to change drivers |
@@ -32,7 +32,7 @@ pub mod model;
 pub mod module_file;
 pub mod request;
 mod rest;
-mod resume_device;
+pub mod resume_device;
 mod rungs;
 pub mod supervisor;
 mod turn;

@@ -14,13 +14,15 @@ use crate::asker::Asker;
 use crate::guest::LiveGuest;
 use crate::ladder::{Ladder, State};
 use crate::request::{IsolatedModule, IsolationRequest};
+use crate::resume_device::Resting;
 use crate::supervisor::{SupervisedModule, Supervisor, lock};
 
 /// What has to be put back.
-struct KeptSupervisor<L> {
+struct KeptSupervisor<G: LiveGuest> {
     modules: HashMap<String, KeptLadder>,
     driver_files: HashMap<String, String>,
-    learnt: L,
+    resting: HashMap<String, Resting<G::DeviceState>>,
+    learnt: G::Learnt,
 }
 
 /// A ladder as it was.
@@ -133,9 +135,10 @@ impl<G: LiveGuest> Supervisor<G> {
             };
             (module.clone(), kept)
         });
-        let kept: Arc<dyn Any + Send + Sync> = Arc::new(KeptSupervisor {
+        let kept: Arc<dyn Any + Send + Sync> = Arc::new(KeptSupervisor::<G> {
             modules: kept.collect(),
             driver_files: lock(&self.driver_files).clone(),
+            resting: lock(&self.resting).clone(),
             learnt: self.guest().learnt(),
         });
         Some(kept)
@@ -145,7 +148,7 @@ impl<G: LiveGuest> Supervisor<G> {
     pub(crate) fn put_ladders_back(&self, kept: &Kept) -> Result<(), String> {
         let kept = kept
             .as_ref()
-            .and_then(|kept| kept.downcast_ref::<KeptSupervisor<G::Learnt>>())
+            .and_then(|kept| kept.downcast_ref::<KeptSupervisor<G>>())
             .ok_or("what was kept of ladders is something else")?;
         let mut modules = self.modules();
         modules.clear();
@@ -158,6 +161,7 @@ impl<G: LiveGuest> Supervisor<G> {
             modules.insert(module.clone(), supervised);
         }
         lock(&self.driver_files).clone_from(&kept.driver_files);
+        lock(&self.resting).clone_from(&kept.resting);
         self.guest().put_learnt_back(&kept.learnt);
         Ok(())
     }

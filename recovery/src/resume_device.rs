@@ -1,51 +1,222 @@
-//! A driver's own suspend and resume functions, called in the live guest: its device begins anew, the driver stays.
+//! A driver's own suspend and resume functions, called in the live guest: its device begins anew, or rests until it is
+//! wanted again; the driver stays.
+//!
+//! ```text
+//!   suspend:  driver's suspend function ─► state of the device taken ─► D3hot
+//!   resume:   D0 ─► state put back ─► driver's resume function
+//! ```
 
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use devices::clock::monotonic_ns;
-use isolation::suspend_resume::ATTRIBUTE;
+use isolation::suspend_resume::{ATTRIBUTE, DriverCalls};
+use serde::{Deserialize, Serialize};
 
+use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest};
+use crate::supervisor::{Supervisor, lock};
 
 /// Devices of one driver.
 const MAX_DEVICES: usize = 8;
 
-/// Prints the folders in sysfs of the PCI devices of the driver module `$1`.
-const LIST: &str = "for d in /sys/bus/pci/devices/*; do \
+/// Prints which instance of the driver module `$1` is loaded, which changes whenever it is inserted, and the folders in
+/// sysfs of its PCI devices.
+const LIST: &str = "stat -c 'instance %i' /sys/module/$1; for d in /sys/bus/pci/devices/*; do \
     m=$(readlink $d/driver/module) && [ ${m##*/} = \"$1\" ] && echo $d; done; true";
 
-/// Has `module` suspend and resume each of its PCI devices, and returns how long each took.
-pub(crate) fn suspend_and_resume<G: LiveGuest>(
-    guest: &G,
-    module: &str,
-) -> anyhow::Result<Vec<Duration>> {
-    let mut agent = guest.agent();
-    let list = agent.run(&["sh", "-c", LIST, "sh", module])?.stdout;
-    let folders: Vec<&str> = list.split_whitespace().take(MAX_DEVICES).collect();
-    ensure!(
-        !folders.is_empty(),
-        "{module} is not loaded in the guest, or drives no PCI device"
-    );
-    let mut times = Vec::new();
-    for folder in &folders {
-        let is_device = |address: &str| {
-            address
-                .bytes()
-                .all(|byte| byte.is_ascii_hexdigit() || b":.".contains(&byte))
-        };
-        let address = folder.strip_prefix("/sys/bus/pci/devices/");
-        ensure!(
-            address.is_some_and(is_device),
-            "the guest lists {folder} as a device"
-        );
-        // Nobody else writes that.
-        let word = format!("cofferdam-{:x}", monotonic_ns());
-        guest.begin_suspend_resume(&mut agent, module, word.as_bytes())?;
-        let written = agent.write_file(&format!("{folder}/{ATTRIBUTE}"), word.as_bytes(), 0o644);
-        let ended = guest.end_suspend_resume();
-        times.push(ended.context("the device cannot be resumed")?);
-        written.context("the guest's agent cannot write to the device's folder")?;
-    }
-    Ok(times)
+/// How long the parts of a suspend or of a resume took, one after the other, in microseconds of the host's clock.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicePhases {
+    /// The driver's own function, for all of its devices.
+    pub driver_us: u64,
+    /// Taking the devices' state, or putting it back; absent if they do not give it away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_us: Option<u64>,
+    /// Changing their power state; absent if they have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_us: Option<u64>,
 }
+
+/// What came of a resume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resumed {
+    /// The devices were suspended and work again.
+    FromRest(DevicePhases),
+    /// They were not: each was suspended and resumed, which took so long.
+    Anew(Vec<Duration>),
+}
+
+/// Devices that rest.
+#[derive(Debug, Clone)]
+pub(crate) struct Resting<D> {
+    /// Which instance of the module has them.
+    instance: String,
+    /// Their folders in sysfs.
+    folders: Vec<String>,
+    /// Their state when they came to rest.
+    state: Option<D>,
+    /// They were put into D3hot.
+    asleep: bool,
+}
+
+/// A driver module in the guest, and the folders in sysfs of its devices.
+struct Driver {
+    instance: String,
+    folders: Vec<String>,
+}
+
+impl Driver {
+    fn look(agent: &mut impl Agent, module: &str) -> anyhow::Result<Self> {
+        let list = agent.run(&["sh", "-c", LIST, "sh", module])?.stdout;
+        let (mut instance, mut folders) = (String::new(), Vec::new());
+        for line in list.lines() {
+            match line.strip_prefix("instance ") {
+                Some(number) => instance = number.to_owned(),
+                None if folders.len() < MAX_DEVICES => folders.push(line.to_owned()),
+                None => {}
+            }
+        }
+        ensure!(
+            !folders.is_empty(),
+            "{module} is not loaded in the guest, or drives no PCI device"
+        );
+        let is_device = |address: &str| {
+            let mut bytes = address.bytes();
+            bytes.all(|byte| byte.is_ascii_hexdigit() || b":.".contains(&byte))
+        };
+        for folder in &folders {
+            let address = folder.strip_prefix("/sys/bus/pci/devices/");
+            ensure!(
+                address.is_some_and(is_device),
+                "the guest lists {folder} as a device"
+            );
+        }
+        Ok(Self { instance, folders })
+    }
+}
+
+/// Calls functions of the driver `module` for the device with this folder; how long they took.
+fn call<G: LiveGuest>(
+    guest: &G,
+    agent: &mut G::Agent,
+    calls: DriverCalls,
+    module: &str,
+    folder: &str,
+) -> anyhow::Result<Duration> {
+    // Nobody else writes that.
+    let word = format!("cofferdam-{:x}", monotonic_ns());
+    guest.begin_suspend_resume(agent, calls, module, word.as_bytes())?;
+    let written = agent.write_file(&format!("{folder}/{ATTRIBUTE}"), word.as_bytes(), 0o644);
+    let ended = guest.end_suspend_resume();
+    let took = ended.with_context(|| match calls {
+        DriverCalls::Suspend => "the device cannot be suspended",
+        _ => "the device cannot be resumed",
+    })?;
+    written.context("the guest's agent cannot write to the device's folder")?;
+    Ok(took)
+}
+
+/// Has `module` suspend its devices, takes their state and changes their power state. An error means that they work.
+pub(crate) fn suspend<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+    asker: &dyn Asker,
+) -> anyhow::Result<DevicePhases> {
+    let _alone = supervisor.change_driver_for(asker)?;
+    let guest = supervisor.guest();
+    let mut agent = guest.agent();
+    let driver = Driver::look(&mut agent, module)?;
+    if let Some(resting) = lock(&supervisor.resting).get(module) {
+        ensure!(
+            resting.instance != driver.instance,
+            "the devices of {module} are suspended already: `cofferdam resume-device` brings them back"
+        );
+    }
+    asker.tell("having the driver suspend its devices")?;
+    let mut phases = DevicePhases::default();
+    for (index, folder) in driver.folders.iter().enumerate() {
+        match call(guest, &mut agent, DriverCalls::Suspend, module, folder) {
+            Ok(took) => phases.driver_us += micros(took),
+            Err(error) => {
+                for folder in driver.folders[..index].iter().rev() {
+                    let back = call(guest, &mut agent, DriverCalls::Resume, module, folder);
+                    back.with_context(|| format!("{error:#}; one that was suspended before"))?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    let begin = guest.now();
+    let state = guest.save_device(module);
+    let taken = guest.now();
+    phases.state_us = state.is_some().then(|| micros(taken.saturating_sub(begin)));
+    let asleep = guest.set_power(module, false);
+    phases.power_us = asleep.then(|| micros(guest.now().saturating_sub(taken)));
+    let Driver { instance, folders } = driver;
+    let resting = Resting {
+        instance,
+        folders,
+        state,
+        asleep,
+    };
+    lock(&supervisor.resting).insert(module.to_owned(), resting);
+    Ok(phases)
+}
+
+/// Brings the devices of `module` back, or has it suspend and resume them if they do not rest. Nobody else may change the
+/// driver meanwhile.
+pub(crate) fn resume<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+) -> anyhow::Result<Resumed> {
+    let guest = supervisor.guest();
+    let mut agent = guest.agent();
+    let found = lock(&supervisor.resting).get(module).cloned();
+    let driver = Driver::look(&mut agent, module);
+    let Some(resting) = found else {
+        let call = |folder: &String| {
+            let both = DriverCalls::SuspendAndResume;
+            call(guest, &mut agent, both, module, folder)
+        };
+        let times: anyhow::Result<_> = driver?.folders.iter().map(call).collect();
+        return Ok(Resumed::Anew(times?));
+    };
+    if driver
+        .as_ref()
+        .map_or(true, |now| now.instance != resting.instance)
+    {
+        lock(&supervisor.resting).remove(module);
+        bail!(
+            "{module} was removed since its devices were suspended: they are not suspended any more, and there is \
+             nothing to resume"
+        );
+    }
+    let mut phases = DevicePhases::default();
+    let begin = guest.now();
+    if resting.asleep {
+        guest.set_power(module, true);
+        phases.power_us = Some(micros(guest.now().saturating_sub(begin)));
+    }
+    let awake = guest.now();
+    if let Some(state) = resting.state {
+        guest
+            .restore_device(module, state)
+            .context("the state of the devices cannot be put back")?;
+        phases.state_us = Some(micros(guest.now().saturating_sub(awake)));
+    }
+    for folder in &resting.folders {
+        let took = call(guest, &mut agent, DriverCalls::Resume, module, folder)?;
+        phases.driver_us += micros(took);
+    }
+    lock(&supervisor.resting).remove(module);
+    Ok(Resumed::FromRest(phases))
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[path = "resume_device_tests.rs"]
+mod tests;

@@ -34,7 +34,7 @@ pub(crate) fn recover<G: LiveGuest>(
     turn: &Taken<'_>,
 ) {
     if resume {
-        let result = resume_device::suspend_and_resume(supervisor.guest(), module);
+        let result = resume_device::resume(supervisor, module);
         let result = result.map_err(|error| format!("{error:#}")).map(drop);
         match &result {
             Ok(()) => tracing::warn!("{module} has resumed its device"),
@@ -97,6 +97,11 @@ fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
 /// same functions again.
 fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
     let guest = supervisor.guest();
+    if supervisor.suspended().iter().any(|one| one == module) {
+        // A driver waits for ever for the end of what it has ended already when it was suspended.
+        let resumed = resume_device::resume(supervisor, module);
+        resumed.context("its devices are suspended and cannot be resumed")?;
+    }
     let mut agent = guest.agent();
     let configs = live::read(&mut agent, module).context("its configuration cannot be read")?;
     supervisor.take_out(module);

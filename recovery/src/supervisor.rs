@@ -23,6 +23,7 @@ use crate::asker::{Asker, Gone, Nobody};
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
 use crate::request::IsolationRequest;
+use crate::resume_device::{DevicePhases, Resting, Resumed};
 use crate::turn::{Taken, Turn};
 use crate::upgrade::UpgradeReport;
 use crate::violations::{ViolationLog, Violations};
@@ -43,7 +44,7 @@ pub(crate) struct RungRequest {
 }
 
 /// Supervises the isolated modules of a guest.
-pub struct Supervisor<G> {
+pub struct Supervisor<G: LiveGuest> {
     guest: G,
     modules: Mutex<HashMap<String, SupervisedModule>>,
     rungs: Sender<RungRequest>,
@@ -52,6 +53,8 @@ pub struct Supervisor<G> {
     pub(crate) turn: Turn,
     /// Paths in the guest of the files of drivers that were upgraded.
     pub(crate) driver_files: Mutex<HashMap<String, String>>,
+    /// Devices that were suspended, by the name of the module that drives them.
+    pub(crate) resting: Mutex<HashMap<String, Resting<G::DeviceState>>>,
 }
 
 impl<G: LiveGuest> Supervisor<G> {
@@ -79,6 +82,7 @@ impl<G: LiveGuest> Supervisor<G> {
             violations: Arc::default(),
             turn: Turn::default(),
             driver_files: Mutex::default(),
+            resting: Mutex::default(),
         };
         (supervisor, asked)
     }
@@ -167,14 +171,30 @@ impl<G: LiveGuest> Supervisor<G> {
         upgrade::upgrade(self, module, file, limit, asker)
     }
 
-    /// Has a driver suspend and resume each of its devices; how long each took ([`crate::resume_device`]).
+    /// Has a driver suspend its devices, and leaves them so, in a sleep state if they have any ([`crate::resume_device`]).
     ///
     /// # Errors
-    /// Its functions cannot be called, or failed.
-    pub fn resume_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<Vec<Duration>> {
+    /// They are suspended already, or cannot be: they work then.
+    pub fn suspend_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<DevicePhases> {
+        resume_device::suspend(self, module, asker)
+    }
+
+    /// Brings back a driver's devices that were suspended; has it suspend and resume those that were not
+    /// ([`crate::resume_device`]).
+    ///
+    /// # Errors
+    /// Its functions cannot be called, or failed; or the driver was removed since.
+    pub fn resume_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<Resumed> {
         let _alone = self.change_driver_for(asker)?;
-        asker.tell("having the driver suspend and resume its devices")?;
-        resume_device::suspend_and_resume(&self.guest, module)
+        asker.tell("having the driver resume its devices")?;
+        resume_device::resume(self, module)
+    }
+
+    /// Modules whose devices are suspended.
+    pub fn suspended(&self) -> Vec<String> {
+        let mut all: Vec<String> = lock(&self.resting).keys().cloned().collect();
+        all.sort_unstable();
+        all
     }
 
     /// How each ladder stands, by the module's name.
@@ -195,6 +215,7 @@ impl<G: LiveGuest> Supervisor<G> {
     /// The guest boots anew, and loads what is installed in it.
     pub fn guest_was_reset(&self) {
         lock(&self.driver_files).clear();
+        lock(&self.resting).clear();
     }
 
     /// The ladder of a module that is isolated.

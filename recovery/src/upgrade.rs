@@ -96,6 +96,10 @@ pub(crate) fn upgrade<G: LiveGuest>(
     new.is(module).context("the file cannot be used")?;
     let module = new.name.as_str();
     let _alone = supervisor.change_driver_for(asker)?;
+    ensure!(
+        supervisor.suspended().iter().all(|one| one != module),
+        "the devices of {module} are suspended: `cofferdam resume-device` brings them back"
+    );
     let guest = supervisor.guest();
     let mut agent = guest.agent();
     not_in_use(&mut agent, module)?;

@@ -1,4 +1,4 @@
-//! `isolate`, `release`, `resume-device`: functions of a guest's driver in a domain of their own.
+//! `isolate`, `release`: functions of a guest's driver in a domain of their own.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -231,46 +231,6 @@ impl ReleaseOptions {
         } else {
             print_bytes(status_text(&status).as_bytes())?;
         }
-        Ok(Ending::SUCCESS)
-    }
-}
-
-/// `resume-device`
-#[derive(Debug, clap::Args)]
-#[command(after_help = "\
-For a device that does not work as its driver expects: it begins anew, and the driver, its interfaces and their \
-configuration stay. The link is lost for a moment.
-
-Example:
-  cofferdam resume-device web e1000")]
-pub struct ResumeDeviceOptions {
-    /// Name of the VM
-    vm: VmName,
-    /// Name of the module; isolated or not
-    module: String,
-    /// The times as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-impl ResumeDeviceOptions {
-    /// `resume-device`
-    pub fn run(self) -> anyhow::Result<Ending> {
-        let request = Request::ResumeDevice {
-            module: self.module,
-        };
-        let Reply::Resumed { times_us } = ask(&self.vm, &request)? else {
-            bail!("the VM answered something else");
-        };
-        if self.json {
-            print_json(&serde_json::json!({ "times_us": times_us }))?;
-            return Ok(Ending::SUCCESS);
-        }
-        let text: String = times_us
-            .iter()
-            .map(|us| format!("suspended and resumed in {:.1} ms\n", *us as f64 / 1000.0))
-            .collect();
-        print_bytes(text.as_bytes())?;
         Ok(Ending::SUCCESS)
     }
 }

@@ -11,6 +11,7 @@ mod marks;
 mod report;
 mod run;
 mod snapshot;
+mod suspend_device;
 mod table;
 mod upgrade;
 mod violations;
@@ -80,8 +81,10 @@ enum Command {
     Release(isolation::ReleaseOptions),
     /// Put another build of a driver in the place of the one that runs
     Upgrade(upgrade::UpgradeOptions),
-    /// Have a driver suspend and resume its devices, with its own functions
-    ResumeDevice(isolation::ResumeDeviceOptions),
+    /// Have a driver suspend its devices, with its own function, and leave them so
+    SuspendDevice(suspend_device::SuspendDeviceOptions),
+    /// Have a driver resume its devices, or suspend and resume them, with its own functions
+    ResumeDevice(suspend_device::ResumeDeviceOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
@@ -125,6 +128,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),
         Command::Upgrade(options) => options.run(),
+        Command::SuspendDevice(options) => options.run(),
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),

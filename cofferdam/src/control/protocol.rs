@@ -26,6 +26,7 @@ use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, LadderStatus};
 use recovery::module_file::MAX_MODULE_BYTES;
 use recovery::request::Spilling;
+use recovery::resume_device::DevicePhases;
 use recovery::upgrade::UpgradeReport;
 use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
@@ -131,7 +132,13 @@ pub enum Request {
         /// How long the new one may take to have its interfaces back with their configuration, in milliseconds.
         limit_ms: u64,
     },
-    /// Have a driver suspend and resume its devices, with its own functions. Answer: [`Reply::Resumed`].
+    /// Have a driver suspend its devices with its own function, and leave them so. Answer: [`Reply::DeviceSuspended`].
+    SuspendDevice {
+        /// Name of the module.
+        module: String,
+    },
+    /// Have a driver resume its devices if they are suspended (answer: [`Reply::DeviceResumed`]), else suspend and resume
+    /// them (answer: [`Reply::Resumed`]), with its own functions.
     ResumeDevice {
         /// Name of the module.
         module: String,
@@ -187,7 +194,9 @@ impl Request {
             // All of the memory is written, to whatever kind of disk.
             Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
             // The agent lists all symbols, for which it has a minute; each device has one.
-            Self::Isolate { .. } | Self::ResumeDevice { .. } => Some(Duration::from_secs(600)),
+            Self::Isolate { .. } | Self::SuspendDevice { .. } | Self::ResumeDevice { .. } => {
+                Some(Duration::from_secs(600))
+            }
             // Its steps have limits of their own.
             Self::Upgrade { .. } => Some(Duration::from_secs(1200)),
             _ => None,
@@ -255,6 +264,10 @@ pub enum Reply {
         /// How long each took, from the call of one function to the return of the other, in microseconds.
         times_us: Vec<u64>,
     },
+    /// Devices were suspended, in these phases.
+    DeviceSuspended(DevicePhases),
+    /// Devices that were suspended work again, brought back in these phases.
+    DeviceResumed(DevicePhases),
     /// How an upgrade ended.
     Upgraded(Box<UpgradeReport>),
     /// Violations.

@@ -9,12 +9,14 @@ use agent_protocol::message::{Module, SymbolFilter};
 use anyhow::{Context, anyhow, bail};
 use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
+use devices::pci::bus::PowerState;
 use isolation::attach::request::{Contain, IsolateRequest, Isolated};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::ModuleStatus;
+use isolation::suspend_resume::DriverCalls;
 use recovery::asker::Asker;
 use recovery::guest::LiveGuest;
 use recovery::model::Model;
@@ -195,6 +197,7 @@ impl LiveGuest for Isolation {
     fn begin_suspend_resume(
         &self,
         agent: &mut Client,
+        calls: DriverCalls,
         module: &str,
         word: &[u8],
     ) -> anyhow::Result<()> {
@@ -202,14 +205,23 @@ impl LiveGuest for Isolation {
         let own = loaded.iter().find(|one| one.name == module);
         let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
         let sections = own.sections.clone();
+        // Which devices it drives is not known yet of a module that was never isolated.
+        self.nics.look(agent, module)?;
         let known = self.knowledge(agent, module, loaded)?;
         let types = known
             .types
             .as_ref()
             .map_err(|why| anyhow!("not known: {why}"))?;
-        self.isolator
-            .begin_suspend_resume(module, &sections, &known.symbols, types, word)?;
-        Ok(())
+        self.isolator.begin_suspend_resume(
+            calls,
+            module,
+            &sections,
+            &known.symbols,
+            types,
+            word,
+        )?;
+        // Which devices it drives is not known yet of a module that is not isolated.
+        self.nics.look(agent, module)
     }
 
     fn end_suspend_resume(&self) -> anyhow::Result<Duration> {
@@ -258,6 +270,14 @@ impl LiveGuest for Isolation {
         // Not while the machine is at rest: it writes the rings in the guest's memory.
         self.vm
             .with_devices(|| self.nics.put_back(&self.vm, module, &state))
+    }
+
+    fn set_power(&self, module: &str, awake: bool) -> bool {
+        let state = match awake {
+            true => PowerState::D0,
+            false => PowerState::D3Hot,
+        };
+        self.nics.set_power(&self.vm, module, state)
     }
 
     fn now(&self) -> Duration {

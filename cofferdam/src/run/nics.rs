@@ -7,6 +7,7 @@ use agent_protocol::{Client, ClientError};
 use anyhow::bail;
 use devices::hold::{CheckpointBy, DeviceState, Holdable, HoldableSet};
 use devices::nic::Nic;
+use devices::pci::bus::PowerState;
 use devices::pci::config::offset::COMMAND;
 use devices::wire::gateway::GatewayControl;
 use vmm::VmHandle;
@@ -130,6 +131,19 @@ impl Nics {
             tracing::warn!("the state of {module}'s device is not taken: {lost}");
         }
         state
+    }
+
+    /// Puts `module`'s devices into a power state; `false` if it has none here, or none of them has any.
+    pub fn set_power(&self, vm: &VmHandle, module: &str, state: PowerState) -> bool {
+        let driven = self.of(module, CheckpointBy::Exact);
+        let slots = driven
+            .ok()
+            .flatten()
+            .map_or(Vec::new(), |driven| driven.slots);
+        let set = slots
+            .iter()
+            .filter(|slot| vm.pci_bus().set_power_state(**slot, state));
+        set.count() > 0
     }
 
     /// Puts that state back.

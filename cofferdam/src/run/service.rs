@@ -13,6 +13,7 @@ use recovery::guest::LiveGuest;
 use recovery::ladder::LadderConfig;
 use recovery::model::Model;
 use recovery::request::IsolationRequest;
+use recovery::resume_device::Resumed;
 use recovery::supervisor::Supervisor;
 use vmm::snapshot::{Beside, SnapshotRequest};
 use vmm::{Refused, VmHandle};
@@ -174,6 +175,11 @@ impl VmService {
         }
         let mut tell = |what: &str| asker.tell(what).is_ok();
         let mut beside = || {
+            if let Some(module) = self.supervisor.suspended().first() {
+                return Err(format!(
+                    "the devices of {module} are suspended: `cofferdam resume-device` brings them back"
+                ));
+            }
             let isolated = self.supervisor.isolated();
             let clean = self.isolator().clean_bytes().into_iter();
             Ok(Beside {
@@ -321,16 +327,24 @@ impl Handler for VmService {
                 let upgraded = self.supervisor.upgrade(&module, &file.0, limit, asker);
                 Ok(Reply::Upgraded(Box::new(upgraded.map_err(chain)?)))
             }
+            Request::SuspendDevice { module } => {
+                self.guest_runs()?;
+                let phases = self.supervisor.suspend_device(&module, asker);
+                phases.map(Reply::DeviceSuspended).map_err(chain)
+            }
             Request::ResumeDevice { module } => {
                 self.guest_runs()?;
-                let times = self
+                let us = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+                match self
                     .supervisor
                     .resume_device(&module, asker)
-                    .map_err(chain)?;
-                let us = |time: &Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-                Ok(Reply::Resumed {
-                    times_us: times.iter().map(us).collect(),
-                })
+                    .map_err(chain)?
+                {
+                    Resumed::FromRest(phases) => Ok(Reply::DeviceResumed(phases)),
+                    Resumed::Anew(times) => Ok(Reply::Resumed {
+                        times_us: times.iter().map(us).collect(),
+                    }),
+                }
             }
             Request::Violations { module } => {
                 let all = self.supervisor.violations(&module);

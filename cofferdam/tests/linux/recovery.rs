@@ -364,3 +364,47 @@ fn a_driver_suspends_and_resumes_its_device_while_the_guest_works() {
     assert!(error.contains("drives no PCI device"), "{error}");
     victim.assert_healthy("all of it");
 }
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_device_is_suspended_in_d3_and_comes_back_when_it_is_resumed() {
+    let mut victim = Victim::boot();
+    victim.configure();
+    let before = victim.configuration();
+    let ask = |victim: &mut Victim, request: Request| {
+        victim.guest.agent().disconnect();
+        victim.guest.control().unwrap().ask(&request)
+    };
+    let module = || DRIVER.to_owned();
+    let suspend = || Request::SuspendDevice { module: module() };
+    let resume = || Request::ResumeDevice { module: module() };
+    // Power management control and status of the 82540EM.
+    let power_state = |victim: &mut Victim| {
+        let config = "/sys/class/net/eth0/device/config";
+        victim.guest.agent().read_file(config).unwrap()[0xe0] & 3
+    };
+    for round in 0..2 {
+        if round == 1 {
+            // With functions in the domain as well.
+            victim.isolate("e1000_xmit_frame", unlimited());
+        }
+        let Ok(Reply::DeviceSuspended(suspended)) = ask(&mut victim, suspend()) else {
+            panic!("not suspended");
+        };
+        assert!(suspended.state_us.is_some() && suspended.power_us.is_some());
+        assert_eq!(power_state(&mut victim), 3);
+        let twice = ask(&mut victim, suspend()).unwrap_err().to_string();
+        assert!(twice.contains("suspended already"), "{twice}");
+        let Ok(Reply::DeviceResumed(resumed)) = ask(&mut victim, resume()) else {
+            panic!("not resumed");
+        };
+        assert_eq!(power_state(&mut victim), 0);
+        eprintln!("round {round}: suspended {suspended:?}, resumed {resumed:?}");
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        victim.assert_configured(&before);
+        victim.assert_healthy("a suspended device");
+    }
+    victim.release();
+    victim.assert_healthy("all of it");
+}

@@ -469,8 +469,10 @@ impl PciFunction for HostBridge {
     }
 }
 
+mod power;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use power::PowerState;
 pub use state::{BusStateError, FunctionStates};

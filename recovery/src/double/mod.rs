@@ -18,6 +18,7 @@ use isolation::domain::transaction::AbortPhases;
 use isolation::domain::violation::{Violation, ViolationKind};
 use isolation::status::ModuleStatus;
 use isolation::status::report::{Told, ViolationReport};
+use isolation::suspend_resume::DriverCalls;
 
 use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest, Ran};
@@ -73,6 +74,12 @@ pub(crate) struct World {
     pub link_held: bool,
     /// Changes whenever a driver comes or goes.
     pub device: u32,
+    /// Functions of the driver that are to be called.
+    pub calls: Option<DriverCalls>,
+    /// Which instance of the driver is loaded.
+    pub instance: u32,
+    /// Whether its device is awake.
+    pub awake: bool,
     /// What was learnt of the guest.
     pub learnt: u32,
     /// What puts the guest back to its last mark, if there is one.
@@ -111,6 +118,9 @@ impl Double {
             agents: 0,
             link_held: false,
             device: 7,
+            calls: None,
+            instance: 1,
+            awake: true,
             learnt: 1,
             mark: None,
         })))
@@ -149,6 +159,7 @@ impl Double {
         world.loaded = Some(file.ok_or_else(|| refused(path))?);
         (world.mtu, world.up) = (1500, false);
         world.device += 1;
+        world.instance += 1;
         Ok(())
     }
 }
@@ -258,7 +269,11 @@ impl Agent for DoubleAgent {
             stderr: String::new(),
         };
         Ok(match argv {
-            ["sh", _, list, ..] if list.contains("/sys/bus/pci") => said(DEVICE.to_owned()),
+            ["sh", _, list, ..] if list.contains("/sys/bus/pci") => {
+                let world = self.0.world();
+                let folder = if there { DEVICE } else { "" };
+                said(format!("instance {}\n{folder}\n", world.instance))
+            }
             ["sh", ..] => said("eth0\n".repeat(usize::from(there))),
             ["test", ..] => Ran {
                 success: there && self.0.step("look for eth0").is_ok(),
@@ -399,14 +414,23 @@ impl LiveGuest for Double {
     fn begin_suspend_resume(
         &self,
         _agent: &mut DoubleAgent,
+        calls: DriverCalls,
         _module: &str,
         _word: &[u8],
     ) -> anyhow::Result<()> {
-        Ok(self.step("begin suspend")?)
+        self.step("begin suspend")?;
+        self.world().calls = Some(calls);
+        Ok(())
     }
 
     fn end_suspend_resume(&self) -> anyhow::Result<Duration> {
-        self.step("end suspend")?;
+        let calls = self.world().calls.take();
+        let name = match calls {
+            Some(DriverCalls::Suspend) => "driver suspends",
+            Some(DriverCalls::Resume) => "driver resumes",
+            _ => "end suspend",
+        };
+        self.step(name)?;
         Ok(Duration::from_millis(3))
     }
 
@@ -445,6 +469,19 @@ impl LiveGuest for Double {
         self.step("restore device")?;
         self.world().device = state;
         Ok(())
+    }
+
+    fn set_power(&self, _module: &str, awake: bool) -> bool {
+        let step = if awake { "wake" } else { "sleep" };
+        let works = self.step(step).is_ok();
+        let mut world = self.world();
+        if works {
+            // It forgets what it was.
+            world.device += 100;
+            world.awake = awake;
+        }
+        world.now += Duration::from_micros(7);
+        works
     }
 
     fn now(&self) -> Duration {

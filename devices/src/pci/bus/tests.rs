@@ -283,3 +283,61 @@ fn a_function_that_was_taken_out_decodes_nothing_and_its_slot_is_free() {
     assert!(machine.pci.remove(200).is_none());
     machine.pci.insert(3, card).unwrap();
 }
+
+#[test]
+fn power_states_are_set_where_there_are_any_and_nowhere_else() {
+    let m = machine();
+    let card = Card::new(&[]);
+    let body = [2, 0xc8, 0, 0x80, 0, 0];
+    let mut config = card.lock().unwrap();
+    config.config.add_capability(0x09, &[0; 6], &[]).unwrap();
+    let writable = [0, 0, 0x03, 0x81];
+    let at = config
+        .config
+        .add_capability(0x01, &body, &writable)
+        .unwrap();
+    drop(config);
+    m.pci.insert(3, card.clone()).unwrap();
+    m.pci.insert(4, Card::new(&[])).unwrap();
+    let control = || card.lock().unwrap().config.u16_at(at + 4);
+    // Status and what else is there stay as they are, and a 1 is not written to what a 1 clears.
+    card.lock().unwrap().config.write(at + 4, &[0, 0x01]);
+    assert!(m.pci.set_power_state(3, PowerState::D3Hot));
+    assert_eq!(control(), 0x0103);
+    assert!(m.pci.set_power_state(3, PowerState::D0));
+    assert_eq!(control(), 0x0100);
+    assert!(!m.pci.set_power_state(4, PowerState::D3Hot));
+    assert!(!m.pci.set_power_state(5, PowerState::D3Hot), "nobody there");
+}
+
+/// Every capability of this function leads to itself.
+struct Circle;
+
+impl PciFunction for Circle {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            *byte = match at {
+                0x06 => 1 << 4,
+                0x34 | 0x41 => 0x40,
+                0x40 => 0x09,
+                _ => 0,
+            };
+        }
+    }
+    fn config_write(&mut self, _offset: u16, _data: &[u8]) {
+        panic!("there is nothing to write");
+    }
+    fn decoded(&self) -> Vec<BarRange> {
+        Vec::new()
+    }
+    fn bar_read(&mut self, _bar: BarIndex, _offset: u64, _data: &mut [u8]) {}
+    fn bar_write(&mut self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn a_list_of_capabilities_that_leads_in_a_circle_ends() {
+    let m = machine();
+    m.pci.insert(3, Arc::new(Mutex::new(Circle))).unwrap();
+    assert!(!m.pci.set_power_state(3, PowerState::D0));
+}
