@@ -225,3 +225,27 @@ fn changes_of_a_guest_with_a_template_are_told_before_and_after_it_owns_its_memo
     }
     clone.guest.power_off();
 }
+
+#[test]
+fn marks_of_a_guest_with_a_template_are_valid_when_it_owns_its_memory() {
+    let saved = saved(2);
+    let clone = clone_of(&saved, 2);
+    let handle = clone.handle();
+    clone.wait(30);
+    handle.pause().unwrap();
+    handle.mark("a", LIMIT).unwrap();
+    let then = all_of(handle);
+    handle.resume().unwrap();
+    for round in 0..6 {
+        clone.wait(100);
+        if round == 3 {
+            handle.own_memory().unwrap();
+        }
+        handle.pause().unwrap();
+        handle.rewind(Some("a"), LIMIT).unwrap();
+        assert!(writer::differing(&then, &all_of(handle)).is_empty());
+        handle.resume().unwrap();
+        check(&clone);
+    }
+    clone.guest.power_off();
+}

@@ -107,17 +107,21 @@ impl MachineState {
         how: Restore,
     ) -> Result<(), Error> {
         self.fits(machine)?;
-        if how == Restore::GoOn {
-            self.time.restore_frequency(vcpus)?;
-        }
-        if how != Restore::Reset {
-            self.time.restore_tscs(vcpus)?;
-        }
+        // A guest whose TSC goes back with it does not see that it was stopped.
+        let stood_still = match how {
+            Restore::Reset => true,
+            Restore::GoOn => {
+                self.time.restore_frequency(vcpus)?;
+                self.time.restore_tscs(vcpus)?;
+                false
+            }
+            Restore::Back => self.time.rewind_tscs(vcpus)?,
+        };
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
             if how == Restore::GoOn {
                 state.restore_cpuid(vcpu)?;
             }
-            state.restore(vcpu)?;
+            state.restore(vcpu, how)?;
         }
         self.chips.restore(&machine.vm)?;
         if how != Restore::Reset {
@@ -128,10 +132,10 @@ impl MachineState {
         machine.pci.set_config_address(self.pci_config_address);
         if how != Restore::Reset {
             self.time.restore_clock(&machine.vm)?;
-            for vcpu in vcpus {
-                // The guest was stopped; refused where it does not use KVM's clock.
-                let _ = vcpu.kvmclock_ctrl();
-            }
+        }
+        for vcpu in vcpus.iter().filter(|_| !stood_still) {
+            // The guest was stopped; refused where it does not use KVM's clock.
+            let _ = vcpu.kvmclock_ctrl();
         }
         Ok(())
     }

@@ -31,6 +31,9 @@ pub(crate) struct TimeState {
     tsc_khz: u32,
     /// KVM's clock in nanoseconds.
     clock_ns: u64,
+    /// TSCs are the host's but for their offsets: no other frequency.
+    #[serde(skip)]
+    follows_host: bool,
 }
 
 impl TimeState {
@@ -43,10 +46,14 @@ impl TimeState {
     pub fn save(vm: &VmFd, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<Self, Error> {
         let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
         let first = vcpus.first().map(|vcpu| &**vcpu);
+        let before = host_tsc();
         let now = first.map(read_tsc).transpose()?.unwrap_or_default();
+        let after = host_tsc();
+        let mut follows_host = false;
         let mut tscs = vec![now; vcpus.len()];
         // Without offsets, KVM keeps them in step itself.
         if let Some(base) = first.and_then(tsc_offset) {
+            follows_host = (before..=after).contains(&now.wrapping_sub(base));
             for (tsc, vcpu) in tscs.iter_mut().zip(vcpus) {
                 let ahead = tsc_offset(vcpu).map_or(0, |own| own.wrapping_sub(base));
                 *tsc = now.wrapping_add(ahead);
@@ -56,6 +63,7 @@ impl TimeState {
             tscs,
             tsc_khz: first.and_then(|vcpu| vcpu.get_tsc_khz().ok()).unwrap_or(0),
             clock_ns: clock.clock,
+            follows_host,
         })
     }
 
@@ -90,6 +98,29 @@ impl TimeState {
         self.check_first(first)
     }
 
+    /// Sets the TSCs of the machine that the state was taken of, by one call for each vCPU where it can be. Whether KVM
+    /// has set them: one that cannot offset them leaves them the host's.
+    pub(super) fn rewind_tscs(&self, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<bool, Error> {
+        let Some(first) = vcpus.first() else {
+            return Ok(false);
+        };
+        let host = if self.follows_host {
+            host_tsc()
+        } else if let Some(offset) = tsc_offset(first) {
+            read_tsc(first)?.wrapping_sub(offset)
+        } else {
+            // KVM takes writes of the same value in a row for one.
+            for (vcpu, &tsc) in vcpus.iter().zip(&self.tscs) {
+                write_tsc(vcpu, tsc)?;
+            }
+            return Ok(false);
+        };
+        for (vcpu, &tsc) in vcpus.iter().zip(&self.tscs) {
+            set_tsc_offset(vcpu, tsc.wrapping_sub(host))?;
+        }
+        Ok(self.follows_host)
+    }
+
     /// Where KVM cannot offset TSCs, it takes what is set and goes on with the host's.
     fn check_first(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         let wanted = self.tscs.first().copied().unwrap_or_default();
@@ -110,6 +141,12 @@ impl TimeState {
         };
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
     }
+}
+
+/// The host's TSC.
+fn host_tsc() -> u64 {
+    // SAFETY: every processor with KVM has the instruction.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 fn tsc_entry(data: u64) -> Result<Msrs, Error> {

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
+use super::Restore;
 use crate::error::Error;
 
 /// IA32_TIME_STAMP_COUNTER: in [`super::time`], so that all vCPUs stay in step.
@@ -80,7 +81,7 @@ impl VcpuState {
     }
 
     /// Puts the rest of the state into `vcpu`, which is out of the guest with no I/O pending.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+    pub fn restore(&self, vcpu: &VcpuFd, how: Restore) -> Result<(), Error> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(Error::kvm("set a vCPU's run state"))?;
         vcpu.set_sregs(&self.sregs)
@@ -97,7 +98,11 @@ impl VcpuState {
             .map_err(Error::kvm("set debug registers"))?;
         vcpu.set_lapic(&self.lapic)
             .map_err(Error::kvm("set a local APIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        match how {
+            // Writing some has an effect beyond the value: that of the wall clock has KVM write guest memory.
+            Restore::Back => write_msrs(vcpu, &changed_msrs(vcpu, &self.msrs)?)?,
+            Restore::GoOn | Restore::Reset => write_msrs(vcpu, &self.msrs)?,
+        }
         vcpu.set_vcpu_events(&self.events)
             .map_err(Error::kvm("set pending events"))
     }
@@ -125,6 +130,22 @@ fn read_msrs(vcpu: &VcpuFd, indices: &MsrList) -> Result<Vec<kvm_msr_entry>, Err
         wanted.drain(..(done + 1).min(asked));
     }
     Ok(values)
+}
+
+/// Those of `values` that are others now, and the deadline, which arms a timer.
+fn changed_msrs(vcpu: &VcpuFd, values: &[kvm_msr_entry]) -> Result<Vec<kvm_msr_entry>, Error> {
+    let mut changed = Vec::new();
+    for wanted in values.chunks(MSR_BATCH) {
+        let mut now = batch(wanted)?;
+        let known = vcpu.get_msrs(&mut now).map_err(Error::kvm("read MSRs"))?;
+        for (index, wanted) in wanted.iter().enumerate() {
+            let same = index < known && now.as_slice()[index].data == wanted.data;
+            if !same || wanted.index == MSR_IA32_TSC_DEADLINE {
+                changed.push(*wanted);
+            }
+        }
+    }
+    Ok(changed)
 }
 
 /// Writes those of `values` that can be written; read-only ones keep theirs anyway.
