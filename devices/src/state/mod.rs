@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Longest content, in bytes: what a device may hold of frames and packets and more.
-const MAX_CONTENT_BYTES: usize = 4 << 20;
+const MAX_CONTENT_BYTES: usize = 16 << 20;
 /// Longest name of a kind.
 const MAX_KIND_BYTES: usize = 64;
 

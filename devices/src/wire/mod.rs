@@ -47,13 +47,17 @@ pub trait Wire: Send {
     /// carrier changed.
     fn readable_fd(&self) -> RawFd;
 
-    /// What this end of the wire is besides its descriptors; `None` where nothing of it is here: what is on its way through
-    /// the host is lost, as on a cable that was pulled.
+    /// What this end of the wire is besides its descriptors, with its kind. What is on its way through the host is lost,
+    /// as on a cable that was pulled. `None` for a wire that any other may take the place of.
     fn save(&self) -> Result<Option<Part>, StateError> {
         Ok(None)
     }
 
-    /// Goes on as the wire that `state` was taken of.
+    /// Goes on as the wire that `state` was taken of; with `None`, as the new wire that it is. The carrier that the NIC saw
+    /// stays, if it comes back soon.
+    ///
+    /// # Errors
+    /// The state is of another kind of wire. Nothing has changed then.
     fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
         match state {
             None => Ok(()),

@@ -11,7 +11,15 @@ use std::path::Path;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::state::{Form, Part, StateError};
+
 use super::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableFd, WritableSignal};
+
+/// Nothing is kept of it but its kind: the TAP is the host's.
+const FORM: Form = Form {
+    kind: "TAP",
+    version: 1,
+};
 
 /// Longest name of an interface, without its end byte (IFNAMSIZ).
 pub const MAX_NAME_BYTES: usize = libc::IFNAMSIZ - 1;
@@ -163,6 +171,14 @@ impl Wire for Tap {
 
     fn carrier(&self) -> bool {
         self.present
+    }
+
+    fn save(&self) -> Result<Option<Part>, StateError> {
+        Part::new(FORM, &()).map(Some)
+    }
+
+    fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
+        state.as_ref().map_or(Ok(()), |part| part.open(FORM))
     }
 
     fn readable_fd(&self) -> RawFd {

@@ -26,12 +26,21 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::state::{Form, Part, StateError};
+
 use super::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableFd, WritableSignal};
 use crate::rate_limit::RateLimit;
 
 const HEADER_BYTES: usize = 4;
 /// Room for several frames, so that not every frame costs a system call.
 const BUFFER_BYTES: usize = 4 * (MAX_FRAME_BYTES + HEADER_BYTES);
+/// What is kept of a link: whether a peer was there.
+const FORM: Form = Form {
+    kind: "unix socket's wire",
+    version: 1,
+};
+/// How long the peer of a link that was restored may take to come back before the carrier goes.
+const COMES_BACK: Duration = Duration::from_secs(3);
 /// Time between attempts to reach a peer that is not there.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -77,6 +86,8 @@ pub struct UnixLink {
     filled: usize,
     /// Rest of a frame of which the socket took only a part.
     unsent: Vec<u8>,
+    /// The link was restored with a peer that is not back yet: until when it is waited for.
+    awaited: Option<(TimerFd, Instant)>,
     /// `send` has said Full and the outbound descriptor watches for room.
     awaits_room: bool,
     log: RateLimit,
@@ -143,6 +154,7 @@ impl UnixLink {
             consumed: 0,
             filled: 0,
             unsent: Vec::new(),
+            awaited: None,
             awaits_room: false,
             log: RateLimit::default(),
         })
@@ -178,6 +190,7 @@ impl UnixLink {
         self.outbound
             .ctl(ControlOperation::Add, fd, EpollEvent::default())?;
         self.watch_for_peers(false);
+        self.awaited = None;
         self.stream = Some(stream);
         Ok(())
     }
@@ -211,6 +224,17 @@ impl UnixLink {
             EventSet::empty()
         };
         self.modify(&self.inbound, fd, events);
+    }
+
+    /// Shows a carrier for as long as a peer usually takes to come back.
+    fn await_peer(&mut self) -> std::io::Result<()> {
+        let mut timer = TimerFd::new()?;
+        timer.reset(COMES_BACK, None)?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        self.inbound
+            .ctl(ControlOperation::Add, timer.as_raw_fd(), event)?;
+        self.awaited = Some((timer, Instant::now() + COMES_BACK));
+        Ok(())
     }
 
     fn retry_later(&mut self) {
@@ -365,6 +389,8 @@ impl Wire for UnixLink {
     fn receive(&mut self, buffer: &mut [u8]) -> Option<usize> {
         if self.stream.is_none() {
             self.establish();
+            // Closing the timer takes it out of the epoll set.
+            self.awaited.take_if(|(_, until)| Instant::now() >= *until);
         }
         self.flush();
         loop {
@@ -386,7 +412,28 @@ impl Wire for UnixLink {
     }
 
     fn carrier(&self) -> bool {
-        self.stream.is_some()
+        self.stream.is_some() || self.awaited.is_some()
+    }
+
+    fn save(&self) -> Result<Option<Part>, StateError> {
+        Part::new(FORM, &self.carrier()).map(Some)
+    }
+
+    /// The peer that the saved link had is waited for, so that the guest does not see the link go because its process
+    /// was another one for a moment.
+    fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
+        let Some(part) = state else {
+            return Ok(());
+        };
+        let had_peer: bool = part.open(FORM)?;
+        if self.stream.is_none() {
+            self.establish();
+        }
+        if had_peer && self.stream.is_none() && self.awaited.is_none() {
+            self.await_peer()
+                .map_err(|error| FORM.does_not_fit(error))?;
+        }
+        Ok(())
     }
 
     fn readable_fd(&self) -> RawFd {

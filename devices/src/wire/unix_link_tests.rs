@@ -261,3 +261,36 @@ fn a_socket_left_behind_is_replaced() {
     UnixLink::listen(&path(&directory)).unwrap();
     assert!(!path(&directory).exists());
 }
+
+/// A process that listened was saved with a peer, and another one goes on.
+#[test]
+fn a_restored_link_shows_a_carrier_while_its_peer_comes_back_and_no_longer_if_it_does_not() {
+    let mut pair = Pair::new();
+    let state = pair.listening.save().unwrap();
+    assert!(pair.connected.carrier());
+    drop(pair.listening);
+    let mut again = UnixLink::listen(&path(&pair.directory)).unwrap();
+    assert!(!again.carrier());
+    again.restore(&state).unwrap();
+    // From here to where the peer is back there is no moment without.
+    run(&mut again, |link, _| {
+        assert!(link.carrier());
+        let mut buffer = [0; MAX_FRAME_BYTES];
+        while pair.connected.receive(&mut buffer).is_some() {}
+        link.stream.is_some()
+    });
+    pair.connected.send(b"a frame");
+    expect_frame(&mut again, b"a frame");
+    // A peer that goes is seen to go; one that never comes back, too.
+    drop(pair.connected);
+    run(&mut again, |link, _| !link.carrier());
+    drop(again);
+    let mut alone = UnixLink::listen(&path(&pair.directory)).unwrap();
+    alone.restore(&state).unwrap();
+    assert!(alone.carrier());
+    run(&mut alone, |link, _| !link.carrier());
+    // One that had no peer is not waited for.
+    let none = alone.save().unwrap();
+    alone.restore(&none).unwrap();
+    assert!(!alone.carrier());
+}

@@ -42,6 +42,11 @@ impl DhcpServer {
         }
     }
 
+    /// First address that is given out.
+    pub(super) fn first(&self) -> Ipv4Addr {
+        self.first_lease
+    }
+
     /// Clients that have a lease.
     pub(super) fn known(&self) -> Vec<[u8; 6]> {
         self.leases.iter().map(|client| client.0).collect()

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
@@ -28,6 +29,14 @@ const IN_FLIGHT: usize = 2;
 const PATIENCE_NS: u64 = 20_000_000;
 /// Shortest time between two probes.
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// A probe as a value. Requests that were not answered are not in it: their replies come too late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ProbeState {
+    guest_mac: Option<[u8; 6]>,
+    /// Interval in nanoseconds and next sequence number, while it runs.
+    running: Option<(u64, u64)>,
+}
 
 struct Running {
     interval_ns: u64,
@@ -83,6 +92,29 @@ impl Probe {
             waiting: false,
             ask_address: false,
         });
+    }
+
+    pub(super) fn save(&self) -> ProbeState {
+        let running = self.running.as_ref();
+        ProbeState {
+            guest_mac: self.guest_mac.map(|mac| mac.0),
+            running: running.map(|running| (running.interval_ns, running.sequence)),
+        }
+    }
+
+    /// Goes on from `state`. One that runs here keeps its rate, and no number comes twice.
+    pub(super) fn restore(&mut self, state: ProbeState, now_ns: u64) {
+        let mac = state.guest_mac.map(EthernetAddress);
+        self.guest_mac = mac.filter(EthernetAddress::is_unicast);
+        let Some((interval_ns, sequence)) = state.running else {
+            return;
+        };
+        if self.running.is_none() {
+            self.start(Duration::from_nanos(interval_ns), now_ns);
+        }
+        if let Some(running) = &mut self.running {
+            running.sequence = running.sequence.max(sequence);
+        }
     }
 
     pub(super) fn stop(&mut self) {

@@ -9,6 +9,9 @@
 //! | 67 | UDP | DHCP |
 //! | 7777 | UDP | sends each datagram on to 239.1.1.1, port 7777, for a guest that wants to hear multicast |
 
+mod saved;
+
+use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 
 use crc::{CRC_32_CKSUM, Crc, Digest};
@@ -18,6 +21,8 @@ use smoltcp::time::Duration;
 use smoltcp::wire::{IpEndpoint, IpListenEndpoint};
 
 use super::dhcp::{self, DhcpServer};
+
+pub(super) use self::saved::ServiceState;
 
 /// Group and port that datagrams for port 7777 are sent on to.
 pub const MULTICAST_GROUP: (Ipv4Addr, u16) = (Ipv4Addr::new(239, 1, 1, 1), 7777);
@@ -30,7 +35,9 @@ const SOURCE_PORT: u16 = 19;
 
 /// Connections of one service at one time; a further one is refused by RST.
 const CONNECTIONS: usize = 16;
-const STREAM_BUFFER_BYTES: usize = 64 * 1024;
+/// As much as a window can tell exactly. A larger one is told in units of more than a byte: what it loses in rounding looks
+/// to the stack as if the guest had sent beyond it, and a guest whose own window was closed is not heard any more.
+const STREAM_BUFFER_BYTES: usize = 0xffff;
 /// For a direction that carries next to nothing.
 const SMALL_BUFFER_BYTES: usize = 256;
 const DATAGRAMS: usize = 64;
@@ -53,15 +60,16 @@ pub fn source_line(number: u64) -> [u8; SOURCE_LINE_BYTES] {
 
 /// What a connection to one of the stream services is in the middle of.
 enum Stream {
-    Echo,
+    Echo {
+        /// The last that was sent: all that the guest has not acknowledged, and maybe more.
+        sent: VecDeque<u8>,
+    },
     Discard {
         digest: Digest<'static, u32>,
-        bytes: u64,
-        answered: bool,
+        /// What was answered at the end of the stream.
+        answer: Option<String>,
     },
-    Source {
-        sent_bytes: u64,
-    },
+    Source,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,13 +92,14 @@ impl Service {
 
     fn stream(self) -> Stream {
         match self {
-            Self::Echo => Stream::Echo,
+            Self::Echo => Stream::Echo {
+                sent: VecDeque::new(),
+            },
             Self::Discard => Stream::Discard {
                 digest: CKSUM.digest(),
-                bytes: 0,
-                answered: false,
+                answer: None,
             },
-            Self::Source => Stream::Source { sent_bytes: 0 },
+            Self::Source => Stream::Source,
         }
     }
 
@@ -115,6 +124,21 @@ struct Connection {
     service: Service,
     handle: SocketHandle,
     stream: Stream,
+    /// Bytes that came from the guest, and bytes that were sent to it.
+    taken_bytes: u64,
+    written_bytes: u64,
+}
+
+impl Connection {
+    fn new(service: Service, handle: SocketHandle) -> Self {
+        Self {
+            service,
+            handle,
+            stream: service.stream(),
+            taken_bytes: 0,
+            written_bytes: 0,
+        }
+    }
 }
 
 /// The services of one network.
@@ -159,7 +183,7 @@ impl Services {
         let mut moved = false;
         for connection in &mut self.connections {
             let socket = sockets.get_mut::<tcp::Socket>(connection.handle);
-            moved |= serve_stream(&mut connection.stream, socket, &mut self.scratch);
+            moved |= serve_stream(connection, socket, &mut self.scratch);
         }
         self.connections.retain(|connection| {
             let closed =
@@ -207,11 +231,7 @@ impl Services {
                 continue;
             }
             let handle = sockets.add(socket);
-            self.connections.push(Connection {
-                service,
-                handle,
-                stream: service.stream(),
-            });
+            self.connections.push(Connection::new(service, handle));
         }
     }
 }
@@ -242,10 +262,15 @@ fn send_datagram(socket: &mut udp::Socket<'_>, data: &[u8], to: IpEndpoint) -> b
 }
 
 /// Moves a connection on by at most about one buffer. Returns whether it did anything.
-fn serve_stream(stream: &mut Stream, socket: &mut tcp::Socket<'_>, scratch: &mut [u8]) -> bool {
-    let mut moved = false;
-    match stream {
-        Stream::Echo => {
+fn serve_stream(
+    connection: &mut Connection,
+    socket: &mut tcp::Socket<'_>,
+    scratch: &mut [u8],
+) -> bool {
+    let before = (connection.taken_bytes, connection.written_bytes);
+    let (taken_bytes, written_bytes) = (&mut connection.taken_bytes, &mut connection.written_bytes);
+    match &mut connection.stream {
+        Stream::Echo { sent } => {
             while socket.can_recv() && socket.can_send() {
                 let room = (socket.send_capacity() - socket.send_queue()).min(scratch.len());
                 let Ok(taken) = socket.recv_slice(&mut scratch[..room]) else {
@@ -255,14 +280,13 @@ fn serve_stream(stream: &mut Stream, socket: &mut tcp::Socket<'_>, scratch: &mut
                 if socket.send_slice(&scratch[..taken]) != Ok(taken) {
                     socket.abort();
                 }
-                moved = true;
+                sent.extend(&scratch[..taken]);
+                *taken_bytes += taken as u64;
+                *written_bytes += taken as u64;
             }
+            sent.drain(..sent.len().saturating_sub(socket.send_queue()));
         }
-        Stream::Discard {
-            digest,
-            bytes,
-            answered,
-        } => {
+        Stream::Discard { digest, answer } => {
             while socket.can_recv() {
                 let Ok(taken) = socket.recv(|data| {
                     digest.update(data);
@@ -270,40 +294,47 @@ fn serve_stream(stream: &mut Stream, socket: &mut tcp::Socket<'_>, scratch: &mut
                 }) else {
                     break;
                 };
-                *bytes += taken as u64;
-                moved = true;
+                *taken_bytes += taken as u64;
             }
-            if socket.state() == tcp::State::CloseWait && !*answered {
-                let line = format!("{} {bytes}\n", cksum(digest.clone(), *bytes));
+            if socket.state() == tcp::State::CloseWait && answer.is_none() {
+                let line = format!("{} {taken_bytes}\n", cksum(digest.clone(), *taken_bytes));
                 // The buffer is empty and longer than any such line.
-                *answered = socket.send_slice(line.as_bytes()) == Ok(line.len());
-                moved = true;
-            }
-        }
-        Stream::Source { sent_bytes } => {
-            while socket.can_recv() {
-                // What a client says to a source does not matter.
-                if socket.recv(|data| (data.len(), ())).is_err() {
-                    break;
+                if socket.send_slice(line.as_bytes()) == Ok(line.len()) {
+                    *written_bytes += line.len() as u64;
+                    *answer = Some(line);
                 }
             }
+        }
+        Stream::Source => {
+            while socket.can_recv() {
+                // What a client says to a source does not matter.
+                let Ok(taken) = socket.recv(|data| (data.len(), data.len())) else {
+                    break;
+                };
+                *taken_bytes += taken as u64;
+            }
             while socket.can_send() {
-                let line = source_line(*sent_bytes / SOURCE_LINE_BYTES as u64);
-                let start = (*sent_bytes % SOURCE_LINE_BYTES as u64) as usize;
+                let (line, start) = source_at(*written_bytes);
                 let Ok(taken) = socket.send_slice(&line[start..]) else {
                     break;
                 };
-                *sent_bytes += taken as u64;
-                moved = true;
+                *written_bytes += taken as u64;
             }
         }
     }
+    let mut moved = before != (connection.taken_bytes, connection.written_bytes);
     // The client has closed its half and everything it sent was served.
     if socket.state() == tcp::State::CloseWait && !socket.can_recv() {
         socket.close();
         moved = true;
     }
     moved
+}
+
+/// The line that byte `offset` of what a source sends is in, and where in it.
+fn source_at(offset: u64) -> ([u8; SOURCE_LINE_BYTES], usize) {
+    let bytes = SOURCE_LINE_BYTES as u64;
+    (source_line(offset / bytes), (offset % bytes) as usize)
 }
 
 /// POSIX's `cksum` of `bytes` bytes: the length follows the data, least byte first, no leading zeros.

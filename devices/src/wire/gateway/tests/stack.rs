@@ -9,6 +9,8 @@ use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
 
 use super::*;
 
+mod moving;
+
 /// A guest: its own stack on the other end of the gateway, and the event loop of its VMM.
 struct Guest {
     port: GuestPort,
