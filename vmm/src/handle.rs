@@ -54,6 +54,9 @@ pub enum Refused {
     /// Nothing that can be taken out is in the slot.
     #[error("no device that came while the machine ran is in this slot")]
     NotPlugged,
+    /// The machine was not started.
+    #[error("the machine is not started yet")]
+    NotStarted,
     /// A rewind failed.
     #[error(
         "a rewind of the machine failed half-way: rewind it to a mark, reset it, or turn it off"

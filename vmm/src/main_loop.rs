@@ -45,6 +45,8 @@ impl Vm {
     }
 
     fn run_threads(&mut self) -> Result<ExitReason, Error> {
+        // Before guest code runs: whoever hears of it finds a machine that is started.
+        self.machine.operations().phase = Phase::Started;
         let mut threads = Vec::new();
         let mut result = Ok(());
         for index in 0..self.machine.vcpus.len() as u8 {
@@ -64,7 +66,6 @@ impl Vm {
                 }
             }
         }
-        self.machine.operations().phase = Phase::Started;
         let result = result.and_then(|()| self.serve());
         self.machine.gate.stop();
         for thread in threads {

@@ -18,7 +18,7 @@ use devices::pci::bus::PciBus;
 
 use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
-use crate::machine::{Machine, Operations};
+use crate::machine::{Machine, Operations, Phase};
 use crate::memory::GuestRam;
 use crate::participant::{Participant, Unsettled};
 use crate::paused::PausedVcpus;
@@ -160,6 +160,14 @@ impl<'v> Quiesced<'_, 'v> {
     pub fn stay(&mut self) -> Stay {
         self.machine.gate.inhibit();
         Stay(self.machine.clone())
+    }
+
+    /// That the machine was started: what it begins with is put there when it is.
+    pub(crate) fn is_started(&self) -> Result<(), Refused> {
+        match self.operations.phase {
+            Phase::Created => Err(Refused::NotStarted),
+            Phase::Started | Phase::Stopped => Ok(()),
+        }
     }
 
     /// Says whether the machine is between two states. One that is stays paused and does not go on.

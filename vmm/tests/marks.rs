@@ -75,31 +75,36 @@ fn is_on(handle: &VmHandle) -> bool {
 /// Goes back to `name` from wherever the guest is, and looks whether it is there.
 fn rewind(writing: &Writing, name: &str, then: &Whole) -> u64 {
     let handle = writing.handle();
+    let pulse = writing.pulse.swap(false, Ordering::AcqRel);
     handle.pause().unwrap();
     let rewound = handle.rewind(Some(name), LIMIT).unwrap();
     assert_eq!(handle.state(), VmState::Paused);
     assert_same(&whole(handle), then, name);
     handle.resume().unwrap();
+    writing.pulse.store(pulse, Ordering::Release);
     rewound.pages
 }
 
 /// Sets a mark, and looks at the machine at it.
 fn mark(writing: &Writing, name: &str) -> Whole {
     let handle = writing.handle();
+    let pulse = writing.pulse.swap(false, Ordering::AcqRel);
     handle.pause().unwrap();
     handle.mark(name, LIMIT).unwrap();
     let then = whole(handle);
     handle.resume().unwrap();
+    writing.pulse.store(pulse, Ordering::Release);
     then
 }
 
 #[test]
 fn a_thousand_rewinds_give_every_byte_and_register_back() {
     let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
+    writing.pulse.store(true, Ordering::Release);
     writing.wait(100);
     let then = mark(&writing, "warm");
     for round in 0..1000 {
-        writing.wait(round % 40);
+        writing.wait(round % 12);
         let pages = rewind(&writing, "warm", &then);
         assert!(pages <= 2 * 64 + 8 + 8, "{pages} pages");
     }
@@ -115,18 +120,55 @@ fn a_thousand_rewinds_give_every_byte_and_register_back() {
 #[test]
 fn a_guest_that_runs_goes_on_from_the_mark() {
     let writing = writer(4 << 20, MemorySource::Fresh, 3, 64).start();
+    // Never off: the event loop writes memory until the machine is at rest, and as soon as it goes on.
+    writing.pulse.store(true, Ordering::Release);
     writing.wait(100);
     let handle = writing.handle();
     let info = handle.mark("a", LIMIT).unwrap();
     assert!(info.current && info.pages > 0 && info.bytes == info.pages * 4096);
-    for _ in 0..50 {
-        writing.wait(60);
+    for _ in 0..200 {
+        writing.wait(20);
         let rewound = handle.rewind(None, LIMIT).unwrap();
         assert_eq!(rewound.mark, "a");
         assert_eq!(handle.state(), VmState::Running);
         handle
             .quiesce(LIMIT, |quiesced| writing.check(quiesced))
             .unwrap();
+    }
+    writing.guest.power_off();
+}
+
+#[test]
+fn what_kvm_itself_writes_is_put_back() {
+    const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    const PAGE: u64 = 0x38_0000;
+    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
+    let handle = writing.handle();
+    let enable = |vcpus: &mut PausedVcpus<'_>| {
+        let entry = kvm_bindings::kvm_msr_entry {
+            index: MSR_KVM_SYSTEM_TIME_NEW,
+            data: PAGE | 1,
+            ..Default::default()
+        };
+        let msrs = kvm_bindings::Msrs::from_entries(&[entry]).unwrap();
+        assert_eq!(vcpus.get(0).unwrap().set_msrs(&msrs).unwrap(), 1);
+    };
+    handle.with_paused(enable).unwrap();
+    writing.wait(10);
+    let then = mark(&writing, "a");
+    let page = PAGE as usize..PAGE as usize + 4096;
+    assert!(
+        then.memory[page.clone()] != [0; 4096],
+        "KVM writes its clock there"
+    );
+    for _ in 0..10 {
+        writing.wait(10);
+        // Has KVM write it again.
+        handle.with_paused(enable).unwrap();
+        writing.wait(10);
+        let now = whole(handle);
+        assert!(now.memory[page.clone()] != then.memory[page.clone()]);
+        rewind(&writing, "a", &then);
     }
     writing.guest.power_off();
 }
@@ -244,6 +286,9 @@ fn what_cannot_be_marked_or_rewound_is_refused_and_nothing_changes() {
         refused,
         RewindError::Refused(MarkError::NoSuchMark(_))
     ));
+    let refused = handle.mark("a", LIMIT).unwrap_err();
+    let not_started = QuiesceError::Refused(Refused::NotStarted).to_string();
+    assert_eq!(refused.to_string(), not_started);
     let writing = made.start();
     writing.wait(200);
     let no_mark = handle.rewind(None, LIMIT).unwrap_err();

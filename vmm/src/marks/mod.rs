@@ -204,9 +204,10 @@ impl VmHandle {
         let machine = self.machine();
         let ram = &machine.ram;
         let deadline = Instant::now() + limit;
-        self.quiesce(limit, |_| {
+        self.quiesce(limit, |quiesced| {
+            quiesced.is_started().map_err(QuiesceError::from)?;
             let mut tracker = machine.dirty.lock();
-            tracker.start(User::Marks, &machine.vm, ram)
+            Ok::<_, MarkError>(tracker.start(User::Marks, &machine.vm, ram)?)
         })??;
         let mut base = Base::new(ram.size_bytes())?;
         for range in ram.populated() {
@@ -286,6 +287,7 @@ impl Quiesced<'_, '_> {
     }
 
     fn mark_state(&mut self) -> Result<MarkState, MarkError> {
+        self.is_started().map_err(QuiesceError::from)?;
         let participants = self.machine.participants().clone();
         let keep = participants.iter().map(|participant| {
             let refused = |unsettled: crate::Unsettled| MarkError::Participant {

@@ -3,16 +3,21 @@
 
 #![allow(dead_code, clippy::unwrap_used)] // Each test file uses a part of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use devices::bus::MutBusDevice;
 use devices::dma::DmaSpace;
 use devices::pci::bus::SharedFunction;
 use devices::pci::{BarIndex, BarRange, PciFunction};
 use devices::state::{Form, Part, StateError};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::memory::MemorySource;
 use vmm::{PausedVcpus, Quiesced, VmConfig, VmHandle};
+
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::common::{CODE, Guest, Running, config};
 use crate::guest_code;
@@ -119,12 +124,35 @@ impl PciFunction for Echo {
     }
 }
 
+/// Has the device write now and then by itself, in the event loop.
+struct Pulse {
+    timer: TimerFd,
+    on: Arc<AtomicBool>,
+    echo: Arc<Mutex<Echo>>,
+}
+
+impl MutEventSubscriber for Pulse {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let period = Duration::from_micros(300);
+        self.timer.reset(period, Some(period)).unwrap();
+        ops.add(Events::new(&self.timer, EventSet::IN)).unwrap();
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.timer.wait().unwrap();
+        if self.on.load(Ordering::Acquire) {
+            self.echo.lock().unwrap().write(0, &[]);
+        }
+    }
+}
+
 /// The guest, made but not started.
 pub struct Writer {
     pub guest: Guest,
     pub areas: Vec<Area>,
     pub echo_area: Area,
     pub echo: Arc<Mutex<Echo>>,
+    pub pulse: Arc<AtomicBool>,
 }
 
 /// Each of `vcpus` vCPUs has `pages` pages, below 1 GiB of `memory_bytes` from `source`.
@@ -154,7 +182,14 @@ pub fn writer(memory_bytes: u64, source: MemorySource, vcpus: u8, pages: u64) ->
     guest.vm.add_pci(&slot, function).unwrap();
     let handle = guest.vm.handle();
     handle.pio_bus().map(0x510, 4, echo.clone()).unwrap();
+    let pulse = Arc::new(AtomicBool::new(false));
+    guest.vm.add_subscriber(Arc::new(Mutex::new(Pulse {
+        timer: TimerFd::new().unwrap(),
+        on: pulse.clone(),
+        echo: echo.clone(),
+    })));
     Writer {
+        pulse,
         guest,
         areas,
         echo_area,
@@ -168,6 +203,8 @@ pub struct Writing {
     pub areas: Vec<Area>,
     pub echo: Arc<Mutex<Echo>>,
     pub echo_area: Area,
+    /// Whether the device writes by itself too.
+    pub pulse: Arc<AtomicBool>,
 }
 
 impl Writer {
@@ -185,6 +222,7 @@ impl Writer {
             guest: self.guest.start(),
             areas: self.areas,
             echo: self.echo,
+            pulse: self.pulse,
             echo_area: self.echo_area,
         }
     }
