@@ -231,9 +231,14 @@ pub struct Guest {
 
 impl Guest {
     pub fn start() -> Self {
+        Self::start_with(MemorySource::default())
+    }
+
+    /// With memory from `source`, which is written over.
+    pub fn start_with(source: MemorySource) -> Self {
         let mut vm = Vm::new(VmConfig {
             memory_bytes: 8 << 20,
-            memory: MemorySource::default(),
+            memory: source,
             vcpus: 1,
             payload: Payload::Code {
                 code: vec![0xeb, 0xfe],

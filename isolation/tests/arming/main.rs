@@ -13,6 +13,7 @@ use isolation::attach::request::{Contain, IsolateRequest};
 use isolation::dispatch::fault::FaultOrder;
 use isolation::guest::btf::Btf;
 use vm_memory::{Bytes, GuestAddress};
+use vmm::memory::MemorySource;
 
 /// -EIO, what a call returns that failed and whose type is not known.
 const ERROR: u64 = -5i64 as u64;
@@ -96,6 +97,31 @@ fn two_modules_are_isolated_at_once() {
     assert_eq!((guest.call(FIRST), guest.call(SECOND)), (6, 6));
     let status = guest.status("second");
     assert_eq!((status.entries[0].calls, status.entries[0].commits), (6, 6));
+}
+
+#[test]
+fn guests_whose_memory_begins_as_the_same_file_are_isolated_each_for_itself() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 << 20).unwrap();
+    let file = Arc::new(file);
+    let guests = [0, 1].map(|_| Guest::start_with(MemorySource::Template { file: file.clone() }));
+    let [first, second] = &guests;
+    first.isolate("first").unwrap();
+    // A private view needs memory that is in a file of the guest's own.
+    assert!(!first.handle.ram().is_template());
+    assert!(second.handle.ram().is_template());
+    for round in 1..=5 {
+        assert_eq!(first.call(FIRST), round);
+        assert_eq!(second.call(FIRST), round);
+    }
+    let commits = first.status("first").entries.into_iter();
+    assert_eq!(commits.map(|entry| entry.commits).sum::<u64>(), 5);
+    assert_eq!(first.read(FIRST_DATA), 5);
+    second.isolate("first").unwrap();
+    assert_eq!(second.call(FIRST), 6);
+    let mut bytes = vec![0; 8 << 20];
+    std::os::unix::fs::FileExt::read_exact_at(&*file, &mut bytes, 0).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0), "the file was written");
 }
 
 #[test]
