@@ -3,7 +3,7 @@
 //! A model is a row of [`MODELS`]: its name, which modules of Linux drive it, and how it is made. What is made is a PCI
 //! function like any other, with what else it has to offer.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::MutEventSubscriber;
 
@@ -82,6 +82,9 @@ pub struct NicParts<'a> {
 pub type MakeHoldable =
     Arc<dyn Fn(CheckpointBy) -> Result<Arc<dyn Holdable>, NicError> + Send + Sync>;
 
+/// Gives a card another Ethernet address, see [`Nic::set_address`].
+pub type SetAddress = Arc<dyn Fn([u8; 6]) + Send + Sync>;
+
 /// A card.
 #[derive(Clone)]
 pub struct Nic {
@@ -93,6 +96,10 @@ pub struct Nic {
     pub holdable: Option<MakeHoldable>,
     /// When the guest took interrupts of it, if the model tells.
     pub interrupts: Option<Arc<Moments>>,
+    /// Gives it another address, as if it had been made with that one: for a card that goes on from a saved state, which
+    /// has the address of the card that was saved. A driver that runs keeps the one that it has read until the guest
+    /// gives it another one.
+    pub set_address: SetAddress,
 }
 
 impl NicModel {
@@ -115,7 +122,7 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let nic = E1000::new(config, parts.dma, parts.intx, parts.wire)?;
     let interrupts = nic.interrupts_taken();
     let nic = Arc::new(Mutex::new(nic));
-    let held = nic.clone();
+    let (held, addressed) = (nic.clone(), nic.clone());
     Ok(Nic {
         function: nic.clone(),
         events: nic,
@@ -123,6 +130,10 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
             Ok(Arc::new(HoldableE1000::new(held.clone(), by)?))
         })),
         interrupts: Some(interrupts),
+        set_address: Arc::new(move |mac| {
+            let mut nic = addressed.lock().unwrap_or_else(PoisonError::into_inner);
+            nic.set_address(mac);
+        }),
     })
 }
 
@@ -133,11 +144,16 @@ fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let vectors = (parts.vectors)(count).map_err(NicError::Vectors)?;
     let function = VirtioPciFunction::new(device, parts.dma, parts.intx, vectors)?;
     let function = Arc::new(Mutex::new(function));
+    let addressed = function.clone();
     Ok(Nic {
         function: function.clone(),
         events: function,
         holdable: None,
         interrupts: None,
+        set_address: Arc::new(move |mac| {
+            let mut nic = addressed.lock().unwrap_or_else(PoisonError::into_inner);
+            nic.device_mut().set_address(mac);
+        }),
     })
 }
 

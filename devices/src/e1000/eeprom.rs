@@ -98,9 +98,6 @@ impl Eeprom {
     /// A chip as a PRO/1000 MT Desktop has it, with the address `mac` and these PCI IDs.
     pub fn new(mac: [u8; 6], device_id: u16, subsystem_id: u16) -> Self {
         let mut words = vec![0u16; WORDS];
-        for (i, pair) in mac.chunks_exact(2).enumerate() {
-            words[word::ETHERNET_ADDRESS + i] = u16::from_le_bytes([pair[0], pair[1]]);
-        }
         // Words 4 to 6 unused: the LEDs have their default behaviour.
         words[4..7].fill(0xffff);
         words[word::PBA_NUMBER] = 0xc0fd;
@@ -124,12 +121,19 @@ impl Eeprom {
             command: Command::Idle,
             read_register: 0,
         };
-        let sum = eeprom
-            .words
-            .iter()
-            .fold(0u16, |sum, word| sum.wrapping_add(*word));
-        eeprom.words[word::CHECKSUM] = CHECKSUM.wrapping_sub(sum);
+        eeprom.set_ethernet_address(mac);
         eeprom
+    }
+
+    /// Puts an Ethernet address into the first three words, and the checksum of all.
+    pub fn set_ethernet_address(&mut self, mac: [u8; 6]) {
+        for (i, pair) in mac.chunks_exact(2).enumerate() {
+            self.words[word::ETHERNET_ADDRESS + i] = u16::from_le_bytes([pair[0], pair[1]]);
+        }
+        self.words[word::CHECKSUM] = 0;
+        let sum = self.words.iter();
+        let sum = sum.fold(0u16, |sum, word| sum.wrapping_add(*word));
+        self.words[word::CHECKSUM] = CHECKSUM.wrapping_sub(sum);
     }
 
     /// Whether a saved chip can be one.

@@ -223,6 +223,12 @@ impl E1000 {
         Arc::clone(&self.interrupts_taken)
     }
 
+    /// Has `mac` be the address in the EEPROM, as on a card that was made with it. A driver that runs keeps the one that it
+    /// has read until it is given another one.
+    pub fn set_address(&mut self, mac: [u8; 6]) {
+        self.eeprom.set_ethernet_address(mac);
+    }
+
     /// Whether the controller may use the bus: bus mastering enabled, not in a sleep state.
     fn dma_allowed(&self) -> bool {
         self.config.command().contains(Command::BUS_MASTER) && !self.asleep()

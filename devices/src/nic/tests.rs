@@ -157,3 +157,49 @@ fn what_cannot_be_undone_in_one_card_is_undone_in_none() {
     })
     .unwrap();
 }
+
+/// The address that a driver would read: from the EEPROM by its read register, whose words must add up, or from the
+/// configuration structure.
+fn address(nic: &Nic) -> [u8; 6] {
+    let mut function = nic.function.lock().unwrap();
+    let mut identity = [0; 2];
+    function.config_read(offset::DEVICE_ID, &mut identity);
+    if u16::from_le_bytes(identity) != 0x100e {
+        let mut mac = [0; 6];
+        function.bar_read(0, 0x2000, &mut mac);
+        return mac;
+    }
+    let words: Vec<u16> = (0..64u32)
+        .map(|word| {
+            function.bar_write(0, 0x14, &(word << 8 | 1).to_le_bytes());
+            let mut answer = [0; 4];
+            function.bar_read(0, 0x14, &mut answer);
+            u16::from_le_bytes([answer[2], answer[3]])
+        })
+        .collect();
+    let sum = words.iter().fold(0u16, |sum, word| sum.wrapping_add(*word));
+    assert_eq!(sum, 0xbaba);
+    let bytes: Vec<u8> = words[..3]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    bytes.try_into().unwrap()
+}
+
+#[test]
+fn a_card_that_goes_on_from_a_state_has_its_address_until_it_is_given_another_one() {
+    let dma = memory();
+    let other = [2, 0, 0, 0, 0, 9];
+    for model in &MODELS {
+        let saved = make(model, &dma);
+        (saved.set_address)(other);
+        assert_eq!(address(&saved), other, "{}", model.name);
+        let state = saved.function.lock().unwrap().save().unwrap();
+        let card = make(model, &dma);
+        assert_eq!(address(&card), [2, 0, 0, 0, 0, 1]);
+        card.function.lock().unwrap().restore(&state).unwrap();
+        assert_eq!(address(&card), other, "{}", model.name);
+        (card.set_address)([2, 0, 0, 0, 1, 7]);
+        assert_eq!(address(&card), [2, 0, 0, 0, 1, 7], "{}", model.name);
+    }
+}

@@ -34,4 +34,4 @@ pub const PORT_NAME: &str = "org.cofferdam.agent.0";
 pub const INIT_LINE: &str = "cofferdam-init: started";
 
 /// Version of the messages. Host and agent must have the same one: they are built together.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;

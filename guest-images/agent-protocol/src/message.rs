@@ -122,6 +122,23 @@ pub enum Call {
         /// Default route by this gateway.
         gateway: Option<Ipv4Addr>,
     },
+    /// Sets `CLOCK_REALTIME`, which has stood still while the guest was not there. Other clocks go on where they were.
+    SetTime {
+        /// Nanoseconds since 1970.
+        real_ns: u64,
+    },
+    /// Gives an interface another hardware address, address and default route: to a copy of a guest that is on one wire
+    /// with others.
+    Readdress {
+        /// Name of the interface.
+        interface: String,
+        /// Hardware address. An interface whose driver does not take one while it is up is brought down and up.
+        mac: Option<[u8; 6]>,
+        /// Address in place of the one it has.
+        address: Option<Ipv4>,
+        /// Default route by this gateway.
+        gateway: Option<Ipv4Addr>,
+    },
     /// Kernel messages; [`Body::Kmsg`] come before [`Done::Kmsg`].
     Kmsg {
         /// First sequence number wanted.
@@ -493,6 +510,13 @@ mod tests {
                 interface: "eth0".into(),
                 address,
                 gateway: Some(Ipv4Addr::LOCALHOST),
+            },
+            Call::SetTime { real_ns: u64::MAX },
+            Call::Readdress {
+                interface: "eth0".into(),
+                mac: Some([2, 0, 0, 0, 0, 255]),
+                address: Some(address),
+                gateway: None,
             },
             Call::PowerOff,
         ];

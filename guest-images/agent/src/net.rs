@@ -113,6 +113,20 @@ pub fn set_link(interface: &str, up: bool) -> Result<()> {
         .context(|| format!("bring {interface} {}", if up { "up" } else { "down" }))
 }
 
+/// Gives an interface another hardware address. Where its driver takes none while it is up, it is brought down and up.
+pub fn set_mac(interface: &str, mac: [u8; 6]) -> Result<()> {
+    let what = || format!("give {interface} another hardware address");
+    match sys::set_mac(interface, mac) {
+        Err(busy) if busy.raw_os_error() == Some(libc::EBUSY) => {
+            set_link(interface, false)?;
+            let result = sys::set_mac(interface, mac).context(what);
+            // Up again in any case.
+            result.and(set_link(interface, true))
+        }
+        other => other.context(what),
+    }
+}
+
 /// Gives an interface its address.
 pub fn set_address(interface: &str, address: Ipv4) -> Result<()> {
     sys::set_address(interface, address).context(|| format!("set {interface} to {address}"))

@@ -22,9 +22,9 @@ use agent_protocol::message::{AgentError, AgentInfo, Body, Call, Done};
 use agent_protocol::{PROTOCOL_VERSION, Request, Response, Stamp};
 
 use crate::cmdline::Exit;
-use crate::fail::{Result, error};
+use crate::fail::{Context, Result, error};
 use crate::sys::stamp;
-use crate::{exec, files, init, kmsg, modules, net, restart, symbols};
+use crate::{exec, files, init, kmsg, modules, net, restart, symbols, sys};
 
 /// Requests that may wait for the worker.
 const QUEUE: usize = 64;
@@ -164,6 +164,7 @@ impl Server {
                 .map(|()| Done::Ok),
             Call::PowerOff => self.exit(id, received, Exit::PowerOff),
             Call::Reboot => self.exit(id, received, Exit::Reboot),
+            Call::SetTime { real_ns } => self.set_time(real_ns),
             Call::Exec(exec) => {
                 let server = self.clone();
                 let started = std::thread::Builder::new().spawn(move || {
@@ -192,6 +193,16 @@ impl Server {
                 body,
             },
         )
+    }
+
+    fn set_time(&self, real_ns: u64) -> Result<Done> {
+        if self.powers == Powers::Nothing {
+            return Err(error(
+                "this agent runs on a machine whose clock it must not set",
+            ));
+        }
+        sys::set_time(real_ns).context(|| "set the real time".into())?;
+        Ok(Done::Ok)
     }
 
     fn exit(&self, id: u64, received: Stamp, how: Exit) -> Result<Done> {
@@ -281,6 +292,21 @@ fn carry_out(call: Call, part: &mut dyn FnMut(Body) -> Result<()>) -> Result<Don
             gateway.map_or(Ok(()), net::set_gateway)?;
             Ok(Done::Ok)
         }
+        Call::Readdress {
+            interface,
+            mac,
+            address,
+            gateway,
+        } => {
+            if let Some(mac) = mac {
+                net::set_mac(&interface, mac)?;
+            }
+            if let Some(address) = address {
+                net::set_address(&interface, address)?;
+            }
+            gateway.map_or(Ok(()), net::set_gateway)?;
+            Ok(Done::Ok)
+        }
         Call::Kmsg { since } => kmsg::records(since, part),
         Call::ReadFile {
             path,
@@ -298,6 +324,7 @@ fn carry_out(call: Call, part: &mut dyn FnMut(Body) -> Result<()>) -> Result<Don
         | Call::Ping
         | Call::Kill { .. }
         | Call::Exec(_)
+        | Call::SetTime { .. }
         | Call::PowerOff
         | Call::Reboot => Err(error("this request does not wait in the queue")),
     }

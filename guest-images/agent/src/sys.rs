@@ -20,6 +20,17 @@ pub fn stamp() -> Stamp {
     }
 }
 
+/// Sets the real time.
+pub fn set_time(real_ns: u64) -> io::Result<()> {
+    let seconds = i64::try_from(real_ns / 1_000_000_000)
+        .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: (real_ns % 1_000_000_000) as _,
+    };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+}
+
 fn nanoseconds(time: Timespec) -> u64 {
     let (seconds, rest) = (
         u64::try_from(time.tv_sec).unwrap_or(0),
@@ -160,6 +171,19 @@ pub fn set_link(interface: &str, up: bool) -> io::Result<()> {
     let bit = libc::IFF_UP as libc::c_short;
     request.ifr_ifru.ifru_flags = if up { flags | bit } else { flags & !bit };
     control(&socket, libc::SIOCSIFFLAGS, &mut request)
+}
+
+/// Gives an interface its hardware address (`SIOCSIFHWADDR`).
+pub fn set_mac(interface: &str, mac: [u8; 6]) -> io::Result<()> {
+    let mut request = request(interface)?;
+    // SAFETY: sockaddr is integers and an array of them: all zero is a value of it.
+    let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
+    address.sa_family = libc::ARPHRD_ETHER;
+    for (to, from) in address.sa_data.iter_mut().zip(mac) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_hwaddr = address;
+    control(&inet_socket()?, libc::SIOCSIFHWADDR, &mut request)
 }
 
 /// Gives an interface its address (`SIOCSIFADDR`, `SIOCSIFNETMASK`).

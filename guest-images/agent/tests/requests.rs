@@ -229,9 +229,24 @@ fn interfaces_and_symbols_are_reported() {
 }
 
 #[test]
-fn agent_of_another_machine_refuses_to_end_it() {
+fn an_interface_that_is_not_there_or_no_ethernet_gets_no_address_and_says_why() {
     let (mut client, _) = client();
-    for refused in [client.power_off(), client.reboot()] {
+    let mac = Some([2, 0, 0, 0, 0, 7]);
+    for interface in ["cof-none", "", "a/b", "name-that-is-far-too-long"] {
+        let refused = client.readdress(interface, mac, None, None).unwrap_err();
+        assert!(matches!(refused, ClientError::Agent(_)), "{refused:?}");
+        assert!(refused.to_string().contains("hardware address"));
+        let address = Some("10.0.0.7/24".parse().unwrap());
+        let refused = client.readdress(interface, None, address, None);
+        assert!(matches!(refused, Err(ClientError::Agent(_))), "{refused:?}");
+    }
+    client.readdress("lo", None, None, None).unwrap();
+}
+
+#[test]
+fn agent_of_another_machine_refuses_to_end_it_or_to_set_its_clock() {
+    let (mut client, _) = client();
+    for refused in [client.power_off(), client.reboot(), client.set_time(1)] {
         assert!(matches!(refused, Err(ClientError::Agent(_))), "{refused:?}");
     }
     client.ping().unwrap();

@@ -167,6 +167,11 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
         &self.device
     }
 
+    /// The same, to be changed by the host while nobody uses it.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+
     fn offered_features(&self) -> u64 {
         self.device.features()
             | 1 << VIRTIO_F_VERSION_1

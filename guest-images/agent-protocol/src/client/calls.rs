@@ -222,6 +222,33 @@ impl Client {
         })
     }
 
+    /// Sets the guest's real time, in nanoseconds since 1970.
+    ///
+    /// # Errors
+    /// See [`Client::call`].
+    pub fn set_time(&mut self, real_ns: u64) -> Result<Answer, ClientError> {
+        self.simple(Call::SetTime { real_ns })
+    }
+
+    /// Gives an interface another hardware address, address and default route, as far as they are said.
+    ///
+    /// # Errors
+    /// See [`Client::call`].
+    pub fn readdress(
+        &mut self,
+        interface: &str,
+        mac: Option<[u8; 6]>,
+        address: Option<Ipv4>,
+        gateway: Option<std::net::Ipv4Addr>,
+    ) -> Result<Answer, ClientError> {
+        self.simple(Call::Readdress {
+            interface: interface.into(),
+            mac,
+            address,
+            gateway,
+        })
+    }
+
     /// Kernel messages from a sequence number on, and the number to go on with.
     ///
     /// # Errors
