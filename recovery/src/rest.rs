@@ -42,6 +42,17 @@ impl<G: LiveGuest> Supervisor<G> {
                 "a driver is being isolated, resumed, restarted or exchanged".to_owned(),
             ));
         }
+        match self.climbing() {
+            Some(unsettled) if !self.turn.is_lent() => {
+                self.turn.go_on();
+                Err(unsettled)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What is said of a module whose ladder has asked for a rung that was not climbed yet, if there is one.
+    fn climbing(&self) -> Option<Unsettled> {
         let is_climbing = |state: State| {
             matches!(
                 state,
@@ -49,16 +60,11 @@ impl<G: LiveGuest> Supervisor<G> {
             )
         };
         let status = self.status();
-        let mut climbing = status
-            .iter()
-            .filter(|(_, ladder)| is_climbing(ladder.state));
-        match climbing.next() {
-            Some((module, _)) if !self.turn.is_lent() => {
-                self.turn.go_on();
-                Err(refused(format!("`{module}` is about to be restarted")))
-            }
-            _ => Ok(()),
-        }
+        let mut climbing = status.iter().filter(|(_, one)| is_climbing(one.state));
+        climbing.next().map(|(module, _)| Unsettled {
+            reason: format!("`{module}` is about to be restarted"),
+            soon: true,
+        })
     }
 
     /// What is isolated, to be asked at rest.
@@ -181,7 +187,11 @@ impl<G: LiveGuest> Participant for Supervisor<G> {
     }
 
     fn keep(&self) -> Result<Kept, Unsettled> {
-        Ok(self.keep_ladders())
+        // Who has the guest go back for a ladder may be let through; no mark is made meanwhile.
+        match self.climbing() {
+            Some(unsettled) => Err(unsettled),
+            None => Ok(self.keep_ladders()),
+        }
     }
 
     fn put_back(&self, kept: &Kept) -> Result<(), String> {

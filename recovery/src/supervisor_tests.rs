@@ -43,6 +43,22 @@ fn a_driver_is_restarted_and_isolated_again() {
 }
 
 #[test]
+fn a_domain_that_failed_has_its_driver_restarted_whatever_else_was_chosen() {
+    let guest = Double::new();
+    let (supervisor, asked) = Supervisor::new(guest.clone());
+    let config = LadderConfig {
+        on_fault: Some(OnFault::Retry),
+        ..LadderConfig::default()
+    };
+    supervisor.isolate(request(), config, &Nobody).unwrap();
+    guest.world().domain_fails = true;
+    assert_eq!(guest.fail(), AfterFault::ReturnError);
+    let ladder = climb_all(&supervisor, &asked);
+    assert_eq!((ladder.state, ladder.rungs.restarts), (State::Running, 1));
+    assert_eq!((guest.count("remove"), guest.count("isolate")), (1, 2));
+}
+
+#[test]
 fn a_driver_that_cannot_be_removed_is_isolated_again_and_stopped() {
     let guest = Double::new();
     let (supervisor, asked) = supervised(&guest);

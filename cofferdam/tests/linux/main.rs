@@ -15,6 +15,7 @@ mod last_resort;
 mod machine;
 mod nics;
 mod recovery;
+mod rewind_isolated;
 mod shared;
 mod upgrade;
 mod victim;

@@ -39,6 +39,7 @@ pub const FAILS: u64 = FIRST_DATA + 16;
 const KERNEL_TEXT: u64 = 0xffff_ffff_8100_0000;
 const KERNEL_WAITS: u64 = KERNEL_TEXT + 0x100;
 const SCHEDULE: u64 = KERNEL_TEXT + 0x200;
+const UNDOES: u64 = KERNEL_TEXT + 0x300;
 const LOOP: u64 = KERNEL_TEXT + 0x400;
 const KERNEL_DATA: u64 = 0xffff_ffff_8200_0000;
 const ORDER: u64 = KERNEL_DATA;
@@ -47,8 +48,11 @@ const RESULT: u64 = KERNEL_DATA + 16;
 /// How often the scheduler was called, and whether it stays in there.
 pub const SCHEDULED: u64 = KERNEL_DATA + 24;
 pub const STAYS: u64 = KERNEL_DATA + 32;
+/// How often the function that takes `kernel_waits` back was called, and whether it stays in there.
+pub const UNDONE: u64 = KERNEL_DATA + 40;
+pub const UNDO_STAYS: u64 = KERNEL_DATA + 48;
 const GDT: u64 = KERNEL_DATA + 0x800;
-const STACK_TOP: u64 = 0xffff_c900_0000_4000;
+pub const STACK_TOP: u64 = 0xffff_c900_0000_4000;
 /// Top-level tables: the kernel's own, and those of a process.
 pub const KERNEL_TABLES: u64 = 0x20_0000;
 pub const PROCESS_TABLES: u64 = 0x2f_0000;
@@ -101,6 +105,21 @@ fn counts(a: &mut CodeAssembler, data: u64) -> Result<(), IcedError> {
     a.mov(rcx, data)?;
     a.inc(qword_ptr(rcx))?;
     a.mov(rax, qword_ptr(rcx))?;
+    a.ret()
+}
+
+/// A kernel function that counts its calls and does not return while `stays` is not 0.
+fn counts_and_stays(a: &mut CodeAssembler, count: u64, stays: u64) -> Result<(), IcedError> {
+    let (mut top, mut goes) = (a.create_label(), a.create_label());
+    a.mov(rcx, count)?;
+    a.inc(qword_ptr(rcx))?;
+    a.mov(rcx, stays)?;
+    a.set_label(&mut top)?;
+    a.cmp(qword_ptr(rcx), 0)?;
+    a.je(goes)?;
+    a.pause()?;
+    a.jmp(top)?;
+    a.set_label(&mut goes)?;
     a.ret()
 }
 
@@ -173,18 +192,8 @@ fn write(memory: &GuestMemory) {
         a.call(SCHEDULE)?;
         a.ret()
     });
-    code(SCHEDULE, &|a| {
-        let (mut stays, mut goes) = (a.create_label(), a.create_label());
-        a.mov(rcx, SCHEDULED)?;
-        a.inc(qword_ptr(rcx))?;
-        a.set_label(&mut stays)?;
-        a.cmp(qword_ptr(rcx + (STAYS - SCHEDULED)), 0)?;
-        a.je(goes)?;
-        a.pause()?;
-        a.jmp(stays)?;
-        a.set_label(&mut goes)?;
-        a.ret()
-    });
+    code(SCHEDULE, &|a| counts_and_stays(a, SCHEDULED, STAYS));
+    code(UNDOES, &|a| counts_and_stays(a, UNDONE, UNDO_STAYS));
     code(LOOP, &|a| {
         let (mut top, mut wait) = (a.create_label(), a.create_label());
         a.set_label(&mut top)?;
@@ -331,6 +340,19 @@ impl Guest {
         }
     }
 
+    /// Changes the last entry of the kernel's tables for `va`.
+    pub fn remap(&self, va: u64, how: impl Fn(u64) -> u64) {
+        let memory = self.handle.ram().memory();
+        let mut table = KERNEL_TABLES;
+        for shift in [39, 30, 21] {
+            let at = GuestAddress(table + (va >> shift & 511) * 8);
+            table = memory.read_obj::<u64>(at).unwrap() & 0x000f_ffff_ffff_f000;
+        }
+        let at = GuestAddress(table + (va >> 12 & 511) * 8);
+        let entry = how(memory.read_obj(at).unwrap());
+        memory.write_obj(entry, at).unwrap();
+    }
+
     pub fn isolate(&self, module: &str) -> Result<Isolated, AttachError> {
         self.isolator.isolate(Self::request(module))
     }
@@ -364,7 +386,7 @@ fn symbols() -> SymbolTable {
     let text = format!(
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
          {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
-         {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{LOOP:x} T kernel_loop\n"
+         {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{UNDOES:x} T kernel_undoes\n{LOOP:x} T kernel_loop\n"
     );
     read_kallsyms(text.as_bytes(), |_| true).unwrap()
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use devices::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
 use guest::*;
 use isolation::attach::request::IsolateRequest;
-use isolation::compensation::effects::KernelModel;
+use isolation::compensation::effects::{FunctionModel, KernelModel, OppositeModel};
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy, ReturnErrors};
 use isolation::guest::btf::Btf;
 
@@ -230,4 +230,136 @@ fn a_reset_with_a_call_in_the_guest_lets_the_device_go() {
         .with_paused(|_| guest.isolator.forget())
         .unwrap();
     assert!(!device.0.lock().unwrap().outside);
+}
+
+/// As the guest that spills, with a function that takes `kernel_waits` back, and a device.
+fn taking_back(policy: Box<dyn FaultPolicy>, device: Arc<Link>) -> Guest {
+    let guest = Guest::start();
+    let waits = FunctionModel {
+        name: "kernel_waits".to_owned(),
+        undo: Some(OppositeModel {
+            function: "kernel_undoes".to_owned(),
+            arguments: Vec::new(),
+        }),
+        ..FunctionModel::default()
+    };
+    guest
+        .isolator
+        .isolate(IsolateRequest {
+            types: Some(no_types()),
+            model: Some(KernelModel {
+                lasting: vec![waits],
+                ..KernelModel::default()
+            }),
+            guest_only: vec!["kernel_schedule".to_owned()],
+            policy,
+            device: Some(device),
+            ..Guest::request("first")
+        })
+        .unwrap();
+    guest.write(FAILS, 1);
+    guest
+}
+
+fn wait_until(what: impl Fn() -> bool) {
+    while !what() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_reset_while_a_call_is_taken_back_lets_the_device_interrupt() {
+    let device = Arc::new(Link::default());
+    let guest = taking_back(Box::new(ReturnErrors), device.clone());
+    let held = || *device.0.lock().unwrap();
+    guest.write(UNDO_STAYS, 1);
+    guest.order(WAITS);
+    wait_until(|| guest.read(UNDONE) == 1);
+    assert!(held().interrupts, "not while the driver is half back");
+    guest
+        .handle
+        .with_paused(|_| guest.isolator.forget())
+        .unwrap();
+    assert_eq!(held(), Held::default());
+    // Without a reset, as soon as it is back.
+    let device = Arc::new(Link::default());
+    let guest = taking_back(Box::new(ReturnErrors), device.clone());
+    assert_eq!(guest.call(WAITS), ERROR);
+    assert_eq!(guest.read(UNDONE), 1);
+    assert_eq!(*device.0.lock().unwrap(), Held::default());
+    assert_eq!(guest.entry("first_waits").undone, 1);
+}
+
+#[test]
+fn a_call_whose_stack_is_gone_when_it_is_to_be_taken_back_is_not_said_to_be() {
+    let policy = Retry::default();
+    let guest = taking_back(Box::new(policy.clone()), Arc::default());
+    // Its return address is the lowest word of the stack's last page: all that it does is on the page below.
+    let last_page = STACK_TOP - PAGE;
+    guest
+        .handle
+        .with_paused(|vcpus| {
+            let vcpu = vcpus.get(0).unwrap();
+            let mut regs = vcpu.get_regs().unwrap();
+            regs.rsp = last_page + 8;
+            vcpu.set_regs(&regs).unwrap();
+        })
+        .unwrap();
+    guest.write(STAYS, 1);
+    guest.order(WAITS);
+    wait_until(|| guest.read(SCHEDULED) == 1);
+    guest
+        .handle
+        .with_paused(|_| guest.remap(last_page, |entry| entry & !1))
+        .unwrap();
+    guest.write(STAYS, 0);
+    wait_until(|| guest.status("first").violations == 1);
+    assert_eq!(guest.read(UNDONE), 0);
+    let entry = guest.entry("first_waits");
+    assert_eq!((entry.undone, entry.left_over, entry.retries), (0, 1, 0));
+    let report = guest.isolator.reports("first").unwrap().pop().unwrap();
+    assert!(report.violation.stays(), "{report}");
+    assert!(report.stays.unwrap().contains("stack"));
+    assert_eq!(policy.take(), [failed(1)]);
+}
+
+/// A device that cannot be held.
+struct Lost;
+
+impl Holdable for Lost {
+    fn hold(&self, _with: &mut dyn FnMut(&mut dyn HeldDevice)) -> Result<(), DeviceLost> {
+        Err(DeviceLost("it is gone".to_owned()))
+    }
+}
+
+/// Keeps whether what it is told of is the domain's own failure.
+#[derive(Clone, Default)]
+struct OfDomain(Arc<Mutex<Vec<bool>>>);
+
+impl FaultPolicy for OfDomain {
+    fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
+        self.0.lock().unwrap().push(call.report.domain_failed());
+        AfterFault::Retry
+    }
+}
+
+#[test]
+fn a_domain_that_fails_is_told_to_whoever_decides_and_the_guest_runs_its_calls() {
+    let guest = Guest::start();
+    let policy = OfDomain::default();
+    guest
+        .isolator
+        .isolate(IsolateRequest {
+            device: Some(Arc::new(Lost)),
+            policy: Box::new(policy.clone()),
+            ..Guest::request("first")
+        })
+        .unwrap();
+    assert_eq!((guest.call(FIRST), guest.call(FIRST)), (1, 2));
+    assert_eq!(*policy.0.lock().unwrap(), [true], "once, and not run again");
+    let status = guest.status("first");
+    assert!(status.broken.unwrap().contains("it is gone"));
+    assert_eq!(status.violations, 1);
+    guest.isolator.release("first").unwrap();
+    assert_eq!(guest.call(FIRST), 3);
 }

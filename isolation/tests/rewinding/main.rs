@@ -225,15 +225,8 @@ fn a_domain_is_gone_once_neither_the_guest_nor_a_mark_needs_it() {
 /// Has the first module's data be another page, with `value` in it.
 fn remap_data(guest: &Guest, value: u64) {
     const OTHER: u64 = 0x40_0000;
+    guest.remap(FIRST_DATA, |entry| OTHER | entry & !0x000f_ffff_ffff_f000);
     let memory = guest.handle.ram().memory();
-    let mut table = KERNEL_TABLES;
-    for shift in [39, 30, 21] {
-        let at = GuestAddress(table + (FIRST_DATA >> shift & 511) * 8);
-        table = memory.read_obj::<u64>(at).unwrap() & 0x000f_ffff_ffff_f000;
-    }
-    let at = GuestAddress(table + (FIRST_DATA >> 12 & 511) * 8);
-    let flags = memory.read_obj::<u64>(at).unwrap() & !0x000f_ffff_ffff_f000;
-    memory.write_obj(OTHER | flags, at).unwrap();
     memory.write_obj(value, GuestAddress(OTHER)).unwrap();
 }
 

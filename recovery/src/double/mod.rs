@@ -69,6 +69,8 @@ pub(crate) struct World {
     /// A call fails as soon as there are gates.
     pub fails_at_once: bool,
     pub stopped: bool,
+    /// What fails is the domain itself.
+    pub domain_fails: bool,
     /// Agents that there are: the real one serves one at a time.
     pub agents: usize,
     pub link_held: bool,
@@ -115,6 +117,7 @@ impl Double {
             policy: None,
             fails_at_once: false,
             stopped: false,
+            domain_fails: false,
             agents: 0,
             link_held: false,
             device: 7,
@@ -132,7 +135,12 @@ impl Double {
 
     /// A call of an isolated function fails.
     pub fn fail(&self) -> AfterFault {
-        fail(self.world().policy.as_mut().unwrap().as_mut())
+        let mut world = self.world();
+        let kind = match world.domain_fails {
+            true => ViolationKind::DomainFailed,
+            false => ViolationKind::PrivilegedInstruction,
+        };
+        fail(world.policy.as_mut().unwrap().as_mut(), kind)
     }
 
     /// How often a step was done.
@@ -190,8 +198,9 @@ pub(crate) fn report(entry: &str) -> ViolationReport {
     }
 }
 
-fn fail(policy: &mut dyn FaultPolicy) -> AfterFault {
-    let report = report("xmit");
+fn fail(policy: &mut dyn FaultPolicy, kind: ViolationKind) -> AfterFault {
+    let mut report = report("xmit");
+    report.violation.kind = kind;
     policy.after_fault(&FailedCall {
         report: &report,
         attempts: 1,
@@ -374,7 +383,7 @@ impl LiveGuest for Double {
         ensure!(world.loaded.is_some(), "not loaded");
         ensure!(world.policy.is_none(), "isolated already");
         if std::mem::take(&mut world.fails_at_once) {
-            fail(policy.as_mut());
+            fail(policy.as_mut(), ViolationKind::PrivilegedInstruction);
         }
         world.policy = Some(policy);
         world.stopped = false;
