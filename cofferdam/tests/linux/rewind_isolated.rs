@@ -90,7 +90,11 @@ fn a_guest_whose_driver_cannot_be_restarted_goes_back_to_its_mark() {
     victim.ping();
     let boot_id = |victim: &mut Victim| {
         let agent = victim.guest.agent();
-        agent.hello(Duration::from_secs(60)).unwrap().boot_id.clone()
+        agent
+            .hello(Duration::from_secs(60))
+            .unwrap()
+            .boot_id
+            .clone()
     };
     let boot = boot_id(&mut victim);
     victim.guest.agent().disconnect();
@@ -103,7 +107,10 @@ fn a_guest_whose_driver_cannot_be_restarted_goes_back_to_its_mark() {
     victim.try_command(&["ping", "-c", "2", "-i", "0.1", "-W", "1", "10.0.2.2"]);
     let ladder = victim.wait_until_running();
     let rungs = ladder.rungs;
-    assert_eq!((rungs.failed_restarts, rungs.rewinds, rungs.resets), (1, 1, 0));
+    assert_eq!(
+        (rungs.failed_restarts, rungs.rewinds, rungs.resets),
+        (1, 1, 0)
+    );
     assert_eq!(boot_id(&mut victim), boot);
     assert_eq!(victim.isolated(), [ENTRY]);
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();

@@ -157,9 +157,20 @@ impl Isolator {
         self.shelf().len()
     }
 
-    /// Takes down what no mark knows any more.
+    /// Takes down what no mark knows any more. The guest does not wait for it: that takes longer than a rewind.
     fn drop_unwanted(&self) {
-        self.shelf().retain(is_wanted);
+        let unwanted: Vec<Armed> = {
+            let mut shelf = self.shelf();
+            let all = std::mem::take(&mut *shelf).into_iter();
+            let (wanted, unwanted) = all.partition(is_wanted);
+            *shelf = wanted;
+            unwanted
+        };
+        if !unwanted.is_empty() {
+            // Where there can be no thread it is done here.
+            let thread = std::thread::Builder::new().name("domain-end".to_owned());
+            let _ended = thread.spawn(move || drop(unwanted));
+        }
     }
 
     fn shelf(&self) -> MutexGuard<'_, Vec<Armed>> {
