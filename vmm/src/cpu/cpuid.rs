@@ -14,6 +14,14 @@ use crate::error::Error;
 const EDX_HTT: u32 = 1 << 28;
 /// Leaf 1, ECX: the local APIC's timer takes a TSC deadline.
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
+/// KVM's features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_VMEXIT, KVM_FEATURE_ASYNC_PF_INT.
+const EAX_ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+/// Leaf 1: Intel's virtualisation.
+const ECX_VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001: AMD's virtualisation, described in leaf 0x8000_000a.
+const ECX_SVM: u32 = 1 << 2;
 /// Leaf 1, ECX: runs under a hypervisor. Linux looks for KVM's clock only if this is set.
 const ECX_HYPERVISOR: u32 = 1 << 31;
 /// Leaf 0x8000_0001, ECX, AMD only: the logical processors that HTT speaks of are cores.
@@ -77,8 +85,24 @@ impl Shown {
             entry.ecx |= ECX_HYPERVISOR;
             set_bit(&mut entry.ecx, ECX_TSC_DEADLINE, self.tsc_deadline);
         }
+        hide_what_has_no_state(&mut leaves);
         leaves
     }
+}
+
+/// Hides what a guest could have under way that no state tells: page faults that KVM tells it of when they are done
+/// (a task that waits for that would wait for ever after a restore), and VMs of its own.
+fn hide_what_has_no_state(leaves: &mut Leaves) {
+    if let Some(entry) = leaves.get_mut(KVM_FEATURES, 0) {
+        entry.eax &= !EAX_ASYNC_PAGE_FAULTS;
+    }
+    if let Some(entry) = leaves.get_mut(1, 0) {
+        entry.ecx &= !ECX_VMX;
+    }
+    if let Some(entry) = leaves.get_mut(0x8000_0001, 0) {
+        entry.ecx &= !ECX_SVM;
+    }
+    leaves.remove(0x8000_000a);
 }
 
 /// Where a vCPU is among the others.

@@ -132,3 +132,25 @@ fn what_kvm_gives_here_is_consistent_and_taken_by_kvm() {
             .unwrap();
     }
 }
+
+#[test]
+fn what_has_no_state_is_hidden() {
+    let host = shown(&[
+        (0, 0, AMD),
+        (1, 0, [0, 0x2010_0800, ECX_VMX, 0]),
+        (KVM_FEATURES, 0, [0x0100_7efb, 0, 0, 0]),
+        (0x8000_0001, 0, [0, 0, ECX_SVM | 1, 0]),
+        (0x8000_000a, 0, [1, 8, 0, 1]),
+    ]);
+    let leaves = host.for_vcpu(0, 1);
+    assert_eq!(leaves.get(1, 0).unwrap().ecx & ECX_VMX, 0);
+    assert_eq!(leaves.get(0x8000_0001, 0).unwrap().ecx & 0xff, 1);
+    assert!(leaves.get(0x8000_000a, 0).is_none());
+    // KVM's clock, steal time and end of interrupt stay.
+    let features = leaves.get(KVM_FEATURES, 0).unwrap().eax;
+    assert_eq!(features, 0x0100_7efb & !(1 << 4 | 1 << 10 | 1 << 14));
+    assert_eq!(
+        features & (1 << 3 | 1 << 5 | 1 << 6),
+        1 << 3 | 1 << 5 | 1 << 6
+    );
+}

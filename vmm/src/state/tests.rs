@@ -139,3 +139,39 @@ fn changed_content_is_decoded_or_refused_and_never_more_than_that() {
         })
         .unwrap();
 }
+
+/// What Linux guests depend on and KVM may list or not.
+#[test]
+fn registers_of_clocks_interrupts_and_memory_types_are_in_a_state() {
+    let vm = vm(2, 4 << 20);
+    // TSC_ADJUST, KVM's wall clock and system time, steal time, end of interrupt; memory types; TSC_DEADLINE.
+    let wanted = [
+        0x3b,
+        0x4b56_4d00,
+        0x4b56_4d01,
+        0x4b56_4d03,
+        0x4b56_4d04,
+        0x277,
+        0x200,
+        0x250,
+        0x2ff,
+        0x6e0,
+    ];
+    let (kvm, fd) = (&vm.machine.kvm, &vm.machine.lock_vcpus()[0]);
+    let listed = kvm.get_msr_index_list().unwrap();
+    for vcpu in &vm.power_on.vcpus {
+        let saved: Vec<u32> = vcpu.msr_indices().collect();
+        for index in wanted {
+            let entry = kvm_bindings::kvm_msr_entry {
+                index,
+                ..Default::default()
+            };
+            let mut one = kvm_bindings::Msrs::from_entries(&[entry]).unwrap();
+            let there = fd.get_msrs(&mut one).is_ok_and(|read| read == 1);
+            assert_eq!(saved.contains(&index), there, "{index:#x}");
+        }
+        // The deadline is armed when everything else is there.
+        let last = saved.last().copied();
+        assert!(last == Some(0x6e0) || !listed.as_slice().contains(&0x6e0));
+    }
+}

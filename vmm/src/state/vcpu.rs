@@ -14,6 +14,15 @@ use crate::error::Error;
 pub(super) const MSR_IA32_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: means something only once the local APIC's timer is set.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Memory type range registers, which KVM has and does not list: variable, fixed, default type (Intel SDM, volume 3,
+/// section 12.11).
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
 /// Most MSRs that a state may have; KVM lists some hundred.
 pub(super) const MAX_MSRS: usize = 4096;
 /// Most that KVM takes at once.
@@ -73,6 +82,11 @@ impl VcpuState {
         self.msrs.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn msr_indices(&self) -> impl Iterator<Item = u32> {
+        self.msrs.iter().map(|entry| entry.index)
+    }
+
     /// Gives `vcpu`, which has never run, this CPUID.
     pub(super) fn restore_cpuid(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         let cpuid = CpuId::from_entries(&self.cpuid)
@@ -108,14 +122,17 @@ impl VcpuState {
     }
 }
 
-/// Reads those of `indices` that can be read.
+/// Reads those of `indices` and of what KVM does not list that can be read.
 fn read_msrs(vcpu: &VcpuFd, indices: &MsrList) -> Result<Vec<kvm_msr_entry>, Error> {
+    let unlisted = MTRRS.into_iter().flatten();
     let mut wanted: Vec<kvm_msr_entry> = indices
         .as_slice()
         .iter()
-        .filter(|&&index| index != MSR_IA32_TSC && index != MSR_IA32_TSC_DEADLINE)
-        .chain([&MSR_IA32_TSC_DEADLINE])
-        .map(|&index| kvm_msr_entry {
+        .copied()
+        .filter(|&index| index != MSR_IA32_TSC && index != MSR_IA32_TSC_DEADLINE)
+        .chain(unlisted.filter(|index| !indices.as_slice().contains(index)))
+        .chain([MSR_IA32_TSC_DEADLINE])
+        .map(|index| kvm_msr_entry {
             index,
             ..Default::default()
         })
