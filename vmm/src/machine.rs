@@ -36,6 +36,17 @@ pub(crate) struct Vcpu {
     pub incomplete: AtomicBool,
 }
 
+impl Vcpu {
+    /// One that has never run.
+    pub fn new(fd: VcpuFd) -> Self {
+        Self {
+            fd: Mutex::new(fd),
+            exits: ExitCounters::default(),
+            incomplete: AtomicBool::new(false),
+        }
+    }
+}
+
 /// How far the machine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {

@@ -1,7 +1,7 @@
 //! Making a machine, giving it devices, and running it.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, RwLock};
 
 use devices::bus::Bus;
@@ -13,6 +13,7 @@ use devices::pci::bus::{
 };
 use devices::serial::{COM1_IRQ, COM1_PORT, Serial, SerialBackend, UART_PORTS};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
+use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::at_work::AtWork;
 use crate::boot::{OpenPayload, Payload};
@@ -20,7 +21,6 @@ use crate::cpu::cpuid::Shown;
 use crate::cpu::regs;
 use crate::dirty::DirtyTracking;
 use crate::error::Error;
-use crate::exits::ExitCounters;
 use crate::gate::{Gate, install_kick_handler};
 use crate::generation::GenerationId;
 use crate::handle::VmHandle;
@@ -111,16 +111,7 @@ impl Vm {
         }
         let (vm, has_dirty_rings) = kvm::create_vm(&kvm, &ram)?;
         let vm = Arc::new(vm);
-        let mut vcpus = Vec::new();
-        for index in 0..config.vcpus {
-            let fd = vm
-                .create_vcpu(u64::from(index))
-                .map_err(Error::kvm("create a vCPU"))?;
-            let cpuid = shown.for_vcpu(index, config.vcpus).to_kvm()?;
-            fd.set_cpuid2(&cpuid).map_err(Error::kvm("set CPUID"))?;
-            regs::set_local_interrupts(&fd)?;
-            vcpus.push(fd);
-        }
+        let vcpus = create_vcpus(&vm, &shown, config.vcpus)?;
         let host = |what| move |source| Error::Host { what, source };
         install_kick_handler().map_err(host("install a signal handler"))?;
         let gate = Arc::new(Gate::new(config.vcpus));
@@ -140,14 +131,7 @@ impl Vm {
         let dirty = DirtyTracking::new(&vm, ringed, &ram)?;
         let machine = Arc::new(Machine {
             dirty,
-            vcpus: vcpus
-                .into_iter()
-                .map(|fd| Vcpu {
-                    fd: Mutex::new(fd),
-                    exits: ExitCounters::default(),
-                    incomplete: AtomicBool::new(false),
-                })
-                .collect(),
+            vcpus: vcpus.into_iter().map(Vcpu::new).collect(),
             pci,
             power,
             hotplug: Arc::new(hotplug),
@@ -303,6 +287,20 @@ impl Vm {
         let guarded = self.machine.at_work.guard(subscriber);
         self.events.add_subscriber(guarded);
     }
+}
+
+/// `count` vCPUs as after power-on.
+fn create_vcpus(vm: &VmFd, shown: &Shown, count: u8) -> Result<Vec<VcpuFd>, Error> {
+    let create = |index| {
+        let fd = vm
+            .create_vcpu(u64::from(index))
+            .map_err(Error::kvm("create a vCPU"))?;
+        let cpuid = shown.for_vcpu(index, count).to_kvm()?;
+        fd.set_cpuid2(&cpuid).map_err(Error::kvm("set CPUID"))?;
+        regs::set_local_interrupts(&fd)?;
+        Ok(fd)
+    };
+    (0..count).map(create).collect()
 }
 
 fn windows(physical_address_bits: u8) -> Windows {

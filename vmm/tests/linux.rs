@@ -191,6 +191,60 @@ fn a_disk_comes_works_and_goes_twenty_times() {
     );
 }
 
+/// All of a machine's memory that is not zero, by page.
+fn memory_of(handle: &VmHandle) -> BTreeMap<u64, Vec<u8>> {
+    let mut pages = BTreeMap::new();
+    for range in handle.ram().populated() {
+        for at in range.step_by(4096) {
+            let mut page = vec![0; 4096];
+            std::os::unix::fs::FileExt::read_exact_at(handle.ram().memfd(), &mut page, at).unwrap();
+            if page.iter().any(|&byte| byte != 0) {
+                pages.insert(at / 4096, page);
+            }
+        }
+    }
+    pages
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_at_work_is_rewound_to_the_byte_and_works_on() {
+    const REWINDS: usize = 30;
+    let mut machine = Machine::boot("");
+    machine.shell("(while :; do dd if=/dev/urandom of=/tmp/x bs=64k count=8; md5sum /tmp/x; done) >/dev/null 2>&1 &");
+    // Nobody is connected: the guest would be told, in its memory, that who was is not any more.
+    machine.agent.disconnect();
+    std::thread::sleep(Duration::from_secs(1));
+    let handle = machine.handle.clone();
+    handle.pause().unwrap();
+    handle.mark("warm", LIMIT).unwrap();
+    let then = memory_of(&handle);
+    let mut changed = 0;
+    for round in 0..REWINDS {
+        handle.resume().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        handle.pause().unwrap();
+        changed += handle.rewind(Some("warm"), LIMIT).unwrap().pages;
+        let now = memory_of(&handle);
+        let pages = then.keys().chain(now.keys());
+        let differ: Vec<_> = pages
+            .filter(|page| then.get(page) != now.get(page))
+            .collect();
+        assert!(differ.is_empty(), "rewind {round}: pages {differ:x?}");
+    }
+    assert!(
+        changed > REWINDS as u64,
+        "{changed} pages: the guest does nothing"
+    );
+    handle.resume().unwrap();
+    machine.agent.hello(LIMIT).unwrap();
+    machine.agent.set_limit(LIMIT);
+    let log = machine.shell("sleep 2; cat /tmp/x | wc -c; dmesg");
+    for bad in ["BUG", "WARNING: CPU", "soft lockup", "stall"] {
+        assert!(!log.contains(bad), "{bad}: {log}");
+    }
+}
+
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_panic_is_noticed() {

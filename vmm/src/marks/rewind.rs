@@ -155,7 +155,8 @@ impl Quiesced<'_, '_> {
         phases.machine_ns = watch.lap();
         self.restore_devices(&state.devices).map_err(failed)?;
         phases.devices_ns = watch.lap();
-        for participant in self.machine.participants().iter() {
+        let participants = self.machine.participants().clone();
+        for participant in participants {
             let name = participant.name();
             let kept = state.kept.iter().find(|(who, _)| *who == name);
             let kept = kept.and_then(|(_, kept)| kept.clone());
