@@ -22,6 +22,9 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
 /// Rollbacks of each entry point that a demo makes.
 const DEMO_ROLLBACKS: u16 = 6;
 
+/// Snapshots and restores that a demo makes of each kind.
+const DEMO_SUSPENDS: u16 = 2;
+
 /// Measures, and writes what came of it
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -54,6 +57,14 @@ enum What {
         /// How long each kind of traffic runs with each set of functions
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=60))]
         seconds: u64,
+    },
+    /// Snapshots, restores, marks and rewinds, against a boot
+    Suspend {
+        #[command(flatten)]
+        common: Common,
+        /// Sizes of guest memory, in MiB
+        #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024])]
+        memory: Vec<u32>,
     },
     /// Send traffic through the NIC and check every byte of it
     Traffic {
@@ -121,6 +132,10 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             steps.must("isolation", || bench.isolation(*seconds))?;
             (common, "isolation")
         }
+        What::Suspend { common, memory } => {
+            steps.must("suspend", || bench.suspend(common.runs, memory))?;
+            (common, "suspend")
+        }
         What::Traffic { common, seconds } => {
             steps.must("traffic", || bench.traffic(*seconds))?;
             (common, "traffic")
@@ -133,11 +148,12 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Does `cargo xtask demo`.
 pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(5);
+    let mut steps = Steps::new(6);
     let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
     steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
+    steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
     let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
     steps.summary();
     eprintln!(
@@ -228,6 +244,17 @@ impl Bench {
         self.measure(
             "isolation",
             &["isolation", "--seconds", &seconds.to_string()],
+        )
+    }
+
+    /// All in one lab, as [`Self::recovery`].
+    fn suspend(&mut self, runs: u16, memory: &[u32]) -> anyhow::Result<String> {
+        self.lab.as_mut().map_or(Ok(()), |lab| lab.renew_with(1))?;
+        let memory: Vec<_> = memory.iter().map(u32::to_string).collect();
+        let (runs, memory) = (runs.to_string(), memory.join(","));
+        self.measure(
+            "suspend",
+            &["suspend", "--runs", &runs, "--memory", &memory],
         )
     }
 

@@ -41,6 +41,8 @@ pub struct GuestOptions {
     pub images: PathBuf,
     /// Initramfs in that folder.
     pub initrd: &'static str,
+    /// Snapshot to go on from instead of booting.
+    pub snapshot: Option<PathBuf>,
     /// More options of `run`.
     pub arguments: Vec<String>,
 }
@@ -52,6 +54,7 @@ impl GuestOptions {
             program: std::env::current_exe().context("cannot find this program's own file")?,
             images: images.to_path_buf(),
             initrd: "initrd.cpio",
+            snapshot: None,
             arguments: Vec::new(),
         })
     }
@@ -59,6 +62,13 @@ impl GuestOptions {
     /// With another initramfs of the images.
     pub fn initrd(mut self, initrd: &'static str) -> Self {
         self.initrd = initrd;
+        self
+    }
+
+    /// One that goes on from a snapshot, with no options of `run` but those that are given from now on.
+    pub fn from_snapshot(mut self, dir: &Path) -> Self {
+        self.snapshot = Some(dir.to_owned());
+        self.arguments.clear();
         self
     }
 
@@ -116,13 +126,17 @@ impl Guest {
             .env(ROOT_VARIABLE, folder.path())
             .arg("run")
             .args(["--name", NAME])
-            .arg("--kernel")
-            .arg(options.image("vmlinux")?)
-            .arg("--initrd")
-            .arg(options.image(options.initrd)?)
             .args(&options.arguments)
             .stdin(Stdio::null())
             .stderr(File::create(folder.path().join("errors")).context("temporary folder")?);
+        match &options.snapshot {
+            Some(dir) => command.arg("--snapshot").arg(dir),
+            None => command
+                .arg("--kernel")
+                .arg(options.image("vmlinux")?)
+                .arg("--initrd")
+                .arg(options.image(options.initrd)?),
+        };
         match console {
             Console::File => {
                 let mut serial = std::ffi::OsString::from("file=");

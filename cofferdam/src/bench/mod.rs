@@ -9,4 +9,5 @@ pub mod network;
 pub mod operation;
 pub mod recovery;
 pub mod rollback;
+pub mod suspend;
 pub mod traffic;

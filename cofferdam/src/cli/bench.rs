@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, isolation, recovery, rollback, traffic};
+use crate::bench::{boot, isolation, recovery, rollback, suspend, traffic};
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
 use crate::report::{Method, Report, environment, html, merge, svg};
@@ -88,6 +88,19 @@ Example:
         /// Functions that are isolated together, joined by `+`; may be given several times
         #[arg(long = "set", value_name = "FUNCTION[+FUNCTION...]", default_values = isolation::SETS)]
         sets: Vec<String>,
+    },
+    /// Time snapshots, restores, marks and rewinds, against a boot
+    #[command(after_help = "\
+Example:
+  cofferdam bench suspend --runs 5 --memory 256,2048 --json suspend.json")]
+    Suspend {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        runs: Runs,
+        /// Sizes of guest memory, in MiB
+        #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
+        memory: Vec<u64>,
     },
     /// Send traffic through the NIC and check every byte of it
     #[command(after_help = "\
@@ -236,6 +249,21 @@ impl BenchCommand {
                 };
                 let (costs, guest) = isolation::measure(&options, &mut progress)?;
                 report.isolation = Some(costs);
+                report.guest = Some(guest);
+                common.finish(&report)?;
+            }
+            Self::Suspend {
+                common,
+                runs,
+                memory,
+            } => {
+                let options = suspend::SuspendOptions {
+                    guest: GuestOptions::new(&common.images)?,
+                    mem_mib: memory,
+                    runs: usize::from(runs.runs),
+                };
+                let (all, guest) = suspend::measure(&options, &mut progress)?;
+                report.suspend = all;
                 report.guest = Some(guest);
                 common.finish(&report)?;
             }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
+use crate::report::suspend::{Suspend, of_boot};
 use crate::report::{Report, Stat, html, merge, svg};
 
 /// `report`
@@ -99,6 +100,35 @@ impl ReportCommand {
     }
 }
 
+/// Snapshots, restores and rewinds as a table.
+fn suspend_text(all: &[Suspend]) -> String {
+    let mut rows = table(&[
+        "suspend",
+        "MiB",
+        "n",
+        "pages",
+        "ms (median)",
+        "p99",
+        "of the boot",
+        "guest at rest, ms",
+    ]);
+    let ms = |us: f64| number(format!("{:.2}", us / 1e3));
+    for row in all {
+        let part = of_boot(all, row);
+        rows.add_row(vec![
+            row.method.words().into(),
+            number(row.mem_mib),
+            number(row.us.n),
+            number(row.dirty_pages),
+            ms(row.us.p50),
+            ms(row.us.p99),
+            number(part.map_or_else(String::new, |part| format!("{part:.5}"))),
+            row.rest_us.map_or_else(|| number(""), |rest| ms(rest.p50)),
+        ]);
+    }
+    format!("{rows}\n")
+}
+
 /// A report's numbers as tables.
 pub fn text(report: &Report) -> String {
     let mut text = String::new();
@@ -170,6 +200,9 @@ pub fn text(report: &Report) -> String {
             "resident beyond guest memory: {} KiB\n",
             boot.vmm_rss_kib
         ));
+    }
+    if !report.suspend.is_empty() {
+        text.push_str(&suspend_text(&report.suspend));
     }
     if let Some(isolation) = &report.isolation {
         let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);

@@ -18,6 +18,7 @@ pub fn report_here() -> Report {
         recovery: Vec::new(),
         recovery_ratios: Vec::new(),
         traffic: Vec::new(),
+        suspend: Vec::new(),
         isolation: None,
         other: Default::default(),
     }

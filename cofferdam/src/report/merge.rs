@@ -94,6 +94,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.recovery.extend(part.recovery);
         whole.recovery_ratios = ratios(&whole.recovery);
         whole.traffic.extend(part.traffic);
+        whole.suspend.extend(part.suspend);
         if part.isolation.is_some() {
             ensure!(
                 whole.isolation.is_none(),
@@ -171,6 +172,7 @@ mod tests {
                 .collect(),
             recovery_ratios: Vec::new(),
             traffic: Vec::new(),
+            suspend: Vec::new(),
             isolation: None,
             other: Default::default(),
         }

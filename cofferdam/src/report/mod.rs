@@ -12,6 +12,7 @@ pub mod merge;
 mod plot;
 pub mod ratio;
 mod stat;
+pub mod suspend;
 pub mod svg;
 
 use std::collections::BTreeMap;
@@ -53,6 +54,9 @@ pub struct Report {
     /// What isolation costs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<isolation::Isolation>,
+    /// Snapshots, restores and rewinds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suspend: Vec<suspend::Suspend>,
     /// Sections that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

@@ -40,6 +40,7 @@ fn options() -> GuestOptions {
         program: env!("CARGO_BIN_EXE_cofferdam").into(),
         images,
         initrd: "initrd.cpio",
+        snapshot: None,
         arguments: Vec::new(),
     }
 }

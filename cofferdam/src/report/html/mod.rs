@@ -4,6 +4,7 @@
 //! have come from a guest: all text is escaped, and only plots and this program's own style are not.
 
 mod isolation;
+mod suspend;
 mod table;
 
 use std::path::Path;
@@ -66,6 +67,7 @@ fn page(report: &Report) -> anyhow::Result<Markup> {
                 @if !report.recovery_ratios.is_empty() { (ratio_section(&report.recovery_ratios)) }
                 @if let Some(section) = recovery { (section) }
                 @if let Some(section) = boot { (section) }
+                @if !report.suspend.is_empty() { (suspend::section(&report.suspend)) }
                 @if !report.traffic.is_empty() { (traffic_section(&report.traffic)) }
                 @if let Some(isolation) = &report.isolation { (isolation::section(isolation)) }
                 @for (name, value) in others {
