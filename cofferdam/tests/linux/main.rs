@@ -17,6 +17,7 @@ mod nics;
 mod recovery;
 mod rewind_isolated;
 mod shared;
+mod suspend;
 mod upgrade;
 mod victim;
 mod virtio;

@@ -1,0 +1,258 @@
+//! Guests that are put away and had back: marks and rewinds in one process, snapshots and restores in others.
+//!
+//! `COFFERDAM_FULL=1` takes twenty snapshots under traffic and rewinds a thousand times.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network::{self, DRIVER, LINK_TIME};
+use cofferdam::control::protocol::{Reply, Request};
+use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
+use recovery::ladder::LadderConfig;
+use recovery::request::Spilling;
+use vmm::Rewound;
+use vmm::snapshot::Taken;
+
+use super::{BOOT_TIME, boot, options, ping, shell};
+
+/// Seconds of the guest's time that a checked stream lasts.
+const STREAM_SECONDS: u64 = 8;
+
+fn full() -> bool {
+    std::env::var_os("COFFERDAM_FULL").is_some()
+}
+
+#[track_caller]
+fn ask(guest: &Guest, request: &Request) -> Reply {
+    let mut control = guest.control().unwrap();
+    control
+        .ask(request)
+        .unwrap_or_else(|error| panic!("{error:#}{}", guest.last_words()))
+}
+
+#[track_caller]
+fn snapshot(guest: &Guest, dir: &Path, parent: Option<&Path>, stop: bool) -> Taken {
+    let request = Request::Snapshot {
+        dir: dir.to_owned(),
+        parent: parent.map(Path::to_owned),
+        track: true,
+        stop,
+    };
+    match ask(guest, &request) {
+        Reply::Snapshot(taken) => taken,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[track_caller]
+fn mark(guest: &Guest, name: &str) {
+    let name = name.to_owned();
+    match ask(guest, &Request::Mark { name }) {
+        Reply::Marked(_) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Takes the guest back; the agent's channel begins anew.
+#[track_caller]
+fn rewind(guest: &mut Guest, name: &str) -> Rewound {
+    guest.agent().disconnect();
+    let name = Some(name.to_owned());
+    match ask(guest, &Request::Rewind { name }) {
+        Reply::Rewound(rewound) => rewound,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A guest that goes on from `dir`, with more options of `run`.
+#[track_caller]
+fn go_on(dir: &Path, arguments: &str) -> Guest {
+    let options = options().from_snapshot(dir).with(arguments);
+    Guest::boot(&options, BOOT_TIME).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+fn networked(arguments: &str) -> Guest {
+    let mut guest = boot(&options().with("--net user --nic e1000").with(arguments));
+    network::bring_up(&mut guest, DRIVER).unwrap();
+    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
+    ping(&mut guest, "10.0.2.2", 1000);
+    guest
+}
+
+/// What a kernel says of processors that were kept from their work, and of worse.
+#[track_caller]
+fn assert_healthy(guest: &mut Guest) {
+    let log = shell(guest, "dmesg");
+    for word in ["lockup", "stall", "BUG", "Oops", "WARNING", "timed out"] {
+        assert!(!log.contains(word), "{word}:\n{log}");
+    }
+}
+
+fn isolate(guest: &Guest) {
+    let request = Request::Isolate {
+        module: DRIVER.to_owned(),
+        entries: Wanted::Named(vec![
+            "e1000_xmit_frame".to_owned(),
+            "e1000_clean".to_owned(),
+        ]),
+        budget_us: None,
+        device_checkpoint: CheckpointBy::Exact,
+        recovery: LadderConfig::default(),
+        spilling: Spilling::default(),
+        contain: Contain::Full,
+    };
+    match ask(guest, &request) {
+        Reply::Isolated(_) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Functions of the driver that are isolated.
+fn isolated(guest: &Guest) -> usize {
+    let status = guest.control().unwrap().status().unwrap();
+    status
+        .isolation
+        .iter()
+        .map(|module| module.entries.len())
+        .sum()
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_goes_back_to_its_marks_with_and_without_isolation() {
+    let mut guest = networked("");
+    mark(&guest, "booted");
+    shell(&mut guest, "echo one > /tmp/x");
+    guest.agent().disconnect();
+    isolate(&guest);
+    ping(&mut guest, "10.0.2.2", 1000);
+    mark(&guest, "isolated");
+    let rounds = if full() { 1000 } else { 10 };
+    let mut rewound = None;
+    for round in 0..rounds {
+        shell(&mut guest, &format!("echo {round} > /tmp/x"));
+        if round % 5 == 0 {
+            ping(&mut guest, "10.0.2.2", 1000);
+        }
+        rewound = Some(rewind(&mut guest, "isolated"));
+        assert_eq!(shell(&mut guest, "cat /tmp/x"), "one\n", "round {round}");
+        assert_eq!(isolated(&guest), 2, "round {round}");
+    }
+    eprintln!("the last rewind: {rewound:?}");
+    rewind(&mut guest, "booted");
+    assert_eq!(isolated(&guest), 0);
+    shell(&mut guest, "! cat /tmp/x");
+    ping(&mut guest, "10.0.2.2", 1000);
+    rewind(&mut guest, "isolated");
+    assert_eq!(isolated(&guest), 2);
+    ping(&mut guest, "10.0.2.2", 1000);
+    assert_healthy(&mut guest);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = networked("");
+    isolate(&guest);
+    // In a session of its own: the agent ends programs whose client goes.
+    let stream = format!(
+        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {STREAM_SECONDS} > /tmp/stream 2>&1; \
+         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
+    );
+    shell(&mut guest, &stream);
+    let snapshots = if full() { 20 } else { 4 };
+    let mut dirs: Vec<PathBuf> = Vec::new();
+    for number in 0..snapshots {
+        let dir = folder.path().join(number.to_string());
+        let stop = number + 1 == snapshots;
+        let taken = snapshot(&guest, &dir, dirs.last().map(PathBuf::as_path), stop);
+        eprintln!("{taken:?}");
+        assert_eq!(taken.diff, number > 0);
+        dirs.push(dir);
+    }
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    drop(guest);
+    let mut guest = go_on(&dirs[snapshots - 1], "");
+    let deadline = Instant::now() + BOOT_TIME;
+    let result = loop {
+        let result = shell(&mut guest, "cat /tmp/result 2> /dev/null; true");
+        if !result.is_empty() {
+            break result;
+        }
+        assert!(Instant::now() < deadline, "the stream does not end");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    let result: TrafficResult = serde_json::from_str(result.trim()).unwrap();
+    assert!(
+        result.error.is_none() && result.corrupted == 0 && result.bytes_from_peer > 0,
+        "{result:?}"
+    );
+    // Isolated as it was, by the process that goes on.
+    let deadline = Instant::now() + BOOT_TIME;
+    while isolated(&guest) != 2 {
+        assert!(Instant::now() < deadline, "{}", guest.last_words());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    ping(&mut guest, "10.0.2.2", 1000);
+    assert_healthy(&mut guest);
+    drop(guest);
+    // The first is as good as on its day, and need not be read before the guest goes on.
+    let mut guest = go_on(&dirs[0], "--lazy");
+    ping(&mut guest, "10.0.2.2", 1000);
+    assert_healthy(&mut guest);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn four_processors_and_their_clocks_go_on_in_another_process() {
+    const WATCH: &str = "setsid sh -c 'last=0; while :; do read now _ < /proc/uptime; now=${now%.*}${now#*.}; \
+         [ $now -ge $last ] || echo $now after $last >> /tmp/backwards; last=$now; done' \
+         < /dev/null > /dev/null 2>&1 &";
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let mut guest = networked("--vcpus 4");
+    for _ in 0..2 {
+        shell(&mut guest, WATCH);
+    }
+    let before = uptime(&mut guest);
+    snapshot(&guest, &dir, None, true);
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    drop(guest);
+    // Time in which the guest is nowhere.
+    std::thread::sleep(Duration::from_secs(5));
+    let mut guest = go_on(&dir, "");
+    assert_eq!(shell(&mut guest, "nproc").trim(), "4");
+    let after = uptime(&mut guest);
+    assert!(after >= before, "{after} after {before}");
+    // Timers fire on each processor.
+    for processor in 0..4 {
+        shell(&mut guest, &format!("taskset {} sleep 0.2", 1 << processor));
+    }
+    mark(&guest, "here");
+    for _ in 0..3 {
+        rewind(&mut guest, "here");
+        shell(&mut guest, "sleep 0.1");
+        ping(&mut guest, "10.0.2.2", 1000);
+    }
+    shell(&mut guest, "! cat /tmp/backwards");
+    assert_healthy(&mut guest);
+}
+
+/// Seconds since the guest booted.
+fn uptime(guest: &mut Guest) -> f64 {
+    let text = shell(guest, "cat /proc/uptime");
+    text.split(' ').next().unwrap().parse().unwrap()
+}
+
+/// The host's clock, in seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
+}
