@@ -99,9 +99,11 @@ pub fn measure(
 
 /// What goes through, a second.
 #[derive(Debug, Clone, Copy)]
-struct Rates {
-    pings: f64,
-    mib: f64,
+pub(super) struct Rates {
+    /// Pings.
+    pub pings: f64,
+    /// MiB of TCP, both ways.
+    pub mib: f64,
 }
 
 fn set(
@@ -120,7 +122,8 @@ fn set(
     }
 }
 
-fn rates(guest: &mut Guest, time: Duration) -> anyhow::Result<Rates> {
+/// What goes through in `time` of each.
+pub(super) fn rates(guest: &mut Guest, time: Duration) -> anyhow::Result<Rates> {
     let mut run = |kind: TrafficKind| -> anyhow::Result<(TrafficResult, f64)> {
         let result = send(guest, kind, time)?;
         let well = result.error.is_none() && result.corrupted == 0 && result.elapsed_ns > 0;

@@ -5,22 +5,27 @@
 //! ```
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
 use vmm::snapshot::Taken;
 
+use super::isolation::rates;
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{Reply, Request};
-use crate::report::suspend::{Suspend, SuspendMethod};
+use crate::report::suspend::{Followed, Suspend, SuspendMethod};
 use crate::report::{Guest as GuestFacts, Stat};
 
 /// Rewinds for each of the other runs.
 const REWINDS_PER_RUN: usize = 20;
 /// What the guest does between two rewinds.
 const WORK: &[&str] = &["true"];
+
+/// How long each kind of traffic runs with and without a mark.
+const TRAFFIC_TIME: Duration = Duration::from_secs(4);
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -33,27 +38,35 @@ pub struct SuspendOptions {
     pub runs: usize,
 }
 
+/// What was measured.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// Each way, with each size of memory.
+    pub ways: Vec<Suspend>,
+    /// What a mark costs.
+    pub followed: Vec<Followed>,
+    /// The guest.
+    pub guest: Option<GuestFacts>,
+}
+
 /// Measures, telling `progress` what is done.
 pub fn measure(
     options: &SuspendOptions,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<(Vec<Suspend>, GuestFacts)> {
-    let mut all = Vec::new();
-    let mut facts = None;
+) -> anyhow::Result<Measured> {
+    let mut measured = Measured::default();
     for &mem_mib in &options.mem_mib {
         let mut one = One {
             mem_mib,
             runs: options.runs,
             // Guest memory is written to where temporary files are: a tmpfs says more of this program than a disk does.
             folder: tempfile::tempdir().context("cannot make a temporary folder")?,
-            measured: Vec::new(),
+            measured: &mut measured,
             progress,
         };
-        let guest = one.measure(&options.guest)?;
-        all.append(&mut one.measured);
-        facts.get_or_insert(guest);
+        one.measure(&options.guest)?;
     }
-    Ok((all, facts.context("no size of memory to measure with")?))
+    Ok(measured)
 }
 
 /// The measurement with one size of memory.
@@ -61,7 +74,7 @@ struct One<'a> {
     mem_mib: u64,
     runs: usize,
     folder: tempfile::TempDir,
-    measured: Vec<Suspend>,
+    measured: &'a mut Measured,
     progress: &'a mut dyn FnMut(&str),
 }
 
@@ -74,7 +87,7 @@ struct Samples {
 }
 
 impl One<'_> {
-    fn measure(&mut self, guest: &GuestOptions) -> anyhow::Result<GuestFacts> {
+    fn measure(&mut self, guest: &GuestOptions) -> anyhow::Result<()> {
         let size = format!("--net user --nic e1000 --memory {}M", self.mem_mib);
         let boots = guest.clone().with(&size);
         let mut samples = Samples::default();
@@ -86,9 +99,16 @@ impl One<'_> {
         self.note(SuspendMethod::Boot, samples)?;
         network::bring_up(&mut guest, DRIVER)?;
         network::wait_for_link(&mut guest, LINK_TIME)?;
-        let facts = guest_facts(&mut guest)?;
+        self.measured.guest = Some(guest_facts(&mut guest)?);
+        let before = rates(&mut guest, TRAFFIC_TIME)?;
         let full = self.snapshots(&guest)?;
         self.rewinds(&mut guest)?;
+        let marked = rates(&mut guest, TRAFFIC_TIME)?;
+        self.measured.followed.push(Followed {
+            mem_mib: self.mem_mib,
+            pings_fraction: marked.pings / before.pings,
+            tcp_fraction: marked.mib / before.mib,
+        });
         drop(guest);
         for (method, lazy) in [
             (SuspendMethod::Restore, ""),
@@ -102,7 +122,7 @@ impl One<'_> {
             }
             self.note(method, samples)?;
         }
-        Ok(facts)
+        Ok(())
     }
 
     /// Starts a VM and times it until the guest's agent answers.
@@ -129,7 +149,8 @@ impl One<'_> {
         let mut parent = dir("full", self.runs - 1);
         for number in 0..self.runs {
             let next = dir("diff", number);
-            diffs.add(&snapshot(&mut control, &next, Some(&parent), true)?);
+            let last = number + 1 == self.runs;
+            diffs.add(&snapshot(&mut control, &next, Some(&parent), !last)?);
             parent = next;
         }
         let first = dir("full", 0);
@@ -186,7 +207,7 @@ impl One<'_> {
             method.words(),
             row.us.p50 / 1e3
         ));
-        self.measured.push(row);
+        self.measured.ways.push(row);
         Ok(())
     }
 }

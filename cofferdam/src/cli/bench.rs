@@ -262,9 +262,10 @@ impl BenchCommand {
                     mem_mib: memory,
                     runs: usize::from(runs.runs),
                 };
-                let (all, guest) = suspend::measure(&options, &mut progress)?;
-                report.suspend = all;
-                report.guest = Some(guest);
+                let measured = suspend::measure(&options, &mut progress)?;
+                report.suspend = measured.ways;
+                report.suspend_followed = measured.followed;
+                report.guest = measured.guest;
                 common.finish(&report)?;
             }
             Self::Traffic {

@@ -204,6 +204,12 @@ pub fn text(report: &Report) -> String {
     if !report.suspend.is_empty() {
         text.push_str(&suspend_text(&report.suspend));
     }
+    for one in &report.suspend_followed {
+        text.push_str(&format!(
+            "with a mark set, {} MiB: pings {:.2}, TCP {:.2} of those without\n",
+            one.mem_mib, one.pings_fraction, one.tcp_fraction
+        ));
+    }
     if let Some(isolation) = &report.isolation {
         let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);
         let mut costs = table(&[

@@ -19,6 +19,7 @@ pub fn report_here() -> Report {
         recovery_ratios: Vec::new(),
         traffic: Vec::new(),
         suspend: Vec::new(),
+        suspend_followed: Vec::new(),
         isolation: None,
         other: Default::default(),
     }

@@ -95,6 +95,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.recovery_ratios = ratios(&whole.recovery);
         whole.traffic.extend(part.traffic);
         whole.suspend.extend(part.suspend);
+        whole.suspend_followed.extend(part.suspend_followed);
         if part.isolation.is_some() {
             ensure!(
                 whole.isolation.is_none(),
@@ -173,6 +174,8 @@ mod tests {
             recovery_ratios: Vec::new(),
             traffic: Vec::new(),
             suspend: Vec::new(),
+            suspend_followed: Vec::new(),
+        suspend_followed: Vec::new(),
             isolation: None,
             other: Default::default(),
         }

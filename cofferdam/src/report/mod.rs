@@ -57,6 +57,9 @@ pub struct Report {
     /// Snapshots, restores and rewinds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub suspend: Vec<suspend::Suspend>,
+    /// What a mark costs the guest's traffic.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suspend_followed: Vec<suspend::Followed>,
     /// Sections that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

@@ -20,6 +20,17 @@ pub struct Suspend {
     pub rest_us: Option<Stat>,
 }
 
+/// Traffic while it is followed what changes, against none of that.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Followed {
+    /// Guest memory in MiB.
+    pub mem_mib: u64,
+    /// Pings a second with a mark set, as a part of those without.
+    pub pings_fraction: f64,
+    /// The same of TCP's bytes.
+    pub tcp_fraction: f64,
+}
+
 /// What is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

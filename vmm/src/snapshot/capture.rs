@@ -78,7 +78,7 @@ pub struct SnapshotRequest<'a> {
     /// Who writes it, for the manifest.
     pub program: &'a str,
     /// Have it followed from now on what changes, so that a diff of this snapshot takes little time. It costs the guest
-    /// something.
+    /// something. Without it nothing is followed for snapshots any more.
     pub track: bool,
     /// The machine ends where the snapshot was taken.
     pub stop: bool,
@@ -173,7 +173,7 @@ impl VmHandle {
             files,
             vm: at_rest.vm,
         })?;
-        self.is_snapshot(id, at_rest.changed.take());
+        self.is_snapshot(id, at_rest.changed.take(), request.track)?;
         if at_rest.stay.is_some() {
             self.power_off().map_err(QuiesceError::from)?;
         }
@@ -284,11 +284,20 @@ impl VmHandle {
     }
 
     /// Snapshot `id` is complete: what changed until then counts no more.
-    fn is_snapshot(&self, id: SnapshotId, changed: Option<ChangedPages>) {
+    fn is_snapshot(
+        &self,
+        id: SnapshotId,
+        changed: Option<ChangedPages>,
+        track: bool,
+    ) -> Result<(), Error> {
         if let Some(changed) = changed {
             self.confirm_changes(&changed);
         }
         *self.machine().last_snapshot() = Some(id);
+        match track {
+            true => Ok(()),
+            false => self.stop_tracking_changes(),
+        }
     }
 }
 

@@ -3,10 +3,10 @@
 use maud::{Markup, html};
 
 use super::table::table;
-use crate::report::suspend::{Suspend, of_boot};
+use crate::report::suspend::{Followed, Suspend, of_boot};
 
 /// The part.
-pub fn section(all: &[Suspend]) -> Markup {
+pub fn section(all: &[Suspend], followed: &[Followed]) -> Markup {
     let heads = [
         "",
         "memory, MiB",
@@ -38,6 +38,12 @@ pub fn section(all: &[Suspend]) -> Markup {
         p.note {
             "Of one guest in one run. A rewind's time is that of finding what changed and of putting back memory, processors, \
              devices and what is isolated; its rest has the time to bring the guest to rest as well."
+        }
+        @for one in followed {
+            p {
+                "With a mark set, " (one.mem_mib) " MiB: pings " (format!("{:.2}", one.pings_fraction))
+                ", TCP " (format!("{:.2}", one.tcp_fraction)) " of those without."
+            }
         }
     }
 }
