@@ -11,8 +11,8 @@ use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
 use vmm::snapshot::Taken;
 
-use super::isolation::rates;
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
+use super::isolation::rates;
 use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{Reply, Request};

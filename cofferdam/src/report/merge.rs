@@ -175,7 +175,6 @@ mod tests {
             traffic: Vec::new(),
             suspend: Vec::new(),
             suspend_followed: Vec::new(),
-        suspend_followed: Vec::new(),
             isolation: None,
             other: Default::default(),
         }

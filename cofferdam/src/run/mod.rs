@@ -158,29 +158,10 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let (backend, input) = console::open(&config.serial, belongings)?;
     let panic = GuestPanic::default();
     let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
-    let mut vm = Vm::new(VmConfig {
-        memory_bytes: config.memory.bytes(),
-        memory: saved
-            .as_ref()
-            .map(Saved::memory)
-            .transpose()?
-            .unwrap_or_default(),
-        vcpus: config.vcpus,
-        payload: Payload::Linux {
-            kernel: config.kernel.clone(),
-            initrd: config.initrd.clone(),
-            cmdline: config.command_line(),
-        },
-        console: backend,
-        on_guest_reset: if config.no_reboot {
-            OnGuestReset::Exit
-        } else {
-            OnGuestReset::Restart
-        },
-    })?;
+    let mut vm = make(config, saved.as_ref(), backend)?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     if let Some(saved) = &saved {
-        saved.put_into(&mut vm)?;
+        saved.put_into(&mut vm, &nics)?;
     }
     let isolator = Isolator::attach(vm.handle())?;
     let (forgetful, drivers) = (isolator.clone(), nics.clone());
@@ -192,7 +173,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
     if let Some(saved) = &saved {
-        saved.tell_guest(config, &supervisor)?;
+        saved.tell_guest(&nics, &supervisor)?;
     }
     let weak = Arc::downgrade(&supervisor);
     let forgotten = panic.clone();
@@ -221,4 +202,25 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     let ended = vm.run();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// The machine, without devices on PCI.
+fn make(config: &RunConfig, saved: Option<&Saved>, console: SerialBackend) -> anyhow::Result<Vm> {
+    let memory = saved.map(Saved::memory).transpose()?;
+    Ok(Vm::new(VmConfig {
+        memory_bytes: config.memory.bytes(),
+        memory: memory.unwrap_or_default(),
+        vcpus: config.vcpus,
+        payload: Payload::Linux {
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone(),
+            cmdline: config.command_line(),
+        },
+        console,
+        on_guest_reset: if config.no_reboot {
+            OnGuestReset::Exit
+        } else {
+            OnGuestReset::Restart
+        },
+    })?)
 }

@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use agent_protocol::Client;
 use anyhow::Context;
 use recovery::asker::Nobody;
+use recovery::guest::LiveGuest;
 use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
 use vmm::Vm;
@@ -12,8 +15,10 @@ use vmm::memory::MemorySource;
 use vmm::snapshot::Chain;
 
 use super::isolation::Isolation;
+use super::memory;
+use super::nics::Nics;
 use super::saved::SavedVm;
-use super::{RunConfig, memory};
+use crate::options::MacAddress;
 
 /// The snapshot that a VM goes on from.
 #[derive(Debug, Clone)]
@@ -53,49 +58,90 @@ impl Saved {
         }
     }
 
-    /// Gives the VM, which has its devices, the state.
+    /// Gives the VM, which has its devices, the state. NICs that are to have other addresses than the saved ones get them.
     ///
     /// # Errors
     /// The snapshot is damaged, or is of another VM.
-    pub fn put_into(&self, vm: &mut Vm) -> anyhow::Result<()> {
+    pub fn put_into(&self, vm: &mut Vm, nics: &Nics) -> anyhow::Result<()> {
         let loaded = memory::with_huge_pages(|| vm.go_on_from(&self.chain))?;
         tracing::info!(pages = loaded.pages, "the snapshot was read");
+        for (nic, saved) in nics.all().iter().zip(self.addresses()?) {
+            if nic.config.mac != saved {
+                (nic.nic.set_address)(nic.config.mac.0);
+            }
+        }
         Ok(())
     }
 
-    /// Has it done, once the guest goes on and its agent answers, what only the guest can do, and what was isolated when
-    /// the snapshot was taken isolated again.
+    /// Addresses that the NICs had.
+    fn addresses(&self) -> anyhow::Result<Vec<MacAddress>> {
+        SavedVm::of(self.chain.top().manifest())?.addresses()
+    }
+
+    /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its real time stood still, a
+    /// clone has other addresses), and what was isolated when the snapshot was taken isolated again. What does not work is
+    /// said in the log.
     ///
     /// # Errors
     /// The snapshot does not say what VM it is of, or there is no thread.
     pub fn tell_guest(
         &self,
-        _config: &RunConfig,
+        nics: &Nics,
         supervisor: &Arc<Supervisor<Isolation>>,
     ) -> anyhow::Result<()> {
         let saved = SavedVm::of(self.chain.top().manifest())?;
-        isolate_again(supervisor, saved.isolated())
+        let now: Vec<_> = nics.all().iter().map(|nic| nic.config.mac).collect();
+        let pairs = self.addresses()?.into_iter().zip(now);
+        let news = News {
+            addresses: pairs.filter(|(was, is)| was != is).collect(),
+            isolated: saved.isolated().to_vec(),
+        };
+        let supervisor = supervisor.clone();
+        std::thread::Builder::new()
+            .name("after-restore".to_owned())
+            .spawn(move || news.tell(&supervisor))
+            .context("cannot start a thread that tells the guest")?;
+        Ok(())
     }
 }
 
-/// Isolates what was isolated when the snapshot was taken. Where that does not work, `cofferdam status` says so.
-fn isolate_again(
-    supervisor: &Arc<Supervisor<Isolation>>,
-    isolated: &[IsolatedModule],
-) -> anyhow::Result<()> {
-    if isolated.is_empty() {
-        return Ok(());
+/// What a guest does not know that goes on from a snapshot.
+struct News {
+    /// What addresses of NICs became of which.
+    addresses: Vec<(MacAddress, MacAddress)>,
+    isolated: Vec<IsolatedModule>,
+}
+
+impl News {
+    fn tell(self, supervisor: &Supervisor<Isolation>) {
+        if let Err(error) = self.tell_agent(&mut supervisor.guest().agent()) {
+            tracing::warn!("the guest was not told that it goes on from a snapshot: {error:#}");
+        }
+        for (module, error) in supervisor.isolate_as_told(self.isolated, &Nobody) {
+            tracing::error!(
+                "{module} is not isolated as it was when the guest was saved: {error:#}"
+            );
+        }
     }
-    let (supervisor, isolated) = (supervisor.clone(), isolated.to_vec());
-    std::thread::Builder::new()
-        .name("isolate-again".to_owned())
-        .spawn(move || {
-            for (module, error) in supervisor.isolate_as_told(isolated, &Nobody) {
-                tracing::error!(
-                    "{module} is not isolated as it was when the guest was saved: {error:#}"
-                );
-            }
-        })
-        .context("cannot start a thread that isolates again")?;
-    Ok(())
+
+    fn tell_agent(&self, agent: &mut Client) -> anyhow::Result<()> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        agent
+            .set_time(u64::try_from(now.as_nanos())?)
+            .context("its clock was not set")?;
+        if self.addresses.is_empty() {
+            return Ok(());
+        }
+        let interfaces = agent.interfaces().context("its interfaces are not known")?;
+        for (was, is) in &self.addresses {
+            let was = was.to_string();
+            let Some(interface) = interfaces.iter().find(|interface| interface.mac == was) else {
+                continue;
+            };
+            agent
+                .readdress(&interface.name, Some(is.0), None, None)
+                .with_context(|| format!("{} did not get the address {is}", interface.name))?;
+        }
+        Ok(())
+    }
 }

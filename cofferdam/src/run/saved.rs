@@ -131,6 +131,15 @@ impl SavedVm {
         Ok(saved)
     }
 
+    /// Addresses of its NICs.
+    ///
+    /// # Errors
+    /// One is none.
+    pub fn addresses(&self) -> anyhow::Result<Vec<MacAddress>> {
+        let parsed = self.nics.iter().map(|nic| Ok(nic.mac.parse()?));
+        parsed.collect()
+    }
+
     fn memory(&self) -> anyhow::Result<MemorySize> {
         Ok(self.memory.parse()?)
     }
