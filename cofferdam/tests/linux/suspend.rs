@@ -87,7 +87,14 @@ fn networked(arguments: &str) -> Guest {
 #[track_caller]
 fn assert_healthy(guest: &mut Guest) {
     let log = shell(guest, "dmesg");
-    for word in ["lockup", "rcu: INFO", "BUG:", "Oops", "WARNING", "timed out"] {
+    for word in [
+        "lockup",
+        "rcu: INFO",
+        "BUG:",
+        "Oops",
+        "WARNING",
+        "timed out",
+    ] {
         assert!(!log.contains(word), "{word}:\n{log}");
     }
 }
