@@ -213,9 +213,17 @@ fn a_guest_at_work_is_rewound_to_the_byte_and_works_on() {
     let mut machine = Machine::boot("");
     machine.shell("(while :; do dd if=/dev/urandom of=/tmp/x bs=64k count=8; md5sum /tmp/x; done) >/dev/null 2>&1 &");
     // Nobody is connected: the guest would be told, in its memory, that who was is not any more.
-    machine.agent.disconnect();
-    std::thread::sleep(Duration::from_secs(1));
     let handle = machine.handle.clone();
+    let devices = || {
+        let save = handle.quiesce(LIMIT, |quiesced| quiesced.save_devices());
+        save.unwrap().unwrap()
+    };
+    let connected = devices();
+    machine.agent.disconnect();
+    wait_until("the device hears that its client went", || {
+        devices() != connected
+    });
+    std::thread::sleep(Duration::from_secs(1));
     handle.pause().unwrap();
     handle.mark("warm", LIMIT).unwrap();
     let then = memory_of(&handle);
