@@ -184,6 +184,7 @@ fn nets(
             wire: net.wire,
             nic: net.nic.unwrap_or(nic),
             mac,
+            is_another_wire: false,
         });
     }
     Ok(nets)

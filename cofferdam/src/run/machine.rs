@@ -78,7 +78,7 @@ fn add_nic(
     belongings: &Belongings,
 ) -> anyhow::Result<GuestNic> {
     let (wire, gateway) = plug(vm, &net.wire, index, belongings)?;
-    let wire = MeteredWire::new(wire);
+    let wire = MeteredWire::new(wire, net.is_another_wire);
     let meter = wire.meter();
     let slot = vm.reserve_pci_slot()?;
     let nic = net.nic.model().make(NicParts {

@@ -96,6 +96,8 @@ pub struct NetConfig {
     pub nic: NicModel,
     /// Its address.
     pub mac: MacAddress,
+    /// It was saved on a wire of another kind.
+    pub is_another_wire: bool,
 }
 
 impl RunConfig {

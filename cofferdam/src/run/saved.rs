@@ -1,5 +1,6 @@
 //! What a VM was started with, as a snapshot keeps it, and what a VM that goes on from one is started with.
 
+use std::mem::discriminant;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -212,9 +213,10 @@ impl SavedNic {
         clone: Option<(&VmName, usize)>,
     ) -> anyhow::Result<NetConfig> {
         let nic = self.model.parse()?;
+        let saved_wire: NetSpec = self.wire.parse()?;
         let (wire, given_model, given_mac) = match given {
             Some(given) => (given.wire, given.nic, given.mac),
-            None => (self.wire.parse()?, None, None),
+            None => (saved_wire.clone(), None, None),
         };
         ensure!(
             given_model.is_none_or(|model| model == nic),
@@ -229,6 +231,7 @@ impl SavedNic {
             _ => saved,
         };
         Ok(NetConfig {
+            is_another_wire: discriminant(&wire) != discriminant(&saved_wire),
             wire,
             nic,
             mac: given_mac.or(mac).unwrap_or(own),

@@ -7,6 +7,7 @@ fn config(nets: &[&str]) -> RunConfig {
             wire: option.wire,
             nic: option.nic.unwrap_or_default(),
             mac: MacAddress([2, 0, 0, 0, 0, index as u8 + 1]),
+            is_another_wire: false,
         }
     };
     RunConfig {
@@ -83,6 +84,14 @@ fn a_clone_has_addresses_of_its_own_where_it_may_meet_others() {
     assert_eq!(macs(&three)[0].to_string(), "02:00:00:00:00:09");
     assert_eq!(macs(&three)[1], old[1]);
     assert_eq!(three.nets[2].wire.to_string(), "tap=t1");
+    let others = ["tap=t0", "tap=t1", "unix=/tmp/other"];
+    let given = Changes {
+        nets: others.iter().map(|wire| wire.parse().unwrap()).collect(),
+        ..Changes::default()
+    };
+    let four = again(&before, given).unwrap();
+    let another: Vec<_> = four.nets.iter().map(|net| net.is_another_wire).collect();
+    assert_eq!(another, [true, false, false]);
 }
 
 #[test]
