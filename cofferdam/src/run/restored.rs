@@ -96,10 +96,15 @@ impl Saved {
             addresses: pairs.filter(|(was, is)| was != is).collect(),
             isolated: saved.isolated().to_vec(),
         };
+        // Before the guest goes on, and so before everybody else who waits for it.
+        let mut agent = supervisor.guest().agent();
+        agent
+            .get_in_line()
+            .context("cannot connect to the agent's socket")?;
         let supervisor = supervisor.clone();
         std::thread::Builder::new()
             .name("after-restore".to_owned())
-            .spawn(move || news.tell(&supervisor))
+            .spawn(move || news.tell(agent, &supervisor))
             .context("cannot start a thread that tells the guest")?;
         Ok(())
     }
@@ -113,8 +118,11 @@ struct News {
 }
 
 impl News {
-    fn tell(self, supervisor: &Supervisor<Isolation>) {
-        if let Err(error) = self.tell_agent(&mut supervisor.guest().agent()) {
+    fn tell(self, mut agent: Client, supervisor: &Supervisor<Isolation>) {
+        let told = self.tell_agent(&mut agent);
+        // Others wait for their turn.
+        drop(agent);
+        if let Err(error) = told {
             tracing::warn!("the guest was not told that it goes on from a snapshot: {error:#}");
         }
         for (module, error) in supervisor.isolate_as_told(self.isolated, &Nobody) {

@@ -99,7 +99,9 @@ fn assert_healthy(guest: &mut Guest) {
     }
 }
 
-fn isolate(guest: &Guest) {
+fn isolate(guest: &mut Guest) {
+    // The VM asks the agent itself, which listens to one client at a time.
+    guest.agent().disconnect();
     let request = Request::Isolate {
         module: DRIVER.to_owned(),
         entries: Wanted::Named(vec![
@@ -134,8 +136,7 @@ fn a_guest_goes_back_to_its_marks_with_and_without_isolation() {
     let mut guest = networked("");
     mark(&guest, "booted");
     shell(&mut guest, "echo one > /tmp/x");
-    guest.agent().disconnect();
-    isolate(&guest);
+    isolate(&mut guest);
     ping(&mut guest, "10.0.2.2", 1000);
     mark(&guest, "isolated");
     let rounds = if full() { 1000 } else { 10 };
@@ -165,7 +166,7 @@ fn a_guest_goes_back_to_its_marks_with_and_without_isolation() {
 fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     let folder = tempfile::tempdir().unwrap();
     let mut guest = networked("");
-    isolate(&guest);
+    isolate(&mut guest);
     // In a session of its own: the agent ends programs whose client goes.
     let stream = format!(
         "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {STREAM_SECONDS} > /tmp/stream 2>&1; \
@@ -200,6 +201,7 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
         "{result:?}"
     );
     // Isolated as it was, by the process that goes on.
+    guest.agent().disconnect();
     let deadline = Instant::now() + BOOT_TIME;
     while isolated(&guest) != 2 {
         assert!(Instant::now() < deadline, "{}", guest.last_words());
@@ -303,8 +305,7 @@ fn clones_share_their_memory_and_reach_each_other() {
         own(&second)
     );
     // One of them has its driver isolated, which takes memory of its own; the other notices nothing.
-    first.agent().disconnect();
-    isolate(&first);
+    isolate(&mut first);
     ping(&mut first, "10.9.0.2", 1000);
     ping(&mut second, "10.9.0.1", 1000);
     assert_healthy(&mut first);

@@ -222,6 +222,21 @@ impl<'a> Queues<'a> {
         Ok(None)
     }
 
+    /// How many chains the driver has made available in `queue` that were not taken yet. It is asked to notify about more.
+    pub fn available(&mut self, queue: u16) -> Result<u16, QueueError> {
+        let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {
+            return Ok(0);
+        };
+        let virtqueue = &mut virtqueue.queue;
+        if !self.active || !virtqueue.ready() {
+            return Ok(0);
+        }
+        let ring = |source| QueueError::Ring { queue, source };
+        virtqueue.enable_notification(self.memory).map_err(ring)?;
+        let index = virtqueue.avail_idx(self.memory, Ordering::Acquire);
+        Ok(index.map_err(ring)?.0.wrapping_sub(virtqueue.next_avail()))
+    }
+
     /// Leaves the chain that was popped last from `queue` for later, as if it had not been.
     pub fn put_back(&mut self, queue: u16) {
         if let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) {

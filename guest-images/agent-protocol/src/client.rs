@@ -212,12 +212,22 @@ impl Client {
         Err(ClientError::Time(limit, last))
     }
 
+    /// Connects, without a word yet: clients are served in the order in which they connect, one at a time.
+    ///
+    /// # Errors
+    /// What connecting reports.
+    pub fn get_in_line(&mut self) -> io::Result<()> {
+        self.session = None;
+        self.stream = Some((self.connect)()?);
+        (self.start, self.end) = (0, 0);
+        self.decoder = Decoder::new();
+        Ok(())
+    }
+
     /// One hello and the wait for its answer.
     fn try_hello(&mut self, deadline: Instant) -> Result<Option<AgentInfo>, ClientError> {
         if self.stream.is_none() {
-            self.stream = Some((self.connect)()?);
-            (self.start, self.end) = (0, 0);
-            self.decoder = Decoder::new();
+            self.get_in_line()?;
         }
         let nonce = self.nonce;
         let id = self.new_id();

@@ -91,6 +91,9 @@ pub struct Console {
     to_guest: Vec<u8>,
     /// Taken from the guest, not yet written to the client.
     to_client: Vec<u8>,
+    /// Most buffers that the driver has had in the queue of control messages to it: it puts one back when it has dealt with
+    /// the message in it.
+    control_buffers: u16,
 }
 
 impl Console {
@@ -106,6 +109,7 @@ impl Console {
             guest_open: false,
             to_guest: Vec::new(),
             to_client: Vec::new(),
+            control_buffers: 0,
         })
     }
 
@@ -133,6 +137,7 @@ impl Console {
 
     /// Does what can be done in all directions.
     fn run(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        self.control_buffers = self.control_buffers.max(queues.available(CONTROL_IN)?);
         self.drain_guest(queues)?;
         // Feeding may begin with an announcement and may end in one.
         self.announce(queues)?;
@@ -214,8 +219,17 @@ impl Console {
         Ok(())
     }
 
+    /// Whether the driver has dealt with all that it was told. What a client says must not overtake the news that the session
+    /// before it has ended: the guest would answer, and then end the wrong session.
+    fn is_heard(&self, queues: &mut Queues<'_>) -> Result<bool, DeviceError> {
+        Ok(queues.available(CONTROL_IN)? >= self.control_buffers)
+    }
+
     /// Moves what the client wrote into the guest's buffers.
     fn feed_guest(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
+        if !self.is_heard(queues)? {
+            return Ok(());
+        }
         while self.guest_open && self.announcements.open && !self.announcements.must_close {
             if self.to_guest.is_empty() && !self.read_client() {
                 break;
@@ -364,6 +378,7 @@ impl VirtioDevice for Console {
         self.finish_client();
         self.announcements = Announcements::default();
         self.guest_open = false;
+        self.control_buffers = 0;
     }
 
     fn save(&self) -> Result<Part, StateError> {
