@@ -92,7 +92,7 @@ fn assert_healthy(guest: &mut Guest) {
         "rcu: INFO",
         "BUG:",
         "Oops",
-        "WARNING",
+        "WARNING: CPU",
         "timed out",
     ] {
         assert!(!log.contains(word), "{word}:\n{log}");

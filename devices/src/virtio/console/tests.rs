@@ -261,6 +261,7 @@ fn answers_to_a_client_that_left_do_not_reach_the_next() {
     // The driver had no room to be told of the change: it answers the first client.
     channel.write_to_host(b"old");
     channel.offer_control(3);
+    channel.driver.run_events();
     assert_eq!(channel.heard(), [(PORT_OPEN, 0), (PORT_OPEN, 1)]);
     channel.write_to_host(b"new");
     let mut answer = [0; 3];
