@@ -72,7 +72,10 @@ fn rewind(guest: &mut Guest, name: &str) -> Rewound {
 #[track_caller]
 fn go_on(dir: &Path, arguments: &str) -> Guest {
     let options = options().from_snapshot(dir).with(arguments);
-    Guest::boot(&options, BOOT_TIME).unwrap_or_else(|error| panic!("{error:#}"))
+    let mut guest = Guest::boot(&options, BOOT_TIME).unwrap_or_else(|error| panic!("{error:#}"));
+    // The VM has something to tell its guest, too, and the agent listens to one client at a time.
+    guest.agent().disconnect();
+    guest
 }
 
 fn networked(arguments: &str) -> Guest {
@@ -247,6 +250,7 @@ fn four_processors_and_their_clocks_go_on_in_another_process() {
             break;
         }
         assert!(Instant::now() < deadline, "{guests} instead of {earlier}");
+        guest.agent().disconnect();
         std::thread::sleep(Duration::from_millis(100));
     }
     // Timers fire on each processor.
@@ -285,11 +289,14 @@ fn clones_share_their_memory_and_reach_each_other() {
         &format!("--lazy --net unix={link},mac=02:00:00:00:00:02"),
     );
     assert_ne!(shell(&mut first, drawn), shell(&mut second, drawn));
+    first.agent().disconnect();
+    second.agent().disconnect();
     for (number, clone) in [(1, &mut first), (2, &mut second)] {
         let mac = format!("02:00:00:00:00:0{number}");
         let deadline = Instant::now() + BOOT_TIME;
         while shell(clone, "cat /sys/class/net/eth0/address").trim() != mac {
             assert!(Instant::now() < deadline, "{}", clone.last_words());
+            clone.agent().disconnect();
             std::thread::sleep(Duration::from_millis(100));
         }
         let replace = format!("ip addr flush dev eth0; ip addr add 10.9.0.{number}/24 dev eth0");
