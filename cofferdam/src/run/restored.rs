@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Client;
 use anyhow::Context;
@@ -19,6 +19,9 @@ use super::memory;
 use super::nics::Nics;
 use super::saved::SavedVm;
 use crate::options::MacAddress;
+
+/// How long the guest's agent may take to answer.
+const AGENT_TIME: Duration = Duration::from_secs(60);
 
 /// The snapshot that a VM goes on from.
 #[derive(Debug, Clone)]
@@ -133,6 +136,8 @@ impl News {
     }
 
     fn tell_agent(&self, agent: &mut Client) -> anyhow::Result<()> {
+        // The time of now, not of when this began to wait for its turn.
+        agent.hello(AGENT_TIME)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         agent
             .set_time(u64::try_from(now.as_nanos())?)
