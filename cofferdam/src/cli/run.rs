@@ -128,7 +128,7 @@ impl RunOptions {
         };
         ensure!(
             self.mac.is_none() || !self.net.is_empty(),
-            "--mac is the address of a NIC: give --net too"
+            "--mac is the address of a NIC: give --net too, see --help"
         );
         let nets = nets(&name, self.net, self.nic, self.mac)?;
         Ok(RunConfig {

@@ -116,6 +116,9 @@ impl Tracker {
             return Err(Error::KvmLacks("a dirty ring (Linux 5.11)"));
         }
         if self.sets.iter().all(Option::is_none) {
+            // What the guest wrote while it was ceased to be followed: KVM may have told of it since.
+            self.empty_rings()?;
+            (self.lost, _) = (false, self.in_rings.clear());
             ram.for_each_log(|log| log.start());
             if let Err(error) = log_slots(vm, ram, KVM_MEM_LOG_DIRTY_PAGES) {
                 ram.for_each_log(|log| log.stop());
