@@ -122,9 +122,9 @@ impl Resources {
             if *now > then {
                 eprintln!("{cache}: {then} -> {now} in {recoveries} recoveries");
             }
-            // Other threads of the guest take and give objects too. One for each recovery is more than that once
-            // there are enough of them.
-            let noise = 64.max(recoveries / 2);
+            // Other threads of the guest take and give objects too: 90 of `kmalloc-32` were seen in one recovery. One for
+            // each recovery is more than that once there are enough of them.
+            let noise = 256.max(recoveries / 2);
             assert!(
                 now.saturating_sub(then) <= noise,
                 "{cache}: {then} -> {now}"
