@@ -459,15 +459,7 @@ fn who_follows_changes_for_snapshots_sees_rewinds_too() {
     handle.mark("a", LIMIT).unwrap();
     writing.wait(50);
     handle.track_changes(LIMIT).unwrap();
-    let look = || {
-        handle
-            .quiesce(LIMIT, |quiesced| {
-                let changed = quiesced.changed_pages().unwrap().unwrap();
-                handle.confirm_changes(&changed);
-                (all_of(handle), changed)
-            })
-            .unwrap()
-    };
+    let look = || writer::look(handle);
     let (mut before, _) = look();
     for round in 0..10 {
         match round % 3 {

@@ -202,15 +202,7 @@ fn changes_of_a_guest_with_a_template_are_told_before_and_after_it_owns_its_memo
     let clone = clone_of(&saved, 2);
     let handle = clone.handle();
     handle.track_changes(LIMIT).unwrap();
-    let look = || {
-        handle
-            .quiesce(LIMIT, |quiesced| {
-                let changed = quiesced.changed_pages().unwrap().unwrap();
-                handle.confirm_changes(&changed);
-                (all_of(handle), changed)
-            })
-            .unwrap()
-    };
+    let look = || writer::look(handle);
     let (mut before, _) = look();
     for round in 0..6 {
         if round == 3 {

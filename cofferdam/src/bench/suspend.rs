@@ -129,7 +129,6 @@ impl One<'_> {
     fn start(&mut self, options: &GuestOptions, samples: &mut Samples) -> anyhow::Result<Guest> {
         let guest = Guest::boot(options, BOOT_TIME)?;
         samples.us.push(us(guest.started_ns, monotonic_ns()));
-        samples.pages.push(0.0);
         Ok(guest)
     }
 
@@ -179,14 +178,11 @@ impl One<'_> {
                 Reply::Rewound(rewound) => rewound,
                 other => bail!("the VM answered something else: {other:?}"),
             };
-            let phases = rewound.phases;
-            let work = phases.find_ns
-                + phases.memory_ns
-                + phases.machine_ns
-                + phases.devices_ns
-                + phases.participants_ns;
+            let work = rewound.phases.work_ns();
             rewinds.us.push(work as f64 / 1e3);
-            rewinds.rest_us.push((work + phases.rest_ns) as f64 / 1e3);
+            rewinds
+                .rest_us
+                .push((work + rewound.phases.rest_ns) as f64 / 1e3);
             rewinds.pages.push(rewound.pages as f64);
         }
         self.note(SuspendMethod::Rewind, rewinds)
@@ -197,7 +193,7 @@ impl One<'_> {
         let row = Suspend {
             method,
             mem_mib: self.mem_mib,
-            dirty_pages: Stat::from_samples(&samples.pages).map_or(0, |pages| pages.p50 as u64),
+            dirty_pages: Stat::from_samples(&samples.pages).map(|pages| pages.p50 as u64),
             us: stat,
             rest_us: Stat::from_samples(&samples.rest_us),
         };

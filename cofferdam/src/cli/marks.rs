@@ -93,17 +93,12 @@ impl RewindOptions {
 fn sentence(rewound: &Rewound) -> String {
     let phases = rewound.phases;
     let us = |ns: u64| ns as f64 / 1e3;
-    let work = phases.find_ns
-        + phases.memory_ns
-        + phases.machine_ns
-        + phases.devices_ns
-        + phases.participants_ns;
     format!(
         "back at {}: {} in {:.0} us (find {:.0}, memory {:.0}, machine {:.0}, devices {:.0}, isolation {:.0}), after {:.0} us \
          to come to rest\n",
         rewound.mark,
         counted(rewound.pages, "page", "pages"),
-        us(work),
+        us(phases.work_ns()),
         us(phases.find_ns),
         us(phases.memory_ns),
         us(phases.machine_ns),

@@ -119,7 +119,10 @@ fn suspend_text(all: &[Suspend]) -> String {
             row.method.words().into(),
             number(row.mem_mib),
             number(row.us.n),
-            number(row.dirty_pages),
+            number(
+                row.dirty_pages
+                    .map_or_else(String::new, |pages| pages.to_string()),
+            ),
             ms(row.us.p50),
             ms(row.us.p99),
             number(part.map_or_else(String::new, |part| format!("{part:.5}"))),

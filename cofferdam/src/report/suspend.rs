@@ -11,8 +11,9 @@ pub struct Suspend {
     pub method: SuspendMethod,
     /// Guest memory in MiB.
     pub mem_mib: u64,
-    /// Pages of 4 KiB that were copied each time; the median.
-    pub dirty_pages: u64,
+    /// Pages of 4 KiB that were copied each time, where that is told; the median.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_pages: Option<u64>,
     /// How long it took.
     pub us: Stat,
     /// How long the guest was at rest meanwhile, where it goes on.

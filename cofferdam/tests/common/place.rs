@@ -106,8 +106,9 @@ impl Place {
             .args(words.split_whitespace())
             .spawn()
             .unwrap();
+        let socket = self.path(&format!("run/{name}/control.sock"));
         let deadline = Instant::now() + LIMIT;
-        while UnixStream::connect(self.path(&format!("run/{name}/control.sock"))).is_err() {
+        while UnixStream::connect(&socket).is_err() {
             if let Some(status) = child.try_wait().unwrap() {
                 let output = child.wait_with_output().unwrap();
                 panic!("{status}: {}", String::from_utf8_lossy(&output.stderr));
@@ -115,12 +116,19 @@ impl Place {
             assert!(Instant::now() < deadline, "no control socket");
             std::thread::sleep(Duration::from_millis(5));
         }
+        self.wait_for(name);
+        child
+    }
+
+    /// Waits until the VM called `name`, which was started, runs.
+    pub fn wait_for(&self, name: &str) {
+        let socket = self.path(&format!("run/{name}/control.sock"));
+        let deadline = Instant::now() + LIMIT;
         // The control socket is there before the vCPUs are.
-        while self.status_of(name)["state"] == "starting" {
-            assert!(Instant::now() < deadline, "still starting");
+        while UnixStream::connect(&socket).is_err() || self.status_of(name)["state"] == "starting" {
+            assert!(Instant::now() < deadline, "it does not run");
             std::thread::sleep(Duration::from_millis(5));
         }
-        child
     }
 
     /// Runs a command to its end; it must succeed.

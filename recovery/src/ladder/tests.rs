@@ -209,7 +209,6 @@ fn a_guest_that_cannot_go_back_boots() {
     assert_eq!(ladder.status().state, State::Running);
 }
 
-/// Something that happens to a ladder.
 /// What is decided about `count` calls of a poll that fail one after the other.
 fn polls(ladder: &mut Ladder, count: u32, out_of_time: bool) -> Vec<Decision> {
     let poll = Fault {
@@ -258,6 +257,7 @@ fn four_calls_that_hang_are_enough_and_none_is_run_again() {
     assert_eq!(decided[3], Decision::Resume);
 }
 
+/// Something that happens to a ladder.
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Fault {

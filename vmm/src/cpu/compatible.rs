@@ -79,51 +79,34 @@ fn text(words: impl Iterator<Item = u32>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::leaves::Entry;
     use super::*;
 
-    fn leaves(entries: &[(u32, u32, [u32; 4])]) -> Leaves {
-        let entries: Vec<_> = entries
-            .iter()
-            .map(
-                |&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-                    function,
-                    index,
-                    eax,
-                    ebx,
-                    ecx,
-                    edx,
-                    ..Default::default()
-                },
-            )
-            .collect();
-        Leaves::from(entries.as_slice())
-    }
-
-    const INTEL: (u32, u32, [u32; 4]) = (0, 0, [13, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]);
-    const AMD: (u32, u32, [u32; 4]) = (0, 0, [13, 0x6874_7541, 0x444d_4163, 0x6974_6e65]);
+    const INTEL: Entry = (0, 0, [13, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]);
+    const AMD: Entry = (0, 0, [13, 0x6874_7541, 0x444d_4163, 0x6974_6e65]);
 
     #[test]
     fn a_processor_with_as_much_or_more_will_do() {
-        let old = leaves(&[INTEL, (7, 0, [0, 0b0011, 0, 0])]);
-        let new = leaves(&[INTEL, (7, 0, [0, 0b0111, 0, 0])]);
+        let old = Leaves::of(&[INTEL, (7, 0, [0, 0b0011, 0, 0])]);
+        let new = Leaves::of(&[INTEL, (7, 0, [0, 0b0111, 0, 0])]);
         assert_eq!(missing(&old, &old), None);
         assert_eq!(missing(&old, &new), None);
         let lacks = missing(&new, &old).unwrap();
         assert!(lacks.contains("leaf 0x7.0 EBX 0x4"), "{lacks}");
-        let nothing = leaves(&[INTEL]);
+        let nothing = Leaves::of(&[INTEL]);
         assert!(missing(&old, &nothing).is_some());
     }
 
     #[test]
     fn what_the_guest_or_this_machine_sets_is_not_asked_for() {
-        let saved = leaves(&[INTEL, (1, 0, [0, 0, 1 << 27 | 1 << 31, 1 << 28])]);
-        assert_eq!(missing(&saved, &leaves(&[INTEL])), None);
+        let saved = Leaves::of(&[INTEL, (1, 0, [0, 0, 1 << 27 | 1 << 31, 1 << 28])]);
+        assert_eq!(missing(&saved, &Leaves::of(&[INTEL])), None);
     }
 
     #[test]
     fn vendors_are_told_apart() {
-        assert_eq!(vendor(&leaves(&[INTEL])), "GenuineIntel");
-        let missing = missing(&leaves(&[INTEL]), &leaves(&[AMD])).unwrap();
+        assert_eq!(vendor(&Leaves::of(&[INTEL])), "GenuineIntel");
+        let missing = missing(&Leaves::of(&[INTEL]), &Leaves::of(&[AMD])).unwrap();
         assert!(
             missing.contains("GenuineIntel") && missing.contains("AuthenticAMD"),
             "{missing}"
@@ -133,7 +116,7 @@ mod tests {
     #[test]
     fn brands_are_text_only() {
         let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
-        let brand = brand(&leaves(&[
+        let brand = brand(&Leaves::of(&[
             (
                 0x8000_0002,
                 0,

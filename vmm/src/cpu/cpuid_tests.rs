@@ -3,28 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-
-type Entry = (u32, u32, [u32; 4]);
+use crate::cpu::leaves::Entry;
 
 const INTEL: [u32; 4] = [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69];
 const AMD: [u32; 4] = [0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
 
 fn shown(entries: &[Entry]) -> Shown {
-    let entries: Vec<_> = entries
-        .iter()
-        .map(
-            |&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-                function,
-                index,
-                eax,
-                ebx,
-                ecx,
-                edx,
-                ..Default::default()
-            },
-        )
-        .collect();
-    Shown::new(&entries, true)
+    Shown::new(Leaves::of(entries).as_slice(), true)
 }
 
 /// A server with many cores, two threads each: caches shared by many.

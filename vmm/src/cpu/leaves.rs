@@ -49,3 +49,32 @@ impl From<&[kvm_cpuid_entry2]> for Leaves {
         Self(entries.to_vec())
     }
 }
+
+/// A leaf as tests write it: function, index, and registers EAX, EBX, ECX, EDX.
+#[cfg(test)]
+pub(crate) type Entry = (u32, u32, [u32; 4]);
+
+#[cfg(test)]
+impl Leaves {
+    /// These leaves.
+    pub(crate) fn of(entries: &[Entry]) -> Self {
+        let entries =
+            entries.iter().map(
+                |&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
+                    function,
+                    index,
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                },
+            );
+        Self(entries.collect())
+    }
+
+    /// As KVM lists them.
+    pub(crate) fn as_slice(&self) -> &[kvm_cpuid_entry2] {
+        &self.0
+    }
+}

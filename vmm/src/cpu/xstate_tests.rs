@@ -2,31 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
-use kvm_bindings::kvm_cpuid_entry2;
 use proptest::prelude::*;
 
 use super::*;
-
-/// Registers EAX, EBX, ECX, EDX of a sub-leaf.
-type Entry = (u32, u32, [u32; 4]);
-
-pub(crate) fn leaves(entries: &[Entry]) -> Leaves {
-    let entries: Vec<_> = entries
-        .iter()
-        .map(
-            |&(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-                function,
-                index,
-                eax,
-                ebx,
-                ecx,
-                edx,
-                ..Default::default()
-            },
-        )
-        .collect();
-    Leaves::from(entries.as_slice())
-}
 
 /// What a guest adds up: the size by the components' places equals what the leaf says. This is what Linux
 /// checks in `paranoid_xstate_size_valid`, for all components enabled and for those after power-on.
@@ -89,7 +67,7 @@ const XSAVE_AVX: u32 = 1 << 26 | 1 << 28;
 
 /// The emulated AMD server of the lab, as KVM's list in it is.
 fn nested_lab_host() -> Leaves {
-    leaves(&[
+    Leaves::of(&[
         (0, 0, [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
         (1, 0, [0, 0, XSAVE_AVX | 1 << 29, 0]),
         (7, 0, [0, 1 << 5, 1 << 3, 0]),
@@ -102,7 +80,7 @@ fn nested_lab_host() -> Leaves {
 
 /// A large Intel server: AVX-512, protection keys, AMX, supervisor states.
 fn intel_server() -> Leaves {
-    leaves(&[
+    Leaves::of(&[
         (0, 0, [0x20, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
         (1, 0, [0, 0, XSAVE_AVX | 1 << 12 | 1 << 27, 0]),
         (
@@ -232,7 +210,7 @@ proptest! {
                 entries.push((LEAF, i as u32 + 2, [eax, ebx, ecx, edx]));
             }
         }
-        let mut leaves = leaves(&entries);
+        let mut leaves = Leaves::of(&entries);
         make_consistent(&mut leaves);
         assert_consistent(&leaves);
         let once = format!("{leaves:?}");

@@ -32,9 +32,14 @@ impl ChangedPages {
 
     /// The same as ranges, adjacent pages joined.
     pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
-        let ranges = self.pages.chunk_by(|page, next| page + 1 == *next);
-        ranges.filter_map(|run| Some(u64::from(*run.first()?)..u64::from(*run.last()?) + 1))
+        ranges(&self.pages)
     }
+}
+
+/// Pages in rising order as ranges, adjacent ones joined.
+pub(crate) fn ranges(pages: &[u32]) -> impl Iterator<Item = Range<u64>> {
+    let ranges = pages.chunk_by(|page, next| page.checked_add(1) == Some(*next));
+    ranges.filter_map(|run| Some(u64::from(*run.first()?)..u64::from(*run.last()?) + 1))
 }
 
 /// Pages that were told.

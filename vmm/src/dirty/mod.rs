@@ -26,6 +26,7 @@ mod pages;
 pub mod ring;
 
 use self::changes::Told;
+pub(crate) use self::changes::ranges;
 pub use self::changes::{ChangedPages, TrackError};
 pub(crate) use self::pages::PageSet;
 use self::ring::{DirtyRing, Overrun};

@@ -43,6 +43,20 @@ pub struct RewindPhases {
     pub participants_ns: u64,
 }
 
+impl RewindPhases {
+    /// All of them but bringing the machine to rest.
+    pub fn work_ns(&self) -> u64 {
+        let phases = [
+            self.find_ns,
+            self.memory_ns,
+            self.machine_ns,
+            self.devices_ns,
+            self.participants_ns,
+        ];
+        phases.iter().fold(0, |sum, ns| sum.saturating_add(*ns))
+    }
+}
+
 /// Why a machine was not rewound.
 #[derive(Debug, thiserror::Error)]
 pub enum RewindError {

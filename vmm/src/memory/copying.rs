@@ -63,14 +63,15 @@ impl VmHandle {
 }
 
 impl Copying<'_> {
-    /// Takes the pages that changed since the last time, by their numbers. The machine is at rest.
+    /// Takes the pages that changed since the last time, by their numbers in rising order. The machine is at rest.
     pub fn changed(&self) -> Result<Vec<u32>, Error> {
         let mut tracker = self.machine.dirty.lock();
         tracker.collect(&self.machine.ram)?;
         let Some(set) = tracker.set(User::Copying) else {
             return Ok(Vec::new());
         };
-        let pages = set.pages().to_vec();
+        let mut pages = set.pages().to_vec();
+        pages.sort_unstable();
         set.clear();
         Ok(pages)
     }

@@ -169,7 +169,7 @@ impl VmHandle {
             program: request.program.to_owned(),
             cpu: at_rest.cpu,
             memory_bytes: self.ram().size_bytes(),
-            vcpus: u8::try_from(self.status().exits.len()).unwrap_or(u8::MAX),
+            vcpus: self.machine().vcpus.len() as u8,
             files,
             vm: at_rest.vm,
         })?;

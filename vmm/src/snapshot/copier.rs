@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::capture::{CaptureError, still_wanted};
 use super::{Chain, IMAGE_FILE, ImageWriter, PAGE_BYTES, SnapshotError};
+use crate::dirty::ranges;
 use crate::memory::{GuestRam, RamRegion};
 
 /// Most pages that are copied at once.
@@ -84,18 +85,13 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    /// Copies `pages`, by their numbers.
+    /// Copies `pages`, by their numbers in rising order.
     pub fn copy_pages(
         &mut self,
         pages: &[u32],
         tell: &mut dyn FnMut(&str) -> bool,
     ) -> Result<(), CaptureError> {
-        for run in pages.chunk_by(|page, next| page.checked_add(1) == Some(*next)) {
-            if let (Some(first), Some(last)) = (run.first(), run.last()) {
-                self.copy(u64::from(*first)..u64::from(*last) + 1, tell)?;
-            }
-        }
-        Ok(())
+        ranges(pages).try_for_each(|range| self.copy(range, tell))
     }
 
     /// What is copied from now on has changed: it is not compared with the parent.

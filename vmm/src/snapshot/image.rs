@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{PageRun, SnapshotError};
 
-/// Bytes of a page of guest memory.
-pub const PAGE_BYTES: u64 = 4096;
 /// Most threads that read an image.
 const MAX_THREADS: usize = 4;
 
@@ -62,7 +60,10 @@ pub(super) fn in_parallel<T: Sync>(
             .collect();
         let mut result = body();
         for other in others {
-            let ended = other.join().unwrap_or(Ok(()));
+            // A panic is a fault of this program, and no page may be missing because of it.
+            let ended = other
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             result = result.and(ended);
         }
         result

@@ -16,6 +16,9 @@ const FORMAT: &str = "cofferdam-snapshot";
 /// Longest manifest that is looked at, in bytes.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 
+/// Most memory of a VM that is believed, in bytes: what is made for a snapshot, such as the list of its pages, grows with it.
+const MAX_MEMORY_BYTES: u64 = 1 << 40;
+
 /// Identity of a snapshot: 16 random bytes, written as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -205,6 +208,9 @@ impl Manifest {
     fn check(&self) -> Result<(), String> {
         if self.memory_bytes == 0 || !self.memory_bytes.is_multiple_of(super::PAGE_BYTES) {
             return Err("its memory is no whole number of pages".to_owned());
+        }
+        if self.memory_bytes > MAX_MEMORY_BYTES {
+            return Err(format!("it tells of {} bytes of memory", self.memory_bytes));
         }
         if self.files.image.bytes != self.memory_bytes {
             return Err("its image is not as long as its memory".to_owned());

@@ -29,14 +29,15 @@ mod writer;
 
 use std::path::PathBuf;
 
+pub use crate::memory::PAGE_BYTES;
 pub use capture::{Beside, CaptureError, SnapshotRequest, Taken};
 pub use chain::Chain;
 pub use directory::Snapshot;
-pub use image::{Loaded, PAGE_BYTES};
+pub use image::Loaded;
 pub use manifest::{CpuModel, FORMAT_VERSION, Manifest, ParentSnapshot, SnapshotId, StoredFile};
 pub use memory_map::{MemoryMap, PageRun};
 pub use restore::RestoreError;
-pub use writer::{DirectoryWriter, ImageWriter};
+use writer::{DirectoryWriter, ImageWriter};
 
 /// Name of the manifest in a snapshot's directory.
 pub const MANIFEST_FILE: &str = "manifest.json";

@@ -15,7 +15,7 @@ use devices::state::{Form, Part, StateError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::memory::MemorySource;
-use vmm::{PausedVcpus, Quiesced, VmConfig, VmHandle};
+use vmm::{ChangedPages, PausedVcpus, Quiesced, VmConfig, VmHandle};
 
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -333,6 +333,16 @@ pub fn all_of(handle: &VmHandle) -> Vec<u8> {
         ram.memory().read_slice(part, region.guest_address).unwrap();
     }
     bytes
+}
+
+/// All of memory, and the pages that changed since this was last called.
+pub fn look(handle: &VmHandle) -> (Vec<u8>, ChangedPages) {
+    let looked = handle.quiesce(Duration::from_secs(60), |quiesced| {
+        let changed = quiesced.changed_pages().unwrap().unwrap();
+        handle.confirm_changes(&changed);
+        (all_of(handle), changed)
+    });
+    looked.unwrap()
 }
 
 /// Numbers of the pages in which they differ.

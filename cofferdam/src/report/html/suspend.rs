@@ -24,7 +24,8 @@ pub fn section(all: &[Suspend], followed: &[Followed]) -> Markup {
             row.method.words().to_owned(),
             row.mem_mib.to_string(),
             row.us.n.to_string(),
-            row.dirty_pages.to_string(),
+            row.dirty_pages
+                .map_or_else(String::new, |pages| pages.to_string()),
             ms(row.us.p50),
             ms(row.us.p99),
             ms(row.us.max),

@@ -18,6 +18,7 @@ mod before;
 mod handed_out;
 mod interfaces;
 mod kept;
+mod opening;
 mod restorable;
 
 #[cfg(test)]
@@ -29,11 +30,9 @@ use std::sync::Arc;
 use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
-use super::reach::{Reach, Reached, Rules, Start};
+use super::reach::{Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{
-    Allocation, AllocationKind, Allocations, FindAllocation, MemoryModel,
-};
+use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
@@ -344,178 +343,5 @@ impl DriverPolicy {
     /// The range table, for reports.
     pub fn table(&self) -> &RangeTable {
         &self.table
-    }
-
-    /// Finds a reason why the byte at `at` may be written, and opens what it lies in.
-    fn open_around<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
-        self.resolve(memory);
-        let one = GvaRange::aligned(at, 1);
-        if self.table.may_write(one) {
-            return true;
-        }
-        if self.memory.is_page_reference_count(at) {
-            return self.open(one, ObjectKind::Other, "reference count of a page".into());
-        }
-        // A driver notes things in the descriptions of its own pages (`page->index`, `page->private`).
-        if let Some((description, page)) = self.memory.described_page(at) {
-            let own = self.table.may_write(GvaRange::aligned(page, 1))
-                || self.open_new_allocation(memory, page);
-            let label = "struct page of a page of the driver's".into();
-            return own && self.open(description, ObjectKind::Other, label);
-        }
-        let offset = Gva(at.0.wrapping_sub(memory.per_cpu_base));
-        let variable = self
-            .per_cpu_variables
-            .iter()
-            .find(|(_, range)| range.contains(offset));
-        if let Some((name, _)) = variable {
-            let label = format!("{name} of this processor");
-            return self.open(one, ObjectKind::Other, label);
-        }
-        if let Some(name) = self.member_of_current_task(memory, at) {
-            let label = format!("{name} of the running thread");
-            return self.open(one, ObjectKind::Other, label);
-        }
-        if self.open_new_allocation(memory, at) {
-            return true;
-        }
-        // Before it is a stray write: has the driver interfaces that no argument was about yet, and
-        // has the call since hung something new into what its arguments reach?
-        self.list_interfaces(memory);
-        self.calls.iter_mut().for_each(|call| call.resolved = false);
-        self.resolve(memory);
-        self.table.may_write(one)
-    }
-
-    /// The member that `at` is part of, among those of the running thread that may be written.
-    fn member_of_current_task<M: GuestPhys>(
-        &self,
-        memory: &CallMemory<'_, M>,
-        at: Gva,
-    ) -> Option<&'static str> {
-        let current = Gva(memory.per_cpu_base.wrapping_add(self.current_task?));
-        let task = memory.private.read_u64(current).ok()?;
-        let offset = Gva(at.0.checked_sub(task)?);
-        let mut members = self.task_members.iter();
-        let found = members.find(|(_, range)| range.contains(offset))?;
-        Some(found.0)
-    }
-
-    /// Puts what the calls' arguments reach into the table, once for each.
-    fn resolve<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
-        let open: Vec<Call> = self
-            .calls
-            .iter()
-            .filter(|call| !call.resolved)
-            .cloned()
-            .collect();
-        let interfaces = self.known_interfaces(memory);
-        for call in &open {
-            let found = self.reached_from(memory, call, &interfaces);
-            self.open_all(found);
-        }
-        self.calls.iter_mut().for_each(|call| call.resolved = true);
-    }
-
-    /// What a call reaches from its arguments and from the driver's interfaces.
-    fn reached_from<M: GuestPhys>(
-        &self,
-        memory: &CallMemory<'_, M>,
-        call: &Call,
-        interfaces: &[Start],
-    ) -> Vec<Reached> {
-        // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
-        let function = self.types.find_function(&call.function);
-        self.reach(memory, |reach| match &function {
-            Some(function) => reach.objects(function, &call.arguments, interfaces),
-            None => reach.objects_from(interfaces),
-        })
-    }
-
-    /// What was handed out to the driver, in this call or an earlier one, is the driver's.
-    fn open_new_allocation<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
-        let model = self.memory;
-        let base = memory.per_cpu_base;
-        let now = model.with(memory.private).on_processor(base);
-        let before = model.with(memory.earlier()).on_processor(base);
-        let Some(found) = now.allocation_at(at) else {
-            return false;
-        };
-        if memory
-            .stack
-            .is_some_and(|stack| stack.intersection(&found.range).is_some())
-        {
-            return false;
-        }
-        let cache = now.cache_name(&found).unwrap_or_else(|| "memory".into());
-        let is_packet = PACKET_CACHES.contains(&cache.as_str());
-        // Packets are kept in stock by each processor, so that one that is handed out need not be
-        // new; but the kernel fills in its head.
-        let filled_in = is_packet && now.is_changed(&found, &before);
-        let owned = self.owned.contains(found.range);
-        if !filled_in && !owned && !now.is_new(&found, &before) {
-            return false;
-        }
-        // A packet is passed on, not kept.
-        if !is_packet {
-            self.handed_out.push(found.range);
-        }
-        let label = format!("{cache} handed out to the driver");
-        let opened = self.open(found.range, ObjectKind::Allocated, label);
-        if is_packet && let Some(type_id) = self.types.find_struct("sk_buff") {
-            let packet = Start {
-                at: found.range.first(),
-                type_id,
-                name: "packet of this call".into(),
-            };
-            let found = self.reach(memory, |reach| reach.objects_from(&[packet]));
-            self.open_all(found);
-        }
-        opened
-    }
-
-    fn reach<M: GuestPhys>(
-        &self,
-        memory: &CallMemory<'_, M>,
-        ask: impl FnOnce(&Reach<'_, M, Allocations<'_, M>>) -> Vec<Reached>,
-    ) -> Vec<Reached> {
-        ask(&Reach {
-            types: &self.types,
-            virt: memory.private,
-            allocations: &self.memory.with(memory.private),
-            stack: memory.stack,
-            per_cpu_base: Some(memory.per_cpu_base),
-            per_cpu_handed_out: self.per_cpu_handed_out,
-            rules: &self.rules,
-        })
-    }
-
-    fn open_all(&mut self, found: Vec<Reached>) {
-        for object in found {
-            // What does not fit into the table is not permitted; the store will say so.
-            self.open(object.range, object.kind, object.label);
-        }
-    }
-
-    /// Opens an object for this call; `false` if the table is full.
-    fn open(&mut self, range: GvaRange, kind: ObjectKind, label: String) -> bool {
-        if self.table.may_write(range) {
-            return true;
-        }
-        let lifetime = Lifetime::Call(self.number);
-        let object = Object {
-            range,
-            kind,
-            permit: Permit::Write,
-            lifetime,
-            label,
-        };
-        match self.table.open(object) {
-            Ok(_) => true,
-            Err(error) => {
-                tracing::warn!(%range, "object of a driver not opened: {error}");
-                false
-            }
-        }
     }
 }
