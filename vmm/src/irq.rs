@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::irq::{IrqLine, MsiMessage, MsiVectors};
+use devices::irq::{IrqLine, LineEvents, MsiMessage, MsiVectors};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry,
@@ -56,6 +56,8 @@ impl Gsi {
 pub(crate) struct LineInput {
     gsi: Arc<Gsi>,
     level: AtomicBool,
+    /// Where somebody outside drives the line too. KVM keeps its level apart from that of all [`Gsi::change`].
+    outside: Mutex<Option<LineEvents>>,
 }
 
 impl LineInput {
@@ -63,7 +65,40 @@ impl LineInput {
         Self {
             gsi,
             level: AtomicBool::new(false),
+            outside: Mutex::new(None),
         }
+    }
+
+    fn connect_outside(&self) -> Result<LineEvents, Error> {
+        let event = || {
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| Error::Host {
+                what: "create an eventfd",
+                source,
+            })
+        };
+        let mut outside = self.outside.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = match outside.take() {
+            Some(events) => events,
+            None => {
+                let (trigger, unmask) = (event()?, event()?);
+                self.gsi
+                    .vm
+                    .register_irqfd_with_resample(&trigger, &unmask, self.gsi.number)
+                    .map_err(Error::kvm("register an irqfd"))?;
+                LineEvents { trigger, unmask }
+            }
+        };
+        let events = outside.insert(events);
+        let copy = |event: &EventFd| {
+            event.try_clone().map_err(|source| Error::Host {
+                what: "copy an eventfd",
+                source,
+            })
+        };
+        Ok(LineEvents {
+            trigger: copy(&events.trigger)?,
+            unmask: copy(&events.unmask)?,
+        })
     }
 }
 
@@ -71,6 +106,18 @@ impl Drop for LineInput {
     /// A device that is gone asserts nothing.
     fn drop(&mut self) {
         self.set_level(false);
+        let outside = self.outside.get_mut();
+        let Some(events) = outside.unwrap_or_else(PoisonError::into_inner) else {
+            return;
+        };
+        // KVM deasserts what was asserted by it.
+        if let Err(error) = self
+            .gsi
+            .vm
+            .unregister_irqfd(&events.trigger, self.gsi.number)
+        {
+            tracing::error!(%error, gsi = self.gsi.number, "irqfd not taken back");
+        }
     }
 }
 
@@ -79,6 +126,12 @@ impl IrqLine for LineInput {
         if self.level.swap(asserted, Ordering::AcqRel) != asserted {
             self.gsi.change(asserted);
         }
+    }
+
+    fn events(&self) -> Option<LineEvents> {
+        self.connect_outside()
+            .inspect_err(|error| tracing::error!(%error, gsi = self.gsi.number, "no line"))
+            .ok()
     }
 }
 
@@ -328,5 +381,10 @@ impl MsiVectors for MsiGroup {
             // The counter is full only if KVM does not consume it, and then one more is no news.
             tracing::debug!(%error, "interrupt message coalesced");
         }
+    }
+
+    fn event(&self, vector: u16) -> Option<EventFd> {
+        let vector = self.vectors.get(usize::from(vector))?;
+        vector.event.try_clone().ok()
     }
 }

@@ -5,6 +5,7 @@
 mod common;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use common::{Guest, Running, config};
 use devices::bus::MutBusDevice;
@@ -195,5 +196,35 @@ fn a_reset_silences_lines_and_controllers() {
     vectors.route(0, message(0x42));
     vectors.trigger(0);
     assert_eq!(guest.report(), 0x42, "0x41 was forgotten");
+    guest.power_off();
+}
+
+#[test]
+fn a_line_that_is_driven_from_outside_is_unmasked_by_each_acknowledgement() {
+    let mut guest = Guest::new(config(takes_interrupts(), 1));
+    let slot = guest.vm.reserve_pci_slot().unwrap();
+    let line = slot.intx_line(InterruptPin::A);
+    let vectors = guest.vm.msi_vectors(1).unwrap();
+    vectors.route(0, message(0x41));
+    let events = line.events().unwrap();
+    // The same two descriptors, and not two more.
+    let again = line.events().unwrap();
+    let guest = ready(guest);
+    for trigger in [&events.trigger, &events.trigger, &again.trigger] {
+        trigger.write(1).unwrap();
+        assert_eq!(guest.report(), 0x43);
+        // The guest's end of the interrupt lets the device trigger again.
+        while events.unmask.read().is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    drop(line);
+    events.trigger.write(1).unwrap();
+    vectors.trigger(0);
+    assert_eq!(
+        guest.report(),
+        0x41,
+        "an interrupt of a device that is gone"
+    );
     guest.power_off();
 }

@@ -1,9 +1,13 @@
 //! Guest memory as a bus-mastering device sees it.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::atomic::GuestMemoryLoadGuard;
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
 
 mod dirty_log;
 
@@ -36,28 +40,43 @@ pub struct DmaRegion {
     pub offset: u64,
 }
 
-/// The guest physical memory that one device may read and write.
+/// The guest physical memory that one device may read and write. Clones are the same space.
 #[derive(Debug, Clone)]
 pub struct DmaSpace {
-    memory: Arc<GuestMemory>,
+    memory: GuestMemoryAtomic<GuestMemory>,
 }
 
 impl DmaSpace {
     /// A space that reaches all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        Self { memory }
+        Self {
+            memory: memory.into(),
+        }
     }
 
-    /// The memory behind the space, for libraries that walk it themselves (`virtio-queue`).
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
+    /// A space that reaches nothing yet.
+    pub fn empty() -> Self {
+        Self::new(Arc::new(GuestMemory::new()))
+    }
+
+    /// Has the space reach `memory` from now on, and nothing else. An access that is under way on another thread may
+    /// still reach what it reached before.
+    pub fn replace(&self, memory: GuestMemory) {
+        let lock = self.memory.lock();
+        lock.unwrap_or_else(PoisonError::into_inner).replace(memory);
+    }
+
+    /// The memory behind the space at this moment, for libraries that walk it themselves (`virtio-queue`).
+    pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemory> {
+        self.memory.memory()
     }
 
     /// The parts of the space with the file behind each: for a device in another process, or one that the kernel gives a
     /// map of addresses. A part that no file is behind, or that began as a template's bytes and is not in its file yet, is left
     /// out; nobody else can reach it.
     pub fn regions(&self) -> Vec<DmaRegion> {
-        let regions = self.memory.iter().filter_map(|region| {
+        let memory = self.memory();
+        let regions = memory.iter().filter_map(|region| {
             let file = region.file_offset()?;
             if region.get_mmap().bitmap().is_elsewhere() {
                 return None;
@@ -75,14 +94,14 @@ impl DmaSpace {
     /// Fills `data` from guest physical `address`. On an error `data` may be partly filled.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Result<(), DmaError> {
         let len = data.len();
-        self.memory
+        self.memory()
             .read_slice(data, GuestAddress(address))
             .map_err(|_| DmaError { address, len })
     }
 
     /// Writes `data` to guest physical `address`. On an error a prefix may have been written.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), DmaError> {
-        self.memory
+        self.memory()
             .write_slice(data, GuestAddress(address))
             .map_err(|_| DmaError {
                 address,
@@ -127,5 +146,17 @@ mod tests {
         let first = dma.memory().iter().next().unwrap().get_mmap();
         first.bitmap().set_elsewhere(true);
         assert_eq!(dma.regions().len(), 1, "a file without the bytes");
+    }
+
+    #[test]
+    fn all_copies_of_a_space_reach_what_it_was_given_last() {
+        let dma = DmaSpace::empty();
+        let of_a_device = dma.clone();
+        assert!(of_a_device.write(0x1000, b"x").is_err());
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0x1000), 0x1000)]).unwrap();
+        dma.replace(memory);
+        of_a_device.write(0x1000, b"x").unwrap();
+        dma.replace(GuestMemory::new());
+        assert!(of_a_device.read(0x1000, &mut [0]).is_err());
     }
 }

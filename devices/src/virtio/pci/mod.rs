@@ -201,7 +201,8 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
         work: impl FnOnce(&mut D, &mut Queues<'_>) -> Result<(), DeviceError>,
     ) {
         let active = self.may_use_queues();
-        let mut queues = Queues::new(self.dma.memory(), &mut self.queues, active);
+        let memory = self.dma.memory();
+        let mut queues = Queues::new(&memory, &mut self.queues, active);
         let result = work(&mut self.device, &mut queues);
         let (again, config_changed) = (queues.again, queues.config_changed);
         if again && let Err(error) = self.resume.write(1) {
@@ -210,7 +211,7 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
         let mut vectors = Vec::new();
         let mut error = result.err();
         for (index, virtqueue) in self.queues.iter_mut().enumerate() {
-            match virtqueue.take_interrupt(self.dma.memory()) {
+            match virtqueue.take_interrupt(&memory) {
                 Ok(true) => vectors.push(virtqueue.vector),
                 Ok(false) => {}
                 Err(source) => {
@@ -287,7 +288,7 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
             return;
         };
         virtqueue.queue.set_ready(true);
-        if !virtqueue.queue.is_valid(self.dma.memory()) {
+        if !virtqueue.queue.is_valid(&*self.dma.memory()) {
             virtqueue.queue.set_ready(false);
             self.fail(&DeviceError::Request(
                 "a queue does not lie in guest memory",

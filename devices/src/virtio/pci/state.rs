@@ -78,7 +78,7 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
             if queue.queue.max_size() != here.queue.max_size() {
                 return wrong("a queue has another size");
             }
-            if queue.queue.ready() && !queue.queue.is_valid(self.dma.memory()) {
+            if queue.queue.ready() && !queue.queue.is_valid(&*self.dma.memory()) {
                 return wrong("a queue does not lie in guest memory");
             }
             queues.push(queue);
