@@ -2,9 +2,13 @@
 //!
 //! Each has a `FromStr` whose error is one line that says what would be right.
 
+mod nic;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+pub use self::nic::{NetOption, NicModel, NicOption, NicSpec, PciAddress};
 
 /// A value on the command line that cannot be used, and what would be right.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -296,99 +300,6 @@ impl fmt::Display for SerialSpec {
             Self::File(path) => write!(f, "file={}", path.display()),
             Self::Unix(path) => write!(f, "unix={}", path.display()),
         }
-    }
-}
-
-/// A model of NIC, of those that there are ([`devices::nic::MODELS`]).
-#[derive(Debug, Clone, Copy)]
-pub struct NicModel(&'static devices::nic::NicModel);
-
-impl NicModel {
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        self.0.name
-    }
-
-    /// Modules of Linux that drive it.
-    pub fn drivers(self) -> &'static [&'static str] {
-        self.0.drivers
-    }
-
-    /// The model.
-    pub fn model(self) -> &'static devices::nic::NicModel {
-        self.0
-    }
-}
-
-impl Default for NicModel {
-    fn default() -> Self {
-        Self(&devices::nic::MODELS[0])
-    }
-}
-
-impl PartialEq for NicModel {
-    fn eq(&self, other: &Self) -> bool {
-        self.name() == other.name()
-    }
-}
-
-impl Eq for NicModel {}
-
-impl FromStr for NicModel {
-    type Err = BadValue;
-
-    fn from_str(text: &str) -> Result<Self, BadValue> {
-        match devices::nic::NicModel::from_name(text) {
-            Some(model) => Ok(Self(model)),
-            None => {
-                let names: Vec<_> = devices::nic::MODELS
-                    .iter()
-                    .map(|model| model.name)
-                    .collect();
-                bad(format!(
-                    "there is no NIC {text:?}: give {}",
-                    names.join(", ")
-                ))
-            }
-        }
-    }
-}
-
-impl fmt::Display for NicModel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// A NIC as it is given: `WIRE[,nic=MODEL][,mac=ADDRESS]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetOption {
-    /// What it is plugged into.
-    pub wire: NetSpec,
-    /// Which NIC, if said.
-    pub nic: Option<NicModel>,
-    /// Its address, if said.
-    pub mac: Option<MacAddress>,
-}
-
-impl FromStr for NetOption {
-    type Err = BadValue;
-
-    fn from_str(text: &str) -> Result<Self, BadValue> {
-        let (mut wire, mut nic, mut mac) = (text, None, None);
-        // From the end, because a path may have commas.
-        while let Some((rest, last)) = wire.rsplit_once(',') {
-            if let Some(name) = last.strip_prefix("nic=").filter(|_| nic.is_none()) {
-                nic = Some(name.parse()?);
-            } else if let Some(address) = last.strip_prefix("mac=").filter(|_| mac.is_none()) {
-                mac = Some(address.parse()?);
-            } else {
-                break;
-            }
-            wire = rest;
-        }
-        let wire = wire.parse()?;
-        Ok(Self { wire, nic, mac })
     }
 }
 

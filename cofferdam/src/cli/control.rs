@@ -213,6 +213,7 @@ fn status_text(status: &Status) -> String {
     }
     for NicStatus { address, net, .. } in &status.nics {
         let NetSummary { nic, mac, wire } = net;
+        let mac = mac.as_deref().unwrap_or("with its own address");
         facts.add_row(vec!["NIC", &format!("{nic} {mac} on {wire}, {address}")]);
     }
     let mut text = format!("{facts}\n");

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use vmm::snapshot::Snapshot;
 
-use crate::options::{DiskSpec, MacAddress, MemorySize, NetOption, NicModel, SerialSpec, VmName};
+use crate::options::{
+    DiskSpec, MacAddress, MemorySize, NetOption, NicOption, NicSpec, SerialSpec, VmName,
+};
 use crate::run::saved::{Changes, SavedVm};
 use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, Restored, RunConfig};
 
@@ -64,9 +66,11 @@ pub struct RunOptions {
     /// unix=PATH[,listen]; no NIC without it (may be given again)
     #[arg(long, value_name = "WIRE[,nic=MODEL][,mac=ADDRESS]")]
     net: Vec<NetOption>,
-    /// Which NIC, where --net does not say: e1000 or virtio
-    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), requires = "net", conflicts_with = "snapshot")]
-    nic: NicModel,
+    /// Which NIC, where --net does not say: e1000 (when not given) or virtio. Or a NIC that needs no --net:
+    /// device=NAME[,mac=ADDRESS], which this guest shares with others (see `cofferdam device`), or vfio=ADDRESS, a
+    /// function of the host's PCI bus (may be given again)
+    #[arg(long, value_name = "NIC")]
+    nic: Vec<NicOption>,
     /// Ethernet address of the first NIC, where --net does not say; made from the VM's name when not given
     #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddress>,
@@ -109,10 +113,6 @@ pub struct RunOptions {
 impl RunOptions {
     /// `run`
     pub fn run(self) -> anyhow::Result<Ending> {
-        ensure!(
-            self.net.len() <= MAX_NICS,
-            "a VM has at most {MAX_NICS} NICs: give --net less often"
-        );
         let config = match self.snapshot.clone() {
             Some(dir) => self.restored(dir)?,
             None => self.fresh()?,
@@ -131,6 +131,10 @@ impl RunOptions {
             "--mac is the address of a NIC: give --net too, see --help"
         );
         let nets = nets(&name, self.net, self.nic, self.mac)?;
+        ensure!(
+            nets.len() <= MAX_NICS,
+            "a VM has at most {MAX_NICS} NICs: give --net and --nic less often"
+        );
         Ok(RunConfig {
             name,
             kernel: self.kernel.context("there is no kernel: give --kernel")?,
@@ -156,6 +160,7 @@ impl RunOptions {
             initrd: self.initrd,
             disks: self.disk,
             nets: self.net,
+            nics: self.nic,
             mac: self.mac,
             serial: self.serial,
             no_reboot: self.no_reboot,
@@ -165,24 +170,57 @@ impl RunOptions {
     }
 }
 
-/// The NICs of the VM `name`. Addresses that nobody gave follow from the VM's name and the NIC's number.
+/// The NICs of the VM `name`: those of `--net`, then those of `--nic`. Addresses that nobody gave follow from the VM's name
+/// and the NIC's number.
 fn nets(
     name: &VmName,
     given: Vec<NetOption>,
-    nic: NicModel,
+    nics: Vec<NicOption>,
     mac: Option<MacAddress>,
 ) -> anyhow::Result<Vec<NetConfig>> {
+    let (mut default, mut others) = (None, Vec::new());
+    for nic in nics {
+        match nic {
+            NicOption::Default(model) => {
+                ensure!(
+                    !given.is_empty(),
+                    "--nic {model} says which NICs those of --net are: give --net too, see --help"
+                );
+                ensure!(
+                    default.replace(model).is_none(),
+                    "--nic says twice which NICs those of --net are: use --net WIRE,nic=MODEL"
+                );
+            }
+            NicOption::Device { host, mac } => others.push((NicSpec::Device(host), mac)),
+            NicOption::Passthrough(address) => others.push((NicSpec::Passthrough(address), None)),
+        }
+    }
+    let models = given.into_iter().map(|net| {
+        let model = net.nic.or(default).unwrap_or_default();
+        (
+            NicSpec::Model {
+                model,
+                wire: net.wire,
+            },
+            net.mac,
+        )
+    });
     let mut nets: Vec<NetConfig> = Vec::new();
-    for (index, net) in given.into_iter().enumerate() {
-        let own = net.mac.or(mac.filter(|_| index == 0));
-        let mac = own.unwrap_or_else(|| MacAddress::for_nic(name, index));
-        ensure!(
-            nets.iter().all(|other| other.mac != mac),
-            "two NICs have the address {mac}"
-        );
+    for (index, (nic, own)) in models.chain(others).enumerate() {
+        let own = own.or(mac.filter(|_| index == 0));
+        let mac = match nic {
+            NicSpec::Passthrough(_) => None,
+            _ => Some(own.unwrap_or_else(|| MacAddress::for_nic(name, index))),
+        };
+        for other in &nets {
+            if let Some(mac) = mac.filter(|mac| other.mac == Some(*mac)) {
+                bail!("two NICs have the address {mac}");
+            }
+            let is_one = !matches!(nic, NicSpec::Model { .. }) && other.nic == nic;
+            ensure!(!is_one, "{} is given twice", nic.wire());
+        }
         nets.push(NetConfig {
-            wire: net.wire,
-            nic: net.nic.unwrap_or(nic),
+            nic,
             mac,
             is_another_wire: false,
         });
@@ -202,13 +240,60 @@ mod tests {
         };
         let mac: MacAddress = "02:00:00:00:00:07".parse().unwrap();
         let all = given(&["user", "user,nic=virtio", "tap=t0,mac=02:00:00:00:00:09"]);
-        let nets = nets(&name, all, NicModel::default(), None).unwrap();
-        assert_eq!(nets[0].mac, MacAddress::for_name("web"));
+        let nets = nets(&name, all, Vec::new(), None).unwrap();
+        assert_eq!(nets[0].mac, Some(MacAddress::for_name("web")));
         assert_ne!(nets[0].mac, nets[1].mac);
-        assert_eq!(nets[2].mac.to_string(), "02:00:00:00:00:09");
+        assert_eq!(nets[2].mac.unwrap().to_string(), "02:00:00:00:00:09");
         let models: Vec<_> = nets.iter().map(|net| net.nic.name()).collect();
         assert_eq!(models, ["e1000", "virtio", "e1000"]);
         let same = given(&["user", "tap=t0,mac=02:00:00:00:00:07"]);
-        super::nets(&name, same, NicModel::default(), Some(mac)).unwrap_err();
+        super::nets(&name, same, Vec::new(), Some(mac)).unwrap_err();
+    }
+
+    #[test]
+    fn nics_that_live_elsewhere_come_after_those_on_wires() {
+        let name: VmName = "web".parse().unwrap();
+        let nics = |text: &[&str]| -> Vec<NicOption> {
+            text.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let user = || vec!["user".parse().unwrap()];
+        let all = nics(&[
+            "device=lan",
+            "virtio",
+            "vfio=00:02.0",
+            "device=dmz,mac=02:00:00:00:00:07",
+        ]);
+        let all = super::nets(&name, user(), all, None).unwrap();
+        let names: Vec<_> = all
+            .iter()
+            .map(|net| (net.nic.name(), net.nic.wire()))
+            .collect();
+        let expected = [
+            ("virtio", "user"),
+            ("device", "device=lan"),
+            ("vfio", "vfio=0000:00:02.0"),
+            ("device", "device=dmz"),
+        ];
+        assert!(names.iter().map(|(a, b)| (*a, b.as_str())).eq(expected));
+        assert_eq!(all[2].mac, None);
+        assert_eq!(all[3].mac.unwrap().to_string(), "02:00:00:00:00:07");
+        for wrong in [
+            &["device=lan", "device=lan"][..],
+            &["vfio=00:02.0", "vfio=0000:00:02.0"],
+            &["e1000", "virtio"],
+        ] {
+            super::nets(&name, user(), nics(wrong), None).unwrap_err();
+        }
+        super::nets(&name, Vec::new(), nics(&["virtio"]), None).unwrap_err();
+        for wrong in [
+            "device=",
+            "device=a/b",
+            "device=a,mac=1",
+            "vfio=2",
+            "vfio=00:02:0",
+            "vfio=0000:00.02:0",
+        ] {
+            wrong.parse::<NicOption>().unwrap_err();
+        }
     }
 }

@@ -393,9 +393,10 @@ pub struct ConfigSummary {
 pub struct NetSummary {
     /// Which NIC.
     pub nic: String,
-    /// Its address.
-    pub mac: String,
-    /// What it is plugged into.
+    /// Its address, if it was given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// What it is plugged into, or which one it is.
     pub wire: String,
 }
 

@@ -28,7 +28,7 @@ use super::meter::MeteredWire;
 use super::nics::{GuestNic, Nics};
 use super::watch::Belongings;
 use super::{NetConfig, RunConfig};
-use crate::options::NetSpec;
+use crate::options::{NetSpec, NicModel, NicSpec};
 
 /// VLAN that the gateway of the first NIC is on besides the untagged network.
 const GATEWAY_VLAN: u16 = 5;
@@ -47,7 +47,7 @@ pub fn add_devices(
     let mut nics = Vec::new();
     for net in &config.nets {
         let nic = add_nic(vm, net, nics.len(), belongings);
-        nics.push(nic.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.wire))?);
+        nics.push(nic.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.nic.wire()))?);
     }
     for (index, disk) in config.disks.iter().enumerate() {
         let file = Disk::open(&disk.path, disk.read_only)?;
@@ -70,19 +70,36 @@ fn add_virtio<D: VirtioDevice + 'static>(vm: &mut Vm, device: D) -> anyhow::Resu
     Ok(())
 }
 
-/// Puts NIC number `index` into the next slot and plugs it in.
+/// Puts NIC number `index` into the next slot.
 fn add_nic(
     vm: &mut Vm,
     net: &NetConfig,
     index: usize,
     belongings: &Belongings,
 ) -> anyhow::Result<GuestNic> {
-    let (wire, gateway) = plug(vm, &net.wire, index, belongings)?;
+    match &net.nic {
+        NicSpec::Model { model, wire } => add_model(vm, net, (*model, wire), index, belongings),
+        NicSpec::Device(_) | NicSpec::Passthrough(_) => {
+            bail!("this version of the program has no NICs that live elsewhere yet")
+        }
+    }
+}
+
+/// Puts a model into the next slot and plugs it in.
+fn add_model(
+    vm: &mut Vm,
+    net: &NetConfig,
+    (model, wire): (NicModel, &NetSpec),
+    index: usize,
+    belongings: &Belongings,
+) -> anyhow::Result<GuestNic> {
+    let mac = net.mac.context("a model has an address")?;
+    let (wire, gateway) = plug(vm, wire, index, belongings)?;
     let wire = MeteredWire::new(wire, net.is_another_wire);
     let meter = wire.meter();
     let slot = vm.reserve_pci_slot()?;
-    let nic = net.nic.model().make(NicParts {
-        mac: net.mac.0,
+    let nic = model.model().make(NicParts {
+        mac: mac.0,
         wire: Box::new(wire),
         dma: vm.dma_space(),
         intx: slot.intx_line(InterruptPin::A),
@@ -94,7 +111,7 @@ fn add_nic(
         config: net.clone(),
         nic,
         slot: slot.number(),
-        meter,
+        meter: Some(meter),
         gateway,
     })
 }

@@ -42,7 +42,7 @@ use recovery::supervisor::Supervisor;
 use restored::Saved;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
-use crate::options::{DiskSpec, MacAddress, MemorySize, NetSpec, NicModel, SerialSpec, VmName};
+use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
 use signals::Signals;
 
@@ -87,15 +87,13 @@ pub struct RunConfig {
     pub restored: Option<Restored>,
 }
 
-/// A NIC and what it is plugged into.
+/// A NIC.
 #[derive(Debug, Clone)]
 pub struct NetConfig {
-    /// What it is plugged into.
-    pub wire: NetSpec,
-    /// Which NIC.
-    pub nic: NicModel,
-    /// Its address.
-    pub mac: MacAddress,
+    /// What it is.
+    pub nic: NicSpec,
+    /// Its address; `None` for one that has its own.
+    pub mac: Option<MacAddress>,
     /// It was saved on a wire of another kind.
     pub is_another_wire: bool,
 }

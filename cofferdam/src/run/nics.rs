@@ -27,8 +27,8 @@ pub struct GuestNic {
     pub nic: Nic,
     /// Its PCI slot.
     pub slot: u8,
-    /// What passed between it and its wire.
-    pub meter: Arc<Meter>,
+    /// What passed between it and its wire, if that is in this process.
+    pub meter: Option<Arc<Meter>>,
     /// The user-mode gateway that it is plugged into, if it is.
     pub gateway: Option<GatewayControl>,
 }

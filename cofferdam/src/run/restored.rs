@@ -69,15 +69,15 @@ impl Saved {
         let loaded = memory::with_huge_pages(|| vm.go_on_from(&self.chain))?;
         tracing::info!(pages = loaded.pages, "the snapshot was read");
         for (nic, saved) in nics.all().iter().zip(self.addresses()?) {
-            if nic.config.mac != saved {
-                (nic.nic.set_address)(nic.config.mac.0);
+            if let Some(mac) = nic.config.mac.filter(|mac| saved != Some(*mac)) {
+                (nic.nic.set_address)(mac.0);
             }
         }
         Ok(())
     }
 
     /// Addresses that the NICs had.
-    fn addresses(&self) -> anyhow::Result<Vec<MacAddress>> {
+    fn addresses(&self) -> anyhow::Result<Vec<Option<MacAddress>>> {
         SavedVm::of(self.chain.top().manifest())?.addresses()
     }
 
@@ -95,6 +95,7 @@ impl Saved {
         let saved = SavedVm::of(self.chain.top().manifest())?;
         let now: Vec<_> = nics.all().iter().map(|nic| nic.config.mac).collect();
         let pairs = self.addresses()?.into_iter().zip(now);
+        let pairs = pairs.filter_map(|(was, is)| was.zip(is));
         let news = News {
             addresses: pairs.filter(|(was, is)| was != is).collect(),
             isolated: saved.isolated().to_vec(),

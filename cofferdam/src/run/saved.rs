@@ -3,13 +3,15 @@
 use std::mem::discriminant;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use recovery::request::IsolatedModule;
 use serde::{Deserialize, Serialize};
 use vmm::snapshot::Manifest;
 
 use super::{NetConfig, Restored, RunConfig};
-use crate::options::{DiskSpec, MacAddress, MemorySize, NetOption, NetSpec, SerialSpec, VmName};
+use crate::options::{
+    DiskSpec, MacAddress, MemorySize, NetOption, NetSpec, NicOption, NicSpec, SerialSpec, VmName,
+};
 
 /// A VM's configuration in a snapshot. Values are written as on the command line; paths are absolute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +40,8 @@ pub struct SavedVm {
 struct SavedNic {
     model: String,
     wire: String,
-    mac: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mac: Option<String>,
 }
 
 /// What a VM that goes on from a snapshot has otherwise than the one that it was taken of.
@@ -54,6 +57,8 @@ pub struct Changes {
     pub disks: Vec<DiskSpec>,
     /// What the NICs are plugged into, all of them in their order.
     pub nets: Vec<NetOption>,
+    /// The NICs that live elsewhere, all of them in their order.
+    pub nics: Vec<NicOption>,
     /// Address of the first NIC.
     pub mac: Option<MacAddress>,
     /// Where the serial console goes.
@@ -77,17 +82,20 @@ impl SavedVm {
             Ok(DiskSpec { path, ..*disk }.to_string())
         };
         let nic = |net: &NetConfig| -> anyhow::Result<SavedNic> {
-            let wire = match &net.wire {
-                NetSpec::Unix { path, listen } => NetSpec::Unix {
-                    path: absolute(path)?,
-                    listen: *listen,
-                },
-                other => other.clone(),
+            let wire = match &net.nic {
+                NicSpec::Model {
+                    wire: NetSpec::Unix { path, listen },
+                    ..
+                } => {
+                    let (path, listen) = (absolute(path)?, *listen);
+                    NetSpec::Unix { path, listen }.to_string()
+                }
+                other => other.wire(),
             };
             Ok(SavedNic {
                 model: net.nic.name().to_owned(),
-                wire: wire.to_string(),
-                mac: net.mac.to_string(),
+                wire,
+                mac: net.mac.map(|mac| mac.to_string()),
             })
         };
         Ok(Self {
@@ -136,9 +144,8 @@ impl SavedVm {
     ///
     /// # Errors
     /// One is none.
-    pub fn addresses(&self) -> anyhow::Result<Vec<MacAddress>> {
-        let parsed = self.nics.iter().map(|nic| Ok(nic.mac.parse()?));
-        parsed.collect()
+    pub fn addresses(&self) -> anyhow::Result<Vec<Option<MacAddress>>> {
+        self.nics.iter().map(SavedNic::address).collect()
     }
 
     fn memory(&self) -> anyhow::Result<MemorySize> {
@@ -168,23 +175,36 @@ impl SavedVm {
             self.disks.len(),
             disks.len()
         );
-        ensure!(
-            changes.nets.is_empty() || changes.nets.len() == self.nics.len(),
-            "the guest has {} NICs, --net gives {}: give all of them in their order, or none",
-            self.nics.len(),
-            changes.nets.len()
-        );
-        let mut given = changes.nets.into_iter();
+        let on_wires = self.nics.iter().filter(|nic| nic.is_model()).count();
+        for (what, option, has, gives) in [
+            ("NICs", "--net", on_wires, changes.nets.len()),
+            (
+                "NICs that live elsewhere",
+                "--nic",
+                self.nics.len() - on_wires,
+                changes.nics.len(),
+            ),
+        ] {
+            ensure!(
+                gives == 0 || gives == has,
+                "the guest has {has} {what}, {option} gives {gives}: give all of them in their order, or none",
+            );
+        }
+        let (mut models, mut others) = (changes.nets.into_iter(), changes.nics.into_iter());
         let mut nets: Vec<NetConfig> = Vec::new();
         for (index, saved) in self.nics.iter().enumerate() {
-            let given = given.next();
             let mac = changes.mac.filter(|_| index == 0);
-            let net = saved.configure(given, mac, is_clone.then_some((&name, index)))?;
-            ensure!(
-                nets.iter().all(|other| other.mac != net.mac),
-                "two NICs have the address {}",
-                net.mac
-            );
+            let clone = is_clone.then_some((&name, index));
+            let net = match saved.is_model() {
+                true => saved.configure(models.next(), mac, clone)?,
+                false => saved.configure_elsewhere(others.next(), mac, clone)?,
+            };
+            if let Some(mac) = net.mac {
+                ensure!(
+                    nets.iter().all(|other| other.mac != net.mac),
+                    "two NICs have the address {mac}",
+                );
+            }
             nets.push(net);
         }
         Ok(RunConfig {
@@ -205,6 +225,15 @@ impl SavedVm {
 }
 
 impl SavedNic {
+    fn address(&self) -> anyhow::Result<Option<MacAddress>> {
+        Ok(self.mac.as_deref().map(str::parse).transpose()?)
+    }
+
+    /// Whether it is a model in the VM's process, on a wire.
+    fn is_model(&self) -> bool {
+        self.wire.parse::<NetSpec>().is_ok()
+    }
+
     /// The NIC with what was given. A clone has an address of its own wherever others may be on the same wire.
     fn configure(
         &self,
@@ -212,29 +241,56 @@ impl SavedNic {
         mac: Option<MacAddress>,
         clone: Option<(&VmName, usize)>,
     ) -> anyhow::Result<NetConfig> {
-        let nic = self.model.parse()?;
+        let model = self.model.parse()?;
         let saved_wire: NetSpec = self.wire.parse()?;
         let (wire, given_model, given_mac) = match given {
             Some(given) => (given.wire, given.nic, given.mac),
             None => (saved_wire.clone(), None, None),
         };
         ensure!(
-            given_model.is_none_or(|model| model == nic),
-            "the guest's NIC is a {nic}: it cannot become another one"
+            given_model.is_none_or(|given| given == model),
+            "the guest's NIC is a {model}: it cannot become another one"
         );
-        let saved: MacAddress = self.mac.parse()?;
         let own = match (clone, &wire) {
             (Some((name, index)), NetSpec::Tap(_) | NetSpec::Unix { .. }) => {
-                MacAddress::for_nic(name, index)
+                Some(MacAddress::for_nic(name, index))
             }
             // On its built-in gateway nobody else is.
-            _ => saved,
+            _ => self.address()?,
         };
         Ok(NetConfig {
             is_another_wire: discriminant(&wire) != discriminant(&saved_wire),
-            wire,
+            nic: NicSpec::Model { model, wire },
+            mac: given_mac.or(mac).or(own),
+        })
+    }
+
+    /// The same for one that lives elsewhere.
+    fn configure_elsewhere(
+        &self,
+        given: Option<NicOption>,
+        mac: Option<MacAddress>,
+        clone: Option<(&VmName, usize)>,
+    ) -> anyhow::Result<NetConfig> {
+        let saved: NicOption = self.wire.parse()?;
+        let (nic, given_mac) = match given.unwrap_or(saved) {
+            NicOption::Device { host, mac } => (NicSpec::Device(host), mac),
+            NicOption::Passthrough(address) => (NicSpec::Passthrough(address), None),
+            NicOption::Default(model) => {
+                bail!("the guest's NICs are what they were: {model} cannot be given to all of them")
+            }
+        };
+        let own = match clone {
+            Some((name, index)) => Some(MacAddress::for_nic(name, index)),
+            None => self.address()?,
+        };
+        Ok(NetConfig {
+            is_another_wire: false,
+            mac: match nic {
+                NicSpec::Passthrough(_) => None,
+                _ => given_mac.or(mac).or(own),
+            },
             nic,
-            mac: given_mac.or(mac).unwrap_or(own),
         })
     }
 }

@@ -2,11 +2,16 @@ use super::*;
 
 fn config(nets: &[&str]) -> RunConfig {
     let net = |(index, text): (usize, &&str)| {
-        let option: NetOption = text.parse().unwrap();
+        let nic = match text.parse::<NetOption>() {
+            Ok(NetOption { wire, nic, .. }) => NicSpec::Model {
+                model: nic.unwrap_or_default(),
+                wire,
+            },
+            Err(_) => NicSpec::Device(text.strip_prefix("device=").unwrap().parse().unwrap()),
+        };
         NetConfig {
-            wire: option.wire,
-            nic: option.nic.unwrap_or_default(),
-            mac: MacAddress([2, 0, 0, 0, 0, index as u8 + 1]),
+            nic,
+            mac: Some(MacAddress([2, 0, 0, 0, 0, index as u8 + 1])),
             is_another_wire: false,
         }
     };
@@ -40,12 +45,12 @@ fn again(config: &RunConfig, changes: Changes) -> anyhow::Result<RunConfig> {
 }
 
 fn macs(config: &RunConfig) -> Vec<MacAddress> {
-    config.nets.iter().map(|net| net.mac).collect()
+    config.nets.iter().map(|net| net.mac.unwrap()).collect()
 }
 
 #[test]
 fn a_vm_goes_on_with_what_it_was_started_with() {
-    let before = config(&["user,nic=virtio", "unix=/tmp/cable,listen"]);
+    let before = config(&["user,nic=virtio", "unix=/tmp/cable,listen", "device=lan"]);
     let after = again(&before, Changes::default()).unwrap();
     assert_eq!(after.name, before.name);
     assert_eq!((after.kernel, after.initrd), (before.kernel, before.initrd));
@@ -53,7 +58,7 @@ fn a_vm_goes_on_with_what_it_was_started_with() {
     assert_eq!(after.memory, before.memory);
     assert_eq!((after.vcpus, after.no_reboot), (2, true));
     for (after, before) in after.nets.iter().zip(&before.nets) {
-        assert_eq!((&after.wire, after.nic), (&before.wire, before.nic));
+        assert_eq!(after.nic, before.nic);
         assert_eq!(after.mac, before.mac);
     }
 }
@@ -83,7 +88,7 @@ fn a_clone_has_addresses_of_its_own_where_it_may_meet_others() {
     let three = again(&before, given).unwrap();
     assert_eq!(macs(&three)[0].to_string(), "02:00:00:00:00:09");
     assert_eq!(macs(&three)[1], old[1]);
-    assert_eq!(three.nets[2].wire.to_string(), "tap=t1");
+    assert_eq!(three.nets[2].nic.wire(), "tap=t1");
     let others = ["tap=t0", "tap=t1", "unix=/tmp/other"];
     let given = Changes {
         nets: others.iter().map(|wire| wire.parse().unwrap()).collect(),
@@ -104,6 +109,13 @@ fn other_hardware_is_refused() {
     for (changes, word) in [
         (nets(&["user", "user"]), "1 NICs"),
         (nets(&["user,nic=virtio"]), "another one"),
+        (
+            Changes {
+                nics: vec!["device=lan".parse().unwrap()],
+                ..Changes::default()
+            },
+            "0 NICs that live elsewhere",
+        ),
         (
             Changes {
                 disks: vec!["/a".parse().unwrap(), "/b".parse().unwrap()],

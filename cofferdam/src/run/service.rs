@@ -435,14 +435,18 @@ fn chain(error: anyhow::Error) -> String {
 fn net_summary(net: &NetConfig) -> NetSummary {
     NetSummary {
         nic: net.nic.name().to_owned(),
-        mac: net.mac.to_string(),
-        wire: net.wire.to_string(),
+        mac: net.mac.map(|mac| mac.to_string()),
+        wire: net.nic.wire(),
     }
 }
 
 /// A NIC's configuration and counters.
 fn nic_status(nic: &GuestNic) -> NicStatus {
-    let mut counters = nic.meter.read();
+    let mut counters = nic
+        .meter
+        .as_ref()
+        .map(|meter| meter.read())
+        .unwrap_or_default();
     if let Some(gateway) = &nic.gateway {
         let of_gateway = gateway.log().counters();
         counters.insert("gateway_refused".to_owned(), of_gateway.frames_refused);
