@@ -17,16 +17,6 @@ fn json(place: &Place, words: &str) -> Value {
     serde_json::from_str(&place.ask(words)).unwrap()
 }
 
-/// A command that must fail with one line that says this.
-#[track_caller]
-fn refused(place: &Place, words: &str, says: &str) {
-    let output = finish(place.command().args(words.split(' ')).spawn().unwrap());
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success(), "{words}");
-    assert!(error.contains(says), "{words}: {error}");
-    assert_eq!(error.lines().count(), 1, "{words}: {error}");
-}
-
 /// A VM that goes on from a snapshot.
 fn go_on(place: &Place, words: &str) -> Child {
     let mut words: Vec<_> = words.split(' ').collect();
@@ -59,25 +49,21 @@ fn a_guest_is_snapshotted_and_goes_on_under_two_names() {
         "{shown}"
     );
 
-    refused(&place, &format!("snapshot idle {full}"), "is not empty");
-    refused(
-        &place,
+    place.ask_refused(&format!("snapshot idle {full}"), "is not empty");
+    place.ask_refused(
         &format!("snapshot idle {}", path("not/there")),
         "cannot write",
     );
-    refused(
-        &place,
+    place.ask_refused(
         &format!("snapshot idle {} --diff {}", path("x"), path("nothing")),
         "is no snapshot",
     );
-    refused(&place, "snapshot nobody /tmp/x", "no VM named");
-    refused(
-        &place,
+    place.ask_refused("snapshot nobody /tmp/x", "no VM named");
+    place.ask_refused(
         &format!("run --snapshot {full} --memory 64M"),
         "cannot be used with",
     );
-    refused(
-        &place,
+    place.ask_refused(
         &format!("run --snapshot {full} --name x --net user"),
         "0 NICs",
     );
@@ -116,16 +102,12 @@ fn marks_are_set_shown_gone_back_to_and_forgotten() {
     let place = Place::new();
     let vm = place.idle("--memory 32M");
     assert!(place.ask("marks idle").contains("no marks"));
-    refused(&place, "rewind idle", "has no mark");
+    place.ask_refused("rewind idle", "has no mark");
     assert!(place.ask("mark idle").starts_with("mark: "));
     assert_eq!(json(&place, "mark idle later --json")["parent"], "mark");
-    refused(&place, "mark idle later", "already");
-    refused(&place, "mark idle a/b", "is no name");
-    refused(
-        &place,
-        "rewind idle elsewhere",
-        "there is no mark elsewhere",
-    );
+    place.ask_refused("mark idle later", "already");
+    place.ask_refused("mark idle a/b", "is no name");
+    place.ask_refused("rewind idle elsewhere", "there is no mark elsewhere");
     assert!(place.ask("rewind idle mark").starts_with("back at mark: "));
     let marks = json(&place, "marks idle --json");
     let current = |index: usize| marks[index]["current"].as_bool().unwrap();

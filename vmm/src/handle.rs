@@ -1,20 +1,19 @@
 //! A machine as other threads and upper layers see it while it runs.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use devices::bus::Bus;
 use devices::dma::DmaSpace;
 use devices::irq::MsiVectors;
-use devices::pci::PciFunction;
-use devices::pci::bus::PciBus;
-use event_manager::MutEventSubscriber;
+use devices::pci::bus::{PciBus, SharedFunction};
 use kvm_ioctls::{Kvm, VmFd};
 use serde::Serialize;
 
 use crate::error::Error;
 use crate::exits::ExitCounts;
 use crate::gate::on_vcpu_thread;
+use crate::hotplug::SharedSubscriber;
 use crate::lifecycle::Request;
 use crate::machine::{Machine, Operations, Phase};
 use crate::memory::GuestRam;
@@ -263,14 +262,16 @@ impl VmHandle {
         Ok(Arc::new(self.machine.routing.vectors(count)?))
     }
 
-    /// Puts a device into its slot while the machine runs, lets the event loop serve it, and tells the guest to
-    /// look for it.
-    pub fn plug<D>(&self, slot: &PciSlot, device: Arc<Mutex<D>>) -> Result<(), Error>
-    where
-        D: PciFunction + MutEventSubscriber + Send + 'static,
-    {
-        slot.insert(device.clone())?;
-        self.machine.hotplug.came(slot.number(), device);
+    /// Puts a device into its slot while the machine runs, lets the event loop serve it and what belongs to it, and
+    /// tells the guest to look for it.
+    pub fn plug(
+        &self,
+        slot: &PciSlot,
+        function: SharedFunction,
+        subscribers: Vec<SharedSubscriber>,
+    ) -> Result<(), Error> {
+        slot.insert(function)?;
+        self.machine.hotplug.came(slot.number(), subscribers);
         Ok(())
     }
 

@@ -44,8 +44,8 @@ pub(crate) struct HotplugState {
 
 /// What the main loop has to do with its subscribers.
 pub(crate) enum Change {
-    /// Serve the device in a slot.
-    Serve(u8, SharedSubscriber),
+    /// Serve the device in a slot, and what belongs to it.
+    Serve(u8, Vec<SharedSubscriber>),
     /// Serve it no more; the slot is free then.
     Forget(u8),
 }
@@ -132,11 +132,11 @@ impl Hotplug {
     }
 
     /// `slot`, which was reserved, has a function now.
-    pub fn came(&self, slot: u8, subscriber: SharedSubscriber) {
+    pub fn came(&self, slot: u8, subscribers: Vec<SharedSubscriber>) {
         {
             let mut slots = self.slots();
             slots.removable |= bit(slot);
-            slots.changes.push(Change::Serve(slot, subscriber));
+            slots.changes.push(Change::Serve(slot, subscribers));
         }
         self.wake_main_loop();
         self.up.fetch_or(bit(slot), Ordering::AcqRel);

@@ -103,16 +103,18 @@ impl Vm {
     fn serve_changes(&mut self) {
         for change in self.machine.hotplug.take_changes() {
             match change {
-                Change::Serve(slot, subscriber) => {
-                    let guarded = self.machine.at_work.guard(subscriber);
-                    let id = self.events.add_subscriber(guarded);
-                    self.plugged.insert(slot, id);
+                Change::Serve(slot, subscribers) => {
+                    let guarded = subscribers.into_iter().map(|subscriber| {
+                        let guarded = self.machine.at_work.guard(subscriber);
+                        self.events.add_subscriber(guarded)
+                    });
+                    self.plugged.insert(slot, guarded.collect());
                 }
                 Change::Forget(slot) => {
-                    if let Some(id) = self.plugged.remove(&slot)
-                        && let Err(error) = self.events.remove_subscriber(id)
-                    {
-                        tracing::error!(%error, slot, "a device that went is still served");
+                    for id in self.plugged.remove(&slot).unwrap_or_default() {
+                        if let Err(error) = self.events.remove_subscriber(id) {
+                            tracing::error!(%error, slot, "a device that went is still served");
+                        }
                     }
                     self.machine.hotplug.release(slot);
                 }

@@ -84,7 +84,7 @@ pub struct Vm {
     pub(crate) payload: OpenPayload,
     pub(crate) events: EventManager<SharedSubscriber>,
     /// Devices that came while the machine ran, by slot.
-    pub(crate) plugged: BTreeMap<u8, SubscriberId>,
+    pub(crate) plugged: BTreeMap<u8, Vec<SubscriberId>>,
     pub(crate) windows: Windows,
     /// As after power-on.
     pub(crate) power_on: MachineState,

@@ -62,7 +62,9 @@ fn add_disk(vm: &mut Vm, file: &std::path::Path, later: bool) -> u8 {
     let function = VirtioPciFunction::new(disk, vm.dma_space(), line, vectors).unwrap();
     let function = Arc::new(Mutex::new(function));
     if later {
-        vm.handle().plug(&slot, function).unwrap();
+        vm.handle()
+            .plug(&slot, function.clone(), vec![function])
+            .unwrap();
     } else {
         vm.add_subscriber(function.clone());
         vm.add_pci(&slot, function).unwrap();

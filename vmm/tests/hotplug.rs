@@ -45,7 +45,10 @@ fn plug(handle: &VmHandle, file: &std::path::Path) -> u8 {
     let vectors = handle.msi_vectors(2).unwrap();
     let line = slot.intx_line(InterruptPin::A);
     let function = VirtioPciFunction::new(disk, handle.dma_space(), line, vectors).unwrap();
-    handle.plug(&slot, Arc::new(Mutex::new(function))).unwrap();
+    let function = Arc::new(Mutex::new(function));
+    handle
+        .plug(&slot, function.clone(), vec![function])
+        .unwrap();
     slot.number()
 }
 

@@ -102,7 +102,9 @@ impl Machine {
         let slot = self.handle.reserve_pci_slot().unwrap();
         let disk = Block::new(Disk::open(file, false).unwrap(), "plugged");
         let function = virtio(&self.handle, &slot, disk);
-        self.handle.plug(&slot, function).unwrap();
+        self.handle
+            .plug(&slot, function.clone(), vec![function])
+            .unwrap();
         slot.number()
     }
 

@@ -8,6 +8,7 @@ mod inject;
 mod isolation;
 mod logging;
 mod marks;
+mod plug;
 mod report;
 mod run;
 mod snapshot;
@@ -73,6 +74,10 @@ enum Command {
     Rewind(marks::RewindOptions),
     /// Show a VM's marks, or forget one
     Marks(marks::MarksOptions),
+    /// Plug a NIC into a guest that runs
+    Plug(plug::PlugOptions),
+    /// Take a NIC out of a guest that runs
+    Unplug(plug::UnplugOptions),
     /// Run a command inside a guest, through its agent
     Exec(exec::ExecOptions),
     /// Put functions of a guest's driver into a domain of their own
@@ -124,6 +129,8 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Mark(options) => options.run(),
         Command::Rewind(options) => options.run(),
         Command::Marks(options) => options.run(),
+        Command::Plug(options) => options.run(),
+        Command::Unplug(options) => options.run(),
         Command::Exec(options) => options.run(),
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),

@@ -79,6 +79,20 @@ pub enum Request {
         #[serde(default)]
         stop: bool,
     },
+    /// Plug a NIC in while the guest runs, one of the two. Answer: [`Reply::Plugged`].
+    Plug {
+        /// As `--net` of `run` takes it; paths are absolute.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        net: Option<String>,
+        /// As `--nic` of `run` takes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<String>,
+    },
+    /// Have the guest let go of a NIC that came while it ran, and take it out.
+    Unplug {
+        /// Its PCI address in the guest.
+        address: String,
+    },
     /// Set a mark where the guest is. Answer: [`Reply::Marked`].
     Mark {
         /// Its name.
@@ -191,6 +205,7 @@ impl Request {
         match self {
             Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
             Self::Release { .. } => Some(Duration::from_secs(60)),
+            Self::Unplug { .. } => Some(Duration::from_secs(120)),
             // All of the memory is written, to whatever kind of disk.
             Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
             // The agent lists all symbols, for which it has a minute; each device has one.
@@ -246,6 +261,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// The snapshot that was taken.
     Snapshot(Taken),
+    /// The NIC that was plugged in.
+    Plugged(NicStatus),
     /// The mark that was set.
     Marked(MarkInfo),
     /// The rewind that was done.

@@ -98,6 +98,19 @@ impl FromStr for NetOption {
     }
 }
 
+impl fmt::Display for NetOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.wire)?;
+        if let Some(nic) = &self.nic {
+            write!(f, ",nic={nic}")?;
+        }
+        match &self.mac {
+            Some(mac) => write!(f, ",mac={mac}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Where a function is on the host's PCI buses, as Linux writes it: `0000:00:02.0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PciAddress(String);
@@ -217,6 +230,20 @@ impl FromStr for NicOption {
         match text.parse() {
             Ok(model) => Ok(Self::Default(model)),
             Err(BadValue(why)) => bad(format!("{why}, device=NAME or vfio=PCI-ADDRESS")),
+        }
+    }
+}
+
+impl fmt::Display for NicOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default(model) => write!(f, "{model}"),
+            Self::Device { host, mac: None } => write!(f, "device={host}"),
+            Self::Device {
+                host,
+                mac: Some(mac),
+            } => write!(f, "device={host},mac={mac}"),
+            Self::Passthrough(address) => write!(f, "vfio={address}"),
         }
     }
 }

@@ -22,7 +22,7 @@ use devices::wire::Wire;
 use devices::wire::gateway::{Gateway, GatewayConfig, GatewayControl, NetworkConfig};
 use devices::wire::tap::Tap;
 use devices::wire::unix_link::UnixLink;
-use vmm::Vm;
+use vmm::{PciSlot, SharedSubscriber, Vm, VmHandle};
 
 use super::meter::MeteredWire;
 use super::nics::{GuestNic, Nics};
@@ -46,8 +46,9 @@ pub fn add_devices(
     add_virtio(vm, console)?;
     let mut nics = Vec::new();
     for net in &config.nets {
-        let nic = add_nic(vm, net, nics.len(), belongings);
-        nics.push(nic.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.nic.wire()))?);
+        let made = MadeNic::new(&vm.handle(), net, nics.len(), belongings);
+        let made = made.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.nic.wire()))?;
+        nics.push(made.add(vm)?);
     }
     for (index, disk) in config.disks.iter().enumerate() {
         let file = Disk::open(&disk.path, disk.read_only)?;
@@ -70,62 +71,117 @@ fn add_virtio<D: VirtioDevice + 'static>(vm: &mut Vm, device: D) -> anyhow::Resu
     Ok(())
 }
 
-/// Puts NIC number `index` into the next slot.
-fn add_nic(
-    vm: &mut Vm,
-    net: &NetConfig,
-    index: usize,
-    belongings: &Belongings,
-) -> anyhow::Result<GuestNic> {
-    match &net.nic {
-        NicSpec::Model { model, wire } => add_model(vm, net, (*model, wire), index, belongings),
-        NicSpec::Device(_) | NicSpec::Passthrough(_) => {
-            bail!("this version of the program has no NICs that live elsewhere yet")
+/// A NIC that is in no slot yet.
+pub struct MadeNic {
+    nic: GuestNic,
+    slot: PciSlot,
+    /// What the event loop has to serve.
+    subscribers: Vec<SharedSubscriber>,
+}
+
+impl MadeNic {
+    /// Makes NIC number `index` for the next slot of `vm`.
+    ///
+    /// # Errors
+    /// The host does not have what it needs.
+    pub fn new(
+        vm: &VmHandle,
+        net: &NetConfig,
+        index: usize,
+        belongings: &Belongings,
+    ) -> anyhow::Result<Self> {
+        match &net.nic {
+            NicSpec::Model { model, wire } => {
+                Self::model(vm, net, (*model, wire), index, belongings)
+            }
+            NicSpec::Device(_) | NicSpec::Passthrough(_) => {
+                bail!("this version of the program has no NICs that live elsewhere yet")
+            }
+        }
+    }
+
+    /// A model, plugged into its wire.
+    fn model(
+        vm: &VmHandle,
+        net: &NetConfig,
+        (model, wire): (NicModel, &NetSpec),
+        index: usize,
+        belongings: &Belongings,
+    ) -> anyhow::Result<Self> {
+        let mac = net.mac.context("a model has an address")?;
+        let Plugged {
+            wire,
+            gateway,
+            mut subscribers,
+        } = plug(wire, index, belongings)?;
+        let wire = MeteredWire::new(wire, net.is_another_wire);
+        let meter = wire.meter();
+        let slot = vm.reserve_pci_slot()?;
+        let nic = model.model().make(NicParts {
+            mac: mac.0,
+            wire: Box::new(wire),
+            dma: vm.dma_space(),
+            intx: slot.intx_line(InterruptPin::A),
+            vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+        })?;
+        subscribers.push(nic.events.clone());
+        let nic = GuestNic {
+            config: net.clone(),
+            nic,
+            number: index,
+            slot: slot.number(),
+            came: false,
+            meter: Some(meter),
+            gateway,
+        };
+        Ok(Self {
+            nic,
+            slot,
+            subscribers,
+        })
+    }
+
+    /// Puts it into its slot, before the guest begins.
+    fn add(self, vm: &mut Vm) -> anyhow::Result<GuestNic> {
+        vm.add_pci(&self.slot, self.nic.nic.function.clone())?;
+        for subscriber in self.subscribers {
+            vm.add_subscriber(subscriber);
+        }
+        Ok(self.nic)
+    }
+
+    /// Puts it into its slot while the guest runs, which is told.
+    ///
+    /// # Errors
+    /// The slot is taken.
+    pub fn plug(self, vm: &VmHandle) -> anyhow::Result<GuestNic> {
+        vm.plug(&self.slot, self.nic.nic.function.clone(), self.subscribers)?;
+        Ok(GuestNic {
+            came: true,
+            ..self.nic
+        })
+    }
+}
+
+/// A wire, the gateway at its end if there is one, and what the event loop has to serve of it.
+struct Plugged {
+    wire: Box<dyn Wire>,
+    gateway: Option<GatewayControl>,
+    subscribers: Vec<SharedSubscriber>,
+}
+
+impl Plugged {
+    fn into(wire: impl Wire + 'static) -> Self {
+        Self {
+            wire: Box::new(wire),
+            gateway: None,
+            subscribers: Vec::new(),
         }
     }
 }
 
-/// Puts a model into the next slot and plugs it in.
-fn add_model(
-    vm: &mut Vm,
-    net: &NetConfig,
-    (model, wire): (NicModel, &NetSpec),
-    index: usize,
-    belongings: &Belongings,
-) -> anyhow::Result<GuestNic> {
-    let mac = net.mac.context("a model has an address")?;
-    let (wire, gateway) = plug(vm, wire, index, belongings)?;
-    let wire = MeteredWire::new(wire, net.is_another_wire);
-    let meter = wire.meter();
-    let slot = vm.reserve_pci_slot()?;
-    let nic = model.model().make(NicParts {
-        mac: mac.0,
-        wire: Box::new(wire),
-        dma: vm.dma_space(),
-        intx: slot.intx_line(InterruptPin::A),
-        vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
-    })?;
-    vm.add_pci(&slot, nic.function.clone())?;
-    vm.add_subscriber(nic.events.clone());
-    Ok(GuestNic {
-        config: net.clone(),
-        nic,
-        slot: slot.number(),
-        meter: Some(meter),
-        gateway,
-    })
-}
-
-/// A wire, and the gateway at its end if there is one.
-type Plugged = (Box<dyn Wire>, Option<GatewayControl>);
-
 /// Makes the wire of NIC number `index` that `spec` says.
-fn plug(
-    vm: &mut Vm,
-    spec: &NetSpec,
-    index: usize,
-    belongings: &Belongings,
-) -> anyhow::Result<Plugged> {
+fn plug(spec: &NetSpec, index: usize, belongings: &Belongings) -> anyhow::Result<Plugged> {
     match spec {
         NetSpec::User => {
             // Each gateway is a network of its own. The number of NICs is far below what an octet holds.
@@ -134,9 +190,12 @@ fn plug(
             let vlan = GATEWAY_VLAN + u16::from(number);
             config.networks.push(NetworkConfig::for_vlan(vlan));
             let gateway = Gateway::new(&config)?;
-            vm.add_subscriber(Arc::new(Mutex::new(gateway.timer())));
-            let control = gateway.control();
-            Ok((Box::new(gateway), Some(control)))
+            let timer = Arc::new(Mutex::new(gateway.timer()));
+            Ok(Plugged {
+                gateway: Some(gateway.control()),
+                wire: Box::new(gateway),
+                subscribers: vec![timer],
+            })
         }
         NetSpec::Tap(name) => {
             // One that was made for us would be gone with us; a misspelt name would go unnoticed.
@@ -146,16 +205,16 @@ fn plug(
                      use --net user, which needs none"
                 );
             }
-            Ok((Box::new(Tap::open(name)?), None))
+            Ok(Plugged::into(Tap::open(name)?))
         }
         NetSpec::Unix { path, listen: true } => {
             let link = UnixLink::listen(path)?;
             belongings.add_socket(path.clone());
-            Ok((Box::new(link), None))
+            Ok(Plugged::into(link))
         }
         NetSpec::Unix {
             path,
             listen: false,
-        } => Ok((Box::new(UnixLink::connect(path)?), None)),
+        } => Ok(Plugged::into(UnixLink::connect(path)?)),
     }
 }

@@ -19,6 +19,7 @@ mod memory;
 mod meter;
 mod nics;
 mod panic_watch;
+mod plugging;
 mod restored;
 pub mod saved;
 mod service;
@@ -183,8 +184,13 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
             supervisor.guest_was_reset();
         }
     });
-    let service =
-        service::VmService::new(config, vm.handle(), nics, supervisor, panic, started_ns)?;
+    let plugging = plugging::Plugging::new(
+        config.name.clone(),
+        vm.handle(),
+        nics.clone(),
+        belongings.clone(),
+    );
+    let service = service::VmService::new(config, plugging, supervisor, panic, started_ns)?;
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

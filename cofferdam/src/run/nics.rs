@@ -1,7 +1,7 @@
 //! The guest's NICs: what is kept of them to look at them and to control them, and which of them a driver has.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_protocol::{Client, ClientError};
 use anyhow::bail;
@@ -25,8 +25,12 @@ pub struct GuestNic {
     pub config: NetConfig,
     /// The device.
     pub nic: Nic,
+    /// Its number among the guest's NICs, from 0.
+    pub number: usize,
     /// Its PCI slot.
     pub slot: u8,
+    /// It came while the guest ran.
+    pub came: bool,
     /// What passed between it and its wire, if that is in this process.
     pub meter: Option<Arc<Meter>>,
     /// The user-mode gateway that it is plugged into, if it is.
@@ -40,10 +44,10 @@ impl GuestNic {
     }
 }
 
-/// All NICs of a guest, in the order of their slots.
+/// All NICs of a guest: those that it began with in the order of their slots, then those that came.
 #[derive(Clone, Default)]
 pub struct Nics {
-    all: Arc<[GuestNic]>,
+    all: Arc<Mutex<Vec<GuestNic>>>,
     /// Slots of the NICs that modules had when the guest was last asked: while a driver is out, it has none.
     driven: Arc<Mutex<HashMap<String, Vec<u8>>>>,
 }
@@ -60,14 +64,30 @@ impl Nics {
     /// These NICs.
     pub fn new(all: Vec<GuestNic>) -> Self {
         Self {
-            all: all.into(),
+            all: Arc::new(Mutex::new(all)),
             driven: Arc::default(),
         }
     }
 
     /// All of them.
-    pub fn all(&self) -> &[GuestNic] {
-        &self.all
+    pub fn all(&self) -> Vec<GuestNic> {
+        self.lock().clone()
+    }
+
+    /// One more.
+    pub fn add(&self, nic: GuestNic) {
+        self.lock().push(nic);
+    }
+
+    /// Forgets those that came to `vm` while it ran and went again. Says whether others are left that came.
+    pub fn forget_gone(&self, vm: &VmHandle) -> bool {
+        let mut all = self.lock();
+        all.retain(|nic| !nic.came || vm.is_plugged(nic.slot));
+        all.iter().any(|nic| nic.came)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<GuestNic>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks the guest which NICs `module` drives, and remembers it.
@@ -76,8 +96,8 @@ impl Nics {
     /// The agent does not answer.
     pub fn look(&self, agent: &mut Client, module: &str) -> anyhow::Result<()> {
         let mut slots = Vec::new();
-        for nic in self.all.iter() {
-            if is_driven(agent, nic, module)? {
+        for nic in self.all() {
+            if is_driven(agent, &nic, module)? {
                 slots.push(nic.slot);
             }
         }
@@ -109,7 +129,7 @@ impl Nics {
             None => nic.config.nic.drivers().contains(&module),
         };
         let (mut devices, mut slots) = (Vec::new(), Vec::new());
-        for nic in self.all.iter().filter(is_its) {
+        for nic in self.all().iter().filter(is_its) {
             if let Some(holdable) = &nic.nic.holdable {
                 devices.push(holdable(by)?);
                 slots.push(nic.slot);

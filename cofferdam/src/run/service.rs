@@ -21,6 +21,7 @@ use vmm::{Refused, VmHandle};
 use super::isolation::Isolation;
 use super::nics::{GuestNic, Nics};
 use super::panic_watch::GuestPanic;
+use super::plugging::Plugging;
 use super::saved::SavedVm;
 use super::{NetConfig, RunConfig, memory};
 use crate::control::protocol::{
@@ -44,6 +45,7 @@ const PANIC_TIME: Duration = Duration::from_secs(2);
 pub struct VmService {
     vm: VmHandle,
     nics: Nics,
+    plugging: Plugging,
     supervisor: Arc<Supervisor<Isolation>>,
     name: String,
     config: ConfigSummary,
@@ -54,22 +56,22 @@ pub struct VmService {
 }
 
 impl VmService {
-    /// Serves `vm`, which was made from `config`.
+    /// Serves the VM of `plugging`, which was made from `config`.
     ///
     /// # Errors
     /// What it was made from cannot be kept.
     pub fn new(
         config: &RunConfig,
-        vm: VmHandle,
-        nics: Nics,
+        plugging: Plugging,
         supervisor: Arc<Supervisor<Isolation>>,
         panic: GuestPanic,
         started_ns: u64,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             saved: SavedVm::new(config)?,
-            vm,
-            nics,
+            vm: plugging.vm().clone(),
+            nics: plugging.nics().clone(),
+            plugging,
             supervisor,
             name: config.name.to_string(),
             config: summary(config),
@@ -90,6 +92,7 @@ impl VmService {
                 }
             }
         }
+        self.nics.forget_gone(&self.vm);
         let nics: Vec<_> = self.nics.all().iter().map(nic_status).collect();
         let first = nics.first();
         Ok(Reply::Status(Box::new(Status {
@@ -169,6 +172,12 @@ impl VmService {
     }
 
     fn snapshot(&self, request: &SnapshotRequest<'_>, asker: &dyn Asker) -> Result<Reply, String> {
+        if self.nics.forget_gone(&self.vm) {
+            return Err(
+                "a VM with NICs that came while it ran cannot be saved yet: `cofferdam unplug` takes them out"
+                    .to_owned(),
+            );
+        }
         let paths = std::iter::once(request.dir).chain(request.parent);
         if paths.into_iter().any(|path| !path.is_absolute()) {
             return Err("a snapshot's directory is named by its whole path".to_owned());
@@ -199,12 +208,9 @@ impl VmService {
         Ok(Reply::Done {})
     }
 
-    fn gateway(&self) -> Result<&GatewayControl, String> {
-        let mut gateways = self
-            .nics
-            .all()
-            .iter()
-            .filter_map(|nic| nic.gateway.as_ref());
+    fn gateway(&self) -> Result<GatewayControl, String> {
+        let nics = self.nics.all();
+        let mut gateways = nics.into_iter().filter_map(|nic| nic.gateway);
         gateways
             .next()
             .ok_or_else(|| "this VM has no gateway: run it with --net user".to_owned())
@@ -274,6 +280,18 @@ impl Handler for VmService {
                     limit: REST_TIME,
                 };
                 self.snapshot(&request, asker)
+            }
+            Request::Plug { net, nic } => {
+                let plugged = match (net, nic) {
+                    (Some(net), None) => self.plugging.plug_net(net.parse().map_err(text)?),
+                    (None, Some(nic)) => self.plugging.plug_nic(nic.parse().map_err(text)?),
+                    _ => return Err("give one NIC: either --net or --nic".to_owned()),
+                };
+                Ok(Reply::Plugged(nic_status(&plugged.map_err(chain)?)))
+            }
+            Request::Unplug { address } => {
+                self.plugging.unplug(&address, asker).map_err(chain)?;
+                Ok(Reply::Done {})
             }
             Request::Mark { name } => {
                 asker.tell("setting a mark").map_err(text)?;

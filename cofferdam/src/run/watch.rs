@@ -81,7 +81,7 @@ struct State {
 }
 
 struct Shared {
-    belongings: Belongings,
+    belongings: Arc<Belongings>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -93,7 +93,7 @@ impl Watch {
     /// Starts to listen to `signals`.
     pub fn start(signals: Signals) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared {
-            belongings: Belongings::default(),
+            belongings: Arc::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -106,7 +106,7 @@ impl Watch {
     }
 
     /// What must be gone at the end.
-    pub fn belongings(&self) -> &Belongings {
+    pub fn belongings(&self) -> &Arc<Belongings> {
         &self.0.belongings
     }
 

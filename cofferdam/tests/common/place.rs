@@ -140,6 +140,16 @@ impl Place {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Runs a command to its end; it must fail with one line that says this.
+    #[track_caller]
+    pub fn ask_refused(&self, words: &str, says: &str) {
+        let output = finish(self.command().args(words.split(' ')).spawn().unwrap());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{words}");
+        assert!(error.contains(says), "{words}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{words}: {error}");
+    }
+
     pub fn status(&self) -> serde_json::Value {
         self.status_of("idle")
     }

@@ -4,6 +4,7 @@ mod agent;
 mod command_line;
 mod nic;
 mod pause;
+mod plugging;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
