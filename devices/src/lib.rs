@@ -17,5 +17,6 @@ pub mod pci;
 pub mod rate_limit;
 pub mod serial;
 pub mod state;
+pub mod vfio;
 pub mod virtio;
 pub mod wire;

@@ -2,6 +2,7 @@
 
 mod bench;
 mod control;
+mod device;
 mod errors;
 mod exec;
 mod inject;
@@ -94,6 +95,9 @@ enum Command {
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
+    /// Prepare PCI functions of the host for guests
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
     /// Measure boots, recovery and traffic
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -139,6 +143,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
+        Command::Device(command) => command.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),
