@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod cli;
 pub mod control;
+pub mod device;
 pub mod doctor;
 pub mod error_text;
 pub mod options;

@@ -1,4 +1,4 @@
-//! The folder of a running VM: where its sockets are, and that it is the only one of its name.
+//! The folder of a running VM or device host: where its sockets are, and that it is the only one of its name.
 //!
 //! ```text
 //! ${COFFERDAM_RUNTIME_DIR:-/run/cofferdam}/   flock while a VM comes or goes
@@ -6,6 +6,10 @@
 //!     ├── pid            flock for as long as the process lives; holds its number
 //!     ├── control.sock   requests to the VM process (see `control`)
 //!     └── agent.sock     the guest agent
+//! .devices/              the same for device hosts; no VM is called that
+//! └── NAME/
+//!     ├── pid, control.sock
+//!     └── device.sock    guests attach here (see `device`)
 //! ```
 //!
 //! A process that dies cannot keep a lock, so a folder whose `pid` is not locked is left over from a
@@ -28,8 +32,11 @@ pub const ROOT_VARIABLE: &str = "COFFERDAM_RUNTIME_DIR";
 /// Root when the variable is not set.
 const DEFAULT_ROOT: &str = "/run/cofferdam";
 
-/// The files that a VM's folder can hold. Nothing else is ever removed.
-const FILES: [&str; 3] = ["control.sock", "agent.sock", "pid"];
+/// The files that a VM's or device host's folder can hold. Nothing else is ever removed.
+const FILES: [&str; 4] = ["control.sock", "agent.sock", "device.sock", "pid"];
+
+/// The folder of device hosts. No VM's name begins like this.
+const DEVICES: &str = ".devices";
 
 /// How long another process may keep the root's lock.
 const LOCK_TIME: Duration = Duration::from_secs(10);
@@ -37,11 +44,40 @@ const LOCK_TIME: Duration = Duration::from_secs(10);
 /// Between two looks at it.
 const LOCK_POLL: Duration = Duration::from_millis(2);
 
-/// The folder that holds one folder for each running VM.
+/// The folder that holds one folder for each running VM, or for each running device host.
 #[derive(Debug, Clone)]
-pub struct RuntimeRoot(PathBuf);
+pub struct RuntimeRoot {
+    path: PathBuf,
+    words: &'static Words,
+}
 
-/// Where the sockets of a VM are.
+/// How a person is told of what is in a root.
+#[derive(Debug)]
+struct Words {
+    what: &'static str,
+    named: &'static str,
+    stop: &'static str,
+    list: &'static str,
+    start: &'static str,
+}
+
+const VMS: Words = Words {
+    what: "VM",
+    named: "another --name",
+    stop: "cofferdam stop",
+    list: "cofferdam list",
+    start: "cofferdam run",
+};
+
+const DEVICE_HOSTS: Words = Words {
+    what: "device host",
+    named: "another name",
+    stop: "cofferdam device stop",
+    list: "cofferdam device list",
+    start: "cofferdam device serve",
+};
+
+/// Where the sockets of a VM or device host are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmPaths {
     /// The VM's folder.
@@ -59,7 +95,12 @@ impl VmPaths {
         self.dir.join("agent.sock")
     }
 
-    /// File with the number of the VM process.
+    /// Socket at which guests attach to a device host.
+    pub fn device_socket(&self) -> PathBuf {
+        self.dir.join("device.sock")
+    }
+
+    /// File with the number of the process.
     fn pid_file(&self) -> PathBuf {
         self.dir.join("pid")
     }
@@ -80,18 +121,29 @@ impl RuntimeRoot {
     /// The root that the environment names.
     pub fn from_environment() -> Self {
         let named = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty());
-        Self(named.map_or_else(|| PathBuf::from(DEFAULT_ROOT), PathBuf::from))
+        Self::new(named.map_or_else(|| PathBuf::from(DEFAULT_ROOT), PathBuf::from))
     }
 
     /// The root at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        Self {
+            path: path.into(),
+            words: &VMS,
+        }
+    }
+
+    /// The root of the device hosts that belong to this root of VMs.
+    pub fn devices(&self) -> Self {
+        Self {
+            path: self.path.join(DEVICES),
+            words: &DEVICE_HOSTS,
+        }
     }
 
     /// Where the sockets of `name` are, if it runs.
     pub fn paths(&self, name: &VmName) -> VmPaths {
         VmPaths {
-            dir: self.0.join(name.as_str()),
+            dir: self.path.join(name.as_str()),
         }
     }
 
@@ -101,13 +153,14 @@ impl RuntimeRoot {
         let longest = paths.control_socket();
         ensure!(
             longest.as_os_str().len() <= MAX_SOCKET_PATH_BYTES,
-            "{} is too long for a socket: choose a shorter {ROOT_VARIABLE} or --name",
-            longest.display()
+            "{} is too long for a socket: choose a shorter {ROOT_VARIABLE} or {}",
+            longest.display(),
+            self.words.named
         );
-        create_dir(&self.0).with_context(|| {
+        create_dir(&self.path).with_context(|| {
             format!(
                 "cannot create {}: run as root or set {ROOT_VARIABLE} to a folder of yours",
-                self.0.display()
+                self.path.display()
             )
         })?;
         let root_lock = self.lock()?;
@@ -130,8 +183,10 @@ impl RuntimeRoot {
             let owner =
                 read_pid(&mut pid_file).map_or_else(String::new, |pid| format!(" (process {pid})"));
             bail!(
-                "a VM named \"{name}\" is running{owner}: choose another --name, or end it with \
-                 `cofferdam stop {name}`"
+                "a {} named \"{name}\" is running{owner}: choose {}, or end it with `{} {name}`",
+                self.words.what,
+                self.words.named,
+                self.words.stop
             );
         }
         let dir = VmDir {
@@ -146,7 +201,7 @@ impl RuntimeRoot {
 
     /// All VMs that run now, by name.
     pub fn running(&self) -> anyhow::Result<Vec<RunningVm>> {
-        if !self.0.exists() {
+        if !self.path.exists() {
             return Ok(Vec::new());
         }
         let _root_lock = self.lock()?;
@@ -175,26 +230,29 @@ impl RuntimeRoot {
                 .into_iter()
                 .find(|vm| vm.name == *name)
                 .with_context(|| {
-                    format!("no VM named \"{name}\" is running: see `cofferdam list`")
+                    let Words { what, list, .. } = self.words;
+                    format!("no {what} named \"{name}\" is running: see `{list}`")
                 }),
             None if running.len() > 1 => {
+                let Words { what, list, .. } = self.words;
                 bail!(
-                    "{} VMs are running: name one, see `cofferdam list`",
+                    "{} {what}s are running: name one, see `{list}`",
                     running.len()
                 )
             }
-            None => running
-                .pop()
-                .context("no VM is running: start one with `cofferdam run`, see its --help"),
+            None => running.pop().with_context(|| {
+                let Words { what, start, .. } = self.words;
+                format!("no {what} is running: start one with `{start}`, see its --help")
+            }),
         }
     }
 
     /// Folders in the root that are named as VMs are.
     fn folders(&self) -> anyhow::Result<Vec<(VmName, VmPaths)>> {
         let entries = self
-            .0
+            .path
             .read_dir()
-            .with_context(|| format!("cannot read {}", self.0.display()))?;
+            .with_context(|| format!("cannot read {}", self.path.display()))?;
         Ok(entries
             .filter_map(|entry| {
                 let name: VmName = entry.ok()?.file_name().to_str()?.parse().ok()?;
@@ -226,14 +284,14 @@ impl RuntimeRoot {
 
     /// Waits until no other process takes or leaves a name, and keeps others from it.
     fn lock(&self) -> anyhow::Result<File> {
-        let root =
-            File::open(&self.0).with_context(|| format!("cannot open {}", self.0.display()))?;
+        let root = File::open(&self.path)
+            .with_context(|| format!("cannot open {}", self.path.display()))?;
         let deadline = Instant::now() + LOCK_TIME;
         while let Err(error) = flock(&root, FlockOperation::NonBlockingLockExclusive) {
             // Whoever comes or goes just now may be stopped, and is not waited for without end.
             let waits = error == rustix::io::Errno::WOULDBLOCK && Instant::now() < deadline;
             if !waits {
-                return Err(error).with_context(|| format!("cannot lock {}", self.0.display()));
+                return Err(error).with_context(|| format!("cannot lock {}", self.path.display()));
             }
             std::thread::sleep(LOCK_POLL);
         }
@@ -355,6 +413,27 @@ mod tests {
         std::fs::write(temporary.path().join("theirs/file"), "x").unwrap();
         drop(root.claim(&name("mine")).unwrap());
         assert!(temporary.path().join("theirs/file").exists());
+    }
+
+    #[test]
+    fn device_hosts_have_names_of_their_own() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RuntimeRoot::new(temporary.path());
+        let vm = root.claim(&name("a")).unwrap();
+        let device = root.devices().claim(&name("a")).unwrap();
+        std::os::unix::net::UnixListener::bind(device.paths().device_socket()).unwrap();
+        assert_eq!(root.running().unwrap().len(), 1);
+        let again = root.devices().claim(&name("a")).unwrap_err().to_string();
+        assert!(
+            again.contains("device host named") && again.contains("device stop a"),
+            "{again}"
+        );
+        drop(device);
+        assert!(root.devices().running().unwrap().is_empty());
+        let gone = root.devices().find(Some(&name("a"))).unwrap_err();
+        assert!(gone.to_string().contains("device list"), "{gone}");
+        assert_eq!(root.devices().path.read_dir().unwrap().count(), 0);
+        drop(vm);
     }
 
     #[test]
