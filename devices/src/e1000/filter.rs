@@ -48,6 +48,18 @@ pub fn multicast_hash(address: &[u8; 6], offset: u32) -> u32 {
     high >> shift & 0xfff
 }
 
+/// The unicast addresses that pass exactly.
+pub fn stations(regs: &RegisterFile) -> impl Iterator<Item = [u8; 6]> {
+    let pairs = (0..RECEIVE_ADDRESSES).filter_map(|pair| {
+        let high = regs.get(RA + 8 * pair + 4);
+        let [a, b, c, d] = regs.get(RA + 8 * pair).to_le_bytes();
+        let [e, f, ..] = high.to_le_bytes();
+        // Valid, and the destination address is what is compared, as in `exact_match`.
+        (high & (RAH_AV | 0x3_0000) == RAH_AV).then_some([a, b, c, d, e, f])
+    });
+    pairs.filter(|address| address[0] & 1 == 0)
+}
+
 fn exact_match(regs: &RegisterFile, address: &[u8; 6]) -> bool {
     let low = u32::from_le_bytes([address[0], address[1], address[2], address[3]]);
     let high = u32::from(u16::from_le_bytes([address[4], address[5]]));
@@ -175,6 +187,26 @@ mod tests {
         regs.set(RA + 8 * 15 + 4, 0);
         regs.set(RCTL, rctl::UPE);
         assert_eq!(judge(&regs, &frame), INEXACT);
+    }
+
+    #[test]
+    fn the_stations_are_the_valid_unicast_pairs() {
+        let mut regs = regs(0);
+        for (pair, low, high) in [
+            (0, 0x0403_0202, RAH_AV | 0x0605),
+            (3, 0x0403_0204, 0x0605),
+            (4, 0x0403_0201, RAH_AV | 0x0605),
+            (5, 0x0403_0206, RAH_AV | 0x1_0605),
+            (15, 0x0403_0208, RAH_AV | 0x0605),
+        ] {
+            regs.set(RA + 8 * pair, low);
+            regs.set(RA + 8 * pair + 4, high);
+        }
+        let all: Vec<_> = stations(&regs).collect();
+        assert_eq!(all, [[2, 2, 3, 4, 5, 6], [8, 2, 3, 4, 5, 6]]);
+        for address in all {
+            assert_eq!(judge(&regs, &frame(address, 0x800, 60)), EXACT);
+        }
     }
 
     #[test]

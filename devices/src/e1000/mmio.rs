@@ -5,8 +5,8 @@
 
 use super::E1000;
 use super::regs::{
-    CTRL, CTRL_EXT, EECD, EERD, FPD, ICR, ICS, IMC, IMS, MDIC, PBA, RCTL, RDH, RDT, RDTR, STATUS,
-    TCTL, TDH, TDT, TIDV, ctrl, ctrl_ext, unalias, write_mask,
+    CTRL, CTRL_EXT, EECD, EERD, FPD, ICR, ICS, IMC, IMS, MDIC, PBA, RA, RCTL, RDH, RDT, RDTR,
+    RECEIVE_ADDRESSES, STATUS, TCTL, TDH, TDT, TIDV, ctrl, ctrl_ext, unalias, write_mask,
 };
 use super::stats;
 
@@ -123,7 +123,12 @@ impl E1000 {
                 }
             }
             STATUS => {}
-            offset => self.store_bits(offset, value),
+            offset => {
+                self.store_bits(offset, value);
+                if (RA..RA + 8 * RECEIVE_ADDRESSES).contains(&offset) {
+                    self.tell_stations();
+                }
+            }
         }
     }
 

@@ -253,6 +253,13 @@ impl E1000 {
         self.regs.set(RA, u32::from_le_bytes([a, b, c, d]));
         self.regs
             .set(RA + 4, RAH_AV | u32::from(u16::from_le_bytes([e, f])));
+        self.tell_stations();
+    }
+
+    /// Tells the wire which addresses pass the receive filter exactly.
+    fn tell_stations(&mut self) {
+        let stations: Vec<_> = filter::stations(&self.regs).collect();
+        self.wire.stations(&stations);
     }
 
     /// CTRL.RST: everything but configuration space, PHY and EEPROM content (14.7).

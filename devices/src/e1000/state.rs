@@ -229,6 +229,7 @@ impl E1000 {
                 .saturating_sub(since.min(LONGEST_THROTTLE_NS))
         });
         self.drive_line();
+        self.tell_stations();
         self.update_link();
         // The event loop looks again at what it has to wait for.
         self.kick();

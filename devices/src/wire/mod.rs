@@ -6,6 +6,7 @@ use crate::state::{Part, StateError};
 
 pub mod gateway;
 pub mod tap;
+pub mod turns;
 pub mod unix_link;
 
 /// Longest frame a wire carries: a jumbo frame with header and VLAN tag, without FCS, in bytes.
@@ -42,6 +43,11 @@ pub trait Wire: Send {
     /// The NIC's own end came up or went down: what the port at the other end would see of the NIC's PHY. By
     /// default nobody is told.
     fn nic_link(&mut self, _up: bool) {}
+
+    /// The NIC receives frames to these unicast addresses from now on, among those that it is told of: where one wire is
+    /// several NICs' by turns, each is kept from the others' frames. A NIC whose addresses change says so each time. By default
+    /// nobody is told.
+    fn stations(&mut self, _addresses: &[[u8; 6]]) {}
 
     /// Readable (`EPOLLIN`, level-triggered) while [`Wire::receive`] may return a frame or the
     /// carrier changed.
