@@ -14,6 +14,9 @@ use crate::irq::{IrqLine, MsiVectors};
 use crate::moments::Moments;
 use crate::pci::bus::SharedFunction;
 use crate::pci::registers::DescriptionError;
+use crate::vfio::address::PciAddress;
+use crate::vfio::error::VfioError;
+use crate::vfio::function::{PassthroughParts, VfioFunction};
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Net;
 use crate::virtio::pci::{VirtioError, VirtioPciFunction};
@@ -31,6 +34,9 @@ pub enum NicError {
     /// The virtio function.
     #[error(transparent)]
     Virtio(#[from] VirtioError),
+    /// A function of the host.
+    #[error(transparent)]
+    Passthrough(#[from] VfioError),
     /// Interrupt vectors.
     #[error("the NIC gets no interrupt vectors: {0}")]
     Vectors(String),
@@ -114,6 +120,24 @@ impl NicModel {
     /// The host refuses what it needs.
     pub fn make(&self, parts: NicParts<'_>) -> Result<Nic, NicError> {
         (self.make)(parts)
+    }
+}
+
+impl Nic {
+    /// The function at `address` of the host, with the address and the wire that it has.
+    ///
+    /// # Errors
+    /// See [`VfioFunction::open`].
+    pub fn passthrough(address: PciAddress, parts: PassthroughParts<'_>) -> Result<Self, NicError> {
+        let function = Arc::new(Mutex::new(VfioFunction::open(address, parts)?));
+        Ok(Self {
+            function: function.clone(),
+            events: function,
+            holdable: None,
+            interrupts: None,
+            // It is in the function's own memory.
+            set_address: Arc::new(|_| {}),
+        })
     }
 }
 

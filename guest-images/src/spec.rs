@@ -97,6 +97,7 @@ pub fn full_image() -> ImageSpec {
         },
         modules: strings(&[
             "e1000",
+            "e1000e",
             "8021q",
             "dummy",
             "null_blk",

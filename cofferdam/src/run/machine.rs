@@ -12,8 +12,10 @@ use std::sync::{Arc, Mutex};
 
 use agent_protocol::PORT_NAME;
 use anyhow::{Context, bail};
-use devices::nic::NicParts;
+use devices::nic::{Nic, NicParts};
 use devices::pci::config::InterruptPin;
+use devices::vfio::address::PciAddress;
+use devices::vfio::function::PassthroughParts;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Block, Disk};
 use devices::virtio::console::Console;
@@ -94,10 +96,46 @@ impl MadeNic {
             NicSpec::Model { model, wire } => {
                 Self::model(vm, net, (*model, wire), index, belongings)
             }
-            NicSpec::Device(_) | NicSpec::Passthrough(_) => {
+            NicSpec::Passthrough(address) => {
+                Self::passthrough(vm, net, address.as_str().parse()?, index)
+            }
+            NicSpec::Device(_) => {
                 bail!("this version of the program has no NICs that live elsewhere yet")
             }
         }
+    }
+
+    /// A function of the host.
+    fn passthrough(
+        vm: &VmHandle,
+        net: &NetConfig,
+        address: PciAddress,
+        index: usize,
+    ) -> anyhow::Result<Self> {
+        let slot = vm.reserve_pci_slot()?;
+        let nic = Nic::passthrough(
+            address,
+            PassthroughParts {
+                dma: vm.dma_space(),
+                intx: slot.intx_line(InterruptPin::A),
+                vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+            },
+        )?;
+        let subscribers = vec![nic.events.clone()];
+        let nic = GuestNic {
+            config: net.clone(),
+            nic,
+            number: index,
+            slot: slot.number(),
+            came: false,
+            meter: None,
+            gateway: None,
+        };
+        Ok(Self {
+            nic,
+            slot,
+            subscribers,
+        })
     }
 
     /// A model, plugged into its wire.

@@ -1,8 +1,16 @@
 //! PCI functions of the host, given to a guest by VFIO (Linux, Documentation/driver-api/vfio.rst).
 //!
 //! ```text
-//!   sysfs ── bind ──► vfio-pci has the function ── /dev/vfio/GROUP ──► this process ──► guest
+//!   sysfs ── bind ──► vfio-pci has the function ── /dev/vfio/GROUP ──► VfioDevice ──► VfioFunction ──► guest
+//!                                                        IOMMU's map ◄── DmaMap ◄── guest memory
 //! ```
 
 pub mod address;
 pub mod binding;
+pub mod device;
+pub mod dma;
+pub mod error;
+pub mod function;
+pub mod interrupts;
+pub mod layout;
+mod sys;

@@ -49,6 +49,7 @@ const NOTIFY_OFFSET: u64 = 0x3000;
 const MSIX_LAYOUT: MsixLayout = MsixLayout {
     bar: BAR,
     table_offset: 0x4000,
+    pba_bar: BAR,
     pba_offset: 0x5000,
 };
 const NOTIFY_OFF_MULTIPLIER: u32 = 4;

@@ -1,0 +1,254 @@
+//! A function of the host that this process has got by VFIO: its regions, interrupts and DMA map.
+//!
+//! While this value is there nobody else may have the function; when it goes the kernel ends DMA and resets the
+//! function, if it can.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio as api;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::address::PciAddress;
+use super::binding::{DRIVER, Sysfs};
+use super::dma::{DmaMap, DmaMemory};
+use super::error::VfioError;
+use super::sys;
+
+/// Kinds of interrupts of a PCI function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum InterruptKind {
+    /// The pin.
+    Intx = api::VFIO_PCI_INTX_IRQ_INDEX,
+    /// Messages of MSI-X.
+    Msix = api::VFIO_PCI_MSIX_IRQ_INDEX,
+    /// Something went wrong on the bus.
+    Error = api::VFIO_PCI_ERR_IRQ_INDEX,
+    /// The host wants the function back.
+    Request = api::VFIO_PCI_REQ_IRQ_INDEX,
+}
+
+/// The region of configuration space; those before it are of base address registers.
+pub const CONFIG_REGION: usize = api::VFIO_PCI_CONFIG_REGION_INDEX as usize;
+const REGIONS: usize = CONFIG_REGION + 1;
+
+/// Where a region of the function is in its descriptor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Region {
+    /// Offset in the descriptor.
+    pub offset: u64,
+    /// Bytes; 0 if the function has no such region.
+    pub bytes: u64,
+    /// It can be mapped.
+    pub mappable: bool,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct VfioDevice {
+    address: PciAddress,
+    // Closed in this order: the device, then its group, then the container with its map.
+    file: File,
+    _group: File,
+    container: Arc<File>,
+    regions: [Region; REGIONS],
+    can_reset: bool,
+}
+
+impl VfioDevice {
+    /// Opens the function at `address`, which `vfio-pci` has.
+    ///
+    /// # Errors
+    /// It cannot be had; the error says why.
+    pub fn open(address: PciAddress) -> Result<Self, VfioError> {
+        let sysfs = Sysfs::default();
+        let driver = sysfs.driver(address)?;
+        let group_number = sysfs.group(address)?;
+        if driver.as_deref() != Some(DRIVER) {
+            let driver = driver.map_or("no driver".into(), |name| format!("the driver {name}"));
+            return Err(VfioError::WrongDriver { address, driver });
+        }
+        let container = open_container()?;
+        let group = open_group(address, group_number)?;
+        let flags = sys::group_flags(&group).map_err(VfioError::host("look at an IOMMU group"))?;
+        if flags & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
+            let others = sysfs.others_of_group(group_number, address);
+            let others: Vec<_> = others
+                .iter()
+                .map(|(other, driver)| format!("{other} ({driver})"))
+                .collect();
+            return Err(VfioError::NotViable {
+                address,
+                group: group_number,
+                others: others.join(", "),
+            });
+        }
+        sys::set_container(&group, &container)
+            .map_err(VfioError::host("put an IOMMU group into a container"))?;
+        sys::set_iommu(&container, api::VFIO_TYPE1v2_IOMMU)
+            .map_err(VfioError::host("use the IOMMU"))?;
+        let file = sys::open_device(&group, &address.to_string())
+            .map_err(VfioError::host("open the device"))?;
+        let info = sys::device_info(&file).map_err(VfioError::host("look at the device"))?;
+        if info.flags & api::VFIO_DEVICE_FLAGS_PCI == 0 {
+            return Err(VfioError::Unfit(address, "it is no PCI function"));
+        }
+        let mut regions = [Region::default(); REGIONS];
+        for (index, region) in (0..info.num_regions).zip(&mut regions) {
+            let info = sys::region_info(&file, index)
+                .map_err(VfioError::host("look at the device's regions"))?;
+            *region = Region {
+                offset: info.offset,
+                bytes: info.size,
+                mappable: info.flags & api::VFIO_REGION_INFO_FLAG_MMAP != 0,
+            };
+        }
+        Ok(Self {
+            address,
+            file,
+            _group: group,
+            container: Arc::new(container),
+            regions,
+            can_reset: info.flags & api::VFIO_DEVICE_FLAGS_RESET != 0,
+        })
+    }
+
+    /// Where it is on the host.
+    pub fn address(&self) -> PciAddress {
+        self.address
+    }
+
+    /// The device's descriptor.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Base address register `index`, or [`CONFIG_REGION`].
+    pub fn region(&self, index: usize) -> Region {
+        self.regions.get(index).copied().unwrap_or_default()
+    }
+
+    /// Reads a region.
+    ///
+    /// # Errors
+    /// That is outside of it, or the function does not answer.
+    pub fn read(&self, region: usize, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let at = self.place(region, offset, data.len())?;
+        self.file.read_exact_at(data, at)
+    }
+
+    /// Writes a region.
+    ///
+    /// # Errors
+    /// That is outside of it, or the function does not answer.
+    pub fn write(&self, region: usize, offset: u64, data: &[u8]) -> io::Result<()> {
+        let at = self.place(region, offset, data.len())?;
+        self.file.write_all_at(data, at)
+    }
+
+    fn place(&self, region: usize, offset: u64, len: usize) -> io::Result<u64> {
+        let region = self.region(region);
+        let end = offset.checked_add(len as u64);
+        match end {
+            Some(end) if end <= region.bytes => region
+                .offset
+                .checked_add(offset)
+                .ok_or(ErrorKind::InvalidInput.into()),
+            _ => Err(ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    /// How many interrupts of a kind it has.
+    pub fn interrupt_count(&self, kind: InterruptKind) -> u32 {
+        sys::irq_count(&self.file, kind as u32).unwrap_or(0)
+    }
+
+    /// Has the function's interrupts of a kind, from `start` on, write `events`.
+    ///
+    /// # Errors
+    /// It has no such interrupts, or the host has no more.
+    pub fn set_interrupts(
+        &self,
+        kind: InterruptKind,
+        start: u32,
+        events: &[&EventFd],
+    ) -> io::Result<()> {
+        let flags = api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_TRIGGER;
+        let descriptors: Vec<i32> = events.iter().map(|event| event.as_raw_fd()).collect();
+        sys::set_irqs(&self.file, kind as u32, flags, start, &descriptors)
+    }
+
+    /// Has the pin, which keeps quiet once it has interrupted, interrupt again when `event` is written.
+    ///
+    /// # Errors
+    /// The pin is not in use.
+    pub fn unmask_by(&self, event: &EventFd) -> io::Result<()> {
+        let flags = api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_UNMASK;
+        let intx = InterruptKind::Intx as u32;
+        sys::set_irqs(&self.file, intx, flags, 0, &[event.as_raw_fd()])
+    }
+
+    /// Has no interrupts of a kind.
+    ///
+    /// # Errors
+    /// The host says so.
+    pub fn end_interrupts(&self, kind: InterruptKind) -> io::Result<()> {
+        let flags = api::VFIO_IRQ_SET_DATA_NONE | api::VFIO_IRQ_SET_ACTION_TRIGGER;
+        sys::set_irqs(&self.file, kind as u32, flags, 0, &[])
+    }
+
+    /// Whether the host can reset it.
+    pub fn can_reset(&self) -> bool {
+        self.can_reset
+    }
+
+    /// Resets it.
+    ///
+    /// # Errors
+    /// The host cannot.
+    pub fn reset(&self) -> io::Result<()> {
+        sys::reset(&self.file)
+    }
+
+    /// Lets it reach `memory`, in addition to what it reaches.
+    ///
+    /// # Errors
+    /// See [`VfioError::LockedMemory`]; or the addresses are reached already.
+    pub fn map(&self, memory: Arc<DmaMemory>) -> Result<DmaMap, VfioError> {
+        DmaMap::new(self.container.clone(), memory)
+    }
+}
+
+fn open(path: &str) -> io::Result<File> {
+    File::options().read(true).write(true).open(path)
+}
+
+fn open_container() -> Result<File, VfioError> {
+    let path = "/dev/vfio/vfio";
+    let container = open(path).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => VfioError::Rights(path.into()),
+        _ => VfioError::NoVfio(error),
+    })?;
+    let version = sys::api_version(&container).map_err(VfioError::NoVfio)?;
+    let known = u32::try_from(version).is_ok_and(|version| version == api::VFIO_API_VERSION);
+    if !known || !sys::has_iommu(&container, api::VFIO_TYPE1v2_IOMMU) {
+        return Err(VfioError::NoType1);
+    }
+    Ok(container)
+}
+
+fn open_group(address: PciAddress, number: u32) -> Result<File, VfioError> {
+    let path = format!("/dev/vfio/{number}");
+    open(&path).map_err(|source| match source.kind() {
+        ErrorKind::ResourceBusy => VfioError::Busy(address, number),
+        ErrorKind::PermissionDenied => VfioError::Rights(path),
+        _ => VfioError::Host {
+            what: "open the IOMMU group's file in /dev/vfio",
+            source,
+        },
+    })
+}

@@ -1,0 +1,271 @@
+//! Guest memory in the IOMMU's map.
+//!
+//! ```text
+//!   DmaRegion (file) ── mapped in this process ──► DmaMemory ── at guest physical addresses ──► DmaMap (IOMMU)
+//! ```
+//!
+//! What is in the map is locked: the function may reach it at any time. Memory that a guest has not touched yet is
+//! allocated by that.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::error::VfioError;
+use super::sys;
+use crate::dma::{DmaRegion, DmaSpace};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+/// A part of guest memory in this process.
+#[derive(Debug)]
+struct Part {
+    /// Guest physical address.
+    guest: u64,
+    /// Address in this process.
+    host: *mut libc::c_void,
+    bytes: usize,
+}
+
+/// Guest memory in this process, to be given to a function. It is mapped anew, so that nobody takes it away meanwhile.
+#[derive(Debug)]
+pub struct DmaMemory {
+    parts: Vec<Part>,
+}
+
+// SAFETY: the addresses are only passed on to the kernel, never followed.
+unsafe impl Send for DmaMemory {}
+// SAFETY: as above.
+unsafe impl Sync for DmaMemory {}
+
+impl DmaMemory {
+    /// All memory that a space reaches.
+    ///
+    /// # Errors
+    /// Memory is a template's, or cannot be mapped.
+    pub fn of_space(space: &DmaSpace) -> Result<Self, VfioError> {
+        let regions = space.regions();
+        let all: u64 = space.memory().iter().map(GuestMemoryRegion::len).sum();
+        let reached: u64 = regions.iter().map(|region| region.len).sum();
+        if reached != all {
+            return Err(VfioError::SharedMemory);
+        }
+        Self::new(&regions)
+    }
+
+    /// Memory by the files that it is in.
+    ///
+    /// # Errors
+    /// It cannot be mapped.
+    pub fn new(regions: &[DmaRegion]) -> Result<Self, VfioError> {
+        let mut memory = Self { parts: Vec::new() };
+        for region in regions {
+            let part = map(region).map_err(VfioError::host("map guest memory"))?;
+            memory.parts.push(part);
+        }
+        Ok(memory)
+    }
+
+    /// Bytes of memory in all.
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes as u64).sum()
+    }
+}
+
+impl Drop for DmaMemory {
+    fn drop(&mut self) {
+        for part in &self.parts {
+            // SAFETY: the range is a mapping of ours that nobody refers to: a map of the IOMMU keeps this value.
+            unsafe { libc::munmap(part.host, part.bytes) };
+        }
+    }
+}
+
+fn map(region: &DmaRegion) -> io::Result<Part> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let bytes = usize::try_from(region.len).map_err(|_| invalid())?;
+    let offset = libc::off_t::try_from(region.offset).map_err(|_| invalid())?;
+    // SAFETY: a new mapping at a place that the kernel chooses replaces nothing.
+    let host = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE,
+            region.file.as_raw_fd(),
+            offset,
+        )
+    };
+    if host == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // Without them each page is an entry of the map. It is a matter of speed only: refused, nothing else changes.
+    // SAFETY: the range is exactly this mapping; the advice changes no content.
+    unsafe { libc::madvise(host, bytes, libc::MADV_HUGEPAGE) };
+    Ok(Part {
+        guest: region.address,
+        host,
+        bytes,
+    })
+}
+
+/// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach it no more.
+#[derive(Debug)]
+pub struct DmaMap {
+    container: Arc<File>,
+    memory: Arc<DmaMemory>,
+    /// How many parts are in the map.
+    mapped: usize,
+    took: Duration,
+}
+
+impl DmaMap {
+    /// Lets the functions of `container` reach `memory`.
+    ///
+    /// # Errors
+    /// The limit of locked memory is in the way, or the host has not enough.
+    pub(super) fn new(container: Arc<File>, memory: Arc<DmaMemory>) -> Result<Self, VfioError> {
+        let start = Instant::now();
+        let mut map = Self {
+            container,
+            memory,
+            mapped: 0,
+            took: Duration::ZERO,
+        };
+        for part in &map.memory.parts {
+            // SAFETY: guest memory is changed by others at any time and read as such. It stays mapped while this value
+            // has it, which takes it out of the map first.
+            let result = unsafe {
+                sys::map_dma(
+                    &map.container,
+                    part.guest,
+                    part.host as u64,
+                    part.bytes as u64,
+                )
+            };
+            if let Err(error) = result {
+                return Err(refused(error, map.memory.bytes()));
+            }
+            map.mapped += 1;
+        }
+        map.took = start.elapsed();
+        Ok(map)
+    }
+
+    /// How long it took to put the memory into the map.
+    pub fn took(&self) -> Duration {
+        self.took
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
+    /// Takes the memory out of the map; gives how long that took.
+    pub fn unmap(mut self) -> Result<Duration, VfioError> {
+        let start = Instant::now();
+        self.take_out()
+            .map_err(VfioError::host("take guest memory out of the IOMMU's map"))?;
+        Ok(start.elapsed())
+    }
+
+    fn take_out(&mut self) -> io::Result<()> {
+        while let Some(index) = self.mapped.checked_sub(1) {
+            let Some(part) = self.memory.parts.get(index) else {
+                break;
+            };
+            sys::unmap_dma(&self.container, part.guest, part.bytes as u64)?;
+            self.mapped = index;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DmaMap {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_out() {
+            // Closing the container does it at last; its pages stay allocated until then.
+            tracing::error!(%error, "guest memory stays in the IOMMU's map");
+        }
+    }
+}
+
+/// Why memory is not taken into the map.
+fn refused(source: io::Error, needed: u64) -> VfioError {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    match (source.raw_os_error(), limit) {
+        (Some(libc::ENOMEM), Some(limit)) if limit < needed => {
+            VfioError::LockedMemory { needed, limit }
+        }
+        _ => VfioError::Host {
+            what: "put guest memory into the IOMMU's map",
+            source,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{FileOffset, GuestAddress};
+
+    use super::*;
+    use crate::dma::GuestMemory;
+
+    fn space() -> (Arc<File>, DmaSpace) {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(0x8000).unwrap();
+        let part = |address: u64, len: usize, offset: u64| {
+            let file = FileOffset::from_arc(file.clone(), offset);
+            (GuestAddress(address), len, Some(file))
+        };
+        let parts = [part(0, 0x3000, 0), part(1 << 32, 0x5000, 0x3000)];
+        let memory = GuestMemory::from_ranges_with_files(parts).unwrap();
+        (file.clone(), DmaSpace::new(Arc::new(memory)))
+    }
+
+    #[test]
+    fn all_of_the_memory_is_mapped_where_its_bytes_are() {
+        let (file, space) = space();
+        let memory = DmaMemory::of_space(&space).unwrap();
+        assert_eq!(memory.bytes(), 0x8000);
+        for part in &memory.parts {
+            space.write(part.guest + 8, b"seen").unwrap();
+            let offset = if part.guest == 0 { 8 } else { 0x3008 };
+            let mut seen = [0; 4];
+            file.read_exact_at(&mut seen, offset).unwrap();
+            assert_eq!(&seen, b"seen");
+            // SAFETY: 12 bytes of a mapping of at least a page.
+            let mapped = unsafe { part.host.cast::<[u8; 4]>().add(2).read_volatile() };
+            assert_eq!(&mapped, b"seen");
+        }
+    }
+
+    #[test]
+    fn memory_of_a_template_is_given_to_no_device() {
+        let (_file, space) = space();
+        let guest_memory = space.memory();
+        let first = guest_memory.iter().next().unwrap().get_mmap();
+        first.bitmap().set_elsewhere(true);
+        let error = DmaMemory::of_space(&space).unwrap_err();
+        assert!(error.to_string().contains("--lazy"));
+        let none = DmaMemory::of_space(&DmaSpace::empty()).unwrap();
+        assert_eq!(none.bytes(), 0);
+    }
+
+    #[test]
+    fn the_limit_of_locked_memory_is_said_only_where_it_is_the_reason() {
+        let enomem = || io::Error::from_raw_os_error(libc::ENOMEM);
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+        if let Some(limit) = limit {
+            let text = refused(enomem(), limit + 1).to_string();
+            assert!(text.contains(&format!("{} KiB", limit / 1024)), "{text}");
+        }
+        assert!(refused(enomem(), 0).to_string().contains("cannot put"));
+        let other = refused(io::Error::from_raw_os_error(libc::EINVAL), u64::MAX);
+        assert!(other.to_string().contains("cannot put"));
+    }
+}

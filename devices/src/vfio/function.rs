@@ -1,0 +1,356 @@
+//! A function of the host as a guest's: what the guest configures, and what of it reaches the function.
+//!
+//! ```text
+//!   guest ─► configuration space (ours) ─► bus mastering ─────────► the function's command register
+//!                                       └► which interrupts ──────► VFIO ─► KVM
+//!         ─► base address registers ─► MSI-X table (ours), the rest ► read and written as the guest does
+//! ```
+//!
+//! The function decodes its registers all the time, whatever the guest says: where they are in guest memory only the
+//! guest's bus knows. It masters the host's bus only while the guest lets it, and only with guest memory in the IOMMU's
+//! map, from which a reset takes it: memory is made anew then.
+
+use std::io;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::address::PciAddress;
+use super::device::{CONFIG_REGION, InterruptKind, VfioDevice};
+use super::dma::{DmaMap, DmaMemory};
+use super::error::VfioError;
+use super::interrupts::{Interrupts, Mode, PassedVectors};
+use super::layout::{GuestView, HostView};
+use crate::dma::DmaSpace;
+use crate::irq::{IrqLine, MsiVectors};
+use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, ConfigSpace, Status, offset};
+use crate::pci::msix::Msix;
+use crate::pci::{BarIndex, BarRange, PciFunction};
+
+/// Power state, of PMCSR.
+const POWER_STATE: u16 = 0x3;
+
+/// What a passed-on function is given of the guest.
+pub struct PassthroughParts<'a> {
+    /// The memory that it reaches: all of it, at guest physical addresses.
+    pub dma: DmaSpace,
+    /// Its slot's pin INTA#.
+    pub intx: Arc<dyn IrqLine>,
+    /// Gives so many message-signalled vectors.
+    pub vectors: &'a mut dyn FnMut(u16) -> Result<Arc<dyn MsiVectors>, String>,
+}
+
+/// See the module's text.
+pub struct VfioFunction {
+    // Dropped in this order: interrupts, then DMA, then the device.
+    interrupts: Interrupts,
+    map: Option<DmaMap>,
+    device: Arc<VfioDevice>,
+    dma: DmaSpace,
+    config: ConfigSpace,
+    pmcsr: Option<u16>,
+    has_pin: bool,
+    msix: Option<Msix>,
+    vectors: Option<Arc<PassedVectors>>,
+    /// The function may master the bus.
+    masters: bool,
+    /// Readable when the host wants it back.
+    wanted_back: EventFd,
+    /// Readable when it failed.
+    failed: EventFd,
+}
+
+impl VfioFunction {
+    /// The function at `address`, which `vfio-pci` has, for a guest.
+    ///
+    /// # Errors
+    /// It cannot be had, or the guest's memory cannot be locked.
+    pub fn open(address: PciAddress, parts: PassthroughParts<'_>) -> Result<Self, VfioError> {
+        let device = Arc::new(VfioDevice::open(address)?);
+        let view = view_of(&device)?;
+        let GuestView {
+            config,
+            msix,
+            pmcsr,
+            has_pin,
+        } = view;
+        let mut passed = None;
+        let msix = match msix {
+            Some(found) => {
+                let guest = (parts.vectors)(found.vectors).map_err(VfioError::Interrupts)?;
+                let vectors = Arc::new(PassedVectors::new(device.clone(), guest)?);
+                passed = Some(vectors.clone());
+                Some(Msix::at(vectors, found.layout, found.capability))
+            }
+            None => None,
+        };
+        let has_pin = has_pin && device.interrupt_count(InterruptKind::Intx) > 0;
+        let line = match has_pin {
+            true => Some(parts.intx.events().ok_or_else(|| {
+                VfioError::Interrupts("its line cannot be driven from outside".into())
+            })?),
+            false => None,
+        };
+        let event = || {
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VfioError::host("create an eventfd"))
+        };
+        let mut function = Self {
+            interrupts: Interrupts::new(device.clone(), line, passed.clone()),
+            map: None,
+            device,
+            dma: parts.dma,
+            config,
+            pmcsr,
+            has_pin,
+            msix,
+            vectors: passed,
+            masters: false,
+            wanted_back: event()?,
+            failed: event()?,
+        };
+        function.set_command(false)?;
+        // Now, where somebody reads why it cannot be.
+        function.map_memory()?;
+        function.watch();
+        Ok(function)
+    }
+
+    /// The function by itself.
+    pub fn device(&self) -> &Arc<VfioDevice> {
+        &self.device
+    }
+
+    /// Has the host tell of what it wants of the function, and of failures, as far as it does.
+    fn watch(&self) {
+        for (kind, event) in [
+            (InterruptKind::Request, &self.wanted_back),
+            (InterruptKind::Error, &self.failed),
+        ] {
+            if self.device.interrupt_count(kind) == 0 {
+                continue;
+            }
+            if let Err(error) = self.device.set_interrupts(kind, 0, &[event]) {
+                tracing::debug!(%error, ?kind, "the host does not tell");
+            }
+        }
+    }
+
+    fn map_memory(&mut self) -> Result<(), VfioError> {
+        if self.map.is_some() {
+            return Ok(());
+        }
+        let memory = Arc::new(DmaMemory::of_space(&self.dma)?);
+        let map = self.device.map(memory)?;
+        tracing::info!(
+            device = %self.device.address(),
+            mib = map.bytes() >> 20,
+            took_us = map.took().as_micros() as u64,
+            "guest memory is in the IOMMU's map"
+        );
+        self.map = Some(map);
+        Ok(())
+    }
+
+    fn unmap_memory(&mut self) {
+        let Some(map) = self.map.take() else { return };
+        match map.unmap() {
+            Ok(took) => tracing::info!(
+                device = %self.device.address(),
+                took_us = took.as_micros() as u64,
+                "guest memory is out of the IOMMU's map"
+            ),
+            Err(error) => tracing::error!(%error, device = %self.device.address()),
+        }
+    }
+
+    /// Writes the function's own command register.
+    fn set_command(&mut self, masters: bool) -> Result<(), VfioError> {
+        let mut command = Command::IO_SPACE | Command::MEMORY_SPACE;
+        command.set(Command::BUS_MASTER, masters);
+        let bytes = command.bits().to_le_bytes();
+        self.device
+            .write(CONFIG_REGION, offset::COMMAND.into(), &bytes)
+            .map_err(VfioError::host("write the device's command register"))?;
+        self.masters = masters;
+        Ok(())
+    }
+
+    fn is_awake(&self) -> bool {
+        let state = self.pmcsr.map_or(0, |at| self.config.u16_at(at));
+        state & POWER_STATE == 0
+    }
+
+    /// Brings the function in line with what the guest configured.
+    fn follow(&mut self) {
+        let command = self.config.command();
+        let decodes = command.intersects(Command::IO_SPACE | Command::MEMORY_SPACE);
+        let mode = match &self.msix {
+            _ if !decodes || !self.is_awake() => Mode::Off,
+            Some(msix) if msix.enabled() => Mode::Msix,
+            _ if self.has_pin && !command.contains(Command::INTERRUPT_DISABLE) => Mode::Intx,
+            _ => Mode::Off,
+        };
+        let address = self.device.address();
+        if let Err(error) = self.interrupts.set(mode) {
+            tracing::error!(%error, device = %address, ?mode, "the device has no interrupts");
+        }
+        let masters = command.contains(Command::BUS_MASTER) && self.is_awake();
+        if masters == self.masters {
+            return;
+        }
+        let result = match masters {
+            true => self.map_memory(),
+            false => Ok(()),
+        };
+        if let Err(error) = result.and_then(|()| self.set_command(masters)) {
+            tracing::error!(%error, device = %address, "the device does not reach guest memory");
+        }
+    }
+
+    /// Finds what came for masked vectors: it is delivered or shown as pending.
+    fn look_for_waiting(&mut self) {
+        let (Some(vectors), Some(msix)) = (&self.vectors, &mut self.msix) else {
+            return;
+        };
+        for vector in vectors.take_waiting() {
+            msix.trigger(vector);
+        }
+    }
+
+    /// Shows whether the pin would interrupt.
+    fn show_interrupt_status(&mut self) {
+        let mut status = [0; 2];
+        let at = offset::STATUS.into();
+        if self.device.read(CONFIG_REGION, at, &mut status).is_ok() {
+            let status = Status::from_bits_retain(u16::from_le_bytes(status));
+            self.config
+                .set_interrupt_status(status.contains(Status::INTERRUPT_STATUS));
+        }
+    }
+
+    fn stop(&mut self) {
+        if let Err(error) = self.interrupts.set(Mode::Off) {
+            tracing::error!(%error, device = %self.device.address(), "interrupts stay");
+        }
+        if let Err(error) = self.set_command(false) {
+            tracing::error!(%error, device = %self.device.address(), "bus mastering stays");
+        }
+    }
+}
+
+/// What a guest sees of `device`.
+fn view_of(device: &VfioDevice) -> Result<GuestView, VfioError> {
+    let mut bytes = [0; CONFIG_SPACE_BYTES];
+    device
+        .read(CONFIG_REGION, 0, &mut bytes)
+        .map_err(VfioError::host("read the device's configuration space"))?;
+    let mut bars = [0; BAR_COUNT];
+    for (index, bar) in bars.iter_mut().enumerate() {
+        *bar = device.region(index).bytes;
+    }
+    HostView {
+        bytes: &bytes,
+        bars,
+    }
+    .for_guest(device.address())
+}
+
+impl PciFunction for VfioFunction {
+    fn config_read(&mut self, at: u16, data: &mut [u8]) {
+        let end = usize::from(at) + data.len();
+        if usize::from(at) < usize::from(offset::STATUS) + 2 && end > offset::STATUS.into() {
+            self.show_interrupt_status();
+        }
+        self.config.read(at, data);
+    }
+
+    fn config_write(&mut self, at: u16, data: &[u8]) {
+        self.config.write(at, data);
+        if let Some(msix) = &mut self.msix {
+            msix.config_written(&self.config);
+        }
+        self.follow();
+        self.look_for_waiting();
+    }
+
+    fn decoded(&self) -> Vec<BarRange> {
+        match self.is_awake() {
+            true => self.config.decoded(),
+            false => Vec::new(),
+        }
+    }
+
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        if let Some(msix) = &self.msix
+            && msix.bar_read(bar, offset, data)
+        {
+            // Pending bits are among it.
+            self.look_for_waiting();
+            if let Some(msix) = &self.msix {
+                msix.bar_read(bar, offset, data);
+            }
+            return;
+        }
+        if let Err(error) = self.device.read(bar.into(), offset, data) {
+            tracing::debug!(%error, bar, offset, "a register of a passed-on device is not read");
+            data.fill(0xff);
+        }
+    }
+
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        if let Some(msix) = &mut self.msix
+            && msix.bar_write(bar, offset, data)
+        {
+            self.look_for_waiting();
+            return;
+        }
+        if let Err(error) = self.device.write(bar.into(), offset, data) {
+            tracing::debug!(%error, bar, offset, "a register of a passed-on device is not written");
+        }
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        if self.device.can_reset()
+            && let Err(error) = self.device.reset()
+        {
+            tracing::warn!(%error, device = %self.device.address(), "the device is not reset");
+        }
+        // The reset may have let it go.
+        self.stop();
+        self.unmap_memory();
+        self.config.reset();
+        if let Some(msix) = &mut self.msix {
+            msix.reset(&self.config);
+        }
+    }
+}
+
+impl MutEventSubscriber for VfioFunction {
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        let address: PciAddress = self.device.address();
+        let took = |event: &EventFd| -> io::Result<u64> { event.read() };
+        if events.fd() == std::os::fd::AsRawFd::as_raw_fd(&self.wanted_back) {
+            if took(&self.wanted_back).is_ok() {
+                tracing::warn!(device = %address, "the host wants a device back that the guest has: end the guest");
+            }
+        } else if took(&self.failed).is_ok() {
+            tracing::error!(device = %address, "a device that the guest has reports an error of its bus");
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        for event in [&self.wanted_back, &self.failed] {
+            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
+                tracing::error!(?error, "a passed-on device is not watched");
+            }
+        }
+    }
+}
+
+impl Drop for VfioFunction {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
