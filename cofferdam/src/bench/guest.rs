@@ -17,8 +17,8 @@ use crate::options::VmName;
 use crate::report::Guest as GuestFacts;
 use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot, VmPaths};
 
-/// Name of the VM in its own runtime folder.
-const NAME: &str = "guest";
+/// Name of a VM that nobody gave another.
+pub const NAME: &str = "guest";
 
 /// How long a process may take to end once it was asked.
 const END_TIME: Duration = Duration::from_secs(10);
@@ -45,6 +45,10 @@ pub struct GuestOptions {
     pub snapshot: Option<PathBuf>,
     /// More options of `run`.
     pub arguments: Vec<String>,
+    /// Name of the VM.
+    pub name: &'static str,
+    /// Runtime folder that it shares with others; one of its own otherwise.
+    pub root: Option<PathBuf>,
 }
 
 impl GuestOptions {
@@ -56,6 +60,8 @@ impl GuestOptions {
             initrd: "initrd.cpio",
             snapshot: None,
             arguments: Vec::new(),
+            name: NAME,
+            root: None,
         })
     }
 
@@ -69,6 +75,13 @@ impl GuestOptions {
     pub fn from_snapshot(mut self, dir: &Path) -> Self {
         self.snapshot = Some(dir.to_owned());
         self.arguments.clear();
+        self
+    }
+
+    /// Called `name`, among others in the runtime folder `root`.
+    pub fn among(mut self, root: &Path, name: &'static str) -> Self {
+        self.name = name;
+        self.root = Some(root.to_owned());
         self
     }
 
@@ -118,14 +131,14 @@ impl Guest {
             .prefix("cofferdam-")
             .tempdir()
             .context("cannot make a temporary folder: set TMPDIR to one that can be written")?;
-        let root = RuntimeRoot::new(folder.path());
-        let name: VmName = NAME.parse()?;
-        let paths = root.paths(&name);
+        let root = options.root.as_deref().unwrap_or(folder.path());
+        let name: VmName = options.name.parse()?;
+        let paths = RuntimeRoot::new(root).paths(&name);
         let mut command = Command::new(&options.program);
         command
-            .env(ROOT_VARIABLE, folder.path())
+            .env(ROOT_VARIABLE, root)
             .arg("run")
-            .args(["--name", NAME])
+            .args(["--name", options.name])
             .args(&options.arguments)
             .stdin(Stdio::null())
             .stderr(File::create(folder.path().join("errors")).context("temporary folder")?);

@@ -10,4 +10,5 @@ pub mod operation;
 pub mod recovery;
 pub mod rollback;
 pub mod suspend;
+pub mod switch;
 pub mod traffic;

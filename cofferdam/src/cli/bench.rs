@@ -8,9 +8,10 @@ use anyhow::Context;
 
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
-use crate::bench::{boot, isolation, recovery, rollback, suspend, traffic};
+use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
+use crate::report::switch::SwitchMethod;
 use crate::report::{Method, Report, environment, html, merge, svg};
 
 /// `bench`
@@ -99,6 +100,31 @@ Example:
         #[command(flatten)]
         runs: Runs,
         /// Sizes of guest memory, in MiB
+        #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
+        memory: Vec<u64>,
+    },
+    /// Time how a NIC moves between two running guests: a switch of the device host, against unplug and plug
+    #[command(after_help = "\
+Example:
+  cofferdam bench switch --switches 100 --moves 10 --memory 256,2048 --json switch.json")]
+    Switch {
+        #[command(flatten)]
+        common: Common,
+        /// Ways
+        #[arg(
+            long,
+            value_enum,
+            value_delimiter = ',',
+            default_values_t = [SwitchMethod::ContextStall, SwitchMethod::Context, SwitchMethod::Hotplug]
+        )]
+        method: Vec<SwitchMethod>,
+        /// How many switches of the device host, each way
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+        switches: u16,
+        /// How many moves by unplug and plug
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        moves: u16,
+        /// Sizes of the memory of each guest, in MiB
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
         memory: Vec<u64>,
     },
@@ -266,6 +292,23 @@ impl BenchCommand {
                 report.suspend = measured.ways;
                 report.suspend_followed = measured.followed;
                 report.guest = measured.guest;
+                common.finish(&report)?;
+            }
+            Self::Switch {
+                common,
+                method,
+                switches,
+                moves,
+                memory,
+            } => {
+                let options = switch::SwitchOptions {
+                    guest: GuestOptions::new(&common.images)?,
+                    methods: method,
+                    mem_mib: memory,
+                    switches: usize::from(switches),
+                    moves: usize::from(moves),
+                };
+                (report.switch, report.guest) = switch::measure(&options, &mut progress)?;
                 common.finish(&report)?;
             }
             Self::Traffic {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::report::suspend::{Suspend, of_boot};
+use crate::report::switch::{PHASES, Switch, than_hotplug};
 use crate::report::{Report, Stat, html, merge, svg};
 
 /// `report`
@@ -132,6 +133,54 @@ fn suspend_text(all: &[Suspend]) -> String {
     format!("{rows}\n")
 }
 
+/// A NIC that moves, as tables.
+fn switch_text(all: &[Switch]) -> String {
+    let mut rows = table(&[
+        "switch",
+        "MiB",
+        "n",
+        "outage, ms (median)",
+        "p99",
+        "largest",
+        "shorter than plug",
+        "late frames",
+    ]);
+    let mut heads = vec!["its parts, us (median)"];
+    heads.extend(PHASES);
+    let mut parts = table(&heads);
+    let ms = |us: f64| number(format!("{:.2}", us / 1e3));
+    for row in all {
+        let times = than_hotplug(all, row);
+        rows.add_row(vec![
+            row.method.words().into(),
+            number(row.mem_mib),
+            number(row.n),
+            ms(row.outage_us.p50),
+            ms(row.outage_us.p99),
+            ms(row.outage_us.max),
+            number(times.map_or_else(String::new, |times| format!("{times:.0} times"))),
+            number(row.late_frames),
+        ]);
+        if !row.phases_us.is_empty() {
+            let us = |name: &str| {
+                let stat = row.phases_us.get(name);
+                number(stat.map_or_else(String::new, |stat| format!("{:.0}", stat.p50)))
+            };
+            let name = format!("{}, {} MiB", row.method.words(), row.mem_mib);
+            let cells = PHASES.iter().map(|name| us(name));
+            parts.add_row(
+                std::iter::once(name.into())
+                    .chain(cells)
+                    .collect::<Vec<_>>(),
+            );
+        }
+    }
+    match parts.is_empty() {
+        true => format!("{rows}\n"),
+        false => format!("{rows}\n{parts}\n"),
+    }
+}
+
 /// A report's numbers as tables.
 pub fn text(report: &Report) -> String {
     let mut text = String::new();
@@ -212,6 +261,9 @@ pub fn text(report: &Report) -> String {
             "with a mark set, {} MiB: pings {:.2}, TCP {:.2} of those without\n",
             one.mem_mib, one.pings_fraction, one.tcp_fraction
         ));
+    }
+    if !report.switch.is_empty() {
+        text.push_str(&switch_text(&report.switch));
     }
     if let Some(isolation) = &report.isolation {
         let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+pub use devices::vfio::address::PciAddress;
+
 use super::{BadValue, MacAddress, NetSpec, VmName, bad};
 
 /// A model of NIC, of those that there are ([`devices::nic::MODELS`]).
@@ -111,46 +113,6 @@ impl fmt::Display for NetOption {
     }
 }
 
-/// Where a function is on the host's PCI buses, as Linux writes it: `0000:00:02.0`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PciAddress(String);
-
-impl PciAddress {
-    /// As Linux writes it, in small letters.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for PciAddress {
-    type Err = BadValue;
-
-    fn from_str(text: &str) -> Result<Self, BadValue> {
-        let hex = |text: &str, digits: usize| {
-            text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-        };
-        // The domain may be left out, as `lspci` does.
-        let full = match text.len() {
-            7 => format!("0000:{text}"),
-            _ => text.to_owned(),
-        };
-        let mut parts = full.split([':', '.']);
-        let mut has = |digits| parts.next().is_some_and(|part| hex(part, digits));
-        let usable = has(4) && has(2) && has(2) && has(1) && parts.next().is_none();
-        let separators = [4, 7, 10].map(|at| full.as_bytes().get(at).copied());
-        if !usable || separators != [b':', b':', b'.'].map(Some) {
-            return bad("give a PCI address such as 0000:00:02.0");
-        }
-        Ok(Self(full.to_ascii_lowercase()))
-    }
-}
-
-impl fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 /// What a NIC of a guest is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NicSpec {
@@ -225,7 +187,10 @@ impl FromStr for NicOption {
             return Ok(Self::Device { host, mac });
         }
         if let Some(address) = text.strip_prefix("vfio=") {
-            return Ok(Self::Passthrough(address.parse()?));
+            return match address.parse() {
+                Ok(address) => Ok(Self::Passthrough(address)),
+                Err(error) => bad(error.to_string()),
+            };
         }
         match text.parse() {
             Ok(model) => Ok(Self::Default(model)),

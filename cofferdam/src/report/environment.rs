@@ -20,6 +20,7 @@ pub fn report_here() -> Report {
         traffic: Vec::new(),
         suspend: Vec::new(),
         suspend_followed: Vec::new(),
+        switch: Vec::new(),
         isolation: None,
         other: Default::default(),
     }

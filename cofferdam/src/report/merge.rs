@@ -96,6 +96,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.traffic.extend(part.traffic);
         whole.suspend.extend(part.suspend);
         whole.suspend_followed.extend(part.suspend_followed);
+        whole.switch.extend(part.switch);
         if part.isolation.is_some() {
             ensure!(
                 whole.isolation.is_none(),
@@ -175,6 +176,7 @@ mod tests {
             traffic: Vec::new(),
             suspend: Vec::new(),
             suspend_followed: Vec::new(),
+            switch: Vec::new(),
             isolation: None,
             other: Default::default(),
         }

@@ -14,6 +14,7 @@ pub mod ratio;
 mod stat;
 pub mod suspend;
 pub mod svg;
+pub mod switch;
 
 use std::collections::BTreeMap;
 
@@ -60,6 +61,9 @@ pub struct Report {
     /// What a mark costs the guest's traffic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub suspend_followed: Vec<suspend::Followed>,
+    /// A NIC moved between running guests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub switch: Vec<switch::Switch>,
     /// Sections that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

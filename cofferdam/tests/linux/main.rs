@@ -43,6 +43,8 @@ fn options() -> GuestOptions {
         initrd: "initrd.cpio",
         snapshot: None,
         arguments: Vec::new(),
+        name: cofferdam::bench::guest::NAME,
+        root: None,
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod isolation;
 mod suspend;
+mod switch;
 mod table;
 
 use std::path::Path;
@@ -68,6 +69,7 @@ fn page(report: &Report) -> anyhow::Result<Markup> {
                 @if let Some(section) = recovery { (section) }
                 @if let Some(section) = boot { (section) }
                 @if !report.suspend.is_empty() { (suspend::section(&report.suspend, &report.suspend_followed)) }
+                @if !report.switch.is_empty() { (switch::section(&report.switch)) }
                 @if !report.traffic.is_empty() { (traffic_section(&report.traffic)) }
                 @if let Some(isolation) = &report.isolation { (isolation::section(isolation)) }
                 @for (name, value) in others {

@@ -1,0 +1,54 @@
+//! A NIC that moves between running guests, as a part of the page.
+
+use maud::{Markup, html};
+
+use super::table::table;
+use crate::report::switch::{PHASES, Switch, than_hotplug};
+
+/// The part.
+pub fn section(all: &[Switch]) -> Markup {
+    let heads = [
+        "",
+        "device",
+        "memory, MiB",
+        "n",
+        "outage, ms (median)",
+        "p99",
+        "largest",
+        "times shorter than unplug and plug",
+        "late frames",
+    ];
+    let ms = |us: f64| format!("{:.2}", us / 1e3);
+    let rows = all.iter().map(|row| {
+        vec![
+            row.method.words().to_owned(),
+            row.device.clone(),
+            row.mem_mib.to_string(),
+            row.n.to_string(),
+            ms(row.outage_us.p50),
+            ms(row.outage_us.p99),
+            ms(row.outage_us.max),
+            than_hotplug(all, row).map_or_else(String::new, |times| format!("{times:.0}")),
+            row.late_frames.to_string(),
+        ]
+    });
+    let phases = std::iter::once("its parts, us (median)").chain(PHASES);
+    let parts = all.iter().filter(|row| !row.phases_us.is_empty());
+    let parts = parts.map(|row| {
+        let of = |name| {
+            let stat = row.phases_us.get(name);
+            stat.map_or_else(String::new, |stat| format!("{:.0}", stat.p50))
+        };
+        let name = format!("{}, {} MiB", row.method.words(), row.mem_mib);
+        std::iter::once(name).chain(PHASES.map(of)).collect()
+    });
+    html! {
+        h2 { "Switch: one NIC, two running guests" }
+        (table(&heads, rows))
+        (table(&phases.collect::<Vec<_>>(), parts))
+        p.note {
+            "Both guests ping all the time. The outage is from the last frame of the one guest to the first of the other, as \
+             the far end of the cable sees them. With unplug and plug the driver is removed and probes anew."
+        }
+    }
+}
