@@ -68,7 +68,7 @@ use crate::dma::DmaSpace;
 use crate::irq::IrqLine;
 use crate::moments::Moments;
 use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity, Status};
-use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
+use crate::pci::{BarIndex, BarRange, BarSize, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
 use crate::state::{Part, StateError};
 use crate::wire::Wire;
@@ -363,6 +363,10 @@ impl PciFunction for E1000 {
         } else {
             self.config.decoded()
         }
+    }
+
+    fn bars(&self) -> Vec<BarSize> {
+        self.config.bars()
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BarIndex, BarRange, BarSpace};
+use super::{BarIndex, BarRange, BarSize, BarSpace};
 
 /// Bytes of a conventional function's configuration space.
 pub const CONFIG_SPACE_BYTES: usize = 256;
@@ -353,6 +353,19 @@ impl ConfigSpace {
             });
         }
         ranges
+    }
+
+    /// The base address registers.
+    pub fn bars(&self) -> Vec<BarSize> {
+        let bars = self.bars.iter().enumerate();
+        let bars = bars.filter_map(|(index, bar)| {
+            bar.map(|bar| BarSize {
+                bar: index as BarIndex,
+                space: bar.space,
+                size_bytes: bar.size_bytes,
+            })
+        });
+        bars.collect()
     }
 
     /// The command register.

@@ -34,6 +34,17 @@ pub struct BarRange {
     pub size_bytes: u64,
 }
 
+/// A base address register of a function, wherever the guest has placed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarSize {
+    /// Which base address register.
+    pub bar: BarIndex,
+    /// Space it is in.
+    pub space: BarSpace,
+    /// Size in bytes, a power of two.
+    pub size_bytes: u64,
+}
+
 /// One PCI function.
 ///
 /// Offsets and lengths come from the guest and may be anything: unaligned, over an end, of any
@@ -47,6 +58,12 @@ pub trait PciFunction: Send {
 
     /// Ranges decoded now, by the base address registers and the command register's enable bits.
     fn decoded(&self) -> Vec<BarRange>;
+
+    /// The base address registers that there are, decoded or not. One that shows none can only be used where the guest's
+    /// own accesses find them.
+    fn bars(&self) -> Vec<BarSize> {
+        Vec::new()
+    }
 
     /// Reads from `bar` at byte `offset` of it.
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]);

@@ -123,6 +123,45 @@ impl Msix {
         }
     }
 
+    /// The guest's half of a function whose other half is elsewhere: routes the vectors as the guest's accesses to the
+    /// table say. The capability, at offset `capability` of configuration space, and the pending bits are the other
+    /// half's.
+    pub fn shadow(
+        vectors: Arc<dyn MsiVectors>,
+        bar: BarIndex,
+        table_offset: u32,
+        capability: u16,
+    ) -> Self {
+        let count = vectors.count().clamp(1, MAX_VECTORS);
+        Self {
+            vectors,
+            state: MsixState {
+                entries: vec![Entry::RESET; usize::from(count)],
+            },
+            layout: MsixLayout {
+                bar,
+                table_offset,
+                pba_offset: table_offset,
+            },
+            capability,
+            control: 0,
+            routed: vec![false; usize::from(count)],
+        }
+    }
+
+    /// Whether the function's register `bar` has the vector table at `offset`.
+    pub fn is_table(&self, bar: BarIndex, offset: u64) -> bool {
+        matches!(self.locate(bar, offset), Some(Place::Table(_)))
+    }
+
+    /// Whether a write that was routed would leave the vector masked, or write nothing.
+    pub fn masks(&self, offset: u64, data: &[u8]) -> bool {
+        let relative = offset.wrapping_sub(u64::from(self.layout.table_offset));
+        let at = (ENTRY_BYTES - 4).checked_sub(relative % ENTRY_BYTES);
+        let control = at.and_then(|at| data.get(at as usize));
+        control.is_some_and(|control| u32::from(*control) & VECTOR_MASK != 0)
+    }
+
     /// Number of vectors.
     pub fn count(&self) -> u16 {
         // At most MAX_VECTORS, by construction.
@@ -136,11 +175,31 @@ impl Msix {
 
     /// To be called after the guest wrote to `config`.
     pub fn config_written(&mut self, config: &ConfigSpace) {
-        let control = config.u16_at(self.capability + 2);
+        self.control_written(config.u16_at(self.capability + 2));
+    }
+
+    /// To be called after the guest changed Message Control, which is elsewhere.
+    pub fn control_written(&mut self, control: u16) {
         if control != self.control {
             self.control = control;
             self.update_all();
         }
+    }
+
+    /// Message Control as the guest wrote it last.
+    pub fn control(&self) -> u16 {
+        self.control
+    }
+
+    /// Offset of the capability in configuration space.
+    pub fn capability(&self) -> u16 {
+        self.capability
+    }
+
+    /// The table's content, in the order of its bytes.
+    pub fn table(&self) -> Vec<u8> {
+        let entries = self.state.entries.iter().flat_map(Entry::dwords);
+        entries.flat_map(u32::to_le_bytes).collect()
     }
 
     /// Reads from the function's register if `offset` is in table or pending bits; tells whether it

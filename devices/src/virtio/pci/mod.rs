@@ -30,7 +30,7 @@ use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
 use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity};
 use crate::pci::msix::{Msix, MsixLayout};
-use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
+use crate::pci::{BarIndex, BarRange, BarSize, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
 use crate::state::{Part, StateError};
 
@@ -360,6 +360,10 @@ impl<D: VirtioDevice> PciFunction for VirtioPciFunction<D> {
 
     fn decoded(&self) -> Vec<BarRange> {
         self.config.decoded()
+    }
+
+    fn bars(&self) -> Vec<BarSize> {
+        self.config.bars()
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
