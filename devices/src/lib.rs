@@ -18,5 +18,6 @@ pub mod rate_limit;
 pub mod serial;
 pub mod state;
 pub mod vfio;
+pub mod vfio_user;
 pub mod virtio;
 pub mod wire;

@@ -17,6 +17,7 @@ use crate::pci::registers::DescriptionError;
 use crate::vfio::address::PciAddress;
 use crate::vfio::error::VfioError;
 use crate::vfio::function::{PassthroughParts, VfioFunction};
+use crate::vfio_user::{Client, FunctionError, VfioUserFunction};
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Net;
 use crate::virtio::pci::{VirtioError, VirtioPciFunction};
@@ -37,6 +38,9 @@ pub enum NicError {
     /// A function of the host.
     #[error(transparent)]
     Passthrough(#[from] VfioError),
+    /// The function of another process.
+    #[error(transparent)]
+    Remote(#[from] FunctionError),
     /// Interrupt vectors.
     #[error("the NIC gets no interrupt vectors: {0}")]
     Vectors(String),
@@ -106,6 +110,37 @@ pub struct Nic {
     /// has the address of the card that was saved. A driver that runs keeps the one that it has read until the guest
     /// gives it another one.
     pub set_address: SetAddress,
+}
+
+/// What a card in another process is made of.
+pub struct RemoteParts<'a> {
+    /// Its slot's pin INTA#.
+    pub intx: Arc<dyn IrqLine>,
+    /// Gives so many message-signalled vectors.
+    pub vectors: &'a mut dyn FnMut(u16) -> Result<Arc<dyn MsiVectors>, String>,
+}
+
+impl Nic {
+    /// The card that a server of another process has, and the function itself, for whoever connects it anew. Its address,
+    /// wire and model are the server's.
+    ///
+    /// # Errors
+    /// The server cannot be used.
+    pub fn remote(
+        client: Client,
+        parts: RemoteParts<'_>,
+    ) -> Result<(Self, Arc<Mutex<VfioUserFunction>>), NicError> {
+        let function = VfioUserFunction::new(client, &*parts.intx, parts.vectors)?;
+        let function = Arc::new(Mutex::new(function));
+        let nic = Self {
+            function: function.clone(),
+            events: function.clone(),
+            holdable: None,
+            interrupts: None,
+            set_address: Arc::new(|_| {}),
+        };
+        Ok((nic, function))
+    }
 }
 
 impl NicModel {

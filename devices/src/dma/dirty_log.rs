@@ -15,6 +15,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::ForeignMapping;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
 /// Bytes of a page.
@@ -30,6 +31,8 @@ pub struct DirtyLog {
     pages: usize,
     /// Made when it is first turned on.
     levels: OnceLock<Levels>,
+    /// Dropped with the memory, after its last user.
+    kept: OnceLock<ForeignMapping>,
 }
 
 #[derive(Debug)]
@@ -43,6 +46,19 @@ fn words(count: usize) -> Box<[AtomicU64]> {
 }
 
 impl DirtyLog {
+    /// The log of memory that lies in `mapping`, which lives as long.
+    pub(super) fn of_foreign(mapping: ForeignMapping, len: usize) -> Self {
+        let log = Self::with_len(len);
+        // It was made a line above and has none.
+        let _ = log.kept.set(mapping);
+        log
+    }
+
+    /// Whether the owner of the memory has taken some of it away.
+    pub(super) fn has_shrunk(&self) -> bool {
+        self.kept.get().is_some_and(ForeignMapping::has_shrunk)
+    }
+
     /// Turns it on. What is written by now is not in it, unless it was on already.
     pub fn start(&self) {
         self.levels.get_or_init(|| {

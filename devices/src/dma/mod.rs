@@ -4,14 +4,17 @@ use std::fs::File;
 use std::sync::{Arc, PoisonError};
 
 use vm_memory::atomic::GuestMemoryLoadGuard;
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion,
+    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
+    GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 mod dirty_log;
+mod foreign;
 
 pub use self::dirty_log::DirtyLog;
+pub use self::foreign::ForeignMapping;
 
 /// Guest memory as this process reads and writes it. What it writes is marked where somebody wants to know
 /// ([`DirtyLog`]), which is why nobody writes guest memory by another way without marking it himself.
@@ -38,6 +41,51 @@ pub struct DmaRegion {
     pub file: Arc<File>,
     /// Where the first byte is in it.
     pub offset: u64,
+}
+
+/// A part of memory that another process has given, see [`ForeignMapping`].
+#[derive(Debug, Clone)]
+pub struct ForeignRegion(Arc<GuestRegionMmap<DirtyLog>>);
+
+impl ForeignRegion {
+    /// Maps `region`.
+    ///
+    /// # Errors
+    /// Its file cannot be mapped so, or its addresses wrap around.
+    pub fn new(region: DmaRegion) -> std::io::Result<Self> {
+        let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let len = usize::try_from(region.len).map_err(|_| invalid())?;
+        let mapping = ForeignMapping::new(&region.file, region.offset, len)?;
+        let at = mapping.as_ptr();
+        let log = DirtyLog::of_foreign(mapping, len);
+        // SAFETY: the mapping has so many bytes there, and lives in the region's log, which is dropped with the region.
+        let builder =
+            unsafe { MmapRegionBuilder::new_with_bitmap(len, log).with_raw_mmap_pointer(at) };
+        let builder = builder
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(region.file, region.offset));
+        let mapped = builder.build().map_err(std::io::Error::other)?;
+        let mapped = GuestRegionMmap::new(mapped, GuestAddress(region.address));
+        Ok(Self(Arc::new(mapped.ok_or_else(invalid)?)))
+    }
+
+    /// Address of the first byte, and length.
+    pub fn range(&self) -> (u64, u64) {
+        (self.0.start_addr().0, self.0.len())
+    }
+
+    /// Whether its owner was found to have taken some of it away.
+    pub fn has_shrunk(&self) -> bool {
+        self.0.get_mmap().bitmap().has_shrunk()
+    }
+
+    /// The memory that consists of `regions`, which do not overlap and are in the order of their addresses.
+    pub fn memory<'a>(regions: impl Iterator<Item = &'a Self>) -> GuestMemory {
+        let regions = regions.map(|region| region.0.clone()).collect();
+        // What fails is memory of no regions.
+        GuestMemory::from_arc_regions(regions).unwrap_or_default()
+    }
 }
 
 /// The guest physical memory that one device may read and write. Clones are the same space.
@@ -113,8 +161,6 @@ impl DmaSpace {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
-
-    use vm_memory::FileOffset;
 
     use super::*;
 

@@ -123,32 +123,6 @@ impl Msix {
         }
     }
 
-    /// The guest's half of a function whose other half is elsewhere: routes the vectors as the guest's accesses to the
-    /// table say. The capability, at offset `capability` of configuration space, and the pending bits are the other
-    /// half's.
-    pub fn shadow(
-        vectors: Arc<dyn MsiVectors>,
-        bar: BarIndex,
-        table_offset: u32,
-        capability: u16,
-    ) -> Self {
-        let count = vectors.count().clamp(1, MAX_VECTORS);
-        Self {
-            vectors,
-            state: MsixState {
-                entries: vec![Entry::RESET; usize::from(count)],
-            },
-            layout: MsixLayout {
-                bar,
-                table_offset,
-                pba_offset: table_offset,
-            },
-            capability,
-            control: 0,
-            routed: vec![false; usize::from(count)],
-        }
-    }
-
     /// Whether the function's register `bar` has the vector table at `offset`.
     pub fn is_table(&self, bar: BarIndex, offset: u64) -> bool {
         matches!(self.locate(bar, offset), Some(Place::Table(_)))
@@ -192,7 +166,7 @@ impl Msix {
     }
 
     /// Offset of the capability in configuration space.
-    pub fn capability(&self) -> u16 {
+    pub fn capability_offset(&self) -> u16 {
         self.capability
     }
 
@@ -253,8 +227,13 @@ impl Msix {
 
     /// State after power-on; `config` must have been reset.
     pub fn reset(&mut self, config: &ConfigSpace) {
+        self.reset_with(config.u16_at(self.capability + 2));
+    }
+
+    /// As [`Msix::reset`] with Message Control, which is elsewhere.
+    pub fn reset_with(&mut self, control: u16) {
         self.state.entries.fill(Entry::RESET);
-        self.control = config.u16_at(self.capability + 2);
+        self.control = control;
         self.update_all();
     }
 
@@ -266,9 +245,14 @@ impl Msix {
     /// Takes over a stored state; `config` must have been restored. A state with another number of
     /// vectors is refused.
     pub fn restore(&mut self, state: &MsixState, config: &ConfigSpace) -> Result<(), ConfigError> {
+        self.restore_with(state, config.u16_at(self.capability + 2))
+    }
+
+    /// As [`Msix::restore`] with Message Control, which is elsewhere.
+    pub fn restore_with(&mut self, state: &MsixState, control: u16) -> Result<(), ConfigError> {
         self.check(state)?;
         self.state = state.clone();
-        self.control = config.u16_at(self.capability + 2);
+        self.control = control;
         self.update_all();
         Ok(())
     }
