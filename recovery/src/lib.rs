@@ -14,6 +14,7 @@
 //! | `resume_device` | a driver's own suspend and resume functions, called; devices that rest |
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
+//! | `switch` | a device goes from one guest to another: the steps, and what becomes of it when one fails |
 //! | `turn` | whose turn it is to change drivers |
 //! | `upgrade` | another build of a driver in the place of the one that runs |
 //! | `violations` | what calls did wrong, counted |
@@ -35,6 +36,7 @@ mod rest;
 pub mod resume_device;
 mod rungs;
 pub mod supervisor;
+pub mod switch;
 mod turn;
 pub mod upgrade;
 pub mod violations;

@@ -4,6 +4,7 @@
 //! long it says every second what it does. One that is silent for longer is stopped, or so is its host.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::marker::PhantomData;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,7 +13,8 @@ use anyhow::{Context, bail, ensure};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use super::protocol::{Answer, MAX_ANSWER_BYTES, Reply, Request, Status};
+use super::Protocol;
+use super::protocol::{Answer, MAX_ANSWER_BYTES, Reply, Request, Status, VmProtocol, line};
 use crate::process::State;
 use crate::runtime_dir::RunningVm;
 
@@ -26,21 +28,25 @@ const LOOK: Duration = Duration::from_secs(1);
 const STOPPED_LOOKS: u32 = 3;
 
 /// A connection to a VM process.
+pub type ControlClient = Connection<VmProtocol>;
+
+/// A connection to a process that has a control socket.
 #[derive(Debug)]
-pub struct ControlClient {
+pub struct Connection<P: Protocol> {
     reader: BufReader<UnixStream>,
-    /// Name and process of the VM, for what a person is told.
-    vm: Option<(String, Option<u32>)>,
+    /// Name and process of who answers, for what a person is told.
+    who: Option<(String, Option<u32>)>,
     limit: Duration,
+    protocol: PhantomData<fn() -> P>,
 }
 
-impl ControlClient {
+impl<P: Protocol> Connection<P> {
     /// Connects to the socket at `path`.
     pub fn connect(path: &Path) -> anyhow::Result<Self> {
         Self::open(path, None, ANSWER_TIME)
     }
 
-    /// Connects to a VM that runs, which has `limit` for each answer.
+    /// Connects to a VM or device host that runs, which has `limit` for each answer.
     pub fn to(vm: &RunningVm, limit: Duration) -> anyhow::Result<Self> {
         let who = (vm.name.to_string(), vm.pid);
         Self::open(&vm.paths.control_socket(), Some(who), limit)
@@ -48,10 +54,10 @@ impl ControlClient {
 
     fn open(
         path: &Path,
-        vm: Option<(String, Option<u32>)>,
+        who: Option<(String, Option<u32>)>,
         limit: Duration,
     ) -> anyhow::Result<Self> {
-        let cannot = || format!("cannot reach the VM at {}", path.display());
+        let cannot = || format!("cannot reach {} at {}", P::WHO, path.display());
         // With its limits before it connects: a process that is stopped accepts nobody, and its queue may be full.
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
@@ -62,8 +68,9 @@ impl ControlClient {
         let address = SocketAddrUnix::new(path).with_context(cannot)?;
         let client = Self {
             reader: BufReader::new(UnixStream::from(socket)),
-            vm,
+            who,
             limit,
+            protocol: PhantomData,
         };
         match connect(client.reader.get_ref(), &address) {
             Err(rustix::io::Errno::AGAIN) => bail!("{}", client.silent()),
@@ -73,28 +80,31 @@ impl ControlClient {
     }
 
     /// Asks for something and waits for the answer.
-    pub fn ask(&mut self, request: &Request) -> anyhow::Result<Reply> {
+    pub fn ask(&mut self, request: &P::Request) -> anyhow::Result<P::Reply> {
         self.ask_and_watch(request, &mut |_| {})
     }
 
     /// The same, with each new word of what is done meanwhile for `progress`.
     pub fn ask_and_watch(
         &mut self,
-        request: &Request,
+        request: &P::Request,
         progress: &mut dyn FnMut(&str),
-    ) -> anyhow::Result<Reply> {
-        let written = self.reader.get_mut().write_all(request.line().as_bytes());
-        self.in_words(written, "the VM has closed its control socket")?;
+    ) -> anyhow::Result<P::Reply> {
+        let written = self.reader.get_mut().write_all(line(request).as_bytes());
+        self.in_words(written, || {
+            format!("{} has closed its control socket", P::WHO)
+        })?;
         let mut told = String::new();
-        let longest = request.may_take().unwrap_or(self.limit);
+        let longest = P::may_take(request).unwrap_or(self.limit);
         let deadline = Instant::now() + longest;
         loop {
             match self.answer()? {
                 Answer::Ok(reply) => return Ok(reply),
                 Answer::Error(error) => bail!("{error}"),
                 Answer::Progress(what) if Instant::now() >= deadline => bail!(
-                    "not done within {} s, and given up; the VM is at this: {what}",
-                    longest.as_secs()
+                    "not done within {} s, and given up; {} is at this: {what}",
+                    longest.as_secs(),
+                    P::WHO
                 ),
                 Answer::Progress(what) if what == told => {}
                 Answer::Progress(what) => {
@@ -105,7 +115,7 @@ impl ControlClient {
         }
     }
 
-    fn answer(&mut self) -> anyhow::Result<Answer> {
+    fn answer(&mut self) -> anyhow::Result<Answer<P::Reply>> {
         let mut line = Vec::new();
         let deadline = Instant::now() + self.limit;
         let mut stopped = 0;
@@ -119,39 +129,40 @@ impl ControlClient {
                     ensure!(stopped < STOPPED_LOOKS, "{}", self.silent());
                 }
                 read => {
-                    self.in_words(read, "the VM's answer cannot be read")?;
+                    self.in_words(read, unreadable::<P>)?;
                     break;
                 }
             }
         }
         ensure!(
             line.last() == Some(&b'\n'),
-            "the VM ended before it answered"
+            "{} ended before it answered",
+            P::WHO
         );
-        serde_json::from_slice(&line).context("the VM's answer cannot be read")
+        serde_json::from_slice(&line).with_context(unreadable::<P>)
     }
 
     fn in_words<T>(
         &self,
         result: std::io::Result<T>,
-        otherwise: &'static str,
+        otherwise: impl FnOnce() -> String,
     ) -> anyhow::Result<T> {
         match result {
             Err(error) if is_time_up(&error) => bail!("{}", self.silent()),
-            other => other.context(otherwise),
+            other => other.with_context(otherwise),
         }
     }
 
     fn is_stopped(&self) -> bool {
-        let pid = self.vm.as_ref().and_then(|(_, pid)| *pid);
+        let pid = self.who.as_ref().and_then(|(_, pid)| *pid);
         pid.and_then(State::of) == Some(State::Stopped)
     }
 
     /// Why there is no answer, as far as the process can be seen.
     fn silent(&self) -> String {
         let seconds = self.limit.as_secs();
-        let Some((name, pid)) = &self.vm else {
-            return format!("the VM does not answer within {seconds} s");
+        let Some((name, pid)) = &self.who else {
+            return format!("{} does not answer within {seconds} s", P::WHO);
         };
         match pid.map(|pid| (pid, State::of(pid))) {
             Some((pid, Some(State::Stopped))) => format!(
@@ -159,12 +170,15 @@ impl ControlClient {
             ),
             Some((pid, Some(State::Lives))) => format!(
                 "{name} does not answer within {seconds} s, though its process ({pid}) lives: try again, or end it \
-                 with `cofferdam stop --force {name}`"
+                 with `{} {name}`",
+                P::END
             ),
             _ => format!("{name} has ended"),
         }
     }
+}
 
+impl ControlClient {
     /// Asks for something that answers nothing but that it was done.
     pub fn tell(&mut self, request: &Request) -> anyhow::Result<()> {
         match self.ask(request)? {
@@ -180,6 +194,10 @@ impl ControlClient {
             other => bail!("the VM answered something else: {other:?}"),
         }
     }
+}
+
+fn unreadable<P: Protocol>() -> String {
+    format!("the answer of {} cannot be read", P::WHO)
 }
 
 /// Whether this is how the system says that a socket's time is up.

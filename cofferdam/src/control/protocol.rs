@@ -33,6 +33,8 @@ use serde::{Deserialize, Serialize};
 use vmm::snapshot::Taken;
 use vmm::{MarkInfo, Rewound};
 
+use super::Protocol;
+
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 
@@ -41,6 +43,21 @@ pub const BEAT: Duration = Duration::from_secs(1);
 
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
+
+/// Requests to a VM process.
+#[derive(Debug)]
+pub struct VmProtocol;
+
+impl Protocol for VmProtocol {
+    type Request = Request;
+    type Reply = Reply;
+    const WHO: &'static str = "the VM";
+    const END: &'static str = "cofferdam stop --force";
+
+    fn may_take(request: &Request) -> Option<Duration> {
+        request.may_take()
+    }
+}
 
 /// What can be asked of a VM process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,19 +241,19 @@ impl Request {
     }
 }
 
-/// A VM process's answer.
+/// An answer of a VM process, or of another one that is asked in the same way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Answer {
+pub enum Answer<R = Reply> {
     /// It was done.
-    Ok(Reply),
+    Ok(R),
     /// It was not, and why, for the person who asked.
     Error(String),
     /// It is being done: what of it. Any number of these come before one of the others.
     Progress(String),
 }
 
-impl Answer {
+impl<R: Serialize> Answer<R> {
     /// The answer as it travels.
     pub fn line(&self) -> String {
         line(self)
@@ -244,7 +261,7 @@ impl Answer {
 }
 
 /// A value as one line of JSON.
-fn line(value: &impl Serialize) -> String {
+pub(crate) fn line(value: &impl Serialize) -> String {
     // Only maps with keys that are no text fail to become JSON, and there are none in here.
     let mut line = serde_json::to_string(value).unwrap_or_default();
     line.push('\n');
@@ -475,7 +492,7 @@ mod tests {
             "{\"ok\":{\"reply\":\"done\"}}\n"
         );
         assert_eq!(
-            Answer::Error("no\nway".to_owned()).line(),
+            Answer::<Reply>::Error("no\nway".to_owned()).line(),
             "{\"error\":\"no\\nway\"}\n"
         );
     }

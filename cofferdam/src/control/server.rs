@@ -1,4 +1,4 @@
-//! The VM process's side of the control socket.
+//! The side of the control socket that answers.
 //!
 //! One thread accepts, one thread serves each connection, so that a client that is slow or sends
 //! nonsense holds up nobody but itself. Lines, connections and waits are bounded.
@@ -15,7 +15,8 @@ use std::time::Duration;
 use anyhow::Context;
 use recovery::asker::{Asker, Gone};
 
-use super::protocol::{Answer, BEAT, MAX_REQUEST_BYTES, Reply, Request};
+use super::Protocol;
+use super::protocol::{Answer, BEAT, MAX_REQUEST_BYTES, VmProtocol};
 
 /// Connections served at one time.
 const MAX_CONNECTIONS: usize = 16;
@@ -27,15 +28,23 @@ const SILENCE: Duration = Duration::from_secs(600);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests.
-pub trait Handler: Send + Sync + 'static {
+pub trait Handler<P: Protocol = VmProtocol>: Send + Sync + 'static {
     /// Carries out `request`, telling `asker` what is done if it takes long. The error is one line for the person who
     /// asked.
-    fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String>;
+    fn handle(&self, request: P::Request, asker: &dyn Asker) -> Result<P::Reply, String>;
 }
 
 /// Answers requests at `path` with `handler` until the process ends. The file is the caller's to
 /// remove.
 pub fn serve(path: &Path, handler: Arc<dyn Handler>) -> anyhow::Result<Serving> {
+    serve_protocol(path, handler)
+}
+
+/// The same for another process than that of a VM.
+pub fn serve_protocol<P: Protocol>(
+    path: &Path,
+    handler: Arc<dyn Handler<P>>,
+) -> anyhow::Result<Serving> {
     let serving = Serving::default();
     let under_way = serving.clone();
     let listener = UnixListener::bind(path)
@@ -81,7 +90,7 @@ impl Drop for UnderWay<'_> {
 }
 
 /// Accepts connections for ever.
-fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>, serving: &Serving) {
+fn accept<P: Protocol>(listener: &UnixListener, handler: &Arc<dyn Handler<P>>, serving: &Serving) {
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -131,7 +140,7 @@ impl Drop for Slot {
 
 /// Tells a client that there is no room for it.
 fn refuse(mut stream: UnixStream) {
-    let answer = Answer::Error("too many connections: close one and try again".to_owned());
+    let answer = Answer::<()>::Error("too many connections: close one and try again".to_owned());
     // It may be gone already; there is nobody else to tell.
     let _ = stream
         .set_nonblocking(true)
@@ -139,9 +148,9 @@ fn refuse(mut stream: UnixStream) {
 }
 
 /// Answers the requests of one connection until it closes.
-fn serve_connection(
+fn serve_connection<P: Protocol>(
     stream: UnixStream,
-    handler: &dyn Handler,
+    handler: &dyn Handler<P>,
     serving: &Serving,
 ) -> std::io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
@@ -149,14 +158,14 @@ fn serve_connection(
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut writer = stream;
     loop {
-        let request = read_request(&mut reader)?;
+        let request = read_request::<P>(&mut reader)?;
         let _under_way = serving.begin();
         let answer = match request {
             None => return Ok(()),
             Some(Ok(request)) => {
                 tracing::debug!(?request, "control");
                 let client = Client::new(&writer);
-                let result = if request.may_take().is_some() {
+                let result = if P::may_take(&request).is_some() {
                     client.while_it_waits(|| handler.handle(request, &client))
                 } else {
                     handler.handle(request, &client)
@@ -164,7 +173,7 @@ fn serve_connection(
                 result.map_or_else(Answer::Error, Answer::Ok)
             }
             Some(Err(Malformed { error, recoverable })) => {
-                writer.write_all(Answer::Error(error).line().as_bytes())?;
+                writer.write_all(Answer::<P::Reply>::Error(error).line().as_bytes())?;
                 if recoverable {
                     continue;
                 }
@@ -215,7 +224,7 @@ impl<'a> Client<'a> {
     }
 
     fn write(&self, what: &str) -> std::io::Result<()> {
-        let line = Answer::Progress(what.to_owned()).line();
+        let line = Answer::<()>::Progress(what.to_owned()).line();
         let mut stream = self.stream;
         stream.write_all(line.as_bytes())
     }
@@ -238,7 +247,9 @@ struct Malformed {
 }
 
 /// Reads one line; `None` at the end of the stream.
-fn read_request(reader: &mut impl BufRead) -> std::io::Result<Option<Result<Request, Malformed>>> {
+fn read_request<P: Protocol>(
+    reader: &mut impl BufRead,
+) -> std::io::Result<Option<Result<P::Request, Malformed>>> {
     let mut line = Vec::new();
     match reader.take(MAX_REQUEST_BYTES).read_until(b'\n', &mut line) {
         Ok(0) => return Ok(None),
@@ -266,6 +277,7 @@ mod tests {
 
     use super::*;
     use crate::control::client::ControlClient;
+    use crate::control::protocol::{Reply, Request};
 
     /// Accepts nothing but `pause`, `reset` in two steps, and `release`, which takes its time.
     #[derive(Default)]
