@@ -11,11 +11,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use agent_protocol::PORT_NAME;
-use anyhow::{Context, bail};
-use devices::nic::{Nic, NicParts};
+use anyhow::{Context, bail, ensure};
+use devices::nic::{Nic, NicParts, RemoteParts};
 use devices::pci::config::InterruptPin;
-use devices::vfio::address::PciAddress;
 use devices::vfio::function::PassthroughParts;
+use devices::vfio_user::client::{Client, Limits};
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Block, Disk};
 use devices::virtio::console::Console;
@@ -26,11 +26,13 @@ use devices::wire::tap::Tap;
 use devices::wire::unix_link::UnixLink;
 use vmm::{PciSlot, SharedSubscriber, Vm, VmHandle};
 
+use super::attachment::Attachment;
 use super::meter::MeteredWire;
 use super::nics::{GuestNic, Nics};
 use super::watch::Belongings;
 use super::{NetConfig, RunConfig};
-use crate::options::{NetSpec, NicModel, NicSpec};
+use crate::options::{NetSpec, NicModel, NicSpec, PciAddress, VmName};
+use crate::runtime_dir::RuntimeRoot;
 
 /// VLAN that the gateway of the first NIC is on besides the untagged network.
 const GATEWAY_VLAN: u16 = 5;
@@ -48,7 +50,7 @@ pub fn add_devices(
     add_virtio(vm, console)?;
     let mut nics = Vec::new();
     for net in &config.nets {
-        let made = MadeNic::new(&vm.handle(), net, nics.len(), belongings);
+        let made = MadeNic::new(&vm.handle(), &config.name, net, nics.len(), belongings);
         let made = made.with_context(|| format!("NIC {} ({})", nics.len() + 1, net.nic.wire()))?;
         nics.push(made.add(vm)?);
     }
@@ -82,12 +84,13 @@ pub struct MadeNic {
 }
 
 impl MadeNic {
-    /// Makes NIC number `index` for the next slot of `vm`.
+    /// Makes NIC number `index` for the next slot of `vm`, whose name is `name`.
     ///
     /// # Errors
     /// The host does not have what it needs.
     pub fn new(
         vm: &VmHandle,
+        name: &VmName,
         net: &NetConfig,
         index: usize,
         belongings: &Belongings,
@@ -96,13 +99,38 @@ impl MadeNic {
             NicSpec::Model { model, wire } => {
                 Self::model(vm, net, (*model, wire), index, belongings)
             }
-            NicSpec::Passthrough(address) => {
-                Self::passthrough(vm, net, address.as_str().parse()?, index)
-            }
-            NicSpec::Device(_) => {
-                bail!("this version of the program has no NICs that live elsewhere yet")
-            }
+            NicSpec::Passthrough(address) => Self::passthrough(vm, net, *address, index),
+            NicSpec::Device(host) => Self::device(vm, name, net, host, index),
         }
+    }
+
+    /// The device of a device host.
+    fn device(
+        vm: &VmHandle,
+        name: &VmName,
+        net: &NetConfig,
+        host: &VmName,
+        index: usize,
+    ) -> anyhow::Result<Self> {
+        has_own_memory(vm)?;
+        let attachment = Attachment {
+            root: RuntimeRoot::from_environment(),
+            host: host.clone(),
+            vm: name.clone(),
+            mac: net.mac.context("a NIC of a device host has an address")?,
+        };
+        let slot = vm.reserve_pci_slot()?;
+        let stream = attachment.attach()?;
+        let client = Client::new(stream, vm.dma_space(), Limits::default())?;
+        let (nic, function) = Nic::remote(
+            client,
+            RemoteParts {
+                intx: slot.intx_line(InterruptPin::A),
+                vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+            },
+        )?;
+        attachment.keep(&function)?;
+        Ok(Self::elsewhere(nic, slot, net, index))
     }
 
     /// A function of the host.
@@ -112,6 +140,7 @@ impl MadeNic {
         address: PciAddress,
         index: usize,
     ) -> anyhow::Result<Self> {
+        has_own_memory(vm)?;
         let slot = vm.reserve_pci_slot()?;
         let nic = Nic::passthrough(
             address,
@@ -121,6 +150,11 @@ impl MadeNic {
                 vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
             },
         )?;
+        Ok(Self::elsewhere(nic, slot, net, index))
+    }
+
+    /// A NIC that is not in this process, made for `slot`.
+    fn elsewhere(nic: Nic, slot: PciSlot, net: &NetConfig, index: usize) -> Self {
         let subscribers = vec![nic.events.clone()];
         let nic = GuestNic {
             config: net.clone(),
@@ -131,11 +165,11 @@ impl MadeNic {
             meter: None,
             gateway: None,
         };
-        Ok(Self {
+        Self {
             nic,
             slot,
             subscribers,
-        })
+        }
     }
 
     /// A model, plugged into its wire.
@@ -199,6 +233,15 @@ impl MadeNic {
             ..self.nic
         })
     }
+}
+
+/// A NIC that is not in this process reaches the file that guest memory is, and nothing else.
+fn has_own_memory(vm: &VmHandle) -> anyhow::Result<()> {
+    ensure!(
+        !vm.ram().is_template(),
+        "a NIC that lives elsewhere does not reach memory that is shared with a snapshot: go on from it without --lazy"
+    );
+    Ok(())
 }
 
 /// A wire, the gateway at its end if there is one, and what the event loop has to serve of it.

@@ -10,7 +10,9 @@
 //! What must be gone at the end (terminal mode, sockets, the runtime folder) belongs to
 //! [`watch::Belongings`], which the orderly way and the way by force both clear.
 
+mod attachment;
 mod console;
+mod elsewhere;
 mod ending;
 pub mod escape;
 pub mod isolation;

@@ -14,6 +14,7 @@ use vmm::VmHandle;
 
 use super::NetConfig;
 use super::meter::Meter;
+use crate::options::NicSpec;
 
 /// Longest name of a PCI driver that the guest is believed, in bytes.
 const MAX_DRIVER_NAME: usize = 64;
@@ -77,6 +78,12 @@ impl Nics {
     /// One more.
     pub fn add(&self, nic: GuestNic) {
         self.lock().push(nic);
+    }
+
+    /// One that is not in this process, if there is any: its device writes guest memory by itself.
+    pub fn elsewhere(&self) -> Option<GuestNic> {
+        let is_elsewhere = |nic: &&GuestNic| !matches!(nic.config.nic, NicSpec::Model { .. });
+        self.lock().iter().find(is_elsewhere).cloned()
     }
 
     /// Forgets those that came to `vm` while it ran and went again. Says whether others are left that came.

@@ -90,12 +90,15 @@ impl Plugging {
                 bail!("another NIC of this VM has the address {mac}: give mac=ADDRESS");
             }
         }
+        if !matches!(nic, NicSpec::Model { .. }) {
+            self.vm.own_memory()?;
+        }
         let config = NetConfig {
             nic,
             mac,
             is_another_wire: false,
         };
-        let made = MadeNic::new(&self.vm, &config, number, &self.belongings)?;
+        let made = MadeNic::new(&self.vm, &self.name, &config, number, &self.belongings)?;
         let nic = made.plug(&self.vm)?;
         self.nics.add(nic.clone());
         Ok(nic)

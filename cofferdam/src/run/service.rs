@@ -23,7 +23,7 @@ use super::nics::{GuestNic, Nics};
 use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
 use super::saved::SavedVm;
-use super::{NetConfig, RunConfig, memory};
+use super::{NetConfig, RunConfig, elsewhere, memory};
 use crate::control::protocol::{
     ConfigSummary, NetSummary, NicStatus, ProbeReading, Reply, Request, Status, VmState,
 };
@@ -146,6 +146,7 @@ impl VmService {
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
         self.guest_runs()?;
+        elsewhere::none(&self.nics, "isolated")?;
         let isolated = self
             .supervisor
             .isolate(request, recovery, asker)
@@ -172,6 +173,7 @@ impl VmService {
     }
 
     fn snapshot(&self, request: &SnapshotRequest<'_>, asker: &dyn Asker) -> Result<Reply, String> {
+        elsewhere::none(&self.nics, "saved")?;
         if self.nics.forget_gone(&self.vm) {
             return Err(
                 "a VM with NICs that came while it ran cannot be saved yet: `cofferdam unplug` takes them out"
@@ -284,7 +286,11 @@ impl Handler for VmService {
             Request::Plug { net, nic } => {
                 let plugged = match (net, nic) {
                     (Some(net), None) => self.plugging.plug_net(net.parse().map_err(text)?),
-                    (None, Some(nic)) => self.plugging.plug_nic(nic.parse().map_err(text)?),
+                    (None, Some(nic)) => {
+                        let nic = nic.parse().map_err(text)?;
+                        elsewhere::may_come(&self.vm, self.isolator())?;
+                        self.plugging.plug_nic(nic)
+                    }
                     _ => return Err("give one NIC: either --net or --nic".to_owned()),
                 };
                 Ok(Reply::Plugged(nic_status(&plugged.map_err(chain)?)))
@@ -294,6 +300,7 @@ impl Handler for VmService {
                 Ok(Reply::Done {})
             }
             Request::Mark { name } => {
+                elsewhere::none(&self.nics, "marked")?;
                 asker.tell("setting a mark").map_err(text)?;
                 let marked = self.vm.mark(&name, REST_TIME);
                 marked.map(Reply::Marked).map_err(text)

@@ -1,0 +1,42 @@
+//! NICs that are not in this process write guest memory without it: what follows changes of memory, or works on a copy
+//! of it, does not see what they write. Until it does, the two exclude each other.
+
+use isolation::attach::Isolator;
+use vmm::VmHandle;
+
+use super::nics::Nics;
+
+/// That none of `nics` is elsewhere, so that the VM can be `done`.
+///
+/// # Errors
+/// Which one is.
+pub fn none(nics: &Nics, done: &str) -> Result<(), String> {
+    match nics.elsewhere() {
+        Some(nic) => Err(format!(
+            "the NIC at {} ({}) writes guest memory without this process: such a VM cannot be {done} yet",
+            nic.address(),
+            nic.config.nic.wire()
+        )),
+        None => Ok(()),
+    }
+}
+
+/// That a NIC that is elsewhere may come: nothing follows changes of memory, or works on a copy.
+///
+/// # Errors
+/// What does.
+pub fn may_come(vm: &VmHandle, isolator: &Isolator) -> Result<(), String> {
+    if let Some(mark) = vm.marks().first() {
+        return Err(format!(
+            "the VM has marks, and would not see what a device elsewhere writes: `cofferdam marks --forget {}` first",
+            mark.name
+        ));
+    }
+    match isolator.status().first() {
+        Some(module) => Err(format!(
+            "{} is isolated, and would not see what a device elsewhere writes: `cofferdam release` first",
+            module.module
+        )),
+        None => Ok(()),
+    }
+}
