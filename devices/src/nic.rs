@@ -55,6 +55,8 @@ pub struct NicModel {
     pub summary: &'static str,
     /// Modules of Linux that drive it. Which one does in a guest, only the guest knows.
     pub drivers: &'static [&'static str],
+    /// How many message-signalled vectors it has.
+    pub vectors: u16,
     make: fn(NicParts<'_>) -> Result<Nic, NicError>,
 }
 
@@ -64,12 +66,14 @@ pub static MODELS: [NicModel; 2] = [
         name: "e1000",
         summary: "Intel 82540EM",
         drivers: &["e1000"],
+        vectors: 0,
         make: make_e1000,
     },
     NicModel {
         name: "virtio",
         summary: "virtio-net",
         drivers: &["virtio_net"],
+        vectors: 3,
         make: make_virtio,
     },
 ];

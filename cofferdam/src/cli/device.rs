@@ -1,13 +1,22 @@
-//! `device`: PCI functions of the host that guests are given.
+//! `device`: NICs that guests share by turns, and PCI functions of the host that guests are given.
 
 use devices::vfio::address::PciAddress;
 use devices::vfio::binding::{Rebound, Sysfs};
 
+use super::device_host::{ListOptions, ServeOptions, StatusOptions, StopOptions};
 use super::{Ending, print_bytes};
 
 /// `device`
 #[derive(Debug, clap::Subcommand)]
 pub enum DeviceCommand {
+    /// Have a NIC that guests share by turns, in this terminal
+    Serve(ServeOptions),
+    /// List the device hosts that run
+    List(ListOptions),
+    /// Show how a device host is: turn, contexts, frames, last switches
+    Status(StatusOptions),
+    /// End a device host
+    Stop(StopOptions),
     /// Take a PCI function from the host's driver, for guests: vfio-pci has it from then on
     #[command(after_help = "\
 Example:
@@ -36,6 +45,10 @@ impl DeviceCommand {
     pub fn run(self) -> anyhow::Result<Ending> {
         let sysfs = Sysfs::default();
         let text = match self {
+            Self::Serve(options) => return options.run(),
+            Self::List(options) => return options.run(),
+            Self::Status(options) => return options.run(),
+            Self::Stop(options) => return options.run(),
             Self::Bind(BindOptions { address, force }) => {
                 bound_text(address, &sysfs.bind(address, force)?)
             }

@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod device;
+mod device_host;
 mod errors;
 mod exec;
 mod inject;
@@ -14,6 +15,7 @@ mod report;
 mod run;
 mod snapshot;
 mod suspend_device;
+mod switch;
 mod table;
 mod upgrade;
 mod violations;
@@ -95,9 +97,11 @@ enum Command {
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
-    /// Prepare PCI functions of the host for guests
+    /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Give the turn at a shared NIC to another guest
+    Switch(switch::SwitchOptions),
     /// Measure boots, recovery and traffic
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -144,6 +148,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Device(command) => command.run(),
+        Command::Switch(options) => options.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),

@@ -1,4 +1,186 @@
 //! The device host: the process that has a NIC for good, and the guests that share it by turns.
+//!
+//! ```text
+//!  device.sock ─► attach: a line each way, then vfio-user ─► context: one for each VM, with a thread
+//!  control.sock ─► service ─► host: whose turn, switches ◄─ keeper: clients that have gone, time slices
+//!                               │
+//!                             turns ─► the wire
+//! ```
 
+mod attach;
 pub mod client;
+mod context;
 pub mod hello;
+mod history;
+mod host;
+mod keeper;
+pub mod protocol;
+mod service;
+mod switching;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use devices::wire::turns::{Parked, Turns};
+use event_manager::{EventManager, SubscriberOps};
+use vmm::SharedSubscriber;
+
+use self::host::Host;
+use self::service::DeviceService;
+use crate::control::server::serve_protocol;
+use crate::options::{NetSpec, NicModel, VmName};
+use crate::run::Ending;
+use crate::run::machine::plug;
+use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
+use crate::run::watch::Belongings;
+use crate::runtime_dir::RuntimeRoot;
+
+/// How long those who wait for an answer may hold up the end.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+
+/// What guests without the turn see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ParkedAs {
+    /// A link that is down.
+    Down,
+    /// A link that stays up for up to a second, in which frames wait.
+    Stall,
+}
+
+/// What becomes of the turn of a VM that goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnExit {
+    /// It waits for the VM to come back.
+    Keep,
+    /// It goes on to the next VM that is attached.
+    Next,
+}
+
+/// What a device host is to be.
+#[derive(Debug, Clone)]
+pub struct ServeConfig {
+    /// Its name.
+    pub name: VmName,
+    /// Model of the NIC.
+    pub model: NicModel,
+    /// What it is plugged into.
+    pub net: NetSpec,
+    /// What guests without the turn see.
+    pub parked: ParkedAs,
+    /// What becomes of the turn of a VM that goes.
+    pub on_exit: OnExit,
+    /// How many VMs can have a context.
+    pub slots: usize,
+}
+
+/// Why a device host ends.
+#[derive(Debug)]
+pub enum End {
+    /// Somebody asked for it.
+    Asked,
+    /// A signal did.
+    Signal(EndingSignal),
+}
+
+/// Serves a device to its end.
+pub fn serve(config: ServeConfig) -> anyhow::Result<Ending> {
+    let signals = Signals::block().context("cannot block signals")?;
+    let (end, ended) = channel();
+    let belongings = Arc::new(Belongings::default());
+    listen_to(signals, end.clone(), belongings.clone())?;
+    let result = serve_until(config, end, &ended, &belongings);
+    belongings.clear();
+    match result? {
+        End::Asked => Ok(Ending::SUCCESS),
+        End::Signal(signal) => Ok(Ending::Signal(signal)),
+    }
+}
+
+/// Has a thread wait for signals. The second one that asks for the end does not wait for it.
+fn listen_to(
+    signals: Signals,
+    end: Sender<End>,
+    belongings: Arc<Belongings>,
+) -> anyhow::Result<()> {
+    let listen = move || {
+        let mut asked = false;
+        loop {
+            match signals.wait() {
+                Ok(Asked::End(signal)) if asked => {
+                    belongings.clear();
+                    signal.end_process();
+                }
+                Ok(Asked::End(signal)) => {
+                    asked = true;
+                    // The main thread goes only with the process.
+                    let _ = end.send(End::Signal(signal));
+                }
+                Ok(Asked::Stop) => stop_process(),
+                Ok(Asked::Continued) => {}
+                Err(error) => {
+                    tracing::error!("signals cannot be waited for: {error}");
+                    return;
+                }
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(listen)
+        .context("cannot start the signal thread")?;
+    Ok(())
+}
+
+fn serve_until(
+    config: ServeConfig,
+    end: Sender<End>,
+    ended: &Receiver<End>,
+    belongings: &Belongings,
+) -> anyhow::Result<End> {
+    let dir = RuntimeRoot::from_environment()
+        .devices()
+        .claim(&config.name)?;
+    let paths = dir.paths().clone();
+    belongings.add_dir(dir);
+    let plugged = plug(&config.net, 0, belongings)?;
+    if !plugged.subscribers.is_empty() {
+        serve_wire(plugged.subscribers)?;
+    }
+    let parked = match config.parked {
+        ParkedAs::Down => Parked::Down,
+        ParkedAs::Stall => Parked::STALL,
+    };
+    let turns = Turns::new(plugged.wire, parked);
+    let (keeper, events) = channel();
+    let name = config.name.clone();
+    let host = Arc::new(Host::new(config, turns, keeper));
+    let kept = host.clone();
+    std::thread::Builder::new()
+        .name("keeper".to_owned())
+        .spawn(move || keeper::keep(&kept, &events))
+        .context("cannot start the thread that keeps house")?;
+    attach::listen(&paths.device_socket(), host.clone())?;
+    let service = Arc::new(DeviceService::new(host.clone(), end));
+    let control = serve_protocol(&paths.control_socket(), service)?;
+    tracing::info!(%name, "the device can be attached");
+    let end = ended.recv().context("nobody is left to ask for the end")?;
+    host.end();
+    control.wait_for_answers(ANSWER_TIME);
+    Ok(end)
+}
+
+/// Has a thread serve what a wire needs besides its NIC.
+fn serve_wire(subscribers: Vec<SharedSubscriber>) -> anyhow::Result<()> {
+    let mut manager = EventManager::new().context("no event loop for the wire")?;
+    for subscriber in subscribers {
+        manager.add_subscriber(subscriber);
+    }
+    std::thread::Builder::new()
+        .name("wire".to_owned())
+        .spawn(move || context::serve(manager, &AtomicBool::new(false)))
+        .context("cannot start the wire's thread")?;
+    Ok(())
+}

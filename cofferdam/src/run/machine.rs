@@ -245,10 +245,13 @@ fn has_own_memory(vm: &VmHandle) -> anyhow::Result<()> {
 }
 
 /// A wire, the gateway at its end if there is one, and what the event loop has to serve of it.
-struct Plugged {
-    wire: Box<dyn Wire>,
-    gateway: Option<GatewayControl>,
-    subscribers: Vec<SharedSubscriber>,
+pub struct Plugged {
+    /// The wire.
+    pub wire: Box<dyn Wire>,
+    /// The gateway.
+    pub gateway: Option<GatewayControl>,
+    /// What an event loop has to serve.
+    pub subscribers: Vec<SharedSubscriber>,
 }
 
 impl Plugged {
@@ -262,7 +265,7 @@ impl Plugged {
 }
 
 /// Makes the wire of NIC number `index` that `spec` says.
-fn plug(spec: &NetSpec, index: usize, belongings: &Belongings) -> anyhow::Result<Plugged> {
+pub fn plug(spec: &NetSpec, index: usize, belongings: &Belongings) -> anyhow::Result<Plugged> {
     match spec {
         NetSpec::User => {
             // Each gateway is a network of its own. The number of NICs is far below what an octet holds.

@@ -16,7 +16,7 @@ mod elsewhere;
 mod ending;
 pub mod escape;
 pub mod isolation;
-mod machine;
+pub(crate) mod machine;
 mod memory;
 mod meter;
 mod nics;
@@ -27,7 +27,7 @@ pub mod saved;
 mod service;
 pub mod signals;
 pub mod terminal;
-mod watch;
+pub(crate) mod watch;
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};

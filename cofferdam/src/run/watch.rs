@@ -45,7 +45,7 @@ impl Belongings {
     }
 
     /// Puts back and removes everything.
-    fn clear(&self) {
+    pub fn clear(&self) {
         let Things {
             terminal,
             sockets,

@@ -1,0 +1,269 @@
+//! A VM's context at a device host: its NIC, and whoever is at its socket.
+//!
+//! One thread serves both, with an event loop: what the guest does to the NIC, what comes from the wire, and the end of the
+//! connection follow one another. When a client goes its memory is taken away, then the NIC's bus mastering
+//! is switched off and its port is unplugged, before that thread does anything else. The NIC's state stays. A client that
+//! comes back to it writes the command register last; one that is a new guest's resets it first.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::Context as _;
+use devices::dma::DmaSpace;
+use devices::nic::{Nic, NicParts};
+use devices::pci::bus::SharedFunction;
+use devices::pci::config::{Command, offset};
+use devices::vfio_user::Counters;
+use devices::vfio_user::server::{ClientInterrupts, Offered, Server, ServerEvent};
+use devices::wire::turns::{PortId, Turns};
+use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm::SharedSubscriber;
+
+use super::keeper::Happened;
+use super::protocol::{ContextStatus, Messages};
+use crate::options::{MacAddress, NicModel, VmName};
+
+/// A client that is attached, or about to be.
+struct Client {
+    serial: u64,
+    /// Once it is served.
+    served: Option<(SubscriberId, Counters)>,
+}
+
+/// See the module.
+pub struct Context {
+    /// The VM that it belongs to.
+    pub vm: VmName,
+    /// Its end of the wire.
+    pub port: PortId,
+    /// Its VM does not run for now.
+    pub away: AtomicBool,
+    nic: Nic,
+    dma: DmaSpace,
+    interrupts: ClientInterrupts,
+    turns: Turns,
+    mac: Mutex<MacAddress>,
+    client: Mutex<Option<Client>>,
+    attached: AtomicU64,
+    endpoint: RemoteEndpoint<SharedSubscriber>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Context {
+    /// A context for `vm` with a NIC just powered on, with no client.
+    pub fn new(
+        vm: VmName,
+        mac: MacAddress,
+        model: NicModel,
+        turns: &Turns,
+    ) -> anyhow::Result<Self> {
+        let dma = DmaSpace::empty();
+        let port = turns.port(mac.0).context("no descriptors for a NIC")?;
+        let id = port.id();
+        let interrupts = ClientInterrupts::new(model.model().vectors);
+        let vectors = interrupts.vectors();
+        let nic = model.model().make(NicParts {
+            mac: mac.0,
+            wire: Box::new(port),
+            dma: dma.clone(),
+            intx: interrupts.line(),
+            vectors: &mut |count| match count == vectors.count() {
+                true => Ok(vectors.clone()),
+                false => Err(format!("{count} are not what the model is known to have")),
+            },
+        })?;
+        let mut manager = EventManager::new().context("no event loop for a NIC")?;
+        manager.add_subscriber(nic.events.clone());
+        let endpoint = manager.remote_endpoint();
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = stop.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("nic-{vm}"))
+            .spawn(move || serve(manager, &stopped))
+            .context("no thread for a NIC")?;
+        Ok(Self {
+            vm,
+            port: id,
+            away: AtomicBool::default(),
+            nic,
+            dma,
+            interrupts,
+            turns: turns.clone(),
+            mac: Mutex::new(mac),
+            client: Mutex::new(None),
+            attached: AtomicU64::default(),
+            endpoint,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// The NIC.
+    pub fn function(&self) -> &SharedFunction {
+        &self.nic.function
+    }
+
+    /// Its address.
+    pub fn mac(&self) -> MacAddress {
+        *lock(&self.mac)
+    }
+
+    /// Whether a client has it.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.client).is_some()
+    }
+
+    /// Whether it may be given the turn.
+    pub fn wants_turns(&self) -> bool {
+        self.is_connected() && !self.away.load(Ordering::Relaxed)
+    }
+
+    /// Keeps the place for a client that is about to be served; `None` if there is one.
+    pub fn reserve(&self, mac: MacAddress) -> Option<u64> {
+        let mut client = lock(&self.client);
+        if client.is_some() {
+            return None;
+        }
+        let serial = self.attached.fetch_add(1, Ordering::Relaxed) + 1;
+        *client = Some(Client {
+            serial,
+            served: None,
+        });
+        self.away.store(false, Ordering::Relaxed);
+        let mut own = lock(&self.mac);
+        if *own != mac {
+            *own = mac;
+            (self.nic.set_address)(mac.0);
+            self.turns.set_address(self.port, mac.0);
+        }
+        Some(serial)
+    }
+
+    /// Serves client number `serial` at `stream`. What becomes of it is told to `keeper`.
+    pub fn serve(
+        &self,
+        serial: u64,
+        stream: UnixStream,
+        keeper: Sender<Happened>,
+    ) -> anyhow::Result<()> {
+        let offered = Offered {
+            function: self.nic.function.clone(),
+            dma: self.dma.clone(),
+            interrupts: self.interrupts.clone(),
+        };
+        let (vm, port, turns) = (self.vm.clone(), self.port, self.turns.clone());
+        let function = self.nic.function.clone();
+        let notify = move |event| match event {
+            ServerEvent::Gone(why) => {
+                stop_dma(&function);
+                // It fails for a port that is gone.
+                let _ = turns.plug(port, false);
+                let vm = vm.clone();
+                // The keeper goes only with the process.
+                let _ = keeper.send(Happened::Gone { vm, serial, why });
+            }
+            event => tracing::debug!(%vm, ?event, "client"),
+        };
+        // Under the lock: whoever hears that it has gone finds it here.
+        let mut client = lock(&self.client);
+        let server = Server::new(stream, offered, Box::new(notify))?;
+        let counters = server.counters();
+        let subscriber: SharedSubscriber = Arc::new(Mutex::new(server));
+        let id = self
+            .endpoint
+            .call_blocking(move |ops| -> Result<_, event_manager::Error> {
+                Ok(ops.add_subscriber(subscriber))
+            })
+            .map_err(|error| anyhow::anyhow!("its event loop does not answer: {error}"))?;
+        if let Some(client) = client.as_mut() {
+            client.served = Some((id, counters));
+        }
+        Ok(())
+    }
+
+    /// Client number `serial` has gone. Says whether that is news.
+    pub fn client_has_gone(&self, serial: u64) -> bool {
+        let Some(gone) = lock(&self.client).take_if(|client| client.serial == serial) else {
+            return false;
+        };
+        if let Some((id, _)) = gone.served {
+            let removed = self
+                .endpoint
+                .call_blocking(move |ops| ops.remove_subscriber(id).map(drop));
+            if let Err(error) = removed {
+                tracing::error!(vm = %self.vm, "a client's end stays behind: {error}");
+            }
+        }
+        true
+    }
+
+    /// How it is.
+    pub fn status(&self) -> ContextStatus {
+        let memory = self.dma.memory();
+        let client = lock(&self.client);
+        let counters = client.as_ref().and_then(|client| client.served.as_ref());
+        ContextStatus {
+            vm: self.vm.to_string(),
+            mac: self.mac().to_string(),
+            connected: client.is_some(),
+            away: self.away.load(Ordering::Relaxed),
+            turn: self.turns.holder() == Some(self.port),
+            carrier: self.turns.carrier(self.port),
+            attached: self.attached.load(Ordering::Relaxed),
+            frames: self.turns.counters(self.port).unwrap_or_default(),
+            dma_maps: memory.iter().count(),
+            dma_bytes: memory.iter().map(GuestMemoryRegion::len).sum(),
+            messages: counters.map(|(_, counters)| {
+                let counts = counters.counts();
+                Messages {
+                    sent: counts.sent,
+                    received: counts.received,
+                    posted: counts.posted,
+                }
+            }),
+        }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Err(error) = self.endpoint.kick() {
+            tracing::error!(vm = %self.vm, "a NIC's thread stays behind: {error}");
+            return;
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vm = %self.vm, "a NIC's thread panicked");
+        }
+    }
+}
+
+/// Runs an event loop until it is stopped.
+pub fn serve(mut manager: EventManager<SharedSubscriber>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        if let Err(error) = manager.run() {
+            tracing::error!("a NIC's event loop ends: {error}");
+            return;
+        }
+    }
+}
+
+/// Switches bus mastering off: the NIC reads and writes no memory until somebody switches it on.
+fn stop_dma(function: &SharedFunction) {
+    let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut command = [0; 2];
+    function.config_read(offset::COMMAND, &mut command);
+    let without = u16::from_le_bytes(command) & !Command::BUS_MASTER.bits();
+    function.config_write(offset::COMMAND, &without.to_le_bytes());
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,375 @@
+//! The device host: the contexts, whose turn it is, and how it goes on.
+//!
+//! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns. The list is not locked while a switch
+//! takes its steps.
+
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use devices::clock::monotonic_ns;
+use devices::wire::turns::Turns;
+use recovery::switch::{Outcome, next_after, switch};
+
+use super::context::Context;
+use super::hello::{AttachInfo, Welcome, write_line};
+use super::history::History;
+use super::keeper::Happened;
+use super::protocol::{HostStatus, Reason, SwitchRecord};
+use super::switching::ModelSwitch;
+use super::{OnExit, ParkedAs, ServeConfig};
+use crate::options::{MacAddress, VmName};
+
+/// How long a switch waits for another one.
+const TURN_TIME: Duration = Duration::from_secs(5);
+/// How long a VM that is attached already may take to be noticed to have gone: its process may just have been killed.
+const GONE_TIME: Duration = Duration::from_secs(1);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// See the module.
+pub struct Host {
+    config: ServeConfig,
+    turns: Turns,
+    contexts: Mutex<Vec<Arc<Context>>>,
+    switching: Mutex<()>,
+    history: Mutex<History>,
+    /// The time slice, if the turn is passed on by time.
+    every: Mutex<Option<Duration>>,
+    keeper: Sender<Happened>,
+    started_ns: u64,
+}
+
+impl Host {
+    /// A host without contexts.
+    pub fn new(config: ServeConfig, turns: Turns, keeper: Sender<Happened>) -> Self {
+        Self {
+            config,
+            turns,
+            contexts: Mutex::default(),
+            switching: Mutex::default(),
+            history: Mutex::default(),
+            every: Mutex::default(),
+            keeper,
+            started_ns: monotonic_ns(),
+        }
+    }
+
+    /// Attaches `vm`, whose VMM is at `stream`, and tells it.
+    pub fn attach(&self, vm: VmName, mac: MacAddress, stream: UnixStream) -> anyhow::Result<()> {
+        let (context, serial) = self.reserve(vm, mac)?;
+        let attached = self.serve(&context, serial, stream);
+        if attached.is_err() {
+            self.gone(&context.vm, serial, "could not be served");
+        }
+        attached
+    }
+
+    fn serve(&self, context: &Arc<Context>, serial: u64, stream: UnixStream) -> anyhow::Result<()> {
+        self.turns.plug(context.port, true)?;
+        if self.turns.holder().is_none() {
+            let given = self.pass_on(None, Some(context.clone()), Reason::Attached);
+            if let Err(error) = given {
+                tracing::warn!(vm = %context.vm, "gets no turn: {error:#}");
+            }
+        }
+        let info = AttachInfo {
+            device: self.config.name.to_string(),
+            model: self.config.model.name().to_owned(),
+            mac: context.mac().to_string(),
+            turn: self.turns.holder() == Some(context.port),
+            returned: serial > 1,
+        };
+        // The client speaks after it has read this.
+        write_line(&stream, &Welcome::Ok(info))?;
+        stream.set_write_timeout(None)?;
+        context.serve(serial, stream, self.keeper.clone())?;
+        tracing::info!(vm = %context.vm, mac = %context.mac(), "attached");
+        Ok(())
+    }
+
+    /// The place for a client of `vm`, in its context or in a new one.
+    fn reserve(&self, vm: VmName, mac: MacAddress) -> anyhow::Result<(Arc<Context>, u64)> {
+        let deadline = Instant::now() + GONE_TIME;
+        loop {
+            if let Some(reserved) = self.try_reserve(&vm, mac)? {
+                return Ok(reserved);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "it is busy: a VM named {vm} is attached; give the VM another --name, or stop that one"
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// See [`Host::reserve`]; `None` while the VM has a client.
+    fn try_reserve(
+        &self,
+        vm: &VmName,
+        mac: MacAddress,
+    ) -> anyhow::Result<Option<(Arc<Context>, u64)>> {
+        // Dropped after the lock is free: it waits for a thread.
+        let mut given_up = Vec::new();
+        let mut contexts = self.contexts();
+        let holder = self.turns.holder();
+        let others = |context: &Arc<Context>| context.vm != *vm && context.mac() == mac;
+        if let Some(other) = contexts.iter().find(|context| others(context)) {
+            ensure!(
+                !other.is_connected() && holder != Some(other.port),
+                "its address {mac} is that of {}: choose another with mac=",
+                other.vm
+            );
+            let same = other.vm.clone();
+            given_up.extend(contexts.extract_if(.., |context| context.vm == same));
+        }
+        let own = contexts.iter().find(|context| context.vm == *vm).cloned();
+        if let Some(context) = own {
+            let serial = context.reserve(mac);
+            return Ok(serial.map(|serial| (context, serial)));
+        }
+        if contexts.len() >= self.config.slots {
+            let free =
+                |context: &Arc<Context>| !context.is_connected() && holder != Some(context.port);
+            let Some(place) = contexts.iter().position(free) else {
+                bail!(
+                    "all of its {} slots are taken: stop a VM that is attached, or serve it with more --slots",
+                    self.config.slots
+                );
+            };
+            given_up.push(contexts.remove(place));
+        }
+        let context = Context::new(vm.clone(), mac, self.config.model, &self.turns)?;
+        let context = Arc::new(context);
+        let serial = context.reserve(mac);
+        contexts.push(context.clone());
+        drop(contexts);
+        drop(given_up);
+        Ok(serial.map(|serial| (context, serial)))
+    }
+
+    /// The client of `vm` has gone. Its turn is passed on, if that is what was chosen.
+    pub fn gone(&self, vm: &VmName, serial: u64, why: &str) {
+        let Ok(context) = self.context(vm) else {
+            return;
+        };
+        if !context.client_has_gone(serial) {
+            return;
+        }
+        // It is unplugged already where it was served.
+        let _ = self.turns.plug(context.port, false);
+        tracing::info!(%vm, "detached: {why}");
+        if self.config.on_exit == OnExit::Next {
+            self.leave(&context, Reason::Gone);
+        }
+    }
+
+    /// Passes `context`'s turn on, if it has it.
+    fn leave(&self, context: &Arc<Context>, reason: Reason) {
+        if self.turns.holder() != Some(context.port) {
+            return;
+        }
+        let next = self.next(Some(context));
+        if let Err(error) = self.pass_on(Some(context), next, reason) {
+            tracing::warn!(vm = %context.vm, "its turn is not passed on: {error:#}");
+        }
+    }
+
+    /// Gives the turn to `vm`, for somebody who asks.
+    pub fn switch_to(&self, vm: &VmName) -> anyhow::Result<SwitchRecord> {
+        let context = self.context(vm)?;
+        let name = &self.config.name;
+        ensure!(
+            context.is_connected(),
+            "{vm} is not attached to {name} now: start it with `cofferdam run --name {vm} --nic device={name}`"
+        );
+        ensure!(
+            !context.away.load(Ordering::Relaxed),
+            "{vm} is paused: let it go on first, with `cofferdam resume {vm}`"
+        );
+        let record = self.pass_on(None, Some(context), Reason::Asked)?;
+        record.with_context(|| format!("{vm} has the turn already"))
+    }
+
+    /// The time slice is over.
+    pub fn slice(&self) {
+        let holder = self.holder();
+        let next = self.next(holder.as_ref());
+        if next.is_some()
+            && let Err(error) = self.pass_on(holder.as_ref(), next, Reason::Slice)
+        {
+            tracing::debug!("no switch at the end of a time slice: {error:#}");
+        }
+    }
+
+    /// Passes the turn on after each such time, or not.
+    pub fn set_every(&self, every: Option<Duration>) {
+        *lock(&self.every) = every;
+        // The keeper goes only with the process.
+        let _ = self.keeper.send(Happened::Slices(every));
+    }
+
+    /// `vm` does not run for now, or runs again.
+    pub fn set_away(&self, vm: &VmName, away: bool) -> anyhow::Result<()> {
+        let context = self.context(vm)?;
+        context.away.store(away, Ordering::Relaxed);
+        if away {
+            self.leave(&context, Reason::Yielded);
+        } else if self.turns.holder().is_none() && context.is_connected() {
+            self.pass_on(None, Some(context), Reason::Returned)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the turn from whoever has it, or from `from` only, if that is given, and gives it to `to`. `None` if `to` has it, or
+    /// `from` has it no more.
+    fn pass_on(
+        &self,
+        from: Option<&Arc<Context>>,
+        to: Option<Arc<Context>>,
+        reason: Reason,
+    ) -> anyhow::Result<Option<SwitchRecord>> {
+        let _switching = self.begin()?;
+        let old = self.holder();
+        let port = |context: &Arc<Context>| context.port;
+        if old.as_ref().map(port) == to.as_ref().map(port)
+            || from.is_some() && from.map(port) != old.as_ref().map(port)
+        {
+            return Ok(None);
+        }
+        let begin_ns = monotonic_ns();
+        let mut device = ModelSwitch::new(&self.turns);
+        let (outcome, phases) =
+            switch(&mut device, old.as_deref().as_ref(), to.as_deref().as_ref());
+        let name = |context: Option<&Arc<Context>>| context.map(|context| context.vm.to_string());
+        let record = SwitchRecord {
+            number: 0,
+            begin_ns,
+            from: name(old.as_ref()),
+            to: name(to.as_ref()),
+            reason,
+            outcome,
+            phases,
+            first_frame_ns: None,
+            outage_ns: None,
+        };
+        let record = lock(&self.history).add(record, device.turn, &self.turns);
+        match &record.outcome {
+            Outcome::Switched {} => Ok(Some(record)),
+            Outcome::Back { failed } => bail!("{failed}; the turn is where it was"),
+            Outcome::Nobody { failed, .. } => bail!("{failed}; nobody has the turn"),
+        }
+    }
+
+    /// Waits until no other switch is under way.
+    fn begin(&self) -> anyhow::Result<MutexGuard<'_, ()>> {
+        let deadline = Instant::now() + TURN_TIME;
+        loop {
+            match self.switching.try_lock() {
+                Ok(guard) => return Ok(guard),
+                Err(TryLockError::Poisoned(guard)) => return Ok(PoisonError::into_inner(guard)),
+                Err(TryLockError::WouldBlock) => ensure!(
+                    Instant::now() < deadline,
+                    "another switch is under way and does not end: see `cofferdam device status {}`",
+                    self.config.name
+                ),
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Whose turn it is after `now`.
+    fn next(&self, now: Option<&Arc<Context>>) -> Option<Arc<Context>> {
+        let contexts = self.contexts();
+        let now = now.map(|now| now.port);
+        let mut ports = contexts
+            .iter()
+            .filter(|context| context.wants_turns() || now == Some(context.port));
+        let all: Vec<_> = ports.by_ref().map(|context| context.port).collect();
+        let next = *next_after(&all, now.as_ref())?;
+        contexts
+            .iter()
+            .find(|context| context.port == next)
+            .cloned()
+    }
+
+    fn holder(&self) -> Option<Arc<Context>> {
+        let holder = self.turns.holder()?;
+        let contexts = self.contexts();
+        contexts
+            .iter()
+            .find(|context| context.port == holder)
+            .cloned()
+    }
+
+    /// Name of the VM that has the turn.
+    pub fn turn(&self) -> Option<String> {
+        self.holder().map(|context| context.vm.to_string())
+    }
+
+    fn context(&self, vm: &VmName) -> anyhow::Result<Arc<Context>> {
+        let contexts = self.contexts();
+        let found = contexts.iter().find(|context| context.vm == *vm).cloned();
+        found.with_context(|| {
+            let name = &self.config.name;
+            let known: Vec<_> = contexts.iter().map(|context| context.vm.as_str()).collect();
+            match known.as_slice() {
+                [] => format!(
+                    "{vm} is not attached to {name}, nor is any other: start it with `cofferdam run --name {vm} --nic \
+                     device={name}`"
+                ),
+                _ => format!("{vm} is not attached to {name}: {} are", known.join(", ")),
+            }
+        })
+    }
+
+    fn contexts(&self) -> MutexGuard<'_, Vec<Arc<Context>>> {
+        lock(&self.contexts)
+    }
+
+    /// How it is.
+    pub fn status(&self) -> HostStatus {
+        let contexts = self.contexts().clone();
+        let history = lock(&self.history);
+        let every = *lock(&self.every);
+        HostStatus {
+            name: self.config.name.to_string(),
+            pid: std::process::id(),
+            model: self.config.model.name().to_owned(),
+            net: self.config.net.to_string(),
+            parked: match self.config.parked {
+                ParkedAs::Down => "down",
+                ParkedAs::Stall => "stall",
+            }
+            .to_owned(),
+            on_exit: match self.config.on_exit {
+                OnExit::Keep => "keep",
+                OnExit::Next => "next",
+            }
+            .to_owned(),
+            slots: self.config.slots,
+            uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
+            turn: self.turn(),
+            every_ms: every.map(|every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX)),
+            contexts: contexts.iter().map(|context| context.status()).collect(),
+            lost_without_turn: self.turns.lost_without_turn(),
+            switch_count: history.count,
+            failed_switches: history.failed,
+            switches: history.last(&self.turns),
+        }
+    }
+
+    /// Takes the turn from whoever has it: the process ends.
+    pub fn end(&self) {
+        if let Err(error) = self.turns.give(None) {
+            tracing::debug!("{error}");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

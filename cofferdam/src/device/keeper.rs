@@ -1,0 +1,50 @@
+//! The thread that hears of clients that have gone, and passes the turn on when its time is up.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use super::host::Host;
+use crate::options::VmName;
+
+/// What the keeper hears of.
+#[derive(Debug)]
+pub enum Happened {
+    /// A client's connection has ended.
+    Gone {
+        /// Its VM.
+        vm: VmName,
+        /// Which of its clients.
+        serial: u64,
+        /// Why.
+        why: String,
+    },
+    /// The time slice is another one.
+    Slices(Option<Duration>),
+}
+
+/// Keeps house until nobody is left who could tell it anything.
+pub fn keep(host: &Arc<Host>, events: &Receiver<Happened>) {
+    let mut slices: Option<(Duration, Instant)> = None;
+    loop {
+        let event = match slices {
+            None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some((_, next)) => events.recv_timeout(next.saturating_duration_since(Instant::now())),
+        };
+        match event {
+            Ok(Happened::Gone { vm, serial, why }) => host.gone(&vm, serial, &why),
+            Ok(Happened::Slices(every)) => {
+                slices = every.map(|every| (every, Instant::now() + every));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        if let Some((every, next)) = &mut slices
+            && *next <= Instant::now()
+        {
+            host.slice();
+            // A slice that was held up is not made up for.
+            *next = (*next + *every).max(Instant::now());
+        }
+    }
+}
