@@ -1,0 +1,107 @@
+//! What is killed takes nothing else with it.
+
+use crate::common::place::{Place, end, finish};
+use crate::guest::{Guest, wait};
+use crate::host::{FAR, Far, Host};
+
+#[test]
+fn a_vm_that_is_killed_with_the_turn_passes_it_on_and_a_parked_one_leaves_it() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let mut far = Far::connect(&place);
+    let kernel = place.idle_kernel();
+    let start = |name: &str| place.start(name, &kernel, "--memory 32M --nic device=nic");
+    let (mut first, mut second) = (start("first"), start("second"));
+    host.await_turn(Some("first"));
+    let mut right = Guest::boot(&place, "right", 2);
+    second.kill().unwrap();
+    second.wait().unwrap();
+    wait("second's end", || !host.context("second").connected);
+    assert_eq!(host.status().turn.as_deref(), Some("first"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    host.await_turn(Some("right"));
+    let status = host.status();
+    let last = status.switches.last().unwrap();
+    assert_eq!(
+        (last.from.as_deref(), last.reason.text()),
+        (Some("first"), "VM gone")
+    );
+    for context in &status.contexts {
+        let memory = if context.vm == "right" {
+            crate::guest::MEMORY
+        } else {
+            0
+        };
+        assert_eq!(context.dma_bytes, memory, "{}", context.vm);
+    }
+    right.await_link(true);
+    right.send(FAR, "goes on");
+    assert_eq!(far.receive(), "goes on");
+    // Its name is free again, and its context its own.
+    let first = start("first");
+    wait("first's context", || host.context("first").attached == 2);
+    assert_eq!(host.status().turn.as_deref(), Some("right"));
+    end(&place, first, &[".devices"]);
+}
+
+#[test]
+fn a_device_host_that_is_killed_takes_no_vm_with_it_and_is_served_anew() {
+    let place = Place::new();
+    let mut host = Host::start(&place, "");
+    let vm = place.idle("--memory 32M --nic device=nic");
+    host.await_turn(Some("idle"));
+    host.child.kill().unwrap();
+    host.child.wait().unwrap();
+    assert_eq!(place.status()["state"], "running");
+    drop(host);
+    let host = Host::start(&place, "");
+    host.await_turn(Some("idle"));
+    assert_eq!(host.context("idle").attached, 1);
+    let output = place.ask("device stop nic");
+    assert_eq!(output, "");
+    assert_eq!(place.status()["state"], "running");
+    end(&place, vm, &[".devices"]);
+    assert!(finish_of(host));
+}
+
+/// Whether the device host has ended in order.
+fn finish_of(mut host: Host) -> bool {
+    let child = std::mem::replace(
+        &mut host.child,
+        std::process::Command::new("true").spawn().unwrap(),
+    );
+    finish(child).status.success()
+}
+
+/// Clients come and go at random while switches are asked for: whoever is left has the turn.
+#[test]
+fn clients_that_go_in_the_middle_of_switches_leave_a_device_that_works() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let mut far = Far::connect(&place);
+    for round in 0..30 {
+        let mut left = Guest::boot(&place, "left", 1);
+        let right = Guest::boot(&place, "right", 2);
+        std::thread::scope(|scope| {
+            let goes = scope.spawn(move || drop(right));
+            for _ in 0..4 {
+                // Refused where it has gone already, or has it.
+                for to in ["right", "left"] {
+                    let request = cofferdam::device::protocol::Request::Switch { to: to.into() };
+                    let _ = host.ask(&request);
+                }
+            }
+            goes.join().unwrap();
+        });
+        host.await_turn(Some("left"));
+        left.await_link(true);
+        let text = format!("round-{round}");
+        left.send(FAR, &text);
+        assert_eq!(far.receive(), text);
+        far.send(left.mac, &text);
+        assert_eq!(left.await_frame().1, text);
+        drop(left);
+        host.await_turn(None);
+    }
+}
