@@ -63,6 +63,8 @@ impl Host {
         let (context, serial) = self.reserve(vm, mac)?;
         let attached = self.serve(&context, serial, stream);
         if attached.is_err() {
+            // Where it was served this is done by who served it, before anybody can come back.
+            let _ = self.turns.plug(context.port, false);
             self.gone(&context.vm, serial, "could not be served");
         }
         attached
@@ -159,11 +161,17 @@ impl Host {
         if !context.client_has_gone(serial) {
             return;
         }
-        // It is unplugged already where it was served.
-        let _ = self.turns.plug(context.port, false);
         tracing::info!(%vm, "detached: {why}");
-        if self.config.on_exit == OnExit::Next {
+        // One that is back already keeps its turn.
+        if self.config.on_exit == OnExit::Next && !context.is_connected() {
             self.leave(&context, Reason::Gone);
+        }
+        // One that came back just now found that the turn was its own still.
+        if self.turns.holder().is_none()
+            && let Some(next) = self.next(None)
+            && let Err(error) = self.pass_on(None, Some(next), Reason::Attached)
+        {
+            tracing::warn!("nobody gets the turn: {error:#}");
         }
     }
 

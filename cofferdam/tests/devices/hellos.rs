@@ -100,3 +100,20 @@ fn one_client_for_each_vm_one_address_for_each_and_as_many_as_there_are_slots() 
     let error = format!("{:#}", connect(&Place::new(), "x", 1).unwrap_err());
     assert!(error.contains("no device host named"), "{error}");
 }
+
+/// Another model is served in the same way: a VM attaches it and passes it on.
+#[test]
+fn a_virtio_card_is_served_too() {
+    let place = Place::new();
+    let host = Host::start(&place, "--model virtio");
+    let kernel = place.idle_kernel();
+    let vm = place.start("vm", &kernel, "--memory 32M --nic device=nic");
+    host.await_turn(Some("vm"));
+    assert_eq!(host.context("vm").dma_bytes, 32 << 20);
+    let (_stream, info) = connect(&place, "other", 3).unwrap();
+    assert_eq!((info.model.as_str(), info.turn), ("virtio", false));
+    assert_eq!(host.switch("other").from.as_deref(), Some("vm"));
+    host.switch("vm");
+    crate::common::place::end(&place, vm, &[".devices"]);
+    host.await_turn(Some("other"));
+}
