@@ -161,8 +161,11 @@ impl Channel {
         self.start < self.end
     }
 
-    /// Ends the connection for both sides; the socket stays open as a descriptor.
-    pub fn shut_down(&self) {
+    /// Ends the connection for both sides, and drops what is under way; the socket stays open as a descriptor.
+    pub fn shut_down(&mut self) {
+        (self.start, self.end) = (0, 0);
+        self.arrivals.clear();
+        self.unsent.clear();
         // It fails where the peer has gone already.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }

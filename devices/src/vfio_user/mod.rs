@@ -14,6 +14,8 @@
 mod channel;
 pub mod client;
 pub mod function;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod message;
 pub mod server;
 

@@ -2,5 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod client;
 mod function;
+mod interop;
+mod memory;
+mod raw;
+mod server;
+mod state;
 mod support;

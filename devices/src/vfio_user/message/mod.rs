@@ -259,3 +259,6 @@ fn check_argsz(argsz: u32, least: u32) -> Result<(), MessageError> {
         false => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;
