@@ -67,7 +67,7 @@ fn server<T: Send + 'static>(
     let thread = std::thread::spawn(move || {
         let mut raw = Raw::new(theirs);
         loop {
-            let (header, payload) = raw.receive().expect("another command");
+            let (header, payload) = raw.receive().unwrap();
             if header.command == until as u16 {
                 return strange(&mut raw, header, payload);
             }
@@ -315,7 +315,8 @@ fn a_server_reaches_what_it_was_told_of_by_messages_too() {
 
 #[test]
 fn a_server_that_cannot_be_used_is_refused() {
-    let cases: [(Command, fn(&mut Vec<u8>)); 8] = [
+    type Change = fn(&mut Vec<u8>);
+    let cases: [(Command, Change); 8] = [
         (Command::Version, |answer| answer[0] = 1),
         (Command::Version, |answer| answer[2] = 9),
         (Command::Version, |answer| {

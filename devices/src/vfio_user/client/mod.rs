@@ -219,6 +219,11 @@ impl Client {
         self.ended.is_none()
     }
 
+    /// Whether an answer to the server waits for room in the socket; [`Client::serve`] sends it then.
+    pub fn has_unsent(&self) -> bool {
+        self.channel.has_unsent()
+    }
+
     /// Numbers of messages.
     pub fn counters(&self) -> Counters {
         self.channel.counters().clone()

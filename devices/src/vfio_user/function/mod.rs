@@ -9,6 +9,7 @@
 //!
 //! Lock order: the function's own lock, then that of its client.
 
+mod interrupts;
 mod shape;
 mod state;
 
@@ -24,7 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::shape::{CONFIG_BYTES, Shape};
 use super::channel::Counters;
 use super::client::{Client, ClientError};
-use super::message::{CONFIG_REGION, INTX, IrqAction, MSIX};
+use super::message::CONFIG_REGION;
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, LineEvents, MsiVectors};
 use crate::pci::config::{BAR_COUNT, ConfigError, ConfigSpace, Status, offset};
@@ -32,11 +33,6 @@ use crate::pci::msix::{Msix, MsixLayout};
 use crate::pci::{BarIndex, BarRange, BarSize, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
 use crate::state::{Part, StateError};
-
-/// Message Control: MSI-X Enable.
-const MSIX_ENABLE: u16 = 1 << 15;
-/// Message Control: Function Mask.
-const MSIX_FUNCTION_MASK: u16 = 1 << 14;
 
 /// Why a server's function cannot be used here.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +67,8 @@ pub struct VfioUserFunction {
     connected: Arc<AtomicBool>,
     /// Has the client's socket while it is connected: the event loop sees this descriptor only.
     watched: Epoll,
+    /// It is watched for room too: there is an answer that the socket did not take.
+    awaits_room: bool,
     dma: DmaSpace,
     line: Option<LineEvents>,
     shape: Shape,
@@ -127,6 +125,7 @@ impl VfioUserFunction {
             client: Mutex::new(client),
             connected: Arc::new(AtomicBool::new(true)),
             watched: Epoll::new()?,
+            awaits_room: false,
             line,
             shown_otherwise: shape.shown_otherwise(),
             shape,
@@ -203,6 +202,7 @@ impl VfioUserFunction {
         let fd = client.as_fd().as_raw_fd();
         let event = EpollEvent::new(EpollSet::IN, 0);
         self.watched.ctl(ControlOperation::Add, fd, event)?;
+        self.awaits_room = false;
         self.connect_interrupts()
     }
 
@@ -231,40 +231,13 @@ impl VfioUserFunction {
         Ok(())
     }
 
-    /// Has the server interrupt by what the guest uses now.
-    fn connect_interrupts(&mut self) -> Result<(), FunctionError> {
-        let enabled = self.msix.as_ref().is_some_and(Msix::enabled);
-        let has_msix = self.msix.is_some();
-        let client = self
-            .client
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        // A real function has one kind at a time.
-        if enabled {
-            if self.shape.has_intx {
-                client.act_on_irqs(INTX, IrqAction::Trigger, 0)?;
-            }
-            client.set_irqs(MSIX, IrqAction::Trigger, &self.events)?;
-            return Ok(());
-        }
-        if has_msix {
-            client.act_on_irqs(MSIX, IrqAction::Trigger, 0)?;
-        }
-        if let (true, Some(line)) = (self.shape.has_intx, &self.line) {
-            client.set_irqs(
-                INTX,
-                IrqAction::Trigger,
-                std::slice::from_ref(&line.trigger),
-            )?;
-            client.set_irqs(INTX, IrqAction::Unmask, std::slice::from_ref(&line.unmask))?;
-        }
-        Ok(())
-    }
-
     /// What a call gave, if it was carried out.
     fn check<T>(&mut self, result: Result<T, ClientError>) -> Option<T> {
         match result {
-            Ok(value) => Some(value),
+            Ok(value) => {
+                self.watch_for_room();
+                Some(value)
+            }
             Err(error @ (ClientError::Refused { .. } | ClientError::Unsupported(_))) => {
                 if let Some(held_back) = self.log.permit() {
                     tracing::warn!(held_back, %error, "an access to a device was not carried out");
@@ -278,6 +251,22 @@ impl VfioUserFunction {
         }
     }
 
+    /// Has the event loop send on what the socket did not take.
+    fn watch_for_room(&mut self) {
+        let unsent = self.client().has_unsent();
+        if unsent == self.awaits_room || !self.is_connected() {
+            return;
+        }
+        let mut set = EpollSet::IN;
+        set.set(EpollSet::OUT, unsent);
+        let fd = self.client().as_fd().as_raw_fd();
+        let event = EpollEvent::new(set, 0);
+        if let Err(error) = self.watched.ctl(ControlOperation::Modify, fd, event) {
+            tracing::error!(%error, "cannot watch a device's server for room");
+        }
+        self.awaits_room = unsent;
+    }
+
     /// The server has gone: said once.
     fn gone(&mut self, why: &str) {
         if !self.connected.swap(false, Ordering::Relaxed) {
@@ -288,53 +277,6 @@ impl VfioUserFunction {
         let none = EpollEvent::default();
         if let Err(error) = self.watched.ctl(ControlOperation::Delete, fd, none) {
             tracing::error!(%error, "cannot stop watching a device's server");
-        }
-    }
-
-    /// Message Control after a write to configuration space, if that reaches it.
-    fn control_after(&self, at: u16, data: &[u8]) -> Option<u16> {
-        let msix = self.msix.as_ref()?;
-        let mut bytes = msix.control().to_le_bytes();
-        let start = msix.capability_offset() + 2;
-        let mut reached = false;
-        for (n, byte) in bytes.iter_mut().enumerate() {
-            let index = (usize::from(start) + n).checked_sub(usize::from(at));
-            if let Some(new) = index.and_then(|index| data.get(index)) {
-                (*byte, reached) = (*new, true);
-            }
-        }
-        let changes = MSIX_ENABLE | MSIX_FUNCTION_MASK;
-        let control = u16::from_le_bytes(bytes) & changes;
-        reached.then_some(control)
-    }
-
-    /// Vectors are routed before the server may use them, and not taken away before it has heard.
-    fn write_control(&mut self, control: u16, at: u16, data: &[u8]) {
-        let enabled = self.msix.as_ref().is_some_and(Msix::enabled);
-        let enables = control & MSIX_ENABLE != 0;
-        let delivers = enables && control & MSIX_FUNCTION_MASK == 0;
-        let route = |function: &mut Self| {
-            if let Some(msix) = &mut function.msix {
-                msix.control_written(control);
-            }
-        };
-        if delivers || enables && !enabled {
-            route(self);
-        }
-        if enables && !enabled {
-            self.reconnect_interrupts();
-        }
-        let written = self.client().region_write(CONFIG_REGION, at.into(), data);
-        self.check(written);
-        route(self);
-        if enabled && !enables {
-            self.reconnect_interrupts();
-        }
-    }
-
-    fn reconnect_interrupts(&mut self) {
-        if let Err(FunctionError::Client(error)) = self.connect_interrupts() {
-            self.check::<()>(Err(error));
         }
     }
 

@@ -154,7 +154,7 @@ impl Server {
     }
 
     /// Does what the client wants, as much as one turn does.
-    fn turn(&mut self) -> Result<(), ChannelError> {
+    pub(super) fn turn(&mut self) -> Result<(), ChannelError> {
         let (mut work, mut filled) = (0, false);
         while self.channel.flush()? {
             if work > TURN {
