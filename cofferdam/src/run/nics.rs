@@ -137,6 +137,12 @@ impl Nics {
         };
         let (mut devices, mut slots) = (Vec::new(), Vec::new());
         for nic in self.all().iter().filter(is_its) {
+            if let NicSpec::Passthrough(address) = &nic.config.nic {
+                bail!(
+                    "{module} drives {address}, which is the host's device: it cannot be stopped in the middle of a \
+                     call, so the driver cannot be isolated"
+                );
+            }
             if let Some(holdable) = &nic.nic.holdable {
                 devices.push(holdable(by)?);
                 slots.push(nic.slot);

@@ -14,6 +14,7 @@ mod isolation;
 mod last_resort;
 mod machine;
 mod nics;
+mod passthrough;
 mod recovery;
 mod rewind_isolated;
 mod shared;

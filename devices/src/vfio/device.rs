@@ -218,7 +218,7 @@ impl VfioDevice {
     ///
     /// # Errors
     /// See [`VfioError::LockedMemory`]; or the addresses are reached already.
-    pub fn map(&self, memory: Arc<DmaMemory>) -> Result<DmaMap, VfioError> {
+    pub fn map(&self, memory: &DmaMemory) -> Result<DmaMap, VfioError> {
         DmaMap::new(self.container.clone(), memory)
     }
 }

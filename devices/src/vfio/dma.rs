@@ -76,7 +76,7 @@ impl DmaMemory {
 impl Drop for DmaMemory {
     fn drop(&mut self) {
         for part in &self.parts {
-            // SAFETY: the range is a mapping of ours that nobody refers to: a map of the IOMMU keeps this value.
+            // SAFETY: the range is a mapping of ours that nobody refers to.
             unsafe { libc::munmap(part.host, part.bytes) };
         }
     }
@@ -110,13 +110,13 @@ fn map(region: &DmaRegion) -> io::Result<Part> {
     })
 }
 
-/// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach it no more.
+/// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach it no more. The
+/// kernel has found and locked its pages: the mapping in this process is needed for the next time only.
 #[derive(Debug)]
 pub struct DmaMap {
     container: Arc<File>,
-    memory: Arc<DmaMemory>,
-    /// How many parts are in the map.
-    mapped: usize,
+    /// Guest physical address and length of each part that is in the map.
+    parts: Vec<(u64, u64)>,
     took: Duration,
 }
 
@@ -125,29 +125,20 @@ impl DmaMap {
     ///
     /// # Errors
     /// The limit of locked memory is in the way, or the host has not enough.
-    pub(super) fn new(container: Arc<File>, memory: Arc<DmaMemory>) -> Result<Self, VfioError> {
+    pub(super) fn new(container: Arc<File>, memory: &DmaMemory) -> Result<Self, VfioError> {
         let start = Instant::now();
         let mut map = Self {
             container,
-            memory,
-            mapped: 0,
+            parts: Vec::new(),
             took: Duration::ZERO,
         };
-        for part in &map.memory.parts {
-            // SAFETY: guest memory is changed by others at any time and read as such. It stays mapped while this value
-            // has it, which takes it out of the map first.
-            let result = unsafe {
-                sys::map_dma(
-                    &map.container,
-                    part.guest,
-                    part.host as u64,
-                    part.bytes as u64,
-                )
-            };
-            if let Err(error) = result {
-                return Err(refused(error, map.memory.bytes()));
-            }
-            map.mapped += 1;
+        for part in &memory.parts {
+            let bytes = part.bytes as u64;
+            // SAFETY: guest memory is changed by others at any time and read as such. It is mapped during the call.
+            let result =
+                unsafe { sys::map_dma(&map.container, part.guest, part.host as u64, bytes) };
+            result.map_err(|error| refused(error, memory.bytes()))?;
+            map.parts.push((part.guest, bytes));
         }
         map.took = start.elapsed();
         Ok(map)
@@ -160,7 +151,7 @@ impl DmaMap {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> u64 {
-        self.memory.bytes()
+        self.parts.iter().map(|(_, bytes)| bytes).sum()
     }
 
     /// Takes the memory out of the map; gives how long that took.
@@ -172,12 +163,9 @@ impl DmaMap {
     }
 
     fn take_out(&mut self) -> io::Result<()> {
-        while let Some(index) = self.mapped.checked_sub(1) {
-            let Some(part) = self.memory.parts.get(index) else {
-                break;
-            };
-            sys::unmap_dma(&self.container, part.guest, part.bytes as u64)?;
-            self.mapped = index;
+        while let Some(&(guest, bytes)) = self.parts.last() {
+            sys::unmap_dma(&self.container, guest, bytes)?;
+            self.parts.pop();
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ use super::address::PciAddress;
 use super::device::{CONFIG_REGION, InterruptKind, VfioDevice};
 use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
-use super::interrupts::{Interrupts, Mode, PassedVectors};
+use super::interrupts::{Interrupts, Mode, OutsideLine, PassedVectors};
 use super::layout::{GuestView, HostView};
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
@@ -87,9 +87,7 @@ impl VfioFunction {
         };
         let has_pin = has_pin && device.interrupt_count(InterruptKind::Intx) > 0;
         let line = match has_pin {
-            true => Some(parts.intx.events().ok_or_else(|| {
-                VfioError::Interrupts("its line cannot be driven from outside".into())
-            })?),
+            true => Some(OutsideLine::new(parts.intx)?),
             false => None,
         };
         let event = || {
@@ -140,8 +138,7 @@ impl VfioFunction {
         if self.map.is_some() {
             return Ok(());
         }
-        let memory = Arc::new(DmaMemory::of_space(&self.dma)?);
-        let map = self.device.map(memory)?;
+        let map = self.device.map(&DmaMemory::of_space(&self.dma)?)?;
         tracing::info!(
             device = %self.device.address(),
             mib = map.bytes() >> 20,

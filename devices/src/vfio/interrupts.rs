@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{InterruptKind, VfioDevice};
 use super::error::VfioError;
-use crate::irq::{LineEvents, MsiMessage, MsiVectors};
+use crate::irq::{IrqLine, LineEvents, MsiMessage, MsiVectors};
 
 /// The vectors of a function, as [`crate::pci::msix`] routes them.
 pub struct PassedVectors {
@@ -167,10 +167,32 @@ pub enum Mode {
     Msix,
 }
 
+/// A line of the guest's that the function drives.
+pub struct OutsideLine {
+    events: LineEvents,
+    /// Its descriptors are of use only while it is there.
+    _line: Arc<dyn IrqLine>,
+}
+
+impl OutsideLine {
+    /// `line`, driven from outside.
+    ///
+    /// # Errors
+    /// It cannot be.
+    pub fn new(line: Arc<dyn IrqLine>) -> Result<Self, VfioError> {
+        let none = || VfioError::Interrupts("its line cannot be driven from outside".into());
+        let events = line.events().ok_or_else(none)?;
+        Ok(Self {
+            events,
+            _line: line,
+        })
+    }
+}
+
 /// All interrupts of a function.
 pub struct Interrupts {
     device: Arc<VfioDevice>,
-    line: Option<LineEvents>,
+    line: Option<OutsideLine>,
     vectors: Option<Arc<PassedVectors>>,
     mode: Mode,
 }
@@ -179,7 +201,7 @@ impl Interrupts {
     /// Those of `device`, none of which is in use.
     pub fn new(
         device: Arc<VfioDevice>,
-        line: Option<LineEvents>,
+        line: Option<OutsideLine>,
         vectors: Option<Arc<PassedVectors>>,
     ) -> Self {
         Self {
@@ -212,8 +234,8 @@ impl Interrupts {
         match (mode, &self.line, &self.vectors) {
             (Mode::Intx, Some(line), _) => {
                 self.device
-                    .set_interrupts(InterruptKind::Intx, 0, &[&line.trigger])?;
-                if let Err(error) = self.device.unmask_by(&line.unmask) {
+                    .set_interrupts(InterruptKind::Intx, 0, &[&line.events.trigger])?;
+                if let Err(error) = self.device.unmask_by(&line.events.unmask) {
                     self.device.end_interrupts(InterruptKind::Intx)?;
                     return Err(error);
                 }

@@ -175,7 +175,8 @@ pub fn reset(device: &File) -> io::Result<()> {
 /// Lets the devices of a container reach `bytes` bytes from `address` on of this process at `iova`, to read and write.
 ///
 /// # Safety
-/// The bytes are memory that others may change at any time, and stay mapped until they are taken away again.
+/// The bytes are mapped in this process, and are memory that others may change at any time, until they are taken away
+/// again.
 pub unsafe fn map_dma(container: &File, iova: u64, address: u64, bytes: u64) -> io::Result<()> {
     let map = api::vfio_iommu_type1_dma_map {
         argsz: argsz::<api::vfio_iommu_type1_dma_map>(),

@@ -67,7 +67,8 @@ impl Machine {
             "-device",
             "e1000e,netdev=n,romfile=",
             "-netdev",
-            "user,id=n",
+            // Whoever connects there has what it sends come back.
+            "user,id=n,guestfwd=tcp:10.0.2.100:7-cmd:cat",
         ]);
         add(&["-device", "virtio-serial-pci"]);
         add(&[

@@ -1,0 +1,214 @@
+//! The lab's e1000e, given to a guest by VFIO: stock `vfio-pci` and IOMMU below, the stock driver above.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network::{INTERFACE, LINK_TIME};
+
+use super::isolation::refused;
+use super::{BOOT_TIME, boot, options, ping, shell};
+
+/// The lab's e1000e.
+const FUNCTION: &str = "0000:00:02.0";
+/// The lab's IOMMU itself, which is behind none.
+const WITHOUT_IOMMU: &str = "0000:00:01.0";
+/// What answers on the network behind it with what it is sent.
+const ECHO: &str = "10.0.2.100 7";
+/// How long a driver may take to have a function.
+const PROBE_TIME: Duration = Duration::from_secs(30);
+
+fn cofferdam(words: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+    command.args(words.split_whitespace());
+    command
+}
+
+#[track_caller]
+fn said(output: &Output, success: bool) -> String {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert_eq!(output.status.success(), success, "{text}");
+    text
+}
+
+#[track_caller]
+fn device(words: &str, success: bool) -> String {
+    let output = cofferdam(&format!("device {words}")).output().unwrap();
+    said(&output, success)
+}
+
+/// A VM that is to be refused before its guest begins; what it says.
+#[track_caller]
+fn refused_vm(function: &str, change: impl FnOnce(&mut Command)) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let images = options().images;
+    let mut command = cofferdam(&format!("run --name refused --nic vfio={function}"));
+    command
+        .env("COFFERDAM_RUNTIME_DIR", folder.path())
+        .arg("--kernel")
+        .arg(images.join("vmlinux"))
+        .arg("--initrd")
+        .arg(images.join("initrd.cpio"));
+    change(&mut command);
+    let text = said(&command.output().unwrap(), false);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+/// The driver that has the function on the host.
+fn driver() -> Option<String> {
+    let link = format!("/sys/bus/pci/devices/{FUNCTION}/driver");
+    let target = std::fs::read_link(link).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
+}
+
+fn wait_for_driver(name: &str) {
+    let deadline = Instant::now() + PROBE_TIME;
+    while driver().as_deref() != Some(name) {
+        assert!(Instant::now() < deadline, "{:?} has it", driver());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Loads the host's own driver, which the lab leaves out. It may be there from an earlier test.
+fn load_hosts_driver() {
+    if Path::new("/sys/module/e1000e").exists() {
+        return;
+    }
+    let file = File::open(options().images.join("modules/e1000e.ko")).unwrap();
+    rustix::system::finit_module(&file, CStr::from_bytes_with_nul(b"\0").unwrap(), 0).unwrap();
+}
+
+/// A process that may not lock more memory than 1 MiB.
+fn with_little_locked_memory(command: &mut Command) {
+    let limit = || {
+        // SAFETY: plain system calls, which a child between fork and exec may make.
+        let results = unsafe {
+            let limit = libc::rlimit {
+                rlim_cur: 1 << 20,
+                rlim_max: 1 << 20,
+            };
+            // CAP_IPC_LOCK (capability.h), without which the limit counts.
+            [
+                libc::prctl(libc::PR_CAPBSET_DROP, 14, 0, 0, 0),
+                libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit),
+            ]
+        };
+        match results {
+            [0, 0] => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(limit) };
+}
+
+fn bring_up(guest: &mut Guest) {
+    let seconds = LINK_TIME.as_secs();
+    let script = format!(
+        "modprobe e1000e && ip link set {INTERFACE} up && \
+         for t in $(seq 1 {seconds}); do \
+           [ \"$(cat /sys/class/net/{INTERFACE}/carrier)\" = 1 ] && break; sleep 1; \
+         done; \
+         udhcpc -i {INTERFACE} -s /etc/udhcpc.script -n -q -t 20 -T 1 2>&1"
+    );
+    let lease = shell(guest, &script);
+    assert!(lease.contains("10.0.2."), "{lease}");
+}
+
+/// Sends 2 MiB and gets them back, unchanged.
+fn transfer(guest: &mut Guest) {
+    let script = format!(
+        "dd if=/dev/urandom of=/sent bs=64k count=32 2>/dev/null && \
+         nc {ECHO} < /sent > /received & sender=$!; \
+         for t in $(seq 1 60); do \
+           cmp -s /sent /received && break; sleep 1; \
+         done; kill $sender 2>/dev/null; cmp /sent /received && wc -c < /received"
+    );
+    assert_eq!(shell(guest, &script).trim(), "2097152");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_has_the_hosts_e1000e_and_the_host_gets_it_back() {
+    load_hosts_driver();
+    if driver().as_deref() == Some("vfio-pci") {
+        device(&format!("unbind {FUNCTION}"), true);
+    }
+    wait_for_driver("e1000e");
+    // Not given away, and not to be given away.
+    let text = refused_vm(FUNCTION, |_| {});
+    assert!(
+        text.contains("e1000e") && text.contains("cofferdam device bind"),
+        "{text}"
+    );
+    let text = refused_vm(WITHOUT_IOMMU, |_| {});
+    assert!(text.contains("no IOMMU"), "{text}");
+    let text = refused_vm("0000:00:1e.7", |_| {});
+    assert!(text.contains("no PCI function"), "{text}");
+    let bound = device(&format!("bind {FUNCTION}"), true);
+    assert!(bound.contains("before to e1000e"), "{bound}");
+    assert_eq!(driver().as_deref(), Some("vfio-pci"));
+    let text = refused_vm(FUNCTION, with_little_locked_memory);
+    assert!(
+        text.contains("limit of 262144 KiB") && text.contains("it is 1024 KiB"),
+        "{text}"
+    );
+
+    let mut guest = boot(&options().with(&format!("--nic vfio={FUNCTION} --memory 256M")));
+    bring_up(&mut guest);
+    ping(&mut guest, "10.0.2.2", 1400);
+    transfer(&mut guest);
+    // Receiver and transmitter have vectors of their own.
+    let interrupts = shell(
+        &mut guest,
+        &format!("grep {INTERFACE}-[rt]x /proc/interrupts"),
+    );
+    for line in interrupts.lines() {
+        let count = line
+            .split_whitespace()
+            .nth(1)
+            .and_then(|n| n.parse::<u64>().ok());
+        assert!(line.contains("MSI") && count > Some(10), "{interrupts}");
+    }
+    assert_eq!(interrupts.lines().count(), 2, "{interrupts}");
+
+    // One guest has it, and it does not give its state away.
+    let text = refused_vm(FUNCTION, |_| {});
+    assert!(text.contains("in use"), "{text}");
+    let text = device(&format!("unbind {FUNCTION}"), false);
+    assert!(text.contains("end the guest"), "{text}");
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("snapshot");
+    refused(
+        &mut guest,
+        &format!("snapshot guest {}", dir.display()),
+        "state",
+    );
+
+    // A guest that begins anew has new memory.
+    guest.agent().reboot().unwrap();
+    guest.wait_for_agent(BOOT_TIME).unwrap();
+    bring_up(&mut guest);
+    transfer(&mut guest);
+
+    // With the pin.
+    guest
+        .shell("rmmod e1000e && modprobe e1000e IntMode=0")
+        .unwrap();
+    bring_up(&mut guest);
+    ping(&mut guest, "10.0.2.2", 1400);
+    let interrupts = shell(&mut guest, &format!("grep {INTERFACE} /proc/interrupts"));
+    assert!(interrupts.contains("IO-APIC"), "{interrupts}");
+
+    guest.agent().power_off().unwrap();
+    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    let text = device(&format!("unbind {FUNCTION}"), true);
+    assert!(text.contains("bound to e1000e again"), "{text}");
+    wait_for_driver("e1000e");
+}
