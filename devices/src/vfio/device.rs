@@ -17,6 +17,7 @@ use super::binding::{DRIVER, Sysfs};
 use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::sys;
+use crate::pci::registers::RegisterAccess;
 
 /// Kinds of interrupts of a PCI function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,4 +252,53 @@ fn open_group(address: PciAddress, number: u32) -> Result<File, VfioError> {
             source,
         },
     })
+}
+
+/// The registers behind a base address register, for whoever reads them by a description
+/// ([`crate::pci::registers`]).
+pub struct VfioRegisters<'a> {
+    device: &'a VfioDevice,
+    bar: usize,
+}
+
+impl<'a> VfioRegisters<'a> {
+    /// Those of base address register `bar`.
+    pub fn new(device: &'a VfioDevice, bar: u8) -> Self {
+        Self {
+            device,
+            bar: bar.into(),
+        }
+    }
+}
+
+impl RegisterAccess for VfioRegisters<'_> {
+    fn load(&mut self, offset: u32) -> u32 {
+        let mut data = [0; 4];
+        let read = self.device.read(self.bar, offset.into(), &mut data);
+        read.map_or(u32::MAX, |()| u32::from_le_bytes(data))
+    }
+
+    fn store(&mut self, offset: u32, value: u32) {
+        let bytes = value.to_le_bytes();
+        if let Err(error) = self.device.write(self.bar, offset.into(), &bytes) {
+            // Whoever stores by a description looks whether it arrived.
+            tracing::debug!(%error, offset, "a register of a passed-on device is not written");
+        }
+    }
+
+    fn load_config(&mut self, offset: u16, data: &mut [u8]) {
+        if self
+            .device
+            .read(CONFIG_REGION, offset.into(), data)
+            .is_err()
+        {
+            data.fill(0xff);
+        }
+    }
+
+    fn store_config(&mut self, offset: u16, data: &[u8]) {
+        if let Err(error) = self.device.write(CONFIG_REGION, offset.into(), data) {
+            tracing::debug!(%error, offset, "configuration of a passed-on device is not written");
+        }
+    }
 }

@@ -7,6 +7,8 @@
 //! [[config]]          # fields of configuration space, in the order in which they are written back
 //! [[flush]]           # registers whose loads have no effect, and stores that change nothing of what they show
 //! [[before]]          # stores that stop the device's units
+//! [[quiet]]           # bits that make the device stand still, in order; undone in reverse order
+//! [idle]              # where it shows that it does
 //! [[ring]]            # memory that the device writes by itself while a unit is enabled
 //! [[register]]        # registers, in the order in which they are written back
 //! [mdio]              # a PHY behind a register, and [[mdio.saved]]: which of its registers
@@ -60,6 +62,9 @@ pub struct Description {
     flush: Vec<Flush>,
     #[serde(default)]
     pub(super) before: Vec<Store>,
+    #[serde(default)]
+    pub(super) quiet: Vec<Quieting>,
+    pub(super) idle: Option<Idle>,
     #[serde(default)]
     pub(super) ring: Vec<RingPlace>,
     pub(super) register: Vec<Register>,
@@ -122,6 +127,33 @@ pub(super) struct Store {
     pub register: String,
     pub offset: u32,
     pub value: u32,
+}
+
+/// Bits of a register that make the device stand still.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Quieting {
+    pub register: String,
+    pub offset: u32,
+    /// Bits to clear.
+    #[serde(default)]
+    pub clear: u32,
+    /// Bits to set.
+    #[serde(default)]
+    pub set: u32,
+    /// Bits are cleared by writing them here.
+    pub through: Option<u32>,
+}
+
+/// Where the device shows that it stands still.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Idle {
+    pub offset: u32,
+    /// Bits that are 0 then.
+    pub busy: u32,
+    /// How long that may take, in microseconds.
+    pub wait_us: u64,
 }
 
 /// Registers by which a ring is found.
@@ -192,6 +224,10 @@ pub(super) enum Why {
     WriteOnly,
     /// Accesses are steps of a conversation with something behind them.
     Interface,
+    /// They go on by themselves.
+    Runs,
+    /// They count only while the device sleeps.
+    WakeUp,
 }
 
 fn one() -> u32 {
@@ -226,6 +262,11 @@ impl Description {
     /// That of the Intel 82540EM.
     pub fn intel_82540em() -> Result<Self, DescriptionError> {
         Self::parse(include_str!("../../../models/82540em.toml"))
+    }
+
+    /// That of the Intel 82574L.
+    pub fn intel_82574l() -> Result<Self, DescriptionError> {
+        Self::parse(include_str!("../../../models/82574l.toml"))
     }
 
     /// Whether a load of `bytes` bytes at `offset` of the registers has no effect, and shows the same whether or not the
@@ -339,6 +380,20 @@ impl Description {
                 return wrong(&flush.register, "a store to it changes what it shows");
             }
         }
+        for quiet in &self.quiet {
+            // One by itself, whose whole value goes back.
+            let mut registers = self.register.iter();
+            let saved = registers
+                .any(|one| (one.offset, one.count, one.keep) == (quiet.offset, 1, u32::MAX));
+            if !saved || quiet.through.is_some_and(|offset| !self.has(offset, 1)) {
+                return wrong(&quiet.register, "it is not saved whole");
+            }
+        }
+        if let Some(idle) = &self.idle
+            && (!self.has(idle.offset, 1) || idle.wait_us > MAX_SETTLE_US)
+        {
+            return wrong("idle", "no such register, or too long a wait");
+        }
         for ring in &self.ring {
             for offset in [ring.base_low, ring.base_high, ring.length, ring.control] {
                 let known = self.register.iter().any(|one| one.offset == offset);
@@ -360,97 +415,4 @@ impl Description {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SMALL: &str = r#"
-        schema = 1
-        [device]
-        name = "NIC"
-        version = 1
-        vendor = 1
-        device = 2
-        bar = 0
-        bytes = 0x100
-        [[config]]
-        name = "COMMAND"
-        offset = 4
-        bytes = 2
-        [[register]]
-        name = "A"
-        offset = 0
-        count = 4
-        [[untouched]]
-        name = "B"
-        offset = 0x10
-        why = "read_clears"
-        [[flush]]
-        register = "A"
-        offset = 0xc
-        past = [0x14]
-        [mdio]
-        register = 0x20
-        phy = 1
-        saved = [{ name = "CONTROL", number = 0 }]
-        "#;
-
-    #[test]
-    fn the_description_of_the_82540em_is_good() {
-        let description = Description::intel_82540em().unwrap();
-        assert_eq!(
-            (description.device.vendor, description.device.device),
-            (0x8086, 0x100e)
-        );
-        assert!(Description::parse(SMALL).is_ok());
-    }
-
-    #[test]
-    fn a_load_without_effect_overtakes_stores_that_do_not_matter_to_it() {
-        let small = Description::parse(SMALL).unwrap();
-        let may = |offset, bytes, waiting: &[u64]| {
-            small.may_overtake(offset, bytes, waiting.iter().copied())
-        };
-        assert!(may(0xc, 4, &[]) && may(0xc, 4, &[0x14, 0x14]));
-        assert!(!may(0xc, 4, &[0x14, 0x18]) && !may(0xc, 2, &[]) && !may(0x10, 4, &[]));
-    }
-
-    #[test]
-    fn what_contradicts_itself_is_refused() {
-        for (from, to, why) in [
-            ("schema = 1", "schema = 2", "schema 2"),
-            ("schema = 1", "", "schema"),
-            ("name = \"NIC\"", "nick = \"NIC\"", "unknown field"),
-            ("bar = 0", "bar = 6", "0 to 5"),
-            ("bytes = 2", "bytes = 3", "configuration space"),
-            ("offset = 4", "offset = 5", "configuration space"),
-            ("offset = 4", "offset = 256", "configuration space"),
-            ("bytes = 2", "bytes = 2\nsettle_us = 100001", "settle"),
-            ("count = 4", "count = 5", "another's too"),
-            ("count = 4", "count = 0", "no aligned registers"),
-            ("count = 4", "count = 65", "no aligned registers"),
-            ("count = 4", "count = 0xffffffff", "no aligned registers"),
-            ("offset = 0x10", "offset = 0x12", "no aligned registers"),
-            ("read_clears", "dislike", "unknown variant"),
-            ("offset = 0xc", "offset = 0xd", "no aligned register"),
-            (
-                "past = [0x14]",
-                "past = [0x14, 0x100]",
-                "no aligned register",
-            ),
-            ("past = [0x14]", "past = [0xc]", "changes what it shows"),
-            ("number = 0", "number = 32", "0 to 31"),
-            ("register = 0x20", "register = 0x100", "mdio"),
-        ] {
-            let text = SMALL.replacen(from, to, 1);
-            let error = Description::parse(&text).unwrap_err().to_string();
-            assert!(error.contains(why), "{to}: {error}");
-        }
-        let ring = format!(
-            "{SMALL}\n[[ring]]\nname = \"R\"\nbase_low = 0x40\nbase_high = 0x44\nlength = 0x48\n\
-             control = 0\nenable = 1\n"
-        );
-        let error = Description::parse(&ring).unwrap_err().to_string();
-        assert!(error.contains("not saved"), "{error}");
-        assert!(Description::parse(&" ".repeat(MAX_TEXT + 1)).is_err());
-    }
-}
+mod tests;

@@ -7,6 +7,7 @@
 //! run, a frame that is half moved.
 
 pub mod description;
+pub mod switch;
 
 use std::time::Duration;
 
@@ -73,9 +74,24 @@ pub enum CheckpointError {
     /// The PHY does not answer.
     #[error("the device's PHY does not answer")]
     NoPhy,
+    /// The device does not stand still.
+    #[error("the device still reads or writes memory {0} us after it was told to stop")]
+    Restless(u64),
     /// A ring lies outside of memory.
     #[error("the {0} ring cannot be reached: {1}")]
     Ring(String, DmaError),
+}
+
+/// How a device's registers are reached: a function in this process, or one of the host's.
+pub trait RegisterAccess {
+    /// Loads the register at `offset`; all ones if the device does not answer.
+    fn load(&mut self, offset: u32) -> u32;
+    /// Stores to the register at `offset`.
+    fn store(&mut self, offset: u32, value: u32);
+    /// Reads configuration space.
+    fn load_config(&mut self, offset: u16, data: &mut [u8]);
+    /// Writes configuration space.
+    fn store_config(&mut self, offset: u16, data: &[u8]);
 }
 
 /// The state of a function, taken by its registers.
@@ -109,10 +125,17 @@ impl Description {
         function: &mut dyn PciFunction,
         memory: &DmaSpace,
     ) -> Result<RegisterCheckpoint, CheckpointError> {
-        let mut access = Access {
-            function,
-            bar: self.device.bar,
-        };
+        let bar = self.device.bar;
+        self.read_state(&mut FunctionRegisters { function, bar }, Some(memory))
+    }
+
+    /// Reads the state of a device, with the rings in `memory`.
+    fn read_state(
+        &self,
+        registers: &mut dyn RegisterAccess,
+        memory: Option<&DmaSpace>,
+    ) -> Result<RegisterCheckpoint, CheckpointError> {
+        let mut access = Access(registers);
         self.is_device(&mut access)?;
         let mut config = Vec::new();
         for field in &self.config {
@@ -129,7 +152,7 @@ impl Description {
         let registers = registers.collect();
         let mut rings = Vec::new();
         for ring in &self.ring {
-            if let Some((address, length)) = ring.in_use(&mut access) {
+            if let (Some(memory), Some((address, length))) = (memory, ring.in_use(&mut access)) {
                 let mut contents = vec![0; length];
                 // A ring outside of memory is one that the device cannot write either.
                 if memory.read(address, &mut contents).is_ok() {
@@ -167,11 +190,23 @@ impl Description {
         saved: &RegisterCheckpoint,
     ) -> Result<(), CheckpointError> {
         self.fits(saved)?;
-        let mut access = Access {
-            function,
-            bar: self.device.bar,
-        };
+        let bar = self.device.bar;
+        let mut access = Access(&mut FunctionRegisters { function, bar });
         self.is_device(&mut access)?;
+        self.put_config_back(&mut access, saved)?;
+        self.stop(&mut access);
+        let result = self.put_registers_back(&mut access, memory, saved);
+        if result.is_err() {
+            self.stop(&mut access);
+        }
+        result
+    }
+
+    fn put_config_back(
+        &self,
+        access: &mut Access<'_>,
+        saved: &RegisterCheckpoint,
+    ) -> Result<(), CheckpointError> {
         for (field, (_, value)) in self.config.iter().zip(&saved.config) {
             if access.config(field) & field.keep == *value {
                 continue;
@@ -182,12 +217,7 @@ impl Description {
             }
             held(&field.name, *value, access.config(field) & field.keep)?;
         }
-        self.stop(&mut access);
-        let result = self.put_registers_back(&mut access, memory, saved);
-        if result.is_err() {
-            self.stop(&mut access);
-        }
-        result
+        Ok(())
     }
 
     fn put_registers_back(
@@ -202,6 +232,23 @@ impl Description {
                 .write(ring.address, &ring.contents)
                 .map_err(unreachable)?;
         }
+        self.put_phy_back(access, saved)?;
+        for (register, (_, values)) in self.register.iter().zip(&saved.registers) {
+            for (index, (at, value)) in register.offsets().zip(values).enumerate() {
+                register.put_back(access, index, at, *value)?;
+            }
+        }
+        for store in &self.after {
+            access.write(store.offset, store.value);
+        }
+        Ok(())
+    }
+
+    fn put_phy_back(
+        &self,
+        access: &mut Access<'_>,
+        saved: &RegisterCheckpoint,
+    ) -> Result<(), CheckpointError> {
         if let Some(mdio) = &self.mdio {
             for (register, (_, value)) in mdio.saved.iter().zip(&saved.phy) {
                 if mdio.read(access, register.number)? & register.keep == *value {
@@ -211,25 +258,6 @@ impl Description {
                 let has = mdio.read(access, register.number)? & register.keep;
                 held(&register.name, (*value).into(), has.into())?;
             }
-        }
-        for (register, (_, values)) in self.register.iter().zip(&saved.registers) {
-            for (index, (at, value)) in register.offsets().zip(values).enumerate() {
-                if access.read(at) & register.keep == *value {
-                    continue;
-                }
-                access.write(at, *value);
-                let has = access.read(at) & register.keep;
-                if has != *value {
-                    let name = match register.count {
-                        1 => register.name.clone(),
-                        _ => format!("{}[{index}]", register.name),
-                    };
-                    held(&name, *value, has)?;
-                }
-            }
-        }
-        for store in &self.after {
-            access.write(store.offset, store.value);
         }
         Ok(())
     }
@@ -244,7 +272,7 @@ impl Description {
     /// Whether the function is one of those that are described.
     fn is_device(&self, access: &mut Access<'_>) -> Result<(), CheckpointError> {
         let mut identity = [0; 4];
-        access.function.config_read(0, &mut identity);
+        access.0.load_config(0, &mut identity);
         let [v0, v1, d0, d1] = identity;
         let (vendor, device) = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([d0, d1]));
         if (vendor, device) == (self.device.vendor, self.device.device) {
@@ -320,6 +348,25 @@ fn held(register: &str, given: u32, has: u32) -> Result<(), CheckpointError> {
 }
 
 impl Register {
+    /// Gives number `index` of these, at `at`, a value, unless it has it.
+    fn put_back(
+        &self,
+        access: &mut Access<'_>,
+        index: usize,
+        at: u32,
+        value: u32,
+    ) -> Result<(), CheckpointError> {
+        if access.read(at) & self.keep == value {
+            return Ok(());
+        }
+        access.write(at, value);
+        let has = access.read(at) & self.keep;
+        match self.count {
+            1 => held(&self.name, value, has),
+            _ => held(&format!("{}[{index}]", self.name), value, has),
+        }
+    }
+
     fn offsets(&self) -> impl Iterator<Item = u32> + use<> {
         (self.offset..).step_by(4).take(self.count as usize)
     }
@@ -377,33 +424,54 @@ impl Mdio {
 }
 
 /// A function and the base address register that its registers are behind.
-struct Access<'a> {
+struct FunctionRegisters<'a> {
     function: &'a mut dyn PciFunction,
     bar: u8,
 }
 
-impl Access<'_> {
-    fn read(&mut self, offset: u32) -> u32 {
+impl RegisterAccess for FunctionRegisters<'_> {
+    fn load(&mut self, offset: u32) -> u32 {
         let mut data = [0; 4];
         self.function.bar_read(self.bar, offset.into(), &mut data);
         u32::from_le_bytes(data)
     }
 
-    fn write(&mut self, offset: u32, value: u32) {
+    fn store(&mut self, offset: u32, value: u32) {
         self.function
             .bar_write(self.bar, offset.into(), &value.to_le_bytes());
+    }
+
+    fn load_config(&mut self, offset: u16, data: &mut [u8]) {
+        self.function.config_read(offset, data);
+    }
+
+    fn store_config(&mut self, offset: u16, data: &[u8]) {
+        self.function.config_write(offset, data);
+    }
+}
+
+/// A device's registers, as a description names them.
+struct Access<'a>(&'a mut dyn RegisterAccess);
+
+impl Access<'_> {
+    fn read(&mut self, offset: u32) -> u32 {
+        self.0.load(offset)
+    }
+
+    fn write(&mut self, offset: u32, value: u32) {
+        self.0.store(offset, value);
     }
 
     fn config(&mut self, field: &ConfigField) -> u32 {
         let mut data = [0; 4];
         let bytes = usize::from(field.bytes).min(4);
-        self.function.config_read(field.offset, &mut data[..bytes]);
+        self.0.load_config(field.offset, &mut data[..bytes]);
         u32::from_le_bytes(data)
     }
 
     fn set_config(&mut self, field: &ConfigField, value: u32) {
         let bytes = usize::from(field.bytes).min(4);
-        self.function
-            .config_write(field.offset, &value.to_le_bytes()[..bytes]);
+        self.0
+            .store_config(field.offset, &value.to_le_bytes()[..bytes]);
     }
 }
