@@ -120,6 +120,28 @@ fn frames_wait_for_a_stalled_guest_both_ways() {
     panic!("never in time");
 }
 
+/// Linux resets a card that has lost its link with frames in its ring; there is nothing to reset it for.
+#[test]
+fn what_a_parked_guest_sends_is_lost_and_does_not_stay_in_its_ring() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let mut far = Far::connect(&place);
+    let mut left = Guest::boot(&place, "left", 1);
+    let _right = Guest::boot(&place, "right", 2);
+    left.await_link(true);
+    host.switch("right");
+    for n in 0..300 {
+        let sent = left.send(FAR, &format!("lost-{n}"));
+        left.await_sent(sent);
+    }
+    assert!(!left.link());
+    host.switch("left");
+    left.await_link(true);
+    left.send(FAR, "not lost");
+    assert_eq!(far.receive(), "not lost");
+    assert_eq!(host.context("left").frames.sent_without_carrier, 300);
+}
+
 #[test]
 fn the_turn_is_passed_on_by_time_and_held() {
     let place = Place::new();

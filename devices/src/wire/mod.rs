@@ -40,6 +40,12 @@ pub trait Wire: Send {
     /// Whether a carrier is there; a NIC shows it as its link state.
     fn carrier(&self) -> bool;
 
+    /// Whether what is sent now, without a carrier, is taken and lost. A NIC whose link is down then gives its frames up instead of
+    /// keeping them until the link is back: a driver resets a card that has frames and no link. By default they are kept.
+    fn loses_frames(&self) -> bool {
+        false
+    }
+
     /// The NIC's own end came up or went down: what the port at the other end would see of the NIC's PHY. By
     /// default nobody is told.
     fn nic_link(&mut self, _up: bool) {}

@@ -9,7 +9,8 @@
 //! At most one port has the turn. Its NIC sends to and receives from the real wire itself: no frame is copied once more.
 //! All others are parked. Their carrier is gone, or, with [`Parked::Stall`], stays for a while in which what they send
 //! waits in their rings (the wire is full) and frames for them wait here, within bounds; a port that has waited too long
-//! loses its carrier, before a guest's transmit time-out would find that its card hangs.
+//! loses its carrier, before a guest's transmit time-out would find that its card hangs. What is sent without a carrier is lost, and
+//! does not stay in the rings ([`Wire::loses_frames`]).
 //!
 //! Who is sent what: a unicast frame to the address that a port was given belongs to that port, whoever has the turn. One to
 //! an address that NICs have asked for themselves ([`Wire::stations`]) belongs to the port with the turn if its NIC has, or

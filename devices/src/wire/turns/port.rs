@@ -39,6 +39,10 @@ impl Wire for Port {
         lock(&self.state).carrier(self.id)
     }
 
+    fn loses_frames(&self) -> bool {
+        lock(&self.state).loses_frames(self.id)
+    }
+
     fn nic_link(&mut self, up: bool) {
         lock(&self.state).nic_link(self.id, up);
     }

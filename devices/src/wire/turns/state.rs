@@ -206,6 +206,13 @@ impl State {
         up && self.wire.carrier()
     }
 
+    /// Whether the port is parked without a carrier.
+    pub fn loses_frames(&mut self, id: PortId) -> bool {
+        let has_turn = self.holder == Some(id);
+        let member = self.members.get_mut(&id);
+        !has_turn && member.is_some_and(|member| member.plugged && !member.is_stalled())
+    }
+
     pub fn nic_link(&mut self, id: PortId, up: bool) {
         if let Some(member) = self.members.get_mut(&id) {
             member.nic_up = Some(up);
