@@ -10,6 +10,7 @@ use super::table::{number, table};
 use super::words::counted;
 use super::{Ending, one_line, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, Connection};
+use crate::device::client;
 use crate::device::protocol::{
     ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
 };
@@ -73,7 +74,7 @@ impl ServeOptions {
 
 /// Asks the device host of this name for something.
 pub(super) fn ask(name: &VmName, request: &Request) -> anyhow::Result<Reply> {
-    ask_at(&find(name)?, request, ANSWER_TIME)
+    client::ask(&RuntimeRoot::from_environment(), name, request)
 }
 
 fn find(name: &VmName) -> anyhow::Result<RunningVm> {

@@ -1,4 +1,4 @@
-//! A guest's VMM at a device host.
+//! A guest's VMM, and others who want something, at a device host.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -8,13 +8,24 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::hello::{Hello, VERSION, Welcome, read_line, write_line};
+use super::protocol::{DeviceProtocol, Reply, Request};
+use crate::control::client::{ANSWER_TIME as ASK_TIME, Connection};
 use crate::options::{MacAddress, VmName};
 use crate::runtime_dir::RuntimeRoot;
 
 pub use super::hello::AttachInfo;
 
-/// How long a device host may take to answer.
-const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// How long a device host may take to attach somebody.
+const ATTACH_TIME: Duration = Duration::from_secs(10);
+
+/// Asks the device host `name` for something; `root` is that of the VMs.
+///
+/// # Errors
+/// There is no such device host, it does not answer, or it refuses.
+pub fn ask(root: &RuntimeRoot, name: &VmName, request: &Request) -> anyhow::Result<Reply> {
+    let host = root.devices().find(Some(name))?;
+    Connection::<DeviceProtocol>::to(&host, ASK_TIME)?.ask(request)
+}
 
 /// Attaches the NIC of `vm`, with the address `mac`, to the device host `name`; `root` is that of the VMs. vfio-user is
 /// spoken over what comes back, in the client's role, and the NIC is attached for as long as it is open.
@@ -35,7 +46,7 @@ pub fn attach(
     let socket =
         socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).with_context(cannot)?;
     // Before it connects: a process that is stopped accepts nobody, and its queue may be full.
-    set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIME)).with_context(cannot)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(ATTACH_TIME)).with_context(cannot)?;
     let address = SocketAddrUnix::new(&path).with_context(cannot)?;
     connect(&socket, &address).with_context(cannot)?;
     let stream = UnixStream::from(socket);
@@ -45,7 +56,7 @@ pub fn attach(
         mac: mac.to_string(),
     };
     write_line(&stream, &hello).with_context(cannot)?;
-    let welcome = read_line(&stream, ANSWER_TIME)
+    let welcome = read_line(&stream, ATTACH_TIME)
         .with_context(|| format!("the device host {name} does not answer"))?;
     stream.set_write_timeout(None).with_context(cannot)?;
     match welcome {
