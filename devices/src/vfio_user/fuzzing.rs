@@ -236,37 +236,26 @@ pub fn use_server(input: &[u8]) {
     let _ = try_use(&mut Input(input));
 }
 
-fn try_use(input: &mut Input<'_>) -> Option<()> {
-    let (mut ours, theirs) = pair()?;
-    let words = |words: &[u32]| {
-        words
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect::<Vec<_>>()
+/// Good replies to what a client asks first: of a device with 4 KiB of registers that is reset then.
+fn first_replies() -> Vec<(Command, Vec<u8>)> {
+    let info = DeviceInfo {
+        argsz: DeviceInfo::BYTES,
+        flags: DEVICE_FLAGS_PCI | DEVICE_FLAGS_RESET,
+        regions: PCI_REGIONS,
+        irqs: PCI_IRQS,
     };
     let mut replies = vec![
-        (Command::Version, words(&[1 << 16])),
-        (
-            Command::DeviceGetInfo,
-            DeviceInfo {
-                argsz: DeviceInfo::BYTES,
-                flags: DEVICE_FLAGS_PCI | DEVICE_FLAGS_RESET,
-                regions: PCI_REGIONS,
-                irqs: PCI_IRQS,
-            }
-            .to_bytes(),
-        ),
+        // Version 0.1.
+        (Command::Version, vec![0, 0, 1, 0]),
+        (Command::DeviceGetInfo, info.to_bytes()),
     ];
     for index in 0..PCI_REGIONS {
+        let there = matches!(index, 0 | CONFIG_REGION);
         let info = RegionInfo {
             argsz: RegionInfo::BYTES,
             flags: REGION_READ | REGION_WRITE,
             index,
-            size: if matches!(index, 0 | CONFIG_REGION) {
-                4096
-            } else {
-                0
-            },
+            size: if there { REGISTERS as u64 } else { 0 },
             offset: 0,
             areas: Vec::new(),
         };
@@ -282,6 +271,12 @@ fn try_use(input: &mut Input<'_>) -> Option<()> {
         replies.push((Command::GetIrqInfo, info.to_bytes()));
     }
     replies.push((Command::DeviceReset, Vec::new()));
+    replies
+}
+
+fn try_use(input: &mut Input<'_>) -> Option<()> {
+    let (mut ours, theirs) = pair()?;
+    let mut replies = first_replies();
     let config = |data: Vec<u8>| RegionAccess {
         offset: 0,
         region: CONFIG_REGION,
@@ -322,7 +317,11 @@ fn try_use(input: &mut Input<'_>) -> Option<()> {
         call: Duration::from_secs(1),
         state: Duration::from_secs(1),
     };
-    let client = Client::new(theirs, DmaSpace::empty(), limits).ok()?;
+    exercise(Client::new(theirs, DmaSpace::empty(), limits).ok()?)
+}
+
+/// Does with a function what a guest does.
+fn exercise(client: Client) -> Option<()> {
     let mut vectors = |_| Err("none".to_owned());
     let mut function = VfioUserFunction::new(client, &NoLine, &mut vectors).ok()?;
     let mut data = [0; 8];

@@ -194,15 +194,14 @@ impl VfioUserFunction {
 
     /// Gives the server memory and interrupts, and watches its socket.
     fn attach(&mut self) -> Result<(), FunctionError> {
-        let regions = self.dma.regions();
-        let client = self.client();
-        for region in &regions {
-            client.dma_map(region)?;
-        }
-        let fd = client.as_fd().as_raw_fd();
+        let fd = self.client().as_fd().as_raw_fd();
         let event = EpollEvent::new(EpollSet::IN, 0);
         self.watched.ctl(ControlOperation::Add, fd, event)?;
         self.awaits_room = false;
+        let regions = self.dma.regions();
+        for region in &regions {
+            self.client().dma_map(region)?;
+        }
         self.connect_interrupts()
     }
 

@@ -146,7 +146,8 @@ impl Payload for MigData {
         }
         let data = match reader.0 {
             [] => &[],
-            _ => reader.data(size.into())?,
+            // libvfio-user sends as many bytes as there was room for, whatever it says.
+            rest => rest.get(..size as usize).ok_or(MessageError::Short)?,
         };
         Ok(Self {
             argsz,

@@ -90,6 +90,10 @@ fn layouts_are_those_of_the_specification() {
         set(IrqAction::Unmask, bools),
         "17000000 12000000 02000000 01000000 03000000 010001",
     );
+}
+
+#[test]
+fn layouts_of_accesses_and_states_are_those_of_the_specification() {
     let access = RegionAccess {
         offset: 0x10,
         region: 7,

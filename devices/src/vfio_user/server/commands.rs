@@ -204,27 +204,8 @@ impl Device {
                 self.set_irqs(&parse(payload)?, fds)?;
                 Ok(Vec::new())
             }
-            Command::RegionRead => {
-                let access: RegionAccess = parse(payload)?;
-                let access = access.without_data().map_err(|_| libc::EINVAL)?;
-                self.region_read(access)
-            }
-            Command::RegionWrite => {
-                let access: RegionAccess = parse(payload)?;
-                let access = access.with_data().map_err(|_| libc::EINVAL)?;
-                self.region_write(&access)?;
-                let done = RegionAccess {
-                    data: Vec::new(),
-                    ..access
-                };
-                Ok(done.to_bytes())
-            }
-            Command::RegionWriteMulti => {
-                let writes: RegionWrites = parse(payload)?;
-                for access in &writes.0 {
-                    self.region_write(access)?;
-                }
-                Ok((writes.0.len() as u64).to_le_bytes().to_vec())
+            Command::RegionRead | Command::RegionWrite | Command::RegionWriteMulti => {
+                self.access(command, payload)
             }
             Command::DeviceReset if payload.is_empty() => {
                 lock(&self.function).reset();
@@ -245,6 +226,25 @@ impl Device {
             // Only a server asks that.
             Command::DmaRead | Command::DmaWrite => Err(libc::EINVAL),
         }
+    }
+
+    fn access(&mut self, command: Command, payload: &[u8]) -> Result<Vec<u8>, i32> {
+        if command == Command::RegionWriteMulti {
+            let writes: RegionWrites = parse(payload)?;
+            for access in &writes.0 {
+                self.region_write(access)?;
+            }
+            return Ok((writes.0.len() as u64).to_le_bytes().to_vec());
+        }
+        let access: RegionAccess = parse(payload)?;
+        if command == Command::RegionRead {
+            let access = access.without_data().map_err(|_| libc::EINVAL)?;
+            return self.region_read(access);
+        }
+        let mut access = access.with_data().map_err(|_| libc::EINVAL)?;
+        self.region_write(&access)?;
+        access.data.clear();
+        Ok(access.to_bytes())
     }
 
     fn agree(&mut self, theirs: &Version) -> Result<Vec<u8>, i32> {
