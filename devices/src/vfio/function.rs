@@ -41,6 +41,12 @@ pub struct PassthroughParts<'a> {
     pub vectors: &'a mut dyn FnMut(u16) -> Result<Arc<dyn MsiVectors>, String>,
 }
 
+#[derive(Default)]
+struct Refused {
+    mode: Option<Mode>,
+    mastering: bool,
+}
+
 /// See the module's text.
 pub struct VfioFunction {
     // Dropped in this order: interrupts, then DMA, then the device.
@@ -55,6 +61,8 @@ pub struct VfioFunction {
     vectors: Option<Arc<PassedVectors>>,
     /// The function may master the bus.
     masters: bool,
+    /// What the guest asked for last and did not get: it is not tried again before it asks for something else.
+    refused: Refused,
     /// Readable when the host wants it back.
     wanted_back: EventFd,
     /// Readable when it failed.
@@ -104,6 +112,7 @@ impl VfioFunction {
             msix,
             vectors: passed,
             masters: false,
+            refused: Refused::default(),
             wanted_back: event()?,
             failed: event()?,
         };
@@ -189,11 +198,16 @@ impl VfioFunction {
             _ => Mode::Off,
         };
         let address = self.device.address();
-        if let Err(error) = self.interrupts.set(mode) {
-            tracing::error!(%error, device = %address, ?mode, "the device has no interrupts");
+        if self.refused.mode != Some(mode) {
+            self.refused.mode = None;
+            if let Err(error) = self.interrupts.set(mode) {
+                tracing::error!(%error, device = %address, ?mode, "the device has no interrupts");
+                self.refused.mode = Some(mode);
+            }
         }
         let masters = command.contains(Command::BUS_MASTER) && self.is_awake();
-        if masters == self.masters {
+        self.refused.mastering &= masters;
+        if masters == self.masters || self.refused.mastering {
             return;
         }
         let result = match masters {
@@ -202,6 +216,7 @@ impl VfioFunction {
         };
         if let Err(error) = result.and_then(|()| self.set_command(masters)) {
             tracing::error!(%error, device = %address, "the device does not reach guest memory");
+            self.refused.mastering = masters;
         }
     }
 
@@ -317,6 +332,7 @@ impl PciFunction for VfioFunction {
         // The reset may have let it go.
         self.stop();
         self.unmap_memory();
+        self.refused = Refused::default();
         self.config.reset();
         if let Some(msix) = &mut self.msix {
             msix.reset(&self.config);
