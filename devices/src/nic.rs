@@ -134,7 +134,7 @@ impl Nic {
         client: Client,
         parts: RemoteParts<'_>,
     ) -> Result<(Self, Arc<Mutex<VfioUserFunction>>), NicError> {
-        let function = VfioUserFunction::new(client, &*parts.intx, parts.vectors)?;
+        let function = VfioUserFunction::new(client, parts.intx, parts.vectors)?;
         let function = Arc::new(Mutex::new(function));
         let nic = Self {
             function: function.clone(),

@@ -22,6 +22,10 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
 /// Rollbacks of each entry point that a demo makes.
 const DEMO_ROLLBACKS: u16 = 6;
 
+/// Switches of a NIC that a demo makes of each kind, and moves by unplug and plug.
+const DEMO_SWITCHES: u16 = 30;
+const DEMO_MOVES: u16 = 3;
+
 /// Snapshots and restores that a demo makes of each kind.
 const DEMO_SUSPENDS: u16 = 2;
 
@@ -63,6 +67,17 @@ enum What {
         #[command(flatten)]
         common: Common,
         /// Sizes of guest memory, in MiB
+        #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024])]
+        memory: Vec<u32>,
+    },
+    /// A NIC that moves between two running guests: switches of the device host, against unplug and plug
+    Switch {
+        #[command(flatten)]
+        common: Common,
+        /// Switches of the device host of each kind; --runs is how many moves by unplug and plug there are
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        switches: u16,
+        /// Sizes of the memory of each guest, in MiB
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024])]
         memory: Vec<u32>,
     },
@@ -136,6 +151,14 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             steps.must("suspend", || bench.suspend(common.runs, memory))?;
             (common, "suspend")
         }
+        What::Switch {
+            common,
+            switches,
+            memory,
+        } => {
+            steps.must("switch", || bench.switch(*switches, common.runs, memory))?;
+            (common, "switch")
+        }
         What::Traffic { common, seconds } => {
             steps.must("traffic", || bench.traffic(*seconds))?;
             (common, "traffic")
@@ -148,12 +171,13 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Does `cargo xtask demo`.
 pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(6);
+    let mut steps = Steps::new(7);
     let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
     steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
     steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
+    steps.must("switch", || bench.switch(DEMO_SWITCHES, DEMO_MOVES, &[256]))?;
     let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
     steps.summary();
     eprintln!(
@@ -255,6 +279,26 @@ impl Bench {
         self.measure(
             "suspend",
             &["suspend", "--runs", &runs, "--memory", &memory],
+        )
+    }
+
+    /// All in one lab, as [`Self::recovery`].
+    fn switch(&mut self, switches: u16, moves: u16, memory: &[u32]) -> anyhow::Result<String> {
+        self.lab.as_mut().map_or(Ok(()), |lab| lab.renew_with(1))?;
+        let memory: Vec<_> = memory.iter().map(u32::to_string).collect();
+        let (switches, moves) = (switches.to_string(), moves.to_string());
+        let memory = memory.join(",");
+        self.measure(
+            "switch",
+            &[
+                "switch",
+                "--switches",
+                &switches,
+                "--moves",
+                &moves,
+                "--memory",
+                &memory,
+            ],
         )
     }
 

@@ -3,8 +3,8 @@
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::Ipv4;
-use anyhow::{Context, bail};
+use agent_protocol::message::{Exec, Ipv4};
+use anyhow::{Context, bail, ensure};
 
 use super::guest::Guest;
 use crate::control::protocol::{ProbeReading, Reply, Request};
@@ -27,8 +27,31 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 /// How long a driver's link may take to come up, in the slowest place we measure in.
 pub const LINK_TIME: Duration = Duration::from_secs(60);
 
+/// How long a driver may take to probe a NIC in another process.
+const PROBE_TIME: Duration = Duration::from_secs(600);
+
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(2);
+
+/// Inserts the driver of a NIC that lives in another process: each access to a register is a message there and one back,
+/// and a driver's probe makes thousands.
+pub fn insert_slowly(guest: &mut Guest, driver: &str) -> anyhow::Result<()> {
+    let result = guest
+        .agent()
+        .exec(Exec {
+            argv: vec!["modprobe".to_owned(), driver.to_owned()],
+            limit_ms: Some(u64::try_from(PROBE_TIME.as_millis())?),
+            ..Exec::default()
+        })
+        .with_context(|| format!("cannot insert {driver}"))?;
+    ensure!(
+        result.success(),
+        "cannot insert {driver} ({:?}): {}",
+        result.end,
+        String::from_utf8_lossy(&result.stderr).trim()
+    );
+    Ok(())
+}
 
 /// Inserts the driver and gives its interface address and route.
 pub fn bring_up(guest: &mut Guest, driver: &str) -> anyhow::Result<()> {

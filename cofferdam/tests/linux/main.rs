@@ -19,6 +19,7 @@ mod recovery;
 mod rewind_isolated;
 mod shared;
 mod suspend;
+mod switch;
 mod upgrade;
 mod victim;
 mod virtio;

@@ -323,7 +323,7 @@ fn try_use(input: &mut Input<'_>) -> Option<()> {
 /// Does with a function what a guest does.
 fn exercise(client: Client) -> Option<()> {
     let mut vectors = |_| Err("none".to_owned());
-    let mut function = VfioUserFunction::new(client, &NoLine, &mut vectors).ok()?;
+    let mut function = VfioUserFunction::new(client, Arc::new(NoLine), &mut vectors).ok()?;
     let mut data = [0; 8];
     for at in 0..64 {
         function.config_read(at * 4, &mut data[..4]);

@@ -346,3 +346,15 @@ fn another_function_is_not_the_one_that_was_there() {
     nic.reconnect(ours).unwrap();
     assert!(nic.is_connected());
 }
+
+#[test]
+fn a_function_keeps_the_line_that_its_server_drives() {
+    let host = Host::new("e1000");
+    let (machine, _served) = Machine::on(&host);
+    let Machine { nic, lines, .. } = machine;
+    let kept = Arc::downgrade(&lines);
+    drop(lines);
+    assert!(kept.upgrade().is_some(), "the irqfd would be gone");
+    drop(nic);
+    assert!(kept.upgrade().is_none());
+}

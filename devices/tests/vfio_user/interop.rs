@@ -184,7 +184,7 @@ fn our_client_uses_another_server() {
     let stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let client = Client::new(stream, dma, LIMITS).unwrap();
     let lines = Lines::new(0);
-    let intx: &dyn IrqLine = &*lines;
+    let intx: Arc<dyn IrqLine> = lines.clone();
     let mut function = VfioUserFunction::new(client, intx, &mut |_| Err("none".into())).unwrap();
     let trigger_and_unmask = ["irqs 0 0x24 0 1 1", "irqs 0 0x14 0 1 1"].map(str::to_owned);
     let mapped = ["reset".to_owned(), "map 0x0 0x100000 0x0 true".to_owned()];

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
-use super::Phases;
 use crate::runtime_dir::ROOT_VARIABLE;
 
 /// Its name.
@@ -25,13 +24,22 @@ pub struct DeviceHost {
 }
 
 impl DeviceHost {
-    /// Starts one in the runtime folder `root`, its NIC on the cable at `cable`, and waits until it answers.
-    pub fn start(program: &Path, root: &Path, cable: &Path, parked: &str) -> anyhow::Result<Self> {
+    /// Starts one in the runtime folder `root`, with a `model` on the wire `net`, and waits until it answers. `parked`: what
+    /// guests see that wait for their turn.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(
+        program: &Path,
+        root: &Path,
+        model: &str,
+        net: &str,
+        parked: &str,
+    ) -> anyhow::Result<Self> {
         let child = Command::new(program)
             .env(ROOT_VARIABLE, root)
-            .args(["device", "serve", NAME, "--model", super::MODEL])
-            .args(["--net", &format!("unix={}", cable.display())])
-            .args(["--parked", parked])
+            .args(["device", "serve", NAME, "--model", model])
+            .args(["--net", net, "--parked", parked])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
@@ -42,7 +50,7 @@ impl DeviceHost {
             root: root.to_owned(),
         };
         let deadline = Instant::now() + LIMIT;
-        while host.ask(&["device", "status", NAME, "--json"]).is_err() {
+        while host.status().is_err() {
             if let Some(status) = host.child.try_wait()? {
                 bail!("the device host ended: {status}");
             }
@@ -52,16 +60,33 @@ impl DeviceHost {
         Ok(host)
     }
 
-    /// Gives the turn to the guest `to`.
-    pub fn give(&self, to: &str, phases: &mut Phases) -> anyhow::Result<()> {
-        let answer = self.ask(&["switch", NAME, "--to", to, "--json"])?;
-        let told = answer["phases_us"].as_object().into_iter().flatten();
-        for (name, us) in told {
-            if let Some(us) = us.as_f64() {
-                phases.add(name, us);
-            }
-        }
-        Ok(())
+    /// Who has the turn.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn turn(&self) -> anyhow::Result<Option<String>> {
+        Ok(self.status()?["turn"].as_str().map(str::to_owned))
+    }
+
+    /// Gives the turn to the guest `to`, which has it not; what `cofferdam switch` tells as JSON.
+    ///
+    /// # Errors
+    /// It does not get it.
+    pub fn give(&self, to: &str) -> anyhow::Result<Value> {
+        self.ask(&["switch", NAME, "--to", to, "--json"])
+    }
+
+    /// What `cofferdam device status` tells as JSON.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn status(&self) -> anyhow::Result<Value> {
+        self.ask(&["device", "status", NAME, "--json"])
+    }
+
+    /// Number of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Runs a command of this program.

@@ -9,7 +9,7 @@
 //! Both guests ping all the time. The outage is what the far end of the cable sees: from the last frame of the one
 //! guest to the first of the other.
 
-mod host;
+pub mod host;
 mod observer;
 
 use std::collections::BTreeMap;
@@ -24,10 +24,10 @@ use devices::clock::monotonic_ns;
 use self::host::DeviceHost;
 use self::observer::{Observer, Outage};
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
-use super::network::{DRIVER, LINK_TIME};
+use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::protocol::{Reply, Request};
 use crate::options::MacAddress;
-use crate::report::switch::{Switch, SwitchMethod};
+use crate::report::switch::{PHASES, Switch, SwitchMethod};
 use crate::report::{Guest as GuestFacts, Stat};
 
 /// Names of the two guests.
@@ -130,7 +130,7 @@ fn one(
 
 /// Times of the parts of switches.
 #[derive(Debug, Default)]
-pub struct Phases(BTreeMap<String, Vec<f64>>);
+struct Phases(BTreeMap<String, Vec<f64>>);
 
 impl Phases {
     fn add(&mut self, name: &str, us: f64) {
@@ -169,7 +169,10 @@ impl Pair {
             SwitchMethod::Hotplug => None,
         };
         let host = parked
-            .map(|parked| DeviceHost::start(&guest.program, folder.path(), &cable, parked))
+            .map(|parked| {
+                let net = format!("unix={}", cable.display());
+                DeviceHost::start(&guest.program, folder.path(), MODEL, &net, parked)
+            })
             .transpose()?;
         let boot = |name| {
             let options = guest.clone().among(folder.path(), name);
@@ -188,10 +191,7 @@ impl Pair {
             _folder: folder,
         };
         for guest in &mut pair.guests {
-            guest
-                .agent()
-                .load_module(DRIVER, "")
-                .with_context(|| format!("cannot insert {DRIVER}"))?;
+            network::insert_slowly(guest, DRIVER)?;
         }
         match pair.host {
             Some(_) => {
@@ -200,7 +200,9 @@ impl Pair {
                     // One that sees its link down may give up.
                     pair.ping(index, "while :; do", "sleep 0.05; done")?;
                 }
-                pair.give(0, &mut Phases::default())?;
+                if pair.turn()?.as_deref() != Some(NAMES[0]) {
+                    pair.give(0, &mut Phases::default())?;
+                }
             }
             None => pair.plug(0)?,
         }
@@ -212,10 +214,24 @@ impl Pair {
         MacAddress::for_name(NAMES[index])
     }
 
+    /// Who has the turn, of a device host.
+    fn turn(&self) -> anyhow::Result<Option<String>> {
+        self.host.as_ref().map_or(Ok(None), DeviceHost::turn)
+    }
+
     /// Gives the NIC to the other guest.
     fn give(&mut self, to: usize, phases: &mut Phases) -> anyhow::Result<()> {
         match &self.host {
-            Some(host) => host.give(NAMES[to], phases),
+            Some(host) => {
+                let given = host.give(NAMES[to])?;
+                for name in PHASES {
+                    let ns = given["phases"][format!("{name}_ns")].as_f64();
+                    if let Some(ns) = ns {
+                        phases.add(name, ns / 1e3);
+                    }
+                }
+                Ok(())
+            }
             None => {
                 self.unplug(1 - to)?;
                 self.plug(to)

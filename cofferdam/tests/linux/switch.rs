@@ -1,0 +1,248 @@
+//! One NIC of a device host and two stock guests that have it by turns.
+//!
+//! `COFFERDAM_FULL=1` switches five hundred times.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::Ipv4;
+use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network;
+use cofferdam::bench::switch::host::{DeviceHost, NAME};
+use rustix::fs::{SeekFrom, seek};
+
+use super::{boot, options, ping, shell};
+
+const NAMES: [&str; 2] = ["left", "right"];
+const GATEWAY: &str = "10.0.2.2";
+/// How long something that happens by itself may be in coming.
+const SOON: Duration = Duration::from_secs(120);
+
+/// Two guests with a NIC by turns.
+struct Pair {
+    guests: [Guest; 2],
+    host: Option<DeviceHost>,
+    folder: tempfile::TempDir,
+}
+
+impl Pair {
+    fn new(parked: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let host = Self::host(folder.path(), parked);
+        let guests = NAMES.map(|name| {
+            let options = options().among(folder.path(), name);
+            boot(&options.with(&format!("--nic device={NAME}")))
+        });
+        let mut pair = Self {
+            guests,
+            host: Some(host),
+            folder,
+        };
+        for (guest, last) in pair.guests.iter_mut().zip([15, 16]) {
+            network::insert_slowly(guest, "e1000").unwrap();
+            let agent = guest.agent();
+            agent.set_link("eth0", true).unwrap();
+            let address = [10, 0, 2, last].into();
+            let address = Ipv4 {
+                address,
+                prefix: 24,
+            };
+            agent.set_address("eth0", address, None).unwrap();
+        }
+        pair
+    }
+
+    fn host(root: &Path, parked: &str) -> DeviceHost {
+        let program = options().program;
+        DeviceHost::start(&program, root, "e1000", "user", parked).unwrap()
+    }
+
+    fn give(&self, to: usize) {
+        if self.turn() != NAMES[to] {
+            let host = self.host.as_ref().unwrap();
+            host.give(NAMES[to]).unwrap();
+        }
+    }
+
+    /// Who has the turn.
+    fn turn(&self) -> String {
+        let turn = self.host.as_ref().unwrap().turn().unwrap();
+        turn.unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn wait_for_turn(&self, of: usize) {
+        let deadline = Instant::now() + SOON;
+        while self.turn() != NAMES[of] {
+            assert!(Instant::now() < deadline, "{} has the turn", self.turn());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The guest's NIC works, when its driver has seen its link.
+    #[track_caller]
+    fn works(&mut self, index: usize) {
+        shell(
+            &mut self.guests[index],
+            &format!("for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; exit 1"),
+        );
+        ping(&mut self.guests[index], GATEWAY, 1400);
+    }
+}
+
+/// Whether the memory of the guest of this process has these bytes.
+fn has(pid: u32, bytes: &[u8]) -> bool {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let memory = descriptors
+        .map(|entry| entry.unwrap().path())
+        .find(|path| {
+            let target = std::fs::read_link(path).unwrap_or_default();
+            target.to_string_lossy().contains("cofferdam-guest")
+        })
+        .expect("the guest has memory");
+    let file = File::open(memory).unwrap();
+    let mut chunk = vec![0; 1 << 20];
+    let mut at = 0;
+    // Holes have nothing.
+    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
+        let read = file.read_at(&mut chunk, start).unwrap();
+        if chunk[..read]
+            .windows(bytes.len())
+            .any(|window| window == bytes)
+        {
+            return true;
+        }
+        if read <= bytes.len() {
+            break;
+        }
+        at = start + (read - bytes.len()) as u64;
+    }
+    false
+}
+
+/// Nothing but the link is in the kernel's log.
+#[track_caller]
+fn assert_healthy(guest: &mut Guest) {
+    let log = shell(guest, "dmesg");
+    for word in [
+        "lockup",
+        "rcu: INFO",
+        "BUG:",
+        "Oops",
+        "WARNING: CPU",
+        "timed out",
+        "Tx Unit Hang",
+        "Reset adapter",
+    ] {
+        assert!(!log.contains(word), "{word}:\n{log}");
+    }
+}
+
+/// Two guests send each a marker of its own to the far end and back and a checked stream, while their NIC moves.
+fn streams_survive(parked: &str, switches: usize, turn: Duration) {
+    let mut pair = Pair::new(parked);
+    let markers =
+        ["mark-4c656674-", "mark-52696768-"].map(|text| format!("{text}{parked}-0123456789"));
+    let seconds = (turn * switches as u32).as_secs().max(2);
+    for (index, marker) in markers.iter().enumerate() {
+        pair.give(index);
+        pair.works(index);
+        let script = format!(
+            "(/init traffic tcp_echo {GATEWAY} {seconds} > /tmp/stream) < /dev/null 2> /tmp/stream.log &\n\
+             (while :; do echo {marker}; sleep 0.05; done) 2> /dev/null | nc {GATEWAY} 7 > /dev/null 2>&1 &"
+        );
+        shell(&mut pair.guests[index], &script);
+    }
+    for number in 0..switches {
+        pair.give(number % 2);
+        std::thread::sleep(turn);
+    }
+    // Each has to come to its end in a turn of its own.
+    let deadline = Instant::now() + SOON;
+    let mut index = 0;
+    let is_done = |guest: &mut Guest| shell(guest, "cat /tmp/stream").ends_with('\n');
+    while !pair.guests.iter_mut().all(is_done) {
+        assert!(Instant::now() < deadline, "a stream does not end");
+        pair.give(index);
+        index = 1 - index;
+        std::thread::sleep(turn.max(Duration::from_millis(500)));
+    }
+    let pids = [0, 1].map(|index| pair.guests[index].control().unwrap().status().unwrap().pid);
+    for (index, guest) in pair.guests.iter_mut().enumerate() {
+        let stream: TrafficResult = serde_json::from_str(&shell(guest, "cat /tmp/stream")).unwrap();
+        assert_eq!((&stream.error, stream.corrupted), (&None, 0), "{stream:?}");
+        assert!(
+            stream.bytes_from_peer > 0 && stream.bytes_from_peer == stream.bytes_to_peer,
+            "{stream:?}"
+        );
+        assert_healthy(guest);
+        assert!(
+            has(pids[index], markers[index].as_bytes()),
+            "what is looked for is found"
+        );
+        let other = markers[1 - index].as_bytes();
+        assert!(
+            !has(pids[index], other),
+            "frames of {} are in {}",
+            NAMES[1 - index],
+            NAMES[index]
+        );
+    }
+    let status = pair.host.as_ref().unwrap().status().unwrap();
+    eprintln!("{parked}: {status:#}");
+}
+
+fn is_full() -> bool {
+    std::env::var_os("COFFERDAM_FULL").is_some()
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn streams_of_two_guests_survive_switches_with_the_parked_link_up() {
+    let switches = if is_full() { 500 } else { 60 };
+    streams_survive("stall", switches, Duration::from_millis(50));
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn streams_of_two_guests_survive_switches_with_the_parked_link_down() {
+    let switches = if is_full() { 100 } else { 12 };
+    streams_survive("down", switches, Duration::from_millis(700));
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_nic_outlives_guests_and_guests_outlive_its_host() {
+    let mut pair = Pair::new("down");
+    pair.give(0);
+    pair.works(0);
+    // The guest that has the turn is killed: the other one gets it.
+    let pid = pair.guests[0].control().unwrap().status().unwrap().pid;
+    kill(pid);
+    pair.wait_for_turn(1);
+    pair.works(1);
+    // The host is killed, and another one comes.
+    kill(pair.host.as_ref().unwrap().pid());
+    pair.host = None;
+    shell(&mut pair.guests[1], "true");
+    pair.host = Some(Pair::host(pair.folder.path(), "down"));
+    pair.wait_for_turn(1);
+    // The device begins anew; its driver has to be told.
+    let vm = pair.guests[1].paths().dir.file_name().unwrap().to_owned();
+    assert_eq!(vm, NAMES[1]);
+    pair.guests[1].agent().disconnect();
+    let mut control = pair.guests[1].control().unwrap();
+    let module = "e1000".to_owned();
+    let resumed = control.ask(&cofferdam::control::protocol::Request::ResumeDevice { module });
+    resumed.unwrap_or_else(|error| panic!("{error:#}{}", pair.guests[1].last_words()));
+    pair.works(1);
+}
+
+fn kill(pid: u32) {
+    // SAFETY: a plain system call on a process of this test's own.
+    let sent = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+    assert_eq!(sent, 0);
+}
