@@ -88,8 +88,8 @@ impl Pair {
         let deadline = Instant::now() + SOON;
         loop {
             let status = self.host.as_ref().unwrap().status().unwrap();
-            let last = status["switches"].as_array().and_then(|all| all.last());
-            if last.is_some_and(|last| last["first_frame_ns"].is_u64()) {
+            let last = status.switches.last();
+            if last.is_some_and(|last| last.first_frame_ns.is_some()) {
                 return;
             }
             assert!(Instant::now() < deadline, "{} is not heard", self.turn());

@@ -1,13 +1,14 @@
 //! A device host for a measurement: this program's `device serve`, ended when it is dropped.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use serde_json::Value;
 
-use crate::runtime_dir::ROOT_VARIABLE;
+use crate::device::client::ask;
+use crate::device::protocol::{HostStatus, Reply, Request, SwitchRecord};
+use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
 
 /// Its name.
 pub const NAME: &str = "shared";
@@ -19,8 +20,7 @@ const POLL: Duration = Duration::from_millis(5);
 /// See the module.
 pub struct DeviceHost {
     child: Child,
-    program: PathBuf,
-    root: PathBuf,
+    root: RuntimeRoot,
 }
 
 impl DeviceHost {
@@ -46,8 +46,7 @@ impl DeviceHost {
             .with_context(|| format!("cannot start {}", program.display()))?;
         let mut host = Self {
             child,
-            program: program.to_owned(),
-            root: root.to_owned(),
+            root: RuntimeRoot::new(root),
         };
         let deadline = Instant::now() + LIMIT;
         while host.status().is_err() {
@@ -65,23 +64,30 @@ impl DeviceHost {
     /// # Errors
     /// It does not answer.
     pub fn turn(&self) -> anyhow::Result<Option<String>> {
-        Ok(self.status()?["turn"].as_str().map(str::to_owned))
+        Ok(self.status()?.turn)
     }
 
-    /// Gives the turn to the guest `to`, which has it not; what `cofferdam switch` tells as JSON.
+    /// Gives the turn to the guest `to`, which has it not.
     ///
     /// # Errors
     /// It does not get it.
-    pub fn give(&self, to: &str) -> anyhow::Result<Value> {
-        self.ask(&["switch", NAME, "--to", to, "--json"])
+    pub fn give(&self, to: &str) -> anyhow::Result<SwitchRecord> {
+        let to = to.to_owned();
+        match self.ask(&Request::Switch { to })? {
+            Reply::Switched(record) => Ok(*record),
+            other => bail!("the device host answered something else: {other:?}"),
+        }
     }
 
-    /// What `cofferdam device status` tells as JSON.
+    /// How it is.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn status(&self) -> anyhow::Result<Value> {
-        self.ask(&["device", "status", NAME, "--json"])
+    pub fn status(&self) -> anyhow::Result<HostStatus> {
+        match self.ask(&Request::Status {})? {
+            Reply::Status(status) => Ok(*status),
+            other => bail!("the device host answered something else: {other:?}"),
+        }
     }
 
     /// Number of its process.
@@ -89,21 +95,8 @@ impl DeviceHost {
         self.child.id()
     }
 
-    /// Runs a command of this program.
-    fn ask(&self, words: &[&str]) -> anyhow::Result<Value> {
-        let output = Command::new(&self.program)
-            .env(ROOT_VARIABLE, &self.root)
-            .args(words)
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| format!("cannot run {}", self.program.display()))?;
-        ensure!(
-            output.status.success(),
-            "{}: {}",
-            words.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(serde_json::from_slice(&output.stdout).unwrap_or(Value::Null))
+    fn ask(&self, request: &Request) -> anyhow::Result<Reply> {
+        ask(&self.root, &NAME.parse()?, request)
     }
 }
 

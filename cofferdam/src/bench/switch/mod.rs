@@ -26,6 +26,7 @@ use self::observer::{Observer, Outage};
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::protocol::{Reply, Request};
+use crate::device::protocol::SwitchRecord;
 use crate::options::MacAddress;
 use crate::report::switch::{PHASES, Switch, SwitchMethod};
 use crate::report::{Guest as GuestFacts, Stat};
@@ -107,10 +108,16 @@ fn one(
     for number in 0..n {
         let to = (number + 1) % 2;
         let asked_ns = monotonic_ns();
-        pair.give(to, &mut phases)?;
+        pair.give(to)?;
         let outage = pair.heard(1 - to, to, asked_ns)?;
         outages.push(outage.first_ns.saturating_sub(outage.last_ns) as f64 / 1e3);
         pair.settled(to, outage.first_ns)?;
+        // Its first frame is in it by now.
+        if let Some(host) = &pair.host
+            && let Some(last) = host.status()?.switches.last()
+        {
+            phases.add(last);
+        }
         // Looked at again when the old guest has had time to be late.
         let again = pair
             .observer
@@ -133,8 +140,23 @@ fn one(
 struct Phases(BTreeMap<String, Vec<f64>>);
 
 impl Phases {
-    fn add(&mut self, name: &str, us: f64) {
-        self.0.entry(name.to_owned()).or_default().push(us);
+    fn add(&mut self, of: &SwitchRecord) {
+        let phases = &of.phases;
+        let told = [
+            phases.quiesce_ns,
+            phases.save_ns,
+            phases.unmap_ns,
+            phases.map_ns,
+            phases.load_ns,
+            phases.resume_ns,
+            of.first_frame_ns,
+        ];
+        for (name, ns) in PHASES.into_iter().zip(told) {
+            if let Some(ns) = ns {
+                let samples = self.0.entry(name.to_owned()).or_default();
+                samples.push(ns as f64 / 1e3);
+            }
+        }
     }
 
     fn stats(&self) -> BTreeMap<String, Stat> {
@@ -201,7 +223,7 @@ impl Pair {
                     pair.ping(index, "while :; do", "sleep 0.05; done")?;
                 }
                 if pair.turn()?.as_deref() != Some(NAMES[0]) {
-                    pair.give(0, &mut Phases::default())?;
+                    pair.give(0)?;
                 }
             }
             None => pair.plug(0)?,
@@ -220,16 +242,10 @@ impl Pair {
     }
 
     /// Gives the NIC to the other guest.
-    fn give(&mut self, to: usize, phases: &mut Phases) -> anyhow::Result<()> {
+    fn give(&mut self, to: usize) -> anyhow::Result<()> {
         match &self.host {
             Some(host) => {
-                let given = host.give(NAMES[to])?;
-                for name in PHASES {
-                    let ns = given["phases"][format!("{name}_ns")].as_f64();
-                    if let Some(ns) = ns {
-                        phases.add(name, ns / 1e3);
-                    }
-                }
+                host.give(NAMES[to])?;
                 Ok(())
             }
             None => {
