@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use devices::vfio_user::function::VfioUserFunction;
 
-use crate::device::client::attach;
+use crate::device::client::{ask, attach};
+use crate::device::protocol::Request;
 use crate::options::{MacAddress, VmName};
 use crate::runtime_dir::RuntimeRoot;
 
@@ -43,16 +44,30 @@ impl Attachment {
         Ok(stream)
     }
 
+    /// Tells the host that the VM does not run for now, and passes its turn on if it has it, or that it runs again.
+    ///
+    /// # Errors
+    /// The host does not answer.
+    pub fn set_away(&self, away: bool) -> anyhow::Result<()> {
+        let vm = self.vm.to_string();
+        let request = match away {
+            true => Request::Yield { vm },
+            false => Request::Return { vm },
+        };
+        ask(&self.root, &self.host, &request).map(drop)
+    }
+
     /// Attaches `function` again whenever its host has gone and come back, as long as it is there.
     ///
     /// # Errors
     /// There is no thread.
-    pub fn keep(self, function: &Arc<Mutex<VfioUserFunction>>) -> anyhow::Result<()> {
+    pub fn keep(&self, function: &Arc<Mutex<VfioUserFunction>>) -> anyhow::Result<()> {
         let connected = {
             let function = function.lock().unwrap_or_else(PoisonError::into_inner);
             function.connected()
         };
         let function = Arc::downgrade(function);
+        let attachment = self.clone();
         std::thread::Builder::new()
             .name(format!("device {}", self.host))
             .spawn(move || {
@@ -63,7 +78,7 @@ impl Attachment {
                         refused = None;
                         continue;
                     }
-                    match self.again(&function) {
+                    match attachment.again(&function) {
                         Ok(()) => refused = None,
                         // The same reason is said once.
                         Err(error) => {

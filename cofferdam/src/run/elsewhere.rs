@@ -2,7 +2,7 @@
 //! of it, does not see what they write. Until it does, the two exclude each other.
 
 use isolation::attach::Isolator;
-use vmm::VmHandle;
+use vmm::{Refused, VmHandle};
 
 use super::nics::Nics;
 
@@ -39,4 +39,18 @@ pub fn may_come(vm: &VmHandle, isolator: &Isolator) -> Result<(), String> {
         )),
         None => Ok(()),
     }
+}
+
+/// Pauses the VM. What turns it has at device hosts are passed on.
+pub fn pause(vm: &VmHandle, nics: &Nics) -> Result<(), Refused> {
+    vm.pause()?;
+    nics.set_away(true);
+    Ok(())
+}
+
+/// Lets the VM go on, and have turns again.
+pub fn resume(vm: &VmHandle, nics: &Nics) -> Result<(), Refused> {
+    vm.resume()?;
+    nics.set_away(false);
+    Ok(())
 }

@@ -130,7 +130,9 @@ impl MadeNic {
             },
         )?;
         attachment.keep(&function)?;
-        Ok(Self::elsewhere(nic, slot, net, index))
+        let mut made = Self::elsewhere(nic, slot, net, index);
+        made.nic.attachment = Some(attachment);
+        Ok(made)
     }
 
     /// A function of the host.
@@ -164,6 +166,7 @@ impl MadeNic {
             came: false,
             meter: None,
             gateway: None,
+            attachment: None,
         };
         Self {
             nic,
@@ -205,6 +208,7 @@ impl MadeNic {
             came: false,
             meter: Some(meter),
             gateway,
+            attachment: None,
         };
         Ok(Self {
             nic,

@@ -13,6 +13,7 @@ use devices::wire::gateway::GatewayControl;
 use vmm::VmHandle;
 
 use super::NetConfig;
+use super::attachment::Attachment;
 use super::meter::Meter;
 use crate::options::NicSpec;
 
@@ -36,6 +37,8 @@ pub struct GuestNic {
     pub meter: Option<Arc<Meter>>,
     /// The user-mode gateway that it is plugged into, if it is.
     pub gateway: Option<GatewayControl>,
+    /// The device host that has it, if one does.
+    pub attachment: Option<Attachment>,
 }
 
 impl GuestNic {
@@ -78,6 +81,16 @@ impl Nics {
     /// One more.
     pub fn add(&self, nic: GuestNic) {
         self.lock().push(nic);
+    }
+
+    /// Tells the device hosts of all that the VM stands still, or goes on. One that does not answer is told of in the log: its
+    /// turn stays where it is.
+    pub fn set_away(&self, away: bool) {
+        for attachment in self.all().iter().filter_map(|nic| nic.attachment.as_ref()) {
+            if let Err(error) = attachment.set_away(away) {
+                tracing::warn!(device = %attachment.host, "not told of a pause: {error:#}");
+            }
+        }
     }
 
     /// One that is not in this process, if there is any: its device writes guest memory by itself.

@@ -262,8 +262,14 @@ impl Handler for VmService {
         match request {
             Request::Status {} => self.status(),
             // Asked for twice is as good as once.
-            Request::Pause {} => done(self.vm.pause(), Some(Refused::AlreadyPaused)),
-            Request::Resume {} => done(self.vm.resume(), Some(Refused::NotPaused)),
+            Request::Pause {} => {
+                let paused = elsewhere::pause(&self.vm, &self.nics);
+                done(paused, Some(Refused::AlreadyPaused))
+            }
+            Request::Resume {} => {
+                let resumed = elsewhere::resume(&self.vm, &self.nics);
+                done(resumed, Some(Refused::NotPaused))
+            }
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),

@@ -1,6 +1,6 @@
 //! What is killed takes nothing else with it.
 
-use crate::common::place::{Place, end, finish};
+use crate::common::place::{Place, end, finish, signal};
 use crate::guest::{Guest, wait};
 use crate::host::{FAR, Far, Host};
 
@@ -43,6 +43,31 @@ fn a_vm_that_is_killed_with_the_turn_passes_it_on_and_a_parked_one_leaves_it() {
     wait("first's context", || host.context("first").attached == 2);
     assert_eq!(host.status().turn.as_deref(), Some("right"));
     end(&place, first, &[".devices"]);
+}
+
+#[test]
+fn a_vm_that_is_paused_passes_its_turn_on_and_is_given_none_until_it_goes_on() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let kernel = place.idle_kernel();
+    let start = |name: &str| place.start(name, &kernel, "--memory 32M --nic device=nic");
+    let (left, right) = (start("left"), start("right"));
+    host.await_turn(Some("left"));
+    place.ask("pause left");
+    let status = host.status();
+    assert_eq!(status.turn.as_deref(), Some("right"));
+    assert_eq!(status.switches.last().unwrap().reason.text(), "VM at rest");
+    place.ask_refused("switch nic --to left", "paused");
+    place.ask("pause right");
+    assert_eq!(host.status().turn, None);
+    place.ask("resume left");
+    assert_eq!(host.status().turn.as_deref(), Some("left"));
+    place.ask("resume right");
+    place.ask("switch nic --to right");
+    assert_eq!(host.status().turn.as_deref(), Some("right"));
+    signal(&left, libc::SIGTERM);
+    finish(left);
+    end(&place, right, &[".devices"]);
 }
 
 #[test]

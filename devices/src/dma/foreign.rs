@@ -127,8 +127,9 @@ fn take_slot(start: usize, end: usize, page: usize) -> Option<usize> {
     let free = |slot: &Slot| slot.end.load(Ordering::Acquire) == 0;
     let index = REGISTERED.iter().position(free)?;
     let slot = &REGISTERED[index];
-    slot.start.store(start, Ordering::Relaxed);
-    slot.page.store(page, Ordering::Relaxed);
+    // Released, so that a handler that reads one of these finds that the end before is gone.
+    slot.start.store(start, Ordering::Release);
+    slot.page.store(page, Ordering::Release);
     slot.shrunk.store(false, Ordering::Relaxed);
     slot.end.store(end, Ordering::Release);
     Some(index)
@@ -169,12 +170,14 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
 fn put_zeros(address: usize) -> bool {
     for slot in &REGISTERED {
         let end = slot.end.load(Ordering::Acquire);
-        let start = slot.start.load(Ordering::Relaxed);
-        if address < start || address >= end {
+        let start = slot.start.load(Ordering::Acquire);
+        // A power of two, and `start` is a multiple of it.
+        let page = slot.page.load(Ordering::Acquire).max(1);
+        // A slot that another mapping takes just now is not this one's: its ends may be of two mappings.
+        let is_whole = slot.end.load(Ordering::Acquire) == end;
+        if !is_whole || address < start || address >= end {
             continue;
         }
-        // A power of two, and `start` is a multiple of it.
-        let page = slot.page.load(Ordering::Relaxed).max(1);
         let from = address & !(page - 1);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
