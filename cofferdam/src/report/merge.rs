@@ -245,7 +245,7 @@ mod tests {
         let mut report = part(Method::Restart);
         report
             .other
-            .insert("switch".to_owned(), serde_json::json!([{"device": "x"}]));
+            .insert("campaign".to_owned(), serde_json::json!([{"device": "x"}]));
         write(&report, &path).unwrap();
         assert_eq!(read(&path).unwrap(), report);
         assert_eq!(
