@@ -16,6 +16,11 @@ pub fn one_line(error: &anyhow::Error) -> String {
     line
 }
 
+/// An error and what it comes from, on one line, as a process answers it to another.
+pub fn chain(error: anyhow::Error) -> String {
+    format!("{error:#}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

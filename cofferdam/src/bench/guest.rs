@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
 use tempfile::TempDir;
 
+use super::child;
 use crate::control::client::ControlClient;
 use crate::options::VmName;
 use crate::report::Guest as GuestFacts;
@@ -285,17 +286,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
-            return;
-        }
-        // SAFETY: a plain system call; the child was not waited for, so its number is still its own.
-        unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
-        if self.wait_for_end(END_TIME).is_err() {
-            tracing::warn!("the VM process did not end when asked: killing it");
-            if let Err(error) = self.child.kill().and_then(|()| self.child.wait().map(drop)) {
-                tracing::warn!("cannot kill the VM process: {error}");
-            }
-        }
+        child::end(&mut self.child, END_TIME);
     }
 }
 

@@ -2,6 +2,7 @@
 //! would (control socket, guest agent) and gives back data for a report.
 
 pub mod boot;
+mod child;
 pub mod clock;
 pub mod guest;
 pub mod isolation;

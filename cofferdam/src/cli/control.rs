@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::Client;
 use anyhow::{Context, ensure};
-use serde::Serialize;
 
+use super::listed::Listed;
 use super::table::{number, table};
 use super::{Ending, one_line, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
@@ -74,45 +74,18 @@ pub struct ListOptions {
     json: bool,
 }
 
-/// One line of `list`.
-#[derive(Debug, Serialize)]
-struct Listed {
-    name: String,
-    pid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<Status>,
-    /// Why there is no status.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    no_answer: Option<String>,
-}
-
-impl Listed {
-    fn ask(vm: &RunningVm) -> Self {
-        let status = ControlClient::to(vm, LIST_TIME).and_then(|mut client| client.status());
-        let (status, no_answer) = match status {
-            Ok(status) => (Some(status), None),
-            Err(error) => (None, Some(one_line(&error))),
-        };
-        Self {
-            name: vm.name.to_string(),
-            pid: vm.pid,
-            status,
-            no_answer,
-        }
-    }
-}
-
 impl ListOptions {
     /// `list`
     pub fn run(&self) -> anyhow::Result<Ending> {
         let running = RuntimeRoot::from_environment().running()?;
         // All at once: one that does not answer must not hold up the others. One that is just coming or going does not
         // answer, and is listed all the same.
-        let listed: Vec<Listed> = std::thread::scope(|scope| {
-            let asked: Vec<_> = running
-                .iter()
-                .map(|vm| scope.spawn(|| Listed::ask(vm)))
-                .collect();
+        let ask = |vm: &RunningVm| {
+            let status = ControlClient::to(vm, LIST_TIME).and_then(|mut client| client.status());
+            Listed::new(vm, status)
+        };
+        let listed: Vec<Listed<Status>> = std::thread::scope(|scope| {
+            let asked: Vec<_> = running.iter().map(|vm| scope.spawn(|| ask(vm))).collect();
             asked
                 .into_iter()
                 .filter_map(|listed| listed.join().ok())
@@ -124,7 +97,7 @@ impl ListOptions {
         }
         let mut rows = table(&["VM", "process", "state", "up", "vCPUs", "memory", "NIC"]);
         for vm in listed {
-            let pid = vm.pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
+            let pid = vm.pid_text();
             let Some(status) = vm.status else {
                 rows.add_row(vec![vm.name.into(), number(pid), "does not answer".into()]);
                 continue;

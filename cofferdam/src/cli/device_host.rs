@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 use recovery::switch::Outcome;
-use serde::Serialize;
 
+use super::listed::Listed;
 use super::table::{number, table};
 use super::words::counted;
-use super::{Ending, one_line, print_bytes, print_json};
+use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, Connection};
 use crate::device::client;
 use crate::device::protocol::{
@@ -104,32 +104,21 @@ pub struct ListOptions {
     json: bool,
 }
 
-/// One line of `device list`.
-#[derive(Debug, Serialize)]
-struct Listed {
-    name: String,
-    pid: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<HostStatus>,
-    /// Why there is no status.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    no_answer: Option<String>,
-}
-
 impl ListOptions {
     /// `device list`
     pub fn run(self) -> anyhow::Result<Ending> {
         let hosts = RuntimeRoot::from_environment().devices().running()?;
-        let listed: Vec<_> = hosts.iter().map(listed).collect();
+        let listed = hosts
+            .iter()
+            .map(|host| Listed::new(host, status_of(host, LIST_TIME)));
+        let listed: Vec<_> = listed.collect();
         if self.json {
             print_json(&listed)?;
             return Ok(Ending::SUCCESS);
         }
         let mut rows = table(&["device", "process", "NIC", "wire", "turn", "attached"]);
         for host in listed {
-            let pid = host
-                .pid
-                .map_or_else(|| "?".to_owned(), |pid| pid.to_string());
+            let pid = host.pid_text();
             let Some(status) = host.status else {
                 rows.add_row(vec![
                     host.name.into(),
@@ -150,19 +139,6 @@ impl ListOptions {
         }
         print_bytes(format!("{rows}\n").as_bytes())?;
         Ok(Ending::SUCCESS)
-    }
-}
-
-fn listed(host: &RunningVm) -> Listed {
-    let (status, no_answer) = match status_of(host, LIST_TIME) {
-        Ok(status) => (Some(status), None),
-        Err(error) => (None, Some(one_line(&error))),
-    };
-    Listed {
-        name: host.name.to_string(),
-        pid: host.pid,
-        status,
-        no_answer,
     }
 }
 

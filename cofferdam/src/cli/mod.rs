@@ -8,6 +8,7 @@ mod errors;
 mod exec;
 mod inject;
 mod isolation;
+mod listed;
 mod logging;
 mod marks;
 mod plug;

@@ -10,6 +10,7 @@ use super::End;
 use super::host::Host;
 use super::protocol::{DeviceProtocol, MAX_SLICE_MS, MIN_SLICE_MS, Reply, Request};
 use crate::control::server::Handler;
+use crate::error_text::chain;
 use crate::options::VmName;
 
 /// See the module.
@@ -73,9 +74,4 @@ impl Handler<DeviceProtocol> for DeviceService {
 fn name(text: &str) -> Result<VmName, String> {
     text.parse()
         .map_err(|error: crate::options::BadValue| error.to_string())
-}
-
-/// An error and what it comes from, on one line.
-fn chain(error: anyhow::Error) -> String {
-    format!("{error:#}")
 }

@@ -26,6 +26,7 @@ mod restored;
 pub mod saved;
 mod service;
 pub mod signals;
+mod summary;
 pub mod terminal;
 pub(crate) mod watch;
 

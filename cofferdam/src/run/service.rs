@@ -19,15 +19,15 @@ use vmm::snapshot::{Beside, SnapshotRequest};
 use vmm::{Refused, VmHandle};
 
 use super::isolation::Isolation;
-use super::nics::{GuestNic, Nics};
+use super::nics::Nics;
 use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
 use super::saved::SavedVm;
-use super::{NetConfig, RunConfig, elsewhere, memory};
-use crate::control::protocol::{
-    ConfigSummary, NetSummary, NicStatus, ProbeReading, Reply, Request, Status, VmState,
-};
+use super::summary::{nic_status, summary};
+use super::{RunConfig, elsewhere, memory};
+use crate::control::protocol::{ConfigSummary, ProbeReading, Reply, Request, Status, VmState};
 use crate::control::server::Handler;
+use crate::error_text::chain;
 
 /// Least time between two pings of the gateway, in microseconds.
 const MIN_PROBE_INTERVAL_US: u64 = 1000;
@@ -455,49 +455,4 @@ fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
 
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
-}
-
-/// An error and what it comes from, on one line.
-fn chain(error: anyhow::Error) -> String {
-    format!("{error:#}")
-}
-
-/// A NIC's configuration for people.
-fn net_summary(net: &NetConfig) -> NetSummary {
-    NetSummary {
-        nic: net.nic.name().to_owned(),
-        mac: net.mac.map(|mac| mac.to_string()),
-        wire: net.nic.wire(),
-    }
-}
-
-/// A NIC's configuration and counters.
-fn nic_status(nic: &GuestNic) -> NicStatus {
-    let mut counters = nic
-        .meter
-        .as_ref()
-        .map(|meter| meter.read())
-        .unwrap_or_default();
-    if let Some(gateway) = &nic.gateway {
-        let of_gateway = gateway.log().counters();
-        counters.insert("gateway_refused".to_owned(), of_gateway.frames_refused);
-        counters.insert("gateway_too_long".to_owned(), of_gateway.frames_too_long);
-    }
-    NicStatus {
-        address: nic.address(),
-        net: net_summary(&nic.config),
-        counters,
-    }
-}
-
-/// A VM's configuration for people.
-fn summary(config: &RunConfig) -> ConfigSummary {
-    ConfigSummary {
-        kernel: config.kernel.display().to_string(),
-        memory_mib: config.memory.bytes() >> 20,
-        vcpus: u32::from(config.vcpus),
-        net: config.nets.first().map(net_summary),
-        disks: config.disks.iter().map(ToString::to_string).collect(),
-        serial: config.serial.to_string(),
-    }
 }

@@ -63,6 +63,23 @@ fn shell(guest: &mut Guest, script: &str) -> String {
         .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
+/// Nothing in the kernel's log says that processors were kept from their work, or worse, nor any of `others`.
+#[track_caller]
+fn assert_log_is_healthy(guest: &mut Guest, others: &[&str]) {
+    let log = shell(guest, "dmesg");
+    let always = [
+        "lockup",
+        "rcu: INFO",
+        "BUG:",
+        "Oops",
+        "WARNING: CPU",
+        "timed out",
+    ];
+    for word in always.iter().chain(others) {
+        assert!(!log.contains(word), "{word}:\n{log}");
+    }
+}
+
 /// Pings from the guest with payloads of `bytes`; every one must be answered.
 #[track_caller]
 fn ping(guest: &mut Guest, to: &str, bytes: u32) {

@@ -159,13 +159,13 @@ impl DmaSpace {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
 
-    #[test]
-    fn whoever_has_the_files_sees_what_the_device_writes() {
+    /// A space of two parts, 0x3000 bytes from 0 and 0x5000 from 4 GiB on, one behind the other in a file.
+    pub(crate) fn two_parts() -> (Arc<File>, DmaSpace) {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(0x8000).unwrap();
         let part = |address: u64, len: usize, offset: u64| {
@@ -174,7 +174,12 @@ mod tests {
         };
         let parts = [part(0, 0x3000, 0), part(1 << 32, 0x5000, 0x3000)];
         let memory = GuestMemory::from_ranges_with_files(parts).unwrap();
-        let dma = DmaSpace::new(Arc::new(memory));
+        (file.clone(), DmaSpace::new(Arc::new(memory)))
+    }
+
+    #[test]
+    fn whoever_has_the_files_sees_what_the_device_writes() {
+        let (_file, dma) = two_parts();
         let regions = dma.regions();
         let places: Vec<_> = regions
             .iter()

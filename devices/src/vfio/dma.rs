@@ -198,26 +198,12 @@ fn refused(source: io::Error, needed: u64) -> VfioError {
 mod tests {
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::{FileOffset, GuestAddress};
-
     use super::*;
-    use crate::dma::GuestMemory;
-
-    fn space() -> (Arc<File>, DmaSpace) {
-        let file = Arc::new(tempfile::tempfile().unwrap());
-        file.set_len(0x8000).unwrap();
-        let part = |address: u64, len: usize, offset: u64| {
-            let file = FileOffset::from_arc(file.clone(), offset);
-            (GuestAddress(address), len, Some(file))
-        };
-        let parts = [part(0, 0x3000, 0), part(1 << 32, 0x5000, 0x3000)];
-        let memory = GuestMemory::from_ranges_with_files(parts).unwrap();
-        (file.clone(), DmaSpace::new(Arc::new(memory)))
-    }
+    use crate::dma::tests::two_parts;
 
     #[test]
     fn all_of_the_memory_is_mapped_where_its_bytes_are() {
-        let (file, space) = space();
+        let (file, space) = two_parts();
         let memory = DmaMemory::of_space(&space).unwrap();
         assert_eq!(memory.bytes(), 0x8000);
         for part in &memory.parts {
@@ -234,7 +220,7 @@ mod tests {
 
     #[test]
     fn memory_of_a_template_is_given_to_no_device() {
-        let (_file, space) = space();
+        let (_file, space) = two_parts();
         let guest_memory = space.memory();
         let first = guest_memory.iter().next().unwrap().get_mmap();
         first.bitmap().set_elsewhere(true);

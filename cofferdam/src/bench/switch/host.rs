@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
+use crate::bench::child;
 use crate::device::client::ask;
 use crate::device::protocol::{HostStatus, Reply, Request, SwitchRecord};
 use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
@@ -102,19 +103,6 @@ impl DeviceHost {
 
 impl Drop for DeviceHost {
     fn drop(&mut self) {
-        // SAFETY: a plain system call; the child was not waited for, so its number is still its own.
-        unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
-        let deadline = Instant::now() + LIMIT;
-        while !matches!(self.child.try_wait(), Ok(Some(_))) {
-            if Instant::now() >= deadline {
-                tracing::warn!("the device host does not end when asked: killing it");
-                let killed = self.child.kill().and_then(|()| self.child.wait());
-                if let Err(error) = killed {
-                    tracing::warn!("the device host cannot be killed: {error}");
-                }
-                return;
-            }
-            std::thread::sleep(POLL);
-        }
+        child::end(&mut self.child, LIMIT);
     }
 }
