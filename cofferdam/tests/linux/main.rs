@@ -63,6 +63,19 @@ fn shell(guest: &mut Guest, script: &str) -> String {
         .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
+/// Waits until the guest has so many TCP connections to the echo service of its gateway. A stream that is about to begin
+/// has none yet, and fails at once where the link goes just then.
+#[track_caller]
+fn wait_until_connected(guest: &mut Guest, connections: usize) {
+    // 10.0.2.2:7 in any state but SYN_SENT.
+    let script = format!(
+        "for t in $(seq 1 1000); do \
+         [ $(grep -c ' 0202000A:0007 0[^2] ' /proc/net/tcp) -ge {connections} ] && exit 0; sleep 0.05; done; \
+         cat /proc/net/tcp; exit 1"
+    );
+    shell(guest, &script);
+}
+
 /// Nothing in the kernel's log says that processors were kept from their work, or worse, nor any of `others`.
 #[track_caller]
 fn assert_log_is_healthy(guest: &mut Guest, others: &[&str]) {

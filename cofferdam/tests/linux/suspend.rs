@@ -17,7 +17,7 @@ use recovery::request::Spilling;
 use vmm::Rewound;
 use vmm::snapshot::Taken;
 
-use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell};
+use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
 
 /// Seconds of the guest's time that a checked stream lasts.
 const STREAM_SECONDS: u64 = 8;
@@ -160,6 +160,7 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
          mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
     );
     shell(&mut guest, &stream);
+    wait_until_connected(&mut guest, 1);
     let snapshots = if full() { 20 } else { 4 };
     let mut dirs: Vec<PathBuf> = Vec::new();
     for number in 0..snapshots {

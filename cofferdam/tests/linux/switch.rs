@@ -14,7 +14,7 @@ use cofferdam::bench::network;
 use cofferdam::bench::switch::host::{DeviceHost, NAME};
 use rustix::fs::{SeekFrom, seek};
 
-use super::{assert_log_is_healthy, boot, options, ping, shell};
+use super::{assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
 
 const NAMES: [&str; 2] = ["left", "right"];
 const GATEWAY: &str = "10.0.2.2";
@@ -152,6 +152,7 @@ fn streams_survive(parked: &str, switches: usize, turn: Duration) {
              (while :; do echo {marker}; sleep 0.05; done) 2> /dev/null | nc {GATEWAY} 7 > /dev/null 2>&1 &"
         );
         shell(&mut pair.guests[index], &script);
+        wait_until_connected(&mut pair.guests[index], 2);
     }
     for number in 0..switches {
         pair.give(number % 2);

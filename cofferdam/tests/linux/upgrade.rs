@@ -11,6 +11,7 @@ use recovery::upgrade::UpgradeOutcome;
 
 use super::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
 use super::victim::{DRIVER, Victim};
+use super::wait_until_connected;
 
 const ENTRY: &str = "e1000_xmit_frame";
 /// Longer than all that happens to it.
@@ -30,6 +31,7 @@ fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
          mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
     );
     victim.run(&["sh", "-c", &stream]);
+    wait_until_connected(&mut victim.guest, 1);
     let check = |victim: &mut Victim, build: &[u8], after: &str| {
         assert_eq!(hex(&victim.loaded_build()), hex(build), "{after}");
         eprintln!("{after}");
