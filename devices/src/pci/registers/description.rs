@@ -14,11 +14,14 @@
 //! [mdio]              # a PHY behind a register, and [[mdio.saved]]: which of its registers
 //! [[after]]           # stores that make up for what is not known
 //! [[untouched]]       # registers that are neither read nor written, and why
+//! [parked]            # how an image answers the driver of a guest that has not got the device now (`parked`)
 //! ```
 //!
 //! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are written as 0.
 
 use serde::Deserialize;
+
+use super::parked::Answers;
 
 /// The form of files that this code reads.
 const SCHEMA: u32 = 1;
@@ -33,7 +36,7 @@ const MAX_SETTLE_US: u64 = 100_000;
 /// Bytes of conventional configuration space.
 const CONFIG_BYTES: u16 = 256;
 /// Registers of a PHY (IEEE 802.3, clause 22).
-const PHY_REGISTERS: u8 = 32;
+pub(super) const PHY_REGISTERS: u8 = 32;
 
 /// Why a description cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -73,6 +76,7 @@ pub struct Description {
     pub(super) after: Vec<Store>,
     #[serde(default)]
     pub(super) untouched: Vec<Untouched>,
+    pub(super) parked: Option<Answers>,
 }
 
 /// Which functions a description is for.
@@ -333,7 +337,7 @@ impl Description {
                 }
             }
         }
-        Ok(())
+        self.parked.as_ref().map_or(Ok(()), |one| one.check(self))
     }
 
     fn check_registers(&self) -> Result<(), DescriptionError> {
@@ -405,12 +409,38 @@ impl Description {
         Ok(())
     }
 
+    /// Whether the register at `offset` is part of the state.
+    pub(super) fn saves(&self, offset: u32) -> bool {
+        self.register.iter().any(|one| one.holds(offset))
+    }
+
+    /// The bits that are kept of a register of the state.
+    pub(super) fn kept_at(&self, offset: u32) -> u32 {
+        let mut registers = self.register.iter();
+        let register = registers.find(|one| one.holds(offset));
+        register.map_or(0, |one| one.keep)
+    }
+
+    /// Whether a PHY is reached through the register at `offset`.
+    pub(super) fn has_phy_at(&self, offset: u32) -> bool {
+        let mdio = self.mdio.as_ref();
+        mdio.is_some_and(|mdio| mdio.register == offset)
+    }
+
     /// Whether the device has `count` registers from `offset` on.
-    fn has(&self, offset: u32, count: u32) -> bool {
+    pub(super) fn has(&self, offset: u32, count: u32) -> bool {
         let end = count
             .checked_mul(4)
             .and_then(|bytes| offset.checked_add(bytes));
         offset.is_multiple_of(4) && end.is_some_and(|end| end <= self.device.bytes)
+    }
+}
+
+impl Register {
+    /// Whether the one at `offset` is one of these.
+    fn holds(&self, offset: u32) -> bool {
+        let within = offset.checked_sub(self.offset);
+        offset.is_multiple_of(4) && within.is_some_and(|within| within / 4 < self.count)
     }
 }
 

@@ -7,33 +7,22 @@
 //! run, a frame that is half moved.
 
 pub mod description;
+mod mdio;
+pub mod parked;
 pub mod switch;
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use self::description::{ConfigField, Mdio, Register, RingPlace};
+use self::description::{ConfigField, Register, RingPlace};
 pub use self::description::{Description, DescriptionError};
+use self::parked::FromImage;
 use super::PciFunction;
 use crate::dma::{DmaError, DmaSpace};
 
 /// Largest ring, in bytes: what a length register of 20 bits can say.
 const MAX_RING: u32 = 1 << 20;
-/// Reads of a PHY access that is under way before it is given up.
-const MDIO_TRIES: u32 = 1000;
-/// Between two of them. An access takes 64 us (8254x manual, 13.4.7).
-const MDIO_WAIT: Duration = Duration::from_micros(10);
-
-/// Bits of a register of the form of MDIC (8254x manual, 13.4.7).
-mod mdic {
-    pub const REGISTER_SHIFT: u32 = 16;
-    pub const PHY_SHIFT: u32 = 21;
-    pub const WRITE: u32 = 1 << 26;
-    pub const READ: u32 = 2 << 26;
-    pub const READY: u32 = 1 << 28;
-    pub const ERROR: u32 = 1 << 30;
-}
 
 /// Why a function's state cannot be taken or put back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +63,12 @@ pub enum CheckpointError {
     /// The PHY does not answer.
     #[error("the device's PHY does not answer")]
     NoPhy,
+    /// A word of the device's non-volatile memory does not come.
+    #[error("the device does not answer for word {0} of its non-volatile memory")]
+    NoNvm(u32),
+    /// The description does not say how an image of the device answers.
+    #[error("the description of the {0} does not say how it answers while another guest has it")]
+    NoImage(String),
     /// The device does not stand still.
     #[error("the device still reads or writes memory {0} us after it was told to stop")]
     Restless(u64),
@@ -104,6 +99,8 @@ pub struct RegisterCheckpoint {
     registers: Vec<(String, Vec<u32>)>,
     phy: Vec<(String, u16)>,
     rings: Vec<SavedRing>,
+    #[serde(skip)]
+    image: FromImage,
 }
 
 /// A ring that was in use.
@@ -178,6 +175,7 @@ impl Description {
             registers,
             phy,
             rings,
+            image: FromImage::default(),
         })
     }
 
@@ -235,7 +233,7 @@ impl Description {
         self.put_phy_back(access, saved)?;
         for (register, (_, values)) in self.register.iter().zip(&saved.registers) {
             for (index, (at, value)) in register.offsets().zip(values).enumerate() {
-                register.put_back(access, index, at, *value)?;
+                register.put_back(access, index, at, *value, &saved.image)?;
             }
         }
         for store in &self.after {
@@ -255,6 +253,9 @@ impl Description {
                     continue;
                 }
                 mdio.write(access, register.number, *value)?;
+                if saved.image.stored_phy >> register.number & 1 != 0 {
+                    continue;
+                }
                 let has = mdio.read(access, register.number)? & register.keep;
                 held(&register.name, (*value).into(), has.into())?;
             }
@@ -355,11 +356,15 @@ impl Register {
         index: usize,
         at: u32,
         value: u32,
+        image: &FromImage,
     ) -> Result<(), CheckpointError> {
         if access.read(at) & self.keep == value {
             return Ok(());
         }
         access.write(at, value);
+        if image.stored.contains(&at) {
+            return Ok(());
+        }
         let has = access.read(at) & self.keep;
         match self.count {
             1 => held(&self.name, value, has),
@@ -382,44 +387,6 @@ impl RingPlace {
         let length = access.read(self.length);
         let address = u64::from(high) << 32 | u64::from(low);
         (length <= MAX_RING).then_some((address, length as usize))
-    }
-}
-
-impl Mdio {
-    fn read(&self, access: &mut Access<'_>, register: u8) -> Result<u16, CheckpointError> {
-        self.operate(access, register, mdic::READ)
-    }
-
-    fn write(
-        &self,
-        access: &mut Access<'_>,
-        register: u8,
-        value: u16,
-    ) -> Result<(), CheckpointError> {
-        self.operate(access, register, mdic::WRITE | u32::from(value))
-            .map(drop)
-    }
-
-    fn operate(
-        &self,
-        access: &mut Access<'_>,
-        register: u8,
-        operation: u32,
-    ) -> Result<u16, CheckpointError> {
-        let place = u32::from(register) << mdic::REGISTER_SHIFT;
-        let place = place | u32::from(self.phy) << mdic::PHY_SHIFT;
-        access.write(self.register, operation | place);
-        for _ in 0..MDIO_TRIES {
-            let answer = access.read(self.register);
-            if answer & mdic::ERROR != 0 {
-                break;
-            }
-            if answer & mdic::READY != 0 {
-                return Ok(answer as u16);
-            }
-            std::thread::sleep(MDIO_WAIT);
-        }
-        Err(CheckpointError::NoPhy)
     }
 }
 

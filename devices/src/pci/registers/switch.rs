@@ -11,6 +11,7 @@
 use std::time::{Duration, Instant};
 
 use super::description::{Description, Quieting};
+use super::parked::FromImage;
 use super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint};
 
 /// Between two looks at a device that is to stand still.
@@ -120,7 +121,7 @@ impl Description {
             let quiet = quiets.find(|quiet| quiet.offset == register.offset);
             for (index, (at, value)) in register.offsets().zip(values).enumerate() {
                 let value = quiet.map_or(*value, |quiet| quiet.at_rest(*value));
-                register.put_back(&mut access, index, at, value)?;
+                register.put_back(&mut access, index, at, value, &saved.image)?;
             }
         }
         Ok(())
@@ -143,8 +144,10 @@ impl Description {
             values.first().copied()
         };
         let values = self.quiet.iter().filter_map(of).collect();
-        self.go_on(registers, &Running { values })?;
+        let running = Running { values };
         let mut access = Access(registers);
+        self.have_run(&mut access, &running, &saved.image)?;
+        saved.image.ask_again(&mut access);
         for store in &self.after {
             access.write(store.offset, store.value);
         }
@@ -160,11 +163,19 @@ impl Description {
         registers: &mut dyn RegisterAccess,
         running: &Running,
     ) -> Result<(), CheckpointError> {
-        let mut access = Access(registers);
+        self.have_run(&mut Access(registers), running, &FromImage::default())
+    }
+
+    fn have_run(
+        &self,
+        access: &mut Access<'_>,
+        running: &Running,
+        image: &FromImage,
+    ) -> Result<(), CheckpointError> {
         for (quiet, value) in self.quiet.iter().zip(&running.values).rev() {
             let mut registers = self.register.iter();
             if let Some(register) = registers.find(|one| one.offset == quiet.offset) {
-                register.put_back(&mut access, 0, quiet.offset, *value)?;
+                register.put_back(access, 0, quiet.offset, *value, image)?;
             }
         }
         Ok(())

@@ -1,0 +1,63 @@
+//! Causes of interrupts of an image.
+
+use std::collections::BTreeMap;
+
+use super::data;
+
+/// Causes that are set. Which of them interrupt is part of the state.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Interrupts {
+    causes: u32,
+    /// Those of them that a message was sent for.
+    told: u32,
+}
+
+impl Interrupts {
+    pub fn raise(&mut self, causes: u32) {
+        self.causes |= causes;
+        self.told &= !causes;
+    }
+
+    pub fn clear(&mut self, causes: u32) {
+        self.causes &= !causes;
+        self.told &= !causes;
+    }
+
+    /// The causes, which are cleared by that.
+    pub fn take(&mut self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+        let asserted = match self.are_due(places, state) {
+            true => places.asserted,
+            false => 0,
+        };
+        let causes = self.causes & !places.asserted | asserted;
+        *self = Self::default();
+        causes
+    }
+
+    pub fn are_due(&self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> bool {
+        self.due(places, state) != 0
+    }
+
+    /// The vectors that a message is due for, a bit for each.
+    pub fn take_messages(&mut self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+        let due = self.due(places, state) & !self.told;
+        let vectors = places.vectors.and_then(|at| state.get(&at)).copied();
+        let vectors = vectors.unwrap_or(0);
+        let mut sent = 0;
+        for message in &places.message {
+            let field = vectors >> message.shift;
+            if due & message.causes != 0 && field & message.valid == message.valid {
+                sent |= 1u32.checked_shl(field & message.vector).unwrap_or(0);
+            }
+        }
+        self.told |= due;
+        let auto_clear = places.auto_clear.and_then(|at| state.get(&at)).copied();
+        self.clear(due & auto_clear.unwrap_or(0));
+        sent
+    }
+
+    fn due(&self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+        let mask = state.get(&places.mask).copied().unwrap_or(0);
+        self.causes & mask & !places.asserted
+    }
+}
