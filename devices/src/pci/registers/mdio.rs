@@ -38,11 +38,12 @@ impl Mdio {
             .map(drop)
     }
 
-    /// What the register shows when the access that is under way is done.
+    /// What the register shows when the access that is under way, if there is one, is done.
     pub fn last_answer(&self, access: &mut Access<'_>) -> u32 {
         for _ in 0..MDIO_TRIES {
             let answer = access.read(self.register);
-            if answer & (mdic::READY | mdic::ERROR) != 0 {
+            let is_asked = answer & mdic::OPERATION != 0;
+            if answer & (mdic::READY | mdic::ERROR) != 0 || !is_asked {
                 return answer;
             }
             std::thread::sleep(MDIO_WAIT);

@@ -11,8 +11,12 @@
 //!
 //! A guest may access whatever it likes. An image has a fixed size, and its checkpoint has nothing but what is described.
 
+#[cfg(any(test, feature = "fuzzing"))]
+mod bench;
 mod checkpoint;
 mod data;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod interrupts;
 mod phy;
 mod survey;

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::super::fuzzing::exercise;
 use super::*;
 use crate::pci::registers::description::Register;
 
@@ -14,6 +15,8 @@ fn plain(description: &Description) -> Vec<u32> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn stores_to_an_image_are_the_stores_to_the_device(
         before in prop::collection::vec((any::<prop::sample::Index>(), any::<u32>()), 0..50),
@@ -52,37 +55,8 @@ proptest! {
 
     #[test]
     fn whatever_a_guest_does_the_device_can_be_given_to_it(
-        accesses in prop::collection::vec(any::<(u64, u8, u64)>(), 0..400),
+        input in prop::collection::vec(any::<u8>(), 0..3000),
     ) {
-        let description = description();
-        let survey = surveyed(&description);
-        let mut device = Fake::new();
-        let mut parked = park(&description, &survey, &mut device, ParkedLink::Down);
-        for (at, what, value) in accesses {
-            let at = at % 0x2_0008;
-            let mut bytes = value.to_le_bytes();
-            let size = usize::from(what >> 4) % 9;
-            match what & 3 {
-                0 => parked.read(at, &mut bytes[..size]),
-                1 => parked.write(at, &bytes[..size]),
-                _ => parked.write(at & !3, &bytes[..4]),
-            }
-            parked.take_messages();
-            parked.interrupt_due();
-        }
-        let saved = parked.into_checkpoint();
-        description.fits(&saved).unwrap();
-        unpark_saved(&description, &mut device, &saved);
-        // And the one who comes next finds a device.
-        let mut next = survey.fresh().clone();
-        next.image = FromImage::default();
-        unpark_saved(&description, &mut device, &next);
-        let mut access = Access(&mut device);
-        prop_assert_eq!(access.read(RAL), 0x1200_5452);
+        exercise(&input);
     }
-}
-
-fn unpark_saved(description: &Description, device: &mut Fake, saved: &RegisterCheckpoint) {
-    description.load(device, saved).unwrap();
-    description.resume(device, saved).unwrap();
 }
