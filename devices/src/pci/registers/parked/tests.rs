@@ -256,8 +256,8 @@ fn a_device_that_holds_less_than_a_guest_stored_is_given_its_state_all_the_same(
     let mut other = park(&description, &survey, &mut device, ParkedLink::Down);
     store(&mut other, TDT, 7);
     let saved = other.into_checkpoint();
-    device.registers.insert(PBA, 0);
-    device.lacks = 0x4;
+    device.registers.insert(RAL, 0);
+    device.lacks = 0x2;
     assert!(description.load(&mut device, &saved).is_err());
 }
 
