@@ -1,9 +1,12 @@
 //! Packages by name, with the system's own `apt-get`; kept in a directory, so that it is asked once.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 
 use crate::Error;
+use crate::kernels::KernelSource;
 
 /// Where packages come from.
 pub struct Packages<'a> {
@@ -12,73 +15,200 @@ pub struct Packages<'a> {
     progress: &'a dyn Fn(&str),
     apt_get: PathBuf,
     apt_cache: PathBuf,
+    /// Options of apt: which lists it knows, if not the system's.
+    options: Vec<String>,
+    /// Held as long as this is: one at a time changes the directory.
+    lock: Arc<File>,
+}
+
+/// A kernel's packages.
+#[derive(Debug)]
+pub struct KernelPackages {
+    /// Its release, such as `6.12.117+deb12-amd64`.
+    pub release: String,
+    /// The package with the image's name first; where that is empty, those that it is split into come after it.
+    pub files: Vec<PathBuf>,
 }
 
 impl<'a> Packages<'a> {
-    /// Packages kept in `directory`, which is made.
+    /// Packages kept in `directory`, which is made; waits until no other process changes it.
     ///
     /// # Errors
     /// When the directory cannot be made.
     pub fn open(directory: &Path, progress: &'a dyn Fn(&str)) -> Result<Self, Error> {
         std::fs::create_dir_all(directory).map_err(Error::io(directory))?;
+        let path = directory.join("lock");
+        let lock = File::create(&path).map_err(Error::io(&path))?;
+        if lock.try_lock().is_err() {
+            progress("waiting for another build of images to end");
+            lock.lock().map_err(Error::io(&path))?;
+        }
         Ok(Self {
             directory: directory.into(),
             progress,
             apt_get: "apt-get".into(),
             apt_cache: "apt-cache".into(),
+            options: vec![],
+            lock: Arc::new(lock),
         })
     }
 
-    /// Asks the archive for its current list, and forgets the package files that are here.
+    /// The same directory, with the lists of another suite of Debian's archive: what is there and not here yet comes
+    /// out of that one. The archive is the one that the system's own lists are from.
+    ///
+    /// # Errors
+    /// [`Error::Fetch`] when apt knows no archive of Debian's, or a file cannot be written.
+    fn of_suite(&self, suite: &str) -> Result<Self, Error> {
+        let archive = self.archive()?.ok_or_else(|| Error::Fetch {
+            name: format!("of {suite}"),
+            reason: "apt knows no archive of Debian's: is there one in sources.list?".into(),
+        })?;
+        let home = self.directory.join("suites").join(suite);
+        for part in ["lists/partial", "cache/archives/partial"] {
+            let path = home.join(part);
+            std::fs::create_dir_all(&path).map_err(Error::io(&path))?;
+        }
+        let sources = home.join("sources.list");
+        std::fs::write(&sources, format!("deb {archive} {suite} main\n"))
+            .map_err(Error::io(&sources))?;
+        let places = [
+            ("Dir::Etc::SourceList", sources),
+            ("Dir::Etc::SourceParts", "/dev/null".into()),
+            ("Dir::State::Lists", home.join("lists")),
+            ("Dir::Cache", home.join("cache")),
+        ];
+        let options = places.iter().flat_map(|(name, path)| {
+            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            ["-o".to_string(), format!("{name}={}", absolute.display())]
+        });
+        let sandbox = ["-o".to_string(), "APT::Sandbox::User=root".to_string()];
+        Ok(Self {
+            directory: self.directory.clone(),
+            progress: self.progress,
+            apt_get: self.apt_get.clone(),
+            apt_cache: self.apt_cache.clone(),
+            options: options.chain(sandbox).collect(),
+            lock: self.lock.clone(),
+        })
+    }
+
+    /// Where Debian's archive is, by the system's own lists.
+    fn archive(&self) -> Result<Option<String>, Error> {
+        for attempt in 0..2 {
+            let output = run(Command::new(&self.apt_get).args([
+                "indextargets",
+                "--format",
+                "$(REPO_URI)",
+                "Created-By: Packages",
+                "Label: Debian",
+            ]))?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            if let Some(line) = text.lines().find(|line| line.contains("://")) {
+                return Ok(Some(line.trim().to_string()));
+            }
+            if attempt == 0 {
+                self.update()?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks the archive for its current list, and forgets the package files that are here, but for those of other
+    /// kernels than this one.
     ///
     /// # Errors
     /// When `apt-get update` fails (then everything stays) or a file cannot be removed.
-    pub fn refresh(&self) -> Result<(), Error> {
-        self.update()?;
+    pub fn refresh(&self, kernel: &KernelSource) -> Result<(), Error> {
+        match kernel.suite {
+            Some(suite) => self.of_suite(suite)?.update()?,
+            None => self.update()?,
+        }
         for file in self.files()? {
-            std::fs::remove_file(&file).map_err(Error::io(&file))?;
+            let others = file_package(&file)
+                .and_then(|name| name.strip_prefix("linux-"))
+                .and_then(|name| name.split_once('-'))
+                .is_some_and(|(_, release)| !kernel.has_release(release));
+            if !others {
+                std::fs::remove_file(&file).map_err(Error::io(&file))?;
+            }
         }
         Ok(())
     }
 
-    /// The newest kernel package of a series such as `6.1.0`, by name and file.
+    /// The newest packages of a kernel.
     ///
     /// # Errors
     /// [`Error::Fetch`] when there is none or it cannot be downloaded.
-    pub fn kernel(&self, series: &str) -> Result<(String, PathBuf), Error> {
-        let name = self.newest_kernel(series)?;
-        let (name, mut files) = match self.fetch(&[&name]) {
-            Ok(files) => (name, files),
-            // The list was old and has been renewed: the archive may have another kernel by now.
-            Err(error) => match self.newest_kernel(series)? {
-                newer if newer != name => {
-                    let files = self.fetch(&[&newer])?;
-                    (newer, files)
-                }
-                _ => return Err(error),
-            },
-        };
-        Ok((name, files.remove(0)))
-    }
-
-    /// Name of the newest kernel package of a series such as `6.1.0`: one that is here already, else the
-    /// newest that apt knows.
-    ///
-    /// # Errors
-    /// [`Error::Fetch`] when there is none.
-    fn newest_kernel(&self, series: &str) -> Result<String, Error> {
+    pub fn kernel(&self, kernel: &KernelSource) -> Result<KernelPackages, Error> {
         let here = self
             .files()?
             .into_iter()
             .filter_map(|f| Some(file_package(&f)?.to_string()));
-        if let Some(name) = newest_kernel(series, here) {
-            return Ok(name);
+        if let Some(name) = kernel.newest(here)
+            && let Some(packages) = self.here(&name)?
+        {
+            return Ok(packages);
         }
-        let prefix = format!("linux-image-{series}-");
+        match kernel.suite {
+            Some(suite) => self.of_suite(suite)?.kernel_of_lists(kernel),
+            None => self.kernel_of_lists(kernel),
+        }
+    }
+
+    /// The newest packages of a kernel that apt knows.
+    fn kernel_of_lists(&self, kernel: &KernelSource) -> Result<KernelPackages, Error> {
+        let name = self.newest_kernel(kernel)?;
+        match self.with_parts(&name) {
+            Ok(packages) => Ok(packages),
+            // The list was old and has been renewed: the archive may have another kernel by now.
+            Err(error) => match self.newest_kernel(kernel)? {
+                newer if newer != name => self.with_parts(&newer),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// The kernel package `name` and its parts, if all of them are here.
+    fn here(&self, name: &str) -> Result<Option<KernelPackages>, Error> {
+        let Some(file) = self.find(name)? else {
+            return Ok(None);
+        };
+        let parts = parts(name, &file)?;
+        let found: Vec<Option<PathBuf>> = parts
+            .iter()
+            .map(|part| self.find(part))
+            .collect::<Result<_, _>>()?;
+        let found: Option<Vec<PathBuf>> = [Some(file)].into_iter().chain(found).collect();
+        Ok(found.map(|files| KernelPackages {
+            release: release(name),
+            files,
+        }))
+    }
+
+    /// The kernel package `name` and its parts; downloads those that are not here.
+    fn with_parts(&self, name: &str) -> Result<KernelPackages, Error> {
+        let mut files = self.fetch(&[name])?;
+        let parts = parts(name, &files[0])?;
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        files.extend(self.fetch(&parts)?);
+        Ok(KernelPackages {
+            release: release(name),
+            files,
+        })
+    }
+
+    /// Name of the newest package of a kernel that apt knows.
+    ///
+    /// # Errors
+    /// [`Error::Fetch`] when there is none.
+    fn newest_kernel(&self, kernel: &KernelSource) -> Result<String, Error> {
+        let prefix = kernel.package_prefix();
         for attempt in 0..2 {
-            let output = run(Command::new(&self.apt_cache).args(["pkgnames", &prefix]))?;
+            let output = run(Command::new(&self.apt_cache)
+                .args(&self.options)
+                .args(["pkgnames", &prefix]))?;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            if let Some(name) = newest_kernel(series, text.lines().map(str::to_string)) {
+            if let Some(name) = kernel.newest(text.lines().map(str::to_string)) {
                 return Ok(name);
             }
             if attempt == 0 {
@@ -86,8 +216,8 @@ impl<'a> Packages<'a> {
             }
         }
         Err(Error::Fetch {
-            name: format!("{prefix}*-amd64"),
-            reason: "apt knows none, even after apt-get update: is this Debian 12 with its main archive in sources.list?"
+            name: format!("{prefix}*-{}", kernel.flavour),
+            reason: "apt knows none, even after apt-get update: is this Debian 12 with its main and security archives in sources.list?"
                 .into(),
         })
     }
@@ -136,6 +266,7 @@ impl<'a> Packages<'a> {
         let mut command = Command::new(&self.apt_get);
         // apt's own user could not write here.
         command
+            .args(&self.options)
             .args(["-q", "-o", "APT::Sandbox::User=root", "download"])
             .args(names)
             .current_dir(&partial);
@@ -159,7 +290,7 @@ impl<'a> Packages<'a> {
     fn update(&self) -> Result<(), Error> {
         (self.progress)("asking for the archive's package lists (apt-get update)");
         let mut command = Command::new(&self.apt_get);
-        command.args(["-q", "update"]);
+        command.args(&self.options).args(["-q", "update"]);
         let output = run(&mut command)?;
         if output.status.success() {
             return Ok(());
@@ -190,23 +321,22 @@ impl<'a> Packages<'a> {
     }
 }
 
+/// The release of the kernel in a package.
+fn release(package: &str) -> String {
+    package.trim_start_matches("linux-image-").to_string()
+}
+
+/// The packages of the same release that a kernel's depends on: its parts, where it is empty itself.
+fn parts(package: &str, file: &Path) -> Result<Vec<String>, Error> {
+    let end = format!("-{}", release(package));
+    let mut parts = crate::deb::control(file)?.depends;
+    parts.retain(|part| part.starts_with("linux-") && part.ends_with(&end));
+    Ok(parts)
+}
+
 /// `NAME` of a file `NAME_VERSION_ARCHITECTURE.deb`.
 fn file_package(path: &Path) -> Option<&str> {
     Some(path.file_name()?.to_str()?.split_once('_')?.0)
-}
-
-fn newest_kernel(series: &str, names: impl Iterator<Item = String>) -> Option<String> {
-    names
-        .filter_map(|name| {
-            let number = name
-                .strip_prefix("linux-image-")?
-                .strip_prefix(series)?
-                .strip_prefix('-')?;
-            let number: u32 = number.strip_suffix("-amd64")?.parse().ok()?;
-            Some((number, name))
-        })
-        .max()
-        .map(|(_, name)| name)
 }
 
 fn run(command: &mut Command) -> Result<Output, Error> {
@@ -234,151 +364,5 @@ fn last_words(output: &Output) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn newest_kernel_is_by_number_and_neither_cloud_nor_debug() {
-        let names = [
-            "linux-image-6.1.0-9-amd64",
-            "linux-image-6.1.0-56-amd64",
-            "linux-image-6.1.0-57-cloud-amd64",
-            "linux-image-6.1.0-58-amd64-dbg",
-            "linux-image-6.1.0-59-amd64-unsigned",
-            "linux-image-6.10.0-60-amd64",
-        ];
-        let newest = newest_kernel("6.1.0", names.iter().map(|n| n.to_string()));
-        assert_eq!(newest.as_deref(), Some("linux-image-6.1.0-56-amd64"));
-    }
-
-    #[test]
-    fn packages_that_are_here_need_no_apt() {
-        let directory = tempfile::tempdir().unwrap();
-        for file in [
-            "linux-image-6.1.0-1-amd64_6.1.2_amd64.deb",
-            "libc6_2.36-9_amd64.deb",
-        ] {
-            std::fs::write(directory.path().join(file), "").unwrap();
-        }
-        let said = std::cell::RefCell::new(Vec::new());
-        let progress = |line: &str| said.borrow_mut().push(line.to_string());
-        let packages = Packages::open(directory.path(), &progress).unwrap();
-        assert_eq!(
-            packages.newest_kernel("6.1.0").unwrap(),
-            "linux-image-6.1.0-1-amd64"
-        );
-        assert_eq!(
-            packages.fetch(&["libc6"]).unwrap(),
-            [directory.path().join("libc6_2.36-9_amd64.deb")]
-        );
-        assert_eq!(said.borrow().len(), 0);
-    }
-
-    /// Programs in place of apt's: each writes its name and arguments to `log`, then runs `script`.
-    fn with_apt<'a>(directory: &Path, script: &str, progress: &'a dyn Fn(&str)) -> Packages<'a> {
-        use std::os::unix::fs::PermissionsExt;
-        let apt = directory.join("apt");
-        let log = directory.join("log");
-        std::fs::write(
-            &apt,
-            format!("#!/bin/sh\necho \"$*\" >>{}\n{script}\n", log.display()),
-        )
-        .unwrap();
-        std::fs::set_permissions(&apt, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let packages = Packages::open(&directory.join("packages"), progress).unwrap();
-        Packages {
-            apt_get: apt.clone(),
-            apt_cache: apt,
-            ..packages
-        }
-    }
-
-    fn log(directory: &Path) -> Vec<String> {
-        let text = std::fs::read_to_string(directory.join("log")).unwrap();
-        text.lines().map(str::to_string).collect()
-    }
-
-    #[test]
-    fn unknown_package_is_asked_for_again_after_an_update_and_then_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let script = r#"case "$*" in *download*) echo "E: Unable to locate package nosuch" >&2; exit 100;; esac"#;
-        let packages = with_apt(directory.path(), script, &|_| ());
-        let failed = packages.fetch(&["nosuch"]).unwrap_err().to_string();
-        assert_eq!(
-            failed,
-            "package nosuch cannot be fetched: Unable to locate package nosuch"
-        );
-        let download = "-q -o APT::Sandbox::User=root download nosuch";
-        assert_eq!(log(directory.path()), [download, "-q update", download]);
-    }
-
-    #[test]
-    fn downloaded_package_is_kept_and_asked_for_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let script = r#"case "$*" in *download*) echo deb >libx1_2.0_amd64.deb;; esac"#;
-        let packages = with_apt(directory.path(), script, &|_| ());
-        for _ in 0..2 {
-            let file = packages.fetch(&["libx1"]).unwrap().remove(0);
-            assert_eq!(std::fs::read(file).unwrap(), b"deb\n");
-        }
-        assert_eq!(log(directory.path()).len(), 1);
-    }
-
-    #[test]
-    fn machine_without_kernels_or_without_apt_is_told_what_it_lacks() {
-        let directory = tempfile::tempdir().unwrap();
-        let packages = with_apt(directory.path(), "true", &|_| ());
-        let failed = packages.newest_kernel("6.1.0").unwrap_err().to_string();
-        assert!(failed.contains("is this Debian 12"), "{failed}");
-        let packages = Packages {
-            apt_cache: "/no/such/program".into(),
-            ..packages
-        };
-        let failed = packages.newest_kernel("6.1.0").unwrap_err().to_string();
-        assert!(failed.contains("apt-get"), "{failed}");
-    }
-
-    #[test]
-    fn failed_update_says_what_it_needs() {
-        let directory = tempfile::tempdir().unwrap();
-        let packages = with_apt(
-            directory.path(),
-            "echo 'E: Permission denied' >&2; exit 100",
-            &|_| (),
-        );
-        let failed = packages.fetch(&["x"]).unwrap_err().to_string();
-        assert!(
-            failed.contains("Permission denied (it needs root and the network)"),
-            "{failed}"
-        );
-    }
-
-    #[test]
-    fn kernel_that_left_the_archive_is_replaced_by_its_successor() {
-        let directory = tempfile::tempdir().unwrap();
-        let updated = directory.path().join("updated");
-        let script = format!(
-            r#"case "$*" in
-            *update*) touch {0} ;;
-            pkgnames*) test -e {0} && echo linux-image-6.1.0-2-amd64 || echo linux-image-6.1.0-1-amd64 ;;
-            *6.1.0-2-amd64*) echo deb >linux-image-6.1.0-2-amd64_6.1.2_amd64.deb ;;
-            *) echo "E: 404  Not Found" >&2; exit 100 ;;
-            esac"#,
-            updated.display()
-        );
-        let packages = with_apt(directory.path(), &script, &|_| ());
-        let (name, file) = packages.kernel("6.1.0").unwrap();
-        assert_eq!(name, "linux-image-6.1.0-2-amd64");
-        assert!(file.exists());
-    }
-
-    #[test]
-    fn failed_refresh_keeps_the_packages() {
-        let directory = tempfile::tempdir().unwrap();
-        let packages = with_apt(directory.path(), "exit 100", &|_| ());
-        let file = directory.path().join("packages/libx1_2.0_amd64.deb");
-        std::fs::write(&file, "").unwrap();
-        assert!(packages.refresh().is_err());
-        assert!(file.exists());
-    }
-}
+#[path = "apt_tests.rs"]
+mod tests;

@@ -29,9 +29,9 @@ pub fn build(set: &ImageSet, options: &BuildOptions<'_>) -> Result<Manifest, Err
         return Ok(old.clone());
     }
 
-    let packages = Packages::open(&options.out.join("packages"), options.progress)?;
+    let packages = Packages::open(&options.packages, options.progress)?;
     if options.refresh {
-        packages.refresh()?;
+        packages.refresh(set.kernel)?;
     }
     let kernel = kernel_stage(set, &packages, &mut store, options)?;
     let userland = userland_stage(set, &packages, &mut store, options)?;
@@ -81,7 +81,7 @@ pub fn build(set: &ImageSet, options: &BuildOptions<'_>) -> Result<Manifest, Err
     remove_stale(&options.out, old.as_ref(), &artefacts)?;
 
     let mut used = userland.packages;
-    used.push(kernel.package);
+    used.extend(kernel.packages);
     used.sort_by(|a, b| a.name.cmp(&b.name));
     used.dedup();
     let manifest = Manifest {

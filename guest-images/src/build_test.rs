@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::fixtures::*;
+use crate::kernels::{KERNELS, KernelSource};
 use crate::spec::{ImageSpec, Program};
 
 const RELEASE: &str = "6.1.0-7-amd64";
@@ -77,6 +78,7 @@ impl Place {
             set,
             &BuildOptions {
                 out: self.out(""),
+                packages: self.out("packages"),
                 agent: self.agent(),
                 refresh: false,
                 progress: &|line| self.said.borrow_mut().push(line.into()),
@@ -104,7 +106,7 @@ fn set() -> ImageSet {
         ..ImageSpec::default()
     };
     ImageSet {
-        kernel_series: "6.1.0".into(),
+        kernel: crate::kernels::DEFAULT,
         images: vec![full, other],
         host_modules: vec![],
     }
@@ -283,6 +285,48 @@ fn wishes_that_cannot_be_fulfilled_are_named() {
     assert!(matches!(place.build(&wrong), Err(Error::NoFile(path)) if path == "/bin/absent"));
 }
 
+/// A kernel that is said to lack what it has.
+static MISJUDGED: KernelSource = KernelSource {
+    lacks: &["bus"],
+    ..KERNELS[0]
+};
+
+#[test]
+fn what_a_kernel_is_said_to_lack_is_left_out_only_if_it_does() {
+    let place = Place::new();
+    let wrong = ImageSet {
+        kernel: &MISJUDGED,
+        ..set()
+    };
+    let failed = place.build(&wrong).unwrap_err().to_string();
+    assert!(failed.contains("has the module bus"), "{failed}");
+    let mut right = set();
+    right.kernel = KernelSource::by_name("6.1-cloud-amd64").unwrap();
+    let name = "linux-image-6.1.0-7-cloud-amd64";
+    let control = format!("Package: {name}\nVersion: 1\n");
+    let elf = small_elf(62);
+    let files = [
+        ("vmlinuz-", bz_image(&xz(&elf), elf.len())),
+        ("config-", vec![]),
+    ]
+    .map(|(kind, content)| (format!("./boot/{kind}6.1.0-7-cloud-amd64"), content));
+    let module = module_file(b"depends=\0");
+    let nic = "./lib/modules/6.1.0-7-cloud-amd64/kernel/nic-one.ko";
+    let package = deb(
+        &control,
+        &[
+            (&files[0].0, &files[0].1),
+            (&files[1].0, &files[1].1),
+            (nic, &module),
+        ],
+    );
+    place.package(&format!("{name}_1_amd64.deb"), &package);
+    right.images[0].modules.push("e1000".into());
+    let manifest = place.build(&right).unwrap();
+    assert_eq!(manifest.kernel_release, "6.1.0-7-cloud-amd64");
+    assert!(!place.out("modules/e1000.ko").exists());
+}
+
 #[test]
 fn two_builds_at_once_give_one_result() {
     let place = Place::new();
@@ -291,6 +335,7 @@ fn two_builds_at_once_give_one_result() {
         let one = || {
             let options = BuildOptions {
                 out: out.clone(),
+                packages: out.join("packages"),
                 agent: agent.clone(),
                 refresh: false,
                 progress: &|_| (),

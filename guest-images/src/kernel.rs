@@ -1,7 +1,7 @@
 //! A kernel image's own ELF file out of a `bzImage`.
 //!
 //! The header is described in the kernel's `Documentation/arch/x86/boot.rst` ("The Real-Mode Kernel
-//! Header"). The payload is a compressed `vmlinux`, for XZ and zstd followed by the unpacked size as
+//! Header"). The payload is a compressed `vmlinux`, for XZ, zstd and LZ4 followed by the unpacked size as
 //! `u32` little endian. After the ELF file itself come the relocations for address randomisation; they
 //! are cut off.
 //!
@@ -58,7 +58,11 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vmlinux, String> {
                 .take(MAX_UNPACKED + 1)
                 .read_to_end(&mut unpacked)
         }),
-        _ => return Err("its payload is neither XZ nor zstd".into()),
+        // LZ4's older format, which the kernel's build makes: blocks of 8 MiB to the end.
+        [0x02, 0x21, 0x4C, 0x18, ..] => lz4_flex::frame::FrameDecoder::new(packed)
+            .take(MAX_UNPACKED + 1)
+            .read_to_end(&mut unpacked),
+        _ => return Err("its payload is neither XZ nor zstd nor LZ4".into()),
     };
     read.map_err(|error| format!("its payload cannot be unpacked: {error}"))?;
     if unpacked.len() as u64 != size {
@@ -243,11 +247,17 @@ mod tests {
     use crate::fixtures::*;
 
     #[test]
-    fn payload_of_both_packings_is_found_and_relocations_are_cut_off() {
+    fn payload_of_each_packing_is_found_and_relocations_are_cut_off() {
         let elf = small_elf(62);
         let mut data = elf.clone();
         data.extend_from_slice(b"relocations");
-        for packed in [xz(&data), zstd::encode_all(data.as_slice(), 1).unwrap()] {
+        // LZ4's older format: a size, and a block of nothing but literals (15 and what the next byte adds).
+        let mut lz4 = vec![0x02, 0x21, 0x4C, 0x18];
+        lz4.extend((data.len() as u32 + 2).to_le_bytes());
+        lz4.extend([0xF0, data.len() as u8 - 15]);
+        lz4.extend(&data);
+        let zstd = zstd::encode_all(data.as_slice(), 1).unwrap();
+        for packed in [xz(&data), zstd, lz4] {
             let vmlinux = extract_vmlinux(&bz_image(&packed, data.len())).unwrap();
             assert_eq!(vmlinux.elf, elf);
             assert_eq!(vmlinux.btf_size, 0);

@@ -13,7 +13,7 @@
 //! artefacts are put into place by rename and the manifest is written last, so an interrupted build
 //! leaves nothing half-made that looks finished. Same packages and same agent give the same bytes.
 //!
-//! What an image holds is data ([`spec::ImageSpec`]); [`spec::default_images`] are the ones the project
+//! What an image holds is data ([`spec::ImageSpec`]); [`spec::images_of`] are the ones the project
 //! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again needs no network.
 
 pub mod agent;
@@ -27,6 +27,7 @@ mod error;
 mod fixtures;
 pub mod initramfs;
 pub mod kernel;
+pub mod kernels;
 mod manifest;
 pub mod modules;
 pub mod spec;
@@ -36,5 +37,6 @@ mod userland;
 
 pub use build::build;
 pub use error::Error;
+pub use kernels::KernelSource;
 pub use manifest::{Artefact, BuildOptions, Manifest};
-pub use spec::{ImageSet, ImageSpec, default_images};
+pub use spec::{ImageSet, ImageSpec, images_of};

@@ -24,6 +24,8 @@ pub(crate) const BUILDER: &[&str] = &[
 pub struct BuildOptions<'a> {
     /// Output directory, such as `target/images`.
     pub out: PathBuf,
+    /// Where packages are kept, those of all kernels.
+    pub packages: PathBuf,
     /// The agent program, see [`crate::agent::build_agent`].
     pub agent: PathBuf,
     /// Ask the archive for newer packages.

@@ -74,6 +74,12 @@ impl ModuleTree {
         })
     }
 
+    /// Whether there is a module of this name, in a file or built in.
+    pub fn has(&self, name: &str) -> bool {
+        let name = normal_name(name);
+        self.files.contains_key(&name) || self.builtin.contains(&name)
+    }
+
     /// These modules and all they need, each after what it needs, with their files. What is built into the kernel is left out.
     ///
     /// # Errors
@@ -247,6 +253,7 @@ mod tests {
     #[test]
     fn missing_modules_are_named() {
         let (_root, tree) = tree();
+        assert!(tree.has("top_one") && tree.has("core") && !tree.has("absent"));
         for (asked, missing) in [("absent", "absent"), ("broken", "nowhere")] {
             let Err(Error::NoModule(name)) = tree.closure([asked]) else {
                 panic!("{asked} was found")

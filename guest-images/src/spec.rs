@@ -3,11 +3,13 @@
 use agent_protocol::init_config::{BootModule, InitConfig, Mount};
 use serde::Serialize;
 
+use crate::kernels::KernelSource;
+
 /// Images that are built from one kernel.
 #[derive(Clone, Debug, Serialize)]
 pub struct ImageSet {
-    /// Kernel series: the newest package `linux-image-SERIES-N-amd64` is taken.
-    pub kernel_series: String,
+    /// The kernel.
+    pub kernel: &'static KernelSource,
     /// The images.
     pub images: Vec<ImageSpec>,
     /// Modules that are put beside the images for the host to read (types, sections), besides those that
@@ -62,14 +64,15 @@ pub struct ExtraFile {
     pub content: Vec<u8>,
 }
 
-/// Series of Debian 12's kernel.
-pub const DEBIAN_12_KERNEL: &str = "6.1.0";
-
-/// The images that the project uses.
-pub fn default_images() -> ImageSet {
+/// The images of a kernel that the project uses; the lab's is the default kernel's.
+pub fn images_of(kernel: &'static KernelSource) -> ImageSet {
+    let lab = kernel.is_default().then(lab_image);
     ImageSet {
-        kernel_series: DEBIAN_12_KERNEL.into(),
-        images: vec![small_image(), full_image(), lab_image()],
+        kernel,
+        images: [small_image(), full_image()]
+            .into_iter()
+            .chain(lab)
+            .collect(),
         // Drivers whose imports the model of kernel functions covers.
         host_modules: strings(&["8139too", "r8169"]),
     }

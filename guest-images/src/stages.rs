@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::apt::Packages;
+use crate::apt::{KernelPackages, Packages};
+use crate::kernels::KernelSource;
 use crate::manifest::{BUILDER, BuildOptions, PackageUse, package_use, read, to_json};
 use crate::modules::{Module, ModuleTree};
 use crate::spec::{ImageSet, ImageSpec, Program};
@@ -24,7 +25,7 @@ pub struct KernelStage {
     pub release: String,
     /// In an order in which they can be loaded.
     pub modules: Vec<Module>,
-    pub package: PackageUse,
+    pub packages: Vec<PackageUse>,
 }
 
 impl KernelStage {
@@ -56,48 +57,65 @@ pub fn kernel_stage(
     store: &mut Store,
     options: &BuildOptions<'_>,
 ) -> Result<KernelStage, Error> {
-    let (name, file) = packages.kernel(&set.kernel_series)?;
-    let package = package_use(&file)?;
-    let release = name.trim_start_matches("linux-image-").to_string();
+    let found = packages.kernel(set.kernel)?;
+    let used: Vec<PackageUse> = found
+        .files
+        .iter()
+        .map(|file| package_use(file))
+        .collect::<Result<_, _>>()?;
     let names: BTreeSet<&str> = set
         .images
         .iter()
         .flat_map(wanted_modules)
         .chain(set.host_modules.iter().map(String::as_str))
+        .filter(|name| !set.kernel.lacks.contains(name))
         .collect();
-    let inputs = (BUILDER, &package.sha256, &names);
-    let directory = store.stage("kernel", &inputs, |stage| {
-        make_kernel_stage(&file, &release, &names, stage, options.progress)
+    let hashes: Vec<&str> = used.iter().map(|package| package.sha256.as_str()).collect();
+    let directory = store.stage("kernel", &(BUILDER, hashes, &names), |stage| {
+        make_kernel_stage(&found, set.kernel, &names, stage, options.progress)
     })?;
     let modules = read_list(&directory)?;
     Ok(KernelStage {
         directory,
-        release,
+        release: found.release,
         modules,
-        package,
+        packages: used,
     })
 }
 
+/// Unpacks a kernel's packages into what a stage holds.
 fn make_kernel_stage(
-    package: &Path,
-    release: &str,
+    packages: &KernelPackages,
+    kernel: &KernelSource,
     names: &BTreeSet<&str>,
     stage: &Path,
     progress: &dyn Fn(&str),
 ) -> Result<(), Error> {
     let tree = stage.join("tree");
-    let mut told = 0;
     let wanted = |path: &str| path.starts_with("/boot/") || path.contains("/modules/");
-    deb::unpack(package, &tree, &wanted, &mut |done, all| {
-        let quarter = done * 4 / all.max(1);
-        if quarter > told {
-            told = quarter;
-            progress(&format!("unpacking the kernel package: {} %", quarter * 25));
-        }
-    })?;
+    for package in &packages.files {
+        let mut told = 0;
+        deb::unpack(package, &tree, &wanted, &mut |done, all| {
+            let quarter = done * 4 / all.max(1);
+            if quarter > told {
+                told = quarter;
+                progress(&format!("unpacking the kernel package: {} %", quarter * 25));
+            }
+        })?;
+    }
     let write = |path: &Path, content: &[u8]| fs::write(path, content).map_err(Error::io(path));
 
-    let boot = |name: &str| tree.join("boot").join(format!("{name}-{release}"));
+    let release = &packages.release;
+    let under = ["lib/modules", "usr/lib/modules"].map(|d| tree.join(d).join(release));
+    let under = under.iter().find(|d| d.is_dir()).unwrap_or(&under[0]);
+    // Debian 13's newer packages have these beside the modules.
+    let boot = |name: &str| {
+        let beside = under.join(name);
+        match beside.is_file() {
+            true => beside,
+            false => tree.join("boot").join(format!("{name}-{release}")),
+        }
+    };
     let image = read(&boot("vmlinuz"))?;
     let vmlinux = kernel::extract_vmlinux(&image).map_err(|reason| Error::BadKernel {
         path: boot("vmlinuz"),
@@ -110,12 +128,17 @@ fn make_kernel_stage(
     write(&stage.join("vmlinux"), &vmlinux.elf)?;
     write(&stage.join("config"), &read(&boot("config"))?)?;
 
-    let under = ["lib/modules", "usr/lib/modules"].map(|d| tree.join(d).join(release));
-    let under = under.iter().find(|d| d.is_dir()).unwrap_or(&under[0]);
     let directory = stage.join("modules");
     fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
+    let tree_of_modules = ModuleTree::open(under)?;
+    if let Some(there) = kernel.lacks.iter().find(|name| tree_of_modules.has(name)) {
+        return Err(Error::Spec {
+            image: kernel.name.into(),
+            reason: format!("the kernel has the module {there}: take it from those it lacks"),
+        });
+    }
     let mut list = Vec::new();
-    for (module, content) in ModuleTree::open(under)?.closure(names.iter().copied())? {
+    for (module, content) in tree_of_modules.closure(names.iter().copied())? {
         write(&directory.join(format!("{}.ko", module.name)), &content)?;
         list.push(module);
     }

@@ -15,6 +15,7 @@ use crate::steps::{Steps, capture, cargo, run};
 use crate::suite::run_on_host;
 use crate::workspace::Workspace;
 use crate::{images, setup};
+use guest_images::kernels::DEFAULT;
 
 /// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and more.
 const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
@@ -203,7 +204,7 @@ struct Bench {
 impl Bench {
     fn prepare(workspace: &Workspace, scratch: &str, steps: &mut Steps) -> anyhow::Result<Self> {
         steps.must("set up", setup::run)?;
-        steps.must("images", || images::run(workspace, false))?;
+        steps.must("images", || images::run(workspace, &[DEFAULT], false))?;
         steps.must("build", || build(workspace))?;
         let cofferdam = workspace.path("target/release/cofferdam");
         let place = Place::find(&cofferdam)?;

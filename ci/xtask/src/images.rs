@@ -1,35 +1,67 @@
 //! `cargo xtask images`: guest kernels and initramfs images, and the lab's.
 
-use anyhow::Context;
-use guest_images::{BuildOptions, agent, default_images};
+use anyhow::{Context, anyhow};
+use guest_images::kernels::DEFAULT;
+use guest_images::{BuildOptions, KernelSource, agent, images_of};
 
 use crate::steps::Progress;
 use crate::workspace::Workspace;
 
+/// Which images to build
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Ask the archive for newer packages
+    #[arg(long)]
+    refresh: bool,
+    /// Build those of another kernel, in a folder of its name beside the default's; may be given again
+    #[arg(long, value_name = "NAME", value_parser = by_name)]
+    kernel: Vec<&'static KernelSource>,
+}
+
+/// A kernel by its name; an unknown one is told which there are.
+pub fn by_name(name: &str) -> anyhow::Result<&'static KernelSource> {
+    KernelSource::by_name(name).map_err(|reason| anyhow!(reason))
+}
+
+/// Builds the images that were asked for.
+pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<String> {
+    let kernels = match args.kernel.as_slice() {
+        [] => &[DEFAULT][..],
+        some => some,
+    };
+    run(workspace, kernels, args.refresh)
+}
+
 /// Builds the images that are not up to date; says what there is.
-pub fn run(workspace: &Workspace, refresh: bool) -> anyhow::Result<String> {
+pub fn run(
+    workspace: &Workspace,
+    kernels: &[&'static KernelSource],
+    refresh: bool,
+) -> anyhow::Result<String> {
     let progress = Progress::new("guest agent");
     let agent = agent::build_agent(workspace.root(), &workspace.path("target/agent"))
         .context("cannot build the guest agent")?;
     let say = |line: &str| progress.say(line);
-    let options = BuildOptions {
-        out: workspace.images(),
-        agent,
-        refresh,
-        progress: &say,
-    };
-    let manifest = guest_images::build(&default_images(), &options)?;
+    let mut built = Vec::new();
+    for kernel in kernels {
+        let options = BuildOptions {
+            out: workspace.images_of(kernel),
+            packages: workspace.images().join("packages"),
+            agent: agent.clone(),
+            refresh,
+            progress: &say,
+        };
+        let manifest = guest_images::build(&images_of(kernel), &options)
+            .with_context(|| format!("images of {}", kernel.name))?;
+        let sizes = manifest.artefacts.iter().map(|artefact| artefact.size);
+        built.push(format!(
+            "Linux {}, {} files, {} MiB in {}",
+            manifest.kernel_release,
+            manifest.artefacts.len(),
+            sizes.sum::<u64>() >> 20,
+            options.out.strip_prefix(workspace.root())?.display()
+        ));
+    }
     drop(progress);
-    let bytes: u64 = manifest
-        .artefacts
-        .iter()
-        .map(|artefact| artefact.size)
-        .sum();
-    Ok(format!(
-        "Linux {}, {} files, {} MiB in {}",
-        manifest.kernel_release,
-        manifest.artefacts.len(),
-        bytes >> 20,
-        workspace.images().strip_prefix(workspace.root())?.display()
-    ))
+    Ok(built.join("; "))
 }

@@ -29,11 +29,7 @@ enum Task {
     /// Installs what the other tasks need and the machine has not
     Setup,
     /// Builds guest kernels and initramfs images out of Debian packages, and the lab's
-    Images {
-        /// Ask the archive for newer packages
-        #[arg(long)]
-        refresh: bool,
-    },
+    Images(images::Args),
     /// Builds the release program
     Build,
     Test(suite::Args),
@@ -46,7 +42,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = Workspace::find().and_then(|workspace| match &cli.task {
         Task::Setup => one_step("set up", setup::run),
-        Task::Images { refresh } => one_step("images", || images::run(&workspace, *refresh)),
+        Task::Images(args) => one_step("images", || images::main(&workspace, args)),
         Task::Build => one_step("build", || bench::build(&workspace)),
         Task::Test(args) => suite::main(&workspace, args),
         Task::Demo(args) => bench::demo(&workspace, args),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use guest_images::KernelSource;
 
 /// Root of the workspace.
 #[derive(Clone, Debug)]
@@ -38,6 +39,14 @@ impl Workspace {
     /// Guest images.
     pub fn images(&self) -> PathBuf {
         self.path("target/images")
+    }
+
+    /// Images of a kernel: the default's lie beside the folders of the others.
+    pub fn images_of(&self, kernel: &KernelSource) -> PathBuf {
+        match kernel.is_default() {
+            true => self.images(),
+            false => self.images().join(kernel.name),
+        }
     }
 
     /// The lab's state and results.

@@ -25,39 +25,6 @@ fn a_guest_boots_reboots_and_powers_off() {
     assert!(!guest.paths().dir.exists());
 }
 
-/// Warnings in a kernel log that are about the host: its processor's weaknesses and its unstable TSC.
-const ABOUT_THE_HOST: [&str; 4] = [
-    "Speculative Return Stack Overflow: ",
-    "Unstable clock detected, switching default tracing clock",
-    "If you want to keep using the local clock, then add:",
-    "\"trace_clock=local\"",
-];
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_kernel_log_has_no_warning() {
-    let mut guest = boot(&options().with("--vcpus 2"));
-    // Each line with its level; 4 is a warning.
-    let log = shell(&mut guest, "dmesg -r");
-    let is_serious = |line: &&str| {
-        line.strip_prefix('<')
-            .and_then(|rest| rest.split_once('>'))
-            .and_then(|(level, _)| level.parse::<u32>().ok())
-            .is_some_and(|level| level & 7 <= 4)
-    };
-    let serious: Vec<&str> = log
-        .lines()
-        .filter(is_serious)
-        .filter(|line| {
-            let text = line.split_once("] ").map_or(*line, |(_, text)| text).trim();
-            let on = "on the kernel command line";
-            text != on && !ABOUT_THE_HOST.iter().any(|known| text.starts_with(known))
-        })
-        .collect();
-    assert!(serious.is_empty(), "{serious:#?}");
-    assert!(log.lines().count() > 100, "{log}");
-}
-
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_boots_from_the_compressed_kernel_that_debian_ships() {

@@ -11,6 +11,7 @@
 
 mod builds;
 mod isolation;
+mod kernels;
 mod last_resort;
 mod machine;
 mod nics;

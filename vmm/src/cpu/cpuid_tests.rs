@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::cpu::leaves::Entry;
 
@@ -138,4 +140,71 @@ fn what_has_no_state_is_hidden() {
         features & (1 << 3 | 1 << 5 | 1 << 6),
         1 << 3 | 1 << 5 | 1 << 6
     );
+}
+
+/// What the leaves of each vCPU say of the others, and of the caches that it shares with them (Intel SDM, volume 3, section
+/// 10.9; AMD APM, volume 3, appendix E).
+fn assert_topology(shown: &Shown, count: u8) {
+    let bits = u32::from(count).next_power_of_two().trailing_zeros();
+    let all = shown.for_vcpu(0, count);
+    let amd = is_amd(&all);
+    for index in 0..count {
+        let leaves = shown.for_vcpu(index, count);
+        let (id, count) = (u32::from(index), u32::from(count));
+        assert_eq!(get(&leaves, 0xb, 0), [0, 1, 0x100, id]);
+        assert_eq!(get(&leaves, 0xb, 1), [bits, count, 0x201, id]);
+        assert!(leaves.get(0, 0).is_none_or(|entry| entry.eax >= 0xb));
+        for entry in leaves.as_slice() {
+            let [eax, ebx, ecx, edx] = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            let sharing = eax >> 14 & 0xfff;
+            let shared = if eax >> 5 & 7 >= 3 { count } else { 1 };
+            match entry.function {
+                1 => {
+                    assert_eq!((ebx >> 24, ebx >> 16 & 0xff), (id, 1 << bits));
+                    assert_eq!(edx & EDX_HTT != 0, count > 1);
+                }
+                4 if eax & 0x1f != 0 => {
+                    assert_eq!(eax >> 26, (1 << bits) - 1, "cores of the package");
+                    assert_eq!(sharing + 1, shared.next_power_of_two());
+                }
+                0x8000_001d if eax & 0x1f != 0 => assert_eq!(sharing + 1, shared),
+                0x8000_001e => assert_eq!((eax, ebx, ecx), (id, id, 0)),
+                0x8000_0008 if amd => assert_eq!(ecx, bits << 12 | (count - 1)),
+                0x8000_0008 => assert_eq!(ecx, 0),
+                0x1f | 0x8000_0026 => panic!("a leaf with the host's dies"),
+                _ => {}
+            }
+            // The same but for its own number.
+            let first = all.get(entry.function, entry.index).unwrap();
+            match entry.function {
+                1 => assert_eq!((eax, ebx << 8, edx), (first.eax, first.ebx << 8, first.edx)),
+                0xb => assert_eq!((eax, ebx, ecx), (first.eax, first.ebx, first.ecx)),
+                0x8000_001e => assert_eq!((ecx, edx), (first.ecx, first.edx)),
+                _ => assert_eq!(entry, first),
+            }
+        }
+    }
+}
+
+proptest! {
+    /// Whatever a host says of its own cores and caches, a machine's are its own, for any number of vCPUs.
+    #[test]
+    fn topology_is_the_machines_whatever_the_hosts_is(
+        registers in proptest::collection::vec(any::<[u32; 4]>(), 16),
+        vendor in prop_oneof![Just(INTEL), Just(AMD)],
+        there in any::<u16>(),
+        count in 1..=crate::MAX_VCPUS,
+    ) {
+        let places = [
+            (1, 0), (4, 0), (4, 1), (4, 2), (4, 3), (0xb, 0), (0xb, 1), (0x1f, 0), (0x8000_0001, 0), (0x8000_0008, 0),
+            (0x8000_001d, 0), (0x8000_001d, 1), (0x8000_001d, 2), (0x8000_001d, 3), (0x8000_001e, 0), (0x8000_0026, 0),
+        ];
+        let mut entries = vec![(0, 0, vendor)];
+        for (number, ((function, index), registers)) in places.into_iter().zip(registers).enumerate() {
+            if there >> number & 1 == 1 {
+                entries.push((function, index, registers));
+            }
+        }
+        assert_topology(&shown(&entries), count);
+    }
 }

@@ -34,6 +34,14 @@ const ECX_OSXSAVE: u32 = 1 << 27;
 /// Leaf 7, ECX: the guest has set CR4.PKE. KVM shows it when that is so.
 const ECX_OSPKE: u32 = 1 << 4;
 
+/// Leaves that describe a feature and are there with it only (Intel SDM volume 2A, CPUID): AMX's palettes and its
+/// multiplication, processor trace.
+const TILES: u32 = 0x1d;
+const TILE_MULTIPLICATION: u32 = 0x1e;
+const TRACE: u32 = 0x14;
+/// Leaf 7, EBX: processor trace.
+const PROCESSOR_TRACE: u32 = 1 << 25;
+
 /// Leaf 0xD, sub-leaf 1, EAX.
 const XSAVEC: u32 = 1 << 1;
 const XSAVES: u32 = 1 << 3;
@@ -128,7 +136,7 @@ const GROUPS: [Group; 9] = [
     // Processor trace.
     Group {
         components: 1 << 8,
-        shown_by: &[features(7, 0, Ebx, 1 << 25)],
+        shown_by: &[features(7, 0, Ebx, PROCESSOR_TRACE)],
         needing: &[],
     },
     // Protection keys: PKRU.
@@ -175,18 +183,22 @@ pub(super) fn make_consistent(leaves: &mut Leaves) {
     // The guest's own doing, which KVM adds.
     clear(leaves, features(1, 0, Ecx, ECX_OSXSAVE));
     clear(leaves, features(7, 0, Ecx, ECX_OSPKE));
-    let user = user_components(leaves);
+    let mut user = user_components(leaves);
     if user & X87_SSE != X87_SSE {
         hide(leaves);
         return;
     }
     let main = leaves.get(LEAF, 1).copied().unwrap_or_default();
     let mut methods = main.eax;
+    // A component is XCR0's or IA32_XSS's, never both's (volume 1, section 13.1).
+    let known = GROUPS
+        .iter()
+        .fold(0, |known, group| known | group.components);
+    user &= X87_SSE | SAVED_BY_USER;
     let mut supervisor = match methods & XSAVES {
         0 => 0,
-        _ => u64::from(main.edx) << 32 | u64::from(main.ecx),
+        _ => (u64::from(main.edx) << 32 | u64::from(main.ecx)) & known & !SAVED_BY_USER,
     };
-    let mut user = user;
     for group in &GROUPS {
         let shown = group.shown_by.iter().any(|bits| is_set(leaves, *bits));
         let there = group.components & (user | supervisor) == group.components
@@ -208,13 +220,13 @@ pub(super) fn make_consistent(leaves: &mut Leaves) {
         user &= !AVX512;
         clear_group(leaves, AVX512);
     }
-    let known = GROUPS
-        .iter()
-        .fold(X87_SSE, |known, group| known | group.components);
-    user &= known;
-    supervisor &= known & !user;
     if user & AMX == 0 {
         methods &= !XFD;
+        leaves.remove(TILES);
+        leaves.remove(TILE_MULTIPLICATION);
+    }
+    if !is_set(leaves, features(7, 0, Ebx, PROCESSOR_TRACE)) {
+        leaves.remove(TRACE);
     }
     write(leaves, user, supervisor, methods, main);
 }
@@ -235,7 +247,9 @@ pub(super) fn hide(leaves: &mut Leaves) {
             clear_group(leaves, group.components);
         }
     }
-    leaves.remove(LEAF);
+    for leaf in [LEAF, TILES, TILE_MULTIPLICATION] {
+        leaves.remove(leaf);
+    }
 }
 
 /// Components that XCR0 may have, by sub-leaf 0.

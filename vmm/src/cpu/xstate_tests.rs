@@ -28,6 +28,9 @@ fn assert_consistent(leaves: &Leaves) {
     if methods.eax & XSAVES == 0 {
         assert_eq!(supervisor, 0, "components of IA32_XSS without XSAVES");
     }
+    let described = |leaf| leaves.get(leaf, 0).is_some();
+    assert!(user & AMX != 0 || !described(TILES) && !described(TILE_MULTIPLICATION));
+    assert!(is_set(leaves, features(7, 0, Ebx, PROCESSOR_TRACE)) || !described(TRACE));
     let mut end = LEGACY_AND_HEADER;
     for i in 2..64 {
         let entry = leaves.get(LEAF, i);
@@ -105,6 +108,10 @@ fn intel_server() -> Leaves {
         (0xd, 0xc, [0x18, 0, 1, 0]),
         (0xd, 0x11, [0x40, 0xac0, 2, 0]),
         (0xd, 0x12, [0x2000, 0xb00, 6, 0]),
+        (0x14, 0, [1, 0xf, 7, 0]),
+        (0x1d, 0, [1, 0, 0, 0]),
+        (0x1d, 1, [0x0400_2000, 0x0008_0040, 0x10, 0]),
+        (0x1e, 0, [0, 0x4010, 0, 0]),
     ])
 }
 
@@ -135,6 +142,8 @@ fn a_large_intel_server_shows_what_a_machine_can_save() {
     assert!(is_set(&leaves, features(7, 0, Ebx, 1 << 16)));
     assert_eq!(leaves.get(LEAF, 1).unwrap().eax & XFD, 0);
     assert_eq!(leaves.get(LEAF, 1).unwrap().ecx, 0x1800);
+    assert!(leaves.get(TILES, 0).is_none() && leaves.get(TILE_MULTIPLICATION, 0).is_none());
+    assert!(leaves.get(TRACE, 0).is_some());
     assert!(!is_set(&leaves, features(1, 0, Ecx, ECX_OSXSAVE)));
     assert!(!is_set(&leaves, features(7, 0, Ecx, ECX_OSPKE)));
 }
@@ -175,6 +184,16 @@ fn avx512_goes_with_avx() {
 }
 
 #[test]
+fn a_component_that_is_listed_as_both_kinds_is_of_one() {
+    let mut leaves = intel_server();
+    leaves.get_mut(1, 0).unwrap().ecx &= !(1 << 28);
+    leaves.get_mut(LEAF, 1).unwrap().ecx |= 0xe0;
+    make_consistent(&mut leaves);
+    assert_consistent(&leaves);
+    assert_eq!(leaves.get(LEAF, 1).unwrap().ecx, 0x1800);
+}
+
+#[test]
 fn hidden_means_as_if_never_there() {
     let mut leaves = intel_server();
     make_consistent(&mut leaves);
@@ -200,6 +219,8 @@ proptest! {
             (0x8000_0001, 0, [0, 0, features[7], features[8]]),
             (LEAF, 0, [main[0] | 3, main[1], main[2], main[3]]),
             (LEAF, 1, second),
+            (TRACE, 0, second),
+            (TILES, 0, main),
         ];
         for (i, (there, registers)) in components.into_iter().enumerate() {
             let [mut eax, mut ebx, mut ecx, edx] = registers;

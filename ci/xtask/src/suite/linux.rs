@@ -2,7 +2,7 @@
 //! host, one after the other. In labs, a few tests at a time are one command, in a process of their own ([`queue`]), and
 //! several labs work side by side. A command that hangs its lab is tried again in a new one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -59,23 +59,31 @@ impl Findings {
 /// (`docs/lab.md`); with one lab for each of the host's processors there is no use for more either.
 const LAB_CPUS: u32 = 1;
 
-/// Runs every ignored test whose name contains `filter`, guests in `place`. What was done is in `findings` even if it ends
-/// early.
+/// How guests are run.
+pub struct Guests {
+    /// Where.
+    pub place: Place,
+    /// Images that they are booted from.
+    pub images: PathBuf,
+    /// Whether tests that have a full form run in it.
+    pub full: bool,
+}
+
+/// Runs every ignored test whose name contains `filter`. What was done is in `findings` even if it ends early.
 pub fn run(
     workspace: &Workspace,
-    place: Place,
+    guests: &Guests,
     filter: &str,
-    full: bool,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
     watch_interrupts()?;
     let mut on_host = Vec::new();
     let mut in_labs = Vec::new();
     let programs = programs::build(workspace)?.into_iter();
-    for program in programs.flat_map(|program| program.forms(full)) {
+    for program in programs.flat_map(|program| program.forms(guests.full)) {
         let mut tests = programs::ignored(&program)?;
         tests.retain(|test| program.full_name(test).contains(filter));
-        if place == Place::Lab && program.boots_linux {
+        if guests.place == Place::Lab && program.boots_linux {
             in_labs.extend(Batch::divide(program, tests));
         } else if !tests.is_empty() {
             let program = program.into();
@@ -85,7 +93,7 @@ pub fn run(
     let all = on_host.iter().chain(&in_labs);
     let progress = Progress::new(all.map(|batch| batch.tests.len()).sum());
     for batch in on_host {
-        let request = request(workspace, &batch, full)?;
+        let request = request(workspace, &batch, guests)?;
         let mut run = BatchRun::new(&batch, Place::Host, "host".into(), &progress);
         let ended = super::host::run(&request, &mut |is_stderr, bytes| run.read(is_stderr, bytes))?;
         if ended == Ended::Interrupted {
@@ -98,7 +106,7 @@ pub fn run(
     }
     let times = Times::read(&workspace.lab().join("times.json"));
     let queue = Queue::new(in_labs, &times);
-    let result = run_in_labs(workspace, &queue, full, &progress, findings);
+    let result = run_in_labs(workspace, &queue, guests, &progress, findings);
     times.keep(&findings.tests)?;
     result
 }
@@ -107,7 +115,7 @@ pub fn run(
 fn run_in_labs(
     workspace: &Workspace,
     queue: &Queue,
-    full: bool,
+    guests: &Guests,
     progress: &Progress,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
@@ -126,7 +134,7 @@ fn run_in_labs(
                     let mut lab = Lab::open(settings, kind)?;
                     let name = format!("lab {}", number + 1);
                     while let Some(batch) = queue.take() {
-                        let mut request = request(workspace, &batch, full)?;
+                        let mut request = request(workspace, &batch, guests)?;
                         lab.bring_up()?;
                         request.limit = request.limit.mul_f64(lab.pace());
                         let mut run = BatchRun::new(&batch, Place::Lab, name.clone(), progress);
@@ -279,25 +287,26 @@ fn read_result(line: &str) -> Option<(&str, bool)> {
 fn request(
     workspace: &Workspace,
     Batch { program, tests }: &Batch,
-    full: bool,
+    guests: &Guests,
 ) -> anyhow::Result<Request> {
     let path = program.path.to_string_lossy().into_owned();
     let mut argv = vec![path];
     argv.extend(["--ignored", "--test-threads", "1", "--exact"].map(str::to_owned));
     argv.extend_from_slice(tests);
     let limit = PROCESS_LIMIT + TEST_LIMIT * u32::try_from(tests.len())?;
-    let limit = limit * if full { FULL_TIMES } else { 1 };
+    let limit = limit * if guests.full { FULL_TIMES } else { 1 };
     let mut request = Request::new(argv, limit)?;
     request.cwd = program.directory.clone();
     let text = |path: &Path| path.to_string_lossy().into_owned();
     for (name, value) in [
         ("CARGO_MANIFEST_DIR", text(&program.directory)),
-        ("COFFERDAM_IMAGES", text(&workspace.images())),
+        ("COFFERDAM_IMAGES", text(&guests.images)),
+        ("COFFERDAM_KERNELS", text(&workspace.images())),
     ] {
         request.env.retain(|(other, _)| other != name);
         request.env.push((name.to_owned(), value));
     }
-    if full {
+    if guests.full {
         request.env.push((FULL.to_owned(), "1".to_owned()));
     }
     let more = program.environment.iter();
@@ -386,14 +395,20 @@ mod tests {
     #[test]
     fn environment_of_a_program_is_that_of_its_crate() {
         let workspace = Workspace::find().unwrap();
-        let request = request(&workspace, &batch(&["boots"]), false).unwrap();
-        let values: Vec<_> = request
-            .env
-            .iter()
-            .filter(|(name, _)| name == "CARGO_MANIFEST_DIR")
-            .collect();
-        assert_eq!(values.len(), 1);
-        assert_eq!(values[0].1, "/w/vmm");
+        let guests = Guests {
+            place: Place::Lab,
+            images: "/i/6.12-amd64".into(),
+            full: false,
+        };
+        let request = request(&workspace, &batch(&["boots"]), &guests).unwrap();
+        for (name, value) in [
+            ("CARGO_MANIFEST_DIR", "/w/vmm"),
+            ("COFFERDAM_IMAGES", "/i/6.12-amd64"),
+        ] {
+            let values: Vec<_> = request.env.iter().filter(|(of, _)| of == name).collect();
+            assert_eq!(values.len(), 1);
+            assert_eq!(values[0].1, value);
+        }
         assert_eq!(request.argv[request.argv.len() - 2..], ["--exact", "boots"]);
     }
 }

@@ -12,6 +12,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, bail};
+use guest_images::KernelSource;
+use guest_images::kernels::{DEFAULT, KERNELS};
 
 use crate::place::Place;
 use crate::steps::{Steps, capture, cargo, run};
@@ -30,6 +32,9 @@ pub struct Args {
     /// Only the tests that boot Linux, those whose name contains this
     #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
     linux: Option<String>,
+    /// With --linux: guests of another kernel than the default one
+    #[arg(long, value_name = "NAME", value_parser = images::by_name, requires = "linux")]
+    kernel: Option<&'static KernelSource>,
     /// The full form of tests that have one: every function, every place, MTU 9000, hours instead of minutes
     #[arg(long)]
     full: bool,
@@ -55,11 +60,21 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     } else {
         steps.must("build", || build(workspace))?;
     }
-    steps.must("images", || images::run(workspace, false))?;
+    // The lab's and those that tests ask for, whatever else the guests are of.
+    let kernels: Vec<&KernelSource> = KERNELS
+        .iter()
+        .filter(|kernel| kernel.tested || args.kernel == Some(*kernel))
+        .collect();
+    steps.must("images", || images::run(workspace, &kernels, false))?;
     steps.may("Linux tests", || {
         let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
         let filter = args.linux.as_deref().unwrap_or_default();
-        linux::run(workspace, place, filter, args.full, &mut linux_findings)
+        let guests = linux::Guests {
+            place,
+            images: workspace.images_of(args.kernel.unwrap_or(DEFAULT)),
+            full: args.full,
+        };
+        linux::run(workspace, &guests, filter, &mut linux_findings)
             .with_context(|| format!("after {}", linux_findings.count()))?;
         verdict(linux_findings.count(), &format!("on the {}", place.word()))
     });

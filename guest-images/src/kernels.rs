@@ -1,0 +1,194 @@
+//! Debian's kernels that images can be built of, by name.
+
+use serde::Serialize;
+
+/// A series of a kernel's packages: the newest of them is taken.
+///
+/// Debian's names are `linux-image-ABI-FLAVOUR`, the ABI beginning with the kernel's version: `6.1.0-48`, `6.12.117+deb12`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct KernelSource {
+    /// What it is called here, and the directory of its images.
+    pub name: &'static str,
+    /// The numbers that its version begins with.
+    pub series: &'static [u32],
+    /// Debian's flavour: the end of the package's name.
+    pub flavour: &'static str,
+    /// The suite of Debian's archive that has it, where a Debian 12 does not know it by its own lists.
+    pub suite: Option<&'static str>,
+    /// Modules of the images that this kernel has not.
+    pub lacks: &'static [&'static str],
+    /// Whether `cargo xtask test` boots it.
+    pub tested: bool,
+}
+
+/// Drivers of hardware that clouds do not have.
+const NOT_IN_CLOUD: &[&str] = &["e1000", "e1000e", "8139too", "r8169"];
+
+const fn debian_12(
+    name: &'static str,
+    series: &'static [u32],
+    flavour: &'static str,
+) -> KernelSource {
+    KernelSource {
+        name,
+        series,
+        flavour,
+        suite: None,
+        lacks: &[],
+        tested: false,
+    }
+}
+
+/// All of them. The first is the one that everything is built of unless another is named.
+pub const KERNELS: [KernelSource; 7] = [
+    KernelSource {
+        tested: true,
+        ..debian_12("6.1-amd64", &[6, 1], "amd64")
+    },
+    KernelSource {
+        lacks: NOT_IN_CLOUD,
+        ..debian_12("6.1-cloud-amd64", &[6, 1], "cloud-amd64")
+    },
+    debian_12("6.1-rt-amd64", &[6, 1], "rt-amd64"),
+    // Debian 13's kernel, which Debian 12's security archive has too.
+    KernelSource {
+        tested: true,
+        ..debian_12("6.12-amd64", &[6, 12], "amd64")
+    },
+    KernelSource {
+        lacks: NOT_IN_CLOUD,
+        ..debian_12("6.12-cloud-amd64", &[6, 12], "cloud-amd64")
+    },
+    debian_12("6.12-rt-amd64", &[6, 12], "rt-amd64"),
+    KernelSource {
+        suite: Some("trixie-backports"),
+        // Part of the kernel's own library there.
+        lacks: &["crc32c_generic"],
+        ..debian_12("7-amd64", &[7], "amd64")
+    },
+];
+
+/// The kernel that everything is built of unless another is named.
+pub const DEFAULT: &KernelSource = &KERNELS[0];
+
+/// Words of an ABI that are no numbers: Debian's releases and their backports.
+const ABI_WORDS: [&str; 3] = ["", "deb", "bpo"];
+
+impl KernelSource {
+    /// The kernel called `name`.
+    ///
+    /// # Errors
+    /// A line that names those there are.
+    pub fn by_name(name: &str) -> Result<&'static Self, String> {
+        KERNELS
+            .iter()
+            .find(|kernel| kernel.name == name)
+            .ok_or_else(|| {
+                let names: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+                format!(
+                    "there is no kernel {name:?}: choose one of {}",
+                    names.join(", ")
+                )
+            })
+    }
+
+    /// Whether everything is built of it unless another is named.
+    pub fn is_default(&self) -> bool {
+        self == DEFAULT
+    }
+
+    /// What the names of its packages begin with.
+    pub fn package_prefix(&self) -> String {
+        let numbers: Vec<String> = self.series.iter().map(u32::to_string).collect();
+        format!("linux-image-{}.", numbers.join("."))
+    }
+
+    /// The package's version in numbers, if it is one of this kernel's: `[6, 12, 117, 12]` for
+    /// `linux-image-6.12.117+deb12-amd64`.
+    fn version(&self, package: &str) -> Option<Vec<u32>> {
+        let abi = package
+            .strip_prefix("linux-image-")?
+            .strip_suffix(self.flavour)?
+            .strip_suffix('-')?;
+        let known = abi
+            .split(|c: char| c.is_ascii_digit() || ".-+".contains(c))
+            .all(|word| ABI_WORDS.contains(&word));
+        let numbers: Option<Vec<u32>> = abi
+            .split(|c: char| !c.is_ascii_digit())
+            .filter(|number| !number.is_empty())
+            .map(|number| number.parse().ok())
+            .collect();
+        // A package without an image has a name without the version's last number.
+        numbers.filter(|numbers| known && numbers.len() >= 3 && numbers.starts_with(self.series))
+    }
+
+    /// Whether a release, such as `6.12.117+deb12-amd64`, is one of this kernel's.
+    pub fn has_release(&self, release: &str) -> bool {
+        self.version(&format!("linux-image-{release}")).is_some()
+    }
+
+    /// The newest of these packages that is one of this kernel's.
+    pub fn newest(&self, packages: impl Iterator<Item = String>) -> Option<String> {
+        packages
+            .filter_map(|name| Some((self.version(&name)?, name)))
+            .max()
+            .map(|(_, name)| name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn newest(kernel: &str, packages: &[&str]) -> Option<String> {
+        let kernel = KernelSource::by_name(kernel).unwrap();
+        kernel.newest(packages.iter().map(|name| (*name).to_string()))
+    }
+
+    #[test]
+    fn newest_package_is_by_number_and_of_its_flavour() {
+        let packages = [
+            "linux-image-6.1.0-9-amd64",
+            "linux-image-6.1.0-56-amd64",
+            "linux-image-6.1.0-57-cloud-amd64",
+            "linux-image-6.1.0-58-amd64-dbg",
+            "linux-image-6.1.0-59-amd64-unsigned",
+            "linux-image-6.1.0-55-rt-amd64",
+            "linux-image-6.10.0-60-amd64",
+            "linux-image-6.12-amd64",
+            "linux-image-6.12.9+deb12-amd64",
+            "linux-image-6.12.117+deb12-amd64",
+            "linux-image-6.12.118+deb12-cloud-amd64",
+            "linux-image-7.2.12+deb13-amd64",
+            "linux-image-7.10.1+deb13-amd64",
+            "linux-image-amd64",
+        ];
+        for (kernel, wanted) in [
+            ("6.1-amd64", Some("linux-image-6.1.0-56-amd64")),
+            ("6.1-cloud-amd64", Some("linux-image-6.1.0-57-cloud-amd64")),
+            ("6.1-rt-amd64", Some("linux-image-6.1.0-55-rt-amd64")),
+            ("6.12-amd64", Some("linux-image-6.12.117+deb12-amd64")),
+            ("6.12-rt-amd64", None),
+            ("7-amd64", Some("linux-image-7.10.1+deb13-amd64")),
+        ] {
+            assert_eq!(newest(kernel, &packages).as_deref(), wanted, "{kernel}");
+        }
+    }
+
+    #[test]
+    fn names_are_of_one_kernel_each_and_others_are_told_which_there_are() {
+        for (index, kernel) in KERNELS.iter().enumerate() {
+            assert_eq!(KernelSource::by_name(kernel.name), Ok(&KERNELS[index]));
+            assert!(kernel.name.ends_with(kernel.flavour), "{kernel:?}");
+        }
+        let failed = KernelSource::by_name("5.10").unwrap_err();
+        assert!(failed.contains("6.1-amd64, "), "{failed}");
+        assert!(failed.contains("6.12-cloud-amd64"), "{failed}");
+    }
+
+    #[test]
+    fn a_meta_package_has_no_kernel() {
+        // `linux-image-6.12-amd64` depends on the newest of 6.12: no image is in it.
+        assert_eq!(newest("6.12-amd64", &["linux-image-6.12-amd64"]), None);
+    }
+}
