@@ -14,7 +14,7 @@ use crate::device::client;
 use crate::device::protocol::{
     ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
 };
-use crate::device::{OnExit, ParkedAs, ServeConfig, serve};
+use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, serve};
 use crate::options::{NetSpec, NicModel, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
@@ -61,14 +61,18 @@ pub struct ServeOptions {
 impl ServeOptions {
     /// `device serve`
     pub fn run(self) -> anyhow::Result<Ending> {
-        serve(ServeConfig {
+        let config = HostConfig {
             name: self.name,
-            model: self.model,
-            net: self.net,
+            wire: self.net.to_string(),
             parked: self.parked,
             on_exit: self.on_exit,
             slots: self.slots.into(),
-        })
+        };
+        let card = CardConfig::Model {
+            model: self.model,
+            net: self.net,
+        };
+        serve(config, card)
     }
 }
 

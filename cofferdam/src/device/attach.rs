@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
+use super::card::Card;
 use super::hello::{Hello, VERSION, Welcome, read_line, write_line};
 use super::host::Host;
 
@@ -19,7 +20,7 @@ const MAX_HEARD: usize = 32;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Attaches whoever comes to `path`, until the process ends. The file is the caller's to remove.
-pub fn listen(path: &Path, host: Arc<Host>) -> anyhow::Result<()> {
+pub fn listen<C: Card>(path: &Path, host: Arc<Host<C>>) -> anyhow::Result<()> {
     let listener = UnixListener::bind(path)
         .with_context(|| format!("cannot make the device's socket {}", path.display()))?;
     std::thread::Builder::new()
@@ -29,7 +30,7 @@ pub fn listen(path: &Path, host: Arc<Host>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn accept(listener: &UnixListener, host: &Arc<Host>) {
+fn accept<C: Card>(listener: &UnixListener, host: &Arc<Host<C>>) {
     let heard = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -74,7 +75,7 @@ impl Drop for Place {
     }
 }
 
-fn hear(stream: UnixStream, host: &Host) {
+fn hear<C: Card>(stream: UnixStream, host: &Host<C>) {
     // For the answer, where it is an error.
     let answer = stream.try_clone();
     let Err(error) = attach(stream, host) else {
@@ -87,7 +88,7 @@ fn hear(stream: UnixStream, host: &Host) {
     }
 }
 
-fn attach(stream: UnixStream, host: &Host) -> anyhow::Result<()> {
+fn attach<C: Card>(stream: UnixStream, host: &Host<C>) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(HELLO_TIME))?;
     let Hello::Attach { version, vm, mac } = read_line(&stream, HELLO_TIME)?;
     ensure!(

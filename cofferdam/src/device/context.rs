@@ -1,4 +1,4 @@
-//! A VM's context at a device host: its NIC, and whoever is at its socket.
+//! A VM's context at a device host: its part of the card, and whoever is at its socket.
 //!
 //! One thread serves both, with an event loop: what the guest does to the NIC, what comes from the wire, and the end of the
 //! connection follow one another. When a client goes its memory is taken away, then the NIC's bus mastering
@@ -12,20 +12,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
-use devices::dma::DmaSpace;
-use devices::nic::{Nic, NicParts};
-use devices::pci::bus::SharedFunction;
-use devices::pci::config::{Command, offset};
 use devices::vfio_user::Counters;
-use devices::vfio_user::server::{ClientInterrupts, Offered, Server, ServerEvent};
-use devices::wire::turns::{PortId, Turns};
+use devices::vfio_user::server::{Server, ServerEvent};
+use devices::wire::turns::PortCounters;
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm::SharedSubscriber;
 
+use super::card::Share;
 use super::keeper::Happened;
 use super::protocol::{ContextStatus, Messages};
-use crate::options::{MacAddress, NicModel, VmName};
+use crate::options::{MacAddress, VmName};
 
 /// A client that is attached, or about to be.
 struct Client {
@@ -35,17 +32,13 @@ struct Client {
 }
 
 /// See the module.
-pub struct Context {
+pub struct Context<S> {
     /// The VM that it belongs to.
     pub vm: VmName,
-    /// Its end of the wire.
-    pub port: PortId,
+    /// Its part of the card.
+    pub share: S,
     /// Its VM does not run for now.
     pub away: AtomicBool,
-    nic: Nic,
-    dma: DmaSpace,
-    interrupts: ClientInterrupts,
-    turns: Turns,
     mac: Mutex<MacAddress>,
     client: Mutex<Option<Client>>,
     attached: AtomicU64,
@@ -54,31 +47,13 @@ pub struct Context {
     thread: Option<JoinHandle<()>>,
 }
 
-impl Context {
-    /// A context for `vm` with a NIC just powered on, with no client.
-    pub fn new(
-        vm: VmName,
-        mac: MacAddress,
-        model: NicModel,
-        turns: &Turns,
-    ) -> anyhow::Result<Self> {
-        let dma = DmaSpace::empty();
-        let port = turns.port(mac.0).context("no descriptors for a NIC")?;
-        let id = port.id();
-        let interrupts = ClientInterrupts::new(model.model().vectors);
-        let vectors = interrupts.vectors();
-        let nic = model.model().make(NicParts {
-            mac: mac.0,
-            wire: Box::new(port),
-            dma: dma.clone(),
-            intx: interrupts.line(),
-            vectors: &mut |count| match count == vectors.count() {
-                true => Ok(vectors.clone()),
-                false => Err(format!("{count} are not what the model is known to have")),
-            },
-        })?;
+impl<S: Share> Context<S> {
+    /// A context for `vm`, whose part of the card is `share` with the address `mac`, with no client.
+    pub fn new(vm: VmName, mac: MacAddress, share: S) -> anyhow::Result<Self> {
         let mut manager = EventManager::new().context("no event loop for a NIC")?;
-        manager.add_subscriber(nic.events.clone());
+        if let Some(events) = share.events() {
+            manager.add_subscriber(events);
+        }
         let endpoint = manager.remote_endpoint();
         let stop = Arc::<AtomicBool>::default();
         let stopped = stop.clone();
@@ -88,12 +63,8 @@ impl Context {
             .context("no thread for a NIC")?;
         Ok(Self {
             vm,
-            port: id,
+            share,
             away: AtomicBool::default(),
-            nic,
-            dma,
-            interrupts,
-            turns: turns.clone(),
             mac: Mutex::new(mac),
             client: Mutex::new(None),
             attached: AtomicU64::default(),
@@ -101,11 +72,6 @@ impl Context {
             stop,
             thread: Some(thread),
         })
-    }
-
-    /// The NIC.
-    pub fn function(&self) -> &SharedFunction {
-        &self.nic.function
     }
 
     /// Its address.
@@ -138,8 +104,7 @@ impl Context {
         let mut own = lock(&self.mac);
         if *own != mac {
             *own = mac;
-            (self.nic.set_address)(mac.0);
-            self.turns.set_address(self.port, mac.0);
+            self.share.set_address(mac);
         }
         Some(serial)
     }
@@ -151,27 +116,22 @@ impl Context {
         stream: UnixStream,
         keeper: Sender<Happened>,
     ) -> anyhow::Result<()> {
-        let offered = Offered {
-            function: self.nic.function.clone(),
-            dma: self.dma.clone(),
-            interrupts: self.interrupts.clone(),
-        };
-        let (vm, port, turns) = (self.vm.clone(), self.port, self.turns.clone());
-        let function = self.nic.function.clone();
-        let notify = move |event| match event {
-            ServerEvent::Gone(why) => {
-                stop_dma(&function);
-                // It fails for a port that is gone.
-                let _ = turns.plug(port, false);
-                let vm = vm.clone();
-                // The keeper goes only with the process.
-                let _ = keeper.send(Happened::Gone { vm, serial, why });
+        let vm = self.vm.clone();
+        let mut listener = self.share.listener();
+        let notify = move |event| {
+            listener(&event);
+            match event {
+                ServerEvent::Gone(why) => {
+                    let vm = vm.clone();
+                    // The keeper goes only with the process.
+                    let _ = keeper.send(Happened::Gone { vm, serial, why });
+                }
+                event => tracing::debug!(%vm, ?event, "client"),
             }
-            event => tracing::debug!(%vm, ?event, "client"),
         };
         // Under the lock: whoever hears that it has gone finds it here.
         let mut client = lock(&self.client);
-        let server = Server::new(stream, offered, Box::new(notify))?;
+        let server = Server::new(stream, self.share.offered(), Box::new(notify))?;
         let counters = server.counters();
         let subscriber: SharedSubscriber = Arc::new(Mutex::new(server));
         let id = self
@@ -204,18 +164,18 @@ impl Context {
 
     /// How it is.
     pub fn status(&self) -> ContextStatus {
-        let memory = self.dma.memory();
+        let memory = self.share.offered().dma.memory();
         let client = lock(&self.client);
         let counters = client.as_ref().and_then(|client| client.served.as_ref());
-        ContextStatus {
+        let mut status = ContextStatus {
             vm: self.vm.to_string(),
             mac: self.mac().to_string(),
             connected: client.is_some(),
             away: self.away.load(Ordering::Relaxed),
-            turn: self.turns.holder() == Some(self.port),
-            carrier: self.turns.carrier(self.port),
+            turn: self.share.has_turn(),
+            carrier: false,
             attached: self.attached.load(Ordering::Relaxed),
-            frames: self.turns.counters(self.port).unwrap_or_default(),
+            frames: PortCounters::default(),
             dma_maps: memory.iter().count(),
             dma_bytes: memory.iter().map(GuestMemoryRegion::len).sum(),
             messages: counters.map(|(_, counters)| {
@@ -226,11 +186,13 @@ impl Context {
                     posted: counts.posted,
                 }
             }),
-        }
+        };
+        self.share.fill(&mut status);
+        status
     }
 }
 
-impl Drop for Context {
+impl<S> Drop for Context<S> {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Err(error) = self.endpoint.kick() {
@@ -253,15 +215,6 @@ pub fn serve(mut manager: EventManager<SharedSubscriber>, stop: &AtomicBool) {
             return;
         }
     }
-}
-
-/// Switches bus mastering off: the NIC reads and writes no memory until somebody switches it on.
-fn stop_dma(function: &SharedFunction) {
-    let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut command = [0; 2];
-    function.config_read(offset::COMMAND, &mut command);
-    let without = u16::from_le_bytes(command) & !Command::BUS_MASTER.bits();
-    function.config_write(offset::COMMAND, &without.to_le_bytes());
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use devices::wire::turns::Turns;
 use recovery::switch::Outcome;
 
+use super::card::Card;
 use super::protocol::SwitchRecord;
 
 /// Switches that are remembered.
@@ -27,7 +27,7 @@ impl History {
         &mut self,
         mut record: SwitchRecord,
         turn: Option<u64>,
-        turns: &Turns,
+        card: &impl Card,
     ) -> SwitchRecord {
         self.count += 1;
         self.failed += u64::from(record.outcome != Outcome::Switched {});
@@ -36,21 +36,21 @@ impl History {
             self.last.pop_front();
         }
         self.last.push_back((record.clone(), turn));
-        with_frames(record, turn, turns)
+        with_frames(record, turn, card)
     }
 
     /// The last ones, oldest first.
-    pub fn last(&self, turns: &Turns) -> Vec<SwitchRecord> {
+    pub fn last(&self, card: &impl Card) -> Vec<SwitchRecord> {
         let records = self.last.iter();
         records
-            .map(|(record, turn)| with_frames(record.clone(), *turn, turns))
+            .map(|(record, turn)| with_frames(record.clone(), *turn, card))
             .collect()
     }
 }
 
 /// The record with the frames at the edges of its turn, as far as they have come.
-fn with_frames(mut record: SwitchRecord, turn: Option<u64>, turns: &Turns) -> SwitchRecord {
-    if let Some(times) = turn.and_then(|turn| turns.times(turn)) {
+fn with_frames(mut record: SwitchRecord, turn: Option<u64>, card: &impl Card) -> SwitchRecord {
+    if let Some(times) = turn.and_then(|turn| card.times(turn)) {
         let first = times.first_frame_ns;
         record.first_frame_ns = first.map(|first| first.saturating_sub(times.since_ns));
         let edges = first.zip(times.last_frame_before_ns);

@@ -1,6 +1,6 @@
 //! The device host: the contexts, whose turn it is, and how it goes on.
 //!
-//! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns. The list is not locked while a switch
+//! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns at a wire. The list is not locked while a switch
 //! takes its steps.
 
 use std::os::unix::net::UnixStream;
@@ -11,16 +11,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use devices::clock::monotonic_ns;
-use devices::wire::turns::Turns;
-use recovery::switch::{Outcome, next_after, switch};
+use recovery::switch::{Outcome, next_after};
 
+use super::card::{Card, Share};
 use super::context::Context;
 use super::hello::{AttachInfo, Welcome, write_line};
 use super::history::History;
 use super::keeper::Happened;
 use super::protocol::{HostStatus, Reason, SwitchRecord};
-use super::switching::ModelSwitch;
-use super::{OnExit, ParkedAs, ServeConfig};
+use super::{HostConfig, OnExit, ParkedAs};
 use crate::options::{MacAddress, VmName};
 
 /// How long a switch waits for another one.
@@ -30,11 +29,14 @@ const GONE_TIME: Duration = Duration::from_secs(1);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(2);
 
+/// A context of a card's.
+type ContextOf<C> = Context<<C as Card>::Share>;
+
 /// See the module.
-pub struct Host {
-    config: ServeConfig,
-    turns: Turns,
-    contexts: Mutex<Vec<Arc<Context>>>,
+pub struct Host<C: Card> {
+    config: HostConfig,
+    card: C,
+    contexts: Mutex<Vec<Arc<ContextOf<C>>>>,
     switching: Mutex<()>,
     history: Mutex<History>,
     /// The time slice, if the turn is passed on by time.
@@ -43,12 +45,12 @@ pub struct Host {
     started_ns: u64,
 }
 
-impl Host {
+impl<C: Card> Host<C> {
     /// A host without contexts.
-    pub fn new(config: ServeConfig, turns: Turns, keeper: Sender<Happened>) -> Self {
+    pub fn new(config: HostConfig, card: C, keeper: Sender<Happened>) -> Self {
         Self {
             config,
-            turns,
+            card,
             contexts: Mutex::default(),
             switching: Mutex::default(),
             history: Mutex::default(),
@@ -64,15 +66,20 @@ impl Host {
         let attached = self.serve(&context, serial, stream);
         if attached.is_err() {
             // Where it was served this is done by who served it, before anybody can come back.
-            let _ = self.turns.plug(context.port, false);
+            let _ = context.share.plug(false);
             self.gone(&context.vm, serial, "could not be served");
         }
         attached
     }
 
-    fn serve(&self, context: &Arc<Context>, serial: u64, stream: UnixStream) -> anyhow::Result<()> {
-        self.turns.plug(context.port, true)?;
-        if self.turns.holder().is_none() {
+    fn serve(
+        &self,
+        context: &Arc<ContextOf<C>>,
+        serial: u64,
+        stream: UnixStream,
+    ) -> anyhow::Result<()> {
+        context.share.plug(true)?;
+        if self.holder().is_none() {
             let given = self.pass_on(None, Some(context.clone()), Reason::Attached);
             if let Err(error) = given {
                 tracing::warn!(vm = %context.vm, "gets no turn: {error:#}");
@@ -80,9 +87,9 @@ impl Host {
         }
         let info = AttachInfo {
             device: self.config.name.to_string(),
-            model: self.config.model.name().to_owned(),
+            model: self.card.name(),
             mac: context.mac().to_string(),
-            turn: self.turns.holder() == Some(context.port),
+            turn: context.share.has_turn(),
             returned: serial > 1,
         };
         // The client speaks after it has read this.
@@ -94,7 +101,7 @@ impl Host {
     }
 
     /// The place for a client of `vm`, in its context or in a new one.
-    fn reserve(&self, vm: VmName, mac: MacAddress) -> anyhow::Result<(Arc<Context>, u64)> {
+    fn reserve(&self, vm: VmName, mac: MacAddress) -> anyhow::Result<(Arc<ContextOf<C>>, u64)> {
         let deadline = Instant::now() + GONE_TIME;
         loop {
             if let Some(reserved) = self.try_reserve(&vm, mac)? {
@@ -113,15 +120,14 @@ impl Host {
         &self,
         vm: &VmName,
         mac: MacAddress,
-    ) -> anyhow::Result<Option<(Arc<Context>, u64)>> {
+    ) -> anyhow::Result<Option<(Arc<ContextOf<C>>, u64)>> {
         // Dropped after the lock is free: it waits for a thread.
         let mut given_up = Vec::new();
         let mut contexts = self.contexts();
-        let holder = self.turns.holder();
-        let others = |context: &Arc<Context>| context.vm != *vm && context.mac() == mac;
+        let others = |context: &Arc<ContextOf<C>>| context.vm != *vm && context.mac() == mac;
         if let Some(other) = contexts.iter().find(|context| others(context)) {
             ensure!(
-                !other.is_connected() && holder != Some(other.port),
+                !other.is_connected() && !other.share.has_turn(),
                 "its address {mac} is that of {}: choose another with mac=",
                 other.vm
             );
@@ -135,7 +141,7 @@ impl Host {
         }
         if contexts.len() >= self.config.slots {
             let free =
-                |context: &Arc<Context>| !context.is_connected() && holder != Some(context.port);
+                |context: &Arc<ContextOf<C>>| !context.is_connected() && !context.share.has_turn();
             let Some(place) = contexts.iter().position(free) else {
                 bail!(
                     "all of its {} slots are taken: stop a VM that is attached, or serve it with more --slots",
@@ -144,7 +150,7 @@ impl Host {
             };
             given_up.push(contexts.remove(place));
         }
-        let context = Context::new(vm.clone(), mac, self.config.model, &self.turns)?;
+        let context = Context::new(vm.clone(), mac, self.card.share(mac)?)?;
         let context = Arc::new(context);
         let serial = context.reserve(mac);
         contexts.push(context.clone());
@@ -167,7 +173,7 @@ impl Host {
             self.leave(&context, Reason::Gone);
         }
         // One that came back just now found that the turn was its own still.
-        if self.turns.holder().is_none()
+        if self.holder().is_none()
             && let Some(next) = self.next(None)
             && let Err(error) = self.pass_on(None, Some(next), Reason::Attached)
         {
@@ -176,8 +182,8 @@ impl Host {
     }
 
     /// Passes `context`'s turn on, if it has it.
-    fn leave(&self, context: &Arc<Context>, reason: Reason) {
-        if self.turns.holder() != Some(context.port) {
+    fn leave(&self, context: &Arc<ContextOf<C>>, reason: Reason) {
+        if !context.share.has_turn() {
             return;
         }
         let next = self.next(Some(context));
@@ -226,7 +232,7 @@ impl Host {
         context.away.store(away, Ordering::Relaxed);
         if away {
             self.leave(&context, Reason::Yielded);
-        } else if self.turns.holder().is_none() && context.is_connected() {
+        } else if self.holder().is_none() && context.is_connected() {
             self.pass_on(None, Some(context), Reason::Returned)?;
         }
         Ok(())
@@ -236,35 +242,34 @@ impl Host {
     /// `from` has it no more.
     fn pass_on(
         &self,
-        from: Option<&Arc<Context>>,
-        to: Option<Arc<Context>>,
+        from: Option<&Arc<ContextOf<C>>>,
+        to: Option<Arc<ContextOf<C>>>,
         reason: Reason,
     ) -> anyhow::Result<Option<SwitchRecord>> {
         let _switching = self.begin()?;
         let old = self.holder();
-        let port = |context: &Arc<Context>| context.port;
-        if old.as_ref().map(port) == to.as_ref().map(port)
-            || from.is_some() && from.map(port) != old.as_ref().map(port)
+        let number = |context: &Arc<ContextOf<C>>| Arc::as_ptr(context);
+        if old.as_ref().map(number) == to.as_ref().map(number)
+            || from.is_some() && from.map(number) != old.as_ref().map(number)
         {
             return Ok(None);
         }
         let begin_ns = monotonic_ns();
-        let mut device = ModelSwitch::new(&self.turns);
-        let (outcome, phases) =
-            switch(&mut device, old.as_deref().as_ref(), to.as_deref().as_ref());
-        let name = |context: Option<&Arc<Context>>| context.map(|context| context.vm.to_string());
+        let passing = self.card.pass_on(old.as_deref(), to.as_deref());
+        let name =
+            |context: Option<&Arc<ContextOf<C>>>| context.map(|context| context.vm.to_string());
         let record = SwitchRecord {
             number: 0,
             begin_ns,
             from: name(old.as_ref()),
             to: name(to.as_ref()),
             reason,
-            outcome,
-            phases,
+            outcome: passing.outcome,
+            phases: passing.phases,
             first_frame_ns: None,
             outage_ns: None,
         };
-        let record = lock(&self.history).add(record, device.turn, &self.turns);
+        let record = lock(&self.history).add(record, passing.turn, &self.card);
         match &record.outcome {
             Outcome::Switched {} => Ok(Some(record)),
             Outcome::Back { failed } => bail!("{failed}; the turn is where it was"),
@@ -290,26 +295,25 @@ impl Host {
     }
 
     /// Whose turn it is after `now`.
-    fn next(&self, now: Option<&Arc<Context>>) -> Option<Arc<Context>> {
+    fn next(&self, now: Option<&Arc<ContextOf<C>>>) -> Option<Arc<ContextOf<C>>> {
         let contexts = self.contexts();
-        let now = now.map(|now| now.port);
-        let mut ports = contexts
+        let now = now.map(Arc::as_ptr);
+        let all = contexts
             .iter()
-            .filter(|context| context.wants_turns() || now == Some(context.port));
-        let all: Vec<_> = ports.by_ref().map(|context| context.port).collect();
+            .filter(|context| context.wants_turns() || now == Some(Arc::as_ptr(context)));
+        let all: Vec<_> = all.map(Arc::as_ptr).collect();
         let next = *next_after(&all, now.as_ref())?;
         contexts
             .iter()
-            .find(|context| context.port == next)
+            .find(|context| Arc::as_ptr(context) == next)
             .cloned()
     }
 
-    fn holder(&self) -> Option<Arc<Context>> {
-        let holder = self.turns.holder()?;
+    fn holder(&self) -> Option<Arc<ContextOf<C>>> {
         let contexts = self.contexts();
         contexts
             .iter()
-            .find(|context| context.port == holder)
+            .find(|context| context.share.has_turn())
             .cloned()
     }
 
@@ -318,7 +322,7 @@ impl Host {
         self.holder().map(|context| context.vm.to_string())
     }
 
-    fn context(&self, vm: &VmName) -> anyhow::Result<Arc<Context>> {
+    fn context(&self, vm: &VmName) -> anyhow::Result<Arc<ContextOf<C>>> {
         let contexts = self.contexts();
         let found = contexts.iter().find(|context| context.vm == *vm).cloned();
         found.with_context(|| {
@@ -334,7 +338,7 @@ impl Host {
         })
     }
 
-    fn contexts(&self) -> MutexGuard<'_, Vec<Arc<Context>>> {
+    fn contexts(&self) -> MutexGuard<'_, Vec<Arc<ContextOf<C>>>> {
         lock(&self.contexts)
     }
 
@@ -343,11 +347,11 @@ impl Host {
         let contexts = self.contexts().clone();
         let history = lock(&self.history);
         let every = *lock(&self.every);
-        HostStatus {
+        let mut status = HostStatus {
             name: self.config.name.to_string(),
             pid: std::process::id(),
-            model: self.config.model.name().to_owned(),
-            net: self.config.net.to_string(),
+            model: self.card.name(),
+            net: self.config.wire.clone(),
             parked: match self.config.parked {
                 ParkedAs::Down => "down",
                 ParkedAs::Stall => "stall",
@@ -363,18 +367,18 @@ impl Host {
             turn: self.turn(),
             every_ms: every.map(|every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX)),
             contexts: contexts.iter().map(|context| context.status()).collect(),
-            lost_without_turn: self.turns.lost_without_turn(),
+            lost_without_turn: 0,
             switch_count: history.count,
             failed_switches: history.failed,
-            switches: history.last(&self.turns),
-        }
+            switches: history.last(&self.card),
+        };
+        self.card.fill(&mut status);
+        status
     }
 
     /// Takes the turn from whoever has it: the process ends.
     pub fn end(&self) {
-        if let Err(error) = self.turns.give(None) {
-            tracing::debug!("{error}");
-        }
+        self.card.end();
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use super::card::Card;
 use super::host::Host;
 use crate::options::VmName;
 
@@ -24,7 +25,7 @@ pub enum Happened {
 }
 
 /// Keeps house until nobody is left who could tell it anything.
-pub fn keep(host: &Arc<Host>, events: &Receiver<Happened>) {
+pub fn keep<C: Card>(host: &Arc<Host<C>>, events: &Receiver<Happened>) {
     let mut slices: Option<(Duration, Instant)> = None;
     loop {
         let event = match slices {

@@ -4,19 +4,20 @@
 //!  device.sock ─► attach: a line each way, then vfio-user ─► context: one for each VM, with a thread
 //!  control.sock ─► service ─► host: whose turn, switches ◄─ keeper: clients that have gone, time slices
 //!                               │
-//!                             turns ─► the wire
+//!                             card: a model of a NIC, at a wire by turns
 //! ```
 
 mod attach;
+mod card;
 pub mod client;
 mod context;
 pub mod hello;
 mod history;
 mod host;
 mod keeper;
+mod model;
 pub mod protocol;
 mod service;
-mod switching;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,7 +29,9 @@ use devices::wire::turns::{Parked, Turns};
 use event_manager::{EventManager, SubscriberOps};
 use vmm::SharedSubscriber;
 
+use self::card::Card;
 use self::host::Host;
+use self::model::ModelCard;
 use self::service::DeviceService;
 use crate::control::server::serve_protocol;
 use crate::options::{NetSpec, NicModel, VmName};
@@ -36,7 +39,7 @@ use crate::run::Ending;
 use crate::run::machine::plug;
 use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
 use crate::run::watch::Belongings;
-use crate::runtime_dir::RuntimeRoot;
+use crate::runtime_dir::{RuntimeRoot, VmPaths};
 
 /// How long those who wait for an answer may hold up the end.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
@@ -59,15 +62,25 @@ pub enum OnExit {
     Next,
 }
 
-/// What a device host is to be.
+/// Which NIC a device host has.
 #[derive(Debug, Clone)]
-pub struct ServeConfig {
+pub enum CardConfig {
+    /// A model.
+    Model {
+        /// Which one.
+        model: NicModel,
+        /// What it is plugged into.
+        net: NetSpec,
+    },
+}
+
+/// How a device host shares what it has.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
     /// Its name.
     pub name: VmName,
-    /// Model of the NIC.
-    pub model: NicModel,
-    /// What it is plugged into.
-    pub net: NetSpec,
+    /// What its NIC is plugged into, in words.
+    pub wire: String,
     /// What guests without the turn see.
     pub parked: ParkedAs,
     /// What becomes of the turn of a VM that goes.
@@ -86,12 +99,12 @@ pub enum End {
 }
 
 /// Serves a device to its end.
-pub fn serve(config: ServeConfig) -> anyhow::Result<Ending> {
+pub fn serve(config: HostConfig, card: CardConfig) -> anyhow::Result<Ending> {
     let signals = Signals::block().context("cannot block signals")?;
     let (end, ended) = channel();
     let belongings = Arc::new(Belongings::default());
     listen_to(signals, end.clone(), belongings.clone())?;
-    let result = serve_until(config, end, &ended, &belongings);
+    let result = serve_until(config, card, end, &ended, &belongings);
     belongings.clear();
     match result? {
         End::Asked => Ok(Ending::SUCCESS),
@@ -135,7 +148,8 @@ fn listen_to(
 }
 
 fn serve_until(
-    config: ServeConfig,
+    config: HostConfig,
+    card: CardConfig,
     end: Sender<End>,
     ended: &Receiver<End>,
     belongings: &Belongings,
@@ -145,18 +159,33 @@ fn serve_until(
         .claim(&config.name)?;
     let paths = dir.paths().clone();
     belongings.add_dir(dir);
-    let plugged = plug(&config.net, 0, belongings)?;
-    if !plugged.subscribers.is_empty() {
-        serve_wire(plugged.subscribers)?;
+    match card {
+        CardConfig::Model { model, net } => {
+            let plugged = plug(&net, 0, belongings)?;
+            if !plugged.subscribers.is_empty() {
+                serve_wire(plugged.subscribers)?;
+            }
+            let parked = match config.parked {
+                ParkedAs::Down => Parked::Down,
+                ParkedAs::Stall => Parked::STALL,
+            };
+            let card = ModelCard::new(model, Turns::new(plugged.wire, parked));
+            serve_card(config, card, &paths, end, ended)
+        }
     }
-    let parked = match config.parked {
-        ParkedAs::Down => Parked::Down,
-        ParkedAs::Stall => Parked::STALL,
-    };
-    let turns = Turns::new(plugged.wire, parked);
+}
+
+/// Has threads serve `card`, until somebody asks for the end.
+fn serve_card<C: Card>(
+    config: HostConfig,
+    card: C,
+    paths: &VmPaths,
+    end: Sender<End>,
+    ended: &Receiver<End>,
+) -> anyhow::Result<End> {
     let (keeper, events) = channel();
     let name = config.name.clone();
-    let host = Arc::new(Host::new(config, turns, keeper));
+    let host = Arc::new(Host::new(config, card, keeper));
     let kept = host.clone();
     std::thread::Builder::new()
         .name("keeper".to_owned())

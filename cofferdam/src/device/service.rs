@@ -7,6 +7,7 @@ use std::time::Duration;
 use recovery::asker::Asker;
 
 use super::End;
+use super::card::Card;
 use super::host::Host;
 use super::protocol::{DeviceProtocol, MAX_SLICE_MS, MIN_SLICE_MS, Reply, Request};
 use crate::control::server::Handler;
@@ -14,15 +15,15 @@ use crate::error_text::chain;
 use crate::options::VmName;
 
 /// See the module.
-pub struct DeviceService {
-    host: Arc<Host>,
+pub struct DeviceService<C: Card> {
+    host: Arc<Host<C>>,
     /// Where the end is asked for.
     end: Sender<End>,
 }
 
-impl DeviceService {
+impl<C: Card> DeviceService<C> {
     /// Answers for `host`.
-    pub fn new(host: Arc<Host>, end: Sender<End>) -> Self {
+    pub fn new(host: Arc<Host<C>>, end: Sender<End>) -> Self {
         Self { host, end }
     }
 
@@ -33,7 +34,7 @@ impl DeviceService {
     }
 }
 
-impl Handler<DeviceProtocol> for DeviceService {
+impl<C: Card> Handler<DeviceProtocol> for DeviceService<C> {
     fn handle(&self, request: Request, _: &dyn Asker) -> Result<Reply, String> {
         match request {
             Request::Status {} => Ok(Reply::Status(Box::new(self.host.status()))),

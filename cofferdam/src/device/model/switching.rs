@@ -9,7 +9,8 @@ use devices::pci::PciFunction;
 use devices::wire::turns::Turns;
 use recovery::switch::Switchable;
 
-use super::context::Context;
+use super::ModelShare;
+use crate::device::context::Context;
 
 /// How long a NIC may be held by somebody else: a call of its driver that is being taken back.
 const QUIESCE_TIME: Duration = Duration::from_secs(2);
@@ -38,13 +39,13 @@ impl<'a> ModelSwitch<'a> {
 }
 
 impl<'a> Switchable for ModelSwitch<'a> {
-    type Guest = &'a Context;
+    type Guest = &'a Context<ModelShare>;
 
-    fn quiesce(&mut self, guest: &&'a Context) -> Result<(), String> {
-        let guest: &'a Context = guest;
+    fn quiesce(&mut self, guest: &&'a Context<ModelShare>) -> Result<(), String> {
+        let guest: &'a Context<ModelShare> = guest;
         let deadline = Instant::now() + QUIESCE_TIME;
         while self.held.is_none() {
-            match guest.function().try_lock() {
+            match guest.share.nic.function.try_lock() {
                 Ok(held) => self.held = Some(held),
                 Err(TryLockError::Poisoned(held)) => {
                     self.held = Some(PoisonError::into_inner(held));
@@ -60,27 +61,27 @@ impl<'a> Switchable for ModelSwitch<'a> {
         Ok(())
     }
 
-    fn save(&mut self, _: &&'a Context) -> Result<(), String> {
+    fn save(&mut self, _: &&'a Context<ModelShare>) -> Result<(), String> {
         Ok(())
     }
 
-    fn unmap(&mut self, _: &&'a Context) -> Result<(), String> {
+    fn unmap(&mut self, _: &&'a Context<ModelShare>) -> Result<(), String> {
         Ok(())
     }
 
-    fn map(&mut self, guest: &&'a Context) -> Result<(), String> {
+    fn map(&mut self, guest: &&'a Context<ModelShare>) -> Result<(), String> {
         match guest.is_connected() {
             true => Ok(()),
             false => Err(format!("{} has gone", guest.vm)),
         }
     }
 
-    fn load(&mut self, _: &&'a Context) -> Result<(), String> {
+    fn load(&mut self, _: &&'a Context<ModelShare>) -> Result<(), String> {
         Ok(())
     }
 
-    fn resume(&mut self, guest: &&'a Context) -> Result<(), String> {
-        let turn = self.turns.give(Some(guest.port));
+    fn resume(&mut self, guest: &&'a Context<ModelShare>) -> Result<(), String> {
+        let turn = self.turns.give(Some(guest.share.port));
         self.turn = Some(turn.map_err(|error| error.to_string())?);
         self.held = None;
         Ok(())
