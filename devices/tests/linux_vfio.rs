@@ -273,3 +273,80 @@ fn two_users_have_the_labs_e1000e_by_turns_and_neither_sees_the_others_frames() 
     drop(device);
     sysfs.unbind(address, false).unwrap();
 }
+
+/// Memory in pages of which kind a guest's is mapped, and how.
+fn memory_of(kind: &str, bytes: u64) -> Option<(Arc<File>, DmaRegion)> {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    let file = match kind {
+        "small pages" => File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap()),
+        "hugetlb" => {
+            std::fs::write("/proc/sys/vm/nr_hugepages", (bytes >> 21).to_string()).unwrap();
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+            File::from(memfd_create("guest", flags).ok()?)
+        }
+        _ => {
+            // As guests have it: a tmpfs of its own with huge pages for who asks.
+            std::fs::create_dir_all("/tmp/huge").unwrap();
+            let mounted = std::process::Command::new("mount")
+                .args([
+                    "-t",
+                    "tmpfs",
+                    "-o",
+                    "huge=advise,size=90%",
+                    "none",
+                    "/tmp/huge",
+                ])
+                .status();
+            assert!(mounted.unwrap().success());
+            tempfile::tempfile_in("/tmp/huge").unwrap()
+        }
+    };
+    file.set_len(bytes).ok()?;
+    let file = Arc::new(file);
+    let region = DmaRegion {
+        address: 0,
+        len: bytes,
+        file: file.clone(),
+        offset: 0,
+    };
+    Some((file, region))
+}
+
+/// How long memory takes into the IOMMU's map and out of it, by the kind of its pages. Nothing depends on it: it is printed.
+#[test]
+#[ignore = "needs the lab's e1000e behind an IOMMU: cargo xtask test runs it there"]
+fn what_memory_costs_in_the_map_is_printed() {
+    const BYTES: u64 = 256 << 20;
+    let address: PciAddress = FUNCTION.parse().unwrap();
+    let sysfs = Sysfs::default();
+    sysfs.bind(address, false).unwrap();
+    let device = VfioDevice::open(address).unwrap();
+    for kind in ["small pages", "huge pages", "hugetlb"] {
+        let Some((_file, region)) = memory_of(kind, BYTES) else {
+            println!("{kind}: none");
+            continue;
+        };
+        let start = Instant::now();
+        let memory = Arc::new(DmaMemory::new(std::slice::from_ref(&region)).unwrap());
+        let other = memory.clone();
+        other.populate();
+        let populated = start.elapsed();
+        let mut times = Vec::new();
+        for _ in 0..5 {
+            let map = device.map(&memory).unwrap();
+            assert_eq!(map.bytes(), BYTES);
+            let took = map.took();
+            times.push((took, map.unmap().unwrap()));
+        }
+        // Mapped in this process anew each time.
+        let anew = DmaMemory::new(std::slice::from_ref(&region)).unwrap();
+        let map = device.map(&anew).unwrap();
+        let cold = map.took();
+        drop(map);
+        println!(
+            "{kind}: populate {populated:?}, (map, unmap) {times:?}, map where it is not in this process yet {cold:?}"
+        );
+    }
+    drop(device);
+    sysfs.unbind(address, false).unwrap();
+}

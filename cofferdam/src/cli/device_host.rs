@@ -15,7 +15,7 @@ use crate::device::protocol::{
     ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
 };
 use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, serve};
-use crate::options::{NetSpec, NicModel, VmName};
+use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
 
@@ -35,6 +35,7 @@ The NIC stays here, whatever becomes of guests: each has a context of its own, a
 
 Examples:
   cofferdam device serve nic0 --model e1000 --net tap=tap0
+  cofferdam device serve nic0 --vfio 0000:00:02.0
   cofferdam run --name left  --kernel vmlinux --initrd initrd.cpio --nic device=nic0 --serial file=left.log &
   cofferdam run --name right --kernel vmlinux --initrd initrd.cpio --nic device=nic0 --serial file=right.log &
   cofferdam switch nic0 --to right")]
@@ -42,11 +43,19 @@ pub struct ServeOptions {
     /// Name of the device host
     name: VmName,
     /// Which NIC: e1000 or virtio
-    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default())]
+    #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), conflicts_with = "vfio")]
     model: NicModel,
     /// What it is plugged into: user (built-in gateway, needs no rights), tap=NAME or unix=PATH[,listen]
-    #[arg(long, value_name = "WIRE")]
-    net: NetSpec,
+    #[arg(
+        long,
+        value_name = "WIRE",
+        required_unless_present = "vfio",
+        conflicts_with = "vfio"
+    )]
+    net: Option<NetSpec>,
+    /// In place of a model: a PCI function of this host, which vfio-pci has, such as 0000:00:02.0
+    #[arg(long, value_name = "ADDRESS")]
+    vfio: Option<PciAddress>,
     /// What guests without the turn see: a link that is down, or one that stays up for up to a second in which frames wait
     #[arg(long, value_enum, default_value = "down")]
     parked: ParkedAs,
@@ -61,16 +70,21 @@ pub struct ServeOptions {
 impl ServeOptions {
     /// `device serve`
     pub fn run(self) -> anyhow::Result<Ending> {
+        let (card, wire) = match (self.vfio, self.net) {
+            (Some(address), _) => (CardConfig::Function(address), "its own wire".to_owned()),
+            (None, Some(net)) => {
+                let wire = net.to_string();
+                let model = self.model;
+                (CardConfig::Model { model, net }, wire)
+            }
+            (None, None) => bail!("give --net, or --vfio"),
+        };
         let config = HostConfig {
             name: self.name,
-            wire: self.net.to_string(),
+            wire,
             parked: self.parked,
             on_exit: self.on_exit,
             slots: self.slots.into(),
-        };
-        let card = CardConfig::Model {
-            model: self.model,
-            net: self.net,
         };
         serve(config, card)
     }
@@ -232,7 +246,13 @@ fn status_text(status: &HostStatus) -> String {
     for (what, value) in [
         ("turn", format!("{turn}{passed_on}")),
         ("process", status.pid.to_string()),
-        ("NIC", format!("{} on {}", status.model, status.net)),
+        (
+            "NIC",
+            match &status.function {
+                Some(address) => format!("{} at {address}", status.model),
+                None => format!("{} on {}", status.model, status.net),
+            },
+        ),
         ("parked guests see", format!("link {}", status.parked)),
         ("turn of a VM that goes", status.on_exit.clone()),
         (

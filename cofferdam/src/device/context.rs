@@ -178,6 +178,8 @@ impl<S: Share> Context<S> {
             frames: PortCounters::default(),
             dma_maps: memory.iter().count(),
             dma_bytes: memory.iter().map(GuestMemoryRegion::len).sum(),
+            mapped_bytes: None,
+            passed: None,
             messages: counters.map(|(_, counters)| {
                 let counts = counters.counts();
                 Messages {

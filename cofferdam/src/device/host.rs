@@ -351,6 +351,7 @@ impl<C: Card> Host<C> {
             name: self.config.name.to_string(),
             pid: std::process::id(),
             model: self.card.name(),
+            function: None,
             net: self.config.wire.clone(),
             parked: match self.config.parked {
                 ParkedAs::Down => "down",

@@ -4,7 +4,7 @@
 //!  device.sock ─► attach: a line each way, then vfio-user ─► context: one for each VM, with a thread
 //!  control.sock ─► service ─► host: whose turn, switches ◄─ keeper: clients that have gone, time slices
 //!                               │
-//!                             card: a model of a NIC, at a wire by turns
+//!                             card: a model of a NIC, at a wire by turns; or a function of the host
 //! ```
 
 mod attach;
@@ -16,6 +16,7 @@ mod history;
 mod host;
 mod keeper;
 mod model;
+mod passed;
 pub mod protocol;
 mod service;
 
@@ -32,9 +33,10 @@ use vmm::SharedSubscriber;
 use self::card::Card;
 use self::host::Host;
 use self::model::ModelCard;
+use self::passed::PassedCard;
 use self::service::DeviceService;
 use crate::control::server::serve_protocol;
-use crate::options::{NetSpec, NicModel, VmName};
+use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::run::Ending;
 use crate::run::machine::plug;
 use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
@@ -72,6 +74,8 @@ pub enum CardConfig {
         /// What it is plugged into.
         net: NetSpec,
     },
+    /// A function of the host.
+    Function(PciAddress),
 }
 
 /// How a device host shares what it has.
@@ -170,6 +174,10 @@ fn serve_until(
                 ParkedAs::Stall => Parked::STALL,
             };
             let card = ModelCard::new(model, Turns::new(plugged.wire, parked));
+            serve_card(config, card, &paths, end, ended)
+        }
+        CardConfig::Function(address) => {
+            let card = PassedCard::open(address, config.parked)?;
             serve_card(config, card, &paths, end, ended)
         }
     }

@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use devices::vfio::passed::Counters as PassedCounters;
 use devices::wire::turns::PortCounters;
 use recovery::switch::{Outcome, Phases};
 use serde::{Deserialize, Serialize};
@@ -91,8 +92,11 @@ pub struct HostStatus {
     pub name: String,
     /// Number of its process.
     pub pid: u32,
-    /// Model of the NIC.
+    /// Model of the NIC, or name of the device.
     pub model: String,
+    /// Address of the function on the host, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub function: Option<String>,
     /// What it is plugged into.
     pub net: String,
     /// What guests without the turn see: `down` or `stall`.
@@ -142,6 +146,12 @@ pub struct ContextStatus {
     pub dma_maps: usize,
     /// Bytes of them.
     pub dma_bytes: u64,
+    /// Of them the device reaches just now, where that is a function of the host: the IOMMU's map.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapped_bytes: Option<u64>,
+    /// What was done with a function of the host for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed: Option<PassedCounters>,
     /// Messages of its connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Messages>,

@@ -42,6 +42,17 @@ fn device_hosts_are_listed_shown_switched_and_stopped() {
         "e1000, virtio",
     );
     refused(&place, "device serve nic", "--net");
+    refused(
+        &place,
+        "device serve nic --vfio 0000:ff:1f.7",
+        "there is no PCI function 0000:ff:1f.7",
+    );
+    refused(
+        &place,
+        "device serve nic --vfio 0000:ff:1f.7 --net user",
+        "cannot be used with",
+    );
+    refused(&place, "device serve nic --vfio nic", "is no PCI address");
     let mut host = Host::start(&place, "");
     refused(
         &place,

@@ -84,7 +84,7 @@ fn load_hosts_driver() {
 }
 
 /// A process that may not lock more memory than 1 MiB.
-fn with_little_locked_memory(command: &mut Command) {
+pub(super) fn with_little_locked_memory(command: &mut Command) {
     let limit = || {
         // SAFETY: plain system calls, which a child between fork and exec may make.
         let results = unsafe {

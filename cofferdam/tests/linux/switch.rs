@@ -109,7 +109,7 @@ impl Pair {
 }
 
 /// Whether the memory of the guest of this process has these bytes.
-fn has(pid: u32, bytes: &[u8]) -> bool {
+pub(super) fn has(pid: u32, bytes: &[u8]) -> bool {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let memory = descriptors
         .map(|entry| entry.unwrap().path())
@@ -244,7 +244,7 @@ fn the_nic_outlives_guests_and_guests_outlive_its_host() {
     pair.works(1);
 }
 
-fn kill(pid: u32) {
+pub(super) fn kill(pid: u32) {
     // SAFETY: a plain system call on a process of this test's own.
     let sent = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
     assert_eq!(sent, 0);

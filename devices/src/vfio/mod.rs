@@ -4,6 +4,8 @@
 //!   sysfs ── bind ──► vfio-pci has the function ── /dev/vfio/GROUP ──► VfioDevice ──► VfioFunction ──► guest
 //!                                                        IOMMU's map ◄── DmaMap ◄── guest memory
 //! ```
+//!
+//! [`passed`]: one function that several users have by turns.
 
 pub mod address;
 pub mod binding;
@@ -13,4 +15,5 @@ pub mod error;
 pub mod function;
 pub mod interrupts;
 pub mod layout;
+pub mod passed;
 mod sys;

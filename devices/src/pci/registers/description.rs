@@ -9,6 +9,8 @@
 //! [[before]]          # stores that stop the device's units
 //! [[quiet]]           # bits that make the device stand still, in order; undone in reverse order
 //! [idle]              # where it shows that it does
+//! [reset]             # the store that resets the device, and where it shows that it is over
+//! [station]           # its user's Ethernet address, which a reset brings back as it was made
 //! [[ring]]            # memory that the device writes by itself while a unit is enabled
 //! [[register]]        # registers, in the order in which they are written back
 //! [mdio]              # a PHY behind a register, and [[mdio.saved]]: which of its registers
@@ -68,6 +70,8 @@ pub struct Description {
     #[serde(default)]
     pub(super) quiet: Vec<Quieting>,
     pub(super) idle: Option<Idle>,
+    pub(super) reset: Option<Reset>,
+    pub(super) station: Option<Station>,
     #[serde(default)]
     pub(super) ring: Vec<RingPlace>,
     pub(super) register: Vec<Register>,
@@ -158,6 +162,34 @@ pub(super) struct Idle {
     pub busy: u32,
     /// How long that may take, in microseconds.
     pub wait_us: u64,
+}
+
+/// How the device is reset.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Reset {
+    pub register: String,
+    pub offset: u32,
+    /// Bits that reset it, and clear themselves.
+    pub bits: u32,
+    /// Register that shows that it has read its own memory again.
+    pub done_offset: u32,
+    /// Bits that are set then.
+    pub done: u32,
+    /// How long that may take, in microseconds.
+    pub wait_us: u64,
+}
+
+/// Registers with the station address.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Station {
+    /// Its first four bytes.
+    pub low: u32,
+    /// The other two, in the lower half.
+    pub high: u32,
+    /// Bits of `high` that say that there is one.
+    pub valid: u32,
 }
 
 /// Registers by which a ring is found.
@@ -397,6 +429,22 @@ impl Description {
             && (!self.has(idle.offset, 1) || idle.wait_us > MAX_SETTLE_US)
         {
             return wrong("idle", "no such register, or too long a wait");
+        }
+        if let Some(reset) = &self.reset
+            && (!self.has(reset.offset, 1)
+                || !self.has(reset.done_offset, 1)
+                || reset.wait_us > MAX_SETTLE_US)
+        {
+            return wrong(&reset.register, "no such register, or too long a wait");
+        }
+        if let Some(station) = &self.station {
+            let saved = |offset: u32| {
+                let mut registers = self.register.iter();
+                registers.any(|one| one.offsets().any(|at| at == offset))
+            };
+            if !saved(station.low) || !saved(station.high) {
+                return wrong("station", "its registers are not saved");
+            }
         }
         for ring in &self.ring {
             for offset in [ring.base_low, ring.base_high, ring.length, ring.control] {

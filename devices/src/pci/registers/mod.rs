@@ -9,6 +9,7 @@
 pub mod description;
 mod mdio;
 pub mod parked;
+mod reset;
 pub mod switch;
 
 use std::time::Duration;
@@ -72,6 +73,9 @@ pub enum CheckpointError {
     /// The device does not stand still.
     #[error("the device still reads or writes memory {0} us after it was told to stop")]
     Restless(u64),
+    /// The device does not come out of a reset.
+    #[error("the device is not back from its reset after {0} us")]
+    Resets(u64),
     /// A ring lies outside of memory.
     #[error("the {0} ring cannot be reached: {1}")]
     Ring(String, DmaError),

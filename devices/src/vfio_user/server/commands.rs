@@ -202,6 +202,7 @@ impl Device {
             Command::GetIrqInfo => self.irq_info(&parse(payload)?),
             Command::SetIrqs => {
                 self.set_irqs(&parse(payload)?, fds)?;
+                self.events.push(ServerEvent::InterruptsChanged);
                 Ok(Vec::new())
             }
             Command::RegionRead | Command::RegionWrite | Command::RegionWriteMulti => {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::irq::{IrqLine, MsiMessage, MsiVectors};
+use crate::irq::{IrqLine, LineEvents, MsiMessage, MsiVectors};
 
 /// The interrupts of one function that is shown to clients. Clones are the same.
 #[derive(Clone)]
@@ -164,6 +164,16 @@ impl IrqLine for Interrupts {
             line.deliver();
         }
     }
+
+    /// Those that the client has given.
+    fn events(&self) -> Option<LineEvents> {
+        let line = self.line();
+        let (trigger, unmask) = (line.trigger.as_ref()?, line.unmask.as_ref()?);
+        Some(LineEvents {
+            trigger: trigger.try_clone().ok()?,
+            unmask: unmask.try_clone().ok()?,
+        })
+    }
 }
 
 impl MsiVectors for Interrupts {
@@ -178,6 +188,13 @@ impl MsiVectors for Interrupts {
         if let Some(vector) = self.vectors().get_mut(usize::from(vector)) {
             vector.signal();
         }
+    }
+
+    /// The one that the client has given.
+    fn event(&self, vector: u16) -> Option<EventFd> {
+        let vectors = self.vectors();
+        let event = vectors.get(usize::from(vector))?.event.as_ref()?;
+        event.try_clone().ok()
     }
 }
 

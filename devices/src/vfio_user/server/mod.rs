@@ -59,6 +59,8 @@ pub enum ServerEvent {
     Negotiated,
     /// The function's memory has become other memory; told before the client hears that it is done.
     MemoryChanged,
+    /// Interrupts of the function go elsewhere, or were triggered or masked; told before the client hears that it is done.
+    InterruptsChanged,
     /// The client has reset the function.
     Reset,
     /// The connection has ended, and nothing of the client is left.

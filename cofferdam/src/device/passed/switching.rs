@@ -1,0 +1,107 @@
+//! The steps of a switch of a function of the host. Both VMs' functions are held from the first step that touches them to the end: what
+//! their guests do to them meanwhile waits.
+
+use std::sync::MutexGuard;
+
+use devices::vfio::passed::hardware::Hardware;
+use devices::vfio::passed::{PassedFunction, silence};
+use recovery::switch::Switchable;
+
+use super::{PassedShare, lock};
+use crate::device::context::Context;
+
+/// See the module.
+pub struct PassedSwitch<'a> {
+    /// The hardware, while no VM has it.
+    shelf: &'a mut Option<Box<dyn Hardware>>,
+    /// The functions of the VMs that take part.
+    held: Vec<(&'a Context<PassedShare>, MutexGuard<'a, PassedFunction>)>,
+}
+
+impl<'a> PassedSwitch<'a> {
+    /// Nothing is held.
+    pub fn new(shelf: &'a mut Option<Box<dyn Hardware>>) -> Self {
+        Self {
+            shelf,
+            held: Vec::new(),
+        }
+    }
+
+    /// The function of `guest`, which is held from now on. Whoever has it has it for an access, or for as long as it takes to
+    /// map memory.
+    fn of(&mut self, guest: &'a Context<PassedShare>) -> &mut PassedFunction {
+        let known = |(other, _): &(&Context<PassedShare>, _)| std::ptr::eq(*other, guest);
+        let place = self.held.iter().position(known).unwrap_or_else(|| {
+            self.held.push((guest, lock(&guest.share.function)));
+            self.held.len() - 1
+        });
+        &mut self.held[place].1
+    }
+}
+
+impl<'a> Switchable for PassedSwitch<'a> {
+    type Guest = &'a Context<PassedShare>;
+
+    /// The device of a VM that has gone is reset if it does not stand still: nobody waits for its state.
+    fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        let function = self.of(guest);
+        let quiet = function.quiesce();
+        let quiet = match quiet {
+            Err(error) if !guest.is_connected() => {
+                tracing::warn!(%error, vm = %guest.vm, "the device is reset");
+                function.abandon()
+            }
+            quiet => quiet,
+        };
+        quiet.map_err(|error| error.to_string())
+    }
+
+    fn save(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        let saved = self.of(guest).save();
+        saved.map_err(|error| error.to_string())
+    }
+
+    fn unmap(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        let function = self.of(guest);
+        function.unmap().map_err(|error| error.to_string())?;
+        if let Some(hardware) = function.take() {
+            *self.shelf = Some(hardware);
+        }
+        guest.share.set_turn(false);
+        Ok(())
+    }
+
+    fn map(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        if !guest.is_connected() {
+            return Err(format!("{} has gone", guest.vm));
+        }
+        let hardware = self.shelf.take();
+        let function = self.of(guest);
+        if let Some(hardware) = hardware {
+            function.put(hardware);
+        }
+        function.map().map_err(|error| error.to_string())
+    }
+
+    fn load(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        self.of(guest).load().map_err(|error| error.to_string())
+    }
+
+    fn resume(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        self.of(guest).resume().map_err(|error| error.to_string())?;
+        guest.share.set_turn(true);
+        Ok(())
+    }
+
+    fn silence(&mut self) {
+        for (guest, function) in &mut self.held {
+            if let Some(hardware) = function.silence() {
+                *self.shelf = Some(hardware);
+            }
+            guest.share.set_turn(false);
+        }
+        if let Some(hardware) = self.shelf {
+            silence(hardware.as_mut());
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! A device of registers with the behaviour that matters of an 82574L, in place of a function of the host.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use devices::pci::BarIndex;
+use devices::pci::config::CONFIG_SPACE_BYTES;
+use devices::pci::registers::{Description, RegisterAccess};
+use devices::vfio::dma::DmaMemory;
+use devices::vfio::error::VfioError;
+use devices::vfio::passed::hardware::{Hardware, Interrupts};
+use devices::vfio::passed::kind::{Kind, Shape};
+
+pub const CTRL: u32 = 0;
+pub const STATUS: u32 = 8;
+pub const EEC: u32 = 0x10;
+pub const EERD: u32 = 0x14;
+pub const MDIC: u32 = 0x20;
+pub const ICR: u32 = 0xc0;
+pub const ICS: u32 = 0xc8;
+pub const IMS: u32 = 0xd0;
+pub const IMC: u32 = 0xd8;
+pub const RCTL: u32 = 0x100;
+pub const TCTL: u32 = 0x400;
+pub const RDBAL: u32 = 0x2800;
+pub const TDT: u32 = 0x3818;
+pub const GPTC: u32 = 0x4080;
+pub const RAL: u32 = 0x5400;
+pub const RAH: u32 = 0x5404;
+pub const RESET: u32 = 1 << 26;
+const MASTER_DISABLE: u32 = 1 << 2;
+const MASTER_STATUS: u32 = 1 << 19;
+const VECTORS: u8 = 5;
+
+/// What fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fails {
+    /// It does not stand still.
+    Quiesce,
+    /// Its PHY does not answer.
+    Save,
+    /// Memory is not taken away.
+    Unmap,
+    /// Memory is not given.
+    Map,
+    /// A register holds nothing.
+    Load,
+    /// Interrupts cannot be set.
+    Resume,
+}
+
+/// Where interrupts go.
+#[derive(Debug, Default, PartialEq, Eq, Clone, Copy)]
+pub enum Goes {
+    #[default]
+    Nowhere,
+    Line,
+    Messages(usize),
+}
+
+#[derive(Default)]
+pub struct State {
+    pub registers: BTreeMap<u32, u32>,
+    phy: [u16; 32],
+    pub masters: bool,
+    pub mapped: u64,
+    pub goes: Goes,
+    pub fails: Option<Fails>,
+    /// Each move of the transmit tail while it could be followed.
+    pub sent: Vec<u32>,
+    pub resets: usize,
+}
+
+impl State {
+    pub fn get(&self, offset: u32) -> u32 {
+        self.registers.get(&offset).copied().unwrap_or(0)
+    }
+
+    /// The station address that it has.
+    pub fn address(&self) -> [u8; 6] {
+        let [a, b, c, d] = self.get(RAL).to_le_bytes();
+        let [e, f, ..] = self.get(RAH).to_le_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// It can neither reach memory nor interrupt.
+    pub fn is_silent(&self) -> bool {
+        !self.masters && self.mapped == 0 && self.goes == Goes::Nowhere
+    }
+
+    fn reset(&mut self) {
+        self.resets += 1;
+        self.registers.clear();
+        // The address that it was made with.
+        self.registers.insert(RAL, 0x4433_2211);
+        self.registers.insert(RAH, 0x8000_6655);
+    }
+
+    fn refuse(&self, fails: Fails, what: &'static str) -> Result<(), VfioError> {
+        match self.fails == Some(fails) {
+            true => Err(VfioError::Host {
+                what,
+                source: io::Error::other("injected"),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The device; clones are the same one.
+#[derive(Clone, Default)]
+pub struct Device(Arc<Mutex<State>>);
+
+impl Device {
+    /// It, and what is known of it.
+    pub fn new() -> (Self, Kind, Box<dyn Hardware>) {
+        let device = Self::default();
+        device.lock().reset();
+        let mut bytes = [0; CONFIG_SPACE_BYTES];
+        bytes[..4].copy_from_slice(&[0x86, 0x80, 0xd3, 0x10]);
+        // Capabilities; class; pin.
+        bytes[6] = 0x10;
+        bytes[0xb] = 2;
+        bytes[0x34] = 0xa0;
+        bytes[0x3d] = 1;
+        // MSI-X, in base address register 3.
+        bytes[0xa0..0xac].copy_from_slice(&[0x11, 0, VECTORS - 1, 0, 3, 0, 0, 0, 3, 0x20, 0, 0]);
+        let shape = Shape {
+            address: "0000:00:02.0".parse().unwrap(),
+            bytes,
+            bars: [0x20000, 0, 0, 0x4000, 0, 0],
+            has_pin: true,
+        };
+        let description = Description::intel_82574l().unwrap();
+        let hardware = Box::new(device.clone());
+        let (kind, hardware) = Kind::of(hardware, description, shape).unwrap();
+        (device, kind, hardware)
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl RegisterAccess for Device {
+    fn load(&mut self, offset: u32) -> u32 {
+        let mut state = self.lock();
+        match offset {
+            STATUS => {
+                let stops = state.get(CTRL) & MASTER_DISABLE != 0;
+                let restless = state.fails == Some(Fails::Quiesce);
+                0x2 | if stops && !restless { 0 } else { MASTER_STATUS }
+            }
+            EEC => 1 << 9,
+            // Reading clears.
+            ICR | 0x4000..0x4128 => state.registers.remove(&offset).unwrap_or(0),
+            _ => state.get(offset),
+        }
+    }
+
+    fn store(&mut self, offset: u32, value: u32) {
+        let mut state = self.lock();
+        match offset {
+            CTRL if value & RESET != 0 => state.reset(),
+            IMS => *state.registers.entry(IMS).or_default() |= value,
+            IMC => *state.registers.entry(IMS).or_default() &= !value,
+            ICS => *state.registers.entry(ICR).or_default() |= value,
+            ICR => *state.registers.entry(ICR).or_default() &= !value,
+            EERD => {
+                state.registers.insert(EERD, value & !1 | 2);
+            }
+            MDIC => {
+                let register = (value >> 16 & 31) as usize;
+                if value & 1 << 26 != 0 {
+                    state.phy[register] = value as u16;
+                }
+                let failed = state.fails == Some(Fails::Save);
+                let end = if failed { 1 << 30 } else { 1 << 28 };
+                let answer = end | value & 0x03ff_0000 | u32::from(state.phy[register]);
+                state.registers.insert(MDIC, answer);
+            }
+            RDBAL if state.fails == Some(Fails::Load) => {}
+            _ => {
+                if offset == TDT && state.masters && state.mapped > 0 && state.get(TCTL) & 2 != 0 {
+                    state.sent.push(value);
+                }
+                state.registers.insert(offset, value);
+            }
+        }
+    }
+
+    fn load_config(&mut self, _offset: u16, data: &mut [u8]) {
+        let identity = [0x86, 0x80, 0xd3, 0x10];
+        data.fill(0);
+        let bytes = data.len().min(4);
+        data[..bytes].copy_from_slice(&identity[..bytes]);
+    }
+
+    fn store_config(&mut self, _offset: u16, _data: &[u8]) {}
+}
+
+impl Hardware for Device {
+    fn read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        match (bar, <&mut [u8; 4]>::try_from(data)) {
+            (0, Ok(data)) => {
+                *data = self.load(offset as u32).to_le_bytes();
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) -> io::Result<()> {
+        match (bar, <[u8; 4]>::try_from(data)) {
+            (0, Ok(data)) => {
+                self.store(offset as u32, u32::from_le_bytes(data));
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn set_master(&mut self, masters: bool) -> Result<(), VfioError> {
+        self.lock().masters = masters;
+        Ok(())
+    }
+
+    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
+        let mut state = self.lock();
+        state.refuse(Fails::Map, "map")?;
+        assert!(!state.masters, "memory is given to a device that runs");
+        state.mapped = memory.bytes();
+        Ok(())
+    }
+
+    fn unmap(&mut self) -> Result<(), VfioError> {
+        let mut state = self.lock();
+        assert!(!state.masters, "memory is taken from a device that runs");
+        // The second time, when it is silenced, it is done.
+        let fails = state.fails.take_if(|fails| *fails == Fails::Unmap);
+        if fails.is_some() {
+            return Err(VfioError::Host {
+                what: "unmap",
+                source: io::Error::other("injected"),
+            });
+        }
+        state.mapped = 0;
+        Ok(())
+    }
+
+    fn mapped_bytes(&self) -> u64 {
+        self.lock().mapped
+    }
+
+    fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()> {
+        let mut state = self.lock();
+        state.goes = match to {
+            Interrupts::Off => Goes::Nowhere,
+            _ if state.fails == Some(Fails::Resume) => {
+                state.goes = Goes::Nowhere;
+                return Err(io::Error::other("injected"));
+            }
+            Interrupts::Line(_) => Goes::Line,
+            Interrupts::Messages(events) => Goes::Messages(events.len()),
+        };
+        Ok(())
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.lock().reset();
+        Ok(())
+    }
+}

@@ -1,0 +1,172 @@
+//! A device host with such a device in this process, and its guests: memory in a file and a vfio-user client each.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use devices::dma::{DmaSpace, GuestMemory};
+use devices::vfio_user::message::{IrqAction, MSIX};
+use devices::vfio_user::{Client, Limits};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{Device, IMS, RCTL, RDBAL, TCTL, TDT};
+use crate::device::hello::{AttachInfo, Welcome, read_line};
+use crate::device::host::Host;
+use crate::device::passed::PassedCard;
+use crate::device::{HostConfig, OnExit, ParkedAs, keeper};
+use crate::options::MacAddress;
+
+pub const MEMORY: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(120);
+const CONFIG: u32 = 7;
+const COMMAND: u64 = 4;
+/// Message Control of its MSI-X capability.
+const CONTROL: u64 = 0xa2;
+const ENABLE: u16 = 1 << 15;
+
+/// A device host named "nic".
+pub fn host(parked: ParkedAs, slots: usize) -> (Arc<Host<PassedCard>>, Device) {
+    let (device, kind, hardware) = Device::new();
+    let card = PassedCard::of(kind, hardware, parked);
+    let config = HostConfig {
+        name: "nic".parse().unwrap(),
+        wire: "its own wire".to_owned(),
+        parked,
+        on_exit: OnExit::Next,
+        slots,
+    };
+    let (sender, events) = channel();
+    let host = Arc::new(Host::new(config, card, sender));
+    let kept = host.clone();
+    std::thread::spawn(move || keeper::keep(&kept, &events));
+    (host, device)
+}
+
+/// See the module.
+pub struct Guest {
+    pub mac: [u8; 6],
+    pub info: AttachInfo,
+    client: Client,
+    events: Vec<EventFd>,
+}
+
+/// Attaches a VM; the host's answer is on the stream.
+pub fn connect(
+    host: &Host<PassedCard>,
+    vm: &str,
+    mac: u8,
+) -> anyhow::Result<(UnixStream, AttachInfo)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mac = MacAddress([2, 0, 0, 0, 0, mac]);
+    host.attach(vm.parse()?, mac, theirs)?;
+    match read_line(&ours, LIMIT)? {
+        Welcome::Ok(info) => Ok((ours, info)),
+        Welcome::Error(error) => anyhow::bail!(error),
+    }
+}
+
+impl Guest {
+    /// A VM with its memory, whose driver has not begun.
+    pub fn attach(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
+        let (stream, info) = connect(host, vm, mac).unwrap();
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(MEMORY).unwrap();
+        let offset = FileOffset::from_arc(Arc::new(file), 0);
+        let range = (GuestAddress(0), MEMORY as usize, Some(offset));
+        let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
+        let memory = DmaSpace::new(Arc::new(memory));
+        let mut client = Client::new(stream, memory.clone(), Limits::default()).unwrap();
+        for region in memory.regions() {
+            client.dma_map(&region).unwrap();
+        }
+        let event = |_| EventFd::new(EFD_NONBLOCK).unwrap();
+        Self {
+            mac: [2, 0, 0, 0, 0, mac],
+            info,
+            client,
+            events: (0..5).map(event).collect(),
+        }
+    }
+
+    /// A VM whose driver runs, with values of its own in the registers.
+    pub fn boot(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
+        let mut guest = Self::attach(host, vm, mac);
+        guest.client.reset().unwrap();
+        guest.start();
+        guest
+    }
+
+    pub fn start(&mut self) {
+        self.set_command(6);
+        let client = &mut self.client;
+        client
+            .set_irqs(MSIX, IrqAction::Trigger, &self.events)
+            .unwrap();
+        client
+            .region_write(CONFIG, CONTROL, &ENABLE.to_le_bytes())
+            .unwrap();
+        for vector in 0..5 {
+            // Its message is routed here, where nobody looks at it; its mask goes.
+            client.region_write(3, vector * 16 + 12, &[0; 4]).unwrap();
+        }
+        self.write(RDBAL, self.ring());
+        self.write(IMS, 0x01f0_0004);
+        self.write(RCTL, 2);
+        self.write(TCTL, 2);
+    }
+
+    /// Where its receive ring is.
+    pub fn ring(&self) -> u32 {
+        u32::from(self.mac[5]) << 16
+    }
+
+    pub fn write(&mut self, register: u32, value: u32) {
+        let bytes = value.to_le_bytes();
+        self.client
+            .region_write(0, register.into(), &bytes)
+            .unwrap();
+    }
+
+    pub fn read(&mut self, register: u32) -> u32 {
+        let mut bytes = [0; 4];
+        self.client
+            .region_read(0, register.into(), &mut bytes)
+            .unwrap();
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn set_command(&mut self, command: u16) {
+        let bytes = command.to_le_bytes();
+        self.client.region_write(CONFIG, COMMAND, &bytes).unwrap();
+    }
+
+    pub fn reset(&mut self) {
+        self.client.reset().unwrap();
+    }
+
+    /// Hands the device something to send.
+    pub fn send(&mut self, tail: u32) {
+        self.write(TDT, tail);
+    }
+
+    /// Vectors that have interrupted it since the last time.
+    pub fn interrupts(&self) -> Vec<usize> {
+        let numbered = self.events.iter().enumerate();
+        let came = numbered.filter(|(_, event)| event.read().is_ok());
+        came.map(|(number, _)| number).collect()
+    }
+}
+
+/// Waits until something is so.
+#[track_caller]
+pub fn wait(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

@@ -1,0 +1,440 @@
+//! The lab's e1000e behind a device host: two stock guests have one real function by turns, with their stock driver.
+//!
+//! `COFFERDAM_FULL=1` switches a hundred times.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::Ipv4;
+use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::guest::Guest;
+use cofferdam::bench::network;
+use cofferdam::device::client::ask;
+use cofferdam::device::protocol::{ContextStatus, HostStatus, Reply, Request, SwitchRecord};
+use cofferdam::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
+use devices::vfio::binding::Sysfs;
+
+use super::passthrough::with_little_locked_memory;
+use super::switch::{has, kill};
+use super::{assert_log_is_healthy, boot, options, ping, shell};
+
+/// The lab's e1000e.
+const FUNCTION: &str = "0000:00:02.0";
+/// The lab's IOMMU itself, which is behind none.
+const WITHOUT_IOMMU: &str = "0000:00:01.0";
+const NAME: &str = "nic0";
+const NAMES: [&str; 2] = ["left", "right"];
+/// What answers pings on the network behind it.
+const GATEWAY: &str = "10.0.2.2";
+/// What sends back what it is sent, at port 7.
+const ECHO: &str = "10.0.2.100";
+/// How long something that happens by itself may be in coming.
+const SOON: Duration = Duration::from_secs(300);
+
+/// The device host.
+struct Served {
+    child: Child,
+    root: RuntimeRoot,
+}
+
+impl Served {
+    fn start(root: &Path, words: &str) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_cofferdam"))
+            .env(ROOT_VARIABLE, root)
+            .args(["device", "serve", NAME, "--vfio", FUNCTION])
+            .args(words.split_whitespace())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let served = Self {
+            child,
+            root: RuntimeRoot::new(root),
+        };
+        let deadline = Instant::now() + SOON;
+        while served.ask(&Request::Status {}).is_err() {
+            assert!(Instant::now() < deadline, "the device host does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        served
+    }
+
+    fn ask(&self, request: &Request) -> anyhow::Result<Reply> {
+        ask(&self.root, &NAME.parse()?, request)
+    }
+
+    fn status(&self) -> HostStatus {
+        match self.ask(&Request::Status {}).unwrap() {
+            Reply::Status(status) => *status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn context(&self, vm: &str) -> ContextStatus {
+        let mut contexts = self.status().contexts.into_iter();
+        contexts.find(|context| context.vm == vm).unwrap()
+    }
+
+    /// Gives the turn to a VM that has it not.
+    #[track_caller]
+    fn give(&self, vm: &str) -> SwitchRecord {
+        let to = vm.to_owned();
+        match self.ask(&Request::Switch { to }) {
+            Ok(Reply::Switched(record)) => *record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn wait_for_turn(&self, vm: Option<&str>) {
+        let deadline = Instant::now() + SOON;
+        while self.status().turn.as_deref() != vm {
+            assert!(Instant::now() < deadline, "{:?} has it", self.status().turn);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn guest(root: &Path, name: &'static str) -> Guest {
+    let options = options().among(root, name);
+    boot(&options.with(&format!("--nic device={NAME} --memory 256M")))
+}
+
+/// Inserts the driver and gives its interface an address.
+fn insert(guest: &mut Guest, last: u8) {
+    network::insert_slowly(guest, "e1000e").unwrap();
+    let agent = guest.agent();
+    agent.set_link("eth0", true).unwrap();
+    let address = [10, 0, 2, last].into();
+    let address = Ipv4 {
+        address,
+        prefix: 24,
+    };
+    agent.set_address("eth0", address, None).unwrap();
+}
+
+/// The guest's NIC works, when its driver has seen its link.
+#[track_caller]
+fn works(guest: &mut Guest) {
+    let script = format!(
+        "for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; dmesg; exit 1"
+    );
+    shell(guest, &script);
+    ping(guest, GATEWAY, 1400);
+}
+
+fn pid(guest: &Guest) -> u32 {
+    guest.control().unwrap().status().unwrap().pid
+}
+
+/// Prints how long each step of these switches took.
+fn print_phases(what: &str, records: &[SwitchRecord]) {
+    let mean = |of: &dyn Fn(&SwitchRecord) -> Option<u64>| {
+        let all: Vec<_> = records.iter().filter_map(of).collect();
+        all.iter().sum::<u64>() as f64 / 1e6 / all.len().max(1) as f64
+    };
+    let mut totals: Vec<_> = records.iter().map(|one| one.phases.total_ns()).collect();
+    totals.sort_unstable();
+    println!(
+        "{what}, {} switches, means in ms: quiesce {:.2}, save {:.2}, unmap {:.2}, map {:.2}, load {:.2}, resume {:.2}; \
+         total median {:.2}, largest {:.2}",
+        records.len(),
+        mean(&|one| one.phases.quiesce_ns),
+        mean(&|one| one.phases.save_ns),
+        mean(&|one| one.phases.unmap_ns),
+        mean(&|one| one.phases.map_ns),
+        mean(&|one| one.phases.load_ns),
+        mean(&|one| one.phases.resume_ns),
+        totals
+            .get(totals.len() / 2)
+            .map_or(0.0, |ns| *ns as f64 / 1e6),
+        totals.last().map_or(0.0, |ns| *ns as f64 / 1e6),
+    );
+}
+
+/// A device host that is to be refused; what it says.
+#[track_caller]
+fn refused(root: &Path, function: &str, change: impl FnOnce(&mut Command)) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+    command
+        .env(ROOT_VARIABLE, root)
+        .args(["device", "serve", "other", "--vfio", function]);
+    change(&mut command);
+    let output = command.output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+#[test]
+#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+fn a_function_that_cannot_be_served_is_refused_in_a_line_that_says_why() {
+    let sysfs = Sysfs::default();
+    let address = FUNCTION.parse().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    sysfs.unbind(address, false).unwrap();
+    if sysfs.driver(address).unwrap().is_none() {
+        let text = refused(root, FUNCTION, |_| {});
+        assert!(text.contains("cofferdam device bind"), "{text}");
+    }
+    sysfs.bind(address, false).unwrap();
+    for (function, says) in [
+        ("0000:00:1e.7", "no PCI function"),
+        (WITHOUT_IOMMU, "no IOMMU"),
+    ] {
+        let text = refused(root, function, |_| {});
+        assert!(text.contains(says), "{text}");
+    }
+    let text = refused(root, FUNCTION, with_little_locked_memory);
+    assert!(text.contains("it is 1024 KiB"), "{text}");
+    let served = Served::start(root, "");
+    let text = refused(root, FUNCTION, |_| {});
+    assert!(text.contains("in use"), "{text}");
+    assert_eq!(served.status().function.as_deref(), Some(FUNCTION));
+    drop(served);
+    // It is free again at once.
+    Served::start(root, "");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_has_the_hosts_function_behind_a_device_host() {
+    let sysfs = Sysfs::default();
+    sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let served = Served::start(folder.path(), "");
+    let mut left = guest(folder.path(), "left");
+    assert_eq!(served.status().turn.as_deref(), Some("left"));
+    network::insert_slowly(&mut left, "e1000e").unwrap();
+    let lease = shell(
+        &mut left,
+        "ip link set eth0 up; udhcpc -i eth0 -s /etc/udhcpc.script -n -q -t 60 -T 1 2>&1",
+    );
+    assert!(lease.contains("10.0.2."), "{lease}");
+    works(&mut left);
+    let mac = shell(&mut left, "cat /sys/class/net/eth0/address");
+    let context = served.context("left");
+    assert_eq!(mac.trim(), context.mac);
+    assert_eq!(context.mapped_bytes, Some(context.dma_bytes));
+    // Receiver and transmitter have vectors of their own, which come from the host's kernel.
+    let interrupts = shell(&mut left, "cat /proc/interrupts");
+    let own = interrupts.lines().filter(|line| line.contains("eth0-"));
+    assert!(own.clone().count() >= 2, "{interrupts}");
+    assert!(own.clone().all(|line| line.contains("MSI")), "{interrupts}");
+    // With the pin.
+    shell(&mut left, "rmmod e1000e");
+    shell(&mut left, "modprobe e1000e IntMode=0");
+    let up = "ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0";
+    shell(&mut left, up);
+    works(&mut left);
+    let interrupts = shell(&mut left, "grep eth0 /proc/interrupts");
+    assert!(interrupts.contains("IO-APIC"), "{interrupts}");
+    assert_log_is_healthy(&mut left, &["Hardware Unit Hang"]);
+}
+
+/// Two guests that have the function by turns, both with their driver up: the one that was parked when it probed, too.
+struct Pair {
+    guests: [Guest; 2],
+    served: Served,
+    folder: tempfile::TempDir,
+}
+
+impl Pair {
+    fn new(words: &str) -> Self {
+        let sysfs = Sysfs::default();
+        sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let served = Served::start(folder.path(), words);
+        let mut guests = NAMES.map(|name| guest(folder.path(), name));
+        assert_eq!(served.status().turn.as_deref(), Some(NAMES[0]));
+        for (guest, last) in guests.iter_mut().zip([15, 16]) {
+            insert(guest, last);
+        }
+        Self {
+            guests,
+            served,
+            folder,
+        }
+    }
+
+    fn give(&self, index: usize) -> Option<SwitchRecord> {
+        let has = self.served.status().turn;
+        (has.as_deref() != Some(NAMES[index])).then(|| self.served.give(NAMES[index]))
+    }
+}
+
+/// Waits until the guest's driver sees its link.
+#[track_caller]
+fn wait_for_link(guest: &mut Guest) {
+    network::wait_for_link(guest, SOON).unwrap();
+}
+
+/// Waits until both of the guest's connections are there: one that is about to begin fails at once where the link goes.
+#[track_caller]
+fn wait_until_connected(guest: &mut Guest) {
+    // 10.0.2.100:7 in any state but SYN_SENT.
+    let script = "for t in $(seq 1 1000); do \
+                    [ $(grep -c ' 6402000A:0007 0[^2] ' /proc/net/tcp) -ge 2 ] && exit 0; sleep 0.05; \
+                  done; cat /proc/net/tcp; exit 1";
+    shell(guest, script);
+}
+
+/// Two guests send each a marker of its own to the far end and back and a checked stream, while the function moves.
+fn streams_survive(parked: &str, switches: usize, turn: Duration) {
+    let mut pair = Pair::new(&format!("--parked {parked}"));
+    let markers =
+        ["mark-4c656674-", "mark-52696768-"].map(|text| format!("{text}{parked}-0123456789"));
+    let seconds = (turn * switches as u32).as_secs().max(2);
+    for (index, marker) in markers.iter().enumerate() {
+        pair.give(index);
+        works(&mut pair.guests[index]);
+        let script = format!(
+            "(/init traffic tcp_echo {ECHO} {seconds} > /tmp/stream) < /dev/null 2> /tmp/stream.log &\n\
+             (while :; do echo {marker}; sleep 0.05; done) 2> /dev/null | nc {ECHO} 7 > /dev/null 2>&1 &"
+        );
+        shell(&mut pair.guests[index], &script);
+        wait_until_connected(&mut pair.guests[index]);
+    }
+    let mut records = Vec::new();
+    for number in 0..switches {
+        records.extend(pair.give(number % 2));
+        if parked == "down" {
+            wait_for_link(&mut pair.guests[number % 2]);
+        }
+        std::thread::sleep(turn);
+    }
+    print_phases(&format!("parked link {parked}, 256 MiB"), &records);
+    // Each has to come to its end in a turn of its own.
+    let deadline = Instant::now() + SOON;
+    let mut index = 0;
+    let is_done = |guest: &mut Guest| shell(guest, "cat /tmp/stream").ends_with('\n');
+    while !pair.guests.iter_mut().all(is_done) {
+        assert!(Instant::now() < deadline, "a stream does not end");
+        pair.give(index);
+        if parked == "down" {
+            wait_for_link(&mut pair.guests[index]);
+        }
+        // What TCP sends again it sends more and more seldom while nothing is answered.
+        let until = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < until && !is_done(&mut pair.guests[index]) {
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        index = 1 - index;
+    }
+    let pids = [0, 1].map(|index| pid(&pair.guests[index]));
+    for (index, guest) in pair.guests.iter_mut().enumerate() {
+        let stream: TrafficResult = serde_json::from_str(&shell(guest, "cat /tmp/stream")).unwrap();
+        assert_eq!((&stream.error, stream.corrupted), (&None, 0), "{stream:?}");
+        assert!(
+            stream.bytes_from_peer > 0 && stream.bytes_from_peer == stream.bytes_to_peer,
+            "{stream:?}"
+        );
+        assert_log_is_healthy(guest, &["Hardware Unit Hang", "Reset adapter", "PHY reset"]);
+        assert!(has(pids[index], markers[index].as_bytes()));
+        let other = markers[1 - index].as_bytes();
+        assert!(
+            !has(pids[index], other),
+            "frames of {} are in {}",
+            NAMES[1 - index],
+            NAMES[index]
+        );
+    }
+    assert_eq!(pair.served.status().failed_switches, 0);
+}
+
+/// Each guest hears the far end in each of its turns. How long it takes until then is printed.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn each_guest_hears_its_gateway_in_each_turn_of_a_real_function() {
+    let mut pair = Pair::new("--parked down");
+    works(&mut pair.guests[0]);
+    let (mut records, mut times) = (Vec::new(), Vec::new());
+    for number in 0..switches() {
+        let index = 1 - number % 2;
+        let begin = Instant::now();
+        records.extend(pair.give(index));
+        let guest = &mut pair.guests[index];
+        let script = format!(
+            "for t in $(seq 1 300); do ping -c 1 -W 1 {GATEWAY} > /dev/null && exit 0; done; dmesg; exit 1"
+        );
+        shell(guest, &script);
+        times.push(begin.elapsed());
+        println!(
+            "{number}: {:?} {:?}",
+            times.last(),
+            records.last().map(|one| one.phases.total_ns() / 1000)
+        );
+    }
+    print_phases("parked link down, 256 MiB", &records);
+    times.sort_unstable();
+    println!("to the first answer: median {:?}", times[times.len() / 2]);
+    for guest in &mut pair.guests {
+        assert_log_is_healthy(guest, &["Hardware Unit Hang", "Reset adapter", "PHY reset"]);
+    }
+}
+
+fn is_full() -> bool {
+    std::env::var_os("COFFERDAM_FULL").is_some()
+}
+
+fn switches() -> usize {
+    if is_full() { 100 } else { 20 }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn streams_of_two_guests_survive_switches_of_a_real_function() {
+    // Each one costs the drivers a reset, with thousands of accesses to registers.
+    let switches = if is_full() { 40 } else { 6 };
+    streams_survive("down", switches, Duration::from_millis(700));
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn streams_of_two_guests_survive_switches_of_a_real_function_with_the_parked_link_up() {
+    streams_survive("stall", switches(), Duration::from_millis(300));
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_real_function_outlives_the_guests_that_are_killed() {
+    let mut pair = Pair::new("");
+    works(&mut pair.guests[0]);
+    // The one that is parked: the other one does not notice.
+    kill(pid(&pair.guests[1]));
+    let gone = || !pair.served.context(NAMES[1]).connected;
+    wait_until("its end", gone);
+    works(&mut pair.guests[0]);
+    pair.guests[1] = guest(pair.folder.path(), NAMES[1]);
+    insert(&mut pair.guests[1], 16);
+    works(&mut pair.guests[0]);
+    // The one with the turn: the other one gets it, and the function is nowhere else meanwhile.
+    kill(pid(&pair.guests[0]));
+    pair.served.wait_for_turn(Some(NAMES[1]));
+    works(&mut pair.guests[1]);
+    let status = pair.served.context(NAMES[0]);
+    assert_eq!((status.mapped_bytes, status.dma_bytes), (Some(0), 0));
+    assert_log_is_healthy(
+        &mut pair.guests[1],
+        &["Hardware Unit Hang", "Reset adapter"],
+    );
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

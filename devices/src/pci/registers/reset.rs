@@ -1,0 +1,105 @@
+//! Resets of a device by its registers, and what a reset must not bring back: somebody else's station address.
+
+use std::time::{Duration, Instant};
+
+use super::description::{Description, Station, Why};
+use super::{Access, CheckpointError, RegisterAccess};
+
+/// Between two looks whether a reset is over.
+const POLL: Duration = Duration::from_micros(50);
+
+impl Description {
+    /// The description of a function, if there is one by which it can be taken from one user to another.
+    ///
+    /// # Errors
+    /// One of the descriptions is wrong.
+    pub fn of_function(vendor: u16, device: u16) -> Result<Option<Self>, super::DescriptionError> {
+        for description in [Self::intel_82540em()?, Self::intel_82574l()?] {
+            let of = &description.device;
+            let stands_still = !description.quiet.is_empty() && description.reset.is_some();
+            if (of.vendor, of.device) == (vendor, device) && stands_still {
+                return Ok(Some(description));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether storing `value` at `offset` resets the device.
+    pub fn resets(&self, offset: u64, value: u32) -> bool {
+        let mut resets = self.reset.iter();
+        resets.any(|reset| u64::from(reset.offset) == offset && value & reset.bits != 0)
+    }
+
+    /// Resets the device, and gives it this station address.
+    ///
+    /// # Errors
+    /// It does not come back.
+    pub fn reset(
+        &self,
+        registers: &mut dyn RegisterAccess,
+        address: [u8; 6],
+    ) -> Result<(), CheckpointError> {
+        if let Some(reset) = &self.reset {
+            let value = registers.load(reset.offset);
+            registers.store(reset.offset, value | reset.bits);
+        }
+        self.after_reset(registers, address)
+    }
+
+    /// Waits until a reset that has begun is over, and gives the device this station address in place of the one that it has read
+    /// from its own memory.
+    ///
+    /// # Errors
+    /// It does not come back.
+    pub fn after_reset(
+        &self,
+        registers: &mut dyn RegisterAccess,
+        address: [u8; 6],
+    ) -> Result<(), CheckpointError> {
+        let mut access = Access(registers);
+        if let Some(reset) = &self.reset {
+            let deadline = Instant::now() + Duration::from_micros(reset.wait_us);
+            let is_over = |access: &mut Access<'_>| {
+                access.read(reset.offset) & reset.bits == 0
+                    && access.read(reset.done_offset) & reset.done == reset.done
+            };
+            while !is_over(&mut access) {
+                if Instant::now() >= deadline {
+                    return Err(CheckpointError::Resets(reset.wait_us));
+                }
+                std::thread::sleep(POLL);
+            }
+        }
+        if let Some(station) = &self.station {
+            let (low, high) = station.values(address);
+            // A half-written address is not valid.
+            access.write(station.high, 0);
+            access.write(station.low, low);
+            access.write(station.high, high);
+        }
+        Ok(())
+    }
+
+    /// Reads away what reading clears, such as statistics and causes of interrupts: they are of another user.
+    pub fn read_away(&self, registers: &mut dyn RegisterAccess) {
+        for untouched in self
+            .untouched
+            .iter()
+            .filter(|one| one.why == Why::ReadClears)
+        {
+            for at in (untouched.offset..)
+                .step_by(4)
+                .take(untouched.count as usize)
+            {
+                registers.load(at);
+            }
+        }
+    }
+}
+
+impl Station {
+    fn values(&self, [a, b, c, d, e, f]: [u8; 6]) -> (u32, u32) {
+        let low = u32::from_le_bytes([a, b, c, d]);
+        (low, self.valid | u32::from(u16::from_le_bytes([e, f])))
+    }
+}

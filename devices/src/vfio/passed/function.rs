@@ -1,0 +1,494 @@
+//! The function as one of its users sees it.
+//!
+//! Configuration space and the table of MSI-X are the user's own, and say what the function may do while it is here: master
+//! the bus, and interrupt. Its registers are the function's, or the image's.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::PassedError;
+use super::hardware::{Hardware, Interrupts};
+use super::kind::Kind;
+use super::vectors::UserVectors;
+use crate::dma::DmaSpace;
+use crate::pci::config::{Command, ConfigSpace, offset};
+use crate::pci::msix::Msix;
+use crate::pci::registers::RegisterCheckpoint;
+use crate::pci::registers::parked::{Parked, ParkedLink, Shown, Survey};
+use crate::pci::registers::switch::Running;
+use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
+use crate::vfio::dma::DmaMemory;
+use crate::vfio::error::VfioError;
+use crate::vfio::layout::GuestView;
+use crate::vfio_user::server::ClientInterrupts;
+
+/// Power state, of PMCSR.
+const POWER_STATE: u16 = 0x3;
+
+/// What was done with a function for one of its users.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Accesses to registers that went to the device.
+    pub accesses: u64,
+    /// Accesses that the image answered.
+    pub parked_accesses: u64,
+    /// Interrupts of the image.
+    pub parked_interrupts: u64,
+    /// Resets by the guest's driver, with the device.
+    pub resets: u64,
+    /// How often the user got the device.
+    pub turns: u64,
+}
+
+/// How far the device that is here has come.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// It runs.
+    Running,
+    /// It stands still.
+    Still {
+        /// How it ran, where it was made to stand still here.
+        running: Option<Running>,
+        /// Its user's state, once that is known.
+        saved: Option<Box<(RegisterCheckpoint, Shown)>>,
+        /// It has other registers than that state.
+        foreign: bool,
+    },
+}
+
+/// Who answers the driver.
+pub(super) enum Seat {
+    /// The device.
+    Here {
+        hardware: Box<dyn Hardware>,
+        stage: Stage,
+    },
+    /// An image.
+    Parked {
+        image: Box<Parked>,
+        shown: Box<Shown>,
+    },
+}
+
+/// See the module.
+pub struct PassedFunction {
+    pub(super) kind: Arc<Kind>,
+    /// With this user's address.
+    pub(super) survey: Arc<Survey>,
+    pub(super) address: [u8; 6],
+    pub(super) link: ParkedLink,
+    /// The image shows the link that there was.
+    shows_link: bool,
+    pub(super) seat: Option<Seat>,
+    pub(super) dma: DmaSpace,
+    /// The user's memory in this process.
+    pub(super) memory: Option<Arc<DmaMemory>>,
+    interrupts: ClientInterrupts,
+    vectors: Arc<UserVectors>,
+    pub(super) config: ConfigSpace,
+    msix: Option<Msix>,
+    pmcsr: Option<u16>,
+    has_pin: bool,
+    /// The function may master the bus.
+    pub(super) masters: bool,
+    /// What interrupts: `None` if that is to be said anew.
+    mode: Option<(Mode, Vec<bool>)>,
+    pub(super) counters: Counters,
+}
+
+/// What of its interrupts the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Off,
+    Line,
+    Messages,
+}
+
+impl PassedFunction {
+    /// The function for a user whose NIC has the address `address`, parked. It reaches what `dma` reaches.
+    ///
+    /// # Errors
+    /// There are no descriptors.
+    pub fn new(
+        kind: Arc<Kind>,
+        address: [u8; 6],
+        link: ParkedLink,
+        dma: DmaSpace,
+    ) -> Result<(Self, ClientInterrupts), PassedError> {
+        let GuestView {
+            config,
+            msix,
+            pmcsr,
+            has_pin,
+        } = kind.view()?;
+        let interrupts = ClientInterrupts::new(msix.map_or(0, |msix| msix.vectors));
+        let vectors = UserVectors::new(interrupts.vectors()).map_err(PassedError::Events)?;
+        let vectors = Arc::new(vectors);
+        let msix = msix.map(|found| Msix::at(vectors.clone(), found.layout, found.capability));
+        let mut function = Self {
+            survey: Arc::new(kind.survey.clone().with_address(&kind.description, address)),
+            kind,
+            address,
+            link,
+            shows_link: false,
+            seat: None,
+            dma,
+            memory: None,
+            interrupts: interrupts.clone(),
+            vectors,
+            config,
+            msix,
+            pmcsr,
+            has_pin,
+            masters: false,
+            mode: None,
+            counters: Counters::default(),
+        };
+        function.begin_anew()?;
+        Ok((function, interrupts))
+    }
+
+    /// Parks the user with the state after a reset, and without a link: there was none that could stay.
+    pub(super) fn begin_anew(&mut self) -> Result<(), PassedError> {
+        let (fresh, shown) = (self.survey.fresh().clone(), self.survey.shown().clone());
+        self.park(fresh, shown, ParkedLink::Down)
+    }
+
+    /// Has an image answer from now on, which has that state.
+    pub(super) fn park(
+        &mut self,
+        saved: RegisterCheckpoint,
+        shown: Shown,
+        link: ParkedLink,
+    ) -> Result<(), PassedError> {
+        let description = self.kind.description.clone();
+        let image = Parked::new(description, self.survey.clone(), saved, &shown, link)?;
+        let image = Box::new(image);
+        let shown = Box::new(shown);
+        self.seat = Some(Seat::Parked { image, shown });
+        self.shows_link = link == ParkedLink::Stays;
+        self.interrupt_parked();
+        Ok(())
+    }
+
+    /// Gives its user another address: that of a NIC that was made with it.
+    pub fn set_address(&mut self, address: [u8; 6]) {
+        let survey = self.kind.survey.clone();
+        self.survey = Arc::new(survey.with_address(&self.kind.description, address));
+        self.address = address;
+    }
+
+    /// What was done for its user.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Bytes that the device reaches for this user.
+    pub fn mapped_bytes(&self) -> u64 {
+        match &self.seat {
+            Some(Seat::Here { hardware, .. }) => hardware.mapped_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Whether a user without the device sees the link that it had.
+    pub fn link_stays(&self) -> bool {
+        self.shows_link && !self.has_device()
+    }
+
+    /// Whether the device is here.
+    pub fn has_device(&self) -> bool {
+        matches!(self.seat, Some(Seat::Here { .. }))
+    }
+
+    /// The user's link goes, which stayed until now.
+    pub fn lose_link(&mut self) {
+        if let Some(Seat::Parked { image, .. }) = &mut self.seat {
+            image.lose_link();
+            self.shows_link = false;
+        }
+        self.interrupt_parked();
+    }
+
+    /// The eventfds of the user's client are others.
+    pub fn interrupts_changed(&mut self) {
+        self.mode = None;
+        self.follow();
+    }
+
+    fn is_awake(&self) -> bool {
+        let state = self.pmcsr.map_or(0, |at| self.config.u16_at(at));
+        state & POWER_STATE == 0
+    }
+
+    /// Whether the user lets the function master the bus.
+    pub(super) fn wants_mastering(&self) -> bool {
+        self.config.command().contains(Command::BUS_MASTER) && self.is_awake()
+    }
+
+    fn wanted_mode(&self) -> Mode {
+        let command = self.config.command();
+        let decodes = command.intersects(Command::IO_SPACE | Command::MEMORY_SPACE);
+        match &self.msix {
+            _ if !decodes || !self.is_awake() => Mode::Off,
+            Some(msix) if msix.enabled() => Mode::Messages,
+            _ if self.has_pin && !command.contains(Command::INTERRUPT_DISABLE) => Mode::Line,
+            _ => Mode::Off,
+        }
+    }
+
+    /// Has the function do what the user lets it, where it is here.
+    fn follow(&mut self) {
+        if !matches!(self.stage(), Some(Stage::Running)) {
+            return;
+        }
+        if let Err(error) = self.direct_interrupts() {
+            tracing::error!(%error, "the device has no interrupts");
+        }
+        if let Err(error) = self.follow_mastering() {
+            tracing::error!(%error, "the device does not reach guest memory");
+        }
+    }
+
+    pub(super) fn stage(&self) -> Option<&Stage> {
+        match &self.seat {
+            Some(Seat::Here { stage, .. }) => Some(stage),
+            _ => None,
+        }
+    }
+
+    pub(super) fn hardware(&mut self) -> Result<&mut Box<dyn Hardware>, PassedError> {
+        match &mut self.seat {
+            Some(Seat::Here { hardware, .. }) => Ok(hardware),
+            _ => Err(PassedError::NotHere),
+        }
+    }
+
+    /// Lets the function master the bus, or not, with the user's memory in its map.
+    pub(super) fn follow_mastering(&mut self) -> Result<(), PassedError> {
+        let masters = self.wants_mastering();
+        if masters == self.masters {
+            return Ok(());
+        }
+        if masters {
+            self.map_memory()?;
+        }
+        self.hardware()?.set_master(masters)?;
+        self.masters = masters;
+        Ok(())
+    }
+
+    /// Puts the user's memory into the function's map, unless it is there.
+    pub(super) fn map_memory(&mut self) -> Result<(), VfioError> {
+        let Some(memory) = self.memory.clone() else {
+            return Ok(());
+        };
+        match &mut self.seat {
+            Some(Seat::Here { hardware, .. }) if hardware.mapped_bytes() == 0 => {
+                hardware.map(&memory)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the function's interrupts go where the user wants them.
+    pub(super) fn direct_interrupts(&mut self) -> Result<(), PassedError> {
+        let mode = self.wanted_mode();
+        let wanted = (mode, self.vectors.open());
+        if self.mode.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        let to = match mode {
+            Mode::Off => Interrupts::Off,
+            Mode::Line => match self.interrupts.line().events() {
+                Some(events) => Interrupts::Line(events),
+                None => Interrupts::Off,
+            },
+            Mode::Messages => {
+                Interrupts::Messages(self.vectors.events().map_err(PassedError::Events)?)
+            }
+        };
+        self.mode = None;
+        let set = self.hardware()?.set_interrupts(to);
+        set.map_err(PassedError::Interrupts)?;
+        self.mode = Some(wanted);
+        self.look_for_waiting();
+        Ok(())
+    }
+
+    /// What interrupts the user is to be said anew: the device comes or goes.
+    pub(super) fn forget_interrupts(&mut self) {
+        self.mode = None;
+        self.interrupts.line().set_level(false);
+    }
+
+    /// Finds what came for masked vectors: it is delivered or shown as pending.
+    pub(super) fn look_for_waiting(&mut self) {
+        if let Some(msix) = &mut self.msix {
+            for vector in self.vectors.take_waiting() {
+                msix.trigger(vector);
+            }
+        }
+    }
+
+    /// Interrupts the user for what the image has to say.
+    fn interrupt_parked(&mut self) {
+        let mode = self.wanted_mode();
+        let Some(Seat::Parked { image, .. }) = &mut self.seat else {
+            return;
+        };
+        match (mode, &mut self.msix) {
+            (Mode::Messages, Some(msix)) => {
+                let due = image.take_messages();
+                for vector in (0..msix.count().min(32)).filter(|vector| due & 1 << vector != 0) {
+                    msix.trigger(vector);
+                    self.counters.parked_interrupts += 1;
+                }
+            }
+            (Mode::Line, _) => self.interrupts.line().set_level(image.interrupt_due()),
+            _ => self.interrupts.line().set_level(false),
+        }
+    }
+
+    /// The four bytes that a store to the device's registers writes, and where.
+    fn store_of(&self, bar: BarIndex, data: &[u8]) -> Option<u32> {
+        let bytes = <[u8; 4]>::try_from(data).ok()?;
+        (bar == self.kind.description.device.bar).then(|| u32::from_le_bytes(bytes))
+    }
+
+    fn device_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let stored = self.store_of(bar, data);
+        let (description, address) = (self.kind.description.clone(), self.address);
+        self.counters.accesses += 1;
+        let Ok(hardware) = self.hardware() else {
+            return;
+        };
+        if let Err(error) = hardware.write(bar, offset, data) {
+            tracing::debug!(%error, bar, offset, "a register of a passed-on device is not written");
+        }
+        if stored.is_some_and(|value| description.resets(offset, value)) {
+            if let Err(error) = description.after_reset(hardware.as_mut(), address) {
+                tracing::warn!(%error, "after a reset by its driver");
+            }
+            self.counters.resets += 1;
+        }
+    }
+}
+
+impl PciFunction for PassedFunction {
+    fn config_read(&mut self, at: u16, data: &mut [u8]) {
+        let end = usize::from(at) + data.len();
+        let status = usize::from(offset::STATUS);
+        if usize::from(at) < status + 2 && end > status {
+            let pending = match &mut self.seat {
+                Some(Seat::Here { hardware, .. }) => {
+                    let mut bytes = [0; 2];
+                    hardware.load_config(offset::STATUS, &mut bytes);
+                    bytes != [0xff; 2] && bytes[0] & 1 << 3 != 0
+                }
+                Some(Seat::Parked { image, .. }) => image.interrupt_due(),
+                None => false,
+            };
+            self.config.set_interrupt_status(pending);
+        }
+        self.config.read(at, data);
+    }
+
+    fn config_write(&mut self, at: u16, data: &[u8]) {
+        self.config.write(at, data);
+        if let Some(msix) = &mut self.msix {
+            msix.config_written(&self.config);
+        }
+        let command = usize::from(offset::COMMAND);
+        let reaches = usize::from(at) < command + 2 && usize::from(at) + data.len() > command;
+        // Whoever comes back to a device that was made to stand still writes this last.
+        if reaches
+            && matches!(self.stage(), Some(Stage::Still { .. }))
+            && let Err(error) = self.go_on()
+        {
+            tracing::error!(%error, "the device does not go on");
+        }
+        self.follow();
+        self.look_for_waiting();
+        self.interrupt_parked();
+    }
+
+    fn decoded(&self) -> Vec<BarRange> {
+        match self.is_awake() {
+            true => self.config.decoded(),
+            false => Vec::new(),
+        }
+    }
+
+    fn bars(&self) -> Vec<BarSize> {
+        self.config.bars()
+    }
+
+    fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        if let Some(msix) = &self.msix
+            && msix.bar_read(bar, offset, data)
+        {
+            // Pending bits are among it.
+            self.look_for_waiting();
+            if let Some(msix) = &self.msix {
+                msix.bar_read(bar, offset, data);
+            }
+            return;
+        }
+        data.fill(0xff);
+        match &mut self.seat {
+            Some(Seat::Here { hardware, .. }) => {
+                self.counters.accesses += 1;
+                if let Err(error) = hardware.read(bar, offset, data) {
+                    tracing::debug!(%error, bar, offset, "a register of a passed-on device is not read");
+                    data.fill(0xff);
+                }
+            }
+            Some(Seat::Parked { image, .. }) => {
+                self.counters.parked_accesses += 1;
+                // Others, as flash memory, are the device's alone.
+                if bar == self.kind.description.device.bar {
+                    image.read(offset, data);
+                    self.interrupt_parked();
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        if let Some(msix) = &mut self.msix
+            && msix.bar_write(bar, offset, data)
+        {
+            self.follow();
+            self.look_for_waiting();
+            return;
+        }
+        match &mut self.seat {
+            Some(Seat::Here { .. }) => self.device_write(bar, offset, data),
+            Some(Seat::Parked { image, .. }) => {
+                self.counters.parked_accesses += 1;
+                if bar == self.kind.description.device.bar {
+                    image.write(offset, data);
+                    self.interrupt_parked();
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn reset(&mut self) {
+        self.config.reset();
+        if let Some(msix) = &mut self.msix {
+            msix.reset(&self.config);
+        }
+        let result = match self.has_device() {
+            true => self.reset_device(),
+            false => self.begin_anew(),
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "the device is not reset");
+        }
+    }
+}

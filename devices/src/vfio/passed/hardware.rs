@@ -1,0 +1,245 @@
+//! The function that guests have by turns, as whoever has the turn reaches it.
+//!
+//! It is opened once and stays open: closing it resets it. It has at most one map of memory and one user of its interrupts.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::dma::DmaRegion;
+use crate::irq::LineEvents;
+use crate::pci::BarIndex;
+use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, offset};
+use crate::pci::registers::RegisterAccess;
+use crate::vfio::address::PciAddress;
+use crate::vfio::device::{CONFIG_REGION, InterruptKind, VfioDevice, VfioRegisters};
+use crate::vfio::dma::{DmaMap, DmaMemory};
+use crate::vfio::error::VfioError;
+
+/// Where the function's interrupts go.
+#[derive(Debug)]
+pub enum Interrupts {
+    /// Nowhere.
+    Off,
+    /// The pin, to a line.
+    Line(LineEvents),
+    /// Each message, to its eventfd.
+    Messages(Vec<EventFd>),
+}
+
+/// See the module.
+pub trait Hardware: RegisterAccess + Send {
+    /// Reads from a base address register.
+    ///
+    /// # Errors
+    /// That is outside of it, or the function does not answer.
+    fn read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()>;
+    /// Writes to a base address register.
+    ///
+    /// # Errors
+    /// That is outside of it, or the function does not answer.
+    fn write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Lets the function master the bus, or not.
+    ///
+    /// # Errors
+    /// The host does not write its command register.
+    fn set_master(&mut self, masters: bool) -> Result<(), VfioError>;
+    /// Lets it reach `memory`, and no other.
+    ///
+    /// # Errors
+    /// The host does not; it reaches nothing then.
+    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError>;
+    /// Lets it reach nothing.
+    ///
+    /// # Errors
+    /// The host does not take it away.
+    fn unmap(&mut self) -> Result<(), VfioError>;
+    /// Bytes that it reaches.
+    fn mapped_bytes(&self) -> u64;
+    /// Has its interrupts go there, and nowhere else.
+    ///
+    /// # Errors
+    /// The host refuses it; they go nowhere then.
+    fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()>;
+    /// Resets it as the host can, if it can.
+    ///
+    /// # Errors
+    /// The host cannot.
+    fn reset(&mut self) -> io::Result<()>;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum InUse {
+    Nothing,
+    Line,
+    Messages(usize),
+}
+
+/// A function that this process has got by VFIO.
+pub struct VfioHardware {
+    // Dropped in this order.
+    map: Option<DmaMap>,
+    device: VfioDevice,
+    /// With the registers.
+    bar: u8,
+    in_use: InUse,
+}
+
+impl VfioHardware {
+    /// The function at `address`, which `vfio-pci` has. It does not master the bus.
+    ///
+    /// # Errors
+    /// It cannot be had; the error says why.
+    pub fn open(address: PciAddress) -> Result<Self, VfioError> {
+        let mut hardware = Self {
+            map: None,
+            device: VfioDevice::open(address)?,
+            bar: 0,
+            in_use: InUse::Nothing,
+        };
+        hardware.set_master(false)?;
+        Ok(hardware)
+    }
+
+    /// Has the registers be behind this base address register.
+    pub(super) fn set_bar(&mut self, bar: u8) {
+        self.bar = bar;
+    }
+
+    /// Its configuration space, and the bytes of each of its base address registers.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn space(&self) -> Result<([u8; CONFIG_SPACE_BYTES], [u64; BAR_COUNT]), VfioError> {
+        let mut bytes = [0; CONFIG_SPACE_BYTES];
+        self.device
+            .read(CONFIG_REGION, 0, &mut bytes)
+            .map_err(VfioError::host("read the device's configuration space"))?;
+        let mut bars = [0; BAR_COUNT];
+        for (index, bar) in bars.iter_mut().enumerate() {
+            *bar = self.device.region(index).bytes;
+        }
+        Ok((bytes, bars))
+    }
+
+    /// Looks whether it can be given as much memory as every guest has: that needs an IOMMU that works, and a limit of locked
+    /// memory.
+    ///
+    /// # Errors
+    /// It cannot, and why.
+    pub(super) fn try_memory(&mut self, bytes: u64) -> Result<(), VfioError> {
+        let cannot = VfioError::host("make memory to try the device with");
+        let file = memfd_create("trial", MemfdFlags::CLOEXEC).map_err(io::Error::from);
+        let file = file.map(File::from).and_then(|file| {
+            file.set_len(bytes)?;
+            Ok(file)
+        });
+        let region = DmaRegion {
+            address: 0,
+            len: bytes,
+            file: Arc::new(file.map_err(cannot)?),
+            offset: 0,
+        };
+        self.map(&DmaMemory::new(&[region])?)?;
+        self.unmap()
+    }
+
+    /// Whether it has a pin that the host can watch.
+    pub fn has_pin(&self) -> bool {
+        self.device.interrupt_count(InterruptKind::Intx) > 0
+    }
+}
+
+impl RegisterAccess for VfioHardware {
+    fn load(&mut self, offset: u32) -> u32 {
+        VfioRegisters::new(&self.device, self.bar).load(offset)
+    }
+
+    fn store(&mut self, offset: u32, value: u32) {
+        VfioRegisters::new(&self.device, self.bar).store(offset, value);
+    }
+
+    fn load_config(&mut self, offset: u16, data: &mut [u8]) {
+        VfioRegisters::new(&self.device, self.bar).load_config(offset, data);
+    }
+
+    fn store_config(&mut self, offset: u16, data: &[u8]) {
+        VfioRegisters::new(&self.device, self.bar).store_config(offset, data);
+    }
+}
+
+impl Hardware for VfioHardware {
+    fn read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.device.read(bar.into(), offset, data)
+    }
+
+    fn write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.device.write(bar.into(), offset, data)
+    }
+
+    fn set_master(&mut self, masters: bool) -> Result<(), VfioError> {
+        let mut command = Command::IO_SPACE | Command::MEMORY_SPACE;
+        command.set(Command::BUS_MASTER, masters);
+        let bytes = command.bits().to_le_bytes();
+        self.device
+            .write(CONFIG_REGION, offset::COMMAND.into(), &bytes)
+            .map_err(VfioError::host("write the device's command register"))
+    }
+
+    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
+        self.unmap()?;
+        self.map = Some(self.device.map(memory)?);
+        Ok(())
+    }
+
+    fn unmap(&mut self) -> Result<(), VfioError> {
+        match self.map.take() {
+            Some(map) => map.unmap().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn mapped_bytes(&self) -> u64 {
+        self.map.as_ref().map_or(0, DmaMap::bytes)
+    }
+
+    fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()> {
+        let keeps = match (&to, self.in_use) {
+            // One user's eventfds take the place of the other's.
+            (Interrupts::Messages(events), InUse::Messages(count)) => events.len() == count,
+            _ => false,
+        };
+        if !keeps {
+            match std::mem::replace(&mut self.in_use, InUse::Nothing) {
+                InUse::Nothing => {}
+                InUse::Line => self.device.end_interrupts(InterruptKind::Intx)?,
+                InUse::Messages(_) => self.device.end_interrupts(InterruptKind::Msix)?,
+            }
+        }
+        match to {
+            Interrupts::Off => {}
+            Interrupts::Line(line) => {
+                let intx = InterruptKind::Intx;
+                self.device.set_interrupts(intx, 0, &[&line.trigger])?;
+                self.in_use = InUse::Line;
+                self.device.unmask_by(&line.unmask)?;
+            }
+            Interrupts::Messages(events) => {
+                let all: Vec<_> = events.iter().collect();
+                self.device.set_interrupts(InterruptKind::Msix, 0, &all)?;
+                self.in_use = InUse::Messages(events.len());
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        match self.device.can_reset() {
+            true => self.device.reset(),
+            false => Ok(()),
+        }
+    }
+}

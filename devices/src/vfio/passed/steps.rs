@@ -1,0 +1,314 @@
+//! What a switch does to a function.
+//!
+//! ```text
+//!   quiesce ─► save ─► unmap ─► take ══ the hardware ══► put ─► map ─► load ─► resume
+//!   Running     Still: running, saved   Parked            Still: saved, foreign    Running
+//! ```
+//!
+//! `go_on` takes a device that stands still back to where it was, whatever of this was done.
+
+use std::sync::Arc;
+
+use super::PassedError;
+use super::function::{PassedFunction, Seat, Stage};
+use super::hardware::{Hardware, Interrupts};
+use crate::vfio::dma::DmaMemory;
+use crate::vfio::error::VfioError;
+
+impl PassedFunction {
+    /// Makes the device stand still: it reads and writes no memory and does not interrupt. A second time is as good as once.
+    ///
+    /// # Errors
+    /// It is not here, or does not stand still.
+    pub fn quiesce(&mut self) -> Result<(), PassedError> {
+        let description = self.kind.description.clone();
+        let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
+            return Err(PassedError::NotHere);
+        };
+        if let Stage::Running = stage {
+            let running = Some(description.look(hardware.as_mut())?);
+            *stage = Stage::Still {
+                running,
+                saved: None,
+                foreign: false,
+            };
+        }
+        description.quiesce(hardware.as_mut())?;
+        hardware.set_master(false)?;
+        self.masters = false;
+        Ok(())
+    }
+
+    /// Takes the state of the device, which stands still.
+    ///
+    /// # Errors
+    /// It does not stand still, or does not answer.
+    pub fn save(&mut self) -> Result<(), PassedError> {
+        let description = self.kind.description.clone();
+        let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
+            return Err(PassedError::NotHere);
+        };
+        match stage {
+            Stage::Still {
+                running: Some(running),
+                saved,
+                ..
+            } => {
+                let shown = description.shown(hardware.as_mut(), self.link)?;
+                let state = description.save(hardware.as_mut(), running)?;
+                *saved = Some(Box::new((state, shown)));
+                Ok(())
+            }
+            // It was never made to run with the state that is there.
+            Stage::Still { saved: Some(_), .. } => Ok(()),
+            _ => Err(PassedError::NotHere),
+        }
+    }
+
+    /// Takes the user's memory from the device.
+    ///
+    /// # Errors
+    /// The host does not.
+    pub fn unmap(&mut self) -> Result<(), PassedError> {
+        match &mut self.seat {
+            Some(Seat::Here { hardware, .. }) => Ok(hardware.unmap()?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the device. An image answers from now on: with the state that was saved, or with the one after a reset where none
+    /// was, and then what the user's driver knows of the device is lost.
+    pub fn take(&mut self) -> Option<Box<dyn Hardware>> {
+        let (hardware, saved) = match self.seat.take() {
+            Some(Seat::Here { hardware, stage }) => match stage {
+                Stage::Still { saved, .. } => (hardware, saved),
+                Stage::Running => (hardware, None),
+            },
+            other => {
+                self.seat = other;
+                return None;
+            }
+        };
+        self.masters = false;
+        self.forget_interrupts();
+        let parked = match saved {
+            Some(saved) => self.park(saved.0, saved.1, self.link),
+            None => self.begin_anew(),
+        };
+        if let Err(error) = parked {
+            tracing::error!(%error, "a guest has no device");
+        }
+        Some(hardware)
+    }
+
+    /// Gives the user the device, which stands still and has another state.
+    pub fn put(&mut self, hardware: Box<dyn Hardware>) {
+        let saved = match self.seat.take() {
+            Some(Seat::Parked { image, shown }) => {
+                Some(Box::new((image.into_checkpoint(), *shown)))
+            }
+            _ => None,
+        };
+        self.forget_interrupts();
+        self.masters = false;
+        self.counters.turns += 1;
+        self.seat = Some(Seat::Here {
+            hardware,
+            stage: Stage::Still {
+                running: None,
+                saved,
+                foreign: true,
+            },
+        });
+    }
+
+    /// Gives the user's memory to the device, if the user lets it master the bus.
+    ///
+    /// # Errors
+    /// The limit of locked memory is in the way, or the host has not enough.
+    pub fn map(&mut self) -> Result<(), PassedError> {
+        match self.wants_mastering() {
+            true => Ok(self.map_memory()?),
+            false => Ok(()),
+        }
+    }
+
+    /// Has the device, which stands still, take over the user's state.
+    ///
+    /// # Errors
+    /// It does not hold it.
+    pub fn load(&mut self) -> Result<(), PassedError> {
+        let description = self.kind.description.clone();
+        let Some(Seat::Here {
+            hardware,
+            stage:
+                Stage::Still {
+                    saved: Some(saved),
+                    foreign,
+                    ..
+                },
+        }) = &mut self.seat
+        else {
+            return Err(PassedError::NotHere);
+        };
+        description.load(hardware.as_mut(), &saved.0)?;
+        // What the other one's traffic has counted is not this one's.
+        description.read_away(hardware.as_mut());
+        *foreign = false;
+        Ok(())
+    }
+
+    /// Lets the device go on for the user, with its interrupts.
+    ///
+    /// # Errors
+    /// The device does not hold what it is given, or the host refuses something.
+    pub fn resume(&mut self) -> Result<(), PassedError> {
+        if let Some(Stage::Running) = self.stage() {
+            return Ok(());
+        }
+        self.direct_interrupts()?;
+        self.follow_mastering()?;
+        let description = self.kind.description.clone();
+        let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
+            return Err(PassedError::NotHere);
+        };
+        match stage {
+            Stage::Still {
+                saved: Some(saved), ..
+            } => description.resume(hardware.as_mut(), &saved.0)?,
+            Stage::Still {
+                running: Some(running),
+                ..
+            } => description.go_on(hardware.as_mut(), running)?,
+            _ => return Err(PassedError::NotHere),
+        }
+        *stage = Stage::Running;
+        Ok(())
+    }
+
+    /// Has a device that stands still run as before, loading the user's state if it has another.
+    ///
+    /// # Errors
+    /// As those of the steps.
+    pub(super) fn go_on(&mut self) -> Result<(), PassedError> {
+        self.map()?;
+        if matches!(self.stage(), Some(Stage::Still { foreign: true, .. })) {
+            self.load()?;
+        }
+        self.resume()
+    }
+
+    /// Keeps the device from reading and writing memory and from interrupting, whatever state it is in, and takes it.
+    pub fn silence(&mut self) -> Option<Box<dyn Hardware>> {
+        if !self.has_device() {
+            return None;
+        }
+        if let Err(error) = self.quiesce() {
+            tracing::warn!(%error, "a device that is to be silenced");
+        }
+        let mut hardware = self.take()?;
+        silence(hardware.as_mut());
+        Some(hardware)
+    }
+
+    /// Takes a device from a user that has gone, and that does not stand still: it is reset, and the state is lost.
+    ///
+    /// # Errors
+    /// It does not come out of its reset.
+    pub fn abandon(&mut self) -> Result<(), PassedError> {
+        let fresh = (self.survey.fresh().clone(), self.survey.shown().clone());
+        let saved = Some(Box::new(fresh));
+        let (description, address) = (self.kind.description.clone(), self.address);
+        let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
+            return Err(PassedError::NotHere);
+        };
+        silence(hardware.as_mut());
+        description.reset(hardware.as_mut(), address)?;
+        description.quiesce(hardware.as_mut())?;
+        *stage = Stage::Still {
+            running: None,
+            saved,
+            foreign: true,
+        };
+        self.masters = false;
+        self.forget_interrupts();
+        Ok(())
+    }
+
+    /// Resets the device, which is here: it has the state after a reset, with the user's address, and masters no bus.
+    ///
+    /// # Errors
+    /// It does not come back.
+    pub(super) fn reset_device(&mut self) -> Result<(), PassedError> {
+        let hardware = self.hardware()?;
+        silence(hardware.as_mut());
+        if let Err(error) = hardware.reset() {
+            tracing::debug!(%error, "the host does not reset the device");
+        }
+        hardware.set_master(false)?;
+        self.abandon()?;
+        self.go_on()
+    }
+
+    /// The client has gone: the device reaches no memory any more, and stands still until somebody takes it or the client is back.
+    pub fn client_gone(&mut self) {
+        // As its own reset would leave the command register; whoever comes back writes it anew.
+        let command = crate::pci::config::offset::COMMAND;
+        let without = self.config.command() - crate::pci::config::Command::BUS_MASTER;
+        self.config.set(command, &without.bits().to_le_bytes());
+        self.memory = None;
+        if !self.has_device() {
+            return;
+        }
+        let saved = self.quiesce().and_then(|()| self.save());
+        if let Err(error) = saved
+            && let Err(worse) = self.abandon()
+        {
+            tracing::error!(%error, %worse, "the device of a guest that has gone");
+        }
+        self.forget_interrupts();
+        if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
+            silence(hardware.as_mut());
+        }
+    }
+
+    /// The user's memory has become other memory: the device reaches that, and nothing else. It stands still while there is none.
+    ///
+    /// # Errors
+    /// It cannot be mapped; the device reaches nothing then.
+    pub fn memory_changed(&mut self) -> Result<Option<Arc<DmaMemory>>, PassedError> {
+        self.memory = None;
+        if let Some(Stage::Running) = self.stage()
+            && let Err(error) = self.quiesce()
+        {
+            tracing::warn!(%error, "a device whose memory goes");
+        }
+        if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
+            hardware.set_master(false)?;
+            hardware.unmap()?;
+            self.masters = false;
+        }
+        let memory = DmaMemory::of_space(&self.dma)?;
+        if memory.bytes() == 0 {
+            return Ok(None);
+        }
+        self.memory = Some(Arc::new(memory));
+        if self.has_device() {
+            self.go_on()?;
+        }
+        Ok(self.memory.clone())
+    }
+}
+
+/// Keeps a device from reading and writing memory and from interrupting, and takes all memory from it.
+pub fn silence(hardware: &mut dyn Hardware) {
+    let mut failed: Vec<VfioError> = Vec::new();
+    failed.extend(hardware.set_master(false).err());
+    failed.extend(hardware.unmap().err());
+    if let Err(error) = hardware.set_interrupts(Interrupts::Off) {
+        tracing::error!(%error, "interrupts stay");
+    }
+    for error in failed {
+        tracing::error!(%error, "the device may still reach memory");
+    }
+}
