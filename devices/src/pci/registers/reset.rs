@@ -98,7 +98,7 @@ impl Description {
 }
 
 impl Station {
-    fn values(&self, [a, b, c, d, e, f]: [u8; 6]) -> (u32, u32) {
+    pub(super) fn values(&self, [a, b, c, d, e, f]: [u8; 6]) -> (u32, u32) {
         let low = u32::from_le_bytes([a, b, c, d]);
         (low, self.valid | u32::from(u16::from_le_bytes([e, f])))
     }

@@ -47,17 +47,9 @@ impl RegisterCheckpoint {
         }
     }
 
-    /// Gives the register at `offset` a value that is made of its old one.
-    pub(super) fn set(
-        &mut self,
-        description: &Description,
-        offset: u32,
-        make: impl FnOnce(u32) -> u32,
-    ) {
-        let mut values = self.by_offset(description);
-        if let Some(value) = values.get_mut(&offset) {
-            *value = make(*value);
-            self.set_all(description, &values);
-        }
+    /// Gives the register at `offset` a value.
+    pub(super) fn set(&mut self, description: &Description, offset: u32, value: u32) {
+        let values = BTreeMap::from([(offset, value)]);
+        self.set_all(description, &values);
     }
 }

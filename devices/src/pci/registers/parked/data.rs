@@ -8,7 +8,6 @@
 //! [[parked.register]]       # registers that are not part of the state and yet answer with something else than 0
 //! [parked.phy]              # the PHY behind [mdio]
 //! [parked.nvm]              # its non-volatile memory, read through a register
-//! [parked.address]          # where its station address is
 //! ```
 //!
 //! Registers of the state hold what is stored to them, as far as `keep` goes. All others read as 0 and hold nothing.
@@ -38,7 +37,6 @@ pub(in crate::pci::registers) struct Answers {
     pub register: Vec<Other>,
     pub phy: Option<Phy>,
     pub nvm: Option<Nvm>,
-    pub address: Option<Address>,
 }
 
 /// A register, not part of the state, that shows whether there is a link.
@@ -179,16 +177,6 @@ pub(in crate::pci::registers) struct Nvm {
     pub sum: u16,
 }
 
-/// Registers of the state with the station address.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(in crate::pci::registers) struct Address {
-    /// Its first four bytes.
-    pub low: u32,
-    /// The other two, in the lower half.
-    pub high: u32,
-}
-
 fn one() -> u32 {
     1
 }
@@ -229,11 +217,6 @@ impl Answers {
             if !saved(remainder.offset) {
                 return wrong(&remainder.register, "it is not saved");
             }
-        }
-        if let Some(address) = &self.address
-            && !(saved(address.low) && saved(address.high))
-        {
-            return wrong("parked.address", "a register is not saved");
         }
         self.check_others(description)?;
         self.check_behind(description)

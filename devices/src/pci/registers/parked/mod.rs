@@ -5,7 +5,7 @@
 //!                                        ▲ survey (once, after a reset)
 //! ```
 //!
-//! How it answers is data: the description's part `[parked]` ([`data`]). Registers of the state hold what is stored to
+//! How it answers is data: the description's part `[parked]` (`data`). Registers of the state hold what is stored to
 //! them, and the device is given that when its turn comes. What a driver waits for is done at once: resets, accesses of the
 //! PHY, reads of non-volatile memory. Nothing is sent, received or counted.
 //!

@@ -77,8 +77,10 @@ impl PhyImage {
             }
         }
         since.stored_phy |= self.stored;
-        let place = mdic::PLACE & self.answer;
-        since.asked.insert(mdio.register, mdic::READ | place);
+        if self.answer >> mdic::PHY_SHIFT & NUMBER == u32::from(mdio.phy) {
+            let command = mdic::READ | self.answer & mdic::PLACE;
+            since.asked.insert(mdio.register, command);
+        }
     }
 
     pub fn lose_link(&mut self, description: &Description) {
@@ -108,12 +110,11 @@ impl PhyImage {
 
     /// Does a command.
     pub fn command(&mut self, description: &Description, command: u32) {
-        let place = command & mdic::PLACE;
         let done = match self.access(description, command) {
             Some(value) => mdic::READY | u32::from(value),
             None => mdic::READY | mdic::ERROR,
         };
-        self.answer = command & mdic::OPERATION | place | done;
+        self.answer = command & (mdic::OPERATION | mdic::PLACE) | done;
     }
 
     fn access(&mut self, description: &Description, command: u32) -> Option<u16> {

@@ -184,12 +184,10 @@ impl Survey {
             return self;
         };
         let [a, b, c, d, e, f] = address;
-        if let Some(place) = &answers.address {
-            self.fresh
-                .set(description, place.low, |_| u32::from_le_bytes([a, b, c, d]));
-            self.fresh.set(description, place.high, |old| {
-                old & 0xffff_0000 | u32::from(u16::from_le_bytes([e, f]))
-            });
+        if let Some(station) = &description.station {
+            let (low, high) = station.values(address);
+            self.fresh.set(description, station.low, low);
+            self.fresh.set(description, station.high, high);
         }
         if let Some(nvm) = &answers.nvm {
             let pairs = [[a, b], [c, d], [e, f]].map(u16::from_le_bytes);

@@ -280,3 +280,42 @@ fn a_device_that_does_not_answer_has_no_image() {
     );
     assert!(matches!(parked, Err(CheckpointError::NoImage(_))));
 }
+
+#[test]
+fn a_description_whose_image_contradicts_itself_is_refused() {
+    let whole = include_str!("../../../../models/82574l.toml");
+    let (rest, parked) = whole.split_once("[parked.link]").unwrap();
+    for (from, to, why) in [
+        (
+            "offset = 0x0008",
+            "offset = 0x0004",
+            "none of the registers",
+        ),
+        ("mask = 0x00d0", "mask = 0x00c8", "not saved"),
+        ("raise = 0x00c8", "raise = 0x00c4", "part of the state"),
+        ("raise = 0x00c8", "raise = 0x00c0", "another meaning"),
+        ("block = 0x00d8", "block = 0x20000", "no aligned registers"),
+        (
+            "shift = 16, vector = 0x7",
+            "shift = 30, vector = 0x7",
+            "no such field",
+        ),
+        ("bits = 0x04000000", "beats = 0x04000000", "unknown field"),
+        ("offset = 0x1000\n", "offset = 0x1004\n", "not saved"),
+        (
+            "value = 0x2\n",
+            "value = 0x2\ncount = 0\n",
+            "no aligned registers",
+        ),
+        ("page = 22", "page = 32", "no such register"),
+        ("words = 2048", "words = 32", "lie outside"),
+        ("words = 2048", "words = 0xffffffff", "lie outside"),
+        ("number_shift = 2", "number_shift = 32", "lie outside"),
+        ("done = 0x2", "done = 0", "lie outside"),
+    ] {
+        assert!(parked.contains(from), "{from}");
+        let changed = parked.replacen(from, to, 1);
+        let error = Description::parse(&format!("{rest}[parked.link]{changed}")).unwrap_err();
+        assert!(error.to_string().contains(why), "{to}: {error}");
+    }
+}

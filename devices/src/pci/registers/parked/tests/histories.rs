@@ -15,8 +15,6 @@ fn plain(description: &Description) -> Vec<u32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
     #[test]
     fn stores_to_an_image_are_the_stores_to_the_device(
         before in prop::collection::vec((any::<prop::sample::Index>(), any::<u32>()), 0..50),
