@@ -15,6 +15,7 @@ mod kernels;
 mod last_resort;
 mod machine;
 mod nics;
+mod parked;
 mod passed;
 mod passthrough;
 mod recovery;

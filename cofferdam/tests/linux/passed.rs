@@ -24,7 +24,7 @@ const FUNCTION: &str = "0000:00:02.0";
 /// The lab's IOMMU itself, which is behind none.
 const WITHOUT_IOMMU: &str = "0000:00:01.0";
 const NAME: &str = "nic0";
-const NAMES: [&str; 2] = ["left", "right"];
+pub const NAMES: [&str; 2] = ["left", "right"];
 /// What answers pings on the network behind it.
 const GATEWAY: &str = "10.0.2.2";
 /// What sends back what it is sent, at port 7.
@@ -33,7 +33,7 @@ const ECHO: &str = "10.0.2.100";
 const SOON: Duration = Duration::from_secs(300);
 
 /// The device host.
-struct Served {
+pub struct Served {
     child: Child,
     root: RuntimeRoot,
 }
@@ -63,21 +63,21 @@ impl Served {
         ask(&self.root, &NAME.parse()?, request)
     }
 
-    fn status(&self) -> HostStatus {
+    pub fn status(&self) -> HostStatus {
         match self.ask(&Request::Status {}).unwrap() {
             Reply::Status(status) => *status,
             other => panic!("{other:?}"),
         }
     }
 
-    fn context(&self, vm: &str) -> ContextStatus {
+    pub fn context(&self, vm: &str) -> ContextStatus {
         let mut contexts = self.status().contexts.into_iter();
         contexts.find(|context| context.vm == vm).unwrap()
     }
 
     /// Gives the turn to a VM that has it not.
     #[track_caller]
-    fn give(&self, vm: &str) -> SwitchRecord {
+    pub fn give(&self, vm: &str) -> SwitchRecord {
         let to = vm.to_owned();
         match self.ask(&Request::Switch { to }) {
             Ok(Reply::Switched(record)) => *record,
@@ -109,7 +109,7 @@ fn guest(root: &Path, name: &'static str) -> Guest {
 }
 
 /// Inserts the driver and gives its interface an address.
-fn insert(guest: &mut Guest, last: u8) {
+pub fn insert(guest: &mut Guest, last: u8) {
     network::insert_slowly(guest, "e1000e").unwrap();
     let agent = guest.agent();
     agent.set_link("eth0", true).unwrap();
@@ -123,7 +123,7 @@ fn insert(guest: &mut Guest, last: u8) {
 
 /// The guest's NIC works, when its driver has seen its link.
 #[track_caller]
-fn works(guest: &mut Guest) {
+pub fn works(guest: &mut Guest) {
     let script = format!(
         "for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; dmesg; exit 1"
     );
@@ -243,14 +243,14 @@ fn a_guest_has_the_hosts_function_behind_a_device_host() {
 }
 
 /// Two guests that have the function by turns, both with their driver up: the one that was parked when it probed, too.
-struct Pair {
-    guests: [Guest; 2],
-    served: Served,
+pub struct Pair {
+    pub guests: [Guest; 2],
+    pub served: Served,
     folder: tempfile::TempDir,
 }
 
 impl Pair {
-    fn new(words: &str) -> Self {
+    pub fn new(words: &str) -> Self {
         let sysfs = Sysfs::default();
         sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -267,7 +267,7 @@ impl Pair {
         }
     }
 
-    fn give(&self, index: usize) -> Option<SwitchRecord> {
+    pub fn give(&self, index: usize) -> Option<SwitchRecord> {
         let has = self.served.status().turn;
         (has.as_deref() != Some(NAMES[index])).then(|| self.served.give(NAMES[index]))
     }
