@@ -7,7 +7,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use agent_protocol::message::Ipv4;
-use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network;
 use cofferdam::device::client::ask;
@@ -182,12 +181,13 @@ fn a_function_that_cannot_be_served_is_refused_in_a_line_that_says_why() {
     let address = FUNCTION.parse().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
-    sysfs.unbind(address, false).unwrap();
-    if sysfs.driver(address).unwrap().is_none() {
-        let text = refused(root, FUNCTION, |_| {});
-        assert!(text.contains("cofferdam device bind"), "{text}");
+    // An earlier test may have given it away, and one may have loaded the host's driver for it.
+    if sysfs.driver(address).unwrap().as_deref() == Some("vfio-pci") {
+        sysfs.unbind(address, false).unwrap();
     }
-    sysfs.bind(address, false).unwrap();
+    let text = refused(root, FUNCTION, |_| {});
+    assert!(text.contains("cofferdam device bind"), "{text}");
+    sysfs.bind(address, true).unwrap();
     for (function, says) in [
         ("0000:00:1e.7", "no PCI function"),
         (WITHOUT_IOMMU, "no IOMMU"),
@@ -294,12 +294,14 @@ fn streams_survive(parked: &str, switches: usize, turn: Duration) {
     let mut pair = Pair::new(&format!("--parked {parked}"));
     let markers =
         ["mark-4c656674-", "mark-52696768-"].map(|text| format!("{text}{parked}-0123456789"));
-    let seconds = (turn * switches as u32).as_secs().max(2);
     for (index, marker) in markers.iter().enumerate() {
         pair.give(index);
         works(&mut pair.guests[index]);
+        // The far end never ends a connection; that all has come back is seen by comparing.
         let script = format!(
-            "(/init traffic tcp_echo {ECHO} {seconds} > /tmp/stream) < /dev/null 2> /tmp/stream.log &\n\
+            "dd if=/dev/urandom of=/sent bs=16k count=48 2> /dev/null\n\
+             (for n in $(seq 0 47); do dd if=/sent bs=16k skip=$n count=1; sleep 0.2; done; sleep 3600) 2> /dev/null \
+               | nc {ECHO} 7 > /received 2> /dev/null &\n\
              (while :; do echo {marker}; sleep 0.05; done) 2> /dev/null | nc {ECHO} 7 > /dev/null 2>&1 &"
         );
         shell(&mut pair.guests[index], &script);
@@ -317,7 +319,8 @@ fn streams_survive(parked: &str, switches: usize, turn: Duration) {
     // Each has to come to its end in a turn of its own.
     let deadline = Instant::now() + SOON;
     let mut index = 0;
-    let is_done = |guest: &mut Guest| shell(guest, "cat /tmp/stream").ends_with('\n');
+    let is_done =
+        |guest: &mut Guest| shell(guest, "cmp -s /sent /received && echo same; true") == "same\n";
     while !pair.guests.iter_mut().all(is_done) {
         assert!(Instant::now() < deadline, "a stream does not end");
         pair.give(index);
@@ -333,12 +336,6 @@ fn streams_survive(parked: &str, switches: usize, turn: Duration) {
     }
     let pids = [0, 1].map(|index| pid(&pair.guests[index]));
     for (index, guest) in pair.guests.iter_mut().enumerate() {
-        let stream: TrafficResult = serde_json::from_str(&shell(guest, "cat /tmp/stream")).unwrap();
-        assert_eq!((&stream.error, stream.corrupted), (&None, 0), "{stream:?}");
-        assert!(
-            stream.bytes_from_peer > 0 && stream.bytes_from_peer == stream.bytes_to_peer,
-            "{stream:?}"
-        );
         assert_log_is_healthy(guest, &["Hardware Unit Hang", "Reset adapter", "PHY reset"]);
         assert!(has(pids[index], markers[index].as_bytes()));
         let other = markers[1 - index].as_bytes();
