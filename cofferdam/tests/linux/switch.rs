@@ -109,7 +109,7 @@ impl Pair {
 }
 
 /// Whether the memory of the guest of this process has these bytes.
-pub(super) fn has(pid: u32, bytes: &[u8]) -> bool {
+fn has(pid: u32, bytes: &[u8]) -> bool {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let memory = descriptors
         .map(|entry| entry.unwrap().path())
