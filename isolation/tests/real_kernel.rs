@@ -13,9 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use isolation::attach::kernel_functions::lacking;
 use isolation::guest::addr::{Gva, GvaRange};
 use isolation::guest::btf::{Btf, Kind, TypeId};
 use isolation::guest::module_text::{TextPart, TextScan};
+use isolation::guest::symbols::image::names_in_image;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
@@ -268,5 +270,25 @@ fn real_text_is_decoded_whole_and_every_relocated_branch_is_found() {
             );
         }
         assert!(branches > 10, "{name}");
+    }
+}
+
+/// What is known by name of 6.1 and 6.12 is all there, and what is taken away is named.
+#[test]
+#[ignore = "needs the guest images of both: cargo xtask test runs it"]
+fn calls_can_be_contained_in_the_kernels_that_are_tested() {
+    let kernels = std::env::var_os("COFFERDAM_KERNELS").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/images")),
+        PathBuf::from,
+    );
+    for folder in [kernels.clone(), kernels.join("6.12-amd64")] {
+        let image = std::fs::read(folder.join("vmlinux")).unwrap();
+        let types = Btf::from_elf(&image, None).unwrap();
+        let names = names_in_image(&image).unwrap();
+        assert!(names.len() > 50_000, "{}", names.len());
+        let has = |name: &str| names.iter().any(|other| other == name);
+        assert_eq!(lacking(&types, &has), [""; 0], "{}", folder.display());
+        let without = lacking(&types, &|name| name != "__schedule" && has(name));
+        assert_eq!(without, ["__schedule"]);
     }
 }

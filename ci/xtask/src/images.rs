@@ -1,10 +1,12 @@
 //! `cargo xtask images`: guest kernels and initramfs images, and the lab's.
 
+use std::process::ExitCode;
+
 use anyhow::{Context, anyhow};
 use guest_images::kernels::DEFAULT;
 use guest_images::{BuildOptions, KernelSource, agent, images_of};
 
-use crate::steps::Progress;
+use crate::steps::{Progress, cargo};
 use crate::workspace::Workspace;
 
 /// Which images to build
@@ -64,4 +66,30 @@ pub fn run(
     }
     drop(progress);
     Ok(built.join("; "))
+}
+
+/// What isolation lacks of a kernel; the exit status is 1 if it lacks something.
+pub fn facts(workspace: &Workspace, kernel: &'static KernelSource) -> anyhow::Result<ExitCode> {
+    run(workspace, &[kernel], false)?;
+    let words = [
+        "run",
+        "--quiet",
+        "-p",
+        "isolation",
+        "--example",
+        "kernel_facts",
+        "--",
+    ];
+    let status = cargo()
+        .args(words)
+        .arg(workspace.images_of(kernel).join("vmlinux"))
+        .current_dir(workspace.root())
+        .status()
+        .context("cannot start cargo")?;
+    Ok(ExitCode::from(
+        status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(2),
+    ))
 }

@@ -12,6 +12,7 @@ mod workspace;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use guest_images::KernelSource;
 
 use steps::Steps;
 use workspace::Workspace;
@@ -30,6 +31,12 @@ enum Task {
     Setup,
     /// Builds guest kernels and initramfs images out of Debian packages, and the lab's
     Images(images::Args),
+    /// Says what isolation lacks of a kernel to contain calls in it
+    KernelFacts {
+        /// The kernel, whose images are built if they are not there
+        #[arg(value_name = "NAME", value_parser = images::by_name)]
+        kernel: &'static KernelSource,
+    },
     /// Builds the release program
     Build,
     Test(suite::Args),
@@ -43,6 +50,7 @@ fn main() -> ExitCode {
     let result = Workspace::find().and_then(|workspace| match &cli.task {
         Task::Setup => one_step("set up", setup::run),
         Task::Images(args) => one_step("images", || images::main(&workspace, args)),
+        Task::KernelFacts { kernel } => images::facts(&workspace, kernel),
         Task::Build => one_step("build", || bench::build(&workspace)),
         Task::Test(args) => suite::main(&workspace, args),
         Task::Demo(args) => bench::demo(&workspace, args),

@@ -21,6 +21,7 @@ use kvm_ioctls::Kvm;
 use vmm::PausedVcpus;
 
 use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
+use super::kernel_functions::lacking;
 use super::live;
 use super::plan::Plan;
 use super::removal::{PlannedWatch, RemovalWatch};
@@ -357,7 +358,14 @@ fn containment(
     strength: &mut Strength,
 ) -> Result<Option<DriverPolicy>, AttachError> {
     let policy = match &request.types {
-        Some(types) => driver_policy(types.clone(), layout, &request.symbols, virt),
+        Some(types) => {
+            let has_symbol = |name: &str| request.symbols.kernel_symbol(name).is_some();
+            let lacking = lacking(types, &has_symbol);
+            match lacking.is_empty() {
+                true => driver_policy(types.clone(), layout, &request.symbols, virt),
+                false => Err(not_found(&request.kernel, &lacking)),
+            }
+        }
         None => Err("the types of its kernel and the module (BTF) are not known".to_owned()),
     };
     match policy {
@@ -372,6 +380,12 @@ fn containment(
             Ok(None)
         }
     }
+}
+
+/// In words, what of the kernel of this release is not found.
+fn not_found(kernel: &str, lacking: &[String]) -> String {
+    let names = lacking.join(", ");
+    format!("not found in the guest's kernel ({kernel}), or under another name: {names}")
 }
 
 /// The private VM with its copies of driver and kernel text patched.

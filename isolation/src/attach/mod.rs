@@ -14,6 +14,7 @@ pub(crate) mod arm;
 pub mod clean;
 mod isolate;
 mod kept;
+pub mod kernel_functions;
 pub(crate) mod live;
 pub mod plan;
 mod release;

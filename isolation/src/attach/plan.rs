@@ -7,54 +7,12 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
+use super::kernel_functions::{FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS};
 use crate::guest::addr::Gva;
 use crate::guest::gate::{GateSite, NoGate};
 use crate::guest::module_text::{Reach, SiteKind, TextScan, TextTooLarge};
 use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::symbols::{Symbol, SymbolTable};
-
-/// Kernel functions that only the guest can run: they switch to another thread, wait for another
-/// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
-/// under way, or end the machine. A call that reaches one goes on in the guest.
-const GUEST_ONLY: &[&str] = &[
-    "__schedule",
-    "smp_call_function_many_cond",
-    "smp_call_function_single",
-    "generic_exec_single",
-    "text_poke_bp_batch",
-    "stop_machine_cpuslocked",
-    "synchronize_rcu_expedited",
-    "flush_tlb_mm_range",
-    "flush_tlb_kernel_range",
-    "flush_tlb_all",
-    "kvm_kick_cpu",
-    "kvm_send_ipi_mask",
-    "kvm_send_ipi_mask_allbutself",
-    "machine_restart",
-    "kernel_power_off",
-];
-
-/// Kernel functions that wait for as long as their first argument says, with its unit in microseconds.
-const SLEEPS: &[(&str, u64)] = &[
-    ("msleep", 1000),
-    ("msleep_interruptible", 1000),
-    ("usleep_range_state", 1),
-];
-
-/// Kernel functions that let others run if somebody waits for the processor: inside a call nobody can.
-const YIELDS: &[&str] = &[
-    "__cond_resched",
-    "preempt_schedule",
-    "preempt_schedule_notrace",
-];
-
-/// Kernel functions that ask whether the FPU may be used. It may not: a call that uses it goes on in the guest, and who asks
-/// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
-const FPU_QUESTIONS: &[&str] = &["irq_fpu_usable"];
-
-/// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
-/// failure.
-const FATAL: &[&str] = &["panic", "oops_begin", "stack_chk_fail", "__stack_chk_fail"];
 
 /// Names of the processor's thunks, which must stay executable in the driver root.
 fn is_thunk(name: &str) -> bool {
@@ -202,11 +160,12 @@ impl Plan {
             .iter()
             .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
         let thunk_pages = pages(&mut thunks.map(|symbol| symbol.at.0));
-        let kernel = |names: &[&str]| -> Vec<Gva> {
-            names
+        let kernel = |functions: &[KernelFunction]| -> Vec<Gva> {
+            functions
                 .iter()
+                .flat_map(|function| function.names)
                 .filter_map(|name| symbols.kernel_symbol(name))
-                .map(|s| s.at)
+                .map(|symbol| symbol.at)
                 .collect()
         };
         Ok(Self {
@@ -224,7 +183,10 @@ impl Plan {
                     Some((symbol.at, Duration::from_micros(*unit)))
                 })
                 .collect(),
-            skipped: kernel(&[YIELDS, FPU_QUESTIONS].concat()),
+            skipped: kernel(YIELDS)
+                .into_iter()
+                .chain(kernel(FPU_QUESTIONS))
+                .collect(),
             fatal: kernel(FATAL),
         })
     }

@@ -12,11 +12,10 @@
 use serde::Serialize;
 
 use super::addr::{Gva, GvaRange};
-use super::btf::{Btf, TypeId};
+pub use super::memory_model::{MemoryModel, UnknownMemoryModel};
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
-use super::slab::{SlabModel, SlabObject};
-use super::symbols::SymbolTable;
+use super::slab::SlabObject;
 
 /// Most pages that one `vmalloc` area is followed over: 64 MiB.
 const MAX_AREA_PAGES: u64 = 1 << 14;
@@ -68,162 +67,6 @@ pub trait FindAllocation {
     fn page_address(&self, description: Gva) -> Option<Gva>;
 }
 
-/// A field of a kernel structure: offset and size in bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Field {
-    offset: u64,
-    bytes: usize,
-}
-
-impl Field {
-    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
-        let member = types.find_member(of, name)?;
-        let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
-        let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
-        whole.then_some(Self {
-            offset: u64::from(member.bit_offset / 8),
-            bytes,
-        })
-    }
-
-    /// The field of the structure at `at`, as an unsigned number.
-    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
-        let mut word = [0; 8];
-        virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
-            .ok()?;
-        Some(u64::from_le_bytes(word))
-    }
-}
-
-/// Where the kernel keeps what it knows about its memory.
-#[derive(Debug, Clone, Copy)]
-pub struct MemoryModel {
-    /// Start of the mapping of all memory (`page_offset_base`).
-    direct_map: Gva,
-    /// Start of the area for `vmalloc` (`vmalloc_base`).
-    vmalloc: Gva,
-    /// Start of the array of `struct page` (`vmemmap_base`).
-    vmemmap: Gva,
-    kfence_pool: Option<Gva>,
-    page_bytes: u64,
-    flags: Field,
-    compound_head: Field,
-    compound_order: Field,
-    refcount: Field,
-    /// Links free pages.
-    lru: Option<Field>,
-    slab_bit: u8,
-    head_bit: u8,
-    slabs: SlabModel,
-}
-
-/// What is missing to know allocations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the guest's kernel keeps its memory in a way this program does not know ({missing} not found)"
-)]
-pub struct UnknownMemoryModel {
-    /// Type, field or symbol.
-    pub missing: &'static str,
-}
-
-impl MemoryModel {
-    /// From the kernel's types and symbols, and the bases that it chose at boot. Knows SLUB as of
-    /// Linux 5.17 to 6.8.
-    pub fn new<M: GuestPhys>(
-        types: &Btf,
-        symbols: &SymbolTable,
-        virt: &VirtMemory<'_, M>,
-    ) -> Result<Self, UnknownMemoryModel> {
-        let need = |missing| move || UnknownMemoryModel { missing };
-        let structure = |name| types.find_struct(name).ok_or_else(need(name));
-        let field = |of, name| Field::find(types, of, name).ok_or_else(need(name));
-        let pointer = |name| {
-            let symbol = symbols.kernel_symbol(name).ok_or_else(need(name))?;
-            virt.read_u64(symbol.at).map(Gva).map_err(|_| need(name)())
-        };
-        let bit = |name| {
-            let value = types
-                .enum_value(name)
-                .and_then(|value| u8::try_from(value).ok());
-            value.filter(|bit| *bit < 64).ok_or_else(need(name))
-        };
-        let (direct_map, vmalloc) = (pointer("page_offset_base")?, pointer("vmalloc_base")?);
-        if vmalloc <= direct_map {
-            return Err(UnknownMemoryModel {
-                missing: "vmalloc_base",
-            });
-        }
-        let (page, slab, cache) = (
-            structure("page")?,
-            structure("slab")?,
-            structure("kmem_cache")?,
-        );
-        let page_bytes = types
-            .size_of(page)
-            .filter(|bytes| (16..=512).contains(bytes));
-        Ok(Self {
-            direct_map,
-            vmalloc,
-            vmemmap: pointer("vmemmap_base")?,
-            kfence_pool: pointer("__kfence_pool").ok().filter(|pool| pool.0 != 0),
-            page_bytes: page_bytes.ok_or_else(need("struct page"))?,
-            flags: field(page, "flags")?,
-            compound_head: field(page, "compound_head")?,
-            compound_order: compound_order(types, page).ok_or_else(need("compound_order"))?,
-            refcount: field(page, "_refcount")?,
-            lru: types.find_member(page, "lru").map(|member| Field {
-                offset: u64::from(member.bit_offset / 8),
-                bytes: 8,
-            }),
-            slab_bit: bit("PG_slab")?,
-            head_bit: bit("PG_head")?,
-            slabs: SlabModel::new(types, slab, cache).map_err(|missing| need(missing)())?,
-        })
-    }
-
-    /// Whether the byte at `at` is part of the reference count of some page.
-    pub fn is_page_reference_count(&self, at: Gva) -> bool {
-        let Some(offset) = at.0.checked_sub(self.vmemmap.0) else {
-            return false;
-        };
-        let array = ((self.vmalloc.0 - self.direct_map.0) >> 12).saturating_mul(self.page_bytes);
-        let field = self.refcount.offset..self.refcount.offset + self.refcount.bytes as u64;
-        offset < array && field.contains(&(offset % self.page_bytes))
-    }
-
-    /// The `struct page` that `at` lies in, and the page that it describes.
-    pub fn described_page(&self, at: Gva) -> Option<(GvaRange, Gva)> {
-        let offset = at.0.checked_sub(self.vmemmap.0)?;
-        let pfn = offset / self.page_bytes;
-        let pages = (self.vmalloc.0 - self.direct_map.0) >> 12;
-        let first = Gva(at.0 - offset % self.page_bytes);
-        let page = Gva(self.direct_map.0.checked_add(pfn.checked_mul(4096)?)?);
-        (pfn < pages).then_some((GvaRange::new(first, self.page_bytes)?, page))
-    }
-
-    /// Joins the model with the memory as it is now.
-    pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
-        Allocations {
-            model: self,
-            virt,
-            per_cpu_base: None,
-        }
-    }
-}
-
-/// The order of a compound page is in its second `struct page`: before Linux 6.3 under that name,
-/// since then in `struct folio`, which overlays the first pages.
-fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
-    if let Some(field) = Field::find(types, page, "compound_order") {
-        return Some(field);
-    }
-    let folio = types.find_struct("folio")?;
-    let order = Field::find(types, folio, "_folio_order")?;
-    let offset = order.offset.checked_sub(types.size_of(page)?)?;
-    Some(Field { offset, ..order })
-}
-
 /// A compound page, or a single one.
 struct Block {
     /// Its first `struct page`, or `struct slab`.
@@ -255,6 +98,16 @@ impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
     fn page_address(&self, description: Gva) -> Option<Gva> {
         let (range, page) = self.model.described_page(description)?;
         (range.first() == description).then_some(page)
+    }
+}
+
+impl<'a, M> Allocations<'a, M> {
+    pub(super) fn new(model: &'a MemoryModel, virt: VirtMemory<'a, M>) -> Self {
+        Self {
+            model,
+            virt,
+            per_cpu_base: None,
+        }
     }
 }
 
@@ -348,7 +201,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
         Some(Block {
             head,
             whole: GvaRange::new(start, 4096 << order)?,
-            is_slab: flags >> model.slab_bit & 1 != 0,
+            is_slab: model.slab_mark.is_slab(&self.virt, head, flags)?,
         })
     }
 
@@ -388,7 +241,8 @@ impl<M: GuestPhys> Allocations<'_, M> {
             let unlinked = [0, LIST_POISON, page.checked_add(lru.offset)?.0].contains(&link);
             let compound = model.compound_head.read(&self.virt, page)? & 1 != 0;
             let flags = model.flags.read(&self.virt, page)?;
-            let single = flags & (1 << model.head_bit | 1 << model.slab_bit) == 0;
+            let slab = model.slab_mark.is_slab(&self.virt, page, flags)?;
+            let single = flags >> model.head_bit & 1 == 0 && !slab;
             let free = model.refcount.read(&self.virt, page)? == 0;
             Some(free && unlinked && !compound && single)
         };

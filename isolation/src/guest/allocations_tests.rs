@@ -3,10 +3,11 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::guest::btf::Btf;
 use crate::guest::btf::encode::Encoder;
 use crate::guest::paging::testing::TestGuest;
 use crate::guest::paging::{Entry, Levels};
-use crate::guest::symbols::read_kallsyms;
+use crate::guest::symbols::{SymbolTable, read_kallsyms};
 
 const DIRECT: u64 = 0xffff_8880_0000_0000;
 const VMALLOC: u64 = 0xffff_c900_0000_0000;
@@ -15,21 +16,25 @@ const VARIABLES: u64 = 0xffff_ffff_8200_0000;
 const CACHE: u64 = 0xffff_8880_0000_0100;
 const PAGE_STRUCT: u64 = 64;
 
+/// Types as Linux 6.1 has them.
 fn types() -> Btf {
+    types_of(false)
+}
+
+/// Types as Linux 6.1 has them, or 6.12: slabs are a type of page, and the order of a compound page is in the flags of its
+/// second one.
+fn types_of(newer: bool) -> Btf {
     let mut e = Encoder::new(None);
     let long = e.int("long unsigned int", 8, 0);
     let int = e.int("unsigned int", 4, 0);
     let byte = e.int("unsigned char", 1, 0);
     let atomic = e.structure("", 4, &[("counter", int, 0)]);
-    let tail = e.structure(
-        "",
-        16,
-        &[
-            ("compound_head", long, 0),
-            ("compound_dtor", byte, 8),
-            ("compound_order", byte, 9),
-        ],
-    );
+    let tail = [
+        ("compound_head", long, 0),
+        ("compound_dtor", byte, 8),
+        ("compound_order", byte, 9),
+    ];
+    let tail = e.structure("", 16, &tail[..if newer { 1 } else { 3 }]);
     let link = e.pointer(long);
     let list = e.structure("list_head", 16, &[("next", link, 0), ("prev", link, 8)]);
     let listed = e.structure("", 16, &[("lru", list, 0)]);
@@ -40,9 +45,14 @@ fn types() -> Btf {
         &[
             ("flags", long, 0),
             ("", union, 8),
+            ("page_type", int, 48),
             ("_refcount", atomic, 52),
         ],
     );
+    if newer {
+        e.structure("folio", 256, &[("_flags_1", long, 64)]);
+        e.enumeration_of("pagetype", &[("PGTY_buddy", 0xf0), ("PGTY_slab", 0xf5)]);
+    }
     let cache = e.structure(
         "kmem_cache",
         64,
@@ -63,7 +73,8 @@ fn types() -> Btf {
         64,
         &[("slab_cache", cache, 24), ("freelist", long, 32)],
     );
-    e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    let flags = [("PG_head", 16), ("PG_slab", 9)];
+    e.enumeration_of("pageflags", &flags[..if newer { 1 } else { 2 }]);
     Btf::parse(&e.bytes(), None).unwrap()
 }
 
@@ -178,6 +189,71 @@ fn pages_slabs_and_areas_are_found() {
     let mut guest = guest;
     guest.put(Gva(at(41, 0)), &[0; 4096], DATA);
     assert_eq!(find(&guest, at(41, 8)), Some((at(41, 0), 4096, Pages)));
+}
+
+#[test]
+fn pages_and_slabs_are_found_as_linux_6_12_marks_them() {
+    use AllocationKind::{Pages, Slab};
+    let mut guest = guest();
+    let page = |pfn: u64| VMEMMAP + pfn * PAGE_STRUCT;
+    let mut put = |pfn: u64, flags: u64, page_type: u32| {
+        guest.put(Gva(page(pfn)), &flags.to_le_bytes(), DATA);
+        guest.put(Gva(page(pfn) + 48), &page_type.to_le_bytes(), DATA);
+    };
+    // Bit 9 is another flag there; a count of mappings is in the place of a type.
+    put(3, 1 << 9, u32::MAX);
+    put(4, 0, 7);
+    put(16, 1 << 16, 0xf5 << 24);
+    put(17, 0xab00 | 1, u32::MAX);
+    put(24, 1 << 9 | 1 << 16, u32::MAX);
+    put(25, 0xab00 | 3, u32::MAX);
+    let model = MemoryModel::new(&types_of(true), &symbols(), &guest.virt()).unwrap();
+    let find = |at: u64| {
+        let found = model.with(guest.virt()).allocation_at(Gva(at))?;
+        Some((found.range.first().0, found.range.len_bytes(), found.kind))
+    };
+    let at = |pfn: u64, offset: u64| DIRECT + (pfn << 12) + offset;
+    for pfn in [3, 4] {
+        assert_eq!(find(at(pfn, 5)), Some((at(pfn, 0), 4096, Pages)));
+    }
+    assert_eq!(find(at(31, 4095)), Some((at(24, 0), 8 << 12, Pages)));
+    assert_eq!(find(at(16, 8)), Some((at(16, 8), 176, Slab)));
+    let crossing = 4096 / 192 * 192 + 8;
+    assert_eq!(find(at(17, 0)), Some((at(16, crossing), 176, Slab)));
+}
+
+#[test]
+fn what_a_kernel_lacks_is_named_all_of_it() {
+    for newer in [false, true] {
+        assert_eq!(
+            MemoryModel::lacking(&types_of(newer), &|name| symbols()
+                .kernel_symbol(name)
+                .is_some()),
+            [""; 0],
+            "{newer}"
+        );
+    }
+    let mut e = Encoder::new(None);
+    let long = e.int("long unsigned int", 8, 0);
+    e.structure("page", 64, &[("flags", long, 0), ("_refcount", long, 8)]);
+    e.structure("kmem_cache", 64, &[("size", long, 0)]);
+    let types = Btf::parse(&e.bytes(), None).unwrap();
+    let text = "ffffffff82000000 D page_offset_base\n";
+    let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
+    assert_eq!(
+        MemoryModel::lacking(&types, &|name| symbols.kernel_symbol(name).is_some()),
+        [
+            "vmalloc_base",
+            "vmemmap_base",
+            "page.compound_head",
+            "slab",
+            "kmem_cache.object_size",
+            "page.compound_order or folio._folio_order or folio._flags_1",
+            "PG_slab or PGTY_slab",
+            "PG_head"
+        ]
+    );
+    assert!(MemoryModel::new(&types, &symbols, &guest().virt()).is_err());
 }
 
 #[test]

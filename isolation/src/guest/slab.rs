@@ -11,8 +11,8 @@
 //! as a slab has objects at most.
 
 use super::addr::{Gva, GvaRange};
-use super::allocations::Field;
 use super::btf::{Btf, TypeId};
+use super::memory_model::Field;
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
 
@@ -43,6 +43,41 @@ struct CpuModel {
     of_cache: Field,
     slab: Field,
     freelist: Field,
+}
+
+/// How the `struct page` of a slab's first page tells that it is one.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum SlabMark {
+    /// A bit of its flags: `PG_slab` of `enum pageflags`, before Linux 6.10.
+    Flag(u8),
+    /// The uppermost byte of its type: `PGTY_slab` of `enum pagetype`, since Linux 6.12. Where a page has no type, its count of
+    /// mappings is in that place, which never has this byte (include/linux/page-flags.h).
+    Type(Field, u8),
+}
+
+impl SlabMark {
+    /// From the kernel's types; `page` is `struct page`.
+    pub fn find(types: &Btf, page: TypeId) -> Option<Self> {
+        let value = |name| u8::try_from(types.enum_value(name)?).ok();
+        if let Some(bit) = value("PG_slab").filter(|bit| *bit < 64) {
+            return Some(Self::Flag(bit));
+        }
+        let field = Field::find(types, page, "page_type").filter(|field| field.bytes == 4)?;
+        Some(Self::Type(field, value("PGTY_slab")?))
+    }
+
+    /// Whether the `struct page` at `page`, with these flags, is the first of a slab.
+    pub fn is_slab<M: GuestPhys>(
+        self,
+        virt: &VirtMemory<'_, M>,
+        page: Gva,
+        flags: u64,
+    ) -> Option<bool> {
+        Some(match self {
+            Self::Flag(bit) => flags >> bit & 1 != 0,
+            Self::Type(field, value) => field.read(virt, page)? >> 24 == u64::from(value),
+        })
+    }
 }
 
 /// An object of a slab.

@@ -4,6 +4,7 @@
 //! here is a hint about names; before anything is patched, `modules` and `gate` check addresses and
 //! bytes against the guest's memory.
 
+pub mod image;
 mod table;
 
 #[cfg(test)]

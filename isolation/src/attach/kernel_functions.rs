@@ -1,0 +1,105 @@
+//! Kernel functions that are patched in the private VM, by name, and what of a kernel has to be known besides.
+//!
+//! Functions get other names from version to version. One that is not found is not patched: where calls could do harm then,
+//! that is a reason to refuse.
+
+use crate::guest::allocations::MemoryModel;
+use crate::guest::btf::Btf;
+
+/// A kernel function by the names that it has had, the oldest first.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KernelFunction {
+    /// Its names.
+    pub names: &'static [&'static str],
+    /// Whether a call that reaches it would do harm if it were not patched.
+    pub needed: bool,
+}
+
+const fn needed(names: &'static [&'static str]) -> KernelFunction {
+    KernelFunction {
+        names,
+        needed: true,
+    }
+}
+
+const fn wanted(names: &'static [&'static str]) -> KernelFunction {
+    KernelFunction {
+        names,
+        needed: false,
+    }
+}
+
+/// Kernel functions that only the guest can run: they switch to another thread, wait for another
+/// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
+/// under way, or end the machine. A call that reaches one goes on in the guest.
+pub(super) const GUEST_ONLY: &[KernelFunction] = &[
+    needed(&["__schedule"]),
+    needed(&["smp_call_function_many_cond"]),
+    needed(&["smp_call_function_single"]),
+    needed(&["generic_exec_single"]),
+    // The latter since Linux 6.16.
+    needed(&["text_poke_bp_batch", "smp_text_poke_batch_finish"]),
+    needed(&["stop_machine_cpuslocked"]),
+    needed(&["synchronize_rcu_expedited"]),
+    needed(&["flush_tlb_mm_range"]),
+    needed(&["flush_tlb_kernel_range"]),
+    needed(&["flush_tlb_all"]),
+    // Kernels that do not know of KVM have none of these, and make no such calls.
+    wanted(&["kvm_kick_cpu"]),
+    wanted(&["kvm_send_ipi_mask"]),
+    wanted(&["kvm_send_ipi_mask_allbutself"]),
+    needed(&["machine_restart"]),
+    needed(&["kernel_power_off"]),
+];
+
+/// Kernel functions that wait for as long as their first argument says, with its unit in microseconds. Where one is not known
+/// a call that reaches it goes on in the guest.
+pub(super) const SLEEPS: &[(&str, u64)] = &[
+    ("msleep", 1000),
+    ("msleep_interruptible", 1000),
+    ("usleep_range_state", 1),
+];
+
+/// Kernel functions that let others run if somebody waits for the processor: inside a call nobody can.
+pub(super) const YIELDS: &[KernelFunction] = &[
+    wanted(&["__cond_resched"]),
+    wanted(&["preempt_schedule"]),
+    wanted(&["preempt_schedule_notrace"]),
+];
+
+/// Kernel functions that ask whether the FPU may be used. It may not: a call that uses it goes on in the guest, and who asks
+/// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
+pub(super) const FPU_QUESTIONS: &[KernelFunction] = &[wanted(&["irq_fpu_usable"])];
+
+/// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
+/// failure.
+pub(super) const FATAL: &[KernelFunction] = &[
+    needed(&["panic"]),
+    needed(&["oops_begin"]),
+    needed(&["stack_chk_fail", "__stack_chk_fail"]),
+];
+
+/// Values that failed calls return, by the kernel's name for them: they have to be this kernel's.
+const RETURNED: [(&str, i128); 4] = [
+    ("NETDEV_TX_BUSY", 0x10),
+    ("IRQ_HANDLED", 1),
+    ("BLK_EH_RESET_TIMER", 1),
+    ("HRTIMER_NORESTART", 0),
+];
+
+/// What calls could not be contained or safely be failed without: names of kernel functions, symbols, types, members and
+/// values that are not found. `has_symbol` tells whether the kernel has a symbol of a name.
+pub fn lacking(types: &Btf, has_symbol: &dyn Fn(&str) -> bool) -> Vec<String> {
+    let functions = GUEST_ONLY.iter().chain(FATAL);
+    let absent = functions
+        .filter(|function| function.needed && !function.names.iter().any(|name| has_symbol(name)));
+    let returned = RETURNED
+        .iter()
+        .filter(|(name, value)| types.enum_value(name).map(i128::from) != Some(*value));
+    let memory = MemoryModel::lacking(types, has_symbol).into_iter();
+    memory
+        .map(str::to_owned)
+        .chain(absent.map(|function| function.names.join(" or ")))
+        .chain(returned.map(|(name, value)| format!("{name} = {value}")))
+        .collect()
+}

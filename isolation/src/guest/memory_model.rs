@@ -1,0 +1,218 @@
+//! Where a kernel keeps what it knows about its memory: symbols, structures and their members.
+
+use super::addr::{Gva, GvaRange};
+use super::allocations::Allocations;
+use super::btf::{Btf, TypeId};
+use super::paging::VirtMemory;
+use super::phys::GuestPhys;
+use super::slab::{SlabMark, SlabModel};
+use super::symbols::SymbolTable;
+
+/// Variables that hold where the areas of kernel memory begin.
+const BASES: [&str; 3] = ["page_offset_base", "vmalloc_base", "vmemmap_base"];
+
+/// Structures, and their members with how they are called in a message.
+const MEMBERS: [(&str, &[(&str, &str)]); 3] = [
+    (
+        "page",
+        &[
+            ("flags", "page.flags"),
+            ("compound_head", "page.compound_head"),
+            ("_refcount", "page._refcount"),
+        ],
+    ),
+    ("slab", &[("slab_cache", "slab.slab_cache")]),
+    (
+        "kmem_cache",
+        &[
+            ("size", "kmem_cache.size"),
+            ("object_size", "kmem_cache.object_size"),
+        ],
+    ),
+];
+
+/// The names that the order of a compound page has had.
+const COMPOUND_ORDER: &str = "page.compound_order or folio._folio_order or folio._flags_1";
+/// The names that the mark of a slab's page has had.
+const SLAB_MARK: &str = "PG_slab or PGTY_slab";
+
+/// A field of a kernel structure: offset and size in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Field {
+    pub(super) offset: u64,
+    pub(super) bytes: usize,
+}
+
+impl Field {
+    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+        let member = types.find_member(of, name)?;
+        let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
+        let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
+        whole.then_some(Self {
+            offset: u64::from(member.bit_offset / 8),
+            bytes,
+        })
+    }
+
+    /// The field of the structure at `at`, as an unsigned number.
+    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
+        let mut word = [0; 8];
+        virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
+            .ok()?;
+        Some(u64::from_le_bytes(word))
+    }
+}
+
+/// Where the kernel keeps what it knows about its memory.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryModel {
+    /// Start of the mapping of all memory (`page_offset_base`).
+    pub(super) direct_map: Gva,
+    /// Start of the area for `vmalloc` (`vmalloc_base`).
+    pub(super) vmalloc: Gva,
+    /// Start of the array of `struct page` (`vmemmap_base`).
+    pub(super) vmemmap: Gva,
+    pub(super) kfence_pool: Option<Gva>,
+    pub(super) page_bytes: u64,
+    pub(super) flags: Field,
+    pub(super) compound_head: Field,
+    pub(super) compound_order: Field,
+    pub(super) refcount: Field,
+    /// Links free pages.
+    pub(super) lru: Option<Field>,
+    pub(super) slab_mark: SlabMark,
+    pub(super) head_bit: u8,
+    pub(super) slabs: SlabModel,
+}
+
+/// What is missing to know allocations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest's kernel keeps its memory in a way this program does not know ({missing} not found)"
+)]
+pub struct UnknownMemoryModel {
+    /// Type, field or symbol.
+    pub missing: &'static str,
+}
+
+impl MemoryModel {
+    /// From the kernel's types and symbols, and the bases that it chose at boot. Knows SLUB as of
+    /// Linux 5.17 to 6.9, 6.12 and 6.13.
+    pub fn new<M: GuestPhys>(
+        types: &Btf,
+        symbols: &SymbolTable,
+        virt: &VirtMemory<'_, M>,
+    ) -> Result<Self, UnknownMemoryModel> {
+        let need = |missing| move || UnknownMemoryModel { missing };
+        let structure = |name| types.find_struct(name).ok_or_else(need(name));
+        let field = |of, name| Field::find(types, of, name).ok_or_else(need(name));
+        let pointer = |name| {
+            let symbol = symbols.kernel_symbol(name).ok_or_else(need(name))?;
+            virt.read_u64(symbol.at).map(Gva).map_err(|_| need(name)())
+        };
+        let bit = |name| {
+            let value = types
+                .enum_value(name)
+                .and_then(|value| u8::try_from(value).ok());
+            value.filter(|bit| *bit < 64).ok_or_else(need(name))
+        };
+        let (direct_map, vmalloc) = (pointer("page_offset_base")?, pointer("vmalloc_base")?);
+        if vmalloc <= direct_map {
+            return Err(UnknownMemoryModel {
+                missing: "vmalloc_base",
+            });
+        }
+        let (page, slab, cache) = (
+            structure("page")?,
+            structure("slab")?,
+            structure("kmem_cache")?,
+        );
+        let page_bytes = types
+            .size_of(page)
+            .filter(|bytes| (16..=512).contains(bytes));
+        Ok(Self {
+            direct_map,
+            vmalloc,
+            vmemmap: pointer("vmemmap_base")?,
+            kfence_pool: pointer("__kfence_pool").ok().filter(|pool| pool.0 != 0),
+            page_bytes: page_bytes.ok_or_else(need("struct page"))?,
+            flags: field(page, "flags")?,
+            compound_head: field(page, "compound_head")?,
+            compound_order: compound_order(types, page).ok_or_else(need(COMPOUND_ORDER))?,
+            refcount: field(page, "_refcount")?,
+            lru: types.find_member(page, "lru").map(|member| Field {
+                offset: u64::from(member.bit_offset / 8),
+                bytes: 8,
+            }),
+            slab_mark: SlabMark::find(types, page).ok_or_else(need(SLAB_MARK))?,
+            head_bit: bit("PG_head")?,
+            slabs: SlabModel::new(types, slab, cache).map_err(|missing| need(missing)())?,
+        })
+    }
+
+    /// Whether the byte at `at` is part of the reference count of some page.
+    pub fn is_page_reference_count(&self, at: Gva) -> bool {
+        let Some(offset) = at.0.checked_sub(self.vmemmap.0) else {
+            return false;
+        };
+        let array = ((self.vmalloc.0 - self.direct_map.0) >> 12).saturating_mul(self.page_bytes);
+        let field = self.refcount.offset..self.refcount.offset + self.refcount.bytes as u64;
+        offset < array && field.contains(&(offset % self.page_bytes))
+    }
+
+    /// The `struct page` that `at` lies in, and the page that it describes.
+    pub fn described_page(&self, at: Gva) -> Option<(GvaRange, Gva)> {
+        let offset = at.0.checked_sub(self.vmemmap.0)?;
+        let pfn = offset / self.page_bytes;
+        let pages = (self.vmalloc.0 - self.direct_map.0) >> 12;
+        let first = Gva(at.0 - offset % self.page_bytes);
+        let page = Gva(self.direct_map.0.checked_add(pfn.checked_mul(4096)?)?);
+        (pfn < pages).then_some((GvaRange::new(first, self.page_bytes)?, page))
+    }
+
+    /// What of a kernel's types and symbols is not found that [`MemoryModel::new`] needs: all of it, where that names the
+    /// first.
+    pub fn lacking(types: &Btf, has_symbol: &dyn Fn(&str) -> bool) -> Vec<&'static str> {
+        let mut lacking: Vec<&'static str> =
+            BASES.into_iter().filter(|name| !has_symbol(name)).collect();
+        for (structure, members) in MEMBERS {
+            match types.find_struct(structure) {
+                None => lacking.push(structure),
+                Some(id) => lacking.extend(members.iter().filter_map(|(member, full)| {
+                    Field::find(types, id, member).is_none().then_some(*full)
+                })),
+            }
+        }
+        if let Some(page) = types.find_struct("page") {
+            if compound_order(types, page).is_none() {
+                lacking.push(COMPOUND_ORDER);
+            }
+            if SlabMark::find(types, page).is_none() {
+                lacking.push(SLAB_MARK);
+            }
+        }
+        if types.enum_value("PG_head").is_none() {
+            lacking.push("PG_head");
+        }
+        lacking
+    }
+
+    /// Joins the model with the memory as it is now.
+    pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
+        Allocations::new(self, virt)
+    }
+}
+
+/// The order of a compound page is in its second `struct page`: before Linux 6.3 under that name,
+/// since then in `struct folio`, which overlays the first pages, and since 6.6 in the lowest byte of that one's second
+/// flags.
+fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
+    if let Some(field) = Field::find(types, page, "compound_order") {
+        return Some(field);
+    }
+    let folio = types.find_struct("folio")?;
+    let order = Field::find(types, folio, "_folio_order")
+        .or_else(|| Field::find(types, folio, "_flags_1"))?;
+    let offset = order.offset.checked_sub(types.size_of(page)?)?;
+    Some(Field { offset, ..order })
+}
