@@ -123,6 +123,8 @@ impl<C: Card> Host<C> {
     ) -> anyhow::Result<Option<(Arc<ContextOf<C>>, u64)>> {
         // Dropped after the lock is free: it waits for a thread.
         let mut given_up = Vec::new();
+        // A context that is being given the turn does not have to make place.
+        let _switching = self.begin()?;
         let mut contexts = self.contexts();
         let others = |context: &Arc<ContextOf<C>>| context.vm != *vm && context.mac() == mac;
         if let Some(other) = contexts.iter().find(|context| others(context)) {
@@ -183,11 +185,13 @@ impl<C: Card> Host<C> {
 
     /// Passes `context`'s turn on, if it has it.
     fn leave(&self, context: &Arc<ContextOf<C>>, reason: Reason) {
+        // One that is under way may be giving it the turn; nobody would take that away again.
+        let switching = lock(&self.switching);
         if !context.share.has_turn() {
             return;
         }
         let next = self.next(Some(context));
-        if let Err(error) = self.pass_on(Some(context), next, reason) {
+        if let Err(error) = self.pass_on_now(&switching, Some(context), next, reason) {
             tracing::warn!(vm = %context.vm, "its turn is not passed on: {error:#}");
         }
     }
@@ -246,7 +250,18 @@ impl<C: Card> Host<C> {
         to: Option<Arc<ContextOf<C>>>,
         reason: Reason,
     ) -> anyhow::Result<Option<SwitchRecord>> {
-        let _switching = self.begin()?;
+        let switching = self.begin()?;
+        self.pass_on_now(&switching, from, to, reason)
+    }
+
+    /// The same, while no other switch can begin.
+    fn pass_on_now(
+        &self,
+        _switching: &MutexGuard<'_, ()>,
+        from: Option<&Arc<ContextOf<C>>>,
+        to: Option<Arc<ContextOf<C>>>,
+        reason: Reason,
+    ) -> anyhow::Result<Option<SwitchRecord>> {
         let old = self.holder();
         let number = |context: &Arc<ContextOf<C>>| Arc::as_ptr(context);
         if old.as_ref().map(number) == to.as_ref().map(number)

@@ -7,6 +7,7 @@
 //!                             card: a model of a NIC, at a wire by turns; or a function of the host
 //! ```
 
+mod at_step;
 mod attach;
 mod card;
 pub mod client;

@@ -2,13 +2,15 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::Child;
+use std::path::PathBuf;
+use std::process::{Child, Command};
 
 use cofferdam::control::client::{ANSWER_TIME, Connection};
 use cofferdam::device::protocol::{
     ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
 };
 use cofferdam::runtime_dir::RuntimeRoot;
+use recovery::switch::Step;
 
 use crate::common::place::{LIMIT, Place};
 use crate::guest::{frame, wait};
@@ -25,9 +27,19 @@ pub struct Host {
 impl Host {
     /// Serves an e1000 on a unix socket called "wire".
     pub fn start(place: &Place, words: &str) -> Self {
+        Self::start_as(place, place.command(), words)
+    }
+
+    /// The same; its switches wait where [`Hold`] says.
+    pub fn start_held(place: &Place) -> Self {
+        let mut command = place.command();
+        command.env("COFFERDAM_SWITCH_WAITS", place.path("hold"));
+        Self::start_as(place, command, "")
+    }
+
+    fn start_as(place: &Place, mut command: Command, words: &str) -> Self {
         let wire = place.path("wire").display().to_string();
-        let child = place
-            .command()
+        let child = command
             .args(["device", "serve", "nic", "--net"])
             .arg(format!("unix={wire},listen"))
             .args(words.split_whitespace())
@@ -55,9 +67,13 @@ impl Host {
     }
 
     pub fn context(&self, vm: &str) -> ContextStatus {
-        let status = self.status();
-        let mut contexts = status.contexts.into_iter();
-        contexts.find(|context| context.vm == vm).unwrap()
+        self.context_of(vm).unwrap()
+    }
+
+    /// The same, if there is one.
+    pub fn context_of(&self, vm: &str) -> Option<ContextStatus> {
+        let mut contexts = self.status().contexts.into_iter();
+        contexts.find(|context| context.vm == vm)
     }
 
     pub fn switch(&self, to: &str) -> SwitchRecord {
@@ -79,6 +95,35 @@ impl Host {
             std::fs::read_dir(folder).unwrap().count()
         };
         (count("fd"), count("task"))
+    }
+}
+
+/// A switch that waits at a step until this is dropped.
+pub struct Hold(PathBuf);
+
+impl Hold {
+    /// The next switch of a host that was started so waits before `step`.
+    pub fn at(place: &Place, step: Step) -> Self {
+        let file = place.path("hold");
+        std::fs::write(&file, step.to_string()).unwrap();
+        Self(file)
+    }
+
+    fn reached(&self) -> PathBuf {
+        self.0.with_added_extension("reached")
+    }
+
+    /// Waits until it is there.
+    pub fn wait(&self) {
+        wait("the step", || self.reached().exists());
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // There is none where no switch came so far.
+        let _ = std::fs::remove_file(self.reached());
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 

@@ -12,6 +12,7 @@ mod guest;
 mod hellos;
 mod host;
 mod kills;
+mod kills_at_steps;
 mod words;
 
 use cofferdam::device::protocol::{Reason, Request};

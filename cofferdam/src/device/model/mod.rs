@@ -12,10 +12,10 @@ use devices::pci::config::{Command, offset};
 use devices::vfio_user::Offered;
 use devices::vfio_user::server::{ClientInterrupts, ServerEvent};
 use devices::wire::turns::{PortId, TurnTimes, Turns};
-use recovery::switch::switch;
 use vmm::SharedSubscriber;
 
 use self::switching::ModelSwitch;
+use super::at_step::switch;
 use super::card::{Card, Listener, Passing, Share};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};

@@ -22,12 +22,12 @@ use devices::vfio::passed::kind::Kind;
 use devices::vfio_user::Offered;
 use devices::vfio_user::server::{ClientInterrupts, ServerEvent};
 use devices::wire::turns::TurnTimes;
-use recovery::switch::switch;
 use vmm::SharedSubscriber;
 
 use self::link::LinkTimer;
 use self::switching::PassedSwitch;
 use super::ParkedAs;
+use super::at_step::switch;
 use super::card::{Card, Listener, Passing, Share};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};

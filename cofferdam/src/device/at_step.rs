@@ -1,0 +1,96 @@
+//! Switches that can be made to wait at a step: tests end what takes part in a switch just there.
+//!
+//! Only in builds with debug assertions, and only in a process with [`VARIABLE`]: the path of a file. As long as it has the name of
+//! a step in it, a switch waits before that step, and says so by an empty file beside it, with `.reached` after its name.
+
+use recovery::switch::{Outcome, Phases, Switchable};
+
+/// The environment variable with the path.
+#[cfg(debug_assertions)]
+const VARIABLE: &str = "COFFERDAM_SWITCH_WAITS";
+
+/// See [`recovery::switch::switch`].
+pub fn switch<D: Switchable>(
+    device: &mut D,
+    from: Option<&D::Guest>,
+    to: Option<&D::Guest>,
+) -> (Outcome, Phases) {
+    #[cfg(debug_assertions)]
+    if let Some(file) = std::env::var_os(VARIABLE) {
+        let file = file.into();
+        return recovery::switch::switch(&mut waits::Waits { device, file }, from, to);
+    }
+    recovery::switch::switch(device, from, to)
+}
+
+#[cfg(debug_assertions)]
+mod waits {
+    use std::path::PathBuf;
+    use std::time::{Duration, Instant};
+
+    use recovery::switch::{Step, Switchable};
+
+    /// Whoever asked has gone by then.
+    const LIMIT: Duration = Duration::from_secs(600);
+    /// Between two looks.
+    const LOOK: Duration = Duration::from_millis(1);
+
+    /// A device that waits before steps.
+    pub struct Waits<'a, D> {
+        pub device: &'a mut D,
+        pub file: PathBuf,
+    }
+
+    impl<D> Waits<'_, D> {
+        fn wait(&self, step: Step) {
+            let deadline = Instant::now() + LIMIT;
+            let is_asked =
+                || std::fs::read_to_string(&self.file).is_ok_and(|text| text == step.to_string());
+            let mut said = false;
+            while is_asked() && Instant::now() < deadline {
+                if !said {
+                    said = std::fs::write(self.file.with_added_extension("reached"), "").is_ok();
+                }
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    impl<D: Switchable> Switchable for Waits<'_, D> {
+        type Guest = D::Guest;
+
+        fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Quiesce);
+            self.device.quiesce(guest)
+        }
+
+        fn save(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Save);
+            self.device.save(guest)
+        }
+
+        fn unmap(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Unmap);
+            self.device.unmap(guest)
+        }
+
+        fn map(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Map);
+            self.device.map(guest)
+        }
+
+        fn load(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Load);
+            self.device.load(guest)
+        }
+
+        fn resume(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Resume);
+            self.device.resume(guest)
+        }
+
+        fn silence(&mut self) {
+            self.device.silence();
+        }
+    }
+}
