@@ -8,8 +8,10 @@ use anyhow::{Context, ensure};
 
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, GATEWAY, LINK_TIME};
+use super::switch::host::{self, DeviceHost};
 use crate::options::NicModel;
-use crate::report::{Guest as GuestFacts, Stat, Traffic};
+use crate::report::traffic::{NicPlace, Traffic};
+use crate::report::{Guest as GuestFacts, Stat};
 
 /// Where the traffic tool is in the guest.
 const TOOL: &str = "/init";
@@ -24,6 +26,8 @@ pub struct TrafficOptions {
     pub guest: GuestOptions,
     /// Which NIC.
     pub nic: NicModel,
+    /// Where it is, one after the other.
+    pub places: Vec<NicPlace>,
     /// What.
     pub kinds: Vec<TrafficKind>,
     /// How long each.
@@ -34,26 +38,53 @@ pub struct TrafficOptions {
 pub fn measure(
     options: &TrafficOptions,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<(Vec<Traffic>, GuestFacts)> {
-    let guest_options = options
-        .guest
-        .clone()
-        .with(&format!("--net user --nic {}", options.nic.name()));
-    progress("booting a guest");
-    let mut guest = Guest::boot(&guest_options, BOOT_TIME)?;
-    network::bring_up(&mut guest, driver(options.nic))?;
-    network::wait_for_link(&mut guest, LINK_TIME)?;
-    let mut all = Vec::new();
-    for &kind in &options.kinds {
-        progress(&format!("{} for {} s", kind.name(), options.time.as_secs()));
-        let result = send(&mut guest, kind, options.time)?;
-        if let Some(error) = &result.error {
-            anyhow::bail!("{}: {error}", kind.name());
+) -> anyhow::Result<(Vec<Traffic>, Option<GuestFacts>)> {
+    let (mut all, mut facts) = (Vec::new(), None);
+    for &place in &options.places {
+        progress(&format!("NIC in the {}: booting a guest", place.words()));
+        let mut networked = Networked::boot(options, place)?;
+        let guest = &mut networked.guest;
+        for &kind in &options.kinds {
+            progress(&format!("{} for {} s", kind.name(), options.time.as_secs()));
+            let result = send(guest, kind, options.time)?;
+            if let Some(error) = &result.error {
+                anyhow::bail!("{}: {error}", kind.name());
+            }
+            all.push(traffic(kind, options.nic, place, &result));
         }
-        all.push(traffic(kind, options.nic, &result));
+        facts.get_or_insert(guest_facts(guest)?);
     }
-    let facts = guest_facts(&mut guest)?;
     Ok((all, facts))
+}
+
+/// A guest whose NIC works.
+struct Networked {
+    // Dropped in this order.
+    guest: Guest,
+    _host: Option<(DeviceHost, tempfile::TempDir)>,
+}
+
+impl Networked {
+    fn boot(options: &TrafficOptions, place: NicPlace) -> anyhow::Result<Self> {
+        let (guest, model) = (options.guest.clone(), options.nic.name());
+        let (guest, host) = match place {
+            NicPlace::Vmm => (guest.with(&format!("--net user --nic {model}")), None),
+            NicPlace::DeviceHost => {
+                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+                let program = &options.guest.program;
+                let host = DeviceHost::start(program, folder.path(), model, "user", "down")?;
+                let name = guest.name;
+                let guest = guest.among(folder.path(), name);
+                let guest = guest.with(&format!("--nic device={}", host::NAME));
+                (guest, Some((host, folder)))
+            }
+        };
+        let mut guest = Guest::boot(&guest, BOOT_TIME)?;
+        network::insert_slowly(&mut guest, driver(options.nic))?;
+        network::configure(&mut guest)?;
+        network::wait_for_link(&mut guest, LINK_TIME)?;
+        Ok(Self { guest, _host: host })
+    }
 }
 
 /// Whether all of it arrived once, in order and as it was sent.
@@ -94,12 +125,13 @@ fn driver(nic: NicModel) -> &'static str {
 }
 
 /// A result as a part of a report.
-fn traffic(kind: TrafficKind, nic: NicModel, result: &TrafficResult) -> Traffic {
+fn traffic(kind: TrafficKind, nic: NicModel, nic_at: NicPlace, result: &TrafficResult) -> Traffic {
     let packets = result.sent > 0;
     let count = |n: u64| packets.then_some(n);
     Traffic {
         kind: kind.name().to_owned(),
         driver: driver(nic).to_owned(),
+        nic_at,
         seconds: result.elapsed_ns as f64 / 1e9,
         sent: count(result.sent),
         answered: count(result.answered),

@@ -12,6 +12,7 @@ use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic
 use crate::options::NicModel;
 use crate::report::ratio::ratios;
 use crate::report::switch::SwitchMethod;
+use crate::report::traffic::NicPlace;
 use crate::report::{Method, Report, environment, html, merge, svg};
 
 /// `bench`
@@ -133,7 +134,7 @@ Example:
 Fails when anything is lost, reordered, doubled or changed.
 
 Example:
-  cofferdam bench traffic --seconds 60 --kind ping_flood,tcp_echo --json traffic.json")]
+  cofferdam bench traffic --seconds 60 --kind ping_flood,tcp_echo --at vmm,device-host --json traffic.json")]
     Traffic {
         #[command(flatten)]
         common: Common,
@@ -155,6 +156,9 @@ Example:
         /// Through which NIC
         #[arg(long, value_name = "MODEL", default_value_t = NicModel::default())]
         nic: NicModel,
+        /// Where the NIC is
+        #[arg(long, value_name = "PLACE", value_delimiter = ',', default_values = ["vmm", "device-host"])]
+        at: Vec<NicPlace>,
     },
 }
 
@@ -316,16 +320,16 @@ impl BenchCommand {
                 seconds,
                 kind,
                 nic,
+                at,
             } => {
                 let options = traffic::TrafficOptions {
                     guest: GuestOptions::new(&common.images)?,
                     nic,
+                    places: at,
                     kinds: kind,
                     time: Duration::from_secs(seconds),
                 };
-                let (all, guest) = traffic::measure(&options, &mut progress)?;
-                report.traffic = all;
-                report.guest = Some(guest);
+                (report.traffic, report.guest) = traffic::measure(&options, &mut progress)?;
                 common.finish(&report)?;
                 if let Some(bad) = report.traffic.iter().find(|t| !traffic::all_well(t)) {
                     anyhow::bail!("{}: not all of it arrived as it was sent", bad.kind);

@@ -6,6 +6,7 @@ use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::report::suspend::{Suspend, of_boot};
 use crate::report::switch::{PHASES, Switch, than_hotplug};
+use crate::report::traffic::{Traffic, of_own};
 use crate::report::{Report, Stat, html, merge, svg};
 
 /// `report`
@@ -309,6 +310,8 @@ pub fn text(report: &Report) -> String {
     if !report.traffic.is_empty() {
         let mut rows = table(&[
             "traffic",
+            "NIC in the",
+            "of the VMM's own",
             "s",
             "sent",
             "answered",
@@ -318,11 +321,17 @@ pub fn text(report: &Report) -> String {
             "MiB out",
             "MiB in",
         ]);
+        let own = |t: &Traffic| {
+            let part = of_own(&report.traffic, t);
+            part.map_or_else(String::new, |part| format!("{part:.2}"))
+        };
         for t in &report.traffic {
             let count = |n: Option<u64>| number(n.map_or_else(String::new, |n| n.to_string()));
             let mib = |bytes: u64| number(format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
             rows.add_row(vec![
                 t.kind.clone().into(),
+                t.nic_at.words().into(),
+                number(own(t)),
                 number(format!("{:.1}", t.seconds)),
                 count(t.sent),
                 count(t.answered),

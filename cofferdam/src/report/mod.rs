@@ -15,12 +15,15 @@ mod stat;
 pub mod suspend;
 pub mod svg;
 pub mod switch;
+pub mod traffic;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 pub use stat::Stat;
+
+use self::traffic::Traffic;
 
 /// Version of the schema that [`Report`] writes.
 pub const SCHEMA: u32 = 1;
@@ -329,38 +332,6 @@ fn stats<K: Ord>(samples: BTreeMap<K, Vec<f64>>) -> BTreeMap<K, Stat> {
         .into_iter()
         .filter_map(|(key, samples)| Some((key, Stat::from_samples(&samples)?)))
         .collect()
-}
-
-/// One kind of traffic through a NIC.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Traffic {
-    /// What was sent: `ping_flood`, `tcp_echo`, ...
-    pub kind: String,
-    /// The guest's driver.
-    pub driver: String,
-    /// How long it ran, in seconds.
-    pub seconds: f64,
-    /// Packets (datagrams) sent; absent for a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sent: Option<u64>,
-    /// Packets answered; absent for a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub answered: Option<u64>,
-    /// Answers that came out of order; absent for a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reordered: Option<u64>,
-    /// Answers that came more than once; absent for a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub duplicated: Option<u64>,
-    /// Payload bytes that went out and whose contents were checked at the far end or on return.
-    pub bytes_to_peer: u64,
-    /// Payload bytes that came in and whose contents were checked.
-    pub bytes_from_peer: u64,
-    /// Bytes or packets with wrong contents.
-    pub corrupted: u64,
-    /// Round trip of a packet; absent for a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub round_trip_us: Option<Stat>,
 }
 
 #[cfg(test)]

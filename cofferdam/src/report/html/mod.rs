@@ -16,7 +16,8 @@ use super::plot::{
     boot_boxes, css, end_boxes, ordered_medians, phase_color, recovery_bars, recovery_boxes,
 };
 use super::ratio::{FGFT_SHORTER_BY, Ratio};
-use super::{Boot, Method, Phase, Recovery, Report, Traffic};
+use super::traffic::{Traffic, of_own};
+use super::{Boot, Method, Phase, Recovery, Report};
 use table::{stat_row, stats, table};
 
 /// Writes the page.
@@ -279,6 +280,8 @@ fn traffic_section(traffic: &[Traffic]) -> Markup {
     let heads = [
         "kind",
         "driver",
+        "NIC in the",
+        "of the VMM's own",
         "s",
         "sent",
         "answered",
@@ -295,6 +298,8 @@ fn traffic_section(traffic: &[Traffic]) -> Markup {
         vec![
             t.kind.clone(),
             t.driver.clone(),
+            t.nic_at.words().to_owned(),
+            of_own(traffic, t).map_or_else(String::new, |part| format!("{part:.2}")),
             format!("{:.1}", t.seconds),
             count(t.sent),
             count(t.answered),
