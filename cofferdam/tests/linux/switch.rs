@@ -63,7 +63,9 @@ impl Pair {
     fn give(&self, to: usize) {
         if self.turn() != NAMES[to] {
             let host = self.host.as_ref().unwrap();
-            host.give(NAMES[to]).unwrap();
+            if let Err(error) = host.give(NAMES[to]) {
+                panic!("{error:#}: {:#?}", host.status().unwrap());
+            }
         }
     }
 

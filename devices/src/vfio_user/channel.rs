@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -23,6 +23,8 @@ use super::message::{HEADER_BYTES, Header, MAX_MESSAGE_BYTES, MessageError};
 
 /// Most descriptors with one message.
 pub const MAX_FDS: usize = 32;
+/// The most that one look at the socket uses up of somebody's [`Patience`].
+const SLICE: Duration = Duration::from_millis(100);
 /// Bytes that one read takes; more for a message that is longer.
 const READ_BYTES: usize = 16 << 10;
 /// Most bytes that wait for the peer to read them.
@@ -343,30 +345,44 @@ impl Channel {
     /// Waits until the socket can be read, or written if something is unsent.
     ///
     /// # Errors
-    /// Neither happened before `deadline`.
-    pub fn wait(&self, deadline: Instant) -> Result<(), ChannelError> {
+    /// Neither happened before `patience` was at its end.
+    pub fn wait(&self, patience: &mut Patience) -> Result<(), ChannelError> {
         let mut events = PollFlags::IN;
         if self.has_unsent() {
             events |= PollFlags::OUT;
         }
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let slice = patience.0.min(SLICE);
+            if slice.is_zero() {
                 // Also of a peer that sends without end.
                 return Err(ChannelError::Silent);
             }
             let timeout = Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: left.subsec_nanos().into(),
+                tv_sec: i64::try_from(slice.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: slice.subsec_nanos().into(),
             };
+            let begin = Instant::now();
             let mut fds = [PollFd::new(&self.stream, events)];
-            match rustix::event::poll(&mut fds, Some(&timeout)) {
-                Err(Errno::INTR) => {}
+            let polled = rustix::event::poll(&mut fds, Some(&timeout));
+            patience.0 -= begin.elapsed().min(slice);
+            match polled {
+                Ok(0) | Err(Errno::INTR) => {}
                 Err(error) => return Err(ChannelError::Io(error)),
-                Ok(0) => return Err(ChannelError::Silent),
                 Ok(_) => return Ok(()),
             }
         }
+    }
+}
+
+/// How long somebody still waits for a peer. It is spent in slices, so that a machine that stands still for a while, with both
+/// sides on it, has used up one slice and not all of it.
+#[derive(Debug)]
+pub struct Patience(Duration);
+
+impl Patience {
+    /// So much.
+    pub fn new(time: Duration) -> Self {
+        Self(time)
     }
 }
 
@@ -397,5 +413,23 @@ fn send_once(
             Err(Errno::PIPE | Errno::CONNRESET) => return Err(ChannelError::Gone),
             Err(error) => return Err(ChannelError::Io(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_ends_with_a_peer_that_says_nothing_and_not_before() {
+        let (stream, _peer) = UnixStream::pair().unwrap();
+        let channel = Channel::new(stream).unwrap();
+        let limit = Duration::from_millis(250);
+        let (begin, mut patience) = (Instant::now(), Patience::new(limit));
+        let waited = channel.wait(&mut patience);
+        assert!(matches!(waited, Err(ChannelError::Silent)), "{waited:?}");
+        assert!(begin.elapsed() >= limit);
+        let again = channel.wait(&mut patience);
+        assert!(matches!(again, Err(ChannelError::Silent)), "{again:?}");
     }
 }

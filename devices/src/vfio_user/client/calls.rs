@@ -1,13 +1,11 @@
 //! What a client asks of the device's regions, memory and interrupts.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::Instant;
-
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Client, ClientError};
 use crate::dma::DmaRegion;
-use crate::vfio_user::channel::{ChannelError, MAX_FDS};
+use crate::vfio_user::channel::{ChannelError, MAX_FDS, Patience};
 use crate::vfio_user::message::{
     Command, DmaMap, DmaUnmap, Header, IrqAction, IrqData, MAP_READ, MAP_WRITE, MAX_DATA_BYTES,
     Payload, RegionAccess, SetIrqs,
@@ -85,10 +83,10 @@ impl Client {
         payload[12..16].copy_from_slice(&(data.len() as u32).to_le_bytes());
         self.posted = self.posted.saturating_add(1);
         let flags = Header::FLAG_NO_REPLY;
-        let deadline = Instant::now() + self.limits.call;
+        let mut patience = Patience::new(self.limits.call);
         self.send(Command::RegionWrite, flags, &payload[..end], &[])?;
         while self.channel.has_unsent() {
-            self.pump(deadline)?;
+            self.pump(&mut patience)?;
         }
         Ok(())
     }

@@ -10,9 +10,9 @@ mod state;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::channel::{Channel, ChannelError, Counters, MAX_FDS, Received};
+use super::channel::{Channel, ChannelError, Counters, MAX_FDS, Patience, Received};
 use super::message::{
     CONFIG_REGION, Capabilities, Command, DEVICE_FLAGS_PCI, DEVICE_FLAGS_RESET, DeviceInfo,
     DmaAccess, Header, IrqInfo, MAX_DATA_BYTES, PCI_IRQS, PCI_REGIONS, Payload, RegionInfo,
@@ -311,13 +311,13 @@ impl Client {
         limit: Duration,
     ) -> Result<Vec<u8>, ClientError> {
         self.check()?;
-        let deadline = Instant::now() + limit;
+        let mut patience = Patience::new(limit);
         let id = self.send(command, 0, payload, fds)?;
         let reply = loop {
             match self.take_reply()? {
                 Some(reply) if reply.header.id != id && self.is_of_a_posted_write(&reply) => {}
                 Some(reply) => break reply,
-                None => self.pump(deadline)?,
+                None => self.pump(&mut patience)?,
             }
         };
         self.posted = 0;
@@ -350,8 +350,8 @@ impl Client {
     }
 
     /// Waits for the socket, then moves what can be moved.
-    fn pump(&mut self, deadline: Instant) -> Result<(), ClientError> {
-        let waited = self.channel.wait(deadline);
+    fn pump(&mut self, patience: &mut Patience) -> Result<(), ClientError> {
+        let waited = self.channel.wait(patience);
         let moved = waited.and_then(|()| self.channel.flush().and_then(|_| self.channel.fill()));
         moved.map(|_| ()).map_err(|error| self.end(error))
     }
