@@ -15,7 +15,7 @@ use cofferdam::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
 use devices::vfio::binding::Sysfs;
 
 use super::passthrough::with_little_locked_memory;
-use super::switch::kill;
+use super::switch::{has, is_full, kill};
 use super::{assert_log_is_healthy, boot, options, ping, shell};
 
 /// The lab's e1000e.
@@ -26,6 +26,8 @@ const NAME: &str = "nic0";
 pub const NAMES: [&str; 2] = ["left", "right"];
 /// What answers pings on the network behind it.
 const GATEWAY: &str = "10.0.2.2";
+/// What sends everything back, on TCP port 7.
+const ECHO: &str = "10.0.2.100";
 /// How long something that happens by itself may be in coming.
 const SOON: Duration = Duration::from_secs(300);
 
@@ -271,42 +273,127 @@ impl Pair {
     }
 }
 
-/// Each guest hears the far end in each of its turns. How long it takes until then is printed.
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn each_guest_hears_its_gateway_in_each_turn_of_a_real_function() {
-    let mut pair = Pair::new("--parked down");
-    works(&mut pair.guests[0]);
-    let (mut records, mut times) = (Vec::new(), Vec::new());
-    for number in 0..switches() {
-        let index = 1 - number % 2;
-        let begin = Instant::now();
-        records.extend(pair.give(index));
-        let guest = &mut pair.guests[index];
+/// A connection of a guest to an echo, over which something is sent all the time; what was sent and came back is in files.
+struct Connection {
+    marker: String,
+}
+
+impl Connection {
+    /// Opens it in the turn of its guest.
+    #[track_caller]
+    fn open(guest: &mut Guest, marker: String) -> Self {
+        let lines =
+            format!("BEGIN {{ for (i = 0; i < 64; i++) printf \"{marker}-%08d-%03d\\n\", n, i }}");
         let script = format!(
-            "for t in $(seq 1 300); do ping -c 1 -W 1 {GATEWAY} > /dev/null && exit 0; done; dmesg; exit 1"
+            "(n=0; while ! [ -e /tmp/stop ]; do awk -v n=$n '{lines}'; n=$((n+1)); sleep 0.1; done; sleep 10000) 2> /dev/null \
+             | tee /tmp/sent | nc {ECHO} 7 > /tmp/back 2> /dev/null &"
         );
         shell(guest, &script);
-        times.push(begin.elapsed());
-        println!(
-            "{number}: {:?} {:?}",
-            times.last(),
-            records.last().map(|one| one.phases.total_ns() / 1000)
-        );
+        let connection = Self { marker };
+        connection.moves_on(guest, 0);
+        connection
     }
-    print_phases("parked link down, 256 MiB", &records);
-    times.sort_unstable();
-    println!("to the first answer: median {:?}", times[times.len() / 2]);
-    for guest in &mut pair.guests {
-        assert_log_is_healthy(guest, &["Hardware Unit Hang", "Reset adapter", "PHY reset"]);
+
+    /// Bytes that came back so far.
+    fn back(guest: &mut Guest) -> u64 {
+        shell(guest, "wc -c < /tmp/back").trim().parse().unwrap()
+    }
+
+    /// Waits until more has come back than this.
+    #[track_caller]
+    fn moves_on(&self, guest: &mut Guest, before: u64) {
+        let deadline = Instant::now() + SOON;
+        while Self::back(guest) <= before {
+            assert!(
+                Instant::now() < deadline,
+                "{} stands still at {before}: {}",
+                self.marker,
+                shell(guest, "cat /proc/net/tcp; dmesg | tail -n 20")
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// In a turn of its guest: all that was sent comes back, and is the same. How much that is.
+    #[track_caller]
+    fn close(&self, guest: &mut Guest) -> u64 {
+        shell(guest, "touch /tmp/stop");
+        let deadline = Instant::now() + SOON;
+        loop {
+            // It may still write a last piece.
+            shell(guest, "sleep 0.3");
+            let all = "[ $(wc -c < /tmp/sent) -eq $(wc -c < /tmp/back) ] && echo all; true";
+            if shell(guest, all).contains("all") {
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{}: {}",
+                self.marker,
+                shell(guest, "wc -c /tmp/sent /tmp/back; cat /proc/net/tcp")
+            );
+        }
+        shell(guest, "cmp /tmp/sent /tmp/back");
+        Self::back(guest)
     }
 }
 
-fn switches() -> usize {
-    match std::env::var_os("COFFERDAM_FULL") {
-        Some(_) => 100,
-        None => 20,
+/// A TCP connection of each guest moves on in each of its turns and all of it arrives; no byte of the one is in the memory of the
+/// other.
+fn connections_survive(parked: &str) {
+    let mut pair = Pair::new(&format!("--parked {parked}"));
+    let markers = NAMES.map(|name| format!("{parked}-sent-by-{name}"));
+    let mut connections = Vec::new();
+    for (index, marker) in markers.iter().enumerate() {
+        pair.give(index);
+        works(&mut pair.guests[index]);
+        connections.push(Connection::open(&mut pair.guests[index], marker.clone()));
     }
+    let (mut records, mut times) = (Vec::new(), Vec::new());
+    for number in 0..switches() {
+        let index = number % 2;
+        let guest = &mut pair.guests[index];
+        let before = Connection::back(guest);
+        let begin = Instant::now();
+        records.extend(pair.give(index));
+        connections[index].moves_on(&mut pair.guests[index], before);
+        times.push(begin.elapsed());
+    }
+    print_phases(&format!("parked link {parked}, 256 MiB"), &records);
+    times.sort_unstable();
+    println!(
+        "until the connection moved on: median {:?}, largest {:?}",
+        times[times.len() / 2],
+        times.last()
+    );
+    let pids = [0, 1].map(|index| pid(&pair.guests[index]));
+    for index in [1, 0] {
+        pair.give(index);
+        let guest = &mut pair.guests[index];
+        let bytes = connections[index].close(guest);
+        println!("{}: {bytes} bytes", NAMES[index]);
+        assert_log_is_healthy(guest, &["Hardware Unit Hang", "PHY reset"]);
+        assert!(
+            has(pids[index], markers[index].as_bytes()),
+            "what is looked for is found"
+        );
+        assert!(
+            !has(pids[index], markers[1 - index].as_bytes()),
+            "frames of {} are in {}",
+            NAMES[1 - index],
+            NAMES[index]
+        );
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn connections_of_two_guests_survive_switches_of_a_real_function() {
+    connections_survive("down");
+}
+
+fn switches() -> usize {
+    if is_full() { 100 } else { 20 }
 }
 
 #[test]

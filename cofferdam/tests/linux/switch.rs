@@ -111,7 +111,7 @@ impl Pair {
 }
 
 /// Whether the memory of the guest of this process has these bytes.
-fn has(pid: u32, bytes: &[u8]) -> bool {
+pub fn has(pid: u32, bytes: &[u8]) -> bool {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let memory = descriptors
         .map(|entry| entry.unwrap().path())
@@ -215,7 +215,7 @@ fn assert_resets_follow_lost_links(log: &str) {
     }
 }
 
-fn is_full() -> bool {
+pub fn is_full() -> bool {
     std::env::var_os("COFFERDAM_FULL").is_some()
 }
 
