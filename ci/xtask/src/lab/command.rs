@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 
 use super::ledger::Ledger;
-use super::request::Request;
+use super::request::{Ended, Request};
 use super::session::{Kind, Lab};
 use super::settings::Settings;
 use crate::workspace::Workspace;
@@ -154,6 +154,12 @@ fn execute(workspace: &Workspace, run: &Run) -> anyhow::Result<ExitCode> {
         eprintln!(
             "lab: the command ran {} times because the lab hung",
             outcome.retries + 1
+        );
+    }
+    if outcome.ended == Ended::TimeLimit {
+        eprintln!(
+            "lab: the command was ended after {} s: give it longer with --time-limit",
+            run.time_limit
         );
     }
     Ok(ExitCode::from(outcome.ended.status()))
