@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Subcommand, ValueEnum};
+use guest_images::kernels::DEFAULT;
 
 use crate::lab::{Ended, Kind, Lab, Request, Settings, pass_on, watch_interrupts};
 use crate::place::Place;
@@ -15,7 +16,6 @@ use crate::steps::{Steps, capture, cargo, run};
 use crate::suite::run_on_host;
 use crate::workspace::Workspace;
 use crate::{images, setup};
-use guest_images::kernels::DEFAULT;
 
 /// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and more.
 const COMMAND_LIMIT: Duration = Duration::from_secs(1800);

@@ -4,6 +4,7 @@
 pub mod boot;
 mod child;
 pub mod clock;
+pub mod device_host;
 pub mod guest;
 pub mod isolation;
 pub mod network;

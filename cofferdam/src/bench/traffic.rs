@@ -6,9 +6,9 @@ use agent_protocol::message::Exec;
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 use anyhow::{Context, ensure};
 
+use super::device_host::{self, DeviceHost};
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, GATEWAY, LINK_TIME};
-use super::switch::host::{self, DeviceHost};
 use crate::options::NicModel;
 use crate::report::traffic::{NicPlace, Traffic};
 use crate::report::{Guest as GuestFacts, Stat};
@@ -72,10 +72,14 @@ impl Networked {
             NicPlace::DeviceHost => {
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
                 let program = &options.guest.program;
-                let host = DeviceHost::start(program, folder.path(), model, "user", "down")?;
+                let host = DeviceHost::start(
+                    program,
+                    folder.path(),
+                    &["--model", model, "--net", "user"],
+                )?;
                 let name = guest.name;
                 let guest = guest.among(folder.path(), name);
-                let guest = guest.with(&format!("--nic device={}", host::NAME));
+                let guest = guest.with(&format!("--nic device={}", device_host::NAME));
                 (guest, Some((host, folder)))
             }
         };

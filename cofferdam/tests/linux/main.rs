@@ -31,8 +31,12 @@ mod wires;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent_protocol::message::Ipv4;
 use cofferdam::bench::guest::{Guest, GuestOptions};
+use cofferdam::bench::network;
 
+/// What answers pings on the networks of the tests.
+const GATEWAY: &str = "10.0.2.2";
 /// How long a guest may take to boot or to end.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
@@ -64,6 +68,29 @@ fn shell(guest: &mut Guest, script: &str) -> String {
     guest
         .shell(script)
         .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Inserts the driver of a NIC that lives elsewhere, and gives its interface the address 10.0.2.`last`.
+#[track_caller]
+fn insert_nic(guest: &mut Guest, driver: &str, last: u8) {
+    network::insert_slowly(guest, driver).unwrap();
+    let agent = guest.agent();
+    agent.set_link("eth0", true).unwrap();
+    let address = Ipv4 {
+        address: [10, 0, 2, last].into(),
+        prefix: 24,
+    };
+    agent.set_address("eth0", address, None).unwrap();
+}
+
+/// The guest's NIC works, when its driver has seen its link.
+#[track_caller]
+fn nic_works(guest: &mut Guest) {
+    let script = format!(
+        "for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; dmesg; exit 1"
+    );
+    shell(guest, &script);
+    ping(guest, GATEWAY, 1400);
 }
 
 /// Waits until the guest has so many TCP connections to the echo service of its gateway. A stream that is about to begin

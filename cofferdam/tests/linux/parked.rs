@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network;
 
-use super::passed::{NAMES, Pair, insert, works};
-use super::{assert_log_is_healthy, shell};
+use super::passed::{NAMES, Pair};
+use super::{assert_log_is_healthy, insert_nic, nic_works, shell};
 
 /// Which of the two has the NIC first, and which one is parked.
 const FIRST: usize = 0;
@@ -64,7 +64,7 @@ fn use_without_the_device(guest: &mut Guest, address: &str, number: u8) {
     std::thread::sleep(Duration::from_secs(5));
     assert_no_complaints(guest);
     shell(guest, "ip link set eth0 down && rmmod e1000e");
-    insert(guest, number);
+    insert_nic(guest, "e1000e", number);
     assert_eq!(
         shell(guest, "cat /sys/class/net/eth0/address").trim(),
         address
@@ -77,40 +77,43 @@ fn use_without_the_device(guest: &mut Guest, address: &str, number: u8) {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
     // Both drivers are inserted there, and only one can have the device.
-    let mut pair = Pair::new("");
-    assert_eq!(pair.served.status().turn.as_deref(), Some(NAMES[FIRST]));
-    works(&mut pair.guests[FIRST]);
-    let addresses = NAMES.map(|name| pair.served.context(name).mac);
+    let mut pair = Pair::new(&[]);
+    assert_eq!(
+        pair.served.status().unwrap().turn.as_deref(),
+        Some(NAMES[FIRST])
+    );
+    nic_works(&mut pair.guests[FIRST]);
+    let addresses = NAMES.map(|name| pair.context(name).mac);
     use_without_the_device(&mut pair.guests[SECOND], &addresses[SECOND], 16);
-    works(&mut pair.guests[FIRST]);
+    nic_works(&mut pair.guests[FIRST]);
 
     // It loses its link with frames under way.
     let flood = "(ping -f -s 1400 10.0.2.2 > /dev/null 2>&1) < /dev/null & sleep 1";
     shell(&mut pair.guests[FIRST], flood);
     pair.give(SECOND);
-    works(&mut pair.guests[SECOND]);
+    nic_works(&mut pair.guests[SECOND]);
     wait_without_link(&mut pair.guests[FIRST]);
     shell(&mut pair.guests[FIRST], "killall ping || true");
     use_without_the_device(&mut pair.guests[FIRST], &addresses[FIRST], 15);
-    works(&mut pair.guests[SECOND]);
+    nic_works(&mut pair.guests[SECOND]);
 
     for turn in [FIRST, SECOND, FIRST] {
         pair.give(turn);
         network::wait_for_link(&mut pair.guests[turn], SOON).unwrap();
-        works(&mut pair.guests[turn]);
+        nic_works(&mut pair.guests[turn]);
     }
     for guest in &mut pair.guests {
         assert_no_complaints(guest);
         println!("{}", shell(guest, "dmesg | grep -i 'e1000e\\|eth0'"));
     }
-    println!("{:?}", NAMES.map(|name| pair.served.context(name)));
-    assert_eq!(pair.served.status().failed_switches, 0);
+    println!("{:?}", NAMES.map(|name| pair.context(name)));
+    assert_eq!(pair.served.status().unwrap().failed_switches, 0);
 }
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn e1000e_tests_its_memory_and_its_interrupts_without_its_device() {
-    let mut pair = Pair::new("");
+    let mut pair = Pair::new(&[]);
     let parked = &mut pair.guests[SECOND];
     wait_without_link(parked);
     // It makes thousands of accesses.
@@ -138,7 +141,7 @@ fn e1000e_tests_its_memory_and_its_interrupts_without_its_device() {
     }
     pair.give(SECOND);
     insert_again(&mut pair.guests[SECOND]);
-    works(&mut pair.guests[SECOND]);
+    nic_works(&mut pair.guests[SECOND]);
 }
 
 /// The test has taken its address.

@@ -3,131 +3,43 @@
 //! `COFFERDAM_FULL=1` switches a hundred times.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::Ipv4;
+use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network;
-use cofferdam::device::client::ask;
-use cofferdam::device::protocol::{ContextStatus, HostStatus, Reply, Request, SwitchRecord};
-use cofferdam::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
+use cofferdam::device::protocol::{ContextStatus, SwitchRecord};
+use cofferdam::runtime_dir::ROOT_VARIABLE;
 use devices::vfio::binding::Sysfs;
 
 use super::passthrough::with_little_locked_memory;
 use super::switch::{has, is_full, kill};
-use super::{assert_log_is_healthy, boot, options, ping, shell};
+use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
 
 /// The lab's e1000e.
 const FUNCTION: &str = "0000:00:02.0";
 /// The lab's IOMMU itself, which is behind none.
 const WITHOUT_IOMMU: &str = "0000:00:01.0";
-const NAME: &str = "nic0";
 pub const NAMES: [&str; 2] = ["left", "right"];
-/// What answers pings on the network behind it.
-const GATEWAY: &str = "10.0.2.2";
 /// What sends everything back, on TCP port 7.
 const ECHO: &str = "10.0.2.100";
 /// How long something that happens by itself may be in coming.
 const SOON: Duration = Duration::from_secs(300);
 
-/// The device host.
-pub struct Served {
-    child: Child,
-    root: RuntimeRoot,
+fn serve(root: &Path, words: &[&str]) -> DeviceHost {
+    let words = [&["--vfio", FUNCTION], words].concat();
+    DeviceHost::start(&options().program, root, &words).unwrap()
 }
 
-impl Served {
-    fn start(root: &Path, words: &str) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_cofferdam"))
-            .env(ROOT_VARIABLE, root)
-            .args(["device", "serve", NAME, "--vfio", FUNCTION])
-            .args(words.split_whitespace())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let served = Self {
-            child,
-            root: RuntimeRoot::new(root),
-        };
-        let deadline = Instant::now() + SOON;
-        while served.ask(&Request::Status {}).is_err() {
-            assert!(Instant::now() < deadline, "the device host does not answer");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        served
-    }
-
-    fn ask(&self, request: &Request) -> anyhow::Result<Reply> {
-        ask(&self.root, &NAME.parse()?, request)
-    }
-
-    pub fn status(&self) -> HostStatus {
-        match self.ask(&Request::Status {}).unwrap() {
-            Reply::Status(status) => *status,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    pub fn context(&self, vm: &str) -> ContextStatus {
-        let mut contexts = self.status().contexts.into_iter();
-        contexts.find(|context| context.vm == vm).unwrap()
-    }
-
-    /// Gives the turn to a VM that has it not.
-    #[track_caller]
-    pub fn give(&self, vm: &str) -> SwitchRecord {
-        let to = vm.to_owned();
-        match self.ask(&Request::Switch { to }) {
-            Ok(Reply::Switched(record)) => *record,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[track_caller]
-    fn wait_for_turn(&self, vm: Option<&str>) {
-        let deadline = Instant::now() + SOON;
-        while self.status().turn.as_deref() != vm {
-            assert!(Instant::now() < deadline, "{:?} has it", self.status().turn);
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn context(served: &DeviceHost, vm: &str) -> ContextStatus {
+    let mut contexts = served.status().unwrap().contexts.into_iter();
+    contexts.find(|context| context.vm == vm).unwrap()
 }
 
 fn guest(root: &Path, name: &'static str) -> Guest {
     let options = options().among(root, name);
     boot(&options.with(&format!("--nic device={NAME} --memory 256M")))
-}
-
-/// Inserts the driver and gives its interface an address.
-pub fn insert(guest: &mut Guest, last: u8) {
-    network::insert_slowly(guest, "e1000e").unwrap();
-    let agent = guest.agent();
-    agent.set_link("eth0", true).unwrap();
-    let address = [10, 0, 2, last].into();
-    let address = Ipv4 {
-        address,
-        prefix: 24,
-    };
-    agent.set_address("eth0", address, None).unwrap();
-}
-
-/// The guest's NIC works, when its driver has seen its link.
-#[track_caller]
-pub fn works(guest: &mut Guest) {
-    let script = format!(
-        "for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; dmesg; exit 1"
-    );
-    shell(guest, &script);
-    ping(guest, GATEWAY, 1400);
 }
 
 fn pid(guest: &Guest) -> u32 {
@@ -197,13 +109,13 @@ fn a_function_that_cannot_be_served_is_refused_in_a_line_that_says_why() {
     }
     let text = refused(root, FUNCTION, with_little_locked_memory);
     assert!(text.contains("it is 1024 KiB"), "{text}");
-    let served = Served::start(root, "");
+    let served = serve(root, &[]);
     let text = refused(root, FUNCTION, |_| {});
     assert!(text.contains("in use"), "{text}");
-    assert_eq!(served.status().function.as_deref(), Some(FUNCTION));
+    assert_eq!(served.status().unwrap().function.as_deref(), Some(FUNCTION));
     drop(served);
     // It is free again at once.
-    Served::start(root, "");
+    serve(root, &[]);
 }
 
 #[test]
@@ -212,18 +124,18 @@ fn a_guest_has_the_hosts_function_behind_a_device_host() {
     let sysfs = Sysfs::default();
     sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let served = Served::start(folder.path(), "");
+    let served = serve(folder.path(), &[]);
     let mut left = guest(folder.path(), "left");
-    assert_eq!(served.status().turn.as_deref(), Some("left"));
+    assert_eq!(served.status().unwrap().turn.as_deref(), Some("left"));
     network::insert_slowly(&mut left, "e1000e").unwrap();
     let lease = shell(
         &mut left,
         "ip link set eth0 up; udhcpc -i eth0 -s /etc/udhcpc.script -n -q -t 60 -T 1 2>&1",
     );
     assert!(lease.contains("10.0.2."), "{lease}");
-    works(&mut left);
+    nic_works(&mut left);
     let mac = shell(&mut left, "cat /sys/class/net/eth0/address");
-    let context = served.context("left");
+    let context = context(&served, "left");
     assert_eq!(mac.trim(), context.mac);
     assert_eq!(context.mapped_bytes, Some(context.dma_bytes));
     // Receiver and transmitter have vectors of their own, which come from the host's kernel.
@@ -236,7 +148,7 @@ fn a_guest_has_the_hosts_function_behind_a_device_host() {
     shell(&mut left, "modprobe e1000e IntMode=0");
     let up = "ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0";
     shell(&mut left, up);
-    works(&mut left);
+    nic_works(&mut left);
     let interrupts = shell(&mut left, "grep eth0 /proc/interrupts");
     assert!(interrupts.contains("IO-APIC"), "{interrupts}");
     assert_log_is_healthy(&mut left, &["Hardware Unit Hang"]);
@@ -245,20 +157,20 @@ fn a_guest_has_the_hosts_function_behind_a_device_host() {
 /// Two guests that have the function by turns, both with their driver up: the one that was parked when it probed, too.
 pub struct Pair {
     pub guests: [Guest; 2],
-    pub served: Served,
+    pub served: DeviceHost,
     folder: tempfile::TempDir,
 }
 
 impl Pair {
-    pub fn new(words: &str) -> Self {
+    pub fn new(words: &[&str]) -> Self {
         let sysfs = Sysfs::default();
         sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let served = Served::start(folder.path(), words);
+        let served = serve(folder.path(), words);
         let mut guests = NAMES.map(|name| guest(folder.path(), name));
-        assert_eq!(served.status().turn.as_deref(), Some(NAMES[0]));
+        assert_eq!(served.status().unwrap().turn.as_deref(), Some(NAMES[0]));
         for (guest, last) in guests.iter_mut().zip([15, 16]) {
-            insert(guest, last);
+            insert_nic(guest, "e1000e", last);
         }
         Self {
             guests,
@@ -267,9 +179,15 @@ impl Pair {
         }
     }
 
+    /// Gives the turn to a guest, unless it has it.
+    #[track_caller]
     pub fn give(&self, index: usize) -> Option<SwitchRecord> {
-        let has = self.served.status().turn;
-        (has.as_deref() != Some(NAMES[index])).then(|| self.served.give(NAMES[index]))
+        let has = self.served.turn().unwrap();
+        (has.as_deref() != Some(NAMES[index])).then(|| self.served.give(NAMES[index]).unwrap())
+    }
+
+    pub fn context(&self, vm: &str) -> ContextStatus {
+        context(&self.served, vm)
     }
 }
 
@@ -341,12 +259,12 @@ impl Connection {
 /// A TCP connection of each guest moves on in each of its turns and all of it arrives; no byte of the one is in the memory of the
 /// other.
 fn connections_survive(parked: &str) {
-    let mut pair = Pair::new(&format!("--parked {parked}"));
+    let mut pair = Pair::new(&["--parked", parked]);
     let markers = NAMES.map(|name| format!("{parked}-sent-by-{name}"));
     let mut connections = Vec::new();
     for (index, marker) in markers.iter().enumerate() {
         pair.give(index);
-        works(&mut pair.guests[index]);
+        nic_works(&mut pair.guests[index]);
         connections.push(Connection::open(&mut pair.guests[index], marker.clone()));
     }
     let (mut records, mut times) = (Vec::new(), Vec::new());
@@ -399,21 +317,23 @@ fn switches() -> usize {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_real_function_outlives_the_guests_that_are_killed() {
-    let mut pair = Pair::new("");
-    works(&mut pair.guests[0]);
+    let mut pair = Pair::new(&[]);
+    nic_works(&mut pair.guests[0]);
     // The one that is parked: the other one does not notice.
     kill(pid(&pair.guests[1]));
-    let gone = || !pair.served.context(NAMES[1]).connected;
+    let gone = || !pair.context(NAMES[1]).connected;
     wait_until("its end", gone);
-    works(&mut pair.guests[0]);
+    nic_works(&mut pair.guests[0]);
     pair.guests[1] = guest(pair.folder.path(), NAMES[1]);
-    insert(&mut pair.guests[1], 16);
-    works(&mut pair.guests[0]);
+    insert_nic(&mut pair.guests[1], "e1000e", 16);
+    nic_works(&mut pair.guests[0]);
     // The one with the turn: the other one gets it, and the function is nowhere else meanwhile.
     kill(pid(&pair.guests[0]));
-    pair.served.wait_for_turn(Some(NAMES[1]));
-    works(&mut pair.guests[1]);
-    let status = pair.served.context(NAMES[0]);
+    wait_until("the turn", || {
+        pair.served.turn().unwrap().as_deref() == Some(NAMES[1])
+    });
+    nic_works(&mut pair.guests[1]);
+    let status = pair.context(NAMES[0]);
     assert_eq!((status.mapped_bytes, status.dma_bytes), (Some(0), 0));
     assert_log_is_healthy(
         &mut pair.guests[1],

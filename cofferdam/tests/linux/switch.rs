@@ -7,17 +7,17 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::Ipv4;
 use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
-use cofferdam::bench::network;
-use cofferdam::bench::switch::host::{DeviceHost, NAME};
 use rustix::fs::{SeekFrom, seek};
 
-use super::{assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
+use super::{
+    GATEWAY, assert_log_is_healthy, boot, insert_nic, nic_works, options, shell,
+    wait_until_connected,
+};
 
 const NAMES: [&str; 2] = ["left", "right"];
-const GATEWAY: &str = "10.0.2.2";
 /// How long something that happens by itself may be in coming.
 const SOON: Duration = Duration::from_secs(300);
 
@@ -42,22 +42,15 @@ impl Pair {
             folder,
         };
         for (guest, last) in pair.guests.iter_mut().zip([15, 16]) {
-            network::insert_slowly(guest, "e1000").unwrap();
-            let agent = guest.agent();
-            agent.set_link("eth0", true).unwrap();
-            let address = [10, 0, 2, last].into();
-            let address = Ipv4 {
-                address,
-                prefix: 24,
-            };
-            agent.set_address("eth0", address, None).unwrap();
+            insert_nic(guest, "e1000", last);
         }
         pair
     }
 
     fn host(root: &Path, parked: &str) -> DeviceHost {
         let program = options().program;
-        DeviceHost::start(&program, root, "e1000", "user", parked).unwrap()
+        let words = ["--model", "e1000", "--net", "user", "--parked", parked];
+        DeviceHost::start(&program, root, &words).unwrap()
     }
 
     fn give(&self, to: usize) {
@@ -102,11 +95,7 @@ impl Pair {
     /// The guest's NIC works, when its driver has seen its link.
     #[track_caller]
     fn works(&mut self, index: usize) {
-        shell(
-            &mut self.guests[index],
-            &format!("for t in $(seq 1 100); do ping -c 1 -W 1 {GATEWAY} && exit 0; done; exit 1"),
-        );
-        ping(&mut self.guests[index], GATEWAY, 1400);
+        nic_works(&mut self.guests[index]);
     }
 }
 

@@ -17,6 +17,7 @@ use super::binding::{DRIVER, Sysfs};
 use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::sys;
+use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, offset};
 use crate::pci::registers::RegisterAccess;
 
 /// Kinds of interrupts of a PCI function.
@@ -161,6 +162,33 @@ impl VfioDevice {
                 .ok_or(ErrorKind::InvalidInput.into()),
             _ => Err(ErrorKind::InvalidInput.into()),
         }
+    }
+
+    /// Its configuration space, and the bytes of each of its base address registers.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn space(&self) -> Result<([u8; CONFIG_SPACE_BYTES], [u64; BAR_COUNT]), VfioError> {
+        let mut bytes = [0; CONFIG_SPACE_BYTES];
+        self.read(CONFIG_REGION, 0, &mut bytes)
+            .map_err(VfioError::host("read the device's configuration space"))?;
+        let mut bars = [0; BAR_COUNT];
+        for (index, bar) in bars.iter_mut().enumerate() {
+            *bar = self.region(index).bytes;
+        }
+        Ok((bytes, bars))
+    }
+
+    /// Writes its command register: it decodes its registers, and masters the bus or not.
+    ///
+    /// # Errors
+    /// The host does not.
+    pub fn set_master(&self, masters: bool) -> Result<(), VfioError> {
+        let mut command = Command::IO_SPACE | Command::MEMORY_SPACE;
+        command.set(Command::BUS_MASTER, masters);
+        let bytes = command.bits().to_le_bytes();
+        self.write(CONFIG_REGION, offset::COMMAND.into(), &bytes)
+            .map_err(VfioError::host("write the device's command register"))
     }
 
     /// How many interrupts of a kind it has.

@@ -22,14 +22,12 @@ use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::interrupts::{Interrupts, Mode, OutsideLine, PassedVectors};
 use super::layout::{GuestView, HostView};
+use super::side::{UserSide, reaches};
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
-use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, ConfigSpace, Status, offset};
+use crate::pci::config::{Status, offset};
 use crate::pci::msix::Msix;
 use crate::pci::{BarIndex, BarRange, PciFunction};
-
-/// Power state, of PMCSR.
-const POWER_STATE: u16 = 0x3;
 
 /// What a passed-on function is given of the guest.
 pub struct PassthroughParts<'a> {
@@ -54,10 +52,7 @@ pub struct VfioFunction {
     map: Option<DmaMap>,
     device: Arc<VfioDevice>,
     dma: DmaSpace,
-    config: ConfigSpace,
-    pmcsr: Option<u16>,
-    has_pin: bool,
-    msix: Option<Msix>,
+    side: UserSide,
     vectors: Option<Arc<PassedVectors>>,
     /// The function may master the bus.
     masters: bool,
@@ -76,13 +71,14 @@ impl VfioFunction {
     /// It cannot be had, or the guest's memory cannot be locked.
     pub fn open(address: PciAddress, parts: PassthroughParts<'_>) -> Result<Self, VfioError> {
         let device = Arc::new(VfioDevice::open(address)?);
-        let view = view_of(&device)?;
+        let (bytes, bars) = device.space()?;
+        let bytes = &bytes;
         let GuestView {
             config,
             msix,
             pmcsr,
             has_pin,
-        } = view;
+        } = HostView { bytes, bars }.for_guest(address)?;
         let mut passed = None;
         let msix = match msix {
             Some(found) => {
@@ -106,10 +102,7 @@ impl VfioFunction {
             map: None,
             device,
             dma: parts.dma,
-            config,
-            pmcsr,
-            has_pin,
-            msix,
+            side: UserSide::new(config, msix, pmcsr, has_pin),
             vectors: passed,
             masters: false,
             refused: Refused::default(),
@@ -172,31 +165,14 @@ impl VfioFunction {
 
     /// Writes the function's own command register.
     fn set_command(&mut self, masters: bool) -> Result<(), VfioError> {
-        let mut command = Command::IO_SPACE | Command::MEMORY_SPACE;
-        command.set(Command::BUS_MASTER, masters);
-        let bytes = command.bits().to_le_bytes();
-        self.device
-            .write(CONFIG_REGION, offset::COMMAND.into(), &bytes)
-            .map_err(VfioError::host("write the device's command register"))?;
+        self.device.set_master(masters)?;
         self.masters = masters;
         Ok(())
     }
 
-    fn is_awake(&self) -> bool {
-        let state = self.pmcsr.map_or(0, |at| self.config.u16_at(at));
-        state & POWER_STATE == 0
-    }
-
     /// Brings the function in line with what the guest configured.
     fn follow(&mut self) {
-        let command = self.config.command();
-        let decodes = command.intersects(Command::IO_SPACE | Command::MEMORY_SPACE);
-        let mode = match &self.msix {
-            _ if !decodes || !self.is_awake() => Mode::Off,
-            Some(msix) if msix.enabled() => Mode::Msix,
-            _ if self.has_pin && !command.contains(Command::INTERRUPT_DISABLE) => Mode::Intx,
-            _ => Mode::Off,
-        };
+        let mode = self.side.mode();
         let address = self.device.address();
         if self.refused.mode != Some(mode) {
             self.refused.mode = None;
@@ -205,7 +181,7 @@ impl VfioFunction {
                 self.refused.mode = Some(mode);
             }
         }
-        let masters = command.contains(Command::BUS_MASTER) && self.is_awake();
+        let masters = self.side.masters();
         self.refused.mastering &= masters;
         if masters == self.masters || self.refused.mastering {
             return;
@@ -222,11 +198,8 @@ impl VfioFunction {
 
     /// Finds what came for masked vectors: it is delivered or shown as pending.
     fn look_for_waiting(&mut self) {
-        let (Some(vectors), Some(msix)) = (&self.vectors, &mut self.msix) else {
-            return;
-        };
-        for vector in vectors.take_waiting() {
-            msix.trigger(vector);
+        if let Some(vectors) = &self.vectors {
+            self.side.trigger(vectors.take_waiting());
         }
     }
 
@@ -236,7 +209,8 @@ impl VfioFunction {
         let at = offset::STATUS.into();
         if self.device.read(CONFIG_REGION, at, &mut status).is_ok() {
             let status = Status::from_bits_retain(u16::from_le_bytes(status));
-            self.config
+            self.side
+                .config
                 .set_interrupt_status(status.contains(Status::INTERRUPT_STATUS));
         }
     }
@@ -251,57 +225,28 @@ impl VfioFunction {
     }
 }
 
-/// What a guest sees of `device`.
-fn view_of(device: &VfioDevice) -> Result<GuestView, VfioError> {
-    let mut bytes = [0; CONFIG_SPACE_BYTES];
-    device
-        .read(CONFIG_REGION, 0, &mut bytes)
-        .map_err(VfioError::host("read the device's configuration space"))?;
-    let mut bars = [0; BAR_COUNT];
-    for (index, bar) in bars.iter_mut().enumerate() {
-        *bar = device.region(index).bytes;
-    }
-    HostView {
-        bytes: &bytes,
-        bars,
-    }
-    .for_guest(device.address())
-}
-
 impl PciFunction for VfioFunction {
     fn config_read(&mut self, at: u16, data: &mut [u8]) {
-        let end = usize::from(at) + data.len();
-        if usize::from(at) < usize::from(offset::STATUS) + 2 && end > offset::STATUS.into() {
+        if reaches(at, data.len(), offset::STATUS) {
             self.show_interrupt_status();
         }
-        self.config.read(at, data);
+        self.side.config.read(at, data);
     }
 
     fn config_write(&mut self, at: u16, data: &[u8]) {
-        self.config.write(at, data);
-        if let Some(msix) = &mut self.msix {
-            msix.config_written(&self.config);
-        }
+        self.side.config_write(at, data);
         self.follow();
         self.look_for_waiting();
     }
 
     fn decoded(&self) -> Vec<BarRange> {
-        match self.is_awake() {
-            true => self.config.decoded(),
-            false => Vec::new(),
-        }
+        self.side.decoded()
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        if let Some(msix) = &self.msix
-            && msix.bar_read(bar, offset, data)
-        {
-            // Pending bits are among it.
-            self.look_for_waiting();
-            if let Some(msix) = &self.msix {
-                msix.bar_read(bar, offset, data);
-            }
+        let vectors = self.vectors.as_ref();
+        let waiting = || vectors.map_or_else(Vec::new, |vectors| vectors.take_waiting());
+        if self.side.msix_read(bar, offset, data, waiting) {
             return;
         }
         if let Err(error) = self.device.read(bar.into(), offset, data) {
@@ -311,9 +256,7 @@ impl PciFunction for VfioFunction {
     }
 
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
-        if let Some(msix) = &mut self.msix
-            && msix.bar_write(bar, offset, data)
-        {
+        if self.side.msix_write(bar, offset, data) {
             self.look_for_waiting();
             return;
         }
@@ -333,10 +276,7 @@ impl PciFunction for VfioFunction {
         self.stop();
         self.unmap_memory();
         self.refused = Refused::default();
-        self.config.reset();
-        if let Some(msix) = &mut self.msix {
-            msix.reset(&self.config);
-        }
+        self.side.reset();
     }
 }
 

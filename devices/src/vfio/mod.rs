@@ -16,4 +16,5 @@ pub mod function;
 pub mod interrupts;
 pub mod layout;
 pub mod passed;
+mod side;
 mod sys;

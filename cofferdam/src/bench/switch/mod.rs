@@ -10,7 +10,6 @@
 //! the NIC is not silent for reasons of its own, and one that waits for it has frames in its rings. The outage is what the
 //! far end of the cable sees: from the last frame of the one guest to the first of the other.
 
-pub mod host;
 mod observer;
 
 use std::collections::BTreeMap;
@@ -22,8 +21,8 @@ use agent_protocol::message::Ipv4;
 use anyhow::{Context, bail, ensure};
 use devices::clock::monotonic_ns;
 
-use self::host::DeviceHost;
 use self::observer::{Observer, Outage};
+use super::device_host::{self, DeviceHost};
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::protocol::{Reply, Request};
@@ -196,14 +195,15 @@ impl Pair {
         let host = parked
             .map(|parked| {
                 let net = format!("unix={}", cable.display());
-                DeviceHost::start(&guest.program, folder.path(), MODEL, &net, parked)
+                let words = ["--model", MODEL, "--net", &net, "--parked", parked];
+                DeviceHost::start(&guest.program, folder.path(), &words)
             })
             .transpose()?;
         let boot = |name| {
             let options = guest.clone().among(folder.path(), name);
             let mut options = options.with(&format!("--memory {mem_mib}M"));
             if host.is_some() {
-                options = options.with(&format!("--nic device={}", host::NAME));
+                options = options.with(&format!("--nic device={}", device_host::NAME));
             }
             Guest::boot(&options, BOOT_TIME)
         };

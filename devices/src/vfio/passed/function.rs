@@ -12,7 +12,7 @@ use super::hardware::{Hardware, Interrupts};
 use super::kind::Kind;
 use super::vectors::UserVectors;
 use crate::dma::DmaSpace;
-use crate::pci::config::{Command, ConfigSpace, offset};
+use crate::pci::config::offset;
 use crate::pci::msix::Msix;
 use crate::pci::registers::RegisterCheckpoint;
 use crate::pci::registers::parked::{Parked, ParkedLink, Shown, Survey};
@@ -20,11 +20,10 @@ use crate::pci::registers::switch::Running;
 use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
 use crate::vfio::dma::DmaMemory;
 use crate::vfio::error::VfioError;
+use crate::vfio::interrupts::Mode;
 use crate::vfio::layout::GuestView;
+use crate::vfio::side::{UserSide, reaches};
 use crate::vfio_user::server::ClientInterrupts;
-
-/// Power state, of PMCSR.
-const POWER_STATE: u16 = 0x3;
 
 /// What was done with a function for one of its users.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,23 +85,12 @@ pub struct PassedFunction {
     pub(super) memory: Option<Arc<DmaMemory>>,
     interrupts: ClientInterrupts,
     vectors: Arc<UserVectors>,
-    pub(super) config: ConfigSpace,
-    msix: Option<Msix>,
-    pmcsr: Option<u16>,
-    has_pin: bool,
+    pub(super) side: UserSide,
     /// The function may master the bus.
     pub(super) masters: bool,
     /// What interrupts: `None` if that is to be said anew.
     mode: Option<(Mode, Vec<bool>)>,
     pub(super) counters: Counters,
-}
-
-/// What of its interrupts the user wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    Off,
-    Line,
-    Messages,
 }
 
 impl PassedFunction {
@@ -137,10 +125,7 @@ impl PassedFunction {
             memory: None,
             interrupts: interrupts.clone(),
             vectors,
-            config,
-            msix,
-            pmcsr,
-            has_pin,
+            side: UserSide::new(config, msix, pmcsr, has_pin),
             masters: false,
             mode: None,
             counters: Counters::default(),
@@ -217,27 +202,6 @@ impl PassedFunction {
         self.follow();
     }
 
-    fn is_awake(&self) -> bool {
-        let state = self.pmcsr.map_or(0, |at| self.config.u16_at(at));
-        state & POWER_STATE == 0
-    }
-
-    /// Whether the user lets the function master the bus.
-    pub(super) fn wants_mastering(&self) -> bool {
-        self.config.command().contains(Command::BUS_MASTER) && self.is_awake()
-    }
-
-    fn wanted_mode(&self) -> Mode {
-        let command = self.config.command();
-        let decodes = command.intersects(Command::IO_SPACE | Command::MEMORY_SPACE);
-        match &self.msix {
-            _ if !decodes || !self.is_awake() => Mode::Off,
-            Some(msix) if msix.enabled() => Mode::Messages,
-            _ if self.has_pin && !command.contains(Command::INTERRUPT_DISABLE) => Mode::Line,
-            _ => Mode::Off,
-        }
-    }
-
     /// Has the function do what the user lets it, where it is here.
     fn follow(&mut self) {
         if !matches!(self.stage(), Some(Stage::Running)) {
@@ -267,7 +231,7 @@ impl PassedFunction {
 
     /// Lets the function master the bus, or not, with the user's memory in its map.
     pub(super) fn follow_mastering(&mut self) -> Result<(), PassedError> {
-        let masters = self.wants_mastering();
+        let masters = self.side.masters();
         if masters == self.masters {
             return Ok(());
         }
@@ -294,20 +258,18 @@ impl PassedFunction {
 
     /// Has the function's interrupts go where the user wants them.
     pub(super) fn direct_interrupts(&mut self) -> Result<(), PassedError> {
-        let mode = self.wanted_mode();
+        let mode = self.side.mode();
         let wanted = (mode, self.vectors.open());
         if self.mode.as_ref() == Some(&wanted) {
             return Ok(());
         }
         let to = match mode {
             Mode::Off => Interrupts::Off,
-            Mode::Line => match self.interrupts.line().events() {
+            Mode::Intx => match self.interrupts.line().events() {
                 Some(events) => Interrupts::Line(events),
                 None => Interrupts::Off,
             },
-            Mode::Messages => {
-                Interrupts::Messages(self.vectors.events().map_err(PassedError::Events)?)
-            }
+            Mode::Msix => Interrupts::Messages(self.vectors.events().map_err(PassedError::Events)?),
         };
         self.mode = None;
         let set = self.hardware()?.set_interrupts(to);
@@ -325,28 +287,24 @@ impl PassedFunction {
 
     /// Finds what came for masked vectors: it is delivered or shown as pending.
     pub(super) fn look_for_waiting(&mut self) {
-        if let Some(msix) = &mut self.msix {
-            for vector in self.vectors.take_waiting() {
-                msix.trigger(vector);
-            }
-        }
+        self.side.trigger(self.vectors.take_waiting());
     }
 
     /// Interrupts the user for what the image has to say.
     fn interrupt_parked(&mut self) {
-        let mode = self.wanted_mode();
+        let mode = self.side.mode();
         let Some(Seat::Parked { image, .. }) = &mut self.seat else {
             return;
         };
-        match (mode, &mut self.msix) {
-            (Mode::Messages, Some(msix)) => {
+        match (mode, &mut self.side.msix) {
+            (Mode::Msix, Some(msix)) => {
                 let due = image.take_messages();
                 for vector in (0..msix.count().min(32)).filter(|vector| due & 1 << vector != 0) {
                     msix.trigger(vector);
                     self.counters.parked_interrupts += 1;
                 }
             }
-            (Mode::Line, _) => self.interrupts.line().set_level(image.interrupt_due()),
+            (Mode::Intx, _) => self.interrupts.line().set_level(image.interrupt_due()),
             _ => self.interrupts.line().set_level(false),
         }
     }
@@ -378,9 +336,7 @@ impl PassedFunction {
 
 impl PciFunction for PassedFunction {
     fn config_read(&mut self, at: u16, data: &mut [u8]) {
-        let end = usize::from(at) + data.len();
-        let status = usize::from(offset::STATUS);
-        if usize::from(at) < status + 2 && end > status {
+        if reaches(at, data.len(), offset::STATUS) {
             let pending = match &mut self.seat {
                 Some(Seat::Here { hardware, .. }) => {
                     let mut bytes = [0; 2];
@@ -390,20 +346,15 @@ impl PciFunction for PassedFunction {
                 Some(Seat::Parked { image, .. }) => image.interrupt_due(),
                 None => false,
             };
-            self.config.set_interrupt_status(pending);
+            self.side.config.set_interrupt_status(pending);
         }
-        self.config.read(at, data);
+        self.side.config.read(at, data);
     }
 
     fn config_write(&mut self, at: u16, data: &[u8]) {
-        self.config.write(at, data);
-        if let Some(msix) = &mut self.msix {
-            msix.config_written(&self.config);
-        }
-        let command = usize::from(offset::COMMAND);
-        let reaches = usize::from(at) < command + 2 && usize::from(at) + data.len() > command;
+        self.side.config_write(at, data);
         // Whoever comes back to a device that was made to stand still writes this last.
-        if reaches
+        if reaches(at, data.len(), offset::COMMAND)
             && matches!(self.stage(), Some(Stage::Still { .. }))
             && let Err(error) = self.go_on()
         {
@@ -415,25 +366,16 @@ impl PciFunction for PassedFunction {
     }
 
     fn decoded(&self) -> Vec<BarRange> {
-        match self.is_awake() {
-            true => self.config.decoded(),
-            false => Vec::new(),
-        }
+        self.side.decoded()
     }
 
     fn bars(&self) -> Vec<BarSize> {
-        self.config.bars()
+        self.side.config.bars()
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        if let Some(msix) = &self.msix
-            && msix.bar_read(bar, offset, data)
-        {
-            // Pending bits are among it.
-            self.look_for_waiting();
-            if let Some(msix) = &self.msix {
-                msix.bar_read(bar, offset, data);
-            }
+        let waiting = || self.vectors.take_waiting();
+        if self.side.msix_read(bar, offset, data, waiting) {
             return;
         }
         data.fill(0xff);
@@ -458,9 +400,7 @@ impl PciFunction for PassedFunction {
     }
 
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
-        if let Some(msix) = &mut self.msix
-            && msix.bar_write(bar, offset, data)
-        {
+        if self.side.msix_write(bar, offset, data) {
             self.follow();
             self.look_for_waiting();
             return;
@@ -479,10 +419,7 @@ impl PciFunction for PassedFunction {
     }
 
     fn reset(&mut self) {
-        self.config.reset();
-        if let Some(msix) = &mut self.msix {
-            msix.reset(&self.config);
-        }
+        self.side.reset();
         let result = match self.has_device() {
             true => self.reset_device(),
             false => self.begin_anew(),

@@ -12,10 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::dma::DmaRegion;
 use crate::irq::LineEvents;
 use crate::pci::BarIndex;
-use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, offset};
+use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES};
 use crate::pci::registers::RegisterAccess;
 use crate::vfio::address::PciAddress;
-use crate::vfio::device::{CONFIG_REGION, InterruptKind, VfioDevice, VfioRegisters};
+use crate::vfio::device::{InterruptKind, VfioDevice, VfioRegisters};
 use crate::vfio::dma::{DmaMap, DmaMemory};
 use crate::vfio::error::VfioError;
 
@@ -114,15 +114,7 @@ impl VfioHardware {
     /// # Errors
     /// It does not answer.
     pub fn space(&self) -> Result<([u8; CONFIG_SPACE_BYTES], [u64; BAR_COUNT]), VfioError> {
-        let mut bytes = [0; CONFIG_SPACE_BYTES];
-        self.device
-            .read(CONFIG_REGION, 0, &mut bytes)
-            .map_err(VfioError::host("read the device's configuration space"))?;
-        let mut bars = [0; BAR_COUNT];
-        for (index, bar) in bars.iter_mut().enumerate() {
-            *bar = self.device.region(index).bytes;
-        }
-        Ok((bytes, bars))
+        self.device.space()
     }
 
     /// Looks whether it can be given as much memory as every guest has: that needs an IOMMU that works, and a limit of locked
@@ -181,12 +173,7 @@ impl Hardware for VfioHardware {
     }
 
     fn set_master(&mut self, masters: bool) -> Result<(), VfioError> {
-        let mut command = Command::IO_SPACE | Command::MEMORY_SPACE;
-        command.set(Command::BUS_MASTER, masters);
-        let bytes = command.bits().to_le_bytes();
-        self.device
-            .write(CONFIG_REGION, offset::COMMAND.into(), &bytes)
-            .map_err(VfioError::host("write the device's command register"))
+        self.device.set_master(masters)
     }
 
     fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {

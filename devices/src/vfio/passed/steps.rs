@@ -127,7 +127,7 @@ impl PassedFunction {
     /// # Errors
     /// The limit of locked memory is in the way, or the host has not enough.
     pub fn map(&mut self) -> Result<(), PassedError> {
-        match self.wants_mastering() {
+        match self.side.masters() {
             true => Ok(self.map_memory()?),
             false => Ok(()),
         }
@@ -254,8 +254,8 @@ impl PassedFunction {
     pub fn client_gone(&mut self) {
         // As its own reset would leave the command register; whoever comes back writes it anew.
         let command = crate::pci::config::offset::COMMAND;
-        let without = self.config.command() - crate::pci::config::Command::BUS_MASTER;
-        self.config.set(command, &without.bits().to_le_bytes());
+        let without = self.side.config.command() - crate::pci::config::Command::BUS_MASTER;
+        self.side.config.set(command, &without.bits().to_le_bytes());
         self.memory = None;
         if !self.has_device() {
             return;

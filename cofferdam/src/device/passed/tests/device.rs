@@ -11,6 +11,7 @@ use devices::vfio::dma::DmaMemory;
 use devices::vfio::error::VfioError;
 use devices::vfio::passed::hardware::{Hardware, Interrupts};
 use devices::vfio::passed::kind::{Kind, Shape};
+use recovery::switch::Step;
 
 pub const CTRL: u32 = 0;
 pub const STATUS: u32 = 8;
@@ -33,23 +34,6 @@ const MASTER_DISABLE: u32 = 1 << 2;
 const MASTER_STATUS: u32 = 1 << 19;
 const VECTORS: u8 = 5;
 
-/// What fails.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fails {
-    /// It does not stand still.
-    Quiesce,
-    /// Its PHY does not answer.
-    Save,
-    /// Memory is not taken away.
-    Unmap,
-    /// Memory is not given.
-    Map,
-    /// A register holds nothing.
-    Load,
-    /// Interrupts cannot be set.
-    Resume,
-}
-
 /// Where interrupts go.
 #[derive(Debug, Default, PartialEq, Eq, Clone, Copy)]
 pub enum Goes {
@@ -66,7 +50,9 @@ pub struct State {
     pub masters: bool,
     pub mapped: u64,
     pub goes: Goes,
-    pub fails: Option<Fails>,
+    /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not taken away or not given, a
+    /// register holds nothing, interrupts cannot be set.
+    pub fails: Option<Step>,
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,
     pub resets: usize,
@@ -97,7 +83,7 @@ impl State {
         self.registers.insert(RAH, 0x8000_6655);
     }
 
-    fn refuse(&self, fails: Fails, what: &'static str) -> Result<(), VfioError> {
+    fn refuse(&self, fails: Step, what: &'static str) -> Result<(), VfioError> {
         match self.fails == Some(fails) {
             true => Err(VfioError::Host {
                 what,
@@ -149,7 +135,7 @@ impl RegisterAccess for Device {
         match offset {
             STATUS => {
                 let stops = state.get(CTRL) & MASTER_DISABLE != 0;
-                let restless = state.fails == Some(Fails::Quiesce);
+                let restless = state.fails == Some(Step::Quiesce);
                 0x2 | if stops && !restless { 0 } else { MASTER_STATUS }
             }
             EEC => 1 << 9,
@@ -175,12 +161,12 @@ impl RegisterAccess for Device {
                 if value & 1 << 26 != 0 {
                     state.phy[register] = value as u16;
                 }
-                let failed = state.fails == Some(Fails::Save);
+                let failed = state.fails == Some(Step::Save);
                 let end = if failed { 1 << 30 } else { 1 << 28 };
                 let answer = end | value & 0x03ff_0000 | u32::from(state.phy[register]);
                 state.registers.insert(MDIC, answer);
             }
-            RDBAL if state.fails == Some(Fails::Load) => {}
+            RDBAL if state.fails == Some(Step::Load) => {}
             _ => {
                 if offset == TDT && state.masters && state.mapped > 0 && state.get(TCTL) & 2 != 0 {
                     state.sent.push(value);
@@ -228,7 +214,7 @@ impl Hardware for Device {
 
     fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
         let mut state = self.lock();
-        state.refuse(Fails::Map, "map")?;
+        state.refuse(Step::Map, "map")?;
         assert!(!state.masters, "memory is given to a device that runs");
         state.mapped = memory.bytes();
         Ok(())
@@ -238,7 +224,7 @@ impl Hardware for Device {
         let mut state = self.lock();
         assert!(!state.masters, "memory is taken from a device that runs");
         // The second time, when it is silenced, it is done.
-        let fails = state.fails.take_if(|fails| *fails == Fails::Unmap);
+        let fails = state.fails.take_if(|fails| *fails == Step::Unmap);
         if fails.is_some() {
             return Err(VfioError::Host {
                 what: "unmap",
@@ -257,7 +243,7 @@ impl Hardware for Device {
         let mut state = self.lock();
         state.goes = match to {
             Interrupts::Off => Goes::Nowhere,
-            _ if state.fails == Some(Fails::Resume) => {
+            _ if state.fails == Some(Step::Resume) => {
                 state.goes = Goes::Nowhere;
                 return Err(io::Error::other("injected"));
             }

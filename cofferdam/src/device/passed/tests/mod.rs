@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use recovery::switch::{Outcome, Step};
 
-use self::device::{CTRL, Fails, GPTC, Goes, RAH, RAL, RDBAL, RESET, STATUS};
+use self::device::{CTRL, GPTC, Goes, RAH, RAL, RDBAL, RESET, STATUS};
 use self::guest::{Guest, MEMORY, connect, host, wait};
 use super::PassedCard;
 use crate::device::ParkedAs;
@@ -122,13 +122,13 @@ fn resets_by_drivers_bring_back_their_own_address_and_nothing_of_the_other() {
 
 #[test]
 fn whatever_step_fails_one_guest_has_the_function_or_nobody() {
-    for (fails, step) in [
-        (Fails::Quiesce, Step::Quiesce),
-        (Fails::Save, Step::Save),
-        (Fails::Unmap, Step::Unmap),
-        (Fails::Map, Step::Map),
-        (Fails::Load, Step::Load),
-        (Fails::Resume, Step::Resume),
+    for step in [
+        Step::Quiesce,
+        Step::Save,
+        Step::Unmap,
+        Step::Map,
+        Step::Load,
+        Step::Resume,
     ] {
         let (host, device) = host(ParkedAs::Down, 8);
         let mut left = Guest::boot(&host, "left", 1);
@@ -137,20 +137,20 @@ fn whatever_step_fails_one_guest_has_the_function_or_nobody() {
         for vm in ["right", "left"] {
             host.switch_to(&vm.parse().unwrap()).unwrap();
         }
-        device.lock().fails = Some(fails);
+        device.lock().fails = Some(step);
         let failed = host.switch_to(&"right".parse().unwrap());
-        let error = failed.expect_err(&format!("{fails:?}"));
+        let error = failed.expect_err(&format!("{step}"));
         let error = format!("{error:#}");
         assert!(error.starts_with(&format!("{step} failed")), "{error}");
         let turn = host.turn();
         match turn.as_deref() {
             Some(vm) => {
-                assert_eq!(vm, "left", "{fails:?}");
+                assert_eq!(vm, "left", "{step}");
                 let state = device.lock();
-                assert_eq!(state.get(RDBAL), left.ring(), "{fails:?}");
-                assert_eq!((state.masters, state.mapped), (true, MEMORY), "{fails:?}");
+                assert_eq!(state.get(RDBAL), left.ring(), "{step}");
+                assert_eq!((state.masters, state.mapped), (true, MEMORY), "{step}");
             }
-            None => assert!(device.lock().is_silent(), "{fails:?}"),
+            None => assert!(device.lock().is_silent(), "{step}"),
         }
         // Neither has lost anything, and each gets it again when nothing fails.
         device.lock().fails = None;
@@ -159,12 +159,12 @@ fn whatever_step_fails_one_guest_has_the_function_or_nobody() {
         }
         for (vm, guest) in [("right", &mut right), ("left", &mut left)] {
             host.switch_to(&vm.parse().unwrap()).unwrap();
-            assert_eq!(guest.read(RDBAL), guest.ring(), "{fails:?}");
-            assert_eq!(device.lock().address(), guest.mac, "{fails:?}");
+            assert_eq!(guest.read(RDBAL), guest.ring(), "{step}");
+            assert_eq!(device.lock().address(), guest.mac, "{step}");
             device.lock().sent.clear();
             guest.send(3);
             guest.read(RDBAL);
-            assert_eq!(device.lock().sent, [3], "{fails:?}");
+            assert_eq!(device.lock().sent, [3], "{step}");
         }
     }
 }
@@ -201,7 +201,7 @@ fn a_device_of_a_guest_that_has_gone_is_reset_if_it_does_not_stand_still() {
     let left = Guest::boot(&host, "left", 1);
     let right = Guest::boot(&host, "right", 2);
     let resets = device.lock().resets;
-    device.lock().fails = Some(Fails::Quiesce);
+    device.lock().fails = Some(Step::Quiesce);
     drop(left);
     wait("a reset", || device.lock().resets > resets);
     device.lock().fails = None;

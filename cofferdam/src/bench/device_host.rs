@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
-use crate::bench::child;
+use super::child;
 use crate::device::client::ask;
 use crate::device::protocol::{HostStatus, Reply, Request, SwitchRecord};
 use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot};
 
 /// Its name.
 pub const NAME: &str = "shared";
-/// How long it may take to be there, and to end.
-const LIMIT: Duration = Duration::from_secs(20);
+/// How long it may take to be there.
+const START_LIMIT: Duration = Duration::from_secs(300);
+/// How long it may take to end by itself.
+const END_LIMIT: Duration = Duration::from_secs(20);
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -25,22 +27,15 @@ pub struct DeviceHost {
 }
 
 impl DeviceHost {
-    /// Starts one in the runtime folder `root`, with a `model` on the wire `net`, and waits until it answers. `parked`: what
-    /// guests see that wait for their turn.
+    /// Starts one in the runtime folder `root`, with `words` after its name, and waits until it answers.
     ///
     /// # Errors
     /// It does not come up.
-    pub fn start(
-        program: &Path,
-        root: &Path,
-        model: &str,
-        net: &str,
-        parked: &str,
-    ) -> anyhow::Result<Self> {
+    pub fn start(program: &Path, root: &Path, words: &[&str]) -> anyhow::Result<Self> {
         let child = Command::new(program)
             .env(ROOT_VARIABLE, root)
-            .args(["device", "serve", NAME, "--model", model])
-            .args(["--net", net, "--parked", parked])
+            .args(["device", "serve", NAME])
+            .args(words)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
@@ -49,7 +44,7 @@ impl DeviceHost {
             child,
             root: RuntimeRoot::new(root),
         };
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + START_LIMIT;
         while host.status().is_err() {
             if let Some(status) = host.child.try_wait()? {
                 bail!("the device host ended: {status}");
@@ -103,6 +98,6 @@ impl DeviceHost {
 
 impl Drop for DeviceHost {
     fn drop(&mut self) {
-        child::end(&mut self.child, LIMIT);
+        child::end(&mut self.child, END_LIMIT);
     }
 }
