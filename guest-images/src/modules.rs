@@ -4,11 +4,15 @@
 //! modules themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, elf};
+
+/// Largest module, unpacked, in bytes. Debian's largest has 8 MiB.
+pub const MAX_MODULE: u64 = 128 << 20;
 
 /// A module's name with `_` for `-`, as the kernel uses it.
 pub fn normal_name(name: &str) -> String {
@@ -72,6 +76,12 @@ impl ModuleTree {
             files,
             builtin,
         })
+    }
+
+    /// The modules that have files, by name.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &Path)> {
+        let files = self.files.iter();
+        files.map(|(name, path)| (name.as_str(), path.as_path()))
     }
 
     /// Whether there is a module of this name, in a file or built in.
@@ -155,18 +165,28 @@ impl ModuleTree {
     }
 }
 
-fn read_module(file: &Path) -> Result<Vec<u8>, Error> {
-    let content = std::fs::read(file).map_err(Error::io(file))?;
+/// The ELF file of a module, unpacked if its file is (`.xz`, `.zst`).
+///
+/// # Errors
+/// When the file cannot be read or unpacked, or holds more than [`MAX_MODULE`] bytes.
+pub fn read_module(file: &Path) -> Result<Vec<u8>, Error> {
+    let packed = std::fs::File::open(file).map_err(Error::io(file))?;
     match file.extension().and_then(|e| e.to_str()) {
-        Some("xz") => {
-            let mut out = Vec::new();
-            let mut decoder = liblzma::read::XzDecoder::new(content.as_slice());
-            std::io::copy(&mut decoder, &mut out).map_err(Error::io(file))?;
-            Ok(out)
-        }
-        Some("zst") => zstd::decode_all(content.as_slice()).map_err(Error::io(file)),
-        _ => Ok(content),
+        Some("xz") => read_bounded(liblzma::read::XzDecoder::new(packed)),
+        Some("zst") => zstd::Decoder::new(packed).and_then(read_bounded),
+        _ => read_bounded(packed),
     }
+    .map_err(Error::io(file))
+}
+
+fn read_bounded(from: impl Read) -> std::io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    from.take(MAX_MODULE + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_MODULE {
+        let why = format!("it holds more than {MAX_MODULE} bytes, which no module has");
+        return Err(std::io::Error::other(why));
+    }
+    Ok(content)
 }
 
 /// `modules.dep` as `depmod` writes it: after the colon comes what the module needs, the last to be
@@ -248,6 +268,20 @@ mod tests {
             text,
             "kernel/b/base.ko:\nkernel/a/left.ko: kernel/b/base.ko\nkernel/b/wish.ko:\n"
         );
+    }
+
+    #[test]
+    fn a_module_that_unpacks_to_more_than_any_has_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("bomb.ko.zst");
+        let packed = zstd::encode_all(std::io::repeat(0).take(MAX_MODULE + 1), 1).unwrap();
+        assert!(packed.len() < 1 << 20);
+        std::fs::write(&file, packed).unwrap();
+        let error = read_module(&file).unwrap_err().to_string();
+        assert!(error.contains("bomb.ko.zst"), "{error}");
+        let whole = root.path().join("whole.ko.zst");
+        std::fs::write(&whole, zstd::encode_all(&b"content"[..], 1).unwrap()).unwrap();
+        assert_eq!(read_module(&whole).unwrap(), b"content");
     }
 
     #[test]

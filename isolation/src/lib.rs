@@ -4,8 +4,10 @@
 //!   attach ─► dispatch ─► compensation      a live guest: gates, what a vCPU at a gate does, calls taken back
 //!        └───────┴──► domain ◄──┘           the private VM and one call in it
 //!                  policy ─► guest          what a call may write; what there is to know of the guest
+//!                     └── analysis          what a module's file says of the driver, before it runs
 //! ```
 
+pub mod analysis;
 pub mod attach;
 pub mod compensation;
 pub mod dispatch;

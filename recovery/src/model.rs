@@ -284,6 +284,13 @@ impl Model {
         let all = self.lasting.iter();
         all.map(|(name, effect)| (name.as_str(), effect))
     }
+
+    /// All else that is known, by name: variables and functions that leave nothing behind.
+    pub fn others(&self) -> impl Iterator<Item = (&str, Known<'_>)> {
+        let data = self.data.iter().map(|name| (name.as_str(), Known::Data));
+        let transient = self.transient.iter();
+        data.chain(transient.map(|name| (name.as_str(), Known::Transient)))
+    }
 }
 
 impl Undo {

@@ -1,5 +1,6 @@
 //! The command line: what there is to type, and which function does it.
 
+mod analyze;
 mod bench;
 mod control;
 mod device;
@@ -98,6 +99,8 @@ enum Command {
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
+    /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
+    Analyze(analyze::AnalyzeOptions),
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
     #[command(subcommand)]
     Device(device::DeviceCommand),
@@ -148,6 +151,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
+        Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),
         Command::Switch(options) => options.run(),
         Command::Bench(command) => command.run(),
