@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use agent_protocol::Client;
-use anyhow::{Context, bail};
+use agent_protocol::{Client, ClientError};
+use anyhow::{Context, anyhow, bail};
 use devices::clock::monotonic_ns;
 use tempfile::TempDir;
 
-use super::child;
+use super::{child, stuck};
 use crate::control::client::ControlClient;
 use crate::options::VmName;
 use crate::report::Guest as GuestFacts;
@@ -236,10 +236,13 @@ impl Guest {
     /// Runs a command in the guest and returns its output; it must succeed.
     pub fn run(&mut self, argv: &[&str]) -> anyhow::Result<String> {
         let words = argv.join(" ");
-        let result = self
-            .agent
-            .run(argv)
-            .with_context(|| format!("the guest's agent could not run `{words}`"))?;
+        let result = self.agent.run(argv).map_err(|error| {
+            let more = match error {
+                ClientError::Time(..) => self.what_it_does(),
+                _ => String::new(),
+            };
+            anyhow!("the guest's agent could not run `{words}`: {error}{more}")
+        })?;
         if !result.success() {
             bail!(
                 "`{words}` failed in the guest ({:?}): {}{}",
@@ -277,10 +280,18 @@ impl Guest {
         let lines: Vec<&str> = console.lines().collect();
         let tail = &lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..];
         format!(
-            "\n{}\n--- end of the console:\n{}",
+            "\n{}\n--- end of the console:\n{}\n",
             errors.trim(),
             tail.join("\n")
         )
+    }
+}
+
+impl Guest {
+    /// Of one that does not answer: its last words, and what its threads are at.
+    fn what_it_does(&self) -> String {
+        let threads = stuck::what_it_does(self.child.id(), &self.paths.control_socket());
+        self.last_words() + &threads
     }
 }
 

@@ -11,6 +11,7 @@ pub mod network;
 pub mod operation;
 pub mod recovery;
 pub mod rollback;
+mod stuck;
 pub mod suspend;
 pub mod switch;
 pub mod traffic;

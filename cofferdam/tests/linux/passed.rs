@@ -226,7 +226,10 @@ impl Connection {
                 Instant::now() < deadline,
                 "{} stands still at {before}: {}",
                 self.marker,
-                shell(guest, "cat /proc/net/tcp; dmesg | tail -n 20")
+                shell(
+                    guest,
+                    "cat /proc/net/tcp /proc/interrupts; ethtool -d eth0; ethtool -S eth0; dmesg | tail -n 20"
+                )
             );
             std::thread::sleep(Duration::from_millis(100));
         }
@@ -308,6 +311,12 @@ fn connections_survive(parked: &str) {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn connections_of_two_guests_survive_switches_of_a_real_function() {
     connections_survive("down");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn connections_of_two_guests_survive_switches_of_a_real_function_with_the_parked_link_up() {
+    connections_survive("stall");
 }
 
 fn switches() -> usize {

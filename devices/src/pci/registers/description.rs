@@ -19,7 +19,8 @@
 //! [parked]            # how an image answers the driver of a guest that has not got the device now (`parked`)
 //! ```
 //!
-//! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are written as 0.
+//! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are written as 0. `moves` is
+//! those that are not compared after they were written: the device changes them itself, and may have done so at once.
 
 use serde::Deserialize;
 
@@ -216,6 +217,9 @@ pub(super) struct Register {
     pub count: u32,
     #[serde(default = "all")]
     pub keep: u32,
+    /// Bits that the device itself changes as soon as it runs.
+    #[serde(default)]
+    pub moves: u32,
 }
 
 /// A PHY that is reached through a register of the form of the 8254x's MDIC (13.4.7).

@@ -369,7 +369,7 @@ impl Register {
         if image.stored.contains(&at) {
             return Ok(());
         }
-        let has = access.read(at) & self.keep;
+        let has = access.read(at) & self.keep & !self.moves | value & self.moves;
         match self.count {
             1 => held(&self.name, value, has),
             _ => held(&format!("{}[{index}]", self.name), value, has),

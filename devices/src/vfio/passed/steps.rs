@@ -14,6 +14,7 @@ use super::function::{PassedFunction, Seat, Stage};
 use super::hardware::{Hardware, Interrupts};
 use crate::vfio::dma::DmaMemory;
 use crate::vfio::error::VfioError;
+use crate::vfio::interrupts::Mode;
 
 impl PassedFunction {
     /// Makes the device stand still: it reads and writes no memory and does not interrupt. A second time is as good as once.
@@ -183,6 +184,19 @@ impl PassedFunction {
             _ => return Err(PassedError::NotHere),
         }
         *stage = Stage::Running;
+        self.tell_again()
+    }
+
+    /// Interrupts the user by each message that the device has taken for sent. One that was due when the device was made to
+    /// stand still may not have gone, as one whose interval was not over yet (EITR); its cause has masked itself then (EIAC), and
+    /// does not come again by being raised anew. No others: a driver that has masked its interrupts relies on it.
+    fn tell_again(&mut self) -> Result<(), PassedError> {
+        if self.side.mode() == Mode::Msix {
+            let description = self.kind.description.clone();
+            let told = description.told(self.hardware()?.as_mut());
+            let vectors = (0..u32::BITS as u16).filter(|vector| told >> vector & 1 != 0);
+            self.side.trigger(vectors.collect());
+        }
         Ok(())
     }
 

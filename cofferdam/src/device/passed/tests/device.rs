@@ -12,6 +12,7 @@ use devices::vfio::error::VfioError;
 use devices::vfio::passed::hardware::{Hardware, Interrupts};
 use devices::vfio::passed::kind::{Kind, Shape};
 use recovery::switch::Step;
+use vmm_sys_util::eventfd::EventFd;
 
 pub const CTRL: u32 = 0;
 pub const STATUS: u32 = 8;
@@ -22,6 +23,8 @@ pub const ICR: u32 = 0xc0;
 pub const ICS: u32 = 0xc8;
 pub const IMS: u32 = 0xd0;
 pub const IMC: u32 = 0xd8;
+pub const EIAC: u32 = 0xdc;
+pub const IVAR: u32 = 0xe4;
 pub const RCTL: u32 = 0x100;
 pub const TCTL: u32 = 0x400;
 pub const RDBAL: u32 = 0x2800;
@@ -33,6 +36,10 @@ pub const RESET: u32 = 1 << 26;
 const MASTER_DISABLE: u32 = 1 << 2;
 const MASTER_STATUS: u32 = 1 << 19;
 const VECTORS: u8 = 5;
+/// The first cause that has a vector, RxQ0, and the one for what was sent, TxQ0.
+const FIRST_CAUSE: u32 = 20;
+pub const TXQ0: u32 = 1 << 22;
+const ENABLE: u32 = 2;
 
 /// Where interrupts go.
 #[derive(Debug, Default, PartialEq, Eq, Clone, Copy)]
@@ -50,6 +57,7 @@ pub struct State {
     pub masters: bool,
     pub mapped: u64,
     pub goes: Goes,
+    events: Vec<EventFd>,
     /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not taken away or not given, a
     /// register holds nothing, interrupts cannot be set.
     pub fails: Option<Step>,
@@ -81,6 +89,27 @@ impl State {
         // The address that it was made with.
         self.registers.insert(RAL, 0x4433_2211);
         self.registers.insert(RAH, 0x8000_6655);
+    }
+
+    /// Sends what the tail says, if it may, and says so by an interrupt.
+    fn transmit(&mut self, tail: u32) {
+        if self.masters && self.mapped > 0 && self.get(TCTL) & ENABLE != 0 {
+            self.sent.push(tail);
+            *self.registers.entry(ICR).or_default() |= TXQ0;
+            self.interrupt();
+        }
+    }
+
+    /// Each message that is due goes, and its cause masks itself.
+    fn interrupt(&mut self) {
+        let due = self.get(ICR) & self.get(IMS) & self.get(EIAC);
+        for (number, event) in self.events.iter().enumerate() {
+            if due >> FIRST_CAUSE >> number & 1 != 0 {
+                event.write(1).unwrap();
+            }
+        }
+        *self.registers.entry(ICR).or_default() &= !due;
+        *self.registers.entry(IMS).or_default() &= !due;
     }
 
     fn refuse(&self, fails: Step, what: &'static str) -> Result<(), VfioError> {
@@ -149,9 +178,15 @@ impl RegisterAccess for Device {
         let mut state = self.lock();
         match offset {
             CTRL if value & RESET != 0 => state.reset(),
-            IMS => *state.registers.entry(IMS).or_default() |= value,
+            IMS => {
+                *state.registers.entry(IMS).or_default() |= value;
+                state.interrupt();
+            }
             IMC => *state.registers.entry(IMS).or_default() &= !value,
-            ICS => *state.registers.entry(ICR).or_default() |= value,
+            ICS => {
+                *state.registers.entry(ICR).or_default() |= value;
+                state.interrupt();
+            }
             ICR => *state.registers.entry(ICR).or_default() &= !value,
             EERD => {
                 state.registers.insert(EERD, value & !1 | 2);
@@ -168,10 +203,12 @@ impl RegisterAccess for Device {
             }
             RDBAL if state.fails == Some(Step::Load) => {}
             _ => {
-                if offset == TDT && state.masters && state.mapped > 0 && state.get(TCTL) & 2 != 0 {
-                    state.sent.push(value);
+                let before = state.registers.insert(offset, value).unwrap_or(0);
+                let begins = offset == TCTL && !before & value & ENABLE != 0;
+                if offset == TDT || begins {
+                    let tail = state.get(TDT);
+                    state.transmit(tail);
                 }
-                state.registers.insert(offset, value);
             }
         }
     }
@@ -248,8 +285,14 @@ impl Hardware for Device {
                 return Err(io::Error::other("injected"));
             }
             Interrupts::Line(_) => Goes::Line,
-            Interrupts::Messages(events) => Goes::Messages(events.len()),
+            Interrupts::Messages(events) => {
+                state.events = events;
+                Goes::Messages(state.events.len())
+            }
         };
+        if !matches!(state.goes, Goes::Messages(_)) {
+            state.events.clear();
+        }
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Device, IMS, RCTL, RDBAL, TCTL, TDT};
+use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, TCTL, TDT};
 use crate::device::hello::{AttachInfo, Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::PassedCard;
@@ -114,9 +114,19 @@ impl Guest {
             client.region_write(3, vector * 16 + 12, &[0; 4]).unwrap();
         }
         self.write(RDBAL, self.ring());
-        self.write(IMS, 0x01f0_0004);
+        self.write(EIAC, 0x01f0_0000);
+        // Each cause has the vector of its number, as the device sends them.
+        self.write(IVAR, 0x000c_ba98);
         self.write(RCTL, 2);
         self.write(TCTL, 2);
+        // What came of that is dealt with.
+        self.rearm();
+        self.rearm();
+    }
+
+    /// As the end of an interrupt's handler: every cause is let through again.
+    pub fn rearm(&mut self) {
+        self.write(IMS, 0x01f0_0004);
     }
 
     /// Where its receive ring is.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use recovery::switch::{Outcome, Step};
 
-use self::device::{CTRL, GPTC, Goes, RAH, RAL, RDBAL, RESET, STATUS};
+use self::device::{CTRL, EIAC, GPTC, Goes, IMC, IMS, RAH, RAL, RDBAL, RESET, STATUS, TXQ0};
 use self::guest::{Guest, MEMORY, connect, host, wait};
 use super::PassedCard;
 use crate::device::ParkedAs;
@@ -18,7 +18,6 @@ use crate::options::MacAddress;
 
 /// Link up.
 const LINK: u32 = 2;
-/// The vector of other causes than receiving and sending, where nobody says otherwise.
 const TURNS: usize = 20;
 
 fn station(guest: &mut Guest) -> [u8; 6] {
@@ -93,6 +92,45 @@ fn a_parked_guest_is_told_that_its_link_has_gone_and_looks_again_later() {
     host.switch_to(&"left".parse().unwrap()).unwrap();
     // Link status change, among others: its driver looks at everything.
     assert_eq!(device.lock().get(device::ICR) & 4, 4);
+}
+
+/// Seen in the lab: what waited in a ring is sent as soon as the transmitter runs, before the mask is put back; its cause is due
+/// then, and has masked itself when the mask is looked at.
+#[test]
+fn a_device_that_interrupts_as_soon_as_it_may_is_taken_over() {
+    let (host, device) = host(ParkedAs::Stall, 8);
+    let mut left = Guest::boot(&host, "left", 1);
+    let _right = Guest::boot(&host, "right", 2);
+    host.switch_to(&"right".parse().unwrap()).unwrap();
+    left.send(9);
+    left.interrupts();
+    assert_eq!(left.read(IMS) & TXQ0, TXQ0);
+    host.switch_to(&"left".parse().unwrap()).unwrap();
+    assert_eq!(device.lock().sent.last(), Some(&9));
+    assert_eq!(left.read(IMS) & TXQ0, 0);
+    assert!(left.interrupts().contains(&2));
+}
+
+/// Seen in the lab: a message whose interval is not over is sent later, but its cause has masked itself. The device is made to stand
+/// still meanwhile, and the driver waits for ever.
+#[test]
+fn an_interrupt_that_was_on_its_way_in_a_switch_is_made_up_for() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let mut left = Guest::boot(&host, "left", 1);
+    let _right = Guest::boot(&host, "right", 2);
+    let mut turns = |left: &mut Guest| {
+        host.switch_to(&"right".parse().unwrap()).unwrap();
+        left.interrupts();
+        host.switch_to(&"left".parse().unwrap()).unwrap();
+    };
+    *device.lock().registers.get_mut(&IMS).unwrap() &= !TXQ0;
+    turns(&mut left);
+    assert_eq!(left.interrupts(), [0, 1, 2, 3, 4]);
+    // A driver that has masked everything is not interrupted: it is about to give up its rings.
+    left.write(IMC, u32::MAX);
+    left.write(EIAC, 0);
+    turns(&mut left);
+    assert!(left.interrupts().is_empty());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::data;
+use crate::pci::registers::{Access, Description, RegisterAccess};
 
 /// Causes that are set. Which of them interrupt is part of the state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,14 +43,7 @@ impl Interrupts {
     pub fn take_messages(&mut self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
         let due = self.due(places, state) & !self.told;
         let vectors = places.vectors.and_then(|at| state.get(&at)).copied();
-        let vectors = vectors.unwrap_or(0);
-        let mut sent = 0;
-        for message in &places.message {
-            let field = vectors >> message.shift;
-            if due & message.causes != 0 && field & message.valid == message.valid {
-                sent |= 1u32.checked_shl(field & message.vector).unwrap_or(0);
-            }
-        }
+        let sent = places.vectors_of(due, vectors.unwrap_or(0));
         self.told |= due;
         let auto_clear = places.auto_clear.and_then(|at| state.get(&at)).copied();
         self.clear(due & auto_clear.unwrap_or(0));
@@ -59,5 +53,34 @@ impl Interrupts {
     fn due(&self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
         let mask = state.get(&places.mask).copied().unwrap_or(0);
         self.causes & mask & !places.asserted
+    }
+}
+
+impl data::Interrupts {
+    /// Where the messages for these causes go, a bit for each vector; `vectors` is the register of that name.
+    fn vectors_of(&self, causes: u32, vectors: u32) -> u32 {
+        let mut all = 0;
+        for message in &self.message {
+            let field = vectors >> message.shift;
+            if causes & message.causes != 0 && field & message.valid == message.valid {
+                all |= 1u32.checked_shl(field & message.vector).unwrap_or(0);
+            }
+        }
+        all
+    }
+}
+
+impl Description {
+    /// The vectors whose causes have masked themselves as their message went, a bit for each: the driver was interrupted, or is
+    /// to be, and lets them through again when it is done. A driver that wants no interrupt has none of these.
+    pub fn told(&self, registers: &mut dyn RegisterAccess) -> u32 {
+        let places = self.parked.as_ref().map(|parked| &parked.interrupts);
+        let Some((places, at)) = places.and_then(|places| Some((places, places.vectors?))) else {
+            return 0;
+        };
+        let mut access = Access(registers);
+        let masks_itself = places.auto_clear.map_or(0, |at| access.read(at));
+        let causes = masks_itself & !access.read(places.mask);
+        places.vectors_of(causes, access.read(at))
     }
 }
