@@ -18,8 +18,9 @@ use super::sys;
 use crate::dma::{DmaRegion, DmaSpace};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-/// Bytes that are allocated at a time: below a tenth of a second, so that somebody else can give up the memory meanwhile.
-const POPULATE_BYTES: usize = 16 << 20;
+/// Bytes of a large page: an entry of the processor's page tables and of the IOMMU's.
+const LARGE_PAGE: usize = 2 << 20;
+const SMALL_PAGE: usize = 4 << 10;
 
 /// A part of guest memory in this process.
 #[derive(Debug)]
@@ -75,30 +76,43 @@ impl DmaMemory {
         self.parts.iter().map(|part| part.bytes as u64).sum()
     }
 
-    /// Allocates the memory and maps all of it here, so that a function can be given it without a fault for each page. Ends early
-    /// when nobody else has it any more. What fails is left to the function's map, which does the same.
+    /// Allocates the memory and maps all of it here, in large pages where the host has some, so that a function can be given it
+    /// without a fault and an entry for each small one. Ends early when nobody else has it any more. What fails is left to the
+    /// function's map, which does the same.
     pub fn populate(self: &Arc<Self>) {
         for part in &self.parts {
-            for start in (0..part.bytes).step_by(POPULATE_BYTES) {
+            for start in (0..part.bytes).step_by(LARGE_PAGE) {
                 if Arc::strong_count(self) == 1 {
                     return;
                 }
-                let bytes = POPULATE_BYTES.min(part.bytes - start);
-                // SAFETY: the range is within this mapping; its pages are allocated as by a write that changes nothing.
-                let result = unsafe {
-                    libc::madvise(part.host.byte_add(start), bytes, libc::MADV_POPULATE_WRITE)
-                };
-                if result != 0 {
-                    let error = io::Error::last_os_error();
+                if let Err(error) = part.populate(start) {
                     tracing::debug!(%error, "guest memory is not allocated in advance");
                     return;
                 }
-                // What the guest touched first may be in small pages, which take longer out of the map. Kernels before 6.1 have no
-                // such advice; what fails is slower and nothing else.
-                // SAFETY: as above; the contents move and stay the same.
-                unsafe { libc::madvise(part.host.byte_add(start), bytes, libc::MADV_COLLAPSE) };
             }
         }
+    }
+}
+
+impl Part {
+    /// Allocates a large page's bytes from `start`, or what there is of them.
+    fn populate(&self, start: usize) -> io::Result<()> {
+        let bytes = LARGE_PAGE.min(self.bytes.saturating_sub(start));
+        let advise = |bytes: usize, advice| {
+            // SAFETY: the range is within this mapping. Pages are allocated as by a write that changes nothing, or their
+            // contents move and stay the same.
+            let result = unsafe { libc::madvise(self.host.byte_add(start), bytes, advice) };
+            match result {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        // There is something to collapse where there is a page. Kernels before 6.1 have no such advice.
+        advise(bytes.min(SMALL_PAGE), libc::MADV_POPULATE_WRITE)?;
+        if bytes == LARGE_PAGE && advise(bytes, libc::MADV_COLLAPSE).is_ok() {
+            return Ok(());
+        }
+        advise(bytes, libc::MADV_POPULATE_WRITE)
     }
 }
 
@@ -111,32 +125,51 @@ impl Drop for DmaMemory {
     }
 }
 
+/// Maps a part where its large pages can be such here too: they lie in the mapping as they lie in the file.
 fn map(region: &DmaRegion) -> io::Result<Part> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     let bytes = usize::try_from(region.len).map_err(|_| invalid())?;
     let offset = libc::off_t::try_from(region.offset).map_err(|_| invalid())?;
+    let within = (region.offset % LARGE_PAGE as u64) as usize;
+    let room = bytes.checked_add(2 * LARGE_PAGE).ok_or_else(invalid)?;
+    let anywhere = std::ptr::null_mut();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping at a place that the kernel chooses replaces nothing.
+    let reserved = unsafe { libc::mmap(anywhere, room, libc::PROT_NONE, flags, -1, 0) };
+    if reserved == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let skipped = (reserved as usize).next_multiple_of(LARGE_PAGE) - reserved as usize + within;
+    // SAFETY: less than two large pages are skipped.
+    let place = unsafe { reserved.byte_add(skipped) };
+    // SAFETY: the new mapping replaces a part of the one above, and nothing else.
     let host = unsafe {
         libc::mmap(
-            std::ptr::null_mut(),
+            place,
             bytes,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
             region.file.as_raw_fd(),
             offset,
         )
     };
-    if host == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+    let error = (host == libc::MAP_FAILED).then(io::Error::last_os_error);
+    // The room around it. Where mapping failed, what was there may be gone already and be somebody else's: it is left alone.
+    let end = (skipped + bytes).next_multiple_of(SMALL_PAGE);
+    for (start, end) in [(0, skipped), (end, room)] {
+        if start < end {
+            // SAFETY: these pages are of the first mapping, and nobody refers to them.
+            unsafe { libc::munmap(reserved.byte_add(start), end - start) };
+        }
     }
-    // Without them each page is an entry of the map. It is a matter of speed only: refused, nothing else changes.
-    // SAFETY: the range is exactly this mapping; the advice changes no content.
-    unsafe { libc::madvise(host, bytes, libc::MADV_HUGEPAGE) };
-    Ok(Part {
-        guest: region.address,
-        host,
-        bytes,
-    })
+    match error {
+        Some(error) => Err(error),
+        None => Ok(Part {
+            guest: region.address,
+            host,
+            bytes,
+        }),
+    }
 }
 
 /// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach it no more. The
@@ -227,6 +260,8 @@ fn refused(source: io::Error, needed: u64) -> VfioError {
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use rustix::fs::{MemfdFlags, memfd_create};
+
     use super::*;
     use crate::dma::tests::two_parts;
 
@@ -244,6 +279,36 @@ mod tests {
             // SAFETY: 12 bytes of a mapping of at least a page.
             let mapped = unsafe { part.host.cast::<[u8; 4]>().add(2).read_volatile() };
             assert_eq!(&mapped, b"seen");
+        }
+    }
+
+    /// A large page needs the same place in its mapping as in its file.
+    #[test]
+    fn memory_is_mapped_where_it_can_be_in_large_pages() {
+        for (offset, len) in [
+            (0, 4 << 20),
+            (0x3000, 0x1000),
+            (0x20_1000, 5 << 20),
+            (6 << 20, 0x1800),
+        ] {
+            let file = File::from(memfd_create("large", MemfdFlags::CLOEXEC).unwrap());
+            file.set_len(16 << 20).unwrap();
+            file.write_all_at(b"in the file", offset).unwrap();
+            let region = DmaRegion {
+                address: 0,
+                len,
+                file: Arc::new(file),
+                offset,
+            };
+            let memory = Arc::new(DmaMemory::new(&[region]).unwrap());
+            let part = &memory.parts[0];
+            let place = part.host as usize % LARGE_PAGE;
+            assert_eq!(place as u64, offset % LARGE_PAGE as u64);
+            let other = memory.clone();
+            other.populate();
+            // SAFETY: 11 bytes of a mapping of at least a page.
+            let seen = unsafe { part.host.cast::<[u8; 11]>().read_volatile() };
+            assert_eq!(&seen, b"in the file");
         }
     }
 
