@@ -320,7 +320,7 @@ fn connections_of_two_guests_survive_switches_of_a_real_function_with_the_parked
 }
 
 fn switches() -> usize {
-    if is_full() { 100 } else { 20 }
+    if is_full() { 100 } else { 10 }
 }
 
 #[test]
