@@ -121,7 +121,7 @@ pub fn find(
             let calls_it = code
                 .calls()
                 .any(|(_, callee)| callee == super::code::Callee::Function(function));
-            if calls_it && !types.is_some_and(|types| types.find_function(name).is_some()) {
+            if calls_it && types.is_none_or(|types| types.find_function(name).is_none()) {
                 continue;
             }
             if is_branch_target(code, section, offset) {

@@ -90,7 +90,8 @@ pub const READS_REGISTER: &[(&str, u8)] = &[
     ("ioread32be", 32),
 ];
 
-/// Functions that take a length, with the argument, from 0 (include/linux/string.h, skbuff.h, slab.h, io.h, uaccess.h).
+/// Functions that take a length of what is there already, with the argument, from 0 (include/linux/string.h, skbuff.h, io.h,
+/// uaccess.h).
 pub const TAKES_LENGTH: &[(&str, usize)] = &[
     ("memcpy", 2),
     ("__memcpy", 2),
@@ -100,13 +101,8 @@ pub const TAKES_LENGTH: &[(&str, usize)] = &[
     ("memcpy_toio", 2),
     ("skb_put", 1),
     ("skb_add_rx_frag", 4),
-    ("__kmalloc", 0),
-    ("vmalloc", 0),
-    ("vzalloc", 0),
     ("_copy_to_user", 2),
     ("_copy_from_user", 2),
-    ("__netdev_alloc_skb", 1),
-    ("__napi_alloc_skb", 1),
 ];
 
 /// Functions that allocate a structure of the kernel's with private data behind it: which structure, and the argument, from 0, that is
@@ -126,7 +122,8 @@ pub const ALLOCATES: &[(&str, usize)] =
 pub const REGISTERS: &[(&str, usize, usize, usize)] = &[("request_threaded_irq", 1, 5, 1)];
 
 /// Functions whose errors say that something is not as the driver takes it to be from there on: a device that is not enabled,
-/// a transfer that was not started, an interface that is not there. Not among them is what is called to clean up, or to ask.
+/// a transfer that was not started, an interface that is not there. Not among them is what is called to clean up, or to ask, nor
+/// `dma_set_coherent_mask`, which cannot fail where `dma_set_mask` has not.
 /// (include/linux/pci.h, usb.h, interrupt.h, dma-mapping.h, netdevice.h, clk.h, regulator/consumer.h, device.h, i2c.h, regmap.h, input.h)
 pub const ERRORS_MATTER: &[&str] = &[
     "pci_enable_device",
@@ -141,7 +138,6 @@ pub const ERRORS_MATTER: &[&str] = &[
     "pci_read_config_word",
     "pci_read_config_dword",
     "dma_set_mask",
-    "dma_set_coherent_mask",
     "request_threaded_irq",
     "devm_request_threaded_irq",
     "register_netdev",

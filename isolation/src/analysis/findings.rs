@@ -11,8 +11,6 @@ pub enum FindingKind {
     WaitsForDevice,
     /// A value that a device delivered is an index, and nothing was compared with it.
     DeviceIndex,
-    /// The same as a pointer.
-    DevicePointer,
     /// The same as a length.
     DeviceLength,
     /// What a function returned is not looked at, though it is an error number that matters.
@@ -21,10 +19,9 @@ pub enum FindingKind {
 
 impl FindingKind {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 4] = [
         Self::WaitsForDevice,
         Self::DeviceIndex,
-        Self::DevicePointer,
         Self::DeviceLength,
         Self::ErrorIgnored,
     ];
@@ -34,7 +31,6 @@ impl FindingKind {
         match self {
             Self::WaitsForDevice => "waits for the device without bound",
             Self::DeviceIndex => "device's value as index, unchecked",
-            Self::DevicePointer => "device's value as pointer, unchecked",
             Self::DeviceLength => "device's value as length, unchecked",
             Self::ErrorIgnored => "error not looked at",
         }

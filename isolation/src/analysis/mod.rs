@@ -11,16 +11,24 @@
 //! Nothing is run and nothing is written. What is in the file is hostile: numbers and sizes are bounded, and what does not fit is
 //! left out. What is not known is said to be unknown rather than guessed.
 
+pub mod arithmetic;
 pub mod code;
 pub mod coverage;
+pub mod device;
 pub mod entries;
+pub mod errors;
 pub mod facts;
 pub mod findings;
+pub mod flow;
 pub mod image;
 pub mod kernel;
+pub mod loops;
+pub mod objects;
 pub mod operations;
 pub mod power;
 pub mod reached;
+pub mod search;
+pub mod values;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -109,7 +117,7 @@ pub fn analyze(file: &[u8], kernel: &Kernel) -> Result<Report, KoError> {
     );
     let calls = Calls::of(&ko, &codes, kernel);
     let mut entries = entries::find(&ko, &codes, types.as_ref(), &operations, &calls);
-    let findings: Vec<Finding> = Vec::new();
+    let findings = search::find(&ko, &codes, types.as_ref());
     let doubts = doubts(&ko, &calls, &findings);
     entries.sort_by_key(|entry| {
         std::cmp::Reverse(
@@ -203,7 +211,7 @@ fn reaches_registers(ko: &Ko<'_>, codes: &[Code]) -> bool {
             In | Insb | Insd | Insw | Out | Outsb | Outsd | Outsw
         )
     };
-    ko.imports.iter().any(|name| known(name))
+    ko.imports.iter().any(known)
         || codes
             .iter()
             .flat_map(|code| &code.insns)
@@ -224,6 +232,8 @@ fn imports(ko: &Ko<'_>, kernel: &Kernel) -> Vec<Import> {
     imports
 }
 
+#[cfg(test)]
+mod findings_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -243,12 +243,8 @@ pub fn find(ko: &Ko<'_>, types: &Btf, kernels: &OperationLayouts) -> Vec<Operati
         });
     }
     spread(ko, types, &mut found);
-    found.retain(|operations| {
-        operations
-            .pointers
-            .iter()
-            .any(|(_, to)| matches!(to, PointsAt::Function(_)))
-    });
+    let calls = |(_, to): &(u64, PointsAt)| matches!(to, PointsAt::Function(_));
+    found.retain(|operations| operations.layout.is_some() || operations.pointers.iter().any(calls));
     found
 }
 
@@ -317,7 +313,10 @@ fn fits(ko: &Ko<'_>, types: &Btf, layout: &Layout, pointers: &[(u64, PointsAt)])
             }
             PointsAt::Import(index) => {
                 let name = ko.imports.get(*index).copied().unwrap_or_default();
-                slot.is_some_and(|slot| !slot.function || takes(types, slot.to, name))
+                slot.is_some_and(|slot| {
+                    functions += usize::from(slot.function);
+                    !slot.function || takes(types, slot.to, name)
+                })
             }
             PointsAt::Data(..) => slot.is_some_and(|slot| !slot.function),
         }

@@ -45,6 +45,15 @@ pub fn drivers(ko: &Ko<'_>, operations: &[Operations]) -> Vec<Driver> {
             operations.iter().find(|other| other.object == object)
         });
         let tables: Vec<&Operations> = std::iter::once(driver).chain(pm).collect();
+        // Of the kernel's or another module's, which has both (`snd_soc_pm_ops`).
+        let of_others = driver.pointers.iter().find_map(|(offset, to)| {
+            let path = &driver.slot(*offset)?.path;
+            let is_pm = path == "pm" || path.ends_with(".pm");
+            matches!(to, PointsAt::Import(_))
+                .then(|| name_of(*to))
+                .flatten()
+                .filter(|_| is_pm)
+        });
         let find = |members: &[&str]| {
             let of = |member: &&str| {
                 tables
@@ -67,8 +76,8 @@ pub fn drivers(ko: &Ko<'_>, operations: &[Operations]) -> Vec<Driver> {
                 .get(driver.object)
                 .map_or("", |object| object.name)
                 .to_owned(),
-            suspend: find(SUSPENDS),
-            resume: find(RESUMES),
+            suspend: find(SUSPENDS).or_else(|| of_others.clone()),
+            resume: find(RESUMES).or(of_others),
         })
     });
     drivers.collect()

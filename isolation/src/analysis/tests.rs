@@ -16,6 +16,24 @@ use crate::guest::btf::encode::Encoder;
 
 /// A kernel with `struct net_device`, `struct net_device_ops`, `struct pci_driver` with its `dev_pm_ops`, and a few functions.
 pub(super) fn kernel() -> Kernel {
+    let types = Arc::new(Btf::parse(&kernel_types(), None).unwrap());
+    let known = |class, sleeps| Modelled { class, sleeps };
+    let model = [
+        ("pure", known(Class::Pure, false)),
+        ("wait", known(Class::Revocable, true)),
+        ("gone", known(Class::Irrevocable, false)),
+        ("__kmalloc", known(Class::Memory, true)),
+    ];
+    let model = model.map(|(name, known)| (name.to_owned(), known));
+    let sleeps = HashMap::from([
+        ("never".to_owned(), Sleeps::No),
+        ("sometimes".to_owned(), Sleeps::May),
+    ]);
+    Kernel::from_parts(types, HashMap::from(model), sleeps)
+}
+
+/// Its types.
+fn kernel_types() -> Vec<u8> {
     let mut e = Encoder::new(None);
     let int = e.int("int", 4, 1);
     let word = e.int("long unsigned int", 8, 0);
@@ -60,20 +78,7 @@ pub(super) fn kernel() -> Kernel {
         96,
         &[("call", of_device, 0), ("end", of_device, 8)],
     );
-    let types = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
-    let known = |class, sleeps| Modelled { class, sleeps };
-    let model = [
-        ("pure", known(Class::Pure, false)),
-        ("wait", known(Class::Revocable, true)),
-        ("gone", known(Class::Irrevocable, false)),
-        ("__kmalloc", known(Class::Memory, true)),
-    ];
-    let model = model.map(|(name, known)| (name.to_owned(), known));
-    let sleeps = HashMap::from([
-        ("never".to_owned(), Sleeps::No),
-        ("sometimes".to_owned(), Sleeps::May),
-    ]);
-    Kernel::from_parts(types, HashMap::from(model), sleeps)
+    e.bytes()
 }
 
 /// Types of a module with functions of these names, of the operations' type.
@@ -314,6 +319,7 @@ pub(super) fn full(kernel: &Kernel) -> Vec<u8> {
         "my_open",
         &["pure", "inner", "__x86_indirect_thunk_rax"],
     );
+    super::findings_tests::everything(&mut module);
     module.table("my_table", 96, &[(0, "my_open"), (8, "my_open")]);
     module.table("my_pci_driver", 200, &[(8, "my_open"), (168, "my_table")]);
     module.types(&types_of(kernel, &["my_open"], &["inner"]));
@@ -355,4 +361,26 @@ fn other_files_are_refused_with_a_reason() {
     let empty = Module::new("empty").bytes();
     assert!(refused(&empty).contains("no functions"));
     assert!(Ko::parse(&empty).is_err());
+}
+
+/// The fuzz target begins with these files, since it cannot make them.
+#[test]
+fn the_fuzz_target_begins_with_this_module() {
+    let kernel = kernel();
+    let folder = std::path::Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../fuzz/seeds/ko_reader"
+    ));
+    let files = [("module.ko", full(&kernel)), ("kernel.btf", kernel_types())];
+    for (name, bytes) in files {
+        if std::env::var_os("COFFERDAM_WRITE_SEEDS").is_some() {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::write(folder.join(name), &bytes).unwrap();
+        }
+        let kept = std::fs::read(folder.join(name)).unwrap();
+        assert!(
+            kept == bytes,
+            "{name}: run this test with COFFERDAM_WRITE_SEEDS=1"
+        );
+    }
 }

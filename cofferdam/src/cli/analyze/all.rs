@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use guest_images::modules::ModuleTree;
 use isolation::analysis::analyze;
 use isolation::analysis::coverage::{FAMILIES, Family, Obstacle, family_of, obstacles};
-use isolation::analysis::findings::Finding;
+use isolation::analysis::findings::{Finding, FindingKind};
 use isolation::analysis::kernel::Kernel;
 use serde::Serialize;
 
@@ -138,7 +138,7 @@ fn one(file: &Path, family: &'static str, kernel: &Kernel) -> anyhow::Result<(Ro
 /// What the lines of the table are called, and what stands in them.
 pub fn lines(family: &Family) -> Vec<(String, usize)> {
     let obstacle = |obstacle| family.obstacles.get(&obstacle).copied().unwrap_or(0);
-    vec![
+    let mut lines = vec![
         ("modules".to_owned(), family.modules),
         ("that register a driver".to_owned(), family.drivers),
         (
@@ -173,7 +173,14 @@ pub fn lines(family: &Family) -> Vec<(String, usize)> {
         ("  gated and answered for".to_owned(), family.gated),
         ("  taken back as a whole".to_owned(), family.whole),
         ("  taken back by opposites".to_owned(), family.compensated),
-    ]
+    ];
+    for kind in FindingKind::ALL {
+        lines.push((
+            kind.words().to_owned(),
+            family.findings.get(&kind).copied().unwrap_or(0),
+        ));
+    }
+    lines
 }
 
 /// For a person.

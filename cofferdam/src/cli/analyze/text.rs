@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use isolation::analysis::Report;
 use isolation::analysis::entries::{Entry, Isolation};
+use isolation::analysis::findings::FindingKind;
 use isolation::analysis::kernel::{Class, Sleeps};
 use isolation::analysis::reached::Atomic;
 
@@ -83,6 +84,27 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
         }
     }
     writeln!(text, "  (* may have to wait)")?;
+    writeln!(
+        text,
+        "\n{}",
+        counted(report.findings.len() as u64, "finding", "findings")
+    )?;
+    for kind in FindingKind::ALL {
+        for finding in report
+            .findings
+            .iter()
+            .filter(|finding| finding.kind == kind)
+        {
+            writeln!(
+                text,
+                "  {}+{:#x}: {}: {}",
+                finding.function,
+                finding.offset,
+                kind.words(),
+                finding.what
+            )?;
+        }
+    }
     match &report.isolate {
         Some(command) => writeln!(
             text,
