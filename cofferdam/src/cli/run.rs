@@ -82,6 +82,10 @@ pub struct RunOptions {
         conflicts_with = "snapshot"
     )]
     memory: MemorySize,
+    /// Have guest memory in pages of 2 MiB that the host has set aside (vm.nr_hugepages): a device that is passed on gets it sooner.
+    /// Such a guest cannot be isolated, marked or saved
+    #[arg(long, conflicts_with = "snapshot")]
+    large_pages: bool,
     /// Number of vCPUs
     #[arg(
         long,
@@ -144,6 +148,7 @@ impl RunOptions {
             disks: self.disk,
             nets,
             memory: self.memory,
+            large_pages: self.large_pages,
             vcpus: self.vcpus,
             serial: self.serial.unwrap_or(SerialSpec::Stdio),
             no_reboot: self.no_reboot,

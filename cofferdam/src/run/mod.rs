@@ -44,6 +44,7 @@ use isolation::Isolation;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
+use vmm::memory::MemorySource;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
@@ -81,6 +82,8 @@ pub struct RunConfig {
     pub nets: Vec<NetConfig>,
     /// Guest memory.
     pub memory: MemorySize,
+    /// It is in large pages that the host has set aside.
+    pub large_pages: bool,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
     /// Where the serial console goes.
@@ -215,10 +218,14 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
 
 /// The machine, without devices on PCI.
 fn make(config: &RunConfig, saved: Option<&Saved>, console: SerialBackend) -> anyhow::Result<Vm> {
-    let memory = saved.map(Saved::memory).transpose()?;
+    let memory = match saved {
+        Some(saved) => saved.memory()?,
+        None if config.large_pages => MemorySource::LargePages,
+        None => MemorySource::Fresh,
+    };
     Ok(Vm::new(VmConfig {
         memory_bytes: config.memory.bytes(),
-        memory: memory.unwrap_or_default(),
+        memory,
         vcpus: config.vcpus,
         payload: Payload::Linux {
             kernel: config.kernel.clone(),

@@ -216,6 +216,7 @@ impl SavedVm {
             disks,
             nets,
             memory,
+            large_pages: false,
             vcpus: self.vcpus,
             serial: changes.serial.unwrap_or(SerialSpec::Stdio),
             no_reboot: changes.no_reboot || self.no_reboot,

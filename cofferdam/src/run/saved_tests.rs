@@ -24,6 +24,7 @@ fn config(nets: &[&str]) -> RunConfig {
         disks: vec!["/images/root.img,ro".parse().unwrap()],
         nets: nets.iter().enumerate().map(net).collect(),
         memory: "256M".parse().unwrap(),
+        large_pages: false,
         vcpus: 2,
         serial: SerialSpec::Stdio,
         no_reboot: true,

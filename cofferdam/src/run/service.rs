@@ -138,6 +138,17 @@ impl VmService {
         })
     }
 
+    /// That nothing keeps the VM from being `done`: all of that works on single pages of memory that only this process writes.
+    fn may_be(&self, done: &str) -> Result<(), String> {
+        elsewhere::none(&self.nics, done)?;
+        match self.vm.ram().has_large_pages() {
+            true => Err(format!(
+                "guest memory is in large pages: such a VM cannot be {done}; run it without --large-pages"
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// Isolates what was asked for, unless who asked has gone when all is known that it takes.
     fn isolate(
         &self,
@@ -146,7 +157,7 @@ impl VmService {
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
         self.guest_runs()?;
-        elsewhere::none(&self.nics, "isolated")?;
+        self.may_be("isolated")?;
         let isolated = self
             .supervisor
             .isolate(request, recovery, asker)
@@ -173,7 +184,7 @@ impl VmService {
     }
 
     fn snapshot(&self, request: &SnapshotRequest<'_>, asker: &dyn Asker) -> Result<Reply, String> {
-        elsewhere::none(&self.nics, "saved")?;
+        self.may_be("saved")?;
         if self.nics.forget_gone(&self.vm) {
             return Err(
                 "a VM with NICs that came while it ran cannot be saved yet: `cofferdam unplug` takes them out"
@@ -306,7 +317,7 @@ impl Handler for VmService {
                 Ok(Reply::Done {})
             }
             Request::Mark { name } => {
-                elsewhere::none(&self.nics, "marked")?;
+                self.may_be("marked")?;
                 asker.tell("setting a mark").map_err(text)?;
                 let marked = self.vm.mark(&name, REST_TIME);
                 marked.map(Reply::Marked).map_err(text)

@@ -77,7 +77,7 @@ fn use_without_the_device(guest: &mut Guest, address: &str, number: u8) {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
     // Both drivers are inserted there, and only one can have the device.
-    let mut pair = Pair::new(&[]);
+    let mut pair = Pair::new(&[], "");
     assert_eq!(
         pair.served.status().unwrap().turn.as_deref(),
         Some(NAMES[FIRST])
@@ -113,7 +113,7 @@ fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn e1000e_tests_its_memory_and_its_interrupts_without_its_device() {
-    let mut pair = Pair::new(&[]);
+    let mut pair = Pair::new(&[], "");
     let parked = &mut pair.guests[SECOND];
     wait_without_link(parked);
     // It makes thousands of accesses.

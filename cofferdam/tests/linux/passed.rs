@@ -21,6 +21,8 @@ use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
 const FUNCTION: &str = "0000:00:02.0";
 /// The lab's IOMMU itself, which is behind none.
 const WITHOUT_IOMMU: &str = "0000:00:01.0";
+/// Memory of each guest.
+const MEMORY_MIB: u32 = 256;
 pub const NAMES: [&str; 2] = ["left", "right"];
 /// What sends everything back, on TCP port 7.
 const ECHO: &str = "10.0.2.100";
@@ -37,9 +39,19 @@ fn context(served: &DeviceHost, vm: &str) -> ContextStatus {
     contexts.find(|context| context.vm == vm).unwrap()
 }
 
-fn guest(root: &Path, name: &'static str) -> Guest {
+fn guest(root: &Path, name: &'static str, more: &str) -> Guest {
     let options = options().among(root, name);
-    boot(&options.with(&format!("--nic device={NAME} --memory 256M")))
+    let arguments = format!("--nic device={NAME} --memory {MEMORY_MIB}M {more}");
+    boot(&options.with(&arguments))
+}
+
+/// Has the host set aside large pages for two guests.
+fn set_large_pages_aside() {
+    const FILE: &str = "/proc/sys/vm/nr_hugepages";
+    let pages = (MEMORY_MIB * 2 / 2).to_string();
+    std::fs::write(FILE, &pages).unwrap();
+    let has = std::fs::read_to_string(FILE).unwrap();
+    assert_eq!(has.trim(), pages, "the host has no room for large pages");
 }
 
 fn pid(guest: &Guest) -> u32 {
@@ -125,7 +137,7 @@ fn a_guest_has_the_hosts_function_behind_a_device_host() {
     sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let served = serve(folder.path(), &[]);
-    let mut left = guest(folder.path(), "left");
+    let mut left = guest(folder.path(), "left", "");
     assert_eq!(served.status().unwrap().turn.as_deref(), Some("left"));
     network::insert_slowly(&mut left, "e1000e").unwrap();
     let lease = shell(
@@ -162,12 +174,13 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub fn new(words: &[&str]) -> Self {
+    /// With more options of the device host and of the guests.
+    pub fn new(words: &[&str], more: &str) -> Self {
         let sysfs = Sysfs::default();
         sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let served = serve(folder.path(), words);
-        let mut guests = NAMES.map(|name| guest(folder.path(), name));
+        let mut guests = NAMES.map(|name| guest(folder.path(), name, more));
         assert_eq!(served.status().unwrap().turn.as_deref(), Some(NAMES[0]));
         for (guest, last) in guests.iter_mut().zip([15, 16]) {
             insert_nic(guest, "e1000e", last);
@@ -261,8 +274,8 @@ impl Connection {
 
 /// A TCP connection of each guest moves on in each of its turns and all of it arrives; no byte of the one is in the memory of the
 /// other.
-fn connections_survive(parked: &str) {
-    let mut pair = Pair::new(&["--parked", parked]);
+fn connections_survive(parked: &str, more: &str) {
+    let mut pair = Pair::new(&["--parked", parked], more);
     let markers = NAMES.map(|name| format!("{parked}-sent-by-{name}"));
     let mut connections = Vec::new();
     for (index, marker) in markers.iter().enumerate() {
@@ -280,7 +293,10 @@ fn connections_survive(parked: &str) {
         connections[index].moves_on(&mut pair.guests[index], before);
         times.push(begin.elapsed());
     }
-    print_phases(&format!("parked link {parked}, 256 MiB"), &records);
+    print_phases(
+        &format!("parked link {parked}, {MEMORY_MIB} MiB {more}"),
+        &records,
+    );
     times.sort_unstable();
     println!(
         "until the connection moved on: median {:?}, largest {:?}",
@@ -310,13 +326,14 @@ fn connections_survive(parked: &str) {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn connections_of_two_guests_survive_switches_of_a_real_function() {
-    connections_survive("down");
+    connections_survive("down", "");
 }
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn connections_of_two_guests_survive_switches_of_a_real_function_with_the_parked_link_up() {
-    connections_survive("stall");
+    set_large_pages_aside();
+    connections_survive("stall", "--large-pages");
 }
 
 fn switches() -> usize {
@@ -326,14 +343,14 @@ fn switches() -> usize {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_real_function_outlives_the_guests_that_are_killed() {
-    let mut pair = Pair::new(&[]);
+    let mut pair = Pair::new(&[], "");
     nic_works(&mut pair.guests[0]);
     // The one that is parked: the other one does not notice.
     kill(pid(&pair.guests[1]));
     let gone = || !pair.context(NAMES[1]).connected;
     wait_until("its end", gone);
     nic_works(&mut pair.guests[0]);
-    pair.guests[1] = guest(pair.folder.path(), NAMES[1]);
+    pair.guests[1] = guest(pair.folder.path(), NAMES[1], "");
     insert_nic(&mut pair.guests[1], "e1000e", 16);
     nic_works(&mut pair.guests[0]);
     // The one with the turn: the other one gets it, and the function is nowhere else meanwhile.

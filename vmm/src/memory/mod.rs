@@ -41,6 +41,9 @@ pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
 
+/// Bytes of a large page.
+const LARGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// Name of the file, as the end of the path that `/proc/PID/maps` shows.
 pub const FILE_NAME: &str = "cofferdam-guest";
 
@@ -53,6 +56,21 @@ pub enum MemoryError {
     /// No multiple of a page.
     #[error("memory of {0} bytes is no multiple of 4096: give whole MiB")]
     NotWholePages(u64),
+    /// No multiple of a large page.
+    #[error(
+        "memory of {0} bytes is no multiple of 2 MiB, the size of a large page: give an even number of MiB"
+    )]
+    NotWholeLargePages(u64),
+    /// There are not as many large pages.
+    #[error(
+        "the host has no {needed} large pages to spare ({source}): set some aside, as with `sysctl vm.nr_hugepages={needed}`, or leave out --large-pages"
+    )]
+    LargePages {
+        /// Pages that are needed.
+        needed: u64,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// More than the host has in all.
     #[error("the guest is to have {} MiB, but this host has {} MiB: ask for less", .asked >> 20, .host >> 20)]
     MoreThanHost {
@@ -118,6 +136,7 @@ pub struct GuestRam {
     memory: Arc<GuestMemory>,
     regions: Vec<RamRegion>,
     size_bytes: u64,
+    has_large_pages: bool,
     mapped: Mapped,
     owning: Mutex<()>,
 }
@@ -125,15 +144,23 @@ pub struct GuestRam {
 impl GuestRam {
     /// Memory of `size_bytes`, below 3 GiB and from 4 GiB on.
     pub fn from(source: MemorySource, size_bytes: u64) -> Result<Self, MemoryError> {
-        let ram = Self::new(size_bytes)?;
-        if let MemorySource::Template { file } = source {
-            ram.use_template(file)?;
+        match source {
+            MemorySource::Fresh => Self::new(size_bytes),
+            MemorySource::LargePages => Self::make(size_bytes, true),
+            MemorySource::Template { file } => {
+                let ram = Self::new(size_bytes)?;
+                ram.use_template(file)?;
+                Ok(ram)
+            }
         }
-        Ok(ram)
     }
 
     /// Memory of `size_bytes`, all zero, below 3 GiB and from 4 GiB on.
     pub fn new(size_bytes: u64) -> Result<Self, MemoryError> {
+        Self::make(size_bytes, false)
+    }
+
+    fn make(size_bytes: u64, has_large_pages: bool) -> Result<Self, MemoryError> {
         if size_bytes < MIN_MEMORY_BYTES {
             return Err(MemoryError::TooSmall(size_bytes));
         }
@@ -148,16 +175,10 @@ impl GuestRam {
                 host,
             });
         }
-        let memfd = match huge_page_file(size_bytes) {
-            Ok(file) => file,
-            Err(error) => {
-                // Not privileged, or a kernel without huge pages: slower, but the same otherwise.
-                tracing::debug!(%error, "guest memory without huge pages");
-                memfd_create(FILE_NAME, MemfdFlags::CLOEXEC)
-                    .map_err(|errno| MemoryError::Allocate(errno.into()))?
-            }
+        let memfd = match has_large_pages {
+            true => large_page_file(size_bytes)?,
+            false => small_page_file(size_bytes)?,
         };
-        ftruncate(&memfd, size_bytes).map_err(|errno| MemoryError::Allocate(errno.into()))?;
         let memfd = Arc::new(File::from(memfd));
 
         let low = size_bytes.min(LOW_MEMORY_END);
@@ -195,6 +216,7 @@ impl GuestRam {
             memory: Arc::new(memory),
             regions,
             size_bytes,
+            has_large_pages,
             mapped: Mapped::default(),
             owning: Mutex::new(()),
         })
@@ -218,6 +240,11 @@ impl GuestRam {
     /// Bytes of memory in all.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Whether it is in pages of 2 MiB that cannot be taken apart: no other mapping can have less of it.
+    pub fn has_large_pages(&self) -> bool {
+        self.has_large_pages
     }
 
     /// First guest physical address behind the last byte of memory.
@@ -265,7 +292,11 @@ impl GuestRam {
     fn punch(&self) -> Result<(), MemoryError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&*self.memfd, flags, 0, self.size_bytes)
-            .map_err(|errno| MemoryError::Allocate(errno.into()))
+            .map_err(|errno| MemoryError::Allocate(errno.into()))?;
+        match self.has_large_pages {
+            true => allocate_large_pages(&self.memfd, self.size_bytes),
+            false => Ok(()),
+        }
     }
 
     /// Calls `f` with the log of each region, in the order of regions.
@@ -308,6 +339,44 @@ impl GuestRam {
             advise_huge_pages(&region.get_mmap());
         }
     }
+}
+
+/// A file of `size_bytes`, with huge pages if the host has them at that moment.
+fn small_page_file(size_bytes: u64) -> Result<OwnedFd, MemoryError> {
+    let refused = |errno: rustix::io::Errno| MemoryError::Allocate(errno.into());
+    let file = huge_page_file(size_bytes).or_else(|error| {
+        // Not privileged, or a kernel without huge pages: slower, but the same otherwise.
+        tracing::debug!(%error, "guest memory without huge pages");
+        memfd_create(FILE_NAME, MemfdFlags::CLOEXEC).map_err(refused)
+    })?;
+    ftruncate(&file, size_bytes).map_err(refused)?;
+    Ok(file)
+}
+
+/// A file of `size_bytes` in pages that the host has set aside. All are taken at once: a guest that touched one that is not there
+/// would end this process.
+fn large_page_file(size_bytes: u64) -> Result<OwnedFd, MemoryError> {
+    if !size_bytes.is_multiple_of(LARGE_PAGE_BYTES) {
+        return Err(MemoryError::NotWholeLargePages(size_bytes));
+    }
+    let refused = |errno: rustix::io::Errno| MemoryError::LargePages {
+        needed: size_bytes / LARGE_PAGE_BYTES,
+        source: errno.into(),
+    };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = memfd_create(FILE_NAME, flags).map_err(refused)?;
+    ftruncate(&file, size_bytes).map_err(refused)?;
+    allocate_large_pages(&file, size_bytes)?;
+    Ok(file)
+}
+
+fn allocate_large_pages(file: impl std::os::fd::AsFd, size_bytes: u64) -> Result<(), MemoryError> {
+    fallocate(file, FallocateFlags::empty(), 0, size_bytes).map_err(|errno| {
+        MemoryError::LargePages {
+            needed: size_bytes / LARGE_PAGE_BYTES,
+            source: errno.into(),
+        }
+    })
 }
 
 /// A file of `size_bytes` at most, deleted at once, whose mappings can have huge pages, which save most of
@@ -411,6 +480,31 @@ mod tests {
                 path.display()
             );
         }
+    }
+
+    /// Of large pages there may be none here: then it says how many it wants.
+    #[test]
+    fn large_pages_are_had_whole_or_asked_for() {
+        let odd = GuestRam::from(MemorySource::LargePages, 3 << 20);
+        assert!(matches!(odd, Err(MemoryError::NotWholeLargePages(_))));
+        match GuestRam::from(MemorySource::LargePages, 4 << 20) {
+            Ok(ram) => {
+                assert!(ram.has_large_pages());
+                let memory = ram.memory();
+                memory.write_obj(7u64, GuestAddress(0x1008)).unwrap();
+                ram.clear().unwrap();
+                assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1008)).unwrap(), 0);
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.contains("vm.nr_hugepages=2"), "{text}");
+            }
+        }
+        // More than any host has set aside.
+        let host = rustix::system::sysinfo();
+        let all = (host.totalram as u64 * u64::from(host.mem_unit)) & !(LARGE_PAGE_BYTES - 1);
+        let error = GuestRam::from(MemorySource::LargePages, all).unwrap_err();
+        assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub enum MemorySource {
     /// Zeros.
     #[default]
     Fresh,
+    /// Zeros, in pages of 2 MiB that the host has set aside (hugetlbfs), all allocated at once.
+    LargePages,
     /// The bytes of a file, which is not changed.
     Template {
         /// Holds all of memory, at the offsets of [`RamRegion::file_offset`]. It must stay as it is and as long as it is: a
