@@ -118,7 +118,7 @@ fn an_interrupt_that_was_on_its_way_in_a_switch_is_made_up_for() {
     let (host, device) = host(ParkedAs::Down, 8);
     let mut left = Guest::boot(&host, "left", 1);
     let _right = Guest::boot(&host, "right", 2);
-    let mut turns = |left: &mut Guest| {
+    let turns = |left: &mut Guest| {
         host.switch_to(&"right".parse().unwrap()).unwrap();
         left.interrupts();
         host.switch_to(&"left".parse().unwrap()).unwrap();
