@@ -285,9 +285,7 @@ impl Guest {
             tail.join("\n")
         )
     }
-}
 
-impl Guest {
     /// Of one that does not answer: its last words, and what its threads are at.
     fn what_it_does(&self) -> String {
         let threads = stuck::what_it_does(self.child.id(), &self.paths.control_socket());

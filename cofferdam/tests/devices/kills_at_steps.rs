@@ -9,15 +9,6 @@ use crate::common::place::{Place, end, finish, signal};
 use crate::guest::{Guest, wait};
 use crate::host::{FAR, Far, Hold, Host};
 
-const STEPS: [Step; 6] = [
-    Step::Quiesce,
-    Step::Save,
-    Step::Unmap,
-    Step::Map,
-    Step::Load,
-    Step::Resume,
-];
-
 /// Asks for a switch to `to`, and does something when it has come to `step`. What is answered is the host's to choose.
 fn amid(place: &Place, host: &Host, to: &str, step: Step, act: impl FnOnce()) {
     let hold = Hold::at(place, step);
@@ -64,7 +55,7 @@ fn a_vm_that_is_killed_at_any_step_leaves_a_device_that_the_other_one_has() {
     let mut far = Far::connect(&place);
     let kernel = place.idle_kernel();
     let start = |name: &str| place.start(name, &kernel, "--memory 32M --nic device=nic");
-    for step in STEPS {
+    for step in Step::ALL {
         let old = start("old");
         host.await_turn(Some("old"));
         let mut new = Guest::boot(&place, "new", 2);
@@ -103,7 +94,7 @@ fn a_vm_that_comes_to_rest_at_any_step_passes_on_what_it_was_about_to_get() {
     let host = Host::start_held(&place);
     let _old = Guest::boot(&place, "old", 1);
     let _new = Guest::boot(&place, "new", 2);
-    for step in STEPS {
+    for step in Step::ALL {
         host.await_turn(Some("old"));
         std::thread::scope(|scope| {
             amid(&place, &host, "new", step, || {
@@ -124,7 +115,7 @@ fn a_host_that_is_killed_at_any_step_takes_no_vm_with_it() {
     let start = |name: &str| place.start(name, &kernel, "--memory 32M --nic device=nic");
     let mut host = Host::start_held(&place);
     let vms = [start("left"), start("right")];
-    for step in STEPS {
+    for step in Step::ALL {
         wait("both", || {
             ["left", "right"]
                 .iter()

@@ -35,6 +35,18 @@ pub enum Step {
     Resume,
 }
 
+impl Step {
+    /// All of them, in their order.
+    pub const ALL: [Self; 6] = [
+        Self::Quiesce,
+        Self::Save,
+        Self::Unmap,
+        Self::Map,
+        Self::Load,
+        Self::Resume,
+    ];
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -187,9 +187,9 @@ impl PassedFunction {
         self.tell_again()
     }
 
-    /// Interrupts the user by each message that the device has taken for sent. One that was due when the device was made to
-    /// stand still may not have gone, as one whose interval was not over yet (EITR); its cause has masked itself then (EIAC), and
-    /// does not come again by being raised anew. No others: a driver that has masked its interrupts relies on it.
+    /// Interrupts the user once more by each message that the device has taken for sent: should one not have arrived before
+    /// the device was made to stand still, its cause has masked itself (EIAC) and does not come again by being raised anew. No
+    /// others: a driver that has masked its interrupts relies on it.
     fn tell_again(&mut self) -> Result<(), PassedError> {
         if self.side.mode() == Mode::Msix {
             let description = self.kind.description.clone();

@@ -111,8 +111,8 @@ fn a_device_that_interrupts_as_soon_as_it_may_is_taken_over() {
     assert!(left.interrupts().contains(&2));
 }
 
-/// Seen in the lab: a message whose interval is not over is sent later, but its cause has masked itself. The device is made to stand
-/// still meanwhile, and the driver waits for ever.
+/// A cause that has masked itself, and whose message did not arrive before the device was made to stand still, does not come
+/// again: its driver would wait for ever.
 #[test]
 fn an_interrupt_that_was_on_its_way_in_a_switch_is_made_up_for() {
     let (host, device) = host(ParkedAs::Down, 8);
@@ -160,14 +160,7 @@ fn resets_by_drivers_bring_back_their_own_address_and_nothing_of_the_other() {
 
 #[test]
 fn whatever_step_fails_one_guest_has_the_function_or_nobody() {
-    for step in [
-        Step::Quiesce,
-        Step::Save,
-        Step::Unmap,
-        Step::Map,
-        Step::Load,
-        Step::Resume,
-    ] {
+    for step in Step::ALL {
         let (host, device) = host(ParkedAs::Down, 8);
         let mut left = Guest::boot(&host, "left", 1);
         let mut right = Guest::boot(&host, "right", 2);
