@@ -287,7 +287,7 @@ impl Guest {
     }
 
     /// Of one that does not answer: its last words, and what its threads are at.
-    fn what_it_does(&self) -> String {
+    pub fn what_it_does(&self) -> String {
         let threads = stuck::what_it_does(self.child.id(), &self.paths.control_socket());
         self.last_words() + &threads
     }

@@ -2,7 +2,7 @@
 
 use crate::dma::GuestMemory;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -17,6 +17,9 @@ const TURN_BYTES: u64 = 4 << 20;
 const CHAIN_BYTES: u64 = 4 << 10;
 /// Flag of the available ring: the driver wants no interrupts (section 2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
+/// Flags and index before the elements of the used ring, and one element (section 2.7.8).
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// What is wrong with a ring.
 #[derive(Debug, thiserror::Error)]
@@ -222,7 +225,8 @@ impl<'a> Queues<'a> {
         Ok(None)
     }
 
-    /// How many chains the driver has made available in `queue` that were not taken yet. It is asked to notify about more.
+    /// How many chains the driver has made available in `queue` that were not taken yet. It is asked to notify about the
+    /// next that it adds, however many there are.
     pub fn available(&mut self, queue: u16) -> Result<u16, QueueError> {
         let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(0);
@@ -233,8 +237,21 @@ impl<'a> Queues<'a> {
         }
         let ring = |source| QueueError::Ring { queue, source };
         virtqueue.enable_notification(self.memory).map_err(ring)?;
-        let index = virtqueue.avail_idx(self.memory, Ordering::Acquire);
-        Ok(index.map_err(ring)?.0.wrapping_sub(virtqueue.next_avail()))
+        let mut index = virtqueue.avail_idx(self.memory, Ordering::Acquire).map_err(ring)?;
+        if virtqueue.event_idx_enabled() {
+            // What was just enabled is to hear of the first chain that was not taken, which may be there already. Those that
+            // come while this is written are seen by another look, and a driver has room for no more of them than this.
+            for _ in 0..=virtqueue.size() {
+                let asked = index;
+                ask_to_hear_of(virtqueue, self.memory, asked.0).map_err(ring)?;
+                fence(Ordering::SeqCst);
+                index = virtqueue.avail_idx(self.memory, Ordering::Acquire).map_err(ring)?;
+                if index == asked {
+                    break;
+                }
+            }
+        }
+        Ok(index.0.wrapping_sub(virtqueue.next_avail()))
     }
 
     /// Leaves the chain that was popped last from `queue` for later, as if it had not been.
@@ -257,4 +274,21 @@ impl<'a> Queues<'a> {
         virtqueue.returned = true;
         Ok(())
     }
+}
+
+/// Has the driver notify the device when it adds the chain with `index` in the available ring: `avail_event` behind the used
+/// ring (section 2.7.10).
+fn ask_to_hear_of(
+    queue: &Queue,
+    memory: &GuestMemory,
+    index: u16,
+) -> Result<(), virtio_queue::Error> {
+    let offset = USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(queue.size());
+    let at = queue
+        .used_ring()
+        .checked_add(offset)
+        .ok_or(virtio_queue::Error::AddressOverflow)?;
+    memory
+        .store(index.to_le(), GuestAddress(at), Ordering::Relaxed)
+        .map_err(virtio_queue::Error::GuestMemory)
 }

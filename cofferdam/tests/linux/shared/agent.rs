@@ -1,5 +1,8 @@
 //! The guest's agent and its `/init`, from outside.
 
+use std::time::Duration;
+
+use agent_protocol::Client;
 use agent_protocol::message::{ExecEnd, RestartDriver, StepName, SymbolFilter};
 
 use cofferdam::bench::network::{ADDRESS, GATEWAY, INTERFACE};
@@ -131,4 +134,24 @@ fn an_agent_that_is_killed_comes_back_and_no_process_stays_a_zombie() {
         .unwrap()
         .stdout_text();
     assert!(!states.contains(") Z "), "{states}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn clients_that_come_and_go_at_once_keep_nobody_out() {
+    let mut guest = shared();
+    let socket = guest.paths().agent_socket();
+    for round in 0..40 {
+        guest.agent().run(&["true"]).unwrap();
+        guest.agent().disconnect();
+        let mut other = Client::unix(socket.clone());
+        if round % 2 == 0 {
+            // It leaves before the guest knows of it, with a word that nobody has read.
+            let _too_soon = other.hello(Duration::from_millis(1));
+            other.disconnect();
+        }
+        other.modules(None).unwrap_or_else(|error| {
+            panic!("client {round}: {error}{}", guest.what_it_does());
+        });
+    }
 }

@@ -24,7 +24,6 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
 use serde::{Deserialize, Serialize};
@@ -52,10 +51,6 @@ const FORM: Form = Form {
 const TO_GUEST_BYTES: usize = 4096;
 /// Longest single write of the guest.
 const MAX_WRITE_BYTES: usize = 1 << 20;
-
-/// How long a client waits for the driver to deal with what it was told of the session before. Tests do not depend on how
-/// fast they are.
-const HEARING_TIME: Duration = Duration::from_secs(if cfg!(test) { u64::MAX } else { 1 });
 
 /// Control messages (section 5.3.6.2).
 const DEVICE_READY: u16 = 0;
@@ -99,8 +94,6 @@ pub struct Console {
     /// Most buffers that the driver has had in the queue of control messages to it: it puts one back when it has dealt with
     /// the message in it.
     control_buffers: u16,
-    /// When the driver was last told that a session ended or began.
-    told: Option<Instant>,
 }
 
 impl Console {
@@ -117,7 +110,6 @@ impl Console {
             to_guest: Vec::new(),
             to_client: Vec::new(),
             control_buffers: 0,
-            told: None,
         })
     }
 
@@ -173,7 +165,6 @@ impl Console {
                 PORT_ADD => said.port_added = true,
                 PORT_NAME => said.named = true,
                 _ => {
-                    self.told = Some(Instant::now());
                     said.open = value == 1;
                     said.must_close = false;
                 }
@@ -228,11 +219,10 @@ impl Console {
         Ok(())
     }
 
-    /// Whether the driver has dealt with all that it was told, or had the time to. What a client says must not overtake the news that the session
-    /// before it has ended: the guest would answer, and then end the wrong session.
+    /// Whether the driver has dealt with all that it was told. What a client says must not overtake the news that the session
+    /// before it has ended: the guest would answer, and then end the wrong session. The driver notifies when it has.
     fn is_heard(&self, queues: &mut Queues<'_>) -> Result<bool, DeviceError> {
-        let overdue = self.told.is_none_or(|told| told.elapsed() > HEARING_TIME);
-        Ok(overdue || queues.available(CONTROL_IN)? >= self.control_buffers)
+        Ok(queues.available(CONTROL_IN)? >= self.control_buffers)
     }
 
     /// Moves what the client wrote into the guest's buffers.

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::pci::PciFunction;
-use crate::virtio::testing::Driver;
+use crate::virtio::testing::{Driver, EVENT_IDX};
 
 const NAME: &str = "org.cofferdam.agent.0";
 
@@ -31,7 +31,7 @@ impl Channel {
         let listener = UnixListener::bind(directory.path().join("agent.sock")).unwrap();
         let mut driver = Driver::new(Console::new(NAME, listener).unwrap());
         driver.enable_msix();
-        driver.start(F_MULTIPORT);
+        driver.start(F_MULTIPORT | EVENT_IDX);
         Self {
             driver,
             directory,
@@ -53,8 +53,10 @@ impl Channel {
     fn offer_control(&mut self, buffers: usize) {
         for _ in 0..buffers {
             self.driver.post(2, &[], &[64]);
+            if self.driver.wants_kick(2) {
+                self.driver.kick(2);
+            }
         }
-        self.driver.kick(2);
     }
 
     fn say(&mut self, event: u16, value: u16) {
@@ -213,6 +215,23 @@ fn a_request_of_a_client_that_left_at_once_still_arrives() {
     assert_eq!(channel.received_by_guest(), b"fire and forget");
     channel.driver.run_events();
     assert_eq!(channel.heard(), [(PORT_OPEN, 1), (PORT_OPEN, 0)]);
+}
+
+#[test]
+fn a_client_that_left_before_the_driver_had_heard_of_it_makes_room() {
+    let mut channel = Channel::opened();
+    drop(channel.connect());
+    channel.driver.run_events();
+    // The next waits in line, and nothing comes from it that anybody could hear.
+    let mut second = channel.connect();
+    second.write_all(b"hello").unwrap();
+    channel.driver.run_events();
+    assert_eq!(channel.heard(), [(PORT_OPEN, 1), (PORT_OPEN, 0)]);
+    channel.driver.run_events();
+    channel.driver.post(4, &[], &[16]);
+    channel.driver.kick(4);
+    assert_eq!(channel.heard(), [(PORT_OPEN, 1)]);
+    assert_eq!(channel.received_by_guest(), b"hello");
 }
 
 #[test]
