@@ -237,7 +237,9 @@ impl<'a> Queues<'a> {
         }
         let ring = |source| QueueError::Ring { queue, source };
         virtqueue.enable_notification(self.memory).map_err(ring)?;
-        let mut index = virtqueue.avail_idx(self.memory, Ordering::Acquire).map_err(ring)?;
+        let mut index = virtqueue
+            .avail_idx(self.memory, Ordering::Acquire)
+            .map_err(ring)?;
         if virtqueue.event_idx_enabled() {
             // What was just enabled is to hear of the first chain that was not taken, which may be there already. Those that
             // come while this is written are seen by another look, and a driver has room for no more of them than this.
@@ -245,7 +247,9 @@ impl<'a> Queues<'a> {
                 let asked = index;
                 ask_to_hear_of(virtqueue, self.memory, asked.0).map_err(ring)?;
                 fence(Ordering::SeqCst);
-                index = virtqueue.avail_idx(self.memory, Ordering::Acquire).map_err(ring)?;
+                index = virtqueue
+                    .avail_idx(self.memory, Ordering::Acquire)
+                    .map_err(ring)?;
                 if index == asked {
                     break;
                 }

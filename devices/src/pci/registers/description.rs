@@ -179,6 +179,9 @@ pub(super) struct Reset {
     pub done: u32,
     /// How long that may take, in microseconds.
     pub wait_us: u64,
+    /// Registers of the state that are 0 then, in the order in which they are made so where a device leaves them.
+    #[serde(default)]
+    pub zero: Vec<u32>,
 }
 
 /// Registers with the station address.
@@ -437,7 +440,8 @@ impl Description {
         if let Some(reset) = &self.reset
             && (!self.has(reset.offset, 1)
                 || !self.has(reset.done_offset, 1)
-                || reset.wait_us > MAX_SETTLE_US)
+                || reset.wait_us > MAX_SETTLE_US
+                || reset.zero.iter().any(|at| !self.saves(*at)))
         {
             return wrong(&reset.register, "no such register, or too long a wait");
         }

@@ -46,8 +46,8 @@ impl Description {
         self.after_reset(registers, address)
     }
 
-    /// Waits until a reset that has begun is over, and gives the device this station address in place of the one that it has read
-    /// from its own memory.
+    /// Waits until a reset that has begun is over, does what a device may have left undone of it, and gives the device this station
+    /// address in place of the one that it has read from its own memory.
     ///
     /// # Errors
     /// It does not come back.
@@ -68,6 +68,11 @@ impl Description {
                     return Err(CheckpointError::Resets(reset.wait_us));
                 }
                 std::thread::sleep(POLL);
+            }
+            for at in &reset.zero {
+                if access.read(*at) != 0 {
+                    access.write(*at, 0);
+                }
             }
         }
         if let Some(station) = &self.station {

@@ -28,6 +28,8 @@ pub const IVAR: u32 = 0xe4;
 pub const RCTL: u32 = 0x100;
 pub const TCTL: u32 = 0x400;
 pub const RDBAL: u32 = 0x2800;
+pub const RDH: u32 = 0x2810;
+pub const RDT: u32 = 0x2818;
 pub const TDT: u32 = 0x3818;
 pub const GPTC: u32 = 0x4080;
 pub const RAL: u32 = 0x5400;
@@ -64,6 +66,8 @@ pub struct State {
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,
     pub resets: usize,
+    /// A reset brings back its address, and nothing else, as in QEMU's device.
+    pub resets_in_part: bool,
 }
 
 impl State {
@@ -85,7 +89,9 @@ impl State {
 
     fn reset(&mut self) {
         self.resets += 1;
-        self.registers.clear();
+        if !self.resets_in_part {
+            self.registers.clear();
+        }
         // The address that it was made with.
         self.registers.insert(RAL, 0x4433_2211);
         self.registers.insert(RAH, 0x8000_6655);

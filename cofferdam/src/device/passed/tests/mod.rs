@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use recovery::switch::{Outcome, Step};
 
-use self::device::{CTRL, EIAC, GPTC, Goes, IMC, IMS, RAH, RAL, RDBAL, RESET, STATUS, TXQ0};
+use self::device::{
+    CTRL, EIAC, GPTC, Goes, IMC, IMS, RAH, RAL, RCTL, RDBAL, RDH, RDT, RESET, STATUS, TCTL, TDT,
+    TXQ0,
+};
 use self::guest::{Guest, MEMORY, connect, host, wait};
 use super::PassedCard;
 use crate::device::ParkedAs;
@@ -156,6 +159,27 @@ fn resets_by_drivers_bring_back_their_own_address_and_nothing_of_the_other() {
     assert!(device.lock().resets > resets);
     assert_eq!(device.lock().address(), right.mac);
     assert!(device.lock().mapped == 0 && !device.lock().masters);
+}
+
+#[test]
+fn a_reset_that_the_device_does_in_part_is_done_whole() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    device.lock().resets_in_part = true;
+    let mut left = Guest::boot(&host, "left", 1);
+    let rings = [RCTL, TCTL, RDH, RDT, TDT];
+    // It gets its turn after it has stopped its units and before it resets the device.
+    left.write(IMC, u32::MAX);
+    for register in rings {
+        left.write(register, 0x40);
+    }
+    let mut right = Guest::boot(&host, "right", 2);
+    host.switch_to(&"right".parse().unwrap()).unwrap();
+    host.switch_to(&"left".parse().unwrap()).unwrap();
+    assert_eq!(rings.map(|register| left.read(register)), [0x40; 5]);
+    left.write(CTRL, RESET);
+    assert_eq!(rings.map(|register| left.read(register)), [0; 5]);
+    assert_eq!(station(&mut left), left.mac);
+    assert_eq!(station(&mut right), right.mac);
 }
 
 #[test]
