@@ -1,9 +1,12 @@
 //! What kernel functions do that outlasts a call: the model that a call is undone by once a part of it is in
 //! the guest.
 //!
-//! The model is data (`models/linux-6.1.toml`, whose head explains it). It may come from a file of a
-//! user's own: it is bounded, every name is one that a kernel symbol can have, every argument
+//! The model is data (`models/linux-6.1.toml`, whose head explains it). That of another series says what differs. It may
+//! come from a file of a user's own: it is bounded, every name is one that a kernel symbol can have, every argument
 //! exists, and a function that is irrevocable has no opposite.
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +16,10 @@ use isolation::compensation::effects::{
 use serde::{Deserialize, Serialize};
 
 /// The models that come with this crate, by the series of the kernel that they are of.
-const MODELS: [(&str, &str); 1] = [("6.1", include_str!("../models/linux-6.1.toml"))];
+const MODELS: [(&str, &str); 2] = [
+    ("6.1", include_str!("../models/linux-6.1.toml")),
+    ("6.12", include_str!("../models/linux-6.12.toml")),
+];
 
 /// Version of the schema.
 const SCHEMA: u32 = 1;
@@ -41,6 +47,12 @@ pub enum ModelError {
     /// A name that no symbol has.
     #[error("{0:?} is not the name of a kernel symbol")]
     Name(String),
+    /// Based on a model that there is not, or that is based on another one itself.
+    #[error("there is no model of Linux {0} that another can be based on")]
+    Base(String),
+    /// Said to be gone, and not there.
+    #[error("{0} is said to be gone, but the model that this one is based on has no such name")]
+    NotGone(String),
     /// Twice in the model.
     #[error("{0} is in the model twice")]
     Twice(String),
@@ -151,7 +163,7 @@ pub enum Known<'a> {
 }
 
 /// What is known of a kernel's functions.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Model {
     kernel: String,
     data: BTreeSet<String>,
@@ -166,6 +178,11 @@ struct File {
     schema: u32,
     /// Series of the kernel.
     kernel: String,
+    /// Series of the model that holds for everything that is not said here.
+    base: Option<String>,
+    /// What that one has and this kernel has not.
+    #[serde(default)]
+    gone: Vec<String>,
     data: Vec<String>,
     transient: Vec<String>,
     #[serde(default)]
@@ -195,9 +212,7 @@ impl Model {
     /// none for its series. What a function leaves behind in one series it need not in another.
     pub fn for_release(release: &str) -> Option<Result<Self, ModelError>> {
         let series = series(release)?;
-        let mut models = MODELS.iter();
-        let (_, text) = models.find(|(kernel, _)| *kernel == series)?;
-        Some(Self::parse(text))
+        Some(Self::parse(text_of(series)?))
     }
 
     /// The series of the kernel that it is of, such as `6.1`.
@@ -228,18 +243,55 @@ impl Model {
                 return Err(ModelError::Twice(name.clone()));
             }
         }
-        let lasting = file.function.iter().map(|(name, entry)| {
+        let mut model = match &file.base {
+            Some(base) => Self::base(base)?,
+            None => Self::default(),
+        };
+        for name in &file.gone {
+            if !model.forget(name) {
+                return Err(ModelError::NotGone(name.clone()));
+            }
+        }
+        for (name, entry) in &file.function {
             let effect = entry.effect(name)?;
-            Ok((name.clone(), effect))
-        });
-        let lasting = lasting.collect::<Result<_, ModelError>>()?;
-        Ok(Self {
-            kernel: file.kernel,
-            data: file.data.into_iter().collect(),
-            transient: file.transient.into_iter().collect(),
-            lasting,
-            interrupts_off: file.interrupts_off.into_iter().collect(),
-        })
+            model.forget(name);
+            model.lasting.insert(name.clone(), effect);
+        }
+        for name in file.transient {
+            model.forget(&name);
+            model.transient.insert(name);
+        }
+        for name in file.data {
+            model.forget(&name);
+            model.data.insert(name);
+        }
+        model.interrupts_off.extend(file.interrupts_off);
+        model.kernel = file.kernel;
+        Ok(model)
+    }
+
+    /// The model of `series`, for another one to be based on.
+    fn base(series: &str) -> Result<Self, ModelError> {
+        let none = || ModelError::Base(series.to_owned());
+        let text = text_of(series).ok_or_else(none)?;
+        let file: File =
+            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
+        // One step: no model leads back to itself.
+        match file.base {
+            None => Self::parse(text),
+            Some(_) => Err(none()),
+        }
+    }
+
+    /// Whether something was known of `name`, which is not any more.
+    fn forget(&mut self, name: &str) -> bool {
+        self.interrupts_off.remove(name);
+        let known = [
+            self.lasting.remove(name).is_some(),
+            self.transient.remove(name),
+            self.data.remove(name),
+        ];
+        known.contains(&true)
     }
 
     /// What is known of `symbol`; `None` if nothing is.
@@ -356,6 +408,13 @@ fn series(release: &str) -> Option<&str> {
     (first > 0 && dot == "." && !minor.is_empty()).then(|| &release[..end])
 }
 
+/// The model that comes with this crate for this series.
+fn text_of(series: &str) -> Option<&'static str> {
+    let mut models = MODELS.iter();
+    let (_, text) = models.find(|(kernel, _)| *kernel == series)?;
+    Some(text)
+}
+
 fn parse_index(text: &str) -> Option<u8> {
     let index: u8 = text.parse().ok()?;
     (index < REGISTER_ARGUMENTS).then_some(index)
@@ -409,131 +468,4 @@ fn is_symbol(name: &str) -> bool {
         && name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b"_.".contains(&b))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with(functions: &str) -> Result<Model, ModelError> {
-        Model::parse(&format!(
-            "schema = 1\nkernel = \"x\"\ndata = [\"jiffies\"]\ntransient = [\"memcpy\"]\n[function]\n{functions}\n"
-        ))
-    }
-
-    #[test]
-    fn the_guests_kernel_chooses_the_model() {
-        for release in ["6.1", "6.1.0-44-amd64", "6.1.158+", "6.1-rc3"] {
-            let model = Model::for_release(release).unwrap().unwrap();
-            assert_eq!(model.kernel(), "6.1", "{release}");
-            assert_eq!(model.for_isolation().kernel, "6.1");
-        }
-        let others = "6.12.117+deb13-amd64 6.10.0 16.1.0 7.2.13 6 6. 6-1 .6.1 x 6.é 6.1é";
-        for other in others.split(' ').chain([""]) {
-            let series = if other == "6.1é" { 1 } else { 0 };
-            assert_eq!(
-                usize::from(Model::for_release(other).is_some()),
-                series,
-                "{other}"
-            );
-        }
-        // Each is what it is filed under.
-        for (kernel, text) in MODELS {
-            assert_eq!(Model::parse(text).unwrap().kernel(), kernel);
-        }
-    }
-
-    #[test]
-    fn what_undoes_a_function_says_what_it_is_called_with() {
-        let model = Model::for_release("6.1.0").unwrap().unwrap();
-        let Some(Known::Lasting(effect)) = model.get("dma_alloc_attrs") else {
-            panic!("dma_alloc_attrs has no entry")
-        };
-        let undo = effect.undo.as_ref().unwrap();
-        assert_eq!(undo.function, "dma_free_attrs");
-        use Argument::{Behind, Own, Result};
-        assert_eq!(undo.arguments, [Own(0), Own(1), Result, Behind(2), Own(4)]);
-        assert!(effect.sleeps && effect.allocates == Some(Resource::Dma));
-        assert_eq!(model.get("memcpy"), Some(Known::Transient));
-        assert_eq!(model.get("jiffies"), Some(Known::Data));
-        assert_eq!(model.get("no_such_function"), None);
-    }
-
-    #[test]
-    fn every_function_that_hands_something_out_says_how_it_is_given_back() {
-        for (name, effect) in Model::for_release("6.1.0").unwrap().unwrap().lasting() {
-            if effect.allocates.is_some() && !effect.irrevocable && name != "napi_get_frags" {
-                assert!(effect.undo.is_some(), "{name}");
-            }
-            // What is freed can only be undone by not doing it yet.
-            if effect.frees.is_some() {
-                assert!(effect.deferrable || effect.irrevocable, "{name}");
-            }
-        }
-    }
-
-    #[test]
-    fn isolation_gets_what_has_to_be_seen_and_what_has_not() {
-        let model = Model::for_release("6.1.0")
-            .unwrap()
-            .unwrap()
-            .for_isolation();
-        let of = |name: &str| model.lasting.iter().find(|function| function.name == name);
-        // Given back only at the end of the call, because nothing brings it back.
-        assert!(of("kfree").is_some_and(|f| f.deferred && f.undo.is_none()));
-        assert!(of("queue_work_on").is_some_and(|f| !f.deferred && f.undo.is_some()));
-        assert!(of("free_irq").is_some_and(|f| !f.deferred && f.undo.is_none()));
-        let carrier = of("netif_carrier_off").unwrap().changes.clone().unwrap();
-        assert_eq!((carrier.argument, carrier.member.as_str()), (0, "state"));
-        for harmless in ["memcpy", "jiffies", "msleep", "ioread32", "iowrite32"] {
-            assert!(
-                model.harmless.iter().any(|name| name == harmless),
-                "{harmless}"
-            );
-            assert!(of(harmless).is_none(), "{harmless}");
-        }
-    }
-
-    #[test]
-    fn a_model_that_contradicts_itself_is_refused() {
-        assert!(with("f = {}").is_ok());
-        for wrong in [
-            "f = { undo = \"g(0)\", irrevocable = true }",
-            "f = { undo = \"g\" }",
-            "f = { undo = \"g(6)\" }",
-            "f = { undo = \"g(-1)\" }",
-            "f = { undo = \"g(**0)\" }",
-            "f = { undo = \"g(0.)\" }",
-            "f = { undo = \"g(6.x)\" }",
-            "f = { undo = \"g(=-1)\" }",
-            "f = { changes = \"state\" }",
-            "f = { changes = \"0.a.b.c.d.e.f.g.h.i\" }",
-            "f = { undo = \"g(0,1,2,3,4,5,0)\" }",
-            "f = { undo = \"(0)\" }",
-            "f = { owned = [6] }",
-            "f = { owned = [-1] }",
-            "f = { frees = \"everything\" }",
-            "f = { sleep = true }",
-            "memcpy = {}",
-            "\"a b\" = {}",
-            "\"\" = {}",
-            "\"9\" = {}",
-            "f = {}\nf = {}",
-        ] {
-            assert!(with(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn nonsense_and_other_versions_are_refused() {
-        for text in ["", "schema = 1", "[[[", "schema = \"1\"", "\u{0}"] {
-            assert!(Model::parse(text).is_err(), "{text:?}");
-        }
-        let text = "schema = 2\nkernel = \"\"\ndata = []\ntransient = []\n[function]\n";
-        assert_eq!(Model::parse(text).unwrap_err(), ModelError::Schema(2));
-        let long = format!("# {}", "x".repeat(MAX_BYTES));
-        assert!(matches!(Model::parse(&long), Err(ModelError::TooLong(_))));
-        let deep = format!("a = {}", "[".repeat(100_000));
-        assert!(Model::parse(&deep).is_err());
-    }
 }

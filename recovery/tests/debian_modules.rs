@@ -7,7 +7,7 @@
 )]
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use isolation::guest::btf::Btf;
 use object::{Object, ObjectSymbol};
@@ -15,58 +15,119 @@ use recovery::model::Model;
 
 /// The modules whose every import has an entry.
 const MODULES: [&str; 5] = ["e1000", "8139too", "r8169", "dummy", "null_blk"];
+/// Besides the images that the tests are given, where they are.
+const OTHER_KERNELS: [&str; 1] = ["6.12-amd64"];
 
-fn images() -> PathBuf {
-    std::env::var_os("COFFERDAM_IMAGES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
-        PathBuf::from,
-    )
+/// A kernel's images and the model of its series.
+struct Kernel {
+    images: PathBuf,
+    model: Model,
 }
 
-/// Symbols that a module does not have itself.
-fn imports(module: &str) -> BTreeSet<String> {
-    let path = images().join("modules").join(format!("{module}.ko"));
-    let bytes = std::fs::read(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask images`", path.display()));
+impl Kernel {
+    /// All that have images here.
+    fn all() -> Vec<Self> {
+        let first = std::env::var_os("COFFERDAM_IMAGES").map_or_else(
+            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
+            PathBuf::from,
+        );
+        let others = OTHER_KERNELS.map(|name| first.join(name));
+        let others = others
+            .into_iter()
+            .filter(|images| images.join("manifest.json").exists());
+        let others: Vec<_> = others.collect();
+        std::iter::once(first).chain(others).map(Self::of).collect()
+    }
+
+    fn of(images: PathBuf) -> Self {
+        let manifest = std::fs::read(images.join("manifest.json"))
+            .unwrap_or_else(|error| panic!("{error}: run `cargo xtask images`"));
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+        let release = manifest["kernel_release"].as_str().unwrap();
+        let model = Model::for_release(release)
+            .unwrap_or_else(|| panic!("there is no model for {release}"))
+            .unwrap();
+        Self { images, model }
+    }
+
+    /// Symbols that the modules do not have themselves.
+    fn imports(&self) -> BTreeSet<String> {
+        MODULES
+            .iter()
+            .flat_map(|module| self.imports_of(module))
+            .collect()
+    }
+
+    fn imports_of(&self, module: &str) -> BTreeSet<String> {
+        let path = self.images.join("modules").join(format!("{module}.ko"));
+        symbols(&path, |symbol| symbol.is_undefined())
+    }
+
+    /// Symbols that any module has, for others.
+    fn exports(&self) -> BTreeSet<String> {
+        let modules = std::fs::read_dir(self.images.join("modules")).unwrap();
+        let paths = modules.map(|module| module.unwrap().path());
+        let global = |symbol: &object::Symbol<'_, '_>| symbol.is_definition() && symbol.is_global();
+        paths.flat_map(|path| symbols(&path, global)).collect()
+    }
+
+    fn types(&self) -> Btf {
+        let kernel = std::fs::read(self.images.join("vmlinux")).unwrap();
+        Btf::from_elf(&kernel, None).unwrap()
+    }
+}
+
+/// Those of the symbols of a module that are `wanted`.
+fn symbols(path: &Path, wanted: impl Fn(&object::Symbol<'_, '_>) -> bool) -> BTreeSet<String> {
+    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let file = object::File::parse(&*bytes).unwrap();
-    let undefined = file.symbols().filter(|symbol| symbol.is_undefined());
-    let names = undefined.map(|symbol| symbol.name().unwrap().to_owned());
+    let names = file.symbols().filter(|symbol| wanted(symbol));
+    let names = names.map(|symbol| symbol.name().unwrap().to_owned());
     names.filter(|name| !name.is_empty()).collect()
 }
 
 #[test]
 #[ignore = "needs target/images (cargo xtask images)"]
 fn every_import_of_the_drivers_has_an_entry_and_no_entry_is_for_nothing() {
-    let model = Model::for_release("6.1.0").unwrap().unwrap();
-    let all: BTreeSet<String> = MODULES.iter().flat_map(|module| imports(module)).collect();
-    assert!(all.len() > 300, "{} imports", all.len());
-    let missing: Vec<_> = all
-        .iter()
-        .filter(|name| model.get(name).is_none())
-        .collect();
-    assert!(missing.is_empty(), "without an entry: {missing:?}");
-    let unused: Vec<_> = model
-        .lasting()
-        .map(|(name, _)| name)
-        .filter(|name| !all.contains(*name))
-        .collect();
-    assert!(unused.is_empty(), "nobody imports {unused:?}");
+    for kernel in Kernel::all() {
+        let (model, series) = (&kernel.model, kernel.model.kernel());
+        let (all, types, exports) = (kernel.imports(), kernel.types(), kernel.exports());
+        assert!(all.len() > 300, "{} imports", all.len());
+        let missing: Vec<_> = all
+            .iter()
+            .filter(|name| model.get(name).is_none())
+            .collect();
+        assert!(
+            missing.is_empty(),
+            "{series}, without an entry: {missing:?}"
+        );
+        // A model that is based on another one has entries for what is imported there, and is here too.
+        let is_there = |name: &str| types.find_function(name).is_some() || exports.contains(name);
+        let unused: Vec<_> = model
+            .lasting()
+            .map(|(name, _)| name)
+            .filter(|name| !all.contains(*name))
+            .filter(|name| series == "6.1" || !is_there(name))
+            .collect();
+        assert!(unused.is_empty(), "{series}: nobody imports {unused:?}");
+    }
 }
 
 #[test]
 #[ignore = "needs target/images (cargo xtask images)"]
 fn every_opposite_is_a_function_of_the_kernel() {
-    let kernel = std::fs::read(images().join("vmlinux")).expect("run `cargo xtask images`");
-    let types = Btf::from_elf(&kernel, None).unwrap();
-    // Functions of other modules (PHYs) have their types there; the drivers import them.
-    let all: BTreeSet<String> = MODULES.iter().flat_map(|module| imports(module)).collect();
-    for (name, effect) in Model::for_release("6.1.0").unwrap().unwrap().lasting() {
-        if let Some(undo) = &effect.undo {
-            let opposite = undo.function.as_str();
-            assert!(
-                types.find_function(opposite).is_some() || all.contains(opposite),
-                "{name}: there is no {opposite}"
-            );
+    for kernel in Kernel::all() {
+        let (all, types) = (kernel.imports(), kernel.types());
+        for (name, effect) in kernel.model.lasting() {
+            if let Some(undo) = &effect.undo {
+                let opposite = undo.function.as_str();
+                // Functions of other modules (PHYs) have their types there; the drivers import them.
+                assert!(
+                    types.find_function(opposite).is_some() || all.contains(opposite),
+                    "{}, {name}: there is no {opposite}",
+                    kernel.model.kernel()
+                );
+            }
         }
     }
 }
