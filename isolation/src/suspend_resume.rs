@@ -27,7 +27,7 @@ use crate::attach::arm::{clear_gate, text_of};
 use crate::attach::{AttachError, GATE, Isolator, OUT_BYTES, live, physical_bits};
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
-use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
+use crate::guest::gate::{self, GATE_BYTES};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::guest::symbols::SymbolTable;
 
@@ -145,21 +145,14 @@ impl SuspendResume {
         virt: &VirtMemory<'_, GuestMemory>,
         physical_bits: u8,
     ) -> Result<Self, SuspendError> {
-        let place = || {
-            let gate = symbols.kernel_symbol(STORE)?.at;
-            let mut now = [0; GATE_BYTES];
-            virt.read(gate, &mut now).ok()?;
-            let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;
-            let in_page = gpa & 0xfff <= 0x1000 - GATE_BYTES as u64;
-            (now == FTRACE_NOP && in_page).then_some((gate.0, gpa))
-        };
+        let place = || gate::of_kernel_function(symbols.kernel_symbol(STORE)?.at, virt);
         let (gate, gpa) = place().ok_or(SuspendError::NoGate)?;
         let offsets = Offsets::new(types).ok_or(SuspendError::NoGate)?;
         let functions = symbols.in_module(module);
         let functions = functions.filter(|symbol| symbol.is_code());
         let this = Self {
             calls,
-            gate,
+            gate: gate.0,
             gpa,
             word: word[..word.len().min(MAX_WORD)].to_vec(),
             offsets,

@@ -1,6 +1,7 @@
 //! The calls of a driver's functions, on a make-believe guest: what each vCPU that comes to the gate goes on with.
 
 use crate::guest::btf::encode::Encoder;
+use crate::guest::gate::FTRACE_NOP;
 use crate::guest::paging::Levels;
 use crate::guest::paging::testing::TestGuest;
 use crate::guest::symbols::{Line, SymbolTableBuilder};
@@ -98,6 +99,12 @@ impl World {
         }
     }
 
+    fn put(&self, at: u64, bytes: &[u8]) {
+        let virt = self.virt();
+        let gpa = virt.space.walk(virt.memory, Gva(at)).unwrap().gpa.0;
+        self.memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
+    }
+
     fn text(&self) -> [u8; GATE_BYTES] {
         let mut text = [0; GATE_BYTES];
         self.virt().read(Gva(STORE_AT), &mut text).unwrap();
@@ -153,6 +160,22 @@ fn suspend_and_resume_are_called_one_after_the_other_and_the_write_is_done() {
     assert_eq!((done.rax, done.rbx), (WORD.len() as u64, 0x77));
     assert!(calls.disarm(&world.memory).unwrap().is_ok());
     assert_eq!(world.text(), FTRACE_NOP);
+}
+
+#[test]
+fn a_gate_goes_behind_what_indirect_branches_land_on() {
+    let world = World::new(SUSPEND, RESUME);
+    let code = [&[0xf3, 0x0f, 0x1e, 0xfa][..], &FTRACE_NOP].concat();
+    world.put(STORE_AT, &code);
+    let mut calls = world.arm();
+    assert!(calls.step(STORE_AT, &entry(), &world.virt()).is_none());
+    let entry = kvm_regs {
+        rip: STORE_AT + 6,
+        ..entry()
+    };
+    let first = calls.step(STORE_AT + 4, &entry, &world.virt()).unwrap();
+    assert_eq!(first.rip, SUSPEND);
+    assert_eq!(world.virt().read_u64(Gva(first.rsp)).unwrap(), STORE_AT + 6);
 }
 
 #[test]

@@ -388,8 +388,9 @@ fn a_device_is_suspended_in_d3_and_comes_back_when_it_is_resumed() {
             // With functions in the domain as well.
             victim.isolate("e1000_xmit_frame", unlimited());
         }
-        let Ok(Reply::DeviceSuspended(suspended)) = ask(&mut victim, suspend()) else {
-            panic!("not suspended");
+        let suspended = match ask(&mut victim, suspend()) {
+            Ok(Reply::DeviceSuspended(suspended)) => suspended,
+            other => panic!("not suspended: {other:?}"),
         };
         assert!(suspended.state_us.is_some() && suspended.power_us.is_some());
         assert_eq!(power_state(&mut victim), 3);

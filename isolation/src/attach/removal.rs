@@ -8,7 +8,7 @@ use super::GATE;
 use super::arm::clear_gate;
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
-use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
+use crate::guest::gate::{self, GATE_BYTES};
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
 
@@ -31,7 +31,7 @@ pub(crate) struct RemovalWatch {
 /// Where the gate will go.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PlannedWatch {
-    gate: Gva,
+    function: Gva,
     name: u64,
 }
 
@@ -42,19 +42,14 @@ impl RemovalWatch {
         let module = types.find_struct("module")?;
         Some(PlannedWatch {
             name: u64::from(types.find_member(module, "name")?.bit_offset / 8),
-            gate: symbols.kernel_symbol(FREE_MODULE)?.at,
+            function: symbols.kernel_symbol(FREE_MODULE)?.at,
         })
     }
 
     /// Puts the gate there. `None` if it cannot be gated.
     pub fn set(planned: PlannedWatch, virt: &VirtMemory<'_, GuestMemory>) -> Option<Self> {
-        let PlannedWatch { gate, name } = planned;
-        let mut now = [0; GATE_BYTES];
-        virt.read(gate, &mut now).ok()?;
-        let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;
-        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
-            return None;
-        }
+        let PlannedWatch { function, name } = planned;
+        let (gate, gpa) = gate::of_kernel_function(function, virt)?;
         let gates = GATE.bytes();
         virt.memory.write_slice(&gates, GuestAddress(gpa)).ok()?;
         Some(Self {

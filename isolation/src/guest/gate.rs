@@ -13,11 +13,13 @@
 //! ftrace's NOP can be gated: the kernel itself promises that those five bytes are one instruction
 //! that may be replaced while other vCPUs run.
 
+use devices::dma::GuestMemory;
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use serde::Serialize;
 
 use super::addr::{Gva, GvaRange};
 use super::module_text::TextScan;
+use super::paging::VirtMemory;
 use super::symbols::SymbolTable;
 
 /// Bytes that a gate replaces.
@@ -26,6 +28,7 @@ pub const GATE_BYTES: usize = 5;
 /// What those bytes are in a function that is not traced: `nopl 0(%rax,%rax,1)`.
 pub const FTRACE_NOP: [u8; GATE_BYTES] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
+/// What functions begin with whose address is taken, in kernels with indirect branch tracking.
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const CALL: u8 = 0xe8;
 const INT3: u8 = 0xcc;
@@ -177,6 +180,23 @@ pub fn classify(
         gate,
         endbr,
     })
+}
+
+/// Where the gate of a kernel's own function goes, which nobody traces: its address and its guest physical address. `None` if
+/// it begins otherwise.
+pub fn of_kernel_function(function: Gva, virt: &VirtMemory<'_, GuestMemory>) -> Option<(Gva, u64)> {
+    let mut code = [0; ENDBR64.len() + GATE_BYTES];
+    virt.read(function, &mut code).ok()?;
+    let skip = if code.starts_with(&ENDBR64) {
+        ENDBR64.len()
+    } else {
+        0
+    };
+    let gate = function.checked_add(skip as u64)?;
+    let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;
+    // One that crosses a page would need two translations.
+    let in_page = gpa & 0xfff <= 0x1000 - GATE_BYTES as u64;
+    (code[skip..].starts_with(&FTRACE_NOP) && in_page).then_some((gate, gpa))
 }
 
 /// A function that begins with a call: of a tracer, or just of something.

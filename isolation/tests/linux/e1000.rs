@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use recovery::model::Model;
 use vmm::QuiesceError;
 
 use crate::machine::Machine;
@@ -75,12 +74,7 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
 fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     let mut machine = boot_with_network(1, "");
     machine.sleep_limit = Duration::ZERO;
-    machine.model = Some(
-        Model::for_release("6.1.0")
-            .unwrap()
-            .unwrap()
-            .for_isolation(),
-    );
+    machine.model = Some(machine.kernel_model());
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
     // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest, and

@@ -30,6 +30,7 @@ use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::{EntryStatus, ModuleStatus};
+use recovery::model::Model;
 
 use vmm::memory::MemorySource;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
@@ -198,6 +199,14 @@ impl Machine {
     }
 
     /// Loads a module and reads the guest's symbols anew.
+    /// What is known of the functions of the guest's kernel.
+    pub fn kernel_model(&mut self) -> KernelModel {
+        let release = self.run("uname -r");
+        let model = Model::for_release(release.trim());
+        let model = model.unwrap_or_else(|| panic!("there is no model of {release}"));
+        model.unwrap().for_isolation()
+    }
+
     pub fn load(&mut self, module: &str, params: &str) {
         self.agent.load_module(module, params).unwrap();
         self.read_symbols();
@@ -215,6 +224,11 @@ impl Machine {
             table.add(&line).unwrap();
         }
         self.symbols = Arc::new(table.finish());
+    }
+
+    /// Whether the kernel has a symbol of this name.
+    pub fn has_symbol(&self, name: &str) -> bool {
+        self.symbols.kernel_symbol(name).is_some()
     }
 
     /// Address of a symbol of the kernel's.

@@ -12,7 +12,6 @@
 use std::time::{Duration, Instant};
 
 use isolation::compensation::effects::KernelModel;
-use recovery::model::Model;
 
 use crate::e1000::E1000_ENTRIES;
 use crate::machine::Machine;
@@ -116,13 +115,11 @@ impl Soak {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn entries_are_isolated_and_released_at_random_under_traffic() {
     let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
+    let mut machine = boot_with_network(1, "");
     let mut soak = Soak {
-        machine: boot_with_network(1, ""),
+        model: machine.kernel_model(),
+        machine,
         random: Random(number("COFFERDAM_SOAK_SEED", 0x5eed)),
-        model: Model::for_release("6.1.0")
-            .unwrap()
-            .unwrap()
-            .for_isolation(),
         rounds: 0,
         calls: 0,
     };
