@@ -222,65 +222,45 @@ impl Model {
 
     /// Reads a model.
     pub fn parse(text: &str) -> Result<Self, ModelError> {
-        if text.len() > MAX_BYTES {
-            return Err(ModelError::TooLong(text.len()));
-        }
-        let file: File =
-            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
-        if file.schema != SCHEMA {
-            return Err(ModelError::Schema(file.schema));
-        }
-        if let Some(name) = file.interrupts_off.iter().find(|name| !is_symbol(name)) {
-            return Err(ModelError::Name(name.clone()));
-        }
-        let mut seen = BTreeSet::new();
-        let names = file.data.iter().chain(&file.transient);
-        for name in names.chain(file.function.keys()) {
-            if !is_symbol(name) {
-                return Err(ModelError::Name(name.clone()));
-            }
-            if !seen.insert(name.as_str()) {
-                return Err(ModelError::Twice(name.clone()));
-            }
-        }
-        let mut model = match &file.base {
-            Some(base) => Self::base(base)?,
-            None => Self::default(),
-        };
-        for name in &file.gone {
-            if !model.forget(name) {
-                return Err(ModelError::NotGone(name.clone()));
-            }
-        }
-        for (name, entry) in &file.function {
-            let effect = entry.effect(name)?;
-            model.forget(name);
-            model.lasting.insert(name.clone(), effect);
-        }
-        for name in file.transient {
-            model.forget(&name);
-            model.transient.insert(name);
-        }
-        for name in file.data {
-            model.forget(&name);
-            model.data.insert(name);
-        }
-        model.interrupts_off.extend(file.interrupts_off);
-        model.kernel = file.kernel;
-        Ok(model)
+        let file = File::read(text)?;
+        let base = file.base.as_deref().map(Self::base).transpose()?;
+        base.unwrap_or_default().with(file)
     }
 
     /// The model of `series`, for another one to be based on.
     fn base(series: &str) -> Result<Self, ModelError> {
         let none = || ModelError::Base(series.to_owned());
-        let text = text_of(series).ok_or_else(none)?;
-        let file: File =
-            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
+        let file = File::read(text_of(series).ok_or_else(none)?)?;
         // One step: no model leads back to itself.
         match file.base {
-            None => Self::parse(text),
+            None => Self::default().with(file),
             Some(_) => Err(none()),
         }
+    }
+
+    /// This, but for what the file says.
+    fn with(mut self, file: File) -> Result<Self, ModelError> {
+        for name in &file.gone {
+            if !self.forget(name) {
+                return Err(ModelError::NotGone(name.clone()));
+            }
+        }
+        for (name, entry) in file.function {
+            let effect = entry.effect(&name)?;
+            self.forget(&name);
+            self.lasting.insert(name, effect);
+        }
+        for name in file.transient {
+            self.forget(&name);
+            self.transient.insert(name);
+        }
+        for name in file.data {
+            self.forget(&name);
+            self.data.insert(name);
+        }
+        self.interrupts_off.extend(file.interrupts_off);
+        self.kernel = file.kernel;
+        Ok(self)
     }
 
     /// Whether something was known of `name`, which is not any more.
@@ -361,6 +341,34 @@ impl Undo {
             function: self.function.clone(),
             arguments: arguments.collect(),
         }
+    }
+}
+
+impl File {
+    /// One of this schema in which each name is a symbol's, and is there once.
+    fn read(text: &str) -> Result<Self, ModelError> {
+        if text.len() > MAX_BYTES {
+            return Err(ModelError::TooLong(text.len()));
+        }
+        let file: Self =
+            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
+        if file.schema != SCHEMA {
+            return Err(ModelError::Schema(file.schema));
+        }
+        if let Some(name) = file.interrupts_off.iter().find(|name| !is_symbol(name)) {
+            return Err(ModelError::Name(name.clone()));
+        }
+        let mut seen = BTreeSet::new();
+        let names = file.data.iter().chain(&file.transient);
+        for name in names.chain(file.function.keys()) {
+            if !is_symbol(name) {
+                return Err(ModelError::Name(name.clone()));
+            }
+            if !seen.insert(name.as_str()) {
+                return Err(ModelError::Twice(name.clone()));
+            }
+        }
+        Ok(file)
     }
 }
 

