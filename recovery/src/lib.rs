@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | `asker` | who asked for something that takes long |
+//! | `campaign` | faults by the thousand: which ones, what is seen of each, what it comes to |
 //! | `fault` | faults that are put into calls on purpose, and where in a function |
 //! | `guest` | what is needed of a live guest: two traits, with doubles in tests |
 //! | `interface` | network interfaces' configuration, read and put back |
@@ -22,6 +23,7 @@
 //! Knows nothing of processes, sockets and the command line.
 
 pub mod asker;
+//pub mod campaign;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod double;

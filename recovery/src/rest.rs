@@ -8,7 +8,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use vmm::{Kept, Participant, PausedVcpus, Unsettled};
+use vmm::{Kept, Participant, PausedVcpus, RestFor, Unsettled};
 
 use crate::asker::Asker;
 use crate::guest::LiveGuest;
@@ -178,7 +178,7 @@ impl<G: LiveGuest> Participant for Supervisor<G> {
         "recovery".to_owned()
     }
 
-    fn settle(&self, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+    fn settle(&self, _rest: RestFor, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
         self.come_to_rest()
     }
 

@@ -54,7 +54,7 @@ pub use gate::kick_signal;
 pub use handle::{HoldGuard, Refused, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;
 pub use marks::{MAX_MARKS, MarkError, MarkInfo, RewindError, RewindPhases, Rewound};
-pub use participant::{Kept, Participant, Unsettled};
+pub use participant::{Kept, Participant, RestFor, Unsettled};
 pub use paused::PausedVcpus;
 pub use quiesce::{QuiesceError, Quiesced};
 pub use slot::PciSlot;

@@ -8,13 +8,24 @@ use crate::paused::PausedVcpus;
 /// What a participant keeps with a mark of the machine, which only it understands; nothing if there is nothing.
 pub type Kept = Option<Arc<dyn Any + Send + Sync>>;
 
+/// What a machine is brought to rest for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestFor {
+    /// Its state is taken or changed: what is open has to be ended, or be in that state.
+    State,
+    /// It is taken back to a mark: what has been open since is of no account, as what it did to the guest goes too. It
+    /// may never end, which is why somebody rewinds. Nothing of it may be ended or given up yet, for the rewind can
+    /// still be refused; [`Participant::put_back`] does that.
+    Rewind,
+}
+
 /// What has to come to rest before a machine's state can be taken.
 pub trait Participant: Send + Sync {
     /// What it is, for messages.
     fn name(&self) -> String;
     /// Finishes or takes back what is open; nothing new begins until [`Participant::go_on`]. The vCPUs run no guest
     /// code and their registers are complete. To be done in milliseconds.
-    fn settle(&self, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled>;
+    fn settle(&self, rest: RestFor, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled>;
     /// The machine goes on. Called once for each [`Participant::settle`] that succeeded.
     fn go_on(&self);
     /// What of its own state in this process has to be put back when the machine is rewound to this moment. Called at

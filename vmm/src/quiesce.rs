@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::handle::{Refused, VmHandle};
 use crate::machine::{Machine, Operations, Phase};
 use crate::memory::GuestRam;
-use crate::participant::{Participant, Unsettled};
+use crate::participant::{Participant, RestFor, Unsettled};
 use crate::paused::PausedVcpus;
 use crate::state::devices::DeviceStates;
 use crate::state::{MachineState, Restore};
@@ -66,15 +66,18 @@ impl VmHandle {
         limit: Duration,
         look: impl FnOnce(&mut Quiesced<'_, '_>) -> R,
     ) -> Result<R, QuiesceError> {
-        self.quiesce_mixed(limit, |quiesced| match quiesced.operations.mixed {
-            true => Err(Refused::HalfRewound.into()),
-            false => Ok(look(quiesced)),
+        self.quiesce_mixed(RestFor::State, limit, |quiesced| {
+            match quiesced.operations.mixed {
+                true => Err(Refused::HalfRewound.into()),
+                false => Ok(look(quiesced)),
+            }
         })?
     }
 
     /// The same for a machine that may be in a mixed state.
     pub(crate) fn quiesce_mixed<R>(
         &self,
+        rest: RestFor,
         limit: Duration,
         look: impl FnOnce(&mut Quiesced<'_, '_>) -> R,
     ) -> Result<R, QuiesceError> {
@@ -83,7 +86,7 @@ impl VmHandle {
         loop {
             let attempt = self.at_gate(|operations, vcpus| {
                 let _devices_rest = self.machine().at_work.lock();
-                let settled = settle(self.machine(), vcpus)?;
+                let settled = settle(self.machine(), rest, vcpus)?;
                 let mut quiesced = Quiesced {
                     machine: self.machine(),
                     operations,
@@ -120,7 +123,11 @@ impl Drop for Settled {
 }
 
 /// Has everybody settle; gives who did not and why.
-fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (String, Unsettled)> {
+fn settle(
+    machine: &Machine,
+    rest: RestFor,
+    vcpus: &mut PausedVcpus<'_>,
+) -> Result<Settled, (String, Unsettled)> {
     if let Some(index) = machine
         .vcpus
         .iter()
@@ -135,7 +142,7 @@ fn settle(machine: &Machine, vcpus: &mut PausedVcpus<'_>) -> Result<Settled, (St
     let participants = machine.participants().clone();
     let mut settled = Settled(Vec::with_capacity(participants.len()));
     for participant in participants {
-        match participant.settle(vcpus) {
+        match participant.settle(rest, vcpus) {
             Ok(()) => settled.0.push(participant),
             Err(unsettled) => return Err((participant.name(), unsettled)),
         }

@@ -14,8 +14,8 @@ use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm::memory::MemorySource;
 use vmm::{
-    Kept, MarkError, Participant, PausedVcpus, QuiesceError, Refused, RewindError, Unsettled,
-    VmHandle, VmState,
+    Kept, MarkError, Participant, PausedVcpus, QuiesceError, Refused, RestFor, RewindError,
+    Unsettled, VmHandle, VmState,
 };
 use writer::{Writing, all_of, writer};
 
@@ -345,7 +345,7 @@ impl Participant for Stubborn {
     fn name(&self) -> String {
         "stubborn".to_owned()
     }
-    fn settle(&self, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+    fn settle(&self, _rest: RestFor, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
         Ok(())
     }
     fn go_on(&self) {}

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{Guest, config, start};
 use devices::bus::BusDevice;
-use vmm::{Participant, PausedVcpus, QuiesceError, Refused, Unsettled, VmState};
+use vmm::{Participant, PausedVcpus, QuiesceError, Refused, RestFor, Unsettled, VmState};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -48,7 +48,7 @@ impl Participant for Probe {
     fn name(&self) -> String {
         self.name.to_owned()
     }
-    fn settle(&self, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+    fn settle(&self, _rest: RestFor, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
         assert_eq!(vcpus.count(), 2);
         self.log
             .lock()

@@ -12,6 +12,8 @@
 //! All times named `_ns` are readings of the host's `CLOCK_MONOTONIC`, which is the same for every
 //! process: they can be compared with the asker's own.
 
+mod faults;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +36,7 @@ use vmm::snapshot::Taken;
 use vmm::{MarkInfo, Rewound};
 
 use super::Protocol;
+pub use faults::{FaultsState, FaultyCalls, FunctionBytes};
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
@@ -203,6 +206,43 @@ pub enum Request {
         /// How many calls.
         times: u64,
     },
+    /// Which bytes is a function of a loaded module, isolated or not? Answer: [`Reply::FunctionText`].
+    FunctionText {
+        /// Name of the module.
+        module: String,
+        /// Name of the function.
+        function: String,
+    },
+    /// Put other code in the place of one instruction of a driver: for calls of an isolated function into the domain's copy,
+    /// or into the guest's own text, where it stays.
+    InjectCode {
+        /// Name of the module.
+        module: String,
+        /// Name of the function.
+        function: String,
+        /// Where in it, in bytes from its start.
+        offset: u64,
+        /// The instruction that is there.
+        old: Bytes,
+        /// What is to be there, as many bytes.
+        new: Bytes,
+        /// It fits where the instruction is another one, as calls out of the module are in the domain's copy.
+        #[serde(default)]
+        replaces_whole: bool,
+        /// Into which calls; into the guest's own text otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        calls: Option<FaultyCalls>,
+    },
+    /// What became of faults of a module? Answer: [`Reply::Faults`].
+    Faults {
+        /// Name of the module.
+        module: String,
+    },
+    /// Take back what is not used up of faults of a module. Answer: [`Reply::Faults`].
+    UndoFaults {
+        /// Name of the module.
+        module: String,
+    },
     /// What became of that fault? Answer: [`Reply::FaultCount`].
     FaultCount {
         /// Name of the module.
@@ -229,6 +269,8 @@ impl Request {
             Self::Isolate { .. } | Self::SuspendDevice { .. } | Self::ResumeDevice { .. } => {
                 Some(Duration::from_secs(600))
             }
+            // The agent lists all symbols the first time.
+            Self::FunctionText { .. } | Self::InjectCode { .. } => Some(Duration::from_secs(600)),
             // Its steps have limits of their own.
             Self::Upgrade { .. } => Some(Duration::from_secs(1200)),
             _ => None,
@@ -321,6 +363,10 @@ pub enum Reply {
         /// By offset.
         instructions: Vec<InstructionAt>,
     },
+    /// The bytes of a function.
+    FunctionText(FunctionBytes),
+    /// What became of faults.
+    Faults(FaultsState),
     /// What became of an injected fault.
     FaultCount(FaultCount),
     /// What the gateway saw.

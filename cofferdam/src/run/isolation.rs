@@ -11,6 +11,7 @@ use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
 use devices::pci::bus::PowerState;
 use isolation::attach::request::{Contain, IsolateRequest, Isolated};
+use isolation::attach::text_fault::{FunctionText, LoadedModule, TextChange};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
@@ -103,6 +104,50 @@ impl Isolation {
         });
         *known = Some(new.clone());
         Ok(new)
+    }
+}
+
+/// Functions of modules, isolated or not.
+impl Isolation {
+    /// The bytes of a function of `module`.
+    pub fn function_text(&self, module: &str, function: &str) -> anyhow::Result<FunctionText> {
+        self.with_loaded(module, |isolator, module| {
+            isolator.function_text(module, function)
+        })
+    }
+
+    /// Puts a fault into the guest's own text; `at` gets the address of `function`.
+    pub fn set_text_fault(
+        &self,
+        module: &str,
+        function: &str,
+        change: impl FnOnce(u64) -> TextChange,
+    ) -> anyhow::Result<()> {
+        self.with_loaded(module, |isolator, module| {
+            let start = isolator.function_text(module, function)?.start;
+            isolator.set_text_fault(module, change(start))
+        })
+    }
+
+    fn with_loaded<T>(
+        &self,
+        module: &str,
+        look: impl FnOnce(&Isolator, LoadedModule<'_>) -> Result<T, AttachError>,
+    ) -> anyhow::Result<T> {
+        let mut agent = self.agent();
+        let loaded = agent.modules(None)?;
+        let own = loaded.iter().find(|one| one.name == module);
+        let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
+        let sections = own.sections.clone();
+        let known = self.knowledge(&mut agent, module, loaded)?;
+        let loaded = LoadedModule {
+            name: module,
+            sections: &sections,
+            symbols: &known.symbols,
+        };
+        let result = look(&self.isolator, loaded);
+        known.symbols.cool();
+        Ok(result?)
     }
 }
 

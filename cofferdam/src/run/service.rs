@@ -1,5 +1,7 @@
 //! What a VM process answers on its control socket.
 
+mod faults;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +9,7 @@ use std::time::Duration;
 use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
 use isolation::attach::Isolator;
-use isolation::dispatch::fault::FaultOrder;
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
 use recovery::asker::Asker;
 use recovery::guest::LiveGuest;
 use recovery::ladder::LadderConfig;
@@ -17,6 +19,8 @@ use recovery::resume_device::Resumed;
 use recovery::supervisor::Supervisor;
 use vmm::snapshot::{Beside, SnapshotRequest};
 use vmm::{Refused, VmHandle};
+
+use faults::Code;
 
 use super::isolation::Isolation;
 use super::nics::Nics;
@@ -211,14 +215,6 @@ impl VmService {
         };
         let taken = self.vm.snapshot(request, &mut tell, &mut beside);
         taken.map(Reply::Snapshot).map_err(text)
-    }
-
-    fn inject(&self, module: &str, order: FaultOrder) -> Result<Reply, String> {
-        if order.every == 0 {
-            return Err("every 0th call is none: choose 1 for every call".to_owned());
-        }
-        self.isolator().order_fault(module, order).map_err(text)?;
-        Ok(Reply::Done {})
     }
 
     fn gateway(&self) -> Result<GatewayControl, String> {
@@ -425,8 +421,30 @@ impl Handler for VmService {
                     code: fault.code().to_vec(),
                     every,
                     times,
+                    used_up_by: UsedUpBy::Failing,
                 },
             ),
+            Request::FunctionText { module, function } => self.function_text(&module, &function),
+            Request::InjectCode {
+                module,
+                function,
+                offset,
+                old,
+                new,
+                replaces_whole,
+                calls,
+            } => {
+                let code = Code {
+                    function,
+                    offset,
+                    old: old.0,
+                    new: new.0,
+                    replaces_whole,
+                };
+                self.inject_code(&module, code, calls)
+            }
+            Request::Faults { module } => Ok(self.faults(&module)),
+            Request::UndoFaults { module } => self.undo_faults(&module),
             Request::FaultCount { module } => {
                 let count = self.isolator().fault_count(&module).map_err(text)?;
                 Ok(Reply::FaultCount(count))

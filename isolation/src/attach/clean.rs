@@ -52,14 +52,17 @@ impl Armed {
 
 impl Isolator {
     /// What to put into a copy of the guest's memory, so that there is nothing of isolation in it. To be asked while the
-    /// machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then, and the only traces are gates and the loop
-    /// that calls kernel functions. Faults that were ordered and redirected calls are in the domain's copies of code only.
+    /// machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then, and the only traces are gates, the loop
+    /// that calls kernel functions, and a fault that was put into the guest's own text. Faults that were ordered for
+    /// isolated calls and redirected calls are in the domain's copies of code only.
     pub fn clean_bytes(&self) -> Vec<CleanBytes> {
         let memory = self.vm.ram().memory();
         let modules = self.modules();
         let watch = *self.watch();
         let watch = watch.and_then(|watch| CleanBytes::of_gate(watch.gpa(), memory));
         let of_modules = modules.values().flat_map(|armed| armed.clean(memory));
-        of_modules.chain(watch).collect()
+        let fault = self.text_fault();
+        let of_fault = fault.iter().flat_map(|fault| fault.clean(memory));
+        of_modules.chain(watch).chain(of_fault).collect()
     }
 }

@@ -131,9 +131,13 @@ impl Isolator {
     }
 
     fn not_isolated_yet(&self, module: &str) -> Result<(), AttachError> {
-        match self.modules().contains_key(module) {
-            true => Err(AttachError::AlreadyIsolated(module.to_owned())),
-            false => Ok(()),
+        if self.modules().contains_key(module) {
+            return Err(AttachError::AlreadyIsolated(module.to_owned()));
+        }
+        // The domain would get a copy of what waits there.
+        match self.text_fault_status() {
+            Some(fault) if fault.module == module => Err(AttachError::TextFault),
+            _ => Ok(()),
         }
     }
 

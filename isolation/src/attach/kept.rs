@@ -21,6 +21,7 @@ use vmm::Kept;
 use super::Isolator;
 use super::clean::CleanBytes;
 use super::removal::RemovalWatch;
+use super::text_fault::TextFault;
 use crate::compensation::call_loop::CallLoop;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::Faults;
@@ -31,6 +32,7 @@ use crate::policy::call::KeptPolicy;
 #[derive(Default)]
 struct KeptIsolation {
     watch: Option<RemovalWatch>,
+    text_fault: Option<TextFault>,
     modules: HashMap<String, KeptModule>,
 }
 
@@ -99,6 +101,7 @@ impl Isolator {
         let modules = self.modules();
         let kept = KeptIsolation {
             watch: *self.watch(),
+            text_fault: self.text_fault().clone(),
             modules: modules
                 .iter()
                 .map(|(name, armed)| (name.clone(), armed.keep(memory)))
@@ -139,6 +142,7 @@ impl Isolator {
         }
         drop(shelf);
         *self.watch() = kept.watch;
+        self.text_fault().clone_from(&kept.text_fault);
         *self.suspending() = None;
         self.drop_unwanted();
         Ok(())

@@ -22,6 +22,7 @@ pub(crate) mod removal;
 pub mod request;
 mod rest;
 pub(crate) mod returning;
+pub mod text_fault;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,6 +46,7 @@ use crate::status::report::ViolationReport;
 use crate::suspend_resume::{SuspendError, SuspendResume};
 use plan::PlanError;
 use removal::RemovalWatch;
+use text_fault::TextFault;
 
 /// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
 pub(crate) const GATE: GatePorts = GatePorts {
@@ -82,6 +84,9 @@ pub enum AttachError {
     /// A function that the guest's kernel does not have, or has twice.
     #[error("the guest's kernel has no function {0}, or several")]
     NoSuchFunction(String),
+    /// A function that the module does not have.
+    #[error("the module has no function {0}")]
+    NoDriverFunction(String),
     /// Too many faults.
     #[error("too many faults are ordered of the module and not used up: release it to drop them")]
     TooManyFaults,
@@ -123,6 +128,18 @@ pub enum AttachError {
     /// The guest went on changing what was read of it.
     #[error("the guest's module or kernel changed all the time while it was looked at: try again")]
     Changing,
+    /// Somebody changed it since it was looked at.
+    #[error("the guest's text at {0:#x} is not what it was when it was looked at: look again")]
+    OtherCode(u64),
+    /// One at a time.
+    #[error("there is a fault in the guest's own text already: take it out with --undo")]
+    TextFault,
+    /// Nothing to take out.
+    #[error("there is no fault in the guest's own text")]
+    NoTextFault,
+    /// It would go on in the middle of an instruction.
+    #[error("a vCPU stays in the middle of the fault's code, which cannot be taken out so")]
+    InTheMiddle,
 }
 
 /// Isolates modules of one machine.
@@ -138,6 +155,8 @@ pub struct Isolator {
     watch: Mutex<Option<RemovalWatch>>,
     /// Functions of a driver that are being called in the guest. Taken last.
     pub(crate) suspending: Mutex<Option<SuspendResume>>,
+    /// A fault in the guest's own text. Taken last.
+    text_fault: Mutex<Option<TextFault>>,
     guest_time: GuestTime,
 }
 
@@ -153,6 +172,7 @@ impl Isolator {
             shelf: Mutex::default(),
             watch: Mutex::new(None),
             suspending: Mutex::new(None),
+            text_fault: Mutex::new(None),
         });
         vm.attach_trap_handler(isolator.clone())?;
         vm.add_participant(isolator.clone());
@@ -266,6 +286,35 @@ impl Isolator {
                 true => Ok(()),
                 false => Err(AttachError::TooManyFaults),
             }
+        })
+    }
+
+    /// The same, if the domain's copy has `old` where the fault goes: a call out of the module leads elsewhere there.
+    pub fn order_code(
+        &self,
+        module: &str,
+        order: FaultOrder,
+        old: &[u8],
+    ) -> Result<(), AttachError> {
+        self.with_domain(module, |armed| {
+            let function = armed.knowledge.driver_function(&order.entry);
+            let function = function.ok_or_else(|| AttachError::NotAnEntry(order.entry.clone()))?;
+            let at = function.wrapping_add(order.offset);
+            let mut there = vec![0; old.len()];
+            armed.domain.code(at, &mut there)?;
+            match there == old {
+                true => Ok(()),
+                false => Err(AttachError::OtherCode(at)),
+            }
+        })?;
+        self.order_fault(module, order)
+    }
+
+    /// Withdraws all faults of a module that are not used up; what became of the one that was ordered last.
+    pub fn withdraw_faults(&self, module: &str) -> Result<FaultCount, AttachError> {
+        self.with_module(module, |armed| {
+            armed.faults.withdraw();
+            Ok(armed.faults.count())
         })
     }
 
@@ -385,6 +434,7 @@ impl Isolator {
         }
         *self.watch() = None;
         *self.suspending() = None;
+        *self.text_fault() = None;
     }
 
     pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, Armed>> {

@@ -2,14 +2,15 @@
 //!
 //! A call that ran to its end between its gate and the guest's next instruction is never seen open: its vCPU was not
 //! at rest. One that went on in the guest is, with its journal in this process; it ends by itself when the guest
-//! goes on, and so do kernel functions that the guest runs for calls that have ended.
+//! goes on, and so do kernel functions that the guest runs for calls that have ended. Only a rewind does not wait for
+//! them: the guest that they are open in is gone afterwards, and a call that never ends must not keep it.
 
 use std::sync::{MutexGuard, TryLockError};
 
 use std::collections::HashMap;
 
 use devices::dma::GuestMemory;
-use vmm::{Kept, Participant, PausedVcpus, Unsettled};
+use vmm::{Kept, Participant, PausedVcpus, RestFor, Unsettled};
 
 use super::Isolator;
 use crate::dispatch::armed::Armed;
@@ -20,8 +21,15 @@ impl Participant for Isolator {
         "isolation".to_owned()
     }
 
-    fn settle(&self, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+    fn settle(&self, rest: RestFor, vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
         let mut modules = self.modules_at_once()?;
+        match self.suspending.try_lock() {
+            Ok(suspending) if suspending.is_none() => {}
+            _ => return soon("functions of a driver are being called in the guest".to_owned()),
+        }
+        if rest == RestFor::Rewind {
+            return Ok(());
+        }
         for (name, armed) in modules.iter() {
             let (open, calling) = (armed.spilled.len(), armed.guest_calls.len());
             if open > 0 {
@@ -32,10 +40,6 @@ impl Participant for Isolator {
                     "the guest runs kernel functions for {calling} ended calls of `{name}`"
                 ));
             }
-        }
-        match self.suspending.try_lock() {
-            Ok(suspending) if suspending.is_none() => {}
-            _ => return soon("functions of a driver are being called in the guest".to_owned()),
         }
         let memory = self.vm.ram().memory();
         let mut all = modules.values_mut();

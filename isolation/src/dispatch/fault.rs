@@ -36,8 +36,22 @@ pub struct FaultOrder {
     pub code: Vec<u8>,
     /// Which calls: every `every`-th, at least 1.
     pub every: u32,
-    /// Calls that fail before the fault is used up.
+    /// Calls before the fault is used up.
     pub times: u64,
+    /// Which calls those are.
+    pub used_up_by: UsedUpBy,
+}
+
+/// Which calls use a [`FaultOrder`] up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UsedUpBy {
+    /// Those that failed.
+    #[default]
+    Failing,
+    /// Those that came to the fault, whatever became of them. One of a single byte does not tell; there calls that failed
+    /// count.
+    Reaching,
 }
 
 /// What became of a [`FaultOrder`].
@@ -45,9 +59,12 @@ pub struct FaultOrder {
 pub struct FaultCount {
     /// Calls that ran with the fault in them.
     pub tried: u64,
+    /// Those of them that came to it, as far as it tells: one of a single byte does not.
+    #[serde(default)]
+    pub reached: u64,
     /// Those of them that failed.
     pub failed: u64,
-    /// Calls that have yet to fail.
+    /// Calls that have yet to use it up.
     pub left: u64,
 }
 
@@ -97,6 +114,11 @@ impl Faults {
         has_room
     }
 
+    /// Withdraws all that is not used up.
+    pub fn withdraw(&mut self) {
+        self.0.iter_mut().for_each(|fault| fault.count.left = 0);
+    }
+
     /// See [`Fault::begin`].
     pub fn begin(
         &mut self,
@@ -115,9 +137,14 @@ impl Faults {
     }
 
     /// See [`Fault::end`].
-    pub fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
+    pub fn end(
+        &mut self,
+        entry: &str,
+        failed: bool,
+        domain: &mut Domain,
+    ) -> Result<(), DomainError> {
         let mut all = self.0.iter_mut();
-        all.try_for_each(|fault| fault.end(failed, domain))
+        all.try_for_each(|fault| fault.end(entry, failed, domain))
     }
 
     /// What became of the one that was ordered last.
@@ -131,10 +158,11 @@ impl Faults {
 struct Fault {
     order: FaultOrder,
     at: u64,
-    original: Vec<u8>,
     /// Calls until the next one that gets it.
     wait: u32,
     in_place: bool,
+    /// The call that ran last came to it, and has not failed so far.
+    reached: bool,
     count: FaultCount,
 }
 
@@ -148,8 +176,8 @@ impl Fault {
                 left: order.times,
                 ..FaultCount::default()
             },
-            original: Vec::new(),
             in_place: false,
+            reached: false,
             order,
         }
     }
@@ -162,7 +190,11 @@ impl Fault {
         cr3: u64,
         domain: &mut Domain,
     ) -> Result<(), DomainError> {
-        if entry != self.order.entry || self.count.left == 0 {
+        if entry != self.order.entry {
+            return Ok(());
+        }
+        self.reached &= again;
+        if self.count.left == 0 {
             return Ok(());
         }
         // The calls before it had no fault in them.
@@ -172,26 +204,34 @@ impl Fault {
             return Ok(());
         }
         domain.follow_tables(cr3)?;
-        let mut original = vec![0; self.order.code.len()];
-        domain.code(self.at, &mut original)?;
-        domain.patch(self.at, &self.order.code)?;
-        self.original = original;
+        domain.set_strike(self.at, &self.order.code)?;
         self.in_place = true;
         self.count.tried += u64::from(!same_call);
         Ok(())
     }
 
-    /// A call has ended, or goes on elsewhere. The domain's code is as it was.
-    fn end(&mut self, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
-        if !std::mem::take(&mut self.in_place) {
+    /// A call of `entry` has ended, or goes on elsewhere. The domain's code is as it was.
+    fn end(&mut self, entry: &str, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
+        if entry != self.order.entry {
             return Ok(());
         }
-        if failed {
-            self.count.failed += 1;
-            self.count.left -= 1;
+        let was_in_place = std::mem::take(&mut self.in_place);
+        let reached_now = was_in_place && domain.clear_strike()?;
+        let reached_first = reached_now && !self.reached;
+        self.reached |= reached_now;
+        self.count.reached += u64::from(reached_first);
+        let failed = failed && (was_in_place || self.reached);
+        self.count.failed += u64::from(failed);
+        let used = match self.order.used_up_by {
+            UsedUpBy::Failing => failed,
+            UsedUpBy::Reaching => reached_first || failed && !self.reached,
+        };
+        if used {
+            self.count.left = self.count.left.saturating_sub(1);
             self.wait = self.order.every.saturating_sub(1);
         }
-        domain.patch(self.at, &self.original)
+        self.reached &= !failed;
+        Ok(())
     }
 }
 

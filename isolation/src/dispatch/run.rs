@@ -147,7 +147,11 @@ impl Armed {
     }
 
     fn take_fault_out(&mut self, run: &Run<'_>, failed: bool) {
-        if let Err(error) = self.faults.end(failed, &mut self.domain) {
+        let Some(gate) = self.gates.get(&run.gate) else {
+            return;
+        };
+        let ended = self.faults.end(&gate.entry.name, failed, &mut self.domain);
+        if let Err(error) = ended {
             self.domain_failed(run.gate, run.entry, &error);
         }
     }

@@ -76,6 +76,7 @@ impl Isolator {
             });
         }
         self.suspend_step(standing.at, regs, sregs)
+            .or_else(|| self.text_fault_reached(standing.at, regs))
     }
 
     /// Serves a vCPU at a gate of a module, with all devices but the module's own held.

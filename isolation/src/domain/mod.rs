@@ -12,6 +12,7 @@
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `host_memory` | the account of what calls make the host keep |
+//! | `strike` | a fault on purpose that waits for a call |
 //! | `kept` | what has to be put back when the guest is rewound |
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
@@ -26,6 +27,7 @@ pub mod monitor;
 pub mod overlay;
 pub mod private_vm;
 pub mod roots;
+mod strike;
 pub mod supervisor;
 pub mod transaction;
 pub mod undo_log;
@@ -120,6 +122,7 @@ pub struct Domain {
     trapped: HashMap<u64, ()>,
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
+    strike: Option<strike::Strike>,
 }
 
 impl Domain {
@@ -165,6 +168,7 @@ impl Domain {
             crossings_at_entry: 0,
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
+            strike: None,
         };
         domain.adopt(config.sregs)?;
         domain.build_roots(cr3)?;

@@ -29,7 +29,7 @@ pub const GATE_BYTES: usize = 5;
 pub const FTRACE_NOP: [u8; GATE_BYTES] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
 /// What functions begin with whose address is taken, in kernels with indirect branch tracking.
-const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+pub const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const CALL: u8 = 0xe8;
 const INT3: u8 = 0xcc;
 const OUT_IMM8_AL: u8 = 0xe6;

@@ -382,7 +382,7 @@ impl Drop for Guest {
     }
 }
 
-fn symbols() -> SymbolTable {
+pub fn symbols() -> SymbolTable {
     let text = format!(
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
          {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\

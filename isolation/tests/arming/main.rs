@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
+mod faults;
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod guest;
 
@@ -10,10 +11,19 @@ use std::sync::Arc;
 
 use guest::*;
 use isolation::attach::request::{Contain, IsolateRequest};
-use isolation::dispatch::fault::FaultOrder;
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
 use isolation::guest::btf::Btf;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::memory::MemorySource;
+
+/// The code of `first_counts`.
+const FIRST_CODE: [u8; 22] = [
+    0x0f, 0x1f, 0x44, 0x00, 0x00, // nopl
+    0x48, 0xb9, 0x00, 0x30, 0x00, 0xc0, 0xff, 0xff, 0xff, 0xff, // movabs $FIRST_DATA,%rcx
+    0x48, 0xff, 0x01, // incq (%rcx)
+    0x48, 0x8b, 0x01, // mov (%rcx),%rax
+    0xc3, // ret
+];
 
 /// -EIO, what a call returns that failed and whose type is not known.
 const ERROR: u64 = -5i64 as u64;
@@ -68,6 +78,7 @@ fn a_fault_that_was_ordered_comes_after_the_process_of_the_last_call_is_gone() {
         code: vec![0x0f, 0x0b],
         every: 1,
         times: 1,
+        used_up_by: UsedUpBy::Failing,
     };
     guest.isolator.order_fault("first", order).unwrap();
     assert_eq!(guest.call(FIRST), ERROR);
@@ -243,6 +254,7 @@ fn faults_that_were_ordered_before_are_kept() {
         code: vec![0x0f, 0x0b],
         every: 1,
         times,
+        used_up_by: UsedUpBy::Failing,
     };
     let isolator = &guest.isolator;
     isolator

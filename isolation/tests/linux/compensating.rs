@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use isolation::compensation::effects::{ArgumentModel, OppositeModel};
-use isolation::dispatch::fault::{FaultOrder, InstructionKind};
+use isolation::dispatch::fault::{FaultOrder, InstructionKind, UsedUpBy};
 
 use crate::e1000::E1000_ENTRIES;
 use crate::machine::Machine;
@@ -63,6 +63,7 @@ fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
         code: FAULT.to_vec(),
         every: 1,
         times,
+        used_up_by: UsedUpBy::Failing,
     };
     machine.isolator.order_fault("e1000", order).unwrap();
 }

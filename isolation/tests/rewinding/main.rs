@@ -14,7 +14,7 @@ use std::time::Duration;
 use guest::*;
 use isolation::attach::request::IsolateRequest;
 use isolation::compensation::effects::KernelModel;
-use isolation::dispatch::fault::FaultOrder;
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
 use isolation::guest::btf::Btf;
 use mark::{MachineMark, Mark, memory};
 use vm_memory::{Bytes, GuestAddress};
@@ -31,6 +31,7 @@ fn fault(entry: &str) -> FaultOrder {
         code: vec![0x0f, 0x0b],
         every: 1,
         times: 1,
+        used_up_by: UsedUpBy::Failing,
     }
 }
 
@@ -313,7 +314,7 @@ fn isolate_spilling(guest: &Guest) {
 }
 
 #[test]
-fn a_guest_with_a_call_open_is_not_marked_or_rewound_but_waited_for() {
+fn a_guest_with_a_call_open_is_not_marked_but_waited_for() {
     let guest = spilling();
     let mark = Mark::of(&guest);
     guest.write(STAYS, 1);

@@ -380,6 +380,27 @@ fn rewinds_under_calls_of_several_vcpus_lose_nothing_and_leave_nothing() {
     stress.machine.join().unwrap().unwrap();
 }
 
+#[test]
+fn a_rewind_does_not_wait_for_a_call_that_is_open_in_the_guest() {
+    let mut stress = start(1);
+    stress.handle.mark("warm", NEVER).unwrap();
+    for _ in 0..5 {
+        stress.put(guest::DRIVER_DATA + guest::MODE, 1);
+        pause_at_return_gate(&stress);
+        // Paused, it would wait for ever.
+        stress.handle.rewind(None, Duration::ZERO).unwrap();
+        stress.check();
+        stress.handle.resume().unwrap();
+        stress.each_moves_on(guest::SUCCEEDED, 3);
+    }
+    stress.stop();
+    let all = stress.each(guest::SUCCEEDED).iter().sum::<u64>();
+    assert_eq!(stress.word(guest::DRIVER_DATA + guest::TOGETHER), all);
+    assert!(stress.released.iter().all(|module| module.broken.is_none()));
+    stress.handle.power_off().unwrap();
+    stress.machine.join().unwrap().unwrap();
+}
+
 /// Pauses the machine with the first vCPU in the scheduler, where a call that waits goes on, and puts it where it would
 /// be next: at the return gate.
 fn pause_at_return_gate(stress: &Stress) -> kvm_regs {

@@ -13,6 +13,7 @@ use super::{MarkError, MarkState, Marks};
 use crate::dirty::User;
 use crate::error::Error;
 use crate::handle::VmHandle;
+use crate::participant::RestFor;
 use crate::quiesce::{QuiesceError, Quiesced};
 
 /// A rewind that was done.
@@ -109,7 +110,7 @@ impl VmHandle {
                 .ok_or_else(|| MarkError::NoSuchMark(name.to_owned()))?,
             None => marks.tree.current().ok_or(MarkError::NoMark)?,
         };
-        self.quiesce_mixed(limit, |quiesced| {
+        self.quiesce_mixed(RestFor::Rewind, limit, |quiesced| {
             let rest_ns = watch.lap();
             let result = quiesced.rewind(marks, target, &mut watch);
             if let Ok(rewound) = &result {

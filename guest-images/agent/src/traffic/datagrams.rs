@@ -10,7 +10,7 @@ use rustix::fd::OwnedFd;
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType, ipproto};
 
 use super::contents::{datagram, sequence};
-use super::{PATIENCE, ns};
+use super::{Time, ns};
 
 /// Datagrams under way at one time.
 const WINDOW: usize = 16;
@@ -37,17 +37,17 @@ trait Carrier {
 }
 
 /// ICMP echo.
-pub fn ping_flood(peer: Ipv4Addr, time: Duration) -> TrafficResult {
+pub fn ping_flood(peer: Ipv4Addr, time: Time) -> TrafficResult {
     finish(Icmp::new(peer).and_then(|mut icmp| exchange(&mut icmp, time)))
 }
 
 /// UDP echo.
-pub fn udp_echo(peer: Ipv4Addr, time: Duration) -> TrafficResult {
+pub fn udp_echo(peer: Ipv4Addr, time: Time) -> TrafficResult {
     finish(Udp::new(peer).and_then(|mut udp| exchange(&mut udp, time)))
 }
 
 /// UDP that comes back by multicast.
-pub fn multicast(peer: Ipv4Addr, time: Duration) -> TrafficResult {
+pub fn multicast(peer: Ipv4Addr, time: Time) -> TrafficResult {
     finish(Udp::join(peer).and_then(|mut udp| exchange(&mut udp, time)))
 }
 
@@ -59,7 +59,7 @@ fn finish(result: io::Result<TrafficResult>) -> TrafficResult {
 }
 
 /// Keeps [`WINDOW`] datagrams under way for `time`, then waits for the last ones.
-fn exchange(carrier: &mut dyn Carrier, time: Duration) -> io::Result<TrafficResult> {
+fn exchange(carrier: &mut dyn Carrier, time: Time) -> io::Result<TrafficResult> {
     let mut result = TrafficResult::default();
     let mut under_way: BTreeMap<u64, Instant> = BTreeMap::new();
     let mut round_trips = Vec::new();
@@ -68,7 +68,7 @@ fn exchange(carrier: &mut dyn Carrier, time: Duration) -> io::Result<TrafficResu
     let start = Instant::now();
     let mut last_news = start;
     loop {
-        while start.elapsed() < time && under_way.len() < WINDOW {
+        while start.elapsed() < time.run && under_way.len() < WINDOW {
             datagram(result.sent, &mut payload);
             under_way.insert(result.sent, Instant::now());
             carrier.send(&payload)?;
@@ -79,7 +79,7 @@ fn exchange(carrier: &mut dyn Carrier, time: Duration) -> io::Result<TrafficResu
             break;
         }
         if !carrier.receive(&mut payload)? {
-            if last_news.elapsed() >= PATIENCE {
+            if last_news.elapsed() >= time.patience {
                 // Those still under way are lost: `answered` stays behind `sent`.
                 under_way.clear();
                 last_news = Instant::now();

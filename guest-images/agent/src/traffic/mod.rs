@@ -1,4 +1,4 @@
-//! `/init traffic KIND ADDRESS SECONDS`: traffic whose every byte is checked, and a line of JSON about
+//! `/init traffic KIND ADDRESS SECONDS [PATIENCE]`: traffic whose every byte is checked, and a line of JSON about
 //! it ([`agent_protocol::traffic`]).
 //!
 //! Contents are made from the sequence number or the offset, so that a loss, a reordering or a wrong
@@ -13,11 +13,26 @@ use std::time::Duration;
 
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
 
-/// Longest run.
-const MAX_SECONDS: u64 = 3600;
+/// Longest time that is taken, in seconds.
+const MAX_SECONDS: f64 = 3600.0;
 
-/// How long an answer may take before it counts as lost or the peer as gone.
+/// Shortest.
+const MIN_SECONDS: f64 = 0.01;
+
+/// How long an answer may take before it counts as lost or the peer as gone, unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long nothing may come through a stream, unless said otherwise. A NIC that is reset loses what is under way, and
+/// either end then waits before it sends again, each time for twice as long, up to two minutes with Linux.
+const STREAM_PATIENCE: Duration = Duration::from_secs(130);
+
+/// How long to send, and to wait for what does not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Time {
+    run: Duration,
+    patience: Duration,
+    stream_patience: Duration,
+}
 
 /// Runs what `arguments` say and prints the result. Returns the exit status: 0 when all that was sent
 /// came back as it should.
@@ -25,7 +40,7 @@ pub fn main(arguments: &[String]) -> u8 {
     let Some((kind, peer, time)) = parse(arguments) else {
         let kinds: Vec<&str> = TrafficKind::ALL.iter().map(|kind| kind.name()).collect();
         eprintln!(
-            "usage: traffic {} ADDRESS SECONDS (1 to {MAX_SECONDS})",
+            "usage: traffic {} ADDRESS SECONDS [PATIENCE] ({MIN_SECONDS} to {MAX_SECONDS} seconds)",
             kinds.join("|")
         );
         return 2;
@@ -54,19 +69,27 @@ fn all_well(result: &TrafficResult) -> bool {
         && result.corrupted == 0
 }
 
-fn parse(arguments: &[String]) -> Option<(TrafficKind, Ipv4Addr, Duration)> {
-    let [kind, address, seconds] = arguments else {
-        return None;
+fn parse(arguments: &[String]) -> Option<(TrafficKind, Ipv4Addr, Time)> {
+    let (kind, address, seconds, patience) = match arguments {
+        [kind, address, seconds] => (kind, address, seconds, None),
+        [kind, address, seconds, patience] => (kind, address, seconds, Some(patience)),
+        _ => return None,
     };
-    let seconds = seconds
-        .parse()
-        .ok()
-        .filter(|s| (1..=MAX_SECONDS).contains(s))?;
-    Some((
-        TrafficKind::from_name(kind)?,
-        address.parse().ok()?,
-        Duration::from_secs(seconds),
-    ))
+    let time = |seconds: &String| -> Option<Duration> {
+        let seconds: f64 = seconds.parse().ok()?;
+        let is_sane = (MIN_SECONDS..=MAX_SECONDS).contains(&seconds);
+        is_sane.then(|| Duration::try_from_secs_f64(seconds).ok())?
+    };
+    let patience = match patience {
+        Some(patience) => Some(time(patience)?),
+        None => None,
+    };
+    let time = Time {
+        run: time(seconds)?,
+        patience: patience.unwrap_or(PATIENCE),
+        stream_patience: patience.unwrap_or(STREAM_PATIENCE),
+    };
+    Some((TrafficKind::from_name(kind)?, address.parse().ok()?, time))
 }
 
 /// Nanoseconds of a duration.
@@ -75,6 +98,7 @@ fn ns(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
     use super::*;
 
@@ -84,7 +108,15 @@ mod tests {
 
     #[test]
     fn arguments_are_checked() {
-        assert!(parse(&words("tcp_echo 10.0.2.2 60")).is_some());
+        let (_, _, time) = parse(&words("tcp_echo 10.0.2.2 60")).unwrap();
+        assert_eq!(time.run, Duration::from_secs(60));
+        assert_eq!(
+            (time.patience, time.stream_patience),
+            (PATIENCE, STREAM_PATIENCE)
+        );
+        let (_, _, time) = parse(&words("tcp_echo 10.0.2.2 0.3 2")).unwrap();
+        assert_eq!(time.run, Duration::from_millis(300));
+        assert_eq!(time.stream_patience, Duration::from_secs(2));
         for wrong in [
             "tcp_echo 10.0.2.2",
             "tcp 10.0.2.2 60",
@@ -92,6 +124,9 @@ mod tests {
             "tcp_echo 10.0.2.2 0",
             "tcp_echo 10.0.2.2 3601",
             "tcp_echo 10.0.2.2 60 x",
+            "tcp_echo 10.0.2.2 NaN",
+            "tcp_echo 10.0.2.2 -1",
+            "tcp_echo 10.0.2.2 60 1 1",
         ] {
             assert!(parse(&words(wrong)).is_none(), "{wrong}");
         }

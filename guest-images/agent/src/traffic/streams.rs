@@ -9,15 +9,11 @@ use agent_protocol::traffic::TrafficResult;
 use crc::{CRC_32_CKSUM, Crc};
 
 use super::contents::{fill_stream, wrong_bytes};
-use super::{PATIENCE, ns};
+use super::{Time, ns};
 
 const ECHO_PORT: u16 = 7;
 const DISCARD_PORT: u16 = 9;
 const SOURCE_PORT: u16 = 19;
-
-/// How long nothing may come through. A NIC that is reset loses what is under way, and either end then waits
-/// before it sends again, each time for twice as long, up to two minutes with Linux.
-const STREAM_PATIENCE: Duration = Duration::from_secs(130);
 
 /// Bytes of one write or read.
 const PIECE_BYTES: usize = 32 << 10;
@@ -29,10 +25,10 @@ const MAX_ANSWER_BYTES: u64 = 64;
 static CKSUM: Crc<u32> = Crc::<u32>::new(&CRC_32_CKSUM);
 
 /// To the peer and back.
-pub fn echo(peer: Ipv4Addr, time: Duration) -> TrafficResult {
-    run(peer, ECHO_PORT, |stream, result| {
+pub fn echo(peer: Ipv4Addr, time: Time) -> TrafficResult {
+    run(peer, time, ECHO_PORT, |stream, result| {
         let mut out = stream.try_clone()?;
-        let writer = thread::spawn(move || write_for(&mut out, time, |_| {}));
+        let writer = thread::spawn(move || write_for(&mut out, time.run, |_| {}));
         let read = read_all(stream, result);
         let Ok(written) = writer.join() else {
             return Err(io::Error::other("the writing thread panicked"));
@@ -49,11 +45,11 @@ pub fn echo(peer: Ipv4Addr, time: Duration) -> TrafficResult {
 }
 
 /// To the peer, which answers with the checksum of what it got.
-pub fn sink(peer: Ipv4Addr, time: Duration) -> TrafficResult {
-    run(peer, DISCARD_PORT, |stream, result| {
+pub fn sink(peer: Ipv4Addr, time: Time) -> TrafficResult {
+    run(peer, time, DISCARD_PORT, |stream, result| {
         let mut digest = CKSUM.digest();
         let mut out = stream.try_clone()?;
-        let sent = write_for(&mut out, time, |piece| digest.update(piece))?;
+        let sent = write_for(&mut out, time.run, |piece| digest.update(piece))?;
         // POSIX: the length follows, least significant byte first, without leading zeros.
         let bytes = sent.to_le_bytes();
         let used = 8 - sent.leading_zeros() as usize / 8;
@@ -72,11 +68,11 @@ pub fn sink(peer: Ipv4Addr, time: Duration) -> TrafficResult {
 }
 
 /// From the peer.
-pub fn source(peer: Ipv4Addr, time: Duration) -> TrafficResult {
-    run(peer, SOURCE_PORT, |stream, result| {
+pub fn source(peer: Ipv4Addr, time: Time) -> TrafficResult {
+    run(peer, time, SOURCE_PORT, |stream, result| {
         let start = Instant::now();
         let mut piece = vec![0; PIECE_BYTES];
-        while start.elapsed() < time {
+        while start.elapsed() < time.run {
             let count = read_some(stream, &mut piece, result)?;
             expect(count > 0, || "the peer ended its stream".to_owned())?;
             result.corrupted += wrong_lines(result.bytes_from_peer, &piece[..count]);
@@ -89,15 +85,16 @@ pub fn source(peer: Ipv4Addr, time: Duration) -> TrafficResult {
 /// Connects, does `work` and puts the time and the error, if any, into the result.
 fn run(
     peer: Ipv4Addr,
+    time: Time,
     port: u16,
     work: impl FnOnce(&mut TcpStream, &mut TrafficResult) -> io::Result<()>,
 ) -> TrafficResult {
     let mut result = TrafficResult::default();
     let start = Instant::now();
-    let done = TcpStream::connect_timeout(&SocketAddr::from((peer, port)), PATIENCE).and_then(
+    let done = TcpStream::connect_timeout(&SocketAddr::from((peer, port)), time.patience).and_then(
         |mut stream| {
-            stream.set_read_timeout(Some(STREAM_PATIENCE))?;
-            stream.set_write_timeout(Some(STREAM_PATIENCE))?;
+            stream.set_read_timeout(Some(time.stream_patience))?;
+            stream.set_write_timeout(Some(time.stream_patience))?;
             work(&mut stream, &mut result)
         },
     );

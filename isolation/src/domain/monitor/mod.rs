@@ -72,6 +72,9 @@ pub const PORT_FATAL: u16 = 0xF4;
 /// Port of the exits at both ends of a trampoline whose calls are journalled.
 pub const PORT_JOURNAL: u16 = 0xF6;
 
+/// Port of the exit at a fault that waits in the driver's copy, see [`super::strike`].
+pub const PORT_STRIKE: u16 = 0xF7;
+
 /// Kernel code segment selector of 64-bit Linux (`__KERNEL_CS`), which exceptions run on.
 pub const KERNEL_CS: u16 = 0x10;
 /// Kernel data segment selector (`__KERNEL_DS`).

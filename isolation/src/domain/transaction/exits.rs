@@ -41,6 +41,9 @@ impl Call<'_> {
             Exit::Out {
                 port: PORT_SLEEP, ..
             } if self.root()? == Root::Kernel => self.sleep(&regs),
+            Exit::Out {
+                port: PORT_STRIKE, ..
+            } if self.domain.strike_at(regs.rip).is_some() => self.struck(&regs),
             Exit::Out { port, bytes, count } => self.port_write(port, bytes, count),
             Exit::In { port, bytes, count } => self.port_read(port, bytes, count),
             Exit::MmioRead { gpa, bytes } => self.mmio_read(gpa, bytes),
@@ -72,6 +75,18 @@ impl Call<'_> {
                 PassThroughReason::Halt,
             ),
         }
+    }
+
+    /// The call has come to the fault that waits for it, and goes on with it.
+    fn struck(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
+        let Some(at) = self.domain.strike_at(regs.rip) else {
+            return Ok(Step::Continue);
+        };
+        // KVM would move on from the `out` when it is entered again.
+        self.domain.vm.settle()?;
+        self.domain.strike()?;
+        self.domain.vm.set_regs(&kvm_regs { rip: at, ..*regs });
+        Ok(Step::Continue)
     }
 
     /// Whether RIP is in the monitor area: a driver that uses a stub's port itself is no stub.

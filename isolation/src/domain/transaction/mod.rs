@@ -35,7 +35,7 @@ use super::host_memory::Kept;
 use super::journal::Journal;
 use super::monitor::{
     ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
-    PORT_SLEEP, PORT_TRAPPED,
+    PORT_SLEEP, PORT_STRIKE, PORT_TRAPPED,
 };
 use super::private_vm::Exit;
 use super::roots::{Fill, Root, RootError};
@@ -76,7 +76,7 @@ const MAX_POSTED: usize = 4096;
 const MAX_DETOURS: u32 = 1 << 16;
 
 /// Length of `out imm8, al`.
-const OUT_BYTES: u64 = 2;
+pub(super) const OUT_BYTES: u64 = 2;
 
 const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
 const VECTOR_NMI: u8 = 2;

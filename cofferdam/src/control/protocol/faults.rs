@@ -1,0 +1,41 @@
+//! Faults on purpose, in requests and answers.
+
+use std::collections::BTreeMap;
+
+use agent_protocol::message::Bytes;
+use isolation::attach::text_fault::TextFaultStatus;
+use isolation::dispatch::fault::{FaultCount, UsedUpBy};
+use serde::{Deserialize, Serialize};
+
+/// Which calls of an isolated function have a fault in them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultyCalls {
+    /// Every how many calls, at least 1.
+    pub every: u32,
+    /// How many calls use it up.
+    pub times: u64,
+    /// Which do.
+    pub used_up_by: UsedUpBy,
+}
+
+/// A function of a loaded module as it is in the guest's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionBytes {
+    /// Its address.
+    pub start: u64,
+    /// Its bytes, with the padding behind it and without a gate.
+    pub code: Bytes,
+    /// Names of the functions that it calls or jumps to outside of itself, by address.
+    pub callees: BTreeMap<u64, String>,
+    /// Whether it is isolated.
+    pub isolated: bool,
+}
+
+/// What became of the faults of a module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultsState {
+    /// Of the one that was ordered last for isolated calls; `None` if the module is not isolated.
+    pub calls: Option<FaultCount>,
+    /// Of the one in the guest's own text, whichever module it is of.
+    pub own_text: Option<TextFaultStatus>,
+}

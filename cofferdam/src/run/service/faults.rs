@@ -1,0 +1,110 @@
+//! Faults on purpose, as the control socket has them put in and taken back.
+
+use agent_protocol::message::Bytes;
+use isolation::attach::text_fault::TextChange;
+use isolation::dispatch::fault::FaultOrder;
+use isolation::status::ModuleStatus;
+
+use super::{VmService, text};
+use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply};
+use crate::error_text::chain;
+
+/// An instruction of a driver's function, and what is put in its place.
+pub(super) struct Code {
+    pub function: String,
+    pub offset: u64,
+    pub old: Vec<u8>,
+    pub new: Vec<u8>,
+    /// It fits where the instruction is another one.
+    pub replaces_whole: bool,
+}
+
+impl VmService {
+    pub(super) fn function_text(&self, module: &str, function: &str) -> Result<Reply, String> {
+        self.guest_runs()?;
+        let text = self.supervisor.guest().function_text(module, function);
+        let text = text.map_err(chain)?;
+        let modules = self.isolator().status().into_iter();
+        let mut own = modules.filter(|status| status.module == module);
+        let is_it = |status: &ModuleStatus| status.entries.iter().any(|one| one.name == function);
+        Ok(Reply::FunctionText(FunctionBytes {
+            start: text.start,
+            code: Bytes(text.code),
+            callees: text.callees,
+            isolated: own.any(|status| is_it(&status)),
+        }))
+    }
+
+    /// Into calls of an isolated function, or into the guest's own text.
+    pub(super) fn inject_code(
+        &self,
+        module: &str,
+        code: Code,
+        calls: Option<FaultyCalls>,
+    ) -> Result<Reply, String> {
+        let Some(calls) = calls else {
+            return self.inject_into_text(module, code);
+        };
+        let order = FaultOrder {
+            entry: code.function,
+            offset: code.offset,
+            code: code.new,
+            every: calls.every,
+            times: calls.times,
+            used_up_by: calls.used_up_by,
+        };
+        match code.replaces_whole {
+            true => self.inject(module, order),
+            false => {
+                every_some(&order)?;
+                let ordered = self.isolator().order_code(module, order, &code.old);
+                ordered.map(|()| Reply::Done {}).map_err(text)
+            }
+        }
+    }
+
+    fn inject_into_text(&self, module: &str, code: Code) -> Result<Reply, String> {
+        self.guest_runs()?;
+        let change = |start: u64| TextChange {
+            at: start.wrapping_add(code.offset),
+            old: code.old,
+            new: code.new,
+        };
+        let guest = self.supervisor.guest();
+        let put = guest.set_text_fault(module, &code.function, change);
+        put.map(|()| Reply::Done {}).map_err(chain)
+    }
+
+    pub(super) fn faults(&self, module: &str) -> Reply {
+        Reply::Faults(FaultsState {
+            calls: self.isolator().fault_count(module).ok(),
+            own_text: self.isolator().text_fault_status(),
+        })
+    }
+
+    pub(super) fn undo_faults(&self, module: &str) -> Result<Reply, String> {
+        let calls = self.isolator().withdraw_faults(module).ok();
+        let of_module = self.isolator().text_fault_status();
+        let own_text = match of_module.filter(|fault| fault.module == module) {
+            Some(_) => Some(self.isolator().clear_text_fault().map_err(text)?),
+            None => None,
+        };
+        if calls.is_none() && own_text.is_none() {
+            return Err(format!("there are no faults of {module} to be taken back"));
+        }
+        Ok(Reply::Faults(FaultsState { calls, own_text }))
+    }
+
+    pub(super) fn inject(&self, module: &str, order: FaultOrder) -> Result<Reply, String> {
+        every_some(&order)?;
+        self.isolator().order_fault(module, order).map_err(text)?;
+        Ok(Reply::Done {})
+    }
+}
+
+fn every_some(order: &FaultOrder) -> Result<(), String> {
+    match order.every {
+        0 => Err("every 0th call is none: choose 1 for every call".to_owned()),
+        _ => Ok(()),
+    }
+}

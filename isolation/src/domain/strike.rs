@@ -1,0 +1,71 @@
+//! A fault that waits in P's copy of the driver until a call comes to it.
+//!
+//! ```text
+//!   call begins          call comes there            goes on
+//!   out PORT_STRIKE ───► exit: noted, fault's code ─► at the same address
+//! ```
+//!
+//! So it is known of each call whether it came to the fault, which is not seen from how it ends.
+
+use super::Domain;
+use super::error::DomainError;
+use super::monitor::{self, PORT_STRIKE};
+use super::transaction::OUT_BYTES;
+
+/// What waits.
+#[derive(Debug)]
+pub(super) struct Strike {
+    at: u64,
+    code: Vec<u8>,
+    original: Vec<u8>,
+    reached: bool,
+}
+
+impl Domain {
+    /// Has calls run `code` at `at` until [`Domain::clear_strike`]. Code of one byte has no room for what tells that a
+    /// call came there.
+    pub fn set_strike(&mut self, at: u64, code: &[u8]) -> Result<(), DomainError> {
+        self.clear_strike()?;
+        let mut original = vec![0; code.len()];
+        self.code(at, &mut original)?;
+        let out = monitor::out(PORT_STRIKE);
+        match code.len() < out.len() {
+            true => self.patch(at, code)?,
+            false => self.patch(at, &out)?,
+        }
+        self.strike = Some(Strike {
+            at,
+            code: code.to_vec(),
+            original,
+            reached: false,
+        });
+        Ok(())
+    }
+
+    /// P has the driver's own code there again. Whether a call came there, as far as that is told.
+    pub fn clear_strike(&mut self) -> Result<bool, DomainError> {
+        let Some(strike) = self.strike.take() else {
+            return Ok(false);
+        };
+        self.patch(strike.at, &strike.original)?;
+        Ok(strike.reached)
+    }
+
+    /// Where the fault waits that P, stopped at a port with this RIP, has come to. KVMs differ in whether they have
+    /// moved on already.
+    pub(super) fn strike_at(&self, rip: u64) -> Option<u64> {
+        let strike = self.strike.as_ref()?;
+        let waits = !strike.reached && [rip, rip.wrapping_sub(OUT_BYTES)].contains(&strike.at);
+        waits.then_some(strike.at)
+    }
+
+    /// A call has come there: what waited is the fault now.
+    pub(super) fn strike(&mut self) -> Result<(), DomainError> {
+        let Some(strike) = &mut self.strike else {
+            return Ok(());
+        };
+        strike.reached = true;
+        let (at, code) = (strike.at, strike.code.clone());
+        self.patch(at, &code)
+    }
+}

@@ -1,0 +1,225 @@
+//! A campaign's file: JSON lines, the first about the campaign, each other one about a trial.
+//!
+//! A campaign that was interrupted goes on where its file ends. A last line that is cut off is what a full disk or a
+//! killed process leaves: it is written anew.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::Way;
+use super::plan::Trial;
+use super::verdict::{Seen, Verdict, verdict};
+
+/// Of what this program writes.
+pub const FORMAT: u32 = 1;
+
+/// Longest file that is read, in bytes: some kilobytes for each of a hundred thousand trials.
+pub const MAX_FILE: u64 = 1 << 30;
+
+/// What a campaign is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`FORMAT`].
+    pub campaign: u32,
+    /// The driver's module.
+    pub driver: String,
+    /// Release of the guest's kernel.
+    pub kernel: String,
+    /// What decides the trials.
+    pub seed: u64,
+    /// Names of the kinds.
+    pub kinds: Vec<String>,
+    /// The isolated functions.
+    pub functions: Vec<String>,
+}
+
+/// A run of a trial.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// What it came to.
+    pub verdict: Verdict,
+    /// What was seen.
+    pub seen: Seen,
+}
+
+impl Run {
+    /// Judges what was seen of a run that was made in this way.
+    pub fn of(way: Way, seen: Seen) -> Self {
+        Self {
+            verdict: verdict(way, &seen),
+            seen,
+        }
+    }
+}
+
+/// A trial that was made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Which one.
+    #[serde(flatten)]
+    pub trial: Trial,
+    /// The instruction, and what was put in its place.
+    pub says: String,
+    /// Its runs.
+    pub runs: BTreeMap<Way, Run>,
+}
+
+/// Why a campaign's file cannot be gone on with.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Something else.
+    #[error("line {line} is not a campaign's: {source}")]
+    Line {
+        /// Its number, from 1.
+        line: usize,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// Nothing.
+    #[error("it is empty")]
+    Empty,
+    /// Another program's.
+    #[error("it is of format {0}, and this program knows format {FORMAT}")]
+    Format(u32),
+    /// Trials are missing or come twice.
+    #[error("line {line} is trial {found}, and trial {expected} belongs there")]
+    Order {
+        /// Its number, from 1.
+        line: usize,
+        /// Of the trial.
+        found: u32,
+        /// Of the one that belongs there.
+        expected: u32,
+    },
+}
+
+/// A campaign's file that was read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Campaign {
+    /// What it is.
+    pub header: Header,
+    /// Its trials, from the first on.
+    pub records: Vec<Record>,
+    /// Bytes of the text that are whole lines: what is behind was cut off.
+    pub whole_bytes: usize,
+}
+
+/// Reads a campaign's file.
+pub fn read(text: &str) -> Result<Campaign, FileError> {
+    let whole_bytes = text.rfind('\n').map_or(0, |at| at + 1);
+    let whole = text.get(..whole_bytes).unwrap_or_default();
+    let mut lines = (1..).zip(whole.lines());
+    let (_, first) = lines.next().ok_or(FileError::Empty)?;
+    let at = |line| move |source| FileError::Line { line, source };
+    let format: Format = serde_json::from_str(first).map_err(at(1))?;
+    if format.campaign != FORMAT {
+        return Err(FileError::Format(format.campaign));
+    }
+    let header = serde_json::from_str(first).map_err(at(1))?;
+    let mut records = Vec::new();
+    for ((line, text), expected) in lines.zip(1..) {
+        let record: Record = serde_json::from_str(text).map_err(at(line))?;
+        let found = record.trial.number;
+        if found != expected {
+            return Err(FileError::Order {
+                line,
+                found,
+                expected,
+            });
+        }
+        records.push(record);
+    }
+    Ok(Campaign {
+        header,
+        records,
+        whole_bytes,
+    })
+}
+
+/// The part of a header that every format has.
+#[derive(Deserialize)]
+struct Format {
+    campaign: u32,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use isolation::mutation::Kind;
+
+    use super::*;
+
+    fn header() -> Header {
+        Header {
+            campaign: FORMAT,
+            driver: "e1000".to_owned(),
+            kernel: "6.1.0".to_owned(),
+            seed: 3,
+            kinds: vec!["nop".to_owned()],
+            functions: vec!["e1000_open".to_owned()],
+        }
+    }
+
+    pub(crate) fn record(number: u32, verdicts: &[(Way, Verdict)]) -> Record {
+        let run = |(way, verdict): &(Way, Verdict)| {
+            let seen = Seen::default();
+            let verdict = *verdict;
+            (*way, Run { verdict, seen })
+        };
+        Record {
+            trial: Trial {
+                number,
+                kind: Kind::Nop,
+                function: "e1000_open".to_owned(),
+                offset: 9,
+                seed: u64::MAX,
+            },
+            says: "left out".to_owned(),
+            runs: verdicts.iter().map(run).collect(),
+        }
+    }
+
+    fn text(header: &Header, records: &[Record]) -> String {
+        let line = |json: Result<String, _>| json.map(|line: String| line + "\n").unwrap();
+        let mut text = line(serde_json::to_string(header));
+        for record in records {
+            text.push_str(&line(serde_json::to_string(record)));
+        }
+        text
+    }
+
+    #[test]
+    fn what_was_written_is_read_again_and_a_cut_off_line_is_not() {
+        let records = [1, 2].map(|number| record(number, &[(Way::Native, Verdict::Crash)]));
+        let whole = text(&header(), &records);
+        let campaign = read(&whole).unwrap();
+        assert_eq!(
+            (&campaign.header, &campaign.records[..]),
+            (&header(), &records[..])
+        );
+        assert_eq!(campaign.whole_bytes, whole.len());
+        let cut = read(&whole[..whole.len() - 10]).unwrap();
+        assert_eq!(cut.records, records[..1]);
+        assert_eq!(cut.whole_bytes, text(&header(), &records[..1]).len());
+    }
+
+    #[test]
+    fn another_file_is_refused_with_its_line() {
+        let refused = |text: &str| read(text).unwrap_err().to_string();
+        assert!(refused("").contains("empty"));
+        assert!(
+            refused("{\"campaign\":1").contains("empty"),
+            "no line is whole"
+        );
+        assert!(refused("hello\n").contains("line 1"));
+        let other = Header {
+            campaign: 9,
+            ..header()
+        };
+        assert!(refused(&text(&other, &[])).contains("format 9"));
+        let garbage = text(&header(), &[]) + "{}\n";
+        assert!(refused(&garbage).contains("line 2"));
+        let gap = text(&header(), &[record(1, &[]), record(3, &[])]);
+        assert!(refused(&gap).contains("trial 3, and trial 2"));
+    }
+}
