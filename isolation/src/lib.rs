@@ -13,6 +13,7 @@ pub mod compensation;
 pub mod dispatch;
 pub mod domain;
 pub mod guest;
+pub mod mutation;
 pub mod policy;
 pub mod status;
 pub mod suspend_resume;

@@ -10,7 +10,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use super::image::{Applied, Function, Ko, Place, Relocation};
 
 /// Functions of the kernel that do not return.
-const NO_RETURN: &[&str] = &[
+pub(crate) const NO_RETURN: &[&str] = &[
     "__stack_chk_fail",
     "panic",
     "fortify_panic",
