@@ -1,6 +1,7 @@
 //! The `cofferdam` command as a library, so that its tests and tools can use its parts.
 
 pub mod bench;
+pub mod campaign;
 pub mod cli;
 pub mod control;
 pub mod device;

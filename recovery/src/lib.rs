@@ -23,7 +23,7 @@
 //! Knows nothing of processes, sockets and the command line.
 
 pub mod asker;
-//pub mod campaign;
+pub mod campaign;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod double;

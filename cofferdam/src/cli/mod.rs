@@ -2,6 +2,7 @@
 
 mod analyze;
 mod bench;
+mod campaign;
 mod control;
 mod device;
 mod device_host;
@@ -99,6 +100,8 @@ enum Command {
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
+    /// Try faults by the hundred, natively and isolated, and say what became of each
+    Campaign(Box<campaign::CampaignArgs>),
     /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
     Analyze(analyze::AnalyzeOptions),
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
@@ -151,6 +154,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
+        Command::Campaign(options) => options.run(),
         Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),
         Command::Switch(options) => options.run(),

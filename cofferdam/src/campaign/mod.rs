@@ -1,0 +1,333 @@
+//! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried natively and isolated from
+//! the same warm state.
+
+pub mod worker;
+mod workload;
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use isolation::mutation::{Function, Kind, Mutation, NoMutation, mutate, sites};
+use recovery::campaign::Way;
+use recovery::campaign::plan::{Place, Trial, trials};
+use recovery::campaign::record::{self, FORMAT, Header, MAX_FILE, Record, Run};
+use recovery::campaign::summary::Summary;
+
+use crate::control::protocol::FunctionBytes;
+use worker::{Setup, Worker};
+
+/// Functions that are isolated and get faults unless others are asked for: those that the workload calls.
+pub const FUNCTIONS: &[&str] = &[
+    "e1000_xmit_frame",
+    "e1000_clean",
+    "e1000_intr",
+    "e1000_open",
+    "e1000_close",
+    "e1000_set_rx_mode",
+    "e1000_set_mac",
+    "e1000_change_mtu",
+    "e1000_set_features",
+    "e1000_set_ringparam",
+    "e1000_get_ringparam",
+    "e1000_get_ethtool_stats",
+    "e1000_get_regs",
+    "e1000_get_drvinfo",
+    "e1000_nway_reset",
+    "e1000_watchdog",
+];
+
+/// VMs in a row that do not do what they are asked for, after which a campaign is given up.
+const MAX_LOST: u32 = 3;
+
+/// What to try.
+#[derive(Debug, Clone)]
+pub struct CampaignOptions {
+    /// Where.
+    pub setup: Setup,
+    /// What goes wrong.
+    pub kinds: Vec<Kind>,
+    /// How many faults.
+    pub trials: u32,
+    /// What decides which ones.
+    pub seed: u64,
+    /// In which ways.
+    pub ways: Vec<Way>,
+    /// Where it is written, and gone on with if it is there.
+    pub file: PathBuf,
+}
+
+/// How far a campaign is.
+pub struct Progress<'a> {
+    /// The trial that was made last.
+    pub record: &'a Record,
+    /// All so far.
+    pub summary: &'a Summary,
+    /// How many there are to be.
+    pub of: u32,
+    /// How long the rest will take.
+    pub left: Duration,
+}
+
+/// What a campaign came to.
+#[derive(Debug)]
+pub struct Done {
+    /// Its figures.
+    pub summary: Summary,
+    /// Time that it took, and of that what passed outside of runs.
+    pub took: Duration,
+    /// Time of the runs.
+    pub in_runs: Duration,
+    /// Trials that were made now.
+    pub made: u32,
+    /// It was stopped before its end.
+    pub stopped: bool,
+}
+
+/// Makes a campaign's trials, from where its file ends. `each` is told of each; it gives `false` to stop.
+///
+/// # Errors
+/// A guest cannot be made ready; the file is another campaign's, or cannot be written: what was made is in it.
+pub fn run(
+    options: &CampaignOptions,
+    progress: &mut dyn FnMut(&str),
+    each: &mut dyn FnMut(Progress<'_>) -> bool,
+) -> anyhow::Result<Done> {
+    let begun = Instant::now();
+    let mut worker = Worker::start(&options.setup, progress)?;
+    let header = Header {
+        campaign: FORMAT,
+        driver: options.setup.driver.clone(),
+        kernel: worker.kernel()?,
+        seed: options.seed,
+        kinds: options
+            .kinds
+            .iter()
+            .map(|kind| kind.name().to_owned())
+            .collect(),
+        functions: options.setup.functions.clone(),
+    };
+    let (mut file, records) = open(&options.file, &header)?;
+    let mut summary = Summary::of(&records);
+    let plan = trials(
+        &places(worker.texts()),
+        &options.kinds,
+        options.trials,
+        options.seed,
+    );
+    ensure!(
+        !plan.is_empty(),
+        "none of these kinds fits into any of these functions"
+    );
+    let to_do = plan.iter().skip(records.len());
+    let (mut in_runs, mut made, mut stopped) = (Duration::ZERO, 0, false);
+    let since = Instant::now();
+    for trial in to_do {
+        let record = make(trial, options, &mut worker, progress)?;
+        in_runs += record
+            .runs
+            .values()
+            .map(|run| Duration::from_secs_f64(run.seen.seconds))
+            .sum::<Duration>();
+        append(&mut file, &record).with_context(|| options.file.display().to_string())?;
+        summary.add(&record);
+        made += 1;
+        let left = plan.len().saturating_sub(records.len() + made as usize);
+        let left = since.elapsed() / made * u32::try_from(left).unwrap_or(u32::MAX);
+        let told = Progress {
+            record: &record,
+            summary: &summary,
+            of: options.trials,
+            left,
+        };
+        if !each(told) {
+            stopped = true;
+            break;
+        }
+    }
+    Ok(Done {
+        summary,
+        took: begun.elapsed(),
+        in_runs,
+        made,
+        stopped,
+    })
+}
+
+/// Makes one trial, in another VM if the one that there is does not do what it is asked for.
+fn make(
+    trial: &Trial,
+    options: &CampaignOptions,
+    worker: &mut Worker,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<Record> {
+    let mutation = mutation(trial, worker.texts())?;
+    let mut lost = 0;
+    let mut runs = BTreeMap::new();
+    let mut ways = options.ways.iter().peekable();
+    while let Some(way) = ways.peek().copied() {
+        match worker.run(*way, &trial.function, &mutation) {
+            Ok(seen) => {
+                runs.extend(seen.map(|seen| (*way, Run::of(*way, seen))));
+                ways.next();
+            }
+            Err(error) => {
+                lost += 1;
+                if lost == MAX_LOST {
+                    return Err(error.context(format!("trial {}", trial.number)));
+                }
+                progress(&format!(
+                    "trial {}: another VM is needed: {error:#}",
+                    trial.number
+                ));
+                *worker = Worker::start(&options.setup, progress)?;
+            }
+        }
+    }
+    let place = format!("{}+{:#x}", trial.function, trial.offset);
+    Ok(Record {
+        trial: trial.clone(),
+        says: format!(
+            "{place}: {} -> {} ({})",
+            mutation.old_text, mutation.new_text, mutation.says
+        ),
+        runs,
+    })
+}
+
+/// A trial of a campaign's file once more, alone; the record of the file, and of now.
+///
+/// # Errors
+/// There is no such trial, or the driver is another one.
+pub fn replay(
+    file: &Path,
+    number: u32,
+    setup: impl FnOnce(&Header) -> anyhow::Result<Setup>,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<(Record, Record)> {
+    let campaign = read(file)?;
+    let records = campaign.records.iter();
+    let mut found = records.filter(|record| record.trial.number == number);
+    let then = found
+        .next()
+        .with_context(|| format!("{} has no trial {number}", file.display()))?;
+    let mut options = CampaignOptions {
+        setup: setup(&campaign.header)?,
+        kinds: Vec::new(),
+        trials: number,
+        seed: campaign.header.seed,
+        ways: then.runs.keys().copied().collect(),
+        file: file.to_owned(),
+    };
+    options
+        .setup
+        .functions
+        .clone_from(&campaign.header.functions);
+    let mut worker = Worker::start(&options.setup, progress)?;
+    let kernel = worker.kernel()?;
+    if kernel != campaign.header.kernel {
+        bail!(
+            "the campaign was of a guest with {}, this one has {kernel}",
+            campaign.header.kernel
+        );
+    }
+    let now = make(&then.trial, &options, &mut worker, progress)?;
+    Ok((then.clone(), now))
+}
+
+/// Reads a campaign's file.
+///
+/// # Errors
+/// It is none, or too large.
+pub fn read(path: &Path) -> anyhow::Result<record::Campaign> {
+    let text = text(path)?;
+    record::read(&text).with_context(|| path.display().to_string())
+}
+
+fn text(path: &Path) -> anyhow::Result<String> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    let mut text = String::new();
+    let bytes = file.take(MAX_FILE).read_to_string(&mut text);
+    let bytes = bytes.with_context(|| path.display().to_string())?;
+    ensure!(
+        (bytes as u64) < MAX_FILE,
+        "{} is larger than any campaign's file",
+        path.display()
+    );
+    Ok(text)
+}
+
+/// The file to go on in, and what is in it.
+fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
+    let name = || path.display().to_string();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(name)?;
+    let length = file.metadata().with_context(name)?.len();
+    if length == 0 {
+        append(&mut file, header).with_context(name)?;
+        return Ok((file, Vec::new()));
+    }
+    let campaign = record::read(&text(path)?).with_context(name)?;
+    ensure!(
+        campaign.header == *header,
+        "{} is of another campaign (driver, kernel, seed, kinds or functions differ): choose another file",
+        path.display()
+    );
+    file.set_len(campaign.whole_bytes as u64)
+        .with_context(name)?;
+    Ok((file, campaign.records))
+}
+
+fn append(file: &mut File, value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(value)?;
+    line.push('\n');
+    file.write_all(line.as_bytes())?;
+    Ok(())
+}
+
+/// Where faults can be put, in all functions.
+fn places(texts: &[(String, FunctionBytes)]) -> Vec<Place> {
+    let of = |(name, text): &(String, FunctionBytes)| {
+        with_function(name, text, |function| {
+            let all = sites(function).into_iter();
+            let places = all.map(|site| Place {
+                function: name.clone(),
+                offset: site.offset,
+                kinds: site.kinds,
+            });
+            places.collect::<Vec<_>>()
+        })
+    };
+    texts.iter().flat_map(of).collect()
+}
+
+fn mutation(trial: &Trial, texts: &[(String, FunctionBytes)]) -> anyhow::Result<Mutation> {
+    let found = texts.iter().find(|(name, _)| *name == trial.function);
+    let (name, text) = found.with_context(|| format!("there is no function {}", trial.function))?;
+    let changed: Result<Mutation, NoMutation> = with_function(name, text, |function| {
+        mutate(function, trial.kind, trial.offset, trial.seed)
+    });
+    Ok(changed?)
+}
+
+/// Looks at a function that a VM told of.
+pub fn with_function<T>(
+    name: &str,
+    text: &FunctionBytes,
+    look: impl FnOnce(&Function<'_>) -> T,
+) -> T {
+    let callee = |at: u64| text.callees.get(&at).cloned();
+    look(&Function {
+        name,
+        start: text.start,
+        code: &text.code.0,
+        callee: &callee,
+    })
+}

@@ -1,0 +1,386 @@
+//! A VM in which trials are run: a guest whose driver works, at a mark without isolation and at one with it.
+//!
+//! ```text
+//!   boot ─► driver, network, contents ─► mark "native" ─► isolate, warm up ─► mark "isolated"
+//!              run: rewind to one of the two ─► fault ─► workload ─► what was seen
+//! ```
+
+use std::time::{Duration, Instant};
+
+use agent_protocol::message::{Bytes, Exec};
+use anyhow::{Context, bail, ensure};
+use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
+use isolation::dispatch::fault::UsedUpBy;
+use isolation::mutation::Mutation;
+use isolation::status::ModuleStatus;
+use recovery::campaign::Way;
+use recovery::campaign::verdict::{Seen, is_bad};
+use recovery::ladder::{LadderConfig, State};
+use recovery::request::Spilling;
+
+use super::workload::{self, Outcome};
+use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
+use crate::bench::network::{self, LINK_TIME};
+use crate::control::client::ControlClient;
+use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply, Request};
+
+/// Names of the marks.
+const NATIVE: &str = "native";
+const ISOLATED: &str = "isolated";
+
+/// How long the workload may take before it is known how long it takes.
+const FIRST_TIME: Duration = Duration::from_secs(300);
+
+/// How many times as long as without a fault it may take, and how much longer: retries of a network take seconds, and
+/// a lab is not always as fast.
+const TIMES: u32 = 3;
+const LONGER: Duration = Duration::from_secs(10);
+
+/// How long an agent that lives takes to answer at most.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// How long a ladder may be at work.
+const LADDER_TIME: Duration = Duration::from_secs(120);
+
+/// Between two looks at something that will change.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Longest output of a workload that is looked at, in bytes: an honest one writes a few thousand.
+const MAX_OUTPUT: usize = 1 << 20;
+
+/// Most lines of the kernel's log that are kept.
+const MAX_LINES: usize = 40;
+
+/// What is to be tried.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// The guest; with a NIC of the driver's and a network.
+    pub guest: GuestOptions,
+    /// The driver's module.
+    pub driver: String,
+    /// The functions that are isolated.
+    pub functions: Vec<String>,
+}
+
+/// How the workload ends without a fault.
+struct Baseline {
+    native: Outcome,
+    isolated: Outcome,
+    limit: Duration,
+}
+
+/// What a ladder has done since its VM began.
+#[derive(Debug, Default)]
+struct Counters {
+    /// Calls that were taken back.
+    taken_back: u64,
+    /// Rungs above that.
+    rungs: u64,
+    /// Why the driver is not run or not isolated any more.
+    given_up: Option<String>,
+}
+
+/// A VM at its marks.
+pub struct Worker {
+    guest: Guest,
+    control: ControlClient,
+    driver: String,
+    texts: Vec<(String, FunctionBytes)>,
+    baseline: Baseline,
+    /// Bytes of the console that are of earlier runs.
+    heard: usize,
+}
+
+impl Worker {
+    /// Boots a guest and takes it to its marks.
+    pub fn start(setup: &Setup, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
+        progress("booting a guest");
+        let mut guest = Guest::boot(&setup.guest, BOOT_TIME)?;
+        network::bring_up(&mut guest, &setup.driver)?;
+        network::wait_for_link(&mut guest, LINK_TIME)?;
+        guest.shell(&workload::preparation())?;
+        let mut worker = Self {
+            control: guest.control()?,
+            guest,
+            driver: setup.driver.clone(),
+            texts: Vec::new(),
+            baseline: Baseline {
+                native: Outcome::default(),
+                isolated: Outcome::default(),
+                limit: FIRST_TIME,
+            },
+            heard: 0,
+        };
+        progress("reading the driver's code");
+        worker.guest.agent().disconnect();
+        for function in &setup.functions {
+            let request = Request::FunctionText {
+                module: setup.driver.clone(),
+                function: function.clone(),
+            };
+            let Reply::FunctionText(text) = worker.control.ask(&request)? else {
+                bail!("the VM answered something else");
+            };
+            worker.texts.push((function.clone(), text));
+        }
+        progress("how the guest's work ends without a fault");
+        worker.mark(NATIVE)?;
+        let (native, slow) = worker.healthy(NATIVE)?;
+        worker.rewind(NATIVE)?;
+        worker.control.ask(&Request::Isolate {
+            module: setup.driver.clone(),
+            entries: Wanted::Named(setup.functions.clone()),
+            budget_us: None,
+            device_checkpoint: CheckpointBy::Exact,
+            recovery: LadderConfig::default(),
+            spilling: Spilling::default(),
+            contain: Contain::Full,
+        })?;
+        progress("the same with the driver isolated");
+        let warm = worker.work(FIRST_TIME)?;
+        ensure!(
+            warm.works,
+            "the device does not work when its driver is isolated"
+        );
+        worker.mark(ISOLATED)?;
+        let (isolated, slower) = worker.healthy(ISOLATED)?;
+        let status = worker.module()?;
+        ensure!(
+            status.is_some_and(|status| status.violations == 0),
+            "calls were taken back without a fault: `cofferdam campaign` cannot tell them from those with one"
+        );
+        worker.baseline = Baseline {
+            native,
+            isolated,
+            limit: slow.max(slower) * TIMES + LONGER,
+        };
+        worker.heard = worker.guest.console().len();
+        Ok(worker)
+    }
+
+    /// The functions with their code.
+    pub fn texts(&self) -> &[(String, FunctionBytes)] {
+        &self.texts
+    }
+
+    /// Release of the guest's kernel.
+    pub fn kernel(&mut self) -> anyhow::Result<String> {
+        let agent = self.guest.agent().agent();
+        let agent = agent.context("the guest's agent is not connected")?;
+        Ok(agent.kernel.clone())
+    }
+
+    /// Runs the workload from a mark with a fault in `function`; `None` if the fault cannot be put in.
+    ///
+    /// # Errors
+    /// The VM does not do what it is asked for: another one is needed.
+    pub fn run(
+        &mut self,
+        way: Way,
+        function: &str,
+        mutation: &Mutation,
+    ) -> anyhow::Result<Option<Seen>> {
+        let begun = Instant::now();
+        let (mark, times) = match way {
+            Way::Native => (NATIVE, None),
+            Way::Once => (ISOLATED, Some(1)),
+            Way::Stays => (ISOLATED, Some(u64::MAX)),
+        };
+        self.rewind(mark)?;
+        let before = self.counters()?;
+        let calls = times.map(|times| FaultyCalls {
+            every: 1,
+            times,
+            used_up_by: UsedUpBy::Reaching,
+        });
+        let request = Request::InjectCode {
+            module: self.driver.clone(),
+            function: function.to_owned(),
+            offset: mutation.offset.into(),
+            old: Bytes(mutation.old.clone()),
+            new: Bytes(mutation.new.clone()),
+            replaces_whole: mutation.replaces_whole,
+            calls,
+        };
+        if let Err(error) = self.control.tell(&request) {
+            // A process that has ended answers nothing either.
+            self.control.status()?;
+            tracing::debug!("{}: {error:#}", mutation.says);
+            return Ok(None);
+        }
+        let outcome = self.work(self.baseline.limit).unwrap_or_default();
+        let baseline = match way {
+            Way::Native => &self.baseline.native,
+            Way::Once | Way::Stays => &self.baseline.isolated,
+        };
+        let mut seen = Seen {
+            finished: outcome.finished,
+            differs: outcome.differs(baseline),
+            corrupted: outcome.corrupted,
+            works: outcome.works,
+            ..Seen::default()
+        };
+        if outcome.contents_changed {
+            seen.elsewhere.push("contents of a file".to_owned());
+        }
+        self.look(way, before, &mut seen)?;
+        seen.seconds = begun.elapsed().as_secs_f64();
+        Ok(Some(seen))
+    }
+
+    /// What the VM, the ladder and the console say afterwards.
+    fn look(&mut self, way: Way, before: Counters, seen: &mut Seen) -> anyhow::Result<()> {
+        // The ladder asks the agent itself.
+        self.guest.agent().disconnect();
+        self.wait_for_ladder()?;
+        seen.answers = self.guest.agent().hello(ANSWER_TIME).is_ok();
+        let faults = self.faults()?;
+        let reached = match way {
+            Way::Native => faults
+                .own_text
+                .map(|fault| (fault.tells, fault.reached_ns.is_some())),
+            Way::Once | Way::Stays => faults.calls.map(|count| (true, count.reached > 0)),
+        };
+        seen.reached = reached.and_then(|(tells, reached)| tells.then_some(reached));
+        if way != Way::Native {
+            let after = self.counters()?;
+            seen.taken_back = after.taken_back.saturating_sub(before.taken_back);
+            seen.rungs = after.rungs.saturating_sub(before.rungs);
+            seen.given_up = after.given_up;
+            if seen.taken_back > 0 {
+                // A driver that was restarted has forgotten it.
+                seen.reached = Some(true);
+            }
+        }
+        if seen.rungs > 0 && seen.answers {
+            // It was restarted meanwhile: what counts is whether it works now.
+            let works = format!("ping -c 3 -i 0.2 -W 2 {}", network::GATEWAY);
+            seen.works = self.guest.shell(&works).is_ok();
+        }
+        let console = self.guest.console();
+        let new = console.get(self.heard..).unwrap_or_default();
+        let bad = new.lines().filter(|line| is_bad(line));
+        seen.log = bad.take(MAX_LINES).map(str::to_owned).collect();
+        self.heard = console.len();
+        Ok(())
+    }
+
+    /// What counts of a ladder and goes on over rewinds.
+    fn counters(&mut self) -> anyhow::Result<Counters> {
+        let status = self.control.status()?;
+        let mut all = status.isolation.iter();
+        let broken = all.find(|status| status.module == self.driver);
+        let broken = broken.and_then(|status| status.broken.clone());
+        let Some(ladder) = status.recovery.get(&self.driver) else {
+            return Ok(Counters {
+                given_up: broken,
+                ..Counters::default()
+            });
+        };
+        let rungs = ladder.rungs;
+        let above = [
+            rungs.resumes,
+            rungs.restarts,
+            rungs.rewinds,
+            rungs.resets,
+            rungs.stops,
+        ];
+        let above = above.into_iter().fold(0, u64::saturating_add);
+        let calls = rungs.errors.saturating_add(rungs.retries);
+        Ok(Counters {
+            taken_back: calls.saturating_add(above),
+            rungs: above,
+            given_up: ladder.gave_up.clone().or(broken),
+        })
+    }
+
+    /// Waits until the ladder has done what it is at.
+    fn wait_for_ladder(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + LADDER_TIME;
+        loop {
+            let status = self.control.status()?;
+            let at_work = status.recovery.get(&self.driver).is_some_and(|ladder| {
+                matches!(
+                    ladder.state,
+                    State::Resuming | State::Restarting | State::Resetting
+                )
+            });
+            if !at_work || Instant::now() >= deadline {
+                return Ok(());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// The workload from a mark without a fault, twice: what ends alike, and how long it took.
+    fn healthy(&mut self, mark: &str) -> anyhow::Result<(Outcome, Duration)> {
+        let mut once = || {
+            self.rewind(mark)?;
+            let begun = Instant::now();
+            let outcome = self.work(FIRST_TIME)?;
+            ensure!(
+                outcome.finished && outcome.works && outcome.corrupted == 0,
+                "the workload does not end well without a fault: {outcome:?}{}",
+                self.guest.last_words()
+            );
+            Ok((outcome, begun.elapsed()))
+        };
+        let (first, slow) = once()?;
+        let (second, slower) = once()?;
+        Ok((first.alike(&second), slow.max(slower)))
+    }
+
+    fn work(&mut self, limit: Duration) -> anyhow::Result<Outcome> {
+        let mut output = Vec::new();
+        let exec = Exec {
+            argv: ["sh", "-c", &workload::script()]
+                .map(str::to_owned)
+                .to_vec(),
+            limit_ms: Some(u64::try_from(limit.as_millis())?),
+            ..Exec::default()
+        };
+        let mut collect = |is_error: bool, bytes: Vec<u8>| {
+            if !is_error && output.len() < MAX_OUTPUT {
+                output.extend(bytes);
+            }
+            Ok(())
+        };
+        // What it said before it hung counts.
+        let _ended = self.guest.agent().exec_streaming(exec, &mut collect);
+        Ok(workload::read(&String::from_utf8_lossy(&output)))
+    }
+
+    fn mark(&mut self, name: &str) -> anyhow::Result<()> {
+        self.guest.agent().disconnect();
+        self.control.ask(&Request::Mark {
+            name: name.to_owned(),
+        })?;
+        Ok(())
+    }
+
+    fn rewind(&mut self, name: &str) -> anyhow::Result<()> {
+        self.guest.agent().disconnect();
+        self.control.ask(&Request::Rewind {
+            name: Some(name.to_owned()),
+        })?;
+        Ok(())
+    }
+
+    fn module(&mut self) -> anyhow::Result<Option<ModuleStatus>> {
+        let status = self.control.status()?;
+        let mut all = status.isolation.into_iter();
+        Ok(all.find(|status| status.module == self.driver))
+    }
+
+    fn faults(&mut self) -> anyhow::Result<FaultsState> {
+        let request = Request::Faults {
+            module: self.driver.clone(),
+        };
+        match self.control.ask(&request)? {
+            Reply::Faults(faults) => Ok(faults),
+            other => bail!("the VM answered something else: {other:?}"),
+        }
+    }
+}

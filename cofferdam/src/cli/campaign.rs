@@ -1,0 +1,427 @@
+//! `campaign`: faults by the thousand, and what became of each.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::bail;
+use comfy_table::Table;
+use isolation::mutation::Kind;
+use recovery::campaign::Way;
+use recovery::campaign::record::{Header, Record};
+use recovery::campaign::summary::{Counts, Summary};
+use recovery::campaign::verdict::Verdict;
+
+use super::table::{number, table};
+use super::words::counted;
+use super::{Ending, print_bytes, print_json};
+use crate::bench::guest::GuestOptions;
+use crate::bench::network::DRIVER;
+use crate::campaign::worker::Setup;
+use crate::campaign::{self, CampaignOptions, FUNCTIONS, Progress};
+
+/// `campaign`
+#[derive(Debug, clap::Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
+Each trial begins at a mark: the guest is rewound, one instruction of the driver is changed, and the guest works: traffic
+with checked contents, ethtool, ip, down and up. Once in the guest's own text, and with the driver isolated twice: with
+the fault taken out after a call came to it, and left in. One line of JSON a trial goes into the file; a campaign that was
+interrupted goes on where its file ends.
+
+Examples:
+  cofferdam campaign --trials 100 --seed 1 --file campaign.jsonl
+  cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
+  cofferdam campaign show campaign.jsonl
+  cofferdam campaign replay campaign.jsonl 17
+  cofferdam campaign kinds"
+)]
+pub struct CampaignArgs {
+    #[command(subcommand)]
+    command: Option<CampaignCommand>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// What else can be done.
+#[derive(Debug, clap::Subcommand)]
+enum CampaignCommand {
+    /// Show the figures of a campaign's file
+    Show {
+        /// The file
+        file: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make one trial of a campaign's file again, alone, and show all that was seen then and now
+    Replay {
+        /// The file
+        file: PathBuf,
+        /// Number of the trial
+        trial: u32,
+        #[command(flatten)]
+        images: Images,
+    },
+    /// List the kinds of faults, with their sources
+    Kinds {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Where guests come from.
+#[derive(Debug, clap::Args)]
+struct Images {
+    /// Folder with the guest images that `cargo xtask images` builds
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "COFFERDAM_IMAGES",
+        default_value = "target/images"
+    )]
+    images: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    #[command(flatten)]
+    images: Images,
+    /// The driver's module
+    #[arg(long, value_name = "MODULE", default_value = DRIVER, value_parser = [DRIVER])]
+    driver: String,
+    /// Kinds of faults; all without it
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kind)]
+    kinds: Vec<Kind>,
+    /// Functions that are isolated and get faults; those that the guest's work calls without it
+    #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
+    functions: Vec<String>,
+    /// In which ways each fault is tried
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [WayName::Native, WayName::Once, WayName::Stays])]
+    ways: Vec<WayName>,
+    /// How many faults
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    trials: u32,
+    /// What decides which ones
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    /// Where the trials are written
+    #[arg(long, value_name = "FILE", default_value = "campaign.jsonl")]
+    file: PathBuf,
+    /// The figures as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A [`Way`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum WayName {
+    /// In the guest's own text
+    Native,
+    /// Isolated, and taken out when a call has come to it
+    Once,
+    /// Isolated, and left in
+    Stays,
+}
+
+impl From<WayName> for Way {
+    fn from(name: WayName) -> Self {
+        match name {
+            WayName::Native => Self::Native,
+            WayName::Once => Self::Once,
+            WayName::Stays => Self::Stays,
+        }
+    }
+}
+
+fn parse_kind(name: &str) -> Result<Kind, String> {
+    Kind::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        format!("there are {}", names.join(", "))
+    })
+}
+
+impl CampaignArgs {
+    /// `campaign`
+    pub fn run(self) -> anyhow::Result<Ending> {
+        match self.command {
+            None => self.run.run(),
+            Some(CampaignCommand::Show { file, json }) => {
+                let campaign = campaign::read(&file)?;
+                show(&Summary::of(&campaign.records), json)?;
+                Ok(Ending::SUCCESS)
+            }
+            Some(CampaignCommand::Replay {
+                file,
+                trial,
+                images,
+            }) => replay(&file, trial, &images),
+            Some(CampaignCommand::Kinds { json }) => {
+                kinds(json)?;
+                Ok(Ending::SUCCESS)
+            }
+        }
+    }
+}
+
+impl Images {
+    fn setup(&self, driver: &str, functions: Vec<String>) -> anyhow::Result<Setup> {
+        let nic = format!("--net user --nic {driver}");
+        Ok(Setup {
+            guest: GuestOptions::new(&self.images)?.with(&nic),
+            driver: driver.to_owned(),
+            functions,
+        })
+    }
+}
+
+impl RunArgs {
+    fn run(self) -> anyhow::Result<Ending> {
+        let functions = match self.functions.is_empty() {
+            true => FUNCTIONS.iter().map(|name| (*name).to_owned()).collect(),
+            false => self.functions,
+        };
+        let mut ways: Vec<Way> = self.ways.into_iter().map(Way::from).collect();
+        ways.sort_unstable();
+        ways.dedup();
+        let options = CampaignOptions {
+            setup: self.images.setup(&self.driver, functions)?,
+            kinds: match self.kinds.is_empty() {
+                true => Kind::ALL.to_vec(),
+                false => self.kinds,
+            },
+            trials: self.trials,
+            seed: self.seed,
+            ways,
+            file: self.file,
+        };
+        let mut tell = |what: &str| eprintln!("campaign: {what}");
+        let mut each = |progress: Progress<'_>| {
+            eprintln!("campaign: {}", line(&progress));
+            true
+        };
+        let done = campaign::run(&options, &mut tell, &mut each)?;
+        let seconds = done.took.as_secs_f64();
+        if done.made > 0 {
+            eprintln!(
+                "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside of them",
+                counted(done.made.into(), "trial", "trials"),
+                f64::from(done.made) * 60.0 / seconds,
+                100.0 - done.in_runs.as_secs_f64() * 100.0 / seconds
+            );
+        }
+        show(&done.summary, self.json)?;
+        Ok(Ending::SUCCESS)
+    }
+}
+
+/// A trial that was made, and how long the rest takes.
+fn line(progress: &Progress<'_>) -> String {
+    let Record { trial, runs, .. } = progress.record;
+    let runs: Vec<_> = runs
+        .iter()
+        .map(|(way, run)| format!("{}: {}", way.name(), run.verdict.name()))
+        .collect();
+    format!(
+        "{} of {}, {} in {}+{:#x}: {}; {} left",
+        trial.number,
+        progress.of,
+        trial.kind.name(),
+        trial.function,
+        trial.offset,
+        runs.join("; "),
+        minutes(progress.left)
+    )
+}
+
+fn minutes(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        _ => format!("{} min", seconds.div_ceil(60)),
+    }
+}
+
+fn show(summary: &Summary, json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(summary);
+    }
+    print_bytes(text(summary).as_bytes())
+}
+
+fn text(summary: &Summary) -> String {
+    let mut text = headline(summary);
+    text.push_str(&format!("\n{}\n", verdicts("how it ended", &summary.ways)));
+    if !summary.of_harm.is_empty() {
+        let harm = verdicts("of those that harm natively", &summary.of_harm);
+        text.push_str(&format!("\n{harm}\n"));
+    }
+    let mut kinds = table(&[
+        "kind",
+        "trials",
+        "harm natively",
+        "isolated, stays: recovered, undetected, escaped",
+    ]);
+    for (kind, ways) in &summary.kinds {
+        let of = |way| ways.get(&way);
+        let count = |way, verdict| {
+            of(way)
+                .and_then(|all: &Counts| all.get(&verdict))
+                .copied()
+                .unwrap_or(0)
+        };
+        let trials = ways.values().map(|all| all.values().sum::<u32>()).max();
+        let harm = of(Way::Native).into_iter().flatten();
+        let harm: u32 = harm
+            .filter(|(verdict, _)| verdict.is_harm())
+            .map(|(_, n)| n)
+            .sum();
+        let isolated = [Verdict::Recovered, Verdict::Undetected, Verdict::Escaped]
+            .map(|verdict| count(Way::Stays, verdict).to_string());
+        kinds.add_row(vec![
+            comfy_table::Cell::new(kind),
+            number(trials.unwrap_or(0)),
+            number(harm),
+            comfy_table::Cell::new(isolated.join(", ")),
+        ]);
+    }
+    text.push_str(&format!("\n{kinds}\n"));
+    for (verdict, trials) in &summary.to_look_at {
+        let trials: Vec<_> = trials.iter().map(u32::to_string).collect();
+        text.push_str(&format!(
+            "{}: trial {}\n",
+            verdict.name(),
+            trials.join(", ")
+        ));
+    }
+    text
+}
+
+/// What matters, in a sentence.
+fn headline(summary: &Summary) -> String {
+    let (harmful, trials) = (summary.harmful(), summary.trials);
+    let trials = counted(trials.into(), "fault", "faults");
+    let mut text =
+        format!("{trials}, of which {harmful} crash, hang, corrupt or lose the device natively\n");
+    for (way, counts) in &summary.of_harm {
+        let of = |verdict| counts.get(&verdict).copied().unwrap_or(0);
+        let all: u32 = counts.values().sum();
+        text.push_str(&format!(
+            "{}: of {all}, {} left the guest alive, {} recovered, {} had no effect, {} escaped\n",
+            way.name(),
+            all - of(Verdict::Escaped),
+            of(Verdict::Recovered),
+            of(Verdict::Benign) + of(Verdict::NotActivated),
+            of(Verdict::Escaped)
+        ));
+    }
+    text
+}
+
+fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table {
+    let mut heads = vec![head];
+    heads.extend(ways.keys().map(|way| way.name()));
+    let mut table = table(&heads);
+    for verdict in Verdict::ALL {
+        let counts: Vec<_> = ways
+            .values()
+            .map(|all| all.get(&verdict).copied())
+            .collect();
+        if counts.iter().all(Option::is_none) {
+            continue;
+        }
+        let mut row = vec![comfy_table::Cell::new(verdict.name())];
+        row.extend(counts.into_iter().map(|count| match count {
+            Some(count) => number(count),
+            None => number(""),
+        }));
+        table.add_row(row);
+    }
+    table
+}
+
+fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
+    let setup = |header: &Header| {
+        if header.driver != DRIVER {
+            bail!(
+                "{} is of driver {}, and there is a workload for {DRIVER} only",
+                file.display(),
+                header.driver
+            );
+        }
+        images.setup(&header.driver, header.functions.clone())
+    };
+    let mut tell = |what: &str| eprintln!("campaign: {what}");
+    let (then, now) = campaign::replay(file, trial, setup, &mut tell)?;
+    print_json(&serde_json::json!({ "then": then, "now": now }))?;
+    let same = then.runs.iter().all(|(way, run)| {
+        now.runs
+            .get(way)
+            .is_some_and(|now| now.verdict == run.verdict)
+    });
+    if !same {
+        eprintln!("campaign: it did not end as then");
+    }
+    Ok(Ending::SUCCESS)
+}
+
+fn kinds(json: bool) -> anyhow::Result<()> {
+    if json {
+        let all = Kind::ALL.iter().map(|kind| {
+            serde_json::json!({ "kind": kind.name(), "sentence": kind.sentence(), "source": kind.source() })
+        });
+        return print_json(&all.collect::<Vec<_>>());
+    }
+    let mut table = table(&["kind", "what goes wrong", "source"]);
+    for kind in Kind::ALL {
+        table.add_row(vec![kind.name(), kind.sentence(), kind.source()]);
+    }
+    print_bytes(format!("{table}\n").as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_begin_with_what_matters() {
+        let mut summary = Summary {
+            trials: 12,
+            ..Summary::default()
+        };
+        summary.ways.insert(
+            Way::Native,
+            Counts::from([(Verdict::Crash, 5), (Verdict::Benign, 7)]),
+        );
+        let of_harm = Counts::from([
+            (Verdict::Recovered, 3),
+            (Verdict::Escaped, 1),
+            (Verdict::Benign, 1),
+        ]);
+        summary.of_harm.insert(Way::Once, of_harm);
+        summary.to_look_at.insert(Verdict::Escaped, vec![4]);
+        let text = text(&summary);
+        assert!(text.starts_with("12 faults, of which 5 crash"), "{text}");
+        assert!(text.contains(
+            "isolated, once: of 5, 4 left the guest alive, 3 recovered, 1 had no effect, 1 escaped"
+        ));
+        assert!(text.contains("escaped: trial 4"));
+        assert!(
+            !text.contains("lost device"),
+            "rows without a count are left out"
+        );
+    }
+
+    #[test]
+    fn kinds_are_named_where_one_is_wrong() {
+        assert_eq!(parse_kind("nop"), Ok(Kind::Nop));
+        assert!(parse_kind("gremlin").unwrap_err().contains("missing_call"));
+    }
+
+    #[test]
+    fn times_are_said_as_people_do() {
+        assert_eq!(minutes(Duration::from_secs(119)), "119 s");
+        assert_eq!(minutes(Duration::from_secs(121)), "3 min");
+    }
+}
