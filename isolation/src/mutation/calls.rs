@@ -25,15 +25,18 @@ const EIO: &[u8] = &[0x6a, 0xfb, 0x58];
 /// Instructions behind a call in which its result is looked at, at most.
 const LOOKED_AT: usize = 4;
 
-/// What is called, if anything is.
-fn called(insn: &Insn) -> Option<&str> {
+/// The name of the function that is called.
+fn named(insn: &Insn) -> Option<&str> {
     match &insn.role {
-        Role::Call(name) | Role::TailCall(name) => Some(
-            name.as_deref()
-                .unwrap_or("the function that a pointer leads to"),
-        ),
+        Role::Call(name) | Role::TailCall(name) => name.as_deref(),
         _ => None,
     }
+}
+
+/// What is called, if anything is.
+fn called(insn: &Insn) -> Option<&str> {
+    let calls = matches!(insn.role, Role::Call(_) | Role::TailCall(_));
+    calls.then(|| named(insn).unwrap_or("the function that a pointer leads to"))
 }
 
 /// In place of the call, code that sets its result. Who goes there for good returns at once.
@@ -52,7 +55,7 @@ pub(super) fn missing_call(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn memory_leak(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_free(name) => instead(
             insn,
             &[],
@@ -63,7 +66,7 @@ pub(super) fn memory_leak(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn missing_reference(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_getter(name) => instead(
             insn,
             ARGUMENT,
@@ -74,7 +77,7 @@ pub(super) fn missing_reference(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn unbalanced_lock(insn: &Insn) -> Vec<Change> {
-    let Some(name) = called(insn) else {
+    let Some(name) = named(insn) else {
         return Vec::new();
     };
     let (code, says): (&[u8], &str) = match names::lock(name) {
@@ -98,7 +101,7 @@ pub(super) fn interrupts_left_off(insn: &Insn) -> Vec<Change> {
             Change::whole(&[CLI], "cli in place of sti"),
         ];
     }
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::enables_interrupts(name) => instead(
             insn,
             &[CLI],
@@ -111,7 +114,7 @@ pub(super) fn interrupts_left_off(insn: &Insn) -> Vec<Change> {
 const CLI: u8 = 0xfa;
 
 pub(super) fn failed_allocation(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_allocator(name) => instead(
             insn,
             ZERO,

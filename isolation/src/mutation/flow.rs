@@ -184,7 +184,8 @@ pub(super) fn wild_jump(insn: &Insn) -> Vec<Change> {
     };
     WILD.into_iter()
         .map(|far| {
-            let says = format!("{does} {far:#x} bytes on");
+            let way = if far < 0 { "back" } else { "ahead" };
+            let says = format!("{does} {:#x} bytes {way}", far.unsigned_abs());
             Change::whole(&near(opcode, far), says)
         })
         .collect()
