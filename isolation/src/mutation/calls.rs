@@ -7,15 +7,17 @@ use iced_x86::{ConditionCode, Mnemonic, OpKind, Register};
 use super::change::Change;
 use super::listing::{Insn, Listing, Role, writes};
 use super::names::{self, Lock};
+use super::operands::constant;
 
 const RET: u8 = 0xc3;
+const CLI: u8 = 0xfa;
 /// `xor %eax,%eax`
 const ZERO: &[u8] = &[0x31, 0xc0];
 /// `mov $1,%eax`
 const ONE: &[u8] = &[0xb8, 0x01, 0x00, 0x00, 0x00];
 /// `mov %rdi,%rax`
 const ARGUMENT: &[u8] = &[0x48, 0x89, 0xf8];
-/// `pushf; pop %rax`
+/// `pushf; pop %rax`. The kernel has no red zone below the stack pointer (`-mno-red-zone`).
 const FLAGS: &[u8] = &[0x9c, 0x58];
 /// `push $-12; pop %rax`: a negative number of 64 bits in three bytes.
 const ENOMEM: &[u8] = &[0x6a, 0xf4, 0x58];
@@ -111,8 +113,6 @@ pub(super) fn interrupts_left_off(insn: &Insn) -> Vec<Change> {
     }
 }
 
-const CLI: u8 = 0xfa;
-
 pub(super) fn failed_allocation(insn: &Insn) -> Vec<Change> {
     match named(insn) {
         Some(name) if names::is_allocator(name) => instead(
@@ -181,7 +181,9 @@ fn looked_at(listing: &Listing<'_>, index: usize) -> Option<Looked> {
                     return None;
                 });
             }
-            Mnemonic::Cmp if of_result && into.size() >= 4 => return Some(Looked::Number),
+            Mnemonic::Cmp if of_result && into.size() >= 4 && constant(i).is_some() => {
+                return Some(Looked::Number);
+            }
             Mnemonic::Mov
                 if i.op1_kind() == OpKind::Register && holds.contains(&from.full_register()) =>
             {

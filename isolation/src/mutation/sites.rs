@@ -63,20 +63,20 @@ fn all(listing: &Listing<'_>, index: usize, insn: &Insn, kind: Kind) -> Vec<Chan
         Kind::SmashedReturn => flow::smashed_return(listing, index, insn),
         Kind::DeepRecursion => flow::deep_recursion(listing, insn),
         // xor %eax,%eax; mov (%rax),%eax
-        Kind::NullDereference => stops(kind, &[0x31, 0xc0, 0x8b, 0x00]),
+        Kind::NullDereference => stops(&[0x31, 0xc0, 0x8b, 0x00], "a load through a NULL pointer"),
         // ud2
-        Kind::UndefinedInstruction => stops(kind, &[0x0f, 0x0b]),
+        Kind::UndefinedInstruction => stops(&[0x0f, 0x0b], "an undefined instruction"),
         // xor %ecx,%ecx; div %ecx
-        Kind::DivisionByZero => stops(kind, &[0x31, 0xc9, 0xf7, 0xf1]),
+        Kind::DivisionByZero => stops(&[0x31, 0xc9, 0xf7, 0xf1], "a division by zero"),
         // jmp .
-        Kind::EndlessLoop => stops(kind, &[0xeb, 0xfe]),
-        Kind::Halt => stops(kind, &[0xf4]),
+        Kind::EndlessLoop => stops(&[0xeb, 0xfe], "an endless loop"),
+        Kind::Halt => stops(&[0xf4], "the processor is halted"),
     }
 }
 
 /// Code that the call does not go on behind.
-fn stops(kind: Kind, code: &[u8]) -> Vec<Change> {
-    vec![Change::whole(code, kind.sentence())]
+fn stops(code: &[u8], says: &str) -> Vec<Change> {
+    vec![Change::whole(code, says)]
 }
 
 /// The instruction with each of its bits flipped.
