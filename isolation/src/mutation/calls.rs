@@ -7,15 +7,17 @@ use iced_x86::{ConditionCode, Mnemonic, OpKind, Register};
 use super::change::Change;
 use super::listing::{Insn, Listing, Role, writes};
 use super::names::{self, Lock};
+use super::operands::constant;
 
 const RET: u8 = 0xc3;
+const CLI: u8 = 0xfa;
 /// `xor %eax,%eax`
 const ZERO: &[u8] = &[0x31, 0xc0];
 /// `mov $1,%eax`
 const ONE: &[u8] = &[0xb8, 0x01, 0x00, 0x00, 0x00];
 /// `mov %rdi,%rax`
 const ARGUMENT: &[u8] = &[0x48, 0x89, 0xf8];
-/// `pushf; pop %rax`
+/// `pushf; pop %rax`. The kernel has no red zone below the stack pointer (`-mno-red-zone`).
 const FLAGS: &[u8] = &[0x9c, 0x58];
 /// `push $-12; pop %rax`: a negative number of 64 bits in three bytes.
 const ENOMEM: &[u8] = &[0x6a, 0xf4, 0x58];
@@ -25,15 +27,18 @@ const EIO: &[u8] = &[0x6a, 0xfb, 0x58];
 /// Instructions behind a call in which its result is looked at, at most.
 const LOOKED_AT: usize = 4;
 
-/// What is called, if anything is.
-fn called(insn: &Insn) -> Option<&str> {
+/// The name of the function that is called.
+fn named(insn: &Insn) -> Option<&str> {
     match &insn.role {
-        Role::Call(name) | Role::TailCall(name) => Some(
-            name.as_deref()
-                .unwrap_or("the function that a pointer leads to"),
-        ),
+        Role::Call(name) | Role::TailCall(name) => name.as_deref(),
         _ => None,
     }
+}
+
+/// What is called, if anything is.
+fn called(insn: &Insn) -> Option<&str> {
+    let calls = matches!(insn.role, Role::Call(_) | Role::TailCall(_));
+    calls.then(|| named(insn).unwrap_or("the function that a pointer leads to"))
 }
 
 /// In place of the call, code that sets its result. Who goes there for good returns at once.
@@ -52,7 +57,7 @@ pub(super) fn missing_call(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn memory_leak(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_free(name) => instead(
             insn,
             &[],
@@ -63,7 +68,7 @@ pub(super) fn memory_leak(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn missing_reference(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_getter(name) => instead(
             insn,
             ARGUMENT,
@@ -74,7 +79,7 @@ pub(super) fn missing_reference(insn: &Insn) -> Vec<Change> {
 }
 
 pub(super) fn unbalanced_lock(insn: &Insn) -> Vec<Change> {
-    let Some(name) = called(insn) else {
+    let Some(name) = named(insn) else {
         return Vec::new();
     };
     let (code, says): (&[u8], &str) = match names::lock(name) {
@@ -98,7 +103,7 @@ pub(super) fn interrupts_left_off(insn: &Insn) -> Vec<Change> {
             Change::whole(&[CLI], "cli in place of sti"),
         ];
     }
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::enables_interrupts(name) => instead(
             insn,
             &[CLI],
@@ -108,10 +113,8 @@ pub(super) fn interrupts_left_off(insn: &Insn) -> Vec<Change> {
     }
 }
 
-const CLI: u8 = 0xfa;
-
 pub(super) fn failed_allocation(insn: &Insn) -> Vec<Change> {
-    match called(insn) {
+    match named(insn) {
         Some(name) if names::is_allocator(name) => instead(
             insn,
             ZERO,
@@ -178,7 +181,9 @@ fn looked_at(listing: &Listing<'_>, index: usize) -> Option<Looked> {
                     return None;
                 });
             }
-            Mnemonic::Cmp if of_result && into.size() >= 4 => return Some(Looked::Number),
+            Mnemonic::Cmp if of_result && into.size() >= 4 && constant(i).is_some() => {
+                return Some(Looked::Number);
+            }
             Mnemonic::Mov
                 if i.op1_kind() == OpKind::Register && holds.contains(&from.full_register()) =>
             {

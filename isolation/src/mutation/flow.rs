@@ -6,9 +6,12 @@ use super::change::Change;
 use super::listing::{Insn, Listing, Role, is_near};
 use super::operands::{constant, with_constant};
 use super::registers::{is_general, sized};
-use super::text;
+use super::{loops, text};
 
-/// Length of `jmp` and `call` with a displacement of four bytes.
+/// `call` and `jmp` with a displacement of four bytes.
+const CALL: u8 = 0xe8;
+const JMP: u8 = 0xe9;
+/// Their length in bytes.
 const NEAR: usize = 5;
 /// How far a wild jump goes, in bytes: out of every function, and mostly not to an instruction's start.
 const WILD: [i32; 8] = [
@@ -127,36 +130,21 @@ pub(super) fn loop_bound(listing: &Listing<'_>, index: usize, insn: &Insn) -> Ve
     stack.into_iter().collect()
 }
 
-/// Whether the next branch, if it goes by the comparison at `index`, goes on with a loop or leaves one.
+/// Whether the branch that goes by the comparison at `index` goes on with a loop or leaves one.
 fn decides_loop(listing: &Listing<'_>, index: usize) -> bool {
-    let next = listing
-        .behind(index)
-        .take_while(|insn| !insn.joined)
-        .find(|insn| {
-            insn.role != Role::Nop
-                && insn.i.mnemonic() != Mnemonic::Mov
-                && insn.i.mnemonic() != Mnemonic::Lea
-        });
-    let Some(branch) = next.filter(|next| next.i.is_jcc_short_or_near()) else {
-        return false;
+    use Mnemonic::{Lea, Mov};
+    // Neither changes what the comparison found.
+    let between = |insn: &Insn| {
+        insn.role == Role::Nop || insn.role == Role::Plain && matches!(insn.i.mnemonic(), Mov | Lea)
     };
-    let (at, to) = (branch.i.ip(), branch.i.near_branch_target());
-    if !listing.inside(to) {
-        return false;
-    }
-    if to <= at {
-        return true;
-    }
-    // It leaves a loop if one goes back from in front of its target to in front of it.
-    listing.insns.iter().any(|back| {
-        let goes_back = matches!(back.role, Role::Jump | Role::Branch) && is_near(&back.i);
-        let from = back.i.ip();
-        goes_back
-            && from > at
-            && from < to
-            && listing.inside(back.i.near_branch_target())
-            && back.i.near_branch_target() <= at
-    })
+    let passed = listing
+        .behind(index)
+        .take_while(|insn| !insn.joined && between(insn))
+        .count();
+    let branch = index.saturating_add(passed).saturating_add(1);
+    let insn = listing.insns.get(branch);
+    insn.is_some_and(|insn| !insn.joined && insn.i.is_jcc_short_or_near())
+        && loops::decides(listing, branch)
 }
 
 pub(super) fn branch(insn: &Insn) -> Vec<Change> {
@@ -184,7 +172,8 @@ pub(super) fn wild_jump(insn: &Insn) -> Vec<Change> {
     };
     WILD.into_iter()
         .map(|far| {
-            let says = format!("{does} {far:#x} bytes on");
+            let way = if far < 0 { "back" } else { "ahead" };
+            let says = format!("{does} {:#x} bytes {way}", far.unsigned_abs());
             Change::whole(&near(opcode, far), says)
         })
         .collect()
@@ -224,9 +213,6 @@ fn before_return(listing: &Listing<'_>, index: usize) -> bool {
     let mut behind = behind.skip_while(|insn| matches!(insn.role, Role::Plain | Role::Nop));
     behind.next().is_some_and(|insn| insn.role == Role::Return)
 }
-
-const CALL: u8 = 0xe8;
-const JMP: u8 = 0xe9;
 
 /// A call or jump to what is `far` behind it.
 fn near(opcode: u8, far: i32) -> Vec<u8> {

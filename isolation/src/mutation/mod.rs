@@ -3,7 +3,7 @@
 //! ```text
 //!   code in memory ─► listing ─► sites: which kinds fit which instruction
 //!                                  └──► mutate: the bytes of one kind at one of them
-//!                                         operands, flow, calls: all ways; the seed chooses one
+//!                                         operands, flow, loops, calls: all ways; the seed chooses one
 //! ```
 //!
 //! Nothing is run and nothing is written here. A change has exactly the bytes of the instruction that it is put in
@@ -17,6 +17,7 @@ mod change;
 mod flow;
 mod kinds;
 mod listing;
+mod loops;
 mod names;
 mod operands;
 mod registers;

@@ -2,15 +2,39 @@
 
 use super::change::Change;
 use super::kinds::Kind;
-use super::listing::Listing;
+use super::listing::{Insn, Listing};
 use super::{calls, flow, operands, text};
 
 /// All ways to change the instruction at `index` by the kind; none if it does not fit.
 pub(super) fn changes(listing: &Listing<'_>, index: usize, kind: Kind) -> Vec<Change> {
-    let Some(insn) = listing.site(index) else {
-        return Vec::new();
-    };
-    let found = match kind {
+    let mut changes: Vec<Change> = Vec::new();
+    for change in fitting(listing, index, kind) {
+        // Two ways may come to the same.
+        if changes.iter().all(|other| other.bytes != change.bytes) {
+            changes.push(change);
+        }
+    }
+    changes
+}
+
+/// The kinds that fit the instruction at `index`.
+pub(super) fn kinds(listing: &Listing<'_>, index: usize) -> Vec<Kind> {
+    let fits = |kind: &Kind| fitting(listing, index, *kind).next().is_some();
+    Kind::ALL.iter().copied().filter(fits).collect()
+}
+
+/// Ways to change the instruction at `index` by the kind that keep to its length and change something.
+fn fitting(listing: &Listing<'_>, index: usize, kind: Kind) -> impl Iterator<Item = Change> {
+    let insn = listing.site(index);
+    let all = insn.map(|insn| all(listing, index, insn, kind));
+    all.into_iter()
+        .flatten()
+        .filter_map(move |change| change.fitted(listing, insn?))
+}
+
+/// Ways to change the instruction by the kind, among them some that do not fit.
+fn all(listing: &Listing<'_>, index: usize, insn: &Insn, kind: Kind) -> Vec<Change> {
+    match kind {
         Kind::LengthOverrun => operands::length_overrun(listing, index, insn),
         Kind::LoopBound => flow::loop_bound(listing, index, insn),
         Kind::OffByOne => flow::off_by_one(listing, insn),
@@ -39,37 +63,20 @@ pub(super) fn changes(listing: &Listing<'_>, index: usize, kind: Kind) -> Vec<Ch
         Kind::SmashedReturn => flow::smashed_return(listing, index, insn),
         Kind::DeepRecursion => flow::deep_recursion(listing, insn),
         // xor %eax,%eax; mov (%rax),%eax
-        Kind::NullDereference => stops(kind, &[0x31, 0xc0, 0x8b, 0x00]),
+        Kind::NullDereference => stops(&[0x31, 0xc0, 0x8b, 0x00], "a load through a NULL pointer"),
         // ud2
-        Kind::UndefinedInstruction => stops(kind, &[0x0f, 0x0b]),
+        Kind::UndefinedInstruction => stops(&[0x0f, 0x0b], "an undefined instruction"),
         // xor %ecx,%ecx; div %ecx
-        Kind::DivisionByZero => stops(kind, &[0x31, 0xc9, 0xf7, 0xf1]),
+        Kind::DivisionByZero => stops(&[0x31, 0xc9, 0xf7, 0xf1], "a division by zero"),
         // jmp .
-        Kind::EndlessLoop => stops(kind, &[0xeb, 0xfe]),
-        Kind::Halt => stops(kind, &[0xf4]),
-    };
-    let mut changes: Vec<Change> = Vec::new();
-    for change in found {
-        let fitted = change.fitted(listing, insn);
-        // Two ways may come to the same.
-        let new = fitted.filter(|one| changes.iter().all(|other| other.bytes != one.bytes));
-        changes.extend(new);
+        Kind::EndlessLoop => stops(&[0xeb, 0xfe], "an endless loop"),
+        Kind::Halt => stops(&[0xf4], "the processor is halted"),
     }
-    changes
-}
-
-/// The kinds that fit the instruction at `index`.
-pub(super) fn kinds(listing: &Listing<'_>, index: usize) -> Vec<Kind> {
-    Kind::ALL
-        .iter()
-        .copied()
-        .filter(|kind| !changes(listing, index, *kind).is_empty())
-        .collect()
 }
 
 /// Code that the call does not go on behind.
-fn stops(kind: Kind, code: &[u8]) -> Vec<Change> {
-    vec![Change::whole(code, kind.sentence())]
+fn stops(code: &[u8], says: &str) -> Vec<Change> {
+    vec![Change::whole(code, says)]
 }
 
 /// The instruction with each of its bits flipped.

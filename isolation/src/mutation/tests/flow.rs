@@ -42,6 +42,29 @@ fn bounds_are_those_of_loops() {
 }
 
 #[test]
+fn a_branch_to_rare_code_that_comes_back_is_no_loop() {
+    let code = made(|asm| {
+        let (mut rare, mut rarer) = (asm.create_label(), asm.create_label());
+        let (mut back, mut on) = (asm.create_label(), asm.create_label());
+        asm.cmp(eax, 1)?;
+        asm.je(rare)?;
+        asm.set_label(&mut back)?;
+        asm.cmp(ecx, 1)?;
+        asm.je(rarer)?;
+        asm.set_label(&mut on)?;
+        asm.ret()?;
+        asm.set_label(&mut rare)?;
+        asm.mov(edx, 1)?;
+        asm.jmp(back)?;
+        asm.set_label(&mut rarer)?;
+        asm.cmp(edx, 1)?;
+        asm.jne(on)?;
+        asm.ret()
+    });
+    assert!(fitting(&code, Kind::LoopBound).is_empty());
+}
+
+#[test]
 fn comparisons_are_off_by_one() {
     let code = loops();
     assert_eq!(
