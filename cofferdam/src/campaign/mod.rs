@@ -323,7 +323,11 @@ pub fn with_function<T>(
     text: &FunctionBytes,
     look: impl FnOnce(&Function<'_>) -> T,
 ) -> T {
-    let callee = |at: u64| text.callees.get(&at).cloned();
+    let callee = |at: u64| {
+        let mut callees = text.callees.iter();
+        let found = callees.find(|(target, _)| *target == at)?;
+        Some(found.1.clone())
+    };
     look(&Function {
         name,
         start: text.start,

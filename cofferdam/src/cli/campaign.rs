@@ -135,7 +135,8 @@ impl From<WayName> for Way {
     }
 }
 
-fn parse_kind(name: &str) -> Result<Kind, String> {
+/// One of [`Kind::ALL`].
+pub fn parse_kind(name: &str) -> Result<Kind, String> {
     Kind::from_name(name).ok_or_else(|| {
         let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
         format!("there are {}", names.join(", "))

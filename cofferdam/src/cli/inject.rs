@@ -1,9 +1,11 @@
 //! `inject`: faults in calls of an isolated driver, on purpose.
 
 use anyhow::{Context, bail};
+use isolation::mutation::Kind;
 use recovery::fault::{FaultKind, Place};
 use serde::Serialize;
 
+use super::inject_code::{When, Where, parse_when, undo};
 use super::isolation::ask;
 use super::words::{counted, ordinal};
 use super::{Ending, print_bytes, print_json};
@@ -13,26 +15,47 @@ use crate::options::VmName;
 /// `inject`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The guest's own text is not touched: only the domain's copy of the function, for single calls.
-`cofferdam violations` shows what came of it, `cofferdam status` what was done about it.
+Of an isolated function the guest's own text is not touched: only the domain's copy, for single calls. `cofferdam
+violations` shows what came of it, `cofferdam status` what was done about it. With --kind one instruction is changed as
+programmers' mistakes would have it (`cofferdam campaign kinds` lists the kinds), also of a driver that is not isolated:
+then in the guest's own text, where it stays until --undo, a rewind or a reset.
 
 Examples:
   cofferdam inject web e1000 e1000_xmit_frame
   cofferdam inject web e1000 e1000_clean --at last --fault endless_loop --every 10 --times 5
-  cofferdam inject web e1000 e1000_open --at +0x1c")]
+  cofferdam inject web e1000 e1000_open --at +0x1c
+  cofferdam inject web e1000 --list --at e1000_clean
+  cofferdam inject web e1000 --kind missing_call --at e1000_clean --seed 3
+  cofferdam inject web e1000 --kind flipped_condition --at e1000_open+0x4c --when always
+  cofferdam inject web e1000 --undo")]
 pub struct InjectOptions {
     /// Name of the VM
     vm: VmName,
     /// Name of the isolated module
     module: String,
-    /// Name of one of its isolated functions
-    function: String,
-    /// Where: first, middle, last, or +OFFSET in bytes
+    /// Name of one of its functions, unless --at has it
+    function: Option<String>,
+    /// Where: first, middle, last, +OFFSET in bytes, FUNCTION or FUNCTION+OFFSET
     #[arg(long, value_name = "WHERE", default_value = "first", value_parser = parse_at)]
     at: At,
-    /// What goes wrong
+    /// What goes wrong, in place of whatever instructions are there
     #[arg(long, value_name = "FAULT", default_value = "null_dereference", value_parser = parse_fault)]
     fault: FaultKind,
+    /// What is changed about one instruction that it fits; without an offset --seed chooses which
+    #[arg(long, value_name = "KIND", conflicts_with_all = ["fault", "every", "times"], value_parser = super::campaign::parse_kind)]
+    kind: Option<Kind>,
+    /// With --kind, into which calls: once (the first that comes to it), nth=N, always
+    #[arg(long, value_name = "WHEN", default_value = "once", requires = "kind", value_parser = parse_when)]
+    when: When,
+    /// With --kind, what chooses among the ways and places
+    #[arg(long, value_name = "S", default_value_t = 1, requires = "kind")]
+    seed: u64,
+    /// List the instructions of the function with the kinds that fit
+    #[arg(long, conflicts_with_all = ["fault", "every", "times", "undo"])]
+    list: bool,
+    /// Take back what is not used up of the module's faults
+    #[arg(long, conflicts_with_all = ["fault", "every", "times", "kind"])]
+    undo: bool,
     /// Into every how many calls
     #[arg(
         long,
@@ -92,26 +115,45 @@ impl Ordered {
 }
 
 /// Where a fault goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum At {
     Place(Place),
     Offset(u64),
+    Function(String, Option<u64>),
 }
 
 fn parse_at(text: &str) -> Result<At, String> {
     if let Some(place) = Place::ALL.into_iter().find(|place| place.name() == text) {
         return Ok(At::Place(place));
     }
-    let offset = text
-        .strip_prefix('+')
-        .and_then(|offset| match offset.strip_prefix("0x") {
-            Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
-            Some(_) => None,
-            None => offset.parse().ok(),
-        });
-    offset
-        .map(At::Offset)
-        .ok_or_else(|| "give first, middle, last, or an offset such as +0x1c".to_owned())
+    let is_name = |name: &str| {
+        let mut bytes = name.bytes();
+        bytes.next().is_some_and(|first| !first.is_ascii_digit())
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_.".contains(&byte))
+    };
+    let at = match text.split_once('+') {
+        Some(("", offset)) => parse_offset(offset).map(At::Offset),
+        Some((name, offset)) if is_name(name) => {
+            parse_offset(offset).map(|offset| At::Function(name.to_owned(), Some(offset)))
+        }
+        None if is_name(text) => Some(At::Function(text.to_owned(), None)),
+        _ => None,
+    };
+    at.ok_or_else(|| {
+        "give first, middle, last, an offset such as +0x1c, or a function with or without one"
+            .to_owned()
+    })
+}
+
+fn parse_offset(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
+        Some(_) => None,
+        None if text.starts_with('+') => None,
+        None => text.parse().ok(),
+    }
 }
 
 fn parse_fault(name: &str) -> Result<FaultKind, String> {
@@ -122,22 +164,57 @@ fn parse_fault(name: &str) -> Result<FaultKind, String> {
 impl InjectOptions {
     /// `inject`
     pub fn run(self) -> anyhow::Result<Ending> {
+        if self.undo {
+            undo(&self.vm, &self.module, self.json)?;
+            return Ok(Ending::SUCCESS);
+        }
+        let (function, at) = match (self.function, self.at) {
+            (None, At::Function(name, None)) => (name, None),
+            (None, At::Function(name, Some(offset))) => (name, Some(At::Offset(offset))),
+            (Some(_), At::Function(..)) => {
+                bail!("name the function once: as FUNCTION, or with --at")
+            }
+            (Some(name), at) => (name, Some(at)),
+            (None, _) => bail!(
+                "name a function of {}: as FUNCTION, or with --at",
+                self.module
+            ),
+        };
+        let place = Where {
+            vm: &self.vm,
+            module: &self.module,
+            function: &function,
+        };
+        if self.list {
+            place.list(self.kind, self.json)?;
+            return Ok(Ending::SUCCESS);
+        }
+        if let Some(kind) = self.kind {
+            let offset = match at {
+                Some(At::Offset(offset)) => Some(offset),
+                _ => None,
+            };
+            place.inject(kind, offset, self.when, self.seed, self.json)?;
+            return Ok(Ending::SUCCESS);
+        }
         let request = Request::Instructions {
             module: self.module.clone(),
-            function: self.function.clone(),
+            function: function.clone(),
         };
         let Reply::Instructions { instructions } = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
         };
-        let offset = match self.at {
-            At::Place(place) => place.candidates(&instructions).first().copied(),
-            At::Offset(offset) => instructions
+        let offset = match at {
+            None => Place::First.candidates(&instructions).first().copied(),
+            Some(At::Place(place)) => place.candidates(&instructions).first().copied(),
+            Some(At::Function(..)) => None,
+            Some(At::Offset(offset)) => instructions
                 .iter()
                 .map(|instruction| instruction.offset)
                 .find(|start| *start == offset),
         };
         let offset =
-            offset.with_context(|| format!("no instruction of {} begins there", self.function))?;
+            offset.with_context(|| format!("no instruction of {function} begins there"))?;
         let count = Request::FaultCount {
             module: self.module.clone(),
         };
@@ -148,7 +225,7 @@ impl InjectOptions {
         };
         let ordered = Ordered {
             module: self.module,
-            function: self.function,
+            function,
             offset,
             fault: self.fault.name(),
             every: self.every,
@@ -211,7 +288,12 @@ mod tests {
         assert_eq!(parse_at("last"), Ok(At::Place(Place::Last)));
         assert_eq!(parse_at("+0x1c"), Ok(At::Offset(0x1c)));
         assert_eq!(parse_at("+28"), Ok(At::Offset(28)));
-        for wrong in ["", "+", "0x1c", "+0x", "+0x+1", "-1", "end"] {
+        let function = |offset| At::Function("e1000_open".to_owned(), offset);
+        assert_eq!(parse_at("e1000_open"), Ok(function(None)));
+        assert_eq!(parse_at("e1000_open+0x4c"), Ok(function(Some(0x4c))));
+        for wrong in [
+            "", "+", "0x1c", "+0x", "+0x+1", "++1", "-1", "open+", "a b", "9p+1",
+        ] {
             assert!(parse_at(wrong).is_err(), "{wrong}");
         }
         assert!(parse_fault("gremlin").unwrap_err().contains("halt"));

@@ -9,6 +9,7 @@ mod device_host;
 mod errors;
 mod exec;
 mod inject;
+mod inject_code;
 mod isolation;
 mod listed;
 mod logging;

@@ -10,6 +10,7 @@
 )]
 
 mod builds;
+mod campaign;
 mod isolation;
 mod kernels;
 mod last_resort;

@@ -1,7 +1,5 @@
 //! Faults on purpose, in requests and answers.
 
-use std::collections::BTreeMap;
-
 use agent_protocol::message::Bytes;
 use isolation::attach::text_fault::TextFaultStatus;
 use isolation::dispatch::fault::{FaultCount, UsedUpBy};
@@ -26,7 +24,7 @@ pub struct FunctionBytes {
     /// Its bytes, with the padding behind it and without a gate.
     pub code: Bytes,
     /// Names of the functions that it calls or jumps to outside of itself, by address.
-    pub callees: BTreeMap<u64, String>,
+    pub callees: Vec<(u64, String)>,
     /// Whether it is isolated.
     pub isolated: bool,
 }

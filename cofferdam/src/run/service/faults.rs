@@ -30,7 +30,7 @@ impl VmService {
         Ok(Reply::FunctionText(FunctionBytes {
             start: text.start,
             code: Bytes(text.code),
-            callees: text.callees,
+            callees: text.callees.into_iter().collect(),
             isolated: own.any(|status| is_it(&status)),
         }))
     }

@@ -1,0 +1,117 @@
+//! Faults in one instruction of a stock driver: by hand and taken back, and as a campaign.
+
+use agent_protocol::message::Bytes;
+use cofferdam::campaign::worker::Setup;
+use cofferdam::campaign::{self, CampaignOptions, with_function};
+use cofferdam::control::protocol::{FunctionBytes, Reply, Request};
+use isolation::mutation::{Kind, mutate, sites};
+use recovery::campaign::Way;
+use recovery::campaign::summary::Summary;
+use recovery::campaign::verdict::Verdict;
+
+use super::options;
+use super::victim::{DRIVER, Victim};
+
+/// Fills in the driver's name, by a call that can be left out.
+const DRVINFO: &str = "e1000_get_drvinfo";
+
+fn text_of(victim: &mut Victim, function: &str) -> FunctionBytes {
+    victim.guest.agent().disconnect();
+    match victim.ask(&Request::FunctionText {
+        module: DRIVER.to_owned(),
+        function: function.to_owned(),
+    }) {
+        Reply::FunctionText(text) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
+    let mut victim = Victim::boot();
+    let says_driver = |victim: &mut Victim| {
+        let info = victim.guest.run(&["ethtool", "-i", "eth0"]).unwrap();
+        info.lines().any(|line| line.trim() == "driver: e1000")
+    };
+    assert!(says_driver(&mut victim));
+    let text = text_of(&mut victim, DRVINFO);
+    assert!(!text.isolated);
+    // All of its calls copy texts; the first copies the driver's name.
+    let mutation = with_function(DRVINFO, &text, |function| {
+        let all = sites(function);
+        let site = all.iter().find(|site| site.kinds.contains(&Kind::MissingCall));
+        mutate(function, Kind::MissingCall, site.unwrap().offset, 0)
+    });
+    let mutation = mutation.unwrap();
+    eprintln!("{mutation:?}");
+    victim.guest.agent().disconnect();
+    victim.ask(&Request::InjectCode {
+        module: DRIVER.to_owned(),
+        function: DRVINFO.to_owned(),
+        offset: mutation.offset.into(),
+        old: Bytes(mutation.old.clone()),
+        new: Bytes(mutation.new.clone()),
+        replaces_whole: mutation.replaces_whole,
+        calls: None,
+    });
+    assert!(!says_driver(&mut victim));
+    let undo = Request::UndoFaults {
+        module: DRIVER.to_owned(),
+    };
+    victim.guest.agent().disconnect();
+    let Reply::Faults(faults) = victim.ask(&undo) else {
+        panic!("no faults");
+    };
+    assert!(faults.own_text.unwrap().reached_ns.is_some());
+    assert!(says_driver(&mut victim));
+    assert_eq!(text_of(&mut victim, DRVINFO), text);
+    victim.assert_healthy("a call that was left out for a while");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut campaign = CampaignOptions {
+        setup: Setup {
+            guest: options().with("--net user --nic e1000"),
+            driver: DRIVER.to_owned(),
+            functions: ["e1000_xmit_frame", DRVINFO, "e1000_open"].map(str::to_owned).to_vec(),
+        },
+        kinds: vec![Kind::NullDereference, Kind::UndefinedInstruction],
+        trials: 3,
+        seed: 1,
+        ways: Way::ALL.to_vec(),
+        file: folder.path().join("campaign.jsonl"),
+    };
+    let mut tell = |what: &str| eprintln!("{what}");
+    let mut records = Vec::new();
+    let done = campaign::run(&campaign, &mut tell, &mut |progress| {
+        eprintln!("{}: {:?}", progress.record.says, progress.record.runs);
+        records.push(progress.record.clone());
+        true
+    })
+    .unwrap();
+    assert_eq!((done.made, done.stopped), (3, false));
+    let verdict = |record: &recovery::campaign::record::Record, way| record.runs[&way].verdict;
+    let reached: Vec<_> = records
+        .iter()
+        .filter(|record| verdict(record, Way::Native) != Verdict::NotActivated)
+        .collect();
+    assert!(!reached.is_empty(), "the seed has no fault that the guest comes to");
+    for record in reached {
+        assert_eq!(verdict(record, Way::Native), Verdict::Crash, "{record:?}");
+        for way in [Way::Once, Way::Stays] {
+            assert_ne!(verdict(record, way), Verdict::Escaped, "{record:?}");
+        }
+        assert_eq!(verdict(record, Way::Once), Verdict::Recovered, "{record:?}");
+    }
+    let written = campaign::read(&campaign.file).unwrap();
+    assert_eq!(written.records, records);
+    assert_eq!(Summary::of(&written.records), done.summary);
+    // Another campaign does not go on in this one's file.
+    campaign.seed = 2;
+    let refused = campaign::run(&campaign, &mut tell, &mut |_| true).unwrap_err();
+    assert!(refused.to_string().contains("another campaign"), "{refused:#}");
+}
