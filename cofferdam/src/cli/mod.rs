@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod device;
 mod device_host;
+mod disturb;
 mod errors;
 mod exec;
 mod inject;
@@ -99,6 +100,8 @@ enum Command {
     Violations(violations::ViolationsOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
+    /// Have a NIC fail as hardware does, to see what its driver makes of it
+    Disturb(disturb::DisturbOptions),
     /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
     Analyze(analyze::AnalyzeOptions),
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
@@ -151,6 +154,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
+        Command::Disturb(options) => options.run(),
         Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),
         Command::Switch(options) => options.run(),

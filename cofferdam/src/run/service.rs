@@ -24,7 +24,7 @@ use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
 use super::saved::SavedVm;
 use super::summary::{nic_status, summary};
-use super::{RunConfig, elsewhere, memory};
+use super::{RunConfig, disturbance, elsewhere, memory};
 use crate::control::protocol::{ConfigSummary, ProbeReading, Reply, Request, Status, VmState};
 use crate::control::server::Handler;
 use crate::error_text::chain;
@@ -430,6 +430,18 @@ impl Handler for VmService {
             Request::FaultCount { module } => {
                 let count = self.isolator().fault_count(&module).map_err(text)?;
                 Ok(Reply::FaultCount(count))
+            }
+            Request::Disturb { nic, order } => {
+                self.nics.forget_gone(&self.vm);
+                disturbance::begin(&self.nics, nic.as_deref(), order).map(Reply::Disturbed)
+            }
+            Request::Undisturb { nic, number } => {
+                let disturbances = disturbance::end(&self.nics, nic.as_deref(), number)?;
+                Ok(Reply::Disturbances { disturbances })
+            }
+            Request::Disturbances {} => {
+                let disturbances = disturbance::all(&self.nics);
+                Ok(Reply::Disturbances { disturbances })
             }
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {
