@@ -433,10 +433,12 @@ impl Handler for VmService {
             }
             Request::Disturb { nic, order } => {
                 self.nics.forget_gone(&self.vm);
-                disturbance::begin(&self.nics, nic.as_deref(), order).map(Reply::Disturbed)
+                let begin = || disturbance::begin(&self.nics, nic.as_deref(), order);
+                self.vm.with_devices(begin).map(Reply::Disturbed)
             }
             Request::Undisturb { nic, number } => {
-                let disturbances = disturbance::end(&self.nics, nic.as_deref(), number)?;
+                let end = || disturbance::end(&self.nics, nic.as_deref(), number);
+                let disturbances = self.vm.with_devices(end)?;
                 Ok(Reply::Disturbances { disturbances })
             }
             Request::Disturbances {} => {

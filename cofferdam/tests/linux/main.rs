@@ -10,6 +10,7 @@
 )]
 
 mod builds;
+mod disturbed;
 mod isolation;
 mod kernels;
 mod last_resort;

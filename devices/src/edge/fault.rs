@@ -116,9 +116,12 @@ impl Fault {
         &self.status.order
     }
 
-    /// Whether the device is as [`EdgeKind::lasts`] says from now on.
+    /// Whether the device is as [`EdgeKind::lasts`] says: since a strike, or from the beginning, where it need not wait for
+    /// an access to match.
     pub fn has_lasting_effect(&self) -> bool {
-        self.order().kind.lasts() && self.status.struck > 0
+        let order = self.order();
+        let waits = order.when != When::Always || order.has_place();
+        order.kind.lasts() && (self.status.struck > 0 || !waits)
     }
 
     /// Whether it strikes at `event`.

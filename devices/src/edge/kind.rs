@@ -125,7 +125,7 @@ impl EdgeKind {
                 "An interrupt is raised again at each of the next k accesses, whatever the driver does."
             }
             Self::Silent => {
-                "From the strike on, loads give all ones, stores are lost and there are no interrupts."
+                "Loads give all ones, stores are lost and there are no interrupts: at once, or from the first strike on."
             }
             Self::Removed => {
                 "As silent, and configuration space reads all ones: the device was pulled out without a word."

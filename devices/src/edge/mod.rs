@@ -106,6 +106,7 @@ impl Edge {
         let status = fault.status().clone();
         state.faults.push(fault);
         self.armed.store(true, Ordering::Relaxed);
+        state.look_who_is_there();
         Ok(status)
     }
 

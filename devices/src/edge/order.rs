@@ -254,6 +254,14 @@ impl EdgeOrder {
         }
     }
 
+    /// Whether it is for some accesses only.
+    pub(super) fn has_place(&self) -> bool {
+        self.direction.is_some()
+            || self.bar.is_some()
+            || self.offsets.is_some()
+            || self.width.is_some()
+    }
+
     /// Over how many later accesses it goes.
     pub(super) fn span_or_default(&self) -> u32 {
         self.span.or(self.kind.default_span()).unwrap_or(1)

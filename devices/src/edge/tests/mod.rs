@@ -236,7 +236,7 @@ fn a_silent_function_answers_nothing_but_its_configuration_space() {
 
 #[test]
 fn a_removed_function_has_no_configuration_space_for_the_guest_either() {
-    let mut bench = Bench::armed(EdgeOrder::new(EdgeKind::Removed));
+    let mut bench = Bench::armed(EdgeOrder::new(EdgeKind::Removed).when(When::Once));
     let identity = |bench: &mut Bench| {
         let mut identity = [0; 2];
         let mut seen = bench.edge.around(&mut bench.card);
@@ -250,6 +250,12 @@ fn a_removed_function_has_no_configuration_space_for_the_guest_either() {
     assert_eq!(bench.card.stores.len(), 1, "the second write is lost");
     bench.disarm();
     assert_eq!((identity(&mut bench), bench.load(4)), (0x3434, FOUR));
+    // Where nothing says when, it is gone at once.
+    bench.arm(EdgeOrder::new(EdgeKind::Removed));
+    assert_eq!(identity(&mut bench), 0xffff);
+    bench.disarm();
+    bench.arm(EdgeOrder::new(EdgeKind::Removed).bar(0));
+    assert_eq!(identity(&mut bench), 0x3434);
 }
 
 #[test]
