@@ -44,6 +44,11 @@ fn disturbances_are_told_by_nic_and_end_one_by_one_or_all_together() {
             ("0000:00:03.0", 2)
         ]
     );
+    assert_eq!(
+        place.ask("disturb idle 1 --list").lines().count(),
+        2,
+        "those of one NIC"
+    );
     assert_eq!(all[1]["order"]["when"]["chance"], 500_000);
     // A reset of the guest leaves them.
     place.ask("reset idle");

@@ -45,24 +45,24 @@ pub struct DisturbOptions {
     #[command(flatten)]
     place: PlaceOptions,
     /// At which of the accesses that match: once (the first), always, nth=N (every N-th), p=PROBABILITY
-    #[arg(long, value_name = "WHEN", default_value = "always", value_parser = parse_when, requires = "kind")]
+    #[arg(long, value_name = "WHEN", default_value = "always", value_parser = parse_when, conflicts_with_all = ["list", "undo"])]
     when: When,
     /// What chance, and bits that --mask does not say, come from
-    #[arg(long, value_name = "NUMBER", default_value_t = 0, requires = "kind")]
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, conflicts_with_all = ["list", "undo"])]
     seed: u64,
     /// Which bits, for kinds that flip bits or have them stuck; otherwise one that the seed chooses
-    #[arg(long, value_name = "BITS", value_parser = parse_number, requires = "kind")]
+    #[arg(long, value_name = "BITS", value_parser = parse_number, conflicts_with_all = ["list", "undo"])]
     mask: Option<u64>,
     /// The value of load_value
-    #[arg(long, value_name = "VALUE", value_parser = parse_number, requires = "kind")]
+    #[arg(long, value_name = "VALUE", value_parser = parse_number, conflicts_with_all = ["list", "undo"])]
     value: Option<u64>,
     /// Over how many later accesses, for kinds that are late, storm or flap
-    #[arg(long, value_name = "ACCESSES", requires = "kind")]
+    #[arg(long, value_name = "ACCESSES", conflicts_with_all = ["list", "undo"])]
     span: Option<u32>,
     /// End all of it, or the disturbance of this number; of all NICs where none is named
     #[arg(long, value_name = "NUMBER", num_args = 0..=1, require_equals = true, conflicts_with = "list")]
     undo: Option<Option<u64>>,
-    /// Show what goes wrong, and how often it has
+    /// Show what goes wrong, and how often it has; of all NICs where none is named
     #[arg(long)]
     list: bool,
     /// As JSON
@@ -74,16 +74,16 @@ pub struct DisturbOptions {
 #[derive(Debug, clap::Args)]
 struct PlaceOptions {
     /// Only accesses by this base address register, 0 to 5
-    #[arg(long, value_name = "N", requires = "kind")]
+    #[arg(long, value_name = "N", conflicts_with_all = ["list", "undo"])]
     bar: Option<u8>,
     /// Only accesses that touch these offsets, the last one excluded, such as 0x8..0xc
-    #[arg(long, value_name = "FROM..TO", value_parser = parse_range, requires = "kind")]
+    #[arg(long, value_name = "FROM..TO", value_parser = parse_range, conflicts_with_all = ["list", "undo"])]
     range: Option<Range<u64>>,
     /// Only accesses of so many bytes
-    #[arg(long, value_name = "BYTES", requires = "kind")]
+    #[arg(long, value_name = "BYTES", conflicts_with_all = ["list", "undo"])]
     width: Option<u8>,
     /// Only loads, or only stores
-    #[arg(long, value_name = "load|store", value_parser = parse_direction, requires = "kind")]
+    #[arg(long, value_name = "load|store", value_parser = parse_direction, conflicts_with_all = ["list", "undo"])]
     access: Option<Direction>,
 }
 
@@ -151,7 +151,10 @@ impl DisturbOptions {
                 let nic = self.nic;
                 (Request::Undisturb { nic, number }, "nothing was disturbed")
             }
-            (None, true) => (Request::Disturbances {}, "nothing is disturbed"),
+            (None, true) => {
+                let nic = self.nic;
+                (Request::Disturbances { nic }, "nothing is disturbed")
+            }
             (None, false) => (self.request()?, ""),
         };
         let disturbances = match ask(&vm, &request)? {

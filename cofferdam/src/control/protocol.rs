@@ -227,7 +227,11 @@ pub enum Request {
         number: Option<u64>,
     },
     /// What goes wrong at the edges of NICs? Answer: [`Reply::Disturbances`].
-    Disturbances {},
+    Disturbances {
+        /// Which NIC; all of them otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<String>,
+    },
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.

@@ -41,12 +41,8 @@ pub fn end(
     number: Option<u64>,
 ) -> Result<Vec<Disturbance>, String> {
     let all = nics.all();
-    let which = match nic {
-        Some(name) => std::slice::from_ref(find(&all, name)?),
-        None => all.as_slice(),
-    };
     let mut ended = Vec::new();
-    for nic in which {
+    for nic in which(&all, nic)? {
         let function = &nic.nic.function;
         let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
         let statuses = nic.edge.disarm(number, &mut *function);
@@ -58,14 +54,26 @@ pub fn end(
     }
 }
 
-/// All that goes wrong.
-pub fn all(nics: &Nics) -> Vec<Disturbance> {
+/// What goes wrong at the edge of `nic`, or of all.
+///
+/// # Errors
+/// There is no such NIC.
+pub fn all(nics: &Nics, nic: Option<&str>) -> Result<Vec<Disturbance>, String> {
     let all = nics.all();
-    let statuses = |nic| move |status| of(nic, status);
-    let each = all
-        .iter()
-        .flat_map(|nic| nic.edge.statuses().into_iter().map(statuses(nic)));
-    each.collect()
+    let mut disturbances = Vec::new();
+    for nic in which(&all, nic)? {
+        let statuses = nic.edge.statuses().into_iter();
+        disturbances.extend(statuses.map(|status| of(nic, status)));
+    }
+    Ok(disturbances)
+}
+
+/// The NIC of this name, or all of them.
+fn which<'a>(all: &'a [GuestNic], nic: Option<&str>) -> Result<&'a [GuestNic], String> {
+    match nic {
+        Some(name) => find(all, name).map(std::slice::from_ref),
+        None => Ok(all),
+    }
 }
 
 fn of(nic: &GuestNic, status: EdgeStatus) -> Disturbance {

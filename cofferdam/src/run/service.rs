@@ -441,8 +441,8 @@ impl Handler for VmService {
                 let disturbances = self.vm.with_devices(end)?;
                 Ok(Reply::Disturbances { disturbances })
             }
-            Request::Disturbances {} => {
-                let disturbances = disturbance::all(&self.nics);
+            Request::Disturbances { nic } => {
+                let disturbances = disturbance::all(&self.nics, nic.as_deref())?;
                 Ok(Reply::Disturbances { disturbances })
             }
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
