@@ -9,6 +9,7 @@ pub mod bus;
 pub mod clock;
 pub mod dma;
 pub mod e1000;
+pub mod edge;
 pub mod hold;
 pub mod irq;
 pub mod moments;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use devices::irq::IrqLine;
+use devices::edge::Edge;
+use devices::irq::{IrqLine, MsiVectors};
 use devices::pci::bus::SharedFunction;
 use devices::pci::config::InterruptPin;
 
@@ -15,6 +16,7 @@ use crate::machine::Machine;
 pub struct PciSlot {
     number: u8,
     machine: Arc<Machine>,
+    edge: Arc<Edge>,
     filled: AtomicBool,
 }
 
@@ -27,19 +29,32 @@ impl PciSlot {
     /// The slot's interrupt pin, for the device that will be put there.
     pub fn intx_line(&self, pin: InterruptPin) -> Arc<dyn IrqLine> {
         let gsi = layout::pci_gsi(self.number, pin as u8);
-        self.machine.line(gsi)
+        self.edge.line(self.machine.line(gsi))
+    }
+
+    /// Message-signalled vectors for the device that will be put there.
+    pub fn msi_vectors(&self, count: u16) -> Result<Arc<dyn MsiVectors>, Error> {
+        let vectors = Arc::new(self.machine.routing.vectors(count)?);
+        Ok(self.edge.vectors(vectors))
+    }
+
+    /// What stands between the guest and the device that will be put there.
+    pub fn edge(&self) -> &Arc<Edge> {
+        &self.edge
     }
 
     pub(crate) fn reserve(machine: &Arc<Machine>) -> Result<Self, Error> {
         Ok(Self {
             number: machine.hotplug.reserve().ok_or(Error::NoFreeSlot)?,
             machine: machine.clone(),
+            edge: Arc::default(),
             filled: AtomicBool::new(false),
         })
     }
 
     pub(crate) fn insert(&self, function: SharedFunction) -> Result<(), Error> {
-        self.machine.pci.insert(self.number, function)?;
+        let pci = &self.machine.pci;
+        pci.insert_at_edge(self.number, function, self.edge.clone())?;
         self.filled.store(true, Ordering::Release);
         Ok(())
     }

@@ -6,6 +6,7 @@ mod campaign;
 mod control;
 mod device;
 mod device_host;
+mod disturb;
 mod errors;
 mod exec;
 mod inject;
@@ -103,6 +104,8 @@ enum Command {
     Inject(inject::InjectOptions),
     /// Try faults by the hundred, natively and isolated, and say what became of each
     Campaign(Box<campaign::CampaignArgs>),
+    /// Have a NIC fail as hardware does, to see what its driver makes of it
+    Disturb(disturb::DisturbOptions),
     /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
     Analyze(analyze::AnalyzeOptions),
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
@@ -156,6 +159,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Violations(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Campaign(options) => options.run(),
+        Command::Disturb(options) => options.run(),
         Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),
         Command::Switch(options) => options.run(),

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_protocol::message::Bytes;
+use devices::edge::{EdgeOrder, EdgeStatus};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
@@ -248,6 +249,29 @@ pub enum Request {
         /// Name of the module.
         module: String,
     },
+    /// Have something go wrong at the edge of a NIC from now on. Answer: [`Reply::Disturbed`].
+    Disturb {
+        /// Which NIC: its number from 0 or its PCI address in the guest. May be left out where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<String>,
+        /// What, where and when.
+        order: EdgeOrder,
+    },
+    /// Have it go right again. Answer: [`Reply::Disturbances`], those that were taken back.
+    Undisturb {
+        /// Which NIC; all of them otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<String>,
+        /// Number of the disturbance; all of them otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        number: Option<u64>,
+    },
+    /// What goes wrong at the edges of NICs? Answer: [`Reply::Disturbances`].
+    Disturbances {
+        /// Which NIC; all of them otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nic: Option<String>,
+    },
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.
@@ -369,8 +393,25 @@ pub enum Reply {
     Faults(FaultsState),
     /// What became of an injected fault.
     FaultCount(FaultCount),
+    /// What goes wrong from now on.
+    Disturbed(Disturbance),
+    /// What goes wrong, or went wrong until now.
+    Disturbances {
+        /// By NIC, in the order in which they were ordered.
+        disturbances: Vec<Disturbance>,
+    },
     /// What the gateway saw.
     Probe(ProbeReading),
+}
+
+/// What goes wrong at the edge of a NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disturbance {
+    /// The NIC's PCI address in the guest.
+    pub nic: String,
+    /// What was ordered, and how often it matched and struck.
+    #[serde(flatten)]
+    pub status: EdgeStatus,
 }
 
 /// How a VM is.
@@ -509,6 +550,8 @@ pub struct ProbeReading {
 
 #[cfg(test)]
 mod tests {
+    use devices::edge::{EdgeKind, When};
+
     use super::*;
 
     #[test]
@@ -517,6 +560,45 @@ mod tests {
         let line = request.line();
         assert_eq!(line, "{\"request\":\"probe_start\",\"interval_us\":1000}\n");
         assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+    }
+
+    #[test]
+    fn a_disturbance_travels_with_what_was_given_and_no_more() {
+        let order = EdgeOrder::new(EdgeKind::LoadOnes).offsets(8..12);
+        let request = Request::Disturb {
+            nic: Some("1".to_owned()),
+            order: order.when(When::Nth(3)).seed(7),
+        };
+        let line = request.line();
+        assert_eq!(
+            line,
+            "{\"request\":\"disturb\",\"nic\":\"1\",\"order\":{\"kind\":\"load_ones\",\
+             \"offsets\":{\"start\":8,\"end\":12},\"when\":{\"nth\":3},\"seed\":7}}\n"
+        );
+        assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+        let short = "{\"request\":\"disturb\",\"order\":{\"kind\":\"removed\"}}";
+        let removed = EdgeOrder::new(EdgeKind::Removed);
+        assert_eq!(
+            serde_json::from_str::<Request>(short).unwrap(),
+            Request::Disturb {
+                nic: None,
+                order: removed.clone()
+            }
+        );
+        let unknown = short.replace("kind", "kinds");
+        assert!(serde_json::from_str::<Request>(&unknown).is_err());
+        let answer = Answer::Ok(Reply::Disturbed(Disturbance {
+            nic: "0000:00:02.0".to_owned(),
+            status: EdgeStatus {
+                number: 1,
+                order: removed,
+                matched: 5,
+                struck: 5,
+            },
+        }));
+        let line = answer.line();
+        assert!(line.contains("\"number\":1") && line.contains("\"struck\":5"));
+        assert_eq!(serde_json::from_str::<Answer>(&line).unwrap(), answer);
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn add_virtio<D: VirtioDevice + 'static>(vm: &mut Vm, device: D) -> anyhow::Resu
     let slot = vm.reserve_pci_slot()?;
     let queues = u16::try_from(device.queue_sizes().len())?;
     // One vector for each queue and one for changes of configuration.
-    let vectors = vm.msi_vectors(queues.saturating_add(1))?;
+    let vectors = slot.msi_vectors(queues.saturating_add(1))?;
     let line = slot.intx_line(InterruptPin::A);
     let function = VirtioPciFunction::new(device, vm.dma_space(), line, vectors)?;
     let function = Arc::new(Mutex::new(function));
@@ -126,7 +126,7 @@ impl MadeNic {
             client,
             RemoteParts {
                 intx: slot.intx_line(InterruptPin::A),
-                vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+                vectors: &mut |count| slot.msi_vectors(count).map_err(|error| error.to_string()),
             },
         )?;
         attachment.keep(&function)?;
@@ -149,7 +149,7 @@ impl MadeNic {
             PassthroughParts {
                 dma: vm.dma_space(),
                 intx: slot.intx_line(InterruptPin::A),
-                vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+                vectors: &mut |count| slot.msi_vectors(count).map_err(|error| error.to_string()),
             },
         )?;
         Ok(Self::elsewhere(nic, slot, net, index))
@@ -167,6 +167,7 @@ impl MadeNic {
             meter: None,
             gateway: None,
             attachment: None,
+            edge: slot.edge().clone(),
         };
         Self {
             nic,
@@ -197,7 +198,7 @@ impl MadeNic {
             wire: Box::new(wire),
             dma: vm.dma_space(),
             intx: slot.intx_line(InterruptPin::A),
-            vectors: &mut |count| vm.msi_vectors(count).map_err(|error| error.to_string()),
+            vectors: &mut |count| slot.msi_vectors(count).map_err(|error| error.to_string()),
         })?;
         subscribers.push(nic.events.clone());
         let nic = GuestNic {
@@ -209,6 +210,7 @@ impl MadeNic {
             meter: Some(meter),
             gateway,
             attachment: None,
+            edge: slot.edge().clone(),
         };
         Ok(Self {
             nic,

@@ -12,6 +12,7 @@
 
 mod attachment;
 mod console;
+mod disturbance;
 mod elsewhere;
 mod ending;
 pub mod escape;

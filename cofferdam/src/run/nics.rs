@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_protocol::{Client, ClientError};
 use anyhow::bail;
+use devices::edge::Edge;
 use devices::hold::{CheckpointBy, DeviceState, Holdable, HoldableSet};
 use devices::nic::Nic;
 use devices::pci::bus::PowerState;
@@ -39,6 +40,8 @@ pub struct GuestNic {
     pub gateway: Option<GatewayControl>,
     /// The device host that has it, if one does.
     pub attachment: Option<Attachment>,
+    /// What stands between the guest and the device.
+    pub edge: Arc<Edge>,
 }
 
 impl GuestNic {
@@ -157,7 +160,8 @@ impl Nics {
                 );
             }
             if let Some(holdable) = &nic.nic.holdable {
-                devices.push(holdable(by)?);
+                let device = holdable(by)?;
+                devices.push(nic.edge.holdable(device, nic.nic.function.clone()));
                 slots.push(nic.slot);
             }
         }

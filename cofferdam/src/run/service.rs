@@ -28,7 +28,7 @@ use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
 use super::saved::SavedVm;
 use super::summary::{nic_status, summary};
-use super::{RunConfig, elsewhere, memory};
+use super::{RunConfig, disturbance, elsewhere, memory};
 use crate::control::protocol::{ConfigSummary, ProbeReading, Reply, Request, Status, VmState};
 use crate::control::server::Handler;
 use crate::error_text::chain;
@@ -448,6 +448,20 @@ impl Handler for VmService {
             Request::FaultCount { module } => {
                 let count = self.isolator().fault_count(&module).map_err(text)?;
                 Ok(Reply::FaultCount(count))
+            }
+            Request::Disturb { nic, order } => {
+                self.nics.forget_gone(&self.vm);
+                let begin = || disturbance::begin(&self.nics, nic.as_deref(), order);
+                self.vm.with_devices(begin).map(Reply::Disturbed)
+            }
+            Request::Undisturb { nic, number } => {
+                let end = || disturbance::end(&self.nics, nic.as_deref(), number);
+                let disturbances = self.vm.with_devices(end)?;
+                Ok(Reply::Disturbances { disturbances })
+            }
+            Request::Disturbances { nic } => {
+                let disturbances = disturbance::all(&self.nics, nic.as_deref())?;
+                Ok(Reply::Disturbances { disturbances })
             }
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {

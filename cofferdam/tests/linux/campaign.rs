@@ -40,7 +40,9 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
     // All of its calls copy texts; the first copies the driver's name.
     let mutation = with_function(DRVINFO, &text, |function| {
         let all = sites(function);
-        let site = all.iter().find(|site| site.kinds.contains(&Kind::MissingCall));
+        let site = all
+            .iter()
+            .find(|site| site.kinds.contains(&Kind::MissingCall));
         mutate(function, Kind::MissingCall, site.unwrap().offset, 0)
     });
     let mutation = mutation.unwrap();
@@ -77,7 +79,9 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
         setup: Setup {
             guest: options().with("--net user --nic e1000"),
             driver: DRIVER.to_owned(),
-            functions: ["e1000_xmit_frame", DRVINFO, "e1000_open"].map(str::to_owned).to_vec(),
+            functions: ["e1000_xmit_frame", DRVINFO, "e1000_open"]
+                .map(str::to_owned)
+                .to_vec(),
         },
         kinds: vec![Kind::NullDereference, Kind::UndefinedInstruction],
         trials: 3,
@@ -99,7 +103,10 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
         .iter()
         .filter(|record| verdict(record, Way::Native) != Verdict::NotActivated)
         .collect();
-    assert!(!reached.is_empty(), "the seed has no fault that the guest comes to");
+    assert!(
+        !reached.is_empty(),
+        "the seed has no fault that the guest comes to"
+    );
     for record in reached {
         assert_eq!(verdict(record, Way::Native), Verdict::Crash, "{record:?}");
         for way in [Way::Once, Way::Stays] {
@@ -113,5 +120,8 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
     // Another campaign does not go on in this one's file.
     campaign.seed = 2;
     let refused = campaign::run(&campaign, &mut tell, &mut |_| true).unwrap_err();
-    assert!(refused.to_string().contains("another campaign"), "{refused:#}");
+    assert!(
+        refused.to_string().contains("another campaign"),
+        "{refused:#}"
+    );
 }

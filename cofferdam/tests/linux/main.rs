@@ -11,6 +11,7 @@
 
 mod builds;
 mod campaign;
+mod disturbed;
 mod isolation;
 mod kernels;
 mod last_resort;

@@ -105,6 +105,11 @@ impl BenchLine {
     pub fn asserted(&self) -> bool {
         self.asserted.load(Ordering::Relaxed)
     }
+
+    /// How often it was driven.
+    pub fn changes(&self) -> u32 {
+        self.changes.load(Ordering::Relaxed)
+    }
 }
 
 impl IrqLine for BenchLine {
@@ -209,7 +214,7 @@ impl Bench {
 
     /// How often the line was driven.
     pub fn line_changes(&self) -> u32 {
-        self.line.changes.load(Ordering::Relaxed)
+        self.line.changes()
     }
 
     /// The far end of the wire, locked.

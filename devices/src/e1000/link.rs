@@ -44,7 +44,8 @@ impl E1000 {
     /// Brings the PHY's link and STATUS in line with carrier and settings; begins autonegotiation
     /// where it is due.
     pub(super) fn update_link(&mut self) {
-        let usable = self.phy.active() && (self.wire.carrier() || self.phy.loopback());
+        let carrier = self.wire.carrier() && !self.cable_pulled;
+        let usable = self.phy.active() && (carrier || self.phy.loopback());
         if !usable {
             self.timers.stop(Timer::Autonegotiation);
             self.phy.set_autoneg_complete(false);

@@ -146,6 +146,8 @@ pub struct E1000 {
     link_held: bool,
     /// The PHY's link went while it was held.
     link_missed: bool,
+    /// The host has pulled the cable, see [`PciFunction::set_cable`].
+    cable_pulled: bool,
     kick_fd: EventFd,
     /// A kick is on its way.
     kicked: bool,
@@ -202,6 +204,7 @@ impl E1000 {
             shown_link: false,
             link_held: false,
             link_missed: false,
+            cable_pulled: false,
             kick_fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             kicked: false,
             watched: Interest::default(),
@@ -400,5 +403,12 @@ impl PciFunction for E1000 {
 
     fn restore(&mut self, state: &Part) -> Result<(), StateError> {
         self.restore_part(state)
+    }
+
+    fn set_cable(&mut self, plugged: bool) -> bool {
+        self.cable_pulled = !plugged;
+        self.update_link();
+        self.settle();
+        true
     }
 }

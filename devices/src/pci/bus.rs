@@ -5,6 +5,8 @@
 //! 3.0, section 3.2.2.3.2) and by ECAM (PCI Express 3.0, section 7.2.2). The bus also does what
 //! firmware would: it gives each base address register a place before the guest starts.
 //!
+//! What the guest does passes the function's edge ([`Edge`]); what the host does with the same registers does not.
+//!
 //! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while it
 //! calls a function.
 
@@ -16,6 +18,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 use super::config::{BAR_COUNT, Command, ConfigSpace, PciIdentity, offset};
 use super::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::bus::{Bus, BusDevice, MappingId};
+use crate::edge::Edge;
 use crate::state::{Form, Part, StateError};
 
 /// A function as the bus and the event loop share it.
@@ -51,15 +54,17 @@ pub struct Windows {
 
 struct Slot {
     function: SharedFunction,
+    edge: Arc<Edge>,
     mapped: Mutex<Vec<(BarRange, MappingId)>>,
     /// It was taken out; an access that was under way maps nothing any more. Changes with the function locked.
     gone: AtomicBool,
 }
 
 impl Slot {
-    fn new(function: SharedFunction) -> Self {
+    fn new(function: SharedFunction, edge: Arc<Edge>) -> Self {
         Self {
             function,
+            edge,
             mapped: Mutex::new(Vec::new()),
             gone: AtomicBool::new(false),
         }
@@ -88,17 +93,27 @@ impl PciBus {
             memory,
             config_address: AtomicU32::new(0),
         };
-        let bridge = Slot::new(Arc::new(Mutex::new(HostBridge::new())));
+        let bridge = Slot::new(Arc::new(Mutex::new(HostBridge::new())), Arc::default());
         bus.slots.write().unwrap_or_else(PoisonError::into_inner)[0] = Some(Arc::new(bridge));
         bus
     }
 
     /// Puts `function` into `slot` (1 to 31) as function 0 of that device.
     pub fn insert(&self, slot: u8, function: SharedFunction) -> Result<(), SlotError> {
+        self.insert_at_edge(slot, function, Arc::default())
+    }
+
+    /// The same for a function whose edge, and so its interrupts, was there first.
+    pub fn insert_at_edge(
+        &self,
+        slot: u8,
+        function: SharedFunction,
+        edge: Arc<Edge>,
+    ) -> Result<(), SlotError> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         match slots.get_mut(usize::from(slot)) {
             Some(entry @ None) => {
-                *entry = Some(Arc::new(Slot::new(function)));
+                *entry = Some(Arc::new(Slot::new(function, edge)));
                 Ok(())
             }
             _ => Err(SlotError(slot)),
@@ -167,12 +182,32 @@ impl PciBus {
         }
     }
 
+    /// Reads configuration space as the guest does.
+    fn guest_config_read(&self, slot: u8, register: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some(slot) = self.slot(slot) {
+            let mut function = slot.lock();
+            let mut seen = slot.edge.around(&mut *function);
+            seen.config_read(register, data);
+        }
+    }
+
+    /// Writes configuration space as the guest does, and moves what it decodes.
+    fn guest_config_write(&self, slot: u8, register: u16, data: &[u8]) {
+        if let Some(slot) = self.slot(slot) {
+            let mut function = slot.lock();
+            let mut seen = slot.edge.around(&mut *function);
+            seen.config_write(register, data);
+            self.remap(&slot, &*function);
+        }
+    }
+
     /// Resets every function, as RST# does.
     pub fn reset(&self) {
         self.config_address.store(0, Ordering::Relaxed);
         for slot in (0..SLOT_COUNT).filter_map(|slot| self.slot(slot)) {
             let mut function = slot.lock();
-            function.reset();
+            slot.edge.around(&mut *function).reset();
             self.remap(&slot, &*function);
         }
     }
@@ -261,6 +296,7 @@ impl PciBus {
             }
             let window = Arc::new(BarWindow {
                 function: slot.function.clone(),
+                edge: slot.edge.clone(),
                 bar: range.bar,
             });
             match self
@@ -286,18 +322,21 @@ impl PciBus {
 /// What answers in the range of one base address register.
 struct BarWindow {
     function: SharedFunction,
+    edge: Arc<Edge>,
     bar: BarIndex,
 }
 
 impl BusDevice for BarWindow {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        function.bar_read(self.bar, offset, data);
+        let mut seen = self.edge.around(&mut *function);
+        seen.bar_read(self.bar, offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        function.bar_write(self.bar, offset, data);
+        let mut seen = self.edge.around(&mut *function);
+        seen.bar_write(self.bar, offset, data);
     }
 }
 
@@ -366,7 +405,7 @@ impl BusDevice for ConfigPorts {
             }
             (4..8, _) => {
                 if let Some((slot, register)) = self.target(port) {
-                    self.0.config_read(slot, register, data);
+                    self.0.guest_config_read(slot, register, data);
                 }
             }
             // Only a 32-bit access reaches CONFIG_ADDRESS.
@@ -381,7 +420,7 @@ impl BusDevice for ConfigPorts {
             }
             (4..8, _) => {
                 if let Some((slot, register)) = self.target(port) {
-                    self.0.config_write(slot, register, data);
+                    self.0.guest_config_write(slot, register, data);
                 }
             }
             _ => {}
@@ -402,13 +441,13 @@ impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((slot, register)) = ecam_target(offset) {
-            self.0.config_read(slot, register, data);
+            self.0.guest_config_read(slot, register, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some((slot, register)) = ecam_target(offset) {
-            self.0.config_write(slot, register, data);
+            self.0.guest_config_write(slot, register, data);
         }
     }
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{PciBus, SLOT_COUNT};
+use crate::pci::PciFunction;
 use crate::state::{Part, StateError};
 
 /// Why the functions cannot be saved or restored.
@@ -74,7 +75,8 @@ impl PciBus {
                 continue;
             };
             let mut function = slot.lock();
-            function
+            slot.edge
+                .around(&mut *function)
                 .restore(part)
                 .map_err(|error| BusStateError::Function {
                     slot: *number,

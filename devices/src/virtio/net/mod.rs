@@ -50,6 +50,8 @@ pub struct Net {
     wire: Box<dyn Wire>,
     /// The carrier as the driver knows it.
     carrier: bool,
+    /// The host has pulled the cable: frames are lost both ways.
+    cable_pulled: bool,
     /// Header and frame.
     buffer: Box<[u8]>,
 }
@@ -63,6 +65,7 @@ impl Net {
             mac,
             wire,
             carrier,
+            cable_pulled: false,
             buffer,
         }
     }
@@ -82,7 +85,8 @@ impl Net {
                 0
             };
             // A frame that is no frame or wants an offload is lost.
-            if length > HEADER_BYTES && self.buffer[GSO_TYPE] == GSO_NONE {
+            let is_frame = length > HEADER_BYTES && self.buffer[GSO_TYPE] == GSO_NONE;
+            if is_frame && !self.cable_pulled {
                 let frame = &self.buffer[HEADER_BYTES..length];
                 if self.wire.send(frame) == SendOutcome::Full {
                     queues.put_back(TRANSMIT);
@@ -95,7 +99,7 @@ impl Net {
     }
 
     fn receive(&mut self, queues: &mut Queues<'_>) -> Result<(), DeviceError> {
-        if !queues.active() {
+        if !queues.active() || self.cable_pulled {
             if !self.drop_frames() {
                 queues.go_on_later();
             }
@@ -126,8 +130,12 @@ impl Net {
         (0..MAX_DROPPED).any(|_| self.wire.receive(&mut self.buffer).is_none())
     }
 
+    fn wire_carrier(&self) -> bool {
+        self.wire.carrier() && !self.cable_pulled
+    }
+
     fn update_carrier(&mut self, queues: &mut Queues<'_>) {
-        let carrier = self.wire.carrier();
+        let carrier = self.wire_carrier();
         if std::mem::replace(&mut self.carrier, carrier) != carrier {
             queues.signal_config_change();
         }
@@ -183,7 +191,7 @@ impl VirtioDevice for Net {
     fn activate(&mut self, _: u64, _: &mut Queues<'_>) -> Result<(), DeviceError> {
         // What came while nobody listened is lost; a wire may bring more than that in the meantime.
         self.drop_frames();
-        self.carrier = self.wire.carrier();
+        self.carrier = self.wire_carrier();
         Ok(())
     }
 
@@ -211,6 +219,12 @@ impl VirtioDevice for Net {
         // The wire may have learned just now that nobody is at its other end: no event tells of that any more.
         self.update_carrier(queues);
         Ok(())
+    }
+
+    fn set_cable(&mut self, plugged: bool, queues: &mut Queues<'_>) -> bool {
+        self.cable_pulled = !plugged;
+        self.update_carrier(queues);
+        true
     }
 
     fn watch(&mut self, ops: &mut EventOps<'_>) {

@@ -423,6 +423,15 @@ impl<D: VirtioDevice> PciFunction for VirtioPciFunction<D> {
     fn restore(&mut self, state: &Part) -> Result<(), StateError> {
         self.restore_part(state)
     }
+
+    fn set_cable(&mut self, plugged: bool) -> bool {
+        let mut has_one = false;
+        self.with_queues(|device, queues| {
+            has_one = device.set_cable(plugged, queues);
+            Ok(())
+        });
+        has_one
+    }
 }
 
 impl<D: VirtioDevice> MutEventSubscriber for VirtioPciFunction<D> {
