@@ -4,7 +4,7 @@ use agent_protocol::message::Bytes;
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions, with_function};
 use cofferdam::control::protocol::{FunctionBytes, Reply, Request};
-use isolation::mutation::{Kind, mutate, sites};
+use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
@@ -37,12 +37,12 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
     assert!(says_driver(&mut victim));
     let text = text_of(&mut victim, DRVINFO);
     assert!(!text.isolated);
-    // All of its calls copy texts; the first copies the driver's name.
+    // The first that copies a text copies the driver's name.
     let mutation = with_function(DRVINFO, &text, |function| {
         let all = sites(function);
-        let site = all
-            .iter()
-            .find(|site| site.kinds.contains(&Kind::MissingCall));
+        let copies = |site: &&Site| site.text.contains("strscpy");
+        let mut copying = all.iter().filter(copies);
+        let site = copying.find(|site| site.kinds.contains(&Kind::MissingCall));
         mutate(function, Kind::MissingCall, site.unwrap().offset, 0)
     });
     let mutation = mutation.unwrap();

@@ -294,7 +294,7 @@ mod tests {
             sent: 0,
             wrong,
         };
-        exchange(&mut peer, Duration::from_millis(2)).unwrap()
+        exchange(&mut peer, Time::of(Duration::from_millis(2))).unwrap()
     }
 
     #[test]

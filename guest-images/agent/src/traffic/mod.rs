@@ -69,6 +69,18 @@ fn all_well(result: &TrafficResult) -> bool {
         && result.corrupted == 0
 }
 
+impl Time {
+    /// With the usual patience.
+    #[cfg(test)]
+    fn of(run: Duration) -> Self {
+        Self {
+            run,
+            patience: PATIENCE,
+            stream_patience: STREAM_PATIENCE,
+        }
+    }
+}
+
 fn parse(arguments: &[String]) -> Option<(TrafficKind, Ipv4Addr, Time)> {
     let (kind, address, seconds, patience) = match arguments {
         [kind, address, seconds] => (kind, address, seconds, None),

@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn nobody_there_is_told() {
         // Port 9 of the loopback address: nobody listens there on a machine that builds this.
-        let result = sink(Ipv4Addr::LOCALHOST, Duration::from_millis(10));
+        let result = sink(Ipv4Addr::LOCALHOST, Time::of(Duration::from_millis(10)));
         assert!(result.error.is_some());
     }
 }
