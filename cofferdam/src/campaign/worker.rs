@@ -64,10 +64,10 @@ pub struct Setup {
     pub functions: Vec<String>,
 }
 
-/// How the workload ends without a fault.
+/// How the workload ends without a fault, and how long it may take with one.
+#[derive(Default)]
 struct Baseline {
-    native: Outcome,
-    isolated: Outcome,
+    outcome: Outcome,
     limit: Duration,
 }
 
@@ -88,7 +88,8 @@ pub struct Worker {
     control: ControlClient,
     driver: String,
     texts: Vec<(String, FunctionBytes)>,
-    baseline: Baseline,
+    native: Baseline,
+    isolated: Baseline,
     /// Bytes of the console that are of earlier runs.
     heard: usize,
 }
@@ -106,11 +107,8 @@ impl Worker {
             guest,
             driver: setup.driver.clone(),
             texts: Vec::new(),
-            baseline: Baseline {
-                native: Outcome::default(),
-                isolated: Outcome::default(),
-                limit: FIRST_TIME,
-            },
+            native: Baseline::default(),
+            isolated: Baseline::default(),
             heard: 0,
         };
         progress("reading the driver's code");
@@ -127,7 +125,7 @@ impl Worker {
         }
         progress("how the guest's work ends without a fault");
         worker.mark(NATIVE)?;
-        let (native, slow) = worker.healthy(NATIVE)?;
+        worker.native = worker.healthy(NATIVE)?;
         worker.rewind(NATIVE)?;
         worker.control.ask(&Request::Isolate {
             module: setup.driver.clone(),
@@ -145,17 +143,12 @@ impl Worker {
             "the device does not work when its driver is isolated"
         );
         worker.mark(ISOLATED)?;
-        let (isolated, slower) = worker.healthy(ISOLATED)?;
+        worker.isolated = worker.healthy(ISOLATED)?;
         let status = worker.module()?;
         ensure!(
             status.is_some_and(|status| status.violations == 0),
             "calls were taken back without a fault: `cofferdam campaign` cannot tell them from those with one"
         );
-        worker.baseline = Baseline {
-            native,
-            isolated,
-            limit: slow.max(slower) * TIMES + LONGER,
-        };
         worker.heard = worker.guest.console().len();
         Ok(worker)
     }
@@ -210,14 +203,11 @@ impl Worker {
             tracing::debug!("{}: {error:#}", mutation.says);
             return Ok(None);
         }
-        let outcome = self.work(self.baseline.limit).unwrap_or_default();
-        let baseline = match way {
-            Way::Native => &self.baseline.native,
-            Way::Once | Way::Stays => &self.baseline.isolated,
-        };
+        let limit = self.baseline(way).limit;
+        let outcome = self.work(limit).unwrap_or_default();
         let mut seen = Seen {
             finished: outcome.finished,
-            differs: outcome.differs(baseline),
+            differs: outcome.differs(&self.baseline(way).outcome),
             corrupted: outcome.corrupted,
             works: outcome.works,
             ..Seen::default()
@@ -315,7 +305,7 @@ impl Worker {
     }
 
     /// The workload from a mark without a fault, twice: what ends alike, and how long it took.
-    fn healthy(&mut self, mark: &str) -> anyhow::Result<(Outcome, Duration)> {
+    fn healthy(&mut self, mark: &str) -> anyhow::Result<Baseline> {
         let mut once = || {
             self.rewind(mark)?;
             let begun = Instant::now();
@@ -329,7 +319,17 @@ impl Worker {
         };
         let (first, slow) = once()?;
         let (second, slower) = once()?;
-        Ok((first.alike(&second), slow.max(slower)))
+        Ok(Baseline {
+            outcome: first.alike(&second),
+            limit: slow.max(slower) * TIMES + LONGER,
+        })
+    }
+
+    fn baseline(&self, way: Way) -> &Baseline {
+        match way {
+            Way::Native => &self.native,
+            Way::Once | Way::Stays => &self.isolated,
+        }
     }
 
     fn work(&mut self, limit: Duration) -> anyhow::Result<Outcome> {

@@ -53,9 +53,6 @@ pub struct Seen {
     /// Isolated: why the driver is not run or not isolated any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<String>,
-    /// From the fault to the call's return with an error, in microseconds, of the calls that were taken back.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub recovery_us: Vec<f64>,
     /// How long the run took, in seconds.
     pub seconds: f64,
 }
