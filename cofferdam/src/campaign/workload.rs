@@ -34,7 +34,7 @@ const STEPS: &[(&str, &str)] = &[
     ("up", "ip link set $IF up"),
 ];
 
-/// Where a fault in a call of a function has to be looked for: in traffic, or in a step.
+/// Kinds of traffic, with what the tool in the guest calls them; before the steps and behind them.
 const TRAFFIC: &[(&str, &str)] = &[("pings", "ping_flood"), ("stream", "tcp_echo")];
 
 /// How long each kind of traffic runs, and how long it waits for what does not come, in seconds.
@@ -100,12 +100,9 @@ pub fn script() -> String {
         // Into memory.
         let _ = writeln!(script, "{text}");
     };
-    let traffic = |line: &mut dyn FnMut(String)| {
-        for (name, kind) in TRAFFIC {
-            line(format!("t {name} {kind}"));
-        }
-    };
-    traffic(&mut line);
+    for (name, kind) in TRAFFIC {
+        line(format!("t \"{name}\" {kind}"));
+    }
     for (name, command) in STEPS {
         line(format!("s \"{name}\" {command}"));
         if matches!(*name, "up" | "negotiate")
@@ -151,6 +148,7 @@ pub fn read(output: &str) -> Outcome {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
     use super::*;
 
@@ -163,8 +161,15 @@ mod tests {
                 "{name}"
             );
         }
-        let output = "step:0 pings\nsent:{\"corrupted\":2}\nstep:1 stream\nsent:\nstep:0 works\nstep:0 contents\nnoise\nstep:0 end\n";
-        let outcome = read(output);
+        let sent = serde_json::to_string(&TrafficResult {
+            corrupted: 2,
+            ..TrafficResult::default()
+        });
+        let output = format!(
+            "step:0 pings\nsent:{}\nstep:1 stream\nsent:\nstep:0 works\nstep:0 contents\nnoise\nstep:0 end\n",
+            sent.unwrap()
+        );
+        let outcome = read(&output);
         assert_eq!(outcome.steps.len(), 2);
         assert_eq!(
             (outcome.corrupted, outcome.works, outcome.finished),
