@@ -130,7 +130,7 @@ pub fn run(
         in_runs += record
             .runs
             .values()
-            .map(|run| Duration::from_secs_f64(run.seen.seconds))
+            .map(|run| Duration::from_millis(run.seen.took_ms))
             .sum::<Duration>();
         append(&mut file, &record).with_context(|| options.file.display().to_string())?;
         summary.add(&record);

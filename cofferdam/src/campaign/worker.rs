@@ -216,7 +216,7 @@ impl Worker {
             seen.elsewhere.push("contents of a file".to_owned());
         }
         self.look(way, before, &mut seen)?;
-        seen.seconds = begun.elapsed().as_secs_f64();
+        seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Some(seen))
     }
 

@@ -53,8 +53,8 @@ pub struct Seen {
     /// Isolated: why the driver is not run or not isolated any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<String>,
-    /// How long the run took, in seconds.
-    pub seconds: f64,
+    /// How long the run took, in milliseconds.
+    pub took_ms: u64,
 }
 
 /// What a run comes to.
