@@ -335,3 +335,49 @@ pub fn with_function<T>(
         callee: &callee,
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_gone_on_with_behind_its_last_whole_line_and_another_campaigns_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("campaign.jsonl");
+        let header = Header {
+            campaign: FORMAT,
+            driver: "driver".to_owned(),
+            kernel: "6.1".to_owned(),
+            seed: 1,
+            kinds: vec!["nop".to_owned()],
+            functions: vec!["function".to_owned()],
+        };
+        let record = |number| Record {
+            trial: Trial {
+                number,
+                kind: Kind::Nop,
+                function: "function".to_owned(),
+                offset: 9,
+                seed: 7,
+            },
+            says: String::new(),
+            runs: BTreeMap::new(),
+        };
+        let (mut file, records) = open(&path, &header).unwrap();
+        assert!(records.is_empty());
+        append(&mut file, &record(1)).unwrap();
+        file.write_all(b"{\"number\":2,\"ki").unwrap();
+        let (mut file, records) = open(&path, &header).unwrap();
+        assert_eq!(records, [record(1)]);
+        append(&mut file, &record(2)).unwrap();
+        assert_eq!(read(&path).unwrap().records, [record(1), record(2)]);
+        let whole = std::fs::read(&path).unwrap();
+        let refused = open(&path, &Header { seed: 2, ..header }).unwrap_err();
+        assert!(
+            refused.to_string().contains("another campaign"),
+            "{refused:#}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
+    }
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use agent_protocol::traffic::TrafficKind;
 use anyhow::Context;
 
+use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
 use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
@@ -165,14 +166,8 @@ Example:
 /// What all measurements take.
 #[derive(Debug, clap::Args)]
 pub struct Common {
-    /// Folder with the guest images that `cargo xtask images` builds
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "COFFERDAM_IMAGES",
-        default_value = "target/images"
-    )]
-    images: PathBuf,
+    #[command(flatten)]
+    images: Images,
     /// Where to write the report
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -220,7 +215,7 @@ impl BenchCommand {
         let mut progress = |line: &str| eprintln!("{line}");
         match self {
             Self::Boot { common, runs, vmm } => {
-                let options = GuestOptions::new(&common.images)?;
+                let options = GuestOptions::new(&common.images.images)?;
                 let runs = usize::from(runs.runs);
                 match vmm {
                     Monitor::Cofferdam => {
@@ -248,7 +243,7 @@ impl BenchCommand {
                     false => (entry, spilled),
                 };
                 let options = recovery::RecoveryOptions {
-                    guest: GuestOptions::new(&common.images)?,
+                    guest: GuestOptions::new(&common.images.images)?,
                     methods: method,
                     runs: usize::from(runs.runs),
                     entries,
@@ -273,7 +268,7 @@ impl BenchCommand {
             } => {
                 let functions = |set: &String| set.split('+').map(str::to_owned).collect();
                 let options = isolation::IsolationOptions {
-                    guest: GuestOptions::new(&common.images)?,
+                    guest: GuestOptions::new(&common.images.images)?,
                     sets: sets.iter().map(functions).collect(),
                     time: Duration::from_secs(seconds),
                 };
@@ -288,7 +283,7 @@ impl BenchCommand {
                 memory,
             } => {
                 let options = suspend::SuspendOptions {
-                    guest: GuestOptions::new(&common.images)?,
+                    guest: GuestOptions::new(&common.images.images)?,
                     mem_mib: memory,
                     runs: usize::from(runs.runs),
                 };
@@ -306,7 +301,7 @@ impl BenchCommand {
                 memory,
             } => {
                 let options = switch::SwitchOptions {
-                    guest: GuestOptions::new(&common.images)?,
+                    guest: GuestOptions::new(&common.images.images)?,
                     methods: method,
                     mem_mib: memory,
                     switches: usize::from(switches),
@@ -323,7 +318,7 @@ impl BenchCommand {
                 at,
             } => {
                 let options = traffic::TrafficOptions {
-                    guest: GuestOptions::new(&common.images)?,
+                    guest: GuestOptions::new(&common.images.images)?,
                     nic,
                     places: at,
                     kinds: kind,

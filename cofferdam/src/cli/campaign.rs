@@ -11,6 +11,7 @@ use recovery::campaign::record::{Header, Record};
 use recovery::campaign::summary::{Counts, Summary};
 use recovery::campaign::verdict::Verdict;
 
+use super::images::Images;
 use super::table::{number, table};
 use super::words::counted;
 use super::{Ending, print_bytes, print_json};
@@ -69,19 +70,6 @@ enum CampaignCommand {
         #[arg(long)]
         json: bool,
     },
-}
-
-/// Where guests come from.
-#[derive(Debug, clap::Args)]
-struct Images {
-    /// Folder with the guest images that `cargo xtask images` builds
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "COFFERDAM_IMAGES",
-        default_value = "target/images"
-    )]
-    images: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -166,15 +154,14 @@ impl CampaignArgs {
     }
 }
 
-impl Images {
-    fn setup(&self, driver: &str, functions: Vec<String>) -> anyhow::Result<Setup> {
-        let nic = format!("--net user --nic {driver}");
-        Ok(Setup {
-            guest: GuestOptions::new(&self.images)?.with(&nic),
-            driver: driver.to_owned(),
-            functions,
-        })
-    }
+/// What a campaign tries, in guests from these images.
+fn setup(images: &Images, driver: &str, functions: Vec<String>) -> anyhow::Result<Setup> {
+    let nic = format!("--net user --nic {driver}");
+    Ok(Setup {
+        guest: GuestOptions::new(&images.images)?.with(&nic),
+        driver: driver.to_owned(),
+        functions,
+    })
 }
 
 impl RunArgs {
@@ -187,7 +174,7 @@ impl RunArgs {
         ways.sort_unstable();
         ways.dedup();
         let options = CampaignOptions {
-            setup: self.images.setup(&self.driver, functions)?,
+            setup: setup(&self.images, &self.driver, functions)?,
             kinds: match self.kinds.is_empty() {
                 true => Kind::ALL.to_vec(),
                 false => self.kinds,
@@ -258,12 +245,13 @@ fn text(summary: &Summary) -> String {
         let harm = verdicts("of those that harm natively", &summary.of_harm);
         text.push_str(&format!("\n{harm}\n"));
     }
-    let mut kinds = table(&[
-        "kind",
-        "trials",
-        "harm natively",
-        "isolated, stays: recovered, undetected, escaped",
-    ]);
+    // The hardest of the ways that were made.
+    let isolated = match summary.ways.contains_key(&Way::Stays) {
+        true => Way::Stays,
+        false => Way::Once,
+    };
+    let ended = format!("{}: recovered, undetected, escaped", isolated.name());
+    let mut kinds = table(&["kind", "trials", "harm natively", &ended]);
     for (kind, ways) in &summary.kinds {
         let of = |way| ways.get(&way);
         let count = |way, verdict| {
@@ -278,13 +266,13 @@ fn text(summary: &Summary) -> String {
             .filter(|(verdict, _)| verdict.is_harm())
             .map(|(_, n)| n)
             .sum();
-        let isolated = [Verdict::Recovered, Verdict::Undetected, Verdict::Escaped]
-            .map(|verdict| count(Way::Stays, verdict).to_string());
+        let ends = [Verdict::Recovered, Verdict::Undetected, Verdict::Escaped]
+            .map(|verdict| count(isolated, verdict).to_string());
         kinds.add_row(vec![
             comfy_table::Cell::new(kind),
             number(trials.unwrap_or(0)),
             number(harm),
-            comfy_table::Cell::new(isolated.join(", ")),
+            comfy_table::Cell::new(ends.join(", ")),
         ]);
     }
     text.push_str(&format!("\n{kinds}\n"));
@@ -343,7 +331,7 @@ fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table
 }
 
 fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
-    let setup = |header: &Header| {
+    let of_header = |header: &Header| {
         if header.driver != DRIVER {
             bail!(
                 "{} is of driver {}, and there is a workload for {DRIVER} only",
@@ -351,10 +339,10 @@ fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result
                 header.driver
             );
         }
-        images.setup(&header.driver, header.functions.clone())
+        setup(images, &header.driver, header.functions.clone())
     };
     let mut tell = |what: &str| eprintln!("campaign: {what}");
-    let (then, now) = campaign::replay(file, trial, setup, &mut tell)?;
+    let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
     print_json(&serde_json::json!({ "then": then, "now": now }))?;
     let same = then.runs.iter().all(|(way, run)| {
         now.runs

@@ -7,7 +7,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use devices::edge::{Direction, EdgeKind, EdgeOrder, MILLION, When};
 
 use super::isolation::ask;
-use super::words::{counted, ordinal};
+use super::words::{counted, number, ordinal};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Disturbance, Reply, Request};
 use crate::options::VmName;
@@ -93,14 +93,8 @@ fn kinds() -> impl TypedValueParser<Value = EdgeKind> {
         .try_map(|name| EdgeKind::from_name(&name).ok_or("there is no such kind"))
 }
 
-/// A number, also in hexadecimal with 0x.
 fn parse_number(text: &str) -> Result<u64, String> {
-    let number = match text.strip_prefix("0x") {
-        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
-        Some(_) => None,
-        None => text.parse().ok(),
-    };
-    number.ok_or_else(|| "give a number such as 12 or 0x1c".to_owned())
+    number(text).ok_or_else(|| "give a number such as 12 or 0x1c".to_owned())
 }
 
 fn parse_range(text: &str) -> Result<Range<u64>, String> {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::inject_code::{When, Where, parse_when, undo};
 use super::isolation::ask;
-use super::words::{counted, ordinal};
+use super::words::{counted, number, ordinal};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
@@ -134,9 +134,9 @@ fn parse_at(text: &str) -> Result<At, String> {
                 .all(|byte| byte.is_ascii_alphanumeric() || b"_.".contains(&byte))
     };
     let at = match text.split_once('+') {
-        Some(("", offset)) => parse_offset(offset).map(At::Offset),
+        Some(("", offset)) => number(offset).map(At::Offset),
         Some((name, offset)) if is_name(name) => {
-            parse_offset(offset).map(|offset| At::Function(name.to_owned(), Some(offset)))
+            number(offset).map(|offset| At::Function(name.to_owned(), Some(offset)))
         }
         None if is_name(text) => Some(At::Function(text.to_owned(), None)),
         _ => None,
@@ -145,15 +145,6 @@ fn parse_at(text: &str) -> Result<At, String> {
         "give first, middle, last, an offset such as +0x1c, or a function with or without one"
             .to_owned()
     })
-}
-
-fn parse_offset(text: &str) -> Option<u64> {
-    match text.strip_prefix("0x") {
-        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
-        Some(_) => None,
-        None if text.starts_with('+') => None,
-        None => text.parse().ok(),
-    }
 }
 
 fn parse_fault(name: &str) -> Result<FaultKind, String> {

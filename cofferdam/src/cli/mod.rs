@@ -9,6 +9,7 @@ mod device_host;
 mod disturb;
 mod errors;
 mod exec;
+mod images;
 mod inject;
 mod inject_code;
 mod isolation;

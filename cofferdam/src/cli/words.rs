@@ -1,4 +1,14 @@
-//! Numbers in English sentences.
+//! Numbers as people write and read them.
+
+/// A number that somebody typed, also in hexadecimal with `0x`.
+pub fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
+        Some(_) => None,
+        None if text.starts_with('+') => None,
+        None => text.parse().ok(),
+    }
+}
 
 /// `1 call`, `2 calls`.
 pub fn counted(count: u64, one: &str, many: &str) -> String {

@@ -71,12 +71,13 @@ impl Summary {
                 Verdict::Undetected => is_harm,
                 _ => false,
             };
-            let look_at = self.to_look_at.entry(run.verdict).or_default();
-            if is_bad && look_at.last() != Some(&record.trial.number) {
-                look_at.push(record.trial.number);
+            if is_bad {
+                let look_at = self.to_look_at.entry(run.verdict).or_default();
+                if look_at.last() != Some(&record.trial.number) {
+                    look_at.push(record.trial.number);
+                }
             }
         }
-        self.to_look_at.retain(|_, trials| !trials.is_empty());
     }
 
     /// Faults that are harm natively.

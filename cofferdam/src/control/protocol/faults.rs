@@ -1,6 +1,7 @@
 //! Faults on purpose, in requests and answers.
 
 use agent_protocol::message::Bytes;
+use devices::edge::EdgeStatus;
 use isolation::attach::text_fault::TextFaultStatus;
 use isolation::dispatch::fault::{FaultCount, UsedUpBy};
 use serde::{Deserialize, Serialize};
@@ -36,4 +37,14 @@ pub struct FaultsState {
     pub calls: Option<FaultCount>,
     /// Of the one in the guest's own text, whichever module it is of.
     pub own_text: Option<TextFaultStatus>,
+}
+
+/// What goes wrong at the edge of a NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disturbance {
+    /// The NIC's PCI address in the guest.
+    pub nic: String,
+    /// What was ordered, and how often it matched and struck.
+    #[serde(flatten)]
+    pub status: EdgeStatus,
 }
