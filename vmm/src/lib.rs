@@ -53,6 +53,7 @@ pub use error::{DEVICE_STATES_VERSION, Error, STATE_VERSION, StateError};
 pub use gate::kick_signal;
 pub use handle::{HoldGuard, Refused, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;
+pub use kvm::show_triple_faults;
 pub use marks::{MAX_MARKS, MarkError, MarkInfo, RewindError, RewindPhases, Rewound};
 pub use participant::{Kept, Participant, RestFor, Unsettled};
 pub use paused::PausedVcpus;

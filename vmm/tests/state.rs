@@ -276,7 +276,7 @@ fn a_machine_that_is_rewound_takes_what_was_pending_each_time_once() {
         twin.switch.0.store(1, Ordering::Release);
         handle.resume().unwrap();
         follow(&twin, state);
-        // Elsewhere by then, and one more that is not taken.
+        // Elsewhere by then, and one more: it is not taken, or the guest dies of it, and both are rewound.
         twin.switch.0.store(0, Ordering::Release);
         let elsewhere = MsiMessage {
             data: 0x43,
@@ -292,6 +292,50 @@ fn a_machine_that_is_rewound_takes_what_was_pending_each_time_once() {
     }
     handle.resume().unwrap();
     twin.guest.report();
+    twin.guest.power_off();
+}
+
+/// A vector without a gate: a fault in delivering a fault, twice, and the guest is to be reset. Rewound at every moment of that,
+/// it goes on from the mark.
+#[test]
+fn a_machine_that_is_rewound_forgets_a_triple_fault_under_way() {
+    let twin = machine(2, None);
+    let handle = &twin.guest.handle;
+    let mut state = 1;
+    for _ in 0..20 {
+        assert_eq!(twin.guest.report(), next_report(&mut state));
+    }
+    handle.pause().unwrap();
+    for (_, value) in twin.guest.reports.try_iter() {
+        assert_eq!(value, next_report(&mut state));
+    }
+    handle.mark("before", Duration::from_secs(10)).unwrap();
+    let message = MsiMessage {
+        address: 0xfee0_0000,
+        data: 0x43,
+    };
+    for turn in 0..300 {
+        handle.resume().unwrap();
+        let mut expected = state;
+        for _ in 0..3 {
+            let report = twin.guest.report();
+            assert_eq!(report, next_report(&mut expected), "turn {turn}");
+        }
+        twin.switch.0.store(1, Ordering::Release);
+        twin.vectors.route(0, Some(message));
+        twin.vectors.trigger(0);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_micros(turn) {
+            std::hint::spin_loop();
+        }
+        handle.pause().unwrap();
+        twin.switch.0.store(0, Ordering::Release);
+        handle
+            .rewind(Some("before"), Duration::from_secs(10))
+            .unwrap();
+        twin.guest.drain();
+    }
+    handle.resume().unwrap();
     twin.guest.power_off();
 }
 

@@ -9,8 +9,8 @@
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_regs, kvm_segment,
-    kvm_sregs, kvm_userspace_memory_region,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
+    kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
     Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuExit, VcpuFd,
@@ -149,6 +149,7 @@ impl PrivateVm {
         );
         vm.enable_cap(&msr_exits)
             .map_err(kvm("KVM_CAP_X86_USER_SPACE_MSR"))?;
+        vmm::show_triple_faults(&vm);
         trap_timer(&vm)?;
         set_slots(&vm, view, monitor)?;
         let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
@@ -333,7 +334,7 @@ impl PrivateVm {
         }
     }
 
-    /// Lets KVM forget a half-done access or a pending exception after a call was stopped in the
+    /// Lets KVM forget a half-done access, a pending exception or a triple fault after a call was stopped in the
     /// middle of something.
     pub fn settle(&mut self) -> Result<(), PrivateVmError> {
         self.vcpu.set_kvm_immediate_exit(1);
@@ -363,7 +364,8 @@ impl PrivateVm {
         events.nmi.injected = 0;
         events.interrupt.injected = 0;
         events.interrupt.shadow = 0;
-        events.flags = 0;
+        events.triple_fault.pending = 0;
+        events.flags &= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
         self.vcpu
             .set_vcpu_events(&events)
             .map_err(kvm("KVM_SET_VCPU_EVENTS"))

@@ -1,8 +1,9 @@
 //! State of one vCPU, its TSC apart.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, MsrList, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, MsrList, Msrs,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -117,9 +118,27 @@ impl VcpuState {
             Restore::Back => write_msrs(vcpu, &changed_msrs(vcpu, &self.msrs)?)?,
             Restore::GoOn | Restore::Reset => write_msrs(vcpu, &self.msrs)?,
         }
-        vcpu.set_vcpu_events(&self.events)
+        let events = match how {
+            Restore::GoOn => events_for(vcpu, self.events)?,
+            Restore::Back | Restore::Reset => self.events,
+        };
+        vcpu.set_vcpu_events(&events)
             .map_err(Error::kvm("set pending events"))
     }
+}
+
+/// `events` of another host as this one takes them.
+fn events_for(vcpu: &VcpuFd, mut events: kvm_vcpu_events) -> Result<kvm_vcpu_events, Error> {
+    let now = vcpu
+        .get_vcpu_events()
+        .map_err(Error::kvm("read pending events"))?;
+    if events.flags & !now.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0 {
+        if events.triple_fault.pending != 0 {
+            return Err(Error::KvmLacks("triple faults among a vCPU's events"));
+        }
+        events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    }
+    Ok(events)
 }
 
 /// Reads those of `indices` and of what KVM does not list that can be read.
