@@ -297,6 +297,14 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn committing(&mut self, va: u64, bytes: u64) {
+        if let (Some(CallPolicy { policy, memory }), Some(range)) =
+            (&mut self.policy, GvaRange::new(Gva(va), bytes))
+        {
+            policy.committing(memory, range);
+        }
+    }
+
     fn leaves(&mut self, values: &[u64]) {
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
             policy.leave(memory, values);

@@ -43,6 +43,9 @@ pub trait Supervisor {
     /// until now, and the call goes on.
     fn publishing(&mut self, _gpa: u64, _old: &[u8; 4096]) {}
 
+    /// The call is about to be committed, with the `bytes` bytes at `va` changed, on a page that it was let write to.
+    fn committing(&mut self, _va: u64, _bytes: u64) {}
+
     /// The call is about to go on in the guest, with these values in registers and on the call's stack.
     fn leaves(&mut self, _values: &[u64]) {}
 

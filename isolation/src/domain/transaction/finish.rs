@@ -45,6 +45,15 @@ impl Call<'_> {
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
         }
+        for (pfn, mask) in &changes {
+            let Some(va) = self.domain.opened_va(*pfn) else {
+                continue;
+            };
+            for run in mask.runs() {
+                let (at, bytes) = (va + run.start as u64, run.len() as u64);
+                self.supervisor.committing(at, bytes);
+            }
+        }
         if let Some(journal) = &mut self.journal {
             for pfn in &pages {
                 let view = &self.domain.view;

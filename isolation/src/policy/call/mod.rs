@@ -65,6 +65,14 @@ const PACKET_CACHES: &[&str] = &[
     "skbuff_small_head",
 ];
 
+const PAGE_SIZE: u64 = 4096;
+
+/// Most pages of slabs whose other objects are looked at: half a GiB of them.
+const MAX_OPENED_PAGES: usize = 1 << 17;
+
+/// Objects begin at multiples of as many bytes (`ARCH_KMALLOC_MINALIGN`, arch/x86/include/asm).
+const WORD: u64 = 8;
+
 /// Most call-backs in one call whose arguments count.
 const MAX_CALLS: usize = 1024;
 
@@ -129,6 +137,9 @@ pub struct DriverPolicy {
     owned: Arc<EarlierAllocations>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
+    /// Pages of slabs that were opened for what was handed out to a call. They stay open, and stores to others of their
+    /// objects are not asked about. At most [`MAX_OPENED_PAGES`].
+    opened_pages: BTreeSet<u64>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     completions: Completions,
@@ -189,6 +200,7 @@ impl DriverPolicy {
             listed: false,
             owned: Arc::default(),
             handed_out: Vec::new(),
+            opened_pages: BTreeSet::new(),
             sections: layout
                 .sections
                 .iter()
@@ -260,6 +272,39 @@ impl DriverPolicy {
             }
         }
         false
+    }
+
+    /// The call is about to be committed, and has changed `range`. On a page that was opened for something that was handed out,
+    /// in this call or an earlier one, nobody is asked about the other objects: those that were handed out to this call are
+    /// the driver's, too.
+    pub fn committing<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) {
+        let mut at = range.first();
+        while range.contains(at) && self.opened_pages.contains(&(at.0 & !(PAGE_SIZE - 1))) {
+            at = match self.new_allocation(memory, at) {
+                Some(found) => {
+                    if !self.handed_out.contains(&found.range) {
+                        self.handed_out.push(found.range);
+                    }
+                    Gva(found.range.last().0.wrapping_add(1))
+                }
+                // Somebody else's, or what lies between objects.
+                None => Gva(at.0.wrapping_add(WORD)),
+            };
+        }
+    }
+
+    /// The object at `at`, if it was handed out during the call and a driver can keep it.
+    fn new_allocation<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        at: Gva,
+    ) -> Option<Allocation> {
+        let base = memory.per_cpu_base;
+        let now = self.memory.with(memory.private).on_processor(base);
+        let before = self.memory.with(memory.earlier()).on_processor(base);
+        let found = now.allocation_at(at)?;
+        let is_new = now.is_new(&found, &before);
+        (is_new && !self.is_packet(memory, &found)).then_some(found)
     }
 
     /// A kernel function has returned `at` to the driver, and both views of memory have what it did: memory

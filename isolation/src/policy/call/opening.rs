@@ -1,9 +1,9 @@
 //! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 4 of the parent
 //! module's picture.
 
-use super::{Call, CallMemory, DriverPolicy, PACKET_CACHES};
+use super::{Call, CallMemory, DriverPolicy, MAX_OPENED_PAGES, PACKET_CACHES, PAGE_SIZE};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocations, FindAllocation};
+use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Lifetime, Object, ObjectKind, Permit};
 use crate::policy::reach::{Reach, Reached, Start};
@@ -129,6 +129,9 @@ impl DriverPolicy {
         }
         // A packet is passed on, not kept.
         if !is_packet {
+            if found.kind == AllocationKind::Slab && self.opened_pages.len() < MAX_OPENED_PAGES {
+                self.opened_pages.insert(at.0 & !(PAGE_SIZE - 1));
+            }
             self.handed_out.push(found.range);
         }
         let label = format!("{cache} handed out to the driver");

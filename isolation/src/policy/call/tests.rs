@@ -239,6 +239,57 @@ fn what_was_handed_out_to_a_committed_call_stays_the_drivers() {
 }
 
 #[test]
+fn an_object_handed_out_on_a_page_that_is_open_already_stays_the_drivers_too() {
+    let (first, second, third, others) = (OBJECTS + 512, OBJECTS + 768, OBJECTS + 1024, OBJECTS);
+    let mut before = guest();
+    for free in [second, third] {
+        before.put(Gva(free + 128), &words(&[0xfeed_f00d]), DATA);
+    }
+    let mut now = before.clone();
+    now.put(Gva(first + 128), &words(&[0]), DATA);
+    now.put(Gva(second + 128), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    let memory = CallMemory {
+        private: now.virt(),
+        before: MemoryBefore::new(before.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    let changed = |at| GvaRange::new(Gva(at), 256).unwrap();
+    // No page was opened: somebody else's business.
+    policy.begin("my_irq", [0; 6]);
+    policy.committing(&memory, changed(second));
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &now, &now, second, 8));
+    // The call is asked about the first only.
+    assert!(ask(&mut policy, &now, &before, first, 8));
+    for at in [second, others] {
+        policy.committing(&memory, changed(at));
+    }
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &now, &now, first, 8));
+    assert!(ask(&mut policy, &now, &now, second, 256));
+    assert!(!ask(&mut policy, &now, &now, others, 8), "it was not new");
+    policy.end(true);
+    // The page stays open: of another object there nobody is asked in a later call either.
+    let mut later = now.clone();
+    later.put(Gva(third + 128), &words(&[0]), DATA);
+    let memory = CallMemory {
+        private: later.virt(),
+        before: MemoryBefore::new(now.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    policy.begin("my_irq", [0; 6]);
+    policy.committing(&memory, changed(third));
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &later, &later, third, 256));
+}
+
+#[test]
 fn what_was_handed_out_after_a_mark_is_somebody_elses_after_the_rewind() {
     let (fresh, later) = (OBJECTS + 512, OBJECTS + 768);
     let mut before = guest();
