@@ -305,6 +305,7 @@ mod tests {
             reached: 1,
             failed: 0,
             left: 0,
+            reached_ns: None,
         };
         let own_text = TextFaultStatus {
             module: "e1000".to_owned(),

@@ -416,7 +416,7 @@ impl Handler for VmService {
             } => self.inject(
                 &module,
                 FaultOrder {
-                    entry,
+                    function: entry,
                     offset,
                     code: fault.code().to_vec(),
                     every,

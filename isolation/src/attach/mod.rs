@@ -78,9 +78,6 @@ pub enum AttachError {
     /// It is not isolated.
     #[error("module {0} is not isolated")]
     NotIsolated(String),
-    /// A function that is not gated.
-    #[error("{0} is not an isolated function of the module")]
-    NotAnEntry(String),
     /// A function that the guest's kernel does not have, or has twice.
     #[error("the guest's kernel has no function {0}, or several")]
     NoSuchFunction(String),
@@ -240,14 +237,11 @@ impl Isolator {
         code: &[u8],
     ) -> Result<Vec<u8>, AttachError> {
         self.with_domain(module, |armed| {
-            let not_an_entry = || AttachError::NotAnEntry(format!("{function}+{offset:#x}"));
-            let at = armed
-                .knowledge
-                .driver_function(function)
-                .ok_or_else(not_an_entry)?;
-            let at = at.checked_add(offset).ok_or_else(not_an_entry)?;
+            let outside = || AttachError::NoDriverFunction(format!("{function}+{offset:#x}"));
+            let at = function_of(armed, function)?.checked_add(offset);
+            let at = at.ok_or_else(outside)?;
             if !armed.knowledge.in_text(at, code.len() as u64) {
-                return Err(not_an_entry());
+                return Err(outside());
             }
             let mut before = vec![0; code.len()];
             armed.domain.code(at, &mut before)?;
@@ -265,24 +259,17 @@ impl Isolator {
         })
     }
 
-    /// Puts a fault into calls of an isolated function. Those ordered before are kept until they are used up.
+    /// Puts a fault into calls that run a function of an isolated module. Those ordered before are kept until they are used
+    /// up.
     pub fn order_fault(&self, module: &str, order: FaultOrder) -> Result<(), AttachError> {
-        let not_an_entry = || AttachError::NotAnEntry(order.entry.clone());
         self.with_module(module, |armed| {
-            let function = armed
-                .knowledge
-                .driver_function(&order.entry)
-                .filter(|_| {
-                    armed
-                        .gates
-                        .values()
-                        .any(|gate| !gate.is_guard && gate.entry.name == order.entry)
-                })
-                .ok_or_else(not_an_entry)?;
-            let at = function.checked_add(order.offset);
+            let start = function_of(armed, &order.function)?;
+            let at = start.checked_add(order.offset);
             at.filter(|at| armed.knowledge.in_text(*at, order.code.len() as u64))
-                .ok_or_else(not_an_entry)?;
-            match armed.faults.add(order.clone(), function) {
+                .ok_or_else(|| AttachError::NoDriverFunction(order.function.clone()))?;
+            let mut gates = armed.gates.values();
+            let is_entry = gates.any(|gate| !gate.is_guard && gate.entry.name == order.function);
+            match armed.faults.add(order, start, is_entry) {
                 true => Ok(()),
                 false => Err(AttachError::TooManyFaults),
             }
@@ -297,9 +284,7 @@ impl Isolator {
         old: &[u8],
     ) -> Result<(), AttachError> {
         self.with_domain(module, |armed| {
-            let function = armed.knowledge.driver_function(&order.entry);
-            let function = function.ok_or_else(|| AttachError::NotAnEntry(order.entry.clone()))?;
-            let at = function.wrapping_add(order.offset);
+            let at = function_of(armed, &order.function)?.wrapping_add(order.offset);
             let mut there = vec![0; old.len()];
             armed.domain.code(at, &mut there)?;
             match there == old {
@@ -330,8 +315,7 @@ impl Isolator {
         function: &str,
     ) -> Result<Vec<InstructionAt>, AttachError> {
         self.with_domain(module, |armed| {
-            let start = armed.knowledge.driver_function(function);
-            let start = start.ok_or_else(|| AttachError::NotAnEntry(function.to_owned()))?;
+            let start = function_of(armed, function)?;
             let (knowledge, domain) = (&armed.knowledge, &armed.domain);
             Ok(crate::dispatch::fault::instructions(
                 start,
@@ -441,6 +425,12 @@ impl Isolator {
         // A panic inside a call leaves counters behind that are off by one at worst.
         self.modules.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Address of a function of the module.
+fn function_of(armed: &Armed, name: &str) -> Result<u64, AttachError> {
+    let start = armed.knowledge.driver_function(name);
+    start.ok_or_else(|| AttachError::NoDriverFunction(name.to_owned()))
 }
 
 /// Bits of a guest physical address.

@@ -25,11 +25,12 @@ const MAX_ORDERS: usize = 16;
 /// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
 
-/// A fault for calls of one isolated function.
+/// A fault in a function of an isolated module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FaultOrder {
-    /// The isolated function whose calls get it.
-    pub entry: String,
+    /// The function. Calls of it get the fault if it is isolated itself, otherwise those of all isolated functions: they may
+    /// call it.
+    pub function: String,
     /// Where the fault goes, in bytes from the function's start.
     pub offset: u64,
     /// The code that is put there.
@@ -66,6 +67,9 @@ pub struct FaultCount {
     pub failed: u64,
     /// Calls that have yet to use it up.
     pub left: u64,
+    /// When a call came to it first, in nanoseconds of the host's `CLOCK_MONOTONIC`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reached_ns: Option<u64>,
 }
 
 /// An instruction of a function of the driver.
@@ -101,15 +105,15 @@ pub enum InstructionKind {
 pub(crate) struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// Takes one more order, for calls of the function at `function`; `false` if there are too many that are not used
-    /// up. An order of no faults withdraws those that are left for the same function.
-    pub fn add(&mut self, order: FaultOrder, function: u64) -> bool {
-        let withdraws = |fault: &Fault| order.times == 0 && fault.order.entry == order.entry;
+    /// Takes one more order, for the function at `start`, which is isolated itself or not; `false` if there are too many that
+    /// are not used up. An order of no faults withdraws those that are left for the same function.
+    pub fn add(&mut self, order: FaultOrder, start: u64, is_entry: bool) -> bool {
+        let withdraws = |fault: &Fault| order.times == 0 && fault.order.function == order.function;
         self.0
             .retain(|fault| fault.count.left > 0 && !withdraws(fault));
         let has_room = self.0.len() < MAX_ORDERS;
         if has_room {
-            self.0.push(Fault::new(order, function));
+            self.0.push(Fault::new(order, start, is_entry));
         }
         has_room
     }
@@ -158,6 +162,8 @@ impl Faults {
 struct Fault {
     order: FaultOrder,
     at: u64,
+    /// Calls of the function alone, which is isolated itself.
+    is_entry: bool,
     /// Calls until the next one that gets it.
     wait: u32,
     in_place: bool,
@@ -167,10 +173,11 @@ struct Fault {
 }
 
 impl Fault {
-    /// For calls of the function at `function`.
-    fn new(order: FaultOrder, function: u64) -> Self {
+    /// In the function at `start`.
+    fn new(order: FaultOrder, start: u64, is_entry: bool) -> Self {
         Self {
-            at: function.wrapping_add(order.offset),
+            at: start.wrapping_add(order.offset),
+            is_entry,
             wait: order.every.saturating_sub(1),
             count: FaultCount {
                 left: order.times,
@@ -182,6 +189,10 @@ impl Fault {
         }
     }
 
+    fn is_for(&self, entry: &str) -> bool {
+        !self.is_entry || entry == self.order.function
+    }
+
     /// A call of `entry` begins or, having gone on in the guest, comes back (`again`), with the page tables at `cr3`.
     fn begin(
         &mut self,
@@ -190,7 +201,7 @@ impl Fault {
         cr3: u64,
         domain: &mut Domain,
     ) -> Result<(), DomainError> {
-        if entry != self.order.entry {
+        if !self.is_for(entry) {
             return Ok(());
         }
         self.reached &= again;
@@ -212,13 +223,17 @@ impl Fault {
 
     /// A call of `entry` has ended, or goes on elsewhere. The domain's code is as it was.
     fn end(&mut self, entry: &str, failed: bool, domain: &mut Domain) -> Result<(), DomainError> {
-        if entry != self.order.entry {
+        if !self.is_for(entry) {
             return Ok(());
         }
         let was_in_place = std::mem::take(&mut self.in_place);
-        let reached_now = was_in_place && domain.clear_strike()?;
-        let reached_first = reached_now && !self.reached;
-        self.reached |= reached_now;
+        let reached_ns = match was_in_place {
+            true => domain.clear_strike()?,
+            false => None,
+        };
+        self.count.reached_ns = self.count.reached_ns.or(reached_ns);
+        let reached_first = reached_ns.is_some() && !self.reached;
+        self.reached |= reached_ns.is_some();
         self.count.reached += u64::from(reached_first);
         let failed = failed && (was_in_place || self.reached);
         self.count.failed += u64::from(failed);

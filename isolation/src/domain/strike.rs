@@ -7,6 +7,8 @@
 //!
 //! So it is known of each call whether it came to the fault, which is not seen from how it ends.
 
+use devices::clock::monotonic_ns;
+
 use super::Domain;
 use super::error::DomainError;
 use super::monitor::{self, PORT_STRIKE};
@@ -18,7 +20,8 @@ pub(super) struct Strike {
     at: u64,
     code: Vec<u8>,
     original: Vec<u8>,
-    reached: bool,
+    /// When a call came there first, in nanoseconds of the host's `CLOCK_MONOTONIC`.
+    reached_ns: Option<u64>,
 }
 
 impl Domain {
@@ -37,25 +40,27 @@ impl Domain {
             at,
             code: code.to_vec(),
             original,
-            reached: false,
+            reached_ns: None,
         });
         Ok(())
     }
 
-    /// P has the driver's own code there again. Whether a call came there, as far as that is told.
-    pub fn clear_strike(&mut self) -> Result<bool, DomainError> {
+    /// P has the driver's own code there again. When a call came there first, as far as that is told, in nanoseconds of the
+    /// host's `CLOCK_MONOTONIC`.
+    pub fn clear_strike(&mut self) -> Result<Option<u64>, DomainError> {
         let Some(strike) = self.strike.take() else {
-            return Ok(false);
+            return Ok(None);
         };
         self.patch(strike.at, &strike.original)?;
-        Ok(strike.reached)
+        Ok(strike.reached_ns)
     }
 
     /// Where the fault waits that P, stopped at a port with this RIP, has come to. KVMs differ in whether they have
     /// moved on already.
     pub(super) fn strike_at(&self, rip: u64) -> Option<u64> {
         let strike = self.strike.as_ref()?;
-        let waits = !strike.reached && [rip, rip.wrapping_sub(OUT_BYTES)].contains(&strike.at);
+        let waits =
+            strike.reached_ns.is_none() && [rip, rip.wrapping_sub(OUT_BYTES)].contains(&strike.at);
         waits.then_some(strike.at)
     }
 
@@ -64,7 +69,7 @@ impl Domain {
         let Some(strike) = &mut self.strike else {
             return Ok(());
         };
-        strike.reached = true;
+        strike.reached_ns = Some(monotonic_ns());
         let (at, code) = (strike.at, strike.code.clone());
         self.patch(at, &code)
     }

@@ -16,7 +16,7 @@ const NOP: [u8; 3] = [0x0f, 0x1f, 0x00];
 
 fn order(entry: &str, offset: u64, code: &[u8], used_up_by: UsedUpBy) -> FaultOrder {
     FaultOrder {
-        entry: entry.to_owned(),
+        function: entry.to_owned(),
         offset,
         code: code.to_vec(),
         every: 1,
@@ -26,7 +26,12 @@ fn order(entry: &str, offset: u64, code: &[u8], used_up_by: UsedUpBy) -> FaultOr
 }
 
 fn count(guest: &Guest) -> FaultCount {
-    guest.isolator.fault_count("first").unwrap()
+    let count = guest.isolator.fault_count("first").unwrap();
+    assert_eq!(count.reached_ns.is_some(), count.reached > 0);
+    FaultCount {
+        reached_ns: None,
+        ..count
+    }
 }
 
 #[test]
@@ -43,9 +48,40 @@ fn a_fault_that_does_no_harm_is_used_up_by_the_call_that_comes_to_it() {
         reached: 1,
         failed: 0,
         left: 0,
+        reached_ns: None,
     };
     assert_eq!(count(&guest), expected);
     assert_eq!(guest.status("first").violations, 0);
+}
+
+#[test]
+fn a_fault_in_a_function_that_an_isolated_one_calls_comes_with_calls_of_that() {
+    let guest = Guest::start();
+    guest.isolate("first").unwrap();
+    let entries = guest.status("first").entries;
+    assert!(entries.iter().all(|entry| entry.name != "first_helps"));
+    // The function has no gate in front.
+    let fault = order("first_helps", INC - 5, &NOP, UsedUpBy::Reaching);
+    guest.isolator.order_fault("first", fault).unwrap();
+    // Of a function that does not call it.
+    assert_eq!(guest.call(FIRST), 1);
+    let mut expected = FaultCount {
+        tried: 1,
+        left: 1,
+        ..FaultCount::default()
+    };
+    assert_eq!(count(&guest), expected);
+    assert_eq!(guest.call(CALLS_OWN), 1, "it counts nothing");
+    (expected.tried, expected.reached, expected.left) = (2, 1, 0);
+    assert_eq!(count(&guest), expected);
+    assert_eq!(guest.call(CALLS_OWN), 2);
+    let fails = order("first_helps", INC - 5, &[0x0f, 0x0b], UsedUpBy::Reaching);
+    guest.isolator.order_fault("first", fails).unwrap();
+    assert_eq!(guest.call(CALLS_OWN), ERROR);
+    assert_eq!(guest.call(CALLS_OWN), 3);
+    let missing = order("first_misses", 0, &NOP, UsedUpBy::Reaching);
+    let refused = guest.isolator.order_fault("first", missing).unwrap_err();
+    assert!(refused.to_string().contains("no function first_misses"));
 }
 
 #[test]
@@ -83,6 +119,7 @@ fn a_fault_that_is_not_on_the_calls_way_is_not_used_up() {
         reached: 0,
         failed: 0,
         left: 1,
+        reached_ns: None,
     };
     assert_eq!(count(&guest), not_reached);
     guest.write(FAILS, 1);

@@ -33,6 +33,9 @@ pub const SECOND_DATA: u64 = 0xffff_ffff_c001_3000;
 pub const CALLS_SECOND: u64 = FIRST + 0x100;
 /// A function of the first module that waits in the kernel, and then fails if [`FAILS`] says so.
 pub const WAITS: u64 = FIRST + 0x200;
+/// A function of the first module that calls another one of it, which has no room for a gate.
+pub const CALLS_OWN: u64 = FIRST + 0x300;
+const HELPS: u64 = FIRST + 0x380;
 /// How often that ran to its end.
 pub const RUNS: u64 = FIRST_DATA + 8;
 pub const FAILS: u64 = FIRST_DATA + 16;
@@ -102,6 +105,11 @@ impl PageTables<'_> {
 /// A driver's function: begins with a NOP for a gate, adds 1 to its data and returns what is there then.
 fn counts(a: &mut CodeAssembler, data: u64) -> Result<(), IcedError> {
     a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
+    adds(a, data)
+}
+
+/// What it does then.
+fn adds(a: &mut CodeAssembler, data: u64) -> Result<(), IcedError> {
     a.mov(rcx, data)?;
     a.inc(qword_ptr(rcx))?;
     a.mov(rax, qword_ptr(rcx))?;
@@ -188,6 +196,12 @@ fn write(memory: &GuestMemory) {
         a.pop(rbx)?;
         a.ret()
     });
+    code(CALLS_OWN, &|a| {
+        a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
+        a.call(HELPS)?;
+        a.ret()
+    });
+    code(HELPS, &|a| adds(a, FIRST_DATA));
     code(KERNEL_WAITS, &|a| {
         a.call(SCHEDULE)?;
         a.ret()
@@ -385,6 +399,7 @@ impl Drop for Guest {
 pub fn symbols() -> SymbolTable {
     let text = format!(
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
+         {CALLS_OWN:x} t first_calls_own\t[first]\n{HELPS:x} t first_helps\t[first]\n\
          {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
          {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{UNDOES:x} T kernel_undoes\n{LOOP:x} T kernel_loop\n"
     );

@@ -58,7 +58,7 @@ fn places(machine: &Machine, function: &str) -> Vec<u64> {
 /// Orders `times` faults at `offset` of `function`, of each call.
 fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
     let order = FaultOrder {
-        entry: function.to_owned(),
+        function: function.to_owned(),
         offset,
         code: FAULT.to_vec(),
         every: 1,

@@ -12,7 +12,7 @@ const NULL_DEREFERENCE: &[u8] = &[0x31, 0xc0, 0x48, 0x8b, 0x00];
 /// Has the next `times` calls of `entry` fail.
 fn fail(machine: &Machine, module: &str, entry: &str, times: u64) {
     let order = FaultOrder {
-        entry: entry.into(),
+        function: entry.into(),
         offset: 5,
         code: NULL_DEREFERENCE.to_vec(),
         every: 1,

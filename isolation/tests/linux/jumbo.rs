@@ -49,7 +49,7 @@ fn jumbo_frames_come_through(append: &str) {
     for offset in [5, *last.first().expect("the poll ends")] {
         let before = machine.status("e1000").violations;
         let order = FaultOrder {
-            entry: "e1000_clean".into(),
+            function: "e1000_clean".into(),
             offset,
             code: NULL_DEREFERENCE.to_vec(),
             every: 5,

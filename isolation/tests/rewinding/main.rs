@@ -25,7 +25,7 @@ const ERROR: u64 = -5i64 as u64;
 /// A fault for the next call of a function of the first module.
 fn fault(entry: &str) -> FaultOrder {
     FaultOrder {
-        entry: entry.to_owned(),
+        function: entry.to_owned(),
         // Behind the gate: ud2.
         offset: 5,
         code: vec![0x0f, 0x0b],

@@ -26,7 +26,7 @@ pub struct FunctionBytes {
     pub code: Bytes,
     /// Names of the functions that it calls or jumps to outside of itself, by address.
     pub callees: Vec<(u64, String)>,
-    /// Whether it is isolated.
+    /// Whether functions of the module are isolated: faults go into the domain's copy.
     pub isolated: bool,
 }
 

@@ -3,7 +3,6 @@
 use agent_protocol::message::Bytes;
 use isolation::attach::text_fault::TextChange;
 use isolation::dispatch::fault::FaultOrder;
-use isolation::status::ModuleStatus;
 
 use super::{VmService, text};
 use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply};
@@ -24,14 +23,12 @@ impl VmService {
         self.guest_runs()?;
         let text = self.supervisor.guest().function_text(module, function);
         let text = text.map_err(chain)?;
-        let modules = self.isolator().status().into_iter();
-        let mut own = modules.filter(|status| status.module == module);
-        let is_it = |status: &ModuleStatus| status.entries.iter().any(|one| one.name == function);
+        let mut modules = self.isolator().status().into_iter();
         Ok(Reply::FunctionText(FunctionBytes {
             start: text.start,
             code: Bytes(text.code),
             callees: text.callees.into_iter().collect(),
-            isolated: own.any(|status| is_it(&status)),
+            isolated: modules.any(|status| status.module == module),
         }))
     }
 
@@ -46,7 +43,7 @@ impl VmService {
             return self.inject_into_text(module, code);
         };
         let order = FaultOrder {
-            entry: code.function,
+            function: code.function,
             offset: code.offset,
             code: code.new,
             every: calls.every,

@@ -149,6 +149,20 @@ pub struct AbortPhases {
     pub returned_ns: u64,
 }
 
+impl AbortPhases {
+    /// All of them.
+    pub fn total_ns(&self) -> u64 {
+        let phases = [
+            self.detect_ns,
+            self.memory_ns,
+            self.device_ns,
+            self.compensate_ns,
+            self.returned_ns,
+        ];
+        phases.into_iter().fold(0, u64::saturating_add)
+    }
+}
+
 /// The end of a call with the registers that the guest's vCPU goes on with.
 #[derive(Debug, Clone)]
 pub struct CallResult {
