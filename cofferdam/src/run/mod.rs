@@ -183,6 +183,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     if let Some(saved) = &saved {
         saved.tell_guest(&nics, &supervisor)?;
     }
+    vm.handle().add_participant(Arc::new(panic.clone()));
     let weak = Arc::downgrade(&supervisor);
     let forgotten = panic.clone();
     vm.handle().on_reset(move || {

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::serial::SerialObserver;
+use vmm::{Kept, Participant, PausedVcpus, RestFor, Unsettled};
 
 /// How every Linux kernel begins the line (`panic` in `kernel/panic.c`), behind its time and the task's number.
 const PANIC: &str = "Kernel panic - not syncing";
@@ -37,6 +38,29 @@ impl GuestPanic {
             line: Vec::new(),
             panic: self.clone(),
         })
+    }
+}
+
+/// A guest that was rewound has panicked if it had at the mark.
+impl Participant for GuestPanic {
+    fn name(&self) -> String {
+        "the watch for panics".to_owned()
+    }
+
+    fn settle(&self, _rest: RestFor, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
+        Ok(())
+    }
+
+    fn go_on(&self) {}
+
+    fn keep(&self) -> Result<Kept, Unsettled> {
+        Ok(Some(Arc::new(self.line())))
+    }
+
+    fn put_back(&self, kept: &Kept) -> Result<(), String> {
+        let line = kept.as_ref().and_then(|kept| kept.downcast_ref());
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = line.cloned().flatten();
+        Ok(())
     }
 }
 
@@ -104,6 +128,23 @@ mod tests {
         let line = "Kernel panic - not syncing: sysrq triggered crash";
         assert_eq!(panic.line().as_deref(), Some(line));
         panic.forget();
+        assert_eq!(panic.line(), None);
+    }
+
+    #[test]
+    fn a_guest_that_is_rewound_has_panicked_if_it_had_at_the_mark() {
+        let panic = GuestPanic::default();
+        let well = panic.keep().unwrap();
+        let mut console = panic.observer();
+        for byte in b"Kernel panic - not syncing: died\n" {
+            console.wrote(*byte);
+        }
+        let died = panic.keep().unwrap();
+        panic.put_back(&well).unwrap();
+        assert_eq!(panic.line(), None);
+        panic.put_back(&died).unwrap();
+        assert!(panic.line().unwrap().ends_with("died"));
+        panic.put_back(&None).unwrap();
         assert_eq!(panic.line(), None);
     }
 
