@@ -3,6 +3,7 @@
 //! Dropping it ends the VM and removes everything it made.
 
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -229,8 +230,23 @@ impl Guest {
 
     /// What the guest wrote to its console, as far as it is text; only with [`Console::File`].
     pub fn console(&self) -> String {
-        let console = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
-        String::from_utf8_lossy(&console).into_owned()
+        self.console_from(0)
+    }
+
+    /// The same from byte `from` on.
+    pub fn console_from(&self, from: u64) -> String {
+        text_from(&self.console_file(), from)
+    }
+
+    /// The file with it.
+    pub fn console_file(&self) -> PathBuf {
+        self.folder.path().join("console")
+    }
+
+    /// How many bytes the guest wrote to its console; only with [`Console::File`].
+    pub fn console_bytes(&self) -> u64 {
+        let console = std::fs::metadata(self.console_file());
+        console.map_or(0, |console| console.len())
     }
 
     /// Runs a command in the guest and returns its output; it must succeed.
@@ -297,6 +313,18 @@ impl Drop for Guest {
     fn drop(&mut self) {
         child::end(&mut self.child, END_TIME);
     }
+}
+
+/// What is in a file from byte `from` on, as far as it is text; nothing of one that cannot be read.
+pub fn text_from(file: &Path, from: u64) -> String {
+    let read = || {
+        let mut file = File::open(file)?;
+        file.seek(SeekFrom::Start(from))?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        std::io::Result::Ok(text)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
 /// The guest, for the report.

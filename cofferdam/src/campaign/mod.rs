@@ -1,8 +1,8 @@
 //! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried natively and isolated from
 //! the same warm state.
 
+mod patience;
 pub mod worker;
-mod workload;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -19,26 +19,6 @@ use recovery::campaign::summary::Summary;
 
 use crate::control::protocol::FunctionBytes;
 use worker::{Setup, Worker};
-
-/// Functions that are isolated and get faults unless others are asked for: those that the workload calls.
-pub const FUNCTIONS: &[&str] = &[
-    "e1000_xmit_frame",
-    "e1000_clean",
-    "e1000_intr",
-    "e1000_open",
-    "e1000_close",
-    "e1000_set_rx_mode",
-    "e1000_set_mac",
-    "e1000_change_mtu",
-    "e1000_set_features",
-    "e1000_set_ringparam",
-    "e1000_get_ringparam",
-    "e1000_get_ethtool_stats",
-    "e1000_get_regs",
-    "e1000_get_drvinfo",
-    "e1000_nway_reset",
-    "e1000_watchdog",
-];
 
 /// VMs in a row that do not do what they are asked for, after which a campaign is given up.
 const MAX_LOST: u32 = 3;
@@ -100,7 +80,7 @@ pub fn run(
     let mut worker = Worker::start(&options.setup, progress)?;
     let header = Header {
         campaign: FORMAT,
-        driver: options.setup.driver.clone(),
+        workload: options.setup.workload.clone(),
         kernel: worker.kernel()?,
         seed: options.seed,
         kinds: options
@@ -108,7 +88,6 @@ pub fn run(
             .iter()
             .map(|kind| kind.name().to_owned())
             .collect(),
-        functions: options.setup.functions.clone(),
     };
     let (mut file, records) = open(&options.file, &header)?;
     let mut summary = Summary::of(&records);
@@ -214,7 +193,7 @@ pub fn replay(
     let then = found
         .next()
         .with_context(|| format!("{} has no trial {number}", file.display()))?;
-    let mut options = CampaignOptions {
+    let options = CampaignOptions {
         setup: setup(&campaign.header)?,
         kinds: Vec::new(),
         trials: number,
@@ -222,10 +201,6 @@ pub fn replay(
         ways: then.runs.keys().copied().collect(),
         file: file.to_owned(),
     };
-    options
-        .setup
-        .functions
-        .clone_from(&campaign.header.functions);
     let mut worker = Worker::start(&options.setup, progress)?;
     let kernel = worker.kernel()?;
     if kernel != campaign.header.kernel {
@@ -243,18 +218,22 @@ pub fn replay(
 /// # Errors
 /// It is none, or too large.
 pub fn read(path: &Path) -> anyhow::Result<record::Campaign> {
-    let text = text(path)?;
+    let text = text(path, MAX_FILE)?;
     record::read(&text).with_context(|| path.display().to_string())
 }
 
-fn text(path: &Path) -> anyhow::Result<String> {
+/// The text in a file of at most `limit` bytes.
+///
+/// # Errors
+/// It cannot be read, or is too large.
+pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     let mut text = String::new();
-    let bytes = file.take(MAX_FILE).read_to_string(&mut text);
+    let bytes = file.take(limit).read_to_string(&mut text);
     let bytes = bytes.with_context(|| path.display().to_string())?;
     ensure!(
-        (bytes as u64) < MAX_FILE,
-        "{} is larger than any campaign's file",
+        (bytes as u64) < limit,
+        "{} is larger than {limit} bytes",
         path.display()
     );
     Ok(text)
@@ -274,10 +253,10 @@ fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
         append(&mut file, header).with_context(name)?;
         return Ok((file, Vec::new()));
     }
-    let campaign = record::read(&text(path)?).with_context(name)?;
+    let campaign = record::read(&text(path, MAX_FILE)?).with_context(name)?;
     ensure!(
         campaign.header == *header,
-        "{} is of another campaign (driver, kernel, seed, kinds or functions differ): choose another file",
+        "{} is of another campaign (workload, kernel, seed or kinds differ): choose another file",
         path.display()
     );
     file.set_len(campaign.whole_bytes as u64)
@@ -339,6 +318,8 @@ pub fn with_function<T>(
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
+    use recovery::campaign::workload::Workload;
+
     use super::*;
 
     #[test]
@@ -347,11 +328,10 @@ mod tests {
         let path = folder.path().join("campaign.jsonl");
         let header = Header {
             campaign: FORMAT,
-            driver: "driver".to_owned(),
+            workload: Workload::of_driver("dummy").unwrap(),
             kernel: "6.1".to_owned(),
             seed: 1,
             kinds: vec!["nop".to_owned()],
-            functions: vec!["function".to_owned()],
         };
         let record = |number| Record {
             trial: Trial {

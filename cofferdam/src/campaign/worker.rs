@@ -9,20 +9,24 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::message::{Bytes, Exec};
 use anyhow::{Context, bail, ensure};
+use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
 use isolation::dispatch::fault::UsedUpBy;
+use isolation::domain::transaction::AbortPhases;
 use isolation::mutation::Mutation;
 use isolation::status::ModuleStatus;
 use recovery::campaign::Way;
-use recovery::campaign::verdict::{Seen, is_bad};
+use recovery::campaign::verdict::{Detected, Seen, is_bad, is_damage};
+use recovery::campaign::workload::{Outcome, Workload, preparation};
 use recovery::ladder::{LadderConfig, State};
 use recovery::request::Spilling;
+use serde::Deserialize;
 
-use super::workload::{self, Outcome};
-use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
-use crate::bench::network::{self, LINK_TIME};
+use super::patience::exec_unless;
+use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions, text_from};
+use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply, Request};
 
@@ -56,12 +60,10 @@ const MAX_LINES: usize = 40;
 /// What is to be tried.
 #[derive(Debug, Clone)]
 pub struct Setup {
-    /// The guest; with a NIC of the driver's and a network.
+    /// The guest, with what the workload needs.
     pub guest: GuestOptions,
-    /// The driver's module.
-    pub driver: String,
-    /// The functions that are isolated.
-    pub functions: Vec<String>,
+    /// What it does, and its driver.
+    pub workload: Workload,
 }
 
 /// How the workload ends without a fault, and how long it may take with one.
@@ -82,16 +84,23 @@ struct Counters {
     given_up: Option<String>,
 }
 
+/// What matters here of a `ViolationReport` of `isolation`.
+#[derive(Deserialize)]
+struct Report {
+    at_ns: u64,
+    phases: AbortPhases,
+}
+
 /// A VM at its marks.
 pub struct Worker {
     guest: Guest,
     control: ControlClient,
-    driver: String,
+    workload: Workload,
     texts: Vec<(String, FunctionBytes)>,
     native: Baseline,
     isolated: Baseline,
     /// Bytes of the console that are of earlier runs.
-    heard: usize,
+    heard: u64,
 }
 
 impl Worker {
@@ -99,13 +108,11 @@ impl Worker {
     pub fn start(setup: &Setup, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
         progress("booting a guest");
         let mut guest = Guest::boot(&setup.guest, BOOT_TIME)?;
-        network::bring_up(&mut guest, &setup.driver)?;
-        network::wait_for_link(&mut guest, LINK_TIME)?;
-        guest.shell(&workload::preparation())?;
+        make_ready(&mut guest, &setup.workload)?;
         let mut worker = Self {
             control: guest.control()?,
             guest,
-            driver: setup.driver.clone(),
+            workload: setup.workload.clone(),
             texts: Vec::new(),
             native: Baseline::default(),
             isolated: Baseline::default(),
@@ -113,9 +120,9 @@ impl Worker {
         };
         progress("reading the driver's code");
         worker.guest.agent().disconnect();
-        for function in &setup.functions {
+        for function in setup.workload.functions() {
             let request = Request::FunctionText {
-                module: setup.driver.clone(),
+                module: setup.workload.driver.clone(),
                 function: function.clone(),
             };
             let Reply::FunctionText(text) = worker.control.ask(&request)? else {
@@ -128,8 +135,8 @@ impl Worker {
         worker.native = worker.healthy(NATIVE)?;
         worker.rewind(NATIVE)?;
         worker.control.ask(&Request::Isolate {
-            module: setup.driver.clone(),
-            entries: Wanted::Named(setup.functions.clone()),
+            module: setup.workload.driver.clone(),
+            entries: Wanted::Named(setup.workload.entries.clone()),
             budget_us: None,
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
@@ -149,7 +156,7 @@ impl Worker {
             status.is_some_and(|status| status.violations == 0),
             "calls were taken back without a fault: `cofferdam campaign` cannot tell them from those with one"
         );
-        worker.heard = worker.guest.console().len();
+        worker.heard = worker.guest.console_bytes();
         Ok(worker)
     }
 
@@ -182,14 +189,14 @@ impl Worker {
             Way::Stays => (ISOLATED, Some(u64::MAX)),
         };
         self.rewind(mark)?;
-        let before = self.counters()?;
+        let (since_ns, before) = (monotonic_ns(), self.counters()?);
         let calls = times.map(|times| FaultyCalls {
             every: 1,
             times,
             used_up_by: UsedUpBy::Reaching,
         });
         let request = Request::InjectCode {
-            module: self.driver.clone(),
+            module: self.workload.driver.clone(),
             function: function.to_owned(),
             offset: mutation.offset.into(),
             old: Bytes(mutation.old.clone()),
@@ -215,18 +222,25 @@ impl Worker {
         if outcome.contents_changed {
             seen.elsewhere.push("contents of a file".to_owned());
         }
-        self.look(way, before, &mut seen)?;
+        self.look(way, (since_ns, before), &mut seen)?;
         seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Some(seen))
     }
 
     /// What the VM, the ladder and the console say afterwards.
-    fn look(&mut self, way: Way, before: Counters, seen: &mut Seen) -> anyhow::Result<()> {
+    fn look(
+        &mut self,
+        way: Way,
+        (since_ns, before): (u64, Counters),
+        seen: &mut Seen,
+    ) -> anyhow::Result<()> {
         // The ladder asks the agent itself.
         self.guest.agent().disconnect();
         self.wait_for_ladder()?;
-        seen.answers = self.guest.agent().hello(ANSWER_TIME).is_ok();
+        let panicked = has_panicked(&self.guest.console_from(self.heard));
+        seen.answers = !panicked && self.guest.agent().hello(ANSWER_TIME).is_ok();
         let faults = self.faults()?;
+        let reached_ns = faults.calls.and_then(|count| count.reached_ns);
         let reached = match way {
             Way::Native => faults
                 .own_text
@@ -239,6 +253,7 @@ impl Worker {
             seen.taken_back = after.taken_back.saturating_sub(before.taken_back);
             seen.rungs = after.rungs.saturating_sub(before.rungs);
             seen.given_up = after.given_up;
+            seen.violation = self.first_violation(since_ns, reached_ns)?;
             if seen.taken_back > 0 {
                 // A driver that was restarted has forgotten it.
                 seen.reached = Some(true);
@@ -246,24 +261,47 @@ impl Worker {
         }
         if seen.rungs > 0 && seen.answers {
             // It was restarted meanwhile: what counts is whether it works now.
-            let works = format!("ping -c 3 -i 0.2 -W 2 {}", network::GATEWAY);
+            let works = self.workload.works_alone(INTERFACE, GATEWAY);
             seen.works = self.guest.shell(&works).is_ok();
         }
-        let console = self.guest.console();
-        let new = console.get(self.heard..).unwrap_or_default();
+        let new = self.guest.console_from(self.heard);
         let bad = new.lines().filter(|line| is_bad(line));
         seen.log = bad.take(MAX_LINES).map(str::to_owned).collect();
-        self.heard = console.len();
+        let damage = seen.log.iter().filter(|line| is_damage(line));
+        seen.elsewhere.extend(damage.cloned());
+        self.heard = self.guest.console_bytes();
         Ok(())
+    }
+
+    /// The first call since `since_ns` that was taken back; the fault was first come to at `reached_ns`.
+    fn first_violation(
+        &mut self,
+        since_ns: u64,
+        reached_ns: Option<u64>,
+    ) -> anyhow::Result<Option<Detected>> {
+        let request = Request::Violations {
+            module: self.workload.driver.clone(),
+        };
+        let Reply::Violations { reports, texts, .. } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let reports: Vec<Report> = serde_json::from_value(reports)?;
+        let mut all = reports.into_iter().zip(texts);
+        let first = all.find(|(report, _)| report.at_ns >= since_ns);
+        Ok(first.map(|(report, text)| Detected {
+            says: text,
+            after_ns: reached_ns.map(|reached| report.at_ns.saturating_sub(reached)),
+            rollback_ns: report.phases.total_ns(),
+        }))
     }
 
     /// What counts of a ladder and goes on over rewinds.
     fn counters(&mut self) -> anyhow::Result<Counters> {
         let status = self.control.status()?;
         let mut all = status.isolation.iter();
-        let broken = all.find(|status| status.module == self.driver);
+        let broken = all.find(|status| status.module == self.workload.driver);
         let broken = broken.and_then(|status| status.broken.clone());
-        let Some(ladder) = status.recovery.get(&self.driver) else {
+        let Some(ladder) = status.recovery.get(&self.workload.driver) else {
             return Ok(Counters {
                 given_up: broken,
                 ..Counters::default()
@@ -291,12 +329,15 @@ impl Worker {
         let deadline = Instant::now() + LADDER_TIME;
         loop {
             let status = self.control.status()?;
-            let at_work = status.recovery.get(&self.driver).is_some_and(|ladder| {
-                matches!(
-                    ladder.state,
-                    State::Resuming | State::Restarting | State::Resetting
-                )
-            });
+            let at_work = status
+                .recovery
+                .get(&self.workload.driver)
+                .is_some_and(|ladder| {
+                    matches!(
+                        ladder.state,
+                        State::Resuming | State::Restarting | State::Resetting
+                    )
+                });
             if !at_work || Instant::now() >= deadline {
                 return Ok(());
             }
@@ -333,23 +374,25 @@ impl Worker {
     }
 
     fn work(&mut self, limit: Duration) -> anyhow::Result<Outcome> {
+        self.guest.agent().disconnect();
         let mut output = Vec::new();
+        let script = self.workload.script(INTERFACE, GATEWAY);
         let exec = Exec {
-            argv: ["sh", "-c", &workload::script()]
-                .map(str::to_owned)
-                .to_vec(),
+            argv: ["sh", "-c", &script].map(str::to_owned).to_vec(),
             limit_ms: Some(u64::try_from(limit.as_millis())?),
             ..Exec::default()
         };
-        let mut collect = |is_error: bool, bytes: Vec<u8>| {
-            if !is_error && output.len() < MAX_OUTPUT {
+        let mut collect = |bytes: Vec<u8>| {
+            if output.len() < MAX_OUTPUT {
                 output.extend(bytes);
             }
-            Ok(())
         };
+        let (console, heard) = (self.guest.console_file(), self.heard);
+        let has_ended = || has_panicked(&text_from(&console, heard));
         // What it said before it hung counts.
-        let _ended = self.guest.agent().exec_streaming(exec, &mut collect);
-        Ok(workload::read(&String::from_utf8_lossy(&output)))
+        let agent = self.guest.paths().agent_socket();
+        let _ended = exec_unless(has_ended, &agent, exec, &mut collect);
+        Ok(self.workload.read_output(&String::from_utf8_lossy(&output)))
     }
 
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {
@@ -371,16 +414,40 @@ impl Worker {
     fn module(&mut self) -> anyhow::Result<Option<ModuleStatus>> {
         let status = self.control.status()?;
         let mut all = status.isolation.into_iter();
-        Ok(all.find(|status| status.module == self.driver))
+        Ok(all.find(|status| status.module == self.workload.driver))
     }
 
     fn faults(&mut self) -> anyhow::Result<FaultsState> {
         let request = Request::Faults {
-            module: self.driver.clone(),
+            module: self.workload.driver.clone(),
         };
         match self.control.ask(&request)? {
             Reply::Faults(faults) => Ok(faults),
             other => bail!("the VM answered something else: {other:?}"),
         }
     }
+}
+
+/// Loads the driver, and brings the guest to where its work begins.
+fn make_ready(guest: &mut Guest, workload: &Workload) -> anyhow::Result<()> {
+    let load = |guest: &mut Guest, module: &str, parameters: &str| {
+        let loaded = guest.agent().load_module(module, parameters);
+        loaded.with_context(|| format!("cannot insert {module}"))
+    };
+    load(guest, &workload.driver, &workload.parameters)?;
+    for module in &workload.modules {
+        load(guest, module, "")?;
+    }
+    if workload.network {
+        network::configure(guest)?;
+        network::wait_for_link(guest, LINK_TIME)?;
+    }
+    guest.shell(&preparation())?;
+    guest.shell(&workload.prepare)?;
+    Ok(())
+}
+
+/// Whether this is of the console of a guest whose kernel has panicked (`panic` in kernel/panic.c).
+fn has_panicked(console: &str) -> bool {
+    console.contains("Kernel panic - not syncing")
 }

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::Context;
 use comfy_table::Table;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
 use recovery::campaign::record::{Header, Record};
 use recovery::campaign::summary::{Counts, Summary};
 use recovery::campaign::verdict::Verdict;
+use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
 
 use super::images::Images;
 use super::table::{number, table};
@@ -18,20 +19,22 @@ use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
 use crate::bench::network::DRIVER;
 use crate::campaign::worker::Setup;
-use crate::campaign::{self, CampaignOptions, FUNCTIONS, Progress};
+use crate::campaign::{self, CampaignOptions, Progress};
 
 /// `campaign`
 #[derive(Debug, clap::Args)]
 #[command(
     args_conflicts_with_subcommands = true,
     after_help = "\
-Each trial begins at a mark: the guest is rewound, one instruction of the driver is changed, and the guest works: traffic
-with checked contents, ethtool, ip, down and up. Once in the guest's own text, and with the driver isolated twice: with
-the fault taken out after a call came to it, and left in. One line of JSON a trial goes into the file; a campaign that was
-interrupted goes on where its file ends.
+Each trial begins at a mark: the guest is rewound, one instruction of the driver is changed, and the guest works: what a
+workload says, with checked contents. Once in the guest's own text, and with the driver isolated twice: with the fault
+taken out after a call came to it, and left in. The guest's kernel checks its heap and its free pages. One line of JSON
+a trial goes into the file; a campaign that was interrupted goes on where its file ends.
 
 Examples:
   cofferdam campaign --trials 100 --seed 1 --file campaign.jsonl
+  cofferdam campaign --driver null_blk --trials 100 --file null_blk.jsonl
+  cofferdam campaign --workload my_driver.toml --trials 20 --file mine.jsonl
   cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
   cofferdam campaign show campaign.jsonl
   cofferdam campaign replay campaign.jsonl 17
@@ -76,13 +79,16 @@ enum CampaignCommand {
 struct RunArgs {
     #[command(flatten)]
     images: Images,
-    /// The driver's module
-    #[arg(long, value_name = "MODULE", default_value = DRIVER, value_parser = [DRIVER])]
-    driver: String,
+    /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
+    #[arg(long, value_name = "MODULE", default_value = DRIVER, value_parser = parse_driver)]
+    driver: Workload,
+    /// What the guest does, for a driver of one's own (docs/campaigns.md)
+    #[arg(long, value_name = "FILE", conflicts_with = "driver")]
+    workload: Option<PathBuf>,
     /// Kinds of faults; all without it
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kind)]
     kinds: Vec<Kind>,
-    /// Functions that are isolated and get faults; those that the guest's work calls without it
+    /// Functions that are isolated and get faults; those that the workload names without it
     #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
     functions: Vec<String>,
     /// In which ways each fault is tried
@@ -154,27 +160,48 @@ impl CampaignArgs {
     }
 }
 
+/// The program's own workload for a driver.
+fn parse_driver(driver: &str) -> Result<Workload, String> {
+    Workload::of_driver(driver).ok_or_else(|| {
+        let own: Vec<_> = Workload::own().map(|workload| workload.driver).collect();
+        format!(
+            "there are workloads for {}; give another driver's with --workload",
+            own.join(", ")
+        )
+    })
+}
+
+/// A workload from a file.
+fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
+    let text = campaign::text(path, MAX_WORKLOAD)?;
+    Workload::read(&text).with_context(|| path.display().to_string())
+}
+
 /// What a campaign tries, in guests from these images.
-fn setup(images: &Images, driver: &str, functions: Vec<String>) -> anyhow::Result<Setup> {
-    let nic = format!("--net user --nic {driver}");
+fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
+    let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
-        guest: GuestOptions::new(&images.images)?.with(&nic),
-        driver: driver.to_owned(),
-        functions,
+        guest: options.with(&workload.run).with(&checks()),
+        workload,
     })
 }
 
 impl RunArgs {
     fn run(self) -> anyhow::Result<Ending> {
-        let functions = match self.functions.is_empty() {
-            true => FUNCTIONS.iter().map(|name| (*name).to_owned()).collect(),
-            false => self.functions,
+        let mut workload = match &self.workload {
+            Some(path) => read_workload(path)?,
+            None => self.driver,
         };
+        if !self.functions.is_empty() {
+            workload.entries = self.functions;
+            workload.helpers.clear();
+            workload.check()?;
+        }
         let mut ways: Vec<Way> = self.ways.into_iter().map(Way::from).collect();
         ways.sort_unstable();
         ways.dedup();
         let options = CampaignOptions {
-            setup: setup(&self.images, &self.driver, functions)?,
+            setup: setup(&self.images, workload)?,
             kinds: match self.kinds.is_empty() {
                 true => Kind::ALL.to_vec(),
                 false => self.kinds,
@@ -331,16 +358,7 @@ fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table
 }
 
 fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
-    let of_header = |header: &Header| {
-        if header.driver != DRIVER {
-            bail!(
-                "{} is of driver {}, and there is a workload for {DRIVER} only",
-                file.display(),
-                header.driver
-            );
-        }
-        setup(images, &header.driver, header.functions.clone())
-    };
+    let of_header = |header: &Header| setup(images, header.workload.clone());
     let mut tell = |what: &str| eprintln!("campaign: {what}");
     let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
     print_json(&serde_json::json!({ "then": then, "now": now }))?;

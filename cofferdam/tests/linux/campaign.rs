@@ -8,6 +8,7 @@ use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
+use recovery::campaign::workload::{Workload, checks};
 
 use super::options;
 use super::victim::{DRIVER, Victim};
@@ -75,13 +76,15 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
     let folder = tempfile::tempdir().unwrap();
+    let mut workload = Workload::of_driver(DRIVER).unwrap();
+    workload.entries = ["e1000_xmit_frame", DRVINFO, "e1000_open"]
+        .map(str::to_owned)
+        .to_vec();
+    workload.helpers.clear();
     let mut campaign = CampaignOptions {
         setup: Setup {
-            guest: options().with("--net user --nic e1000"),
-            driver: DRIVER.to_owned(),
-            functions: ["e1000_xmit_frame", DRVINFO, "e1000_open"]
-                .map(str::to_owned)
-                .to_vec(),
+            guest: options().with(&workload.run).with(&checks()),
+            workload,
         },
         kinds: vec![Kind::NullDereference, Kind::UndefinedInstruction],
         trials: 2,

@@ -10,6 +10,7 @@ pub mod plan;
 pub mod record;
 pub mod summary;
 pub mod verdict;
+pub mod workload;
 
 use serde::{Deserialize, Serialize};
 

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::Way;
 use super::plan::Trial;
 use super::verdict::{Seen, Verdict, verdict};
+use super::workload::{Workload, WorkloadError};
 
 /// Of what this program writes.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Longest file that is read, in bytes: some kilobytes for each of a hundred thousand trials.
 pub const MAX_FILE: u64 = 1 << 30;
@@ -22,16 +23,14 @@ pub const MAX_FILE: u64 = 1 << 30;
 pub struct Header {
     /// [`FORMAT`].
     pub campaign: u32,
-    /// The driver's module.
-    pub driver: String,
+    /// What the guest does, and its driver.
+    pub workload: Workload,
     /// Release of the guest's kernel.
     pub kernel: String,
     /// What decides the trials.
     pub seed: u64,
     /// Names of the kinds.
     pub kinds: Vec<String>,
-    /// The isolated functions.
-    pub functions: Vec<String>,
 }
 
 /// A run of a trial.
@@ -82,6 +81,9 @@ pub enum FileError {
     /// Another program's.
     #[error("it is of format {0}, and this program knows format {FORMAT}")]
     Format(u32),
+    /// The workload in its first line is none.
+    #[error("line 1: {0}")]
+    Workload(#[from] WorkloadError),
     /// Trials are missing or come twice.
     #[error("line {line} is trial {found}, and trial {expected} belongs there")]
     Order {
@@ -116,7 +118,8 @@ pub fn read(text: &str) -> Result<Campaign, FileError> {
     if format.campaign != FORMAT {
         return Err(FileError::Format(format.campaign));
     }
-    let header = serde_json::from_str(first).map_err(at(1))?;
+    let header: Header = serde_json::from_str(first).map_err(at(1))?;
+    header.workload.check()?;
     let mut records = Vec::new();
     for ((line, text), expected) in lines.zip(1..) {
         let record: Record = serde_json::from_str(text).map_err(at(line))?;
@@ -152,11 +155,10 @@ pub(crate) mod tests {
     fn header() -> Header {
         Header {
             campaign: FORMAT,
-            driver: "e1000".to_owned(),
+            workload: Workload::of_driver("e1000").unwrap(),
             kernel: "6.1.0".to_owned(),
             seed: 3,
             kinds: vec!["nop".to_owned()],
-            functions: vec!["e1000_open".to_owned()],
         }
     }
 
@@ -217,6 +219,9 @@ pub(crate) mod tests {
             ..header()
         };
         assert!(refused(&text(&other, &[])).contains("format 9"));
+        let mut hostile = header();
+        hostile.workload.entries = vec!["f; reboot".to_owned()];
+        assert!(refused(&text(&hostile, &[])).contains("f; reboot"));
         let garbage = text(&header(), &[]) + "{}\n";
         assert!(refused(&garbage).contains("line 2"));
         let gap = text(&header(), &[record(1, &[]), record(3, &[])]);

@@ -7,7 +7,7 @@
 //! | error | a command failed or the kernel warned, and all works afterwards |
 //! | crash | the kernel reported an oops, a bug or a panic |
 //! | hang | the guest or a command of the workload does not come back, or the kernel reported a stall |
-//! | silent corruption | contents arrived otherwise than they were sent, or were changed where the driver has no business |
+//! | silent corruption | contents are otherwise than they were sent or written, or memory was changed where the driver has no business: a file, or what the kernel's checks of its heap and its free pages found |
 //! | lost device | the guest lives, and its device does not work |
 //!
 //! | isolated | seen |
@@ -16,7 +16,7 @@
 //! | recovered | a call was taken back, and the device works afterwards |
 //! | detected, not recovered | a call was taken back, and the device does not work |
 //! | undetected | no call was taken back, and something went otherwise than without the fault |
-//! | escaped | the guest's kernel crashed or hung, or contents were changed that are not the driver's |
+//! | escaped | the guest's kernel crashed or hung, or memory was changed that is not the driver's |
 
 use serde::{Deserialize, Serialize};
 
@@ -53,8 +53,24 @@ pub struct Seen {
     /// Isolated: why the driver is not run or not isolated any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<String>,
+    /// Isolated: what the first call that was taken back did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub violation: Option<Detected>,
     /// How long the run took, in milliseconds.
     pub took_ms: u64,
+}
+
+/// The first call of a run that was taken back.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detected {
+    /// What it did, where.
+    pub says: String,
+    /// From the moment in which a call first came to the fault to its being judged a violation, in nanoseconds, where it is
+    /// known when a call came there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_ns: Option<u64>,
+    /// From the exit that told of it to the return to the caller with an error, in nanoseconds.
+    pub rollback_ns: u64,
 }
 
 /// What a run comes to.
@@ -154,16 +170,34 @@ const HUNG: &[&str] = &[
     "rcu_preempt kthread starved",
 ];
 
-/// Words of other lines that only a fault brings (include/linux/kern_levels.h has no level for them): warnings,
-/// damaged lists, counters and memory, locks held for too long or given back twice, devices that stand still.
-const WARNED: &[&str] = &[
-    "WARNING:",
+/// Words that say that memory was changed in which nobody has business: red zones, poison and records of the heap's objects
+/// and of free pages (mm/slub.c, mm/page_poison.c), lists that do not join (lib/list_debug.c).
+const DAMAGED: &[&str] = &[
+    "Redzone overwritten",
+    "Poison overwritten",
+    "adding overwritten",
+    "Freechain corrupt",
+    "Freepointer corrupt",
+    "Freelist Pointer",
+    "Object already free",
+    "Object corrupt",
+    "Invalid object pointer",
+    "Wrong object count",
+    "Not a valid slab page",
+    "pagealloc: memory corruption",
+    "pagealloc: single bit error",
     "list_add corruption",
     "list_del corruption",
+    "Bad page state",
+];
+
+/// Words of other lines that only a fault brings (include/linux/kern_levels.h has no level for them): warnings,
+/// damaged counters, locks held for too long or given back twice, devices that stand still.
+const WARNED: &[&str] = &[
+    "WARNING:",
     "refcount_t:",
     "scheduling while atomic",
     "sleeping function called from invalid context",
-    "Bad page",
     "bad: scheduling",
     "NETDEV WATCHDOG",
     "Detected Tx Unit Hang",
@@ -175,7 +209,12 @@ const WARNED: &[&str] = &[
 
 /// Whether a line of the kernel's log is one that counts.
 pub fn is_bad(line: &str) -> bool {
-    has(line, CRASHED) || has(line, HUNG) || has(line, WARNED)
+    has(line, CRASHED) || has(line, HUNG) || is_damage(line) || has(line, WARNED)
+}
+
+/// Whether a line of the kernel's log says that memory was changed in which nobody has business.
+pub fn is_damage(line: &str) -> bool {
+    has(line, DAMAGED)
 }
 
 fn has(line: &str, words: &[&str]) -> bool {
@@ -234,6 +273,13 @@ mod tests {
         with(|seen| seen.log = vec![line.to_owned()])
     }
 
+    fn damaged(line: &str) -> Seen {
+        assert!(is_damage(line), "{line}");
+        let mut seen = logged(line);
+        seen.elsewhere = vec![line.to_owned()];
+        seen
+    }
+
     #[test]
     fn scripted_outcomes_have_their_verdicts() {
         use Verdict::*;
@@ -268,6 +314,21 @@ mod tests {
                 with(|seen| seen.differs = vec!["ethtool -S".into()]),
                 Error,
                 Undetected,
+            ),
+            (
+                damaged("BUG kmalloc-64 (Not tainted): Right Redzone overwritten"),
+                SilentCorruption,
+                Escaped,
+            ),
+            (
+                damaged("BUG skbuff_head_cache (Tainted: G): Object padding overwritten"),
+                SilentCorruption,
+                Escaped,
+            ),
+            (
+                damaged("pagealloc: memory corruption"),
+                SilentCorruption,
+                Escaped,
             ),
             (
                 logged("WARNING: CPU: 0 PID: 1 at net/core/dev.c:1"),
