@@ -174,10 +174,11 @@ fn top_without_a_terminal_prints_one_frame_and_a_vm_that_is_stopped_does_not_spo
         let cells = top_of(&text, "busy");
         assert_eq!(cells[1..3], ["running", "1"], "{text}");
         assert!(!text.contains('\x1b'), "{text}");
-        if !matches!(cells[5].as_str(), "-" | "0") {
+        // It has no driver, and so no frames, but a NIC that counts them.
+        if !matches!(cells[5].as_str(), "-" | "0") && cells[6..8] == ["0", "0"] {
             break;
         }
-        assert!(Instant::now() < deadline, "no exits in:\n{text}");
+        assert!(Instant::now() < deadline, "no rates in:\n{text}");
     }
     signal(&stopped, libc::SIGCONT);
     end(&place, busy, &["still"]);

@@ -53,7 +53,7 @@ pub fn status(exits: u64, frames: u64) -> Status {
                 mac: None,
                 wire: "user".to_owned(),
             },
-            counters: counters(&[("received_frames", frames), ("sent_frames", frames / 2)]),
+            counters: counters(&[("rx_frames", frames), ("tx_frames", frames / 2)]),
         }],
     }
 }

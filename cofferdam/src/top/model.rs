@@ -12,6 +12,9 @@ use super::text::clean;
 /// How long a process may be silent beyond the interval before it is said to be.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// What is said of a process then.
+const SILENT: &str = "does not answer";
+
 /// See the module.
 #[derive(Debug)]
 pub struct Model {
@@ -40,7 +43,7 @@ pub struct Process<R> {
     pub last: Option<R>,
     /// The one before it.
     pub before: Option<R>,
-    /// Why the last question was not answered.
+    /// That the last question was not answered, and why.
     no_answer: Option<String>,
     heard_ns: u64,
 }
@@ -56,14 +59,19 @@ impl<R> Process<R> {
         }
     }
 
-    fn take(&mut self, reading: Result<R, String>, now_ns: u64) {
+    fn take(&mut self, name: &str, reading: Result<R, String>, now_ns: u64) {
         match reading {
             Ok(reading) => {
                 self.before = self.last.replace(reading);
                 self.no_answer = None;
                 self.heard_ns = now_ns;
             }
-            Err(error) => self.no_answer = Some(clean(&error)),
+            Err(error) => {
+                let of_it = error.strip_prefix(name).map(str::trim_start);
+                let said = of_it.filter(|words| words.starts_with(SILENT));
+                let said = said.map_or_else(|| format!("{SILENT}: {error}"), str::to_owned);
+                self.no_answer = Some(clean(&said));
+            }
         }
     }
 
@@ -153,16 +161,16 @@ impl Model {
                         compare(&mut self.log, &who.name, process.last.as_ref(), now);
                     }
                     Err(_) if process.no_answer.is_none() => {
-                        self.log.say(now_ns, &who.name, "does not answer");
+                        self.log.say(now_ns, &who.name, SILENT);
                     }
                     Err(_) => {}
                 }
-                process.take(reading.map(|guest| *guest), now_ns);
+                process.take(&who.name, reading.map(|guest| *guest), now_ns);
             }
             Told::Host(who, reading) => {
                 let process = self.hosts.get_mut(&who.name);
                 if let Some(process) = process.filter(|process| process.pid == who.pid) {
-                    process.take(reading.map(|host| *host), now_ns);
+                    process.take(&who.name, reading.map(|host| *host), now_ns);
                 }
             }
         }
@@ -178,12 +186,12 @@ impl Model {
     /// Why there is nothing to be shown of a process, if there is not.
     pub fn silence<R>(&self, process: &Process<R>) -> Option<String> {
         if let Some(error) = &process.no_answer {
-            return Some(format!("does not answer: {error}"));
+            return Some(error.clone());
         }
         let silent_ns = u128::from(self.now_ns.saturating_sub(process.heard_ns));
         let silent = silent_ns > (self.interval + PATIENCE).as_nanos();
         match (silent, &process.last) {
-            (true, _) => Some("does not answer".to_owned()),
+            (true, _) => Some(SILENT.to_owned()),
             (false, None) => Some("...".to_owned()),
             (false, Some(_)) => None,
         }

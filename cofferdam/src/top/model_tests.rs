@@ -92,9 +92,10 @@ fn a_guest_that_hangs_is_said_not_to_answer_and_the_others_go_on() {
     // Its poller is still waiting.
     assert_eq!(say(&told, "db").unwrap(), "does not answer");
     assert_eq!(say(&told, "web"), None);
-    told.no_answer("db", "its process is \x1b[31mstopped");
-    told.no_answer("db", "its process is \x1b[31mstopped");
+    told.no_answer("db", "db does not answer: its process is \x1b[31mstopped");
     let why = "does not answer: its process is [31mstopped";
+    assert_eq!(say(&told, "db").unwrap(), why);
+    told.no_answer("db", "its process is \x1b[31mstopped");
     assert_eq!(say(&told, "db").unwrap(), why);
     assert_eq!(told.happened(), ["db does not answer"]);
     told.guest("db", status(9, 1), &[]);

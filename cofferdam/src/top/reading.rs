@@ -124,8 +124,8 @@ impl Nic {
         } = nic;
         Self {
             name: clean(&format!("{address} {} on {}", net.nic, net.wire)),
-            received: counters.get("received_frames").copied(),
-            sent: counters.get("sent_frames").copied(),
+            received: counters.get("rx_frames").copied(),
+            sent: counters.get("tx_frames").copied(),
         }
     }
 }
