@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 mod common;
 
 use common::place::{LIMIT, Place, end, finish, signal};
-use common::{EM_X86_64, elf};
+use common::{ECHO_CODE, EM_X86_64, elf};
 
 /// A kernel that prints `text` and then does nothing for ever.
 fn printing_kernel(text: &str) -> Vec<u8> {
@@ -139,5 +139,66 @@ fn tables_fit_a_terminal_of_80_columns() {
         }
         assert!(text.lines().count() > 3, "{text}");
     }
+    end(&place, vm, &[]);
+}
+
+/// What `top --once` says of a VM, by cell.
+fn top_of(text: &str, vm: &str) -> Vec<String> {
+    let line = text
+        .lines()
+        .find(|line| line.starts_with(&format!("{vm} ")));
+    let cells = line.unwrap_or_else(|| panic!("no {vm} in:\n{text}"));
+    cells.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn top_without_a_terminal_prints_one_frame_and_a_vm_that_is_stopped_does_not_spoil_it() {
+    let place = Place::new();
+    let (code, said) = say(&place, "top");
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("top --once"), "{said}");
+    assert_eq!(say(&place, "top --once --interval 0").0, 2);
+    let none = place.ask("top --once --interval 0.1");
+    assert!(none.ends_with("no VM is running\n"), "{none}");
+    // It asks its serial port again and again, with an exit each time.
+    let kernel = place.file("echo", &elf(EM_X86_64, &ECHO_CODE));
+    let busy = place.start("busy", &kernel, "--net user");
+    let stopped = place.start("still", &place.idle_kernel(), "");
+    signal(&stopped, libc::SIGSTOP);
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let text = place.ask("top --once --interval 0.2");
+        let still = top_of(&text, "still").join(" ");
+        assert!(still.contains("does not answer"), "{text}");
+        assert!(still.contains("its process is stopped"), "{text}");
+        let cells = top_of(&text, "busy");
+        assert_eq!(cells[1..3], ["running", "1"], "{text}");
+        assert!(!text.contains('\x1b'), "{text}");
+        // It has no driver, and so no frames, but a NIC that counts them.
+        if !matches!(cells[5].as_str(), "-" | "0") && cells[6..8] == ["0", "0"] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "no rates in:\n{text}");
+    }
+    signal(&stopped, libc::SIGCONT);
+    end(&place, busy, &["still"]);
+    end(&place, stopped, &[]);
+}
+
+#[test]
+fn escapes_in_a_guests_last_words_do_not_reach_a_persons_terminal() {
+    let place = Place::new();
+    let text = "[    1.5] Kernel panic - not syncing: \x1b]0;x\x07for a test\r\n";
+    let kernel = place.file("panicking", &printing_kernel(text));
+    let vm = place.start("idle", &kernel, "");
+    let deadline = Instant::now() + LIMIT;
+    while place.status()["guest_panic"].is_null() {
+        assert!(Instant::now() < deadline, "{}", place.status());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let text = place.ask("top --once --interval 0.1");
+    assert_eq!(top_of(&text, "idle")[1], "panicked", "{text}");
+    assert!(text.contains("for a test"), "{text}");
+    assert!(!text.contains(['\x1b', '\x07']), "{text}");
     end(&place, vm, &[]);
 }

@@ -1,10 +1,11 @@
-//! The terminal of an interactive run: the guest's while it runs, a person's again afterwards.
+//! The terminal of an interactive run: the guest's while it runs, a person's again afterwards. That of `top` too.
 
 #![allow(
     clippy::unwrap_used,
     reason = "a test ends where something unexpected happens"
 )]
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -32,7 +33,7 @@ struct Session {
     /// The other end, kept open to look at its modes.
     terminal: OwnedFd,
     screen: Arc<Mutex<Vec<u8>>>,
-    folder: TempDir,
+    folder: Arc<TempDir>,
 }
 
 impl Session {
@@ -40,15 +41,33 @@ impl Session {
         let folder = tempfile::tempdir().unwrap();
         let kernel = folder.path().join("echo");
         std::fs::write(&kernel, elf(EM_X86_64, &ECHO_CODE)).unwrap();
+        let words = ["run", "--name", "tty", "--kernel"].map(OsStr::new);
+        let words = words.into_iter().chain([kernel.as_os_str()]);
+        Self::open(Arc::new(folder), words)
+    }
+
+    /// `top` beside it, in another terminal.
+    fn top(&self) -> Self {
+        let words = ["top", "--interval", "0.1"].map(OsStr::new);
+        Self::open(Arc::clone(&self.folder), words)
+    }
+
+    fn open<'a>(folder: Arc<TempDir>, words: impl IntoIterator<Item = &'a OsStr>) -> Self {
         let (mut ours, mut theirs) = (-1, -1);
-        // SAFETY: both descriptors are written; the other pointers may be null.
+        let size = libc::winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: both descriptors are written; the size is valid, and the other pointers may be null.
         let made = unsafe {
             libc::openpty(
                 &raw mut ours,
                 &raw mut theirs,
                 std::ptr::null_mut(),
                 std::ptr::null(),
-                std::ptr::null(),
+                &raw const size,
             )
         };
         assert_eq!(made, 0);
@@ -59,8 +78,8 @@ impl Session {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
         command
             .env("COFFERDAM_RUNTIME_DIR", folder.path().join("run"))
-            .args(["run", "--name", "tty", "--kernel"])
-            .arg(&kernel)
+            .env("TERM", "xterm")
+            .args(words)
             .stdin(terminal.try_clone().unwrap())
             .stdout(terminal.try_clone().unwrap())
             .stderr(terminal.try_clone().unwrap());
@@ -209,4 +228,56 @@ fn a_stopped_run_gives_the_terminal_back_until_it_goes_on() {
     session.wait_until_raw();
     session.type_in(b"\x01x");
     assert!(session.end().success());
+}
+
+/// How a terminal is told to have another screen, to have its own one back, and to show its cursor (xterm's sequences).
+const OWN_SCREEN: &str = "\x1b[?1049h";
+const BACK: &str = "\x1b[?1049l";
+const CURSOR: &str = "\x1b[?25h";
+
+#[test]
+fn top_shows_a_guest_until_q_and_gives_the_terminal_back() {
+    for key in [&b"q"[..], b"\x03"] {
+        let guest = Session::start();
+        guest.wait_until_raw();
+        let mut top = guest.top();
+        top.wait_for("guest", |top| top.screen().contains("tty"));
+        assert!(!top.cooked());
+        assert!(top.screen().contains(OWN_SCREEN));
+        top.type_in(b"?");
+        top.wait_for("help", |top| top.screen().contains("aborts"));
+        top.type_in(key);
+        top.wait_for("end", |top| top.screen().contains(BACK));
+        top.wait_for("cursor", |top| {
+            let screen = top.screen();
+            screen.rfind(CURSOR) > screen.rfind("\x1b[?25l")
+        });
+        assert!(top.end().success());
+        guest.signal(libc::SIGTERM);
+        assert_eq!(guest.end().signal(), Some(libc::SIGTERM));
+    }
+}
+
+#[test]
+fn signals_end_top_and_stop_it_with_the_terminal_given_back() {
+    let guest = Session::start();
+    guest.wait_until_raw();
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        let top = guest.top();
+        top.wait_for("guest", |top| top.screen().contains("tty"));
+        top.signal(libc::SIGTSTP);
+        top.wait_for("cooked terminal", Session::cooked);
+        top.wait_for("screen", |top| top.screen().contains(BACK));
+        top.signal(libc::SIGCONT);
+        top.wait_until_raw();
+        top.wait_for("guest again", |top| {
+            let screen = top.screen();
+            screen.matches(OWN_SCREEN).count() == 2 && screen.matches("tty").count() > 1
+        });
+        top.signal(signal);
+        top.wait_for("end", |top| top.screen().matches(BACK).count() == 2);
+        assert_eq!(top.end().signal(), Some(signal));
+    }
+    guest.signal(libc::SIGTERM);
+    assert_eq!(guest.end().signal(), Some(libc::SIGTERM));
 }

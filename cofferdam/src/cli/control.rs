@@ -216,7 +216,7 @@ fn status_text(status: &Status) -> String {
 }
 
 /// A time as a person says it.
-pub(super) fn duration(ms: u64) -> String {
+pub(crate) fn duration(ms: u64) -> String {
     let s = ms / 1000;
     match s {
         0..60 => format!("{}.{} s", s, ms % 1000 / 100),

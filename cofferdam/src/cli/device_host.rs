@@ -314,7 +314,7 @@ fn contexts_text(contexts: &[ContextStatus]) -> String {
 }
 
 /// A switch in a line.
-pub(super) fn sentence(record: &SwitchRecord) -> String {
+pub(crate) fn sentence(record: &SwitchRecord) -> String {
     let name = |vm: &Option<String>| vm.clone().unwrap_or_else(|| "nobody".to_owned());
     let us = |ns: u64| format!("{:.1} us", ns as f64 / 1e3);
     let end = match &record.outcome {

@@ -23,6 +23,7 @@ mod snapshot;
 mod suspend_device;
 mod switch;
 mod table;
+mod top;
 mod upgrade;
 mod violations;
 mod words;
@@ -31,6 +32,10 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 pub use errors::usage_error;
 pub use logging::LogOptions;
+
+pub(crate) use control::duration;
+pub(crate) use device_host::sentence as switch_sentence;
+pub(crate) use words::counted;
 
 pub use crate::error_text::one_line;
 pub use crate::run::Ending;
@@ -65,6 +70,8 @@ enum Command {
     Run(Box<run::RunOptions>),
     /// List the VMs that run
     List(control::ListOptions),
+    /// Watch all VMs and shared NICs, live: rates, isolated drivers, recoveries, turns
+    Top(top::TopOptions),
     /// Show how a VM is: state, memory, exits, NIC
     Status(control::StatusOptions),
     /// Hold a VM's processors
@@ -140,6 +147,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
     match cli.command {
         Command::Run(options) => options.run(),
         Command::List(options) => options.run(),
+        Command::Top(options) => options.run(),
         Command::Status(options) => options.run(),
         Command::Pause(options) => options.pause(),
         Command::Resume(options) => options.resume(),
