@@ -12,3 +12,4 @@ pub mod process;
 pub mod report;
 pub mod run;
 pub mod runtime_dir;
+pub mod serve;
