@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use super::app::App;
 use super::problem::{Code, Problem};
-use super::{create, devices, disturbances, events, guests, isolate, jobs, marks, metrics};
+use super::{create, devices, disturbances, events, exec, guests, isolate, jobs, marks, metrics};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -45,6 +45,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(guests::reset_guest))
         .routes(routes!(guests::press_power_button))
         .routes(routes!(guests::snapshot_guest))
+        .routes(routes!(exec::exec_in_guest))
         .routes(routes!(marks::list_marks, marks::set_mark))
         .routes(routes!(marks::forget_mark))
         .routes(routes!(marks::rewind_guest))

@@ -20,6 +20,7 @@ mod create;
 mod devices;
 mod disturbances;
 mod events;
+mod exec;
 mod extract;
 mod guests;
 mod isolate;
@@ -50,6 +51,9 @@ const THREADS: usize = ask::MAX_REQUESTS + jobs::MAX_RUNNING + 8;
 /// Stack of one of them, in bytes.
 const STACK_BYTES: usize = 512 << 10;
 
+/// How long one of them is kept that has nothing to do.
+const THREAD_IDLE: Duration = Duration::from_secs(2);
+
 /// How the service is started.
 #[derive(Debug)]
 pub struct ServeConfig {
@@ -76,6 +80,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         .enable_all()
         .max_blocking_threads(THREADS)
         .thread_stack_size(STACK_BYTES)
+        .thread_keep_alive(THREAD_IDLE)
         .thread_name("service-ask")
         .build()
         .context("cannot start the service's threads")?;

@@ -8,6 +8,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod agent;
 mod bad_input;
 mod client;
 mod creating;

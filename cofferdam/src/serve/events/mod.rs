@@ -36,7 +36,11 @@ pub const MAX_BEHIND: usize = 256;
 
 /// Who listens, and what was seen last.
 #[derive(Debug)]
-pub struct Watch(Mutex<Watched>);
+pub struct Watch {
+    watched: Mutex<Watched>,
+    /// Held by the listener that comes first while it looks: those that come meanwhile begin with what it saw.
+    first: tokio::sync::Mutex<()>,
+}
 
 #[derive(Debug)]
 struct Watched {
@@ -47,16 +51,19 @@ struct Watched {
 
 impl Default for Watch {
     fn default() -> Self {
-        Self(Mutex::new(Watched {
-            view: None,
-            events: channel(MAX_BEHIND).0,
-        }))
+        Self {
+            watched: Mutex::new(Watched {
+                view: None,
+                events: channel(MAX_BEHIND).0,
+            }),
+            first: tokio::sync::Mutex::default(),
+        }
     }
 }
 
 impl Watch {
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What there is, and what changes from there on. None while nobody looks.
@@ -100,6 +107,10 @@ impl Watch {
 
 /// Listens, and looks from now on if nobody did.
 async fn listen(app: &Arc<App>) -> Result<(View, Receiver<Arc<Event>>), Problem> {
+    if let Some(listened) = app.watch.listen() {
+        return Ok(listened);
+    }
+    let _first = app.watch.first.lock().await;
     if let Some(listened) = app.watch.listen() {
         return Ok(listened);
     }
