@@ -12,4 +12,5 @@ pub mod process;
 pub mod report;
 pub mod run;
 pub mod runtime_dir;
+pub mod serve;
 pub mod top;

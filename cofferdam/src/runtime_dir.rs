@@ -132,6 +132,11 @@ impl RuntimeRoot {
         }
     }
 
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The root of the device hosts that belong to this root of VMs.
     pub fn devices(&self) -> Self {
         Self {
@@ -284,19 +289,23 @@ impl RuntimeRoot {
 
     /// Waits until no other process takes or leaves a name, and keeps others from it.
     fn lock(&self) -> anyhow::Result<File> {
-        let root = File::open(&self.path)
-            .with_context(|| format!("cannot open {}", self.path.display()))?;
-        let deadline = Instant::now() + LOCK_TIME;
-        while let Err(error) = flock(&root, FlockOperation::NonBlockingLockExclusive) {
-            // Whoever comes or goes just now may be stopped, and is not waited for without end.
-            let waits = error == rustix::io::Errno::WOULDBLOCK && Instant::now() < deadline;
-            if !waits {
-                return Err(error).with_context(|| format!("cannot lock {}", self.path.display()));
-            }
-            std::thread::sleep(LOCK_POLL);
-        }
-        Ok(root)
+        lock_folder(&self.path)
     }
+}
+
+/// Waits until no other process has the folder's lock, and keeps others from it.
+pub(crate) fn lock_folder(path: &Path) -> anyhow::Result<File> {
+    let folder = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let deadline = Instant::now() + LOCK_TIME;
+    while let Err(error) = flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        // Whoever comes or goes just now may be stopped, and is not waited for without end.
+        let waits = error == rustix::io::Errno::WOULDBLOCK && Instant::now() < deadline;
+        if !waits {
+            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+        }
+        std::thread::sleep(LOCK_POLL);
+    }
+    Ok(folder)
 }
 
 /// The folder of this process's VM. Dropping it removes the folder.
@@ -333,7 +342,7 @@ impl Drop for VmDir {
 
 /// Creates a folder that only its owner may enter, with the folders above it; one that is there
 /// already is left as it is.
-fn create_dir(path: &Path) -> std::io::Result<()> {
+pub(crate) fn create_dir(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 

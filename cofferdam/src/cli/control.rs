@@ -1,30 +1,20 @@
 //! Commands to VMs that run: `list`, `status`, `pause`, `resume`, `reset`, `stop`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent_protocol::Client;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 
-use super::listed::Listed;
 use super::table::{number, table};
-use super::{Ending, one_line, print_bytes, print_json};
+use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
+use crate::control::ending::{self, Forced};
+use crate::control::listed;
 use crate::control::protocol::{NetSummary, NicStatus, Request, Status, VmState};
 use crate::options::VmName;
-use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
 
 /// How long a VM may take to be listed.
 const LIST_TIME: Duration = Duration::from_secs(5);
-
-/// How long a VM has to end by itself when it is to end at once.
-const FORCE_TIME: Duration = Duration::from_secs(5);
-
-/// How long to wait for it before the power button is pressed instead.
-const STOP_AGENT_TIME: Duration = Duration::from_secs(3);
-
-/// How often to look whether a VM has ended.
-const END_POLL: Duration = Duration::from_millis(20);
 
 /// Which VM.
 #[derive(Debug, clap::Args)]
@@ -77,20 +67,7 @@ pub struct ListOptions {
 impl ListOptions {
     /// `list`
     pub fn run(&self) -> anyhow::Result<Ending> {
-        let running = RuntimeRoot::from_environment().running()?;
-        // All at once: one that does not answer must not hold up the others. One that is just coming or going does not
-        // answer, and is listed all the same.
-        let ask = |vm: &RunningVm| {
-            let status = ControlClient::to(vm, LIST_TIME).and_then(|mut client| client.status());
-            Listed::new(vm, status)
-        };
-        let listed: Vec<Listed<Status>> = std::thread::scope(|scope| {
-            let asked: Vec<_> = running.iter().map(|vm| scope.spawn(|| ask(vm))).collect();
-            asked
-                .into_iter()
-                .filter_map(|listed| listed.join().ok())
-                .collect()
-        });
+        let listed = listed::vms(&RuntimeRoot::from_environment(), LIST_TIME)?;
         if self.json {
             print_json(&listed)?;
             return Ok(Ending::SUCCESS);
@@ -245,75 +222,23 @@ pub struct StopOptions {
 impl StopOptions {
     /// `stop`
     pub fn run(&self) -> anyhow::Result<Ending> {
+        let root = RuntimeRoot::from_environment();
         let vm = self.vm.find()?;
         if self.force {
-            return force(&vm);
+            if let Forced::Killed(why) = ending::force(&root, &vm)? {
+                eprintln!("{why}: it was killed");
+            }
+            return Ok(Ending::SUCCESS);
         }
-        let mut control = ControlClient::to(&vm, ANSWER_TIME)?;
-        // A process that is stopped would have the agent waited for in vain.
-        control.status()?;
-        let mut agent = Client::unix(vm.paths.agent_socket());
-        let asked = agent.hello(STOP_AGENT_TIME).and_then(|_| agent.power_off());
-        if let Err(error) = asked {
-            tracing::info!("no agent ({error}): pressing the power button");
-            control.tell(&Request::PowerButton {})?;
-        }
+        ending::ask(&vm)?;
         ensure!(
-            ended(&vm, Duration::from_secs(self.timeout))?,
+            ending::ended(&root, &vm, Duration::from_secs(self.timeout))?,
             "{0} still runs after {1} s: end it with `cofferdam stop --force {0}`",
             vm.name,
             self.timeout
         );
         Ok(Ending::SUCCESS)
     }
-}
-
-/// Ends a VM at once: by its own hand if it answers, otherwise by `SIGKILL`.
-fn force(vm: &RunningVm) -> anyhow::Result<Ending> {
-    // Held from before it is asked, so that nobody else with its number is killed.
-    let process = vm.pid.map(Process::open).transpose();
-    let asked =
-        ControlClient::to(vm, FORCE_TIME).and_then(|mut client| client.tell(&Request::Quit {}));
-    let why = match asked {
-        Ok(()) if ended(vm, FORCE_TIME)? => return Ok(Ending::SUCCESS),
-        Ok(()) => format!("{} does not end", vm.name),
-        Err(error) => one_line(&error),
-    };
-    if !still_runs(vm)? {
-        return Ok(Ending::SUCCESS);
-    }
-    let process = process?.with_context(|| format!("{why}, and its process is not known"))?;
-    process
-        .kill()
-        .with_context(|| format!("{why}, and its process cannot be killed"))?;
-    ensure!(
-        ended(vm, ANSWER_TIME)?,
-        "{why}, and its process was killed but is still there"
-    );
-    eprintln!("{why}: it was killed");
-    // Its folder, which it could not remove any more.
-    RuntimeRoot::from_environment().clear()?;
-    Ok(Ending::SUCCESS)
-}
-
-/// Waits for the end of a VM; whether it came in time.
-fn ended(vm: &RunningVm, limit: Duration) -> anyhow::Result<bool> {
-    let deadline = Instant::now() + limit;
-    while still_runs(vm)? {
-        if Instant::now() >= deadline {
-            return Ok(false);
-        }
-        std::thread::sleep(END_POLL);
-    }
-    Ok(true)
-}
-
-/// Whether the same process still has the VM's name.
-fn still_runs(vm: &RunningVm) -> anyhow::Result<bool> {
-    let running = RuntimeRoot::from_environment().running()?;
-    Ok(running
-        .iter()
-        .any(|other| other.name == vm.name && other.pid == vm.pid))
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure};
 use recovery::switch::Outcome;
 
-use super::listed::Listed;
 use super::table::{number, table};
 use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, Connection};
+use crate::control::listed::{self, host_status};
 use crate::device::client;
 use crate::device::protocol::{
     ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
@@ -103,13 +103,6 @@ fn ask_at(host: &RunningVm, request: &Request, limit: Duration) -> anyhow::Resul
     Connection::<DeviceProtocol>::to(host, limit)?.ask(request)
 }
 
-fn status_of(host: &RunningVm, limit: Duration) -> anyhow::Result<HostStatus> {
-    match ask_at(host, &Request::Status {}, limit)? {
-        Reply::Status(status) => Ok(*status),
-        other => bail!("the device host answered something else: {other:?}"),
-    }
-}
-
 /// `device list`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -125,11 +118,7 @@ pub struct ListOptions {
 impl ListOptions {
     /// `device list`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let hosts = RuntimeRoot::from_environment().devices().running()?;
-        let listed = hosts
-            .iter()
-            .map(|host| Listed::new(host, status_of(host, LIST_TIME)));
-        let listed: Vec<_> = listed.collect();
+        let listed = listed::devices(&RuntimeRoot::from_environment(), LIST_TIME)?;
         if self.json {
             print_json(&listed)?;
             return Ok(Ending::SUCCESS);
@@ -177,7 +166,7 @@ pub struct StatusOptions {
 impl StatusOptions {
     /// `device status`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let status = status_of(&find(&self.name)?, ANSWER_TIME)?;
+        let status = host_status(&find(&self.name)?, ANSWER_TIME)?;
         match self.json {
             true => print_json(&status)?,
             false => print_bytes(status_text(&status).as_bytes())?,

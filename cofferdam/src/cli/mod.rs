@@ -13,12 +13,12 @@ mod images;
 mod inject;
 mod inject_code;
 mod isolation;
-mod listed;
 mod logging;
 mod marks;
 mod plug;
 mod report;
 mod run;
+mod serve;
 mod snapshot;
 mod suspend_device;
 mod switch;
@@ -119,6 +119,8 @@ enum Command {
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Serve all guests and devices over HTTP, on a unix socket
+    Serve(serve::ServeOptions),
     /// Give the turn at a shared NIC to another guest
     Switch(switch::SwitchOptions),
     /// Measure boots, recovery and traffic
@@ -171,6 +173,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Disturb(options) => options.run(),
         Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),
+        Command::Serve(options) => options.run(),
         Command::Switch(options) => options.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -26,6 +26,20 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Looks in a row at which it is stopped, after which it is not waited for.
 const STOPPED_LOOKS: u32 = 3;
+
+/// Why a request has no answer, for those who have to tell one reason from another.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// It was answered with an error.
+    #[error("{0}")]
+    Refused(String),
+    /// There was no answer in time.
+    #[error("{0}")]
+    Silent(String),
+    /// The process has ended.
+    #[error("{0}")]
+    Ended(String),
+}
 
 /// A connection to a VM process.
 pub type ControlClient = Connection<VmProtocol>;
@@ -73,10 +87,18 @@ impl<P: Protocol> Connection<P> {
             protocol: PhantomData,
         };
         match connect(client.reader.get_ref(), &address) {
-            Err(rustix::io::Errno::AGAIN) => bail!("{}", client.silent()),
+            Err(rustix::io::Errno::AGAIN) => return Err(client.silent().into()),
             other => other.with_context(cannot)?,
         }
         Ok(client)
+    }
+
+    /// The connection, for who wants to close it while an answer is waited for.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn stream(&self) -> std::io::Result<UnixStream> {
+        self.reader.get_ref().try_clone()
     }
 
     /// Asks for something and waits for the answer.
@@ -100,12 +122,15 @@ impl<P: Protocol> Connection<P> {
         loop {
             match self.answer()? {
                 Answer::Ok(reply) => return Ok(reply),
-                Answer::Error(error) => bail!("{error}"),
-                Answer::Progress(what) if Instant::now() >= deadline => bail!(
-                    "not done within {} s, and given up; {} is at this: {what}",
-                    longest.as_secs(),
-                    P::WHO
-                ),
+                Answer::Error(error) => return Err(AskError::Refused(error).into()),
+                Answer::Progress(what) if Instant::now() >= deadline => {
+                    let silent = AskError::Silent(format!(
+                        "not done within {} s, and given up; {} is at this: {what}",
+                        longest.as_secs(),
+                        P::WHO
+                    ));
+                    return Err(silent.into());
+                }
                 Answer::Progress(what) if what == told => {}
                 Answer::Progress(what) => {
                     progress(&what);
@@ -126,7 +151,9 @@ impl<P: Protocol> Connection<P> {
             match read {
                 Err(error) if is_time_up(&error) && Instant::now() < deadline => {
                     stopped = if self.is_stopped() { stopped + 1 } else { 0 };
-                    ensure!(stopped < STOPPED_LOOKS, "{}", self.silent());
+                    if stopped >= STOPPED_LOOKS {
+                        return Err(self.silent().into());
+                    }
                 }
                 read => {
                     self.in_words(read, unreadable::<P>)?;
@@ -134,11 +161,9 @@ impl<P: Protocol> Connection<P> {
                 }
             }
         }
-        ensure!(
-            line.last() == Some(&b'\n'),
-            "{} ended before it answered",
-            P::WHO
-        );
+        if line.last() != Some(&b'\n') {
+            return Err(AskError::Ended(format!("{} ended before it answered", P::WHO)).into());
+        }
         serde_json::from_slice(&line).with_context(unreadable::<P>)
     }
 
@@ -148,7 +173,7 @@ impl<P: Protocol> Connection<P> {
         otherwise: impl FnOnce() -> String,
     ) -> anyhow::Result<T> {
         match result {
-            Err(error) if is_time_up(&error) => bail!("{}", self.silent()),
+            Err(error) if is_time_up(&error) => Err(self.silent().into()),
             other => other.with_context(otherwise),
         }
     }
@@ -159,21 +184,21 @@ impl<P: Protocol> Connection<P> {
     }
 
     /// Why there is no answer, as far as the process can be seen.
-    fn silent(&self) -> String {
+    fn silent(&self) -> AskError {
         let seconds = self.limit.as_secs();
         let Some((name, pid)) = &self.who else {
-            return format!("{} does not answer within {seconds} s", P::WHO);
+            return AskError::Silent(format!("{} does not answer within {seconds} s", P::WHO));
         };
         match pid.map(|pid| (pid, State::of(pid))) {
-            Some((pid, Some(State::Stopped))) => format!(
+            Some((pid, Some(State::Stopped))) => AskError::Silent(format!(
                 "{name} does not answer: its process is stopped; `kill -CONT {pid}` lets it go on"
-            ),
-            Some((pid, Some(State::Lives))) => format!(
+            )),
+            Some((pid, Some(State::Lives))) => AskError::Silent(format!(
                 "{name} does not answer within {seconds} s, though its process ({pid}) lives: try again, or end it \
                  with `{} {name}`",
                 P::END
-            ),
-            _ => format!("{name} has ended"),
+            )),
+            _ => AskError::Ended(format!("{name} has ended")),
         }
     }
 }

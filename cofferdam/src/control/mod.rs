@@ -5,6 +5,8 @@
 //! may enter: whoever can connect may do everything.
 
 pub mod client;
+pub mod ending;
+pub mod listed;
 pub mod protocol;
 pub mod server;
 

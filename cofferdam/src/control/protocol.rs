@@ -33,6 +33,7 @@ use recovery::resume_device::DevicePhases;
 use recovery::upgrade::UpgradeReport;
 use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use vmm::snapshot::Taken;
 use vmm::{MarkInfo, Rewound};
 
@@ -405,7 +406,7 @@ pub enum Reply {
 }
 
 /// How a VM is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// Its name.
     pub name: String,
@@ -432,9 +433,11 @@ pub struct Status {
     /// Exits of all vCPUs to this process, by reason.
     pub exits: BTreeMap<String, u64>,
     /// Isolated modules.
+    #[schema(value_type = Vec<Object>)]
     pub isolation: Vec<ModuleStatus>,
     /// How recovery of each isolated module stands, by its name.
     #[serde(default)]
+    #[schema(value_type = BTreeMap<String, Object>)]
     pub recovery: BTreeMap<String, LadderStatus>,
     /// Counters of the first NIC and of what it is plugged into.
     pub nic: BTreeMap<String, u64>,
@@ -444,7 +447,7 @@ pub struct Status {
 }
 
 /// A NIC of a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NicStatus {
     /// Its PCI address in the guest, such as `0000:00:02.0`.
     pub address: String,
@@ -456,7 +459,7 @@ pub struct NicStatus {
 }
 
 /// What the vCPUs of a VM do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
     /// They do not run yet.
@@ -482,7 +485,7 @@ impl VmState {
 }
 
 /// What a VM was started with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ConfigSummary {
     /// Path of the kernel.
     pub kernel: String,
@@ -500,7 +503,7 @@ pub struct ConfigSummary {
 }
 
 /// The network of a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NetSummary {
     /// Which NIC.
     pub nic: String,

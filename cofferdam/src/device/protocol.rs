@@ -12,6 +12,7 @@ use devices::vfio::passed::Counters as PassedCounters;
 use devices::wire::turns::PortCounters;
 use recovery::switch::{Outcome, Phases};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::control::Protocol;
 
@@ -86,7 +87,7 @@ pub enum Reply {
 }
 
 /// How a device host is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostStatus {
     /// Its name.
     pub name: String,
@@ -124,7 +125,7 @@ pub struct HostStatus {
 }
 
 /// A VM's context.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ContextStatus {
     /// Name of the VM.
     pub vm: String,
@@ -141,6 +142,7 @@ pub struct ContextStatus {
     /// How often it was attached.
     pub attached: u64,
     /// What passed at its port.
+    #[schema(value_type = Object)]
     pub frames: PortCounters,
     /// Parts of its memory that the device reaches.
     pub dma_maps: usize,
@@ -151,6 +153,7 @@ pub struct ContextStatus {
     pub mapped_bytes: Option<u64>,
     /// What was done with a function of the host for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub passed: Option<PassedCounters>,
     /// Messages of its connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -158,7 +161,7 @@ pub struct ContextStatus {
 }
 
 /// Messages of a vfio-user connection, as the device host counts them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Messages {
     /// Sent.
     pub sent: u64,
@@ -169,7 +172,7 @@ pub struct Messages {
 }
 
 /// Why the turn went on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// A VM was attached while nobody had it.
@@ -201,7 +204,7 @@ impl Reason {
 }
 
 /// A switch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SwitchRecord {
     /// Which; they are counted from 1.
     pub number: u64,
@@ -215,8 +218,10 @@ pub struct SwitchRecord {
     pub reason: Reason,
     /// How it ended.
     #[serde(flatten)]
+    #[schema(value_type = Object)]
     pub outcome: Outcome,
     /// How long its steps took.
+    #[schema(value_type = Object)]
     pub phases: Phases,
     /// From the moment in which the turn was given to the first frame that its VM sent or received.
     #[serde(default, skip_serializing_if = "Option::is_none")]

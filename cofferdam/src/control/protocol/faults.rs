@@ -5,6 +5,7 @@ use devices::edge::EdgeStatus;
 use isolation::attach::text_fault::TextFaultStatus;
 use isolation::dispatch::fault::{FaultCount, UsedUpBy};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Which calls of an isolated function have a fault in them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,20 +32,23 @@ pub struct FunctionBytes {
 }
 
 /// What became of the faults of a module.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FaultsState {
     /// Of the one that was ordered last for isolated calls; `None` if the module is not isolated.
+    #[schema(value_type = Option<Object>)]
     pub calls: Option<FaultCount>,
     /// Of the one in the guest's own text, whichever module it is of.
+    #[schema(value_type = Option<Object>)]
     pub own_text: Option<TextFaultStatus>,
 }
 
 /// What goes wrong at the edge of a NIC.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Disturbance {
     /// The NIC's PCI address in the guest.
     pub nic: String,
     /// What was ordered, and how often it matched and struck.
     #[serde(flatten)]
+    #[schema(value_type = Object)]
     pub status: EdgeStatus,
 }

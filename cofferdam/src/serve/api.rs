@@ -1,0 +1,124 @@
+//! Which path does what. The router and the OpenAPI document are made of the same list.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use utoipa::openapi::{ContentBuilder, OpenApi, RefOr, ResponseBuilder};
+use utoipa::{OpenApi as _, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::app::App;
+use super::problem::{Code, Problem};
+use super::{create, devices, disturbances, events, exec, guests, isolate, jobs, marks, metrics};
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "Cofferdam",
+        description = "Guests, their drivers' isolation, and devices that they share. See docs/service.md.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(Problem, Code)),
+    tags(
+        (name = "guests", description = "Guests"),
+        (name = "marks", description = "Marks of guests, and going back to them"),
+        (name = "isolation", description = "Isolated modules, what their calls did wrong, faults"),
+        (name = "disturbances", description = "NICs that fail as hardware does"),
+        (name = "devices", description = "NICs that guests share by turns"),
+        (name = "jobs", description = "Work that takes long"),
+        (name = "events", description = "What changes"),
+        (name = "service", description = "The service itself")
+    )
+)]
+struct Document;
+
+/// All paths.
+fn routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(guests::list_guests, create::create_guest))
+        .routes(routes!(guests::get_guest, guests::end_guest))
+        .routes(routes!(guests::pause_guest))
+        .routes(routes!(guests::resume_guest))
+        .routes(routes!(guests::reset_guest))
+        .routes(routes!(guests::press_power_button))
+        .routes(routes!(guests::snapshot_guest))
+        .routes(routes!(exec::exec_in_guest))
+        .routes(routes!(marks::list_marks, marks::set_mark))
+        .routes(routes!(marks::forget_mark))
+        .routes(routes!(marks::rewind_guest))
+        .routes(routes!(isolate::isolate_module, isolate::release_module))
+        .routes(routes!(isolate::list_violations))
+        .routes(routes!(isolate::get_faults, isolate::undo_faults))
+        .routes(routes!(
+            disturbances::list_disturbances,
+            disturbances::disturb,
+            disturbances::undisturb
+        ))
+        .routes(routes!(devices::list_devices))
+        .routes(routes!(devices::get_device))
+        .routes(routes!(devices::switch_device))
+        .routes(routes!(jobs::list_jobs))
+        .routes(routes!(jobs::get_job, jobs::cancel_job))
+        .routes(routes!(events::listen_to_events))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(get_document))
+}
+
+/// The service's requests.
+pub fn router(app: Arc<App>) -> Router {
+    let (router, _) = routes().split_for_parts();
+    router
+        .fallback(|| async {
+            Problem::new(Code::NoSuchPath, "see /openapi.json for what there is")
+        })
+        .method_not_allowed_fallback(|| async {
+            Problem::new(Code::WrongMethod, "see /openapi.json for what there is")
+        })
+        .with_state(app)
+}
+
+/// The OpenAPI 3.1 document, as JSON.
+///
+/// # Errors
+/// It cannot be written as JSON.
+pub fn document() -> anyhow::Result<String> {
+    let (_, mut document) = routes().split_for_parts();
+    add_problems(&mut document);
+    let mut text = document.to_pretty_json()?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// Says of each operation that it can end with a problem.
+fn add_problems(document: &mut OpenApi) {
+    let schema = RefOr::Ref(utoipa::openapi::Ref::from_schema_name(Problem::name()));
+    let content = ContentBuilder::new().schema(Some(schema)).build();
+    let response = ResponseBuilder::new()
+        .description("What went wrong (RFC 9457)")
+        .content("application/problem+json", content)
+        .build();
+    for item in document.paths.paths.values_mut() {
+        let operations = [
+            &mut item.get,
+            &mut item.put,
+            &mut item.post,
+            &mut item.delete,
+        ];
+        for operation in operations.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            responses.insert("default".to_owned(), RefOr::T(response.clone()));
+        }
+    }
+}
+
+/// Show what there is, as OpenAPI 3.1.
+#[utoipa::path(get, path = "/openapi.json", tag = "service", responses((status = 200, body = Object)))]
+async fn get_document() -> Result<Response, Problem> {
+    match document() {
+        Ok(text) => Ok(([(CONTENT_TYPE, "application/json")], text).into_response()),
+        Err(error) => Err(Problem::new(Code::Internal, error.to_string())),
+    }
+}

@@ -1,0 +1,37 @@
+//! What all requests share.
+
+use std::sync::Arc;
+
+use super::ask::Asks;
+use super::events::Watch;
+use super::jobs::Jobs;
+use super::look::Looks;
+use crate::runtime_dir::RuntimeRoot;
+
+/// What all requests share. Nothing of it outlives the service or has to.
+#[derive(Debug)]
+pub struct App {
+    /// Where guests and devices are.
+    pub root: RuntimeRoot,
+    /// Requests to them.
+    pub asks: Asks,
+    /// Looks at all of them.
+    pub looks: Looks,
+    /// Work that takes long.
+    pub jobs: Jobs,
+    /// What changes.
+    pub watch: Watch,
+}
+
+impl App {
+    /// For what runs in `root`.
+    pub fn new(root: RuntimeRoot) -> Arc<Self> {
+        Arc::new(Self {
+            root,
+            asks: Asks::default(),
+            looks: Looks::default(),
+            jobs: Jobs::default(),
+            watch: Watch::default(),
+        })
+    }
+}

@@ -1,0 +1,102 @@
+//! Requests to VM processes and device hosts. They are waited for in threads of their own, of which there are not many.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::app::App;
+use super::problem::{Code, Problem};
+use crate::control::client::{ANSWER_TIME, Connection, ControlClient};
+use crate::control::protocol::{Reply, Request};
+use crate::device::protocol::{DeviceProtocol, Reply as DeviceReply, Request as DeviceRequest};
+use crate::options::VmName;
+use crate::runtime_dir::{RunningVm, RuntimeRoot};
+
+/// Requests that are waited for at one time.
+pub const MAX_REQUESTS: usize = 64;
+
+/// The threads in which answers are waited for.
+#[derive(Debug)]
+pub struct Asks(Arc<Semaphore>);
+
+impl Default for Asks {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MAX_REQUESTS)))
+    }
+}
+
+impl Asks {
+    /// Does what blocks a thread. It is done to its end, also when nobody waits for it any more.
+    pub async fn block<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let Ok(place) = Arc::clone(&self.0).try_acquire_owned() else {
+            let detail =
+                format!("{MAX_REQUESTS} requests wait for answers already: try again later");
+            return Err(Problem::new(Code::Busy, detail));
+        };
+        let done = tokio::task::spawn_blocking(move || {
+            let result = work();
+            drop(place);
+            result
+        });
+        done.await
+            .unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())))
+    }
+}
+
+impl App {
+    /// Asks the guest `name` for something.
+    pub async fn ask(&self, name: &VmName, request: Request) -> Result<Reply, Problem> {
+        let (root, name) = (self.root.clone(), name.clone());
+        self.asks
+            .block(move || {
+                let vm = guest(&root, &name)?;
+                Ok(ControlClient::to(&vm, ANSWER_TIME)?.ask(&request)?)
+            })
+            .await
+    }
+
+    /// The same where nothing comes back but that it was done.
+    pub async fn tell(&self, name: &VmName, request: Request) -> Result<(), Problem> {
+        match self.ask(name, request).await? {
+            Reply::Done {} => Ok(()),
+            other => Err(Problem::unexpected(&other)),
+        }
+    }
+
+    /// Asks the device host `name` for something.
+    pub async fn ask_device(
+        &self,
+        name: &VmName,
+        request: DeviceRequest,
+    ) -> Result<DeviceReply, Problem> {
+        let (root, name) = (self.root.devices(), name.clone());
+        self.asks
+            .block(move || {
+                let Some(host) = find(&root, &name)? else {
+                    let detail = format!("no device host named {name} runs");
+                    return Err(Problem::new(Code::NoSuchDevice, detail));
+                };
+                Ok(Connection::<DeviceProtocol>::to(&host, ANSWER_TIME)?.ask(&request)?)
+            })
+            .await
+    }
+}
+
+/// The guest `name`, if it runs.
+pub fn guest(root: &RuntimeRoot, name: &VmName) -> Result<RunningVm, Problem> {
+    find(root, name)?.ok_or_else(|| {
+        let detail = format!("no guest named {name} runs");
+        Problem::new(Code::NoSuchGuest, detail)
+    })
+}
+
+/// The process that has this name now.
+pub fn find(root: &RuntimeRoot, name: &VmName) -> Result<Option<RunningVm>, Problem> {
+    let running = root
+        .running()
+        .map_err(|error| Problem::new(Code::Internal, crate::error_text::one_line(&error)))?;
+    Ok(running.into_iter().find(|vm| vm.name == *name))
+}

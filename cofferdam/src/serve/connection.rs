@@ -1,0 +1,195 @@
+//! Connections: who may connect, how many, and how long each may take.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::response::IntoResponse;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::{Sleep, sleep};
+
+use super::limits::{self, ClientTime};
+use super::problem::{Code, Problem};
+
+/// Connections at one time.
+pub const MAX_CONNECTIONS: usize = 256;
+
+/// Connections beyond these that are told that there is no room.
+const MAX_REFUSED: usize = 16;
+
+/// Buffer of a connection, in bytes; a request's head has to fit.
+const BUFFER_BYTES: usize = 32 << 10;
+
+/// Lines of a request's head.
+const MAX_HEADERS: usize = 64;
+
+/// How long to wait before accepting again when the process has no descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts connections for ever, each of which has `client_time` for each part of a request.
+pub async fn accept(listener: &UnixListener, router: Router, client_time: Duration) -> Infallible {
+    let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let refused = Arc::new(Semaphore::new(MAX_REFUSED));
+    let router = limits::limited(router, ClientTime(client_time));
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("service socket: {error}");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (place, router) = match (may_connect(&stream), Arc::clone(&open).try_acquire_owned()) {
+            (false, _) => {
+                let problem = Problem::new(
+                    Code::Forbidden,
+                    "only the user whose service this is and root may use it",
+                );
+                (Arc::clone(&refused).try_acquire_owned(), only(problem))
+            }
+            (true, Err(_)) => {
+                let detail = format!(
+                    "there are {MAX_CONNECTIONS} connections already: close one and try again"
+                );
+                let problem = Problem::new(Code::Busy, detail);
+                (Arc::clone(&refused).try_acquire_owned(), only(problem))
+            }
+            (true, open) => (open, router.clone()),
+        };
+        // Without a place not even the refusal can be told.
+        let Ok(place) = place else { continue };
+        tokio::spawn(async move {
+            serve(stream, router, client_time).await;
+            drop(place);
+        });
+    }
+}
+
+/// Answers everything with one problem.
+fn only(problem: Problem) -> Router {
+    Router::new()
+        .fallback(move || async move { ([("connection", "close")], problem).into_response() })
+}
+
+/// Whether the process at the other end is this user's or root's. The socket's mode says the same; this holds also where
+/// somebody has changed it.
+fn may_connect(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    stream
+        .peer_cred()
+        .is_ok_and(|peer| is_allowed(peer.uid(), own))
+}
+
+fn is_allowed(uid: u32, own: u32) -> bool {
+    uid == own || uid == 0
+}
+
+async fn serve(stream: UnixStream, router: Router, client_time: Duration) {
+    let stream = TokioIo::new(Patient::new(stream, client_time));
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(client_time)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(BUFFER_BYTES)
+        .serve_connection(stream, TowerToHyperService::new(router))
+        .await;
+    if let Err(error) = served {
+        tracing::debug!("connection ended: {error}");
+    }
+}
+
+/// A connection that is given up when nothing of what it is sent is taken for a while.
+struct Patient {
+    stream: UnixStream,
+    limit: Duration,
+    /// Runs while the other side takes nothing.
+    wait: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patient {
+    fn new(stream: UnixStream, limit: Duration) -> Self {
+        Self {
+            stream,
+            limit,
+            wait: None,
+        }
+    }
+
+    fn or_time_up<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            self.wait = None;
+            return polled;
+        }
+        let limit = self.limit;
+        let wait = self.wait.get_or_insert_with(|| Box::pin(sleep(limit)));
+        ready!(wait.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.or_time_up(context, polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.or_time_up(context, polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_allowed;
+
+    #[test]
+    fn only_the_user_whose_service_it_is_and_root_may_connect() {
+        assert!(is_allowed(1000, 1000) && is_allowed(0, 1000) && is_allowed(0, 0));
+        assert!(!is_allowed(1001, 1000) && !is_allowed(1000, 0));
+    }
+}

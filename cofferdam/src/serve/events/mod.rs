@@ -1,0 +1,193 @@
+//! What changes, as it is seen: server-sent events.
+//!
+//! Everything is looked at once a second, and only while somebody listens. Whoever listens gets what there is first and
+//! then what changes. A listener that is too slow for that is told so, and has to begin anew.
+
+mod change;
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::Sse;
+use axum::response::sse::{Event as SseEvent, KeepAlive};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{Receiver, Sender, channel};
+
+use super::app::App;
+use super::look::look_at;
+use super::problem::Problem;
+
+use change::View;
+pub use change::{Event, guest_state};
+
+/// Between two looks.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a process may take to answer in one.
+const LOOK_TIME: Duration = Duration::from_secs(1);
+
+/// Between two signs of life on a stream on which nothing happens.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// How far a listener may be behind, in events.
+pub const MAX_BEHIND: usize = 256;
+
+/// Who listens, and what was seen last.
+#[derive(Debug)]
+pub struct Watch {
+    watched: Mutex<Watched>,
+    /// Held by the listener that comes first while it looks: those that come meanwhile begin with what it saw.
+    first: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    /// `None` while nobody looks.
+    view: Option<View>,
+    events: Sender<Arc<Event>>,
+}
+
+impl Default for Watch {
+    fn default() -> Self {
+        Self {
+            watched: Mutex::new(Watched {
+                view: None,
+                events: channel(MAX_BEHIND).0,
+            }),
+            first: tokio::sync::Mutex::default(),
+        }
+    }
+}
+
+impl Watch {
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is, and what changes from there on. None while nobody looks.
+    fn listen(&self) -> Option<(View, Receiver<Arc<Event>>)> {
+        let watched = self.lock();
+        let view = watched.view.clone()?;
+        Some((view, watched.events.subscribe()))
+    }
+
+    /// Something was seen: tells what changed. Whether anybody listens.
+    fn saw(&self, mut view: View) -> bool {
+        let mut watched = self.lock();
+        if watched.events.receiver_count() == 0 {
+            watched.view = None;
+            return false;
+        }
+        if let Some(before) = &watched.view {
+            for event in view.since(before) {
+                // Who listened may have gone just now.
+                let _ = watched.events.send(Arc::new(event));
+            }
+            view.carry_on(before);
+        }
+        watched.view = Some(view);
+        true
+    }
+
+    /// The first listener came: `view` is what it begins with.
+    fn begin(&self, view: View) -> (View, Receiver<Arc<Event>>, bool) {
+        let mut watched = self.lock();
+        let events = watched.events.subscribe();
+        match &watched.view {
+            Some(other) => (other.clone(), events, false),
+            None => {
+                watched.view = Some(view.clone());
+                (view, events, true)
+            }
+        }
+    }
+}
+
+/// Listens, and looks from now on if nobody did.
+async fn listen(app: &Arc<App>) -> Result<(View, Receiver<Arc<Event>>), Problem> {
+    if let Some(listened) = app.watch.listen() {
+        return Ok(listened);
+    }
+    let _first = app.watch.first.lock().await;
+    if let Some(listened) = app.watch.listen() {
+        return Ok(listened);
+    }
+    let look = look_at(&app.root, LOOK_TIME).await?;
+    let (view, events, first) = app.watch.begin(View::of(&look));
+    if first {
+        tokio::spawn(look_on(Arc::clone(app)));
+    }
+    Ok((view, events))
+}
+
+/// Looks until nobody listens.
+async fn look_on(app: Arc<App>) {
+    loop {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+        match look_at(&app.root, LOOK_TIME).await {
+            Ok(look) if app.watch.saw(View::of(&look)) => {}
+            Ok(_) => return,
+            // It may be seen the next time.
+            Err(problem) => tracing::warn!("cannot look at guests: {problem:?}"),
+        }
+    }
+}
+
+/// What one listener is told.
+struct Listener {
+    first: Option<View>,
+    events: Receiver<Arc<Event>>,
+    ended: bool,
+}
+
+impl Listener {
+    async fn next(&mut self) -> Option<Arc<Event>> {
+        if let Some(view) = self.first.take() {
+            return Some(Arc::new(view.into_event()));
+        }
+        if self.ended {
+            return None;
+        }
+        match self.events.recv().await {
+            Ok(event) => Some(event),
+            Err(RecvError::Closed) => None,
+            Err(RecvError::Lagged(missed)) => {
+                self.ended = true;
+                Some(Arc::new(Event::Dropped {
+                    reason: format!("{missed} events were not read in time: listen anew"),
+                }))
+            }
+        }
+    }
+}
+
+fn sse(event: &Event) -> Result<SseEvent, Infallible> {
+    let name = event.name();
+    let data = serde_json::to_string(event).unwrap_or_default();
+    Ok(SseEvent::default().event(name).data(data))
+}
+
+/// Listen to what changes: server-sent events, the first of which says what there is.
+#[utoipa::path(get, path = "/v1/events", tag = "events",
+    responses((status = 200, body = Event, content_type = "text/event-stream",
+        description = "One event after the other, each as JSON in its data")))]
+pub async fn listen_to_events(
+    State(app): State<Arc<App>>,
+) -> Result<Sse<impl futures_util::Stream<Item = Result<SseEvent, Infallible>>>, Problem> {
+    let (view, events) = listen(&app).await?;
+    let listener = Listener {
+        first: Some(view),
+        events,
+        ended: false,
+    };
+    let stream = futures_util::stream::unfold(listener, |mut listener| async {
+        let event = listener.next().await?;
+        Some((sse(&event), listener))
+    });
+    Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+#[cfg(test)]
+pub mod tests;

@@ -1,0 +1,381 @@
+//! Work that may take long: it goes on while nobody waits for it, and can be looked at and given up.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::LOCATION;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::watch;
+use utoipa::ToSchema;
+
+use super::app::App;
+use super::ask::guest;
+use super::extract::{Name, NoBody};
+use super::problem::{Code, Problem};
+use crate::control::client::{ANSWER_TIME, ControlClient};
+use crate::control::protocol::{Reply, Request};
+use crate::options::VmName;
+
+/// Jobs under way at one time.
+pub const MAX_RUNNING: usize = 16;
+
+/// Jobs that have ended and can still be looked at; the oldest goes first.
+const MAX_ENDED: usize = 64;
+
+/// Words of progress that are kept of a job, the last ones.
+const MAX_PROGRESS: usize = 64;
+
+/// How long who asked is kept waiting for the result before it is told of the job instead.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// All jobs, oldest first.
+#[derive(Debug, Default)]
+pub struct Jobs(Mutex<VecDeque<Arc<Job>>>);
+
+/// One of them.
+#[derive(Debug)]
+pub struct Job {
+    id: String,
+    guest: String,
+    what: &'static str,
+    state: watch::Sender<JobState>,
+    /// The connection over which it is done, which ends when it is closed.
+    connection: Mutex<Option<UnixStream>>,
+}
+
+#[derive(Debug, Default)]
+struct JobState {
+    progress: VecDeque<String>,
+    cancelled: bool,
+    result: Option<Result<Value, Problem>>,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobStage {
+    /// It is being done.
+    Running,
+    /// It was done.
+    Done,
+    /// It was not.
+    Failed,
+}
+
+/// A job as it is shown.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct JobView {
+    /// Which.
+    id: String,
+    /// Name of the guest.
+    guest: String,
+    /// What is done.
+    what: &'static str,
+    /// How it stands.
+    stage: JobStage,
+    /// What was done so far, as far as it was told: the last 64 lines.
+    progress: Vec<String>,
+    /// What it brought: what the request answers where it does not take long.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    result: Option<Value>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<Problem>,
+}
+
+/// All jobs that can be looked at.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct JobList {
+    /// Oldest first.
+    jobs: Vec<JobView>,
+}
+
+impl Job {
+    /// Tells what is done.
+    pub fn tell(&self, what: &str) {
+        self.state.send_modify(|state| {
+            if state.progress.len() >= MAX_PROGRESS {
+                state.progress.pop_front();
+            }
+            state.progress.push_back(what.to_owned());
+        });
+    }
+
+    /// Says what closing ends the job.
+    fn is_done_over(&self, connection: UnixStream) {
+        *self.connection() = Some(connection);
+        if self.state.borrow().cancelled {
+            // Nobody could close it before.
+            let _ = self.hang_up();
+        }
+    }
+
+    /// Gives it up; whether that can be done.
+    fn hang_up(&self) -> io::Result<bool> {
+        match &*self.connection() {
+            Some(connection) => connection.shutdown(Shutdown::Both).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.state.borrow().result.is_some()
+    }
+
+    fn view(&self) -> JobView {
+        let state = self.state.borrow();
+        let (stage, result, problem) = match &state.result {
+            None => (JobStage::Running, None, None),
+            Some(Ok(result)) => (JobStage::Done, Some(result.clone()), None),
+            Some(Err(problem)) => (JobStage::Failed, None, Some(problem.clone())),
+        };
+        JobView {
+            id: self.id.clone(),
+            guest: self.guest.clone(),
+            what: self.what,
+            stage,
+            progress: state.progress.iter().cloned().collect(),
+            result,
+            problem,
+        }
+    }
+}
+
+impl Jobs {
+    fn all(&self) -> MutexGuard<'_, VecDeque<Arc<Job>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Job>, Problem> {
+        let all = self.all();
+        let job = all.iter().find(|job| job.id == id);
+        job.cloned().ok_or_else(|| {
+            let detail = "there is no such job: it was long ago, or before the service began";
+            Problem::new(Code::NoSuchJob, detail)
+        })
+    }
+
+    /// Does `work` for `guest` in a thread of its own.
+    pub fn start(
+        &self,
+        guest: &VmName,
+        what: &'static str,
+        work: impl FnOnce(&Job) -> Result<Value, Problem> + Send + 'static,
+    ) -> Result<Arc<Job>, Problem> {
+        let mut all = self.all();
+        let running = all.iter().filter(|job| !job.has_ended()).count();
+        if running >= MAX_RUNNING {
+            let detail = format!("{MAX_RUNNING} jobs are under way already: try again later");
+            return Err(Problem::new(Code::Busy, detail));
+        }
+        if all.len() - running >= MAX_ENDED
+            && let Some(oldest) = all.iter().position(|job| job.has_ended())
+        {
+            all.remove(oldest);
+        }
+        let job = Arc::new(Job {
+            id: random_id()?,
+            guest: guest.to_string(),
+            what,
+            state: watch::Sender::default(),
+            connection: Mutex::default(),
+        });
+        all.push_back(Arc::clone(&job));
+        let worker = Arc::clone(&job);
+        let done = tokio::task::spawn_blocking(move || work(&worker));
+        let ended = Arc::clone(&job);
+        tokio::spawn(async move {
+            let result = done
+                .await
+                .unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())));
+            ended.connection().take();
+            ended.state.send_modify(|state| {
+                state.result = Some(match result {
+                    Err(_) if state.cancelled => {
+                        Err(Problem::new(Code::Cancelled, "the job was given up"))
+                    }
+                    other => other,
+                });
+            });
+        });
+        Ok(job)
+    }
+
+    /// What is answered to who asked for a job: its result, or after a while where it can be looked at.
+    pub async fn answer(&self, job: Arc<Job>) -> Response {
+        let mut state = job.state.subscribe();
+        let ended = state.wait_for(|state| state.result.is_some());
+        if let Ok(Ok(state)) = tokio::time::timeout(PATIENCE, ended).await
+            && let Some(result) = &state.result
+        {
+            self.all().retain(|other| !Arc::ptr_eq(other, &job));
+            return match result {
+                Ok(value) => Json(value).into_response(),
+                Err(problem) => problem.clone().into_response(),
+            };
+        }
+        accepted(&job)
+    }
+}
+
+/// The answer that a job has begun.
+pub fn accepted(job: &Job) -> Response {
+    let location = [(LOCATION, format!("/v1/jobs/{}", job.id))];
+    (StatusCode::ACCEPTED, location, Json(job.view())).into_response()
+}
+
+/// Nobody takes a job of this service for one of an earlier one.
+fn random_id() -> Result<String, Problem> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+}
+
+impl App {
+    /// Asks the guest `name` for something that may take long; `result` makes of the reply what is shown.
+    pub async fn ask_long(
+        &self,
+        name: &VmName,
+        what: &'static str,
+        request: Request,
+        result: impl FnOnce(Reply) -> Result<Value, Problem> + Send + 'static,
+    ) -> Result<Arc<Job>, Problem> {
+        let (root, sought) = (self.root.clone(), name.clone());
+        // Who is not there is said at once.
+        let vm = self.asks.block(move || guest(&root, &sought)).await?;
+        self.jobs.start(name, what, move |job| {
+            let mut client = ControlClient::to(&vm, ANSWER_TIME)?;
+            if let Ok(connection) = client.stream() {
+                job.is_done_over(connection);
+            }
+            result(client.ask_and_watch(&request, &mut |what| job.tell(what))?)
+        })
+    }
+}
+
+/// A value as it is shown in a job.
+pub fn shown(value: impl Serialize) -> Result<Value, Problem> {
+    serde_json::to_value(value).map_err(|error| Problem::new(Code::Internal, error.to_string()))
+}
+
+/// List the jobs: those under way, and the last that have ended.
+#[utoipa::path(get, path = "/v1/jobs", tag = "jobs", responses((status = 200, body = JobList)))]
+pub async fn list_jobs(State(app): State<Arc<App>>) -> Json<JobList> {
+    let jobs = app.jobs.all().iter().map(|job| job.view()).collect();
+    Json(JobList { jobs })
+}
+
+/// Show a job.
+#[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = JobView)))]
+pub async fn get_job(
+    State(app): State<Arc<App>>,
+    Name(id): Name<String>,
+) -> Result<Json<JobView>, Problem> {
+    Ok(Json(app.jobs.find(&id)?.view()))
+}
+
+/// Give a job up that is under way. What was done of it is undone by the guest's process.
+#[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 202, body = JobView)))]
+pub async fn cancel_job(
+    State(app): State<Arc<App>>,
+    Name(id): Name<String>,
+    _: NoBody,
+) -> Result<Response, Problem> {
+    let job = app.jobs.find(&id)?;
+    if job.has_ended() {
+        return Err(Problem::new(Code::Refused, "the job has ended already"));
+    }
+    job.state.send_modify(|state| state.cancelled = true);
+    if !job.hang_up().unwrap_or(true) {
+        job.state.send_modify(|state| state.cancelled = false);
+        return Err(Problem::new(Code::Refused, "this job cannot be given up"));
+    }
+    Ok(accepted(&job))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> VmName {
+        "web".parse().unwrap()
+    }
+
+    async fn end(job: &Job) {
+        let mut state = job.state.subscribe();
+        let ended = state.wait_for(|state| state.result.is_some());
+        ended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn jobs_are_bounded_and_the_oldest_that_ended_goes_first() {
+        let jobs = Jobs::default();
+        let mut first = None;
+        for _ in 0..=MAX_ENDED {
+            let job = jobs
+                .start(&name(), "a test", |job| {
+                    job.tell("word");
+                    Ok(Value::Null)
+                })
+                .unwrap();
+            end(&job).await;
+            first.get_or_insert(job);
+        }
+        assert_eq!(jobs.all().len(), MAX_ENDED);
+        assert_eq!(
+            jobs.find(&first.unwrap().id).unwrap_err(),
+            jobs.find("").unwrap_err()
+        );
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        let begin = || {
+            let held = Arc::clone(&held);
+            jobs.start(&name(), "a test", move |_| {
+                let _ = held.lock().unwrap().recv();
+                Ok(Value::Null)
+            })
+        };
+        for _ in 0..MAX_RUNNING {
+            begin().unwrap();
+        }
+        begin().unwrap_err();
+        drop(hold);
+    }
+
+    #[tokio::test]
+    async fn a_job_keeps_its_last_words_and_why_it_failed() {
+        let jobs = Jobs::default();
+        let work = |job: &Job| {
+            for number in 0..100 {
+                job.tell(&number.to_string());
+            }
+            panic!("for a test")
+        };
+        let job = jobs.start(&name(), "a test", work).unwrap();
+        end(&job).await;
+        let view = job.view();
+        assert_eq!(view.progress.len(), MAX_PROGRESS);
+        assert_eq!(view.progress[MAX_PROGRESS - 1], "99");
+        assert_eq!(view.stage, JobStage::Failed);
+        assert!(view.problem.is_some());
+    }
+}

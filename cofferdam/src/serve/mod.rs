@@ -1,0 +1,117 @@
+//! The service: all guests and devices of a runtime folder over HTTP, on a unix socket.
+//!
+//! ```text
+//!  curl ──HTTP/1.1──► service.sock    connection   one task each, bounded in number and time
+//!                         │           limits       whole and bounded bodies, as problems where they are not
+//!                         │           api          paths; the OpenAPI document is made of the same list
+//!                         ▼           ask          requests to sockets, in a bounded number of threads
+//!          NAME/control.sock  .devices/NAME/control.sock
+//! ```
+//!
+//! It stands in front of the sockets of VM processes and device hosts and keeps nothing that it cannot find again from
+//! the runtime folder: it may be killed and started anew at any time, and guests know nothing of it. Only jobs, which are
+//! requests under way, end with it.
+
+mod api;
+mod app;
+mod ask;
+mod connection;
+mod create;
+mod devices;
+mod disturbances;
+mod events;
+mod exec;
+mod extract;
+mod guests;
+mod isolate;
+mod jobs;
+mod limits;
+mod look;
+mod marks;
+mod metrics;
+mod problem;
+mod socket;
+mod spec;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub use api::document;
+
+use crate::runtime_dir::RuntimeRoot;
+use app::App;
+use socket::Socket;
+
+/// Threads that wait for answers of other processes: for requests, jobs and looks at all guests.
+const THREADS: usize = ask::MAX_REQUESTS + jobs::MAX_RUNNING + 8;
+
+/// Stack of one of them, in bytes.
+const STACK_BYTES: usize = 512 << 10;
+
+/// How long one of them is kept that has nothing to do.
+const THREAD_IDLE: Duration = Duration::from_secs(2);
+
+/// How the service is started.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// Which guests and devices it serves.
+    pub root: RuntimeRoot,
+    /// Its socket; `service.sock` in the runtime folder otherwise.
+    pub socket: Option<PathBuf>,
+    /// How long a client has for each part of a request, and for taking what it is sent.
+    pub client_time: Duration,
+}
+
+/// Serves until a signal asks for the end.
+///
+/// # Errors
+/// The socket cannot be made, or another service has it.
+pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
+    // Guests are started in another folder.
+    let root = std::path::absolute(config.root.path()).context("cannot name the runtime folder")?;
+    let path = match config.socket {
+        Some(path) => path,
+        None => root.join("service.sock"),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(THREADS)
+        .thread_stack_size(STACK_BYTES)
+        .thread_keep_alive(THREAD_IDLE)
+        .thread_name("service-ask")
+        .build()
+        .context("cannot start the service's threads")?;
+    let ended = runtime.block_on(async {
+        // Before anybody can see that it is there.
+        let asked_to_end = asked_to_end()?;
+        let socket = Socket::bind(&path)?;
+        let listener = socket.listener()?;
+        let router = api::router(App::new(RuntimeRoot::new(root)));
+        tracing::info!("serving at {}", path.display());
+        tokio::select! {
+            never = connection::accept(&listener, router, config.client_time) => match never {},
+            () = asked_to_end => Ok(()),
+        }
+    });
+    // Who is still waited for is a process that does not answer.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Hears signals from now on; what comes back ends with one that asks for the end.
+fn asked_to_end() -> anyhow::Result<impl Future<Output = ()>> {
+    let hear = |kind| signal(kind).context("cannot hear signals");
+    let mut interrupt = hear(SignalKind::interrupt())?;
+    let mut terminate = hear(SignalKind::terminate())?;
+    let mut hangup = hear(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}

@@ -1,0 +1,225 @@
+//! A process that only speaks the protocol, for what a guest without Linux cannot do.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use cofferdam::control::protocol::{Reply, Request};
+use cofferdam::control::server::{Handler, serve};
+use cofferdam::runtime_dir::{RuntimeRoot, VmDir};
+use recovery::asker::Asker;
+use serde_json::{Value, json};
+
+use crate::client::{Listener, Service};
+use crate::common::place::Place;
+
+/// What a scripted guest is asked and answers.
+pub struct Script {
+    asked: Mutex<Vec<Request>>,
+    violations: Mutex<u64>,
+}
+
+impl Handler for Script {
+    fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String> {
+        self.asked.lock().unwrap().push(request.clone());
+        let reply = match request {
+            Request::Status {} => {
+                let violations = *self.violations.lock().unwrap();
+                let entry = entry(violations);
+                json!({"reply": "status", "name": "script", "pid": 1, "state": "running", "uptime_ms": 1,
+                    "vmm_rss_kib": 1, "guest_rss_kib": 1, "resets": 0, "exits": {}, "nic": {},
+                    "isolation": [{"module": "e1000", "entries": [entry], "violations": violations,
+                        "warm_pages": 0, "broken": null}],
+                    "recovery": {"e1000": {"state": "running", "rungs": {"errors": violations, "retries": 0,
+                        "restarts": 0, "failed_restarts": 0, "resets": 0, "stops": 0}}},
+                    "config": {"kernel": "/k", "memory_mib": 64, "vcpus": 1, "disks": [], "serial": "stdio"}})
+            }
+            Request::Isolate { module, .. } if module == "e1000" => {
+                asker.tell("looking for the module").unwrap();
+                json!({"reply": "isolated", "entries": ["e1000_open"]})
+            }
+            Request::Isolate { module, .. } => return Err(format!("no module {module} is loaded")),
+            Request::Release { module } => {
+                json!({"reply": "released", "module": module, "entries": [], "violations": 3,
+                    "warm_pages": 0, "broken": null})
+            }
+            Request::Violations { .. } => {
+                json!({"reply": "violations", "isolated": true, "reports": [], "texts": [], "all": [
+                    {"entry": "e1000_open", "count": 3, "first_ns": 1, "last_ns": 2, "text": "what it did"}]})
+            }
+            Request::Faults { .. } | Request::UndoFaults { .. } => {
+                json!({"reply": "faults", "calls": null, "own_text": null})
+            }
+            Request::Snapshot { .. } => {
+                asker.tell("writing").unwrap();
+                // Until nobody wants it any more.
+                while asker.tell("still writing").is_ok() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                return Err("nobody wants it any more".to_owned());
+            }
+            other => return Err(format!("{other:?} is not in the script")),
+        };
+        Ok(serde_json::from_value(reply).unwrap())
+    }
+}
+
+fn entry(aborts: u64) -> Value {
+    let entry = isolation::status::EntryStatus {
+        name: "e1000_open".to_owned(),
+        calls: aborts,
+        aborts,
+        ..Default::default()
+    };
+    json!(entry)
+}
+
+/// A scripted guest called "script".
+pub fn script(place: &Place) -> (VmDir, Arc<Script>) {
+    let dir = claim(place);
+    let script = Arc::new(Script {
+        asked: Mutex::default(),
+        violations: Mutex::new(2),
+    });
+    serve(&dir.paths().control_socket(), script.clone()).unwrap();
+    (dir, script)
+}
+
+fn claim(place: &Place) -> VmDir {
+    let root = RuntimeRoot::new(place.path("run"));
+    root.claim(&"script".parse().unwrap()).unwrap()
+}
+
+const MODULE: &str = "/v1/guests/script/isolation/e1000";
+
+#[test]
+fn a_module_is_isolated_looked_at_and_released() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let spec = json!({"entries": {"named": ["e1000_open"]}, "budget_us": 5,
+        "recovery": {"on_fault": "retry", "per_entry": {"e1000_open": "restart"}, "retries": 7},
+        "contain": "none"});
+    let isolated = service
+        .ask("PUT", MODULE, Some(&spec.to_string()))
+        .ok(200)
+        .json();
+    assert_eq!(isolated["entries"], json!(["e1000_open"]));
+    let asked = json!(script.asked.lock().unwrap().last().unwrap());
+    assert_eq!(asked["request"], "isolate");
+    assert_eq!(asked["entries"], json!({"named": ["e1000_open"]}));
+    assert_eq!(
+        (&asked["budget_us"], &asked["contain"]),
+        (&json!(5), &json!("none"))
+    );
+    assert_eq!(asked["recovery"]["retries"], 7);
+    assert_eq!(asked["recovery"]["recoveries_per_minute"], 600, "as always");
+    service.ask("PUT", MODULE, Some("{}")).ok(200);
+    let asked = json!(script.asked.lock().unwrap().last().unwrap());
+    assert_eq!(asked["entries"], "all");
+    for wrong in [
+        r#"{"entries":"some"}"#,
+        r#"{"entries":{"named":"x"}}"#,
+        r#"{"recovery":{"on_fault":"pray"}}"#,
+        r#"{"recovery":{"retry":1}}"#,
+        r#"{"budget":1}"#,
+        "[]",
+    ] {
+        let answer = service.ask("PUT", MODULE, Some(wrong));
+        answer.problem(422, "wrong_values", "");
+    }
+    let other = "/v1/guests/script/isolation/nosuch";
+    service
+        .ask("PUT", other, Some("{}"))
+        .problem(409, "refused", "no module nosuch is loaded");
+    let shown = service.get(&format!("{MODULE}/violations")).ok(200).json();
+    assert_eq!(shown["isolated"], true);
+    assert_eq!(shown["violations"][0]["text"], "what it did");
+    let faults = json!({"calls": null, "own_text": null});
+    let path = format!("{MODULE}/faults");
+    assert_eq!(service.get(&path).ok(200).json(), faults);
+    assert_eq!(service.delete(&path).ok(200).json(), faults);
+    assert_eq!(service.delete(MODULE).ok(200).json()["violations"], 3);
+    service.end();
+    drop(dir);
+}
+
+#[test]
+fn a_job_that_is_given_up_ends_in_the_guests_process_too() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, _script) = script(&place);
+    let begun = service.post("/v1/guests/script/snapshot", r#"{"dir":"/x"}"#);
+    let id = begun.json()["id"].as_str().unwrap().to_owned();
+    let job = format!("/v1/jobs/{id}");
+    while service.get(&job).json()["progress"][0] != "writing" {}
+    service.delete(&job).ok(202);
+    let job = service.end_of_job(&begun);
+    assert_eq!(job["stage"], "failed", "{job}");
+    assert_eq!(job["problem"]["code"], "cancelled", "{job}");
+    service.end();
+    drop(dir);
+}
+
+#[test]
+fn a_guest_that_dies_during_a_request_is_a_problem() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let dir = claim(&place);
+    let listener = UnixListener::bind(dir.paths().control_socket()).unwrap();
+    let dies = |answer: &'static [u8]| {
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| service.get("/v1/guests/script"));
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = String::new();
+            BufReader::new(&stream).read_line(&mut request).unwrap();
+            assert_eq!(request, "{\"request\":\"status\"}\n");
+            std::io::Write::write_all(&mut stream, answer).unwrap();
+            drop(stream);
+            asked.join().unwrap()
+        })
+    };
+    dies(b"").problem(502, "broken_off", "ended before it answered");
+    dies(b"{\"ok\":{\"reply\":\"sta").problem(502, "broken_off", "ended before");
+    dies(b"nonsense\n").problem(502, "broken_off", "cannot be read");
+    dies(b"{\"ok\":{\"reply\":\"done\"}}\n").problem(502, "broken_off", "something else");
+    dies(b"{\"error\":\"no\"}\n").problem(409, "refused", "no");
+    drop(listener);
+    service
+        .get("/v1/guests/script")
+        .problem(502, "broken_off", "cannot reach");
+    let list = service.get("/v1/guests").ok(200).json();
+    assert!(list["guests"][0]["no_answer"].is_string(), "{list}");
+    drop(dir);
+    service
+        .get("/v1/guests/script")
+        .problem(404, "no_such_guest", "script");
+    service.end();
+}
+
+#[test]
+fn what_fails_is_told_and_counted() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let mut listener = Listener::new(&service);
+    assert_eq!(listener.next()["guests"]["script"], "running");
+    *script.violations.lock().unwrap() = 5;
+    let event = listener.until("violations");
+    assert_eq!(event["guest"], "script");
+    assert_eq!(
+        (&event["module"], &event["more"], &event["count"]),
+        (&json!("e1000"), &json!(3), &json!(5))
+    );
+    let metrics = service.get("/metrics").ok(200).text;
+    for line in [
+        "cofferdam_aborts_total{guest=\"script\",module=\"e1000\",entry=\"e1000_open\"} 5",
+        "cofferdam_recoveries_total{guest=\"script\",module=\"e1000\",rung=\"error\"} 5",
+    ] {
+        assert!(metrics.lines().any(|other| other == line), "{metrics}");
+    }
+    drop(dir);
+    assert_eq!(listener.until("guest_gone")["guest"], "script");
+    service.end();
+}

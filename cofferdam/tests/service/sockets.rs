@@ -1,0 +1,112 @@
+//! Whose the service's socket is.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use crate::client::Service;
+use crate::common::place::{Place, finish};
+
+/// `serve` with these words must fail with one line that says this.
+#[track_caller]
+fn refused(place: &Place, words: &str, says: &str) {
+    let words = words.split_whitespace();
+    let output = finish(place.command().arg("serve").args(words).spawn().unwrap());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{error}");
+    assert!(error.contains(says), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
+fn a_second_service_is_refused_and_the_first_goes_on() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    refused(&place, "", "a service answers at");
+    let inode = |path| fs::metadata(path).unwrap();
+    let mode = inode(&service.socket).permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    service.get("/v1/guests").ok(200);
+    service.end();
+    place.assert_empty();
+}
+
+#[test]
+fn a_socket_that_a_dead_service_left_is_taken_over() {
+    let place = Place::new();
+    Service::start(&place, "").kill();
+    let service = Service::start(&place, "");
+    service.get("/v1/guests").ok(200);
+    service.end();
+    place.assert_empty();
+}
+
+#[test]
+fn a_socket_that_cannot_be_made_is_refused_in_a_line() {
+    let place = Place::new();
+    let file = place.file("file", b"x");
+    refused(&place, &format!("--socket {file}"), "no socket");
+    assert_eq!(fs::read(&file).unwrap(), b"x");
+    refused(&place, "--socket /proc/x", "/proc");
+    let long = place.path(&"x".repeat(120)).display().to_string();
+    refused(&place, &format!("--socket {long}"), "too long");
+    let other = place.path("other");
+    let _listener = UnixListener::bind(&other).unwrap();
+    refused(
+        &place,
+        &format!("--socket {}", other.display()),
+        "answers at",
+    );
+    refused(&place, "--client-time 0", "1..=3600");
+    refused(&place, "--sockte x", "--sockte");
+    place.assert_empty();
+}
+
+#[test]
+fn each_signal_that_asks_for_the_end_leaves_nothing() {
+    for number in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        let place = Place::new();
+        let mut service = Service::start(&place, "");
+        let _open = service.connect();
+        let child = service.child.take().unwrap();
+        crate::common::place::signal(&child, number);
+        assert!(finish(child).status.success());
+        place.assert_empty();
+    }
+}
+
+#[test]
+fn another_user_is_refused_whatever_the_sockets_mode() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    for path in [place.path(""), place.path("run")] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(&service.socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let curl = Command::new("curl")
+        .args([
+            "-sS",
+            "--max-time",
+            "20",
+            "http://localhost/v1/guests",
+            "--unix-socket",
+        ])
+        .arg(&service.socket)
+        .uid(65534)
+        .output();
+    let name = "service::sockets::another_user_is_refused_whatever_the_sockets_mode";
+    match curl {
+        Ok(output) => {
+            let text = String::from_utf8(output.stdout).unwrap();
+            let problem: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(problem["code"], "forbidden", "{text}");
+        }
+        Err(error) => skipped::skip(
+            name,
+            &format!("curl cannot be run as another user: {error}"),
+        ),
+    }
+    service.end();
+}
