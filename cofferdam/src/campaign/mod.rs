@@ -81,7 +81,7 @@ pub fn run(
     let header = Header {
         campaign: FORMAT,
         workload: options.setup.workload.clone(),
-        kernel: worker.kernel()?,
+        kernel: worker.kernel().to_owned(),
         seed: options.seed,
         kinds: options
             .kinds
@@ -202,7 +202,7 @@ pub fn replay(
         file: file.to_owned(),
     };
     let mut worker = Worker::start(&options.setup, progress)?;
-    let kernel = worker.kernel()?;
+    let kernel = worker.kernel();
     if kernel != campaign.header.kernel {
         bail!(
             "the campaign was of a guest with {}, this one has {kernel}",

@@ -96,6 +96,7 @@ pub struct Worker {
     guest: Guest,
     control: ControlClient,
     workload: Workload,
+    kernel: String,
     texts: Vec<(String, FunctionBytes)>,
     native: Baseline,
     isolated: Baseline,
@@ -109,10 +110,14 @@ impl Worker {
         progress("booting a guest");
         let mut guest = Guest::boot(&setup.guest, BOOT_TIME)?;
         make_ready(&mut guest, &setup.workload)?;
+        let agent = guest.agent().agent();
+        let agent = agent.context("the guest's agent is not connected")?;
+        let kernel = agent.kernel.clone();
         let mut worker = Self {
             control: guest.control()?,
             guest,
             workload: setup.workload.clone(),
+            kernel,
             texts: Vec::new(),
             native: Baseline::default(),
             isolated: Baseline::default(),
@@ -166,10 +171,8 @@ impl Worker {
     }
 
     /// Release of the guest's kernel.
-    pub fn kernel(&mut self) -> anyhow::Result<String> {
-        let agent = self.guest.agent().agent();
-        let agent = agent.context("the guest's agent is not connected")?;
-        Ok(agent.kernel.clone())
+    pub fn kernel(&self) -> &str {
+        &self.kernel
     }
 
     /// Runs the workload from a mark with a fault in `function`; `None` if the fault cannot be put in.
