@@ -13,6 +13,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iproute2", "ip"),
     // Tests compare our reading of kernel types with its.
     ("bpftool", "bpftool"),
+    // The service's guide and its tests ask with it.
+    ("curl", "curl"),
     // For libFuzzer.
     ("g++", "g++"),
 ];
