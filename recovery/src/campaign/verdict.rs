@@ -15,8 +15,8 @@
 //! | not activated, benign | the same |
 //! | recovered | a call was taken back, and the device works afterwards |
 //! | detected, not recovered | a call was taken back, and the device does not work |
-//! | undetected | no call was taken back, and something went otherwise than without the fault |
-//! | escaped | the guest's kernel crashed or hung, or memory was changed that is not the driver's |
+//! | undetected | no call was taken back, and something went otherwise than without the fault, or a command waits for ever |
+//! | escaped | the guest's kernel crashed or stands still, or memory was changed that is not the driver's |
 
 use serde::{Deserialize, Serialize};
 
@@ -160,15 +160,17 @@ const CRASHED: &[&str] = &[
     "kernel tried to execute",
 ];
 
-/// Words that say that something stands still (kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/tree_stall.h).
+/// Words that say that a processor stands still (kernel/watchdog.c, kernel/rcu/tree_stall.h).
 const HUNG: &[&str] = &[
     "soft lockup",
     "hard LOCKUP",
-    "blocked for more than",
     "self-detected stall",
     "detected stalls",
     "rcu_preempt kthread starved",
 ];
+
+/// Words that say that a process waits for ever (kernel/hung_task.c).
+const WAITS: &[&str] = &["blocked for more than"];
 
 /// Words that say that memory was changed in which nobody has business: red zones, poison and records of the heap's objects
 /// and of free pages (mm/slub.c, mm/page_poison.c), lists that do not join (lib/list_debug.c).
@@ -209,7 +211,7 @@ const WARNED: &[&str] = &[
 
 /// Whether a line of the kernel's log is one that counts.
 pub fn is_bad(line: &str) -> bool {
-    has(line, CRASHED) || has(line, HUNG) || is_damage(line) || has(line, WARNED)
+    has(line, CRASHED) || has(line, HUNG) || has(line, WAITS) || is_damage(line) || has(line, WARNED)
 }
 
 /// Whether a line of the kernel's log says that memory was changed in which nobody has business.
@@ -224,12 +226,13 @@ fn has(line: &str, words: &[&str]) -> bool {
 /// What a run comes to that was made in this way.
 pub fn verdict(way: Way, seen: &Seen) -> Verdict {
     let crashed = seen.log.iter().any(|line| has(line, CRASHED));
-    let hung = !seen.answers || !seen.finished || seen.log.iter().any(|line| has(line, HUNG));
+    let stands_still = !seen.answers || seen.log.iter().any(|line| has(line, HUNG));
+    let waits = !seen.finished || seen.log.iter().any(|line| has(line, WAITS));
     let otherwise = !seen.differs.is_empty() || !seen.log.is_empty();
     if way == Way::Native {
         return match () {
             () if crashed => Verdict::Crash,
-            () if hung => Verdict::Hang,
+            () if stands_still || waits => Verdict::Hang,
             () if seen.corrupted > 0 || !seen.elsewhere.is_empty() => Verdict::SilentCorruption,
             () if !seen.works => Verdict::LostDevice,
             () if otherwise => Verdict::Error,
@@ -237,12 +240,13 @@ pub fn verdict(way: Way, seen: &Seen) -> Verdict {
             () => Verdict::Benign,
         };
     }
-    let hurt = crashed || hung || !seen.elsewhere.is_empty();
+    let hurt = crashed || stands_still || !seen.elsewhere.is_empty();
+    let works = seen.works && !waits;
     match () {
         () if hurt => Verdict::Escaped,
-        () if seen.taken_back > 0 && seen.works && seen.corrupted == 0 => Verdict::Recovered,
+        () if seen.taken_back > 0 && works && seen.corrupted == 0 => Verdict::Recovered,
         () if seen.taken_back > 0 => Verdict::DetectedNotRecovered,
-        () if otherwise || seen.corrupted > 0 || !seen.works => Verdict::Undetected,
+        () if otherwise || seen.corrupted > 0 || !works => Verdict::Undetected,
         () if seen.reached == Some(false) => Verdict::NotActivated,
         () => Verdict::Benign,
     }
@@ -297,7 +301,13 @@ mod tests {
                 Hang,
                 Escaped,
             ),
-            (with(|seen| seen.finished = false), Hang, Escaped),
+            // A request that a driver loses is one that it may lose; what waits for it waits.
+            (with(|seen| seen.finished = false), Hang, Undetected),
+            (
+                logged("INFO: task mount:71 blocked for more than 120 seconds."),
+                Hang,
+                Undetected,
+            ),
             (with(|seen| seen.answers = false), Hang, Escaped),
             (
                 with(|seen| seen.corrupted = 1),
