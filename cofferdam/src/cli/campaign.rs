@@ -8,7 +8,7 @@ use comfy_table::Table;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
 use recovery::campaign::record::{Header, Record};
-use recovery::campaign::summary::{Counts, Summary};
+use recovery::campaign::summary::{Counts, Summary, median_and_longest};
 use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
 
@@ -272,6 +272,9 @@ fn text(summary: &Summary) -> String {
         let harm = verdicts("of those that harm natively", &summary.of_harm);
         text.push_str(&format!("\n{harm}\n"));
     }
+    if !summary.latencies.is_empty() {
+        text.push_str(&format!("\n{}\n", latencies(summary)));
+    }
     // The hardest of the ways that were made.
     let isolated = match summary.ways.contains_key(&Way::Stays) {
         true => Way::Stays,
@@ -333,6 +336,33 @@ fn headline(summary: &Summary) -> String {
         ));
     }
     text
+}
+
+/// How soon faults were detected, and how long it took to take calls back.
+fn latencies(summary: &Summary) -> Table {
+    let mut table = table(&[
+        "first call taken back",
+        "runs",
+        "detected after: median, longest",
+        "taken back in: median, longest",
+    ]);
+    let words = |times: &[u64]| match median_and_longest(times) {
+        Some((median, longest)) => format!("{}, {}", microseconds(median), microseconds(longest)),
+        None => "-".to_owned(),
+    };
+    for (way, latencies) in &summary.latencies {
+        table.add_row(vec![
+            comfy_table::Cell::new(way.name()),
+            number(latencies.rollback_ns.len()),
+            number(words(&latencies.after_ns)),
+            number(words(&latencies.rollback_ns)),
+        ]);
+    }
+    table
+}
+
+fn microseconds(ns: u64) -> String {
+    format!("{} us", ns / 1000)
 }
 
 fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table {

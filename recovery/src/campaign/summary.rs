@@ -11,6 +11,23 @@ use super::verdict::Verdict;
 /// How often each verdict came.
 pub type Counts = BTreeMap<Verdict, u32>;
 
+/// How soon faults were detected, and how long it took to take calls back: of the first call that was taken back in each run,
+/// in nanoseconds, in the order of the trials.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Latencies {
+    /// From the moment in which a call first came to the fault, of those where that is known.
+    pub after_ns: Vec<u64>,
+    /// From the exit that told of it to the return to the caller with an error.
+    pub rollback_ns: Vec<u64>,
+}
+
+/// The median of some times (the upper one of two) and the longest, if there are any.
+pub fn median_and_longest(times: &[u64]) -> Option<(u64, u64)> {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    Some((*sorted.get(sorted.len() / 2)?, *sorted.last()?))
+}
+
 /// A campaign's figures.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
@@ -24,6 +41,8 @@ pub struct Summary {
     pub functions: BTreeMap<String, BTreeMap<Way, Counts>>,
     /// Of the faults that are harm natively, what they came to when isolated.
     pub of_harm: BTreeMap<Way, Counts>,
+    /// How soon faults were detected, by way.
+    pub latencies: BTreeMap<Way, Latencies>,
     /// Trials that have to be looked at: not recovered, not noticed although they are harm natively, escaped.
     pub to_look_at: BTreeMap<Verdict, Vec<u32>>,
 }
@@ -62,6 +81,11 @@ impl Summary {
             if *way == Way::Native {
                 continue;
             }
+            if let Some(detected) = &run.seen.violation {
+                let latencies = self.latencies.entry(*way).or_default();
+                latencies.after_ns.extend(detected.after_ns);
+                latencies.rollback_ns.push(detected.rollback_ns);
+            }
             if is_harm {
                 let counts = self.of_harm.entry(*way).or_default();
                 *counts.entry(run.verdict).or_default() += 1;
@@ -94,6 +118,30 @@ impl Summary {
 mod tests {
     use super::super::record::tests::record;
     use super::*;
+
+    #[test]
+    fn latencies_are_those_of_the_first_call_that_was_taken_back() {
+        use super::super::verdict::Detected;
+        let mut records =
+            [1, 2, 3].map(|number| record(number, &[(Way::Once, Verdict::Recovered)]));
+        for (record, after_ns) in records.iter_mut().zip([Some(30), None]) {
+            let seen = &mut record.runs.get_mut(&Way::Once).unwrap().seen;
+            seen.violation = Some(Detected {
+                says: String::new(),
+                after_ns,
+                rollback_ns: u64::from(record.trial.number),
+            });
+        }
+        let summary = Summary::of(&records);
+        let latencies = &summary.latencies[&Way::Once];
+        assert_eq!(
+            (&latencies.after_ns[..], &latencies.rollback_ns[..]),
+            (&[30][..], &[1, 2][..])
+        );
+        assert_eq!(median_and_longest(&latencies.rollback_ns), Some((2, 2)));
+        assert_eq!(median_and_longest(&[9, 1, 5]), Some((5, 9)));
+        assert_eq!(median_and_longest(&[]), None);
+    }
 
     #[test]
     fn verdicts_are_counted_by_way_and_of_harm_apart() {

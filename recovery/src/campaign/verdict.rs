@@ -211,7 +211,11 @@ const WARNED: &[&str] = &[
 
 /// Whether a line of the kernel's log is one that counts.
 pub fn is_bad(line: &str) -> bool {
-    has(line, CRASHED) || has(line, HUNG) || has(line, WAITS) || is_damage(line) || has(line, WARNED)
+    has(line, CRASHED)
+        || has(line, HUNG)
+        || has(line, WAITS)
+        || is_damage(line)
+        || has(line, WARNED)
 }
 
 /// Whether a line of the kernel's log says that memory was changed in which nobody has business.
