@@ -1,11 +1,14 @@
 //! Faults in one instruction of a stock driver: by hand and taken back, and as a campaign.
 
+use std::path::Path;
+
 use agent_protocol::message::Bytes;
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions, with_function};
 use cofferdam::control::protocol::{FunctionBytes, Reply, Request};
 use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
+use recovery::campaign::record::Record;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{Workload, checks};
@@ -72,36 +75,33 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
     victim.assert_healthy("a call that was left out for a while");
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut workload = Workload::of_driver(DRIVER).unwrap();
-    workload.entries = ["e1000_xmit_frame", DRVINFO, "e1000_open"]
-        .map(str::to_owned)
-        .to_vec();
-    workload.helpers.clear();
-    let mut campaign = CampaignOptions {
+/// A campaign of a few faults with this workload.
+fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> CampaignOptions {
+    CampaignOptions {
         setup: Setup {
             guest: options().with(&workload.run).with(&checks()),
             workload,
         },
-        kinds: vec![Kind::NullDereference, Kind::UndefinedInstruction],
-        trials: 2,
+        kinds: kinds.to_vec(),
+        trials,
         seed: 1,
         ways: Way::ALL.to_vec(),
-        file: folder.path().join("campaign.jsonl"),
-    };
+        file: folder.join("campaign.jsonl"),
+    }
+}
+
+/// Makes it. Each fault that the guest comes to crashes it natively and not when isolated; the records, and figures.
+fn run(campaign: &CampaignOptions) -> (Vec<Record>, Summary) {
     let mut tell = |what: &str| eprintln!("{what}");
     let mut records = Vec::new();
-    let done = campaign::run(&campaign, &mut tell, &mut |progress| {
+    let done = campaign::run(campaign, &mut tell, &mut |progress| {
         eprintln!("{}: {:?}", progress.record.says, progress.record.runs);
         records.push(progress.record.clone());
         true
     })
     .unwrap();
-    assert_eq!((done.made, done.stopped), (2, false));
-    let verdict = |record: &recovery::campaign::record::Record, way| record.runs[&way].verdict;
+    assert_eq!((done.made, done.stopped), (campaign.trials, false));
+    let verdict = |record: &Record, way| record.runs[&way].verdict;
     let reached: Vec<_> = records
         .iter()
         .filter(|record| record.runs[&Way::Native].seen.reached == Some(true))
@@ -116,15 +116,48 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
             assert_ne!(verdict(record, way), Verdict::Escaped, "{record:?}");
         }
         assert_eq!(verdict(record, Way::Once), Verdict::Recovered, "{record:?}");
+        let detected = record.runs[&Way::Once].seen.violation.as_ref().unwrap();
+        assert!(detected.rollback_ns > 0, "{record:?}");
     }
+    (records, done.summary)
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut workload = Workload::of_driver(DRIVER).unwrap();
+    workload.entries = ["e1000_xmit_frame", DRVINFO, "e1000_open"]
+        .map(str::to_owned)
+        .to_vec();
+    workload.helpers.clear();
+    let kinds = [Kind::NullDereference, Kind::UndefinedInstruction];
+    let mut campaign = campaign(folder.path(), workload, &kinds, 2);
+    let (records, summary) = run(&campaign);
     let written = campaign::read(&campaign.file).unwrap();
     assert_eq!(written.records, records);
-    assert_eq!(Summary::of(&written.records), done.summary);
+    assert_eq!(Summary::of(&written.records), summary);
     // Another campaign does not go on in this one's file.
     campaign.seed = 2;
-    let refused = campaign::run(&campaign, &mut tell, &mut |_| true).unwrap_err();
+    let refused = campaign::run(&campaign, &mut |_| {}, &mut |_| true).unwrap_err();
     assert!(
         refused.to_string().contains("another campaign"),
         "{refused:#}"
     );
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn faults_in_a_block_driver_and_in_what_its_isolated_function_calls_are_recovered_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let workload = Workload::of_driver("null_blk").unwrap();
+    let kinds = [Kind::NullDereference, Kind::UndefinedInstruction];
+    let campaign = campaign(folder.path(), workload, &kinds, 6);
+    let (records, _) = run(&campaign);
+    let in_helpers = records.iter().filter(|record| {
+        let workload = &campaign.setup.workload;
+        workload.helpers.contains(&record.trial.function)
+    });
+    let reached = |record: &&Record| record.runs[&Way::Once].seen.reached == Some(true);
+    assert!(in_helpers.filter(reached).count() > 0, "{records:?}");
 }
