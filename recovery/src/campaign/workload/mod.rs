@@ -106,8 +106,13 @@ pub struct Step {
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// The file.
-    #[error("it is no workload: {0}")]
-    Form(#[from] toml::de::Error),
+    #[error("it is no workload: line {line}: {why}")]
+    Form {
+        /// Number of the line, from 1.
+        line: usize,
+        /// What is wrong there.
+        why: String,
+    },
     /// What is in it.
     #[error("{what}: {why}")]
     Wrong {
@@ -131,7 +136,14 @@ impl Workload {
 
     /// Reads a file with a workload.
     pub fn read(text: &str) -> Result<Self, WorkloadError> {
-        let workload: Self = toml::from_str(text)?;
+        let workload: Self = toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            let before = text.get(..at).unwrap_or_default();
+            WorkloadError::Form {
+                line: before.matches('\n').count() + 1,
+                why: error.message().replace('\n', " "),
+            }
+        })?;
         workload.check()?;
         Ok(workload)
     }

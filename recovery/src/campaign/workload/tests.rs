@@ -115,7 +115,12 @@ fn what_is_no_workload_is_refused_with_the_reason() {
     let refused = |text: &str| small(text).unwrap_err().to_string();
     assert!(refused("").contains("steps"));
     assert!(refused("steps = []").contains("steps: none"));
-    assert!(refused("speed = 3\n").contains("speed"));
+    let unknown = refused("speed = 3\n");
+    assert!(
+        unknown.contains("line 4") && unknown.contains("speed"),
+        "{unknown}"
+    );
+    assert_eq!(unknown.lines().count(), 1, "{unknown}");
     let twice = step("a", "true") + &step("a", "false");
     assert!(refused(&twice).contains("two steps"));
     for name in [
