@@ -28,7 +28,11 @@ fn the_command_line_isolates_injects_reports_and_releases() {
         entries.contains(&"e1000_get_ethtool_stats".into()),
         "{reply}"
     );
-    refused(&mut guest, "inject guest e1000 e1000_clean", "e1000_clean");
+    refused(
+        &mut guest,
+        "inject guest e1000 e1000_fly",
+        "no function e1000_fly",
+    );
     // It fills a buffer that it was handed before it read the device.
     let eeprom = guest.shell("ethtool -e eth0 offset 0 length 6");
     let violations = ask(&mut guest, "violations guest e1000");
