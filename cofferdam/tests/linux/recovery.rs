@@ -90,6 +90,10 @@ fn after_a_fault_at_any_place_the_same_operation_succeeds() {
     }
 }
 
+/// Pages that a processor keeps in its own list of free ones beyond what it kept before, where they do not count as free:
+/// two batches (`zone_batchsize`, mm/page_alloc.c).
+const KEPT_PAGES: i64 = 126;
+
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_checked_stream_survives_faults_and_nothing_leaks() {
@@ -139,8 +143,9 @@ fn a_checked_stream_survives_faults_and_nothing_leaks() {
         for (((name, earlier), (_, before)), (_, after)) in earlier.iter().zip(&before).zip(&after)
         {
             let noise = (before - earlier).abs();
+            let kept = if *name == "pages" { KEPT_PAGES } else { 0 };
             assert!(
-                after - before < noise + faults / 2,
+                after - before < noise + kept + faults / 2,
                 "{entry}: {name} went from {earlier} to {before} without faults, and to {after} with {faults}"
             );
         }

@@ -122,7 +122,8 @@ impl Victim {
     pub fn wait_until_running(&mut self) -> LadderStatus {
         // It asks the agent itself, which listens to one client at a time.
         self.guest.agent().disconnect();
-        let deadline = Instant::now() + Duration::from_secs(120);
+        // Steps of a restart have limits of their own; a lab beside others may be several times as slow as alone.
+        let deadline = Instant::now() + Duration::from_secs(600);
         let under_way = |state| {
             matches!(
                 state,
