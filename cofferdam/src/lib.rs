@@ -14,3 +14,4 @@ pub mod run;
 pub mod runtime_dir;
 pub mod serve;
 pub mod top;
+pub mod words;

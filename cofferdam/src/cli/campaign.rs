@@ -8,18 +8,19 @@ use comfy_table::Table;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
 use recovery::campaign::record::{Header, Record};
-use recovery::campaign::summary::{Counts, Summary, median_and_longest};
+use recovery::campaign::summary::{Counts, Summary};
 use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
 
 use super::images::Images;
 use super::table::{number, table};
-use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
 use crate::bench::network::DRIVER;
 use crate::campaign::worker::Setup;
 use crate::campaign::{self, CampaignOptions, Progress};
+use crate::report::Stat;
+use crate::words::counted;
 
 /// `campaign`
 #[derive(Debug, clap::Args)]
@@ -346,9 +347,12 @@ fn latencies(summary: &Summary) -> Table {
         "detected after: median, longest",
         "taken back in: median, longest",
     ]);
-    let words = |times: &[u64]| match median_and_longest(times) {
-        Some((median, longest)) => format!("{}, {}", microseconds(median), microseconds(longest)),
-        None => "-".to_owned(),
+    let words = |times: &[u64]| {
+        let us: Vec<_> = times.iter().map(|ns| *ns as f64 / 1e3).collect();
+        match Stat::from_samples(&us) {
+            Some(stat) => format!("{:.0} us, {:.0} us", stat.p50, stat.max),
+            None => "-".to_owned(),
+        }
     };
     for (way, latencies) in &summary.latencies {
         table.add_row(vec![
@@ -359,10 +363,6 @@ fn latencies(summary: &Summary) -> Table {
         ]);
     }
     table
-}
-
-fn microseconds(ns: u64) -> String {
-    format!("{} us", ns / 1000)
 }
 
 fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table {

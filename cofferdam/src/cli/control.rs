@@ -12,6 +12,7 @@ use crate::control::listed;
 use crate::control::protocol::{NetSummary, NicStatus, Request, Status, VmState};
 use crate::options::VmName;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
+use crate::words::duration;
 
 /// How long a VM may take to be listed.
 const LIST_TIME: Duration = Duration::from_secs(5);
@@ -192,16 +193,6 @@ fn status_text(status: &Status) -> String {
     text
 }
 
-/// A time as a person says it.
-pub(crate) fn duration(ms: u64) -> String {
-    let s = ms / 1000;
-    match s {
-        0..60 => format!("{}.{} s", s, ms % 1000 / 100),
-        60..3600 => format!("{} min {} s", s / 60, s % 60),
-        _ => format!("{} h {} min", s / 3600, s / 60 % 60),
-    }
-}
-
 /// `stop`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -238,17 +229,5 @@ impl StopOptions {
             self.timeout
         );
         Ok(Ending::SUCCESS)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::duration;
-
-    #[test]
-    fn times_are_said_as_people_say_them() {
-        assert_eq!(duration(1_250), "1.2 s");
-        assert_eq!(duration(125_000), "2 min 5 s");
-        assert_eq!(duration(7_500_000), "2 h 5 min");
     }
 }

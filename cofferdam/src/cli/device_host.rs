@@ -3,21 +3,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use recovery::switch::Outcome;
 
 use super::table::{number, table};
-use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, Connection};
 use crate::control::listed::{self, host_status};
 use crate::device::client;
-use crate::device::protocol::{
-    ContextStatus, DeviceProtocol, HostStatus, Reply, Request, SwitchRecord,
-};
+use crate::device::protocol::{ContextStatus, DeviceProtocol, HostStatus, Reply, Request};
 use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, serve};
 use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
+use crate::words::{counted, switched};
 
 /// How long a device host may take to be listed.
 const LIST_TIME: Duration = Duration::from_secs(5);
@@ -267,7 +264,7 @@ fn status_text(status: &HostStatus) -> String {
         text.push_str("\nlast switches\n");
     }
     for record in status.switches.iter().rev().take(8).rev() {
-        text += &format!("  {}\n", sentence(record));
+        text += &format!("  {}\n", switched(record));
     }
     text
 }
@@ -300,65 +297,4 @@ fn contexts_text(contexts: &[ContextStatus]) -> String {
         ]);
     }
     rows.to_string()
-}
-
-/// A switch in a line.
-pub(crate) fn sentence(record: &SwitchRecord) -> String {
-    let name = |vm: &Option<String>| vm.clone().unwrap_or_else(|| "nobody".to_owned());
-    let us = |ns: u64| format!("{:.1} us", ns as f64 / 1e3);
-    let end = match &record.outcome {
-        Outcome::Switched {} => String::new(),
-        Outcome::Back { failed } => format!(", {failed}; the turn is where it was"),
-        Outcome::Nobody { failed, .. } => format!(", {failed}; nobody has the turn"),
-    };
-    let first = record
-        .first_frame_ns
-        .map_or_else(String::new, |ns| format!(", first frame after {}", us(ns)));
-    format!(
-        "{}: {} to {} ({}) in {}{first}{end}",
-        record.number,
-        name(&record.from),
-        name(&record.to),
-        record.reason.text(),
-        us(record.phases.total_ns()),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use recovery::switch::{Phases, Step, StepFailed};
-
-    use super::*;
-    use crate::device::protocol::Reason;
-
-    #[test]
-    fn a_switch_is_told_in_a_line() {
-        let mut record = SwitchRecord {
-            number: 3,
-            begin_ns: 0,
-            from: Some("left".to_owned()),
-            to: None,
-            reason: Reason::Gone,
-            outcome: Outcome::Switched {},
-            phases: Phases {
-                quiesce_ns: Some(1500),
-                resume_ns: Some(500),
-                ..Phases::default()
-            },
-            first_frame_ns: Some(20_000),
-            outage_ns: None,
-        };
-        let text = "3: left to nobody (VM gone) in 2.0 us, first frame after 20.0 us";
-        assert_eq!(sentence(&record), text);
-        record.first_frame_ns = None;
-        record.outcome = Outcome::Back {
-            failed: StepFailed {
-                step: Step::Map,
-                reason: "right has gone".to_owned(),
-            },
-        };
-        assert!(
-            sentence(&record).ends_with("map failed: right has gone; the turn is where it was")
-        );
-    }
 }

@@ -7,10 +7,10 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use devices::edge::{Direction, EdgeKind, EdgeOrder, MILLION, When};
 
 use super::isolation::ask;
-use super::words::{counted, number, ordinal};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Disturbance, Reply, Request};
 use crate::options::VmName;
+use crate::words::{counted, number, ordinal};
 
 /// `disturb`
 #[derive(Debug, clap::Args)]

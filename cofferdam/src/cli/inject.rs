@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use super::inject_code::{When, Where, parse_when, undo};
 use super::isolation::ask;
-use super::words::{counted, number, ordinal};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
+use crate::words::{counted, number, ordinal};
 
 /// `inject`
 #[derive(Debug, clap::Args)]

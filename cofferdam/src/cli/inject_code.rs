@@ -9,11 +9,11 @@ use serde::Serialize;
 
 use super::isolation::ask;
 use super::table::table;
-use super::words::{counted, ordinal};
 use super::{print_bytes, print_json};
 use crate::campaign::with_function;
 use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply, Request};
 use crate::options::VmName;
+use crate::words::{counted, ordinal};
 
 /// Into which calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

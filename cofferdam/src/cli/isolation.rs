@@ -12,12 +12,12 @@ use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::request::Spilling;
 
 use super::table::{number, table};
-use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
+use crate::words::{counted, rungs};
 
 /// After so long a person is told what is done.
 const PATIENCE: Duration = Duration::from_millis(1500);
@@ -340,19 +340,7 @@ pub fn recovery_text(module: &str, status: &LadderStatus) -> String {
         State::Stopped => "is stopped: its calls return errors",
         State::Unisolated => "runs in the guest and is NOT isolated",
     };
-    let rungs = &status.rungs;
-    let mut text = format!(
-        "{module} {state}; failed calls that returned an error: {}, that were run again: {}; resumes: {} ({} failed); \
-         restarts: {} ({} failed); times back at a mark: {}; resets: {}\n",
-        rungs.errors,
-        rungs.retries,
-        rungs.resumes,
-        rungs.failed_resumes,
-        rungs.restarts,
-        rungs.failed_restarts,
-        rungs.rewinds,
-        rungs.resets
-    );
+    let mut text = format!("{module} {state}; {}\n", rungs(&status.rungs));
     if let Some(why) = &status.gave_up {
         text.push_str(&format!("stopped because {why}\n"));
     }

@@ -8,10 +8,10 @@ use vmm::{MarkInfo, Rewound};
 
 use super::isolation::ask;
 use super::table::{number, table};
-use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
+use crate::words::counted;
 
 /// Name of a mark when none is given.
 const DEFAULT_NAME: &str = "mark";

@@ -26,16 +26,11 @@ mod table;
 mod top;
 mod upgrade;
 mod violations;
-mod words;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub use errors::usage_error;
 pub use logging::LogOptions;
-
-pub(crate) use control::duration;
-pub(crate) use device_host::sentence as switch_sentence;
-pub(crate) use words::counted;
 
 pub use crate::error_text::one_line;
 pub use crate::run::Ending;

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use anyhow::bail;
 
-use super::device_host::{ask, sentence};
+use super::device_host::ask;
 use super::{Ending, print_bytes, print_json};
 use crate::device::protocol::{MAX_SLICE_MS, MIN_SLICE_MS, Reply, Request};
 use crate::options::VmName;
+use crate::words::switched;
 
 /// `switch`
 #[derive(Debug, clap::Args)]
@@ -71,7 +72,7 @@ impl SwitchOptions {
                 return print_json(record).map(|()| Ending::SUCCESS);
             }
             reply if self.json => return print_json(reply).map(|()| Ending::SUCCESS),
-            Reply::Switched(record) => format!("{}\n", sentence(record)),
+            Reply::Switched(record) => format!("{}\n", switched(record)),
             Reply::Turn { turn } => {
                 let has = turn.as_deref().unwrap_or("nobody");
                 match self.every {

@@ -11,12 +11,12 @@ use anyhow::{Context, bail};
 use recovery::module_file::{MAX_MODULE_BYTES, ModuleFile};
 use recovery::upgrade::{UpgradeOutcome, UpgradeReport};
 
-use super::words::counted;
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
+use crate::words::counted;
 
 /// `upgrade`
 #[derive(Debug, clap::Args)]

@@ -4,11 +4,11 @@ use anyhow::bail;
 use devices::clock::monotonic_ns;
 use recovery::violations::Violations;
 
-use super::control::duration;
 use super::isolation::ask;
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
+use crate::words::duration;
 
 /// `violations`
 #[derive(Debug, clap::Args)]

@@ -7,9 +7,9 @@ use recovery::ladder::LadderStatus;
 use recovery::violations::Violations;
 
 use super::text::clean;
-use crate::cli::switch_sentence;
 use crate::control::protocol::{NicStatus, Status, VmState};
 use crate::device::protocol::{ContextStatus, HostStatus};
+use crate::words::switched;
 
 /// Most things of one kind that are kept of a process: exits by reason, NICs, modules, functions, contexts.
 const MOST: usize = 256;
@@ -202,7 +202,7 @@ impl Host {
             switch_count: status.switch_count,
             failed_switches: status.failed_switches,
             switches: switches
-                .map(|record| (record.begin_ns, clean(&switch_sentence(record))))
+                .map(|record| (record.begin_ns, clean(&switched(record))))
                 .collect(),
         }
     }

@@ -21,13 +21,6 @@ pub struct Latencies {
     pub rollback_ns: Vec<u64>,
 }
 
-/// The median of some times (the upper one of two) and the longest, if there are any.
-pub fn median_and_longest(times: &[u64]) -> Option<(u64, u64)> {
-    let mut sorted = times.to_vec();
-    sorted.sort_unstable();
-    Some((*sorted.get(sorted.len() / 2)?, *sorted.last()?))
-}
-
 /// A campaign's figures.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
@@ -138,9 +131,6 @@ mod tests {
             (&latencies.after_ns[..], &latencies.rollback_ns[..]),
             (&[30][..], &[1, 2][..])
         );
-        assert_eq!(median_and_longest(&latencies.rollback_ns), Some((2, 2)));
-        assert_eq!(median_and_longest(&[9, 1, 5]), Some((5, 9)));
-        assert_eq!(median_and_longest(&[]), None);
     }
 
     #[test]

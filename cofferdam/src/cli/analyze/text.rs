@@ -8,7 +8,7 @@ use isolation::analysis::findings::FindingKind;
 use isolation::analysis::kernel::{Class, Sleeps};
 use isolation::analysis::reached::Atomic;
 
-use super::super::words::counted;
+use crate::words::counted;
 
 /// Most names of one class that are shown.
 const MAX_SHOWN: usize = 10;

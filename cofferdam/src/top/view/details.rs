@@ -6,10 +6,10 @@ use ratatui::text::Line;
 
 use super::sections::{happening, recovery, state};
 use super::table::{Column, Row, head_style, lines as table};
-use crate::cli::duration;
 use crate::top::model::{Model, Process};
 use crate::top::reading::{Guest, Module, Nic};
 use crate::top::text::{count, cut, memory, wrap};
+use crate::words::{duration, rungs};
 
 /// The lines of the guest called `name`.
 pub fn lines(model: &Model, name: &str, columns: usize) -> Vec<Line<'static>> {
@@ -134,20 +134,8 @@ fn modules(process: &Process<Guest>, guest: &Guest, columns: usize) -> Vec<Line<
 }
 
 fn failures(module: &Module) -> String {
-    let rungs = &module.ladder.rungs;
-    format!(
-        "failed calls that returned an error: {}, that were run again: {}; resumes: {} ({} failed); restarts: {} ({} \
-         failed); times back at a mark: {}; resets: {}; stops: {}",
-        rungs.errors,
-        rungs.retries,
-        rungs.resumes,
-        rungs.failed_resumes,
-        rungs.restarts,
-        rungs.failed_restarts,
-        rungs.rewinds,
-        rungs.resets,
-        rungs.stops
-    )
+    let used = &module.ladder.rungs;
+    format!("{}; stops: {}", rungs(used), used.stops)
 }
 
 fn exits(process: &Process<Guest>, guest: &Guest, columns: usize) -> Vec<Line<'static>> {

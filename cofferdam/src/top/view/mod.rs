@@ -22,7 +22,7 @@ use ratatui::text::Line;
 use super::input::Ui;
 use super::model::Model;
 use super::text::{cut, width};
-use crate::cli::counted;
+use crate::words::counted;
 
 /// Columns of a frame without a terminal.
 const PLAIN_COLUMNS: u16 = 160;

@@ -4,12 +4,12 @@ use ratatui::text::Line;
 use recovery::ladder::State;
 
 use super::table::{Column, Row, head_style, lines};
-use crate::cli::duration;
 use crate::control::protocol::VmState;
 use crate::top::happened::{Happened, state_text};
 use crate::top::model::{Model, Process};
 use crate::top::reading::{Guest, Host, Module};
 use crate::top::text::{count, cut, memory, width, wrap};
+use crate::words::duration;
 
 /// Lines of one happening in the overview.
 const MOST_LINES: usize = 4;

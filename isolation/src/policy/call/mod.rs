@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
+use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
@@ -65,7 +66,7 @@ const PACKET_CACHES: &[&str] = &[
     "skbuff_small_head",
 ];
 
-const PAGE_SIZE: u64 = 4096;
+const PAGE_SIZE: u64 = PAGE_BYTES as u64;
 
 /// Most pages of slabs whose other objects are looked at: half a GiB of them.
 const MAX_OPENED_PAGES: usize = 1 << 17;
