@@ -142,7 +142,11 @@ fn linux_6_12_boots_without_a_warning_and_its_e1000_survives_faults() {
         &mut guest,
         &format!("inject guest e1000 {sleeps} --at last"),
     );
-    shell(&mut guest, "! ethtool -G eth0 rx 128");
+    if let Err(error) = guest.shell("! ethtool -G eth0 rx 128") {
+        let status = ask(&mut guest, "status guest");
+        let violations = ask(&mut guest, "violations guest e1000");
+        panic!("{error:#}: the fault did not fail the call: {status}\n{violations}");
+    }
     // Only the ring for reception is to have this size.
     assert!(!shell(&mut guest, "ethtool -g eth0").contains("128"));
     let violations = ask(&mut guest, "violations guest e1000");

@@ -82,6 +82,9 @@ pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
     for function in &plan.skipped {
         domain.skip_function(function.0)?;
     }
+    if let Some(console) = &plan.console {
+        domain.defer_console(console)?;
+    }
     for function in &plan.fatal {
         domain.forbid_function(function.0)?;
     }

@@ -71,6 +71,23 @@ pub(super) const YIELDS: &[KernelFunction] = &[
 /// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
 pub(super) const FPU_QUESTIONS: &[KernelFunction] = &[wanted(&["irq_fpu_usable"])];
 
+/// What a kernel has of its console by name.
+pub(super) struct ConsoleNames {
+    /// The function that takes the console if nobody has it, and says whether it has (`console_trylock`).
+    pub take: &'static str,
+    /// The word that says which task writes to it, and may be waited for; 0 for none.
+    pub writer: &'static str,
+    /// The function that has it written to soon, by an interrupt of this processor.
+    pub defer: &'static str,
+}
+
+/// What calls print is written to the consoles after them. The same since Linux 4.15.
+pub(super) const CONSOLE: ConsoleNames = ConsoleNames {
+    take: "console_trylock",
+    writer: "console_owner",
+    defer: "defer_console_output",
+};
+
 /// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
 /// failure.
 pub(super) const FATAL: &[KernelFunction] = &[

@@ -7,8 +7,9 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
-use super::kernel_functions::{FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS};
-use crate::guest::addr::Gva;
+use super::kernel_functions::{CONSOLE, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS};
+use crate::domain::console::Console;
+use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{GateSite, NoGate};
 use crate::guest::module_text::{Reach, SiteKind, TextScan, TextTooLarge};
 use crate::guest::modules::{ModuleLayout, ModuleText};
@@ -101,6 +102,8 @@ pub struct Plan {
     pub sleeps: Vec<(Gva, Duration)>,
     /// Kernel functions that return at once.
     pub skipped: Vec<Gva>,
+    /// The kernel's console, where all of it is known by name.
+    pub console: Option<Console>,
     /// Kernel functions that no call may reach.
     pub fatal: Vec<Gva>,
 }
@@ -187,9 +190,22 @@ impl Plan {
                 .into_iter()
                 .chain(kernel(FPU_QUESTIONS))
                 .collect(),
+            console: console(symbols),
             fatal: kernel(FATAL),
         })
     }
+}
+
+/// Where the kernel takes its console, if its function has room for what is put there.
+fn console(symbols: &SymbolTable) -> Option<Console> {
+    let at = |name: &str| symbols.kernel_symbol(name).map(|symbol| symbol.at);
+    let take = at(CONSOLE.take)?;
+    let room = GvaRange::new(take, Console::CODE_BYTES)?;
+    let is_whole = symbols.extent(take, room) == Some(room);
+    let (writer, defer) = (at(CONSOLE.writer)?, at(CONSOLE.defer)?);
+    is_whole
+        .then(|| Console::new(take.0, writer.0, defer.0))
+        .flatten()
 }
 
 fn gates(

@@ -6,6 +6,7 @@
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |
 //! | `roots` | driver root and kernel root |
 //! | `private_vm` | the KVM side |
+//! | `console` | what calls print is written to the console after them |
 //! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
@@ -17,6 +18,7 @@
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
+pub mod console;
 pub mod effects;
 pub mod error;
 pub mod host_memory;
@@ -45,6 +47,7 @@ use kvm_bindings::{CpuId, kvm_sregs};
 use kvm_ioctls::Kvm;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use console::Console;
 use error::DomainError;
 use host_memory::HostMemory;
 use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
@@ -119,7 +122,7 @@ pub struct Domain {
     watchdog: Watchdog,
     crossings_at_entry: u64,
     /// Functions that only the guest may run.
-    trapped: HashMap<u64, ()>,
+    trapped: HashMap<u64, u64>,
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
     strike: Option<strike::Strike>,
@@ -234,7 +237,7 @@ impl Domain {
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that
     /// reaches it passes through.
     pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {
-        self.trapped.insert(va, ());
+        self.trapped.insert(va, va);
         self.patch(va, &monitor::out(PORT_TRAPPED))
     }
 
@@ -249,6 +252,14 @@ impl Domain {
     pub fn skip_function(&mut self, va: u64) -> Result<(), DomainError> {
         // xor eax, eax; ret
         self.patch(va, &[0x31, 0xc0, 0xc3])
+    }
+
+    /// Has the kernel's console written to after the calls that print: whoever takes it in a call is told that somebody
+    /// has it. Where another processor is writing to it at this moment the caller would wait for that one, which
+    /// stands still: such a call goes on in the guest.
+    pub fn defer_console(&mut self, console: &Console) -> Result<(), DomainError> {
+        self.trapped.insert(console.waits_at(), console.take);
+        self.patch(console.take, &console.code)
     }
 
     /// Makes reaching the kernel function that begins at `va` the driver's failure.

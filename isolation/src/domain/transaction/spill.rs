@@ -245,7 +245,7 @@ impl Call<'_> {
                 port: PORT_TRAPPED, ..
             } => self
                 .trapped_at(regs.rip, &self.domain.trapped)
-                .map(|(function, ())| function),
+                .map(|(_, function)| function),
             ViolationKind::ForeignPort { port, write: true } if port.to_le_bytes()[1] == 0 => {
                 self.gate_at(regs.rip, port.to_le_bytes()[0])
             }
