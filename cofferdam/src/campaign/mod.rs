@@ -1,6 +1,7 @@
 //! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried natively and isolated from
 //! the same warm state.
 
+mod jobs;
 mod patience;
 pub mod worker;
 
@@ -8,6 +9,8 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -18,6 +21,7 @@ use recovery::campaign::record::{self, FORMAT, Header, MAX_FILE, Record, Run};
 use recovery::campaign::summary::Summary;
 
 use crate::control::protocol::FunctionBytes;
+use jobs::Jobs;
 use worker::{Setup, Worker};
 
 /// VMs in a row that do not do what they are asked for, after which a campaign is given up.
@@ -36,6 +40,8 @@ pub struct CampaignOptions {
     pub seed: u64,
     /// In which ways.
     pub ways: Vec<Way>,
+    /// In how many VMs at a time.
+    pub jobs: u32,
     /// Where it is written, and gone on with if it is there.
     pub file: PathBuf,
 }
@@ -53,13 +59,13 @@ pub struct Progress<'a> {
 }
 
 /// What a campaign came to.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Done {
     /// Its figures.
     pub summary: Summary,
     /// Time that it took, and of that what passed outside of runs.
     pub took: Duration,
-    /// Time of the runs.
+    /// Time of the runs, of all VMs together.
     pub in_runs: Duration,
     /// Trials that were made now.
     pub made: u32,
@@ -70,14 +76,15 @@ pub struct Done {
 /// Makes a campaign's trials, from where its file ends. `each` is told of each; it gives `false` to stop.
 ///
 /// # Errors
-/// A guest cannot be made ready; the file is another campaign's, or cannot be written: what was made is in it.
+/// A guest cannot be made ready; the file is another campaign's, or cannot be written: what was made is in it, but for trials that
+/// other VMs made before one that comes earlier.
 pub fn run(
     options: &CampaignOptions,
     progress: &mut dyn FnMut(&str),
     each: &mut dyn FnMut(Progress<'_>) -> bool,
 ) -> anyhow::Result<Done> {
     let begun = Instant::now();
-    let mut worker = Worker::start(&options.setup, progress)?;
+    let worker = Worker::start(&options.setup, progress)?;
     let header = Header {
         campaign: FORMAT,
         workload: options.setup.workload.clone(),
@@ -90,7 +97,7 @@ pub fn run(
             .collect(),
     };
     let (mut file, records) = open(&options.file, &header)?;
-    let mut summary = Summary::of(&records);
+    let summary = Summary::of(&records);
     let plan = trials(
         &places(worker.texts()),
         &options.kinds,
@@ -101,39 +108,42 @@ pub fn run(
         !plan.is_empty(),
         "none of these kinds fits into any of these functions"
     );
-    let to_do = plan.iter().skip(records.len());
-    let (mut in_runs, mut made, mut stopped) = (Duration::ZERO, 0, false);
+    let done_before = records.len();
+    let left = u32::try_from(plan.len().saturating_sub(done_before))?;
+    let jobs = Jobs {
+        options,
+        vms: options.jobs.min(left).max(1),
+        left: Mutex::new(plan.iter().skip(done_before)),
+        stop: AtomicBool::new(false),
+    };
+    let mut done = Done {
+        summary,
+        ..Done::default()
+    };
     let since = Instant::now();
-    for trial in to_do {
-        let record = make(trial, options, &mut worker, progress)?;
-        in_runs += record
+    let mut write = |record: &Record| {
+        done.in_runs += record
             .runs
             .values()
             .map(|run| Duration::from_millis(run.seen.took_ms))
             .sum::<Duration>();
-        append(&mut file, &record).with_context(|| options.file.display().to_string())?;
-        summary.add(&record);
-        made += 1;
-        let left = plan.len().saturating_sub(records.len() + made as usize);
-        let left = since.elapsed() / made * u32::try_from(left).unwrap_or(u32::MAX);
-        let told = Progress {
-            record: &record,
-            summary: &summary,
+        append(&mut file, record).with_context(|| options.file.display().to_string())?;
+        done.summary.add(record);
+        done.made += 1;
+        let left = plan.len().saturating_sub(done_before + done.made as usize);
+        let left = since.elapsed() / done.made * u32::try_from(left).unwrap_or(u32::MAX);
+        let goes_on = each(Progress {
+            record,
+            summary: &done.summary,
             of: options.trials,
             left,
-        };
-        if !each(told) {
-            stopped = true;
-            break;
-        }
-    }
-    Ok(Done {
-        summary,
-        took: begun.elapsed(),
-        in_runs,
-        made,
-        stopped,
-    })
+        });
+        done.stopped |= !goes_on;
+        Ok(goes_on)
+    };
+    jobs.make_all(worker, done_before, progress, &mut write)?;
+    done.took = begun.elapsed();
+    Ok(done)
 }
 
 /// Makes one trial, in another VM if the one that there is does not do what it is asked for.
@@ -199,6 +209,7 @@ pub fn replay(
         trials: number,
         seed: campaign.header.seed,
         ways: then.runs.keys().copied().collect(),
+        jobs: 1,
         file: file.to_owned(),
     };
     let mut worker = Worker::start(&options.setup, progress)?;

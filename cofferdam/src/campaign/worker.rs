@@ -256,7 +256,7 @@ impl Worker {
             seen.taken_back = after.taken_back.saturating_sub(before.taken_back);
             seen.rungs = after.rungs.saturating_sub(before.rungs);
             seen.given_up = after.given_up;
-            seen.violation = self.first_violation(since_ns, reached_ns)?;
+            seen.violation = self.first_violation(since_ns, reached_ns, seen.taken_back)?;
             if seen.taken_back > 0 {
                 // A driver that was restarted has forgotten it.
                 seen.reached = Some(true);
@@ -276,11 +276,13 @@ impl Worker {
         Ok(())
     }
 
-    /// The first call since `since_ns` that was taken back; the fault was first come to at `reached_ns`.
+    /// The first call since `since_ns` that was taken back, of so many; the fault was first come to at `reached_ns`. `None` where
+    /// it is not among those that are still known: the last ones, and none of before a restart.
     fn first_violation(
         &mut self,
         since_ns: u64,
         reached_ns: Option<u64>,
+        taken_back: u64,
     ) -> anyhow::Result<Option<Detected>> {
         let request = Request::Violations {
             module: self.workload.driver.clone(),
@@ -289,8 +291,13 @@ impl Worker {
             bail!("the VM answered something else");
         };
         let reports: Vec<Report> = serde_json::from_value(reports)?;
-        let mut all = reports.into_iter().zip(texts);
-        let first = all.find(|(report, _)| report.at_ns >= since_ns);
+        let since: Vec<_> = reports
+            .into_iter()
+            .zip(texts)
+            .filter(|(report, _)| report.at_ns >= since_ns)
+            .collect();
+        let all_known = u64::try_from(since.len()).is_ok_and(|known| known >= taken_back);
+        let first = since.into_iter().next().filter(|_| all_known);
         Ok(first.map(|(report, text)| Detected {
             says: text,
             after_ns: reached_ns.map(|reached| report.at_ns.saturating_sub(reached)),

@@ -34,7 +34,7 @@ a trial goes into the file; a campaign that was interrupted goes on where its fi
 
 Examples:
   cofferdam campaign --trials 100 --seed 1 --file campaign.jsonl
-  cofferdam campaign --driver null_blk --trials 100 --file null_blk.jsonl
+  cofferdam campaign --driver null_blk --trials 100 --jobs 4 --file null_blk.jsonl
   cofferdam campaign --workload my_driver.toml --trials 20 --file mine.jsonl
   cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
   cofferdam campaign show campaign.jsonl
@@ -98,6 +98,9 @@ struct RunArgs {
     /// How many faults
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     trials: u32,
+    /// In how many VMs at a time: no more than there are processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    jobs: u32,
     /// What decides which ones
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
@@ -210,6 +213,7 @@ impl RunArgs {
             trials: self.trials,
             seed: self.seed,
             ways,
+            jobs: self.jobs,
             file: self.file,
         };
         let mut tell = |what: &str| eprintln!("campaign: {what}");
@@ -224,7 +228,7 @@ impl RunArgs {
                 "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside of them",
                 counted(done.made.into(), "trial", "trials"),
                 f64::from(done.made) * 60.0 / seconds,
-                100.0 - done.in_runs.as_secs_f64() * 100.0 / seconds
+                100.0 - done.in_runs.as_secs_f64() * 100.0 / seconds / f64::from(self.jobs)
             );
         }
         show(&done.summary, self.json)?;

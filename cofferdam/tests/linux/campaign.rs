@@ -3,21 +3,26 @@
 use std::path::Path;
 
 use agent_protocol::message::Bytes;
+use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions, with_function};
-use cofferdam::control::protocol::{FunctionBytes, Reply, Request};
+use cofferdam::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
+use isolation::dispatch::fault::UsedUpBy;
 use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
 use recovery::campaign::record::Record;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{Workload, checks};
+use recovery::ladder::{LadderConfig, OnFault, State};
 
-use super::options;
 use super::victim::{DRIVER, Victim};
+use super::{GATEWAY, options};
 
 /// Fills in the driver's name, by a call that can be left out.
 const DRVINFO: &str = "e1000_get_drvinfo";
+/// Takes packets out of the ring for reception; `e1000_clean` calls it.
+const CLEAN_RX: &str = "e1000_clean_rx_irq";
 
 fn text_of(victim: &mut Victim, function: &str) -> FunctionBytes {
     victim.guest.agent().disconnect();
@@ -75,6 +80,91 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
     victim.assert_healthy("a call that was left out for a while");
 }
 
+/// A length that no packet has room for: the kernel prints that and gives up (`skb_over_panic`, net/core/skbuff.c).
+fn absurd_length(victim: &mut Victim) -> Request {
+    let text = text_of(victim, CLEAN_RX);
+    let mutation = with_function(CLEAN_RX, &text, |function| {
+        let all = sites(function);
+        let lengths = all
+            .iter()
+            .filter(|site| site.kinds.contains(&Kind::LengthOverrun));
+        let mut changes = lengths.flat_map(|site| {
+            let change = |seed| mutate(function, Kind::LengthOverrun, site.offset, seed).ok();
+            (0..16).filter_map(change)
+        });
+        let change = changes.find(|change| {
+            change.says.contains("skb_put gets") && change.says.contains("stack pointer")
+        });
+        change.ok_or("no such change")
+    });
+    let mutation = mutation.unwrap();
+    eprintln!("{mutation:?}");
+    Request::InjectCode {
+        module: DRIVER.to_owned(),
+        function: CLEAN_RX.to_owned(),
+        offset: mutation.offset.into(),
+        old: Bytes(mutation.old),
+        new: Bytes(mutation.new),
+        replaces_whole: mutation.replaces_whole,
+        calls: Some(FaultyCalls {
+            every: 1,
+            times: 1,
+            used_up_by: UsedUpBy::Reaching,
+        }),
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_call_that_makes_the_kernel_print_and_give_up_is_taken_back_and_a_stopped_driver_is_not_polled()
+{
+    let mut victim = Victim::boot();
+    victim.isolate("e1000_clean", LadderConfig::default());
+    let mut once = absurd_length(&mut victim);
+    victim.guest.agent().disconnect();
+    victim.ask(&once);
+    victim.ping();
+    let violations = victim.violations();
+    assert_eq!(victim.ladder().rungs.errors, 1, "{violations:?}");
+    assert!(violations[0].contains("invalid opcode"), "{violations:?}");
+    assert!(violations[0].contains("skb_panic"), "{violations:?}");
+    victim.assert_healthy("a kernel function that gave up");
+    // What it printed went with the call.
+    assert!(!victim.run(&["dmesg"]).contains("skb_over_panic"));
+    victim.release();
+    // A driver that is stopped while the device is polled: nobody polls it for ever.
+    let stop = LadderConfig {
+        on_fault: Some(OnFault::Stop),
+        ..LadderConfig::default()
+    };
+    victim.isolate("e1000_clean", stop);
+    if let Request::InjectCode { calls, .. } = &mut once {
+        *calls = Some(FaultyCalls {
+            every: 1,
+            times: u64::MAX,
+            used_up_by: UsedUpBy::Reaching,
+        });
+    }
+    victim.guest.agent().disconnect();
+    victim.ask(&once);
+    victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
+    assert_eq!(victim.ladder().state, State::Stopped);
+    let polled = |victim: &Victim| {
+        let entry = &victim.module().unwrap().entries[0];
+        entry.calls + entry.refused
+    };
+    let before = polled(&victim);
+    victim.run(&["sleep", "2"]);
+    // An interrupt may have been on its way.
+    assert!(polled(&victim) - before < 10, "{before}");
+    // The interface can be set down, which waits for the end of a poll.
+    victim.run(&["ip", "link", "set", "eth0", "down"]);
+    victim.release();
+    victim.run(&["ip", "link", "set", "eth0", "up"]);
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+}
+
 /// A campaign of a few faults with this workload.
 fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> CampaignOptions {
     CampaignOptions {
@@ -86,6 +176,7 @@ fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> C
         trials,
         seed: 1,
         ways: Way::ALL.to_vec(),
+        jobs: 1,
         file: folder.join("campaign.jsonl"),
     }
 }
@@ -131,6 +222,12 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
         .map(str::to_owned)
         .to_vec();
     workload.helpers.clear();
+    // What comes to these functions.
+    let kept = ["pings", "ethtool -i", "down", "up", "pings again"];
+    workload
+        .steps
+        .retain(|step| kept.contains(&step.name.as_str()));
+    assert_eq!(workload.steps.len(), kept.len());
     let kinds = [Kind::NullDereference, Kind::UndefinedInstruction];
     let mut campaign = campaign(folder.path(), workload, &kinds, 2);
     let (records, summary) = run(&campaign);

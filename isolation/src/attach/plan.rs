@@ -7,7 +7,9 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
-use super::kernel_functions::{CONSOLE, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS};
+use super::kernel_functions::{
+    CONSOLE, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS,
+};
 use crate::domain::console::Console;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{GateSite, NoGate};

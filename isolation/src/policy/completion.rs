@@ -1,4 +1,4 @@
-//! What is to be done with a packet, a block I/O or a request whose call did not take place.
+//! What is to be done with a packet, a block I/O, a request or a poll whose call did not take place.
 //!
 //! A value tells most callers that a call failed. But who submits a `bio` gets no value, and who gives a packet to a
 //! device without a queue has nowhere to keep it: they rely on the driver to end what it was given. In its place the guest
@@ -128,6 +128,7 @@ struct Drops {
 pub struct Completions {
     bio: Option<(Duty, u64)>,
     request: Option<Duty>,
+    poll: Option<Duty>,
     drops: Option<Drops>,
 }
 
@@ -148,13 +149,15 @@ impl Completions {
         Self {
             bio: bio(),
             request: duty("request", "q->mq_ops->complete", "blk_mq_end_request"),
+            poll: duty("napi_struct", "poll", "napi_complete_done"),
             drops: Drops::new(types, symbols),
         }
     }
 
     /// What has to be done in place of the function with its gate at `gate` and these `arguments`, which was not run or was taken
     /// back as a whole; `None` if its value says it all. A packet is kept by the kernel if the device has a queue,
-    /// unless the driver `is_stopped`, so that it would be kept for good.
+    /// unless the driver `is_stopped`, so that it would be kept for good; and a device that is always polled again after a
+    /// failure would be polled for ever.
     pub fn of<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
@@ -183,6 +186,15 @@ impl Completions {
                 call: (duty.ends, [object.0, 0, 0, 0, 0, 0]),
                 value: None,
                 what: "the I/O ends with an error",
+            });
+        }
+        if let Some(duty) = self.poll.as_ref().filter(|duty| is_stopped && has(duty)) {
+            return Some(Completion {
+                store: None,
+                // Nothing was done.
+                call: (duty.ends, [object.0, 0, 0, 0, 0, 0]),
+                value: Some(0),
+                what: "the device is not polled again",
             });
         }
         let duty = self.request.as_ref().filter(|duty| has(duty))?;

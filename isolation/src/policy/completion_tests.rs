@@ -20,12 +20,15 @@ const MQ_OPS: u64 = BASE + 0x600;
 const PACKET: u64 = BASE + 0x700;
 const DEVICE: u64 = BASE + 0x800;
 const TX: u64 = BASE + 0x900;
+const NAPI: u64 = BASE + 0xc00;
 const QDISCS: [u64; 2] = [BASE + 0xa00, BASE + 0xb00];
 
 const SUBMIT: u64 = 0xffff_ffff_c000_0000;
 const COMPLETE: u64 = 0xffff_ffff_c000_0100;
 const BIO_ENDIO: u64 = 0xffff_ffff_8100_0000;
 const END_REQUEST: u64 = 0xffff_ffff_8100_0100;
+const POLL: u64 = 0xffff_ffff_c000_0200;
+const POLLED: u64 = 0xffff_ffff_8100_0400;
 const FREE: u64 = 0xffff_ffff_8100_0200;
 
 fn completions() -> Completions {
@@ -44,6 +47,7 @@ fn completions() -> Completions {
     let queue = e.structure("request_queue", 64, &[("mq_ops", ops, 40)]);
     let queue = e.pointer(queue);
     e.structure("request", 64, &[("q", queue, 0)]);
+    e.structure("napi_struct", 64, &[("poll", word, 48)]);
     e.structure("sk_buff", 64, &[("queue_mapping", short, 8)]);
     let device = [("_tx", word, 0), ("num_tx_queues", half, 8)];
     e.structure("net_device", 64, &device);
@@ -52,7 +56,7 @@ fn completions() -> Completions {
     e.enumeration_of("skb_free_reason", &[("SKB_REASON_DROPPED", 1)]);
     let types = Btf::parse(&e.bytes(), None).unwrap();
     let text = format!(
-        "{BIO_ENDIO:x} T bio_endio\n{END_REQUEST:x} T blk_mq_end_request\n{FREE:x} T __dev_kfree_skb_any\n"
+        "{BIO_ENDIO:x} T bio_endio\n{END_REQUEST:x} T blk_mq_end_request\n{FREE:x} T __dev_kfree_skb_any\n{POLLED:x} T napi_complete_done\n"
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     Completions::new(&types, &symbols)
@@ -69,6 +73,7 @@ fn guest() -> TestGuest {
         (REQUEST, QUEUE),
         (QUEUE + 40, MQ_OPS),
         (MQ_OPS + 32, COMPLETE),
+        (NAPI + 48, POLL),
         (DEVICE, TX),
         (DEVICE + 8, 2),
         (TX + 8, QDISCS[0]),
@@ -100,6 +105,16 @@ fn a_request_that_was_not_completed_ends_with_an_error() {
     let done = of(&guest(), COMPLETE, (false, false), REQUEST).unwrap();
     assert_eq!(done.call, (END_REQUEST, [REQUEST, 10, 0, 0, 0, 0]));
     assert_eq!((done.store, done.value), (None, None));
+}
+
+#[test]
+fn a_device_is_polled_again_unless_its_driver_is_stopped() {
+    let done = of(&guest(), POLL, (false, true), NAPI).unwrap();
+    assert_eq!(done.call, (POLLED, [NAPI, 0, 0, 0, 0, 0]));
+    assert_eq!((done.store, done.value), (None, Some(0)));
+    assert_eq!(of(&guest(), POLL, (false, false), NAPI), None);
+    // Another function of the driver's that gets one.
+    assert_eq!(of(&guest(), POLL + 0x40, (false, true), NAPI), None);
 }
 
 /// An `end_io` function gets a `bio` too, and ending it once more would be the end of the guest.

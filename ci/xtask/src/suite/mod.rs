@@ -80,6 +80,11 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     });
     count += linux_findings.count();
     steps.summary();
+    for name in linux_findings.unsteady() {
+        eprintln!(
+            "unsteady  {name}: failed at first, passed at a second try: see above for what it said"
+        );
+    }
     for name in linux_findings.failed() {
         eprintln!("FAILED  {name}: see above for what it said");
     }

@@ -132,6 +132,7 @@ mod tests {
             name: format!("vmm::linux::{name}"),
             place: Place::Lab,
             passed,
+            second_try: false,
             seconds,
         };
         let ran = [

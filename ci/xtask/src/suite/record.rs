@@ -13,6 +13,8 @@ pub struct TestRecord {
     pub place: Place,
     /// Whether it passed.
     pub passed: bool,
+    /// Whether it failed at first, and this is what came of its second try.
+    pub second_try: bool,
     /// How long it took: to its end from that of the one before it.
     pub seconds: f64,
 }
