@@ -19,7 +19,7 @@ use crate::bench::guest::GuestOptions;
 use crate::bench::network::DRIVER;
 use crate::campaign::worker::Setup;
 use crate::campaign::{self, CampaignOptions, Progress};
-use crate::report::Stat;
+use crate::report::{self, Stat};
 use crate::words::counted;
 
 /// `campaign`
@@ -37,7 +37,7 @@ Examples:
   cofferdam campaign --driver null_blk --trials 100 --jobs 4 --file null_blk.jsonl
   cofferdam campaign --workload my_driver.toml --trials 20 --file mine.jsonl
   cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
-  cofferdam campaign show campaign.jsonl
+  cofferdam campaign show campaign.jsonl --plots plots
   cofferdam campaign replay campaign.jsonl 17
   cofferdam campaign kinds"
 )]
@@ -55,6 +55,9 @@ enum CampaignCommand {
     Show {
         /// The file
         file: PathBuf,
+        /// Draw them into this folder: by kind and by function, and how soon calls were taken back (SVG)
+        #[arg(long, value_name = "FOLDER")]
+        plots: Option<PathBuf>,
         /// As JSON
         #[arg(long)]
         json: bool,
@@ -146,9 +149,12 @@ impl CampaignArgs {
     pub fn run(self) -> anyhow::Result<Ending> {
         match self.command {
             None => self.run.run(),
-            Some(CampaignCommand::Show { file, json }) => {
-                let campaign = campaign::read(&file)?;
-                show(&Summary::of(&campaign.records), json)?;
+            Some(CampaignCommand::Show { file, plots, json }) => {
+                let summary = Summary::of(&campaign::read(&file)?.records);
+                if let Some(folder) = plots {
+                    report::campaign::write(&summary, &folder)?;
+                }
+                show(&summary, json)?;
                 Ok(Ending::SUCCESS)
             }
             Some(CampaignCommand::Replay {

@@ -5,6 +5,8 @@
 //! when parts are merged.
 
 mod axis;
+pub mod campaign;
+mod canvas;
 pub mod environment;
 pub mod html;
 pub mod isolation;

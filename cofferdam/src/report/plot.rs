@@ -1,37 +1,11 @@
-//! Plots of a report, as SVG that can be put into a page of any colour.
-//!
-//! Text and axes are drawn in the page's own text colour; bars and boxes in colours that stand out on
-//! white and on black.
+//! Plots of a report: bars and boxes, a row each.
 
-use anyhow::anyhow;
-use plotters::coord::Shift;
-use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::prelude::RGBColor;
+use plotters::style::text_anchor::{HPos, VPos};
 
 use super::axis::Axis;
+use super::canvas::{GREY, INK, LEFT, Plot, RIGHT};
 use super::{Method, OtherBoot, Phase, Recovery, Report, Stat};
-
-/// Width of every plot, in pixels.
-const WIDTH: i32 = 860;
-/// Height of one row, in pixels.
-const ROW: i32 = 40;
-/// Where the rows' names end and the plot begins, in pixels.
-const LEFT: i32 = 200;
-/// Where the plot ends, in pixels.
-const RIGHT: i32 = WIDTH - 80;
-/// Room above the rows, in pixels.
-const TOP: i32 = 8;
-/// Room below the rows for the axis, in pixels.
-const BOTTOM: i32 = 54;
-/// Size of the text, in pixels.
-const TEXT: i32 = 17;
-
-/// Stands for the page's text colour until the SVG is finished.
-const INK: RGBColor = RGBColor(1, 2, 3);
-/// How it looks in the SVG.
-const INK_TEXT: &str = "#010203";
-/// What is not the subject.
-const GREY: RGBColor = RGBColor(0x88, 0x88, 0x88);
 
 /// Samples of one row of a plot: what a box and its whiskers are drawn from.
 struct Row {
@@ -61,35 +35,73 @@ pub fn css(color: RGBColor) -> String {
     format!("#{:02x}{:02x}{:02x}", color.0, color.1, color.2)
 }
 
-/// One bar for each way of recovery: its phases one after the other, each at its median.
-pub fn recovery_bars(recoveries: &[Recovery]) -> anyhow::Result<String> {
-    let bars: Vec<(String, Vec<(Phase, f64)>)> = recoveries
-        .iter()
-        .map(|r| (r.name(), ordered_medians(r)))
-        .collect();
-    let longest = bars
-        .iter()
-        .map(|(_, phases)| phases.iter().map(|(_, us)| us / 1e6).sum::<f64>())
-        .fold(0.0, f64::max);
+/// A row of a plot of bars.
+pub struct Bar {
+    /// On the left.
+    pub name: String,
+    /// Its parts, one behind the other, from the left.
+    pub parts: Vec<(RGBColor, f64)>,
+    /// Behind it.
+    pub says: String,
+}
+
+/// Bars on a linear axis. `key` says what the colours are.
+pub fn bars(bars: &[Bar], key: &[(&str, RGBColor)], label: &str) -> anyhow::Result<String> {
+    let length = |bar: &Bar| bar.parts.iter().map(|(_, part)| part).sum::<f64>();
+    let longest = bars.iter().map(length).fold(0.0, f64::max);
     let axis = Axis::linear(longest, LEFT, RIGHT);
-    let mut plot = Plot::new(
-        bars.len(),
-        &axis,
-        "s since the start (each phase at its median)",
-    );
-    for (index, (name, phases)) in bars.iter().enumerate() {
-        plot.name(index, name);
-        let y = Plot::center(index);
+    let key_rows = Plot::rows_of_key(key);
+    let mut plot = Plot::new(bars.len() + key_rows, &axis, label);
+    plot.key(key);
+    for (bar, row) in bars.iter().zip(key_rows..) {
+        plot.name(row, &bar.name);
+        let y = Plot::center(row);
         let mut from = 0.0;
-        for (phase, us) in phases {
-            let to = from + us / 1e6;
-            plot.block(axis.pixel(from), axis.pixel(to), y, 13, phase_color(*phase));
+        for (color, part) in &bar.parts {
+            let to = from + part;
+            plot.block(axis.pixel(from), axis.pixel(to), y, 13, *color);
             from = to;
         }
-        let total = format!("{from:.3} s");
-        plot.text((axis.pixel(from) + 8, y), HPos::Left, VPos::Center, total);
+        let behind = (axis.pixel(from) + 8, y);
+        plot.text(behind, HPos::Left, VPos::Center, bar.says.as_str());
     }
     plot.svg()
+}
+
+/// One bar for each way of recovery: its phases one after the other, each at its median.
+pub fn recovery_bars(recoveries: &[Recovery]) -> anyhow::Result<String> {
+    let rows: Vec<Bar> = recoveries
+        .iter()
+        .map(|recovery| {
+            let phases = ordered_medians(recovery).into_iter();
+            let parts: Vec<_> = phases
+                .map(|(phase, us)| (phase_color(phase), us / 1e6))
+                .collect();
+            let total: f64 = parts.iter().map(|(_, s)| s).sum();
+            Bar {
+                name: recovery.name(),
+                parts,
+                says: format!("{total:.3} s"),
+            }
+        })
+        .collect();
+    bars(&rows, &[], "s since the start (each phase at its median)")
+}
+
+/// Boxes and whiskers for times in microseconds by name, on a logarithmic axis.
+pub fn boxes_by_name(times: &[(String, RGBColor, Vec<f64>)]) -> anyhow::Result<String> {
+    let rows: Vec<Row> = times
+        .iter()
+        .filter_map(|(name, color, samples)| {
+            Some(Row {
+                name: name.clone(),
+                color: *color,
+                stat: Stat::from_samples(samples)?,
+                samples: samples.clone(),
+            })
+        })
+        .collect();
+    boxes_of_times(&rows)
 }
 
 /// Boxes and whiskers for each phase of one way of recovery, and for its total.
@@ -272,150 +284,6 @@ fn ms(us: f64) -> f64 {
     (us / 1e3).max(1e-3)
 }
 
-/// A plot in the making: rows with names on the left, an axis below.
-struct Plot {
-    rows: usize,
-    elements: Vec<Element>,
-}
-
-/// Something to draw, in pixels.
-enum Element {
-    Line {
-        from: (i32, i32),
-        to: (i32, i32),
-        color: RGBColor,
-        width: u32,
-    },
-    Block {
-        from: (i32, i32),
-        to: (i32, i32),
-        color: RGBColor,
-    },
-    Text {
-        at: (i32, i32),
-        anchor: Pos,
-        text: String,
-    },
-}
-
-impl Plot {
-    fn new(rows: usize, axis: &Axis, label: &str) -> Self {
-        let mut plot = Self {
-            rows,
-            elements: Vec::new(),
-        };
-        let floor = Self::top(rows);
-        for tick in axis.ticks() {
-            let x = axis.pixel(tick);
-            let color = GREY;
-            plot.elements.push(Element::Line {
-                from: (x, TOP),
-                to: (x, floor),
-                color,
-                width: 1,
-            });
-            plot.text((x, floor + 6), HPos::Center, VPos::Top, axis.label(tick));
-        }
-        plot.line((LEFT, floor), (RIGHT, floor), INK, 1);
-        plot.text(
-            (i32::midpoint(LEFT, RIGHT), floor + 30),
-            HPos::Center,
-            VPos::Top,
-            label,
-        );
-        plot
-    }
-
-    /// Upper edge of a row.
-    fn top(row: usize) -> i32 {
-        i32::try_from(row)
-            .unwrap_or(i32::MAX)
-            .saturating_mul(ROW)
-            .saturating_add(TOP)
-    }
-
-    /// Middle of a row.
-    fn center(row: usize) -> i32 {
-        Self::top(row).saturating_add(ROW / 2)
-    }
-
-    fn name(&mut self, row: usize, name: &str) {
-        self.text(
-            (LEFT - 10, Self::center(row)),
-            HPos::Right,
-            VPos::Center,
-            name,
-        );
-    }
-
-    fn text(&mut self, at: (i32, i32), h: HPos, v: VPos, text: impl Into<String>) {
-        self.elements.push(Element::Text {
-            at,
-            anchor: Pos::new(h, v),
-            text: text.into(),
-        });
-    }
-
-    fn line(&mut self, from: (i32, i32), to: (i32, i32), color: RGBColor, width: u32) {
-        self.elements.push(Element::Line {
-            from,
-            to,
-            color,
-            width,
-        });
-    }
-
-    fn block(&mut self, from: i32, to: i32, y: i32, half: i32, color: RGBColor) {
-        let (from, to) = ((from, y - half), (to.max(from + 1), y + half));
-        self.elements.push(Element::Block { from, to, color });
-    }
-
-    fn svg(self) -> anyhow::Result<String> {
-        let mut svg = String::new();
-        {
-            let width = WIDTH.unsigned_abs();
-            let height = Self::top(self.rows).saturating_add(BOTTOM).unsigned_abs();
-            let root = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
-            for element in &self.elements {
-                draw(&root, element).map_err(|error| anyhow!("cannot draw a plot: {error}"))?;
-            }
-            root.present()
-                .map_err(|error| anyhow!("cannot draw a plot: {error}"))?;
-        }
-        Ok(svg.replace(INK_TEXT, "currentColor"))
-    }
-}
-
-/// Draws one element.
-fn draw<B: DrawingBackend>(
-    root: &DrawingArea<B, Shift>,
-    element: &Element,
-) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-    match element {
-        Element::Line {
-            from,
-            to,
-            color,
-            width,
-        } => {
-            let faint = if *color == GREY && *width == 1 {
-                0.35
-            } else {
-                1.0
-            };
-            let style = color.mix(faint).stroke_width(*width);
-            root.draw(&PathElement::new([*from, *to], style))
-        }
-        Element::Block { from, to, color } => {
-            root.draw(&Rectangle::new([*from, *to], color.filled()))
-        }
-        Element::Text { at, anchor, text } => {
-            let font = ("sans-serif", TEXT).into_font().color(&INK);
-            root.draw_text(text, &font.pos(*anchor), *at)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -435,7 +303,7 @@ mod tests {
         for part in ["link_up", "returned", "total", "currentColor"] {
             assert!(svg.contains(part), "{part}");
         }
-        assert!(!svg.contains(INK_TEXT));
+        assert!(!svg.contains("#010203"));
     }
 
     #[test]
