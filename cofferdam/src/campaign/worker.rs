@@ -13,7 +13,7 @@ use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
-use isolation::dispatch::fault::UsedUpBy;
+use isolation::dispatch::fault::{UsedUpBy, WhichCalls};
 use isolation::domain::transaction::AbortPhases;
 use isolation::mutation::Mutation;
 use isolation::status::ModuleStatus;
@@ -194,7 +194,7 @@ impl Worker {
         self.rewind(mark)?;
         let (since_ns, before) = (monotonic_ns(), self.counters()?);
         let calls = times.map(|times| FaultyCalls {
-            every: 1,
+            which: WhichCalls::ALL,
             times,
             used_up_by: UsedUpBy::Reaching,
         });

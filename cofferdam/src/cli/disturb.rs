@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use anyhow::bail;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use devices::edge::{Direction, EdgeKind, EdgeOrder, MILLION, When};
+use devices::edge::{Direction, EdgeKind, EdgeOrder, When};
 
 use super::isolation::ask;
+use super::when::{parse_when, probability};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Disturbance, Reply, Request};
 use crate::options::VmName;
@@ -115,27 +116,6 @@ fn parse_direction(text: &str) -> Result<Direction, String> {
     }
 }
 
-fn parse_when(text: &str) -> Result<When, String> {
-    let wrong = || "give once, always, nth=N with N from 1, or p=P with P up to 1".to_owned();
-    match text.split_once('=') {
-        None if text == "once" => Ok(When::Once),
-        None if text == "always" => Ok(When::Always),
-        Some(("nth", n)) => match n.parse() {
-            Ok(n) if n > 0 => Ok(When::Nth(n)),
-            _ => Err(wrong()),
-        },
-        Some(("p", probability)) => {
-            let parts = probability.parse::<f64>().map_err(|_| wrong())? * f64::from(MILLION);
-            // Not a number is in no range.
-            match (1.0..=f64::from(MILLION)).contains(&parts) {
-                true => Ok(When::Chance(parts.round() as u32)),
-                false => Err("a probability is from 0.000001 to 1".to_owned()),
-            }
-        }
-        _ => Err(wrong()),
-    }
-}
-
 impl DisturbOptions {
     /// `disturb`
     pub fn run(self) -> anyhow::Result<Ending> {
@@ -203,8 +183,11 @@ fn text(disturbance: &Disturbance) -> String {
         When::Always => "always".to_owned(),
         When::Nth(n) => format!("every {} time", ordinal(n)),
         When::Chance(parts) => {
-            let probability = f64::from(parts) / f64::from(MILLION);
-            format!("with probability {probability} by seed {}", order.seed)
+            format!(
+                "with probability {} by seed {}",
+                probability(parts),
+                order.seed
+            )
         }
     };
     let mut place = String::new();
@@ -230,6 +213,8 @@ fn text(disturbance: &Disturbance) -> String {
 mod tests {
     use clap::Parser;
     use devices::edge::EdgeStatus;
+
+    use devices::edge::MILLION;
 
     use super::*;
 

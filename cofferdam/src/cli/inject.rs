@@ -1,12 +1,14 @@
 //! `inject`: faults in calls of an isolated driver, on purpose.
 
 use anyhow::{Context, bail};
+use devices::edge::When;
 use isolation::mutation::Kind;
 use recovery::fault::{FaultKind, Place};
 use serde::Serialize;
 
-use super::inject_code::{When, Where, parse_when, undo};
+use super::inject_code::{Where, undo};
 use super::isolation::ask;
+use super::when::parse_when;
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
@@ -44,10 +46,10 @@ pub struct InjectOptions {
     /// What is changed about one instruction that it fits; without an offset --seed chooses which
     #[arg(long, value_name = "KIND", conflicts_with_all = ["fault", "every", "times"], value_parser = super::campaign::parse_kind)]
     kind: Option<Kind>,
-    /// With --kind, into which calls: once (the first that comes to it), nth=N, always
+    /// With --kind, into which calls: once (the first that comes to it), nth=N, always, p=PROBABILITY
     #[arg(long, value_name = "WHEN", default_value = "once", requires = "kind", value_parser = parse_when)]
     when: When,
-    /// With --kind, what chooses among the ways and places
+    /// With --kind, what chooses among the ways and places, and by chance
     #[arg(long, value_name = "S", default_value_t = 1, requires = "kind")]
     seed: u64,
     /// List the instructions of the function with the kinds that fit

@@ -3,63 +3,44 @@
 
 use agent_protocol::message::Bytes;
 use anyhow::{Context, bail};
-use isolation::dispatch::fault::UsedUpBy;
+use devices::edge::When;
+use isolation::dispatch::fault::{UsedUpBy, WhichCalls};
 use isolation::mutation::{Kind, Mutation, Site, mutate, sites};
 use serde::Serialize;
 
 use super::isolation::ask;
 use super::table::table;
+use super::when::probability;
 use super::{print_bytes, print_json};
 use crate::campaign::with_function;
 use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply, Request};
 use crate::options::VmName;
 use crate::words::{counted, ordinal};
 
-/// Into which calls.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// The first that comes to it.
-    Once,
-    /// The first that comes to it of every N-th.
-    Nth(u32),
-    /// All.
-    Always,
-}
-
-/// `once`, `nth=N`, `always`.
-pub fn parse_when(text: &str) -> Result<When, String> {
-    let nth = |number: &str| number.parse().ok().filter(|number| *number > 0);
-    match text {
-        "once" => Ok(When::Once),
-        "always" => Ok(When::Always),
-        _ => text
-            .strip_prefix("nth=")
-            .and_then(nth)
-            .map(When::Nth)
-            .ok_or_else(|| "give once, nth=N or always".to_owned()),
+/// Which calls of an isolated function have a fault; the seed decides where chance does.
+fn calls(when: When, seed: u64) -> FaultyCalls {
+    let (which, times) = match when {
+        When::Once => (WhichCalls::ALL, 1),
+        When::Nth(number) => (WhichCalls::Every(number), 1),
+        When::Always => (WhichCalls::ALL, u64::MAX),
+        When::Chance(millionths) => (WhichCalls::Chance { millionths, seed }, u64::MAX),
+    };
+    FaultyCalls {
+        which,
+        times,
+        used_up_by: UsedUpBy::Reaching,
     }
 }
 
-impl When {
-    fn calls(self) -> FaultyCalls {
-        let (every, times) = match self {
-            Self::Once => (1, 1),
-            Self::Nth(number) => (number, 1),
-            Self::Always => (1, u64::MAX),
-        };
-        FaultyCalls {
-            every,
-            times,
-            used_up_by: UsedUpBy::Reaching,
-        }
-    }
-
-    fn words(self) -> String {
-        match self {
-            Self::Once => "the first call that comes to it".to_owned(),
-            Self::Nth(number) => format!("the {} call", ordinal(number.into())),
-            Self::Always => "each call".to_owned(),
-        }
+fn words(when: When, seed: u64) -> String {
+    match when {
+        When::Once => "the first call that comes to it".to_owned(),
+        When::Nth(number) => format!("the {} call", ordinal(number)),
+        When::Always => "each call".to_owned(),
+        When::Chance(millionths) => format!(
+            "each call with probability {} by seed {seed}",
+            probability(millionths)
+        ),
     }
 }
 
@@ -166,7 +147,7 @@ impl Where<'_> {
             old: Bytes(mutation.old.clone()),
             new: Bytes(mutation.new.clone()),
             replaces_whole: mutation.replaces_whole,
-            calls: text.isolated.then(|| when.calls()),
+            calls: text.isolated.then(|| calls(when, seed)),
         };
         let Reply::Done {} = ask(self.vm, &request)? else {
             bail!("the VM answered something else");
@@ -178,7 +159,7 @@ impl Where<'_> {
             address: text.start.wrapping_add(offset.into()),
             mutation,
             own_text: !text.isolated,
-            into: text.isolated.then(|| when.words()),
+            into: text.isolated.then(|| words(when, seed)),
         };
         match json {
             true => print_json(&injected),
@@ -269,15 +250,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn when_is_a_word_or_a_number() {
-        assert_eq!(parse_when("once"), Ok(When::Once));
-        assert_eq!(parse_when("nth=3"), Ok(When::Nth(3)));
-        assert_eq!(parse_when("always"), Ok(When::Always));
-        for wrong in ["", "nth=0", "nth=", "nth=-1", "3", "p=0.5"] {
-            assert!(parse_when(wrong).is_err(), "{wrong}");
-        }
-        assert_eq!(When::Nth(3).words(), "the 3rd call");
-        assert_eq!(When::Nth(3).calls().every, 3);
+    fn calls_are_those_that_were_asked_for() {
+        assert_eq!(words(When::Nth(3), 1), "the 3rd call");
+        let third = calls(When::Nth(3), 1);
+        assert_eq!((third.which, third.times), (WhichCalls::Every(3), 1));
+        let chance = calls(When::Chance(1000), 7);
+        let which = WhichCalls::Chance {
+            millionths: 1000,
+            seed: 7,
+        };
+        assert_eq!((chance.which, chance.times), (which, u64::MAX));
+        assert_eq!(
+            words(When::Chance(1000), 7),
+            "each call with probability 0.001 by seed 7"
+        );
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod table;
 mod top;
 mod upgrade;
 mod violations;
+mod when;
 
 use clap::{CommandFactory, Parser, Subcommand};
 

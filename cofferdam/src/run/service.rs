@@ -9,7 +9,7 @@ use std::time::Duration;
 use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
 use isolation::attach::Isolator;
-use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use recovery::asker::Asker;
 use recovery::guest::LiveGuest;
 use recovery::ladder::LadderConfig;
@@ -419,7 +419,7 @@ impl Handler for VmService {
                     function: entry,
                     offset,
                     code: fault.code().to_vec(),
-                    every,
+                    which: WhichCalls::Every(every.into()),
                     times,
                     used_up_by: UsedUpBy::Failing,
                 },

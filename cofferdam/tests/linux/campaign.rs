@@ -7,7 +7,7 @@ use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions, with_function};
 use cofferdam::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
-use isolation::dispatch::fault::UsedUpBy;
+use isolation::dispatch::fault::{UsedUpBy, WhichCalls};
 use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
 use recovery::campaign::record::Record;
@@ -107,7 +107,7 @@ fn absurd_length(victim: &mut Victim) -> Request {
         new: Bytes(mutation.new),
         replaces_whole: mutation.replaces_whole,
         calls: Some(FaultyCalls {
-            every: 1,
+            which: WhichCalls::ALL,
             times: 1,
             used_up_by: UsedUpBy::Reaching,
         }),
@@ -140,7 +140,7 @@ fn a_call_that_makes_the_kernel_print_and_give_up_is_taken_back_and_a_stopped_dr
     victim.isolate("e1000_clean", stop);
     if let Request::InjectCode { calls, .. } = &mut once {
         *calls = Some(FaultyCalls {
-            every: 1,
+            which: WhichCalls::ALL,
             times: u64::MAX,
             used_up_by: UsedUpBy::Reaching,
         });

@@ -211,7 +211,7 @@ pub fn is_full() -> bool {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn streams_of_two_guests_survive_switches_with_the_parked_link_up() {
-    let switches = if is_full() { 500 } else { 40 };
+    let switches = if is_full() { 500 } else { 20 };
     streams_survive("stall", switches, Duration::from_millis(50));
 }
 

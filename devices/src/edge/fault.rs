@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kind::EdgeKind;
 use super::order::{EdgeOrder, Event, MILLION, When};
+use super::sequence::Sequence;
 
 /// Bits of a register, as far as a bit that the seed chooses once for all accesses is concerned.
 const REGISTER_BITS: u64 = 32;
@@ -19,26 +20,6 @@ pub struct EdgeStatus {
     pub matched: u64,
     /// Events that it struck at.
     pub struck: u64,
-}
-
-/// A sequence of numbers that its seed decides (SplitMix64: G. L. Steele, D. Lea, C. H. Flood, *Fast Splittable Pseudorandom
-/// Number Generators*, OOPSLA 2014).
-#[derive(Debug, Clone)]
-struct Sequence(u64);
-
-impl Sequence {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    /// One of `0..limit`.
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
 }
 
 /// What becomes of the bits of a value: those of `and` stay, the others become zero; then those of `xor` flip.
@@ -90,7 +71,7 @@ pub struct Fault {
 impl Fault {
     /// Fault number `number`, which has seen nothing yet.
     pub fn new(number: u64, order: EdgeOrder) -> Self {
-        let mut sequence = Sequence(order.seed);
+        let mut sequence = Sequence::new(order.seed);
         let stuck = order
             .mask
             .unwrap_or_else(|| 1 << sequence.below(REGISTER_BITS));

@@ -29,6 +29,7 @@ mod held;
 mod interrupts;
 mod kind;
 mod order;
+mod sequence;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,7 @@ pub use self::fault::EdgeStatus;
 pub use self::function::AtEdge;
 pub use self::kind::EdgeKind;
 pub use self::order::{Direction, EdgeOrder, MAX_SPAN, MILLION, OrderError, When};
+pub use self::sequence::Sequence;
 
 /// Most faults at one edge.
 pub const MAX_FAULTS: usize = 16;

@@ -1,7 +1,7 @@
 //! Faults put into calls on purpose: other code in the domain's copy of the driver for single calls.
 //!
 //! ```text
-//!   call 1   call 2   call 3 (every = 3)                    call 4 ...
+//!   call 1   call 2   call 3 (every third)                    call 4 ...
 //!   as is    as is    patched ─► runs ─► original bytes     as is
 //! ```
 //!
@@ -13,10 +13,13 @@ use std::collections::HashMap;
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use serde::{Deserialize, Serialize};
 
+use crate::dispatch::due::Due;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
 use crate::guest::addr::Gva;
+
+pub use crate::dispatch::due::WhichCalls;
 
 /// Longest function that is listed, in bytes.
 const MAX_FUNCTION: u64 = 64 << 10;
@@ -35,8 +38,8 @@ pub struct FaultOrder {
     pub offset: u64,
     /// The code that is put there.
     pub code: Vec<u8>,
-    /// Which calls: every `every`-th, at least 1.
-    pub every: u32,
+    /// Which calls.
+    pub which: WhichCalls,
     /// Calls before the fault is used up.
     pub times: u64,
     /// Which calls those are.
@@ -164,8 +167,8 @@ struct Fault {
     at: u64,
     /// Calls of the function alone, which is isolated itself.
     is_entry: bool,
-    /// Calls until the next one that gets it.
-    wait: u32,
+    /// Which calls get it.
+    due: Due,
     in_place: bool,
     /// The call that ran last came to it, and has not failed so far.
     reached: bool,
@@ -178,7 +181,7 @@ impl Fault {
         Self {
             at: start.wrapping_add(order.offset),
             is_entry,
-            wait: order.every.saturating_sub(1),
+            due: Due::new(order.which),
             count: FaultCount {
                 left: order.times,
                 ..FaultCount::default()
@@ -208,16 +211,17 @@ impl Fault {
         if self.count.left == 0 {
             return Ok(());
         }
-        // The calls before it had no fault in them.
-        let same_call = again && self.wait == 0;
-        if self.wait > 0 && !again {
-            self.wait -= 1;
+        let is_due = match again {
+            true => self.due.goes_on(),
+            false => self.due.begins(),
+        };
+        if !is_due {
             return Ok(());
         }
         domain.follow_tables(cr3)?;
         domain.set_strike(self.at, &self.order.code)?;
         self.in_place = true;
-        self.count.tried += u64::from(!same_call);
+        self.count.tried += u64::from(!again);
         Ok(())
     }
 
@@ -243,7 +247,7 @@ impl Fault {
         };
         if used {
             self.count.left = self.count.left.saturating_sub(1);
-            self.wait = self.order.every.saturating_sub(1);
+            self.due.used();
         }
         self.reached &= !failed;
         Ok(())

@@ -11,6 +11,7 @@
 pub mod after_fault;
 pub(crate) mod armed;
 mod domain_failure;
+mod due;
 pub mod fault;
 pub(crate) mod platform;
 pub(crate) mod run;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use isolation::attach::text_fault::{LoadedModule, TextChange};
-use isolation::dispatch::fault::{FaultCount, FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultCount, FaultOrder, UsedUpBy, WhichCalls};
 use isolation::guest::symbols::SymbolTable;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -19,7 +19,7 @@ fn order(entry: &str, offset: u64, code: &[u8], used_up_by: UsedUpBy) -> FaultOr
         function: entry.to_owned(),
         offset,
         code: code.to_vec(),
-        every: 1,
+        which: WhichCalls::ALL,
         times: 1,
         used_up_by,
     }
@@ -39,7 +39,10 @@ fn a_fault_that_does_no_harm_is_used_up_by_the_call_that_comes_to_it() {
     let guest = Guest::start();
     guest.isolate("first").unwrap();
     let fault = order("first_counts", INC, &NOP, UsedUpBy::Reaching);
-    let every_other = FaultOrder { every: 2, ..fault };
+    let every_other = FaultOrder {
+        which: WhichCalls::Every(2),
+        ..fault
+    };
     guest.isolator.order_fault("first", every_other).unwrap();
     let results = [(); 4].map(|()| guest.call(FIRST));
     assert_eq!(results, [1, 1, 2, 3], "the second call counts nothing");
@@ -51,6 +54,42 @@ fn a_fault_that_does_no_harm_is_used_up_by_the_call_that_comes_to_it() {
         reached_ns: None,
     };
     assert_eq!(count(&guest), expected);
+    assert_eq!(guest.status("first").violations, 0);
+}
+
+#[test]
+fn a_fault_that_comes_by_chance_comes_to_the_same_calls_by_the_same_seed() {
+    let guest = Guest::start();
+    guest.isolate("first").unwrap();
+    let fault = order("first_counts", INC, &NOP, UsedUpBy::Reaching);
+    let by_chance = |seed| FaultOrder {
+        which: WhichCalls::Chance {
+            millionths: 500_000,
+            seed,
+        },
+        times: u64::MAX,
+        ..fault.clone()
+    };
+    // Which of 40 calls count nothing.
+    let struck = |seed| {
+        guest
+            .isolator
+            .order_fault("first", by_chance(seed))
+            .unwrap();
+        let mut before = guest.call(FIRST);
+        let struck = [(); 40].map(|()| {
+            let now = guest.call(FIRST);
+            let is_struck = std::mem::replace(&mut before, now) == now;
+            u8::from(is_struck)
+        });
+        guest.isolator.withdraw_faults("first").unwrap();
+        struck
+    };
+    let (first, second) = (struck(1), struck(2));
+    assert_eq!(first, struck(1));
+    assert_ne!(first, second);
+    let often: u8 = first.into_iter().sum();
+    assert!((10..=30).contains(&often), "{first:?}");
     assert_eq!(guest.status("first").violations, 0);
 }
 

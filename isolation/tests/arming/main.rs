@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use guest::*;
 use isolation::attach::request::{Contain, IsolateRequest};
-use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use isolation::guest::btf::Btf;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::memory::MemorySource;
@@ -76,7 +76,7 @@ fn a_fault_that_was_ordered_comes_after_the_process_of_the_last_call_is_gone() {
         function: "first_counts".to_owned(),
         offset: 5,
         code: vec![0x0f, 0x0b],
-        every: 1,
+        which: WhichCalls::ALL,
         times: 1,
         used_up_by: UsedUpBy::Failing,
     };
@@ -259,7 +259,7 @@ fn faults_that_were_ordered_before_are_kept() {
         function: entry.to_owned(),
         offset: 5,
         code: vec![0x0f, 0x0b],
-        every: 1,
+        which: WhichCalls::ALL,
         times,
         used_up_by: UsedUpBy::Failing,
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use isolation::compensation::effects::{ArgumentModel, OppositeModel};
-use isolation::dispatch::fault::{FaultOrder, InstructionKind, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, InstructionKind, UsedUpBy, WhichCalls};
 
 use crate::e1000::E1000_ENTRIES;
 use crate::machine::Machine;
@@ -61,7 +61,7 @@ fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
         function: function.to_owned(),
         offset,
         code: FAULT.to_vec(),
-        every: 1,
+        which: WhichCalls::ALL,
         times,
         used_up_by: UsedUpBy::Failing,
     };

@@ -1,7 +1,7 @@
 //! What a driver was given with a call that fails is not forgotten: a block I/O ends with an error, a packet for a device
 //! without a queue is dropped.
 
-use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 
 use crate::machine::Machine;
 use crate::named;
@@ -15,7 +15,7 @@ fn fail(machine: &Machine, module: &str, entry: &str, times: u64) {
         function: entry.into(),
         offset: 5,
         code: NULL_DEREFERENCE.to_vec(),
-        every: 1,
+        which: WhichCalls::ALL,
         times,
         used_up_by: UsedUpBy::Failing,
     };

@@ -1,7 +1,7 @@
 //! Frames larger than a page through the isolated poll of the stock driver of the 82540EM: it puts the pages of such a
 //! frame into a packet that NAPI keeps from poll to poll, whose head is a piece of a page handed out long before.
 
-use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 
 use crate::boot_with_network;
 use crate::machine::Machine;
@@ -52,7 +52,7 @@ fn jumbo_frames_come_through(append: &str) {
             function: "e1000_clean".into(),
             offset,
             code: NULL_DEREFERENCE.to_vec(),
-            every: 5,
+            which: WhichCalls::Every(5),
             times: 8,
             used_up_by: UsedUpBy::Failing,
         };

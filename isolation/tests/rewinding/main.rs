@@ -14,7 +14,7 @@ use std::time::Duration;
 use guest::*;
 use isolation::attach::request::IsolateRequest;
 use isolation::compensation::effects::KernelModel;
-use isolation::dispatch::fault::{FaultOrder, UsedUpBy};
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use isolation::guest::btf::Btf;
 use mark::{MachineMark, Mark, memory};
 use vm_memory::{Bytes, GuestAddress};
@@ -29,7 +29,7 @@ fn fault(entry: &str) -> FaultOrder {
         // Behind the gate: ud2.
         offset: 5,
         code: vec![0x0f, 0x0b],
-        every: 1,
+        which: WhichCalls::ALL,
         times: 1,
         used_up_by: UsedUpBy::Failing,
     }

@@ -3,15 +3,15 @@
 use agent_protocol::message::Bytes;
 use devices::edge::EdgeStatus;
 use isolation::attach::text_fault::TextFaultStatus;
-use isolation::dispatch::fault::{FaultCount, UsedUpBy};
+use isolation::dispatch::fault::{FaultCount, UsedUpBy, WhichCalls};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// Which calls of an isolated function have a fault in them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultyCalls {
-    /// Every how many calls, at least 1.
-    pub every: u32,
+    /// Which of them.
+    pub which: WhichCalls,
     /// How many calls use it up.
     pub times: u64,
     /// Which do.

@@ -46,7 +46,7 @@ impl VmService {
             function: code.function,
             offset: code.offset,
             code: code.new,
-            every: calls.every,
+            which: calls.which,
             times: calls.times,
             used_up_by: calls.used_up_by,
         };
@@ -100,8 +100,8 @@ impl VmService {
 }
 
 fn every_some(order: &FaultOrder) -> Result<(), String> {
-    match order.every {
-        0 => Err("every 0th call is none: choose 1 for every call".to_owned()),
-        _ => Ok(()),
+    match order.which.is_none() {
+        true => Err("no call is to have the fault: choose every 1st for every call".to_owned()),
+        false => Ok(()),
     }
 }
