@@ -30,6 +30,11 @@ const DEMO_MOVES: u16 = 3;
 /// Snapshots and restores that a demo makes of each kind.
 const DEMO_SUSPENDS: u16 = 2;
 
+/// Faults that a demo tries in each of the ways.
+const DEMO_FAULTS: u32 = 8;
+/// The driver that they are in: one that is quickly tried.
+const DEMO_DRIVER: &str = "null_blk";
+
 /// Measures, and writes what came of it
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -81,6 +86,17 @@ enum What {
         /// Sizes of the memory of each guest, in MiB
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024])]
         memory: Vec<u32>,
+    },
+    /// Faults in a driver on purpose, natively and isolated, and what became of them
+    Campaign {
+        #[command(flatten)]
+        common: Common,
+        /// The driver's module
+        #[arg(long, value_name = "MODULE", default_value = DEMO_DRIVER)]
+        driver: String,
+        /// How many faults
+        #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        trials: u32,
     },
     /// Send traffic through the NIC and check every byte of it
     Traffic {
@@ -160,6 +176,14 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             steps.must("switch", || bench.switch(*switches, common.runs, memory))?;
             (common, "switch")
         }
+        What::Campaign {
+            common,
+            driver,
+            trials,
+        } => {
+            steps.must("campaign", || bench.campaign(driver, *trials))?;
+            (common, "campaign")
+        }
         What::Traffic { common, seconds } => {
             steps.must("traffic", || bench.traffic(*seconds))?;
             (common, "traffic")
@@ -172,13 +196,14 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Does `cargo xtask demo`.
 pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(7);
+    let mut steps = Steps::new(8);
     let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
     steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
     steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
     steps.must("switch", || bench.switch(DEMO_SWITCHES, DEMO_MOVES, &[256]))?;
+    steps.must("faults", || bench.campaign(DEMO_DRIVER, DEMO_FAULTS))?;
     let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
     steps.summary();
     eprintln!(
@@ -300,6 +325,16 @@ impl Bench {
                 "--memory",
                 &memory,
             ],
+        )
+    }
+
+    /// With one emulated processor, as [`Self::recovery`].
+    fn campaign(&mut self, driver: &str, trials: u32) -> anyhow::Result<String> {
+        self.lab.as_mut().map_or(Ok(()), |lab| lab.renew_with(1))?;
+        let trials = trials.to_string();
+        self.measure(
+            "campaign",
+            &["campaign", "--driver", driver, "--trials", &trials],
         )
     }
 

@@ -5,12 +5,17 @@ use std::time::Duration;
 
 use agent_protocol::traffic::TrafficKind;
 use anyhow::Context;
+use isolation::mutation::Kind;
+use recovery::campaign::Way;
+use recovery::campaign::workload::Workload;
 
 use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
 use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
+use crate::campaign::{self, CampaignOptions};
 use crate::options::NicModel;
+use crate::report::campaign::Campaign;
 use crate::report::ratio::ratios;
 use crate::report::switch::SwitchMethod;
 use crate::report::traffic::NicPlace;
@@ -129,6 +134,25 @@ Example:
         /// Sizes of the memory of each guest, in MiB
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
         memory: Vec<u64>,
+    },
+    /// Put faults into a driver on purpose, natively and isolated, and say what became of them
+    #[command(after_help = "\
+A short `cofferdam campaign`, as a part of a report.
+
+Example:
+  cofferdam bench campaign --driver null_blk --trials 10 --json campaign.json")]
+    Campaign {
+        #[command(flatten)]
+        common: Common,
+        /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
+        #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = super::campaign::parse_driver)]
+        driver: Workload,
+        /// How many faults
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        trials: u32,
+        /// What decides which ones
+        #[arg(long, value_name = "S", default_value_t = 1)]
+        seed: u64,
     },
     /// Send traffic through the NIC and check every byte of it
     #[command(after_help = "\
@@ -308,6 +332,35 @@ impl BenchCommand {
                     moves: usize::from(moves),
                 };
                 (report.switch, report.guest) = switch::measure(&options, &mut progress)?;
+                common.finish(&report)?;
+            }
+            Self::Campaign {
+                common,
+                driver,
+                trials,
+                seed,
+            } => {
+                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+                let options = CampaignOptions {
+                    setup: super::campaign::setup(&common.images, driver)?,
+                    kinds: Kind::ALL.to_vec(),
+                    trials,
+                    seed,
+                    ways: Way::ALL.to_vec(),
+                    jobs: 1,
+                    file: folder.path().join("campaign.jsonl"),
+                };
+                let mut each = |progress: campaign::Progress<'_>| {
+                    eprintln!("{}", super::campaign::line(&progress));
+                    true
+                };
+                let done = campaign::run(&options, &mut progress, &mut each)?;
+                report.campaigns.push(Campaign {
+                    driver: options.setup.workload.driver,
+                    seed,
+                    took_s: done.took.as_secs_f64(),
+                    summary: done.summary,
+                });
                 common.finish(&report)?;
             }
             Self::Traffic {

@@ -171,7 +171,7 @@ impl CampaignArgs {
 }
 
 /// The program's own workload for a driver.
-fn parse_driver(driver: &str) -> Result<Workload, String> {
+pub(super) fn parse_driver(driver: &str) -> Result<Workload, String> {
     Workload::of_driver(driver).ok_or_else(|| {
         let own: Vec<_> = Workload::own().map(|workload| workload.driver).collect();
         format!(
@@ -188,7 +188,7 @@ fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
 }
 
 /// What a campaign tries, in guests from these images.
-fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
+pub(super) fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
     let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
         guest: options.with(&workload.run).with(&checks()),
@@ -243,7 +243,7 @@ impl RunArgs {
 }
 
 /// A trial that was made, and how long the rest takes.
-fn line(progress: &Progress<'_>) -> String {
+pub(super) fn line(progress: &Progress<'_>) -> String {
     let Record { trial, runs, .. } = progress.record;
     let runs: Vec<_> = runs
         .iter()
@@ -276,8 +276,9 @@ fn show(summary: &Summary, json: bool) -> anyhow::Result<()> {
     print_bytes(text(summary).as_bytes())
 }
 
-fn text(summary: &Summary) -> String {
-    let mut text = headline(summary);
+/// Its figures, for people.
+pub(super) fn text(summary: &Summary) -> String {
+    let mut text = report::campaign::headline(summary);
     text.push_str(&format!("\n{}\n", verdicts("how it ended", &summary.ways)));
     if !summary.of_harm.is_empty() {
         let harm = verdicts("of those that harm natively", &summary.of_harm);
@@ -323,27 +324,6 @@ fn text(summary: &Summary) -> String {
             "{}: trial {}\n",
             verdict.name(),
             trials.join(", ")
-        ));
-    }
-    text
-}
-
-/// What matters, in a sentence.
-fn headline(summary: &Summary) -> String {
-    let (harmful, trials) = (summary.harmful(), summary.trials);
-    let trials = counted(trials.into(), "fault", "faults");
-    let mut text =
-        format!("{trials}, of which {harmful} crash, hang, corrupt or lose the device natively\n");
-    for (way, counts) in &summary.of_harm {
-        let of = |verdict| counts.get(&verdict).copied().unwrap_or(0);
-        let all: u32 = counts.values().sum();
-        text.push_str(&format!(
-            "{}: of {all}, {} left the guest alive, {} recovered, {} had no effect, {} escaped\n",
-            way.name(),
-            all - of(Verdict::Escaped),
-            of(Verdict::Recovered),
-            of(Verdict::Benign) + of(Verdict::NotActivated),
-            of(Verdict::Escaped)
         ));
     }
     text

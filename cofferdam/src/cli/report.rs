@@ -257,6 +257,14 @@ pub fn text(report: &Report) -> String {
     if !report.suspend.is_empty() {
         text.push_str(&suspend_text(&report.suspend));
     }
+    for campaign in &report.campaigns {
+        text.push_str(&format!(
+            "faults in {}, seed {}: {}\n",
+            campaign.driver,
+            campaign.seed,
+            super::campaign::text(&campaign.summary)
+        ));
+    }
     for one in &report.suspend_followed {
         text.push_str(&format!(
             "with a mark set, {} MiB: pings {:.2}, TCP {:.2} of those without\n",

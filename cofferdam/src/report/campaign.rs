@@ -1,4 +1,4 @@
-//! The plots of a campaign: what became of faults by kind and by function, and how soon calls were taken back.
+//! A campaign's figures in a report, and its plots: what became of faults by kind and by function, and how soon calls were taken back.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,44 @@ use recovery::campaign::Way;
 use recovery::campaign::summary::{Counts, Summary};
 use recovery::campaign::verdict::Verdict;
 
+use serde::{Deserialize, Serialize};
+
 use super::plot::{Bar, bars, boxes_by_name};
+use crate::words::counted;
+
+/// A campaign in a report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Campaign {
+    /// The driver's module.
+    pub driver: String,
+    /// What decides the trials.
+    pub seed: u64,
+    /// How long it took, with the guest's boot, in seconds.
+    pub took_s: f64,
+    /// Its figures.
+    pub summary: Summary,
+}
+
+/// What matters, a sentence a line.
+pub fn headline(summary: &Summary) -> String {
+    let (harmful, trials) = (summary.harmful(), summary.trials);
+    let trials = counted(trials.into(), "fault", "faults");
+    let mut text =
+        format!("{trials}, of which {harmful} crash, hang, corrupt or lose the device natively\n");
+    for (way, counts) in &summary.of_harm {
+        let of = |verdict| counts.get(&verdict).copied().unwrap_or(0);
+        let all: u32 = counts.values().sum();
+        text.push_str(&format!(
+            "{}: of {all}, {} left the guest alive, {} recovered, {} had no effect, {} escaped\n",
+            way.name(),
+            all - of(Verdict::Escaped),
+            of(Verdict::Recovered),
+            of(Verdict::Benign) + of(Verdict::NotActivated),
+            of(Verdict::Escaped)
+        ));
+    }
+    text
+}
 
 /// Draws them into `folder`, which is made if it is not there.
 pub fn write(summary: &Summary, folder: &Path) -> anyhow::Result<()> {
@@ -21,7 +58,7 @@ pub fn write(summary: &Summary, folder: &Path) -> anyhow::Result<()> {
 }
 
 /// The plots by file name.
-fn plots(summary: &Summary) -> anyhow::Result<BTreeMap<String, String>> {
+pub(super) fn plots(summary: &Summary) -> anyhow::Result<BTreeMap<String, String>> {
     let mut plots = BTreeMap::new();
     for way in summary.ways.keys() {
         for (what, counts) in [("kinds", &summary.kinds), ("functions", &summary.functions)] {

@@ -21,6 +21,7 @@ pub fn report_here() -> Report {
         suspend: Vec::new(),
         suspend_followed: Vec::new(),
         switch: Vec::new(),
+        campaigns: Vec::new(),
         isolation: None,
         other: Default::default(),
     }

@@ -97,6 +97,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.suspend.extend(part.suspend);
         whole.suspend_followed.extend(part.suspend_followed);
         whole.switch.extend(part.switch);
+        whole.campaigns.extend(part.campaigns);
         if part.isolation.is_some() {
             ensure!(
                 whole.isolation.is_none(),
@@ -177,6 +178,7 @@ mod tests {
             suspend: Vec::new(),
             suspend_followed: Vec::new(),
             switch: Vec::new(),
+            campaigns: Vec::new(),
             isolation: None,
             other: Default::default(),
         }

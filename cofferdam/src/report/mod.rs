@@ -69,6 +69,9 @@ pub struct Report {
     /// A NIC moved between running guests.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub switch: Vec<switch::Switch>,
+    /// Faults on purpose, and what became of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub campaigns: Vec<campaign::Campaign>,
     /// Sections that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,

@@ -3,6 +3,7 @@
 //! Every number in it is in the JSON as well. Colours follow the reader's light or dark setting. What is in a report may
 //! have come from a guest: all text is escaped, and only plots and this program's own style are not.
 
+mod campaign;
 mod isolation;
 mod suspend;
 mod switch;
@@ -49,6 +50,10 @@ fn page(report: &Report) -> anyhow::Result<Markup> {
     };
     let boot = report.boot.as_ref();
     let boot = boot.map(|boot| boot_section(report, boot)).transpose()?;
+    let campaigns = match report.campaigns.as_slice() {
+        [] => None,
+        campaigns => Some(campaign::section(campaigns)?),
+    };
     let others = report
         .other
         .iter()
@@ -73,6 +78,7 @@ fn page(report: &Report) -> anyhow::Result<Markup> {
                 @if !report.switch.is_empty() { (switch::section(&report.switch)) }
                 @if !report.traffic.is_empty() { (traffic_section(&report.traffic)) }
                 @if let Some(isolation) = &report.isolation { (isolation::section(isolation)) }
+                @if let Some(section) = campaigns { (section) }
                 @for (name, value) in others {
                     h2 { (name) }
                     pre { (value) }
