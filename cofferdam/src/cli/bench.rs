@@ -3,19 +3,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ::recovery::campaign::workload::Workload;
 use agent_protocol::traffic::TrafficKind;
 use anyhow::Context;
-use isolation::mutation::Kind;
-use recovery::campaign::Way;
-use recovery::campaign::workload::Workload;
 
 use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
 use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
-use crate::campaign::{self, CampaignOptions};
 use crate::options::NicModel;
-use crate::report::campaign::Campaign;
 use crate::report::ratio::ratios;
 use crate::report::switch::SwitchMethod;
 use crate::report::traffic::NicPlace;
@@ -340,27 +336,10 @@ impl BenchCommand {
                 trials,
                 seed,
             } => {
-                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-                let options = CampaignOptions {
-                    setup: super::campaign::setup(&common.images, driver)?,
-                    kinds: Kind::ALL.to_vec(),
-                    trials,
-                    seed,
-                    ways: Way::ALL.to_vec(),
-                    jobs: 1,
-                    file: folder.path().join("campaign.jsonl"),
-                };
-                let mut each = |progress: campaign::Progress<'_>| {
-                    eprintln!("{}", super::campaign::line(&progress));
-                    true
-                };
-                let done = campaign::run(&options, &mut progress, &mut each)?;
-                report.campaigns.push(Campaign {
-                    driver: options.setup.workload.driver,
-                    seed,
-                    took_s: done.took.as_secs_f64(),
-                    summary: done.summary,
-                });
+                let images = &common.images;
+                report
+                    .campaigns
+                    .push(super::campaign::measure(images, driver, trials, seed)?);
                 common.finish(&report)?;
             }
             Self::Traffic {

@@ -188,7 +188,7 @@ fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
 }
 
 /// What a campaign tries, in guests from these images.
-pub(super) fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
+fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
     let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
         guest: options.with(&workload.run).with(&checks()),
@@ -242,8 +242,39 @@ impl RunArgs {
     }
 }
 
+/// A campaign of all kinds in a workload of our own, for a report.
+pub(super) fn measure(
+    images: &Images,
+    workload: Workload,
+    trials: u32,
+    seed: u64,
+) -> anyhow::Result<report::campaign::Campaign> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let driver = workload.driver.clone();
+    let options = CampaignOptions {
+        setup: setup(images, workload)?,
+        kinds: Kind::ALL.to_vec(),
+        trials,
+        seed,
+        ways: Way::ALL.to_vec(),
+        jobs: 1,
+        file: folder.path().join("campaign.jsonl"),
+    };
+    let mut each = |progress: Progress<'_>| {
+        eprintln!("{}", line(&progress));
+        true
+    };
+    let done = campaign::run(&options, &mut |what| eprintln!("{what}"), &mut each)?;
+    Ok(report::campaign::Campaign {
+        driver,
+        seed,
+        took_s: done.took.as_secs_f64(),
+        summary: done.summary,
+    })
+}
+
 /// A trial that was made, and how long the rest takes.
-pub(super) fn line(progress: &Progress<'_>) -> String {
+fn line(progress: &Progress<'_>) -> String {
     let Record { trial, runs, .. } = progress.record;
     let runs: Vec<_> = runs
         .iter()
