@@ -58,7 +58,9 @@ impl<'a, I: Iterator<Item = &'a Trial> + Send> Jobs<'_, I> {
             drop(say);
             let ended = listen(&said, before, progress, write);
             self.stop.store(true, Ordering::Relaxed);
-            // What the others still say is of no use, but they must not wait for it to be heard: the channel takes it all.
+            if ended.is_err() && self.vms > 1 {
+                progress("one VM is lost: waiting for the others to end their trials");
+            }
             ended
         })
     }
