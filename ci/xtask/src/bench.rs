@@ -34,6 +34,8 @@ const DEMO_SUSPENDS: u16 = 2;
 const DEMO_FAULTS: u32 = 8;
 /// The driver that they are in: one that is quickly tried.
 const DEMO_DRIVER: &str = "null_blk";
+/// Of what kinds they are: one of each, of those that a machine seldom survives.
+const DEMO_KINDS: &str = "null_dereference,pointer,wild_jump,smashed_return,undefined_instruction,halt,endless_loop,interrupts_left_off";
 
 /// Measures, and writes what came of it
 #[derive(Clone, Debug, clap::Args)]
@@ -181,7 +183,7 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             driver,
             trials,
         } => {
-            steps.must("campaign", || bench.campaign(driver, *trials))?;
+            steps.must("campaign", || bench.campaign(driver, "", *trials))?;
             (common, "campaign")
         }
         What::Traffic { common, seconds } => {
@@ -203,7 +205,9 @@ pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> 
     steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
     steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
     steps.must("switch", || bench.switch(DEMO_SWITCHES, DEMO_MOVES, &[256]))?;
-    steps.must("faults", || bench.campaign(DEMO_DRIVER, DEMO_FAULTS))?;
+    steps.must("faults", || {
+        bench.campaign(DEMO_DRIVER, DEMO_KINDS, DEMO_FAULTS)
+    })?;
     let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
     steps.summary();
     eprintln!(
@@ -329,13 +333,14 @@ impl Bench {
     }
 
     /// With one emulated processor, as [`Self::recovery`].
-    fn campaign(&mut self, driver: &str, trials: u32) -> anyhow::Result<String> {
+    fn campaign(&mut self, driver: &str, kinds: &str, trials: u32) -> anyhow::Result<String> {
         self.lab.as_mut().map_or(Ok(()), |lab| lab.renew_with(1))?;
         let trials = trials.to_string();
-        self.measure(
-            "campaign",
-            &["campaign", "--driver", driver, "--trials", &trials],
-        )
+        let mut words = vec!["campaign", "--driver", driver, "--trials", &trials];
+        if !kinds.is_empty() {
+            words.extend(["--kinds", kinds]);
+        }
+        self.measure("campaign", &words)
     }
 
     fn traffic(&mut self, seconds: u64) -> anyhow::Result<String> {

@@ -143,6 +143,9 @@ Example:
         /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
         #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = super::campaign::parse_driver)]
         driver: Workload,
+        /// Kinds of faults; all without it
+        #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = super::campaign::parse_kind)]
+        kinds: Vec<::isolation::mutation::Kind>,
         /// How many faults
         #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
         trials: u32,
@@ -333,13 +336,17 @@ impl BenchCommand {
             Self::Campaign {
                 common,
                 driver,
+                kinds,
                 trials,
                 seed,
             } => {
                 let images = &common.images;
-                report
-                    .campaigns
-                    .push(super::campaign::measure(images, driver, trials, seed)?);
+                report.campaigns.push(super::campaign::measure(
+                    images,
+                    driver,
+                    kinds,
+                    (trials, seed),
+                )?);
                 common.finish(&report)?;
             }
             Self::Traffic {

@@ -212,10 +212,7 @@ impl RunArgs {
         ways.dedup();
         let options = CampaignOptions {
             setup: setup(&self.images, workload)?,
-            kinds: match self.kinds.is_empty() {
-                true => Kind::ALL.to_vec(),
-                false => self.kinds,
-            },
+            kinds: or_all(self.kinds),
             trials: self.trials,
             seed: self.seed,
             ways,
@@ -242,18 +239,26 @@ impl RunArgs {
     }
 }
 
-/// A campaign of all kinds in a workload of our own, for a report.
+/// These kinds, or all if there are none.
+fn or_all(kinds: Vec<Kind>) -> Vec<Kind> {
+    match kinds.is_empty() {
+        true => Kind::ALL.to_vec(),
+        false => kinds,
+    }
+}
+
+/// A campaign in a workload of our own, for a report; of all kinds if none is named.
 pub(super) fn measure(
     images: &Images,
     workload: Workload,
-    trials: u32,
-    seed: u64,
+    kinds: Vec<Kind>,
+    (trials, seed): (u32, u64),
 ) -> anyhow::Result<report::campaign::Campaign> {
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let driver = workload.driver.clone();
     let options = CampaignOptions {
         setup: setup(images, workload)?,
-        kinds: Kind::ALL.to_vec(),
+        kinds: or_all(kinds),
         trials,
         seed,
         ways: Way::ALL.to_vec(),
