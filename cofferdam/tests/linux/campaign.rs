@@ -147,7 +147,13 @@ fn a_call_that_makes_the_kernel_print_and_give_up_is_taken_back_and_a_stopped_dr
     }
     victim.guest.agent().disconnect();
     victim.ask(&once);
-    victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
+    // An answer may be slow in coming.
+    for _ in 0..60 {
+        victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
+        if victim.ladder().state == State::Stopped {
+            break;
+        }
+    }
     assert_eq!(victim.ladder().state, State::Stopped);
     let polled = |victim: &Victim| {
         let entry = &victim.module().unwrap().entries[0];
