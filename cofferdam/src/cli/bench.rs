@@ -141,8 +141,8 @@ Example:
         #[command(flatten)]
         common: Common,
         /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
-        #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = super::campaign::parse_driver)]
-        driver: Workload,
+        #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = parse_driver)]
+        driver: Box<Workload>,
         /// Kinds of faults; all without it
         #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = super::campaign::parse_kind)]
         kinds: Vec<::isolation::mutation::Kind>,
@@ -222,6 +222,10 @@ pub enum Monitor {
     Cofferdam,
     /// QEMU's q35 with the same kernel's bzImage
     Qemu,
+}
+
+fn parse_driver(name: &str) -> Result<Box<Workload>, String> {
+    super::campaign::parse_driver(name).map(Box::new)
 }
 
 fn parse_kind(name: &str) -> Result<TrafficKind, String> {
@@ -343,7 +347,7 @@ impl BenchCommand {
                 let images = &common.images;
                 report.campaigns.push(super::campaign::measure(
                     images,
-                    driver,
+                    *driver,
                     kinds,
                     (trials, seed),
                 )?);
