@@ -225,7 +225,7 @@ pub enum Monitor {
 }
 
 fn parse_driver(name: &str) -> Result<Box<Workload>, String> {
-    super::campaign::parse_driver(name).map(Box::new)
+    super::campaign::own_workload(name).map(Box::new)
 }
 
 fn parse_kind(name: &str) -> Result<TrafficKind, String> {

@@ -171,14 +171,15 @@ impl CampaignArgs {
 }
 
 /// The program's own workload for a driver.
-pub(super) fn parse_driver(driver: &str) -> Result<Workload, String> {
+pub(super) fn own_workload(driver: &str) -> Result<Workload, String> {
     Workload::of_driver(driver).ok_or_else(|| {
         let own: Vec<_> = Workload::own().map(|workload| workload.driver).collect();
-        format!(
-            "there are workloads for {}; give another driver's with --workload",
-            own.join(", ")
-        )
+        format!("there are workloads for {}", own.join(", "))
     })
+}
+
+fn parse_driver(driver: &str) -> Result<Workload, String> {
+    own_workload(driver).map_err(|what| format!("{what}; give another driver's with --workload"))
 }
 
 /// A workload from a file.
