@@ -8,7 +8,7 @@ use comfy_table::Table;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
 use recovery::campaign::record::{Header, Record};
-use recovery::campaign::summary::{Counts, Summary};
+use recovery::campaign::summary::{Counts, Summary, total};
 use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
 
@@ -339,12 +339,12 @@ pub(super) fn text(summary: &Summary) -> String {
                 .copied()
                 .unwrap_or(0)
         };
-        let trials = ways.values().map(|all| all.values().sum::<u32>()).max();
+        let trials = ways.values().map(|all| total(all.values())).max();
         let harm = of(Way::Native).into_iter().flatten();
-        let harm: u32 = harm
-            .filter(|(verdict, _)| verdict.is_harm())
-            .map(|(_, n)| n)
-            .sum();
+        let harm = total(
+            harm.filter(|(verdict, _)| verdict.is_harm())
+                .map(|(_, n)| n),
+        );
         let ends = [Verdict::Recovered, Verdict::Undetected, Verdict::Escaped]
             .map(|verdict| count(isolated, verdict).to_string());
         kinds.add_row(vec![

@@ -6,9 +6,8 @@ use std::path::Path;
 use anyhow::Context;
 use plotters::prelude::RGBColor;
 use recovery::campaign::Way;
-use recovery::campaign::summary::{Counts, Summary};
+use recovery::campaign::summary::{Counts, Summary, total};
 use recovery::campaign::verdict::Verdict;
-
 use serde::{Deserialize, Serialize};
 
 use super::plot::{Bar, bars, boxes_by_name};
@@ -35,13 +34,13 @@ pub fn headline(summary: &Summary) -> String {
         format!("{trials}, of which {harmful} crash, hang, corrupt or lose the device natively\n");
     for (way, counts) in &summary.of_harm {
         let of = |verdict| counts.get(&verdict).copied().unwrap_or(0);
-        let all: u32 = counts.values().sum();
+        let all = total(counts.values());
         text.push_str(&format!(
             "{}: of {all}, {} left the guest alive, {} recovered, {} had no effect, {} escaped\n",
             way.name(),
             all - of(Verdict::Escaped),
             of(Verdict::Recovered),
-            of(Verdict::Benign) + of(Verdict::NotActivated),
+            of(Verdict::Benign).saturating_add(of(Verdict::NotActivated)),
             of(Verdict::Escaped)
         ));
     }
@@ -117,7 +116,7 @@ fn verdicts(all: &BTreeMap<String, BTreeMap<Way, Counts>>, way: Way) -> anyhow::
                     .iter()
                     .map(|(verdict, count)| (color(*verdict), f64::from(*count)))
                     .collect(),
-                says: counts.values().sum::<u32>().to_string(),
+                says: total(counts.values()).to_string(),
             })
         })
         .collect();
@@ -171,6 +170,13 @@ mod tests {
             assert!(svg.contains(text), "{text}: {svg}");
         }
         assert!(!svg.contains("benign"), "nothing of what was not seen");
+        // A report may say anything.
+        let lies = Counts::from([(Verdict::Benign, u32::MAX), (Verdict::NotActivated, 7)]);
+        let lying = Summary {
+            of_harm: BTreeMap::from([(Way::Once, lies)]),
+            ..Summary::default()
+        };
+        assert!(headline(&lying).contains("4294967295 had no effect"));
         let latencies = Latencies {
             after_ns: Vec::new(),
             rollback_ns: vec![1_500_000],

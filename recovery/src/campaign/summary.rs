@@ -11,6 +11,11 @@ use super::verdict::Verdict;
 /// How often each verdict came.
 pub type Counts = BTreeMap<Verdict, u32>;
 
+/// How many these are; of a file that lies, at most what the type holds.
+pub fn total<'a>(counts: impl IntoIterator<Item = &'a u32>) -> u32 {
+    counts.into_iter().copied().fold(0, u32::saturating_add)
+}
+
 /// How soon faults were detected, and how long it took to take calls back: of the first call that was taken back in each run,
 /// in nanoseconds, in the order of the trials.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,10 +105,11 @@ impl Summary {
     /// Faults that are harm natively.
     pub fn harmful(&self) -> u32 {
         let native = self.ways.get(&Way::Native).into_iter().flatten();
-        native
-            .filter(|(verdict, _)| verdict.is_harm())
-            .map(|(_, count)| count)
-            .sum()
+        total(
+            native
+                .filter(|(verdict, _)| verdict.is_harm())
+                .map(|(_, count)| count),
+        )
     }
 }
 
