@@ -51,6 +51,114 @@ fn kernel_functions_may_write_what_the_driver_may_not() {
     assert_eq!(guest.read(KERNEL_DATA), 9);
 }
 
+/// A guest whose driver calls a kernel function in the pages that both roots may execute: it fills as many bytes as `RSI` says
+/// from `RDI` on.
+fn guest_that_fills() -> (Guest, Kernel) {
+    let guest = Guest::new();
+    guest.code(THUNKS, |a| {
+        a.push(rbx).unwrap();
+        a.mov(rcx, rsi).unwrap();
+        a.mov(al, 0x41).unwrap();
+        a.rep().stosb().unwrap();
+        a.pop(rbx).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.sub(rsp, 8).unwrap();
+        a.call(THUNKS).unwrap();
+        a.add(rsp, 8).unwrap();
+        a.ret().unwrap();
+    });
+    (guest, Kernel::with_data())
+}
+
+#[test]
+fn a_kernel_function_that_only_fills_what_it_is_told_may_not_write_what_the_driver_may_not() {
+    let (guest, mut kernel) = guest_that_fills();
+    let mut domain = guest.domain();
+    let mut regs = guest.entry_regs();
+    (regs.rdi, regs.rsi) = (KERNEL_DATA + PAGE - 8, 8);
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    let violation = violation(&result);
+    let address = regs.rdi;
+    assert_eq!(violation.kind, ViolationKind::StrayWrite { address });
+    assert_eq!(violation.root, Root::Driver);
+    // Behind push, mov and mov; below it the saved register and where the driver called it from.
+    assert_eq!(violation.rip, THUNKS + 6);
+    assert_eq!(violation.rsp, regs.rsp - 24);
+    assert_eq!(violation.crossings, [DRIVER_TEXT + 9]);
+    assert!(guest.all() == before);
+}
+
+#[test]
+fn a_kernel_function_that_only_fills_stops_where_what_the_driver_may_write_ends() {
+    let (mut guest, mut kernel) = guest_that_fills();
+    // What is behind the driver's page belongs to somebody else.
+    guest.map(DRIVER_DATA + PAGE, gpa_of(KERNEL_DATA), 2);
+    let mut domain = guest.domain();
+    let mut regs = guest.entry_regs();
+    (regs.rdi, regs.rsi) = (DRIVER_DATA, PAGE + 1);
+    let before = guest.all();
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    let address = DRIVER_DATA + PAGE;
+    assert_eq!(
+        violation_kind(&result),
+        ViolationKind::StrayWrite { address }
+    );
+    assert!(guest.all() == before);
+
+    regs.rsi = PAGE;
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.stats.crossings, 0);
+    assert_eq!(guest.read(DRIVER_DATA + PAGE - 8), 0x4141_4141_4141_4141);
+    assert_eq!(guest.read(KERNEL_DATA), 0);
+}
+
+#[test]
+fn what_only_passed_through_a_call_is_asked_about_again_at_the_next() {
+    for passes in [true, false] {
+        let guest = Guest::new();
+        let kernel_function = KERNEL_TEXT + 0x100;
+        guest.code(kernel_function, |a| a.ret().unwrap());
+        guest.code(DRIVER_TEXT, |a| {
+            a.sub(rsp, 8).unwrap();
+            a.mov(qword_ptr(rdi), 1).unwrap();
+            a.mov(qword_ptr(rdi + 8), 1).unwrap();
+            // Bytes are not looked at one by one after this.
+            a.call(kernel_function).unwrap();
+            a.add(rsp, 8).unwrap();
+            a.ret().unwrap();
+        });
+        let mut domain = guest.domain();
+        let call = DRIVER_TEXT + 4 + 7 + 8;
+        domain.redirect(call, kernel_function).unwrap();
+        let mut kernel = Kernel {
+            passes,
+            ..Kernel::with_data()
+        };
+        let mut regs = guest.entry_regs();
+        regs.rdi = DRIVER_DATA;
+        for _ in 0..3 {
+            let result = guest.call_with(&mut domain, &mut kernel, regs);
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        }
+        // It is somebody else's now.
+        kernel.writable.clear();
+        let result = guest.call_with(&mut domain, &mut kernel, regs);
+        if passes {
+            let address = DRIVER_DATA;
+            assert_eq!(
+                violation_kind(&result),
+                ViolationKind::StrayWrite { address }
+            );
+        } else {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        }
+    }
+}
+
 #[test]
 fn bytes_of_others_on_an_opened_page_are_found_at_commit() {
     let guest = Guest::new();

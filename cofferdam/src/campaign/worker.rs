@@ -156,11 +156,16 @@ impl Worker {
         );
         worker.mark(ISOLATED)?;
         worker.isolated = worker.healthy(ISOLATED)?;
-        let status = worker.module()?;
-        ensure!(
-            status.is_some_and(|status| status.violations == 0),
-            "calls were taken back without a fault: `cofferdam campaign` cannot tell them from those with one"
-        );
+        let Some(status) = worker.module()? else {
+            bail!("the driver is not isolated any more");
+        };
+        if let Some(first) = worker.first_violation(0, None, 0)? {
+            bail!(
+                "{} calls were taken back without a fault, and `cofferdam campaign` cannot tell them from those with one; the first that is known: {}",
+                status.violations,
+                first.says
+            );
+        }
         worker.heard = worker.guest.console_bytes();
         Ok(worker)
     }

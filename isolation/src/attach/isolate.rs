@@ -408,7 +408,7 @@ fn make_domain(
         monitor_gpa: vmm::layout::UNUSED.0,
         host_memory: host_memory.clone(),
         driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
-        thunks: plan.thunk_pages.iter().map(|page| page.0).collect(),
+        common: plan.common_pages.iter().map(|page| page.0).collect(),
         kick_signal: vmm::kick_signal(),
     })?;
     prepare(&mut domain, plan)?;

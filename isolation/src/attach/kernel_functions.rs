@@ -71,6 +71,22 @@ pub(super) const YIELDS: &[KernelFunction] = &[
 /// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
 pub(super) const FPU_QUESTIONS: &[KernelFunction] = &[wanted(&["irq_fpu_usable"])];
 
+/// Kernel functions that only write what they are given where they are told, and call at most one another: they run with
+/// the driver's rights, so that one that is told a wrong place or length is stopped there. By all names that they and their
+/// variants for processors have (arch/x86/lib, lib/string.c).
+pub(super) const COPIES: &[KernelFunction] = &[
+    wanted(&["memcpy", "__memcpy", "memcpy_erms", "memcpy_orig"]),
+    wanted(&["memmove", "__memmove", "memmove_erms"]),
+    wanted(&["memset", "__memset", "memset_erms", "memset_orig"]),
+    wanted(&["memset16"]),
+    wanted(&["copy_page", "copy_page_regs"]),
+    wanted(&["clear_page_rep", "clear_page_orig", "clear_page_erms"]),
+    wanted(&["strcpy", "strncpy", "stpcpy"]),
+    wanted(&["strcat", "strncat", "strlcat"]),
+    // The last since Linux 6.8.
+    wanted(&["strlcpy", "strscpy", "sized_strscpy"]),
+];
+
 /// What a kernel has of its console by name.
 pub(super) struct ConsoleNames {
     /// The function that takes the console if nobody has it, and says whether it has (`console_trylock`).

@@ -1,14 +1,14 @@
 //! What has to be patched to isolate functions of a module: worked out from symbols and memory before
 //! anything is touched.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
 use super::kernel_functions::{
-    CONSOLE, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS,
+    CONSOLE, COPIES, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS,
 };
 use crate::domain::console::Console;
 use crate::guest::addr::{Gva, GvaRange};
@@ -25,6 +25,9 @@ fn is_thunk(name: &str) -> bool {
         || name.ends_with("_untrain_ret")
         || name.contains("_safe_ret")
 }
+
+/// No function that copies or fills is longer, in bytes.
+const LONGEST_COPY: u64 = 2048;
 
 /// Why a failure of the function of this name has no answer that would do, if that is so.
 pub type NoAnswer<'a> = &'a dyn Fn(&str) -> Option<&'static str>;
@@ -96,8 +99,8 @@ pub struct Plan {
     pub redirects: Vec<(Gva, Gva)>,
     /// Pages of the module's text.
     pub text_pages: Vec<Gva>,
-    /// Pages that hold thunks.
-    pub thunk_pages: Vec<Gva>,
+    /// Pages of kernel code that runs with the rights of whoever calls it: thunks, functions that only copy or fill.
+    pub common_pages: Vec<Gva>,
     /// Kernel functions whose callers pass through.
     pub guest_only: Vec<Gva>,
     /// Kernel functions that wait, with the unit of their first argument.
@@ -139,12 +142,13 @@ impl Plan {
             })
         });
         let guards = guards.collect();
+        let copies = copies(symbols);
         let redirects = scan.sites().iter().filter_map(|site| match site.kind {
             SiteKind::Direct {
                 target,
                 reach: Reach::Outside,
                 ..
-            } if site.len >= 5 => {
+            } if site.len >= 5 && !copies.contains_key(&target) => {
                 // The displacement is the last four bytes; a jcc has one byte more in front.
                 Some((Gva(site.at.0 + u64::from(site.len) - 5), target))
             }
@@ -164,7 +168,12 @@ impl Plan {
         let thunks = symbols
             .iter()
             .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
-        let thunk_pages = pages(&mut thunks.map(|symbol| symbol.at.0));
+        let copy_pages = copies.values().flat_map(GvaRange::pages);
+        let common_pages = pages(
+            &mut thunks
+                .map(|symbol| symbol.at.0)
+                .chain(copy_pages.map(|page| page.0)),
+        );
         let kernel = |functions: &[KernelFunction]| -> Vec<Gva> {
             functions
                 .iter()
@@ -179,7 +188,7 @@ impl Plan {
             refused,
             redirects,
             text_pages,
-            thunk_pages,
+            common_pages,
             guest_only: kernel(GUEST_ONLY),
             sleeps: SLEEPS
                 .iter()
@@ -196,6 +205,17 @@ impl Plan {
             fatal: kernel(FATAL),
         })
     }
+}
+
+/// The functions that only copy or fill, by where they begin.
+fn copies(symbols: &SymbolTable) -> BTreeMap<Gva, GvaRange> {
+    let names = COPIES.iter().flat_map(|function| function.names);
+    let found = names.filter_map(|name| symbols.kernel_symbol(name));
+    let extent = |at| symbols.extent(at, GvaRange::new(at, LONGEST_COPY)?);
+    found
+        .filter(Symbol::is_code)
+        .filter_map(|symbol| Some((symbol.at, extent(symbol.at)?)))
+        .collect()
 }
 
 /// Where the kernel takes its console, if its function has room for what is put there.

@@ -267,6 +267,11 @@ impl Supervisor for CallSupervisor<'_> {
             .unwrap_or_else(|| self.knowledge.writable(va))
     }
 
+    fn lasts(&self, va: u64) -> bool {
+        let policy = self.policy.as_ref();
+        policy.is_none_or(|CallPolicy { policy, .. }| policy.lasts(Gva(va)))
+    }
+
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
         self.permits(va, bytes)
             .unwrap_or_else(|| self.knowledge.changeable(va, bytes))

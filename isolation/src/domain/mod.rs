@@ -79,8 +79,9 @@ pub struct DomainConfig<'a> {
     pub monitor_gpa: u64,
     /// Pages of the isolated driver's text, by virtual address.
     pub driver_text: Vec<u64>,
-    /// Pages with return and indirect-branch thunks, by virtual address.
-    pub thunks: Vec<u64>,
+    /// Pages of kernel code that runs with the rights of whoever calls it, by virtual address: return and indirect-branch
+    /// thunks, functions that only copy or fill.
+    pub common: Vec<u64>,
     /// Where memory of the host is charged that calls make it keep: one account for all domains of a guest.
     pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
@@ -110,7 +111,7 @@ pub struct Domain {
     /// begins, so that no caller waits for it.
     stale: Vec<Pfn>,
     fixed: FixedPages,
-    thunks: BTreeSet<u64>,
+    common: BTreeSet<u64>,
     text: BTreeSet<u64>,
     overlays: Overlays,
     /// Pages that were patched, by virtual address.
@@ -157,11 +158,11 @@ impl Domain {
             view,
             warm: WarmPages::default(),
             stale: Vec::new(),
-            thunks: config.thunks.iter().copied().collect(),
+            common: config.common.iter().copied().collect(),
             text: config.driver_text.iter().copied().collect(),
             fixed: FixedPages {
                 driver_text: config.driver_text,
-                thunks: config.thunks,
+                common: config.common,
             },
             overlays: Overlays::default(),
             patched: HashMap::new(),
@@ -331,8 +332,8 @@ impl Domain {
         self.text.contains(&(va & !(PAGE_SIZE - 1)))
     }
 
-    fn is_thunk(&self, va: u64) -> bool {
-        self.thunks.contains(&(va & !(PAGE_SIZE - 1)))
+    fn is_common(&self, va: u64) -> bool {
+        self.common.contains(&(va & !(PAGE_SIZE - 1)))
     }
 
     fn is_overlay(&self, pfn: Pfn) -> bool {
@@ -341,6 +342,14 @@ impl Domain {
 
     fn note_open(&mut self, va: u64, gpa: u64) {
         self.opened.insert(Pfn::of(gpa), va & !(PAGE_SIZE - 1));
+    }
+
+    /// The driver may not write these pages any more.
+    fn close(&mut self, pages: &[(Pfn, u64)]) {
+        for (pfn, page) in pages {
+            self.roots.close(*page, &mut self.monitor);
+            self.opened.remove(pfn);
+        }
     }
 
     fn opened_va(&self, pfn: Pfn) -> Option<u64> {

@@ -22,6 +22,11 @@ pub trait Supervisor {
     /// the driver's stack frame is not asked for.
     fn may_write(&mut self, va: u64) -> bool;
 
+    /// Whether what the call may write at `va` is the driver's beyond the call: if not, the page is closed again at its end.
+    fn lasts(&self, _va: u64) -> bool {
+        true
+    }
+
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
 

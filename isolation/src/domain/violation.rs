@@ -110,7 +110,8 @@ pub struct Violation {
     pub rip: u64,
     /// Stack pointer there.
     pub rsp: u64,
-    /// Return addresses in the driver of the kernel functions open at that moment, outermost first.
+    /// Return addresses in the driver of the kernel functions open at that moment, outermost first; those that run with the
+    /// driver's rights among them.
     pub crossings: Vec<u64>,
     /// Whether the device had already been reached, so that memory alone does not undo the call.
     pub reached_device: bool,

@@ -34,6 +34,9 @@ pub enum ObjectKind {
     Argument,
     /// Memory that the driver allocated.
     Allocated,
+    /// What passes through the driver: a packet's data, what a block I/O reads into, whole pages that were handed out. The
+    /// next call may find it somebody else's.
+    Passing,
     /// Coherent DMA memory of the driver's device.
     Dma,
     /// Something else that the label names.
@@ -229,6 +232,15 @@ impl RangeTable {
                 let guard = object.permit == Permit::Guard;
                 (!guard, object.range.len_bytes(), std::cmp::Reverse(*id))
             })
+    }
+
+    /// The objects that cover the byte at `at`.
+    pub fn covering(&self, at: Gva) -> impl Iterator<Item = &Object> {
+        let segment = self.segments_in(GvaRange::aligned(at, 1)).next();
+        let ids = segment
+            .into_iter()
+            .flat_map(|(_, segment)| &segment.covered_by);
+        ids.filter_map(|id| self.objects.get(id))
     }
 
     /// Whether the call may write every byte of `range`.

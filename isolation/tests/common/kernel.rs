@@ -11,6 +11,8 @@ pub const TRANSMITTER: u64 = 0x7c71;
 pub struct Kernel {
     /// Writable ranges: address and length.
     pub writable: Vec<(u64, u64)>,
+    /// Whether what is writable is the driver's beyond a call.
+    pub passes: bool,
     pub kernel_functions: HashSet<u64>,
     pub driver_functions: HashSet<u64>,
     pub kernel_exception_expected: bool,
@@ -65,6 +67,9 @@ impl Supervisor for Kernel {
         self.writable
             .iter()
             .any(|(start, length)| *start < page + PAGE && start + length > page)
+    }
+    fn lasts(&self, _: u64) -> bool {
+        !self.passes
     }
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
         self.writable

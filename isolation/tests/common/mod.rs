@@ -225,7 +225,7 @@ impl Guest {
             monitor_gpa,
             host_memory: self.host_memory.clone(),
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
-            thunks: vec![THUNKS],
+            common: vec![THUNKS],
             kick_signal: libc::SIGUSR1,
         })
     }

@@ -4,7 +4,7 @@
 //!               driver root                              kernel root
 //!  a page is    read-only, not executable ...            as the guest has it ...
 //!  except       driver text      execute                 driver text   not executable
-//!               thunks           execute                 monitor area  as its pages say
+//!               common code      execute                 monitor area  as its pages say
 //!               opened pages     write
 //!               monitor area     as its pages say
 //! ```
@@ -104,8 +104,8 @@ pub const ROOT_OFFSETS: (u64, u64) = (DRIVER_TOP * PAGE_SIZE, KERNEL_TOP * PAGE_
 pub struct FixedPages {
     /// Pages of the isolated driver's text, by virtual address.
     pub driver_text: Vec<u64>,
-    /// Pages with return and indirect-branch thunks, by virtual address: executable in both roots.
-    pub thunks: Vec<u64>,
+    /// Pages of kernel code that both roots may execute, by virtual address.
+    pub common: Vec<u64>,
 }
 
 impl Roots {
@@ -162,7 +162,7 @@ impl Roots {
                 },
             );
         }
-        for va in &fixed.thunks {
+        for va in &fixed.common {
             self.driver.special.insert(
                 *va,
                 Permissions {
@@ -175,7 +175,7 @@ impl Roots {
             self.fill(Root::Driver, *va, view, monitor)?;
             self.fill(Root::Kernel, *va, view, monitor)?;
         }
-        for va in &fixed.thunks {
+        for va in &fixed.common {
             self.fill(Root::Driver, *va, view, monitor)?;
         }
         self.map_monitor(Root::Driver, view, monitor)?;

@@ -31,6 +31,21 @@ impl Roots {
         self.fill(Root::Driver, page, view, monitor)
     }
 
+    /// Closes the page at `page`, if it is open for writing in the driver root. Not while P is on that root: the processor may
+    /// remember that it was.
+    pub fn close(&mut self, page: u64, monitor: &mut Monitor) {
+        let Some(special) = self.driver.special.get_mut(&page) else {
+            return;
+        };
+        special.write = false;
+        if !special.execute {
+            self.driver.special.remove(&page);
+        }
+        if let Some(table) = self.driver.mirrors.get(&(1, prefix(page, 1))) {
+            put_entry(monitor, *table, index(page, 1), 0);
+        }
+    }
+
     /// Whether the page at `va` is open for writing in the driver root.
     pub fn is_open(&self, va: u64) -> bool {
         let page = va & !(PAGE_SIZE - 1);
@@ -51,16 +66,8 @@ impl Roots {
     /// Closes all pages that are open for writing in the driver root but those in `keep`. What a page is mapped to is looked
     /// up anew at its next access.
     pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
-        let mirrors = &self.driver.mirrors;
-        self.driver.special.retain(|page, special| {
-            if !special.write || keep.contains(page) {
-                return true;
-            }
-            if let Some(table) = mirrors.get(&(1, prefix(*page, 1))) {
-                put_entry(monitor, *table, index(*page, 1), 0);
-            }
-            special.write = false;
-            special.execute
-        });
+        for page in self.open_pages().difference(keep) {
+            self.close(*page, monitor);
+        }
     }
 }

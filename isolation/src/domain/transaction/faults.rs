@@ -8,6 +8,7 @@ impl Call<'_> {
             return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
         };
         self.stats.other_syscalls += 1;
+        self.interrupted_at = (frame.rip, frame.rsp);
         let (cr2, cr3) = self.domain.vm.fault_registers()?;
         let root = self.domain.root_of(cr3);
         match frame.vector {
@@ -115,6 +116,10 @@ impl Call<'_> {
             }
             self.open(address)?;
             self.domain.note_open(address, translation.gpa);
+            if is_others && !self.supervisor.lasts(address) {
+                let page = address & !(PAGE_SIZE - 1);
+                self.passing.push((Pfn::of(translation.gpa), page));
+            }
         }
         self.fill(root, address)?;
         self.resume(frame, regs);
@@ -158,7 +163,7 @@ impl Call<'_> {
         };
         let in_driver = self.domain.is_driver_text(target);
         match root {
-            Root::Driver if in_driver || self.domain.is_thunk(target) => {
+            Root::Driver if in_driver || self.domain.is_common(target) => {
                 self.fill(root, target)?;
                 self.resume(frame, regs);
                 Ok(Step::Continue)

@@ -2,6 +2,10 @@
 
 use super::*;
 
+/// How far above the stack pointer of a function that only copies the return address of its caller is looked for, in words
+/// of 8 bytes.
+const MAX_WORDS_ABOVE_CALLER: u64 = 8;
+
 impl Call<'_> {
     /// What is wrong with the way the function returned.
     pub(super) fn check_return(&self) -> Option<(ViolationKind, u64)> {
@@ -160,13 +164,22 @@ impl Call<'_> {
         self.phases.detect_ns = elapsed_ns(self.last_exit);
         let regs = self.domain.vm.regs();
         let (_, cr3) = self.domain.vm.fault_registers()?;
+        let root = self.domain.root_of(cr3);
+        let rsp = match self.interrupted_at {
+            (at, rsp) if at == rip => rsp,
+            _ => regs.rsp,
+        };
         let crossings = self.domain.monitor.crossing_frames();
+        let mut crossings: Vec<u64> = crossings.iter().map(|frame| frame.return_address).collect();
+        if root == Root::Driver && self.domain.is_common(rip) {
+            crossings.extend(self.caller(rsp)?);
+        }
         let mut violation = Violation {
             kind,
-            root: self.domain.root_of(cr3),
+            root,
             rip,
-            rsp: regs.rsp,
-            crossings: crossings.iter().map(|frame| frame.return_address).collect(),
+            rsp,
+            crossings,
             reached_device: self.reached_device,
             spills: self.spills,
             published: None,
@@ -179,6 +192,19 @@ impl Call<'_> {
         regs.rip = self.return_address;
         regs.rsp = regs.rsp.wrapping_add(8);
         Ok((CallEnd::Aborted(Box::new(violation)), regs))
+    }
+
+    /// The innermost return address into the driver on the stack at `rsp`, of a function that keeps little there.
+    fn caller(&self, rsp: u64) -> Result<Option<u64>, DomainError> {
+        for word in 0..MAX_WORDS_ABOVE_CALLER {
+            let Some(value) = self.read_guest(rsp.wrapping_add(word * 8))? else {
+                break;
+            };
+            if self.domain.is_driver_text(value) {
+                return Ok(Some(value));
+            }
+        }
+        Ok(None)
     }
 
     /// Leaves nothing of the call behind.

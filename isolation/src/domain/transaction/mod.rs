@@ -144,6 +144,8 @@ pub(super) struct Call<'a> {
     stacks: Vec<GvaRange>,
     posted: Vec<PostedWrite>,
     overwritten: BTreeMap<Pfn, Overwritten>,
+    /// Pages that it was let write, and that the next call is not.
+    passing: Vec<(Pfn, u64)>,
     /// Kept by calls that go on in the guest.
     journal: Option<Box<Journal>>,
     kernel_calls: Vec<KernelCall>,
@@ -157,6 +159,8 @@ pub(super) struct Call<'a> {
     reached_device: bool,
     detours: u32,
     last_fault: (u64, u64, u32),
+    /// Instruction and stack pointer of the last exception.
+    interrupted_at: (u64, u64),
     /// The roots were built anew while P was on this one: their tables are used for something else now, of which the
     /// processor may remember what they were.
     rebuilt: Option<Root>,
@@ -242,6 +246,7 @@ impl Domain {
             stacks: vec![request.stack],
             posted: Vec::new(),
             overwritten: BTreeMap::new(),
+            passing: Vec::new(),
             journal: journal.take(),
             kernel_calls: Vec::new(),
             calls_kept: Kept::default(),
@@ -251,6 +256,7 @@ impl Domain {
             reached_device: false,
             detours: 0,
             last_fault: (0, 0, 0),
+            interrupted_at: (0, 0),
             rebuilt: None,
             stats: CallStats::default(),
             time: *time,
@@ -268,6 +274,8 @@ impl Domain {
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         let kept = std::mem::take(&mut call.calls_kept);
         *time = call.time;
+        let passing = std::mem::take(&mut call.passing);
+        self.close(&passing);
         if journalled {
             self.monitor.journal(|_| false);
         }

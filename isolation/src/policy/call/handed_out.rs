@@ -4,9 +4,6 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::guest::addr::GvaRange;
 
-/// Most allocations that are remembered.
-const CAPACITY: usize = 1 << 16;
-
 /// An allocation.
 #[derive(Debug, Clone, Copy)]
 struct HandedOut {
@@ -29,6 +26,9 @@ pub(super) struct EarlierAllocations {
 }
 
 impl EarlierAllocations {
+    /// Most allocations that are remembered.
+    pub const CAPACITY: usize = 1 << 16;
+
     /// `range` was handed out just now.
     pub fn insert(&mut self, range: GvaRange) {
         let (first, at) = (range.first().0, self.occasions);
@@ -36,7 +36,7 @@ impl EarlierAllocations {
         let last = range.last().0;
         self.known.insert(first, HandedOut { last, at });
         self.order.push_back((first, at));
-        while self.known.len() > CAPACITY {
+        while self.known.len() > Self::CAPACITY {
             let Some((first, at)) = self.order.pop_front() else {
                 break;
             };
@@ -44,7 +44,7 @@ impl EarlierAllocations {
                 self.known.remove(&first);
             }
         }
-        if self.order.len() > 2 * CAPACITY {
+        if self.order.len() > 2 * Self::CAPACITY {
             let mut order = std::mem::take(&mut self.order);
             order.retain(|(first, at)| self.is_latest(*first, *at));
             self.order = order;
@@ -67,6 +67,7 @@ mod tests {
     use super::*;
     use crate::guest::addr::Gva;
 
+    const CAPACITY: usize = EarlierAllocations::CAPACITY;
     const BASE: u64 = 0xffff_8880_0000_0000;
 
     fn object(number: u64) -> GvaRange {

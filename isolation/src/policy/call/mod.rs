@@ -7,6 +7,7 @@
 //!    3. the kernel's inline functions write there     reference counts of pages, preemption count
 //!    4. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
+//!    5. kept in an array of the driver's              an xarray in what is reached
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -136,6 +137,8 @@ pub struct DriverPolicy {
     listed: bool,
     /// What was handed out to earlier calls.
     owned: Arc<EarlierAllocations>,
+    /// Where the driver keeps things by number, as far as this call's arguments lead there.
+    arrays: BTreeSet<Gva>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Pages of slabs that were opened for what was handed out to a call. They stay open, and stores to others of their
@@ -200,6 +203,7 @@ impl DriverPolicy {
             list,
             listed: false,
             owned: Arc::default(),
+            arrays: BTreeSet::new(),
             handed_out: Vec::new(),
             opened_pages: BTreeSet::new(),
             sections: layout
@@ -242,6 +246,7 @@ impl DriverPolicy {
     /// driver's if the call was `committed`.
     pub fn end(&mut self, committed: bool) {
         self.calls.clear();
+        self.arrays.clear();
         self.listed = false;
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
@@ -384,6 +389,12 @@ impl DriverPolicy {
                 )
             }
         })
+    }
+
+    /// Whether what the call may write at `at` is the driver's beyond the call.
+    pub fn lasts(&self, at: Gva) -> bool {
+        let mut objects = self.table.covering(at);
+        objects.any(|object| object.kind != ObjectKind::Passing)
     }
 
     /// The range table, for reports.

@@ -1,12 +1,15 @@
-//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 4 of the parent
+//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 5 of the parent
 //! module's picture.
 
+use std::sync::Arc;
+
+use super::handed_out::EarlierAllocations;
 use super::{Call, CallMemory, DriverPolicy, MAX_OPENED_PAGES, PACKET_CACHES, PAGE_SIZE};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
+use crate::guest::allocations::{Allocation, AllocationKind, Allocations, FindAllocation};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Lifetime, Object, ObjectKind, Permit};
-use crate::policy::reach::{Reach, Reached, Start};
+use crate::policy::reach::{Found, Reach, Reached, Start};
 
 impl DriverPolicy {
     /// Finds a reason why the byte at `at` may be written, and opens what it lies in.
@@ -51,7 +54,7 @@ impl DriverPolicy {
         self.list_interfaces(memory);
         self.calls.iter_mut().for_each(|call| call.resolved = false);
         self.resolve(memory);
-        self.table.may_write(one)
+        self.table.may_write(one) || self.open_kept(memory, at)
     }
 
     /// The member that `at` is part of, among those of the running thread that may be written.
@@ -79,7 +82,8 @@ impl DriverPolicy {
         let interfaces = self.known_interfaces(memory);
         for call in &open {
             let found = self.reached_from(memory, call, &interfaces);
-            self.open_all(found);
+            self.open_all(found.objects);
+            self.arrays.extend(found.arrays);
         }
         self.calls.iter_mut().for_each(|call| call.resolved = true);
     }
@@ -90,7 +94,7 @@ impl DriverPolicy {
         memory: &CallMemory<'_, M>,
         call: &Call,
         interfaces: &[Start],
-    ) -> Vec<Reached> {
+    ) -> Found {
         // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
         let function = self.types.find_function(&call.function);
         self.reach(memory, |reach| match &function {
@@ -135,7 +139,7 @@ impl DriverPolicy {
             self.handed_out.push(found.range);
         }
         let label = format!("{cache} handed out to the driver");
-        let opened = self.open(found.range, ObjectKind::Allocated, label);
+        let opened = self.open(found.range, kind_of(&found), label);
         if is_packet && let Some(type_id) = self.types.find_struct("sk_buff") {
             let packet = Start {
                 at: found.range.first(),
@@ -143,16 +147,46 @@ impl DriverPolicy {
                 name: "packet of this call".into(),
             };
             let found = self.reach(memory, |reach| reach.objects_from(&[packet]));
-            self.open_all(found);
+            self.open_all(found.objects);
         }
         opened
     }
 
-    fn reach<M: GuestPhys>(
+    /// What the driver keeps in its arrays is the driver's, also if it was handed out before anybody looked. It is looked
+    /// for at the first store to something that is not known, and remembered as what was handed out to earlier calls.
+    fn open_kept<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
+        let arrays: Vec<Gva> = self.arrays.iter().copied().collect();
+        if arrays.is_empty() {
+            return false;
+        }
+        let (mut found, mut all) = (None, Vec::new());
+        self.reach(memory, |reach| {
+            reach.kept_in(&arrays, &mut |kept| {
+                let on_stack = |stack: GvaRange| stack.intersection(&kept.range).is_some();
+                if memory.stack.is_some_and(on_stack) {
+                    return true;
+                }
+                if all.len() < EarlierAllocations::CAPACITY / 2 {
+                    all.push(kept.range);
+                }
+                found = found.or(kept.range.contains(at).then_some(kept));
+                found.is_none() || all.len() < EarlierAllocations::CAPACITY / 2
+            });
+        });
+        let Some(found) = found else { return false };
+        let owned = Arc::make_mut(&mut self.owned);
+        for range in all.into_iter().chain([found.range]) {
+            owned.insert(range);
+        }
+        let label = "kept in an array of the driver's".into();
+        self.open(found.range, kind_of(&found), label)
+    }
+
+    fn reach<M: GuestPhys, T>(
         &self,
         memory: &CallMemory<'_, M>,
-        ask: impl FnOnce(&Reach<'_, M, Allocations<'_, M>>) -> Vec<Reached>,
-    ) -> Vec<Reached> {
+        ask: impl FnOnce(&Reach<'_, M, Allocations<'_, M>>) -> T,
+    ) -> T {
         ask(&Reach {
             types: &self.types,
             virt: memory.private,
@@ -191,5 +225,13 @@ impl DriverPolicy {
                 false
             }
         }
+    }
+}
+
+/// What was handed out is to the driver: pages go from hand to hand, objects are kept.
+fn kind_of(found: &Allocation) -> ObjectKind {
+    match found.kind {
+        AllocationKind::Pages => ObjectKind::Passing,
+        AllocationKind::Slab | AllocationKind::Vmalloc => ObjectKind::Allocated,
     }
 }

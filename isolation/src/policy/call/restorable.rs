@@ -34,7 +34,7 @@ impl DriverPolicy {
         let mut kernels = Vec::new();
         let mut layouts: HashMap<TypeId, Vec<(u64, u64)>> = HashMap::new();
         for call in &self.calls {
-            for object in self.reached_from(memory, call, &interfaces) {
+            for object in self.reached_from(memory, call, &interfaces).objects {
                 // Counters of the processor at hand, which changes while the call is in the guest.
                 if object.kind == ObjectKind::Other && object.layout.is_none() {
                     continue;

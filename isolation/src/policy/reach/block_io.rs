@@ -5,14 +5,25 @@ use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
 use crate::guest::btf::TypeId;
 use crate::guest::phys::GuestPhys;
+use crate::policy::range_table::ObjectKind;
 
 /// Most I/Os of one request that are looked at.
 const MAX_CHAIN: usize = 256;
 /// Most pieces of memory of one I/O (`BIO_MAX_VECS`, include/linux/bio.h).
 const MAX_PIECES: u64 = 256;
-/// The bits of `bio.bi_opf` that say what is done, and reading (include/linux/blk_types.h).
-const REQ_OP_MASK: u64 = 0xff;
-const REQ_OP_READ: u64 = 0;
+/// The bit of `bio.bi_opf` of operations that take data from memory (`op_is_write`, include/linux/blk_types.h).
+const WRITES: u64 = 1;
+
+/// Which part of a `bio`'s pieces of memory is its own.
+struct Part {
+    /// The first piece.
+    first: u64,
+    /// Bytes of that one which belong to somebody else.
+    skipped: u64,
+    /// Bytes in all; `None` for all of as many pieces as `pieces` says.
+    bytes: Option<u64>,
+    pieces: u64,
+}
 
 impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     /// What is read into by the `bio` or the `request` at hand.
@@ -40,35 +51,69 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
 
     /// The pieces of memory of the `bio` at `at`, if it reads.
     fn pieces(&mut self, item: &Item, bio: TypeId, at: Gva) {
-        let types = self.reach.types;
         let operation = self.member_value(at, bio, "bi_opf");
-        if operation.is_none_or(|operation| operation & REQ_OP_MASK != REQ_OP_READ) {
+        if operation.is_none_or(|operation| operation & WRITES != 0) {
             return;
         }
-        let member = |name| self.member_value(at, bio, name);
-        let (Some(first), Some(count)) = (member("bi_io_vec"), member("bi_vcnt")) else {
+        let (Some(array), Some(part), Some(piece)) = (
+            self.member_value(at, bio, "bi_io_vec"),
+            self.part(bio, at),
+            self.reach.types.find_struct("bio_vec"),
+        ) else {
             return;
         };
-        let Some(piece) = types.find_struct("bio_vec") else {
-            return;
-        };
-        let bytes = types.size_of(piece).unwrap_or(0);
-        for index in 0..count.min(MAX_PIECES) {
-            let Some(at) = Gva(first).checked_add(index * bytes) else {
+        let size = self.reach.types.size_of(piece).unwrap_or(0);
+        let (mut skipped, mut left) = (part.skipped, part.bytes.unwrap_or(u64::MAX));
+        for index in (part.first..).take(part.pieces.min(MAX_PIECES) as usize) {
+            let at = index
+                .checked_mul(size)
+                .and_then(|offset| Gva(array).checked_add(offset));
+            let Some((first, bytes)) = at.and_then(|at| self.piece(piece, at)) else {
                 return;
             };
-            let member = |name| self.member_value(at, piece, name);
-            let range = || {
-                let page = self
-                    .reach
-                    .allocations
-                    .page_address(Gva(member("bv_page")?))?;
-                GvaRange::new(page.checked_add(member("bv_offset")?)?, member("bv_len")?)
-            };
-            if let Some(range) = range() {
+            let bytes = bytes.saturating_sub(skipped).min(left);
+            let range = first.checked_add(skipped);
+            if let Some(range) = range.and_then(|first| GvaRange::new(first, bytes)) {
                 let path = format!("{}->bi_io_vec[{index}]", item.path);
-                self.add(range, item.kind, piece, &path);
+                self.add(range, ObjectKind::Passing, piece, &path);
+            }
+            (skipped, left) = (0, left - bytes);
+            if left == 0 {
+                return;
             }
         }
+    }
+
+    /// First byte and length of the piece of memory that the `bio_vec` at `at` describes.
+    fn piece(&self, piece: TypeId, at: Gva) -> Option<(Gva, u64)> {
+        let member = |name| self.member_value(at, piece, name);
+        let page = self
+            .reach
+            .allocations
+            .page_address(Gva(member("bv_page")?))?;
+        Some((page.checked_add(member("bv_offset")?)?, member("bv_len")?))
+    }
+
+    /// What is the own of the `bio` at `at`: all of its pieces, or, where it has none and is a part of another one, what is
+    /// left of it (`bio_split`, block/bio.c).
+    fn part(&self, bio: TypeId, at: Gva) -> Option<Part> {
+        let pieces = self.member_value(at, bio, "bi_vcnt")?;
+        if pieces > 0 {
+            return Some(Part {
+                first: 0,
+                skipped: 0,
+                bytes: None,
+                pieces,
+            });
+        }
+        let place = self.reach.types.find_member(bio, "bi_iter")?;
+        let at = at.checked_add(u64::from(place.bit_offset / 8))?;
+        let member = |name| self.member_value(at, place.type_id, name);
+        Some(Part {
+            first: member("bi_idx")?,
+            skipped: member("bi_bvec_done")?,
+            bytes: Some(member("bi_size")?),
+            pieces: MAX_PIECES,
+        })
     }
 }

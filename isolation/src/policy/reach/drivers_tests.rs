@@ -20,6 +20,9 @@ const REQUEST: u64 = AT + 0x600;
 const QUEUE: u64 = AT + 0x700;
 const DEVICE: u64 = AT + 0x800;
 const STATISTICS: u64 = 0x1000;
+/// Nodes of an xarray, and an object that is kept in it, which has a page.
+const NODES: [u64; 2] = [AT + 0x900, AT + 0xb40];
+const KEPT: u64 = AT + 0xe00;
 /// A page, and its `struct page` as [`Known`] has it.
 const PAGE: u64 = super::BUFFER;
 const DESCRIPTION: u64 = PAGE - 64;
@@ -42,12 +45,19 @@ fn types() -> Arc<Btf> {
     ];
     let piece = e.structure("bio_vec", 16, &piece);
     let pieces = e.pointer(piece);
+    let part = [
+        ("bi_size", half, 8),
+        ("bi_idx", half, 12),
+        ("bi_bvec_done", half, 16),
+    ];
+    let part = e.structure("bvec_iter", 20, &part);
     let bio = [
         ("bi_next", word, 0),
         ("bi_bdev", bdev, 8),
         ("bi_opf", half, 16),
         ("bi_vcnt", short, 20),
         ("bi_io_vec", pieces, 24),
+        ("bi_iter", part, 32),
     ];
     let bio = e.structure("bio", 64, &bio);
     let bio = e.pointer(bio);
@@ -57,6 +67,10 @@ fn types() -> Arc<Btf> {
     let request = e.structure("request", 32, &request);
     e.pointer(request);
     e.structure("ptr_ring", 32, &[("queue", voids, 8)]);
+    let array = e.structure("xarray", 16, &[("xa_head", void, 8)]);
+    e.structure("idr", 24, &[("idr_rt", array, 8)]);
+    let slots = e.array(void, 64);
+    e.structure("xa_node", 576, &[("slots", slots, 40)]);
     e.structure("net_device", 64, &[]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
 
@@ -73,8 +87,10 @@ fn types() -> Arc<Btf> {
         ("queue", queue, 8),
         ("counts", counts, 16),
         ("ring", ring, 24),
+        ("pages", base.find_struct("xarray").unwrap(), 56),
+        ("numbers", base.find_struct("idr").unwrap(), 72),
     ];
-    e.structure("my_disk", 64, &mine);
+    e.structure("my_disk", 96, &mine);
     let int = e.int("int", 4, 1);
     let inner = e.structure("ifb_q_private", 32, &[]);
     let inner = e.pointer(inner);
@@ -115,12 +131,12 @@ fn guest(opf: u64) -> TestGuest {
 
 /// First byte and length of what a call reaches.
 fn call(guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
-    let sizes = [(MINE, 64), (RING, 128), (DEVICE, 128)];
+    let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128)];
     let (types, known) = (types(), Known(sizes.into()));
     let reach = super::reach(&types, guest, &known);
     let function = types.find_function(function).unwrap();
     let found = reach.objects(&function, &[argument, 0, 0, 0, 0, 0], &[]);
-    let places = found.iter();
+    let places = found.objects.iter();
     places
         .map(|object| (object.range.first().0, object.range.len_bytes()))
         .collect()
@@ -129,12 +145,12 @@ fn call(guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
 #[test]
 fn a_block_drivers_own_data_is_reached_from_what_is_submitted_and_what_is_on_the_way_is_not() {
     let found = call(&guest(1), "my_submit", BIO);
-    assert!(found.contains(&(MINE, 64)), "{found:x?}");
+    assert!(found.contains(&(MINE, 96)), "{found:x?}");
     for way in [BDEV, PIECES] {
         assert!(found.iter().all(|(at, _)| *at != way), "{found:x?}");
     }
     let found = call(&guest(1), "my_complete", REQUEST);
-    assert!(found.contains(&(MINE, 64)), "{found:x?}");
+    assert!(found.contains(&(MINE, 96)), "{found:x?}");
 }
 
 #[test]
@@ -151,6 +167,81 @@ fn what_is_read_into_may_be_written_and_what_is_written_from_may_not() {
 }
 
 #[test]
+fn a_part_of_a_block_io_may_be_read_into_as_far_as_it_goes() {
+    let part = |bytes: u64, index: u64, done: u64| {
+        let mut guest = guest(0);
+        // Without pieces of its own; of those of another, the second is this.
+        guest.put(Gva(BIO + 20), &[0; 2], DATA);
+        let piece = [DESCRIPTION, 512 | 2048 << 32].map(u64::to_le_bytes);
+        guest.put(Gva(PIECES + 16), &piece.concat(), DATA);
+        let words = [bytes | index << 32, done].map(u64::to_le_bytes);
+        guest.put(Gva(BIO + 32 + 8), &words.concat(), DATA);
+        let of_page = |(at, _): &(u64, u64)| (PAGE..PAGE + 4096).contains(at);
+        let found = call(&guest, "my_submit", BIO).into_iter();
+        found.filter(of_page).collect::<Vec<_>>()
+    };
+    assert_eq!(part(512, 0, 0), [(PAGE + 1024, 512)]);
+    assert_eq!(
+        part(300, 0, 400),
+        [(PAGE + 1024 + 400, 112), (PAGE + 2048, 188)]
+    );
+    assert_eq!(part(100, 1, 12), [(PAGE + 2048 + 12, 100)]);
+    // Nonsense: begins behind its piece, has no bytes, goes on where there is none.
+    assert_eq!(part(100, 1, 1000), []);
+    assert_eq!(part(0, 0, 0), []);
+    assert_eq!(part(4096, 1, 0), [(PAGE + 2048, 512)]);
+    assert_eq!(part(u32::MAX.into(), u32::MAX.into(), u64::MAX), []);
+}
+
+/// First byte and length of what the driver keeps by number, of `objects` that are known.
+fn kept(guest: &TestGuest, objects: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let sizes = [(MINE, 96), (PAGE, 4096)];
+    let (types, known) = (
+        types(),
+        Known(sizes.iter().chain(objects).copied().collect()),
+    );
+    let reach = super::reach(&types, guest, &known);
+    let function = types.find_function("my_submit").unwrap();
+    let found = reach.objects(&function, &[BIO, 0, 0, 0, 0, 0], &[]);
+    assert_eq!(found.arrays, [MINE + 56, MINE + 72 + 8].map(Gva));
+    let mut kept = Vec::new();
+    reach.kept_in(&found.arrays, &mut |found| {
+        kept.push((found.range.first().0, found.range.len_bytes()));
+        true
+    });
+    kept
+}
+
+#[test]
+fn what_a_driver_keeps_by_number_is_found_with_its_pages() {
+    let mut guest = guest(1);
+    assert_eq!(kept(&guest, &[]), []);
+    let put = |guest: &mut TestGuest, at: u64, word: u64| {
+        guest.put(Gva(at), &word.to_le_bytes(), DATA);
+    };
+    // A page alone, where only number 0 is used.
+    put(&mut guest, MINE + 56 + 8, DESCRIPTION);
+    assert_eq!(kept(&guest, &[]), [(PAGE, 4096)]);
+    // Two levels; marks and numbers among the entries.
+    put(&mut guest, MINE + 56 + 8, NODES[0] + 2);
+    let slot = |node: u64, slot: u64| node + 40 + slot * 8;
+    put(&mut guest, slot(NODES[0], 63), NODES[1] + 2);
+    put(&mut guest, slot(NODES[0], 5), 4 << 2 | 2);
+    put(&mut guest, slot(NODES[1], 0), 7);
+    put(&mut guest, slot(NODES[1], 1), KEPT);
+    put(&mut guest, KEPT + 16, DESCRIPTION);
+    assert_eq!(kept(&guest, &[]), []);
+    let object = (KEPT, 64);
+    assert_eq!(kept(&guest, &[object]), [object, (PAGE, 4096)]);
+    assert_eq!(kept(&guest, &[(KEPT, 16)]), [(KEPT, 16)]);
+    // Of two arrays; and one that leads to itself ends.
+    put(&mut guest, MINE + 72 + 8 + 8, KEPT);
+    assert_eq!(kept(&guest, &[object]).len(), 4);
+    put(&mut guest, slot(NODES[1], 2), NODES[0] + 2);
+    assert_eq!(kept(&guest, &[object]).len(), 4);
+}
+
+#[test]
 fn per_cpu_memory_that_was_handed_out_is_reached_and_the_kernels_own_is_not() {
     let mut guest = guest(1);
     let counts = (PER_CPU_BASE + STATISTICS, 24);
@@ -158,7 +249,7 @@ fn per_cpu_memory_that_was_handed_out_is_reached_and_the_kernels_own_is_not() {
     for other in [0x7ff, 8, PER_CPU_BASE] {
         guest.put(Gva(MINE + 16), &other.to_le_bytes(), DATA);
         let found = call(&guest, "my_submit", BIO);
-        let own = [(MINE, 64), (RING, 128), (BIO, 64), (DISK, 64), (QUEUE, 64)];
+        let own = [(MINE, 96), (RING, 128), (BIO, 64), (DISK, 64), (QUEUE, 64)];
         assert!(
             found.iter().all(|at| own.contains(at) || at.0 == other),
             "{found:x?}"

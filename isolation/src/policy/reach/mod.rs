@@ -18,6 +18,7 @@
 //! The pointers are the guest's and hostile: depth, objects and reads are bounded, and what is not
 //! guest memory is left out.
 
+mod arrays;
 mod block_io;
 mod path;
 mod rules;
@@ -60,6 +61,15 @@ pub struct Reached {
     pub layout: Option<TypeId>,
 }
 
+/// What a call reaches.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Each object once, in the order found.
+    pub objects: Vec<Reached>,
+    /// Where the driver's structures among them keep things by number, see [`Reach::kept_in`].
+    pub arrays: Vec<Gva>,
+}
+
 /// Something to start from besides the arguments: an object that is known to belong to the driver,
 /// such as a network interface that it registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,13 +103,13 @@ pub struct Reach<'a, M, A> {
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     /// What a call of `function` with these register arguments reaches, and what is reached from
-    /// `starts`. Each object once, in the order found.
+    /// `starts`.
     pub fn objects(
         &self,
         function: &Function<'_>,
         arguments: &[u64; REGISTER_ARGUMENTS],
         starts: &[Start],
-    ) -> Vec<Reached> {
+    ) -> Found {
         let mut walk = walk::Walk::new(self);
         let names = function
             .params
@@ -125,7 +135,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     }
 
     /// What is reached from `starts` alone.
-    pub fn objects_from(&self, starts: &[Start]) -> Vec<Reached> {
+    pub fn objects_from(&self, starts: &[Start]) -> Found {
         let mut walk = walk::Walk::new(self);
         for start in starts {
             walk.enter(start.at, start.type_id, start.name.clone());

@@ -67,6 +67,9 @@ pub struct Rules {
     pub followed: &'static [Followed],
     /// Pointers to data of the current processor.
     pub per_cpu: &'static [PerCpuPointer],
+    /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what
+    /// is one itself.
+    pub arrays: &'static [(&'static str, Option<&'static str>)],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
     /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone by calling
@@ -210,6 +213,7 @@ impl Rules {
                 members: &["core_stats"],
             },
         ],
+        arrays: &[("xarray", None), ("idr", Some("idr_rt"))],
         closed: &[
             "module",
             "net",

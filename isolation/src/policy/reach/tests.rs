@@ -164,7 +164,9 @@ fn call(function: &str, arguments: &[u64]) -> Vec<(u64, u64, String)> {
     let mut registers = [0; REGISTER_ARGUMENTS];
     registers[..arguments.len()].copy_from_slice(arguments);
     let function = types.find_function(function).unwrap();
-    let found = reach(&types, &guest, &known).objects(&function, &registers, &[]);
+    let found = reach(&types, &guest, &known)
+        .objects(&function, &registers, &[])
+        .objects;
     found
         .into_iter()
         .map(|o| (o.range.first().0, o.range.len_bytes(), o.label))
@@ -224,7 +226,9 @@ fn a_poll_reaches_the_packet_that_napi_keeps_from_poll_to_poll() {
     let napi = PRIVATE + 32;
     guest.put(Gva(napi + 8), &PACKET.to_le_bytes(), DATA);
     let function = types.find_function("my_poll").unwrap();
-    let found = reach(&types, &guest, &known).objects(&function, &[napi, 64, 0, 0, 0, 0], &[]);
+    let found = reach(&types, &guest, &known)
+        .objects(&function, &[napi, 64, 0, 0, 0, 0], &[])
+        .objects;
     let found: Vec<_> = found
         .iter()
         .map(|o| (o.range.first().0, o.range.len_bytes()))
@@ -263,7 +267,9 @@ fn known_objects_of_the_driver_are_starts_of_their_own() {
         name: "eth0".into(),
     };
     let reach = reach(&types, &guest, &known);
-    let found = reach.objects(&function, &[0; REGISTER_ARGUMENTS], &[start]);
+    let found = reach
+        .objects(&function, &[0; REGISTER_ARGUMENTS], &[start])
+        .objects;
     assert!(
         found
             .iter()
@@ -291,7 +297,7 @@ proptest! {
         let reach = reach(&types, &guest, &known);
         for name in ["my_xmit", "my_stats", "my_poll", "my_irq"] {
             let function = types.find_function(name).unwrap();
-            let found = reach.objects(&function, &[PACKET, DEVICE, PACKET, DEVICE, 1, 2], &[]);
+            let found = reach.objects(&function, &[PACKET, DEVICE, PACKET, DEVICE, 1, 2], &[]).objects;
             prop_assert!(found.len() <= MAX_OBJECTS);
             prop_assert!(found.iter().all(|object| object.label.len() <= 200));
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use super::{MAX_DEPTH, MAX_OBJECTS, Path, PrivateArea, Reach, Reached};
+use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, PrivateArea, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
@@ -42,6 +42,7 @@ pub(super) struct Walk<'a, 'r, M, A> {
     queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
+    arrays: Vec<Gva>,
     members_left: usize,
 }
 
@@ -52,6 +53,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             queue: VecDeque::new(),
             seen: HashSet::new(),
             found: Vec::new(),
+            arrays: Vec::new(),
             members_left: MAX_MEMBERS,
         }
     }
@@ -67,11 +69,14 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         });
     }
 
-    pub(super) fn run(mut self) -> Vec<Reached> {
+    pub(super) fn run(mut self) -> Found {
         while let Some(item) = self.queue.pop_front() {
             self.look_at(&item);
         }
-        self.found
+        Found {
+            objects: self.found,
+            arrays: self.arrays,
+        }
     }
 
     fn push(&mut self, item: Item) {
@@ -176,7 +181,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             let range = GvaRange::new(Gva(base), (end & u64::from(u32::MAX)) + trailer);
             if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
                 let path = format!("{}->{}", item.path, rule.base);
-                self.add(range, item.kind, id, &path);
+                self.add(range, ObjectKind::Passing, id, &path);
             }
         }
     }
@@ -455,8 +460,22 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     kind: item.kind,
                 };
                 self.followed(&embedded, id, types.name(id));
+                self.arrays.extend(self.array(at, id, types.name(id)));
             }
             _ => {}
+        }
+    }
+
+    /// Where the structure `id` of this name at `at` has an xarray, if it is one in which drivers keep things.
+    fn array(&self, at: Gva, id: TypeId, name: &str) -> Option<Gva> {
+        let mut rules = self.reach.rules.arrays.iter();
+        let (_, member) = rules.find(|(of, _)| *of == name)?;
+        match member {
+            None => Some(at),
+            Some(member) => {
+                let member = self.reach.types.find_member(id, member)?;
+                at.checked_add(u64::from(member.bit_offset / 8))
+            }
         }
     }
 
