@@ -77,7 +77,11 @@ pub struct IsolateOptions {
     /// A kernel function that calls always go on in the guest for; may be given several times
     #[arg(long, value_name = "FUNCTION")]
     guest_only: Vec<String>,
-    /// How far calls have to be contained: full, or none where too little is known of the guest's kernel; a faulty call
+    /// Which stores of a call are checked: the first to each page, or exactly each one to a page that others have objects on,
+    /// which takes two exits a store
+    #[arg(long, value_name = "HOW", default_value = "page", value_parser = ["page", "exact"])]
+    stores: String,
+    /// How far calls have to be contained: full, exact as with --stores exact, or none where too little is known of the guest's kernel; a faulty call
     /// may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
     contain: Contain,
@@ -155,6 +159,13 @@ impl IsolateOptions {
                 None => recovery.on_fault = Some(on_fault),
             }
         }
+        let contain = match (self.stores.as_str(), self.contain) {
+            ("exact", Contain::None) => {
+                bail!("with --contain none no store is checked: leave one of the two out")
+            }
+            ("exact", _) => Contain::Exact,
+            (_, contain) => contain,
+        };
         let request = Request::Isolate {
             module: self.module.clone(),
             entries,
@@ -165,7 +176,7 @@ impl IsolateOptions {
                 wait_us: self.wait_us,
                 guest_only: self.guest_only,
             },
-            contain: self.contain,
+            contain,
         };
         let Reply::Isolated(isolated) = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
@@ -271,7 +282,11 @@ pub fn status_text(status: &ModuleStatus) -> String {
 /// How strong the isolation of a module is, in lines.
 fn strength_text(strength: &Strength) -> String {
     let mut text = match strength.contained {
-        true => "each store is checked against what the call may write".to_owned(),
+        true if strength.each_store => {
+            "each store is checked against what the call may write, byte by byte".to_owned()
+        }
+        true => "each store is checked against what the call may write, the first to each page"
+            .to_owned(),
         false => "NOT CONTAINED: a faulty call may write to all of the guest's heap".to_owned(),
     };
     match &strength.model {
@@ -380,6 +395,7 @@ mod tests {
     fn the_status_says_how_strong_isolation_is() {
         let strong = Strength {
             contained: true,
+            each_store: false,
             model: Some("6.1".to_owned()),
             ..Strength::default()
         };

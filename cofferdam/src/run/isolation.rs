@@ -190,7 +190,7 @@ impl LiveGuest for Isolation {
         self.isolator.forget_stale(module, text);
         asker.tell("reading the symbols and types of the guest")?;
         let known = self.knowledge(&mut agent, module, loaded)?;
-        if let (Err(missing), Contain::Full) = (&known.types, request.contain) {
+        if let (Err(missing), true) = (&known.types, request.contain.is_needed()) {
             return Err(AttachError::NotContained(missing.clone()).into());
         }
         self.nics.look(&mut agent, module)?;

@@ -52,7 +52,7 @@ pub struct IsolationSpec {
     wait_us: Option<u64>,
     /// Kernel functions that calls always go on in the guest for.
     guest_only: Vec<String>,
-    /// How far calls have to be contained: `full` or `none`.
+    /// How far calls have to be contained: `exact`, `full` or `none`.
     #[schema(value_type = String)]
     contain: Contain,
 }

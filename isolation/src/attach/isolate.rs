@@ -74,7 +74,7 @@ impl Isolator {
     /// Puts functions of a module into a domain of their own.
     pub fn isolate(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
         self.not_isolated_yet(&request.module)?;
-        if request.types.is_none() && request.contain == Contain::Full {
+        if request.types.is_none() && request.contain.is_needed() {
             let missing = "the types of its kernel and the module (BTF) are not known".to_owned();
             return Err(AttachError::NotContained(missing));
         }
@@ -375,9 +375,10 @@ fn containment(
     match policy {
         Ok(policy) => {
             strength.contained = true;
+            strength.each_store = request.contain == Contain::Exact;
             Ok(Some(policy))
         }
-        Err(missing) if request.contain == Contain::Full => Err(AttachError::NotContained(missing)),
+        Err(missing) if request.contain.is_needed() => Err(AttachError::NotContained(missing)),
         Err(missing) => {
             tracing::warn!("calls of {} are not contained: {missing}", request.module);
             strength.missing.push(missing);
@@ -408,6 +409,7 @@ fn make_domain(
         monitor_gpa: vmm::layout::UNUSED.0,
         host_memory: host_memory.clone(),
         driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
+        each_store: request.contain == Contain::Exact,
         common: plan.common_pages.iter().map(|page| page.0).collect(),
         kick_signal: vmm::kick_signal(),
     })?;

@@ -16,8 +16,10 @@ use devices::hold::Holdable;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Contain {
-    /// Each store is checked against what the call may write. Where what that needs is not known of the guest, its
-    /// modules are not isolated.
+    /// Each store to a page that holds objects of others, too, is checked against what the call may write, byte by byte.
+    Exact,
+    /// A call's first store to each page is checked against what it may write, and so is what it changed if it called no
+    /// kernel function. Where what that needs is not known of the guest, its modules are not isolated.
     #[default]
     Full,
     /// As far as what is known of the guest allows: perhaps calls may write to all of the heap.
@@ -26,14 +28,20 @@ pub enum Contain {
 
 impl Contain {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Full, Self::None];
+    pub const ALL: [Self; 3] = [Self::Exact, Self::Full, Self::None];
 
     /// Its name for a person.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Exact => "exact",
             Self::Full => "full",
             Self::None => "none",
         }
+    }
+
+    /// Whether a module whose calls cannot be contained is not isolated.
+    pub fn is_needed(self) -> bool {
+        self != Self::None
     }
 
     /// The one of that name.
@@ -45,8 +53,11 @@ impl Contain {
 /// How strong the isolation of a module is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Strength {
-    /// Each store is checked against what the call may write.
+    /// Stores are checked against what the call may write.
     pub contained: bool,
+    /// Each of them is, not the first to a page alone.
+    #[serde(default)]
+    pub each_store: bool,
     /// Series of the kernel by whose model calls are taken back that had gone on in the guest; `None` if they are not.
     pub model: Option<String>,
     /// Isolated functions of which no type is known: a call that fails returns `-EIO`, whatever they return otherwise.

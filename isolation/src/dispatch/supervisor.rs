@@ -272,6 +272,15 @@ impl Supervisor for CallSupervisor<'_> {
         policy.is_none_or(|CallPolicy { policy, .. }| policy.lasts(Gva(va)))
     }
 
+    fn owns(&self, va: u64, bytes: u64) -> bool {
+        match &self.policy {
+            Some(CallPolicy { policy, .. }) => {
+                GvaRange::new(Gva(va), bytes).is_some_and(|range| policy.table().may_write(range))
+            }
+            None => true,
+        }
+    }
+
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
         self.permits(va, bytes)
             .unwrap_or_else(|| self.knowledge.changeable(va, bytes))

@@ -82,6 +82,8 @@ pub struct DomainConfig<'a> {
     /// Pages of kernel code that runs with the rights of whoever calls it, by virtual address: return and indirect-branch
     /// thunks, functions that only copy or fill.
     pub common: Vec<u64>,
+    /// Each store to a page that holds objects of others, too, is looked at; only the first to each page otherwise.
+    pub each_store: bool,
     /// Where memory of the host is charged that calls make it keep: one account for all domains of a guest.
     pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
@@ -112,6 +114,8 @@ pub struct Domain {
     stale: Vec<Pfn>,
     fixed: FixedPages,
     common: BTreeSet<u64>,
+    /// Stores to pages with objects of others are looked at one by one.
+    each_store: bool,
     text: BTreeSet<u64>,
     overlays: Overlays,
     /// Pages that were patched, by virtual address.
@@ -158,6 +162,7 @@ impl Domain {
             view,
             warm: WarmPages::default(),
             stale: Vec::new(),
+            each_store: config.each_store,
             common: config.common.iter().copied().collect(),
             text: config.driver_text.iter().copied().collect(),
             fixed: FixedPages {

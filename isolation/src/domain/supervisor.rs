@@ -27,6 +27,9 @@ pub trait Supervisor {
         true
     }
 
+    /// Whether it is known without looking further that the call may write all of the `bytes` bytes at `va`.
+    fn owns(&self, va: u64, bytes: u64) -> bool;
+
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
 

@@ -71,6 +71,10 @@ impl Supervisor for Kernel {
     fn lasts(&self, _: u64) -> bool {
         !self.passes
     }
+    fn owns(&self, va: u64, bytes: u64) -> bool {
+        let mut all = self.writable.iter();
+        all.any(|(start, length)| *start <= va && va + bytes <= start + length)
+    }
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
         self.writable
             .iter()

@@ -65,6 +65,8 @@ pub struct Guest {
     pub kvm: Kvm,
     pub sregs: kvm_sregs,
     pub host_memory: HostMemory,
+    /// Domains look at each store.
+    pub each_store: bool,
     next_table: u64,
 }
 
@@ -111,6 +113,7 @@ impl Guest {
             kvm,
             sregs,
             host_memory: HostMemory::default(),
+            each_store: false,
             next_table: 0x2000,
         };
         for page in 0..2 {
@@ -226,6 +229,7 @@ impl Guest {
             host_memory: self.host_memory.clone(),
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
             common: vec![THUNKS],
+            each_store: self.each_store,
             kick_signal: libc::SIGUSR1,
         })
     }

@@ -1,6 +1,8 @@
 //! The block driver `null_blk` with memory behind it.
 
 use isolation::attach::plan::Wanted;
+use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
+use isolation::domain::violation::ViolationKind;
 
 use crate::machine::Machine;
 use crate::named;
@@ -78,5 +80,47 @@ fn what_was_written_before_is_written_again_by_the_isolated_driver() {
         assert!(machine.entry(module, entry).commits >= 64);
         machine.isolator.release(module).unwrap();
     }
+    machine.assert_healthy();
+}
+
+/// A call of `memcpy` with `rdx` bytes for a place of somebody else's.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_copy_that_is_too_long_is_stopped_where_it_leaves_what_is_the_drivers() {
+    let mut machine = Machine::boot(1, "");
+    machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
+    let entry = "null_queue_rq";
+    machine.isolate("null_blk", named(&[entry])).unwrap();
+    let (others, memcpy) = (machine.symbol("init_task"), machine.symbol("memcpy"));
+    let mut code = vec![0x48, 0xbf]; // mov rdi, others
+    code.extend(others.to_le_bytes());
+    code.extend([0x48, 0x89, 0xe6]); // mov rsi, rsp
+    code.extend([0xba, 8, 0, 0, 0]); // mov edx, 8
+    code.extend([0x48, 0xb8]); // mov rax, memcpy
+    code.extend(memcpy.to_le_bytes());
+    code.extend([0xff, 0xd0, 0xc3]); // call rax; ret
+    let order = FaultOrder {
+        function: entry.into(),
+        offset: 5,
+        code,
+        which: WhichCalls::ALL,
+        times: 1,
+        used_up_by: UsedUpBy::Failing,
+    };
+    machine.isolator.order_fault("null_blk", order).unwrap();
+    let write = "dd if=/dev/zero of=/dev/nullb0 bs=4k count=1 oflag=direct 2>&1 || echo failed";
+    let out = machine.run(write);
+    assert!(out.contains("failed"), "{out}");
+    machine.print_status();
+    let reports = machine.isolator.reports("null_blk").unwrap();
+    let report = reports.last().expect("the store is reported");
+    let address = others;
+    assert_eq!(report.violation.kind, ViolationKind::StrayWrite { address });
+    assert!(report.at.contains("memcpy"), "{report}");
+    let from = report.call_chain.last().unwrap();
+    assert!(from.starts_with("null_queue_rq+"), "{from}");
+    let out = machine.run(write);
+    assert!(!out.contains("failed"), "{out}");
+    machine.isolator.release("null_blk").unwrap();
     machine.assert_healthy();
 }

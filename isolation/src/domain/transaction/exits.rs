@@ -119,7 +119,7 @@ impl Call<'_> {
     }
 
     pub(super) fn resume_at(&mut self, frame: &ExceptionFrame, regs: &kvm_regs, rip: u64) {
-        let rip = match self.rebuilt.take() {
+        let rip = match self.outdated.take() {
             None => rip,
             // By way of a load of CR3, which drops all that the processor remembers of the tables (Intel SDM volume 3,
             // section 4.10.4.1).

@@ -16,6 +16,9 @@ impl Call<'_> {
                 let at = self.interrupted(&frame, regs, root);
                 Ok(Step::GuestOnly(PassThroughReason::Fpu, at))
             }
+            VECTOR_DEBUG if root == Root::Driver && !self.stepping.is_empty() => {
+                Ok(self.stepped(&frame, regs))
+            }
             VECTOR_NMI | VECTOR_MACHINE_CHECK => {
                 Ok(Step::GuestOnly(PassThroughReason::KernelException, None))
             }
@@ -114,10 +117,13 @@ impl Call<'_> {
                     frame.rip,
                 ));
             }
+            let page = address & !(PAGE_SIZE - 1);
+            if is_others && self.domain.each_store && !self.supervisor.owns(page, PAGE_SIZE) {
+                return self.one_store(frame, address, regs);
+            }
             self.open(address)?;
             self.domain.note_open(address, translation.gpa);
             if is_others && !self.supervisor.lasts(address) {
-                let page = address & !(PAGE_SIZE - 1);
                 self.passing.push((Pfn::of(translation.gpa), page));
             }
         }

@@ -81,7 +81,7 @@ impl Call<'_> {
     /// Starts the roots afresh in the middle of a call, with P on `root`: what was open is opened again when touched.
     fn rebuild(&mut self, root: Root) -> Result<(), DomainError> {
         self.stats.rebuilds += 1;
-        self.rebuilt = Some(root);
+        self.outdated = Some(root);
         self.domain.build_roots(self.request.sregs.cr3)
     }
 

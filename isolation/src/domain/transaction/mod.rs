@@ -48,6 +48,7 @@ use devices::hold::DeviceAddress;
 
 mod call;
 mod device;
+mod exact;
 mod exits;
 mod faults;
 mod finish;
@@ -79,6 +80,7 @@ const MAX_DETOURS: u32 = 1 << 16;
 pub(super) const OUT_BYTES: u64 = 2;
 
 const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
+const VECTOR_DEBUG: u8 = 1;
 const VECTOR_NMI: u8 = 2;
 const VECTOR_MACHINE_CHECK: u8 = 18;
 const VECTOR_BREAKPOINT: u8 = 3;
@@ -146,6 +148,8 @@ pub(super) struct Call<'a> {
     overwritten: BTreeMap<Pfn, Overwritten>,
     /// Pages that it was let write, and that the next call is not.
     passing: Vec<(Pfn, u64)>,
+    /// Pages that are open for the one store that is being carried out.
+    stepping: Vec<(Pfn, u64)>,
     /// Kept by calls that go on in the guest.
     journal: Option<Box<Journal>>,
     kernel_calls: Vec<KernelCall>,
@@ -161,9 +165,8 @@ pub(super) struct Call<'a> {
     last_fault: (u64, u64, u32),
     /// Instruction and stack pointer of the last exception.
     interrupted_at: (u64, u64),
-    /// The roots were built anew while P was on this one: their tables are used for something else now, of which the
-    /// processor may remember what they were.
-    rebuilt: Option<Root>,
+    /// Tables of this root were changed while P was on it, and the processor may remember what they were.
+    outdated: Option<Root>,
     stats: CallStats,
     /// Time that it has had, its earlier parts and attempts among it.
     time: CallTime,
@@ -247,6 +250,7 @@ impl Domain {
             posted: Vec::new(),
             overwritten: BTreeMap::new(),
             passing: Vec::new(),
+            stepping: Vec::new(),
             journal: journal.take(),
             kernel_calls: Vec::new(),
             calls_kept: Kept::default(),
@@ -257,7 +261,7 @@ impl Domain {
             detours: 0,
             last_fault: (0, 0, 0),
             interrupted_at: (0, 0),
-            rebuilt: None,
+            outdated: None,
             stats: CallStats::default(),
             time: *time,
             meter: Meter::default(),
@@ -274,7 +278,8 @@ impl Domain {
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         let kept = std::mem::take(&mut call.calls_kept);
         *time = call.time;
-        let passing = std::mem::take(&mut call.passing);
+        let mut passing = std::mem::take(&mut call.passing);
+        passing.append(&mut call.stepping);
         self.close(&passing);
         if journalled {
             self.monitor.journal(|_| false);
@@ -405,7 +410,7 @@ impl Call<'_> {
     /// Sets P's registers to these, at the stub that goes on in the driver root.
     fn start(&mut self, regs: &kvm_regs) {
         // The stub loads CR3.
-        self.rebuilt = None;
+        self.outdated = None;
         let mut regs = *regs;
         regs.rip = self.domain.monitor.entry_stub();
         regs.rflags &= !TRAP_FLAG;
