@@ -95,6 +95,7 @@ pub fn run(
             .iter()
             .map(|kind| kind.name().to_owned())
             .collect(),
+        contain: options.setup.contain,
     };
     let (mut file, records) = open(&options.file, &header)?;
     let summary = Summary::of(&records);
@@ -343,6 +344,7 @@ mod tests {
             kernel: "6.1".to_owned(),
             seed: 1,
             kinds: vec!["nop".to_owned()],
+            contain: isolation::attach::request::Contain::Full,
         };
         let record = |number| Record {
             trial: Trial {

@@ -64,6 +64,8 @@ pub struct Setup {
     pub guest: GuestOptions,
     /// What it does, and its driver.
     pub workload: Workload,
+    /// How stores of isolated calls are checked.
+    pub contain: Contain,
 }
 
 /// How the workload ends without a fault, and how long it may take with one.
@@ -146,7 +148,7 @@ impl Worker {
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
             spilling: Spilling::default(),
-            contain: Contain::Full,
+            contain: setup.contain,
         })?;
         progress("the same with the driver isolated");
         let warm = worker.work(FIRST_TIME)?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use comfy_table::Table;
+use isolation::attach::request::Contain;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
 use recovery::campaign::record::{Header, Record};
@@ -13,6 +14,7 @@ use recovery::campaign::verdict::Verdict;
 use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
 
 use super::images::Images;
+use super::isolation::StoresArgs;
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
@@ -98,6 +100,8 @@ struct RunArgs {
     /// In which ways each fault is tried
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [WayName::Native, WayName::Once, WayName::Stays])]
     ways: Vec<WayName>,
+    #[command(flatten)]
+    stores: StoresArgs,
     /// How many faults
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     trials: u32,
@@ -189,11 +193,12 @@ fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
 }
 
 /// What a campaign tries, in guests from these images.
-fn setup(images: &Images, workload: Workload) -> anyhow::Result<Setup> {
+fn setup(images: &Images, workload: Workload, contain: Contain) -> anyhow::Result<Setup> {
     let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
         guest: options.with(&workload.run).with(&checks()),
         workload,
+        contain,
     })
 }
 
@@ -212,7 +217,7 @@ impl RunArgs {
         ways.sort_unstable();
         ways.dedup();
         let options = CampaignOptions {
-            setup: setup(&self.images, workload)?,
+            setup: setup(&self.images, workload, self.stores.contain(Contain::Full)?)?,
             kinds: or_all(self.kinds),
             trials: self.trials,
             seed: self.seed,
@@ -258,7 +263,7 @@ pub(super) fn measure(
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let driver = workload.driver.clone();
     let options = CampaignOptions {
-        setup: setup(images, workload)?,
+        setup: setup(images, workload, Contain::Full)?,
         kinds: or_all(kinds),
         trials,
         seed,
@@ -415,7 +420,7 @@ fn verdicts(head: &str, ways: &std::collections::BTreeMap<Way, Counts>) -> Table
 }
 
 fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
-    let of_header = |header: &Header| setup(images, header.workload.clone());
+    let of_header = |header: &Header| setup(images, header.workload.clone(), header.contain);
     let mut tell = |what: &str| eprintln!("campaign: {what}");
     let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
     print_json(&serde_json::json!({ "then": then, "now": now }))?;

@@ -77,10 +77,8 @@ pub struct IsolateOptions {
     /// A kernel function that calls always go on in the guest for; may be given several times
     #[arg(long, value_name = "FUNCTION")]
     guest_only: Vec<String>,
-    /// Which stores of a call are checked: the first to each page, or exactly each one to a page that others have objects on,
-    /// which takes two exits a store
-    #[arg(long, value_name = "HOW", default_value = "page", value_parser = ["page", "exact"])]
-    stores: String,
+    #[command(flatten)]
+    stores: StoresArgs,
     /// How far calls have to be contained: full, exact as with --stores exact, or none where too little is known of the guest's kernel; a faulty call
     /// may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
@@ -92,6 +90,28 @@ pub struct IsolateOptions {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Which stores are checked.
+#[derive(Debug, clap::Args)]
+pub struct StoresArgs {
+    /// Which stores of an isolated call are checked: the first to each page, or exactly each one to a page that others have
+    /// objects on, which takes two exits a store
+    #[arg(long, value_name = "HOW", default_value = "page", value_parser = ["page", "exact"])]
+    stores: String,
+}
+
+impl StoresArgs {
+    /// How calls are contained that otherwise were so.
+    pub fn contain(&self, otherwise: Contain) -> anyhow::Result<Contain> {
+        match (self.stores.as_str(), otherwise) {
+            ("exact", Contain::None) => {
+                bail!("with --contain none no store is checked: leave one of the two out")
+            }
+            ("exact", _) => Ok(Contain::Exact),
+            (_, contain) => Ok(contain),
+        }
+    }
 }
 
 /// `WHAT` or `FUNCTION=WHAT`.
@@ -159,13 +179,7 @@ impl IsolateOptions {
                 None => recovery.on_fault = Some(on_fault),
             }
         }
-        let contain = match (self.stores.as_str(), self.contain) {
-            ("exact", Contain::None) => {
-                bail!("with --contain none no store is checked: leave one of the two out")
-            }
-            ("exact", _) => Contain::Exact,
-            (_, contain) => contain,
-        };
+        let contain = self.stores.contain(self.contain)?;
         let request = Request::Isolate {
             module: self.module.clone(),
             entries,

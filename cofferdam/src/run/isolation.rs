@@ -10,7 +10,7 @@ use anyhow::{Context, anyhow, bail};
 use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
 use devices::pci::bus::PowerState;
-use isolation::attach::request::{Contain, IsolateRequest, Isolated};
+use isolation::attach::request::{IsolateRequest, Isolated};
 use isolation::attach::text_fault::{FunctionText, LoadedModule, TextChange};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;

@@ -7,6 +7,7 @@ use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions, with_function};
 use cofferdam::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
+use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{UsedUpBy, WhichCalls};
 use isolation::mutation::{Kind, Site, mutate, sites};
 use recovery::campaign::Way;
@@ -177,6 +178,7 @@ fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> C
         setup: Setup {
             guest: options().with(&workload.run).with(&checks()),
             workload,
+            contain: Contain::Full,
         },
         kinds: kinds.to_vec(),
         trials,

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use isolation::attach::request::Contain;
 use serde::{Deserialize, Serialize};
 
 use super::Way;
@@ -31,6 +32,9 @@ pub struct Header {
     pub seed: u64,
     /// Names of the kinds.
     pub kinds: Vec<String>,
+    /// How stores of isolated calls are checked.
+    #[serde(default)]
+    pub contain: Contain,
 }
 
 /// A run of a trial.
@@ -159,6 +163,7 @@ pub(crate) mod tests {
             kernel: "6.1.0".to_owned(),
             seed: 3,
             kinds: vec!["nop".to_owned()],
+            contain: Contain::Full,
         }
     }
 
