@@ -13,6 +13,7 @@ use isolation::domain::transaction::{
     CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
 };
 use isolation::domain::violation::ViolationKind;
+use isolation::domain::waiting::Waiting;
 use kvm_bindings::kvm_regs;
 use std::time::Duration;
 
@@ -229,6 +230,45 @@ fn a_call_that_would_wait_for_who_writes_to_the_console_goes_on_in_the_guest() {
     let end = go_on(&guest, &mut domain, &mut kernel, &result);
     assert!(matches!(end.end, CallEnd::Committed), "{end:?}");
     assert_eq!((end.regs.rax, guest.read(DEFERRED)), (100, 0));
+}
+
+#[test]
+fn a_call_waits_for_others_in_the_guest_and_not_at_all_where_nothing_is_under_way() {
+    let (function, under_way) = (KERNEL_TEXT + 0x300, 1 << 18);
+    for word in [0, 1, under_way, under_way | 1] {
+        let guest = Guest::new();
+        // The kernel's own would wait for ever while others stand still.
+        guest.code(function, |a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again).unwrap();
+            a.nop().unwrap();
+            a.test(dword_ptr(rdi + 0x38), under_way).unwrap();
+            a.jne(again).unwrap();
+            a.ret().unwrap();
+        });
+        guest.code(DRIVER_TEXT, |a| {
+            a.call(function).unwrap();
+            a.ret().unwrap();
+        });
+        guest.write(KERNEL_DATA + 0x38, word as u64);
+        let mut domain = guest.domain();
+        domain.redirect(DRIVER_TEXT, function).unwrap();
+        let waiting = Waiting::new(function, 0x38, under_way as u32).unwrap();
+        domain.wait_in_guest(&waiting).unwrap();
+        let mut regs = guest.entry_regs();
+        regs.rdi = KERNEL_DATA;
+        let mut kernel = Kernel::with_data();
+        let result = begin(&guest, &mut domain, &mut kernel, regs);
+        if word & under_way == 0 {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+            continue;
+        }
+        // From its beginning, with its arguments.
+        assert_eq!((result.regs.rip, result.regs.rdi), (function, KERNEL_DATA));
+        assert_eq!(guest.read(result.regs.rsp), RETURN_GATE);
+        let end = go_on(&guest, &mut domain, &mut kernel, &result);
+        assert!(matches!(end.end, CallEnd::Committed), "{end:?}");
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ use kvm_ioctls::Kvm;
 use vmm::PausedVcpus;
 
 use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
-use super::kernel_functions::lacking;
+use super::kernel_functions::{WAITS_FOR_OTHERS, WaitsForOthers, lacking};
 use super::live;
 use super::plan::Plan;
 use super::removal::{PlannedWatch, RemovalWatch};
@@ -35,9 +35,13 @@ use crate::dispatch::fault::Faults;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::effects::KernelEffects;
 use crate::domain::host_memory::HostMemory;
+use crate::domain::waiting::Waiting;
 use crate::domain::{Domain, DomainConfig};
+use crate::guest::addr::GvaRange;
+use crate::guest::btf::Btf;
 use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::is_transmit_named;
 use crate::policy::call::DriverPolicy;
 use crate::policy::completion::{no_answer, serves_blocks};
@@ -414,12 +418,35 @@ fn make_domain(
         kick_signal: vmm::kick_signal(),
     })?;
     prepare(&mut domain, plan)?;
+    if let Some(types) = &request.types {
+        for waits in WAITS_FOR_OTHERS {
+            if let Some(waiting) = waiting(waits, &request.symbols, types) {
+                domain.wait_in_guest(&waiting)?;
+            }
+        }
+    }
     for name in &request.guest_only {
         let symbol = request.symbols.kernel_symbol(name);
         let symbol = symbol.ok_or_else(|| AttachError::NoSuchFunction(name.clone()))?;
         domain.trap_function(symbol.at.0)?;
     }
     Ok(domain)
+}
+
+/// How the private VM has a function that waits for others, if this kernel has it so and there is room for that.
+fn waiting(waits: &WaitsForOthers, symbols: &SymbolTable, types: &Btf) -> Option<Waiting> {
+    let function = symbols.kernel_symbol(waits.name)?.at;
+    let room = GvaRange::new(function, Waiting::MAX_CODE_BYTES)?;
+    symbols
+        .extent(function, room)
+        .filter(|extent| *extent == room)?;
+    let [outer, inner] = waits.member;
+    let outer = types.find_member(types.find_struct(waits.of)?, outer)?;
+    let inner = types.find_member(outer.type_id, inner)?;
+    types.size_of(inner.type_id).filter(|bytes| *bytes == 4)?;
+    let offset = u64::from(outer.bit_offset / 8) + u64::from(inner.bit_offset / 8);
+    let bit = u32::try_from(types.enum_value(waits.bit)?).ok()?;
+    Waiting::new(function.0, offset, bit)
 }
 
 /// Whether what failed may work a moment later: the guest was running and what was read was changing.

@@ -104,6 +104,27 @@ pub(super) const CONSOLE: ConsoleNames = ConsoleNames {
     defer: "defer_console_output",
 };
 
+/// A kernel function that waits while a bit is set in a member of what its first argument points at.
+pub(super) struct WaitsForOthers {
+    /// Its name.
+    pub name: &'static str,
+    /// The structure.
+    pub of: &'static str,
+    /// The 32-bit member, each in the one before it.
+    pub member: [&'static str; 2],
+    /// The bit, by the kernel's name for its value.
+    pub bit: &'static str,
+}
+
+/// Kernel functions that wait for other processors without letting go of their own: in a call those stand still.
+/// `synchronize_irq` waits here for handlers that run (kernel/irq/manage.c).
+pub(super) const WAITS_FOR_OTHERS: &[WaitsForOthers] = &[WaitsForOthers {
+    name: "__synchronize_hardirq",
+    of: "irq_desc",
+    member: ["irq_common_data", "state_use_accessors"],
+    bit: "IRQD_IRQ_INPROGRESS",
+}];
+
 /// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
 /// failure.
 pub(super) const FATAL: &[KernelFunction] = &[

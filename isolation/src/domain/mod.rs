@@ -35,6 +35,7 @@ pub mod transaction;
 pub mod undo_log;
 pub mod view;
 pub mod violation;
+pub mod waiting;
 pub mod warm;
 pub mod watchdog;
 
@@ -55,6 +56,7 @@ use overlay::Overlays;
 use private_vm::PrivateVm;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
 use view::{PAGE_SIZE, Pfn, PrivateView};
+use waiting::Waiting;
 use warm::WarmPages;
 use watchdog::Watchdog;
 
@@ -266,6 +268,12 @@ impl Domain {
     pub fn defer_console(&mut self, console: &Console) -> Result<(), DomainError> {
         self.trapped.insert(console.waits_at(), console.take);
         self.patch(console.take, &console.code)
+    }
+
+    /// Has calls not wait for others in this kernel function: where there is something to wait for they go on in the guest.
+    pub fn wait_in_guest(&mut self, waiting: &Waiting) -> Result<(), DomainError> {
+        self.trapped.insert(waiting.waits_at(), waiting.function);
+        self.patch(waiting.function, &waiting.code)
     }
 
     /// Makes reaching the kernel function that begins at `va` the driver's failure.

@@ -27,7 +27,7 @@ pub const E1000_ENTRIES: &[&str] = &[
 ];
 
 /// Operations that between them call every entry, and make `number` the last byte of the address.
-fn operations(number: usize) -> String {
+pub fn operations(number: usize) -> String {
     format!(
         "ethtool -S eth0 | head -3; ethtool -d eth0 | head -3; ip link set eth0 mtu 1400; ip link set eth0 mtu 1500; \
          ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; ethtool -K eth0 rx off; ethtool -K eth0 rx on; \

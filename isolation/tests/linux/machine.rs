@@ -79,6 +79,8 @@ pub struct Machine {
     pub model: Option<KernelModel>,
     /// Whether calls that failed are run once more.
     pub retry: bool,
+    /// How far calls are contained.
+    pub contain: Contain,
     /// Further kernel functions that only the guest may run.
     pub guest_only: Vec<String>,
     thread: Option<JoinHandle<()>>,
@@ -153,6 +155,7 @@ impl Machine {
             sleep_limit: DEFAULT_SLEEP_LIMIT,
             model: None,
             retry: false,
+            contain: Contain::Full,
             guest_only: Vec::new(),
             agent,
             isolator,
@@ -247,7 +250,7 @@ impl Machine {
             module: module.to_owned(),
             types: Some(Arc::new(types)),
             kernel: "6.1".to_owned(),
-            contain: Contain::Full,
+            contain: self.contain,
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,

@@ -6,6 +6,7 @@ mod attaching;
 mod compensating;
 mod dummy;
 mod e1000;
+mod exact;
 mod given_objects;
 mod jumbo;
 mod machine;
