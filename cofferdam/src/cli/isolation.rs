@@ -406,6 +406,21 @@ mod tests {
     }
 
     #[test]
+    fn stores_are_looked_at_one_by_one_only_where_calls_are_contained() {
+        let stores = |how: &str| StoresArgs {
+            stores: how.to_owned(),
+        };
+        for contain in Contain::ALL {
+            assert_eq!(stores("page").contain(contain).unwrap(), contain);
+        }
+        for contain in [Contain::Full, Contain::Exact] {
+            assert_eq!(stores("exact").contain(contain).unwrap(), Contain::Exact);
+        }
+        let refused = stores("exact").contain(Contain::None).unwrap_err();
+        assert!(refused.to_string().contains("--contain none"), "{refused}");
+    }
+
+    #[test]
     fn the_status_says_how_strong_isolation_is() {
         let strong = Strength {
             contained: true,

@@ -54,7 +54,8 @@ impl Call<'_> {
                 frame.rip,
             ));
         };
-        let repeated = repeated(&instruction, &at);
+        let is_here = |repeated: &Repeated| repeated.to / PAGE_SIZE == address / PAGE_SIZE;
+        let repeated = repeated(&instruction, &at).filter(is_here);
         let bytes = repeated.as_ref().map_or_else(
             || stored_at(&instruction, &at, self.request.sregs.gs.base, address),
             |repeated| (repeated.to, repeated.bytes),
