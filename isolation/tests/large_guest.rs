@@ -81,6 +81,28 @@ fn roots_that_are_built_anew_in_mid_call_are_loaded_and_the_call_goes_on() {
 }
 
 #[test]
+fn stores_that_are_looked_at_one_by_one_go_on_when_the_roots_are_built_anew() {
+    let mut guest = guest();
+    guest.each_store = true;
+    guest.code(DRIVER_TEXT, |a| {
+        add_everywhere(a);
+        a.mov(rax, r11).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    // A word of each page, which others have the rest of.
+    let mut kernel = Kernel {
+        writable: (0..PLACES).map(|index| (place(index).0, 8)).collect(),
+        ..Default::default()
+    };
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, 0x1111_2222_3333);
+    assert!(words(&guest).iter().all(|word| *word == 2));
+    assert!(result.stats.rebuilds >= 2, "{:?}", result.stats);
+}
+
+#[test]
 fn a_call_that_fails_after_its_roots_were_built_anew_leaves_nothing() {
     let guest = guest();
     guest.code(DRIVER_TEXT, |a| {

@@ -161,11 +161,12 @@ impl Worker {
         let Some(status) = worker.module()? else {
             bail!("the driver is not isolated any more");
         };
-        if let Some(first) = worker.first_violation(0, None, 0)? {
+        if status.violations > 0 {
+            let first = worker.first_violation(0, None, 0)?;
             bail!(
                 "{} calls were taken back without a fault, and `cofferdam campaign` cannot tell them from those with one; the first that is known: {}",
                 status.violations,
-                first.says
+                first.map_or("none".to_owned(), |first| first.says)
             );
         }
         worker.heard = worker.guest.console_bytes();

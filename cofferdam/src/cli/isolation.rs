@@ -79,8 +79,8 @@ pub struct IsolateOptions {
     guest_only: Vec<String>,
     #[command(flatten)]
     stores: StoresArgs,
-    /// How far calls have to be contained: full, exact as with --stores exact, or none where too little is known of the guest's kernel; a faulty call
-    /// may then write to all of its heap
+    /// How far calls have to be contained: full, exact as with --stores exact, or none where too little is known of the
+    /// guest's kernel; a faulty call may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
     contain: Contain,
     /// Reset the guest when the driver cannot be restarted: have it boot, or go back to its last mark (snapshot); it boots

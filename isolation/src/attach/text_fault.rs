@@ -26,6 +26,7 @@ use super::clean::CleanBytes;
 use super::{
     AttachError, GATE, Isolator, OUT_BYTES, RELEASE_POLL, RELEASE_WAIT, live, physical_bits,
 };
+use crate::domain::MAX_INSTRUCTION;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{ENDBR64, FTRACE_NOP};
 use crate::guest::modules::ModuleLayout;
@@ -34,8 +35,6 @@ use crate::guest::symbols::SymbolTable;
 
 /// Longest function that is looked at, in bytes.
 const MAX_FUNCTION: u64 = 64 << 10;
-/// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
-const MAX_INSTRUCTION: usize = 15;
 
 /// A loaded module as the guest tells of it.
 #[derive(Debug, Clone, Copy)]

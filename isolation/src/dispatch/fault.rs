@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::dispatch::due::Due;
 use crate::dispatch::supervisor::Knowledge;
-use crate::domain::Domain;
 use crate::domain::error::DomainError;
+use crate::domain::{Domain, MAX_INSTRUCTION};
 use crate::guest::addr::Gva;
 
 pub use crate::dispatch::due::WhichCalls;
@@ -25,8 +25,6 @@ pub use crate::dispatch::due::WhichCalls;
 const MAX_FUNCTION: u64 = 64 << 10;
 /// Most orders of one module that are not used up.
 const MAX_ORDERS: usize = 16;
-/// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
-const MAX_INSTRUCTION: usize = 15;
 
 /// A fault in a function of an isolated module.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use devices::dma::GuestMemory;
-use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter};
+use iced_x86::{Formatter, GasFormatter};
 
 use crate::dispatch::platform::Platform;
 use crate::domain::Domain;
@@ -197,15 +197,9 @@ impl Knowledge {
 
 /// The instruction at `va` as the domain has it; empty where there is none.
 fn disassemble(domain: &Domain, va: u64) -> String {
-    let mut code = [0; 15];
-    // An instruction near the end of the last page may have fewer bytes behind it.
-    let readable = (1..=code.len())
-        .rev()
-        .find(|n| domain.code(va, &mut code[..*n]).is_ok());
-    let Some(bytes) = readable else {
+    let Some(instruction) = domain.instruction(va) else {
         return String::new();
     };
-    let instruction = Decoder::with_ip(64, &code[..bytes], va, DecoderOptions::NONE).decode();
     if instruction.is_invalid() {
         return "(bad)".into();
     }

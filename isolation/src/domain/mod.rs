@@ -44,6 +44,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::dma::GuestMemory;
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 use kvm_bindings::{CpuId, kvm_sregs};
 use kvm_ioctls::Kvm;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -59,6 +60,9 @@ use view::{PAGE_SIZE, Pfn, PrivateView};
 use waiting::Waiting;
 use warm::WarmPages;
 use watchdog::Watchdog;
+
+/// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
+pub(crate) const MAX_INSTRUCTION: usize = 15;
 
 /// Highest place tried for the monitor area: the end of Linux's module mapping space
 /// (Documentation/x86/x86_64/mm.rst, `MODULES_END`), less 2 MiB.
@@ -289,6 +293,15 @@ impl Domain {
             self.view.read_private(gpa, std::slice::from_mut(byte))?;
         }
         Ok(())
+    }
+
+    /// The instruction that P has at `va`, which may be none that there is; `None` where nothing is mapped.
+    pub fn instruction(&self, va: u64) -> Option<Instruction> {
+        let mut code = [0; MAX_INSTRUCTION];
+        // One near the end of the last page may have fewer bytes behind it.
+        let mut lengths = (1..=MAX_INSTRUCTION).rev();
+        let bytes = lengths.find(|n| self.code(va, &mut code[..*n]).is_ok())?;
+        Some(Decoder::with_ip(64, &code[..bytes], va, DecoderOptions::NONE).decode())
     }
 
     /// The private view, to look at.

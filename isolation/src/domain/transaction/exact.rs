@@ -9,14 +9,11 @@
 //! ```
 
 use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
-    UsedMemory,
+    Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
 use super::*;
 
-/// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
-const MAX_INSTRUCTION: usize = 15;
 /// RFLAGS: string instructions go downwards.
 const DIRECTION_FLAG: u64 = 1 << 10;
 /// Most bytes that one store writes, but for string instructions: a register of AVX-512.
@@ -48,7 +45,8 @@ impl Call<'_> {
             rflags: frame.rflags,
             ..*regs
         };
-        let Some(instruction) = self.instruction(frame.rip) else {
+        let instruction = self.domain.instruction(frame.rip);
+        let Some(instruction) = instruction.filter(|found| !found.is_invalid()) else {
             return Ok(Step::Violation(
                 ViolationKind::StrayWrite { address },
                 frame.rip,
@@ -85,6 +83,14 @@ impl Call<'_> {
         let (first, last) = (bytes.0, bytes.0.wrapping_add(bytes.1 - 1));
         for page in [first, last].map(|at| at & !(PAGE_SIZE - 1)) {
             self.open_for_a_step(page)?;
+        }
+        if self.outdated.is_some() {
+            // On tables that were made anew, which are loaded by a stub that is not to be stepped: the store comes once more.
+            let pages = std::mem::take(&mut self.stepping);
+            self.domain.close(&pages);
+            self.last_fault = (0, 0, 0);
+            self.resume(frame, regs);
+            return Ok(Step::Continue);
         }
         let stepped = ExceptionFrame {
             rflags: frame.rflags | TRAP_FLAG,
@@ -124,15 +130,6 @@ impl Call<'_> {
         self.domain.note_open(page, translation.gpa);
         self.stepping.push((Pfn::of(translation.gpa), page));
         Ok(())
-    }
-
-    fn instruction(&self, rip: u64) -> Option<Instruction> {
-        let mut code = [0; MAX_INSTRUCTION];
-        // An instruction near the end of the last page may have fewer bytes behind it.
-        let mut lengths = (1..=MAX_INSTRUCTION).rev();
-        let bytes = lengths.find(|n| self.domain.code(rip, &mut code[..*n]).is_ok())?;
-        let instruction = Decoder::with_ip(64, &code[..bytes], rip, DecoderOptions::NONE).decode();
-        (!instruction.is_invalid()).then_some(instruction)
     }
 
     /// The first of `bytes` at an address that the call may not write.
@@ -175,16 +172,8 @@ impl Call<'_> {
         };
         let page = self.domain.view.private_page_mut(to)?;
         page[to_offset..to_offset + bytes].copy_from_slice(&source);
-        if self.host_written.last() != Some(&to) {
-            self.host_written.push(to);
-        }
-        if let Some(translation) = self
-            .domain
-            .roots
-            .translate(repeated.to, &self.domain.view)?
-        {
-            self.domain.note_open(repeated.to, translation.gpa);
-        }
+        self.note_host_written(to);
+        self.domain.note_open(repeated.to, to.gpa());
         Ok(true)
     }
 
@@ -216,7 +205,6 @@ fn repeated(instruction: &Instruction, regs: &kvm_regs) -> Option<Repeated> {
     let is_plain = instruction.memory_segment() != Register::FS
         && instruction.memory_segment() != Register::GS
         && instruction.op_kinds().all(|kind| {
-            use iced_x86::OpKind;
             matches!(
                 kind,
                 OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register

@@ -119,12 +119,15 @@ impl Call<'_> {
     }
 
     pub(super) fn resume_at(&mut self, frame: &ExceptionFrame, regs: &kvm_regs, rip: u64) {
+        let mut rflags = frame.rflags;
         let rip = match self.outdated.take() {
             None => rip,
             // By way of a load of CR3, which drops all that the processor remembers of the tables (Intel SDM volume 3,
             // section 4.10.4.1).
             Some(root) => {
                 self.stats.root_loads += 1;
+                // The stub would be stepped in place of a store, which comes once more.
+                rflags &= !TRAP_FLAG;
                 let monitor = &mut self.domain.monitor;
                 monitor.resume_at(rip);
                 match root {
@@ -136,7 +139,7 @@ impl Call<'_> {
         let next = kvm_regs {
             rip,
             rsp: frame.rsp,
-            rflags: frame.rflags,
+            rflags,
             ..*regs
         };
         self.domain.vm.set_regs(&next);

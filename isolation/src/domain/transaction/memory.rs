@@ -122,9 +122,14 @@ impl Call<'_> {
         let slot = page.get_mut(offset..offset + 8);
         slot.ok_or(DomainError::Internal("a stack slot crosses a page"))?
             .copy_from_slice(&value.to_le_bytes());
+        self.note_host_written(pfn);
+        Ok(())
+    }
+
+    /// The host has written to this page on P's behalf.
+    pub(super) fn note_host_written(&mut self, pfn: Pfn) {
         if self.host_written.last() != Some(&pfn) {
             self.host_written.push(pfn);
         }
-        Ok(())
     }
 }
