@@ -147,6 +147,17 @@ impl Session {
         self.wait_for("raw terminal", |session| !session.cooked());
     }
 
+    /// Waits until it has stopped itself: a signal to go on that comes before has no effect.
+    #[track_caller]
+    fn wait_until_stopped(&self) {
+        let stat = format!("/proc/{}/stat", self.child.id());
+        self.wait_for("stopped process", |_| {
+            let stat = std::fs::read_to_string(&stat).unwrap();
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, fields)| fields.starts_with('T'))
+        });
+    }
+
     fn type_in(&mut self, keys: &[u8]) {
         self.keyboard.write_all(keys).unwrap();
     }
@@ -227,7 +238,8 @@ fn a_stopped_run_gives_the_terminal_back_until_it_goes_on() {
     let mut session = Session::start();
     session.wait_until_raw();
     session.signal(libc::SIGTSTP);
-    session.wait_for("cooked terminal", Session::cooked);
+    session.wait_until_stopped();
+    assert!(session.cooked());
     session.signal(libc::SIGCONT);
     session.wait_until_raw();
     session.type_in(b"\x01x");
@@ -270,7 +282,8 @@ fn signals_end_top_and_stop_it_with_the_terminal_given_back() {
         let top = guest.top();
         top.wait_for("guest", |top| top.screen().contains("tty"));
         top.signal(libc::SIGTSTP);
-        top.wait_for("cooked terminal", Session::cooked);
+        top.wait_until_stopped();
+        assert!(top.cooked());
         top.wait_for("screen", |top| top.screen().contains(BACK));
         top.signal(libc::SIGCONT);
         top.wait_until_raw();

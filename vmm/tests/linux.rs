@@ -211,7 +211,7 @@ fn memory_of(handle: &VmHandle) -> BTreeMap<u64, Vec<u8>> {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_at_work_is_rewound_to_the_byte_and_works_on() {
-    const REWINDS: usize = 30;
+    const REWINDS: usize = 10;
     let mut machine = Machine::boot("");
     machine.shell("(while :; do dd if=/dev/urandom of=/tmp/x bs=64k count=8; md5sum /tmp/x; done) >/dev/null 2>&1 &");
     // Nobody is connected: the guest would be told, in its memory, that who was is not any more.

@@ -106,12 +106,6 @@ fn stream(guest: &mut Guest) {
     assert!(stream.bytes_from_peer > 0, "{stream:?}");
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn the_chosen_kernel_boots_without_a_warning_and_carries_a_stream() {
-    drop(works(&options().images, "vmlinux"));
-}
-
 /// Where the images of a kernel that is not the chosen one are.
 fn images_of(kernel: &str) -> PathBuf {
     let kernels = std::env::var_os("COFFERDAM_KERNELS").map_or_else(
@@ -181,4 +175,15 @@ fn lines_of_a_log_are_told_by_their_level_and_known_ones_left_out() {
             "<3>[    0.5] bad"
         ]
     );
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn the_chosen_kernel_boots_without_a_warning_and_carries_a_stream() {
+        drop(works(&options().images, "vmlinux"));
+    }
 }

@@ -71,36 +71,6 @@ fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed()
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_new_driver_that_fails_and_cannot_be_removed_is_said_to_need_a_reset() {
-    let mut victim = victim();
-    let first = boot_id(&mut victim.guest);
-    victim.isolate(ENTRY, LadderConfig::default());
-    let bad = that_stays(without_the_device());
-    let report = victim.upgrade(DRIVER, bad.clone(), 2000).unwrap();
-    assert_eq!(report.outcome, UpgradeOutcome::Neither);
-    let [new, old] = report.problems.as_slice() else {
-        panic!("{report:?}");
-    };
-    assert!(new.contains("eth0 does not come back"), "{new}");
-    assert!(old.contains("the new one cannot be removed"), "{old}");
-    assert_eq!(report.isolated, 0);
-    // The guest goes on without its NIC.
-    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&bad)));
-    assert_eq!(victim.isolated(), [""; 0]);
-    let interfaces = victim.guest.agent().interfaces().unwrap();
-    assert!(interfaces.iter().all(|one| one.name != "eth0"));
-
-    victim.ask(&Request::Reset {});
-    victim.guest.agent().disconnect();
-    victim.guest.wait_for_agent(BOOT_TIME).unwrap();
-    assert_ne!(boot_id(&mut victim.guest), first);
-    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-    victim.ping();
-    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset() {
     let mut victim = victim();
     let restart = LadderConfig {
@@ -128,4 +98,39 @@ fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset()
     assert_eq!((entry.name.as_str(), entry.commits), (ENTRY, 0));
     assert!(entry.refused > 0, "{entry:?}");
     victim.assert_healthy("a driver that was stopped");
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_new_driver_that_fails_and_cannot_be_removed_is_said_to_need_a_reset() {
+        let mut victim = victim();
+        let first = boot_id(&mut victim.guest);
+        victim.isolate(ENTRY, LadderConfig::default());
+        let bad = that_stays(without_the_device());
+        let report = victim.upgrade(DRIVER, bad.clone(), 2000).unwrap();
+        assert_eq!(report.outcome, UpgradeOutcome::Neither);
+        let [new, old] = report.problems.as_slice() else {
+            panic!("{report:?}");
+        };
+        assert!(new.contains("eth0 does not come back"), "{new}");
+        assert!(old.contains("the new one cannot be removed"), "{old}");
+        assert_eq!(report.isolated, 0);
+        // The guest goes on without its NIC.
+        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&bad)));
+        assert_eq!(victim.isolated(), [""; 0]);
+        let interfaces = victim.guest.agent().interfaces().unwrap();
+        assert!(interfaces.iter().all(|one| one.name != "eth0"));
+
+        victim.ask(&Request::Reset {});
+        victim.guest.agent().disconnect();
+        victim.guest.wait_for_agent(BOOT_TIME).unwrap();
+        assert_ne!(boot_id(&mut victim.guest), first);
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+    }
 }

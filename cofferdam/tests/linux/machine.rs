@@ -43,14 +43,6 @@ fn a_guest_boots_from_the_compressed_kernel_that_debian_ships() {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_that_reboots_ends_with_no_reboot() {
-    let mut guest = boot(&options().with("--no-reboot"));
-    guest.agent().reboot().unwrap();
-    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn four_processors_come_up_and_work() {
     let mut guest = boot(&options().with("--vcpus 4 --net user"));
     let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
@@ -70,10 +62,23 @@ fn four_processors_come_up_and_work() {
     assert!(stream.bytes_from_peer > 0, "{stream:?}");
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn eight_processors_come_up() {
-    let mut guest = boot(&options().with("--vcpus 8"));
-    let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
-    assert_eq!(count.trim(), "8");
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_that_reboots_ends_with_no_reboot() {
+        let mut guest = boot(&options().with("--no-reboot"));
+        guest.agent().reboot().unwrap();
+        assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn eight_processors_come_up() {
+        let mut guest = boot(&options().with("--vcpus 8"));
+        let count = shell(&mut guest, "grep -c ^processor /proc/cpuinfo");
+        assert_eq!(count.trim(), "8");
+    }
 }

@@ -1,7 +1,8 @@
 //! Stock Linux guests and their own drivers on our machine and devices.
 //!
 //! Each test needs a KVM that boots Linux in seconds and the guest images, so all are ignored unless
-//! asked for. Those that leave the guest as they found it share one, in [`shared`]; the others boot their own.
+//! asked for. Those that leave the guest as they found it share one, in [`shared`], those that make its driver fail
+//! another, in [`shared_victim`]; the others boot their own.
 
 #![allow(
     clippy::unwrap_used,
@@ -20,12 +21,11 @@ mod nics;
 mod parked;
 mod passed;
 mod passthrough;
-mod recovery;
 mod rewind_isolated;
 mod shared;
+mod shared_victim;
 mod suspend;
 mod switch;
-mod upgrade;
 mod victim;
 mod virtio;
 mod wires;
@@ -41,6 +41,11 @@ use cofferdam::bench::network;
 const GATEWAY: &str = "10.0.2.2";
 /// How long a guest may take to boot or to end.
 const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// Whether tests that have a full form run in it.
+fn full() -> bool {
+    std::env::var_os("COFFERDAM_FULL").is_some()
+}
 
 /// A guest without a network; each test adds what it needs.
 fn options() -> GuestOptions {

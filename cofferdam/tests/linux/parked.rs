@@ -110,44 +110,49 @@ fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
     assert_eq!(pair.served.status().unwrap().failed_switches, 0);
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn e1000e_tests_its_memory_and_its_interrupts_without_its_device() {
-    let mut pair = Pair::new(&[], "");
-    let parked = &mut pair.guests[SECOND];
-    wait_without_link(parked);
-    // It makes thousands of accesses.
-    let script = "(ethtool -t eth0 offline > /tmp/test 2>&1; echo over >> /tmp/test) < /dev/null > /dev/null 2>&1 &";
-    shell(parked, script);
-    let deadline = Instant::now() + SOON;
-    let result = loop {
-        let result = shell(parked, "cat /tmp/test");
-        if result.ends_with("over\n") {
-            break result;
-        }
-        assert!(Instant::now() < deadline, "it does not end: {result}");
-        std::thread::sleep(Duration::from_secs(1));
-    };
-    println!("{result}");
-    // Registers hold more bits in the image, and nothing is sent.
-    for test in ["Eeprom", "Interrupt"] {
-        let line = result.lines().find(|line| line.starts_with(test));
-        let line = line.unwrap_or_else(|| panic!("no {test} in {result}"));
-        assert!(
-            line.trim_end().ends_with('0'),
-            "{line}\n{}",
-            shell(parked, "dmesg | tail -20")
-        );
-    }
-    pair.give(SECOND);
-    insert_again(&mut pair.guests[SECOND]);
-    nic_works(&mut pair.guests[SECOND]);
-}
-
 /// The test has taken its address.
 fn insert_again(guest: &mut Guest) {
     shell(
         guest,
         "ip link set eth0 up; ip addr replace 10.0.2.16/24 dev eth0",
     );
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn e1000e_tests_its_memory_and_its_interrupts_without_its_device() {
+        let mut pair = Pair::new(&[], "");
+        let parked = &mut pair.guests[SECOND];
+        wait_without_link(parked);
+        // It makes thousands of accesses.
+        let script = "(ethtool -t eth0 offline > /tmp/test 2>&1; echo over >> /tmp/test) < /dev/null > /dev/null 2>&1 &";
+        shell(parked, script);
+        let deadline = Instant::now() + SOON;
+        let result = loop {
+            let result = shell(parked, "cat /tmp/test");
+            if result.ends_with("over\n") {
+                break result;
+            }
+            assert!(Instant::now() < deadline, "it does not end: {result}");
+            std::thread::sleep(Duration::from_secs(1));
+        };
+        println!("{result}");
+        // Registers hold more bits in the image, and nothing is sent.
+        for test in ["Eeprom", "Interrupt"] {
+            let line = result.lines().find(|line| line.starts_with(test));
+            let line = line.unwrap_or_else(|| panic!("no {test} in {result}"));
+            assert!(
+                line.trim_end().ends_with('0'),
+                "{line}\n{}",
+                shell(parked, "dmesg | tail -20")
+            );
+        }
+        pair.give(SECOND);
+        insert_again(&mut pair.guests[SECOND]);
+        nic_works(&mut pair.guests[SECOND]);
+    }
 }

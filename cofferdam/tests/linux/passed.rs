@@ -14,8 +14,9 @@ use cofferdam::runtime_dir::ROOT_VARIABLE;
 use devices::vfio::binding::Sysfs;
 
 use super::passthrough::with_little_locked_memory;
-use super::switch::{has, is_full, kill};
+use super::switch::{has, kill};
 use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
+use crate::full;
 
 /// The lab's e1000e.
 const FUNCTION: &str = "0000:00:02.0";
@@ -128,42 +129,6 @@ fn a_function_that_cannot_be_served_is_refused_in_a_line_that_says_why() {
     drop(served);
     // It is free again at once.
     serve(root, &[]);
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_has_the_hosts_function_behind_a_device_host() {
-    let sysfs = Sysfs::default();
-    sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let served = serve(folder.path(), &[]);
-    let mut left = guest(folder.path(), "left", "");
-    assert_eq!(served.status().unwrap().turn.as_deref(), Some("left"));
-    network::insert_slowly(&mut left, "e1000e").unwrap();
-    let lease = shell(
-        &mut left,
-        "ip link set eth0 up; udhcpc -i eth0 -s /etc/udhcpc.script -n -q -t 60 -T 1 2>&1",
-    );
-    assert!(lease.contains("10.0.2."), "{lease}");
-    nic_works(&mut left);
-    let mac = shell(&mut left, "cat /sys/class/net/eth0/address");
-    let context = context(&served, "left");
-    assert_eq!(mac.trim(), context.mac);
-    assert_eq!(context.mapped_bytes, Some(context.dma_bytes));
-    // Receiver and transmitter have vectors of their own, which come from the host's kernel.
-    let interrupts = shell(&mut left, "cat /proc/interrupts");
-    let own = interrupts.lines().filter(|line| line.contains("eth0-"));
-    assert!(own.clone().count() >= 2, "{interrupts}");
-    assert!(own.clone().all(|line| line.contains("MSI")), "{interrupts}");
-    // With the pin.
-    shell(&mut left, "rmmod e1000e");
-    shell(&mut left, "modprobe e1000e IntMode=0");
-    let up = "ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0";
-    shell(&mut left, up);
-    nic_works(&mut left);
-    let interrupts = shell(&mut left, "grep eth0 /proc/interrupts");
-    assert!(interrupts.contains("IO-APIC"), "{interrupts}");
-    assert_log_is_healthy(&mut left, &["Hardware Unit Hang"]);
 }
 
 /// Two guests that have the function by turns, both with their driver up: the one that was parked when it probed, too.
@@ -328,13 +293,13 @@ fn connections_survive(parked: &str, more: &str) {
 fn connections_of_two_guests_survive_switches_of_a_real_function() {
     set_large_pages_aside();
     connections_survive("down", "--large-pages");
-    if is_full() {
+    if full() {
         connections_survive("stall", "");
     }
 }
 
 fn switches() -> usize {
-    if is_full() { 100 } else { 4 }
+    if full() { 100 } else { 4 }
 }
 
 #[test]
@@ -370,5 +335,46 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     while !is_so() {
         assert!(Instant::now() < deadline, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_has_the_hosts_function_behind_a_device_host() {
+        let sysfs = Sysfs::default();
+        sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let served = serve(folder.path(), &[]);
+        let mut left = guest(folder.path(), "left", "");
+        assert_eq!(served.status().unwrap().turn.as_deref(), Some("left"));
+        network::insert_slowly(&mut left, "e1000e").unwrap();
+        let lease = shell(
+            &mut left,
+            "ip link set eth0 up; udhcpc -i eth0 -s /etc/udhcpc.script -n -q -t 60 -T 1 2>&1",
+        );
+        assert!(lease.contains("10.0.2."), "{lease}");
+        nic_works(&mut left);
+        let mac = shell(&mut left, "cat /sys/class/net/eth0/address");
+        let context = context(&served, "left");
+        assert_eq!(mac.trim(), context.mac);
+        assert_eq!(context.mapped_bytes, Some(context.dma_bytes));
+        // Receiver and transmitter have vectors of their own, which come from the host's kernel.
+        let interrupts = shell(&mut left, "cat /proc/interrupts");
+        let own = interrupts.lines().filter(|line| line.contains("eth0-"));
+        assert!(own.clone().count() >= 2, "{interrupts}");
+        assert!(own.clone().all(|line| line.contains("MSI")), "{interrupts}");
+        // With the pin.
+        shell(&mut left, "rmmod e1000e");
+        shell(&mut left, "modprobe e1000e IntMode=0");
+        let up = "ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0";
+        shell(&mut left, up);
+        nic_works(&mut left);
+        let interrupts = shell(&mut left, "grep eth0 /proc/interrupts");
+        assert!(interrupts.contains("IO-APIC"), "{interrupts}");
+        assert_log_is_healthy(&mut left, &["Hardware Unit Hang"]);
     }
 }

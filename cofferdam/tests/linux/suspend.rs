@@ -18,13 +18,10 @@ use vmm::Rewound;
 use vmm::snapshot::Taken;
 
 use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
+use crate::full;
 
 /// Seconds of the guest's time that a checked stream lasts.
 const STREAM_SECONDS: u64 = 8;
-
-fn full() -> bool {
-    std::env::var_os("COFFERDAM_FULL").is_some()
-}
 
 #[track_caller]
 fn ask(guest: &Guest, request: &Request) -> Reply {

@@ -16,6 +16,7 @@ use super::{
     GATEWAY, assert_log_is_healthy, boot, insert_nic, nic_works, options, shell,
     wait_until_connected,
 };
+use crate::full;
 
 const NAMES: [&str; 2] = ["left", "right"];
 /// How long something that happens by itself may be in coming.
@@ -204,22 +205,11 @@ fn assert_resets_follow_lost_links(log: &str) {
     }
 }
 
-pub fn is_full() -> bool {
-    std::env::var_os("COFFERDAM_FULL").is_some()
-}
-
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn streams_of_two_guests_survive_switches_with_the_parked_link_up() {
-    let switches = if is_full() { 500 } else { 20 };
+    let switches = if full() { 500 } else { 8 };
     streams_survive("stall", switches, Duration::from_millis(50));
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn streams_of_two_guests_survive_switches_with_the_parked_link_down() {
-    let switches = if is_full() { 100 } else { 8 };
-    streams_survive("down", switches, Duration::from_millis(700));
 }
 
 #[test]
@@ -254,4 +244,16 @@ pub(super) fn kill(pid: u32) {
     // SAFETY: a plain system call on a process of this test's own.
     let sent = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
     assert_eq!(sent, 0);
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn streams_of_two_guests_survive_switches_with_the_parked_link_down() {
+        let switches = if full() { 100 } else { 6 };
+        streams_survive("down", switches, Duration::from_millis(700));
+    }
 }

@@ -110,26 +110,31 @@ fn network_card_reaches_the_gateway_and_can_be_restarted() {
     }
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn devices_work_by_the_interrupt_pin_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let disk = folder.path().join("disk");
-    let content = noise(MIB, 4);
-    std::fs::write(&disk, &content).unwrap();
-    let arguments = format!(
-        "--net user --nic virtio --append pci=nomsi --disk {}",
-        disk.display()
-    );
-    let mut guest = boot(&options().with(&arguments));
-    shell(&mut guest, "modprobe virtio_net && modprobe virtio_blk");
-    set_network_up(&mut guest);
-    ping(&mut guest, "10.0.2.2", 56);
-    shell(&mut guest, "cp /dev/vda /tmp/all");
-    assert!(guest.agent().read_file("/tmp/all").unwrap() == content);
-    let interrupts = shell(&mut guest, "grep virtio /proc/interrupts");
-    assert!(
-        interrupts.contains("IO-APIC") && !interrupts.contains("MSI"),
-        "{interrupts}"
-    );
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn devices_work_by_the_interrupt_pin_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("disk");
+        let content = noise(MIB, 4);
+        std::fs::write(&disk, &content).unwrap();
+        let arguments = format!(
+            "--net user --nic virtio --append pci=nomsi --disk {}",
+            disk.display()
+        );
+        let mut guest = boot(&options().with(&arguments));
+        shell(&mut guest, "modprobe virtio_net && modprobe virtio_blk");
+        set_network_up(&mut guest);
+        ping(&mut guest, "10.0.2.2", 56);
+        shell(&mut guest, "cp /dev/vda /tmp/all");
+        assert!(guest.agent().read_file("/tmp/all").unwrap() == content);
+        let interrupts = shell(&mut guest, "grep virtio /proc/interrupts");
+        assert!(
+            interrupts.contains("IO-APIC") && !interrupts.contains("MSI"),
+            "{interrupts}"
+        );
+    }
 }

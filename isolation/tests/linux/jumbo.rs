@@ -31,7 +31,7 @@ fn set_mtu(machine: &mut Machine, bytes: u32) {
 
 fn jumbo_frames_come_through(append: &str) {
     let mut machine = boot_with_network(1, append);
-    machine.retry = true;
+    machine.settings.retry = true;
     machine.isolate("e1000", named(&["e1000_clean"])).unwrap();
     set_mtu(&mut machine, 9000);
     ping(&mut machine, 4, 8000);
@@ -80,12 +80,17 @@ fn jumbo_frames_come_through(append: &str) {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn jumbo_frames_come_through_an_isolated_poll() {
-    jumbo_frames_come_through("");
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn jumbo_frames_come_through_where_the_kernel_checks_its_memory() {
     jumbo_frames_come_through(CHECKED_MEMORY);
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn jumbo_frames_come_through_an_isolated_poll() {
+        jumbo_frames_come_through("");
+    }
 }

@@ -1,5 +1,6 @@
 //! A Debian guest in this process, with a NIC on a gateway of its own and the agent's channel.
 
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,6 +44,9 @@ const BUDGET: Duration = Duration::from_secs(30);
 /// Time for a boot in the lab when it is busy.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
+/// Time to come to rest.
+const REST_TIME: Duration = Duration::from_secs(60);
+
 /// Runs calls that failed once more.
 struct Retry;
 
@@ -60,6 +64,32 @@ fn append_of_all() -> String {
     std::env::var("COFFERDAM_GUEST_APPEND").unwrap_or_default()
 }
 
+/// How modules are isolated.
+pub struct Settings {
+    /// Time that calls may wait for and remain atomic.
+    pub sleep_limit: Duration,
+    /// What calls that go on in the guest are journalled by.
+    pub model: Option<KernelModel>,
+    /// Whether calls that failed are run once more.
+    pub retry: bool,
+    /// How far calls are contained.
+    pub contain: Contain,
+    /// Further kernel functions that only the guest may run.
+    pub guest_only: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sleep_limit: DEFAULT_SLEEP_LIMIT,
+            model: None,
+            retry: false,
+            contain: Contain::Full,
+            guest_only: Vec::new(),
+        }
+    }
+}
+
 /// A running guest.
 pub struct Machine {
     pub agent: Client,
@@ -73,16 +103,10 @@ pub struct Machine {
     images: PathBuf,
     /// First kernel message after the boot.
     boot_end: u64,
-    /// Time that calls may wait for and remain atomic.
-    pub sleep_limit: Duration,
-    /// What calls that go on in the guest are journalled by.
-    pub model: Option<KernelModel>,
-    /// Whether calls that failed are run once more.
-    pub retry: bool,
-    /// How far calls are contained.
-    pub contain: Contain,
-    /// Further kernel functions that only the guest may run.
-    pub guest_only: Vec<String>,
+    /// How modules are isolated.
+    pub settings: Settings,
+    /// Marks that were set, with the symbols that were known.
+    marks: BTreeMap<&'static str, Arc<SymbolTable>>,
     thread: Option<JoinHandle<()>>,
     _directory: tempfile::TempDir,
 }
@@ -152,11 +176,8 @@ impl Machine {
         Self {
             boot_end,
             link_losses,
-            sleep_limit: DEFAULT_SLEEP_LIMIT,
-            model: None,
-            retry: false,
-            contain: Contain::Full,
-            guest_only: Vec::new(),
+            settings: Settings::default(),
+            marks: BTreeMap::new(),
             agent,
             isolator,
             handle,
@@ -171,6 +192,27 @@ impl Machine {
             thread: Some(thread),
             _directory: directory,
         }
+    }
+
+    /// Sets a mark where the guest is.
+    pub fn mark(&mut self, name: &'static str) {
+        self.agent.disconnect();
+        self.handle.mark(name, REST_TIME).unwrap();
+        self.marks.insert(name, self.symbols.clone());
+    }
+
+    pub fn has_mark(&self, name: &str) -> bool {
+        self.marks.contains_key(name)
+    }
+
+    /// Takes the guest back to a mark, at which nothing is isolated.
+    pub fn rewind(&mut self, name: &'static str) {
+        self.agent.disconnect();
+        self.handle.rewind(Some(name), REST_TIME).unwrap();
+        assert!(self.isolator.status().is_empty());
+        self.symbols = self.marks[name].clone();
+        self.settings = Settings::default();
+        self.agent.hello(BOOT_TIME).unwrap();
     }
 
     /// Runs a program in the guest, which must succeed, and returns what it wrote.
@@ -201,7 +243,6 @@ impl Machine {
         text
     }
 
-    /// Loads a module and reads the guest's symbols anew.
     /// What is known of the functions of the guest's kernel.
     pub fn kernel_model(&mut self) -> KernelModel {
         let release = self.run("uname -r");
@@ -210,6 +251,7 @@ impl Machine {
         model.unwrap().for_isolation()
     }
 
+    /// Loads a module and reads the guest's symbols anew.
     pub fn load(&mut self, module: &str, params: &str) {
         self.agent.load_module(module, params).unwrap();
         self.read_symbols();
@@ -250,20 +292,20 @@ impl Machine {
             module: module.to_owned(),
             types: Some(Arc::new(types)),
             kernel: "6.1".to_owned(),
-            contain: self.contain,
+            contain: self.settings.contain,
             sections: modules[0].sections.clone(),
             symbols: self.symbols.clone(),
             wanted,
-            model: self.model.clone(),
-            guest_only: self.guest_only.clone(),
+            model: self.settings.model.clone(),
+            guest_only: self.settings.guest_only.clone(),
             device_slots: device.iter().map(|_| self.nic_slot).collect(),
             device: device.map(|device| Arc::new(device) as _),
             budget: BUDGET,
-            policy: match self.retry {
+            policy: match self.settings.retry {
                 true => Box::new(Retry),
                 false => Box::new(ReturnErrors),
             },
-            sleep_limit: self.sleep_limit,
+            sleep_limit: self.settings.sleep_limit,
         })
     }
 

@@ -2,17 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
-mod attaching;
-mod compensating;
-mod dummy;
-mod e1000;
-mod exact;
-mod given_objects;
 mod jumbo;
 mod machine;
-mod null_blk;
 mod processors;
-mod soak;
+mod shared;
 mod wire;
 
 use isolation::attach::plan::Wanted;
@@ -32,9 +25,15 @@ done
 exit 1
 ";
 
-/// A guest whose NIC is up and reaches the gateway, with the MTU that `COFFERDAM_GUEST_MTU` says.
+/// A guest of its own whose NIC is up and reaches the gateway.
 fn boot_with_network(vcpus: u8, append: &str) -> Machine {
     let mut machine = Machine::boot(vcpus, append);
+    bring_up_network(&mut machine);
+    machine
+}
+
+/// Has the NIC come up and reach the gateway, with the MTU that `COFFERDAM_GUEST_MTU` says.
+fn bring_up_network(machine: &mut Machine) {
     machine.load("e1000", "");
     machine.run("ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up");
     let write = machine
@@ -45,5 +44,4 @@ fn boot_with_network(vcpus: u8, append: &str) -> Machine {
     if let Ok(mtu) = std::env::var("COFFERDAM_GUEST_MTU") {
         machine.run(&format!("ip link set eth0 mtu {mtu}; linked"));
     }
-    machine
 }

@@ -1,6 +1,6 @@
 //! Runs the `#[ignore]`d tests: they need the images. Those that boot guests run where that is possible, all others on this
-//! host, one after the other. In labs, a few tests at a time are one command, in a process of their own (`queue.rs`), and
-//! several labs work side by side. A command that hangs its lab is tried again in a new one, and so are, once and a few a run,
+//! host, one after the other; those that take long only in the full form, or by name. In labs, a few tests at a time are one
+//! command, in a process of their own (`queue.rs`), and several labs work side by side. A command that hangs its lab is tried again in a new one, and so are, once and a few a run,
 //! tests that fail in one: what the emulated processors do wrong (`docs/lab.md`) fails tests too. That is not hidden.
 
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::FULL;
 use super::count::Count;
 use super::programs;
-use super::queue::{Batch, Queue, Times};
+use super::queue::{Batch, Queue, Times, is_long};
 use super::record::TestRecord;
 use crate::lab::{Ended, Kind, Lab, Request, Settings, watch_interrupts};
 use crate::place::Place;
@@ -93,6 +93,9 @@ pub fn run(
     for program in programs.flat_map(|program| program.forms(guests.full)) {
         let mut tests = programs::ignored(&program)?;
         tests.retain(|test| program.full_name(test).contains(filter));
+        if filter.is_empty() && !guests.full {
+            tests.retain(|test| !is_long(test));
+        }
         if guests.place == Place::Lab && program.boots_linux {
             in_labs.extend(Batch::divide(program, tests));
         } else if !tests.is_empty() {
@@ -145,11 +148,11 @@ fn run_in_labs(
                     let mut lab = Lab::open(settings, kind)?;
                     let name = format!("lab {}", number + 1);
                     while let Some(batch) = queue.take() {
-                        let once = |lab: &mut Lab| {
-                            let mut request = request(workspace, &batch, guests)?;
+                        let once = |lab: &mut Lab, batch: &Batch| {
+                            let mut request = request(workspace, batch, guests)?;
                             lab.bring_up()?;
                             request.limit = request.limit.mul_f64(lab.pace());
-                            let mut run = BatchRun::new(&batch, Place::Lab, name.clone(), progress);
+                            let mut run = BatchRun::new(batch, Place::Lab, name.clone(), progress);
                             let mut read = |is_stderr, bytes: &[u8]| run.read(is_stderr, bytes);
                             let outcome = lab.run(&request, &mut read)?;
                             if outcome.ended == Ended::Interrupted {
@@ -159,12 +162,14 @@ fn run_in_labs(
                             found.retries += outcome.retries;
                             Ok(run.finish(outcome.ended))
                         };
-                        let mut records = once(&mut lab)?;
-                        if records.iter().any(|record| !record.passed) && take_one(second_tries) {
+                        let mut records = once(&mut lab, &batch)?;
+                        let failed = failed(&batch, &records);
+                        if !failed.tests.is_empty() && take_one(second_tries) {
                             eprintln!("      that failed: once more, in a new lab");
                             lab.renew()?;
-                            progress.over.fetch_sub(records.len(), Ordering::Relaxed);
-                            records = second(records, once(&mut lab)?);
+                            let again = failed.tests.len();
+                            progress.over.fetch_sub(again, Ordering::Relaxed);
+                            records = second(records, once(&mut lab, &failed)?);
                         }
                         let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
                         found.tests.extend(records);
@@ -188,13 +193,27 @@ fn take_one(left: &AtomicUsize) -> bool {
         .is_ok()
 }
 
-/// What came of a second try of tests of which some failed in the first. One that passed then and fails now has failed.
-fn second(first: Vec<TestRecord>, mut second: Vec<TestRecord>) -> Vec<TestRecord> {
-    for record in &mut second {
-        let mut before = first.iter().filter(|before| before.name == record.name);
-        record.second_try = before.any(|before| !before.passed);
+/// Those of a batch that failed.
+fn failed(batch: &Batch, records: &[TestRecord]) -> Batch {
+    let failed = |test: &&String| {
+        let name = batch.program.full_name(test);
+        records.iter().any(|one| one.name == name && !one.passed)
+    };
+    Batch {
+        program: batch.program.clone(),
+        tests: batch.tests.iter().filter(failed).cloned().collect(),
     }
-    second
+}
+
+/// What came of tests of which those that failed were tried a second time.
+fn second(mut first: Vec<TestRecord>, second: Vec<TestRecord>) -> Vec<TestRecord> {
+    first.retain(|record| record.passed);
+    let again = second.into_iter().map(|record| TestRecord {
+        second_try: true,
+        ..record
+    });
+    first.extend(again);
+    first
 }
 
 /// How many tests are over, of how many.
@@ -434,17 +453,21 @@ mod tests {
     #[test]
     fn a_test_that_passes_at_its_second_try_is_told_from_others() {
         let (batch, progress) = (batch(&["a", "b", "c"]), Progress::new(3));
-        let records = |said: &str| {
-            let mut run = BatchRun::new(&batch, Place::Lab, "lab 1".into(), &progress);
+        let records = |batch: &Batch, said: &str| {
+            let mut run = BatchRun::new(batch, Place::Lab, "lab 1".into(), &progress);
             run.read(false, said.as_bytes()).unwrap();
             run.finish(Ended::Exited(101))
         };
-        let first = records("test a ... FAILED\ntest b ... ok\ntest c ... FAILED\n");
-        let again = records("test a ... ok\ntest b ... ok\ntest c ... FAILED\n");
+        let first = "test a ... FAILED\ntest b ... ok\ntest c ... FAILED\n";
+        let first = records(&batch, first);
+        let failed = failed(&batch, &first);
+        assert_eq!(failed.tests, ["a", "c"]);
+        let again = records(&failed, "test a ... ok\ntest c ... FAILED\n");
         let findings = Findings {
             tests: second(first, again),
             retries: 0,
         };
+        assert_eq!(findings.tests.len(), 3);
         assert_eq!(findings.unsteady().collect::<Vec<_>>(), ["vmm::boot::a"]);
         assert_eq!(findings.failed().collect::<Vec<_>>(), ["vmm::boot::c"]);
         let left = AtomicUsize::new(1);

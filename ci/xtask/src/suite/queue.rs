@@ -1,5 +1,5 @@
-//! Which tests go to the labs, and in which order: those that share a guest together, all others one by one, the longest
-//! first. So labs side by side come to their ends at nearly the same time.
+//! Which tests go to the labs, and in which order: those that share a guest a few at a time, all others one by one, the
+//! longest first. So labs side by side come to their ends at nearly the same time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -10,8 +10,18 @@ use anyhow::Context;
 use super::programs::Program;
 use super::record::TestRecord;
 
-/// The tests of a program's module of this name share a guest: they run in one process.
-const SHARED: &str = "shared::";
+/// The tests of each of a program's modules whose names begin so share a guest: they run in one process.
+const SHARED: &str = "shared";
+/// So many of them at most: what is lost with a lab that hangs is no more than these. Each process boots a guest.
+const TOGETHER: usize = 8;
+/// Tests in modules of this name take long, and most of what they show others show, too: they run in the full form of the
+/// suite, and for whoever asks for them by name.
+const LONG: &str = "long";
+
+/// Whether a test takes long.
+pub fn is_long(test: &str) -> bool {
+    test.split("::").any(|part| part == LONG)
+}
 
 /// Seconds for a test of which nothing is known: most take less, so that those with known times fill the gaps.
 const UNKNOWN: f64 = 60.0;
@@ -33,11 +43,23 @@ impl Batch {
             program: program.clone(),
             tests,
         };
-        let (shared, single): (Vec<_>, Vec<_>) =
-            tests.into_iter().partition(|test| test.starts_with(SHARED));
-        let shared = (!shared.is_empty()).then_some(shared);
-        let single = single.into_iter().map(|test| vec![test]);
-        shared.into_iter().chain(single).map(batch).collect()
+        let mut shared = BTreeMap::<String, Vec<String>>::new();
+        let mut batches = Vec::new();
+        for test in tests {
+            match test.split_once("::") {
+                Some((module, _)) if module.starts_with(SHARED) => {
+                    shared.entry(module.to_owned()).or_default().push(test);
+                }
+                _ => batches.push(batch(vec![test])),
+            }
+        }
+        for tests in shared.into_values() {
+            // As many in each, so that none boots a guest for one test.
+            let processes = tests.len().div_ceil(TOGETHER);
+            let chunks = tests.chunks(tests.len().div_ceil(processes));
+            batches.extend(chunks.map(|tests| batch(tests.to_vec())));
+        }
+        batches
     }
 }
 
@@ -116,12 +138,25 @@ mod tests {
 
     #[test]
     fn tests_that_share_a_guest_stay_together() {
-        let tests: Vec<_> = batches(&["a::x", "shared::nic::y", "b", "shared::z"])
-            .into_iter()
-            .map(|batch| batch.tests.join(" "))
-            .collect();
-        assert_eq!(tests, ["shared::nic::y shared::z", "a::x", "b"]);
-        assert_eq!(batches(&["a", "b"]).len(), 2);
+        let divided = |tests: &[&str]| -> Vec<String> {
+            let batches = batches(tests).into_iter();
+            batches.map(|batch| batch.tests.join(" ")).collect()
+        };
+        let tests = ["a::x", "shared::nic::y", "b", "shared_two::w", "shared::z"];
+        let expected = ["a::x", "b", "shared::nic::y shared::z", "shared_two::w"];
+        assert_eq!(divided(&tests), expected);
+        assert_eq!(divided(&["a", "b"]).len(), 2);
+        // No process has many more of them than another.
+        let many: Vec<String> = (0..TOGETHER + 2).map(|n| format!("shared::t{n}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let sizes: Vec<usize> = batches(&many).iter().map(|b| b.tests.len()).collect();
+        assert_eq!(sizes, [TOGETHER / 2 + 1, TOGETHER / 2 + 1]);
+    }
+
+    #[test]
+    fn long_tests_are_told_by_their_module() {
+        assert!(is_long("switch::long::streams") && is_long("long::a"));
+        assert!(!is_long("a::a_long_way") && !is_long("longer::b"));
     }
 
     #[test]

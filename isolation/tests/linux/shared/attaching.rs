@@ -2,13 +2,14 @@
 
 use isolation::attach::plan::Wanted;
 
+use super::{booted, with_network};
 use crate::machine::Machine;
-use crate::{boot_with_network, named};
+use crate::named;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_released_module_has_every_byte_of_its_text_back() {
-    let mut machine = boot_with_network(1, "");
+    let mut machine = with_network();
     let before = machine.module_text("e1000");
     let kernel_before = machine.kernel_code("free_module");
     let ping = "ping -c 3 -i 0.1 -W 2 10.0.2.2 >/dev/null";
@@ -44,7 +45,7 @@ fn a_released_module_has_every_byte_of_its_text_back() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn what_cannot_be_isolated_is_refused_with_the_reason() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("dummy", "numdummies=1");
     let refusal = |machine: &mut Machine, wanted| {
         machine
@@ -69,7 +70,7 @@ fn what_cannot_be_isolated_is_refused_with_the_reason() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_module_that_is_removed_is_not_isolated_any_more() {
-    let mut machine = boot_with_network(1, "");
+    let mut machine = with_network();
     let kernel_before = machine.kernel_code("free_module");
     machine.isolate("e1000", Wanted::All).unwrap();
     assert_ne!(machine.kernel_code("free_module"), kernel_before);

@@ -6,31 +6,32 @@ use std::time::Duration;
 use isolation::compensation::effects::{ArgumentModel, OppositeModel};
 use isolation::dispatch::fault::{FaultOrder, InstructionKind, UsedUpBy, WhichCalls};
 
-use crate::e1000::E1000_ENTRIES;
+use super::e1000::E1000_ENTRIES;
+use super::{Lent, with_silent_network};
 use crate::machine::Machine;
-use crate::{boot_with_network, named};
+use crate::named;
 
 /// `ud2`.
 const FAULT: [u8; 2] = [0x0f, 0x0b];
 
 /// A machine in which every wait of a call goes on in the guest, with all entries isolated.
-fn machine(guest_only: &[&str]) -> Machine {
+fn machine(guest_only: &[&str]) -> Lent {
     machine_with(E1000_ENTRIES, guest_only)
 }
 
 /// As [`machine`], with only these entries isolated.
-fn machine_with(entries: &[&str], guest_only: &[&str]) -> Machine {
-    let mut machine = boot_with_network(1, "ipv6.disable=1");
+fn machine_with(entries: &[&str], guest_only: &[&str]) -> Lent {
+    let mut machine = with_silent_network();
     // With larger frames a reset gives pages back, which nothing takes back (docs/recovery.md).
     machine.run("ip link set eth0 mtu 1500; linked");
-    machine.sleep_limit = Duration::ZERO;
-    machine.model = Some(machine.kernel_model());
+    machine.settings.sleep_limit = Duration::ZERO;
+    machine.settings.model = Some(machine.kernel_model());
     // Since 6.10 the allocators' names say whether what they allocate is accounted to its place in the code.
     let own = |name: &&str| match machine.has_symbol(name) {
         true => (*name).to_owned(),
         false => format!("{name}_noprof"),
     };
-    machine.guest_only = guest_only.iter().map(own).collect();
+    machine.settings.guest_only = guest_only.iter().map(own).collect();
     machine.isolate("e1000", named(entries)).unwrap();
     machine
 }
@@ -242,26 +243,6 @@ fn a_reset_of_the_adapter_that_fails_after_it_slept_is_taken_back() {
     machine.assert_healthy();
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_taken_back() {
-    // The new rings are allocated in the guest, when the old ones are empty and the adapter has been reset.
-    let mut machine = machine(&["vzalloc"]);
-    machine.run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; linked; ping -c 1 -W 2 10.0.2.2");
-    fail_everywhere(
-        &mut machine,
-        "e1000_set_ringparam",
-        ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
-        recoveries(),
-    );
-    machine.print_status();
-    assert_eq!(machine.status("e1000").broken, None);
-    machine.run("ping -c 300 -i 0.01 -W 2 10.0.2.2");
-    machine.isolator.release("e1000").unwrap();
-    machine.run("ping -c 2 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 128; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
-    machine.assert_healthy();
-}
-
 /// Packets in both directions until the file is gone, their contents checked.
 const PACKETS: &str = "touch /tmp/on; \
     (while [ -e /tmp/on ]; do /init traffic udp_echo 10.0.2.2 3; done; touch /tmp/ended) \
@@ -289,46 +270,11 @@ fn packets_are_kept_out_where_only_the_reset_is_isolated_too() {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn packets_on_their_way_do_not_keep_a_reset_from_being_taken_back() {
-    let mut machine = machine(&["vzalloc"]);
-    machine.run(PACKETS);
-    fail_everywhere(
-        &mut machine,
-        "e1000_set_ringparam",
-        ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
-        recoveries(),
-    );
-    machine.print_status();
-    machine.run("rm /tmp/on; linked; ping -c 50 -i 0.02 -W 2 10.0.2.2; while ! [ -e /tmp/ended ]; do sleep 0.2; done");
-    let stream = machine.run("cat /tmp/stream");
-    eprintln!("{stream}");
-    assert!(stream.contains("\"corrupted\":0"), "{stream}");
-    let corrupted = stream.matches("\"corrupted\":");
-    assert_eq!(
-        corrupted.count(),
-        stream.matches("\"corrupted\":0,").count()
-    );
-    // The calls of the others went through the domain meanwhile, and none of them failed.
-    for entry in ["e1000_intr", "e1000_clean", "e1000_xmit_frame"] {
-        let entry = machine.entry("e1000", entry);
-        assert!(entry.calls > 50 && entry.aborts == 0, "{entry:?}");
-    }
-    let transmitted = machine.entry("e1000", "e1000_xmit_frame");
-    let undone = machine.entry("e1000", "e1000_set_ringparam").undone;
-    eprintln!(
-        "{} packets kept out, {undone} calls taken back",
-        transmitted.kept_out
-    );
-    machine.assert_healthy();
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_call_that_was_taken_back_can_be_run_again() {
-    let mut machine = boot_with_network(1, "ipv6.disable=1");
-    machine.sleep_limit = Duration::ZERO;
-    machine.retry = true;
-    machine.model = Some(machine.kernel_model());
+    let mut machine = with_silent_network();
+    machine.settings.sleep_limit = Duration::ZERO;
+    machine.settings.retry = true;
+    machine.settings.model = Some(machine.kernel_model());
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     let function = "e1000_set_ringparam";
     let places = places(&machine, function);
@@ -354,46 +300,6 @@ fn a_call_that_was_taken_back_can_be_run_again() {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn an_opposite_that_does_not_return_is_given_up() {
-    let mut machine = boot_with_network(1, "ipv6.disable=1");
-    machine.sleep_limit = Duration::ZERO;
-    let mut model = machine.kernel_model();
-    let carrier = model
-        .lasting
-        .iter_mut()
-        .find(|f| f.name == "netif_carrier_off");
-    carrier.unwrap().undo = Some(OppositeModel {
-        function: "msleep".to_owned(),
-        arguments: vec![ArgumentModel::Constant(18_000)],
-    });
-    machine.model = Some(model);
-    machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
-    let function = "e1000_set_ringparam";
-    let offset = *places(&machine, function).last().unwrap();
-    order(&machine, function, offset, 1);
-    machine.run("(ethtool -G eth0 rx 128; echo done > /tmp/done) </dev/null >/dev/null 2>&1 &");
-    let entry = |machine: &Machine| machine.entry("e1000", function);
-    while entry(&machine).left_over == 0 {
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    let report = machine.isolator.reports("e1000").unwrap().pop().unwrap();
-    assert!(report.violation.stays());
-    assert!(
-        report
-            .to_string()
-            .contains("msleep, called to take it back, does not return"),
-        "{report}"
-    );
-    // It does after all: the caller is not left alone.
-    machine.run(
-        "while ! [ -e /tmp/done ]; do sleep 0.2; done; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2",
-    );
-    assert_eq!((entry(&machine).left_over, entry(&machine).undone), (1, 0));
-    machine.assert_healthy();
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn an_open_that_fails_after_its_interrupt_was_requested_in_the_guest_is_taken_back() {
     let mut machine = machine(&["request_threaded_irq"]);
     machine.run("ip link set eth0 down; ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2");
@@ -409,4 +315,105 @@ fn an_open_that_fails_after_its_interrupt_was_requested_in_the_guest_is_taken_ba
     machine
         .run("ip link set eth0 down; ip link set eth0 up; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
     machine.assert_healthy();
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn packets_on_their_way_do_not_keep_a_reset_from_being_taken_back() {
+        let mut machine = machine(&["vzalloc"]);
+        machine.run(PACKETS);
+        fail_everywhere(
+            &mut machine,
+            "e1000_set_ringparam",
+            ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
+            recoveries(),
+        );
+        machine.print_status();
+        machine.run("rm /tmp/on; linked; ping -c 50 -i 0.02 -W 2 10.0.2.2; while ! [ -e /tmp/ended ]; do sleep 0.2; done");
+        let stream = machine.run("cat /tmp/stream");
+        eprintln!("{stream}");
+        assert!(stream.contains("\"corrupted\":0"), "{stream}");
+        let corrupted = stream.matches("\"corrupted\":");
+        assert_eq!(
+            corrupted.count(),
+            stream.matches("\"corrupted\":0,").count()
+        );
+        // The calls of the others went through the domain meanwhile, and none of them failed.
+        for entry in ["e1000_intr", "e1000_clean", "e1000_xmit_frame"] {
+            let entry = machine.entry("e1000", entry);
+            assert!(entry.calls > 50 && entry.aborts == 0, "{entry:?}");
+        }
+        let transmitted = machine.entry("e1000", "e1000_xmit_frame");
+        let undone = machine.entry("e1000", "e1000_set_ringparam").undone;
+        eprintln!(
+            "{} packets kept out, {undone} calls taken back",
+            transmitted.kept_out
+        );
+        machine.assert_healthy();
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_taken_back() {
+        // The new rings are allocated in the guest, when the old ones are empty and the adapter has been reset.
+        let mut machine = machine(&["vzalloc"]);
+        machine
+            .run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; linked; ping -c 1 -W 2 10.0.2.2");
+        fail_everywhere(
+            &mut machine,
+            "e1000_set_ringparam",
+            ("ethtool -G eth0 rx 128", "ethtool -G eth0 rx 256"),
+            recoveries(),
+        );
+        machine.print_status();
+        assert_eq!(machine.status("e1000").broken, None);
+        machine.run("ping -c 300 -i 0.01 -W 2 10.0.2.2");
+        machine.isolator.release("e1000").unwrap();
+        machine.run("ping -c 2 -i 0.1 -W 2 10.0.2.2; ethtool -G eth0 rx 128; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2");
+        machine.assert_healthy();
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn an_opposite_that_does_not_return_is_given_up() {
+        let mut machine = with_silent_network();
+        machine.settings.sleep_limit = Duration::ZERO;
+        let mut model = machine.kernel_model();
+        let carrier = model
+            .lasting
+            .iter_mut()
+            .find(|f| f.name == "netif_carrier_off");
+        carrier.unwrap().undo = Some(OppositeModel {
+            function: "msleep".to_owned(),
+            arguments: vec![ArgumentModel::Constant(18_000)],
+        });
+        machine.settings.model = Some(model);
+        machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
+        let function = "e1000_set_ringparam";
+        let offset = *places(&machine, function).last().unwrap();
+        order(&machine, function, offset, 1);
+        machine.run("(ethtool -G eth0 rx 128; echo done > /tmp/done) </dev/null >/dev/null 2>&1 &");
+        let entry = |machine: &Machine| machine.entry("e1000", function);
+        while entry(&machine).left_over == 0 {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let report = machine.isolator.reports("e1000").unwrap().pop().unwrap();
+        assert!(report.violation.stays());
+        assert!(
+            report
+                .to_string()
+                .contains("msleep, called to take it back, does not return"),
+            "{report}"
+        );
+        // It does after all: the caller is not left alone.
+        machine.run(
+            "while ! [ -e /tmp/done ]; do sleep 0.2; done; linked; ping -c 2 -i 0.1 -W 2 10.0.2.2",
+        );
+        assert_eq!((entry(&machine).left_over, entry(&machine).undone), (1, 0));
+        machine.assert_healthy();
+    }
 }

@@ -1,7 +1,7 @@
 //! Entries of the stock e1000 isolated and released at random, in any order with the calls that meet them.
 //!
 //! ```text
-//!  for COFFERDAM_SOAK_SECONDS (20):
+//!  for COFFERDAM_SOAK_SECONDS (10):
 //!    a TCP stream, contents checked  ║ isolate some entries, use the driver, wait, release; again and again
 //!    no stream                       ║ the same, with operations that stop and start the NIC
 //! ```
@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use isolation::compensation::effects::KernelModel;
 
-use crate::e1000::E1000_ENTRIES;
-use crate::machine::Machine;
-use crate::{boot_with_network, named};
+use super::e1000::E1000_ENTRIES;
+use super::{Lent, with_network};
+use crate::named;
 
 /// Longest time of one stream, and of the rounds beside it.
 const STREAM: Duration = Duration::from_secs(60);
@@ -58,7 +58,7 @@ impl Random {
 }
 
 struct Soak {
-    machine: Machine,
+    machine: Lent,
     random: Random,
     model: KernelModel,
     rounds: u32,
@@ -79,8 +79,8 @@ impl Soak {
         }
         let machine = &mut self.machine;
         // Every other time calls that sleep go on in the guest, and some are open at the release.
-        machine.sleep_limit = Duration::from_millis(100 * u64::from(self.rounds & 1));
-        machine.model = (self.rounds & 2 != 0).then(|| self.model.clone());
+        machine.settings.sleep_limit = Duration::from_millis(100 * u64::from(self.rounds & 1));
+        machine.settings.model = (self.rounds & 2 != 0).then(|| self.model.clone());
         machine.isolate("e1000", named(&entries)).unwrap();
         machine.run(&in_background(commands, "commands"));
         std::thread::sleep(Duration::from_millis(random.next() % MAX_WAIT_MS));
@@ -115,7 +115,7 @@ impl Soak {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn entries_are_isolated_and_released_at_random_under_traffic() {
     let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-    let mut machine = boot_with_network(1, "");
+    let mut machine = with_network();
     let mut soak = Soak {
         model: machine.kernel_model(),
         machine,
@@ -123,7 +123,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         rounds: 0,
         calls: 0,
     };
-    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 20));
+    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 10));
     while Instant::now() < end {
         let left = end.saturating_duration_since(Instant::now());
         let stream = soak.stream(STREAM.min(left));

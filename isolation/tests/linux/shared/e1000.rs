@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use vmm::QuiesceError;
 
+use super::{with_network, with_silent_network};
 use crate::machine::Machine;
-use crate::{boot_with_network, named};
+use crate::named;
 
 /// The functions that are isolated, alone and together.
 pub const E1000_ENTRIES: &[&str] = &[
@@ -39,28 +40,8 @@ pub fn operations(number: usize) -> String {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn e1000_works_with_each_of_its_entries_in_the_domain() {
-    let mut machine = boot_with_network(1, "");
-    for (number, entry) in E1000_ENTRIES.iter().enumerate() {
-        let isolated = machine.isolate("e1000", named(&[entry])).unwrap();
-        assert_eq!(isolated.entries, [*entry]);
-        machine.run("ping -c 5 -i 0.05 -W 2 10.0.2.2");
-        machine.run(&operations(number));
-        machine.print_status();
-        let status = machine.entry("e1000", entry);
-        assert!(status.calls > 0, "{entry} was not called");
-        assert_eq!(status.aborts, 0, "{entry}");
-        assert!(status.commits > 0, "{entry} never ran in the domain");
-        machine.isolator.release("e1000").unwrap();
-        machine.run("ping -c 1 -W 2 10.0.2.2");
-        machine.assert_healthy();
-    }
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
-    let mut machine = boot_with_network(1, "");
+    let mut machine = with_network();
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     stream_and_flood(&mut machine);
     machine.print_status();
@@ -72,9 +53,9 @@ fn a_checked_tcp_stream_passes_through_the_isolated_e1000() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
-    let mut machine = boot_with_network(1, "");
-    machine.sleep_limit = Duration::ZERO;
-    machine.model = Some(machine.kernel_model());
+    let mut machine = with_network();
+    machine.settings.sleep_limit = Duration::ZERO;
+    machine.settings.model = Some(machine.kernel_model());
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
     // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest, and
@@ -163,7 +144,7 @@ const TOOLS: &str = "ethtool eth0; ethtool -i eth0; ethtool -a eth0; ethtool -c 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn ethtool_and_ip_show_the_same_from_the_domain() {
-    let mut machine = boot_with_network(1, "ipv6.disable=1");
+    let mut machine = with_silent_network();
     machine.run(TOOLS);
     let native = machine.run(TOOLS);
     let again = machine.run(TOOLS);
@@ -177,4 +158,29 @@ fn ethtool_and_ip_show_the_same_from_the_domain() {
     let status = machine.status("e1000");
     assert_eq!((status.violations, &status.broken), (0, &None));
     machine.assert_healthy();
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn e1000_works_with_each_of_its_entries_in_the_domain() {
+        let mut machine = with_network();
+        for (number, entry) in E1000_ENTRIES.iter().enumerate() {
+            let isolated = machine.isolate("e1000", named(&[entry])).unwrap();
+            assert_eq!(isolated.entries, [*entry]);
+            machine.run("ping -c 5 -i 0.05 -W 2 10.0.2.2");
+            machine.run(&operations(number));
+            machine.print_status();
+            let status = machine.entry("e1000", entry);
+            assert!(status.calls > 0, "{entry} was not called");
+            assert_eq!(status.aborts, 0, "{entry}");
+            assert!(status.commits > 0, "{entry} never ran in the domain");
+            machine.isolator.release("e1000").unwrap();
+            machine.run("ping -c 1 -W 2 10.0.2.2");
+            machine.assert_healthy();
+        }
+    }
 }

@@ -3,6 +3,7 @@
 
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 
+use super::booted;
 use crate::machine::Machine;
 use crate::named;
 
@@ -25,7 +26,7 @@ fn fail(machine: &Machine, module: &str, entry: &str, times: u64) {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_block_io_whose_submission_fails_ends_with_an_error() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("brd", "rd_nr=1 rd_size=4096");
     machine.run("dd if=/dev/urandom of=/tmp/data bs=4k count=8 2>/dev/null; dd if=/tmp/data of=/dev/ram0 bs=4k oflag=direct 2>/dev/null");
     machine.isolate("brd", named(&["brd_submit_bio"])).unwrap();
@@ -48,7 +49,7 @@ fn a_block_io_whose_submission_fails_ends_with_an_error() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_packet_for_a_device_without_a_queue_is_dropped_when_its_call_fails() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("veth", "");
     machine.run(
         "/bin/ip link add v0 type veth peer name v1; for d in v0 v1; do echo 1 > /proc/sys/net/ipv6/conf/$d/disable_ipv6; done; \

@@ -9,9 +9,10 @@ use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault, State};
 use recovery::upgrade::UpgradeOutcome;
 
-use super::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
-use super::victim::{DRIVER, Victim};
-use super::wait_until_connected;
+use super::victim;
+use crate::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
+use crate::victim::{DRIVER, Victim};
+use crate::wait_until_connected;
 
 const ENTRY: &str = "e1000_xmit_frame";
 /// Longer than all that happens to it.
@@ -20,7 +21,7 @@ const STREAM_SECONDS: u64 = 40;
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
-    let mut victim = Victim::boot();
+    let mut victim = victim();
     victim.configure();
     victim.isolate(ENTRY, LadderConfig::default());
     let before = victim.configuration();

@@ -3,13 +3,14 @@
 use isolation::attach::plan::Wanted;
 use isolation::domain::violation::ViolationKind;
 
+use super::booted;
 use crate::machine::Machine;
 use crate::named;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn dummy_transmits_in_its_domain_and_faults_are_taken_back() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("dummy", "numdummies=1");
     // IPv6 sends of itself, at any moment.
     machine.run("echo 1 > /proc/sys/net/ipv6/conf/dummy0/disable_ipv6");
@@ -46,7 +47,7 @@ const NULL_DEREFERENCE: &[u8] = &[0x31, 0xc0, 0x48, 0x8b, 0x00];
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn injected_faults_are_taken_back_and_the_next_calls_work() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("dummy", "numdummies=1");
     machine.run("ip addr add 10.9.9.1/24 dev dummy0; ip link set dummy0 up; /bin/ip neigh add 10.9.9.2 lladdr 02:00:00:00:00:02 dev dummy0");
     let send = "ping -c 4 -i 0.1 -W 1 10.9.9.2 >/dev/null 2>&1; true";
@@ -126,7 +127,7 @@ fn stray_store_to_the_running_thread_is_stopped(machine: &mut Machine) {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn everything_that_dummy_does_can_be_done_in_the_domain() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("dummy", "numdummies=1");
     machine.isolate("dummy", Wanted::All).unwrap();
     let statistics = machine.run(

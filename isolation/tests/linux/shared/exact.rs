@@ -2,14 +2,15 @@
 
 use isolation::attach::request::Contain;
 
-use crate::e1000::{E1000_ENTRIES, operations};
-use crate::{boot_with_network, named};
+use super::e1000::{E1000_ENTRIES, operations};
+use super::with_network;
+use crate::named;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn stock_drivers_work_with_each_of_their_stores_looked_at() {
-    let mut machine = boot_with_network(1, "");
-    machine.contain = Contain::Exact;
+    let mut machine = with_network();
+    machine.settings.contain = Contain::Exact;
     machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
     let modules: [(&str, &[&str]); 2] =
         [("e1000", E1000_ENTRIES), ("null_blk", &["null_queue_rq"])];

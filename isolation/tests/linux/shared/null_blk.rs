@@ -4,13 +4,14 @@ use isolation::attach::plan::Wanted;
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use isolation::domain::violation::ViolationKind;
 
+use super::booted;
 use crate::machine::Machine;
 use crate::named;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_file_system_on_an_isolated_null_blk_keeps_its_contents() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load(
         "null_blk",
         "nr_devices=1 gb=1 memory_backed=1 bs=4096 queue_mode=2 irqmode=0",
@@ -50,7 +51,7 @@ fn a_file_system_on_an_isolated_null_blk_keeps_its_contents() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn what_was_written_before_is_written_again_by_the_isolated_driver() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
     machine.load("brd", "rd_nr=1 rd_size=8192");
     let write = |machine: &mut Machine, what: &str| {
@@ -87,7 +88,7 @@ fn what_was_written_before_is_written_again_by_the_isolated_driver() {
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_copy_that_is_too_long_is_stopped_where_it_leaves_what_is_the_drivers() {
-    let mut machine = Machine::boot(1, "");
+    let mut machine = booted();
     machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
     let entry = "null_queue_rq";
     machine.isolate("null_blk", named(&[entry])).unwrap();
