@@ -81,7 +81,7 @@ impl<'a, I: Iterator<Item = &'a Trial> + Send> Jobs<'_, I> {
         };
         let mut worker = match worker {
             Some(worker) => worker,
-            None => Worker::start(&self.options.setup, &mut tell)?,
+            None => Worker::start(&self.options.setup, &self.options.kinds, &mut tell)?,
         };
         while let Some(trial) = self.next() {
             let record = make(trial, self.options, &mut worker, &mut tell)?;
@@ -135,12 +135,13 @@ fn listen(
 mod tests {
     use super::*;
     use isolation::mutation::Kind;
+    use recovery::campaign::kind::TrialKind;
 
     fn made(number: u32) -> Said {
         Said::Made(Record {
             trial: Trial {
                 number,
-                kind: Kind::Nop,
+                kind: TrialKind::Code(Kind::Nop),
                 function: "f".to_owned(),
                 offset: 0,
                 seed: 0,

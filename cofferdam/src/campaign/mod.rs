@@ -16,13 +16,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use isolation::mutation::{Function, Kind, Mutation, NoMutation, mutate, sites};
 use recovery::campaign::Way;
-use recovery::campaign::plan::{Place, Trial, trials};
+use recovery::campaign::kind::TrialKind;
+use recovery::campaign::plan::{PARTS, Place, Trial, trials};
 use recovery::campaign::record::{self, FORMAT, Header, MAX_FILE, Record, Run};
 use recovery::campaign::summary::Summary;
 
 use crate::control::protocol::FunctionBytes;
 use jobs::Jobs;
-use worker::{Setup, Worker};
+use worker::{Fault, Setup, Worker};
 
 /// VMs in a row that do not do what they are asked for, after which a campaign is given up.
 const MAX_LOST: u32 = 3;
@@ -33,7 +34,7 @@ pub struct CampaignOptions {
     /// Where.
     pub setup: Setup,
     /// What goes wrong.
-    pub kinds: Vec<Kind>,
+    pub kinds: Vec<TrialKind>,
     /// How many faults.
     pub trials: u32,
     /// What decides which ones.
@@ -84,7 +85,7 @@ pub fn run(
     each: &mut dyn FnMut(Progress<'_>) -> bool,
 ) -> anyhow::Result<Done> {
     let begun = Instant::now();
-    let worker = Worker::start(&options.setup, progress)?;
+    let worker = Worker::start(&options.setup, &options.kinds, progress)?;
     let header = Header {
         campaign: FORMAT,
         workload: options.setup.workload.clone(),
@@ -99,15 +100,20 @@ pub fn run(
     };
     let (mut file, records) = open(&options.file, &header)?;
     let summary = Summary::of(&records);
+    let fits = |kind: &&TrialKind| match kind {
+        TrialKind::Code(_) => true,
+        TrialKind::Edge(kind) => worker.events(*kind) > 0,
+    };
+    let kinds: Vec<_> = options.kinds.iter().filter(fits).copied().collect();
     let plan = trials(
         &places(worker.texts()),
-        &options.kinds,
+        &kinds,
         options.trials,
         options.seed,
     );
     ensure!(
         !plan.is_empty(),
-        "none of these kinds fits into any of these functions"
+        "none of these kinds fits into any of these functions or the device"
     );
     let done_before = records.len();
     let left = u32::try_from(plan.len().saturating_sub(done_before))?;
@@ -154,12 +160,12 @@ fn make(
     worker: &mut Worker,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Record> {
-    let mutation = mutation(trial, worker.texts())?;
+    let (fault, says) = fault(trial, worker)?;
     let mut lost = 0;
     let mut runs = BTreeMap::new();
     let mut ways = options.ways.iter().peekable();
     while let Some(way) = ways.peek().copied() {
-        match worker.run(*way, &trial.function, &mutation) {
+        match worker.run(*way, &fault) {
             Ok(seen) => {
                 runs.extend(seen.map(|seen| (*way, Run::of(*way, seen))));
                 ways.next();
@@ -173,19 +179,40 @@ fn make(
                     "trial {}: another VM is needed: {error:#}",
                     trial.number
                 ));
-                *worker = Worker::start(&options.setup, progress)?;
+                *worker = Worker::start(&options.setup, &options.kinds, progress)?;
             }
         }
     }
-    let place = format!("{}+{:#x}", trial.function, trial.offset);
     Ok(Record {
         trial: trial.clone(),
-        says: format!(
-            "{place}: {} -> {} ({})",
-            mutation.old_text, mutation.new_text, mutation.says
-        ),
+        says,
         runs,
     })
+}
+
+/// What is put in for a trial, and the same in words.
+fn fault(trial: &Trial, worker: &Worker) -> anyhow::Result<(Fault, String)> {
+    let kind = match trial.kind {
+        TrialKind::Edge(kind) => kind,
+        TrialKind::Code(kind) => {
+            let mutation = mutation(trial, kind, worker.texts())?;
+            let place = format!("{}+{:#x}", trial.function, trial.offset);
+            let says = format!(
+                "{place}: {} -> {} ({})",
+                mutation.old_text, mutation.new_text, mutation.says
+            );
+            return Ok((Fault::Code(trial.function.clone(), mutation), says));
+        }
+    };
+    let of = worker.events(kind);
+    ensure!(of > 0, "the device cannot fail by {}", kind.name());
+    let after = u128::from(of) * u128::from(trial.offset) / u128::from(PARTS);
+    let after = u64::try_from(after).unwrap_or(of);
+    let says = format!(
+        "{} at the device's edge, after {after} of some {of} events that it can strike at",
+        kind.name()
+    );
+    Ok((Fault::Edge(kind, after, trial.seed), says))
 }
 
 /// A trial of a campaign's file once more, alone; the record of the file, and of now.
@@ -206,14 +233,14 @@ pub fn replay(
         .with_context(|| format!("{} has no trial {number}", file.display()))?;
     let options = CampaignOptions {
         setup: setup(&campaign.header)?,
-        kinds: Vec::new(),
+        kinds: vec![then.trial.kind],
         trials: number,
         seed: campaign.header.seed,
         ways: then.runs.keys().copied().collect(),
         jobs: 1,
         file: file.to_owned(),
     };
-    let mut worker = Worker::start(&options.setup, progress)?;
+    let mut worker = Worker::start(&options.setup, &options.kinds, progress)?;
     let kernel = worker.kernel();
     if kernel != campaign.header.kernel {
         bail!(
@@ -299,11 +326,15 @@ fn places(texts: &[(String, FunctionBytes)]) -> Vec<Place> {
     texts.iter().flat_map(of).collect()
 }
 
-fn mutation(trial: &Trial, texts: &[(String, FunctionBytes)]) -> anyhow::Result<Mutation> {
+fn mutation(
+    trial: &Trial,
+    kind: Kind,
+    texts: &[(String, FunctionBytes)],
+) -> anyhow::Result<Mutation> {
     let found = texts.iter().find(|(name, _)| *name == trial.function);
     let (name, text) = found.with_context(|| format!("there is no function {}", trial.function))?;
     let changed: Result<Mutation, NoMutation> = with_function(name, text, |function| {
-        mutate(function, trial.kind, trial.offset, trial.seed)
+        mutate(function, kind, trial.offset, trial.seed)
     });
     Ok(changed?)
 }
@@ -349,7 +380,7 @@ mod tests {
         let record = |number| Record {
             trial: Trial {
                 number,
-                kind: Kind::Nop,
+                kind: TrialKind::Code(Kind::Nop),
                 function: "function".to_owned(),
                 offset: 9,
                 seed: 7,

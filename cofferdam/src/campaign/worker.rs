@@ -3,13 +3,16 @@
 //! ```text
 //!   boot ─► driver, network, contents ─► mark "native" ─► isolate, warm up ─► mark "isolated"
 //!              run: rewind to one of the two ─► fault ─► workload ─► what was seen
+//!                                                 └ in the driver's code, or at its device's edge
 //! ```
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use agent_protocol::message::{Bytes, Exec};
 use anyhow::{Context, bail, ensure};
 use devices::clock::monotonic_ns;
+use devices::edge::{EdgeKind, EdgeOrder, When};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
@@ -18,6 +21,7 @@ use isolation::domain::transaction::AbortPhases;
 use isolation::mutation::Mutation;
 use isolation::status::ModuleStatus;
 use recovery::campaign::Way;
+use recovery::campaign::kind::TrialKind;
 use recovery::campaign::verdict::{Detected, Seen, is_bad, is_damage};
 use recovery::campaign::workload::{Outcome, Workload, preparation};
 use recovery::ladder::{LadderConfig, State};
@@ -28,7 +32,9 @@ use super::patience::exec_unless;
 use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions, text_from};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
-use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply, Request};
+use crate::control::protocol::{
+    Disturbance, FaultsState, FaultyCalls, FunctionBytes, Reply, Request,
+};
 
 /// Names of the marks.
 const NATIVE: &str = "native";
@@ -68,6 +74,15 @@ pub struct Setup {
     pub contain: Contain,
 }
 
+/// A fault to be put in.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// In this function.
+    Code(String, Mutation),
+    /// At the device's edge: of this kind, after so many of the events that it can strike at, with this seed.
+    Edge(EdgeKind, u64, u64),
+}
+
 /// How the workload ends without a fault, and how long it may take with one.
 #[derive(Default)]
 struct Baseline {
@@ -102,13 +117,20 @@ pub struct Worker {
     texts: Vec<(String, FunctionBytes)>,
     native: Baseline,
     isolated: Baseline,
+    /// Of the kinds of faults at the device's edge that are to be tried and that it has: events of a run without a fault that one
+    /// can strike at.
+    events: BTreeMap<&'static str, u64>,
     /// Bytes of the console that are of earlier runs.
     heard: u64,
 }
 
 impl Worker {
-    /// Boots a guest and takes it to its marks.
-    pub fn start(setup: &Setup, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
+    /// Boots a guest and takes it to its marks, for trials of these kinds.
+    pub fn start(
+        setup: &Setup,
+        kinds: &[TrialKind],
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<Self> {
         progress("booting a guest");
         let mut guest = Guest::boot(&setup.guest, BOOT_TIME)?;
         make_ready(&mut guest, &setup.workload)?;
@@ -123,6 +145,7 @@ impl Worker {
             texts: Vec::new(),
             native: Baseline::default(),
             isolated: Baseline::default(),
+            events: BTreeMap::new(),
             heard: 0,
         };
         progress("reading the driver's code");
@@ -139,7 +162,9 @@ impl Worker {
         }
         progress("how the guest's work ends without a fault");
         worker.mark(NATIVE)?;
+        worker.watch_edge(kinds)?;
         worker.native = worker.healthy(NATIVE)?;
+        worker.count_events()?;
         worker.rewind(NATIVE)?;
         worker.control.ask(&Request::Isolate {
             module: setup.workload.driver.clone(),
@@ -183,42 +208,100 @@ impl Worker {
         &self.kernel
     }
 
-    /// Runs the workload from a mark with a fault in `function`; `None` if the fault cannot be put in.
-    ///
-    /// # Errors
-    /// The VM does not do what it is asked for: another one is needed.
-    pub fn run(
-        &mut self,
-        way: Way,
-        function: &str,
-        mutation: &Mutation,
-    ) -> anyhow::Result<Option<Seen>> {
-        let begun = Instant::now();
-        let (mark, times) = match way {
-            Way::Native => (NATIVE, None),
-            Way::Once => (ISOLATED, Some(1)),
-            Way::Stays => (ISOLATED, Some(u64::MAX)),
+    /// How many events of a run without a fault one of this kind can strike at; 0 if the device cannot fail so.
+    pub fn events(&self, kind: EdgeKind) -> u64 {
+        self.events.get(kind.name()).copied().unwrap_or(0)
+    }
+
+    /// Has the device's edge count what faults of these kinds could strike at.
+    fn watch_edge(&mut self, kinds: &[TrialKind]) -> anyhow::Result<()> {
+        for kind in kinds {
+            let TrialKind::Edge(kind) = *kind else {
+                continue;
+            };
+            let order = order(kind, u64::MAX, 0);
+            let request = Request::Disturb { nic: None, order };
+            if let Err(error) = self.control.tell(&request) {
+                // A process that has ended answers nothing either.
+                self.control.status()?;
+                tracing::debug!("{}: {error:#}", kind.name());
+            }
+        }
+        Ok(())
+    }
+
+    /// What it has counted, in two runs.
+    fn count_events(&mut self) -> anyhow::Result<()> {
+        for disturbance in self.calm_edge()? {
+            let status = disturbance.status;
+            self.events
+                .insert(status.order.kind.name(), status.matched / 2);
+        }
+        Ok(())
+    }
+
+    /// Takes back what goes wrong at the device's edge.
+    fn calm_edge(&mut self) -> anyhow::Result<Vec<Disturbance>> {
+        let all = Request::Undisturb {
+            nic: None,
+            number: None,
         };
-        self.rewind(mark)?;
-        let (since_ns, before) = (monotonic_ns(), self.counters()?);
-        let calls = times.map(|times| FaultyCalls {
-            which: WhichCalls::ALL,
-            times,
-            used_up_by: UsedUpBy::Reaching,
-        });
-        let request = Request::InjectCode {
+        match self.control.ask(&all)? {
+            Reply::Disturbances { disturbances } => Ok(disturbances),
+            other => bail!("the VM answered something else: {other:?}"),
+        }
+    }
+
+    /// What has the fault be there when the guest comes to it.
+    fn request(&self, way: Way, fault: &Fault) -> Request {
+        let (function, mutation) = match fault {
+            Fault::Code(function, mutation) => (function, mutation),
+            Fault::Edge(kind, after, seed) => {
+                let when = match way {
+                    Way::Once => When::Once,
+                    Way::Native | Way::Stays => When::Always,
+                };
+                let order = order(*kind, *after, *seed).when(when);
+                return Request::Disturb { nic: None, order };
+            }
+        };
+        let times = match way {
+            Way::Native => None,
+            Way::Once => Some(1),
+            Way::Stays => Some(u64::MAX),
+        };
+        Request::InjectCode {
             module: self.workload.driver.clone(),
-            function: function.to_owned(),
+            function: function.clone(),
             offset: mutation.offset.into(),
             old: Bytes(mutation.old.clone()),
             new: Bytes(mutation.new.clone()),
             replaces_whole: mutation.replaces_whole,
-            calls,
+            calls: times.map(|times| FaultyCalls {
+                which: WhichCalls::ALL,
+                times,
+                used_up_by: UsedUpBy::Reaching,
+            }),
+        }
+    }
+
+    /// Runs the workload from a mark with a fault; `None` if the fault cannot be put in.
+    ///
+    /// # Errors
+    /// The VM does not do what it is asked for: another one is needed.
+    pub fn run(&mut self, way: Way, fault: &Fault) -> anyhow::Result<Option<Seen>> {
+        let begun = Instant::now();
+        let mark = match way {
+            Way::Native => NATIVE,
+            Way::Once | Way::Stays => ISOLATED,
         };
+        self.rewind(mark)?;
+        let (since_ns, before) = (monotonic_ns(), self.counters()?);
+        let request = self.request(way, fault);
         if let Err(error) = self.control.tell(&request) {
             // A process that has ended answers nothing either.
             self.control.status()?;
-            tracing::debug!("{}: {error:#}", mutation.says);
+            tracing::debug!("{fault:?}: {error:#}");
             return Ok(None);
         }
         let limit = self.baseline(way).limit;
@@ -233,7 +316,7 @@ impl Worker {
         if outcome.contents_changed {
             seen.elsewhere.push("contents of a file".to_owned());
         }
-        self.look(way, (since_ns, before), &mut seen)?;
+        self.look(way, fault, (since_ns, before), &mut seen)?;
         seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Some(seen))
     }
@@ -242,6 +325,7 @@ impl Worker {
     fn look(
         &mut self,
         way: Way,
+        fault: &Fault,
         (since_ns, before): (u64, Counters),
         seen: &mut Seen,
     ) -> anyhow::Result<()> {
@@ -252,11 +336,15 @@ impl Worker {
         seen.answers = !panicked && self.guest.agent().hello(ANSWER_TIME).is_ok();
         let faults = self.faults()?;
         let reached_ns = faults.calls.and_then(|count| count.reached_ns);
-        let reached = match way {
-            Way::Native => faults
+        let reached = match (fault, way) {
+            (Fault::Edge(..), _) => {
+                let armed = self.calm_edge()?;
+                Some((true, armed.iter().any(|one| one.status.struck > 0)))
+            }
+            (_, Way::Native) => faults
                 .own_text
                 .map(|fault| (fault.tells, fault.reached_ns.is_some())),
-            Way::Once | Way::Stays => faults.calls.map(|count| (true, count.reached > 0)),
+            (_, Way::Once | Way::Stays) => faults.calls.map(|count| (true, count.reached > 0)),
         };
         seen.reached = reached.and_then(|(tells, reached)| tells.then_some(reached));
         if way != Way::Native {
@@ -265,7 +353,7 @@ impl Worker {
             seen.rungs = after.rungs.saturating_sub(before.rungs);
             seen.given_up = after.given_up;
             seen.violation = self.first_violation(since_ns, reached_ns, seen.taken_back)?;
-            if seen.taken_back > 0 {
+            if seen.taken_back > 0 && matches!(fault, Fault::Code(..)) {
                 // A driver that was restarted has forgotten it.
                 seen.reached = Some(true);
             }
@@ -443,6 +531,15 @@ impl Worker {
             Reply::Faults(faults) => Ok(faults),
             other => bail!("the VM answered something else: {other:?}"),
         }
+    }
+}
+
+/// A fault of this kind at an edge, after so many events, with all that the kind needs from the seed.
+fn order(kind: EdgeKind, after: u64, seed: u64) -> EdgeOrder {
+    let order = EdgeOrder::new(kind).after(after).seed(seed);
+    match kind {
+        EdgeKind::LoadValue => order.value(seed),
+        _ => order,
     }
 }
 

@@ -143,9 +143,9 @@ Example:
         /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
         #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = parse_driver)]
         driver: Box<Workload>,
-        /// Kinds of faults; all without it
-        #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = super::campaign::parse_kind)]
-        kinds: Vec<::isolation::mutation::Kind>,
+        /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all without it
+        #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = super::campaign::parse_kinds)]
+        kinds: Vec<super::campaign::Kinds>,
         /// How many faults
         #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
         trials: u32,
@@ -348,7 +348,7 @@ impl BenchCommand {
                 report.campaigns.push(super::campaign::measure(
                     images,
                     *driver,
-                    kinds,
+                    kinds.into_iter().flatten().collect(),
                     (trials, seed),
                 )?);
                 common.finish(&report)?;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Context;
 use comfy_table::Table;
 use isolation::attach::request::Contain;
-use isolation::mutation::Kind;
 use recovery::campaign::Way;
+use recovery::campaign::kind::TrialKind;
 use recovery::campaign::record::{Header, Record};
 use recovery::campaign::summary::{Counts, Summary, total};
 use recovery::campaign::verdict::Verdict;
@@ -29,9 +29,9 @@ use crate::words::counted;
 #[command(
     args_conflicts_with_subcommands = true,
     after_help = "\
-Each trial begins at a mark: the guest is rewound, one instruction of the driver is changed, and the guest works: what a
-workload says, with checked contents. Once in the guest's own text, and with the driver isolated twice: with the fault
-taken out after a call came to it, and left in. The guest's kernel checks its heap and its free pages. One line of JSON
+Each trial begins at a mark: the guest is rewound, one instruction of the driver is changed or its device fails, and the
+guest works: what a workload says, with checked contents. Once in the guest's own text, and with the driver isolated
+twice: with the fault taken out after a call came to it, and left in. The guest's kernel checks its heap and its free pages. One line of JSON
 a trial goes into the file; a campaign that was interrupted goes on where its file ends.
 
 Examples:
@@ -39,6 +39,7 @@ Examples:
   cofferdam campaign --driver null_blk --trials 100 --jobs 4 --file null_blk.jsonl
   cofferdam campaign --workload my_driver.toml --trials 20 --file mine.jsonl
   cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
+  cofferdam campaign --trials 40 --kinds edge --file device.jsonl
   cofferdam campaign show campaign.jsonl --plots plots
   cofferdam campaign replay campaign.jsonl 17
   cofferdam campaign kinds"
@@ -91,9 +92,9 @@ struct RunArgs {
     /// What the guest does, for a driver of one's own (docs/campaigns.md)
     #[arg(long, value_name = "FILE", conflicts_with = "driver")]
     workload: Option<PathBuf>,
-    /// Kinds of faults; all without it
-    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kind)]
-    kinds: Vec<Kind>,
+    /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all without it
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kinds)]
+    kinds: Vec<Kinds>,
     /// Functions that are isolated and get faults; those that the workload names without it
     #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
     functions: Vec<String>,
@@ -140,10 +141,23 @@ impl From<WayName> for Way {
     }
 }
 
-/// One of [`Kind::ALL`].
-pub fn parse_kind(name: &str) -> Result<Kind, String> {
-    Kind::from_name(name).ok_or_else(|| {
-        let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+/// Those that a word stands for.
+pub(super) type Kinds = Vec<TrialKind>;
+
+/// One of all there are, or `code` or `edge` for all of these.
+pub(super) fn parse_kinds(name: &str) -> Result<Kinds, String> {
+    let of_code = |kind: &TrialKind| matches!(kind, TrialKind::Code(_));
+    let all = TrialKind::all();
+    match name {
+        "code" => Ok(all.filter(of_code).collect()),
+        "edge" => Ok(all.filter(|kind| !of_code(kind)).collect()),
+        _ => parse_kind(name).map(|kind| vec![kind]),
+    }
+}
+
+fn parse_kind(name: &str) -> Result<TrialKind, String> {
+    TrialKind::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = TrialKind::all().map(TrialKind::name).collect();
         format!("there are {}", names.join(", "))
     })
 }
@@ -218,7 +232,7 @@ impl RunArgs {
         ways.dedup();
         let options = CampaignOptions {
             setup: setup(&self.images, workload, self.stores.contain(Contain::Full)?)?,
-            kinds: or_all(self.kinds),
+            kinds: or_all(self.kinds.into_iter().flatten().collect()),
             trials: self.trials,
             seed: self.seed,
             ways,
@@ -246,9 +260,9 @@ impl RunArgs {
 }
 
 /// These kinds, or all if there are none.
-fn or_all(kinds: Vec<Kind>) -> Vec<Kind> {
+fn or_all(kinds: Vec<TrialKind>) -> Vec<TrialKind> {
     match kinds.is_empty() {
-        true => Kind::ALL.to_vec(),
+        true => TrialKind::all().collect(),
         false => kinds,
     }
 }
@@ -257,7 +271,7 @@ fn or_all(kinds: Vec<Kind>) -> Vec<Kind> {
 pub(super) fn measure(
     images: &Images,
     workload: Workload,
-    kinds: Vec<Kind>,
+    kinds: Vec<TrialKind>,
     (trials, seed): (u32, u64),
 ) -> anyhow::Result<report::campaign::Campaign> {
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
@@ -292,12 +306,11 @@ fn line(progress: &Progress<'_>) -> String {
         .map(|(way, run)| format!("{}: {}", way.name(), run.verdict.name()))
         .collect();
     format!(
-        "{} of {}, {} in {}+{:#x}: {}; {} left",
+        "{} of {}, {} {}: {}; {} left",
         trial.number,
         progress.of,
         trial.kind.name(),
-        trial.function,
-        trial.offset,
+        trial.place(),
         runs.join("; "),
         minutes(progress.left)
     )
@@ -437,13 +450,13 @@ fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result
 
 fn kinds(json: bool) -> anyhow::Result<()> {
     if json {
-        let all = Kind::ALL.iter().map(|kind| {
+        let all = TrialKind::all().map(|kind| {
             serde_json::json!({ "kind": kind.name(), "sentence": kind.sentence(), "source": kind.source() })
         });
         return print_json(&all.collect::<Vec<_>>());
     }
     let mut table = table(&["kind", "what goes wrong", "source"]);
-    for kind in Kind::ALL {
+    for kind in TrialKind::all() {
         table.add_row(vec![kind.name(), kind.sentence(), kind.source()]);
     }
     print_bytes(format!("{table}\n").as_bytes())
@@ -484,7 +497,10 @@ mod tests {
 
     #[test]
     fn kinds_are_named_where_one_is_wrong() {
-        assert_eq!(parse_kind("nop"), Ok(Kind::Nop));
+        assert_eq!(parse_kind("nop").unwrap().name(), "nop");
+        assert_eq!(parse_kinds("removed").unwrap().len(), 1);
+        let both = [parse_kinds("code").unwrap(), parse_kinds("edge").unwrap()].concat();
+        assert!(both.into_iter().eq(TrialKind::all()));
         assert!(parse_kind("gremlin").unwrap_err().contains("missing_call"));
     }
 

@@ -48,6 +48,9 @@ pub struct DisturbOptions {
     /// At which of the accesses that match: once (the first), always, nth=N (every N-th), p=PROBABILITY
     #[arg(long, value_name = "WHEN", default_value = "always", value_parser = parse_when, conflicts_with_all = ["list", "undo"])]
     when: When,
+    /// Not at the first so many of the accesses that match
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with_all = ["list", "undo"])]
+    after: u64,
     /// What chance, and bits that --mask does not say, come from
     #[arg(long, value_name = "NUMBER", default_value_t = 0, conflicts_with_all = ["list", "undo"])]
     seed: u64,
@@ -161,6 +164,7 @@ impl DisturbOptions {
             bar: self.place.bar,
             offsets: self.place.range,
             width: self.place.width,
+            after: self.after,
             when: self.when,
             seed: self.seed,
             mask: self.mask,
@@ -199,6 +203,9 @@ fn text(disturbance: &Disturbance) -> String {
     }
     if !place.is_empty() {
         place.insert_str(0, " at");
+    }
+    if order.after > 0 {
+        place.push_str(&format!(" after the first {}", order.after));
     }
     format!(
         "{nic}: {}: {}{place} {when}; it has struck {}, {} matched\n",
@@ -303,6 +310,7 @@ mod tests {
             "0000:00:02.0: 2: load_ones at BAR 0 0x8..0xc every 3rd time; it has struck 3 times, 9 matched\n"
         );
         assert!(said(order.clone().when(When::Once)).contains("load_ones once;"));
+        assert!(said(order.clone().after(4)).contains("load_ones after the first 4 always;"));
         let chance = said(order.when(When::Chance(1000)).seed(4));
         assert!(chance.contains("with probability 0.001 by seed 4;"));
     }

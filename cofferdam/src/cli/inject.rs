@@ -1,6 +1,7 @@
 //! `inject`: faults in calls of an isolated driver, on purpose.
 
 use anyhow::{Context, bail};
+use devices::edge::EdgeKind;
 use devices::edge::When;
 use isolation::mutation::Kind;
 use recovery::fault::{FaultKind, Place};
@@ -44,7 +45,7 @@ pub struct InjectOptions {
     #[arg(long, value_name = "FAULT", default_value = "null_dereference", value_parser = parse_fault)]
     fault: FaultKind,
     /// What is changed about one instruction that it fits; without an offset --seed chooses which
-    #[arg(long, value_name = "KIND", conflicts_with_all = ["fault", "every", "times"], value_parser = super::campaign::parse_kind)]
+    #[arg(long, value_name = "KIND", conflicts_with_all = ["fault", "every", "times"], value_parser = parse_kind)]
     kind: Option<Kind>,
     /// With --kind, into which calls: once (the first that comes to it), nth=N, always, p=PROBABILITY
     #[arg(long, value_name = "WHEN", default_value = "once", requires = "kind", value_parser = parse_when)]
@@ -146,6 +147,17 @@ fn parse_at(text: &str) -> Result<At, String> {
     at.ok_or_else(|| {
         "give first, middle, last, an offset such as +0x1c, or a function with or without one"
             .to_owned()
+    })
+}
+
+/// A kind that an instruction can be changed by.
+fn parse_kind(name: &str) -> Result<Kind, String> {
+    if EdgeKind::from_name(name).is_some() {
+        return Err("that goes wrong at a device's edge: cofferdam disturb".to_owned());
+    }
+    Kind::from_name(name).ok_or_else(|| {
+        let names: Vec<_> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        format!("there are {}", names.join(", "))
     })
 }
 

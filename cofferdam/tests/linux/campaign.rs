@@ -4,9 +4,11 @@ use std::path::Path;
 
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions};
+use devices::edge::EdgeKind;
 use isolation::attach::request::Contain;
 use isolation::mutation::Kind;
 use recovery::campaign::Way;
+use recovery::campaign::kind::TrialKind;
 use recovery::campaign::record::Record;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
@@ -19,7 +21,12 @@ use super::victim::DRIVER;
 const DRVINFO: &str = "e1000_get_drvinfo";
 
 /// A campaign of a few faults with this workload.
-fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> CampaignOptions {
+fn campaign(
+    folder: &Path,
+    workload: Workload,
+    kinds: &[TrialKind],
+    trials: u32,
+) -> CampaignOptions {
     CampaignOptions {
         setup: Setup {
             guest: options().with(&workload.run).with(&checks()),
@@ -35,7 +42,7 @@ fn campaign(folder: &Path, workload: Workload, kinds: &[Kind], trials: u32) -> C
     }
 }
 
-/// Makes it. Each fault that the guest comes to crashes it natively and not when isolated; the records, and figures.
+/// Makes it. Each fault in the driver's code that the guest comes to crashes it natively and not when isolated; the records, and figures.
 fn run(campaign: &CampaignOptions) -> (Vec<Record>, Summary) {
     let mut tell = |what: &str| eprintln!("{what}");
     let mut records = Vec::new();
@@ -49,6 +56,7 @@ fn run(campaign: &CampaignOptions) -> (Vec<Record>, Summary) {
     let verdict = |record: &Record, way| record.runs[&way].verdict;
     let reached: Vec<_> = records
         .iter()
+        .filter(|record| matches!(record.trial.kind, TrialKind::Code(_)))
         .filter(|record| record.runs[&Way::Native].seen.reached == Some(true))
         .collect();
     assert!(
@@ -82,9 +90,19 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
         .steps
         .retain(|step| kept.contains(&step.name.as_str()));
     assert_eq!(workload.steps.len(), kept.len());
-    let kinds = [Kind::NullDereference, Kind::UndefinedInstruction];
+    let kinds = [
+        TrialKind::Code(Kind::NullDereference),
+        TrialKind::Edge(EdgeKind::Removed),
+    ];
     let mut campaign = campaign(folder.path(), workload, &kinds, 2);
     let (records, summary) = run(&campaign);
+    // A device that was pulled out does not work, and the guest lives.
+    for (way, run) in &records[1].runs {
+        assert_eq!(run.seen.reached, Some(true), "{run:?}");
+        assert!(run.seen.answers && !run.seen.works, "{run:?}");
+        assert_ne!(run.verdict, Verdict::Escaped, "{way:?}: {run:?}");
+    }
+    assert_eq!(records[1].runs.len(), 3);
     let written = campaign::read(&campaign.file).unwrap();
     assert_eq!(written.records, records);
     assert_eq!(Summary::of(&written.records), summary);
@@ -106,7 +124,7 @@ mod long {
     fn faults_in_a_block_driver_and_in_what_its_isolated_function_calls_are_recovered_from() {
         let folder = tempfile::tempdir().unwrap();
         let workload = Workload::of_driver("null_blk").unwrap();
-        let kinds = [Kind::NullDereference, Kind::UndefinedInstruction];
+        let kinds = [Kind::NullDereference, Kind::UndefinedInstruction].map(TrialKind::Code);
         let campaign = campaign(folder.path(), workload, &kinds, 6);
         let (records, _) = run(&campaign);
         let in_helpers = records.iter().filter(|record| {

@@ -101,7 +101,7 @@ impl Fault {
     /// an access to match.
     pub fn has_lasting_effect(&self) -> bool {
         let order = self.order();
-        let waits = order.when != When::Always || order.has_place();
+        let waits = order.when != When::Always || order.after > 0 || order.has_place();
         order.kind.lasts() && (self.status.struck > 0 || !waits)
     }
 
@@ -111,10 +111,13 @@ impl Fault {
             return false;
         }
         self.status.matched = self.status.matched.saturating_add(1);
+        let Some(which @ 1..) = self.status.matched.checked_sub(self.status.order.after) else {
+            return false;
+        };
         let strikes = match self.status.order.when {
-            When::Once => self.status.matched == 1,
+            When::Once => which == 1,
             When::Always => true,
-            When::Nth(n) => n != 0 && self.status.matched.is_multiple_of(n),
+            When::Nth(n) => n != 0 && which.is_multiple_of(n),
             When::Chance(parts) => self.sequence.below(MILLION.into()) < parts.into(),
         };
         self.status.struck = self.status.struck.saturating_add(strikes.into());

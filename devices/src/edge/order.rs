@@ -58,6 +58,9 @@ pub struct EdgeOrder {
     /// Only accesses of so many bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub width: Option<u8>,
+    /// Not at the first so many of the events that match.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub after: u64,
     /// How often it strikes.
     #[serde(default)]
     pub when: When,
@@ -73,6 +76,11 @@ pub struct EdgeOrder {
     /// Over how many later accesses; otherwise [`EdgeKind::default_span`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub span: Option<u32>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants a reference")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Why a fault cannot be armed.
@@ -132,6 +140,7 @@ impl EdgeOrder {
             bar: None,
             offsets: None,
             width: None,
+            after: 0,
             when: When::Always,
             seed: 0,
             mask: None,
@@ -162,6 +171,14 @@ impl EdgeOrder {
     pub fn width(self, bytes: u8) -> Self {
         let width = Some(bytes);
         Self { width, ..self }
+    }
+
+    /// Not at the first so many of the events that match.
+    pub fn after(self, events: u64) -> Self {
+        Self {
+            after: events,
+            ..self
+        }
     }
 
     /// How often it strikes.

@@ -6,6 +6,7 @@
 //!
 //! Nothing here runs a guest: what was seen of a run is given, and judged.
 
+pub mod kind;
 pub mod plan;
 pub mod record;
 pub mod summary;
@@ -18,11 +19,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
-    /// In the guest's own text, where it stays.
+    /// In the guest's own text, where it stays; or at the device's edge, from there on.
     Native,
-    /// In the domain's copy, taken out when a call has come to it.
+    /// In the domain's copy, taken out when a call has come to it; or at the device's edge, once.
     Once,
-    /// In the domain's copy, where it stays.
+    /// In the domain's copy, where it stays; or at the device's edge, from there on.
     Stays,
 }
 

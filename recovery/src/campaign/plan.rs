@@ -5,6 +5,13 @@ use rand_core::{Rng, SeedableRng};
 use rand_xorshift::XorShiftRng;
 use serde::{Deserialize, Serialize};
 
+use super::kind::TrialKind;
+
+/// Where faults at the edge of a device are, in place of a function.
+pub const EDGE: &str = "device";
+/// Parts of a guest's work that [`Trial::offset`] counts in where a fault is at the edge.
+pub const PARTS: u32 = 1_000_000;
+
 /// An instruction that faults can be put in place of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
@@ -22,35 +29,58 @@ pub struct Trial {
     /// Its number in the campaign, from 1.
     pub number: u32,
     /// What goes wrong.
-    pub kind: Kind,
-    /// The function that it is in.
+    pub kind: TrialKind,
+    /// The function that it is in, or [`EDGE`].
     pub function: String,
-    /// Where in it, in bytes from its start.
+    /// Where in it, in bytes from its start. At the edge: when, in [`PARTS`] of what the guest's work has of events that such a
+    /// fault can strike at.
     pub offset: u32,
     /// What chooses among several ways of the kind there.
     pub seed: u64,
 }
 
+impl Trial {
+    /// Where the fault is, for a person.
+    pub fn place(&self) -> String {
+        match self.kind {
+            TrialKind::Code(_) => format!("in {}+{:#x}", self.function, self.offset),
+            TrialKind::Edge(_) => {
+                let percent = self.offset / (PARTS / 100);
+                format!("at the device's edge, {percent} % into the work")
+            }
+        }
+    }
+}
+
 /// The first `count` trials of the campaign with this `seed`. Each kind that fits anywhere comes as often as the others, each
 /// function that it fits as often as the others on the average, so that long functions and common kinds do not hide the
 /// rest. The same places, kinds and seed give the same trials, and more of them begin with the same.
-pub fn trials(places: &[Place], kinds: &[Kind], count: u32, seed: u64) -> Vec<Trial> {
+pub fn trials(places: &[Place], kinds: &[TrialKind], count: u32, seed: u64) -> Vec<Trial> {
     let fitting = kinds.iter().filter_map(|kind| {
-        let functions = by_function(places, *kind);
+        let functions = match kind {
+            TrialKind::Code(kind) => by_function(places, *kind),
+            TrialKind::Edge(_) => return Some((*kind, Vec::new())),
+        };
         (!functions.is_empty()).then_some((*kind, functions))
     });
     let fitting: Vec<_> = fitting.collect();
     let mut random = XorShiftRng::seed_from_u64(seed);
     let mut all = Vec::new();
     for (number, (kind, functions)) in (1..=count).zip(fitting.iter().cycle()) {
-        let of_function = choose(functions, &mut random);
-        let place = of_function.and_then(|places| choose(places, &mut random));
-        let Some(place) = place else { break };
+        let (function, offset) = match kind {
+            TrialKind::Code(_) => {
+                let of_function = choose(functions, &mut random);
+                let place = of_function.and_then(|places| choose(places, &mut random));
+                let Some(place) = place else { break };
+                (place.function.clone(), place.offset)
+            }
+            TrialKind::Edge(_) => (EDGE.to_owned(), random.next_u32() % PARTS),
+        };
         all.push(Trial {
             number,
             kind: *kind,
-            function: place.function.clone(),
-            offset: place.offset,
+            function,
+            offset,
             seed: random.next_u64(),
         });
     }
@@ -81,6 +111,8 @@ fn choose<'a, T>(all: &'a [T], random: &mut XorShiftRng) -> Option<&'a T> {
 
 #[cfg(test)]
 mod tests {
+    use devices::edge::EdgeKind;
+
     use super::*;
 
     fn places() -> Vec<Place> {
@@ -96,7 +128,12 @@ mod tests {
         all
     }
 
-    const KINDS: [Kind; 4] = [Kind::Nop, Kind::MissingCall, Kind::TextBitFlip, Kind::Halt];
+    const KINDS: [TrialKind; 4] = [
+        TrialKind::Code(Kind::Nop),
+        TrialKind::Code(Kind::MissingCall),
+        TrialKind::Code(Kind::TextBitFlip),
+        TrialKind::Code(Kind::Halt),
+    ];
 
     #[test]
     fn the_seed_decides_the_trials_and_more_of_them_begin_with_the_same() {
@@ -111,7 +148,10 @@ mod tests {
     #[test]
     fn kinds_that_fit_and_functions_have_equal_shares_and_what_does_not_fit_none() {
         let all = trials(&places(), &KINDS, 300, 1);
-        let of = |kind| all.iter().filter(move |trial| trial.kind == kind);
+        let of = |kind| {
+            let kind = TrialKind::Code(kind);
+            all.iter().filter(move |trial| trial.kind == kind)
+        };
         for kind in [Kind::Nop, Kind::MissingCall, Kind::TextBitFlip] {
             assert_eq!(of(kind).count(), 100);
         }
@@ -124,9 +164,24 @@ mod tests {
     }
 
     #[test]
+    fn faults_at_the_edge_need_no_place_and_come_at_any_time() {
+        let kinds = [KINDS[0], TrialKind::Edge(EdgeKind::LoadOnes)];
+        let all = trials(&places(), &kinds, 40, 1);
+        let edge: Vec<_> = all.iter().filter(|one| one.function == EDGE).collect();
+        assert_eq!((all.len(), edge.len()), (40, 20));
+        assert!(
+            edge.iter()
+                .all(|one| one.offset < PARTS && one.kind == kinds[1])
+        );
+        let early = edge.iter().filter(|one| one.offset < PARTS / 2).count();
+        assert!((3..=17).contains(&early), "{early} of 20");
+        assert_eq!(trials(&[], &kinds[1..], 3, 1).len(), 3);
+    }
+
+    #[test]
     fn without_a_place_there_is_no_trial() {
         assert!(trials(&[], &KINDS, 10, 1).is_empty());
-        assert!(trials(&places(), &[Kind::Halt], 10, 1).is_empty());
+        assert!(trials(&places(), &KINDS[3..], 10, 1).is_empty());
         assert!(trials(&places(), &[], 10, 1).is_empty());
         assert!(trials(&places(), &KINDS, 0, 1).is_empty());
     }

@@ -62,7 +62,7 @@ pub struct Record {
     /// Which one.
     #[serde(flatten)]
     pub trial: Trial,
-    /// The instruction, and what was put in its place.
+    /// The instruction, and what was put in its place; or when the device failed how.
     pub says: String,
     /// Its runs.
     pub runs: BTreeMap<Way, Run>,
@@ -154,6 +154,7 @@ struct Format {
 pub(crate) mod tests {
     use isolation::mutation::Kind;
 
+    use super::super::kind::TrialKind;
     use super::*;
 
     fn header() -> Header {
@@ -176,7 +177,7 @@ pub(crate) mod tests {
         Record {
             trial: Trial {
                 number,
-                kind: Kind::Nop,
+                kind: TrialKind::Code(Kind::Nop),
                 function: "e1000_open".to_owned(),
                 offset: 9,
                 seed: u64::MAX,

@@ -67,6 +67,30 @@ fn a_fault_strikes_once_or_at_every_nth_or_always() {
 }
 
 #[test]
+fn a_fault_leaves_the_first_events_alone() {
+    for (after, when, strikes) in [
+        (2, When::Once, "..x...."),
+        (2, When::Always, "..xxxxx"),
+        (2, When::Nth(2), "...x.x."),
+        (u64::MAX, When::Always, "......."),
+    ] {
+        let order = EdgeOrder::new(EdgeKind::LoadOnes).after(after).when(when);
+        let mut bench = Bench::armed(order);
+        let seen = |bench: &mut Bench| match bench.load(4) {
+            u32::MAX => 'x',
+            _ => '.',
+        };
+        let seen: String = (0..7).map(|_| seen(&mut bench)).collect();
+        assert_eq!(seen, strikes, "{after}, {when:?}");
+        assert_eq!(bench.counts().0, 7);
+    }
+    // One that lasts begins with the strike, too.
+    let mut bench = Bench::armed(EdgeOrder::new(EdgeKind::Silent).after(1));
+    assert_eq!(bench.load(4), FOUR);
+    assert_eq!(bench.load(4), u32::MAX);
+}
+
+#[test]
 fn the_seed_decides_when_and_which_bits() {
     let run = |seed| {
         let order = EdgeOrder::new(EdgeKind::LoadFlipped).when(When::Chance(MILLION / 4));

@@ -13,8 +13,8 @@ mod soak;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::machine::Machine;
 use crate::bring_up_network;
+use crate::machine::Machine;
 
 /// The guest, ended with the process.
 static SHARED: Mutex<Option<Machine>> = Mutex::new(None);
