@@ -312,41 +312,46 @@ fn memory_of(kind: &str, bytes: u64) -> Option<(Arc<File>, DmaRegion)> {
     Some((file, region))
 }
 
-/// How long memory takes into the IOMMU's map and out of it, by the kind of its pages. Nothing depends on it: it is printed.
-#[test]
-#[ignore = "needs the lab's e1000e behind an IOMMU: cargo xtask test runs it there"]
-fn what_memory_costs_in_the_map_is_printed() {
-    const BYTES: u64 = 256 << 20;
-    let address: PciAddress = FUNCTION.parse().unwrap();
-    let sysfs = Sysfs::default();
-    sysfs.bind(address, false).unwrap();
-    let device = VfioDevice::open(address).unwrap();
-    for kind in ["small pages", "huge pages", "hugetlb"] {
-        let Some((_file, region)) = memory_of(kind, BYTES) else {
-            println!("{kind}: none");
-            continue;
-        };
-        let start = Instant::now();
-        let memory = Arc::new(DmaMemory::new(std::slice::from_ref(&region)).unwrap());
-        let other = memory.clone();
-        other.populate();
-        let populated = start.elapsed();
-        let mut times = Vec::new();
-        for _ in 0..5 {
-            let map = device.map(&memory).unwrap();
-            assert_eq!(map.bytes(), BYTES);
-            let took = map.took();
-            times.push((took, map.unmap().unwrap()));
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    /// How long memory takes into the IOMMU's map and out of it, by the kind of its pages. Nothing depends on it: it is printed.
+    #[test]
+    #[ignore = "needs the lab's e1000e behind an IOMMU: cargo xtask test runs it there"]
+    fn what_memory_costs_in_the_map_is_printed() {
+        const BYTES: u64 = 256 << 20;
+        let address: PciAddress = FUNCTION.parse().unwrap();
+        let sysfs = Sysfs::default();
+        sysfs.bind(address, false).unwrap();
+        let device = VfioDevice::open(address).unwrap();
+        for kind in ["small pages", "huge pages", "hugetlb"] {
+            let Some((_file, region)) = memory_of(kind, BYTES) else {
+                println!("{kind}: none");
+                continue;
+            };
+            let start = Instant::now();
+            let memory = Arc::new(DmaMemory::new(std::slice::from_ref(&region)).unwrap());
+            let other = memory.clone();
+            other.populate();
+            let populated = start.elapsed();
+            let mut times = Vec::new();
+            for _ in 0..5 {
+                let map = device.map(&memory).unwrap();
+                assert_eq!(map.bytes(), BYTES);
+                let took = map.took();
+                times.push((took, map.unmap().unwrap()));
+            }
+            // Mapped in this process anew each time.
+            let anew = DmaMemory::new(std::slice::from_ref(&region)).unwrap();
+            let map = device.map(&anew).unwrap();
+            let cold = map.took();
+            drop(map);
+            println!(
+                "{kind}: populate {populated:?}, (map, unmap) {times:?}, map where it is not in this process yet {cold:?}"
+            );
         }
-        // Mapped in this process anew each time.
-        let anew = DmaMemory::new(std::slice::from_ref(&region)).unwrap();
-        let map = device.map(&anew).unwrap();
-        let cold = map.took();
-        drop(map);
-        println!(
-            "{kind}: populate {populated:?}, (map, unmap) {times:?}, map where it is not in this process yet {cold:?}"
-        );
+        drop(device);
+        sysfs.unbind(address, false).unwrap();
     }
-    drop(device);
-    sysfs.unbind(address, false).unwrap();
 }

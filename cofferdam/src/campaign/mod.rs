@@ -20,6 +20,7 @@ use recovery::campaign::kind::TrialKind;
 use recovery::campaign::plan::{PARTS, Place, Trial, trials};
 use recovery::campaign::record::{self, FORMAT, Header, MAX_FILE, Record, Run};
 use recovery::campaign::summary::Summary;
+use recovery::campaign::verdict::Verdict;
 
 use crate::control::protocol::FunctionBytes;
 use jobs::Jobs;
@@ -153,7 +154,8 @@ pub fn run(
     Ok(done)
 }
 
-/// Makes one trial, in another VM if the one that there is does not do what it is asked for.
+/// Makes one trial, in another VM if the one that there is does not do what it is asked for. A fault that the guest does not come
+/// to where its driver is not isolated is not tried further.
 fn make(
     trial: &Trial,
     options: &CampaignOptions,
@@ -167,8 +169,14 @@ fn make(
     while let Some(way) = ways.peek().copied() {
         match worker.run(*way, &fault) {
             Ok(seen) => {
-                runs.extend(seen.map(|seen| (*way, Run::of(*way, seen))));
+                let run = seen.map(|seen| Run::of(*way, seen));
+                let in_vain = |run: &Run| run.verdict == Verdict::NotActivated;
+                let is_over = *way == Way::Native && run.as_ref().is_some_and(in_vain);
+                runs.extend(run.map(|run| (*way, run)));
                 ways.next();
+                if is_over {
+                    break;
+                }
             }
             Err(error) => {
                 lost += 1;

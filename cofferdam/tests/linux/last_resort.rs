@@ -36,41 +36,6 @@ fn boot_id(guest: &mut Guest) -> String {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed() {
-    let mut victim = victim();
-    let first = boot_id(&mut victim.guest);
-    let may_reset = LadderConfig {
-        on_fault: Some(OnFault::Restart),
-        may_reset_guest: MayReset::Boot,
-        ..LadderConfig::default()
-    };
-    victim.isolate(ENTRY, may_reset);
-    let stays = that_stays(another_build(0xb1));
-    let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
-    is_new(&victim, &report);
-    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stays)));
-
-    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
-    victim.try_command(&["ethtool", "-S", "eth0"]);
-    let ladder = victim.wait_until_running();
-    let rungs = &ladder.rungs;
-    assert_eq!(
-        (rungs.restarts, rungs.failed_restarts, rungs.resets),
-        (1, 1, 1),
-        "{ladder:?}"
-    );
-    // The installed driver is back, with the same function isolated.
-    assert_ne!(boot_id(&mut victim.guest), first);
-    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
-    assert_eq!(victim.isolated(), [ENTRY]);
-    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-    victim.ping();
-    let statistics = victim.run(&["ethtool", "-S", "eth0"]);
-    assert!(statistics.contains("rx_packets"), "{statistics}");
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset() {
     let mut victim = victim();
     let restart = LadderConfig {
@@ -132,5 +97,40 @@ mod long {
         network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
         victim.ping();
         assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed() {
+        let mut victim = victim();
+        let first = boot_id(&mut victim.guest);
+        let may_reset = LadderConfig {
+            on_fault: Some(OnFault::Restart),
+            may_reset_guest: MayReset::Boot,
+            ..LadderConfig::default()
+        };
+        victim.isolate(ENTRY, may_reset);
+        let stays = that_stays(another_build(0xb1));
+        let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
+        is_new(&victim, &report);
+        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stays)));
+
+        victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+        victim.try_command(&["ethtool", "-S", "eth0"]);
+        let ladder = victim.wait_until_running();
+        let rungs = &ladder.rungs;
+        assert_eq!(
+            (rungs.restarts, rungs.failed_restarts, rungs.resets),
+            (1, 1, 1),
+            "{ladder:?}"
+        );
+        // The installed driver is back, with the same function isolated.
+        assert_ne!(boot_id(&mut victim.guest), first);
+        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+        assert_eq!(victim.isolated(), [ENTRY]);
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        let statistics = victim.run(&["ethtool", "-S", "eth0"]);
+        assert!(statistics.contains("rx_packets"), "{statistics}");
     }
 }
