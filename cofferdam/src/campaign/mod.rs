@@ -86,11 +86,10 @@ pub fn run(
     each: &mut dyn FnMut(Progress<'_>) -> bool,
 ) -> anyhow::Result<Done> {
     let begun = Instant::now();
-    let worker = Worker::start(&options.setup, &options.kinds, progress)?;
-    let header = Header {
+    let mut header = Header {
         campaign: FORMAT,
         workload: options.setup.workload.clone(),
-        kernel: worker.kernel().to_owned(),
+        kernel: String::new(),
         seed: options.seed,
         kinds: options
             .kinds
@@ -99,6 +98,13 @@ pub fn run(
             .collect(),
         contain: options.setup.contain,
     };
+    // Before a guest is booted for nothing.
+    if let Some(there) = header_in(&options.file)? {
+        header.kernel.clone_from(&there.kernel);
+        ensure_same(&options.file, &there, &header)?;
+    }
+    let worker = Worker::start(&options.setup, &options.kinds, progress)?;
+    worker.kernel().clone_into(&mut header.kernel);
     let (mut file, records) = open(&options.file, &header)?;
     let summary = Summary::of(&records);
     let fits = |kind: &&TrialKind| match kind {
@@ -286,6 +292,24 @@ pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
     Ok(text)
 }
 
+/// The header in a campaign's file; `None` if there is no file, or nothing in it.
+fn header_in(path: &Path) -> anyhow::Result<Option<Header>> {
+    match std::fs::metadata(path) {
+        Ok(there) if there.len() > 0 => read(path).map(|campaign| Some(campaign.header)),
+        // One that cannot be looked at is not to be written either, which says why.
+        _ => Ok(None),
+    }
+}
+
+fn ensure_same(path: &Path, there: &Header, wanted: &Header) -> anyhow::Result<()> {
+    ensure!(
+        there == wanted,
+        "{} is of another campaign (workload, kernel, seed or kinds differ): choose another file",
+        path.display()
+    );
+    Ok(())
+}
+
 /// The file to go on in, and what is in it.
 fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
     let name = || path.display().to_string();
@@ -301,11 +325,7 @@ fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
         return Ok((file, Vec::new()));
     }
     let campaign = record::read(&text(path, MAX_FILE)?).with_context(name)?;
-    ensure!(
-        campaign.header == *header,
-        "{} is of another campaign (workload, kernel, seed or kinds differ): choose another file",
-        path.display()
-    );
+    ensure_same(path, &campaign.header, header)?;
     file.set_len(campaign.whole_bytes as u64)
         .with_context(name)?;
     Ok((file, campaign.records))
@@ -396,8 +416,10 @@ mod tests {
             says: String::new(),
             runs: BTreeMap::new(),
         };
+        assert_eq!(header_in(&path).unwrap(), None);
         let (mut file, records) = open(&path, &header).unwrap();
         assert!(records.is_empty());
+        assert_eq!(header_in(&path).unwrap().as_ref(), Some(&header));
         append(&mut file, &record(1)).unwrap();
         file.write_all(b"{\"number\":2,\"ki").unwrap();
         let (mut file, records) = open(&path, &header).unwrap();

@@ -73,43 +73,6 @@ fn use_without_the_device(guest: &mut Guest, address: &str, number: u8) {
     assert_no_complaints(guest);
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
-    // Both drivers are inserted there, and only one can have the device.
-    let mut pair = Pair::new(&[], "");
-    assert_eq!(
-        pair.served.status().unwrap().turn.as_deref(),
-        Some(NAMES[FIRST])
-    );
-    nic_works(&mut pair.guests[FIRST]);
-    let addresses = NAMES.map(|name| pair.context(name).mac);
-    use_without_the_device(&mut pair.guests[SECOND], &addresses[SECOND], 16);
-    nic_works(&mut pair.guests[FIRST]);
-
-    // It loses its link with frames under way.
-    let flood = "(ping -f -s 1400 10.0.2.2 > /dev/null 2>&1) < /dev/null & sleep 1";
-    shell(&mut pair.guests[FIRST], flood);
-    pair.give(SECOND);
-    nic_works(&mut pair.guests[SECOND]);
-    wait_without_link(&mut pair.guests[FIRST]);
-    shell(&mut pair.guests[FIRST], "killall ping || true");
-    use_without_the_device(&mut pair.guests[FIRST], &addresses[FIRST], 15);
-    nic_works(&mut pair.guests[SECOND]);
-
-    for turn in [FIRST, SECOND, FIRST] {
-        pair.give(turn);
-        network::wait_for_link(&mut pair.guests[turn], SOON).unwrap();
-        nic_works(&mut pair.guests[turn]);
-    }
-    for guest in &mut pair.guests {
-        assert_no_complaints(guest);
-        println!("{}", shell(guest, "dmesg | grep -i 'e1000e\\|eth0'"));
-    }
-    println!("{:?}", NAMES.map(|name| pair.context(name)));
-    assert_eq!(pair.served.status().unwrap().failed_switches, 0);
-}
-
 /// The test has taken its address.
 fn insert_again(guest: &mut Guest) {
     shell(
@@ -154,5 +117,42 @@ mod long {
         pair.give(SECOND);
         insert_again(&mut pair.guests[SECOND]);
         nic_works(&mut pair.guests[SECOND]);
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn e1000e_is_driven_without_its_device_and_works_when_its_turn_comes() {
+        // Both drivers are inserted there, and only one can have the device.
+        let mut pair = Pair::new(&[], "");
+        assert_eq!(
+            pair.served.status().unwrap().turn.as_deref(),
+            Some(NAMES[FIRST])
+        );
+        nic_works(&mut pair.guests[FIRST]);
+        let addresses = NAMES.map(|name| pair.context(name).mac);
+        use_without_the_device(&mut pair.guests[SECOND], &addresses[SECOND], 16);
+        nic_works(&mut pair.guests[FIRST]);
+
+        // It loses its link with frames under way.
+        let flood = "(ping -f -s 1400 10.0.2.2 > /dev/null 2>&1) < /dev/null & sleep 1";
+        shell(&mut pair.guests[FIRST], flood);
+        pair.give(SECOND);
+        nic_works(&mut pair.guests[SECOND]);
+        wait_without_link(&mut pair.guests[FIRST]);
+        shell(&mut pair.guests[FIRST], "killall ping || true");
+        use_without_the_device(&mut pair.guests[FIRST], &addresses[FIRST], 15);
+        nic_works(&mut pair.guests[SECOND]);
+
+        for turn in [FIRST, SECOND, FIRST] {
+            pair.give(turn);
+            network::wait_for_link(&mut pair.guests[turn], SOON).unwrap();
+            nic_works(&mut pair.guests[turn]);
+        }
+        for guest in &mut pair.guests {
+            assert_no_complaints(guest);
+            println!("{}", shell(guest, "dmesg | grep -i 'e1000e\\|eth0'"));
+        }
+        println!("{:?}", NAMES.map(|name| pair.context(name)));
+        assert_eq!(pair.served.status().unwrap().failed_switches, 0);
     }
 }

@@ -203,54 +203,6 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn four_processors_and_their_clocks_go_on_in_another_process() {
-    const WATCH: &str = "setsid sh -c 'last=0; while :; do read now _ < /proc/uptime; now=${now%.*}${now#*.}; \
-         [ $now -ge $last ] || echo $now after $last >> /tmp/backwards; last=$now; done' \
-         < /dev/null > /dev/null 2>&1 &";
-    let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().join("s");
-    let mut guest = networked("--vcpus 4");
-    for _ in 0..2 {
-        shell(&mut guest, WATCH);
-    }
-    let before = uptime(&mut guest);
-    snapshot(&guest, &dir, None, true);
-    assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
-    drop(guest);
-    // Time in which the guest is nowhere.
-    std::thread::sleep(Duration::from_secs(5));
-    let mut guest = go_on(&dir, "");
-    assert_eq!(shell(&mut guest, "nproc").trim(), "4");
-    let after = uptime(&mut guest);
-    assert!(after >= before, "{after} after {before}");
-    // The real time is the host's again, soon, but for the time that the word of it takes.
-    let deadline = Instant::now() + BOOT_TIME;
-    loop {
-        let earlier = now();
-        let guests: u64 = shell(&mut guest, "date +%s").trim().parse().unwrap();
-        if (earlier.saturating_sub(4)..=now() + 1).contains(&guests) {
-            break;
-        }
-        assert!(Instant::now() < deadline, "{guests} instead of {earlier}");
-        guest.agent().disconnect();
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    // Timers fire on each processor.
-    for processor in 0..4 {
-        shell(&mut guest, &format!("taskset {} sleep 0.2", 1 << processor));
-    }
-    mark(&guest, "here");
-    for _ in 0..3 {
-        rewind(&mut guest, "here");
-        shell(&mut guest, "sleep 0.1");
-        ping(&mut guest, "10.0.2.2", 1000);
-    }
-    shell(&mut guest, "! cat /tmp/backwards");
-    assert_log_is_healthy(&mut guest, &[]);
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn clones_share_their_memory_and_reach_each_other() {
     let folder = tempfile::tempdir().unwrap();
     let (dir, link) = (folder.path().join("s"), folder.path().join("link"));
@@ -313,4 +265,57 @@ fn now() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .as_secs()
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn four_processors_and_their_clocks_go_on_in_another_process() {
+        const WATCH: &str = "setsid sh -c 'last=0; while :; do read now _ < /proc/uptime; now=${now%.*}${now#*.}; \
+         [ $now -ge $last ] || echo $now after $last >> /tmp/backwards; last=$now; done' \
+         < /dev/null > /dev/null 2>&1 &";
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let mut guest = networked("--vcpus 4");
+        for _ in 0..2 {
+            shell(&mut guest, WATCH);
+        }
+        let before = uptime(&mut guest);
+        snapshot(&guest, &dir, None, true);
+        assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
+        drop(guest);
+        // Time in which the guest is nowhere.
+        std::thread::sleep(Duration::from_secs(5));
+        let mut guest = go_on(&dir, "");
+        assert_eq!(shell(&mut guest, "nproc").trim(), "4");
+        let after = uptime(&mut guest);
+        assert!(after >= before, "{after} after {before}");
+        // The real time is the host's again, soon, but for the time that the word of it takes.
+        let deadline = Instant::now() + BOOT_TIME;
+        loop {
+            let earlier = now();
+            let guests: u64 = shell(&mut guest, "date +%s").trim().parse().unwrap();
+            if (earlier.saturating_sub(4)..=now() + 1).contains(&guests) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{guests} instead of {earlier}");
+            guest.agent().disconnect();
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        // Timers fire on each processor.
+        for processor in 0..4 {
+            shell(&mut guest, &format!("taskset {} sleep 0.2", 1 << processor));
+        }
+        mark(&guest, "here");
+        for _ in 0..3 {
+            rewind(&mut guest, "here");
+            shell(&mut guest, "sleep 0.1");
+            ping(&mut guest, "10.0.2.2", 1000);
+        }
+        shell(&mut guest, "! cat /tmp/backwards");
+        assert_log_is_healthy(&mut guest, &[]);
+    }
 }

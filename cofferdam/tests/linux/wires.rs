@@ -34,29 +34,6 @@ fn wait_for_no_link(guest: &mut Guest) {
     }
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn two_guests_are_joined_by_a_cable_that_one_can_leave() {
-    let folder = tempfile::tempdir().unwrap();
-    let link = folder.path().join("link");
-    let link = link.display();
-    let mut first = boot(&options().with(&format!("--net unix={link},listen")));
-    bring_up(&mut first, "e1000", 1);
-    {
-        let mut second = boot(&options().with(&format!("--net unix={link} --nic virtio")));
-        bring_up(&mut second, "virtio_net", 2);
-        network::wait_for_link(&mut first, LINK_TIME).unwrap();
-        assert_reaches(&mut first, 2);
-        assert_reaches(&mut second, 1);
-    }
-    wait_for_no_link(&mut first);
-    let mut third = boot(&options().with(&format!("--net unix={link}")));
-    bring_up(&mut third, "e1000", 3);
-    network::wait_for_link(&mut third, LINK_TIME).unwrap();
-    network::wait_for_link(&mut first, LINK_TIME).unwrap();
-    assert_reaches(&mut third, 1);
-}
-
 /// A TAP of the host's with the address `10.9.0.100/24`, as long as it lives.
 struct HostTap(&'static str);
 
@@ -90,4 +67,32 @@ fn a_guest_on_a_tap_reaches_the_host() {
     bring_up(&mut guest, "e1000", 1);
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     assert_reaches(&mut guest, 100);
+}
+
+/// Run in the full form of the suite, or by name.
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn two_guests_are_joined_by_a_cable_that_one_can_leave() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        let link = link.display();
+        let mut first = boot(&options().with(&format!("--net unix={link},listen")));
+        bring_up(&mut first, "e1000", 1);
+        {
+            let mut second = boot(&options().with(&format!("--net unix={link} --nic virtio")));
+            bring_up(&mut second, "virtio_net", 2);
+            network::wait_for_link(&mut first, LINK_TIME).unwrap();
+            assert_reaches(&mut first, 2);
+            assert_reaches(&mut second, 1);
+        }
+        wait_for_no_link(&mut first);
+        let mut third = boot(&options().with(&format!("--net unix={link}")));
+        bring_up(&mut third, "e1000", 3);
+        network::wait_for_link(&mut third, LINK_TIME).unwrap();
+        network::wait_for_link(&mut first, LINK_TIME).unwrap();
+        assert_reaches(&mut third, 1);
+    }
 }

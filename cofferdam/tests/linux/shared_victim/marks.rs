@@ -1,16 +1,14 @@
-//! Guests that are rewound, or go on from a snapshot, with functions of their driver isolated.
+//! A guest that goes back to a mark with functions of its driver isolated.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
-use cofferdam::bench::operation::Operation;
 use cofferdam::control::protocol::{Reply, Request};
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault, State};
 
-use super::victim::{DRIVER, Victim};
-use super::{boot, options};
+use super::victim;
+use crate::victim::{DRIVER, Victim};
 
 const ENTRY: &str = "e1000_xmit_frame";
 
@@ -28,7 +26,7 @@ type Happens = fn(&mut Victim);
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_goes_back_to_a_mark_with_its_driver_isolated_whatever_failed_since() {
-    let mut victim = Victim::boot();
+    let mut victim = victim();
     victim.configure();
     let before = victim.configuration();
     let restart = LadderConfig {
@@ -39,7 +37,7 @@ fn a_guest_goes_back_to_a_mark_with_its_driver_isolated_whatever_failed_since() 
     victim.ping();
     victim.guest.agent().disconnect();
     victim.ask(&Request::Mark {
-        name: "warm".to_owned(),
+        name: "isolated".to_owned(),
     });
     let happens: [Happens; 4] = [
         |victim| victim.ping(),
@@ -81,7 +79,7 @@ fn a_guest_goes_back_to_a_mark_with_its_driver_isolated_whatever_failed_since() 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_whose_driver_cannot_be_restarted_goes_back_to_its_mark() {
-    let mut victim = Victim::boot();
+    let mut victim = victim();
     victim.configure();
     let before = victim.configuration();
     let go_back = LadderConfig {
@@ -102,7 +100,7 @@ fn a_guest_whose_driver_cannot_be_restarted_goes_back_to_its_mark() {
     let boot = boot_id(&mut victim);
     victim.guest.agent().disconnect();
     victim.ask(&Request::Mark {
-        name: "warm".to_owned(),
+        name: "cannot-be-restarted".to_owned(),
     });
     // The driver that was removed is not to be found when it is to be inserted again.
     victim.run(&["mount", "-t", "tmpfs", "none", "/lib/modules"]);
@@ -120,47 +118,4 @@ fn a_guest_whose_driver_cannot_be_restarted_goes_back_to_its_mark() {
     victim.ping();
     victim.assert_configured(&before);
     victim.assert_healthy("the way back");
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_that_goes_on_from_its_snapshot_has_the_same_isolated() {
-    let mut victim = Victim::boot();
-    victim.configure();
-    let before = victim.configuration();
-    victim.isolate(ENTRY, LadderConfig::default());
-    victim.ping();
-    let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().join("saved");
-    victim.guest.agent().disconnect();
-    victim.ask(&Request::Snapshot {
-        dir: dir.clone(),
-        parent: None,
-        track: false,
-        stop: false,
-    });
-    // It goes on as it was.
-    victim.ping();
-    assert_eq!(victim.isolated(), [ENTRY]);
-    victim.assert_healthy("a snapshot");
-    drop(victim);
-
-    let mut guest = boot(&options().with(&format!("--snapshot {}", dir.display())));
-    // The VM asks the agent itself, which listens to one client at a time.
-    guest.agent().disconnect();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    let isolated = |guest: &Guest| guest.control().unwrap().status().unwrap().isolation;
-    while isolated(&guest).is_empty() {
-        assert!(Instant::now() < deadline, "{}", guest.last_words());
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    let mut victim = Victim::of(guest);
-    assert_eq!(victim.isolated(), [ENTRY]);
-    victim.ping();
-    victim.assert_configured(&before);
-    assert!(victim.fail_once(ENTRY, Operation::Traffic, 5, FaultKind::NullDereference));
-    victim.ping();
-    victim.release();
-    victim.ping();
-    victim.assert_healthy("all of it");
 }
