@@ -1,7 +1,8 @@
 //! Runs the `#[ignore]`d tests: they need the images. Those that boot guests run where that is possible, all others on this
 //! host, one after the other; those that take long only in the full form, or by name. In labs, a few tests at a time are one
-//! command, in a process of their own (`queue.rs`), and several labs work side by side. A command that hangs its lab is tried again in a new one, and so are, once and a few a run,
-//! tests that fail in one: what the emulated processors do wrong (`docs/lab.md`) fails tests too. That is not hidden.
+//! command, in a process of their own (`queue.rs`), and several labs work side by side. A command that hangs its lab is tried
+//! again in a new one, and so are, once and a few a run, tests that fail in one: what the emulated processors do wrong
+//! (`docs/lab.md`) fails tests too. That is not hidden.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
