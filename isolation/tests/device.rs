@@ -121,6 +121,58 @@ fn a_load_that_only_flushes_stores_does_not_reach_the_device() {
 }
 
 #[test]
+fn memory_is_shown_to_a_device_only_where_it_may_look_at_it() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rdx, DRIVER_DATA).unwrap();
+        a.mov(qword_ptr(rdx), 8).unwrap();
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx + 0x10), 1).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.mov(dword_ptr(rcx + 0x18), 2).unwrap();
+        a.cmp(eax, 0x55).unwrap();
+        let mut good = a.create_label();
+        a.je(good).unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut good).unwrap();
+        a.mov(eax, dword_ptr(rcx + 8)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let kernel = |alone: &[u64], device_value| Kernel {
+        device_value,
+        registers_alone: alone.to_vec(),
+        ..Kernel::with_data()
+    };
+    // Neither store, the first one, both: when the data is there, and how often.
+    for (alone, published) in [(vec![], 1), (vec![0x10], 1), (vec![0x10, 0x18], 0)] {
+        guest.write(DRIVER_DATA, 0);
+        let mut kernel = kernel(&alone, 0x55);
+        let result = guest.call(&mut domain, &mut kernel);
+        assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        let data = kernel.published.iter();
+        let data = data.filter(|(gpa, _)| *gpa == gpa_of(DRIVER_DATA));
+        assert_eq!(data.count(), published, "{alone:x?}");
+        assert_eq!(guest.read(DRIVER_DATA), 8);
+        assert_eq!(
+            kernel.device_writes,
+            [(DEVICE_GPA + 0x10, 1, 4), (DEVICE_GPA + 0x18, 2, 4)]
+        );
+        assert_eq!(kernel.checkpoints, 1);
+    }
+    // One that fails after the first load has changed registers alone, and they are put back.
+    guest.write(DRIVER_DATA, 0);
+    let regs = guest.entry_regs();
+    let before = guest.all();
+    let mut kernel = kernel(&[0x10, 0x18], 0x66);
+    let result = guest.call_with(&mut domain, &mut kernel, regs);
+    assert!(violation(&result).reached_device);
+    assert_eq!((kernel.checkpoints, kernel.restores), (1, 1));
+    assert!(kernel.published.is_empty(), "{:x?}", kernel.published);
+    assert!(guest.all() == before);
+}
+
+#[test]
 fn the_devices_ports_are_written_at_commit_and_read_at_once() {
     let guest = Guest::new();
     guest.code(DRIVER_TEXT, |a| {

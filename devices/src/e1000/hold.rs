@@ -4,12 +4,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::mmio::store_uses_memory;
 use super::{E1000, Moment};
 use crate::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
 use crate::pci::{BarRange, BarSpace, PciFunction};
 
 use crate::hold::{
-    CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges,
+    Access, CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable,
+    OutsideChanges,
 };
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
@@ -128,6 +130,15 @@ impl HeldDevice for Held<'_> {
     fn write(&mut self, at: DeviceAddress, data: &[u8]) {
         if let Some((bar, offset)) = self.find(at) {
             self.nic.bar_write(bar, offset, data);
+        }
+    }
+
+    fn uses_memory(&self, at: DeviceAddress, bytes: usize, access: Access) -> bool {
+        match (access, self.find(at)) {
+            (Access::Load, _) | (_, None) => false,
+            (Access::Store, Some((REGISTERS_BAR, offset))) => store_uses_memory(offset, bytes),
+            // By the window of I/O ports to any register.
+            (Access::Store, Some(_)) => true,
         }
     }
 

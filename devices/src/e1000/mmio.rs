@@ -151,6 +151,17 @@ impl E1000 {
     }
 }
 
+/// Whether a store of `bytes` bytes at `offset` of register space has the controller look at descriptors: it is given some, or
+/// one of its units goes on.
+pub(super) fn store_uses_memory(offset: u64, bytes: usize) -> bool {
+    let end = offset.saturating_add(bytes as u64);
+    let mut words = (offset & !3..end).step_by(4);
+    words.any(|at| {
+        let register = u32::try_from(at).map(unalias);
+        matches!(register, Ok(RCTL | TCTL | RDT | TDT))
+    })
+}
+
 /// Reads words with `read` and takes from them the bytes that were asked for.
 fn read_by_words(offset: u64, data: &mut [u8], mut read: impl FnMut(u64) -> u32) {
     let mut done = 0;

@@ -27,6 +27,15 @@ pub enum DeviceAddress {
     Port(u16),
 }
 
+/// What is done at a place of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It is read.
+    Load,
+    /// It is written.
+    Store,
+}
+
 /// A device's state at one moment, which only the device understands.
 #[derive(Clone)]
 pub struct DeviceState(pub Arc<dyn Any + Send + Sync>);
@@ -102,6 +111,12 @@ pub trait HeldDevice {
 
     /// Stores `data` (1 to 8 bytes) to a place that the device owns.
     fn write(&mut self, at: DeviceAddress, data: &[u8]);
+
+    /// Whether an access of `bytes` bytes at `at` may have the device look at guest memory, or write to it, before it is
+    /// over. Where it does not, memory need not be as the device is to see it.
+    fn uses_memory(&self, _at: DeviceAddress, _bytes: usize, _access: Access) -> bool {
+        true
+    }
 
     /// Takes the device's state.
     fn checkpoint(&mut self);

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
+use super::{Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
 
 /// Two devices, or more by being one of the two. See the module.
 pub struct HoldableSet {
@@ -45,12 +45,15 @@ fn both(state: &DeviceState) -> Option<&Both> {
 }
 
 impl Held<'_> {
-    fn owner(&mut self, at: DeviceAddress) -> &mut dyn HeldDevice {
-        let is_first = match at {
+    fn is_of_first(&self, at: DeviceAddress) -> bool {
+        match at {
             DeviceAddress::Memory(gpa) => self.first.owns(gpa),
             DeviceAddress::Port(port) => self.first.owns_port(port),
-        };
-        if is_first {
+        }
+    }
+
+    fn owner(&mut self, at: DeviceAddress) -> &mut dyn HeldDevice {
+        if self.is_of_first(at) {
             &mut *self.first
         } else {
             &mut *self.rest
@@ -86,6 +89,14 @@ impl HeldDevice for Held<'_> {
 
     fn write(&mut self, at: DeviceAddress, data: &[u8]) {
         self.owner(at).write(at, data);
+    }
+
+    fn uses_memory(&self, at: DeviceAddress, bytes: usize, access: Access) -> bool {
+        let owner = match self.is_of_first(at) {
+            true => &*self.first,
+            false => &*self.rest,
+        };
+        owner.uses_memory(at, bytes, access)
     }
 
     fn checkpoint(&mut self) {

@@ -21,7 +21,7 @@ use crate::guest::stack::InterruptStack;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::call::{CallMemory, DriverPolicy};
 use crate::status::report::{Told, ViolationReport};
-use devices::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice};
+use devices::hold::{Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice};
 
 /// Start of the kernel image's mapping (`__START_KERNEL_map`).
 const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
@@ -385,6 +385,11 @@ impl Supervisor for CallSupervisor<'_> {
         if let Some(device) = &mut self.device {
             device.write(at, &value.to_le_bytes()[..bytes.min(8)]);
         }
+    }
+
+    fn device_uses_memory(&self, at: DeviceAddress, bytes: usize, access: Access) -> bool {
+        let device = self.device.as_ref();
+        device.is_some_and(|device| device.uses_memory(at, bytes, access))
     }
 
     fn checkpoint_device(&mut self) {

@@ -1,7 +1,7 @@
 //! What a call in the domain asks of the layer that knows the guest: its functions, objects and
 //! devices.
 
-use devices::hold::{DeviceAddress, DeviceState};
+use devices::hold::{Access, DeviceAddress, DeviceState};
 
 use super::monitor::ExceptionFrame;
 use super::undo_log::Restorable;
@@ -94,6 +94,11 @@ pub trait Supervisor {
 
     /// Stores the low `bytes` (1 to 8, to ports 1 to 4) of `value` to the isolated device.
     fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize);
+
+    /// Whether this access of `bytes` may have the isolated device look at guest memory, or write to it.
+    fn device_uses_memory(&self, _at: DeviceAddress, _bytes: usize, _access: Access) -> bool {
+        true
+    }
 
     /// Takes the device's state, before the call reaches it for the first time.
     fn checkpoint_device(&mut self);

@@ -35,6 +35,8 @@ pub struct Kernel {
     pub kernels: Vec<(u64, u64)>,
     /// Further bytes that would have to be put back, from guest physical address 0.
     pub more_restorable: u64,
+    /// Offsets of the device's registers whose stores do not have it use memory; loads do not either if there are some.
+    pub registers_alone: Vec<u64>,
     /// The device cannot be put back in parts.
     pub device_is_in_use: bool,
     /// Stores that had reached the device before and after each part that was taken back, oldest first.
@@ -141,6 +143,13 @@ impl Supervisor for Kernel {
             DeviceAddress::Port(port) => port.into(),
         };
         self.device_writes.push((at, value, bytes));
+    }
+    fn device_uses_memory(&self, at: DeviceAddress, _: usize, access: Access) -> bool {
+        let is_alone = |offset: &u64| at == DeviceAddress::Memory(DEVICE_GPA + offset);
+        match access {
+            Access::Load => self.registers_alone.is_empty(),
+            Access::Store => !self.registers_alone.iter().any(is_alone),
+        }
     }
     fn checkpoint_device(&mut self) {
         self.checkpoints += 1;

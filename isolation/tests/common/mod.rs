@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::dma::GuestMemory;
-use devices::hold::{DeviceAddress, DeviceState};
+use devices::hold::{Access, DeviceAddress, DeviceState};
 use iced_x86::code_asm::CodeAssembler;
 use isolation::domain::error::DomainError;
 use isolation::domain::host_memory::HostMemory;

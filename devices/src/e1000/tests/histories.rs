@@ -3,7 +3,8 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 
-use crate::e1000::ops::{Exercise, Op};
+use crate::e1000::mmio::store_uses_memory;
+use crate::e1000::ops::{Exercise, MEMORY_BYTES, Op};
 
 /// Random bytes that are the same in every run (xorshift64*).
 pub(super) struct Random(pub u64);
@@ -140,4 +141,63 @@ fn a_state_survives_its_stored_form() {
         serde_json::from_slice::<crate::e1000::E1000State>(&stored).unwrap(),
         state
     );
+}
+
+#[test]
+fn a_store_that_is_said_not_to_use_memory_does_the_same_whatever_is_there() {
+    let mut tried = 0;
+    for seed in histories(100) {
+        let mut random = Random(seed << 16);
+        let mut original = Exercise::new().unwrap();
+        for op in random.ops() {
+            original.apply(&op);
+        }
+        let mut twin = original.twin().unwrap();
+        let noise: Vec<u8> = (0..MEMORY_BYTES).map(|_| random.next() as u8).collect();
+        twin.bench().dma.write(0, &noise).unwrap();
+        let (_, memory) = original.take_observations();
+        for _ in 0..200 {
+            // Most registers are in the first KiB of each of these.
+            let block = [0, 0, 0, 0x400, 0x2800, 0x3800, 0x5000, 0x5400];
+            let offset = block[random.next() as usize % 8] + (random.next() as u32 & 0x3ff);
+            let length = random.next() as u8 % 8;
+            if store_uses_memory(offset.into(), usize::from(length) + 1) {
+                continue;
+            }
+            let op = Op::Access {
+                io: false,
+                write: random.next() & 1 == 0,
+                offset,
+                data: random.next().to_le_bytes(),
+                length,
+            };
+            original.apply(&op);
+            twin.apply(&op);
+            tried += 1;
+        }
+        assert_eq!(original.state(), twin.state(), "seed {seed}");
+        let (seen, now) = original.take_observations();
+        let (twins_seen, twins_now) = twin.take_observations();
+        assert!(seen == twins_seen, "seed {seed}");
+        assert!(now == memory && twins_now == noise, "seed {seed}");
+    }
+    assert!(tried > 1000, "{tried}");
+}
+
+#[test]
+fn stores_that_hand_descriptors_over_are_said_to_use_memory() {
+    for (offset, bytes, uses) in [
+        (0x3818, 4, true),
+        (0x3810, 4, false),
+        (0x3814, 8, true),
+        (0x0438, 4, true),
+        (0x0128, 4, true),
+        (0x0100, 4, true),
+        (0x0103, 1, true),
+        (0x0400, 4, true),
+        (0x0010, 4, false),
+        (u64::MAX, 8, false),
+    ] {
+        assert_eq!(store_uses_memory(offset, bytes), uses, "{offset:#x}");
+    }
 }

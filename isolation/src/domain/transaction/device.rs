@@ -87,6 +87,12 @@ impl Call<'_> {
         if let Some(value) = self.supervisor.device_read_past(at, bytes, waiting) {
             return Ok(Ok(value));
         }
+        let uses_memory =
+            self.posted_use_memory || self.supervisor.device_uses_memory(at, bytes, Access::Load);
+        if !uses_memory {
+            self.reach_registers();
+            return Ok(Ok(self.supervisor.device_read(at, bytes)));
+        }
         if let Some(kind) = self.reach_device()? {
             return Ok(Err(kind));
         }
@@ -97,11 +103,15 @@ impl Call<'_> {
 
     fn post(&mut self, at: DeviceAddress, value: u64, bytes: usize) -> Result<Step, DomainError> {
         if self.posted.len() >= MAX_POSTED {
-            if let Some(kind) = self.reach_device()? {
+            if !self.posted_use_memory {
+                self.reach_registers();
+            } else if let Some(kind) = self.reach_device()? {
                 return Ok(self.violation_here(kind));
+            } else {
+                self.follow_device()?;
             }
-            self.follow_device()?;
         }
+        self.posted_use_memory |= self.supervisor.device_uses_memory(at, bytes, Access::Store);
         self.posted.push(PostedWrite { at, value, bytes });
         self.stats.posted_writes += 1;
         Ok(Step::Continue)
@@ -139,11 +149,7 @@ impl Call<'_> {
         if !self.kept.grow(more.count() as u64 * OVERWRITTEN_BYTES) {
             return Ok(Some(ViolationKind::HostMemory));
         }
-        if !self.reached_device {
-            self.supervisor.checkpoint_device();
-            self.reached_device = true;
-            self.journal_device();
-        }
+        self.checkpoint_device();
         for (pfn, mask) in changes {
             let view = &self.domain.view;
             let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
@@ -165,6 +171,20 @@ impl Call<'_> {
         Ok(None)
     }
 
+    /// Performs the queued stores, none of which has the device use memory: it stays as it is.
+    fn reach_registers(&mut self) {
+        self.checkpoint_device();
+        self.flush_posted();
+    }
+
+    fn checkpoint_device(&mut self) {
+        if !self.reached_device {
+            self.supervisor.checkpoint_device();
+            self.reached_device = true;
+            self.journal_device();
+        }
+    }
+
     /// Takes over into private copies what the device wrote.
     pub(super) fn follow_device(&mut self) -> Result<(), DomainError> {
         for pfn in self.private_pages()? {
@@ -175,6 +195,7 @@ impl Call<'_> {
     }
 
     pub(super) fn flush_posted(&mut self) {
+        self.posted_use_memory = false;
         for write in std::mem::take(&mut self.posted) {
             self.supervisor
                 .device_write(write.at, write.value, write.bytes);

@@ -44,7 +44,7 @@ use super::view::{PAGE_SIZE, Page, Pfn};
 use super::violation::{Violation, ViolationKind};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::policy::diff::PageMask;
-use devices::hold::DeviceAddress;
+use devices::hold::{Access, DeviceAddress};
 
 mod call;
 mod device;
@@ -145,6 +145,8 @@ pub(super) struct Call<'a> {
     /// The stack it was entered on, and those on which the kernel has called the driver back.
     stacks: Vec<GvaRange>,
     posted: Vec<PostedWrite>,
+    /// One of these may have the device use guest memory.
+    posted_use_memory: bool,
     overwritten: BTreeMap<Pfn, Overwritten>,
     /// Pages that it was let write, and that the next call is not.
     passing: Vec<(Pfn, u64)>,
@@ -248,6 +250,7 @@ impl Domain {
             callbacks: Vec::new(),
             stacks: vec![request.stack],
             posted: Vec::new(),
+            posted_use_memory: false,
             overwritten: BTreeMap::new(),
             passing: Vec::new(),
             stepping: Vec::new(),
