@@ -84,7 +84,7 @@ impl<'a, I: Iterator<Item = &'a Trial> + Send> Jobs<'_, I> {
             None => Worker::start(&self.options.setup, &self.options.kinds, &mut tell)?,
         };
         while let Some(trial) = self.next() {
-            let record = make(trial, self.options, &mut worker, &mut tell)?;
+            let record = make(trial, None, self.options, &mut worker, &mut tell)?;
             if say.send(Said::Made(record)).is_err() {
                 break;
             }
@@ -147,6 +147,7 @@ mod tests {
                 seed: 0,
             },
             says: String::new(),
+            steps: Vec::new(),
             runs: BTreeMap::new(),
         })
     }

@@ -97,6 +97,7 @@ pub fn run(
             .map(|kind| kind.name().to_owned())
             .collect(),
         contain: options.setup.contain,
+        steps: options.setup.steps,
     };
     // Before a guest is booted for nothing.
     if let Some(there) = header_in(&options.file)? {
@@ -161,19 +162,26 @@ pub fn run(
 }
 
 /// Makes one trial, in another VM if the one that there is does not do what it is asked for. A fault that the guest does not come
-/// to where its driver is not isolated is not tried further.
+/// to where its driver is not isolated is not tried further. The guest does these `steps` of its work (all if there are none),
+/// or those that are chosen for the function.
 fn make(
     trial: &Trial,
+    steps: Option<&[String]>,
     options: &CampaignOptions,
     worker: &mut Worker,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Record> {
     let (fault, says) = fault(trial, worker)?;
+    let steps = match (steps, trial.kind) {
+        (Some(steps), _) => steps.to_vec(),
+        (None, TrialKind::Code(_)) => worker.steps_for(&trial.function),
+        (None, TrialKind::Edge(_)) => Vec::new(),
+    };
     let mut lost = 0;
     let mut runs = BTreeMap::new();
     let mut ways = options.ways.iter().peekable();
     while let Some(way) = ways.peek().copied() {
-        match worker.run(*way, &fault) {
+        match worker.run(*way, &fault, &steps) {
             Ok(seen) => {
                 let run = seen.map(|seen| Run::of(*way, seen));
                 let in_vain = |run: &Run| run.verdict == Verdict::NotActivated;
@@ -200,6 +208,7 @@ fn make(
     Ok(Record {
         trial: trial.clone(),
         says,
+        steps,
         runs,
     })
 }
@@ -262,7 +271,13 @@ pub fn replay(
             campaign.header.kernel
         );
     }
-    let now = make(&then.trial, &options, &mut worker, progress)?;
+    let now = make(
+        &then.trial,
+        Some(&then.steps),
+        &options,
+        &mut worker,
+        progress,
+    )?;
     Ok((then.clone(), now))
 }
 
@@ -304,7 +319,7 @@ fn header_in(path: &Path) -> anyhow::Result<Option<Header>> {
 fn ensure_same(path: &Path, there: &Header, wanted: &Header) -> anyhow::Result<()> {
     ensure!(
         there == wanted,
-        "{} is of another campaign (workload, kernel, seed or kinds differ): choose another file",
+        "{} is of another campaign (workload, kernel, seed, kinds, stores or steps differ): choose another file",
         path.display()
     );
     Ok(())
@@ -389,7 +404,7 @@ pub fn with_function<T>(
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
-    use recovery::campaign::workload::Workload;
+    use recovery::campaign::workload::{Steps, Workload};
 
     use super::*;
 
@@ -404,6 +419,7 @@ mod tests {
             seed: 1,
             kinds: vec!["nop".to_owned()],
             contain: isolation::attach::request::Contain::Full,
+            steps: Steps::All,
         };
         let record = |number| Record {
             trial: Trial {
@@ -414,6 +430,7 @@ mod tests {
                 seed: 7,
             },
             says: String::new(),
+            steps: Vec::new(),
             runs: BTreeMap::new(),
         };
         assert_eq!(header_in(&path).unwrap(), None);

@@ -25,7 +25,7 @@ use isolation::status::ModuleStatus;
 use recovery::campaign::Way;
 use recovery::campaign::kind::TrialKind;
 use recovery::campaign::verdict::Seen;
-use recovery::campaign::workload::{Outcome, Workload, preparation};
+use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation};
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 
@@ -61,6 +61,8 @@ pub struct Setup {
     pub workload: Workload,
     /// How stores of isolated calls are checked.
     pub contain: Contain,
+    /// Which steps of the work are done in a trial.
+    pub steps: Steps,
 }
 
 /// A fault to be put in.
@@ -76,7 +78,15 @@ pub enum Fault {
 #[derive(Default)]
 struct Baseline {
     outcome: Outcome,
-    limit: Duration,
+    took: Duration,
+}
+
+impl Baseline {
+    /// How long these steps of the work may take.
+    fn limit(&self, part: &Workload) -> Duration {
+        let took = self.took.saturating_sub(self.outcome.left_out(part));
+        took * TIMES + LONGER
+    }
 }
 
 /// A VM at its marks.
@@ -84,6 +94,8 @@ pub struct Worker {
     guest: Guest,
     control: ControlClient,
     workload: Workload,
+    /// Steps that call the functions; nothing where all are done.
+    calls: Calls,
     kernel: String,
     texts: Vec<(String, FunctionBytes)>,
     native: Baseline,
@@ -112,6 +124,7 @@ impl Worker {
             control: guest.control()?,
             guest,
             workload: setup.workload.clone(),
+            calls: Calls::default(),
             kernel,
             texts: Vec::new(),
             native: Baseline::default(),
@@ -136,6 +149,11 @@ impl Worker {
         worker.watch_edge(kinds)?;
         worker.native = worker.healthy(NATIVE)?;
         worker.count_events()?;
+        let in_code = |kind: &TrialKind| matches!(kind, TrialKind::Code(_));
+        if setup.steps == Steps::Called && kinds.iter().any(in_code) {
+            progress("which functions each step of it calls");
+            worker.learn_calls(progress)?;
+        }
         worker.rewind(NATIVE)?;
         worker.control.ask(&Request::Isolate {
             module: setup.workload.driver.clone(),
@@ -147,7 +165,7 @@ impl Worker {
             contain: setup.contain,
         })?;
         progress("the same with the driver isolated");
-        let warm = worker.work(FIRST_TIME)?;
+        let warm = worker.work(&setup.workload, FIRST_TIME)?;
         ensure!(
             warm.works,
             "the device does not work when its driver is isolated"
@@ -177,6 +195,26 @@ impl Worker {
     /// Release of the guest's kernel.
     pub fn kernel(&self) -> &str {
         &self.kernel
+    }
+
+    /// Names of the steps that are done with a fault in this function; none if all are.
+    pub fn steps_for(&self, function: &str) -> Vec<String> {
+        match self.calls.is_empty() {
+            true => Vec::new(),
+            false => self.workload.steps_for(&self.calls, function),
+        }
+    }
+
+    /// Has the guest tell which functions each step calls.
+    fn learn_calls(&mut self, progress: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
+        self.rewind(NATIVE)?;
+        let script = self.workload.traced_script(INTERFACE, GATEWAY);
+        let output = self.output_of(script, FIRST_TIME)?;
+        self.calls = self.workload.read_calls(&output);
+        if self.calls.is_empty() {
+            progress("its kernel does not tell: each trial has all of the work");
+        }
+        Ok(())
     }
 
     /// What has the fault be there when the guest comes to it.
@@ -212,11 +250,17 @@ impl Worker {
         }
     }
 
-    /// Runs the workload from a mark with a fault; `None` if the fault cannot be put in.
+    /// Runs these steps of the workload (all if there are none) from a mark with a fault; `None` if the fault cannot be put in.
     ///
     /// # Errors
     /// The VM does not do what it is asked for: another one is needed.
-    pub fn run(&mut self, way: Way, fault: &Fault) -> anyhow::Result<Option<Seen>> {
+    pub fn run(
+        &mut self,
+        way: Way,
+        fault: &Fault,
+        steps: &[String],
+    ) -> anyhow::Result<Option<Seen>> {
+        let part = self.workload.only(steps);
         let begun = Instant::now();
         let mark = match way {
             Way::Native => NATIVE,
@@ -231,11 +275,11 @@ impl Worker {
             tracing::debug!("{fault:?}: {error:#}");
             return Ok(None);
         }
-        let limit = self.baseline(way).limit;
-        let outcome = self.work(limit).unwrap_or_default();
+        let limit = self.baseline(way).limit(&part);
+        let outcome = self.work(&part, limit).unwrap_or_default();
         let mut seen = Seen {
             finished: outcome.finished,
-            differs: outcome.differs(&self.baseline(way).outcome),
+            differs: outcome.differs(&self.baseline(way).outcome, &part),
             corrupted: outcome.corrupted,
             works: outcome.works,
             ..Seen::default()
@@ -250,10 +294,11 @@ impl Worker {
 
     /// The workload from a mark without a fault, twice: what ends alike, and how long it took.
     fn healthy(&mut self, mark: &str) -> anyhow::Result<Baseline> {
+        let workload = self.workload.clone();
         let mut once = || {
             self.rewind(mark)?;
             let begun = Instant::now();
-            let outcome = self.work(FIRST_TIME)?;
+            let outcome = self.work(&workload, FIRST_TIME)?;
             ensure!(
                 outcome.finished && outcome.works && outcome.corrupted == 0,
                 "the workload does not end well without a fault: {outcome:?}{}",
@@ -265,7 +310,7 @@ impl Worker {
         let (second, slower) = once()?;
         Ok(Baseline {
             outcome: first.alike(&second),
-            limit: slow.max(slower) * TIMES + LONGER,
+            took: slow.max(slower),
         })
     }
 
@@ -276,10 +321,16 @@ impl Worker {
         }
     }
 
-    fn work(&mut self, limit: Duration) -> anyhow::Result<Outcome> {
+    /// Has the guest do this part of the workload.
+    fn work(&mut self, part: &Workload, limit: Duration) -> anyhow::Result<Outcome> {
+        let output = self.output_of(part.script(INTERFACE, GATEWAY), limit)?;
+        Ok(part.read_output(&output))
+    }
+
+    /// What a script writes in the guest, until it ends, the guest panics or its time is up.
+    fn output_of(&mut self, script: String, limit: Duration) -> anyhow::Result<String> {
         self.guest.agent().disconnect();
         let mut output = Vec::new();
-        let script = self.workload.script(INTERFACE, GATEWAY);
         let exec = Exec {
             argv: ["sh", "-c", &script].map(str::to_owned).to_vec(),
             limit_ms: Some(u64::try_from(limit.as_millis())?),
@@ -295,7 +346,7 @@ impl Worker {
         // What it said before it hung counts.
         let agent = self.guest.paths().agent_socket();
         let _ended = exec_unless(has_ended, &agent, exec, &mut collect);
-        Ok(self.workload.read_output(&String::from_utf8_lossy(&output)))
+        Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {

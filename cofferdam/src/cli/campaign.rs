@@ -11,7 +11,7 @@ use recovery::campaign::Way;
 use recovery::campaign::kind::TrialKind;
 use recovery::campaign::record::{Header, Record};
 use recovery::campaign::summary::Summary;
-use recovery::campaign::workload::{MAX_WORKLOAD, Workload, checks};
+use recovery::campaign::workload::{MAX_WORKLOAD, Steps, Workload, checks};
 
 use super::images::Images;
 use super::isolation::StoresArgs;
@@ -103,6 +103,9 @@ struct RunArgs {
     /// In which ways each fault is tried
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [WayName::Native, WayName::Once, WayName::Stays])]
     ways: Vec<WayName>,
+    /// What the guest does in a trial of a fault in the driver's code
+    #[arg(long, value_enum, default_value_t = StepsName::Called)]
+    steps: StepsName,
     #[command(flatten)]
     stores: StoresArgs,
     /// How many faults
@@ -139,6 +142,24 @@ impl From<WayName> for Way {
             WayName::Native => Self::Native,
             WayName::Once => Self::Once,
             WayName::Stays => Self::Stays,
+        }
+    }
+}
+
+/// [`Steps`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum StepsName {
+    /// All of its work
+    All,
+    /// The first steps that call the function, and what is always done
+    Called,
+}
+
+impl From<StepsName> for Steps {
+    fn from(name: StepsName) -> Self {
+        match name {
+            StepsName::All => Self::All,
+            StepsName::Called => Self::Called,
         }
     }
 }
@@ -209,12 +230,18 @@ fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
 }
 
 /// What a campaign tries, in guests from these images.
-fn setup(images: &Images, workload: Workload, contain: Contain) -> anyhow::Result<Setup> {
+fn setup(
+    images: &Images,
+    workload: Workload,
+    contain: Contain,
+    steps: Steps,
+) -> anyhow::Result<Setup> {
     let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
         guest: options.with(&workload.run).with(&checks()),
         workload,
         contain,
+        steps,
     })
 }
 
@@ -232,8 +259,9 @@ impl RunArgs {
         let mut ways: Vec<Way> = self.ways.into_iter().map(Way::from).collect();
         ways.sort_unstable();
         ways.dedup();
+        let contain = self.stores.contain(Contain::Full)?;
         let options = CampaignOptions {
-            setup: setup(&self.images, workload, self.stores.contain(Contain::Full)?)?,
+            setup: setup(&self.images, workload, contain, self.steps.into())?,
             kinds: or_all(self.kinds.into_iter().flatten().collect()),
             trials: self.trials,
             seed: self.seed,
@@ -279,7 +307,7 @@ pub(super) fn measure(
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let driver = workload.driver.clone();
     let options = CampaignOptions {
-        setup: setup(images, workload, Contain::Full)?,
+        setup: setup(images, workload, Contain::Full, Steps::Called)?,
         kinds: or_all(kinds),
         trials,
         seed,
@@ -327,7 +355,9 @@ fn minutes(time: Duration) -> String {
 }
 
 fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
-    let of_header = |header: &Header| setup(images, header.workload.clone(), header.contain);
+    // Which steps a trial has is in the file.
+    let of_header =
+        |header: &Header| setup(images, header.workload.clone(), header.contain, Steps::All);
     let mut tell = |what: &str| eprintln!("campaign: {what}");
     let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
     print_json(&serde_json::json!({ "then": then, "now": now }))?;

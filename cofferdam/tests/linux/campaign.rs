@@ -12,7 +12,7 @@ use recovery::campaign::kind::TrialKind;
 use recovery::campaign::record::Record;
 use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
-use recovery::campaign::workload::{Workload, checks};
+use recovery::campaign::workload::{Steps, Workload, checks};
 
 use super::options;
 use super::victim::DRIVER;
@@ -29,6 +29,7 @@ fn campaign(
 ) -> CampaignOptions {
     CampaignOptions {
         setup: Setup {
+            steps: Steps::Called,
             guest: options().with(&workload.run).with(&checks()),
             workload,
             contain: Contain::Full,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Way;
 use super::plan::Trial;
 use super::verdict::{Seen, Verdict, verdict};
-use super::workload::{Workload, WorkloadError};
+use super::workload::{Steps, Workload, WorkloadError};
 
 /// Of what this program writes.
 pub const FORMAT: u32 = 2;
@@ -35,6 +35,9 @@ pub struct Header {
     /// How stores of isolated calls are checked.
     #[serde(default)]
     pub contain: Contain,
+    /// Which steps of the work are done in a trial.
+    #[serde(default)]
+    pub steps: Steps,
 }
 
 /// A run of a trial.
@@ -64,6 +67,9 @@ pub struct Record {
     pub trial: Trial,
     /// The instruction, and what was put in its place; or when the device failed how.
     pub says: String,
+    /// Names of the steps that the guest did; none if it did all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<String>,
     /// Its runs.
     pub runs: BTreeMap<Way, Run>,
 }
@@ -165,6 +171,7 @@ pub(crate) mod tests {
             seed: 3,
             kinds: vec!["nop".to_owned()],
             contain: Contain::Full,
+            steps: Steps::Called,
         }
     }
 
@@ -183,6 +190,7 @@ pub(crate) mod tests {
                 seed: u64::MAX,
             },
             says: "left out".to_owned(),
+            steps: Vec::new(),
             runs: verdicts.iter().map(run).collect(),
         }
     }

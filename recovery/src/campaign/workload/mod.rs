@@ -3,12 +3,17 @@
 //!
 //! Those that the program brings are beside this file; a file of one's own is of the same form.
 
+mod called;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use agent_protocol::traffic::TrafficResult;
 use serde::{Deserialize, Serialize};
+
+pub use called::{Calls, Steps};
 
 /// The workloads that the program brings.
 const OWN: &[&str] = &[
@@ -35,6 +40,11 @@ const TRAFFIC_SECONDS: &str = "0.2 3";
 const STEP: &str = "step:";
 /// In front of one that says what became of traffic.
 const SENT: &str = "sent:";
+/// In front of one that says when a step was over: the guest's uptime in seconds.
+const AT: &str = "at:";
+
+/// The program's own steps, behind those of the workload.
+const OWN_STEPS: [&str; 3] = ["works", "contents", "end"];
 
 /// What has the guest's kernel check its heap and its free pages (Documentation/mm/slub.rst: sanity checks, red zones,
 /// poisoning), stop at once where it crashes, and show warnings on its console.
@@ -100,6 +110,12 @@ pub struct Step {
     /// Its command compares contents, as `cmp` does: with exit status 1 they are not what they should be.
     #[serde(default)]
     pub compares: bool,
+    /// Steps of one group are done all together or not at all: those that need each other. A step without is alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// It is done in each trial, whatever its function.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub always: bool,
 }
 
 /// Why something is no workload.
@@ -177,7 +193,7 @@ impl Workload {
                     "no name of a step: letters, digits, ' ', '-', '_', '.'",
                 ));
             }
-            if matches!(name, "end" | "works" | "contents") {
+            if OWN_STEPS.contains(&name) {
                 return Err(wrong(name, "the program's own step has this name"));
             }
             if self.steps.iter().filter(|other| other.name == name).count() > 1 {
@@ -213,6 +229,12 @@ impl Workload {
 
     /// The script. The interface and the gateway are there if it is about a NIC.
     pub fn script(&self, interface: &str, gateway: Ipv4Addr) -> String {
+        self.write_script(interface, gateway, None)
+    }
+
+    /// The script. If there is something to `begin` with, that is done first, and has a shell function `c` which is called behind
+    /// each step with its name.
+    fn write_script(&self, interface: &str, gateway: Ipv4Addr, begin: Option<&str>) -> String {
         let mut script = String::new();
         let mut line = |text: &str| {
             script.push_str(text);
@@ -224,7 +246,12 @@ impl Workload {
         line(&format!(
             "t() {{ r=$(/init traffic $1 $GATEWAY {TRAFFIC_SECONDS} 2>/dev/null); s=$?; echo \"{SENT}$r\"; return $s; }}"
         ));
+        line(&format!(
+            "a() {{ read u r </proc/uptime; echo \"{AT}$u\"; }}"
+        ));
         line(self.shell.trim());
+        line(begin.unwrap_or_default());
+        line("a");
         // In a shell of its own: a step that ends its shell does not end the script.
         let in_own_shell = |name: &str, command: &str| {
             format!("(\n{command}\n) >/dev/null 2>&1; echo \"{STEP}$? {name}\"")
@@ -244,26 +271,35 @@ impl Workload {
             if let Some(then) = &step.then {
                 line(&format!("(\n{then}\n) >/dev/null 2>&1"));
             }
+            if begin.is_some() {
+                line(&format!("c '{}'", step.name));
+            }
+            line("a");
         }
         line(&in_own_shell("works", &self.works));
+        line("a");
         line(&in_own_shell(
             "contents",
             &format!("sha256sum -c {CONTENTS}.sum"),
         ));
         // Has the kernel look at all objects of its heap (Documentation/mm/slub.rst, slabinfo -v).
+        line("a");
         line("for v in /sys/kernel/slab/*/validate; do echo 1 >$v; done 2>/dev/null");
         line(&format!("echo \"{STEP}0 end\""));
+        line("a");
         script
     }
 
     /// What the script's output says, which comes from the guest and may be anything.
     pub fn read_output(&self, output: &str) -> Outcome {
         let mut outcome = Outcome::default();
+        let (mut before, mut step_before) = (None, None);
         for line in output.lines() {
             if let Some((status, step)) = line
                 .strip_prefix(STEP)
                 .and_then(|line| line.split_once(' '))
             {
+                step_before = Some(step);
                 match step {
                     "end" => outcome.finished = true,
                     "works" => outcome.works = status == "0",
@@ -279,6 +315,14 @@ impl Workload {
             } else if let Some(json) = line.strip_prefix(SENT) {
                 let sent: TrafficResult = serde_json::from_str(json).unwrap_or_default();
                 outcome.corrupted = outcome.corrupted.saturating_add(sent.corrupted);
+            } else if let Some(now) = line.strip_prefix(AT) {
+                let now = now.parse().ok();
+                let now = now.and_then(|now| Duration::try_from_secs_f64(now).ok());
+                if let (Some(now), Some(before), Some(step)) = (now, before, step_before.take()) {
+                    let took = now.saturating_sub(before);
+                    outcome.took.insert(step.to_owned(), took);
+                }
+                before = now.or(before);
             }
         }
         outcome
@@ -314,25 +358,43 @@ pub struct Outcome {
     pub works: bool,
     /// The file is not what it was.
     pub contents_changed: bool,
+    /// How long each step took, the program's own among them, as the guest says.
+    pub took: BTreeMap<String, Duration>,
 }
 
 impl Outcome {
-    /// Steps that ended otherwise than in `other`.
-    pub fn differs(&self, other: &Self) -> Vec<String> {
-        let all = other.steps.iter();
-        all.filter(|(step, status)| self.steps.get(*step) != Some(status))
-            .map(|(step, _)| match self.steps.get(step) {
-                Some(status) => format!("{step}: {status}"),
-                None => format!("{step}: not done"),
-            })
-            .collect()
+    /// Steps of `workload`, which this came of, that ended otherwise than in `other`, which may have more of them. One that
+    /// succeeds is well, also where it does not by itself: others came before it there.
+    pub fn differs(&self, other: &Self, workload: &Workload) -> Vec<String> {
+        let is_done = |name: &str| workload.steps.iter().any(|step| step.name == name);
+        let all = other.steps.iter().filter(|(step, _)| is_done(step));
+        all.filter_map(|(step, status)| match self.steps.get(step) {
+            Some(now) if now == status || now == "0" => None,
+            Some(now) => Some(format!("{step}: {now}")),
+            None => Some(format!("{step}: not done")),
+        })
+        .collect()
     }
 
-    /// Steps that ended alike in both.
+    /// Steps that ended alike in both, with the longer of their times.
     pub fn alike(mut self, other: &Self) -> Self {
         self.steps
             .retain(|step, status| other.steps.get(step) == Some(status));
+        for (step, took) in &other.took {
+            let longest = self.took.entry(step.clone()).or_default();
+            *longest = (*longest).max(*took);
+        }
         self
+    }
+
+    /// How much of the time of this would not be taken by `workload`, which has some of the steps.
+    pub fn left_out(&self, workload: &Workload) -> Duration {
+        let is_done = |name: &str| {
+            OWN_STEPS.contains(&name) || workload.steps.iter().any(|step| step.name == name)
+        };
+        let left_out = self.took.iter().filter(|(step, _)| !is_done(step));
+        let times = left_out.map(|(_, took)| *took);
+        times.fold(Duration::ZERO, Duration::saturating_add)
     }
 }
 

@@ -101,13 +101,46 @@ fn traffic_is_the_agents_tools_and_its_corruption_is_counted() {
 
 #[test]
 fn what_ended_otherwise_is_named_and_what_varies_by_itself_is_left_out() {
-    let workload = small(&step("a", "true")).unwrap();
+    let text = step("a", "true") + &step("b", "true") + &step("c", "true");
+    let workload = small(&text).unwrap();
     let well = workload.read_output("step:0 a\nstep:0 b\nstep:0 c\n");
     let other = workload.read_output("step:0 a\nstep:0 b\nstep:1 c\n");
     let baseline = well.clone().alike(&other);
     let faulty = workload.read_output("step:1 a\nstep:0 c\n");
-    assert_eq!(faulty.differs(&baseline), ["a: 1", "b: not done"]);
-    assert!(well.differs(&baseline).is_empty());
+    assert_eq!(
+        faulty.differs(&baseline, &workload),
+        ["a: 1", "b: not done"]
+    );
+    assert!(well.differs(&baseline, &workload).is_empty());
+    let failed = workload.read_output("step:0 a\nstep:2 b\n");
+    assert!(well.differs(&failed, &workload).is_empty(), "it succeeds");
+    let part = workload.only(&["b".to_owned()]);
+    assert_eq!(faulty.differs(&baseline, &part), ["b: not done"]);
+}
+
+#[test]
+fn the_guest_says_how_long_each_step_took() {
+    let text = step("a", "true") + &step("b", "true");
+    let workload = small(&text).unwrap();
+    let said = "at:5.00\nstep:0 a\nat:7.50\nstep:0 b\nat:8.00\nstep:0 works\nat:9.00\n";
+    let slow = workload.read_output(said);
+    let fast = workload.read_output("at:1\nstep:0 a\nat:2\nstep:0 b\nat:9\n");
+    let both = slow.alike(&fast);
+    let part = |steps: &[&str]| {
+        let steps: Vec<_> = steps.iter().map(|&step| step.to_owned()).collect();
+        both.left_out(&workload.only(&steps))
+    };
+    assert_eq!(part(&["a", "b"]), Duration::ZERO);
+    assert_eq!(part(&["a"]), Duration::from_secs(7));
+    assert_eq!(part(&["b"]), Duration::from_millis(2500));
+    // One that goes back, or says no time.
+    for said in [
+        "at:9\nstep:0 a\nat:1\n",
+        "at:-1\nstep:0 a\nat:inf\nat:1e300\nat:\n",
+    ] {
+        let took = workload.read_output(said).took;
+        assert!(took.values().all(Duration::is_zero), "{took:?}");
+    }
 }
 
 #[test]
