@@ -1,6 +1,7 @@
 //! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried natively and isolated from
 //! the same warm state.
 
+pub mod alarms;
 mod jobs;
 mod patience;
 pub mod worker;

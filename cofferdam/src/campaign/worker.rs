@@ -29,6 +29,7 @@ use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation}
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 
+use super::alarms::EntryCalls;
 use super::patience::exec_unless;
 use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions, text_from};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
@@ -79,6 +80,18 @@ pub enum Fault {
 struct Baseline {
     outcome: Outcome,
     took: Duration,
+}
+
+/// How a part of the workload ended without a fault.
+pub struct Round {
+    /// It came to its end.
+    pub finished: bool,
+    /// At its end the device worked.
+    pub works: bool,
+    /// What was otherwise than it was sent or written.
+    pub corrupted: u64,
+    /// Steps that ended otherwise than when the guest was made ready.
+    pub differs: Vec<String>,
 }
 
 impl Baseline {
@@ -290,6 +303,42 @@ impl Worker {
         self.look(way, fault, (since_ns, before), &mut seen)?;
         seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Some(seen))
+    }
+
+    /// These steps of the workload from where the guest is, with its driver isolated and without a fault.
+    ///
+    /// # Errors
+    /// The VM does not do what it is asked for.
+    pub fn round(&mut self, part: &Workload) -> anyhow::Result<Round> {
+        let outcome = self.work(part, self.isolated.limit(part))?;
+        Ok(Round {
+            finished: outcome.finished,
+            works: outcome.works,
+            corrupted: outcome.corrupted,
+            differs: outcome.differs(&self.isolated.outcome, part),
+        })
+    }
+
+    /// Calls of each isolated function since the driver was isolated, and what those did that were taken back, as far as
+    /// it is known.
+    pub fn calls(&mut self) -> anyhow::Result<(Vec<EntryCalls>, Vec<String>)> {
+        let Some(status) = self.module()? else {
+            bail!("the driver is not isolated any more");
+        };
+        let sum = |counts: &BTreeMap<String, u64>| counts.values().sum::<u64>();
+        let entries = status.entries.iter().map(|entry| EntryCalls {
+            name: entry.name.clone(),
+            calls: entry.calls,
+            taken_back: entry.aborts,
+            in_the_guest: sum(&entry.spills) + sum(&entry.pass_throughs),
+        });
+        let request = Request::Violations {
+            module: self.workload.driver.clone(),
+        };
+        let Reply::Violations { texts, .. } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        Ok((entries.collect(), texts))
     }
 
     /// The workload from a mark without a fault, twice: what ends alike, and how long it took.

@@ -1,5 +1,6 @@
 //! `campaign`: faults by the thousand, and what became of each.
 
+mod alarms;
 mod figures;
 
 use std::path::PathBuf;
@@ -42,6 +43,7 @@ Examples:
   cofferdam campaign --workload my_driver.toml --trials 20 --file mine.jsonl
   cofferdam campaign --trials 50 --kinds null_dereference,pointer,missing_call --functions e1000_clean --file few.jsonl
   cofferdam campaign --trials 40 --kinds edge --file device.jsonl
+  cofferdam campaign false-alarms --driver e1000 --minutes 10
   cofferdam campaign show campaign.jsonl --plots plots
   cofferdam campaign replay campaign.jsonl 17
   cofferdam campaign kinds"
@@ -76,6 +78,9 @@ enum CampaignCommand {
         #[command(flatten)]
         images: Images,
     },
+    /// Look for false alarms: the guest works in random order with its driver isolated and without a fault, and no call is to be
+    /// taken back
+    FalseAlarms(alarms::AlarmsArgs),
     /// List the kinds of faults, with their sources
     Kinds {
         /// As JSON
@@ -203,6 +208,7 @@ impl CampaignArgs {
                 trial,
                 images,
             }) => replay(&file, trial, &images),
+            Some(CampaignCommand::FalseAlarms(args)) => args.run(),
             Some(CampaignCommand::Kinds { json }) => {
                 kinds(json)?;
                 Ok(Ending::SUCCESS)

@@ -14,4 +14,6 @@ pub enum Ending {
 impl Ending {
     /// All went well.
     pub const SUCCESS: Self = Self::Status(ExitCode::SUCCESS);
+    /// What was looked for was found, and should not be there.
+    pub const FAILURE: Self = Self::Status(ExitCode::FAILURE);
 }

@@ -63,11 +63,15 @@ impl Victim {
     }
 
     pub fn isolate(&mut self, entry: &str, recovery: LadderConfig) {
+        self.isolate_all(&[entry], recovery);
+    }
+
+    pub fn isolate_all(&mut self, entries: &[&str], recovery: LadderConfig) {
         // The VM asks the agent itself, which listens to one client at a time.
         self.guest.agent().disconnect();
         self.ask(&Request::Isolate {
             module: DRIVER.to_owned(),
-            entries: Wanted::Named(vec![entry.to_owned()]),
+            entries: Wanted::Named(entries.iter().map(|&entry| entry.to_owned()).collect()),
             // The longest that there is: resets of the adapter take seconds in a busy lab.
             budget_us: Some(10_000_000),
             device_checkpoint: self.checkpoint,

@@ -253,8 +253,7 @@ impl Isolator {
     /// Has all isolated functions of a module return errors without being run, and silences its device.
     pub fn stop(&self, module: &str) -> Result<(), AttachError> {
         self.with_module(module, |armed| {
-            armed.stopped = true;
-            armed.silence_device();
+            armed.stop();
             Ok(())
         })
     }

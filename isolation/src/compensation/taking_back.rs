@@ -159,14 +159,13 @@ impl Armed {
             _ => Told::Error,
         };
         tracing::warn!("{report}");
-        self.stopped |= decided == AfterFault::Stop;
         self.again = (decided == AfterFault::Retry).then_some(Again {
             gate,
             attempt: attempt.next(),
             entry,
         });
         if decided == AfterFault::Stop {
-            self.silence_device();
+            self.stop();
         }
         self.violations += 1;
         self.rolled_back = Some(ended);

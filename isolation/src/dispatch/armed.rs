@@ -32,7 +32,7 @@ use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
 use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
-use devices::hold::Holdable;
+use devices::hold::{DeviceLost, Holdable};
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
@@ -175,6 +175,10 @@ impl Armed {
                 true => known.entry.kept_out += 1,
                 false => known.entry.refused += 1,
             }
+            if !is_kept_out {
+                // What it was told when the driver was stopped is in the log.
+                let _ = self.silence_device();
+            }
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
                 space: self.space(&at.sregs),
@@ -269,11 +273,19 @@ impl Armed {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
 
-    /// Keeps the device from interrupting and from moving data.
-    pub(crate) fn silence_device(&self) {
-        let held = self.device.as_ref();
-        let held = held.map(|device| device.hold(&mut |held| held.silence()));
-        if let Some(Err(lost)) = held {
+    /// Keeps the device from interrupting and from moving data. Functions that are not isolated may have set it going again, and an
+    /// interrupt that nobody acknowledges comes for ever.
+    fn silence_device(&self) -> Result<(), DeviceLost> {
+        let Some(device) = &self.device else {
+            return Ok(());
+        };
+        device.hold(&mut |held| held.silence())
+    }
+
+    /// Has calls return their errors without being run, and silences the device.
+    pub fn stop(&mut self) {
+        self.stopped = true;
+        if let Err(lost) = self.silence_device() {
             tracing::warn!("the device of a stopped driver is not silent: {lost}");
         }
     }

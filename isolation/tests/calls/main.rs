@@ -151,6 +151,7 @@ struct Link(Mutex<Held>);
 struct Held {
     outside: bool,
     interrupts: bool,
+    silenced: u32,
 }
 
 impl Holdable for Link {
@@ -198,7 +199,9 @@ impl HeldDevice for Held {
     fn show_outside(&mut self, _changes: OutsideChanges) {
         self.outside = false;
     }
-    fn silence(&mut self) {}
+    fn silence(&mut self) {
+        self.silenced += 1;
+    }
 }
 
 #[test]
@@ -230,6 +233,25 @@ fn a_reset_with_a_call_in_the_guest_lets_the_device_go() {
         .with_paused(|_| guest.isolator.forget())
         .unwrap();
     assert!(!device.0.lock().unwrap().outside);
+}
+
+#[test]
+fn the_device_of_a_stopped_driver_is_silenced_again_by_each_call() {
+    let guest = Guest::start();
+    let device = Arc::new(Link::default());
+    let request = IsolateRequest {
+        device: Some(device.clone()),
+        ..Guest::request("first")
+    };
+    guest.isolator.isolate(request).unwrap();
+    let silenced = || device.0.lock().unwrap().silenced;
+    assert_eq!((guest.call(FIRST), silenced()), (1, 0));
+    guest.isolator.stop("first").unwrap();
+    assert_eq!(silenced(), 1);
+    // Functions that are not isolated may have set it going in between.
+    assert_eq!((guest.call(FIRST), silenced()), (ERROR, 2));
+    assert_eq!((guest.call(FIRST), silenced()), (ERROR, 3));
+    assert_eq!(guest.entry("first_counts").refused, 2);
 }
 
 /// As the guest that spills, with a function that takes `kernel_waits` back, and a device.

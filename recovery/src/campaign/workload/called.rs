@@ -6,6 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
+use rand_core::{Rng, SeedableRng};
+use rand_xorshift::XorShiftRng;
 use serde::{Deserialize, Serialize};
 
 use super::{Step, Workload};
@@ -95,6 +97,34 @@ echo >$T/trace; echo 1 >$T/tracing_on; }}"
     }
 }
 
+/// Orders of the steps, one after the other, that a seed decides.
+pub struct Shuffle(XorShiftRng);
+
+impl Shuffle {
+    /// The orders of this seed.
+    pub fn new(seed: u64) -> Self {
+        Self(XorShiftRng::seed_from_u64(seed))
+    }
+
+    /// The same work with its groups of steps in the next order.
+    pub fn next(&mut self, workload: &Workload) -> Workload {
+        let mut groups: Vec<(u64, Vec<Step>)> = Vec::new();
+        for step in &workload.steps {
+            let known = groups
+                .iter_mut()
+                .find(|(_, group)| group.first().is_some_and(|one| one.group() == step.group()));
+            match known {
+                Some((_, group)) => group.push(step.clone()),
+                None => groups.push((self.0.next_u64(), vec![step.clone()])),
+            }
+        }
+        groups.sort_by_key(|(key, _)| *key);
+        let mut shuffled = workload.clone();
+        shuffled.steps = groups.into_iter().flat_map(|(_, group)| group).collect();
+        shuffled
+    }
+}
+
 impl Step {
     /// What is done all together or not at all.
     fn group(&self) -> &str {
@@ -135,6 +165,29 @@ mod tests {
         let part = workload.only(&["up".to_owned(), "gone".to_owned()]);
         assert_eq!(part.steps.len(), 1);
         assert_eq!(workload.only(&["gone".to_owned()]), workload);
+    }
+
+    #[test]
+    fn the_seed_decides_the_order_of_groups_and_each_has_its_steps_in_theirs() {
+        let workload = workload();
+        let orders = |seed| {
+            let mut shuffle = Shuffle::new(seed);
+            let order = |_| {
+                let shuffled = shuffle.next(&workload);
+                let names = shuffled.steps.iter().map(|step| step.name.clone());
+                names.collect::<Vec<_>>().join(" ")
+            };
+            (0..20).map(order).collect::<Vec<_>>()
+        };
+        let one = orders(1);
+        assert_eq!(one, orders(1));
+        assert_ne!(one, orders(2));
+        let different: BTreeSet<_> = one.iter().collect();
+        assert!(different.len() > 10, "{one:?}");
+        for order in &one {
+            assert!(order.contains("down up"), "{order}");
+            assert_eq!(order.split(' ').count(), 6, "{order}");
+        }
     }
 
     #[test]

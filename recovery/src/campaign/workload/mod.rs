@@ -13,7 +13,7 @@ use std::time::Duration;
 use agent_protocol::traffic::TrafficResult;
 use serde::{Deserialize, Serialize};
 
-pub use called::{Calls, Steps};
+pub use called::{Calls, Shuffle, Steps};
 
 /// The workloads that the program brings.
 const OWN: &[&str] = &[
