@@ -80,7 +80,7 @@ enum CampaignCommand {
     },
     /// Look for false alarms: the guest works in random order with its driver isolated and without a fault, and no call is to be
     /// taken back
-    FalseAlarms(alarms::AlarmsArgs),
+    FalseAlarms(Box<alarms::AlarmsArgs>),
     /// List the kinds of faults, with their sources
     Kinds {
         /// As JSON

@@ -118,7 +118,37 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
 
 /// Run in the full form of the suite, or by name.
 mod long {
+    use std::time::Duration;
+
+    use cofferdam::campaign::alarms;
+
     use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn no_call_of_a_driver_without_a_fault_is_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let workload = Workload::of_driver(DRIVER).unwrap();
+        let entries = workload.entries.clone();
+        let setup = campaign(folder.path(), workload, &[], 1).setup;
+        let mut tell = |what: &str| eprintln!("{what}");
+        let mut rounds = 0;
+        // Two rounds.
+        let mut each = |_: &alarms::FalseAlarms| {
+            rounds += 1;
+            rounds < 2
+        };
+        let found = alarms::look(&setup, 1, Duration::MAX, &mut tell, &mut each).unwrap();
+        assert_eq!((found.rounds, found.totals().1), (2, 0), "{found:?}");
+        assert!(found.alarms.is_empty(), "{found:?}");
+        for entry in &entries {
+            let calls = found.entries.iter().find(|calls| calls.name == *entry);
+            assert!(
+                calls.is_some_and(|calls| calls.calls > 0),
+                "{entry}: {found:?}"
+            );
+        }
+    }
 
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
