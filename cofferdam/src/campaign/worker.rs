@@ -82,6 +82,14 @@ struct Baseline {
     took: Duration,
 }
 
+impl Baseline {
+    /// How long these steps of the work may take.
+    fn limit(&self, part: &Workload) -> Duration {
+        let took = self.took.saturating_sub(self.outcome.left_out(part));
+        took * TIMES + LONGER
+    }
+}
+
 /// How a part of the workload ended without a fault.
 pub struct Round {
     /// It came to its end.
@@ -92,14 +100,6 @@ pub struct Round {
     pub corrupted: u64,
     /// Steps that ended otherwise than when the guest was made ready.
     pub differs: Vec<String>,
-}
-
-impl Baseline {
-    /// How long these steps of the work may take.
-    fn limit(&self, part: &Workload) -> Duration {
-        let took = self.took.saturating_sub(self.outcome.left_out(part));
-        took * TIMES + LONGER
-    }
 }
 
 /// A VM at its marks.
