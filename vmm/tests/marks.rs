@@ -405,6 +405,29 @@ fn a_rewind_that_fails_half_way_keeps_the_guest_still_until_one_succeeds_or_it_i
 }
 
 #[test]
+fn after_a_rewind_that_failed_half_way_another_mark_has_its_own_memory() {
+    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
+    let handle = writing.handle();
+    let stubborn = Arc::new(Stubborn::default());
+    handle.add_participant(stubborn.clone());
+    writing.wait(20);
+    let first = mark(&writing, "a");
+    writing.wait(20);
+    let second = mark(&writing, "b");
+    for (fails, succeeds, then) in [("a", "b", &second), ("b", "a", &first)] {
+        writing.wait(20);
+        stubborn.0.store(true, Ordering::Release);
+        let error = handle.rewind(Some(fails), LIMIT).unwrap_err();
+        assert!(matches!(error, RewindError::HalfWay { .. }), "{error}");
+        stubborn.0.store(false, Ordering::Release);
+        handle.rewind(Some(succeeds), LIMIT).unwrap();
+        assert_same(&whole(handle), then, succeeds);
+        handle.resume().unwrap();
+    }
+    writing.guest.power_off();
+}
+
+#[test]
 fn a_mark_is_valid_after_resets() {
     let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
     let handle = writing.handle();

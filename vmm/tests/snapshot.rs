@@ -196,6 +196,41 @@ fn diffs_hold_what_changed_and_each_of_a_chain_can_be_gone_on_from() {
 }
 
 #[test]
+fn a_snapshot_that_was_given_up_does_not_make_changes_of_the_next_one_unknown() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = guest().start();
+    let mut last = original.report();
+    let dir = |name: &str| folder.path().join(name);
+    snapshot(&original, &dir("parent"), None);
+    count_on(&original, &mut last, 100);
+    // A page that the guest itself leaves alone.
+    let apart = GuestAddress(original.handle.ram().size_bytes() - 8);
+    let memory = original.handle.ram().memory();
+    memory.write_obj(0x1234_u64, apart).unwrap();
+    // Changes are followed from here on, and it does not come to its end.
+    let given_up = dir("given up");
+    let tracked = SnapshotRequest {
+        track: true,
+        ..request(&given_up, None)
+    };
+    let mut is_wanted = |what: &str| what != "writing the snapshot";
+    let result = original
+        .handle
+        .snapshot(&tracked, &mut is_wanted, &mut beside);
+    assert!(matches!(result, Err(CaptureError::GivenUp)));
+    count_on(&original, &mut last, 3);
+    let diff = snapshot(&original, &dir("diff"), Some(&dir("parent")));
+    assert!(diff.diff);
+    original.power_off();
+    let (twin, mut at) = go_on(&dir("diff"));
+    assert!(at > last);
+    let there: u64 = twin.handle.ram().memory().read_obj(apart).unwrap();
+    assert_eq!(there, 0x1234);
+    count_on(&twin, &mut at, 200);
+    twin.power_off();
+}
+
+#[test]
 fn what_is_given_up_or_cannot_be_written_leaves_nothing_and_the_guest_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let guest = guest().start();

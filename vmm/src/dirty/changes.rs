@@ -89,6 +89,8 @@ pub enum TrackError {
 impl Quiesced<'_, '_> {
     /// See [`VmHandle::track_changes`].
     pub fn track_changes(&mut self) -> Result<(), Error> {
+        // What changed between that one and now is not known.
+        *self.machine.last_snapshot() = None;
         let mut tracker = self.machine.dirty.lock();
         tracker.told.pages = Vec::new();
         tracker.start(User::Snapshots, &self.machine.vm, &self.machine.ram)

@@ -126,6 +126,8 @@ impl VmHandle {
                 });
             }
             if let Err(RewindError::HalfWay { .. }) = result {
+                // Its memory is the mark's by now: the next rewind begins there.
+                marks.tree.set_current(target);
                 quiesced.set_mixed(true);
             }
             result

@@ -135,13 +135,11 @@ impl VmHandle {
         let image = ImageWriter::new(writer.create(IMAGE_FILE)?, self.ram().size_bytes());
         let image = image.map_err(cannot_write())?;
         let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
-        let since = self.is_tracked_since(parent.as_ref());
-        let copying = self.copy_ahead(&mut copier, since, request.limit, tell)?;
+        let copying = self.copy_ahead(&mut copier, parent.as_ref(), request.limit, tell)?;
         still_wanted(tell, "bringing the guest to rest")?;
         let mut at_rest = self.quiesce(request.limit, |quiesced| {
             self.take(request, quiesced, copying.as_ref(), &mut copier, beside)
         })??;
-        drop(copying);
         still_wanted(tell, "writing the snapshot")?;
         let finished = copier.into_image().finish(parent.is_some());
         let (_, map) = finished.map_err(cannot_write())?;
@@ -174,6 +172,8 @@ impl VmHandle {
             vm: at_rest.vm,
         })?;
         self.is_snapshot(id, at_rest.changed.take(), request.track)?;
+        // What changed since the last snapshot is asked for by the next one only now.
+        drop(copying);
         if at_rest.stay.is_some() {
             self.power_off().map_err(QuiesceError::from)?;
         }
@@ -206,7 +206,7 @@ impl VmHandle {
     fn copy_ahead(
         &self,
         copier: &mut Copier<'_>,
-        since_parent: bool,
+        parent: Option<&Chain>,
         limit: Duration,
         tell: &mut dyn FnMut(&str) -> bool,
     ) -> Result<Option<Copying<'_>>, CaptureError> {
@@ -217,7 +217,7 @@ impl VmHandle {
             Err(CopyingError::Kvm(error)) => return Err(error.into()),
             Ok(copying) => copying,
         };
-        let changed = match since_parent {
+        let changed = match self.is_tracked_since(parent) {
             true => self.quiesce(limit, |quiesced| quiesced.changed_pages())??,
             false => None,
         };

@@ -66,12 +66,52 @@ impl Vm {
     }
 }
 
-/// Puts `content` to where `offset` of the memory's file is in guest memory. It is within one region: so was the
-/// memory that it comes from.
-fn fill(ram: &GuestRam, offset: u64, content: &[u8]) -> Result<(), SnapshotError> {
-    let beyond = || SnapshotError::GuestMemory(offset);
-    let region = ram.region_of(offset).ok_or_else(beyond)?;
-    let address = region.guest_address.0 + (offset - region.file_offset);
-    let written = ram.memory().write_slice(content, GuestAddress(address));
-    written.map_err(|_| beyond())
+/// Puts `content` to where `offset` of the memory's file is in guest memory, which may be in two regions: the file has no gap
+/// where guest memory has one.
+fn fill(ram: &GuestRam, mut offset: u64, mut content: &[u8]) -> Result<(), SnapshotError> {
+    while !content.is_empty() {
+        let beyond = || SnapshotError::GuestMemory(offset);
+        let region = ram.region_of(offset).ok_or_else(beyond)?;
+        let in_region = offset - region.file_offset;
+        let left = usize::try_from(region.len - in_region).unwrap_or(usize::MAX);
+        let (here, rest) = content.split_at(left.min(content.len()));
+        let address = GuestAddress(region.guest_address.0 + in_region);
+        let written = ram.memory().write_slice(here, address);
+        written.map_err(|_| beyond())?;
+        offset += here.len() as u64;
+        content = rest;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+    use crate::layout::LOW_MEMORY_END;
+    use crate::snapshot::PAGE_BYTES;
+
+    #[test]
+    fn pages_on_both_sides_of_the_gap_in_guest_memory_go_to_their_own_places() {
+        let ram = GuestRam::new(LOW_MEMORY_END + (4 << 20)).unwrap();
+        let page = PAGE_BYTES as usize;
+        let content: Vec<u8> = (0..4 * page).map(|at| (at / page + 1) as u8).collect();
+        fill(&ram, LOW_MEMORY_END - 2 * PAGE_BYTES, &content).unwrap();
+        let above = ram.region_of(LOW_MEMORY_END).unwrap().guest_address;
+        let at = [
+            LOW_MEMORY_END - 2 * PAGE_BYTES,
+            LOW_MEMORY_END - PAGE_BYTES,
+            above.0,
+            above.0 + PAGE_BYTES,
+        ];
+        for (address, value) in at.into_iter().zip(1u8..) {
+            let mut there = vec![0; page];
+            let read = ram.memory().read_slice(&mut there, GuestAddress(address));
+            read.unwrap();
+            assert!(there.iter().all(|byte| *byte == value), "{address:#x}");
+        }
+        let end = ram.size_bytes();
+        let beyond = fill(&ram, end - PAGE_BYTES, &content).unwrap_err();
+        assert!(matches!(beyond, SnapshotError::GuestMemory(at) if at == end));
+    }
 }
