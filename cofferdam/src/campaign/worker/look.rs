@@ -81,8 +81,10 @@ impl Worker {
                 seen.reached = Some(true);
             }
         }
-        if seen.rungs > 0 && seen.answers {
-            // It was restarted meanwhile: what counts is whether it works now.
+        let looks_again = seen.rungs > 0 || seen.taken_back > 0 && !seen.works;
+        if looks_again && seen.answers {
+            // It was restarted meanwhile, or the call that failed was one of those by which it was seen: what counts is
+            // whether it works now.
             let works = self.workload.works_alone(INTERFACE, GATEWAY);
             seen.works = self.guest.shell(&works).is_ok();
         }
