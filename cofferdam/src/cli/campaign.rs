@@ -89,16 +89,32 @@ enum CampaignCommand {
     },
 }
 
+/// What the guest does.
 #[derive(Debug, clap::Args)]
-struct RunArgs {
-    #[command(flatten)]
-    images: Images,
+struct WorkArgs {
     /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
     #[arg(long, value_name = "MODULE", default_value = DRIVER, value_parser = parse_driver)]
     driver: Workload,
     /// What the guest does, for a driver of one's own (docs/campaigns.md)
     #[arg(long, value_name = "FILE", conflicts_with = "driver")]
     workload: Option<PathBuf>,
+}
+
+impl WorkArgs {
+    fn workload(self) -> anyhow::Result<Workload> {
+        match &self.workload {
+            Some(path) => read_workload(path),
+            None => Ok(self.driver),
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    #[command(flatten)]
+    images: Images,
+    #[command(flatten)]
+    work: WorkArgs,
     /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all without it
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kinds)]
     kinds: Vec<Kinds>,
@@ -253,10 +269,7 @@ fn setup(
 
 impl RunArgs {
     fn run(self) -> anyhow::Result<Ending> {
-        let mut workload = match &self.workload {
-            Some(path) => read_workload(path)?,
-            None => self.driver,
-        };
+        let mut workload = self.work.workload()?;
         if !self.functions.is_empty() {
             workload.entries = self.functions;
             workload.helpers.clear();

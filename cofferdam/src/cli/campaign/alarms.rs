@@ -1,13 +1,11 @@
 //! `campaign false-alarms`: isolated calls without a fault, none of which is to be taken back.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use isolation::attach::request::Contain;
-use recovery::campaign::workload::{Steps, Workload};
+use recovery::campaign::workload::Steps;
 
-use super::{parse_driver, read_workload, setup};
-use crate::bench::network::DRIVER;
+use super::{WorkArgs, setup};
 use crate::campaign::alarms::{self, FalseAlarms};
 use crate::cli::images::Images;
 use crate::cli::isolation::StoresArgs;
@@ -20,12 +18,8 @@ use crate::words::counted;
 pub struct AlarmsArgs {
     #[command(flatten)]
     images: Images,
-    /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
-    #[arg(long, value_name = "MODULE", default_value = DRIVER, value_parser = parse_driver)]
-    driver: Workload,
-    /// What the guest does, for a driver of one's own (docs/campaigns.md)
-    #[arg(long, value_name = "FILE", conflicts_with = "driver")]
-    workload: Option<PathBuf>,
+    #[command(flatten)]
+    work: WorkArgs,
     #[command(flatten)]
     stores: StoresArgs,
     /// How long the guest works
@@ -42,12 +36,8 @@ pub struct AlarmsArgs {
 impl AlarmsArgs {
     /// `campaign false-alarms`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let workload = match &self.workload {
-            Some(path) => read_workload(path)?,
-            None => self.driver,
-        };
         let contain = self.stores.contain(Contain::Full)?;
-        let setup = setup(&self.images, workload, contain, Steps::All)?;
+        let setup = setup(&self.images, self.work.workload()?, contain, Steps::All)?;
         let time = Duration::from_secs(60 * u64::from(self.minutes));
         let mut each = |found: &FalseAlarms| {
             let (calls, taken_back) = found.totals();
