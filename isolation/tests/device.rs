@@ -378,3 +378,38 @@ fn a_call_that_would_have_the_host_keep_too_much_for_its_device_is_stopped_befor
     assert_eq!((kernel.checkpoints, kernel.restores), (1, 0));
     assert!(guest.all() == before && guest.host_memory.used() == 0);
 }
+
+#[test]
+fn the_guest_does_not_run_a_call_whose_device_is_lost() {
+    let guest = Guest::new();
+    let scheduler = KERNEL_TEXT + 0x100;
+    guest.code(scheduler, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(eax, dword_ptr(rcx)).unwrap();
+        a.call(scheduler).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 12, scheduler).unwrap();
+    domain.trap_function(scheduler).unwrap();
+    for is_lost in [false, true] {
+        let mut kernel = Kernel {
+            device_is_lost: is_lost,
+            ..Kernel::with_data()
+        };
+        let regs = guest.entry_regs();
+        let before = guest.all();
+        let result = guest.call_with(&mut domain, &mut kernel, regs);
+        match is_lost {
+            false => assert!(matches!(result.end, CallEnd::PassThrough(_)), "{result:?}"),
+            true => {
+                assert_eq!(violation_kind(&result), ViolationKind::DeviceLost);
+                assert!(violation(&result).reached_device);
+                assert_eq!((result.regs.rip, result.regs.rsp), (CALLER, regs.rsp + 8));
+            }
+        }
+        assert_eq!(kernel.restores, 1);
+        assert!(guest.all() == before);
+    }
+}

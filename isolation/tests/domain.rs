@@ -401,3 +401,73 @@ fn a_monitor_area_where_guest_memory_is_is_refused() {
         guest.domain_with(place).unwrap();
     }
 }
+
+#[test]
+fn a_domain_that_failed_in_a_call_knows_nothing_of_it_after_a_rewind() {
+    let guest = Guest::new();
+    let kernel_function = KERNEL_TEXT + 0x100;
+    guest.code(kernel_function, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        let mut honest = a.create_label();
+        a.mov(rcx, DRIVER_DATA).unwrap();
+        a.add(qword_ptr(rcx), 5).unwrap();
+        a.test(rdx, rdx).unwrap();
+        a.je(honest).unwrap();
+        a.mov(rax, kernel_function).unwrap();
+        a.call(rax).unwrap();
+        a.set_label(&mut honest).unwrap();
+        a.mov(eax, 7).unwrap();
+        a.ret().unwrap();
+    });
+    guest.write(DRIVER_DATA, 37);
+    let mut domain = guest.domain();
+    use_up_trampolines(&mut domain);
+    let mut kernel = Kernel::with_data();
+    kernel.kernel_functions.insert(kernel_function);
+    let kept = domain.keep();
+    let mut regs = guest.entry_regs();
+    regs.rdx = 1;
+    assert!(guest.try_call(&mut domain, &mut kernel, regs).is_err());
+    guest.write(DRIVER_DATA, 100);
+    domain.put_back(&kept).unwrap();
+    for expected in [105, 110, 115] {
+        let result = guest.call(&mut domain, &mut kernel);
+        assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        assert_eq!(guest.read(DRIVER_DATA), expected);
+    }
+}
+
+#[test]
+fn what_the_guest_changes_where_a_fault_was_is_followed() {
+    let guest = Guest::new();
+    let returns = |value: i32| {
+        guest.code(DRIVER_TEXT, |a| {
+            a.mov(eax, value).unwrap();
+            a.ret().unwrap();
+        });
+    };
+    returns(7);
+    let mut domain = guest.domain();
+    let mut kernel = Kernel::with_data();
+    domain.set_strike(DRIVER_TEXT, &[0xb8, 9, 0, 0, 0]).unwrap();
+    assert_eq!(guest.call(&mut domain, &mut kernel).regs.rax, 9);
+    assert!(domain.clear_strike().unwrap().is_some());
+    assert_eq!(guest.call(&mut domain, &mut kernel).regs.rax, 7);
+    returns(8);
+    assert_eq!(guest.call(&mut domain, &mut kernel).regs.rax, 8);
+}
+
+#[test]
+fn what_was_patched_where_a_fault_was_is_patched_again() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(eax, 7).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.patch(DRIVER_TEXT + 1, &[6]).unwrap();
+    domain.set_strike(DRIVER_TEXT, &[0xb8, 9, 0, 0, 0]).unwrap();
+    domain.clear_strike().unwrap();
+    let result = guest.call(&mut domain, &mut Kernel::with_data());
+    assert_eq!(result.regs.rax, 6);
+}

@@ -247,6 +247,64 @@ fn a_string_instruction_copies_also_onto_itself_and_downwards() {
 }
 
 #[test]
+fn all_bytes_of_a_wide_string_store_count() {
+    type Store = fn(&mut CodeAssembler);
+    let stores: [(&str, u64, Store); 3] = [
+        ("downwards", 1, |a| {
+            a.std().unwrap();
+            a.rep().stosq().unwrap();
+            a.cld().unwrap();
+        }),
+        ("one", 7, |a| a.stosq().unwrap()),
+        ("downwards with the other prefix", 1, |a| {
+            a.std().unwrap();
+            a.repne().stosq().unwrap();
+            a.cld().unwrap();
+        }),
+    ];
+    for (name, times, store) in stores {
+        for (offset, is_own) in [(OBJECT_BYTES - 8, true), (OBJECT_BYTES - 7, false)] {
+            let guest = guest();
+            let result = call(&guest, string(OBJECT + offset, 0, times), |a| {
+                a.mov(rax, 0x0102_0304_0506_0708u64).unwrap();
+                store(a);
+            });
+            match is_own {
+                true => {
+                    assert_committed(&result);
+                    assert_eq!(guest.read(OBJECT + offset), 0x0102_0304_0506_0708, "{name}");
+                }
+                false => assert_stray(&guest, &result, OBJECT + OBJECT_BYTES),
+            }
+        }
+    }
+    // Downwards over the first byte that is the call's.
+    let guest = guest();
+    let result = call(&guest, string(OBJECT + 8, 0, 3), |a| {
+        a.std().unwrap();
+        a.rep().stosq().unwrap();
+        a.cld().unwrap();
+    });
+    assert_stray(&guest, &result, OBJECT - 8);
+}
+
+#[test]
+fn what_is_loaded_from_a_port_is_looked_at_as_a_whole() {
+    for (times, is_own) in [(4, true), (5, false)] {
+        let guest = guest();
+        let to = OBJECT + OBJECT_BYTES - 16;
+        let result = call(&guest, string(to, 0, times), |a| {
+            a.mov(edx, u32::from(DEVICE_PORTS.start)).unwrap();
+            a.rep().insd().unwrap();
+        });
+        match is_own {
+            true => assert_committed(&result),
+            false => assert_stray(&guest, &result, OBJECT + OBJECT_BYTES),
+        }
+    }
+}
+
+#[test]
 fn a_store_that_goes_over_the_end_of_a_page_is_one() {
     let mut guest = guest();
     guest.map(DRIVER_DATA + PAGE, gpa_of(KERNEL_DATA), 2);

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use devices::clock::monotonic_ns;
+use devices::hold::DeviceLost;
 use kvm_bindings::kvm_regs;
 
 use crate::compensation::guest_calls::Failure;
@@ -15,7 +16,13 @@ use crate::domain::violation::{Violation, ViolationKind};
 impl Armed {
     /// The domain is not used any more: `error` stopped it at the call that came through `gate` with the registers `entry`,
     /// of which nothing is left. All calls go on in the guest, and nobody runs this one again.
-    pub(crate) fn domain_failed(&mut self, gate: u64, entry: kvm_regs, error: &DomainError) {
+    pub(crate) fn domain_failed(
+        &mut self,
+        gate: u64,
+        entry: kvm_regs,
+        error: &DomainError,
+        device_lost: Option<DeviceLost>,
+    ) {
         tracing::error!("the domain is not used any more: {error}");
         self.broken = Some(error.to_string());
         self.hand_over_all();
@@ -35,6 +42,7 @@ impl Armed {
         let name = known.entry.name.clone();
         let mut report = self.knowledge.report(&name, violation, &self.domain);
         report.at_ns = monotonic_ns();
+        report.device_lost = device_lost.map(|lost| lost.to_string());
         let failure = Failure {
             report,
             attempt: Attempt::FIRST,

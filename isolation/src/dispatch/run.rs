@@ -126,7 +126,7 @@ impl Armed {
                 self.ended(&run, result, device_lost)
             }
             Err(error) => {
-                self.domain_failed(gate, run.entry, &error);
+                self.domain_failed(gate, run.entry, &error, device_lost);
                 None
             }
         };
@@ -152,7 +152,7 @@ impl Armed {
         };
         let ended = self.faults.end(&gate.entry.name, failed, &mut self.domain);
         if let Err(error) = ended {
-            self.domain_failed(run.gate, run.entry, &error);
+            self.domain_failed(run.gate, run.entry, &error, None);
         }
     }
 

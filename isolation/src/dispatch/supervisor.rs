@@ -398,10 +398,11 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
-    fn restore_device(&mut self) {
+    fn restore_device(&mut self) -> bool {
         if let Some(device) = &mut self.device {
             self.device_lost = device.restore().err().or(self.device_lost.take());
         }
+        self.device_lost.is_none()
     }
 
     fn restorable(&mut self) -> Restorable {

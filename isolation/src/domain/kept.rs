@@ -6,6 +6,7 @@
 //! | warm pages, private copies left by failed calls | made equal to the guest's, or dropped, when a call begins |
 //! | control registers, addresses of the tables | compared with the vCPU's at each call |
 //! | pages opened for writing | those that were open then stay open |
+//! | private copies of a call in which the domain failed | all private copies are dropped |
 //! | patches in P's copies of code | as they were then, over the guest's code as it is again |
 //! | offset of the time-stamp counter | read anew |
 //! | functions that sleep or that only the guest may run, trampolines, counters | as they are |
@@ -35,9 +36,27 @@ impl Domain {
     /// The guest's memory and registers are as they were when `kept` was. The guest must not run meanwhile.
     pub fn put_back(&mut self, kept: &KeptDomain) -> Result<(), DomainError> {
         self.vm.forget_clock();
+        if self.has_failed {
+            self.forget_the_call()?;
+        }
         self.roots.close_all_but(&kept.open, &mut self.monitor);
         self.opened.retain(|_, va| kept.open.contains(va));
         self.overlays.put_back(&kept.overlays, &mut self.view)?;
+        Ok(())
+    }
+
+    /// Drops all that a call may have left in which the domain failed, which nobody knows of.
+    fn forget_the_call(&mut self) -> Result<(), DomainError> {
+        self.vm.settle()?;
+        self.vm.harvest(&self.slot_bases, |_| ())?;
+        self.vm.reset_ring()?;
+        self.stale.clear();
+        self.warm.clear();
+        self.view.drop_all()?;
+        self.overlays.write_all(&mut self.view)?;
+        self.adopted = None;
+        self.roots.forget();
+        self.has_failed = false;
         Ok(())
     }
 }

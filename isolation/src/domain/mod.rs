@@ -54,7 +54,7 @@ use error::DomainError;
 use host_memory::HostMemory;
 use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
-use private_vm::PrivateVm;
+use private_vm::{FaultRegisters, Kept, PrivateVm};
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
 use view::{PAGE_SIZE, Pfn, PrivateView};
 use waiting::Waiting;
@@ -103,6 +103,8 @@ struct Adopted {
     cr4: u64,
     efer: u64,
     gs_base: u64,
+    /// What P has for them.
+    kept: Kept,
 }
 
 /// One driver domain: a private VM for the functions of one driver.
@@ -137,6 +139,8 @@ pub struct Domain {
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
     strike: Option<strike::Strike>,
+    /// A call ended with an error of the domain's own since the guest was last put back.
+    has_failed: bool,
 }
 
 impl Domain {
@@ -184,6 +188,7 @@ impl Domain {
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
             strike: None,
+            has_failed: false,
         };
         domain.adopt(config.sregs)?;
         domain.build_roots(cr3)?;
@@ -228,14 +233,30 @@ impl Domain {
     pub fn patch(&mut self, va: u64, bytes: &[u8]) -> Result<(), DomainError> {
         self.drop_stale()?;
         for (at, byte) in (va..).zip(bytes) {
-            let translation = self.roots.translate(at, &self.view)?;
-            let gpa = translation.ok_or(DomainError::TextNotMapped(at))?.gpa;
-            let offset = (gpa % PAGE_SIZE) as usize;
-            self.patched.insert(at & !(PAGE_SIZE - 1), Pfn::of(gpa));
-            self.overlays
-                .patch(Pfn::of(gpa), offset, *byte, &mut self.view)?;
+            let (pfn, offset) = self.text_at(at)?;
+            self.patched.insert(at & !(PAGE_SIZE - 1), pfn);
+            self.overlays.patch(pfn, offset, *byte, &mut self.view)?;
         }
         Ok(())
+    }
+
+    /// What P has at `va` in the place of the guest's byte, if that was patched.
+    fn patched(&self, va: u64) -> Result<Option<u8>, DomainError> {
+        let (pfn, offset) = self.text_at(va)?;
+        Ok(self.overlays.patched(pfn, offset))
+    }
+
+    /// P has the guest's byte at `va` again, and follows it.
+    fn unpatch(&mut self, va: u64) -> Result<(), DomainError> {
+        let (pfn, offset) = self.text_at(va)?;
+        Ok(self.overlays.unpatch(pfn, offset, &mut self.view)?)
+    }
+
+    /// Page, and offset in it, of code at `va`.
+    fn text_at(&self, va: u64) -> Result<(Pfn, usize), DomainError> {
+        let translation = self.roots.translate(va, &self.view)?;
+        let gpa = translation.ok_or(DomainError::TextNotMapped(va))?.gpa;
+        Ok((Pfn::of(gpa), (gpa % PAGE_SIZE) as usize))
     }
 
     /// Redirects P's copy of the direct call or jump at `site` (5 bytes, E8 or E9 first) to a trampoline
@@ -325,19 +346,27 @@ impl Domain {
     /// Takes over K's control registers if they changed; says whether they did.
     fn adopt(&mut self, sregs: &kvm_sregs) -> Result<bool, DomainError> {
         self.crossings_at_entry = self.monitor.crossings();
-        let now = Adopted {
-            cr0: sregs.cr0,
-            cr4: sregs.cr4,
-            efer: sregs.efer,
-            gs_base: sregs.gs.base,
-        };
-        if self.adopted == Some(now) {
+        let kernels = (sregs.cr0, sregs.cr4, sregs.efer, sregs.gs.base);
+        let is_same =
+            |adopted: Adopted| (adopted.cr0, adopted.cr4, adopted.efer, adopted.gs_base) == kernels;
+        if self.adopted.is_some_and(is_same) {
             return Ok(false);
         }
-        self.vm
-            .adopt(sregs, &self.monitor, self.monitor.gpa() + ROOT_OFFSETS.1)?;
-        self.adopted = Some(now);
+        let kernel_root = self.monitor.gpa() + ROOT_OFFSETS.1;
+        let (cr0, cr4, efer, gs_base) = kernels;
+        self.adopted = Some(Adopted {
+            cr0,
+            cr4,
+            efer,
+            gs_base,
+            kept: self.vm.adopt(sregs, &self.monitor, kernel_root)?,
+        });
         Ok(true)
+    }
+
+    /// Whether P's control registers are still those that it was given.
+    fn is_as_adopted(&self, now: &FaultRegisters) -> bool {
+        self.adopted.is_some_and(|adopted| adopted.kept == now.kept)
     }
 
     fn build_roots(&mut self, cr3: u64) -> Result<(), DomainError> {

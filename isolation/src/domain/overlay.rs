@@ -97,6 +97,32 @@ impl Overlays {
         all.try_for_each(|(pfn, overlay)| overlay.follow(*pfn, view))
     }
 
+    /// P has none of its own pages any more: makes all anew. The guest is held.
+    pub fn write_all(&self, view: &mut PrivateView) -> Result<(), ViewError> {
+        let mut all = self.pages.iter();
+        all.try_for_each(|(pfn, overlay)| overlay.write(*pfn, view))
+    }
+
+    /// The byte that is put at `offset` of P's version of `pfn`, if one is.
+    pub fn patched(&self, pfn: Pfn, offset: usize) -> Option<u8> {
+        self.pages.get(&pfn)?.patches.get(&offset).copied()
+    }
+
+    /// P has the guest's byte at `offset` of `pfn` again.
+    pub fn unpatch(
+        &mut self,
+        pfn: Pfn,
+        offset: usize,
+        view: &mut PrivateView,
+    ) -> Result<(), ViewError> {
+        let Some(overlay) = self.pages.get_mut(&pfn) else {
+            return Ok(());
+        };
+        Arc::make_mut(&mut overlay.patches).remove(&offset);
+        let byte = overlay.guest[offset];
+        view.write_private(pfn.gpa() + offset as u64, &[byte])
+    }
+
     /// What is patched now.
     pub fn keep(&self) -> KeptOverlays {
         let patches = self.pages.iter();

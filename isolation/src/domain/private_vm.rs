@@ -31,8 +31,9 @@ const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_PCIDE: u64 = 1 << 17;
 
-/// Exits that a half-done access may take at most until KVM forgets it: one of 64 bytes takes eight.
-const MAX_COMPLETION_EXITS: usize = 16;
+/// Exits that a half-done access may take at most until KVM forgets it. A repeated string instruction between memory and
+/// a device is one of up to 1,024 parts, of a load and a store each, until KVM enters the guest again.
+const MAX_COMPLETION_EXITS: usize = 4096;
 
 /// Why P could not be made or run.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,9 @@ pub enum PrivateVmError {
     /// The dirty ring could not be used.
     #[error("cannot use the private VM's dirty ring: {0}")]
     DirtyRing(#[source] std::io::Error),
+    /// A half-done access is not forgotten.
+    #[error("an access that a call was stopped in does not end in {MAX_COMPLETION_EXITS} exits")]
+    NotSettled,
     /// The guest runs with 5-level paging.
     #[error(
         "the guest uses 5-level paging, which isolation does not support yet: boot it with no5lvl"
@@ -57,6 +61,39 @@ pub enum PrivateVmError {
 
 fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
     move |source| PrivateVmError::Kvm { call, source }
+}
+
+/// What no call has to change: of control registers, segments and descriptor tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    cr0: u64,
+    cr4: u64,
+    efer: u64,
+    gs_base: u64,
+    idt_base: u64,
+}
+
+impl Kept {
+    fn of(sregs: &kvm_sregs) -> Self {
+        Self {
+            cr0: sregs.cr0,
+            cr4: sregs.cr4,
+            efer: sregs.efer,
+            gs_base: sregs.gs.base,
+            idt_base: sregs.idt.base,
+        }
+    }
+}
+
+/// Registers that tell what became of P at an unusual exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FaultRegisters {
+    /// Address of the last page fault.
+    pub cr2: u64,
+    /// Root of the page tables.
+    pub cr3: u64,
+    /// What is as [`PrivateVm::adopt`] has set it.
+    pub kept: Kept,
 }
 
 /// Why P stopped running.
@@ -166,13 +203,13 @@ impl PrivateVm {
     }
 
     /// Takes over the control registers and segments of a vCPU of the guest, with P's own descriptor
-    /// tables and roots. Only needed when they changed since the last time.
+    /// tables and roots. Only needed when they changed since the last time. Returns what calls leave as it is now.
     pub fn adopt(
         &mut self,
         k: &kvm_sregs,
         monitor: &Monitor,
         kernel_root: u64,
-    ) -> Result<(), PrivateVmError> {
+    ) -> Result<Kept, PrivateVmError> {
         if k.cr4 & CR4_LA57 != 0 {
             return Err(PrivateVmError::FiveLevelPaging);
         }
@@ -201,7 +238,8 @@ impl PrivateVm {
         sregs.cr4 = k.cr4 & !(CR4_PGE | CR4_PCIDE);
         sregs.efer = k.efer;
         sregs.interrupt_bitmap = [0; 4];
-        self.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))
+        self.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
+        Ok(Kept::of(&sregs))
     }
 
     /// Makes P's time-stamp counter that of `k`; returns the number of system calls it took.
@@ -225,10 +263,14 @@ impl PrivateVm {
         self.vcpu.set_sync_dirty_reg(SyncReg::Register);
     }
 
-    /// CR2 and CR3 at the last exit: two numbers that only unusual exits need.
-    pub fn fault_registers(&self) -> Result<(u64, u64), PrivateVmError> {
+    /// Control registers at the last exit, which only unusual exits need.
+    pub fn fault_registers(&self) -> Result<FaultRegisters, PrivateVmError> {
         let sregs = self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
-        Ok((sregs.cr2, sregs.cr3))
+        Ok(FaultRegisters {
+            cr2: sregs.cr2,
+            cr3: sregs.cr3,
+            kept: Kept::of(&sregs),
+        })
     }
 
     /// Runs until something stops it.
@@ -338,22 +380,19 @@ impl PrivateVm {
     /// middle of something.
     pub fn settle(&mut self) -> Result<(), PrivateVmError> {
         self.vcpu.set_kvm_immediate_exit(1);
-        let mut result = Ok(());
         // An access that crosses a page, or is of more than eight bytes, is several exits.
-        for _ in 0..MAX_COMPLETION_EXITS {
-            result = self.vcpu.run().map(|_| ());
-            if result.is_err() {
-                break;
-            }
-        }
+        let mut exits = 0..MAX_COMPLETION_EXITS;
+        let end = exits.find_map(|_| self.vcpu.run().map(drop).err());
         self.vcpu.set_kvm_immediate_exit(0);
-        if let Err(source) = result
-            && !matches!(source.errno(), libc::EINTR | libc::EAGAIN)
-        {
-            return Err(PrivateVmError::Kvm {
-                call: "KVM_RUN",
-                source,
-            });
+        match end {
+            Some(end) if matches!(end.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Some(source) => {
+                return Err(PrivateVmError::Kvm {
+                    call: "KVM_RUN",
+                    source,
+                });
+            }
+            None => return Err(PrivateVmError::NotSettled),
         }
         let mut events = self
             .vcpu

@@ -19,7 +19,8 @@ use super::transaction::OUT_BYTES;
 pub(super) struct Strike {
     at: u64,
     code: Vec<u8>,
-    original: Vec<u8>,
+    /// What was patched there before, byte by byte.
+    before: Vec<Option<u8>>,
     /// When a call came there first, in nanoseconds of the host's `CLOCK_MONOTONIC`.
     reached_ns: Option<u64>,
 }
@@ -29,8 +30,8 @@ impl Domain {
     /// call came there.
     pub fn set_strike(&mut self, at: u64, code: &[u8]) -> Result<(), DomainError> {
         self.clear_strike()?;
-        let mut original = vec![0; code.len()];
-        self.code(at, &mut original)?;
+        let places = at..at.saturating_add(code.len() as u64);
+        let before: Result<_, _> = places.map(|at| self.patched(at)).collect();
         let out = monitor::out(PORT_STRIKE);
         match code.len() < out.len() {
             true => self.patch(at, code)?,
@@ -39,7 +40,7 @@ impl Domain {
         self.strike = Some(Strike {
             at,
             code: code.to_vec(),
-            original,
+            before: before?,
             reached_ns: None,
         });
         Ok(())
@@ -51,7 +52,12 @@ impl Domain {
         let Some(strike) = self.strike.take() else {
             return Ok(None);
         };
-        self.patch(strike.at, &strike.original)?;
+        for (at, byte) in (strike.at..).zip(strike.before) {
+            match byte {
+                Some(byte) => self.patch(at, &[byte])?,
+                None => self.unpatch(at)?,
+            }
+        }
         Ok(strike.reached_ns)
     }
 

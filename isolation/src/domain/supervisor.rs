@@ -103,8 +103,8 @@ pub trait Supervisor {
     /// Takes the device's state, before the call reaches it for the first time.
     fn checkpoint_device(&mut self);
 
-    /// Puts the state taken last back.
-    fn restore_device(&mut self);
+    /// Puts the state taken last back; `false` if the device is not as it was.
+    fn restore_device(&mut self) -> bool;
 
     /// Guest memory that belongs to the driver now, when a call begins that may go on in the guest: what is put
     /// back if it fails later. What kernel functions keep there is not part of it.

@@ -229,6 +229,20 @@ impl PrivateView {
         Ok(())
     }
 
+    /// Drops all private copies: P sees K's pages only.
+    pub fn drop_all(&mut self) -> Result<(), ViewError> {
+        for region in self.private.iter() {
+            let bytes = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;
+            // SAFETY: as in `drop_pages`, with the whole of a region's mapping.
+            let result =
+                unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
+            if result != 0 {
+                return Err(ViewError::Drop(io::Error::last_os_error()));
+            }
+        }
+        Ok(())
+    }
+
     /// Drops the private copies of `pfns` (sorted, no duplicates): P sees K's pages again. Returns the
     /// number of system calls made, one for each run of adjacent pages.
     pub fn drop_pages(&mut self, pfns: &[Pfn]) -> Result<u32, ViewError> {

@@ -81,14 +81,22 @@ pub enum ViolationKind {
         /// Register number.
         index: u32,
     },
-    /// `hlt`, or an instruction that KVM could not carry out, in the driver.
+    /// `hlt`, an instruction that KVM could not carry out, or one that changed a control register, in the driver.
     PrivilegedInstruction,
     /// The interrupt flag was not what it was at entry.
     InterruptFlag,
+    /// Another flag that functions leave alone was not what it was at entry: direction, alignment check, nested task, I/O
+    /// privilege level (Intel SDM volume 1, section 3.4.3; System V ABI, section 3.2.1).
+    SystemFlags {
+        /// The bits of RFLAGS that differ.
+        changed: u64,
+    },
     /// The call took longer than its budget.
     TimeBudget,
     /// The call had gone on in the guest, came back, and can neither go on nor be given back.
     LostSpill,
+    /// The guest was to run the function in the call's place, and the device could not be put back for it.
+    DeviceLost,
     /// An exception could not be delivered: page tables or stack are destroyed.
     Shutdown,
     /// The call would have the host keep more than there is room for.

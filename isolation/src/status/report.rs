@@ -183,8 +183,14 @@ impl fmt::Display for What<'_> {
             ViolationKind::ForeignMsr { index } => write!(f, "access to MSR {index:#x}"),
             ViolationKind::PrivilegedInstruction => write!(f, "privileged instruction"),
             ViolationKind::InterruptFlag => write!(f, "return with the interrupt flag changed"),
+            ViolationKind::SystemFlags { changed } => {
+                write!(f, "return with flags changed that stay ({changed:#x})")
+            }
             ViolationKind::TimeBudget => write!(f, "its time is used up: it hangs"),
             ViolationKind::LostSpill => write!(f, "a call that cannot go on, stopped"),
+            ViolationKind::DeviceLost => {
+                write!(f, "a call that the guest cannot run, its device being lost")
+            }
             ViolationKind::Shutdown => write!(f, "an exception could not be delivered"),
             ViolationKind::HostMemory => {
                 write!(f, "more memory used than the host keeps for calls")
@@ -205,6 +211,7 @@ fn exception_name(vector: u8) -> &'static str {
         4 => "overflow",
         5 => "BOUND range exceeded",
         6 => "invalid opcode",
+        7 => "device not available",
         8 => "double fault",
         10 => "invalid TSS",
         11 => "segment not present",

@@ -37,6 +37,8 @@ pub struct Kernel {
     pub more_restorable: u64,
     /// Offsets of the device's registers whose stores do not have it use memory; loads do not either if there are some.
     pub registers_alone: Vec<u64>,
+    /// The device cannot be put back.
+    pub device_is_lost: bool,
     /// The device cannot be put back in parts.
     pub device_is_in_use: bool,
     /// Stores that had reached the device before and after each part that was taken back, oldest first.
@@ -155,7 +157,7 @@ impl Supervisor for Kernel {
         self.checkpoints += 1;
         self.at_checkpoint = self.memory.as_deref().map(all_of).unwrap_or_default();
     }
-    fn restore_device(&mut self) {
+    fn restore_device(&mut self) -> bool {
         self.restores += 1;
         let now = self.memory.as_deref().map(all_of).unwrap_or_default();
         assert!(
@@ -163,6 +165,7 @@ impl Supervisor for Kernel {
             "the device is put back before the memory that it looks at"
         );
         self.device_writes.clear();
+        !self.device_is_lost
     }
     fn restorable(&mut self) -> Restorable {
         let mut restorable = Restorable::default();

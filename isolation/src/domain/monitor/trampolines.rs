@@ -146,6 +146,8 @@ impl Monitor {
         a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.mov(r11, scratch)?;
+        // Functions are entered with it clear (System V ABI, section 3.2.1), and the kernel's own copy downwards otherwise.
+        a.cld()?;
         a.call(target)?;
         a.mov(scratch, r11)?;
         a.mov(r11, top)?;

@@ -18,6 +18,8 @@ mod ioctls {
 
 /// Calls after which an offset that never changed is taken to be fixed.
 const SETTLED_CALLS: u32 = 64;
+/// Calls after which one that is fixed is compared again: the guest may have written its counter.
+const FIXED_CALLS: u32 = 256;
 
 /// Keeps P's time-stamp counter equal to K's.
 ///
@@ -29,6 +31,8 @@ const SETTLED_CALLS: u32 = 64;
 pub(super) struct Clock {
     offset: Option<u64>,
     unchanged: u32,
+    /// Calls since it was compared last.
+    unseen: u32,
 }
 
 impl Clock {
@@ -39,17 +43,34 @@ impl Clock {
 
     /// Sets P's offset to that of `k` where it may have changed; returns the number of system calls.
     pub(super) fn follow(&mut self, k: &VcpuFd, p: &VcpuFd) -> Result<u32, PrivateVmError> {
-        if self.unchanged >= SETTLED_CALLS {
+        if !self.is_due() {
             return Ok(0);
         }
         let offset = tsc_offset(k)?;
-        if self.offset == Some(offset) {
-            self.unchanged += 1;
+        if !self.changes_to(offset) {
             return Ok(1);
         }
-        (self.offset, self.unchanged) = (Some(offset), 0);
         set_tsc_offset(p, offset)?;
         Ok(2)
+    }
+
+    /// Whether it is to be compared at this call.
+    fn is_due(&mut self) -> bool {
+        if self.unchanged >= SETTLED_CALLS && self.unseen < FIXED_CALLS {
+            self.unseen += 1;
+            return false;
+        }
+        self.unseen = 0;
+        true
+    }
+
+    fn changes_to(&mut self, offset: u64) -> bool {
+        if self.offset == Some(offset) {
+            self.unchanged = self.unchanged.saturating_add(1);
+            return false;
+        }
+        (self.offset, self.unchanged) = (Some(offset), 0);
+        true
     }
 }
 
@@ -93,4 +114,35 @@ fn attribute_result(result: i32, call: &'static str) -> Result<(), PrivateVmErro
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Calls until K's offset is P's.
+    fn calls_until(clock: &mut Clock, offset: u64) -> u32 {
+        let mut calls = 0..2 * FIXED_CALLS;
+        let due = calls.find(|_| clock.is_due() && clock.changes_to(offset));
+        due.unwrap()
+    }
+
+    #[test]
+    fn a_counter_that_is_written_late_is_followed() {
+        let mut clock = Clock::default();
+        assert_eq!(calls_until(&mut clock, 1), 0);
+        assert_eq!(calls_until(&mut clock, 2), 0, "it is not known to be fixed");
+        let compared = (0..SETTLED_CALLS + FIXED_CALLS).filter(|_| {
+            let is_due = clock.is_due();
+            assert!(!is_due || !clock.changes_to(2));
+            is_due
+        });
+        assert_eq!(
+            compared.count() as u32,
+            SETTLED_CALLS,
+            "a fixed one costs nothing"
+        );
+        assert_eq!(calls_until(&mut clock, 3), 0);
+        assert!(clock.is_due(), "it is not fixed any more");
+    }
 }

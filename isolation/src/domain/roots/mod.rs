@@ -202,6 +202,11 @@ impl Roots {
                 .all(|source| same(source.gpa, source.value))
     }
 
+    /// What was taken over from the guest's tables is not to be relied upon: the next call builds the roots anew.
+    pub fn forget(&mut self) {
+        self.complete = false;
+    }
+
     /// Follows the tables at `cr3` from now on; the user half is forgotten when they are another
     /// process's.
     pub fn enter(&mut self, cr3: u64, monitor: &mut Monitor) {

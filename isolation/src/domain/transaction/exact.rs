@@ -190,16 +190,10 @@ fn repeated(instruction: &Instruction, regs: &kvm_regs) -> Option<Repeated> {
     if !instruction.has_rep_prefix() || regs.rflags & DIRECTION_FLAG != 0 {
         return None;
     }
-    let (element, loads) = match instruction.mnemonic() {
-        Mnemonic::Movsb => (1, true),
-        Mnemonic::Movsw => (2, true),
-        Mnemonic::Movsd => (4, true),
-        Mnemonic::Movsq => (8, true),
-        Mnemonic::Stosb => (1, false),
-        Mnemonic::Stosw => (2, false),
-        Mnemonic::Stosd => (4, false),
-        Mnemonic::Stosq => (8, false),
-        _ => return None,
+    let (element, loads) = match string_store(instruction)? {
+        (element, Source::Memory) => (element, true),
+        (element, Source::Register) => (element, false),
+        (_, Source::Port) => return None,
     };
     // With an address-size prefix other registers count, or a segment's base.
     let is_plain = instruction.memory_segment() != Register::FS
@@ -224,8 +218,45 @@ fn repeated(instruction: &Instruction, regs: &kvm_regs) -> Option<Repeated> {
     })
 }
 
+/// Where a string instruction has from what it stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Memory,
+    Register,
+    Port,
+}
+
+/// Bytes of an element, and where it is from, of an instruction that stores strings.
+fn string_store(instruction: &Instruction) -> Option<(u64, Source)> {
+    // MOVSD is the name of an SSE instruction as well.
+    let is_string = matches!(
+        instruction.op0_kind(),
+        OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI
+    );
+    let found = match instruction.mnemonic() {
+        Mnemonic::Movsb => (1, Source::Memory),
+        Mnemonic::Movsw => (2, Source::Memory),
+        Mnemonic::Movsd => (4, Source::Memory),
+        Mnemonic::Movsq => (8, Source::Memory),
+        Mnemonic::Stosb => (1, Source::Register),
+        Mnemonic::Stosw => (2, Source::Register),
+        Mnemonic::Stosd => (4, Source::Register),
+        Mnemonic::Stosq => (8, Source::Register),
+        Mnemonic::Insb => (1, Source::Port),
+        Mnemonic::Insw => (2, Source::Port),
+        Mnemonic::Insd => (4, Source::Port),
+        _ => return None,
+    };
+    is_string.then_some(found)
+}
+
 /// First byte and length of what `instruction` stores around `fault`, which lies in it.
 fn stored_at(instruction: &Instruction, regs: &kvm_regs, gs_base: u64, fault: u64) -> (u64, u64) {
+    if let Some((element, _)) = string_store(instruction) {
+        let all = string_in_page(instruction, regs, element);
+        let is_there = (all.0..all.0.saturating_add(all.1)).contains(&fault);
+        return if is_there { all } else { (fault, element) };
+    }
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
     let stores = |memory: &&UsedMemory| {
@@ -247,6 +278,30 @@ fn stored_at(instruction: &Instruction, regs: &kvm_regs, gs_base: u64, fault: u6
         }
     }
     (fault, longest)
+}
+
+/// First byte and length of what a string instruction with elements of so many bytes stores in the page that it is at, one
+/// element at least. A processor stops behind each element with the trap flag set (Intel SDM volume 1, section 7.3.9.2), but
+/// KVM does not where it carries the instruction out itself.
+fn string_in_page(instruction: &Instruction, regs: &kvm_regs, element: u64) -> (u64, u64) {
+    let mask = match instruction.op0_kind() {
+        OpKind::MemoryESEDI => u64::from(u32::MAX),
+        _ => u64::MAX,
+    };
+    let (to, times) = (regs.rdi & mask, regs.rcx & mask);
+    let offset = to % PAGE_SIZE;
+    let downwards = regs.rflags & DIRECTION_FLAG != 0;
+    let in_page = match downwards {
+        true => offset / element + 1,
+        false => (PAGE_SIZE - offset) / element,
+    };
+    let repeats = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    let times = if repeats { times.min(in_page) } else { 1 }.max(1);
+    let first = match downwards {
+        true => to.wrapping_sub((times - 1) * element),
+        false => to,
+    };
+    (first, times * element)
 }
 
 /// What a register has that addresses are made of.

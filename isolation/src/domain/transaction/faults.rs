@@ -9,17 +9,24 @@ impl Call<'_> {
         };
         self.stats.other_syscalls += 1;
         self.interrupted_at = (frame.rip, frame.rsp);
-        let (cr2, cr3) = self.domain.vm.fault_registers()?;
-        let root = self.domain.root_of(cr3);
+        let fault = self.domain.vm.fault_registers()?;
+        let (cr2, root) = (fault.cr2, self.domain.root_of(fault.cr3));
+        if root == Root::Driver && !self.domain.is_as_adopted(&fault) {
+            return Ok(Step::Violation(
+                ViolationKind::PrivilegedInstruction,
+                frame.rip,
+            ));
+        }
         match frame.vector {
-            VECTOR_DEVICE_NOT_AVAILABLE => {
+            // The driver's own use of the FPU is between two kernel functions that make it the guest's: it has gone wrong.
+            VECTOR_DEVICE_NOT_AVAILABLE if root == Root::Kernel => {
                 let at = self.interrupted(&frame, regs, root);
                 Ok(Step::GuestOnly(PassThroughReason::Fpu, at))
             }
             VECTOR_DEBUG if root == Root::Driver && !self.stepping.is_empty() => {
                 Ok(self.stepped(&frame, regs))
             }
-            VECTOR_NMI | VECTOR_MACHINE_CHECK => {
+            VECTOR_NMI | VECTOR_MACHINE_CHECK if root == Root::Kernel => {
                 Ok(Step::GuestOnly(PassThroughReason::KernelException, None))
             }
             VECTOR_PAGE_FAULT if frame.error_code & PF_FETCH != 0 => {
@@ -212,12 +219,14 @@ impl Call<'_> {
         target: u64,
         regs: &kvm_regs,
     ) -> Result<Step, DomainError> {
-        let translation = self.domain.roots.translate(frame.rsp, &self.domain.view)?;
-        let (Some(slot), true) = (translation, self.supervisor.is_driver_function(target)) else {
+        if !self.supervisor.is_driver_function(target) {
             let kind = ViolationKind::IllegalControlTransfer { target };
             return Ok(Step::Violation(kind, frame.rip));
+        }
+        let Some(slot) = self.stack_slot(frame.rsp)? else {
+            let kind = ViolationKind::UnbalancedStack { rsp: frame.rsp };
+            return Ok(Step::Violation(kind, frame.rip));
         };
-        let slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
         let return_address = self.read_slot(slot)?;
         let stub = self.domain.monitor.callback_return_stub();
         self.write_slot(slot, stub)?;
@@ -226,7 +235,11 @@ impl Call<'_> {
             function: target,
             arguments,
             return_address,
-            rsp: frame.rsp + 8,
+            rsp: frame.rsp.wrapping_add(8),
+            kept: Preserved::of(&kvm_regs {
+                rflags: frame.rflags,
+                ..*regs
+            }),
         });
         if self.stacks.len() < MAX_STACKS && !self.in_own_stack(frame.rsp) {
             self.stacks
@@ -247,6 +260,9 @@ impl Call<'_> {
         };
         if callback.rsp != regs.rsp {
             return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
+        }
+        if let Some(kind) = callback.kept.changed(regs) {
+            return Step::Violation(kind, callback.function);
         }
         self.domain.monitor.resume_at(callback.return_address);
         let mut next = *regs;

@@ -10,15 +10,12 @@ impl Call<'_> {
     /// What is wrong with the way the function returned.
     pub(super) fn check_return(&self) -> Option<(ViolationKind, u64)> {
         let (entry, now) = (&self.entry, self.domain.vm.regs());
-        let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
         let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
             ViolationKind::UnbalancedStack { rsp: now.rsp }
         } else if (now.rflags ^ entry.rflags) & INTERRUPT_FLAG != 0 {
             ViolationKind::InterruptFlag
-        } else if kept(&now) != kept(entry) {
-            ViolationKind::CalleeSavedRegister
         } else {
-            return None;
+            Preserved::of(entry).changed(&now)?
         };
         Some((kind, self.request.function))
     }
@@ -163,8 +160,7 @@ impl Call<'_> {
     ) -> Result<(CallEnd, kvm_regs), DomainError> {
         self.phases.detect_ns = elapsed_ns(self.last_exit);
         let regs = self.domain.vm.regs();
-        let (_, cr3) = self.domain.vm.fault_registers()?;
-        let root = self.domain.root_of(cr3);
+        let root = self.domain.root_of(self.domain.vm.fault_registers()?.cr3);
         let rsp = match self.interrupted_at {
             (at, rsp) if at == rip => rsp,
             _ => regs.rsp,
@@ -180,7 +176,7 @@ impl Call<'_> {
             rip,
             rsp,
             crossings,
-            reached_device: self.reached_device,
+            reached_device: self.reached_device || self.device_lost,
             spills: self.spills,
             published: None,
         };
@@ -211,6 +207,8 @@ impl Call<'_> {
     pub(super) fn take_back(&mut self) -> Result<(), DomainError> {
         let start = Instant::now();
         self.domain.vm.settle()?;
+        // It may have executed anything: control registers are set anew for the next call.
+        self.domain.adopted = None;
         self.posted.clear();
         let pages = self.private_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
@@ -262,7 +260,7 @@ impl Call<'_> {
     /// Puts the device back, if the call has reached it; memory is as before already, which the device looks at.
     fn put_device_back(&mut self) {
         if std::mem::take(&mut self.reached_device) {
-            self.supervisor.restore_device();
+            self.device_lost |= !self.supervisor.restore_device();
         }
     }
 }

@@ -97,7 +97,7 @@ impl Call<'_> {
             Pfn::of(translation.gpa),
             (translation.gpa % PAGE_SIZE) as usize,
         );
-        if slot.1 > PAGE_SIZE as usize - 8 {
+        if slot.1 > PAGE_SIZE as usize - 8 || !self.domain.view.contains(slot.0) {
             return Ok(None);
         }
         self.read_slot(slot).map(Some)

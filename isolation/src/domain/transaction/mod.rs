@@ -68,6 +68,8 @@ use time::Meter;
 const INTERRUPT_FLAG: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
+/// RFLAGS: direction, I/O privilege level, nested task, alignment check.
+const SYSTEM_FLAGS: u64 = 1 << 10 | 3 << 12 | 1 << 14 | 1 << 18;
 /// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone on on.
 const MAX_STACKS: usize = 16;
 /// Device stores that may wait for commit.
@@ -103,6 +105,35 @@ struct Callback {
     arguments: [u64; 6],
     return_address: u64,
     rsp: u64,
+    /// What the driver has to leave as it is.
+    kept: Preserved,
+}
+
+/// Registers that a function leaves as they are (System V ABI, section 3.2.1), the stack pointer and RFLAGS.IF left aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Preserved {
+    registers: [u64; 6],
+    flags: u64,
+}
+
+impl Preserved {
+    fn of(regs: &kvm_regs) -> Self {
+        Self {
+            registers: [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15],
+            flags: regs.rflags & SYSTEM_FLAGS,
+        }
+    }
+
+    /// What of these is not as it was.
+    fn changed(&self, regs: &kvm_regs) -> Option<ViolationKind> {
+        let now = Self::of(regs);
+        if now.flags != self.flags {
+            return Some(ViolationKind::SystemFlags {
+                changed: now.flags ^ self.flags,
+            });
+        }
+        (now.registers != self.registers).then_some(ViolationKind::CalleeSavedRegister)
+    }
 }
 
 /// A page of which something was published before the end of the call.
@@ -163,6 +194,8 @@ pub(super) struct Call<'a> {
     /// Of these, pages that are charged.
     copies_charged: usize,
     reached_device: bool,
+    /// It could not be put back.
+    device_lost: bool,
     detours: u32,
     last_fault: (u64, u64, u32),
     /// Instruction and stack pointer of the last exception.
@@ -261,6 +294,7 @@ impl Domain {
             harvested: Vec::new(),
             copies_charged: 0,
             reached_device: false,
+            device_lost: false,
             detours: 0,
             last_fault: (0, 0, 0),
             interrupted_at: (0, 0),
@@ -273,7 +307,8 @@ impl Domain {
             last_sleep: (0, 0),
         };
         let outcome = call.carry_out(spilled);
-        if outcome.is_err() {
+        let has_failed = outcome.is_err();
+        if has_failed {
             call.leave_nothing();
             *journal = call.journal.take();
         }
@@ -284,6 +319,7 @@ impl Domain {
         let mut passing = std::mem::take(&mut call.passing);
         passing.append(&mut call.stepping);
         self.close(&passing);
+        self.has_failed |= has_failed;
         if journalled {
             self.monitor.journal(|_| false);
         }
@@ -311,7 +347,7 @@ impl Call<'_> {
             Some(spilled) => self.begin_again(spilled)?,
         };
         let step = match begun {
-            None => self.run()?,
+            None => self.run_or_give_up()?,
             Some(reason) => Step::GuestOnly(reason, None),
         };
         let ended = match step {
@@ -322,7 +358,10 @@ impl Call<'_> {
             Step::Violation(kind, rip) => self.abort(kind, rip),
             Step::GuestOnly(_, Some(_)) if self.wants_journal() => {
                 self.take_back()?;
-                return Ok(Outcome::WithJournal);
+                match self.device_lost {
+                    true => self.abort(ViolationKind::DeviceLost, self.domain.vm.regs().rip),
+                    false => return Ok(Outcome::WithJournal),
+                }
             }
             Step::GuestOnly(reason, at) => match self.go_on_in_the_guest(reason, at)? {
                 Some(end) => Ok(end),
@@ -331,7 +370,10 @@ impl Call<'_> {
                 }
                 None => {
                     self.take_back()?;
-                    Ok((CallEnd::PassThrough(reason), self.request.regs))
+                    match self.device_lost {
+                        true => self.abort(ViolationKind::DeviceLost, self.domain.vm.regs().rip),
+                        false => Ok((CallEnd::PassThrough(reason), self.request.regs)),
+                    }
                 }
             },
             Step::Continue => Err(DomainError::Internal("a call stopped without a reason")),
@@ -418,6 +460,20 @@ impl Call<'_> {
         regs.rip = self.domain.monitor.entry_stub();
         regs.rflags &= !TRAP_FLAG;
         self.domain.vm.set_regs(&regs);
+    }
+
+    /// Runs P to the end of the call. Page tables that were good when it began and are not any more are the call's doing.
+    fn run_or_give_up(&mut self) -> Result<Step, DomainError> {
+        match self.run() {
+            Err(DomainError::Roots(RootError::Table(_))) => Ok(Step::Violation(
+                ViolationKind::Shutdown,
+                self.domain.vm.regs().rip,
+            )),
+            Err(DomainError::Roots(RootError::OutOfTables)) => {
+                Ok(Step::GuestOnly(PassThroughReason::PageTables, None))
+            }
+            other => other,
+        }
     }
 
     fn run(&mut self) -> Result<Step, DomainError> {

@@ -326,7 +326,7 @@ impl Call<'_> {
         Ok(values)
     }
 
-    fn stack_slot(&self, va: u64) -> Result<Option<(Pfn, usize)>, DomainError> {
+    pub(super) fn stack_slot(&self, va: u64) -> Result<Option<(Pfn, usize)>, DomainError> {
         let translation = self.domain.roots.translate(va, &self.domain.view)?;
         let slot = translation.map(|at| (Pfn::of(at.gpa), (at.gpa % PAGE_SIZE) as usize));
         Ok(
