@@ -45,10 +45,11 @@ pub fn duration(ms: u64) -> String {
 /// How often each rung of a ladder was used, but for the last, a driver's stop.
 pub fn rungs(rungs: &Rungs) -> String {
     format!(
-        "failed calls that returned an error: {}, that were run again: {}; resumes: {} ({} failed); restarts: {} ({} \
-         failed); times back at a mark: {}; resets: {}",
+        "failed calls that returned an error: {}, that were run again: {}; functions that rested: {}; resumes: {} ({} \
+         failed); restarts: {} ({} failed); times back at a mark: {}; resets: {}",
         rungs.errors,
         rungs.retries,
+        rungs.rests,
         rungs.resumes,
         rungs.failed_resumes,
         rungs.restarts,

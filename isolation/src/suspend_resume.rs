@@ -367,6 +367,9 @@ impl Isolator {
             *suspending = Some(SuspendResume::arm(
                 calls, which, types, symbols, &virt, bits,
             )?);
+            if let Some(armed) = self.modules().get_mut(module) {
+                armed.device_begins_anew();
+            }
             Ok(())
         })?
     }

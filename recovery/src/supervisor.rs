@@ -301,6 +301,13 @@ impl FaultPolicy for LadderPolicy {
         match decision {
             Decision::Error => AfterFault::ReturnError,
             Decision::Retry => AfterFault::Retry,
+            Decision::Rest => {
+                let entry = &call.report.entry;
+                tracing::warn!(
+                    "{entry} goes on failing: it is not run until the device begins anew"
+                );
+                AfterFault::Rest
+            }
             Decision::Resume | Decision::Restart => {
                 // The thread that climbs lives as long as the VM.
                 let _ = self.rungs.send(RungRequest {

@@ -154,6 +154,7 @@ fn text(look: &Look, own_rss: u64) -> Result<String, std::fmt::Error> {
             for (rung, count) in [
                 ("error", counts.errors),
                 ("retry", counts.retries),
+                ("rest", counts.rests),
                 ("resume", counts.resumes),
                 ("failed_resume", counts.failed_resumes),
                 ("restart", counts.restarts),

@@ -144,9 +144,10 @@ fn wrong(log: &mut Log, who: &str, name: &str, old: Option<&Module>, now: &Modul
 fn recovered(log: &mut Log, at_ns: u64, who: &str, name: &str, old: &Module, now: &Module) {
     let (before, rungs) = (&old.ladder.rungs, &now.ladder.rungs);
     type Rung = (&'static str, fn(&Rungs) -> u64);
-    let all: [Rung; 9] = [
+    let all: [Rung; 10] = [
         ("failed calls that returned an error", |r| r.errors),
         ("failed calls that were run again", |r| r.retries),
+        ("times that a function of it rested", |r| r.rests),
         ("resumes of its device", |r| r.resumes),
         ("resumes that failed", |r| r.failed_resumes),
         ("restarts", |r| r.restarts),

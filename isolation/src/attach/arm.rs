@@ -113,6 +113,7 @@ pub(crate) fn gates_of(
                 body: gate.site.body().0,
                 entry: EntryStatus::new(&gate.name),
                 aborted: aborted.unwrap_or(AbortReturn::UNKNOWN),
+                rests: false,
                 is_guard,
                 transmits: types.is_some_and(|types| is_transmit_named(types, &gate.name)),
                 failed_last: false,

@@ -78,6 +78,7 @@ impl Armed {
         (self.again, self.rolled_back) = (None, None);
         for (at, gate) in &mut self.gates {
             gate.failed_last = kept.failed_last.contains(at);
+            gate.rests = false;
         }
         if let (Some(policy), Some(kept)) = (&mut self.policy, &kept.policy) {
             policy.put_back(kept);

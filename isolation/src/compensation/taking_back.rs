@@ -164,8 +164,10 @@ impl Armed {
             attempt: attempt.next(),
             entry,
         });
-        if decided == AfterFault::Stop {
-            self.stop();
+        match decided {
+            AfterFault::Rest => self.rest(gate),
+            AfterFault::Stop => self.stop(),
+            AfterFault::ReturnError | AfterFault::Retry => {}
         }
         self.violations += 1;
         self.rolled_back = Some(ended);

@@ -24,6 +24,9 @@ pub enum AfterFault {
     ReturnError,
     /// The call is run once more, in the domain.
     Retry,
+    /// The call returns an error, and so does each further one of this function without being run, until the driver's
+    /// device begins anew: a resume of it begins, or the module is isolated again. The device is silenced.
+    Rest,
     /// The call returns an error, and from now on all isolated functions of the module do so without being
     /// run. The device is silenced.
     Stop,

@@ -48,6 +48,8 @@ pub(crate) struct Gate {
     pub transmits: bool,
     /// The last call of it that has ended has failed.
     pub failed_last: bool,
+    /// Calls of it return their errors without being run, until the device begins anew.
+    pub rests: bool,
     /// It is no gate of an isolated function, and there only while packets are kept out.
     pub is_guard: bool,
 }
@@ -164,11 +166,11 @@ impl Armed {
         };
         let is_kept_out = known.transmits && keeps_out;
         // What is stopped needs no domain for that.
-        let is_broken = self.broken.is_some() && !self.stopped;
+        let is_broken = self.broken.is_some() && !self.stopped && !known.rests;
         if is_broken || known.is_guard && !is_kept_out {
             return unisolated;
         }
-        if self.stopped || is_kept_out {
+        if self.stopped || known.rests || is_kept_out {
             let arguments = arguments(&at.regs);
             let rax = known.aborted.value.rax(&arguments);
             match is_kept_out {
@@ -287,6 +289,25 @@ impl Armed {
         self.stopped = true;
         if let Err(lost) = self.silence_device() {
             tracing::warn!("the device of a stopped driver is not silent: {lost}");
+        }
+    }
+
+    /// Calls of this function are not run until [`Armed::device_begins_anew`].
+    pub fn rest(&mut self, gate: u64) {
+        if let Some(gate) = self.gates.get_mut(&gate) {
+            gate.rests = true;
+        }
+        if let Err(lost) = self.silence_device() {
+            tracing::warn!(
+                "the device of a driver that fails again and again is not silent: {lost}"
+            );
+        }
+    }
+
+    /// The driver is about to set its device up anew: all functions are run again.
+    pub fn device_begins_anew(&mut self) {
+        for gate in self.gates.values_mut() {
+            gate.rests = false;
         }
     }
 

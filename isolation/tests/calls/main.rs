@@ -21,6 +21,8 @@ const ERROR: u64 = -5i64 as u64;
 const RETRIES: u32 = 2;
 /// `jmp` to itself.
 const HANGS: [u8; 2] = [0xeb, 0xfe];
+/// `ud2`.
+const UD2: [u8; 2] = [0x0f, 0x0b];
 
 /// A failed call as its policy is told of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -252,6 +254,44 @@ fn the_device_of_a_stopped_driver_is_silenced_again_by_each_call() {
     assert_eq!((guest.call(FIRST), silenced()), (ERROR, 2));
     assert_eq!((guest.call(FIRST), silenced()), (ERROR, 3));
     assert_eq!(guest.entry("first_counts").refused, 2);
+}
+
+/// Has the function rest at its second failure.
+#[derive(Default)]
+struct Rests(u32);
+
+impl FaultPolicy for Rests {
+    fn after_fault(&mut self, _call: &FailedCall<'_>) -> AfterFault {
+        self.0 += 1;
+        match self.0 {
+            2 => AfterFault::Rest,
+            _ => AfterFault::ReturnError,
+        }
+    }
+}
+
+#[test]
+fn a_function_that_rests_is_not_run_and_its_device_is_silent_until_it_is_isolated_anew() {
+    let guest = Guest::start();
+    let device = Arc::new(Link::default());
+    let request = || IsolateRequest {
+        device: Some(device.clone()),
+        policy: Box::new(Rests::default()),
+        ..Guest::request("first")
+    };
+    guest.isolator.isolate(request()).unwrap();
+    let silenced = || device.0.lock().unwrap().silenced;
+    let inject = |code: &[u8]| guest.isolator.inject("first", "first_counts", 5, code);
+    let before = inject(&UD2).unwrap();
+    assert_eq!((guest.call(FIRST), silenced()), (ERROR, 0));
+    assert_eq!((guest.call(FIRST), silenced()), (ERROR, 1));
+    inject(&before).unwrap();
+    assert_eq!((guest.call(FIRST), silenced()), (ERROR, 2));
+    assert_eq!(guest.entry("first_counts").refused, 1);
+    assert!(!guest.status("first").stopped);
+    guest.isolator.release("first").unwrap();
+    guest.isolator.isolate(request()).unwrap();
+    assert_eq!((guest.call(FIRST), silenced()), (1, 2));
 }
 
 /// As the guest that spills, with a function that takes `kernel_waits` back, and a device.

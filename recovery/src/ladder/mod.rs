@@ -14,7 +14,8 @@
 //!
 //! A function that fails again and again, with no call of it that ends well in between, is a livelock: its caller calls
 //! it again at once, as the kernel does with a poll. After `failures_in_a_row` of them the device is resumed whatever
-//! was chosen, after as many more the driver is restarted, then stopped. A call that hangs counts for many.
+//! was chosen, after as many more the driver is restarted, then stopped. A call that hangs counts for many. A function
+//! that goes on failing as often while a rung is tried rests, so that the guest comes to do what the rung needs of it.
 //!
 //! A fault that is rolled back leaves memory and device as they were before the call: that is the first rung,
 //! and always taken. The machine is pure: it is told what happened and when, and says what to do. A
@@ -61,6 +62,10 @@ pub struct Rungs {
     pub errors: u64,
     /// Calls that were rolled back and run again.
     pub retries: u64,
+    /// Times that a function was not run any more until the device began anew, because it went on failing while a rung
+    /// was tried.
+    #[serde(default)]
+    pub rests: u64,
     /// Resumes of the device that were begun.
     #[serde(default)]
     pub resumes: u64,
@@ -99,6 +104,8 @@ pub enum Decision {
     Error,
     /// Run the call again.
     Retry,
+    /// Return an error, and have no call of this function run until the device begins anew.
+    Rest,
     /// Return an error, and have the driver resume its device.
     Resume,
     /// Return an error, and restart the driver.
@@ -149,6 +156,8 @@ pub struct Fault<'a> {
 #[derive(Debug, Clone, Copy, Default)]
 struct Row {
     failures: u32,
+    /// The same while a rung is tried.
+    meanwhile: u32,
     /// How many rungs were tried for it, and when the last one was.
     tried: u32,
     tried_ns: u64,
@@ -211,6 +220,7 @@ impl Ladder {
             ));
             return Decision::Stop;
         }
+        let keeps_failing = self.keeps_failing(fault);
         let livelock = self.livelock(fault);
         let wanted = self.wanted(fault, livelock);
         if fault.device_lost {
@@ -230,6 +240,11 @@ impl Ladder {
         };
         let rungs = &mut self.status.rungs;
         match on_fault {
+            OnFault::Error | OnFault::Retry if keeps_failing => {
+                rungs.errors += 1;
+                rungs.rests += 1;
+                Decision::Rest
+            }
             OnFault::Error => {
                 rungs.errors += 1;
                 Decision::Error
@@ -410,18 +425,37 @@ impl Ladder {
         }
     }
 
+    /// Counts a failure of a function while a rung is tried; whether there have been too many in a row.
+    fn keeps_failing(&mut self, fault: &Fault<'_>) -> bool {
+        let is_tried = !matches!(self.status.state, State::Running | State::Unisolated);
+        if !is_tried || is_further_run(fault) {
+            return false;
+        }
+        let limit = self.config.failures_in_a_row;
+        let row = self.rows.entry(fault.entry.to_owned()).or_default();
+        if !fault.in_a_row {
+            row.meanwhile = 0;
+        }
+        row.meanwhile = row.meanwhile.saturating_add(weight(fault));
+        if row.meanwhile < limit {
+            return false;
+        }
+        row.meanwhile = 0;
+        true
+    }
+
     /// Counts a failure of a function; what is to be tried if there have been too many in a row.
     fn livelock(&mut self, fault: &Fault<'_>) -> Option<OnFault> {
         // A rung is being tried, or this is a further run of a call that was counted.
-        if self.status.state != State::Running || fault.attempts > 1 && !fault.out_of_time {
+        if self.status.state != State::Running || is_further_run(fault) {
             return None;
         }
         let row = self.rows.entry(fault.entry.to_owned()).or_default();
         if !fault.in_a_row {
             row.failures = 0;
         }
-        let counts = if fault.out_of_time { HANG } else { 1 };
-        row.failures = row.failures.saturating_add(counts);
+        row.meanwhile = 0;
+        row.failures = row.failures.saturating_add(weight(fault));
         if row.failures < self.config.failures_in_a_row {
             return None;
         }
@@ -463,6 +497,16 @@ impl Ladder {
         self.status.rungs.stops += 1;
         self.status.gave_up = Some(why);
     }
+}
+
+/// Whether this is another run of a call that was counted.
+fn is_further_run(fault: &Fault<'_>) -> bool {
+    fault.attempts > 1 && !fault.out_of_time
+}
+
+/// As how many failures it counts.
+fn weight(fault: &Fault<'_>) -> u32 {
+    if fault.out_of_time { HANG } else { 1 }
 }
 
 #[cfg(test)]

@@ -227,8 +227,11 @@ fn a_function_that_fails_again_and_again_has_one_rung_after_the_other_tried() {
     });
     let next = |decision| [vec![Decision::Error; 9], vec![decision]].concat();
     assert_eq!(polls(&mut ladder, 10, false), next(Decision::Resume));
-    // Nothing is counted while it is tried.
-    assert_eq!(polls(&mut ladder, 50, false), [Decision::Error; 50]);
+    // While that is tried it rests: what it does meanwhile is no reason for the next rung.
+    for _ in 0..5 {
+        assert_eq!(polls(&mut ladder, 10, false), next(Decision::Rest));
+    }
+    assert_eq!(ladder.status().rungs.rests, 5);
     ladder.resumed(Ok(()));
     assert_eq!(polls(&mut ladder, 10, false), next(Decision::Restart));
     ladder.restarted(Ok(()));
@@ -364,6 +367,8 @@ struct Model {
     lost_at: Vec<u64>,
     /// Failures that count, by function: whether the one before failed too, and as how many.
     failures: Vec<(String, bool, u32)>,
+    /// The same of those while a rung was tried; as 0 where none was, or where there were too many by then.
+    meanwhile: Vec<(String, bool, u32)>,
     /// Rungs tried for functions that fail again and again: when, and after how many of `failures`.
     tried: Vec<(String, u64, usize)>,
     state: State,
@@ -403,6 +408,7 @@ impl Model {
             _ => wanted,
         };
         let over = recent.count() >= self.config.recoveries_per_minute as usize;
+        let keeps_failing = !over && self.keeps_failing(fault);
         let livelock = if over { None } else { self.livelock(fault) };
         let wanted = match (wanted, livelock) {
             (_, Some(OnFault::Stop)) => OnFault::Stop,
@@ -419,6 +425,13 @@ impl Model {
             self.rungs.stops += 1;
             return Decision::Stop;
         }
+        let here = self.state == State::Running || self.state == State::Resuming;
+        let is_begun = wanted == OnFault::Restart && here;
+        if keeps_failing && !is_begun {
+            self.rungs.errors += 1;
+            self.rungs.rests += 1;
+            return Decision::Rest;
+        }
         if wanted == OnFault::Retry && attempts <= self.config.retries && !out_of_time {
             self.rungs.retries += 1;
             return Decision::Retry;
@@ -429,13 +442,43 @@ impl Model {
             self.rungs.resumes += 1;
             return Decision::Resume;
         }
-        let here = self.state == State::Running || self.state == State::Resuming;
-        if wanted == OnFault::Restart && here {
+        if is_begun {
             self.state = State::Restarting;
             self.rungs.restarts += 1;
             return Decision::Restart;
         }
         Decision::Error
+    }
+
+    /// Whether a function rests because it goes on failing while a rung is tried.
+    fn keeps_failing(&mut self, fault: &Fault<'_>) -> bool {
+        if fault.attempts > 1 && !fault.out_of_time {
+            return false;
+        }
+        let entry = fault.entry.to_owned();
+        match self.state {
+            State::Unisolated => return false,
+            State::Running => {
+                self.meanwhile.push((entry, true, 0));
+                return false;
+            }
+            _ => {}
+        }
+        let counts = if fault.out_of_time { HANG } else { 1 };
+        self.meanwhile.push((entry.clone(), fault.in_a_row, counts));
+        let mut mine = self.meanwhile.iter().rev().filter(|one| one.0 == entry);
+        let mut row = 0;
+        for (_, in_a_row, counts) in mine.by_ref().take_while(|one| one.2 > 0) {
+            row += counts;
+            if !in_a_row {
+                break;
+            }
+        }
+        let too_many = row >= self.config.failures_in_a_row;
+        if too_many {
+            self.meanwhile.push((entry, true, 0));
+        }
+        too_many
     }
 
     /// The rung to be tried because this function fails again and again.
@@ -557,6 +600,7 @@ proptest! {
             recovered_at: Vec::new(),
             lost_at: Vec::new(),
             failures: Vec::new(),
+            meanwhile: Vec::new(),
             tried: Vec::new(),
             state: State::Running,
             rungs: Rungs::default(),

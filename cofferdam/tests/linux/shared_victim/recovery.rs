@@ -15,6 +15,7 @@ use recovery::fault::{FaultKind, Place, after_kernel_calls};
 use recovery::ladder::{LadderConfig, OnFault, State};
 
 use super::victim;
+use crate::GATEWAY;
 use crate::full;
 use crate::victim::{DRIVER, Victim};
 
@@ -237,6 +238,43 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
     victim.assert_healthy("all of it");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_poll_that_fails_for_ever_lets_the_guest_do_what_a_rung_needs_of_it() {
+    let mut victim = victim();
+    victim.configure();
+    let before = victim.configuration();
+    let entry = "e1000_clean";
+    victim.isolate(
+        entry,
+        LadderConfig {
+            recoveries_per_minute: u32::MAX,
+            failures_in_a_row: 20,
+            ..LadderConfig::default()
+        },
+    );
+    victim.inject(entry, 5, FaultKind::UndefinedInstruction, 1, u64::MAX);
+    victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
+    // It fails until its module is isolated anew by the restart.
+    let deadline = Instant::now() + Duration::from_secs(600);
+    let rungs = loop {
+        let rungs = victim.wait_until_running().rungs;
+        if rungs.restarts > 0 {
+            break rungs;
+        }
+        assert!(Instant::now() < deadline, "{rungs:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    eprintln!("{rungs:?}");
+    assert_eq!((rungs.resumes, rungs.restarts), (1, 1));
+    assert_eq!((rungs.failed_resumes, rungs.failed_restarts), (0, 0));
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    victim.assert_configured(&before);
+    victim.release();
+    victim.assert_healthy("a poll that fails for ever");
 }
 
 #[test]
