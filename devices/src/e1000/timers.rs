@@ -154,10 +154,11 @@ impl Timers {
                 return Some(timer);
             }
         }
-        if self.armed_for.is_some_and(|armed| armed <= now) {
-            let mut expirations = [0; 8];
-            // The count does not matter, nor does it when the descriptor is a little late.
-            let _ = rustix::io::read(&self.fd, &mut expirations);
+        let mut expirations = [0; 8];
+        // The descriptor may be a little late: it is asked again when it is readable, or it would stay so for ever.
+        if self.armed_for.is_some_and(|armed| armed <= now)
+            && rustix::io::read(&self.fd, &mut expirations).is_ok()
+        {
             self.armed_for = None;
             if let Some(deadline) = self.deadlines.iter().flatten().min() {
                 self.arm(*deadline);
@@ -231,6 +232,35 @@ mod tests {
         assert_eq!(twin.due(), None);
         twin.advance(1);
         assert_eq!(twin.due(), Some(Timer::Throttle));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_late_is_read_when_it_comes() {
+        let mut timers = Timers::new(false).unwrap();
+        timers.start(Timer::Throttle, 1_000_000);
+        // As if its time had come before it.
+        timers.deadlines[Timer::Throttle as usize] = Some(0);
+        timers.armed_for = Some(0);
+        assert_eq!(timers.due(), Some(Timer::Throttle));
+        assert_eq!(timers.due(), None);
+        let is_readable = |timers: &Timers, wait: bool| {
+            let mut fds = [rustix::event::PollFd::new(
+                &timers.fd,
+                rustix::event::PollFlags::IN,
+            )];
+            let none = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            let timeout = (!wait).then_some(none);
+            rustix::event::poll(&mut fds, timeout.as_ref()).unwrap() > 0
+        };
+        assert!(is_readable(&timers, true));
+        assert_eq!(timers.due(), None);
+        assert!(!is_readable(&timers, false));
+        // One that is started now is waited for.
+        timers.start(Timer::ReceiveDelay, 1_000);
+        assert!(is_readable(&timers, true));
     }
 
     #[test]
