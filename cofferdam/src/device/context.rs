@@ -41,6 +41,8 @@ pub struct Context<S> {
     pub away: AtomicBool,
     mac: Mutex<MacAddress>,
     client: Mutex<Option<Client>>,
+    /// There is one. Apart from it: whoever holds the NIC asks for this, and whoever holds the client may wait for the NIC.
+    connected: AtomicBool,
     attached: AtomicU64,
     endpoint: RemoteEndpoint<SharedSubscriber>,
     stop: Arc<AtomicBool>,
@@ -67,6 +69,7 @@ impl<S: Share> Context<S> {
             away: AtomicBool::default(),
             mac: Mutex::new(mac),
             client: Mutex::new(None),
+            connected: AtomicBool::default(),
             attached: AtomicU64::default(),
             endpoint,
             stop,
@@ -79,9 +82,9 @@ impl<S: Share> Context<S> {
         *lock(&self.mac)
     }
 
-    /// Whether a client has it.
+    /// Whether a client has it. Waits for nobody.
     pub fn is_connected(&self) -> bool {
-        lock(&self.client).is_some()
+        self.connected.load(Ordering::Acquire)
     }
 
     /// Whether it may be given the turn.
@@ -100,6 +103,7 @@ impl<S: Share> Context<S> {
             serial,
             served: None,
         });
+        self.connected.store(true, Ordering::Release);
         self.away.store(false, Ordering::Relaxed);
         let mut own = lock(&self.mac);
         if *own != mac {
@@ -148,9 +152,12 @@ impl<S: Share> Context<S> {
 
     /// Client number `serial` has gone. Says whether that is news.
     pub fn client_has_gone(&self, serial: u64) -> bool {
-        let Some(gone) = lock(&self.client).take_if(|client| client.serial == serial) else {
+        let mut client = lock(&self.client);
+        let Some(gone) = client.take_if(|client| client.serial == serial) else {
             return false;
         };
+        self.connected.store(false, Ordering::Release);
+        drop(client);
         if let Some((id, _)) = gone.served {
             let removed = self
                 .endpoint
@@ -165,12 +172,18 @@ impl<S: Share> Context<S> {
     /// How it is.
     pub fn status(&self) -> ContextStatus {
         let memory = self.share.offered().dma.memory();
-        let client = lock(&self.client);
-        let counters = client.as_ref().and_then(|client| client.served.as_ref());
+        let (connected, counters) = {
+            let client = lock(&self.client);
+            let served = client.as_ref().and_then(|client| client.served.as_ref());
+            (
+                client.is_some(),
+                served.map(|(_, counters)| counters.clone()),
+            )
+        };
         let mut status = ContextStatus {
             vm: self.vm.to_string(),
             mac: self.mac().to_string(),
-            connected: client.is_some(),
+            connected,
             away: self.away.load(Ordering::Relaxed),
             turn: self.share.has_turn(),
             carrier: false,
@@ -180,7 +193,7 @@ impl<S: Share> Context<S> {
             dma_bytes: memory.iter().map(GuestMemoryRegion::len).sum(),
             mapped_bytes: None,
             passed: None,
-            messages: counters.map(|(_, counters)| {
+            messages: counters.map(|counters| {
                 let counts = counters.counts();
                 Messages {
                     sent: counts.sent,
@@ -189,6 +202,7 @@ impl<S: Share> Context<S> {
                 }
             }),
         };
+        // With nothing locked: it may wait for the NIC, for as long as a switch takes.
         self.share.fill(&mut status);
         status
     }
@@ -221,4 +235,105 @@ pub fn serve(mut manager: EventManager<SharedSubscriber>, stop: &AtomicBool) {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::{OnceLock, Weak};
+    use std::time::Duration;
+
+    use devices::dma::DmaSpace;
+    use devices::pci::{BarIndex, BarRange, PciFunction};
+    use devices::vfio_user::Offered;
+    use devices::vfio_user::server::ClientInterrupts;
+
+    use super::*;
+    use crate::device::card::Listener;
+
+    struct NoFunction;
+
+    impl PciFunction for NoFunction {
+        fn config_read(&mut self, _: u16, _: &mut [u8]) {}
+        fn config_write(&mut self, _: u16, _: &[u8]) {}
+        fn decoded(&self) -> Vec<BarRange> {
+            Vec::new()
+        }
+        fn bar_read(&mut self, _: BarIndex, _: u64, _: &mut [u8]) {}
+        fn bar_write(&mut self, _: BarIndex, _: u64, _: &[u8]) {}
+        fn reset(&mut self) {}
+    }
+
+    /// Looks, whenever it is asked how it is, whether its context's client is free.
+    #[derive(Default)]
+    struct Looks {
+        context: OnceLock<Weak<Context<Looks>>>,
+        free: AtomicUsize,
+    }
+
+    impl Share for Looks {
+        fn offered(&self) -> Offered {
+            Offered {
+                function: Arc::new(Mutex::new(NoFunction)),
+                dma: DmaSpace::empty(),
+                interrupts: ClientInterrupts::new(1),
+            }
+        }
+        fn events(&self) -> Option<SharedSubscriber> {
+            None
+        }
+        fn set_address(&self, _: MacAddress) {}
+        fn plug(&self, _: bool) -> anyhow::Result<()> {
+            Ok(())
+        }
+        fn has_turn(&self) -> bool {
+            false
+        }
+        fn listener(&self) -> Listener {
+            Box::new(|_| {})
+        }
+        fn fill(&self, _: &mut ContextStatus) {
+            let context = self.context.get().unwrap().upgrade().unwrap();
+            if context.client.try_lock().is_ok() {
+                self.free.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn context() -> Arc<Context<Looks>> {
+        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let context = Context::new("left".parse().unwrap(), mac, Looks::default()).unwrap();
+        let context = Arc::new(context);
+        let known = context.share.context.set(Arc::downgrade(&context));
+        assert!(known.is_ok());
+        context
+    }
+
+    /// A switch has the NIC, and asks whether the client is there.
+    #[test]
+    fn who_waits_for_a_nic_holds_no_lock_that_a_switch_asks_for() {
+        let context = context();
+        context.status();
+        let serial = context.reserve(context.mac()).unwrap();
+        assert!(context.status().connected);
+        assert!(context.client_has_gone(serial) && !context.client_has_gone(serial));
+        assert!(!context.status().connected);
+        assert_eq!(context.share.free.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn whether_a_client_is_there_is_known_while_it_is_being_served() {
+        let context = context();
+        assert!(!context.is_connected());
+        let serial = context.reserve(context.mac()).unwrap();
+        let held = lock(&context.client);
+        let (done, is_done) = std::sync::mpsc::channel();
+        let asks = context.clone();
+        std::thread::spawn(move || done.send(asks.is_connected()));
+        let connected = is_done.recv_timeout(Duration::from_secs(120));
+        drop(held);
+        assert_eq!(connected, Ok(true));
+        assert!(context.client_has_gone(serial));
+        assert!(!context.is_connected());
+    }
 }

@@ -1,7 +1,7 @@
 //! The device host: the contexts, whose turn it is, and how it goes on.
 //!
 //! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns at a wire. The list is not locked while a switch
-//! takes its steps.
+//! takes its steps. A switch holds NICs and locks no context: whether a client is there is known without.
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -360,6 +360,9 @@ impl<C: Card> Host<C> {
     /// How it is.
     pub fn status(&self) -> HostStatus {
         let contexts = self.contexts().clone();
+        // Each may wait for its NIC: before the history is locked, which a switch writes to.
+        let contexts = contexts.iter().map(|context| context.status()).collect();
+        let turn = self.turn();
         let history = lock(&self.history);
         let every = *lock(&self.every);
         let mut status = HostStatus {
@@ -380,9 +383,9 @@ impl<C: Card> Host<C> {
             .to_owned(),
             slots: self.config.slots,
             uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
-            turn: self.turn(),
+            turn,
             every_ms: every.map(|every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX)),
-            contexts: contexts.iter().map(|context| context.status()).collect(),
+            contexts,
             lost_without_turn: 0,
             switch_count: history.count,
             failed_switches: history.failed,
