@@ -242,6 +242,33 @@ fn a_call_that_is_refused_is_that_calls_error_and_no_more() {
     }
 }
 
+/// Of what it sends nothing is taken while posted writes wait for it to read them.
+#[test]
+fn a_server_that_floods_and_reads_nothing_is_given_up_before_it_fills_memory() {
+    const FLOOD: usize = 16 << 20;
+    let (stream, thread) = server(Command::RegionWrite, |raw, _, _| {
+        let payload = [0; 4096];
+        let mut head = crate::raw::header(Command::DmaWrite, 1, payload.len());
+        head.flags = Header::FLAG_NO_REPLY;
+        let bytes = [&head.to_bytes(), &payload[..]].concat();
+        let mut sent = 0;
+        while sent < FLOOD && raw.0.write_all(&bytes).is_ok() {
+            sent += bytes.len();
+        }
+        sent
+    });
+    let mut client = client(stream).unwrap();
+    let error = loop {
+        if let Err(error) = client.post_write(0, 0, &[1, 2, 3, 4]) {
+            break error;
+        }
+    };
+    assert!(error.to_string().contains("sends without end"), "{error}");
+    is_over(&mut client);
+    drop(client);
+    assert!(thread.join().unwrap() < FLOOD);
+}
+
 #[test]
 fn a_posted_write_is_not_waited_for_and_may_be_refused() {
     let (stream, thread) = server(Command::RegionRead, |raw, header, payload| {
