@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,12 +16,14 @@ use devices::virtio::blk::{Block, Disk};
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vmm::{DeviceStates, Vm};
+use vmm::{DeviceStates, PciSlot, Vm, VmHandle, VmState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// Scratch register of the serial port.
 const SCRATCH: u64 = 0x3ff;
+/// Hot-plug register for slots whose function the guest has let go.
+const EJECT: u64 = 0x618;
 
 // Reports for ever, and turns an interrupt of the serial port on.
 guest_code!(
@@ -53,32 +56,45 @@ fn add_nic(vm: &mut Vm, model: &str, last: u8) {
     vm.add_pci(&slot, nic.function).unwrap();
 }
 
-/// Puts a disk into the next slot, as one that was there from the start or one that came later.
-fn add_disk(vm: &mut Vm, file: &std::path::Path, later: bool) -> u8 {
+fn disk(handle: &VmHandle, slot: &PciSlot, file: &Path) -> Arc<Mutex<VirtioPciFunction<Block>>> {
     let disk = Block::new(Disk::open(file, true).unwrap(), "disk");
-    let slot = vm.reserve_pci_slot().unwrap();
-    let vectors = vm.msi_vectors(2).unwrap();
+    let vectors = handle.msi_vectors(2).unwrap();
     let line = slot.intx_line(InterruptPin::A);
-    let function = VirtioPciFunction::new(disk, vm.dma_space(), line, vectors).unwrap();
-    let function = Arc::new(Mutex::new(function));
-    if later {
-        vm.handle()
-            .plug(&slot, function.clone(), vec![function])
-            .unwrap();
-    } else {
-        vm.add_subscriber(function.clone());
-        vm.add_pci(&slot, function).unwrap();
-    }
-    slot.number()
+    let function = VirtioPciFunction::new(disk, handle.dma_space(), line, vectors).unwrap();
+    Arc::new(Mutex::new(function))
+}
+
+/// Puts a disk into the next slot.
+fn add_disk(vm: &mut Vm, file: &Path) {
+    let slot = vm.reserve_pci_slot().unwrap();
+    let function = disk(&vm.handle(), &slot, file);
+    vm.add_subscriber(function.clone());
+    vm.add_pci(&slot, function).unwrap();
+}
+
+/// Puts a disk into the slot with this number as one that comes later, as soon as it is the next.
+fn plug_disk(handle: &VmHandle, file: &Path, number: u8) {
+    let slot = loop {
+        let slot = handle.reserve_pci_slot().unwrap();
+        if slot.number() == number {
+            break slot;
+        }
+        drop(slot);
+        std::thread::yield_now();
+    };
+    let function = disk(handle, &slot, file);
+    handle
+        .plug(&slot, function.clone(), vec![function])
+        .unwrap();
 }
 
 /// A machine with two NICs and a disk, and a second disk that came while it ran.
-fn machine(file: &std::path::Path) -> Guest {
+fn machine(file: &Path) -> Guest {
     let mut guest = Guest::new(config(counts(), 1));
     add_nic(&mut guest.vm, "e1000", 1);
     add_nic(&mut guest.vm, "virtio", 2);
-    add_disk(&mut guest.vm, file, false);
-    assert_eq!(add_disk(&mut guest.vm, file, true), 4);
+    add_disk(&mut guest.vm, file);
+    plug_disk(&guest.vm.handle(), file, 4);
     guest
 }
 
@@ -157,15 +173,15 @@ fn states_of_other_devices_are_refused_and_say_so() {
     assert!(error.contains("[4] came while it ran"), "{error}");
     add_nic(&mut other.vm, "virtio", 2);
     add_nic(&mut other.vm, "e1000", 1);
-    add_disk(&mut other.vm, file.path(), false);
+    add_disk(&mut other.vm, file.path());
     assert!(refused(&mut other.vm).contains("[4] came while it ran"));
-    add_disk(&mut other.vm, file.path(), true);
+    plug_disk(&other.vm.handle(), file.path(), 4);
     let error = refused(&mut other.vm);
     assert!(error.contains("PCI slot 1"), "{error}");
     assert!(error.contains("82540EM"), "{error}");
     let mut fewer = Guest::new(config(counts(), 1));
     let few = save(&fewer.vm);
-    add_disk(&mut fewer.vm, file.path(), false);
+    add_disk(&mut fewer.vm, file.path());
     let error = fewer.vm.restore_devices(&few).unwrap_err().to_string();
     assert!(
         error.contains("in slots [0], this one in [0, 1]"),
@@ -255,6 +271,44 @@ fn no_device_works_while_the_machine_is_at_rest() {
     guest.handle.pause().unwrap();
     goes_on(count());
     guest.handle.resume().unwrap();
+    guest.drain();
+    guest.report();
+    guest.power_off();
+}
+
+/// The one that came has another state, and what it is connected to is another thing.
+#[test]
+fn a_rewind_behind_an_exchange_of_a_function_in_its_slot_is_refused_and_nothing_changes() {
+    let file = image();
+    let guest = Guest::new(config(counts(), 1)).start();
+    let handle = &guest.handle;
+    let bus = handle.pci_bus().clone();
+    let line = || {
+        let mut line = [0];
+        bus.config_read(1, 0x3c, &mut line);
+        line[0]
+    };
+    guest.report();
+    plug_disk(handle, file.path(), 1);
+    bus.config_write(1, 0x3c, &[0x41]);
+    handle.mark("a", LIMIT).unwrap();
+    bus.config_write(1, 0x3c, &[0x42]);
+    handle.rewind(Some("a"), LIMIT).unwrap();
+    assert_eq!(line(), 0x41);
+    assert!(handle.pio_bus().write(EJECT, &2u32.to_le_bytes()));
+    let refused = handle.rewind(Some("a"), LIMIT).unwrap_err().to_string();
+    assert!(refused.contains("in slots [0, 1], now"), "{refused}");
+    plug_disk(handle, file.path(), 1);
+    bus.config_write(1, 0x3c, &[0x43]);
+    let refused = handle.rewind(Some("a"), LIMIT).unwrap_err().to_string();
+    assert!(refused.contains("in slots [1] were taken out"), "{refused}");
+    assert_eq!(line(), 0x43);
+    // A mark of what is there now can be gone to.
+    handle.mark("b", LIMIT).unwrap();
+    bus.config_write(1, 0x3c, &[0x44]);
+    handle.rewind(Some("b"), LIMIT).unwrap();
+    assert_eq!(line(), 0x43);
+    assert_eq!(handle.state(), VmState::Running);
     guest.drain();
     guest.report();
     guest.power_off();

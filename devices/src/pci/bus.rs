@@ -10,7 +10,7 @@
 //! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while it
 //! calls a function.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
@@ -53,6 +53,8 @@ pub struct Windows {
 }
 
 struct Slot {
+    /// Which function of all that the bus has had.
+    serial: u64,
     function: SharedFunction,
     edge: Arc<Edge>,
     mapped: Mutex<Vec<(BarRange, MappingId)>>,
@@ -61,8 +63,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(function: SharedFunction, edge: Arc<Edge>) -> Self {
+    fn new(serial: u64, function: SharedFunction, edge: Arc<Edge>) -> Self {
         Self {
+            serial,
             function,
             edge,
             mapped: Mutex::new(Vec::new()),
@@ -78,6 +81,8 @@ impl Slot {
 /// Bus 0 with its host bridge in slot 0.
 pub struct PciBus {
     slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
+    /// How many functions were put here, the host bridge not counted.
+    inserted: AtomicU64,
     io: Arc<Bus>,
     memory: Arc<Bus>,
     /// CONFIG_ADDRESS, the register at port 0xCF8.
@@ -89,11 +94,12 @@ impl PciBus {
     pub fn new(io: Arc<Bus>, memory: Arc<Bus>) -> Self {
         let bus = Self {
             slots: RwLock::new([const { None }; SLOT_COUNT as usize]),
+            inserted: AtomicU64::new(0),
             io,
             memory,
             config_address: AtomicU32::new(0),
         };
-        let bridge = Slot::new(Arc::new(Mutex::new(HostBridge::new())), Arc::default());
+        let bridge = Slot::new(0, Arc::new(Mutex::new(HostBridge::new())), Arc::default());
         bus.slots.write().unwrap_or_else(PoisonError::into_inner)[0] = Some(Arc::new(bridge));
         bus
     }
@@ -113,7 +119,8 @@ impl PciBus {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         match slots.get_mut(usize::from(slot)) {
             Some(entry @ None) => {
-                *entry = Some(Arc::new(Slot::new(function, edge)));
+                let serial = self.inserted.fetch_add(1, Ordering::Relaxed) + 1;
+                *entry = Some(Arc::new(Slot::new(serial, function, edge)));
                 Ok(())
             }
             _ => Err(SlotError(slot)),
@@ -162,6 +169,14 @@ impl PciBus {
     pub fn occupied(&self) -> Vec<u8> {
         (0..SLOT_COUNT)
             .filter(|&slot| self.slot(slot).is_some())
+            .collect()
+    }
+
+    /// The slots that are in use, each with the number of the function in it. No two functions of a bus have the same number,
+    /// not even one after the other in the same slot.
+    pub fn serials(&self) -> Vec<(u8, u64)> {
+        (0..SLOT_COUNT)
+            .filter_map(|slot| Some((slot, self.slot(slot)?.serial)))
             .collect()
     }
 

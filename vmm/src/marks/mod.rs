@@ -89,6 +89,14 @@ pub enum MarkError {
         /// Slots at the mark.
         had: Vec<u8>,
     },
+    /// Devices were exchanged.
+    #[error(
+        "since the mark the PCI functions in slots {slots:?} were taken out and others put there: forget the mark and set another"
+    )]
+    Exchanged {
+        /// Slots with another function.
+        slots: Vec<u8>,
+    },
     /// A participant refuses.
     #[error("{who} cannot be marked now: {reason}")]
     Participant {
@@ -118,6 +126,8 @@ pub struct MarkInfo {
 struct MarkState {
     machine: MachineState,
     devices: DeviceStates,
+    /// Which functions those are of, each with its slot.
+    functions: Vec<(u8, u64)>,
     kept: Vec<(String, Kept)>,
 }
 
@@ -299,6 +309,7 @@ impl Quiesced<'_, '_> {
         let kept = keep.collect::<Result<_, MarkError>>()?;
         Ok(MarkState {
             devices: self.save_devices()?,
+            functions: self.machine.pci.serials(),
             machine: self.save()?,
             kept,
         })

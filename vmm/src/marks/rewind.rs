@@ -189,13 +189,20 @@ impl Quiesced<'_, '_> {
         })
     }
 
-    /// Whether the machine has what the mark's had.
+    /// Whether the machine has what the mark's had: the same functions, not only as many.
     fn fits(&self, state: &MarkState) -> Result<(), MarkError> {
-        let has: Vec<_> = self.machine.pci.occupied();
-        let had: Vec<_> = state.devices.functions().map(|(slot, _)| slot).collect();
-        match has == had {
+        let slots = |functions: &[(u8, u64)]| functions.iter().map(|(slot, _)| *slot).collect();
+        let now = self.machine.pci.serials();
+        let (has, had): (Vec<_>, Vec<_>) = (slots(&now), slots(&state.functions));
+        if has != had {
+            return Err(MarkError::Devices { has, had });
+        }
+        let others = now.iter().zip(&state.functions);
+        let others = others.filter(|(now, then)| now != then);
+        let slots: Vec<_> = others.map(|((slot, _), _)| *slot).collect();
+        match slots.is_empty() {
             true => Ok(()),
-            false => Err(MarkError::Devices { has, had }),
+            false => Err(MarkError::Exchanged { slots }),
         }
     }
 }

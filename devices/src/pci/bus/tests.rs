@@ -210,6 +210,18 @@ fn taken_and_missing_slots_are_refused() {
     assert_eq!(m.pci.occupied(), [0, 31]);
 }
 
+#[test]
+fn no_two_functions_have_the_same_number() {
+    let m = machine();
+    m.pci.insert(3, Card::new(&[])).unwrap();
+    m.pci.insert(5, Card::new(&[])).unwrap();
+    assert_eq!(m.pci.serials(), [(0, 0), (3, 1), (5, 2)]);
+    // The same one again is another one too: it was not there meanwhile.
+    let taken = m.pci.remove(3).unwrap();
+    m.pci.insert(3, taken).unwrap();
+    assert_eq!(m.pci.serials(), [(0, 0), (3, 3), (5, 2)]);
+}
+
 /// A register of the header, and bytes to write there: mostly the command and base address registers.
 fn config_write() -> impl Strategy<Value = (u8, u16, Vec<u8>)> {
     let register = prop_oneof![Just(offset::COMMAND), 0x10u16..0x28, any::<u16>()];
