@@ -9,8 +9,8 @@
 //! | 0x601 | ACPI sleep status: WAK_STS in bit 7 |
 //! | 0x604 | events of the generic event device: bit 0 power button, bit 1 PCI hot-plug, bit 2 VM generation ID; reading clears |
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::bus::BusDevice;
 use devices::irq::IrqLine;
@@ -69,6 +69,8 @@ pub(crate) struct PowerDevice {
     requests: Arc<Requests>,
     irq: Arc<dyn IrqLine>,
     events: AtomicU8,
+    /// Whoever announces something has it: an edge while the line is up would be none.
+    announcing: Mutex<()>,
 }
 
 impl PowerDevice {
@@ -77,6 +79,7 @@ impl PowerDevice {
             requests,
             irq,
             events: AtomicU8::new(0),
+            announcing: Mutex::default(),
         }
     }
 
@@ -85,8 +88,12 @@ impl PowerDevice {
         self.announce(EVENT_POWER_BUTTON);
     }
 
-    /// Lets the guest see `event`.
+    /// Lets the guest see `event`: each gives the line an edge of its own.
     pub fn announce(&self, event: u8) {
+        let _announcing = self
+            .announcing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         self.events.fetch_or(event, Ordering::AcqRel);
         self.irq.set_level(true);
         self.irq.set_level(false);
@@ -153,5 +160,53 @@ impl BusDevice for KeyboardController {
         if data.first() == Some(&0xfe) {
             self.0.push(Request::Reset);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
+
+    use super::*;
+    use crate::gate::Gate;
+
+    /// Counts edges; whoever raises it lets others go on before it comes down.
+    #[derive(Default)]
+    struct Line {
+        up: AtomicBool,
+        edges: AtomicUsize,
+    }
+
+    impl IrqLine for Line {
+        fn set_level(&self, asserted: bool) {
+            if self.up.swap(asserted, Ordering::AcqRel) != asserted && asserted {
+                self.edges.fetch_add(1, Ordering::AcqRel);
+            }
+            if asserted {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn each_announcement_has_an_edge_of_its_own() {
+        const EACH: usize = 2000;
+        let line = Arc::new(Line::default());
+        let requests = Arc::new(Requests::new(Arc::new(Gate::new(1))).unwrap());
+        let device = PowerDevice::new(requests, line.clone());
+        std::thread::scope(|scope| {
+            for event in [EVENT_POWER_BUTTON, EVENT_PCI_HOTPLUG, EVENT_GENERATION] {
+                let device = &device;
+                scope.spawn(move || (0..EACH).for_each(|_| device.announce(event)));
+            }
+        });
+        assert_eq!(line.edges.load(Ordering::Acquire), 3 * EACH);
+        assert!(!line.up.load(Ordering::Acquire));
+        let mut seen = [0];
+        device.read(u64::from(EVENTS), &mut seen);
+        assert_eq!(
+            seen,
+            [EVENT_POWER_BUTTON | EVENT_PCI_HOTPLUG | EVENT_GENERATION]
+        );
     }
 }
