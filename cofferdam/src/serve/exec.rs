@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use super::app::App;
 use super::ask::guest;
 use super::extract::{Body, Name};
-use super::jobs::{JobView, shown};
+use super::jobs::{GivingUp, JobView, shown};
 use super::problem::{Code, Problem};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::VmState;
@@ -82,7 +82,7 @@ pub async fn exec_in_guest(
     let root = app.root.clone();
     let sought = name.clone();
     let vm = app.asks.block(move || guest(&root, &sought)).await?;
-    let job = app.jobs.start(&name, "exec", move |job| {
+    let job = app.jobs.start(&name, "exec", GivingUp::Never, move |job| {
         job.tell("waiting for the agent");
         let mut agent = agent(&vm)?;
         job.tell("running the program");

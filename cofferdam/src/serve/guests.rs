@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::app::App;
 use super::ask::guest;
 use super::extract::{Body, Name, NoBody, Options};
-use super::jobs::{JobView, accepted, shown};
+use super::jobs::{GivingUp, JobView, accepted, shown};
 use super::problem::{Code, Problem};
 use super::spec::is_absolute;
 use crate::control::ending::{self, Forced};
@@ -129,7 +129,7 @@ pub async fn end_guest(
     let (root, sought) = (app.root.clone(), name.clone());
     let vm = app.asks.block(move || guest(&root, &sought)).await?;
     let root = app.root.clone();
-    let job = app.jobs.start(&name, "end", move |job| {
+    let job = app.jobs.start(&name, "end", GivingUp::Never, move |job| {
         let killed = if force {
             match ending::force(&root, &vm)? {
                 Forced::Asked => None,

@@ -1,7 +1,6 @@
 //! Work that may take long: it goes on while nobody waits for it, and can be looked at and given up.
 
 use std::collections::VecDeque;
-use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,8 +47,16 @@ pub struct Job {
     guest: String,
     what: &'static str,
     state: watch::Sender<JobState>,
-    /// The connection over which it is done, which ends when it is closed.
-    connection: Mutex<Option<UnixStream>>,
+    giving_up: Mutex<GivingUp>,
+}
+
+/// How a job is given up.
+#[derive(Debug)]
+pub enum GivingUp {
+    /// Not at all.
+    Never,
+    /// By closing the connection over which it is done. There is none before it was made.
+    Closing(Option<UnixStream>),
 }
 
 #[derive(Debug, Default)]
@@ -111,25 +118,35 @@ impl Job {
         });
     }
 
-    /// Says what closing ends the job.
+    /// Says what closing ends the job. It is closed at once if the job was given up before.
     fn is_done_over(&self, connection: UnixStream) {
-        *self.connection() = Some(connection);
+        let mut giving_up = self.giving_up();
         if self.state.borrow().cancelled {
-            // Nobody could close it before.
-            let _ = self.hang_up();
+            // It fails where the other side has closed it.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        if let GivingUp::Closing(closed) = &mut *giving_up {
+            *closed = Some(connection);
         }
     }
 
-    /// Gives it up; whether that can be done.
-    fn hang_up(&self) -> io::Result<bool> {
-        match &*self.connection() {
-            Some(connection) => connection.shutdown(Shutdown::Both).map(|()| true),
-            None => Ok(false),
+    /// Gives it up; whether that can be done. What has only just begun ends as soon as there is something to close.
+    fn give_up(&self) -> bool {
+        // Locked until it is known to be given up: a connection that is made meanwhile is closed too.
+        let giving_up = self.giving_up();
+        let GivingUp::Closing(connection) = &*giving_up else {
+            return false;
+        };
+        self.state.send_modify(|state| state.cancelled = true);
+        if let Some(connection) = connection {
+            // It fails where the other side has closed it.
+            let _ = connection.shutdown(Shutdown::Both);
         }
+        true
     }
 
-    fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
-        self.connection
+    fn giving_up(&self) -> MutexGuard<'_, GivingUp> {
+        self.giving_up
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,6 +193,7 @@ impl Jobs {
         &self,
         guest: &VmName,
         what: &'static str,
+        giving_up: GivingUp,
         work: impl FnOnce(&Job) -> Result<Value, Problem> + Send + 'static,
     ) -> Result<Arc<Job>, Problem> {
         let mut all = self.all();
@@ -194,7 +212,7 @@ impl Jobs {
             guest: guest.to_string(),
             what,
             state: watch::Sender::default(),
-            connection: Mutex::default(),
+            giving_up: Mutex::new(giving_up),
         });
         all.push_back(Arc::clone(&job));
         let worker = Arc::clone(&job);
@@ -204,7 +222,7 @@ impl Jobs {
             let result = done
                 .await
                 .unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())));
-            ended.connection().take();
+            *ended.giving_up() = GivingUp::Never;
             ended.state.send_modify(|state| {
                 state.result = Some(match result {
                     Err(_) if state.cancelled => {
@@ -260,11 +278,10 @@ impl App {
         let (root, sought) = (self.root.clone(), name.clone());
         // Who is not there is said at once.
         let vm = self.asks.block(move || guest(&root, &sought)).await?;
-        self.jobs.start(name, what, move |job| {
+        let giving_up = GivingUp::Closing(None);
+        self.jobs.start(name, what, giving_up, move |job| {
             let mut client = ControlClient::to(&vm, ANSWER_TIME)?;
-            if let Ok(connection) = client.stream() {
-                job.is_done_over(connection);
-            }
+            job.is_done_over(client.stream().map_err(anyhow::Error::from)?);
             result(client.ask_and_watch(&request, &mut |what| job.tell(what))?)
         })
     }
@@ -304,9 +321,7 @@ pub async fn cancel_job(
     if job.has_ended() {
         return Err(Problem::new(Code::Refused, "the job has ended already"));
     }
-    job.state.send_modify(|state| state.cancelled = true);
-    if !job.hang_up().unwrap_or(true) {
-        job.state.send_modify(|state| state.cancelled = false);
+    if !job.give_up() {
         return Err(Problem::new(Code::Refused, "this job cannot be given up"));
     }
     Ok(accepted(&job))
@@ -314,6 +329,8 @@ pub async fn cancel_job(
 
 #[cfg(test)]
 mod tests {
+    use std::io::{self, Read, Write};
+
     use super::*;
 
     fn name() -> VmName {
@@ -332,7 +349,7 @@ mod tests {
         let mut first = None;
         for _ in 0..=MAX_ENDED {
             let job = jobs
-                .start(&name(), "a test", |job| {
+                .start(&name(), "a test", GivingUp::Never, |job| {
                     job.tell("word");
                     Ok(Value::Null)
                 })
@@ -349,7 +366,7 @@ mod tests {
         let held = Arc::new(Mutex::new(held));
         let begin = || {
             let held = Arc::clone(&held);
-            jobs.start(&name(), "a test", move |_| {
+            jobs.start(&name(), "a test", GivingUp::Never, move |_| {
                 let _ = held.lock().unwrap().recv();
                 Ok(Value::Null)
             })
@@ -370,12 +387,54 @@ mod tests {
             }
             panic!("for a test")
         };
-        let job = jobs.start(&name(), "a test", work).unwrap();
+        let job = jobs
+            .start(&name(), "a test", GivingUp::Never, work)
+            .unwrap();
         end(&job).await;
         let view = job.view();
         assert_eq!(view.progress.len(), MAX_PROGRESS);
         assert_eq!(view.progress[MAX_PROGRESS - 1], "99");
         assert_eq!(view.stage, JobStage::Failed);
         assert!(view.problem.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_job_that_has_only_just_begun_is_given_up_before_it_asks_for_anything() {
+        let jobs = Jobs::default();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (go, may_go) = std::sync::mpsc::channel::<()>();
+        let closing = GivingUp::Closing(None);
+        let work = move |job: &Job| {
+            let _ = may_go.recv();
+            job.is_done_over(ours.try_clone().unwrap());
+            let broken = |error: io::Error| Problem::new(Code::BrokenOff, error.to_string());
+            (&ours).write_all(b"do it").map_err(broken)?;
+            Ok(Value::Null)
+        };
+        let job = jobs.start(&name(), "a test", closing, work).unwrap();
+        assert!(job.give_up());
+        assert_eq!(job.view().stage, JobStage::Running);
+        go.send(()).unwrap();
+        end(&job).await;
+        let view = job.view();
+        let given_up = Problem::new(Code::Cancelled, "the job was given up");
+        assert_eq!(view.problem, Some(given_up));
+        let mut asked = Vec::new();
+        theirs.read_to_end(&mut asked).unwrap();
+        assert!(asked.is_empty(), "{asked:?}");
+        // It has ended, and one without a connection is never given up.
+        assert!(!job.give_up());
+        let (go, may_go) = std::sync::mpsc::channel::<()>();
+        let work = move |_: &Job| {
+            let _ = may_go.recv();
+            Ok(Value::Null)
+        };
+        let job = jobs
+            .start(&name(), "a test", GivingUp::Never, work)
+            .unwrap();
+        assert!(!job.give_up());
+        drop(go);
+        end(&job).await;
+        assert_eq!(job.view().stage, JobStage::Done);
     }
 }
