@@ -119,6 +119,20 @@ impl VfioDevice {
         })
     }
 
+    /// One without regions, whose host refuses whatever it is asked.
+    #[cfg(test)]
+    pub(super) fn refuses() -> Self {
+        let nothing = || File::open("/dev/null").unwrap();
+        Self {
+            address: "0000:00:02.0".parse().unwrap(),
+            file: nothing(),
+            _group: nothing(),
+            container: Arc::new(nothing()),
+            regions: [Region::default(); REGIONS],
+            can_reset: false,
+        }
+    }
+
     /// Where it is on the host.
     pub fn address(&self) -> PciAddress {
         self.address

@@ -31,8 +31,17 @@ struct PassedVector {
 struct Routes {
     /// The function has its vectors in use.
     in_use: bool,
-    /// Which vectors are delivered.
-    delivered: Vec<bool>,
+    /// One for each vector.
+    vectors: Vec<Route>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Route {
+    /// The guest wants it delivered.
+    delivered: bool,
+    /// Whether the function has it delivered, while vectors are in use; `None` if the host has refused that last, and where it
+    /// goes is not known.
+    goes: Option<bool>,
 }
 
 impl PassedVectors {
@@ -51,14 +60,14 @@ impl PassedVectors {
         };
         let vectors: Result<Vec<_>, VfioError> = (0..guest.count()).map(vector).collect();
         let vectors = vectors?;
-        let delivered = vec![false; vectors.len()];
+        let routes = vec![Route::default(); vectors.len()];
         Ok(Self {
             guest,
             device,
             vectors,
             routes: Mutex::new(Routes {
                 in_use: false,
-                delivered,
+                vectors: routes,
             }),
         })
     }
@@ -76,27 +85,31 @@ impl PassedVectors {
         let events: Vec<_> = self
             .vectors
             .iter()
-            .zip(&routes.delivered)
-            .map(|(vector, delivered)| vector.event(*delivered))
+            .zip(&routes.vectors)
+            .map(|(vector, route)| vector.event(route.delivered))
             .collect();
         self.device
             .set_interrupts(InterruptKind::Msix, 0, &events)?;
         routes.in_use = true;
+        for route in &mut routes.vectors {
+            route.goes = Some(route.delivered);
+        }
         Ok(())
     }
 
     /// Has the function use them no more; what waits is forgotten.
     ///
     /// # Errors
-    /// The host says so.
+    /// The host says so; it uses them still.
     fn end(&self) -> io::Result<()> {
         let mut routes = self.routes();
-        if !std::mem::take(&mut routes.in_use) {
+        if !routes.in_use {
             return Ok(());
         }
-        let result = self.device.end_interrupts(InterruptKind::Msix);
+        self.device.end_interrupts(InterruptKind::Msix)?;
+        routes.in_use = false;
         self.take_waiting();
-        result
+        Ok(())
     }
 
     /// Vectors for which something came while they were masked.
@@ -124,27 +137,27 @@ impl MsiVectors for PassedVectors {
     }
 
     fn route(&self, vector: u16, message: Option<MsiMessage>) {
-        let mut routes = self.routes();
+        let routes = &mut *self.routes();
         let index = usize::from(vector);
-        let (Some(known), Some(delivered)) =
-            (self.vectors.get(index), routes.delivered.get_mut(index))
+        let (Some(known), Some(route)) = (self.vectors.get(index), routes.vectors.get_mut(index))
         else {
             return;
         };
-        let changes = std::mem::replace(delivered, message.is_some()) != message.is_some();
+        let wanted = message.is_some();
+        route.delivered = wanted;
         // A message that is to be delivered must have a route when it comes, and may have one when it does not.
         if message.is_some() {
             self.guest.route(vector, message);
         }
-        if changes
-            && routes.in_use
-            && let Err(error) = self.device.set_interrupts(
-                InterruptKind::Msix,
-                vector.into(),
-                &[known.event(message.is_some())],
-            )
-        {
-            tracing::error!(%error, vector, "an interrupt of a passed-on device goes astray");
+        if routes.in_use && route.goes != Some(wanted) {
+            let event = known.event(wanted);
+            let set = self
+                .device
+                .set_interrupts(InterruptKind::Msix, vector.into(), &[event]);
+            route.goes = set.is_ok().then_some(wanted);
+            if let Err(error) = set {
+                tracing::error!(%error, vector, "an interrupt of a passed-on device goes astray");
+            }
         }
         if message.is_none() {
             self.guest.route(vector, None);
@@ -220,30 +233,116 @@ impl Interrupts {
     /// Uses `mode` from now on.
     ///
     /// # Errors
-    /// The host refuses it; none is in use then.
+    /// The host refuses it. None is in use then, or still the one that could not be ended.
     pub fn set(&mut self, mode: Mode) -> io::Result<()> {
         if mode == self.mode {
             return Ok(());
         }
-        let before = std::mem::replace(&mut self.mode, Mode::Off);
-        match (before, &self.vectors) {
+        self.end()?;
+        match (mode, &self.line, &self.vectors) {
+            (Mode::Intx, Some(line), _) => {
+                let intx = InterruptKind::Intx;
+                self.device
+                    .set_interrupts(intx, 0, &[&line.events.trigger])?;
+                self.mode = mode;
+                if let Err(error) = self.device.unmask_by(&line.events.unmask) {
+                    // It would interrupt once.
+                    self.end()?;
+                    return Err(error);
+                }
+            }
+            (Mode::Msix, _, Some(vectors)) => {
+                vectors.begin()?;
+                self.mode = mode;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Ends what is in use.
+    fn end(&mut self) -> io::Result<()> {
+        match (self.mode, &self.vectors) {
             (Mode::Intx, _) => self.device.end_interrupts(InterruptKind::Intx)?,
             (Mode::Msix, Some(vectors)) => vectors.end()?,
             _ => {}
         }
-        match (mode, &self.line, &self.vectors) {
-            (Mode::Intx, Some(line), _) => {
-                self.device
-                    .set_interrupts(InterruptKind::Intx, 0, &[&line.events.trigger])?;
-                if let Err(error) = self.device.unmask_by(&line.events.unmask) {
-                    self.device.end_interrupts(InterruptKind::Intx)?;
-                    return Err(error);
-                }
-            }
-            (Mode::Msix, _, Some(vectors)) => vectors.begin()?,
-            _ => return Ok(()),
-        }
-        self.mode = mode;
+        self.mode = Mode::Off;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::MsiVectors;
+
+    /// Vectors of a guest that nothing interrupts.
+    struct Guest;
+
+    impl MsiVectors for Guest {
+        fn count(&self) -> u16 {
+            2
+        }
+        fn route(&self, _: u16, _: Option<MsiMessage>) {}
+        fn trigger(&self, _: u16) {}
+        fn event(&self, _: u16) -> Option<EventFd> {
+            EventFd::new(EFD_NONBLOCK).ok()
+        }
+    }
+
+    /// Interrupts of a function whose host refuses everything, with its vectors in use, or not.
+    fn refused(in_use: bool) -> (Interrupts, Arc<PassedVectors>) {
+        let device = Arc::new(VfioDevice::refuses());
+        let vectors = Arc::new(PassedVectors::new(device.clone(), Arc::new(Guest)).unwrap());
+        let mut interrupts = Interrupts::new(device, None, Some(vectors.clone()));
+        if in_use {
+            interrupts.mode = Mode::Msix;
+            let mut routes = vectors.routes();
+            routes.in_use = true;
+            for route in &mut routes.vectors {
+                route.goes = Some(false);
+            }
+        }
+        (interrupts, vectors)
+    }
+
+    #[test]
+    fn what_could_not_be_ended_is_known_to_be_in_use() {
+        let (mut interrupts, vectors) = refused(true);
+        for mode in [Mode::Off, Mode::Intx, Mode::Off] {
+            // Each time the host is asked again.
+            interrupts.set(mode).unwrap_err();
+            assert_eq!(interrupts.mode(), Mode::Msix);
+            assert!(vectors.routes().in_use);
+        }
+        interrupts.set(Mode::Msix).unwrap();
+        interrupts.mode = Mode::Intx;
+        interrupts.set(Mode::Off).unwrap_err();
+        assert_eq!(interrupts.mode(), Mode::Intx);
+    }
+
+    #[test]
+    fn what_could_not_be_set_up_is_known_not_to_be_in_use() {
+        let (mut interrupts, vectors) = refused(false);
+        interrupts.set(Mode::Msix).unwrap_err();
+        assert_eq!(interrupts.mode(), Mode::Off);
+        assert!(!vectors.routes().in_use);
+        interrupts.set(Mode::Off).unwrap();
+    }
+
+    #[test]
+    fn a_vector_that_the_host_did_not_redirect_is_not_taken_for_redirected() {
+        let (_interrupts, vectors) = refused(true);
+        vectors.route(1, Some(MsiMessage::default()));
+        {
+            let routes = vectors.routes();
+            assert!(routes.vectors[1].delivered);
+            assert_eq!(routes.vectors[1].goes, None);
+            assert_eq!(routes.vectors[0].goes, Some(false));
+        }
+        // One that goes where it is wanted already is not asked for.
+        vectors.route(0, None);
+        assert_eq!(vectors.routes().vectors[0].goes, Some(false));
     }
 }

@@ -62,7 +62,7 @@ pub trait Hardware: RegisterAccess + Send {
     /// Has its interrupts go there, and nowhere else.
     ///
     /// # Errors
-    /// The host refuses it; they go nowhere then.
+    /// The host refuses it. They go nowhere then, or, if it does not end them, where they went: the next call tries that again.
     fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()>;
     /// Resets it as the host can, if it can.
     ///
@@ -139,6 +139,36 @@ impl VfioHardware {
         self.unmap()
     }
 
+    /// Has interrupts go there, where none are in use, or messages in the place of as many others.
+    fn begin_interrupts(&mut self, to: &Interrupts) -> io::Result<()> {
+        match to {
+            Interrupts::Off => {}
+            Interrupts::Line(line) => {
+                let intx = InterruptKind::Intx;
+                self.device.set_interrupts(intx, 0, &[&line.trigger])?;
+                self.in_use = InUse::Line;
+                self.device.unmask_by(&line.unmask)?;
+            }
+            Interrupts::Messages(events) => {
+                let all: Vec<_> = events.iter().collect();
+                self.device.set_interrupts(InterruptKind::Msix, 0, &all)?;
+                self.in_use = InUse::Messages(events.len());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends those that are in use. What could not be ended stays known.
+    fn end_interrupts(&mut self) -> io::Result<()> {
+        match self.in_use {
+            InUse::Nothing => {}
+            InUse::Line => self.device.end_interrupts(InterruptKind::Intx)?,
+            InUse::Messages(_) => self.device.end_interrupts(InterruptKind::Msix)?,
+        }
+        self.in_use = InUse::Nothing;
+        Ok(())
+    }
+
     /// Whether it has a pin that the host can watch.
     pub fn has_pin(&self) -> bool {
         self.device.interrupt_count(InterruptKind::Intx) > 0
@@ -200,33 +230,51 @@ impl Hardware for VfioHardware {
             _ => false,
         };
         if !keeps {
-            match std::mem::replace(&mut self.in_use, InUse::Nothing) {
-                InUse::Nothing => {}
-                InUse::Line => self.device.end_interrupts(InterruptKind::Intx)?,
-                InUse::Messages(_) => self.device.end_interrupts(InterruptKind::Msix)?,
-            }
+            self.end_interrupts()?;
         }
-        match to {
-            Interrupts::Off => {}
-            Interrupts::Line(line) => {
-                let intx = InterruptKind::Intx;
-                self.device.set_interrupts(intx, 0, &[&line.trigger])?;
-                self.in_use = InUse::Line;
-                self.device.unmask_by(&line.unmask)?;
-            }
-            Interrupts::Messages(events) => {
-                let all: Vec<_> = events.iter().collect();
-                self.device.set_interrupts(InterruptKind::Msix, 0, &all)?;
-                self.in_use = InUse::Messages(events.len());
-            }
+        let begun = self.begin_interrupts(&to);
+        if begun.is_err() {
+            // Rather nowhere than in part.
+            self.end_interrupts()?;
         }
-        Ok(())
+        begun
     }
 
     fn reset(&mut self) -> io::Result<()> {
         match self.device.can_reset() {
             true => self.device.reset(),
             false => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupts_that_could_not_be_ended_are_known_to_be_in_use() {
+        let mut hardware = VfioHardware {
+            map: None,
+            device: VfioDevice::refuses(),
+            bar: 0,
+            in_use: InUse::Nothing,
+        };
+        let messages = |count| {
+            let event = |_| EventFd::new(0).unwrap();
+            Interrupts::Messages((0..count).map(event).collect())
+        };
+        hardware.set_interrupts(messages(2)).unwrap_err();
+        assert_eq!(hardware.in_use, InUse::Nothing);
+        hardware.set_interrupts(Interrupts::Off).unwrap();
+        for in_use in [InUse::Line, InUse::Messages(2)] {
+            hardware.in_use = in_use;
+            for _ in 0..2 {
+                hardware.set_interrupts(Interrupts::Off).unwrap_err();
+                hardware.set_interrupts(messages(2)).unwrap_err();
+                hardware.set_interrupts(messages(3)).unwrap_err();
+                assert_eq!(hardware.in_use, in_use);
+            }
         }
     }
 }
