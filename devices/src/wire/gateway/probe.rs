@@ -154,7 +154,8 @@ impl Probe {
             }
         };
         let sequence = running.sequence;
-        running.sequence += 1;
+        // It may be that of a stored state.
+        running.sequence = sequence.wrapping_add(1);
         running.unanswered = running.unanswered.saturating_add(1);
         if running.outstanding.len() == OUTSTANDING {
             running.outstanding.pop_front();
@@ -399,5 +400,30 @@ mod tests {
         }
         answer(&mut probe, &sent[3], 38 * MS, &log);
         assert!(probe.poll(38 * MS, &log).is_some());
+    }
+
+    #[test]
+    fn behind_the_last_number_the_first_comes() {
+        let log = GatewayLog::default();
+        let mut probe = probe(&log);
+        probe.restore(
+            ProbeState {
+                guest_mac: Some(GUEST),
+                running: Some((5 * MS, u64::MAX)),
+            },
+            0,
+        );
+        for now_ns in [0, 5 * MS] {
+            let request = probe.poll(now_ns, &log).unwrap();
+            answer(&mut probe, &request, now_ns, &log);
+        }
+        let events = log.events_since(0).into_iter();
+        let replied: Vec<_> = events
+            .filter_map(|event| match event.kind {
+                GatewayEventKind::ProbeReplied { sequence, .. } => Some(sequence),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(replied, [u64::MAX, 0]);
     }
 }

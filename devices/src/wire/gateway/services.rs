@@ -124,7 +124,8 @@ struct Connection {
     service: Service,
     handle: SocketHandle,
     stream: Stream,
-    /// Bytes that came from the guest, and bytes that were sent to it.
+    /// Bytes that came from the guest, and bytes that were sent to it. They begin anew at 2^64, as sequence numbers do before:
+    /// those of a stored state may be anything.
     taken_bytes: u64,
     written_bytes: u64,
 }
@@ -281,8 +282,8 @@ fn serve_stream(
                     socket.abort();
                 }
                 sent.extend(&scratch[..taken]);
-                *taken_bytes += taken as u64;
-                *written_bytes += taken as u64;
+                *taken_bytes = taken_bytes.wrapping_add(taken as u64);
+                *written_bytes = written_bytes.wrapping_add(taken as u64);
             }
             sent.drain(..sent.len().saturating_sub(socket.send_queue()));
         }
@@ -294,13 +295,13 @@ fn serve_stream(
                 }) else {
                     break;
                 };
-                *taken_bytes += taken as u64;
+                *taken_bytes = taken_bytes.wrapping_add(taken as u64);
             }
             if socket.state() == tcp::State::CloseWait && answer.is_none() {
                 let line = format!("{} {taken_bytes}\n", cksum(digest.clone(), *taken_bytes));
                 // The buffer is empty and longer than any such line.
                 if socket.send_slice(line.as_bytes()) == Ok(line.len()) {
-                    *written_bytes += line.len() as u64;
+                    *written_bytes = written_bytes.wrapping_add(line.len() as u64);
                     *answer = Some(line);
                 }
             }
@@ -311,14 +312,14 @@ fn serve_stream(
                 let Ok(taken) = socket.recv(|data| (data.len(), data.len())) else {
                     break;
                 };
-                *taken_bytes += taken as u64;
+                *taken_bytes = taken_bytes.wrapping_add(taken as u64);
             }
             while socket.can_send() {
                 let (line, start) = source_at(*written_bytes);
                 let Ok(taken) = socket.send_slice(&line[start..]) else {
                     break;
                 };
-                *written_bytes += taken as u64;
+                *written_bytes = written_bytes.wrapping_add(taken as u64);
             }
         }
     }

@@ -137,12 +137,12 @@ impl Connection {
                 line[line.len().saturating_sub(count)..].to_vec()
             }
             Stream::Source => {
-                let mut offset = self.written_bytes.saturating_sub(count as u64);
+                let mut offset = self.written_bytes.wrapping_sub(count as u64);
                 let mut bytes = Vec::with_capacity(count + SOURCE_LINE_BYTES);
                 while bytes.len() < count {
                     let (line, start) = source_at(offset);
                     bytes.extend_from_slice(&line[start..]);
-                    offset += (SOURCE_LINE_BYTES - start) as u64;
+                    offset = offset.wrapping_add((SOURCE_LINE_BYTES - start) as u64);
                 }
                 bytes.truncate(count);
                 bytes

@@ -136,6 +136,60 @@ fn a_source_goes_on_where_it_was_and_others_may_connect() {
     assert_eq!(exchange(&mut guest, 7, 1000).len(), 1000);
 }
 
+/// Has the gateway echo `bytes` over a connection that is open, or opens.
+fn echo(guest: &mut Guest, handle: SocketHandle, bytes: &[u8]) {
+    let (mut sent, mut back) = (0, Vec::new());
+    while back.len() < bytes.len() {
+        guest.step();
+        let socket = guest.socket(handle);
+        assert_ne!(socket.state(), tcp::State::Closed);
+        if socket.can_send() {
+            sent += socket.send_slice(&bytes[sent..]).unwrap();
+        }
+        while socket.can_recv() {
+            socket
+                .recv(|data| (data.len(), back.extend_from_slice(data)))
+                .unwrap();
+        }
+    }
+    assert!(back == bytes);
+}
+
+#[test]
+fn a_connection_goes_on_when_what_is_counted_of_it_begins_anew() {
+    let config = GatewayConfig::default();
+    let mut guest = Guest::new(&config);
+    let handle = guest.connect(7);
+    echo(&mut guest, handle, b"first");
+    {
+        let now = smoltcp_now(monotonic_ns());
+        let mut state = guest.port.gateway.shared.lock();
+        let State {
+            networks, outbox, ..
+        } = &mut *state;
+        // As if it had begun so long ago.
+        let mut connections = networks[0].connections();
+        for (_, state) in &mut connections {
+            let ahead = |count: &mut u64, sequence: &mut u32| {
+                let by = (u64::MAX - 1000).wrapping_sub(*count);
+                *count = count.wrapping_add(by);
+                *sequence = sequence.wrapping_sub(by as u32);
+            };
+            ahead(&mut state.taken_bytes, &mut state.handshake.guest_sequence);
+            ahead(&mut state.written_bytes, &mut state.handshake.own_sequence);
+        }
+        let mut anew = networks[0].anew(&config, now);
+        anew.set_hosts(&networks[0].hosts(), now);
+        assert!(anew.go_on_with(&connections, outbox, now));
+        assert_eq!(anew.connections().len(), 1);
+        networks[0] = anew;
+    }
+    let bytes: Vec<u8> = (0..5000).map(byte).collect();
+    echo(&mut guest, handle, &bytes);
+    guest.move_on(&config, true);
+    echo(&mut guest, handle, &bytes);
+}
+
 #[test]
 fn a_probe_goes_on_and_no_number_comes_twice() {
     let config = GatewayConfig::default();
@@ -202,7 +256,9 @@ fn any_connection() -> impl Strategy<Value = (ServiceState, ConnectionState)> {
         any::<Option<u8>>(),
     );
     let bytes = || prop_oneof![Just(0usize), 0usize..3000, Just(70_000)];
-    let rest = (any::<u64>(), any::<u64>(), bytes(), bytes());
+    // Many of them close to where they begin anew.
+    let count = || prop_oneof![any::<u64>(), u64::MAX - 100..=u64::MAX];
+    let rest = (count(), count(), bytes(), bytes());
     (service, phase, tuple, handshake, rest).prop_map(|(service, phase, tuple, begun, rest)| {
         let state = ConnectionState {
             tuple: Tuple {
