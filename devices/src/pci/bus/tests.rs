@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::pci::config::InterruptPin;
+use crate::pci::config::{ConfigSpace, InterruptPin, PciIdentity};
 
 const WINDOWS: Windows = Windows {
     io: (0x1000, 0x1_0000),
