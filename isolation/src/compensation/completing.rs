@@ -26,7 +26,7 @@ impl Armed {
         };
         let known = self.policy.as_ref().zip(self.gates.get(&gate));
         let completion = known.and_then(|(policy, known)| {
-            let flags = (known.transmits, self.stopped);
+            let flags = (known.transmits, self.stopped || known.rests);
             policy.completion(virt, gate, flags, &arguments(entry))
         });
         let Some(completion) = completion else {

@@ -156,7 +156,7 @@ impl Completions {
 
     /// What has to be done in place of the function with its gate at `gate` and these `arguments`, which was not run or was taken
     /// back as a whole; `None` if its value says it all. A packet is kept by the kernel if the device has a queue,
-    /// unless the driver `is_stopped`, so that it would be kept for good; and a device that is always polled again after a
+    /// unless the driver or this function `is_stopped`, so that it would be kept for good; and a device that is always polled again after a
     /// failure would be polled for ever.
     pub fn of<M: GuestPhys>(
         &self,
