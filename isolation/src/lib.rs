@@ -5,6 +5,7 @@
 //!        └───────┴──► domain ◄──┘           the private VM and one call in it
 //!                  policy ─► guest          what a call may write; what there is to know of the guest
 //!                     └── analysis          what a module's file says of the driver, before it runs
+//!   dispatch ─► fault_image ─► guest        a guest at a fault, kept as a directory and read again
 //! ```
 
 pub mod analysis;
@@ -12,6 +13,7 @@ pub mod attach;
 pub mod compensation;
 pub mod dispatch;
 pub mod domain;
+pub mod fault_image;
 pub mod guest;
 pub mod mutation;
 pub mod policy;

@@ -4,6 +4,7 @@
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
+use isolation::fault_image::KeepFaults;
 use serde::{Deserialize, Serialize};
 
 use crate::ladder::LadderConfig;
@@ -37,6 +38,9 @@ pub struct IsolationRequest {
     pub spilling: Spilling,
     /// How far calls have to be contained.
     pub contain: Contain,
+    /// Where images of the guest at faults are kept; none are if this is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_faults: Option<KeepFaults>,
 }
 
 /// What calls go on in the guest for, besides what only the guest can do.

@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::mem::discriminant;
+use std::path::{Path, PathBuf};
 
+use isolation::fault_image::Kept;
 use isolation::status::report::ViolationReport;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,14 @@ pub struct Violations {
     pub last_ns: u64,
     /// The last one, for people.
     pub text: String,
+    /// The last image of the guest at one of them, if any was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
+}
+
+fn image_of(report: &ViolationReport) -> Option<PathBuf> {
+    let image = report.image.as_ref().and_then(Kept::path);
+    image.map(Path::to_owned)
 }
 
 /// All that was seen of one guest.
@@ -37,6 +47,7 @@ struct Kind {
     count: u64,
     first_ns: u64,
     last: ViolationReport,
+    image: Option<PathBuf>,
 }
 
 impl Kind {
@@ -58,6 +69,7 @@ impl ViolationLog {
         if let Some(kind) = kinds.iter_mut().find(|kind| kind.is_like(report)) {
             kind.count = kind.count.saturating_add(1);
             kind.last = report.clone();
+            kind.image = image_of(report).or(kind.image.take());
             return;
         }
         if kinds.len() >= MOST_KINDS
@@ -69,6 +81,7 @@ impl ViolationLog {
             count: 1,
             first_ns: report.at_ns,
             last: report.clone(),
+            image: image_of(report),
         });
     }
 
@@ -82,6 +95,7 @@ impl ViolationLog {
                 first_ns: kind.first_ns,
                 last_ns: kind.last.at_ns,
                 text: kind.last.to_string(),
+                image: kind.image.clone(),
             })
             .collect();
         all.sort_by_key(|violations| violations.last_ns);
@@ -117,6 +131,22 @@ mod tests {
         assert_eq!(all[1].first_ns, 10);
         assert!(all[1].text.contains("f+1"), "{}", all[1].text);
         assert!(log.of("x").is_empty());
+    }
+
+    #[test]
+    fn the_last_image_that_was_kept_is_told_when_no_more_are() {
+        let mut log = ViolationLog::default();
+        let kept = |image| ViolationReport {
+            image,
+            ..at("f", "f+1", 1)
+        };
+        log.add("m", &kept(None));
+        assert_eq!(log.of("m")[0].image, None);
+        for path in ["/a", "/b"] {
+            log.add("m", &kept(Some(Kept::In(path.into()))));
+        }
+        log.add("m", &kept(Some(Kept::Enough(2))));
+        assert_eq!(log.of("m")[0].image.as_deref(), Some(Path::new("/b")));
     }
 
     #[test]

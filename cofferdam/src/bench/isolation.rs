@@ -75,6 +75,7 @@ pub fn measure(
             recovery: LadderConfig::default(),
             spilling: Spilling::default(),
             contain: Contain::Full,
+            keep_faults: None,
         })?;
         let isolated = rates(&mut guest, options.time)?;
         let functions = costs(&mut control)?;

@@ -176,6 +176,7 @@ impl Worker {
             recovery: LadderConfig::default(),
             spilling: Spilling::default(),
             contain: setup.contain,
+            keep_faults: None,
         })?;
         progress("the same with the driver isolated");
         let warm = worker.work(&setup.workload, FIRST_TIME)?;

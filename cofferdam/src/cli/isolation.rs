@@ -1,12 +1,14 @@
 //! `isolate`, `release`: functions of a guest's driver in a domain of their own.
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail, ensure};
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Strength};
+use isolation::fault_image::KeepFaults;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::request::Spilling;
@@ -40,6 +42,7 @@ Examples:
   cofferdam isolate web e1000 --entry e1000_xmit_frame --entry e1000_clean
   cofferdam isolate web e1000 --match 'e1000_get_*' --on-fault retry
   cofferdam isolate web e1000 --entry e1000_open --on-fault e1000_open=restart
+  cofferdam isolate web e1000 --entries all --keep-faults faults
   cofferdam isolate web dummy --entries all")]
 pub struct IsolateOptions {
     /// Name of the VM
@@ -87,9 +90,43 @@ pub struct IsolateOptions {
     /// where there is no mark, or where going back has not helped. Boot without a value
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "boot", value_parser = parse_may_reset)]
     may_reset_guest: Option<MayReset>,
+    #[command(flatten)]
+    keep: KeepArgs,
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Whether faults are kept.
+#[derive(Debug, clap::Args)]
+struct KeepArgs {
+    /// Write an image of the guest at each fault, before it is taken back, into a directory of its own in there:
+    /// `cofferdam debug` looks at it. The guest stands still while one is written, for about a second a GiB that it uses
+    #[arg(long, value_name = "DIR")]
+    keep_faults: Option<PathBuf>,
+    /// Write none while there are so many images in there
+    #[arg(long, value_name = "N", requires = "keep_faults", default_value_t = KeepFaults::DEFAULT_AT_MOST, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    keep_at_most: u32,
+}
+
+impl KeepArgs {
+    fn wanted(&self) -> anyhow::Result<Option<KeepFaults>> {
+        let Some(dir) = &self.keep_faults else {
+            return Ok(None);
+        };
+        // The VM's process is in another folder.
+        let dir =
+            std::path::absolute(dir).with_context(|| format!("cannot name {}", dir.display()))?;
+        ensure!(
+            dir.to_str().is_some(),
+            "{} is no text (UTF-8): choose another directory",
+            dir.display()
+        );
+        Ok(Some(KeepFaults {
+            dir,
+            at_most: self.keep_at_most,
+        }))
+    }
 }
 
 /// Which stores are checked.
@@ -180,6 +217,7 @@ impl IsolateOptions {
             }
         }
         let contain = self.stores.contain(self.contain)?;
+        let keep_faults = self.keep.wanted()?;
         let request = Request::Isolate {
             module: self.module.clone(),
             entries,
@@ -191,6 +229,7 @@ impl IsolateOptions {
                 guest_only: self.guest_only,
             },
             contain,
+            keep_faults: keep_faults.clone(),
         };
         let Reply::Isolated(isolated) = ask(&self.vm, &request)? else {
             bail!("the VM answered something else");
@@ -223,6 +262,13 @@ impl IsolateOptions {
             text.push_str(&format!(
                 "{} cannot be isolated; --json says why\n",
                 counted(count("refused") as u64, "function", "functions")
+            ));
+        }
+        if let Some(keep) = keep_faults {
+            text.push_str(&format!(
+                "up to {} images of faults are kept in {}; the guest stands still while one is written\n",
+                keep.at_most,
+                keep.dir.display()
             ));
         }
         print_bytes(text.as_bytes())?;

@@ -68,6 +68,9 @@ fn violations_text(module: &str, isolated: bool, all: &[Violations], now_ns: u64
             ),
         };
         text.push_str(&format!("{times}: {}\n", violations.text));
+        if let Some(image) = &violations.image {
+            text.push_str(&format!("  cofferdam debug {}\n", image.display()));
+        }
     }
     if !isolated {
         text.push_str(&format!("{module} is not isolated any more\n"));
@@ -87,6 +90,7 @@ mod tests {
             first_ns: 1_000_000_000,
             last_ns: 61_000_000_000,
             text: "f: what it did".to_owned(),
+            image: None,
         };
         let text = violations_text("m", true, &[violations(1), violations(32)], 63_000_000_000);
         let lines: Vec<&str> = text.lines().collect();
@@ -96,6 +100,15 @@ mod tests {
             "32 times, first 1 min 2 s ago, last 2.0 s ago: f: what it did"
         );
         assert_eq!(lines.len(), 2);
+        let kept = Violations {
+            image: Some("/faults/m-f-0001".into()),
+            ..violations(1)
+        };
+        let text = violations_text("m", true, &[kept], 63_000_000_000);
+        assert!(
+            text.ends_with("\n  cofferdam debug /faults/m-f-0001\n"),
+            "{text}"
+        );
         let none = violations_text("m", true, &[], 0);
         assert_eq!(none, "no call of m has done anything wrong\n");
         let released = violations_text("m", false, &[violations(1)], 63_000_000_000);

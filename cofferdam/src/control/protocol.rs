@@ -24,6 +24,7 @@ use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
+use isolation::fault_image::KeepFaults;
 use isolation::status::ModuleStatus;
 use recovery::fault::FaultKind;
 use recovery::ladder::LadderConfig;
@@ -153,6 +154,9 @@ pub enum Request {
         /// How far calls have to be contained.
         #[serde(default)]
         contain: Contain,
+        /// Where images of the guest at faults are kept; none are if this is missing.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep_faults: Option<KeepFaults>,
     },
     /// Take a module out of its domain. Answer: [`Reply::Released`].
     Release {

@@ -222,6 +222,7 @@ impl LiveGuest for Isolation {
                 .budget_us
                 .map_or(DEFAULT_BUDGET, Duration::from_micros),
             policy,
+            keep_faults: request.keep_faults.clone(),
         })?;
         Ok(isolated)
     }

@@ -336,6 +336,7 @@ impl Handler for VmService {
                 recovery,
                 spilling,
                 contain,
+                keep_faults,
             } => self.isolate(
                 IsolationRequest {
                     module,
@@ -344,6 +345,7 @@ impl Handler for VmService {
                     checkpoint: device_checkpoint,
                     spilling,
                     contain,
+                    keep_faults,
                 },
                 recovery,
                 asker,

@@ -108,6 +108,7 @@ impl IsolationSpec {
                 guest_only: self.guest_only,
             },
             contain: self.contain,
+            keep_faults: None,
         }
     }
 }

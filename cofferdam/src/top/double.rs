@@ -85,6 +85,7 @@ pub fn violations(count: u64, last_ns: u64) -> Violations {
         text: "e1000_xmit_frame: wrote 8 bytes at 0xffff888003a01000 (kmalloc-512) that the call may not write, at \
                e1000_tx_map+0x4c"
             .to_owned(),
+        image: None,
     }
 }
 

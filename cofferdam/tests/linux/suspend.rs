@@ -97,6 +97,7 @@ fn isolate(guest: &mut Guest) {
         recovery: LadderConfig::default(),
         spilling: Spilling::default(),
         contain: Contain::Full,
+        keep_faults: None,
     };
     match ask(guest, &request) {
         Reply::Isolated(_) => {}

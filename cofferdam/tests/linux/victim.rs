@@ -78,6 +78,7 @@ impl Victim {
             recovery,
             spilling: Spilling::default(),
             contain: Contain::Full,
+            keep_faults: None,
         });
     }
 

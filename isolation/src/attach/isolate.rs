@@ -37,6 +37,7 @@ use crate::domain::effects::KernelEffects;
 use crate::domain::host_memory::HostMemory;
 use crate::domain::waiting::Waiting;
 use crate::domain::{Domain, DomainConfig};
+use crate::fault_image::{Keeper, Subject};
 use crate::guest::addr::GvaRange;
 use crate::guest::btf::Btf;
 use crate::guest::modules::{ModuleLayout, ModuleText};
@@ -81,6 +82,9 @@ impl Isolator {
         if request.types.is_none() && request.contain.is_needed() {
             let missing = "the types of its kernel and the module (BTF) are not known".to_owned();
             return Err(AttachError::NotContained(missing));
+        }
+        if let Some(keep) = &request.keep_faults {
+            keep.prepare()?;
         }
         let (symbols, types) = (request.symbols.clone(), request.types.clone());
         let isolated = self.make_and_put_in_place(request);
@@ -296,7 +300,17 @@ impl Prepared {
     ) -> Armed {
         let call_loop = self.effects.is_some();
         let redirects = self.plan.redirects.iter();
+        let subject = Subject {
+            module: request.module,
+            sections: request.sections,
+            kernel: request.kernel,
+            symbols: request.symbols,
+            types: request.types,
+            physical_bits: self.physical_bits,
+        };
+        let keeper = request.keep_faults.map(|keep| Keeper::new(keep, subject));
         Armed {
+            keeper,
             call_loop: call_loop
                 .then(|| CallLoop::place(&self.layout, virt))
                 .flatten(),

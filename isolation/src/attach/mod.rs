@@ -38,6 +38,7 @@ use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
 use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
+use crate::fault_image::FaultImageError;
 use crate::guest::gate::GatePorts;
 use crate::guest::modules::ModuleError;
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
@@ -105,6 +106,9 @@ pub enum AttachError {
     /// Memory of the guest's own.
     #[error(transparent)]
     Own(#[from] vmm::memory::OwnError),
+    /// Images of faults.
+    #[error("faults cannot be kept: {0}")]
+    Keep(#[from] FaultImageError),
     /// The driver's own functions.
     #[error(transparent)]
     Suspend(#[from] SuspendError),

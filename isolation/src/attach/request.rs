@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::plan::{Refusal, Wanted};
 use crate::compensation::effects::KernelModel;
 use crate::dispatch::after_fault::FaultPolicy;
+use crate::fault_image::KeepFaults;
 use crate::guest::btf::Btf;
 use crate::guest::symbols::SymbolTable;
 use devices::hold::Holdable;
@@ -98,6 +99,8 @@ pub struct IsolateRequest {
     pub policy: Box<dyn FaultPolicy>,
     /// Time that a call may wait for in all, with the guest standing still, and remain atomic.
     pub sleep_limit: Duration,
+    /// Where images of the guest at faults are kept; none are if this is missing.
+    pub keep_faults: Option<KeepFaults>,
 }
 
 /// What was isolated.

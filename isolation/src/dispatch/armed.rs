@@ -26,6 +26,7 @@ use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::transaction::{CallEnd, CallResult, SpilledCall};
+use crate::fault_image::Keeper;
 use crate::guest::addr::Gva;
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::AbortReturn;
@@ -104,6 +105,8 @@ pub(crate) struct Armed {
     /// How strong the isolation is.
     pub strength: Strength,
     pub fault_policy: Box<dyn FaultPolicy>,
+    /// Keeps images of the guest at its calls' faults.
+    pub keeper: Option<Keeper>,
     /// Faults that are put into calls on purpose.
     pub faults: Faults,
     /// The call that failed just now, if it is to be run once more.

@@ -13,6 +13,7 @@ pub(crate) mod armed;
 mod domain_failure;
 mod due;
 pub mod fault;
+mod knowledge;
 pub(crate) mod platform;
 pub(crate) mod run;
 pub(crate) mod supervisor;

@@ -17,13 +17,14 @@ use crate::dispatch::armed::{
     Armed, AtGate, OpenCall, RETURN_GATE_OFFSET, arguments, may_be_taken_back,
 };
 use crate::dispatch::platform::Platform;
-use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, Knowledge};
+use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, KeepsFaults, Knowledge};
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
 use crate::domain::transaction::{
     CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
 };
 use crate::domain::violation::{Violation, ViolationKind};
+use crate::fault_image::Kept;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
@@ -93,6 +94,8 @@ struct Run<'a> {
 struct Done {
     result: Result<CallResult, DomainError>,
     device_lost: Option<DeviceLost>,
+    /// What became of the image of its fault.
+    image: Option<Kept>,
 }
 
 impl Armed {
@@ -116,6 +119,7 @@ impl Armed {
         let Done {
             result,
             device_lost,
+            image,
         } = self.carry_out(&run, spilled)?;
         let failed = matches!(&result, Ok(result) if matches!(result.end, CallEnd::Aborted(_)));
         let next = match result {
@@ -123,7 +127,7 @@ impl Armed {
                 if let Some(known) = self.gates.get_mut(&gate) {
                     known.count(&result, run.comes_back, start.elapsed(), at.holding);
                 }
-                self.ended(&run, result, device_lost)
+                self.ended(&run, result, device_lost, image)
             }
             Err(error) => {
                 self.domain_failed(gate, run.entry, &error, device_lost);
@@ -202,6 +206,10 @@ impl Armed {
             platform: Platform::new(at.vm, at.vcpu),
             request: &request,
             spilled,
+            keeps: self.keeper.as_ref().map(|keeper| KeepsFaults {
+                keeper,
+                entry: &gate.entry.name,
+            }),
         });
         let mut done = None;
         match &self.device {
@@ -221,6 +229,7 @@ impl Armed {
                     done = Some(Done {
                         result: Err(lost.into()),
                         device_lost: None,
+                        image: None,
                     });
                 }
             }
@@ -240,6 +249,7 @@ impl Armed {
         run: &Run<'_>,
         result: CallResult,
         device_lost: Option<DeviceLost>,
+        image: Option<Kept>,
     ) -> Option<kvm_regs> {
         let CallResult {
             end,
@@ -259,9 +269,10 @@ impl Armed {
             CallEnd::Committed => None,
             CallEnd::Aborted(violation) => {
                 let mut report = self.report(run, *violation);
-                let took = phases.detect_ns + phases.memory_ns + phases.device_ns;
+                let took = phases.detect_ns + phases.keep_ns + phases.memory_ns + phases.device_ns;
                 report.at_ns = ended_ns.saturating_sub(took);
                 report.phases = phases;
+                report.image = image;
                 report.device_lost = device_lost
                     .map(|lost| lost.to_string())
                     .or_else(|| asleep(self.device.as_deref(), &report.violation));
@@ -341,19 +352,27 @@ struct InDomain<'a> {
     platform: Platform<'a>,
     request: &'a CallRequest<'a>,
     spilled: Option<&'a mut SpilledCall>,
+    keeps: Option<KeepsFaults<'a>>,
 }
 
 impl InDomain<'_> {
     fn carry_out(self, held: Option<&mut dyn HeldDevice>) -> Done {
         let device = held.map(|held| -> &mut dyn HeldDevice { held });
-        let mut supervisor =
-            CallSupervisor::new(self.knowledge, self.policy, device, self.platform);
+        let mut supervisor = CallSupervisor::new(
+            self.knowledge,
+            self.policy,
+            device,
+            self.platform,
+            self.keeps,
+        );
         let result = self
             .domain
             .carry_out(self.request, &mut supervisor, self.spilled);
+        let (device_lost, image) = supervisor.ended();
         Done {
-            device_lost: supervisor.device_lost(),
             result,
+            device_lost,
+            image,
         }
     }
 }

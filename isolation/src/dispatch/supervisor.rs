@@ -1,212 +1,26 @@
 //! What calls in the domain are told about this guest: its functions, its memory, its device.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
-
+use devices::clock::monotonic_ns;
 use devices::dma::GuestMemory;
-use iced_x86::{Formatter, GasFormatter};
 
+use crate::dispatch::knowledge::{KERNEL_IMAGE, MODULES_END, USER_END};
 use crate::dispatch::platform::Platform;
-use crate::domain::Domain;
-use crate::domain::journal::{Published, Stays};
+use crate::domain::failing::Failing;
 use crate::domain::monitor::ExceptionFrame;
 use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
-use crate::domain::transaction::AbortPhases;
 use crate::domain::undo_log::Restorable;
-use crate::domain::violation::Violation;
+use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::fault_tables::FaultTables;
-use crate::guest::modules::ModuleLayout;
-use crate::guest::stack::InterruptStack;
-use crate::guest::symbols::SymbolTable;
 use crate::policy::call::{CallMemory, DriverPolicy};
-use crate::status::report::{Told, ViolationReport};
 use devices::hold::{Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice};
 
-/// Start of the kernel image's mapping (`__START_KERNEL_map`).
-const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
-/// End of the area that holds the image and all modules (`MODULES_END`).
-const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
-/// Addresses below belong to user space.
-const USER_END: u64 = 0x0000_8000_0000_0000;
+pub use crate::dispatch::knowledge::Knowledge;
+
 const PAGE_SIZE: u64 = 4096;
 const VECTOR_BREAKPOINT: u8 = 3;
 const VECTOR_INVALID_OPCODE: u8 = 6;
 /// Port of the first serial line, where the kernel's console may go.
 const SERIAL_PORTS: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
-
-/// What is known of the guest for one module, fixed while it is isolated.
-pub struct Knowledge {
-    symbols: Arc<SymbolTable>,
-    module: String,
-    text: Vec<GvaRange>,
-    data: Vec<GvaRange>,
-    faults: FaultTables,
-    interrupt_stack: InterruptStack,
-}
-
-impl Knowledge {
-    /// Collects what calls will be asked about.
-    pub fn new(layout: &ModuleLayout, symbols: Arc<SymbolTable>, faults: FaultTables) -> Self {
-        Self {
-            module: layout.name.clone(),
-            text: layout.text().map(|section| section.range).collect(),
-            data: layout.data().map(|section| section.range).collect(),
-            interrupt_stack: InterruptStack::new(&symbols),
-            symbols,
-            faults,
-        }
-    }
-
-    /// Whether a function begins at `va` that is the module's own, or anybody else's.
-    fn is_function(&self, va: u64, own: bool) -> bool {
-        let mut there = self.symbols.at(Gva(va));
-        there.any(|symbol| symbol.is_code() && (symbol.module == Some(self.module.as_str())) == own)
-    }
-
-    /// Address of a function of the module.
-    pub fn driver_function(&self, name: &str) -> Option<u64> {
-        let mut found = self
-            .symbols
-            .named(name)
-            .filter(|symbol| symbol.is_code() && symbol.module == Some(self.module.as_str()));
-        found.next().map(|symbol| symbol.at.0)
-    }
-
-    /// Whether the `bytes` bytes at `va` are the module's text.
-    pub fn in_text(&self, va: u64, bytes: u64) -> bool {
-        GvaRange::new(Gva(va), bytes)
-            .is_some_and(|range| self.text.iter().any(|t| t.covers(&range)))
-    }
-
-    /// Bytes from `start`, a function of the module, to the next symbol or the end of its section.
-    pub fn extent(&self, start: u64) -> u64 {
-        let within = self.text.iter().find(|range| range.contains(Gva(start)));
-        let extent = within.and_then(|range| self.symbols.extent(Gva(start), *range));
-        extent.map_or(0, |range| range.len_bytes())
-    }
-
-    /// All names of each of the functions that begin at `targets`, each function once.
-    pub fn names_of(&self, targets: impl Iterator<Item = Gva>) -> Vec<Vec<String>> {
-        let targets: BTreeSet<u64> = targets.map(|target| target.0).collect();
-        let names = |va: u64| -> Vec<String> {
-            let code = self.symbols.at(Gva(va)).filter(|symbol| symbol.is_code());
-            code.map(|symbol| symbol.name.to_owned()).collect()
-        };
-        targets.into_iter().map(names).collect()
-    }
-
-    /// Name of the function that begins at `va`.
-    pub fn function_name(&self, va: u64) -> String {
-        let symbol = self.symbols.at(Gva(va)).find(|symbol| symbol.is_code());
-        symbol.map_or_else(|| format!("{va:#x}"), |symbol| symbol.name.to_owned())
-    }
-
-    /// Why a part of a failed call stays in the guest, for people.
-    pub fn why_it_stays(&self, stays: &Stays) -> String {
-        let named = |function: &u64| self.function_name(*function);
-        match stays {
-            Stays::NoModel => "nothing is known of the kernel's functions".to_owned(),
-            Stays::TooMuchMemory => "it changed more memory than can be put back".to_owned(),
-            Stays::TooManyCalls => "it called more kernel functions than can be undone".to_owned(),
-            Stays::Irrevocable { function } => {
-                format!("nothing takes {} back", named(function))
-            }
-            Stays::Unknown { function } => format!(
-                "{} is not in the model of kernel functions",
-                named(function)
-            ),
-            Stays::KernelFunctionOpen => {
-                "a kernel function that had called the driver back was under way".to_owned()
-            }
-            Stays::Device { reason } => format!("the device cannot be put back: {reason}"),
-            Stays::Hangs { function } => format!(
-                "{}, called to take it back, does not return",
-                named(function)
-            ),
-            Stays::StackGone => {
-                "the stack that it was to be taken back on is not there any more".to_owned()
-            }
-        }
-    }
-
-    /// Gives a violation names.
-    pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
-        let touched = violation.touched().and_then(|address| self.name(address));
-        let stays = match &violation.published {
-            Some(Published::Stays(stays)) => Some(self.why_it_stays(stays)),
-            _ => None,
-        };
-        ViolationReport {
-            stays,
-            entry: entry.to_owned(),
-            at: self.place(violation.rip),
-            instruction: disassemble(domain, violation.rip),
-            touched,
-            call_chain: violation
-                .crossings
-                .iter()
-                .filter_map(|return_address| self.name(return_address.wrapping_sub(1)))
-                .collect(),
-            violation,
-            at_ns: 0,
-            phases: AbortPhases::default(),
-            device_lost: None,
-            told: Told::Error,
-        }
-    }
-
-    /// An address in the kernel image or a module with its symbol, any other as a number.
-    pub fn place(&self, va: u64) -> String {
-        self.name(va).unwrap_or_else(|| format!("{va:#x}"))
-    }
-
-    /// `symbol+offset [module]` for addresses of the kernel image and of modules.
-    fn name(&self, va: u64) -> Option<String> {
-        if !(KERNEL_IMAGE..MODULES_END).contains(&va) {
-            return None;
-        }
-        let (symbol, offset) = self.symbols.lookup(Gva(va))?;
-        let module = symbol
-            .module
-            .map(|module| format!(" [{module}]"))
-            .unwrap_or_default();
-        Some(format!("{}+{offset:#x}{module}", symbol.name))
-    }
-
-    /// Whether the driver may write at `va`. Memory that is not the kernel image's or a module's
-    /// (heap, stacks, per-CPU data) is not told apart.
-    fn writable(&self, va: u64) -> bool {
-        if (KERNEL_IMAGE..MODULES_END).contains(&va) {
-            return self
-                .data
-                .iter()
-                .any(|range| range.to_pages().contains(Gva(va)));
-        }
-        va >= USER_END
-    }
-
-    fn changeable(&self, va: u64, bytes: u64) -> bool {
-        if (KERNEL_IMAGE..MODULES_END).contains(&va) {
-            return GvaRange::new(Gva(va), bytes)
-                .is_some_and(|range| self.data.iter().any(|data| data.covers(&range)));
-        }
-        va >= USER_END
-    }
-}
-
-/// The instruction at `va` as the domain has it; empty where there is none.
-fn disassemble(domain: &Domain, va: u64) -> String {
-    let Some(instruction) = domain.instruction(va) else {
-        return String::new();
-    };
-    if instruction.is_invalid() {
-        return "(bad)".into();
-    }
-    let mut text = String::new();
-    GasFormatter::new().format(&instruction, &mut text);
-    text
-}
 
 /// What one call may write.
 pub struct CallPolicy<'a> {
@@ -216,6 +30,15 @@ pub struct CallPolicy<'a> {
     pub memory: CallMemory<'a, GuestMemory>,
 }
 
+/// Who keeps the calls of an isolated function that fail.
+#[derive(Clone, Copy)]
+pub struct KeepsFaults<'a> {
+    /// Keeps them.
+    pub keeper: &'a Keeper,
+    /// Name of the function.
+    pub entry: &'a str,
+}
+
 /// The supervisor of one call.
 pub struct CallSupervisor<'a> {
     knowledge: &'a Knowledge,
@@ -223,6 +46,8 @@ pub struct CallSupervisor<'a> {
     device: Option<&'a mut dyn HeldDevice>,
     device_lost: Option<DeviceLost>,
     platform: Platform<'a>,
+    keeps: Option<KeepsFaults<'a>>,
+    kept: Option<Kept>,
 }
 
 impl<'a> CallSupervisor<'a> {
@@ -232,6 +57,7 @@ impl<'a> CallSupervisor<'a> {
         policy: Option<CallPolicy<'a>>,
         device: Option<&'a mut dyn HeldDevice>,
         platform: Platform<'a>,
+        keeps: Option<KeepsFaults<'a>>,
     ) -> Self {
         Self {
             knowledge,
@@ -239,12 +65,14 @@ impl<'a> CallSupervisor<'a> {
             device,
             device_lost: None,
             platform,
+            keeps,
+            kept: None,
         }
     }
 
-    /// Why the device's state could not be put back, if it could not.
-    pub fn device_lost(self) -> Option<DeviceLost> {
-        self.device_lost
+    /// Why the device's state could not be put back, if it could not, and what became of the image of its fault.
+    pub fn ended(self) -> (Option<DeviceLost>, Option<Kept>) {
+        (self.device_lost, self.kept)
     }
 
     /// Whether the call may write the `bytes` bytes at `va`; `None` if there is no policy.
@@ -475,6 +303,24 @@ impl Supervisor for CallSupervisor<'_> {
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
             policy.begin_again(memory);
         }
+    }
+
+    fn watches_faults(&self) -> bool {
+        self.keeps.is_some()
+    }
+
+    fn failing(&mut self, failing: &Failing<'_>) {
+        let Some(KeepsFaults { keeper, entry }) = self.keeps else {
+            return;
+        };
+        let violation = failing.violation.clone();
+        let mut report = self.knowledge.report(entry, violation, failing.domain);
+        report.at_ns = monotonic_ns();
+        if let (None, Some(CallPolicy { policy, memory })) = (&report.touched, &self.policy) {
+            let touched = report.violation.touched();
+            report.touched = touched.and_then(|at| policy.whose(memory.private, Gva(at)));
+        }
+        self.kept = Some(keeper.keep(entry, &report, failing));
     }
 
     fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {

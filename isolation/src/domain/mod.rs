@@ -10,6 +10,7 @@
 //! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
 //! | `transaction` | one call from entry to commit or abort |
+//! | `failing` | a call at its fault, for who wants to look at it |
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
 //! | `host_memory` | the account of what calls make the host keep |
@@ -21,6 +22,7 @@
 pub mod console;
 pub mod effects;
 pub mod error;
+pub mod failing;
 pub mod host_memory;
 pub mod journal;
 pub mod kept;
@@ -128,6 +130,8 @@ pub struct Domain {
     overlays: Overlays,
     /// Pages that were patched, by virtual address.
     patched: HashMap<u64, Pfn>,
+    /// Kernel functions that the driver's calls are for which lead to trampolines, by the calls' addresses.
+    redirects: HashMap<u64, u64>,
     /// Virtual address by which the driver writes a page.
     opened: HashMap<Pfn, u64>,
     slot_bases: Vec<Pfn>,
@@ -181,6 +185,7 @@ impl Domain {
             },
             overlays: Overlays::default(),
             patched: HashMap::new(),
+            redirects: HashMap::new(),
             opened: HashMap::new(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
@@ -264,7 +269,9 @@ impl Domain {
     pub fn redirect(&mut self, site: u64, target: u64) -> Result<(), DomainError> {
         let trampoline = self.monitor.trampoline(target)?;
         let displacement = trampoline.wrapping_sub(site.wrapping_add(5)) as u32;
-        self.patch(site.wrapping_add(1), &displacement.to_le_bytes())
+        self.patch(site.wrapping_add(1), &displacement.to_le_bytes())?;
+        self.redirects.insert(site, target);
+        Ok(())
     }
 
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that

@@ -3,6 +3,7 @@
 
 use devices::hold::{Access, DeviceAddress, DeviceState};
 
+use super::failing::Failing;
 use super::monitor::ExceptionFrame;
 use super::undo_log::Restorable;
 use crate::guest::addr::GvaRange;
@@ -161,6 +162,15 @@ pub trait Supervisor {
     fn begin_again(&mut self) {
         self.forget_platform();
     }
+
+    /// Whether [`Supervisor::failing`] is to be told.
+    fn watches_faults(&self) -> bool {
+        false
+    }
+
+    /// The call has broken a rule, and nothing of it is taken back yet. It stands still, and with it the guest, until this
+    /// returns.
+    fn failing(&mut self, _failing: &Failing<'_>) {}
 
     /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever
     /// becomes of the call (console output); `false` where it may not.

@@ -8,6 +8,7 @@ use crate::domain::journal::Published;
 use crate::domain::roots::Root;
 use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::{Violation, ViolationKind};
+use crate::fault_image::Kept;
 
 /// What the caller of a failed call was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -46,6 +47,8 @@ pub struct ViolationReport {
     pub phases: AbortPhases,
     /// Why the device is not as before the call, if it is not.
     pub device_lost: Option<String>,
+    /// What became of the image of the guest at this fault, if faults are kept.
+    pub image: Option<Kept>,
     /// What its caller was told.
     pub told: Told,
 }
@@ -70,6 +73,7 @@ impl fmt::Display for ViolationReport {
             at_ns: _,
             phases: _,
             device_lost,
+            image,
             told,
         } = self;
         write!(f, "{entry}: {} at {at}", What(violation))?;
@@ -122,6 +126,14 @@ impl fmt::Display for ViolationReport {
                 f,
                 "; it was NOT run, which its caller cannot know: it returns nothing"
             ),
+        }?;
+        match image {
+            None => Ok(()),
+            Some(Kept::In(path)) => write!(f, "; the guest at the fault is in {}", path.display()),
+            Some(Kept::Enough(count)) => {
+                write!(f, "; no image of the guest was kept: there are {count}")
+            }
+            Some(Kept::Failed(why)) => write!(f, "; no image of the guest was kept: {why}"),
         }
     }
 }

@@ -351,6 +351,7 @@ impl Guest {
             budget: Duration::from_secs(10),
             policy: Box::new(ReturnErrors),
             sleep_limit: Duration::ZERO,
+            keep_faults: None,
         }
     }
 

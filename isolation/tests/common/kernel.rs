@@ -2,6 +2,10 @@
 
 use super::*;
 use devices::dma::GuestMemory;
+use isolation::domain::failing::Failing;
+use isolation::domain::transaction::AbortPhases;
+use isolation::fault_image::{Keeper, Kept};
+use isolation::status::report::{Told, ViolationReport};
 
 /// What is stored to the device to change its transmitter.
 pub const TRANSMITTER: u64 = 0x7c71;
@@ -54,6 +58,10 @@ pub struct Kernel {
     pub platform_waiting: Vec<(u64, u64)>,
     /// Registers of interrupt controller and timer that were written at commit.
     pub platform_written: Vec<(u64, u64)>,
+    /// Keeps faults.
+    pub keeper: Option<Keeper>,
+    /// What became of the last one.
+    pub kept: Option<Kept>,
 }
 
 impl Kernel {
@@ -214,6 +222,27 @@ impl Supervisor for Kernel {
     }
     fn commit_platform(&mut self) {
         self.platform_written.append(&mut self.platform_waiting);
+    }
+    fn watches_faults(&self) -> bool {
+        self.keeper.is_some()
+    }
+    fn failing(&mut self, failing: &Failing<'_>) {
+        let report = ViolationReport {
+            entry: "driver_entry".to_owned(),
+            violation: failing.violation.clone(),
+            at: String::new(),
+            instruction: String::new(),
+            touched: None,
+            call_chain: Vec::new(),
+            stays: None,
+            at_ns: 0,
+            phases: AbortPhases::default(),
+            device_lost: None,
+            image: None,
+            told: Told::Error,
+        };
+        let keeper = self.keeper.as_ref().unwrap();
+        self.kept = Some(keeper.keep("driver_entry", &report, failing));
     }
     fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
         port == 0x3f8

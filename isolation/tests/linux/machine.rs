@@ -306,6 +306,7 @@ impl Machine {
                 false => Box::new(ReturnErrors),
             },
             sleep_limit: self.settings.sleep_limit,
+            keep_faults: None,
         })
     }
 

@@ -101,6 +101,7 @@ impl Stress {
                 budget: Duration::from_millis(100),
                 policy: Box::new(ReturnErrors),
                 sleep_limit: Duration::ZERO,
+                keep_faults: None,
             })
             .unwrap();
     }

@@ -45,6 +45,7 @@ pub(crate) fn request() -> IsolationRequest {
         checkpoint: devices::hold::CheckpointBy::Exact,
         spilling: Spilling::default(),
         contain: Contain::Full,
+        keep_faults: None,
     }
 }
 
@@ -194,6 +195,7 @@ pub(crate) fn report(entry: &str) -> ViolationReport {
         at_ns: 0,
         phases: AbortPhases::default(),
         device_lost: None,
+        image: None,
         told: Told::Error,
     }
 }

@@ -33,7 +33,7 @@ mod template;
 
 pub use self::own::OwnError;
 use self::template::Mapped;
-pub use self::template::MemorySource;
+pub use self::template::{MemorySource, data_of};
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;

@@ -127,7 +127,10 @@ fn map_over(region: &RamRegion, file: &File, flags: MapFlags) -> io::Result<()> 
 }
 
 /// Parts of the first `size` bytes of `file` that are no hole, in whole pages (lseek(2), `SEEK_DATA`).
-fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
+///
+/// # Errors
+/// The file system cannot say.
+pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     let mut found = Vec::new();
     let mut at = 0;
     while at < size {

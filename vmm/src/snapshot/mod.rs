@@ -37,7 +37,8 @@ pub use image::Loaded;
 pub use manifest::{CpuModel, FORMAT_VERSION, Manifest, ParentSnapshot, SnapshotId, StoredFile};
 pub use memory_map::{MemoryMap, PageRun};
 pub use restore::RestoreError;
-use writer::{DirectoryWriter, ImageWriter};
+use writer::DirectoryWriter;
+pub use writer::ImageWriter;
 
 /// Name of the manifest in a snapshot's directory.
 pub const MANIFEST_FILE: &str = "manifest.json";

@@ -210,6 +210,15 @@ impl ImageWriter {
     /// The file cannot be written.
     pub fn finish(self, diff: bool) -> std::io::Result<(File, MemoryMap)> {
         self.file.sync_all()?;
+        self.finish_unsynced(diff)
+    }
+
+    /// The same, and the host's kernel writes the file when it likes: for an image that nobody misses after the host has lost
+    /// its power.
+    ///
+    /// # Errors
+    /// It has more pages than a map can tell of.
+    pub fn finish_unsynced(self, diff: bool) -> std::io::Result<(File, MemoryMap)> {
         let mut runs: Vec<PageRun> = Vec::new();
         for (number, page) in (0u64..).zip(&self.pages) {
             let crc32 = match page {

@@ -89,6 +89,7 @@ pub fn measure(
                 false => Spilling::default(),
             },
             contain: Contain::Full,
+            keep_faults: None,
         };
         // The VM asks the agent itself, which listens to one client at a time.
         bench.guest.agent().disconnect();

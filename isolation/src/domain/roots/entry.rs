@@ -15,7 +15,7 @@ pub(super) mod bits {
 }
 
 /// One of the two roots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Root {
     /// The driver's: nothing is writable or executable but what was opened.

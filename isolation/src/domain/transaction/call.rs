@@ -138,6 +138,9 @@ pub struct CallStats {
 pub struct AbortPhases {
     /// From the exit of P that told of the fault to its being judged a violation.
     pub detect_ns: u64,
+    /// Having somebody look at the call at its fault; 0 if nobody does.
+    #[serde(default)]
+    pub keep_ns: u64,
     /// Dropping private pages and putting published bytes back.
     pub memory_ns: u64,
     /// Putting the device's checkpoint back; 0 if the call had not reached the device.
@@ -154,6 +157,7 @@ impl AbortPhases {
     pub fn total_ns(&self) -> u64 {
         let phases = [
             self.detect_ns,
+            self.keep_ns,
             self.memory_ns,
             self.device_ns,
             self.compensate_ns,

@@ -160,7 +160,8 @@ impl Call<'_> {
     ) -> Result<(CallEnd, kvm_regs), DomainError> {
         self.phases.detect_ns = elapsed_ns(self.last_exit);
         let regs = self.domain.vm.regs();
-        let root = self.domain.root_of(self.domain.vm.fault_registers()?.cr3);
+        let fault = self.domain.vm.fault_registers()?;
+        let (cr2, root) = (fault.cr2, self.domain.root_of(fault.cr3));
         let rsp = match self.interrupted_at {
             (at, rsp) if at == rip => rsp,
             _ => regs.rsp,
@@ -180,6 +181,7 @@ impl Call<'_> {
             spills: self.spills,
             published: None,
         };
+        self.tell_failing(&violation, cr2)?;
         self.take_back()?;
         if self.spills > 0 {
             violation.published = Some(self.take_back_published()?);

@@ -50,6 +50,7 @@ mod call;
 mod device;
 mod exact;
 mod exits;
+mod failing;
 mod faults;
 mod finish;
 mod journal;

@@ -13,6 +13,7 @@ pub(crate) mod encode;
 #[cfg(test)]
 mod tests;
 
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use object::{Object, ObjectSection};
@@ -140,6 +141,21 @@ impl Btf {
         let file = object::File::parse(file).map_err(elf_error)?;
         let section = file.section_by_name(".BTF").ok_or(BtfError::NoSection)?;
         Self::parse(section.data().map_err(elf_error)?, base)
+    }
+
+    /// This part, without the base's, as [`Btf::parse`] reads it: other than in its header it is what was read.
+    pub fn write(&self, into: &mut impl Write) -> io::Result<()> {
+        let too_long = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let types = u32::try_from(self.types.len()).map_err(too_long)?;
+        let strings = u32::try_from(self.strings.len()).map_err(too_long)?;
+        into.write_all(&MAGIC.to_le_bytes())?;
+        // No flags.
+        into.write_all(&[VERSION, 0])?;
+        for word in [HEADER_BYTES as u32, 0, types, types, strings] {
+            into.write_all(&word.to_le_bytes())?;
+        }
+        into.write_all(&self.types)?;
+        into.write_all(&self.strings)
     }
 
     /// The kernel's part, if this is a module's.

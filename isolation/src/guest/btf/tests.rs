@@ -43,6 +43,23 @@ fn a_modules_types_go_on_where_the_kernels_end() {
 }
 
 #[test]
+fn what_is_written_is_what_was_read() {
+    let (kernel, _) = kernel();
+    let base = Arc::new(Btf::parse(&kernel.bytes(), None).unwrap());
+    let mut e = Encoder::new(Some(&base));
+    e.structure("my_private", 24, &[("hits", TypeId(1), 16)]);
+    let own = Btf::parse(&e.bytes(), Some(base.clone())).unwrap();
+    for (types, base) in [(&*base, None), (&own, Some(base.clone()))] {
+        let mut bytes = Vec::new();
+        types.write(&mut bytes).unwrap();
+        let again = Btf::parse(&bytes, base).unwrap();
+        assert_eq!(*again.types, *types.types);
+        assert_eq!(*again.strings, *types.strings);
+        assert_eq!(again.first_id, types.first_id);
+    }
+}
+
+#[test]
 fn every_kind_is_read_and_written_out() {
     let mut e = Encoder::new(None);
     let int = e.int("int", 4, 1);

@@ -1,5 +1,7 @@
 //! Symbols by address and by name.
 
+use std::io::{self, Write};
+
 use super::Line;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::cold::{ColdBytes, ColdRows};
@@ -183,6 +185,23 @@ impl SymbolTable {
     /// All symbols, by address.
     pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
         self.records().map(|record| self.symbol(&record))
+    }
+
+    /// Writes all symbols, by address, as [`super::read_kallsyms`] reads them.
+    pub fn write(&self, into: &mut impl Write) -> io::Result<()> {
+        for symbol in self.iter() {
+            let Symbol {
+                at,
+                kind,
+                name,
+                module,
+            } = symbol;
+            match module {
+                Some(module) => writeln!(into, "{:x} {kind} {name}\t[{module}]", at.0)?,
+                None => writeln!(into, "{:x} {kind} {name}", at.0)?,
+            }
+        }
+        Ok(())
     }
 
     /// The symbol that `at` lies in or right behind, and how far behind its start. Of several at

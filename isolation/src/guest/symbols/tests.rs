@@ -24,6 +24,15 @@ fn table() -> SymbolTable {
 }
 
 #[test]
+fn what_is_written_is_what_was_read() {
+    let table = table();
+    let mut text = Vec::new();
+    table.write(&mut text).unwrap();
+    let again = read_kallsyms(text.as_slice(), |_| true).unwrap();
+    assert!(again.iter().eq(table.iter()));
+}
+
+#[test]
 fn lines_are_symbols_or_skipped() {
     assert_eq!(
         Line::parse("ffffffffc0001000 t dummy_xmit\t[dummy]"),
