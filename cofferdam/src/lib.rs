@@ -4,6 +4,7 @@ pub mod bench;
 pub mod campaign;
 pub mod cli;
 pub mod control;
+pub mod debug;
 pub mod device;
 pub mod doctor;
 pub mod error_text;

@@ -27,6 +27,7 @@ fn help_of_every_command_can_be_had_and_the_main_ones_have_examples() {
         "stop",
         "exec",
         "isolate",
+        "debug",
         "bench boot",
         "bench recovery",
         "bench traffic",

@@ -1,18 +1,17 @@
 //! `isolate`, `release`: functions of a guest's driver in a domain of their own.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::bail;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Strength};
-use isolation::fault_image::KeepFaults;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::request::Spilling;
 
+use super::keep::KeepArgs;
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
@@ -95,38 +94,6 @@ pub struct IsolateOptions {
     /// As JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Whether faults are kept.
-#[derive(Debug, clap::Args)]
-struct KeepArgs {
-    /// Write an image of the guest at each fault, before it is taken back, into a directory of its own in there:
-    /// `cofferdam debug` looks at it. The guest stands still while one is written, for about a second a GiB that it uses
-    #[arg(long, value_name = "DIR")]
-    keep_faults: Option<PathBuf>,
-    /// Write none while there are so many images in there
-    #[arg(long, value_name = "N", requires = "keep_faults", default_value_t = KeepFaults::DEFAULT_AT_MOST, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    keep_at_most: u32,
-}
-
-impl KeepArgs {
-    fn wanted(&self) -> anyhow::Result<Option<KeepFaults>> {
-        let Some(dir) = &self.keep_faults else {
-            return Ok(None);
-        };
-        // The VM's process is in another folder.
-        let dir =
-            std::path::absolute(dir).with_context(|| format!("cannot name {}", dir.display()))?;
-        ensure!(
-            dir.to_str().is_some(),
-            "{} is no text (UTF-8): choose another directory",
-            dir.display()
-        );
-        Ok(Some(KeepFaults {
-            dir,
-            at_most: self.keep_at_most,
-        }))
-    }
 }
 
 /// Which stores are checked.

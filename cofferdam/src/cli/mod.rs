@@ -4,6 +4,7 @@ mod analyze;
 mod bench;
 mod campaign;
 mod control;
+mod debug;
 mod device;
 mod device_host;
 mod disturb;
@@ -13,6 +14,7 @@ mod images;
 mod inject;
 mod inject_code;
 mod isolation;
+mod keep;
 mod logging;
 mod marks;
 mod plug;
@@ -104,6 +106,8 @@ enum Command {
     ResumeDevice(suspend_device::ResumeDeviceOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(violations::ViolationsOptions),
+    /// Look at a guest at the fault of an isolated call, by hand or with gdb
+    Debug(debug::DebugOptions),
     /// Make calls of an isolated driver fail, to see it recover
     Inject(inject::InjectOptions),
     /// Try faults by the hundred, natively and isolated, and say what became of each
@@ -164,6 +168,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::SuspendDevice(options) => options.run(),
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
+        Command::Debug(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Campaign(options) => options.run(),
         Command::Disturb(options) => options.run(),

@@ -39,6 +39,8 @@ use model::Model;
 use poll::Told;
 use screen::Screen;
 
+pub use text::clean;
+
 /// Shortest time between two readings of a process.
 pub const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest time between two readings of a process.
