@@ -186,6 +186,56 @@ fn of_a_function_that_has_returned_the_registers_are_those_of_its_caller() {
 }
 
 #[test]
+fn a_fault_in_a_function_that_the_kernel_called_back_has_both_ways_in_its_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Guest::new();
+    let callback = DRIVER_TEXT + 0x100;
+    guest.code(DRIVER_TEXT, |a| {
+        a.sub(rsp, 8).unwrap();
+        a.mov(rdi, callback).unwrap();
+        a.call(OUTER).unwrap();
+        a.add(rsp, 8).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(OUTER, |a| {
+        a.sub(rsp, 8).unwrap();
+        a.call(rdi).unwrap();
+        a.add(rsp, 8).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(callback, |a| {
+        a.mov(eax, 0x51).unwrap();
+        a.ud2().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT + 14, OUTER).unwrap();
+    let mut kernel = Kernel {
+        keeper: Some(keeper(KeepFaults::in_dir(dir.path().to_owned()))),
+        ..Kernel::with_data()
+    };
+    kernel.driver_functions.insert(callback);
+    let result = guest.call(&mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Aborted(_)), "{result:?}");
+    let image = FaultImage::open(&path_of(&kernel)).unwrap();
+    let now = image.manifest().registers;
+    assert_eq!((now.rip, now.rax), (callback + 5, 0x51));
+    assert_eq!(image.manifest().root, Root::Driver);
+    // Where it would have returned to is on the stack.
+    assert_eq!(word(&image, now.rsp), OUTER + 6);
+    let trace = image.trace();
+    let places: Vec<_> = trace.iter().map(|f| (f.place.as_str(), f.kind)).collect();
+    assert_eq!(
+        places,
+        [
+            ("driver_entry+0x105 [driver]", FrameKind::Fault),
+            ("kernel_outer+0x6", FrameKind::Callback),
+            ("driver_entry+0x13 [driver]", FrameKind::Crossing),
+            ("kernel_caller+0x10", FrameKind::Caller),
+        ]
+    );
+}
+
+#[test]
 fn no_more_images_are_written_than_may_be_and_each_has_a_name_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let guest = guest_that_faults_in_the_kernel();
