@@ -174,6 +174,7 @@ pub(crate) fn resume<G: LiveGuest>(
     let mut agent = guest.agent();
     let found = lock(&supervisor.resting).get(module).cloned();
     let driver = Driver::look(&mut agent, module);
+    supervisor.device_begins_anew(module);
     let Some(resting) = found else {
         let call = |folder: &String| {
             let both = DriverCalls::SuspendAndResume;

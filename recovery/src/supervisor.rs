@@ -230,8 +230,16 @@ impl<G: LiveGuest> Supervisor<G> {
 
     /// Takes a module's gates out, if there are any, to put them in again later.
     pub(crate) fn take_out(&self, module: &str) {
+        self.device_begins_anew(module);
         if let Err(error) = self.guest.release(module) {
             tracing::debug!("{error:#}");
+        }
+    }
+
+    /// The device of a module is about to begin anew. To be said before it does: what rests after this does so again.
+    pub(crate) fn device_begins_anew(&self, module: &str) {
+        if let Some(ladder) = self.ladder(module) {
+            lock(&ladder).device_begins_anew();
         }
     }
 

@@ -174,6 +174,8 @@ pub struct Ladder {
     lost_ns: Option<u64>,
     /// By function.
     rows: BTreeMap<String, Row>,
+    /// A function rests, and the device has not begun anew since.
+    rested: bool,
     /// When the last call failed, and when the guest last had to go back to a mark for this driver.
     failed_ns: u64,
     went_back_ns: Option<u64>,
@@ -243,6 +245,7 @@ impl Ladder {
             OnFault::Error | OnFault::Retry if keeps_failing => {
                 rungs.errors += 1;
                 rungs.rests += 1;
+                self.rested = true;
                 Decision::Rest
             }
             OnFault::Error => {
@@ -278,9 +281,14 @@ impl Ladder {
         }
     }
 
-    /// The resume that was asked for has ended.
+    /// The device is about to begin anew, by its driver's own functions or with the driver: what rests is run again.
+    pub fn device_begins_anew(&mut self) {
+        self.rested = false;
+    }
+
+    /// The resume that was asked for has ended. It has failed if a function had to rest again since the device began anew.
     pub fn resumed(&mut self, result: Result<(), &str>) -> Next {
-        let failed = result.is_err();
+        let failed = result.is_err() || self.rested;
         self.status.rungs.failed_resumes += u64::from(failed);
         if self.status.state != State::Resuming {
             // A restart was asked for meanwhile, or the driver was stopped.
@@ -295,11 +303,15 @@ impl Ladder {
         Next::Restart
     }
 
-    /// The restart that was asked for has ended.
+    /// The restart that was asked for has ended. It has failed if a function had to rest again behind it.
     pub fn restarted(&mut self, result: Result<(), &str>) -> Next {
         if self.status.state != State::Restarting {
             return Next::Nothing;
         }
+        let result = match (result, self.rested) {
+            (Ok(()), true) => Err("a function of it goes on failing"),
+            (result, _) => result,
+        };
         let Err(error) = result else {
             self.status.state = State::Running;
             return Next::Nothing;
@@ -339,6 +351,7 @@ impl Ladder {
             (State::Resetting | State::Running, Err(_)) => return self.begin_reset(),
             (State::Resetting, Ok(())) => {
                 self.status.state = State::Running;
+                self.rested = false;
                 self.lately.clear();
             }
             _ => {}
@@ -364,6 +377,7 @@ impl Ladder {
         match result {
             Ok(()) => {
                 self.status.state = State::Running;
+                self.rested = false;
                 self.lately.clear();
                 Next::Nothing
             }

@@ -232,11 +232,30 @@ fn a_function_that_fails_again_and_again_has_one_rung_after_the_other_tried() {
         assert_eq!(polls(&mut ladder, 10, false), next(Decision::Rest));
     }
     assert_eq!(ladder.status().rungs.rests, 5);
+    ladder.device_begins_anew();
     ladder.resumed(Ok(()));
     assert_eq!(polls(&mut ladder, 10, false), next(Decision::Restart));
     ladder.restarted(Ok(()));
     assert_eq!(polls(&mut ladder, 10, false), next(Decision::Stop));
     assert!(ladder.status().gave_up.as_ref().unwrap().contains("poll"));
+}
+
+#[test]
+fn a_rung_behind_which_a_function_has_to_rest_again_does_not_hold() {
+    let mut ladder = Ladder::new(LadderConfig {
+        failures_in_a_row: 10,
+        ..config(OnFault::Error)
+    });
+    assert_eq!(polls(&mut ladder, 10, false)[9], Decision::Resume);
+    assert_eq!(polls(&mut ladder, 10, false)[9], Decision::Rest);
+    ladder.device_begins_anew();
+    assert_eq!(polls(&mut ladder, 10, false)[9], Decision::Rest);
+    assert_eq!(ladder.resumed(Ok(())), Next::Restart);
+    ladder.device_begins_anew();
+    assert_eq!(polls(&mut ladder, 10, false)[9], Decision::Rest);
+    assert_eq!(ladder.restarted(Ok(())), Next::Stop);
+    let why = ladder.status().gave_up.as_ref().unwrap();
+    assert!(why.contains("goes on failing"), "{why}");
 }
 
 #[test]
@@ -273,6 +292,7 @@ enum Event {
         in_a_row: bool,
         after_ns: u64,
     },
+    BeginsAnew,
     Resumed(bool),
     Restarted(bool),
     Reset(bool),
@@ -321,6 +341,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         2 => any::<bool>().prop_map(Event::Restarted),
         1 => any::<bool>().prop_map(Event::Reset),
         1 => any::<bool>().prop_map(Event::WentBack),
+        1 => Just(Event::BeginsAnew),
         1 => Just(Event::NotIsolated),
         1 => Just(Event::IsolatedAgain),
     ];
@@ -369,6 +390,8 @@ struct Model {
     failures: Vec<(String, bool, u32)>,
     /// The same of those while a rung was tried; as 0 where none was, or where there were too many by then.
     meanwhile: Vec<(String, bool, u32)>,
+    /// Whether a function rested since the device last began anew, or since no rung was tried.
+    rested: bool,
     /// Rungs tried for functions that fail again and again: when, and after how many of `failures`.
     tried: Vec<(String, u64, usize)>,
     state: State,
@@ -430,6 +453,7 @@ impl Model {
         if keeps_failing && !is_begun {
             self.rungs.errors += 1;
             self.rungs.rests += 1;
+            self.rested = true;
             return Decision::Rest;
         }
         if wanted == OnFault::Retry && attempts <= self.config.retries && !out_of_time {
@@ -527,6 +551,7 @@ impl Model {
     }
 
     fn resumed(&mut self, well: bool) {
+        let well = well && !self.rested;
         self.rungs.failed_resumes += u64::from(!well);
         if self.state == State::Resuming {
             self.state = if well {
@@ -540,6 +565,7 @@ impl Model {
 
     fn restarted(&mut self, well: bool) {
         if self.state == State::Restarting {
+            let well = well && !self.rested;
             self.rungs.failed_restarts += u64::from(!well);
             self.state = match (well, self.config.may_reset_guest) {
                 (true, _) => State::Running,
@@ -566,6 +592,7 @@ impl Model {
             self.state = if well { State::Running } else { State::Stopped };
             self.rungs.stops += u64::from(!well);
             if well {
+                self.rested = false;
                 self.recovered_at.clear();
             }
         }
@@ -601,6 +628,7 @@ proptest! {
             lost_at: Vec::new(),
             failures: Vec::new(),
             meanwhile: Vec::new(),
+            rested: false,
             tried: Vec::new(),
             state: State::Running,
             rungs: Rungs::default(),
@@ -615,6 +643,10 @@ proptest! {
                     let entry = ENTRIES[entry];
                     let fault = Fault { entry, attempts, returns_nothing, half_done, device_lost, out_of_time, in_a_row, now_ns };
                     prop_assert_eq!(ladder.fault(&fault), model.fault(&fault));
+                }
+                Event::BeginsAnew => {
+                    ladder.device_begins_anew();
+                    model.rested = false;
                 }
                 Event::Resumed(well) => {
                     ladder.resumed(if well { Ok(()) } else { Err("why") });

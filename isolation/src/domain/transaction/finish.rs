@@ -181,7 +181,10 @@ impl Call<'_> {
             spills: self.spills,
             published: None,
         };
-        self.tell_failing(&violation, cr2)?;
+        // Tables that the call has damaged cannot be followed for it, and are no reason not to take it back.
+        if let Err(error) = self.tell_failing(&violation, cr2) {
+            tracing::warn!("a call cannot be looked at, at its fault: {error}");
+        }
         self.take_back()?;
         if self.spills > 0 {
             violation.published = Some(self.take_back_published()?);
