@@ -18,12 +18,15 @@ use kvm_ioctls::{
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::monitor::{AREA_PAGES, KERNEL_CS, KERNEL_DS, Monitor};
+use super::monitor::{AREA_PAGES, Monitor};
 use super::view::{PAGE_SIZE, Pfn, PrivateView};
 use clock::Clock;
+pub use control::{FaultRegisters, Kept};
+use control::{code_segment, data_segment};
 use vmm::dirty_ring::DirtyRing;
 
 mod clock;
+mod control;
 
 /// CR0.TS: an FPU instruction raises #NM.
 const CR0_TS: u64 = 1 << 3;
@@ -61,39 +64,6 @@ pub enum PrivateVmError {
 
 fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
     move |source| PrivateVmError::Kvm { call, source }
-}
-
-/// What no call has to change: of control registers, segments and descriptor tables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
-    cr0: u64,
-    cr4: u64,
-    efer: u64,
-    gs_base: u64,
-    idt_base: u64,
-}
-
-impl Kept {
-    fn of(sregs: &kvm_sregs) -> Self {
-        Self {
-            cr0: sregs.cr0,
-            cr4: sregs.cr4,
-            efer: sregs.efer,
-            gs_base: sregs.gs.base,
-            idt_base: sregs.idt.base,
-        }
-    }
-}
-
-/// Registers that tell what became of P at an unusual exit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FaultRegisters {
-    /// Address of the last page fault.
-    pub cr2: u64,
-    /// Root of the page tables.
-    pub cr3: u64,
-    /// What is as [`PrivateVm::adopt`] has set it.
-    pub kept: Kept,
 }
 
 /// Why P stopped running.
@@ -498,32 +468,6 @@ fn set_slots(vm: &VmFd, view: &PrivateView, monitor: &Monitor) -> Result<(), Pri
         monitor.host_address(),
         0,
     )
-}
-
-fn code_segment() -> kvm_segment {
-    kvm_segment {
-        limit: u32::MAX,
-        selector: KERNEL_CS,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    }
-}
-
-fn data_segment() -> kvm_segment {
-    kvm_segment {
-        limit: u32::MAX,
-        selector: KERNEL_DS,
-        type_: 3,
-        present: 1,
-        s: 1,
-        db: 1,
-        g: 1,
-        ..Default::default()
-    }
 }
 
 fn little_endian(data: &[u8]) -> u64 {

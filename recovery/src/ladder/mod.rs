@@ -22,19 +22,19 @@
 //! driver that is stopped stays so until it is isolated anew.
 
 mod config;
+mod rows;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
 pub use config::{LadderConfig, MayReset, OnFault};
+use rows::Row;
 
 /// Nanoseconds in the minute that recoveries are limited in.
 const MINUTE_NS: u64 = 60_000_000_000;
 /// How long it is remembered which rung was tried for a function that fails again and again.
 const REMEMBERED_NS: u64 = 10 * MINUTE_NS;
-/// Failures that a call counts for which used up its time: each keeps the whole guest waiting.
-const HANG: u32 = 25;
 
 /// Where a driver stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -150,17 +150,6 @@ pub struct Fault<'a> {
     pub in_a_row: bool,
     /// When, on a clock that does not run backwards.
     pub now_ns: u64,
-}
-
-/// Calls of one function that failed one after the other.
-#[derive(Debug, Clone, Copy, Default)]
-struct Row {
-    failures: u32,
-    /// The same while a rung is tried.
-    meanwhile: u32,
-    /// How many rungs were tried for it, and when the last one was.
-    tried: u32,
-    tried_ns: u64,
 }
 
 /// The ladder of one driver.
@@ -439,53 +428,6 @@ impl Ladder {
         }
     }
 
-    /// Counts a failure of a function while a rung is tried; whether there have been too many in a row.
-    fn keeps_failing(&mut self, fault: &Fault<'_>) -> bool {
-        let is_tried = !matches!(self.status.state, State::Running | State::Unisolated);
-        if !is_tried || is_further_run(fault) {
-            return false;
-        }
-        let limit = self.config.failures_in_a_row;
-        let row = self.rows.entry(fault.entry.to_owned()).or_default();
-        if !fault.in_a_row {
-            row.meanwhile = 0;
-        }
-        row.meanwhile = row.meanwhile.saturating_add(weight(fault));
-        if row.meanwhile < limit {
-            return false;
-        }
-        row.meanwhile = 0;
-        true
-    }
-
-    /// Counts a failure of a function; what is to be tried if there have been too many in a row.
-    fn livelock(&mut self, fault: &Fault<'_>) -> Option<OnFault> {
-        // A rung is being tried, or this is a further run of a call that was counted.
-        if self.status.state != State::Running || is_further_run(fault) {
-            return None;
-        }
-        let row = self.rows.entry(fault.entry.to_owned()).or_default();
-        if !fault.in_a_row {
-            row.failures = 0;
-        }
-        row.meanwhile = 0;
-        row.failures = row.failures.saturating_add(weight(fault));
-        if row.failures < self.config.failures_in_a_row {
-            return None;
-        }
-        row.failures = 0;
-        if fault.now_ns.saturating_sub(row.tried_ns) >= REMEMBERED_NS {
-            row.tried = 0;
-        }
-        row.tried += 1;
-        row.tried_ns = fault.now_ns;
-        Some(match row.tried {
-            1 => OnFault::Resume,
-            2 => OnFault::Restart,
-            _ => OnFault::Stop,
-        })
-    }
-
     /// Whether the device was lost less than a minute ago.
     fn was_lost_lately(&self, now_ns: u64) -> bool {
         self.lost_ns
@@ -511,16 +453,6 @@ impl Ladder {
         self.status.rungs.stops += 1;
         self.status.gave_up = Some(why);
     }
-}
-
-/// Whether this is another run of a call that was counted.
-fn is_further_run(fault: &Fault<'_>) -> bool {
-    fault.attempts > 1 && !fault.out_of_time
-}
-
-/// As how many failures it counts.
-fn weight(fault: &Fault<'_>) -> u32 {
-    if fault.out_of_time { HANG } else { 1 }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::rows::HANG;
 use super::*;
 
 fn config(on_fault: OnFault) -> LadderConfig {

@@ -55,6 +55,7 @@ mod faults;
 mod finish;
 mod journal;
 mod memory;
+mod preserved;
 mod sleep;
 mod spill;
 mod time;
@@ -63,14 +64,13 @@ pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThr
 pub use spill::SpilledCall;
 pub use time::CallTime;
 
+use preserved::Preserved;
 use time::Meter;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
-/// RFLAGS: direction, I/O privilege level, nested task, alignment check.
-const SYSTEM_FLAGS: u64 = 1 << 10 | 3 << 12 | 1 << 14 | 1 << 18;
 /// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone on on.
 const MAX_STACKS: usize = 16;
 /// Device stores that may wait for commit.
@@ -108,33 +108,6 @@ struct Callback {
     rsp: u64,
     /// What the driver has to leave as it is.
     kept: Preserved,
-}
-
-/// Registers that a function leaves as they are (System V ABI, section 3.2.1), the stack pointer and RFLAGS.IF left aside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Preserved {
-    registers: [u64; 6],
-    flags: u64,
-}
-
-impl Preserved {
-    fn of(regs: &kvm_regs) -> Self {
-        Self {
-            registers: [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15],
-            flags: regs.rflags & SYSTEM_FLAGS,
-        }
-    }
-
-    /// What of these is not as it was.
-    fn changed(&self, regs: &kvm_regs) -> Option<ViolationKind> {
-        let now = Self::of(regs);
-        if now.flags != self.flags {
-            return Some(ViolationKind::SystemFlags {
-                changed: now.flags ^ self.flags,
-            });
-        }
-        (now.registers != self.registers).then_some(ViolationKind::CalleeSavedRegister)
-    }
 }
 
 /// A page of which something was published before the end of the call.
