@@ -11,7 +11,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use isolation::compensation::effects::{
-    ArgumentModel, FunctionModel, KernelModel, MemberOf, OppositeModel,
+    ArgumentModel, FunctionModel, KeptModel, KernelModel, MemberOf, OppositeModel, RequiredModel,
 };
 use serde::{Deserialize, Serialize};
 
@@ -130,6 +130,26 @@ pub struct Changed {
     pub member: String,
 }
 
+/// Something that a function keeps of what it is given, and what it has to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keeps {
+    /// The argument, from 0.
+    pub argument: u8,
+    /// The member of what it points at that is meant; the argument itself if it is missing.
+    pub member: Option<String>,
+    /// What it has to be.
+    pub is: Required,
+}
+
+/// What something that is kept has to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Required {
+    /// A function.
+    Function,
+    /// An object in a list of the kernel's: the list's head, the objects' structure, the member that is in the list.
+    Listed(String, String, String),
+}
+
 /// What one function does that outlasts a call.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Effect {
@@ -149,6 +169,8 @@ pub struct Effect {
     pub deferrable: bool,
     /// What is another number afterwards if it did something.
     pub changes: Option<Changed>,
+    /// What it keeps of what it is given.
+    pub keeps: Vec<Keeps>,
 }
 
 /// What is known of a symbol.
@@ -205,6 +227,8 @@ struct Entry {
     #[serde(default)]
     deferrable: bool,
     changes: Option<String>,
+    #[serde(default)]
+    keeps: Vec<String>,
 }
 
 impl Model {
@@ -306,6 +330,7 @@ impl Model {
                     argument: changes.argument,
                     member: changes.member.clone(),
                 }),
+                keeps: effect.keeps.iter().map(Keeps::for_isolation).collect(),
             });
         }
         model
@@ -322,6 +347,23 @@ impl Model {
         let data = self.data.iter().map(|name| (name.as_str(), Known::Data));
         let transient = self.transient.iter();
         data.chain(transient.map(|name| (name.as_str(), Known::Transient)))
+    }
+}
+
+impl Keeps {
+    fn for_isolation(&self) -> KeptModel {
+        KeptModel {
+            argument: self.argument,
+            member: self.member.clone(),
+            is: match &self.is {
+                Required::Function => RequiredModel::Function,
+                Required::Listed(head, structure, links) => RequiredModel::Listed {
+                    head: head.clone(),
+                    structure: structure.clone(),
+                    links: links.clone(),
+                },
+            },
+        }
     }
 }
 
@@ -388,6 +430,15 @@ impl Entry {
                 None => return contradiction("what it changes is written like 0.state"),
             },
         };
+        let keeps: Option<Vec<Keeps>> = self.keeps.iter().map(|text| parse_keeps(text)).collect();
+        let Some(keeps) = keeps else {
+            return contradiction(
+                "what it keeps is written like `1 in list by structure.links` or `2.work.func is function`",
+            );
+        };
+        if !keeps.is_empty() && self.undo.is_none() && !self.irrevocable && !self.deferrable {
+            return contradiction("what keeps something has an effect that lasts");
+        }
         let undo = self.undo.as_deref().map(|text| {
             parse_undo(text).ok_or_else(|| ModelError::Undo {
                 function: name.to_owned(),
@@ -403,6 +454,7 @@ impl Entry {
             irrevocable: self.irrevocable,
             deferrable: self.deferrable,
             changes,
+            keeps,
         })
     }
 }
@@ -436,6 +488,32 @@ fn parse_member(text: &str) -> Option<Changed> {
     (names().all(is_symbol) && names().count() <= MAX_NESTING).then(|| Changed {
         argument,
         member: member.to_owned(),
+    })
+}
+
+/// `1 in list by structure.links`, `1 is function`, `2.member.of.it is function`.
+fn parse_keeps(text: &str) -> Option<Keeps> {
+    let words: Vec<&str> = text.split_ascii_whitespace().collect();
+    let (what, is) = match words.as_slice() {
+        [what, "is", "function"] => (*what, Required::Function),
+        [what, "in", head, "by", by] => {
+            let (structure, links) = by.split_once('.')?;
+            if ![*head, structure, links].into_iter().all(is_symbol) {
+                return None;
+            }
+            let [head, structure, links] = [*head, structure, links].map(str::to_owned);
+            (*what, Required::Listed(head, structure, links))
+        }
+        _ => return None,
+    };
+    let (argument, member) = match parse_member(what) {
+        Some(Changed { argument, member }) => (argument, Some(member)),
+        None => (parse_index(what)?, None),
+    };
+    Some(Keeps {
+        argument,
+        member,
+        is,
     })
 }
 

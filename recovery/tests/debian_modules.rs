@@ -10,6 +10,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use isolation::guest::btf::Btf;
+use isolation::guest::symbols::image::names_in_image;
+use isolation::guest::symbols::{Line, SymbolTableBuilder};
 use object::{Object, ObjectSymbol};
 use recovery::model::Model;
 
@@ -132,5 +134,40 @@ fn every_opposite_is_a_function_of_the_kernel() {
                 );
             }
         }
+    }
+}
+
+/// Each thing that a function keeps is found in each kernel, with what it has to be.
+#[test]
+#[ignore = "needs target/images (cargo xtask images)"]
+fn what_functions_keep_is_known_of_each_kernel() {
+    for kernel in Kernel::all() {
+        let image = std::fs::read(kernel.images.join("vmlinux")).unwrap();
+        let types = Btf::from_elf(&image, None).unwrap();
+        let mut symbols = SymbolTableBuilder::default();
+        for (address, name) in (0xffff_ffff_8100_0000..)
+            .step_by(16)
+            .zip(names_in_image(&image).unwrap())
+        {
+            let line = Line {
+                address,
+                kind: 'T',
+                name: &name,
+                module: None,
+            };
+            symbols.add(&line).unwrap();
+        }
+        let effects = kernel
+            .model
+            .for_isolation()
+            .resolve(&symbols.finish(), &types);
+        let in_the_model = kernel
+            .model
+            .lasting()
+            .map(|(_, effect)| effect.keeps.len())
+            .sum::<usize>();
+        assert!(in_the_model >= 4);
+        let found = effects.keeps.values().map(Vec::len).sum::<usize>();
+        assert_eq!(found, in_the_model, "{}", kernel.model.kernel());
     }
 }

@@ -255,7 +255,10 @@ impl Prepared {
             symbols,
             (&is_guarded, &no_answer),
         )?;
-        let domain = make_domain((kvm, host_memory), request, registers, &plan, memory)?;
+        let mut domain = make_domain((kvm, host_memory), request, registers, &plan, memory)?;
+        if let Some(effects) = &effects {
+            domain.look_at_arguments(effects.keeps.keys().copied());
+        }
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);
         let knowledge = Knowledge::new(&layout, symbols.clone(), faults);

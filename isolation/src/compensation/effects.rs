@@ -1,7 +1,9 @@
 //! What kernel functions do that outlasts a call, by name, as whoever has a model of the kernel says it; and what
 //! becomes of that with a guest's symbols and types.
 
-use crate::domain::effects::{Effect, KernelEffects, Opposite, OppositeArgument, Place, Success};
+use crate::domain::effects::{
+    Effect, KeptArgument, KernelEffects, Opposite, OppositeArgument, Place, Required, Success,
+};
 use crate::guest::btf::{Btf, Function, Kind, TypeId};
 use crate::guest::symbols::SymbolTable;
 
@@ -29,6 +31,35 @@ pub struct FunctionModel {
     pub deferred: bool,
     /// It did something only if this member of what its argument points at is another one afterwards.
     pub changes: Option<MemberOf>,
+    /// What it keeps of what it is given.
+    pub keeps: Vec<KeptModel>,
+}
+
+/// Something that a function keeps, and what it has to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptModel {
+    /// Which argument, from 0 to 5.
+    pub argument: u8,
+    /// The member of what it points at that is meant; the argument itself if it is missing.
+    pub member: Option<String>,
+    /// What it has to be.
+    pub is: RequiredModel,
+}
+
+/// What something that is kept has to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RequiredModel {
+    /// A function.
+    Function,
+    /// An object in a list of the kernel's.
+    Listed {
+        /// Name of the list's head.
+        head: String,
+        /// Name of the objects' structure.
+        structure: String,
+        /// The member of it that is in the list.
+        links: String,
+    },
 }
 
 /// A member of the structure that an argument points at.
@@ -82,6 +113,10 @@ impl KernelModel {
                 effects
                     .lasting
                     .insert(va, model.resolve(types, &|name| at(name)));
+                let keeps = model.kept(types, &|name| at(name));
+                if !keeps.is_empty() {
+                    effects.keeps.insert(va, keeps);
+                }
             }
         }
         effects
@@ -117,6 +152,46 @@ impl FunctionModel {
             success: function.map_or(Success::Always, |function| success(types, &function)),
             changes: self.changes.as_ref().and_then(place),
         }
+    }
+}
+
+impl FunctionModel {
+    /// What it keeps, as far as this kernel has it.
+    fn kept(&self, types: &Btf, at: &dyn Fn(&str) -> Option<u64>) -> Vec<KeptArgument> {
+        let function = types.find_function(&self.name);
+        let resolved = self.keeps.iter().filter_map(|kept| {
+            let offset = match &kept.member {
+                None => None,
+                Some(member) => {
+                    let of = MemberOf {
+                        argument: kept.argument,
+                        member: member.clone(),
+                    };
+                    let place = place(types, function.as_ref()?, &of);
+                    Some(place.filter(|place| place.bytes == 8)?.offset)
+                }
+            };
+            let is = match &kept.is {
+                RequiredModel::Function => Required::Function,
+                RequiredModel::Listed {
+                    head,
+                    structure,
+                    links,
+                } => {
+                    let member = types.find_member(types.find_struct(structure)?, links)?;
+                    Required::Listed {
+                        head: at(head)?,
+                        links: u64::from(member.bit_offset / 8),
+                    }
+                }
+            };
+            Some(KeptArgument {
+                argument: kept.argument,
+                offset,
+                is,
+            })
+        });
+        resolved.collect()
     }
 }
 
@@ -205,6 +280,27 @@ mod tests {
                     name: "cancel".into(),
                     undo: undo("queue"),
                     changes: Some(member("state")),
+                    keeps: vec![
+                        KeptModel {
+                            argument: 0,
+                            member: Some("state".into()),
+                            is: RequiredModel::Function,
+                        },
+                        KeptModel {
+                            argument: 0,
+                            member: None,
+                            is: RequiredModel::Listed {
+                                head: "queue".into(),
+                                structure: "outer".into(),
+                                links: "inner".into(),
+                            },
+                        },
+                        KeptModel {
+                            argument: 0,
+                            member: Some("not_in_this_kernel".into()),
+                            is: RequiredModel::Function,
+                        },
+                    ],
                     deferred: false,
                 },
                 FunctionModel {
@@ -236,6 +332,23 @@ mod tests {
         );
         assert_eq!(cancel.changes.unwrap().offset, 0);
         assert_eq!(cancel.success, Success::True);
+        let (function, listed) = (
+            Required::Function,
+            Required::Listed {
+                head: 0x2000,
+                links: 8,
+            },
+        );
+        let kept = |offset, is| KeptArgument {
+            argument: 0,
+            offset,
+            is,
+        };
+        assert_eq!(
+            effects.keeps[&0x1000],
+            [kept(Some(0), function), kept(None, listed)]
+        );
+        assert_eq!(effects.keeps.len(), 1);
         // Without its opposite a function cannot be taken back.
         assert_eq!(effects.lasting[&0x3000].undo, None);
         assert_eq!(effects.lasting[&0x3000].success, Success::Pointer);

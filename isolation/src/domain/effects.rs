@@ -90,6 +90,32 @@ pub struct Effect {
     pub changes: Option<Place>,
 }
 
+/// What an argument has to be that a function keeps: it is used when the call is over, and what it leads to then is not laid at
+/// the driver's door any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptArgument {
+    /// Which argument, from 0 to 5.
+    pub argument: u8,
+    /// Offset in bytes of the word that is meant from where the argument points; `None` for the argument itself.
+    pub offset: Option<u64>,
+    /// What it has to be.
+    pub is: Required,
+}
+
+/// See [`KeptArgument`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Required {
+    /// The address of a function.
+    Function,
+    /// An object in a list of the kernel's (`struct list_head`).
+    Listed {
+        /// Guest virtual address of the list's head.
+        head: u64,
+        /// Offset in bytes of the links in an object.
+        links: u64,
+    },
+}
+
 /// The kernel functions that are known.
 #[derive(Debug, Clone, Default)]
 pub struct KernelEffects {
@@ -99,6 +125,8 @@ pub struct KernelEffects {
     pub harmless: HashSet<u64>,
     /// Functions that may be called with interrupts off.
     pub interrupts_off: HashSet<u64>,
+    /// What functions keep of what they are given.
+    pub keeps: HashMap<u64, Vec<KeptArgument>>,
 }
 
 impl KernelEffects {

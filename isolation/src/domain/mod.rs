@@ -274,6 +274,11 @@ impl Domain {
         Ok(())
     }
 
+    /// Has what these kernel functions are given to keep looked at when they are called, at an exit for each call of them.
+    pub fn look_at_arguments(&mut self, functions: impl Iterator<Item = u64>) {
+        self.monitor.look_at(functions.collect());
+    }
+
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that
     /// reaches it passes through.
     pub fn trap_function(&mut self, va: u64) -> Result<(), DomainError> {

@@ -27,6 +27,16 @@ pub enum ViolationKind {
         /// CR2 for a page fault, otherwise 0.
         address: u64,
     },
+    /// A kernel function was given something to keep that is not what it has to be: it would have been used later, in nobody's
+    /// call.
+    KeptArgument {
+        /// Guest virtual address of the function.
+        function: u64,
+        /// Which of its arguments it is, or is reached by, from 0.
+        argument: u8,
+        /// What it was given.
+        value: u64,
+    },
     /// The driver made the kernel give up: `panic`, an oops, a smashed stack that the compiler's check
     /// found.
     FatalFunction {
@@ -142,7 +152,8 @@ impl Violation {
             | ViolationKind::StrayBytes { address, .. }
             | ViolationKind::StackSmash { address } => Some(address),
             ViolationKind::IllegalControlTransfer { target } => Some(target),
-            ViolationKind::FatalFunction { function } => Some(function),
+            ViolationKind::FatalFunction { function }
+            | ViolationKind::KeptArgument { function, .. } => Some(function),
             _ => None,
         }
     }

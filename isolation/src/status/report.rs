@@ -162,6 +162,14 @@ impl fmt::Display for What<'_> {
             ViolationKind::FatalFunction { function } => {
                 write!(f, "the kernel gave up in {function:#x}")
             }
+            ViolationKind::KeptArgument {
+                function,
+                argument,
+                value,
+            } => write!(
+                f,
+                "{value:#x} given to {function:#x} to keep, with argument {argument}, and not what that has to be"
+            ),
             ViolationKind::StrayWrite { address } => write!(f, "stray write to {address:#x}"),
             ViolationKind::StrayBytes { address, bytes } => {
                 write!(

@@ -66,6 +66,7 @@ fn effects() -> KernelEffects {
         lasting: lasting.into(),
         harmless: [WAITS, HARMLESS].into(),
         interrupts_off: [SWITCH_OFF].into(),
+        ..KernelEffects::default()
     }
 }
 

@@ -49,6 +49,52 @@ fn what_undoes_a_function_says_what_it_is_called_with() {
 }
 
 #[test]
+fn what_a_function_keeps_says_what_that_has_to_be() {
+    for release in ["6.1.0", "6.12.1"] {
+        let model = Model::for_release(release).unwrap().unwrap();
+        let Some(Known::Lasting(effect)) = model.get("queue_delayed_work_on") else {
+            panic!("queue_delayed_work_on has no entry")
+        };
+        let listed = ["workqueues", "workqueue_struct", "list"].map(str::to_owned);
+        let [head, structure, links] = listed;
+        let queue = Keeps {
+            argument: 1,
+            member: None,
+            is: Required::Listed(head, structure, links),
+        };
+        let work = Keeps {
+            argument: 2,
+            member: Some("work.func".to_owned()),
+            is: Required::Function,
+        };
+        assert_eq!(effect.keeps, [queue, work]);
+        let isolation = model.for_isolation().lasting;
+        let named = isolation
+            .iter()
+            .find(|one| one.name == "queue_delayed_work_on");
+        assert_eq!(named.unwrap().keeps.len(), 2);
+    }
+    let kept = |text: &str| with(&format!("f = {{ deferrable = true, keeps = [{text:?}] }}"));
+    assert!(kept("0 is function").is_ok());
+    for wrong in [
+        "",
+        "0",
+        "6 is function",
+        "0 is 1",
+        "0 in list",
+        "0 in list by links",
+        "0 in 1list by s.links",
+        "0 in list by s.links too",
+        "0.1a is function",
+    ] {
+        let is_refused = matches!(kept(wrong), Err(ModelError::Contradiction(..)));
+        assert!(is_refused, "{wrong:?}");
+    }
+    let idle = with("f = { keeps = [\"0 is function\"] }");
+    assert!(matches!(idle, Err(ModelError::Contradiction(..))));
+}
+
+#[test]
 fn a_model_says_what_differs_from_the_one_that_it_is_based_on() {
     let model = Model::for_release("6.12.1").unwrap().unwrap();
     // The base's, its own in place of what is gone, and neither twice.

@@ -20,7 +20,7 @@
 //! overwrite the exception stack and the scratch word, which hold nothing across an instruction
 //! that could be interrupted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ptr::NonNull;
 
 use iced_x86::IcedError;
@@ -69,7 +69,8 @@ pub const PORT_SLEEP: u16 = 0xF5;
 /// Port of the exit at a kernel function that means that something is broken for good.
 pub const PORT_FATAL: u16 = 0xF4;
 
-/// Port of the exits at both ends of a trampoline whose calls are journalled.
+/// Port of the exits at both ends of a trampoline whose calls are journalled, and at the beginning of one whose arguments are
+/// looked at.
 pub const PORT_JOURNAL: u16 = 0xF6;
 
 /// Port of the exit at a fault that waits in the driver's copy, see [`super::strike`].
@@ -169,6 +170,8 @@ pub struct Monitor {
     trampolines: HashMap<u64, u64>,
     /// In the order of their slots.
     slots: Vec<Trampoline>,
+    /// Functions whose arguments are looked at.
+    looked_at: HashSet<u64>,
 }
 
 // SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
@@ -207,6 +210,7 @@ impl Monitor {
             kernel_root,
             trampolines: HashMap::new(),
             slots: Vec::new(),
+            looked_at: HashSet::new(),
         };
         monitor.write_stubs()?;
         monitor.write_vectors()?;

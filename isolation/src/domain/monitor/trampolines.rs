@@ -26,15 +26,29 @@ pub(super) struct Trampoline {
     last: u64,
     /// Its calls are journalled.
     journalled: bool,
+    /// Its arguments are looked at.
+    looked_at: bool,
 }
 
-/// An end of a journalled trampoline.
+impl Trampoline {
+    /// How it begins: `mov [scratch], r11` does like this whatever the address is.
+    fn head(self) -> [u8; 2] {
+        match self.journalled || self.looked_at {
+            true => out(PORT_JOURNAL),
+            false => MOV_FROM_R11,
+        }
+    }
+}
+
+/// An end of a trampoline that exits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JournalPoint {
     /// The driver is about to call the function; the trampoline goes on at `resume`.
     Enter {
         /// Guest virtual address.
         resume: u64,
+        /// The function's calls are journalled, and not only looked at.
+        journalled: bool,
     },
     /// The function has returned, and the driver root is loaded.
     Leave,
@@ -61,14 +75,33 @@ impl Monitor {
         }
         self.put_code(va, &code);
         self.trampolines.insert(target, va);
+        let looked_at = self.looked_at.contains(&target);
         let mut first = Decoder::with_ip(64, &code, va, DecoderOptions::NONE);
         self.slots.push(Trampoline {
             target,
             first: first.decode().len() as u64,
             last: code.len() as u64 - 1,
             journalled: false,
+            looked_at,
         });
+        if looked_at {
+            self.put_code(va, &out(PORT_JOURNAL));
+        }
         Ok(va)
+    }
+
+    /// Has the calls of these functions exit when they begin, whether they are journalled or not, and no others for that.
+    /// P does not run meanwhile.
+    pub fn look_at(&mut self, functions: HashSet<u64>) {
+        for index in 0..self.slots.len() {
+            let Some(slot) = self.slots.get_mut(index) else {
+                continue;
+            };
+            slot.looked_at = functions.contains(&slot.target);
+            let head = slot.head();
+            self.put_code(self.slot_va(index), &head);
+        }
+        self.looked_at = functions;
     }
 
     /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
@@ -82,28 +115,29 @@ impl Monitor {
             }
             self.slots[index].journalled = journalled;
             let va = self.slot_va(index);
-            // `mov [scratch], r11` and `ret` begin like this whatever the addresses are.
-            let (head, tail) = match journalled {
-                true => (out(PORT_JOURNAL), out(PORT_JOURNAL)),
-                false => (MOV_FROM_R11, [RET, 0]),
+            let tail = match journalled {
+                true => out(PORT_JOURNAL),
+                false => [RET, 0],
             };
+            let head = self.slots[index].head();
             self.put_code(va, &head);
             self.put_code(va + trampoline.last, &tail);
         }
     }
 
-    /// Which end of which journalled function's trampoline P stopped at with this RIP: KVM leaves it at an
+    /// Which end of which function's trampoline that exits P stopped at with this RIP: KVM leaves it at an
     /// `out` or, in some builds, behind it.
     pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {
         let offset = rip.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
         let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
-        let trampoline = self.slots.get(index).filter(|slot| slot.journalled)?;
+        let trampoline = self.slots.get(index)?;
         let within = offset % TRAMPOLINE_SLOT_BYTES;
         let is_at = |point: u64| within == point || within == point + 2;
-        let point = if is_at(0) {
+        let journalled = trampoline.journalled;
+        let point = if is_at(0) && (journalled || trampoline.looked_at) {
             let resume = self.slot_va(index) + trampoline.first;
-            JournalPoint::Enter { resume }
-        } else if is_at(trampoline.last) {
+            JournalPoint::Enter { resume, journalled }
+        } else if is_at(trampoline.last) && journalled {
             JournalPoint::Leave
         } else {
             return None;
@@ -218,9 +252,12 @@ mod tests {
         let code = |monitor: &Monitor, va: u64| monitor.page(TRAMPOLINES)[at(va)..][..2].to_vec();
         assert_eq!(code(&monitor, vas[0]), out(PORT_JOURNAL));
         assert_eq!(code(&monitor, vas[1]), MOV_FROM_R11);
-        let Some((target, JournalPoint::Enter { resume })) = monitor.journal_point(vas[0]) else {
+        let Some((target, JournalPoint::Enter { resume, journalled })) =
+            monitor.journal_point(vas[0])
+        else {
             panic!("not the beginning of a trampoline")
         };
+        assert!(journalled);
         assert_eq!((target, monitor.journal_point(vas[1])), (seen, None));
         // What is left out is exactly the first instruction, and the other end is the return.
         let mut decoder = Decoder::with_ip(64, &before, vas[0], DecoderOptions::NONE);
@@ -238,6 +275,31 @@ mod tests {
         monitor.journal(|_| false);
         assert!(*monitor.page(TRAMPOLINES) == before);
         assert_eq!(monitor.journal_point(vas[0]), None);
+    }
+
+    #[test]
+    fn trampolines_that_are_looked_at_exit_at_their_beginning_journalled_or_not() {
+        let mut monitor = monitor();
+        let (before, after) = (0xffff_ffff_8123_4560, 0xffff_ffff_8123_4000);
+        let first = monitor.trampoline(before).unwrap();
+        monitor.look_at([before, after].into());
+        let second = monitor.trampoline(after).unwrap();
+        let other = monitor.trampoline(0xffff_ffff_8123_5000).unwrap();
+        let enters = |monitor: &Monitor, va| match monitor.journal_point(va) {
+            Some((_, JournalPoint::Enter { journalled, .. })) => Some(journalled),
+            _ => None,
+        };
+        for (wanted, is_journalled) in [(0, false), (before, true), (0, false)] {
+            monitor.journal(|target| target == wanted);
+            assert_eq!(enters(&monitor, first), Some(is_journalled));
+            assert_eq!(enters(&monitor, second), Some(false));
+            assert_eq!(enters(&monitor, other), None);
+            let at = |va: u64| (va - VA - TRAMPOLINES * PAGE_SIZE) as usize;
+            let code = |va: u64| monitor.page(TRAMPOLINES)[at(va)..][..2].to_vec();
+            assert_eq!(code(first), out(PORT_JOURNAL));
+            assert_eq!(code(second), out(PORT_JOURNAL));
+            assert_eq!(code(other), MOV_FROM_R11);
+        }
     }
 
     #[test]

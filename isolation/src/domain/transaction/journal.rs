@@ -64,8 +64,17 @@ impl Call<'_> {
         let Some((function, point)) = self.domain.monitor.journal_point(regs.rip) else {
             return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
         };
-        // Two for each call that is kept, of which there is a limit of its own.
-        self.detours = self.detours.saturating_sub(1);
+        let journalled = !matches!(
+            point,
+            JournalPoint::Enter {
+                journalled: false,
+                ..
+            }
+        );
+        if journalled {
+            // Two for each call that is kept, of which there is a limit of its own.
+            self.detours = self.detours.saturating_sub(1);
+        }
         let Some(return_address) = self.read_guest(regs.rsp)? else {
             let kind = ViolationKind::IllegalControlTransfer { target: function };
             return Ok(Step::Violation(kind, regs.rip));
@@ -81,13 +90,20 @@ impl Call<'_> {
                 self.journal_leave(rsp, regs.rax);
                 returned
             }
-            JournalPoint::Enter { resume } => {
+            JournalPoint::Enter { resume, .. } => {
                 let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
                 let call = KernelCall {
                     function,
                     arguments,
                 };
-                match self.journal_enter(call, rsp) {
+                if let Some(kind) = self.keeps_what_it_must_not(&call)? {
+                    return Ok(Step::Violation(kind, self.called_from(return_address)));
+                }
+                let crossing = match journalled {
+                    true => self.journal_enter(call, rsp),
+                    false => Crossing::Call,
+                };
+                match crossing {
                     Crossing::Later => kvm_regs { rax: 0, ..returned },
                     Crossing::Call => {
                         self.domain.monitor.keep_r11(regs.r11);

@@ -54,6 +54,7 @@ mod failing;
 mod faults;
 mod finish;
 mod journal;
+mod kept_arguments;
 mod memory;
 mod preserved;
 mod sleep;
