@@ -105,6 +105,14 @@ impl Wire for MeteredWire {
         self.wire.nic_link(up);
     }
 
+    fn loses_frames(&self) -> bool {
+        self.wire.loses_frames()
+    }
+
+    fn stations(&mut self, addresses: &[[u8; 6]]) {
+        self.wire.stations(addresses);
+    }
+
     fn save(&self) -> Result<Option<Part>, StateError> {
         self.wire.save()
     }

