@@ -7,6 +7,7 @@ pub mod control;
 pub mod debug;
 pub mod device;
 pub mod doctor;
+mod ending;
 pub mod error_text;
 pub mod options;
 pub mod process;

@@ -394,7 +394,7 @@ fn exceptions_of_the_driver_are_its_own_whatever_their_vector() {
     // int 2; int 7; int 18
     for vector in [2u8, 7, 18] {
         let (_, result) = one_call(|a| a.db(&[0xcd, vector, 0xc3]).unwrap());
-        // A KVM that emulates kernel mode cannot carry the instruction out and stops at it instead.
+        // A KVM that emulates kernel mode cannot carry the instruction out and stops at it instead: only others can fail this.
         let seen = match violation_kind(&result) {
             ViolationKind::Exception { vector, .. } => vector,
             ViolationKind::PrivilegedInstruction => vector,

@@ -11,9 +11,9 @@ use isolation::fault_image::FaultImage;
 use rustix::fs::Mode;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::Session;
+use crate::ending::asked_to_end;
 use crate::options::MAX_SOCKET_PATH_BYTES;
 
 /// Bytes that are read at once.
@@ -164,19 +164,4 @@ pub async fn talk(image: &FaultImage, mut stream: impl AsyncRead + AsyncWrite + 
     let _ = stream.shutdown().await;
     let mut rest = async || while matches!(stream.read(&mut bytes).await, Ok(1..)) {};
     let _ = tokio::time::timeout(LEAVING_TIME, rest()).await;
-}
-
-/// Hears signals from now on; what comes back ends with one that asks for the end.
-fn asked_to_end() -> anyhow::Result<impl Future<Output = ()>> {
-    let hear = |kind| signal(kind).context("cannot hear signals");
-    let mut interrupt = hear(SignalKind::interrupt())?;
-    let mut terminate = hear(SignalKind::terminate())?;
-    let mut hangup = hear(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
 }

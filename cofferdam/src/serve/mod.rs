@@ -37,10 +37,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::signal::unix::{SignalKind, signal};
 
 pub use api::document;
 
+use crate::ending::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
 use app::App;
 use socket::Socket;
@@ -99,19 +99,4 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
     // Who is still waited for is a process that does not answer.
     runtime.shutdown_background();
     ended
-}
-
-/// Hears signals from now on; what comes back ends with one that asks for the end.
-fn asked_to_end() -> anyhow::Result<impl Future<Output = ()>> {
-    let hear = |kind| signal(kind).context("cannot hear signals");
-    let mut interrupt = hear(SignalKind::interrupt())?;
-    let mut terminate = hear(SignalKind::terminate())?;
-    let mut hangup = hear(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
 }

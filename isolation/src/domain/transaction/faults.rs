@@ -1,4 +1,4 @@
-//! Exceptions in the domain: what the roots can be changed for, crossings, call-backs, violations.
+//! Exceptions in the domain: what the roots can be changed for, crossings, violations.
 
 use super::*;
 
@@ -210,64 +210,5 @@ impl Call<'_> {
             }
             Root::Kernel => Ok(self.real_exception(frame, target, root, regs)),
         }
-    }
-
-    /// The kernel calls the driver: go on in the driver root, with a return address of ours.
-    pub(super) fn call_back(
-        &mut self,
-        frame: &ExceptionFrame,
-        target: u64,
-        regs: &kvm_regs,
-    ) -> Result<Step, DomainError> {
-        if !self.supervisor.is_driver_function(target) {
-            let kind = ViolationKind::IllegalControlTransfer { target };
-            return Ok(Step::Violation(kind, frame.rip));
-        }
-        let Some(slot) = self.stack_slot(frame.rsp)? else {
-            let kind = ViolationKind::UnbalancedStack { rsp: frame.rsp };
-            return Ok(Step::Violation(kind, frame.rip));
-        };
-        let return_address = self.read_slot(slot)?;
-        let stub = self.domain.monitor.callback_return_stub();
-        self.write_slot(slot, stub)?;
-        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
-        self.callbacks.push(Callback {
-            function: target,
-            arguments,
-            return_address,
-            rsp: frame.rsp.wrapping_add(8),
-            kept: Preserved::of(&kvm_regs {
-                rflags: frame.rflags,
-                ..*regs
-            }),
-        });
-        if self.stacks.len() < MAX_STACKS && !self.in_own_stack(frame.rsp) {
-            self.stacks
-                .extend(self.supervisor.interrupt_stack(frame.rsp));
-        }
-        self.stats.callbacks += 1;
-        self.supervisor.called_back(target, arguments);
-        self.domain.monitor.resume_at(target);
-        let entry = self.domain.monitor.entry_stub();
-        self.resume_at(frame, regs, entry);
-        Ok(Step::Continue)
-    }
-
-    pub(super) fn callback_return(&mut self, regs: &kvm_regs) -> Step {
-        let Some(callback) = self.callbacks.pop() else {
-            let target = self.domain.monitor.callback_return_stub();
-            return Step::Violation(ViolationKind::IllegalControlTransfer { target }, regs.rip);
-        };
-        if callback.rsp != regs.rsp {
-            return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
-        }
-        if let Some(kind) = callback.kept.changed(regs) {
-            return Step::Violation(kind, callback.function);
-        }
-        self.domain.monitor.resume_at(callback.return_address);
-        let mut next = *regs;
-        next.rip = self.domain.monitor.kernel_stub();
-        self.domain.vm.set_regs(&next);
-        Step::Continue
     }
 }

@@ -47,6 +47,7 @@ use crate::policy::diff::PageMask;
 use devices::hold::{Access, DeviceAddress};
 
 mod call;
+mod callbacks;
 mod device;
 mod exact;
 mod exits;
@@ -65,6 +66,7 @@ pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThr
 pub use spill::SpilledCall;
 pub use time::CallTime;
 
+use callbacks::Callback;
 use preserved::Preserved;
 use time::Meter;
 
@@ -98,17 +100,6 @@ struct PostedWrite {
     at: DeviceAddress,
     value: u64,
     bytes: usize,
-}
-
-/// A call of the kernel back into the driver.
-#[derive(Debug, Clone, Copy)]
-struct Callback {
-    function: u64,
-    arguments: [u64; 6],
-    return_address: u64,
-    rsp: u64,
-    /// What the driver has to leave as it is.
-    kept: Preserved,
 }
 
 /// A page of which something was published before the end of the call.
