@@ -92,12 +92,12 @@ impl Btf {
         false
     }
 
-    /// Whether the type carries this tag (`user`, `rcu`, `percpu`, `iomem`) before anything else
-    /// than qualifiers and typedefs.
-    pub fn has_tag(&self, mut id: TypeId, tag: &str) -> bool {
+    /// Whether the type carries one of these tags (`user`, `rcu`, `percpu`, `iomem`) before anything
+    /// else than qualifiers and typedefs.
+    pub fn has_tag(&self, mut id: TypeId, tags: &[&str]) -> bool {
         for _ in 0..MAX_HOPS {
             let kind = self.kind(id);
-            if matches!(kind, Some(Kind::TypeTag(_))) && self.name(id) == tag {
+            if matches!(kind, Some(Kind::TypeTag(_))) && tags.contains(&self.name(id)) {
                 return true;
             }
             let Some(next) = kind.as_ref().and_then(behind) else {
@@ -150,21 +150,25 @@ impl Btf {
             .or_else(|| self.base.as_ref()?.find_struct(name))
     }
 
+    /// The function that `id` is, if it is one.
+    pub fn function(&self, id: TypeId) -> Option<Function<'_>> {
+        let Kind::Function(of) = self.kind(id)? else {
+            return None;
+        };
+        match self.kind(of)? {
+            Kind::FunctionType { returns, params } => Some(Function {
+                id,
+                returns,
+                params,
+            }),
+            _ => None,
+        }
+    }
+
     /// The function of this name. A module's own first.
     pub fn find_function(&self, name: &str) -> Option<Function<'_>> {
-        let function = |id: TypeId| match self.kind(id)? {
-            Kind::Function(of) => match self.kind(of)? {
-                Kind::FunctionType { returns, params } => Some(Function {
-                    id,
-                    returns,
-                    params,
-                }),
-                _ => None,
-            },
-            _ => None,
-        };
         self.own_named(name)
-            .find_map(function)
+            .find_map(|id| self.function(id))
             .or_else(|| self.base.as_ref()?.find_function(name))
     }
 

@@ -132,7 +132,7 @@ fn every_kind_is_read_and_written_out() {
     ));
     assert!(matches!(btf.kind(decl), Some(Kind::DeclTag(id)) if id == variable));
     let to = btf.pointee(tagged).unwrap();
-    assert!(btf.has_tag(to, "user") && !btf.has_tag(to, "rcu"));
+    assert!(btf.has_tag(to, &["iomem", "user"]) && !btf.has_tag(to, &["rcu"]));
     assert!(btf.is_const(btf.pointee(restrict).unwrap()) && !btf.is_const(int));
     let Some(Kind::Struct { members, .. }) = btf.kind(bits) else {
         panic!()
@@ -203,7 +203,7 @@ fn ask_all(btf: &Btf) -> usize {
         answers += usize::from(btf.size_of(id).is_some());
         answers += usize::from(btf.find_member(id, "nothing").is_some());
         answers += btf.names_of(id).len();
-        answers += usize::from(btf.is_const(id) || btf.has_tag(id, "user"));
+        answers += usize::from(btf.is_const(id) || btf.has_tag(id, &["user"]));
         assert!(btf.type_name(id).len() <= 210);
     }
     answers

@@ -126,11 +126,10 @@ impl DriverPolicy {
             .filter(|at| **at != 0)
             .map(|at| Gva(*at))
             .collect();
-        let Some(type_id) = self
-            .types
-            .find_struct("net_device")
-            .filter(|_| !found.is_empty())
-        else {
+        if found.is_empty() {
+            return;
+        }
+        let Some(type_id) = self.names.find_struct(&self.types, "net_device") else {
             return;
         };
         for at in found {

@@ -3,11 +3,13 @@
 //! ```text
 //!  store to an address that nothing open covers
 //!    1. the driver's variables                        open from the start
-//!    2. reached from the call's arguments by type     worked out at the first such store of a call
+//!    2. what the call's arguments point at            looked at at the first such store of a call
 //!    3. the kernel's inline functions write there     reference counts of pages, preemption count
-//!    4. handed out since the call began               found by comparing the two views of memory
+//!    4. reached from the call's arguments by type     worked out where 2 and 3 did not do
+//!    5. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
-//!    5. kept in an array of the driver's              an xarray in what is reached
+//!    6. reached when the call began, not any more     the same as 4 in memory as it was then
+//!    7. kept in an array of the driver's              an xarray in what is reached
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -32,7 +34,7 @@ use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
-use super::reach::{Rules, Start};
+use super::reach::{Names, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
@@ -86,6 +88,8 @@ const MAX_STEPS: usize = 64;
 struct Call {
     function: String,
     arguments: [u64; REGISTER_ARGUMENTS],
+    /// What the arguments point at is in the table.
+    is_near_open: bool,
     /// What the arguments reach is in the table.
     resolved: bool,
 }
@@ -117,6 +121,7 @@ impl<M> CallMemory<'_, M> {
 #[derive(Debug)]
 pub struct DriverPolicy {
     types: Arc<Btf>,
+    names: Names,
     memory: MemoryModel,
     rules: Rules,
     table: RangeTable,
@@ -191,6 +196,7 @@ impl DriverPolicy {
         Ok(Self {
             completions,
             types,
+            names: Names::default(),
             memory,
             rules: Rules::LINUX,
             table,
@@ -238,6 +244,7 @@ impl DriverPolicy {
         self.calls.push(Call {
             function,
             arguments,
+            is_near_open: false,
             resolved: false,
         });
     }
@@ -260,7 +267,9 @@ impl DriverPolicy {
     /// out is not its own any more, and its call-backs have not happened.
     pub fn begin_again<M>(&mut self, memory: &mut CallMemory<'_, M>) {
         self.calls.truncate(1);
-        self.calls.iter_mut().for_each(|call| call.resolved = false);
+        for call in &mut self.calls {
+            (call.is_near_open, call.resolved) = (false, false);
+        }
         self.listed = false;
         self.handed_out.clear();
         self.table.end_call(self.number);

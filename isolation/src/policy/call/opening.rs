@@ -1,4 +1,4 @@
-//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 5 of the parent
+//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 7 of the parent
 //! module's picture.
 
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use super::handed_out::EarlierAllocations;
 use super::{Call, CallMemory, DriverPolicy, MAX_OPENED_PAGES, PACKET_CACHES, PAGE_SIZE};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, Allocations, FindAllocation};
+use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Lifetime, Object, ObjectKind, Permit};
 use crate::policy::reach::{Found, Reach, Reached, Start};
@@ -18,13 +19,14 @@ impl DriverPolicy {
         memory: &CallMemory<'_, M>,
         at: Gva,
     ) -> bool {
-        self.resolve(memory);
         let one = GvaRange::aligned(at, 1);
-        if self.table.may_write(one) {
+        self.open_near(memory);
+        if self.table.may_write(one) || self.open_kernels_word(memory, at) {
             return true;
         }
-        if self.memory.is_page_reference_count(at) {
-            return self.open(one, ObjectKind::Other, "reference count of a page".into());
+        self.resolve(memory);
+        if self.table.may_write(one) {
+            return true;
         }
         // A driver notes things in the descriptions of its own pages (`page->index`, `page->private`).
         if let Some((description, page)) = self.memory.described_page(at) {
@@ -32,6 +34,45 @@ impl DriverPolicy {
                 || self.open_new_allocation(memory, page);
             let label = "struct page of a page of the driver's".into();
             return own && self.open(description, ObjectKind::Other, label);
+        }
+        if self.open_new_allocation(memory, at) {
+            return true;
+        }
+        // Before it is a stray write: has the driver interfaces that no argument was about yet, has the call since hung
+        // something new into what its arguments reach, or taken something out?
+        self.list_interfaces(memory);
+        self.calls.iter_mut().for_each(|call| call.resolved = false);
+        self.resolve(memory);
+        self.table.may_write(one)
+            || self.open_as_it_began(memory, one)
+            || self.open_kept(memory, at)
+    }
+
+    /// Opens the objects that the calls' arguments point at, once for each call: what most stores are to.
+    fn open_near<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
+        let fresh = self.calls.iter_mut().filter(|call| !call.is_near_open);
+        let fresh: Vec<Call> = fresh
+            .map(|call| {
+                call.is_near_open = true;
+                call.clone()
+            })
+            .collect();
+        for call in fresh {
+            let Some(function) = self.names.find_function(&self.types, &call.function) else {
+                continue;
+            };
+            let near = self.reach(memory.private, memory, |reach| {
+                reach.near_objects(&function, &call.arguments)
+            });
+            self.open_all(near);
+        }
+    }
+
+    /// Opens the byte at `at` if inline functions of the kernel write there, whatever the call is about.
+    fn open_kernels_word<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
+        let one = GvaRange::aligned(at, 1);
+        if self.memory.is_page_reference_count(at) {
+            return self.open(one, ObjectKind::Other, "reference count of a page".into());
         }
         let offset = Gva(at.0.wrapping_sub(memory.per_cpu_base));
         let variable = self
@@ -46,15 +87,22 @@ impl DriverPolicy {
             let label = format!("{name} of the running thread");
             return self.open(one, ObjectKind::Other, label);
         }
-        if self.open_new_allocation(memory, at) {
-            return true;
+        false
+    }
+
+    /// Opens what the calls reached when the outermost one began: a driver may take something out of its structures first, and
+    /// write to it then.
+    fn open_as_it_began<M: GuestPhys>(
+        &mut self,
+        memory: &CallMemory<'_, M>,
+        one: GvaRange,
+    ) -> bool {
+        let interfaces = self.known_interfaces(memory);
+        for call in self.calls.clone() {
+            let found = self.reached_in(memory.earlier(), memory, &call, &interfaces);
+            self.open_all(found.objects);
         }
-        // Before it is a stray write: has the driver interfaces that no argument was about yet, and
-        // has the call since hung something new into what its arguments reach?
-        self.list_interfaces(memory);
-        self.calls.iter_mut().for_each(|call| call.resolved = false);
-        self.resolve(memory);
-        self.table.may_write(one) || self.open_kept(memory, at)
+        self.table.may_write(one)
     }
 
     /// The member that `at` is part of, among those of the running thread that may be written.
@@ -95,9 +143,20 @@ impl DriverPolicy {
         call: &Call,
         interfaces: &[Start],
     ) -> Found {
+        self.reached_in(memory.private, memory, call, interfaces)
+    }
+
+    /// The same in another view of memory.
+    fn reached_in<M: GuestPhys, V: GuestPhys>(
+        &self,
+        virt: VirtMemory<'_, V>,
+        memory: &CallMemory<'_, M>,
+        call: &Call,
+        interfaces: &[Start],
+    ) -> Found {
         // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
-        let function = self.types.find_function(&call.function);
-        self.reach(memory, |reach| match &function {
+        let function = self.names.find_function(&self.types, &call.function);
+        self.reach(virt, memory, |reach| match &function {
             Some(function) => reach.objects(function, &call.arguments, interfaces),
             None => reach.objects_from(interfaces),
         })
@@ -140,13 +199,15 @@ impl DriverPolicy {
         }
         let label = format!("{cache} handed out to the driver");
         let opened = self.open(found.range, kind_of(&found), label);
-        if is_packet && let Some(type_id) = self.types.find_struct("sk_buff") {
+        if is_packet && let Some(type_id) = self.names.find_struct(&self.types, "sk_buff") {
             let packet = Start {
                 at: found.range.first(),
                 type_id,
                 name: "packet of this call".into(),
             };
-            let found = self.reach(memory, |reach| reach.objects_from(&[packet]));
+            let found = self.reach(memory.private, memory, |reach| {
+                reach.objects_from(&[packet])
+            });
             self.open_all(found.objects);
         }
         opened
@@ -160,7 +221,7 @@ impl DriverPolicy {
             return false;
         }
         let (mut found, mut all) = (None, Vec::new());
-        self.reach(memory, |reach| {
+        self.reach(memory.private, memory, |reach| {
             reach.kept_in(&arrays, &mut |kept| {
                 let on_stack = |stack: GvaRange| stack.intersection(&kept.range).is_some();
                 if memory.stack.is_some_and(on_stack) {
@@ -182,15 +243,18 @@ impl DriverPolicy {
         self.open(found.range, kind_of(&found), label)
     }
 
-    fn reach<M: GuestPhys, T>(
+    /// Asks what is reached in `virt`, a view of memory of the call that `memory` is of.
+    fn reach<M, V: GuestPhys, T>(
         &self,
+        virt: VirtMemory<'_, V>,
         memory: &CallMemory<'_, M>,
-        ask: impl FnOnce(&Reach<'_, M, Allocations<'_, M>>) -> T,
+        ask: impl FnOnce(&Reach<'_, V, Allocations<'_, V>>) -> T,
     ) -> T {
         ask(&Reach {
             types: &self.types,
-            virt: memory.private,
-            allocations: &self.memory.with(memory.private),
+            names: &self.names,
+            virt,
+            allocations: &self.memory.with(virt),
             stack: memory.stack,
             per_cpu_base: Some(memory.per_cpu_base),
             per_cpu_handed_out: self.per_cpu_handed_out,

@@ -179,6 +179,27 @@ fn arguments_and_the_drivers_variables_may_be_written_others_may_not() {
 }
 
 #[test]
+fn what_was_in_the_drivers_structures_when_the_call_began_may_be_written_when_it_is_not_there_any_more()
+ {
+    let ring = OBJECTS + 512;
+    let mut before = guest();
+    before.put(Gva(ring + 128), &words(&[0]), DATA);
+    let mut now = before.clone();
+    before.put(Gva(DEVICE + 96), &words(&[DEVICE, ring]), DATA);
+    now.put(Gva(DEVICE + 96), &words(&[DEVICE, 0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(ask(&mut policy, &now, &before, ring, 64));
+    policy.end(true);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(!ask(&mut policy, &now, &now, ring, 64), "it was not there");
+    policy.end(true);
+    // Nor is it the next call's.
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(!ask(&mut policy, &now, &now, ring, 64));
+}
+
+#[test]
 fn what_inline_functions_write_is_permitted() {
     let mut guest = guest();
     guest.put(Gva(PER_CPU + 0x48), &words(&[HEAD]), DATA);

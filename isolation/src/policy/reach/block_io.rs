@@ -28,8 +28,7 @@ struct Part {
 impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     /// What is read into by the `bio` or the `request` at hand.
     pub(super) fn block_io(&mut self, item: &Item, id: TypeId, name: &str) {
-        let types = self.reach.types;
-        let Some(bio) = types.find_struct("bio") else {
+        let Some(bio) = self.reach.struct_named("bio") else {
             return;
         };
         let mut next = match name {
@@ -58,7 +57,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let (Some(array), Some(part), Some(piece)) = (
             self.member_value(at, bio, "bi_io_vec"),
             self.part(bio, at),
-            self.reach.types.find_struct("bio_vec"),
+            self.reach.struct_named("bio_vec"),
         ) else {
             return;
         };
@@ -106,7 +105,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
                 pieces,
             });
         }
-        let place = self.reach.types.find_member(bio, "bi_iter")?;
+        let place = self.reach.member_named(bio, "bi_iter")?;
         let at = at.checked_add(u64::from(place.bit_offset / 8))?;
         let member = |name| self.member_value(at, place.type_id, name);
         Some(Part {

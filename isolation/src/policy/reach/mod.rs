@@ -20,6 +20,7 @@
 
 mod arrays;
 mod block_io;
+mod names;
 mod path;
 mod rules;
 mod walk;
@@ -32,14 +33,16 @@ use serde::Serialize;
 use super::range_table::ObjectKind;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
-use crate::guest::btf::{Btf, Function, TypeId};
+use crate::guest::btf::{Btf, Function, Member, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 
+pub use names::Names;
 pub use path::Path;
 pub use rules::{Embedded, Followed, PacketData, PerCpuPointer, PrivateArea, Rules};
+use walk::Extent;
 
 /// Most objects that one question finds.
 pub const MAX_OBJECTS: usize = 1024;
@@ -87,6 +90,8 @@ pub struct Start {
 pub struct Reach<'a, M, A> {
     /// Types of the kernel and the module.
     pub types: &'a Btf,
+    /// What names mean in them.
+    pub names: &'a Names,
     /// Memory at the time of the call.
     pub virt: VirtMemory<'a, M>,
     /// Knows how far allocations go.
@@ -110,7 +115,40 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         arguments: &[u64; REGISTER_ARGUMENTS],
         starts: &[Start],
     ) -> Found {
-        let mut walk = walk::Walk::new(self);
+        let mut walk = walk::Walk::new(self, Extent::All);
+        self.enter_arguments(&mut walk, function, arguments);
+        for start in starts {
+            walk.enter(start.at, start.type_id, start.name.clone());
+        }
+        walk.run()
+    }
+
+    /// The objects alone that a call of `function` with these register arguments is about: those that they point at, with
+    /// what belongs to them. Part of what [`Self::objects`] finds, and far quicker.
+    pub fn near_objects(
+        &self,
+        function: &Function<'_>,
+        arguments: &[u64; REGISTER_ARGUMENTS],
+    ) -> Vec<Reached> {
+        let mut walk = walk::Walk::new(self, Extent::Near);
+        self.enter_arguments(&mut walk, function, arguments);
+        walk.run().objects
+    }
+
+    fn struct_named(&self, name: &'static str) -> Option<TypeId> {
+        self.names.find_struct(self.types, name)
+    }
+
+    fn member_named(&self, of: TypeId, name: &'static str) -> Option<Member> {
+        self.names.find_member(self.types, of, name)
+    }
+
+    fn enter_arguments(
+        &self,
+        walk: &mut walk::Walk<'_, '_, M, A>,
+        function: &Function<'_>,
+        arguments: &[u64; REGISTER_ARGUMENTS],
+    ) {
         let names = function
             .params
             .iter()
@@ -128,15 +166,11 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 walk.enter(Gva(*value), to, name);
             }
         }
-        for start in starts {
-            walk.enter(start.at, start.type_id, start.name.clone());
-        }
-        walk.run()
     }
 
     /// What is reached from `starts` alone.
     pub fn objects_from(&self, starts: &[Start]) -> Found {
-        let mut walk = walk::Walk::new(self);
+        let mut walk = walk::Walk::new(self, Extent::All);
         for start in starts {
             walk.enter(start.at, start.type_id, start.name.clone());
         }

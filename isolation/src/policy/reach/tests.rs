@@ -149,6 +149,7 @@ fn reach<'a>(
     let stack = GvaRange::new(Gva(STACK), 0x4000);
     Reach {
         types,
+        names: Box::leak(Box::default()),
         virt: guest.virt(),
         allocations,
         stack,
@@ -164,9 +165,12 @@ fn call(function: &str, arguments: &[u64]) -> Vec<(u64, u64, String)> {
     let mut registers = [0; REGISTER_ARGUMENTS];
     registers[..arguments.len()].copy_from_slice(arguments);
     let function = types.find_function(function).unwrap();
-    let found = reach(&types, &guest, &known)
-        .objects(&function, &registers, &[])
-        .objects;
+    let reach = reach(&types, &guest, &known);
+    let found = reach.objects(&function, &registers, &[]).objects;
+    // What is near is part of it.
+    for near in reach.near_objects(&function, &registers) {
+        assert!(found.iter().any(|one| one.range == near.range), "{near:?}");
+    }
     found
         .into_iter()
         .map(|o| (o.range.first().0, o.range.len_bytes(), o.label))

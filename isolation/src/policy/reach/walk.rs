@@ -1,6 +1,7 @@
 //! The walk along pointers.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
 
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, PrivateArea, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
@@ -28,6 +29,36 @@ const MAX_NESTING: usize = 8;
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 160;
 
+/// Types of pointers by which nobody reaches kernel memory as it is.
+const FOREIGN: [&str; 3] = ["user", "percpu", "iomem"];
+
+/// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is written out only for what is kept.
+#[derive(Clone, Copy)]
+enum Trail<'a> {
+    Object(&'a str),
+    Member(&'a Trail<'a>, &'a str),
+    Element(&'a Trail<'a>, u64),
+}
+
+impl fmt::Display for Trail<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Object(path) => f.write_str(path),
+            Self::Member(before, name) => write!(f, "{before}->{name}"),
+            Self::Element(before, index) => write!(f, "{before}[{index}]"),
+        }
+    }
+}
+
+/// How far a walk goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// To all that is reached.
+    All,
+    /// To the objects that it starts from, and what belongs to these without a pointer being followed to another object.
+    Near,
+}
+
 /// An object still to be looked at.
 pub(super) struct Item {
     pub at: Gva,
@@ -42,19 +73,24 @@ pub(super) struct Walk<'a, 'r, M, A> {
     queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
+    /// Where in `found` each range is.
+    ranges: HashMap<GvaRange, usize>,
     arrays: Vec<Gva>,
     members_left: usize,
+    extent: Extent,
 }
 
 impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
-    pub(super) fn new(reach: &'a Reach<'r, M, A>) -> Self {
+    pub(super) fn new(reach: &'a Reach<'r, M, A>, extent: Extent) -> Self {
         Self {
             reach,
             queue: VecDeque::new(),
             seen: HashSet::new(),
             found: Vec::new(),
+            ranges: HashMap::new(),
             arrays: Vec::new(),
             members_left: MAX_MEMBERS,
+            extent,
         }
     }
 
@@ -80,21 +116,25 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     fn push(&mut self, item: Item) {
-        let types = self.reach.types;
-        let plausible = item.at >= LOWEST && item.at <= HIGHEST && item.depth <= MAX_DEPTH;
-        let foreign = ["user", "percpu", "iomem"];
-        if !plausible
-            || self.found.len() + self.queue.len() >= MAX_OBJECTS
-            || foreign.iter().any(|tag| types.has_tag(item.type_id, tag))
-        {
-            return;
-        }
-        let behind = types
-            .resolve(item.type_id)
-            .map_or(item.type_id, |(id, _)| id);
-        if self.seen.insert((item.at, behind)) {
+        if self.is_wanted(item.at, item.type_id, item.depth) {
             self.queue.push_back(item);
         }
+    }
+
+    /// Whether the object of type `type_id` at `at` is to be looked at, which is so once.
+    fn is_wanted(&mut self, at: Gva, type_id: TypeId, depth: usize) -> bool {
+        let types = self.reach.types;
+        let plausible = at >= LOWEST && at <= HIGHEST && depth <= MAX_DEPTH;
+        let too_far = self.extent == Extent::Near && depth > 0;
+        if !plausible
+            || too_far
+            || self.found.len() + self.queue.len() >= MAX_OBJECTS
+            || types.has_tag(type_id, &FOREIGN)
+        {
+            return false;
+        }
+        let behind = types.resolve(type_id).map_or(type_id, |(id, _)| id);
+        self.seen.insert((at, behind))
     }
 
     fn look_at(&mut self, item: &Item) {
@@ -103,7 +143,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             return;
         };
         let allocation = self.allocation(item.at);
-        let rest = self.rest(item.at);
+        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
         match kind {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
                 let name = types.name(id);
@@ -172,7 +212,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         {
             let base = self.member_value(item.at, id, rule.base);
             let end = self.member_value(item.at, id, rule.end);
-            let trailer = self.reach.types.find_struct(rule.trailer);
+            let trailer = self.reach.struct_named(rule.trailer);
             let trailer = trailer.and_then(|id| self.reach.types.size_of(id));
             let (Some(base), Some(end), Some(trailer)) = (base, end, trailer) else {
                 continue;
@@ -188,6 +228,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
 
     /// Pointers of the kernel's that the rules follow.
     fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
+        if self.extent == Extent::Near {
+            return;
+        }
         let types = self.reach.types;
         let is_const = types.is_const(item.type_id);
         for rule in self
@@ -221,7 +264,10 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
                 continue;
             }
-            let own = rule.is.iter().find_map(|name| types.find_struct(name));
+            let own = rule
+                .is
+                .iter()
+                .find_map(|name| self.reach.struct_named(name));
             let own = own.filter(|id| types.is_own(*id));
             let is_void = matches!(types.resolve(to), Some((_, Kind::Void)));
             let own = own.or_else(|| {
@@ -244,7 +290,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     /// Data of the current processor that the rules know of.
     fn per_cpu(&mut self, item: &Item, id: TypeId, name: &str) {
         let types = self.reach.types;
-        let Some(base) = self.reach.per_cpu_base else {
+        let wanted = self.reach.per_cpu_base;
+        let Some(base) = wanted.filter(|_| self.extent == Extent::All) else {
             return;
         };
         for rule in self
@@ -257,7 +304,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             let members = rule
                 .members
                 .iter()
-                .filter_map(|name| types.find_member(id, name));
+                .filter_map(|name| self.reach.member_named(id, name));
             let sized = members.filter_map(|member| {
                 let to = types.pointee(member.type_id)?;
                 Some((types.size_of(to)?, member, to))
@@ -277,7 +324,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
 
     /// Data of the current processor that was handed out to the driver (`alloc_percpu`), if `pointer`, which the driver
     /// has, is a per-CPU address.
-    fn per_cpu_data(&mut self, pointer: u64, to: TypeId, path: &str) {
+    fn per_cpu_data(&mut self, pointer: u64, to: TypeId, trail: Trail<'_>) {
         let reach = self.reach;
         let (Some(base), Some(first)) = (reach.per_cpu_base, reach.per_cpu_handed_out) else {
             return;
@@ -286,7 +333,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let bytes = reach.types.size_of(to).filter(|_| is_per_cpu);
         let range = bytes.and_then(|bytes| GvaRange::new(Gva(base.wrapping_add(pointer)), bytes));
         if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
-            self.add(range, ObjectKind::Other, to, path);
+            self.add(range, ObjectKind::Other, to, &trail.to_string());
         }
     }
 
@@ -309,10 +356,16 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         };
         let path = format!("{}->private", item.path);
         self.add(area, ObjectKind::PrivateArea, id, &path);
+        if self.extent == Extent::Near {
+            return;
+        }
         // Whose type it is nobody says; but it most often points back.
         let owner = self.structure_that_points_back(area, id, item.at);
         let told = || {
-            let found = rule.is.iter().find_map(|name| types.find_struct(name))?;
+            let found = rule
+                .is
+                .iter()
+                .find_map(|name| self.reach.struct_named(name))?;
             types.is_own(found).then_some(found)
         };
         if let Some(type_id) = owner.map(|(id, _)| id).or_else(told) {
@@ -368,21 +421,32 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
 
     /// Follows the pointers in the first elements of an array of a driver's structures.
     fn follow_elements(&mut self, item: &Item, id: TypeId, bytes: u64, range: GvaRange) {
+        if self.extent == Extent::Near {
+            return;
+        }
         let count = range.len_bytes().checked_div(bytes).unwrap_or(0);
         let count = if count > MAX_ELEMENTS { 1 } else { count };
         for element in 0..count {
             let Some(at) = item.at.checked_add(element * bytes) else {
                 return;
             };
-            let path = match element {
-                0 => item.path.clone(),
-                n => format!("{}[{n}]", item.path),
+            let object = Trail::Object(&item.path);
+            let trail = match element {
+                0 => object,
+                n => Trail::Element(&object, n),
             };
-            self.follow_members(item, id, at, &path, MAX_NESTING);
+            self.follow_members(item, id, at, trail, MAX_NESTING);
         }
     }
 
-    fn follow_members(&mut self, item: &Item, id: TypeId, at: Gva, path: &str, nesting: usize) {
+    fn follow_members(
+        &mut self,
+        item: &Item,
+        id: TypeId,
+        at: Gva,
+        trail: Trail<'_>,
+        nesting: usize,
+    ) {
         let types = self.reach.types;
         let Some(nesting) = nesting.checked_sub(1) else {
             return;
@@ -399,17 +463,17 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             let Some(here) = at.checked_add(u64::from(member.bit_offset / 8)) else {
                 return;
             };
-            let path = match types.string(member.name_at) {
-                "" => path.to_owned(),
-                name => format!("{path}->{name}"),
+            let trail = match types.string(member.name_at) {
+                "" => trail,
+                name => Trail::Member(&trail, name),
             };
-            self.follow(item, member.type_id, here, &path, nesting);
+            self.follow(item, member.type_id, here, trail, nesting);
         }
     }
 
     /// Follows what is in a driver's structure at `at`: a pointer, an array of them, or a structure
     /// of the driver's.
-    fn follow(&mut self, item: &Item, type_id: TypeId, at: Gva, path: &str, nesting: usize) {
+    fn follow(&mut self, item: &Item, type_id: TypeId, at: Gva, trail: Trail<'_>, nesting: usize) {
         let types = self.reach.types;
         let Some(left) = self.members_left.checked_sub(1) else {
             return;
@@ -418,18 +482,19 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         match types.resolve(type_id) {
             Some((_, Kind::Pointer(to))) => {
                 let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
-                if let Some(target) = self.read_word(at).filter(|_| !is_code) {
-                    self.per_cpu_data(target, to, path);
+                let target = (!is_code).then(|| self.read_word(at)).flatten();
+                if let Some(target) = target {
+                    self.per_cpu_data(target, to, trail);
                     let depth = item.depth + 1;
-                    let path = path.to_owned();
-                    let kind = ObjectKind::Allocated;
-                    self.push(Item {
-                        at: Gva(target),
-                        type_id: to,
-                        path,
-                        depth,
-                        kind,
-                    });
+                    if self.is_wanted(Gva(target), to, depth) {
+                        self.queue.push_back(Item {
+                            at: Gva(target),
+                            type_id: to,
+                            path: trail.to_string(),
+                            depth,
+                            kind: ObjectKind::Allocated,
+                        });
+                    }
                 }
             }
             Some((_, Kind::Array { element, count })) => {
@@ -444,23 +509,26 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
                         return;
                     };
-                    self.follow(item, element, here, &format!("{path}[{index}]"), nesting);
+                    self.follow(item, element, here, Trail::Element(&trail, index), nesting);
                 }
             }
             Some((id, Kind::Struct { .. } | Kind::Union { .. })) if types.is_own(id) => {
-                self.follow_members(item, id, at, path, nesting);
+                self.follow_members(item, id, at, trail, nesting);
             }
             // The kernel's structures inside the driver's hold the kernel's pointers.
             Some((id, Kind::Struct { .. })) => {
-                let embedded = Item {
-                    at,
-                    type_id: id,
-                    path: path.to_owned(),
-                    depth: item.depth,
-                    kind: item.kind,
-                };
-                self.followed(&embedded, id, types.name(id));
-                self.arrays.extend(self.array(at, id, types.name(id)));
+                let name = types.name(id);
+                if self.reach.rules.followed.iter().any(|rule| rule.of == name) {
+                    let embedded = Item {
+                        at,
+                        type_id: id,
+                        path: trail.to_string(),
+                        depth: item.depth,
+                        kind: item.kind,
+                    };
+                    self.followed(&embedded, id, name);
+                }
+                self.arrays.extend(self.array(at, id, name));
             }
             _ => {}
         }
@@ -473,15 +541,15 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         match member {
             None => Some(at),
             Some(member) => {
-                let member = self.reach.types.find_member(id, member)?;
+                let member = self.reach.member_named(id, member)?;
                 at.checked_add(u64::from(member.bit_offset / 8))
             }
         }
     }
 
-    pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &str) -> Option<u64> {
+    pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &'static str) -> Option<u64> {
         let types = self.reach.types;
-        let member = types.find_member(id, name)?;
+        let member = self.reach.member_named(id, name)?;
         let bytes = types.size_of(member.type_id).filter(|bytes| *bytes <= 8)?;
         let value = self.word_at(at, &member)?;
         Some(if bytes == 8 {
@@ -518,8 +586,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     /// Takes an object that consists of structures of type `id`.
     fn add_known(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         self.add(range, kind, id, path);
-        let mut found = self.found.iter_mut();
-        if let Some(object) = found.find(|object| object.range == range) {
+        let found = self.ranges.get(&range).copied();
+        if let Some(object) = found.and_then(|index| self.found.get_mut(index)) {
             object.layout.get_or_insert(id);
         }
     }
@@ -528,6 +596,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     pub(super) fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         let mut byte = [0];
         if self.found.len() >= MAX_OBJECTS
+            || self.ranges.contains_key(&range)
             || self.reach.virt.read(range.first(), &mut byte).is_err()
         {
             return;
@@ -540,14 +609,13 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             }
             label.truncate(end);
         }
-        if !self.found.iter().any(|other| other.range == range) {
-            self.found.push(Reached {
-                range,
-                kind,
-                label,
-                layout: None,
-            });
-        }
+        self.ranges.insert(range, self.found.len());
+        self.found.push(Reached {
+            range,
+            kind,
+            label,
+            layout: None,
+        });
     }
 }
 
