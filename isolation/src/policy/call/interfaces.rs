@@ -20,8 +20,10 @@ const MAX_INTERFACES: usize = 64;
 pub(super) struct InterfaceList {
     /// `struct net_device`.
     pub(super) type_id: TypeId,
-    /// `init_net.dev_base_head`.
-    head: Gva,
+    /// `init_net`.
+    namespace: Gva,
+    /// `net.dev_base_head`.
+    head: u64,
     /// `net_device.dev_list`.
     link: u64,
     /// `net_device.netdev_ops`.
@@ -36,10 +38,10 @@ impl InterfaceList {
             Some(u64::from(member.bit_offset / 8))
         };
         let type_id = types.find_struct("net_device")?;
-        let namespace = symbols.kernel_symbol("init_net")?.at;
         Some(Self {
             type_id,
-            head: namespace.checked_add(offset(types.find_struct("net")?, "dev_base_head")?)?,
+            namespace: symbols.kernel_symbol("init_net")?.at,
+            head: offset(types.find_struct("net")?, "dev_base_head")?,
             link: offset(type_id, "dev_list")?,
             operations: offset(type_id, "netdev_ops")?,
         })
@@ -58,26 +60,35 @@ impl InterfaceList {
         operations.is_some_and(|at| sections.iter().any(|section| section.contains(Gva(at))))
     }
 
-    /// The interfaces that have their operations in one of `sections`. Stops where the list is
-    /// damaged.
+    /// The interfaces in the network `namespaces` (in the first one if they are not known) that have their operations in one of
+    /// `sections`. Stops in each where its list is damaged.
     pub(super) fn find<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
+        namespaces: &[Gva],
         sections: &[GvaRange],
     ) -> Vec<Gva> {
-        let mut found = Vec::new();
-        let mut at = self.head;
-        for _ in 0..MAX_LISTED {
-            let Ok(next) = virt.read_u64(at) else { break };
-            at = Gva(next);
-            if at == self.head {
-                break;
-            }
-            let Some(interface) = at.checked_sub(self.link) else {
-                break;
-            };
-            if self.is_drivers(virt, interface, sections) {
-                found.push(interface);
+        let first = [self.namespace];
+        let namespaces = match namespaces.is_empty() {
+            true => &first,
+            false => namespaces,
+        };
+        let (mut found, mut left) = (Vec::new(), MAX_LISTED);
+        for head in namespaces.iter().filter_map(|at| at.checked_add(self.head)) {
+            let mut at = head;
+            while left > 0 {
+                left -= 1;
+                let Ok(next) = virt.read_u64(at) else { break };
+                at = Gva(next);
+                if at == head {
+                    break;
+                }
+                let Some(interface) = at.checked_sub(self.link) else {
+                    break;
+                };
+                if self.is_drivers(virt, interface, sections) {
+                    found.push(interface);
+                }
             }
         }
         found
@@ -91,7 +102,9 @@ impl DriverPolicy {
             return;
         };
         self.listed = true;
-        for at in list.find(memory.private, &self.sections) {
+        let namespaces = self.namespaces.as_ref();
+        let nets = namespaces.map_or_else(Vec::new, |all| all.all(memory.private));
+        for at in list.find(memory.private, &nets, &self.sections) {
             self.add_interface(Start {
                 at,
                 type_id: list.type_id,

@@ -9,7 +9,8 @@
 //!    5. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
 //!    6. reached when the call began, not any more     the same as 4 in memory as it was then
-//!    7. kept in an array of the driver's              an xarray in what is reached
+//!    7. of a network namespace                        counts of references, what the driver keeps in each
+//!    8. kept in an array of the driver's              an xarray in what is reached
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -21,6 +22,7 @@ mod before;
 mod handed_out;
 mod interfaces;
 mod kept;
+mod namespaces;
 mod opening;
 mod restorable;
 
@@ -46,6 +48,7 @@ pub use before::MemoryBefore;
 use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
+use namespaces::Namespaces;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
@@ -138,7 +141,9 @@ pub struct DriverPolicy {
     interface_arguments: HashMap<String, Vec<usize>>,
     /// Where the guest has its interfaces; `None` if that is not known.
     list: Option<InterfaceList>,
-    /// This call has looked there already.
+    /// The guest's network namespaces; `None` if they are not known.
+    namespaces: Option<Namespaces>,
+    /// This call has looked for interfaces already.
     listed: bool,
     /// What was handed out to earlier calls.
     owned: Arc<EarlierAllocations>,
@@ -192,6 +197,7 @@ impl DriverPolicy {
         };
         let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
         let list = InterfaceList::new(&types, symbols);
+        let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
         Ok(Self {
             completions,
@@ -207,6 +213,7 @@ impl DriverPolicy {
             interfaces: Vec::new(),
             interface_arguments: HashMap::new(),
             list,
+            namespaces,
             listed: false,
             owned: Arc::default(),
             arrays: BTreeSet::new(),

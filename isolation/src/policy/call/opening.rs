@@ -1,4 +1,4 @@
-//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 7 of the parent
+//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 8 of the parent
 //! module's picture.
 
 use std::sync::Arc;
@@ -45,6 +45,7 @@ impl DriverPolicy {
         self.resolve(memory);
         self.table.may_write(one)
             || self.open_as_it_began(memory, one)
+            || self.open_in_namespace(memory, at)
             || self.open_kept(memory, at)
     }
 
@@ -270,7 +271,7 @@ impl DriverPolicy {
     }
 
     /// Opens an object for this call; `false` if the table is full.
-    fn open(&mut self, range: GvaRange, kind: ObjectKind, label: String) -> bool {
+    pub(super) fn open(&mut self, range: GvaRange, kind: ObjectKind, label: String) -> bool {
         if self.table.may_write(range) {
             return true;
         }

@@ -14,6 +14,7 @@ const DIRECT: u64 = 0xffff_8880_0000_0000;
 const VMALLOC: u64 = 0xffff_c900_0000_0000;
 const VMEMMAP: u64 = 0xffff_ea00_0000_0000;
 const BASES: u64 = 0xffff_ffff_8200_0000;
+const NAMESPACES: u64 = BASES + 0x100;
 const MODULE: u64 = 0xffff_ffff_c000_0000;
 const VARIABLES: u64 = MODULE + 0x1000;
 const PER_CPU: u64 = DIRECT + 0x1_0000;
@@ -69,7 +70,15 @@ fn types() -> Arc<Btf> {
             ("prio", int, 0x48),
         ],
     );
-    e.structure("net", 64, &[("dev_base_head", pointer, 8)]);
+    let count = e.structure("refcount_struct", 4, &[("refs", int, 0)]);
+    let common = e.structure("ns_common", 8, &[("inum", int, 0), ("count", count, 4)]);
+    let net = [
+        ("dev_base_head", pointer, 8),
+        ("list", pointer, 16),
+        ("gen", pointer, 24),
+        ("ns", common, 32),
+    ];
+    e.structure("net", 64, &net);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
     let device = e.pointer(base.find_struct("net_device").unwrap());
@@ -126,11 +135,13 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n{:x} D init_net\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n",
         BASES,
         BASES + 8,
         BASES + 16,
-        BASES + 32
+        BASES + 32,
+        NAMESPACES,
+        VARIABLES + 16
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [
@@ -197,6 +208,38 @@ fn what_was_in_the_drivers_structures_when_the_call_began_may_be_written_when_it
     // Nor is it the next call's.
     policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
     assert!(!ask(&mut policy, &now, &now, ring, 64));
+}
+
+#[test]
+fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_is_its_own() {
+    let (other, kept) = (OBJECTS + 512, OBJECTS + 768);
+    let mut guest = guest();
+    guest.put(Gva(other + 128), &words(&[0]), DATA);
+    guest.put(Gva(NAMESPACES), &words(&[other + 16]), DATA);
+    guest.put(Gva(other + 16), &words(&[NAMESPACES, HEAD]), DATA);
+    guest.put(Gva(VARIABLES + 16), &words(&[3]), DATA);
+    guest.put(Gva(HEAD + 3 * 8), &words(&[kept]), DATA);
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    for net in [BASES + 32, other] {
+        assert!(may(net + 36, 4));
+        assert!(!may(net + 32, 4), "its number");
+        assert!(!may(net + 40, 1));
+    }
+    assert!(may(kept, 256));
+    assert!(!may(HEAD, 8), "the table of what drivers keep there");
+    guest.put(Gva(VARIABLES + 16), &words(&[4]), DATA);
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    assert!(
+        !ask(&mut policy, &guest, &guest, kept, 8),
+        "another driver's"
+    );
+    // An end that leads nowhere, and a number that cannot be.
+    guest.put(Gva(other + 16), &words(&[8, u64::MAX]), DATA);
+    guest.put(Gva(VARIABLES + 16), &words(&[u64::MAX]), DATA);
+    assert!(!ask(&mut policy, &guest, &guest, kept, 8));
 }
 
 #[test]

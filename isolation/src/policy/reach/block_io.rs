@@ -1,8 +1,8 @@
-//! The memory that a block I/O reads into: pages that somebody wants filled, and that inline functions map and fill.
+//! The memory that a block I/O or an argument reads into: pages that somebody wants filled, and that inline functions map and fill.
 
 use super::walk::{Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::FindAllocation;
+use crate::guest::allocations::{AllocationKind, FindAllocation};
 use crate::guest::btf::TypeId;
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
@@ -26,6 +26,19 @@ struct Part {
 }
 
 impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
+    /// What the page that an argument stands for holds (`rw_page` in include/linux/blkdev.h, `read_folio` in include/linux/fs.h).
+    pub(super) fn page(&mut self, item: &Item, id: TypeId, name: &str) {
+        if name != "page" && name != "folio" || item.kind != ObjectKind::Argument {
+            return;
+        }
+        let first = self.reach.allocations.page_address(item.at);
+        let whole = first.and_then(|first| self.allocation(first));
+        let whole = whole.filter(|all| all.kind == AllocationKind::Pages);
+        if let Some(range) = whole.map(|all| all.range) {
+            self.add(range, ObjectKind::Passing, id, &item.path);
+        }
+    }
+
     /// What is read into by the `bio` or the `request` at hand.
     pub(super) fn block_io(&mut self, item: &Item, id: TypeId, name: &str) {
         let Some(bio) = self.reach.struct_named("bio") else {

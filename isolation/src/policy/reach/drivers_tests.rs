@@ -72,6 +72,10 @@ fn types() -> Arc<Btf> {
     let slots = e.array(void, 64);
     e.structure("xa_node", 576, &[("slots", slots, 40)]);
     e.structure("net_device", 64, &[]);
+    e.structure("page", 64, &[]);
+    let buckets = e.structure("bucket_table", 64, &[]);
+    let buckets = e.pointer(buckets);
+    e.structure("rhashtable", 16, &[("ht", word, 0), ("tbl", buckets, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
 
     let mut e = Encoder::new(Some(&base));
@@ -91,6 +95,12 @@ fn types() -> Arc<Btf> {
         ("numbers", base.find_struct("idr").unwrap(), 72),
     ];
     e.structure("my_disk", 96, &mine);
+    let table = base.find_struct("rhashtable").unwrap();
+    let table = e.structure("my_table", 24, &[("n", counts, 0), ("names", table, 8)]);
+    let table = e.pointer(table);
+    let page = pointer(&mut e, "page");
+    e.function("my_forget", TypeId::VOID, &[("table", table)]);
+    e.function("my_read", TypeId::VOID, &[("page", page)]);
     let int = e.int("int", 4, 1);
     let inner = e.structure("ifb_q_private", 32, &[]);
     let inner = e.pointer(inner);
@@ -131,7 +141,7 @@ fn guest(opf: u64) -> TestGuest {
 
 /// First byte and length of what a call reaches.
 fn call(guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
-    let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128)];
+    let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128), (PAGE, 4096)];
     let (types, known) = (types(), Known(sizes.into()));
     let reach = super::reach(&types, guest, &known);
     let function = types.find_function(function).unwrap();
@@ -260,6 +270,23 @@ fn per_cpu_memory_that_was_handed_out_is_reached_and_the_kernels_own_is_not() {
 #[test]
 fn a_ring_of_pointers_is_reached_to_its_end() {
     assert!(call(&guest(1), "my_submit", BIO).contains(&(RING, 128)));
+}
+
+#[test]
+fn what_is_in_a_page_that_an_argument_stands_for_may_be_written() {
+    let found = call(&guest(1), "my_read", DESCRIPTION);
+    assert!(found.contains(&(PAGE, 4096)), "{found:x?}");
+    let found = call(&guest(1), "my_read", DESCRIPTION - 64);
+    assert!(found.iter().all(|(at, _)| *at != PAGE), "{found:x?}");
+}
+
+#[test]
+fn the_buckets_of_a_hash_table_are_reached_to_their_end() {
+    let mut guest = guest(1);
+    guest.put(Gva(MINE), &[0; 24], DATA);
+    guest.put(Gva(MINE + 16), &RING.to_le_bytes(), DATA);
+    let found = call(&guest, "my_forget", MINE);
+    assert!(found.contains(&(RING, 128)), "{found:x?}");
 }
 
 #[test]

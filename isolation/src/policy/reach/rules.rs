@@ -112,6 +112,7 @@ impl Rules {
             "tasklet_struct",
             "notifier_block",
             "config_item",
+            "bucket_table",
         ],
         followed: &[
             // `netif_tx_stop_queue`, `__netif_tx_lock`.
@@ -178,6 +179,23 @@ impl Rules {
             Followed {
                 of: "block_device",
                 member: "bd_disk->private_data",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            // `rhashtable_insert_fast`, `rhashtable_remove_fast` (include/linux/rhashtable.h): buckets, whose lowest bit is
+            // their lock.
+            Followed {
+                of: "rhashtable",
+                member: "tbl",
+                count: None,
+                is: &[],
+                from_const: false,
+            },
+            // `mapping_set_gfp_mask`, of the file that a loop device is on.
+            Followed {
+                of: "loop_device",
+                member: "lo_backing_file->f_mapping",
                 count: None,
                 is: &[],
                 from_const: false,

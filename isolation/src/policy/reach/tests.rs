@@ -34,9 +34,13 @@ impl FindAllocation for Known {
     fn allocation_at(&self, at: Gva) -> Option<Allocation> {
         let (first, len) = self.0.range(..=at.0).next_back()?;
         let range = GvaRange::new(Gva(*first), *len).filter(|range| range.contains(at))?;
+        let kind = match *first {
+            BUFFER => AllocationKind::Pages,
+            _ => AllocationKind::Slab,
+        };
         Some(Allocation {
             range,
-            kind: AllocationKind::Slab,
+            kind,
             cache: None,
         })
     }

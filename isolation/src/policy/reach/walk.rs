@@ -179,6 +179,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
                 self.packet_data(item, id, name);
                 self.block_io(item, id, name);
+                self.page(item, id, name);
                 self.private_area(item, id, name, bytes.into(), rest);
                 self.followed(item, id, name);
                 self.per_cpu(item, id, name);
@@ -571,7 +572,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.reach.stack.is_some_and(|stack| stack.contains(at))
     }
 
-    fn allocation(&self, at: Gva) -> Option<Allocation> {
+    pub(super) fn allocation(&self, at: Gva) -> Option<Allocation> {
         self.reach
             .allocations
             .allocation_at(at)

@@ -1,0 +1,171 @@
+//! The guest's network namespaces: what inline functions of the kernel write in them, and what a driver keeps in each.
+
+use super::{CallMemory, DriverPolicy};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::FindAllocation;
+use crate::guest::btf::{Btf, Kind, TypeId};
+use crate::guest::paging::VirtMemory;
+use crate::guest::phys::GuestPhys;
+use crate::guest::symbols::SymbolTable;
+use crate::policy::range_table::ObjectKind;
+
+/// Most namespaces that are looked at.
+const MAX_NAMESPACES: usize = 1024;
+
+/// Most kinds of data of each namespace that one driver has.
+const MAX_KINDS: usize = 64;
+
+/// Most of what all drivers together keep in a namespace that is believed (`max_gen_ptrs`, net/core/net_namespace.c).
+const MAX_NUMBER: u64 = 4096;
+
+/// What a driver's variables end with that have the number of what it keeps in each namespace (`net_generic`,
+/// include/net/netns/generic.h).
+const NUMBERS: &str = "_net_id";
+
+/// What counts references that inline functions take (`get_net`).
+const REFERENCES: &str = "refcount_struct";
+
+/// Deepest nesting of structures that counts are looked for in.
+const MAX_NESTING: usize = 4;
+
+/// Where the guest's kernel has its network namespaces.
+#[derive(Debug)]
+pub(super) struct Namespaces {
+    /// `init_net`.
+    first: Gva,
+    /// `net_namespace_list`, if it is known.
+    list: Option<Gva>,
+    /// Bytes of a `struct net`.
+    bytes: u64,
+    /// `net.list`.
+    link: u64,
+    /// `net.gen`.
+    generic: u64,
+    /// Counts of references, in a `struct net`.
+    references: Vec<GvaRange>,
+    /// The driver's variables with numbers of what it keeps in each.
+    numbers: Vec<Gva>,
+}
+
+impl Namespaces {
+    /// `None` for a kernel without network, or with other namespaces.
+    pub(super) fn new(types: &Btf, symbols: &SymbolTable, module: &str) -> Option<Self> {
+        let net = types.find_struct("net")?;
+        let offset = |name| {
+            let member = types.find_member(net, name)?;
+            Some(u64::from(member.bit_offset / 8))
+        };
+        let mut references = Vec::new();
+        counts(types, net, 0, MAX_NESTING, &mut references);
+        let numbers = symbols.in_module(module);
+        let numbers = numbers.filter(|symbol| symbol.name.ends_with(NUMBERS));
+        let list = symbols.kernel_symbol("net_namespace_list");
+        Some(Self {
+            first: symbols.kernel_symbol("init_net")?.at,
+            list: list.map(|symbol| symbol.at),
+            bytes: types.size_of(net)?,
+            link: offset("list")?,
+            generic: offset("gen")?,
+            references,
+            numbers: numbers.map(|symbol| symbol.at).take(MAX_KINDS).collect(),
+        })
+    }
+
+    /// All namespaces. Stops where the list is damaged.
+    pub(super) fn all<M: GuestPhys>(&self, virt: VirtMemory<'_, M>) -> Vec<Gva> {
+        let mut found = vec![self.first];
+        let Some(head) = self.list else { return found };
+        let mut at = head;
+        while found.len() < MAX_NAMESPACES {
+            let Some(next) = virt.read_u64(at).ok().map(Gva).filter(|at| *at != head) else {
+                break;
+            };
+            at = next;
+            let Some(net) = at.checked_sub(self.link) else {
+                break;
+            };
+            if net != self.first {
+                found.push(net);
+            }
+        }
+        found
+    }
+
+    /// The count of references that `at` is part of, in one of `all`.
+    fn reference_count(&self, all: &[Gva], at: Gva) -> Option<GvaRange> {
+        let net = all
+            .iter()
+            .find(|net| at.0.wrapping_sub(net.0) < self.bytes)?;
+        let offset = Gva(at.0 - net.0);
+        let count = self
+            .references
+            .iter()
+            .find(|count| count.contains(offset))?;
+        GvaRange::new(net.checked_add(count.first().0)?, count.len_bytes())
+    }
+
+    /// Where what the driver keeps in each of `all` begins.
+    fn kept<'a, M: GuestPhys>(
+        &'a self,
+        virt: VirtMemory<'a, M>,
+        all: &'a [Gva],
+    ) -> impl Iterator<Item = Gva> + 'a {
+        let read = move |at: Gva, offset: u64| virt.read_u64(at.checked_add(offset)?).ok();
+        let numbers = self.numbers.iter().filter_map(move |at| {
+            let number = read(*at, 0)? & u64::from(u32::MAX);
+            (number < MAX_NUMBER).then_some(number)
+        });
+        numbers.flat_map(move |number| {
+            all.iter().filter_map(move |net| {
+                let generic = Gva(read(*net, self.generic)?);
+                read(generic, number * 8).map(Gva)
+            })
+        })
+    }
+}
+
+/// Offsets of all counts of references in the structure `id`, which begins at `at`.
+fn counts(types: &Btf, id: TypeId, at: u64, nesting: usize, found: &mut Vec<GvaRange>) {
+    let Some(nesting) = nesting.checked_sub(1) else {
+        return;
+    };
+    let Some((id, Kind::Struct { bytes, members } | Kind::Union { bytes, members })) =
+        types.resolve(id)
+    else {
+        return;
+    };
+    if types.name(id) == REFERENCES {
+        found.extend(GvaRange::new(Gva(at), bytes.into()));
+        return;
+    }
+    for member in members.iter() {
+        let offset = at + u64::from(member.bit_offset / 8);
+        counts(types, member.type_id, offset, nesting, found);
+    }
+}
+
+impl DriverPolicy {
+    /// Opens the count of references to a namespace, or what the driver keeps in one, if `at` lies there.
+    pub(super) fn open_in_namespace<M: GuestPhys>(
+        &mut self,
+        memory: &CallMemory<'_, M>,
+        at: Gva,
+    ) -> bool {
+        let Some(namespaces) = &self.namespaces else {
+            return false;
+        };
+        let all = namespaces.all(memory.private);
+        if let Some(count) = namespaces.reference_count(&all, at) {
+            let label = "references to a network namespace".into();
+            return self.open(count, ObjectKind::Other, label);
+        }
+        let allocations = self.memory.with(memory.private);
+        let found = namespaces.kept(memory.private, &all).find_map(|kept| {
+            let found = allocations.allocation_at(kept)?.range;
+            found.contains(at).then_some(found)
+        });
+        let Some(range) = found else { return false };
+        let label = "what the driver keeps in a network namespace".into();
+        self.open(range, ObjectKind::Allocated, label)
+    }
+}
