@@ -15,5 +15,6 @@ pub mod report;
 pub mod run;
 pub mod runtime_dir;
 pub mod serve;
+pub mod sweep;
 pub mod top;
 pub mod words;

@@ -33,6 +33,7 @@ pub mod modules;
 pub mod spec;
 mod stage;
 mod stages;
+mod swept;
 mod userland;
 
 pub use build::build;

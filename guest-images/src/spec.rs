@@ -4,6 +4,7 @@ use agent_protocol::init_config::{BootModule, InitConfig, Mount};
 use serde::Serialize;
 
 use crate::kernels::KernelSource;
+use crate::swept::sweep_image;
 
 /// Images that are built from one kernel.
 #[derive(Clone, Debug, Serialize)]
@@ -69,7 +70,7 @@ pub fn images_of(kernel: &'static KernelSource) -> ImageSet {
     let lab = kernel.is_default().then(lab_image);
     ImageSet {
         kernel,
-        images: [small_image(), full_image()]
+        images: [small_image(), full_image(), sweep_image()]
             .into_iter()
             .chain(lab)
             .collect(),

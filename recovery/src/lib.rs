@@ -15,6 +15,7 @@
 //! | `resume_device` | a driver's own suspend and resume functions, called; devices that rest |
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
+//! | `sweep` | modules of a kernel's package, one after the other: what they do, and what came of it |
 //! | `switch` | a device goes from one guest to another: the steps, and what becomes of it when one fails |
 //! | `turn` | whose turn it is to change drivers |
 //! | `upgrade` | another build of a driver in the place of the one that runs |
@@ -38,6 +39,7 @@ mod rest;
 pub mod resume_device;
 mod rungs;
 pub mod supervisor;
+pub mod sweep;
 pub mod switch;
 mod turn;
 pub mod upgrade;

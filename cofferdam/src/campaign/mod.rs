@@ -3,7 +3,7 @@
 
 pub mod alarms;
 mod jobs;
-mod patience;
+pub mod patience;
 pub mod worker;
 
 use std::collections::BTreeMap;

@@ -11,12 +11,43 @@ use agent_protocol::client::Channel;
 use agent_protocol::message::Exec;
 use agent_protocol::{Client, ClientError};
 
+use crate::bench::guest::{Guest, text_from};
+
 /// Between two looks at the guest.
 const POLL: Duration = Duration::from_millis(200);
 
+/// Longest output of a script that is looked at, in bytes: an honest one writes a few thousand.
+const MAX_OUTPUT: usize = 1 << 20;
+
+/// Whether this is of the console of a guest whose kernel has panicked (`panic` in kernel/panic.c).
+pub fn has_panicked(console: &str) -> bool {
+    console.contains("Kernel panic - not syncing")
+}
+
+/// What a script writes in the guest until it ends, its time is up, or the guest panics, as its console says behind byte `heard`.
+pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration) -> String {
+    guest.agent().disconnect();
+    let mut output = Vec::new();
+    let exec = Exec {
+        argv: ["sh".to_owned(), "-c".to_owned(), script].into(),
+        limit_ms: Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+        ..Exec::default()
+    };
+    let mut collect = |bytes: Vec<u8>| {
+        if output.len() < MAX_OUTPUT {
+            output.extend(bytes);
+        }
+    };
+    let console = guest.console_file();
+    let has_ended = || has_panicked(&text_from(&console, heard));
+    // What it said before it hung counts.
+    let _ended = exec_unless(has_ended, &guest.paths().agent_socket(), exec, &mut collect);
+    String::from_utf8_lossy(&output).into_owned()
+}
+
 /// Runs a program in a guest by a channel of its own, which is closed when the guest `has_ended`. Gives its output away as it
 /// comes.
-pub fn exec_unless(
+fn exec_unless(
     has_ended: impl Fn() -> bool + Sync,
     agent: &Path,
     exec: Exec,

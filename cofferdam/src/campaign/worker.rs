@@ -12,7 +12,7 @@ mod look;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use agent_protocol::message::{Bytes, Exec};
+use agent_protocol::message::Bytes;
 use anyhow::{Context, bail, ensure};
 use devices::clock::monotonic_ns;
 use devices::edge::{EdgeKind, When};
@@ -30,13 +30,12 @@ use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 
 use super::alarms::EntryCalls;
-use super::patience::exec_unless;
-use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions, text_from};
+use super::patience::output_of;
+use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
 use edge::order;
-use look::has_panicked;
 
 /// Names of the marks.
 const NATIVE: &str = "native";
@@ -49,9 +48,6 @@ const FIRST_TIME: Duration = Duration::from_secs(300);
 /// a lab is not always as fast.
 const TIMES: u32 = 3;
 const LONGER: Duration = Duration::from_secs(10);
-
-/// Longest output of a workload that is looked at, in bytes: an honest one writes a few thousand.
-const MAX_OUTPUT: usize = 1 << 20;
 
 /// What is to be tried.
 #[derive(Debug, Clone)]
@@ -223,7 +219,7 @@ impl Worker {
     fn learn_calls(&mut self, progress: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
         self.rewind(NATIVE)?;
         let script = self.workload.traced_script(INTERFACE, GATEWAY);
-        let output = self.output_of(script, FIRST_TIME)?;
+        let output = output_of(&mut self.guest, self.heard, script, FIRST_TIME);
         self.calls = self.workload.read_calls(&output);
         if self.calls.is_empty() {
             progress("its kernel does not tell: each trial has all of the work");
@@ -373,30 +369,9 @@ impl Worker {
 
     /// Has the guest do this part of the workload.
     fn work(&mut self, part: &Workload, limit: Duration) -> anyhow::Result<Outcome> {
-        let output = self.output_of(part.script(INTERFACE, GATEWAY), limit)?;
+        let script = part.script(INTERFACE, GATEWAY);
+        let output = output_of(&mut self.guest, self.heard, script, limit);
         Ok(part.read_output(&output))
-    }
-
-    /// What a script writes in the guest, until it ends, the guest panics or its time is up.
-    fn output_of(&mut self, script: String, limit: Duration) -> anyhow::Result<String> {
-        self.guest.agent().disconnect();
-        let mut output = Vec::new();
-        let exec = Exec {
-            argv: ["sh", "-c", &script].map(str::to_owned).to_vec(),
-            limit_ms: Some(u64::try_from(limit.as_millis())?),
-            ..Exec::default()
-        };
-        let mut collect = |bytes: Vec<u8>| {
-            if output.len() < MAX_OUTPUT {
-                output.extend(bytes);
-            }
-        };
-        let (console, heard) = (self.guest.console_file(), self.heard);
-        let has_ended = || has_panicked(&text_from(&console, heard));
-        // What it said before it hung counts.
-        let agent = self.guest.paths().agent_socket();
-        let _ended = exec_unless(has_ended, &agent, exec, &mut collect);
-        Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {

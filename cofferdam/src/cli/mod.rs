@@ -23,6 +23,7 @@ mod run;
 mod serve;
 mod snapshot;
 mod suspend_device;
+mod sweep;
 mod switch;
 mod table;
 mod top;
@@ -112,6 +113,8 @@ enum Command {
     Inject(inject::InjectOptions),
     /// Try faults by the hundred, natively and isolated, and say what became of each
     Campaign(Box<campaign::CampaignArgs>),
+    /// Isolate all functions of one module after the other, and say what came of each
+    Sweep(Box<sweep::SweepArgs>),
     /// Have a NIC fail as hardware does, to see what its driver makes of it
     Disturb(disturb::DisturbOptions),
     /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
@@ -171,6 +174,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Debug(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Campaign(options) => options.run(),
+        Command::Sweep(options) => options.run(),
         Command::Disturb(options) => options.run(),
         Command::Analyze(options) => options.run(),
         Command::Device(command) => command.run(),

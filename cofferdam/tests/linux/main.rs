@@ -25,6 +25,7 @@ mod shared;
 mod shared_victim;
 mod snapshot_isolated;
 mod suspend;
+mod sweep;
 mod switch;
 mod victim;
 mod virtio;

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::{Fault, Worker};
 use crate::bench::network::{GATEWAY, INTERFACE};
+use crate::campaign::patience::has_panicked;
 use crate::control::protocol::{FaultsState, Reply, Request};
 
 /// How long an agent that lives takes to answer at most.
@@ -185,9 +186,4 @@ impl Worker {
             other => bail!("the VM answered something else: {other:?}"),
         }
     }
-}
-
-/// Whether this is of the console of a guest whose kernel has panicked (`panic` in kernel/panic.c).
-pub(super) fn has_panicked(console: &str) -> bool {
-    console.contains("Kernel panic - not syncing")
 }

@@ -152,20 +152,24 @@ impl Workload {
 
     /// Reads a file with a workload.
     pub fn read(text: &str) -> Result<Self, WorkloadError> {
-        let workload: Self = toml::from_str(text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            let before = text.get(..at).unwrap_or_default();
-            WorkloadError::Form {
-                line: before.matches('\n').count() + 1,
-                why: error.message().replace('\n', " "),
-            }
-        })?;
+        let workload: Self = parse(text)?;
         workload.check()?;
         Ok(workload)
     }
 
     /// Whether it is one, wherever it is from.
     pub fn check(&self) -> Result<(), WorkloadError> {
+        if self.entries.is_empty() {
+            return Err(WorkloadError::Wrong {
+                what: "entries".to_owned(),
+                why: "none",
+            });
+        }
+        self.check_work()
+    }
+
+    /// The same of one of which all functions are meant, without naming any.
+    pub(crate) fn check_work(&self) -> Result<(), WorkloadError> {
         let wrong = |what: &str, why| WorkloadError::Wrong {
             what: what.chars().take(MAX_NAME).collect(),
             why,
@@ -177,9 +181,8 @@ impl Workload {
                 return Err(wrong(name, "no name of a module or function"));
             }
         }
-        if !(1..=MAX_FUNCTIONS).contains(&self.entries.len()) || self.helpers.len() > MAX_FUNCTIONS
-        {
-            return Err(wrong("entries", "none, or more than 500"));
+        if self.entries.len() > MAX_FUNCTIONS || self.helpers.len() > MAX_FUNCTIONS {
+            return Err(wrong("entries", "more than 500"));
         }
         if !(1..=MAX_STEPS).contains(&self.steps.len()) {
             return Err(wrong("steps", "none, or more than 200"));
@@ -225,6 +228,21 @@ impl Workload {
     pub fn works_alone(&self, interface: &str, gateway: Ipv4Addr) -> String {
         let (shell, works) = (self.shell.trim(), &self.works);
         format!("IF={interface} GATEWAY={gateway}\n{shell}\n{works}\n")
+    }
+
+    /// The steps up to the one called `last`, of which alone the output is seen.
+    pub fn script_up_to(&self, last: &str) -> String {
+        let mut script = format!("{}\n", self.shell.trim());
+        for step in &self.steps {
+            let command = step.command.as_deref().unwrap_or("false");
+            if step.name == last {
+                script.push_str(&format!("(\n{command}\n) 2>&1\n"));
+                return script;
+            }
+            script.push_str(&format!("(\n{command}\n) >/dev/null 2>&1\n"));
+        }
+        script.push_str(&format!("(\n{}\n) 2>&1\n", self.works));
+        script
     }
 
     /// The script. The interface and the gateway are there if it is about a NIC.
@@ -327,6 +345,18 @@ impl Workload {
         }
         outcome
     }
+}
+
+/// Reads a file of data; what is wrong in it with its line.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, WorkloadError> {
+    toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start);
+        let before = text.get(..at).unwrap_or_default();
+        WorkloadError::Form {
+            line: before.matches('\n').count() + 1,
+            why: error.message().replace('\n', " "),
+        }
+    })
 }
 
 /// The script that makes the file whose contents nobody has business with.

@@ -1,0 +1,494 @@
+//! A VM in which modules are swept, one after the other from one mark.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use devices::hold::CheckpointBy;
+use isolation::attach::plan::Wanted;
+use isolation::attach::request::Contain;
+use isolation::dispatch::fault::FaultCount;
+use isolation::status::{EntryStatus, ModuleStatus};
+use recovery::campaign::verdict::is_bad;
+use recovery::campaign::workload::{Outcome, Workload, preparation};
+use recovery::fault::FaultKind;
+use recovery::ladder::LadderConfig;
+use recovery::request::Spilling;
+use recovery::sweep::record::{Called, Fault, Record, Verdict};
+use recovery::sweep::{Case, loaded_name};
+use serde::Deserialize;
+
+use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
+use crate::campaign::patience::{has_panicked, output_of};
+use crate::control::client::ControlClient;
+use crate::control::protocol::{Reply, Request};
+
+/// Names of the marks.
+const BOOTED: &str = "booted";
+const ISOLATED: &str = "isolated";
+
+/// How long the work may take natively.
+const FIRST_TIME: Duration = Duration::from_secs(120);
+/// How many times as long it may take isolated, and how much longer: the first call of each function makes its domain ready, and
+/// a lab is not always as fast.
+const TIMES: u32 = 10;
+const LONGER: Duration = Duration::from_secs(60);
+
+/// How long an agent that lives takes to answer at most.
+const ANSWER_TIME: Duration = Duration::from_secs(20);
+
+/// Most of what a step says that is kept, in characters.
+const MAX_SAID: usize = 600;
+
+/// Most lines of each kind that are kept.
+const MAX_LINES: usize = 12;
+
+/// A VM at its first mark.
+pub struct Vm {
+    guest: Guest,
+    control: ControlClient,
+    kernel: String,
+    /// Bytes of the console that are of earlier work.
+    heard: u64,
+    lives: bool,
+}
+
+/// What matters here of what isolating answers.
+#[derive(Deserialize)]
+struct Gates {
+    entries: Vec<String>,
+    refused: Vec<serde_json::Value>,
+}
+
+/// The module natively.
+struct Native {
+    outcome: Outcome,
+    took: Duration,
+    /// Whether it can be removed afterwards.
+    removed: bool,
+}
+
+impl Vm {
+    /// Boots a guest and sets its first mark.
+    pub fn start(options: &GuestOptions, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
+        progress("booting a guest");
+        let mut guest = Guest::boot(options, BOOT_TIME)?;
+        guest.shell(&preparation())?;
+        let agent = guest.agent().agent();
+        let kernel = agent
+            .context("the guest's agent is not connected")?
+            .kernel
+            .clone();
+        let mut vm = Self {
+            control: guest.control()?,
+            guest,
+            kernel,
+            heard: 0,
+            lives: true,
+        };
+        vm.mark(BOOTED)?;
+        Ok(vm)
+    }
+
+    /// Release of the guest's kernel.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// Whether it does what it is asked for.
+    pub fn lives(&self) -> bool {
+        self.lives
+    }
+
+    /// Sweeps a module, with a fault in at most so many of its functions. A VM that does not do what it is asked for is lost.
+    pub fn sweep(&mut self, case: &Case, faults: u32) -> Record {
+        let begun = Instant::now();
+        let mut record = Record {
+            class: case.class.clone(),
+            module: case.workload.driver.clone(),
+            ..Record::default()
+        };
+        if let Err(error) = self.fill(case, faults, &mut record) {
+            self.lives = false;
+            record.answers = false;
+            record.differs.push(format!("{error:#}"));
+        }
+        record.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        record
+    }
+
+    fn fill(&mut self, case: &Case, faults: u32, record: &mut Record) -> anyhow::Result<()> {
+        let native = match self.natively(&case.workload)? {
+            Ok(native) => native,
+            Err(why) => {
+                record.unfit = Some(why);
+                return Ok(());
+            }
+        };
+        self.go_to(BOOTED)?;
+        self.load(&case.workload)?;
+        if let Err(why) = self.isolate(&case.workload, record) {
+            self.control.status()?;
+            record.refused = Some(format!("{why:#}"));
+            return Ok(());
+        }
+        self.forget(ISOLATED)?;
+        self.mark(ISOLATED)?;
+        self.isolated(&case.workload, &native, record)?;
+        if record.verdict() != Verdict::Right {
+            return Ok(());
+        }
+        for function in some(&record.called, faults) {
+            let fault = self.with_fault(&case.workload, &native, &function)?;
+            self.lives &= fault.answers;
+            record.faults.push(fault);
+            if !self.lives {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The work without isolation; or why there is none to compare with.
+    fn natively(&mut self, work: &Workload) -> anyhow::Result<Result<Native, String>> {
+        self.go_to(BOOTED)?;
+        if let Err(error) = self.load(work) {
+            return Ok(Err(format!("{error:#}")));
+        }
+        let begun = Instant::now();
+        let outcome = self.work(work, FIRST_TIME);
+        let took = begun.elapsed();
+        let log = self.log();
+        let removed = self.guest.agent().remove_module(&loaded_name(&work.driver));
+        let bad = outcome.steps.iter().find(|(_, status)| *status != "0");
+        let why = match bad {
+            _ if !outcome.finished => "its work does not come to its end".to_owned(),
+            Some((step, status)) => format!("{step}: {status}{}", self.said(work, step)?),
+            None if !outcome.works => format!("it does not work{}", self.said(work, "")?),
+            None if outcome.corrupted > 0 => "contents change".to_owned(),
+            None => match log.into_iter().next() {
+                Some(line) => line,
+                None => {
+                    return Ok(Ok(Native {
+                        outcome,
+                        took,
+                        removed: removed.is_ok(),
+                    }));
+                }
+            },
+        };
+        Ok(Err(why))
+    }
+
+    /// What a step says that does not do natively what it is to do.
+    fn said(&mut self, work: &Workload, step: &str) -> anyhow::Result<String> {
+        self.go_to(BOOTED)?;
+        self.load(work)?;
+        let script = work.script_up_to(step);
+        let output = output_of(&mut self.guest, self.heard, script, FIRST_TIME);
+        let said: String = output.trim().chars().take(MAX_SAID).collect();
+        Ok(match said.as_str() {
+            "" => said,
+            said => format!(": {}", said.replace('\n', " / ")),
+        })
+    }
+
+    /// Loads the module, and what it needs, and prepares its work.
+    fn load(&mut self, work: &Workload) -> anyhow::Result<()> {
+        for module in work.modules.iter().filter(|module| **module != work.driver) {
+            let loaded = self.guest.agent().load_module(module, "");
+            loaded.with_context(|| format!("cannot insert {module}"))?;
+        }
+        let loaded = self
+            .guest
+            .agent()
+            .load_module(&work.driver, &work.parameters);
+        loaded.with_context(|| format!("cannot insert {}", work.driver))?;
+        self.guest
+            .shell(&format!("({}\n) >/dev/null", work.prepare))?;
+        Ok(())
+    }
+
+    fn isolate(&mut self, work: &Workload, record: &mut Record) -> anyhow::Result<()> {
+        self.guest.agent().disconnect();
+        let reply = self.control.ask(&Request::Isolate {
+            module: loaded_name(&work.driver),
+            entries: Wanted::All,
+            budget_us: None,
+            device_checkpoint: CheckpointBy::Exact,
+            recovery: LadderConfig::default(),
+            spilling: Spilling::default(),
+            contain: Contain::Full,
+            keep_faults: None,
+        })?;
+        let Reply::Isolated(gates) = reply else {
+            bail!("the VM answered something else");
+        };
+        let gates: Gates = serde_json::from_value(gates)?;
+        record.gated = gates.entries.len();
+        record.ungated = gates.refused.len();
+        ensure!(record.gated > 0, "none of its functions can have a gate");
+        Ok(())
+    }
+
+    /// The work with all functions isolated.
+    fn isolated(
+        &mut self,
+        work: &Workload,
+        native: &Native,
+        record: &mut Record,
+    ) -> anyhow::Result<()> {
+        let outcome = self.work(work, limit(native));
+        self.guest.agent().disconnect();
+        record.answers = self.answers();
+        self.lives = record.answers;
+        record.differs = outcome.differs(&native.outcome, work);
+        if !outcome.finished {
+            record
+                .differs
+                .push("the work did not come to its end".to_owned());
+        } else if !outcome.works {
+            record
+                .differs
+                .push("it does not work afterwards".to_owned());
+        }
+        record.corrupted = outcome.corrupted;
+        if outcome.contents_changed {
+            record
+                .log
+                .push("a file of the guest's has changed".to_owned());
+        }
+        record.log.extend(self.log());
+        if let Some(status) = self.module(&work.driver)? {
+            record.broken = status.broken;
+            record.called = status
+                .entries
+                .iter()
+                .filter(|one| one.calls > 0)
+                .map(called)
+                .collect();
+        }
+        record.violations = self.violations(&work.driver)?;
+        if record.answers && native.removed {
+            self.guest.agent().disconnect();
+            let module = loaded_name(&work.driver);
+            // One that was restarted after a failure need not be isolated any more.
+            let _ = self.control.ask(&Request::Release {
+                module: module.clone(),
+            });
+            self.control.status()?;
+            record.removed = self.guest.agent().remove_module(&module).is_ok();
+        } else {
+            record.removed = true;
+        }
+        Ok(())
+    }
+
+    /// The work with one fault in a function, and all of it again.
+    fn with_fault(
+        &mut self,
+        work: &Workload,
+        native: &Native,
+        function: &str,
+    ) -> anyhow::Result<Fault> {
+        let mut fault = Fault::default();
+        // Afterwards it was released.
+        self.go_to(ISOLATED)?;
+        for offset in self.offsets(work, function)? {
+            self.go_to(ISOLATED)?;
+            let before = self.entry(work, function)?;
+            self.control.ask(&Request::Inject {
+                module: loaded_name(&work.driver),
+                entry: function.to_owned(),
+                offset,
+                fault: FaultKind::NullDereference,
+                every: 1,
+                times: 1,
+            })?;
+            self.work(work, limit(native));
+            let count = self.fault_count(work)?;
+            let after = self.entry(work, function)?;
+            let taken_back = after.aborts.saturating_sub(before.aborts);
+            fault = Fault {
+                function: function.to_owned(),
+                offset,
+                reached: count.failed > 0 || count.reached > 0 || taken_back > 0,
+                taken_back,
+                answers: self.answers(),
+                log: self.log(),
+                ..Fault::default()
+            };
+            if fault.answers {
+                let outcome = self.work(work, limit(native));
+                fault.works = outcome.finished
+                    && outcome.works
+                    && outcome.corrupted == 0
+                    && outcome.differs(&native.outcome, work).is_empty();
+                let again = self.entry(work, function)?;
+                fault.inside_again = again.commits.saturating_sub(after.commits);
+                fault.answers = self.answers();
+                fault.log.extend(self.log());
+            }
+            if fault.reached || !fault.answers {
+                break;
+            }
+        }
+        Ok(fault)
+    }
+
+    /// Where a fault goes: in the middle of the function, or where calls do not come there, at its begin.
+    fn offsets(&mut self, work: &Workload, function: &str) -> anyhow::Result<Vec<u64>> {
+        let request = Request::Instructions {
+            module: loaded_name(&work.driver),
+            function: function.to_owned(),
+        };
+        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let middle = instructions
+            .get(instructions.len() / 2)
+            .map_or(0, |at| at.offset);
+        Ok([middle, 0]
+            .into_iter()
+            .take(if middle == 0 { 1 } else { 2 })
+            .collect())
+    }
+
+    fn work(&mut self, work: &Workload, limit: Duration) -> Outcome {
+        let script = work.script("", Ipv4Addr::UNSPECIFIED);
+        let output = output_of(&mut self.guest, self.heard, script, limit);
+        work.read_output(&output)
+    }
+
+    fn answers(&mut self) -> bool {
+        self.guest.agent().disconnect();
+        let answers = !has_panicked(&self.guest.console_from(self.heard))
+            && self.guest.agent().hello(ANSWER_TIME).is_ok();
+        self.guest.agent().disconnect();
+        answers
+    }
+
+    /// Lines of the kernel's log since this was asked last that count.
+    fn log(&mut self) -> Vec<String> {
+        let new = self.guest.console_from(self.heard);
+        self.heard = self.guest.console_bytes();
+        let bad = new.lines().filter(|line| is_bad(line));
+        bad.take(MAX_LINES).map(str::to_owned).collect()
+    }
+
+    fn module(&mut self, module: &str) -> anyhow::Result<Option<ModuleStatus>> {
+        let module = loaded_name(module);
+        let all = self.control.status()?.isolation;
+        Ok(all.into_iter().find(|status| status.module == module))
+    }
+
+    fn entry(&mut self, work: &Workload, function: &str) -> anyhow::Result<EntryStatus> {
+        let status = self.module(&work.driver)?;
+        let mut entries = status.into_iter().flat_map(|status| status.entries);
+        let found = entries.find(|entry| entry.name == function);
+        Ok(found.unwrap_or_default())
+    }
+
+    fn fault_count(&mut self, work: &Workload) -> anyhow::Result<FaultCount> {
+        let module = loaded_name(&work.driver);
+        match self.control.ask(&Request::FaultCount { module }) {
+            Ok(Reply::FaultCount(count)) => Ok(count),
+            Ok(_) => bail!("the VM answered something else"),
+            // A driver that was restarted has forgotten it.
+            Err(_) => self.control.status().map(|_| FaultCount::default()),
+        }
+    }
+
+    /// What calls did wrong, each once.
+    fn violations(&mut self, module: &str) -> anyhow::Result<Vec<String>> {
+        let module = loaded_name(module);
+        let Reply::Violations { texts, .. } = self.control.ask(&Request::Violations { module })?
+        else {
+            bail!("the VM answered something else");
+        };
+        let mut known = BTreeSet::new();
+        let mut texts = texts;
+        texts.retain(|text| known.insert(text.clone()));
+        texts.truncate(MAX_LINES);
+        Ok(texts)
+    }
+
+    fn mark(&mut self, name: &str) -> anyhow::Result<()> {
+        self.guest.agent().disconnect();
+        self.control.ask(&Request::Mark {
+            name: name.to_owned(),
+        })?;
+        Ok(())
+    }
+
+    /// Forgets a mark if there is one.
+    fn forget(&mut self, name: &str) -> anyhow::Result<()> {
+        let Reply::Marks { marks } = self.control.ask(&Request::Marks {})? else {
+            bail!("the VM answered something else");
+        };
+        if marks.iter().any(|mark| mark.name == name) {
+            let name = name.to_owned();
+            self.control.ask(&Request::ForgetMark { name })?;
+        }
+        Ok(())
+    }
+
+    fn go_to(&mut self, name: &str) -> anyhow::Result<()> {
+        self.guest.agent().disconnect();
+        self.control.ask(&Request::Rewind {
+            name: Some(name.to_owned()),
+        })?;
+        self.heard = self.guest.console_bytes();
+        Ok(())
+    }
+}
+
+/// How long the work may take isolated.
+fn limit(native: &Native) -> Duration {
+    native.took * TIMES + LONGER
+}
+
+fn called(entry: &EntryStatus) -> Called {
+    let mut outside = BTreeMap::new();
+    for (reason, count) in entry.spills.iter().chain(&entry.pass_throughs) {
+        *outside.entry(reason.clone()).or_default() += count;
+    }
+    Called {
+        name: entry.name.clone(),
+        calls: entry.calls,
+        inside: entry.commits,
+        taken_back: entry.aborts,
+        outside,
+    }
+}
+
+/// At most so many of the functions of which a call ran inside, from all over the list.
+fn some(called: &[Called], most: u32) -> Vec<String> {
+    let inside: Vec<_> = called.iter().filter(|one| one.inside > 0).collect();
+    let most = usize::try_from(most)
+        .unwrap_or(usize::MAX)
+        .min(inside.len());
+    let chosen = (0..most).filter_map(|number| inside.get(number * inside.len() / most));
+    chosen.map(|one| one.name.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_chosen_from_all_over_the_list_and_each_once() {
+        let called: Vec<_> = (0..10)
+            .map(|number| Called {
+                name: format!("f{number}"),
+                calls: 1,
+                inside: u64::from(number != 3),
+                ..Called::default()
+            })
+            .collect();
+        assert_eq!(some(&called, 3), ["f0", "f4", "f7"]);
+        assert_eq!(some(&called, 20).len(), 9);
+        assert!(some(&called, 0).is_empty());
+    }
+}
