@@ -1,5 +1,5 @@
 //! Builds the guest agent: one static program, in a target directory of its own so that it does not
-//! disturb the workspace's other builds.
+//! disturb the workspace's other builds. And finds one that is there.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +7,20 @@ use std::process::Command;
 use crate::Error;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Where the agent is from the folder of the `cofferdam` program: as a package installs them, and as `cargo xtask` builds
+/// them in `target/`.
+const BESIDE: [&str; 2] = [
+    "../lib/cofferdam/guest-agent",
+    "../agent/x86_64-unknown-linux-gnu/agent/guest-agent",
+];
+
+/// The agent that belongs to the program `program`, if it is where it should be.
+pub fn find_agent(program: &Path) -> Option<PathBuf> {
+    let folder = program.parent()?;
+    let mut places = BESIDE.iter().map(|place| folder.join(place));
+    places.find(|place| place.is_file())
+}
 
 /// Builds the agent of the workspace at `workspace` and returns the program's path.
 ///

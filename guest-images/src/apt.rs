@@ -135,11 +135,39 @@ impl<'a> Packages<'a> {
         Ok(())
     }
 
-    /// The newest packages of a kernel.
+    /// The packages of a kernel: those of a release, if one is named, or else the newest.
     ///
     /// # Errors
     /// [`Error::Fetch`] when there is none or it cannot be downloaded.
-    pub fn kernel(&self, kernel: &KernelSource) -> Result<KernelPackages, Error> {
+    pub fn kernel(
+        &self,
+        kernel: &KernelSource,
+        release: Option<&str>,
+    ) -> Result<KernelPackages, Error> {
+        match release {
+            Some(release) => self.kernel_release(kernel, release),
+            None => self.newest(kernel),
+        }
+    }
+
+    /// The packages of one release of a kernel.
+    fn kernel_release(
+        &self,
+        kernel: &KernelSource,
+        release: &str,
+    ) -> Result<KernelPackages, Error> {
+        let name = format!("linux-image-{release}");
+        if let Some(packages) = self.here(&name)? {
+            return Ok(packages);
+        }
+        match kernel.suite {
+            Some(suite) => self.of_suite(suite)?.with_parts(&name),
+            None => self.with_parts(&name),
+        }
+    }
+
+    /// The newest packages of a kernel.
+    fn newest(&self, kernel: &KernelSource) -> Result<KernelPackages, Error> {
         let here = self
             .files()?
             .into_iter()

@@ -25,7 +25,7 @@ fn packages_that_are_here_need_no_apt() {
     let said = std::cell::RefCell::new(Vec::new());
     let progress = |line: &str| said.borrow_mut().push(line.to_string());
     let packages = Packages::open(directory.path(), &progress).unwrap();
-    let found = packages.kernel(DEFAULT).unwrap();
+    let found = packages.kernel(DEFAULT, None).unwrap();
     assert_eq!(found.release, "6.1.0-1-amd64");
     assert_eq!(found.files.len(), 1);
     assert_eq!(
@@ -63,7 +63,7 @@ fn kernel_of_another_suite_comes_with_its_parts_out_of_lists_of_its_own() {
     let packages = with_apt(directory.path(), &script, &|_| ());
     let kernel = KernelSource::by_name("7-amd64").unwrap();
     for _ in 0..2 {
-        let found = packages.kernel(kernel).unwrap();
+        let found = packages.kernel(kernel, None).unwrap();
         assert_eq!(found.release, release);
         let names: Vec<_> = found.files.iter().filter_map(|f| file_package(f)).collect();
         assert_eq!(
@@ -200,7 +200,7 @@ fn kernel_that_left_the_archive_is_replaced_by_its_successor() {
         directory.path().display()
     );
     let packages = with_apt(directory.path(), &script, &|_| ());
-    let found = packages.kernel(DEFAULT).unwrap();
+    let found = packages.kernel(DEFAULT, None).unwrap();
     assert_eq!(found.release, "6.1.0-2-amd64");
     assert!(found.files[0].exists());
 }

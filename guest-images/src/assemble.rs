@@ -28,10 +28,17 @@ pub fn assemble(
     for directory in ["/proc", "/sys", "/run", "/tmp", "/root", "/etc"] {
         archive.directory(directory);
     }
-    archive.file("/init", 0o755, read(agent)?);
     for program in programs {
-        archive.file(&program.path, 0o755, userland.content(program)?);
+        match &program.link {
+            Some(target) => archive.symlink(&program.path, target),
+            None => {
+                let mode = if program.runs { 0o755 } else { 0o644 };
+                archive.file(&program.path, mode, userland.content(program)?);
+            }
+        }
     }
+    // After the packages: whatever one holds, the agent is what runs.
+    archive.file("/init", 0o755, read(agent)?);
     if image.busybox {
         for applet in &userland.applets {
             // A real program goes before busybox's of the same name, wherever it lies.

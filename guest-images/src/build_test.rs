@@ -107,6 +107,7 @@ fn set() -> ImageSet {
     };
     ImageSet {
         kernel: crate::kernels::DEFAULT,
+        release: None,
         images: vec![full, other],
         host_modules: vec![],
     }
@@ -346,4 +347,103 @@ fn two_builds_at_once_give_one_result() {
         builds.into_iter().map(|b| b.join().unwrap()).collect()
     });
     assert_eq!(manifests[0], manifests[1]);
+}
+
+/// A package with a script, a program, a link, data and documentation.
+fn whole_package() -> Vec<u8> {
+    let elf = small_elf(62);
+    let mut tar = tar::Builder::new(Vec::new());
+    let files: [(&str, u32, &[u8]); 6] = [
+        ("./usr/bin/program", 0o755, &elf),
+        ("./usr/bin/script", 0o755, b"#!/bin/sh\n"),
+        ("./etc/kit.conf", 0o640, b"a=b\n"),
+        ("./usr/share/doc/kit/README", 0o644, b"long"),
+        ("./usr/share/man/man1/kit.1", 0o644, b"long"),
+        ("./init", 0o755, b"not the agent"),
+    ];
+    for (path, mode, content) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(mode);
+        tar.append_data(&mut header, path, content).unwrap();
+    }
+    let mut link = tar::Header::new_gnu();
+    link.set_entry_type(tar::EntryType::Symlink);
+    link.set_size(0);
+    link.set_mode(0o777);
+    tar.append_link(&mut link, "./usr/bin/alias", "script")
+        .unwrap();
+    let control = tar_of(&[("./control", b"Package: kit\nVersion: 2\n")]);
+    deb_of(&[
+        ("debian-binary", b"2.0\n".to_vec()),
+        ("control.tar.xz", xz(&control)),
+        ("data.tar.xz", xz(&tar.into_inner().unwrap())),
+    ])
+}
+
+#[test]
+fn a_whole_package_is_in_an_image_without_its_documentation() {
+    let place = Place::new();
+    place.package("kit_2_amd64.deb", &whole_package());
+    let mut set = set();
+    set.images[0].packages = vec!["kit".into()];
+    let manifest = place.build(&set).unwrap();
+    assert!(manifest.packages.iter().any(|used| used.name == "kit"));
+    let archive = place.read("full.cpio");
+    let mut input = archive.as_slice();
+    let mut found = Vec::new();
+    loop {
+        let mut reader = cpio::newc::Reader::new(input).unwrap();
+        if reader.entry().is_trailer() {
+            break;
+        }
+        let (name, mode) = (reader.entry().name().to_string(), reader.entry().mode());
+        let mut content = Vec::new();
+        std::io::Read::read_to_end(&mut reader, &mut content).unwrap();
+        found.push((name, mode, content));
+        input = reader.finish().unwrap();
+    }
+    let at = |path: &str| found.iter().find(|(name, ..)| name == path);
+    let file = |mode: u32, content: &[u8]| Some((0o100_000 | mode, content.to_vec()));
+    let is = |path: &str| at(path).map(|(_, mode, content)| (*mode, content.clone()));
+    assert_eq!(is("usr/bin/program"), file(0o755, &small_elf(62)));
+    assert_eq!(is("usr/bin/script"), file(0o755, b"#!/bin/sh\n"));
+    assert_eq!(is("etc/kit.conf"), file(0o644, b"a=b\n"));
+    let link = Some((0o120_777, b"script".to_vec()));
+    assert_eq!(is("usr/bin/alias"), link);
+    assert_eq!(is("init"), file(0o755, b"agent"));
+    assert!(!found.iter().any(|(name, ..)| name.starts_with("usr/share")));
+    // The same again, and without it.
+    place.build(&set).unwrap();
+    assert_eq!(place.read("full.cpio"), archive);
+    place.build(&self::set()).unwrap();
+    assert!(
+        !listing(&place.read("full.cpio"))
+            .iter()
+            .any(|(name, _)| name == "usr/bin/script")
+    );
+}
+
+#[test]
+fn a_release_that_is_named_is_taken_though_there_is_a_newer_one() {
+    let place = Place::new();
+    let newer = "6.1.0-8-amd64";
+    let elf = small_elf(62);
+    let image = bz_image(&xz(&elf), elf.len());
+    place.package(
+        &format!("linux-image-{newer}_6.1.2-1_amd64.deb"),
+        &deb(
+            &format!("Package: linux-image-{newer}\nVersion: 6.1.2-1\n"),
+            &[
+                (&format!("./boot/vmlinuz-{newer}"), image.as_slice()),
+                (&format!("./boot/config-{newer}"), b"CONFIG_X=y\n"),
+            ],
+        ),
+    );
+    let mut set = set();
+    set.images[0].init.modules.clear();
+    let newest = place.build(&set).unwrap();
+    assert_eq!(newest.kernel_release, newer);
+    set.release = Some(RELEASE.into());
+    assert_eq!(place.build(&set).unwrap().kernel_release, RELEASE);
 }

@@ -92,6 +92,23 @@ impl KernelSource {
             })
     }
 
+    /// What a person calls a kernel: its name, with or without `debian:` before it and `-amd64` behind it
+    /// (`debian:6.12`, `6.1-cloud`), or a release of one (`6.1.0-48-amd64`), which is then the second part.
+    ///
+    /// # Errors
+    /// A line that names those there are.
+    pub fn wanted(text: &str) -> Result<(&'static Self, Option<String>), String> {
+        let name = text.strip_prefix("debian:").unwrap_or(text);
+        let short = |kernel: &&Self| kernel.name.strip_suffix("-amd64") == Some(name);
+        if let Some(kernel) = KERNELS.iter().find(short) {
+            return Ok((kernel, None));
+        }
+        match KERNELS.iter().find(|kernel| kernel.has_release(name)) {
+            Some(kernel) => Ok((kernel, Some(name.to_owned()))),
+            None => Self::by_name(name).map(|kernel| (kernel, None)),
+        }
+    }
+
     /// Whether everything is built of it unless another is named.
     pub fn is_default(&self) -> bool {
         self == DEFAULT
@@ -184,6 +201,29 @@ mod tests {
         let failed = KernelSource::by_name("5.10").unwrap_err();
         assert!(failed.contains("6.1-amd64, "), "{failed}");
         assert!(failed.contains("6.12-cloud-amd64"), "{failed}");
+    }
+
+    #[test]
+    fn a_person_names_a_kernel_by_its_series_its_name_or_its_release() {
+        for (text, name, release) in [
+            ("debian:6.1", "6.1-amd64", None),
+            ("6.12", "6.12-amd64", None),
+            ("debian:6.1-cloud", "6.1-cloud-amd64", None),
+            ("6.12-rt-amd64", "6.12-rt-amd64", None),
+            ("6.1.0-48-amd64", "6.1-amd64", Some("6.1.0-48-amd64")),
+            (
+                "debian:6.12.117+deb12-cloud-amd64",
+                "6.12-cloud-amd64",
+                Some("6.12.117+deb12-cloud-amd64"),
+            ),
+        ] {
+            let (kernel, found) = KernelSource::wanted(text).unwrap();
+            assert_eq!((kernel.name, found.as_deref()), (name, release), "{text}");
+        }
+        for wrong in ["", "debian:", "5.10", "6.1.0-48-arm64", "../6.1", "-amd64"] {
+            let failed = KernelSource::wanted(wrong).unwrap_err();
+            assert!(failed.contains("choose one of"), "{wrong}: {failed}");
+        }
     }
 
     #[test]

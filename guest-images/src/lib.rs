@@ -25,6 +25,7 @@ mod elf;
 mod error;
 #[cfg(test)]
 mod fixtures;
+pub mod folder;
 pub mod initramfs;
 pub mod kernel;
 pub mod kernels;
@@ -34,10 +35,12 @@ pub mod spec;
 mod stage;
 mod stages;
 mod swept;
+pub mod user;
 mod userland;
 
 pub use build::build;
 pub use error::Error;
+pub use folder::{BuiltImage, images_in};
 pub use kernels::KernelSource;
-pub use manifest::{Artefact, BuildOptions, Manifest};
+pub use manifest::{Artefact, BuildOptions, Manifest, PackageUse};
 pub use spec::{ImageSet, ImageSpec, images_of};

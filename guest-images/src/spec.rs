@@ -11,6 +11,9 @@ use crate::swept::sweep_image;
 pub struct ImageSet {
     /// The kernel.
     pub kernel: &'static KernelSource,
+    /// Its release, where it is not to be the newest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub release: Option<String>,
     /// The images.
     pub images: Vec<ImageSpec>,
     /// Modules that are put beside the images for the host to read (types, sections), besides those that
@@ -31,6 +34,9 @@ pub struct ImageSpec {
     pub busybox: bool,
     /// Programs with the libraries they need.
     pub programs: Vec<Program>,
+    /// Packages of which the image holds all but documentation, with the libraries that their programs need.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub packages: Vec<String>,
     /// Any other files.
     pub files: Vec<ExtraFile>,
 }
@@ -70,6 +76,7 @@ pub fn images_of(kernel: &'static KernelSource) -> ImageSet {
     let lab = kernel.is_default().then(lab_image);
     ImageSet {
         kernel,
+        release: None,
         images: [small_image(), full_image(), sweep_image()]
             .into_iter()
             .chain(lab)
@@ -119,6 +126,7 @@ pub fn full_image() -> ImageSpec {
             Program::new("iproute2", "/bin/ip"),
             Program::new("ethtool", "/sbin/ethtool"),
         ],
+        packages: vec![],
         files: vec![udhcpc_script()],
     }
 }
@@ -141,6 +149,7 @@ pub fn lab_image() -> ImageSpec {
             Program::new("iproute2", "/bin/ip"),
             Program::new("ethtool", "/sbin/ethtool"),
         ],
+        packages: vec![],
         files: vec![udhcpc_script()],
     }
 }

@@ -12,8 +12,8 @@ use crate::kernels::KernelSource;
 use crate::manifest::{BUILDER, BuildOptions, PackageUse, package_use, read, to_json};
 use crate::modules::{Module, ModuleTree};
 use crate::spec::{ImageSet, ImageSpec, Program};
-use crate::stage::{Store, hash_file};
-use crate::userland::Userland;
+use crate::stage::{Store, hash_file, hash_of};
+use crate::userland::{Content, Userland};
 use crate::{Error, deb, kernel};
 
 /// File in a stage that says what it holds.
@@ -57,7 +57,7 @@ pub fn kernel_stage(
     store: &mut Store,
     options: &BuildOptions<'_>,
 ) -> Result<KernelStage, Error> {
-    let found = packages.kernel(set.kernel)?;
+    let found = packages.kernel(set.kernel, set.release.as_deref())?;
     let used: Vec<PackageUse> = found
         .files
         .iter()
@@ -151,11 +151,21 @@ fn read_list<T: serde::de::DeserializeOwned>(directory: &Path) -> Result<T, Erro
     serde_json::from_slice(&read(&path)?).map_err(|error| Error::io(&path)(error.into()))
 }
 
-/// A program or library: its path in an image and its file's name in the stage.
+/// A program, a library or another file of a package: its path in an image and its file's name in the stage.
 #[derive(Serialize, Deserialize)]
 pub struct StagedFile {
     pub path: String,
+    /// Where it leads, if it is a link; there is no file of it then.
+    pub link: Option<String>,
+    pub runs: bool,
     name: String,
+}
+
+/// What an image has of packages.
+#[derive(Serialize)]
+struct OfPackages<'a> {
+    programs: Vec<Program>,
+    whole: &'a [String],
 }
 
 /// Programs with their libraries.
@@ -188,36 +198,40 @@ pub fn userland_stage(
     options: &BuildOptions<'_>,
 ) -> Result<UserlandStage, Error> {
     let busybox = || Program::new("busybox-static", BUSYBOX);
-    let programs: Vec<Vec<Program>> = set
+    let wanted: Vec<OfPackages<'_>> = set
         .images
         .iter()
-        .map(|i| {
-            i.programs
+        .map(|i| OfPackages {
+            programs: i
+                .programs
                 .iter()
                 .cloned()
                 .chain(i.busybox.then(busybox))
-                .collect()
+                .collect(),
+            whole: &i.packages,
         })
         .collect();
-    let names: BTreeSet<&str> = programs
+    let names: BTreeSet<&str> = wanted
         .iter()
-        .flatten()
-        .map(|p| p.package.as_str())
+        .flat_map(|image| {
+            let programs = image.programs.iter().map(|p| p.package.as_str());
+            programs.chain(image.whole.iter().map(String::as_str))
+        })
         .collect();
     let mut hashes = Vec::new();
     for file in packages.fetch(&names.into_iter().collect::<Vec<_>>())? {
         hashes.push(hash_file(&file)?);
     }
-    let directory = store.stage("userland", &(BUILDER, &programs, hashes), |stage| {
+    let directory = store.stage("userland", &(BUILDER, &wanted, hashes), |stage| {
         (options.progress)("collecting programs and their libraries");
-        make_userland_stage(&programs, packages, stage)
+        make_userland_stage(&wanted, packages, stage)
     })?;
     let stage: UserlandStage = read_list(&directory)?;
     Ok(UserlandStage { directory, ..stage })
 }
 
 fn make_userland_stage(
-    programs: &[Vec<Program>],
+    wanted: &[OfPackages<'_>],
     packages: &Packages<'_>,
     stage: &Path,
 ) -> Result<(), Error> {
@@ -230,17 +244,30 @@ fn make_userland_stage(
         images: vec![],
         packages: vec![],
     };
-    for image in programs {
+    for image in wanted {
         let mut files = Vec::new();
-        for file in userland.programs(image)? {
-            let name = file.path.trim_start_matches('/').replace('/', "!");
+        let whole = userland.packages(image.whole)?;
+        for file in userland.programs(&image.programs)?.into_iter().chain(whole) {
+            let name = match file.path.trim_start_matches('/').replace('/', "!") {
+                // No file's name is longer than 255 bytes.
+                long if long.len() > 200 => hash_of(&long),
+                name => name,
+            };
             let to = stage.join(&name);
-            fs::write(&to, &file.content).map_err(Error::io(&to))?;
+            let link = match file.content {
+                Content::Link(target) => Some(target),
+                Content::File(content) => {
+                    fs::write(&to, &content).map_err(Error::io(&to))?;
+                    None
+                }
+            };
             if file.path == BUSYBOX {
                 list.applets = applets(&to)?;
             }
             files.push(StagedFile {
                 path: file.path,
+                link,
+                runs: file.runs,
                 name,
             });
         }

@@ -17,13 +17,35 @@ pub const LIBRARY_DIRECTORY: &str = "/lib/x86_64-linux-gnu";
 /// Where Debian's packages have their libraries.
 const PACKAGE_DIRECTORIES: [&str; 2] = [LIBRARY_DIRECTORY, "/usr/lib/x86_64-linux-gnu"];
 
+/// What of a whole package is for people only, and would make images larger.
+const DOCUMENTATION: [&str; 7] = [
+    "/usr/share/doc/",
+    "/usr/share/doc-base/",
+    "/usr/share/man/",
+    "/usr/share/info/",
+    "/usr/share/locale/",
+    "/usr/share/lintian/",
+    "/usr/share/bug/",
+];
+
 /// A file to go into an image.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramFile {
     /// Path in the image.
     pub path: String,
-    /// Content.
-    pub content: Vec<u8>,
+    /// What is there.
+    pub content: Content,
+    /// Whether it can be run.
+    pub runs: bool,
+}
+
+/// What a path in an image holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A file.
+    File(Vec<u8>),
+    /// A symbolic link, and where it leads.
+    Link(String),
 }
 
 /// Files of packages, unpacked on demand.
@@ -57,7 +79,6 @@ impl<'a> Userland<'a> {
     pub fn programs(&mut self, programs: &[Program]) -> Result<Vec<ProgramFile>, Error> {
         let names: BTreeSet<&str> = programs.iter().map(|p| p.package.as_str()).collect();
         self.unpack(&names.into_iter().collect::<Vec<_>>())?;
-        let mut files = BTreeMap::new();
         let mut todo = Vec::new();
         for program in programs {
             let content = self
@@ -65,6 +86,67 @@ impl<'a> Userland<'a> {
                 .ok_or_else(|| Error::NoFile(program.path.clone()))?;
             todo.push((program.path.clone(), content));
         }
+        let files = self.with_libraries(todo)?.into_iter();
+        Ok(files.map(|(path, content)| runs(path, content)).collect())
+    }
+
+    /// All files of whole packages but their documentation, and the libraries and loaders that programs among them need.
+    ///
+    /// # Errors
+    /// When a package or a library cannot be had.
+    pub fn packages(&mut self, names: &[String]) -> Result<Vec<ProgramFile>, Error> {
+        let mut files = BTreeMap::new();
+        let mut programs = Vec::new();
+        for name in names {
+            self.unpack(&[name])?;
+            for file in self.packages.fetch(&[name])? {
+                let wanted =
+                    |path: &str| !DOCUMENTATION.iter().any(|under| path.starts_with(under));
+                for path in deb::unpack(&file, &self.root, &wanted, &mut |_, _| ())? {
+                    let path = path.to_string_lossy().into_owned();
+                    let file = self.file_of_package(&path)?;
+                    if let Content::File(content) = &file.content
+                        && content.starts_with(b"\x7fELF")
+                    {
+                        programs.push((path.clone(), content.clone()));
+                    }
+                    files.insert(path, file);
+                }
+            }
+        }
+        for (path, content) in self.with_libraries(programs)? {
+            files
+                .entry(path.clone())
+                .or_insert_with(|| runs(path, content));
+        }
+        Ok(files.into_values().collect())
+    }
+
+    /// A file or link that was unpacked, as it is to be in the image.
+    fn file_of_package(&self, path: &str) -> Result<ProgramFile, Error> {
+        use std::os::unix::fs::PermissionsExt;
+        let outside = self.root.join(path.trim_start_matches('/'));
+        let data = std::fs::symlink_metadata(&outside).map_err(Error::io(&outside))?;
+        let content = match data.is_symlink() {
+            true => {
+                let target = std::fs::read_link(&outside).map_err(Error::io(&outside))?;
+                Content::Link(target.to_string_lossy().into_owned())
+            }
+            false => Content::File(std::fs::read(&outside).map_err(Error::io(&outside))?),
+        };
+        Ok(ProgramFile {
+            path: path.to_owned(),
+            content,
+            runs: data.permissions().mode() & 0o111 != 0,
+        })
+    }
+
+    /// These programs and libraries, and the libraries and loaders that they need.
+    fn with_libraries(
+        &mut self,
+        mut todo: Vec<(String, Vec<u8>)>,
+    ) -> Result<BTreeMap<String, Vec<u8>>, Error> {
+        let mut files = BTreeMap::new();
         while let Some((path, content)) = todo.pop() {
             let needs = elf::needs(&content).map_err(|reason| Error::BadElf {
                 path: PathBuf::from(&path),
@@ -90,10 +172,7 @@ impl<'a> Userland<'a> {
                 files.insert(loader, content);
             }
         }
-        Ok(files
-            .into_iter()
-            .map(|(path, content)| ProgramFile { path, content })
-            .collect())
+        Ok(files)
     }
 
     fn library(&mut self, library: &str, by: &str) -> Result<Vec<u8>, Error> {
@@ -148,6 +227,15 @@ impl<'a> Userland<'a> {
             }
         }
         Ok(None)
+    }
+}
+
+/// A program or library at `path`.
+fn runs(path: String, content: Vec<u8>) -> ProgramFile {
+    ProgramFile {
+        path,
+        content: Content::File(content),
+        runs: true,
     }
 }
 
