@@ -17,4 +17,5 @@ pub mod runtime_dir;
 pub mod serve;
 pub mod sweep;
 pub mod top;
+pub mod trial;
 pub mod words;

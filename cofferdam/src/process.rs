@@ -41,6 +41,14 @@ impl Process {
         Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
     }
 
+    /// Asks it to end (`SIGTERM`).
+    ///
+    /// # Errors
+    /// It has ended already, or is somebody else's.
+    pub fn ask_to_end(&self) -> std::io::Result<()> {
+        Ok(pidfd_send_signal(&self.0, Signal::TERM)?)
+    }
+
     /// Ends it at once (`SIGKILL`), also if it is stopped.
     ///
     /// # Errors

@@ -5,9 +5,13 @@
     reason = "a test ends where something unexpected happens"
 )]
 
+mod common;
+
 use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::{contains, is_empty};
+
+use common::module::module;
 
 fn cofferdam(words: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
@@ -22,6 +26,10 @@ fn cofferdam(words: &str) -> Command {
 fn help_of_every_command_can_be_had_and_the_main_ones_have_examples() {
     for words in [
         "",
+        "try",
+        "image build",
+        "image list",
+        "man",
         "run",
         "status",
         "stop",
@@ -147,4 +155,130 @@ fn measurements_without_images_say_how_to_make_them() {
         .code(1)
         .stderr(contains("cargo xtask images"));
     }
+}
+
+/// `cofferdam` with a folder of images of its own.
+fn with_images(images: &std::path::Path, words: &str) -> Command {
+    let mut command = cofferdam(words);
+    command.env("COFFERDAM_IMAGES", images);
+    command
+}
+
+#[test]
+fn images_are_listed_where_there_are_none_and_a_wrong_kernel_is_told_which_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let absent = folder.path().join("absent");
+    with_images(&absent, "image list")
+        .assert()
+        .success()
+        .stdout(is_empty())
+        .stderr(contains("cofferdam image build --kernel debian:6.1"));
+    with_images(&absent, "image list --json")
+        .assert()
+        .success()
+        .stdout("[]\n");
+    with_images(&absent, "image build --kernel debian:5.10")
+        .assert()
+        .code(2)
+        .stderr(contains("6.12-cloud-amd64"));
+    with_images(&absent, "image build --agent x --module ../x")
+        .assert()
+        .code(1)
+        .stderr(contains("no name of a module"));
+    with_images(&absent, "image build --agent x --package -o")
+        .assert()
+        .code(2);
+    assert!(!absent.exists());
+}
+
+#[test]
+fn what_cannot_be_tried_is_refused_in_a_line_that_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |file: &std::path::Path, says: &str| {
+        let words = format!("try {}", file.display());
+        let output = with_images(folder.path(), &words).assert().code(1);
+        let error = String::from_utf8_lossy(&output.get_output().stderr).into_owned();
+        assert!(error.contains(says), "no {says:?} in {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    };
+    let file = folder.path().join("mine.ko");
+    refused(&file, "cannot read");
+    refused(folder.path(), "is no file");
+    std::fs::write(&file, b"#!/bin/sh\n").unwrap();
+    refused(&file, "no kernel module");
+    let whole = module(
+        "mine",
+        &["vermagic=6.1.0-48-amd64 SMP mod_unload ", "depends="],
+    );
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    refused(&file, "no kernel module");
+    std::fs::write(&file, &whole).unwrap();
+    refused(&file, "cofferdam image build --kernel 6.1.0-48-amd64");
+    cofferdam(&format!("try {} --isolate ,", file.display()))
+        .assert()
+        .code(2)
+        .stderr(contains("names of functions"));
+}
+
+#[test]
+fn every_command_has_a_manual_page_and_they_are_the_same_each_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = |name: &str, images: &str| {
+        let dir = folder.path().join(name);
+        with_images(std::path::Path::new(images), "man")
+            .arg(&dir)
+            .assert()
+            .success();
+        let mut pages: Vec<(String, Vec<u8>)> = dir
+            .read_dir()
+            .unwrap()
+            .map(|page| page.unwrap())
+            .map(|page| {
+                let name = page.file_name().to_str().unwrap().to_owned();
+                (name, std::fs::read(page.path()).unwrap())
+            })
+            .collect();
+        pages.sort();
+        pages
+    };
+    let first = pages("one", "/a");
+    assert_eq!(first, pages("two", "/b"));
+    for name in [
+        "cofferdam",
+        "cofferdam-try",
+        "cofferdam-image-build",
+        "cofferdam-run",
+        "cofferdam-device-serve",
+        "cofferdam-man",
+    ] {
+        let page = first.iter().find(|(page, _)| *page == format!("{name}.1"));
+        let (_, text) = page.unwrap_or_else(|| panic!("no page {name}"));
+        let text = String::from_utf8_lossy(text);
+        assert!(text.contains(".SH SYNOPSIS"), "{text}");
+    }
+    cofferdam("man /proc/absent")
+        .assert()
+        .code(1)
+        .stderr(contains("cannot write"));
+}
+
+#[test]
+fn a_file_of_options_is_read_and_what_is_wrong_in_it_has_a_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("web.toml");
+    let words = format!("run --config {}", file.display());
+    cofferdam(&words)
+        .assert()
+        .code(1)
+        .stderr(contains("cannot read"));
+    std::fs::write(&file, "kernel = \"/absent/vmlinux\"\nvcpus = 9\n").unwrap();
+    cofferdam(&words)
+        .assert()
+        .code(1)
+        .stderr(contains("web.toml: line 2, column 9").and(contains("1..=8")));
+    std::fs::write(&file, "kernel = \"/absent/vmlinux\"\n").unwrap();
+    cofferdam(&words)
+        .assert()
+        .code(1)
+        .stderr(contains("/absent/vmlinux"));
 }

@@ -40,8 +40,8 @@ pub fn user_image(
                 "{name:?} is no name of a module, such as null_blk"
             )));
         }
-        let lacks = |lacking: &&str| normal_name(lacking) == normal_name(name);
-        if kernel.lacks.iter().any(|lacking| lacks(&lacking)) {
+        let is_it = |lacking: &&str| normal_name(lacking) == normal_name(name);
+        if kernel.lacks.iter().any(is_it) {
             return Err(Error::NoModule(name.clone()));
         }
     }

@@ -2,7 +2,7 @@
 //! would (control socket, guest agent) and gives back data for a report.
 
 pub mod boot;
-mod child;
+pub(crate) mod child;
 pub mod clock;
 pub mod device_host;
 pub mod guest;

@@ -10,23 +10,27 @@ mod device_host;
 mod disturb;
 mod errors;
 mod exec;
+mod image;
 mod images;
 mod inject;
 mod inject_code;
 mod isolation;
 mod keep;
 mod logging;
+mod man;
 mod marks;
 mod plug;
 mod report;
 mod run;
+mod run_file;
 mod serve;
 mod snapshot;
 mod suspend_device;
 mod sweep;
 mod switch;
-mod table;
+pub(crate) mod table;
 mod top;
+mod try_module;
 mod upgrade;
 mod violations;
 mod when;
@@ -49,6 +53,8 @@ pub use crate::run::Ending;
 )]
 #[command(after_help = "\
 Examples:
+  cofferdam image build --kernel debian:6.1
+  cofferdam try ./my.ko --run 'ip link set my0 up'
   cofferdam run --kernel target/images/vmlinux --initrd target/images/initrd.cpio --net user
   cofferdam status
   cofferdam exec -- ip addr
@@ -65,6 +71,11 @@ pub struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Try a module of your own in a guest: boot, insert, isolate, run a command, say what became of its calls
+    Try(Box<try_module::TryOptions>),
+    /// Build guest images of Debian's kernels, or list those that are there
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     /// Boot a guest in this terminal
     Run(Box<run::RunOptions>),
     /// List the VMs that run
@@ -144,12 +155,16 @@ Examples:
         /// Which shell
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages of all commands
+    Man(man::ManOptions),
 }
 
 /// Does what was asked.
 pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
     cli.log.start()?;
     match cli.command {
+        Command::Try(options) => options.run(),
+        Command::Image(command) => command.run(),
         Command::Run(options) => options.run(),
         Command::List(options) => options.run(),
         Command::Top(options) => options.run(),
@@ -183,6 +198,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Bench(command) => command.run(),
         Command::Doctor(options) => crate::doctor::run(&options).map(Ending::Status),
         Command::Report(command) => command.run(),
+        Command::Man(options) => options.run(),
         Command::Completions { shell } => {
             // Made in memory first: the library panics where its output goes nowhere.
             let mut script = Vec::new();

@@ -25,6 +25,7 @@ Examples:
   cofferdam run --kernel vmlinux --initrd initrd.cpio --serial file=console.log --name web &
 
   cofferdam run --snapshot DIR
+  cofferdam run --config web.toml --name web
 
 Two NICs:
   cofferdam run --kernel vmlinux --initrd initrd.cpio --net user --net tap=tap0,nic=virtio
@@ -38,7 +39,11 @@ Two copies of one guest:
   cofferdam run --snapshot DIR --lazy --name two --serial file=two.log &")]
 pub struct RunOptions {
     /// Kernel: ELF vmlinux (starts fastest) or bzImage
-    #[arg(long, value_name = "FILE", required_unless_present = "snapshot")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present_any = ["snapshot", "config"]
+    )]
     kernel: Option<PathBuf>,
     /// Initial RAM file system
     #[arg(long, value_name = "FILE")]
@@ -112,14 +117,22 @@ pub struct RunOptions {
     /// The memory's checksums are not looked at then
     #[arg(long, requires = "snapshot")]
     lazy: bool,
+    /// Take options from this file, in TOML: each by its name without dashes before it (memory = "1G", net = ["user"],
+    /// no-reboot = true). Those that are given here as well take the place of the file's
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 impl RunOptions {
     /// `run`
     pub fn run(self) -> anyhow::Result<Ending> {
-        let config = match self.snapshot.clone() {
-            Some(dir) => self.restored(dir)?,
-            None => self.fresh()?,
+        let options = match &self.config {
+            Some(file) => super::run_file::with_file(file)?,
+            None => self,
+        };
+        let config = match options.snapshot.clone() {
+            Some(dir) => options.restored(dir)?,
+            None => options.fresh()?,
         };
         crate::run::run(config)
     }

@@ -17,7 +17,7 @@ mod poll;
 mod rates;
 mod reading;
 mod screen;
-mod text;
+pub(crate) mod text;
 mod view;
 
 #[cfg(test)]

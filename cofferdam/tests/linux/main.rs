@@ -27,6 +27,7 @@ mod snapshot_isolated;
 mod suspend;
 mod sweep;
 mod switch;
+mod trying;
 mod victim;
 mod virtio;
 mod wires;
