@@ -432,7 +432,8 @@ pub fn build(workspace: &Workspace) -> anyhow::Result<String> {
     Ok("target/release/cofferdam".into())
 }
 
-fn commit(workspace: &Workspace) -> String {
+/// The commit that is built, and whether something was changed since; "unknown" outside a checkout.
+pub fn commit(workspace: &Workspace) -> String {
     let git = |words: &[&str]| {
         capture(
             Command::new("git")

@@ -3,6 +3,7 @@
 mod bench;
 mod images;
 mod lab;
+mod package;
 mod place;
 mod setup;
 mod steps;
@@ -39,6 +40,8 @@ enum Task {
     },
     /// Builds the release program
     Build,
+    /// Makes the Debian package, in target/deb
+    Package,
     Test(suite::Args),
     Demo(bench::DemoArgs),
     Bench(bench::Args),
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Images(args) => one_step("images", || images::main(&workspace, args)),
         Task::KernelFacts { kernel } => images::facts(&workspace, kernel),
         Task::Build => one_step("build", || bench::build(&workspace)),
+        Task::Package => one_step("package", || package::run(&workspace)),
         Task::Test(args) => suite::main(&workspace, args),
         Task::Demo(args) => bench::demo(&workspace, args),
         Task::Bench(args) => bench::main(&workspace, args),

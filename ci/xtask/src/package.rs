@@ -1,0 +1,134 @@
+//! `cargo xtask package`: the Debian package, of the program in a profile of its own.
+//!
+//! The same commit gives the same package where the same compiler builds it: paths of this machine are mapped to others, and
+//! the date of all is the commit's, or `SOURCE_DATE_EPOCH`.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use debian_package::{Completions, Contents, build, file_name};
+use guest_images::agent::build_agent;
+
+use crate::bench::commit;
+use crate::steps::{Progress, capture, cargo, run as run_command};
+use crate::workspace::Workspace;
+
+/// Builds the package; says where it is.
+pub fn run(workspace: &Workspace) -> anyhow::Result<String> {
+    let date = date(workspace)?;
+    let program = build_program(workspace)?;
+    let progress = Progress::new("guest agent");
+    let agent = build_agent(workspace.root(), &workspace.path("target/agent"))
+        .context("cannot build the guest agent")?;
+    progress.say("manual pages and completions");
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let contents = Contents {
+        program: read(&program)?,
+        agent: read(&agent)?,
+        pages: pages(&program)?,
+        completions: Completions {
+            bash: completions(&program, "bash")?,
+            zsh: completions(&program, "zsh")?,
+            fish: completions(&program, "fish")?,
+        },
+        documents: documents(workspace)?,
+        version,
+    };
+    progress.say("packing");
+    let package = build(&contents, date)?;
+    let folder = workspace.path("target/deb");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let path = folder.join(file_name(&contents.version));
+    std::fs::write(&path, &package).with_context(|| path.display().to_string())?;
+    drop(progress);
+    let shown = path.strip_prefix(workspace.root()).unwrap_or(&path);
+    Ok(format!("{}, {} KiB", shown.display(), package.len() >> 10))
+}
+
+/// The date of everything in the package, in seconds since 1970.
+fn date(workspace: &Workspace) -> anyhow::Result<u64> {
+    let text = match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => text,
+        Err(_) => capture(
+            Command::new("git")
+                .args(["log", "-1", "--format=%ct"])
+                .current_dir(workspace.root()),
+        )
+        .context("there is no commit to take the date of: set SOURCE_DATE_EPOCH")?,
+    };
+    let date = text.trim().parse();
+    date.with_context(|| format!("{:?} is no date in seconds since 1970", text.trim()))
+}
+
+fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
+    let words = [
+        "build",
+        "--profile",
+        "packaged",
+        "--locked",
+        "-p",
+        "cofferdam",
+    ];
+    let home = std::env::var("CARGO_HOME").or_else(|_| {
+        let home = std::env::var("HOME").context("there is no home folder")?;
+        anyhow::Ok(format!("{home}/.cargo"))
+    })?;
+    let mapped = [
+        (workspace.root().display().to_string(), "/cofferdam"),
+        (home, "/cargo"),
+    ];
+    let flags: Vec<String> = mapped
+        .iter()
+        .map(|(from, to)| format!("--remap-path-prefix={from}={to}"))
+        .collect();
+    run_command(
+        cargo()
+            .args(words)
+            // Words are parted by this character, as paths may have blanks.
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+            .env("COFFERDAM_COMMIT", commit(workspace))
+            .current_dir(workspace.root()),
+    )?;
+    Ok(workspace.path("target/packaged/cofferdam"))
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| path.display().to_string())
+}
+
+/// All files of a folder, by name.
+fn files(folder: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for entry in folder
+        .read_dir()
+        .with_context(|| folder.display().to_string())?
+    {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.push((name, read(&entry.path())?));
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn pages(program: &Path) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    capture(Command::new(program).arg("man").arg(folder.path()))?;
+    let pages = files(folder.path())?;
+    ensure!(!pages.is_empty(), "the program wrote no manual pages");
+    Ok(pages)
+}
+
+fn completions(program: &Path, shell: &str) -> anyhow::Result<Vec<u8>> {
+    let text = capture(Command::new(program).args(["completions", shell]))?;
+    Ok(text.into_bytes())
+}
+
+fn documents(workspace: &Workspace) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+    let mut documents = files(&workspace.path("docs"))?;
+    documents.push(("README.md".to_owned(), read(&workspace.path("README.md"))?));
+    Ok(documents)
+}
