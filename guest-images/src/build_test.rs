@@ -437,6 +437,10 @@ fn a_release_that_is_named_is_taken_though_there_is_a_newer_one() {
             &[
                 (&format!("./boot/vmlinuz-{newer}"), image.as_slice()),
                 (&format!("./boot/config-{newer}"), b"CONFIG_X=y\n"),
+                (
+                    &format!("./lib/modules/{newer}/kernel/bus.ko"),
+                    &module_file(b"depends=\0"),
+                ),
             ],
         ),
     );

@@ -205,6 +205,8 @@ impl TryOptions {
         let mut options = vec![
             format!("--memory={}", self.memory),
             format!("--vcpus={}", self.vcpus),
+            // One that panics stays as it is: what its module's calls did is still known.
+            "--append=panic=0".to_owned(),
         ];
         options.extend(self.net.iter().map(|net| format!("--net={net}")));
         options.extend(self.nic.iter().map(|nic| format!("--nic={nic}")));

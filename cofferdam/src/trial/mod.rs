@@ -89,7 +89,11 @@ pub fn run(
         Some(last) => last,
         None => watch::look(vm.paths(), module)?,
     };
-    report.panicked = last.status.guest_panic.as_deref().map(clean);
+    report.panicked = match (&last.status.guest_panic, last.status.resets) {
+        (Some(line), _) => Some(clean(line)),
+        (None, 0) => None,
+        (None, _) => Some("it booted anew, and what it did before is not known".to_owned()),
+    };
     report.count(&last.status, last.violations);
     Ok(report)
 }
