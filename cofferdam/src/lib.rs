@@ -14,6 +14,7 @@ pub mod process;
 pub mod report;
 pub mod run;
 pub mod runtime_dir;
+pub mod sandbox;
 pub mod serve;
 pub mod sweep;
 pub mod top;

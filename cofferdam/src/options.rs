@@ -194,6 +194,16 @@ impl FromStr for NetSpec {
     }
 }
 
+impl NetSpec {
+    /// The socket that whoever is plugged into it makes.
+    pub fn own_socket(&self) -> Option<&PathBuf> {
+        match self {
+            Self::Unix { path, listen: true } => Some(path),
+            Self::Unix { listen: false, .. } | Self::User | Self::Tap(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for NetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -51,7 +51,14 @@ impl Vm {
         let mut result = Ok(());
         for index in 0..self.machine.vcpus.len() as u8 {
             let machine = self.machine.clone();
-            let body = move || vcpu::run(&machine, index);
+            let begin = self.vcpu_start.clone();
+            let body = move || match begin.map_or(Ok(()), |begin| begin()) {
+                Ok(()) => vcpu::run(&machine, index),
+                Err(error) => {
+                    let reason = format!("the thread of vCPU {index} cannot begin: {error}");
+                    machine.requests.push(Request::Fail(reason));
+                }
+            };
             match std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(body)

@@ -91,7 +91,11 @@ pub struct Vm {
     /// It goes on from a state instead of being loaded.
     pub(crate) restored: bool,
     pub(crate) on_guest_reset: OnGuestReset,
+    pub(crate) vcpu_start: Option<VcpuStart>,
 }
+
+/// What the thread of a vCPU does first.
+pub(crate) type VcpuStart = Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>;
 
 impl Vm {
     /// Makes a machine with memory, vCPUs, interrupt controllers, a serial port and an empty PCI
@@ -170,10 +174,20 @@ impl Vm {
             windows,
             restored: false,
             on_guest_reset: config.on_guest_reset,
+            vcpu_start: None,
             machine,
         };
         this.map_fixed_devices();
         Ok(this)
+    }
+
+    /// Has the thread of each vCPU do `begin` first, before the guest runs: it may give up rights that only others need.
+    /// An error of it ends [`Self::run`].
+    pub fn on_vcpu_start(
+        &mut self,
+        begin: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.vcpu_start = Some(Arc::new(begin));
     }
 
     fn map_fixed_devices(&mut self) {

@@ -14,6 +14,7 @@ use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, serve};
 use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
+use crate::sandbox::MachineSandbox;
 use crate::words::{counted, switched};
 
 /// How long a device host may take to be listed.
@@ -62,6 +63,8 @@ pub struct ServeOptions {
     /// How many VMs can have a context
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_SLOTS)))]
     slots: u16,
+    #[command(flatten)]
+    sandbox: MachineSandbox,
 }
 
 impl ServeOptions {
@@ -83,7 +86,7 @@ impl ServeOptions {
             on_exit: self.on_exit,
             slots: self.slots.into(),
         };
-        serve(config, card)
+        serve(config, card, &self.sandbox)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::options::{
 };
 use crate::run::saved::{Changes, SavedVm};
 use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, Restored, RunConfig};
+use crate::sandbox::MachineSandbox;
 
 use super::Ending;
 
@@ -121,6 +122,8 @@ pub struct RunOptions {
     /// no-reboot = true). Those that are given here as well take the place of the file's
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    sandbox: MachineSandbox,
 }
 
 impl RunOptions {
@@ -166,6 +169,7 @@ impl RunOptions {
             serial: self.serial.unwrap_or(SerialSpec::Stdio),
             no_reboot: self.no_reboot,
             restored: None,
+            sandbox: self.sandbox,
         })
     }
 
@@ -184,7 +188,12 @@ impl RunOptions {
             no_reboot: self.no_reboot,
         };
         let lazy = self.lazy;
-        SavedVm::of(snapshot.manifest())?.configure(changes, Restored { dir, lazy })
+        let saved = SavedVm::of(snapshot.manifest())?;
+        let config = saved.configure(changes, Restored { dir, lazy })?;
+        Ok(RunConfig {
+            sandbox: self.sandbox,
+            ..config
+        })
     }
 }
 

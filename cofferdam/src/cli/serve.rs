@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Ending, print_bytes};
 use crate::runtime_dir::RuntimeRoot;
+use crate::sandbox::SandboxOptions;
 use crate::serve::{ServeConfig, document, serve};
 
 /// `serve`
@@ -26,6 +27,8 @@ pub struct ServeOptions {
     /// Print the OpenAPI document and end
     #[arg(long, conflicts_with = "socket")]
     openapi: bool,
+    #[command(flatten)]
+    sandbox: SandboxOptions,
 }
 
 impl ServeOptions {
@@ -39,6 +42,7 @@ impl ServeOptions {
             root: RuntimeRoot::from_environment(),
             socket: self.socket,
             client_time: Duration::from_secs(self.client_time),
+            sandbox: self.sandbox,
         })?;
         Ok(Ending::SUCCESS)
     }

@@ -43,6 +43,7 @@ use crate::run::machine::plug;
 use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
 use crate::run::watch::Belongings;
 use crate::runtime_dir::{RuntimeRoot, VmPaths};
+use crate::sandbox::MachineSandbox;
 
 /// How long those who wait for an answer may hold up the end.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
@@ -103,13 +104,17 @@ pub enum End {
     Signal(EndingSignal),
 }
 
-/// Serves a device to its end.
-pub fn serve(config: HostConfig, card: CardConfig) -> anyhow::Result<Ending> {
+/// Serves a device to its end, behind the walls of `sandbox`.
+pub fn serve(
+    config: HostConfig,
+    card: CardConfig,
+    sandbox: &MachineSandbox,
+) -> anyhow::Result<Ending> {
     let signals = Signals::block().context("cannot block signals")?;
     let (end, ended) = channel();
     let belongings = Arc::new(Belongings::default());
     listen_to(signals, end.clone(), belongings.clone())?;
-    let result = serve_until(config, card, end, &ended, &belongings);
+    let result = serve_until(config, (card, sandbox), end, &ended, &belongings);
     belongings.clear();
     match result? {
         End::Asked => Ok(Ending::SUCCESS),
@@ -154,7 +159,7 @@ fn listen_to(
 
 fn serve_until(
     config: HostConfig,
-    card: CardConfig,
+    (card, sandbox): (CardConfig, &MachineSandbox),
     end: Sender<End>,
     ended: &Receiver<End>,
     belongings: &Belongings,
@@ -167,6 +172,7 @@ fn serve_until(
     match card {
         CardConfig::Model { model, net } => {
             let plugged = plug(&net, 0, belongings)?;
+            sandbox.enter(net.own_socket().cloned().into_iter().collect())?;
             if !plugged.subscribers.is_empty() {
                 serve_wire(plugged.subscribers)?;
             }
@@ -179,6 +185,7 @@ fn serve_until(
         }
         CardConfig::Function(address) => {
             let card = PassedCard::open(address, config.parked)?;
+            sandbox.enter(Vec::new())?;
             serve_card(config, card, &paths, end, ended)
         }
     }

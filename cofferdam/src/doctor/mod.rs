@@ -10,6 +10,7 @@ mod host;
 mod kvm;
 mod report;
 mod speed;
+mod walls;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -50,6 +51,7 @@ pub fn examine() -> Report {
     let kvm = kvm::examine();
     let mut checks = kvm.checks;
     checks.extend([host::hugepages(), host::tap(), host::vfio(), host::memory()]);
+    checks.extend([walls::seccomp(), walls::landlock(), walls::ordinary_user()]);
     let (lab, lab_ready) = host::lab();
     checks.push(lab);
     let linux_guests = match &kvm.speed {
@@ -87,6 +89,9 @@ mod tests {
             "TAP",
             "VFIO",
             "hugepages",
+            "seccomp",
+            "landlock",
+            "without root",
             "lab",
         ] {
             let check = check(name);

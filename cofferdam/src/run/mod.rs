@@ -50,6 +50,7 @@ use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
+use crate::sandbox::MachineSandbox;
 use signals::Signals;
 
 pub use ending::Ending;
@@ -93,6 +94,8 @@ pub struct RunConfig {
     pub no_reboot: bool,
     /// What it goes on from instead of booting.
     pub restored: Option<Restored>,
+    /// What its process gives up.
+    pub sandbox: MachineSandbox,
 }
 
 /// A NIC.
@@ -113,6 +116,19 @@ impl RunConfig {
         words.extend(self.append.iter().map(String::as_str));
         words.retain(|word| !word.is_empty());
         words.join(" ")
+    }
+
+    /// Sockets that the process makes, besides those in its folder.
+    fn sockets(&self) -> Vec<PathBuf> {
+        let console = match &self.serial {
+            SerialSpec::Unix(path) => Some(path.clone()),
+            SerialSpec::Stdio | SerialSpec::File(_) => None,
+        };
+        let wires = self.nets.iter().filter_map(|net| match &net.nic {
+            NicSpec::Model { wire, .. } => wire.own_socket().cloned(),
+            NicSpec::Device(_) | NicSpec::Passthrough(_) => None,
+        });
+        wires.chain(console).collect()
     }
 }
 
@@ -199,6 +215,9 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         belongings.clone(),
     );
     let service = service::VmService::new(config, plugging, supervisor, panic, started_ns)?;
+    // Everything is open; nobody has been answered yet, and the guest does not run.
+    let sandbox = config.sandbox.enter(config.sockets())?;
+    vm.on_vcpu_start(move || sandbox.enter_vcpu());
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.

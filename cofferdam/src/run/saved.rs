@@ -12,6 +12,7 @@ use super::{NetConfig, Restored, RunConfig};
 use crate::options::{
     DiskSpec, MacAddress, MemorySize, NetOption, NetSpec, NicOption, NicSpec, SerialSpec, VmName,
 };
+use crate::sandbox::MachineSandbox;
 
 /// A VM's configuration in a snapshot. Values are written as on the command line; paths are absolute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -221,6 +222,7 @@ impl SavedVm {
             serial: changes.serial.unwrap_or(SerialSpec::Stdio),
             no_reboot: changes.no_reboot || self.no_reboot,
             restored: Some(from),
+            sandbox: MachineSandbox::default(),
         })
     }
 }

@@ -29,6 +29,7 @@ fn config(nets: &[&str]) -> RunConfig {
         serial: SerialSpec::Stdio,
         no_reboot: true,
         restored: None,
+        sandbox: MachineSandbox::default(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! normal end, error, panic   Drop of `RawTerminal`, or the panic hook before the message
 //! SIGINT, SIGTERM, ...       the run ends in order, then as above (see `signals`)
 //! SIGSEGV, SIGABRT, ...      a handler that only calls tcsetattr, then the signal does its work
+//! SIGSYS                     the same, by `sandbox::refusal`, which says why besides
 //! SIGTSTP, SIGCONT           put back, stop; raw again
 //! SIGKILL                    cannot be caught: `stty sane`
 //! ```
@@ -21,13 +22,12 @@ static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Signals that end a process on the spot.
-const FATAL: [libc::c_int; 7] = [
+const FATAL: [libc::c_int; 6] = [
     libc::SIGSEGV,
     libc::SIGBUS,
     libc::SIGILL,
     libc::SIGFPE,
     libc::SIGABRT,
-    libc::SIGSYS,
     libc::SIGTRAP,
 ];
 

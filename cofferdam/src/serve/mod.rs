@@ -42,6 +42,7 @@ pub use api::document;
 
 use crate::ending::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
+use crate::sandbox::SandboxOptions;
 use app::App;
 use socket::Socket;
 
@@ -63,6 +64,8 @@ pub struct ServeConfig {
     pub socket: Option<PathBuf>,
     /// How long a client has for each part of a request, and for taking what it is sent.
     pub client_time: Duration,
+    /// What it gives up.
+    pub sandbox: SandboxOptions,
 }
 
 /// Serves until a signal asks for the end.
@@ -76,6 +79,8 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    // Before there are other threads, which inherit it.
+    config.sandbox.enter_service()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(THREADS)

@@ -51,6 +51,9 @@ pub struct GuestSpec {
     snapshot: Option<String>,
     /// With `snapshot`: begin before the memory is there.
     lazy: bool,
+    /// Folders that its process may read and write in, and in no other but the runtime folder; all but the system's when not
+    /// given.
+    allow_dir: Vec<String>,
 }
 
 /// A spec that can be tried: a name and words for `cofferdam`.
@@ -110,6 +113,10 @@ impl GuestSpec {
                 is_absolute("net", path.to_str())?;
             }
             add("net", &net.to_string());
+        }
+        for folder in &self.allow_dir {
+            is_absolute("allow_dir", Some(folder))?;
+            add("allow-dir", folder);
         }
         for nic in &self.nic {
             add("nic", &value::<NicOption>("nic", nic)?.to_string());
@@ -192,7 +199,8 @@ mod tests {
     fn what_is_asked_for_is_what_run_takes() {
         let whole = r#"{"name":"web","kernel":"/k","initrd":"/i","cmdline":"-x y","append":["a","-b"],
             "disk":["/d,ro"],"net":["user,nic=virtio","unix=/c,listen"],"nic":["e1000","device=lan"],
-            "mac":"02:00:00:00:00:07","memory":"65536K","vcpus":2,"serial":"file=/s","no_reboot":true}"#;
+            "mac":"02:00:00:00:00:07","memory":"65536K","vcpus":2,"serial":"file=/s","no_reboot":true,
+            "allow_dir":["/guests"]}"#;
         let checked = spec(whole).check().unwrap();
         assert!(checked.words.contains(&"--memory=64M".to_owned()));
         let words = std::iter::once("cofferdam".to_owned()).chain(checked.words);
@@ -222,6 +230,10 @@ mod tests {
             (r#"{"name":"a","kernel":"/k","net":["vde"]}"#, "net"),
             (r#"{"name":"a","kernel":"/k","nic":["ne2k"]}"#, "nic"),
             (r#"{"name":"a","kernel":"/k","mac":"1"}"#, "mac"),
+            (
+                r#"{"name":"a","kernel":"/k","allow_dir":["d"]}"#,
+                "allow_dir",
+            ),
             (r#"{"name":"a","kernel":"/k","memory":"1M"}"#, "memory"),
             (r#"{"name":"a","kernel":"/k","vcpus":0}"#, "vcpus"),
             (r#"{"name":"a","kernel":"/k","serial":"stdio"}"#, "serial"),

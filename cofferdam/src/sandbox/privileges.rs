@@ -1,0 +1,263 @@
+//! Capabilities, new privileges and resources (capabilities(7), prctl(2), setrlimit(2)).
+//!
+//! Capabilities and Landlock's domains belong to threads, and threads run already when everything is opened: the one that
+//! takes signals, the one of recovery, those of wires. Each is sent a signal whose handler gives up what is to be given up, and is
+//! waited for; threads that come later inherit it.
+//!
+//! ```text
+//!   enter ──► itself        gives up
+//!         ──► thread 1 ◄─── SIGRTMIN+1: its handler gives up, counts
+//!         ──► thread 2 ◄─── ...
+//!         ──► are there others by now? again; none: done
+//! ```
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// `CAP_IPC_LOCK` of linux/capability.h.
+const CAP_IPC_LOCK: u64 = 14;
+
+/// What the processes of VMs and device hosts keep, as bits: a device of the host that is passed on has guest memory locked.
+pub const KEPT: u64 = 1 << CAP_IPC_LOCK;
+
+/// All capabilities: none is given up.
+pub const ALL: u64 = u64::MAX;
+
+/// Most descriptors of a process: some ten times what one with all NICs and clients uses.
+const MAX_DESCRIPTORS: u64 = 8192;
+
+/// How long a thread may take to give up something: it may be in the kernel, locking memory.
+const THREAD_TIME: Duration = Duration::from_secs(10);
+
+/// Between two looks at it.
+const THREAD_POLL: Duration = Duration::from_micros(50);
+
+/// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h: 64 bits, in two parts.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+/// `PF_USER_WORKER` of linux/sched.h.
+const PF_USER_WORKER: u64 = 0x4000;
+
+/// There is no ruleset.
+const NO_RULESET: i32 = -1;
+
+/// What threads are to do and how far they are, for a handler of signals.
+static KEEP: AtomicU64 = AtomicU64::new(ALL);
+static RULESET: AtomicI32 = AtomicI32::new(NO_RULESET);
+static DONE: AtomicUsize = AtomicUsize::new(0);
+static FAILED: AtomicI32 = AtomicI32::new(0);
+
+/// `struct __user_cap_header_struct` of capget(2).
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: libc::c_int,
+}
+
+/// `struct __user_cap_data_struct` of capget(2), of which there are two.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilityData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Forbids core dumps, which would hold guest memory, and bounds the number of descriptors. Threads are not bounded:
+/// `RLIMIT_NPROC` counts all processes of a user.
+///
+/// # Errors
+/// The kernel refuses it.
+pub fn limit_resources() -> io::Result<()> {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Core, none)?;
+    let now = getrlimit(Resource::Nofile);
+    let bounded = |limit: Option<u64>| Some(limit.unwrap_or(u64::MAX).min(MAX_DESCRIPTORS));
+    let limit = Rlimit {
+        current: bounded(now.current),
+        maximum: bounded(now.maximum),
+    };
+    Ok(setrlimit(Resource::Nofile, limit)?)
+}
+
+/// Has each thread of this process give up all capabilities but `keep` (bits by number), the right to get others by running a
+/// program, and access to files that `ruleset` does not give.
+///
+/// # Errors
+/// A thread could not, or does not answer a signal.
+pub fn drop_in_each_thread(keep: u64, ruleset: Option<&OwnedFd>) -> io::Result<()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _only = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    KEEP.store(keep, Ordering::SeqCst);
+    RULESET.store(
+        ruleset.map_or(NO_RULESET, AsRawFd::as_raw_fd),
+        Ordering::SeqCst,
+    );
+    FAILED.store(0, Ordering::SeqCst);
+    // Glibc has the first two real-time signals, and the first of the others kicks vCPUs.
+    let signal = libc::SIGRTMIN() + 1;
+    handle(signal, on_signal as *const () as usize)?;
+    let mut result = give_up().map_err(io::Error::from_raw_os_error);
+    if result.is_ok() {
+        result = ask_others(signal);
+    }
+    // Nobody else sends it.
+    handle(signal, libc::SIG_IGN)?;
+    result?;
+    match FAILED.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Sends `signal` to all other threads, until there is none that has not had it, and waits for each.
+fn ask_others(signal: libc::c_int) -> io::Result<()> {
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    let mut asked = BTreeSet::from([rustix::thread::gettid().as_raw_nonzero().get()]);
+    loop {
+        let threads = threads()?;
+        let new: Vec<_> = threads.difference(&asked).copied().collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for thread in new {
+            asked.insert(thread);
+            let before = DONE.load(Ordering::SeqCst);
+            // SAFETY: a system call with numbers only, about a thread of this process (tgkill(2)).
+            let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+            if sent == 0 {
+                wait_for(thread, before)?;
+            } else if io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH) {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+}
+
+/// Waits until `thread` has done what it was asked for, when `before` threads had, or has ended.
+fn wait_for(thread: i32, before: usize) -> io::Result<()> {
+    let deadline = Instant::now() + THREAD_TIME;
+    while DONE.load(Ordering::SeqCst) == before {
+        if !threads()?.contains(&thread) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(THREAD_POLL);
+    }
+    Ok(())
+}
+
+/// The threads of this process that run its program.
+fn threads() -> io::Result<BTreeSet<i32>> {
+    let tasks = std::fs::read_dir("/proc/self/task")?;
+    let mut threads = BTreeSet::new();
+    for task in tasks {
+        let task = task?;
+        if !is_of_the_kernel(&task.path()) {
+            let name = task.file_name();
+            threads.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
+        }
+    }
+    Ok(threads)
+}
+
+/// Whether it is a thread that the kernel runs for this process, as KVM's that splits large pages: it takes no signals.
+fn is_of_the_kernel(task: &Path) -> bool {
+    // The ninth field, the seventh behind the name in parentheses (proc_pid_stat(5)). Without it the thread has ended.
+    let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+    let flags = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(6));
+    let flags = flags.and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_USER_WORKER != 0)
+}
+
+fn handle(signal: libc::c_int, handler: usize) -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is valid; the handler is a function that takes a signal's number and calls only what
+    // is safe in one, or SIG_IGN.
+    let failed = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler;
+        action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+        libc::sigaction(signal, &raw const action, std::ptr::null_mut()) != 0
+    };
+    match failed {
+        true => Err(io::Error::last_os_error()),
+        false => Ok(()),
+    }
+}
+
+extern "C" fn on_signal(_signal: libc::c_int) {
+    // SAFETY: errno is this thread's own, and whoever was interrupted may be about to read it.
+    let errno = unsafe { *libc::__errno_location() };
+    if let Err(error) = give_up() {
+        FAILED.store(error, Ordering::SeqCst);
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+    DONE.fetch_add(1, Ordering::SeqCst);
+}
+
+/// What one thread does. System calls only: it may be a handler of a signal. An error is an `errno`.
+fn give_up() -> Result<(), i32> {
+    // SAFETY: numbers only; the last argument of each is not used (prctl(2)).
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+    let keep = KEEP.load(Ordering::SeqCst);
+    if keep != ALL {
+        drop_capabilities(keep)?;
+    }
+    let ruleset = RULESET.load(Ordering::SeqCst);
+    if ruleset != NO_RULESET {
+        // SAFETY: numbers only; the descriptor is open, as the caller of `drop_in_each_thread` waits (landlock(7)).
+        check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0) })?;
+    }
+    Ok(())
+}
+
+fn drop_capabilities(keep: u64) -> Result<(), i32> {
+    // The bounding set needs a right that an ordinary user has not, who has no capabilities either.
+    for capability in (0..64).filter(|bit| keep & (1 << bit) == 0) {
+        // SAFETY: numbers only (prctl(2)).
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            break;
+        }
+    }
+    let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL;
+    // SAFETY: numbers only; kernels before 4.3 have no such set (prctl(2)).
+    unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) };
+    let mut header = CapabilityHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    let mut data = [CapabilityData::default(); 2];
+    // SAFETY: the header says that there are two parts of data, which the kernel writes (capget(2)).
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) })?;
+    for (index, part) in data.iter_mut().enumerate() {
+        let keep = (keep >> (32 * index)) as u32;
+        part.permitted &= keep;
+        part.effective = part.permitted;
+        part.inheritable = 0;
+    }
+    // SAFETY: as above; the kernel reads both.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
+}
+
+fn check(result: libc::c_long) -> Result<(), i32> {
+    match result {
+        // SAFETY: errno is this thread's own.
+        -1 => Err(unsafe { *libc::__errno_location() }),
+        _ => Ok(()),
+    }
+}
