@@ -136,7 +136,7 @@ mod tests {
         append(&mut file, &record).unwrap();
         file.write_all(b"{\"class\":\"qd").unwrap();
         let (mut file, records) = open(&path, &header).unwrap();
-        assert_eq!(records, [record.clone()]);
+        assert_eq!(records, std::slice::from_ref(&record));
         let next = Record {
             module: "sch_drr".to_owned(),
             ..record.clone()

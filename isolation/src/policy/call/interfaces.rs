@@ -15,6 +15,9 @@ const MAX_LISTED: usize = 4096;
 /// Most network interfaces that are remembered as the driver's.
 const MAX_INTERFACES: usize = 64;
 
+/// Bytes of a processor's count of references to an interface (`int`).
+const REFERENCE_BYTES: u64 = 4;
+
 /// Where the kernel lists its interfaces, and how an interface tells whose it is.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InterfaceList {
@@ -28,6 +31,8 @@ pub(super) struct InterfaceList {
     link: u64,
     /// `net_device.netdev_ops`.
     operations: u64,
+    /// `net_device.pcpu_refcnt`, a pointer to per-CPU data, where the kernel has it.
+    references: Option<u64>,
 }
 
 impl InterfaceList {
@@ -44,6 +49,7 @@ impl InterfaceList {
             head: offset(types.find_struct("net")?, "dev_base_head")?,
             link: offset(type_id, "dev_list")?,
             operations: offset(type_id, "netdev_ops")?,
+            references: offset(type_id, "pcpu_refcnt"),
         })
     }
 
@@ -61,23 +67,29 @@ impl InterfaceList {
     }
 
     /// The interfaces in the network `namespaces` (in the first one if they are not known) that have their operations in one of
-    /// `sections`. Stops in each where its list is damaged.
-    pub(super) fn find<M: GuestPhys>(
+    /// `sections`.
+    fn find<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
         namespaces: &[Gva],
         sections: &[GvaRange],
     ) -> Vec<Gva> {
+        let mut found = self.all(virt, namespaces);
+        found.retain(|interface| self.is_drivers(virt, *interface, sections));
+        found
+    }
+
+    /// All interfaces there. Stops in each namespace where its list is damaged.
+    fn all<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, namespaces: &[Gva]) -> Vec<Gva> {
         let first = [self.namespace];
         let namespaces = match namespaces.is_empty() {
             true => &first,
             false => namespaces,
         };
-        let (mut found, mut left) = (Vec::new(), MAX_LISTED);
+        let mut found = Vec::new();
         for head in namespaces.iter().filter_map(|at| at.checked_add(self.head)) {
             let mut at = head;
-            while left > 0 {
-                left -= 1;
+            while found.len() < MAX_LISTED {
                 let Ok(next) = virt.read_u64(at) else { break };
                 at = Gva(next);
                 if at == head {
@@ -86,12 +98,29 @@ impl InterfaceList {
                 let Some(interface) = at.checked_sub(self.link) else {
                     break;
                 };
-                if self.is_drivers(virt, interface, sections) {
-                    found.push(interface);
-                }
+                found.push(interface);
             }
         }
         found
+    }
+
+    /// Whether `at` is this processor's count of references to one of the interfaces (`dev_hold`), whoever's it is.
+    pub(super) fn is_reference_count<M: GuestPhys>(
+        &self,
+        virt: VirtMemory<'_, M>,
+        namespaces: &[Gva],
+        per_cpu_base: u64,
+        at: Gva,
+    ) -> bool {
+        let Some(offset) = self.references else {
+            return false;
+        };
+        let all = self.all(virt, namespaces);
+        let mut counts = all.into_iter().filter_map(|interface| {
+            let pointer = virt.read_u64(interface.checked_add(offset)?).ok()?;
+            GvaRange::new(Gva(per_cpu_base.wrapping_add(pointer)), REFERENCE_BYTES)
+        });
+        counts.any(|count| count.contains(at))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The guest's network namespaces: what inline functions of the kernel write in them, and what a driver keeps in each.
 
+use super::interfaces::InterfaceList;
 use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
@@ -145,7 +146,7 @@ fn counts(types: &Btf, id: TypeId, at: u64, nesting: usize, found: &mut Vec<GvaR
 }
 
 impl DriverPolicy {
-    /// Opens the count of references to a namespace, or what the driver keeps in one, if `at` lies there.
+    /// Opens the count of references to a namespace or to an interface in one, or what the driver keeps in one, if `at` lies there.
     pub(super) fn open_in_namespace<M: GuestPhys>(
         &mut self,
         memory: &CallMemory<'_, M>,
@@ -155,6 +156,13 @@ impl DriverPolicy {
             return false;
         };
         let all = namespaces.all(memory.private);
+        let base = memory.per_cpu_base;
+        let of_interface =
+            |list: InterfaceList| list.is_reference_count(memory.private, &all, base, at);
+        if self.list.is_some_and(of_interface) {
+            let label = "references to an interface".into();
+            return self.open(GvaRange::aligned(at, 1), ObjectKind::Other, label);
+        }
         if let Some(count) = namespaces.reference_count(&all, at) {
             let label = "references to a network namespace".into();
             return self.open(count, ObjectKind::Other, label);

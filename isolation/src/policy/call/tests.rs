@@ -59,7 +59,11 @@ fn types() -> Arc<Btf> {
     e.structure(
         "net_device",
         96,
-        &[("netdev_ops", pointer, 8), ("dev_list", pointer, 16)],
+        &[
+            ("netdev_ops", pointer, 8),
+            ("dev_list", pointer, 16),
+            ("pcpu_refcnt", pointer, 24),
+        ],
     );
     e.structure(
         "task_struct",
@@ -229,6 +233,13 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
     }
     assert!(may(kept, 256));
     assert!(!may(HEAD, 8), "the table of what drivers keep there");
+    // An interface of somebody else's in the other one.
+    assert!(!may(PER_CPU + 0x80, 4));
+    guest.put(Gva(other + 8), &words(&[OBJECTS + 16]), DATA);
+    guest.put(Gva(OBJECTS + 16), &words(&[other + 8, 0x80]), DATA);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(PER_CPU + 0x80, 4));
+    assert!(!may(PER_CPU + 0x84, 1));
     guest.put(Gva(VARIABLES + 16), &words(&[4]), DATA);
     policy.end(true);
     policy.begin("my_irq", [0; 6]);
