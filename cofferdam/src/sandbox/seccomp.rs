@@ -203,8 +203,12 @@ const REQUESTS: [u64; 11] = [
     TUNSETIFF,
 ];
 
+/// `PR_GET_AUXV` of linux/prctl.h, by which `rustix` learns the size of pages.
+const PR_GET_AUXV: u64 = 0x4155_5856;
+
 /// Options of `prctl`: names of threads and mappings, huge pages, and what only gives up more.
-const OPTIONS: [u64; 8] = [
+const OPTIONS: [u64; 9] = [
+    PR_GET_AUXV,
     number(libc::PR_SET_NAME),
     number(libc::PR_GET_NAME),
     number(libc::PR_SET_THP_DISABLE),
