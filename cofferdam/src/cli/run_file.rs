@@ -105,10 +105,12 @@ fn merged(text: &str, typed: &ArgMatches) -> anyhow::Result<RunOptions> {
 
 /// The words that say what the file's keys do, each looked at.
 fn words_of<'a>(text: &str, command: &'a Command) -> anyhow::Result<Vec<(&'a Arg, Vec<String>)>> {
-    let table = DeTable::parse(text).map_err(|error| {
-        let span = error.span().unwrap_or(0..0);
-        anyhow!("{}: {}", place(text, &span), error.message())
-    })?;
+    let (table, errors) = DeTable::parse_recoverable(text);
+    // They come in no order, and what follows the first is often of its making.
+    let spans = errors.iter().map(|error| error.span().unwrap_or(0..0));
+    if let Some((error, span)) = errors.iter().zip(spans).min_by_key(|(_, span)| span.start) {
+        bail!("{}: {}", place(text, &span), error.message());
+    }
     let mut all = Vec::new();
     let mut entries: Vec<_> = table.get_ref().iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
