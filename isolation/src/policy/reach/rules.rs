@@ -89,6 +89,12 @@ impl Rules {
                 align: 32,
                 is: &["ifb_dev_private"],
             },
+            // `qdisc_priv` (include/net/sch_generic.h): behind the structure, at the next line of the cache.
+            PrivateArea {
+                behind: "Qdisc",
+                align: 64,
+                is: &[],
+            },
             // `blk_mq_rq_to_pdu` (include/linux/blk-mq.h).
             PrivateArea {
                 behind: "request",
@@ -113,6 +119,8 @@ impl Rules {
             "notifier_block",
             "config_item",
             "bucket_table",
+            // `tcp_sk`, `inet_csk_ca`: what congestion control has of a connection.
+            "sock",
         ],
         followed: &[
             // `netif_tx_stop_queue`, `__netif_tx_lock`.
