@@ -8,7 +8,7 @@ use recovery::sweep::record::{FaultEnd, Verdict};
 use super::options;
 
 /// What is swept here: quick ones.
-const MODULES: [&str; 3] = ["pair/veth", "interface/dummy", "interface/ifb"];
+const MODULES: [&str; 2] = ["interface/dummy", "interface/ifb"];
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
