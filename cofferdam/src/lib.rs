@@ -9,6 +9,7 @@ pub mod device;
 pub mod doctor;
 mod ending;
 pub mod error_text;
+pub mod json_lines;
 pub mod options;
 pub mod process;
 pub mod report;

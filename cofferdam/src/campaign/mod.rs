@@ -7,8 +7,7 @@ pub mod patience;
 pub mod worker;
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
@@ -24,11 +23,15 @@ use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
 
 use crate::control::protocol::FunctionBytes;
+use crate::json_lines::{self, Contents, append, ensure_same, text};
 use jobs::Jobs;
 use worker::{Fault, Setup, Worker};
 
 /// VMs in a row that do not do what they are asked for, after which a campaign is given up.
 const MAX_LOST: u32 = 3;
+
+/// What is said of a file that is not this campaign's.
+const DIFFERS: &str = "another campaign (workload, kernel, seed, kinds, stores or steps differ)";
 
 /// What to try.
 #[derive(Debug, Clone)]
@@ -103,7 +106,7 @@ pub fn run(
     // Before a guest is booted for nothing.
     if let Some(there) = header_in(&options.file)? {
         header.kernel.clone_from(&there.kernel);
-        ensure_same(&options.file, &there, &header)?;
+        ensure_same(&options.file, &there, &header, DIFFERS)?;
     }
     let worker = Worker::start(&options.setup, &options.kinds, progress)?;
     worker.kernel().clone_into(&mut header.kernel);
@@ -291,23 +294,6 @@ pub fn read(path: &Path) -> anyhow::Result<record::Campaign> {
     record::read(&text).with_context(|| path.display().to_string())
 }
 
-/// The text in a file of at most `limit` bytes.
-///
-/// # Errors
-/// It cannot be read, or is too large.
-pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    let mut text = String::new();
-    let bytes = file.take(limit).read_to_string(&mut text);
-    let bytes = bytes.with_context(|| path.display().to_string())?;
-    ensure!(
-        (bytes as u64) < limit,
-        "{} is larger than {limit} bytes",
-        path.display()
-    );
-    Ok(text)
-}
-
 /// The header in a campaign's file; `None` if there is no file, or nothing in it.
 fn header_in(path: &Path) -> anyhow::Result<Option<Header>> {
     match std::fs::metadata(path) {
@@ -317,41 +303,17 @@ fn header_in(path: &Path) -> anyhow::Result<Option<Header>> {
     }
 }
 
-fn ensure_same(path: &Path, there: &Header, wanted: &Header) -> anyhow::Result<()> {
-    ensure!(
-        there == wanted,
-        "{} is of another campaign (workload, kernel, seed, kinds, stores or steps differ): choose another file",
-        path.display()
-    );
-    Ok(())
-}
-
 /// The file to go on in, and what is in it.
 fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
-    let name = || path.display().to_string();
-    let mut file = OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .open(path)
-        .with_context(name)?;
-    let length = file.metadata().with_context(name)?.len();
-    if length == 0 {
-        append(&mut file, header).with_context(name)?;
-        return Ok((file, Vec::new()));
-    }
-    let campaign = record::read(&text(path, MAX_FILE)?).with_context(name)?;
-    ensure_same(path, &campaign.header, header)?;
-    file.set_len(campaign.whole_bytes as u64)
-        .with_context(name)?;
-    Ok((file, campaign.records))
-}
-
-fn append(file: &mut File, value: &impl serde::Serialize) -> anyhow::Result<()> {
-    let mut line = serde_json::to_string(value)?;
-    line.push('\n');
-    file.write_all(line.as_bytes())?;
-    Ok(())
+    let read = |path: &Path| {
+        let campaign = read(path)?;
+        Ok(Contents {
+            header: campaign.header,
+            records: campaign.records,
+            whole_bytes: campaign.whole_bytes,
+        })
+    };
+    json_lines::open(path, header, read, DIFFERS)
 }
 
 /// Where faults can be put, in all functions.
@@ -406,6 +368,8 @@ pub fn with_function<T>(
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
     use recovery::campaign::workload::{Steps, Workload};
+
+    use std::io::Write;
 
     use super::*;
 

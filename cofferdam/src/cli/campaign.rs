@@ -247,7 +247,7 @@ fn parse_driver(driver: &str) -> Result<Workload, String> {
 
 /// A workload from a file.
 fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
-    let text = campaign::text(path, MAX_WORKLOAD)?;
+    let text = crate::json_lines::text(path, MAX_WORKLOAD)?;
     Workload::read(&text).with_context(|| path.display().to_string())
 }
 

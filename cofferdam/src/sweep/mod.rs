@@ -3,8 +3,7 @@
 
 mod vm;
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -12,7 +11,7 @@ use recovery::sweep::Case;
 use recovery::sweep::record::{self, FORMAT, Header, MAX_FILE, Record, Sweep};
 
 use crate::bench::guest::GuestOptions;
-use crate::campaign::text;
+use crate::json_lines::{self, Contents, append, text};
 use vm::Vm;
 
 /// What to sweep.
@@ -66,10 +65,11 @@ pub fn run(
         each(&record);
         records.push(record);
     }
+    let written = file.metadata().context("the sweep's file")?.len();
     Ok(Sweep {
         header,
         records,
-        whole_bytes: 0,
+        whole_bytes: usize::try_from(written)?,
     })
 }
 
@@ -84,37 +84,23 @@ pub fn read(path: &Path) -> anyhow::Result<Sweep> {
 
 /// The file to go on in, and what is in it.
 fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
-    let name = || path.display().to_string();
-    let mut file = OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .open(path)
-        .with_context(name)?;
-    if file.metadata().with_context(name)?.len() == 0 {
-        append(&mut file, header).with_context(name)?;
-        return Ok((file, Vec::new()));
-    }
-    let sweep = read(path)?;
-    ensure!(
-        sweep.header == *header,
-        "{} is of another sweep (kernel or number of faults differ): choose another file",
-        path.display()
-    );
-    file.set_len(sweep.whole_bytes as u64).with_context(name)?;
-    Ok((file, sweep.records))
-}
-
-fn append(file: &mut File, value: &impl serde::Serialize) -> anyhow::Result<()> {
-    let mut line = serde_json::to_string(value)?;
-    line.push('\n');
-    file.write_all(line.as_bytes())?;
-    Ok(())
+    let read = |path: &Path| {
+        let sweep = read(path)?;
+        Ok(Contents {
+            header: sweep.header,
+            records: sweep.records,
+            whole_bytes: sweep.whole_bytes,
+        })
+    };
+    let differs = "another sweep (kernel or number of faults differ)";
+    json_lines::open(path, header, read, differs)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
