@@ -553,3 +553,43 @@ fn a_call_back_on_the_stack_for_interrupts_may_use_that_one_too() {
         "{result:?}"
     );
 }
+
+#[test]
+fn where_a_call_is_expected_to_store_it_may_without_an_exit_if_it_may_at_all() {
+    for (expects, may) in [(false, true), (true, true), (true, false)] {
+        let guest = Guest::new();
+        guest.code(DRIVER_TEXT, |a| {
+            a.inc(qword_ptr(rdi)).unwrap();
+            a.ret().unwrap();
+        });
+        let mut domain = guest.domain();
+        let mut kernel = Kernel {
+            passes: true,
+            ..Kernel::with_data()
+        };
+        let mut regs = guest.entry_regs();
+        regs.rdi = DRIVER_DATA + 8;
+        for _ in 0..3 {
+            guest.call_with(&mut domain, &mut kernel, regs);
+        }
+        assert_eq!(kernel.stored, [DRIVER_DATA + 8; 3]);
+        if expects {
+            kernel.expected = vec![DRIVER_DATA + 8, KERNEL_DATA, 8];
+        }
+        if !may {
+            kernel.writable.clear();
+        }
+        let result = guest.call_with(&mut domain, &mut kernel, regs);
+        if may {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+            // It can be read from the last call, so that one exit is for the store and one for the return.
+            assert_eq!(result.stats.runs, if expects { 1 } else { 2 });
+            assert_eq!(kernel.stored.len(), if expects { 3 } else { 4 });
+        } else {
+            let ViolationKind::StrayWrite { address } = violation_kind(&result) else {
+                panic!("{result:?}")
+            };
+            assert_eq!(address, DRIVER_DATA + 8);
+        }
+    }
+}

@@ -70,6 +70,7 @@ pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
     for gate in plan.gates.iter().chain(&plan.guards) {
         domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
     }
+    domain.call_directly(plan.modest.iter().map(|function| function.0));
     for (site, target) in &plan.redirects {
         domain.redirect(site.0, target.0)?;
     }

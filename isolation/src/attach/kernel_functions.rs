@@ -87,6 +87,29 @@ pub(super) const COPIES: &[KernelFunction] = &[
     wanted(&["strlcpy", "strscpy", "sized_strscpy"]),
 ];
 
+/// Kernel functions that need no other rights than the driver's, on the ways that drivers call them by: they only look at
+/// memory and answer, or write to what the driver gives them and might write itself. They run with the driver's rights, at no
+/// change of roots. Those that do more where something else is so call others for it, which run with the kernel's
+/// (`dma_map_page_attrs` for a device behind an IOMMU, or one that needs bounce buffers: kernel/dma/mapping.c, direct.h;
+/// `skb_clone_tx_timestamp` for a PHY with a clock of its own: net/core/timestamping.c).
+pub(super) const MODEST: &[KernelFunction] = &[
+    wanted(&["dma_map_page_attrs"]),
+    wanted(&["dma_unmap_page_attrs"]),
+    // The part behind the inline function has another name since Linux 6.10.
+    wanted(&["dma_sync_single_for_cpu", "__dma_sync_single_for_cpu"]),
+    wanted(&["dma_sync_single_for_device", "__dma_sync_single_for_device"]),
+    wanted(&["skb_clone_tx_timestamp"]),
+    // `dma_map_single` asks it, inline.
+    wanted(&["is_vmalloc_addr"]),
+    wanted(&["csum_ipv6_magic"]),
+    wanted(&["csum_partial"]),
+    // These write: the packet, the driver's `struct napi_struct`, the queue's limits (which `netdev_tx_sent_queue` writes inline).
+    wanted(&["skb_put"]),
+    wanted(&["eth_type_trans"]),
+    wanted(&["napi_schedule_prep"]),
+    wanted(&["dql_completed"]),
+];
+
 /// What a kernel has of its console by name.
 pub(super) struct ConsoleNames {
     /// The function that takes the console if nobody has it, and says whether it has (`console_trylock`).

@@ -8,7 +8,7 @@ use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
 use super::kernel_functions::{
-    CONSOLE, COPIES, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, SLEEPS, YIELDS,
+    CONSOLE, COPIES, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, MODEST, SLEEPS, YIELDS,
 };
 use crate::domain::console::Console;
 use crate::guest::addr::{Gva, GvaRange};
@@ -26,8 +26,8 @@ fn is_thunk(name: &str) -> bool {
         || name.contains("_safe_ret")
 }
 
-/// No function that copies or fills is longer, in bytes.
-const LONGEST_COPY: u64 = 2048;
+/// None of the kernel's functions that run with the driver's rights is longer, in bytes.
+const LONGEST_COMMON: u64 = 2048;
 
 /// Why a failure of the function of this name has no answer that would do, if that is so.
 pub type NoAnswer<'a> = &'a dyn Fn(&str) -> Option<&'static str>;
@@ -99,8 +99,11 @@ pub struct Plan {
     pub redirects: Vec<(Gva, Gva)>,
     /// Pages of the module's text.
     pub text_pages: Vec<Gva>,
-    /// Pages of kernel code that runs with the rights of whoever calls it: thunks, functions that only copy or fill.
+    /// Pages of kernel code that runs with the rights of whoever calls it: thunks, functions that only copy or
+    /// fill, and others that need no more.
     pub common_pages: Vec<Gva>,
+    /// Kernel functions that need no other rights than the driver's.
+    pub modest: Vec<Gva>,
     /// Kernel functions whose callers pass through.
     pub guest_only: Vec<Gva>,
     /// Kernel functions that wait, with the unit of their first argument.
@@ -142,7 +145,7 @@ impl Plan {
             })
         });
         let guards = guards.collect();
-        let copies = copies(symbols);
+        let (copies, modest) = (extents(COPIES, symbols), extents(MODEST, symbols));
         let redirects = scan.sites().iter().filter_map(|site| match site.kind {
             SiteKind::Direct {
                 target,
@@ -168,7 +171,8 @@ impl Plan {
         let thunks = symbols
             .iter()
             .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
-        let copy_pages = copies.values().flat_map(GvaRange::pages);
+        let copy_pages = copies.values().chain(modest.values());
+        let copy_pages = copy_pages.flat_map(GvaRange::pages);
         let common_pages = pages(
             &mut thunks
                 .map(|symbol| symbol.at.0)
@@ -189,6 +193,7 @@ impl Plan {
             redirects,
             text_pages,
             common_pages,
+            modest: modest.into_keys().collect(),
             guest_only: kernel(GUEST_ONLY),
             sleeps: SLEEPS
                 .iter()
@@ -207,11 +212,11 @@ impl Plan {
     }
 }
 
-/// The functions that only copy or fill, by where they begin.
-fn copies(symbols: &SymbolTable) -> BTreeMap<Gva, GvaRange> {
-    let names = COPIES.iter().flat_map(|function| function.names);
+/// Those of `functions` that this kernel has, by where they begin.
+fn extents(functions: &[KernelFunction], symbols: &SymbolTable) -> BTreeMap<Gva, GvaRange> {
+    let names = functions.iter().flat_map(|function| function.names);
     let found = names.filter_map(|name| symbols.kernel_symbol(name));
-    let extent = |at| symbols.extent(at, GvaRange::new(at, LONGEST_COPY)?);
+    let extent = |at| symbols.extent(at, GvaRange::new(at, LONGEST_COMMON)?);
     found
         .filter(Symbol::is_code)
         .filter_map(|symbol| Some((symbol.at, extent(symbol.at)?)))

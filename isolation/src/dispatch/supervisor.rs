@@ -94,6 +94,19 @@ impl Supervisor for CallSupervisor<'_> {
         policy.is_none_or(|CallPolicy { policy, .. }| policy.lasts(Gva(va)))
     }
 
+    fn expected(&mut self) -> Vec<u64> {
+        let Some(CallPolicy { policy, memory }) = &mut self.policy else {
+            return Vec::new();
+        };
+        policy.expected(memory).into_iter().map(|at| at.0).collect()
+    }
+
+    fn stored(&mut self, va: u64) {
+        if let Some(CallPolicy { policy, .. }) = &mut self.policy {
+            policy.stored(Gva(va));
+        }
+    }
+
     fn owns(&self, va: u64, bytes: u64) -> bool {
         match &self.policy {
             Some(CallPolicy { policy, .. }) => {

@@ -88,7 +88,8 @@ pub struct DomainConfig<'a> {
     /// Pages of the isolated driver's text, by virtual address.
     pub driver_text: Vec<u64>,
     /// Pages of kernel code that runs with the rights of whoever calls it, by virtual address: return and indirect-branch
-    /// thunks, functions that only copy or fill.
+    /// thunks, functions that only copy or fill,
+    /// and others that need no more.
     pub common: Vec<u64>,
     /// Each store to a page that holds objects of others, too, is looked at; only the first to each page otherwise.
     pub each_store: bool,
@@ -277,6 +278,12 @@ impl Domain {
     /// Has what these kernel functions are given to keep looked at when they are called, at an exit for each call of them.
     pub fn look_at_arguments(&mut self, functions: impl Iterator<Item = u64>) {
         self.monitor.look_at(functions.collect());
+    }
+
+    /// Has these kernel functions, which need no more, run with the driver's rights when it calls them, where their calls are
+    /// not journalled. Their pages are among the common ones.
+    pub fn call_directly(&mut self, functions: impl Iterator<Item = u64>) {
+        self.monitor.call_directly(functions.collect());
     }
 
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that

@@ -9,12 +9,13 @@
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
-    kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_SREGS,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
-    Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuExit, VcpuFd,
-    VmFd,
+    Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, SyncReg, VcpuExit,
+    VcpuFd, VmFd,
 };
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -134,6 +135,8 @@ pub struct PrivateVm {
     _vm: VmFd,
     runs: u64,
     clock: Clock,
+    /// An exit leaves the control registers and segments in the shared page.
+    tells_system: bool,
 }
 
 impl PrivateVm {
@@ -162,6 +165,12 @@ impl PrivateVm {
         let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
         vcpu.set_sync_valid_reg(SyncReg::Register);
+        // Where KVM can, each exit tells the control registers, too, which most exceptions ask for.
+        let shared = kvm_device.check_extension_int(Cap::SyncRegs);
+        let tells_system = shared & KVM_SYNC_X86_SREGS.cast_signed() != 0;
+        if tells_system {
+            vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
+        }
         let ring = DirtyRing::map(&vm, &vcpu).map_err(PrivateVmError::DirtyRing)?;
         Ok(Self {
             ring,
@@ -169,6 +178,7 @@ impl PrivateVm {
             _vm: vm,
             runs: 0,
             clock: Clock::default(),
+            tells_system,
         })
     }
 
@@ -233,9 +243,17 @@ impl PrivateVm {
         self.vcpu.set_sync_dirty_reg(SyncReg::Register);
     }
 
-    /// Control registers at the last exit, which only unusual exits need.
+    /// Whether [`PrivateVm::fault_registers`] needs no system call.
+    pub fn tells_system(&self) -> bool {
+        self.tells_system
+    }
+
+    /// Control registers at the last exit.
     pub fn fault_registers(&self) -> Result<FaultRegisters, PrivateVmError> {
-        let sregs = self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+        let sregs = match self.tells_system {
+            true => self.vcpu.sync_regs().sregs,
+            false => self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
+        };
         Ok(FaultRegisters {
             cr2: sregs.cr2,
             cr3: sregs.cr3,

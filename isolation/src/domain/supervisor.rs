@@ -28,6 +28,15 @@ pub trait Supervisor {
         true
     }
 
+    /// Where a call that is about to begin will probably store in what is not the driver's beyond it: the pages are opened
+    /// before, if it may.
+    fn expected(&mut self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    /// The call stores at `va`, for which a page was opened that is closed again at its end.
+    fn stored(&mut self, _va: u64) {}
+
     /// Whether it is known without looking further that the call may write all of the `bytes` bytes at `va`.
     fn owns(&self, va: u64, bytes: u64) -> bool;
 

@@ -17,6 +17,10 @@ pub struct Kernel {
     pub writable: Vec<(u64, u64)>,
     /// Whether what is writable is the driver's beyond a call.
     pub passes: bool,
+    /// Where calls are expected to store.
+    pub expected: Vec<u64>,
+    /// Where they did, in what is not the driver's beyond them, and it was not expected.
+    pub stored: Vec<u64>,
     pub kernel_functions: HashSet<u64>,
     pub driver_functions: HashSet<u64>,
     pub kernel_exception_expected: bool,
@@ -82,6 +86,12 @@ impl Supervisor for Kernel {
     }
     fn lasts(&self, _: u64) -> bool {
         !self.passes
+    }
+    fn expected(&mut self) -> Vec<u64> {
+        self.expected.clone()
+    }
+    fn stored(&mut self, va: u64) {
+        self.stored.push(va);
     }
     fn owns(&self, va: u64, bytes: u64) -> bool {
         let mut all = self.writable.iter();

@@ -36,16 +36,25 @@ const HOST_TAG: &str = "host";
 const OUT_TAG: &str = "out";
 
 /// No mitigations: L1 is not there to be attacked, and emulating them costs. `iommu=pt`: L1's own devices are not
-/// translated, those under VFIO are.
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off";
+/// translated, those under VFIO are. `init_on_alloc=0`: huge pages are cleared twice otherwise, the first time all of one
+/// without a place where others may run.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off init_on_alloc=0";
+
+/// Without `erms`, with which Linux clears and copies pages byte by byte (`rep stosb`): each byte stored to a page that
+/// held code is a look at all that was translated of that page.
+const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
+
+/// Memory for translated code, in MiB: what guests that are gone have left there is thrown away soon.
+const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 
 impl Machine {
     /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's directory.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| args.extend(words.iter().map(OsString::from));
-        add(&["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=1024"]);
-        add(&["-cpu", "EPYC-Milan,+svm,+npt"]);
+        add(&["-machine", "q35", "-accel", ACCELERATOR]);
+        add(&["-cpu", PROCESSOR]);
         add(&[
             "-smp",
             &self.cpus.to_string(),

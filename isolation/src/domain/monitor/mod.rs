@@ -159,6 +159,8 @@ pub struct Monitor {
     slots: Vec<Trampoline>,
     /// Functions whose arguments are looked at.
     looked_at: HashSet<u64>,
+    /// Functions that run with the driver's rights.
+    direct: HashSet<u64>,
 }
 
 // SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
@@ -198,6 +200,7 @@ impl Monitor {
             trampolines: HashMap::new(),
             slots: Vec::new(),
             looked_at: HashSet::new(),
+            direct: HashSet::new(),
         };
         monitor.write_stubs()?;
         monitor.write_vectors()?;

@@ -4,17 +4,23 @@
 //! ```text
 //!   driver ─► mov [scratch], r11 ─► kernel root ─► call ─► driver root ─► ret ─► driver
 //!             out if journalled                                           out if journalled
+//!             jmp to a function that needs no more than the driver's rights
 //! ```
+//!
+//! A function that needs no other rights than the driver's is reached on the root that is loaded, unless its calls are
+//! journalled.
 
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
 use iced_x86::{Decoder, DecoderOptions};
 
 use super::*;
 
-/// First two bytes of `mov [disp32], r11`: REX.WR and the opcode.
-const MOV_FROM_R11: [u8; 2] = [0x4c, 0x89];
 /// `ret`.
 const RET: u8 = 0xc3;
+/// Opcode of `jmp rel32`.
+const JMP: u8 = 0xe9;
+/// Length of the longest first instruction that is put in the place of the usual one.
+const HEAD_BYTES: usize = 5;
 
 /// A trampoline.
 #[derive(Debug, Clone, Copy)]
@@ -28,15 +34,25 @@ pub(super) struct Trampoline {
     journalled: bool,
     /// Its arguments are looked at.
     looked_at: bool,
+    /// The function runs with the driver's rights.
+    direct: bool,
+    /// How it begins where it changes roots.
+    usual: [u8; HEAD_BYTES],
 }
 
 impl Trampoline {
-    /// How it begins: `mov [scratch], r11` does like this whatever the address is.
-    fn head(self) -> [u8; 2] {
-        match self.journalled || self.looked_at {
-            true => out(PORT_JOURNAL),
-            false => MOV_FROM_R11,
+    /// How it, which is at `va`, begins.
+    fn head(self, va: u64) -> [u8; HEAD_BYTES] {
+        let mut head = self.usual;
+        if self.journalled || self.looked_at {
+            head[..2].copy_from_slice(&out(PORT_JOURNAL));
+        } else if self.direct {
+            // Within reach, or the call in it could not have been assembled.
+            let displacement = self.target.wrapping_sub(va + HEAD_BYTES as u64) as u32;
+            head[0] = JMP;
+            head[1..].copy_from_slice(&displacement.to_le_bytes());
         }
+        head
     }
 }
 
@@ -75,31 +91,44 @@ impl Monitor {
         }
         self.put_code(va, &code);
         self.trampolines.insert(target, va);
-        let looked_at = self.looked_at.contains(&target);
         let mut first = Decoder::with_ip(64, &code, va, DecoderOptions::NONE);
-        self.slots.push(Trampoline {
+        let mut usual = [0; HEAD_BYTES];
+        usual.copy_from_slice(&code[..HEAD_BYTES]);
+        let slot = Trampoline {
             target,
             first: first.decode().len() as u64,
             last: code.len() as u64 - 1,
             journalled: false,
-            looked_at,
-        });
-        if looked_at {
-            self.put_code(va, &out(PORT_JOURNAL));
-        }
+            looked_at: self.looked_at.contains(&target),
+            direct: self.direct.contains(&target),
+            usual,
+        };
+        self.slots.push(slot);
+        self.put_code(va, &slot.head(va));
         Ok(va)
+    }
+
+    /// Has these functions run with the rights of the driver when it calls them, and no others. P does not run meanwhile.
+    pub fn call_directly(&mut self, functions: HashSet<u64>) {
+        for index in 0..self.slots.len() {
+            let va = self.slot_va(index);
+            let slot = &mut self.slots[index];
+            slot.direct = functions.contains(&slot.target);
+            let head = slot.head(va);
+            self.put_code(va, &head);
+        }
+        self.direct = functions;
     }
 
     /// Has the calls of these functions exit when they begin, whether they are journalled or not, and no others for that.
     /// P does not run meanwhile.
     pub fn look_at(&mut self, functions: HashSet<u64>) {
         for index in 0..self.slots.len() {
-            let Some(slot) = self.slots.get_mut(index) else {
-                continue;
-            };
+            let va = self.slot_va(index);
+            let slot = &mut self.slots[index];
             slot.looked_at = functions.contains(&slot.target);
-            let head = slot.head();
-            self.put_code(self.slot_va(index), &head);
+            let head = slot.head(va);
+            self.put_code(va, &head);
         }
         self.looked_at = functions;
     }
@@ -119,7 +148,7 @@ impl Monitor {
                 true => out(PORT_JOURNAL),
                 false => [RET, 0],
             };
-            let head = self.slots[index].head();
+            let head = self.slots[index].head(va);
             self.put_code(va, &head);
             self.put_code(va + trampoline.last, &tail);
         }
@@ -202,6 +231,8 @@ mod tests {
     use iced_x86::Mnemonic;
 
     const VA: u64 = 0xffff_ffff_fee0_0000;
+    /// First two bytes of `mov [disp32], r11`: REX.WR and the opcode.
+    const MOV_FROM_R11: [u8; 2] = [0x4c, 0x89];
 
     fn monitor() -> Monitor {
         Monitor::new(1 << 38, VA, 0x1000, 0x2000).unwrap()
@@ -300,6 +331,40 @@ mod tests {
             assert_eq!(code(second), out(PORT_JOURNAL));
             assert_eq!(code(other), MOV_FROM_R11);
         }
+    }
+
+    #[test]
+    fn modest_functions_are_reached_on_the_root_that_is_loaded_unless_they_are_journalled() {
+        let mut monitor = monitor();
+        let (looks, other) = (0xffff_ffff_8123_4560, 0xffff_ffff_8123_5000);
+        let usual = monitor.trampoline(other).unwrap();
+        monitor.call_directly([looks].into());
+        let direct = monitor.trampoline(looks).unwrap();
+        let first = |monitor: &Monitor, va: u64| {
+            let at = (va - VA - TRAMPOLINES * PAGE_SIZE) as usize;
+            let code = &monitor.page(TRAMPOLINES)[at..at + 16];
+            Decoder::with_ip(64, code, va, DecoderOptions::NONE).decode()
+        };
+        let leads_to = |monitor: &Monitor, va| {
+            let first = first(monitor, va);
+            (first.mnemonic() == Mnemonic::Jmp).then(|| first.near_branch_target())
+        };
+        assert_eq!(leads_to(&monitor, direct), Some(looks));
+        assert_eq!(leads_to(&monitor, usual), None);
+        monitor.journal(|target| target == looks);
+        assert_eq!(first(&monitor, direct).mnemonic(), Mnemonic::Out);
+        let Some((_, JournalPoint::Enter { resume, .. })) = monitor.journal_point(direct) else {
+            panic!("it does not exit");
+        };
+        // Behind the exit it changes roots like any other.
+        let change = first(&monitor, resume);
+        assert_eq!(change.op0_register(), iced_x86::Register::R11);
+        assert_eq!(change.immediate64(), 0x2000, "the kernel root");
+        monitor.journal(|_| false);
+        assert_eq!(leads_to(&monitor, direct), Some(looks));
+        monitor.call_directly(HashSet::new());
+        assert_eq!(leads_to(&monitor, direct), None);
+        assert_eq!(first(&monitor, direct).mnemonic(), Mnemonic::Mov);
     }
 
     #[test]

@@ -458,6 +458,13 @@ pub fn is_free(view: &PrivateView, cr3: u64, va: u64) -> Result<bool, RootError>
     Ok(false)
 }
 
+fn entry_at(monitor: &Monitor, table: u64, at: u64) -> u64 {
+    let entries = monitor.page(table).as_chunks::<8>().0;
+    entries
+        .get(at as usize)
+        .map_or(0, |entry| u64::from_le_bytes(*entry))
+}
+
 fn put_entry(monitor: &mut Monitor, table: u64, at: u64, entry: u64) {
     let at = at as usize * 8;
     monitor.page_mut(table)[at..at + 8].copy_from_slice(&entry.to_le_bytes());

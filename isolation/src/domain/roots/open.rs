@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::super::monitor::Monitor;
 use super::super::view::{PAGE_SIZE, PrivateView};
-use super::entry::{index, prefix};
-use super::{Fill, Permissions, Root, RootError, Roots, put_entry};
+use super::entry::{bits, index, prefix};
+use super::{Fill, Permissions, Root, RootError, Roots, entry_at, put_entry};
 
 impl Roots {
     /// Lets P write the page at `va` in the driver root.
@@ -31,19 +31,25 @@ impl Roots {
         self.fill(Root::Driver, page, view, monitor)
     }
 
-    /// Closes the page at `page`, if it is open for writing in the driver root. Not while P is on that root: the processor may
-    /// remember that it was.
+    /// Closes the page at `page`, if it is open for writing in the driver root: it can be read still. Not while P is on that
+    /// root: the processor may remember that it was open.
     pub fn close(&mut self, page: u64, monitor: &mut Monitor) {
-        let Some(special) = self.driver.special.get_mut(&page) else {
-            return;
-        };
+        let entry = self.close_entry(page);
+        if let Some((table, at)) = entry {
+            let value = entry_at(monitor, table, at);
+            put_entry(monitor, table, at, value & !(bits::WRITE | bits::DIRTY));
+        }
+    }
+
+    /// Takes the right to write the page at `page` away; where its entry is, if there is one that says otherwise.
+    fn close_entry(&mut self, page: u64) -> Option<(u64, u64)> {
+        let special = self.driver.special.get_mut(&page)?;
         special.write = false;
         if !special.execute {
             self.driver.special.remove(&page);
         }
-        if let Some(table) = self.driver.mirrors.get(&(1, prefix(page, 1))) {
-            put_entry(monitor, *table, index(page, 1), 0);
-        }
+        let table = self.driver.mirrors.get(&(1, prefix(page, 1)))?;
+        Some((*table, index(page, 1)))
     }
 
     /// Whether the page at `va` is open for writing in the driver root.
@@ -67,7 +73,9 @@ impl Roots {
     /// up anew at its next access.
     pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
         for page in self.open_pages().difference(keep) {
-            self.close(*page, monitor);
+            if let Some((table, at)) = self.close_entry(*page) {
+                put_entry(monitor, table, at, 0);
+            }
         }
     }
 }

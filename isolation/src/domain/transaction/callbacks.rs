@@ -49,6 +49,11 @@ impl Call<'_> {
         }
         self.stats.callbacks += 1;
         self.supervisor.called_back(target, arguments);
+        for va in self.supervisor.expected() {
+            self.open_expected(va)?;
+        }
+        // The stub loads CR3.
+        self.outdated = None;
         self.domain.monitor.resume_at(target);
         let entry = self.domain.monitor.entry_stub();
         self.resume_at(frame, regs, entry);

@@ -7,7 +7,7 @@ impl Call<'_> {
         let Some(frame) = self.domain.monitor.exception_frame(regs.rip, regs.rsp) else {
             return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
         };
-        self.stats.other_syscalls += 1;
+        self.stats.other_syscalls += u32::from(!self.domain.vm.tells_system());
         self.interrupted_at = (frame.rip, frame.rsp);
         let fault = self.domain.vm.fault_registers()?;
         let (cr2, root) = (fault.cr2, self.domain.root_of(fault.cr3));
@@ -128,9 +128,14 @@ impl Call<'_> {
             if is_others && self.domain.each_store && !self.supervisor.owns(page, PAGE_SIZE) {
                 return self.one_store(frame, address, regs);
             }
+            tracing::trace!(
+                "{:#x} writes at {address:#x}, which opens its page",
+                frame.rip
+            );
             self.open(address)?;
             self.domain.note_open(address, translation.gpa);
             if is_others && !self.supervisor.lasts(address) {
+                self.supervisor.stored(address);
                 self.passing.push((Pfn::of(translation.gpa), page));
             }
         }
@@ -181,11 +186,21 @@ impl Call<'_> {
                 self.resume(frame, regs);
                 Ok(Step::Continue)
             }
-            Root::Driver if self.supervisor.is_kernel_function(target) => {
+            Root::Driver => {
                 let Some(return_address) = self.read_guest(frame.rsp)? else {
                     return Ok(wild);
                 };
-                if !self.domain.is_driver_text(return_address)
+                // A function that runs with the driver's rights may find that it has to call another, which needs the kernel's.
+                let by_common = self.domain.is_common(return_address);
+                if !self.supervisor.is_kernel_function(target) {
+                    // Code that was made meanwhile (BPF), or another module's.
+                    return Ok(match by_common && translation.execute {
+                        true => Step::GuestOnly(PassThroughReason::TrappedFunction, None),
+                        false => wild,
+                    });
+                }
+                if !by_common
+                    && !self.domain.is_driver_text(return_address)
                     && !self.domain.monitor.contains_va(return_address)
                 {
                     return Ok(wild);
@@ -201,7 +216,6 @@ impl Call<'_> {
                 self.resume_at(frame, regs, trampoline);
                 Ok(Step::Continue)
             }
-            Root::Driver => Ok(wild),
             Root::Kernel if in_driver => self.call_back(frame, target, regs),
             Root::Kernel if translation.execute => {
                 self.fill(root, target)?;

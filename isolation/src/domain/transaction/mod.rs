@@ -413,9 +413,36 @@ impl Call<'_> {
                 self.open(va)?;
             }
         }
+        for va in self.supervisor.expected() {
+            self.open_expected(va)?;
+        }
         self.begin_journal()?;
         self.start(&self.entry.clone());
         Ok(None)
+    }
+
+    /// Opens the page at `va`, where the call will probably store, if that would open it.
+    pub(super) fn open_expected(&mut self, va: u64) -> Result<(), DomainError> {
+        if self.domain.roots.is_open(va) {
+            return Ok(());
+        }
+        let translation = self.domain.roots.translate(va, &self.domain.view)?;
+        let page = va & !(PAGE_SIZE - 1);
+        let Some(translation) =
+            translation.filter(|at| at.write && self.domain.view.contains(Pfn::of(at.gpa)))
+        else {
+            return Ok(());
+        };
+        let each_store = self.domain.each_store && !self.supervisor.owns(page, PAGE_SIZE);
+        if each_store || !self.supervisor.may_write(va) {
+            return Ok(());
+        }
+        self.open(va)?;
+        self.domain.note_open(va, translation.gpa);
+        if !self.supervisor.lasts(va) {
+            self.passing.push((Pfn::of(translation.gpa), page));
+        }
+        Ok(())
     }
 
     /// Sets P's registers to these, at the stub that goes on in the driver root.

@@ -19,6 +19,7 @@
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
 mod before;
+mod habits;
 mod handed_out;
 mod interfaces;
 mod kept;
@@ -39,12 +40,13 @@ use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, Range
 use super::reach::{Names, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
-use crate::guest::btf::Btf;
+use crate::guest::btf::{Btf, TypeId};
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
 pub use before::MemoryBefore;
+use habits::Habits;
 use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
@@ -127,6 +129,8 @@ pub struct DriverPolicy {
     names: Names,
     memory: MemoryModel,
     rules: Rules,
+    /// A structure of the kernel's that is this driver's own, with that behind which it keeps it.
+    own_too: Option<(&'static str, TypeId)>,
     table: RangeTable,
     /// Offsets in the per-CPU area.
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
@@ -157,6 +161,8 @@ pub struct DriverPolicy {
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     completions: Completions,
+    /// Where calls store in what passes through them.
+    habits: Habits,
     calls: Vec<Call>,
     /// Numbers calls, so that their objects can be told apart.
     number: u64,
@@ -199,7 +205,10 @@ impl DriverPolicy {
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
+        let own_too = Rules::LINUX.own_of(&layout.name, &types);
         Ok(Self {
+            own_too,
+
             completions,
             types,
             names: Names::default(),
@@ -224,6 +233,7 @@ impl DriverPolicy {
                 .iter()
                 .map(|section| section.range)
                 .collect(),
+            habits: Habits::default(),
             calls: Vec::new(),
             number: 0,
         })
@@ -259,7 +269,9 @@ impl DriverPolicy {
     /// The call is over: what only it could write is closed. What was handed out to it stays the
     /// driver's if the call was `committed`.
     pub fn end(&mut self, committed: bool) {
-        self.calls.clear();
+        for call in self.calls.drain(..) {
+            self.habits.end(&call.function);
+        }
         self.arrays.clear();
         self.listed = false;
         self.table.end_call(self.number);
@@ -284,6 +296,27 @@ impl DriverPolicy {
         memory.before.forget();
     }
 
+    /// The call, or the call-back in it that came last, is about to begin: where it will store, by what the earlier ones of its
+    /// function did. Whether it may is another question.
+    pub fn expected<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Vec<Gva> {
+        let Some(call) = self.calls.last() else {
+            return Vec::new();
+        };
+        if !self.habits.knows(&call.function) {
+            return Vec::new();
+        }
+        let function = call.function.clone();
+        self.open_near(memory);
+        self.habits.expected(&function, &self.table)
+    }
+
+    /// The call stores at `at`, which it may, in something that is not the driver's beyond the call.
+    pub fn stored(&mut self, at: Gva) {
+        if let (Some(call), Some((_, object))) = (self.calls.last(), self.table.lookup(at)) {
+            self.habits.stored(&call.function, object, at);
+        }
+    }
+
     /// Whether the call may write every byte of `range`.
     pub fn may_write<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) -> bool {
         for _ in 0..MAX_STEPS {
@@ -300,6 +333,9 @@ impl DriverPolicy {
     /// in this call or an earlier one, nobody is asked about the other objects: those that were handed out to this call are
     /// the driver's, too.
     pub fn committing<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) {
+        for call in &self.calls {
+            self.habits.changed(&call.function, range);
+        }
         let mut at = range.first();
         while range.contains(at) && self.opened_pages.contains(&(at.0 & !(PAGE_SIZE - 1))) {
             at = match self.new_allocation(memory, at) {

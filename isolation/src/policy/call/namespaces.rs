@@ -4,11 +4,12 @@ use super::interfaces::InterfaceList;
 use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
-use crate::guest::btf::{Btf, Kind, TypeId};
+use crate::guest::btf::Btf;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::range_table::ObjectKind;
+use crate::policy::reach::reference_counts;
 
 /// Most namespaces that are looked at.
 const MAX_NAMESPACES: usize = 1024;
@@ -22,12 +23,6 @@ const MAX_NUMBER: u64 = 4096;
 /// What a driver's variables end with that have the number of what it keeps in each namespace (`net_generic`,
 /// include/net/netns/generic.h).
 const NUMBERS: &str = "_net_id";
-
-/// What counts references that inline functions take (`get_net`).
-const REFERENCES: &str = "refcount_struct";
-
-/// Deepest nesting of structures that counts are looked for in.
-const MAX_NESTING: usize = 4;
 
 /// Where the guest's kernel has its network namespaces.
 #[derive(Debug)]
@@ -56,8 +51,7 @@ impl Namespaces {
             let member = types.find_member(net, name)?;
             Some(u64::from(member.bit_offset / 8))
         };
-        let mut references = Vec::new();
-        counts(types, net, 0, MAX_NESTING, &mut references);
+        let references = reference_counts(types, net);
         let numbers = symbols.in_module(module);
         let numbers = numbers.filter(|symbol| symbol.name.ends_with(NUMBERS));
         let list = symbols.kernel_symbol("net_namespace_list");
@@ -122,26 +116,6 @@ impl Namespaces {
                 read(generic, number * 8).map(Gva)
             })
         })
-    }
-}
-
-/// Offsets of all counts of references in the structure `id`, which begins at `at`.
-fn counts(types: &Btf, id: TypeId, at: u64, nesting: usize, found: &mut Vec<GvaRange>) {
-    let Some(nesting) = nesting.checked_sub(1) else {
-        return;
-    };
-    let Some((id, Kind::Struct { bytes, members } | Kind::Union { bytes, members })) =
-        types.resolve(id)
-    else {
-        return;
-    };
-    if types.name(id) == REFERENCES {
-        found.extend(GvaRange::new(Gva(at), bytes.into()));
-        return;
-    }
-    for member in members.iter() {
-        let offset = at + u64::from(member.bit_offset / 8);
-        counts(types, member.type_id, offset, nesting, found);
     }
 }
 

@@ -50,7 +50,7 @@ impl DriverPolicy {
     }
 
     /// Opens the objects that the calls' arguments point at, once for each call: what most stores are to.
-    fn open_near<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
+    pub(super) fn open_near<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
         let fresh = self.calls.iter_mut().filter(|call| !call.is_near_open);
         let fresh: Vec<Call> = fresh
             .map(|call| {
@@ -259,6 +259,7 @@ impl DriverPolicy {
             stack: memory.stack,
             per_cpu_base: Some(memory.per_cpu_base),
             per_cpu_handed_out: self.per_cpu_handed_out,
+            own_too: self.own_too,
             rules: &self.rules,
         })
     }

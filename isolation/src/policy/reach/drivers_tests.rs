@@ -71,7 +71,12 @@ fn types() -> Arc<Btf> {
     e.structure("idr", 24, &[("idr_rt", array, 8)]);
     let slots = e.array(void, 64);
     e.structure("xa_node", 576, &[("slots", slots, 40)]);
-    e.structure("net_device", 64, &[]);
+    let count = e.structure("refcount_struct", 4, &[("refs", half, 0)]);
+    let address = [("dev", word, 0), ("refcnt", count, 8), ("n", half, 12)];
+    let addresses = e.structure("in_device", 64, &address);
+    let addresses = e.pointer(addresses);
+    e.structure("net_device", 64, &[("ip_ptr", addresses, 40)]);
+    e.structure("vlan_dev_priv", 16, &[("disk", disk, 8)]);
     e.structure("page", 64, &[]);
     let buckets = e.structure("bucket_table", 64, &[]);
     let buckets = e.pointer(buckets);
@@ -141,9 +146,15 @@ fn guest(opf: u64) -> TestGuest {
 
 /// First byte and length of what a call reaches.
 fn call(guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
+    call_in("", guest, function, argument)
+}
+
+/// The same in the module of that name.
+fn call_in(module: &str, guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
     let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128), (PAGE, 4096)];
     let (types, known) = (types(), Known(sizes.into()));
-    let reach = super::reach(&types, guest, &known);
+    let mut reach = super::reach(&types, guest, &known);
+    reach.own_too = reach.rules.own_of(module, &types);
     let function = types.find_function(function).unwrap();
     let found = reach.objects(&function, &[argument, 0, 0, 0, 0, 0], &[]);
     let places = found.objects.iter();
@@ -287,6 +298,29 @@ fn the_buckets_of_a_hash_table_are_reached_to_their_end() {
     guest.put(Gva(MINE + 16), &RING.to_le_bytes(), DATA);
     let found = call(&guest, "my_forget", MINE);
     assert!(found.contains(&(RING, 128)), "{found:x?}");
+}
+
+#[test]
+fn what_the_kernel_defines_and_a_module_keeps_is_followed_in_that_module_only() {
+    let mut guest = guest(1);
+    guest.put(Gva(DEVICE + 64 + 8), &DISK.to_le_bytes(), DATA);
+    let disk = |module| call_in(module, &guest, "my_init", DEVICE).contains(&(DISK, 64));
+    assert!(disk("8021q"));
+    assert!(!disk("e1000"));
+}
+
+#[test]
+fn references_to_what_an_interface_has_of_a_protocol_are_counted_by_the_driver_and_the_rest_is_not_its()
+ {
+    let mut guest = guest(1);
+    let reached = |guest: &TestGuest| {
+        let found = call(guest, "my_init", DEVICE).into_iter();
+        let beside = found.filter(|(at, _)| (QUEUE..QUEUE + 64).contains(at));
+        beside.collect::<Vec<_>>()
+    };
+    assert_eq!(reached(&guest), []);
+    guest.put(Gva(DEVICE + 40), &QUEUE.to_le_bytes(), DATA);
+    assert_eq!(reached(&guest), [(QUEUE + 8, 4)]);
 }
 
 #[test]

@@ -20,6 +20,7 @@
 
 mod arrays;
 mod block_io;
+mod counted;
 mod names;
 mod path;
 mod rules;
@@ -39,6 +40,7 @@ use crate::guest::phys::GuestPhys;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 
+pub(in crate::policy) use counted::reference_counts;
 pub use names::Names;
 pub use path::Path;
 pub use rules::{Embedded, Followed, PacketData, PerCpuPointer, PrivateArea, Rules};
@@ -102,6 +104,8 @@ pub struct Reach<'a, M, A> {
     pub per_cpu_base: Option<u64>,
     /// Per-CPU addresses below are the kernel's own variables, not handed out to anybody.
     pub per_cpu_handed_out: Option<u64>,
+    /// A structure of the kernel's that is this driver's own, with the name of that behind which it keeps it.
+    pub own_too: Option<(&'static str, TypeId)>,
     /// What types do not say.
     pub rules: &'a Rules,
 }
@@ -133,6 +137,11 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         let mut walk = walk::Walk::new(self, Extent::Near);
         self.enter_arguments(&mut walk, function, arguments);
         walk.run().objects
+    }
+
+    /// Whether the structure `id` is the driver's.
+    fn is_own(&self, id: TypeId) -> bool {
+        self.types.is_own(id) || self.own_too.is_some_and(|(_, own)| own == id)
     }
 
     fn struct_named(&self, name: &'static str) -> Option<TypeId> {

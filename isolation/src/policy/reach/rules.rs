@@ -1,5 +1,7 @@
 //! What the kernel's types do not say about what a driver may write.
 
+use crate::guest::btf::{Btf, TypeId};
+
 /// Private data of the driver right behind a structure of the kernel's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrivateArea {
@@ -67,6 +69,11 @@ pub struct Rules {
     pub followed: &'static [Followed],
     /// Pointers to data of the current processor.
     pub per_cpu: &'static [PerCpuPointer],
+    /// Structures that the kernel defines and that belong to one module: the module, the structure behind which it keeps them,
+    /// the structure.
+    pub modules_own: &'static [(&'static str, &'static str, &'static str)],
+    /// Pointers in the kernel's structures to others of which inline functions count the references.
+    pub counted: &'static [(&'static str, &'static str)],
     /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what
     /// is one itself.
     pub arrays: &'static [(&'static str, Option<&'static str>)],
@@ -80,6 +87,13 @@ pub struct Rules {
 }
 
 impl Rules {
+    /// The structure of the kernel's that is the module's own, with the name of that behind which it keeps it.
+    pub fn own_of(&self, module: &str, types: &Btf) -> Option<(&'static str, TypeId)> {
+        let mut rules = self.modules_own.iter();
+        let (_, behind, own) = rules.find(|(of, ..)| *of == module)?;
+        Some((behind, types.find_struct(own)?))
+    }
+
     /// For Linux 5.10 to 6.12.
     pub const LINUX: Self = Self {
         private_areas: &[
@@ -238,6 +252,14 @@ impl Rules {
                 of: "net_device",
                 members: &["core_stats"],
             },
+        ],
+        // include/linux/if_vlan.h, which the kernel's own part of VLANs uses, too.
+        modules_own: &[("8021q", "net_device", "vlan_dev_priv")],
+        // `in_dev_get`, `in6_dev_get`, `sock_hold`.
+        counted: &[
+            ("net_device", "ip_ptr"),
+            ("net_device", "ip6_ptr"),
+            ("sk_buff", "sk"),
         ],
         arrays: &[("xarray", None), ("idr", Some("idr_rt"))],
         closed: &[

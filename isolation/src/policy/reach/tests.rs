@@ -159,6 +159,7 @@ fn reach<'a>(
         stack,
         per_cpu_base: Some(PER_CPU_BASE),
         per_cpu_handed_out: Some(0x800),
+        own_too: None,
         rules: &Rules::LINUX,
     }
 }

@@ -148,16 +148,17 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
                 let name = types.name(id);
                 let is_const = types.is_const(item.type_id);
-                if is_const && types.is_own(id) && types.base().is_some() {
+                if is_const && self.reach.is_own(id) && types.base().is_some() {
                     return;
                 }
-                if types.is_own(id) && types.base().is_some() {
+                if self.reach.is_own(id) && types.base().is_some() {
                     let one = GvaRange::new(item.at, bytes.into());
                     let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
                         return;
                     };
                     self.add_known(range, item.kind, id, &item.path);
                     self.follow_elements(item, id, bytes.into(), range);
+                    self.followed(item, id, name);
                     return;
                 }
                 // What is only to be read may still lead to what is to be written.
@@ -183,6 +184,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 self.private_area(item, id, name, bytes.into(), rest);
                 self.followed(item, id, name);
                 self.per_cpu(item, id, name);
+                if self.extent == Extent::All {
+                    self.counted(item, id, name);
+                }
             }
             _ if types.is_const(item.type_id) => {}
             // Numbers, pointers and void: an array up to the end of what was allocated.
@@ -269,7 +273,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 .is
                 .iter()
                 .find_map(|name| self.reach.struct_named(name));
-            let own = own.filter(|id| types.is_own(*id));
+            let own = own.filter(|id| self.reach.is_own(*id));
             let is_void = matches!(types.resolve(to), Some((_, Kind::Void)));
             let own = own.or_else(|| {
                 let rest = self.rest(at).filter(|_| is_void)?;
@@ -347,7 +351,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         bytes: u64,
         rest: Option<GvaRange>,
     ) {
-        let types = self.reach.types;
         let areas = self.reach.rules.private_areas;
         let Some(rule) = areas.iter().find(|rule| rule.behind == name) else {
             return;
@@ -366,8 +369,10 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             let found = rule
                 .is
                 .iter()
-                .find_map(|name| self.reach.struct_named(name))?;
-            types.is_own(found).then_some(found)
+                .find_map(|name| self.reach.struct_named(name));
+            let kept = self.reach.own_too.filter(|(behind, _)| *behind == name);
+            let found = found.filter(|found| self.reach.is_own(*found));
+            kept.map(|(_, id)| id).or(found)
         };
         if let Some(type_id) = owner.map(|(id, _)| id).or_else(told) {
             let depth = item.depth + 1;
@@ -513,7 +518,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     self.follow(item, element, here, Trail::Element(&trail, index), nesting);
                 }
             }
-            Some((id, Kind::Struct { .. } | Kind::Union { .. })) if types.is_own(id) => {
+            Some((id, Kind::Struct { .. } | Kind::Union { .. })) if self.reach.is_own(id) => {
                 self.follow_members(item, id, at, trail, nesting);
             }
             // The kernel's structures inside the driver's hold the kernel's pointers.

@@ -1,0 +1,65 @@
+//! Counts of references to the kernel's objects, which inline functions take and give back.
+
+use super::walk::{Item, Walk};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::FindAllocation;
+use crate::guest::btf::{Btf, Kind, TypeId};
+use crate::guest::phys::GuestPhys;
+use crate::policy::range_table::ObjectKind;
+
+/// What counts references.
+const COUNT: &str = "refcount_struct";
+
+/// Deepest nesting of structures that counts are looked for in.
+const MAX_NESTING: usize = 4;
+
+/// Where the structure `id` has counts of references, from its beginning.
+pub(in crate::policy) fn reference_counts(types: &Btf, id: TypeId) -> Vec<GvaRange> {
+    let mut found = Vec::new();
+    counts(types, id, 0, MAX_NESTING, &mut found);
+    found
+}
+
+fn counts(types: &Btf, id: TypeId, at: u64, nesting: usize, found: &mut Vec<GvaRange>) {
+    let Some(nesting) = nesting.checked_sub(1) else {
+        return;
+    };
+    let Some((id, Kind::Struct { bytes, members } | Kind::Union { bytes, members })) =
+        types.resolve(id)
+    else {
+        return;
+    };
+    if types.name(id) == COUNT {
+        found.extend(GvaRange::new(Gva(at), bytes.into()));
+        return;
+    }
+    for member in members.iter() {
+        let offset = at + u64::from(member.bit_offset / 8);
+        counts(types, member.type_id, offset, nesting, found);
+    }
+}
+
+impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
+    /// The counts of references in what the rules say of the object at hand.
+    pub(super) fn counted(&mut self, item: &Item, id: TypeId, name: &str) {
+        let types = self.reach.types;
+        let rules = self.reach.rules.counted.iter();
+        for (_, member) in rules.filter(|(of, _)| *of == name) {
+            let to = self
+                .reach
+                .member_named(id, member)
+                .and_then(|member| types.pointee(member.type_id));
+            let (Some(to), Some(at)) = (to, self.member_value(item.at, id, member)) else {
+                continue;
+            };
+            let path = format!("{}->{member}", item.path);
+            for count in reference_counts(types, to) {
+                let first = Gva(at).checked_add(count.first().0);
+                let range = first.and_then(|first| GvaRange::new(first, count.len_bytes()));
+                if let Some(range) = range.filter(|_| at != 0) {
+                    self.add(range, ObjectKind::Other, to, &path);
+                }
+            }
+        }
+    }
+}
