@@ -138,7 +138,8 @@ pub struct Domain {
     slot_bases: Vec<Pfn>,
     adopted: Option<Adopted>,
     watchdog: Watchdog,
-    crossings_at_entry: u64,
+    /// Crossings, and calls with the driver's rights, when the call began.
+    crossings_at_entry: (u64, u64),
     /// Functions that only the guest may run.
     trapped: HashMap<u64, u64>,
     /// Functions that wait, with the unit of their first argument.
@@ -190,7 +191,7 @@ impl Domain {
             opened: HashMap::new(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
-            crossings_at_entry: 0,
+            crossings_at_entry: (0, 0),
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
             strike: None,
@@ -364,7 +365,7 @@ impl Domain {
 
     /// Takes over K's control registers if they changed; says whether they did.
     fn adopt(&mut self, sregs: &kvm_sregs) -> Result<bool, DomainError> {
-        self.crossings_at_entry = self.monitor.crossings();
+        self.crossings_at_entry = self.monitor.kernel_calls();
         let kernels = (sregs.cr0, sregs.cr4, sregs.efer, sregs.gs.base);
         let is_same =
             |adopted: Adopted| (adopted.cr0, adopted.cr4, adopted.efer, adopted.gs_base) == kernels;

@@ -8,7 +8,8 @@
 //!  34       TABLES_RO       read          read         IDT
 //!  35       SEGMENTS        read          read         GDT and TSS
 //!  36       EXCEPTION_STACK write         write        IST1; every exception frame lands here
-//!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines
+//!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines;
+//!                                                     a counter
 //!  38       RETURN_STACK    read          write        where kernel functions return to; top first
 //!  39..     page tables     -             -            roots and their tables; no virtual address
 //! ```
@@ -18,7 +19,7 @@
 //!
 //! What the driver can do to it: run the stubs at a wrong place, which no check here prevents, and
 //! overwrite the exception stack and the scratch word, which hold nothing across an instruction
-//! that could be interrupted.
+//! that could be interrupted, and the counter, for which its bytes are not looked at one by one then.
 
 use std::collections::{HashMap, HashSet};
 use std::ptr::NonNull;
@@ -88,6 +89,8 @@ const TRAMPOLINE_SLOT_BYTES: u64 = 256;
 /// Offset in the scratch page of the stubs' word. That of the trampolines, at 0, may be in use when a stub runs: one that is
 /// interrupted by a page fault goes on by way of a stub if the roots were built anew.
 const STUB_SCRATCH: u64 = 8;
+/// Offset there of the number of calls of kernel functions that ran with the driver's rights.
+const DIRECT_CALLS: u64 = 16;
 // Offsets in the return stack's page.
 const TOP: u64 = 0;
 const CROSSINGS: u64 = 8;
@@ -316,6 +319,12 @@ impl Monitor {
     /// Crossings made by trampolines since the area was made.
     pub fn crossings(&self) -> u64 {
         self.get(RETURN_STACK, CROSSINGS)
+    }
+
+    /// Calls of kernel functions since the area was made: crossings, and those with the driver's rights, whose number the
+    /// driver could change.
+    pub fn kernel_calls(&self) -> (u64, u64) {
+        (self.crossings(), self.get(SCRATCH, DIRECT_CALLS))
     }
 
     /// Kernel functions now being called by the driver, outermost first.

@@ -4,7 +4,7 @@
 //! ```text
 //!   driver ─► mov [scratch], r11 ─► kernel root ─► call ─► driver root ─► ret ─► driver
 //!             out if journalled                                           out if journalled
-//!             jmp to a function that needs no more than the driver's rights
+//!             inc [counter], jmp to a function that needs no more than the driver's rights
 //! ```
 //!
 //! A function that needs no other rights than the driver's is reached on the root that is loaded, unless its calls are
@@ -19,8 +19,11 @@ use super::*;
 const RET: u8 = 0xc3;
 /// Opcode of `jmp rel32`.
 const JMP: u8 = 0xe9;
-/// Length of the longest first instruction that is put in the place of the usual one.
-const HEAD_BYTES: usize = 5;
+/// `inc qword [disp32]` without the displacement: REX.W, opcode, ModRM, SIB. Flags are nobody's at a call (System V ABI, section
+/// 3.2.1).
+const INC: [u8; 4] = [0x48, 0xff, 0x04, 0x25];
+/// Length of these two, which are put in the place of what is usual.
+const HEAD_BYTES: usize = 13;
 
 /// A trampoline.
 #[derive(Debug, Clone, Copy)]
@@ -41,16 +44,18 @@ pub(super) struct Trampoline {
 }
 
 impl Trampoline {
-    /// How it, which is at `va`, begins.
-    fn head(self, va: u64) -> [u8; HEAD_BYTES] {
+    /// How it, which is at `va`, begins, with what counts calls with the driver's rights at `counter`.
+    fn head(self, va: u64, counter: u64) -> [u8; HEAD_BYTES] {
         let mut head = self.usual;
         if self.journalled || self.looked_at {
             head[..2].copy_from_slice(&out(PORT_JOURNAL));
         } else if self.direct {
             // Within reach, or the call in it could not have been assembled.
             let displacement = self.target.wrapping_sub(va + HEAD_BYTES as u64) as u32;
-            head[0] = JMP;
-            head[1..].copy_from_slice(&displacement.to_le_bytes());
+            head[..4].copy_from_slice(&INC);
+            head[4..8].copy_from_slice(&(counter as u32).to_le_bytes());
+            head[8] = JMP;
+            head[9..].copy_from_slice(&displacement.to_le_bytes());
         }
         head
     }
@@ -104,17 +109,19 @@ impl Monitor {
             usual,
         };
         self.slots.push(slot);
-        self.put_code(va, &slot.head(va));
+        let counter = self.data(SCRATCH, DIRECT_CALLS);
+        self.put_code(va, &slot.head(va, counter));
         Ok(va)
     }
 
     /// Has these functions run with the rights of the driver when it calls them, and no others. P does not run meanwhile.
     pub fn call_directly(&mut self, functions: HashSet<u64>) {
+        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
             let va = self.slot_va(index);
             let slot = &mut self.slots[index];
             slot.direct = functions.contains(&slot.target);
-            let head = slot.head(va);
+            let head = slot.head(va, counter);
             self.put_code(va, &head);
         }
         self.direct = functions;
@@ -123,11 +130,12 @@ impl Monitor {
     /// Has the calls of these functions exit when they begin, whether they are journalled or not, and no others for that.
     /// P does not run meanwhile.
     pub fn look_at(&mut self, functions: HashSet<u64>) {
+        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
             let va = self.slot_va(index);
             let slot = &mut self.slots[index];
             slot.looked_at = functions.contains(&slot.target);
-            let head = slot.head(va);
+            let head = slot.head(va, counter);
             self.put_code(va, &head);
         }
         self.looked_at = functions;
@@ -136,6 +144,7 @@ impl Monitor {
     /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
     /// others. P does not run meanwhile.
     pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
+        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
             let trampoline = self.slots[index];
             let journalled = wanted(trampoline.target);
@@ -148,7 +157,7 @@ impl Monitor {
                 true => out(PORT_JOURNAL),
                 false => [RET, 0],
             };
-            let head = self.slots[index].head(va);
+            let head = self.slots[index].head(va, counter);
             self.put_code(va, &head);
             self.put_code(va + trampoline.last, &tail);
         }
@@ -346,8 +355,13 @@ mod tests {
             Decoder::with_ip(64, code, va, DecoderOptions::NONE).decode()
         };
         let leads_to = |monitor: &Monitor, va| {
-            let first = first(monitor, va);
-            (first.mnemonic() == Mnemonic::Jmp).then(|| first.near_branch_target())
+            let count = first(monitor, va);
+            if count.mnemonic() != Mnemonic::Inc {
+                return None;
+            }
+            assert_eq!(count.memory_displacement64(), VA + SCRATCH * PAGE_SIZE + 16);
+            let jump = first(monitor, count.next_ip());
+            (jump.mnemonic() == Mnemonic::Jmp).then(|| jump.near_branch_target())
         };
         assert_eq!(leads_to(&monitor, direct), Some(looks));
         assert_eq!(leads_to(&monitor, usual), None);

@@ -149,7 +149,7 @@ impl Call<'_> {
     }
 
     pub(super) fn stats_crossed(&self) -> bool {
-        self.domain.monitor.crossings() != self.domain.crossings_at_entry
+        self.domain.monitor.kernel_calls() != self.domain.crossings_at_entry
             || self.stats.callbacks > 0
     }
 

@@ -33,6 +33,8 @@ pub(super) struct InterfaceList {
     operations: u64,
     /// `net_device.pcpu_refcnt`, a pointer to per-CPU data, where the kernel has it.
     references: Option<u64>,
+    /// `net_device.priv_flags`.
+    flags: Option<GvaRange>,
 }
 
 impl InterfaceList {
@@ -50,6 +52,10 @@ impl InterfaceList {
             link: offset(type_id, "dev_list")?,
             operations: offset(type_id, "netdev_ops")?,
             references: offset(type_id, "pcpu_refcnt"),
+            flags: types.find_member(type_id, "priv_flags").and_then(|member| {
+                let offset = Gva(u64::from(member.bit_offset / 8));
+                GvaRange::new(offset, types.size_of(member.type_id)?)
+            }),
         })
     }
 
@@ -104,23 +110,28 @@ impl InterfaceList {
         found
     }
 
-    /// Whether `at` is this processor's count of references to one of the interfaces (`dev_hold`), whoever's it is.
-    pub(super) fn is_reference_count<M: GuestPhys>(
+    /// Whether `at` is what drivers write of the interfaces of others: this processor's count of references to one
+    /// (`dev_hold`), or what one is to others (`IFF_MACVLAN_PORT`, which the driver of the upper interface sets).
+    pub(super) fn is_anybodys<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
         namespaces: &[Gva],
         per_cpu_base: u64,
         at: Gva,
     ) -> bool {
-        let Some(offset) = self.references else {
-            return false;
+        let count = |interface: &Gva| {
+            let pointer = virt
+                .read_u64(interface.checked_add(self.references?)?)
+                .ok()?;
+            GvaRange::new(Gva(per_cpu_base.wrapping_add(pointer)), REFERENCE_BYTES)
+        };
+        let flags = |interface: &Gva| {
+            let flags = self.flags?;
+            GvaRange::new(interface.checked_add(flags.first().0)?, flags.len_bytes())
         };
         let all = self.all(virt, namespaces);
-        let mut counts = all.into_iter().filter_map(|interface| {
-            let pointer = virt.read_u64(interface.checked_add(offset)?).ok()?;
-            GvaRange::new(Gva(per_cpu_base.wrapping_add(pointer)), REFERENCE_BYTES)
-        });
-        counts.any(|count| count.contains(at))
+        let mut shared = all.iter().flat_map(|at| [count(at), flags(at)]);
+        shared.any(|range| range.is_some_and(|range| range.contains(at)))
     }
 }
 

@@ -64,8 +64,8 @@ const PER_CPU_END: &str = "__per_cpu_end";
 const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
 
 /// Members of the running thread's `struct task_struct` that inline functions of the kernel write:
-/// `pagefault_disable`, which `kmap_atomic` calls, and `memalloc_noio_save` and its like.
-const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags"];
+/// `pagefault_disable`, which `kmap_atomic` calls, `memalloc_noio_save` and its like, `set_active_memcg`, `set_current_state`.
+const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags", "active_memcg", "__state"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
 const PACKET_CACHES: &[&str] = &[

@@ -120,7 +120,7 @@ impl Namespaces {
 }
 
 impl DriverPolicy {
-    /// Opens the count of references to a namespace or to an interface in one, or what the driver keeps in one, if `at` lies there.
+    /// Opens the count of references to a namespace, what drivers write of the interfaces in it, or what the driver keeps in one, if `at` lies there.
     pub(super) fn open_in_namespace<M: GuestPhys>(
         &mut self,
         memory: &CallMemory<'_, M>,
@@ -131,10 +131,9 @@ impl DriverPolicy {
         };
         let all = namespaces.all(memory.private);
         let base = memory.per_cpu_base;
-        let of_interface =
-            |list: InterfaceList| list.is_reference_count(memory.private, &all, base, at);
+        let of_interface = |list: InterfaceList| list.is_anybodys(memory.private, &all, base, at);
         if self.list.is_some_and(of_interface) {
-            let label = "references to an interface".into();
+            let label = "references to an interface, or its flags".into();
             return self.open(GvaRange::aligned(at, 1), ObjectKind::Other, label);
         }
         if let Some(count) = namespaces.reference_count(&all, at) {

@@ -43,10 +43,16 @@ impl DriverPolicy {
         self.list_interfaces(memory);
         self.calls.iter_mut().for_each(|call| call.resolved = false);
         self.resolve(memory);
-        self.table.may_write(one)
+        let may = self.table.may_write(one)
             || self.open_as_it_began(memory, one)
             || self.open_in_namespace(memory, at)
-            || self.open_kept(memory, at)
+            || self.open_kept(memory, at);
+        if !may {
+            for (_, object) in self.table.iter() {
+                tracing::trace!("open, when {at} was not: {} {}", object.range, object.label);
+            }
+        }
+        may
     }
 
     /// Opens the objects that the calls' arguments point at, once for each call: what most stores are to.

@@ -63,6 +63,7 @@ fn types() -> Arc<Btf> {
             ("netdev_ops", pointer, 8),
             ("dev_list", pointer, 16),
             ("pcpu_refcnt", pointer, 24),
+            ("priv_flags", int, 40),
         ],
     );
     e.structure(
@@ -240,6 +241,8 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
     let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
     assert!(may(PER_CPU + 0x80, 4));
     assert!(!may(PER_CPU + 0x84, 1));
+    assert!(may(OBJECTS + 40, 4), "what it is to others");
+    assert!(!may(OBJECTS + 36, 4) && !may(OBJECTS + 44, 1));
     guest.put(Gva(VARIABLES + 16), &words(&[4]), DATA);
     policy.end(true);
     policy.begin("my_irq", [0; 6]);

@@ -109,6 +109,13 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         while let Some(item) = self.queue.pop_front() {
             self.look_at(&item);
         }
+        if self.found.len() >= MAX_OBJECTS || self.members_left == 0 {
+            tracing::debug!(
+                "not all that a call reaches was looked at: {} objects, {} members left",
+                self.found.len(),
+                self.members_left
+            );
+        }
         Found {
             objects: self.found,
             arrays: self.arrays,
