@@ -37,10 +37,10 @@ use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
-use super::reach::{Names, Rules, Start};
+use super::reach::{Names, OwnTypes, Rules, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
-use crate::guest::btf::{Btf, TypeId};
+use crate::guest::btf::Btf;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
@@ -129,8 +129,8 @@ pub struct DriverPolicy {
     names: Names,
     memory: MemoryModel,
     rules: Rules,
-    /// A structure of the kernel's that is this driver's own, with that behind which it keeps it.
-    own_too: Option<(&'static str, TypeId)>,
+    /// What of the kernel's structures is this driver's own.
+    own_too: OwnTypes,
     table: RangeTable,
     /// Offsets in the per-CPU area.
     per_cpu_variables: Vec<(&'static str, GvaRange)>,

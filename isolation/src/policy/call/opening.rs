@@ -265,7 +265,7 @@ impl DriverPolicy {
             stack: memory.stack,
             per_cpu_base: Some(memory.per_cpu_base),
             per_cpu_handed_out: self.per_cpu_handed_out,
-            own_too: self.own_too,
+            own_too: &self.own_too,
             rules: &self.rules,
         })
     }

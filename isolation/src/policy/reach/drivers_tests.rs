@@ -154,7 +154,8 @@ fn call_in(module: &str, guest: &TestGuest, function: &str, argument: u64) -> Ve
     let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128), (PAGE, 4096)];
     let (types, known) = (types(), Known(sizes.into()));
     let mut reach = super::reach(&types, guest, &known);
-    reach.own_too = reach.rules.own_of(module, &types);
+    let own_too = reach.rules.own_of(module, &types);
+    reach.own_too = &own_too;
     let function = types.find_function(function).unwrap();
     let found = reach.objects(&function, &[argument, 0, 0, 0, 0, 0], &[]);
     let places = found.objects.iter();

@@ -43,7 +43,9 @@ use super::abort_value::REGISTER_ARGUMENTS;
 pub(in crate::policy) use counted::reference_counts;
 pub use names::Names;
 pub use path::Path;
-pub use rules::{Embedded, Followed, PacketData, PerCpuPointer, PrivateArea, Rules};
+pub use rules::{
+    Embedded, Followed, ModulesOwn, OwnTypes, PacketData, PerCpuPointer, PrivateArea, Rules,
+};
 use walk::Extent;
 
 /// Most objects that one question finds.
@@ -104,8 +106,8 @@ pub struct Reach<'a, M, A> {
     pub per_cpu_base: Option<u64>,
     /// Per-CPU addresses below are the kernel's own variables, not handed out to anybody.
     pub per_cpu_handed_out: Option<u64>,
-    /// A structure of the kernel's that is this driver's own, with the name of that behind which it keeps it.
-    pub own_too: Option<(&'static str, TypeId)>,
+    /// What of the kernel's structures is this driver's own.
+    pub own_too: &'a OwnTypes,
     /// What types do not say.
     pub rules: &'a Rules,
 }
@@ -141,7 +143,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
 
     /// Whether the structure `id` is the driver's.
     fn is_own(&self, id: TypeId) -> bool {
-        self.types.is_own(id) || self.own_too.is_some_and(|(_, own)| own == id)
+        self.types.is_own(id) || self.own_too.all.contains(&id)
     }
 
     fn struct_named(&self, name: &'static str) -> Option<TypeId> {

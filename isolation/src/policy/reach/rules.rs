@@ -56,6 +56,28 @@ pub struct PerCpuPointer {
     pub members: &'static [&'static str],
 }
 
+/// Structures that belong to modules although the kernel knows them, too: something that is built in has their header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModulesOwn {
+    /// The modules.
+    pub modules: &'static [&'static str],
+    /// The structure behind which each keeps its own ([`PrivateArea`]).
+    pub behind: &'static str,
+    /// What each keeps there.
+    pub private: &'static str,
+    /// What else is their own.
+    pub others: &'static [&'static str],
+}
+
+/// What of the kernel's structures is a driver's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnTypes {
+    /// What it keeps behind the structure of this name.
+    pub private: Option<(&'static str, TypeId)>,
+    /// All.
+    pub all: Vec<TypeId>,
+}
+
 /// All rules.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
@@ -69,9 +91,8 @@ pub struct Rules {
     pub followed: &'static [Followed],
     /// Pointers to data of the current processor.
     pub per_cpu: &'static [PerCpuPointer],
-    /// Structures that the kernel defines and that belong to one module: the module, the structure behind which it keeps them,
-    /// the structure.
-    pub modules_own: &'static [(&'static str, &'static str, &'static str)],
+    /// Structures of modules that the kernel knows, too.
+    pub modules_own: &'static [ModulesOwn],
     /// Pointers in the kernel's structures to others of which inline functions count the references.
     pub counted: &'static [(&'static str, &'static str)],
     /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what
@@ -87,11 +108,21 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// The structure of the kernel's that is the module's own, with the name of that behind which it keeps it.
-    pub fn own_of(&self, module: &str, types: &Btf) -> Option<(&'static str, TypeId)> {
+    /// What of the kernel's structures is the module's own.
+    pub fn own_of(&self, module: &str, types: &Btf) -> OwnTypes {
         let mut rules = self.modules_own.iter();
-        let (_, behind, own) = rules.find(|(of, ..)| *of == module)?;
-        Some((behind, types.find_struct(own)?))
+        let Some(rule) = rules.find(|rule| rule.modules.contains(&module)) else {
+            return OwnTypes::default();
+        };
+        let private = types.find_struct(rule.private);
+        let others = rule
+            .others
+            .iter()
+            .filter_map(|name| types.find_struct(name));
+        OwnTypes {
+            private: private.map(|id| (rule.behind, id)),
+            all: private.into_iter().chain(others).collect(),
+        }
     }
 
     /// For Linux 5.10 to 6.12.
@@ -253,8 +284,42 @@ impl Rules {
                 members: &["core_stats"],
             },
         ],
-        // include/linux/if_vlan.h, which the kernel's own part of VLANs uses, too.
-        modules_own: &[("8021q", "net_device", "vlan_dev_priv")],
+        modules_own: &[
+            // include/linux/if_vlan.h, which the kernel's own part of VLANs uses.
+            ModulesOwn {
+                modules: &["8021q"],
+                behind: "net_device",
+                private: "vlan_dev_priv",
+                others: &[],
+            },
+            // include/net/ip_tunnels.h, include/net/ip6_tunnel.h.
+            ModulesOwn {
+                modules: &["ip_gre", "ip_vti", "ipip", "sit"],
+                behind: "net_device",
+                private: "ip_tunnel",
+                others: &[],
+            },
+            ModulesOwn {
+                modules: &["ip6_gre", "ip6_tunnel", "ip6_vti"],
+                behind: "net_device",
+                private: "ip6_tnl",
+                others: &[],
+            },
+            // net/bridge/br_private.h, which the kernel's part of switches in hardware uses.
+            ModulesOwn {
+                modules: &["bridge"],
+                behind: "net_device",
+                private: "net_bridge",
+                others: &[
+                    "net_bridge_port",
+                    "net_bridge_vlan_group",
+                    "net_bridge_vlan",
+                    "net_bridge_fdb_entry",
+                    "net_bridge_mdb_entry",
+                    "net_bridge_port_group",
+                ],
+            },
+        ],
         // `in_dev_get`, `in6_dev_get`, `sock_hold`.
         counted: &[
             ("net_device", "ip_ptr"),

@@ -159,7 +159,7 @@ fn reach<'a>(
         stack,
         per_cpu_base: Some(PER_CPU_BASE),
         per_cpu_handed_out: Some(0x800),
-        own_too: None,
+        own_too: Box::leak(Box::default()),
         rules: &Rules::LINUX,
     }
 }

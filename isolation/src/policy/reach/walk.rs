@@ -377,7 +377,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 .is
                 .iter()
                 .find_map(|name| self.reach.struct_named(name));
-            let kept = self.reach.own_too.filter(|(behind, _)| *behind == name);
+            let kept = self.reach.own_too.private;
+            let kept = kept.filter(|(behind, _)| *behind == name);
             let found = found.filter(|found| self.reach.is_own(*found));
             kept.map(|(_, id)| id).or(found)
         };
