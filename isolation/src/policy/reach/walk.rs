@@ -371,18 +371,22 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             return;
         }
         // Whose type it is nobody says; but it most often points back.
-        let owner = self.structure_that_points_back(area, id, item.at);
+        let kept = self.reach.own_too.private;
+        let kept = kept.filter(|(behind, _)| *behind == name);
+        let is = match kept {
+            Some((_, id)) => Some(id),
+            None => self
+                .structure_that_points_back(area, id, item.at)
+                .map(|(id, _)| id),
+        };
         let told = || {
             let found = rule
                 .is
                 .iter()
-                .find_map(|name| self.reach.struct_named(name));
-            let kept = self.reach.own_too.private;
-            let kept = kept.filter(|(behind, _)| *behind == name);
-            let found = found.filter(|found| self.reach.is_own(*found));
-            kept.map(|(_, id)| id).or(found)
+                .find_map(|name| self.reach.struct_named(name))?;
+            self.reach.is_own(found).then_some(found)
         };
-        if let Some(type_id) = owner.map(|(id, _)| id).or_else(told) {
+        if let Some(type_id) = is.or_else(told) {
             let depth = item.depth + 1;
             let kind = ObjectKind::PrivateArea;
             self.push(Item {
