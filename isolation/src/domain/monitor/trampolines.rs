@@ -109,20 +109,16 @@ impl Monitor {
             usual,
         };
         self.slots.push(slot);
-        let counter = self.data(SCRATCH, DIRECT_CALLS);
-        self.put_code(va, &slot.head(va, counter));
+        self.put_head(self.slots.len() - 1);
         Ok(va)
     }
 
     /// Has these functions run with the rights of the driver when it calls them, and no others. P does not run meanwhile.
     pub fn call_directly(&mut self, functions: HashSet<u64>) {
-        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
-            let va = self.slot_va(index);
             let slot = &mut self.slots[index];
             slot.direct = functions.contains(&slot.target);
-            let head = slot.head(va, counter);
-            self.put_code(va, &head);
+            self.put_head(index);
         }
         self.direct = functions;
     }
@@ -130,13 +126,10 @@ impl Monitor {
     /// Has the calls of these functions exit when they begin, whether they are journalled or not, and no others for that.
     /// P does not run meanwhile.
     pub fn look_at(&mut self, functions: HashSet<u64>) {
-        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
-            let va = self.slot_va(index);
             let slot = &mut self.slots[index];
             slot.looked_at = functions.contains(&slot.target);
-            let head = slot.head(va, counter);
-            self.put_code(va, &head);
+            self.put_head(index);
         }
         self.looked_at = functions;
     }
@@ -144,7 +137,6 @@ impl Monitor {
     /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
     /// others. P does not run meanwhile.
     pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
-        let counter = self.data(SCRATCH, DIRECT_CALLS);
         for index in 0..self.slots.len() {
             let trampoline = self.slots[index];
             let journalled = wanted(trampoline.target);
@@ -157,8 +149,7 @@ impl Monitor {
                 true => out(PORT_JOURNAL),
                 false => [RET, 0],
             };
-            let head = self.slots[index].head(va, counter);
-            self.put_code(va, &head);
+            self.put_head(index);
             self.put_code(va + trampoline.last, &tail);
         }
     }
@@ -186,6 +177,13 @@ impl Monitor {
     /// Does what the first instruction of a trampoline does, which the exit stands in the place of.
     pub fn keep_r11(&mut self, value: u64) {
         self.put(SCRATCH, 0, value);
+    }
+
+    /// Makes the trampoline of this slot begin as it is to.
+    fn put_head(&mut self, index: usize) {
+        let va = self.slot_va(index);
+        let head = self.slots[index].head(va, self.data(SCRATCH, DIRECT_CALLS));
+        self.put_code(va, &head);
     }
 
     fn slot_va(&self, index: usize) -> u64 {
