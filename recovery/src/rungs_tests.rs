@@ -27,7 +27,7 @@ fn fail(supervisor: &Supervisor<Double>, device_lost: bool) {
     let decision = lock(&ladder).fault(&Fault {
         entry: "xmit",
         attempts: 1,
-        returns_nothing: false,
+        unheard: false,
         half_done: false,
         device_lost,
         out_of_time: false,

@@ -299,7 +299,7 @@ impl FaultPolicy for LadderPolicy {
         let decision = lock(&self.ladder).fault(&Fault {
             entry: &call.report.entry,
             attempts: call.attempts,
-            returns_nothing: call.returns_nothing,
+            unheard: call.unheard,
             half_done: call.report.violation.stays() || call.report.domain_failed(),
             device_lost: call.report.device_lost.is_some(),
             out_of_time: call.out_of_time,

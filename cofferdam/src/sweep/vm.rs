@@ -197,17 +197,22 @@ impl Vm {
     /// Loads the module, and what it needs, and prepares its work.
     fn load(&mut self, work: &Workload) -> anyhow::Result<()> {
         for module in work.modules.iter().filter(|module| **module != work.driver) {
-            let loaded = self.guest.agent().load_module(module, "");
-            loaded.with_context(|| format!("cannot insert {module}"))?;
+            self.insert(module, "")?;
         }
-        let loaded = self
-            .guest
-            .agent()
-            .load_module(&work.driver, &work.parameters);
-        loaded.with_context(|| format!("cannot insert {}", work.driver))?;
+        self.insert(&work.driver, &work.parameters)?;
         self.guest
             .shell(&format!("({}\n) >/dev/null", work.prepare))?;
         Ok(())
+    }
+
+    /// Loads one module, if it is not there: another one may have needed it.
+    fn insert(&mut self, module: &str, parameters: &str) -> anyhow::Result<()> {
+        match self.guest.agent().load_module(module, parameters) {
+            Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
+            loaded => loaded
+                .map(drop)
+                .with_context(|| format!("cannot insert {module}")),
+        }
     }
 
     fn isolate(&mut self, work: &Workload, record: &mut Record) -> anyhow::Result<()> {

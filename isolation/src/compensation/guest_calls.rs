@@ -40,6 +40,8 @@ pub(crate) struct Failure {
     /// Registers at the entry of the call.
     pub entry: kvm_regs,
     pub ended: Instant,
+    /// Whether its caller goes on whatever it returns.
+    pub unheard: bool,
 }
 
 /// Kernel functions to call, one after the other.

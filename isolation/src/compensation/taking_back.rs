@@ -128,6 +128,7 @@ impl Armed {
             attempt,
             entry,
             ended,
+            unheard,
         } = failure;
         let known = self.gates.get_mut(&gate);
         let (returns_nothing, in_a_row) = known.map_or((false, false), |gate| {
@@ -137,7 +138,7 @@ impl Armed {
         let mut decided = self.fault_policy.after_fault(&FailedCall {
             report: &report,
             attempts: attempt.number,
-            returns_nothing,
+            unheard: unheard || returns_nothing,
             out_of_time: report.violation.kind == ViolationKind::TimeBudget,
             in_a_row,
         });

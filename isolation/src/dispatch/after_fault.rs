@@ -9,8 +9,8 @@ pub struct FailedCall<'a> {
     pub report: &'a ViolationReport,
     /// How often the same call was run by now, at least 1.
     pub attempts: u32,
-    /// Whether the function returns nothing, so that its caller cannot know that it failed.
-    pub returns_nothing: bool,
+    /// Whether its caller cannot know that it failed, as the function returns nothing, or does not look at what it returns.
+    pub unheard: bool,
     /// Whether it has used up the time that it may take, over all runs: it cannot be run again.
     pub out_of_time: bool,
     /// Whether the call of this function before it failed, too: none has ended well in between.

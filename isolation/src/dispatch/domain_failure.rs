@@ -48,6 +48,7 @@ impl Armed {
             attempt: Attempt::FIRST,
             entry,
             ended: Instant::now(),
+            unheard: false,
         };
         self.failed(gate, failure);
         self.again = None;

@@ -281,6 +281,7 @@ impl Armed {
                     attempt: run.attempt.after(time.own),
                     entry: run.entry,
                     ended,
+                    unheard: self.is_unheard(run),
                 })
             }
         };
@@ -295,6 +296,17 @@ impl Armed {
         let calls = self.and_let_packets_pass(kernel_calls);
         let calls = GuestCalls::new(run.gate, calls, finally, failure).keeping(kept);
         Some(self.run_guest_calls(calls, run.at))
+    }
+
+    /// Whether the caller of a call goes on whatever it returns.
+    fn is_unheard(&self, run: &Run<'_>) -> bool {
+        let memory = self.domain.memories().1;
+        let virt = VirtMemory {
+            space: self.space(&run.at.sregs),
+            memory: &memory,
+        };
+        let policy = self.policy.as_ref();
+        policy.is_some_and(|policy| policy.is_unheard(virt, run.gate, &arguments(&run.entry)))
     }
 
     /// Keeps a call that goes on in the guest with these registers, until it comes back.

@@ -65,6 +65,10 @@ pub trait FindAllocation {
 
     /// The page that the `struct page` at `description` stands for.
     fn page_address(&self, description: Gva) -> Option<Gva>;
+
+    /// Bytes from the per-CPU pointer `pointer`, which is at `at` on this processor, to the end of what was handed out
+    /// (`alloc_percpu`); 0 if nothing was. `None` if that is not known.
+    fn per_cpu_bytes(&self, pointer: u64, at: Gva) -> Option<u64>;
 }
 
 /// A compound page, or a single one.
@@ -98,6 +102,11 @@ impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
     fn page_address(&self, description: Gva) -> Option<Gva> {
         let (range, page) = self.model.described_page(description)?;
         (range.first() == description).then_some(page)
+    }
+
+    fn per_cpu_bytes(&self, pointer: u64, at: Gva) -> Option<u64> {
+        let (model, pages) = (self.model.per_cpu?, self.model.pages());
+        model.bytes_from(pages, &self.virt, pointer, at)
     }
 }
 

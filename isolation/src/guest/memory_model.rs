@@ -4,6 +4,7 @@ use super::addr::{Gva, GvaRange};
 use super::allocations::Allocations;
 use super::btf::{Btf, TypeId};
 use super::paging::VirtMemory;
+use super::per_cpu::{PageArray, PerCpuModel};
 use super::phys::GuestPhys;
 use super::slab::{SlabMark, SlabModel};
 use super::symbols::SymbolTable;
@@ -83,6 +84,8 @@ pub struct MemoryModel {
     pub(super) slab_mark: SlabMark,
     pub(super) head_bit: u8,
     pub(super) slabs: SlabModel,
+    /// None if it keeps memory of each processor in a way that is not known.
+    pub(super) per_cpu: Option<PerCpuModel>,
 }
 
 /// What is missing to know allocations.
@@ -147,6 +150,7 @@ impl MemoryModel {
             slab_mark: SlabMark::find(types, page).ok_or_else(need(SLAB_MARK))?,
             head_bit: bit("PG_head")?,
             slabs: SlabModel::new(types, slab, cache).map_err(|missing| need(missing)())?,
+            per_cpu: PerCpuModel::new(types, symbols, virt),
         })
     }
 
@@ -168,6 +172,14 @@ impl MemoryModel {
         let first = Gva(at.0 - offset % self.page_bytes);
         let page = Gva(self.direct_map.0.checked_add(pfn.checked_mul(4096)?)?);
         (pfn < pages).then_some((GvaRange::new(first, self.page_bytes)?, page))
+    }
+
+    /// The kernel's array of `struct page`.
+    pub(super) fn pages(&self) -> PageArray {
+        PageArray {
+            at: self.vmemmap,
+            bytes: self.page_bytes,
+        }
     }
 
     /// What of a kernel's types and symbols is not found that [`MemoryModel::new`] needs: all of it, where that names the

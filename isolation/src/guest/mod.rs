@@ -14,6 +14,7 @@ mod memory_model;
 pub mod module_text;
 pub mod modules;
 pub mod paging;
+mod per_cpu;
 pub mod phys;
 mod slab;
 pub mod stack;

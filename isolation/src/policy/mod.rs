@@ -9,3 +9,4 @@ pub mod completion;
 pub mod diff;
 pub mod range_table;
 pub mod reach;
+pub mod unheard;

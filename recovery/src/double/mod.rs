@@ -206,7 +206,7 @@ fn fail(policy: &mut dyn FaultPolicy, kind: ViolationKind) -> AfterFault {
     policy.after_fault(&FailedCall {
         report: &report,
         attempts: 1,
-        returns_nothing: false,
+        unheard: false,
         out_of_time: false,
         in_a_row: false,
     })

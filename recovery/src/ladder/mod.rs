@@ -136,8 +136,8 @@ pub struct Fault<'a> {
     pub entry: &'a str,
     /// How often this call was run by now, at least 1.
     pub attempts: u32,
-    /// Whether the function returns nothing.
-    pub returns_nothing: bool,
+    /// Whether its caller cannot know that it failed, or goes on all the same.
+    pub unheard: bool,
     /// Whether something of the failed call is left in the guest or the device, so that they are half-way through
     /// something: it had gone on in the guest and could not be taken back, or the device could not be put back. Or
     /// whether the domain itself failed, so that the driver's calls are not isolated any more.
@@ -395,13 +395,11 @@ impl Ladder {
 
     fn on_fault(&self, fault: &Fault<'_>) -> OnFault {
         let named = self.config.per_entry.get(fault.entry).copied();
-        named
-            .or(self.config.on_fault)
-            .unwrap_or(if fault.returns_nothing {
-                OnFault::Retry
-            } else {
-                OnFault::Error
-            })
+        named.or(self.config.on_fault).unwrap_or(if fault.unheard {
+            OnFault::Retry
+        } else {
+            OnFault::Error
+        })
     }
 
     /// What is to be done about a fault, were there nothing else under way.

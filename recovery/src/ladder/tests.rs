@@ -16,7 +16,7 @@ fn fault(entry: &str, attempts: u32, now_ns: u64) -> Fault<'_> {
     Fault {
         entry,
         attempts,
-        returns_nothing: false,
+        unheard: false,
         half_done: false,
         device_lost: false,
         out_of_time: false,
@@ -33,7 +33,7 @@ fn who_can_be_told_of_an_error_is_and_who_cannot_gets_another_try() {
         Decision::Error
     );
     let void = |attempts| Fault {
-        returns_nothing: true,
+        unheard: true,
         ..fault("watchdog", attempts, 0)
     };
     let decided: Vec<Decision> = (1..=3).map(|n| ladder.fault(&void(n))).collect();
@@ -286,7 +286,7 @@ enum Event {
     Fault {
         entry: usize,
         attempts: u32,
-        returns_nothing: bool,
+        unheard: bool,
         half_done: bool,
         device_lost: bool,
         out_of_time: bool,
@@ -316,24 +316,17 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         0..MINUTE_NS,
     );
     let fault = fault.prop_map(
-        |(
-            entry,
-            attempts,
-            returns_nothing,
-            half_done,
-            device_lost,
-            out_of_time,
-            in_a_row,
-            after_ns,
-        )| Event::Fault {
-            entry,
-            attempts,
-            returns_nothing,
-            half_done,
-            device_lost,
-            out_of_time,
-            in_a_row,
-            after_ns: after_ns / 8,
+        |(entry, attempts, unheard, half_done, device_lost, out_of_time, in_a_row, after_ns)| {
+            Event::Fault {
+                entry,
+                attempts,
+                unheard,
+                half_done,
+                device_lost,
+                out_of_time,
+                in_a_row,
+                after_ns: after_ns / 8,
+            }
         },
     );
     let event = prop_oneof![
@@ -407,7 +400,7 @@ impl Model {
         let Fault {
             entry,
             attempts,
-            returns_nothing,
+            unheard,
             half_done,
             device_lost,
             out_of_time,
@@ -421,7 +414,7 @@ impl Model {
         let wanted = match (self.config.per_entry.get(entry), self.config.on_fault) {
             (Some(own), _) => *own,
             (None, Some(general)) => general,
-            (None, None) if returns_nothing => OnFault::Retry,
+            (None, None) if unheard => OnFault::Retry,
             (None, None) => OnFault::Error,
         };
         let lost_lately = self.lost_at.iter().any(|at| now - at < MINUTE_NS);
@@ -639,10 +632,10 @@ proptest! {
         let mut now_ns = 0;
         for event in events {
             match event {
-                Event::Fault { entry, attempts, returns_nothing, half_done, device_lost, out_of_time, in_a_row, after_ns } => {
+                Event::Fault { entry, attempts, unheard, half_done, device_lost, out_of_time, in_a_row, after_ns } => {
                     now_ns += after_ns;
                     let entry = ENTRIES[entry];
-                    let fault = Fault { entry, attempts, returns_nothing, half_done, device_lost, out_of_time, in_a_row, now_ns };
+                    let fault = Fault { entry, attempts, unheard, half_done, device_lost, out_of_time, in_a_row, now_ns };
                     prop_assert_eq!(ladder.fault(&fault), model.fault(&fault));
                 }
                 Event::BeginsAnew => {

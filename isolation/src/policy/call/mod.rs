@@ -4,13 +4,13 @@
 //!  store to an address that nothing open covers
 //!    1. the driver's variables                        open from the start
 //!    2. what the call's arguments point at            looked at at the first such store of a call
-//!    3. the kernel's inline functions write there     reference counts of pages, preemption count
+//!    3. the kernel's inline functions write there     reference counts of pages, routes, sockets; preemption count
 //!    4. reached from the call's arguments by type     worked out where 2 and 3 did not do
 //!    5. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
 //!    6. reached when the call began, not any more     the same as 4 in memory as it was then
 //!    7. of a network namespace                        counts of references, what the driver keeps in each
-//!    8. kept in an array of the driver's              an xarray in what is reached
+//!    8. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -26,6 +26,7 @@ mod kept;
 mod namespaces;
 mod opening;
 mod restorable;
+mod shared_counts;
 
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,7 @@ use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Names, OwnTypes, Rules, Start};
+use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
@@ -51,6 +53,7 @@ use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
 use namespaces::Namespaces;
+use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
@@ -140,6 +143,7 @@ pub struct DriverPolicy {
     current_task: Option<u64>,
     /// Offsets in that thread.
     task_members: Vec<(&'static str, GvaRange)>,
+    shared_counts: SharedCounts,
     interfaces: Vec<Start>,
     /// Which arguments of functions that were called are pointers to interfaces, by name.
     interface_arguments: HashMap<String, Vec<usize>>,
@@ -153,6 +157,8 @@ pub struct DriverPolicy {
     owned: Arc<EarlierAllocations>,
     /// Where the driver keeps things by number, as far as this call's arguments lead there.
     arrays: BTreeSet<Gva>,
+    /// Where it has queues of packets.
+    queues: BTreeSet<Gva>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Pages of slabs that were opened for what was handed out to a call. They stay open, and stores to others of their
@@ -161,6 +167,7 @@ pub struct DriverPolicy {
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     completions: Completions,
+    unheard: Unheard,
     /// Where calls store in what passes through them.
     habits: Habits,
     calls: Vec<Call>,
@@ -208,8 +215,9 @@ impl DriverPolicy {
         let own_too = Rules::LINUX.own_of(&layout.name, &types);
         Ok(Self {
             own_too,
-
+            shared_counts: SharedCounts::new(&types),
             completions,
+            unheard: Unheard::new(&types),
             types,
             names: Names::default(),
             memory,
@@ -226,6 +234,7 @@ impl DriverPolicy {
             listed: false,
             owned: Arc::default(),
             arrays: BTreeSet::new(),
+            queues: BTreeSet::new(),
             handed_out: Vec::new(),
             opened_pages: BTreeSet::new(),
             sections: layout
@@ -251,6 +260,16 @@ impl DriverPolicy {
         self.completions.of(virt, gate, flags, arguments)
     }
 
+    /// Whether whoever calls the function with its gate at `gate` goes on whatever it returns.
+    pub fn is_unheard<M: GuestPhys>(
+        &self,
+        virt: VirtMemory<'_, M>,
+        gate: u64,
+        arguments: &[u64; REGISTER_ARGUMENTS],
+    ) -> bool {
+        self.unheard.is(virt, gate, arguments)
+    }
+
     /// A call of `function` begins, or the kernel calls back into `function` during one.
     pub fn begin(&mut self, function: &str, arguments: [u64; REGISTER_ARGUMENTS]) {
         if self.calls.len() >= MAX_CALLS {
@@ -273,6 +292,7 @@ impl DriverPolicy {
             self.habits.end(&call.function);
         }
         self.arrays.clear();
+        self.queues.clear();
         self.listed = false;
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);

@@ -46,6 +46,7 @@ impl DriverPolicy {
         let may = self.table.may_write(one)
             || self.open_as_it_began(memory, one)
             || self.open_in_namespace(memory, at)
+            || self.open_queued(memory, one)
             || self.open_kept(memory, at);
         if !may {
             for (_, object) in self.table.iter() {
@@ -94,6 +95,11 @@ impl DriverPolicy {
             let label = format!("{name} of the running thread");
             return self.open(one, ObjectKind::Other, label);
         }
+        let allocations = self.memory.with(memory.private);
+        if let Some((count, cache)) = self.shared_counts.at(&allocations, at) {
+            let label = format!("count in an object of {cache}");
+            return self.open(count, ObjectKind::Other, label);
+        }
         false
     }
 
@@ -139,6 +145,7 @@ impl DriverPolicy {
             let found = self.reached_from(memory, call, &interfaces);
             self.open_all(found.objects);
             self.arrays.extend(found.arrays);
+            self.queues.extend(found.queues);
         }
         self.calls.iter_mut().for_each(|call| call.resolved = true);
     }
@@ -218,6 +225,21 @@ impl DriverPolicy {
             self.open_all(found.objects);
         }
         opened
+    }
+
+    /// Packets in queues of the driver's are the driver's, with their data.
+    fn open_queued<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, one: GvaRange) -> bool {
+        let queues: Vec<Gva> = self.queues.iter().copied().collect();
+        if queues.is_empty() {
+            return false;
+        }
+        let found = self.reach(memory.private, memory, |reach| {
+            reach.objects_from(&reach.queued_in(&queues))
+        });
+        for object in found.objects {
+            self.open(object.range, ObjectKind::Passing, object.label);
+        }
+        self.table.may_write(one)
     }
 
     /// What the driver keeps in its arrays is the driver's, also if it was handed out before anybody looked. It is looked

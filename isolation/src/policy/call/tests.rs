@@ -55,7 +55,9 @@ fn types() -> Arc<Btf> {
     e.structure("kmem_cache", 64, &cache);
     e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
     e.structure("skb_shared_info", 64, &[]);
-    e.structure("sk_buff", 192, &[("end", int, 8), ("head", bytes, 16)]);
+    let count = e.structure("refcount_struct", 4, &[("refs", int, 0)]);
+    let packet = [("end", int, 8), ("head", bytes, 16), ("users", count, 184)];
+    e.structure("sk_buff", 192, &packet);
     e.structure(
         "net_device",
         96,
@@ -75,7 +77,6 @@ fn types() -> Arc<Btf> {
             ("prio", int, 0x48),
         ],
     );
-    let count = e.structure("refcount_struct", 4, &[("refs", int, 0)]);
     let common = e.structure("ns_common", 8, &[("inum", int, 0), ("count", count, 4)]);
     let net = [
         ("dev_base_head", pointer, 8),
@@ -270,6 +271,9 @@ fn what_inline_functions_write_is_permitted() {
     assert!(may(HEAD + 0x40, 4), "the running thread's page fault count");
     assert!(may(HEAD + 0x44, 4), "its flags");
     assert!(!may(HEAD + 0x48, 1), "its priority");
+    assert!(may(PACKETS + 184, 4), "references to a packet of others");
+    assert!(!may(PACKETS + 180, 4) && !may(PACKETS + 188, 1));
+    assert!(!may(OBJECTS + 184, 4), "an object of another cache");
 }
 
 #[test]

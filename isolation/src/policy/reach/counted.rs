@@ -44,7 +44,8 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     pub(super) fn counted(&mut self, item: &Item, id: TypeId, name: &str) {
         let types = self.reach.types;
         let rules = self.reach.rules.counted.iter();
-        for (_, member) in rules.filter(|(of, _)| *of == name) {
+        for rule in rules.filter(|rule| rule.of == name) {
+            let member = rule.member;
             let to = self
                 .reach
                 .member_named(id, member)
@@ -53,7 +54,13 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
                 continue;
             };
             let path = format!("{}->{member}", item.path);
-            for count in reference_counts(types, to) {
+            let also = rule.also.iter().filter_map(|name| {
+                let member = self.reach.member_named(types.resolve(to)?.0, name)?;
+                let offset = Gva(u64::from(member.bit_offset / 8));
+                GvaRange::new(offset, types.size_of(member.type_id)?)
+            });
+            let also: Vec<GvaRange> = also.collect();
+            for count in reference_counts(types, to).into_iter().chain(also) {
                 let first = Gva(at).checked_add(count.first().0);
                 let range = first.and_then(|first| GvaRange::new(first, count.len_bytes()));
                 if let Some(range) = range.filter(|_| at != 0) {

@@ -20,6 +20,10 @@ const REQUEST: u64 = AT + 0x600;
 const QUEUE: u64 = AT + 0x700;
 const DEVICE: u64 = AT + 0x800;
 const STATISTICS: u64 = 0x1000;
+/// A discipline with its operations, and a socket.
+const QDISC: u64 = AT + 0xe40;
+const QDISC_OPS: u64 = AT + 0xec0;
+const SOCKET: u64 = AT + 0xf00;
 /// Nodes of an xarray, and an object that is kept in it, which has a page.
 const NODES: [u64; 2] = [AT + 0x900, AT + 0xb40];
 const KEPT: u64 = AT + 0xe00;
@@ -72,12 +76,34 @@ fn types() -> Arc<Btf> {
     let slots = e.array(void, 64);
     e.structure("xa_node", 576, &[("slots", slots, 40)]);
     let count = e.structure("refcount_struct", 4, &[("refs", half, 0)]);
-    let address = [("dev", word, 0), ("refcnt", count, 8), ("n", half, 12)];
+    let address = [
+        ("dev", word, 0),
+        ("refcnt", count, 8),
+        ("n", half, 12),
+        ("cnf", word, 24),
+    ];
     let addresses = e.structure("in_device", 64, &address);
     let addresses = e.pointer(addresses);
-    e.structure("net_device", 64, &[("ip_ptr", addresses, 40)]);
+    let device = [("ip_ptr", addresses, 40), ("rx_handler_data", void, 48)];
+    e.structure("net_device", 64, &device);
+    e.structure("list_head", 16, &[("next", word, 0)]);
     e.structure("vlan_dev_priv", 16, &[("disk", disk, 8)]);
     e.structure("page", 64, &[]);
+    let ops = e.structure("Qdisc_ops", 64, &[("priv_size", half, 24)]);
+    let ops = e.pointer(ops);
+    let discipline = e.structure("Qdisc", 64, &[("ops", ops, 24)]);
+    e.pointer(discipline);
+    let socket = e.structure("sock", 32, &[("n", word, 0)]);
+    e.pointer(socket);
+    let own = e.array(word, 4);
+    let connection = [("sk", socket, 0), ("icsk_ca_priv", own, 64)];
+    e.structure("inet_connection_sock", 96, &connection);
+    let packet = e.structure("sk_buff", 64, &[("next", word, 0), ("end", half, 8)]);
+    e.pointer(packet);
+    e.structure("sk_buff_head", 24, &[("next", word, 0)]);
+    let work = e.structure("work_struct", 16, &[("data", word, 0)]);
+    e.pointer(work);
+    e.structure("delayed_work", 32, &[("work", work, 0)]);
     let buckets = e.structure("bucket_table", 64, &[]);
     let buckets = e.pointer(buckets);
     e.structure("rhashtable", 16, &[("ht", word, 0), ("tbl", buckets, 8)]);
@@ -106,6 +132,34 @@ fn types() -> Arc<Btf> {
     let page = pointer(&mut e, "page");
     e.function("my_forget", TypeId::VOID, &[("table", table)]);
     e.function("my_read", TypeId::VOID, &[("page", page)]);
+    // Only one structure is as large as the discipline's private data.
+    let rows = e.pointer(word);
+    e.structure("my_sched", 40, &[("n", word, 0), ("rows", rows, 16)]);
+    e.structure("cdg", 16, &[("n", word, 0), ("rows", rows, 8)]);
+    let queue = base.find_struct("sk_buff_head").unwrap();
+    let later = base.find_struct("delayed_work").unwrap();
+    let worker = [
+        ("later", later, 8),
+        ("rows", rows, 40),
+        ("queue", queue, 48),
+    ];
+    e.structure("my_worker", 72, &worker);
+    let list = base.find_struct("list_head").unwrap();
+    e.structure("team_port", 32, &[("rows", rows, 0), ("list", list, 16)]);
+    let team = e.structure("team", 24, &[("port_list", list, 8)]);
+    let team = e.pointer(team);
+    e.function("my_join", TypeId::VOID, &[("team", team)]);
+    let packets = pointer(&mut e, "sk_buff");
+    let packets = e.pointer(packets);
+    e.function("my_handle", TypeId::VOID, &[("packet", packets)]);
+    for (function, of) in [
+        ("my_enqueue", "Qdisc"),
+        ("my_avoid", "sock"),
+        ("my_work", "work_struct"),
+    ] {
+        let argument = pointer(&mut e, of);
+        e.function(function, TypeId::VOID, &[("it", argument)]);
+    }
     let int = e.int("int", 4, 1);
     let inner = e.structure("ifb_q_private", 32, &[]);
     let inner = e.pointer(inner);
@@ -151,8 +205,19 @@ fn call(guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
 
 /// The same in the module of that name.
 fn call_in(module: &str, guest: &TestGuest, function: &str, argument: u64) -> Vec<(u64, u64)> {
-    let sizes = [(MINE, 96), (RING, 128), (DEVICE, 128), (PAGE, 4096)];
-    let (types, known) = (types(), Known(sizes.into()));
+    let own = [(MINE, 96), (RING, 128), (DEVICE, 128), (PAGE, 4096)];
+    call_with(&own, module, guest, function, argument)
+}
+
+/// The same where `sizes` are all allocations that are known.
+fn call_with(
+    sizes: &[(u64, u64)],
+    module: &str,
+    guest: &TestGuest,
+    function: &str,
+    argument: u64,
+) -> Vec<(u64, u64)> {
+    let (types, known) = (types(), Known(sizes.iter().copied().collect()));
     let mut reach = super::reach(&types, guest, &known);
     let own_too = reach.rules.own_of(module, &types);
     reach.own_too = &own_too;
@@ -279,6 +344,145 @@ fn per_cpu_memory_that_was_handed_out_is_reached_and_the_kernels_own_is_not() {
     }
 }
 
+/// `batman_adv` has one counter's type for a row of them.
+#[test]
+fn per_cpu_memory_is_reached_to_the_end_of_what_was_handed_out() {
+    let at = PER_CPU_BASE + STATISTICS;
+    let found = call_with(&[(MINE, 96), (at, 56)], "", &guest(1), "my_submit", BIO);
+    assert!(found.contains(&(at, 56)), "{found:x?}");
+}
+
+/// What a call reaches of [`RING`], `sizes` being all allocations that are known besides.
+fn ring(guest: &TestGuest, sizes: &[(u64, u64)], function: &str, argument: u64) -> bool {
+    let sizes = [sizes, &[(RING, 128)]].concat();
+    let found = call_with(&sizes, "", guest, function, argument);
+    found.contains(&(RING, 128))
+}
+
+/// `rx_handler`s get one.
+#[test]
+fn a_packet_may_be_an_argument_by_a_pointer_to_its_pointer() {
+    let mut guest = guest(1);
+    guest.put(Gva(SOCKET), &QDISC.to_le_bytes(), DATA);
+    let found = call(&guest, "my_handle", SOCKET);
+    let wanted = [(QDISC, 64), (SOCKET, 8)];
+    assert!(wanted.iter().all(|one| found.contains(one)), "{found:x?}");
+}
+
+#[test]
+fn what_is_in_a_list_of_the_drivers_is_reached_as_what_it_is() {
+    let mut guest = guest(1);
+    let (team, port) = (SOCKET, QDISC);
+    let links = [(team + 8, port + 16), (port + 16, team + 8), (port, RING)];
+    for (at, word) in links {
+        guest.put(Gva(at), &word.to_le_bytes(), DATA);
+    }
+    let sizes = [(team, 64), (port, 64)];
+    assert!(ring(&guest, &sizes, "my_join", team));
+    guest.put(Gva(port + 16), &(port + 16).to_le_bytes(), DATA);
+    assert!(ring(&guest, &sizes, "my_join", team), "one without an end");
+    guest.put(Gva(team + 8), &(team + 8).to_le_bytes(), DATA);
+    assert!(!ring(&guest, &sizes, "my_join", team), "an empty one");
+}
+
+/// `team`, whose port is behind the interface that is a member.
+#[test]
+fn what_an_interface_has_for_who_receives_from_it_is_that_modules() {
+    let mut guest = guest(1);
+    guest.put(Gva(DEVICE + 48), &QDISC.to_le_bytes(), DATA);
+    guest.put(Gva(QDISC), &SOCKET.to_le_bytes(), DATA);
+    let sizes = [(DEVICE, 64), (QDISC, 64), (SOCKET, 64)];
+    let found = call_with(&sizes, "", &guest, "my_init", DEVICE);
+    let wanted = [(QDISC, 64), (SOCKET, 64)];
+    assert!(wanted.iter().all(|one| found.contains(one)), "{found:x?}");
+}
+
+/// `sch_choke`.
+#[test]
+fn private_data_is_the_only_structure_that_is_as_large_as_it_was_asked_for() {
+    let mut guest = guest(1);
+    let words = [
+        (QDISC + 24, QDISC_OPS),
+        (QDISC_OPS + 24, 40 | 7 << 32),
+        (QDISC + 64 + 16, RING),
+    ];
+    for (at, word) in words {
+        guest.put(Gva(at), &word.to_le_bytes(), DATA);
+    }
+    let reached = |guest: &TestGuest| ring(guest, &[(QDISC, 128)], "my_enqueue", QDISC);
+    assert!(reached(&guest));
+    guest.put(Gva(QDISC_OPS + 24), &[24], DATA);
+    assert!(!reached(&guest), "two are as large");
+    guest.put(Gva(QDISC_OPS + 24), &[16], DATA);
+    assert!(
+        !reached(&guest),
+        "another structure, without a pointer there"
+    );
+}
+
+/// `tcp_cdg`.
+#[test]
+fn private_data_in_a_connection_is_what_the_rules_say() {
+    let mut guest = guest(1);
+    guest.put(Gva(SOCKET + 64 + 8), &RING.to_le_bytes(), DATA);
+    assert!(ring(&guest, &[(SOCKET, 128)], "my_avoid", SOCKET));
+}
+
+#[test]
+fn work_leads_to_the_structure_that_it_is_part_of() {
+    let mut guest = guest(1);
+    guest.put(Gva(SOCKET + 40), &RING.to_le_bytes(), DATA);
+    assert!(ring(&guest, &[(SOCKET, 128)], "my_work", SOCKET + 8));
+    assert!(
+        !ring(&guest, &[(SOCKET, 128)], "my_work", SOCKET + 16),
+        "nothing has it there"
+    );
+    assert!(
+        !ring(&guest, &[(SOCKET, 64)], "my_work", SOCKET + 8),
+        "too small"
+    );
+}
+
+/// `ipvlan`, whose work takes packets from a queue.
+#[test]
+fn packets_in_a_queue_of_the_drivers_are_found() {
+    let mut guest = guest(1);
+    let (head, packets) = (SOCKET + 48, [QDISC, REQUEST, DEVICE]);
+    let links = [
+        (head, packets[0]),
+        (packets[0], packets[1]),
+        (packets[1], packets[2]),
+        (packets[2], head),
+    ];
+    for (at, word) in links {
+        guest.put(Gva(at), &word.to_le_bytes(), DATA);
+    }
+    let queued = |guest: &TestGuest, known: &[u64]| {
+        let sizes = known.iter().map(|at| (*at, 64)).chain([(SOCKET, 128)]);
+        let (types, known) = (types(), Known(sizes.collect()));
+        let reach = super::reach(&types, guest, &known);
+        let function = types.find_function("my_work").unwrap();
+        let found = reach.objects(&function, &[SOCKET + 8, 0, 0, 0, 0, 0], &[]);
+        assert_eq!(found.queues, [Gva(head)]);
+        let found = reach.queued_in(&found.queues);
+        found.iter().map(|packet| packet.at.0).collect::<Vec<_>>()
+    };
+    assert_eq!(queued(&guest, &packets), packets);
+    assert_eq!(
+        queued(&guest, &packets[..2]),
+        packets[..2],
+        "no object of its own"
+    );
+    guest.put(Gva(packets[2]), &packets[0].to_le_bytes(), DATA);
+    assert_eq!(
+        queued(&guest, &packets).len(),
+        256,
+        "a ring without its head"
+    );
+    guest.put(Gva(head), &head.to_le_bytes(), DATA);
+    assert_eq!(queued(&guest, &packets), [0; 0], "an empty one");
+}
+
 #[test]
 fn a_ring_of_pointers_is_reached_to_its_end() {
     assert!(call(&guest(1), "my_submit", BIO).contains(&(RING, 128)));
@@ -311,8 +515,7 @@ fn what_the_kernel_defines_and_a_module_keeps_is_followed_in_that_module_only() 
 }
 
 #[test]
-fn references_to_what_an_interface_has_of_a_protocol_are_counted_by_the_driver_and_the_rest_is_not_its()
- {
+fn of_what_an_interface_has_of_a_protocol_references_and_settings_are_the_drivers_to_write() {
     let mut guest = guest(1);
     let reached = |guest: &TestGuest| {
         let found = call(guest, "my_init", DEVICE).into_iter();
@@ -321,7 +524,7 @@ fn references_to_what_an_interface_has_of_a_protocol_are_counted_by_the_driver_a
     };
     assert_eq!(reached(&guest), []);
     guest.put(Gva(DEVICE + 40), &QUEUE.to_le_bytes(), DATA);
-    assert_eq!(reached(&guest), [(QUEUE + 8, 4)]);
+    assert_eq!(reached(&guest), [(QUEUE + 8, 4), (QUEUE + 24, 8)]);
 }
 
 #[test]

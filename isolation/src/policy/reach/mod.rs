@@ -23,6 +23,8 @@ mod block_io;
 mod counted;
 mod names;
 mod path;
+mod private;
+mod queues;
 mod rules;
 mod walk;
 
@@ -44,7 +46,8 @@ pub(in crate::policy) use counted::reference_counts;
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Embedded, Followed, ModulesOwn, OwnTypes, PacketData, PerCpuPointer, PrivateArea, Rules,
+    Counted, Embedded, Followed, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
+    PerCpuPointer, PrivateArea, Rules,
 };
 use walk::Extent;
 
@@ -75,6 +78,8 @@ pub struct Found {
     pub objects: Vec<Reached>,
     /// Where the driver's structures among them keep things by number, see [`Reach::kept_in`].
     pub arrays: Vec<Gva>,
+    /// Where they have queues of packets, see [`Reach::queued_in`].
+    pub queues: Vec<Gva>,
 }
 
 /// Something to start from besides the arguments: an object that is known to belong to the driver,

@@ -9,7 +9,22 @@ pub struct PrivateArea {
     pub behind: &'static str,
     /// Alignment of the private data, a power of two in bytes.
     pub align: u64,
+    /// Where its size is noted that was asked for, a path from the structure.
+    pub size: Option<&'static str>,
     /// What the private data is where nothing in it tells: the first of these structures that the module defines.
+    pub is: &'static [&'static str],
+}
+
+/// Private data of the driver in the middle of a structure of the kernel's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InsideArea {
+    /// What it is come to by: the first member of the structure.
+    pub of: &'static str,
+    /// The structure.
+    pub holder: &'static str,
+    /// The member that is the driver's.
+    pub member: &'static str,
+    /// What is in it: the first of these structures that the module defines. Only pointers are of interest.
     pub is: &'static [&'static str],
 }
 
@@ -44,6 +59,43 @@ pub struct Followed {
     pub is: &'static [&'static str],
     /// Followed also where the structure itself is only to be read.
     pub from_const: bool,
+    /// Not followed where it is none of the module's structures.
+    pub own_only: bool,
+}
+
+impl Followed {
+    const PLAIN: Self = Self {
+        of: "",
+        member: "",
+        count: None,
+        is: &[],
+        from_const: false,
+        own_only: false,
+    };
+}
+
+/// A list in a structure of the module's (`struct list_head`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listed {
+    /// The structure.
+    pub of: &'static str,
+    /// The list's head in it.
+    pub member: &'static str,
+    /// What is in the list, a structure of the module's.
+    pub element: &'static str,
+    /// The link in there.
+    pub link: &'static str,
+}
+
+/// A pointer in a structure of the kernel's to another one, of which inline functions write parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counted {
+    /// The structure.
+    pub of: &'static str,
+    /// The pointer.
+    pub member: &'static str,
+    /// What is written there besides the counts of references.
+    pub also: &'static [&'static str],
 }
 
 /// A pointer in a structure of the kernel's to data of the current processor.
@@ -83,6 +135,8 @@ pub struct OwnTypes {
 pub struct Rules {
     /// Private data behind a structure.
     pub private_areas: &'static [PrivateArea],
+    /// Private data in a structure.
+    pub inside: &'static [InsideArea],
     /// Buffers.
     pub packet_data: &'static [PacketData],
     /// Structures whose whole allocation is the driver's (`container_of`).
@@ -93,11 +147,16 @@ pub struct Rules {
     pub per_cpu: &'static [PerCpuPointer],
     /// Structures of modules that the kernel knows, too.
     pub modules_own: &'static [ModulesOwn],
+    /// Lists in the module's structures.
+    pub listed: &'static [Listed],
     /// Pointers in the kernel's structures to others of which inline functions count the references.
-    pub counted: &'static [(&'static str, &'static str)],
+    pub counted: &'static [Counted],
     /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what
     /// is one itself.
     pub arrays: &'static [(&'static str, Option<&'static str>)],
+    /// Structures of the kernel's that are queues of packets, linked by their first member; in a driver's structure they hold
+    /// packets of the driver's.
+    pub queues: &'static [&'static str],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
     /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone by calling
@@ -132,21 +191,31 @@ impl Rules {
             PrivateArea {
                 behind: "net_device",
                 align: 32,
+                size: Some("rtnl_link_ops->priv_size"),
                 is: &["ifb_dev_private"],
             },
             // `qdisc_priv` (include/net/sch_generic.h): behind the structure, at the next line of the cache.
             PrivateArea {
                 behind: "Qdisc",
                 align: 64,
+                size: Some("ops->priv_size"),
                 is: &[],
             },
             // `blk_mq_rq_to_pdu` (include/linux/blk-mq.h).
             PrivateArea {
                 behind: "request",
                 align: 1,
+                size: None,
                 is: &[],
             },
         ],
+        // `inet_csk_ca` (include/net/inet_connection_sock.h).
+        inside: &[InsideArea {
+            of: "sock",
+            holder: "inet_connection_sock",
+            member: "icsk_ca_priv",
+            is: &["cdg"],
+        }],
         // `skb_end_pointer`, `skb_shinfo` (include/linux/skbuff.h), 64-bit.
         packet_data: &[PacketData {
             of: "sk_buff",
@@ -173,100 +242,94 @@ impl Rules {
                 of: "net_device",
                 member: "_tx",
                 count: Some("num_tx_queues"),
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             // `napi_get_frags`: the packet that NAPI keeps from poll to poll, into which a driver puts
             // pages (`skb_fill_page_desc`).
             Followed {
                 of: "napi_struct",
                 member: "skb",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "blk_mq_queue_data",
                 member: "rq",
-                count: None,
-                is: &[],
                 from_const: true,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "blk_mq_hw_ctx",
                 member: "driver_data",
-                count: None,
                 is: &["nullb_queue"],
-                from_const: false,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "request_queue",
                 member: "queuedata",
-                count: None,
                 is: &["nullb"],
-                from_const: false,
+                ..Followed::PLAIN
             },
             // What block drivers find their own data by: from what is submitted, from a request, from the queue, from a
             // device that is opened.
             Followed {
                 of: "bio",
                 member: "bi_bdev->bd_disk->private_data",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "request",
                 member: "q->queuedata",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "blk_mq_hw_ctx",
                 member: "queue->queuedata",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "block_device",
                 member: "bd_disk->private_data",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             // `rhashtable_insert_fast`, `rhashtable_remove_fast` (include/linux/rhashtable.h): buckets, whose lowest bit is
             // their lock.
             Followed {
                 of: "rhashtable",
                 member: "tbl",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             // `mapping_set_gfp_mask`, of the file that a loop device is on.
             Followed {
                 of: "loop_device",
                 member: "lo_backing_file->f_mapping",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
             },
             // `__ptr_ring_produce`.
             Followed {
                 of: "ptr_ring",
                 member: "queue",
-                count: None,
-                is: &[],
-                from_const: false,
+                ..Followed::PLAIN
+            },
+            // `rx_handler`s: what is behind a member of a bridge, a bond, a team.
+            Followed {
+                of: "net_device",
+                member: "rx_handler_data",
+                is: &[
+                    "net_bridge_port",
+                    "slave",
+                    "team_port",
+                    "macvlan_port",
+                    "ipvl_port",
+                    "macsec_rxh_data",
+                ],
+                own_only: true,
+                ..Followed::PLAIN
             },
             Followed {
                 of: "gendisk",
                 member: "private_data",
-                count: None,
                 is: &["nullb"],
-                from_const: false,
+                ..Followed::PLAIN
             },
         ],
         per_cpu: &[
@@ -320,13 +383,40 @@ impl Rules {
                 ],
             },
         ],
-        // `in_dev_get`, `in6_dev_get`, `sock_hold`.
+        listed: &[
+            Listed {
+                of: "net_bridge",
+                member: "port_list",
+                element: "net_bridge_port",
+                link: "list",
+            },
+            Listed {
+                of: "team",
+                member: "port_list",
+                element: "team_port",
+                link: "list",
+            },
+        ],
+        // `in_dev_get`, `IN_DEV_CONF_SET`, `in6_dev_get`, `sock_hold`.
         counted: &[
-            ("net_device", "ip_ptr"),
-            ("net_device", "ip6_ptr"),
-            ("sk_buff", "sk"),
+            Counted {
+                of: "net_device",
+                member: "ip_ptr",
+                also: &["cnf"],
+            },
+            Counted {
+                of: "net_device",
+                member: "ip6_ptr",
+                also: &["cnf"],
+            },
+            Counted {
+                of: "sk_buff",
+                member: "sk",
+                also: &[],
+            },
         ],
         arrays: &[("xarray", None), ("idr", Some("idr_rt"))],
+        queues: &["sk_buff_head"],
         closed: &[
             "module",
             "net",

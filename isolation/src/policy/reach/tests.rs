@@ -49,6 +49,12 @@ impl FindAllocation for Known {
     fn page_address(&self, description: Gva) -> Option<Gva> {
         (description.0 == BUFFER - 64).then_some(Gva(BUFFER))
     }
+
+    /// Known by the address on this processor, as others are.
+    fn per_cpu_bytes(&self, _: u64, at: Gva) -> Option<u64> {
+        let range = self.allocation_at(at)?.range;
+        Some(range.last().0 - at.0 + 1)
+    }
 }
 
 fn types() -> Arc<Btf> {

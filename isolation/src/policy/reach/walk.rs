@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 
-use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, PrivateArea, Reach, Reached};
+use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
@@ -64,7 +64,7 @@ pub(super) struct Item {
     pub at: Gva,
     pub type_id: TypeId,
     pub path: String,
-    depth: usize,
+    pub depth: usize,
     pub kind: ObjectKind,
 }
 
@@ -76,8 +76,9 @@ pub(super) struct Walk<'a, 'r, M, A> {
     /// Where in `found` each range is.
     ranges: HashMap<GvaRange, usize>,
     arrays: Vec<Gva>,
-    members_left: usize,
-    extent: Extent,
+    queues: Vec<Gva>,
+    pub(super) members_left: usize,
+    pub(super) extent: Extent,
 }
 
 impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
@@ -89,6 +90,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             found: Vec::new(),
             ranges: HashMap::new(),
             arrays: Vec::new(),
+            queues: Vec::new(),
             members_left: MAX_MEMBERS,
             extent,
         }
@@ -119,10 +121,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         Found {
             objects: self.found,
             arrays: self.arrays,
+            queues: self.queues,
         }
     }
 
-    fn push(&mut self, item: Item) {
+    pub(super) fn push(&mut self, item: Item) {
         if self.is_wanted(item.at, item.type_id, item.depth) {
             self.queue.push_back(item);
         }
@@ -165,6 +168,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     };
                     self.add_known(range, item.kind, id, &item.path);
                     self.follow_elements(item, id, bytes.into(), range);
+                    self.listed(item, id, name);
                     self.followed(item, id, name);
                     return;
                 }
@@ -184,11 +188,13 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
                 {
                     self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
+                    self.container(item, id, all.range);
                 }
                 self.packet_data(item, id, name);
                 self.block_io(item, id, name);
                 self.page(item, id, name);
                 self.private_area(item, id, name, bytes.into(), rest);
+                self.area_inside(item, name);
                 self.followed(item, id, name);
                 self.per_cpu(item, id, name);
                 if self.extent == Extent::All {
@@ -196,21 +202,37 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
             }
             _ if types.is_const(item.type_id) => {}
-            // Numbers, pointers and void: an array up to the end of what was allocated.
-            _ => {
-                let one = types
-                    .size_of(id)
-                    .and_then(|bytes| GvaRange::new(item.at, bytes));
-                let range = if self.on_stack(item.at) {
-                    one
-                } else {
-                    rest.or(one)
-                };
-                if let Some(range) = range {
-                    self.add(range, item.kind, id, &item.path);
+            // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
+            Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
+                self.add_numbers(item, id, rest);
+                let target = self.read_word(item.at);
+                if let Some(target) = target {
+                    self.push(Item {
+                        at: Gva(target),
+                        type_id: to,
+                        path: format!("*{}", item.path),
+                        depth: item.depth,
+                        kind: item.kind,
+                    });
                 }
             }
+            // Numbers, pointers and void: an array up to the end of what was allocated.
+            _ => self.add_numbers(item, id, rest),
         }
+    }
+
+    /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of it.
+    fn add_numbers(&mut self, item: &Item, id: TypeId, rest: Option<GvaRange>) {
+        let bytes = self.reach.types.size_of(id);
+        let one = bytes.and_then(|bytes| GvaRange::new(item.at, bytes));
+        let rest = rest.filter(|_| !self.on_stack(item.at));
+        if let Some(range) = rest.or(one) {
+            self.add(range, item.kind, id, &item.path);
+        }
+    }
+
+    fn is_structure(&self, id: TypeId) -> bool {
+        matches!(self.reach.types.resolve(id), Some((_, Kind::Struct { .. })))
     }
 
     /// Buffers that the rules know of.
@@ -276,17 +298,14 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
                 continue;
             }
-            let own = rule
-                .is
-                .iter()
-                .find_map(|name| self.reach.struct_named(name));
-            let own = own.filter(|id| self.reach.is_own(*id));
             let is_void = matches!(types.resolve(to), Some((_, Kind::Void)));
-            let own = own.or_else(|| {
+            let own = self.named_own(rule.is).or_else(|| {
                 let rest = self.rest(at).filter(|_| is_void)?;
-                let back = self.structure_that_points_back(rest, holder, holder_at)?;
-                Some(back.0)
+                self.structure_that_points_back(rest, holder, holder_at)
             });
+            if own.is_none() && rule.own_only {
+                continue;
+            }
             let type_id = own.unwrap_or(to);
             let (depth, kind) = (item.depth + 1, ObjectKind::PrivateArea);
             self.push(Item {
@@ -341,100 +360,16 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let (Some(base), Some(first)) = (reach.per_cpu_base, reach.per_cpu_handed_out) else {
             return;
         };
-        let is_per_cpu = (first..LOWEST.0).contains(&pointer);
-        let bytes = reach.types.size_of(to).filter(|_| is_per_cpu);
-        let range = bytes.and_then(|bytes| GvaRange::new(Gva(base.wrapping_add(pointer)), bytes));
+        if !(first..LOWEST.0).contains(&pointer) {
+            return;
+        }
+        let at = Gva(base.wrapping_add(pointer));
+        let handed_out = reach.allocations.per_cpu_bytes(pointer, at);
+        let bytes = handed_out.or_else(|| reach.types.size_of(to));
+        let range = bytes.and_then(|bytes| GvaRange::new(at, bytes));
         if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
             self.add(range, ObjectKind::Other, to, &trail.to_string());
         }
-    }
-
-    /// Private data behind a structure.
-    fn private_area(
-        &mut self,
-        item: &Item,
-        id: TypeId,
-        name: &str,
-        bytes: u64,
-        rest: Option<GvaRange>,
-    ) {
-        let areas = self.reach.rules.private_areas;
-        let Some(rule) = areas.iter().find(|rule| rule.behind == name) else {
-            return;
-        };
-        let Some(area) = private_range(item.at, bytes, rule, rest) else {
-            return;
-        };
-        let path = format!("{}->private", item.path);
-        self.add(area, ObjectKind::PrivateArea, id, &path);
-        if self.extent == Extent::Near {
-            return;
-        }
-        // Whose type it is nobody says; but it most often points back.
-        let kept = self.reach.own_too.private;
-        let kept = kept.filter(|(behind, _)| *behind == name);
-        let is = match kept {
-            Some((_, id)) => Some(id),
-            None => self
-                .structure_that_points_back(area, id, item.at)
-                .map(|(id, _)| id),
-        };
-        let told = || {
-            let found = rule
-                .is
-                .iter()
-                .find_map(|name| self.reach.struct_named(name))?;
-            self.reach.is_own(found).then_some(found)
-        };
-        if let Some(type_id) = is.or_else(told) {
-            let depth = item.depth + 1;
-            let kind = ObjectKind::PrivateArea;
-            self.push(Item {
-                at: area.first(),
-                type_id,
-                path,
-                depth,
-                kind,
-            });
-        }
-    }
-
-    /// The largest of the driver's structures that fits into `area` and there has a pointer of type
-    /// `of *` that points at `at`.
-    fn structure_that_points_back(
-        &mut self,
-        area: GvaRange,
-        of: TypeId,
-        at: Gva,
-    ) -> Option<(TypeId, u64)> {
-        let types = self.reach.types;
-        types.base()?;
-        let mut best: Option<(TypeId, u64)> = None;
-        for id in types.own_ids() {
-            let Some(Kind::Struct { bytes, members }) = types.kind(id) else {
-                continue;
-            };
-            let bytes = u64::from(bytes);
-            if bytes > area.len_bytes() || best.is_some_and(|(_, largest)| largest >= bytes) {
-                continue;
-            }
-            for member in members.iter() {
-                let Some(left) = self.members_left.checked_sub(1) else {
-                    return best;
-                };
-                self.members_left = left;
-                let to = types
-                    .pointee(member.type_id)
-                    .and_then(|to| types.resolve(to));
-                let points_back = to.is_some_and(|(to, _)| to == of)
-                    && self.word_at(area.first(), &member) == Some(at.0);
-                if points_back {
-                    best = Some((id, bytes));
-                    break;
-                }
-            }
-        }
-        best
     }
 
     /// Follows the pointers in the first elements of an array of a driver's structures.
@@ -547,6 +482,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     self.followed(&embedded, id, name);
                 }
                 self.arrays.extend(self.array(at, id, name));
+                if self.reach.rules.queues.contains(&name) {
+                    self.queues.push(at);
+                }
             }
             _ => {}
         }
@@ -577,7 +515,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         })
     }
 
-    fn word_at(&self, at: Gva, member: &Member) -> Option<u64> {
+    pub(super) fn word_at(&self, at: Gva, member: &Member) -> Option<u64> {
         self.read_word(at.checked_add(u64::from(member.bit_offset / 8))?)
     }
 
@@ -635,16 +573,4 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             layout: None,
         });
     }
-}
-
-/// The private data behind the structure of `bytes` bytes at `at`: to the end of the allocation.
-fn private_range(
-    at: Gva,
-    bytes: u64,
-    rule: &PrivateArea,
-    rest: Option<GvaRange>,
-) -> Option<GvaRange> {
-    let end = at.checked_add(bytes)?;
-    let first = Gva(end.checked_add(rule.align - 1)?.0 & !(rule.align - 1));
-    GvaRange::inclusive(first, rest?.last())
 }

@@ -1,0 +1,280 @@
+//! Private data of drivers, behind structures of the kernel's or in them: what type it is.
+
+use super::walk::{Extent, Item, Walk};
+use super::{Path, PrivateArea};
+use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::allocations::FindAllocation;
+use crate::guest::btf::{Kind, TypeId};
+use crate::guest::phys::GuestPhys;
+use crate::policy::range_table::ObjectKind;
+
+/// Deepest nesting of structures that a member is looked for in.
+const MAX_NESTING: usize = 4;
+
+/// Most elements of a list that are looked at.
+const MAX_LISTED: usize = 64;
+
+impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
+    /// Private data behind a structure.
+    pub(super) fn private_area(
+        &mut self,
+        item: &Item,
+        id: TypeId,
+        name: &str,
+        bytes: u64,
+        rest: Option<GvaRange>,
+    ) {
+        let areas = self.reach.rules.private_areas;
+        let Some(rule) = areas.iter().find(|rule| rule.behind == name) else {
+            return;
+        };
+        let Some(area) = private_range(item.at, bytes, rule, rest) else {
+            return;
+        };
+        let path = format!("{}->private", item.path);
+        self.add(area, ObjectKind::PrivateArea, id, &path);
+        if self.extent == Extent::Near {
+            return;
+        }
+        if let Some(type_id) = self.type_of_private(item.at, id, name, rule, area) {
+            self.push(Item {
+                at: area.first(),
+                type_id,
+                path,
+                depth: item.depth + 1,
+                kind: ObjectKind::PrivateArea,
+            });
+        }
+    }
+
+    /// What the private data in `area` is, behind the structure `id` of this name at `at`.
+    fn type_of_private(
+        &mut self,
+        at: Gva,
+        id: TypeId,
+        name: &str,
+        rule: &PrivateArea,
+        area: GvaRange,
+    ) -> Option<TypeId> {
+        let kept = self.reach.own_too.private;
+        if let Some((_, id)) = kept.filter(|(behind, _)| *behind == name) {
+            return Some(id);
+        }
+        // Who made it said how much there is to be; often that is the size of one structure alone.
+        if let Some(id) = self.only_one_of_size(at, id, rule) {
+            return Some(id);
+        }
+        // Else it most often points back.
+        if let Some(id) = self.structure_that_points_back(area, id, at) {
+            return Some(id);
+        }
+        self.named_own(rule.is)
+    }
+
+    /// Private data in the middle of a structure.
+    pub(super) fn area_inside(&mut self, item: &Item, name: &str) {
+        if self.extent == Extent::Near {
+            return;
+        }
+        let rules = self.reach.rules.inside.iter();
+        for rule in rules.filter(|rule| rule.of == name) {
+            let types = self.reach.types;
+            let holder = self.reach.struct_named(rule.holder);
+            let member = holder.and_then(|id| self.reach.member_named(id, rule.member));
+            let (Some(member), Some(type_id)) = (member, self.named_own(rule.is)) else {
+                continue;
+            };
+            let at = item.at.checked_add(u64::from(member.bit_offset / 8));
+            let fits = types.size_of(type_id) <= types.size_of(member.type_id);
+            if let Some(at) = at.filter(|_| fits) {
+                self.push(Item {
+                    at,
+                    type_id,
+                    path: format!("{}->{}", item.path, rule.member),
+                    depth: item.depth + 1,
+                    kind: ObjectKind::PrivateArea,
+                });
+            }
+        }
+    }
+
+    /// What the structure `id` of the kernel's is embedded in (`container_of`), if in `all`, what was handed out with it, only one of the
+    /// driver's structures can be that has it at this place.
+    pub(super) fn container(&mut self, item: &Item, id: TypeId, all: GvaRange) {
+        let types = self.reach.types;
+        if self.extent == Extent::Near || types.base().is_none() {
+            return;
+        }
+        let Some(offset) = item.at.0.checked_sub(all.first().0) else {
+            return;
+        };
+        let mut found = None;
+        for own in types.own_ids() {
+            let fits = matches!(types.kind(own), Some(Kind::Struct { bytes, .. })
+                if u64::from(bytes) <= all.len_bytes());
+            if fits && self.has_at(own, offset, id, MAX_NESTING) && found.replace(own).is_some() {
+                return;
+            }
+        }
+        if let Some(type_id) = found {
+            self.push(Item {
+                at: all.first(),
+                type_id,
+                path: format!("container of {}", item.path),
+                depth: item.depth + 1,
+                kind: ObjectKind::PrivateArea,
+            });
+        }
+    }
+
+    /// What is in lists of the driver's structure `id` of this name.
+    pub(super) fn listed(&mut self, item: &Item, id: TypeId, name: &str) {
+        if self.extent == Extent::Near {
+            return;
+        }
+        for rule in self
+            .reach
+            .rules
+            .listed
+            .iter()
+            .filter(|rule| rule.of == name)
+        {
+            let offset = |of: TypeId, name| {
+                let member = self.reach.member_named(of, name)?;
+                Some(u64::from(member.bit_offset / 8))
+            };
+            let element = self.named_own(&[rule.element]);
+            let link = element.and_then(|id| offset(id, rule.link));
+            let head = offset(id, rule.member).and_then(|offset| item.at.checked_add(offset));
+            let (Some(type_id), Some(link), Some(head)) = (element, link, head) else {
+                continue;
+            };
+            let mut at = head;
+            for _ in 0..MAX_LISTED {
+                let next = self.reach.virt.read_u64(at).ok().map(Gva);
+                let Some(next) = next.filter(|next| *next != head) else {
+                    break;
+                };
+                let Some(object) = next.checked_sub(link) else {
+                    break;
+                };
+                at = next;
+                self.push(Item {
+                    at: object,
+                    type_id,
+                    path: format!("{}->{}[]", item.path, rule.member),
+                    depth: item.depth + 1,
+                    kind: ObjectKind::Allocated,
+                });
+            }
+        }
+    }
+
+    /// Whether the structure `of` has the structure `id` as a member at `offset`.
+    fn has_at(&mut self, of: TypeId, offset: u64, id: TypeId, nesting: usize) -> bool {
+        let types = self.reach.types;
+        let (Some(nesting), Some((_, Kind::Struct { members, .. }))) =
+            (nesting.checked_sub(1), types.resolve(of))
+        else {
+            return false;
+        };
+        for member in members.iter() {
+            let Some(left) = self.members_left.checked_sub(1) else {
+                return false;
+            };
+            self.members_left = left;
+            let at = u64::from(member.bit_offset / 8);
+            let bytes = types.size_of(member.type_id).unwrap_or(0);
+            let Some(inside) = offset.checked_sub(at).filter(|inside| *inside < bytes) else {
+                continue;
+            };
+            let is = types
+                .resolve(member.type_id)
+                .is_some_and(|(is, _)| is == id);
+            if is && inside == 0 || self.has_at(member.type_id, inside, id, nesting) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The first of the structures with these names that is the driver's.
+    pub(super) fn named_own(&self, names: &[&'static str]) -> Option<TypeId> {
+        let found = names
+            .iter()
+            .find_map(|name| self.reach.struct_named(name))?;
+        self.reach.is_own(found).then_some(found)
+    }
+
+    /// The driver's structure that is as large as the private data of the structure `id` at `at` was to be, if only one is.
+    fn only_one_of_size(&mut self, at: Gva, id: TypeId, rule: &PrivateArea) -> Option<TypeId> {
+        let types = self.reach.types;
+        types.base()?;
+        let path = Path::find(types, id, rule.size?)?;
+        let mask = match types.size_of(path.type_id)? {
+            8 => u64::MAX,
+            4 => u64::from(u32::MAX),
+            _ => return None,
+        };
+        let wanted = path.read(self.reach.virt, at)? & mask;
+        let mut found = None;
+        for id in types.own_ids() {
+            let is_it = matches!(types.kind(id), Some(Kind::Struct { bytes, .. })
+                if u64::from(bytes) == wanted);
+            if is_it && found.replace(id).is_some() {
+                return None;
+            }
+        }
+        found
+    }
+
+    /// The largest of the driver's structures that fits into `area` and there has a pointer of type
+    /// `of *` that points at `at`.
+    pub(super) fn structure_that_points_back(
+        &mut self,
+        area: GvaRange,
+        of: TypeId,
+        at: Gva,
+    ) -> Option<TypeId> {
+        let types = self.reach.types;
+        types.base()?;
+        let mut best: Option<(TypeId, u64)> = None;
+        for id in types.own_ids() {
+            let Some(Kind::Struct { bytes, members }) = types.kind(id) else {
+                continue;
+            };
+            let bytes = u64::from(bytes);
+            if bytes > area.len_bytes() || best.is_some_and(|(_, largest)| largest >= bytes) {
+                continue;
+            }
+            for member in members.iter() {
+                let Some(left) = self.members_left.checked_sub(1) else {
+                    return best.map(|(id, _)| id);
+                };
+                self.members_left = left;
+                let to = types
+                    .pointee(member.type_id)
+                    .and_then(|to| types.resolve(to));
+                let points_back = to.is_some_and(|(to, _)| to == of)
+                    && self.word_at(area.first(), &member) == Some(at.0);
+                if points_back {
+                    best = Some((id, bytes));
+                    break;
+                }
+            }
+        }
+        best.map(|(id, _)| id)
+    }
+}
+
+/// The private data behind the structure of `bytes` bytes at `at`: to the end of the allocation.
+fn private_range(
+    at: Gva,
+    bytes: u64,
+    rule: &PrivateArea,
+    rest: Option<GvaRange>,
+) -> Option<GvaRange> {
+    let end = at.checked_add(bytes)?;
+    let first = Gva(end.checked_add(rule.align - 1)?.0 & !(rule.align - 1));
+    GvaRange::inclusive(first, rest?.last())
+}
