@@ -4,7 +4,18 @@ use crate::spec::{ImageSpec, Program, full_image};
 
 /// Modules that `cofferdam sweep` isolates, by where they are in the kernel's package.
 const SWEPT: &[(&str, &[&str])] = &[
-    ("crypto", &["crc32c_generic"]),
+    (
+        "crypto",
+        &[
+            "authenc",
+            "crc32c_generic",
+            "ctr",
+            "echainiv",
+            "gcm",
+            "ghash-generic",
+            "seqiv",
+        ],
+    ),
     ("drivers/block", &["brd", "loop"]),
     ("drivers/block/null_blk", &["null_blk"]),
     ("drivers/block/zram", &["zram"]),
