@@ -11,7 +11,7 @@ use isolation::attach::request::Contain;
 use isolation::dispatch::fault::FaultCount;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::campaign::verdict::is_bad;
-use recovery::campaign::workload::{Outcome, Workload, preparation};
+use recovery::campaign::workload::{Outcome, Step, Workload, preparation};
 use recovery::fault::FaultKind;
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
@@ -136,6 +136,9 @@ impl Vm {
         self.forget(ISOLATED)?;
         self.mark(ISOLATED)?;
         self.isolated(&case.workload, &native, record)?;
+        if record.answers {
+            self.ask_why(&case.workload, &native, record)?;
+        }
         if record.verdict() != Verdict::Right {
             return Ok(());
         }
@@ -161,7 +164,9 @@ impl Vm {
         let took = begun.elapsed();
         let log = self.log();
         let removed = self.guest.agent().remove_module(&loaded_name(&work.driver));
-        let bad = outcome.steps.iter().find(|(_, status)| *status != "0");
+        let ended = |step: &Step| outcome.steps.get_key_value(&step.name);
+        let mut steps = work.steps.iter().filter_map(ended);
+        let bad = steps.find(|(_, status)| *status != "0");
         let why = match bad {
             _ if !outcome.finished => "its work does not come to its end".to_owned(),
             Some((step, status)) => format!("{step}: {status}{}", self.said(work, step)?),
@@ -185,13 +190,43 @@ impl Vm {
     fn said(&mut self, work: &Workload, step: &str) -> anyhow::Result<String> {
         self.go_to(BOOTED)?;
         self.load(work)?;
+        Ok(self.said_now(work, step, FIRST_TIME))
+    }
+
+    /// What the first step that ended otherwise than natively says when it is done once more, isolated.
+    fn ask_why(
+        &mut self,
+        work: &Workload,
+        native: &Native,
+        record: &mut Record,
+    ) -> anyhow::Result<()> {
+        let of = |step: &str| {
+            let is_it = |said: &String| said.split_once(": ").is_some_and(|(name, _)| name == step);
+            record.differs.iter().position(is_it)
+        };
+        let first = work
+            .steps
+            .iter()
+            .find_map(|step| Some((&step.name, of(&step.name)?)));
+        if let Some((step, index)) = first {
+            self.go_to(ISOLATED)?;
+            let said = self.said_now(work, step, limit(native));
+            if let Some(differs) = record.differs.get_mut(index) {
+                differs.push_str(&said);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is said as far as to the end of `step`, in the guest as it is.
+    fn said_now(&mut self, work: &Workload, step: &str, limit: Duration) -> String {
         let script = work.script_up_to(step);
-        let output = output_of(&mut self.guest, self.heard, script, FIRST_TIME);
+        let output = output_of(&mut self.guest, self.heard, script, limit);
         let said: String = output.trim().chars().take(MAX_SAID).collect();
-        Ok(match said.as_str() {
+        match said.as_str() {
             "" => said,
             said => format!(": {}", said.replace('\n', " / ")),
-        })
+        }
     }
 
     /// Loads the module, and what it needs, and prepares its work.
@@ -326,10 +361,11 @@ impl Vm {
             };
             if fault.answers {
                 let outcome = self.work(work, limit(native));
+                fault.differs = outcome.differs(&native.outcome, work);
                 fault.works = outcome.finished
                     && outcome.works
                     && outcome.corrupted == 0
-                    && outcome.differs(&native.outcome, work).is_empty();
+                    && fault.differs.is_empty();
                 let again = self.entry(work, function)?;
                 fault.inside_again = again.commits.saturating_sub(after.commits);
                 fault.answers = self.answers();

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::addr::{Gva, GvaRange};
 pub use super::memory_model::{MemoryModel, UnknownMemoryModel};
 use super::paging::VirtMemory;
+use super::per_cpu::PerCpu;
 use super::phys::GuestPhys;
 use super::slab::SlabObject;
 
@@ -45,6 +46,8 @@ pub enum AllocationKind {
     Pages,
     /// `vmalloc`: also modules and stacks.
     Vmalloc,
+    /// `alloc_percpu`: what one processor has of it.
+    PerCpu,
 }
 
 /// A piece of memory that the guest's kernel handed out.
@@ -65,10 +68,6 @@ pub trait FindAllocation {
 
     /// The page that the `struct page` at `description` stands for.
     fn page_address(&self, description: Gva) -> Option<Gva>;
-
-    /// Bytes from the per-CPU pointer `pointer`, which is at `at` on this processor, to the end of what was handed out
-    /// (`alloc_percpu`); 0 if nothing was. `None` if that is not known.
-    fn per_cpu_bytes(&self, pointer: u64, at: Gva) -> Option<u64>;
 }
 
 /// A compound page, or a single one.
@@ -90,23 +89,25 @@ pub struct Allocations<'a, M> {
 impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
     fn allocation_at(&self, at: Gva) -> Option<Allocation> {
         let model = self.model;
-        if at >= model.direct_map && at < model.vmalloc {
-            self.in_direct_map(at)
-        } else if at >= model.vmalloc && at < model.vmemmap {
-            self.in_vmalloc(at)
-        } else {
-            None
+        let in_direct_map = at >= model.direct_map && at < model.vmalloc;
+        if !in_direct_map && !(at >= model.vmalloc && at < model.vmemmap) {
+            return None;
+        }
+        match self.per_cpu(at, in_direct_map) {
+            PerCpu::HandedOut(range) => Some(Allocation {
+                range,
+                kind: AllocationKind::PerCpu,
+                cache: None,
+            }),
+            PerCpu::Free => None,
+            PerCpu::Other if in_direct_map => self.in_direct_map(at),
+            PerCpu::Other => self.in_vmalloc(at),
         }
     }
 
     fn page_address(&self, description: Gva) -> Option<Gva> {
         let (range, page) = self.model.described_page(description)?;
         (range.first() == description).then_some(page)
-    }
-
-    fn per_cpu_bytes(&self, pointer: u64, at: Gva) -> Option<u64> {
-        let (model, pages) = (self.model.per_cpu?, self.model.pages());
-        model.bytes_from(pages, &self.virt, pointer, at)
     }
 }
 
@@ -126,6 +127,21 @@ impl<M: GuestPhys> Allocations<'_, M> {
         Self {
             per_cpu_base: Some(per_cpu_base),
             ..self
+        }
+    }
+
+    fn per_cpu(&self, at: Gva, in_direct_map: bool) -> PerCpu {
+        self.model.per_cpu.map_or(PerCpu::Other, |model| {
+            model.find(self.model.pages(), &self.virt, at, in_direct_map)
+        })
+    }
+
+    /// What a kernel function that has returned `value` has handed out by it begins at: there, or, if that is a per-CPU pointer,
+    /// where it points on each processor.
+    pub fn places_of(&self, value: Gva) -> Vec<Gva> {
+        match self.model.per_cpu {
+            Some(model) if value < self.model.direct_map => model.addresses(value.0).collect(),
+            _ => vec![value],
         }
     }
 

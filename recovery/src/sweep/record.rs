@@ -55,6 +55,9 @@ pub struct Fault {
     pub works: bool,
     /// Calls of the function afterwards that ran inside to their end.
     pub inside_again: u64,
+    /// Steps that then end otherwise than natively.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub differs: Vec<String>,
     /// Lines of the kernel's log that count.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log: Vec<String>,

@@ -389,20 +389,26 @@ impl DriverPolicy {
     /// that begins there is the driver's, as if it had been handed out while they differed.
     pub fn hand_out<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) {
         let allocations = self.memory.with(memory.private);
-        let Some(found) = allocations.allocation_at(at) else {
-            return;
-        };
         let stack = memory.stack;
-        let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
-        if found.range.first() == at && !on_stack {
-            Arc::make_mut(&mut self.owned).insert(found.range);
+        for at in allocations.places_of(at) {
+            let Some(found) = allocations.allocation_at(at) else {
+                continue;
+            };
+            let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
+            if found.range.first() == at && !on_stack {
+                Arc::make_mut(&mut self.owned).insert(found.range);
+            }
         }
     }
 
     /// The call goes on in the guest, where memory changes in other ways too, with these `values` in the driver's
     /// registers and on its stack: what was handed out to it until now and lies at one of them is the driver's.
     pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
-        for at in values.iter().copied().map(Gva) {
+        let allocations = self.memory.with(memory.private);
+        let places = values
+            .iter()
+            .flat_map(|value| allocations.places_of(Gva(*value)));
+        for at in places.collect::<Vec<_>>() {
             if !self.table.may_write(GvaRange::aligned(at, 1)) {
                 self.open_new_allocation(memory, at);
             }
@@ -457,6 +463,12 @@ impl DriverPolicy {
             AllocationKind::Vmalloc => {
                 format!(
                     "{} bytes of vmalloc area + {offset:#x}",
+                    found.range.len_bytes()
+                )
+            }
+            AllocationKind::PerCpu => {
+                format!(
+                    "{} bytes of a processor + {offset:#x}",
                     found.range.len_bytes()
                 )
             }

@@ -24,6 +24,10 @@ const MAX_NUMBER: u64 = 4096;
 /// include/net/netns/generic.h).
 const NUMBERS: &str = "_net_id";
 
+/// Where a namespace has what is set for all its interfaces together, which inline functions write (`IPV4_DEVCONF_ALL`,
+/// include/linux/inetdevice.h).
+const SETTINGS: &[(&str, &str)] = &[("ipv4", "devconf_all"), ("ipv6", "devconf_all")];
+
 /// Where the guest's kernel has its network namespaces.
 #[derive(Debug)]
 pub(super) struct Namespaces {
@@ -39,6 +43,8 @@ pub(super) struct Namespaces {
     generic: u64,
     /// Counts of references, in a `struct net`.
     references: Vec<GvaRange>,
+    /// Pointers to settings in a `struct net`, and how many bytes these have.
+    settings: Vec<(u64, u64)>,
     /// The driver's variables with numbers of what it keeps in each.
     numbers: Vec<Gva>,
 }
@@ -55,6 +61,12 @@ impl Namespaces {
         let numbers = symbols.in_module(module);
         let numbers = numbers.filter(|symbol| symbol.name.ends_with(NUMBERS));
         let list = symbols.kernel_symbol("net_namespace_list");
+        let settings = SETTINGS.iter().filter_map(|(of, member)| {
+            let outer = types.find_member(net, of)?;
+            let inner = types.find_member(types.resolve(outer.type_id)?.0, member)?;
+            let bits = u64::from(outer.bit_offset) + u64::from(inner.bit_offset);
+            Some((bits / 8, types.size_of(types.pointee(inner.type_id)?)?))
+        });
         Some(Self {
             first: symbols.kernel_symbol("init_net")?.at,
             list: list.map(|symbol| symbol.at),
@@ -62,6 +74,7 @@ impl Namespaces {
             link: offset("list")?,
             generic: offset("gen")?,
             references,
+            settings: settings.collect(),
             numbers: numbers.map(|symbol| symbol.at).take(MAX_KINDS).collect(),
         })
     }
@@ -97,6 +110,22 @@ impl Namespaces {
             .iter()
             .find(|count| count.contains(offset))?;
         GvaRange::new(net.checked_add(count.first().0)?, count.len_bytes())
+    }
+
+    /// The settings that `at` is part of, of one of `all`.
+    fn settings<M: GuestPhys>(
+        &self,
+        virt: VirtMemory<'_, M>,
+        all: &[Gva],
+        at: Gva,
+    ) -> Option<GvaRange> {
+        let mut settings = all.iter().flat_map(|net| {
+            self.settings.iter().filter_map(|(offset, bytes)| {
+                let settings = virt.read_u64(net.checked_add(*offset)?).ok()?;
+                GvaRange::new(Gva(settings), *bytes)
+            })
+        });
+        settings.find(|settings| settings.contains(at))
     }
 
     /// Where what the driver keeps in each of `all` begins.
@@ -139,6 +168,10 @@ impl DriverPolicy {
         if let Some(count) = namespaces.reference_count(&all, at) {
             let label = "references to a network namespace".into();
             return self.open(count, ObjectKind::Other, label);
+        }
+        if let Some(settings) = namespaces.settings(memory.private, &all, at) {
+            let label = "settings of a network namespace".into();
+            return self.open(settings, ObjectKind::Other, label);
         }
         let allocations = self.memory.with(memory.private);
         let found = namespaces.kept(memory.private, &all).find_map(|kept| {

@@ -326,6 +326,8 @@ impl DriverPolicy {
 fn kind_of(found: &Allocation) -> ObjectKind {
     match found.kind {
         AllocationKind::Pages => ObjectKind::Passing,
-        AllocationKind::Slab | AllocationKind::Vmalloc => ObjectKind::Allocated,
+        AllocationKind::Slab | AllocationKind::Vmalloc | AllocationKind::PerCpu => {
+            ObjectKind::Allocated
+        }
     }
 }

@@ -78,7 +78,11 @@ fn types() -> Arc<Btf> {
         ],
     );
     let common = e.structure("ns_common", 8, &[("inum", int, 0), ("count", count, 4)]);
+    let settings = e.structure("ipv4_devconf", 24, &[]);
+    let settings = e.pointer(settings);
+    let ipv4 = e.structure("netns_ipv4", 8, &[("devconf_all", settings, 0)]);
     let net = [
+        ("ipv4", ipv4, 40),
         ("dev_base_head", pointer, 8),
         ("list", pointer, 16),
         ("gen", pointer, 24),
@@ -225,6 +229,7 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
     guest.put(Gva(other + 16), &words(&[NAMESPACES, HEAD]), DATA);
     guest.put(Gva(VARIABLES + 16), &words(&[3]), DATA);
     guest.put(Gva(HEAD + 3 * 8), &words(&[kept]), DATA);
+    guest.put(Gva(other + 40), &words(&[HEAD + 0x400]), DATA);
     let mut policy = policy(&guest);
     policy.begin("my_irq", [0; 6]);
     let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
@@ -234,6 +239,8 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
         assert!(!may(net + 40, 1));
     }
     assert!(may(kept, 256));
+    assert!(may(HEAD + 0x400, 24), "what is set for all interfaces");
+    assert!(!may(HEAD + 0x418, 1));
     assert!(!may(HEAD, 8), "the table of what drivers keep there");
     // An interface of somebody else's in the other one.
     assert!(!may(PER_CPU + 0x80, 4));

@@ -36,6 +36,7 @@ impl FindAllocation for Known {
         let range = GvaRange::new(Gva(*first), *len).filter(|range| range.contains(at))?;
         let kind = match *first {
             BUFFER => AllocationKind::Pages,
+            first if first >> 16 == PER_CPU_BASE >> 16 => AllocationKind::PerCpu,
             _ => AllocationKind::Slab,
         };
         Some(Allocation {
@@ -48,12 +49,6 @@ impl FindAllocation for Known {
     /// The only one is that of [`BUFFER`], in front of which it lies.
     fn page_address(&self, description: Gva) -> Option<Gva> {
         (description.0 == BUFFER - 64).then_some(Gva(BUFFER))
-    }
-
-    /// Known by the address on this processor, as others are.
-    fn per_cpu_bytes(&self, _: u64, at: Gva) -> Option<u64> {
-        let range = self.allocation_at(at)?.range;
-        Some(range.last().0 - at.0 + 1)
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocation, FindAllocation};
+use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
@@ -364,9 +364,12 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             return;
         }
         let at = Gva(base.wrapping_add(pointer));
-        let handed_out = reach.allocations.per_cpu_bytes(pointer, at);
-        let bytes = handed_out.or_else(|| reach.types.size_of(to));
-        let range = bytes.and_then(|bytes| GvaRange::new(at, bytes));
+        let one = reach.types.size_of(to);
+        let one = one.and_then(|bytes| GvaRange::new(at, bytes));
+        let all = self.allocation(at);
+        let all = all.filter(|all| all.kind == AllocationKind::PerCpu);
+        let rest = all.and_then(|all| GvaRange::inclusive(at, all.range.last()));
+        let range = rest.or(one);
         if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
             self.add(range, ObjectKind::Other, to, &trail.to_string());
         }
