@@ -89,10 +89,10 @@ pub struct Allocations<'a, M> {
 impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
     fn allocation_at(&self, at: Gva) -> Option<Allocation> {
         let model = self.model;
-        let in_direct_map = at >= model.direct_map && at < model.vmalloc;
-        if !in_direct_map && !(at >= model.vmalloc && at < model.vmemmap) {
+        if at < model.direct_map || at >= model.vmemmap {
             return None;
         }
+        let in_direct_map = at < model.vmalloc;
         match self.per_cpu(at, in_direct_map) {
             PerCpu::HandedOut(range) => Some(Allocation {
                 range,

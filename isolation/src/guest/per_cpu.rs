@@ -99,8 +99,8 @@ impl PerCpuModel {
             bounds: field("bound_map")?,
             handed_out: field("alloc_map")?,
         };
-        let first = || {
-            let chunk = Gva(word(at("pcpu_first_chunk")?)?);
+        model.first = at("pcpu_first_chunk").and_then(|variable| {
+            let chunk = Gva(word(variable)?);
             let read = |name| field(name)?.read(virt, chunk);
             let bytes = model.unit_bytes(virt, chunk)?;
             Some(First {
@@ -109,8 +109,7 @@ impl PerCpuModel {
                 start: read("start_offset")?,
                 end: bytes.checked_sub(read("end_offset")?)?,
             })
-        };
-        model.first = first();
+        });
         Some(model)
     }
 

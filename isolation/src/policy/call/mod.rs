@@ -62,6 +62,9 @@ const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot",
 /// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
 const PER_CPU_END: &str = "__per_cpu_end";
 
+/// The section that is a module's `struct module`.
+const THIS_MODULE: &str = ".gnu.linkonce.this_module";
+
 /// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then the first
 /// member of `pcpu_hot`).
 const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
@@ -139,6 +142,9 @@ pub struct DriverPolicy {
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
     /// End of the kernel's own variables in the per-CPU area.
     per_cpu_handed_out: Option<u64>,
+    /// Where the module's `struct module` says what of each processor is its own (`DEFINE_PER_CPU`): the per-CPU pointer, and how many
+    /// bytes.
+    own_per_cpu: Option<(Gva, Gva)>,
     /// Offset of the pointer to the running thread in the per-CPU area.
     current_task: Option<u64>,
     /// Offsets in that thread.
@@ -209,6 +215,18 @@ impl DriverPolicy {
             ))
         };
         let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
+        let own_per_cpu = || {
+            let mut sections = layout.sections.iter();
+            let module = sections.find(|section| section.name == THIS_MODULE)?;
+            let of = types.find_struct("module")?;
+            let at = |name| {
+                let member = types.find_member(of, name)?;
+                let offset = u64::from(member.bit_offset / 8);
+                module.range.first().checked_add(offset)
+            };
+            Some((at("percpu")?, at("percpu_size")?))
+        };
+        let own_per_cpu = own_per_cpu();
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
@@ -224,6 +242,7 @@ impl DriverPolicy {
             rules: Rules::LINUX,
             table,
             per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
+            own_per_cpu,
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,

@@ -78,6 +78,8 @@ fn types() -> Arc<Btf> {
         ],
     );
     let common = e.structure("ns_common", 8, &[("inum", int, 0), ("count", count, 4)]);
+    let module = [("percpu", pointer, 8), ("percpu_size", int, 16)];
+    e.structure("module", 64, &module);
     let settings = e.structure("ipv4_devconf", 24, &[]);
     let settings = e.pointer(settings);
     let ipv4 = e.structure("netns_ipv4", 8, &[("devconf_all", settings, 0)]);
@@ -117,7 +119,7 @@ fn guest() -> TestGuest {
     let mut guest = TestGuest::new(Levels::Four);
     guest.put(Gva(BASES), &words(&[DIRECT, VMALLOC, VMEMMAP]), DATA);
     guest.put(Gva(MODULE), &[0x90; 64], 0);
-    guest.put(Gva(VARIABLES), &[0; 64], DATA);
+    guest.put(Gva(VARIABLES), &[0; 512], DATA);
     for page in [CACHES[0], PACKETS, OBJECTS, HEAD, PER_CPU] {
         guest.put(Gva(page), &[0; 4096], DATA);
     }
@@ -155,6 +157,7 @@ fn policy(guest: &TestGuest) -> DriverPolicy {
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [
+        (THIS_MODULE.to_owned(), VARIABLES + 0x100),
         (".text".to_owned(), MODULE),
         (".data".to_owned(), VARIABLES),
     ];
@@ -273,6 +276,7 @@ fn what_inline_functions_write_is_permitted() {
     let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
     assert!(may(VMEMMAP + 4 * 64 + 52, 4), "a page's reference count");
     assert!(!may(VMEMMAP + 4 * 64, 8), "a page's flags");
+    assert!(!may(PER_CPU + 0x200, 1));
     assert!(may(PER_CPU + 0x40, 4), "the preemption count");
     assert!(!may(PER_CPU + 0x44, 1));
     assert!(may(HEAD + 0x40, 4), "the running thread's page fault count");
@@ -281,6 +285,12 @@ fn what_inline_functions_write_is_permitted() {
     assert!(may(PACKETS + 184, 4), "references to a packet of others");
     assert!(!may(PACKETS + 180, 4) && !may(PACKETS + 188, 1));
     assert!(!may(OBJECTS + 184, 4), "an object of another cache");
+    policy.end(true);
+    policy.begin("my_irq", [0; 6]);
+    guest.put(Gva(VARIABLES + 0x108), &words(&[0x200, 12]), DATA);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(PER_CPU + 0x200, 12), "the driver's of this processor");
+    assert!(!may(PER_CPU + 0x20c, 1));
 }
 
 #[test]

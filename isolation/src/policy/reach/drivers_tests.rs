@@ -91,15 +91,22 @@ fn types() -> Arc<Btf> {
     e.structure("page", 64, &[]);
     let ops = e.structure("Qdisc_ops", 64, &[("priv_size", half, 24)]);
     let ops = e.pointer(ops);
-    let discipline = e.structure("Qdisc", 64, &[("ops", ops, 24)]);
+    let packet = e.structure("sk_buff", 64, &[("next", word, 0), ("end", half, 8)]);
+    let packet = e.pointer(packet);
+    let queue = [("head", packet, 0), ("tail", packet, 8)];
+    let queue = e.structure("qdisc_skb_head", 24, &queue);
+    let discipline = [("ops", ops, 24), ("q", queue, 40)];
+    let discipline = e.structure("Qdisc", 64, &discipline);
+    let sync = e.structure("gnet_stats_basic_sync", 16, &[]);
+    let sync = e.pointer(sync);
+    let action = e.structure("tc_action", 64, &[("cpu_bstats", sync, 8)]);
+    e.pointer(action);
     e.pointer(discipline);
     let socket = e.structure("sock", 32, &[("n", word, 0)]);
     e.pointer(socket);
     let own = e.array(word, 4);
     let connection = [("sk", socket, 0), ("icsk_ca_priv", own, 64)];
     e.structure("inet_connection_sock", 96, &connection);
-    let packet = e.structure("sk_buff", 64, &[("next", word, 0), ("end", half, 8)]);
-    e.pointer(packet);
     e.structure("sk_buff_head", 24, &[("next", word, 0)]);
     let work = e.structure("work_struct", 16, &[("data", word, 0)]);
     e.pointer(work);
@@ -149,6 +156,9 @@ fn types() -> Arc<Btf> {
     let team = e.structure("team", 24, &[("port_list", list, 8)]);
     let team = e.pointer(team);
     e.function("my_join", TypeId::VOID, &[("team", team)]);
+    let action = e.refer(10, "", base.find_struct("tc_action").unwrap());
+    let action = e.pointer(action);
+    e.function("my_act", TypeId::VOID, &[("it", action)]);
     let packets = pointer(&mut e, "sk_buff");
     let packets = e.pointer(packets);
     e.function("my_handle", TypeId::VOID, &[("packet", packets)]);
@@ -357,6 +367,34 @@ fn ring(guest: &TestGuest, sizes: &[(u64, u64)], function: &str, argument: u64) 
     let sizes = [sizes, &[(RING, 128)]].concat();
     let found = call_with(&sizes, "", guest, function, argument);
     found.contains(&(RING, 128))
+}
+
+/// `act_gact`, to which the action is only to be read.
+#[test]
+fn what_an_action_counts_on_each_processor_is_its_modules() {
+    let mut guest = guest(1);
+    guest.put(Gva(SOCKET + 8), &STATISTICS.to_le_bytes(), DATA);
+    let found = call(&guest, "my_act", SOCKET);
+    assert!(
+        found.contains(&(PER_CPU_BASE + STATISTICS, 16)),
+        "{found:x?}"
+    );
+    assert!(found.iter().all(|(at, _)| *at != SOCKET));
+}
+
+/// `htb_dequeue`, from a queue that is the discipline's own structure's, and `gred_dequeue`.
+#[test]
+fn first_and_last_packet_of_a_queue_are_found_by_a_path_through_members() {
+    let mut guest = guest(1);
+    guest.put(
+        Gva(QDISC + 40),
+        &[SOCKET, PAGE].map(u64::to_le_bytes).concat(),
+        DATA,
+    );
+    let found = call(&guest, "my_enqueue", QDISC);
+    for packet in [SOCKET, PAGE] {
+        assert!(found.contains(&(packet, 64)), "{found:x?}");
+    }
 }
 
 /// `rx_handler`s get one.

@@ -17,7 +17,8 @@ pub struct Path {
 }
 
 impl Path {
-    /// The member that `path`, members between `->`, leads to from structure `of`.
+    /// The member that `path`, members between `->`, leads to from structure `of`; `a.b` is member `b` of the structure that is
+    /// member `a`.
     pub fn find(types: &Btf, of: TypeId, path: &str) -> Option<Self> {
         let (before, last) = match path.rsplit_once("->") {
             Some((before, last)) => (Some(before), last),
@@ -25,17 +26,17 @@ impl Path {
         };
         let (mut offsets, mut holder) = (Vec::new(), of);
         for name in before.iter().flat_map(|before| before.split("->")) {
-            let member = types.find_member(holder, name)?;
-            offsets.push(u64::from(member.bit_offset / 8));
-            let to = types.pointee(member.type_id);
+            let (offset, type_id) = member(types, holder, name)?;
+            offsets.push(offset);
+            let to = types.pointee(type_id);
             holder = to.and_then(|to| types.resolve(to))?.0;
         }
-        let member = types.find_member(holder, last)?;
+        let (last, type_id) = member(types, holder, last)?;
         Some(Self {
             before: offsets,
-            last: u64::from(member.bit_offset / 8),
+            last,
             holder,
-            type_id: member.type_id,
+            type_id,
         })
     }
 
@@ -50,4 +51,12 @@ impl Path {
         let at = self.holder_at(virt, start)?.checked_add(self.last)?;
         virt.read_u64(at).ok()
     }
+}
+
+/// Offset and type of the member `name` of structure `of`, `.` between members of members.
+fn member(types: &Btf, of: TypeId, name: &str) -> Option<(u64, TypeId)> {
+    name.split('.').try_fold((0, of), |(offset, of), name| {
+        let member = types.find_member(types.resolve(of)?.0, name)?;
+        Some((offset + u64::from(member.bit_offset / 8), member.type_id))
+    })
 }

@@ -106,6 +106,8 @@ pub struct PerCpuPointer {
     /// The pointer. Only that of the kernel's version at hand exists; members of a union are all
     /// named, the largest counts.
     pub members: &'static [&'static str],
+    /// Also where the structure itself is only to be read.
+    pub from_const: bool,
 }
 
 /// Structures that belong to modules although the kernel knows them, too: something that is built in has their header.
@@ -310,6 +312,46 @@ impl Rules {
                 member: "queue",
                 ..Followed::PLAIN
             },
+            // `qdisc_dequeue_head`, `__qdisc_enqueue_tail` (include/net/sch_generic.h).
+            Followed {
+                of: "Qdisc",
+                member: "q.head",
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "Qdisc",
+                member: "q.tail",
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "qdisc_skb_head",
+                member: "head",
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "qdisc_skb_head",
+                member: "tail",
+                ..Followed::PLAIN
+            },
+            // What classifiers have of their filters (net/sched/cls_*.c).
+            Followed {
+                of: "tcf_proto",
+                member: "root",
+                is: &[
+                    "basic_head",
+                    "cls_bpf_head",
+                    "cls_cgroup_head",
+                    "cls_fl_head",
+                    "cls_mall_head",
+                    "flow_head",
+                    "fw_head",
+                    "route4_head",
+                    "tc_u_hnode",
+                ],
+                from_const: true,
+                own_only: true,
+                ..Followed::PLAIN
+            },
             // `rx_handler`s: what is behind a member of a bridge, a bond, a team.
             Followed {
                 of: "net_device",
@@ -337,14 +379,28 @@ impl Rules {
             PerCpuPointer {
                 of: "net_device",
                 members: &["lstats", "tstats", "dstats"],
+                from_const: false,
             },
             PerCpuPointer {
                 of: "net_device",
                 members: &["pcpu_refcnt"],
+                from_const: false,
             },
             PerCpuPointer {
                 of: "net_device",
                 members: &["core_stats"],
+                from_const: false,
+            },
+            // `tcf_action_update_bstats`, `tcf_action_inc_drop_qstats` (include/net/act_api.h).
+            PerCpuPointer {
+                of: "tc_action",
+                members: &["cpu_bstats"],
+                from_const: true,
+            },
+            PerCpuPointer {
+                of: "tc_action",
+                members: &["cpu_qstats"],
+                from_const: true,
             },
         ],
         modules_own: &[
@@ -388,6 +444,24 @@ impl Rules {
                 of: "net_bridge",
                 member: "port_list",
                 element: "net_bridge_port",
+                link: "list",
+            },
+            Listed {
+                of: "basic_head",
+                member: "flist",
+                element: "basic_filter",
+                link: "link",
+            },
+            Listed {
+                of: "cls_bpf_head",
+                member: "plist",
+                element: "cls_bpf_prog",
+                link: "link",
+            },
+            Listed {
+                of: "flow_head",
+                member: "filters",
+                element: "flow_filter",
                 link: "list",
             },
             Listed {

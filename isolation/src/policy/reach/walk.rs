@@ -175,6 +175,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 // What is only to be read may still lead to what is to be written.
                 if is_const {
                     self.followed(item, id, name);
+                    self.per_cpu(item, id, name);
                     return;
                 }
                 let from_driver = item.depth > 0;
@@ -325,12 +326,10 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let Some(base) = wanted.filter(|_| self.extent == Extent::All) else {
             return;
         };
-        for rule in self
-            .reach
-            .rules
-            .per_cpu
-            .iter()
-            .filter(|rule| rule.of == name)
+        for rule in
+            self.reach.rules.per_cpu.iter().filter(|rule| {
+                rule.of == name && (rule.from_const || !types.is_const(item.type_id))
+            })
         {
             let members = rule
                 .members
@@ -474,7 +473,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             // The kernel's structures inside the driver's hold the kernel's pointers.
             Some((id, Kind::Struct { .. })) => {
                 let name = types.name(id);
-                if self.reach.rules.followed.iter().any(|rule| rule.of == name) {
+                let rules = self.reach.rules;
+                let is_followed = rules.followed.iter().any(|rule| rule.of == name);
+                if is_followed || rules.per_cpu.iter().any(|rule| rule.of == name) {
                     let embedded = Item {
                         at,
                         type_id: id,
@@ -483,6 +484,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                         kind: item.kind,
                     };
                     self.followed(&embedded, id, name);
+                    self.per_cpu(&embedded, id, name);
                 }
                 self.arrays.extend(self.array(at, id, name));
                 if self.reach.rules.queues.contains(&name) {
