@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn a_token_is_taken_from_one_header_of_the_right_scheme() {
-        let bearer = |lines| bearer(&headers(lines)).map(<[u8]>::to_vec);
+        let bearer =
+            |lines: &[(&'static str, &'static str)]| bearer(&headers(lines)).map(<[u8]>::to_vec);
         assert_eq!(bearer(&[("authorization", "Bearer x")]), Some(b"x".into()));
         assert_eq!(bearer(&[("authorization", "bearer x")]), Some(b"x".into()));
         let twice = [("authorization", "Bearer x"), ("authorization", "Bearer x")];
@@ -158,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_page_of_another_site_is_told_from_the_services_own() {
-        let own = |lines| is_own_origin(&headers(lines));
+        let own = |lines: &[(&'static str, &'static str)]| is_own_origin(&headers(lines));
         assert!(own(&[("host", "a:1")]));
         assert!(own(&[("host", "a:1"), ("origin", "https://a:1")]));
         for other in ["https://b:1", "https://a:2", "https://a", "null", ""] {

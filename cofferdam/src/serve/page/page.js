@@ -31,7 +31,9 @@ const told = new Map();
 /** An element with a text and elements in it. */
 function make(name, text, kind, ...inside) {
   const element = document.createElement(name);
-  if (text !== undefined && text !== null) element.textContent = String(text).slice(0, MOST_CHARACTERS);
+  if (text !== undefined && text !== null) {
+    element.textContent = String(text).slice(0, MOST_CHARACTERS);
+  }
   if (kind) element.className = kind;
   element.append(...inside);
   return element;
@@ -157,8 +159,8 @@ function remember(key, modules, now) {
 function table(heads, rows) {
   const head = make("tr", null, null, ...heads.map((text) => make("th", text)));
   const body = rows.map((row) => make("tr", null, null, ...row.map((text) => make("td", text))));
-  const whole = make("table", null, null, make("thead", null, null, head), make("tbody", null, null, ...body));
-  return make("div", null, "wide", whole);
+  const [upper, lower] = [make("thead", null, null, head), make("tbody", null, null, ...body)];
+  return make("div", null, "wide", make("table", null, null, upper, lower));
 }
 
 function modulesOf(status, history) {
@@ -170,7 +172,8 @@ function modulesOf(status, history) {
     const rungs = ladder?.rungs ?? {};
     const state = one.broken ? "broken" : (ladder?.state ?? "isolated");
     return [one.module, state, rate(last?.calls), sum(one.entries, "aborts"),
-      rungs.errors ?? 0, rungs.retries ?? 0, rungs.restarts ?? 0, rungs.resets ?? 0, rungs.stops ?? 0];
+      rungs.errors ?? 0, rungs.retries ?? 0, rungs.restarts ?? 0, rungs.resets ?? 0,
+      rungs.stops ?? 0];
   });
   const heads = ["Module", "State", "Calls/s", "Taken back",
     "Errors", "Retries", "Restarts", "Resets", "Stops"];
@@ -180,16 +183,18 @@ function modulesOf(status, history) {
 function guestCard(listed, now, histories) {
   const status = listed.status;
   const state = !status ? "no answer" : status.guest_panic ? "panicked" : status.state;
-  const mood = state === "running" ? "running" : ["no answer", "panicked"].includes(state) ? "bad" : "";
+  const isBad = ["no answer", "panicked"].includes(state);
+  const mood = state === "running" ? "running" : isBad ? "bad" : "";
   const head = make("header", null, null, make("h3", listed.name), make("span", state, mood));
   const card = make("section", null, "card guest", head);
   if (!status) {
     card.append(make("p", listed.no_answer ?? "It does not answer.", "facts"));
     return card;
   }
-  const resident = `${mebibytes(status.guest_rss_kib)} of the guest, ${mebibytes(status.vmm_rss_kib)} of the VMM`;
+  const [guest, vmm] = [mebibytes(status.guest_rss_kib), mebibytes(status.vmm_rss_kib)];
   const resets = status.resets > 0 ? `, ${status.resets} resets` : "";
-  card.append(make("p", `up ${duration(status.uptime_ms)}${resets}; resident: ${resident}`, "facts"));
+  const up = `up ${duration(status.uptime_ms)}${resets}`;
+  card.append(make("p", `${up}; resident: ${guest} of the guest, ${vmm} of the VMM`, "facts"));
   if (status.guest_panic) card.append(make("p", status.guest_panic, "facts bad"));
   if (status.isolation.length > 0) {
     const key = JSON.stringify([listed.name, listed.pid]);
@@ -212,7 +217,8 @@ function deviceCard(listed) {
   }
   const passed = status.every_ms ? `, passed on every ${status.every_ms} ms` : "";
   const switches = `${status.switch_count} switches, ${status.failed_switches} failed`;
-  card.append(make("p", `${status.model}${passed}; up ${duration(status.uptime_ms)}; ${switches}`, "facts"));
+  const up = `up ${duration(status.uptime_ms)}`;
+  card.append(make("p", `${status.model}${passed}; ${up}; ${switches}`, "facts"));
   const rows = status.contexts.map((one) => [one.vm, one.turn ? "has the turn" : "waits",
     one.attached ? "attached" : "gone"]);
   if (rows.length > 0) card.append(table(["Guest", "Turn", ""], rows));
@@ -228,7 +234,8 @@ async function look(here) {
   histories = new Map([...kept].filter(([key]) => there.has(key)));
   byId("guests").replaceChildren(...(cards.length > 0 ? cards : [make("p", "No guest runs.")]));
   const hosts = devices.devices.map(deviceCard);
-  byId("devices").replaceChildren(...(hosts.length > 0 ? hosts : [make("p", "No device host runs.")]));
+  const none = [make("p", "No device host runs.")];
+  byId("devices").replaceChildren(...(hosts.length > 0 ? hosts : none));
   byId("shown").hidden = false;
   here();
   await wait(LOOK_EVERY);
@@ -237,7 +244,8 @@ async function look(here) {
 // --- Events ---
 
 function log(text, details) {
-  const line = make("li", null, null, make("time", new Date().toLocaleTimeString()), make("span", text));
+  const time = make("time", new Date().toLocaleTimeString());
+  const line = make("li", null, null, time, make("span", text));
   if (details) line.append(make("pre", details));
   const events = byId("events");
   events.prepend(line);
@@ -252,19 +260,21 @@ const TEXTS = {
   guest_appeared: (e) => `${e.guest} is there, ${e.state}`,
   guest_gone: (e) => `${e.guest} is gone`,
   guest_state: (e) => `${e.guest}: ${e.state}, before: ${e.before}`,
-  violations: (e) => `${e.guest}: ${counted(e.more, "call", "calls")} of ${e.module} failed, ${e.count} in all`,
+  violations: (e) =>
+    `${e.guest}: ${counted(e.more, "call", "calls")} of ${e.module} failed, ${e.count} in all`,
   recovery: (e) => `${e.guest}: ${e.module} is ${e.state ?? "isolated no more"}`,
   device_appeared: (e) => `${e.device} is there, turn: ${e.turn ?? "nobody"}`,
   device_gone: (e) => `${e.device} is gone`,
-  turn: (e) => `${e.device}: the turn went from ${e.before ?? "nobody"} to ${e.turn ?? "nobody"}, ` +
+  turn: (e) =>
+    `${e.device}: the turn went from ${e.before ?? "nobody"} to ${e.turn ?? "nobody"}, ` +
     counted(e.switches, "switch", "switches"),
   dropped: (e) => e.reason,
 };
 
 /** What calls of a module did wrong that was not told before. */
 async function tellViolations({ guest, module }) {
-  const path = `/v1/guests/${encodeURIComponent(guest)}/isolation/${encodeURIComponent(module)}/violations`;
-  const { violations } = await askJson(path);
+  const [one, other] = [encodeURIComponent(guest), encodeURIComponent(module)];
+  const { violations } = await askJson(`/v1/guests/${one}/isolation/${other}/violations`);
   const key = (one) => JSON.stringify([guest, module, one.entry, one.text]);
   const fresh = violations.filter((one) => told.get(key(one)) !== one.count);
   if (told.size > 10000) told.clear();
