@@ -84,7 +84,7 @@ impl Browser {
         let deadline = Instant::now() + LIMIT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let answer = self.from.recv_timeout(left).expect("the browser's answer");
+            let answer = self.from.recv_timeout(left).unwrap();
             if answer["id"] == self.last {
                 assert!(answer["error"].is_null(), "{method}: {answer}");
                 return answer["result"].clone();
