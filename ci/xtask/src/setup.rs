@@ -15,6 +15,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("bpftool", "bpftool"),
     // The service's guide and its tests ask with it.
     ("curl", "curl"),
+    // Tests look at the service's page with it.
+    ("chromium", "chromium"),
     // For libFuzzer.
     ("g++", "g++"),
 ];

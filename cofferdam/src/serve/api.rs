@@ -12,7 +12,10 @@ use utoipa_axum::routes;
 
 use super::app::App;
 use super::problem::{Code, Problem};
-use super::{create, devices, disturbances, events, exec, guests, isolate, jobs, marks, metrics};
+use super::{
+    create, devices, disturbances, events, exec, guests, inject, isolate, jobs, marks, metrics,
+    nics, page, suspend,
+};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -27,6 +30,7 @@ use super::{create, devices, disturbances, events, exec, guests, isolate, jobs, 
         (name = "marks", description = "Marks of guests, and going back to them"),
         (name = "isolation", description = "Isolated modules, what their calls did wrong, faults"),
         (name = "disturbances", description = "NICs that fail as hardware does"),
+        (name = "nics", description = "NICs that come and go while a guest runs"),
         (name = "devices", description = "NICs that guests share by turns"),
         (name = "jobs", description = "Work that takes long"),
         (name = "events", description = "What changes"),
@@ -51,7 +55,15 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(marks::rewind_guest))
         .routes(routes!(isolate::isolate_module, isolate::release_module))
         .routes(routes!(isolate::list_violations))
-        .routes(routes!(isolate::get_faults, isolate::undo_faults))
+        .routes(routes!(
+            isolate::get_faults,
+            inject::inject_fault,
+            isolate::undo_faults
+        ))
+        .routes(routes!(suspend::suspend_device))
+        .routes(routes!(suspend::resume_device))
+        .routes(routes!(nics::plug_nic))
+        .routes(routes!(nics::unplug_nic))
         .routes(routes!(
             disturbances::list_disturbances,
             disturbances::disturb,
@@ -65,6 +77,10 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(events::listen_to_events))
         .routes(routes!(metrics::metrics))
         .routes(routes!(get_document))
+        .routes(routes!(page::page))
+        .routes(routes!(page::page_style))
+        .routes(routes!(page::page_script))
+        .routes(routes!(page::plot_script))
 }
 
 /// The service's requests.

@@ -17,6 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Sleep, sleep};
 
+use super::access::{Access, guarded};
 use super::limits::{self, ClientTime};
 use super::problem::{Code, Problem};
 
@@ -24,7 +25,7 @@ use super::problem::{Code, Problem};
 pub const MAX_CONNECTIONS: usize = 256;
 
 /// Connections beyond these that are told that there is no room.
-const MAX_REFUSED: usize = 16;
+pub const MAX_REFUSED: usize = 16;
 
 /// Buffer of a connection, in bytes; a request's head has to fit.
 const BUFFER_BYTES: usize = 32 << 10;
@@ -33,13 +34,14 @@ const BUFFER_BYTES: usize = 32 << 10;
 const MAX_HEADERS: usize = 64;
 
 /// How long to wait before accepting again when the process has no descriptors left.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections for ever, each of which has `client_time` for each part of a request.
 pub async fn accept(listener: &UnixListener, router: Router, client_time: Duration) -> Infallible {
     let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let refused = Arc::new(Semaphore::new(MAX_REFUSED));
     let router = limits::limited(router, ClientTime(client_time));
+    let router = guarded(router, Access::Known);
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -57,19 +59,16 @@ pub async fn accept(listener: &UnixListener, router: Router, client_time: Durati
                 );
                 (Arc::clone(&refused).try_acquire_owned(), only(problem))
             }
-            (true, Err(_)) => {
-                let detail = format!(
-                    "there are {MAX_CONNECTIONS} connections already: close one and try again"
-                );
-                let problem = Problem::new(Code::Busy, detail);
-                (Arc::clone(&refused).try_acquire_owned(), only(problem))
-            }
+            (true, Err(_)) => (
+                Arc::clone(&refused).try_acquire_owned(),
+                full(MAX_CONNECTIONS),
+            ),
             (true, open) => (open, router.clone()),
         };
         // Without a place not even the refusal can be told.
         let Ok(place) = place else { continue };
         tokio::spawn(async move {
-            serve(stream, router, client_time).await;
+            serve(Patient::new(stream, client_time), router, client_time).await;
             drop(place);
         });
     }
@@ -79,6 +78,12 @@ pub async fn accept(listener: &UnixListener, router: Router, client_time: Durati
 fn only(problem: Problem) -> Router {
     Router::new()
         .fallback(move || async move { ([("connection", "close")], problem).into_response() })
+}
+
+/// Says that there are `most` connections already.
+pub fn full(most: usize) -> Router {
+    let detail = format!("there are {most} connections already: close one and try again");
+    only(Problem::new(Code::Busy, detail))
 }
 
 /// Whether the process at the other end is this user's or root's. The socket's mode says the same; this holds also where
@@ -94,8 +99,12 @@ fn is_allowed(uid: u32, own: u32) -> bool {
     uid == own || uid == 0
 }
 
-async fn serve(stream: UnixStream, router: Router, client_time: Duration) {
-    let stream = TokioIo::new(Patient::new(stream, client_time));
+/// Answers what comes over one connection, until it ends.
+pub async fn serve<S>(stream: S, router: Router, client_time: Duration)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = TokioIo::new(stream);
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(client_time)
@@ -109,15 +118,16 @@ async fn serve(stream: UnixStream, router: Router, client_time: Duration) {
 }
 
 /// A connection that is given up when nothing of what it is sent is taken for a while.
-struct Patient {
-    stream: UnixStream,
+pub struct Patient<S> {
+    stream: S,
     limit: Duration,
     /// Runs while the other side takes nothing.
     wait: Option<Pin<Box<Sleep>>>,
 }
 
-impl Patient {
-    fn new(stream: UnixStream, limit: Duration) -> Self {
+impl<S> Patient<S> {
+    /// `stream`, of which something has to be taken within `limit`.
+    pub fn new(stream: S, limit: Duration) -> Self {
         Self {
             stream,
             limit,
@@ -141,7 +151,7 @@ impl Patient {
     }
 }
 
-impl AsyncRead for Patient {
+impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -151,7 +161,7 @@ impl AsyncRead for Patient {
     }
 }
 
-impl AsyncWrite for Patient {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

@@ -1,7 +1,8 @@
-//! The service: all guests and devices of a runtime folder over HTTP, on a unix socket.
+//! The service: all guests and devices of a runtime folder over HTTP, on a unix socket and, with TLS, over TCP.
 //!
 //! ```text
 //!  curl ──HTTP/1.1──► service.sock    connection   one task each, bounded in number and time
+//!  browser ──TLS──► TCP   │           network, tls, tokens, access: who asks, and may it
 //!                         │           limits       whole and bounded bodies, as problems where they are not
 //!                         │           api          paths; the OpenAPI document is made of the same list
 //!                         ▼           ask          requests to sockets, in a bounded number of threads
@@ -12,6 +13,7 @@
 //! the runtime folder: it may be killed and started anew at any time, and guests know nothing of it. Only jobs, which are
 //! requests under way, end with it.
 
+mod access;
 mod api;
 mod app;
 mod ask;
@@ -23,27 +25,40 @@ mod events;
 mod exec;
 mod extract;
 mod guests;
+mod inject;
 mod isolate;
 mod jobs;
 mod limits;
 mod look;
 mod marks;
 mod metrics;
+mod network;
+mod nics;
+mod page;
 mod problem;
 mod socket;
 mod spec;
+mod suspend;
+mod tls;
+mod tokens;
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use axum::Router;
 
+pub use access::Role;
 pub use api::document;
+pub use network::NetworkConfig;
+pub use tokens::new_line;
 
 use crate::ending::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::SandboxOptions;
 use app::App;
+use network::Network;
 use socket::Socket;
 
 /// Threads that wait for answers of other processes: for requests, jobs and looks at all guests.
@@ -62,6 +77,8 @@ pub struct ServeConfig {
     pub root: RuntimeRoot,
     /// Its socket; `service.sock` in the runtime folder otherwise.
     pub socket: Option<PathBuf>,
+    /// Where it is reached over TCP, if it is.
+    pub network: Option<NetworkConfig>,
     /// How long a client has for each part of a request, and for taking what it is sent.
     pub client_time: Duration,
     /// What it gives up.
@@ -79,6 +96,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    let network = config.network.as_ref().map(Network::bind).transpose()?;
     // Before there are other threads, which inherit it.
     config.sandbox.enter_service()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -97,11 +115,27 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         let router = api::router(App::new(RuntimeRoot::new(root)));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
-            never = connection::accept(&listener, router, config.client_time) => match never {},
+            never = connection::accept(&listener, router.clone(), config.client_time) => match never {},
+            failed = accept_over_tcp(network, router, config.client_time) => failed.map(|never| match never {}),
             () = asked_to_end => Ok(()),
         }
     });
     // Who is still waited for is a process that does not answer.
     runtime.shutdown_background();
     ended
+}
+
+/// Accepts connections over TCP for ever, if there are to be any.
+async fn accept_over_tcp(
+    network: Option<Network>,
+    router: Router,
+    client_time: Duration,
+) -> anyhow::Result<Infallible> {
+    match network {
+        Some(network) => {
+            network.tell()?;
+            network.accept(router, client_time).await
+        }
+        None => std::future::pending().await,
+    }
 }

@@ -27,7 +27,9 @@ pub enum Code {
     NoSuchPath,
     /// There is such a path, and nothing of that method is done there.
     WrongMethod,
-    /// Another user asks.
+    /// Who asks is not known.
+    Unauthorized,
+    /// Another user asks, or one who may only look.
     Forbidden,
     /// No guest of that name runs.
     NoSuchGuest,
@@ -83,7 +85,8 @@ impl Code {
                 S::METHOD_NOT_ALLOWED,
                 "that is not done at this path",
             ),
-            Self::Forbidden => ("forbidden", S::FORBIDDEN, "another user asks"),
+            Self::Unauthorized => ("unauthorized", S::UNAUTHORIZED, "who asks is not known"),
+            Self::Forbidden => ("forbidden", S::FORBIDDEN, "who asks may not do that"),
             Self::NoSuchGuest => ("no_such_guest", S::NOT_FOUND, "no such guest runs"),
             Self::NoSuchDevice => ("no_such_device", S::NOT_FOUND, "no such device host runs"),
             Self::NoSuchMark => ("no_such_mark", S::NOT_FOUND, "there is no such mark"),
@@ -176,7 +179,7 @@ impl IntoResponse for Problem {
 mod tests {
     use super::*;
 
-    const ALL: [Code; 20] = [
+    const ALL: [Code; 21] = [
         Code::Malformed,
         Code::WrongValues,
         Code::WrongType,
@@ -184,6 +187,7 @@ mod tests {
         Code::SlowRequest,
         Code::NoSuchPath,
         Code::WrongMethod,
+        Code::Unauthorized,
         Code::Forbidden,
         Code::NoSuchGuest,
         Code::NoSuchDevice,

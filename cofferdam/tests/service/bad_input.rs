@@ -13,7 +13,7 @@ fn nonsense_is_a_problem_of_the_right_kind() {
     let service = Service::start(&place, "");
     let vm = place.idle("");
     for (method, path, status, code) in [
-        ("GET", "/", 404, "no_such_path"),
+        ("GET", "/page.html", 404, "no_such_path"),
         ("GET", "/v2/guests", 404, "no_such_path"),
         ("GET", "/v1/guests/", 404, "no_such_path"),
         ("GET", "/v1/guests/x", 404, "no_such_guest"),

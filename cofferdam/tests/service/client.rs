@@ -170,6 +170,11 @@ pub fn answer(mut stream: UnixStream) -> Answer {
     let mut bytes = Vec::new();
     // One that is closed in the middle of a request may be reset.
     let _ = stream.read_to_end(&mut bytes);
+    answer_of(bytes)
+}
+
+/// What these bytes are.
+pub fn answer_of(bytes: Vec<u8>) -> Answer {
     let text = String::from_utf8(bytes).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let status = head

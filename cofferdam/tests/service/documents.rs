@@ -54,7 +54,8 @@ fn what_is_in_the_document_is_served_and_nothing_else() {
             .replace("{name}", "x")
             .replace("{module}", "x")
             .replace("{mark}", "x")
-            .replace("{id}", "x");
+            .replace("{id}", "x")
+            .replace("{address}", "x");
         for method in ["get", "put", "post", "delete", "patch"] {
             if path == "/v1/events" && method == "get" {
                 // It has no end; another test listens.
@@ -133,6 +134,9 @@ fn the_examples_of_the_guide_work() {
         .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
         .env("KERNEL", place.idle_kernel())
         .env("SNAPSHOT", place.path("snapshot"))
+        .env("TOKENS", place.path("tokens"))
+        .env("TOLD", place.path("told"))
+        .env("PORT", "0")
         .stdin(std::process::Stdio::null())
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped());

@@ -208,3 +208,34 @@ fn a_guest_is_asked_to_shut_down_and_waited_for() {
     service.end();
     place.assert_empty();
 }
+
+#[test]
+fn a_nic_comes_and_only_one_that_came_can_go() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let vm = place.idle("--net user");
+    let nics = "/v1/guests/idle/nics";
+    let plugged = service.post(nics, r#"{"net":"user,nic=virtio"}"#).ok(200);
+    assert_eq!(plugged.json()["address"], "0000:00:03.0");
+    let shown = service.get("/v1/guests/idle").ok(200).json();
+    assert_eq!(shown["nics"].as_array().unwrap().len(), 2);
+    for wrong in [
+        "{}",
+        r#"{"net":"user","nic":"device=lan"}"#,
+        r#"{"net":"carrier-pigeon"}"#,
+        r#"{"net":"unix=here"}"#,
+        r#"{"nics":"user"}"#,
+    ] {
+        service.post(nics, wrong).problem(422, "wrong_values", "");
+    }
+    for (address, status, code) in [
+        ("0000:00:02.0", 409, "refused"),
+        ("0000:00:1f.0", 409, "refused"),
+        ("somewhere", 400, "malformed"),
+    ] {
+        let answer = service.delete(&format!("{nics}/{address}"));
+        answer.problem(status, code, "");
+    }
+    service.end();
+    end(&place, vm, &[]);
+}

@@ -1,4 +1,4 @@
-//! The service as its clients see it: guests of this host's KVM, processes that only speak the protocol, bad input.
+//! The service as its clients see it, a browser among them: guests of this host's KVM, processes that only speak the protocol, bad input.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,11 +10,15 @@ mod common;
 
 mod agent;
 mod bad_input;
+mod browser;
 mod client;
 mod creating;
 mod devices;
 mod documents;
 mod events;
 mod guests;
+mod network;
+mod over_tcp;
+mod page;
 mod scripted;
 mod sockets;

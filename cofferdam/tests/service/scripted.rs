@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +19,22 @@ use crate::common::place::Place;
 pub struct Script {
     asked: Mutex<Vec<Request>>,
     violations: Mutex<u64>,
+    hostile: AtomicBool,
+}
+
+/// What a guest may say that wants to be more than text.
+pub const HOSTILE: &str = "</td><img src=x onerror=broken=1><script>broken=1</script>";
+
+impl Script {
+    /// From now on it has a module called [`HOSTILE`], has panicked with that, and says that of a call that failed.
+    pub fn be_hostile(&self) {
+        self.hostile.store(true, Ordering::Relaxed);
+    }
+
+    /// So many more calls of its module fail.
+    pub fn fail(&self, more: u64) {
+        *self.violations.lock().unwrap() += more;
+    }
 }
 
 impl Handler for Script {
@@ -27,13 +44,21 @@ impl Handler for Script {
             Request::Status {} => {
                 let violations = *self.violations.lock().unwrap();
                 let entry = entry(violations);
-                json!({"reply": "status", "name": "script", "pid": 1, "state": "running", "uptime_ms": 1,
+                let hostile = self.hostile.load(Ordering::Relaxed);
+                let panic = hostile.then_some(HOSTILE);
+                let mut status = json!({"guest_panic": panic, "reply": "status", "name": "script", "pid": 1, "state": "running", "uptime_ms": 1,
                     "vmm_rss_kib": 1, "guest_rss_kib": 1, "resets": 0, "exits": {}, "nic": {},
                     "isolation": [{"module": "e1000", "entries": [entry], "violations": violations,
                         "warm_pages": 0, "broken": null}],
                     "recovery": {"e1000": {"state": "running", "rungs": {"errors": violations, "retries": 0,
                         "restarts": 0, "failed_restarts": 0, "resets": 0, "stops": 0}}},
-                    "config": {"kernel": "/k", "memory_mib": 64, "vcpus": 1, "disks": [], "serial": "stdio"}})
+                    "config": {"kernel": "/k", "memory_mib": 64, "vcpus": 1, "disks": [], "serial": "stdio"}});
+                if hostile {
+                    let mut other = status["isolation"][0].clone();
+                    other["module"] = json!(HOSTILE);
+                    status["isolation"].as_array_mut().unwrap().push(other);
+                }
+                status
             }
             Request::Isolate { module, .. } if module == "e1000" => {
                 asker.tell("looking for the module").unwrap();
@@ -45,8 +70,12 @@ impl Handler for Script {
                     "warm_pages": 0, "broken": null})
             }
             Request::Violations { .. } => {
+                let text = match self.hostile.load(Ordering::Relaxed) {
+                    true => HOSTILE,
+                    false => "what it did",
+                };
                 json!({"reply": "violations", "isolated": true, "reports": [], "texts": [], "all": [
-                    {"entry": "e1000_open", "count": 3, "first_ns": 1, "last_ns": 2, "text": "what it did"}]})
+                    {"entry": "e1000_open", "count": 3, "first_ns": 1, "last_ns": 2, "text": text}]})
             }
             Request::Faults { .. } | Request::UndoFaults { .. } => {
                 json!({"reply": "faults", "calls": null, "own_text": null})
@@ -59,6 +88,16 @@ impl Handler for Script {
                 }
                 return Err("nobody wants it any more".to_owned());
             }
+            Request::Instructions { function, .. } if function == "e1000_open" => {
+                json!({"reply": "instructions", "instructions": [
+                    {"offset": 0, "len": 5, "kind": "plain"}, {"offset": 5, "len": 3, "kind": "plain"},
+                    {"offset": 8, "len": 1, "kind": "return"}]})
+            }
+            Request::Inject { .. } => json!({"reply": "done"}),
+            Request::SuspendDevice { .. } => {
+                json!({"reply": "device_suspended", "driver_us": 5, "state_us": null, "power_us": 7})
+            }
+            Request::ResumeDevice { .. } => json!({"reply": "resumed", "times_us": [12]}),
             other => return Err(format!("{other:?} is not in the script")),
         };
         Ok(serde_json::from_value(reply).unwrap())
@@ -81,6 +120,7 @@ pub fn script(place: &Place) -> (VmDir, Arc<Script>) {
     let script = Arc::new(Script {
         asked: Mutex::default(),
         violations: Mutex::new(2),
+        hostile: AtomicBool::new(false),
     });
     serve(&dir.paths().control_socket(), script.clone()).unwrap();
     (dir, script)
@@ -222,4 +262,69 @@ fn what_fails_is_told_and_counted() {
     drop(dir);
     assert_eq!(listener.until("guest_gone")["guest"], "script");
     service.end();
+}
+
+#[test]
+fn a_fault_is_put_where_an_instruction_begins() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let path = format!("{MODULE}/faults");
+    let ordered = service.post(&path, r#"{"function":"e1000_open"}"#).ok(200);
+    assert_eq!(
+        ordered.json(),
+        json!({"function": "e1000_open", "offset": 5, "fault": "null_dereference", "every": 1, "times": 1})
+    );
+    let body = r#"{"function":"e1000_open","offset":8,"fault":"halt","every":2,"times":7}"#;
+    service.post(&path, body).ok(200);
+    let asked = json!(script.asked.lock().unwrap().last().unwrap());
+    assert_eq!(
+        asked,
+        json!({"request": "inject", "module": "e1000", "entry": "e1000_open", "offset": 8,
+            "fault": "halt", "every": 2, "times": 7})
+    );
+    let before = script.asked.lock().unwrap().len();
+    for wrong in [
+        "{}",
+        r#"{"function":"e1000_open","offset":-1}"#,
+        r#"{"function":"e1000_open","every":0}"#,
+        r#"{"function":"e1000_open","fault":"gremlin"}"#,
+        r#"{"function":"e1000_open","offset":5,"place":"last"}"#,
+        r#"{"function":"e1000_open","at":"first"}"#,
+    ] {
+        service.post(&path, wrong).problem(422, "wrong_values", "");
+    }
+    assert_eq!(script.asked.lock().unwrap().len(), before, "it was asked");
+    let between = r#"{"function":"e1000_open","offset":6}"#;
+    let answer = service.post(&path, between);
+    answer.problem(422, "wrong_values", "no instruction");
+    let answer = service.post(&path, r#"{"function":"nosuch"}"#);
+    answer.problem(409, "refused", "nosuch");
+    service.end();
+    drop(dir);
+}
+
+#[test]
+fn a_driver_suspends_and_resumes_its_devices() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let path = "/v1/guests/script/modules/e1000/suspend-device";
+    let phases = json!({"driver_us": 5, "state_us": null, "power_us": 7});
+    assert_eq!(
+        service.post(path, "").ok(200).json()["driver_us"],
+        phases["driver_us"]
+    );
+    let asked = json!(script.asked.lock().unwrap().last().unwrap());
+    assert_eq!(
+        asked,
+        json!({"request": "suspend_device", "module": "e1000"})
+    );
+    let path = "/v1/guests/script/modules/e1000/resume-device";
+    let times = json!({"times_us": [12]});
+    assert_eq!(service.post(path, "").ok(200).json(), times);
+    let answer = service.post("/v1/guests/script/modules/..%2fx/resume-device", "");
+    answer.problem(400, "malformed", "");
+    service.end();
+    drop(dir);
 }

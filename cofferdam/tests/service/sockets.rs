@@ -11,7 +11,7 @@ use crate::common::place::{Place, finish};
 
 /// `serve` with these words must fail with one line that says this.
 #[track_caller]
-fn refused(place: &Place, words: &str, says: &str) {
+pub fn refused(place: &Place, words: &str, says: &str) {
     let words = words.split_whitespace();
     let output = finish(place.command().arg("serve").args(words).spawn().unwrap());
     let error = String::from_utf8(output.stderr).unwrap();

@@ -1,0 +1,127 @@
+//! The page: its headers, and what a browser makes of it.
+
+use serde_json::json;
+
+use crate::browser::Browser;
+use crate::common::place::{Place, finish};
+use crate::over_tcp::{DO, LOOK, OverTcp};
+use crate::scripted::{HOSTILE, script};
+
+#[test]
+fn the_page_may_load_and_ask_nothing_but_its_own_service() {
+    let place = Place::new();
+    let over = OverTcp::start(&place, "");
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/page.css", "text/css"),
+        ("/page.js", "text/javascript"),
+        ("/plot.js", "text/javascript"),
+    ] {
+        let answer = over.ask("GET", path, "").ok(200);
+        for line in [
+            &format!("content-type: {kind}; charset=utf-8"),
+            "content-security-policy: default-src 'none'; script-src 'self'; style-src 'self'; \
+             connect-src 'self'; ",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "x-content-type-options: nosniff",
+            "referrer-policy: no-referrer",
+        ] {
+            assert!(answer.head.contains(line), "{path}: {line}: {answer:?}");
+        }
+        assert!(!answer.head.contains("unsafe"), "{answer:?}");
+        for bad in [
+            "innerHTML",
+            "http://",
+            "https://",
+            "style=",
+            "onclick",
+            "eval(",
+        ] {
+            let text = answer.text.replace("http://www.w3.org/2000/svg", "");
+            assert!(!text.contains(bad), "{path} has {bad}");
+        }
+        // Over the unix socket it is the same.
+        assert_eq!(over.service.get(path).ok(200).text, answer.text);
+        let answer = over.ask("POST", path, "");
+        answer.problem(401, "unauthorized", "");
+    }
+    over.service.end();
+}
+
+#[test]
+fn a_browser_shows_guests_as_they_are_and_nothing_that_they_say_as_markup() {
+    let name =
+        "service::page::a_browser_shows_guests_as_they_are_and_nothing_that_they_say_as_markup";
+    let Some(mut browser) = Browser::start(name) else {
+        return;
+    };
+    let place = Place::new();
+    let over = OverTcp::start(&place, "");
+    let vm = place.idle("");
+    let (dir, script) = script(&place);
+    script.be_hostile();
+    browser.open(&format!("https://{}/", over.address));
+    browser.until("!document.getElementById('login').hidden");
+    browser.log_in("wrong token");
+    let refused = "document.getElementById('refused').textContent";
+    browser.until(&format!("{refused}.includes('does not know')"));
+    browser.log_in(LOOK);
+    browser.until("document.querySelectorAll('.guest').length === 2");
+    let shown = "document.getElementById('guests').textContent";
+    for text in ["idle", "running", "resident", "Calls/s", HOSTILE] {
+        browser.until(&format!("{shown}.includes({})", json!(text)));
+    }
+    browser.until("document.querySelectorAll('.guest svg polyline').length === 2");
+    browser.until("document.getElementById('events').textContent.includes('2 guests')");
+    script.fail(3);
+    let events = "document.getElementById('events').textContent";
+    browser.until(&format!("{events}.includes('3 calls of ')"));
+    let told = "document.querySelector('#events pre')?.textContent";
+    browser.until(&format!("{told} === {}", json!(HOSTILE)));
+    // What it says is there as text, and has made nothing.
+    assert_eq!(browser.value("document.images.length"), json!(0));
+    assert_eq!(browser.value("document.scripts.length"), json!(1));
+    assert_eq!(browser.value("typeof window.broken"), json!("undefined"));
+    // The token is in the script's memory alone.
+    let kept = "document.cookie + JSON.stringify([{...localStorage}, {...sessionStorage}]) \
+        + location.href + document.documentElement.outerHTML + document.getElementById('token').value";
+    let kept = browser.value(kept).to_string();
+    assert!(!kept.contains(LOOK) && !kept.contains(DO));
+    // A narrow window has nothing beside it.
+    browser.size(360, 800);
+    browser.until("document.documentElement.scrollWidth <= 360");
+    browser.screenshot("narrow");
+    browser.size(1200, 900);
+    browser.screenshot("wide");
+    over.service.delete("/v1/guests/idle?force=true").ok(200);
+    finish(vm);
+    browser.until(&format!("{events}.includes('idle is gone')"));
+    over.service.end();
+    drop(dir);
+    browser.end();
+}
+
+#[test]
+fn a_browser_finds_its_service_again() {
+    let name = "service::page::a_browser_finds_its_service_again";
+    let Some(mut browser) = Browser::start(name) else {
+        return;
+    };
+    let place = Place::new();
+    let over = OverTcp::start(&place, "");
+    let port = over.address.port();
+    browser.open(&format!("https://{}/", over.address));
+    browser.until("!document.getElementById('login').hidden");
+    browser.log_in(LOOK);
+    let connection = "document.getElementById('connection').textContent";
+    browser.until(&format!("{connection} === 'Connected'"));
+    over.service.end();
+    browser.until(&format!("{connection}.includes('No connection')"));
+    browser.until("document.getElementById('shown').classList.contains('stale')");
+    let over = OverTcp::start_at(&place, port, "");
+    browser.until(&format!("{connection} === 'Connected'"));
+    browser.until("!document.getElementById('shown').classList.contains('stale')");
+    over.service.end();
+    browser.end();
+}
