@@ -89,6 +89,10 @@ const BY_RETURNED_TYPE: &[(&str, i64, &str)] = &[
     ("__poll_t", 8, "EPOLLERR"),
 ];
 
+/// Structures to which pointers are returned that callers look at as possible errors (`IS_ERR`), and follow if they are none:
+/// `mount`, `lookup`, `fh_to_dentry`, `d_automount`, `get_acl` (include/linux/fs.h, exportfs.h, dcache.h).
+const ERROR_POINTERS: &[&str] = &["dentry", "vfsmount", "posix_acl"];
+
 /// What an aborted call of the function `name` returns; `None` if its type is not known, or no value can be made of it.
 pub fn abort_return_named(types: &Btf, name: &str) -> Option<AbortReturn> {
     if let Some(function) = types.find_function(name) {
@@ -162,7 +166,13 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
             ..
         } => constant(-EIO, "-EIO"),
         Kind::Int { bytes: 1..=8, .. } => constant(0, "0"),
-        Kind::Pointer(_) => constant(0, "NULL"),
+        Kind::Pointer(to) => {
+            let names = types.names_of(to);
+            match ERROR_POINTERS.iter().any(|name| names.contains(name)) {
+                true => constant(-EIO, "-EIO as a pointer"),
+                false => constant(0, "NULL"),
+            }
+        }
         Kind::Enum { .. } => constant(0, "0, the first value"),
         _ => None,
     }
@@ -249,6 +259,13 @@ mod tests {
         );
         assert_eq!(value(|e| (e.int("_Bool", 1, 4), vec![])), Constant(0));
         assert_eq!(value(|e| (e.pointer(TypeId::VOID), vec![])), Constant(0));
+        let pointer = |e: &mut Encoder, to: &str| {
+            let to = e.structure(to, 16, &[]);
+            e.pointer(to)
+        };
+        // Who mounts a file system follows anything that is no error.
+        assert_eq!(value(|e| (pointer(e, "dentry"), vec![])), Constant(-5));
+        assert_eq!(value(|e| (pointer(e, "Qdisc"), vec![])), Constant(0));
         assert_eq!(of(|e| (e.structure("pair", 16, &[]), vec![])), None);
         let typedef = |e: &mut Encoder, name: &str| {
             let int = e.int("int", 4, 1);
