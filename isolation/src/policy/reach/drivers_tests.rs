@@ -156,6 +156,8 @@ fn types() -> Arc<Btf> {
     let team = e.structure("team", 24, &[("port_list", list, 8)]);
     let team = e.pointer(team);
     e.function("my_join", TypeId::VOID, &[("team", team)]);
+    let common = base.find_struct("tc_action").unwrap();
+    e.structure("my_gact", 72, &[("common", common, 0), ("n", word, 64)]);
     let action = e.refer(10, "", base.find_struct("tc_action").unwrap());
     let action = e.pointer(action);
     e.function("my_act", TypeId::VOID, &[("it", action)]);
@@ -380,6 +382,8 @@ fn what_an_action_counts_on_each_processor_is_its_modules() {
         "{found:x?}"
     );
     assert!(found.iter().all(|(at, _)| *at != SOCKET));
+    let found = call_with(&[(SOCKET, 128)], "", &guest, "my_act", SOCKET);
+    assert!(found.contains(&(SOCKET, 128)), "what it is part of");
 }
 
 /// `htb_dequeue`, from a queue that is the discipline's own structure's, and `gred_dequeue`.

@@ -234,6 +234,7 @@ impl Rules {
             "tasklet_struct",
             "notifier_block",
             "config_item",
+            "tc_action",
             "bucket_table",
             // `tcp_sk`, `inet_csk_ca`: what congestion control has of a connection.
             "sock",

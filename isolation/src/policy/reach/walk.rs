@@ -176,6 +176,12 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 if is_const {
                     self.followed(item, id, name);
                     self.per_cpu(item, id, name);
+                    // Who gets a structure that is part of its own has its own.
+                    if rules.embedded.contains(&name)
+                        && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
+                    {
+                        self.container(item, id, all.range);
+                    }
                     return;
                 }
                 let from_driver = item.depth > 0;
