@@ -1,5 +1,7 @@
 //! A VM in which modules are swept, one after the other from one mark.
 
+mod said;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -37,9 +39,6 @@ const LONGER: Duration = Duration::from_secs(60);
 
 /// How long an agent that lives takes to answer at most.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
-
-/// Most of what a step says that is kept, in characters.
-const MAX_SAID: usize = 600;
 
 /// Most lines of each kind that are kept.
 const MAX_LINES: usize = 12;
@@ -184,49 +183,6 @@ impl Vm {
             },
         };
         Ok(Err(why))
-    }
-
-    /// What a step says that does not do natively what it is to do.
-    fn said(&mut self, work: &Workload, step: &str) -> anyhow::Result<String> {
-        self.go_to(BOOTED)?;
-        self.load(work)?;
-        Ok(self.said_now(work, step, FIRST_TIME))
-    }
-
-    /// What the first step that ended otherwise than natively says when it is done once more, isolated.
-    fn ask_why(
-        &mut self,
-        work: &Workload,
-        native: &Native,
-        record: &mut Record,
-    ) -> anyhow::Result<()> {
-        let of = |step: &str| {
-            let is_it = |said: &String| said.split_once(": ").is_some_and(|(name, _)| name == step);
-            record.differs.iter().position(is_it)
-        };
-        let first = work
-            .steps
-            .iter()
-            .find_map(|step| Some((&step.name, of(&step.name)?)));
-        if let Some((step, index)) = first {
-            self.go_to(ISOLATED)?;
-            let said = self.said_now(work, step, limit(native));
-            if let Some(differs) = record.differs.get_mut(index) {
-                differs.push_str(&said);
-            }
-        }
-        Ok(())
-    }
-
-    /// What is said as far as to the end of `step`, in the guest as it is.
-    fn said_now(&mut self, work: &Workload, step: &str, limit: Duration) -> String {
-        let script = work.script_up_to(step);
-        let output = output_of(&mut self.guest, self.heard, script, limit);
-        let said: String = output.trim().chars().take(MAX_SAID).collect();
-        match said.as_str() {
-            "" => said,
-            said => format!(": {}", said.replace('\n', " / ")),
-        }
     }
 
     /// Loads the module, and what it needs, and prepares its work.

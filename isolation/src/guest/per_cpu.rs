@@ -127,7 +127,7 @@ impl PerCpuModel {
         at: Gva,
         in_direct_map: bool,
     ) -> PerCpu {
-        // Only the first chunk lies in the direct map, and none is in the area for `vmalloc`.
+        // The first chunk lies in the direct map, all others in the area for `vmalloc`.
         let chunk = match in_direct_map {
             true => self.first.map(|first| first.chunk),
             false => self.chunk_of_page(pages, virt, at),

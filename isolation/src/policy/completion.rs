@@ -20,8 +20,6 @@ use super::reach::Path;
 const BLK_STS_IOERR: u8 = 10;
 /// `NETDEV_TX_OK` (include/linux/netdevice.h).
 const NETDEV_TX_OK: u64 = 0;
-/// Bytes of `endbr64`, which may stand before a gate.
-const ENDBR_BYTES: u64 = 4;
 
 /// Kernel functions that free a packet that was dropped, in any context, the newest first, with what they take as the
 /// reason: since Linux 6.4, and before.
@@ -166,10 +164,7 @@ impl Completions {
         arguments: &[u64; REGISTER_ARGUMENTS],
     ) -> Option<Completion> {
         let object = Gva(arguments[0]);
-        let has = |duty: &Duty| {
-            let function = duty.function.read(virt, object);
-            function.is_some_and(|at| at == gate || at.checked_add(ENDBR_BYTES) == Some(gate))
-        };
+        let has = |duty: &Duty| duty.function.leads_to(virt, object, gate);
         if transmits {
             let drops = self.drops?;
             let keeps = drops.has_queue(virt, object, Gva(arguments[1]))?;

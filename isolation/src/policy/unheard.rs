@@ -11,9 +11,6 @@ use crate::guest::btf::Btf;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
-/// Bytes of `endbr64`, which may stand before a gate.
-const ENDBR_BYTES: u64 = 4;
-
 /// Objects that are an argument, and where their table has the function.
 const UNHEARD: &[(&str, &str)] = &[
     // `__dev_close_many` (net/core/dev.c).
@@ -47,13 +44,8 @@ impl Unheard {
         arguments: &[u64; REGISTER_ARGUMENTS],
     ) -> bool {
         // `release` gets the inode first, `fill_info` the message.
-        let objects = arguments.iter().take(2).copied().map(Gva);
-        objects.into_iter().any(|object| {
-            self.0.iter().any(|path| {
-                let function = path.read(virt, object);
-                function.is_some_and(|at| at == gate || at.checked_add(ENDBR_BYTES) == Some(gate))
-            })
-        })
+        let mut objects = arguments.iter().take(2).copied().map(Gva);
+        objects.any(|object| self.0.iter().any(|path| path.leads_to(virt, object, gate)))
     }
 }
 

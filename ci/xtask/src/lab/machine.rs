@@ -37,8 +37,8 @@ const OUT_TAG: &str = "out";
 
 /// No mitigations: L1 is not there to be attacked, and emulating them costs. `iommu=pt`: L1's own devices are not
 /// translated, those under VFIO are. `init_on_alloc=0`: huge pages are cleared twice otherwise, the first time all of one
-/// without a place where others may run. `no_timer_check`: whether the timer's interrupt comes is judged by how many come in ten
-/// milliseconds, and on a busy machine the emulated timer is late.
+/// without a place where others may run. `no_timer_check`: whether the timer's interrupt comes is judged by how many come in the time
+/// of ten, and on a busy machine the emulated timer is late.
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off init_on_alloc=0 no_timer_check";
 

@@ -1,7 +1,7 @@
 //! The network interfaces that are a driver's.
 
 use super::super::abort_value::REGISTER_ARGUMENTS;
-use super::super::reach::Start;
+use super::super::reach::{Start, member_range};
 use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::btf::{Btf, TypeId};
@@ -52,10 +52,7 @@ impl InterfaceList {
             link: offset(type_id, "dev_list")?,
             operations: offset(type_id, "netdev_ops")?,
             references: offset(type_id, "pcpu_refcnt"),
-            flags: types.find_member(type_id, "priv_flags").and_then(|member| {
-                let offset = Gva(u64::from(member.bit_offset / 8));
-                GvaRange::new(offset, types.size_of(member.type_id)?)
-            }),
+            flags: member_range(types, type_id, "priv_flags"),
         })
     }
 

@@ -25,6 +25,7 @@ mod interfaces;
 mod kept;
 mod namespaces;
 mod opening;
+mod own_per_cpu;
 mod restorable;
 mod shared_counts;
 
@@ -38,7 +39,7 @@ use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
-use super::reach::{Names, OwnTypes, Rules, Start};
+use super::reach::{Names, OwnTypes, Rules, Start, member_range};
 use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
@@ -53,6 +54,7 @@ use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
 use namespaces::Namespaces;
+use own_per_cpu::OwnPerCpu;
 use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -61,9 +63,6 @@ const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot",
 
 /// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
 const PER_CPU_END: &str = "__per_cpu_end";
-
-/// The section that is a module's `struct module`.
-const THIS_MODULE: &str = ".gnu.linkonce.this_module";
 
 /// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then the first
 /// member of `pcpu_hot`).
@@ -142,9 +141,8 @@ pub struct DriverPolicy {
     per_cpu_variables: Vec<(&'static str, GvaRange)>,
     /// End of the kernel's own variables in the per-CPU area.
     per_cpu_handed_out: Option<u64>,
-    /// Where the module's `struct module` says what of each processor is its own (`DEFINE_PER_CPU`): the per-CPU pointer, and how many
-    /// bytes.
-    own_per_cpu: Option<(Gva, Gva)>,
+    /// What of each processor is the driver's; `None` if that is not known.
+    own_per_cpu: Option<OwnPerCpu>,
     /// Offset of the pointer to the running thread in the per-CPU area.
     current_task: Option<u64>,
     /// Offsets in that thread.
@@ -206,27 +204,8 @@ impl DriverPolicy {
         let mut current_task = CURRENT_TASK.iter();
         let current_task = current_task.find_map(|name| symbols.kernel_symbol(name));
         let task = types.find_struct("task_struct");
-        let task_member = |name: &&'static str| {
-            let member = types.find_member(task?, name)?;
-            let offset = Gva(u64::from(member.bit_offset / 8));
-            Some((
-                *name,
-                GvaRange::new(offset, types.size_of(member.type_id)?)?,
-            ))
-        };
+        let task_member = |name: &&'static str| Some((*name, member_range(&types, task?, name)?));
         let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
-        let own_per_cpu = || {
-            let mut sections = layout.sections.iter();
-            let module = sections.find(|section| section.name == THIS_MODULE)?;
-            let of = types.find_struct("module")?;
-            let at = |name| {
-                let member = types.find_member(of, name)?;
-                let offset = u64::from(member.bit_offset / 8);
-                module.range.first().checked_add(offset)
-            };
-            Some((at("percpu")?, at("percpu_size")?))
-        };
-        let own_per_cpu = own_per_cpu();
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
@@ -234,6 +213,7 @@ impl DriverPolicy {
         Ok(Self {
             own_too,
             shared_counts: SharedCounts::new(&types),
+            own_per_cpu: OwnPerCpu::new(&types, layout),
             completions,
             unheard: Unheard::new(&types),
             types,
@@ -242,7 +222,6 @@ impl DriverPolicy {
             rules: Rules::LINUX,
             table,
             per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
-            own_per_cpu,
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,

@@ -12,9 +12,6 @@ use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Lifetime, Object, ObjectKind, Permit};
 use crate::policy::reach::{Found, Reach, Reached, Start};
 
-/// Most bytes of per-CPU variables that a module has (`PERCPU_MODULE_RESERVE`, include/linux/percpu.h).
-const MAX_PER_CPU: u64 = 8 << 10;
-
 impl DriverPolicy {
     /// Finds a reason why the byte at `at` may be written, and opens what it lies in.
     pub(super) fn open_around<M: GuestPhys>(
@@ -94,7 +91,9 @@ impl DriverPolicy {
             let label = format!("{name} of this processor");
             return self.open(one, ObjectKind::Other, label);
         }
-        if let Some(own) = self.own_per_cpu(memory).filter(|own| own.contains(at)) {
+        let own = self.own_per_cpu;
+        let own = own.and_then(|own| own.on(memory.private, memory.per_cpu_base));
+        if let Some(own) = own.filter(|own| own.contains(at)) {
             let label = "per-CPU variables of the driver's".into();
             return self.open(own, ObjectKind::DriverData, label);
         }
@@ -123,15 +122,6 @@ impl DriverPolicy {
             self.open_all(found.objects);
         }
         self.table.may_write(one)
-    }
-
-    /// What this processor has of the driver's per-CPU variables.
-    fn own_per_cpu<M: GuestPhys>(&self, memory: &CallMemory<'_, M>) -> Option<GvaRange> {
-        let (pointer, bytes) = self.own_per_cpu?;
-        let pointer = memory.private.read_u64(pointer).ok()?;
-        let bytes = memory.private.read_u64(bytes).ok()? & u64::from(u32::MAX);
-        let first = Gva(memory.per_cpu_base.wrapping_add(pointer));
-        GvaRange::new(first, bytes.min(MAX_PER_CPU)).filter(|_| pointer != 0)
     }
 
     /// The member that `at` is part of, among those of the running thread that may be written.

@@ -5,7 +5,7 @@ use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
 use crate::guest::btf::Btf;
 use crate::guest::phys::GuestPhys;
-use crate::policy::reach::reference_counts;
+use crate::policy::reach::{member_range, reference_counts};
 
 /// Objects of the slab caches with these names begin with a structure, of which these members are written besides its
 /// reference counts.
@@ -62,11 +62,8 @@ impl SharedCounts {
     pub(super) fn new(types: &Btf) -> Self {
         let kinds = KINDS.iter().filter_map(|kind| {
             let id = types.find_struct(kind.structure)?;
-            let members = kind.members.iter().filter_map(|name| {
-                let member = types.find_member(id, name)?;
-                let offset = Gva(u64::from(member.bit_offset / 8));
-                GvaRange::new(offset, types.size_of(member.type_id)?)
-            });
+            let members = kind.members.iter();
+            let members = members.filter_map(|name| member_range(types, id, name));
             let counts = reference_counts(types, id);
             Some((kind.caches, counts.into_iter().chain(members).collect()))
         });

@@ -157,7 +157,7 @@ fn policy(guest: &TestGuest) -> DriverPolicy {
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [
-        (THIS_MODULE.to_owned(), VARIABLES + 0x100),
+        (own_per_cpu::THIS_MODULE.to_owned(), VARIABLES + 0x100),
         (".text".to_owned(), MODULE),
         (".data".to_owned(), VARIABLES),
     ];

@@ -13,6 +13,13 @@ const COUNT: &str = "refcount_struct";
 /// Deepest nesting of structures that counts are looked for in.
 const MAX_NESTING: usize = 4;
 
+/// Where the member `name` of the structure `of` is, from its beginning.
+pub(in crate::policy) fn member_range(types: &Btf, of: TypeId, name: &str) -> Option<GvaRange> {
+    let member = types.find_member(of, name)?;
+    let offset = Gva(u64::from(member.bit_offset / 8));
+    GvaRange::new(offset, types.size_of(member.type_id)?)
+}
+
 /// Where the structure `id` has counts of references, from its beginning.
 pub(in crate::policy) fn reference_counts(types: &Btf, id: TypeId) -> Vec<GvaRange> {
     let mut found = Vec::new();
@@ -54,11 +61,10 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
                 continue;
             };
             let path = format!("{}->{member}", item.path);
-            let also = rule.also.iter().filter_map(|name| {
-                let member = self.reach.member_named(types.resolve(to)?.0, name)?;
-                let offset = Gva(u64::from(member.bit_offset / 8));
-                GvaRange::new(offset, types.size_of(member.type_id)?)
-            });
+            let also = rule
+                .also
+                .iter()
+                .filter_map(|name| member_range(types, types.resolve(to)?.0, name));
             let also: Vec<GvaRange> = also.collect();
             for count in reference_counts(types, to).into_iter().chain(also) {
                 let first = Gva(at).checked_add(count.first().0);

@@ -42,7 +42,7 @@ use crate::guest::phys::GuestPhys;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 
-pub(in crate::policy) use counted::reference_counts;
+pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{

@@ -5,6 +5,9 @@ use crate::guest::btf::{Btf, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
+/// Bytes of `endbr64`, which may stand before a gate.
+const ENDBR_BYTES: u64 = 4;
+
 /// A chain of pointers: offsets of members, each in what the one before it points at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Path {
@@ -50,6 +53,12 @@ impl Path {
     pub fn read<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, start: Gva) -> Option<u64> {
         let at = self.holder_at(virt, start)?.checked_add(self.last)?;
         virt.read_u64(at).ok()
+    }
+
+    /// Whether that pointer is one to the function with its gate at `gate`.
+    pub fn leads_to<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, start: Gva, gate: u64) -> bool {
+        let function = self.read(virt, start);
+        function.is_some_and(|at| at == gate || at.checked_add(ENDBR_BYTES) == Some(gate))
     }
 }
 
