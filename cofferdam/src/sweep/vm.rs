@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
@@ -15,7 +16,7 @@ use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::campaign::verdict::is_bad;
 use recovery::campaign::workload::{Outcome, Step, Workload, preparation};
 use recovery::fault::FaultKind;
-use recovery::ladder::LadderConfig;
+use recovery::ladder::{LadderConfig, State};
 use recovery::request::Spilling;
 use recovery::sweep::record::{Called, Fault, Record, Verdict};
 use recovery::sweep::{Case, loaded_name};
@@ -39,6 +40,11 @@ const LONGER: Duration = Duration::from_secs(60);
 
 /// How long an agent that lives takes to answer at most.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
+
+/// How long a driver that is being restarted is waited for.
+const REST_TIME: Duration = Duration::from_secs(120);
+/// Between two looks at it.
+const POLL: Duration = Duration::from_millis(200);
 
 /// Most lines of each kind that are kept.
 const MAX_LINES: usize = 12;
@@ -235,10 +241,12 @@ impl Vm {
         native: &Native,
         record: &mut Record,
     ) -> anyhow::Result<()> {
+        let begun_ns = monotonic_ns();
         let outcome = self.work(work, limit(native));
         self.guest.agent().disconnect();
         record.answers = self.answers();
         self.lives = record.answers;
+        self.come_to_rest(&work.driver)?;
         record.differs = outcome.differs(&native.outcome, work);
         if !outcome.finished {
             record
@@ -265,7 +273,7 @@ impl Vm {
                 .map(called)
                 .collect();
         }
-        record.violations = self.violations(&work.driver)?;
+        record.violations = self.violations(&work.driver, begun_ns)?;
         if record.answers && native.removed {
             self.guest.agent().disconnect();
             let module = loaded_name(&work.driver);
@@ -397,15 +405,37 @@ impl Vm {
         }
     }
 
-    /// What calls did wrong, each once.
-    fn violations(&mut self, module: &str) -> anyhow::Result<Vec<String>> {
+    /// Waits until the driver is not being restarted any more: its guest cannot be taken back meanwhile.
+    fn come_to_rest(&mut self, module: &str) -> anyhow::Result<()> {
         let module = loaded_name(module);
-        let Reply::Violations { texts, .. } = self.control.ask(&Request::Violations { module })?
+        let begun = Instant::now();
+        while begun.elapsed() < REST_TIME {
+            let recovery = self.control.status()?.recovery;
+            let at_rest = recovery.get(&module).is_none_or(|ladder| {
+                matches!(
+                    ladder.state,
+                    State::Running | State::Stopped | State::Unisolated
+                )
+            });
+            if at_rest {
+                break;
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// What calls did wrong since then (`CLOCK_MONOTONIC`), each once; also of a driver that was restarted for it.
+    fn violations(&mut self, module: &str, since_ns: u64) -> anyhow::Result<Vec<String>> {
+        let module = loaded_name(module);
+        let Reply::Violations { all, texts, .. } =
+            self.control.ask(&Request::Violations { module })?
         else {
             bail!("the VM answered something else");
         };
+        let new = all.into_iter().filter(|one| one.last_ns >= since_ns);
         let mut known = BTreeSet::new();
-        let mut texts = texts;
+        let mut texts: Vec<String> = texts.into_iter().chain(new.map(|one| one.text)).collect();
         texts.retain(|text| known.insert(text.clone()));
         texts.truncate(MAX_LINES);
         Ok(texts)

@@ -62,7 +62,11 @@ pub(crate) fn driver_policy(
     virt: &VirtMemory<'_, GuestMemory>,
 ) -> Result<DriverPolicy, String> {
     let memory = MemoryModel::new(&types, symbols, virt).map_err(|error| error.to_string())?;
-    DriverPolicy::new(types, memory, layout, symbols).map_err(|error| error.to_string())
+    let text = layout.read_text(virt);
+    let text = text.map_err(|error| format!("its text cannot be read: {error}"))?;
+    DriverPolicy::new(types, memory, layout, symbols)
+        .map(|policy| policy.with_variables(&text.parts(), layout, symbols, *virt))
+        .map_err(|error| error.to_string())
 }
 
 /// Patches P's copies of driver and kernel text.

@@ -22,6 +22,7 @@ use crate::compensation::guest_time::{Stopwatch, Stopwatches};
 use crate::dispatch::run::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
+use crate::domain::list_links::ChangedLinks;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
@@ -42,6 +43,8 @@ pub(crate) struct Failure {
     pub ended: Instant,
     /// Whether its caller goes on whatever it returns.
     pub unheard: bool,
+    /// Lists that it had changed.
+    pub lists: Vec<ChangedLinks>,
 }
 
 /// Kernel functions to call, one after the other.

@@ -3,8 +3,10 @@
 
 use std::time::Instant;
 
+use devices::dma::GuestMemory;
 use devices::hold::OutsideChanges;
 use kvm_bindings::kvm_regs;
+use vm_memory::Bytes;
 
 use crate::attach::REPORTS_KEPT;
 use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
@@ -12,7 +14,9 @@ use crate::dispatch::after_fault::{AfterFault, FailedCall};
 use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
 use crate::dispatch::run::Again;
 use crate::domain::journal::{Published, Stays};
+use crate::domain::list_links::{self, ChangedLinks};
 use crate::domain::violation::ViolationKind;
+use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::policy::abort_value::AbortValue;
 use crate::status::report::Told;
@@ -46,6 +50,8 @@ impl Armed {
             }
             if calling.abandoned() > 0 {
                 self.stays(&mut failure, Stays::StackGone);
+            } else if let Err(links) = put_lists_back(&failure.lists, virt) {
+                self.stays(&mut failure, Stays::List { links });
             }
             let undone = !failure.report.violation.stays();
             self.failed(calling.gate, failure);
@@ -129,6 +135,7 @@ impl Armed {
             entry,
             ended,
             unheard,
+            lists: _,
         } = failure;
         let known = self.gates.get_mut(&gate);
         let (returns_nothing, in_a_row) = known.map_or((false, false), |gate| {
@@ -185,4 +192,21 @@ impl Armed {
                 u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         }
     }
+}
+
+/// Puts lists back that a failed call had changed and that nothing has put right since. The error is where one is that
+/// cannot be.
+fn put_lists_back(changes: &[ChangedLinks], virt: VirtMemory<'_, GuestMemory>) -> Result<(), u64> {
+    let place = |va: u64| virt.space.walk(virt.memory, Gva(va)).ok();
+    let read = |va: u64| match va.is_multiple_of(8) {
+        true => virt.memory.read_obj::<u64>(place(va)?.gpa).ok(),
+        false => None,
+    };
+    for (va, value) in list_links::put_back(changes, read)? {
+        let stored = place(va).map(|at| virt.memory.write_obj(value, at.gpa));
+        if !matches!(stored, Some(Ok(()))) {
+            return Err(va);
+        }
+    }
+    Ok(())
 }

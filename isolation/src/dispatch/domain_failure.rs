@@ -49,6 +49,7 @@ impl Armed {
             entry,
             ended: Instant::now(),
             unheard: false,
+            lists: Vec::new(),
         };
         self.failed(gate, failure);
         self.again = None;

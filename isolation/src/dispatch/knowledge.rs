@@ -112,6 +112,9 @@ impl Knowledge {
                 "{}, called to take it back, does not return",
                 named(function)
             ),
+            Stays::List { links } => {
+                format!("it changed a list at {links:#x} that is not as it left it any more")
+            }
             Stays::StackGone => {
                 "the stack that it was to be taken back on is not there any more".to_owned()
             }

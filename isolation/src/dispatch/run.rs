@@ -258,6 +258,7 @@ impl Armed {
             phases,
             kernel_calls,
             kept,
+            lists,
             ..
         } = result;
         let (ended, ended_ns) = (Instant::now(), monotonic_ns());
@@ -282,6 +283,7 @@ impl Armed {
                     entry: run.entry,
                     ended,
                     unheard: self.is_unheard(run),
+                    lists,
                 })
             }
         };

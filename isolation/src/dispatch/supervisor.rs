@@ -6,6 +6,7 @@ use devices::dma::GuestMemory;
 use crate::dispatch::knowledge::{KERNEL_IMAGE, MODULES_END, USER_END};
 use crate::dispatch::platform::Platform;
 use crate::domain::failing::Failing;
+use crate::domain::list_links::LINKS_BYTES;
 use crate::domain::monitor::ExceptionFrame;
 use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
 use crate::domain::undo_log::Restorable;
@@ -249,21 +250,26 @@ impl Supervisor for CallSupervisor<'_> {
     fn restorable(&mut self) -> Restorable {
         let mut restorable = Restorable::default();
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
-            let (drivers, kernels) = policy.restorable(memory);
+            let drivers = policy.restorable(memory);
             let pieces = |range: &GvaRange| {
                 let range = *range;
                 let space = memory.private;
                 range.pages().filter_map(move |page| {
                     let piece = range.intersection(&GvaRange::aligned(page, PAGE_SIZE))?;
                     let at = space.space.walk(space.memory, piece.first()).ok()?;
-                    Some((at.gpa.0, piece.len_bytes()))
+                    Some((at.gpa.0, piece))
                 })
             };
-            for (gpa, bytes) in drivers.iter().flat_map(pieces) {
-                restorable.include(gpa, bytes);
+            for (gpa, piece) in drivers.own.iter().flat_map(pieces) {
+                restorable.include(gpa, piece.len_bytes());
             }
-            for (gpa, bytes) in kernels.iter().flat_map(pieces) {
-                restorable.exclude(gpa, bytes);
+            for (gpa, piece) in drivers.kernels.iter().flat_map(pieces) {
+                restorable.exclude(gpa, piece.len_bytes());
+            }
+            for (gpa, piece) in drivers.links.iter().flat_map(pieces) {
+                if piece.len_bytes() == LINKS_BYTES {
+                    restorable.links(gpa, piece.first().0);
+                }
             }
         }
         for (gpa, bytes) in self.device.iter().flat_map(|device| device.memory()) {

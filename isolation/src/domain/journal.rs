@@ -59,6 +59,11 @@ pub enum Stays {
         /// Guest virtual address.
         function: u64,
     },
+    /// It had changed a list, and the list is not any more as it left it.
+    List {
+        /// Guest virtual address of an object's links (`struct list_head`).
+        links: u64,
+    },
     /// There was no stack any more to call kernel functions on that take it back.
     StackGone,
 }

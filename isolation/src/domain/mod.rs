@@ -13,6 +13,7 @@
 //! | `failing` | a call at its fault, for who wants to look at it |
 //! | `effects` | what kernel functions do that outlasts a call |
 //! | `journal`, `lasting`, `undo_log` | what a call left in the guest before its end, and what takes it back |
+//! | `list_links` | lists that a failed call has changed with its own instructions |
 //! | `host_memory` | the account of what calls make the host keep |
 //! | `strike` | a fault on purpose that waits for a call |
 //! | `kept` | what has to be put back when the guest is rewound |
@@ -27,6 +28,7 @@ pub mod host_memory;
 pub mod journal;
 pub mod kept;
 mod lasting;
+pub mod list_links;
 pub mod monitor;
 pub mod overlay;
 pub mod private_vm;

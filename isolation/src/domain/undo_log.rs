@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 
+use super::list_links::{ChangedLinks, LINKS_BYTES};
 use super::view::{PAGE_SIZE, Page, Pfn};
 use crate::policy::diff::PageMask;
 
@@ -19,12 +20,17 @@ use crate::policy::diff::PageMask;
 pub const MAX_WORDS: usize = 1 << 17;
 /// Most pages of which something may be put back.
 pub const MAX_PAGES: usize = 1 << 14;
+/// Most links of lists that are looked at for one call; more are taken for unchanged.
+pub const MAX_LINKS: usize = 1 << 15;
 
 /// Bytes of guest memory that are a call's to put back: what belonged to the driver when the call began.
 #[derive(Debug, Clone, Default)]
 pub struct Restorable {
     pages: BTreeMap<Pfn, PageMask>,
     too_large: bool,
+    /// Offset in the page and guest virtual address of links of lists.
+    links: BTreeMap<Pfn, Vec<(u16, u64)>>,
+    links_count: usize,
 }
 
 impl Restorable {
@@ -48,6 +54,20 @@ impl Restorable {
                 out.insert(range);
                 *mask = mask.without(&out);
             }
+        }
+    }
+
+    /// Notes links of a list (`struct list_head`) at guest physical address `gpa`, where the guest has them at `va`. They are
+    /// not put back, but looked at ([`UndoLog::links`]).
+    pub fn links(&mut self, gpa: u64, va: u64) {
+        let offset = gpa % PAGE_SIZE;
+        if offset.is_multiple_of(8)
+            && offset <= PAGE_SIZE - LINKS_BYTES
+            && self.links_count < MAX_LINKS
+        {
+            self.links_count += 1;
+            let links = self.links.entry(Pfn::of(gpa)).or_default();
+            links.push((offset as u16, va));
         }
     }
 
@@ -96,8 +116,9 @@ struct Word {
 pub struct UndoLog {
     restorable: Restorable,
     words: Vec<Word>,
-    /// Words that are in the guest for good unless they are undone.
-    settled: usize,
+    links: Vec<ChangedLinks>,
+    /// Words and links that are in the guest for good unless they are undone.
+    settled: (usize, usize),
     overflowed: bool,
 }
 
@@ -114,7 +135,9 @@ impl UndoLog {
     pub fn bytes(&self) -> u64 {
         let pages = self.restorable.pages.len() * (size_of::<(Pfn, PageMask)>() + 16);
         let words = self.words.capacity() * size_of::<Word>();
-        (pages + words) as u64
+        let links = self.restorable.links_count * size_of::<(u16, u64)>();
+        let changed = self.links.capacity() * size_of::<ChangedLinks>();
+        (pages + words + links + changed) as u64
     }
 
     /// There is no room for it: nothing is recorded, and nothing can be put back.
@@ -127,6 +150,13 @@ impl UndoLog {
 
     /// Page `pfn` is about to become `new` in the guest, where it is `old`.
     pub fn record(&mut self, pfn: Pfn, old: &Page, new: &Page) {
+        for (offset, va) in self.restorable.links.get(&pfn).into_iter().flatten() {
+            let both = |page| [word_of(page, *offset), word_of(page, *offset + 8)];
+            let (old, new) = (both(old), both(new));
+            if old != new && self.links.len() < MAX_LINKS {
+                self.links.push(ChangedLinks { at: *va, old, new });
+            }
+        }
         let Some(restorable) = self.restorable.pages.get(&pfn) else {
             return;
         };
@@ -155,17 +185,23 @@ impl UndoLog {
 
     /// What was recorded so far stays in the guest.
     pub fn settle(&mut self) {
-        self.settled = self.words.len();
+        self.settled = (self.words.len(), self.links.len());
     }
 
     /// What was recorded since the last [`UndoLog::settle`] has been taken back otherwise.
     pub fn discard(&mut self) {
-        self.words.truncate(self.settled);
+        self.words.truncate(self.settled.0);
+        self.links.truncate(self.settled.1);
     }
 
     /// Whether something was not recorded for want of room.
     pub fn is_incomplete(&self) -> bool {
         self.overflowed || self.restorable.is_too_large()
+    }
+
+    /// Links of lists that were changed, in each part of the call.
+    pub fn links(&self) -> &[ChangedLinks] {
+        &self.links
     }
 
     /// Puts the old bytes back, newest first, wherever the word still is what was recorded. `with_page` calls what

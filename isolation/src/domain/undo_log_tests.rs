@@ -208,3 +208,35 @@ fn memory_of_which_too_much_could_be_put_back_is_noticed() {
     restorable.include(u64::MAX - 10, 100);
     assert_eq!(restorable.pages(), 0);
 }
+
+#[test]
+fn links_of_lists_are_noted_and_not_put_back() {
+    let mut restorable = Restorable::default();
+    restorable.include(0, 64);
+    restorable.exclude(16, 16);
+    restorable.links(16, 0xffff_8880_0000_0010);
+    // Across two pages there are none, nor at odd addresses.
+    restorable.links(PAGE_SIZE - 8, 0xffff_8880_0000_0ff8);
+    restorable.links(33, 0xffff_8880_0000_0021);
+    let mut log = UndoLog::new(restorable);
+    let page = |next: u64, prev: u64| {
+        let mut page = [0; PAGE_SIZE as usize];
+        page[16..24].copy_from_slice(&next.to_le_bytes());
+        page[24..32].copy_from_slice(&prev.to_le_bytes());
+        page
+    };
+    log.record(Pfn(0), &page(1, 2), &page(1, 3));
+    log.settle();
+    log.record(Pfn(0), &page(1, 3), &page(4, 4));
+    log.discard();
+    log.record(Pfn(1), &page(1, 2), &page(3, 4));
+    let changed = ChangedLinks {
+        at: 0xffff_8880_0000_0010,
+        old: [1, 2],
+        new: [1, 3],
+    };
+    assert_eq!(log.links(), [changed]);
+    let mut memory = [page(1, 3), page(0, 0), page(0, 0)];
+    assert_eq!(undo(&log, &mut memory), 0);
+    assert!(memory[0] == page(1, 3));
+}

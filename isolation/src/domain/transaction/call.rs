@@ -8,6 +8,7 @@ use kvm_ioctls::VcpuFd;
 use super::{CallTime, SpilledCall};
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
+use crate::domain::list_links::ChangedLinks;
 use crate::domain::violation::Violation;
 use crate::guest::addr::GvaRange;
 
@@ -186,6 +187,9 @@ pub struct CallResult {
     pub kernel_calls: Vec<KernelCall>,
     /// What is charged of the host's memory for these.
     pub kept: Kept,
+    /// Lists that an aborted call had changed in the guest, to be looked at when these functions have returned
+    /// ([`list_links`](crate::domain::list_links)).
+    pub lists: Vec<ChangedLinks>,
 }
 
 impl CallResult {

@@ -5,6 +5,7 @@ use super::finish::elapsed_ns;
 use super::*;
 use crate::domain::effects::KernelEffects;
 use crate::domain::journal::{Crossing, Published, ReadNumber, Stays};
+use crate::domain::list_links;
 use crate::domain::monitor::JournalPoint;
 use crate::domain::roots::Roots;
 use crate::domain::view::{PrivateView, ViewError};
@@ -207,6 +208,7 @@ impl Call<'_> {
         })?;
         self.phases.memory_ns += elapsed_ns(start);
         self.kernel_calls = journal.compensation();
+        self.lists = list_links::in_all(journal.memory.links());
         self.calls_kept = journal.take_kept();
         Ok(Published::Undone {
             bytes,

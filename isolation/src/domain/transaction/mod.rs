@@ -33,6 +33,7 @@ use super::effects::KernelCall;
 use super::error::DomainError;
 use super::host_memory::Kept;
 use super::journal::Journal;
+use super::list_links::ChangedLinks;
 use super::monitor::{
     ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
     PORT_SLEEP, PORT_STRIKE, PORT_TRAPPED,
@@ -154,6 +155,7 @@ pub(super) struct Call<'a> {
     kernel_calls: Vec<KernelCall>,
     /// What is charged for them.
     calls_kept: Kept,
+    lists: Vec<ChangedLinks>,
     /// What is charged for the call itself until its end.
     kept: Kept,
     harvested: Vec<Pfn>,
@@ -256,6 +258,7 @@ impl Domain {
             journal: journal.take(),
             kernel_calls: Vec::new(),
             calls_kept: Kept::default(),
+            lists: Vec::new(),
             kept,
             harvested: Vec::new(),
             copies_charged: 0,
@@ -281,6 +284,7 @@ impl Domain {
         let (mut stats, phases) = (call.stats, call.phases);
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         let kept = std::mem::take(&mut call.calls_kept);
+        let lists = std::mem::take(&mut call.lists);
         *time = call.time;
         let mut passing = std::mem::take(&mut call.passing);
         passing.append(&mut call.stepping);
@@ -301,6 +305,7 @@ impl Domain {
                 phases,
                 kernel_calls,
                 kept,
+                lists,
             }),
         })
     }

@@ -26,6 +26,7 @@ mod kept;
 mod namespaces;
 mod opening;
 mod own_per_cpu;
+mod own_variables;
 mod restorable;
 mod shared_counts;
 
@@ -44,6 +45,7 @@ use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
+use crate::guest::module_text::TextPart;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
@@ -55,6 +57,7 @@ use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
 use namespaces::Namespaces;
 use own_per_cpu::OwnPerCpu;
+use own_variables::OwnVariables;
 use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -143,6 +146,8 @@ pub struct DriverPolicy {
     per_cpu_handed_out: Option<u64>,
     /// What of each processor is the driver's; `None` if that is not known.
     own_per_cpu: Option<OwnPerCpu>,
+    /// What the module's code says of its variables.
+    own_variables: OwnVariables,
     /// Offset of the pointer to the running thread in the per-CPU area.
     current_task: Option<u64>,
     /// Offsets in that thread.
@@ -214,6 +219,7 @@ impl DriverPolicy {
             own_too,
             shared_counts: SharedCounts::new(&types),
             own_per_cpu: OwnPerCpu::new(&types, layout),
+            own_variables: OwnVariables::default(),
             completions,
             unheard: Unheard::new(&types),
             types,
@@ -244,6 +250,31 @@ impl DriverPolicy {
             calls: Vec::new(),
             number: 0,
         })
+    }
+
+    /// The same, with what the module's code, `text`, says of its variables: memory that it frees by them is its own, as far
+    /// as they point at any now. What is handed out later is noticed then.
+    pub fn with_variables<M: GuestPhys>(
+        mut self,
+        text: &[TextPart<'_>],
+        layout: &ModuleLayout,
+        symbols: &SymbolTable,
+        virt: VirtMemory<'_, M>,
+    ) -> Self {
+        let data: Vec<GvaRange> = layout.data().map(|section| section.range).collect();
+        let own = OwnVariables::new(text, &data, &self.types, symbols, &self.rules);
+        let allocations = self.memory.with(virt);
+        let pointers = own.freed.iter().filter_map(|at| virt.read_u64(*at).ok());
+        let places = pointers.flat_map(|at| allocations.places_of(Gva(at)));
+        let owned = Arc::make_mut(&mut self.owned);
+        for at in places {
+            let found = allocations.allocation_at(at);
+            if let Some(found) = found.filter(|found| found.range.first() == at) {
+                owned.insert(found.range);
+            }
+        }
+        self.own_variables = own;
+        self
     }
 
     /// What has to be done in place of the function with its gate at `gate`, that was not run or was taken back as a whole.

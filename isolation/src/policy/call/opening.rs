@@ -176,9 +176,11 @@ impl DriverPolicy {
     ) -> Found {
         // The compiler's copies (`f.isra.0`) have other parameters, which no type tells.
         let function = self.names.find_function(&self.types, &call.function);
+        let variables = self.own_variables.structures.iter();
+        let starts: Vec<Start> = interfaces.iter().chain(variables).cloned().collect();
         self.reach(virt, memory, |reach| match &function {
-            Some(function) => reach.objects(function, &call.arguments, interfaces),
-            None => reach.objects_from(interfaces),
+            Some(function) => reach.objects(function, &call.arguments, &starts),
+            None => reach.objects_from(&starts),
         })
     }
 
@@ -235,7 +237,8 @@ impl DriverPolicy {
 
     /// Packets in queues of the driver's are the driver's, with their data.
     fn open_queued<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, one: GvaRange) -> bool {
-        let queues: Vec<Gva> = self.queues.iter().copied().collect();
+        let variables = self.own_variables.queues.iter();
+        let queues: Vec<Gva> = self.queues.iter().chain(variables).copied().collect();
         if queues.is_empty() {
             return false;
         }
@@ -251,7 +254,14 @@ impl DriverPolicy {
     /// What the driver keeps in its arrays is the driver's, also if it was handed out before anybody looked. It is looked
     /// for at the first store to something that is not known, and remembered as what was handed out to earlier calls.
     fn open_kept<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
-        let arrays: Vec<Gva> = self.arrays.iter().copied().collect();
+        let mut arrays: Vec<Gva> = self.arrays.iter().copied().collect();
+        let variables = &self.own_variables.arrays;
+        self.reach(memory.private, memory, |reach| {
+            let found = variables
+                .iter()
+                .filter_map(|(at, id)| reach.array(*at, *id));
+            arrays.extend(found);
+        });
         if arrays.is_empty() {
             return false;
         }

@@ -20,26 +20,44 @@ const MAX_PIECES: usize = 1 << 10;
 /// Most pieces in all.
 const MAX_KERNELS: usize = 1 << 16;
 
+/// What is the driver's when a call begins.
+#[derive(Debug, Clone, Default)]
+pub struct Drivers {
+    /// All of it.
+    pub own: Vec<GvaRange>,
+    /// What kernel functions keep within that.
+    pub kernels: Vec<GvaRange>,
+    /// Of this, the links of lists (`struct list_head`) in structures that the driver's module defines.
+    pub links: Vec<GvaRange>,
+}
+
+/// What kernel functions keep in a structure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    offset: u64,
+    bytes: u64,
+    links: bool,
+}
+
 impl DriverPolicy {
-    /// What belongs to the driver now, and what kernel functions keep within that.
-    pub fn restorable<M: GuestPhys>(
-        &mut self,
-        memory: &CallMemory<'_, M>,
-    ) -> (Vec<GvaRange>, Vec<GvaRange>) {
+    /// What belongs to the driver now.
+    pub fn restorable<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Drivers {
         self.list_interfaces(memory);
         let interfaces = self.known_interfaces(memory);
         let data = self.table.iter().map(|(_, object)| object);
         let data = data.filter(|object| object.lifetime == Lifetime::Driver);
-        let mut drivers: Vec<GvaRange> = data.map(|object| object.range).collect();
-        let mut kernels = Vec::new();
-        let mut layouts: HashMap<TypeId, Vec<(u64, u64)>> = HashMap::new();
+        let mut drivers = Drivers {
+            own: data.map(|object| object.range).collect(),
+            ..Drivers::default()
+        };
+        let mut layouts: HashMap<TypeId, Vec<Piece>> = HashMap::new();
         for call in &self.calls {
             for object in self.reached_from(memory, call, &interfaces).objects {
                 // Counters of the processor at hand, which changes while the call is in the guest.
                 if object.kind == ObjectKind::Other && object.layout.is_none() {
                     continue;
                 }
-                drivers.push(object.range);
+                drivers.own.push(object.range);
                 let Some(id) = object.layout else { continue };
                 let pieces = layouts
                     .entry(id)
@@ -51,22 +69,28 @@ impl DriverPolicy {
                         .range
                         .first()
                         .checked_add(element * bytes.unwrap_or(0));
-                    let ranges = pieces.iter().filter_map(|(offset, len)| {
-                        GvaRange::new(first?.checked_add(*offset)?, *len)
-                    });
-                    kernels.extend(ranges);
-                    if pieces.is_empty() || kernels.len() > MAX_KERNELS {
+                    for piece in pieces.iter() {
+                        let at = first.and_then(|first| first.checked_add(piece.offset));
+                        let Some(range) = at.and_then(|at| GvaRange::new(at, piece.bytes)) else {
+                            continue;
+                        };
+                        drivers.kernels.push(range);
+                        if piece.links && self.types.is_own(id) {
+                            drivers.links.push(range);
+                        }
+                    }
+                    if pieces.is_empty() || drivers.kernels.len() > MAX_KERNELS {
                         break;
                     }
                 }
             }
         }
-        (drivers, kernels)
+        drivers
     }
 }
 
-/// Offsets and lengths of what kernel functions keep in a structure of type `id`.
-fn kernels_pieces(types: &Btf, rules: &Rules, id: TypeId) -> Vec<(u64, u64)> {
+/// What kernel functions keep in a structure of type `id`.
+fn kernels_pieces(types: &Btf, rules: &Rules, id: TypeId) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut work = MAX_MEMBERS;
     collect(types, rules, (id, 0), MAX_NESTING, &mut work, &mut pieces);
@@ -79,7 +103,7 @@ fn collect(
     (type_id, at): (TypeId, u64),
     nesting: usize,
     work: &mut usize,
-    pieces: &mut Vec<(u64, u64)>,
+    pieces: &mut Vec<Piece>,
 ) {
     let (Some(nesting), Some((id, kind))) = (nesting.checked_sub(1), types.resolve(type_id)) else {
         return;
@@ -89,7 +113,11 @@ fn collect(
             let name = types.name(id);
             if rules.kernels.contains(&name) {
                 if pieces.len() < MAX_PIECES {
-                    pieces.push((at, bytes.into()));
+                    pieces.push(Piece {
+                        offset: at,
+                        bytes: bytes.into(),
+                        links: name == rules.links,
+                    });
                 }
                 return;
             }
@@ -101,7 +129,11 @@ fn collect(
                 let offset = at + u64::from(member.bit_offset / 8);
                 let key = (name, types.string(member.name_at));
                 if rules.kernels_members.contains(&key) && pieces.len() < MAX_PIECES {
-                    pieces.push((offset, types.size_of(member.type_id).unwrap_or(0)));
+                    pieces.push(Piece {
+                        offset,
+                        bytes: types.size_of(member.type_id).unwrap_or(0),
+                        links: false,
+                    });
                     continue;
                 }
                 collect(
@@ -156,12 +188,19 @@ mod tests {
         );
         let device = e.structure("net_device", 16, &[("mtu", word, 0), ("state", word, 8)]);
         let types = Btf::parse(&e.bytes(), None).unwrap();
+        let pieces = |id| -> Vec<(u64, u64, bool)> {
+            let found = kernels_pieces(&types, &Rules::LINUX, id);
+            let parts = found.iter();
+            parts
+                .map(|piece| (piece.offset, piece.bytes, piece.links))
+                .collect()
+        };
         assert_eq!(
-            kernels_pieces(&types, &Rules::LINUX, outer),
-            [(8, 32), (48, 16), (64, 16)]
+            pieces(outer),
+            [(8, 32, false), (48, 16, true), (64, 16, true)]
         );
-        assert_eq!(kernels_pieces(&types, &Rules::LINUX, device), [(8, 8)]);
-        assert_eq!(kernels_pieces(&types, &Rules::LINUX, list), [(0, 16)]);
-        assert_eq!(kernels_pieces(&types, &Rules::LINUX, word), []);
+        assert_eq!(pieces(device), [(8, 8, false)]);
+        assert_eq!(pieces(list), [(0, 16, true)]);
+        assert_eq!(pieces(word), []);
     }
 }

@@ -45,6 +45,12 @@ const KINDS: &[Kind] = &[
         structure: "nf_conn",
         members: &[],
     },
+    // `get_pid` (include/linux/pid.h).
+    Kind {
+        caches: &["pid"],
+        structure: "pid",
+        members: &[],
+    },
     // `skb_get` (include/linux/skbuff.h).
     Kind {
         caches: super::PACKET_CACHES,

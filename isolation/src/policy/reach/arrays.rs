@@ -54,6 +54,20 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         }
     }
 
+    /// Where the structure `id` at `at` has an xarray, if it is one in which drivers keep things.
+    pub fn array(&self, at: Gva, id: TypeId) -> Option<Gva> {
+        let name = self.types.name(id);
+        let mut rules = self.rules.arrays.iter();
+        let (_, member) = rules.find(|(of, _)| *of == name)?;
+        match member {
+            None => Some(at),
+            Some(member) => {
+                let member = self.member_named(id, member)?;
+                at.checked_add(u64::from(member.bit_offset / 8))
+            }
+        }
+    }
+
     /// What there is to know of the entry `at`; whether more is wanted.
     fn each_of(&self, at: Gva, wanted: &mut dyn FnMut(Allocation) -> bool) -> bool {
         if let Some(page) = self.page(at) {

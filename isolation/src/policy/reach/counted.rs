@@ -13,6 +13,9 @@ const COUNT: &str = "refcount_struct";
 /// Deepest nesting of structures that counts are looked for in.
 const MAX_NESTING: usize = 4;
 
+/// Most pointers of an array that are followed (`TCA_ACT_MAX_PRIO`, include/net/act_api.h).
+const MAX_POINTERS: u64 = 32;
+
 /// Where the member `name` of the structure `of` is, from its beginning.
 pub(in crate::policy) fn member_range(types: &Btf, of: TypeId, name: &str) -> Option<GvaRange> {
     let member = types.find_member(of, name)?;
@@ -61,17 +64,37 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
                 continue;
             };
             let path = format!("{}->{member}", item.path);
-            let also = rule
-                .also
-                .iter()
-                .filter_map(|name| member_range(types, types.resolve(to)?.0, name));
-            let also: Vec<GvaRange> = also.collect();
-            for count in reference_counts(types, to).into_iter().chain(also) {
-                let first = Gva(at).checked_add(count.first().0);
-                let range = first.and_then(|first| GvaRange::new(first, count.len_bytes()));
-                if let Some(range) = range.filter(|_| at != 0) {
-                    self.add(range, ObjectKind::Other, to, &path);
+            let Some(count) = rule.count else {
+                self.counts_at(Gva(at), to, rule.also, &path);
+                continue;
+            };
+            let count = self.member_value(item.at, id, count).unwrap_or(0);
+            let Some(to) = types.pointee(to) else {
+                continue;
+            };
+            for index in 0..count.min(MAX_POINTERS) {
+                let object = Gva(at).checked_add(index * 8);
+                let object = object.and_then(|at| self.reach.virt.read_u64(at).ok());
+                if let Some(object) = object {
+                    self.counts_at(Gva(object), to, rule.also, &path);
                 }
+            }
+        }
+    }
+
+    /// The counts of the object at `at`, and its members `also`.
+    fn counts_at(&mut self, at: Gva, to: TypeId, also: &[&str], path: &str) {
+        let types = self.reach.types;
+        let Some((id, _)) = types.resolve(to).filter(|_| at.0 != 0) else {
+            return;
+        };
+        let also = also.iter().filter_map(|name| member_range(types, id, name));
+        let also: Vec<GvaRange> = also.collect();
+        for count in reference_counts(types, to).into_iter().chain(also) {
+            let first = at.checked_add(count.first().0);
+            let range = first.and_then(|first| GvaRange::new(first, count.len_bytes()));
+            if let Some(range) = range {
+                self.add(range, ObjectKind::Other, to, path);
             }
         }
     }

@@ -46,7 +46,7 @@ pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Counted, Embedded, Followed, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
+    Counted, Embedded, Followed, InNamespace, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
     PerCpuPointer, PrivateArea, Rules,
 };
 use walk::Extent;

@@ -1,7 +1,7 @@
 //! Members behind pointers behind members.
 
 use crate::guest::addr::Gva;
-use crate::guest::btf::{Btf, TypeId};
+use crate::guest::btf::{Btf, Kind, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
@@ -62,10 +62,14 @@ impl Path {
     }
 }
 
-/// Offset and type of the member `name` of structure `of`, `.` between members of members.
+/// Offset and type of the member `name` of structure `of`, `.` between members of members; of an array, of its first element.
 fn member(types: &Btf, of: TypeId, name: &str) -> Option<(u64, TypeId)> {
     name.split('.').try_fold((0, of), |(offset, of), name| {
-        let member = types.find_member(types.resolve(of)?.0, name)?;
+        let (mut of, kind) = types.resolve(of)?;
+        if let Kind::Array { element, .. } = kind {
+            of = types.resolve(element)?.0;
+        }
+        let member = types.find_member(of, name)?;
         Some((offset + u64::from(member.bit_offset / 8), member.type_id))
     })
 }

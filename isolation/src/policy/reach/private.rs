@@ -127,6 +127,31 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         }
     }
 
+    /// What the driver keeps in the network namespace that its structure `id` of this name is in.
+    pub(super) fn in_namespace(&mut self, item: &Item, id: TypeId, name: &str) {
+        let rules = self.reach.rules.in_namespaces.iter();
+        for rule in rules.filter(|rule| rule.of == name) {
+            let generic = Path::find(self.reach.types, id, rule.generic);
+            let generic = generic.and_then(|path| path.read(self.reach.virt, item.at));
+            let number = self.member_value(item.at, id, rule.number);
+            let (Some(generic), Some(number)) = (generic, number) else {
+                continue;
+            };
+            let slot = number.checked_mul(8);
+            let slot = slot.and_then(|offset| Gva(generic).checked_add(offset));
+            let at = slot.and_then(|slot| self.reach.virt.read_u64(slot).ok());
+            if let (Some(at), Some(type_id)) = (at, self.named_own(&[rule.is])) {
+                self.push(Item {
+                    at: Gva(at),
+                    type_id,
+                    path: format!("{} in its namespace", item.path),
+                    depth: item.depth + 1,
+                    kind: ObjectKind::PrivateArea,
+                });
+            }
+        }
+    }
+
     /// What is in lists of the driver's structure `id` of this name.
     pub(super) fn listed(&mut self, item: &Item, id: TypeId, name: &str) {
         if self.extent == Extent::Near {

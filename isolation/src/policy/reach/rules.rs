@@ -94,6 +94,8 @@ pub struct Counted {
     pub of: &'static str,
     /// The pointer.
     pub member: &'static str,
+    /// Member with the number of elements, if it points at an array of pointers.
+    pub count: Option<&'static str>,
     /// What is written there besides the counts of references.
     pub also: &'static [&'static str],
 }
@@ -103,11 +105,24 @@ pub struct Counted {
 pub struct PerCpuPointer {
     /// The structure.
     pub of: &'static str,
-    /// The pointer. Only that of the kernel's version at hand exists; members of a union are all
-    /// named, the largest counts.
+    /// The pointer, a path ([`Path::find`](super::Path::find)). Only that of the kernel's version at hand exists; members of a
+    /// union are all named, the largest counts.
     pub members: &'static [&'static str],
     /// Also where the structure itself is only to be read.
     pub from_const: bool,
+}
+
+/// What a module keeps in each network namespace (`net_generic`), by a number in a structure of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InNamespace {
+    /// The structure.
+    pub of: &'static str,
+    /// Path from there to the namespace's `struct net_generic`.
+    pub generic: &'static str,
+    /// The member with the number.
+    pub number: &'static str,
+    /// What is kept.
+    pub is: &'static str,
 }
 
 /// Structures that belong to modules although the kernel knows them, too: something that is built in has their header.
@@ -159,11 +174,19 @@ pub struct Rules {
     /// Structures of the kernel's that are queues of packets, linked by their first member; in a driver's structure they hold
     /// packets of the driver's.
     pub queues: &'static [&'static str],
+    /// Structures of the kernel's that are part of the driver's: what they are part of is the driver's, if only one of its
+    /// structures can be.
+    pub parts: &'static [&'static str],
+    /// What a driver keeps in each network namespace by a number in a structure of its own.
+    pub in_namespaces: &'static [InNamespace],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
     /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone by calling
     /// other kernel functions, not by putting bytes back.
     pub kernels: &'static [&'static str],
+    /// Of these, the links of lists that inline functions of the kernel change, too: a pointer to the next and one to the
+    /// previous.
+    pub links: &'static str,
     /// Members that kernel functions keep in structures that are otherwise the driver's to write.
     pub kernels_members: &'static [(&'static str, &'static str)],
 }
@@ -353,6 +376,39 @@ impl Rules {
                 own_only: true,
                 ..Followed::PLAIN
             },
+            // What file systems come to their part of a file by.
+            Followed {
+                of: "dentry",
+                member: "d_inode",
+                from_const: true,
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "file",
+                member: "f_inode",
+                from_const: true,
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "kiocb",
+                member: "ki_filp->f_inode",
+                from_const: true,
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "address_space",
+                member: "host",
+                from_const: true,
+                ..Followed::PLAIN
+            },
+            Followed {
+                of: "inode",
+                member: "i_sb->s_fs_info",
+                is: &["msdos_sb_info", "ext4_sb_info", "ovl_fs"],
+                from_const: true,
+                own_only: true,
+                ..Followed::PLAIN
+            },
             // `rx_handler`s: what is behind a member of a bridge, a bond, a team.
             Followed {
                 of: "net_device",
@@ -403,6 +459,12 @@ impl Rules {
                 members: &["cpu_qstats"],
                 from_const: true,
             },
+            // `file_start_write` (include/linux/fs.h), of the file that a loop device is on.
+            PerCpuPointer {
+                of: "loop_device",
+                members: &["lo_backing_file->f_inode->i_sb->s_writers.rw_sem.read_count"],
+                from_const: false,
+            },
         ],
         modules_own: &[
             // include/linux/if_vlan.h, which the kernel's own part of VLANs uses.
@@ -414,10 +476,23 @@ impl Rules {
             },
             // include/net/ip_tunnels.h, include/net/ip6_tunnel.h.
             ModulesOwn {
-                modules: &["ip_gre", "ip_vti", "ipip", "sit"],
+                modules: &["ip_gre", "ip_tunnel", "ip_vti", "ipip", "sit"],
                 behind: "net_device",
                 private: "ip_tunnel",
-                others: &[],
+                others: &["ip_tunnel_net"],
+            },
+            // include/net/macsec.h, which drivers of cards that do it have, too.
+            ModulesOwn {
+                modules: &["macsec"],
+                behind: "net_device",
+                private: "macsec_dev",
+                others: &[
+                    "macsec_secy",
+                    "macsec_tx_sc",
+                    "macsec_tx_sa",
+                    "macsec_rx_sc",
+                    "macsec_rx_sa",
+                ],
             },
             ModulesOwn {
                 modules: &["ip6_gre", "ip6_tunnel", "ip6_vti"],
@@ -477,21 +552,40 @@ impl Rules {
             Counted {
                 of: "net_device",
                 member: "ip_ptr",
+                count: None,
                 also: &["cnf"],
             },
             Counted {
                 of: "net_device",
                 member: "ip6_ptr",
+                count: None,
                 also: &["cnf"],
             },
             Counted {
                 of: "sk_buff",
                 member: "sk",
+                count: None,
                 also: &[],
+            },
+            // `tcf_exts_hw_stats_update` (include/net/pkt_cls.h).
+            Counted {
+                of: "tcf_exts",
+                member: "actions",
+                count: Some("nr_actions"),
+                also: &["used_hw_stats", "used_hw_stats_valid"],
             },
         ],
         arrays: &[("xarray", None), ("idr", Some("idr_rt"))],
         queues: &["sk_buff_head"],
+        // What file systems have around the kernel's part of a file (`container_of`).
+        parts: &["inode"],
+        // Set up by the modules that use it, each with its own number (net/ipv4/ip_tunnel.c).
+        in_namespaces: &[InNamespace {
+            of: "ip_tunnel",
+            generic: "net->gen",
+            number: "ip_tnl_net_id",
+            is: "ip_tunnel_net",
+        }],
         closed: &[
             "module",
             "net",
@@ -549,6 +643,7 @@ impl Rules {
             "gendisk",
             "Qdisc",
         ],
+        links: "list_head",
         kernels_members: &[
             // Carrier, presence and `running`, changed by functions that do more than that.
             ("net_device", "state"),

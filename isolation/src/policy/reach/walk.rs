@@ -170,7 +170,14 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     self.follow_elements(item, id, bytes.into(), range);
                     self.listed(item, id, name);
                     self.followed(item, id, name);
+                    self.per_cpu(item, id, name);
+                    self.in_namespace(item, id, name);
                     return;
+                }
+                if rules.parts.contains(&name)
+                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
+                {
+                    self.container(item, id, all.range);
                 }
                 // What is only to be read may still lead to what is to be written.
                 if is_const {
@@ -186,6 +193,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 }
                 let from_driver = item.depth > 0;
                 if from_driver && rules.closed.contains(&name) {
+                    self.followed(item, id, name);
                     return;
                 }
                 if let Some(range) = GvaRange::new(item.at, bytes.into()) {
@@ -340,19 +348,20 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             let members = rule
                 .members
                 .iter()
-                .filter_map(|name| self.reach.member_named(id, name));
-            let sized = members.filter_map(|member| {
-                let to = types.pointee(member.type_id)?;
-                Some((types.size_of(to)?, member, to))
+                .filter_map(|name| Some((*name, Path::find(types, id, name)?)));
+            let sized = members.filter_map(|(name, path)| {
+                let to = types.pointee(path.type_id)?;
+                Some((types.size_of(to)?, name, path, to))
             });
-            let Some((bytes, member, to)) = sized.max_by_key(|(bytes, ..)| *bytes) else {
+            let Some((bytes, member, path, to)) = sized.max_by_key(|(bytes, ..)| *bytes) else {
                 continue;
             };
-            let Some(pointer) = self.word_at(item.at, &member).filter(|p| *p != 0) else {
+            let pointer = path.read(self.reach.virt, item.at);
+            let Some(pointer) = pointer.filter(|pointer| *pointer != 0) else {
                 continue;
             };
             if let Some(range) = GvaRange::new(Gva(base.wrapping_add(pointer)), bytes) {
-                let path = format!("{}->{}", item.path, types.string(member.name_at));
+                let path = format!("{}->{member}", item.path);
                 self.add(range, ObjectKind::Other, to, &path);
             }
         }
@@ -481,7 +490,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 let name = types.name(id);
                 let rules = self.reach.rules;
                 let is_followed = rules.followed.iter().any(|rule| rule.of == name);
-                if is_followed || rules.per_cpu.iter().any(|rule| rule.of == name) {
+                let is_counted = rules.counted.iter().any(|rule| rule.of == name);
+                if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
                     let embedded = Item {
                         at,
                         type_id: id,
@@ -491,26 +501,14 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                     };
                     self.followed(&embedded, id, name);
                     self.per_cpu(&embedded, id, name);
+                    self.counted(&embedded, id, name);
                 }
-                self.arrays.extend(self.array(at, id, name));
+                self.arrays.extend(self.reach.array(at, id));
                 if self.reach.rules.queues.contains(&name) {
                     self.queues.push(at);
                 }
             }
             _ => {}
-        }
-    }
-
-    /// Where the structure `id` of this name at `at` has an xarray, if it is one in which drivers keep things.
-    fn array(&self, at: Gva, id: TypeId, name: &str) -> Option<Gva> {
-        let mut rules = self.reach.rules.arrays.iter();
-        let (_, member) = rules.find(|(of, _)| *of == name)?;
-        match member {
-            None => Some(at),
-            Some(member) => {
-                let member = self.reach.member_named(id, member)?;
-                at.checked_add(u64::from(member.bit_offset / 8))
-            }
         }
     }
 
