@@ -4,7 +4,8 @@
 //! rounds. *Exit* is one turn from P to the host and back at an `out`; *crossing* is one kernel
 //! function called through its trampoline, the function being a bare `ret`; *call* is a whole isolated
 //! call that writes two pages; *abort* one that faults after the same writes. The two memory sizes
-//! show whether commit and abort depend on the guest's memory.
+//! show whether commit and abort depend on the guest's memory. *Host* is the time of a whole warm call outside
+//! `KVM_RUN`, by the pages that it writes: the same code at its real speed also where KVM emulates.
 
 #![allow(clippy::unwrap_used, reason = "bench code")]
 
@@ -22,6 +23,12 @@ const ROUNDS: usize = 31;
 const CALLS: u32 = 20;
 /// Crossings or exits in one call, so that the call itself does not count.
 const REPEATED: u32 = 200;
+/// Calls of which the host's time is taken.
+const HOST_CALLS: u32 = 2000;
+/// Where the pages are that are written, present, writable and not executable.
+const WRITTEN: u64 = 0xffff_c900_0080_0000;
+const WRITTEN_GPA: u64 = 0x30_0000;
+const WRITTEN_FLAGS: u64 = 2 | 1 << 63;
 
 /// Time of one call in microseconds, on average over one round.
 fn round(guest: &Guest, domain: &mut Domain, kernel: &mut Kernel, aborts: bool) -> f64 {
@@ -86,6 +93,45 @@ fn driver(pages: u64, end: impl FnOnce(&mut CodeAssembler)) -> (Guest, Domain) {
     (guest, domain)
 }
 
+/// A driver that adds one to a word of each of `pages` pages.
+fn writer(pages: u64) -> (Guest, Domain, Kernel) {
+    let mut guest = Guest::new();
+    for page in 0..pages {
+        let at = page * PAGE;
+        guest.map(WRITTEN + at, WRITTEN_GPA + at, WRITTEN_FLAGS);
+    }
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, WRITTEN).unwrap();
+        for _ in 0..pages {
+            a.inc(qword_ptr(rcx)).unwrap();
+            a.add(rcx, PAGE as i32).unwrap();
+        }
+        a.ret().unwrap();
+    });
+    let domain = guest.domain();
+    let kernel = Kernel {
+        writable: vec![(WRITTEN, pages * PAGE)],
+        ..Kernel::default()
+    };
+    (guest, domain, kernel)
+}
+
+/// Microseconds of a warm call outside `KVM_RUN` that writes to `pages` pages and to that of its return address.
+fn host(pages: u64) -> f64 {
+    let (guest, mut domain, mut kernel) = writer(pages);
+    let mut call = || {
+        let start = Instant::now();
+        let result = guest.call(&mut domain, &mut kernel);
+        let all = start.elapsed().as_nanos() as f64;
+        assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        (all - result.stats.private_ns as f64) / 1e3
+    };
+    (0..CALLS).for_each(|_| {
+        call();
+    });
+    median((0..HOST_CALLS).map(|_| call()).collect())
+}
+
 fn repeated(a: &mut CodeAssembler, body: impl FnOnce(&mut CodeAssembler)) {
     a.push(rbx).unwrap();
     a.mov(ebx, REPEATED as i32).unwrap();
@@ -131,14 +177,16 @@ fn main() {
     let stores = time(&guest, &mut domain, &mut kernel, false);
     let exit = (stores - call) / f64::from(REPEATED);
 
+    let host = [1, 9, 33].map(|pages| format!("\"{}\":{:.2}", pages + 1, host(pages)));
     println!(
         "{{\"exit_us\":{exit:.3},\"crossing_us\":{crossing:.3},\"crossing_per_exit\":{:.3},\
          \"call_us\":{call:.1},\"call_per_exit\":{:.2},\"abort_us\":{abort:.1},\"abort_per_exit\":{:.2},\
-         \"call_4g_per_128m\":{:.3},\"abort_4g_per_128m\":{:.3}}}",
+         \"call_4g_per_128m\":{:.3},\"abort_4g_per_128m\":{:.3},\"host_us_by_pages\":{{{}}}}}",
         crossing / exit,
         call / exit,
         abort / exit,
         call_large,
         abort_large,
+        host.join(","),
     );
 }

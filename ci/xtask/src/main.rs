@@ -3,6 +3,7 @@
 mod bench;
 mod images;
 mod lab;
+mod licences;
 mod package;
 mod place;
 mod setup;

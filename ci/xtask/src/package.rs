@@ -11,6 +11,7 @@ use debian_package::{Completions, Contents, build, file_name};
 use guest_images::agent::build_agent;
 
 use crate::bench::commit;
+use crate::licences;
 use crate::steps::{Progress, capture, cargo, run as run_command};
 use crate::workspace::Workspace;
 
@@ -130,5 +131,7 @@ fn completions(program: &Path, shell: &str) -> anyhow::Result<Vec<u8>> {
 fn documents(workspace: &Workspace) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
     let mut documents = files(&workspace.path("docs"))?;
     documents.push(("README.md".to_owned(), read(&workspace.path("README.md"))?));
+    let licences = licences::text(workspace, &["cofferdam", "guest-agent"])?;
+    documents.push(("third-party-licences.txt".to_owned(), licences.into_bytes()));
     Ok(documents)
 }

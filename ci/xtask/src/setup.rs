@@ -1,6 +1,6 @@
 //! `cargo xtask setup`: installs what the other tasks need and the machine has not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -22,6 +22,14 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 /// Parts of the Rust toolchain, and how to ask whether they are there.
 const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "fmt"), ("clippy", "clippy")];
+/// A package of the Python package index, and the module by which we know that it is there. They are wanted, not needed: tests
+/// say what is not tested without.
+const WANTED_OF_PYTHON: &[(&str, &str)] = &[
+    // The service's OpenAPI document is checked by it.
+    ("openapi-spec-validator==0.9.0", "openapi_spec_validator"),
+];
+/// Where they are, in the workspace.
+const PYTHON: &str = "../../target/python";
 /// A package that any Debian archive lists: asks whether package lists were ever fetched.
 const LISTED_EVERYWHERE: &str = "busybox-static";
 
@@ -49,10 +57,46 @@ pub fn run() -> anyhow::Result<String> {
         // The image builder downloads packages by name, for which the lists must be there.
         fetch_lists_if_none()?;
     }
+    let without = match want_of_python() {
+        Ok(packages) => {
+            installed.extend(packages);
+            String::new()
+        }
+        Err(error) => format!("; without Python's packages: {error:#}"),
+    };
     Ok(match installed.is_empty() {
-        true => "nothing was missing".into(),
-        false => format!("installed {}", installed.join(", ")),
+        true => format!("nothing was missing{without}"),
+        false => format!("installed {}{without}", installed.join(", ")),
     })
+}
+
+/// Installs Python's packages in a folder of their own; says which.
+fn want_of_python() -> anyhow::Result<Vec<&'static str>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(PYTHON);
+    let python = folder.join("bin/python");
+    let missing = WANTED_OF_PYTHON.iter().filter(|(_, module)| {
+        let import = format!("import {module}");
+        capture(Command::new(&python).args(["-c", &import])).is_err()
+    });
+    let missing: Vec<&str> = missing.map(|(package, _)| *package).collect();
+    if missing.is_empty() {
+        return Ok(missing);
+    }
+    let _progress = Progress::new(&format!("pip install {}", missing.join(" ")));
+    let make = || capture(Command::new("python3").args(["-m", "venv"]).arg(&folder));
+    if make().is_err() {
+        install(&["python3-venv"])?;
+        make()?;
+    }
+    let words = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ];
+    capture(Command::new(&python).args(words).args(&missing))?;
+    Ok(missing)
 }
 
 fn in_path(program: &str) -> bool {

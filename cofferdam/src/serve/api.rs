@@ -102,14 +102,24 @@ pub fn router(app: Arc<App>) -> Router {
 /// It cannot be written as JSON.
 pub fn document() -> anyhow::Result<String> {
     let (_, mut document) = routes().split_for_parts();
-    add_problems(&mut document);
+    add_answers(&mut document);
     let mut text = document.to_pretty_json()?;
     text.push('\n');
     Ok(text)
 }
 
-/// Says of each operation that it can end with a problem.
-fn add_problems(document: &mut OpenApi) {
+/// What answers mean by their status, where nothing else is said: each needs a description (OpenAPI 3.1.0, 4.8.17).
+fn described(status: &str) -> &'static str {
+    match status {
+        "201" => "It was made.",
+        "202" => "It goes on as a job.",
+        "204" => "It is done.",
+        _ => "What was asked for.",
+    }
+}
+
+/// Says of each operation what its answers mean, and that it can end with a problem.
+fn add_answers(document: &mut OpenApi) {
     let schema = RefOr::Ref(utoipa::openapi::Ref::from_schema_name(Problem::name()));
     let content = ContentBuilder::new().schema(Some(schema)).build();
     let response = ResponseBuilder::new()
@@ -125,6 +135,13 @@ fn add_problems(document: &mut OpenApi) {
         ];
         for operation in operations.into_iter().flatten() {
             let responses = &mut operation.responses.responses;
+            for (status, response) in responses.iter_mut() {
+                if let RefOr::T(response) = response
+                    && response.description.is_empty()
+                {
+                    described(status).clone_into(&mut response.description);
+                }
+            }
             responses.insert("default".to_owned(), RefOr::T(response.clone()));
         }
     }

@@ -30,6 +30,7 @@ pub struct DisturbanceSpec {
 /// Which disturbances.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct WhichNic {
     /// Those of this NIC, all otherwise.
     nic: Option<String>,
@@ -38,6 +39,7 @@ pub struct WhichNic {
 /// Which disturbances are to end.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct WhichDisturbances {
     /// Those of this NIC, all otherwise.
     nic: Option<String>,

@@ -103,6 +103,7 @@ pub async fn press_power_button(
 /// How a guest is to end.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct EndOptions {
     /// At once, as if the power cord was pulled, also if it does not answer.
     #[serde(default)]

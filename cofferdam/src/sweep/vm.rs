@@ -246,7 +246,7 @@ impl Vm {
         self.guest.agent().disconnect();
         record.answers = self.answers();
         self.lives = record.answers;
-        self.come_to_rest(&work.driver)?;
+        self.come_to_rest()?;
         record.differs = outcome.differs(&native.outcome, work);
         if !outcome.finished {
             record
@@ -405,13 +405,12 @@ impl Vm {
         }
     }
 
-    /// Waits until the driver is not being restarted any more: its guest cannot be taken back meanwhile.
-    fn come_to_rest(&mut self, module: &str) -> anyhow::Result<()> {
-        let module = loaded_name(module);
+    /// Waits until no driver is being restarted any more: the guest cannot be taken back meanwhile.
+    fn come_to_rest(&mut self) -> anyhow::Result<()> {
         let begun = Instant::now();
         while begun.elapsed() < REST_TIME {
             let recovery = self.control.status()?.recovery;
-            let at_rest = recovery.get(&module).is_none_or(|ladder| {
+            let at_rest = recovery.values().all(|ladder| {
                 matches!(
                     ladder.state,
                     State::Running | State::Stopped | State::Unisolated
@@ -463,6 +462,7 @@ impl Vm {
 
     fn go_to(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
+        self.come_to_rest()?;
         self.control.ask(&Request::Rewind {
             name: Some(name.to_owned()),
         })?;

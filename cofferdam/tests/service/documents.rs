@@ -46,6 +46,49 @@ fn the_committed_openapi_document_is_what_the_program_makes() {
 }
 
 #[test]
+fn each_answer_is_described_and_each_part_of_a_path_named() {
+    let document: Value = serde_json::from_str(&read("openapi.json")).unwrap();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            for (status, answer) in operation["responses"].as_object().unwrap() {
+                let description = answer["description"].as_str().unwrap_or_default();
+                assert!(!description.is_empty(), "{method} {path}: {status}");
+            }
+            let parameters = operation["parameters"].as_array();
+            let of_path = parameters
+                .into_iter()
+                .flatten()
+                .filter(|one| one["in"] == "path");
+            let names: Vec<_> = of_path.map(|one| one["name"].as_str().unwrap()).collect();
+            for name in &names {
+                assert!(
+                    path.contains(&format!("{{{name}}}")),
+                    "{method} {path}: {name}"
+                );
+            }
+            assert_eq!(names.len(), path.matches('{').count(), "{method} {path}");
+        }
+    }
+}
+
+/// A validator that is not ours: `cargo xtask setup` installs it where it can.
+#[test]
+fn a_validator_of_others_has_nothing_against_the_document() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let python = root.join("target/python/bin/python");
+    let run = |words: &[&str]| std::process::Command::new(&python).args(words).output();
+    let is_there = run(&["-c", "import openapi_spec_validator"]);
+    if !is_there.is_ok_and(|output| output.status.success()) {
+        let name = "service::documents::a_validator_of_others_has_nothing_against_the_document";
+        return skipped::skip(name, "there is no openapi_spec_validator in target/python");
+    }
+    let document = root.join("docs/openapi.json");
+    let output = run(&["-m", "openapi_spec_validator", document.to_str().unwrap()]);
+    let output = output.unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
 fn what_is_in_the_document_is_served_and_nothing_else() {
     let place = Place::new();
     let service = Service::start(&place, "");

@@ -31,7 +31,8 @@ const fn wanted(names: &'static [&'static str]) -> KernelFunction {
 
 /// Kernel functions that only the guest can run: they switch to another thread, wait for another
 /// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
-/// under way, or end the machine. A call that reaches one goes on in the guest.
+/// under way, load another address space (the kernel writes to code through one, as for a BPF program), or end the machine. A
+/// call that reaches one goes on in the guest.
 pub(super) const GUEST_ONLY: &[KernelFunction] = &[
     needed(&["__schedule"]),
     needed(&["smp_call_function_many_cond"]),
@@ -39,6 +40,8 @@ pub(super) const GUEST_ONLY: &[KernelFunction] = &[
     needed(&["generic_exec_single"]),
     // The latter since Linux 6.16.
     needed(&["text_poke_bp_batch", "smp_text_poke_batch_finish"]),
+    needed(&["__text_poke"]),
+    needed(&["switch_mm_irqs_off"]),
     needed(&["stop_machine_cpuslocked"]),
     needed(&["synchronize_rcu_expedited"]),
     needed(&["flush_tlb_mm_range"]),

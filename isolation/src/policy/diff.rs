@@ -10,23 +10,38 @@ pub type PageBytes = [u8; PAGE_BYTES];
 
 const WORDS: usize = PAGE_BYTES / 64;
 
+/// As many bytes are compared at once: most parts of most pages are equal.
+const PART: usize = 512;
+
 /// A set of bytes of one page: one bit each.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct PageMask {
     words: [u64; WORDS],
+    /// Which of these have any byte, one bit each.
+    used: u64,
 }
 
 impl PageMask {
     /// No byte.
-    pub const EMPTY: Self = Self { words: [0; WORDS] };
+    pub const EMPTY: Self = Self {
+        words: [0; WORDS],
+        used: 0,
+    };
 
     /// The bytes that differ between `old` and `new`.
     pub fn changed(old: &PageBytes, new: &PageBytes) -> Self {
         let mut mask = Self::EMPTY;
-        let blocks = old.as_chunks::<64>().0.iter().zip(new.as_chunks::<64>().0);
-        for (word, (old, new)) in mask.words.iter_mut().zip(blocks) {
-            if differ(old, new) {
-                *word = different_bytes(old, new);
+        let parts = old.as_chunks::<PART>().0.iter();
+        let parts = parts.zip(new.as_chunks::<PART>().0).enumerate();
+        for (part, (old, new)) in parts.filter(|(_, (old, new))| old != new) {
+            let blocks = old.as_chunks::<64>().0.iter().zip(new.as_chunks::<64>().0);
+            let first = part * (PART / 64);
+            let changed = blocks
+                .enumerate()
+                .filter(|(_, (old, new))| differ(old, new));
+            for (block, (old, new)) in changed {
+                mask.words[first + block] = different_bytes(old, new);
+                mask.used |= 1 << (first + block);
             }
         }
         mask
@@ -46,13 +61,14 @@ impl PageMask {
                 ((1 << bits) - 1) << (at % 64)
             };
             self.words[word] |= run;
+            self.used |= 1 << word;
             at = stop;
         }
     }
 
     /// Whether there is no byte in it.
     pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| *word == 0)
+        self.used == 0
     }
 
     /// How many bytes are in it.
@@ -87,10 +103,12 @@ impl PageMask {
 
     fn combine(&self, other: &Self, with: impl Fn(u64, u64) -> u64) -> Self {
         let mut words = self.words;
-        for (word, other) in words.iter_mut().zip(other.words) {
+        let mut used = 0;
+        for (at, (word, other)) in words.iter_mut().zip(other.words).enumerate() {
             *word = with(*word, other);
+            used |= u64::from(*word != 0) << at;
         }
-        Self { words }
+        Self { words, used }
     }
 
     /// Runs of neighbouring bytes, in order; as long as they can be.
@@ -110,6 +128,10 @@ impl PageMask {
             }
             word += 1;
             skip = 0;
+            if wanted {
+                let later = self.used.checked_shr(word as u32).unwrap_or(0);
+                word = word.saturating_add(later.trailing_zeros() as usize);
+            }
         }
         PAGE_BYTES
     }

@@ -17,6 +17,9 @@ const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
 const MAX_ELEMENTS: u64 = 8;
 
+/// Most elements of an array at the end of a structure whose length its allocation says (`struct tc_u_hnode`).
+const MAX_FLEXIBLE: u64 = 64;
+
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
 
@@ -474,7 +477,12 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 let Some(nesting) = nesting.checked_sub(1) else {
                     return;
                 };
-                for index in 0..u64::from(count).min(MAX_ELEMENTS) {
+                // The last member of a structure may go on to the end of what was allocated.
+                let count = match count {
+                    0 => self.elements_behind(at, bytes),
+                    count => u64::from(count).min(MAX_ELEMENTS),
+                };
+                for index in 0..count {
                     let offset = index.checked_mul(bytes);
                     let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
                         return;
@@ -510,6 +518,13 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             }
             _ => {}
         }
+    }
+
+    /// How many elements of as many `bytes` there are from `at` on to the end of what was allocated.
+    fn elements_behind(&self, at: Gva, bytes: u64) -> u64 {
+        let rest = self.rest(at).filter(|_| !self.on_stack(at));
+        let count = rest.and_then(|rest| rest.len_bytes().checked_div(bytes));
+        count.unwrap_or(0).min(MAX_FLEXIBLE)
     }
 
     pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &'static str) -> Option<u64> {
