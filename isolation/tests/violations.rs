@@ -279,6 +279,41 @@ fn a_wild_jump_into_kernel_text_is_an_illegal_control_transfer() {
 }
 
 #[test]
+fn code_that_the_kernel_has_made_is_called_with_the_kernels_rights_where_it_is_told_by_its_argument()
+ {
+    let (program, instructions) = (KERNEL_TEXT + 0x200, KERNEL_DATA + 0x40);
+    for (second, is_one) in [(instructions, true), (instructions + 8, false)] {
+        let guest = Guest::new();
+        guest.code(DRIVER_TEXT, |a| {
+            a.mov(rax, program).unwrap();
+            a.mov(rsi, second).unwrap();
+            a.call(rax).unwrap();
+            a.ret().unwrap();
+        });
+        guest.code(program, |a| {
+            // What the driver may not write.
+            a.mov(rcx, KERNEL_DATA).unwrap();
+            a.inc(qword_ptr(rcx)).unwrap();
+            a.mov(eax, 7).unwrap();
+            a.ret().unwrap();
+        });
+        let mut kernel = Kernel {
+            programs: vec![(program, instructions)],
+            ..Kernel::default()
+        };
+        let result = guest.call(&mut guest.domain(), &mut kernel);
+        if is_one {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+            assert_eq!((result.regs.rax, guest.read(KERNEL_DATA)), (7, 1));
+        } else {
+            let kind = ViolationKind::IllegalControlTransfer { target: program };
+            assert_eq!(violation_kind(&result), kind);
+            assert_eq!(guest.read(KERNEL_DATA), 0);
+        }
+    }
+}
+
+#[test]
 fn a_jump_to_unmapped_memory_is_an_illegal_control_transfer() {
     let (_, result) = one_call(|a| {
         a.xor(eax, eax).unwrap();

@@ -171,6 +171,11 @@ impl Supervisor for CallSupervisor<'_> {
         self.knowledge.is_function(va, false)
     }
 
+    fn is_made_by_kernel(&self, va: u64, second: u64) -> bool {
+        let policy = self.policy.as_ref();
+        policy.is_some_and(|CallPolicy { policy, memory }| policy.is_program(memory, va, second))
+    }
+
     fn is_driver_function(&self, va: u64) -> bool {
         self.knowledge.is_function(va, true)
     }

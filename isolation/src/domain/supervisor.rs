@@ -74,6 +74,12 @@ pub trait Supervisor {
     /// Whether a function of the kernel or of another module begins at `va`.
     fn is_kernel_function(&self, va: u64) -> bool;
 
+    /// Whether code that the kernel has made while it ran, and that has no name, begins at `va`, where it is called with this
+    /// second argument.
+    fn is_made_by_kernel(&self, _va: u64, _second: u64) -> bool {
+        false
+    }
+
     /// Whether a function of the isolated driver begins at `va`.
     fn is_driver_function(&self, va: u64) -> bool;
 

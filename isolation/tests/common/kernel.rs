@@ -23,6 +23,8 @@ pub struct Kernel {
     pub stored: Vec<u64>,
     pub kernel_functions: HashSet<u64>,
     pub driver_functions: HashSet<u64>,
+    /// Code without a name, with the second argument that it is called with.
+    pub programs: Vec<(u64, u64)>,
     pub kernel_exception_expected: bool,
     /// The stack for interrupts.
     pub interrupt_stack: Option<GvaRange>,
@@ -118,6 +120,9 @@ impl Supervisor for Kernel {
     }
     fn is_kernel_function(&self, va: u64) -> bool {
         self.kernel_functions.contains(&va)
+    }
+    fn is_made_by_kernel(&self, va: u64, second: u64) -> bool {
+        self.programs.contains(&(va, second))
     }
     fn is_driver_function(&self, va: u64) -> bool {
         self.driver_functions.contains(&va)

@@ -192,8 +192,10 @@ impl Call<'_> {
                 };
                 // A function that runs with the driver's rights may find that it has to call another, which needs the kernel's.
                 let by_common = self.domain.is_common(return_address);
-                if !self.supervisor.is_kernel_function(target) {
-                    // Code that was made meanwhile (BPF), or another module's.
+                let is_made =
+                    translation.execute && self.supervisor.is_made_by_kernel(target, regs.rsi);
+                if !is_made && !self.supervisor.is_kernel_function(target) {
+                    // Code that was made meanwhile, or another module's.
                     return Ok(match by_common && translation.execute {
                         true => Step::GuestOnly(PassThroughReason::TrappedFunction, None),
                         false => wild,

@@ -27,6 +27,7 @@ mod namespaces;
 mod opening;
 mod own_per_cpu;
 mod own_variables;
+mod programs;
 mod restorable;
 mod shared_counts;
 
@@ -58,6 +59,7 @@ pub(crate) use kept::KeptPolicy;
 use namespaces::Namespaces;
 use own_per_cpu::OwnPerCpu;
 use own_variables::OwnVariables;
+use programs::Programs;
 use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -148,6 +150,8 @@ pub struct DriverPolicy {
     own_per_cpu: Option<OwnPerCpu>,
     /// What the module's code says of its variables.
     own_variables: OwnVariables,
+    /// How BPF programs are told; `None` if there are none.
+    programs: Option<Programs>,
     /// Offset of the pointer to the running thread in the per-CPU area.
     current_task: Option<u64>,
     /// Offsets in that thread.
@@ -220,6 +224,7 @@ impl DriverPolicy {
             shared_counts: SharedCounts::new(&types),
             own_per_cpu: OwnPerCpu::new(&types, layout),
             own_variables: OwnVariables::default(),
+            programs: Programs::new(&types),
             completions,
             unheard: Unheard::new(&types),
             types,
@@ -287,6 +292,17 @@ impl DriverPolicy {
     ) -> Option<Completion> {
         let flags = (transmits, is_stopped);
         self.completions.of(virt, gate, flags, arguments)
+    }
+
+    /// Whether code that the kernel has made (a BPF program) begins at `va`, called with this second argument.
+    pub fn is_program<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        va: u64,
+        second: u64,
+    ) -> bool {
+        let programs = self.programs;
+        programs.is_some_and(|programs| programs.is_called(memory.private, va, second))
     }
 
     /// Whether whoever calls the function with its gate at `gate` goes on whatever it returns.
