@@ -46,6 +46,9 @@ const REST_TIME: Duration = Duration::from_secs(120);
 /// Between two looks at it.
 const POLL: Duration = Duration::from_millis(200);
 
+/// What an agent says of a module that there is none of in the guest's files.
+const NO_MODULE: &str = "there is no module";
+
 /// Most lines of each kind that are kept.
 const MAX_LINES: usize = 12;
 
@@ -194,7 +197,11 @@ impl Vm {
     /// Loads the module, and what it needs, and prepares its work.
     fn load(&mut self, work: &Workload) -> anyhow::Result<()> {
         for module in work.modules.iter().filter(|module| **module != work.driver) {
-            self.insert(module, "")?;
+            match self.insert(module, "") {
+                // Another kernel may have it built in. Where it is missing the work does not end well.
+                Err(error) if format!("{error:#}").contains(NO_MODULE) => {}
+                inserted => inserted?,
+            }
         }
         self.insert(&work.driver, &work.parameters)?;
         self.guest
@@ -460,12 +467,20 @@ impl Vm {
         Ok(())
     }
 
+    /// Goes back to a mark. That is refused while a driver is being restarted, which ends.
     fn go_to(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
         self.come_to_rest()?;
-        self.control.ask(&Request::Rewind {
+        let begun = Instant::now();
+        let request = Request::Rewind {
             name: Some(name.to_owned()),
-        })?;
+        };
+        while let Err(error) = self.control.ask(&request) {
+            if begun.elapsed() > REST_TIME {
+                return Err(error);
+            }
+            std::thread::sleep(POLL);
+        }
         self.heard = self.guest.console_bytes();
         Ok(())
     }

@@ -156,7 +156,7 @@ fn calls_of(code: &[u8], at: Gva, found: &mut dyn FnMut(Gva, Argument)) {
             FlowControl::Next => {
                 if let Some(loaded) = first_argument(&instruction) {
                     argument = Some(loaded);
-                } else if writes_first_argument(&mut info, &instruction) {
+                } else if argument.is_some() && writes_first_argument(&mut info, &instruction) {
                     argument = None;
                 }
             }

@@ -67,7 +67,7 @@ fn types() -> Arc<Btf> {
     let bio = e.pointer(bio);
     let queue = e.structure("request_queue", 64, &[("queuedata", void, 16)]);
     let queue = e.pointer(queue);
-    let request = [("bio", bio, 0), ("q", queue, 8)];
+    let request = [("bio", bio, 0), ("q", queue, 8), ("rq_next", word, 16)];
     let request = e.structure("request", 32, &request);
     e.pointer(request);
     e.structure("ptr_ring", 32, &[("queue", voids, 8)]);
@@ -178,6 +178,8 @@ fn types() -> Arc<Btf> {
     e.structure("ifb_dev_private", 8, &[("tx_private", inner, 0)]);
     e.function("my_submit", TypeId::VOID, &[("bio", bio)]);
     e.function("my_complete", TypeId::VOID, &[("rq", request)]);
+    let requests = e.pointer(request);
+    e.function("my_complete_all", TypeId::VOID, &[("rqs", requests)]);
     e.function("my_init", int, &[("dev", device)]);
     Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
 }
@@ -263,6 +265,28 @@ fn what_is_read_into_may_be_written_and_what_is_written_from_may_not() {
     endless.put(Gva(BIO), &BIO.to_le_bytes(), DATA);
     endless.put(Gva(BIO + 20), &[0xff; 2], DATA);
     assert!(call(&endless, "my_complete", REQUEST).contains(&piece));
+}
+
+#[test]
+fn all_requests_of_a_chain_are_the_drivers_that_is_given_the_chain() {
+    let piece = (PAGE + 1024, 512);
+    let (second, first_of) = (REQUEST + 0x40, REQUEST + 0x80);
+    let mut guest = guest(0);
+    for (at, word) in [
+        (REQUEST, 0),
+        (REQUEST + 16, second),
+        (second, BIO),
+        // Round and round.
+        (second + 16, REQUEST),
+        (first_of, REQUEST),
+    ] {
+        guest.put(Gva(at), &word.to_le_bytes(), DATA);
+    }
+    let found = call(&guest, "my_complete_all", first_of);
+    assert!(found.contains(&piece) && found.contains(&(second, 32)));
+    // What was once behind a request that comes alone is somebody else's.
+    let found = call(&guest, "my_complete", REQUEST);
+    assert!(!found.contains(&piece) && !found.contains(&(second, 32)));
 }
 
 #[test]

@@ -21,8 +21,10 @@
 mod arrays;
 mod block_io;
 mod counted;
+mod linux;
 mod names;
 mod path;
+mod per_cpu;
 mod private;
 mod queues;
 mod rules;

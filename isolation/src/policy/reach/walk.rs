@@ -5,13 +5,13 @@ use std::fmt;
 
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation};
+use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
 
 /// Pointers into the first and last pages of the address space are error numbers or nonsense.
-const LOWEST: Gva = Gva(0xff00_0000_0000_0000);
+pub(super) const LOWEST: Gva = Gva(0xff00_0000_0000_0000);
 const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
@@ -22,6 +22,9 @@ const MAX_FLEXIBLE: u64 = 64;
 
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
+
+/// Most structures of a chain that are looked at (`BLK_MAX_REQUEST_COUNT`, include/linux/blkdev.h).
+const MAX_CHAINED: usize = 32;
 
 /// Most members that one question looks at.
 const MAX_MEMBERS: usize = 1 << 16;
@@ -37,7 +40,7 @@ const FOREIGN: [&str; 3] = ["user", "percpu", "iomem"];
 
 /// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is written out only for what is kept.
 #[derive(Clone, Copy)]
-enum Trail<'a> {
+pub(super) enum Trail<'a> {
     Object(&'a str),
     Member(&'a Trail<'a>, &'a str),
     Element(&'a Trail<'a>, u64),
@@ -223,20 +226,33 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
             Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
                 self.add_numbers(item, id, rest);
-                let target = self.read_word(item.at);
-                if let Some(target) = target {
+                let mut target = self.read_word(item.at);
+                for _ in 0..MAX_CHAINED {
+                    let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
+                        break;
+                    };
                     self.push(Item {
-                        at: Gva(target),
+                        at,
                         type_id: to,
                         path: format!("*{}", item.path),
                         depth: item.depth,
                         kind: item.kind,
                     });
+                    target = self.next_in_chain(at, to);
                 }
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
             _ => self.add_numbers(item, id, rest),
         }
+    }
+
+    /// What comes behind the structure of type `of` at `at`, if such structures are in chains.
+    fn next_in_chain(&self, at: Gva, of: TypeId) -> Option<u64> {
+        let (id, _) = self.reach.types.resolve(of)?;
+        let name = self.reach.types.name(id);
+        let mut rules = self.reach.rules.chained.iter();
+        let (_, member) = rules.find(|(of, _)| *of == name)?;
+        self.member_value(at, id, member)
     }
 
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of it.
@@ -333,62 +349,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 depth,
                 kind,
             });
-        }
-    }
-
-    /// Data of the current processor that the rules know of.
-    fn per_cpu(&mut self, item: &Item, id: TypeId, name: &str) {
-        let types = self.reach.types;
-        let wanted = self.reach.per_cpu_base;
-        let Some(base) = wanted.filter(|_| self.extent == Extent::All) else {
-            return;
-        };
-        for rule in
-            self.reach.rules.per_cpu.iter().filter(|rule| {
-                rule.of == name && (rule.from_const || !types.is_const(item.type_id))
-            })
-        {
-            let members = rule
-                .members
-                .iter()
-                .filter_map(|name| Some((*name, Path::find(types, id, name)?)));
-            let sized = members.filter_map(|(name, path)| {
-                let to = types.pointee(path.type_id)?;
-                Some((types.size_of(to)?, name, path, to))
-            });
-            let Some((bytes, member, path, to)) = sized.max_by_key(|(bytes, ..)| *bytes) else {
-                continue;
-            };
-            let pointer = path.read(self.reach.virt, item.at);
-            let Some(pointer) = pointer.filter(|pointer| *pointer != 0) else {
-                continue;
-            };
-            if let Some(range) = GvaRange::new(Gva(base.wrapping_add(pointer)), bytes) {
-                let path = format!("{}->{member}", item.path);
-                self.add(range, ObjectKind::Other, to, &path);
-            }
-        }
-    }
-
-    /// Data of the current processor that was handed out to the driver (`alloc_percpu`), if `pointer`, which the driver
-    /// has, is a per-CPU address.
-    fn per_cpu_data(&mut self, pointer: u64, to: TypeId, trail: Trail<'_>) {
-        let reach = self.reach;
-        let (Some(base), Some(first)) = (reach.per_cpu_base, reach.per_cpu_handed_out) else {
-            return;
-        };
-        if !(first..LOWEST.0).contains(&pointer) {
-            return;
-        }
-        let at = Gva(base.wrapping_add(pointer));
-        let one = reach.types.size_of(to);
-        let one = one.and_then(|bytes| GvaRange::new(at, bytes));
-        let all = self.allocation(at);
-        let all = all.filter(|all| all.kind == AllocationKind::PerCpu);
-        let rest = all.and_then(|all| GvaRange::inclusive(at, all.range.last()));
-        let range = rest.or(one);
-        if let Some(range) = range.filter(|range| range.first() >= LOWEST) {
-            self.add(range, ObjectKind::Other, to, &trail.to_string());
         }
     }
 
