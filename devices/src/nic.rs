@@ -17,6 +17,7 @@ use crate::pci::registers::DescriptionError;
 use crate::vfio::address::PciAddress;
 use crate::vfio::error::VfioError;
 use crate::vfio::function::{PassthroughParts, VfioFunction};
+use crate::vfio::hold::HoldableFunction;
 use crate::vfio_user::{Client, FunctionError, VfioUserFunction};
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Net;
@@ -41,6 +42,11 @@ pub enum NicError {
     /// The function of another process.
     #[error(transparent)]
     Remote(#[from] FunctionError),
+    /// Its state is to be taken by its registers, which nobody has described.
+    #[error(
+        "there is no description of the registers of this device, by which its state could be taken"
+    )]
+    NoDescription,
     /// Interrupt vectors.
     #[error("the NIC gets no interrupt vectors: {0}")]
     Vectors(String),
@@ -168,11 +174,21 @@ impl Nic {
     /// # Errors
     /// See [`VfioFunction::open`].
     pub fn passthrough(address: PciAddress, parts: PassthroughParts<'_>) -> Result<Self, NicError> {
-        let function = Arc::new(Mutex::new(VfioFunction::open(address, parts)?));
+        let function = VfioFunction::open(address, parts)?;
+        let description = function.description()?.map(Arc::new);
+        let function = Arc::new(Mutex::new(function));
+        let held = function.clone();
         Ok(Self {
             function: function.clone(),
             events: function,
-            holdable: None,
+            holdable: Some(Arc::new(move |by| match (by, &description) {
+                (CheckpointBy::Registers, None) => Err(NicError::NoDescription),
+                // A piece of hardware does not give its state away otherwise.
+                _ => Ok(Arc::new(HoldableFunction::new(
+                    held.clone(),
+                    description.clone(),
+                ))),
+            })),
             interrupts: None,
             // It is in the function's own memory.
             set_address: Arc::new(|_| {}),

@@ -215,6 +215,7 @@ impl LiveGuest for Isolation {
             guest_only: request.spilling.guest_only.clone(),
             device,
             device_slots,
+            memory_moves: self.nics.elsewhere().is_some(),
             sleep_limit: request.spilling.wait_us.map_or(DEFAULT_SLEEP_LIMIT, |us| {
                 Duration::from_micros(us).min(LONGEST_WAIT)
             }),

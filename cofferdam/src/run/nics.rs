@@ -153,16 +153,14 @@ impl Nics {
         };
         let (mut devices, mut slots) = (Vec::new(), Vec::new());
         for nic in self.all().iter().filter(is_its) {
-            if let NicSpec::Passthrough(address) = &nic.config.nic {
-                bail!(
-                    "{module} drives {address}, which is the host's device: it cannot be stopped in the middle of a \
-                     call, so the driver cannot be isolated"
-                );
-            }
             if let Some(holdable) = &nic.nic.holdable {
                 let device = holdable(by)?;
                 devices.push(nic.edge.holdable(device, nic.nic.function.clone()));
                 slots.push(nic.slot);
+            } else if let NicSpec::Device(host) = &nic.config.nic {
+                bail!(
+                    "{module} drives a NIC of the device host {host}, which cannot be held: the driver cannot be isolated"
+                );
             }
         }
         if devices.is_empty() && by != CheckpointBy::Exact {

@@ -145,6 +145,10 @@ impl VmService {
     /// That nothing keeps the VM from being `done`: all of that works on single pages of memory that only this process writes.
     fn may_be(&self, done: &str) -> Result<(), String> {
         elsewhere::none(&self.nics, done)?;
+        self.has_small_pages(done)
+    }
+
+    fn has_small_pages(&self, done: &str) -> Result<(), String> {
         match self.vm.ram().has_large_pages() {
             true => Err(format!(
                 "guest memory is in large pages: such a VM cannot be {done}; run it without --large-pages"
@@ -161,7 +165,7 @@ impl VmService {
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
         self.guest_runs()?;
-        self.may_be("isolated")?;
+        self.has_small_pages("isolated")?;
         let isolated = self
             .supervisor
             .isolate(request, recovery, asker)

@@ -21,6 +21,7 @@ mod nics;
 mod parked;
 mod passed;
 mod passthrough;
+mod passthrough_isolated;
 mod shared;
 mod shared_victim;
 mod snapshot_isolated;

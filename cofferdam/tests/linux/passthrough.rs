@@ -13,7 +13,7 @@ use super::isolation::refused;
 use super::{BOOT_TIME, boot, options, ping, shell};
 
 /// The lab's e1000e.
-const FUNCTION: &str = "0000:00:02.0";
+pub(super) const FUNCTION: &str = "0000:00:02.0";
 /// The lab's IOMMU itself, which is behind none.
 const WITHOUT_IOMMU: &str = "0000:00:01.0";
 /// What answers on the network behind it with what it is sent.
@@ -107,7 +107,7 @@ pub(super) fn with_little_locked_memory(command: &mut Command) {
     unsafe { command.pre_exec(limit) };
 }
 
-fn bring_up(guest: &mut Guest) {
+pub(super) fn bring_up(guest: &mut Guest) {
     let seconds = LINK_TIME.as_secs();
     let script = format!(
         "modprobe e1000e && ip link set {INTERFACE} up && \
@@ -121,7 +121,7 @@ fn bring_up(guest: &mut Guest) {
 }
 
 /// Sends 2 MiB and gets them back, unchanged.
-fn transfer(guest: &mut Guest) {
+pub(super) fn transfer(guest: &mut Guest) {
     let script = format!(
         "dd if=/dev/urandom of=/sent bs=64k count=32 2>/dev/null && \
          nc {ECHO} < /sent > /received & sender=$!; \

@@ -27,6 +27,7 @@ use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
 use crate::pci::config::{Status, offset};
 use crate::pci::msix::Msix;
+use crate::pci::registers::{Description, DescriptionError};
 use crate::pci::{BarIndex, BarRange, PciFunction};
 
 /// What a passed-on function is given of the guest.
@@ -58,6 +59,8 @@ pub struct VfioFunction {
     masters: bool,
     /// What the guest asked for last and did not get: it is not tried again before it asks for something else.
     refused: Refused,
+    /// It is not to interrupt.
+    withheld: bool,
     /// Readable when the host wants it back.
     wanted_back: EventFd,
     /// Readable when it failed.
@@ -106,6 +109,7 @@ impl VfioFunction {
             vectors: passed,
             masters: false,
             refused: Refused::default(),
+            withheld: false,
             wanted_back: event()?,
             failed: event()?,
         };
@@ -119,6 +123,44 @@ impl VfioFunction {
     /// The function by itself.
     pub fn device(&self) -> &Arc<VfioDevice> {
         &self.device
+    }
+
+    /// The memory that it reaches.
+    pub(super) fn dma(&self) -> &DmaSpace {
+        &self.dma
+    }
+
+    /// The description of its registers, if there is one.
+    ///
+    /// # Errors
+    /// One of the descriptions is wrong.
+    pub fn description(&self) -> Result<Option<Description>, DescriptionError> {
+        let id = |at| self.side.config.u16_at(at);
+        Description::of_function(id(offset::VENDOR_ID), id(offset::DEVICE_ID))
+    }
+
+    /// Interrupts the guest by these vectors, as the function would.
+    pub(super) fn interrupt(&mut self, vectors: Vec<u16>) {
+        if self.side.mode() == Mode::Msix && !self.withheld {
+            self.side.trigger(vectors);
+        }
+    }
+
+    /// Keeps the function from interrupting until it is told otherwise. Then the guest is interrupted by each vector once, as
+    /// it is not known which have come meanwhile; a pin is asserted still.
+    pub(super) fn withhold_interrupts(&mut self, withhold: bool) {
+        let ends = self.withheld && !withhold;
+        self.withheld = withhold;
+        self.follow();
+        if ends {
+            let count = self.vectors.as_ref().map_or(0, |vectors| vectors.count());
+            self.interrupt((0..count).collect());
+        }
+    }
+
+    /// Keeps the function from interrupting and from moving data until its driver configures it anew.
+    pub(super) fn silence(&mut self) {
+        self.stop();
     }
 
     /// Has the host tell of what it wants of the function, and of failures, as far as it does.
@@ -172,7 +214,10 @@ impl VfioFunction {
 
     /// Brings the function in line with what the guest configured.
     fn follow(&mut self) {
-        let mode = self.side.mode();
+        let mode = match self.withheld {
+            true => Mode::Off,
+            false => self.side.mode(),
+        };
         let address = self.device.address();
         if self.refused.mode != Some(mode) {
             self.refused.mode = None;
@@ -276,6 +321,7 @@ impl PciFunction for VfioFunction {
         self.stop();
         self.unmap_memory();
         self.refused = Refused::default();
+        self.withheld = false;
         self.side.reset();
     }
 }

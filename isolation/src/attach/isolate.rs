@@ -40,6 +40,7 @@ use crate::domain::{Domain, DomainConfig};
 use crate::fault_image::{Keeper, Subject};
 use crate::guest::addr::GvaRange;
 use crate::guest::btf::Btf;
+use crate::guest::memory_model::mapping_of_memory;
 use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::guest::symbols::SymbolTable;
@@ -428,6 +429,16 @@ fn make_domain(
         cpuid: &registers.cpuid,
         sregs: &registers.sregs,
         monitor_gpa: vmm::layout::UNUSED.0,
+        moving: match request.memory_moves {
+            true => {
+                let virt = VirtMemory {
+                    space: registers.space,
+                    memory: memory.as_ref(),
+                };
+                mapping_of_memory(&request.symbols, &virt)
+            }
+            false => None,
+        },
         host_memory: host_memory.clone(),
         driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
         each_store: request.contain == Contain::Exact,

@@ -93,6 +93,9 @@ pub struct IsolateRequest {
     pub device: Option<Arc<dyn Holdable>>,
     /// PCI slots of these devices; the functions' locks are the devices' own.
     pub device_slots: Vec<u8>,
+    /// The guest has devices that cannot be held and write its memory while calls run: functions of the host, NICs in other
+    /// processes.
+    pub memory_moves: bool,
     /// Processor time of its own that a call may take before it is aborted, over all of its parts and runs.
     pub budget: Duration,
     /// Decides what becomes of calls that failed.

@@ -3,6 +3,8 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `view` | copy-on-write view of guest memory |
+//! | `bases` | pages that a device writes while they are read |
+//! | `moving` | pages that devices write while calls run |
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |
 //! | `roots` | driver root and kernel root |
 //! | `private_vm` | the KVM side |
@@ -20,6 +22,7 @@
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
+mod bases;
 pub mod console;
 pub mod effects;
 pub mod error;
@@ -30,6 +33,7 @@ pub mod kept;
 mod lasting;
 pub mod list_links;
 pub mod monitor;
+mod moving;
 pub mod overlay;
 pub mod private_vm;
 pub mod roots;
@@ -65,6 +69,8 @@ use waiting::Waiting;
 use warm::WarmPages;
 use watchdog::Watchdog;
 
+use crate::guest::addr::GvaRange;
+
 /// Longest instruction, in bytes (Intel SDM volume 2, section 2.3.11).
 pub(crate) const MAX_INSTRUCTION: usize = 15;
 
@@ -95,6 +101,9 @@ pub struct DomainConfig<'a> {
     pub common: Vec<u64>,
     /// Each store to a page that holds objects of others, too, is looked at; only the first to each page otherwise.
     pub each_store: bool,
+    /// Kernel addresses of memory that devices write while calls run, because they cannot be held: what calls do not write
+    /// of it is not written back by them. `None` if all devices can.
+    pub moving: Option<GvaRange>,
     /// Where memory of the host is charged that calls make it keep: one account for all domains of a guest.
     pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
@@ -137,6 +146,9 @@ pub struct Domain {
     redirects: HashMap<u64, u64>,
     /// Virtual address by which the driver writes a page.
     opened: HashMap<Pfn, u64>,
+    /// Kernel addresses of memory that devices write while calls run.
+    moving: Option<GvaRange>,
+    copied: moving::Copied,
     slot_bases: Vec<Pfn>,
     adopted: Option<Adopted>,
     watchdog: Watchdog,
@@ -154,7 +166,10 @@ pub struct Domain {
 impl Domain {
     /// Makes a domain. The guest must not run meanwhile.
     pub fn new(config: DomainConfig<'_>) -> Result<Self, DomainError> {
-        let view = PrivateView::new(config.memory)?;
+        let mut view = PrivateView::new(config.memory)?;
+        if config.moving.is_some() {
+            view.keep_bases();
+        }
         let cr3 = config.sregs.cr3;
         let va = free_va(&view, cr3)?;
         let (driver, kernel) = ROOT_OFFSETS;
@@ -170,7 +185,7 @@ impl Domain {
         }
         let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
         let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid)?;
-        let roots = Roots::new(cr3);
+        let roots = Roots::new(cr3, config.moving);
         let mut domain = Self {
             slot_bases: private_vm::slot_bases(&view),
             vm,
@@ -191,6 +206,8 @@ impl Domain {
             patched: HashMap::new(),
             redirects: HashMap::new(),
             opened: HashMap::new(),
+            moving: config.moving,
+            copied: moving::Copied::default(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: (0, 0),
@@ -362,7 +379,7 @@ impl Domain {
         let mut stale = std::mem::take(&mut self.stale);
         stale.sort_unstable();
         stale.dedup();
-        Ok(self.view.drop_pages(&stale)?)
+        self.drop_copies(&stale)
     }
 
     /// Takes over K's control registers if they changed; says whether they did.
@@ -392,6 +409,7 @@ impl Domain {
     }
 
     fn build_roots(&mut self, cr3: u64) -> Result<(), DomainError> {
+        self.copied.clear();
         Ok(self
             .roots
             .build(cr3, &self.fixed, &self.view, &mut self.monitor)?)
@@ -424,7 +442,7 @@ impl Domain {
     /// The driver may not write these pages any more.
     fn close(&mut self, pages: &[(Pfn, u64)]) {
         for (pfn, page) in pages {
-            self.roots.close(*page, &mut self.monitor);
+            self.roots.close(Root::Driver, *page, &mut self.monitor);
             self.opened.remove(pfn);
         }
     }

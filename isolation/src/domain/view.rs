@@ -13,7 +13,11 @@
 //! Rule for all page accesses by reference: nobody else writes the two pages meanwhile. The caller holds the
 //! guest's other vCPUs and its emulated devices (see `transaction`). Where that is not so, because a domain is made or
 //! looked at between calls, bytes are copied: whoever writes meanwhile then makes them differ, and nothing worse.
+//!
+//! A device that cannot be held, of the host or in another process, writes K's pages whenever it likes. A view of such a
+//! guest remembers what its copies were made from (`bases`), and compares with that.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,6 +29,7 @@ use vm_memory::{
     MmapRegion,
 };
 
+use super::bases::{copy_down, take_over};
 use crate::policy::diff::PageMask;
 
 /// Size of a page in bytes; the view works on whole pages.
@@ -79,6 +84,8 @@ pub enum ViewError {
 pub struct PrivateView {
     shared: Arc<GuestMemory>,
     private: GuestMemory,
+    /// What copies were made from, if devices write K's pages meanwhile; of those that the host knows of.
+    bases: Option<HashMap<Pfn, Box<Page>>>,
 }
 
 impl PrivateView {
@@ -107,7 +114,58 @@ impl PrivateView {
             regions.push(GuestRegionMmap::new(mapping, gpa).ok_or(ViewError::Layout)?);
         }
         let private = GuestMemory::from_regions(regions).map_err(|_| ViewError::Layout)?;
-        Ok(Self { shared, private })
+        Ok(Self {
+            shared,
+            private,
+            bases: None,
+        })
+    }
+
+    /// Remembers what copies are made from, from now on: devices write K's pages while calls run.
+    pub fn keep_bases(&mut self) {
+        self.bases.get_or_insert_default();
+    }
+
+    /// Whether it remembers that.
+    pub fn keeps_bases(&self) -> bool {
+        self.bases.is_some()
+    }
+
+    /// Makes P's page a copy of K's, before P writes to it, and remembers what it is a copy of. Nothing is done if that is
+    /// known already, or is not to be remembered. P must not have a copy of which nobody knows: it would be lost.
+    pub fn begin_copy(&mut self, pfn: Pfn) -> Result<(), ViewError> {
+        match &self.bases {
+            Some(bases) if !bases.contains_key(&pfn) => self.refresh(pfn),
+            _ => Ok(()),
+        }
+    }
+
+    /// K's bytes of a page as they were when P's copy was made, as far as that is remembered; as they are otherwise.
+    pub fn before(&self, pfn: Pfn) -> Result<&Page, ViewError> {
+        match self.bases.as_ref().and_then(|bases| bases.get(&pfn)) {
+            Some(base) => Ok(base),
+            None => self.shared_page(pfn),
+        }
+    }
+
+    /// What P's copy has otherwise than the page that it was made from.
+    pub fn changes(&self, pfn: Pfn) -> Result<PageMask, ViewError> {
+        Ok(PageMask::changed(
+            self.before(pfn)?,
+            self.private_page(pfn)?,
+        ))
+    }
+
+    /// Takes what devices have written to K's page since P's copy was made over into that, where P has not written.
+    pub fn take_over(&mut self, pfn: Pfn) -> Result<(), ViewError> {
+        let shared = page_pointer(&self.shared, pfn)?;
+        let private = page_pointer(&self.private, pfn)?;
+        if let Some(base) = self.bases.as_mut().and_then(|bases| bases.get_mut(&pfn)) {
+            // SAFETY: both are whole mapped pages (`page_pointer`); P runs on the calling thread only, so not now, and
+            // `&mut self` makes this the only access to its page.
+            unsafe { take_over(shared, base, &mut *private) };
+        }
+        Ok(())
     }
 
     /// The shared memory: what K and its devices see.
@@ -224,13 +282,28 @@ impl PrivateView {
     pub fn refresh(&mut self, pfn: Pfn) -> Result<(), ViewError> {
         let from = page_pointer(&self.shared, pfn)?;
         let to = page_pointer(&self.private, pfn)?;
-        // SAFETY: as in `publish`, with whole pages.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, 1) };
+        let Some(bases) = &mut self.bases else {
+            // SAFETY: as in `publish`, with whole pages.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, 1) };
+            return Ok(());
+        };
+        let base = bases
+            .entry(pfn)
+            .or_insert_with(|| Box::new([0; PAGE_SIZE as usize]));
+        // SAFETY: `from` is a whole mapped page, which is read word by word as others may be writing it; `to` is as in
+        // `publish`.
+        unsafe {
+            copy_down(from, base);
+            to.write(**base);
+        }
         Ok(())
     }
 
     /// Drops all private copies: P sees K's pages only.
     pub fn drop_all(&mut self) -> Result<(), ViewError> {
+        if let Some(bases) = &mut self.bases {
+            bases.clear();
+        }
         for region in self.private.iter() {
             let bytes = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;
             // SAFETY: as in `drop_pages`, with the whole of a region's mapping.
@@ -246,6 +319,11 @@ impl PrivateView {
     /// Drops the private copies of `pfns` (sorted, no duplicates): P sees K's pages again. Returns the
     /// number of system calls made, one for each run of adjacent pages.
     pub fn drop_pages(&mut self, pfns: &[Pfn]) -> Result<u32, ViewError> {
+        if let Some(bases) = &mut self.bases {
+            for pfn in pfns {
+                bases.remove(pfn);
+            }
+        }
         let mut calls = 0;
         let mut rest = pfns;
         while let Some(first) = rest.first() {
@@ -363,6 +441,54 @@ mod tests {
             view.private_page(Pfn(1)).unwrap(),
             view.shared_page(Pfn(1)).unwrap()
         );
+    }
+
+    #[test]
+    fn what_a_device_writes_meanwhile_is_no_change_of_ps() {
+        let shared = test_memory(4);
+        shared.write_obj(0x1111u16, GuestAddress(0x1000)).unwrap();
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        view.keep_bases();
+        view.begin_copy(Pfn(1)).unwrap();
+        view.private_page_mut(Pfn(1)).unwrap()[8] = 0x22;
+        shared.write_obj(0x33u8, GuestAddress(0x1fff)).unwrap();
+        // A copy that is known of is not made again.
+        view.begin_copy(Pfn(1)).unwrap();
+        let changes = view.changes(Pfn(1)).unwrap();
+        assert_eq!(changes.runs().collect::<Vec<_>>(), [8..9]);
+        view.publish(Pfn(1), &changes).unwrap();
+        let now = view.copy_shared(Pfn(1)).unwrap();
+        assert_eq!((now[0], now[8], now[0xfff]), (0x11, 0x22, 0x33));
+        // Without it the byte would have gone.
+        assert_eq!(view.private_page(Pfn(1)).unwrap()[0xfff], 0);
+        assert_eq!(view.before(Pfn(1)).unwrap()[8], 0);
+        view.refresh(Pfn(1)).unwrap();
+        assert_eq!(view.private_page(Pfn(1)).unwrap()[0xfff], 0x33);
+        assert!(view.changes(Pfn(1)).unwrap().is_empty());
+        // A page that is dropped follows the guest's, and its next copy begins anew.
+        view.drop_pages(&[Pfn(1)]).unwrap();
+        shared.write_obj(0x44u8, GuestAddress(0x1002)).unwrap();
+        view.begin_copy(Pfn(1)).unwrap();
+        assert_eq!(view.before(Pfn(1)).unwrap()[2], 0x44);
+    }
+
+    #[test]
+    fn what_a_device_has_written_is_taken_over_where_p_has_not() {
+        let shared = test_memory(4);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        view.keep_bases();
+        view.begin_copy(Pfn(1)).unwrap();
+        view.private_page_mut(Pfn(1)).unwrap()[3] = 1;
+        shared.write_obj([7u8; 8], GuestAddress(0x1000)).unwrap();
+        shared.write_obj(9u8, GuestAddress(0x1800)).unwrap();
+        view.take_over(Pfn(1)).unwrap();
+        let page = view.private_page(Pfn(1)).unwrap();
+        assert_eq!(page[..8], [7, 7, 7, 1, 7, 7, 7, 7]);
+        assert_eq!(page[0x800], 9);
+        let changes = view.changes(Pfn(1)).unwrap();
+        assert_eq!(changes.runs().collect::<Vec<_>>(), [3..4]);
+        // Nothing is known of this page.
+        view.take_over(Pfn(2)).unwrap();
     }
 
     #[test]

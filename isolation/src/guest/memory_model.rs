@@ -64,6 +64,26 @@ impl Field {
     }
 }
 
+/// The kernel's half up to where its image and modules are mapped (Documentation/x86/x86_64/mm.rst).
+const KERNEL_HALF: (Gva, Gva) = (Gva(0xffff_8000_0000_0000), Gva(0xffff_ffff_8000_0000));
+
+/// Where the kernel has all memory mapped, by which it writes what devices write, too; all that may be it where that is not
+/// known.
+pub fn mapping_of_memory<M: GuestPhys>(
+    symbols: &SymbolTable,
+    virt: &VirtMemory<'_, M>,
+) -> Option<GvaRange> {
+    let base = |name| {
+        let symbol = symbols.kernel_symbol(name)?;
+        virt.read_u64(symbol.at).ok().map(Gva)
+    };
+    let (half, image) = KERNEL_HALF;
+    let [direct_map, vmalloc, _] = BASES.map(base);
+    let known = direct_map.zip(vmalloc).filter(|(from, _)| *from >= half);
+    let known = known.and_then(|(from, end)| GvaRange::until(from, end.min(image)));
+    known.or_else(|| GvaRange::until(half, image))
+}
+
 /// Where the kernel keeps what it knows about its memory.
 #[derive(Debug, Clone, Copy)]
 pub struct MemoryModel {

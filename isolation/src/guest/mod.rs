@@ -10,7 +10,7 @@ pub mod btf;
 pub mod cold;
 pub mod fault_tables;
 pub mod gate;
-mod memory_model;
+pub(crate) mod memory_model;
 pub mod module_text;
 pub mod modules;
 pub mod paging;

@@ -348,6 +348,7 @@ impl Guest {
             guest_only: Vec::new(),
             device: None,
             device_slots: Vec::new(),
+            memory_moves: false,
             budget: Duration::from_secs(10),
             policy: Box::new(ReturnErrors),
             sleep_limit: Duration::ZERO,

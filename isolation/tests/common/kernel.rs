@@ -33,6 +33,10 @@ pub struct Kernel {
     pub device_value: u64,
     /// How long the host works for each device load.
     pub device_works: std::time::Duration,
+    /// What the device writes by itself each time that it is reached: guest physical addresses and bytes.
+    pub dma: Vec<(u64, u8)>,
+    /// It does so where a test puts it back, so that memory is not as it was at its checkpoint.
+    pub moves_data: bool,
     /// Offsets of registers whose loads have no effect, and to which stores change nothing of what those show.
     pub flushes: Vec<u64>,
     pub flushes_past: Vec<u64>,
@@ -75,6 +79,15 @@ impl Kernel {
         Self {
             writable: vec![(DRIVER_DATA, PAGE)],
             ..Default::default()
+        }
+    }
+
+    fn move_data(&self) {
+        let memory = self.memory.iter();
+        for (memory, (gpa, byte)) in
+            memory.flat_map(|memory| self.dma.iter().map(move |one| (memory, one)))
+        {
+            memory.write_obj(*byte, GuestAddress(*gpa)).unwrap();
         }
     }
 }
@@ -141,6 +154,7 @@ impl Supervisor for Kernel {
         DEVICE_PORTS.contains(&port)
     }
     fn device_read(&mut self, _: DeviceAddress, _: usize) -> u64 {
+        self.move_data();
         let start = std::time::Instant::now();
         while start.elapsed() < self.device_works {
             std::hint::spin_loop();
@@ -158,6 +172,7 @@ impl Supervisor for Kernel {
                 .any(|offset| at == DeviceAddress::Memory(DEVICE_GPA + offset))
         };
         let waiting: Vec<_> = waiting.collect();
+        self.move_data();
         let may =
             is_of(&self.flushes, at) && waiting.into_iter().all(|at| is_of(&self.flushes_past, at));
         may.then_some(self.device_value)
@@ -170,6 +185,9 @@ impl Supervisor for Kernel {
         self.device_writes.push((at, value, bytes));
     }
     fn device_uses_memory(&self, at: DeviceAddress, _: usize, access: Access) -> bool {
+        if access == Access::Store {
+            self.move_data();
+        }
         let is_alone = |offset: &u64| at == DeviceAddress::Memory(DEVICE_GPA + offset);
         match access {
             Access::Load => self.registers_alone.is_empty(),
@@ -184,7 +202,7 @@ impl Supervisor for Kernel {
         self.restores += 1;
         let now = self.memory.as_deref().map(all_of).unwrap_or_default();
         assert!(
-            now == self.at_checkpoint,
+            self.moves_data || now == self.at_checkpoint,
             "the device is put back before the memory that it looks at"
         );
         self.device_writes.clear();

@@ -67,6 +67,8 @@ pub struct Guest {
     pub host_memory: HostMemory,
     /// Domains look at each store.
     pub each_store: bool,
+    /// Kernel addresses of memory that somebody else writes while calls run.
+    pub moving: Option<GvaRange>,
     next_table: u64,
 }
 
@@ -114,6 +116,7 @@ impl Guest {
             sregs,
             host_memory: HostMemory::default(),
             each_store: false,
+            moving: None,
             next_table: 0x2000,
         };
         for page in 0..2 {
@@ -226,6 +229,7 @@ impl Guest {
             cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
             sregs: &self.sregs,
             monitor_gpa,
+            moving: self.moving,
             host_memory: self.host_memory.clone(),
             driver_text: vec![DRIVER_TEXT, DRIVER_TEXT + PAGE],
             common: vec![THUNKS],

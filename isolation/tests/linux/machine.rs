@@ -299,6 +299,7 @@ impl Machine {
             model: self.settings.model.clone(),
             guest_only: self.settings.guest_only.clone(),
             device_slots: device.iter().map(|_| self.nic_slot).collect(),
+            memory_moves: false,
             device: device.map(|device| Arc::new(device) as _),
             budget: BUDGET,
             policy: match self.settings.retry {

@@ -98,6 +98,7 @@ impl Stress {
                 guest_only: Vec::new(),
                 device: Some(self.device.clone()),
                 device_slots: Vec::new(),
+                memory_moves: false,
                 budget: Duration::from_millis(100),
                 policy: Box::new(ReturnErrors),
                 sleep_limit: Duration::ZERO,

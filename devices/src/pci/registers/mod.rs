@@ -183,6 +183,20 @@ impl Description {
         })
     }
 
+    /// Guest memory that the device writes by itself: address and length of each ring that it uses, in bytes.
+    pub fn rings(&self, registers: &mut dyn RegisterAccess) -> Vec<(u64, u64)> {
+        let mut access = Access(registers);
+        let rings = self.ring.iter();
+        let used = rings.filter_map(|ring| ring.in_use(&mut access));
+        used.map(|(address, bytes)| (address, bytes as u64))
+            .collect()
+    }
+
+    /// Stops the device's units and masks its interrupts: nobody drives it any more.
+    pub fn silence(&self, registers: &mut dyn RegisterAccess) {
+        self.stop(&mut Access(registers));
+    }
+
     /// Puts a state back. On an error the function is in no state that can be relied on, with its units stopped if
     /// it still listens.
     pub fn put_back(

@@ -9,6 +9,8 @@
 //!               monitor area     as its pages say
 //! ```
 //!
+//! Memory that devices write while calls run is read-only in the kernel root as well, until it is opened (`moving`).
+//!
 //! A root is filled on demand. An entry either *links* a whole sub-tree of the guest's own tables
 //! (with write and execute taken away where the root's default says so: permissions of all levels are
 //! combined, Intel SDM volume 3, section 4.6), or leads to a *mirror*, a table in the monitor area
@@ -26,6 +28,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::monitor::{self, MAPPED_PAGES, Monitor, TABLE_PAGES};
 use super::view::{PAGE_SIZE, PrivateView, ViewError};
+use crate::guest::addr::{Gva, GvaRange};
 pub use entry::{Permissions, Root};
 use entry::{bits, index, prefix, restrict, shift, split, without_used};
 
@@ -79,6 +82,8 @@ struct RootState {
 #[derive(Debug)]
 pub struct Roots {
     cr3: u64,
+    /// Memory that is read-only in the kernel root until it is opened.
+    moving: Option<GvaRange>,
     driver: RootState,
     kernel: RootState,
     /// Entries below the top level.
@@ -109,10 +114,11 @@ pub struct FixedPages {
 }
 
 impl Roots {
-    /// Empty roots that follow the tables at `cr3`.
-    pub fn new(cr3: u64) -> Self {
+    /// Empty roots that follow the tables at `cr3`. `moving` is read-only in the kernel root, too, until it is opened.
+    pub fn new(cr3: u64, moving: Option<GvaRange>) -> Self {
         Self {
             cr3,
+            moving,
             driver: RootState::default(),
             kernel: RootState::default(),
             sources: Vec::new(),
@@ -139,7 +145,7 @@ impl Roots {
     ) -> Result<(), RootError> {
         *self = Self {
             rebuilds: self.rebuilds + 1,
-            ..Self::new(cr3)
+            ..Self::new(cr3, self.moving)
         };
         for top in [DRIVER_TOP, KERNEL_TOP] {
             monitor.page_mut(top).fill(0);
@@ -274,11 +280,8 @@ impl Roots {
             }
             let below = self.has_special_below(root, level, page);
             if level == 1 || !below {
-                let leaf = if level == 1 {
-                    restrict(root, entry, special)
-                } else {
-                    restrict(root, entry, None)
-                };
+                let special = special.filter(|_| level == 1);
+                let leaf = self.restricted(root, (level, page), entry, special);
                 put_entry(monitor, mirror, at, leaf);
                 self.remember(level, at, source);
                 if let (1, Some((entry, from))) = (level, large) {
@@ -325,12 +328,26 @@ impl Roots {
         for at in 0..512 {
             let va = first + at * PAGE_SIZE;
             let special = self.state(root).special.get(&va).copied();
-            put_entry(
-                monitor,
-                mirror,
-                at,
-                restrict(root, split(entry, from, 1, va), special),
-            );
+            let entry = self.restricted(root, (1, va), split(entry, from, 1, va), special);
+            put_entry(monitor, mirror, at, entry);
+        }
+    }
+
+    /// `entry`, which covers `va` at its level, with the permissions that `root` gives.
+    fn restricted(
+        &self,
+        root: Root,
+        (level, va): (u8, u64),
+        entry: u64,
+        special: Option<Permissions>,
+    ) -> u64 {
+        let entry = restrict(root, entry, special);
+        let covered = GvaRange::aligned(Gva(va), 1 << shift(level));
+        let moving = self.moving.filter(|_| root == Root::Kernel);
+        let is_moving = moving.is_some_and(|moving| moving.intersection(&covered).is_some());
+        match special {
+            None if is_moving => entry & !bits::WRITE,
+            _ => entry,
         }
     }
 

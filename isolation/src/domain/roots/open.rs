@@ -1,4 +1,4 @@
-//! Pages that the driver root lets P write.
+//! Pages that a root lets P write, though it does not do so by default.
 
 use std::collections::HashSet;
 
@@ -8,33 +8,33 @@ use super::entry::{bits, index, prefix};
 use super::{Fill, Permissions, Root, RootError, Roots, entry_at, put_entry};
 
 impl Roots {
-    /// Lets P write the page at `va` in the driver root.
+    /// Lets P write the page at `va` in `root`, as far as the guest lets it.
     pub fn open(
         &mut self,
+        root: Root,
         va: u64,
         view: &PrivateView,
         monitor: &mut Monitor,
     ) -> Result<Fill, RootError> {
         let page = va & !(PAGE_SIZE - 1);
-        let execute = self
-            .driver
-            .special
-            .get(&page)
-            .is_some_and(|special| special.execute);
-        self.driver.special.insert(
+        let special = &mut self.state_mut(root).special;
+        // In the kernel root nothing else is taken away from a page.
+        let execute =
+            root == Root::Kernel || special.get(&page).is_some_and(|special| special.execute);
+        special.insert(
             page,
             Permissions {
                 write: true,
                 execute,
             },
         );
-        self.fill(Root::Driver, page, view, monitor)
+        self.fill(root, page, view, monitor)
     }
 
-    /// Closes the page at `page`, if it is open for writing in the driver root: it can be read still. Not while P is on that
+    /// Closes the page at `page`, if it is open for writing in `root`: it can be read still. Not while P is on that
     /// root: the processor may remember that it was open.
-    pub fn close(&mut self, page: u64, monitor: &mut Monitor) {
-        let entry = self.close_entry(page);
+    pub fn close(&mut self, root: Root, page: u64, monitor: &mut Monitor) {
+        let entry = self.close_entry(root, page);
         if let Some((table, at)) = entry {
             let value = entry_at(monitor, table, at);
             put_entry(monitor, table, at, value & !(bits::WRITE | bits::DIRTY));
@@ -42,23 +42,22 @@ impl Roots {
     }
 
     /// Takes the right to write the page at `page` away; where its entry is, if there is one that says otherwise.
-    fn close_entry(&mut self, page: u64) -> Option<(u64, u64)> {
-        let special = self.driver.special.get_mut(&page)?;
+    fn close_entry(&mut self, root: Root, page: u64) -> Option<(u64, u64)> {
+        let state = self.state_mut(root);
+        let special = state.special.get_mut(&page)?;
         special.write = false;
-        if !special.execute {
-            self.driver.special.remove(&page);
+        if !special.execute || root == Root::Kernel {
+            state.special.remove(&page);
         }
-        let table = self.driver.mirrors.get(&(1, prefix(page, 1)))?;
+        let table = state.mirrors.get(&(1, prefix(page, 1)))?;
         Some((*table, index(page, 1)))
     }
 
-    /// Whether the page at `va` is open for writing in the driver root.
-    pub fn is_open(&self, va: u64) -> bool {
+    /// Whether the page at `va` was opened for writing in `root`.
+    pub fn is_open(&self, root: Root, va: u64) -> bool {
         let page = va & !(PAGE_SIZE - 1);
-        self.driver
-            .special
-            .get(&page)
-            .is_some_and(|special| special.write)
+        let special = self.state(root).special.get(&page);
+        special.is_some_and(|special| special.write)
     }
 
     /// The pages that are open for writing in the driver root.
@@ -73,7 +72,7 @@ impl Roots {
     /// up anew at its next access.
     pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
         for page in self.open_pages().difference(keep) {
-            if let Some((table, at)) = self.close_entry(*page) {
+            if let Some((table, at)) = self.close_entry(Root::Driver, *page) {
                 put_entry(monitor, table, at, 0);
             }
         }

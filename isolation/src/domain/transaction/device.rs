@@ -85,13 +85,16 @@ impl Call<'_> {
         // A load that only flushes stores: they arrive when the call commits, and nobody uses the device before.
         let waiting = &mut self.posted.iter().map(|write| write.at);
         if let Some(value) = self.supervisor.device_read_past(at, bytes, waiting) {
+            self.take_over()?;
             return Ok(Ok(value));
         }
         let uses_memory =
             self.posted_use_memory || self.supervisor.device_uses_memory(at, bytes, Access::Load);
         if !uses_memory {
             self.reach_registers();
-            return Ok(Ok(self.supervisor.device_read(at, bytes)));
+            let value = self.supervisor.device_read(at, bytes);
+            self.take_over()?;
+            return Ok(Ok(value));
         }
         if let Some(kind) = self.reach_device()? {
             return Ok(Err(kind));
@@ -152,7 +155,7 @@ impl Call<'_> {
         self.checkpoint_device();
         for (pfn, mask) in changes {
             let view = &self.domain.view;
-            let (old, new) = (view.shared_page(pfn)?, view.private_page(pfn)?);
+            let (old, new) = (view.before(pfn)?, view.private_page(pfn)?);
             self.supervisor.publishing(pfn.0 * PAGE_SIZE, old);
             if let Some(journal) = &mut self.journal {
                 journal.record(pfn, old, new);
@@ -183,6 +186,17 @@ impl Call<'_> {
             self.reached_device = true;
             self.journal_device();
         }
+    }
+
+    /// What devices have written before a load is seen by whoever made it (PCI Local Bus Specification 3.0, 3.2.5), also in
+    /// private copies. Nothing where they write nothing meanwhile.
+    fn take_over(&mut self) -> Result<(), DomainError> {
+        if self.domain.view.keeps_bases() {
+            for pfn in self.private_pages()? {
+                self.domain.view.take_over(pfn)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes over into private copies what the device wrote.

@@ -118,7 +118,7 @@ impl Call<'_> {
     }
 
     fn open_for_a_step(&mut self, page: u64) -> Result<(), DomainError> {
-        if self.domain.roots.is_open(page) {
+        if self.domain.roots.is_open(Root::Driver, page) {
             return Ok(());
         }
         let translation = self.domain.roots.translate(page, &self.domain.view)?;
@@ -170,6 +170,7 @@ impl Call<'_> {
                 page[offset..offset + bytes].to_vec()
             }
         };
+        self.begin_copy(repeated.to, to)?;
         let page = self.domain.view.private_page_mut(to)?;
         page[to_offset..to_offset + bytes].copy_from_slice(&source);
         self.note_host_written(to);

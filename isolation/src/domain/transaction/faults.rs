@@ -114,7 +114,11 @@ impl Call<'_> {
             }
             return Ok(self.real_exception(frame, address, root, regs));
         }
-        if write && root == Root::Driver && !self.domain.roots.is_open(address) {
+        let is_closed = self.domain.moves(address) && !self.domain.roots.is_open(root, address);
+        if write && root == Root::Kernel && is_closed {
+            self.open_in(root, address)?;
+        }
+        if write && root == Root::Driver && !self.domain.roots.is_open(root, address) {
             // Device registers are judged when the access arrives as an exit of its own.
             let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
             let is_others = is_memory && !self.in_own_stack(address);

@@ -58,7 +58,7 @@ impl Call<'_> {
         if let Some(journal) = &mut self.journal {
             for pfn in &pages {
                 let view = &self.domain.view;
-                let (old, new) = (view.shared_page(*pfn)?, view.private_page(*pfn)?);
+                let (old, new) = (view.before(*pfn)?, view.private_page(*pfn)?);
                 journal.record(*pfn, old, new);
             }
         }
@@ -87,7 +87,7 @@ impl Call<'_> {
         dropped.extend(domain.warm.admit(&rest));
         dropped.sort_unstable();
         // The call is in the guest by now, and nothing may fail any more: what is not dropped now is before the next.
-        match domain.view.drop_pages(&dropped) {
+        match domain.drop_copies(&dropped) {
             Ok(calls) => self.stats.other_syscalls += calls,
             Err(_) => domain.stale.extend(dropped),
         }
@@ -104,7 +104,7 @@ impl Call<'_> {
         let view = &self.domain.view;
         let mut changes = Vec::new();
         for pfn in pages {
-            let mask = PageMask::changed(view.shared_page(*pfn)?, view.private_page(*pfn)?);
+            let mask = view.changes(*pfn)?;
             if !mask.is_empty() {
                 changes.push((*pfn, mask));
             }

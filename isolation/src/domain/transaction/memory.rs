@@ -43,21 +43,57 @@ impl Call<'_> {
         self.harvested.dedup();
         let more = self.harvested.len().saturating_sub(self.copies_charged);
         self.copies_charged += more;
-        self.kept.grow(more as u64 * PAGE_SIZE)
+        let copies = 1 + u64::from(self.domain.view.keeps_bases());
+        self.kept.grow(more as u64 * copies * PAGE_SIZE)
     }
 
+    /// Lets P write the page at `va` in the driver root.
     pub(super) fn open(&mut self, va: u64) -> Result<(), DomainError> {
+        self.open_in(Root::Driver, va)
+    }
+
+    /// Lets P write the page at `va` in `root`.
+    pub(super) fn open_in(&mut self, root: Root, va: u64) -> Result<(), DomainError> {
         let domain = &mut *self.domain;
         self.stats.opened += 1;
-        match domain.roots.open(va, &domain.view, &mut domain.monitor) {
+        match domain
+            .roots
+            .open(root, va, &domain.view, &mut domain.monitor)
+        {
             Err(RootError::OutOfTables) => {
-                self.rebuild(Root::Driver)?;
+                self.rebuild(root)?;
                 let domain = &mut *self.domain;
-                domain.roots.open(va, &domain.view, &mut domain.monitor)?;
-                Ok(())
+                domain
+                    .roots
+                    .open(root, va, &domain.view, &mut domain.monitor)?;
             }
-            other => Ok(other.map(|_| ())?),
+            other => drop(other?),
         }
+        if self.domain.moves(va)
+            && let Some(at) = self.domain.roots.translate(va, &self.domain.view)?
+        {
+            let pfn = Pfn::of(at.gpa);
+            self.begin_copy(va, pfn)?;
+            self.domain.copied.note(pfn, root, va & !(PAGE_SIZE - 1));
+        }
+        Ok(())
+    }
+
+    /// Before P writes to page `pfn` at `va`: makes its copy, and remembers of what, if devices write it meanwhile.
+    pub(super) fn begin_copy(&mut self, va: u64, pfn: Pfn) -> Result<(), DomainError> {
+        if !self.domain.moves(va) || !self.domain.view.contains(pfn) {
+            return Ok(());
+        }
+        // What P has written by another address is not to be lost.
+        self.harvest()?;
+        if self.harvested.contains(&pfn) || self.host_written.contains(&pfn) {
+            return Ok(());
+        }
+        self.domain.view.begin_copy(pfn)?;
+        if !self.domain.warm.contains(pfn) {
+            self.note_host_written(pfn);
+        }
+        Ok(())
     }
 
     pub(super) fn fill(&mut self, root: Root, va: u64) -> Result<Fill, DomainError> {

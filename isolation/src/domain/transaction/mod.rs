@@ -414,7 +414,7 @@ impl Call<'_> {
         let stub = self.domain.monitor.exit_stub();
         self.write_slot(self.return_slot, stub)?;
         for va in [rsp.wrapping_sub(8), rsp.wrapping_sub(PAGE_SIZE / 2)] {
-            if self.in_own_stack(va) && !self.domain.roots.is_open(va) {
+            if self.in_own_stack(va) && !self.domain.roots.is_open(Root::Driver, va) {
                 self.open(va)?;
             }
         }
@@ -428,7 +428,7 @@ impl Call<'_> {
 
     /// Opens the page at `va`, where the call will probably store, if that would open it.
     pub(super) fn open_expected(&mut self, va: u64) -> Result<(), DomainError> {
-        if self.domain.roots.is_open(va) {
+        if self.domain.roots.is_open(Root::Driver, va) {
             return Ok(());
         }
         let translation = self.domain.roots.translate(va, &self.domain.view)?;

@@ -41,7 +41,7 @@ use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
-use super::reach::{Names, OwnTypes, Rules, Start, member_range};
+use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
@@ -65,6 +65,9 @@ use shared_counts::SharedCounts;
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
+
+/// The same, of which they write one member alone; the variable has the name of its type. `dev_xmit_recursion_inc`.
+const PER_CPU_MEMBERS: &[(&str, &str)] = &[("softnet_data", "xmit.recursion")];
 
 /// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
 const PER_CPU_END: &str = "__per_cpu_end";
@@ -172,6 +175,8 @@ pub struct DriverPolicy {
     arrays: BTreeSet<Gva>,
     /// Where it has queues of packets.
     queues: BTreeSet<Gva>,
+    /// Its long arrays.
+    slots: BTreeSet<Slots>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
     /// Pages of slabs that were opened for what was handed out to a call. They stay open, and stores to others of their
@@ -210,6 +215,15 @@ impl DriverPolicy {
             let symbol = symbols.kernel_symbol(name)?;
             Some((*name, GvaRange::new(symbol.at, *bytes)?))
         };
+        let member = |(name, member): &(&'static str, &str)| {
+            let symbol = symbols.kernel_symbol(name)?;
+            let range = member_range(&types, types.find_struct(name)?, member)?;
+            let at = symbol.at.checked_add(range.first().0)?;
+            Some((*name, GvaRange::new(at, range.len_bytes())?))
+        };
+        let members = PER_CPU_MEMBERS.iter().filter_map(member);
+        let per_cpu_variables = PER_CPU_VARIABLES.iter().filter_map(variable);
+        let per_cpu_variables = per_cpu_variables.chain(members).collect();
         let mut current_task = CURRENT_TASK.iter();
         let current_task = current_task.find_map(|name| symbols.kernel_symbol(name));
         let task = types.find_struct("task_struct");
@@ -232,7 +246,7 @@ impl DriverPolicy {
             memory,
             rules: Rules::LINUX,
             table,
-            per_cpu_variables: PER_CPU_VARIABLES.iter().filter_map(variable).collect(),
+            per_cpu_variables,
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,
@@ -244,6 +258,7 @@ impl DriverPolicy {
             owned: Arc::default(),
             arrays: BTreeSet::new(),
             queues: BTreeSet::new(),
+            slots: BTreeSet::new(),
             handed_out: Vec::new(),
             opened_pages: BTreeSet::new(),
             sections: layout
@@ -338,6 +353,7 @@ impl DriverPolicy {
         }
         self.arrays.clear();
         self.queues.clear();
+        self.slots.clear();
         self.listed = false;
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);

@@ -10,7 +10,7 @@ use crate::guest::allocations::{Allocation, AllocationKind, Allocations, FindAll
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Lifetime, Object, ObjectKind, Permit};
-use crate::policy::reach::{Found, Reach, Reached, Start};
+use crate::policy::reach::{Found, Reach, Reached, Slots, Start};
 
 impl DriverPolicy {
     /// Finds a reason why the byte at `at` may be written, and opens what it lies in.
@@ -25,7 +25,7 @@ impl DriverPolicy {
             return true;
         }
         self.resolve(memory);
-        if self.table.may_write(one) {
+        if self.table.may_write(one) || self.open_in_slot(memory, at) {
             return true;
         }
         // A driver notes things in the descriptions of its own pages (`page->index`, `page->private`).
@@ -152,6 +152,7 @@ impl DriverPolicy {
             self.open_all(found.objects);
             self.arrays.extend(found.arrays);
             self.queues.extend(found.queues);
+            self.slots.extend(found.slots);
         }
         self.calls.iter_mut().for_each(|call| call.resolved = true);
     }
@@ -249,6 +250,33 @@ impl DriverPolicy {
             self.open(object.range, ObjectKind::Passing, object.label);
         }
         self.table.may_write(one)
+    }
+
+    /// What a slot of the driver's rings points at is its own, and what one pointed at when the call began: a driver takes a
+    /// packet out of its ring before it does something with it.
+    fn open_in_slot<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
+        if self.slots.is_empty() {
+            return false;
+        }
+        let Some(object) = self.memory.with(memory.private).allocation_at(at) else {
+            return false;
+        };
+        let stack = memory.stack;
+        if stack.is_some_and(|stack| stack.intersection(&object.range).is_some()) {
+            return false;
+        }
+        let slots: Vec<Slots> = self.slots.iter().copied().collect();
+        let range = object.range;
+        let held = self
+            .reach(memory.earlier(), memory, |reach| {
+                reach.held_in(&slots, range)
+            })
+            .or_else(|| self.reach(memory.private, memory, |reach| reach.held_in(&slots, range)));
+        if let Some(held) = held {
+            let found = self.reach(memory.private, memory, |reach| reach.objects_held(held));
+            self.open_all(found.objects);
+        }
+        self.table.may_write(GvaRange::aligned(at, 1))
     }
 
     /// What the driver keeps in its arrays is the driver's, also if it was handed out before anybody looked. It is looked

@@ -18,7 +18,15 @@ struct Kind {
 const KINDS: &[Kind] = &[
     // `dst_hold`, `dst_use_noref` (include/net/dst.h); a `rcuref_t` since Linux 6.4.
     Kind {
-        caches: &["ip_dst_cache", "ip6_dst_cache", "xfrm_dst_cache"],
+        // Named after their structures since Linux 6.9.
+        caches: &[
+            "ip_dst_cache",
+            "ip6_dst_cache",
+            "xfrm_dst_cache",
+            "rtable",
+            "rt6_info",
+            "xfrm_dst",
+        ],
         structure: "dst_entry",
         members: &["__refcnt", "__rcuref", "__use", "lastuse"],
     },

@@ -77,6 +77,10 @@ fn types() -> Arc<Btf> {
             ("prio", int, 0x48),
         ],
     );
+    let short = e.int("short unsigned int", 2, 0);
+    let xmit = [("recursion", short, 0), ("more", short, 2)];
+    let xmit = e.composite(4, "", 4, &xmit);
+    e.structure("softnet_data", 64, &[("xmit", xmit, 16)]);
     let common = e.structure("ns_common", 8, &[("inum", int, 0), ("count", count, 4)]);
     let module = [("percpu", pointer, 8), ("percpu_size", int, 16)];
     e.structure("module", 64, &module);
@@ -96,7 +100,9 @@ fn types() -> Arc<Btf> {
     let device = e.pointer(base.find_struct("net_device").unwrap());
     let void = e.pointer(TypeId::VOID);
     let int = e.int("int", 4, 1);
-    let ring = e.structure("my_ring", 64, &[]);
+    let packet = e.pointer(base.find_struct("sk_buff").unwrap());
+    let packets = e.array(packet, 12);
+    let ring = e.structure("my_ring", 128, &[("packets", packets, 32)]);
     let ring = e.pointer(ring);
     e.structure("my_private", 16, &[("dev", device, 0), ("ring", ring, 8)]);
     e.function("my_open", int, &[("dev", device)]);
@@ -147,7 +153,7 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n180 A softnet_data\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n",
         BASES,
         BASES + 8,
         BASES + 16,
@@ -183,6 +189,17 @@ fn ask(
     policy.may_write(&memory, GvaRange::new(Gva(at), bytes).unwrap())
 }
 
+/// `ip6tunnel_xmit` of Linux 6.12.
+#[test]
+fn of_a_variable_of_each_processor_one_member_may_be_written() {
+    let guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, PER_CPU + at, bytes);
+    assert!(may(0x180 + 16, 2));
+    assert!(!may(0x180 + 18, 2) && !may(0x180, 8));
+}
+
 #[test]
 fn arguments_and_the_drivers_variables_may_be_written_others_may_not() {
     let guest = guest();
@@ -200,6 +217,24 @@ fn arguments_and_the_drivers_variables_may_be_written_others_may_not() {
         !may(STACK, 8),
         "stacks are not asked for, and are no allocation of the call"
     );
+}
+
+/// `e1000_clean_rx_irq` of `e1000e`.
+#[test]
+fn a_packet_that_the_call_has_taken_out_of_a_long_ring_may_be_written() {
+    let ring = OBJECTS + 512;
+    let mut before = guest();
+    before.put(Gva(DEVICE + 96), &words(&[DEVICE, ring]), DATA);
+    let mut now = before.clone();
+    before.put(Gva(ring + 32 + 10 * 8), &words(&[PACKETS]), DATA);
+    now.put(Gva(ring + 32 + 10 * 8), &words(&[0]), DATA);
+    let mut policy = policy(&before);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(ask(&mut policy, &now, &before, PACKETS + 0x70, 4));
+    assert!(!ask(&mut policy, &now, &before, PACKETS + 256, 4));
+    policy.end(true);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    assert!(!ask(&mut policy, &now, &now, PACKETS + 0x70, 4), "gone");
 }
 
 #[test]

@@ -16,11 +16,15 @@ const MAX_NESTING: usize = 4;
 /// Most pointers of an array that are followed (`TCA_ACT_MAX_PRIO`, include/net/act_api.h).
 const MAX_POINTERS: u64 = 32;
 
-/// Where the member `name` of the structure `of` is, from its beginning.
+/// Where the member `name` of the structure `of` is, from its beginning; `a.b` is member `b` of the structure that is member `a`.
 pub(in crate::policy) fn member_range(types: &Btf, of: TypeId, name: &str) -> Option<GvaRange> {
-    let member = types.find_member(of, name)?;
-    let offset = Gva(u64::from(member.bit_offset / 8));
-    GvaRange::new(offset, types.size_of(member.type_id)?)
+    let (mut offset, mut id) = (0, of);
+    for name in name.split('.') {
+        let member = types.find_member(types.resolve(id)?.0, name)?;
+        offset += u64::from(member.bit_offset / 8);
+        id = member.type_id;
+    }
+    GvaRange::new(Gva(offset), types.size_of(id)?)
 }
 
 /// Where the structure `id` has counts of references, from its beginning.

@@ -28,6 +28,7 @@ mod per_cpu;
 mod private;
 mod queues;
 mod rules;
+mod slots;
 mod walk;
 
 #[cfg(test)]
@@ -51,6 +52,7 @@ pub use rules::{
     Counted, Embedded, Followed, InNamespace, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
     PerCpuPointer, PrivateArea, Rules,
 };
+pub use slots::Slots;
 use walk::Extent;
 
 /// Most objects that one question finds.
@@ -82,6 +84,8 @@ pub struct Found {
     pub arrays: Vec<Gva>,
     /// Where they have queues of packets, see [`Reach::queued_in`].
     pub queues: Vec<Gva>,
+    /// Their long arrays, see [`Reach::held_in`].
+    pub slots: Vec<Slots>,
 }
 
 /// Something to start from besides the arguments: an object that is known to belong to the driver,
@@ -184,6 +188,13 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 walk.enter(Gva(*value), to, name);
             }
         }
+    }
+
+    /// What is reached from an object that the driver has a pointer to.
+    pub fn objects_held(&self, held: Start) -> Found {
+        let mut walk = walk::Walk::new(self, Extent::All);
+        walk.enter_held(held);
+        walk.run()
     }
 
     /// What is reached from `starts` alone.

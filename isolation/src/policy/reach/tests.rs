@@ -183,6 +183,43 @@ fn call(function: &str, arguments: &[u64]) -> Vec<(u64, u64, String)> {
         .collect()
 }
 
+/// `e1000e`'s receive ring: packets were put into it long before.
+#[test]
+fn what_a_slot_of_a_long_ring_points_at_is_found_by_its_address() {
+    let (types, (mut guest, known)) = (types(), guest());
+    let far = PACKET_HEAD + 0x8000;
+    let slot = |index: u64| Gva(SLOTS + index * 16);
+    guest.put(slot(0), &[0; 256 * 16], DATA);
+    guest.put(slot(200), &PACKET.to_le_bytes(), DATA);
+    let function = types.find_function("my_xmit").unwrap();
+    let reach = reach(&types, &guest, &known);
+    let found = reach.objects(&function, &[0, DEVICE, 0, 0, 0, 0], &[]);
+    assert!(
+        found
+            .objects
+            .iter()
+            .all(|one| one.range.first().0 != PACKET)
+    );
+    let object = |at| known.allocation_at(Gva(at)).map(|found| found.range);
+    let held = reach
+        .held_in(&found.slots, object(PACKET).unwrap())
+        .unwrap();
+    assert_eq!(
+        (held.at, held.name.contains("slot 200")),
+        (Gva(PACKET), true)
+    );
+    let packet = reach.objects_held(held).objects;
+    let places: Vec<_> = packet.iter().map(|one| one.range.first().0).collect();
+    assert_eq!(places, [PACKET, PACKET_HEAD], "with its data");
+    // Nothing has these: an object that no slot has, the number behind a slot's pointer.
+    assert_eq!(reach.held_in(&found.slots, object(NET).unwrap()), None);
+    let number = GvaRange::new(Gva(far), 8).unwrap();
+    drop(reach);
+    guest.put(Gva(SLOTS + 100 * 16 + 8), &far.to_le_bytes(), DATA);
+    let reach = super::tests::reach(&types, &guest, &known);
+    assert_eq!(reach.held_in(&found.slots, number), None);
+}
+
 #[test]
 fn a_transmit_reaches_packet_interface_and_the_drivers_rings() {
     let found = call("my_xmit", &[PACKET, DEVICE]);

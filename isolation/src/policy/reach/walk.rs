@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 
-use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached};
+use super::slots::MAX_ARRAYS;
+use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
@@ -30,7 +31,7 @@ const MAX_CHAINED: usize = 32;
 const MAX_MEMBERS: usize = 1 << 16;
 
 /// Deepest nesting of structures in a structure.
-const MAX_NESTING: usize = 8;
+pub(super) const MAX_NESTING: usize = 8;
 
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 160;
@@ -83,6 +84,7 @@ pub(super) struct Walk<'a, 'r, M, A> {
     ranges: HashMap<GvaRange, usize>,
     arrays: Vec<Gva>,
     queues: Vec<Gva>,
+    slots: Vec<Slots>,
     pub(super) members_left: usize,
     pub(super) extent: Extent,
 }
@@ -97,6 +99,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             ranges: HashMap::new(),
             arrays: Vec::new(),
             queues: Vec::new(),
+            slots: Vec::new(),
             members_left: MAX_MEMBERS,
             extent,
         }
@@ -110,6 +113,17 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             path,
             depth: 0,
             kind: ObjectKind::Argument,
+        });
+    }
+
+    /// Starts from an object that the driver has a pointer to.
+    pub(super) fn enter_held(&mut self, held: Start) {
+        self.push(Item {
+            at: held.at,
+            type_id: held.type_id,
+            path: held.name,
+            depth: 1,
+            kind: ObjectKind::Passing,
         });
     }
 
@@ -128,6 +142,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             objects: self.found,
             arrays: self.arrays,
             queues: self.queues,
+            slots: self.slots,
         }
     }
 
@@ -358,6 +373,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             return;
         }
         let count = range.len_bytes().checked_div(bytes).unwrap_or(0);
+        self.note_slots(item.at, id, (bytes, count));
         let count = if count > MAX_ELEMENTS { 1 } else { count };
         for element in 0..count {
             let Some(at) = item.at.checked_add(element * bytes) else {
@@ -369,6 +385,19 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 n => Trail::Element(&object, n),
             };
             self.follow_members(item, id, at, trail, MAX_NESTING);
+        }
+    }
+
+    /// Remembers an array of which not all elements are looked into.
+    fn note_slots(&mut self, at: Gva, element: TypeId, (bytes, count): (u64, u64)) {
+        let is_long = count > MAX_ELEMENTS && self.slots.len() < MAX_ARRAYS;
+        if is_long && self.reach.has_slots(element) {
+            self.slots.push(Slots {
+                at,
+                element,
+                bytes,
+                count,
+            });
         }
     }
 
@@ -440,7 +469,10 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 // The last member of a structure may go on to the end of what was allocated.
                 let count = match count {
                     0 => self.elements_behind(at, bytes),
-                    count => u64::from(count).min(MAX_ELEMENTS),
+                    count => {
+                        self.note_slots(at, element, (bytes, count.into()));
+                        u64::from(count).min(MAX_ELEMENTS)
+                    }
                 };
                 for index in 0..count {
                     let offset = index.checked_mul(bytes);

@@ -1,0 +1,83 @@
+//! The lab's e1000e, given to a guest by VFIO, with its stock driver isolated: the device goes on by itself while calls run,
+//! writes guest memory, and is put back by its registers where a call that has reached it fails.
+
+use cofferdam::bench::guest::Guest;
+use devices::vfio::binding::Sysfs;
+use serde_json::Value;
+
+use super::isolation::{ask, ask_json, refused};
+use super::passthrough::{FUNCTION, bring_up, transfer};
+use super::{assert_log_is_healthy, boot, nic_works, options, shell};
+
+/// Functions of the driver with what has the guest call them, and whether the call has reached its device in the middle.
+const FAULTS: [(&str, &str, bool); 5] = [
+    ("e1000_xmit_frame", "true", false),
+    ("e1000e_poll", "true", false),
+    ("e1000_intr_msix_rx", "true", false),
+    (
+        "e1000_get_ethtool_stats",
+        "ethtool -S eth0 >/dev/null; true",
+        true,
+    ),
+    ("e1000_get_regs", "ethtool -d eth0 >/dev/null; true", true),
+];
+
+fn module(guest: &mut Guest) -> Value {
+    let status = ask_json(guest, "status guest");
+    let modules = status["isolation"].as_array().cloned().unwrap_or_default();
+    modules
+        .into_iter()
+        .find(|one| one["module"] == "e1000e")
+        .unwrap()
+}
+
+#[track_caller]
+fn assert_no_violation(guest: &mut Guest) {
+    let violations = module(guest)["violations"].clone();
+    assert_eq!(violations, 0, "{}", ask(guest, "violations guest e1000e"));
+}
+
+#[test]
+#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_taken_back() {
+    Sysfs::default()
+        .bind(FUNCTION.parse().unwrap(), false)
+        .unwrap();
+    let mut guest = boot(&options().with(&format!("--nic vfio={FUNCTION} --memory 256M")));
+    bring_up(&mut guest);
+    // It writes memory that nobody follows, and can be isolated all the same; a mark cannot be set.
+    ask(
+        &mut guest,
+        "isolate guest e1000e --entries all --budget-us 10000000",
+    );
+    refused(&mut guest, "mark guest", "writes guest memory");
+    // The packets that were in its ring before it was isolated, and many more.
+    transfer(&mut guest);
+    assert_no_violation(&mut guest);
+    for (number, (function, command, reaches)) in (1..).zip(FAULTS) {
+        ask(
+            &mut guest,
+            &format!("inject guest e1000e {function} --at middle"),
+        );
+        shell(&mut guest, command);
+        nic_works(&mut guest);
+        let reports = ask_json(&mut guest, "violations guest e1000e");
+        let all = reports["last_reports"].as_array().unwrap();
+        assert_eq!(all.len(), number, "{function}: {reports}");
+        let last = all.iter().find(|one| one["entry"] == function);
+        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
+        assert_eq!(last["violation"]["reached_device"], reaches, "{last}");
+        assert_eq!(last["device_lost"], Value::Null, "{last}");
+        assert_eq!(last["stays"], Value::Null, "{last}");
+    }
+    transfer(&mut guest);
+    // Nobody has begun anew for it.
+    let probes = "dmesg | grep -c 'Intel(R) PRO/1000 Network Driver'";
+    assert_eq!(shell(&mut guest, probes).trim(), "1");
+    assert_log_is_healthy(
+        &mut guest,
+        &["Reset adapter", "Detected Hardware Unit Hang"],
+    );
+    ask(&mut guest, "release guest e1000e");
+    transfer(&mut guest);
+}
