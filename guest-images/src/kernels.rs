@@ -22,7 +22,19 @@ pub struct KernelSource {
 }
 
 /// Drivers of hardware that clouds do not have.
-const NOT_IN_CLOUD: &[&str] = &["e1000", "e1000e", "8139too", "r8169"];
+const NOT_IN_CLOUD: &[&str] = &[
+    "e1000",
+    "e1000e",
+    "8139too",
+    "r8169",
+    "8139cp",
+    "e100",
+    "pcnet32",
+    "ne2k-pci",
+    "snd-ens1370",
+    "snd-pcm-oss",
+    "snd-mixer-oss",
+];
 
 const fn debian_12(
     name: &'static str,

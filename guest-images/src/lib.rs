@@ -26,6 +26,7 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 pub mod folder;
+mod hardware;
 pub mod initramfs;
 pub mod kernel;
 pub mod kernels;

@@ -3,6 +3,7 @@
 use agent_protocol::init_config::{BootModule, InitConfig, Mount};
 use serde::Serialize;
 
+use crate::hardware::hardware_image;
 use crate::kernels::KernelSource;
 use crate::swept::sweep_image;
 
@@ -77,7 +78,7 @@ pub fn images_of(kernel: &'static KernelSource) -> ImageSet {
     ImageSet {
         kernel,
         release: None,
-        images: [small_image(), full_image(), sweep_image()]
+        images: [small_image(), full_image(), hardware_image(), sweep_image()]
             .into_iter()
             .chain(lab)
             .collect(),

@@ -120,16 +120,17 @@ pub(super) fn bring_up(guest: &mut Guest) {
     assert!(lease.contains("10.0.2."), "{lease}");
 }
 
-/// Sends 2 MiB and gets them back, unchanged.
-pub(super) fn transfer(guest: &mut Guest) {
+/// Sends so many times 64 KiB and gets them back, unchanged.
+#[track_caller]
+pub(super) fn transfer(guest: &mut Guest, blocks: u32) {
     let script = format!(
-        "dd if=/dev/urandom of=/sent bs=64k count=32 2>/dev/null && \
+        "dd if=/dev/urandom of=/sent bs=64k count={blocks} 2>/dev/null && \
          nc {ECHO} < /sent > /received & sender=$!; \
          for t in $(seq 1 60); do \
            cmp -s /sent /received && break; sleep 1; \
          done; kill $sender 2>/dev/null; cmp /sent /received && wc -c < /received"
     );
-    assert_eq!(shell(guest, &script).trim(), "2097152");
+    assert_eq!(shell(guest, &script).trim(), (blocks << 16).to_string());
 }
 
 #[test]
@@ -162,7 +163,7 @@ fn a_guest_has_the_hosts_e1000e_and_the_host_gets_it_back() {
     let mut guest = boot(&options().with(&format!("--nic vfio={FUNCTION} --memory 256M")));
     bring_up(&mut guest);
     ping(&mut guest, "10.0.2.2", 1400);
-    transfer(&mut guest);
+    transfer(&mut guest, 32);
     // Receiver and transmitter have vectors of their own.
     let interrupts = shell(
         &mut guest,
@@ -194,7 +195,7 @@ fn a_guest_has_the_hosts_e1000e_and_the_host_gets_it_back() {
     guest.agent().reboot().unwrap();
     guest.wait_for_agent(BOOT_TIME).unwrap();
     bring_up(&mut guest);
-    transfer(&mut guest);
+    transfer(&mut guest, 32);
 
     // With the pin.
     guest

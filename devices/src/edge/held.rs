@@ -192,6 +192,10 @@ impl HeldDevice for HeldAtEdge<'_> {
         self.device.withhold_interrupts(withhold);
     }
 
+    fn call_ended(&mut self, failed: bool) {
+        self.device.call_ended(failed);
+    }
+
     fn keep_outside(&mut self) {
         self.device.keep_outside();
     }

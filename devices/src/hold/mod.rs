@@ -149,6 +149,10 @@ pub trait HeldDevice {
     /// Keeps the device from interrupting until it is told otherwise; what it wants to interrupt for waits.
     fn withhold_interrupts(&mut self, withhold: bool);
 
+    /// A call of its driver has ended, or goes on in the guest; `failed` if it was taken back. What the device has interrupted
+    /// for may not have been done then: a line that is asserted still interrupts again by itself, a message does not.
+    fn call_ended(&mut self, _failed: bool) {}
+
     /// Keeps what the outside sees of it as it is until [`HeldDevice::show_outside`], whatever the guest sees of it: of a
     /// network card, the link that a port at the other end of the cable sees. A call that resets the device may still be
     /// taken back. Nothing for a device of which the outside sees no state.

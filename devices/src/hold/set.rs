@@ -168,6 +168,11 @@ impl HeldDevice for Held<'_> {
         self.rest.withhold_interrupts(withhold);
     }
 
+    fn call_ended(&mut self, failed: bool) {
+        self.first.call_ended(failed);
+        self.rest.call_ended(failed);
+    }
+
     fn keep_outside(&mut self) {
         self.first.keep_outside();
         self.rest.keep_outside();

@@ -40,6 +40,9 @@ pub struct PassthroughParts<'a> {
     pub vectors: &'a mut dyn FnMut(u16) -> Result<Arc<dyn MsiVectors>, String>,
 }
 
+/// Most failed calls in a row after which a driver is interrupted anew.
+const MOST_TOLD_AGAIN: u8 = 4;
+
 #[derive(Default)]
 struct Refused {
     mode: Option<Mode>,
@@ -61,6 +64,8 @@ pub struct VfioFunction {
     refused: Refused,
     /// It is not to interrupt.
     withheld: bool,
+    /// Failed calls in a row after which the driver was interrupted anew.
+    told_again: u8,
     /// Readable when the host wants it back.
     wanted_back: EventFd,
     /// Readable when it failed.
@@ -110,6 +115,7 @@ impl VfioFunction {
             masters: false,
             refused: Refused::default(),
             withheld: false,
+            told_again: 0,
             wanted_back: event()?,
             failed: event()?,
         };
@@ -153,9 +159,24 @@ impl VfioFunction {
         self.withheld = withhold;
         self.follow();
         if ends {
-            let count = self.vectors.as_ref().map_or(0, |vectors| vectors.count());
-            self.interrupt((0..count).collect());
+            self.interrupt_by_all();
         }
+    }
+
+    /// A call of its driver has ended. One that failed may have been called for a message, which does not come again, and whose
+    /// cause may have masked itself: the driver gets all of them once more. A driver that fails each time does not go on for ever.
+    pub(super) fn call_ended(&mut self, failed: bool) {
+        if !failed {
+            self.told_again = 0;
+        } else if self.told_again < MOST_TOLD_AGAIN {
+            self.told_again += 1;
+            self.interrupt_by_all();
+        }
+    }
+
+    fn interrupt_by_all(&mut self) {
+        let count = self.vectors.as_ref().map_or(0, |vectors| vectors.count());
+        self.interrupt((0..count).collect());
     }
 
     /// Keeps the function from interrupting and from moving data until its driver configures it anew.

@@ -217,6 +217,10 @@ impl HeldDevice for Held<'_> {
         self.function.withhold_interrupts(withhold);
     }
 
+    fn call_ended(&mut self, failed: bool) {
+        self.function.call_ended(failed);
+    }
+
     fn show_outside(&mut self, _changes: OutsideChanges) {}
 
     fn silence(&mut self) {

@@ -414,6 +414,8 @@ fn after_call(
     result: &Result<CallResult, DomainError>,
     others_open: bool,
 ) -> Left {
+    let is_aborted = |result: &CallResult| matches!(result.end, CallEnd::Aborted(_));
+    held.call_ended(result.as_ref().is_ok_and(is_aborted));
     let withheld = matches!(result, Ok(result) if result.is_to_be_taken_back());
     if withheld {
         held.withhold_interrupts(true);

@@ -24,6 +24,8 @@ pub enum AbortValue {
     Constant(i64),
     /// What the caller passed as this argument.
     Argument(usize),
+    /// The address so many bytes into what the caller passed as this argument.
+    Within(usize, u32),
 }
 
 impl AbortValue {
@@ -33,6 +35,10 @@ impl AbortValue {
             Self::Nothing => 0,
             Self::Constant(value) => value as u64,
             Self::Argument(index) => arguments.get(index).copied().unwrap_or(0),
+            Self::Within(index, offset) => match arguments.get(index) {
+                Some(at) if *at != 0 => at.wrapping_add(offset.into()),
+                _ => 0,
+            },
         }
     }
 }
@@ -101,7 +107,11 @@ pub fn abort_return_named(types: &Btf, name: &str) -> Option<AbortReturn> {
     // The compiler's copies (`f.isra.0`) return what the function does, and have other parameters.
     let (original, _) = name.split_once('.')?;
     let value = abort_return(types, &types.find_function(original)?)?;
-    (!matches!(value.value, AbortValue::Argument(_))).then_some(value)
+    let of_argument = matches!(
+        value.value,
+        AbortValue::Argument(_) | AbortValue::Within(..)
+    );
+    (!of_argument).then_some(value)
 }
 
 /// Whether the function `name` is one that the kernel gives packets to.
@@ -168,6 +178,11 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
         Kind::Int { bytes: 1..=8, .. } => constant(0, "0"),
         Kind::Pointer(to) => {
             let names = types.names_of(to);
+            if names.contains(&"net_device_stats")
+                && let Some(value) = own_statistics(types, function)
+            {
+                return Some(value);
+            }
             match ERROR_POINTERS.iter().any(|name| names.contains(name)) {
                 true => constant(-EIO, "-EIO as a pointer"),
                 false => constant(0, "NULL"),
@@ -176,6 +191,22 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
         Kind::Enum { .. } => constant(0, "0, the first value"),
         _ => None,
     }
+}
+
+/// `struct net_device_stats *ndo_get_stats(struct net_device *)`: whoever calls it reads what it returns (`dev_get_stats`,
+/// net/core/dev.c). Interfaces have some of their own.
+fn own_statistics(types: &Btf, function: &Function<'_>) -> Option<AbortReturn> {
+    let params = function.params.iter().take(REGISTER_ARGUMENTS);
+    let pointees = params.map(|p| types.pointee(p.type_id));
+    let (index, device) = pointees.enumerate().find_map(|(index, to)| {
+        let names = types.names_of(to?);
+        names.contains(&"net_device").then_some((index, to?))
+    })?;
+    let stats = types.find_member(types.resolve(device)?.0, "stats")?;
+    Some(AbortReturn {
+        value: AbortValue::Within(index, stats.bit_offset / 8),
+        meaning: "the statistics that the interface itself has",
+    })
 }
 
 /// `netdev_tx_t ndo_start_xmit(struct sk_buff *, struct net_device *)`: whoever calls it keeps the packet when it returns
@@ -245,6 +276,25 @@ mod tests {
 
     fn value(build: impl FnOnce(&mut Encoder) -> (TypeId, Vec<TypeId>)) -> AbortValue {
         of(build).unwrap().value
+    }
+
+    /// `cp_get_stats` of `8139cp`, whose caller follows whatever it returns.
+    #[test]
+    fn statistics_are_those_that_the_interface_has() {
+        let stats = |e: &mut Encoder, members: &[(&str, TypeId, u32)]| {
+            let stats = e.structure("net_device_stats", 184, &[]);
+            let members: Vec<_> = members
+                .iter()
+                .map(|(name, _, at)| (*name, stats, *at))
+                .collect();
+            let device = e.structure("net_device", 512, &members);
+            (e.pointer(stats), vec![e.pointer(device)])
+        };
+        let has = value(|e| stats(e, &[("stats", TypeId::VOID, 0x124)]));
+        assert_eq!(has, AbortValue::Within(0, 0x124));
+        assert_eq!(has.rax(&[0x1000, 0, 0, 0, 0, 0]), 0x1124);
+        assert_eq!(has.rax(&[0; 6]), 0);
+        assert_eq!(value(|e| stats(e, &[])), AbortValue::Constant(0));
     }
 
     #[test]

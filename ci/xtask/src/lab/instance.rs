@@ -14,7 +14,9 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
-use super::machine::{AGENT_SOCKET, CONSOLE_LOG, MONITOR_SOCKET, Machine, QEMU_LOG, TEST_SOCKET};
+use super::machine::{
+    AGENT_SOCKET, CONSOLE_LOG, DISK, MONITOR_SOCKET, Machine, QEMU_LOG, TEST_SOCKET,
+};
 
 const PID_FILE: &str = "pid";
 /// There while an instance is being ended on purpose.
@@ -73,6 +75,8 @@ impl Instance {
                 bail!("{} is missing: run `cargo xtask images`", file.display());
             }
         }
+        let (disk, bytes) = DISK;
+        File::create(directory.join(disk))?.set_len(bytes)?;
         let log = File::create(directory.join(QEMU_LOG))?;
         let mut command = Command::new(&machine.qemu);
         command

@@ -49,6 +49,19 @@ const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
 /// Memory for translated code, in MiB: what guests that are gone have left there is thrown away soon.
 const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 
+/// More network cards for VFIO, by slot. Each has a network of its own, with what sends everything back at 10.0.2.100.
+const CARDS: [(u8, &str); 6] = [
+    (0x10, "rtl8139"),
+    (0x11, "pcnet"),
+    (0x12, "i82559c"),
+    (0x13, "vmxnet3"),
+    (0x14, "ne2k_pci"),
+    (0x15, "e1000"),
+];
+
+/// The disk behind the lab's NVMe controller: its file, in the instance's directory, and its bytes.
+pub const DISK: (&str, u64) = ("disk.img", 64 << 20);
+
 impl Machine {
     /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's directory.
     pub fn arguments(&self) -> Vec<OsString> {
@@ -79,6 +92,25 @@ impl Machine {
             "-netdev",
             // Whoever connects there has what it sends come back.
             "user,id=n,guestfwd=tcp:10.0.2.100:7-cmd:cat",
+        ]);
+        for (slot, model) in CARDS {
+            let id = format!("n{slot:x}");
+            add(&[
+                "-device",
+                &format!("{model},netdev={id},addr={slot:#x},romfile="),
+                "-netdev",
+                &format!("user,id={id},guestfwd=tcp:10.0.2.100:7-cmd:cat"),
+            ]);
+        }
+        add(&[
+            "-drive",
+            "if=none,id=disk,file=disk.img,format=raw,cache=unsafe",
+            "-device",
+            "nvme,drive=disk,serial=lab,addr=0x18",
+            "-audiodev",
+            "none,id=audio",
+            "-device",
+            "ES1370,audiodev=audio,addr=0x19",
         ]);
         add(&["-device", "virtio-serial-pci"]);
         add(&[

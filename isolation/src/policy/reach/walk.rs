@@ -273,6 +273,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of it.
     fn add_numbers(&mut self, item: &Item, id: TypeId, rest: Option<GvaRange>) {
         let bytes = self.reach.types.size_of(id);
+        if let (Some(bytes), Some(rest)) = (bytes, rest)
+            && let Some(count) = rest.len_bytes().checked_div(bytes)
+        {
+            self.note_slots(item.at, id, (bytes, count));
+        }
         let one = bytes.and_then(|bytes| GvaRange::new(item.at, bytes));
         let rest = rest.filter(|_| !self.on_stack(item.at));
         if let Some(range) = rest.or(one) {

@@ -1,0 +1,28 @@
+//! The image for drivers of hardware: what the lab's emulated server has besides what it needs itself.
+
+use crate::spec::{ImageSpec, full_image};
+
+/// Drivers of network cards, of a disk controller and of a sound card; the last two make the card one that is played to
+/// through a file.
+pub const DRIVERS: &[&str] = &[
+    "8139cp",
+    "e100",
+    "pcnet32",
+    "vmxnet3",
+    "ne2k-pci",
+    "nvme",
+    "snd-ens1370",
+    "snd-pcm-oss",
+    "snd-mixer-oss",
+];
+
+/// `initrd-hardware.cpio`: as `initrd.cpio`, with these drivers.
+pub fn hardware_image() -> ImageSpec {
+    let mut image = ImageSpec {
+        file: "initrd-hardware.cpio".into(),
+        ..full_image()
+    };
+    let drivers = DRIVERS.iter().map(|driver| (*driver).to_owned());
+    image.modules.extend(drivers);
+    image
+}
