@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::isolation::{ask, ask_json, refused};
 use super::passthrough::{FUNCTION, bring_up, transfer};
-use super::{assert_log_is_healthy, boot, nic_works, options, shell};
+use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
 
 /// Functions of the driver, the place of the fault, what has the guest call them, and whether the call has reached its device by
 /// then.
@@ -87,4 +87,51 @@ fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_tak
     );
     ask(&mut guest, "release guest e1000e");
     transfer(&mut guest, 2);
+}
+
+/// The lab's RTL8139C+, with a pin and without a description of its registers.
+const UNDESCRIBED: &str = "0000:00:10.0";
+
+#[test]
+#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+fn a_device_without_a_description_is_begun_anew_only_where_a_failed_call_had_reached_it() {
+    Sysfs::default()
+        .bind(UNDESCRIBED.parse().unwrap(), false)
+        .unwrap();
+    let with = format!("--nic vfio={UNDESCRIBED} --memory 256M");
+    let mut guest = boot(&options().initrd("initrd-hardware.cpio").with(&with));
+    insert_nic(&mut guest, "8139cp", 15);
+    nic_works(&mut guest);
+    ask(
+        &mut guest,
+        "isolate guest 8139cp --entries all --budget-us 10000000",
+    );
+    transfer(&mut guest, 2);
+    for (function, command, reaches) in [
+        ("cp_get_drvinfo", "ethtool -i eth0 >/dev/null; true", false),
+        ("cp_start_xmit", "true", false),
+        // Loads a register first, and returns what its caller follows.
+        (
+            "cp_get_stats",
+            "ip -s link show eth0 >/dev/null; true",
+            true,
+        ),
+    ] {
+        ask(
+            &mut guest,
+            &format!("inject guest 8139cp {function} --at last"),
+        );
+        shell(&mut guest, command);
+        nic_works(&mut guest);
+        let reports = ask_json(&mut guest, "violations guest 8139cp");
+        let all = reports["last_reports"].as_array().unwrap();
+        let last = all.iter().find(|one| one["entry"] == function);
+        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
+        assert_eq!(last["device_lost"].is_string(), reaches, "{last}");
+        let rungs = ask_json(&mut guest, "status guest")["recovery"]["8139cp"]["rungs"].clone();
+        let begun_anew = rungs["resumes"].as_u64().unwrap() + rungs["restarts"].as_u64().unwrap();
+        assert_eq!(begun_anew, u64::from(reaches), "{function}: {rungs}");
+    }
+    transfer(&mut guest, 2);
+    assert_log_is_healthy(&mut guest, &[]);
 }

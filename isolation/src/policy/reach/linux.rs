@@ -2,7 +2,7 @@
 
 use super::rules::{
     Counted, Followed, InNamespace, InsideArea, Listed, ModulesOwn, PacketData, PerCpuPointer,
-    PrivateArea, Rules,
+    Pool, PrivateArea, Rules,
 };
 
 impl Rules {
@@ -83,7 +83,7 @@ impl Rules {
             Followed {
                 of: "blk_mq_hw_ctx",
                 member: "driver_data",
-                is: &["nullb_queue"],
+                is: &["nullb_queue", "nvme_queue"],
                 ..Followed::PLAIN
             },
             Followed {
@@ -345,6 +345,14 @@ impl Rules {
             },
         ],
         // `in_dev_get`, `IN_DEV_CONF_SET`, `in6_dev_get`, `sock_hold`.
+        pools: &[Pool {
+            of: "dma_pool",
+            pages: "page_list",
+            bytes: "allocation",
+            page: "dma_page",
+            link: "page_list",
+            memory: "vaddr",
+        }],
         counted: &[
             Counted {
                 of: "net_device",

@@ -25,6 +25,7 @@ mod linux;
 mod names;
 mod path;
 mod per_cpu;
+mod pools;
 mod private;
 mod queues;
 mod rules;
@@ -50,7 +51,7 @@ pub use names::Names;
 pub use path::Path;
 pub use rules::{
     Counted, Embedded, Followed, InNamespace, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
-    PerCpuPointer, PrivateArea, Rules,
+    PerCpuPointer, Pool, PrivateArea, Rules,
 };
 pub use slots::Slots;
 use walk::Extent;

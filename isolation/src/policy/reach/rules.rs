@@ -87,6 +87,23 @@ pub struct Listed {
     pub link: &'static str,
 }
 
+/// A structure of the kernel's of which a driver has one, from whose pages it is given memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pool {
+    /// The structure.
+    pub of: &'static str,
+    /// The head of the list of its pages in it.
+    pub pages: &'static str,
+    /// The bytes of each, in it.
+    pub bytes: &'static str,
+    /// What is in the list.
+    pub page: &'static str,
+    /// The link in there.
+    pub link: &'static str,
+    /// The address of the page's memory in there.
+    pub memory: &'static str,
+}
+
 /// A pointer in a structure of the kernel's to another one, of which inline functions write parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counted {
@@ -166,6 +183,8 @@ pub struct Rules {
     pub modules_own: &'static [ModulesOwn],
     /// Lists in the module's structures.
     pub listed: &'static [Listed],
+    /// Pools of memory.
+    pub pools: &'static [Pool],
     /// Pointers in the kernel's structures to others of which inline functions count the references.
     pub counted: &'static [Counted],
     /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what

@@ -229,6 +229,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 self.packet_data(item, id, name);
                 self.block_io(item, id, name);
                 self.page(item, id, name);
+                self.pooled(item, id, name);
                 self.private_area(item, id, name, bytes.into(), rest);
                 self.area_inside(item, name);
                 self.followed(item, id, name);
