@@ -104,7 +104,7 @@ pub struct RunOptions {
     /// Name of the VM for the other commands; vm-PID when not given
     #[arg(long, value_name = "NAME")]
     name: Option<VmName>,
-    /// Serial console: stdio (when not given), file=PATH or unix=PATH
+    /// Serial console: stdio (when not given), file=PATH, unix=PATH, or control: read and typed into through the service only
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialSpec>,
     /// End when the guest reboots, instead of rebooting it

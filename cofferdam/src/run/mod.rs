@@ -17,6 +17,7 @@ mod elsewhere;
 mod ending;
 pub mod escape;
 pub mod isolation;
+mod kept_console;
 pub(crate) mod machine;
 mod memory;
 mod meter;
@@ -42,6 +43,7 @@ use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
 use devices::serial::SerialBackend;
 use isolation::Isolation;
+use kept_console::KeptConsole;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
@@ -122,7 +124,7 @@ impl RunConfig {
     fn sockets(&self) -> Vec<PathBuf> {
         let console = match &self.serial {
             SerialSpec::Unix(path) => Some(path.clone()),
-            SerialSpec::Stdio | SerialSpec::File(_) => None,
+            SerialSpec::Stdio | SerialSpec::File(_) | SerialSpec::Control => None,
         };
         let wires = self.nets.iter().filter_map(|net| match &net.nic {
             NicSpec::Model { wire, .. } => wire.own_socket().cloned(),
@@ -179,9 +181,15 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         }
     }
     let saved = config.restored.as_ref().map(Saved::open).transpose()?;
-    let (backend, input) = console::open(&config.serial, belongings)?;
+    let console::Opened {
+        backend,
+        input,
+        typed,
+    } = console::open(&config.serial, belongings)?;
     let panic = GuestPanic::default();
-    let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
+    let console = KeptConsole::new(typed);
+    let observer = console.observer(panic.observer());
+    let backend = SerialBackend::Observed(Box::new(backend), observer);
     let mut vm = make(config, saved.as_ref(), backend)?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     if let Some(saved) = &saved {
@@ -214,7 +222,12 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         nics.clone(),
         belongings.clone(),
     );
-    let service = service::VmService::new(config, plugging, supervisor, panic, started_ns)?;
+    let told = service::Told {
+        panic,
+        console: console.clone(),
+        started_ns,
+    };
+    let service = service::VmService::new(config, plugging, supervisor, told)?;
     // Everything is open; nobody has been answered yet, and the guest does not run.
     let sandbox = config.sandbox.enter(config.sockets())?;
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
@@ -233,6 +246,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     };
     tracing::info!(name = %config.name, "{begins}");
     let ended = vm.run();
+    console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
 }

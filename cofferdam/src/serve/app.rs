@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::ask::Asks;
+use super::console::Readers;
 use super::events::Watch;
 use super::jobs::Jobs;
 use super::look::Looks;
@@ -19,6 +20,8 @@ pub struct App {
     pub looks: Looks,
     /// Work that takes long.
     pub jobs: Jobs,
+    /// Who reads consoles.
+    pub consoles: Readers,
     /// What changes.
     pub watch: Watch,
 }
@@ -31,6 +34,7 @@ impl App {
             asks: Asks::default(),
             looks: Looks::default(),
             jobs: Jobs::default(),
+            consoles: Readers::default(),
             watch: Watch::default(),
         })
     }

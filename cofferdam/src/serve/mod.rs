@@ -17,7 +17,9 @@ mod access;
 mod api;
 mod app;
 mod ask;
+mod code_faults;
 mod connection;
+mod console;
 mod create;
 mod devices;
 mod disturbances;
@@ -41,6 +43,7 @@ mod spec;
 mod suspend;
 mod tls;
 mod tokens;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::path::PathBuf;

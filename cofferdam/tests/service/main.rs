@@ -12,6 +12,7 @@ mod agent;
 mod bad_input;
 mod browser;
 mod client;
+mod console;
 mod creating;
 mod devices;
 mod documents;
