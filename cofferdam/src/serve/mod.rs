@@ -37,6 +37,7 @@ mod metrics;
 mod network;
 mod nics;
 mod page;
+mod peer;
 mod problem;
 mod socket;
 mod spec;
@@ -62,6 +63,7 @@ use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::SandboxOptions;
 use app::App;
 use network::Network;
+use peer::Peers;
 use socket::Socket;
 
 /// Threads that wait for answers of other processes: for requests, jobs and looks at all guests.
@@ -80,6 +82,8 @@ pub struct ServeConfig {
     pub root: RuntimeRoot,
     /// Its socket; `service.sock` in the runtime folder otherwise.
     pub socket: Option<PathBuf>,
+    /// The group whose members may look over the socket: its name or number.
+    pub look_group: Option<String>,
     /// Where it is reached over TCP, if it is.
     pub network: Option<NetworkConfig>,
     /// How long a client has for each part of a request, and for taking what it is sent.
@@ -99,6 +103,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    let look = config.look_group.as_deref().map(peer::group).transpose()?;
     let network = config.network.as_ref().map(Network::bind).transpose()?;
     // Before there are other threads, which inherit it.
     config.sandbox.enter_service()?;
@@ -114,11 +119,15 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         // Before anybody can see that it is there.
         let asked_to_end = asked_to_end()?;
         let socket = Socket::bind(&path)?;
+        if let Some(group) = look {
+            peer::open_to(socket.path(), group)?;
+        }
         let listener = socket.listener()?;
+        let peers = Peers::new(look);
         let router = api::router(App::new(RuntimeRoot::new(root)));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
-            never = connection::accept(&listener, router.clone(), config.client_time) => match never {},
+            never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},
             failed = accept_over_tcp(network, router, config.client_time) => failed.map(|never| match never {}),
             () = asked_to_end => Ok(()),
         }
