@@ -202,14 +202,14 @@ mod tests {
             module: "m".to_owned(),
             function: "f".to_owned(),
             kind: Kind::Nop,
-            offset: Some(4),
+            offset: Some(9),
             when,
             seed: 1,
         };
         let (request, injected) = fault(When::Once).order(&text(false)).unwrap();
         assert!(matches!(request, Request::InjectCode { calls: None, .. }));
         assert!(injected.own_text);
-        assert_eq!(injected.address, 0xffff_ffff_c000_0004);
+        assert_eq!(injected.address, 0xffff_ffff_c000_0009);
         fault(When::Always).order(&text(false)).unwrap_err();
         let (request, _) = fault(When::Always).order(&text(true)).unwrap();
         assert!(matches!(

@@ -124,6 +124,10 @@ pub struct RunOptions {
     config: Option<PathBuf>,
     #[command(flatten)]
     sandbox: MachineSandbox,
+    /// Put this process into a jail: user and mount namespaces in which it has no rights over anything outside, and no files but
+    /// those that are open, its runtime folder and those of --allow-dir. TAPs and files are opened with its user's rights alone
+    #[arg(long)]
+    jail: bool,
 }
 
 impl RunOptions {
@@ -170,6 +174,7 @@ impl RunOptions {
             no_reboot: self.no_reboot,
             restored: None,
             sandbox: self.sandbox,
+            jail: self.jail,
         })
     }
 
@@ -192,6 +197,7 @@ impl RunOptions {
         let config = saved.configure(changes, Restored { dir, lazy })?;
         Ok(RunConfig {
             sandbox: self.sandbox,
+            jail: self.jail,
             ..config
         })
     }

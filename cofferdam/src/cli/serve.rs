@@ -51,6 +51,10 @@ pub struct ServeOptions {
     openapi: bool,
     #[command(flatten)]
     sandbox: SandboxOptions,
+    /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is not behind Landlock then, which would
+    /// not let them be made
+    #[arg(long)]
+    jail: bool,
 }
 
 impl ServeOptions {
@@ -76,6 +80,7 @@ impl ServeOptions {
             }),
             client_time: Duration::from_secs(self.client_time),
             sandbox: self.sandbox,
+            jail: self.jail,
         })?;
         Ok(Ending::SUCCESS)
     }

@@ -88,6 +88,8 @@ pub fn ended(root: &RuntimeRoot, vm: &RunningVm, limit: Duration) -> anyhow::Res
         }
         std::thread::sleep(END_POLL);
     }
+    // The folder of one in a jail, which it cannot remove.
+    root.clear()?;
     Ok(true)
 }
 

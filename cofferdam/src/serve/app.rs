@@ -14,6 +14,8 @@ use crate::runtime_dir::RuntimeRoot;
 pub struct App {
     /// Where guests and devices are.
     pub root: RuntimeRoot,
+    /// Guests that are made are in jails.
+    pub jail: bool,
     /// Requests to them.
     pub asks: Asks,
     /// Looks at all of them.
@@ -27,10 +29,11 @@ pub struct App {
 }
 
 impl App {
-    /// For what runs in `root`.
-    pub fn new(root: RuntimeRoot) -> Arc<Self> {
+    /// For what runs in `root`; guests that are made are in jails with `jail`.
+    pub fn new(root: RuntimeRoot, jail: bool) -> Arc<Self> {
         Arc::new(Self {
             root,
+            jail,
             asks: Asks::default(),
             looks: Looks::default(),
             jobs: Jobs::default(),

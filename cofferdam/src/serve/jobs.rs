@@ -27,6 +27,9 @@ use crate::options::VmName;
 /// Jobs under way at one time.
 pub const MAX_RUNNING: usize = 16;
 
+/// Those of one guest: each takes one of the connections that its process serves at one time, and others want to look at it meanwhile.
+const MAX_OF_ONE: usize = 8;
+
 /// Jobs that have ended and can still be looked at; the oldest goes first.
 const MAX_ENDED: usize = 64;
 
@@ -200,6 +203,12 @@ impl Jobs {
         let running = all.iter().filter(|job| !job.has_ended()).count();
         if running >= MAX_RUNNING {
             let detail = format!("{MAX_RUNNING} jobs are under way already: try again later");
+            return Err(Problem::new(Code::Busy, detail));
+        }
+        let is_of_this = |job: &&Arc<Job>| job.guest == guest.as_str() && !job.has_ended();
+        if all.iter().filter(is_of_this).count() >= MAX_OF_ONE {
+            let detail =
+                format!("{MAX_OF_ONE} jobs of {guest} are under way already: try again later");
             return Err(Problem::new(Code::Busy, detail));
         }
         if all.len() - running >= MAX_ENDED
@@ -390,17 +399,26 @@ mod tests {
         );
         let (hold, held) = std::sync::mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let begin = || {
+        let begin = |guest: &str| {
             let held = Arc::clone(&held);
-            jobs.start(&name(), "a test", GivingUp::Never, move |_| {
-                let _ = held.lock().unwrap().recv();
-                Ok(Value::Null)
-            })
+            jobs.start(
+                &guest.parse().unwrap(),
+                "a test",
+                GivingUp::Never,
+                move |_| {
+                    let _ = held.lock().unwrap().recv();
+                    Ok(Value::Null)
+                },
+            )
         };
-        for _ in 0..MAX_RUNNING {
-            begin().unwrap();
+        for _ in 0..MAX_OF_ONE {
+            begin("one").unwrap();
         }
-        begin().unwrap_err();
+        begin("one").unwrap_err();
+        for _ in MAX_OF_ONE..MAX_RUNNING {
+            begin("other").unwrap();
+        }
+        begin("third").unwrap_err();
         drop(hold);
     }
 

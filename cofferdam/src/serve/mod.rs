@@ -50,7 +50,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use axum::Router;
 
 pub use access::Role;
@@ -60,7 +60,7 @@ pub use tokens::new_line;
 
 use crate::ending::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::SandboxOptions;
+use crate::sandbox::{Guests, SandboxOptions, can_jail};
 use app::App;
 use network::Network;
 use peer::Peers;
@@ -90,6 +90,8 @@ pub struct ServeConfig {
     pub client_time: Duration,
     /// What it gives up.
     pub sandbox: SandboxOptions,
+    /// The guests that it makes are in jails.
+    pub jail: bool,
 }
 
 /// Serves until a signal asks for the end.
@@ -106,7 +108,16 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
     let look = config.look_group.as_deref().map(peer::group).transpose()?;
     let network = config.network.as_ref().map(Network::bind).transpose()?;
     // Before there are other threads, which inherit it.
-    config.sandbox.enter_service()?;
+    let guests = match config.jail {
+        true => Guests::Jailed,
+        false => Guests::Free,
+    };
+    if let (true, Err(why)) = (config.jail, can_jail()) {
+        bail!(
+            "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
+        );
+    }
+    config.sandbox.enter_service(guests)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(THREADS)
@@ -124,7 +135,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         }
         let listener = socket.listener()?;
         let peers = Peers::new(look);
-        let router = api::router(App::new(RuntimeRoot::new(root)));
+        let router = api::router(App::new(RuntimeRoot::new(root), config.jail));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
             never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},

@@ -18,6 +18,7 @@ mod devices;
 mod documents;
 mod events;
 mod guests;
+mod made_up;
 mod network;
 mod over_tcp;
 mod page;
