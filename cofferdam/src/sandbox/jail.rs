@@ -22,7 +22,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, anyhow, bail, ensure};
-use rustix::fs::{CWD, FileType, Mode, mkdirat, mknodat, symlinkat};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat, symlinkat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
@@ -256,7 +256,8 @@ fn build(root: BorrowedFd<'_>, parts: &[Part], home: &Path, process: &str) -> an
         } else {
             make_folder(root, parent)?;
             let mode = Mode::RUSR | Mode::WUSR;
-            there_or(mknodat(root, place, FileType::RegularFile, mode, 0)).with_context(cannot)?;
+            let new = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+            openat(root, place, new, mode).with_context(cannot)?;
         }
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         move_mount(part.mount.as_fd(), "", root, place, flags).with_context(cannot)?;

@@ -128,20 +128,18 @@ impl GuestSpec {
         if let Some(mac) = &self.mac {
             add("mac", &value::<MacAddress>("mac", mac)?.to_string());
         }
-        {
-            let serial = self.serial.as_deref().unwrap_or(DEFAULT_SERIAL);
-            let serial: SerialSpec = value("serial", serial)?;
-            match &serial {
-                SerialSpec::Stdio => {
-                    return Err(wrong("serial", "a guest of the service has no terminal"));
-                }
-                SerialSpec::Control => {}
-                SerialSpec::File(path) | SerialSpec::Unix(path) => {
-                    is_absolute("serial", path.to_str())?;
-                }
+        let serial = self.serial.as_deref().unwrap_or(DEFAULT_SERIAL);
+        let serial: SerialSpec = value("serial", serial)?;
+        match &serial {
+            SerialSpec::Stdio => {
+                return Err(wrong("serial", "a guest of the service has no terminal"));
             }
-            add("serial", &serial.to_string());
+            SerialSpec::Control => {}
+            SerialSpec::File(path) | SerialSpec::Unix(path) => {
+                is_absolute("serial", path.to_str())?;
+            }
         }
+        add("serial", &serial.to_string());
         if self.snapshot.is_none() {
             let memory = self.memory.as_deref().unwrap_or(DEFAULT_MEMORY);
             add(
