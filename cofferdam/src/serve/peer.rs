@@ -150,7 +150,7 @@ pub fn open_to(path: &Path, group: u32) -> anyhow::Result<()> {
             })
             .with_context(|| {
                 format!(
-                    "cannot give {} to the group {group}: its members are given what root or a member of it has",
+                    "cannot give {} to the group {group}: the service has to be root's or of a member of it",
                     path.display()
                 )
             })
