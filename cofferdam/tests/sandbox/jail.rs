@@ -8,7 +8,7 @@ use cofferdam::sandbox::can_jail;
 
 use crate::common::place::{Place, end, finish, signal};
 use crate::inside::{Kind, attempt};
-use crate::running::{IPC_LOCK, are_behind_walls};
+use crate::running::{IPC_LOCK, are_behind_walls, started};
 
 /// Whether this host can jail a process; else the test `name` is told to be skipped.
 fn jails(name: &str) -> bool {
@@ -101,6 +101,50 @@ fn a_jailed_vm_has_its_own_files_alone_and_does_all_that_a_vm_does() {
     assert!(finish(vm).status.success());
     assert_eq!(place.left(), ["other"]);
     end(&place, other, &[]);
+}
+
+#[test]
+fn a_jailed_vm_goes_on_from_a_snapshot_and_has_its_turn_at_a_shared_nic() {
+    if !jails("a_jailed_vm_goes_on_from_a_snapshot_and_has_its_turn_at_a_shared_nic") {
+        return;
+    }
+    let place = Place::new();
+    let snapshot = place.path("snapshot").display().to_string();
+    let vm = place.idle("--memory 32M --net user");
+    place.ask(&format!("snapshot idle {snapshot} --stop"));
+    finish(vm);
+    let vm = place
+        .command()
+        .args([
+            "run",
+            "--name",
+            "idle",
+            "--jail",
+            "--snapshot",
+            &snapshot,
+            "--lazy",
+        ])
+        .spawn();
+    let vm = vm.unwrap();
+    place.wait_for("idle");
+    for words in ["mark idle", "reset idle", "rewind idle"] {
+        place.ask(words);
+    }
+    place.ask("stop --force idle");
+    assert!(finish(vm).status.success());
+    let host = started(
+        &place,
+        "device serve nic --net user",
+        ".devices/nic/control.sock",
+    );
+    let vm = place.idle("--memory 32M --jail --nic device=nic");
+    assert_eq!(names(vm.id(), &place.path("run")), [".devices", "idle"]);
+    let device = place.ask("device status nic --json");
+    assert!(device.contains("\"idle\""), "{device}");
+    place.ask("stop --force idle");
+    assert!(finish(vm).status.success());
+    place.ask("device stop nic");
+    finish(host);
 }
 
 #[test]

@@ -126,7 +126,7 @@ fn a_vm_that_is_only_watched_runs_as_before() {
 }
 
 /// Starts `cofferdam` with these words and waits for its socket `path` in the runtime folder.
-fn started(place: &Place, words: &str, path: &str) -> Child {
+pub fn started(place: &Place, words: &str, path: &str) -> Child {
     let mut command = place.command();
     command.stderr(std::process::Stdio::inherit());
     let child = command.args(words.split(' ')).spawn().unwrap();

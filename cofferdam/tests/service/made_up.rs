@@ -5,15 +5,16 @@ use std::process::Command;
 
 use crate::common::place::{Place, end};
 use crate::over_tcp::{DO, OverTcp};
+use crate::scripted::script;
 
 /// What it looks at in each answer. That all that fits the document is taken is not among it: what a path or a wire is, the document
 /// does not say.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,negative_data_rejection,unsupported_method,ignored_auth";
 
-/// Requests that wait for a guest's agent, which a guest without Linux has not.
-const OF_THE_AGENT: &str =
-    "/(exec|isolation/.module.|suspend-device|resume-device|code-faults|upgrade)$";
+/// Requests that wait for a guest's agent, which a guest without Linux has not, and those that are jobs without being waited for.
+const TAKE_LONG: &str =
+    "/(exec|snapshot|isolation/.module.|suspend-device|resume-device|code-faults|upgrade)$";
 
 /// Streams that have no end, and what ends the guest.
 const LEFT_OUT: [&str; 3] = [
@@ -28,10 +29,9 @@ fn client() -> PathBuf {
 
 /// Has it make up requests about the guest `name`; few, and each time the same.
 fn made_up(place: &Place, over: &OverTcp, name: &str, words: &[&str]) {
-    let config = place.file(
-        "schemathesis.toml",
-        format!("[parameters]\n\"path.name\" = \"{name}\"\n").as_bytes(),
-    );
+    let parameters =
+        format!("[parameters]\n\"path.name\" = \"{name}\"\n\"path.module\" = \"e1000\"\n");
+    let config = place.file("schemathesis.toml", parameters.as_bytes());
     let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
     let mut command = Command::new(client());
     command
@@ -48,6 +48,13 @@ fn made_up(place: &Place, over: &OverTcp, name: &str, words: &[&str]) {
             "--no-shrink",
         ])
         .args(["--workers", "1", "--continue-on-failure"])
+        // Nothing is found by a machine's being slow.
+        .args([
+            "--request-timeout",
+            "3600",
+            "--suppress-health-check",
+            "all",
+        ])
         // What it keeps of a run.
         .current_dir(place.path(""));
     for operation in LEFT_OUT {
@@ -77,18 +84,23 @@ fn requests_that_others_make_up_find_nothing() {
     let vm = place.idle(&format!(
         "--memory 32M --net user --serial control --allow-dir {ours}"
     ));
-    made_up(
-        &place,
-        &over,
-        "idle",
-        &["--exclude-path-regex", OF_THE_AGENT],
-    );
+    made_up(&place, &over, "idle", &["--exclude-path-regex", TAKE_LONG]);
     made_up(
         &place,
         &over,
         "nosuch",
-        &["--include-path-regex", OF_THE_AGENT],
+        &["--include-path-regex", TAKE_LONG],
     );
+    // A process that answers as one of a guest with Linux would.
+    let (script, _) = script(&place);
+    let with_answers = [
+        "--include-path-regex",
+        TAKE_LONG,
+        "--exclude-path-regex",
+        "/(exec|snapshot)$",
+    ];
+    made_up(&place, &over, "script", &with_answers);
+    drop(script);
     // Whatever it did to the guest, that is there and answers.
     assert_eq!(place.status()["name"], "idle");
     over.service.end();

@@ -176,6 +176,9 @@ fn a_module_is_isolated_looked_at_and_released() {
         r#"{"recovery":{"on_fault":"pray"}}"#,
         r#"{"recovery":{"retry":1}}"#,
         r#"{"budget":1}"#,
+        r#"{"budget_us":3600000001}"#,
+        r#"{"wait_us":1000001}"#,
+        r#"{"recovery":{"failures_in_a_row":0}}"#,
         "[]",
     ] {
         let answer = service.ask("PUT", MODULE, Some(wrong));
