@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod campaign;
 pub mod cli;
+pub mod code_fault;
 pub mod control;
 pub mod debug;
 pub mod device;
@@ -10,6 +11,7 @@ pub mod doctor;
 mod ending;
 pub mod error_text;
 pub mod json_lines;
+mod module_file;
 pub mod options;
 pub mod process;
 pub mod report;

@@ -284,6 +284,8 @@ pub enum SerialSpec {
     File(PathBuf),
     /// A unix socket that one client at a time may connect to.
     Unix(PathBuf),
+    /// The VM's process alone, which keeps the last of it: read and typed into through its control socket.
+    Control,
 }
 
 impl FromStr for SerialSpec {
@@ -293,13 +295,16 @@ impl FromStr for SerialSpec {
         if text == "stdio" {
             return Ok(Self::Stdio);
         }
+        if text == "control" {
+            return Ok(Self::Control);
+        }
         if let Some(path) = text.strip_prefix("file=").filter(|path| !path.is_empty()) {
             return Ok(Self::File(PathBuf::from(path)));
         }
         if let Some(path) = text.strip_prefix("unix=") {
             return Ok(Self::Unix(socket_path(path)?));
         }
-        bad("give stdio, file=PATH or unix=PATH")
+        bad("give stdio, control, file=PATH or unix=PATH")
     }
 }
 
@@ -309,6 +314,7 @@ impl fmt::Display for SerialSpec {
             Self::Stdio => f.write_str("stdio"),
             Self::File(path) => write!(f, "file={}", path.display()),
             Self::Unix(path) => write!(f, "unix={}", path.display()),
+            Self::Control => f.write_str("control"),
         }
     }
 }

@@ -114,6 +114,7 @@ fn disks_and_consoles_are_parsed() {
     );
     assert!(",ro".parse::<DiskSpec>().is_err());
     assert_eq!("stdio".parse(), Ok(SerialSpec::Stdio));
+    assert_eq!("control".parse(), Ok(SerialSpec::Control));
     assert_eq!("file=x".parse(), Ok(SerialSpec::File("x".into())));
     assert!("file=".parse::<SerialSpec>().is_err());
     assert!("pty".parse::<SerialSpec>().is_err());

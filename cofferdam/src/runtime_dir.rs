@@ -35,6 +35,9 @@ const DEFAULT_ROOT: &str = "/run/cofferdam";
 /// The files that a VM's or device host's folder can hold. Nothing else is ever removed.
 const FILES: [&str; 4] = ["control.sock", "agent.sock", "device.sock", "pid"];
 
+/// Those of them that are sockets.
+const SOCKETS: [&str; 3] = ["control.sock", "agent.sock", "device.sock"];
+
 /// The folder of device hosts. No VM's name begins like this.
 const DEVICES: &str = ".devices";
 
@@ -198,6 +201,7 @@ impl RuntimeRoot {
             root: self.clone(),
             paths,
             pid_file,
+            stays: false,
         };
         dir.write_pid()?;
         drop(root_lock);
@@ -314,9 +318,16 @@ pub struct VmDir {
     root: RuntimeRoot,
     paths: VmPaths,
     pid_file: File,
+    stays: bool,
 }
 
 impl VmDir {
+    /// The process cannot remove the folder: its sockets go at its end, and the rest when the next process of the root begins, or
+    /// with who has waited for the end.
+    pub fn stays(&mut self) {
+        self.stays = true;
+    }
+
     /// Where the sockets belong.
     pub fn paths(&self) -> &VmPaths {
         &self.paths
@@ -334,6 +345,7 @@ impl Drop for VmDir {
     fn drop(&mut self) {
         // Without the root's lock a process that starts now could lose its files to us.
         match self.root.lock() {
+            Ok(_) if self.stays => remove_files(&self.paths, &SOCKETS),
             Ok(_root_lock) => remove(&self.paths),
             Err(error) => tracing::warn!("{} stays behind: {error:#}", self.paths.dir.display()),
         }
@@ -348,7 +360,14 @@ pub(crate) fn create_dir(path: &Path) -> std::io::Result<()> {
 
 /// Removes a VM's folder with everything that belongs to it.
 fn remove(paths: &VmPaths) {
-    for file in FILES {
+    remove_files(paths, &FILES);
+    if let Err(error) = std::fs::remove_dir(&paths.dir) {
+        tracing::warn!("{} stays behind: {error}", paths.dir.display());
+    }
+}
+
+fn remove_files(paths: &VmPaths, files: &[&str]) {
+    for file in files {
         let path = paths.dir.join(file);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -356,9 +375,6 @@ fn remove(paths: &VmPaths) {
             }
             _ => {}
         }
-    }
-    if let Err(error) = std::fs::remove_dir(&paths.dir) {
-        tracing::warn!("{} stays behind: {error}", paths.dir.display());
     }
 }
 

@@ -64,6 +64,8 @@ pub enum SerialBackend {
     None,
     /// Output only, for instance a file or a pipe.
     Output(File),
+    /// Input only, for instance from a pipe; output is lost but for who looks at it.
+    Input(File),
     /// Input and output, for instance a terminal's or a pair of pipes'.
     Streams {
         /// Where the guest's input is read from. Stays in blocking mode.
@@ -163,6 +165,7 @@ impl Serial {
             // One observer is enough.
             SerialBackend::None | SerialBackend::Observed(..) => (Sink::Nothing, None, None),
             SerialBackend::Output(file) => (Sink::File(file), None, None),
+            SerialBackend::Input(input) => (Sink::Nothing, Some(input), None),
             SerialBackend::Streams { input, output } => (Sink::File(output), Some(input), None),
             SerialBackend::Socket(listener) => {
                 listener.set_nonblocking(true)?;

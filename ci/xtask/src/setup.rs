@@ -27,6 +27,8 @@ const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "fmt"), ("clippy", "clippy")];
 const WANTED_OF_PYTHON: &[(&str, &str)] = &[
     // The service's OpenAPI document is checked by it.
     ("openapi-spec-validator==0.9.0", "openapi_spec_validator"),
+    // It makes up requests for the service.
+    ("schemathesis==4.32.5", "schemathesis"),
 ];
 /// Where they are, in the workspace.
 const PYTHON: &str = "../../target/python";

@@ -7,10 +7,11 @@ use isolation::mutation::Kind;
 use recovery::fault::{FaultKind, Place};
 use serde::Serialize;
 
-use super::inject_code::{Where, undo};
+use super::inject_code::{inject, list, undo};
 use super::isolation::ask;
 use super::when::parse_when;
 use super::{Ending, print_bytes, print_json};
+use crate::code_fault::CodeFault;
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 use crate::words::{counted, number, ordinal};
@@ -185,13 +186,8 @@ impl InjectOptions {
                 self.module
             ),
         };
-        let place = Where {
-            vm: &self.vm,
-            module: &self.module,
-            function: &function,
-        };
         if self.list {
-            place.list(self.kind, self.json)?;
+            list(&self.vm, (&self.module, &function), self.kind, self.json)?;
             return Ok(Ending::SUCCESS);
         }
         if let Some(kind) = self.kind {
@@ -199,7 +195,15 @@ impl InjectOptions {
                 Some(At::Offset(offset)) => Some(offset),
                 _ => None,
             };
-            place.inject(kind, offset, self.when, self.seed, self.json)?;
+            let fault = CodeFault {
+                module: self.module,
+                function,
+                kind,
+                offset,
+                when: self.when,
+                seed: self.seed,
+            };
+            inject(&self.vm, fault, self.json)?;
             return Ok(Ending::SUCCESS);
         }
         let request = Request::Instructions {

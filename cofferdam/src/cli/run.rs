@@ -104,7 +104,7 @@ pub struct RunOptions {
     /// Name of the VM for the other commands; vm-PID when not given
     #[arg(long, value_name = "NAME")]
     name: Option<VmName>,
-    /// Serial console: stdio (when not given), file=PATH or unix=PATH
+    /// Serial console: stdio (when not given), file=PATH, unix=PATH, or control: read and typed into through the service only
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialSpec>,
     /// End when the guest reboots, instead of rebooting it
@@ -124,6 +124,10 @@ pub struct RunOptions {
     config: Option<PathBuf>,
     #[command(flatten)]
     sandbox: MachineSandbox,
+    /// Put this process into a jail: user and mount namespaces in which it has no rights over anything outside, and no files but
+    /// those that are open, its runtime folder and those of --allow-dir. TAPs and files are opened with its user's rights alone
+    #[arg(long)]
+    jail: bool,
 }
 
 impl RunOptions {
@@ -170,6 +174,7 @@ impl RunOptions {
             no_reboot: self.no_reboot,
             restored: None,
             sandbox: self.sandbox,
+            jail: self.jail,
         })
     }
 
@@ -192,6 +197,7 @@ impl RunOptions {
         let config = saved.configure(changes, Restored { dir, lazy })?;
         Ok(RunConfig {
             sandbox: self.sandbox,
+            jail: self.jail,
             ..config
         })
     }

@@ -12,7 +12,7 @@ use crate::serve::{NetworkConfig, Role, ServeConfig, document, new_line, serve};
 /// `serve`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-At its socket only the user who started it and root may use it, over TCP whoever has a token. Guests and device hosts go on when it ends, and are found again.
+At its socket only the user who started it and root may use it, and a group may look if it is named; over TCP whoever has a token. Guests and device hosts go on when it ends, and are found again.
 
 Examples:
   cofferdam serve &
@@ -24,6 +24,10 @@ pub struct ServeOptions {
     /// Its socket; service.sock in the runtime folder when not given
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Let members of this group (its name in /etc/group, or its number) look at everything over the socket, and change nothing.
+    /// The socket is theirs to connect to then, and a folder around it that is this user's alone is theirs to pass through
+    #[arg(long, value_name = "GROUP")]
+    look_group: Option<String>,
     /// Be there over TCP, too, with TLS, for browsers and those who have a token
     #[arg(long, value_name = "ADDRESS:PORT", requires = "tokens")]
     listen: Option<SocketAddr>,
@@ -37,16 +41,20 @@ pub struct ServeOptions {
     #[arg(long, value_name = "FILE", requires_all = ["listen", "tls_cert"])]
     tls_key: Option<PathBuf>,
     /// Print a line with a new token for --tokens, and end
-    #[arg(long, value_name = "ROLE", value_enum, conflicts_with_all = ["socket", "listen", "openapi"])]
+    #[arg(long, value_name = "ROLE", value_enum, conflicts_with_all = ["socket", "look_group", "listen", "openapi"])]
     new_token: Option<Role>,
     /// How long a client may take for a request's head, for its body, and for taking some of the answer
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     client_time: u64,
     /// Print the OpenAPI document and end
-    #[arg(long, conflicts_with_all = ["socket", "listen"])]
+    #[arg(long, conflicts_with_all = ["socket", "look_group", "listen"])]
     openapi: bool,
     #[command(flatten)]
     sandbox: SandboxOptions,
+    /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is not behind Landlock then, which would
+    /// not let them be made
+    #[arg(long)]
+    jail: bool,
 }
 
 impl ServeOptions {
@@ -64,6 +72,7 @@ impl ServeOptions {
         serve(ServeConfig {
             root: RuntimeRoot::from_environment(),
             socket: self.socket,
+            look_group: self.look_group,
             network: network.map(|(address, tokens)| NetworkConfig {
                 address,
                 tokens,
@@ -71,6 +80,7 @@ impl ServeOptions {
             }),
             client_time: Duration::from_secs(self.client_time),
             sandbox: self.sandbox,
+            jail: self.jail,
         })?;
         Ok(Ending::SUCCESS)
     }

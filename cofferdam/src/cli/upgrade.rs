@@ -1,19 +1,16 @@
 //! `upgrade`: another build of a driver in the place of the one that runs.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use agent_protocol::message::Bytes;
-use anyhow::{Context, bail};
-use recovery::module_file::{MAX_MODULE_BYTES, ModuleFile};
+use anyhow::bail;
 use recovery::upgrade::{UpgradeOutcome, UpgradeReport};
 
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
+use crate::module_file::read;
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 use crate::words::counted;
@@ -73,25 +70,6 @@ impl UpgradeOptions {
     }
 }
 
-/// Reads a module's file, so that what is wrong with it is known before a VM is asked.
-fn read(path: &Path, module: &str) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    // A FIFO that nobody writes to would hold us up for ever; of one there is nothing to read then.
-    let open = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path);
-    let file = open.and_then(|file| {
-        // One byte more than there may be.
-        file.take(MAX_MODULE_BYTES + 1).read_to_end(&mut bytes)
-    });
-    file.with_context(|| format!("cannot read {}", path.display()))?;
-    ModuleFile::parse(&bytes)
-        .and_then(|file| file.is(module))
-        .with_context(|| format!("cannot use {}", path.display()))?;
-    Ok(bytes)
-}
-
 /// How it ended, for a person.
 fn text(report: &UpgradeReport) -> String {
     let module = &report.module;
@@ -148,27 +126,5 @@ mod tests {
         let failed = text(&report(UpgradeOutcome::Old, &["the new e1000 failed: x"]));
         assert!(failed.starts_with("the new e1000 failed: x\nthe old e1000 is back;"));
         assert!(text(&report(UpgradeOutcome::Neither, &[])).contains("cofferdam reset"));
-    }
-
-    #[test]
-    fn files_that_are_no_modules_are_refused_before_a_vm_is_asked() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("e1000.ko");
-        assert!(
-            read(&path, "e1000")
-                .unwrap_err()
-                .to_string()
-                .contains("cannot read")
-        );
-        std::fs::write(&path, "not a module").unwrap();
-        let error = format!("{:#}", read(&path, "e1000").unwrap_err());
-        assert!(error.contains("no kernel module"), "{error}");
-        let fifo = folder.path().join("fifo");
-        let mode = rustix::fs::Mode::from_raw_mode(0o600);
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-        let error = format!("{:#}", read(&fifo, "e1000").unwrap_err());
-        assert!(error.contains("no kernel module"), "{error}");
-        let endless = format!("{:#}", read(Path::new("/dev/zero"), "e1000").unwrap_err());
-        assert!(endless.contains("at most"), "{endless}");
     }
 }

@@ -113,6 +113,13 @@ impl<P: Protocol> Connection<P> {
         progress: &mut dyn FnMut(&str),
     ) -> anyhow::Result<P::Reply> {
         let written = self.reader.get_mut().write_all(line(request).as_bytes());
+        if let Err(error) = &written
+            && error.kind() == ErrorKind::BrokenPipe
+            && let Ok(Answer::Error(why)) = self.answer()
+        {
+            // It has no room for one more, which it says before it closes.
+            return Err(AskError::Refused(why).into());
+        }
         self.in_words(written, || {
             format!("{} has closed its control socket", P::WHO)
         })?;

@@ -88,6 +88,10 @@ pub fn ended(root: &RuntimeRoot, vm: &RunningVm, limit: Duration) -> anyhow::Res
         }
         std::thread::sleep(END_POLL);
     }
+    // The folder of one in a jail, which it cannot remove; the next VM clears it away as well.
+    if let Err(error) = root.clear() {
+        tracing::debug!("what {} left stays behind: {error:#}", vm.name);
+    }
     Ok(true)
 }
 

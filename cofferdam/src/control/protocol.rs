@@ -12,6 +12,7 @@
 //! All times named `_ns` are readings of the host's `CLOCK_MONOTONIC`, which is the same for every
 //! process: they can be compared with the asker's own.
 
+mod console;
 mod faults;
 mod status;
 
@@ -38,6 +39,7 @@ use vmm::snapshot::Taken;
 use vmm::{MarkInfo, Rewound};
 
 use super::Protocol;
+pub use console::ConsoleOutput;
 pub use faults::{Disturbance, FaultsState, FaultyCalls, FunctionBytes};
 pub use status::{ConfigSummary, NetSummary, NicStatus, ProbeReading, Status, VmState};
 
@@ -46,6 +48,9 @@ pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 
 /// Between two words of a VM process that is at work on a request for long.
 pub const BEAT: Duration = Duration::from_secs(1);
+
+/// Most that is typed into a console at once, in bytes: a pipe takes as much whole or not at all (`PIPE_BUF`, pipe(7)).
+pub const MAX_TYPED_BYTES: usize = 4096;
 
 /// Longest answer, with its line end, in bytes.
 pub const MAX_ANSWER_BYTES: u64 = 1 << 20;
@@ -277,6 +282,20 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         nic: Option<String>,
     },
+    /// What does the guest print on its console? Answer: [`Reply::Console`].
+    Console {
+        /// From this byte on, counted from the first that it printed; from the oldest that is kept otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<u64>,
+        /// How long to wait where nothing is there yet, in milliseconds; 1000 at most.
+        #[serde(default)]
+        wait_ms: u64,
+    },
+    /// Type into the guest's console, all of it or nothing.
+    Type {
+        /// At most [`MAX_TYPED_BYTES`].
+        bytes: Bytes,
+    },
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.
@@ -405,6 +424,8 @@ pub enum Reply {
         /// By NIC, in the order in which they were ordered.
         disturbances: Vec<Disturbance>,
     },
+    /// Something that the guest printed on its console.
+    Console(ConsoleOutput),
     /// What the gateway saw.
     Probe(ProbeReading),
 }

@@ -172,7 +172,7 @@ fn serve_until(
     match card {
         CardConfig::Model { model, net } => {
             let plugged = plug(&net, 0, belongings)?;
-            sandbox.enter(net.own_socket().cloned().into_iter().collect())?;
+            sandbox.enter(net.own_socket().cloned().into_iter().collect(), None)?;
             if !plugged.subscribers.is_empty() {
                 serve_wire(plugged.subscribers)?;
             }
@@ -185,7 +185,7 @@ fn serve_until(
         }
         CardConfig::Function(address) => {
             let card = PassedCard::open(address, config.parked)?;
-            sandbox.enter(Vec::new())?;
+            sandbox.enter(Vec::new(), None)?;
             serve_card(config, card, &paths, end, ended)
         }
     }

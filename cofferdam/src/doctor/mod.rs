@@ -51,7 +51,12 @@ pub fn examine() -> Report {
     let kvm = kvm::examine();
     let mut checks = kvm.checks;
     checks.extend([host::hugepages(), host::tap(), host::vfio(), host::memory()]);
-    checks.extend([walls::seccomp(), walls::landlock(), walls::ordinary_user()]);
+    checks.extend([
+        walls::seccomp(),
+        walls::landlock(),
+        walls::jail(),
+        walls::ordinary_user(),
+    ]);
     let (lab, lab_ready) = host::lab();
     checks.push(lab);
     let linux_guests = match &kvm.speed {

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::report::Check;
-use crate::sandbox::landlock_version;
+use crate::sandbox::{can_jail, landlock_version};
 
 /// The first version of Landlock that knows truncation, devices' requests and abstract sockets: Linux 6.12.
 const WHOLE_LANDLOCK: u32 = 6;
@@ -52,6 +52,20 @@ pub fn landlock() -> Check {
             name,
             "not in the kernel, or turned off",
             "guests run without: build the kernel with CONFIG_SECURITY_LANDLOCK and boot it with landlock in lsm=",
+        ),
+    }
+}
+
+/// Namespaces for `--jail`: one is made, in a process that ends at once.
+pub fn jail() -> Check {
+    let name = "jail";
+    match can_jail() {
+        Ok(()) => Check::good(name, "user and mount namespaces can be made"),
+        Err(why) => Check::limited(
+            name,
+            format!("no user namespace with mounts of its own: {why}"),
+            "guests run without --jail: allow it (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, \
+             kernel.apparmor_restrict_unprivileged_userns); Linux 5.12 has all that it takes",
         ),
     }
 }

@@ -21,23 +21,53 @@ use crate::options::SerialSpec;
 /// Bytes read from standard input at a time.
 const INPUT_BYTES: usize = 256;
 
-/// Opens what `spec` says. The second part is standard input, still to be started.
-pub fn open(
-    spec: &SerialSpec,
-    belongings: &Belongings,
-) -> anyhow::Result<(SerialBackend, Option<Input>)> {
-    match spec {
-        SerialSpec::Stdio => stdio(),
-        SerialSpec::File(path) => Ok((SerialBackend::Output(open_file(path)?), None)),
-        SerialSpec::Unix(path) => {
-            let listener = listen(path)?;
-            belongings.add_socket(path.clone());
-            Ok((SerialBackend::Socket(listener), None))
+/// The other end of a serial port.
+pub struct Opened {
+    /// What the port is connected to.
+    pub backend: SerialBackend,
+    /// Standard input, still to be started.
+    pub input: Option<Input>,
+    /// Where what is typed through the control socket goes.
+    pub typed: Option<File>,
+}
+
+impl From<SerialBackend> for Opened {
+    fn from(backend: SerialBackend) -> Self {
+        Self {
+            backend,
+            input: None,
+            typed: None,
         }
     }
 }
 
-fn stdio() -> anyhow::Result<(SerialBackend, Option<Input>)> {
+/// Opens what `spec` says.
+pub fn open(spec: &SerialSpec, belongings: &Belongings) -> anyhow::Result<Opened> {
+    match spec {
+        SerialSpec::Stdio => stdio(),
+        SerialSpec::File(path) => Ok(SerialBackend::Output(open_file(path)?).into()),
+        SerialSpec::Unix(path) => {
+            let listener = listen(path)?;
+            belongings.add_socket(path.clone());
+            Ok(SerialBackend::Socket(listener).into())
+        }
+        SerialSpec::Control => {
+            let (input, typed) = pipe_with(PipeFlags::CLOEXEC).context("cannot make a pipe")?;
+            never_waits(&typed)?;
+            Ok(Opened {
+                typed: Some(typed.into()),
+                ..SerialBackend::Input(input.into()).into()
+            })
+        }
+    }
+}
+
+/// A guest that does not read what is typed holds up nobody.
+fn never_waits(typed: &impl AsFd) -> anyhow::Result<()> {
+    rustix::fs::fcntl_setfl(typed, rustix::fs::OFlags::NONBLOCK).context("cannot set up a pipe")
+}
+
+fn stdio() -> anyhow::Result<Opened> {
     let output: File = std::io::stdout()
         .as_fd()
         .try_clone_to_owned()
@@ -46,26 +76,25 @@ fn stdio() -> anyhow::Result<(SerialBackend, Option<Input>)> {
     let interactive = terminal::available();
     if !interactive && std::io::IsTerminal::is_terminal(&std::io::stdin()) {
         // In the background of a shell: a read would stop the process.
-        return Ok((SerialBackend::Output(output), None));
+        return Ok(SerialBackend::Output(output).into());
     }
     // A person who types into a guest that does not read must still be able to end it; what is piped
     // in waits instead.
     let (input, typed) = pipe_with(PipeFlags::CLOEXEC).context("cannot make a pipe")?;
     if interactive {
-        rustix::fs::fcntl_setfl(&typed, rustix::fs::OFlags::NONBLOCK)
-            .context("cannot set up a pipe")?;
+        never_waits(&typed)?;
     }
-    let input = SerialBackend::Streams {
+    let backend = SerialBackend::Streams {
         input: input.into(),
         output,
     };
-    Ok((
-        input,
-        Some(Input {
+    Ok(Opened {
+        input: Some(Input {
             typed: typed.into(),
             interactive,
         }),
-    ))
+        ..backend.into()
+    })
 }
 
 /// Opens a console file for writing; the guest's output is put at its end.

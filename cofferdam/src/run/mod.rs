@@ -17,6 +17,7 @@ mod elsewhere;
 mod ending;
 pub mod escape;
 pub mod isolation;
+mod kept_console;
 pub(crate) mod machine;
 mod memory;
 mod meter;
@@ -42,6 +43,7 @@ use anyhow::{Context, ensure};
 use devices::clock::monotonic_ns;
 use devices::serial::SerialBackend;
 use isolation::Isolation;
+use kept_console::KeptConsole;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
@@ -50,7 +52,7 @@ use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::MachineSandbox;
+use crate::sandbox::{Jail, MachineSandbox, Namespaces};
 use signals::Signals;
 
 pub use ending::Ending;
@@ -96,6 +98,8 @@ pub struct RunConfig {
     pub restored: Option<Restored>,
     /// What its process gives up.
     pub sandbox: MachineSandbox,
+    /// Its process is in a jail.
+    pub jail: bool,
 }
 
 /// A NIC.
@@ -118,11 +122,36 @@ impl RunConfig {
         words.join(" ")
     }
 
+    /// Puts this process into the namespaces of its jail, if it is to be in one. There is no other thread.
+    fn begin_jail(&self) -> anyhow::Result<Option<Namespaces>> {
+        if !self.jail {
+            return Ok(None);
+        }
+        let of_the_host = |net: &NetConfig| matches!(net.nic, NicSpec::Passthrough(_));
+        ensure!(
+            !self.nets.iter().any(of_the_host),
+            "a function of the host takes rights that a jail has not: leave --jail away, or --nic vfio=..."
+        );
+        self.sandbox.begin_jail(&self.sockets()).map(Some)
+    }
+
+    /// What there is of the runtime folder in a jail: its own folder, and those of device hosts if it has a NIC of one.
+    fn folders_of_jail(&self, own: &Path) -> Vec<PathBuf> {
+        let is_shared = |net: &NetConfig| matches!(net.nic, NicSpec::Device(_));
+        let hosts = RuntimeRoot::from_environment().devices();
+        let hosts = self
+            .nets
+            .iter()
+            .any(is_shared)
+            .then(|| hosts.path().to_owned());
+        hosts.into_iter().chain([own.to_owned()]).collect()
+    }
+
     /// Sockets that the process makes, besides those in its folder.
     fn sockets(&self) -> Vec<PathBuf> {
         let console = match &self.serial {
             SerialSpec::Unix(path) => Some(path.clone()),
-            SerialSpec::Stdio | SerialSpec::File(_) => None,
+            SerialSpec::Stdio | SerialSpec::File(_) | SerialSpec::Control => None,
         };
         let wires = self.nets.iter().filter_map(|net| match &net.nic {
             NicSpec::Model { wire, .. } => wire.own_socket().cloned(),
@@ -135,10 +164,11 @@ impl RunConfig {
 /// Runs a VM to its end.
 pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
+    let jail = config.begin_jail()?;
     let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
-    let result = boot(&config, started_ns, &watch);
+    let result = boot(&config, jail, started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
@@ -165,7 +195,12 @@ fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
 }
 
 /// Makes the VM, runs it and takes it down.
-fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Result<ExitReason> {
+fn boot(
+    config: &RunConfig,
+    jail: Option<Namespaces>,
+    started_ns: u64,
+    watch: &watch::Watch,
+) -> anyhow::Result<ExitReason> {
     let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
@@ -179,9 +214,15 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         }
     }
     let saved = config.restored.as_ref().map(Saved::open).transpose()?;
-    let (backend, input) = console::open(&config.serial, belongings)?;
+    let console::Opened {
+        backend,
+        input,
+        typed,
+    } = console::open(&config.serial, belongings)?;
     let panic = GuestPanic::default();
-    let backend = SerialBackend::Observed(Box::new(backend), panic.observer());
+    let console = KeptConsole::new(typed);
+    let observer = console.observer(panic.observer());
+    let backend = SerialBackend::Observed(Box::new(backend), observer);
     let mut vm = make(config, saved.as_ref(), backend)?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     if let Some(saved) = &saved {
@@ -214,9 +255,21 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
         nics.clone(),
         belongings.clone(),
     );
-    let service = service::VmService::new(config, plugging, supervisor, panic, started_ns)?;
+    let told = service::Told {
+        panic,
+        console: console.clone(),
+        started_ns,
+    };
+    let service = service::VmService::new(config, plugging, supervisor, told)?;
     // Everything is open; nobody has been answered yet, and the guest does not run.
-    let sandbox = config.sandbox.enter(config.sockets())?;
+    let jail = jail.map(|namespaces| Jail {
+        namespaces,
+        folders: config.folders_of_jail(&paths.dir),
+    });
+    let sandbox = config.sandbox.enter(config.sockets(), jail.as_ref())?;
+    if jail.is_some() {
+        belongings.dir_stays();
+    }
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
@@ -233,6 +286,7 @@ fn boot(config: &RunConfig, started_ns: u64, watch: &watch::Watch) -> anyhow::Re
     };
     tracing::info!(name = %config.name, "{begins}");
     let ended = vm.run();
+    console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
 }

@@ -223,6 +223,7 @@ impl SavedVm {
             no_reboot: changes.no_reboot || self.no_reboot,
             restored: Some(from),
             sandbox: MachineSandbox::default(),
+            jail: false,
         })
     }
 }

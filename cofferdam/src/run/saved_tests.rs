@@ -30,6 +30,7 @@ fn config(nets: &[&str]) -> RunConfig {
         no_reboot: true,
         restored: None,
         sandbox: MachineSandbox::default(),
+        jail: false,
     }
 }
 

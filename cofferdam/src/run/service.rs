@@ -1,12 +1,11 @@
 //! What a VM process answers on its control socket.
 
 mod faults;
+mod status;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::clock::monotonic_ns;
 use devices::wire::gateway::{GatewayControl, GatewayEventKind};
 use isolation::attach::Isolator;
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
@@ -23,13 +22,14 @@ use vmm::{Refused, VmHandle};
 use faults::Code;
 
 use super::isolation::Isolation;
+use super::kept_console::KeptConsole;
 use super::nics::Nics;
 use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
 use super::saved::SavedVm;
 use super::summary::{nic_status, summary};
 use super::{RunConfig, disturbance, elsewhere, memory};
-use crate::control::protocol::{ConfigSummary, ProbeReading, Reply, Request, Status, VmState};
+use crate::control::protocol::{ConfigSummary, ProbeReading, Reply, Request};
 use crate::control::server::Handler;
 use crate::error_text::chain;
 
@@ -41,6 +41,9 @@ const MAX_PROBE_INTERVAL_US: u64 = 3_600_000_000;
 
 /// How long a guest may take to come to rest: calls that are open have to end.
 const REST_TIME: Duration = Duration::from_secs(10);
+
+/// How long who reads a console waits at most.
+const CONSOLE_TIME: Duration = Duration::from_secs(1);
 
 /// How long a guest that is said to have panicked has to show that it lives.
 const PANIC_TIME: Duration = Duration::from_secs(2);
@@ -55,8 +58,17 @@ pub struct VmService {
     config: ConfigSummary,
     /// The same for a snapshot.
     saved: SavedVm,
-    panic: GuestPanic,
-    started_ns: u64,
+    told: Told,
+}
+
+/// What is told of the guest besides.
+pub struct Told {
+    /// Whether its kernel has panicked.
+    pub panic: GuestPanic,
+    /// What it printed.
+    pub console: KeptConsole,
+    /// When its process began.
+    pub started_ns: u64,
 }
 
 impl VmService {
@@ -68,8 +80,7 @@ impl VmService {
         config: &RunConfig,
         plugging: Plugging,
         supervisor: Arc<Supervisor<Isolation>>,
-        panic: GuestPanic,
-        started_ns: u64,
+        told: Told,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             saved: SavedVm::new(config)?,
@@ -79,48 +90,8 @@ impl VmService {
             supervisor,
             name: config.name.to_string(),
             config: summary(config),
-            panic,
-            started_ns,
+            told,
         })
-    }
-
-    fn status(&self) -> Result<Reply, String> {
-        let vm = self.vm.status();
-        let resident = memory::resident(self.vm.ram().regions())
-            .map_err(|error| format!("the VM cannot read its own /proc/self/smaps: {error}"))?;
-        let mut exits = BTreeMap::new();
-        for counts in &vm.exits {
-            if let Ok(serde_json::Value::Object(counts)) = serde_json::to_value(counts) {
-                for (reason, count) in counts {
-                    *exits.entry(reason).or_default() += count.as_u64().unwrap_or(0);
-                }
-            }
-        }
-        self.nics.forget_gone(&self.vm);
-        let nics: Vec<_> = self.nics.all().iter().map(nic_status).collect();
-        let first = nics.first();
-        Ok(Reply::Status(Box::new(Status {
-            name: self.name.clone(),
-            pid: std::process::id(),
-            state: match vm.state {
-                vmm::VmState::Created => VmState::Starting,
-                vmm::VmState::Running => VmState::Running,
-                vmm::VmState::Paused => VmState::Paused,
-                vmm::VmState::Stopped => VmState::Ending,
-            },
-            guest_panic: self.panic.line(),
-            uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
-            ready_ns: vm.first_entry_ns,
-            vmm_rss_kib: resident.own_kib,
-            guest_rss_kib: resident.guest_kib,
-            resets: vm.resets,
-            config: self.config.clone(),
-            exits,
-            isolation: self.isolator().status(),
-            recovery: self.supervisor.status().into_iter().collect(),
-            nic: first.map(|nic| nic.counters.clone()).unwrap_or_default(),
-            nics,
-        })))
     }
 
     fn isolator(&self) -> &Isolator {
@@ -132,7 +103,7 @@ impl VmService {
         if self.vm.state() == vmm::VmState::Paused {
             return Err("the VM is paused: `cofferdam resume` lets it go on".to_owned());
         }
-        let Some(line) = self.panic.line() else {
+        let Some(line) = self.told.panic.line() else {
             return Ok(());
         };
         // A guest can print what it likes. One that has panicked does not answer.
@@ -468,6 +439,14 @@ impl Handler for VmService {
             Request::Disturbances { nic } => {
                 let disturbances = disturbance::all(&self.nics, nic.as_deref())?;
                 Ok(Reply::Disturbances { disturbances })
+            }
+            Request::Console { from, wait_ms } => {
+                let wait = Duration::from_millis(wait_ms).min(CONSOLE_TIME);
+                Ok(Reply::Console(self.told.console.read(from, wait)))
+            }
+            Request::Type { bytes } => {
+                self.told.console.type_in(&bytes.0)?;
+                Ok(Reply::Done {})
             }
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {

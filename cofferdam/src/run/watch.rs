@@ -34,6 +34,13 @@ impl Belongings {
         self.lock().dir = Some(dir);
     }
 
+    /// This process cannot remove the VM's folder any more, only what is in it.
+    pub fn dir_stays(&self) {
+        if let Some(dir) = &mut self.lock().dir {
+            dir.stays();
+        }
+    }
+
     /// A socket that this process made.
     pub fn add_socket(&self, path: PathBuf) {
         self.lock().sockets.push(path);

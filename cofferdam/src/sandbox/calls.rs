@@ -72,6 +72,11 @@ pub const FORBIDDEN: &[Call] = calls!(
     SYS_setfsuid SYS_setfsgid SYS_capset
 );
 
+/// Those of them that a guest's process makes before it is set up, where it is to be in a jail.
+pub const FOR_JAILS: &[Call] = calls!(
+    SYS_unshare SYS_mount SYS_umount2 SYS_pivot_root SYS_move_mount SYS_open_tree SYS_mount_setattr
+);
+
 /// Calls that a guest's process does not make and the service does, for it starts programs.
 const OF_THE_SERVICE: &[Call] =
     calls!(SYS_execve SYS_execveat SYS_fork SYS_vfork SYS_wait4 SYS_waitid);

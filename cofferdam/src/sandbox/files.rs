@@ -57,6 +57,8 @@ pub struct Places {
     pub allowed: Vec<PathBuf>,
     /// Sockets that it made and removes at its end.
     pub sockets: Vec<PathBuf>,
+    /// It is in a jail, where there is nothing but these.
+    pub jailed: bool,
 }
 
 impl Places {
@@ -72,7 +74,7 @@ impl Places {
         let mut rules = Rules::default();
         rules.if_there(DEVICES, device);
         rules.if_there([&self.runtime], write);
-        match self.allowed.is_empty() {
+        match self.allowed.is_empty() && !self.jailed {
             true => {
                 rules.if_there(["/"], read);
                 rules.if_there([SHARED_MEMORY], write);

@@ -13,6 +13,7 @@
 //! | --- | --- | --- |
 //! | `seccomp` | system calls that the process does not make | seccomp(2), a filter for all threads and one more for vCPUs |
 //! | `files` | files and folders that it has no business with | landlock(7) |
+//! | `jail` | the same, other processes in `/proc` and all rights outside, where that is asked for | user and mount namespaces |
 //! | `privileges` | capabilities, new privileges, core dumps, descriptors without end | capabilities(7), prctl(2), setrlimit(2) |
 //!
 //! Nothing of it can be taken back. Where the host's kernel lacks a wall the others stand, and a line of the log says so;
@@ -21,16 +22,18 @@
 
 mod calls;
 mod files;
+mod jail;
 mod privileges;
 mod refusal;
 mod seccomp;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
 pub use calls::FORBIDDEN;
 pub use files::landlock_version;
+pub use jail::{Namespaces, can_jail};
 
 use files::Places;
 use seccomp::Filters;
@@ -46,6 +49,15 @@ pub enum Mode {
     Log,
     /// None stands
     Off,
+}
+
+/// How the guests of the service are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guests {
+    /// In jails.
+    Jailed,
+    /// In none.
+    Free,
 }
 
 /// What a process gives up.
@@ -69,17 +81,52 @@ pub struct MachineSandbox {
     allow_dir: Vec<PathBuf>,
 }
 
+/// The jail of a process that is to be in one.
+#[derive(Debug, Clone)]
+pub struct Jail {
+    /// What it was put into at its start.
+    pub namespaces: Namespaces,
+    /// Folders that it uses besides those that a person named: its own of sockets, and where it finds device hosts.
+    pub folders: Vec<PathBuf>,
+}
+
 impl MachineSandbox {
+    /// Looks whether this process can be in a jail, at the end of which it removes `sockets`, and puts it into namespaces. It has one
+    /// thread, and has opened nothing.
+    ///
+    /// # Errors
+    /// The host cannot, or it would leave something behind.
+    pub fn begin_jail(&self, sockets: &[PathBuf]) -> anyhow::Result<Namespaces> {
+        if self.options.mode() != Mode::On {
+            bail!("--jail is a wall of the sandbox: leave --sandbox away, or say --sandbox on");
+        }
+        let absolute = |path: &Path| std::path::absolute(path);
+        for socket in sockets {
+            let path = absolute(socket).context("cannot name a socket")?;
+            let folders = self.allow_dir.iter();
+            let mut folders = folders.filter_map(|folder| absolute(folder).ok());
+            if !folders.any(|folder| path.starts_with(folder)) {
+                return Err(jail::outside(socket));
+            }
+        }
+        Namespaces::begin()
+    }
+
     /// Puts this process behind its walls: all threads that there are and will be. Of what was opened before it may go on to
     /// use all, and at its end it removes `sockets`.
     ///
     /// # Errors
     /// A wall that this host has cannot be put up, or one that was asked for is not there.
-    pub fn enter(&self, sockets: Vec<PathBuf>) -> anyhow::Result<Entered> {
+    pub fn enter(&self, sockets: Vec<PathBuf>, jail: Option<&Jail>) -> anyhow::Result<Entered> {
+        if let Some(jail) = jail {
+            let folders = [jail.folders.as_slice(), &self.allow_dir].concat();
+            jail.namespaces.close(&folders)?;
+        }
         self.options.enter(&Places {
             runtime: RuntimeRoot::from_environment().path().to_owned(),
             allowed: self.allow_dir.clone(),
             sockets,
+            jailed: jail.is_some(),
         })
     }
 }
@@ -136,24 +183,32 @@ impl SandboxOptions {
     }
 
     /// Puts the service behind its walls, which the guests that it starts inherit: it may run no program but this one. They
-    /// put up their own besides, so that it keeps the capabilities that they begin with.
+    /// put up their own besides, so that it keeps the capabilities that they begin with. Who is behind Landlock makes no mounts: where
+    /// guests are jailed it does not stand, and calls for namespaces and mounts go through.
     ///
     /// # Errors
     /// As [`MachineSandbox::enter`].
-    pub fn enter_service(&self) -> anyhow::Result<()> {
+    pub fn enter_service(&self, guests: Guests) -> anyhow::Result<()> {
         refusal::watch().context("cannot set up the sandbox")?;
         if self.mode() == Mode::Off {
             return Ok(());
         }
         if self.mode() == Mode::On {
-            let ruleset = files::only_this_program().context("cannot limit what may be run")?;
-            if ruleset.is_none() {
-                self.lacks("Landlock", "its kernel has none, or it is not turned on")?;
-            }
+            let ruleset = match guests {
+                Guests::Jailed => None,
+                Guests::Free => {
+                    let ruleset = files::only_this_program();
+                    let ruleset = ruleset.context("cannot limit what may be run")?;
+                    if ruleset.is_none() {
+                        self.lacks("Landlock", "its kernel has none, or it is not turned on")?;
+                    }
+                    ruleset
+                }
+            };
             privileges::drop_in_each_thread(privileges::ALL, ruleset.as_ref())
                 .context("cannot give up privileges")?;
         }
-        self.filtered(Filters::of_the_service(self.mode()))
+        self.filtered(Filters::of_the_service(self.mode(), guests))
             .map(drop)
     }
 

@@ -24,8 +24,8 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
 
-use super::Mode;
-use super::calls::{ABSENT, ALLOWED, Call, FORBIDDEN};
+use super::calls::{ABSENT, ALLOWED, Call, FOR_JAILS, FORBIDDEN};
+use super::{Guests, Mode};
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +109,7 @@ impl Filters {
     ///
     /// # Errors
     /// As [`Self::of_a_machine`].
-    pub fn of_the_service(mode: Mode) -> Result<Self, Error> {
+    pub fn of_the_service(mode: Mode, guests: Guests) -> Result<Self, Error> {
         let mut all = Vec::new();
         if mode != Mode::Log {
             let clone3: Vec<Call> = ABSENT
@@ -120,7 +120,7 @@ impl Filters {
             all.push(absent(&clone3)?);
         }
         all.push(Program::new(
-            service()?,
+            service(guests)?,
             SeccompAction::Allow,
             refused(mode),
         )?);
@@ -303,9 +303,11 @@ fn not_of_a_vcpu() -> Result<Rules, BackendError> {
 const X32: i64 = 0x4000_0000;
 
 /// What the service and its guests do not.
-fn service() -> Result<Rules, BackendError> {
+fn service(guests: Guests) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
-    for (_, number) in FORBIDDEN.iter().filter(|(_, n)| *n != libc::SYS_capset) {
+    let is_made = |call: &Call| guests == Guests::Jailed && FOR_JAILS.contains(call);
+    let refused = FORBIDDEN.iter().filter(|call| !is_made(call));
+    for (_, number) in refused.filter(|(_, n)| *n != libc::SYS_capset) {
         rules.insert(*number, Vec::new());
         rules.insert(*number | X32, Vec::new());
     }
@@ -331,13 +333,34 @@ mod tests {
     #[test]
     fn all_filters_can_be_compiled_and_are_short_enough_for_the_kernel() {
         for mode in [Mode::On, Mode::Log] {
-            for filters in [Filters::of_a_machine(mode), Filters::of_the_service(mode)] {
+            for filters in [
+                Filters::of_a_machine(mode),
+                Filters::of_the_service(mode, Guests::Free),
+                Filters::of_the_service(mode, Guests::Jailed),
+            ] {
                 let filters = filters.unwrap();
                 for program in filters.all.iter().chain(&filters.vcpu) {
                     // BPF_MAXINSNS of linux/bpf_common.h.
                     assert!(program.0.len() < 4096);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_service_refuses_all_but_what_jails_are_made_with() {
+        let [free, jailed] = [Guests::Free, Guests::Jailed].map(|guests| service(guests).unwrap());
+        for call in FOR_JAILS {
+            assert!(FORBIDDEN.contains(call) && free.contains_key(&call.1));
+            assert!(!jailed.contains_key(&call.1));
+        }
+        for number in [
+            libc::SYS_setns,
+            libc::SYS_ptrace,
+            libc::SYS_chroot,
+            libc::SYS_clone,
+        ] {
+            assert!(jailed.contains_key(&number));
         }
     }
 

@@ -43,8 +43,8 @@ impl Role {
 /// How a door knows who asks.
 #[derive(Debug, Clone)]
 pub enum Access {
-    /// Whoever comes through it is known and has all rights.
-    Known,
+    /// Whoever comes through it is known, and may do this.
+    Known(Role),
     /// By the token in each request.
     Token(Arc<Tokens>),
 }
@@ -53,7 +53,7 @@ impl Access {
     /// The role of who sent these headers.
     fn role(&self, headers: &HeaderMap) -> Option<Role> {
         match self {
-            Self::Known => Some(Role::Do),
+            Self::Known(role) => Some(*role),
             Self::Token(tokens) => tokens.role_of(bearer(headers)?),
         }
     }

@@ -13,8 +13,8 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::problem::{Code, Problem};
 use super::{
-    create, devices, disturbances, events, exec, guests, inject, isolate, jobs, marks, metrics,
-    nics, page, suspend,
+    code_faults, console, create, devices, disturbances, events, exec, guests, inject, isolate,
+    jobs, marks, metrics, nics, page, suspend, upgrade,
 };
 
 #[derive(utoipa::OpenApi)]
@@ -49,6 +49,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(guests::reset_guest))
         .routes(routes!(guests::press_power_button))
         .routes(routes!(guests::snapshot_guest))
+        .routes(routes!(console::read_console, console::type_into_console))
         .routes(routes!(exec::exec_in_guest))
         .routes(routes!(marks::list_marks, marks::set_mark))
         .routes(routes!(marks::forget_mark))
@@ -62,6 +63,11 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         ))
         .routes(routes!(suspend::suspend_device))
         .routes(routes!(suspend::resume_device))
+        .routes(routes!(upgrade::upgrade_module))
+        .routes(routes!(
+            code_faults::list_sites,
+            code_faults::change_instruction
+        ))
         .routes(routes!(nics::plug_nic))
         .routes(routes!(nics::unplug_nic))
         .routes(routes!(

@@ -13,16 +13,20 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::time::{Sleep, sleep};
 
-use super::access::{Access, guarded};
+use super::access::{Access, Role, guarded};
 use super::limits::{self, ClientTime};
+use super::peer::Peers;
 use super::problem::{Code, Problem};
 
 /// Connections at one time.
 pub const MAX_CONNECTIONS: usize = 256;
+
+/// Connections at one time of those who may only look: they take no room from the others.
+const MAX_LOOKING: usize = 128;
 
 /// Connections beyond these that are told that there is no room.
 pub const MAX_REFUSED: usize = 16;
@@ -36,12 +40,19 @@ const MAX_HEADERS: usize = 64;
 /// How long to wait before accepting again when the process has no descriptors left.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections for ever, each of which has `client_time` for each part of a request.
-pub async fn accept(listener: &UnixListener, router: Router, client_time: Duration) -> Infallible {
+/// Accepts connections of `peers` for ever, each of which has `client_time` for each part of a request.
+pub async fn accept(
+    listener: &UnixListener,
+    router: Router,
+    peers: Peers,
+    client_time: Duration,
+) -> Infallible {
     let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let looking = Arc::new(Semaphore::new(MAX_LOOKING));
     let refused = Arc::new(Semaphore::new(MAX_REFUSED));
     let router = limits::limited(router, ClientTime(client_time));
-    let router = guarded(router, Access::Known);
+    let look = guarded(router.clone(), Access::Known(Role::Look));
+    let router = guarded(router, Access::Known(Role::Do));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -51,19 +62,20 @@ pub async fn accept(listener: &UnixListener, router: Router, client_time: Durati
                 continue;
             }
         };
-        let (place, router) = match (may_connect(&stream), Arc::clone(&open).try_acquire_owned()) {
-            (false, _) => {
-                let problem = Problem::new(
-                    Code::Forbidden,
-                    "only the user whose service this is and root may use it",
-                );
+        let full = |most| (Arc::clone(&refused).try_acquire_owned(), full(most));
+        let (place, router) = match peers.role_of(&stream) {
+            None => {
+                let problem = Problem::new(Code::Forbidden, peers.words());
                 (Arc::clone(&refused).try_acquire_owned(), only(problem))
             }
-            (true, Err(_)) => (
-                Arc::clone(&refused).try_acquire_owned(),
-                full(MAX_CONNECTIONS),
-            ),
-            (true, open) => (open, router.clone()),
+            Some(Role::Do) => match Arc::clone(&open).try_acquire_owned() {
+                Ok(place) => (Ok(place), router.clone()),
+                Err(_) => full(MAX_CONNECTIONS),
+            },
+            Some(Role::Look) => match Arc::clone(&looking).try_acquire_owned() {
+                Ok(place) => (Ok(place), look.clone()),
+                Err(_) => full(MAX_LOOKING),
+            },
         };
         // Without a place not even the refusal can be told.
         let Ok(place) = place else { continue };
@@ -84,19 +96,6 @@ fn only(problem: Problem) -> Router {
 pub fn full(most: usize) -> Router {
     let detail = format!("there are {most} connections already: close one and try again");
     only(Problem::new(Code::Busy, detail))
-}
-
-/// Whether the process at the other end is this user's or root's. The socket's mode says the same; this holds also where
-/// somebody has changed it.
-fn may_connect(stream: &UnixStream) -> bool {
-    let own = rustix::process::geteuid().as_raw();
-    stream
-        .peer_cred()
-        .is_ok_and(|peer| is_allowed(peer.uid(), own))
-}
-
-fn is_allowed(uid: u32, own: u32) -> bool {
-    uid == own || uid == 0
 }
 
 /// Answers what comes over one connection, until it ends.
@@ -190,16 +189,5 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_allowed;
-
-    #[test]
-    fn only_the_user_whose_service_it_is_and_root_may_connect() {
-        assert!(is_allowed(1000, 1000) && is_allowed(0, 1000) && is_allowed(0, 0));
-        assert!(!is_allowed(1001, 1000) && !is_allowed(1000, 0));
     }
 }

@@ -46,7 +46,10 @@ pub async fn create_guest(
     State(app): State<Arc<App>>,
     Body(spec): Body<GuestSpec>,
 ) -> Result<Response, Problem> {
-    let spec = spec.check()?;
+    let mut spec = spec.check()?;
+    if app.jail {
+        spec.words.push("--jail".to_owned());
+    }
     let location = [(LOCATION, format!("/v1/guests/{}", spec.name))];
     if let Some(vm) = app.find(&spec).await? {
         is_of(&vm, &spec)?;

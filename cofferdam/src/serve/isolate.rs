@@ -18,9 +18,15 @@ use utoipa::ToSchema;
 use super::app::App;
 use super::extract::{Body, ModuleName, Names, NoBody};
 use super::jobs::JobView;
-use super::problem::Problem;
+use super::problem::{Code, Problem};
 use crate::control::protocol::{FaultsState, Reply, Request};
 use crate::options::VmName;
+
+/// Most processor time that a call may be given, in microseconds.
+const MAX_BUDGET_US: u64 = 3_600_000_000;
+
+/// Longest wait with the guest standing still, in microseconds: as the command line has it.
+const MAX_WAIT_US: u64 = 1_000_000;
 
 /// Which functions of a module.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -41,14 +47,16 @@ pub enum Entries {
 pub struct IsolationSpec {
     /// Which functions.
     entries: Entries,
-    /// Processor time of its own that a call may take, in microseconds.
+    /// Processor time of its own that a call may take, in microseconds, an hour at most.
+    #[schema(maximum = 3_600_000_000_u64)]
     budget_us: Option<u64>,
     /// How the device's state is taken before a call reaches it: `exact` or `registers`.
     #[schema(value_type = String)]
     device_checkpoint: CheckpointBy,
     /// What is done about calls that fail.
     recovery: RecoverySpec,
-    /// How long a call may wait with the guest standing still, in microseconds.
+    /// How long a call may wait with the guest standing still, in microseconds, a second at most.
+    #[schema(maximum = 1_000_000)]
     wait_us: Option<u64>,
     /// Kernel functions that calls always go on in the guest for.
     guest_only: Vec<String>,
@@ -71,7 +79,8 @@ pub struct RecoverySpec {
     recoveries_per_minute: Option<u32>,
     /// How often one call is run again.
     retries: Option<u32>,
-    /// Failed calls of one function in a row, after which the next rung is tried.
+    /// Failed calls of one function in a row, after which the next rung is tried; at least 1.
+    #[schema(minimum = 1)]
     failures_in_a_row: Option<u32>,
     /// Whether the guest may be reset when the driver cannot be restarted: `no`, `boot` or `snapshot`.
     #[schema(value_type = String)]
@@ -79,6 +88,21 @@ pub struct RecoverySpec {
 }
 
 impl IsolationSpec {
+    /// Looks whether the values can be.
+    fn check(&self) -> Result<(), Problem> {
+        let too_long = |value: Option<u64>, most: u64| value.is_some_and(|value| value > most);
+        let why = if too_long(self.budget_us, MAX_BUDGET_US) {
+            format!("budget_us is at most {MAX_BUDGET_US}")
+        } else if too_long(self.wait_us, MAX_WAIT_US) {
+            format!("wait_us is at most {MAX_WAIT_US}")
+        } else if self.recovery.failures_in_a_row == Some(0) {
+            "failures_in_a_row is at least 1".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Problem::new(Code::WrongValues, why))
+    }
+
     fn request(self, module: String) -> Request {
         let given = self.recovery;
         let standard = LadderConfig::default();
@@ -122,6 +146,7 @@ pub async fn isolate_module(
     Names(name, module): Names<VmName, ModuleName>,
     Body(spec): Body<IsolationSpec>,
 ) -> Result<Response, Problem> {
+    spec.check()?;
     let request = spec.request(module.0);
     let job = app
         .ask_long(&name, "isolate", request, |reply| match reply {

@@ -27,6 +27,9 @@ use crate::options::VmName;
 /// Jobs under way at one time.
 pub const MAX_RUNNING: usize = 16;
 
+/// Those of one guest: each takes one of the connections that its process serves at one time, and others want to look at it meanwhile.
+const MAX_OF_ONE: usize = 8;
+
 /// Jobs that have ended and can still be looked at; the oldest goes first.
 const MAX_ENDED: usize = 64;
 
@@ -202,6 +205,12 @@ impl Jobs {
             let detail = format!("{MAX_RUNNING} jobs are under way already: try again later");
             return Err(Problem::new(Code::Busy, detail));
         }
+        let is_of_this = |job: &&Arc<Job>| job.guest == guest.as_str() && !job.has_ended();
+        if all.iter().filter(is_of_this).count() >= MAX_OF_ONE {
+            let detail =
+                format!("{MAX_OF_ONE} jobs of {guest} are under way already: try again later");
+            return Err(Problem::new(Code::Busy, detail));
+        }
         if all.len() - running >= MAX_ENDED
             && let Some(oldest) = all.iter().position(|job| job.has_ended())
         {
@@ -275,15 +284,41 @@ impl App {
         request: Request,
         result: impl FnOnce(Reply) -> Result<Value, Problem> + Send + 'static,
     ) -> Result<Arc<Job>, Problem> {
+        self.ask_at_length(name, what, move |mut guest| result(guest.ask(&request)?))
+            .await
+    }
+
+    /// The same for `work` that asks more than once.
+    pub async fn ask_at_length(
+        &self,
+        name: &VmName,
+        what: &'static str,
+        work: impl FnOnce(Asking<'_>) -> Result<Value, Problem> + Send + 'static,
+    ) -> Result<Arc<Job>, Problem> {
         let (root, sought) = (self.root.clone(), name.clone());
         // Who is not there is said at once.
         let vm = self.asks.block(move || guest(&root, &sought)).await?;
         let giving_up = GivingUp::Closing(None);
         self.jobs.start(name, what, giving_up, move |job| {
-            let mut client = ControlClient::to(&vm, ANSWER_TIME)?;
+            let client = ControlClient::to(&vm, ANSWER_TIME)?;
             job.is_done_over(client.stream().map_err(anyhow::Error::from)?);
-            result(client.ask_and_watch(&request, &mut |what| job.tell(what))?)
+            work(Asking { client, job })
         })
+    }
+}
+
+/// The guest of a job, which is asked.
+pub struct Asking<'a> {
+    client: ControlClient,
+    job: &'a Job,
+}
+
+impl Asking<'_> {
+    /// Asks for something, and tells the job what is done meanwhile.
+    pub fn ask(&mut self, request: &Request) -> Result<Reply, Problem> {
+        let job = self.job;
+        let mut tell = |what: &str| job.tell(what);
+        Ok(self.client.ask_and_watch(request, &mut tell)?)
     }
 }
 
@@ -364,17 +399,26 @@ mod tests {
         );
         let (hold, held) = std::sync::mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let begin = || {
+        let begin = |guest: &str| {
             let held = Arc::clone(&held);
-            jobs.start(&name(), "a test", GivingUp::Never, move |_| {
-                let _ = held.lock().unwrap().recv();
-                Ok(Value::Null)
-            })
+            jobs.start(
+                &guest.parse().unwrap(),
+                "a test",
+                GivingUp::Never,
+                move |_| {
+                    let _ = held.lock().unwrap().recv();
+                    Ok(Value::Null)
+                },
+            )
         };
-        for _ in 0..MAX_RUNNING {
-            begin().unwrap();
+        for _ in 0..MAX_OF_ONE {
+            begin("one").unwrap();
         }
-        begin().unwrap_err();
+        begin("one").unwrap_err();
+        for _ in MAX_OF_ONE..MAX_RUNNING {
+            begin("other").unwrap();
+        }
+        begin("third").unwrap_err();
         drop(hold);
     }
 

@@ -17,7 +17,9 @@ mod access;
 mod api;
 mod app;
 mod ask;
+mod code_faults;
 mod connection;
+mod console;
 mod create;
 mod devices;
 mod disturbances;
@@ -35,18 +37,20 @@ mod metrics;
 mod network;
 mod nics;
 mod page;
+mod peer;
 mod problem;
 mod socket;
 mod spec;
 mod suspend;
 mod tls;
 mod tokens;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use axum::Router;
 
 pub use access::Role;
@@ -56,9 +60,10 @@ pub use tokens::new_line;
 
 use crate::ending::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::SandboxOptions;
+use crate::sandbox::{Guests, SandboxOptions, can_jail};
 use app::App;
 use network::Network;
+use peer::Peers;
 use socket::Socket;
 
 /// Threads that wait for answers of other processes: for requests, jobs and looks at all guests.
@@ -77,12 +82,16 @@ pub struct ServeConfig {
     pub root: RuntimeRoot,
     /// Its socket; `service.sock` in the runtime folder otherwise.
     pub socket: Option<PathBuf>,
+    /// The group whose members may look over the socket: its name or number.
+    pub look_group: Option<String>,
     /// Where it is reached over TCP, if it is.
     pub network: Option<NetworkConfig>,
     /// How long a client has for each part of a request, and for taking what it is sent.
     pub client_time: Duration,
     /// What it gives up.
     pub sandbox: SandboxOptions,
+    /// The guests that it makes are in jails.
+    pub jail: bool,
 }
 
 /// Serves until a signal asks for the end.
@@ -96,9 +105,19 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    let look = config.look_group.as_deref().map(peer::group).transpose()?;
     let network = config.network.as_ref().map(Network::bind).transpose()?;
     // Before there are other threads, which inherit it.
-    config.sandbox.enter_service()?;
+    let guests = match config.jail {
+        true => Guests::Jailed,
+        false => Guests::Free,
+    };
+    if let (true, Err(why)) = (config.jail, can_jail()) {
+        bail!(
+            "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
+        );
+    }
+    config.sandbox.enter_service(guests)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(THREADS)
@@ -111,11 +130,15 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         // Before anybody can see that it is there.
         let asked_to_end = asked_to_end()?;
         let socket = Socket::bind(&path)?;
+        if let Some(group) = look {
+            peer::open_to(socket.path(), group)?;
+        }
         let listener = socket.listener()?;
-        let router = api::router(App::new(RuntimeRoot::new(root)));
+        let peers = Peers::new(look);
+        let router = api::router(App::new(RuntimeRoot::new(root), config.jail));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
-            never = connection::accept(&listener, router.clone(), config.client_time) => match never {},
+            never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},
             failed = accept_over_tcp(network, router, config.client_time) => failed.map(|never| match never {}),
             () = asked_to_end => Ok(()),
         }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
+use rustix::net::sockopt;
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
@@ -20,6 +22,15 @@ use super::tokens::Tokens;
 
 /// Connections over TCP at one time. They take no room from those to the unix socket.
 pub const MAX_CONNECTIONS: usize = 256;
+
+/// How long a connection may be quiet before it is asked whether the other side is still there.
+const QUIET: Duration = Duration::from_secs(30);
+
+/// How long after that it is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// How often, before it counts as gone.
+const ASKS: u32 = 3;
 
 /// How the service is reached over TCP.
 #[derive(Debug)]
@@ -110,6 +121,9 @@ impl Network {
             tokio::spawn(async move {
                 // Events are small and are to be there at once; without it they only come later.
                 let _ = stream.set_nodelay(true);
+                if let Err(error) = notice_the_end(&stream) {
+                    tracing::debug!("a peer that is gone is not noticed: {error}");
+                }
                 let handshake = acceptor.accept(Patient::new(stream, client_time));
                 match timeout(client_time, handshake).await {
                     Ok(Ok(stream)) => connection::serve(stream, router, client_time).await,
@@ -120,4 +134,13 @@ impl Network {
             });
         }
     }
+}
+
+/// Has the kernel ask whether the other side is still there (tcp(7)): one that is gone without a word would keep its place, and that of
+/// a reader of a console on which nothing is printed.
+fn notice_the_end(stream: &TcpStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, QUIET)?;
+    sockopt::set_tcp_keepintvl(stream, ASK_AGAIN)?;
+    sockopt::set_tcp_keepcnt(stream, ASKS)
 }

@@ -55,6 +55,11 @@ impl Socket {
         })
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The same for the runtime that this is called in.
     ///
     /// # Errors

@@ -43,7 +43,8 @@ pub struct GuestSpec {
     large_pages: bool,
     /// Number of vCPUs; 1 when not given.
     vcpus: Option<u8>,
-    /// Serial console: `file=PATH` or `unix=PATH`; what it writes is lost when not given.
+    /// Serial console: `control`, `file=PATH` or `unix=PATH`; `control` when not given. Only into that one can be typed at
+    /// `/v1/guests/{name}/console`; it is read there whatever it is.
     serial: Option<String>,
     /// End when the guest reboots, instead of rebooting it.
     no_reboot: bool,
@@ -55,6 +56,9 @@ pub struct GuestSpec {
     /// given.
     allow_dir: Vec<String>,
 }
+
+/// Serial console where nobody says.
+const DEFAULT_SERIAL: &str = "control";
 
 /// A spec that can be tried: a name and words for `cofferdam`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,18 +128,18 @@ impl GuestSpec {
         if let Some(mac) = &self.mac {
             add("mac", &value::<MacAddress>("mac", mac)?.to_string());
         }
-        if let Some(serial) = &self.serial {
-            let serial: SerialSpec = value("serial", serial)?;
-            match &serial {
-                SerialSpec::Stdio => {
-                    return Err(wrong("serial", "a guest of the service has no terminal"));
-                }
-                SerialSpec::File(path) | SerialSpec::Unix(path) => {
-                    is_absolute("serial", path.to_str())?;
-                }
+        let serial = self.serial.as_deref().unwrap_or(DEFAULT_SERIAL);
+        let serial: SerialSpec = value("serial", serial)?;
+        match &serial {
+            SerialSpec::Stdio => {
+                return Err(wrong("serial", "a guest of the service has no terminal"));
             }
-            add("serial", &serial.to_string());
+            SerialSpec::Control => {}
+            SerialSpec::File(path) | SerialSpec::Unix(path) => {
+                is_absolute("serial", path.to_str())?;
+            }
         }
+        add("serial", &serial.to_string());
         if self.snapshot.is_none() {
             let memory = self.memory.as_deref().unwrap_or(DEFAULT_MEMORY);
             add(
@@ -214,7 +218,9 @@ mod tests {
     #[test]
     fn what_is_left_out_is_what_stands_for_it() {
         let short = spec(r#"{"name":"a","kernel":"/k"}"#).check().unwrap();
-        let long = spec(r#"{"name":"a","kernel":"/k","memory":"256M","vcpus":1,"append":[]}"#);
+        let long = spec(
+            r#"{"name":"a","kernel":"/k","memory":"256M","vcpus":1,"append":[],"serial":"control"}"#,
+        );
         assert_eq!(short, long.check().unwrap());
     }
 

@@ -1,9 +1,9 @@
 //! A process that goes behind the walls of one of ours and then does what it is told: this test program, run once more.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
 
-use cofferdam::sandbox::{MachineSandbox, SandboxOptions};
+use cofferdam::sandbox::{Guests, MachineSandbox, Namespaces, SandboxOptions};
 
 use crate::common::place::Place;
 use crate::tries;
@@ -23,6 +23,8 @@ pub enum Kind {
     Vcpu,
     /// The service.
     Service,
+    /// A jail and no other wall, with the folder that the options name.
+    Jail,
 }
 
 /// How a try ended.
@@ -64,7 +66,14 @@ struct Line {
 
 /// Has a process of `kind`, with `options` of the sandbox, try `words`.
 pub fn attempt(place: &Place, kind: Kind, options: &str, words: &str) -> Tried {
-    let output = Command::new(std::env::current_exe().unwrap())
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    if kind == Kind::Jail {
+        // SAFETY: it allocates a little between fork and exec, which the C library allows after its own fork.
+        unsafe {
+            command.pre_exec(|| Namespaces::begin().map(drop).map_err(std::io::Error::other));
+        }
+    }
+    let output = command
         .args([
             "--exact",
             "inside::what_is_tried_is_done_and_told",
@@ -91,11 +100,14 @@ fn what_is_tried_is_done_and_told() {
     let options = std::env::var(OPTIONS).unwrap();
     let elder = tries::Elder::start();
     match words[0] {
-        "Service" => SandboxOptions::default().enter_service().unwrap(),
+        "Jail" => Namespaces::made_before().close(&[options.into()]).unwrap(),
+        "Service" => SandboxOptions::default()
+            .enter_service(Guests::Free)
+            .unwrap(),
         kind => {
             let line = std::iter::once("sandbox").chain(options.split_whitespace());
             let line: Line = clap::Parser::parse_from(line);
-            let entered = line.sandbox.enter(Vec::new()).unwrap();
+            let entered = line.sandbox.enter(Vec::new(), None).unwrap();
             if kind == "Vcpu" {
                 entered.enter_vcpu().unwrap();
             }

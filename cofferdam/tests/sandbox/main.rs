@@ -12,5 +12,6 @@ mod breaking;
 mod common;
 mod files;
 mod inside;
+mod jail;
 mod running;
 mod tries;

@@ -9,7 +9,7 @@ use std::process::Child;
 use crate::common::place::{Place, end, finish, signal};
 
 /// `CAP_IPC_LOCK` as a bit.
-const IPC_LOCK: u64 = 1 << 14;
+pub const IPC_LOCK: u64 = 1 << 14;
 
 /// What `status` says of each thread of a process, by the thread's name and number.
 fn threads(process: u32) -> BTreeMap<(String, u32), BTreeMap<String, String>> {
@@ -35,7 +35,7 @@ fn own_capabilities() -> u64 {
 
 /// Each thread of the process has a filter, no new privileges, and no capability but of `capabilities`.
 #[track_caller]
-fn are_behind_walls(process: u32, capabilities: u64) {
+pub fn are_behind_walls(process: u32, capabilities: u64) {
     let threads = threads(process);
     assert!(!threads.is_empty());
     for ((name, _), status) in threads {
@@ -126,7 +126,7 @@ fn a_vm_that_is_only_watched_runs_as_before() {
 }
 
 /// Starts `cofferdam` with these words and waits for its socket `path` in the runtime folder.
-fn started(place: &Place, words: &str, path: &str) -> Child {
+pub fn started(place: &Place, words: &str, path: &str) -> Child {
     let mut command = place.command();
     command.stderr(std::process::Stdio::inherit());
     let child = command.args(words.split(' ')).spawn().unwrap();
@@ -165,8 +165,22 @@ fn the_service_is_behind_walls_that_its_guests_can_live_behind() {
 /// An ordinary user who may use `/dev/kvm` runs a guest, has nothing to give up but is filtered all the same.
 #[test]
 fn a_user_of_the_devices_group_runs_a_guest_without_root() {
-    const NOBODY: u32 = 65534;
     let name = "sandbox::running::a_user_of_the_devices_group_runs_a_guest_without_root";
+    run_as_nobody(name, &[], 0);
+}
+
+/// So that user may jail it, too: a capability that is shown is one in the jail's own user namespace.
+#[test]
+fn a_user_of_the_devices_group_runs_a_guest_in_a_jail_without_root() {
+    let name = "sandbox::running::a_user_of_the_devices_group_runs_a_guest_in_a_jail_without_root";
+    match cofferdam::sandbox::can_jail() {
+        Ok(()) => run_as_nobody(name, &["--jail"], IPC_LOCK),
+        Err(why) => skipped::skip(name, &format!("this host makes no jails: {why}")),
+    }
+}
+
+fn run_as_nobody(name: &str, words: &[&str], capabilities: u64) {
+    const NOBODY: u32 = 65534;
     if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/kvm").exists() {
         skipped::skip(
             name,
@@ -191,6 +205,7 @@ fn a_user_of_the_devices_group_runs_a_guest_without_root() {
     command
         .args(["run", "--name", "idle", "--memory", "32M", "--kernel"])
         .arg(place.path("idle"))
+        .args(words)
         .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
         .current_dir("/")
         .stdin(std::process::Stdio::null())
@@ -222,10 +237,12 @@ fn a_user_of_the_devices_group_runs_a_guest_without_root() {
         }
     };
     place.wait_for("idle");
-    are_behind_walls(vm.id(), 0);
+    are_behind_walls(vm.id(), capabilities);
     let status = threads(vm.id());
     let user = status.values().next().unwrap()["Uid"].clone();
     assert!(user.starts_with("65534\t65534\t65534"), "{user}");
     place.ask("mark idle");
-    end(&place, vm, &[]);
+    place.ask("stop --force idle");
+    assert!(finish(vm).status.success());
+    place.assert_empty();
 }

@@ -44,7 +44,8 @@ fn own(name: &str, words: &[&str]) -> i32 {
         return wild(number.parse().unwrap());
     }
     let answer = match name {
-        "open" | "create" | "write" | "remove" | "mkdir" | "run" | "abstract" => {
+        "open" | "create" | "write" | "remove" | "mkdir" | "run" | "abstract" | "connect"
+        | "node" => {
             return with_files(name, words).err().map_or(0, errno);
         }
         "bind" => {
@@ -154,6 +155,22 @@ fn with_files(name: &str, words: &[&str]) -> std::io::Result<()> {
         "write" => std::fs::File::options().write(true).open(path).map(drop),
         "remove" => std::fs::remove_file(path),
         "mkdir" => std::fs::create_dir(path),
+        "connect" => UnixStream::connect(path).map(drop),
+        // The device `/dev/null`.
+        "node" => {
+            let (kind, mode) = (
+                rustix::fs::FileType::CharacterDevice,
+                rustix::fs::Mode::RUSR,
+            );
+            let device = rustix::fs::makedev(1, 3);
+            Ok(rustix::fs::mknodat(
+                rustix::fs::CWD,
+                path,
+                kind,
+                mode,
+                device,
+            )?)
+        }
         "run" => std::process::Command::new(path)
             .arg("--help")
             .stdout(std::process::Stdio::null())

@@ -141,3 +141,30 @@ fn a_guest_outlives_its_service_and_the_next_one_finds_it() {
     service.end();
     place.assert_empty();
 }
+
+#[test]
+fn a_service_that_jails_makes_guests_in_jails_that_see_nothing_of_it() {
+    let name =
+        "service::creating::a_service_that_jails_makes_guests_in_jails_that_see_nothing_of_it";
+    if let Err(why) = cofferdam::sandbox::can_jail() {
+        return skipped::skip(name, &format!("this host makes no jails: {why}"));
+    }
+    let place = Place::new();
+    let service = Service::start(&place, "--jail");
+    let spec = json!({"name": "web", "kernel": place.idle_kernel(), "memory": "32M"}).to_string();
+    let made = service.post("/v1/guests", &spec).ok(201).json();
+    let process = made["pid"].as_u64().unwrap();
+    let user = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user")).unwrap();
+    assert_ne!(user(&process.to_string()), user("self"));
+    let root = format!("/proc/{process}/root{}", place.path("run").display());
+    let seen = std::fs::read_dir(root).unwrap();
+    let seen: Vec<_> = seen.map(|name| name.unwrap().file_name()).collect();
+    assert_eq!(seen, ["web"]);
+    service.post("/v1/guests", &spec).ok(200);
+    service
+        .post("/v1/guests/web/marks", r#"{"name":"a"}"#)
+        .ok(200);
+    service.delete("/v1/guests/web?force=true").ok(200);
+    service.end();
+    place.assert_empty();
+}

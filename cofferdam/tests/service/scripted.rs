@@ -13,6 +13,7 @@ use recovery::asker::Asker;
 use serde_json::{Value, json};
 
 use crate::client::{Listener, Service};
+use crate::common::module::module;
 use crate::common::place::Place;
 
 /// What a scripted guest is asked and answers.
@@ -94,6 +95,17 @@ impl Handler for Script {
                     {"offset": 8, "len": 1, "kind": "return"}]})
             }
             Request::Inject { .. } => json!({"reply": "done"}),
+            // push rbp; mov rbp, rsp; mov eax, 1; pop rbp; ret
+            Request::FunctionText { module, function } if function == "e1000_open" => {
+                json!({"reply": "function_text", "start": 0x1000_0000, "code": "VUiJ5bgBAAAAXcM=", "callees": [],
+                    "isolated": module == "e1000"})
+            }
+            Request::InjectCode { .. } => json!({"reply": "done"}),
+            Request::Upgrade { module, .. } => {
+                asker.tell("removing the driver").unwrap();
+                json!({"reply": "upgraded", "module": module, "outcome": "old", "old_build": "01", "new_build": "02",
+                    "interfaces": ["eth0"], "isolated": 2, "outage_us": 7, "problems": ["the new one failed"]})
+            }
             Request::SuspendDevice { .. } => {
                 json!({"reply": "device_suspended", "driver_us": 5, "state_us": null, "power_us": 7})
             }
@@ -164,6 +176,9 @@ fn a_module_is_isolated_looked_at_and_released() {
         r#"{"recovery":{"on_fault":"pray"}}"#,
         r#"{"recovery":{"retry":1}}"#,
         r#"{"budget":1}"#,
+        r#"{"budget_us":3600000001}"#,
+        r#"{"wait_us":1000001}"#,
+        r#"{"recovery":{"failures_in_a_row":0}}"#,
         "[]",
     ] {
         let answer = service.ask("PUT", MODULE, Some(wrong));
@@ -325,6 +340,151 @@ fn a_driver_suspends_and_resumes_its_devices() {
     assert_eq!(service.post(path, "").ok(200).json(), times);
     let answer = service.post("/v1/guests/script/modules/..%2fx/resume-device", "");
     answer.problem(400, "malformed", "");
+    service.end();
+    drop(dir);
+}
+
+#[test]
+fn an_instruction_is_changed_where_a_kind_fits() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let path = "/v1/guests/script/modules/e1000/code-faults";
+    let sites = service.get(&format!("{path}?function=e1000_open")).ok(200);
+    let sites = sites.json();
+    assert_eq!(sites["isolated"], true);
+    assert_eq!(sites["sites"][0]["offset"], 9, "{sites}");
+    let fitting = service.get(&format!("{path}?function=e1000_open&kind=missing_call"));
+    assert_eq!(
+        fitting.ok(200).json()["sites"],
+        json!([]),
+        "it calls nothing"
+    );
+    let order = |more: Value| {
+        let mut spec = json!({"function": "e1000_open", "kind": "nop", "offset": 9});
+        spec.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        spec.to_string()
+    };
+    let changed = service
+        .post(path, &order(json!({"when": {"nth": 3}})))
+        .ok(200);
+    let changed = changed.json();
+    assert_eq!(
+        (&changed["own_text"], &changed["address"]),
+        (&json!(false), &json!(0x1000_0009))
+    );
+    let asked = json!(script.asked.lock().unwrap().last().unwrap());
+    assert_eq!(
+        (&asked["request"], &asked["old"]),
+        (&json!("inject_code"), &json!("XQ=="))
+    );
+    assert_eq!(asked["calls"]["which"], json!({"every": 3}), "{asked}");
+    // What is not isolated is left alone unless its own text is meant.
+    let own = "/v1/guests/script/modules/e1001/code-faults";
+    let before = script.asked.lock().unwrap().len();
+    let refused = service.post(own, &order(json!({})));
+    refused.problem(409, "refused", "e1001 is not isolated");
+    for wrong in [
+        json!({"own_text": true, "when": "always"}),
+        json!({"offset": 3, "own_text": true}),
+        json!({"offset": u64::MAX, "own_text": true}),
+        json!({"own_text": true, "kind": "missing_call", "offset": null}),
+    ] {
+        service
+            .post(own, &order(wrong))
+            .problem(422, "wrong_values", "");
+    }
+    let asked = json!(script.asked.lock().unwrap()[before..]);
+    assert!(!asked.to_string().contains("inject_code"), "{asked}");
+    let changed = service.post(own, &order(json!({"own_text": true}))).ok(200);
+    assert_eq!(changed.json()["own_text"], true);
+    for wrong in [
+        json!({"kind": "gremlin"}),
+        json!({"kind": "lost_interrupt"}),
+        json!({"when": {"nth": 0}}),
+        json!({"when": {"chance": 0}}),
+        json!({"when": "sometimes"}),
+        json!({"offset": -1}),
+        json!({"more": 1}),
+    ] {
+        service
+            .post(path, &order(wrong))
+            .problem(422, "wrong_values", "");
+    }
+    for wrong in [
+        "",
+        "?function=e1000_open&kind=gremlin",
+        "?function=a&more=1",
+    ] {
+        service
+            .get(&format!("{path}{wrong}"))
+            .problem(400, "malformed", "");
+    }
+    let nowhere = service.get(&format!("{path}?function=nosuch"));
+    nowhere.problem(409, "refused", "nosuch");
+    service.end();
+    drop(dir);
+}
+
+#[test]
+fn a_driver_is_upgraded_from_a_file_that_is_its_build() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let (dir, script) = script(&place);
+    let path = "/v1/guests/script/modules/spy/upgrade";
+    let file = place.file("spy.ko", &module("spy", &["name=spy", "vermagic=6.1"]));
+    let spec = |file: &str| json!({"file": file, "limit_s": 5}).to_string();
+    let upgraded = service.post(path, &spec(&file)).ok(200).json();
+    assert_eq!(
+        (&upgraded["outcome"], &upgraded["module"]),
+        (&json!("old"), &json!("spy"))
+    );
+    let asked = script.asked.lock().unwrap().last().cloned().unwrap();
+    let Request::Upgrade {
+        file: sent,
+        limit_ms,
+        ..
+    } = asked
+    else {
+        panic!("{asked:?}");
+    };
+    assert_eq!((sent.0, limit_ms), (std::fs::read(&file).unwrap(), 5000));
+    let before = script.asked.lock().unwrap().len();
+    let none = place.file("none.ko", b"not a module");
+    let fifo = place.path("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::from_raw_mode(0o600),
+        0,
+    )
+    .unwrap();
+    let missing = place.path("missing").display().to_string();
+    for (wrong, says) in [
+        (none.as_str(), "no kernel module"),
+        (fifo.to_str().unwrap(), "no kernel module"),
+        ("/dev/zero", "at most"),
+        (&missing, "cannot read"),
+        ("spy.ko", "absolute"),
+    ] {
+        service
+            .post(path, &spec(wrong))
+            .problem(422, "wrong_values", says);
+    }
+    let other = service.post("/v1/guests/script/modules/e1000/upgrade", &spec(&file));
+    other.problem(422, "wrong_values", "spy");
+    for wrong in [
+        r#"{}"#,
+        r#"{"file":"/x","limit_s":0}"#,
+        r#"{"file":"/x","limit_s":61}"#,
+        r#"{"file":7}"#,
+    ] {
+        service.post(path, wrong).problem(422, "wrong_values", "");
+    }
+    assert_eq!(script.asked.lock().unwrap().len(), before, "it was asked");
     service.end();
     drop(dir);
 }

@@ -110,3 +110,89 @@ fn another_user_is_refused_whatever_the_sockets_mode() {
     }
     service.end();
 }
+
+/// A request to the service's socket by another user, who is a member of these groups.
+fn as_another(service: &Service, gid: u32, groups: &str, words: &[&str]) -> String {
+    let output = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", &gid.to_string()])
+        .args(["--groups", groups])
+        .args(["curl", "-sS", "--max-time", "20", "--unix-socket"])
+        .arg(&service.socket)
+        .args(words)
+        .output()
+        .unwrap();
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+#[test]
+fn members_of_a_group_look_and_change_nothing() {
+    let name = "service::sockets::members_of_a_group_look_and_change_nothing";
+    let mut tried = Command::new("setpriv");
+    tried.args(["--reuid", "65534", "curl", "--version"]);
+    if !tried.output().is_ok_and(|output| output.status.success()) {
+        return skipped::skip(name, "no curl can be run as another user (setpriv)");
+    }
+    let place = Place::new();
+    // As /run is; the runtime folder in it is its owner's alone.
+    fs::set_permissions(place.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(place.path("run"), fs::Permissions::from_mode(0o700)).unwrap();
+    let service = Service::start(&place, "--look-group 4242");
+    let vm = place.idle("");
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(
+        (mode(&service.socket), mode(&place.path("run"))),
+        (0o660, 0o710)
+    );
+    // Folders and sockets of guests are as before.
+    assert_eq!(mode(&place.path("run/idle")), 0o700);
+    let guests = "http://localhost/v1/guests";
+    for (gid, groups) in [(4242, "1"), (65534, "1,4242,7")] {
+        let list = as_another(&service, gid, groups, &[guests]);
+        assert!(list.contains("\"idle\""), "{list}");
+        for (method, path) in [
+            ("POST", "/idle/pause"),
+            ("DELETE", "/idle"),
+            ("POST", ""),
+            ("PUT", "/idle/isolation/e1000"),
+            ("BREW", ""),
+        ] {
+            let url = format!("{guests}{path}");
+            let said = as_another(&service, gid, groups, &["-X", method, &url]);
+            assert!(
+                said.contains("\"forbidden\"") && said.contains("look"),
+                "{method} {path}: {said}"
+            );
+        }
+    }
+    // To who is no member the folder is closed, and if it were not the service would refuse.
+    let refused = as_another(&service, 65534, "1", &[guests]);
+    assert!(!refused.contains("idle"), "{refused}");
+    fs::set_permissions(place.path("run"), fs::Permissions::from_mode(0o711)).unwrap();
+    fs::set_permissions(&service.socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let refused = as_another(&service, 65534, "1", &[guests]);
+    assert!(refused.contains("\"forbidden\""), "{refused}");
+    assert_eq!(place.status()["state"], "running");
+    service.end();
+    crate::common::place::end(&place, vm, &[]);
+}
+
+#[test]
+fn a_group_that_cannot_look_is_refused_in_a_line() {
+    let place = Place::new();
+    refused(&place, "--look-group no-such-group-here", "no group");
+    refused(&place, "--look-group 4294967295", "no group");
+    // A folder that is not its owner's alone is left as it is.
+    fs::set_permissions(place.path(""), fs::Permissions::from_mode(0o750)).unwrap();
+    let folder = place.path("").display().to_string();
+    refused(
+        &place,
+        &format!("--look-group 4242 --socket {folder}/s"),
+        "cannot pass through",
+    );
+    assert!(!place.path("s").exists());
+    place.assert_empty();
+}
