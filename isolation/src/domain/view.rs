@@ -455,7 +455,7 @@ mod tests {
         // A copy that is known of is not made again.
         view.begin_copy(Pfn(1)).unwrap();
         let changes = view.changes(Pfn(1)).unwrap();
-        assert_eq!(changes.runs().collect::<Vec<_>>(), [8..9]);
+        assert!(changes.runs().eq(std::iter::once(8..9)));
         view.publish(Pfn(1), &changes).unwrap();
         let now = view.copy_shared(Pfn(1)).unwrap();
         assert_eq!((now[0], now[8], now[0xfff]), (0x11, 0x22, 0x33));
@@ -486,7 +486,7 @@ mod tests {
         assert_eq!(page[..8], [7, 7, 7, 1, 7, 7, 7, 7]);
         assert_eq!(page[0x800], 9);
         let changes = view.changes(Pfn(1)).unwrap();
-        assert_eq!(changes.runs().collect::<Vec<_>>(), [3..4]);
+        assert!(changes.runs().eq(std::iter::once(3..4)));
         // Nothing is known of this page.
         view.take_over(Pfn(2)).unwrap();
     }

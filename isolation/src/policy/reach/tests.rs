@@ -214,7 +214,6 @@ fn what_a_slot_of_a_long_ring_points_at_is_found_by_its_address() {
     // Nothing has these: an object that no slot has, the number behind a slot's pointer.
     assert_eq!(reach.held_in(&found.slots, object(NET).unwrap()), None);
     let number = GvaRange::new(Gva(far), 8).unwrap();
-    drop(reach);
     guest.put(Gva(SLOTS + 100 * 16 + 8), &far.to_le_bytes(), DATA);
     let reach = super::tests::reach(&types, &guest, &known);
     assert_eq!(reach.held_in(&found.slots, number), None);
