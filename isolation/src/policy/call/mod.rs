@@ -66,8 +66,12 @@ use shared_counts::SharedCounts;
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
 
-/// The same, of which they write one member alone; the variable has the name of its type. `dev_xmit_recursion_inc`.
-const PER_CPU_MEMBERS: &[(&str, &str)] = &[("softnet_data", "xmit.recursion")];
+/// The same, of which they write single members; the variable has the name of its type. `dev_xmit_recursion_inc`,
+/// `tcf_mirred_nest_level` (Linux 6.12).
+const PER_CPU_MEMBERS: &[(&str, &str)] = &[
+    ("softnet_data", "xmit.recursion"),
+    ("softnet_data", "xmit.sched_mirred_nest"),
+];
 
 /// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
 const PER_CPU_END: &str = "__per_cpu_end";

@@ -120,6 +120,8 @@ impl DriverPolicy {
         for call in self.calls.clone() {
             let found = self.reached_in(memory.earlier(), memory, &call, &interfaces);
             self.open_all(found.objects);
+            self.arrays.extend(found.arrays);
+            self.queues.extend(found.queues);
         }
         self.table.may_write(one)
     }
