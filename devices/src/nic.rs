@@ -9,15 +9,15 @@ use event_manager::MutEventSubscriber;
 
 use crate::dma::DmaSpace;
 use crate::e1000::{E1000, E1000Config, HoldableE1000};
+use crate::hold::goes_on::{GoesOn, HoldableFunction};
 use crate::hold::{CheckpointBy, Holdable};
 use crate::irq::{IrqLine, MsiVectors};
 use crate::moments::Moments;
 use crate::pci::bus::SharedFunction;
-use crate::pci::registers::DescriptionError;
+use crate::pci::registers::{Description, DescriptionError};
 use crate::vfio::address::PciAddress;
 use crate::vfio::error::VfioError;
 use crate::vfio::function::{PassthroughParts, VfioFunction};
-use crate::vfio::hold::HoldableFunction;
 use crate::vfio_user::{Client, FunctionError, VfioUserFunction};
 use crate::virtio::VirtioDevice;
 use crate::virtio::net::Net;
@@ -140,12 +140,13 @@ impl Nic {
         client: Client,
         parts: RemoteParts<'_>,
     ) -> Result<(Self, Arc<Mutex<VfioUserFunction>>), NicError> {
-        let function = VfioUserFunction::new(client, parts.intx, parts.vectors)?;
+        let mut function = VfioUserFunction::new(client, parts.intx, parts.vectors)?;
+        let description = function.description()?.map(Arc::new);
         let function = Arc::new(Mutex::new(function));
         let nic = Self {
             function: function.clone(),
             events: function.clone(),
-            holdable: None,
+            holdable: Some(holdable(function.clone(), description)),
             interrupts: None,
             set_address: Arc::new(|_| {}),
         };
@@ -177,23 +178,29 @@ impl Nic {
         let function = VfioFunction::open(address, parts)?;
         let description = function.description()?.map(Arc::new);
         let function = Arc::new(Mutex::new(function));
-        let held = function.clone();
         Ok(Self {
             function: function.clone(),
-            events: function,
-            holdable: Some(Arc::new(move |by| match (by, &description) {
-                (CheckpointBy::Registers, None) => Err(NicError::NoDescription),
-                // A piece of hardware does not give its state away otherwise.
-                _ => Ok(Arc::new(HoldableFunction::new(
-                    held.clone(),
-                    description.clone(),
-                ))),
-            })),
+            events: function.clone(),
+            holdable: Some(holdable(function, description)),
             interrupts: None,
             // It is in the function's own memory.
             set_address: Arc::new(|_| {}),
         })
     }
+}
+
+/// A function that goes on by itself, as one that can be held. There is one way in which its state is taken.
+fn holdable<F: GoesOn + 'static>(
+    function: Arc<Mutex<F>>,
+    description: Option<Arc<Description>>,
+) -> MakeHoldable {
+    Arc::new(move |by| match (by, &description) {
+        (CheckpointBy::Registers, None) => Err(NicError::NoDescription),
+        _ => Ok(Arc::new(HoldableFunction::new(
+            function.clone(),
+            description.clone(),
+        ))),
+    })
 }
 
 fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {

@@ -157,10 +157,6 @@ impl Nics {
                 let device = holdable(by)?;
                 devices.push(nic.edge.holdable(device, nic.nic.function.clone()));
                 slots.push(nic.slot);
-            } else if let NicSpec::Device(host) = &nic.config.nic {
-                bail!(
-                    "{module} drives a NIC of the device host {host}, which cannot be held: the driver cannot be isolated"
-                );
             }
         }
         if devices.is_empty() && by != CheckpointBy::Exact {

@@ -1,6 +1,8 @@
-//! The lab's e1000e, given to a guest by VFIO, with its stock driver isolated: the device goes on by itself while calls run,
-//! writes guest memory, and is put back by its registers where a call that has reached it fails.
+//! Devices that go on by themselves while isolated calls of their stock drivers run: the lab's e1000e and RTL8139C+, given to a
+//! guest by VFIO, and a card of a device host. They write guest memory meanwhile, and are put back where a call that has reached
+//! them fails, as far as their state can be taken.
 
+use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
 use devices::vfio::binding::Sysfs;
 use serde_json::Value;
@@ -143,4 +145,53 @@ fn a_device_without_a_description_is_begun_anew_only_where_a_failed_call_had_rea
     }
     transfer(&mut guest, 2);
     assert_log_is_healthy(&mut guest, &[]);
+}
+
+/// As [`FAULTS`], of a driver whose card is in another process.
+const ELSEWHERE_FAULTS: [(&str, &str, &str, bool); 3] = [
+    ("e1000_xmit_frame", "first", "true", false),
+    ("e1000_clean", "first", "true", false),
+    (
+        "e1000_get_regs",
+        "last",
+        "ethtool -d eth0 >/dev/null; true",
+        true,
+    ),
+];
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn the_driver_of_a_nic_of_a_device_host_is_isolated_and_its_faults_are_taken_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let words = ["--model", "e1000", "--net", "user"];
+    let _host = DeviceHost::start(&options().program, root, &words).unwrap();
+    let with = format!("--nic device={NAME} --memory 256M");
+    let mut guest = boot(&options().among(root, "guest").with(&with));
+    insert_nic(&mut guest, "e1000", 15);
+    nic_works(&mut guest);
+    ask(
+        &mut guest,
+        "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_get_regs --budget-us 10000000",
+    );
+    nic_works(&mut guest);
+    for (number, (function, place, command, reaches)) in (1..).zip(ELSEWHERE_FAULTS) {
+        ask(
+            &mut guest,
+            &format!("inject guest e1000 {function} --at {place}"),
+        );
+        shell(&mut guest, command);
+        nic_works(&mut guest);
+        let reports = ask_json(&mut guest, "violations guest e1000");
+        let all = reports["last_reports"].as_array().unwrap();
+        assert_eq!(all.len(), number, "{function}: {reports}");
+        let last = all.iter().find(|one| one["entry"] == function);
+        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
+        assert_eq!(last["violation"]["reached_device"], reaches, "{last}");
+        assert_eq!(last["device_lost"], Value::Null, "{last}");
+    }
+    let rungs = ask_json(&mut guest, "status guest")["recovery"]["e1000"]["rungs"].clone();
+    let begun_anew = rungs["resumes"].as_u64().unwrap() + rungs["restarts"].as_u64().unwrap();
+    assert_eq!(begun_anew, 0, "{rungs}");
+    assert_log_is_healthy(&mut guest, &["Reset adapter", "Detected Tx Unit Hang"]);
 }

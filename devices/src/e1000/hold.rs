@@ -203,7 +203,7 @@ impl HeldDevice for Held<'_> {
         states.is_some_and(|((before, _), (after, _))| before.transmits_otherwise(after))
     }
 
-    fn memory(&self) -> Vec<(u64, u64)> {
+    fn memory(&mut self) -> Vec<(u64, u64)> {
         self.nic.ring_ranges()
     }
 

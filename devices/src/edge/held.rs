@@ -180,7 +180,7 @@ impl HeldDevice for HeldAtEdge<'_> {
         self.device.requests_changed(before, after)
     }
 
-    fn memory(&self) -> Vec<(u64, u64)> {
+    fn memory(&mut self) -> Vec<(u64, u64)> {
         self.device.memory()
     }
 

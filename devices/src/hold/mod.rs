@@ -8,6 +8,7 @@
 //! gone. Nothing here says what kind of device it is: what a network card calls transmitter and link is *requests of
 //! others* and *what the outside sees*.
 
+pub mod goes_on;
 mod set;
 
 use std::any::Any;
@@ -140,7 +141,7 @@ pub trait HeldDevice {
     fn requests_changed(&self, before: &DeviceState, after: &DeviceState) -> bool;
 
     /// Guest memory that the device uses as a part of its state: address and length of descriptor rings.
-    fn memory(&self) -> Vec<(u64, u64)>;
+    fn memory(&mut self) -> Vec<(u64, u64)>;
 
     /// Lets whether the device interrupts stay as it is until it is let go: the guest never learns of interrupts that
     /// a call takes back.

@@ -152,7 +152,7 @@ impl HeldDevice for Held<'_> {
             })
     }
 
-    fn memory(&self) -> Vec<(u64, u64)> {
+    fn memory(&mut self) -> Vec<(u64, u64)> {
         let mut memory = self.first.memory();
         memory.extend(self.rest.memory());
         memory

@@ -154,7 +154,7 @@ impl VfioFunction {
 
     /// Keeps the function from interrupting until it is told otherwise. Then the guest is interrupted by each vector once, as
     /// it is not known which have come meanwhile; a pin is asserted still.
-    pub(super) fn withhold_interrupts(&mut self, withhold: bool) {
+    pub(super) fn withhold(&mut self, withhold: bool) {
         let ends = self.withheld && !withhold;
         self.withheld = withhold;
         self.follow();
@@ -165,7 +165,7 @@ impl VfioFunction {
 
     /// A call of its driver has ended. One that failed may have been called for a message, which does not come again, and whose
     /// cause may have masked itself: the driver gets all of them once more. A driver that fails each time does not go on for ever.
-    pub(super) fn call_ended(&mut self, failed: bool) {
+    pub(super) fn after_call(&mut self, failed: bool) {
         if !failed {
             self.told_again = 0;
         } else if self.told_again < MOST_TOLD_AGAIN {
@@ -177,11 +177,6 @@ impl VfioFunction {
     fn interrupt_by_all(&mut self) {
         let count = self.vectors.as_ref().map_or(0, |vectors| vectors.count());
         self.interrupt((0..count).collect());
-    }
-
-    /// Keeps the function from interrupting and from moving data until its driver configures it anew.
-    pub(super) fn silence(&mut self) {
-        self.stop();
     }
 
     /// Has the host tell of what it wants of the function, and of failures, as far as it does.
@@ -281,7 +276,8 @@ impl VfioFunction {
         }
     }
 
-    fn stop(&mut self) {
+    /// Keeps the function from interrupting and from moving data until its driver configures it anew.
+    pub(super) fn stop(&mut self) {
         if let Err(error) = self.interrupts.set(Mode::Off) {
             tracing::error!(%error, device = %self.device.address(), "interrupts stay");
         }

@@ -5,7 +5,7 @@
 //!                                                        IOMMU's map ◄── DmaMap ◄── guest memory
 //! ```
 //!
-//! [`hold`]: a function whose driver in the guest is isolated. [`passed`]: one function that several users have by turns.
+//! `hold`: a function whose driver in the guest is isolated. [`passed`]: one function that several users have by turns.
 
 pub mod address;
 pub mod binding;
@@ -13,7 +13,7 @@ pub mod device;
 pub mod dma;
 pub mod error;
 pub mod function;
-pub mod hold;
+mod hold;
 pub mod interrupts;
 pub mod layout;
 pub mod passed;

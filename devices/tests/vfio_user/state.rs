@@ -1,5 +1,9 @@
 //! States of devices: taken and put back through the socket.
 
+use std::sync::Arc;
+
+use devices::hold::goes_on::HoldableFunction;
+use devices::hold::{DeviceAddress, HeldDevice, Holdable};
 use devices::pci::PciFunction;
 use devices::vfio_user::message::{
     Command, DeviceState, FEATURE_GET, FEATURE_MIG_STATE, FEATURE_PROBE, FEATURE_SET, Feature,
@@ -224,4 +228,73 @@ fn a_card_goes_on_at_another_server_from_its_state() {
         .unwrap()
         .restore(&first.offered.function.lock().unwrap().save().unwrap());
     assert!(foreign.is_err());
+}
+
+/// Where the guest has the card's registers.
+const BAR: u64 = 0xfeb0_0000;
+
+fn load(held: &mut dyn HeldDevice, register: u64) -> u32 {
+    let mut data = [0; 4];
+    held.read(DeviceAddress::Memory(BAR + register), &mut data);
+    u32::from_le_bytes(data)
+}
+
+/// As a call of an isolated driver that has reset its card, and then fails.
+#[test]
+fn a_card_elsewhere_is_put_back_as_it_was_when_a_call_reached_it() {
+    const CTRL: u64 = 0;
+    const REGISTERS: [u64; 7] = [CTRL, 0x100, 0x400, 0x2800, 0x3800, 0x3810, 0x3818];
+    let host = Host::new("e1000");
+    let (machine, _served) = Machine::on(&host);
+    open(&machine);
+    for n in 0..3 {
+        send(&machine, n, &frame(n as u8));
+        assert_eq!(host.sent(), frame(n as u8));
+    }
+    let description = {
+        let mut nic = machine.nic.lock().unwrap();
+        nic.config_write(0x10, &(BAR as u32).to_le_bytes());
+        nic.description().unwrap().unwrap()
+    };
+    let holdable = HoldableFunction::new(machine.nic.clone(), Some(Arc::new(description)));
+    let held = holdable.hold(&mut |held| {
+        assert!(held.owns(BAR) && !held.owns(BAR - 1));
+        let before = REGISTERS.map(|register| load(held, register));
+        let rings = held.memory();
+        let ring = rings.iter().find(|(at, _)| *at == 0x2_0000).unwrap().0;
+        let descriptor = || {
+            let mut descriptor = [0; 16];
+            machine.dma.read(ring, &mut descriptor).unwrap();
+            descriptor
+        };
+        let sent = descriptor();
+        for _ in 0..3 {
+            held.checkpoint();
+            let reset = (1u32 << 26).to_le_bytes();
+            held.write(DeviceAddress::Memory(BAR + CTRL), &reset);
+            machine.dma.write(ring, &[0xff; 16]).unwrap();
+            assert_ne!(REGISTERS.map(|register| load(held, register)), before);
+            held.restore().unwrap();
+            assert_eq!(REGISTERS.map(|register| load(held, register)), before);
+            assert_eq!(descriptor(), sent);
+        }
+        held.withhold_interrupts(true);
+        held.withhold_interrupts(false);
+    });
+    held.unwrap();
+    // It goes on as if nothing had been.
+    for n in 3..40 {
+        send(&machine, n, &frame(n as u8));
+        assert_eq!(host.sent(), frame(n as u8));
+    }
+    host.deliver(&frame(0xaa));
+    assert_eq!(received(&machine, 0), frame(0xaa));
+    machine.lines.triggered();
+    // One that has gone gives no state, and is said to be lost.
+    machine.nic.lock().unwrap().disconnect("a test");
+    let gone = holdable.hold(&mut |held| {
+        held.checkpoint();
+        held.restore().unwrap_err();
+    });
+    gone.unwrap();
 }

@@ -277,7 +277,7 @@ impl Supervisor for CallSupervisor<'_> {
                 }
             }
         }
-        for (gpa, bytes) in self.device.iter().flat_map(|device| device.memory()) {
+        for (gpa, bytes) in self.device.iter_mut().flat_map(|device| device.memory()) {
             restorable.include(gpa, bytes);
         }
         restorable

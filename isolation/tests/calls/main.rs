@@ -188,7 +188,7 @@ impl HeldDevice for Held {
     fn requests_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
         false
     }
-    fn memory(&self) -> Vec<(u64, u64)> {
+    fn memory(&mut self) -> Vec<(u64, u64)> {
         Vec::new()
     }
     fn freeze_interrupts(&mut self) {}

@@ -109,7 +109,7 @@ impl HeldDevice for Held<'_> {
         false
     }
 
-    fn memory(&self) -> Vec<(u64, u64)> {
+    fn memory(&mut self) -> Vec<(u64, u64)> {
         Vec::new()
     }
 

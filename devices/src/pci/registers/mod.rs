@@ -409,9 +409,19 @@ impl RingPlace {
 }
 
 /// A function and the base address register that its registers are behind.
-struct FunctionRegisters<'a> {
+pub struct FunctionRegisters<'a> {
     function: &'a mut dyn PciFunction,
     bar: u8,
+}
+
+impl<'a> FunctionRegisters<'a> {
+    /// The registers of `function`, where they are described.
+    pub fn new(function: &'a mut dyn PciFunction, description: &Description) -> Self {
+        Self {
+            function,
+            bar: description.device.bar,
+        }
+    }
 }
 
 impl RegisterAccess for FunctionRegisters<'_> {

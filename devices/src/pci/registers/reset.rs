@@ -47,14 +47,19 @@ impl Description {
     /// # Errors
     /// One of the descriptions is wrong.
     pub fn of_function(vendor: u16, device: u16) -> Result<Option<Self>, super::DescriptionError> {
-        for description in [Self::intel_82540em()?, Self::intel_82574l()?] {
-            let of = &description.device;
-            let stands_still = !description.quiet.is_empty() && description.reset.is_some();
-            if (of.vendor, of.device) == (vendor, device) && stands_still {
-                return Ok(Some(description));
-            }
-        }
-        Ok(None)
+        let description = Self::by_identity(vendor, device)?;
+        let stands_still = |one: &Self| !one.quiet.is_empty() && one.reset.is_some();
+        Ok(description.filter(stands_still))
+    }
+
+    /// The description of a function's registers, if there is one.
+    ///
+    /// # Errors
+    /// One of the descriptions is wrong.
+    pub fn by_identity(vendor: u16, device: u16) -> Result<Option<Self>, super::DescriptionError> {
+        let all = [Self::intel_82540em()?, Self::intel_82574l()?];
+        let mut all = all.into_iter();
+        Ok(all.find(|one| (one.device.vendor, one.device.device) == (vendor, device)))
     }
 
     /// Whether storing `value` at `offset` resets the device.

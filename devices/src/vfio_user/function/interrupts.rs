@@ -83,6 +83,16 @@ impl VfioUserFunction {
         }
     }
 
+    /// Has the server interrupt by nothing until they are connected again.
+    pub(super) fn disconnect_interrupts(&mut self) {
+        for (is_there, kind) in [(self.shape.has_intx, INTX), (self.msix.is_some(), MSIX)] {
+            if is_there && self.is_connected() {
+                let ended = self.client().act_on_irqs(kind, IrqAction::Trigger, 0);
+                self.check(ended);
+            }
+        }
+    }
+
     pub(super) fn reconnect_interrupts(&mut self) {
         if let Err(FunctionError::Client(error)) = self.connect_interrupts() {
             self.check::<()>(Err(error));

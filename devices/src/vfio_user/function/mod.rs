@@ -9,6 +9,7 @@
 //!
 //! Lock order: the function's own lock, then that of its client.
 
+mod hold;
 mod interrupts;
 mod shape;
 mod state;

@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 
-use super::slots::MAX_ARRAYS;
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
@@ -16,7 +15,7 @@ pub(super) const LOWEST: Gva = Gva(0xff00_0000_0000_0000);
 const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
-const MAX_ELEMENTS: u64 = 8;
+pub(super) const MAX_ELEMENTS: u64 = 8;
 
 /// Most elements of an array at the end of a structure whose length its allocation says (`struct tc_u_hnode`).
 const MAX_FLEXIBLE: u64 = 64;
@@ -84,7 +83,7 @@ pub(super) struct Walk<'a, 'r, M, A> {
     ranges: HashMap<GvaRange, usize>,
     arrays: Vec<Gva>,
     queues: Vec<Gva>,
-    slots: Vec<Slots>,
+    pub(super) slots: Vec<Slots>,
     pub(super) members_left: usize,
     pub(super) extent: Extent,
 }
@@ -391,19 +390,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
                 n => Trail::Element(&object, n),
             };
             self.follow_members(item, id, at, trail, MAX_NESTING);
-        }
-    }
-
-    /// Remembers an array of which not all elements are looked into.
-    fn note_slots(&mut self, at: Gva, element: TypeId, (bytes, count): (u64, u64)) {
-        let is_long = count > MAX_ELEMENTS && self.slots.len() < MAX_ARRAYS;
-        if is_long && self.reach.has_slots(element) {
-            self.slots.push(Slots {
-                at,
-                element,
-                bytes,
-                count,
-            });
         }
     }
 
