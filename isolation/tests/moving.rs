@@ -18,6 +18,8 @@ const RING_VA: u64 = DIRECT_MAP + RING;
 /// What the device writes, and where.
 const COMPLETION: (u64, u8) = (RING + 0x800, 0xd0);
 const KERNEL_FUNCTION: u64 = KERNEL_TEXT + 0x100;
+/// Flags of a page of data: writable, not executable.
+const WRITE_DATA: u64 = 2 | 1 << 63;
 
 /// A guest whose device writes memory while calls run; the isolator knows of it, or does not.
 fn guest(knows: bool) -> Guest {
@@ -206,6 +208,59 @@ fn what_was_shown_to_the_device_is_taken_back_without_what_it_wrote() {
         assert_eq!((guest.read(RING_VA), guest.read(RING_VA + 8)), (0, 0));
         assert_eq!(completed(&guest), u64::from(COMPLETION.1));
     }
+}
+
+/// Linux begins its areas of memory at any GiB, so that stacks are below the same entry of the first table as memory.
+#[test]
+fn what_is_beside_such_memory_is_written_as_before() {
+    const BESIDE: u64 = 0xffff_88a0_0000_0000;
+    let mut guest = guest(true);
+    guest.map(BESIDE, 0x24_0000, WRITE_DATA);
+    guest.code(KERNEL_FUNCTION, |a| {
+        a.mov(rcx, BESIDE).unwrap();
+        a.add(qword_ptr(rcx), 1).unwrap();
+        a.mov(rcx, RING_VA).unwrap();
+        a.add(qword_ptr(rcx), 1).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.call(KERNEL_FUNCTION).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.redirect(DRIVER_TEXT, KERNEL_FUNCTION).unwrap();
+    for round in 1..4 {
+        assert_committed(&guest.call(&mut domain, &mut kernel()));
+        // By its first address.
+        assert_eq!((guest.read(STACK), guest.read(RING_VA)), (round, round));
+    }
+}
+
+/// A driver that resets its device, waits for that, and looks.
+#[test]
+fn a_device_does_what_it_was_told_before_the_call_waits() {
+    let guest = guest(true);
+    let wait = KERNEL_TEXT + 0x200;
+    guest.code(wait, |a| a.ret().unwrap());
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rdx, RING_VA).unwrap();
+        a.mov(qword_ptr(rdx), 7).unwrap();
+        a.mov(rcx, DEVICE).unwrap();
+        a.mov(dword_ptr(rcx), 1).unwrap();
+        a.mov(edi, 1).unwrap();
+        a.call(wait).unwrap();
+        a.mov(rdx, RING_VA).unwrap();
+        a.mov(rax, qword_ptr(rdx + 0x800)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let unit = std::time::Duration::from_micros(1);
+    domain.sleep_function(wait, unit).unwrap();
+    domain.redirect(DRIVER_TEXT + 38, wait).unwrap();
+    let result = guest.call(&mut domain, &mut kernel());
+    assert_committed(&result);
+    assert_eq!(result.stats.sleeps, 1);
+    assert_eq!(result.regs.rax, u64::from(COMPLETION.1));
 }
 
 #[test]

@@ -158,6 +158,10 @@ impl HeldDevice for HeldAtEdge<'_> {
         self.device.checkpoint();
     }
 
+    fn stand_still(&mut self) {
+        self.device.stand_still();
+    }
+
     fn restore(&mut self) -> Result<(), DeviceLost> {
         self.edge.state().forget_on_the_way();
         self.device.restore()

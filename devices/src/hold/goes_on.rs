@@ -156,6 +156,16 @@ impl<F: GoesOn> HeldDevice for Held<'_, F> {
         self.saved = Some(self.function.take(self.description));
     }
 
+    fn stand_still(&mut self) {
+        // Only what is put back afterwards.
+        if let (Some(Ok(_)), Some(description)) = (&self.saved, self.description) {
+            let registers = &mut FunctionRegisters::new(self.function, description);
+            if let Err(error) = description.quiesce(registers) {
+                tracing::warn!(%error, "a device whose driver's call failed");
+            }
+        }
+    }
+
     fn restore(&mut self) -> Result<(), DeviceLost> {
         match self.saved.take() {
             Some(Ok(saved)) => self.function.put_back(self.description, &saved),

@@ -122,6 +122,10 @@ pub trait HeldDevice {
     /// Takes the device's state.
     fn checkpoint(&mut self);
 
+    /// Makes a device that goes on by itself stand still, before memory that it uses is put back, where that can be done. Puts
+    /// nothing back by itself; [`HeldDevice::restore`] follows.
+    fn stand_still(&mut self) {}
+
     /// Puts back the state that was taken last; the error is also that it could not be taken.
     fn restore(&mut self) -> Result<(), DeviceLost>;
 

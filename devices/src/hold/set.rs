@@ -104,6 +104,11 @@ impl HeldDevice for Held<'_> {
         self.rest.checkpoint();
     }
 
+    fn stand_still(&mut self) {
+        self.first.stand_still();
+        self.rest.stand_still();
+    }
+
     fn restore(&mut self) -> Result<(), DeviceLost> {
         // Each is put back, whatever becomes of the other.
         let results = (self.first.restore(), self.rest.restore());

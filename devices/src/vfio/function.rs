@@ -339,6 +339,7 @@ impl PciFunction for VfioFunction {
         self.unmap_memory();
         self.refused = Refused::default();
         self.withheld = false;
+        self.told_again = 0;
         self.side.reset();
     }
 }

@@ -415,11 +415,11 @@ fn after_call(
     others_open: bool,
 ) -> Left {
     let is_aborted = |result: &CallResult| matches!(result.end, CallEnd::Aborted(_));
-    held.call_ended(result.as_ref().is_ok_and(is_aborted));
     let withheld = matches!(result, Ok(result) if result.is_to_be_taken_back());
     if withheld {
         held.withhold_interrupts(true);
     }
+    held.call_ended(result.as_ref().is_ok_and(is_aborted));
     let outside_kept = others_open || matches!(result, Ok(result) if result.is_open());
     if !outside_kept {
         // What was taken back nobody has seen.

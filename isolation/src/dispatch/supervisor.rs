@@ -245,6 +245,12 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn stand_still(&mut self) {
+        if let Some(device) = &mut self.device {
+            device.stand_still();
+        }
+    }
+
     fn restore_device(&mut self) -> bool {
         if let Some(device) = &mut self.device {
             self.device_lost = device.restore().err().or(self.device_lost.take());

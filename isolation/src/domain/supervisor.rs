@@ -119,6 +119,10 @@ pub trait Supervisor {
     /// Takes the device's state, before the call reaches it for the first time.
     fn checkpoint_device(&mut self);
 
+    /// The call has failed, and memory that the device was shown is about to be put back: a device that goes on by itself is made
+    /// to stand still, as far as that can be done.
+    fn stand_still(&mut self) {}
+
     /// Puts the state taken last back; `false` if the device is not as it was.
     fn restore_device(&mut self) -> bool;
 

@@ -12,7 +12,7 @@ pub mod parked;
 mod reset;
 pub mod switch;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -353,6 +353,26 @@ impl Description {
         }
         Ok(())
     }
+}
+
+/// Between two looks at a device that is waited for.
+const POLL: Duration = Duration::from_micros(10);
+
+/// Least looks at one: whoever was kept from the processor has not waited for it.
+const LEAST_LOOKS: u32 = 32;
+
+/// Looks at a device until it is done, for so many microseconds; whether it was.
+fn wait_until(us: u64, mut is_done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_micros(us);
+    let mut looks = 0;
+    while !is_done() {
+        looks += 1;
+        if looks >= LEAST_LOOKS && Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(POLL);
+    }
+    true
 }
 
 fn held(register: &str, given: u32, has: u32) -> Result<(), CheckpointError> {

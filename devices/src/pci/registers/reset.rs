@@ -1,14 +1,9 @@
 //! Resets of a device by its registers, and what a reset must not bring back: somebody else's station address.
 
-use std::time::{Duration, Instant};
-
 use serde::Deserialize;
 
 use super::description::{Description, Why};
-use super::{Access, CheckpointError, RegisterAccess};
-
-/// Between two looks whether a reset is over.
-const POLL: Duration = Duration::from_micros(50);
+use super::{Access, CheckpointError, RegisterAccess, wait_until};
 
 /// How the device is reset.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -96,16 +91,12 @@ impl Description {
     ) -> Result<(), CheckpointError> {
         let mut access = Access(registers);
         if let Some(reset) = &self.reset {
-            let deadline = Instant::now() + Duration::from_micros(reset.wait_us);
-            let is_over = |access: &mut Access<'_>| {
+            let is_over = || {
                 access.read(reset.offset) & reset.bits == 0
                     && access.read(reset.done_offset) & reset.done == reset.done
             };
-            while !is_over(&mut access) {
-                if Instant::now() >= deadline {
-                    return Err(CheckpointError::Resets(reset.wait_us));
-                }
-                std::thread::sleep(POLL);
+            if !wait_until(reset.wait_us, is_over) {
+                return Err(CheckpointError::Resets(reset.wait_us));
             }
             for at in &reset.zero {
                 if access.read(*at) != 0 {

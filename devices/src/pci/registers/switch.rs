@@ -8,14 +8,9 @@
 //! The rings stay in their user's memory, which nobody changes while another one has the device. Between `quiesce` and
 //! `resume` the device neither reads nor writes memory, nor does it interrupt.
 
-use std::time::{Duration, Instant};
-
 use super::description::{Description, Quieting};
 use super::parked::FromImage;
-use super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint};
-
-/// Between two looks at a device that is to stand still.
-const POLL: Duration = Duration::from_micros(10);
+use super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint, wait_until};
 
 /// What was changed of a device that stands still, as it was before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,14 +65,10 @@ impl Description {
         let Some(idle) = &self.idle else {
             return Ok(());
         };
-        let deadline = Instant::now() + Duration::from_micros(idle.wait_us);
-        while access.read(idle.offset) & idle.busy != 0 {
-            if Instant::now() >= deadline {
-                return Err(CheckpointError::Restless(idle.wait_us));
-            }
-            std::thread::sleep(POLL);
+        match wait_until(idle.wait_us, || access.read(idle.offset) & idle.busy == 0) {
+            true => Ok(()),
+            false => Err(CheckpointError::Restless(idle.wait_us)),
         }
-        Ok(())
     }
 
     /// Takes the state of a device that stands still, and ran as `running` says. Rings are not part of it.

@@ -369,10 +369,17 @@ impl Roots {
     /// so that it cannot be a link.
     fn has_special_below(&self, root: Root, level: u8, va: u64) -> bool {
         let state = self.state(root);
+        let covered = GvaRange::aligned(Gva(va), 1 << shift(level));
+        let moving = self.moving.filter(|_| root == Root::Kernel);
+        // What is beside it keeps the guest's permissions: areas of memory begin at any GiB.
+        let is_moving_in_part = moving.is_some_and(|moving| {
+            moving.intersection(&covered).is_some() && !moving.covers(&covered)
+        });
         level > 1
-            && (state
-                .mirrors
-                .contains_key(&(level - 1, prefix(va, level - 1)))
+            && (is_moving_in_part
+                || state
+                    .mirrors
+                    .contains_key(&(level - 1, prefix(va, level - 1)))
                 || state.special.contains_key(&va))
     }
 

@@ -105,19 +105,36 @@ impl Call<'_> {
     }
 
     fn post(&mut self, at: DeviceAddress, value: u64, bytes: usize) -> Result<Step, DomainError> {
-        if self.posted.len() >= MAX_POSTED {
-            if !self.posted_use_memory {
-                self.reach_registers();
-            } else if let Some(kind) = self.reach_device()? {
-                return Ok(self.violation_here(kind));
-            } else {
-                self.follow_device()?;
-            }
+        if self.posted.len() >= MAX_POSTED
+            && let Some(kind) = self.perform_posted()?
+        {
+            return Ok(self.violation_here(kind));
         }
         self.posted_use_memory |= self.supervisor.device_uses_memory(at, bytes, Access::Store);
         self.posted.push(PostedWrite { at, value, bytes });
         self.stats.posted_writes += 1;
         Ok(Step::Continue)
+    }
+
+    /// Performs the queued stores in the middle of the call; `Some` if it may not get as far as that.
+    fn perform_posted(&mut self) -> Result<Option<ViolationKind>, DomainError> {
+        if !self.posted_use_memory {
+            self.reach_registers();
+            return Ok(None);
+        }
+        let kind = self.reach_device()?;
+        if kind.is_none() {
+            self.follow_device()?;
+        }
+        Ok(kind)
+    }
+
+    /// The call is about to wait: a device that goes on by itself does meanwhile what it was told before.
+    pub(super) fn before_wait(&mut self) -> Result<Option<ViolationKind>, DomainError> {
+        match self.domain.view.keeps_bases() && !self.posted.is_empty() {
+            true => self.perform_posted(),
+            false => Ok(None),
+        }
     }
 
     pub(super) fn mmio_write(
@@ -190,7 +207,7 @@ impl Call<'_> {
 
     /// What devices have written before a load is seen by whoever made it (PCI Local Bus Specification 3.0, 3.2.5), also in
     /// private copies. Nothing where they write nothing meanwhile.
-    fn take_over(&mut self) -> Result<(), DomainError> {
+    pub(super) fn take_over(&mut self) -> Result<(), DomainError> {
         if self.domain.view.keeps_bases() {
             for pfn in self.private_pages()? {
                 self.domain.view.take_over(pfn)?;

@@ -224,6 +224,9 @@ impl Call<'_> {
             .collect();
         self.stats.other_syscalls += 3;
         domain.stale.extend(dropped);
+        if self.reached_device {
+            self.supervisor.stand_still();
+        }
         self.put_memory_back();
         self.phases.memory_ns = elapsed_ns(start);
         if self.reached_device {
@@ -241,6 +244,9 @@ impl Call<'_> {
     /// its device, without asking anything more of the private VM.
     pub(super) fn leave_nothing(&mut self) {
         self.posted.clear();
+        if self.reached_device {
+            self.supervisor.stand_still();
+        }
         self.put_memory_back();
         self.put_device_back();
         self.supervisor.forget_platform();

@@ -81,7 +81,8 @@ impl Call<'_> {
 
     /// Before P writes to page `pfn` at `va`: makes its copy, and remembers of what, if devices write it meanwhile.
     pub(super) fn begin_copy(&mut self, va: u64, pfn: Pfn) -> Result<(), DomainError> {
-        if !self.domain.moves(va) || !self.domain.view.contains(pfn) {
+        let is_there = self.domain.view.contains(pfn) && !self.domain.is_overlay(pfn);
+        if !self.domain.moves(va) || !is_there {
             return Ok(());
         }
         // What P has written by another address is not to be lost.

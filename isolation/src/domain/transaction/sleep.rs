@@ -40,8 +40,12 @@ impl Call<'_> {
         if self.journal.is_some() || !self.time.may_wait(time, limit) || repeated > MAX_REPEATED {
             return given_up();
         }
+        if let Some(kind) = self.before_wait()? {
+            return Ok(Step::Violation(kind, regs.rip));
+        }
         let since = Instant::now();
         std::thread::sleep(time);
+        self.take_over()?;
         self.time.asked += time;
         self.time.waited += since.elapsed();
         self.stats.sleeps += 1;

@@ -14,6 +14,8 @@ use crate::guest::phys::GuestPhys;
 const MAX_BYTES: u64 = 1 << 18;
 /// Most pointers in one element.
 const MAX_POINTERS: usize = 64;
+/// Most members that are looked at for them.
+const MAX_MEMBERS: usize = 1 << 10;
 /// Most arrays of one question.
 const MAX_ARRAYS: usize = 64;
 
@@ -46,7 +48,9 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
 
     fn held_in_one(&self, slots: &Slots, object: GvaRange) -> Option<Start> {
         let mut places = Vec::new();
-        self.pointers_in(slots.element, 0, MAX_NESTING, &mut places);
+        let mut members_left = MAX_MEMBERS;
+        let all = (&mut places, &mut members_left);
+        self.pointers_in(slots.element, 0, MAX_NESTING, all);
         if places.is_empty() || slots.bytes == 0 {
             return None;
         }
@@ -74,11 +78,19 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     }
 
     /// Where an element of this type has pointers to structures.
-    fn pointers_in(&self, id: TypeId, offset: u64, nesting: usize, places: &mut Vec<Place>) {
+    fn pointers_in(
+        &self,
+        id: TypeId,
+        offset: u64,
+        nesting: usize,
+        (places, members_left): (&mut Vec<Place>, &mut usize),
+    ) {
         let types = self.types;
-        let Some(nesting) = nesting.checked_sub(1) else {
+        let (Some(nesting), Some(left)) = (nesting.checked_sub(1), members_left.checked_sub(1))
+        else {
             return;
         };
+        *members_left = left;
         if places.len() >= MAX_POINTERS {
             return;
         }
@@ -95,7 +107,8 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 for member in members.iter() {
                     if member.bit_size == 0 && member.bit_offset.is_multiple_of(8) {
                         let at = offset.saturating_add(u64::from(member.bit_offset / 8));
-                        self.pointers_in(member.type_id, at, nesting, places);
+                        let all = (&mut *places, &mut *members_left);
+                        self.pointers_in(member.type_id, at, nesting, all);
                     }
                 }
             }
