@@ -2,8 +2,10 @@
 //! guest by VFIO, and a card of a device host. They write guest memory meanwhile, and are put back where a call that has reached
 //! them fails, as far as their state can be taken.
 
+use std::os::unix::fs::symlink;
+
 use cofferdam::bench::device_host::{DeviceHost, NAME};
-use cofferdam::bench::guest::Guest;
+use cofferdam::bench::guest::{Guest, GuestOptions};
 use devices::vfio::binding::Sysfs;
 use serde_json::Value;
 
@@ -52,7 +54,18 @@ fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_tak
     Sysfs::default()
         .bind(FUNCTION.parse().unwrap(), false)
         .unwrap();
-    let mut guest = boot(&options().with(&format!("--nic vfio={FUNCTION} --memory 256M")));
+    // A kernel that chooses its addresses: its areas of memory do not begin where whole tables do.
+    let options = options();
+    let images = options.images.canonicalize().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (name, image) in [("vmlinux", "vmlinuz"), ("initrd.cpio", "initrd.cpio")] {
+        symlink(images.join(image), folder.path().join(name)).unwrap();
+    }
+    let options = GuestOptions {
+        images: folder.path().to_path_buf(),
+        ..options
+    };
+    let mut guest = boot(&options.with(&format!("--nic vfio={FUNCTION} --memory 256M")));
     bring_up(&mut guest);
     // It writes memory that nobody follows, and can be isolated all the same; a mark cannot be set.
     ask(
