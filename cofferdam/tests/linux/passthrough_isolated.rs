@@ -42,6 +42,34 @@ fn module(guest: &mut Guest) -> Value {
         .unwrap()
 }
 
+/// One fault of a kind of [`FAULTS`] in `module`, behind which the NIC works; what is reported of it, `number` reports there are
+/// then.
+#[track_caller]
+fn fails(
+    guest: &mut Guest,
+    module: &str,
+    (number, (function, place, command, _)): (usize, (&str, &str, &str, bool)),
+) -> Value {
+    ask(
+        guest,
+        &format!("inject guest {module} {function} --at {place}"),
+    );
+    shell(guest, command);
+    nic_works(guest);
+    let reports = ask_json(guest, &format!("violations guest {module}"));
+    let all = reports["last_reports"].as_array().unwrap();
+    assert_eq!(all.len(), number, "{function}: {reports}");
+    let last = all.iter().find(|one| one["entry"] == function);
+    last.unwrap_or_else(|| panic!("{function}: {reports}"))
+        .clone()
+}
+
+/// How often recovery has had the driver begin anew.
+fn begun_anew(guest: &mut Guest, module: &str) -> u64 {
+    let rungs = ask_json(guest, "status guest")["recovery"][module]["rungs"].clone();
+    rungs["resumes"].as_u64().unwrap() + rungs["restarts"].as_u64().unwrap()
+}
+
 #[track_caller]
 fn assert_no_violation(guest: &mut Guest) {
     let violations = module(guest)["violations"].clone();
@@ -76,19 +104,9 @@ fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_tak
     // The packets that were in its ring before it was isolated, and more. In small pieces: a step has a limit.
     (0..4).for_each(|_| transfer(&mut guest, 2));
     assert_no_violation(&mut guest);
-    for (number, (function, place, command, reaches)) in (1..).zip(FAULTS) {
-        ask(
-            &mut guest,
-            &format!("inject guest e1000e {function} --at {place}"),
-        );
-        shell(&mut guest, command);
-        nic_works(&mut guest);
-        let reports = ask_json(&mut guest, "violations guest e1000e");
-        let all = reports["last_reports"].as_array().unwrap();
-        assert_eq!(all.len(), number, "{function}: {reports}");
-        let last = all.iter().find(|one| one["entry"] == function);
-        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
-        assert_eq!(last["violation"]["reached_device"], reaches, "{last}");
+    for fault in (1..).zip(FAULTS) {
+        let last = fails(&mut guest, "e1000e", fault);
+        assert_eq!(last["violation"]["reached_device"], fault.1.3, "{last}");
         assert_eq!(last["device_lost"], Value::Null, "{last}");
         assert_eq!(last["stays"], Value::Null, "{last}");
     }
@@ -140,21 +158,11 @@ fn a_device_without_a_description_is_begun_anew_only_where_a_failed_call_had_rea
         "isolate guest 8139cp --entries all --budget-us 10000000",
     );
     transfer(&mut guest, 2);
-    for (function, place, command, reaches) in UNDESCRIBED_FAULTS {
-        ask(
-            &mut guest,
-            &format!("inject guest 8139cp {function} --at {place}"),
-        );
-        shell(&mut guest, command);
-        nic_works(&mut guest);
-        let reports = ask_json(&mut guest, "violations guest 8139cp");
-        let all = reports["last_reports"].as_array().unwrap();
-        let last = all.iter().find(|one| one["entry"] == function);
-        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
+    for fault in (1..).zip(UNDESCRIBED_FAULTS) {
+        let (last, reaches) = (fails(&mut guest, "8139cp", fault), fault.1.3);
         assert_eq!(last["device_lost"].is_string(), reaches, "{last}");
-        let rungs = ask_json(&mut guest, "status guest")["recovery"]["8139cp"]["rungs"].clone();
-        let begun_anew = rungs["resumes"].as_u64().unwrap() + rungs["restarts"].as_u64().unwrap();
-        assert_eq!(begun_anew, u64::from(reaches), "{function}: {rungs}");
+        let begun_anew = begun_anew(&mut guest, "8139cp");
+        assert_eq!(begun_anew, u64::from(reaches), "{last}");
     }
     transfer(&mut guest, 2);
     assert_log_is_healthy(&mut guest, &[]);
@@ -188,23 +196,11 @@ fn the_driver_of_a_nic_of_a_device_host_is_isolated_and_its_faults_are_taken_bac
         "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_get_regs --budget-us 10000000",
     );
     nic_works(&mut guest);
-    for (number, (function, place, command, reaches)) in (1..).zip(ELSEWHERE_FAULTS) {
-        ask(
-            &mut guest,
-            &format!("inject guest e1000 {function} --at {place}"),
-        );
-        shell(&mut guest, command);
-        nic_works(&mut guest);
-        let reports = ask_json(&mut guest, "violations guest e1000");
-        let all = reports["last_reports"].as_array().unwrap();
-        assert_eq!(all.len(), number, "{function}: {reports}");
-        let last = all.iter().find(|one| one["entry"] == function);
-        let last = last.unwrap_or_else(|| panic!("{function}: {reports}"));
-        assert_eq!(last["violation"]["reached_device"], reaches, "{last}");
+    for fault in (1..).zip(ELSEWHERE_FAULTS) {
+        let last = fails(&mut guest, "e1000", fault);
+        assert_eq!(last["violation"]["reached_device"], fault.1.3, "{last}");
         assert_eq!(last["device_lost"], Value::Null, "{last}");
     }
-    let rungs = ask_json(&mut guest, "status guest")["recovery"]["e1000"]["rungs"].clone();
-    let begun_anew = rungs["resumes"].as_u64().unwrap() + rungs["restarts"].as_u64().unwrap();
-    assert_eq!(begun_anew, 0, "{rungs}");
+    assert_eq!(begun_anew(&mut guest, "e1000"), 0);
     assert_log_is_healthy(&mut guest, &["Reset adapter", "Detected Tx Unit Hang"]);
 }

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::mmio::store_uses_memory;
 use super::{E1000, Moment};
 use crate::pci::registers::{Description, DescriptionError, RegisterCheckpoint};
-use crate::pci::{BarRange, BarSpace, PciFunction};
+use crate::pci::{BarRange, PciFunction};
 
 use crate::hold::{
     Access, CheckpointBy, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable,
-    OutsideChanges,
+    OutsideChanges, overtaking, place,
 };
 
 /// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
@@ -75,16 +75,7 @@ struct Held<'a> {
 
 impl Held<'_> {
     fn find(&self, at: DeviceAddress) -> Option<(u8, u64)> {
-        let (is_port, address) = match at {
-            DeviceAddress::Memory(gpa) => (false, gpa),
-            DeviceAddress::Port(port) => (true, port.into()),
-        };
-        let ranges = self.ranges.iter();
-        let mut ranges = ranges.filter(|range| (range.space == BarSpace::Io) == is_port);
-        ranges.find_map(|range| {
-            let offset = address.checked_sub(range.address)?;
-            (offset < range.size_bytes).then_some((range.bar, offset))
-        })
+        place(&self.ranges, at)
     }
 }
 
@@ -113,15 +104,8 @@ impl HeldDevice for Held<'_> {
         bytes: usize,
         waiting: &mut dyn Iterator<Item = DeviceAddress>,
     ) -> Option<u64> {
-        let (bar, offset) = self.find(at).filter(|at| at.0 == REGISTERS_BAR)?;
-        // A store elsewhere, to the window of I/O ports, may be to any register.
-        let waiting = waiting.map(|at| match self.find(at) {
-            Some((REGISTERS_BAR, offset)) => offset,
-            _ => u64::MAX,
-        });
-        if !self.registers.may_overtake(offset, bytes, waiting) {
-            return None;
-        }
+        let load = (at, bytes);
+        let (bar, offset) = overtaking(self.registers, &self.ranges, load, waiting)?;
         let mut value = [0; 8];
         self.nic.bar_read(bar, offset, value.get_mut(..bytes)?);
         Some(u64::from_le_bytes(value))

@@ -7,7 +7,9 @@ use std::sync::{Arc, PoisonError};
 
 use super::Edge;
 use super::function::Registers;
-use crate::hold::{DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
+use crate::hold::{
+    DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges, place,
+};
 use crate::pci::bus::SharedFunction;
 use crate::pci::{BarIndex, BarRange, BarSpace};
 
@@ -96,15 +98,7 @@ impl Registers for HeldRegisters<'_, '_> {
 
 impl<'b> HeldAtEdge<'b> {
     fn place(&self, at: DeviceAddress) -> Option<(BarIndex, u64)> {
-        let (is_port, address) = match at {
-            DeviceAddress::Memory(gpa) => (false, gpa),
-            DeviceAddress::Port(port) => (true, port.into()),
-        };
-        self.ranges.iter().find_map(|range| {
-            let offset = address.checked_sub(range.address)?;
-            let is_in = offset < range.size_bytes && (range.space == BarSpace::Io) == is_port;
-            is_in.then_some((range.bar, offset))
-        })
+        place(self.ranges, at)
     }
 
     fn registers(&mut self) -> HeldRegisters<'_, 'b> {

@@ -15,9 +15,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges};
+use super::{
+    Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice, Holdable, OutsideChanges,
+    overtaking, place,
+};
 use crate::pci::registers::{Description, FunctionRegisters};
-use crate::pci::{BarIndex, BarRange, BarSpace, PciFunction};
+use crate::pci::{BarIndex, BarRange, PciFunction};
 
 /// A function of a device that goes on by itself.
 pub trait GoesOn: PciFunction + Send {
@@ -91,16 +94,7 @@ struct Held<'a, F: GoesOn> {
 
 impl<F: GoesOn> Held<'_, F> {
     fn find(&self, at: DeviceAddress) -> Option<(BarIndex, u64)> {
-        let (is_port, address) = match at {
-            DeviceAddress::Memory(gpa) => (false, gpa),
-            DeviceAddress::Port(port) => (true, port.into()),
-        };
-        let mut ranges = self.ranges.iter();
-        ranges.find_map(|range| {
-            let offset = address.checked_sub(range.address)?;
-            let is_in = offset < range.size_bytes && (range.space == BarSpace::Io) == is_port;
-            is_in.then_some((range.bar, offset))
-        })
+        place(&self.ranges, at)
     }
 }
 
@@ -125,17 +119,8 @@ impl<F: GoesOn> HeldDevice for Held<'_, F> {
         bytes: usize,
         waiting: &mut dyn Iterator<Item = DeviceAddress>,
     ) -> Option<u64> {
-        let description = self.description?;
-        let registers = description.device.bar;
-        let (bar, offset) = self.find(at).filter(|(bar, _)| *bar == registers)?;
-        // A store elsewhere may be to any register.
-        let waiting = waiting.map(|at| match self.find(at) {
-            Some((bar, offset)) if bar == registers => offset,
-            _ => u64::MAX,
-        });
-        if !description.may_overtake(offset, bytes, waiting) {
-            return None;
-        }
+        let load = (at, bytes);
+        let (bar, offset) = overtaking(self.description?, &self.ranges, load, waiting)?;
         let mut value = [0; 8];
         self.function.bar_read(bar, offset, value.get_mut(..bytes)?);
         Some(u64::from_le_bytes(value))

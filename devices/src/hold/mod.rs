@@ -9,6 +9,7 @@
 //! others* and *what the outside sees*.
 
 pub mod goes_on;
+mod place;
 mod set;
 
 use std::any::Any;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::place::{overtaking, place};
 pub use self::set::HoldableSet;
 
 /// Where a device is reached.
