@@ -1,8 +1,10 @@
-//! What the sandbox costs: `cargo bench -p cofferdam --bench sandbox [-- ROUNDS]`, on a host with KVM.
+//! What the sandbox costs: `cargo bench -p cofferdam --bench sandbox [-- ROUNDS]`, on a host with
+//! KVM.
 //!
-//! VMs with the sandbox and without it run in turn, two kinds of guest: one that writes to a port that nobody listens at, an
-//! exit each time, and one that sends back over its serial port what a client sends it, one byte at a time, over a unix
-//! socket. Printed are the median of each, and the median, smallest and largest of the ratios of the pairs.
+//! VMs with the sandbox and without it run in turn, two kinds of guest: one that writes to a port
+//! that nobody listens at, an exit each time, and one that sends back over its serial port what a
+//! client sends it, one byte at a time, over a unix socket. Printed are the median of each, and the
+//! median, smallest and largest of the ratios of the pairs.
 
 #![allow(
     clippy::unwrap_used,

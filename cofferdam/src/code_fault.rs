@@ -1,7 +1,8 @@
-//! Faults in a driver's code, by kind: one instruction changed as programmers' mistakes would have it.
+//! Faults in a driver's code, by kind: one instruction changed as programmers' mistakes would have
+//! it.
 //!
-//! A VM process tells which bytes a function is, and is told what to put where. Which change a kind is, and where it fits, is
-//! decided here, by whoever asks: the command line and the service.
+//! A VM process tells which bytes a function is, and is told what to put where. Which change a kind
+//! is, and where it fits, is decided here, by whoever asks: the command line and the service.
 
 use agent_protocol::message::Bytes;
 use anyhow::{Context, ensure};
@@ -22,7 +23,8 @@ pub struct CodeFault {
     pub function: String,
     /// What is changed.
     pub kind: Kind,
-    /// At which instruction, in bytes from the function's start; where the seed says if it is not given.
+    /// At which instruction, in bytes from the function's start; where the seed says if it is not
+    /// given.
     pub offset: Option<u64>,
     /// Into which calls of an isolated function.
     pub when: When,

@@ -1,4 +1,5 @@
-//! Files of JSON lines that are gone on with: the first line says what the file is of, each other one is a record.
+//! Files of JSON lines that are gone on with: the first line says what the file is of, each other
+//! one is a record.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -17,8 +18,9 @@ pub struct Contents<H, R> {
     pub whole_bytes: usize,
 }
 
-/// The file to go on in, and the records in it; a new one gets its `header`. What is cut off at its end is taken out. Of one that
-/// is of something else it is said which parts of that can be otherwise (`differs`).
+/// The file to go on in, and the records in it; a new one gets its `header`. What is cut off at its
+/// end is taken out. Of one that is of something else it is said which parts of that can be
+/// otherwise (`differs`).
 ///
 /// # Errors
 /// It is another one's, or cannot be read or written.

@@ -284,7 +284,8 @@ pub enum SerialSpec {
     File(PathBuf),
     /// A unix socket that one client at a time may connect to.
     Unix(PathBuf),
-    /// The VM's process alone, which keeps the last of it: read and typed into through its control socket.
+    /// The VM's process alone, which keeps the last of it: read and typed into through its control
+    /// socket.
     Control,
 }
 

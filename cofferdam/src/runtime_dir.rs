@@ -1,4 +1,5 @@
-//! The folder of a running VM or device host: where its sockets are, and that it is the only one of its name.
+//! The folder of a running VM or device host: where its sockets are, and that it is the only one of
+//! its name.
 //!
 //! ```text
 //! ${COFFERDAM_RUNTIME_DIR:-/run/cofferdam}/   flock while a VM comes or goes
@@ -12,8 +13,8 @@
 //!     └── device.sock    guests attach here (see `device`)
 //! ```
 //!
-//! A process that dies cannot keep a lock, so a folder whose `pid` is not locked is left over from a
-//! dead one, whatever number is in it. The lock on the root makes looking and taking one step.
+//! A process that dies cannot keep a lock, so a folder whose `pid` is not locked is left over from
+//! a dead one, whatever number is in it. The lock on the root makes looking and taking one step.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -322,8 +323,8 @@ pub struct VmDir {
 }
 
 impl VmDir {
-    /// The process cannot remove the folder: its sockets go at its end, and the rest when the next process of the root begins, or
-    /// with who has waited for the end.
+    /// The process cannot remove the folder: its sockets go at its end, and the rest when the next
+    /// process of the root begins, or with who has waited for the end.
     pub fn stays(&mut self) {
         self.stays = true;
     }

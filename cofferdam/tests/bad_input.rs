@@ -375,7 +375,8 @@ fn commands_to_a_vm_that_does_not_run_say_so() {
     for words in ["status x", "pause x", "stop x", "exec x -- true", "status"] {
         let output = place.command().args(words.split(' ')).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
-        // A command in the guest may end with any status: what went wrong before has one of its own.
+        // A command in the guest may end with any status: what went wrong before has one of its
+        // own.
         let status = if words.starts_with("exec") { 125 } else { 1 };
         assert_eq!(output.status.code(), Some(status), "{words}");
         assert!(error.contains("running"), "{words}: {error}");

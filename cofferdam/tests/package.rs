@@ -24,7 +24,8 @@ fn cofferdam(words: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// What `cargo xtask package` packs, with a script in the program's place: that one takes minutes to build and pack.
+/// What `cargo xtask package` packs, with a script in the program's place: that one takes minutes
+/// to build and pack.
 fn contents() -> Contents {
     let folder = tempfile::tempdir().unwrap();
     cofferdam(&["man", folder.path().to_str().unwrap()]);

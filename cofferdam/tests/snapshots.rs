@@ -1,4 +1,5 @@
-//! Snapshots and marks as a user takes them, of a guest that does nothing: what is said, written and refused.
+//! Snapshots and marks as a user takes them, of a guest that does nothing: what is said, written
+//! and refused.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! The terminal of an interactive run: the guest's while it runs, a person's again afterwards. That of `top` too.
+//! The terminal of an interactive run: the guest's while it runs, a person's again afterwards. That
+//! of `top` too.
 
 #![allow(
     clippy::unwrap_used,
@@ -60,7 +61,8 @@ impl Session {
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
-        // SAFETY: both descriptors are written; the size is valid, and the other pointers may be null.
+        // SAFETY: both descriptors are written; the size is valid, and the other pointers may be
+        // null.
         let made = unsafe {
             libc::openpty(
                 &raw mut ours,
@@ -246,7 +248,8 @@ fn a_stopped_run_gives_the_terminal_back_until_it_goes_on() {
     assert!(session.end().success());
 }
 
-/// How a terminal is told to have another screen, to have its own one back, and to show its cursor (xterm's sequences).
+/// How a terminal is told to have another screen, to have its own one back, and to show its cursor
+/// (xterm's sequences).
 const OWN_SCREEN: &str = "\x1b[?1049h";
 const BACK: &str = "\x1b[?1049l";
 const CURSOR: &str = "\x1b[?25h";

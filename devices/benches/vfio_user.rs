@@ -1,9 +1,11 @@
-//! What an access costs to a card that another thread serves over a socket, beside the same card in this one.
+//! What an access costs to a card that another thread serves over a socket, beside the same card in
+//! this one.
 //!
-//! `cargo bench -p devices` prints one JSON object: medians in nanoseconds over rounds. *Read* is a register that is read,
-//! there and back. *Posted* is a store that nobody waits for, of those in bursts of 64; *done* is such a store when the read
-//! behind the burst has come back, so that all of it was carried out. *Written* is a store that is waited for. *Here* is a
-//! read in the same process. Rounds of all of them alternate.
+//! `cargo bench -p devices` prints one JSON object: medians in nanoseconds over rounds. *Read* is a
+//! register that is read, there and back. *Posted* is a store that nobody waits for, of those in
+//! bursts of 64; *done* is such a store when the read behind the burst has come back, so that all
+//! of it was carried out. *Written* is a store that is waited for. *Here* is a read in the same
+//! process. Rounds of all of them alternate.
 
 #![allow(clippy::unwrap_used, reason = "bench code")]
 

@@ -1,7 +1,7 @@
 //! How a device raises interrupts, without knowing who delivers them.
 //!
-//! A device that lives in another process, or in the kernel (VFIO), is given descriptors instead: it writes them, and
-//! nobody here takes part.
+//! A device that lives in another process, or in the kernel (VFIO), is given descriptors instead:
+//! it writes them, and nobody here takes part.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,8 +12,8 @@ pub trait IrqLine: Send + Sync {
     /// Drives the line: `true` asserts it, `false` deasserts it.
     fn set_level(&self, asserted: bool);
 
-    /// Has somebody outside drive the line, in VFIO's manner, besides [`IrqLine::set_level`]. `None` where this cannot
-    /// be.
+    /// Has somebody outside drive the line, in VFIO's manner, besides [`IrqLine::set_level`].
+    /// `None` where this cannot be.
     fn events(&self) -> Option<LineEvents> {
         None
     }
@@ -25,8 +25,8 @@ pub trait IrqLine: Send + Sync {
 pub struct LineEvents {
     /// Written by the device: asserts the line. The device keeps quiet then, until it is unmasked.
     pub trigger: EventFd,
-    /// Written when the interrupt was acknowledged and the line deasserted: the device is unmasked, and triggers
-    /// again if it still has something.
+    /// Written when the interrupt was acknowledged and the line deasserted: the device is unmasked,
+    /// and triggers again if it still has something.
     pub unmask: EventFd,
 }
 
@@ -47,8 +47,8 @@ pub trait MsiVectors: Send + Sync {
     fn route(&self, vector: u16, message: Option<MsiMessage>);
     /// Sends the message of `vector`; nothing happens where it is routed to nowhere.
     fn trigger(&self, vector: u16);
-    /// What sends the message of `vector` when it is written, for somebody outside; nothing happens either where it is
-    /// routed to nowhere. `None` where there is no such descriptor.
+    /// What sends the message of `vector` when it is written, for somebody outside; nothing happens
+    /// either where it is routed to nowhere. `None` where there is no such descriptor.
     fn event(&self, _vector: u16) -> Option<EventFd> {
         None
     }

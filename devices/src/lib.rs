@@ -1,9 +1,9 @@
 //! What a guest sees besides its processors and its memory.
 //!
 //! The crate knows nothing of KVM. It is given guest memory ([`dma::DmaSpace`]), interrupt lines
-//! ([`irq`]) and wires ([`wire::Wire`]), and offers devices that answer register accesses. Everything
-//! that a guest writes is hostile: no access may panic, loop without bound or reach outside what the
-//! device owns.
+//! ([`irq`]) and wires ([`wire::Wire`]), and offers devices that answer register accesses.
+//! Everything that a guest writes is hostile: no access may panic, loop without bound or reach
+//! outside what the device owns.
 
 pub mod bus;
 pub mod clock;

@@ -1,7 +1,8 @@
-//! The network cards that there are, by name. Whoever needs one asks here; which model it is, nobody above this crate knows.
+//! The network cards that there are, by name. Whoever needs one asks here; which model it is,
+//! nobody above this crate knows.
 //!
-//! A model is a row of [`MODELS`]: its name, which modules of Linux drive it, and how it is made. What is made is a PCI
-//! function like any other, with what else it has to offer.
+//! A model is a row of [`MODELS`]: its name, which modules of Linux drive it, and how it is made.
+//! What is made is a PCI function like any other, with what else it has to offer.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -116,9 +117,9 @@ pub struct Nic {
     pub holdable: Option<MakeHoldable>,
     /// When the guest took interrupts of it, if the model tells.
     pub interrupts: Option<Arc<Moments>>,
-    /// Gives it another address, as if it had been made with that one: for a card that goes on from a saved state, which
-    /// has the address of the card that was saved. A driver that runs keeps the one that it has read until the guest
-    /// gives it another one.
+    /// Gives it another address, as if it had been made with that one: for a card that goes on from
+    /// a saved state, which has the address of the card that was saved. A driver that runs keeps
+    /// the one that it has read until the guest gives it another one.
     pub set_address: SetAddress,
 }
 
@@ -131,8 +132,8 @@ pub struct RemoteParts<'a> {
 }
 
 impl Nic {
-    /// The card that a server of another process has, and the function itself, for whoever connects it anew. Its address,
-    /// wire and model are the server's.
+    /// The card that a server of another process has, and the function itself, for whoever connects
+    /// it anew. Its address, wire and model are the server's.
     ///
     /// # Errors
     /// The server cannot be used.
@@ -189,7 +190,8 @@ impl Nic {
     }
 }
 
-/// A function that goes on by itself, as one that can be held. There is one way in which its state is taken.
+/// A function that goes on by itself, as one that can be held. There is one way in which its state
+/// is taken.
 fn holdable<F: GoesOn + 'static>(
     function: Arc<Mutex<F>>,
     description: Option<Arc<Description>>,

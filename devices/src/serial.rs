@@ -1,10 +1,10 @@
 //! The first serial port (16550A, `vm-superio`) and where its bytes go: the terminal, a file or a
 //! unix socket.
 //!
-//! Output is written on the vCPU's thread. Input arrives through the event loop and is taken only as
-//! far as the UART's FIFO has room, so a guest that does not read costs nothing. A socket serves one
-//! client at a time; without a client, or with one that does not read, output is lost, as on a cable
-//! with nothing at its end.
+//! Output is written on the vCPU's thread. Input arrives through the event loop and is taken only
+//! as far as the UART's FIFO has room, so a guest that does not read costs nothing. A socket serves
+//! one client at a time; without a client, or with one that does not read, output is lost, as on a
+//! cable with nothing at its end.
 
 use std::fmt;
 use std::fs::File;
@@ -209,8 +209,9 @@ impl Serial {
         )
     }
 
-    /// Goes on as the port that `part` was taken of, with its own other end; a client of its socket is disconnected,
-    /// since it has talked to another guest. An interrupt that was pending comes again.
+    /// Goes on as the port that `part` was taken of, with its own other end; a client of its socket
+    /// is disconnected, since it has talked to another guest. An interrupt that was pending comes
+    /// again.
     pub fn restore(&mut self, part: &Part) -> Result<(), StateError> {
         let state: UartState = part.open(FORM)?;
         let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
@@ -232,7 +233,8 @@ impl Serial {
         })
     }
 
-    /// Ends a client's session, what it said and nobody has read lost; the event loop finds it gone.
+    /// Ends a client's session, what it said and nobody has read lost; the event loop finds it
+    /// gone.
     fn send_client_away(&mut self) {
         if let Sink::Client(stream) = &mut self.uart.writer_mut().sink {
             // It may have gone already.
@@ -322,9 +324,9 @@ impl Serial {
         }
     }
 
-    /// Takes the clients that came: the first if there is none at the moment, or only one that has gone. The listener
-    /// is watched by edges, so all of them are looked at; where the host has no descriptor left they wait for the next
-    /// that comes.
+    /// Takes the clients that came: the first if there is none at the moment, or only one that has
+    /// gone. The listener is watched by edges, so all of them are looked at; where the host has no
+    /// descriptor left they wait for the next that comes.
     fn accept(&mut self, ops: &mut EventOps) {
         loop {
             let Some(listener) = &self.listener else {
@@ -381,7 +383,8 @@ impl Serial {
     }
 }
 
-/// Whether nobody is at the other end any more, also where something that was said is still to be read.
+/// Whether nobody is at the other end any more, also where something that was said is still to be
+/// read.
 fn has_gone(client: &UnixStream) -> bool {
     let mut fds = [PollFd::new(client, PollFlags::empty())];
     let now = Timespec::default();

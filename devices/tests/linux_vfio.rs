@@ -1,6 +1,8 @@
-//! A real function by real `vfio-pci` and a real IOMMU: the lab's e1000e, taken from one user's memory to another's.
+//! A real function by real `vfio-pci` and a real IOMMU: the lab's e1000e, taken from one user's
+//! memory to another's.
 //!
-//! The test is the driver of both users: what it sends is an ARP request, which the network behind the function answers.
+//! The test is the driver of both users: what it sends is an ARP request, which the network behind
+//! the function answers.
 
 #![allow(
     clippy::unwrap_used,
@@ -181,7 +183,8 @@ fn set_command(device: &VfioDevice, command: u16) {
         .unwrap();
 }
 
-/// Takes the function from `from`, whose map is given, to `to`, whose it is then; how long each step took.
+/// Takes the function from `from`, whose map is given, to `to`, whose it is then; how long each
+/// step took.
 fn switch(
     device: &VfioDevice,
     description: &Description,
@@ -316,7 +319,8 @@ fn memory_of(kind: &str, bytes: u64) -> Option<(Arc<File>, DmaRegion)> {
 mod long {
     use super::*;
 
-    /// How long memory takes into the IOMMU's map and out of it, by the kind of its pages. Nothing depends on it: it is printed.
+    /// How long memory takes into the IOMMU's map and out of it, by the kind of its pages. Nothing
+    /// depends on it: it is printed.
     #[test]
     #[ignore = "needs the lab's e1000e behind an IOMMU: cargo xtask test runs it there"]
     fn what_memory_costs_in_the_map_is_printed() {

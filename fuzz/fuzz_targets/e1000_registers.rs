@@ -1,8 +1,8 @@
 //! Any sequence of accesses, descriptors, frames, timers and checkpoints on the 82540EM; half-way a
 //! twin is restored from a checkpoint, which has to behave the same from there on.
 //!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none e1000_registers -- -len_control=0` from the repository's root. The
-//! same interpreter runs with random sequences in `cargo test -p devices`.
+//! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none e1000_registers -- -len_control=0` from the
+//! repository's root. The same interpreter runs with random sequences in `cargo test -p devices`.
 
 #![no_main]
 

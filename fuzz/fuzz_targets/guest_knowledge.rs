@@ -1,5 +1,6 @@
-//! Whatever a guest says about itself is read without harm: its types (BTF), its symbols (`/proc/kallsyms`) and
-//! its page tables. The first byte says which; every answer is asked for everything it offers.
+//! Whatever a guest says about itself is read without harm: its types (BTF), its symbols
+//! (`/proc/kallsyms`) and its page tables. The first byte says which; every answer is asked for
+//! everything it offers.
 //!
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none guest_knowledge` from the repository's root.
 

@@ -1,6 +1,7 @@
-//! Whatever a module's file says, it is read or refused, and so is everything that is made of it: code, operations, findings.
-//! An input is changes to a module made by hand, so that most of them are read as one; the first byte says whether it is that, or a
-//! whole file. The module and its kernel's types are those of the analysis' own tests, which keep them up to date.
+//! Whatever a module's file says, it is read or refused, and so is everything that is made of it:
+//! code, operations, findings. An input is changes to a module made by hand, so that most of them
+//! are read as one; the first byte says whether it is that, or a whole file. The module and its
+//! kernel's types are those of the analysis' own tests, which keep them up to date.
 //!
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none ko_reader` from the repository's root.
 

@@ -1,4 +1,5 @@
-//! What a snapshot's readers make of any bytes: an error, or something that is within its bounds. The first byte says which.
+//! What a snapshot's readers make of any bytes: an error, or something that is within its bounds.
+//! The first byte says which.
 //!
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none saved_state` from the repository's root.
 

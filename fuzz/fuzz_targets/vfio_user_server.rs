@@ -1,4 +1,5 @@
-//! What a server of a function makes of any bytes of a client: an answer, or the end of the connection.
+//! What a server of a function makes of any bytes of a client: an answer, or the end of the
+//! connection.
 //!
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none vfio_user_server` from the repository's root.
 

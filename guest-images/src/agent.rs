@@ -8,8 +8,8 @@ use crate::Error;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Where the agent is from the folder of the `cofferdam` program: as a package installs them, and as `cargo xtask` builds
-/// them in `target/`.
+/// Where the agent is from the folder of the `cofferdam` program: as a package installs them, and
+/// as `cargo xtask` builds them in `target/`.
 const BESIDE: [&str; 2] = [
     "../lib/cofferdam/guest-agent",
     "../agent/x86_64-unknown-linux-gnu/agent/guest-agent",

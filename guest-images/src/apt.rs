@@ -1,4 +1,5 @@
-//! Packages by name, with the system's own `apt-get`; kept in a directory, so that it is asked once.
+//! Packages by name, with the system's own `apt-get`; kept in a directory, so that it is asked
+//! once.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,8 @@ pub struct Packages<'a> {
 pub struct KernelPackages {
     /// Its release, such as `6.12.117+deb12-amd64`.
     pub release: String,
-    /// The package with the image's name first; where that is empty, those that it is split into come after it.
+    /// The package with the image's name first; where that is empty, those that it is split into
+    /// come after it.
     pub files: Vec<PathBuf>,
 }
 
@@ -53,8 +55,9 @@ impl<'a> Packages<'a> {
         })
     }
 
-    /// The same directory, with the lists of another suite of Debian's archive: what is there and not here yet comes
-    /// out of that one. The archive is the one that the system's own lists are from.
+    /// The same directory, with the lists of another suite of Debian's archive: what is there and
+    /// not here yet comes out of that one. The archive is the one that the system's own lists are
+    /// from.
     ///
     /// # Errors
     /// [`Error::Fetch`] when apt knows no archive of Debian's, or a file cannot be written.
@@ -113,8 +116,8 @@ impl<'a> Packages<'a> {
         Ok(None)
     }
 
-    /// Asks the archive for its current list, and forgets the package files that are here, but for those of other
-    /// kernels than this one.
+    /// Asks the archive for its current list, and forgets the package files that are here, but for
+    /// those of other kernels than this one.
     ///
     /// # Errors
     /// When `apt-get update` fails (then everything stays) or a file cannot be removed.
@@ -276,7 +279,8 @@ impl<'a> Packages<'a> {
 
     fn download(&self, names: &[&str]) -> Result<(), Error> {
         if let Err(first) = self.try_download(names) {
-            // On a fresh machine the lists are missing; on an old one they name files that are gone.
+            // On a fresh machine the lists are missing; on an old one they name files that are
+            // gone.
             self.update()?;
             self.try_download(names).map_err(|second| match second {
                 Error::Fetch { .. } => second,
@@ -354,7 +358,8 @@ fn release(package: &str) -> String {
     package.trim_start_matches("linux-image-").to_string()
 }
 
-/// The packages of the same release that a kernel's depends on: its parts, where it is empty itself.
+/// The packages of the same release that a kernel's depends on: its parts, where it is empty
+/// itself.
 fn parts(package: &str, file: &Path) -> Result<Vec<String>, Error> {
     let end = format!("-{}", release(package));
     let mut parts = crate::deb::control(file)?.depends;

@@ -35,7 +35,8 @@ fn packages_that_are_here_need_no_apt() {
     assert_eq!(said.borrow().len(), 0);
 }
 
-/// A kernel of another suite, whose package is empty and has parts: its lists are asked for once and by themselves.
+/// A kernel of another suite, whose package is empty and has parts: its lists are asked for once
+/// and by themselves.
 #[test]
 fn kernel_of_another_suite_comes_with_its_parts_out_of_lists_of_its_own() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! What the builder wants to know of an ELF file: libraries it needs, and what a kernel module says of itself.
+//! What the builder wants to know of an ELF file: libraries it needs, and what a kernel module says
+//! of itself.
 
 use object::elf::{self, FileHeader64};
 use object::read::elf::{Dyn, FileHeader, ProgramHeader};

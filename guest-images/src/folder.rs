@@ -5,7 +5,8 @@
 //!   FOLDER/manifest.json, ...                                        one in the folder itself, as `cargo xtask images` has it
 //! ```
 //!
-//! A folder without a manifest, or with one that cannot be read, holds no image: it is being built, or is something else.
+//! A folder without a manifest, or with one that cannot be read, holds no image: it is being built,
+//! or is something else.
 
 use std::fs::File;
 use std::io::Read;

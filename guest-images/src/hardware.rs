@@ -1,9 +1,10 @@
-//! The image for drivers of hardware: what the lab's emulated server has besides what it needs itself.
+//! The image for drivers of hardware: what the lab's emulated server has besides what it needs
+//! itself.
 
 use crate::spec::{ImageSpec, full_image};
 
-/// Drivers of network cards, of a disk controller and of a sound card; the last two make the card one that is played to
-/// through a file.
+/// Drivers of network cards, of a disk controller and of a sound card; the last two make the card
+/// one that is played to through a file.
 pub const DRIVERS: &[&str] = &[
     "8139cp",
     "e100",

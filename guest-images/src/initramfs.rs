@@ -1,8 +1,8 @@
 //! An initramfs as a newc cpio archive, the same bytes for the same content.
 //!
-//! Entries are sorted by path, owned by root, dated 1970 and numbered in order; parent directories are
-//! made. The archive is not compressed: the guest's kernel would spend more time on unpacking it than
-//! the host on giving it.
+//! Entries are sorted by path, owned by root, dated 1970 and numbered in order; parent directories
+//! are made. The archive is not compressed: the guest's kernel would spend more time on unpacking
+//! it than the host on giving it.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};

@@ -1,13 +1,14 @@
 //! A kernel image's own ELF file out of a `bzImage`.
 //!
 //! The header is described in the kernel's `Documentation/arch/x86/boot.rst` ("The Real-Mode Kernel
-//! Header"). The payload is a compressed `vmlinux`, for XZ, zstd and LZ4 followed by the unpacked size as
-//! `u32` little endian. After the ELF file itself come the relocations for address randomisation; they
-//! are cut off.
+//! Header"). The payload is a compressed `vmlinux`, for XZ, zstd and LZ4 followed by the unpacked
+//! size as `u32` little endian. After the ELF file itself come the relocations for address
+//! randomisation; they are cut off.
 //!
-//! Nearly half of what a Debian kernel's segments have in the file is zeros (`.bss` and what comes after it,
-//! gaps between sections). A loader would read and write them all, so the segments are split: what is
-//! zero is in a segment's memory size and not in its file size. The memory that results is the same.
+//! Nearly half of what a Debian kernel's segments have in the file is zeros (`.bss` and what comes
+//! after it, gaps between sections). A loader would read and write them all, so the segments are
+//! split: what is zero is in a segment's memory size and not in its file size. The memory that
+//! results is the same.
 
 use std::io::Read;
 
@@ -157,8 +158,8 @@ const PAGE: usize = 4096;
 
 type Segment = elf::ProgramHeader64<LittleEndian>;
 
-/// Splits the segments so that zeros are not in the file. Does nothing where the program header table
-/// has no room to grow.
+/// Splits the segments so that zeros are not in the file. Does nothing where the program header
+/// table has no room to grow.
 fn leave_out_zeros(data: &mut [u8]) -> Result<(), String> {
     let bad = |error: object::Error| format!("its payload is no usable ELF file: {error}");
     let header = elf::FileHeader64::<LittleEndian>::parse(&*data).map_err(bad)?;
@@ -188,7 +189,8 @@ fn leave_out_zeros(data: &mut [u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The parts of a segment: each begins with what is not zero, and its memory goes on to the next part.
+/// The parts of a segment: each begins with what is not zero, and its memory goes on to the next
+/// part.
 fn split(segment: &Segment, data: &[u8]) -> Vec<Segment> {
     let endian = LittleEndian;
     let Ok(content) = segment.data(endian, data) else {
@@ -197,8 +199,8 @@ fn split(segment: &Segment, data: &[u8]) -> Vec<Segment> {
     if segment.p_type(endian) != elf::PT_LOAD || content.is_empty() {
         return vec![*segment];
     }
-    // Beginnings and ends of the parts, in bytes from the segment's start. The first one stays where the
-    // segment is, whatever it begins with.
+    // Beginnings and ends of the parts, in bytes from the segment's start. The first one stays
+    // where the segment is, whatever it begins with.
     let mut parts: Vec<(usize, usize)> = vec![(0, 0)];
     let mut zeros = 0;
     for (number, page) in content.chunks(PAGE).enumerate() {
@@ -251,7 +253,8 @@ mod tests {
         let elf = small_elf(62);
         let mut data = elf.clone();
         data.extend_from_slice(b"relocations");
-        // LZ4's older format: a size, and a block of nothing but literals (15 and what the next byte adds).
+        // LZ4's older format: a size, and a block of nothing but literals (15 and what the next
+        // byte adds).
         let mut lz4 = vec![0x02, 0x21, 0x4C, 0x18];
         lz4.extend((data.len() as u32 + 2).to_le_bytes());
         lz4.extend([0xF0, data.len() as u8 - 15]);

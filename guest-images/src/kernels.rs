@@ -4,7 +4,8 @@ use serde::Serialize;
 
 /// A series of a kernel's packages: the newest of them is taken.
 ///
-/// Debian's names are `linux-image-ABI-FLAVOUR`, the ABI beginning with the kernel's version: `6.1.0-48`, `6.12.117+deb12`.
+/// Debian's names are `linux-image-ABI-FLAVOUR`, the ABI beginning with the kernel's version:
+/// `6.1.0-48`, `6.12.117+deb12`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct KernelSource {
     /// What it is called here, and the directory of its images.
@@ -13,7 +14,8 @@ pub struct KernelSource {
     pub series: &'static [u32],
     /// Debian's flavour: the end of the package's name.
     pub flavour: &'static str,
-    /// The suite of Debian's archive that has it, where a Debian 12 does not know it by its own lists.
+    /// The suite of Debian's archive that has it, where a Debian 12 does not know it by its own
+    /// lists.
     pub suite: Option<&'static str>,
     /// Modules of the images that this kernel has not.
     pub lacks: &'static [&'static str],
@@ -104,8 +106,9 @@ impl KernelSource {
             })
     }
 
-    /// What a person calls a kernel: its name, with or without `debian:` before it and `-amd64` behind it
-    /// (`debian:6.12`, `6.1-cloud`), or a release of one (`6.1.0-48-amd64`), which is then the second part.
+    /// What a person calls a kernel: its name, with or without `debian:` before it and `-amd64`
+    /// behind it (`debian:6.12`, `6.1-cloud`), or a release of one (`6.1.0-48-amd64`), which is
+    /// then the second part.
     ///
     /// # Errors
     /// A line that names those there are.

@@ -9,12 +9,14 @@
 //!  this workspace       ─► guest-agent (cargo)        ─┘
 //! ```
 //!
-//! A stage is a directory named by the hash of all that went into it; it appears whole or not at all. The
-//! artefacts are put into place by rename and the manifest is written last, so an interrupted build
-//! leaves nothing half-made that looks finished. Same packages and same agent give the same bytes.
+//! A stage is a directory named by the hash of all that went into it; it appears whole or not at
+//! all. The artefacts are put into place by rename and the manifest is written last, so an
+//! interrupted build leaves nothing half-made that looks finished. Same packages and same agent
+//! give the same bytes.
 //!
 //! What an image holds is data ([`spec::ImageSpec`]); [`spec::images_of`] are the ones the project
-//! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again needs no network.
+//! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again
+//! needs no network.
 
 pub mod agent;
 pub mod apt;

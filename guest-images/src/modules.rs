@@ -1,7 +1,7 @@
 //! Which modules an image holds, and in what order they can be loaded.
 //!
-//! A kernel package has no `modules.dep` (it is made at installation), so the graph is read from the
-//! modules themselves.
+//! A kernel package has no `modules.dep` (it is made at installation), so the graph is read from
+//! the modules themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -65,7 +65,8 @@ impl ModuleTree {
                 }
             }
         }
-        // Without the list nothing is known to be built in, and a name that is not found is an error.
+        // Without the list nothing is known to be built in, and a name that is not found is an
+        // error.
         let list = std::fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default();
         let builtin = list
             .lines()
@@ -90,7 +91,8 @@ impl ModuleTree {
         self.files.contains_key(&name) || self.builtin.contains(&name)
     }
 
-    /// These modules and all they need, each after what it needs, with their files. What is built into the kernel is left out.
+    /// These modules and all they need, each after what it needs, with their files. What is built
+    /// into the kernel is left out.
     ///
     /// # Errors
     /// [`Error::NoModule`] for a name that the kernel does not have.

@@ -17,8 +17,8 @@ pub struct ImageSet {
     pub release: Option<String>,
     /// The images.
     pub images: Vec<ImageSpec>,
-    /// Modules that are put beside the images for the host to read (types, sections), besides those that
-    /// some image holds.
+    /// Modules that are put beside the images for the host to read (types, sections), besides those
+    /// that some image holds.
     pub host_modules: Vec<String>,
 }
 
@@ -35,7 +35,8 @@ pub struct ImageSpec {
     pub busybox: bool,
     /// Programs with the libraries they need.
     pub programs: Vec<Program>,
-    /// Packages of which the image holds all but documentation, with the libraries that their programs need.
+    /// Packages of which the image holds all but documentation, with the libraries that their
+    /// programs need.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub packages: Vec<String>,
     /// Any other files.
@@ -172,9 +173,9 @@ fn lab_modules() -> Vec<BootModule> {
     modules
 }
 
-/// The host's root by 9p tag `host`, read-only, on `/host`; the writable 9p tag `out` on `/out` and again on
-/// `/host/mnt`, where programs in a `chroot` of `/host` reach it; the lab's own `/proc`, `/sys`, `/dev`,
-/// `/run` and `/tmp` in place of the host's.
+/// The host's root by 9p tag `host`, read-only, on `/host`; the writable 9p tag `out` on `/out` and
+/// again on `/host/mnt`, where programs in a `chroot` of `/host` reach it; the lab's own `/proc`,
+/// `/sys`, `/dev`, `/run` and `/tmp` in place of the host's.
 fn lab_mounts() -> Vec<Mount> {
     let nine_p = "trans=virtio,version=9p2000.L,msize=1048576";
     let mount = |source: &str, target: &str, fstype: &str| Mount {

@@ -17,8 +17,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// The store in `directory`; waits until no other process builds there, and sweeps up what an interrupted
-    /// one left.
+    /// The store in `directory`; waits until no other process builds there, and sweeps up what an
+    /// interrupted one left.
     pub fn open(directory: &Path, progress: &dyn Fn(&str)) -> Result<Self, Error> {
         fs::create_dir_all(directory).map_err(Error::io(directory))?;
         let path = directory.join("lock");
@@ -36,7 +36,8 @@ impl Store {
         Ok(store)
     }
 
-    /// The stage `name` made of `inputs`: there already, or made now by `make` in an empty directory.
+    /// The stage `name` made of `inputs`: there already, or made now by `make` in an empty
+    /// directory.
     pub fn stage(
         &mut self,
         name: &str,

@@ -151,7 +151,8 @@ fn read_list<T: serde::de::DeserializeOwned>(directory: &Path) -> Result<T, Erro
     serde_json::from_slice(&read(&path)?).map_err(|error| Error::io(&path)(error.into()))
 }
 
-/// A program, a library or another file of a package: its path in an image and its file's name in the stage.
+/// A program, a library or another file of a package: its path in an image and its file's name in
+/// the stage.
 #[derive(Serialize, Deserialize)]
 pub struct StagedFile {
     pub path: String,

@@ -1,4 +1,5 @@
-//! The image for sweeps: modules that do something without hardware, and `tc`, which many of them are asked for by.
+//! The image for sweeps: modules that do something without hardware, and `tc`, which many of them
+//! are asked for by.
 
 use crate::spec::{ImageSpec, Program, full_image};
 

@@ -8,7 +8,8 @@ use crate::spec::{ImageSet, full_image};
 /// File of a user's image in its folder.
 pub const INITRD: &str = "initrd.cpio";
 
-/// Longest name of a module or package, in bytes (`MODULE_NAME_LEN` is 56; no package of Debian's comes near).
+/// Longest name of a module or package, in bytes (`MODULE_NAME_LEN` is 56; no package of Debian's
+/// comes near).
 const MAX_NAME: usize = 100;
 
 /// What a person wants in an image besides what all have.
@@ -23,7 +24,8 @@ pub struct Additions {
 /// The image of a kernel, in `release` or else its newest, with additions.
 ///
 /// # Errors
-/// [`Error::Spec`] for a name that no module or package has, [`Error::NoModule`] for a module that the kernel lacks.
+/// [`Error::Spec`] for a name that no module or package has, [`Error::NoModule`] for a module that
+/// the kernel lacks.
 pub fn user_image(
     kernel: &'static KernelSource,
     release: Option<String>,

@@ -1,8 +1,8 @@
 //! Programs out of packages, with the libraries they need.
 //!
-//! Which libraries: `DT_NEEDED` of every program and library, followed to the end. Which package has one:
-//! among the dependencies of the packages at hand, the one named like the library first (`libmnl.so.0`
-//! is in `libmnl0`).
+//! Which libraries: `DT_NEEDED` of every program and library, followed to the end. Which package
+//! has one: among the dependencies of the packages at hand, the one named like the library first
+//! (`libmnl.so.0` is in `libmnl0`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -90,7 +90,8 @@ impl<'a> Userland<'a> {
         Ok(files.map(|(path, content)| runs(path, content)).collect())
     }
 
-    /// All files of whole packages but their documentation, and the libraries and loaders that programs among them need.
+    /// All files of whole packages but their documentation, and the libraries and loaders that
+    /// programs among them need.
     ///
     /// # Errors
     /// When a package or a library cannot be had.

@@ -2,10 +2,11 @@
 //!
 //! `cargo bench -p isolation` prints one JSON object: times in microseconds are medians over
 //! rounds. *Exit* is one turn from P to the host and back at an `out`; *crossing* is one kernel
-//! function called through its trampoline, the function being a bare `ret`; *call* is a whole isolated
-//! call that writes two pages; *abort* one that faults after the same writes. The two memory sizes
-//! show whether commit and abort depend on the guest's memory. *Host* is the time of a whole warm call outside
-//! `KVM_RUN`, by the pages that it writes: the same code at its real speed also where KVM emulates.
+//! function called through its trampoline, the function being a bare `ret`; *call* is a whole
+//! isolated call that writes two pages; *abort* one that faults after the same writes. The two
+//! memory sizes show whether commit and abort depend on the guest's memory. *Host* is the time of a
+//! whole warm call outside `KVM_RUN`, by the pages that it writes: the same code at its real speed
+//! also where KVM emulates.
 
 #![allow(clippy::unwrap_used, reason = "bench code")]
 
@@ -58,8 +59,8 @@ fn time(guest: &Guest, domain: &mut Domain, kernel: &mut Kernel, aborts: bool) -
     )
 }
 
-/// Median time of one call with the smaller guest, and how many times as long it takes with the larger one. Rounds
-/// alternate, so that both see the same host.
+/// Median time of one call with the smaller guest, and how many times as long it takes with the
+/// larger one. Rounds alternate, so that both see the same host.
 fn compare(sizes: [u64; 2], aborts: bool) -> (f64, f64) {
     let mut both = sizes.map(|pages| {
         driver(pages, |a| {
@@ -116,7 +117,8 @@ fn writer(pages: u64) -> (Guest, Domain, Kernel) {
     (guest, domain, kernel)
 }
 
-/// Microseconds of a warm call outside `KVM_RUN` that writes to `pages` pages and to that of its return address.
+/// Microseconds of a warm call outside `KVM_RUN` that writes to `pages` pages and to that of its
+/// return address.
 fn host(pages: u64) -> f64 {
     let (guest, mut domain, mut kernel) = writer(pages);
     let mut call = || {

@@ -1,7 +1,8 @@
-//! What isolation lacks of a kernel to contain calls in it: `kernel_facts VMLINUX`, the kernel's ELF file.
+//! What isolation lacks of a kernel to contain calls in it: `kernel_facts VMLINUX`, the kernel's
+//! ELF file.
 //!
-//! Says nothing of its modules, nor of what calls leave behind that go on in the guest (`recovery/models`). The exit status is 1
-//! if something lacks.
+//! Says nothing of its modules, nor of what calls leave behind that go on in the guest
+//! (`recovery/models`). The exit status is 1 if something lacks.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,5 @@
-//! A driver's own suspend and resume functions, called in the guest as ordinary functions from process context.
+//! A driver's own suspend and resume functions, called in the guest as ordinary functions from
+//! process context.
 //!
 //! ```text
 //!   guest's agent: write(.../broken_parity_status, word)
@@ -10,9 +11,9 @@
 //!                                                      └─► the store function returns: all of it was written
 //! ```
 //!
-//! A write to an attribute of the device in sysfs brings all that is needed: a thread of the guest that may sleep, and the
-//! device's address as the first argument. Whoever else writes there meanwhile is not disturbed: the word tells.
-//! The functions run in the guest, not in a domain.
+//! A write to an attribute of the device in sysfs brings all that is needed: a thread of the guest
+//! that may sleep, and the device's address as the first argument. Whoever else writes there
+//! meanwhile is not disturbed: the word tells. The functions run in the guest, not in a domain.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -31,14 +32,15 @@ use crate::guest::gate::{self, GATE_BYTES};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::guest::symbols::SymbolTable;
 
-/// File in a PCI device's folder in sysfs whose write function is gated (drivers/pci/pci-sysfs.c). The function
-/// itself does not run.
+/// File in a PCI device's folder in sysfs whose write function is gated (drivers/pci/pci-sysfs.c).
+/// The function itself does not run.
 pub const ATTRIBUTE: &str = "broken_parity_status";
 const STORE: &str = "broken_parity_status_store";
 /// Longest word, in bytes.
 const MAX_WORD: usize = 64;
-/// Bytes below the stack pointer at the function's start where the called functions find their return address:
-/// as much as keeps the stack aligned as at any call (System V ABI for x86-64, 3.2.2).
+/// Bytes below the stack pointer at the function's start where the called functions find their
+/// return address: as much as keeps the stack aligned as at any call (System V ABI for x86-64,
+/// 3.2.2).
 const FRAME: u64 = 16;
 
 /// Why a driver's functions were not called, or with what they failed.
@@ -168,7 +170,8 @@ impl SuspendResume {
         Ok(this)
     }
 
-    /// Takes the gate out, unless a function that was called has yet to return to it. The guest stands still.
+    /// Takes the gate out, unless a function that was called has yet to return to it. The guest
+    /// stands still.
     pub fn disarm(self, memory: &GuestMemory) -> Result<Result<Duration, SuspendError>, Box<Self>> {
         match self.state {
             State::Suspending { .. } | State::Resuming { .. } => Err(Box::new(self)),
@@ -191,7 +194,8 @@ impl SuspendResume {
         }
     }
 
-    /// A vCPU left the guest at the `out` at `at`. The registers that it goes on with, if that is one of this gate's.
+    /// A vCPU left the guest at the `out` at `at`. The registers that it goes on with, if that is
+    /// one of this gate's.
     pub fn step(
         &mut self,
         at: u64,
@@ -291,8 +295,8 @@ impl SuspendResume {
         (own(&suspend) && own(&resume)).then_some((suspend, resume))
     }
 
-    /// Registers and stack as if the store function, called with `entry`, had called `function` with its own first
-    /// argument.
+    /// Registers and stack as if the store function, called with `entry`, had called `function`
+    /// with its own first argument.
     fn call(
         &self,
         function: u64,
@@ -335,8 +339,8 @@ impl SuspendResume {
 }
 
 impl Isolator {
-    /// Has the next write of `word` to the [`ATTRIBUTE`] of a device that `module` drives call these functions of the
-    /// driver.
+    /// Has the next write of `word` to the [`ATTRIBUTE`] of a device that `module` drives call
+    /// these functions of the driver.
     pub fn begin_suspend_resume(
         &self,
         calls: DriverCalls,
@@ -374,8 +378,8 @@ impl Isolator {
         })?
     }
 
-    /// What came of the calls that were begun, and how long they took together. If one of them has not returned, its return is waited
-    /// for by the gate, and this has to be asked again.
+    /// What came of the calls that were begun, and how long they took together. If one of them has
+    /// not returned, its return is waited for by the gate, and this has to be asked again.
     pub fn end_suspend_resume(&self) -> Result<Duration, AttachError> {
         let memory = self.vm.ram().memory().clone();
         self.vm

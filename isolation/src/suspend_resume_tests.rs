@@ -1,4 +1,5 @@
-//! The calls of a driver's functions, on a make-believe guest: what each vCPU that comes to the gate goes on with.
+//! The calls of a driver's functions, on a make-believe guest: what each vCPU that comes to the
+//! gate goes on with.
 
 use crate::guest::btf::encode::Encoder;
 use crate::guest::gate::FTRACE_NOP;

@@ -1,5 +1,5 @@
-//! What a call may take, of a hand-made guest, on the host's real KVM. How fast the machine is makes no difference:
-//! the calls that are to take too long go on until they are ended.
+//! What a call may take, of a hand-made guest, on the host's real KVM. How fast the machine is
+//! makes no difference: the calls that are to take too long go on until they are ended.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -20,7 +20,8 @@ const SLEEP: u64 = KERNEL_TEXT + 0x300;
 const RETURN_GATE: u64 = DRIVER_TEXT + 2;
 /// More than any call of these takes.
 const PLENTY: Duration = Duration::from_secs(60);
-/// What so many parts take at least: the budget is enough for some of them, and for far less than can spill.
+/// What so many parts take at least: the budget is enough for some of them, and for far less than
+/// can spill.
 const SOME_PARTS: (u32, Duration) = (32, Duration::from_millis(16));
 /// Many more parts than the budget is enough for.
 const PARTS: u32 = 100_000;
@@ -104,7 +105,8 @@ fn run(guest: &Guest, domain: &mut Domain, budget: Duration) -> CallResult {
     result
 }
 
-/// What a call takes that comes to its end: the first run also makes everything ready, and any may be disturbed.
+/// What a call takes that comes to its end: the first run also makes everything ready, and any may
+/// be disturbed.
 fn shortest(guest: &Guest, domain: &mut Domain) -> Duration {
     let runs = [(); 4].map(|()| {
         let result = run(guest, domain, PLENTY);

@@ -15,8 +15,8 @@ const LOOKS: u64 = THUNKS + 0x100;
 /// Another one, which needs the kernel's rights.
 const NEEDS: u64 = KERNEL_TEXT + 0x100;
 
-/// A guest whose driver calls [`LOOKS`] and adds 1 to what it answers, with a domain in which that runs with the driver's
-/// rights.
+/// A guest whose driver calls [`LOOKS`] and adds 1 to what it answers, with a domain in which that
+/// runs with the driver's rights.
 fn guest_with(looks: impl FnOnce(&mut CodeAssembler)) -> (Guest, Domain) {
     let guest = Guest::new();
     guest.code(LOOKS, looks);

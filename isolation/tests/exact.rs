@@ -39,7 +39,8 @@ struct Called {
     result: CallResult,
 }
 
-/// A call of this code, after a kernel function that writes somebody else's object on the same page.
+/// A call of this code, after a kernel function that writes somebody else's object on the same
+/// page.
 fn call(
     guest: &Guest,
     set: impl FnOnce(&mut kvm_regs),

@@ -1,4 +1,5 @@
-//! A fault that cannot be kept, because nothing more can be written: alone in its process, whose limit of files it sets.
+//! A fault that cannot be kept, because nothing more can be written: alone in its process, whose
+//! limit of files it sets.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -12,7 +13,8 @@ use isolation::domain::transaction::CallEnd;
 use isolation::fault_image::{KeepFaults, Keeper, Kept, Subject};
 use isolation::guest::symbols::SymbolTable;
 
-/// Has writes beyond `bytes` of a file fail from now on (setrlimit(2)), as they do on a disk that is full.
+/// Has writes beyond `bytes` of a file fail from now on (setrlimit(2)), as they do on a disk that
+/// is full.
 fn limit_files(bytes: u64) {
     let limit = libc::rlimit {
         rlim_cur: bytes,

@@ -14,7 +14,8 @@ use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::violation::ViolationKind;
 use kvm_bindings::kvm_regs;
 
-/// Keeps an object of a list, its second argument, and a work, its third, whose second word is a function.
+/// Keeps an object of a list, its second argument, and a work, its third, whose second word is a
+/// function.
 const QUEUES: u64 = KERNEL_TEXT + 0x100;
 const HEAD: u64 = KERNEL_DATA + 0x800;
 const OBJECT: u64 = KERNEL_DATA + 0x900;

@@ -1,5 +1,5 @@
-//! Calls of a hand-made guest with gigabytes of memory, on the host's real KVM: so many places that the roots are built anew
-//! in the middle of a call.
+//! Calls of a hand-made guest with gigabytes of memory, on the host's real KVM: so many places that
+//! the roots are built anew in the middle of a call.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -210,7 +210,8 @@ fn a_call_that_copies_more_pages_than_the_host_keeps_is_stopped() {
         let mut next = a.create_label();
         a.set_label(&mut next).unwrap();
         a.call(kernel_function).unwrap();
-        // An exit now and then: a KVM that emulates the guest's kernel mode looks at its ring too late otherwise.
+        // An exit now and then: a KVM that emulates the guest's kernel mode looks at its ring too
+        // late otherwise.
         a.mov(rsi, DEVICE).unwrap();
         a.mov(dword_ptr(rsi), edx).unwrap();
         a.dec(edx).unwrap();

@@ -168,7 +168,8 @@ fn control_registers_that_a_failed_call_changed_are_the_guests_again() {
     );
 }
 
-/// A KVM that carries out such an instruction in parts can fail this; one that does not leaves nothing behind anyway.
+/// A KVM that carries out such an instruction in parts can fail this; one that does not leaves
+/// nothing behind anyway.
 #[test]
 fn a_repeated_access_that_a_call_was_stopped_in_is_not_the_next_calls() {
     let guest = Guest::new();

@@ -1,4 +1,5 @@
-//! Calls of a hand-made guest whose device writes memory by itself meanwhile, on the host's real KVM.
+//! Calls of a hand-made guest whose device writes memory by itself meanwhile, on the host's real
+//! KVM.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -196,7 +197,8 @@ fn what_was_shown_to_the_device_is_taken_back_without_what_it_wrote() {
         a.ud2().unwrap();
     });
     let mut domain = guest.domain();
-    // The device moves data between its checkpoint and its being put back, so memory is not as it was then.
+    // The device moves data between its checkpoint and its being put back, so memory is not as it
+    // was then.
     let mut kernel = Kernel {
         moves_data: true,
         ..kernel()
@@ -210,7 +212,8 @@ fn what_was_shown_to_the_device_is_taken_back_without_what_it_wrote() {
     }
 }
 
-/// Linux begins its areas of memory at any GiB, so that stacks are below the same entry of the first table as memory.
+/// Linux begins its areas of memory at any GiB, so that stacks are below the same entry of the
+/// first table as memory.
 #[test]
 fn what_is_beside_such_memory_is_written_as_before() {
     const BESIDE: u64 = 0xffff_88a0_0000_0000;

@@ -94,7 +94,8 @@ fn loaded(ko: &Ko<'_>, function: &isolation::analysis::image::Function<'_>) -> V
     code
 }
 
-/// How often each kind fits in a module. Of every instruction and kind a few changes are made, and looked at.
+/// How often each kind fits in a module. Of every instruction and kind a few changes are made, and
+/// looked at.
 fn fits(file: &Path) -> BTreeMap<Kind, usize> {
     let bytes = std::fs::read(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     let ko = Ko::parse(&bytes).unwrap();

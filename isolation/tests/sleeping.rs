@@ -95,8 +95,8 @@ fn nobody_else_is_let_run_inside_a_call() {
     assert_eq!(result.regs.rax, 0);
 }
 
-/// A kernel function that sets up an interrupt: it stores to the interrupt controller, reads it back,
-/// and writes the timer's register.
+/// A kernel function that sets up an interrupt: it stores to the interrupt controller, reads it
+/// back, and writes the timer's register.
 fn sets_up_an_interrupt(guest: &Guest) -> isolation::domain::Domain {
     let function = KERNEL_TEXT + 0x300;
     guest.code(function, |a| {

@@ -1,5 +1,6 @@
-//! Calls that go on in the guest, of a hand-made guest, on the host's real KVM. The guest's vCPU is played by the
-//! tests: they look at the registers and the stack that it would go on with and write what it would.
+//! Calls that go on in the guest, of a hand-made guest, on the host's real KVM. The guest's vCPU is
+//! played by the tests: they look at the registers and the stack that it would go on with and write
+//! what it would.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -108,7 +109,8 @@ fn a_call_that_must_wait_goes_on_in_the_guest_and_comes_back() {
     let mut kernel = Kernel::with_data();
     let regs = guest.entry_regs();
     let result = begin(&guest, &mut domain, &mut kernel, regs);
-    // The guest enters the scheduler with all that was done so far, and comes back through the gate.
+    // The guest enters the scheduler with all that was done so far, and comes back through the
+    // gate.
     assert_eq!(result.regs.rip, SCHEDULER);
     assert_eq!(guest.read(DRIVER_DATA), 1);
     assert_eq!(guest.read(KERNEL_DATA), 1);
@@ -168,7 +170,8 @@ fn a_fault_after_a_spill_undoes_what_came_after_it_and_says_so() {
     assert_eq!((end.regs.rbx, end.regs.r15), (0xb0b0, 15));
 }
 
-/// The console of the kernel: its word says who writes to it, another counts how often it was put off.
+/// The console of the kernel: its word says who writes to it, another counts how often it was put
+/// off.
 const TAKE_CONSOLE: u64 = KERNEL_TEXT + 0x300;
 const DEFER_CONSOLE: u64 = KERNEL_TEXT + 0x400;
 const WRITER: u64 = KERNEL_DATA + 0x100;
@@ -382,7 +385,8 @@ fn a_call_that_is_handed_over_has_the_drivers_own_return_addresses() {
     let result = begin(&guest, &mut domain, &mut kernel, regs);
     let resume_at = domain.hand_over(spilled(&result));
     assert_eq!(resume_at, DRIVER_TEXT + 0x105);
-    // From the scheduler outwards: WAITS, the call-back, the kernel function, the driver, its caller.
+    // From the scheduler outwards: WAITS, the call-back, the kernel function, the driver, its
+    // caller.
     let expected = [
         WAITS + 18,
         DRIVER_TEXT + 0x105,

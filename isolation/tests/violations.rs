@@ -51,8 +51,8 @@ fn kernel_functions_may_write_what_the_driver_may_not() {
     assert_eq!(guest.read(KERNEL_DATA), 9);
 }
 
-/// A guest whose driver calls a kernel function in the pages that both roots may execute: it fills as many bytes as `RSI` says
-/// from `RDI` on.
+/// A guest whose driver calls a kernel function in the pages that both roots may execute: it fills
+/// as many bytes as `RSI` says from `RDI` on.
 fn guest_that_fills() -> (Guest, Kernel) {
     let guest = Guest::new();
     guest.code(THUNKS, |a| {
@@ -429,7 +429,8 @@ fn exceptions_of_the_driver_are_its_own_whatever_their_vector() {
     // int 2; int 7; int 18
     for vector in [2u8, 7, 18] {
         let (_, result) = one_call(|a| a.db(&[0xcd, vector, 0xc3]).unwrap());
-        // A KVM that emulates kernel mode cannot carry the instruction out and stops at it instead: only others can fail this.
+        // A KVM that emulates kernel mode cannot carry the instruction out and stops at it instead:
+        // only others can fail this.
         let seen = match violation_kind(&result) {
             ViolationKind::Exception { vector, .. } => vector,
             ViolationKind::PrivilegedInstruction => vector,
@@ -540,7 +541,8 @@ fn what_is_behind_a_stacks_guard_page_is_not_the_calls() {
 #[test]
 fn a_call_back_on_the_stack_for_interrupts_may_use_that_one_too() {
     let guest = Guest::new();
-    // The kernel switches stacks for what interrupts have left to be done, and polls the driver there.
+    // The kernel switches stacks for what interrupts have left to be done, and polls the driver
+    // there.
     let softirq = KERNEL_TEXT + 0x100;
     let poll = DRIVER_TEXT + 0x400;
     guest.code(softirq, |a| {
@@ -617,7 +619,8 @@ fn where_a_call_is_expected_to_store_it_may_without_an_exit_if_it_may_at_all() {
         let result = guest.call_with(&mut domain, &mut kernel, regs);
         if may {
             assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
-            // It can be read from the last call, so that one exit is for the store and one for the return.
+            // It can be read from the last call, so that one exit is for the store and one for the
+            // return.
             assert_eq!(result.stats.runs, if expects { 1 } else { 2 });
             assert_eq!(kernel.stored.len(), if expects { 3 } else { 4 });
         } else {

@@ -91,8 +91,8 @@ impl Place {
         }
     }
 
-    /// Offsets of the instructions of a function that this may mean, best first. Behind the last return
-    /// compilers put code that is rarely run, which comes last.
+    /// Offsets of the instructions of a function that this may mean, best first. Behind the last
+    /// return compilers put code that is rarely run, which comes last.
     pub fn candidates(self, instructions: &[InstructionAt]) -> Vec<u64> {
         let live = |at: &&InstructionAt| at.kind != InstructionKind::Dead;
         let offsets: Vec<u64> = instructions

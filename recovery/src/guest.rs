@@ -1,8 +1,8 @@
-//! What recovery needs of a live guest: two traits, behind which are a VM process and the agent in its guest, or
-//! doubles in tests.
+//! What recovery needs of a live guest: two traits, behind which are a VM process and the agent in
+//! its guest, or doubles in tests.
 //!
-//! The guest's agent serves one client at a time. Isolating asks it as well, and so does everything here that says
-//! so: nobody may hold an [`Agent`] meanwhile.
+//! The guest's agent serves one client at a time. Isolating asks it as well, and so does everything
+//! here that says so: nobody may hold an [`Agent`] meanwhile.
 
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ pub struct Ran {
     pub stderr: String,
 }
 
-/// The agent in a guest, for as long as it listens to nobody else. What it answers comes from the guest and may be
-/// anything.
+/// The agent in a guest, for as long as it listens to nobody else. What it answers comes from the
+/// guest and may be anything.
 ///
 /// The errors of all methods are those of [`Client::call`].
 pub trait Agent {
@@ -129,8 +129,8 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// A client of its agent.
     fn agent(&self) -> Self::Agent;
 
-    /// Puts functions of a module into a domain; `policy` is asked after each call that failed. Uses the agent. `asker` is
-    /// told of steps that take long.
+    /// Puts functions of a module into a domain; `policy` is asked after each call that failed.
+    /// Uses the agent. `asker` is told of steps that take long.
     ///
     /// # Errors
     /// Why they cannot be isolated; also that `asker` has gone before anything was done.
@@ -156,8 +156,8 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// The driver is another build now: nothing that is known of its functions and types holds.
     fn driver_changed(&self, module: &str);
 
-    /// Has the next write of `word` to [`isolation::suspend_resume::ATTRIBUTE`] of a device of `module` call these functions
-    /// of the driver.
+    /// Has the next write of `word` to [`isolation::suspend_resume::ATTRIBUTE`] of a device of
+    /// `module` call these functions of the driver.
     ///
     /// # Errors
     /// The guest does not have the functions, or does not tell where.
@@ -193,8 +193,8 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// The guest is as it was when `learnt` was known.
     fn put_learnt_back(&self, learnt: &Self::Learnt);
 
-    /// Keeps what the other end of the wire sees of the link of `module`'s device as it is, or lets it go on. Nothing
-    /// happens if the device has none.
+    /// Keeps what the other end of the wire sees of the link of `module`'s device as it is, or lets
+    /// it go on. Nothing happens if the device has none.
     fn hold_link(&self, module: &str, hold: bool);
 
     /// The state of `module`'s device, if it gives it away.
@@ -206,8 +206,8 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// The device does not take it.
     fn restore_device(&self, module: &str, state: Self::DeviceState) -> anyhow::Result<()>;
 
-    /// Puts `module`'s devices into the sleep state D3hot, or wakes them; `false` if they have no power states, or are none
-    /// of ours.
+    /// Puts `module`'s devices into the sleep state D3hot, or wakes them; `false` if they have no
+    /// power states, or are none of ours.
     fn set_power(&self, module: &str, awake: bool) -> bool;
 
     /// The time on a clock that does not run backwards.

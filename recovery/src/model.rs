@@ -1,9 +1,10 @@
-//! What kernel functions do that outlasts a call: the model that a call is undone by once a part of it is in
-//! the guest.
+//! What kernel functions do that outlasts a call: the model that a call is undone by once a part of
+//! it is in the guest.
 //!
-//! The model is data (`models/linux-6.1.toml`, whose head explains it). That of another series says what differs. It may
-//! come from a file of a user's own: it is bounded, every name is one that a kernel symbol can have, every argument
-//! exists, and a function that is irrevocable has no opposite.
+//! The model is data (`models/linux-6.1.toml`, whose head explains it). That of another series says
+//! what differs. It may come from a file of a user's own: it is bounded, every name is one that a
+//! kernel symbol can have, every argument exists, and a function that is irrevocable has no
+//! opposite.
 
 #[cfg(test)]
 mod tests;
@@ -146,7 +147,8 @@ pub struct Keeps {
 pub enum Required {
     /// A function.
     Function,
-    /// An object in a list of the kernel's: the list's head, the objects' structure, the member that is in the list.
+    /// An object in a list of the kernel's: the list's head, the objects' structure, the member
+    /// that is in the list.
     Listed(String, String, String),
 }
 
@@ -232,8 +234,9 @@ struct Entry {
 }
 
 impl Model {
-    /// The model that comes with this crate for the kernel of this release, as `uname -r` has it; `None` if there is
-    /// none for its series. What a function leaves behind in one series it need not in another.
+    /// The model that comes with this crate for the kernel of this release, as `uname -r` has it;
+    /// `None` if there is none for its series. What a function leaves behind in one series it need
+    /// not in another.
     pub fn for_release(release: &str) -> Option<Result<Self, ModelError>> {
         let series = series(release)?;
         Some(Self::parse(text_of(series)?))

@@ -1,7 +1,7 @@
 //! A kernel module's file, as far as it has to be known before it takes another one's place.
 //!
-//! The file comes from a person or from the guest and may be anything: its size is bounded, and what it says of itself
-//! is checked before a guest gets it.
+//! The file comes from a person or from the guest and may be anything: its size is bounded, and
+//! what it says of itself is checked before a guest gets it.
 
 use object::elf;
 use object::read::elf::{ElfFile64, FileHeader};
@@ -129,8 +129,8 @@ impl ModuleFile {
     }
 }
 
-/// The build id in an ELF note of the linker (`NT_GNU_BUILD_ID`): the section of a file, or what the kernel
-/// shows of a loaded module in `/sys/module/NAME/notes/.note.gnu.build-id`.
+/// The build id in an ELF note of the linker (`NT_GNU_BUILD_ID`): the section of a file, or what
+/// the kernel shows of a loaded module in `/sys/module/NAME/notes/.note.gnu.build-id`.
 pub fn build_id(note: &[u8]) -> Option<Vec<u8>> {
     let word = |at: usize| {
         let bytes = note.get(at..at + 4)?;

@@ -1,5 +1,5 @@
-//! What a person asks for when functions of a module are to be isolated. It is kept, to be asked for again after the
-//! driver was restarted.
+//! What a person asks for when functions of a module are to be isolated. It is kept, to be asked
+//! for again after the driver was restarted.
 
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::ladder::LadderConfig;
 
-/// A module that is isolated, as it has to be told so that it can be isolated again in a guest that was restored.
+/// A module that is isolated, as it has to be told so that it can be isolated again in a guest that
+/// was restored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct IsolatedModule {
@@ -47,8 +48,8 @@ pub struct IsolationRequest {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spilling {
-    /// Time that a call may wait for with the guest standing still, in microseconds, at most a second; a longer wait
-    /// goes on in the guest. The default otherwise.
+    /// Time that a call may wait for with the guest standing still, in microseconds, at most a
+    /// second; a longer wait goes on in the guest. The default otherwise.
     #[serde(default)]
     pub wait_us: Option<u64>,
     /// Kernel functions that are always run in the guest.

@@ -1,8 +1,8 @@
 //! The supervisor at rest with its machine, and what it has again after a rewind.
 //!
-//! A driver that is being exchanged or restarted is half in the guest and half in this process: no state is taken then.
-//! Ladders go back with the guest, for what happened since a mark has not happened to this driver; only their counters
-//! go on.
+//! A driver that is being exchanged or restarted is half in the guest and half in this process: no
+//! state is taken then. Ladders go back with the guest, for what happened since a mark has not
+//! happened to this driver; only their counters go on.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -51,7 +51,8 @@ impl<G: LiveGuest> Supervisor<G> {
         }
     }
 
-    /// What is said of a module whose ladder has asked for a rung that was not climbed yet, if there is one.
+    /// What is said of a module whose ladder has asked for a rung that was not climbed yet, if
+    /// there is one.
     fn climbing(&self) -> Option<Unsettled> {
         let is_climbing = |state: State| {
             matches!(
@@ -87,8 +88,8 @@ impl<G: LiveGuest> Supervisor<G> {
         all
     }
 
-    /// Isolates what was [`Supervisor::isolated`] in a guest that was restored since; why it does not work, for each module
-    /// of which it does not. Those are said to run unisolated.
+    /// Isolates what was [`Supervisor::isolated`] in a guest that was restored since; why it does
+    /// not work, for each module of which it does not. Those are said to run unisolated.
     pub fn isolate_as_told(
         &self,
         modules: Vec<IsolatedModule>,

@@ -1,5 +1,5 @@
-//! A driver's own suspend and resume functions, called in the live guest: its device begins anew, or rests until it is
-//! wanted again; the driver stays.
+//! A driver's own suspend and resume functions, called in the live guest: its device begins anew,
+//! or rests until it is wanted again; the driver stays.
 //!
 //! ```text
 //!   suspend:  driver's suspend function ─► state of the device taken ─► D3hot
@@ -20,12 +20,13 @@ use crate::supervisor::{Supervisor, lock};
 /// Devices of one driver.
 const MAX_DEVICES: usize = 8;
 
-/// Prints which instance of the driver module `$1` is loaded, which changes whenever it is inserted, and the folders in
-/// sysfs of its PCI devices.
+/// Prints which instance of the driver module `$1` is loaded, which changes whenever it is
+/// inserted, and the folders in sysfs of its PCI devices.
 const LIST: &str = "stat -c 'instance %i' /sys/module/$1; for d in /sys/bus/pci/devices/*; do \
     m=$(readlink $d/driver/module) && [ ${m##*/} = \"$1\" ] && echo $d; done; true";
 
-/// How long the parts of a suspend or of a resume took, one after the other, in microseconds of the host's clock.
+/// How long the parts of a suspend or of a resume took, one after the other, in microseconds of the
+/// host's clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicePhases {
     /// The driver's own function, for all of its devices.
@@ -117,7 +118,8 @@ fn call<G: LiveGuest>(
     Ok(took)
 }
 
-/// Has `module` suspend its devices, takes their state and changes their power state. An error means that they work.
+/// Has `module` suspend its devices, takes their state and changes their power state. An error
+/// means that they work.
 pub(crate) fn suspend<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
@@ -164,8 +166,8 @@ pub(crate) fn suspend<G: LiveGuest>(
     Ok(phases)
 }
 
-/// Brings the devices of `module` back, or has it suspend and resume them if they do not rest. Nobody else may change the
-/// driver meanwhile.
+/// Brings the devices of `module` back, or has it suspend and resume them if they do not rest.
+/// Nobody else may change the driver meanwhile.
 pub(crate) fn resume<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,

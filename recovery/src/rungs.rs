@@ -24,8 +24,8 @@ const STEP_TIME: Duration = Duration::from_secs(60);
 /// How long a guest may take to boot after a reset.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
-/// Begins with a resume or a restart, as the `ladder` of `module` decided, and goes on until something holds. Nobody
-/// else may change the driver meanwhile.
+/// Begins with a resume or a restart, as the `ladder` of `module` decided, and goes on until
+/// something holds. Nobody else may change the driver meanwhile.
 pub(crate) fn recover<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
@@ -74,7 +74,8 @@ pub(crate) fn recover<G: LiveGuest>(
     }
 }
 
-/// Has no call of the driver run any more. A restart takes the gates out, so that they may have to go in again first.
+/// Has no call of the driver run any more. A restart takes the gates out, so that they may have to
+/// go in again first.
 fn stop<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
     let guest = supervisor.guest();
     if guest.stop(module).is_ok() {
@@ -93,8 +94,8 @@ fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
     result.as_ref().map(drop).map_err(String::as_str)
 }
 
-/// Removes and inserts the driver, gives its interfaces the configuration that they had, and isolates the
-/// same functions again.
+/// Removes and inserts the driver, gives its interfaces the configuration that they had, and
+/// isolates the same functions again.
 fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
     let guest = supervisor.guest();
     if supervisor.suspended().iter().any(|one| one == module) {
@@ -126,7 +127,8 @@ fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Re
     isolate_again(supervisor, module)
 }
 
-/// Has the guest go back to its last mark, and the module isolated in it also if it was not at the mark.
+/// Has the guest go back to its last mark, and the module isolated in it also if it was not at the
+/// mark.
 fn go_back<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,

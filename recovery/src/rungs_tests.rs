@@ -182,7 +182,8 @@ fn a_resume_that_fails_restarts_the_driver() {
     assert_eq!(guest.world().done.last().unwrap(), "isolate");
 }
 
-/// A guest with a mark at which the driver is isolated, or not, and whose driver cannot be inserted any more.
+/// A guest with a mark at which the driver is isolated, or not, and whose driver cannot be inserted
+/// any more.
 fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
     let (supervisor, guest) = isolated(MayReset::Snapshot);
     let request = supervisor.request(DRIVER).unwrap();

@@ -1,13 +1,13 @@
-//! The isolated modules of a guest, each with what was asked for and with its ladder; and whoever changes a driver, one at
-//! a time.
+//! The isolated modules of a guest, each with what was asked for and with its ladder; and whoever
+//! changes a driver, one at a time.
 //!
 //! ```text
 //!  vCPU's thread: fault ─► Ladder ─┬─► error or retry, at once
 //!                                  └─► resume, restart ─► queue ─► a thread of its own ([`crate::rungs`])
 //! ```
 //!
-//! Lock order: who changes a driver takes the turn for that first; a ladder's lock is taken last, and nothing is called
-//! under it.
+//! Lock order: who changes a driver takes the turn for that first; a ladder's lock is taken last,
+//! and nothing is called under it.
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -58,8 +58,8 @@ pub struct Supervisor<G: LiveGuest> {
 }
 
 impl<G: LiveGuest> Supervisor<G> {
-    /// Supervises `guest`, in which nothing is isolated yet, with a thread that climbs the ladders' rungs until the
-    /// supervisor is dropped.
+    /// Supervises `guest`, in which nothing is isolated yet, with a thread that climbs the ladders'
+    /// rungs until the supervisor is dropped.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -102,15 +102,15 @@ impl<G: LiveGuest> Supervisor<G> {
         config: LadderConfig,
         asker: &dyn Asker,
     ) -> anyhow::Result<Isolated> {
-        // A call that fails as soon as there are gates asks for a rung of a ladder that is entered only then: who
-        // climbs it waits.
+        // A call that fails as soon as there are gates asks for a rung of a ladder that is entered
+        // only then: who climbs it waits.
         let _alone = self.change_driver_for(asker)?;
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
         self.isolate_with(request, ladder, asker)
     }
 
-    /// Isolates the same functions of a module again, with the ladder that it has, unless it was released meanwhile; how
-    /// many there are.
+    /// Isolates the same functions of a module again, with the ladder that it has, unless it was
+    /// released meanwhile; how many there are.
     pub(crate) fn isolate_again(&self, module: &str) -> anyhow::Result<usize> {
         let supervised = self
             .modules()
@@ -157,7 +157,8 @@ impl<G: LiveGuest> Supervisor<G> {
         status
     }
 
-    /// Puts another build of a driver module in the place of the one that runs ([`crate::upgrade`]).
+    /// Puts another build of a driver module in the place of the one that runs
+    /// ([`crate::upgrade`]).
     ///
     /// # Errors
     /// Nothing was changed, and why.
@@ -171,7 +172,8 @@ impl<G: LiveGuest> Supervisor<G> {
         upgrade::upgrade(self, module, file, limit, asker)
     }
 
-    /// Has a driver suspend its devices, and leaves them so, in a sleep state if they have any ([`crate::resume_device`]).
+    /// Has a driver suspend its devices, and leaves them so, in a sleep state if they have any
+    /// ([`crate::resume_device`]).
     ///
     /// # Errors
     /// They are suspended already, or cannot be: they work then.
@@ -179,8 +181,8 @@ impl<G: LiveGuest> Supervisor<G> {
         resume_device::suspend(self, module, asker)
     }
 
-    /// Brings back a driver's devices that were suspended; has it suspend and resume those that were not
-    /// ([`crate::resume_device`]).
+    /// Brings back a driver's devices that were suspended; has it suspend and resume those that
+    /// were not ([`crate::resume_device`]).
     ///
     /// # Errors
     /// Its functions cannot be called, or failed; or the driver was removed since.
@@ -207,7 +209,8 @@ impl<G: LiveGuest> Supervisor<G> {
         all.collect()
     }
 
-    /// What calls of `module` did wrong since the VM began, the latest last; also of one that is not isolated any more.
+    /// What calls of `module` did wrong since the VM began, the latest last; also of one that is
+    /// not isolated any more.
     pub fn violations(&self, module: &str) -> Vec<Violations> {
         lock(&self.violations).of(module)
     }
@@ -236,7 +239,8 @@ impl<G: LiveGuest> Supervisor<G> {
         }
     }
 
-    /// The device of a module is about to begin anew. To be said before it does: what rests after this does so again.
+    /// The device of a module is about to begin anew. To be said before it does: what rests after
+    /// this does so again.
     pub(crate) fn device_begins_anew(&self, module: &str) {
         if let Some(ladder) = self.ladder(module) {
             lock(&ladder).device_begins_anew();
@@ -264,8 +268,8 @@ impl<G: LiveGuest> Supervisor<G> {
         lock(&self.driver_files).get(module).cloned()
     }
 
-    /// The driver `module` is another build now, of the file at `path` in the guest: nothing that the old one did
-    /// counts any more.
+    /// The driver `module` is another build now, of the file at `path` in the guest: nothing that
+    /// the old one did counts any more.
     pub(crate) fn driver_came_from(&self, module: &str, path: &str) {
         lock(&self.driver_files).insert(module.to_owned(), path.to_owned());
         self.guest.driver_changed(module);
@@ -333,7 +337,8 @@ impl FaultPolicy for LadderPolicy {
     }
 }
 
-/// Begins with the rung that a ladder asked for, unless its module was released or exchanged meanwhile.
+/// Begins with the rung that a ladder asked for, unless its module was released or exchanged
+/// meanwhile.
 pub(crate) fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
     // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
     let alone = supervisor.change_driver();

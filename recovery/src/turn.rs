@@ -1,5 +1,5 @@
-//! Whose turn it is to change drivers of a guest: one at a time, and nobody while state of the machine is taken or put
-//! back.
+//! Whose turn it is to change drivers of a guest: one at a time, and nobody while state of the
+//! machine is taken or put back.
 
 use std::sync::{Condvar, Mutex};
 
@@ -50,7 +50,8 @@ impl Turn {
         is_free.then(|| Taken(self))
     }
 
-    /// Has nobody begin until [`Turn::go_on`]; `false`, with nothing done, if somebody is in the middle of it.
+    /// Has nobody begin until [`Turn::go_on`]; `false`, with nothing done, if somebody is in the
+    /// middle of it.
     pub fn rest(&self) -> bool {
         let mut state = lock(&self.state);
         let may = !state.taken || state.lent;
@@ -71,7 +72,8 @@ impl Turn {
 }
 
 impl Taken<'_> {
-    /// Lets state of the machine be taken and put back while `work` is done, which does not change a driver.
+    /// Lets state of the machine be taken and put back while `work` is done, which does not change
+    /// a driver.
     pub fn lend<T>(&self, work: impl FnOnce() -> T) -> T {
         lock(&self.0.state).lent = true;
         let _lent = Lent(self.0);

@@ -1,5 +1,5 @@
-//! Another build of a driver module in the place of the one that runs, with its interfaces' configuration, its
-//! isolation and the link kept.
+//! Another build of a driver module in the place of the one that runs, with its interfaces'
+//! configuration, its isolation and the link kept.
 //!
 //! ```text
 //!   file checked ─► in the guest ─► configuration read ─► not isolated ─► link held
@@ -8,8 +8,8 @@
 //!                              └───────────────────► device restored ◄───┘ ─► old one in ─► configuration back
 //! ```
 //!
-//! The checkpoint is taken when the old driver has shut the device down: it then moves no data, so that restoring it
-//! cannot have it write into memory that was freed.
+//! The checkpoint is taken when the old driver has shut the device down: it then moves no data, so
+//! that restoring it cannot have it write into memory that was freed.
 
 use std::time::Duration;
 

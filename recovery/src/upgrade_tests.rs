@@ -70,7 +70,8 @@ fn a_new_driver_that_cannot_be_inserted_gives_way_to_the_old_one() {
     assert_eq!(world.loaded, Some(build(1)));
     assert_eq!((world.mtu, world.up, world.link_held), (1400, true, false));
     assert_eq!(world.files.len(), 2, "the new file is gone");
-    // Restored as the old one had left it: 7 in use, 8 when it was gone; and the old one came once more.
+    // Restored as the old one had left it: 7 in use, 8 when it was gone; and the old one came once
+    // more.
     assert_eq!(world.device, 9);
     assert!(world.done.contains(&"restore device".to_owned()));
 }

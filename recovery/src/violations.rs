@@ -1,5 +1,5 @@
-//! What calls of a guest's modules did wrong since its VM began: like ones are counted, and what a module did is
-//! kept when it is released, restarted or exchanged.
+//! What calls of a guest's modules did wrong since its VM began: like ones are counted, and what a
+//! module did is kept when it is released, restarted or exchanged.
 
 use std::collections::HashMap;
 use std::mem::discriminant;

@@ -90,7 +90,8 @@ fn symbols(path: &Path, wanted: impl Fn(&object::Symbol<'_, '_>) -> bool) -> BTr
 #[ignore = "needs target/images (cargo xtask images)"]
 fn every_import_of_the_drivers_has_an_entry_and_no_entry_is_for_nothing() {
     let kernels = Kernel::all();
-    // A model has entries for what is imported in the kernel that it is based on, and is in its own too.
+    // A model has entries for what is imported in the kernel that it is based on, and is in its own
+    // too.
     let anywhere: BTreeSet<String> = kernels.iter().flat_map(Kernel::imports).collect();
     for kernel in &kernels {
         let (model, series) = (&kernel.model, kernel.model.kernel());
@@ -126,7 +127,8 @@ fn every_opposite_is_a_function_of_the_kernel() {
         for (name, effect) in kernel.model.lasting() {
             if let Some(undo) = &effect.undo {
                 let opposite = undo.function.as_str();
-                // Functions of other modules (PHYs) have their types there; the drivers import them.
+                // Functions of other modules (PHYs) have their types there; the drivers import
+                // them.
                 assert!(
                     types.find_function(opposite).is_some() || all.contains(opposite),
                     "{}, {name}: there is no {opposite}",

@@ -1,11 +1,13 @@
 //! What a rewind costs, as ratios within one run, on a hand-made guest with a network card.
 //!
-//! `cargo bench -p vmm` prints one JSON object: times in microseconds are medians over rounds. *Rewind* is the whole call,
-//! of a guest that has written 50 pages since the mark and is paused; its phases are in `phases_us`. *Copy* is copying as
-//! many pages from kept memory into the guest's and setting one vCPU's registers with the calls that a rewind has to make for
-//! it: `KVM_SET_MP_STATE`, `_SREGS`, `_REGS`, `_XSAVE`, `_XCRS`, `_DEBUGREGS`, `_LAPIC`, `_MSRS` (those that the guest has
-//! changed), `_VCPU_EVENTS`; *bare* the same with `KVM_SET_SREGS` and `KVM_SET_REGS` alone. Rounds of all of them alternate.
-//! The two memory sizes show whether the cost depends on the guest's memory.
+//! `cargo bench -p vmm` prints one JSON object: times in microseconds are medians over rounds.
+//! *Rewind* is the whole call, of a guest that has written 50 pages since the mark and is paused;
+//! its phases are in `phases_us`. *Copy* is copying as many pages from kept memory into the guest's
+//! and setting one vCPU's registers with the calls that a rewind has to make for it:
+//! `KVM_SET_MP_STATE`, `_SREGS`, `_REGS`, `_XSAVE`, `_XCRS`, `_DEBUGREGS`, `_LAPIC`, `_MSRS` (those
+//! that the guest has changed), `_VCPU_EVENTS`; *bare* the same with `KVM_SET_SREGS` and
+//! `KVM_SET_REGS` alone. Rounds of all of them alternate. The two memory sizes show whether the
+//! cost depends on the guest's memory.
 
 #![allow(clippy::unwrap_used, reason = "bench code")]
 
@@ -34,8 +36,8 @@ const AREA: u64 = 0x20_0000;
 const STRIDE: u64 = 0x4000;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
-// Writes a word to each of 50 pages and reports, for ever; before all but the first time it waits until port 0x508 says 1,
-// and afterwards until it is rewound.
+// Writes a word to each of 50 pages and reports, for ever; before all but the first time it waits
+// until port 0x508 says 1, and afterwards until it is rewound.
 guest_code!(
     writes,
     "xor ebx, ebx",

@@ -2,9 +2,9 @@
 //!
 //! There is no PM timer, no SCI and no legacy interrupt controller for the guest to program. It
 //! turns itself off by the sleep control register, restarts by the reset register, and hears of the
-//! power button through a generic event device (all in [`crate::power`]). The FADT says that there is
-//! no keyboard controller, no VGA and no CMOS clock, so that a guest does not wait for them; it takes
-//! the time from KVM's clock.
+//! power button through a generic event device (all in [`crate::power`]). The FADT says that there
+//! is no keyboard controller, no VGA and no CMOS clock, so that a guest does not wait for them; it
+//! takes the time from KVM's clock.
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT (PCI root and its slots, COM1, ECAM's reservation, power button,
@@ -331,8 +331,8 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
     .to_aml_bytes(aml);
 }
 
-/// The VM generation ID: where it is, for the driver that goes by the name that its specification asks for, and by the
-/// shorter one that fits where names have eight characters.
+/// The VM generation ID: where it is, for the driver that goes by the name that its specification
+/// asks for, and by the shorter one that fits where names have eight characters.
 fn generation_id(aml: &mut dyn AmlSink) {
     let mut names = PackageBuilder::new();
     names.add_element(&"VM_Gen_Counter");

@@ -1,11 +1,12 @@
 //! What keeps devices still while the machine is at rest.
 //!
-//! Devices work on the guest's memory on vCPUs' threads, which are out of the guest at rest, in the event loop, and where
-//! an upper layer works on one ([`crate::VmHandle::with_devices`]). The latter two take a lock, which a machine at rest
-//! keeps: what happens meanwhile waits in its descriptor.
+//! Devices work on the guest's memory on vCPUs' threads, which are out of the guest at rest, in the
+//! event loop, and where an upper layer works on one ([`crate::VmHandle::with_devices`]). The
+//! latter two take a lock, which a machine at rest keeps: what happens meanwhile waits in its
+//! descriptor.
 //!
-//! Lock order: the machine's operations, this lock, a device. Nobody waits for a vCPU with this lock but the one who brings
-//! the machine to rest, and then the vCPUs are out already.
+//! Lock order: the machine's operations, this lock, a device. Nobody waits for a vCPU with this
+//! lock but the one who brings the machine to rest, and then the vCPUs are out already.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

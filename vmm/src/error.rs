@@ -3,7 +3,8 @@
 use crate::boot::BootError;
 use crate::memory::MemoryError;
 
-/// Version of the encoding of a machine's state and of what it means. Changes with every change of either.
+/// Version of the encoding of a machine's state and of what it means. Changes with every change of
+/// either.
 pub const STATE_VERSION: u32 = 1;
 /// The same of the states of a machine's devices, each of which has a version of its own besides.
 pub const DEVICE_STATES_VERSION: u32 = 1;

@@ -1,5 +1,5 @@
-//! Why vCPUs left the guest: counts, and the last few of them for when one stops for good. Cheap enough to be
-//! always on.
+//! Why vCPUs left the guest: counts, and the last few of them for when one stops for good. Cheap
+//! enough to be always on.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};

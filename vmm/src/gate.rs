@@ -40,8 +40,8 @@ pub fn kick_signal() -> libc::c_int {
 extern "C" fn on_kick(_signal: libc::c_int) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: the pointer is set only while this thread owns a mapped kvm_run structure, and the
-        // byte is shared with the kernel, which reads it atomically.
+        // SAFETY: the pointer is set only while this thread owns a mapped kvm_run structure, and
+        // the byte is shared with the kernel, which reads it atomically.
         unsafe { flag.write_volatile(1) };
     }
 }

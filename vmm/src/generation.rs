@@ -1,6 +1,6 @@
-//! VM generation ID (Microsoft, *Virtual Machine Generation ID*, 2012): 16 bytes in reserved guest memory that are
-//! others in each machine that goes on from a snapshot, so that its kernel does not use the random numbers that
-//! another one uses.
+//! VM generation ID (Microsoft, *Virtual Machine Generation ID*, 2012): 16 bytes in reserved guest
+//! memory that are others in each machine that goes on from a snapshot, so that its kernel does not
+//! use the random numbers that another one uses.
 //!
 //! | when | the ID |
 //! | --- | --- |
@@ -9,11 +9,12 @@
 //! | a machine goes on from a snapshot | random again, and the guest is notified before it runs |
 //! | rewind to a mark in the same process | the mark's, with the rest of memory |
 //!
-//! A rewind keeps it on purpose: trials that begin at the same mark are to be the same, random numbers included, and
-//! no two of them exist at the same time.
+//! A rewind keeps it on purpose: trials that begin at the same mark are to be the same, random
+//! numbers included, and no two of them exist at the same time.
 //!
 //! The guest finds the ID by the ACPI device `VGEN` and hears of a new one by the event device, see
-//! [`crate::power`]. Linux then mixes it into its random number generator (`drivers/virt/vmgenid.c`).
+//! [`crate::power`]. Linux then mixes it into its random number generator
+//! (`drivers/virt/vmgenid.c`).
 
 use std::fs::File;
 use std::io::Read;

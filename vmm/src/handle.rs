@@ -163,7 +163,8 @@ impl VmHandle {
         if !std::mem::take(&mut operations.paused) {
             return Err(Refused::NotPaused);
         }
-        // Again: a look at the vCPUs in between may have let the guest's clock take note of the first time.
+        // Again: a look at the vCPUs in between may have let the guest's clock take note of the
+        // first time.
         self.tell_guest_that_it_stopped();
         self.machine.gate.release();
         Ok(())
@@ -207,8 +208,9 @@ impl VmHandle {
     }
 
     /// Calls `look` with all vCPUs in hand while none runs guest code and all registers are those
-    /// between two instructions. A machine that was running goes on afterwards. Do not call this with
-    /// a device locked, and do not wait for the event loop in `look`: it may be waiting for its end.
+    /// between two instructions. A machine that was running goes on afterwards. Do not call this
+    /// with a device locked, and do not wait for the event loop in `look`: it may be waiting for
+    /// its end.
     pub fn with_paused<R>(
         &self,
         look: impl FnOnce(&mut PausedVcpus<'_>) -> R,
@@ -230,8 +232,8 @@ impl VmHandle {
         Ok(look(&mut operations, &mut vcpus))
     }
 
-    /// Calls `work`, which works on devices on a thread that is not a vCPU's, while the machine is not at rest. It must not
-    /// wait for vCPUs, and must not bring the machine to rest.
+    /// Calls `work`, which works on devices on a thread that is not a vCPU's, while the machine is
+    /// not at rest. It must not wait for vCPUs, and must not bring the machine to rest.
     pub fn with_devices<R>(&self, work: impl FnOnce() -> R) -> R {
         let _at_work = self.machine.at_work.lock();
         work()
@@ -262,8 +264,8 @@ impl VmHandle {
         Ok(Arc::new(self.machine.routing.vectors(count)?))
     }
 
-    /// Puts a device into its slot while the machine runs, lets the event loop serve it and what belongs to it, and
-    /// tells the guest to look for it.
+    /// Puts a device into its slot while the machine runs, lets the event loop serve it and what
+    /// belongs to it, and tells the guest to look for it.
     pub fn plug(
         &self,
         slot: &PciSlot,
@@ -275,8 +277,8 @@ impl VmHandle {
         Ok(())
     }
 
-    /// Asks the guest to let the device go that [`VmHandle::plug`] put into `slot`. It is taken out when the guest
-    /// ejects it or restarts; [`VmHandle::is_plugged`] tells.
+    /// Asks the guest to let the device go that [`VmHandle::plug`] put into `slot`. It is taken out
+    /// when the guest ejects it or restarts; [`VmHandle::is_plugged`] tells.
     pub fn unplug(&self, slot: u8) -> Result<(), Refused> {
         if self.machine.operations().phase == Phase::Stopped {
             return Err(Refused::Stopped);
@@ -316,9 +318,9 @@ impl VmHandle {
             .unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Calls `hook` at each reset from now on, when guest memory was emptied and before the guest is
-    /// loaded again. The hook runs on the event loop's thread with the machine locked: it may read and
-    /// write guest memory, but call no operation of this handle.
+    /// Calls `hook` at each reset from now on, when guest memory was emptied and before the guest
+    /// is loaded again. The hook runs on the event loop's thread with the machine locked: it may
+    /// read and write guest memory, but call no operation of this handle.
     pub fn on_reset(&self, hook: impl FnMut() + Send + 'static) {
         self.machine.reset_hooks().push(Box::new(hook));
     }

@@ -11,8 +11,9 @@
 //! | 0x614 | DOWN, 32 bits: slots whose function is to go; reading clears |
 //! | 0x618 | EJECT, 32 bits, written: slots whose function the guest has let go |
 //!
-//! A guest may eject what nobody asked it to, as at a real slot; what was given to the machine before its start
-//! cannot be ejected. A guest that restarts has let everything go that was asked back.
+//! A guest may eject what nobody asked it to, as at a real slot; what was given to the machine
+//! before its start cannot be ejected. A guest that restarts has let everything go that was asked
+//! back.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -119,7 +120,8 @@ impl Hotplug {
         self.slots().removable & bit(slot) != 0
     }
 
-    /// Slots with a function that came while the machine ran, and which of them were asked back, as bits.
+    /// Slots with a function that came while the machine ran, and which of them were asked back, as
+    /// bits.
     pub fn plugged(&self) -> (u32, u32) {
         let slots = self.slots();
         (slots.removable, slots.leaving)

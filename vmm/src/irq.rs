@@ -18,7 +18,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::error::{Error, StateError};
 use crate::layout::IO_APIC_PINS;
 
-/// One input of the I/O APIC, shared by any number of devices: asserted while one of them asserts it.
+/// One input of the I/O APIC, shared by any number of devices: asserted while one of them asserts
+/// it.
 pub(crate) struct Gsi {
     vm: Arc<VmFd>,
     number: u32,
@@ -56,7 +57,8 @@ impl Gsi {
 pub(crate) struct LineInput {
     gsi: Arc<Gsi>,
     level: AtomicBool,
-    /// Where somebody outside drives the line too. KVM keeps its level apart from that of all [`Gsi::change`].
+    /// Where somebody outside drives the line too. KVM keeps its level apart from that of all
+    /// [`Gsi::change`].
     outside: Mutex<Option<LineEvents>>,
 }
 
@@ -135,8 +137,8 @@ impl IrqLine for LineInput {
     }
 }
 
-/// KVM's table of what each GSI does: the interrupt controllers' pins as after `KVM_CREATE_IRQCHIP`,
-/// and message-signalled vectors behind them.
+/// KVM's table of what each GSI does: the interrupt controllers' pins as after
+/// `KVM_CREATE_IRQCHIP`, and message-signalled vectors behind them.
 pub(crate) struct GsiRouting {
     vm: Arc<VmFd>,
     table: Mutex<BTreeMap<u32, Routed>>,
@@ -159,7 +161,8 @@ pub(crate) struct Route {
 
 /// First GSI of vectors.
 const FIRST_VECTOR: u32 = IO_APIC_PINS;
-/// First GSI that no vector can have: the pins of the interrupt controllers take entries of the table too.
+/// First GSI that no vector can have: the pins of the interrupt controllers take entries of the
+/// table too.
 const VECTORS_END: u32 = KVM_MAX_IRQ_ROUTES as u32 - 16;
 
 impl GsiRouting {
@@ -278,8 +281,8 @@ impl GsiRouting {
         self.table().iter().filter_map(route).collect()
     }
 
-    /// Routes vectors as `routes` says, and all others to nowhere. The devices are those that were there
-    /// when it was taken, made in the same order.
+    /// Routes vectors as `routes` says, and all others to nowhere. The devices are those that were
+    /// there when it was taken, made in the same order.
     pub fn restore(&self, routes: &[Route]) -> Result<(), Error> {
         let mut table = self.table();
         if let Some(unknown) = routes.iter().find(|route| !table.contains_key(&route.gsi)) {

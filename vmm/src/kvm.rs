@@ -59,10 +59,11 @@ pub(crate) fn create_empty_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// Makes a triple fault that a vCPU of `vm` has met and not left the guest with part of its events, so that it is saved, put
-/// back and forgotten with them (KVM API, section 7.31, KVM_CAP_X86_TRIPLE_FAULT_EVENT). KVM holds it as a request of its own
-/// otherwise, which a vCPU that was interrupted at that moment takes into the state that it is given next. Says whether this
-/// KVM can; that of Linux before 6.0 cannot.
+/// Makes a triple fault that a vCPU of `vm` has met and not left the guest with part of its events,
+/// so that it is saved, put back and forgotten with them (KVM API, section 7.31,
+/// KVM_CAP_X86_TRIPLE_FAULT_EVENT). KVM holds it as a request of its own otherwise, which a vCPU
+/// that was interrupted at that moment takes into the state that it is given next. Says whether
+/// this KVM can; that of Linux before 6.0 cannot.
 pub fn show_triple_faults(vm: &VmFd) -> bool {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT,
@@ -72,7 +73,8 @@ pub fn show_triple_faults(vm: &VmFd) -> bool {
     vm.enable_cap(&cap).is_ok()
 }
 
-/// A machine's VM: interrupt controllers, timer, dirty rings if KVM has them, and `ram` as its memory.
+/// A machine's VM: interrupt controllers, timer, dirty rings if KVM has them, and `ram` as its
+/// memory.
 pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<(VmFd, bool), Error> {
     let vm = create_empty_vm(kvm)?;
     vm.create_irq_chip()

@@ -55,8 +55,8 @@ pub const PCI_MEMORY32: (u64, u64) = (LOW_MEMORY_END, 0xf000_0000);
 pub const ECAM: u64 = 0xf000_0000;
 /// Bytes of ECAM: 4 KiB for each of bus 0's 256 functions.
 pub const ECAM_BYTES: u64 = 256 * 4096;
-/// Nothing is ever put here, end exclusive, whatever the host's address width: room for memory that another VM over the same
-/// guest's has and the guest has not.
+/// Nothing is ever put here, end exclusive, whatever the host's address width: room for memory that
+/// another VM over the same guest's has and the guest has not.
 pub const UNUSED: (u64, u64) = (0xf800_0000, 0xfc00_0000);
 const _: () = assert!(
     ECAM + ECAM_BYTES <= UNUSED.0 && UNUSED.1 <= IO_APIC as u64,

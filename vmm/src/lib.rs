@@ -10,9 +10,9 @@
 //!   VmHandle (any thread): pause, resume, reset, power off, look at paused vCPUs
 //! ```
 //!
-//! A [`Vm`] is made from a [`VmConfig`], given devices, and run once to its end. Devices come from the
-//! crate `devices` and know nothing of KVM; they are put together here. The crate knows nothing of
-//! isolation either: an upper layer attaches to the [`trap`] port.
+//! A [`Vm`] is made from a [`VmConfig`], given devices, and run once to its end. Devices come from
+//! the crate `devices` and know nothing of KVM; they are put together here. The crate knows nothing
+//! of isolation either: an upper layer attaches to the [`trap`] port.
 
 mod acpi;
 mod at_work;

@@ -79,7 +79,8 @@ impl Requests {
         })
     }
 
-    /// The machine is another one than the one that was to be reset, or that turned itself off: it was rewound.
+    /// The machine is another one than the one that was to be reset, or that turned itself off: it
+    /// was rewound.
     pub fn forget_guests(&self) {
         let mut pending = self.pending();
         pending.age += 1;

@@ -68,7 +68,8 @@ pub(crate) struct Operations {
 }
 
 pub(crate) struct Machine {
-    // Fields are dropped in this order: dirty rings, vCPUs, then the VM, then the memory that it maps.
+    // Fields are dropped in this order: dirty rings, vCPUs, then the VM, then the memory that it
+    // maps.
     pub dirty: DirtyTracking,
     pub vcpus: Vec<Vcpu>,
     pub vm: Arc<VmFd>,
@@ -146,7 +147,8 @@ impl Machine {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A device's connection to input `gsi` of the I/O APIC, one of [`crate::layout::IO_APIC_PINS`].
+    /// A device's connection to input `gsi` of the I/O APIC, one of
+    /// [`crate::layout::IO_APIC_PINS`].
     pub fn line(&self, gsi: u32) -> Arc<LineInput> {
         Arc::new(LineInput::new(self.lines[gsi as usize].clone()))
     }

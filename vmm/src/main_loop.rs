@@ -1,4 +1,5 @@
-//! The main loop: the machine's threads, devices' events, requests to restart or end, and what firmware does.
+//! The main loop: the machine's threads, devices' events, requests to restart or end, and what
+//! firmware does.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -30,8 +31,8 @@ impl Vm {
         result
     }
 
-    /// Gives a machine that goes on from a state an ID that its other copies have not, and tells the guest, when memory
-    /// is there and before any vCPU runs.
+    /// Gives a machine that goes on from a state an ID that its other copies have not, and tells
+    /// the guest, when memory is there and before any vCPU runs.
     fn renew_generation(&self) -> Result<(), Error> {
         let machine = &self.machine;
         let id = GenerationId::random()?;
@@ -129,7 +130,8 @@ impl Vm {
         }
     }
 
-    /// Brings everything back to the state after power-on, as it was asked. The vCPUs are inhibited.
+    /// Brings everything back to the state after power-on, as it was asked. The vCPUs are
+    /// inhibited.
     fn reset(&mut self, asked: &Taken) -> Result<(), Error> {
         let machine = self.machine.clone();
         // Nobody looks at the vCPUs in between.

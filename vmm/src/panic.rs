@@ -1,7 +1,8 @@
 //! The panic device: how a guest's kernel says that it has panicked.
 //!
-//! One I/O port, as QEMU's `pvpanic` (docs/specs/pvpanic): reading tells which events are understood, a
-//! write tells which happened. ACPI names it `QEMU0001`; Linux' driver is `pvpanic-mmio`.
+//! One I/O port, as QEMU's `pvpanic` (docs/specs/pvpanic): reading tells which events are
+//! understood, a write tells which happened. ACPI names it `QEMU0001`; Linux' driver is
+//! `pvpanic-mmio`.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 

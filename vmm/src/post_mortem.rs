@@ -1,5 +1,5 @@
-//! What is known of a vCPU that stopped for good, in words for the log: where it was, with what in its registers, and
-//! what it had last asked of the machine.
+//! What is known of a vCPU that stopped for good, in words for the log: where it was, with what in
+//! its registers, and what it had last asked of the machine.
 
 use std::fmt::Write;
 

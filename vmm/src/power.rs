@@ -1,5 +1,5 @@
-//! Fixed devices that turn the machine off, restart it, or tell the guest that it should turn itself
-//! off. The guest learns of them from ACPI ([`crate::acpi`]).
+//! Fixed devices that turn the machine off, restart it, or tell the guest that it should turn
+//! itself off. The guest learns of them from ACPI ([`crate::acpi`]).
 //!
 //! | port | register |
 //! | --- | --- |
@@ -43,9 +43,9 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 
 const SLP_EN: u8 = 1 << 5;
 
-/// Real-mode code for [`crate::layout::RESET_VECTOR`]: all there is of a BIOS. Linux ends there when
-/// it restarts a machine that has hardware-reduced ACPI and no EFI: it prefers EFI's reset on such
-/// machines, and the BIOS's where there is none.
+/// Real-mode code for [`crate::layout::RESET_VECTOR`]: all there is of a BIOS. Linux ends there
+/// when it restarts a machine that has hardware-reduced ACPI and no EFI: it prefers EFI's reset on
+/// such machines, and the BIOS's where there is none.
 pub(crate) const RESET_VECTOR_CODE: [u8; 9] = [
     0xba,
     RESET_PORT as u8,

@@ -1,5 +1,5 @@
-//! Bringing a machine to rest: guest code out, instructions complete, devices still, nothing open in what works
-//! beside it.
+//! Bringing a machine to rest: guest code out, instructions complete, devices still, nothing open
+//! in what works beside it.
 //!
 //! ```text
 //!  running ─► vCPUs to the gate, devices held ─► exits completed? ─► each participant: settle ─► at rest: look, save
@@ -7,8 +7,8 @@
 //!     └──────────────────────────────────┴─ let them go on ◄────────┴──► error with the reason    └─► go on
 //! ```
 //!
-//! A participant is what has business with the guest that must be finished before state is taken: a device with
-//! requests under way, a layer with calls of the guest open.
+//! A participant is what has business with the guest that must be finished before state is taken: a
+//! device with requests under way, a layer with calls of the guest open.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -45,7 +45,8 @@ pub enum QuiesceError {
 }
 
 impl VmHandle {
-    /// Has `participant` settle whenever the machine is brought to rest, after those that were added before.
+    /// Has `participant` settle whenever the machine is brought to rest, after those that were
+    /// added before.
     pub fn add_participant(&self, participant: Arc<dyn Participant>) {
         self.machine().participants().push(participant);
     }
@@ -57,10 +58,10 @@ impl VmHandle {
             .retain(|known| !Arc::ptr_eq(known, participant));
     }
 
-    /// Calls `look` with the machine at rest. What is open and ends by itself is waited for until `limit` is
-    /// over, during which the guest goes on from time to time; a machine that is paused cannot wait. It goes on
-    /// afterwards if it was running. As [`VmHandle::with_paused`], not to be called with a device locked, nor by the
-    /// event loop.
+    /// Calls `look` with the machine at rest. What is open and ends by itself is waited for until
+    /// `limit` is over, during which the guest goes on from time to time; a machine that is paused
+    /// cannot wait. It goes on afterwards if it was running. As [`VmHandle::with_paused`], not to
+    /// be called with a device locked, nor by the event loop.
     pub fn quiesce<R>(
         &self,
         limit: Duration,
@@ -190,8 +191,8 @@ impl<'v> Quiesced<'_, 'v> {
         MachineState::save(self.machine, self.vcpus.fds())
     }
 
-    /// Puts a state of this machine back, its memory and its devices on PCI apart. After an error the machine is in
-    /// neither state.
+    /// Puts a state of this machine back, its memory and its devices on PCI apart. After an error
+    /// the machine is in neither state.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
         state.restore(self.machine, self.vcpus.fds(), Restore::Back)
     }
@@ -214,8 +215,8 @@ impl<'v> Quiesced<'_, 'v> {
         DeviceStates::save(self.machine)
     }
 
-    /// Puts back the states of the devices, when the machine's own state was put back. Not to be called with a
-    /// device locked.
+    /// Puts back the states of the devices, when the machine's own state was put back. Not to be
+    /// called with a device locked.
     ///
     /// # Errors
     /// Devices came or went since. After any other error the machine has to be reset.

@@ -12,7 +12,8 @@ use crate::error::Error;
 use crate::layout;
 use crate::machine::Machine;
 
-/// A place for a PCI device, see [`crate::Vm::reserve_pci_slot`]. Free again when it is dropped with nothing in it.
+/// A place for a PCI device, see [`crate::Vm::reserve_pci_slot`]. Free again when it is dropped
+/// with nothing in it.
 pub struct PciSlot {
     number: u8,
     machine: Arc<Machine>,

@@ -1,14 +1,14 @@
 //! The trap port: how an upper layer gets control of a vCPU at an instruction of its choice.
 //!
-//! A two-byte `out imm8, al` to one of [`TRAP_PORTS`] is the cheapest way out of a guest that leaves
-//! every register alone. The vCPU thread first completes the instruction, so that registers are
-//! those after it (RIP behind the `out`), and then calls the handler on that same thread with the
-//! vCPU in its hands. Without a handler a write to these ports does nothing, as to any port that
-//! nobody answers at.
+//! A two-byte `out imm8, al` to one of [`TRAP_PORTS`] is the cheapest way out of a guest that
+//! leaves every register alone. The vCPU thread first completes the instruction, so that registers
+//! are those after it (RIP behind the `out`), and then calls the handler on that same thread with
+//! the vCPU in its hands. Without a handler a write to these ports does nothing, as to any port
+//! that nobody answers at.
 //!
 //! The ports are free on PCs: chipsets put nothing between the second interrupt controller's ports
-//! (0xA0) and the coprocessor's (0xF0) but the second DMA controller (0xC0 to 0xDF), and Linux touches
-//! none of 0xE0 to 0xEF except 0xED, and that only with `io_delay=0xed`.
+//! (0xA0) and the coprocessor's (0xF0) but the second DMA controller (0xC0 to 0xDF), and Linux
+//! touches none of 0xE0 to 0xEF except 0xED, and that only with `io_delay=0xed`.
 
 use std::ops::RangeInclusive;
 
@@ -31,8 +31,8 @@ pub struct TrapContext<'a> {
 }
 
 impl TrapContext<'_> {
-    /// General registers behind the `out`, and control registers and segments. They come with the exit and
-    /// cost no system call.
+    /// General registers behind the `out`, and control registers and segments. They come with the
+    /// exit and cost no system call.
     pub fn registers(&self) -> (kvm_regs, kvm_sregs) {
         let registers = self.vcpu.sync_regs();
         (registers.regs, registers.sregs)

@@ -1,4 +1,5 @@
-//! A vCPU's thread: runs guest code, sends what leaves it to the devices, and calls the trap handler.
+//! A vCPU's thread: runs guest code, sends what leaves it to the devices, and calls the trap
+//! handler.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -91,8 +92,8 @@ fn run_until_kicked(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Resul
     settle_registers(fd)
 }
 
-/// Gives KVM the registers that a trap handler set for the next run, now that others may look at them
-/// before it.
+/// Gives KVM the registers that a trap handler set for the next run, now that others may look at
+/// them before it.
 fn settle_registers(fd: &mut VcpuFd) -> Result<(), String> {
     let dirty = SyncReg::Register as u64;
     if fd.get_kvm_run().kvm_dirty_regs & dirty != 0 {
@@ -128,8 +129,8 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
     let exits = &machine.vcpus[usize::from(index)].exits;
     match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
-            // SAFETY: KVM filled the `io` part of the structure for this exit, and the mapping lives
-            // as long as `fd`.
+            // SAFETY: KVM filled the `io` part of the structure for this exit, and the mapping
+            // lives as long as `fd`.
             let size = usize::from(unsafe { (*run).__bindgen_anon_1.io.size }.max(1));
             if TRAP_PORTS.contains(&port) && machine.has_trap_handler() {
                 exits.count(ExitKind::Trap, port.into());

@@ -181,8 +181,8 @@ impl Vm {
         Ok(this)
     }
 
-    /// Has the thread of each vCPU do `begin` first, before the guest runs: it may give up rights that only others need.
-    /// An error of it ends [`Self::run`].
+    /// Has the thread of each vCPU do `begin` first, before the guest runs: it may give up rights
+    /// that only others need. An error of it ends [`Self::run`].
     pub fn on_vcpu_start(
         &mut self,
         begin: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
@@ -269,10 +269,10 @@ impl Vm {
         slot.insert(function)
     }
 
-    /// Lets the machine go on where another one was when `state` was taken, in place of being loaded. It has
-    /// the same memory (the caller fills it) and number of vCPUs, and the same devices, added in the same
-    /// order (those that came while it ran, by [`VmHandle::plug`]). Call this before [`Vm::run`], and
-    /// [`Vm::restore_devices`] after it.
+    /// Lets the machine go on where another one was when `state` was taken, in place of being
+    /// loaded. It has the same memory (the caller fills it) and number of vCPUs, and the same
+    /// devices, added in the same order (those that came while it ran, by [`VmHandle::plug`]). Call
+    /// this before [`Vm::run`], and [`Vm::restore_devices`] after it.
     pub fn restore(&mut self, state: &MachineState) -> Result<(), Error> {
         self.can_be(state)?;
         let vcpus = self.machine.lock_vcpus();

@@ -163,7 +163,8 @@ fn what_a_reset_empties_has_changed() {
 fn memory_above_4_gib_is_told_apart_from_that_below() {
     let writing = writer::writer(4 << 30, MemorySource::Fresh, 1, 64);
     let mut writing = writing;
-    // Above 4 GiB, where the boot tables do not reach: the guest writes it with addresses that other tables map.
+    // Above 4 GiB, where the boot tables do not reach: the guest writes it with addresses that
+    // other tables map.
     writing.areas[0].start = (4 << 30) + (16 << 20);
     let writing = writing.go_on();
     writing.guest.report();

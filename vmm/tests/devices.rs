@@ -1,4 +1,5 @@
-//! States of devices go along with the machine's, and nothing of a device happens while a machine is at rest.
+//! States of devices go along with the machine's, and nothing of a device happens while a machine
+//! is at rest.
 
 #![allow(clippy::unwrap_used)]
 

@@ -13,7 +13,8 @@ use vmm::layout::GENERATION_ID;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-// Reports what the event register says, each time that it says something, and asks the host for time otherwise.
+// Reports what the event register says, each time that it says something, and asks the host for
+// time otherwise.
 guest_code!(
     hears_events,
     "1: mov edx, 0x604",
@@ -73,7 +74,8 @@ fn a_machine_that_goes_on_from_a_state_has_another_one_and_is_told_before_it_run
         ram.write_slice(&memory, GuestAddress(0)).unwrap();
         copy.vm.restore(&state).unwrap();
         let copy = copy.start();
-        // The read of the event register that was under way when the state was taken may be reported first.
+        // The read of the event register that was under way when the state was taken may be
+        // reported first.
         let told: Vec<u32> = (0..2).map(|_| copy.report()).collect();
         assert!(told.contains(&0x104), "{told:x?}");
         let new = id(&copy.handle);

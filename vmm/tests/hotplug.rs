@@ -1,4 +1,5 @@
-//! A function that comes and goes while a hand-made guest runs. One test, because it counts what the process has.
+//! A function that comes and goes while a hand-made guest runs. One test, because it counts what
+//! the process has.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,8 +13,8 @@ use devices::virtio::blk::{Block, Disk};
 use devices::virtio::pci::VirtioPciFunction;
 use vmm::{Refused, VmHandle};
 
-// Polls the event register as the event device's method does, reports what came and what is to go, and ejects
-// the latter.
+// Polls the event register as the event device's method does, reports what came and what is to go,
+// and ejects the latter.
 guest_code!(
     follows_hotplug,
     "1: mov edx, 0x604",

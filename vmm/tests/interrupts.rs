@@ -152,7 +152,8 @@ fn a_shared_line_interrupts_until_its_last_device_is_served() {
         line.set_level(true); // no second assertion
     }
     guest.handle.resume().unwrap();
-    // One interrupt for each device at least, as the first acknowledgement leaves the line asserted.
+    // One interrupt for each device at least, as the first acknowledgement leaves the line
+    // asserted.
     let mut interrupts = 0;
     while interrupts < 2 {
         interrupts += u32::from(guest.report() == 0x43);

@@ -1,4 +1,5 @@
-//! Marks of running guests, and rewinding to them: every byte and register again, whatever happened in between.
+//! Marks of running guests, and rewinding to them: every byte and register again, whatever happened
+//! in between.
 
 #![allow(clippy::unwrap_used)]
 
@@ -120,7 +121,8 @@ fn a_thousand_rewinds_give_every_byte_and_register_back() {
 #[test]
 fn a_guest_that_runs_goes_on_from_the_mark() {
     let writing = writer(4 << 20, MemorySource::Fresh, 3, 64).start();
-    // Never off: the event loop writes memory until the machine is at rest, and as soon as it goes on.
+    // Never off: the event loop writes memory until the machine is at rest, and as soon as it goes
+    // on.
     writing.pulse.store(true, Ordering::Release);
     writing.wait(100);
     let handle = writing.handle();

@@ -1,4 +1,5 @@
-//! Bringing a machine to rest: participants, refusals, instructions under way; and what guests tell of panics.
+//! Bringing a machine to rest: participants, refusals, instructions under way; and what guests tell
+//! of panics.
 
 #![allow(clippy::unwrap_used)]
 
@@ -176,8 +177,8 @@ impl BusDevice for Counter {
     }
 }
 
-/// A string instruction that stores to a device can be interrupted only between two of its stores: registers
-/// must say how far it is.
+/// A string instruction that stores to a device can be interrupted only between two of its stores:
+/// registers must say how far it is.
 #[test]
 fn registers_are_those_behind_the_last_store_of_a_string_instruction() {
     let guest = Guest::new(config(copies_to_a_device(), 1));

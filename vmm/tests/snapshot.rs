@@ -1,4 +1,5 @@
-//! Snapshots of running machines on disk: what goes on from one is what was saved, to the instruction.
+//! Snapshots of running machines on disk: what goes on from one is what was saved, to the
+//! instruction.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +21,8 @@ const PAGES: u32 = 64;
 /// What the guest reports when a page is not as it left it.
 const BROKEN: u32 = 0xbad;
 
-// Counts; each number goes into the next of 64 pages, where the one of 64 before has to be, and is reported.
+// Counts; each number goes into the next of 64 pages, where the one of 64 before has to be, and is
+// reported.
 guest_code!(
     counts,
     "mov r12d, 0x1000",

@@ -1,4 +1,5 @@
-//! A machine that is saved in the middle goes on as its twin: another machine that is given its state.
+//! A machine that is saved in the middle goes on as its twin: another machine that is given its
+//! state.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,10 +16,10 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::{MachineState, PausedVcpus, VmHandle};
 
-// Arms the local APIC's timer by TSC deadline (vector 0x41), then steps a generator whose state goes through
-// R12, XMM0 and MSR_KERNEL_GS_BASE, and reports each 32nd value with four bytes. Port 0x508 says what to do with
-// interrupts: 0 leaves them off, 1 takes them. Handlers report their vector with one byte. A TSC that runs
-// backwards is reported as 0xbad with two bytes.
+// Arms the local APIC's timer by TSC deadline (vector 0x41), then steps a generator whose state
+// goes through R12, XMM0 and MSR_KERNEL_GS_BASE, and reports each 32nd value with four bytes. Port
+// 0x508 says what to do with interrupts: 0 leaves them off, 1 takes them. Handlers report their
+// vector with one byte. A TSC that runs backwards is reported as 0xbad with two bytes.
 guest_code!(
     generates,
     "mov ecx, 0x1b", // x2APIC mode, APIC on
@@ -151,7 +152,8 @@ struct Twin {
     vectors: Arc<dyn MsiVectors>,
 }
 
-/// A machine with the devices of this test; `state` and memory of another one if it is to go on there.
+/// A machine with the devices of this test; `state` and memory of another one if it is to go on
+/// there.
 fn machine(vcpus: u8, from: Option<(&MachineState, &[u8])>) -> Twin {
     let mut guest = Guest::new(config(generates(), vcpus));
     let switch = Arc::new(Switch::default());
@@ -276,7 +278,8 @@ fn a_machine_that_is_rewound_takes_what_was_pending_each_time_once() {
         twin.switch.0.store(1, Ordering::Release);
         handle.resume().unwrap();
         follow(&twin, state);
-        // Elsewhere by then, and one more: it is not taken, or the guest dies of it, and both are rewound.
+        // Elsewhere by then, and one more: it is not taken, or the guest dies of it, and both are
+        // rewound.
         twin.switch.0.store(0, Ordering::Release);
         let elsewhere = MsiMessage {
             data: 0x43,
@@ -295,8 +298,8 @@ fn a_machine_that_is_rewound_takes_what_was_pending_each_time_once() {
     twin.guest.power_off();
 }
 
-/// A vector without a gate: a fault in delivering a fault, twice, and the guest is to be reset. Rewound at every moment of that,
-/// it goes on from the mark.
+/// A vector without a gate: a fault in delivering a fault, twice, and the guest is to be reset.
+/// Rewound at every moment of that, it goes on from the mark.
 #[test]
 fn a_machine_that_is_rewound_forgets_a_triple_fault_under_way() {
     let twin = machine(2, None);

@@ -1,4 +1,5 @@
-//! Guests whose memory begins as a file's bytes: what they share, what becomes theirs, and what a reset leaves.
+//! Guests whose memory begins as a file's bytes: what they share, what becomes theirs, and what a
+//! reset leaves.
 
 #![allow(clippy::unwrap_used)]
 

@@ -138,7 +138,8 @@ fn gzip(content: &[u8]) -> std::io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// The newest version of the C library that a program's symbols need (`GLIBC_2.34`), as far as its file names any.
+/// The newest version of the C library that a program's symbols need (`GLIBC_2.34`), as far as its
+/// file names any.
 pub fn glibc(program: &[u8]) -> Option<String> {
     const MARK: &[u8] = b"GLIBC_2.";
     let mut newest = None;

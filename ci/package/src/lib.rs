@@ -1,4 +1,5 @@
-//! Makes the Debian package: an `ar` archive of what it is (`control.tar.xz`) and its files (`data.tar.xz`), deb(5).
+//! Makes the Debian package: an `ar` archive of what it is (`control.tar.xz`) and its files
+//! (`data.tar.xz`), deb(5).
 //!
 //! ```text
 //!  program, agent ─┐
@@ -7,8 +8,9 @@
 //!  units, scripts ─┘   control, conffiles, postinst ──┘
 //! ```
 //!
-//! The same files and the same date give the same bytes: entries are sorted, owned by root and dated alike, and nothing of this
-//! machine is asked for. What is in the package but for programs and pages are the files in `assets/`.
+//! The same files and the same date give the same bytes: entries are sorted, owned by root and
+//! dated alike, and nothing of this machine is asked for. What is in the package but for programs
+//! and pages are the files in `assets/`.
 
 mod contents;
 mod tree;

@@ -19,7 +19,8 @@ impl Tree {
         paths.filter(move |path| path.starts_with(folder))
     }
 
-    /// What the files take when they are installed, in KiB, each rounded up as policy has it (section 5.6.20).
+    /// What the files take when they are installed, in KiB, each rounded up as policy has it
+    /// (section 5.6.20).
     pub fn installed_kib(&self) -> u64 {
         let sizes = self.0.values().map(|(_, content)| content.len() as u64);
         let folders = self.folders().len() as u64;
@@ -41,7 +42,8 @@ impl Tree {
         folders
     }
 
-    /// The archive: folders before what is in them, all of them root's and of one date in seconds since 1970.
+    /// The archive: folders before what is in them, all of them root's and of one date in seconds
+    /// since 1970.
     pub fn tar(&self, date: u64) -> io::Result<Vec<u8>> {
         let mut tar = tar::Builder::new(Vec::new());
         let header = |kind: tar::EntryType, mode: u32, size: usize| {

@@ -1,5 +1,5 @@
-//! `cargo xtask bench` and `cargo xtask demo`: measurements by `cofferdam bench`, in the place where Linux guests run, gathered
-//! in one report.
+//! `cargo xtask bench` and `cargo xtask demo`: measurements by `cofferdam bench`, in the place
+//! where Linux guests run, gathered in one report.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,8 @@ use crate::suite::run_on_host;
 use crate::workspace::Workspace;
 use crate::{images, setup};
 
-/// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and more.
+/// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and
+/// more.
 const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
 
 /// Rollbacks of each entry point that a demo makes.
@@ -78,11 +79,13 @@ enum What {
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024])]
         memory: Vec<u32>,
     },
-    /// A NIC that moves between two running guests: switches of the device host, against unplug and plug
+    /// A NIC that moves between two running guests: switches of the device host, against unplug and
+    /// plug
     Switch {
         #[command(flatten)]
         common: Common,
-        /// Switches of the device host of each kind; --runs is how many moves by unplug and plug there are
+        /// Switches of the device host of each kind; --runs is how many moves by unplug and plug
+        /// there are
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
         switches: u16,
         /// Sizes of the memory of each guest, in MiB
@@ -137,8 +140,8 @@ impl Monitor {
 
 /// Shows what Cofferdam does, and measures it
 ///
-/// Installs what is missing, builds, boots guests on this host's KVM where that is fast enough and in the lab where it is not, and
-/// writes target/demo/report.json and target/demo/report.html.
+/// Installs what is missing, builds, boots guests on this host's KVM where that is fast enough and
+/// in the lab where it is not, and writes target/demo/report.json and target/demo/report.html.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DemoArgs {
     #[command(flatten)]
@@ -282,8 +285,9 @@ impl Bench {
         self.boots(runs, &[Monitor::Cofferdam])
     }
 
-    /// All ways of recovery in one lab, so that their ratios mean something. It has one emulated processor: with two a guest was
-    /// lost now and then after hundreds of rollbacks (`docs/lab.md`).
+    /// All ways of recovery in one lab, so that their ratios mean something. It has one emulated
+    /// processor: with two a guest was lost now and then after hundreds of rollbacks
+    /// (`docs/lab.md`).
     fn recovery(&mut self, runs: u16, rollbacks: u16) -> anyhow::Result<String> {
         self.lab.as_mut().map_or(Ok(()), |lab| lab.renew_with(1))?;
         let (runs, rollbacks) = (runs.to_string(), rollbacks.to_string());

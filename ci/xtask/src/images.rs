@@ -15,7 +15,8 @@ pub struct Args {
     /// Ask the archive for newer packages
     #[arg(long)]
     refresh: bool,
-    /// Build those of another kernel, in a folder of its name beside the default's; may be given again
+    /// Build those of another kernel, in a folder of its name beside the default's; may be given
+    /// again
     #[arg(long, value_name = "NAME", value_parser = by_name)]
     kernel: Vec<&'static KernelSource>,
 }

@@ -1,4 +1,5 @@
-//! Where Linux guests run: on this host's KVM if that is fast enough, else in the lab. `cofferdam doctor` finds out.
+//! Where Linux guests run: on this host's KVM if that is fast enough, else in the lab.
+//! `cofferdam doctor` finds out.
 
 use std::path::Path;
 use std::process::Command;

@@ -22,8 +22,8 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 /// Parts of the Rust toolchain, and how to ask whether they are there.
 const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "fmt"), ("clippy", "clippy")];
-/// A package of the Python package index, and the module by which we know that it is there. They are wanted, not needed: tests
-/// say what is not tested without.
+/// A package of the Python package index, and the module by which we know that it is there. They
+/// are wanted, not needed: tests say what is not tested without.
 const WANTED_OF_PYTHON: &[(&str, &str)] = &[
     // The service's OpenAPI document is checked by it.
     ("openapi-spec-validator==0.9.0", "openapi_spec_validator"),

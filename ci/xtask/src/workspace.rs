@@ -12,7 +12,8 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// The workspace this program was built from, or the one around the current directory if that has moved.
+    /// The workspace this program was built from, or the one around the current directory if that
+    /// has moved.
     pub fn find() -> anyhow::Result<Self> {
         let built_in = Path::new(env!("CARGO_MANIFEST_DIR"));
         let here = std::env::current_dir().context("there is no current directory")?;

@@ -1,8 +1,8 @@
 //! The guest's clock in the host's terms.
 //!
-//! A guest's `CLOCK_MONOTONIC` starts at zero when it boots. A question to the agent that is answered
-//! quickly gives the difference to the host's clock, to within half of the time that the question took
-//! beyond the agent's own: the guest's moment lies somewhere between the host's two.
+//! A guest's `CLOCK_MONOTONIC` starts at zero when it boots. A question to the agent that is
+//! answered quickly gives the difference to the host's clock, to within half of the time that the
+//! question took beyond the agent's own: the guest's moment lies somewhere between the host's two.
 
 use std::time::{Duration, Instant};
 

@@ -27,7 +27,8 @@ pub struct DeviceHost {
 }
 
 impl DeviceHost {
-    /// Starts one in the runtime folder `root`, with `words` after its name, and waits until it answers.
+    /// Starts one in the runtime folder `root`, with `words` after its name, and waits until it
+    /// answers.
     ///
     /// # Errors
     /// It does not come up.

@@ -1,4 +1,5 @@
-//! A VM of its own for a measurement or a test: this program's `run`, in a runtime folder of its own.
+//! A VM of its own for a measurement or a test: this program's `run`, in a runtime folder of its
+//! own.
 //!
 //! Dropping it ends the VM and removes everything it made.
 
@@ -73,7 +74,8 @@ impl GuestOptions {
         self
     }
 
-    /// One that goes on from a snapshot, with no options of `run` but those that are given from now on.
+    /// One that goes on from a snapshot, with no options of `run` but those that are given from now
+    /// on.
     pub fn from_snapshot(mut self, dir: &Path) -> Self {
         self.snapshot = Some(dir.to_owned());
         self.arguments.clear();

@@ -1,11 +1,12 @@
-//! Traffic with sets of functions of the driver isolated, as a fraction of the same traffic without.
+//! Traffic with sets of functions of the driver isolated, as a fraction of the same traffic
+//! without.
 //!
 //! ```text
 //!   none ─► one function ─► none ─► another ─► ... ─► all ─► none
 //! ```
 //!
-//! The baseline is taken anew before each set and the two beside a set are averaged, so that a host that
-//! slows down in between does not count as isolation's cost.
+//! The baseline is taken anew before each set and the two beside a set are averaged, so that a host
+//! that slows down in between does not count as isolation's cost.
 
 use std::time::Duration;
 
@@ -25,8 +26,8 @@ use crate::control::protocol::Request;
 use crate::report::Guest as GuestFacts;
 use crate::report::isolation::{FunctionCost, IsolatedSet, Isolation};
 
-/// Sets of entry points that are measured unless others are asked for: those that packets go through, alone and
-/// together.
+/// Sets of entry points that are measured unless others are asked for: those that packets go
+/// through, alone and together.
 pub const SETS: &[&str] = &[
     "e1000_xmit_frame",
     "e1000_clean",

@@ -33,8 +33,8 @@ const PROBE_TIME: Duration = Duration::from_secs(600);
 /// Between two looks at something that will change.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Inserts the driver of a NIC that lives in another process: each access to a register is a message there and one back,
-/// and a driver's probe makes thousands.
+/// Inserts the driver of a NIC that lives in another process: each access to a register is a
+/// message there and one back, and a driver's probe makes thousands.
 pub fn insert_slowly(guest: &mut Guest, driver: &str) -> anyhow::Result<()> {
     let result = guest
         .agent()

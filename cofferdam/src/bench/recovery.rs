@@ -1,5 +1,5 @@
-//! How long a guest's network is gone: by rollback of a failed call of its driver, by restart of the driver,
-//! and by reboot of the guest.
+//! How long a guest's network is gone: by rollback of a failed call of its driver, by restart of
+//! the driver, and by reboot of the guest.
 //!
 //! ```text
 //! restart    start         returned            link_up      first_tx       first_rx
@@ -57,7 +57,8 @@ pub struct Measured {
     pub guest: Option<GuestFacts>,
 }
 
-/// Measures, telling `progress` what is done. What was measured is in `measured` even after an error.
+/// Measures, telling `progress` what is done. What was measured is in `measured` even after an
+/// error.
 pub fn measure(
     options: &RecoveryOptions,
     measured: &mut Measured,
@@ -196,8 +197,8 @@ fn reboot(guest: &mut Guest, probe: &mut Probe) -> anyhow::Result<RecoveryRun> {
     Ok(run)
 }
 
-/// Time between two moments of one clock, in microseconds; none is before the other by more than the
-/// clocks are off.
+/// Time between two moments of one clock, in microseconds; none is before the other by more than
+/// the clocks are off.
 fn microseconds(from_ns: u64, to_ns: u64) -> f64 {
     to_ns.saturating_sub(from_ns) as f64 / 1e3
 }

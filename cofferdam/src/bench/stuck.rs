@@ -1,4 +1,5 @@
-//! What the process of a VM does whose guest does not answer: is a vCPU idle, at work, or waiting for somebody?
+//! What the process of a VM does whose guest does not answer: is a vCPU idle, at work, or waiting
+//! for somebody?
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -13,7 +14,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// A thread at one moment.
 struct Thread {
     name: String,
-    /// Its state, such as `S`, and its time in user and kernel mode in clock ticks (proc(5), `/proc/pid/stat`).
+    /// Its state, such as `S`, and its time in user and kernel mode in clock ticks (proc(5),
+    /// `/proc/pid/stat`).
     state: String,
     ticks: u64,
     /// Where in the kernel it waits, as far as that is shown.

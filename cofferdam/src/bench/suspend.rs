@@ -1,4 +1,5 @@
-//! Putting a guest away and having it back: boot, snapshot, restore, mark, rewind, all of one guest in one run.
+//! Putting a guest away and having it back: boot, snapshot, restore, mark, rewind, all of one guest
+//! in one run.
 //!
 //! ```text
 //!  boot ─► network up ─► full snapshot, diffs ─► mark, rewinds ─► end ─► restores of the full snapshot, lazy ones
@@ -59,7 +60,8 @@ pub fn measure(
         let mut one = One {
             mem_mib,
             runs: options.runs,
-            // Guest memory is written to where temporary files are: a tmpfs says more of this program than a disk does.
+            // Guest memory is written to where temporary files are: a tmpfs says more of this
+            // program than a disk does.
             folder: tempfile::tempdir().context("cannot make a temporary folder")?,
             measured: &mut measured,
             progress,

@@ -1,7 +1,7 @@
 //! False alarms: calls that are taken back although there is no fault.
 //!
-//! The guest works with its driver isolated, its steps in an order that a seed decides, round after round and without a rewind: what
-//! calls leave behind is there for the next ones.
+//! The guest works with its driver isolated, its steps in an order that a seed decides, round after
+//! round and without a rewind: what calls leave behind is there for the next ones.
 
 use std::time::{Duration, Instant};
 
@@ -42,8 +42,8 @@ pub struct FalseAlarms {
     pub took_s: u64,
     /// Calls by function, since the driver was isolated.
     pub entries: Vec<EntryCalls>,
-    /// Rounds after which something was otherwise than it should be: steps that failed, a device that did not work. Timing brings
-    /// some of the steps about.
+    /// Rounds after which something was otherwise than it should be: steps that failed, a device
+    /// that did not work. Timing brings some of the steps about.
     pub failed_steps: Vec<String>,
     /// What the calls did that were taken back, the last ones.
     pub alarms: Vec<String>,
@@ -57,7 +57,8 @@ impl FalseAlarms {
     }
 }
 
-/// Has the guest work for this time, and until a round has ended. `each` is told of each round; it gives `false` to stop.
+/// Has the guest work for this time, and until a round has ended. `each` is told of each round; it
+/// gives `false` to stop.
 ///
 /// # Errors
 /// A guest cannot be made ready, or does not end a round.

@@ -1,4 +1,5 @@
-//! Several VMs that make a campaign's trials, each its own; what came of them is written in the trials' order.
+//! Several VMs that make a campaign's trials, each its own; what came of them is written in the
+//! trials' order.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,8 +34,8 @@ enum Said {
 }
 
 impl<'a, I: Iterator<Item = &'a Trial> + Send> Jobs<'_, I> {
-    /// Has all made that are left, the first in `first`; `before` of the campaign's were made earlier. `write` is given each in
-    /// the order of their numbers, and gives `false` to stop.
+    /// Has all made that are left, the first in `first`; `before` of the campaign's were made
+    /// earlier. `write` is given each in the order of their numbers, and gives `false` to stop.
     pub fn make_all(
         &self,
         first: Worker,

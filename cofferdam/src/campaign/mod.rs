@@ -1,5 +1,5 @@
-//! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried natively and isolated from
-//! the same warm state.
+//! Campaigns in VMs of this process's own: faults from a list that a seed decides, each tried
+//! natively and isolated from the same warm state.
 
 pub mod alarms;
 mod jobs;
@@ -79,11 +79,12 @@ pub struct Done {
     pub stopped: bool,
 }
 
-/// Makes a campaign's trials, from where its file ends. `each` is told of each; it gives `false` to stop.
+/// Makes a campaign's trials, from where its file ends. `each` is told of each; it gives `false` to
+/// stop.
 ///
 /// # Errors
-/// A guest cannot be made ready; the file is another campaign's, or cannot be written: what was made is in it, but for trials that
-/// other VMs made before one that comes earlier.
+/// A guest cannot be made ready; the file is another campaign's, or cannot be written: what was
+/// made is in it, but for trials that other VMs made before one that comes earlier.
 pub fn run(
     options: &CampaignOptions,
     progress: &mut dyn FnMut(&str),
@@ -165,9 +166,10 @@ pub fn run(
     Ok(done)
 }
 
-/// Makes one trial, in another VM if the one that there is does not do what it is asked for. A fault that the guest does not come
-/// to where its driver is not isolated is not tried further. The guest does these `steps` of its work (all if there are none),
-/// or those that are chosen for the function.
+/// Makes one trial, in another VM if the one that there is does not do what it is asked for. A
+/// fault that the guest does not come to where its driver is not isolated is not tried further. The
+/// guest does these `steps` of its work (all if there are none), or those that are chosen for the
+/// function.
 fn make(
     trial: &Trial,
     steps: Option<&[String]>,

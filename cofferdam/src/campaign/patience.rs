@@ -1,4 +1,5 @@
-//! Waiting for a guest's work, but not for that of a guest whose kernel has panicked: nothing comes from it any more.
+//! Waiting for a guest's work, but not for that of a guest whose kernel has panicked: nothing comes
+//! from it any more.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -24,7 +25,8 @@ pub fn has_panicked(console: &str) -> bool {
     console.contains("Kernel panic - not syncing")
 }
 
-/// What a script writes in the guest until it ends, its time is up, or the guest panics, as its console says behind byte `heard`.
+/// What a script writes in the guest until it ends, its time is up, or the guest panics, as its
+/// console says behind byte `heard`.
 pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration) -> String {
     guest.agent().disconnect();
     let mut output = Vec::new();
@@ -45,8 +47,8 @@ pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration)
     String::from_utf8_lossy(&output).into_owned()
 }
 
-/// Runs a program in a guest by a channel of its own, which is closed when the guest `has_ended`. Gives its output away as it
-/// comes.
+/// Runs a program in a guest by a channel of its own, which is closed when the guest `has_ended`.
+/// Gives its output away as it comes.
 fn exec_unless(
     has_ended: impl Fn() -> bool + Sync,
     agent: &Path,

@@ -1,4 +1,5 @@
-//! A VM in which trials are run: a guest whose driver works, at a mark without isolation and at one with it.
+//! A VM in which trials are run: a guest whose driver works, at a mark without isolation and at one
+//! with it.
 //!
 //! ```text
 //!   boot ─► driver, network, contents ─► mark "native" ─► isolate, warm up ─► mark "isolated"
@@ -44,8 +45,8 @@ const ISOLATED: &str = "isolated";
 /// How long the workload may take before it is known how long it takes.
 const FIRST_TIME: Duration = Duration::from_secs(300);
 
-/// How many times as long as without a fault it may take, and how much longer: retries of a network take seconds, and
-/// a lab is not always as fast.
+/// How many times as long as without a fault it may take, and how much longer: retries of a network
+/// take seconds, and a lab is not always as fast.
 const TIMES: u32 = 3;
 const LONGER: Duration = Duration::from_secs(10);
 
@@ -67,7 +68,8 @@ pub struct Setup {
 pub enum Fault {
     /// In this function.
     Code(String, Mutation),
-    /// At the device's edge: of this kind, after so many of the events that it can strike at, with this seed.
+    /// At the device's edge: of this kind, after so many of the events that it can strike at, with
+    /// this seed.
     Edge(EdgeKind, u64, u64),
 }
 
@@ -109,8 +111,8 @@ pub struct Worker {
     texts: Vec<(String, FunctionBytes)>,
     native: Baseline,
     isolated: Baseline,
-    /// Of the kinds of faults at the device's edge that are to be tried and that it has: events of a run without a fault that one
-    /// can strike at.
+    /// Of the kinds of faults at the device's edge that are to be tried and that it has: events of
+    /// a run without a fault that one can strike at.
     events: BTreeMap<&'static str, u64>,
     /// Bytes of the console that are of earlier runs.
     heard: u64,
@@ -260,7 +262,8 @@ impl Worker {
         }
     }
 
-    /// Runs these steps of the workload (all if there are none) from a mark with a fault; `None` if the fault cannot be put in.
+    /// Runs these steps of the workload (all if there are none) from a mark with a fault; `None` if
+    /// the fault cannot be put in.
     ///
     /// # Errors
     /// The VM does not do what it is asked for: another one is needed.
@@ -302,7 +305,8 @@ impl Worker {
         Ok(Some(seen))
     }
 
-    /// These steps of the workload from where the guest is, with its driver isolated and without a fault.
+    /// These steps of the workload from where the guest is, with its driver isolated and without a
+    /// fault.
     ///
     /// # Errors
     /// The VM does not do what it is asked for.
@@ -316,8 +320,8 @@ impl Worker {
         })
     }
 
-    /// Calls of each isolated function since the driver was isolated, and what those did that were taken back, as far as
-    /// it is known.
+    /// Calls of each isolated function since the driver was isolated, and what those did that were
+    /// taken back, as far as it is known.
     pub fn calls(&mut self) -> anyhow::Result<(Vec<EntryCalls>, Vec<String>)> {
         let Some(status) = self.module()? else {
             bail!("the driver is not isolated any more");

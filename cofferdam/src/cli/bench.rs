@@ -55,12 +55,12 @@ Examples:
             default_values_t = [Method::Rollback, Method::Restart, Method::Reboot]
         )]
         method: Vec<Method>,
-        /// An entry point of the driver whose calls are made to fail and rolled back; may be given several
-        /// times. Without it, and without --seven whose calls are atomic
+        /// An entry point of the driver whose calls are made to fail and rolled back; may be given
+        /// several times. Without it, and without --seven whose calls are atomic
         #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
         entry: Vec<String>,
-        /// One whose calls go on in the guest where they wait, and fail after that; may be given several times.
-        /// Without it, and without --entry, e1000_set_ringparam and e1000_open
+        /// One whose calls go on in the guest where they wait, and fail after that; may be given
+        /// several times. Without it, and without --entry, e1000_set_ringparam and e1000_open
         #[arg(long, value_name = "FUNCTION", value_delimiter = ',')]
         spilled: Vec<String>,
         /// How many rollbacks of each entry point
@@ -106,7 +106,8 @@ Example:
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
         memory: Vec<u64>,
     },
-    /// Time how a NIC moves between two running guests: a switch of the device host, against unplug and plug
+    /// Time how a NIC moves between two running guests: a switch of the device host, against unplug
+    /// and plug
     #[command(after_help = "\
 Example:
   cofferdam bench switch --switches 100 --moves 10 --memory 256,2048 --json switch.json")]
@@ -143,7 +144,8 @@ Example:
         /// The driver's module, one for which there is a workload: e1000, null_blk, dummy
         #[arg(long, value_name = "MODULE", default_value = "null_blk", value_parser = parse_driver)]
         driver: Box<Workload>,
-        /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all without it
+        /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge;
+        /// all without it
         #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = super::campaign::parse_kinds)]
         kinds: Vec<super::campaign::Kinds>,
         /// How many faults

@@ -62,7 +62,8 @@ enum CampaignCommand {
     Show {
         /// The file
         file: PathBuf,
-        /// Draw them into this folder: by kind and by function, and how soon calls were taken back (SVG)
+        /// Draw them into this folder: by kind and by function, and how soon calls were taken back
+        /// (SVG)
         #[arg(long, value_name = "FOLDER")]
         plots: Option<PathBuf>,
         /// As JSON
@@ -78,8 +79,8 @@ enum CampaignCommand {
         #[command(flatten)]
         images: Images,
     },
-    /// Look for false alarms: the guest works in random order with its driver isolated and without a fault, and no call is to be
-    /// taken back
+    /// Look for false alarms: the guest works in random order with its driver isolated and without
+    /// a fault, and no call is to be taken back
     FalseAlarms(Box<alarms::AlarmsArgs>),
     /// List the kinds of faults, with their sources
     Kinds {
@@ -115,7 +116,8 @@ struct RunArgs {
     images: Images,
     #[command(flatten)]
     work: WorkArgs,
-    /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all without it
+    /// Kinds of faults, or code or edge for all in the driver's code or at its device's edge; all
+    /// without it
     #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = parse_kinds)]
     kinds: Vec<Kinds>,
     /// Functions that are isolated and get faults; those that the workload names without it

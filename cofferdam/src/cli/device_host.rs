@@ -43,7 +43,8 @@ pub struct ServeOptions {
     /// Which NIC: e1000 or virtio
     #[arg(long, value_name = "MODEL", default_value_t = NicModel::default(), conflicts_with = "vfio")]
     model: NicModel,
-    /// What it is plugged into: user (built-in gateway, needs no rights), tap=NAME or unix=PATH[,listen]
+    /// What it is plugged into: user (built-in gateway, needs no rights), tap=NAME or
+    /// unix=PATH[,listen]
     #[arg(
         long,
         value_name = "WIRE",
@@ -54,10 +55,12 @@ pub struct ServeOptions {
     /// In place of a model: a PCI function of this host, which vfio-pci has, such as 0000:00:02.0
     #[arg(long, value_name = "ADDRESS")]
     vfio: Option<PciAddress>,
-    /// What guests without the turn see: a link that is down, or one that stays up for up to a second in which frames wait
+    /// What guests without the turn see: a link that is down, or one that stays up for up to a
+    /// second in which frames wait
     #[arg(long, value_enum, default_value = "down")]
     parked: ParkedAs,
-    /// What becomes of the turn of a VM that goes: the next VM gets it, or it is kept until the VM comes back
+    /// What becomes of the turn of a VM that goes: the next VM gets it, or it is kept until the VM
+    /// comes back
     #[arg(long, value_enum, default_value = "next")]
     on_exit: OnExit,
     /// How many VMs can have a context

@@ -31,8 +31,8 @@ Examples:
 pub struct DisturbOptions {
     /// Name of the VM
     vm: VmName,
-    /// Which NIC: its number from 0, or its PCI address in the guest, as `cofferdam status` shows it. May be left out
-    /// where there is one
+    /// Which NIC: its number from 0, or its PCI address in the guest, as `cofferdam status` shows
+    /// it. May be left out where there is one
     nic: Option<String>,
     /// What goes wrong
     #[arg(
@@ -45,7 +45,8 @@ pub struct DisturbOptions {
     kind: Option<EdgeKind>,
     #[command(flatten)]
     place: PlaceOptions,
-    /// At which of the accesses that match: once (the first), always, nth=N (every N-th), p=PROBABILITY
+    /// At which of the accesses that match: once (the first), always, nth=N (every N-th),
+    /// p=PROBABILITY
     #[arg(long, value_name = "WHEN", default_value = "always", value_parser = parse_when, conflicts_with_all = ["list", "undo"])]
     when: When,
     /// Not at the first so many of the accesses that match

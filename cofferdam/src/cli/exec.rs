@@ -1,7 +1,7 @@
 //! `exec`: a command inside a guest.
 //!
-//! What the command writes and how it ends become this command's own, so that what went wrong with running it needs
-//! statuses of its own: those of `timeout`, `env` and shells.
+//! What the command writes and how it ends become this command's own, so that what went wrong with
+//! running it needs statuses of its own: those of `timeout`, `env` and shells.
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
@@ -203,7 +203,8 @@ fn silent(vm: &RunningVm, status: &Status, error: &ClientError) -> anyhow::Error
     }
 }
 
-/// Ends this process when the guest panics and its command is heard of no more: it would be waited for in vain.
+/// Ends this process when the guest panics and its command is heard of no more: it would be waited
+/// for in vain.
 fn watch(vm: &RunningVm, heard: &AtomicU64) {
     let mut silent_since = None;
     loop {

@@ -54,7 +54,8 @@ pub struct BuildArgs {
     /// Which kernel
     #[arg(long, value_name = "KERNEL", default_value = "debian:6.1", value_parser = KernelSource::wanted)]
     kernel: (&'static KernelSource, Option<String>),
-    /// A module of that kernel that is to be in the image too, with what it needs (may be given again)
+    /// A module of that kernel that is to be in the image too, with what it needs (may be given
+    /// again)
     #[arg(long, value_name = "NAME")]
     module: Vec<String>,
     /// A package that is to be in the image too (may be given again)

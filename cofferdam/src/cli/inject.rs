@@ -48,7 +48,8 @@ pub struct InjectOptions {
     /// What is changed about one instruction that it fits; without an offset --seed chooses which
     #[arg(long, value_name = "KIND", conflicts_with_all = ["fault", "every", "times"], value_parser = parse_kind)]
     kind: Option<Kind>,
-    /// With --kind, into which calls: once (the first that comes to it), nth=N, always, p=PROBABILITY
+    /// With --kind, into which calls: once (the first that comes to it), nth=N, always,
+    /// p=PROBABILITY
     #[arg(long, value_name = "WHEN", default_value = "once", requires = "kind", value_parser = parse_when)]
     when: When,
     /// With --kind, what chooses among the ways and places, and by chance
@@ -227,7 +228,8 @@ impl InjectOptions {
         let count = Request::FaultCount {
             module: self.module.clone(),
         };
-        // Orders are kept until they are used up or withdrawn: who gives another should know of the one before.
+        // Orders are kept until they are used up or withdrawn: who gives another should know of the
+        // one before.
         let earlier = match ask(&self.vm, &count) {
             Ok(Reply::FaultCount(count)) if self.times > 0 => count.left,
             _ => 0,

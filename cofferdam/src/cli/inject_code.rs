@@ -1,5 +1,5 @@
-//! `inject --kind`: one instruction of a driver changed, in calls of the domain or in the guest's own text; `--list` and
-//! `--undo`.
+//! `inject --kind`: one instruction of a driver changed, in calls of the domain or in the guest's
+//! own text; `--list` and `--undo`.
 
 use anyhow::bail;
 use devices::edge::When;

@@ -50,30 +50,34 @@ pub struct IsolateOptions {
     module: String,
     #[command(flatten)]
     which: Which,
-    /// Processor time of its own that a call may take before it is taken to hang and is taken back, in microseconds, over
-    /// all of its parts and runs; a second without it. What the host does for it and waits do not count
+    /// Processor time of its own that a call may take before it is taken to hang and is taken back,
+    /// in microseconds, over all of its parts and runs; a second without it. What the host does for
+    /// it and waits do not count
     #[arg(long, value_name = "US")]
     budget_us: Option<u64>,
-    /// What is done about a call that failed, once it was taken back: error, retry, resume, restart or stop; for one
-    /// function with FUNCTION= in front. May be given several times. Without it a function that returns
-    /// nothing is run again, and any other returns an error
+    /// What is done about a call that failed, once it was taken back: error, retry, resume, restart
+    /// or stop; for one function with FUNCTION= in front. May be given several times. Without it a
+    /// function that returns nothing is run again, and any other returns an error
     #[arg(long, value_name = "[FUNCTION=]WHAT", value_parser = parse_on_fault)]
     on_fault: Vec<(Option<String>, OnFault)>,
-    /// Failed calls in one minute, above which the driver is stopped: its calls return errors without being
-    /// run
+    /// Failed calls in one minute, above which the driver is stopped: its calls return errors
+    /// without being run
     #[arg(long, value_name = "N", default_value_t = LadderConfig::default().recoveries_per_minute)]
     max_recoveries_per_minute: u32,
     /// How often one call is run again
     #[arg(long, value_name = "N", default_value_t = LadderConfig::default().retries)]
     retries: u32,
-    /// Failed calls of one function, with none that ends well in between, after which the device is resumed whatever was
-    /// chosen; after as many more the driver is restarted, then stopped. A call that hangs counts for 25
+    /// Failed calls of one function, with none that ends well in between, after which the device is
+    /// resumed whatever was chosen; after as many more the driver is restarted, then stopped. A
+    /// call that hangs counts for 25
     #[arg(long, value_name = "N", default_value_t = LadderConfig::default().failures_in_a_row, value_parser = clap::value_parser!(u32).range(1..))]
     max_failures_in_a_row: u32,
-    /// How the device's state is taken before a call reaches it: exact, or registers as of a piece of hardware
+    /// How the device's state is taken before a call reaches it: exact, or registers as of a piece
+    /// of hardware
     #[arg(long, value_name = "HOW", default_value = "exact", value_parser = parse_checkpoint)]
     device_checkpoint: CheckpointBy,
-    /// How long a call may wait with the guest standing still, in microseconds; a longer wait goes on in the guest
+    /// How long a call may wait with the guest standing still, in microseconds; a longer wait goes
+    /// on in the guest
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
     wait_us: Option<u64>,
     /// A kernel function that calls always go on in the guest for; may be given several times
@@ -81,12 +85,13 @@ pub struct IsolateOptions {
     guest_only: Vec<String>,
     #[command(flatten)]
     stores: StoresArgs,
-    /// How far calls have to be contained: full, exact as with --stores exact, or none where too little is known of the
-    /// guest's kernel; a faulty call may then write to all of its heap
+    /// How far calls have to be contained: full, exact as with --stores exact, or none where too
+    /// little is known of the guest's kernel; a faulty call may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
     contain: Contain,
-    /// Reset the guest when the driver cannot be restarted: have it boot, or go back to its last mark (snapshot); it boots
-    /// where there is no mark, or where going back has not helped. Boot without a value
+    /// Reset the guest when the driver cannot be restarted: have it boot, or go back to its last
+    /// mark (snapshot); it boots where there is no mark, or where going back has not helped. Boot
+    /// without a value
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "boot", value_parser = parse_may_reset)]
     may_reset_guest: Option<MayReset>,
     #[command(flatten)]
@@ -99,8 +104,8 @@ pub struct IsolateOptions {
 /// Which stores are checked.
 #[derive(Debug, clap::Args)]
 pub struct StoresArgs {
-    /// Which stores of an isolated call are checked: the first to each page, or exactly each one to a page that others have
-    /// objects on, which takes two exits a store
+    /// Which stores of an isolated call are checked: the first to each page, or exactly each one to
+    /// a page that others have objects on, which takes two exits a store
     #[arg(long, value_name = "HOW", default_value = "page", value_parser = ["page", "exact"])]
     stores: String,
 }
@@ -334,8 +339,8 @@ fn strength_text(strength: &Strength) -> String {
     text
 }
 
-/// What became of an entry's calls that failed after they had gone on in the guest, and what was kept out meanwhile, in
-/// lines; empty if there was nothing.
+/// What became of an entry's calls that failed after they had gone on in the guest, and what was
+/// kept out meanwhile, in lines; empty if there was nothing.
 fn after_spills(entry: &EntryStatus) -> String {
     let mut line = String::new();
     for (why, count) in &entry.pass_throughs {

@@ -8,8 +8,9 @@ use isolation::fault_image::KeepFaults;
 /// Whether faults are kept.
 #[derive(Debug, clap::Args)]
 pub struct KeepArgs {
-    /// Write an image of the guest at each fault, before it is taken back, into a directory of its own in there:
-    /// `cofferdam debug` looks at it. The guest stands still while one is written, for seconds where it uses a GiB
+    /// Write an image of the guest at each fault, before it is taken back, into a directory of its
+    /// own in there: `cofferdam debug` looks at it. The guest stands still while one is written,
+    /// for seconds where it uses a GiB
     #[arg(long, value_name = "DIR")]
     keep_faults: Option<PathBuf>,
     /// Write none while there are so many images in there

@@ -71,7 +71,8 @@ pub struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Try a module of your own in a guest: boot, insert, isolate, run a command, say what became of its calls
+    /// Try a module of your own in a guest: boot, insert, isolate, run a command, say what became
+    /// of its calls
     Try(Box<try_module::TryOptions>),
     /// Build guest images of Debian's kernels, or list those that are there
     #[command(subcommand)]
@@ -128,7 +129,8 @@ enum Command {
     Sweep(Box<sweep::SweepArgs>),
     /// Have a NIC fail as hardware does, to see what its driver makes of it
     Disturb(disturb::DisturbOptions),
-    /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what could be isolated
+    /// Say what a driver's module does, from its file: entries, what waits, doubtful code, what
+    /// could be isolated
     Analyze(analyze::AnalyzeOptions),
     /// Serve a NIC that guests share by turns; prepare PCI functions of the host for guests
     #[command(subcommand)]

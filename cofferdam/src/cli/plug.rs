@@ -26,7 +26,8 @@ pub struct PlugOptions {
         required_unless_present = "nic"
     )]
     net: Option<NetOption>,
-    /// A NIC that is not made in the VM's process, as `cofferdam run` takes it: device=NAME or vfio=ADDRESS
+    /// A NIC that is not made in the VM's process, as `cofferdam run` takes it: device=NAME or
+    /// vfio=ADDRESS
     #[arg(long, value_name = "NIC", conflicts_with = "net")]
     nic: Option<NicOption>,
     /// As JSON

@@ -72,12 +72,13 @@ pub struct RunOptions {
     /// unix=PATH[,listen]; no NIC without it (may be given again)
     #[arg(long, value_name = "WIRE[,nic=MODEL][,mac=ADDRESS]")]
     net: Vec<NetOption>,
-    /// Which NIC, where --net does not say: e1000 (when not given) or virtio. Or a NIC that needs no --net:
-    /// device=NAME[,mac=ADDRESS], which this guest shares with others (see `cofferdam device`), or vfio=ADDRESS, a
-    /// function of the host's PCI bus (may be given again)
+    /// Which NIC, where --net does not say: e1000 (when not given) or virtio. Or a NIC that needs
+    /// no --net: device=NAME[,mac=ADDRESS], which this guest shares with others (see
+    /// `cofferdam device`), or vfio=ADDRESS, a function of the host's PCI bus (may be given again)
     #[arg(long, value_name = "NIC")]
     nic: Vec<NicOption>,
-    /// Ethernet address of the first NIC, where --net does not say; made from the VM's name when not given
+    /// Ethernet address of the first NIC, where --net does not say; made from the VM's name when
+    /// not given
     #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddress>,
     /// Guest memory
@@ -88,8 +89,8 @@ pub struct RunOptions {
         conflicts_with = "snapshot"
     )]
     memory: MemorySize,
-    /// Have guest memory in pages of 2 MiB that the host has set aside (vm.nr_hugepages): a device that is passed on gets it sooner.
-    /// Such a guest cannot be isolated, marked or saved
+    /// Have guest memory in pages of 2 MiB that the host has set aside (vm.nr_hugepages): a device
+    /// that is passed on gets it sooner. Such a guest cannot be isolated, marked or saved
     #[arg(long, conflicts_with = "snapshot")]
     large_pages: bool,
     /// Number of vCPUs
@@ -104,28 +105,32 @@ pub struct RunOptions {
     /// Name of the VM for the other commands; vm-PID when not given
     #[arg(long, value_name = "NAME")]
     name: Option<VmName>,
-    /// Serial console: stdio (when not given), file=PATH, unix=PATH, or control: read and typed into through the service only
+    /// Serial console: stdio (when not given), file=PATH, unix=PATH, or control: read and typed
+    /// into through the service only
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialSpec>,
     /// End when the guest reboots, instead of rebooting it
     #[arg(long)]
     no_reboot: bool,
-    /// Go on from the snapshot in this directory instead of booting. NICs, disks and the kernel for a reset are
-    /// those of the snapshot, unless they are given: all NICs, all disks, in their order
+    /// Go on from the snapshot in this directory instead of booting. NICs, disks and the kernel for
+    /// a reset are those of the snapshot, unless they are given: all NICs, all disks, in their
+    /// order
     #[arg(long, value_name = "DIR")]
     snapshot: Option<PathBuf>,
-    /// With --snapshot: begin before the memory is there, and share what is not written with other VMs that do so.
-    /// The memory's checksums are not looked at then
+    /// With --snapshot: begin before the memory is there, and share what is not written with other
+    /// VMs that do so. The memory's checksums are not looked at then
     #[arg(long, requires = "snapshot")]
     lazy: bool,
-    /// Take options from this file, in TOML: each by its name without dashes before it (memory = "1G", net = ["user"],
-    /// no-reboot = true). Those that are given here as well take the place of the file's
+    /// Take options from this file, in TOML: each by its name without dashes before it (memory =
+    /// "1G", net = ["user"], no-reboot = true). Those that are given here as well take the place of
+    /// the file's
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
     sandbox: MachineSandbox,
-    /// Put this process into a jail: user and mount namespaces in which it has no rights over anything outside, and no files but
-    /// those that are open, its runtime folder and those of --allow-dir. TAPs and files are opened with its user's rights alone
+    /// Put this process into a jail: user and mount namespaces in which it has no rights over
+    /// anything outside, and no files but those that are open, its runtime folder and those of
+    /// --allow-dir. TAPs and files are opened with its user's rights alone
     #[arg(long)]
     jail: bool,
 }
@@ -203,8 +208,8 @@ impl RunOptions {
     }
 }
 
-/// The NICs of the VM `name`: those of `--net`, then those of `--nic`. Addresses that nobody gave follow from the VM's name
-/// and the NIC's number.
+/// The NICs of the VM `name`: those of `--net`, then those of `--nic`. Addresses that nobody gave
+/// follow from the VM's name and the NIC's number.
 fn nets(
     name: &VmName,
     given: Vec<NetOption>,

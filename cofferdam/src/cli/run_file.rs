@@ -6,8 +6,9 @@
 //!   no-reboot = true         --no-reboot
 //! ```
 //!
-//! Keys are the options' own names, so that there is one list of them. What is wrong with a value is found by giving it to
-//! the command line's parser alone, and said with its line and column. Options of the command line take the place of the file's.
+//! Keys are the options' own names, so that there is one list of them. What is wrong with a value
+//! is found by giving it to the command line's parser alone, and said with its line and column.
+//! Options of the command line take the place of the file's.
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -24,14 +24,16 @@ pub struct ServeOptions {
     /// Its socket; service.sock in the runtime folder when not given
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Let members of this group (its name in /etc/group, or its number) look at everything over the socket, and change nothing.
-    /// The socket is theirs to connect to then, and a folder around it that is this user's alone is theirs to pass through
+    /// Let members of this group (its name in /etc/group, or its number) look at everything over
+    /// the socket, and change nothing. The socket is theirs to connect to then, and a folder around
+    /// it that is this user's alone is theirs to pass through
     #[arg(long, value_name = "GROUP")]
     look_group: Option<String>,
     /// Be there over TCP, too, with TLS, for browsers and those who have a token
     #[arg(long, value_name = "ADDRESS:PORT", requires = "tokens")]
     listen: Option<SocketAddr>,
-    /// Tokens of those who may ask over TCP: lines of `look TOKEN` (may only look) or `do TOKEN`, in a file of mode 0600
+    /// Tokens of those who may ask over TCP: lines of `look TOKEN` (may only look) or `do TOKEN`,
+    /// in a file of mode 0600
     #[arg(long, value_name = "FILE", requires = "listen")]
     tokens: Option<PathBuf>,
     /// Certificate for TLS, in PEM; one is made at each start when not given
@@ -43,7 +45,8 @@ pub struct ServeOptions {
     /// Print a line with a new token for --tokens, and end
     #[arg(long, value_name = "ROLE", value_enum, conflicts_with_all = ["socket", "look_group", "listen", "openapi"])]
     new_token: Option<Role>,
-    /// How long a client may take for a request's head, for its body, and for taking some of the answer
+    /// How long a client may take for a request's head, for its body, and for taking some of the
+    /// answer
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     client_time: u64,
     /// Print the OpenAPI document and end
@@ -51,8 +54,8 @@ pub struct ServeOptions {
     openapi: bool,
     #[command(flatten)]
     sandbox: SandboxOptions,
-    /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is not behind Landlock then, which would
-    /// not let them be made
+    /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is
+    /// not behind Landlock then, which would not let them be made
     #[arg(long)]
     jail: bool,
 }

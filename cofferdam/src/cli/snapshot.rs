@@ -43,8 +43,8 @@ pub struct SnapshotOptions {
     /// Only what changed since that snapshot, which is needed to go on from this one
     #[arg(long, value_name = "DIR")]
     diff: Option<PathBuf>,
-    /// Follow from now on what changes, so that the next --diff of this snapshot takes little time. It slows the guest
-    /// down a little
+    /// Follow from now on what changes, so that the next --diff of this snapshot takes little time.
+    /// It slows the guest down a little
     #[arg(long)]
     track: bool,
     /// End the VM where the snapshot is taken

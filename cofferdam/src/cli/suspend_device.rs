@@ -1,4 +1,5 @@
-//! `suspend-device`, `resume-device`: a driver's own suspend and resume functions, called in the live guest.
+//! `suspend-device`, `resume-device`: a driver's own suspend and resume functions, called in the
+//! live guest.
 
 use anyhow::bail;
 use recovery::resume_device::DevicePhases;

@@ -1,4 +1,5 @@
-//! `sweep`: modules of a kernel's package, one after the other, with all of their functions isolated.
+//! `sweep`: modules of a kernel's package, one after the other, with all of their functions
+//! isolated.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -182,7 +183,8 @@ struct Figures {
     functions: (usize, usize),
     /// Calls, and of these those that ran inside to their end.
     calls: (u64, u64),
-    /// Faults that were come to, those that were recovered from, those that were noticed, and guests lost by one.
+    /// Faults that were come to, those that were recovered from, those that were noticed, and
+    /// guests lost by one.
     faults: [usize; 4],
 }
 

@@ -1,7 +1,8 @@
 //! Tables for people.
 //!
-//! On a terminal they are as wide as it is, and 80 columns where it does not tell; cells that do not fit have several
-//! lines. Elsewhere, for programs that look for a line, each row is one line, unless `COLUMNS` says how wide.
+//! On a terminal they are as wide as it is, and 80 columns where it does not tell; cells that do
+//! not fit have several lines. Elsewhere, for programs that look for a line, each row is one line,
+//! unless `COLUMNS` says how wide.
 
 use std::io::IsTerminal;
 

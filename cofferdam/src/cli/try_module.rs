@@ -40,8 +40,8 @@ pub struct TryOptions {
     /// The module's file; it may be packed (.ko.xz, .ko.zst)
     #[arg(value_name = "FILE.ko")]
     file: PathBuf,
-    /// Which functions are isolated: all that can be, some by their names (NAME,NAME), those that fit a pattern as a
-    /// shell's, or none, to see what the module does by itself
+    /// Which functions are isolated: all that can be, some by their names (NAME,NAME), those that
+    /// fit a pattern as a shell's, or none, to see what the module does by itself
     #[arg(long, value_name = "all|none|NAME,...", default_value = "all", value_parser = parse_isolate)]
     isolate: Isolate,
     /// A command for the guest's shell

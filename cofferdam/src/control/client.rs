@@ -1,7 +1,8 @@
 //! The other side of the control socket.
 //!
-//! No request waits without end: those that are answered at once have a limit, and where a VM process is at work for
-//! long it says every second what it does. One that is silent for longer is stopped, or so is its host.
+//! No request waits without end: those that are answered at once have a limit, and where a VM
+//! process is at work for long it says every second what it does. One that is silent for longer is
+//! stopped, or so is its host.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::marker::PhantomData;
@@ -72,7 +73,8 @@ impl<P: Protocol> Connection<P> {
         limit: Duration,
     ) -> anyhow::Result<Self> {
         let cannot = || format!("cannot reach {} at {}", P::WHO, path.display());
-        // With its limits before it connects: a process that is stopped accepts nobody, and its queue may be full.
+        // With its limits before it connects: a process that is stopped accepts nobody, and its
+        // queue may be full.
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .with_context(cannot)?;

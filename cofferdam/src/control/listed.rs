@@ -43,8 +43,8 @@ pub fn host_status(host: &RunningVm, limit: Duration) -> anyhow::Result<HostStat
     }
 }
 
-/// All at once: one that does not answer must not hold up the others. One that is just coming or going does not answer,
-/// and is listed all the same.
+/// All at once: one that does not answer must not hold up the others. One that is just coming or
+/// going does not answer, and is listed all the same.
 fn all<S: Send>(
     running: &[RunningVm],
     ask: impl Fn(&RunningVm) -> anyhow::Result<S> + Sync,

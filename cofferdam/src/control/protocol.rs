@@ -49,7 +49,8 @@ pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
 /// Between two words of a VM process that is at work on a request for long.
 pub const BEAT: Duration = Duration::from_secs(1);
 
-/// Most that is typed into a console at once, in bytes: a pipe takes as much whole or not at all (`PIPE_BUF`, pipe(7)).
+/// Most that is typed into a console at once, in bytes: a pipe takes as much whole or not at all
+/// (`PIPE_BUF`, pipe(7)).
 pub const MAX_TYPED_BYTES: usize = 4096;
 
 /// Longest answer, with its line end, in bytes.
@@ -168,22 +169,25 @@ pub enum Request {
         /// Name of the module.
         module: String,
     },
-    /// Put another build of a driver module in the place of the one that runs. Answer: [`Reply::Upgraded`].
+    /// Put another build of a driver module in the place of the one that runs. Answer:
+    /// [`Reply::Upgraded`].
     Upgrade {
         /// Name of the module.
         module: String,
         /// The new module's file.
         file: Bytes,
-        /// How long the new one may take to have its interfaces back with their configuration, in milliseconds.
+        /// How long the new one may take to have its interfaces back with their configuration, in
+        /// milliseconds.
         limit_ms: u64,
     },
-    /// Have a driver suspend its devices with its own function, and leave them so. Answer: [`Reply::DeviceSuspended`].
+    /// Have a driver suspend its devices with its own function, and leave them so. Answer:
+    /// [`Reply::DeviceSuspended`].
     SuspendDevice {
         /// Name of the module.
         module: String,
     },
-    /// Have a driver resume its devices if they are suspended (answer: [`Reply::DeviceResumed`]), else suspend and resume
-    /// them (answer: [`Reply::Resumed`]), with its own functions.
+    /// Have a driver resume its devices if they are suspended (answer: [`Reply::DeviceResumed`]),
+    /// else suspend and resume them (answer: [`Reply::Resumed`]), with its own functions.
     ResumeDevice {
         /// Name of the module.
         module: String,
@@ -201,8 +205,8 @@ pub enum Request {
         /// Name of the function.
         function: String,
     },
-    /// Put a fault into calls of an isolated function. Faults that were ordered before are kept until they are used up.
-    /// The guest's own text is not touched.
+    /// Put a fault into calls of an isolated function. Faults that were ordered before are kept
+    /// until they are used up. The guest's own text is not touched.
     Inject {
         /// Name of the module.
         module: String,
@@ -217,15 +221,16 @@ pub enum Request {
         /// How many calls.
         times: u64,
     },
-    /// Which bytes is a function of a loaded module, isolated or not? Answer: [`Reply::FunctionText`].
+    /// Which bytes is a function of a loaded module, isolated or not? Answer:
+    /// [`Reply::FunctionText`].
     FunctionText {
         /// Name of the module.
         module: String,
         /// Name of the function.
         function: String,
     },
-    /// Put other code in the place of one instruction of a driver: for calls of an isolated function into the domain's copy,
-    /// or into the guest's own text, where it stays.
+    /// Put other code in the place of one instruction of a driver: for calls of an isolated
+    /// function into the domain's copy, or into the guest's own text, where it stays.
     InjectCode {
         /// Name of the module.
         module: String,
@@ -237,7 +242,8 @@ pub enum Request {
         old: Bytes,
         /// What is to be there, as many bytes.
         new: Bytes,
-        /// It fits where the instruction is another one, as calls out of the module are in the domain's copy.
+        /// It fits where the instruction is another one, as calls out of the module are in the
+        /// domain's copy.
         #[serde(default)]
         replaces_whole: bool,
         /// Into which calls; into the guest's own text otherwise.
@@ -261,7 +267,8 @@ pub enum Request {
     },
     /// Have something go wrong at the edge of a NIC from now on. Answer: [`Reply::Disturbed`].
     Disturb {
-        /// Which NIC: its number from 0 or its PCI address in the guest. May be left out where there is one.
+        /// Which NIC: its number from 0 or its PCI address in the guest. May be left out where
+        /// there is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         nic: Option<String>,
         /// What, where and when.
@@ -284,7 +291,8 @@ pub enum Request {
     },
     /// What does the guest print on its console? Answer: [`Reply::Console`].
     Console {
-        /// From this byte on, counted from the first that it printed; from the oldest that is kept otherwise.
+        /// From this byte on, counted from the first that it printed; from the oldest that is kept
+        /// otherwise.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         from: Option<u64>,
         /// How long to wait where nothing is there yet, in milliseconds; 1000 at most.
@@ -304,8 +312,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// How long a VM process may be at work on it, where that can be long: what it does is told at least every
-    /// [`BEAT`] then. The others are answered at once.
+    /// How long a VM process may be at work on it, where that can be long: what it does is told at
+    /// least every [`BEAT`] then. The others are answered at once.
     pub fn may_take(&self) -> Option<Duration> {
         match self {
             Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
@@ -385,7 +393,8 @@ pub enum Reply {
     Released(Box<ModuleStatus>),
     /// Devices were suspended and resumed.
     Resumed {
-        /// How long each took, from the call of one function to the return of the other, in microseconds.
+        /// How long each took, from the call of one function to the return of the other, in
+        /// microseconds.
         times_us: Vec<u64>,
     },
     /// Devices were suspended, in these phases.
@@ -400,8 +409,8 @@ pub enum Reply {
         isolated: bool,
         /// All since the VM began, counted, the latest last; also of a module that was released.
         all: Vec<Violations>,
-        /// The last ones one by one, oldest first, as `isolation::status::report::ViolationReport` writes them; none of a
-        /// module that is not isolated.
+        /// The last ones one by one, oldest first, as `isolation::status::report::ViolationReport`
+        /// writes them; none of a module that is not isolated.
         reports: serde_json::Value,
         /// The same for people.
         texts: Vec<String>,

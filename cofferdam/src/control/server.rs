@@ -29,8 +29,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests.
 pub trait Handler<P: Protocol = VmProtocol>: Send + Sync + 'static {
-    /// Carries out `request`, telling `asker` what is done if it takes long. The error is one line for the person who
-    /// asked.
+    /// Carries out `request`, telling `asker` what is done if it takes long. The error is one line
+    /// for the person who asked.
     fn handle(&self, request: P::Request, asker: &dyn Asker) -> Result<P::Reply, String>;
 }
 
@@ -61,7 +61,8 @@ pub fn serve_protocol<P: Protocol>(
 pub struct Serving(Arc<(Mutex<usize>, Condvar)>);
 
 impl Serving {
-    /// Waits until each has its answer, for `limit` at most: who asked for the end is to hear that it came.
+    /// Waits until each has its answer, for `limit` at most: who asked for the end is to hear that
+    /// it came.
     pub fn wait_for_answers(&self, limit: Duration) {
         let (count, changed) = &*self.0;
         let count = count.lock().unwrap_or_else(PoisonError::into_inner);
@@ -199,7 +200,8 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Repeats what was told last at every beat while `work` is done: that the process lives, and what it is at.
+    /// Repeats what was told last at every beat while `work` is done: that the process lives, and
+    /// what it is at.
     fn while_it_waits<T>(&self, work: impl FnOnce() -> T) -> T {
         let (done, ended) = channel::<()>();
         thread::scope(|scope| {

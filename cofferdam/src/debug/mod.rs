@@ -1,4 +1,5 @@
-//! `debug`: a guest at the fault of an isolated call, as `isolate --keep-faults` has kept it, looked at by a person or by `gdb`.
+//! `debug`: a guest at the fault of an isolated call, as `isolate --keep-faults` has kept it,
+//! looked at by a person or by `gdb`.
 //!
 //! ```text
 //!   FaultImage ─┬─ words, types ─► summary for people

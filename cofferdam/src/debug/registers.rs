@@ -18,8 +18,8 @@ impl Arch for X86 {
     }
 }
 
-/// Registers of the floating-point unit: of `st0` to `st7` 10 bytes each, of eight others 4. An image has none of them: a call that
-/// uses the unit goes on in the guest.
+/// Registers of the floating-point unit: of `st0` to `st7` 10 bytes each, of eight others 4. An
+/// image has none of them: a call that uses the unit goes on in the guest.
 const UNKNOWN_BYTES: usize = 8 * 10 + 8 * 4;
 
 /// Registers at a fault.

@@ -93,7 +93,8 @@ fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
     Ok((file.dev(), file.ino()))
 }
 
-/// Serves `image` until a signal asks for the end. `told` gets the command for `gdb` once it is listened.
+/// Serves `image` until a signal asks for the end. `told` gets the command for `gdb` once it is
+/// listened.
 ///
 /// # Errors
 /// The place cannot be listened at.

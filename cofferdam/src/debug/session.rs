@@ -1,7 +1,8 @@
 //! One session with a `gdb`: bytes in, bytes out.
 //!
-//! Packets are looked at before they are answered: one that is damaged is asked for again, one that is too long or asks for too
-//! much is refused, and what is between packets is passed over. So the peer may send what it likes.
+//! Packets are looked at before they are answered: one that is damaged is asked for again, one that
+//! is too long or asks for too much is refused, and what is between packets is passed over. So the
+//! peer may send what it likes.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -17,7 +18,8 @@ use super::target::Fault;
 
 /// Longest packet, in bytes.
 pub const PACKET_BYTES: usize = 16 << 10;
-/// Most memory that is read at once; a `gdb` asks for no more than half a packet, in hexadecimal digits.
+/// Most memory that is read at once; a `gdb` asks for no more than half a packet, in hexadecimal
+/// digits.
 const READ_BYTES: u64 = PACKET_BYTES as u64 / 2;
 /// Answer to a packet that cannot be made sense of: `EINVAL`.
 const REFUSED: &[u8] = b"$E16#ac";

@@ -1,4 +1,5 @@
-//! An image as what `gdb` looks at: one thread that stands still, registers and memory to read, nothing to write.
+//! An image as what `gdb` looks at: one thread that stands still, registers and memory to read,
+//! nothing to write.
 
 use std::convert::Infallible;
 

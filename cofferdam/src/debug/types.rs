@@ -47,7 +47,8 @@ pub fn prototype(types: &Btf, name: &str) -> Option<String> {
     Some(format!("{}({parameters})", declared(&returned, name)))
 }
 
-/// `f(a=0x1, b=0x2)`: what the function of this name was called with. Arguments that are not in registers are left out.
+/// `f(a=0x1, b=0x2)`: what the function of this name was called with. Arguments that are not in
+/// registers are left out.
 pub fn called(types: Option<&Btf>, name: &str, arguments: [u64; 6]) -> String {
     let Some(function) = types.and_then(|types| types.find_function(name)) else {
         let [first, second, third, ..] = arguments;

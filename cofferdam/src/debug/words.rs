@@ -1,4 +1,5 @@
-//! What an image says, in words: the summary of `cofferdam debug`, and the answers to `monitor` commands of `gdb`.
+//! What an image says, in words: the summary of `cofferdam debug`, and the answers to `monitor`
+//! commands of `gdb`.
 
 use std::fmt::Write;
 
@@ -18,7 +19,8 @@ const MAX_SYMBOLS: usize = 64;
 const MAX_PAGES: usize = 1024;
 /// Bytes of a page.
 const PAGE_BYTES: usize = 4096;
-/// Where the kernel's text begins unless it is moved (`CONFIG_PHYSICAL_START`), as its file with symbols has it.
+/// Where the kernel's text begins unless it is moved (`CONFIG_PHYSICAL_START`), as its file with
+/// symbols has it.
 const LINKED_AT: u64 = 0xffff_ffff_8100_0000;
 
 /// What there is to ask for.

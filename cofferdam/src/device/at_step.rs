@@ -1,7 +1,8 @@
 //! Switches that can be made to wait at a step: tests end what takes part in a switch just there.
 //!
-//! Only in builds with debug assertions, and only in a process with [`VARIABLE`]: the path of a file. As long as it has the name of
-//! a step in it, a switch waits before that step, and says so by an empty file beside it, with `.reached` after its name.
+//! Only in builds with debug assertions, and only in a process with [`VARIABLE`]: the path of a
+//! file. As long as it has the name of a step in it, a switch waits before that step, and says so
+//! by an empty file beside it, with `.reached` after its name.
 
 use recovery::switch::{Outcome, Phases, Switchable};
 

@@ -1,4 +1,5 @@
-//! The socket at which guests attach. Each connection is heard by a thread of its own until it is served or refused.
+//! The socket at which guests attach. Each connection is heard by a thread of its own until it is
+//! served or refused.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! What a device host has and its VMs get by turns: a model of a NIC, or a function of the host's PCI bus.
+//! What a device host has and its VMs get by turns: a model of a NIC, or a function of the host's
+//! PCI bus.
 //!
 //! ```text
 //!   Host ── Card: makes shares, carries out switches
@@ -38,7 +39,8 @@ pub trait Card: Send + Sync + Sized + 'static {
     /// # Errors
     /// The host has no descriptors left.
     fn share(&self, mac: MacAddress) -> anyhow::Result<Self::Share>;
-    /// Takes the turn from one VM, if one has it, and gives it to another, if there is one. One at a time.
+    /// Takes the turn from one VM, if one has it, and gives it to another, if there is one. One at
+    /// a time.
     fn pass_on(
         &self,
         from: Option<&Context<Self::Share>>,
@@ -70,7 +72,8 @@ pub trait Share: Send + Sync + 'static {
     fn plug(&self, plugged: bool) -> anyhow::Result<()>;
     /// Whether it has the turn.
     fn has_turn(&self) -> bool;
-    /// Does what has to be done when something happens to its client: when that has gone, its NIC reaches no memory.
+    /// Does what has to be done when something happens to its client: when that has gone, its NIC
+    /// reaches no memory.
     fn listener(&self) -> Listener;
     /// Says what it knows of itself.
     fn fill(&self, status: &mut ContextStatus);

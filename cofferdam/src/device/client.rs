@@ -27,12 +27,13 @@ pub fn ask(root: &RuntimeRoot, name: &VmName, request: &Request) -> anyhow::Resu
     Connection::<DeviceProtocol>::to(&host, ASK_TIME)?.ask(request)
 }
 
-/// Attaches the NIC of `vm`, with the address `mac`, to the device host `name`; `root` is that of the VMs. vfio-user is
-/// spoken over what comes back, in the client's role, and the NIC is attached for as long as it is open.
+/// Attaches the NIC of `vm`, with the address `mac`, to the device host `name`; `root` is that of
+/// the VMs. vfio-user is spoken over what comes back, in the client's role, and the NIC is attached
+/// for as long as it is open.
 ///
 /// # Errors
-/// There is no such device host, it does not answer, or it refuses: the VM is attached already, no slot is free, the
-/// address is another VM's.
+/// There is no such device host, it does not answer, or it refuses: the VM is attached already, no
+/// slot is free, the address is another VM's.
 pub fn attach(
     root: &RuntimeRoot,
     name: &VmName,

@@ -1,9 +1,10 @@
 //! A VM's context at a device host: its part of the card, and whoever is at its socket.
 //!
-//! One thread serves both, with an event loop: what the guest does to the NIC, what comes from the wire, and the end of the
-//! connection follow one another. When a client goes its memory is taken away, then the NIC's bus mastering
-//! is switched off and its port is unplugged, before that thread does anything else. The NIC's state stays. A client that
-//! comes back to it writes the command register last; one that is a new guest's resets it first.
+//! One thread serves both, with an event loop: what the guest does to the NIC, what comes from the
+//! wire, and the end of the connection follow one another. When a client goes its memory is taken
+//! away, then the NIC's bus mastering is switched off and its port is unplugged, before that thread
+//! does anything else. The NIC's state stays. A client that comes back to it writes the command
+//! register last; one that is a new guest's resets it first.
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,7 +42,8 @@ pub struct Context<S> {
     pub away: AtomicBool,
     mac: Mutex<MacAddress>,
     client: Mutex<Option<Client>>,
-    /// There is one. Apart from it: whoever holds the NIC asks for this, and whoever holds the client may wait for the NIC.
+    /// There is one. Apart from it: whoever holds the NIC asks for this, and whoever holds the
+    /// client may wait for the NIC.
     connected: AtomicBool,
     attached: AtomicU64,
     endpoint: RemoteEndpoint<SharedSubscriber>,
@@ -50,7 +52,8 @@ pub struct Context<S> {
 }
 
 impl<S: Share> Context<S> {
-    /// A context for `vm`, whose part of the card is `share` with the address `mac`, with no client.
+    /// A context for `vm`, whose part of the card is `share` with the address `mac`, with no
+    /// client.
     pub fn new(vm: VmName, mac: MacAddress, share: S) -> anyhow::Result<Self> {
         let mut manager = EventManager::new().context("no event loop for a NIC")?;
         if let Some(events) = share.events() {

@@ -6,9 +6,10 @@
 //!                {"error":"web is attached already: ..."}, and the end of the connection
 //! ```
 //!
-//! From the byte behind the answer on the same connection carries vfio-user, in which the client speaks first. So a
-//! context is attached for exactly as long as its connection lasts: nothing is left to clear away of a client that
-//! was killed between two steps, and no descriptor and no second socket travel.
+//! From the byte behind the answer on the same connection carries vfio-user, in which the client
+//! speaks first. So a context is attached for exactly as long as its connection lasts: nothing is
+//! left to clear away of a client that was killed between two steps, and no descriptor and no
+//! second socket travel.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -60,7 +61,8 @@ pub struct AttachInfo {
     pub mac: String,
     /// Whether the guest has the turn.
     pub turn: bool,
-    /// Whether the VM was attached before and has its context again: the device goes on from where it was.
+    /// Whether the VM was attached before and has its context again: the device goes on from where
+    /// it was.
     pub returned: bool,
 }
 

@@ -1,7 +1,8 @@
 //! The device host: the contexts, whose turn it is, and how it goes on.
 //!
-//! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns at a wire. The list is not locked while a switch
-//! takes its steps. A switch holds NICs and locks no context: whether a client is there is known without.
+//! Lock order: the switch under way, the list of contexts, one of them, its NIC, the turns at a
+//! wire. The list is not locked while a switch takes its steps. A switch holds NICs and locks no
+//! context: whether a client is there is known without.
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -24,7 +25,8 @@ use crate::options::{MacAddress, VmName};
 
 /// How long a switch waits for another one.
 const TURN_TIME: Duration = Duration::from_secs(5);
-/// How long a VM that is attached already may take to be noticed to have gone: its process may just have been killed.
+/// How long a VM that is attached already may take to be noticed to have gone: its process may just
+/// have been killed.
 const GONE_TIME: Duration = Duration::from_secs(1);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(2);
@@ -242,8 +244,8 @@ impl<C: Card> Host<C> {
         Ok(())
     }
 
-    /// Takes the turn from whoever has it, or from `from` only, if that is given, and gives it to `to`. `None` if `to` has it, or
-    /// `from` has it no more.
+    /// Takes the turn from whoever has it, or from `from` only, if that is given, and gives it to
+    /// `to`. `None` if `to` has it, or `from` has it no more.
     fn pass_on(
         &self,
         from: Option<&Arc<ContextOf<C>>>,

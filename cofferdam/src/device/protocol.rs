@@ -1,4 +1,5 @@
-//! Requests to a device host and its answers: one line of JSON each, as of a VM process ([`crate::control::protocol`]).
+//! Requests to a device host and its answers: one line of JSON each, as of a VM process
+//! ([`crate::control::protocol`]).
 //!
 //! ```text
 //! {"request":"status"}                     {"ok":{"reply":"status","name":"nic0","turn":"left",...}}
@@ -47,20 +48,22 @@ pub enum Request {
         /// Its name.
         to: String,
     },
-    /// Pass the turn on after each such time, to all VMs that are attached. Answer: [`Reply::Turn`].
+    /// Pass the turn on after each such time, to all VMs that are attached. Answer:
+    /// [`Reply::Turn`].
     Every {
         /// In milliseconds.
         ms: u64,
     },
     /// Leave the turn where it is. Answer: [`Reply::Turn`].
     Hold {},
-    /// A VM does not run for now: it is not given the turn until [`Request::Return`], and what turn it has is passed on.
-    /// Answer: [`Reply::Turn`].
+    /// A VM does not run for now: it is not given the turn until [`Request::Return`], and what turn
+    /// it has is passed on. Answer: [`Reply::Turn`].
     Yield {
         /// Its name.
         vm: String,
     },
-    /// A VM runs again: it may be given the turn, and gets it if nobody has it. Answer: [`Reply::Turn`].
+    /// A VM runs again: it may be given the turn, and gets it if nobody has it. Answer:
+    /// [`Reply::Turn`].
     Return {
         /// Its name.
         vm: String,
@@ -226,7 +229,8 @@ pub struct SwitchRecord {
     /// From the moment in which the turn was given to the first frame that its VM sent or received.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_frame_ns: Option<u64>,
-    /// From the last frame before the switch to the first one after it: with traffic, how long there was none.
+    /// From the last frame before the switch to the first one after it: with traffic, how long
+    /// there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outage_ns: Option<u64>,
 }

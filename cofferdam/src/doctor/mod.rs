@@ -1,10 +1,12 @@
-//! `cofferdam doctor`: what this host can do, found by trying, and what to do about what is missing.
+//! `cofferdam doctor`: what this host can do, found by trying, and what to do about what is
+//! missing.
 //!
 //! Nothing here is decided by CPU flags or by names of kernel modules: a VM is created and timed
-//! ([`speed`]), a TAP interface is made and dropped. Nothing on the host is changed, and nothing is left behind.
+//! ([`speed`]), a TAP interface is made and dropped. Nothing on the host is changed, and nothing is
+//! left behind.
 //!
-//! Exit status: 0 when Linux guests run on this host's KVM at full speed, 1 when they do not. The text then
-//! says what to do; with an emulated second stage that is the lab (`cargo xtask lab`).
+//! Exit status: 0 when Linux guests run on this host's KVM at full speed, 1 when they do not. The
+//! text then says what to do; with an emulated second stage that is the lab (`cargo xtask lab`).
 
 mod host;
 mod kvm;
@@ -46,7 +48,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(report.linux_guests != Where::Host)))
 }
 
-/// Looks at the host: takes a few tens of milliseconds, a second where guest kernel mode is emulated.
+/// Looks at the host: takes a few tens of milliseconds, a second where guest kernel mode is
+/// emulated.
 pub fn examine() -> Report {
     let kvm = kvm::examine();
     let mut checks = kvm.checks;

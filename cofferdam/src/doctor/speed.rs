@@ -1,7 +1,7 @@
 //! How fast a guest's kernel mode is, measured with a hand-made guest of a few instructions.
 //!
-//! Some hosts offer `/dev/kvm` but no second stage to it: guest user mode runs natively there and guest kernel mode is
-//! interpreted, some hundred times slower. No flag tells; time does.
+//! Some hosts offer `/dev/kvm` but no second stage to it: guest user mode runs natively there and
+//! guest kernel mode is interpreted, some hundred times slower. No flag tells; time does.
 //!
 //! ```text
 //! 0x0000  free
@@ -38,11 +38,13 @@ const REPEATS: usize = 12;
 const LOOPS: u32 = 2000;
 const COSTLY_LOOPS: u32 = 50;
 
-/// Above this many nanoseconds an instruction guest kernel mode is emulated. Interpreters that were measured need over 400,
-/// hardware below 1, an emulated processor with nested paging (the lab) about 5.
+/// Above this many nanoseconds an instruction guest kernel mode is emulated. Interpreters that were
+/// measured need over 400, hardware below 1, an emulated processor with nested paging (the lab)
+/// about 5.
 const EMULATED_NS: f64 = 50.0;
 
-/// A CR3 write that costs more than this part of a trapped instruction is itself trapped: shadow paging.
+/// A CR3 write that costs more than this part of a trapped instruction is itself trapped: shadow
+/// paging.
 const TRAPPED_PART: f64 = 0.5;
 
 /// What translates guest physical addresses.
@@ -194,7 +196,8 @@ impl Guest {
         })
     }
 
-    /// Smallest time in nanoseconds from entering `body`, run `loops` times, to the exit at its end.
+    /// Smallest time in nanoseconds from entering `body`, run `loops` times, to the exit at its
+    /// end.
     fn time(&mut self, body: &[u8], loops: u32) -> Result<f64, String> {
         self.memory
             .write_slice(&program(body, loops), GuestAddress(CODE))

@@ -7,7 +7,8 @@ use std::path::Path;
 use super::report::Check;
 use crate::sandbox::{can_jail, landlock_version};
 
-/// The first version of Landlock that knows truncation, devices' requests and abstract sockets: Linux 6.12.
+/// The first version of Landlock that knows truncation, devices' requests and abstract sockets:
+/// Linux 6.12.
 const WHOLE_LANDLOCK: u32 = 6;
 
 /// What a filter may do with a call that it refuses: all of these are used.

@@ -1,4 +1,5 @@
-//! NICs as a person types them: models in this process, devices of a device host, functions of the host.
+//! NICs as a person types them: models in this process, devices of a device host, functions of the
+//! host.
 
 use std::fmt;
 use std::str::FromStr;
@@ -158,7 +159,8 @@ impl NicSpec {
     }
 }
 
-/// A value of `--nic`: which model NICs are where nobody says, or a NIC that is not made in the VM's process.
+/// A value of `--nic`: which model NICs are where nobody says, or a NIC that is not made in the
+/// VM's process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NicOption {
     /// `MODEL`

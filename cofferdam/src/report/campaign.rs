@@ -1,4 +1,5 @@
-//! A campaign's figures in a report, and its plots: what became of faults by kind and by function, and how soon calls were taken back.
+//! A campaign's figures in a report, and its plots: what became of faults by kind and by function,
+//! and how soon calls were taken back.
 
 use std::collections::BTreeMap;
 use std::path::Path;

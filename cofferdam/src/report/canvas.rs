@@ -1,7 +1,7 @@
 //! What plots are drawn on: SVG that can be put into a page of any colour.
 //!
-//! Text and axes are drawn in the page's own text colour; bars and boxes in colours that stand out on
-//! white and on black.
+//! Text and axes are drawn in the page's own text colour; bars and boxes in colours that stand out
+//! on white and on black.
 
 use anyhow::anyhow;
 use plotters::coord::Shift;

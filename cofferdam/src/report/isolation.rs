@@ -1,4 +1,5 @@
-//! What isolation costs: traffic with functions of the driver in a domain, against the same traffic without.
+//! What isolation costs: traffic with functions of the driver in a domain, against the same traffic
+//! without.
 
 use isolation::status::EntryStatus;
 use serde::{Deserialize, Serialize};
@@ -8,8 +9,8 @@ use serde::{Deserialize, Serialize};
 pub struct Isolation {
     /// Each set in the order measured; the first one is empty.
     pub sets: Vec<IsolatedSet>,
-    /// Exits to the isolator during the traffic of empty sets that follow others: gates that were left
-    /// behind.
+    /// Exits to the isolator during the traffic of empty sets that follow others: gates that were
+    /// left behind.
     pub exits_when_off: u64,
 }
 
@@ -49,7 +50,8 @@ pub struct FunctionCost {
     pub committed_bytes_per_call: f64,
     /// Time from the gate until processors and devices were held.
     pub holding_us: f64,
-    /// Time in the private VM: the driver, the kernel functions it called, the switches of roots and the exits.
+    /// Time in the private VM: the driver, the kernel functions it called, the switches of roots
+    /// and the exits.
     pub private_us: f64,
     /// Time of the host's own work: page copies, comparison, policy, commit.
     pub host_us: f64,

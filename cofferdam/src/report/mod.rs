@@ -158,14 +158,14 @@ pub struct Recovery {
     /// The calls had gone on in the guest, and were taken back by compensation.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub spilled: bool,
-    /// How often the link came or went during all runs of the entry; absent for a baseline, which takes it
-    /// down.
+    /// How often the link came or went during all runs of the entry; absent for a baseline, which
+    /// takes it down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_changes: Option<u64>,
     /// Number of runs that are in the numbers.
     pub n: u64,
-    /// Each phase's duration: from the end of the phase before it in the same run to its own end, so
-    /// that the phases of one run add up to its total.
+    /// Each phase's duration: from the end of the phase before it in the same run to its own end,
+    /// so that the phases of one run add up to its total.
     pub phases_us: BTreeMap<Phase, Stat>,
     /// From the start to the end of the last phase.
     pub total_us: Stat,

@@ -136,8 +136,8 @@ pub fn recovery_boxes(recovery: &Recovery) -> anyhow::Result<String> {
     boxes_of_times(&rows)
 }
 
-/// Boxes and whiskers for when `phase` ended, in microseconds since the fault or the start: a row for each
-/// entry point and each baseline. `None` where nothing has that phase.
+/// Boxes and whiskers for when `phase` ended, in microseconds since the fault or the start: a row
+/// for each entry point and each baseline. `None` where nothing has that phase.
 pub fn end_boxes(recoveries: &[Recovery], phase: Phase) -> anyhow::Result<Option<String>> {
     let mut samples: Vec<(String, Method, Vec<f64>)> = Vec::new();
     for recovery in recoveries {

@@ -26,8 +26,8 @@ pub struct Ratio {
     pub returned_us: Stat,
     /// Median of the baseline's `returned` over theirs.
     pub returned: f64,
-    /// Fault to the first ping answered that was sent after it, of the rollbacks; absent where the failed call
-    /// leaves the interface down.
+    /// Fault to the first ping answered that was sent after it, of the rollbacks; absent where the
+    /// failed call leaves the interface down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_rx_us: Option<Stat>,
     /// Median of the baseline's `first_rx` over theirs.

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// Count, smallest, median, 99th percentile and largest of a set of samples, in microseconds unless
-/// the field's name says otherwise. Percentiles are nearest-rank: always a sample that was measured.
+/// the field's name says otherwise. Percentiles are nearest-rank: always a sample that was
+/// measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Stat {
     /// Number of samples, at least 1.

@@ -42,7 +42,8 @@ pub enum SuspendMethod {
     Snapshot,
     /// What changed since the last snapshot.
     SnapshotDiff,
-    /// Start of the process until the agent of a guest that goes on from a directory answers, its memory read before.
+    /// Start of the process until the agent of a guest that goes on from a directory answers, its
+    /// memory read before.
     Restore,
     /// The same, its memory read when it is touched.
     RestoreLazy,

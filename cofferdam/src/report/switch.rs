@@ -20,7 +20,8 @@ pub struct Switch {
     /// The parts of the switch, [`PHASES`], where the device host does it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub phases_us: BTreeMap<String, Stat>,
-    /// From the last frame of the old guest to the first of the new one, as the other end of the cable sees it.
+    /// From the last frame of the old guest to the first of the new one, as the other end of the
+    /// cable sees it.
     pub outage_us: Stat,
     /// Frames of the old guest that came after the first of the new one: none may.
     pub late_frames: u64,
@@ -68,7 +69,8 @@ impl SwitchMethod {
     }
 }
 
-/// How many times shorter the outage is than that of a hot-plug of the same run; `None` where there is none.
+/// How many times shorter the outage is than that of a hot-plug of the same run; `None` where there
+/// is none.
 pub fn than_hotplug(all: &[Switch], one: &Switch) -> Option<f64> {
     let hotplug = all
         .iter()

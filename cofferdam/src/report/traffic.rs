@@ -68,7 +68,8 @@ impl Traffic {
     }
 }
 
-/// The rate of `one` as a part of that through the same NIC in the VMM's process, of the same run; `None` where there is none.
+/// The rate of `one` as a part of that through the same NIC in the VMM's process, of the same run;
+/// `None` where there is none.
 pub fn of_own(all: &[Traffic], one: &Traffic) -> Option<f64> {
     let same = |other: &&Traffic| other.kind == one.kind && other.driver == one.driver;
     let mut own = all.iter().filter(|other| other.nic_at == NicPlace::Vmm);

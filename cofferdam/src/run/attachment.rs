@@ -1,4 +1,5 @@
-//! What keeps a NIC of a device host attached: a host that was killed and is there again is attached anew.
+//! What keeps a NIC of a device host attached: a host that was killed and is there again is
+//! attached anew.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -44,7 +45,8 @@ impl Attachment {
         Ok(stream)
     }
 
-    /// Tells the host that the VM does not run for now, and passes its turn on if it has it, or that it runs again.
+    /// Tells the host that the VM does not run for now, and passes its turn on if it has it, or
+    /// that it runs again.
     ///
     /// # Errors
     /// The host does not answer.

@@ -78,8 +78,8 @@ fn stdio() -> anyhow::Result<Opened> {
         // In the background of a shell: a read would stop the process.
         return Ok(SerialBackend::Output(output).into());
     }
-    // A person who types into a guest that does not read must still be able to end it; what is piped
-    // in waits instead.
+    // A person who types into a guest that does not read must still be able to end it; what is
+    // piped in waits instead.
     let (input, typed) = pipe_with(PipeFlags::CLOEXEC).context("cannot make a pipe")?;
     if interactive {
         never_waits(&typed)?;

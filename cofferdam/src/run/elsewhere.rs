@@ -1,5 +1,6 @@
-//! NICs that are not in this process write guest memory without it: what follows changes of memory, or works on a copy
-//! of it, does not see what they write. Until it does, the two exclude each other.
+//! NICs that are not in this process write guest memory without it: what follows changes of memory,
+//! or works on a copy of it, does not see what they write. Until it does, the two exclude each
+//! other.
 
 use isolation::attach::Isolator;
 use vmm::{Refused, VmHandle};

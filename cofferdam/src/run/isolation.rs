@@ -1,4 +1,5 @@
-//! The live guest as recovery sees it ([`LiveGuest`]): this VM with its isolator, its NICs and the agent in its guest.
+//! The live guest as recovery sees it ([`LiveGuest`]): this VM with its isolator, its NICs and the
+//! agent in its guest.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,7 +49,8 @@ pub struct Isolation {
     known: Mutex<Option<Arc<Known>>>,
 }
 
-/// What is known of a guest and one of its modules, for as long as the same modules are loaded at the same places.
+/// What is known of a guest and one of its modules, for as long as the same modules are loaded at
+/// the same places.
 pub struct Known {
     module: String,
     /// Resets of the machine by then: a guest that boots anew may have its kernel elsewhere.

@@ -1,8 +1,8 @@
-//! The last of what the guest printed on its console, kept in memory, and a way to type into it: both through the control
-//! socket.
+//! The last of what the guest printed on its console, kept in memory, and a way to type into it:
+//! both through the control socket.
 //!
-//! Whoever reads says from which byte on, so that any number may read, each as fast as it can: one that is too slow finds that
-//! something is not kept any more. The guest is never held up.
+//! Whoever reads says from which byte on, so that any number may read, each as fast as it can: one
+//! that is too slow finds that something is not kept any more. The guest is never held up.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -44,7 +44,8 @@ struct Output {
 }
 
 impl KeptConsole {
-    /// One that nothing was printed on. What is typed goes into `typed`, a pipe that nobody waits for.
+    /// One that nothing was printed on. What is typed goes into `typed`, a pipe that nobody waits
+    /// for.
     pub fn new(typed: Option<File>) -> Self {
         Self(Arc::new(Shared {
             output: Mutex::default(),
@@ -61,7 +62,8 @@ impl KeptConsole {
         })
     }
 
-    /// What was printed from byte `from` on, or from the oldest that is kept; waits up to `limit` for there to be something.
+    /// What was printed from byte `from` on, or from the oldest that is kept; waits up to `limit`
+    /// for there to be something.
     pub fn read(&self, from: Option<u64>, limit: Duration) -> ConsoleOutput {
         let mut output = self.lock();
         let from = from.unwrap_or(0).min(output.printed);

@@ -274,7 +274,8 @@ impl Plugged {
 pub fn plug(spec: &NetSpec, index: usize, belongings: &Belongings) -> anyhow::Result<Plugged> {
     match spec {
         NetSpec::User => {
-            // Each gateway is a network of its own. The number of NICs is far below what an octet holds.
+            // Each gateway is a network of its own. The number of NICs is far below what an octet
+            // holds.
             let number = u8::try_from(index).unwrap_or(u8::MAX);
             let mut config = GatewayConfig::numbered(number);
             let vlan = GATEWAY_VLAN + u16::from(number);

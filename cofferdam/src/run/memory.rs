@@ -1,5 +1,5 @@
-//! How much memory this process has, the guest's and its own apart, and giving back what only its start
-//! needed.
+//! How much memory this process has, the guest's and its own apart, and giving back what only its
+//! start needed.
 
 use std::io::{BufRead, BufReader};
 
@@ -14,8 +14,8 @@ pub struct Resident {
     pub own_kib: u64,
 }
 
-/// Resident memory of this process, whose guest memory is mapped at `guest`, now. Pages that it shares with others, such as
-/// those of a template, count in full.
+/// Resident memory of this process, whose guest memory is mapped at `guest`, now. Pages that it
+/// shares with others, such as those of a template, count in full.
 pub fn resident(guest: &[RamRegion]) -> std::io::Result<Resident> {
     let smaps = BufReader::new(std::fs::File::open("/proc/self/smaps")?);
     sum(smaps, |start| {
@@ -25,8 +25,8 @@ pub fn resident(guest: &[RamRegion]) -> std::io::Result<Resident> {
     })
 }
 
-/// Adds up the mappings of an `smaps` (proc(5)); those that `is_guest` says, by the address where they start, and those of
-/// guest memory's own file are the guest's.
+/// Adds up the mappings of an `smaps` (proc(5)); those that `is_guest` says, by the address where
+/// they start, and those of guest memory's own file are the guest's.
 fn sum(smaps: impl BufRead, is_guest: impl Fn(u64) -> bool) -> std::io::Result<Resident> {
     let mut total = Resident::default();
     let mut of_guest = false;
@@ -57,9 +57,10 @@ fn sum(smaps: impl BufRead, is_guest: impl Fn(u64) -> bool) -> std::io::Result<R
 const OWN_PAGES: libc::c_int = 32 << 10;
 
 /// Lets large buffers take memory only as far as they are used, from the start of the process until
-/// [`give_back_unused`]. Inside the heap the allocator clears them when they are made, and the user-mode gateway has
-/// a buffer for each connection there could be. Where the kernel gives huge pages to whoever touches 2 MiB of address
-/// space (Debian's default), one byte of a buffer would take them all.
+/// [`give_back_unused`]. Inside the heap the allocator clears them when they are made, and the
+/// user-mode gateway has a buffer for each connection there could be. Where the kernel gives huge
+/// pages to whoever touches 2 MiB of address space (Debian's default), one byte of a buffer would
+/// take them all.
 pub fn make_buffers_lazy() {
     // SAFETY: mallopt takes no pointer and may be called at any time.
     if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_PAGES) } == 0 {
@@ -84,9 +85,10 @@ fn forbid_huge_pages(forbidden: bool) {
     }
 }
 
-/// Gives back memory that only the start of the process, or what was just done, needed: freed heap, and pages of program text,
-/// most of which reads command lines and draws reports. Text that is needed comes back from the page
-/// cache by itself. Guest memory may have huge pages from now on, what was allocated until now may not.
+/// Gives back memory that only the start of the process, or what was just done, needed: freed heap,
+/// and pages of program text, most of which reads command lines and draws reports. Text that is
+/// needed comes back from the page cache by itself. Guest memory may have huge pages from now on,
+/// what was allocated until now may not.
 pub fn give_back_unused() {
     // SAFETY: malloc_trim takes no pointer and may be called at any time.
     unsafe { libc::malloc_trim(0) };
@@ -104,8 +106,9 @@ pub fn give_back_unused() {
         };
         let length = end.saturating_sub(start);
         let start = start as *mut libc::c_void;
-        // SAFETY: dropped pages are those of a private mapping of a file that cannot be written through, so that none
-        // differs from the file; they are read from it again when touched. The size of pages changes no byte.
+        // SAFETY: dropped pages are those of a private mapping of a file that cannot be written
+        // through, so that none differs from the file; they are read from it again when touched.
+        // The size of pages changes no byte.
         if unsafe { libc::madvise(start, length, advice) } != 0 {
             tracing::debug!("{line}: {}", std::io::Error::last_os_error());
         }
@@ -205,7 +208,8 @@ Rss:                  40 kB
     fn a_byte_of_a_large_buffer_takes_a_small_page_and_the_process_goes_on() {
         make_buffers_lazy();
         let mut buffer: Vec<u8> = Vec::with_capacity(8 << 20);
-        // For kernels that give huge pages only to who asks for them. Whole pages in the middle of the buffer.
+        // For kernels that give huge pages only to who asks for them. Whole pages in the middle of
+        // the buffer.
         let middle = buffer.spare_capacity_mut()[4096..].as_mut_ptr();
         let middle = middle.map_addr(|at| at & !0xfff).cast();
         // SAFETY: the pages are the buffer's; their size changes no byte.

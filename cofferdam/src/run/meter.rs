@@ -50,8 +50,8 @@ pub struct MeteredWire {
 }
 
 impl MeteredWire {
-    /// Counts what passes through `wire`. `is_another`: a NIC that goes on from a saved state was on a wire of another kind,
-    /// and is plugged into this one anew.
+    /// Counts what passes through `wire`. `is_another`: a NIC that goes on from a saved state was
+    /// on a wire of another kind, and is plugged into this one anew.
     pub fn new(wire: Box<dyn Wire>, is_another: bool) -> Self {
         Self {
             wire,

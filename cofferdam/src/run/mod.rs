@@ -122,7 +122,8 @@ impl RunConfig {
         words.join(" ")
     }
 
-    /// Puts this process into the namespaces of its jail, if it is to be in one. There is no other thread.
+    /// Puts this process into the namespaces of its jail, if it is to be in one. There is no other
+    /// thread.
     fn begin_jail(&self) -> anyhow::Result<Option<Namespaces>> {
         if !self.jail {
             return Ok(None);
@@ -135,7 +136,8 @@ impl RunConfig {
         self.sandbox.begin_jail(&self.sockets()).map(Some)
     }
 
-    /// What there is of the runtime folder in a jail: its own folder, and those of device hosts if it has a NIC of one.
+    /// What there is of the runtime folder in a jail: its own folder, and those of device hosts if
+    /// it has a NIC of one.
     fn folders_of_jail(&self, own: &Path) -> Vec<PathBuf> {
         let is_shared = |net: &NetConfig| matches!(net.nic, NicSpec::Device(_));
         let hosts = RuntimeRoot::from_environment().devices();

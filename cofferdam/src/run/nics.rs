@@ -1,4 +1,5 @@
-//! The guest's NICs: what is kept of them to look at them and to control them, and which of them a driver has.
+//! The guest's NICs: what is kept of them to look at them and to control them, and which of them a
+//! driver has.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,7 +56,8 @@ impl GuestNic {
 #[derive(Clone, Default)]
 pub struct Nics {
     all: Arc<Mutex<Vec<GuestNic>>>,
-    /// Slots of the NICs that modules had when the guest was last asked: while a driver is out, it has none.
+    /// Slots of the NICs that modules had when the guest was last asked: while a driver is out, it
+    /// has none.
     driven: Arc<Mutex<HashMap<String, Vec<u8>>>>,
 }
 
@@ -86,8 +88,8 @@ impl Nics {
         self.lock().push(nic);
     }
 
-    /// Tells the device hosts of all that the VM stands still, or goes on. One that does not answer is told of in the log: its
-    /// turn stays where it is.
+    /// Tells the device hosts of all that the VM stands still, or goes on. One that does not answer
+    /// is told of in the log: its turn stays where it is.
     pub fn set_away(&self, away: bool) {
         for attachment in self.all().iter().filter_map(|nic| nic.attachment.as_ref()) {
             if let Err(error) = attachment.set_away(away) {
@@ -102,7 +104,8 @@ impl Nics {
         self.lock().iter().find(is_elsewhere).cloned()
     }
 
-    /// Forgets those that came to `vm` while it ran and went again. Says whether others are left that came.
+    /// Forgets those that came to `vm` while it ran and went again. Says whether others are left
+    /// that came.
     pub fn forget_gone(&self, vm: &VmHandle) -> bool {
         let mut all = self.lock();
         all.retain(|nic| !nic.came || vm.is_plugged(nic.slot));
@@ -138,8 +141,9 @@ impl Nics {
         driven.clear();
     }
 
-    /// The NICs of `module` that can be held, as one whose state is taken in the given way. Those that the guest said
-    /// last, or, if it was not asked since it started, those that such a module is known to drive.
+    /// The NICs of `module` that can be held, as one whose state is taken in the given way. Those
+    /// that the guest said last, or, if it was not asked since it started, those that such a module
+    /// is known to drive.
     ///
     /// # Errors
     /// There is no such way for them.
@@ -177,7 +181,8 @@ impl Nics {
         state
     }
 
-    /// Puts `module`'s devices into a power state; `false` if it has none here, or none of them has any.
+    /// Puts `module`'s devices into a power state; `false` if it has none here, or none of them has
+    /// any.
     pub fn set_power(&self, vm: &VmHandle, module: &str, state: PowerState) -> bool {
         let driven = self.of(module, CheckpointBy::Exact);
         let slots = driven
@@ -238,7 +243,8 @@ fn read(agent: &mut Client, path: &str) -> Result<Option<Vec<u8>>, ClientError> 
     }
 }
 
-/// The driver's name in the `uevent` file of a device (`DRIVER=`); `None` if it has none, or none that could be a file's name.
+/// The driver's name in the `uevent` file of a device (`DRIVER=`); `None` if it has none, or none
+/// that could be a file's name.
 fn driver_in(uevent: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(uevent).ok()?;
     let driver = text.lines().find_map(|line| line.strip_prefix("DRIVER="))?;

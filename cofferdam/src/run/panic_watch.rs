@@ -1,14 +1,15 @@
 //! Whether the guest's kernel has panicked, by what it prints on its console.
 //!
-//! It is the guest that says so: whatever runs in it can print the same line. What follows from it is no more than
-//! words for a person, and that nobody waits long for the guest's agent.
+//! It is the guest that says so: whatever runs in it can print the same line. What follows from it
+//! is no more than words for a person, and that nobody waits long for the guest's agent.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::serial::SerialObserver;
 use vmm::{Kept, Participant, PausedVcpus, RestFor, Unsettled};
 
-/// How every Linux kernel begins the line (`panic` in `kernel/panic.c`), behind its time and the task's number.
+/// How every Linux kernel begins the line (`panic` in `kernel/panic.c`), behind its time and the
+/// task's number.
 const PANIC: &str = "Kernel panic - not syncing";
 
 /// Longest line that is looked at, in bytes.

@@ -13,7 +13,8 @@ use super::watch::Belongings;
 use super::{MAX_NICS, NetConfig};
 use crate::options::{MacAddress, NetOption, NicOption, NicSpec, VmName};
 
-/// How long a guest may take to let go of a NIC: its driver has to end, and may be in the middle of a reset.
+/// How long a guest may take to let go of a NIC: its driver has to end, and may be in the middle of
+/// a reset.
 const LET_GO_TIME: Duration = Duration::from_secs(60);
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(1);
@@ -107,8 +108,8 @@ impl Plugging {
     /// Asks the guest to let go of the NIC at `address`, waits until it has, and takes it out.
     ///
     /// # Errors
-    /// There is none that can go, the guest does not let go of it, or nobody waits any more. A guest that was asked and
-    /// lets go later has it taken out then.
+    /// There is none that can go, the guest does not let go of it, or nobody waits any more. A
+    /// guest that was asked and lets go later has it taken out then.
     pub fn unplug(&self, address: &str, asker: &dyn Asker) -> anyhow::Result<()> {
         let _one = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         self.nics.forget_gone(&self.vm);

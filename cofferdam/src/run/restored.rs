@@ -61,7 +61,8 @@ impl Saved {
         }
     }
 
-    /// Gives the VM, which has its devices, the state. NICs that are to have other addresses than the saved ones get them.
+    /// Gives the VM, which has its devices, the state. NICs that are to have other addresses than
+    /// the saved ones get them.
     ///
     /// # Errors
     /// The snapshot is damaged, or is of another VM.
@@ -81,9 +82,9 @@ impl Saved {
         SavedVm::of(self.chain.top().manifest())?.addresses()
     }
 
-    /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its real time stood still, a
-    /// clone has other addresses), and what was isolated when the snapshot was taken isolated again. What does not work is
-    /// said in the log.
+    /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its
+    /// real time stood still, a clone has other addresses), and what was isolated when the snapshot
+    /// was taken isolated again. What does not work is said in the log.
     ///
     /// # Errors
     /// The snapshot does not say what VM it is of, or there is no thread.

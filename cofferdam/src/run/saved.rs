@@ -1,4 +1,5 @@
-//! What a VM was started with, as a snapshot keeps it, and what a VM that goes on from one is started with.
+//! What a VM was started with, as a snapshot keeps it, and what a VM that goes on from one is
+//! started with.
 
 use std::mem::discriminant;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use crate::options::{
 };
 use crate::sandbox::MachineSandbox;
 
-/// A VM's configuration in a snapshot. Values are written as on the command line; paths are absolute.
+/// A VM's configuration in a snapshot. Values are written as on the command line; paths are
+/// absolute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVm {
@@ -238,7 +240,8 @@ impl SavedNic {
         self.wire.parse::<NetSpec>().is_ok()
     }
 
-    /// The NIC with what was given. A clone has an address of its own wherever others may be on the same wire.
+    /// The NIC with what was given. A clone has an address of its own wherever others may be on the
+    /// same wire.
     fn configure(
         &self,
         given: Option<NetOption>,

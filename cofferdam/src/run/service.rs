@@ -113,7 +113,8 @@ impl VmService {
         })
     }
 
-    /// That nothing keeps the VM from being `done`: all of that works on single pages of memory that only this process writes.
+    /// That nothing keeps the VM from being `done`: all of that works on single pages of memory
+    /// that only this process writes.
     fn may_be(&self, done: &str) -> Result<(), String> {
         elsewhere::none(&self.nics, done)?;
         self.has_small_pages(done)
@@ -466,8 +467,8 @@ fn done(result: Result<(), Refused>, as_good: Option<Refused>) -> Result<Reply, 
     }
 }
 
-/// Imports of which the model of kernel functions knows nothing: a call that spills and reaches one cannot be
-/// taken back as a whole.
+/// Imports of which the model of kernel functions knows nothing: a call that spills and reaches one
+/// cannot be taken back as a whole.
 fn not_modelled<'a>(model: &Model, imports: &'a [Vec<String>]) -> Vec<&'a str> {
     let known = |name: &String| model.get(name).is_some();
     let unknown = imports.iter().filter(|names| !names.iter().any(known));

@@ -1,9 +1,9 @@
 //! Signals as something to wait for: the ones that ask a run to end, or to stop and go on.
 //!
-//! They are blocked in every thread and taken by one thread that does nothing else, so that they are
-//! heard even while the event loop or a vCPU is stuck in a write to a terminal that nobody reads. A run
-//! that was asked to end by a signal ends *by* that signal, after all is cleaned up: a shell or a
-//! supervisor sees what it expects.
+//! They are blocked in every thread and taken by one thread that does nothing else, so that they
+//! are heard even while the event loop or a vCPU is stuck in a write to a terminal that nobody
+//! reads. A run that was asked to end by a signal ends *by* that signal, after all is cleaned up: a
+//! shell or a supervisor sees what it expects.
 
 /// Signals that ask for an end.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];

@@ -1,8 +1,9 @@
-//! System calls by name: those that a machine's process and a device host make once they are set up, and those that nobody
-//! of ours makes.
+//! System calls by name: those that a machine's process and a device host make once they are set
+//! up, and those that nobody of ours makes.
 //!
-//! The first list was written from traces of the tests of all crates (`strace -f`) and from the source. What is in neither
-//! is refused as well; the second is what the service refuses, and what a person is told by name.
+//! The first list was written from traces of the tests of all crates (`strace -f`) and from the
+//! source. What is in neither is refused as well; the second is what the service refuses, and what
+//! a person is told by name.
 
 /// A system call's name, with `SYS_` before it, and its number.
 pub type Call = (&'static str, i64);
@@ -47,11 +48,13 @@ pub const ALLOWED: &[Call] = calls!(
     SYS_seccomp
 );
 
-/// Calls that look as if this kernel did not have them: who makes them does something else then, which can be looked at
-/// (`clone` in place of `clone3`, whose flags are in memory), or does without (guest memory with huge pages).
+/// Calls that look as if this kernel did not have them: who makes them does something else then,
+/// which can be looked at (`clone` in place of `clone3`, whose flags are in memory), or does
+/// without (guest memory with huge pages).
 pub const ABSENT: &[Call] = calls!(SYS_clone3 SYS_fsopen SYS_fsconfig SYS_fsmount);
 
-/// Calls that only a process which was taken over would make. The service, whose guests inherit its filter, refuses these.
+/// Calls that only a process which was taken over would make. The service, whose guests inherit its
+/// filter, refuses these.
 pub const FORBIDDEN: &[Call] = calls!(
     // Other processes.
     SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_pidfd_getfd SYS_kcmp

@@ -7,8 +7,9 @@
 //! | devices | `/dev/kvm`, `/dev/net/tun`, `/dev/vfio`, `/dev/null` | the same | all |
 //! | run | nothing | nothing | this program and its loader |
 //!
-//! A snapshot, kept faults and a wire's socket are named while the guest runs, by whoever may use the control socket, and may
-//! be anywhere: that is why a process without `--allow-dir` may write so much.
+//! A snapshot, kept faults and a wire's socket are named while the guest runs, by whoever may use
+//! the control socket, and may be anywhere: that is why a process without `--allow-dir` may write
+//! so much.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,7 +20,8 @@ use landlock::{
     RulesetAttr, RulesetCreatedAttr, RulesetError, Scope,
 };
 
-/// The newest version of Landlock whose rights are looked at. On an older kernel as many as that has are.
+/// The newest version of Landlock whose rights are looked at. On an older kernel as many as that
+/// has are.
 const VERSION: ABI = ABI::V6;
 
 /// Folders in `/` that only the host's administrator writes in.

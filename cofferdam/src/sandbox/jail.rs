@@ -1,5 +1,6 @@
-//! The jail of a VM's process: a user namespace, in which its user is the only one and has no rights over anything outside, and a mount
-//! namespace, in which there are no files but those that it needs (user_namespaces(7), mount_namespaces(7)).
+//! The jail of a VM's process: a user namespace, in which its user is the only one and has no
+//! rights over anything outside, and a mount namespace, in which there are no files but those that
+//! it needs (user_namespaces(7), mount_namespaces(7)).
 //!
 //! ```text
 //!  start, one thread          files, disks, TAPs, sockets, memory        before Landlock and filters
@@ -9,10 +10,11 @@
 //!                                                                          its runtime folder, --allow-dir
 //! ```
 //!
-//! A process joins a user namespace only while it has one thread, and mounts nothing once Landlock limits it: so the namespaces come
-//! first and the files go when everything is open. What is open stays so. Of the runtime folder there is only the part that is its
-//! own: sockets of other VMs and of the service are not to be reached. There is no namespace of processes, which would take a second
-//! process; of `/proc` there is its own part only.
+//! A process joins a user namespace only while it has one thread, and mounts nothing once Landlock
+//! limits it: so the namespaces come first and the files go when everything is open. What is open
+//! stays so. Of the runtime folder there is only the part that is its own: sockets of other VMs and
+//! of the service are not to be reached. There is no namespace of processes, which would take a
+//! second process; of `/proc` there is its own part only.
 
 use std::fs;
 use std::io;
@@ -37,7 +39,8 @@ const DEVICES: [&str; 3] = ["/dev/kvm", "/dev/null", "/dev/urandom"];
 /// Folders that may be mounted over while the new root is made, in this process's namespace only.
 const MOUNT_POINTS: [&str; 3] = ["/mnt", "/tmp", "/sys"];
 
-/// Most that can be written into the root of a jail before it can only be read, in bytes: it has names and nothing else.
+/// Most that can be written into the root of a jail before it can only be read, in bytes: it has
+/// names and nothing else.
 const ROOT_BYTES: &str = "256k";
 
 /// What is said where a host makes no namespaces.
@@ -121,8 +124,8 @@ pub fn can_jail() -> Result<(), String> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    // SAFETY: what is called allocates a little between fork and exec, which the C library allows after its own fork; nothing of it takes
-    // a lock of this program.
+    // SAFETY: what is called allocates a little between fork and exec, which the C library allows
+    // after its own fork; nothing of it takes a lock of this program.
     unsafe {
         command.pre_exec(|| {
             enter()?;
@@ -138,9 +141,11 @@ pub fn can_jail() -> Result<(), String> {
 /// Joins new namespaces, in which this user is the only one, by its own number.
 fn enter() -> io::Result<()> {
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
-    // SAFETY: memory and descriptors stay shared; there is no other thread whose view of files would differ.
+    // SAFETY: memory and descriptors stay shared; there is no other thread whose view of files
+    // would differ.
     unsafe { unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }?;
-    // Without rights outside a process maps its own user, and its group once it cannot drop groups (user_namespaces(7)).
+    // Without rights outside a process maps its own user, and its group once it cannot drop groups
+    // (user_namespaces(7)).
     fs::write("/proc/self/setgroups", "deny")?;
     let own = |number: u32| format!("{number} {number} 1");
     fs::write("/proc/self/uid_map", own(user.as_raw()))?;
@@ -166,7 +171,8 @@ fn empty_root() -> io::Result<OwnedFd> {
     Ok(root)
 }
 
-/// Paths as they are to be in the jail: absolute, shorter ones first, so that what is below them is mounted after them.
+/// Paths as they are to be in the jail: absolute, shorter ones first, so that what is below them is
+/// mounted after them.
 fn literal(folders: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for folder in folders {
@@ -216,7 +222,8 @@ impl Part {
     }
 }
 
-/// Sets attributes of a mount, with `below` (`AT_RECURSIVE`) of those in it too (mount_setattr(2), Linux 5.12).
+/// Sets attributes of a mount, with `below` (`AT_RECURSIVE`) of those in it too (mount_setattr(2),
+/// Linux 5.12).
 fn set_attributes(
     mount: BorrowedFd<'_>,
     attributes: MountAttrFlags,
@@ -227,7 +234,8 @@ fn set_attributes(
         ..MountAttributes::default()
     };
     let flags = libc::AT_EMPTY_PATH | below;
-    // SAFETY: the path is empty and ends, the structure is as long as is said, and the kernel only reads both.
+    // SAFETY: the path is empty and ends, the structure is as long as is said, and the kernel only
+    // reads both.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

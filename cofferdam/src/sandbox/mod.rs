@@ -1,5 +1,5 @@
-//! The second wall: what a process of ours gives up once it is set up, so that a guest that has taken it over can do
-//! little with it.
+//! The second wall: what a process of ours gives up once it is set up, so that a guest that has
+//! taken it over can do little with it.
 //!
 //! ```text
 //!               files opened        ┌──────────── enter ────────────┐   first request answered, guest code runs
@@ -16,9 +16,10 @@
 //! | `jail` | the same, other processes in `/proc` and all rights outside, where that is asked for | user and mount namespaces |
 //! | `privileges` | capabilities, new privileges, core dumps, descriptors without end | capabilities(7), prctl(2), setrlimit(2) |
 //!
-//! Nothing of it can be taken back. Where the host's kernel lacks a wall the others stand, and a line of the log says so;
-//! with `--sandbox on` the process does not start. The threads of a process share its memory: walls that differ by thread
-//! stop mistakes, and only those of all threads stop who has taken the process over.
+//! Nothing of it can be taken back. Where the host's kernel lacks a wall the others stand, and a
+//! line of the log says so; with `--sandbox on` the process does not start. The threads of a
+//! process share its memory: walls that differ by thread stop mistakes, and only those of all
+//! threads stop who has taken the process over.
 
 mod calls;
 mod files;
@@ -63,9 +64,9 @@ pub enum Guests {
 /// What a process gives up.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct SandboxOptions {
-    /// What this process gives up when it is set up, so that a guest that takes it over gains little: all of it (on), nothing
-    /// (off), or nothing but the kernel's log tells which system calls would be refused (log). As much as this host can when
-    /// not given
+    /// What this process gives up when it is set up, so that a guest that takes it over gains
+    /// little: all of it (on), nothing (off), or nothing but the kernel's log tells which system
+    /// calls would be refused (log). As much as this host can when not given
     #[arg(long, value_enum, value_name = "MODE")]
     pub sandbox: Option<Mode>,
 }
@@ -75,8 +76,9 @@ pub struct SandboxOptions {
 pub struct MachineSandbox {
     #[command(flatten)]
     options: SandboxOptions,
-    /// With the sandbox, let snapshots, kept faults and sockets be written in this folder and in no other but the runtime
-    /// folder; everywhere but in folders of the system when not given (may be given again)
+    /// With the sandbox, let snapshots, kept faults and sockets be written in this folder and in no
+    /// other but the runtime folder; everywhere but in folders of the system when not given (may be
+    /// given again)
     #[arg(long, value_name = "DIR")]
     allow_dir: Vec<PathBuf>,
 }
@@ -86,13 +88,14 @@ pub struct MachineSandbox {
 pub struct Jail {
     /// What it was put into at its start.
     pub namespaces: Namespaces,
-    /// Folders that it uses besides those that a person named: its own of sockets, and where it finds device hosts.
+    /// Folders that it uses besides those that a person named: its own of sockets, and where it
+    /// finds device hosts.
     pub folders: Vec<PathBuf>,
 }
 
 impl MachineSandbox {
-    /// Looks whether this process can be in a jail, at the end of which it removes `sockets`, and puts it into namespaces. It has one
-    /// thread, and has opened nothing.
+    /// Looks whether this process can be in a jail, at the end of which it removes `sockets`, and
+    /// puts it into namespaces. It has one thread, and has opened nothing.
     ///
     /// # Errors
     /// The host cannot, or it would leave something behind.
@@ -112,8 +115,8 @@ impl MachineSandbox {
         Namespaces::begin()
     }
 
-    /// Puts this process behind its walls: all threads that there are and will be. Of what was opened before it may go on to
-    /// use all, and at its end it removes `sockets`.
+    /// Puts this process behind its walls: all threads that there are and will be. Of what was
+    /// opened before it may go on to use all, and at its end it removes `sockets`.
     ///
     /// # Errors
     /// A wall that this host has cannot be put up, or one that was asked for is not there.
@@ -164,7 +167,8 @@ impl SandboxOptions {
         Ok(())
     }
 
-    /// Puts this process, which runs a VM or has a device, behind its walls. It may do with files what `places` says.
+    /// Puts this process, which runs a VM or has a device, behind its walls. It may do with files
+    /// what `places` says.
     fn enter(&self, places: &Places) -> anyhow::Result<Entered> {
         refusal::watch().context("cannot set up the sandbox")?;
         if self.mode() == Mode::Off {
@@ -182,9 +186,10 @@ impl SandboxOptions {
         self.filtered(Filters::of_a_machine(self.mode()))
     }
 
-    /// Puts the service behind its walls, which the guests that it starts inherit: it may run no program but this one. They
-    /// put up their own besides, so that it keeps the capabilities that they begin with. Who is behind Landlock makes no mounts: where
-    /// guests are jailed it does not stand, and calls for namespaces and mounts go through.
+    /// Puts the service behind its walls, which the guests that it starts inherit: it may run no
+    /// program but this one. They put up their own besides, so that it keeps the capabilities that
+    /// they begin with. Who is behind Landlock makes no mounts: where guests are jailed it does not
+    /// stand, and calls for namespaces and mounts go through.
     ///
     /// # Errors
     /// As [`MachineSandbox::enter`].

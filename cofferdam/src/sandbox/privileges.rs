@@ -1,8 +1,9 @@
 //! Capabilities, new privileges and resources (capabilities(7), prctl(2), setrlimit(2)).
 //!
-//! Capabilities and Landlock's domains belong to threads, and threads run already when everything is opened: the one that
-//! takes signals, the one of recovery, those of wires. Each is sent a signal whose handler gives up what is to be given up, and is
-//! waited for; threads that come later inherit it.
+//! Capabilities and Landlock's domains belong to threads, and threads run already when everything
+//! is opened: the one that takes signals, the one of recovery, those of wires. Each is sent a
+//! signal whose handler gives up what is to be given up, and is waited for; threads that come later
+//! inherit it.
 //!
 //! ```text
 //!   enter ──► itself        gives up
@@ -24,7 +25,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// `CAP_IPC_LOCK` of linux/capability.h.
 const CAP_IPC_LOCK: u64 = 14;
 
-/// What the processes of VMs and device hosts keep, as bits: a device of the host that is passed on has guest memory locked.
+/// What the processes of VMs and device hosts keep, as bits: a device of the host that is passed on
+/// has guest memory locked.
 pub const KEPT: u64 = 1 << CAP_IPC_LOCK;
 
 /// All capabilities: none is given up.
@@ -70,8 +72,8 @@ struct CapabilityData {
     inheritable: u32,
 }
 
-/// Forbids core dumps, which would hold guest memory, and bounds the number of descriptors. Threads are not bounded:
-/// `RLIMIT_NPROC` counts all processes of a user.
+/// Forbids core dumps, which would hold guest memory, and bounds the number of descriptors. Threads
+/// are not bounded: `RLIMIT_NPROC` counts all processes of a user.
 ///
 /// # Errors
 /// The kernel refuses it.
@@ -90,8 +92,8 @@ pub fn limit_resources() -> io::Result<()> {
     Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
-/// Has each thread of this process give up all capabilities but `keep` (bits by number), the right to get others by running a
-/// program, and access to files that `ruleset` does not give.
+/// Has each thread of this process give up all capabilities but `keep` (bits by number), the right
+/// to get others by running a program, and access to files that `ruleset` does not give.
 ///
 /// # Errors
 /// A thread could not, or does not answer a signal.
@@ -120,7 +122,8 @@ pub fn drop_in_each_thread(keep: u64, ruleset: Option<&OwnedFd>) -> io::Result<(
     }
 }
 
-/// Sends `signal` to all other threads, until there is none that has not had it, and waits for each.
+/// Sends `signal` to all other threads, until there is none that has not had it, and waits for
+/// each.
 fn ask_others(signal: libc::c_int) -> io::Result<()> {
     let process = rustix::process::getpid().as_raw_nonzero().get();
     let mut asked = BTreeSet::from([rustix::thread::gettid().as_raw_nonzero().get()]);
@@ -173,9 +176,11 @@ fn threads() -> io::Result<BTreeSet<i32>> {
     Ok(threads)
 }
 
-/// Whether it is a thread that the kernel runs for this process, as KVM's that splits large pages: it takes no signals.
+/// Whether it is a thread that the kernel runs for this process, as KVM's that splits large pages:
+/// it takes no signals.
 fn is_of_the_kernel(task: &Path) -> bool {
-    // The ninth field, the seventh behind the name in parentheses (proc_pid_stat(5)). Without it the thread has ended.
+    // The ninth field, the seventh behind the name in parentheses (proc_pid_stat(5)). Without it
+    // the thread has ended.
     let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
     let flags = stat
         .rsplit_once(')')
@@ -185,8 +190,8 @@ fn is_of_the_kernel(task: &Path) -> bool {
 }
 
 fn handle(signal: libc::c_int, handler: usize) -> io::Result<()> {
-    // SAFETY: an all-zero sigaction is valid; the handler is a function that takes a signal's number and calls only what
-    // is safe in one, or SIG_IGN.
+    // SAFETY: an all-zero sigaction is valid; the handler is a function that takes a signal's
+    // number and calls only what is safe in one, or SIG_IGN.
     let failed = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler;
@@ -210,7 +215,8 @@ extern "C" fn on_signal(_signal: libc::c_int) {
     DONE.fetch_add(1, Ordering::SeqCst);
 }
 
-/// What one thread does. System calls only: it may be a handler of a signal. An error is an `errno`.
+/// What one thread does. System calls only: it may be a handler of a signal. An error is an
+/// `errno`.
 fn give_up() -> Result<(), i32> {
     // SAFETY: numbers only; the last argument of each is not used (prctl(2)).
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
@@ -220,7 +226,8 @@ fn give_up() -> Result<(), i32> {
     }
     let ruleset = RULESET.load(Ordering::SeqCst);
     if ruleset != NO_RULESET {
-        // SAFETY: numbers only; the descriptor is open, as the caller of `drop_in_each_thread` waits (landlock(7)).
+        // SAFETY: numbers only; the descriptor is open, as the caller of `drop_in_each_thread`
+        // waits (landlock(7)).
         check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0) })?;
     }
     Ok(())
@@ -242,7 +249,8 @@ fn drop_capabilities(keep: u64) -> Result<(), i32> {
         pid: 0,
     };
     let mut data = [CapabilityData::default(); 2];
-    // SAFETY: the header says that there are two parts of data, which the kernel writes (capget(2)).
+    // SAFETY: the header says that there are two parts of data, which the kernel writes
+    // (capget(2)).
     check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) })?;
     for (index, part) in data.iter_mut().enumerate() {
         let keep = (keep >> (32 * index)) as u32;

@@ -1,7 +1,8 @@
-//! What a person is told of a system call that the filter refused, before the process ends by `SIGSYS`.
+//! What a person is told of a system call that the filter refused, before the process ends by
+//! `SIGSYS`.
 //!
-//! The handler runs on the thread that made the call, wherever that was: it calls nothing but what signal-safety(7) allows,
-//! and nothing that the filter refuses.
+//! The handler runs on the thread that made the call, wherever that was: it calls nothing but what
+//! signal-safety(7) allows, and nothing that the filter refuses.
 
 use std::ffi::CStr;
 use std::sync::Once;
@@ -32,8 +33,8 @@ pub fn watch() -> std::io::Result<()> {
     static ONCE: Once = Once::new();
     let mut result = Ok(());
     ONCE.call_once(|| {
-        // SAFETY: an all-zero sigaction is valid, and the handler is of the kind that SA_SIGINFO says; it calls nothing
-        // but what is safe in one.
+        // SAFETY: an all-zero sigaction is valid, and the handler is of the kind that SA_SIGINFO
+        // says; it calls nothing but what is safe in one.
         let failed = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_refusal as *const () as usize;
@@ -53,14 +54,14 @@ extern "C" fn on_refusal(
     _context: *const libc::c_void,
 ) {
     terminal::restore();
-    // SAFETY: the kernel hands a whole siginfo_t, at least as large as `Refused` and aligned as it is; its last part is
-    // read only where a filter raised the signal, which is when it was filled.
+    // SAFETY: the kernel hands a whole siginfo_t, at least as large as `Refused` and aligned as it
+    // is; its last part is read only where a filter raised the signal, which is when it was filled.
     let (code, call) = unsafe { ((*info).si_code, (*info.cast::<Refused>()).call) };
     if code == SYS_SECCOMP {
         tell(call);
     }
-    // SAFETY: both calls are async-signal-safe. The signal is blocked while its handler runs, so that it takes its default
-    // effect when the handler returns.
+    // SAFETY: both calls are async-signal-safe. The signal is blocked while its handler runs, so
+    // that it takes its default effect when the handler returns.
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);
@@ -83,7 +84,8 @@ fn tell(call: libc::c_int) {
     line.add(b" to the thread ");
     line.add(CStr::from_bytes_until_nul(&thread).map_or(b"", CStr::to_bytes));
     line.add(b": the process ends; --sandbox log tells of such calls and lets them be\n");
-    // SAFETY: the buffer is as long as is said. Where standard error takes nothing there is nobody to be told.
+    // SAFETY: the buffer is as long as is said. Where standard error takes nothing there is nobody
+    // to be told.
     unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.length) };
 }
 

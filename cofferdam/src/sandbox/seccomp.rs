@@ -7,13 +7,14 @@
 //! | vCPU | a vCPU's thread, on top | sockets that others could reach, locks and terminals end the process |
 //! | service | the service and the guests that it starts | what nobody of ours does ends the process |
 //!
-//! The kernel asks all filters that a thread has, and does the strictest of what they say. A call that may be made with any
-//! arguments is found in a table of the kernel's without running them; `KVM_RUN`, an `ioctl`, runs them at every exit, and
-//! is the first that is looked for.
+//! The kernel asks all filters that a thread has, and does the strictest of what they say. A call
+//! that may be made with any arguments is found in a table of the kernel's without running them;
+//! `KVM_RUN`, an `ioctl`, runs them at every exit, and is the first that is looked for.
 //!
-//! A refused call raises `SIGSYS`, which ends the process with a line that names it ([`super::refusal`]): a process that
-//! makes such a call is not ours any more, or our list has a hole that somebody has to hear of. Neither is helped by an
-//! error that the caller may not look at.
+//! A refused call raises `SIGSYS`, which ends the process with a line that names it
+//! ([`super::refusal`]): a process that makes such a call is not ours any more, or our list has a
+//! hole that somebody has to hear of. Neither is helped by an error that the caller may not look
+//! at.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -84,7 +85,8 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// Those of a VM's process or a device host: of this very process, for it may send signals to itself only.
+    /// Those of a VM's process or a device host: of this very process, for it may send signals to
+    /// itself only.
     ///
     /// # Errors
     /// They cannot be compiled.
@@ -153,7 +155,8 @@ fn absent(calls: &[Call]) -> Result<Program, Error> {
     Program::new(rules.collect(), SeccompAction::Allow, error)
 }
 
-/// A condition on the low half of argument `index`, which is all that the kernel looks at in an `int`.
+/// A condition on the low half of argument `index`, which is all that the kernel looks at in an
+/// `int`.
 fn low(index: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
 }
@@ -188,7 +191,8 @@ const TUNSETIFF: u64 = 0x4004_54ca;
 /// `TCGETS2` and the three `TCSETS2` of asm-generic/ioctls.h, which newer C libraries use.
 const TERMIOS2: [u64; 4] = [0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d];
 
-/// Requests to descriptors, terminals and TAPs: among those of terminals not `TIOCSTI`, which types for the user.
+/// Requests to descriptors, terminals and TAPs: among those of terminals not `TIOCSTI`, which types
+/// for the user.
 const REQUESTS: [u64; 11] = [
     libc::FIONBIO,
     libc::FIOCLEX,

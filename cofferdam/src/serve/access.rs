@@ -1,7 +1,7 @@
 //! Who may do what: the role of who asks, by the peer of the unix socket or by a token over TCP.
 //!
-//! A token is sent with each request (`Authorization: Bearer …`). There are no cookies: a browser adds nothing on its
-//! own to a request that another site's page has it make.
+//! A token is sent with each request (`Authorization: Bearer …`). There are no cookies: a browser
+//! adds nothing on its own to a request that another site's page has it make.
 
 use std::sync::Arc;
 

@@ -114,7 +114,8 @@ pub fn document() -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// What answers mean by their status, where nothing else is said: each needs a description (OpenAPI 3.1.0, 4.8.17).
+/// What answers mean by their status, where nothing else is said: each needs a description (OpenAPI
+/// 3.1.0, 4.8.17).
 fn described(status: &str) -> &'static str {
     match status {
         "201" => "It was made.",

@@ -1,4 +1,5 @@
-//! Requests to VM processes and device hosts. They are waited for in threads of their own, of which there are not many.
+//! Requests to VM processes and device hosts. They are waited for in threads of their own, of which
+//! there are not many.
 
 use std::sync::Arc;
 

@@ -74,15 +74,16 @@ pub struct CodeFaultSpec {
     kind: Kind,
     /// Where in it, in bytes from its start; where the seed says when not given.
     offset: Option<u64>,
-    /// Into which calls of an isolated function: `"once"`, the first that comes to it, which it is when not given, `"always"`,
-    /// `{"nth": N}` or `{"chance": MILLIONTHS}`.
+    /// Into which calls of an isolated function: `"once"`, the first that comes to it, which it is
+    /// when not given, `"always"`, `{"nth": N}` or `{"chance": MILLIONTHS}`.
     #[serde(default = "once")]
     #[schema(value_type = Object)]
     when: When,
     /// What chooses among places and ways, and by chance; 1 when not given.
     #[serde(default = "first_seed")]
     seed: u64,
-    /// Where the module is not isolated, change the guest's own text: nothing takes back what that breaks.
+    /// Where the module is not isolated, change the guest's own text: nothing takes back what that
+    /// breaks.
     #[serde(default)]
     own_text: bool,
 }
@@ -95,8 +96,8 @@ fn first_seed() -> u64 {
     1
 }
 
-/// Change one instruction of a driver: for calls of an isolated function in the domain's copy, else in the guest's own text, if that
-/// is asked for.
+/// Change one instruction of a driver: for calls of an isolated function in the domain's copy, else
+/// in the guest's own text, if that is asked for.
 #[utoipa::path(post, path = "/v1/guests/{name}/modules/{module}/code-faults", tag = "isolation",
     params(("name" = String, Path), ("module" = String, Path)), request_body = CodeFaultSpec,
     responses((status = 200, body = Object), (status = 202, body = JobView)))]

@@ -40,7 +40,8 @@ const MAX_HEADERS: usize = 64;
 /// How long to wait before accepting again when the process has no descriptors left.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections of `peers` for ever, each of which has `client_time` for each part of a request.
+/// Accepts connections of `peers` for ever, each of which has `client_time` for each part of a
+/// request.
 pub async fn accept(
     listener: &UnixListener,
     router: Router,

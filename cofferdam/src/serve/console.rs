@@ -1,7 +1,8 @@
 //! A guest's console: what it prints, as a stream, and what is typed into it.
 //!
-//! The guest's process keeps the last of what was printed. Each reader has a connection of its own to it and says from which byte
-//! on it reads: the service keeps nothing, and a reader that takes nothing holds up itself alone.
+//! The guest's process keeps the last of what was printed. Each reader has a connection of its own
+//! to it and says from which byte on it reads: the service keeps nothing, and a reader that takes
+//! nothing holds up itself alone.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -30,7 +31,8 @@ use crate::control::protocol::{
 use crate::options::VmName;
 use crate::runtime_dir::RunningVm;
 
-/// Readers of one guest's console: each takes one of the connections that the guest's process serves at one time.
+/// Readers of one guest's console: each takes one of the connections that the guest's process
+/// serves at one time.
 const MAX_READERS: usize = 4;
 
 /// Readers of all consoles.
@@ -93,7 +95,8 @@ impl Drop for Reading {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ConsoleOptions {
-    /// Go on with what the guest prints from now on, until it ends; otherwise only what is kept is answered.
+    /// Go on with what the guest prints from now on, until it ends; otherwise only what is kept is
+    /// answered.
     #[serde(default = "yes")]
     #[param(required = false)]
     follow: bool,
@@ -103,8 +106,8 @@ fn yes() -> bool {
     true
 }
 
-/// Read what a guest prints on its console: the last 64 KiB, and what it prints from then on. A reader that is farther behind is
-/// ended.
+/// Read what a guest prints on its console: the last 64 KiB, and what it prints from then on. A
+/// reader that is farther behind is ended.
 #[utoipa::path(get, path = "/v1/guests/{name}/console", tag = "guests", params(("name" = String, Path), ConsoleOptions),
     responses((status = 200, body = String, content_type = "application/octet-stream",
         description = "What it printed, byte by byte")))]
@@ -138,7 +141,8 @@ pub async fn read_console(
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Typed {
-    /// It, 1 to 4096 bytes of UTF-8, keys that are no letters as a terminal sends them: `\r` for Enter.
+    /// It, 1 to 4096 bytes of UTF-8, keys that are no letters as a terminal sends them: `\r` for
+    /// Enter.
     #[schema(min_length = 1, max_length = 4096)]
     text: String,
 }
@@ -247,7 +251,8 @@ impl Console {
     }
 }
 
-/// The next part of a stream, and what comes after it: none at its end. A stream that breaks off is not whole, as its reader sees.
+/// The next part of a stream, and what comes after it: none at its end. A stream that breaks off is
+/// not whole, as its reader sees.
 async fn go_on(
     state: Option<(Console, Option<ConsoleOutput>)>,
 ) -> Option<(

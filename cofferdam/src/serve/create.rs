@@ -1,7 +1,9 @@
-//! A guest is made: by `cofferdam run`, in a process of its own that the service may outlive or not.
+//! A guest is made: by `cofferdam run`, in a process of its own that the service may outlive or
+//! not.
 //!
-//! Which guest a name is of is asked of the process that has the name: the words that it was started with. So that there
-//! is nothing to keep, and asking again for the same guest finds the one that is there, whoever asked first.
+//! Which guest a name is of is asked of the process that has the name: the words that it was
+//! started with. So that there is nothing to keep, and asking again for the same guest finds the
+//! one that is there, whoever asked first.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -38,7 +40,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(2);
 /// Most of what a guest's process said that is read, from the end, in bytes.
 const MAX_SAID_BYTES: u64 = 4096;
 
-/// Make a guest, and wait until it runs. If it is there already, and of the same spec, nothing is done.
+/// Make a guest, and wait until it runs. If it is there already, and of the same spec, nothing is
+/// done.
 #[utoipa::path(post, path = "/v1/guests", tag = "guests", request_body = GuestSpec,
     responses((status = 201, body = Status, description = "It was made"),
         (status = 200, body = Status, description = "It is there already")))]
@@ -146,8 +149,8 @@ fn is_of(vm: &RunningVm, spec: &Checked) -> Result<(), Problem> {
     Err(Problem::new(Code::OtherSpec, detail))
 }
 
-/// Where a guest's process says what is wrong. Nobody else sees it, and it is gone with the process; a pipe would end
-/// with the service.
+/// Where a guest's process says what is wrong. Nobody else sees it, and it is gone with the
+/// process; a pipe would end with the service.
 fn said_file(app: &App) -> Result<File, Problem> {
     crate::runtime_dir::create_dir(app.root.path())
         .and_then(|()| tempfile::tempfile_in(app.root.path()))
@@ -166,7 +169,8 @@ fn start(app: &App, spec: &Checked, said: &File) -> Result<Child, Problem> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(said.try_clone().map_err(internal)?);
-    // SAFETY: `setsid` is a plain system call, which may be made between fork and exec (signal-safety(7)).
+    // SAFETY: `setsid` is a plain system call, which may be made between fork and exec
+    // (signal-safety(7)).
     unsafe {
         command.pre_exec(|| {
             // Signals of the service's terminal are not for the guest.

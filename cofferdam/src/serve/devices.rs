@@ -80,7 +80,8 @@ pub async fn get_device(
     }
 }
 
-/// Pass the turn at a device on: a record of the switch comes back, or who has the turn where it goes by time.
+/// Pass the turn at a device on: a record of the switch comes back, or who has the turn where it
+/// goes by time.
 #[utoipa::path(post, path = "/v1/devices/{name}/switch", tag = "devices", params(("name" = String, Path)),
     request_body = SwitchSpec, responses((status = 200, body = SwitchRecord)))]
 pub async fn switch_device(

@@ -18,11 +18,12 @@ use crate::options::VmName;
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DisturbanceSpec {
-    /// At which NIC: its number from 0 or its PCI address in the guest. May be left out where there is one.
+    /// At which NIC: its number from 0 or its PCI address in the guest. May be left out where there
+    /// is one.
     #[serde(default)]
     nic: Option<String>,
-    /// What, where and when: `kind`, and perhaps `direction`, `bar`, `offsets`, `width`, `when`, `seed`, `mask`, `value`,
-    /// `span`, as `cofferdam disturb` shows them with `--list --json`.
+    /// What, where and when: `kind`, and perhaps `direction`, `bar`, `offsets`, `width`, `when`,
+    /// `seed`, `mask`, `value`, `span`, as `cofferdam disturb` shows them with `--list --json`.
     #[schema(value_type = Object)]
     order: EdgeOrder,
 }

@@ -27,7 +27,8 @@ pub struct FaultSpec {
     /// Where in it, in bytes from its start: an instruction begins there.
     #[serde(default)]
     offset: Option<u64>,
-    /// What goes wrong: `null_dereference`, `undefined_instruction`, `division_by_zero`, `endless_loop` or `halt`.
+    /// What goes wrong: `null_dereference`, `undefined_instruction`, `division_by_zero`,
+    /// `endless_loop` or `halt`.
     #[serde(default = "null_dereference")]
     #[schema(value_type = String)]
     fault: FaultKind,

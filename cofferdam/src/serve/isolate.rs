@@ -82,7 +82,8 @@ pub struct RecoverySpec {
     /// Failed calls of one function in a row, after which the next rung is tried; at least 1.
     #[schema(minimum = 1)]
     failures_in_a_row: Option<u32>,
-    /// Whether the guest may be reset when the driver cannot be restarted: `no`, `boot` or `snapshot`.
+    /// Whether the guest may be reset when the driver cannot be restarted: `no`, `boot` or
+    /// `snapshot`.
     #[schema(value_type = String)]
     may_reset_guest: MayReset,
 }

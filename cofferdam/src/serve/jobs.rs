@@ -1,4 +1,5 @@
-//! Work that may take long: it goes on while nobody waits for it, and can be looked at and given up.
+//! Work that may take long: it goes on while nobody waits for it, and can be looked at and given
+//! up.
 
 use std::collections::VecDeque;
 use std::net::Shutdown;
@@ -27,7 +28,8 @@ use crate::options::VmName;
 /// Jobs under way at one time.
 pub const MAX_RUNNING: usize = 16;
 
-/// Those of one guest: each takes one of the connections that its process serves at one time, and others want to look at it meanwhile.
+/// Those of one guest: each takes one of the connections that its process serves at one time, and
+/// others want to look at it meanwhile.
 const MAX_OF_ONE: usize = 8;
 
 /// Jobs that have ended and can still be looked at; the oldest goes first.
@@ -133,9 +135,11 @@ impl Job {
         }
     }
 
-    /// Gives it up; whether that can be done. What has only just begun ends as soon as there is something to close.
+    /// Gives it up; whether that can be done. What has only just begun ends as soon as there is
+    /// something to close.
     fn give_up(&self) -> bool {
-        // Locked until it is known to be given up: a connection that is made meanwhile is closed too.
+        // Locked until it is known to be given up: a connection that is made meanwhile is closed
+        // too.
         let giving_up = self.giving_up();
         let GivingUp::Closing(connection) = &*giving_up else {
             return false;
@@ -244,7 +248,8 @@ impl Jobs {
         Ok(job)
     }
 
-    /// What is answered to who asked for a job: its result, or after a while where it can be looked at.
+    /// What is answered to who asked for a job: its result, or after a while where it can be looked
+    /// at.
     pub async fn answer(&self, job: Arc<Job>) -> Response {
         let mut state = job.state.subscribe();
         let ended = state.wait_for(|state| state.result.is_some());
@@ -276,7 +281,8 @@ fn random_id() -> Result<String, Problem> {
 }
 
 impl App {
-    /// Asks the guest `name` for something that may take long; `result` makes of the reply what is shown.
+    /// Asks the guest `name` for something that may take long; `result` makes of the reply what is
+    /// shown.
     pub async fn ask_long(
         &self,
         name: &VmName,

@@ -1,4 +1,5 @@
-//! The service: all guests and devices of a runtime folder over HTTP, on a unix socket and, with TLS, over TCP.
+//! The service: all guests and devices of a runtime folder over HTTP, on a unix socket and, with
+//! TLS, over TCP.
 //!
 //! ```text
 //!  curl ──HTTP/1.1──► service.sock    connection   one task each, bounded in number and time
@@ -9,9 +10,9 @@
 //!          NAME/control.sock  .devices/NAME/control.sock
 //! ```
 //!
-//! It stands in front of the sockets of VM processes and device hosts and keeps nothing that it cannot find again from
-//! the runtime folder: it may be killed and started anew at any time, and guests know nothing of it. Only jobs, which are
-//! requests under way, end with it.
+//! It stands in front of the sockets of VM processes and device hosts and keeps nothing that it
+//! cannot find again from the runtime folder: it may be killed and started anew at any time, and
+//! guests know nothing of it. Only jobs, which are requests under way, end with it.
 
 mod access;
 mod api;

@@ -89,7 +89,8 @@ impl Network {
         Ok(())
     }
 
-    /// Accepts connections for ever, each of which has `client_time` for its handshake and for each part of a request.
+    /// Accepts connections for ever, each of which has `client_time` for its handshake and for each
+    /// part of a request.
     ///
     /// # Errors
     /// There are no descriptors left.
@@ -136,8 +137,8 @@ impl Network {
     }
 }
 
-/// Has the kernel ask whether the other side is still there (tcp(7)): one that is gone without a word would keep its place, and that of
-/// a reader of a console on which nothing is printed.
+/// Has the kernel ask whether the other side is still there (tcp(7)): one that is gone without a
+/// word would keep its place, and that of a reader of a console on which nothing is printed.
 fn notice_the_end(stream: &TcpStream) -> rustix::io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, QUIET)?;

@@ -20,7 +20,8 @@ use crate::options::{NetOption, NetSpec, NicOption, PciAddress, VmName};
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlugSpec {
-    /// On a wire: `user`, `tap=NAME` or `unix=PATH[,listen]`, then perhaps `,nic=MODEL` and `,mac=ADDRESS`.
+    /// On a wire: `user`, `tap=NAME` or `unix=PATH[,listen]`, then perhaps `,nic=MODEL` and
+    /// `,mac=ADDRESS`.
     #[serde(default)]
     net: Option<String>,
     /// One that lives elsewhere: `device=NAME[,mac=ADDRESS]`, or `vfio=ADDRESS`.

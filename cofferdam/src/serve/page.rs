@@ -1,6 +1,8 @@
-//! The page for browsers: what there is, as it changes. Its files are in this program, and nothing else is loaded.
+//! The page for browsers: what there is, as it changes. Its files are in this program, and nothing
+//! else is loaded.
 //!
-//! It holds nothing of any guest, so that it is given without a token. It asks for one and keeps it in memory alone.
+//! It holds nothing of any guest, so that it is given without a token. It asks for one and keeps it
+//! in memory alone.
 
 use axum::http::HeaderValue;
 use axum::http::header::{

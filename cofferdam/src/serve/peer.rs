@@ -6,8 +6,8 @@
 //! | a member of the group of `--look-group` | look: GET and HEAD |
 //! | everybody else | nothing |
 //!
-//! The kernel says who they were when they connected (`SO_PEERCRED`, `SO_PEERGROUPS`, unix(7)). The socket's mode says the same; what is
-//! asked here holds also where somebody has changed it.
+//! The kernel says who they were when they connected (`SO_PEERCRED`, `SO_PEERGROUPS`, unix(7)). The
+//! socket's mode says the same; what is asked here holds also where somebody has changed it.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -74,7 +74,8 @@ impl Peers {
     }
 }
 
-/// The supplementary groups of the process that connected (`SO_PEERGROUPS` of asm-generic/socket.h, since Linux 4.13).
+/// The supplementary groups of the process that connected (`SO_PEERGROUPS` of asm-generic/socket.h,
+/// since Linux 4.13).
 fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
     let mut room = SOME_GROUPS;
     loop {
@@ -82,7 +83,8 @@ fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
         let bytes = room.saturating_mul(size_of::<u32>());
         let mut length = libc::socklen_t::try_from(bytes).map_err(io::Error::other)?;
         let socket = stream.as_fd().as_raw_fd();
-        // SAFETY: the socket is open, and the kernel writes no more bytes into the buffer than `length` says that it has.
+        // SAFETY: the socket is open, and the kernel writes no more bytes into the buffer than
+        // `length` says that it has.
         let failed = unsafe {
             libc::getsockopt(
                 socket,
@@ -133,8 +135,8 @@ fn number_in(list: &str, name: &str) -> Option<u32> {
     })
 }
 
-/// Lets members of `group` connect to the socket at `path`, and nobody else but its owner. A folder around it that is the owner's alone
-/// is opened for them to pass through.
+/// Lets members of `group` connect to the socket at `path`, and nobody else but its owner. A folder
+/// around it that is the owner's alone is opened for them to pass through.
 ///
 /// # Errors
 /// The group cannot be given the socket, or cannot get there.

@@ -13,9 +13,11 @@ use crate::error_text::one_line;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
-    /// The request cannot be read: no JSON, a name or an option that cannot be, a body that ends too soon.
+    /// The request cannot be read: no JSON, a name or an option that cannot be, a body that ends
+    /// too soon.
     Malformed,
-    /// The body is JSON and not what is wanted: another type, an unknown field, a value that cannot be.
+    /// The body is JSON and not what is wanted: another type, an unknown field, a value that cannot
+    /// be.
     WrongValues,
     /// The body is not said to be JSON.
     WrongType,

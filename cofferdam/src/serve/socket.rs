@@ -25,7 +25,8 @@ impl Socket {
     /// Makes the socket at `path`, for its owner alone.
     ///
     /// # Errors
-    /// Another service answers there, the path is something else's, or the folder is not this user's to write.
+    /// Another service answers there, the path is something else's, or the folder is not this
+    /// user's to write.
     pub fn bind(path: &Path) -> anyhow::Result<Self> {
         let path = std::path::absolute(path)
             .with_context(|| format!("cannot name the socket {}", path.display()))?;
@@ -36,7 +37,8 @@ impl Socket {
         );
         let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
         create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // Looking and taking are one step: two services that start at once do not take it from each other.
+        // Looking and taking are one step: two services that start at once do not take it from each
+        // other.
         let _lock = lock_folder(&folder)?;
         clear_stale(&path)?;
         let cannot = || format!("cannot make the socket {}", path.display());

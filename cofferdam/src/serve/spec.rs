@@ -14,7 +14,8 @@ use crate::run::MAX_VCPUS;
 /// Guest memory where nobody says.
 const DEFAULT_MEMORY: &str = "256M";
 
-/// What a guest is made of: options of `cofferdam run`, of the same names and in the same words. Paths are absolute.
+/// What a guest is made of: options of `cofferdam run`, of the same names and in the same words.
+/// Paths are absolute.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuestSpec {
@@ -31,7 +32,8 @@ pub struct GuestSpec {
     append: Vec<String>,
     /// Disk images: `PATH` or `PATH,ro`.
     disk: Vec<String>,
-    /// NICs on wires: `user`, `tap=NAME` or `unix=PATH[,listen]`, then perhaps `,nic=MODEL` and `,mac=ADDRESS`.
+    /// NICs on wires: `user`, `tap=NAME` or `unix=PATH[,listen]`, then perhaps `,nic=MODEL` and
+    /// `,mac=ADDRESS`.
     net: Vec<String>,
     /// Which NIC those are, `device=NAME[,mac=ADDRESS]`, or `vfio=ADDRESS`.
     nic: Vec<String>,
@@ -43,8 +45,8 @@ pub struct GuestSpec {
     large_pages: bool,
     /// Number of vCPUs; 1 when not given.
     vcpus: Option<u8>,
-    /// Serial console: `control`, `file=PATH` or `unix=PATH`; `control` when not given. Only into that one can be typed at
-    /// `/v1/guests/{name}/console`; it is read there whatever it is.
+    /// Serial console: `control`, `file=PATH` or `unix=PATH`; `control` when not given. Only into
+    /// that one can be typed at `/v1/guests/{name}/console`; it is read there whatever it is.
     serial: Option<String>,
     /// End when the guest reboots, instead of rebooting it.
     no_reboot: bool,
@@ -52,8 +54,8 @@ pub struct GuestSpec {
     snapshot: Option<String>,
     /// With `snapshot`: begin before the memory is there.
     lazy: bool,
-    /// Folders that its process may read and write in, and in no other but the runtime folder; all but the system's when not
-    /// given.
+    /// Folders that its process may read and write in, and in no other but the runtime folder; all
+    /// but the system's when not given.
     allow_dir: Vec<String>,
 }
 

@@ -13,7 +13,8 @@ use super::problem::Problem;
 use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 
-/// Have a driver suspend its devices with its own function, and leave them so. The module need not be isolated.
+/// Have a driver suspend its devices with its own function, and leave them so. The module need not
+/// be isolated.
 #[utoipa::path(post, path = "/v1/guests/{name}/modules/{module}/suspend-device", tag = "isolation",
     params(("name" = String, Path), ("module" = String, Path)),
     responses((status = 200, body = Object), (status = 202, body = JobView)))]
@@ -32,7 +33,8 @@ pub async fn suspend_device(
     Ok(app.jobs.answer(job).await)
 }
 
-/// Have a driver resume its devices if they are suspended, else suspend and resume them, with its own functions.
+/// Have a driver resume its devices if they are suspended, else suspend and resume them, with its
+/// own functions.
 #[utoipa::path(post, path = "/v1/guests/{name}/modules/{module}/resume-device", tag = "isolation",
     params(("name" = String, Path), ("module" = String, Path)),
     responses((status = 200, body = Object), (status = 202, body = JobView)))]

@@ -59,7 +59,8 @@ impl Certificate {
         })
     }
 
-    /// A new one, which nobody but itself has signed, for this host as `address`. It is kept in memory alone.
+    /// A new one, which nobody but itself has signed, for this host as `address`. It is kept in
+    /// memory alone.
     ///
     /// # Errors
     /// There are no random numbers.

@@ -1,7 +1,8 @@
 //! Tokens by which those who ask over TCP are known.
 //!
-//! A file has one a line, with its role: `look TOKEN` or `do TOKEN`. Of the tokens only SHA-256 hashes are kept, which
-//! are compared in a time that does not depend on where they differ. None is ever in an error or the log.
+//! A file has one a line, with its role: `look TOKEN` or `do TOKEN`. Of the tokens only SHA-256
+//! hashes are kept, which are compared in a time that does not depend on where they differ. None is
+//! ever in an error or the log.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -41,7 +42,8 @@ impl Tokens {
     /// Reads a file of tokens.
     ///
     /// # Errors
-    /// Others may read it or have made it, or it is not what it should be; which line, and nothing of what is there.
+    /// Others may read it or have made it, or it is not what it should be; which line, and nothing
+    /// of what is there.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = private_file(path, MAX_FILE_BYTES, OTHERS).and_then(|bytes| {
             String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("it is no text"))
@@ -132,7 +134,8 @@ pub fn new_line(role: Role) -> anyhow::Result<String> {
     ))
 }
 
-/// Reads a file with a secret in it: one of this user or root, that lets nobody do what is in `closed` of its mode.
+/// Reads a file with a secret in it: one of this user or root, that lets nobody do what is in
+/// `closed` of its mode.
 ///
 /// # Errors
 /// It is not such a file, or has more than `most` bytes.

@@ -29,15 +29,17 @@ const MAX_SECONDS: u64 = 60;
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpgradeSpec {
-    /// The new module, built for the guest's kernel and not compressed: its absolute path on the service's host.
+    /// The new module, built for the guest's kernel and not compressed: its absolute path on the
+    /// service's host.
     file: String,
-    /// How long the new driver may take until its interfaces are as they were, in seconds, 1 to 60; 30 when not given.
+    /// How long the new driver may take until its interfaces are as they were, in seconds, 1 to 60;
+    /// 30 when not given.
     #[schema(minimum = 1, maximum = 60)]
     limit_s: Option<u64>,
 }
 
-/// Put another build of a driver in the place of the one that runs; the old one is put back if the new one fails. The result says
-/// which one runs, also where that is the old one.
+/// Put another build of a driver in the place of the one that runs; the old one is put back if the
+/// new one fails. The result says which one runs, also where that is the old one.
 #[utoipa::path(post, path = "/v1/guests/{name}/modules/{module}/upgrade", tag = "isolation",
     params(("name" = String, Path), ("module" = String, Path)), request_body = UpgradeSpec,
     responses((status = 200, body = Object), (status = 202, body = JobView)))]

@@ -1,5 +1,5 @@
-//! A sweep in VMs of this process's own: one module after the other, each from the same warm state, with all of its functions
-//! isolated.
+//! A sweep in VMs of this process's own: one module after the other, each from the same warm state,
+//! with all of its functions isolated.
 
 mod vm;
 
@@ -33,7 +33,8 @@ const MAX_LOST: u32 = 8;
 /// Sweeps the modules that the file does not have yet. `each` is told of each.
 ///
 /// # Errors
-/// A guest cannot be made ready; the file is another sweep's, or cannot be written: what was made is in it.
+/// A guest cannot be made ready; the file is another sweep's, or cannot be written: what was made
+/// is in it.
 pub fn run(
     options: &SweepOptions,
     progress: &mut dyn FnMut(&str),

@@ -33,8 +33,8 @@ const ISOLATED: &str = "isolated";
 
 /// How long the work may take natively.
 const FIRST_TIME: Duration = Duration::from_secs(120);
-/// How many times as long it may take isolated, and how much longer: the first call of each function makes its domain ready, and
-/// a lab is not always as fast.
+/// How many times as long it may take isolated, and how much longer: the first call of each
+/// function makes its domain ready, and a lab is not always as fast.
 const TIMES: u32 = 10;
 const LONGER: Duration = Duration::from_secs(60);
 
@@ -109,7 +109,8 @@ impl Vm {
         self.lives
     }
 
-    /// Sweeps a module, with a fault in at most so many of its functions. A VM that does not do what it is asked for is lost.
+    /// Sweeps a module, with a fault in at most so many of its functions. A VM that does not do
+    /// what it is asked for is lost.
     pub fn sweep(&mut self, case: &Case, faults: u32) -> Record {
         let begun = Instant::now();
         let mut record = Record {
@@ -198,7 +199,8 @@ impl Vm {
     fn load(&mut self, work: &Workload) -> anyhow::Result<()> {
         for module in work.modules.iter().filter(|module| **module != work.driver) {
             match self.insert(module, "") {
-                // Another kernel may have it built in. Where it is missing the work does not end well.
+                // Another kernel may have it built in. Where it is missing the work does not end
+                // well.
                 Err(error) if format!("{error:#}").contains(NO_MODULE) => {}
                 inserted => inserted?,
             }
@@ -349,7 +351,8 @@ impl Vm {
         Ok(fault)
     }
 
-    /// Where a fault goes: in the middle of the function, or where calls do not come there, at its begin.
+    /// Where a fault goes: in the middle of the function, or where calls do not come there, at its
+    /// begin.
     fn offsets(&mut self, work: &Workload, function: &str) -> anyhow::Result<Vec<u64>> {
         let request = Request::Instructions {
             module: loaded_name(&work.driver),
@@ -431,7 +434,8 @@ impl Vm {
         Ok(())
     }
 
-    /// What calls did wrong since then (`CLOCK_MONOTONIC`), each once; also of a driver that was restarted for it.
+    /// What calls did wrong since then (`CLOCK_MONOTONIC`), each once; also of a driver that was
+    /// restarted for it.
     fn violations(&mut self, module: &str, since_ns: u64) -> anyhow::Result<Vec<String>> {
         let module = loaded_name(module);
         let Reply::Violations { all, texts, .. } =

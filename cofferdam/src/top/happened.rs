@@ -1,7 +1,7 @@
 //! What happened between two readings of a guest, and the list of it.
 //!
-//! What happens again and again (a call that fails a thousand times a second) is one entry, which says how often and when
-//! last; so a guest cannot push out what others did.
+//! What happens again and again (a call that fails a thousand times a second) is one entry, which
+//! says how often and when last; so a guest cannot push out what others did.
 
 use std::collections::VecDeque;
 
@@ -68,8 +68,8 @@ impl Log {
     }
 }
 
-/// Adds to `log` what happened to `who` from one reading to the next. Of the first reading that is what was done wrong
-/// before.
+/// Adds to `log` what happened to `who` from one reading to the next. Of the first reading that is
+/// what was done wrong before.
 pub fn compare(log: &mut Log, who: &str, before: Option<&Guest>, now: &Guest) {
     let at_ns = now.at_ns;
     if let Some(before) = before {

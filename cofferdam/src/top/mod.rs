@@ -7,8 +7,9 @@
 //! signals (thread) ── end, stop, go on ──────────────┘
 //! ```
 //!
-//! A process that does not answer holds up its own poller and nothing else. All text that comes from a guest or another
-//! process is cleaned where a [`reading`] is made of it: what is behind that has no control characters.
+//! A process that does not answer holds up its own poller and nothing else. All text that comes
+//! from a guest or another process is cleaned where a [`reading`] is made of it: what is behind
+//! that has no control characters.
 
 mod happened;
 mod input;

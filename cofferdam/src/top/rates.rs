@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 const SECOND_NS: u128 = 1_000_000_000;
 
-/// How often per second a counter went up between two readings that are `elapsed_ns` apart. `None` where it went back, as
-/// it does when what counts begins anew, or no time went by.
+/// How often per second a counter went up between two readings that are `elapsed_ns` apart. `None`
+/// where it went back, as it does when what counts begins anew, or no time went by.
 pub fn per_second(before: u64, now: u64, elapsed_ns: u64) -> Option<u64> {
     let more = u128::from(now.checked_sub(before)?);
     let per_second = (more * SECOND_NS).checked_div(u128::from(elapsed_ns))?;
     Some(u64::try_from(per_second).unwrap_or(u64::MAX))
 }
 
-/// The same for all counters of one kind together. Those that went back, or are in one reading only, are left out;
-/// `None` where that is all of them.
+/// The same for all counters of one kind together. Those that went back, or are in one reading
+/// only, are left out; `None` where that is all of them.
 pub fn all_per_second(
     before: &BTreeMap<String, u64>,
     now: &BTreeMap<String, u64>,

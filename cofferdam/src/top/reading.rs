@@ -11,7 +11,8 @@ use crate::control::protocol::{NicStatus, Status, VmState};
 use crate::device::protocol::{ContextStatus, HostStatus};
 use crate::words::switched;
 
-/// Most things of one kind that are kept of a process: exits by reason, NICs, modules, functions, contexts.
+/// Most things of one kind that are kept of a process: exits by reason, NICs, modules, functions,
+/// contexts.
 const MOST: usize = 256;
 /// Last switches of a device host that are kept.
 const MOST_SWITCHES: usize = 8;

@@ -1,4 +1,5 @@
-//! The terminal, with a screen of its own while this runs; put back when it ends, panics or is stopped.
+//! The terminal, with a screen of its own while this runs; put back when it ends, panics or is
+//! stopped.
 
 use std::io::stdout;
 
@@ -43,7 +44,8 @@ impl Screen {
     pub fn enter(&mut self) -> std::io::Result<()> {
         enable_raw_mode()?;
         execute!(stdout(), EnterAlternateScreen)?;
-        // Drawn anew as a whole. `Terminal::clear` would ask the terminal where its cursor is and wait for what it says.
+        // Drawn anew as a whole. `Terminal::clear` would ask the terminal where its cursor is and
+        // wait for what it says.
         let area = self.0.get_frame().area();
         self.0.resize(area)
     }

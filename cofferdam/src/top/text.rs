@@ -5,8 +5,9 @@ use ratatui::text::Span;
 /// Longest text that is kept of others, in characters.
 pub const MAX_CHARS: usize = 1000;
 
-/// `text` without what a terminal would obey or could not show: control characters, and those that turn the direction of
-/// writing or are not seen. Line ends and tabs become spaces. What is longer than [`MAX_CHARS`] is cut off.
+/// `text` without what a terminal would obey or could not show: control characters, and those that
+/// turn the direction of writing or are not seen. Line ends and tabs become spaces. What is longer
+/// than [`MAX_CHARS`] is cut off.
 pub fn clean(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_whitespace() { ' ' } else { c })
@@ -56,7 +57,8 @@ fn first_columns(text: &str, columns: usize) -> &str {
     text
 }
 
-/// `text` in lines of as many columns at most (at least 8), broken between words where that is possible.
+/// `text` in lines of as many columns at most (at least 8), broken between words where that is
+/// possible.
 pub fn wrap(text: &str, columns: usize) -> Vec<String> {
     let columns = columns.max(8);
     let mut lines = Vec::new();

@@ -1,6 +1,7 @@
 //! The module's file that is to be tried, and what it says of itself.
 //!
-//! It may be anything: it is bounded, and what is wrong with it is said before a guest is booted for it.
+//! It may be anything: it is bounded, and what is wrong with it is said before a guest is booted
+//! for it.
 
 use std::path::{Path, PathBuf};
 
@@ -84,10 +85,12 @@ impl Candidate {
         words.next().unwrap_or_default()
     }
 
-    /// Whether the kernel of `image` takes it, as far as that can be told from the image's own modules.
+    /// Whether the kernel of `image` takes it, as far as that can be told from the image's own
+    /// modules.
     ///
     /// # Errors
-    /// It was built for a kernel with other properties, or an own module of the image cannot be read.
+    /// It was built for a kernel with other properties, or an own module of the image cannot be
+    /// read.
     pub fn fits(&self, image: &BuiltImage) -> anyhow::Result<()> {
         let Some(name) = image.modules().next() else {
             return Ok(());
@@ -110,7 +113,8 @@ impl Candidate {
     }
 }
 
-/// `modules.dep` with the module `name` in it, at `path`, before any other of its name: what it depends on is loaded with it.
+/// `modules.dep` with the module `name` in it, at `path`, before any other of its name: what it
+/// depends on is loaded with it.
 ///
 /// # Errors
 /// The names of those that are not there.

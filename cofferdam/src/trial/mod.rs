@@ -1,4 +1,5 @@
-//! A module's file tried in a guest of its own: booted for it, inserted, isolated, asked to do something, looked at.
+//! A module's file tried in a guest of its own: booted for it, inserted, isolated, asked to do
+//! something, looked at.
 //!
 //! ```text
 //!   FILE.ko ─► candidate ─► image that fits ─► VM ─► insert ─► isolate ─► command ─► report
@@ -8,8 +9,9 @@
 //!                                                                            └─ calls, commits, failures
 //! ```
 //!
-//! The module is put where `depmod` would have put it, so that what it needs is loaded with it and it can be restarted by its
-//! name. The file, the guest and what they say are hostile: what is printed of them is cleaned and bounded.
+//! The module is put where `depmod` would have put it, so that what it needs is loaded with it and
+//! it can be restarted by its name. The file, the guest and what they say are hostile: what is
+//! printed of them is cleaned and bounded.
 
 pub mod candidate;
 mod process;
@@ -61,7 +63,8 @@ pub struct Trial {
 /// Tries the module in a guest that is up.
 ///
 /// # Errors
-/// A line that says what the guest's kernel or the isolation of functions did not take, and what to do.
+/// A line that says what the guest's kernel or the isolation of functions did not take, and what to
+/// do.
 pub fn run(
     vm: &mut TrialVm,
     candidate: &Candidate,
@@ -153,7 +156,8 @@ fn insert(vm: &mut TrialVm, candidate: &Candidate, params: &str) -> anyhow::Resu
     Err(refused(module, &error, &said.unwrap_or_default()))
 }
 
-/// Why the guest's kernel did not take a module, by its error number and its last words, and what to do.
+/// Why the guest's kernel did not take a module, by its error number and its last words, and what
+/// to do.
 fn refused(module: &str, error: &ClientError, said: &[KmsgRecord]) -> anyhow::Error {
     let begin = format!("{module}:");
     let about = |record: &&KmsgRecord| record.text.starts_with(&begin);

@@ -174,7 +174,8 @@ impl Drop for TrialVm {
     }
 }
 
-/// Waits for signals in a thread: one that asks for the end ends the VM `pid`, removes `folder`, and ends this process.
+/// Waits for signals in a thread: one that asks for the end ends the VM `pid`, removes `folder`,
+/// and ends this process.
 fn end_on_signals(signals: Signals, pid: u32, folder: PathBuf) -> anyhow::Result<()> {
     let process = Process::open(pid).context("cannot watch the guest's VM")?;
     let wait = move || {

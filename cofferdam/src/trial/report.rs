@@ -15,7 +15,8 @@ use crate::words::counted;
 /// Most violations that a person is shown.
 const MAX_SHOWN: usize = 8;
 
-/// Exit status when a call was taken back, the driver is not isolated any more, or the guest has panicked.
+/// Exit status when a call was taken back, the driver is not isolated any more, or the guest has
+/// panicked.
 const TAKEN_BACK: u8 = 3;
 /// Exit status when only the command in the guest has failed.
 const COMMAND_FAILED: u8 = 4;

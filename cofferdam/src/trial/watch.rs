@@ -1,5 +1,5 @@
-//! Looks at a guest while its command runs: when its kernel panics nobody answers any more, and what became of the module's
-//! calls until then is all that there will be.
+//! Looks at a guest while its command runs: when its kernel panics nobody answers any more, and
+//! what became of the module's calls until then is all that there will be.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,7 +34,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Looks at a VM from now on. One whose guest has panicked and says nothing more is ended, after a last look.
+    /// Looks at a VM from now on. One whose guest has panicked and says nothing more is ended,
+    /// after a last look.
     pub fn start(paths: &VmPaths, module: &str) -> Self {
         let shared = Arc::new(Shared::default());
         let (watched, paths, module) = (shared.clone(), paths.clone(), module.to_owned());
@@ -84,7 +85,8 @@ impl Shared {
                 silent_since = None;
                 continue;
             };
-            // A guest can print what it likes: only one that says nothing more is taken at its word.
+            // A guest can print what it likes: only one that says nothing more is taken at its
+            // word.
             let now = self.heard.load(Ordering::Relaxed);
             if silent_since == Some(now) {
                 *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);

@@ -1,4 +1,5 @@
-//! A guest without a VM: memory in a file, a vfio-user client, and a driver of the e1000 that fits on a page.
+//! A guest without a VM: memory in a file, a vfio-user client, and a driver of the e1000 that fits
+//! on a page.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

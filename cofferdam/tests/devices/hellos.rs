@@ -1,4 +1,5 @@
-//! Whoever comes to the device's socket: said nothing, too much, nonsense; and clients that cannot be.
+//! Whoever comes to the device's socket: said nothing, too much, nonsense; and clients that cannot
+//! be.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -9,7 +9,8 @@ use crate::common::place::{Place, end, finish, signal};
 use crate::guest::{Guest, wait};
 use crate::host::{FAR, Far, Hold, Host};
 
-/// Asks for a switch to `to`, and does something when it has come to `step`. What is answered is the host's to choose.
+/// Asks for a switch to `to`, and does something when it has come to `step`. What is answered is
+/// the host's to choose.
 fn amid(place: &Place, host: &Host, to: &str, step: Step, act: impl FnOnce()) {
     let hold = Hold::at(place, step);
     std::thread::scope(|scope| {
@@ -26,7 +27,8 @@ fn kill(mut vm: Child) {
     vm.wait().unwrap();
 }
 
-/// The guest has the turn, and frames come through both ways; the VM that was killed has no memory at the host any more.
+/// The guest has the turn, and frames come through both ways; the VM that was killed has no memory
+/// at the host any more.
 fn assert_works(
     host: &Host,
     far: &mut Far,

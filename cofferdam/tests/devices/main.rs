@@ -1,5 +1,6 @@
-//! A NIC that guests share by turns, as its users see it: guests that attach, switches, what goes away and comes back. The guests
-//! are hand-made vfio-user clients with a driver of a page, or VMs that do nothing.
+//! A NIC that guests share by turns, as its users see it: guests that attach, switches, what goes
+//! away and comes back. The guests are hand-made vfio-user clients with a driver of a page, or VMs
+//! that do nothing.
 
 #![allow(
     clippy::unwrap_used,
@@ -121,7 +122,8 @@ fn frames_wait_for_a_stalled_guest_both_ways() {
     panic!("never in time");
 }
 
-/// Linux resets a card that has lost its link with frames in its ring; there is nothing to reset it for.
+/// Linux resets a card that has lost its link with frames in its ring; there is nothing to reset it
+/// for.
 #[test]
 fn what_a_parked_guest_sends_is_lost_and_does_not_stay_in_its_ring() {
     let place = Place::new();
@@ -204,7 +206,8 @@ fn a_guest_at_rest_is_not_given_the_turn() {
     );
 }
 
-/// A VM that comes back has its context again, with all that its NIC was, and the NIC reaches no memory until it is allowed to.
+/// A VM that comes back has its context again, with all that its NIC was, and the NIC reaches no
+/// memory until it is allowed to.
 #[test]
 fn who_comes_back_has_its_context_again_and_no_dma_before_it_says_so() {
     let place = Place::new();

@@ -43,7 +43,8 @@ fn campaign(
     }
 }
 
-/// Makes it. Each fault in the driver's code that the guest comes to crashes it natively and not when isolated; the records, and figures.
+/// Makes it. Each fault in the driver's code that the guest comes to crashes it natively and not
+/// when isolated; the records, and figures.
 fn run(campaign: &CampaignOptions) -> (Vec<Record>, Summary) {
     let mut tell = |what: &str| eprintln!("{what}");
     let mut records = Vec::new();
@@ -97,8 +98,9 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
     ];
     let mut campaign = campaign(folder.path(), workload, &kinds, 2);
     let (records, summary) = run(&campaign);
-    // A device that was pulled out does not work, and the guest lives. How many events there are depends on how fast the machine
-    // is: isolated, the work may be over before it comes to that many.
+    // A device that was pulled out does not work, and the guest lives. How many events there are
+    // depends on how fast the machine is: isolated, the work may be over before it comes to that
+    // many.
     for (way, run) in &records[1].runs {
         let came_to_it = run.seen.reached == Some(true);
         assert!(came_to_it || *way != Way::Native, "{run:?}");

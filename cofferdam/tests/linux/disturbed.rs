@@ -30,7 +30,8 @@ mod long {
             nic_works(&mut guest);
             let changes = "cat /sys/class/net/eth0/carrier_changes";
             let before: u64 = shell(&mut guest, changes).trim().parse().unwrap();
-            // For more accesses than there will be: how many a driver makes until it looks at its link is its own affair.
+            // For more accesses than there will be: how many a driver makes until it looks at its
+            // link is its own affair.
             ask(
                 &mut guest,
                 "disturb guest --kind link_flap --when once --span 10000",

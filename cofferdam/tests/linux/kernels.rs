@@ -1,4 +1,5 @@
-//! Kernels: each boots without a warning, drives its NIC with its stock driver and carries a stream.
+//! Kernels: each boots without a warning, drives its NIC with its stock driver and carries a
+//! stream.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,8 +58,8 @@ fn warnings(log: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Boots a guest of the kernel in `images`, from the file `kernel` there, and has it carry a checked stream through a NIC
-/// that its driver set up by DHCP: e1000 where the kernel has it.
+/// Boots a guest of the kernel in `images`, from the file `kernel` there, and has it carry a
+/// checked stream through a NIC that its driver set up by DHCP: e1000 where the kernel has it.
 fn works(images: &Path, kernel: &'static str) -> Guest {
     let has_e1000 = images.join("modules/e1000.ko").exists();
     let (nic, driver) = match has_e1000 {

@@ -1,8 +1,8 @@
 //! Stock Linux guests and their own drivers on our machine and devices.
 //!
-//! Each test needs a KVM that boots Linux in seconds and the guest images, so all are ignored unless
-//! asked for. Those that leave the guest as they found it share one, in [`shared`], those that make its driver fail
-//! another, in [`shared_victim`]; the others boot their own.
+//! Each test needs a KVM that boots Linux in seconds and the guest images, so all are ignored
+//! unless asked for. Those that leave the guest as they found it share one, in [`shared`], those
+//! that make its driver fail another, in [`shared_victim`]; the others boot their own.
 
 #![allow(
     clippy::unwrap_used,
@@ -80,7 +80,8 @@ fn shell(guest: &mut Guest, script: &str) -> String {
         .unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-/// Inserts the driver of a NIC that lives elsewhere, and gives its interface the address 10.0.2.`last`.
+/// Inserts the driver of a NIC that lives elsewhere, and gives its interface the address
+/// 10.0.2.`last`.
 #[track_caller]
 fn insert_nic(guest: &mut Guest, driver: &str, last: u8) {
     network::insert_slowly(guest, driver).unwrap();
@@ -103,8 +104,8 @@ fn nic_works(guest: &mut Guest) {
     ping(guest, GATEWAY, 1400);
 }
 
-/// Waits until the guest has so many TCP connections to the echo service of its gateway. A stream that is about to begin
-/// has none yet, and fails at once where the link goes just then.
+/// Waits until the guest has so many TCP connections to the echo service of its gateway. A stream
+/// that is about to begin has none yet, and fails at once where the link goes just then.
 #[track_caller]
 fn wait_until_connected(guest: &mut Guest, connections: usize) {
     // 10.0.2.2:7 in any state but SYN_SENT.
@@ -116,7 +117,8 @@ fn wait_until_connected(guest: &mut Guest, connections: usize) {
     shell(guest, &script);
 }
 
-/// Nothing in the kernel's log says that processors were kept from their work, or worse, nor any of `others`.
+/// Nothing in the kernel's log says that processors were kept from their work, or worse, nor any of
+/// `others`.
 #[track_caller]
 fn assert_log_is_healthy(guest: &mut Guest, others: &[&str]) {
     let log = shell(guest, "dmesg");

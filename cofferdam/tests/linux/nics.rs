@@ -65,7 +65,8 @@ fn three_cards_of_two_models_work_and_both_of_one_module_are_isolated_and_rolled
         "isolate guest e1000 --entry e1000_xmit_frame --entry e1000_clean --entry e1000_intr --entry e1000_get_regs --budget-us 10000000",
     );
     ping_all(&mut guest);
-    // Each card's registers are read by its own driver's function, and put back when that fails in its middle.
+    // Each card's registers are read by its own driver's function, and put back when that fails in
+    // its middle.
     for fault in [false, true] {
         if fault {
             ask(

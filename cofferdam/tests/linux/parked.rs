@@ -1,5 +1,5 @@
-//! The stock e1000e against the image of the lab's e1000e: a guest that has not got its NIC probes, opens, closes, dumps, tests and
-//! removes it, and finds it working when its turn comes.
+//! The stock e1000e against the image of the lab's e1000e: a guest that has not got its NIC probes,
+//! opens, closes, dumps, tests and removes it, and finds it working when its turn comes.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! The lab's e1000e behind a device host: two stock guests have one real function by turns, with their stock driver.
+//! The lab's e1000e behind a device host: two stock guests have one real function by turns, with
+//! their stock driver.
 //!
 //! `COFFERDAM_FULL=1` switches a hundred times, and with the parked link up, too.
 
@@ -131,7 +132,8 @@ fn a_function_that_cannot_be_served_is_refused_in_a_line_that_says_why() {
     serve(root, &[]);
 }
 
-/// Two guests that have the function by turns, both with their driver up: the one that was parked when it probed, too.
+/// Two guests that have the function by turns, both with their driver up: the one that was parked
+/// when it probed, too.
 pub struct Pair {
     pub guests: [Guest; 2],
     pub served: DeviceHost,
@@ -169,7 +171,8 @@ impl Pair {
     }
 }
 
-/// A connection of a guest to an echo, over which something is sent all the time; what was sent and came back is in files.
+/// A connection of a guest to an echo, over which something is sent all the time; what was sent and
+/// came back is in files.
 struct Connection {
     marker: String,
 }
@@ -237,8 +240,8 @@ impl Connection {
     }
 }
 
-/// A TCP connection of each guest moves on in each of its turns and all of it arrives; no byte of the one is in the memory of the
-/// other.
+/// A TCP connection of each guest moves on in each of its turns and all of it arrives; no byte of
+/// the one is in the memory of the other.
 fn connections_survive(parked: &str, more: &str) {
     let mut pair = Pair::new(&["--parked", parked], more);
     let markers = NAMES.map(|name| format!("{parked}-sent-by-{name}"));

@@ -1,4 +1,5 @@
-//! The lab's e1000e, given to a guest by VFIO: stock `vfio-pci` and IOMMU below, the stock driver above.
+//! The lab's e1000e, given to a guest by VFIO: stock `vfio-pci` and IOMMU below, the stock driver
+//! above.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;

@@ -1,6 +1,7 @@
-//! Devices that go on by themselves while isolated calls of their stock drivers run: the lab's e1000e and RTL8139C+, given to a
-//! guest by VFIO, and a card of a device host. They write guest memory meanwhile, and are put back where a call that has reached
-//! them fails, as far as their state can be taken.
+//! Devices that go on by themselves while isolated calls of their stock drivers run: the lab's
+//! e1000e and RTL8139C+, given to a guest by VFIO, and a card of a device host. They write guest
+//! memory meanwhile, and are put back where a call that has reached them fails, as far as their
+//! state can be taken.
 
 use std::os::unix::fs::symlink;
 
@@ -13,8 +14,8 @@ use super::isolation::{ask, ask_json, refused};
 use super::passthrough::{FUNCTION, bring_up, transfer};
 use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
 
-/// Functions of the driver, the place of the fault, what has the guest call them, and whether the call has reached its device by
-/// then.
+/// Functions of the driver, the place of the fault, what has the guest call them, and whether the
+/// call has reached its device by then.
 const FAULTS: [(&str, &str, &str, bool); 5] = [
     ("e1000_xmit_frame", "middle", "true", false),
     ("e1000e_poll", "last", "true", false),
@@ -42,8 +43,8 @@ fn module(guest: &mut Guest) -> Value {
         .unwrap()
 }
 
-/// One fault of a kind of [`FAULTS`] in `module`, behind which the NIC works; what is reported of it, `number` reports there are
-/// then.
+/// One fault of a kind of [`FAULTS`] in `module`, behind which the NIC works; what is reported of
+/// it, `number` reports there are then.
 #[track_caller]
 fn fails(
     guest: &mut Guest,
@@ -101,7 +102,8 @@ fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_tak
         "isolate guest e1000e --entries all --budget-us 10000000",
     );
     refused(&mut guest, "mark guest", "writes guest memory");
-    // The packets that were in its ring before it was isolated, and more. In small pieces: a step has a limit.
+    // The packets that were in its ring before it was isolated, and more. In small pieces: a step
+    // has a limit.
     (0..4).for_each(|_| transfer(&mut guest, 2));
     assert_no_violation(&mut guest);
     for fault in (1..).zip(FAULTS) {

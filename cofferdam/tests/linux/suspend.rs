@@ -1,4 +1,5 @@
-//! Guests that are put away and had back: marks and rewinds in one process, snapshots and restores in others.
+//! Guests that are put away and had back: marks and rewinds in one process, snapshots and restores
+//! in others.
 //!
 //! `COFFERDAM_FULL=1` takes twenty snapshots under traffic and rewinds a thousand times.
 
@@ -246,7 +247,8 @@ fn clones_share_their_memory_and_reach_each_other() {
         own(&first),
         own(&second)
     );
-    // One of them has its driver isolated, which takes memory of its own; the other notices nothing.
+    // One of them has its driver isolated, which takes memory of its own; the other notices
+    // nothing.
     isolate(&mut first);
     ping(&mut first, "10.9.0.2", 1000);
     ping(&mut second, "10.9.0.1", 1000);

@@ -1,6 +1,7 @@
 //! A sweep of a few stock modules.
 //!
-//! In the full form only: it takes minutes, and what it shows of isolation other tests show for the most part, too.
+//! In the full form only: it takes minutes, and what it shows of isolation other tests show for the
+//! most part, too.
 
 mod long {
     use cofferdam::sweep::{self, SweepOptions};

@@ -130,7 +130,8 @@ pub fn has(pid: u32, bytes: &[u8]) -> bool {
     false
 }
 
-/// Two guests send each a marker of its own to the far end and back and a checked stream, while their NIC moves.
+/// Two guests send each a marker of its own to the far end and back and a checked stream, while
+/// their NIC moves.
 fn streams_survive(parked: &str, switches: usize, turn: Duration) {
     let mut pair = Pair::new(parked);
     let markers =
@@ -191,8 +192,8 @@ fn streams_survive(parked: &str, switches: usize, turn: Duration) {
     }
 }
 
-/// A driver that loses its link with a frame still to be reaped resets its card, as when a cable is pulled. That is all that it
-/// is reset for.
+/// A driver that loses its link with a frame still to be reaped resets its card, as when a cable is
+/// pulled. That is all that it is reset for.
 #[track_caller]
 fn assert_resets_follow_lost_links(log: &str) {
     let mut last = "";

@@ -95,8 +95,8 @@ mod long {
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
     fn a_module_that_the_guests_kernel_does_not_take_is_explained() {
-        // Looks like a module of this kernel, and imports what that has not. Without the mark of a signature at its end,
-        // which would not fit any more.
+        // Looks like a module of this kernel, and imports what that has not. Without the mark of a
+        // signature at its end, which would not fit any more.
         let mut file = std::fs::read(module_file("dummy")).unwrap();
         let mark = b"~Module signature appended~\n";
         if file.ends_with(mark) {

@@ -127,7 +127,8 @@ impl Victim {
     pub fn wait_until_running(&mut self) -> LadderStatus {
         // It asks the agent itself, which listens to one client at a time.
         self.guest.agent().disconnect();
-        // Steps of a restart have limits of their own; a lab beside others may be several times as slow as alone.
+        // Steps of a restart have limits of their own; a lab beside others may be several times as
+        // slow as alone.
         let deadline = Instant::now() + Duration::from_secs(600);
         let under_way = |state| {
             matches!(
@@ -389,7 +390,8 @@ impl Victim {
     }
 }
 
-/// How many kernel messages there are. The emulated processor's quirks make the kernel warn while it boots.
+/// How many kernel messages there are. The emulated processor's quirks make the kernel warn while
+/// it boots.
 fn messages(guest: &mut Guest) -> u64 {
     guest.agent().kmsg(0).unwrap().1
 }

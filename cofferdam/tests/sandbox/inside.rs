@@ -1,4 +1,5 @@
-//! A process that goes behind the walls of one of ours and then does what it is told: this test program, run once more.
+//! A process that goes behind the walls of one of ours and then does what it is told: this test
+//! program, run once more.
 
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output};
@@ -68,7 +69,8 @@ struct Line {
 pub fn attempt(place: &Place, kind: Kind, options: &str, words: &str) -> Tried {
     let mut command = Command::new(std::env::current_exe().unwrap());
     if kind == Kind::Jail {
-        // SAFETY: it allocates a little between fork and exec, which the C library allows after its own fork.
+        // SAFETY: it allocates a little between fork and exec, which the C library allows after its
+        // own fork.
         unsafe {
             command.pre_exec(|| Namespaces::begin().map(drop).map_err(std::io::Error::other));
         }
@@ -87,7 +89,8 @@ pub fn attempt(place: &Place, kind: Kind, options: &str, words: &str) -> Tried {
     Tried(output)
 }
 
-/// Run by itself it has another process try what is allowed; run by another test it is that process.
+/// Run by itself it has another process try what is allowed; run by another test it is that
+/// process.
 #[test]
 fn what_is_tried_is_done_and_told() {
     let Ok(words) = std::env::var(TRY) else {

@@ -1,5 +1,5 @@
-//! Each wall of the sandbox, broken at from inside: by this test program behind the walls of a process of ours, and looked at
-//! around processes that run.
+//! Each wall of the sandbox, broken at from inside: by this test program behind the walls of a
+//! process of ours, and looked at around processes that run.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! The walls around processes that run, as the kernel shows them (proc_pid_status(5), proc_pid_limits(5)).
+//! The walls around processes that run, as the kernel shows them (proc_pid_status(5),
+//! proc_pid_limits(5)).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,7 +34,8 @@ fn own_capabilities() -> u64 {
     u64::from_str_radix(&first["CapEff"], 16).unwrap()
 }
 
-/// Each thread of the process has a filter, no new privileges, and no capability but of `capabilities`.
+/// Each thread of the process has a filter, no new privileges, and no capability but of
+/// `capabilities`.
 #[track_caller]
 pub fn are_behind_walls(process: u32, capabilities: u64) {
     let threads = threads(process);
@@ -162,14 +164,16 @@ fn the_service_is_behind_walls_that_its_guests_can_live_behind() {
     finish(service);
 }
 
-/// An ordinary user who may use `/dev/kvm` runs a guest, has nothing to give up but is filtered all the same.
+/// An ordinary user who may use `/dev/kvm` runs a guest, has nothing to give up but is filtered all
+/// the same.
 #[test]
 fn a_user_of_the_devices_group_runs_a_guest_without_root() {
     let name = "sandbox::running::a_user_of_the_devices_group_runs_a_guest_without_root";
     run_as_nobody(name, &[], 0);
 }
 
-/// So that user may jail it, too: a capability that is shown is one in the jail's own user namespace.
+/// So that user may jail it, too: a capability that is shown is one in the jail's own user
+/// namespace.
 #[test]
 fn a_user_of_the_devices_group_runs_a_guest_in_a_jail_without_root() {
     let name = "sandbox::running::a_user_of_the_devices_group_runs_a_guest_in_a_jail_without_root";
@@ -210,7 +214,8 @@ fn run_as_nobody(name: &str, words: &[&str], capabilities: u64) {
         .current_dir("/")
         .stdin(std::process::Stdio::null())
         .stdout(std::process::Stdio::null());
-    // SAFETY: system calls only, between fork and exec; pointers are to strings that live as long as the command.
+    // SAFETY: system calls only, between fork and exec; pointers are to strings that live as long
+    // as the command.
     unsafe {
         command.pre_exec(move || {
             let root = c"/".as_ptr();

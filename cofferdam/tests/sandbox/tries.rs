@@ -27,7 +27,8 @@ impl Elder {
     }
 }
 
-/// Makes the call `name`; what it returned, as an `errno` or 0. With `elder` before it, another thread does.
+/// Makes the call `name`; what it returned, as an `errno` or 0. With `elder` before it, another
+/// thread does.
 pub fn make(name: &str, words: &[&str], elder: &Elder) -> i32 {
     if name != "elder" {
         return own(name, words);
@@ -66,7 +67,8 @@ fn errno(error: Error) -> i32 {
 
 /// A system call by number, with arguments that mean nothing.
 fn wild(number: i64) -> i32 {
-    // SAFETY: no argument is a valid pointer, descriptor, process or user, so that nothing is done where it goes through.
+    // SAFETY: no argument is a valid pointer, descriptor, process or user, so that nothing is done
+    // where it goes through.
     match unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) } {
         -1 => errno(Error::last_os_error()),
         _ => 0,
@@ -86,7 +88,8 @@ fn call(name: &str) -> libc::c_long {
     let parent = rustix::process::getppid().unwrap().as_raw_nonzero().get();
     let fork = libc::SIGCHLD;
     let thread_in_namespace = libc::CLONE_THREAD | libc::CLONE_NEWUSER;
-    // SAFETY: pointers are to what each call says, or null; a child ends at once; signal 0 does nothing.
+    // SAFETY: pointers are to what each call says, or null; a child ends at once; signal 0 does
+    // nothing.
     unsafe {
         match name {
             "execve" => libc::execve(program.as_ptr(), no_words.as_ptr(), std::ptr::null()).into(),

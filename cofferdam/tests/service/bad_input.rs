@@ -199,7 +199,8 @@ fn a_client_that_takes_nothing_is_given_up() {
     let mut stream = service.connect();
     stream.set_write_timeout(Some(LIMIT)).unwrap();
     let deadline = Instant::now() + LIMIT;
-    // It asks and asks and reads nothing, until the service does not read either, and then gives it up.
+    // It asks and asks and reads nothing, until the service does not read either, and then gives it
+    // up.
     while stream
         .write_all(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
         .is_ok()

@@ -1,4 +1,5 @@
-//! Chromium without a screen, told what to do over a pipe (the DevTools protocol: JSON with a zero byte behind it).
+//! Chromium without a screen, told what to do over a pipe (the DevTools protocol: JSON with a zero
+//! byte behind it).
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -138,7 +139,8 @@ impl Browser {
         self.tell("Emulation.setDeviceMetricsOverride", &size);
     }
 
-    /// Writes what is seen to a file in the folder that `COFFERDAM_SCREENSHOTS` names, if it names one.
+    /// Writes what is seen to a file in the folder that `COFFERDAM_SCREENSHOTS` names, if it names
+    /// one.
     pub fn screenshot(&mut self, name: &str) {
         let Some(folder) = std::env::var_os("COFFERDAM_SCREENSHOTS") else {
             return;

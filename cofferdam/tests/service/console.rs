@@ -138,7 +138,8 @@ fn readers_are_bounded_and_one_that_takes_nothing_is_given_up() {
     let slow: Vec<_> = (0..4).map(|_| Stream::open(&service)).collect();
     let kept = format!("{CONSOLE}?follow=false");
     let deadline = Instant::now() + LIMIT;
-    // They take nothing: after a while their places are free again, and the guest was never held up.
+    // They take nothing: after a while their places are free again, and the guest was never held
+    // up.
     loop {
         let answer = service.get(&kept);
         if answer.status == 200 {

@@ -158,7 +158,8 @@ fn the_guide_names_every_path_code_and_event() {
     }
 }
 
-/// The blocks of shell in docs/service.md, one after the other in one shell, as a reader would type them.
+/// The blocks of shell in docs/service.md, one after the other in one shell, as a reader would type
+/// them.
 #[test]
 fn the_examples_of_the_guide_work() {
     let place = Place::new();

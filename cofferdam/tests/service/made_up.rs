@@ -1,4 +1,5 @@
-//! Requests that a client of others (`schemathesis`) makes up from the OpenAPI document. `cargo xtask setup` installs it where it can.
+//! Requests that a client of others (`schemathesis`) makes up from the OpenAPI document.
+//! `cargo xtask setup` installs it where it can.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,12 +8,13 @@ use crate::common::place::{Place, end};
 use crate::over_tcp::{DO, OverTcp};
 use crate::scripted::script;
 
-/// What it looks at in each answer. That all that fits the document is taken is not among it: what a path or a wire is, the document
-/// does not say.
+/// What it looks at in each answer. That all that fits the document is taken is not among it: what
+/// a path or a wire is, the document does not say.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,\
                       response_schema_conformance,negative_data_rejection,unsupported_method,ignored_auth";
 
-/// Requests that wait for a guest's agent, which a guest without Linux has not, and those that are jobs without being waited for.
+/// Requests that wait for a guest's agent, which a guest without Linux has not, and those that are
+/// jobs without being waited for.
 const TAKE_LONG: &str =
     "/(exec|snapshot|isolation/.module.|suspend-device|resume-device|code-faults|upgrade)$";
 

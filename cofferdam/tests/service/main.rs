@@ -1,4 +1,5 @@
-//! The service as its clients see it, a browser among them: guests of this host's KVM, processes that only speak the protocol, bad input.
+//! The service as its clients see it, a browser among them: guests of this host's KVM, processes
+//! that only speak the protocol, bad input.
 
 #![allow(
     clippy::unwrap_used,

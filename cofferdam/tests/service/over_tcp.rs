@@ -1,4 +1,5 @@
-//! A service that is there over TCP, and a client that knows its certificate by what the service has printed.
+//! A service that is there over TCP, and a client that knows its certificate by what the service
+//! has printed.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

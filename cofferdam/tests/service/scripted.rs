@@ -27,7 +27,8 @@ pub struct Script {
 pub const HOSTILE: &str = "</td><img src=x onerror=broken=1><script>broken=1</script>";
 
 impl Script {
-    /// From now on it has a module called [`HOSTILE`], has panicked with that, and says that of a call that failed.
+    /// From now on it has a module called [`HOSTILE`], has panicked with that, and says that of a
+    /// call that failed.
     pub fn be_hostile(&self) {
         self.hostile.store(true, Ordering::Relaxed);
     }

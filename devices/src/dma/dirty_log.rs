@@ -1,7 +1,8 @@
 //! Which pages of guest memory this process wrote.
 //!
-//! Every write through [`super::GuestMemory`] comes here: devices, queues, what is patched into the guest, what its start
-//! puts there. KVM knows nothing of these writes, and this log nothing of the guest's own.
+//! Every write through [`super::GuestMemory`] comes here: devices, queues, what is patched into the
+//! guest, what its start puts there. KVM knows nothing of these writes, and this log nothing of the
+//! guest's own.
 //!
 //! ```text
 //!   upper   1 1 0 0     a bit for each word of the lower level that has bits (256 KiB of memory)
@@ -9,8 +10,8 @@
 //!   lower   0100..0 0000..1   a bit for each page of 4 KiB
 //! ```
 //!
-//! Off, a write costs one relaxed load. On, it sets two bits, and taking what was marked costs by what was marked: of
-//! memory, only 2 KiB for each 4 GiB are looked at.
+//! Off, a write costs one relaxed load. On, it sets two bits, and taking what was marked costs by
+//! what was marked: of memory, only 2 KiB for each 4 GiB are looked at.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -82,8 +83,8 @@ impl DirtyLog {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Calls `page` with the number of every page that was marked since the last time, in rising order. A write that is
-    /// under way is in what is taken now or next.
+    /// Calls `page` with the number of every page that was marked since the last time, in rising
+    /// order. A write that is under way is in what is taken now or next.
     pub fn take(&self, mut page: impl FnMut(usize)) {
         let Some(levels) = self.levels.get() else {
             return;
@@ -108,7 +109,8 @@ impl DirtyLog {
         }
     }
 
-    /// Says whether the memory's bytes are elsewhere than in the file behind it: whoever maps the file does not see them.
+    /// Says whether the memory's bytes are elsewhere than in the file behind it: whoever maps the
+    /// file does not see them.
     pub fn set_elsewhere(&self, elsewhere: bool) {
         self.elsewhere.store(elsewhere, Ordering::Release);
     }

@@ -1,11 +1,12 @@
 //! Memory that another process has given: mapped from its file, which it may shrink at any time.
 //!
-//! An access to a page that the file has no more raises SIGBUS. A handler, installed with the first mapping, puts zeros in
-//! the place of that page and of all behind it in the mapping, and the access goes on; whoever owns the mapping can ask
-//! whether that has happened. Every other SIGBUS goes to whoever had the signal before.
+//! An access to a page that the file has no more raises SIGBUS. A handler, installed with the first
+//! mapping, puts zeros in the place of that page and of all behind it in the mapping, and the
+//! access goes on; whoever owns the mapping can ask whether that has happened. Every other SIGBUS
+//! goes to whoever had the signal before.
 //!
-//! Only files in memory are mapped (tmpfs, which is behind memfds too, and hugetlbfs): a page of another file system can
-//! take as long as its owner likes.
+//! Only files in memory are mapped (tmpfs, which is behind memfds too, and hugetlbfs): a page of
+//! another file system can take as long as its owner likes.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind};
@@ -52,7 +53,8 @@ pub struct ForeignMapping {
 }
 
 impl ForeignMapping {
-    /// Maps `len` bytes from `offset` of `file` for reading and writing. Both are multiples of the file's page size.
+    /// Maps `len` bytes from `offset` of `file` for reading and writing. Both are multiples of the
+    /// file's page size.
     ///
     /// # Errors
     /// The file has not so much, is none that can be used, or there are too many mappings.
@@ -149,14 +151,16 @@ fn install() -> Option<libc::sigaction> {
 
 /// Only reads atomics and makes system calls.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`; `si_addr` is there for this code.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`; `si_addr` is there for this
+    // code.
     let fault = unsafe { ((*info).si_code == BUS_ADRERR).then(|| (*info).si_addr() as usize) };
     // SAFETY: errno is this thread's own.
     let errno = unsafe { *libc::__errno_location() };
     if !fault.is_some_and(put_zeros)
         && let Some(Some(before)) = BEFORE.get()
     {
-        // SAFETY: `before` is what the kernel gave for this signal. It is delivered when this handler returns.
+        // SAFETY: `before` is what the kernel gave for this signal. It is delivered when this
+        // handler returns.
         unsafe {
             libc::sigaction(libc::SIGBUS, before, ptr::null_mut());
             libc::raise(libc::SIGBUS);
@@ -166,14 +170,16 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     unsafe { *libc::__errno_location() = errno };
 }
 
-/// Replaces the page of `address` and those behind it in its mapping. Returns whether there is a mapping.
+/// Replaces the page of `address` and those behind it in its mapping. Returns whether there is a
+/// mapping.
 fn put_zeros(address: usize) -> bool {
     for slot in &REGISTERED {
         let end = slot.end.load(Ordering::Acquire);
         let start = slot.start.load(Ordering::Acquire);
         // A power of two, and `start` is a multiple of it.
         let page = slot.page.load(Ordering::Acquire).max(1);
-        // A slot that another mapping takes just now is not this one's: its ends may be of two mappings.
+        // A slot that another mapping takes just now is not this one's: its ends may be of two
+        // mappings.
         let is_whole = slot.end.load(Ordering::Acquire) == end;
         if !is_whole || address < start || address >= end {
             continue;
@@ -181,8 +187,8 @@ fn put_zeros(address: usize) -> bool {
         let from = address & !(page - 1);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: the range lies in a registered mapping, whose owner expects its content to change at any time; it stays
-        // mapped, so that no access to it becomes invalid.
+        // SAFETY: the range lies in a registered mapping, whose owner expects its content to change
+        // at any time; it stays mapped, so that no access to it becomes invalid.
         let at = unsafe { libc::mmap(from as *mut libc::c_void, end - from, prot, flags, -1, 0) };
         slot.shrunk.store(true, Ordering::Relaxed);
         return at != libc::MAP_FAILED;

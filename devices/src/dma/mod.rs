@@ -16,8 +16,9 @@ mod foreign;
 pub use self::dirty_log::DirtyLog;
 pub use self::foreign::ForeignMapping;
 
-/// Guest memory as this process reads and writes it. What it writes is marked where somebody wants to know
-/// ([`DirtyLog`]), which is why nobody writes guest memory by another way without marking it himself.
+/// Guest memory as this process reads and writes it. What it writes is marked where somebody wants
+/// to know ([`DirtyLog`]), which is why nobody writes guest memory by another way without marking
+/// it himself.
 pub type GuestMemory = GuestMemoryMmap<DirtyLog>;
 
 /// Why a device could not reach guest memory.
@@ -58,7 +59,8 @@ impl ForeignRegion {
         let mapping = ForeignMapping::new(&region.file, region.offset, len)?;
         let at = mapping.as_ptr();
         let log = DirtyLog::of_foreign(mapping, len);
-        // SAFETY: the mapping has so many bytes there, and lives in the region's log, which is dropped with the region.
+        // SAFETY: the mapping has so many bytes there, and lives in the region's log, which is
+        // dropped with the region.
         let builder =
             unsafe { MmapRegionBuilder::new_with_bitmap(len, log).with_raw_mmap_pointer(at) };
         let builder = builder
@@ -80,7 +82,8 @@ impl ForeignRegion {
         self.0.get_mmap().bitmap().has_shrunk()
     }
 
-    /// The memory that consists of `regions`, which do not overlap and are in the order of their addresses.
+    /// The memory that consists of `regions`, which do not overlap and are in the order of their
+    /// addresses.
     pub fn memory<'a>(regions: impl Iterator<Item = &'a Self>) -> GuestMemory {
         let regions = regions.map(|region| region.0.clone()).collect();
         // What fails is memory of no regions.
@@ -107,21 +110,22 @@ impl DmaSpace {
         Self::new(Arc::new(GuestMemory::new()))
     }
 
-    /// Has the space reach `memory` from now on, and nothing else. An access that is under way on another thread may
-    /// still reach what it reached before.
+    /// Has the space reach `memory` from now on, and nothing else. An access that is under way on
+    /// another thread may still reach what it reached before.
     pub fn replace(&self, memory: GuestMemory) {
         let lock = self.memory.lock();
         lock.unwrap_or_else(PoisonError::into_inner).replace(memory);
     }
 
-    /// The memory behind the space at this moment, for libraries that walk it themselves (`virtio-queue`).
+    /// The memory behind the space at this moment, for libraries that walk it themselves
+    /// (`virtio-queue`).
     pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemory> {
         self.memory.memory()
     }
 
-    /// The parts of the space with the file behind each: for a device in another process, or one that the kernel gives a
-    /// map of addresses. A part that no file is behind, or that began as a template's bytes and is not in its file yet, is left
-    /// out; nobody else can reach it.
+    /// The parts of the space with the file behind each: for a device in another process, or one
+    /// that the kernel gives a map of addresses. A part that no file is behind, or that began as a
+    /// template's bytes and is not in its file yet, is left out; nobody else can reach it.
     pub fn regions(&self) -> Vec<DmaRegion> {
         let memory = self.memory();
         let regions = memory.iter().filter_map(|region| {
@@ -164,7 +168,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A space of two parts, 0x3000 bytes from 0 and 0x5000 from 4 GiB on, one behind the other in a file.
+    /// A space of two parts, 0x3000 bytes from 0 and 0x5000 from 4 GiB on, one behind the other in
+    /// a file.
     pub(crate) fn two_parts() -> (Arc<File>, DmaSpace) {
         let file = Arc::new(tempfile::tempfile().unwrap());
         file.set_len(0x8000).unwrap();

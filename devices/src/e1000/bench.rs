@@ -1,5 +1,5 @@
-//! A controller on a bench: its own memory, a wire whose other end the caller holds, an interrupt line
-//! that counts, and a clock that the caller moves. For tests and fuzzing.
+//! A controller on a bench: its own memory, a wire whose other end the caller holds, an interrupt
+//! line that counts, and a clock that the caller moves. For tests and fuzzing.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};

@@ -53,8 +53,8 @@ mod eerd {
     pub const DATA_SHIFT: u32 = 16;
 }
 
-/// Where the chip is in a Microwire command. A command begins with the first 1 clocked in after chip
-/// select rose: start bit, two opcode bits, six address bits.
+/// Where the chip is in a Microwire command. A command begins with the first 1 clocked in after
+/// chip select rose: start bit, two opcode bits, six address bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Command {
     /// No start bit yet.

@@ -1,5 +1,5 @@
-//! What the event loop does for the controller: frames and room on the wire, timers, and work that a
-//! register access left over.
+//! What the event loop does for the controller: frames and room on the wire, timers, and work that
+//! a register access left over.
 //!
 //! The loop watches the wire only for what the controller can use. A register access on another
 //! thread that changes that, or leaves work over, writes to the kick descriptor once.

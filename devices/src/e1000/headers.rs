@@ -1,5 +1,5 @@
-//! The headers of packets on their way out: checksum contexts, VLAN tags, and what segmentation changes
-//! from segment to segment (3.3.6 and 3.5.7).
+//! The headers of packets on their way out: checksum contexts, VLAN tags, and what segmentation
+//! changes from segment to segment (3.3.6 and 3.5.7).
 
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +64,8 @@ pub fn insert_tag(data: &mut [u8], ethertype: u16, tag: u16) {
 }
 
 /// Adapts the headers of one segment (3.5.7): lengths, IP identification, sequence number, flags,
-/// checksums. `segment` begins with `TAG_BYTES` of room; fields that lie outside of it are left out.
+/// checksums. `segment` begins with `TAG_BYTES` of room; fields that lie outside of it are left
+/// out.
 pub fn fix_up(
     context: &Context,
     popts: u8,

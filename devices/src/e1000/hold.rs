@@ -1,6 +1,6 @@
-//! The 82540EM model as a device that can be held. Its whole state is one value, which a checkpoint may hold; or it is taken by
-//! its registers as that of a piece of hardware would be. The descriptor rings, which it writes behind the
-//! processor's back, belong to either.
+//! The 82540EM model as a device that can be held. Its whole state is one value, which a checkpoint
+//! may hold; or it is taken by its registers as that of a piece of hardware would be. The
+//! descriptor rings, which it writes behind the processor's back, belong to either.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,8 +14,8 @@ use crate::hold::{
     OutsideChanges, overtaking, place,
 };
 
-/// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's
-/// Manual, 4.1.1).
+/// The BAR with the registers (82540EM, PCI/PCI-X Family of Gigabit Ethernet Controllers Software
+/// Developer's Manual, 4.1.1).
 const REGISTERS_BAR: u8 = 0;
 /// Interrupt Mask Clear (13.4.21).
 const IMC: u64 = 0xd8;

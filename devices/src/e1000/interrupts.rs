@@ -28,8 +28,8 @@ pub struct InterruptLine {
     pub last_assertion_ns: Option<u64>,
     /// The line stays as it is, whatever the controller wants.
     pub frozen: bool,
-    /// The line is kept low, whatever the controller wants: somebody outside of it asks for that. No part of the
-    /// controller's state.
+    /// The line is kept low, whatever the controller wants: somebody outside of it asks for that.
+    /// No part of the controller's state.
     pub withheld: bool,
 }
 
@@ -105,14 +105,15 @@ impl E1000 {
         None
     }
 
-    /// Leaves the line as it is from now on, or drives it again to what the controller wants by then.
+    /// Leaves the line as it is from now on, or drives it again to what the controller wants by
+    /// then.
     pub fn freeze_interrupts(&mut self, freeze: bool) {
         self.line.frozen = freeze;
         self.drive_line();
     }
 
-    /// Keeps the line low from now on, or lets it be driven again to what the controller wants by then. A reset
-    /// ends it as well.
+    /// Keeps the line low from now on, or lets it be driven again to what the controller wants by
+    /// then. A reset ends it as well.
     pub fn withhold_interrupts(&mut self, withhold: bool) {
         self.line.withheld = withhold;
         self.drive_line();

@@ -1,5 +1,5 @@
-//! The link: wire carrier, PHY and autonegotiation on one side, STATUS.LU and the link status change
-//! interrupt on the other (8.6 and 13.4.2).
+//! The link: wire carrier, PHY and autonegotiation on one side, STATUS.LU and the link status
+//! change interrupt on the other (8.6 and 13.4.2).
 //!
 //! ```text
 //!   wire carrier ──► PHY: powered, out of reset ──► autonegotiation (a delay) ──► PHY link
@@ -63,12 +63,12 @@ impl E1000 {
         self.update_status();
     }
 
-    /// Keeps the link as the port at the other end sees it, whatever becomes of the PHY meanwhile, until
-    /// [`E1000::let_link_go`]. The guest sees its own link as it is.
+    /// Keeps the link as the port at the other end sees it, whatever becomes of the PHY meanwhile,
+    /// until [`E1000::let_link_go`]. The guest sees its own link as it is.
     ///
-    /// For the time in which one driver takes another one's place, or in which a call may still be taken back: a
-    /// driver powers the PHY down or resets it, and a switch that sees the link go waits for half a minute before it
-    /// forwards again.
+    /// For the time in which one driver takes another one's place, or in which a call may still be
+    /// taken back: a driver powers the PHY down or resets it, and a switch that sees the link go
+    /// waits for half a minute before it forwards again.
     pub fn hold_link(&mut self) {
         self.link_missed &= self.link_held;
         self.link_held = true;

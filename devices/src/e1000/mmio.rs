@@ -151,8 +151,8 @@ impl E1000 {
     }
 }
 
-/// Whether a store of `bytes` bytes at `offset` of register space has the controller look at descriptors: it is given some, or
-/// one of its units goes on.
+/// Whether a store of `bytes` bytes at `offset` of register space has the controller look at
+/// descriptors: it is given some, or one of its units goes on.
 pub(super) fn store_uses_memory(offset: u64, bytes: usize) -> bool {
     let end = offset.saturating_add(bytes as u64);
     let mut words = (offset & !3..end).step_by(4);

@@ -1,9 +1,10 @@
-//! Intel 82540EM, the PRO/1000 MT Desktop adapter (PCI 8086:100e), as the stock Linux `e1000` driver
-//! uses it.
+//! Intel 82540EM, the PRO/1000 MT Desktop adapter (PCI 8086:100e), as the stock Linux `e1000`
+//! driver uses it.
 //!
 //! After Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual*
 //! (8254x); section numbers in this directory are its. Not there: MSI and the PCI-X capability (the
-//! stock driver uses INTx), wake-up packets, packet buffer diagnostics, TBI (fibre) mode, collisions.
+//! stock driver uses INTx), wake-up packets, packet buffer diagnostics, TBI (fibre) mode,
+//! collisions.
 //!
 //! ```text
 //!            configuration space            registers: mmio, regs, stats
@@ -226,8 +227,8 @@ impl E1000 {
         Arc::clone(&self.interrupts_taken)
     }
 
-    /// Has `mac` be the address in the EEPROM, as on a card that was made with it. A driver that runs keeps the one that it
-    /// has read until it is given another one.
+    /// Has `mac` be the address in the EEPROM, as on a card that was made with it. A driver that
+    /// runs keeps the one that it has read until it is given another one.
     pub fn set_address(&mut self, mac: [u8; 6]) {
         self.eeprom.set_ethernet_address(mac);
     }
@@ -241,7 +242,8 @@ impl E1000 {
         self.config.u16_at(PMCSR) & PMCSR_POWER_STATE != 0
     }
 
-    /// Whether there would be a register at the memory address `address` if the controller were not asleep.
+    /// Whether there would be a register at the memory address `address` if the controller were not
+    /// asleep.
     pub fn sleeps_at(&self, address: u64) -> bool {
         let is_there = |range: &BarRange| {
             let offset = address.checked_sub(range.address);

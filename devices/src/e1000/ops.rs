@@ -1,5 +1,5 @@
-//! Sequences of everything that can happen to a controller: accesses, descriptors in memory, frames,
-//! carrier, time, checkpoints. For fuzzing and for tests with random histories.
+//! Sequences of everything that can happen to a controller: accesses, descriptors in memory,
+//! frames, carrier, time, checkpoints. For fuzzing and for tests with random histories.
 
 use arbitrary::Arbitrary;
 

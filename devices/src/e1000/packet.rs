@@ -21,7 +21,8 @@ use crate::wire::{MAX_FRAME_BYTES, SendOutcome};
 
 /// Longest packet that the controller sends without segmentation, in bytes (3.3.3, 16288).
 const MAX_PACKET_BYTES: usize = 16288;
-/// Packet data that is kept allocated, in bytes; what a segmented packet needed beyond is given back.
+/// Packet data that is kept allocated, in bytes; what a segmented packet needed beyond is given
+/// back.
 const KEPT_BYTES: usize = 96 << 10;
 
 /// Descriptor types of extended descriptors, bits 23:20 of the third word.

@@ -1,8 +1,8 @@
 //! The PHY: a Marvell M88E1011 as integrated in the 82540EM, reached through MDIC (13.4.7).
 //!
 //! Register numbers and bits are those of IEEE 802.3 clause 22 and of the manual's PHY chapter
-//! (13.4.7.1). The PHY has no clock of its own: `link.rs` tells it when the carrier changes and when
-//! autonegotiation is over.
+//! (13.4.7.1). The PHY has no clock of its own: `link.rs` tells it when the carrier changes and
+//! when autonegotiation is over.
 
 use serde::{Deserialize, Serialize};
 

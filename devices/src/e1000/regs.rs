@@ -1,5 +1,6 @@
-//! Registers of the 82540EM by the names and section numbers of Intel's *PCI/PCI-X Family of Gigabit
-//! Ethernet Controllers Software Developer's Manual* (8254x), and the file that keeps their values.
+//! Registers of the 82540EM by the names and section numbers of Intel's *PCI/PCI-X Family of
+//! Gigabit Ethernet Controllers Software Developer's Manual* (8254x), and the file that keeps their
+//! values.
 //!
 //! Offsets are bytes from base address register 0. Which bits software can change is
 //! [`write_mask`]; registers whose writes do something are handled in `mmio.rs`.
@@ -346,9 +347,9 @@ pub fn unalias(offset: u32) -> u32 {
 
 /// The stored values of all registers.
 ///
-/// It is saved as the offsets and values of the registers that are not 0. A copy has its blocks in common with the
-/// original until one of them is changed: a checkpoint is taken in every call that reaches the device, and few
-/// registers change between two.
+/// It is saved as the offsets and values of the registers that are not 0. A copy has its blocks in
+/// common with the original until one of them is changed: a checkpoint is taken in every call that
+/// reaches the device, and few registers change between two.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<u32, u32>", into = "BTreeMap<u32, u32>")]
 pub struct RegisterFile {
@@ -422,8 +423,9 @@ impl RegisterFile {
         }
     }
 
-    /// These values without what was done between `before` and `after`: a register that was changed then and not
-    /// since gets its old value. The error is the one of `entangled` that was changed then and since.
+    /// These values without what was done between `before` and `after`: a register that was changed
+    /// then and not since gets its old value. The error is the one of `entangled` that was changed
+    /// then and since.
     pub fn without(mut self, before: &Self, after: &Self, entangled: &[u32]) -> Result<Self, u32> {
         let blocks = before.blocks.iter().zip(&after.blocks);
         let blocks = (0u32..).step_by(size_of::<Block>()).zip(blocks);

@@ -4,8 +4,8 @@
 //! there, so that a wire that can wait loses nothing. One frame that turned out to need more
 //! descriptors than there are is held, as the packet buffer would hold it.
 //!
-//! Per frame: one read from the wire, 8 bytes read per descriptor, the data written once per buffer,
-//! 8 bytes written per descriptor. Causes are raised once per batch. Nothing is allocated.
+//! Per frame: one read from the wire, 8 bytes read per descriptor, the data written once per
+//! buffer, 8 bytes written per descriptor. Causes are raised once per batch. Nothing is allocated.
 
 use super::E1000;
 use super::checksum::fcs;

@@ -40,16 +40,16 @@ pub struct E1000State {
     io_address: u32,
 }
 
-/// The descriptor rings of a controller that was using them: guest memory that the controller writes behind the
-/// processor's back, and so a part of what a driver's call changes.
+/// The descriptor rings of a controller that was using them: guest memory that the controller
+/// writes behind the processor's back, and so a part of what a driver's call changes.
 #[derive(Debug, Clone, Default)]
 pub struct RingMemory(Vec<(u64, Vec<u8>)>);
 
 /// A controller and the descriptor rings that it uses, at one moment.
 pub type Moment = (E1000State, RingMemory);
 
-/// Registers that the controller and its driver move along together: what one of them did in between cannot be put
-/// together with where they were before.
+/// Registers that the controller and its driver move along together: what one of them did in
+/// between cannot be put together with where they were before.
 const ENTANGLED: [u32; 13] = [
     CTRL, RCTL, TCTL, RDBAL, RDBAH, RDLEN, RDH, RDT, TDBAL, TDBAH, TDLEN, TDH, TDT,
 ];
@@ -58,7 +58,8 @@ const ENTANGLED: [u32; 13] = [
 const TRANSMISSION: [u32; 5] = [TCTL, TDBAL, TDBAH, TDLEN, TDT];
 
 impl E1000State {
-    /// Whether its driver has switched transmission, moved the ring or its tail between this state and `after`.
+    /// Whether its driver has switched transmission, moved the ring or its tail between this state
+    /// and `after`.
     pub fn transmits_otherwise(&self, after: &Self) -> bool {
         let differs =
             |register: &u32| self.registers.get(*register) != after.registers.get(*register);
@@ -106,7 +107,8 @@ impl E1000 {
         RingMemory(saved.collect())
     }
 
-    /// Puts the rings' contents back: descriptors that the controller finished since then are as if it had not.
+    /// Puts the rings' contents back: descriptors that the controller finished since then are as if
+    /// it had not.
     pub fn restore_rings(&self, rings: &RingMemory) {
         for (address, contents) in &rings.0 {
             if let Err(error) = self.dma.write(*address, contents) {
@@ -123,9 +125,9 @@ impl E1000 {
             .collect()
     }
 
-    /// Takes back what was done in parts, oldest first, with what the controller was before and after each, while
-    /// it may have been used in between. What was changed in between stays; where that cannot go together
-    /// with what was before, nothing is done.
+    /// Takes back what was done in parts, oldest first, with what the controller was before and
+    /// after each, while it may have been used in between. What was changed in between stays; where
+    /// that cannot go together with what was before, nothing is done.
     pub fn undo(&mut self, parts: &[(&Moment, &Moment)]) -> Result<(), Error> {
         let mut state = self.save();
         for ((before, _), (after, _)) in parts.iter().rev() {
@@ -139,7 +141,8 @@ impl E1000 {
         Ok(())
     }
 
-    /// Puts back what the controller itself wrote into the descriptors of a ring that it used before and after.
+    /// Puts back what the controller itself wrote into the descriptors of a ring that it used
+    /// before and after.
     fn undo_rings(&self, before: &RingMemory, after: &RingMemory) {
         const DESCRIPTOR_BYTES: usize = 16;
         for (address, old) in &before.0 {

@@ -155,7 +155,8 @@ impl Timers {
             }
         }
         let mut expirations = [0; 8];
-        // The descriptor may be a little late: it is asked again when it is readable, or it would stay so for ever.
+        // The descriptor may be a little late: it is asked again when it is readable, or it would
+        // stay so for ever.
         if self.armed_for.is_some_and(|armed| armed <= now)
             && rustix::io::read(&self.fd, &mut expirations).is_ok()
         {

@@ -1,4 +1,5 @@
-//! What the transmitter's ring and its packets share: the command bits of descriptors, and how much one call may do.
+//! What the transmitter's ring and its packets share: the command bits of descriptors, and how much
+//! one call may do.
 
 /// Bits of the command, in the third 32-bit word of every descriptor (3.3.3.1, 3.3.6, 3.3.7).
 pub mod command {

@@ -22,7 +22,8 @@ pub struct EdgeStatus {
     pub struck: u64,
 }
 
-/// What becomes of the bits of a value: those of `and` stay, the others become zero; then those of `xor` flip.
+/// What becomes of the bits of a value: those of `and` stay, the others become zero; then those of
+/// `xor` flip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bend {
     and: u64,
@@ -97,8 +98,8 @@ impl Fault {
         &self.status.order
     }
 
-    /// Whether the device is as [`EdgeKind::lasts`] says: since a strike, or from the beginning, where it need not wait for
-    /// an access to match.
+    /// Whether the device is as [`EdgeKind::lasts`] says: since a strike, or from the beginning,
+    /// where it need not wait for an access to match.
     pub fn has_lasting_effect(&self) -> bool {
         let order = self.order();
         let waits = order.when != When::Always || order.after > 0 || order.has_place();

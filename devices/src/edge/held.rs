@@ -1,7 +1,9 @@
-//! The edge of a device that is held: what a driver's isolated calls load and store passes it as well.
+//! The edge of a device that is held: what a driver's isolated calls load and store passes it as
+//! well.
 //!
-//! Checkpoints, states and what silences the device are the host's business, and go past. A checkpoint that is put back
-//! takes along what was on its way: the call whose stores these were has never been.
+//! Checkpoints, states and what silences the device are the host's business, and go past. A
+//! checkpoint that is put back takes along what was on its way: the call whose stores these were
+//! has never been.
 
 use std::sync::{Arc, PoisonError};
 

@@ -265,8 +265,8 @@ impl Interrupts {
 }
 
 impl Edge {
-    /// The line that the function is to be made with in place of `line`. Whoever takes its descriptors raises interrupts
-    /// that the edge does not see.
+    /// The line that the function is to be made with in place of `line`. Whoever takes its
+    /// descriptors raises interrupts that the edge does not see.
     pub fn line(self: &Arc<Self>, line: Arc<dyn IrqLine>) -> Arc<dyn IrqLine> {
         let wanted = Arc::new(Wanted {
             line,

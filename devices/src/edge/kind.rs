@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Carburizer: drivers that wait for an interrupt that never comes, or drown in one that does not go.
+/// Carburizer: drivers that wait for an interrupt that never comes, or drown in one that does not
+/// go.
 const CARBURIZER: &str = "A. Kadav, M. J. Renzelmann, M. M. Swift, Tolerating Hardware Device Failures in Software, SOSP 2009 (stuck and missing interrupts)";
 /// FaultVisor2: a hypervisor changes what comes back from a device.
 const FAULTVISOR2: &str = "M. Misono, M. Ogino, T. Fukai, T. Shinagawa, FaultVisor2: Testing Hypervisor Device Drivers Against Real Hardware Failures, CloudCom 2018";
@@ -169,7 +170,8 @@ impl EdgeKind {
         }
     }
 
-    /// Whether it needs to see interrupts, which go past the edge where another process or the kernel raises them.
+    /// Whether it needs to see interrupts, which go past the edge where another process or the
+    /// kernel raises them.
     pub(super) fn needs_interrupts(self) -> bool {
         self.strikes_at() == At::Interrupts || self == Self::InterruptStray
     }
@@ -187,7 +189,8 @@ impl EdgeKind {
         )
     }
 
-    /// Over how many later accesses it goes where nobody says; `None` for a kind that is over with the access.
+    /// Over how many later accesses it goes where nobody says; `None` for a kind that is over with
+    /// the access.
     pub fn default_span(self) -> Option<u32> {
         match self {
             Self::StoreLate => Some(1),

@@ -1,4 +1,5 @@
-//! The edge of a PCI function: what stands between the guest and the function, and can be told to let things go wrong.
+//! The edge of a PCI function: what stands between the guest and the function, and can be told to
+//! let things go wrong.
 //!
 //! ```text
 //!   guest ─► configuration space, BARs ─► Edge ─► function (a model, another process's, the host's)
@@ -7,21 +8,26 @@
 //!            host: arm, disarm, statuses ──┘
 //! ```
 //!
-//! A fault ([`EdgeOrder`]) says which events it is for, at which of them it strikes, and what it does ([`EdgeKind`]).
-//! With none armed an access costs one more relaxed load and interrupts cost two. The function knows nothing of its edge:
-//! saving, restoring, holding, checkpoints, resets and accesses of the host itself go past, and what is armed is the
-//! host's, in no saved state. A power-on reset leaves faults armed; what they held up is lost with it, and so it is
-//! where a state is put back.
+//! A fault ([`EdgeOrder`]) says which events it is for, at which of them it strikes, and what it
+//! does ([`EdgeKind`]). With none armed an access costs one more relaxed load and interrupts cost
+//! two. The function knows nothing of its edge: saving, restoring, holding, checkpoints, resets and
+//! accesses of the host itself go past, and what is armed is the host's, in no saved state. A
+//! power-on reset leaves faults armed; what they held up is lost with it, and so it is where a
+//! state is put back.
 //!
 //! What the edge does not see:
-//! - Memory. What a function reads and writes by itself goes on, also of one that does not answer any more.
-//! - Interrupts of a function in another process or of the host's: they go through the kernel into the guest. Faults of
-//!   interrupts are refused there, and one that is silent or removed goes on interrupting.
-//! - Ranges of base address registers that are mapped into the guest. There are none here: each access to one is made by
-//!   this process, also those of passed-on functions, and no store goes by an ioeventfd.
+//! - Memory. What a function reads and writes by itself goes on, also of one that does not answer
+//!   any more.
+//! - Interrupts of a function in another process or of the host's: they go through the kernel into
+//!   the guest. Faults of interrupts are refused there, and one that is silent or removed goes on
+//!   interrupting.
+//! - Ranges of base address registers that are mapped into the guest. There are none here: each
+//!   access to one is made by this process, also those of passed-on functions, and no store goes by
+//!   an ioeventfd.
 //! - What the guest does in one access of more than 8 bytes: the bus hands on at most 8.
 //!
-//! Lock order: the function, then the edge, then a line. The edge is not locked while the function is called.
+//! Lock order: the function, then the edge, then a line. The edge is not locked while the function
+//! is called.
 
 mod fault;
 mod function;
@@ -70,7 +76,8 @@ impl std::fmt::Debug for Edge {
 }
 
 impl Edge {
-    /// `function` as the guest reaches it. It is a guest's while it is locked, so this one is made for each access.
+    /// `function` as the guest reaches it. It is a guest's while it is locked, so this one is made
+    /// for each access.
     pub fn around<'a>(&'a self, function: &'a mut dyn PciFunction) -> AtEdge<'a> {
         AtEdge {
             edge: self,
@@ -112,8 +119,8 @@ impl Edge {
         Ok(status)
     }
 
-    /// Takes fault number `number` back, or all of them. What they held up arrives: stores, interrupts, the link. Gives
-    /// those that were taken back, with their last counters.
+    /// Takes fault number `number` back, or all of them. What they held up arrives: stores,
+    /// interrupts, the link. Gives those that were taken back, with their last counters.
     pub fn disarm(&self, number: Option<u64>, function: &mut dyn PciFunction) -> Vec<EdgeStatus> {
         let mut state = self.state();
         let is_it = |fault: &mut Fault| number.is_none_or(|it| fault.status().number == it);

@@ -1,4 +1,5 @@
-//! Which accesses a fault is for, how often it strikes, and what it does: a description, built step by step.
+//! Which accesses a fault is for, how often it strikes, and what it does: a description, built step
+//! by step.
 
 use std::ops::Range;
 

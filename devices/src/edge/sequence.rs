@@ -1,7 +1,7 @@
 //! Chance that can be had again.
 
-/// A sequence of numbers that its seed decides (SplitMix64: G. L. Steele, D. Lea, C. H. Flood, *Fast Splittable Pseudorandom
-/// Number Generators*, OOPSLA 2014).
+/// A sequence of numbers that its seed decides (SplitMix64: G. L. Steele, D. Lea, C. H. Flood,
+/// *Fast Splittable Pseudorandom Number Generators*, OOPSLA 2014).
 #[derive(Debug, Clone)]
 pub struct Sequence(u64);
 

@@ -142,7 +142,8 @@ impl State {
         Plan { first, fate }
     }
 
-    /// Keeps a store until `after` accesses have come. What there is no room for any more arrives now.
+    /// Keeps a store until `after` accesses have come. What there is no room for any more arrives
+    /// now.
     pub fn keep(
         &mut self,
         (bar, offset): (BarIndex, u64),

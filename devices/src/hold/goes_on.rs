@@ -1,9 +1,10 @@
-//! Devices that cannot be held: they go on by themselves while a call of their driver is in its domain. A function of the host
-//! is one, and one that another process has.
+//! Devices that cannot be held: they go on by themselves while a call of their driver is in its
+//! domain. A function of the host is one, and one that another process has.
 //!
-//! Holding such a device keeps the guest and this process away from it. It reads and writes guest memory and interrupts the
-//! guest whenever it likes; whoever isolates its driver has to reckon with that. Interrupts cannot be frozen, so the guest may
-//! get some for what a call has taken back, and finds nothing to do.
+//! Holding such a device keeps the guest and this process away from it. It reads and writes guest
+//! memory and interrupts the guest whenever it likes; whoever isolates its driver has to reckon
+//! with that. Interrupts cannot be frozen, so the guest may get some for what a call has taken
+//! back, and finds nothing to do.
 //!
 //! ```text
 //!   checkpoint ─► its state, while it runs           (where it can be taken)
@@ -49,7 +50,8 @@ pub trait GoesOn: PciFunction + Send {
     /// See [`HeldDevice::withhold_interrupts`].
     fn withhold_interrupts(&mut self, withhold: bool);
 
-    /// Keeps it from interrupting and from moving data until its driver configures it anew, without a description.
+    /// Keeps it from interrupting and from moving data until its driver configures it anew, without
+    /// a description.
     fn silence(&mut self);
 }
 
@@ -86,7 +88,8 @@ impl<F: GoesOn> Holdable for HoldableFunction<F> {
 struct Held<'a, F: GoesOn> {
     function: &'a mut F,
     description: Option<&'a Description>,
-    /// Where the BARs are. Only configuration space moves them, which an isolated call does not reach.
+    /// Where the BARs are. Only configuration space moves them, which an isolated call does not
+    /// reach.
     ranges: Vec<BarRange>,
     /// What was taken last, or why it could not be.
     saved: Option<Result<F::Checkpoint, DeviceLost>>,
@@ -132,7 +135,8 @@ impl<F: GoesOn> HeldDevice for Held<'_, F> {
         }
     }
 
-    // A store may be a doorbell. A load has a device do nothing that its own accesses of memory would have to wait for.
+    // A store may be a doorbell. A load has a device do nothing that its own accesses of memory
+    // would have to wait for.
     fn uses_memory(&self, at: DeviceAddress, _bytes: usize, access: Access) -> bool {
         access == Access::Store && self.find(at).is_some()
     }

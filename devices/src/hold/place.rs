@@ -1,4 +1,5 @@
-//! Where in a device an address is, for those that are held: each knows its BARs as they were placed when it was held.
+//! Where in a device an address is, for those that are held: each knows its BARs as they were
+//! placed when it was held.
 
 use super::DeviceAddress;
 use crate::pci::registers::Description;
@@ -17,7 +18,8 @@ pub fn place(ranges: &[BarRange], at: DeviceAddress) -> Option<(BarIndex, u64)> 
     })
 }
 
-/// Where a load of `bytes` bytes at `at` is, if it may overtake the stores to `waiting`: see [`Description::may_overtake`].
+/// Where a load of `bytes` bytes at `at` is, if it may overtake the stores to `waiting`: see
+/// [`Description::may_overtake`].
 pub fn overtaking(
     description: &Description,
     ranges: &[BarRange],

@@ -1,7 +1,7 @@
 //! All devices of one driver as one that can be held.
 //!
-//! They are held one inside the other, in the order in which they are given. Whoever holds several sets at a time gives
-//! all of them in the same order, for instance that of their slots.
+//! They are held one inside the other, in the order in which they are given. Whoever holds several
+//! sets at a time gives all of them in the same order, for instance that of their slots.
 
 use std::sync::Arc;
 

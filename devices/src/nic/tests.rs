@@ -68,7 +68,8 @@ fn pair() -> (Vec<Nic>, Arc<dyn Holdable>) {
     (nics, set)
 }
 
-/// Transmit descriptor base and length, low word: registers without a side effect while transmission is off.
+/// Transmit descriptor base and length, low word: registers without a side effect while
+/// transmission is off.
 const TDBAL: u64 = 0x3800;
 const TCTL: u64 = 0x400;
 
@@ -158,8 +159,8 @@ fn what_cannot_be_undone_in_one_card_is_undone_in_none() {
     .unwrap();
 }
 
-/// The address that a driver would read: from the EEPROM by its read register, whose words must add up, or from the
-/// configuration structure.
+/// The address that a driver would read: from the EEPROM by its read register, whose words must add
+/// up, or from the configuration structure.
 fn address(nic: &Nic) -> [u8; 6] {
     let mut function = nic.function.lock().unwrap();
     let mut identity = [0; 2];

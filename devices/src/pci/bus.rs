@@ -1,14 +1,15 @@
 //! The PCI host bridge and bus 0: how the guest configures functions and where their base address
 //! registers put them.
 //!
-//! Configuration space is reached by configuration mechanism #1 (ports 0xCF8 and 0xCFC, PCI Local Bus
-//! 3.0, section 3.2.2.3.2) and by ECAM (PCI Express 3.0, section 7.2.2). The bus also does what
+//! Configuration space is reached by configuration mechanism #1 (ports 0xCF8 and 0xCFC, PCI Local
+//! Bus 3.0, section 3.2.2.3.2) and by ECAM (PCI Express 3.0, section 7.2.2). The bus also does what
 //! firmware would: it gives each base address register a place before the guest starts.
 //!
-//! What the guest does passes the function's edge ([`Edge`]); what the host does with the same registers does not.
+//! What the guest does passes the function's edge ([`Edge`]); what the host does with the same
+//! registers does not.
 //!
-//! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while it
-//! calls a function.
+//! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while
+//! it calls a function.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -58,7 +59,8 @@ struct Slot {
     function: SharedFunction,
     edge: Arc<Edge>,
     mapped: Mutex<Vec<(BarRange, MappingId)>>,
-    /// It was taken out; an access that was under way maps nothing any more. Changes with the function locked.
+    /// It was taken out; an access that was under way maps nothing any more. Changes with the
+    /// function locked.
     gone: AtomicBool,
 }
 
@@ -172,8 +174,8 @@ impl PciBus {
             .collect()
     }
 
-    /// The slots that are in use, each with the number of the function in it. No two functions of a bus have the same number,
-    /// not even one after the other in the same slot.
+    /// The slots that are in use, each with the number of the function in it. No two functions of a
+    /// bus have the same number, not even one after the other in the same slot.
     pub fn serials(&self) -> Vec<(u8, u64)> {
         (0..SLOT_COUNT)
             .filter_map(|slot| Some((slot, self.slot(slot)?.serial)))

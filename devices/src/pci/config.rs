@@ -1,9 +1,9 @@
-//! Type 0 configuration space of one conventional PCI function: 256 bytes, each bit of them read-only,
-//! writable, or cleared by writing one (PCI Local Bus 3.0, chapter 6).
+//! Type 0 configuration space of one conventional PCI function: 256 bytes, each bit of them
+//! read-only, writable, or cleared by writing one (PCI Local Bus 3.0, chapter 6).
 //!
 //! A device builds its space once, then forwards [`super::PciFunction::config_read`] and
-//! `config_write` to it and looks at the result. Offsets above 255 are not there: reads give all ones,
-//! writes are lost, as on a function that has no extended configuration space.
+//! `config_write` to it and looks at the result. Offsets above 255 are not there: reads give all
+//! ones, writes are lost, as on a function that has no extended configuration space.
 
 use serde::{Deserialize, Serialize};
 
@@ -205,8 +205,8 @@ impl ConfigSpace {
 
     /// Adds base address register `bar`. A `Memory64` one takes `bar + 1` too.
     ///
-    /// `size_bytes` is a power of two: 4 to 256 for I/O, 16 to 2 GiB for `Memory32`, 16 and more for
-    /// `Memory64`. Memory registers are not prefetchable.
+    /// `size_bytes` is a power of two: 4 to 256 for I/O, 16 to 2 GiB for `Memory32`, 16 and more
+    /// for `Memory64`. Memory registers are not prefetchable.
     pub fn add_bar(
         &mut self,
         bar: BarIndex,
@@ -414,8 +414,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes over a saved content. It must be of a function with the same identity and layout: in all that neither the
-    /// guest nor the function changes. Otherwise nothing changes.
+    /// Takes over a saved content. It must be of a function with the same identity and layout: in
+    /// all that neither the guest nor the function changes. Otherwise nothing changes.
     pub fn restore(&mut self, state: &ConfigSpaceState) -> Result<(), ConfigError> {
         self.bytes = self.check(state)?;
         Ok(())

@@ -59,8 +59,8 @@ pub trait PciFunction: Send {
     /// Ranges decoded now, by the base address registers and the command register's enable bits.
     fn decoded(&self) -> Vec<BarRange>;
 
-    /// The base address registers that there are, decoded or not. One that shows none can only be used where the guest's
-    /// own accesses find them.
+    /// The base address registers that there are, decoded or not. One that shows none can only be
+    /// used where the guest's own accesses find them.
     fn bars(&self) -> Vec<BarSize> {
         Vec::new()
     }
@@ -79,14 +79,16 @@ pub trait PciFunction: Send {
         Err(StateError::Kept)
     }
 
-    /// Goes on as the function that `state` was taken of: drives its interrupts, and looks for work in its rings. On an
-    /// error it has to be reset. The bus asks for [`PciFunction::decoded`] again afterwards.
+    /// Goes on as the function that `state` was taken of: drives its interrupts, and looks for work
+    /// in its rings. On an error it has to be reset. The bus asks for [`PciFunction::decoded`]
+    /// again afterwards.
     fn restore(&mut self, _state: &Part) -> Result<(), StateError> {
         Err(StateError::Kept)
     }
 
-    /// Pulls the function's network cable, or plugs it in again, whatever is at its other end: the link goes and comes as
-    /// such a link does. It is in until told otherwise, and no part of the function's state. Says whether it has one.
+    /// Pulls the function's network cable, or plugs it in again, whatever is at its other end: the
+    /// link goes and comes as such a link does. It is in until told otherwise, and no part of the
+    /// function's state. Says whether it has one.
     fn set_cable(&mut self, _plugged: bool) -> bool {
         false
     }

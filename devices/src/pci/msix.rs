@@ -96,7 +96,8 @@ impl Msix {
         Ok(Self::at(vectors, layout, capability))
     }
 
-    /// What follows the two header bytes of the capability, and which bits of that a guest may write.
+    /// What follows the two header bytes of the capability, and which bits of that a guest may
+    /// write.
     pub fn capability(vectors: u16, layout: MsixLayout) -> ([u8; 10], [u8; 2]) {
         let count = vectors.clamp(1, MAX_VECTORS);
         let mut body = [0; 10];

@@ -134,7 +134,8 @@ fn reset_forgets_registers_and_input() {
     );
 }
 
-/// Has a client talk to a port whose guest reads nothing, or everything, and be killed in the middle.
+/// Has a client talk to a port whose guest reads nothing, or everything, and be killed in the
+/// middle.
 fn kill_clients(guest_reads: bool) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("serial.sock");

@@ -1,14 +1,14 @@
-//! The state of a part of a machine as a value that can be stored: what kind of part it is of, the version of its form,
-//! and its content.
+//! The state of a part of a machine as a value that can be stored: what kind of part it is of, the
+//! version of its form, and its content.
 //!
 //! ```text
 //!   a device ── Part::new ──► Part { kind, version, content, checksum } ── serde ──► wherever it is kept
 //!   a device made alike ◄── Part::open ──┘ refuses: another kind, another version, damage, what the device cannot be
 //! ```
 //!
-//! A part is taken between two accesses to the device, and holds no descriptor, no pointer and no clock reading. What is
-//! under way is not in it: a device that was put back looks at its rings for what was asked of it. What a part holds
-//! comes from outside and may be anything.
+//! A part is taken between two accesses to the device, and holds no descriptor, no pointer and no
+//! clock reading. What is under way is not in it: a device that was put back looks at its rings for
+//! what was asked of it. What a part holds comes from outside and may be anything.
 
 #[cfg(test)]
 pub(crate) mod tests;

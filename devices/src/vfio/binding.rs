@@ -1,8 +1,8 @@
 //! Which driver of the host has a PCI function, and giving it to `vfio-pci` or back, by sysfs
 //! (Linux, Documentation/ABI/testing/sysfs-bus-pci).
 //!
-//! Nothing is remembered: `driver_override` says that only `vfio-pci` may have the function, and without it the host's
-//! drivers look at it anew.
+//! Nothing is remembered: `driver_override` says that only `vfio-pci` may have the function, and
+//! without it the host's drivers look at it anew.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -13,7 +13,8 @@ use super::address::PciAddress;
 /// The driver that gives functions away.
 pub const DRIVER: &str = "vfio-pci";
 
-/// Depth below a function's folder at which its network interfaces are looked for: virtio and USB have one in between.
+/// Depth below a function's folder at which its network interfaces are looked for: virtio and USB
+/// have one in between.
 const INTERFACE_DEPTH: usize = 3;
 /// Base classes (PCI Code and ID Assignment, section 1).
 const CLASS_STORAGE: u8 = 0x01;
@@ -156,7 +157,8 @@ impl Sysfs {
     /// Gives the function to `vfio-pci`. One that is in use is refused unless `force` is given.
     ///
     /// # Errors
-    /// It cannot be given away; its driver has it as before then, unless that does not take it back.
+    /// It cannot be given away; its driver has it as before then, unless that does not take it
+    /// back.
     pub fn bind(&self, address: PciAddress, force: bool) -> Result<Rebound, BindError> {
         let folder = self.folder(address)?;
         let class = class_of(&folder);
@@ -192,8 +194,8 @@ impl Sysfs {
         Ok(rebound(to))
     }
 
-    /// Gives the function back to the host's drivers. While somebody has it through VFIO it is refused unless `force` is
-    /// given; with that the kernel waits until it is let go.
+    /// Gives the function back to the host's drivers. While somebody has it through VFIO it is
+    /// refused unless `force` is given; with that the kernel waits until it is let go.
     ///
     /// # Errors
     /// `vfio-pci` has not got it, or keeps it.
@@ -225,7 +227,8 @@ impl Sysfs {
         opened.is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
     }
 
-    /// Takes the function from its driver and has those probe it that `only` allows: all, if it is empty.
+    /// Takes the function from its driver and has those probe it that `only` allows: all, if it is
+    /// empty.
     fn change_driver(
         &self,
         address: PciAddress,
@@ -292,7 +295,8 @@ fn entries(folder: &Path) -> Vec<String> {
     names.collect()
 }
 
-/// Names of the network interfaces of the device in `folder` and of those below it. Links lead elsewhere.
+/// Names of the network interfaces of the device in `folder` and of those below it. Links lead
+/// elsewhere.
 fn interfaces_below(folder: &Path, depth: usize) -> Vec<String> {
     let mut found = entries(&folder.join("net"));
     if depth == 0 {

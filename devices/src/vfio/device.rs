@@ -1,7 +1,7 @@
 //! A function of the host that this process has got by VFIO: its regions, interrupts and DMA map.
 //!
-//! While this value is there nobody else may have the function; when it goes the kernel ends DMA and resets the
-//! function, if it can.
+//! While this value is there nobody else may have the function; when it goes the kernel ends DMA
+//! and resets the function, if it can.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -225,7 +225,8 @@ impl VfioDevice {
         sys::set_irqs(&self.file, kind as u32, flags, start, &descriptors)
     }
 
-    /// Has the pin, which keeps quiet once it has interrupted, interrupt again when `event` is written.
+    /// Has the pin, which keeps quiet once it has interrupted, interrupt again when `event` is
+    /// written.
     ///
     /// # Errors
     /// The pin is not in use.

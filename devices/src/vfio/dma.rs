@@ -4,8 +4,8 @@
 //!   DmaRegion (file) ── mapped in this process ──► DmaMemory ── at guest physical addresses ──► DmaMap (IOMMU)
 //! ```
 //!
-//! What is in the map is locked: the function may reach it at any time. Memory that a guest has not touched yet is
-//! allocated by that.
+//! What is in the map is locked: the function may reach it at any time. Memory that a guest has not
+//! touched yet is allocated by that.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +32,8 @@ struct Part {
     bytes: usize,
 }
 
-/// Guest memory in this process, to be given to a function. It is mapped anew, so that nobody takes it away meanwhile.
+/// Guest memory in this process, to be given to a function. It is mapped anew, so that nobody takes
+/// it away meanwhile.
 #[derive(Debug)]
 pub struct DmaMemory {
     parts: Vec<Part>,
@@ -76,9 +77,10 @@ impl DmaMemory {
         self.parts.iter().map(|part| part.bytes as u64).sum()
     }
 
-    /// Allocates the memory and maps all of it here, in large pages where the host has some, so that a function can be given it
-    /// without a fault and an entry for each small one. Ends early when nobody else has it any more. What fails is left to the
-    /// function's map, which does the same.
+    /// Allocates the memory and maps all of it here, in large pages where the host has some, so
+    /// that a function can be given it without a fault and an entry for each small one. Ends early
+    /// when nobody else has it any more. What fails is left to the function's map, which does the
+    /// same.
     pub fn populate(self: &Arc<Self>) {
         for part in &self.parts {
             for start in (0..part.bytes).step_by(LARGE_PAGE) {
@@ -99,15 +101,16 @@ impl Part {
     fn populate(&self, start: usize) -> io::Result<()> {
         let bytes = LARGE_PAGE.min(self.bytes.saturating_sub(start));
         let advise = |bytes: usize, advice| {
-            // SAFETY: the range is within this mapping. Pages are allocated as by a write that changes nothing, or their
-            // contents move and stay the same.
+            // SAFETY: the range is within this mapping. Pages are allocated as by a write that
+            // changes nothing, or their contents move and stay the same.
             let result = unsafe { libc::madvise(self.host.byte_add(start), bytes, advice) };
             match result {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             }
         };
-        // There is something to collapse where there is a page. Kernels before 6.1 have no such advice.
+        // There is something to collapse where there is a page. Kernels before 6.1 have no such
+        // advice.
         advise(bytes.min(SMALL_PAGE), libc::MADV_POPULATE_WRITE)?;
         if bytes == LARGE_PAGE && advise(bytes, libc::MADV_COLLAPSE).is_ok() {
             return Ok(());
@@ -125,7 +128,8 @@ impl Drop for DmaMemory {
     }
 }
 
-/// Maps a part where its large pages can be such here too: they lie in the mapping as they lie in the file.
+/// Maps a part where its large pages can be such here too: they lie in the mapping as they lie in
+/// the file.
 fn map(region: &DmaRegion) -> io::Result<Part> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     let bytes = usize::try_from(region.len).map_err(|_| invalid())?;
@@ -154,7 +158,8 @@ fn map(region: &DmaRegion) -> io::Result<Part> {
         )
     };
     let error = (host == libc::MAP_FAILED).then(io::Error::last_os_error);
-    // The room around it. Where mapping failed, what was there may be gone already and be somebody else's: it is left alone.
+    // The room around it. Where mapping failed, what was there may be gone already and be somebody
+    // else's: it is left alone.
     let end = (skipped + bytes).next_multiple_of(SMALL_PAGE);
     for (start, end) in [(0, skipped), (end, room)] {
         if start < end {
@@ -165,8 +170,8 @@ fn map(region: &DmaRegion) -> io::Result<Part> {
     if let Some(error) = error {
         return Err(error);
     }
-    // Without them each page is an entry of the map. It is a matter of speed only: refused, nothing else changes.
-    // SAFETY: the range is exactly this mapping; the advice changes no content.
+    // Without them each page is an entry of the map. It is a matter of speed only: refused, nothing
+    // else changes. SAFETY: the range is exactly this mapping; the advice changes no content.
     unsafe { libc::madvise(host, bytes, libc::MADV_HUGEPAGE) };
     Ok(Part {
         guest: region.address,
@@ -175,8 +180,9 @@ fn map(region: &DmaRegion) -> io::Result<Part> {
     })
 }
 
-/// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach it no more. The
-/// kernel has found and locked its pages: the mapping in this process is needed for the next time only.
+/// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach
+/// it no more. The kernel has found and locked its pages: the mapping in this process is needed for
+/// the next time only.
 #[derive(Debug)]
 pub struct DmaMap {
     container: Arc<File>,
@@ -199,7 +205,8 @@ impl DmaMap {
         };
         for part in &memory.parts {
             let bytes = part.bytes as u64;
-            // SAFETY: guest memory is changed by others at any time and read as such. It is mapped during the call.
+            // SAFETY: guest memory is changed by others at any time and read as such. It is mapped
+            // during the call.
             let result =
                 unsafe { sys::map_dma(&map.container, part.guest, part.host as u64, bytes) };
             result.map_err(|error| refused(error, memory.bytes()))?;

@@ -50,7 +50,8 @@ pub enum VfioError {
         /// The others, with their drivers.
         others: String,
     },
-    /// Guest memory stays in place while a function may reach it, and the user may not have so much.
+    /// Guest memory stays in place while a function may reach it, and the user may not have so
+    /// much.
     #[error(
         "a guest with such a device has all of its memory locked: this needs a limit of {} KiB at least and it is {} \
          KiB; raise it by `ulimit -l`, or run with the capability CAP_IPC_LOCK",

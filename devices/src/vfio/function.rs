@@ -1,4 +1,5 @@
-//! A function of the host as a guest's: what the guest configures, and what of it reaches the function.
+//! A function of the host as a guest's: what the guest configures, and what of it reaches the
+//! function.
 //!
 //! ```text
 //!   guest ─► configuration space (ours) ─► bus mastering ─────────► the function's command register
@@ -6,9 +7,10 @@
 //!         ─► base address registers ─► MSI-X table (ours), the rest ► read and written as the guest does
 //! ```
 //!
-//! The function decodes its registers all the time, whatever the guest says: where they are in guest memory only the
-//! guest's bus knows. It masters the host's bus only while the guest lets it, and only with guest memory in the IOMMU's
-//! map, from which a reset takes it: memory is made anew then.
+//! The function decodes its registers all the time, whatever the guest says: where they are in
+//! guest memory only the guest's bus knows. It masters the host's bus only while the guest lets it,
+//! and only with guest memory in the IOMMU's map, from which a reset takes it: memory is made anew
+//! then.
 
 use std::io;
 use std::sync::Arc;
@@ -60,7 +62,8 @@ pub struct VfioFunction {
     vectors: Option<Arc<PassedVectors>>,
     /// The function may master the bus.
     masters: bool,
-    /// What the guest asked for last and did not get: it is not tried again before it asks for something else.
+    /// What the guest asked for last and did not get: it is not tried again before it asks for
+    /// something else.
     refused: Refused,
     /// It is not to interrupt.
     withheld: bool,
@@ -152,8 +155,9 @@ impl VfioFunction {
         }
     }
 
-    /// Keeps the function from interrupting until it is told otherwise. Then the guest is interrupted by each vector once, as
-    /// it is not known which have come meanwhile; a pin is asserted still.
+    /// Keeps the function from interrupting until it is told otherwise. Then the guest is
+    /// interrupted by each vector once, as it is not known which have come meanwhile; a pin is
+    /// asserted still.
     pub(super) fn withhold(&mut self, withhold: bool) {
         let ends = self.withheld && !withhold;
         self.withheld = withhold;
@@ -163,8 +167,9 @@ impl VfioFunction {
         }
     }
 
-    /// A call of its driver has ended. One that failed may have been called for a message, which does not come again, and whose
-    /// cause may have masked itself: the driver gets all of them once more. A driver that fails each time does not go on for ever.
+    /// A call of its driver has ended. One that failed may have been called for a message, which
+    /// does not come again, and whose cause may have masked itself: the driver gets all of them
+    /// once more. A driver that fails each time does not go on for ever.
     pub(super) fn after_call(&mut self, failed: bool) {
         if !failed {
             self.told_again = 0;
@@ -276,7 +281,8 @@ impl VfioFunction {
         }
     }
 
-    /// Keeps the function from interrupting and from moving data until its driver configures it anew.
+    /// Keeps the function from interrupting and from moving data until its driver configures it
+    /// anew.
     pub(super) fn stop(&mut self) {
         if let Err(error) = self.interrupts.set(Mode::Off) {
             tracing::error!(%error, device = %self.device.address(), "interrupts stay");

@@ -1,5 +1,5 @@
-//! A function of the host whose driver in the guest is isolated: its state is taken and put back by its registers, where
-//! they are described.
+//! A function of the host whose driver in the guest is isolated: its state is taken and put back by
+//! its registers, where they are described.
 
 use super::device::VfioRegisters;
 use super::function::VfioFunction;
@@ -20,7 +20,8 @@ impl VfioFunction {
         description.quiesce(registers)?;
         let memory = self.dma().clone();
         description.put_back(self, &memory, saved)?;
-        // Causes that have masked themselves are not raised anew; their message may be of what has just been taken back.
+        // Causes that have masked themselves are not raised anew; their message may be of what has
+        // just been taken back.
         let told = description.told(registers);
         let vectors = (0..u32::BITS as u16).filter(|vector| told >> vector & 1 != 0);
         self.interrupt(vectors.collect());

@@ -1,8 +1,8 @@
 //! Which interrupts of the function are in use, and where they go.
 //!
-//! An interrupt goes from the function through the host's kernel into KVM; nobody here takes part. What comes for a
-//! vector that the guest has masked goes into a descriptor of our own instead, and is found there when the mask goes:
-//! KVM forgets what it cannot deliver.
+//! An interrupt goes from the function through the host's kernel into KVM; nobody here takes part.
+//! What comes for a vector that the guest has masked goes into a descriptor of our own instead, and
+//! is found there when the mask goes: KVM forgets what it cannot deliver.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,8 +39,8 @@ struct Routes {
 struct Route {
     /// The guest wants it delivered.
     delivered: bool,
-    /// Whether the function has it delivered, while vectors are in use; `None` if the host has refused that last, and where it
-    /// goes is not known.
+    /// Whether the function has it delivered, while vectors are in use; `None` if the host has
+    /// refused that last, and where it goes is not known.
     goes: Option<bool>,
 }
 
@@ -145,7 +145,8 @@ impl MsiVectors for PassedVectors {
         };
         let wanted = message.is_some();
         route.delivered = wanted;
-        // A message that is to be delivered must have a route when it comes, and may have one when it does not.
+        // A message that is to be delivered must have a route when it comes, and may have one when
+        // it does not.
         if message.is_some() {
             self.guest.route(vector, message);
         }

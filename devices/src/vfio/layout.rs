@@ -1,9 +1,10 @@
 //! The configuration space that a guest sees of a function of the host.
 //!
-//! The guest's header is ours: its command register, base address registers and interrupt line say nothing to the
-//! function but what [`super::function`] passes on. Of the function's capabilities the guest sees those that need
-//! nothing of the host: power management (whose states are shown, and not those of the function), PCI Express without its
-//! link, and MSI-X. Everything behind the first 256 bytes is hidden, and the expansion ROM.
+//! The guest's header is ours: its command register, base address registers and interrupt line say
+//! nothing to the function but what [`super::function`] passes on. Of the function's capabilities
+//! the guest sees those that need nothing of the host: power management (whose states are shown,
+//! and not those of the function), PCI Express without its link, and MSI-X. Everything behind the
+//! first 256 bytes is hidden, and the expansion ROM.
 //!
 //! What the function says is believed no more than what a guest says.
 
@@ -47,7 +48,8 @@ mod express {
     pub const DEVICE_CONTROL_2: usize = 38;
     /// Of the capabilities register: version.
     pub const VERSION: u16 = 0xf;
-    /// Of the capabilities register: kind of port; an endpoint integrated into the root complex, which bus 0 is of.
+    /// Of the capabilities register: kind of port; an endpoint integrated into the root complex,
+    /// which bus 0 is of.
     pub const INTEGRATED_ENDPOINT: u16 = 9 << 4;
     /// Of the device capabilities: it can be reset alone. The guest would wait for it.
     pub const FUNCTION_RESET: u32 = 1 << 28;

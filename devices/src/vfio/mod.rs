@@ -5,7 +5,8 @@
 //!                                                        IOMMU's map ◄── DmaMap ◄── guest memory
 //! ```
 //!
-//! `hold`: a function whose driver in the guest is isolated. [`passed`]: one function that several users have by turns.
+//! `hold`: a function whose driver in the guest is isolated. [`passed`]: one function that several
+//! users have by turns.
 
 pub mod address;
 pub mod binding;

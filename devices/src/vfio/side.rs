@@ -1,5 +1,5 @@
-//! What a user of a function has of its own: configuration space, table of MSI-X, power state. They say what the function may
-//! do for that user.
+//! What a user of a function has of its own: configuration space, table of MSI-X, power state. They
+//! say what the function may do for that user.
 
 use super::interrupts::Mode;
 use crate::pci::config::{Command, ConfigSpace};
@@ -20,8 +20,8 @@ pub struct UserSide {
 }
 
 impl UserSide {
-    /// As at power-on. `pmcsr` is where that register is, if there is power management; `has_pin` is whether the function has
-    /// an interrupt pin that the host can watch.
+    /// As at power-on. `pmcsr` is where that register is, if there is power management; `has_pin`
+    /// is whether the function has an interrupt pin that the host can watch.
     pub fn new(config: ConfigSpace, msix: Option<Msix>, pmcsr: Option<u16>, has_pin: bool) -> Self {
         Self {
             config,
@@ -69,8 +69,8 @@ impl UserSide {
         }
     }
 
-    /// Reads the table of MSI-X or the pending bits, if those are there. `waiting` gives the vectors for which something
-    /// came while they were masked.
+    /// Reads the table of MSI-X or the pending bits, if those are there. `waiting` gives the
+    /// vectors for which something came while they were masked.
     pub fn msix_read(
         &mut self,
         bar: BarIndex,

@@ -1,4 +1,5 @@
-//! VFIO's system calls (Linux, include/uapi/linux/vfio.h). All of them are here, with their `unsafe`.
+//! VFIO's system calls (Linux, include/uapi/linux/vfio.h). All of them are here, with their
+//! `unsafe`.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -141,8 +142,8 @@ pub fn irq_count(device: &File, index: u32) -> io::Result<u32> {
     Ok(info.count)
 }
 
-/// Changes interrupts of a kind, from `start` on: `flags` says what with them and what `descriptors` are for. With
-/// `DATA_NONE` these stay empty.
+/// Changes interrupts of a kind, from `start` on: `flags` says what with them and what
+/// `descriptors` are for. With `DATA_NONE` these stay empty.
 pub fn set_irqs(
     device: &File,
     index: u32,
@@ -160,7 +161,8 @@ pub fn set_irqs(
     // The five fields of `vfio_irq_set`, then its data.
     let mut argument = vec![bytes, flags, index, start, count];
     argument.extend(descriptors.iter().map(|descriptor| *descriptor as u32));
-    // SAFETY: the argument is a `vfio_irq_set` with `count` descriptors behind it and says its size.
+    // SAFETY: the argument is a `vfio_irq_set` with `count` descriptors behind it and says its
+    // size.
     let result =
         unsafe { ioctl_with_ptr(device, Request::DeviceSetIrqs.number(), argument.as_ptr()) };
     check(result).map(drop)
@@ -172,11 +174,12 @@ pub fn reset(device: &File) -> io::Result<()> {
     check(unsafe { ioctl(device, Request::DeviceReset.number()) }).map(drop)
 }
 
-/// Lets the devices of a container reach `bytes` bytes from `address` on of this process at `iova`, to read and write.
+/// Lets the devices of a container reach `bytes` bytes from `address` on of this process at `iova`,
+/// to read and write.
 ///
 /// # Safety
-/// The bytes are mapped in this process, and are memory that others may change at any time, until they are taken away
-/// again.
+/// The bytes are mapped in this process, and are memory that others may change at any time, until
+/// they are taken away again.
 pub unsafe fn map_dma(container: &File, iova: u64, address: u64, bytes: u64) -> io::Result<()> {
     let map = api::vfio_iommu_type1_dma_map {
         argsz: argsz::<api::vfio_iommu_type1_dma_map>(),
@@ -185,7 +188,8 @@ pub unsafe fn map_dma(container: &File, iova: u64, address: u64, bytes: u64) -> 
         iova,
         size: bytes,
     };
-    // SAFETY: the argument is the structure that the request reads, with its size; of the memory the caller knows.
+    // SAFETY: the argument is the structure that the request reads, with its size; of the memory
+    // the caller knows.
     check(unsafe { ioctl_with_ref(container, Request::IommuMapDma.number(), &map) }).map(drop)
 }
 

@@ -1,7 +1,9 @@
-//! One connection: messages and descriptors over a unix stream socket, without ever waiting longer than it was told.
+//! One connection: messages and descriptors over a unix stream socket, without ever waiting longer
+//! than it was told.
 //!
-//! Received bytes lie in a buffer, and a read takes what fits. Descriptors come with the bytes that they were sent with: a
-//! read ends behind the first bytes that have some, so they belong to the message that has the last byte read.
+//! Received bytes lie in a buffer, and a read takes what fits. Descriptors come with the bytes that
+//! they were sent with: a read ends behind the first bytes that have some, so they belong to the
+//! message that has the last byte read.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
@@ -27,7 +29,8 @@ pub const MAX_FDS: usize = 32;
 const SLICE: Duration = Duration::from_millis(100);
 /// Bytes that one read takes; more for a message that is longer.
 const READ_BYTES: usize = 16 << 10;
-/// Most bytes that are kept of what the peer sends while nobody takes it: two messages of the longest.
+/// Most bytes that are kept of what the peer sends while nobody takes it: two messages of the
+/// longest.
 const MAX_RECEIVED_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 /// Most bytes that wait for the peer to read them.
 const MAX_UNSENT_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
@@ -165,7 +168,8 @@ impl Channel {
         self.start < self.end
     }
 
-    /// Ends the connection for both sides, and drops what is under way; the socket stays open as a descriptor.
+    /// Ends the connection for both sides, and drops what is under way; the socket stays open as a
+    /// descriptor.
     pub fn shut_down(&mut self) {
         (self.start, self.end) = (0, 0);
         self.arrivals.clear();
@@ -378,9 +382,9 @@ impl Channel {
     }
 }
 
-/// How long somebody still waits for a peer. What goes by between two looks counts whether the peer was waited for or what it
-/// sent was dealt with, but as one slice at most: a machine that stands still for a while, with both sides on it, has
-/// not used up all of it.
+/// How long somebody still waits for a peer. What goes by between two looks counts whether the peer
+/// was waited for or what it sent was dealt with, but as one slice at most: a machine that stands
+/// still for a while, with both sides on it, has not used up all of it.
 #[derive(Debug)]
 pub struct Patience {
     left: Duration,

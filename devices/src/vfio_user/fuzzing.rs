@@ -141,8 +141,8 @@ fn pair() -> Option<(UnixStream, UnixStream)> {
     Some((ours, theirs))
 }
 
-/// A client of a server that sends what `input` says: messages whose headers are right but for what it chooses, with
-/// descriptors, and bytes.
+/// A client of a server that sends what `input` says: messages whose headers are right but for what
+/// it chooses, with descriptors, and bytes.
 pub fn serve(input: &[u8]) {
     let _ = try_serve(&mut Input(input));
 }
@@ -231,12 +231,14 @@ impl IrqLine for NoLine {
     fn set_level(&self, _asserted: bool) {}
 }
 
-/// A server whose replies are what `input` says, to a client that makes a function of it and uses that.
+/// A server whose replies are what `input` says, to a client that makes a function of it and uses
+/// that.
 pub fn use_server(input: &[u8]) {
     let _ = try_use(&mut Input(input));
 }
 
-/// Good replies to what a client asks first: of a device with 4 KiB of registers that is reset then.
+/// Good replies to what a client asks first: of a device with 4 KiB of registers that is reset
+/// then.
 fn first_replies() -> Vec<(Command, Vec<u8>)> {
     let info = DeviceInfo {
         argsz: DeviceInfo::BYTES,

@@ -7,9 +7,10 @@
 //!                 └ IrqLine, MsiVectors ◄─ eventfds, by descriptor ─ ClientInterrupts
 //! ```
 //!
-//! Source: the vfio-user protocol specification (QEMU, `docs/interop/vfio-user.rst`), "the specification" below, and
-//! `<linux/vfio.h>` where that refers to it. Neither side trusts the other: what comes in is bounded and checked, nothing
-//! waits without a deadline, and who breaks the protocol loses the connection.
+//! Source: the vfio-user protocol specification (QEMU, `docs/interop/vfio-user.rst`), "the
+//! specification" below, and `<linux/vfio.h>` where that refers to it. Neither side trusts the
+//! other: what comes in is bounded and checked, nothing waits without a deadline, and who breaks
+//! the protocol loses the connection.
 
 mod channel;
 pub mod client;

@@ -1,5 +1,5 @@
-//! Random histories of virtio functions: at any point of one, a twin that was restored from the stored state goes on as the
-//! original does.
+//! Random histories of virtio functions: at any point of one, a twin that was restored from the
+//! stored state goes on as the original does.
 
 use std::path::Path;
 

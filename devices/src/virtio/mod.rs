@@ -82,8 +82,8 @@ pub trait VirtioDevice: Send {
     /// The device's own state between two calls; what is in its queues is not part of it.
     fn save(&self) -> Result<Part, StateError>;
 
-    /// Goes on as the device that `state` was taken of. On an error nothing changes. The driver's buffers are looked at
-    /// afterwards, as if it had notified about all queues.
+    /// Goes on as the device that `state` was taken of. On an error nothing changes. The driver's
+    /// buffers are looked at afterwards, as if it had notified about all queues.
     fn restore(&mut self, state: &Part) -> Result<(), StateError>;
 
     /// The driver put buffers into `queue`.

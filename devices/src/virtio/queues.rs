@@ -10,8 +10,8 @@ use super::Chain;
 
 /// Vector of a queue or of configuration changes that has none (section 4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xffff;
-/// Bytes moved in one turn, before vCPU and other devices of the event loop get theirs: what a fast disk or wire moves in a
-/// few milliseconds. What a device began is done to its end.
+/// Bytes moved in one turn, before vCPU and other devices of the event loop get theirs: what a fast
+/// disk or wire moves in a few milliseconds. What a device began is done to its end.
 const TURN_BYTES: u64 = 4 << 20;
 /// What taking a chain counts for besides what the device says that it moved.
 const CHAIN_BYTES: u64 = 4 << 10;
@@ -97,7 +97,8 @@ impl Virtqueue {
         }
     }
 
-    /// A queue with this state, of a function with `vectors` vectors. Whether its rings are in memory is not looked at.
+    /// A queue with this state, of a function with `vectors` vectors. Whether its rings are in
+    /// memory is not looked at.
     pub(super) fn restore(
         state: &VirtqueueState,
         vectors: u16,
@@ -182,7 +183,8 @@ impl<'a> Queues<'a> {
         self.config_changed = self.active;
     }
 
-    /// The device moved `bytes` bytes, or did what takes as long: they count towards the end of this turn.
+    /// The device moved `bytes` bytes, or did what takes as long: they count towards the end of
+    /// this turn.
     pub fn spend(&mut self, bytes: u64) {
         self.budget = self.budget.saturating_sub(bytes);
     }
@@ -192,8 +194,8 @@ impl<'a> Queues<'a> {
         self.again = true;
     }
 
-    /// Takes the next chain that the driver made available in `queue`. When there is none the driver
-    /// is asked to notify about the next.
+    /// Takes the next chain that the driver made available in `queue`. When there is none the
+    /// driver is asked to notify about the next.
     pub fn pop(&mut self, queue: u16) -> Result<Option<Chain>, QueueError> {
         if !self.active {
             return Ok(None);
@@ -225,8 +227,8 @@ impl<'a> Queues<'a> {
         Ok(None)
     }
 
-    /// How many chains the driver has made available in `queue` that were not taken yet. It is asked to notify about the
-    /// next that it adds, however many there are.
+    /// How many chains the driver has made available in `queue` that were not taken yet. It is
+    /// asked to notify about the next that it adds, however many there are.
     pub fn available(&mut self, queue: u16) -> Result<u16, QueueError> {
         let Some(virtqueue) = self.queues.get_mut(usize::from(queue)) else {
             return Ok(0);
@@ -241,8 +243,9 @@ impl<'a> Queues<'a> {
             .avail_idx(self.memory, Ordering::Acquire)
             .map_err(ring)?;
         if virtqueue.event_idx_enabled() {
-            // What was just enabled is to hear of the first chain that was not taken, which may be there already. Those that
-            // come while this is written are seen by another look, and a driver has room for no more of them than this.
+            // What was just enabled is to hear of the first chain that was not taken, which may be
+            // there already. Those that come while this is written are seen by another look, and a
+            // driver has room for no more of them than this.
             for _ in 0..=virtqueue.size() {
                 let asked = index;
                 ask_to_hear_of(virtqueue, self.memory, asked.0).map_err(ring)?;
@@ -280,8 +283,8 @@ impl<'a> Queues<'a> {
     }
 }
 
-/// Has the driver notify the device when it adds the chain with `index` in the available ring: `avail_event` behind the used
-/// ring (section 2.7.10).
+/// Has the driver notify the device when it adds the chain with `index` in the available ring:
+/// `avail_event` behind the used ring (section 2.7.10).
 fn ask_to_hear_of(
     queue: &Queue,
     memory: &GuestMemory,

@@ -84,8 +84,8 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         }
     }
 
-    /// A driver of the same function with `device` in it, whose memory and state are as this one's are now. What was asked
-    /// of the device is found when the event loop runs.
+    /// A driver of the same function with `device` in it, whose memory and state are as this one's
+    /// are now. What was asked of the device is found when the event loop runs.
     pub(crate) fn twin(&self, device: D) -> Self {
         let mut twin = Self::new(device);
         let mut all = vec![0; MEMORY_BYTES];

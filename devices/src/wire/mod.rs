@@ -20,8 +20,8 @@ pub enum SendOutcome {
     /// The wire's queue is full. The NIC keeps the frame and tries again when
     /// [`Wire::writable_fd`] says so: nothing is lost on the host's side.
     Full,
-    /// Nobody is at the other end, or the frame is longer than the wire carries: it is gone, as on a
-    /// cable that was pulled.
+    /// Nobody is at the other end, or the frame is longer than the wire carries: it is gone, as on
+    /// a cable that was pulled.
     Dropped,
 }
 
@@ -40,33 +40,35 @@ pub trait Wire: Send {
     /// Whether a carrier is there; a NIC shows it as its link state.
     fn carrier(&self) -> bool;
 
-    /// Whether what is sent now, without a carrier, is taken and lost. A NIC whose link is down then gives its frames up instead of
-    /// keeping them until the link is back: a driver resets a card that has frames and no link. By default they are kept.
+    /// Whether what is sent now, without a carrier, is taken and lost. A NIC whose link is down
+    /// then gives its frames up instead of keeping them until the link is back: a driver resets a
+    /// card that has frames and no link. By default they are kept.
     fn loses_frames(&self) -> bool {
         false
     }
 
-    /// The NIC's own end came up or went down: what the port at the other end would see of the NIC's PHY. By
-    /// default nobody is told.
+    /// The NIC's own end came up or went down: what the port at the other end would see of the
+    /// NIC's PHY. By default nobody is told.
     fn nic_link(&mut self, _up: bool) {}
 
-    /// The NIC receives frames to these unicast addresses from now on, among those that it is told of: where one wire is
-    /// several NICs' by turns, each is kept from the others' frames. A NIC whose addresses change says so each time. By default
-    /// nobody is told.
+    /// The NIC receives frames to these unicast addresses from now on, among those that it is told
+    /// of: where one wire is several NICs' by turns, each is kept from the others' frames. A NIC
+    /// whose addresses change says so each time. By default nobody is told.
     fn stations(&mut self, _addresses: &[[u8; 6]]) {}
 
     /// Readable (`EPOLLIN`, level-triggered) while [`Wire::receive`] may return a frame or the
     /// carrier changed.
     fn readable_fd(&self) -> RawFd;
 
-    /// What this end of the wire is besides its descriptors, with its kind. What is on its way through the host is lost,
-    /// as on a cable that was pulled. `None` for a wire that any other may take the place of.
+    /// What this end of the wire is besides its descriptors, with its kind. What is on its way
+    /// through the host is lost, as on a cable that was pulled. `None` for a wire that any other
+    /// may take the place of.
     fn save(&self) -> Result<Option<Part>, StateError> {
         Ok(None)
     }
 
-    /// Goes on as the wire that `state` was taken of; with `None`, as the new wire that it is. The carrier that the NIC saw
-    /// stays, if it comes back soon.
+    /// Goes on as the wire that `state` was taken of; with `None`, as the new wire that it is. The
+    /// carrier that the NIC saw stays, if it comes back soon.
     ///
     /// # Errors
     /// The state is of another kind of wire. Nothing has changed then.

@@ -13,7 +13,8 @@
 //!   outbound (epoll) ◄─ the socket (OUT) while `send` has said Full
 //! ```
 //!
-//! The event loop sees the two epoll descriptors only: they stay the same while sockets come and go.
+//! The event loop sees the two epoll descriptors only: they stay the same while sockets come and
+//! go.
 
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -419,8 +420,8 @@ impl Wire for UnixLink {
         Part::new(FORM, &self.carrier()).map(Some)
     }
 
-    /// The peer that the saved link had is waited for, so that the guest does not see the link go because its process
-    /// was another one for a moment.
+    /// The peer that the saved link had is waited for, so that the guest does not see the link go
+    /// because its process was another one for a moment.
     fn restore(&mut self, state: &Option<Part>) -> Result<(), StateError> {
         let Some(part) = state else {
             return Ok(());

@@ -1,4 +1,5 @@
-//! Each message that a client can send, and what else it can: nothing but an answer or the end of its connection.
+//! Each message that a client can send, and what else it can: nothing but an answer or the end of
+//! its connection.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,4 +1,5 @@
-//! Both sides of a connection: a host that serves a card in a thread of its own, and what a machine gives a function.
+//! Both sides of a connection: a host that serves a card in a thread of its own, and what a machine
+//! gives a function.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Without a session the next call says hello first, again and again until the agent answers or the
-//! time is up: the channel may not be there yet, or the guest may be rebooting. A call that failed is
-//! never repeated by itself, because it may have been carried out.
+//! time is up: the channel may not be there yet, or the guest may be rebooting. A call that failed
+//! is never repeated by itself, because it may have been carried out.
 //!
 //! The agent is as hostile as its guest: frames, collected results and waits are bounded.
 //!
@@ -132,7 +132,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that gets its stream from `connect`, at the first call and whenever the stream broke.
+    /// A client that gets its stream from `connect`, at the first call and whenever the stream
+    /// broke.
     pub fn new(connect: impl FnMut() -> io::Result<Box<dyn Channel>> + Send + 'static) -> Self {
         // Any number that an earlier client on the same channel has most likely not used.
         let nonce = std::time::SystemTime::now()
@@ -184,7 +185,8 @@ impl Client {
     /// Waits until an agent answers, and begins a session with it.
     ///
     /// # Errors
-    /// [`ClientError::Time`] when none did within `limit`, [`ClientError::Version`] when it does not fit.
+    /// [`ClientError::Time`] when none did within `limit`, [`ClientError::Version`] when it does
+    /// not fit.
     pub fn hello(&mut self, limit: Duration) -> Result<AgentInfo, ClientError> {
         self.session = None;
         self.nonce = self.nonce.wrapping_add(1);
@@ -212,7 +214,8 @@ impl Client {
         Err(ClientError::Time(limit, last))
     }
 
-    /// Connects, without a word yet: clients are served in the order in which they connect, one at a time.
+    /// Connects, without a word yet: clients are served in the order in which they connect, one at
+    /// a time.
     ///
     /// # Errors
     /// What connecting reports.
@@ -262,8 +265,8 @@ impl Client {
     /// Asks, gives every part of the answer to `part`, and returns the last answer.
     ///
     /// # Errors
-    /// [`ClientError::Agent`] when the agent refused; after any other error the session is over and the
-    /// next call begins a new one. An error of `part` ends the session too.
+    /// [`ClientError::Agent`] when the agent refused; after any other error the session is over and
+    /// the next call begins a new one. An error of `part` ends the session too.
     pub fn call(
         &mut self,
         call: Call,

@@ -3,9 +3,9 @@
 //! A frame is a length (`u32`, little endian, at most [`MAX_FRAME`]) and that many bytes of JSON.
 //!
 //! A stream outlives its users: a client dies in the middle of a frame, a guest reboots while the
-//! host goes on. So there is a mark which says "a frame begins here, forget what was before": four or
-//! more bytes `0xFF`, closed by a byte `0x00`. It cannot occur inside a frame: a length has at most three
-//! such bytes, and JSON text is UTF-8, which has none.
+//! host goes on. So there is a mark which says "a frame begins here, forget what was before": four
+//! or more bytes `0xFF`, closed by a byte `0x00`. It cannot occur inside a frame: a length has at
+//! most three such bytes, and JSON text is UTF-8, which has none.
 //!
 //! ```text
 //!            length complete                       FF FF FF FF anywhere

@@ -1,7 +1,7 @@
 //! What an image tells its own `/init`: the file [`PATH`] in the initramfs.
 //!
-//! The agent is `/init` of every image. What an image is for (a guest, the lab's emulated server) is not
-//! compiled in but written here by the image builder.
+//! The agent is `/init` of every image. What an image is for (a guest, the lab's emulated server)
+//! is not compiled in but written here by the image builder.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,16 +14,16 @@ pub const PATH: &str = "/etc/cofferdam/init.json";
 pub struct InitConfig {
     /// Modules to load, by name, in this order; what they depend on is loaded before.
     pub modules: Vec<BootModule>,
-    /// File systems to mount after that, in this order. `/proc`, `/sys`, `/dev`, `/run` and `/tmp` are
-    /// always there.
+    /// File systems to mount after that, in this order. `/proc`, `/sys`, `/dev`, `/run` and `/tmp`
+    /// are always there.
     pub mounts: Vec<Mount>,
-    /// A shell on the console. Its end powers the machine off. The command line's `cofferdam.shell=`
-    /// has the last word.
+    /// A shell on the console. Its end powers the machine off. The command line's
+    /// `cofferdam.shell=` has the last word.
     pub shell: bool,
     /// Serve the agent's channel.
     pub serve: bool,
-    /// Make KVM virtual machines and keep them, after the modules: then the kernel never changes its own code when the
-    /// first machine comes or the last one goes.
+    /// Make KVM virtual machines and keep them, after the modules: then the kernel never changes
+    /// its own code when the first machine comes or the last one goes.
     pub keep_machines: bool,
 }
 

@@ -122,17 +122,19 @@ pub enum Call {
         /// Default route by this gateway.
         gateway: Option<Ipv4Addr>,
     },
-    /// Sets `CLOCK_REALTIME`, which has stood still while the guest was not there. Other clocks go on where they were.
+    /// Sets `CLOCK_REALTIME`, which has stood still while the guest was not there. Other clocks go
+    /// on where they were.
     SetTime {
         /// Nanoseconds since 1970.
         real_ns: u64,
     },
-    /// Gives an interface another hardware address, address and default route: to a copy of a guest that is on one wire
-    /// with others.
+    /// Gives an interface another hardware address, address and default route: to a copy of a guest
+    /// that is on one wire with others.
     Readdress {
         /// Name of the interface.
         interface: String,
-        /// Hardware address. An interface whose driver does not take one while it is up is brought down and up.
+        /// Hardware address. An interface whose driver does not take one while it is up is brought
+        /// down and up.
         mac: Option<[u8; 6]>,
         /// Address in place of the one it has.
         address: Option<Ipv4>,

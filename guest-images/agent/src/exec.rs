@@ -1,8 +1,8 @@
 //! Running programs: output as it comes, an end for every program.
 //!
-//! One thread a program. It waits for all of it at once: output, room for input, the program's end, its
-//! time limit. What a program leaves running in the background keeps its pipes but not this thread:
-//! after the program's end what is in the pipes is read, and no more.
+//! One thread a program. It waits for all of it at once: output, room for input, the program's end,
+//! its time limit. What a program leaves running in the background keeps its pipes but not this
+//! thread: after the program's end what is in the pipes is read, and no more.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -144,7 +144,8 @@ fn start(
     command.spawn()
 }
 
-/// Reads after a program's end: enough for a pipe of the largest size that an ordinary user can set (1 MiB).
+/// Reads after a program's end: enough for a pipe of the largest size that an ordinary user can set
+/// (1 MiB).
 const MOST_LAST_READS: usize = (1 << 20) / CHUNK + 1;
 
 struct Pipes {
@@ -207,7 +208,8 @@ impl Pipes {
             }
             let ended = !fds[0].revents().is_empty();
             if ended {
-                // Everything it wrote is in the pipes by now. What it left running may write for ever.
+                // Everything it wrote is in the pipes by now. What it left running may write for
+                // ever.
                 let mut reads = 0;
                 while reads < MOST_LAST_READS && self.pump(part)? {
                     reads += 1;

@@ -8,9 +8,10 @@
 //!                                  sync, power off
 //! ```
 //!
-//! It starts no threads and waits for every process that is left to it. The server is a child: should it
-//! die, it is started again and the guest lives on. What fails is said on the console, and the boot
-//! goes on: a guest without its network is easier to look into than one that has stopped.
+//! It starts no threads and waits for every process that is left to it. The server is a child:
+//! should it die, it is started again and the guest lives on. What fails is said on the console,
+//! and the boot goes on: a guest without its network is easier to look into than one that has
+//! stopped.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -214,7 +215,8 @@ fn load_boot_module(module: &BootModule) {
 
 fn mount_entry(entry: &Mount) -> Result<()> {
     let what = || format!("mount {} on {}", entry.source, entry.target);
-    // On a read-only file system the directory must be there already; then this fails and mount tells.
+    // On a read-only file system the directory must be there already; then this fails and mount
+    // tells.
     let _there = fs::create_dir_all(&entry.target);
     if entry.fstype == "bind" {
         mount_bind_recursive(entry.source.as_str(), entry.target.as_str()).context(what)?;
@@ -241,7 +243,8 @@ fn mount_entry(entry: &Mount) -> Result<()> {
     .context(what)
 }
 
-/// Loads the driver and sets a fixed address. Gives the interface when its address is to come by DHCP.
+/// Loads the driver and sets a fixed address. Gives the interface when its address is to come by
+/// DHCP.
 fn set_up_network(network: &Network) -> Result<Option<String>> {
     let watch = Watch::new()?;
     let before = net::names();
@@ -293,7 +296,8 @@ fn start_dhcp(interface: &str) -> Result<Child> {
 
 /// A shell that has the console for its terminal, so that Ctrl-C works.
 fn start_shell() -> Result<Child> {
-    // The last console is the one that /dev/console is; /dev/console itself cannot be a session's terminal.
+    // The last console is the one that /dev/console is; /dev/console itself cannot be a session's
+    // terminal.
     let active = fs::read_to_string("/sys/class/tty/console/active").unwrap_or_default();
     let device = Path::new("/dev").join(active.split_whitespace().next_back().unwrap_or("ttyS0"));
     let open = || File::options().read(true).write(true).open(&device);

@@ -48,8 +48,8 @@ fn main() -> ExitCode {
 /// Serves the host's port for ever.
 fn serve_port() -> ! {
     loop {
-        // No port: a machine that is not driven from outside, or a port that comes later. An error while
-        // serving: the port was unplugged. In both cases, look again.
+        // No port: a machine that is not driven from outside, or a port that comes later. An error
+        // while serving: the port was unplugged. In both cases, look again.
         if let Ok(port) = channel::open_port(agent_protocol::PORT_NAME) {
             let _ended = serve(port, Powers::WholeMachine);
         }

@@ -12,7 +12,8 @@ use crate::sys::stamp;
 /// When a system call began and ended.
 pub type Span = (Stamp, Stamp);
 
-/// Loads a module. For a name, what it depends on is loaded before; the times are of the module itself.
+/// Loads a module. For a name, what it depends on is loaded before; the times are of the module
+/// itself.
 ///
 /// # Errors
 /// When there is no such module or the kernel refuses it (`EEXIST`: it is loaded already).

@@ -113,7 +113,8 @@ pub fn set_link(interface: &str, up: bool) -> Result<()> {
         .context(|| format!("bring {interface} {}", if up { "up" } else { "down" }))
 }
 
-/// Gives an interface another hardware address. Where its driver takes none while it is up, it is brought down and up.
+/// Gives an interface another hardware address. Where its driver takes none while it is up, it is
+/// brought down and up.
 pub fn set_mac(interface: &str, mac: [u8; 6]) -> Result<()> {
     let what = || format!("give {interface} another hardware address");
     match sys::set_mac(interface, mac) {

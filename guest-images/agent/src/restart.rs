@@ -1,5 +1,5 @@
-//! A driver restart as one request, so that the time between its steps is the guest's own and not the
-//! channel's.
+//! A driver restart as one request, so that the time between its steps is the guest's own and not
+//! the channel's.
 
 use std::time::Duration;
 

@@ -6,10 +6,10 @@
 //!     └──────────────────► one thread for each program that runs    ──┘
 //! ```
 //!
-//! Whatever an answer is about, it belongs to the client that asked. When another client begins (a mark in the
-//! stream) the generation is counted up: programs are killed, and what still comes from the old
-//! client's requests is dropped. A request that hangs in the kernel hangs only its worker: the next
-//! client gets a new one.
+//! Whatever an answer is about, it belongs to the client that asked. When another client begins (a
+//! mark in the stream) the generation is counted up: programs are killed, and what still comes from
+//! the old client's requests is dropped. A request that hangs in the kernel hangs only its worker:
+//! the next client gets a new one.
 
 use std::fs::File;
 use std::io::{self, Read};

@@ -101,7 +101,8 @@ pub fn modules(name: Option<&str>) -> Result<Vec<Module>> {
     Ok(modules)
 }
 
-/// What `/sys/module/NAME` says, or none for code that is built into the kernel (which has no state).
+/// What `/sys/module/NAME` says, or none for code that is built into the kernel (which has no
+/// state).
 fn module(directory: &Path, name: String) -> Option<Module> {
     let text = |file: &str| {
         Some(

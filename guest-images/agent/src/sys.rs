@@ -39,11 +39,12 @@ fn nanoseconds(time: Timespec) -> u64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)
 }
 
-/// Makes the program start with no signal blocked: std lets it inherit the mask of the thread that starts it, and a shell
-/// that has `SIGCHLD` blocked waits for ever for its children.
+/// Makes the program start with no signal blocked: std lets it inherit the mask of the thread that
+/// starts it, and a shell that has `SIGCHLD` blocked waits for ever for its children.
 pub fn start_with_signals_free(command: &mut Command) {
     let free = || {
-        // SAFETY: sigemptyset initialises the set before it is used, and the old mask is not asked for.
+        // SAFETY: sigemptyset initialises the set before it is used, and the old mask is not asked
+        // for.
         let done = unsafe {
             let mut none = std::mem::zeroed();
             libc::sigemptyset(&mut none);
@@ -73,8 +74,8 @@ pub fn start_in(command: &mut Command, root: Option<String>, directory: Option<S
         }
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made; rustix puts such paths on the stack, and for
-    // one too long for that it allocates, which glibc allows after fork.
+    // SAFETY: between fork and exec only system calls are made; rustix puts such paths on the
+    // stack, and for one too long for that it allocates, which glibc allows after fork.
     unsafe { command.pre_exec(enter) };
 }
 
@@ -99,7 +100,8 @@ fn init_signal_set() -> libc::sigset_t {
     }
 }
 
-/// Blocks [`INIT_SIGNALS`] in this thread. What it starts inherits that: see [`start_with_signals_free`].
+/// Blocks [`INIT_SIGNALS`] in this thread. What it starts inherits that: see
+/// [`start_with_signals_free`].
 pub fn block_init_signals() {
     let set = init_signal_set();
     // SAFETY: the set is initialised, the old one is not asked for.
@@ -135,7 +137,8 @@ fn request(interface: &str) -> io::Result<libc::ifreq> {
 }
 
 fn control<T>(socket: &OwnedFd, number: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: every caller in this file passes the structure that the request number is documented to take.
+    // SAFETY: every caller in this file passes the structure that the request number is documented
+    // to take.
     match unsafe { libc::ioctl(socket.as_raw_fd(), number, std::ptr::from_mut(argument)) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -151,7 +154,8 @@ fn inet_socket() -> io::Result<OwnedFd> {
 }
 
 fn inet_address(address: Ipv4Addr) -> libc::sockaddr {
-    // SAFETY: both are plain integers, sockaddr_in is no larger than sockaddr, and all zero is valid.
+    // SAFETY: both are plain integers, sockaddr_in is no larger than sockaddr, and all zero is
+    // valid.
     unsafe {
         let mut storage: libc::sockaddr = std::mem::zeroed();
         let inet = std::ptr::from_mut(&mut storage).cast::<libc::sockaddr_in>();
@@ -222,8 +226,8 @@ pub fn interface_addresses() -> io::Result<Vec<(String, u32, Option<Ipv4>)>> {
     }
     let mut found = Vec::new();
     let mut next = list;
-    // SAFETY: each element of the list is valid until freeifaddrs, its name is a C string, and an address
-    // of family AF_INET is a sockaddr_in.
+    // SAFETY: each element of the list is valid until freeifaddrs, its name is a C string, and an
+    // address of family AF_INET is a sockaddr_in.
     unsafe {
         while let Some(entry) = next.as_ref() {
             let name = CStr::from_ptr(entry.ifa_name)
@@ -248,7 +252,8 @@ pub fn interface_addresses() -> io::Result<Vec<(String, u32, Option<Ipv4>)>> {
     Ok(found)
 }
 
-/// A socket that becomes readable when the kernel reports a change of any interface or its addresses.
+/// A socket that becomes readable when the kernel reports a change of any interface or its
+/// addresses.
 pub fn link_events() -> io::Result<OwnedFd> {
     use rustix::net::netlink::SocketAddrNetlink;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
@@ -280,7 +285,8 @@ pub fn kvm_create_vcpu(machine: &OwnedFd) -> io::Result<OwnedFd> {
 }
 
 fn kvm_request(file: BorrowedFd<'_>, number: libc::Ioctl) -> io::Result<libc::c_int> {
-    // SAFETY: the three requests take a plain number, zero here, and touch no memory of this process.
+    // SAFETY: the three requests take a plain number, zero here, and touch no memory of this
+    // process.
     match unsafe { libc::ioctl(file.as_raw_fd(), number, 0) } {
         -1 => Err(io::Error::last_os_error()),
         answer => Ok(answer),

@@ -1,7 +1,8 @@
 //! The instructions of one function of a module's file, where they go, and its basic blocks.
 //!
-//! The file is not what runs: calls of the tracer are still there, alternatives are not applied. An address is an offset in the
-//! function's section. A branch that a relocation leads elsewhere is a call, or a jump for good, of what is there.
+//! The file is not what runs: calls of the tracer are still there, alternatives are not applied. An
+//! address is an offset in the function's section. A branch that a relocation leads elsewhere is a
+//! call, or a jump for good, of what is there.
 
 use std::collections::BTreeMap;
 

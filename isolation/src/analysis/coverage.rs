@@ -1,4 +1,5 @@
-//! What many modules together come to: how many could be isolated, how many suspend and resume, and what stands in the way.
+//! What many modules together come to: how many could be isolated, how many suspend and resume, and
+//! what stands in the way.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +9,8 @@ use super::Report;
 use super::entries::Isolation;
 use super::findings::FindingKind;
 
-/// Kinds of drivers, by folders of the kernel's source that modules are installed by (`lib/modules/RELEASE/kernel/...`).
+/// Kinds of drivers, by folders of the kernel's source that modules are installed by
+/// (`lib/modules/RELEASE/kernel/...`).
 pub const FAMILIES: &[(&str, &[&str])] = &[
     ("network", &["drivers/net/"]),
     (
@@ -45,7 +47,8 @@ pub enum Obstacle {
     NoGate,
     /// It drives a device whose state cannot be put back.
     Device,
-    /// Calls that go on in the guest may have done what has no opposite, or what the model does not know.
+    /// Calls that go on in the guest may have done what has no opposite, or what the model does not
+    /// know.
     KernelFunctions,
 }
 
@@ -83,10 +86,11 @@ pub struct Family {
     pub drivers: usize,
     /// Of those, how many have a suspend and a resume function in each driver.
     pub suspend_and_resume: usize,
-    /// Modules in which nothing stands in the way of isolating at least one entry: a gate fits, a failed call has an answer, and it has
-    /// no device or one that is put back.
+    /// Modules in which nothing stands in the way of isolating at least one entry: a gate fits, a
+    /// failed call has an answer, and it has no device or one that is put back.
     pub isolated_today: usize,
-    /// Modules where only the device's state stands in the way: gates fit and failed calls have answers.
+    /// Modules where only the device's state stands in the way: gates fit and failed calls have
+    /// answers.
     pub but_for_device: usize,
     /// Modules with each obstacle.
     pub obstacles: BTreeMap<Obstacle, usize>,

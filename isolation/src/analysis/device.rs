@@ -94,7 +94,8 @@ fn memory_use(
         (Value::Device { sites, bits }, _) if in_data || i.memory_index() != Register::None => {
             (sites, bits, 1)
         }
-        // As a pointer it could be anything; what is found so is mostly the driver's own in memory that it shares.
+        // As a pointer it could be anything; what is found so is mostly the driver's own in memory
+        // that it shares.
         _ => return None,
     };
     if state.is_checked(sites) {

@@ -16,8 +16,8 @@ use crate::policy::completion::{no_answer, serves_blocks};
 /// Where a function's address was found.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct From {
-    /// Structure and member: `net_device_ops.ndo_start_xmit`, `module.init`; or what the function's type says that it is:
-    /// `interrupt handler`, `work`. `unknown structure` where none fits.
+    /// Structure and member: `net_device_ops.ndo_start_xmit`, `module.init`; or what the function's
+    /// type says that it is: `interrupt handler`, `work`. `unknown structure` where none fits.
     pub as_what: String,
     /// Name of the object, or of the function that hands the address on.
     pub place: String,

@@ -1,4 +1,5 @@
-//! Error returns that nobody looks at: behind the call, on no way is what it returned read before it is overwritten.
+//! Error returns that nobody looks at: behind the call, on no way is what it returned read before
+//! it is overwritten.
 
 use iced_x86::{InstructionInfoFactory, OpAccess, Register};
 
@@ -46,7 +47,8 @@ pub fn ignored<'a>(
         .collect()
 }
 
-/// Whether `rax` may be read behind a call. Where a way leaves the function, or cannot be followed, it is taken for read.
+/// Whether `rax` may be read behind a call. Where a way leaves the function, or cannot be followed,
+/// it is taken for read.
 fn is_read(code: &Code, call: usize, returns_nothing: bool) -> bool {
     let mut factory = InstructionInfoFactory::new();
     let Some(block) = code

@@ -1,8 +1,8 @@
-//! What is known of functions of Linux by name, for the analysis. Names are those that modules import: what is inline is not
-//! seen. Linux 5.10 to 6.12.
+//! What is known of functions of Linux by name, for the analysis. Names are those that modules
+//! import: what is inline is not seen. Linux 5.10 to 6.12.
 
-/// Functions that say themselves that whoever calls them may have to wait (`might_sleep`, `cond_resched`, include/linux/kernel.h,
-/// include/linux/sched.h), and those that wait.
+/// Functions that say themselves that whoever calls them may have to wait (`might_sleep`,
+/// `cond_resched`, include/linux/kernel.h, include/linux/sched.h), and those that wait.
 pub const SLEEPS: &[&str] = &[
     "__SCT__might_resched",
     "__SCT__cond_resched",
@@ -20,8 +20,8 @@ pub const SLEEPS: &[&str] = &[
 /// `__GFP_DIRECT_RECLAIM` (include/linux/gfp_types.h): an allocation that may wait.
 pub const MAY_RECLAIM: u64 = 0x400;
 
-/// Allocators that wait only if they are asked to, with the argument that says so, from 0 (include/linux/slab.h, skbuff.h,
-/// usb.h, dma-mapping.h).
+/// Allocators that wait only if they are asked to, with the argument that says so, from 0
+/// (include/linux/slab.h, skbuff.h, usb.h, dma-mapping.h).
 pub const ALLOCATORS: &[(&str, usize)] = &[
     ("__kmalloc", 1),
     ("__kmalloc_node", 1),
@@ -51,7 +51,8 @@ pub const ALLOCATORS: &[(&str, usize)] = &[
     ("usb_alloc_coherent", 2),
 ];
 
-/// Functions that return the address of a device's registers (include/linux/io.h, asm-generic/pci_iomap.h, pci.h, device.h).
+/// Functions that return the address of a device's registers (include/linux/io.h,
+/// asm-generic/pci_iomap.h, pci.h, device.h).
 pub const MAPS_REGISTERS: &[&str] = &[
     "ioremap",
     "ioremap_wc",
@@ -78,10 +79,12 @@ pub const MAPS_REGISTERS: &[&str] = &[
 /// Functions that return an array of such addresses.
 pub const MAPS_ARRAYS: &[&str] = &["pcim_iomap_table"];
 
-/// Functions that return memory that a device writes as well (include/linux/dma-mapping.h, dmapool.h).
+/// Functions that return memory that a device writes as well (include/linux/dma-mapping.h,
+/// dmapool.h).
 pub const SHARES_MEMORY: &[&str] = &["dma_alloc_attrs", "dmam_alloc_attrs", "dma_pool_alloc"];
 
-/// Functions that return what a register of a device holds, and its bits (include/asm-generic/iomap.h).
+/// Functions that return what a register of a device holds, and its bits
+/// (include/asm-generic/iomap.h).
 pub const READS_REGISTER: &[(&str, u8)] = &[
     ("ioread8", 8),
     ("ioread16", 16),
@@ -90,8 +93,8 @@ pub const READS_REGISTER: &[(&str, u8)] = &[
     ("ioread32be", 32),
 ];
 
-/// Functions that take a length of what is there already, with the argument, from 0 (include/linux/string.h, skbuff.h, io.h,
-/// uaccess.h).
+/// Functions that take a length of what is there already, with the argument, from 0
+/// (include/linux/string.h, skbuff.h, io.h, uaccess.h).
 pub const TAKES_LENGTH: &[(&str, usize)] = &[
     ("memcpy", 2),
     ("__memcpy", 2),
@@ -105,8 +108,9 @@ pub const TAKES_LENGTH: &[(&str, usize)] = &[
     ("_copy_from_user", 2),
 ];
 
-/// Functions that allocate a structure of the kernel's with private data behind it: which structure, and the argument, from 0, that is
-/// the private data's size (include/linux/etherdevice.h, netdevice.h).
+/// Functions that allocate a structure of the kernel's with private data behind it: which
+/// structure, and the argument, from 0, that is the private data's size
+/// (include/linux/etherdevice.h, netdevice.h).
 pub const ALLOCATES_PRIVATE: &[(&str, &str, usize)] = &[
     ("alloc_etherdev_mqs", "net_device", 0),
     ("alloc_netdev_mqs", "net_device", 0),
@@ -117,14 +121,16 @@ pub const ALLOCATES_PRIVATE: &[(&str, &str, usize)] = &[
 pub const ALLOCATES: &[(&str, usize)] =
     &[("devm_kmalloc", 1), ("__kmalloc", 0), ("kmalloc_trace", 2)];
 
-/// Functions that register another one to be called: the argument that is the function, the one that is handed to it, and
-/// which parameter of it that becomes; all from 0 (include/linux/interrupt.h).
+/// Functions that register another one to be called: the argument that is the function, the one
+/// that is handed to it, and which parameter of it that becomes; all from 0
+/// (include/linux/interrupt.h).
 pub const REGISTERS: &[(&str, usize, usize, usize)] = &[("request_threaded_irq", 1, 5, 1)];
 
-/// Functions whose errors say that something is not as the driver takes it to be from there on: a device that is not enabled,
-/// a transfer that was not started, an interface that is not there. Not among them is what is called to clean up, or to ask, nor
-/// `dma_set_coherent_mask`, which cannot fail where `dma_set_mask` has not.
-/// (include/linux/pci.h, usb.h, interrupt.h, dma-mapping.h, netdevice.h, clk.h, regulator/consumer.h, device.h, i2c.h, regmap.h, input.h)
+/// Functions whose errors say that something is not as the driver takes it to be from there on: a
+/// device that is not enabled, a transfer that was not started, an interface that is not there. Not
+/// among them is what is called to clean up, or to ask, nor `dma_set_coherent_mask`, which cannot
+/// fail where `dma_set_mask` has not. (include/linux/pci.h, usb.h, interrupt.h, dma-mapping.h,
+/// netdevice.h, clk.h, regulator/consumer.h, device.h, i2c.h, regmap.h, input.h)
 pub const ERRORS_MATTER: &[&str] = &[
     "pci_enable_device",
     "pci_enable_device_mem",
@@ -184,10 +190,12 @@ pub const ERRORS_MATTER: &[&str] = &[
     "__register_chrdev",
 ];
 
-/// Structures that drivers are registered with end so (`pci_driver`, `usb_driver`, `platform_driver`).
+/// Structures that drivers are registered with end so (`pci_driver`, `usb_driver`,
+/// `platform_driver`).
 pub const DRIVER_SUFFIX: &str = "_driver";
 
-/// Members of `struct dev_pm_ops`, or of a driver, that are called before the device loses power, and those called after.
+/// Members of `struct dev_pm_ops`, or of a driver, that are called before the device loses power,
+/// and those called after.
 pub const SUSPENDS: &[&str] = &[
     "suspend",
     "freeze",

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-/// A kind of finding (after A. Kadav, M. J. Renzelmann, M. M. Swift, *Tolerating Hardware Device Failures in Software*,
-/// SOSP 2009, section 3, which calls its tool Carburizer).
+/// A kind of finding (after A. Kadav, M. J. Renzelmann, M. M. Swift, *Tolerating Hardware Device
+/// Failures in Software*, SOSP 2009, section 3, which calls its tool Carburizer).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FindingKind {

@@ -1,7 +1,9 @@
-//! A reader of kernel modules as files: relocatable ELF objects for x86-64 (System V ABI, ELF-64 object file format).
+//! A reader of kernel modules as files: relocatable ELF objects for x86-64 (System V ABI, ELF-64
+//! object file format).
 //!
-//! The file may be anybody's. Every offset is checked by the ELF reader, numbers of things are bounded here, and what does not
-//! fit together (a symbol outside its section, a relocation of a symbol that is not there) is left out or is an error.
+//! The file may be anybody's. Every offset is checked by the ELF reader, numbers of things are
+//! bounded here, and what does not fit together (a symbol outside its section, a relocation of a
+//! symbol that is not there) is left out or is an error.
 
 use std::collections::HashMap;
 
@@ -411,7 +413,8 @@ impl<'a> Ko<'a> {
             .unwrap_or_default()
     }
 
-    /// Whether the function goes away when the module has been loaded, or is there for its end only.
+    /// Whether the function goes away when the module has been loaded, or is there for its end
+    /// only.
     pub fn is_init_or_exit(&self, function: &Function<'_>) -> bool {
         let name = self
             .sections

@@ -1,9 +1,10 @@
-//! What is known of the kernel that modules are for: its types, a model of its functions, and which of its functions may have to
-//! wait, worked out from its text.
+//! What is known of the kernel that modules are for: its types, a model of its functions, and which
+//! of its functions may have to wait, worked out from its text.
 //!
-//! A function of Linux that may have to wait says so at its start where the kernel was built with voluntary preemption, as
-//! distributions do: `might_sleep()` is a call of `__SCT__might_resched`. So a function *sleeps* if every way from its start to its
-//! end has such a call, its callees' included, and *may* sleep if some way has. Calls through pointers are not followed.
+//! A function of Linux that may have to wait says so at its start where the kernel was built with
+//! voluntary preemption, as distributions do: `might_sleep()` is a call of `__SCT__might_resched`.
+//! So a function *sleeps* if every way from its start to its end has such a call, its callees'
+//! included, and *may* sleep if some way has. Calls through pointers are not followed.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -21,7 +22,8 @@ use crate::guest::btf::{Btf, BtfError};
 const MAX_INSTRUCTIONS: usize = 20_000;
 /// Most functions of the kernel that are looked at.
 const MAX_FUNCTIONS: usize = 200_000;
-/// Bytes of a `struct kernel_symbol` with relative references (`CONFIG_HAVE_ARCH_PREL32_RELOCATIONS`, include/linux/export.h).
+/// Bytes of a `struct kernel_symbol` with relative references
+/// (`CONFIG_HAVE_ARCH_PREL32_RELOCATIONS`, include/linux/export.h).
 const KSYMTAB_ENTRY: usize = 12;
 
 /// What a function of the kernel is to a driver that calls it.
@@ -106,8 +108,8 @@ impl Kernel {
             .map_or(Class::Unknown, |known| known.class)
     }
 
-    /// Whether the function of this name waits; `None` if it is not the kernel's, or is not known. The model is believed where it
-    /// says that it does not.
+    /// Whether the function of this name waits; `None` if it is not the kernel's, or is not known.
+    /// The model is believed where it says that it does not.
     pub fn sleeps(&self, name: &str) -> Option<Sleeps> {
         if facts::SLEEPS.contains(&name) {
             return Some(Sleeps::Yes);

@@ -1,8 +1,9 @@
 //! Loops that only a device ends.
 //!
-//! A loop is found where a block jumps back to one that it cannot be reached without. It waits for the device without bound if each way
-//! out of it is decided by comparing what was loaded from a register of the device, in the loop, with what does not change in it.
-//! One other way out, as for a counter or the time, is taken for a bound.
+//! A loop is found where a block jumps back to one that it cannot be reached without. It waits for
+//! the device without bound if each way out of it is decided by comparing what was loaded from a
+//! register of the device, in the loop, with what does not change in it. One other way out, as for
+//! a counter or the time, is taken for a bound.
 
 use std::collections::BTreeSet;
 
@@ -85,8 +86,8 @@ pub fn loops(code: &Code) -> Vec<Loop> {
     found
 }
 
-/// The immediate dominator of each block that is reached (K. D. Cooper, T. J. Harvey, K. Kennedy, *A Simple, Fast Dominance
-/// Algorithm*). `None` if it does not settle.
+/// The immediate dominator of each block that is reached (K. D. Cooper, T. J. Harvey, K. Kennedy,
+/// *A Simple, Fast Dominance Algorithm*). `None` if it does not settle.
 fn dominators(blocks: &[Block], before: &[Vec<usize>]) -> Option<Vec<Option<usize>>> {
     let (mut order, mut rank) = (Vec::new(), vec![usize::MAX; blocks.len()]);
     let mut seen = vec![false; blocks.len()];
@@ -213,7 +214,8 @@ fn written(code: &Code, one: &Loop) -> BTreeSet<Register> {
     written
 }
 
-/// The instruction that decides at the end of a block, and a load in the loop that it decides by, if it is the device alone that does.
+/// The instruction that decides at the end of a block, and a load in the loop that it decides by,
+/// if it is the device alone that does.
 fn decided_by_device(
     code: &Code,
     flow: &mut Flow<'_>,

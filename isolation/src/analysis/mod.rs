@@ -8,8 +8,9 @@
 //!                        structures by BTF ► power: suspend, resume
 //! ```
 //!
-//! Nothing is run and nothing is written. What is in the file is hostile: numbers and sizes are bounded, and what does not fit is
-//! left out. What is not known is said to be unknown rather than guessed.
+//! Nothing is run and nothing is written. What is in the file is hostile: numbers and sizes are
+//! bounded, and what does not fit is left out. What is not known is said to be unknown rather than
+//! guessed.
 
 pub mod arithmetic;
 pub mod code;

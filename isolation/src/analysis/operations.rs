@@ -1,9 +1,10 @@
 //! Which structure of operations an object of a module is.
 //!
-//! BTF says nothing of a module's variables, so the type is worked out: an object of the same size as a structure, each of whose
-//! functions is a pointer of the structure's at that offset, to a function of that very type. Where several structures fit, the
-//! name of the object decides; where that does not tell either, none is believed. What a known object points at (`driver.pm`) is
-//! of the type that the pointer has.
+//! BTF says nothing of a module's variables, so the type is worked out: an object of the same size
+//! as a structure, each of whose functions is a pointer of the structure's at that offset, to a
+//! function of that very type. Where several structures fit, the name of the object decides; where
+//! that does not tell either, none is believed. What a known object points at (`driver.pm`) is of
+//! the type that the pointer has.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -324,7 +325,8 @@ fn fits(ko: &Ko<'_>, types: &Btf, layout: &Layout, pointers: &[(u64, PointsAt)])
     all && functions > 0
 }
 
-/// Whether a pointer to a function of type `wanted` may be the function of this name. One without a type may be any.
+/// Whether a pointer to a function of type `wanted` may be the function of this name. One without a
+/// type may be any.
 fn takes(types: &Btf, wanted: TypeId, name: &str) -> bool {
     let name = name.split('.').next().unwrap_or(name);
     let Some(function) = types.find_function(name) else {

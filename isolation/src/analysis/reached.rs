@@ -1,4 +1,5 @@
-//! What a function reaches by calls within its module: kernel functions, those that wait, and calls that are not followed.
+//! What a function reaches by calls within its module: kernel functions, those that wait, and calls
+//! that are not followed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

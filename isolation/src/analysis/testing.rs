@@ -44,7 +44,8 @@ impl Module {
         }
     }
 
-    /// What an operand has to be to stand for this symbol, which is the kernel's until it is defined.
+    /// What an operand has to be to stand for this symbol, which is the kernel's until it is
+    /// defined.
     pub(crate) fn symbol(&mut self, name: &str) -> u64 {
         if let Some(number) = self.named.get(name) {
             return *number;
@@ -140,8 +141,8 @@ impl Module {
     }
 }
 
-/// Where in the code operands stand for symbols: offset of the field, which symbol, and for a relative one the bytes from there to
-/// the end of the instruction.
+/// Where in the code operands stand for symbols: offset of the field, which symbol, and for a
+/// relative one the bytes from there to the end of the instruction.
 fn symbols_in(code: &[u8]) -> Vec<(u64, u64, Option<i64>)> {
     let is_symbol = |value: u64| (SYMBOLS..SYMBOLS + MOST).contains(&value);
     let mut found = Vec::new();

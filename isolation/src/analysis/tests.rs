@@ -14,7 +14,8 @@ use super::{Report, analyze};
 use crate::guest::btf::Btf;
 use crate::guest::btf::encode::Encoder;
 
-/// A kernel with `struct net_device`, `struct net_device_ops`, `struct pci_driver` with its `dev_pm_ops`, and a few functions.
+/// A kernel with `struct net_device`, `struct net_device_ops`, `struct pci_driver` with its
+/// `dev_pm_ops`, and a few functions.
 pub(super) fn kernel() -> Kernel {
     let types = Arc::new(Btf::parse(&kernel_types(), None).unwrap());
     let known = |class, sleeps| Modelled { class, sleeps };

@@ -1,4 +1,5 @@
-//! What is known of a value in a register, and what a module's functions tell each other about values.
+//! What is known of a value in a register, and what a module's functions tell each other about
+//! values.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -20,7 +21,8 @@ pub enum Value {
     Struct {
         /// The structure.
         id: TypeId,
-        /// Offset in it; beyond its ends it is in what it is embedded in, or in what lies behind it.
+        /// Offset in it; beyond its ends it is in what it is embedded in, or in what lies behind
+        /// it.
         offset: i32,
     },
     /// An address in the stack frame, from the stack pointer at the function's start.

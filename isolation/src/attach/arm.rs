@@ -96,8 +96,8 @@ pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainErro
     Ok(())
 }
 
-/// The gates and guards of a plan, with what failed calls return; where they are in the guest's memory is not looked
-/// up yet.
+/// The gates and guards of a plan, with what failed calls return; where they are in the guest's
+/// memory is not looked up yet.
 pub(crate) fn gates_of(
     plan: &Plan,
     types: Option<&Btf>,

@@ -1,5 +1,5 @@
-//! The guest's memory without what isolation has put there, for a snapshot: who restores it knows of no gates, and
-//! isolates anew.
+//! The guest's memory without what isolation has put there, for a snapshot: who restores it knows
+//! of no gates, and isolates anew.
 
 use devices::dma::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -51,10 +51,11 @@ impl Armed {
 }
 
 impl Isolator {
-    /// What to put into a copy of the guest's memory, so that there is nothing of isolation in it. To be asked while the
-    /// machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then, and the only traces are gates, the loop
-    /// that calls kernel functions, and a fault that was put into the guest's own text. Faults that were ordered for
-    /// isolated calls and redirected calls are in the domain's copies of code only.
+    /// What to put into a copy of the guest's memory, so that there is nothing of isolation in it.
+    /// To be asked while the machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then,
+    /// and the only traces are gates, the loop that calls kernel functions, and a fault that was
+    /// put into the guest's own text. Faults that were ordered for isolated calls and redirected
+    /// calls are in the domain's copies of code only.
     pub fn clean_bytes(&self) -> Vec<CleanBytes> {
         let memory = self.vm.ram().memory();
         let modules = self.modules();

@@ -6,9 +6,10 @@
 //!   tables     │ in the private VM's copies                              │ then gates          │ to the gates
 //! ```
 //!
-//! What is read while the guest runs may change while it is read: a process whose tables lead there ends, the module is
-//! removed, the kernel patches its code. So all of it is looked at once more with the guest stopped, and made anew if
-//! it is not as it was; at last with the guest stopped all the while.
+//! What is read while the guest runs may change while it is read: a process whose tables lead there
+//! ends, the module is removed, the kernel patches its code. So all of it is looked at once more
+//! with the guest stopped, and made anew if it is not as it was; at last with the guest stopped all
+//! the while.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -150,8 +151,9 @@ impl Isolator {
         }
     }
 
-    /// Writes the gates of what was prepared into the guest, which is stopped, if the guest is still as it was
-    /// when it was prepared; `None`, with nothing done, if it is not. Takes the request if it is done.
+    /// Writes the gates of what was prepared into the guest, which is stopped, if the guest is
+    /// still as it was when it was prepared; `None`, with nothing done, if it is not. Takes the
+    /// request if it is done.
     fn put_in_place(
         &self,
         mut prepared: Prepared,
@@ -376,7 +378,8 @@ fn isolated(plan: &Plan, knowledge: &Knowledge, strength: &Strength) -> Isolated
     }
 }
 
-/// What the module's calls may write. Without that they are isolated only if it is all the same to who asks.
+/// What the module's calls may write. Without that they are isolated only if it is all the same to
+/// who asks.
 fn containment(
     request: &IsolateRequest,
     layout: &ModuleLayout,
@@ -461,7 +464,8 @@ fn make_domain(
     Ok(domain)
 }
 
-/// How the private VM has a function that waits for others, if this kernel has it so and there is room for that.
+/// How the private VM has a function that waits for others, if this kernel has it so and there is
+/// room for that.
 fn waiting(waits: &WaitsForOthers, symbols: &SymbolTable, types: &Btf) -> Option<Waiting> {
     let function = symbols.kernel_symbol(waits.name)?.at;
     let room = GvaRange::new(function, Waiting::MAX_CODE_BYTES)?;
@@ -477,7 +481,8 @@ fn waiting(waits: &WaitsForOthers, symbols: &SymbolTable, types: &Btf) -> Option
     Waiting::new(function.0, offset, bit)
 }
 
-/// Whether what failed may work a moment later: the guest was running and what was read was changing.
+/// Whether what failed may work a moment later: the guest was running and what was read was
+/// changing.
 fn may_pass(error: &AttachError) -> bool {
     matches!(
         error,

@@ -6,9 +6,10 @@
 //!                 └─ state kept      └─ onto the shelf ──────┘ and back from it
 //! ```
 //!
-//! Rewound memory has the gates of the mark, whatever became of the modules since. So a module's domain is not taken
-//! down as long as there is a mark that knows it, and what was isolated after the mark is not isolated any more.
-//! Counters and reports of violations go on: they are about what happened, and rewinding does not undo that.
+//! Rewound memory has the gates of the mark, whatever became of the modules since. So a module's
+//! domain is not taken down as long as there is a mark that knows it, and what was isolated after
+//! the mark is not isolated any more. Counters and reports of violations go on: they are about what
+//! happened, and rewinding does not undo that.
 
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
@@ -156,13 +157,14 @@ impl Isolator {
         }
     }
 
-    /// Modules that are not isolated any more and whose domains are there for marks of the machine. Those that no mark
-    /// knows any more are taken down when the next mark is made or gone back to.
+    /// Modules that are not isolated any more and whose domains are there for marks of the machine.
+    /// Those that no mark knows any more are taken down when the next mark is made or gone back to.
     pub fn kept_for_marks(&self) -> usize {
         self.shelf().len()
     }
 
-    /// Takes down what no mark knows any more. The guest does not wait for it: that takes longer than a rewind.
+    /// Takes down what no mark knows any more. The guest does not wait for it: that takes longer
+    /// than a rewind.
     fn drop_unwanted(&self) {
         let unwanted: Vec<Armed> = {
             let mut shelf = self.shelf();

@@ -1,7 +1,8 @@
-//! Kernel functions that are patched in the private VM, by name, and what of a kernel has to be known besides.
+//! Kernel functions that are patched in the private VM, by name, and what of a kernel has to be
+//! known besides.
 //!
-//! Functions get other names from version to version. One that is not found is not patched: where calls could do harm then,
-//! that is a reason to refuse.
+//! Functions get other names from version to version. One that is not found is not patched: where
+//! calls could do harm then, that is a reason to refuse.
 
 use crate::guest::allocations::MemoryModel;
 use crate::guest::btf::Btf;
@@ -30,9 +31,9 @@ const fn wanted(names: &'static [&'static str]) -> KernelFunction {
 }
 
 /// Kernel functions that only the guest can run: they switch to another thread, wait for another
-/// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other is), change code
-/// under way, load another address space (the kernel writes to code through one, as for a BPF program), or end the machine. A
-/// call that reaches one goes on in the guest.
+/// processor, wake one by a hypercall (which KVM answers for the private VM itself, where no other
+/// is), change code under way, load another address space (the kernel writes to code through one,
+/// as for a BPF program), or end the machine. A call that reaches one goes on in the guest.
 pub(super) const GUEST_ONLY: &[KernelFunction] = &[
     needed(&["__schedule"]),
     needed(&["smp_call_function_many_cond"]),
@@ -55,28 +56,31 @@ pub(super) const GUEST_ONLY: &[KernelFunction] = &[
     needed(&["kernel_power_off"]),
 ];
 
-/// Kernel functions that wait for as long as their first argument says, with its unit in microseconds. Where one is not known
-/// a call that reaches it goes on in the guest.
+/// Kernel functions that wait for as long as their first argument says, with its unit in
+/// microseconds. Where one is not known a call that reaches it goes on in the guest.
 pub(super) const SLEEPS: &[(&str, u64)] = &[
     ("msleep", 1000),
     ("msleep_interruptible", 1000),
     ("usleep_range_state", 1),
 ];
 
-/// Kernel functions that let others run if somebody waits for the processor: inside a call nobody can.
+/// Kernel functions that let others run if somebody waits for the processor: inside a call nobody
+/// can.
 pub(super) const YIELDS: &[KernelFunction] = &[
     wanted(&["__cond_resched"]),
     wanted(&["preempt_schedule"]),
     wanted(&["preempt_schedule_notrace"]),
 ];
 
-/// Kernel functions that ask whether the FPU may be used. It may not: a call that uses it goes on in the guest, and who asks
-/// can do without, as in an interrupt (the random generator's hash, for one, once a minute in whatever call comes).
+/// Kernel functions that ask whether the FPU may be used. It may not: a call that uses it goes on
+/// in the guest, and who asks can do without, as in an interrupt (the random generator's hash, for
+/// one, once a minute in whatever call comes).
 pub(super) const FPU_QUESTIONS: &[KernelFunction] = &[wanted(&["irq_fpu_usable"])];
 
-/// Kernel functions that only write what they are given where they are told, and call at most one another: they run with
-/// the driver's rights, so that one that is told a wrong place or length is stopped there. By all names that they and their
-/// variants for processors have (arch/x86/lib, lib/string.c).
+/// Kernel functions that only write what they are given where they are told, and call at most one
+/// another: they run with the driver's rights, so that one that is told a wrong place or length is
+/// stopped there. By all names that they and their variants for processors have (arch/x86/lib,
+/// lib/string.c).
 pub(super) const COPIES: &[KernelFunction] = &[
     wanted(&["memcpy", "__memcpy", "memcpy_erms", "memcpy_orig"]),
     wanted(&["memmove", "__memmove", "memmove_erms"]),
@@ -90,10 +94,11 @@ pub(super) const COPIES: &[KernelFunction] = &[
     wanted(&["strlcpy", "strscpy", "sized_strscpy"]),
 ];
 
-/// Kernel functions that need no other rights than the driver's, on the ways that drivers call them by: they only look at
-/// memory and answer, or write to what the driver gives them and might write itself. They run with the driver's rights, at no
-/// change of roots. Those that do more where something else is so call others for it, which run with the kernel's
-/// (`dma_map_page_attrs` for a device behind an IOMMU, or one that needs bounce buffers: kernel/dma/mapping.c, direct.h;
+/// Kernel functions that need no other rights than the driver's, on the ways that drivers call them
+/// by: they only look at memory and answer, or write to what the driver gives them and might write
+/// itself. They run with the driver's rights, at no change of roots. Those that do more where
+/// something else is so call others for it, which run with the kernel's (`dma_map_page_attrs` for a
+/// device behind an IOMMU, or one that needs bounce buffers: kernel/dma/mapping.c, direct.h;
 /// `skb_clone_tx_timestamp` for a PHY with a clock of its own: net/core/timestamping.c).
 pub(super) const MODEST: &[KernelFunction] = &[
     wanted(&["dma_map_page_attrs"]),
@@ -106,7 +111,8 @@ pub(super) const MODEST: &[KernelFunction] = &[
     wanted(&["is_vmalloc_addr"]),
     wanted(&["csum_ipv6_magic"]),
     wanted(&["csum_partial"]),
-    // These write: the packet, the driver's `struct napi_struct`, the queue's limits (which `netdev_tx_sent_queue` writes inline).
+    // These write: the packet, the driver's `struct napi_struct`, the queue's limits (which
+    // `netdev_tx_sent_queue` writes inline).
     wanted(&["skb_put"]),
     wanted(&["eth_type_trans"]),
     wanted(&["napi_schedule_prep"]),
@@ -115,7 +121,8 @@ pub(super) const MODEST: &[KernelFunction] = &[
 
 /// What a kernel has of its console by name.
 pub(super) struct ConsoleNames {
-    /// The function that takes the console if nobody has it, and says whether it has (`console_trylock`).
+    /// The function that takes the console if nobody has it, and says whether it has
+    /// (`console_trylock`).
     pub take: &'static str,
     /// The word that says which task writes to it, and may be waited for; 0 for none.
     pub writer: &'static str,
@@ -130,7 +137,8 @@ pub(super) const CONSOLE: ConsoleNames = ConsoleNames {
     defer: "defer_console_output",
 };
 
-/// A kernel function that waits while a bit is set in a member of what its first argument points at.
+/// A kernel function that waits while a bit is set in a member of what its first argument points
+/// at.
 pub(super) struct WaitsForOthers {
     /// Its name.
     pub name: &'static str,
@@ -142,8 +150,8 @@ pub(super) struct WaitsForOthers {
     pub bit: &'static str,
 }
 
-/// Kernel functions that wait for other processors without letting go of their own: in a call those stand still.
-/// `synchronize_irq` waits here for handlers that run (kernel/irq/manage.c).
+/// Kernel functions that wait for other processors without letting go of their own: in a call those
+/// stand still. `synchronize_irq` waits here for handlers that run (kernel/irq/manage.c).
 pub(super) const WAITS_FOR_OTHERS: &[WaitsForOthers] = &[WaitsForOthers {
     name: "__synchronize_hardirq",
     of: "irq_desc",
@@ -151,8 +159,8 @@ pub(super) const WAITS_FOR_OTHERS: &[WaitsForOthers] = &[WaitsForOthers {
     bit: "IRQD_IRQ_INPROGRESS",
 }];
 
-/// Kernel functions that mean that the driver broke something for good: reaching one is the driver's
-/// failure.
+/// Kernel functions that mean that the driver broke something for good: reaching one is the
+/// driver's failure.
 pub(super) const FATAL: &[KernelFunction] = &[
     needed(&["panic"]),
     needed(&["oops_begin"]),
@@ -167,8 +175,9 @@ const RETURNED: [(&str, i128); 4] = [
     ("HRTIMER_NORESTART", 0),
 ];
 
-/// What calls could not be contained or safely be failed without: names of kernel functions, symbols, types, members and
-/// values that are not found. `has_symbol` tells whether the kernel has a symbol of a name.
+/// What calls could not be contained or safely be failed without: names of kernel functions,
+/// symbols, types, members and values that are not found. `has_symbol` tells whether the kernel has
+/// a symbol of a name.
 pub fn lacking(types: &Btf, has_symbol: &dyn Fn(&str) -> bool) -> Vec<String> {
     let functions = GUEST_ONLY.iter().chain(FATAL);
     let absent = functions

@@ -1,8 +1,9 @@
 //! Page tables that the guest uses now.
 //!
-//! Between two calls nothing is known of the tables that the last call ran on: the process that they belong to may
-//! have ended, and their memory may be somebody else's. What is translated then goes through the tables of a vCPU
-//! that is stopped, which nobody has given up, and of those only ones that map what is asked for.
+//! Between two calls nothing is known of the tables that the last call ran on: the process that
+//! they belong to may have ended, and their memory may be somebody else's. What is translated then
+//! goes through the tables of a vCPU that is stopped, which nobody has given up, and of those only
+//! ones that map what is asked for.
 
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_sregs;
@@ -14,12 +15,12 @@ use crate::guest::addr::Gva;
 use crate::guest::paging::{AddressSpace, TABLE_BYTES};
 use crate::guest::symbols::SymbolTable;
 
-/// Bit of CR3 that tells the user's tables from the kernel's beside them where the kernel isolates them from each other
-/// (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/processor-flags.h).
+/// Bit of CR3 that tells the user's tables from the kernel's beside them where the kernel isolates
+/// them from each other (`PTI_USER_PGTABLE_BIT`, arch/x86/include/asm/processor-flags.h).
 const USER_TABLES: u64 = 0x1000;
 
-/// The address space of a vCPU with these registers in which `probe`, an address of the kernel's or a module's, is
-/// mapped, and the CR3 that it begins at.
+/// The address space of a vCPU with these registers in which `probe`, an address of the kernel's or
+/// a module's, is mapped, and the CR3 that it begins at.
 pub(crate) fn tables_with(
     sregs: &kvm_sregs,
     physical_bits: u8,
@@ -34,8 +35,8 @@ pub(crate) fn tables_with(
     spaces.into_iter().find(is_paged)
 }
 
-/// Registers of a vCPU with the kernel's tables, in which `probe` is mapped, and their address space. The first of the
-/// stopped vCPUs that has any: one may be off, or have just been started.
+/// Registers of a vCPU with the kernel's tables, in which `probe` is mapped, and their address
+/// space. The first of the stopped vCPUs that has any: one may be off, or have just been started.
 pub(crate) fn kernel_tables(
     vcpus: &mut PausedVcpus<'_>,
     physical_bits: u8,
@@ -54,11 +55,12 @@ pub(crate) fn kernel_tables(
     Err(AttachError::NoKernelTables)
 }
 
-/// The kernel's own top-level table, which is there as long as the kernel is (arch/x86/include/asm/pgtable_64.h).
+/// The kernel's own top-level table, which is there as long as the kernel is
+/// (arch/x86/include/asm/pgtable_64.h).
 const BOOT_TABLES: &str = "init_top_pgt";
 
-/// The kernel's own tables as an address space, if they can be found from the symbols through `space`, and lead to
-/// the same memory for `probe`. They stay when processes go.
+/// The kernel's own tables as an address space, if they can be found from the symbols through
+/// `space`, and lead to the same memory for `probe`. They stay when processes go.
 pub(crate) fn boot_tables(
     symbols: &SymbolTable,
     space: AddressSpace,

@@ -62,12 +62,13 @@ const RELEASE_WAIT: Duration = Duration::from_secs(2);
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Reports kept for each module.
 pub(crate) const REPORTS_KEPT: usize = 32;
-/// Processor time of its own that a call may take unless said otherwise: a hundred times what the longest of honest
-/// drivers takes, and a twentieth of what the guest's kernel waits for a processor before it says so.
+/// Processor time of its own that a call may take unless said otherwise: a hundred times what the
+/// longest of honest drivers takes, and a twentieth of what the guest's kernel waits for a
+/// processor before it says so.
 pub const DEFAULT_BUDGET: Duration = Duration::from_secs(1);
 
-/// Time that a call may wait for and remain atomic unless said otherwise: the waits of an `open` or a reset
-/// of the adapter add up to a third of it.
+/// Time that a call may wait for and remain atomic unless said otherwise: the waits of an `open` or
+/// a reset of the adapter add up to a third of it.
 pub const DEFAULT_SLEEP_LIMIT: Duration = Duration::from_millis(100);
 
 /// Why a module could not be isolated or released.
@@ -149,8 +150,8 @@ pub struct Isolator {
     /// Of all modules.
     host_memory: HostMemory,
     modules: Mutex<HashMap<String, Armed>>,
-    /// Modules that are not isolated any more, and were at a mark of the machine that may be rewound to. Taken while
-    /// `modules` is.
+    /// Modules that are not isolated any more, and were at a mark of the machine that may be
+    /// rewound to. Taken while `modules` is.
     shelf: Mutex<Vec<Armed>>,
     /// In place as long as there are modules. Taken while `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
@@ -231,8 +232,9 @@ impl Isolator {
         Ok(armed.reports.iter().cloned().collect())
     }
 
-    /// Puts `code` over the instructions at `function` + `offset` in the domain's copy of the module
-    /// only, and returns what was there: a fault to be caught. The guest's text stays as it is.
+    /// Puts `code` over the instructions at `function` + `offset` in the domain's copy of the
+    /// module only, and returns what was there: a fault to be caught. The guest's text stays as it
+    /// is.
     pub fn inject(
         &self,
         module: &str,
@@ -254,7 +256,8 @@ impl Isolator {
         })
     }
 
-    /// Has all isolated functions of a module return errors without being run, and silences its device.
+    /// Has all isolated functions of a module return errors without being run, and silences its
+    /// device.
     pub fn stop(&self, module: &str) -> Result<(), AttachError> {
         self.with_module(module, |armed| {
             armed.stop();
@@ -262,8 +265,8 @@ impl Isolator {
         })
     }
 
-    /// Puts a fault into calls that run a function of an isolated module. Those ordered before are kept until they are used
-    /// up.
+    /// Puts a fault into calls that run a function of an isolated module. Those ordered before are
+    /// kept until they are used up.
     pub fn order_fault(&self, module: &str, order: FaultOrder) -> Result<(), AttachError> {
         self.with_module(module, |armed| {
             let start = function_of(armed, &order.function)?;
@@ -279,7 +282,8 @@ impl Isolator {
         })
     }
 
-    /// The same, if the domain's copy has `old` where the fault goes: a call out of the module leads elsewhere there.
+    /// The same, if the domain's copy has `old` where the fault goes: a call out of the module
+    /// leads elsewhere there.
     pub fn order_code(
         &self,
         module: &str,
@@ -298,7 +302,8 @@ impl Isolator {
         self.order_fault(module, order)
     }
 
-    /// Withdraws all faults of a module that are not used up; what became of the one that was ordered last.
+    /// Withdraws all faults of a module that are not used up; what became of the one that was
+    /// ordered last.
     pub fn withdraw_faults(&self, module: &str) -> Result<FaultCount, AttachError> {
         self.with_module(module, |armed| {
             armed.faults.withdraw();
@@ -340,8 +345,8 @@ impl Isolator {
         with(armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?)
     }
 
-    /// Looks at the domain of an isolated module, or changes it, while the guest is stopped and none of its calls is
-    /// in there.
+    /// Looks at the domain of an isolated module, or changes it, while the guest is stopped and
+    /// none of its calls is in there.
     fn with_domain<T>(
         &self,
         module: &str,
@@ -356,8 +361,8 @@ impl Isolator {
         })?
     }
 
-    /// Forgets `module` if it is isolated but its text is not at `text` any more: it was removed, and
-    /// perhaps loaded again elsewhere, in the meantime.
+    /// Forgets `module` if it is isolated but its text is not at `text` any more: it was removed,
+    /// and perhaps loaded again elsewhere, in the meantime.
     pub fn forget_stale(&self, module: &str, text: Option<u64>) {
         let mut modules = self.modules();
         let stale = modules
@@ -377,8 +382,8 @@ impl Isolator {
         }
     }
 
-    /// The guest frees the module whose `struct module` is the first argument: it is not isolated any
-    /// more.
+    /// The guest frees the module whose `struct module` is the first argument: it is not isolated
+    /// any more.
     pub(crate) fn module_freed(&self, watch: RemovalWatch, regs: &kvm_regs, sregs: &kvm_sregs) {
         let memory = self.vm.ram().memory().clone();
         {

@@ -1,5 +1,5 @@
-//! What has to be patched to isolate functions of a module: worked out from symbols and memory before
-//! anything is touched.
+//! What has to be patched to isolate functions of a module: worked out from symbols and memory
+//! before anything is touched.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -40,7 +40,8 @@ pub enum Wanted {
     All,
     /// These, each of which must be gateable.
     Named(Vec<String>),
-    /// All gateable ones whose name matches the pattern, as a shell's: `*`, `?`, `[a-z]`, `{open,close}`.
+    /// All gateable ones whose name matches the pattern, as a shell's: `*`, `?`, `[a-z]`,
+    /// `{open,close}`.
     Matching(String),
 }
 
@@ -99,8 +100,8 @@ pub struct Plan {
     pub redirects: Vec<(Gva, Gva)>,
     /// Pages of the module's text.
     pub text_pages: Vec<Gva>,
-    /// Pages of kernel code that runs with the rights of whoever calls it: thunks, functions that only copy or
-    /// fill, and others that need no more.
+    /// Pages of kernel code that runs with the rights of whoever calls it: thunks, functions that
+    /// only copy or fill, and others that need no more.
     pub common_pages: Vec<Gva>,
     /// Kernel functions that need no other rights than the driver's.
     pub modest: Vec<Gva>,
@@ -117,9 +118,9 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Works out how to isolate the `wanted` functions of the module with this layout and text, and how to guard those
-    /// of which `is_guarded` is true by name. Those of which `no_answer` has a reason are isolated only if they are
-    /// named.
+    /// Works out how to isolate the `wanted` functions of the module with this layout and text, and
+    /// how to guard those of which `is_guarded` is true by name. Those of which `no_answer` has a
+    /// reason are isolated only if they are named.
     pub fn new(
         wanted: &Wanted,
         layout: &ModuleLayout,

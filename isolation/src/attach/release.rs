@@ -13,13 +13,14 @@ use crate::dispatch::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 
 impl Armed {
-    /// Whether calls of the guest's are under way that need this module's gates to come to a good end.
+    /// Whether calls of the guest's are under way that need this module's gates to come to a good
+    /// end.
     pub(crate) fn is_busy(&self) -> bool {
         !self.guest_calls.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
     }
 
-    /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells where vCPUs go on
-    /// that stand at one of them.
+    /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells
+    /// where vCPUs go on that stand at one of them.
     pub(crate) fn disarm(
         &mut self,
         memory: &GuestMemory,
@@ -63,15 +64,16 @@ impl Armed {
         returning
     }
 
-    /// The guest was reset: there are no calls any more, and what was kept from the world for them is not.
+    /// The guest was reset: there are no calls any more, and what was kept from the world for them
+    /// is not.
     pub(crate) fn guest_is_gone(&mut self) {
         self.spilled.clear();
         self.guest_calls.clear();
         self.let_device_go();
     }
 
-    /// Registers to go on with, for a vCPU that has come through a return gate with a call that was given back to the
-    /// guest when it was at the gate.
+    /// Registers to go on with, for a vCPU that has come through a return gate with a call that was
+    /// given back to the guest when it was at the gate.
     pub(crate) fn turned(&self, regs: &kvm_regs) -> Option<kvm_regs> {
         let at_gate = kvm_regs {
             rip: regs.rip.wrapping_sub(OUT_BYTES),
@@ -82,7 +84,8 @@ impl Armed {
             .find_map(|thread| thread.turn(&at_gate))
     }
 
-    /// The domain is not used any more: gives all calls that went on in the guest to the guest for good.
+    /// The domain is not used any more: gives all calls that went on in the guest to the guest for
+    /// good.
     pub(crate) fn hand_over_all(&mut self) {
         // The others have to come back once more.
         let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.spilled)

@@ -1,5 +1,5 @@
-//! Notices that the guest removes a module: a gate on the kernel's own function that frees modules, in
-//! place for as long as any module is isolated.
+//! Notices that the guest removes a module: a gate on the kernel's own function that frees modules,
+//! in place for as long as any module is isolated.
 
 use devices::dma::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -36,8 +36,8 @@ pub(crate) struct PlannedWatch {
 }
 
 impl RemovalWatch {
-    /// Where the gate goes. `None` if the guest's kernel has no such function: then a module that was removed is noticed
-    /// when it is isolated again.
+    /// Where the gate goes. `None` if the guest's kernel has no such function: then a module that
+    /// was removed is noticed when it is isolated again.
     pub fn plan(types: &Btf, symbols: &SymbolTable) -> Option<PlannedWatch> {
         let module = types.find_struct("module")?;
         Some(PlannedWatch {

@@ -17,10 +17,12 @@ use devices::hold::Holdable;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Contain {
-    /// Each store to a page that holds objects of others, too, is checked against what the call may write, byte by byte.
+    /// Each store to a page that holds objects of others, too, is checked against what the call may
+    /// write, byte by byte.
     Exact,
-    /// A call's first store to each page is checked against what it may write, and so is what it changed if it called no
-    /// kernel function. Where what that needs is not known of the guest, its modules are not isolated.
+    /// A call's first store to each page is checked against what it may write, and so is what it
+    /// changed if it called no kernel function. Where what that needs is not known of the guest,
+    /// its modules are not isolated.
     #[default]
     Full,
     /// As far as what is known of the guest allows: perhaps calls may write to all of the heap.
@@ -59,9 +61,11 @@ pub struct Strength {
     /// Each of them is, not the first to a page alone.
     #[serde(default)]
     pub each_store: bool,
-    /// Series of the kernel by whose model calls are taken back that had gone on in the guest; `None` if they are not.
+    /// Series of the kernel by whose model calls are taken back that had gone on in the guest;
+    /// `None` if they are not.
     pub model: Option<String>,
-    /// Isolated functions of which no type is known: a call that fails returns `-EIO`, whatever they return otherwise.
+    /// Isolated functions of which no type is known: a call that fails returns `-EIO`, whatever
+    /// they return otherwise.
     pub untyped: Vec<String>,
     /// What is not known of the guest, in words.
     pub missing: Vec<String>,
@@ -77,15 +81,15 @@ pub struct IsolateRequest {
     pub kernel: String,
     /// The guest's symbols.
     pub symbols: Arc<SymbolTable>,
-    /// Types of the kernel and the module. Without them calls are not contained, and failed ones return `-EIO`
-    /// whatever they are.
+    /// Types of the kernel and the module. Without them calls are not contained, and failed ones
+    /// return `-EIO` whatever they are.
     pub types: Option<Arc<Btf>>,
     /// How far calls have to be contained.
     pub contain: Contain,
     /// Which functions.
     pub wanted: Wanted,
-    /// What is known of the kernel's functions. Without it, or without types, a call that went on in the guest
-    /// before it failed cannot be taken back.
+    /// What is known of the kernel's functions. Without it, or without types, a call that went on
+    /// in the guest before it failed cannot be taken back.
     pub model: Option<KernelModel>,
     /// Further kernel functions that only the guest may run.
     pub guest_only: Vec<String>,
@@ -93,10 +97,11 @@ pub struct IsolateRequest {
     pub device: Option<Arc<dyn Holdable>>,
     /// PCI slots of these devices; the functions' locks are the devices' own.
     pub device_slots: Vec<u8>,
-    /// The guest has devices that cannot be held and write its memory while calls run: functions of the host, NICs in other
-    /// processes.
+    /// The guest has devices that cannot be held and write its memory while calls run: functions of
+    /// the host, NICs in other processes.
     pub memory_moves: bool,
-    /// Processor time of its own that a call may take before it is aborted, over all of its parts and runs.
+    /// Processor time of its own that a call may take before it is aborted, over all of its parts
+    /// and runs.
     pub budget: Duration,
     /// Decides what becomes of calls that failed.
     pub policy: Box<dyn FaultPolicy>,

@@ -1,9 +1,11 @@
-//! The isolator comes to rest with its machine: state can be taken only while no isolated call is open.
+//! The isolator comes to rest with its machine: state can be taken only while no isolated call is
+//! open.
 //!
-//! A call that ran to its end between its gate and the guest's next instruction is never seen open: its vCPU was not
-//! at rest. One that went on in the guest is, with its journal in this process; it ends by itself when the guest
-//! goes on, and so do kernel functions that the guest runs for calls that have ended. Only a rewind does not wait for
-//! them: the guest that they are open in is gone afterwards, and a call that never ends must not keep it.
+//! A call that ran to its end between its gate and the guest's next instruction is never seen open:
+//! its vCPU was not at rest. One that went on in the guest is, with its journal in this process; it
+//! ends by itself when the guest goes on, and so do kernel functions that the guest runs for calls
+//! that have ended. Only a rewind does not wait for them: the guest that they are open in is gone
+//! afterwards, and a call that never ends must not keep it.
 
 use std::sync::{MutexGuard, TryLockError};
 
@@ -46,7 +48,8 @@ impl Participant for Isolator {
         all.try_for_each(|armed| armed.leave_no_traces(vcpus, memory))
     }
 
-    /// Nothing was stopped: calls begin at gates, and no vCPU reaches one while the machine is at rest.
+    /// Nothing was stopped: calls begin at gates, and no vCPU reaches one while the machine is at
+    /// rest.
     fn go_on(&self) {}
 
     fn keep(&self) -> Result<Kept, Unsettled> {
@@ -74,8 +77,8 @@ impl Isolator {
 }
 
 impl Armed {
-    /// Ends what open calls have left behind that waits for the next call to be ended: queues that keep packets out,
-    /// threads at return gates.
+    /// Ends what open calls have left behind that waits for the next call to be ended: queues that
+    /// keep packets out, threads at return gates.
     fn leave_no_traces(
         &mut self,
         vcpus: &mut PausedVcpus<'_>,

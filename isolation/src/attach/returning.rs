@@ -5,8 +5,9 @@
 //!                          ▲ here the return address is off the stack, where it would have been replaced
 //! ```
 //!
-//! Such a thread is a vCPU that was stopped right there, or one that took an interrupt there: then the gate's address is
-//! in the frame that the processor has pushed. Either goes on where the driver would have gone on.
+//! Such a thread is a vCPU that was stopped right there, or one that took an interrupt there: then
+//! the gate's address is in the frame that the processor has pushed. Either goes on where the
+//! driver would have gone on.
 
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
@@ -16,7 +17,8 @@ use crate::compensation::guest_calls::write_stack;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 
-/// Bytes to which the processor aligns the stack before it pushes a frame (Intel SDM volume 3, section 6.14.2).
+/// Bytes to which the processor aligns the stack before it pushes a frame (Intel SDM volume 3,
+/// section 6.14.2).
 const FRAME_ALIGNMENT: u64 = 16;
 /// SS, RSP, RFLAGS, CS and RIP, RIP lowest.
 const FRAME_BYTES: u64 = 40;

@@ -5,9 +5,9 @@
 //!   out GATE ─────────► exit: noted, fault's code ─► guest   the driver's own code
 //! ```
 //!
-//! One instruction is replaced by as many bytes. The `out` that waits tells whether, and when, the guest came there;
-//! an instruction of one byte has no room for it, and has the fault at once. From then on the fault stays until it is
-//! taken out or the guest is rewound.
+//! One instruction is replaced by as many bytes. The `out` that waits tells whether, and when, the
+//! guest came there; an instruction of one byte has no room for it, and has the fault at once. From
+//! then on the fault stays until it is taken out or the guest is rewound.
 
 use std::collections::BTreeMap;
 use std::sync::{MutexGuard, PoisonError};
@@ -52,8 +52,8 @@ pub struct LoadedModule<'a> {
 pub struct FunctionText {
     /// Its address.
     pub start: u64,
-    /// Its bytes, with the padding behind it. Where it is isolated, those of the gate are not among them: the kernel's
-    /// own NOP is.
+    /// Its bytes, with the padding behind it. Where it is isolated, those of the gate are not among
+    /// them: the kernel's own NOP is.
     pub code: Vec<u8>,
     /// Names of the functions that it calls or jumps to outside of itself, by address.
     pub callees: BTreeMap<u64, String>,
@@ -113,7 +113,8 @@ impl TextFault {
         all.all(|(at, byte)| memory.write_slice(&[*byte], GuestAddress(*at)).is_ok())
     }
 
-    /// Whether it is still there: the module may have been removed, and its memory be somebody else's.
+    /// Whether it is still there: the module may have been removed, and its memory be somebody
+    /// else's.
     fn is_there(&self, memory: &GuestMemory) -> bool {
         let mut all = self.places.iter().zip(self.bytes());
         all.all(|(at, byte)| {
@@ -172,8 +173,8 @@ impl Isolator {
     /// Puts a fault into the guest's own text.
     ///
     /// # Errors
-    /// The module is isolated, where a fault belongs into the domain's copy; there is one already; the instruction is not
-    /// (any more) what `change` says.
+    /// The module is isolated, where a fault belongs into the domain's copy; there is one already;
+    /// the instruction is not (any more) what `change` says.
     pub fn set_text_fault(
         &self,
         module: LoadedModule<'_>,
@@ -222,9 +223,9 @@ impl Isolator {
         })
     }
 
-    /// Takes the fault out of the guest's text; what became of it. A thread of the guest that was interrupted in the middle
-    /// of the fault's code, which can be several instructions, and does not run now goes on in the middle of the driver's
-    /// own.
+    /// Takes the fault out of the guest's text; what became of it. A thread of the guest that was
+    /// interrupted in the middle of the fault's code, which can be several instructions, and does
+    /// not run now goes on in the middle of the driver's own.
     ///
     /// # Errors
     /// There is none, or it is not there any more; a vCPU stays in the middle of it.
@@ -264,8 +265,8 @@ impl Isolator {
         self.text_fault().as_ref().map(status)
     }
 
-    /// A vCPU left the guest at the `out` at `at`. The registers that it goes on with, if that is the fault's. The others
-    /// are held.
+    /// A vCPU left the guest at the `out` at `at`. The registers that it goes on with, if that is
+    /// the fault's. The others are held.
     pub(crate) fn text_fault_reached(&self, at: u64, regs: &kvm_regs) -> Option<kvm_regs> {
         let mut fault = self.text_fault();
         let waiting = fault.as_mut().filter(|fault| fault.change.at == at)?;
@@ -310,7 +311,8 @@ impl Isolator {
     }
 }
 
-/// Puts what was there before a gate at the function's beginning, with or without `endbr64` in front of it.
+/// Puts what was there before a gate at the function's beginning, with or without `endbr64` in
+/// front of it.
 fn hide_gate(code: &mut [u8]) {
     let gates = GATE.bytes();
     for at in [0, ENDBR64.len()] {

@@ -10,13 +10,14 @@
 //!   rsp      first call
 //! ```
 //!
-//! A call of a kernel function through the return gate costs an exit and an entry of the guest; taking back an
-//! `open` that has filled a ring takes five hundred of them. Functions that sleep may be among them: the loop keeps
-//! all it needs on the thread's stack. Rows of their own switch interrupts off and on.
+//! A call of a kernel function through the return gate costs an exit and an entry of the guest;
+//! taking back an `open` that has filled a ring takes five hundred of them. Functions that sleep
+//! may be among them: the loop keeps all it needs on the thread's stack. Rows of their own switch
+//! interrupts off and on.
 //!
-//! The kernel rounds a module's text up to whole pages and clears what is left (`layout_sections`, `move_module`,
-//! kernel/module/main.c). The loop stands at the end of the last page; where there is no room for it, functions are
-//! called one by one.
+//! The kernel rounds a module's text up to whole pages and clears what is left (`layout_sections`,
+//! `move_module`, kernel/module/main.c). The loop stands at the end of the last page; where there
+//! is no room for it, functions are called one by one.
 
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
@@ -50,8 +51,8 @@ const PROGRESS_BYTES: u64 = 8;
 
 /// The loop. `rbx`: row of the table; `r12d`: rows that are left; `rbp`: what is kept.
 ///
-/// Functions are entered by a return and not by an indirect call, which a processor with branch tracking allows to
-/// marked functions only.
+/// Functions are entered by a return and not by an indirect call, which a processor with branch
+/// tracking allows to marked functions only.
 const CODE: [u8; 60] = [
     0x48, 0x89, 0x5d, 0xf8, // mov [rbp-8], rbx
     0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx+8]
@@ -146,8 +147,8 @@ impl CallLoop {
         [function, 0, 0, 0, 0, 0, 0]
     }
 
-    /// Registers that call `rows` one after the other on the stack below that of `caller`, as whom it then goes on at
-    /// `back`. `None` if the stack is not there.
+    /// Registers that call `rows` one after the other on the stack below that of `caller`, as whom
+    /// it then goes on at `back`. `None` if the stack is not there.
     pub fn begin(
         self,
         rows: &[Row],

@@ -1,4 +1,5 @@
-//! Ends in a driver's place what it was given with a call that did not take place: a packet, a block I/O, a request.
+//! Ends in a driver's place what it was given with a call that did not take place: a packet, a
+//! block I/O, a request.
 
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
@@ -10,8 +11,8 @@ use crate::domain::effects::KernelCall;
 use crate::guest::paging::VirtMemory;
 
 impl Armed {
-    /// The call through `gate`, entered with the registers `entry`, was not run or was taken back as a whole, and its
-    /// caller is to go on with `next`: what its value cannot say is done first.
+    /// The call through `gate`, entered with the registers `entry`, was not run or was taken back
+    /// as a whole, and its caller is to go on with `next`: what its value cannot say is done first.
     pub(crate) fn complete(
         &mut self,
         gate: u64,

@@ -1,5 +1,5 @@
-//! What kernel functions do that outlasts a call, by name, as whoever has a model of the kernel says it; and what
-//! becomes of that with a guest's symbols and types.
+//! What kernel functions do that outlasts a call, by name, as whoever has a model of the kernel
+//! says it; and what becomes of that with a guest's symbols and types.
 
 use crate::domain::effects::{
     Effect, KeptArgument, KernelEffects, Opposite, OppositeArgument, Place, Required, Success,
@@ -29,7 +29,8 @@ pub struct FunctionModel {
     pub undo: Option<OppositeModel>,
     /// It is done only when the call has ended well.
     pub deferred: bool,
-    /// It did something only if this member of what its argument points at is another one afterwards.
+    /// It did something only if this member of what its argument points at is another one
+    /// afterwards.
     pub changes: Option<MemberOf>,
     /// What it keeps of what it is given.
     pub keeps: Vec<KeptModel>,

@@ -1,4 +1,5 @@
-//! Kernel functions that the guest calls on the host's behalf, in the thread of the call that they are for.
+//! Kernel functions that the guest calls on the host's behalf, in the thread of the call that they
+//! are for.
 //!
 //! ```text
 //!   return gate ─► first function ─► return gate ─► second function ─► ... ─► the call's caller
@@ -6,9 +7,9 @@
 //!
 //! As many as fit on the stack are called in one go ([`CallLoop`]).
 //!
-//! The stack below the caller's frame is free, so each function is entered as if the caller had called it, with the
-//! return gate as its return address. They may sleep: the thread comes back through the gate whenever it
-//! does.
+//! The stack below the caller's frame is free, so each function is entered as if the caller had
+//! called it, with the return gate as its return address. They may sleep: the thread comes back
+//! through the gate whenever it does.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -54,7 +55,8 @@ pub(crate) struct GuestCalls {
     calls: VecDeque<KernelCall>,
     /// What the guest goes on with afterwards.
     pub finally: kvm_regs,
-    /// The call that is taken back by it; `None` if it is one that ended well, or that was given up.
+    /// The call that is taken back by it; `None` if it is one that ended well, or that was given
+    /// up.
     pub failure: Option<Failure>,
     /// The function that was called last, and how long ago; `None` as long as none was.
     running: Option<(u64, Stopwatch)>,
@@ -116,9 +118,9 @@ impl GuestCalls {
         (since.elapsed() > GUEST_CALL_LIMIT).then(running)
     }
 
-    /// Registers to call the next function with, or the next ones in `call_loop`, whose return leads to `return_gate`;
-    /// with interrupts off if `effects` says that they may be. `None` if all have returned, or if the stack is
-    /// not there any more ([`Self::abandoned`]).
+    /// Registers to call the next function with, or the next ones in `call_loop`, whose return
+    /// leads to `return_gate`; with interrupts off if `effects` says that they may be. `None` if
+    /// all have returned, or if the stack is not there any more ([`Self::abandoned`]).
     pub fn next(
         &mut self,
         return_gate: u64,
@@ -128,7 +130,8 @@ impl GuestCalls {
         virt: VirtMemory<'_, GuestMemory>,
     ) -> Option<kvm_regs> {
         let stay_off = self.finally.rflags & INTERRUPT_FLAG == 0;
-        // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs again.
+        // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs
+        // again.
         let off = |call: &KernelCall| {
             stay_off || effects.is_some_and(|known| known.interrupts_off.contains(&call.function))
         };

@@ -1,8 +1,9 @@
 //! Time in which the guest could run: what limits on its own work are measured in.
 //!
-//! Real time passes also while the machine is paused and while the process is stopped (`SIGSTOP`), and a kernel
-//! function that does not return meanwhile does not hang. So a thread counts ticks, as long as anybody has a stopwatch:
-//! a tick while the machine is paused counts nothing, and one that took long counts as if it had not.
+//! Real time passes also while the machine is paused and while the process is stopped (`SIGSTOP`),
+//! and a kernel function that does not return meanwhile does not hang. So a thread counts ticks, as
+//! long as anybody has a stopwatch: a tick while the machine is paused counts nothing, and one that
+//! took long counts as if it had not.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How often time is counted.
 const TICK: Duration = Duration::from_millis(100);
-/// What a tick counts at most: after a longer one the thread, and with it the guest, had been stopped.
+/// What a tick counts at most: after a longer one the thread, and with it the guest, had been
+/// stopped.
 const LONGEST: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default)]
@@ -38,7 +40,8 @@ pub(crate) struct Stopwatch {
 pub(crate) struct Stopwatches(Arc<Shared>);
 
 impl GuestTime {
-    /// Time that passes as long as `is_running` says so. If there can be no thread for it, it stands still.
+    /// Time that passes as long as `is_running` says so. If there can be no thread for it, it
+    /// stands still.
     pub fn start(is_running: impl Fn() -> bool + Send + 'static) -> Self {
         let shared = Arc::<Shared>::default();
         let theirs = shared.clone();

@@ -1,5 +1,5 @@
-//! Taking back calls that had gone on in the guest: kernel functions that the guest calls, in the failing call's own
-//! thread, and packets that are kept out meanwhile.
+//! Taking back calls that had gone on in the guest: kernel functions that the guest calls, in the
+//! failing call's own thread, and packets that are kept out meanwhile.
 
 pub mod call_loop;
 pub(crate) mod completing;

@@ -1,5 +1,5 @@
-//! How failed calls of a module come to their end: the kernel functions that take them back, and the decision what
-//! their callers see.
+//! How failed calls of a module come to their end: the kernel functions that take them back, and
+//! the decision what their callers see.
 
 use std::time::Instant;
 
@@ -98,8 +98,9 @@ impl Armed {
         failure.report.violation.published = Some(Published::Stays(stays));
     }
 
-    /// Lets the device interrupt again once no call is being taken back any more: until then its driver's objects
-    /// are not all as the device and the driver's memory are. And shows its link once no call can be taken back.
+    /// Lets the device interrupt again once no call is being taken back any more: until then its
+    /// driver's objects are not all as the device and the driver's memory are. And shows its link
+    /// once no call can be taken back.
     pub(crate) fn let_device_go(&mut self) {
         let taking_back = self
             .guest_calls
@@ -149,8 +150,8 @@ impl Armed {
             out_of_time: report.violation.kind == ViolationKind::TimeBudget,
             in_a_row,
         });
-        // What is in the guest of it would be done twice, and a device that was lost is not as before. Without a domain
-        // there is nowhere to run it.
+        // What is in the guest of it would be done twice, and a device that was lost is not as
+        // before. Without a domain there is nowhere to run it.
         let domain_failed = report.violation.kind == ViolationKind::DomainFailed;
         let undone = !report.violation.stays() && report.device_lost.is_none() && !domain_failed;
         if !undone && decided == AfterFault::Retry {
@@ -194,8 +195,8 @@ impl Armed {
     }
 }
 
-/// Puts lists back that a failed call had changed and that nothing has put right since. The error is where one is that
-/// cannot be.
+/// Puts lists back that a failed call had changed and that nothing has put right since. The error
+/// is where one is that cannot be.
 fn put_lists_back(changes: &[ChangedLinks], virt: VirtMemory<'_, GuestMemory>) -> Result<(), u64> {
     let place = |va: u64| virt.space.walk(virt.memory, Gva(va)).ok();
     let read = |va: u64| match va.is_multiple_of(8) {

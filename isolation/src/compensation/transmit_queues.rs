@@ -6,11 +6,12 @@
 //!   queue:                                                let go               let go, scheduled
 //! ```
 //!
-//! The kernel comes with a packet that was answered `NETDEV_TX_BUSY` again at once, for as long as its queue is not
-//! stopped. A driver whose ring is full stops it, and so does the host, in the driver's place. The driver never
-//! finds a queue stopped that it has not stopped itself: the queue is let go before each part of a call that is
-//! in the guest. Once packets may pass, the guest calls `netif_schedule_queue`, which does nothing for a queue that the
-//! driver has stopped in the end.
+//! The kernel comes with a packet that was answered `NETDEV_TX_BUSY` again at once, for as long as
+//! its queue is not stopped. A driver whose ring is full stops it, and so does the host, in the
+//! driver's place. The driver never finds a queue stopped that it has not stopped itself: the queue
+//! is let go before each part of a call that is in the guest. Once packets may pass, the guest
+//! calls `netif_schedule_queue`, which does nothing for a queue that the driver has stopped in the
+//! end.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +30,8 @@ const SCHEDULE: &str = "netif_schedule_queue";
 /// Bit of `netdev_queue.state` with which a driver stops the queue (`include/linux/netdevice.h`).
 const DRIVER_STOPPED: &str = "__QUEUE_STATE_DRV_XOFF";
 
-/// Most queues that are stopped at a time; further ones are not, and the kernel tries again and again.
+/// Most queues that are stopped at a time; further ones are not, and the kernel tries again and
+/// again.
 const MAX_STOPPED: usize = 64;
 
 /// What has to be known of the kernel's structures, offsets and sizes in bytes.
@@ -88,8 +90,8 @@ impl TransmitQueues {
         }
     }
 
-    /// Stops the queue in which the `sk_buff` at `packet` came to the `net_device` at `device`. The guest's other
-    /// processors are held.
+    /// Stops the queue in which the `sk_buff` at `packet` came to the `net_device` at `device`. The
+    /// guest's other processors are held.
     pub fn stop(&mut self, packet: u64, device: u64, virt: VirtMemory<'_, GuestMemory>) {
         let Some(layout) = self.layout else { return };
         let Some(queue) = layout.queue_of(packet, device, virt) else {

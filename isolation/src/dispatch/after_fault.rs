@@ -9,7 +9,8 @@ pub struct FailedCall<'a> {
     pub report: &'a ViolationReport,
     /// How often the same call was run by now, at least 1.
     pub attempts: u32,
-    /// Whether its caller cannot know that it failed, as the function returns nothing, or does not look at what it returns.
+    /// Whether its caller cannot know that it failed, as the function returns nothing, or does not
+    /// look at what it returns.
     pub unheard: bool,
     /// Whether it has used up the time that it may take, over all runs: it cannot be run again.
     pub out_of_time: bool,
@@ -24,11 +25,12 @@ pub enum AfterFault {
     ReturnError,
     /// The call is run once more, in the domain.
     Retry,
-    /// The call returns an error, and so does each further one of this function without being run, until the driver's
-    /// device begins anew: a resume of it begins, or the module is isolated again. The device is silenced.
+    /// The call returns an error, and so does each further one of this function without being run,
+    /// until the driver's device begins anew: a resume of it begins, or the module is isolated
+    /// again. The device is silenced.
     Rest,
-    /// The call returns an error, and from now on all isolated functions of the module do so without being
-    /// run. The device is silenced.
+    /// The call returns an error, and from now on all isolated functions of the module do so
+    /// without being run. The device is silenced.
     Stop,
 }
 

@@ -1,5 +1,5 @@
-//! A module whose functions are gated: its calls, from the gate to the registers that the guest goes on
-//! with.
+//! A module whose functions are gated: its calls, from the gate to the registers that the guest
+//! goes on with.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -73,8 +73,8 @@ impl Gate {
 
 /// A module whose functions are gated.
 pub(crate) struct Armed {
-    /// Shared with the marks of the machine that were made while this was isolated: as long as there are any, it may be
-    /// needed again.
+    /// Shared with the marks of the machine that were made while this was isolated: as long as
+    /// there are any, it may be needed again.
     pub wanted: Arc<()>,
     pub domain: Domain,
     pub knowledge: Knowledge,
@@ -85,8 +85,8 @@ pub(crate) struct Armed {
     pub gates: HashMap<u64, Gate>,
     /// Calls that went on in the guest, by the stack pointer with which they come back.
     pub spilled: HashMap<u64, OpenCall>,
-    /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with which they come
-    /// back.
+    /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with
+    /// which they come back.
     pub guest_calls: HashMap<u64, GuestCalls>,
     /// Guards are set.
     pub guarding: bool,
@@ -116,7 +116,8 @@ pub(crate) struct Armed {
     pub device: Option<Arc<dyn Holdable>>,
     /// The device does not interrupt, because calls are being taken back.
     pub withholding: bool,
-    /// The outside does not see what becomes of the device, because calls are in the guest that may be taken back.
+    /// The outside does not see what becomes of the device, because calls are in the guest that may
+    /// be taken back.
     pub outside_kept: bool,
     pub device_slots: Vec<u8>,
     pub budget: Duration,
@@ -200,8 +201,8 @@ impl Armed {
         self.run(gate, None, attempt, at).unwrap_or(unisolated)
     }
 
-    /// Goes on with a call whose kernel function has reached the return gate, and returns the registers to
-    /// go on with.
+    /// Goes on with a call whose kernel function has reached the return gate, and returns the
+    /// registers to go on with.
     pub fn go_on(&mut self, mut open: OpenCall, at: &AtGate<'_>) -> kvm_regs {
         let memory = self.domain.memories().1;
         let virt = VirtMemory {
@@ -223,8 +224,8 @@ impl Armed {
         self.run_guest_calls(calling.keeping(open.call.take_kept()), at)
     }
 
-    /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were kept out, if no
-    /// other call keeps them.
+    /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were
+    /// kept out, if no other call keeps them.
     pub(super) fn and_let_packets_pass(&mut self, mut calls: Vec<KernelCall>) -> Vec<KernelCall> {
         if !keeps_packets_out(&self.spilled) {
             calls.extend(self.queues.schedule());
@@ -232,8 +233,8 @@ impl Armed {
         calls
     }
 
-    /// Sets or takes out the guards of the transmit functions that are not isolated, as long as packets are kept out
-    /// of calls. The guest's other processors are held.
+    /// Sets or takes out the guards of the transmit functions that are not isolated, as long as
+    /// packets are kept out of calls. The guest's other processors are held.
     pub fn guard(&mut self) {
         let guarding = keeps_packets_out(&self.spilled);
         if self.guarding == guarding {
@@ -278,8 +279,8 @@ impl Armed {
         AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
     }
 
-    /// Keeps the device from interrupting and from moving data. Functions that are not isolated may have set it going again, and an
-    /// interrupt that nobody acknowledges comes for ever.
+    /// Keeps the device from interrupting and from moving data. Functions that are not isolated may
+    /// have set it going again, and an interrupt that nobody acknowledges comes for ever.
     fn silence_device(&self) -> Result<(), DeviceLost> {
         let Some(device) = &self.device else {
             return Ok(());

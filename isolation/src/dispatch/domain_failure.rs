@@ -1,4 +1,5 @@
-//! A domain that fails by itself: its calls go to the guest, and whoever decides about faults hears of it.
+//! A domain that fails by itself: its calls go to the guest, and whoever decides about faults hears
+//! of it.
 
 use std::time::Instant;
 
@@ -14,8 +15,9 @@ use crate::domain::roots::Root;
 use crate::domain::violation::{Violation, ViolationKind};
 
 impl Armed {
-    /// The domain is not used any more: `error` stopped it at the call that came through `gate` with the registers `entry`,
-    /// of which nothing is left. All calls go on in the guest, and nobody runs this one again.
+    /// The domain is not used any more: `error` stopped it at the call that came through `gate`
+    /// with the registers `entry`, of which nothing is left. All calls go on in the guest, and
+    /// nobody runs this one again.
     pub(crate) fn domain_failed(
         &mut self,
         gate: u64,

@@ -69,8 +69,8 @@ impl Due {
         self.now
     }
 
-    /// Whether the call that comes back from the guest has it: what was decided when it began, as long as it is the one that
-    /// began last.
+    /// Whether the call that comes back from the guest has it: what was decided when it began, as
+    /// long as it is the one that began last.
     pub fn goes_on(&self) -> bool {
         self.now
     }

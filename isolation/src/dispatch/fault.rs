@@ -1,4 +1,5 @@
-//! Faults put into calls on purpose: other code in the domain's copy of the driver for single calls.
+//! Faults put into calls on purpose: other code in the domain's copy of the driver for single
+//! calls.
 //!
 //! ```text
 //!   call 1   call 2   call 3 (every third)                    call 4 ...
@@ -29,8 +30,8 @@ const MAX_ORDERS: usize = 16;
 /// A fault in a function of an isolated module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FaultOrder {
-    /// The function. Calls of it get the fault if it is isolated itself, otherwise those of all isolated functions: they may
-    /// call it.
+    /// The function. Calls of it get the fault if it is isolated itself, otherwise those of all
+    /// isolated functions: they may call it.
     pub function: String,
     /// Where the fault goes, in bytes from the function's start.
     pub offset: u64,
@@ -51,8 +52,8 @@ pub enum UsedUpBy {
     /// Those that failed.
     #[default]
     Failing,
-    /// Those that came to the fault, whatever became of them. One of a single byte does not tell; there calls that failed
-    /// count.
+    /// Those that came to the fault, whatever became of them. One of a single byte does not tell;
+    /// there calls that failed count.
     Reaching,
 }
 
@@ -100,14 +101,15 @@ pub enum InstructionKind {
     Dead,
 }
 
-/// The fault orders of a module, oldest first: each is kept until it is used up. Of several for one function the oldest
-/// that is due gets a call.
+/// The fault orders of a module, oldest first: each is kept until it is used up. Of several for one
+/// function the oldest that is due gets a call.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// Takes one more order, for the function at `start`, which is isolated itself or not; `false` if there are too many that
-    /// are not used up. An order of no faults withdraws those that are left for the same function.
+    /// Takes one more order, for the function at `start`, which is isolated itself or not; `false`
+    /// if there are too many that are not used up. An order of no faults withdraws those that are
+    /// left for the same function.
     pub fn add(&mut self, order: FaultOrder, start: u64, is_entry: bool) -> bool {
         let withdraws = |fault: &Fault| order.times == 0 && fault.order.function == order.function;
         self.0
@@ -194,7 +196,8 @@ impl Fault {
         !self.is_entry || entry == self.order.function
     }
 
-    /// A call of `entry` begins or, having gone on in the guest, comes back (`again`), with the page tables at `cr3`.
+    /// A call of `entry` begins or, having gone on in the guest, comes back (`again`), with the
+    /// page tables at `cr3`.
     fn begin(
         &mut self,
         entry: &str,
@@ -252,8 +255,8 @@ impl Fault {
     }
 }
 
-/// The instructions of the function of the module at `start`. `calls` has the targets of calls out of
-/// the module, which the domain's copy leads elsewhere.
+/// The instructions of the function of the module at `start`. `calls` has the targets of calls out
+/// of the module, which the domain's copy leads elsewhere.
 pub(crate) fn instructions(
     start: u64,
     knowledge: &Knowledge,

@@ -1,5 +1,5 @@
-//! What happens when a vCPU of the guest comes to a gate: its call is run in the domain, goes on there, or is
-//! answered without being run.
+//! What happens when a vCPU of the guest comes to a gate: its call is run in the domain, goes on
+//! there, or is answered without being run.
 //!
 //! ```text
 //!   trap (others held, devices held) ─► armed ─► Domain::call ─► registers ─► guest

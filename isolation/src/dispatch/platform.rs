@@ -12,7 +12,8 @@ const PAGE_SIZE: u64 = 0x1000;
 /// I/O register select and window registers (82093AA datasheet, section 3.1).
 const IOREGSEL: u64 = 0x00;
 const IOWIN: u64 = 0x10;
-/// Index registers: identification, version, arbitration, first redirection table entry (section 3.2).
+/// Index registers: identification, version, arbitration, first redirection table entry (section
+/// 3.2).
 const IOAPICID: u32 = 0;
 const IOAPICVER: u32 = 1;
 const IOAPICARB: u32 = 2;
@@ -67,8 +68,8 @@ impl<'a> Platform<'a> {
                     let (entry, high) = redirection(index)?;
                     // SAFETY: every pattern of bits is a valid entry.
                     let bits = unsafe { state.redirtbl.get(entry)?.bits };
-                    // An interrupt on its way is one that comes after the call: no vCPU takes it before,
-                    // and `synchronize_irq` would wait for that.
+                    // An interrupt on its way is one that comes after the call: no vCPU takes it
+                    // before, and `synchronize_irq` would wait for that.
                     let bits = bits & !REMOTE_IRR;
                     (bits >> if high { 32 } else { 0 }) as u32
                 }
@@ -138,8 +139,8 @@ impl<'a> Platform<'a> {
         }
     }
 
-    /// Brings the entries that the call changed into the I/O APIC's present state: lines may have been
-    /// raised since the call began.
+    /// Brings the entries that the call changed into the I/O APIC's present state: lines may have
+    /// been raised since the call began.
     fn commit_io_apic(&mut self, ours: &kvm_irqchip) {
         let changed = std::mem::take(&mut self.changed);
         let Some(chip) = self.io_apic() else {

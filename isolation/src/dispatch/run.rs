@@ -1,4 +1,5 @@
-//! One run of a call in the domain, or of what is left of one that comes back from the guest, step by step.
+//! One run of a call in the domain, or of what is left of one that comes back from the guest, step
+//! by step.
 //!
 //! ```text
 //!   fault put in ─► policy told ─► device held ─► Domain::carry_out ─► counted ─┬─ committed, aborted: what the guest calls then
@@ -31,8 +32,8 @@ use crate::guest::stack::stack_around;
 use crate::policy::call::{CallMemory, MemoryBefore};
 use crate::status::report::ViolationReport;
 
-/// Most calls that are in the guest at once; further ones that would have to go on there pass through. Each
-/// has a stack of its own, and no honest guest has as many in one driver.
+/// Most calls that are in the guest at once; further ones that would have to go on there pass
+/// through. Each has a stack of its own, and no honest guest has as many in one driver.
 const MAX_OPEN: usize = 4096;
 
 /// How often a call is being run with this run, and what it has had before.
@@ -160,7 +161,8 @@ impl Armed {
         }
     }
 
-    /// Has the domain carry it out with the device held, and tells the policy. `None` if the device could not be held.
+    /// Has the domain carry it out with the device held, and tells the policy. `None` if the device
+    /// could not be held.
     fn carry_out(&mut self, run: &Run<'_>, spilled: Option<&mut SpilledCall>) -> Option<Done> {
         let at = run.at;
         let space = self.space(&at.sregs);
@@ -243,7 +245,8 @@ impl Armed {
         done
     }
 
-    /// What the guest's vCPU goes on with after a run. `None` if the guest must run the call itself.
+    /// What the guest's vCPU goes on with after a run. `None` if the guest must run the call
+    /// itself.
     fn ended(
         &mut self,
         run: &Run<'_>,
@@ -407,8 +410,8 @@ fn before_call(held: &mut dyn HeldDevice, comes_back: bool) {
     held.keep_outside();
 }
 
-/// Shows the world what a call has made of a device, as far as that is known by now; `others_open` if another call is in
-/// the guest that may be taken back.
+/// Shows the world what a call has made of a device, as far as that is known by now; `others_open`
+/// if another call is in the guest that may be taken back.
 fn after_call(
     held: &mut dyn HeldDevice,
     result: &Result<CallResult, DomainError>,

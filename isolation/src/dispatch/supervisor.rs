@@ -71,7 +71,8 @@ impl<'a> CallSupervisor<'a> {
         }
     }
 
-    /// Why the device's state could not be put back, if it could not, and what became of the image of its fault.
+    /// Why the device's state could not be put back, if it could not, and what became of the image
+    /// of its fault.
     pub fn ended(self) -> (Option<DeviceLost>, Option<Kept>) {
         (self.device_lost, self.kept)
     }
@@ -354,8 +355,9 @@ impl Supervisor for CallSupervisor<'_> {
     }
 
     fn harmless_port_write(&mut self, port: u16, _value: u32, _bytes: usize) -> bool {
-        // What a call of the driver prints on the console is in the kernel's log as well if the call
-        // commits; the line itself is left out rather than printed for calls that are taken back.
+        // What a call of the driver prints on the console is in the kernel's log as well if the
+        // call commits; the line itself is left out rather than printed for calls that are taken
+        // back.
         SERIAL_PORTS.contains(&port)
     }
 }

@@ -59,7 +59,8 @@ impl TrapHandler for Isolator {
 }
 
 impl Isolator {
-    /// What a vCPU goes on with that stands at a gate of no module: the removal watch, or suspend and resume.
+    /// What a vCPU goes on with that stands at a gate of no module: the removal watch, or suspend
+    /// and resume.
     fn at_own_gate(
         &self,
         standing: Standing,
@@ -119,8 +120,8 @@ impl Armed {
             .is_some_and(|open| open + OUT_BYTES == standing.at)
     }
 
-    /// A call enters, comes back from the guest, or a kernel function that is called for one has returned; what the
-    /// vCPU goes on with.
+    /// A call enters, comes back from the guest, or a kernel function that is called for one has
+    /// returned; what the vCPU goes on with.
     fn serve(&mut self, standing: Standing, at: &mut AtGate<'_>) -> kvm_regs {
         self.give_up_hanging();
         // A call that once had this stack and enters anew never came back.

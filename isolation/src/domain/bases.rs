@@ -1,8 +1,8 @@
 //! Pages that a device writes while they are read, word by word.
 //!
-//! Words are read from the last to the first. Devices that tell of what they have written do so in its last bytes (the
-//! status of a descriptor, the phase of an entry of a completion queue), which they write last: whoever reads those first
-//! and finds them set finds the rest, too.
+//! Words are read from the last to the first. Devices that tell of what they have written do so in
+//! its last bytes (the status of a descriptor, the phase of an entry of a completion queue), which
+//! they write last: whoever reads those first and finds them set finds the rest, too.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,7 +16,8 @@ const WORDS: usize = PAGE_SIZE as usize / WORD;
 /// # Safety
 /// `page` is a whole mapped page, aligned to 8 bytes, and `at` is below [`WORDS`].
 unsafe fn word(page: *mut Page, at: usize) -> [u8; WORD] {
-    // SAFETY: the caller vouches for the page; aligned atomic loads may race with whoever writes it.
+    // SAFETY: the caller vouches for the page; aligned atomic loads may race with whoever writes
+    // it.
     let word = unsafe { AtomicU64::from_ptr(page.cast::<u64>().add(at)) };
     word.load(Ordering::Relaxed).to_ne_bytes()
 }
@@ -32,8 +33,8 @@ pub unsafe fn copy_down(from: *mut Page, to: &mut Page) {
     }
 }
 
-/// Takes what others have written to `shared` since `base` was copied from it over into `private`, where that is as in
-/// `base`; `base` is as `shared` then.
+/// Takes what others have written to `shared` since `base` was copied from it over into `private`,
+/// where that is as in `base`; `base` is as `shared` then.
 ///
 /// # Safety
 /// As for [`copy_down`].

@@ -1,8 +1,8 @@
 //! The kernel's console in a call: what it prints is in the log at once, and written out after it.
 //!
-//! A kernel that prints takes its console and writes to whatever device that is: the call would reach a device that is not its
-//! own, and go on in the guest for it, where a kernel that prints because it is about to give up (`BUG()`) takes the guest
-//! with it.
+//! A kernel that prints takes its console and writes to whatever device that is: the call would
+//! reach a device that is not its own, and go on in the guest for it, where a kernel that prints
+//! because it is about to give up (`BUG()`) takes the guest with it.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, eax, qword_ptr};
@@ -22,9 +22,10 @@ impl Console {
     /// How long the code is that the private VM has in the place of the kernel's.
     pub const CODE_BYTES: u64 = 21;
 
-    /// Of guest virtual addresses: the function that takes the console if nobody has it, and says whether it has;
-    /// the word that says who writes to it at this moment and can be waited for, 0 for none; the function without
-    /// arguments that has it written to soon. `None` where they are too far from each other for what is put there.
+    /// Of guest virtual addresses: the function that takes the console if nobody has it, and says
+    /// whether it has; the word that says who writes to it at this moment and can be waited for, 0
+    /// for none; the function without arguments that has it written to soon. `None` where they are
+    /// too far from each other for what is put there.
     pub fn new(take: u64, writer: u64, defer: u64) -> Option<Self> {
         let code = assemble(take, writer, defer).ok()?;
         // A call that does not reach gets longer.

@@ -1,5 +1,5 @@
-//! What kernel functions that a driver calls do that outlasts a call, by address: what a call that went on in
-//! the guest before it failed is compensated by.
+//! What kernel functions that a driver calls do that outlasts a call, by address: what a call that
+//! went on in the guest before it failed is compensated by.
 
 use std::collections::{HashMap, HashSet};
 
@@ -90,13 +90,14 @@ pub struct Effect {
     pub changes: Option<Place>,
 }
 
-/// What an argument has to be that a function keeps: it is used when the call is over, and what it leads to then is not laid at
-/// the driver's door any more.
+/// What an argument has to be that a function keeps: it is used when the call is over, and what it
+/// leads to then is not laid at the driver's door any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeptArgument {
     /// Which argument, from 0 to 5.
     pub argument: u8,
-    /// Offset in bytes of the word that is meant from where the argument points; `None` for the argument itself.
+    /// Offset in bytes of the word that is meant from where the argument points; `None` for the
+    /// argument itself.
     pub offset: Option<u64>,
     /// What it has to be.
     pub is: Required,

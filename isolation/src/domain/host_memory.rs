@@ -1,14 +1,16 @@
-//! Memory of the host that calls make it keep: one account for all that a guest can have open at a time.
+//! Memory of the host that calls make it keep: one account for all that a guest can have open at a
+//! time.
 //!
-//! Each thing that is kept has a limit of its own, but a guest can have thousands of calls open, and the limits multiply. What is
-//! charged: journals, kernel functions that are still to be called, private copies of pages, old bytes of what was
-//! published before a call's end, and calls that are in the guest.
+//! Each thing that is kept has a limit of its own, but a guest can have thousands of calls open,
+//! and the limits multiply. What is charged: journals, kernel functions that are still to be
+//! called, private copies of pages, old bytes of what was published before a call's end, and calls
+//! that are in the guest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes that all calls of a guest may have the host keep unless said otherwise: some twenty times what the largest honest call
-/// takes.
+/// Bytes that all calls of a guest may have the host keep unless said otherwise: some twenty times
+/// what the largest honest call takes.
 pub const DEFAULT_LIMIT: u64 = 256 << 20;
 
 #[derive(Debug)]

@@ -6,8 +6,8 @@
 //!  recorded as pending │ settled       │ pending: dropped with the private view
 //! ```
 //!
-//! Only what is settled is in the guest. Functions that give something back wait until the call has ended
-//! well: what they would free is needed again if it does not.
+//! Only what is settled is in the guest. Functions that give something back wait until the call has
+//! ended well: what they would free is needed again if it does not.
 
 use serde::Serialize;
 
@@ -18,7 +18,8 @@ use super::undo_log::{Restorable, UndoLog};
 use super::view::{Page, Pfn};
 use devices::hold::DeviceState;
 
-/// Most calls of kernel functions kept for one call: a few for each descriptor of the largest rings.
+/// Most calls of kernel functions kept for one call: a few for each descriptor of the largest
+/// rings.
 pub const MAX_CALLS: usize = 1 << 15;
 /// Bytes that one of them takes, with what takes it back and where it is found by that.
 const CALL_BYTES: u64 = 320;
@@ -187,8 +188,8 @@ impl Journal {
         self.kept.reach(self.memory.bytes() + calls + device)
     }
 
-    /// Whether a call was not kept for want of room: this part cannot be taken back once it is in the guest, and no more
-    /// calls need to be seen.
+    /// Whether a call was not kept for want of room: this part cannot be taken back once it is in
+    /// the guest, and no more calls need to be seen.
     pub fn has_overflowed(&self) -> bool {
         self.pending.overflowed
     }
@@ -228,8 +229,8 @@ impl Journal {
         Crossing::Call
     }
 
-    /// The kernel function after which the stack pointer is `rsp` has returned `result`, if it is one that
-    /// matters.
+    /// The kernel function after which the stack pointer is `rsp` has returned `result`, if it is
+    /// one that matters.
     pub fn leave(
         &mut self,
         rsp: u64,
@@ -292,8 +293,8 @@ impl Journal {
         self.pending.device.is_some()
     }
 
-    /// This part is in the guest now. The device, if it was used, is as `device` says; `nested` if kernel
-    /// functions are under way besides the one that goes on in the guest.
+    /// This part is in the guest now. The device, if it was used, is as `device` says; `nested` if
+    /// kernel functions are under way besides the one that goes on in the guest.
     pub fn settle(&mut self, device: Option<DeviceState>, nested: bool) {
         self.memory.settle();
         let Pending {
@@ -328,13 +329,14 @@ impl Journal {
         self.settled.requests_changed = true;
     }
 
-    /// Whether requests (packets) that others give to the device would be in the way of taking the call back.
+    /// Whether requests (packets) that others give to the device would be in the way of taking the
+    /// call back.
     pub fn keeps_packets_out(&self) -> bool {
         self.settled.requests_changed
     }
 
-    /// The kernel function that went on in the guest has returned there, and its return is noted: what it did is
-    /// done.
+    /// The kernel function that went on in the guest has returned there, and its return is noted:
+    /// what it did is done.
     pub fn settle_return(&mut self) {
         let done = std::mem::take(&mut self.pending.done);
         done.into_iter()
@@ -369,7 +371,8 @@ impl Journal {
         &self.settled.device
     }
 
-    /// The kernel functions that take the settled parts back, in the order in which they are called.
+    /// The kernel functions that take the settled parts back, in the order in which they are
+    /// called.
     pub fn compensation(&self) -> Vec<KernelCall> {
         let done = self.settled.done.iter().rev();
         done.filter_map(|done| done.undo.map(|(call, _)| call))

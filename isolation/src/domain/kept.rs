@@ -33,7 +33,8 @@ impl Domain {
         }
     }
 
-    /// The guest's memory and registers are as they were when `kept` was. The guest must not run meanwhile.
+    /// The guest's memory and registers are as they were when `kept` was. The guest must not run
+    /// meanwhile.
     pub fn put_back(&mut self, kept: &KeptDomain) -> Result<(), DomainError> {
         self.vm.forget_clock();
         if self.has_failed {

@@ -1,7 +1,8 @@
-//! Kernel functions that did something for a call, in the order of their calls, found again by what takes them back.
+//! Kernel functions that did something for a call, in the order of their calls, found again by what
+//! takes them back.
 //!
-//! A call that sets up a ring of 4,096 descriptors calls thousands of them, and takes as many back: each is looked up in
-//! a table, not searched for.
+//! A call that sets up a ring of 4,096 descriptors calls thousands of them, and takes as many back:
+//! each is looked up in a table, not searched for.
 
 use std::collections::HashMap;
 
@@ -16,7 +17,8 @@ pub(super) struct Done {
     pub undo: Option<(KernelCall, usize)>,
 }
 
-/// What takes functions back: the function, the number of its arguments, and these, padded with zeros.
+/// What takes functions back: the function, the number of its arguments, and these, padded with
+/// zeros.
 type Opposite = (u64, usize, [u64; 6]);
 
 fn opposite(call: &KernelCall, arguments: usize) -> Opposite {
@@ -65,7 +67,8 @@ impl Lasting {
         entries.map(|entry| &entry.done)
     }
 
-    /// `done` happened, which may be what takes an earlier one back: the latest such, and then neither lasts.
+    /// `done` happened, which may be what takes an earlier one back: the latest such, and then
+    /// neither lasts.
     pub fn happened(&mut self, done: Done) {
         if !self.take_back(&done.call) {
             self.push(done);

@@ -1,9 +1,10 @@
-//! Lists that a failed call has changed with its own instructions, and how their links are put back.
+//! Lists that a failed call has changed with its own instructions, and how their links are put
+//! back.
 //!
-//! What kernel functions did to lists their opposites put right. `list_add` and `list_del` are inline, though
-//! (include/linux/list.h): what they did is still there when all opposites have been called. The neighbours of an object
-//! are whoever's, and others may have changed the list since, so links are put back only where the whole list around
-//! them is right then.
+//! What kernel functions did to lists their opposites put right. `list_add` and `list_del` are
+//! inline, though (include/linux/list.h): what they did is still there when all opposites have been
+//! called. The neighbours of an object are whoever's, and others may have changed the list since,
+//! so links are put back only where the whole list around them is right then.
 //!
 //! ```text
 //!   before   p ◄──► at ◄──► n          at the end, after all opposites
@@ -37,8 +38,9 @@ pub fn in_all(changes: &[ChangedLinks]) -> Vec<ChangedLinks> {
     all.into_values().collect()
 }
 
-/// The stores, addresses and values, that put back those of `changes` (one for each place) that are still as the call left
-/// them; `read` loads a word of the guest's. The error is the address of links that cannot be put back.
+/// The stores, addresses and values, that put back those of `changes` (one for each place) that are
+/// still as the call left them; `read` loads a word of the guest's. The error is the address of
+/// links that cannot be put back.
 pub fn put_back(
     changes: &[ChangedLinks],
     read: impl Fn(u64) -> Option<u64>,
@@ -237,7 +239,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the call and others did: either the call's part is undone and the list is whole, or nothing is stored.
+        /// Whatever the call and others did: either the call's part is undone and the list is
+        /// whole, or nothing is stored.
         #[test]
         fn lists_are_whole_or_left_alone(
             calls in prop::collection::vec(doing(), 0..4), others in prop::collection::vec(doing(), 0..3), known in 0u8..64,

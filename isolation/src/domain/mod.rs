@@ -95,16 +95,18 @@ pub struct DomainConfig<'a> {
     pub monitor_gpa: u64,
     /// Pages of the isolated driver's text, by virtual address.
     pub driver_text: Vec<u64>,
-    /// Pages of kernel code that runs with the rights of whoever calls it, by virtual address: return and indirect-branch
-    /// thunks, functions that only copy or fill,
-    /// and others that need no more.
+    /// Pages of kernel code that runs with the rights of whoever calls it, by virtual address:
+    /// return and indirect-branch thunks, functions that only copy or fill, and others that need no
+    /// more.
     pub common: Vec<u64>,
-    /// Each store to a page that holds objects of others, too, is looked at; only the first to each page otherwise.
+    /// Each store to a page that holds objects of others, too, is looked at; only the first to each
+    /// page otherwise.
     pub each_store: bool,
-    /// Kernel addresses of memory that devices write while calls run, because they cannot be held: what calls do not write
-    /// of it is not written back by them. `None` if all devices can.
+    /// Kernel addresses of memory that devices write while calls run, because they cannot be held:
+    /// what calls do not write of it is not written back by them. `None` if all devices can.
     pub moving: Option<GvaRange>,
-    /// Where memory of the host is charged that calls make it keep: one account for all domains of a guest.
+    /// Where memory of the host is charged that calls make it keep: one account for all domains of
+    /// a guest.
     pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
     pub kick_signal: i32,
@@ -131,8 +133,8 @@ pub struct Domain {
     roots: Roots,
     view: PrivateView,
     warm: WarmPages,
-    /// Pages of which P has copies that are not the guest's, left by calls that failed: dropped when the next call
-    /// begins, so that no caller waits for it.
+    /// Pages of which P has copies that are not the guest's, left by calls that failed: dropped
+    /// when the next call begins, so that no caller waits for it.
     stale: Vec<Pfn>,
     fixed: FixedPages,
     common: BTreeSet<u64>,
@@ -142,7 +144,8 @@ pub struct Domain {
     overlays: Overlays,
     /// Pages that were patched, by virtual address.
     patched: HashMap<u64, Pfn>,
-    /// Kernel functions that the driver's calls are for which lead to trampolines, by the calls' addresses.
+    /// Kernel functions that the driver's calls are for which lead to trampolines, by the calls'
+    /// addresses.
     redirects: HashMap<u64, u64>,
     /// Virtual address by which the driver writes a page.
     opened: HashMap<Pfn, u64>,
@@ -226,9 +229,10 @@ impl Domain {
         (self.view.private().clone(), self.view.shared().clone())
     }
 
-    /// Makes P's pages equal to the guest's and has addresses translated through the guest's tables at `cr3` from now
-    /// on, which have to be ones that the guest uses: between two calls those of the last call may be gone, and their
-    /// memory be somebody else's. The guest must not run meanwhile.
+    /// Makes P's pages equal to the guest's and has addresses translated through the guest's tables
+    /// at `cr3` from now on, which have to be ones that the guest uses: between two calls those of
+    /// the last call may be gone, and their memory be somebody else's. The guest must not run
+    /// meanwhile.
     pub fn follow_tables(&mut self, cr3: u64) -> Result<(), DomainError> {
         self.drop_stale()?;
         self.warm.refresh(&mut self.view)?;
@@ -236,9 +240,9 @@ impl Domain {
         Ok(())
     }
 
-    /// Whether the guest, which must not run, has the same code under all that was patched as when it was patched, seen
-    /// through the tables at `cr3`. What changed beside the patches on their pages is taken over. If so, the domain is
-    /// ready for a call from these tables.
+    /// Whether the guest, which must not run, has the same code under all that was patched as when
+    /// it was patched, seen through the tables at `cr3`. What changed beside the patches on their
+    /// pages is taken over. If so, the domain is ready for a call from these tables.
     pub fn is_current(&mut self, cr3: u64) -> Result<bool, DomainError> {
         self.follow_tables(cr3)?;
         for (va, pfn) in &self.patched {
@@ -285,8 +289,8 @@ impl Domain {
         Ok((Pfn::of(gpa), (gpa % PAGE_SIZE) as usize))
     }
 
-    /// Redirects P's copy of the direct call or jump at `site` (5 bytes, E8 or E9 first) to a trampoline
-    /// for the kernel function `target`.
+    /// Redirects P's copy of the direct call or jump at `site` (5 bytes, E8 or E9 first) to a
+    /// trampoline for the kernel function `target`.
     pub fn redirect(&mut self, site: u64, target: u64) -> Result<(), DomainError> {
         let trampoline = self.monitor.trampoline(target)?;
         let displacement = trampoline.wrapping_sub(site.wrapping_add(5)) as u32;
@@ -295,13 +299,14 @@ impl Domain {
         Ok(())
     }
 
-    /// Has what these kernel functions are given to keep looked at when they are called, at an exit for each call of them.
+    /// Has what these kernel functions are given to keep looked at when they are called, at an exit
+    /// for each call of them.
     pub fn look_at_arguments(&mut self, functions: impl Iterator<Item = u64>) {
         self.monitor.look_at(functions.collect());
     }
 
-    /// Has these kernel functions, which need no more, run with the driver's rights when it calls them, where their calls are
-    /// not journalled. Their pages are among the common ones.
+    /// Has these kernel functions, which need no more, run with the driver's rights when it calls
+    /// them, where their calls are not journalled. Their pages are among the common ones.
     pub fn call_directly(&mut self, functions: impl Iterator<Item = u64>) {
         self.monitor.call_directly(functions.collect());
     }
@@ -313,8 +318,8 @@ impl Domain {
         self.patch(va, &monitor::out(PORT_TRAPPED))
     }
 
-    /// Makes the kernel function that begins at `va`, which waits for as many `unit`s as its first argument
-    /// says, one that a call can wait in without ceasing to be atomic.
+    /// Makes the kernel function that begins at `va`, which waits for as many `unit`s as its first
+    /// argument says, one that a call can wait in without ceasing to be atomic.
     pub fn sleep_function(&mut self, va: u64, unit: Duration) -> Result<(), DomainError> {
         self.sleeps.insert(va, unit);
         self.patch(va, &monitor::out(PORT_SLEEP))
@@ -326,15 +331,16 @@ impl Domain {
         self.patch(va, &[0x31, 0xc0, 0xc3])
     }
 
-    /// Has the kernel's console written to after the calls that print: whoever takes it in a call is told that somebody
-    /// has it. Where another processor is writing to it at this moment the caller would wait for that one, which
-    /// stands still: such a call goes on in the guest.
+    /// Has the kernel's console written to after the calls that print: whoever takes it in a call
+    /// is told that somebody has it. Where another processor is writing to it at this moment the
+    /// caller would wait for that one, which stands still: such a call goes on in the guest.
     pub fn defer_console(&mut self, console: &Console) -> Result<(), DomainError> {
         self.trapped.insert(console.waits_at(), console.take);
         self.patch(console.take, &console.code)
     }
 
-    /// Has calls not wait for others in this kernel function: where there is something to wait for they go on in the guest.
+    /// Has calls not wait for others in this kernel function: where there is something to wait for
+    /// they go on in the guest.
     pub fn wait_in_guest(&mut self, waiting: &Waiting) -> Result<(), DomainError> {
         self.trapped.insert(waiting.waits_at(), waiting.function);
         self.patch(waiting.function, &waiting.code)
@@ -355,7 +361,8 @@ impl Domain {
         Ok(())
     }
 
-    /// The instruction that P has at `va`, which may be none that there is; `None` where nothing is mapped.
+    /// The instruction that P has at `va`, which may be none that there is; `None` where nothing is
+    /// mapped.
     pub fn instruction(&self, va: u64) -> Option<Instruction> {
         let mut code = [0; MAX_INSTRUCTION];
         // One near the end of the last page may have fewer bytes behind it.
@@ -374,7 +381,8 @@ impl Domain {
         self.warm.len()
     }
 
-    /// Drops the copies that calls that failed left behind; returns the number of system calls made.
+    /// Drops the copies that calls that failed left behind; returns the number of system calls
+    /// made.
     fn drop_stale(&mut self) -> Result<u32, DomainError> {
         let mut stale = std::mem::take(&mut self.stale);
         stale.sort_unstable();

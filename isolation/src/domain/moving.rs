@@ -6,10 +6,11 @@
 //!   commit: what P has otherwise than *that* is published, byte by byte; what a device wrote meanwhile stays
 //! ```
 //!
-//! Where all devices can be held nobody writes the guest's pages during a call, and a copy can be compared with the guest's
-//! page at any time. Where one cannot (a function of the host, a NIC in another process) a page that has changed in between
-//! would be written back as it was: a packet that has just come, a descriptor that has just been completed. So both roots
-//! keep the mapping of all memory closed, and each page is opened by its first store.
+//! Where all devices can be held nobody writes the guest's pages during a call, and a copy can be
+//! compared with the guest's page at any time. Where one cannot (a function of the host, a NIC in
+//! another process) a page that has changed in between would be written back as it was: a packet
+//! that has just come, a descriptor that has just been completed. So both roots keep the mapping of
+//! all memory closed, and each page is opened by its first store.
 
 use std::collections::HashMap;
 
@@ -19,7 +20,8 @@ use super::roots::Root;
 use super::view::Pfn;
 use crate::guest::addr::Gva;
 
-/// Where pages are open of which P has a copy with a known base: they are closed when that is dropped.
+/// Where pages are open of which P has a copy with a known base: they are closed when that is
+/// dropped.
 #[derive(Debug, Default)]
 pub struct Copied(HashMap<Pfn, Vec<(Root, u64)>>);
 
@@ -44,8 +46,8 @@ impl Domain {
         self.moving.is_some_and(|moving| moving.contains(Gva(va)))
     }
 
-    /// Drops P's copies of `pages` (sorted, no duplicates), whose next write is a fault again where devices write them;
-    /// returns the number of system calls made.
+    /// Drops P's copies of `pages` (sorted, no duplicates), whose next write is a fault again where
+    /// devices write them; returns the number of system calls made.
     pub(super) fn drop_copies(&mut self, pages: &[Pfn]) -> Result<u32, DomainError> {
         if self.moving.is_some() {
             for pfn in pages {

@@ -1,5 +1,5 @@
-//! Pages of code that P has differently from the guest: driver text with its original entry bytes and
-//! redirected calls, kernel functions that only the guest may run.
+//! Pages of code that P has differently from the guest: driver text with its original entry bytes
+//! and redirected calls, kernel functions that only the guest may run.
 //!
 //! The guest patches its own text now and then (static keys, tracing). Each overlay remembers the
 //! guest's page it was made from; one overlay a call is compared, in turn, so that a change is
@@ -133,7 +133,8 @@ impl Overlays {
         )
     }
 
-    /// Has P have patched what `kept` says, over the guest's pages as they are now. The guest is held.
+    /// Has P have patched what `kept` says, over the guest's pages as they are now. The guest is
+    /// held.
     pub fn put_back(
         &mut self,
         kept: &KeptOverlays,

@@ -35,8 +35,9 @@ const CR4_PGE: u64 = 1 << 7;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_PCIDE: u64 = 1 << 17;
 
-/// Exits that a half-done access may take at most until KVM forgets it. A repeated string instruction between memory and
-/// a device is one of up to 1,024 parts, of a load and a store each, until KVM enters the guest again.
+/// Exits that a half-done access may take at most until KVM forgets it. A repeated string
+/// instruction between memory and a device is one of up to 1,024 parts, of a load and a store each,
+/// until KVM enters the guest again.
 const MAX_COMPLETION_EXITS: usize = 4096;
 
 /// Why P could not be made or run.
@@ -70,7 +71,8 @@ fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
 /// Why P stopped running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// `out` or `outs` to a port: `count` stores one after the other, whose values are [`PrivateVm::port_item`].
+    /// `out` or `outs` to a port: `count` stores one after the other, whose values are
+    /// [`PrivateVm::port_item`].
     Out {
         /// Port.
         port: u16,
@@ -79,7 +81,8 @@ pub enum Exit {
         /// How many stores: 1, more with a repeated string instruction.
         count: usize,
     },
-    /// `in` or `ins` from a port: `count` loads one after the other, answered by [`PrivateVm::answer_port`].
+    /// `in` or `ins` from a port: `count` loads one after the other, answered by
+    /// [`PrivateVm::answer_port`].
     In {
         /// Port.
         port: u16,
@@ -182,8 +185,9 @@ impl PrivateVm {
         })
     }
 
-    /// Takes over the control registers and segments of a vCPU of the guest, with P's own descriptor
-    /// tables and roots. Only needed when they changed since the last time. Returns what calls leave as it is now.
+    /// Takes over the control registers and segments of a vCPU of the guest, with P's own
+    /// descriptor tables and roots. Only needed when they changed since the last time. Returns what
+    /// calls leave as it is now.
     pub fn adopt(
         &mut self,
         k: &kvm_sregs,
@@ -227,7 +231,8 @@ impl PrivateVm {
         self.clock.follow(k, &self.vcpu)
     }
 
-    /// The time-stamp counters of K's vCPUs were set: P's is compared with them again from the next call on.
+    /// The time-stamp counters of K's vCPUs were set: P's is compared with them again from the next
+    /// call on.
     pub fn forget_clock(&mut self) {
         self.clock.forget();
     }
@@ -296,8 +301,8 @@ impl PrivateVm {
             },
             VcpuExit::X86Rdmsr(exit) => Exit::MsrRead { index: exit.index },
             VcpuExit::X86Wrmsr(exit) => {
-                // The write counts as done unless somebody says otherwise; calls that must not make it
-                // never run on.
+                // The write counts as done unless somebody says otherwise; calls that must not make
+                // it never run on.
                 *exit.error = 0;
                 Exit::MsrWrite {
                     index: exit.index,
@@ -331,7 +336,8 @@ impl PrivateVm {
         (usize::from(io.size), io.count as usize)
     }
 
-    /// Where access `index` of the last exit for port I/O has its value; `None` behind the last one.
+    /// Where access `index` of the last exit for port I/O has its value; `None` behind the last
+    /// one.
     fn port_data(&mut self, index: usize) -> Option<&mut [u8]> {
         let run = self.vcpu.get_kvm_run();
         // SAFETY: only called after KVM_EXIT_IO, so `io` is the member in use.
@@ -340,9 +346,9 @@ impl PrivateVm {
         if index >= io.count as usize || !matches!(bytes, 1 | 2 | 4) {
             return None;
         }
-        // SAFETY: KVM puts `count` values of `size` bytes at this offset within the mapping that `kvm_run` is the
-        // head of (KVM API, section 5, KVM_EXIT_IO); nobody else uses it until KVM_RUN, and the borrow of `self`
-        // keeps that away.
+        // SAFETY: KVM puts `count` values of `size` bytes at this offset within the mapping that
+        // `kvm_run` is the head of (KVM API, section 5, KVM_EXIT_IO); nobody else uses it until
+        // KVM_RUN, and the borrow of `self` keeps that away.
         unsafe {
             let data = std::ptr::from_mut(run).cast::<u8>();
             let data = data.add(io.data_offset as usize + index * bytes);
@@ -364,8 +370,8 @@ impl PrivateVm {
         }
     }
 
-    /// Lets KVM forget a half-done access, a pending exception or a triple fault after a call was stopped in the
-    /// middle of something.
+    /// Lets KVM forget a half-done access, a pending exception or a triple fault after a call was
+    /// stopped in the middle of something.
     pub fn settle(&mut self) -> Result<(), PrivateVmError> {
         self.vcpu.set_kvm_immediate_exit(1);
         // An access that crosses a page, or is of more than eight bytes, is several exits.
@@ -410,8 +416,8 @@ impl PrivateVm {
             }
         });
         harvest.map_err(|lost| PrivateVmError::DirtyRing(std::io::Error::other(lost)))?;
-        // A page that is dropped from the private view loses its mapping and appears again without a reset, so one in tens
-        // of thousands of pages will do.
+        // A page that is dropped from the private view loses its mapping and appears again without
+        // a reset, so one in tens of thousands of pages will do.
         match self.ring.is_half_seen() {
             true => self.reset_ring(),
             false => Ok(()),

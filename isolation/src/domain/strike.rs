@@ -26,8 +26,8 @@ pub(super) struct Strike {
 }
 
 impl Domain {
-    /// Has calls run `code` at `at` until [`Domain::clear_strike`]. Code of one byte has no room for what tells that a
-    /// call came there.
+    /// Has calls run `code` at `at` until [`Domain::clear_strike`]. Code of one byte has no room
+    /// for what tells that a call came there.
     pub fn set_strike(&mut self, at: u64, code: &[u8]) -> Result<(), DomainError> {
         self.clear_strike()?;
         let places = at..at.saturating_add(code.len() as u64);
@@ -46,8 +46,8 @@ impl Domain {
         Ok(())
     }
 
-    /// P has the driver's own code there again. When a call came there first, as far as that is told, in nanoseconds of the
-    /// host's `CLOCK_MONOTONIC`.
+    /// P has the driver's own code there again. When a call came there first, as far as that is
+    /// told, in nanoseconds of the host's `CLOCK_MONOTONIC`.
     pub fn clear_strike(&mut self) -> Result<Option<u64>, DomainError> {
         let Some(strike) = self.strike.take() else {
             return Ok(None);
@@ -61,8 +61,8 @@ impl Domain {
         Ok(strike.reached_ns)
     }
 
-    /// Where the fault waits that P, stopped at a port with this RIP, has come to. KVMs differ in whether they have
-    /// moved on already.
+    /// Where the fault waits that P, stopped at a port with this RIP, has come to. KVMs differ in
+    /// whether they have moved on already.
     pub(super) fn strike_at(&self, rip: u64) -> Option<u64> {
         let strike = self.strike.as_ref()?;
         let waits =

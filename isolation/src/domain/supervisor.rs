@@ -19,17 +19,18 @@ pub enum KernelExceptionVerdict {
 
 /// Knowledge about the guest and access to the isolated device.
 pub trait Supervisor {
-    /// Whether this call may write at least one byte around guest virtual address `va`, on its page;
-    /// the driver's stack frame is not asked for.
+    /// Whether this call may write at least one byte around guest virtual address `va`, on its
+    /// page; the driver's stack frame is not asked for.
     fn may_write(&mut self, va: u64) -> bool;
 
-    /// Whether what the call may write at `va` is the driver's beyond the call: if not, the page is closed again at its end.
+    /// Whether what the call may write at `va` is the driver's beyond the call: if not, the page is
+    /// closed again at its end.
     fn lasts(&self, _va: u64) -> bool {
         true
     }
 
-    /// Where a call that is about to begin will probably store in what is not the driver's beyond it: the pages are opened
-    /// before, if it may.
+    /// Where a call that is about to begin will probably store in what is not the driver's beyond
+    /// it: the pages are opened before, if it may.
     fn expected(&mut self) -> Vec<u64> {
         Vec::new()
     }
@@ -37,45 +38,50 @@ pub trait Supervisor {
     /// The call stores at `va`, for which a page was opened that is closed again at its end.
     fn stored(&mut self, _va: u64) {}
 
-    /// Whether it is known without looking further that the call may write all of the `bytes` bytes at `va`.
+    /// Whether it is known without looking further that the call may write all of the `bytes` bytes
+    /// at `va`.
     fn owns(&self, va: u64, bytes: u64) -> bool;
 
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
 
-    /// The call, which holds these values in registers and on its stack, stores where nothing says that it may, and
-    /// [`Supervisor::may_write`] is asked once more: what kernel functions have returned to it is among them.
+    /// The call, which holds these values in registers and on its stack, stores where nothing says
+    /// that it may, and [`Supervisor::may_write`] is asked once more: what kernel functions have
+    /// returned to it is among them.
     fn holds(&mut self, _values: &[u64]) {}
 
-    /// The kernel calls back into the driver's `function` with these register arguments (`rdi`, `rsi`,
-    /// `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
+    /// The kernel calls back into the driver's `function` with these register arguments (`rdi`,
+    /// `rsi`, `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.
     fn called_back(&mut self, _function: u64, _arguments: [u64; 6]) {}
 
-    /// The stack that `rsp` is on, if it is one that the kernel may have switched to in the middle of the call, for
-    /// interrupts and what they leave to be done: what it calls the driver back on is the call's own.
+    /// The stack that `rsp` is on, if it is one that the kernel may have switched to in the middle
+    /// of the call, for interrupts and what they leave to be done: what it calls the driver back on
+    /// is the call's own.
     fn interrupt_stack(&mut self, _rsp: u64) -> Option<GvaRange> {
         None
     }
 
-    /// Something of the call is put into the guest's page at guest physical address `gpa`, which has been `old`
-    /// until now, and the call goes on.
+    /// Something of the call is put into the guest's page at guest physical address `gpa`, which
+    /// has been `old` until now, and the call goes on.
     fn publishing(&mut self, _gpa: u64, _old: &[u8; 4096]) {}
 
-    /// The call is about to be committed, with the `bytes` bytes at `va` changed, on a page that it was let write to.
+    /// The call is about to be committed, with the `bytes` bytes at `va` changed, on a page that it
+    /// was let write to.
     fn committing(&mut self, _va: u64, _bytes: u64) {}
 
-    /// The call is about to go on in the guest, with these values in registers and on the call's stack.
+    /// The call is about to go on in the guest, with these values in registers and on the call's
+    /// stack.
     fn leaves(&mut self, _values: &[u64]) {}
 
-    /// A kernel function that went on in the guest has returned `value` to the driver: what was handed out
-    /// there is the driver's to write.
+    /// A kernel function that went on in the guest has returned `value` to the driver: what was
+    /// handed out there is the driver's to write.
     fn returned(&mut self, _value: u64) {}
 
     /// Whether a function of the kernel or of another module begins at `va`.
     fn is_kernel_function(&self, va: u64) -> bool;
 
-    /// Whether code that the kernel has made while it ran, and that has no name, begins at `va`, where it is called with this
-    /// second argument.
+    /// Whether code that the kernel has made while it ran, and that has no name, begins at `va`,
+    /// where it is called with this second argument.
     fn is_made_by_kernel(&self, _va: u64, _second: u64) -> bool {
         false
     }
@@ -97,8 +103,8 @@ pub trait Supervisor {
     /// Loads `bytes` (1 to 8, from ports 1 to 4) from the isolated device.
     fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64;
 
-    /// What a load of `bytes` from the isolated device shows, if it has no effect and the stores to `waiting`, which
-    /// come before it, change nothing of that.
+    /// What a load of `bytes` from the isolated device shows, if it has no effect and the stores to
+    /// `waiting`, which come before it, change nothing of that.
     fn device_read_past(
         &mut self,
         _at: DeviceAddress,
@@ -111,7 +117,8 @@ pub trait Supervisor {
     /// Stores the low `bytes` (1 to 8, to ports 1 to 4) of `value` to the isolated device.
     fn device_write(&mut self, at: DeviceAddress, value: u64, bytes: usize);
 
-    /// Whether this access of `bytes` may have the isolated device look at guest memory, or write to it.
+    /// Whether this access of `bytes` may have the isolated device look at guest memory, or write
+    /// to it.
     fn device_uses_memory(&self, _at: DeviceAddress, _bytes: usize, _access: Access) -> bool {
         true
     }
@@ -119,15 +126,15 @@ pub trait Supervisor {
     /// Takes the device's state, before the call reaches it for the first time.
     fn checkpoint_device(&mut self);
 
-    /// The call has failed, and memory that the device was shown is about to be put back: a device that goes on by itself is made
-    /// to stand still, as far as that can be done.
+    /// The call has failed, and memory that the device was shown is about to be put back: a device
+    /// that goes on by itself is made to stand still, as far as that can be done.
     fn stand_still(&mut self) {}
 
     /// Puts the state taken last back; `false` if the device is not as it was.
     fn restore_device(&mut self) -> bool;
 
-    /// Guest memory that belongs to the driver now, when a call begins that may go on in the guest: what is put
-    /// back if it fails later. What kernel functions keep there is not part of it.
+    /// Guest memory that belongs to the driver now, when a call begins that may go on in the guest:
+    /// what is put back if it fails later. What kernel functions keep there is not part of it.
     fn restorable(&mut self) -> Restorable {
         Restorable::default()
     }
@@ -137,8 +144,9 @@ pub trait Supervisor {
         None
     }
 
-    /// Takes back what a call did to the device in parts, of which others may have used it in between: its
-    /// state before and after each part, oldest first. All or nothing; the error says what is in the way.
+    /// Takes back what a call did to the device in parts, of which others may have used it in
+    /// between: its state before and after each part, oldest first. All or nothing; the error says
+    /// what is in the way.
     fn undo_device(&mut self, parts: &[(DeviceState, DeviceState)]) -> Result<(), String> {
         match parts {
             [] => Ok(()),
@@ -146,20 +154,20 @@ pub trait Supervisor {
         }
     }
 
-    /// Whether the call changed where the device takes requests of others from between `before` and `after`: one given to
-    /// it from now on would be in the way of putting it back.
+    /// Whether the call changed where the device takes requests of others from between `before` and
+    /// `after`: one given to it from now on would be in the way of putting it back.
     fn requests_changed(&self, _before: &DeviceState, _after: &DeviceState) -> bool {
         false
     }
 
-    /// Loads `bytes` from the platform's interrupt controller at `gpa`, as stores of this call left it;
-    /// `None` if there is none at that address.
+    /// Loads `bytes` from the platform's interrupt controller at `gpa`, as stores of this call left
+    /// it; `None` if there is none at that address.
     fn platform_read(&mut self, _gpa: u64, _bytes: usize) -> Option<u64> {
         None
     }
 
-    /// Stores to the platform's interrupt controller when the call commits; `false` if there is none at
-    /// that address.
+    /// Stores to the platform's interrupt controller when the call commits; `false` if there is
+    /// none at that address.
     fn platform_write(&mut self, _gpa: u64, _value: u64, _bytes: usize) -> bool {
         false
     }
@@ -176,8 +184,8 @@ pub trait Supervisor {
     /// Forgets what waited.
     fn forget_platform(&mut self) {}
 
-    /// Nothing of the call is left, and it is run once more from its beginning: what it was told to be its own since then
-    /// is not, and what waited is forgotten.
+    /// Nothing of the call is left, and it is run once more from its beginning: what it was told to
+    /// be its own since then is not, and what waited is forgotten.
     fn begin_again(&mut self) {
         self.forget_platform();
     }
@@ -187,8 +195,8 @@ pub trait Supervisor {
         false
     }
 
-    /// The call has broken a rule, and nothing of it is taken back yet. It stands still, and with it the guest, until this
-    /// returns.
+    /// The call has broken a rule, and nothing of it is taken back yet. It stands still, and with
+    /// it the guest, until this returns.
     fn failing(&mut self, _failing: &Failing<'_>) {}
 
     /// Writes to an I/O port on behalf of a kernel function, where that may happen at once whatever

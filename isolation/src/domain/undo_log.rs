@@ -1,8 +1,9 @@
-//! Old bytes of memory that a call put into the guest before it ended, to put them back if it fails later.
+//! Old bytes of memory that a call put into the guest before it ended, to put them back if it fails
+//! later.
 //!
-//! Kernel functions that the call ran and other threads write the same pages, so two things are left alone:
-//! what is not in [`Restorable`], and words that are not any more as the call left them. The unit is an
-//! aligned word of 8 bytes: half of somebody else's number is worth nothing.
+//! Kernel functions that the call ran and other threads write the same pages, so two things are
+//! left alone: what is not in [`Restorable`], and words that are not any more as the call left
+//! them. The unit is an aligned word of 8 bytes: half of somebody else's number is worth nothing.
 //!
 //! ```text
 //!  part 1  A ─► B          undone last    B still there? ─► A
@@ -23,7 +24,8 @@ pub const MAX_PAGES: usize = 1 << 14;
 /// Most links of lists that are looked at for one call; more are taken for unchanged.
 pub const MAX_LINKS: usize = 1 << 15;
 
-/// Bytes of guest memory that are a call's to put back: what belonged to the driver when the call began.
+/// Bytes of guest memory that are a call's to put back: what belonged to the driver when the call
+/// began.
 #[derive(Debug, Clone, Default)]
 pub struct Restorable {
     pages: BTreeMap<Pfn, PageMask>,
@@ -57,8 +59,8 @@ impl Restorable {
         }
     }
 
-    /// Notes links of a list (`struct list_head`) at guest physical address `gpa`, where the guest has them at `va`. They are
-    /// not put back, but looked at ([`UndoLog::links`]).
+    /// Notes links of a list (`struct list_head`) at guest physical address `gpa`, where the guest
+    /// has them at `va`. They are not put back, but looked at ([`UndoLog::links`]).
     pub fn links(&mut self, gpa: u64, va: u64) {
         let offset = gpa % PAGE_SIZE;
         if offset.is_multiple_of(8)
@@ -204,8 +206,9 @@ impl UndoLog {
         &self.links
     }
 
-    /// Puts the old bytes back, newest first, wherever the word still is what was recorded. `with_page` calls what
-    /// it is given with a page of the guest's. Returns the number of bytes put back.
+    /// Puts the old bytes back, newest first, wherever the word still is what was recorded.
+    /// `with_page` calls what it is given with a page of the guest's. Returns the number of bytes
+    /// put back.
     pub fn undo<E>(
         &self,
         mut with_page: impl FnMut(Pfn, &mut dyn FnMut(&mut Page)) -> Result<(), E>,

@@ -6,16 +6,18 @@
 //!                                            host on P's behalf) writes to it, its own copy after
 //! ```
 //!
-//! Pages of the private view that were never written follow the shared memory at no cost. Pages that
-//! were written are copies and hide what K writes later: every function here that creates a copy
-//! leaves it to the caller to remember the page and to drop or refresh it.
+//! Pages of the private view that were never written follow the shared memory at no cost. Pages
+//! that were written are copies and hide what K writes later: every function here that creates a
+//! copy leaves it to the caller to remember the page and to drop or refresh it.
 //!
-//! Rule for all page accesses by reference: nobody else writes the two pages meanwhile. The caller holds the
-//! guest's other vCPUs and its emulated devices (see `transaction`). Where that is not so, because a domain is made or
-//! looked at between calls, bytes are copied: whoever writes meanwhile then makes them differ, and nothing worse.
+//! Rule for all page accesses by reference: nobody else writes the two pages meanwhile. The caller
+//! holds the guest's other vCPUs and its emulated devices (see `transaction`). Where that is not
+//! so, because a domain is made or looked at between calls, bytes are copied: whoever writes
+//! meanwhile then makes them differ, and nothing worse.
 //!
-//! A device that cannot be held, of the host or in another process, writes K's pages whenever it likes. A view of such a
-//! guest remembers what its copies were made from (`bases`), and compares with that.
+//! A device that cannot be held, of the host or in another process, writes K's pages whenever it
+//! likes. A view of such a guest remembers what its copies were made from (`bases`), and compares
+//! with that.
 
 use std::collections::HashMap;
 use std::io;
@@ -84,7 +86,8 @@ pub enum ViewError {
 pub struct PrivateView {
     shared: Arc<GuestMemory>,
     private: GuestMemory,
-    /// What copies were made from, if devices write K's pages meanwhile; of those that the host knows of.
+    /// What copies were made from, if devices write K's pages meanwhile; of those that the host
+    /// knows of.
     bases: Option<HashMap<Pfn, Box<Page>>>,
 }
 
@@ -131,8 +134,9 @@ impl PrivateView {
         self.bases.is_some()
     }
 
-    /// Makes P's page a copy of K's, before P writes to it, and remembers what it is a copy of. Nothing is done if that is
-    /// known already, or is not to be remembered. P must not have a copy of which nobody knows: it would be lost.
+    /// Makes P's page a copy of K's, before P writes to it, and remembers what it is a copy of.
+    /// Nothing is done if that is known already, or is not to be remembered. P must not have a copy
+    /// of which nobody knows: it would be lost.
     pub fn begin_copy(&mut self, pfn: Pfn) -> Result<(), ViewError> {
         match &self.bases {
             Some(bases) if !bases.contains_key(&pfn) => self.refresh(pfn),
@@ -140,7 +144,8 @@ impl PrivateView {
         }
     }
 
-    /// K's bytes of a page as they were when P's copy was made, as far as that is remembered; as they are otherwise.
+    /// K's bytes of a page as they were when P's copy was made, as far as that is remembered; as
+    /// they are otherwise.
     pub fn before(&self, pfn: Pfn) -> Result<&Page, ViewError> {
         match self.bases.as_ref().and_then(|bases| bases.get(&pfn)) {
             Some(base) => Ok(base),
@@ -156,13 +161,14 @@ impl PrivateView {
         ))
     }
 
-    /// Takes what devices have written to K's page since P's copy was made over into that, where P has not written.
+    /// Takes what devices have written to K's page since P's copy was made over into that, where P
+    /// has not written.
     pub fn take_over(&mut self, pfn: Pfn) -> Result<(), ViewError> {
         let shared = page_pointer(&self.shared, pfn)?;
         let private = page_pointer(&self.private, pfn)?;
         if let Some(base) = self.bases.as_mut().and_then(|bases| bases.get_mut(&pfn)) {
-            // SAFETY: both are whole mapped pages (`page_pointer`); P runs on the calling thread only, so not now, and
-            // `&mut self` makes this the only access to its page.
+            // SAFETY: both are whole mapped pages (`page_pointer`); P runs on the calling thread
+            // only, so not now, and `&mut self` makes this the only access to its page.
             unsafe { take_over(shared, base, &mut *private) };
         }
         Ok(())
@@ -223,8 +229,8 @@ impl PrivateView {
         read.map_err(|_| ViewError::NotMemory(gpa))
     }
 
-    /// Writes P's bytes at guest physical address `gpa`: the page is a private copy from now on. Others may be writing
-    /// the guest's.
+    /// Writes P's bytes at guest physical address `gpa`: the page is a private copy from now on.
+    /// Others may be writing the guest's.
     pub fn write_private(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), ViewError> {
         let written = self.private.write_slice(bytes, GuestAddress(gpa));
         written.map_err(|_| ViewError::NotMemory(gpa))
@@ -252,8 +258,8 @@ impl PrivateView {
         let from = page_pointer(&self.private, pfn)?.cast::<u8>();
         let to = page_pointer(&self.shared, pfn)?.cast::<u8>();
         for run in mask.runs() {
-            // SAFETY: both pages are mapped (`page_pointer`), a run of a mask is within a page, and the two
-            // mappings are different addresses, so the ranges do not overlap.
+            // SAFETY: both pages are mapped (`page_pointer`), a run of a mask is within a page, and
+            // the two mappings are different addresses, so the ranges do not overlap.
             unsafe {
                 std::ptr::copy_nonoverlapping(from.add(run.start), to.add(run.start), run.len());
             }
@@ -271,7 +277,8 @@ impl PrivateView {
         }
     }
 
-    /// Writes the 64-bit word at `gpa`, a multiple of 8, to K's memory, which others may be writing.
+    /// Writes the 64-bit word at `gpa`, a multiple of 8, to K's memory, which others may be
+    /// writing.
     pub fn write_shared_word(&mut self, gpa: u64, value: u64) -> Result<(), ViewError> {
         let address = GuestAddress(gpa);
         let written = self.shared.store(value.to_le(), address, Ordering::Relaxed);
@@ -290,8 +297,8 @@ impl PrivateView {
         let base = bases
             .entry(pfn)
             .or_insert_with(|| Box::new([0; PAGE_SIZE as usize]));
-        // SAFETY: `from` is a whole mapped page, which is read word by word as others may be writing it; `to` is as in
-        // `publish`.
+        // SAFETY: `from` is a whole mapped page, which is read word by word as others may be
+        // writing it; `to` is as in `publish`.
         unsafe {
             copy_down(from, base);
             to.write(**base);
@@ -316,8 +323,8 @@ impl PrivateView {
         Ok(())
     }
 
-    /// Drops the private copies of `pfns` (sorted, no duplicates): P sees K's pages again. Returns the
-    /// number of system calls made, one for each run of adjacent pages.
+    /// Drops the private copies of `pfns` (sorted, no duplicates): P sees K's pages again. Returns
+    /// the number of system calls made, one for each run of adjacent pages.
     pub fn drop_pages(&mut self, pfns: &[Pfn]) -> Result<u32, ViewError> {
         if let Some(bases) = &mut self.bases {
             for pfn in pfns {
@@ -338,8 +345,8 @@ impl PrivateView {
                 length += 1;
             }
             // SAFETY: the range is whole pages of our own private file mapping; dropping them makes
-            // the next access read the file's page, which is what the caller asked for. No borrow of
-            // the pages exists (`&mut self`).
+            // the next access read the file's page, which is what the caller asked for. No borrow
+            // of the pages exists (`&mut self`).
             let result = unsafe {
                 libc::madvise(
                     start.cast(),

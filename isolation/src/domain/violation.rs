@@ -27,8 +27,8 @@ pub enum ViolationKind {
         /// CR2 for a page fault, otherwise 0.
         address: u64,
     },
-    /// A kernel function was given something to keep that is not what it has to be: it would have been used later, in nobody's
-    /// call.
+    /// A kernel function was given something to keep that is not what it has to be: it would have
+    /// been used later, in nobody's call.
     KeptArgument {
         /// Guest virtual address of the function.
         function: u64,
@@ -37,8 +37,8 @@ pub enum ViolationKind {
         /// What it was given.
         value: u64,
     },
-    /// The driver made the kernel give up: `panic`, an oops, a smashed stack that the compiler's check
-    /// found.
+    /// The driver made the kernel give up: `panic`, an oops, a smashed stack that the compiler's
+    /// check found.
     FatalFunction {
         /// Guest virtual address of the function that was reached.
         function: u64,
@@ -91,12 +91,14 @@ pub enum ViolationKind {
         /// Register number.
         index: u32,
     },
-    /// `hlt`, an instruction that KVM could not carry out, or one that changed a control register, in the driver.
+    /// `hlt`, an instruction that KVM could not carry out, or one that changed a control register,
+    /// in the driver.
     PrivilegedInstruction,
     /// The interrupt flag was not what it was at entry.
     InterruptFlag,
-    /// Another flag that functions leave alone was not what it was at entry: direction, alignment check, nested task, I/O
-    /// privilege level (Intel SDM volume 1, section 3.4.3; System V ABI, section 3.2.1).
+    /// Another flag that functions leave alone was not what it was at entry: direction, alignment
+    /// check, nested task, I/O privilege level (Intel SDM volume 1, section 3.4.3; System V ABI,
+    /// section 3.2.1).
     SystemFlags {
         /// The bits of RFLAGS that differ.
         changed: u64,
@@ -105,14 +107,15 @@ pub enum ViolationKind {
     TimeBudget,
     /// The call had gone on in the guest, came back, and can neither go on nor be given back.
     LostSpill,
-    /// The guest was to run the function in the call's place, and the device could not be put back for it.
+    /// The guest was to run the function in the call's place, and the device could not be put back
+    /// for it.
     DeviceLost,
     /// An exception could not be delivered: page tables or stack are destroyed.
     Shutdown,
     /// The call would have the host keep more than there is room for.
     HostMemory,
-    /// Not the driver's fault: something of the domain's own failed, and it is not used any more. The guest runs the
-    /// function itself.
+    /// Not the driver's fault: something of the domain's own failed, and it is not used any more.
+    /// The guest runs the function itself.
     DomainFailed,
 }
 
@@ -128,8 +131,8 @@ pub struct Violation {
     pub rip: u64,
     /// Stack pointer there.
     pub rsp: u64,
-    /// Return addresses in the driver of the kernel functions open at that moment, outermost first; those that run with the
-    /// driver's rights among them.
+    /// Return addresses in the driver of the kernel functions open at that moment, outermost first;
+    /// those that run with the driver's rights among them.
     pub crossings: Vec<u64>,
     /// Whether the device had already been reached, so that memory alone does not undo the call.
     pub reached_device: bool,

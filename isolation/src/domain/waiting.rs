@@ -1,7 +1,7 @@
 //! Kernel functions that wait until others have done something: in a call the others stand still.
 //!
-//! Where nothing is under way there is nothing to wait for, and the private VM's copy of such a function returns at once.
-//! Otherwise the call goes on in the guest, where the others go on, too.
+//! Where nothing is under way there is nothing to wait for, and the private VM's copy of such a
+//! function returns at once. Otherwise the call goes on in the guest, where the others go on, too.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, rdi};
@@ -21,8 +21,9 @@ impl Waiting {
     /// How long the code is at most that the private VM has in the place of the kernel's.
     pub const MAX_CODE_BYTES: u64 = 15;
 
-    /// The function at guest virtual address `function`, which waits while any of `bits` is set in the 32-bit word `offset` bytes
-    /// behind what RDI points at. `None` where the offset is none that an instruction has.
+    /// The function at guest virtual address `function`, which waits while any of `bits` is set in
+    /// the 32-bit word `offset` bytes behind what RDI points at. `None` where the offset is none
+    /// that an instruction has.
     pub fn new(function: u64, offset: u64, bits: u32) -> Option<Self> {
         let offset = i32::try_from(offset).ok()?;
         let code = assemble(function, offset, bits).ok()?;

@@ -3,9 +3,9 @@
 //! Dropping a private page costs a system call, and its next write a fault and a copy in the host.
 //! Calls of one driver write the same few pages again and again, so those are kept: each is made
 //! equal to K's page when a call begins and compared with it when the call ends. Then an abort has
-//! nothing to do for them at all. A page is kept once two calls close to each other wrote it, so that
-//! packet buffers and the like, another page each time, do not crowd out the rest; and it is dropped
-//! when no call changed it for a while.
+//! nothing to do for them at all. A page is kept once two calls close to each other wrote it, so
+//! that packet buffers and the like, another page each time, do not crowd out the rest; and it is
+//! dropped when no call changed it for a while.
 
 use std::collections::VecDeque;
 
@@ -13,7 +13,8 @@ use super::view::{Pfn, PrivateView, ViewError};
 
 /// Most pages kept. Each costs a copy of 4 KiB at every entry.
 const CAPACITY: usize = 48;
-/// Calls after which a page that no call changed is given up: each of them copies it and compares it once more.
+/// Calls after which a page that no call changed is given up: each of them copies it and compares
+/// it once more.
 const IDLE_CALLS: u32 = 16;
 
 /// Calls over which a page must be written twice to be kept.
@@ -63,8 +64,9 @@ impl WarmPages {
             .try_for_each(|page| view.refresh(page.pfn))
     }
 
-    /// Takes note of the pages `written` by a call (sorted) and keeps those that an earlier call wrote
-    /// too, as far as there is room. Returns the pages that are not kept and must be dropped, sorted.
+    /// Takes note of the pages `written` by a call (sorted) and keeps those that an earlier call
+    /// wrote too, as far as there is room. Returns the pages that are not kept and must be dropped,
+    /// sorted.
     pub fn admit(&mut self, written: &[Pfn]) -> Vec<Pfn> {
         let mut cold = Vec::new();
         for pfn in written {

@@ -5,9 +5,9 @@
 //!   this thread:                  tick      tick (still there) ─► signal
 //! ```
 //!
-//! One thread a domain, which ticks only while calls are being made. It measures nothing and decides nothing: real
-//! time passes also for a thread that does not get a processor. A run that begins and ends between two ticks costs
-//! two stores and no system call.
+//! One thread a domain, which ticks only while calls are being made. It measures nothing and
+//! decides nothing: real time passes also for a thread that does not get a processor. A run that
+//! begins and ends between two ticks costs two stores and no system call.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -44,8 +44,8 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the thread. It interrupts with `signal`, for which the process must have a handler that
-    /// does nothing, so that `KVM_RUN` returns `EINTR`.
+    /// Starts the thread. It interrupts with `signal`, for which the process must have a handler
+    /// that does nothing, so that `KVM_RUN` returns `EINTR`.
     pub fn start(signal: i32) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             epoch: Instant::now(),
@@ -114,10 +114,11 @@ fn watch(shared: &Shared, signal: i32) {
         let since = shared.since_ns.load(Ordering::SeqCst);
         let now = u64::try_from(shared.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
         if since != 0 && now.saturating_sub(since) >= LASTS.as_nanos() as u64 {
-            // Sent again at every tick until the run ends: one that arrives just before KVM_RUN is lost.
+            // Sent again at every tick until the run ends: one that arrives just before KVM_RUN is
+            // lost.
             let thread = shared.thread.load(Ordering::Relaxed);
-            // SAFETY: tgkill only sends a signal, to a thread of this very process; one that is gone
-            // gives ESRCH, which is harmless.
+            // SAFETY: tgkill only sends a signal, to a thread of this very process; one that is
+            // gone gives ESRCH, which is harmless.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
         }
         let runs = shared.runs.load(Ordering::Relaxed);

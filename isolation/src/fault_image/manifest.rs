@@ -252,7 +252,8 @@ pub struct Manifest {
     pub at: u64,
     /// With whose rights that ran.
     pub root: Root,
-    /// Registers at the fault. Where the function had returned they are as its caller would have got them.
+    /// Registers at the fault. Where the function had returned they are as its caller would have
+    /// got them.
     pub registers: Registers,
     /// Whether the function, or one that the kernel had called back, had returned.
     pub returned: bool,
@@ -264,9 +265,11 @@ pub struct Manifest {
     pub called_with: Registers,
     /// Where the call would have returned to.
     pub returns_to: ReturnPoint,
-    /// Where in the driver kernel functions that it had called would have returned to, outermost first.
+    /// Where in the driver kernel functions that it had called would have returned to, outermost
+    /// first.
     pub crossings: Vec<ReturnPoint>,
-    /// Where in the kernel functions of the driver that it had called back would have returned to, outermost first.
+    /// Where in the kernel functions of the driver that it had called back would have returned to,
+    /// outermost first.
     pub callbacks: Vec<ReturnPoint>,
     /// Regions of guest memory, by address.
     pub regions: Vec<Region>,

@@ -12,9 +12,10 @@
 //!        └── memory.image    these pages, each at its offset in the regions of memory one behind the other
 //! ```
 //!
-//! An image is written beside its name and renamed when all of it is there: a directory that has a manifest is complete. It
-//! comes from outside when it is read, and is not trusted: every size is bounded, every byte that is looked at is under
-//! a checksum, and what this version does not understand is refused.
+//! An image is written beside its name and renamed when all of it is there: a directory that has a
+//! manifest is complete. It comes from outside when it is read, and is not trusted: every size is
+//! bounded, every byte that is looked at is under a checksum, and what this version does not
+//! understand is refused.
 //!
 //! | file | what it is |
 //! | --- | --- |
@@ -57,7 +58,8 @@ pub const MAP_FILE: &str = "memory.map";
 /// Name of the guest's pages.
 pub const MEMORY_FILE: &str = "memory.image";
 
-/// Why an image cannot be written or read. Each message is one line that says what is wrong with which file.
+/// Why an image cannot be written or read. Each message is one line that says what is wrong with
+/// which file.
 #[derive(Debug, thiserror::Error)]
 pub enum FaultImageError {
     /// There is none.

@@ -23,7 +23,8 @@ use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::guest::phys::{GuestPhys, OutsideMemory};
 use crate::guest::symbols::{SymbolTable, read_kallsyms};
 
-/// Most bytes of pages that a call had otherwise: no call of a guest may have the host keep as many.
+/// Most bytes of pages that a call had otherwise: no call of a guest may have the host keep as
+/// many.
 const MAX_PRIVATE_BYTES: u64 = 512 << 20;
 /// Most bytes of symbols.
 const MAX_SYMBOLS_BYTES: u64 = 256 << 20;
@@ -55,8 +56,8 @@ impl FaultImage {
     /// Opens the image in `dir`.
     ///
     /// # Errors
-    /// There is none, it is not one of this version, or something in it is damaged in a way that can be seen without
-    /// reading the guest's memory.
+    /// There is none, it is not one of this version, or something in it is damaged in a way that
+    /// can be seen without reading the guest's memory.
     pub fn open(dir: &Path) -> Result<Self, FaultImageError> {
         let path = dir.join(MANIFEST_FILE);
         let bytes = match read_limited(&path, MAX_MANIFEST_BYTES) {
@@ -122,7 +123,8 @@ impl FaultImage {
         self.types.as_deref()
     }
 
-    /// Guest physical addresses of the pages that the call had otherwise than the guest, in rising order.
+    /// Guest physical addresses of the pages that the call had otherwise than the guest, in rising
+    /// order.
     pub fn private_pages(&self) -> impl ExactSizeIterator<Item = u64> {
         self.private.keys().copied()
     }
@@ -181,7 +183,8 @@ impl FaultImage {
             return None;
         }
         let (symbol, offset) = self.symbols.lookup(Gva(va))?;
-        // No function and no object of a kernel is as long: what lies behind the last symbol has none.
+        // No function and no object of a kernel is as long: what lies behind the last symbol has
+        // none.
         if offset >= 1 << 24 {
             return None;
         }
@@ -222,7 +225,8 @@ impl FaultImage {
         Err(FaultImageError::damaged(path(), what))
     }
 
-    /// The guest's page at guest physical address `gpa`; `None` where there is none, or it is damaged.
+    /// The guest's page at guest physical address `gpa`; `None` where there is none, or it is
+    /// damaged.
     fn guests_page(&self, gpa: u64) -> Option<Page> {
         let mut before = 0;
         let inside = |start: u64, bytes: u64| gpa.checked_sub(start).filter(|at| *at < bytes);

@@ -10,8 +10,9 @@
 //!     words that may be return addresses      found, to the end of the stack
 //! ```
 //!
-//! What the domain has kept of the call is known for sure. In between return addresses are found by what they look like: a
-//! kernel has no frame pointers, and an old one may lie on the stack that nobody returns to any more.
+//! What the domain has kept of the call is known for sure. In between return addresses are found by
+//! what they look like: a kernel has no frame pointers, and an old one may lie on the stack that
+//! nobody returns to any more.
 
 use super::manifest::ReturnPoint;
 use super::reader::FaultImage;
@@ -177,8 +178,8 @@ fn one_more(name: &str) -> String {
     increased().unwrap_or_else(|| name.to_owned())
 }
 
-/// Whether the last instruction of `code` may be a call (Intel SDM volume 2, `CALL`): `e8` with a displacement, or `ff /2` with
-/// its operand in each form that it has in 64-bit code.
+/// Whether the last instruction of `code` may be a call (Intel SDM volume 2, `CALL`): `e8` with a
+/// displacement, or `ff /2` with its operand in each form that it has in 64-bit code.
 fn ends_in_call(code: &[u8; CALL_BYTES as usize]) -> bool {
     let back = |bytes: usize| {
         let at = code.len().checked_sub(bytes)?;
@@ -197,7 +198,8 @@ mod tests {
 
     #[test]
     fn calls_are_told_by_their_last_bytes() {
-        // call rel32; call *%rax; call *0x10(%rax); call *0x10(%rsp); call *0x100(%rax); call *disp32(,%rax,8)
+        // call rel32; call *%rax; call *0x10(%rax); call *0x10(%rsp); call *0x100(%rax); call
+        // *disp32(,%rax,8)
         for call in [
             &[0xe8, 1, 2, 3, 4][..],
             &[0xff, 0xd0],

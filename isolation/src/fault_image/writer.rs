@@ -1,7 +1,7 @@
 //! Writing an image: beside its name first, renamed when all of it is there.
 //!
-//! The guest stands still meanwhile. So nothing is synchronised with the disk; what is lost when the host loses its power
-//! shows by the checksums.
+//! The guest stands still meanwhile. So nothing is synchronised with the disk; what is lost when
+//! the host loses its power shows by the checksums.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{BufWriter, Write};
@@ -37,7 +37,8 @@ pub(super) struct Content<'a> {
     pub failing: &'a Failing<'a>,
 }
 
-/// Writes an image into a directory of this name in `dir`, and returns where it is. On an error nothing of it is left.
+/// Writes an image into a directory of this name in `dir`, and returns where it is. On an error
+/// nothing of it is left.
 pub(super) fn write_image(
     dir: &Path,
     name: &str,

@@ -136,8 +136,8 @@ impl<M: GuestPhys> Allocations<'_, M> {
         })
     }
 
-    /// What a kernel function that has returned `value` has handed out by it begins at: there, or, if that is a per-CPU pointer,
-    /// where it points on each processor.
+    /// What a kernel function that has returned `value` has handed out by it begins at: there, or,
+    /// if that is a per-CPU pointer, where it points on each processor.
     pub fn places_of(&self, value: Gva) -> Vec<Gva> {
         match self.model.per_cpu {
             Some(model) if value < self.model.direct_map => model.addresses(value.0).collect(),
@@ -255,8 +255,8 @@ impl<M: GuestPhys> Allocations<'_, M> {
         GvaRange::new(Gva(start), pages * 4096)
     }
 
-    /// Whether nobody holds page `pfn` by itself and it is not free either: free pages are on a list, or
-    /// behind one that is.
+    /// Whether nobody holds page `pfn` by itself and it is not free either: free pages are on a
+    /// list, or behind one that is.
     fn is_held_by_another(&self, pfn: u64) -> bool {
         let model = self.model;
         let known = || {
@@ -289,8 +289,8 @@ impl<M: GuestPhys> Allocations<'_, M> {
         String::from_utf8(bytes[..len].to_vec()).ok()
     }
 
-    /// Whether a byte of `allocation` differs from the `earlier` memory: whether somebody has worked
-    /// on it since. Looks at the first 4 KiB.
+    /// Whether a byte of `allocation` differs from the `earlier` memory: whether somebody has
+    /// worked on it since. Looks at the first 4 KiB.
     pub fn is_changed<E: GuestPhys>(
         &self,
         allocation: &Allocation,
@@ -306,10 +306,11 @@ impl<M: GuestPhys> Allocations<'_, M> {
 
     /// Whether `allocation`, found in this memory, was not there yet in the `earlier` one.
     ///
-    /// A slab's object is new if it was free and is not, or if what SLUB notes of it has changed: the word that links
-    /// free objects, which kernels clear with the rest when they hand memory out
-    /// (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do), or its red zones and records (`slub_debug`). An object of
-    /// KFENCE's is new if its page was hidden, or has changed: all around it is filled when it is handed out.
+    /// A slab's object is new if it was free and is not, or if what SLUB notes of it has changed:
+    /// the word that links free objects, which kernels clear with the rest when they hand memory
+    /// out (`CONFIG_INIT_ON_ALLOC_DEFAULT_ON`, Debian's do), or its red zones and records
+    /// (`slub_debug`). An object of KFENCE's is new if its page was hidden, or has changed: all
+    /// around it is filled when it is handed out.
     pub fn is_new<E: GuestPhys>(
         &self,
         allocation: &Allocation,
@@ -343,7 +344,8 @@ impl<M: GuestPhys> Allocations<'_, M> {
         slabs.is_free(&self.virt, &object, self.per_cpu_base)
     }
 
-    /// The pages around `at` up to those that are not mapped: every area has a guard page behind it.
+    /// The pages around `at` up to those that are not mapped: every area has a guard page behind
+    /// it.
     fn in_vmalloc(&self, at: Gva) -> Option<Allocation> {
         let rights = |page: Gva| {
             self.virt

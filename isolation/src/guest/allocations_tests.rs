@@ -21,8 +21,8 @@ fn types() -> Btf {
     types_of(false)
 }
 
-/// Types as Linux 6.1 has them, or 6.12: slabs are a type of page, and the order of a compound page is in the flags of its
-/// second one.
+/// Types as Linux 6.1 has them, or 6.12: slabs are a type of page, and the order of a compound page
+/// is in the flags of its second one.
 fn types_of(newer: bool) -> Btf {
     let mut e = Encoder::new(None);
     let long = e.int("long unsigned int", 8, 0);
@@ -260,8 +260,8 @@ fn what_a_kernel_lacks_is_named_all_of_it() {
 fn pages_handed_out_together_are_found_from_any_of_them() {
     let mut guest = guest();
     let at = |pfn: u64| DIRECT + (pfn << 12);
-    // Four pages in a row at 8, of which only the first is held; then a free block of two at 12, whose first
-    // page is on a list, and one page that is in use at 14.
+    // Four pages in a row at 8, of which only the first is held; then a free block of two at 12,
+    // whose first page is on a list, and one page that is in use at 14.
     for pfn in 9..14 {
         put_page(&mut guest, pfn, 0, 0, 0, 0);
         put_link(&mut guest, pfn, LIST_POISON);
@@ -282,13 +282,14 @@ const RANDOM: u64 = 0x1234_5678_9abc_def0;
 /// GS base, and where the cache has what belongs to the processor.
 const PER_CPU: u64 = DIRECT + 0x3000;
 const CPU_SLAB: u64 = 0x40;
-/// Objects of 176 bytes in the slab of [`guest`], with 8 bytes of red zone left and the link right of them.
+/// Objects of 176 bytes in the slab of [`guest`], with 8 bytes of red zone left and the link right
+/// of them.
 const fn object(index: u64) -> u64 {
     DIRECT + (16 << 12) + index * 192 + 8
 }
 
-/// A guest whose slab has its links beside its objects, as with `slub_debug`, and these objects free: in the slab's list,
-/// and in the processor's if it takes objects from this slab.
+/// A guest whose slab has its links beside its objects, as with `slub_debug`, and these objects
+/// free: in the slab's list, and in the processor's if it takes objects from this slab.
 fn guest_with_free(of_slab: &[u64], of_cpu: Option<&[u64]>) -> TestGuest {
     let mut guest = guest();
     let word = |guest: &mut TestGuest, at: u64, value: u64| {
@@ -358,7 +359,8 @@ fn an_object_that_was_given_back_is_not_handed_out() {
     assert!(!is_new(a, &before, &now), "its link has changed");
 }
 
-/// `slub_debug=Z` and `U`: an object that somebody gave back and the call got is on no list before or after.
+/// `slub_debug=Z` and `U`: an object that somebody gave back and the call got is on no list before
+/// or after.
 #[test]
 fn an_object_that_changed_hands_is_told_by_what_lies_beside_it() {
     let (a, b) = (object(5), object(2));

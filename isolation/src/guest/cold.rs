@@ -1,8 +1,9 @@
-//! What is read once and looked at rarely: symbols and types of a guest, some ten million bytes of which a report or
-//! a policy needs a few pages.
+//! What is read once and looked at rarely: symbols and types of a guest, some ten million bytes of
+//! which a report or a policy needs a few pages.
 //!
-//! It lies in a file without a name and is mapped. What is not looked at takes no memory of this process: the host's
-//! kernel drops it and reads it again. Where no such file can be made it lies on the heap.
+//! It lies in a file without a name and is mapped. What is not looked at takes no memory of this
+//! process: the host's kernel drops it and reads it again. Where no such file can be made it lies
+//! on the heap.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -49,8 +50,8 @@ impl ColdBytes {
             libc::MADV_RANDOM,
             libc::MADV_NOHUGEPAGE,
         ] {
-            // SAFETY: the range is the whole of our own mapping of a file, which was never written through it: what is
-            // dropped is read from the file again, with the same bytes.
+            // SAFETY: the range is the whole of our own mapping of a file, which was never written
+            // through it: what is dropped is read from the file again, with the same bytes.
             let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
             if result != 0 {
                 let error = std::io::Error::last_os_error();
@@ -66,8 +67,9 @@ impl Deref for ColdBytes {
     fn deref(&self) -> &[u8] {
         match &self.0 {
             Place::Heap(bytes) => bytes,
-            // SAFETY: the region is mapped for reading as long as `self` lives. Its file has no name, was opened by
-            // this process alone and is neither written nor cut after it was mapped, so the bytes do not change.
+            // SAFETY: the region is mapped for reading as long as `self` lives. Its file has no
+            // name, was opened by this process alone and is neither written nor cut after it was
+            // mapped, so the bytes do not change.
             Place::File(region) => unsafe {
                 std::slice::from_raw_parts(region.as_ptr(), region.size())
             },

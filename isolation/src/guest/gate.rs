@@ -189,8 +189,8 @@ fn before_gate(code: &[u8]) -> usize {
     }
 }
 
-/// Where the gate of a kernel's own function goes, which nobody traces: its address and its guest physical address. `None` if
-/// it begins otherwise.
+/// Where the gate of a kernel's own function goes, which nobody traces: its address and its guest
+/// physical address. `None` if it begins otherwise.
 pub fn of_kernel_function(function: Gva, virt: &VirtMemory<'_, GuestMemory>) -> Option<(Gva, u64)> {
     let mut code = [0; ENDBR64.len() + GATE_BYTES];
     virt.read(function, &mut code).ok()?;

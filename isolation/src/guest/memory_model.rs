@@ -64,11 +64,12 @@ impl Field {
     }
 }
 
-/// The kernel's half up to where its image and modules are mapped (Documentation/x86/x86_64/mm.rst).
+/// The kernel's half up to where its image and modules are mapped
+/// (Documentation/x86/x86_64/mm.rst).
 const KERNEL_HALF: (Gva, Gva) = (Gva(0xffff_8000_0000_0000), Gva(0xffff_ffff_8000_0000));
 
-/// Where the kernel has all memory mapped, by which it writes what devices write, too; all that may be it where that is not
-/// known.
+/// Where the kernel has all memory mapped, by which it writes what devices write, too; all that may
+/// be it where that is not known.
 pub fn mapping_of_memory<M: GuestPhys>(
     symbols: &SymbolTable,
     virt: &VirtMemory<'_, M>,
@@ -202,8 +203,8 @@ impl MemoryModel {
         }
     }
 
-    /// What of a kernel's types and symbols is not found that [`MemoryModel::new`] needs: all of it, where that names the
-    /// first.
+    /// What of a kernel's types and symbols is not found that [`MemoryModel::new`] needs: all of
+    /// it, where that names the first.
     pub fn lacking(types: &Btf, has_symbol: &dyn Fn(&str) -> bool) -> Vec<&'static str> {
         let mut lacking: Vec<&'static str> =
             BASES.into_iter().filter(|name| !has_symbol(name)).collect();
@@ -236,8 +237,8 @@ impl MemoryModel {
 }
 
 /// The order of a compound page is in its second `struct page`: before Linux 6.3 under that name,
-/// since then in `struct folio`, which overlays the first pages, and since 6.6 in the lowest byte of that one's second
-/// flags.
+/// since then in `struct folio`, which overlays the first pages, and since 6.6 in the lowest byte
+/// of that one's second flags.
 fn compound_order(types: &Btf, page: TypeId) -> Option<Field> {
     if let Some(field) = Field::find(types, page, "compound_order") {
         return Some(field);

@@ -1,9 +1,10 @@
-//! How far memory goes of which each processor has its own (`alloc_percpu`): from the bookkeeping of mm/percpu.c.
+//! How far memory goes of which each processor has its own (`alloc_percpu`): from the bookkeeping
+//! of mm/percpu.c.
 //!
-//! A per-CPU pointer is an offset; its address on a processor is that plus the processor's base. The allocator's chunks
-//! note in a bitmap where allocations begin and end (`bound_map`), and in another what is handed out (`alloc_map`), a bit for
-//! each four bytes. A chunk is found as the kernel finds it: the first one by its addresses, others by what their pages'
-//! `struct page` says.
+//! A per-CPU pointer is an offset; its address on a processor is that plus the processor's base.
+//! The allocator's chunks note in a bitmap where allocations begin and end (`bound_map`), and in
+//! another what is handed out (`alloc_map`), a bit for each four bytes. A chunk is found as the
+//! kernel finds it: the first one by its addresses, others by what their pages' `struct page` says.
 
 use super::addr::{Gva, GvaRange};
 use super::btf::Btf;
@@ -15,7 +16,8 @@ use super::symbols::SymbolTable;
 /// Bytes for which a bit stands (`PCPU_MIN_ALLOC_SIZE`, include/linux/percpu.h).
 const BIT_BYTES: u64 = 4;
 
-/// Most bytes that one allocation has: more than a unit of the smallest chunks (`PCPU_MIN_UNIT_SIZE`).
+/// Most bytes that one allocation has: more than a unit of the smallest chunks
+/// (`PCPU_MIN_UNIT_SIZE`).
 const MAX_BYTES: u64 = 64 << 10;
 
 /// Most pages that a chunk has for one processor: 2 MiB.
@@ -59,7 +61,8 @@ struct First {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PerCpuModel {
     first: Option<First>,
-    /// What is to be added to a pointer for its address on each processor (`__per_cpu_offset`); 0 for none.
+    /// What is to be added to a pointer for its address on each processor (`__per_cpu_offset`); 0
+    /// for none.
     bases: [u64; MAX_CPUS],
     /// What is to be added to a pointer for its address in a chunk's first unit.
     offset: u64,
@@ -167,7 +170,8 @@ impl PerCpuModel {
         Some(self.pages.read(virt, chunk)?.min(MAX_PAGES) * 4096)
     }
 
-    /// Of the allocation that `offset` in a unit of `chunk` lies in, how many bytes lie before it, and how many it has.
+    /// Of the allocation that `offset` in a unit of `chunk` lies in, how many bytes lie before it,
+    /// and how many it has.
     fn allocation<M: GuestPhys>(
         &self,
         virt: &VirtMemory<'_, M>,
@@ -303,8 +307,9 @@ mod tests {
         }
     }
 
-    /// Two chunks of eight pages. The first begins with 4096 bytes that are the kernel's, and has 24 bytes handed out behind
-    /// 8 that are not; the other has 1,024 bytes handed out from its byte 512 on, and eight behind these.
+    /// Two chunks of eight pages. The first begins with 4096 bytes that are the kernel's, and has
+    /// 24 bytes handed out behind 8 that are not; the other has 1,024 bytes handed out from its
+    /// byte 512 on, and eight behind these.
     fn guest() -> TestGuest {
         let mut guest = TestGuest::new(Levels::Four);
         // Two processors, whose bases lie half a megabyte apart.

@@ -5,10 +5,10 @@
 //!         │◄────────────────────────── size ───────────────────────────────────────►│
 //! ```
 //!
-//! Without the checks of `slub_debug` there is nothing beside the object, and the link to the next free one lies in its
-//! middle. Links are stored scrambled (`CONFIG_SLAB_FREELIST_HARDENED`). A slab has a list of free objects, and so has the
-//! processor that takes objects from it just now. All of it is the guest's memory and hostile: lists are as long
-//! as a slab has objects at most.
+//! Without the checks of `slub_debug` there is nothing beside the object, and the link to the next
+//! free one lies in its middle. Links are stored scrambled (`CONFIG_SLAB_FREELIST_HARDENED`). A
+//! slab has a list of free objects, and so has the processor that takes objects from it just now.
+//! All of it is the guest's memory and hostile: lists are as long as a slab has objects at most.
 
 use super::addr::{Gva, GvaRange};
 use super::btf::{Btf, TypeId};
@@ -50,8 +50,9 @@ struct CpuModel {
 pub(super) enum SlabMark {
     /// A bit of its flags: `PG_slab` of `enum pageflags`, before Linux 6.10.
     Flag(u8),
-    /// The uppermost byte of its type: `PGTY_slab` of `enum pagetype`, since Linux 6.12. Where a page has no type, its count of
-    /// mappings is in that place, which never has this byte (include/linux/page-flags.h).
+    /// The uppermost byte of its type: `PGTY_slab` of `enum pagetype`, since Linux 6.12. Where a
+    /// page has no type, its count of mappings is in that place, which never has this byte
+    /// (include/linux/page-flags.h).
     Type(Field, u8),
 }
 
@@ -94,7 +95,8 @@ pub(super) struct SlabObject {
 }
 
 impl SlabModel {
-    /// From the kernel's types; `slab` and `cache` are `struct slab` and `struct kmem_cache`. The error names what is missing.
+    /// From the kernel's types; `slab` and `cache` are `struct slab` and `struct kmem_cache`. The
+    /// error names what is missing.
     pub fn new(types: &Btf, slab: TypeId, cache: TypeId) -> Result<Self, &'static str> {
         let need = |of, name| Field::find(types, of, name).ok_or(name);
         let cpu = || {
@@ -161,8 +163,8 @@ impl SlabModel {
         object.checked_add(self.link_offset?.read(virt, cache)?)
     }
 
-    /// Whether `object` is on a list of free ones: its slab's, or that of the processor with `per_cpu_base`. `None` if the
-    /// lists are not known, or damaged.
+    /// Whether `object` is on a list of free ones: its slab's, or that of the processor with
+    /// `per_cpu_base`. `None` if the lists are not known, or damaged.
     pub fn is_free<M: GuestPhys>(
         &self,
         virt: &VirtMemory<'_, M>,
@@ -212,8 +214,8 @@ impl SlabModel {
         (slab == object.slab.0).then_some(model.freelist.read(virt, cpu)?)
     }
 
-    /// The link of `object` and what lies beside it up to the next one, as long as that is sensible: where SLUB notes that
-    /// it is handed out or free.
+    /// The link of `object` and what lies beside it up to the next one, as long as that is
+    /// sensible: where SLUB notes that it is handed out or free.
     pub fn notes<M: GuestPhys>(
         &self,
         virt: &VirtMemory<'_, M>,

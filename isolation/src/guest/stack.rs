@@ -7,8 +7,8 @@
 //!  a thread's, direct map       other    4 pages, 16 KiB-aligned      other    (CONFIG_VMAP_STACK off)
 //! ```
 //!
-//! So a stack is a few mapped pages between unmapped ones (`vmalloc` leaves a page between areas); where more pages in a row are
-//! mapped, it is one of the direct map's, which are aligned.
+//! So a stack is a few mapped pages between unmapped ones (`vmalloc` leaves a page between areas);
+//! where more pages in a row are mapped, it is one of the direct map's, which are aligned.
 
 use super::addr::{Gva, GvaRange};
 use super::paging::{AddressSpace, Entry, PageSize, VirtMemory};
@@ -55,8 +55,9 @@ fn exact_stack<M: GuestPhys>(virt: VirtMemory<'_, M>, rsp: Gva) -> Option<GvaRan
     GvaRange::new(page.checked_sub(below * PAGE)?, (below + 1 + above) * PAGE)
 }
 
-/// Where a processor's interrupt stack is, to which the kernel switches for interrupts and for what they leave to be done
-/// (`call_on_irqstack`, arch/x86/include/asm/irq_stack.h), also in the middle of a call.
+/// Where a processor's interrupt stack is, to which the kernel switches for interrupts and for what
+/// they leave to be done (`call_on_irqstack`, arch/x86/include/asm/irq_stack.h), also in the middle
+/// of a call.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct InterruptStack {
     /// Offset in the per-CPU area of the pointer to its top; `None` if that is not known.
@@ -72,8 +73,9 @@ impl InterruptStack {
         }
     }
 
-    /// The interrupt stack of the processor whose per-CPU area is at `per_cpu_base`, if `rsp` is on it. Where the kernel does
-    /// not say where it is, any stack between unmapped pages is taken for it.
+    /// The interrupt stack of the processor whose per-CPU area is at `per_cpu_base`, if `rsp` is on
+    /// it. Where the kernel does not say where it is, any stack between unmapped pages is taken for
+    /// it.
     pub fn around<M: GuestPhys>(
         self,
         virt: VirtMemory<'_, M>,

@@ -127,7 +127,8 @@ pub(super) fn failed_allocation(insn: &Insn) -> Vec<Change> {
 /// How a result is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Looked {
-    /// As a number, of which the negative ones or all but 0 are errors, or as a pointer that may be an error.
+    /// As a number, of which the negative ones or all but 0 are errors, or as a pointer that may be
+    /// an error.
     Number,
     /// As a pointer that may be NULL.
     Pointer,
@@ -154,7 +155,8 @@ pub(super) fn error_return(listing: &Listing<'_>, index: usize, insn: &Insn) -> 
     }
 }
 
-/// How the result of the call at `index` is looked at right behind it, in `rax` or in a register that it is copied to.
+/// How the result of the call at `index` is looked at right behind it, in `rax` or in a register
+/// that it is copied to.
 fn looked_at(listing: &Listing<'_>, index: usize) -> Option<Looked> {
     let mut holds = HashSet::from([Register::RAX]);
     let mut behind = listing.behind(index).take(LOOKED_AT);

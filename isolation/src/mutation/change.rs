@@ -39,7 +39,8 @@ impl Change {
         }
     }
 
-    /// The instruction with other operands or another condition; none if there is no such instruction.
+    /// The instruction with other operands or another condition; none if there is no such
+    /// instruction.
     pub fn to(changed: &Instruction, says: impl Into<String>) -> Option<Self> {
         let ip = changed.ip();
         let mut encoder = Encoder::try_new(64).ok()?;
@@ -54,8 +55,8 @@ impl Change {
         })
     }
 
-    /// Fills up to the instruction's length. None if it does not fit, if nothing is different, or if the new bytes
-    /// are no whole instructions.
+    /// Fills up to the instruction's length. None if it does not fit, if nothing is different, or
+    /// if the new bytes are no whole instructions.
     pub fn fitted(mut self, listing: &Listing<'_>, insn: &Insn) -> Option<Self> {
         let old = listing.bytes(insn);
         let mut missing = old.len().checked_sub(self.bytes.len())?;

@@ -13,7 +13,8 @@ const CALL: u8 = 0xe8;
 const JMP: u8 = 0xe9;
 /// Their length in bytes.
 const NEAR: usize = 5;
-/// How far a wild jump goes, in bytes: out of every function, and mostly not to an instruction's start.
+/// How far a wild jump goes, in bytes: out of every function, and mostly not to an instruction's
+/// start.
 const WILD: [i32; 8] = [
     0x0010_0123,
     -0x0010_0123,
@@ -62,10 +63,12 @@ pub(super) fn off_by_one(listing: &Listing<'_>, insn: &Insn) -> Vec<Change> {
     swapped_equality(listing, insn).into_iter().collect()
 }
 
-/// The instruction with the condition of which only equality counts differently: `<` and `<=`, `>` and `>=`.
+/// The instruction with the condition of which only equality counts differently: `<` and `<=`, `>`
+/// and `>=`.
 fn swapped_equality(listing: &Listing<'_>, insn: &Insn) -> Option<Change> {
     use ConditionCode::{a, ae, b, be, g, ge, l, le};
-    // The condition is in the lowest four bits of the opcode (Intel SDM volume 2D, appendix B.1.4.7).
+    // The condition is in the lowest four bits of the opcode (Intel SDM volume 2D, appendix
+    // B.1.4.7).
     let (flip, to) = match insn.i.condition_code() {
         l => (2, le),
         le => (2, l),

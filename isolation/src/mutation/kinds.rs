@@ -14,7 +14,8 @@ const LINUX: &str =
     "Linux, Documentation/fault-injection/fault-injection, Available fault injection capabilities";
 const OWN: &str = "Cofferdam";
 
-/// Declares [`Kind`] and its table, of which each row is a kind, its name, what goes wrong, and the source.
+/// Declares [`Kind`] and its table, of which each row is a kind, its name, what goes wrong, and the
+/// source.
 macro_rules! kinds {
     ($($kind:ident $name:literal $source:ident $sentence:literal)*) => {
         /// What is changed about an instruction.

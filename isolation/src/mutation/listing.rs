@@ -172,8 +172,8 @@ impl<'a> Listing<'a> {
         (!none).then_some(insn)
     }
 
-    /// The call, or the copy of a whole string, that the value goes to that the instruction at `index` put into
-    /// `register`. Only what surely runs behind it counts.
+    /// The call, or the copy of a whole string, that the value goes to that the instruction at
+    /// `index` put into `register`. Only what surely runs behind it counts.
     pub fn user(&self, index: usize, register: Register) -> Option<&Insn> {
         for insn in self.behind(index) {
             match insn.role {

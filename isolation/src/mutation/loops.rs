@@ -9,8 +9,8 @@ const LONGEST: usize = 512;
 /// Most jumps backwards that are taken for the end of the loop that a branch leaves.
 const ENDS: usize = 2;
 
-/// Whether the branch at `index` is the one by which a loop goes on or ends: it goes back to where it comes from, or it
-/// goes behind a jump that does.
+/// Whether the branch at `index` is the one by which a loop goes on or ends: it goes back to where
+/// it comes from, or it goes behind a jump that does.
 pub(super) fn decides(listing: &Listing<'_>, index: usize) -> bool {
     let Some(to) = target(listing, index) else {
         return false;
@@ -43,7 +43,8 @@ fn target(listing: &Listing<'_>, index: usize) -> Option<usize> {
         .ok()
 }
 
-/// Whether execution comes from one instruction to another without leaving those from `low` to `high`.
+/// Whether execution comes from one instruction to another without leaving those from `low` to
+/// `high`.
 fn reaches(listing: &Listing<'_>, from: usize, to: usize, low: usize, high: usize) -> bool {
     let mut seen = HashSet::new();
     let mut left = vec![from];

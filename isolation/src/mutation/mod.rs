@@ -1,4 +1,5 @@
-//! One instruction of a driver's function changed, as a fault of a programmer or of the hardware would have it.
+//! One instruction of a driver's function changed, as a fault of a programmer or of the hardware
+//! would have it.
 //!
 //! ```text
 //!   code in memory ─► listing ─► sites: which kinds fit which instruction
@@ -6,11 +7,12 @@
 //!                                         operands, flow, loops, calls: all ways; the seed chooses one
 //! ```
 //!
-//! Nothing is run and nothing is written here. A change has exactly the bytes of the instruction that it is put in
-//! place of, whole instructions filled up with NOPs: what is around it is decoded as before.
+//! Nothing is run and nothing is written here. A change has exactly the bytes of the instruction
+//! that it is put in place of, whole instructions filled up with NOPs: what is around it is decoded
+//! as before.
 //!
-//! What one instruction cannot model is left out: a use after free or a double free by an added call, a block that
-//! waits while it must not, a variable of the wrong size.
+//! What one instruction cannot model is left out: a use after free or a double free by an added
+//! call, a block that waits while it must not, a variable of the wrong size.
 
 mod calls;
 mod change;
@@ -68,8 +70,8 @@ pub struct Mutation {
     pub new_text: String,
     /// What is different.
     pub says: String,
-    /// Nothing of the new bytes is derived from the old instruction's operands. They may be put in even where the old
-    /// bytes differ, as in a copy of the driver whose calls lead elsewhere.
+    /// Nothing of the new bytes is derived from the old instruction's operands. They may be put in
+    /// even where the old bytes differ, as in a copy of the driver whose calls lead elsewhere.
     pub replaces_whole: bool,
 }
 
@@ -114,8 +116,8 @@ fn fits_text(kinds: &[Kind]) -> String {
     format!(": what fits is {}", all.join(", "))
 }
 
-/// The instructions of a function that may be changed, by offset. Those of the tracer and what is in front of it, NOPs,
-/// and what traps or is no instruction are not among them.
+/// The instructions of a function that may be changed, by offset. Those of the tracer and what is
+/// in front of it, NOPs, and what traps or is no instruction are not among them.
 pub fn sites(function: &Function<'_>) -> Vec<Site> {
     let listing = Listing::of(function);
     (0..listing.insns.len())
@@ -130,7 +132,8 @@ pub fn sites(function: &Function<'_>) -> Vec<Site> {
         .collect()
 }
 
-/// Changes the instruction at `offset`. Of several ways `seed` chooses one: seeds in a row walk through all of them.
+/// Changes the instruction at `offset`. Of several ways `seed` chooses one: seeds in a row walk
+/// through all of them.
 pub fn mutate(
     function: &Function<'_>,
     kind: Kind,

@@ -300,8 +300,8 @@ pub(super) fn stack_flip(listing: &Listing<'_>, insn: &Insn) -> Vec<Change> {
     flipped_displacements(i, 0).collect()
 }
 
-/// The instruction with one bit of its displacement flipped, from `lowest` on: far enough to be elsewhere, and
-/// near enough to be in memory.
+/// The instruction with one bit of its displacement flipped, from `lowest` on: far enough to be
+/// elsewhere, and near enough to be in memory.
 fn flipped_displacements(i: &Instruction, lowest: u32) -> impl Iterator<Item = Change> {
     let highest = match i.memory_displ_size() {
         0 => lowest,

@@ -23,7 +23,8 @@ pub(super) fn kinds(listing: &Listing<'_>, index: usize) -> Vec<Kind> {
     Kind::ALL.iter().copied().filter(fits).collect()
 }
 
-/// Ways to change the instruction at `index` by the kind that keep to its length and change something.
+/// Ways to change the instruction at `index` by the kind that keep to its length and change
+/// something.
 fn fitting(listing: &Listing<'_>, index: usize, kind: Kind) -> impl Iterator<Item = Change> {
     let insn = listing.site(index);
     let all = insn.map(|insn| all(listing, index, insn, kind));

@@ -124,7 +124,8 @@ fn offsets(code: &[u8]) -> Vec<usize> {
     all
 }
 
-/// A change has the instruction's length, differs from it, and what is behind it is decoded as before.
+/// A change has the instruction's length, differs from it, and what is behind it is decoded as
+/// before.
 fn keeps_what_is_around(code: &[u8], change: &Mutation) {
     let at = change.offset as usize;
     let end = at + change.old.len();

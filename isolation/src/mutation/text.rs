@@ -1,4 +1,5 @@
-//! Instructions in words, as the rest of the project prints them, with the names of what they lead to.
+//! Instructions in words, as the rest of the project prints them, with the names of what they lead
+//! to.
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, GasFormatter, Instruction, Mnemonic};
 

@@ -95,11 +95,13 @@ const BY_RETURNED_TYPE: &[(&str, i64, &str)] = &[
     ("__poll_t", 8, "EPOLLERR"),
 ];
 
-/// Structures to which pointers are returned that callers look at as possible errors (`IS_ERR`), and follow if they are none:
-/// `mount`, `lookup`, `fh_to_dentry`, `d_automount`, `get_acl` (include/linux/fs.h, exportfs.h, dcache.h).
+/// Structures to which pointers are returned that callers look at as possible errors (`IS_ERR`),
+/// and follow if they are none: `mount`, `lookup`, `fh_to_dentry`, `d_automount`, `get_acl`
+/// (include/linux/fs.h, exportfs.h, dcache.h).
 const ERROR_POINTERS: &[&str] = &["dentry", "vfsmount", "posix_acl"];
 
-/// What an aborted call of the function `name` returns; `None` if its type is not known, or no value can be made of it.
+/// What an aborted call of the function `name` returns; `None` if its type is not known, or no
+/// value can be made of it.
 pub fn abort_return_named(types: &Btf, name: &str) -> Option<AbortReturn> {
     if let Some(function) = types.find_function(name) {
         return abort_return(types, &function);
@@ -193,8 +195,8 @@ pub fn abort_return(types: &Btf, function: &Function<'_>) -> Option<AbortReturn>
     }
 }
 
-/// `struct net_device_stats *ndo_get_stats(struct net_device *)`: whoever calls it reads what it returns (`dev_get_stats`,
-/// net/core/dev.c). Interfaces have some of their own.
+/// `struct net_device_stats *ndo_get_stats(struct net_device *)`: whoever calls it reads what it
+/// returns (`dev_get_stats`, net/core/dev.c). Interfaces have some of their own.
 fn own_statistics(types: &Btf, function: &Function<'_>) -> Option<AbortReturn> {
     let params = function.params.iter().take(REGISTER_ARGUMENTS);
     let pointees = params.map(|p| types.pointee(p.type_id));
@@ -209,8 +211,8 @@ fn own_statistics(types: &Btf, function: &Function<'_>) -> Option<AbortReturn> {
     })
 }
 
-/// `netdev_tx_t ndo_start_xmit(struct sk_buff *, struct net_device *)`: whoever calls it keeps the packet when it returns
-/// `NETDEV_TX_BUSY`.
+/// `netdev_tx_t ndo_start_xmit(struct sk_buff *, struct net_device *)`: whoever calls it keeps the
+/// packet when it returns `NETDEV_TX_BUSY`.
 pub fn is_transmit(types: &Btf, function: &Function<'_>) -> bool {
     let names = |id| types.pointee(id).map(|id| types.names_of(id));
     let mut params = function.params.iter();
@@ -224,8 +226,9 @@ pub fn is_transmit(types: &Btf, function: &Function<'_>) -> bool {
         && params.next().is_none()
 }
 
-/// `int poll(struct blk_mq_hw_ctx *, ...)` and `int iopoll(struct kiocb *, struct io_comp_batch *, unsigned int)`, which
-/// return how many requests have completed; told by the batch that the requests go to.
+/// `int poll(struct blk_mq_hw_ctx *, ...)` and
+/// `int iopoll(struct kiocb *, struct io_comp_batch *, unsigned int)`, which return how many
+/// requests have completed; told by the batch that the requests go to.
 fn polls_for_blocks(types: &Btf, function: &Function<'_>) -> bool {
     let mut params = function.params.iter();
     params.any(|p| {

@@ -1,9 +1,11 @@
-//! What is to be done with a packet, a block I/O, a request or a poll whose call did not take place.
+//! What is to be done with a packet, a block I/O, a request or a poll whose call did not take
+//! place.
 //!
-//! A value tells most callers that a call failed. But who submits a `bio` gets no value, and who gives a packet to a
-//! device without a queue has nowhere to keep it: they rely on the driver to end what it was given. In its place the guest
-//! calls the kernel function that the driver would have called. Which function of the driver it is that has this duty
-//! is read where the kernel reads it, in the tables of operations that belong to the very object.
+//! A value tells most callers that a call failed. But who submits a `bio` gets no value, and who
+//! gives a packet to a device without a queue has nowhere to keep it: they rely on the driver to
+//! end what it was given. In its place the guest calls the kernel function that the driver would
+//! have called. Which function of the driver it is that has this duty is read where the kernel
+//! reads it, in the tables of operations that belong to the very object.
 //!
 //! All that is read is the guest's and hostile: what does not lead where it should is no duty.
 
@@ -21,15 +23,15 @@ const BLK_STS_IOERR: u8 = 10;
 /// `NETDEV_TX_OK` (include/linux/netdevice.h).
 const NETDEV_TX_OK: u64 = 0;
 
-/// Kernel functions that free a packet that was dropped, in any context, the newest first, with what they take as the
-/// reason: since Linux 6.4, and before.
+/// Kernel functions that free a packet that was dropped, in any context, the newest first, with
+/// what they take as the reason: since Linux 6.4, and before.
 const DROPS: &[(&str, &str)] = &[
     ("dev_kfree_skb_any_reason", "SKB_DROP_REASON_NOT_SPECIFIED"),
     ("__dev_kfree_skb_any", "SKB_REASON_DROPPED"),
 ];
 
-/// What the functions get in which a block driver learns that requests are done, or does them later: nobody asks again if
-/// they fail.
+/// What the functions get in which a block driver learns that requests are done, or does them
+/// later: nobody asks again if they fail.
 const LATER: &[&str] = &[
     "work_struct",
     "timer_list",
@@ -57,8 +59,9 @@ pub fn serves_blocks(types: &Btf) -> bool {
         })
 }
 
-/// Whether a function of a block driver's is one that completes requests and that nobody calls again: it returns nothing that
-/// its caller could know a failure by, and gets one of the objects of such functions.
+/// Whether a function of a block driver's is one that completes requests and that nobody calls
+/// again: it returns nothing that its caller could know a failure by, and gets one of the objects
+/// of such functions.
 fn completes_requests(types: &Btf, function: &Function<'_>) -> bool {
     let first = function.params.iter().next();
     let to = first.and_then(|p| types.pointee(p.type_id));
@@ -74,8 +77,8 @@ fn completes_requests(types: &Btf, function: &Function<'_>) -> bool {
                 .contains(&"hrtimer_restart"))
 }
 
-/// Why no answer would do if the function `name` of a block driver failed, if that is so: whoever relies on it would wait
-/// for ever.
+/// Why no answer would do if the function `name` of a block driver failed, if that is so: whoever
+/// relies on it would wait for ever.
 pub fn no_answer(types: &Btf, name: &str) -> Option<&'static str> {
     completes_requests(types, &types.find_function(name)?)
         .then_some("if it failed, the requests that it is to complete would never end")
@@ -120,8 +123,8 @@ struct Drops {
     enqueue: u64,
 }
 
-/// What the kernel expects of drivers, of a guest with certain types and symbols. What it does not have is not
-/// expected.
+/// What the kernel expects of drivers, of a guest with certain types and symbols. What it does not
+/// have is not expected.
 #[derive(Debug, Clone, Default)]
 pub struct Completions {
     bio: Option<(Duty, u64)>,
@@ -152,10 +155,11 @@ impl Completions {
         }
     }
 
-    /// What has to be done in place of the function with its gate at `gate` and these `arguments`, which was not run or was taken
-    /// back as a whole; `None` if its value says it all. A packet is kept by the kernel if the device has a queue,
-    /// unless the driver or this function `is_stopped`, so that it would be kept for good; and a device that is always polled again after a
-    /// failure would be polled for ever.
+    /// What has to be done in place of the function with its gate at `gate` and these `arguments`,
+    /// which was not run or was taken back as a whole; `None` if its value says it all. A packet is
+    /// kept by the kernel if the device has a queue, unless the driver or this function
+    /// `is_stopped`, so that it would be kept for good; and a device that is always polled again
+    /// after a failure would be polled for ever.
     pub fn of<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,

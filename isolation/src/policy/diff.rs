@@ -157,7 +157,8 @@ fn differ(old: &Block, new: &Block) -> bool {
     differences(old, new).fold(0, |any, one| any | one) != 0
 }
 
-/// One bit per byte that differs. Most blocks of most pages are equal: this is kept out of their way.
+/// One bit per byte that differs. Most blocks of most pages are equal: this is kept out of their
+/// way.
 #[cold]
 #[inline(never)]
 fn different_bytes(old: &Block, new: &Block) -> u64 {

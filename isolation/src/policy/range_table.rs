@@ -34,8 +34,8 @@ pub enum ObjectKind {
     Argument,
     /// Memory that the driver allocated.
     Allocated,
-    /// What passes through the driver: a packet's data, what a block I/O reads into, whole pages that were handed out. The
-    /// next call may find it somebody else's.
+    /// What passes through the driver: a packet's data, what a block I/O reads into, whole pages
+    /// that were handed out. The next call may find it somebody else's.
     Passing,
     /// Coherent DMA memory of the driver's device.
     Dma,

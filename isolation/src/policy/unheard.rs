@@ -1,8 +1,9 @@
-//! Functions whose callers have no use for an error. Most take something down, and are not asked again: if one failed, what it
-//! should have let go would be freed all the same.
+//! Functions whose callers have no use for an error. Most take something down, and are not asked
+//! again: if one failed, what it should have let go would be freed all the same.
 //!
-//! Which function of a driver it is, is read where the kernel reads it, in the table of operations of the very object. What is
-//! read is the guest's and hostile: what does not lead to the function is another one.
+//! Which function of a driver it is, is read where the kernel reads it, in the table of operations
+//! of the very object. What is read is the guest's and hostile: what does not lead to the function
+//! is another one.
 
 use super::abort_value::REGISTER_ARGUMENTS;
 use super::reach::Path;
@@ -19,7 +20,8 @@ const UNHEARD: &[(&str, &str)] = &[
     ("file", "f_op->release"),
     // `__sock_release` (net/socket.c).
     ("socket", "ops->release"),
-    // `rtmsg_ifinfo_build_skb` takes a failure for one of the kernel's own, and warns (net/core/rtnetlink.c).
+    // `rtmsg_ifinfo_build_skb` takes a failure for one of the kernel's own, and warns
+    // (net/core/rtnetlink.c).
     ("net_device", "rtnl_link_ops->fill_info"),
     // `snd_pcm_release_substream` (sound/core/pcm_native.c).
     ("snd_pcm_substream", "ops->close"),

@@ -29,8 +29,8 @@ pub struct EntryStatus {
     /// Calls that returned their error without being run, because the driver is stopped.
     #[serde(default)]
     pub refused: u64,
-    /// Packets that the kernel was told to keep (`NETDEV_TX_BUSY`) without the function being run, because a call that
-    /// had changed the device's transmitter was in the guest.
+    /// Packets that the kernel was told to keep (`NETDEV_TX_BUSY`) without the function being run,
+    /// because a call that had changed the device's transmitter was in the guest.
     #[serde(default)]
     pub kept_out: u64,
     /// Failed calls that had gone on in the guest and were taken back to their beginning.
@@ -76,7 +76,8 @@ pub struct EntryStatus {
     pub sleeps: u64,
     /// Time of these waits in microseconds.
     pub slept_us: u64,
-    /// Time from the gate until the guest's other processors and its devices were held, in nanoseconds.
+    /// Time from the gate until the guest's other processors and its devices were held, in
+    /// nanoseconds.
     #[serde(default)]
     pub holding_ns: u64,
     /// Time in the private VM, in nanoseconds.
@@ -113,8 +114,8 @@ impl EntryStatus {
         }
     }
 
-    /// Counts a call that took `time`, or the part of one that had gone on in the guest and came back
-    /// (`again`).
+    /// Counts a call that took `time`, or the part of one that had gone on in the guest and came
+    /// back (`again`).
     pub fn count(&mut self, result: &CallResult, again: bool, time: Duration) {
         let stats = &result.stats;
         let ns = time.as_nanos() as u64;

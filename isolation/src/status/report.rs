@@ -54,7 +54,8 @@ pub struct ViolationReport {
 }
 
 impl ViolationReport {
-    /// Whether it was the domain that failed, and not the driver: the module is not isolated any more.
+    /// Whether it was the domain that failed, and not the driver: the module is not isolated any
+    /// more.
     pub fn domain_failed(&self) -> bool {
         self.violation.kind == ViolationKind::DomainFailed
     }

@@ -1,5 +1,5 @@
-//! A hand-made guest that really runs: two modules, a kernel of a few functions, and two sets of page tables. Its one
-//! vCPU waits for orders: a function to call, and the tables to call it from.
+//! A hand-made guest that really runs: two modules, a kernel of a few functions, and two sets of
+//! page tables. Its one vCPU waits for orders: a function to call, and the tables to call it from.
 //!
 //! ```text
 //!   wait ─► CR3 = the order's tables ─► call the order's function ─► CR3 = the kernel's tables ─► report ─► wait
@@ -102,7 +102,8 @@ impl PageTables<'_> {
     }
 }
 
-/// A driver's function: begins with a NOP for a gate, adds 1 to its data and returns what is there then.
+/// A driver's function: begins with a NOP for a gate, adds 1 to its data and returns what is there
+/// then.
 fn counts(a: &mut CodeAssembler, data: u64) -> Result<(), IcedError> {
     a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
     adds(a, data)
@@ -309,7 +310,8 @@ impl Guest {
         self.write(ORDER, function);
     }
 
-    /// Has the guest call `function` with the top-level table at `tables`, and waits for what it returns.
+    /// Has the guest call `function` with the top-level table at `tables`, and waits for what it
+    /// returns.
     pub fn call_from(&self, tables: u64, function: u64) -> u64 {
         self.write(TABLES, tables);
         self.write(ORDER, function);

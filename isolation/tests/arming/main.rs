@@ -1,5 +1,5 @@
-//! Domains of a hand-made guest that runs, on the host's real KVM: what is put in place, patched and taken out between
-//! calls.
+//! Domains of a hand-made guest that runs, on the host's real KVM: what is put in place, patched
+//! and taken out between calls.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
@@ -28,7 +28,8 @@ const FIRST_CODE: [u8; 22] = [
 /// -EIO, what a call returns that failed and whose type is not known.
 const ERROR: u64 = -5i64 as u64;
 
-/// Calls the first module from a process's tables, which the guest then gives to somebody who writes to them.
+/// Calls the first module from a process's tables, which the guest then gives to somebody who
+/// writes to them.
 fn called_from_a_process_that_is_gone() -> Guest {
     let guest = Guest::start();
     guest.isolate("first").unwrap();

@@ -356,7 +356,8 @@ fn a_reset_while_a_call_is_taken_back_lets_the_device_interrupt() {
 fn a_call_whose_stack_is_gone_when_it_is_to_be_taken_back_is_not_said_to_be() {
     let policy = Retry::default();
     let guest = taking_back(Box::new(policy.clone()), Arc::default());
-    // Its return address is the lowest word of the stack's last page: all that it does is on the page below.
+    // Its return address is the lowest word of the stack's last page: all that it does is on the
+    // page below.
     let last_page = STACK_TOP - PAGE;
     guest
         .handle

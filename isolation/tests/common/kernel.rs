@@ -33,31 +33,37 @@ pub struct Kernel {
     pub device_value: u64,
     /// How long the host works for each device load.
     pub device_works: std::time::Duration,
-    /// What the device writes by itself each time that it is reached: guest physical addresses and bytes.
+    /// What the device writes by itself each time that it is reached: guest physical addresses and
+    /// bytes.
     pub dma: Vec<(u64, u8)>,
     /// It does so where a test puts it back, so that memory is not as it was at its checkpoint.
     pub moves_data: bool,
-    /// Offsets of registers whose loads have no effect, and to which stores change nothing of what those show.
+    /// Offsets of registers whose loads have no effect, and to which stores change nothing of what
+    /// those show.
     pub flushes: Vec<u64>,
     pub flushes_past: Vec<u64>,
     pub checkpoints: u32,
     pub restores: u32,
-    /// The guest's memory: a device that is put back looks at it, so that has to be as it was at the checkpoint by then.
+    /// The guest's memory: a device that is put back looks at it, so that has to be as it was at
+    /// the checkpoint by then.
     pub memory: Option<Arc<GuestMemory>>,
     pub at_checkpoint: Vec<u8>,
     /// Among what is writable, what kernel functions keep: address and length.
     pub kernels: Vec<(u64, u64)>,
     /// Further bytes that would have to be put back, from guest physical address 0.
     pub more_restorable: u64,
-    /// Offsets of the device's registers whose stores do not have it use memory; loads do not either if there are some.
+    /// Offsets of the device's registers whose stores do not have it use memory; loads do not
+    /// either if there are some.
     pub registers_alone: Vec<u64>,
     /// The device cannot be put back.
     pub device_is_lost: bool,
     /// The device cannot be put back in parts.
     pub device_is_in_use: bool,
-    /// Stores that had reached the device before and after each part that was taken back, oldest first.
+    /// Stores that had reached the device before and after each part that was taken back, oldest
+    /// first.
     pub undone_parts: Vec<(usize, usize)>,
-    /// Guest physical addresses and first words of pages that a call that went on put something into.
+    /// Guest physical addresses and first words of pages that a call that went on put something
+    /// into.
     pub published: Vec<(u64, u64)>,
     /// What calls held when they went on in the guest.
     pub held: Vec<u64>,

@@ -312,7 +312,8 @@ fn register_kick() {
     vmm_sys_util::signal::register_signal_handler(libc::SIGUSR1, nothing).unwrap();
 }
 
-/// Uses up all room for trampolines, so that the domain fails at the next kernel function that is called.
+/// Uses up all room for trampolines, so that the domain fails at the next kernel function that is
+/// called.
 pub fn use_up_trampolines(domain: &mut Domain) {
     let site = DRIVER_TEXT + 0x1f00;
     for function in 0.. {

@@ -17,7 +17,8 @@ fn the_device_is_put_back_part_by_part() {
         Do::Fault,
     ]);
     bench.run();
-    // Two stores in the first part, none in the second, one in the third; the fourth never happened.
+    // Two stores in the first part, none in the second, one in the third; the fourth never
+    // happened.
     assert_eq!(bench.kernel.undone_parts, [(0, 2), (2, 3)]);
 }
 

@@ -8,7 +8,8 @@ fn a_call_may_call_as_many_kernel_functions_as_the_largest_rings_take() {
     let mut bench = Bench::new(&[]);
     let kernel_functions = [ALLOC, SWITCH_ON, SWITCH_OFF, ALLOC, FREE];
     bench.guest.code(DRIVER_TEXT, |a| {
-        // Waits for a reset, takes a ring down, and sets another one up: each descriptor is allocated, mapped, and so on.
+        // Waits for a reset, takes a ring down, and sets another one up: each descriptor is
+        // allocated, mapped, and so on.
         a.push(rbx).unwrap();
         a.call(WAITS).unwrap();
         a.mov(rbx, DESCRIPTORS).unwrap();
@@ -92,7 +93,8 @@ fn open_calls_together_have_the_host_keep_no_more_than_there_is_room_for() {
         ),
         "{refused:?}"
     );
-    // There was room for the calls themselves when there was none for what takes them back, and the first have that.
+    // There was room for the calls themselves when there was none for what takes them back, and the
+    // first have that.
     assert!(open.len() > 100, "{}", open.len());
     let end = bench.go_on(&open[0], 0);
     assert!(matches!(published(&end), Published::Undone { .. }));

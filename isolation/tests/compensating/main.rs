@@ -1,5 +1,5 @@
-//! Calls that had gone on in the guest and then fail, of a hand-made guest, on the host's real KVM: what is put
-//! back, and which kernel functions the guest is to call.
+//! Calls that had gone on in the guest and then fail, of a hand-made guest, on the host's real KVM:
+//! what is put back, and which kernel functions the guest is to call.
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
@@ -22,8 +22,8 @@ use isolation::domain::transaction::{
 use kvm_bindings::kvm_regs;
 use std::time::Duration;
 
-/// Kernel functions. `ALLOC` counts up and returns what it counted, `FREE` counts too, `WAITS` calls the
-/// scheduler, the others do nothing.
+/// Kernel functions. `ALLOC` counts up and returns what it counted, `FREE` counts too, `WAITS`
+/// calls the scheduler, the others do nothing.
 const ALLOC: u64 = KERNEL_TEXT + 0x100;
 const FREE: u64 = KERNEL_TEXT + 0x140;
 const SWITCH_ON: u64 = KERNEL_TEXT + 0x180;

@@ -1,5 +1,6 @@
-//! Frames larger than a page through the isolated poll of the stock driver of the 82540EM: it puts the pages of such a
-//! frame into a packet that NAPI keeps from poll to poll, whose head is a piece of a page handed out long before.
+//! Frames larger than a page through the isolated poll of the stock driver of the 82540EM: it puts
+//! the pages of such a frame into a packet that NAPI keeps from poll to poll, whose head is a piece
+//! of a page handed out long before.
 
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 
@@ -7,7 +8,8 @@ use crate::boot_with_network;
 use crate::machine::Machine;
 use crate::named;
 
-/// What the kernel's allocators check of themselves: red zones, poison, who had an object; pages filled when given back.
+/// What the kernel's allocators check of themselves: red zones, poison, who had an object; pages
+/// filled when given back.
 const CHECKED_MEMORY: &str = "slub_debug=FZPU page_poison=1";
 
 /// `xor eax, eax; mov rax, [rax]`: a NULL dereference.

@@ -38,7 +38,8 @@ use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
 use crate::wire::CountingWire;
 
-/// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as well.
+/// Time for a call: only one that hangs should reach it, in a lab that is busy with other things as
+/// well.
 const BUDGET: Duration = Duration::from_secs(30);
 
 /// Time for a boot in the lab when it is busy.

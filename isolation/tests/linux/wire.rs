@@ -1,5 +1,6 @@
-//! A wire whose far end counts how often it saw the NIC's link go. The gateway behind it goes back with the guest: it would know
-//! the guest by the address that a test had given it otherwise, and answer to that.
+//! A wire whose far end counts how often it saw the NIC's link go. The gateway behind it goes back
+//! with the guest: it would know the guest by the address that a test had given it otherwise, and
+//! answer to that.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

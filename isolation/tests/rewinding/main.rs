@@ -1,5 +1,5 @@
-//! Guests that are rewound with functions isolated, on the host's real KVM: memory and calls are as at the mark, whatever
-//! was done since.
+//! Guests that are rewound with functions isolated, on the host's real KVM: memory and calls are as
+//! at the mark, whatever was done since.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
@@ -86,7 +86,8 @@ fn the_same_calls_have_the_same_results_after_each_rewind() {
     assert_eq!(guest.entry("first_counts").aborts, 6);
 }
 
-/// Rewinds a guest that has both modules isolated a thousand times, after random calls, some of which fail.
+/// Rewinds a guest that has both modules isolated a thousand times, after random calls, some of
+/// which fail.
 fn thousand_rewinds(guest: &Guest, rewind: impl Fn()) {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = |below: u64| {
@@ -281,8 +282,8 @@ fn no_types() -> Arc<Btf> {
     Arc::new(Btf::parse(&bytes, None).unwrap())
 }
 
-/// A guest of which the first module is isolated with all that isolation puts into memory, and its calls go on in the
-/// guest for the scheduler.
+/// A guest of which the first module is isolated with all that isolation puts into memory, and its
+/// calls go on in the guest for the scheduler.
 fn spilling() -> Guest {
     let guest = Guest::start();
     // As the kernel leaves what it rounded a module's text up to.

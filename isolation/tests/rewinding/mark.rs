@@ -1,5 +1,5 @@
-//! A mark of a hand-made guest, made and gone back to by hand: memory copied, registers read and set, and the isolator
-//! asked to keep and to put back.
+//! A mark of a hand-made guest, made and gone back to by hand: memory copied, registers read and
+//! set, and the isolator asked to keep and to put back.
 
 use std::time::Duration;
 

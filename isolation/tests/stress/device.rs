@@ -1,4 +1,5 @@
-//! The device of the stress test: registers that calls use, words of its own in pages that they write, and a line.
+//! The device of the stress test: registers that calls use, words of its own in pages that they
+//! write, and a line.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,5 @@
-//! The guest of the stress test: tables, a kernel of a few functions, and a driver that fails at random.
+//! The guest of the stress test: tables, a kernel of a few functions, and a driver that fails at
+//! random.
 //!
 //! ```text
 //!   every vCPU, for ever:  write own word ─► call the driver ─┬─ 1: one more has succeeded ─┬─► check all own words
@@ -35,8 +36,8 @@ const STACK_BYTES: u64 = 4 * PAGE;
 const DEVICE: u64 = 0xffff_c900_0100_0000;
 pub const DEVICE_GPA: u64 = 0xd000_0000;
 
-/// Words of [`DRIVER_DATA`]: each vCPU's calls that ended well, all of them together, the kernel's own count of
-/// calls, whether faults are allowed.
+/// Words of [`DRIVER_DATA`]: each vCPU's calls that ended well, all of them together, the kernel's
+/// own count of calls, whether faults are allowed.
 const OWN: u64 = 0;
 pub const TOGETHER: u64 = 0x100;
 const BY_KERNEL: u64 = 0x200;
@@ -51,8 +52,8 @@ pub const BY_DEVICE: [u64; 4] = [
 /// Words of [`KERNEL_DATA`].
 pub const TOGETHER_BY_KERNEL: u64 = 0x100;
 pub const STOP: u64 = 0x200;
-/// A vCPU's own words: timer interrupts taken, kernel functions called by the driver, its first stack pointer,
-/// calls that ended well, and that failed.
+/// A vCPU's own words: timer interrupts taken, kernel functions called by the driver, its first
+/// stack pointer, calls that ended well, and that failed.
 pub const TICKS: u64 = 0;
 const CALLED: u64 = 8;
 const STACK_POINTER: u64 = 24;

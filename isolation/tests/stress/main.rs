@@ -1,9 +1,11 @@
-//! Everything at once, on the host's real KVM: vCPUs that call an isolated function all the time, calls that fail, wait
-//! in the guest or reach their device at random, timer interrupts, a device that writes words of its own into the pages
-//! that calls write and raises its line, and gates that are taken out and put back meanwhile.
+//! Everything at once, on the host's real KVM: vCPUs that call an isolated function all the time,
+//! calls that fail, wait in the guest or reach their device at random, timer interrupts, a device
+//! that writes words of its own into the pages that calls write and raises its line, and gates that
+//! are taken out and put back meanwhile.
 //!
-//! No word that somebody wrote may be lost, no call may count twice or half, no register may change, every
-//! interrupt must arrive. A few seconds by default; `COFFERDAM_STRESS_SECONDS` makes it longer.
+//! No word that somebody wrote may be lost, no call may count twice or half, no register may
+//! change, every interrupt must arrive. A few seconds by default; `COFFERDAM_STRESS_SECONDS` makes
+//! it longer.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
@@ -69,7 +71,8 @@ impl Stress {
         self.handle.ram().memory().read_obj(at).unwrap()
     }
 
-    /// As the device writes: whoever does not hold it may lose what he writes to a page that a call writes too.
+    /// As the device writes: whoever does not hold it may lose what he writes to a page that a call
+    /// writes too.
     fn put(&self, va: u64, value: u64) {
         let _held = self.device.lock();
         let at = GuestAddress(guest::gpa_of(va));
@@ -403,8 +406,8 @@ fn a_rewind_does_not_wait_for_a_call_that_is_open_in_the_guest() {
     stress.machine.join().unwrap().unwrap();
 }
 
-/// Pauses the machine with the first vCPU in the scheduler, where a call that waits goes on, and puts it where it would
-/// be next: at the return gate.
+/// Pauses the machine with the first vCPU in the scheduler, where a call that waits goes on, and
+/// puts it where it would be next: at the return gate.
 fn pause_at_return_gate(stress: &Stress) -> kvm_regs {
     let start = Instant::now();
     loop {

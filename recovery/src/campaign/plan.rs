@@ -32,8 +32,8 @@ pub struct Trial {
     pub kind: TrialKind,
     /// The function that it is in, or [`EDGE`].
     pub function: String,
-    /// Where in it, in bytes from its start. At the edge: when, in [`PARTS`] of what the guest's work has of events that such a
-    /// fault can strike at.
+    /// Where in it, in bytes from its start. At the edge: when, in [`PARTS`] of what the guest's
+    /// work has of events that such a fault can strike at.
     pub offset: u32,
     /// What chooses among several ways of the kind there.
     pub seed: u64,
@@ -52,9 +52,10 @@ impl Trial {
     }
 }
 
-/// The first `count` trials of the campaign with this `seed`. Each kind that fits anywhere comes as often as the others, each
-/// function that it fits as often as the others on the average, so that long functions and common kinds do not hide the
-/// rest. The same places, kinds and seed give the same trials, and more of them begin with the same.
+/// The first `count` trials of the campaign with this `seed`. Each kind that fits anywhere comes as
+/// often as the others, each function that it fits as often as the others on the average, so that
+/// long functions and common kinds do not hide the rest. The same places, kinds and seed give the
+/// same trials, and more of them begin with the same.
 pub fn trials(places: &[Place], kinds: &[TrialKind], count: u32, seed: u64) -> Vec<Trial> {
     let fitting = kinds.iter().filter_map(|kind| {
         let functions = match kind {

@@ -1,7 +1,7 @@
 //! A campaign's file: JSON lines, the first about the campaign, each other one about a trial.
 //!
-//! A campaign that was interrupted goes on where its file ends. A last line that is cut off is what a full disk or a
-//! killed process leaves: it is written anew.
+//! A campaign that was interrupted goes on where its file ends. A last line that is cut off is what
+//! a full disk or a killed process leaves: it is written anew.
 
 use std::collections::BTreeMap;
 

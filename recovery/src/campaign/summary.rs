@@ -16,8 +16,8 @@ pub fn total<'a>(counts: impl IntoIterator<Item = &'a u32>) -> u32 {
     counts.into_iter().copied().fold(0, u32::saturating_add)
 }
 
-/// How soon faults were detected, and how long it took to take calls back: of the first call that was taken back in each run,
-/// in nanoseconds, in the order of the trials.
+/// How soon faults were detected, and how long it took to take calls back: of the first call that
+/// was taken back in each run, in nanoseconds, in the order of the trials.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Latencies {
     /// From the moment in which a call first came to the fault, of those where that is known.
@@ -41,7 +41,8 @@ pub struct Summary {
     pub of_harm: BTreeMap<Way, Counts>,
     /// How soon faults were detected, by way.
     pub latencies: BTreeMap<Way, Latencies>,
-    /// Trials that have to be looked at: not recovered, not noticed although they are harm natively, escaped.
+    /// Trials that have to be looked at: not recovered, not noticed although they are harm
+    /// natively, escaped.
     pub to_look_at: BTreeMap<Verdict, Vec<u32>>,
 }
 

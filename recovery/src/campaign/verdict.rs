@@ -34,7 +34,8 @@ pub struct Seen {
     /// Steps of the workload that ended otherwise than without a fault.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differs: Vec<String>,
-    /// Lines of the kernel's log that are never there without a fault, as far as they are known to be bad.
+    /// Lines of the kernel's log that are never there without a fault, as far as they are known to
+    /// be bad.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log: Vec<String>,
     /// Packets or bytes that arrived otherwise than they were sent.
@@ -65,8 +66,8 @@ pub struct Seen {
 pub struct Detected {
     /// What it did, where.
     pub says: String,
-    /// From the moment in which a call first came to the fault to its being judged a violation, in nanoseconds, where it is
-    /// known when a call came there.
+    /// From the moment in which a call first came to the fault to its being judged a violation, in
+    /// nanoseconds, where it is known when a call came there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after_ns: Option<u64>,
     /// From the exit that told of it to the return to the caller with an error, in nanoseconds.
@@ -143,8 +144,8 @@ impl Verdict {
     }
 }
 
-/// Words of the kernel's log that say that it crashed (arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c,
-/// arch/x86/kernel/traps.c, lib/bug.c, kernel/panic.c).
+/// Words of the kernel's log that say that it crashed (arch/x86/kernel/dumpstack.c,
+/// arch/x86/mm/fault.c, arch/x86/kernel/traps.c, lib/bug.c, kernel/panic.c).
 const CRASHED: &[&str] = &[
     "Oops:",
     "BUG: kernel NULL pointer",
@@ -172,8 +173,9 @@ const HUNG: &[&str] = &[
 /// Words that say that a process waits for ever (kernel/hung_task.c).
 const WAITS: &[&str] = &["blocked for more than"];
 
-/// Words that say that memory was changed in which nobody has business: red zones, poison and records of the heap's objects
-/// and of free pages (mm/slub.c, mm/page_poison.c), lists that do not join (lib/list_debug.c).
+/// Words that say that memory was changed in which nobody has business: red zones, poison and
+/// records of the heap's objects and of free pages (mm/slub.c, mm/page_poison.c), lists that do not
+/// join (lib/list_debug.c).
 const DAMAGED: &[&str] = &[
     "Redzone overwritten",
     "Poison overwritten",
@@ -193,8 +195,9 @@ const DAMAGED: &[&str] = &[
     "Bad page state",
 ];
 
-/// Words of other lines that only a fault brings (include/linux/kern_levels.h has no level for them): warnings,
-/// damaged counters, locks held for too long or given back twice, devices that stand still.
+/// Words of other lines that only a fault brings (include/linux/kern_levels.h has no level for
+/// them): warnings, damaged counters, locks held for too long or given back twice, devices that
+/// stand still.
 const WARNED: &[&str] = &[
     "WARNING:",
     "refcount_t:",

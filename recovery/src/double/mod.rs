@@ -1,5 +1,5 @@
-//! A guest without a machine: one driver with one interface, whose steps can be made to fail, and a clock that only
-//! waiting moves.
+//! A guest without a machine: one driver with one interface, whose steps can be made to fail, and a
+//! clock that only waiting moves.
 
 pub(crate) mod module_file;
 
@@ -94,7 +94,8 @@ pub(crate) struct World {
 pub(crate) struct Double(Arc<Mutex<World>>);
 
 impl Double {
-    /// The driver's first build is loaded, its interface is up and has an MTU that drivers do not begin with.
+    /// The driver's first build is loaded, its interface is up and has an MTU that drivers do not
+    /// begin with.
     pub fn new() -> Self {
         let installed = [
             (INSTALLED, build(1)),

@@ -1,8 +1,9 @@
-//! The configuration of a network interface, read before its driver is restarted and put back afterwards.
+//! The configuration of a network interface, read before its driver is restarted and put back
+//! afterwards.
 //!
-//! Read from what `ip -j` and `ethtool` print in the guest, written as the same programs' command lines.
-//! What a guest prints is hostile: sizes are bounded, and a word that becomes part of a command line
-//! is of a form that cannot be taken for an option.
+//! Read from what `ip -j` and `ethtool` print in the guest, written as the same programs' command
+//! lines. What a guest prints is hostile: sizes are bounded, and a word that becomes part of a
+//! command line is of a form that cannot be taken for an option.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -174,9 +175,9 @@ impl InterfaceConfig {
         })
     }
 
-    /// The command lines that make `fresh`, an interface of the same name, have this configuration, in order.
-    /// What it has already is left out. Those whose second part is `false` may fail: a feature may depend on another
-    /// that comes later.
+    /// The command lines that make `fresh`, an interface of the same name, have this configuration,
+    /// in order. What it has already is left out. Those whose second part is `false` may fail: a
+    /// feature may depend on another that comes later.
     pub fn replay(&self, fresh: &Self) -> Vec<(Vec<String>, bool)> {
         let name = self.name.as_str();
         let mut all = Vec::new();
@@ -241,7 +242,8 @@ impl InterfaceConfig {
         self.up
     }
 
-    /// What of this configuration an interface that has `now` lacks, in words; nothing if it has all.
+    /// What of this configuration an interface that has `now` lacks, in words; nothing if it has
+    /// all.
     pub fn lost(&self, now: &Self) -> Vec<String> {
         let mut lost = Vec::new();
         let mut differs = |what: &str, before: &dyn Display, now: &dyn Display| {

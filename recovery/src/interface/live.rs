@@ -1,7 +1,8 @@
-//! The interfaces of a driver in the guest: their configuration, read before the driver goes and put back when it
-//! has come again.
+//! The interfaces of a driver in the guest: their configuration, read before the driver goes and
+//! put back when it has come again.
 //!
-//! The guest's agent runs `ip` and `ethtool` for that, and what they print is not trusted ([`InterfaceConfig`]).
+//! The guest's agent runs `ip` and `ethtool` for that, and what they print is not trusted
+//! ([`InterfaceConfig`]).
 
 use std::time::Duration;
 
@@ -37,8 +38,8 @@ fn read_one(agent: &mut impl Agent, name: &str) -> anyhow::Result<InterfaceConfi
     Ok(InterfaceConfig::parse(name, &printed)?)
 }
 
-/// Waits until `deadline` on the guest's clock for the interfaces and gives them what they lack of their configuration;
-/// returns what they lack nevertheless.
+/// Waits until `deadline` on the guest's clock for the interfaces and gives them what they lack of
+/// their configuration; returns what they lack nevertheless.
 pub(crate) fn put_back<G: LiveGuest>(
     guest: &G,
     agent: &mut G::Agent,

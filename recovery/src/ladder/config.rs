@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 pub enum OnFault {
     /// The call returns an error.
     Error,
-    /// The call is run once more, for faults that do not last; an error when it fails again and again.
+    /// The call is run once more, for faults that do not last; an error when it fails again and
+    /// again.
     Retry,
-    /// The call returns an error, and the driver suspends and resumes its device with its own functions.
+    /// The call returns an error, and the driver suspends and resumes its device with its own
+    /// functions.
     Resume,
     /// The call returns an error, and the driver is restarted with its configuration put back.
     Restart,
@@ -58,8 +60,8 @@ pub enum MayReset {
     No,
     /// It boots anew.
     Boot,
-    /// It goes back to its last mark. It boots anew where there is none, or where that was done less than ten minutes ago
-    /// and has not helped.
+    /// It goes back to its last mark. It boots anew where there is none, or where that was done
+    /// less than ten minutes ago and has not helped.
     Snapshot,
 }
 
@@ -86,8 +88,9 @@ impl MayReset {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LadderConfig {
-    /// For entry points that are not named. Without it, functions that return a value return an error, and
-    /// functions that return nothing, whose caller cannot know that they failed, are run again.
+    /// For entry points that are not named. Without it, functions that return a value return an
+    /// error, and functions that return nothing, whose caller cannot know that they failed, are run
+    /// again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_fault: Option<OnFault>,
     /// For single entry points.
@@ -97,8 +100,8 @@ pub struct LadderConfig {
     pub recoveries_per_minute: u32,
     /// How often one call is run again.
     pub retries: u32,
-    /// Failed calls of one function, with none that ends well in between, after which the next rung is tried whatever was
-    /// chosen.
+    /// Failed calls of one function, with none that ends well in between, after which the next rung
+    /// is tried whatever was chosen.
     #[serde(default = "failures_in_a_row")]
     pub failures_in_a_row: u32,
     /// Whether the guest may be reset when the driver cannot be restarted.

@@ -12,14 +12,16 @@
 //!                                └─ stop, or too many faults in a minute ─► Stopped ◄──────┘
 //! ```
 //!
-//! A function that fails again and again, with no call of it that ends well in between, is a livelock: its caller calls
-//! it again at once, as the kernel does with a poll. After `failures_in_a_row` of them the device is resumed whatever
-//! was chosen, after as many more the driver is restarted, then stopped. A call that hangs counts for many. A function
-//! that goes on failing as often while a rung is tried rests, so that the guest comes to do what the rung needs of it.
+//! A function that fails again and again, with no call of it that ends well in between, is a
+//! livelock: its caller calls it again at once, as the kernel does with a poll. After
+//! `failures_in_a_row` of them the device is resumed whatever was chosen, after as many more the
+//! driver is restarted, then stopped. A call that hangs counts for many. A function that goes on
+//! failing as often while a rung is tried rests, so that the guest comes to do what the rung needs
+//! of it.
 //!
-//! A fault that is rolled back leaves memory and device as they were before the call: that is the first rung,
-//! and always taken. The machine is pure: it is told what happened and when, and says what to do. A
-//! driver that is stopped stays so until it is isolated anew.
+//! A fault that is rolled back leaves memory and device as they were before the call: that is the
+//! first rung, and always taken. The machine is pure: it is told what happened and when, and says
+//! what to do. A driver that is stopped stays so until it is isolated anew.
 
 mod config;
 mod rows;
@@ -51,7 +53,8 @@ pub enum State {
     Resetting,
     /// Its calls return errors without being run.
     Stopped,
-    /// Its functions should be isolated and are not, because isolating them again failed: they run in the guest.
+    /// Its functions should be isolated and are not, because isolating them again failed: they run
+    /// in the guest.
     Unisolated,
 }
 
@@ -62,8 +65,8 @@ pub struct Rungs {
     pub errors: u64,
     /// Calls that were rolled back and run again.
     pub retries: u64,
-    /// Times that a function was not run any more until the device began anew, because it went on failing while a rung
-    /// was tried.
+    /// Times that a function was not run any more until the device began anew, because it went on
+    /// failing while a rung was tried.
     #[serde(default)]
     pub rests: u64,
     /// Resumes of the device that were begun.
@@ -138,11 +141,13 @@ pub struct Fault<'a> {
     pub attempts: u32,
     /// Whether its caller cannot know that it failed, or goes on all the same.
     pub unheard: bool,
-    /// Whether something of the failed call is left in the guest or the device, so that they are half-way through
-    /// something: it had gone on in the guest and could not be taken back, or the device could not be put back. Or
-    /// whether the domain itself failed, so that the driver's calls are not isolated any more.
+    /// Whether something of the failed call is left in the guest or the device, so that they are
+    /// half-way through something: it had gone on in the guest and could not be taken back, or the
+    /// device could not be put back. Or whether the domain itself failed, so that the driver's
+    /// calls are not isolated any more.
     pub half_done: bool,
-    /// Whether the device could not be put back: the driver is as before the call, and its device is not.
+    /// Whether the device could not be put back: the driver is as before the call, and its device
+    /// is not.
     pub device_lost: bool,
     /// Whether it used up the time that it may take over all runs, so that it cannot be run again.
     pub out_of_time: bool,
@@ -270,12 +275,14 @@ impl Ladder {
         }
     }
 
-    /// The device is about to begin anew, by its driver's own functions or with the driver: what rests is run again.
+    /// The device is about to begin anew, by its driver's own functions or with the driver: what
+    /// rests is run again.
     pub fn device_begins_anew(&mut self) {
         self.rested = false;
     }
 
-    /// The resume that was asked for has ended. It has failed if a function had to rest again since the device began anew.
+    /// The resume that was asked for has ended. It has failed if a function had to rest again since
+    /// the device began anew.
     pub fn resumed(&mut self, result: Result<(), &str>) -> Next {
         let failed = result.is_err() || self.rested;
         self.status.rungs.failed_resumes += u64::from(failed);
@@ -292,7 +299,8 @@ impl Ladder {
         Next::Restart
     }
 
-    /// The restart that was asked for has ended. It has failed if a function had to rest again behind it.
+    /// The restart that was asked for has ended. It has failed if a function had to rest again
+    /// behind it.
     pub fn restarted(&mut self, result: Result<(), &str>) -> Next {
         if self.status.state != State::Restarting {
             return Next::Nothing;
@@ -348,8 +356,8 @@ impl Ladder {
         Next::Nothing
     }
 
-    /// The guest was rewound to where this ladder was `kept`. What was counted, and that the guest had to go back for this
-    /// driver, stays known.
+    /// The guest was rewound to where this ladder was `kept`. What was counted, and that the guest
+    /// had to go back for this driver, stays known.
     pub fn put_back(&mut self, kept: &Self) {
         let rungs = self.status.rungs;
         let (failed_ns, went_back_ns) = (self.failed_ns, self.went_back_ns);
@@ -377,7 +385,8 @@ impl Ladder {
         }
     }
 
-    /// The driver's functions could not be isolated again. While a rung is being tried its end decides what comes next.
+    /// The driver's functions could not be isolated again. While a rung is being tried its end
+    /// decides what comes next.
     pub fn not_isolated(&mut self, why: &str) {
         if matches!(self.status.state, State::Running | State::Stopped) {
             self.status.state = State::Unisolated;

@@ -17,7 +17,8 @@ pub(super) struct Row {
 }
 
 impl Ladder {
-    /// Counts a failure of a function while a rung is tried; whether there have been too many in a row.
+    /// Counts a failure of a function while a rung is tried; whether there have been too many in a
+    /// row.
     pub(super) fn keeps_failing(&mut self, fault: &Fault<'_>) -> bool {
         let is_tried = !matches!(self.status.state, State::Running | State::Unisolated);
         if !is_tried || is_further_run(fault) {

@@ -382,7 +382,8 @@ struct Model {
     lost_at: Vec<u64>,
     /// Failures that count, by function: whether the one before failed too, and as how many.
     failures: Vec<(String, bool, u32)>,
-    /// The same of those while a rung was tried; as 0 where none was, or where there were too many by then.
+    /// The same of those while a rung was tried; as 0 where none was, or where there were too many
+    /// by then.
     meanwhile: Vec<(String, bool, u32)>,
     /// Whether a function rested since the device last began anew, or since no rung was tried.
     rested: bool,

@@ -1,5 +1,5 @@
-//! Modules of a kernel's package, one after the other, with all of their functions isolated: what they are to do, what came
-//! of it, and of a fault in each function that was called.
+//! Modules of a kernel's package, one after the other, with all of their functions isolated: what
+//! they are to do, what came of it, and of a fault in each function that was called.
 //!
 //! ```text
 //!   booted ─► loaded ─► the work, natively

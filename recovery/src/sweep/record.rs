@@ -1,4 +1,5 @@
-//! A sweep's file: JSON lines, the first about the sweep, each other one about a module; and what each came to.
+//! A sweep's file: JSON lines, the first about the sweep, each other one about a module; and what
+//! each came to.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,13 +1,15 @@
-//! A device goes from one guest to another: which steps there are, what is done when one fails, how long each takes.
+//! A device goes from one guest to another: which steps there are, what is done when one fails, how
+//! long each takes.
 //!
 //! ```text
 //!   old guest: quiesce ─► save ─► unmap ─┐
 //!   new guest:                            └─► map ─► load ─► resume
 //! ```
 //!
-//! Whatever fails, the device ends in one of three states: the new guest has it, the old one has it again, or nobody has it and
-//! it is silenced, which cannot fail. What a guest's device was is in the device or in what was saved of it: a saved context is
-//! kept until the device has been resumed with it. Where it can be neither saved nor gone on with, that is said.
+//! Whatever fails, the device ends in one of three states: the new guest has it, the old one has it
+//! again, or nobody has it and it is silenced, which cannot fail. What a guest's device was is in
+//! the device or in what was saved of it: a saved context is kept until the device has been resumed
+//! with it. Where it can be neither saved nor gone on with, that is said.
 
 #[cfg(test)]
 mod tests;
@@ -21,7 +23,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// The device stands still for its guest: nothing is under way, it reads and writes no memory, interrupts nobody.
+    /// The device stands still for its guest: nothing is under way, it reads and writes no memory,
+    /// interrupts nobody.
     Quiesce,
     /// Its state is put into the guest's context.
     Save,
@@ -67,7 +70,8 @@ pub trait Switchable {
 
     /// Makes the device stand still, which `guest` has. A second time is as good as once.
     fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Puts the state of the device, which stands still, into `guest`'s context. On an error the context is not to be used.
+    /// Puts the state of the device, which stands still, into `guest`'s context. On an error the
+    /// context is not to be used.
     fn save(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Takes `guest`'s memory from the device, also where it has only a part of it.
     fn unmap(&mut self, guest: &Self::Guest) -> Result<(), String>;
@@ -77,8 +81,8 @@ pub trait Switchable {
     fn load(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Lets the device go on for `guest`.
     fn resume(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Keeps the device from reading and writing memory and from interrupting, whatever state it is in, and takes all memory
-    /// from it. Nobody has it then; the next switch is from nobody.
+    /// Keeps the device from reading and writing memory and from interrupting, whatever state it is
+    /// in, and takes all memory from it. Nobody has it then; the next switch is from nobody.
     fn silence(&mut self);
 }
 
@@ -161,12 +165,14 @@ pub enum Outcome {
         /// The step that failed when it was given back; `None` if nobody had it before.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         on_the_way_back: Option<StepFailed>,
-        /// The state of who had it before could not be saved either: that guest's driver has to begin anew.
+        /// The state of who had it before could not be saved either: that guest's driver has to
+        /// begin anew.
         state_lost: bool,
     },
 }
 
-/// Takes the device from one guest, if one has it, and gives it to another, if there is one. `from` and `to` differ.
+/// Takes the device from one guest, if one has it, and gives it to another, if there is one. `from`
+/// and `to` differ.
 pub fn switch<D: Switchable>(
     device: &mut D,
     from: Option<&D::Guest>,
@@ -265,7 +271,8 @@ impl<D: Switchable> Run<'_, D> {
         }
     }
 
-    /// Saves what can be saved of a guest that does not get the device back. Says whether its state is in its context.
+    /// Saves what can be saved of a guest that does not get the device back. Says whether its state
+    /// is in its context.
     fn rescue(&mut self, old: &D::Guest) -> bool {
         if self.progress.saved {
             return true;
@@ -305,8 +312,9 @@ fn ns(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Whose turn is next: the one after `now` among `all`, which are in their order and may be asked for it; the first one if `now`
-/// is not among them. `None` if that is `now` itself, or there is nobody.
+/// Whose turn is next: the one after `now` among `all`, which are in their order and may be asked
+/// for it; the first one if `now` is not among them. `None` if that is `now` itself, or there is
+/// nobody.
 pub fn next_after<'a, G: PartialEq>(all: &'a [G], now: Option<&G>) -> Option<&'a G> {
     let place = now.and_then(|now| all.iter().position(|one| one == now));
     let next = place.map_or(0, |place| (place + 1) % all.len());

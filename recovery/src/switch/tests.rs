@@ -1,4 +1,5 @@
-//! A device with one set of registers, for which every step fails, once or again on the way back, with or without its effect.
+//! A device with one set of registers, for which every step fails, once or again on the way back,
+//! with or without its effect.
 
 use super::*;
 
@@ -9,7 +10,8 @@ struct Device {
     runs: bool,
     /// Whose memory it reaches.
     mapped: Vec<u32>,
-    /// Whose state is in its registers: each guest's is its number. A step that fails in the middle leaves neither's.
+    /// Whose state is in its registers: each guest's is its number. A step that fails in the middle
+    /// leaves neither's.
     registers: Option<u32>,
     /// What was saved of each guest.
     contexts: [Option<u32>; 3],
@@ -74,7 +76,8 @@ impl Device {
         }
     }
 
-    /// A guest's state that could not be saved, and that it could not go on with, cannot be had by anybody.
+    /// A guest's state that could not be saved, and that it could not go on with, cannot be had by
+    /// anybody.
     fn lost(&self, guest: u32) -> bool {
         guest == 0 && self.silenced && self.contexts[0].is_none()
     }

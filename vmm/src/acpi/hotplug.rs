@@ -1,7 +1,9 @@
-//! PCI slots whose device can come and go: an object for each, and the method that tells the guest which.
+//! PCI slots whose device can come and go: an object for each, and the method that tells the guest
+//! which.
 //!
-//! The registers are those of [`crate::hotplug`]. `CHNG` reads them once (reading clears) and notifies each slot
-//! that they name: 1, a device came; 3, it is to be ejected. `_EJ0` of a slot writes its bit.
+//! The registers are those of [`crate::hotplug`]. `CHNG` reads them once (reading clears) and
+//! notifies each slot that they name: 1, a device came; 3, it is to be ejected. `_EJ0` of a slot
+//! writes its bit.
 
 use acpi_tables::aml::{
     And, Device, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Local,

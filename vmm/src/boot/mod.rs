@@ -1,8 +1,8 @@
 //! Loads what the guest starts with: a Linux kernel with its initramfs and command line, or flat
 //! machine code.
 //!
-//! Linux is entered by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): long mode, paging
-//! on with the first GiB mapped one to one, RSI pointing at the zero page.
+//! Linux is entered by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): long mode,
+//! paging on with the first GiB mapped one to one, RSI pointing at the zero page.
 
 mod image;
 mod params;
@@ -25,8 +25,9 @@ use image::ImageKind;
 /// - `console=ttyS0`: the only console there is.
 /// - `panic=-1`: a panic restarts at once; the host sees it as a reset.
 /// - `quiet`: every character of the boot log costs a VM exit.
-/// - `reboot=a`: restarts by ACPI's reset register at once. Left alone, Linux tries EFI's reset first
-///   on a machine with hardware-reduced ACPI, then goes through real mode to the reset vector.
+/// - `reboot=a`: restarts by ACPI's reset register at once. Left alone, Linux tries EFI's reset
+///   first on a machine with hardware-reduced ACPI, then goes through real mode to the reset
+///   vector.
 /// - `8250.nr_uarts=1`: no probing of the three serial ports that are not there.
 ///
 /// ACPI, mitigations and everything else stay at the kernel's defaults.

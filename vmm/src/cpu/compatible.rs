@@ -1,5 +1,5 @@
-//! Whether a guest that ran on one processor can go on on another: its vendor and its features are looked at; what is
-//! dynamic, or this machine's own doing, is not.
+//! Whether a guest that ran on one processor can go on on another: its vendor and its features are
+//! looked at; what is dynamic, or this machine's own doing, is not.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -13,8 +13,9 @@ const EBX: Register = ("EBX", |entry| entry.ebx);
 const ECX: Register = ("ECX", |entry| entry.ecx);
 const EDX: Register = ("EDX", |entry| entry.edx);
 
-/// Words of features (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E): leaf, sub-leaf, register, and the bits of
-/// it that follow the guest's own settings or that this machine sets whatever the host has.
+/// Words of features (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E): leaf, sub-leaf,
+/// register, and the bits of it that follow the guest's own settings or that this machine sets
+/// whatever the host has.
 const FEATURES: [(u32, u32, Register, u32); 13] = [
     // OSXSAVE, TSC deadline timer, hypervisor, MONITOR.
     (1, 0, ECX, 1 << 27 | 1 << 24 | 1 << 31 | 1 << 3),

@@ -1,7 +1,8 @@
 //! CPUID as the guest sees it: what KVM supports on this host, with the machine's own topology.
 //!
-//! Each vCPU is a core of one socket, without hyper-threads; its APIC id is its number. Caches from the
-//! third level on are shared by all cores, those before belong to one. Extended state is in [`xstate`].
+//! Each vCPU is a core of one socket, without hyper-threads; its APIC id is its number. Caches from
+//! the third level on are shared by all cores, those before belong to one. Extended state is in
+//! [`xstate`].
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -90,8 +91,9 @@ impl Shown {
     }
 }
 
-/// Hides what a guest could have under way that no state tells: page faults that KVM tells it of when they are done
-/// (a task that waits for that would wait for ever after a restore), and VMs of its own.
+/// Hides what a guest could have under way that no state tells: page faults that KVM tells it of
+/// when they are done (a task that waits for that would wait for ever after a restore), and VMs of
+/// its own.
 fn hide_what_has_no_state(leaves: &mut Leaves) {
     if let Some(entry) = leaves.get_mut(KVM_FEATURES, 0) {
         entry.eax &= !EAX_ASYNC_PAGE_FAULTS;
@@ -151,7 +153,8 @@ impl Topology {
                     entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << core_bits) - 1) << 26;
                 }
                 0x8000_0001 => set_bit(&mut entry.ecx, ECX_CMP_LEGACY, amd && count > 1),
-                // Bits of the core number in ECX 15:12, cores less one in ECX 7:0; reserved elsewhere.
+                // Bits of the core number in ECX 15:12, cores less one in ECX 7:0; reserved
+                // elsewhere.
                 0x8000_0008 => {
                     entry.ecx = if amd {
                         core_bits << 12 | (count - 1)

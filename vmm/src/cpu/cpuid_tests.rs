@@ -142,8 +142,8 @@ fn what_has_no_state_is_hidden() {
     );
 }
 
-/// What the leaves of each vCPU say of the others, and of the caches that it shares with them (Intel SDM, volume 3, section
-/// 10.9; AMD APM, volume 3, appendix E).
+/// What the leaves of each vCPU say of the others, and of the caches that it shares with them
+/// (Intel SDM, volume 3, section 10.9; AMD APM, volume 3, appendix E).
 fn assert_topology(shown: &Shown, count: u8) {
     let bits = u32::from(count).next_power_of_two().trailing_zeros();
     let all = shown.for_vcpu(0, count);
@@ -187,7 +187,8 @@ fn assert_topology(shown: &Shown, count: u8) {
 }
 
 proptest! {
-    /// Whatever a host says of its own cores and caches, a machine's are its own, for any number of vCPUs.
+    /// Whatever a host says of its own cores and caches, a machine's are its own, for any number of
+    /// vCPUs.
     #[test]
     fn topology_is_the_machines_whatever_the_hosts_is(
         registers in proptest::collection::vec(any::<[u32; 4]>(), 16),

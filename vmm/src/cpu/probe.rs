@@ -1,10 +1,10 @@
 //! What a processor below us does is asked for by trying it in a VM of its own.
 //!
-//! XSETBV always leaves the guest on Intel processors (volume 3, section 26.1.2) and where KVM asks for it
-//! on AMD's (volume 2, section 15.9); KVM then knows XCR0, tells the guest the size of XSAVE areas, and loads
-//! XCR0 at each entry. QEMU's emulated AMD processor lets it pass (seen with 7.2): KVM goes on with XCR0 as
-//! after power-on, CPUID contradicts what the guest has set, and what it has set is gone at the next entry.
-//! A guest must not be shown XSAVE there.
+//! XSETBV always leaves the guest on Intel processors (volume 3, section 26.1.2) and where KVM asks
+//! for it on AMD's (volume 2, section 15.9); KVM then knows XCR0, tells the guest the size of XSAVE
+//! areas, and loads XCR0 at each entry. QEMU's emulated AMD processor lets it pass (seen with 7.2):
+//! KVM goes on with XCR0 as after power-on, CPUID contradicts what the guest has set, and what it
+//! has set is gone at the next entry. A guest must not be shown XSAVE there.
 
 use std::sync::OnceLock;
 
@@ -30,8 +30,8 @@ const SET_XCR0: [u8; 13] = [
 /// Signals that may interrupt the few instructions before the probe is given up.
 const MAX_INTERRUPTIONS: usize = 1000;
 
-/// Whether KVM hears of it when a guest sets XCR0. Asked once a process, and only where the host is a guest
-/// itself: real processors do.
+/// Whether KVM hears of it when a guest sets XCR0. Asked once a process, and only where the host is
+/// a guest itself: real processors do.
 pub(super) fn xsetbv_reaches_kvm(kvm: &Kvm) -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {

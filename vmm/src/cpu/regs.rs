@@ -24,7 +24,8 @@ const GDT_CODE: u64 = 0x00af_9b00_0000_ffff;
 /// Data segment, present, ring 0, writable.
 const GDT_DATA: u64 = 0x00cf_9300_0000_ffff;
 
-/// Writes the GDT and the page tables that the boot processor starts with: the first GiB, one to one.
+/// Writes the GDT and the page tables that the boot processor starts with: the first GiB, one to
+/// one.
 pub(crate) fn write_boot_tables(ram: &GuestRam) -> Result<(), Error> {
     let memory = ram.memory();
     let write = |value: u64, address: u64| {

@@ -1,9 +1,10 @@
-//! Extended state in CPUID: which state components XSAVE knows, where they lie, how large an area is.
+//! Extended state in CPUID: which state components XSAVE knows, where they lie, how large an area
+//! is.
 //!
-//! Leaf 0xD has to agree with itself and with the feature bits of other leaves (Intel's manual, volume 1,
-//! chapter 13; AMD's, volume 2, section 11.5, and volume 3, appendix E.4.9). A guest adds the sizes up and
-//! does not go on where they differ: Linux 6.1 warns and does without XSAVE, 7.2 panics. KVM's list of what
-//! it supports agrees on most hosts; here it is made to.
+//! Leaf 0xD has to agree with itself and with the feature bits of other leaves (Intel's manual,
+//! volume 1, chapter 13; AMD's, volume 2, section 11.5, and volume 3, appendix E.4.9). A guest adds
+//! the sizes up and does not go on where they differ: Linux 6.1 warns and does without XSAVE, 7.2
+//! panics. KVM's list of what it supports agrees on most hosts; here it is made to.
 //!
 //! ```text
 //!  standard format:   0 legacy 512 header 576 ... each component at the offset of its sub-leaf (EBX)
@@ -34,8 +35,8 @@ const ECX_OSXSAVE: u32 = 1 << 27;
 /// Leaf 7, ECX: the guest has set CR4.PKE. KVM shows it when that is so.
 const ECX_OSPKE: u32 = 1 << 4;
 
-/// Leaves that describe a feature and are there with it only (Intel SDM volume 2A, CPUID): AMX's palettes and its
-/// multiplication, processor trace.
+/// Leaves that describe a feature and are there with it only (Intel SDM volume 2A, CPUID): AMX's
+/// palettes and its multiplication, processor trace.
 const TILES: u32 = 0x1d;
 const TILE_MULTIPLICATION: u32 = 0x1e;
 const TRACE: u32 = 0x14;
@@ -145,7 +146,8 @@ const GROUPS: [Group; 9] = [
         shown_by: &[features(7, 0, Ecx, 1 << 3)],
         needing: &[],
     },
-    // Control-flow enforcement: shadow stacks, indirect branch tracking; the bits do without XSAVES.
+    // Control-flow enforcement: shadow stacks, indirect branch tracking; the bits do without
+    // XSAVES.
     Group {
         components: 0b11 << 11,
         shown_by: &[features(7, 0, Ecx, 1 << 7), features(7, 0, Edx, 1 << 20)],
@@ -177,8 +179,8 @@ const GROUPS: [Group; 9] = [
     },
 ];
 
-/// Makes leaf 0xD and the feature bits that depend on it agree. What only one of both knows is shown by
-/// neither.
+/// Makes leaf 0xD and the feature bits that depend on it agree. What only one of both knows is
+/// shown by neither.
 pub(super) fn make_consistent(leaves: &mut Leaves) {
     // The guest's own doing, which KVM adds.
     clear(leaves, features(1, 0, Ecx, ECX_OSXSAVE));
@@ -262,8 +264,8 @@ fn user_components(leaves: &Leaves) -> u64 {
         .map_or(0, |main| u64::from(main.edx) << 32 | u64::from(main.eax))
 }
 
-/// Whether each of `components` has a sub-leaf that can be: with a size, of the right kind, behind the
-/// header and within what can be saved.
+/// Whether each of `components` has a sub-leaf that can be: with a size, of the right kind, behind
+/// the header and within what can be saved.
 fn described(leaves: &Leaves, components: u64, user: u64) -> bool {
     (2..=LAST_COMPONENT)
         .filter(|&i| components >> i & 1 == 1)

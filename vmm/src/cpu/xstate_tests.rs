@@ -6,8 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a guest adds up: the size by the components' places equals what the leaf says. This is what Linux
-/// checks in `paranoid_xstate_size_valid`, for all components enabled and for those after power-on.
+/// What a guest adds up: the size by the components' places equals what the leaf says. This is what
+/// Linux checks in `paranoid_xstate_size_valid`, for all components enabled and for those after
+/// power-on.
 fn assert_consistent(leaves: &Leaves) {
     let xsave = is_set(leaves, features(1, 0, Ecx, ECX_XSAVE));
     let Some(main) = leaves.get(LEAF, 0).copied() else {

@@ -6,7 +6,8 @@
 //!                        └────────────────────────────────┴────────────────────┘◄───────────┘
 //! ```
 //!
-//! Pages that were told and not confirmed are told again the next time, with those that changed since.
+//! Pages that were told and not confirmed are told again the next time, with those that changed
+//! since.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -24,8 +25,8 @@ pub struct ChangedPages {
 }
 
 impl ChangedPages {
-    /// Their numbers in rising order: offset in the file of guest memory ([`crate::memory::RamRegion::file_offset`]) divided
-    /// by 4096.
+    /// Their numbers in rising order: offset in the file of guest memory
+    /// ([`crate::memory::RamRegion::file_offset`]) divided by 4096.
     pub fn pages(&self) -> &[u32] {
         &self.pages
     }
@@ -51,8 +52,9 @@ pub(super) struct Told {
 }
 
 impl VmHandle {
-    /// Follows which pages change from now on, for [`Quiesced::changed_pages`]. If that was done already, what
-    /// changed until now is forgotten. `limit` is how long to wait for the machine to come to rest.
+    /// Follows which pages change from now on, for [`Quiesced::changed_pages`]. If that was done
+    /// already, what changed until now is forgotten. `limit` is how long to wait for the machine to
+    /// come to rest.
     pub fn track_changes(&self, limit: Duration) -> Result<(), TrackError> {
         Ok(self.quiesce(limit, |quiesced| quiesced.track_changes())??)
     }
@@ -96,8 +98,8 @@ impl Quiesced<'_, '_> {
         tracker.start(User::Snapshots, &self.machine.vm, &self.machine.ram)
     }
 
-    /// Pages that changed since the last snapshot that was confirmed, or since [`VmHandle::track_changes`]; `None` if nobody
-    /// asked for that.
+    /// Pages that changed since the last snapshot that was confirmed, or since
+    /// [`VmHandle::track_changes`]; `None` if nobody asked for that.
     pub fn changed_pages(&mut self) -> Result<Option<ChangedPages>, Error> {
         let mut guard = self.machine.dirty.lock();
         let tracker: &mut Tracker = &mut guard;

@@ -9,8 +9,8 @@
 //! Each user has a set of its own and sees every change. Without a user, memory slots have no
 //! `KVM_MEM_LOG_DIRTY_PAGES` and the logs are off: nothing is paid for.
 //!
-//! The rings belong to the VM from its making on, since KVM does not let them be had later. A host whose KVM has
-//! none runs guests as well, but nobody can ask for changes.
+//! The rings belong to the VM from its making on, since KVM does not let them be had later. A host
+//! whose KVM has none runs guests as well, but nobody can ask for changes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -59,7 +59,8 @@ impl DirtyTracking {
         }
     }
 
-    /// For `vcpus` of `vm`, which was prepared and has `ram`; without them nobody can ask for changes.
+    /// For `vcpus` of `vm`, which was prepared and has `ram`; without them nobody can ask for
+    /// changes.
     pub fn new(vm: &VmFd, vcpus: &[VcpuFd], ram: &GuestRam) -> Result<Self, Error> {
         let rings = vcpus
             .iter()
@@ -111,13 +112,15 @@ pub(crate) struct Tracker {
 }
 
 impl Tracker {
-    /// Follows changes for `user` from now on; those before are not in its set. The machine is at rest.
+    /// Follows changes for `user` from now on; those before are not in its set. The machine is at
+    /// rest.
     pub fn start(&mut self, user: User, vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
         if self.rings.is_empty() {
             return Err(Error::KvmLacks("a dirty ring (Linux 5.11)"));
         }
         if self.sets.iter().all(Option::is_none) {
-            // What the guest wrote while it was ceased to be followed: KVM may have told of it since.
+            // What the guest wrote while it was ceased to be followed: KVM may have told of it
+            // since.
             self.empty_rings()?;
             (self.lost, _) = (false, self.in_rings.clear());
             ram.for_each_log(|log| log.start());

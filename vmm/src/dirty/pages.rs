@@ -1,7 +1,7 @@
 //! Sets of pages.
 
-/// A set of pages of guest memory, by number: offset in the file of guest memory divided by 4096. Everything about it costs
-/// by the pages in it, not by the memory there is.
+/// A set of pages of guest memory, by number: offset in the file of guest memory divided by 4096.
+/// Everything about it costs by the pages in it, not by the memory there is.
 #[derive(Debug)]
 pub(crate) struct PageSet {
     /// A bit for each page. Zeros that nothing was ever written over take no memory.

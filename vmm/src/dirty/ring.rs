@@ -1,9 +1,9 @@
-//! KVM's dirty ring: which pages a vCPU wrote, in time that grows with the pages written and not with
-//! the guest's memory (KVM API, sections 8.29 `KVM_CAP_DIRTY_LOG_RING` and 4.146
+//! KVM's dirty ring: which pages a vCPU wrote, in time that grows with the pages written and not
+//! with the guest's memory (KVM API, sections 8.29 `KVM_CAP_DIRTY_LOG_RING` and 4.146
 //! `KVM_RESET_DIRTY_RINGS`).
 //!
-//! An entry appears when KVM maps a page of a slot with `KVM_MEM_LOG_DIRTY_PAGES` writable, or writes it itself. The page
-//! appears again at its next write once its entry was reset.
+//! An entry appears when KVM maps a page of a slot with `KVM_MEM_LOG_DIRTY_PAGES` writable, or
+//! writes it itself. The page appears again at its next write once its entry was reset.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -107,13 +107,13 @@ impl DirtyRing {
     }
 
     fn flags(&self, number: u32) -> &AtomicU32 {
-        // SAFETY: the flags word is shared with the kernel, which accesses it atomically; it is the entry's first,
-        // aligned field, and mapped as long as `self`.
+        // SAFETY: the flags word is shared with the kernel, which accesses it atomically; it is the
+        // entry's first, aligned field, and mapped as long as `self`.
         unsafe { AtomicU32::from_ptr(self.entry(number).as_ptr().cast::<u32>()) }
     }
 
-    /// Calls `seen` with slot and page number (relative to the slot's first page) of every page that is in the ring and
-    /// was not seen yet.
+    /// Calls `seen` with slot and page number (relative to the slot's first page) of every page
+    /// that is in the ring and was not seen yet.
     ///
     /// # Errors
     /// The ring was overrun: pages are missing in what was seen, but not in what will be.
@@ -122,8 +122,8 @@ impl DirtyRing {
             self.skip_lost();
         }
         for number in 0.. {
-            // KVM stops the vCPU before the ring is full. One that emulates many instructions in a row looks too late, and
-            // has written over entries by now.
+            // KVM stops the vCPU before the ring is full. One that emulates many instructions in a
+            // row looks too late, and has written over entries by now.
             if number == ENTRIES {
                 self.overran = true;
                 return Err(Overrun);
@@ -144,8 +144,9 @@ impl DirtyRing {
         Ok(())
     }
 
-    /// After an overrun KVM's place is ahead of ours by what was lost. Goes there, if there is an entry, over ones that
-    /// are given back to KVM as they are: it protects pages again that it protected before.
+    /// After an overrun KVM's place is ahead of ours by what was lost. Goes there, if there is an
+    /// entry, over ones that are given back to KVM as they are: it protects pages again that it
+    /// protected before.
     fn skip_lost(&mut self) {
         let flags = |number: u32| self.flags(number).load(Ordering::Acquire);
         let found = (0..ENTRIES).find(|&ahead| {
@@ -175,8 +176,8 @@ impl DirtyRing {
         self.unreset = 0;
     }
 
-    /// Gives the entries that were seen, in all rings of the VM, back to KVM. Their pages are write-protected again, so
-    /// they appear anew at their next writes.
+    /// Gives the entries that were seen, in all rings of the VM, back to KVM. Their pages are
+    /// write-protected again, so they appear anew at their next writes.
     pub fn reset(&mut self) -> io::Result<()> {
         // SAFETY: the descriptor outlives the ring (whoever has a ring has its VM), the call takes
         // no argument and touches no memory of ours but the ring.
@@ -196,8 +197,8 @@ impl DirtyRing {
 
 impl Drop for DirtyRing {
     fn drop(&mut self) {
-        // SAFETY: exactly the mapping made in `map`; no reference to it is left. A failure could only
-        // mean that the range is not mapped, and nothing could be done about it.
+        // SAFETY: exactly the mapping made in `map`; no reference to it is left. A failure could
+        // only mean that the range is not mapped, and nothing could be done about it.
         unsafe { libc::munmap(self.entries.as_ptr().cast(), self.bytes) };
     }
 }

@@ -6,12 +6,14 @@
 //!  rewind  at rest: pages that changed since, and those on the way through the tree ─► machine ─► devices ─► participants
 //! ```
 //!
-//! A rewind makes nothing anew: no VM, vCPU, mapping or device. Its cost is that of the pages that changed and of the states.
-//! Everything goes back to the mark, the guest's clocks with it: TSC and KVM's clock are those of the mark and go on from
-//! there, so that the guest does not see that time went by, and the host's wall clock is ahead of the guest's by as much.
-//! A KVM that cannot offset TSCs leaves them the host's.
+//! A rewind makes nothing anew: no VM, vCPU, mapping or device. Its cost is that of the pages that
+//! changed and of the states. Everything goes back to the mark, the guest's clocks with it: TSC and
+//! KVM's clock are those of the mark and go on from there, so that the guest does not see that time
+//! went by, and the host's wall clock is ahead of the guest's by as much. A KVM that cannot offset
+//! TSCs leaves them the host's.
 //!
-//! Marks are valid across resets of the guest: what a reset empties and loads has changed. They end with the machine.
+//! Marks are valid across resets of the guest: what a reset empties and loads has changed. They end
+//! with the machine.
 
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -178,8 +180,9 @@ impl Machine {
 }
 
 impl VmHandle {
-    /// Sets a mark with this name where the guest is now. `limit` is how long to wait for it to come to rest; it goes on
-    /// afterwards if it was running. Not to be called with a device locked.
+    /// Sets a mark with this name where the guest is now. `limit` is how long to wait for it to
+    /// come to rest; it goes on afterwards if it was running. Not to be called with a device
+    /// locked.
     pub fn mark(&self, name: &str, limit: Duration) -> Result<MarkInfo, MarkError> {
         check_name(name)?;
         let machine = self.machine();
@@ -266,7 +269,8 @@ impl VmHandle {
         Ok(())
     }
 
-    /// Lets marks keep at most `bytes` of memory; twice the guest's memory otherwise. Those that there are stay.
+    /// Lets marks keep at most `bytes` of memory; twice the guest's memory otherwise. Those that
+    /// there are stay.
     pub fn limit_marks(&self, bytes: u64) {
         self.machine().marks().limit = bytes;
     }

@@ -100,7 +100,8 @@ impl Base {
             let (Some(to), Some(from)) = (self.place(page), delta.slot(slot)) else {
                 continue;
             };
-            // SAFETY: both are whole pages, of different mappings, and nobody else has a reference to either.
+            // SAFETY: both are whole pages, of different mappings, and nobody else has a reference
+            // to either.
             unsafe { std::ptr::copy_nonoverlapping(from, to, PAGE) };
             self.note(page);
         }
@@ -135,8 +136,8 @@ impl Delta {
         let places = Places::of(ram);
         for &page in &pages {
             let from = places.find(page).ok_or(MarkError::NoPage(page))?;
-            // SAFETY: `find` gives a whole mapped page of guest memory, which nobody writes while the machine is at
-            // rest; the slice is gone before it goes on.
+            // SAFETY: `find` gives a whole mapped page of guest memory, which nobody writes while
+            // the machine is at rest; the slice is gone before it goes on.
             bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(from, PAGE) });
         }
         Ok(Self { pages, bytes })
@@ -234,8 +235,9 @@ impl<'a> Places<'a> {
     pub fn put(&self, page: u32, found: Found) {
         let Some(to) = self.find(page) else { return };
         match found {
-            // SAFETY: `to` is a whole mapped page of guest memory, to which nobody has a reference, and which nobody
-            // accesses while the machine is at rest; `from` is a whole page that is kept, in another mapping.
+            // SAFETY: `to` is a whole mapped page of guest memory, to which nobody has a reference,
+            // and which nobody accesses while the machine is at rest; `from` is a whole page that
+            // is kept, in another mapping.
             Found::At(from) => unsafe { std::ptr::copy_nonoverlapping(from, to, PAGE) },
             // SAFETY: as above.
             Found::Zero => unsafe { std::ptr::write_bytes(to, 0, PAGE) },

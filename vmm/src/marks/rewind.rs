@@ -1,7 +1,8 @@
 //! Going back to a mark.
 //!
-//! What could refuse is asked before anything is changed. If something fails after that, the machine is in no state that it
-//! ever was in: it stays paused and does not go on until a rewind to a mark succeeds or it is reset.
+//! What could refuse is asked before anything is changed. If something fails after that, the
+//! machine is in no state that it ever was in: it stays paused and does not go on until a rewind to
+//! a mark succeeds or it is reset.
 
 use std::time::{Duration, Instant};
 
@@ -94,9 +95,9 @@ impl Stopwatch {
 }
 
 impl VmHandle {
-    /// Takes the machine back to the mark with this name, or to the one that it has gone on from last. `limit` is how
-    /// long to wait for it to come to rest. A machine that was running goes on from the mark, one that was paused stays
-    /// so. Not to be called with a device locked.
+    /// Takes the machine back to the mark with this name, or to the one that it has gone on from
+    /// last. `limit` is how long to wait for it to come to rest. A machine that was running goes on
+    /// from the mark, one that was paused stays so. Not to be called with a device locked.
     ///
     /// # Errors
     /// [`RewindError::Refused`]: nothing was changed. [`RewindError::HalfWay`]: see the module's text.

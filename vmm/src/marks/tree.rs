@@ -5,8 +5,9 @@
 //!                  └─ c ── now
 //! ```
 //!
-//! A page's bytes at a mark are those of the nearest mark on the way to the root that has the page. From one mark to another
-//! differ at most the pages of the marks on the way between them, the nearest common one left out.
+//! A page's bytes at a mark are those of the nearest mark on the way to the root that has the page.
+//! From one mark to another differ at most the pages of the marks on the way between them, the
+//! nearest common one left out.
 
 use std::collections::BTreeMap;
 
@@ -136,8 +137,8 @@ impl<T> Tree<T> {
         Found::Zero
     }
 
-    /// Forgets mark `id`. `changed` are the pages that changed since the current one, and since the one that is the current
-    /// one afterwards.
+    /// Forgets mark `id`. `changed` are the pages that changed since the current one, and since the
+    /// one that is the current one afterwards.
     pub fn forget(&mut self, id: Id, changed: &mut PageSet) -> Result<(), MarkError> {
         if let Some(node) = self.nodes.get_mut(&id) {
             node.name = None;
@@ -154,7 +155,8 @@ impl<T> Tree<T> {
         Ok(())
     }
 
-    /// Takes `id`, which has no name, out of the tree, if not two others build on it. Whether it did.
+    /// Takes `id`, which has no name, out of the tree, if not two others build on it. Whether it
+    /// did.
     fn fold(&mut self, id: Id, changed: &mut PageSet) -> Result<bool, MarkError> {
         if self.nodes.get(&id).is_none_or(|node| node.name.is_some()) {
             return Ok(false);

@@ -63,7 +63,8 @@ impl VmHandle {
 }
 
 impl Copying<'_> {
-    /// Takes the pages that changed since the last time, by their numbers in rising order. The machine is at rest.
+    /// Takes the pages that changed since the last time, by their numbers in rising order. The
+    /// machine is at rest.
     pub fn changed(&self) -> Result<Vec<u32>, Error> {
         let mut tracker = self.machine.dirty.lock();
         tracker.collect(&self.machine.ram)?;

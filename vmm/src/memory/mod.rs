@@ -1,8 +1,8 @@
 //! Guest memory: one memfd, mapped shared, unless it begins as a [`template`].
 //!
-//! One descriptor for all of it, so that another mapping of the same memory (private, for an isolated
-//! call) sees the same layout. Pages are allocated when the guest touches them; nothing is zeroed or
-//! touched in advance. Where the host lets us, the file is one that can have huge pages.
+//! One descriptor for all of it, so that another mapping of the same memory (private, for an
+//! isolated call) sees the same layout. Pages are allocated when the guest touches them; nothing is
+//! zeroed or touched in advance. Where the host lets us, the file is one that can have huge pages.
 
 use std::fs::File;
 use std::ops::Range;
@@ -242,7 +242,8 @@ impl GuestRam {
         self.size_bytes
     }
 
-    /// Whether it is in pages of 2 MiB that cannot be taken apart: no other mapping can have less of it.
+    /// Whether it is in pages of 2 MiB that cannot be taken apart: no other mapping can have less
+    /// of it.
     pub fn has_large_pages(&self) -> bool {
         self.has_large_pages
     }
@@ -276,8 +277,8 @@ impl GuestRam {
             .find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset))
     }
 
-    /// Gives every page back to the host: the guest sees zeros again, also if its memory began as a template. Private
-    /// copies of pages in other mappings of the memfd stay.
+    /// Gives every page back to the host: the guest sees zeros again, also if its memory began as a
+    /// template. Private copies of pages in other mappings of the memfd stay.
     pub fn clear(&self) -> Result<(), MemoryError> {
         if self.logs_are_on() {
             // Changes that no write makes.
@@ -353,8 +354,8 @@ fn small_page_file(size_bytes: u64) -> Result<OwnedFd, MemoryError> {
     Ok(file)
 }
 
-/// A file of `size_bytes` in pages that the host has set aside. All are taken at once: a guest that touched one that is not there
-/// would end this process.
+/// A file of `size_bytes` in pages that the host has set aside. All are taken at once: a guest that
+/// touched one that is not there would end this process.
 fn large_page_file(size_bytes: u64) -> Result<OwnedFd, MemoryError> {
     if !size_bytes.is_multiple_of(LARGE_PAGE_BYTES) {
         return Err(MemoryError::NotWholeLargePages(size_bytes));
@@ -379,10 +380,10 @@ fn allocate_large_pages(file: impl std::os::fd::AsFd, size_bytes: u64) -> Result
     })
 }
 
-/// A file of `size_bytes` at most, deleted at once, whose mappings can have huge pages, which save most of
-/// the second stage's faults while a guest starts. An ordinary memfd has none on a host with default
-/// settings (`transparent_hugepage/shmem_enabled` is `never`), so this one is made in a tmpfs of its
-/// own, mounted nowhere.
+/// A file of `size_bytes` at most, deleted at once, whose mappings can have huge pages, which save
+/// most of the second stage's faults while a guest starts. An ordinary memfd has none on a host
+/// with default settings (`transparent_hugepage/shmem_enabled` is `never`), so this one is made in
+/// a tmpfs of its own, mounted nowhere.
 fn huge_page_file(size_bytes: u64) -> rustix::io::Result<OwnedFd> {
     let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&tmpfs, "huge", "advise")?;

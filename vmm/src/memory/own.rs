@@ -40,9 +40,9 @@ impl From<CopyingError> for OwnError {
 }
 
 impl VmHandle {
-    /// If memory began as a template, copies it into the file of its own, which others can map then. The guest runs
-    /// meanwhile, apart from two short pauses. Not to be called with a device locked. After an error it goes on with
-    /// the template.
+    /// If memory began as a template, copies it into the file of its own, which others can map
+    /// then. The guest runs meanwhile, apart from two short pauses. Not to be called with a device
+    /// locked. After an error it goes on with the template.
     pub fn own_memory(&self) -> Result<(), OwnError> {
         let one = self.one_copying();
         if !self.machine().ram.is_template() {
@@ -88,8 +88,8 @@ impl VmHandle {
 }
 
 impl GuestRam {
-    /// Copies `bytes`, whole pages, from `offset` on to the same place in the memory's own file, with or without pages of
-    /// zeros. Does nothing if that file is in use by now.
+    /// Copies `bytes`, whole pages, from `offset` on to the same place in the memory's own file,
+    /// with or without pages of zeros. Does nothing if that file is in use by now.
     fn copy_to_own(&self, offset: u64, bytes: usize, zeros: bool) -> Result<(), MemoryError> {
         // A reset, which takes the file into use, waits.
         let mapped = self.mapped.lock();

@@ -8,9 +8,9 @@
 //!   own file  ──MAP_SHARED──►  guest memory
 //! ```
 //!
-//! KVM's memory slots name addresses of this process, so they stay as they are. The guest's own file is there from the start,
-//! empty, so that whoever has the memory finds it behind it; until it is in use the memory's
-//! [`devices::dma::DirtyLog`] says that nothing is in it.
+//! KVM's memory slots name addresses of this process, so they stay as they are. The guest's own
+//! file is there from the start, empty, so that whoever has the memory finds it behind it; until it
+//! is in use the memory's [`devices::dma::DirtyLog`] says that nothing is in it.
 
 use std::fs::File;
 use std::io;
@@ -33,8 +33,9 @@ pub enum MemorySource {
     LargePages,
     /// The bytes of a file, which is not changed.
     Template {
-        /// Holds all of memory, at the offsets of [`RamRegion::file_offset`]. It must stay as it is and as long as it is: a
-        /// page that is missing when the guest touches it ends the process (SIGBUS).
+        /// Holds all of memory, at the offsets of [`RamRegion::file_offset`]. It must stay as it is
+        /// and as long as it is: a page that is missing when the guest touches it ends the process
+        /// (SIGBUS).
         file: Arc<File>,
     },
 }
@@ -71,7 +72,8 @@ impl GuestRam {
         self.mapped.lock().is_some()
     }
 
-    /// Maps the memory's own file. If it was mapped from a template, its bytes are those of the file now.
+    /// Maps the memory's own file. If it was mapped from a template, its bytes are those of the
+    /// file now.
     pub(crate) fn use_own(&self) -> Result<(), MemoryError> {
         let mut mapped = self.mapped.lock();
         if mapped.is_none() {
@@ -87,8 +89,8 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Parts of the memory's file, in bytes and whole pages, outside of which all is zero, in rising order. Costs by what is
-    /// there, for memory that is a template's by its size.
+    /// Parts of the memory's file, in bytes and whole pages, outside of which all is zero, in
+    /// rising order. Costs by what is there, for memory that is a template's by its size.
     pub fn populated(&self) -> Vec<Range<u64>> {
         self.find_populated().unwrap_or_else(|error| {
             tracing::debug!(%error, "all of guest memory may be other than zero");
@@ -111,8 +113,9 @@ impl GuestRam {
 
 /// Maps `file` over `region`.
 fn map_over(region: &RamRegion, file: &File, flags: MapFlags) -> io::Result<()> {
-    // SAFETY: the range is the mapping of this region, which the memory owns and which nobody has a reference into: guest
-    // memory is accessed by volatile accesses alone, and these find one mapping or the other.
+    // SAFETY: the range is the mapping of this region, which the memory owns and which nobody has a
+    // reference into: guest memory is accessed by volatile accesses alone, and these find one
+    // mapping or the other.
     let mapped = unsafe {
         mmap(
             region.host_address as *mut _,
@@ -126,7 +129,8 @@ fn map_over(region: &RamRegion, file: &File, flags: MapFlags) -> io::Result<()> 
     mapped.map(|_| ()).map_err(Into::into)
 }
 
-/// Parts of the first `size` bytes of `file` that are no hole, in whole pages (lseek(2), `SEEK_DATA`).
+/// Parts of the first `size` bytes of `file` that are no hole, in whole pages (lseek(2),
+/// `SEEK_DATA`).
 ///
 /// # Errors
 /// The file system cannot say.
@@ -150,8 +154,8 @@ pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
-/// Adds the pages of a private mapping that are no longer its file's (proc_pid_pagemap(5): present or swapped, and neither of
-/// a file nor shared).
+/// Adds the pages of a private mapping that are no longer its file's (proc_pid_pagemap(5): present
+/// or swapped, and neither of a file nor shared).
 fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     const OF_FILE: u64 = 1 << 61;

@@ -63,8 +63,8 @@ pub enum CaptureError {
 pub struct Beside {
     /// What it takes to make the same machine.
     pub vm: Value,
-    /// What guest memory is to hold at some places instead of what it holds: whoever has patched the guest tells what was
-    /// there before. By guest physical address.
+    /// What guest memory is to hold at some places instead of what it holds: whoever has patched
+    /// the guest tells what was there before. By guest physical address.
     pub instead: Vec<(GuestAddress, Vec<u8>)>,
 }
 
@@ -77,8 +77,8 @@ pub struct SnapshotRequest<'a> {
     pub parent: Option<&'a Path>,
     /// Who writes it, for the manifest.
     pub program: &'a str,
-    /// Have it followed from now on what changes, so that a diff of this snapshot takes little time. It costs the guest
-    /// something. Without it nothing is followed for snapshots any more.
+    /// Have it followed from now on what changes, so that a diff of this snapshot takes little
+    /// time. It costs the guest something. Without it nothing is followed for snapshots any more.
     pub track: bool,
     /// The machine ends where the snapshot was taken.
     pub stop: bool,
@@ -115,7 +115,8 @@ struct AtRest {
 }
 
 impl VmHandle {
-    /// Takes a snapshot. `tell` hears what is done, and says whether it is still wanted; `beside` is asked at rest.
+    /// Takes a snapshot. `tell` hears what is done, and says whether it is still wanted; `beside`
+    /// is asked at rest.
     ///
     /// # Errors
     /// See [`CaptureError`].
@@ -202,7 +203,8 @@ impl VmHandle {
         })
     }
 
-    /// Copies while the guest runs. `None` where KVM does not tell what changes meanwhile: all is left to be done.
+    /// Copies while the guest runs. `None` where KVM does not tell what changes meanwhile: all is
+    /// left to be done.
     fn copy_ahead(
         &self,
         copier: &mut Copier<'_>,
@@ -312,8 +314,8 @@ pub(super) fn still_wanted(
     }
 }
 
-/// How the snapshot in `dir` names its parent: by its name where both are in one folder, so that they can be moved
-/// together.
+/// How the snapshot in `dir` names its parent: by its name where both are in one folder, so that
+/// they can be moved together.
 fn relation(dir: &Path, parent: &Chain) -> ParentSnapshot {
     let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let there = whole(parent.top().dir());

@@ -92,8 +92,8 @@ impl Chain {
         self.snapshots.iter().try_for_each(Snapshot::check)
     }
 
-    /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run at a time and on
-    /// several threads. `above_base`: only what the diffs say, zero pages too.
+    /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run
+    /// at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
     ///
     /// # Errors
     /// Pages are damaged or cannot be read, or `put` says so.
@@ -123,7 +123,8 @@ impl Chain {
         Ok(Loaded { pages })
     }
 
-    /// Fills `buffer` with the pages from number `first` on, checked; those that no snapshot has are zero.
+    /// Fills `buffer` with the pages from number `first` on, checked; those that no snapshot has
+    /// are zero.
     ///
     /// # Errors
     /// Pages are damaged or cannot be read.

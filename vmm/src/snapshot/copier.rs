@@ -15,8 +15,8 @@ const BATCH_PAGES: u64 = 256;
 /// Pages after which it is asked whether the snapshot is still wanted: 64 MiB.
 const PAGES_BETWEEN_WORDS: u64 = 1 << 14;
 
-/// Copies pages of a machine's memory into an image. Pages are numbered as they are in the memory's file, without the
-/// gap below 4 GiB.
+/// Copies pages of a machine's memory into an image. Pages are numbered as they are in the memory's
+/// file, without the gap below 4 GiB.
 pub(super) struct Copier<'a> {
     ram: &'a GuestRam,
     dir: &'a Path,
@@ -99,7 +99,8 @@ impl<'a> Copier<'a> {
         self.parent = None;
     }
 
-    /// Has the image hold `bytes` at guest physical `address`, where the guest holds something else. Within a page.
+    /// Has the image hold `bytes` at guest physical `address`, where the guest holds something
+    /// else. Within a page.
     pub fn put_instead(&mut self, address: GuestAddress, bytes: &[u8]) -> Result<(), CaptureError> {
         let beyond = || SnapshotError::GuestMemory(address.0);
         let page = self.ram.page_at(address).ok_or_else(beyond)?;

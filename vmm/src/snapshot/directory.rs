@@ -15,7 +15,8 @@ use super::{
 /// Longest state that is looked at, in bytes: each part of it has a limit of its own.
 const MAX_STATE_BYTES: u64 = 256 << 20;
 
-/// One snapshot, its parents apart: the manifest is read and checked, the files are open and as long as it says.
+/// One snapshot, its parents apart: the manifest is read and checked, the files are open and as
+/// long as it says.
 #[derive(Debug)]
 pub struct Snapshot {
     dir: PathBuf,
@@ -28,8 +29,8 @@ impl Snapshot {
     /// Opens the snapshot in `dir`.
     ///
     /// # Errors
-    /// There is none, it is not one of this version, or its manifest, map or image is damaged in a way that can be seen
-    /// without reading the pages.
+    /// There is none, it is not one of this version, or its manifest, map or image is damaged in a
+    /// way that can be seen without reading the pages.
     pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
         let path = dir.join(MANIFEST_FILE);
         let text = match read_limited(&path, MAX_MANIFEST_BYTES) {

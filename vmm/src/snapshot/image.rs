@@ -17,7 +17,8 @@ pub struct Loaded {
     pub pages: u64,
 }
 
-/// Reads the pages of `run` and checks them. [`ErrorKind::InvalidData`]: they are not those that were written.
+/// Reads the pages of `run` and checks them. [`ErrorKind::InvalidData`]: they are not those that
+/// were written.
 pub(super) fn verify_run(image: &File, run: &PageRun, buffer: &mut [u8]) -> std::io::Result<()> {
     let Some(expected) = run.crc32 else {
         buffer.fill(0);

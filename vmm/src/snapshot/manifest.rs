@@ -16,7 +16,8 @@ const FORMAT: &str = "cofferdam-snapshot";
 /// Longest manifest that is looked at, in bytes.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 
-/// Most memory of a VM that is believed, in bytes: what is made for a snapshot, such as the list of its pages, grows with it.
+/// Most memory of a VM that is believed, in bytes: what is made for a snapshot, such as the list of
+/// its pages, grows with it.
 const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
 /// Identity of a snapshot: 16 random bytes, written as 32 hexadecimal digits.
@@ -79,7 +80,8 @@ impl FromStr for SnapshotId {
 pub struct StoredFile {
     /// Length in bytes.
     pub bytes: u64,
-    /// CRC-32 (IEEE 802.3) of all of it; of the memory image none, its pages are under the checksums of the map.
+    /// CRC-32 (IEEE 802.3) of all of it; of the memory image none, its pages are under the
+    /// checksums of the map.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crc32: Option<u32>,
 }

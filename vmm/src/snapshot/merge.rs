@@ -10,8 +10,8 @@ use super::{
 };
 
 impl Chain {
-    /// Writes the same snapshot to `into`, as a full one: it is read and checked, and keeps its identity, so that diffs
-    /// of it may be put beside it.
+    /// Writes the same snapshot to `into`, as a full one: it is read and checked, and keeps its
+    /// identity, so that diffs of it may be put beside it.
     ///
     /// # Errors
     /// Something is damaged, or `into` cannot be written.

@@ -1,4 +1,5 @@
-//! Snapshots as directories: a machine's whole state on disk, to go on from in this process or another.
+//! Snapshots as directories: a machine's whole state on disk, to go on from in this process or
+//! another.
 //!
 //! ```text
 //!  DIR/
@@ -9,12 +10,13 @@
 //!   └── memory.image    the pages, each at its offset; the rest are holes
 //! ```
 //!
-//! A *full* snapshot has every page that is not zero. A *diff* has the pages that changed since its parent was
-//! taken, and names the parent; a page is looked for in the diff, then in its parent, and so on.
+//! A *full* snapshot has every page that is not zero. A *diff* has the pages that changed since its
+//! parent was taken, and names the parent; a page is looked for in the diff, then in its parent,
+//! and so on.
 //!
-//! A snapshot is written beside its name and renamed when it is whole: a directory that has a manifest is complete.
-//! It comes from outside when it is read, and is not trusted: every size is bounded, every byte is under a
-//! checksum, and what this version does not understand is refused.
+//! A snapshot is written beside its name and renamed when it is whole: a directory that has a
+//! manifest is complete. It comes from outside when it is read, and is not trusted: every size is
+//! bounded, every byte is under a checksum, and what this version does not understand is refused.
 
 mod capture;
 mod chain;
@@ -51,8 +53,8 @@ pub const MAP_FILE: &str = "memory.map";
 /// Name of the pages.
 pub const IMAGE_FILE: &str = "memory.image";
 
-/// Why a snapshot cannot be read or written. Each message is one line that says what to do, or what is wrong with
-/// which file.
+/// Why a snapshot cannot be read or written. Each message is one line that says what to do, or what
+/// is wrong with which file.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// There is no snapshot.

@@ -29,8 +29,9 @@ impl From<StateError> for RestoreError {
 }
 
 impl Chain {
-    /// Memory that is mapped from the image of the full snapshot, for [`crate::VmConfig::memory`]: pages are read when
-    /// they are touched, without a look at their checksums, and all machines that map it share those that they have not written.
+    /// Memory that is mapped from the image of the full snapshot, for [`crate::VmConfig::memory`]:
+    /// pages are read when they are touched, without a look at their checksums, and all machines
+    /// that map it share those that they have not written.
     ///
     /// # Errors
     /// The process has no more descriptors.
@@ -45,9 +46,10 @@ impl Chain {
 }
 
 impl Vm {
-    /// Has the machine go on from a snapshot when it is run: memory, its own state, then its devices, which are all
-    /// there already. Where the machine's memory is the snapshot's image ([`Chain::template`]), only what differs is read
-    /// now. After an error the machine cannot be used.
+    /// Has the machine go on from a snapshot when it is run: memory, its own state, then its
+    /// devices, which are all there already. Where the machine's memory is the snapshot's image
+    /// ([`Chain::template`]), only what differs is read now. After an error the machine cannot be
+    /// used.
     ///
     /// # Errors
     /// The snapshot is damaged, or is of a machine that this one is not like.
@@ -66,8 +68,8 @@ impl Vm {
     }
 }
 
-/// Puts `content` to where `offset` of the memory's file is in guest memory, which may be in two regions: the file has no gap
-/// where guest memory has one.
+/// Puts `content` to where `offset` of the memory's file is in guest memory, which may be in two
+/// regions: the file has no gap where guest memory has one.
 fn fill(ram: &GuestRam, mut offset: u64, mut content: &[u8]) -> Result<(), SnapshotError> {
     while !content.is_empty() {
         let beyond = || SnapshotError::GuestMemory(offset);

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use super::memory_map::MAX_RUN_PAGES;
 use super::{MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, SnapshotError, StoredFile};
 
-/// A directory that is being written. Dropped before [`DirectoryWriter::finish`], nothing of it stays.
+/// A directory that is being written. Dropped before [`DirectoryWriter::finish`], nothing of it
+/// stays.
 #[derive(Debug)]
 pub struct DirectoryWriter {
     target: PathBuf,
@@ -52,7 +53,8 @@ impl DirectoryWriter {
         })
     }
 
-    /// Makes a file of the snapshot, for reading and writing, that only its owner may read: it has the guest's memory.
+    /// Makes a file of the snapshot, for reading and writing, that only its owner may read: it has
+    /// the guest's memory.
     ///
     /// # Errors
     /// It cannot be made.
@@ -127,7 +129,8 @@ enum Page {
     Stored(u32),
 }
 
-/// Writes pages into an image and keeps account of them. A page may come again: what came last counts.
+/// Writes pages into an image and keeps account of them. A page may come again: what came last
+/// counts.
 #[derive(Debug)]
 pub struct ImageWriter {
     file: File,
@@ -160,7 +163,8 @@ impl ImageWriter {
         if known.len() < pages.len() || !rest.is_empty() {
             return Err(beyond());
         }
-        // Runs of pages that are to be written; zero pages are not, unless something is there already.
+        // Runs of pages that are to be written; zero pages are not, unless something is there
+        // already.
         let mut run_start = 0;
         for (index, (page, known)) in pages.iter().zip(known).enumerate() {
             let was_stored = matches!(known, Page::Stored(_));
@@ -176,7 +180,8 @@ impl ImageWriter {
         write_pages(&self.file, first, &pages[run_start..], run_start)
     }
 
-    /// Changes page `number` if it was told of; what `change` returns, or `None` if the page is beyond memory.
+    /// Changes page `number` if it was told of; what `change` returns, or `None` if the page is
+    /// beyond memory.
     ///
     /// # Errors
     /// It cannot be read or written.
@@ -203,8 +208,8 @@ impl ImageWriter {
         }
     }
 
-    /// The image's file once all is in it, and its map. `diff`: pages that were not told of are the parent's; in a full
-    /// snapshot they are zero, and zero pages are left out.
+    /// The image's file once all is in it, and its map. `diff`: pages that were not told of are the
+    /// parent's; in a full snapshot they are zero, and zero pages are left out.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -213,8 +218,8 @@ impl ImageWriter {
         self.finish_unsynced(diff)
     }
 
-    /// The same, and the host's kernel writes the file when it likes: for an image that nobody misses after the host has lost
-    /// its power.
+    /// The same, and the host's kernel writes the file when it likes: for an image that nobody
+    /// misses after the host has lost its power.
     ///
     /// # Errors
     /// It has more pages than a map can tell of.

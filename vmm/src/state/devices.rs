@@ -1,9 +1,9 @@
-//! States of all devices of a machine as one value: everything that is neither in [`super::MachineState`] nor in
-//! guest memory.
+//! States of all devices of a machine as one value: everything that is neither in
+//! [`super::MachineState`] nor in guest memory.
 //!
-//! Each device gives a [`Part`], which has its own kind, version and checksum; what a device is connected to on
-//! the host (files, sockets, clients) is not in it. A device that was put back drives its interrupts anew and
-//! has the event loop look at its rings: a notification is no state.
+//! Each device gives a [`Part`], which has its own kind, version and checksum; what a device is
+//! connected to on the host (files, sockets, clients) is not in it. A device that was put back
+//! drives its interrupts anew and has the event loop look at its rings: a notification is no state.
 //!
 //! Lock order: devices are locked one at a time, while no vCPU is waited for.
 
@@ -51,7 +51,8 @@ impl DeviceStates {
         })
     }
 
-    /// Puts them back into `machine`, which has the same devices and whose own state was put back before.
+    /// Puts them back into `machine`, which has the same devices and whose own state was put back
+    /// before.
     pub(crate) fn restore(&self, machine: &Machine) -> Result<(), Error> {
         let (here, _) = machine.hotplug.plugged();
         if here != self.plugged {
@@ -86,8 +87,8 @@ impl DeviceStates {
         ENCODING.write(self)
     }
 
-    /// The states that [`DeviceStates::to_bytes`] gave. Whether this machine can have them is known only when
-    /// they are put back.
+    /// The states that [`DeviceStates::to_bytes`] gave. Whether this machine can have them is known
+    /// only when they are put back.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
         ENCODING.read(bytes)
     }

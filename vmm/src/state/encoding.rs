@@ -1,8 +1,8 @@
 //! States as bytes, and what is refused to be one.
 //!
-//! A head of 20 bytes (magic, version, length and CRC-32 of the rest) and `postcard`'s encoding of the value. Bytes are
-//! not trusted: what is no state of this kind and version, is cut, changed, or not as it would be written, is
-//! refused.
+//! A head of 20 bytes (magic, version, length and CRC-32 of the rest) and `postcard`'s encoding of
+//! the value. Bytes are not trusted: what is no state of this kind and version, is cut, changed, or
+//! not as it would be written, is refused.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -1,21 +1,22 @@
-//! State of a machine as one value: taken between two instructions, put back into the same machine (a reset
-//! puts back what was there after power-on) or into another one that is made alike.
+//! State of a machine as one value: taken between two instructions, put back into the same machine
+//! (a reset puts back what was there after power-on) or into another one that is made alike.
 //!
-//! What is in it: vCPUs with their CPUID, registers, local APICs, MSRs, pending events; TSC and KVM's clock;
-//! interrupt controllers, timer, routes of messages; power and hot-plug registers, the address register of
-//! PCI's configuration mechanism. What is not: guest memory, and what is plugged in ([`devices`]; they also drive
-//! their interrupt lines anew).
+//! What is in it: vCPUs with their CPUID, registers, local APICs, MSRs, pending events; TSC and
+//! KVM's clock; interrupt controllers, timer, routes of messages; power and hot-plug registers, the
+//! address register of PCI's configuration mechanism. What is not: guest memory, and what is
+//! plugged in ([`devices`]; they also drive their interrupt lines anew).
 //!
 //! ```text
 //!  put back:  TSCs ─► each vCPU: CPUID, special registers, XSAVE, local APIC, MSRs (deadline last), events
 //!                  ─► interrupt controllers, timer ─► routes ─► fixed devices ─► KVM's clock
 //! ```
 //!
-//! TSCs come first because a deadline is armed against the TSC; interrupt controllers come behind the local
-//! APICs because setting them delivers what is pending; the clock is last so that it has not gone on meanwhile.
+//! TSCs come first because a deadline is armed against the TSC; interrupt controllers come behind
+//! the local APICs because setting them delivers what is pending; the clock is last so that it has
+//! not gone on meanwhile.
 //!
-//! As bytes, a state has magic, version, length and checksum ([`encoding`]). What is no state of this version, or was
-//! changed, is refused; what KVM refuses is an error, too.
+//! As bytes, a state has magic, version, length and checksum ([`encoding`]). What is no state of
+//! this version, or was changed, is refused; what KVM refuses is an error, too.
 
 pub(crate) mod chips;
 pub(crate) mod devices;
@@ -67,11 +68,13 @@ pub struct MachineState {
 /// What a state is put back for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Restore {
-    /// The machine begins again: time goes on, CPUID is as it was, devices were reset and routed by themselves.
+    /// The machine begins again: time goes on, CPUID is as it was, devices were reset and routed by
+    /// themselves.
     Reset,
     /// The machine goes on where another one was: everything.
     GoOn,
-    /// The machine goes on where it was itself: its vCPUs have run with this CPUID and this frequency.
+    /// The machine goes on where it was itself: its vCPUs have run with this CPUID and this
+    /// frequency.
     Back,
 }
 

@@ -115,7 +115,8 @@ fn a_route_of_a_device_that_is_not_there_is_refused() {
     }
 }
 
-/// Whatever bytes with a right checksum say: no panic, and a state that decodes is taken or refused by KVM.
+/// Whatever bytes with a right checksum say: no panic, and a state that decodes is taken or refused
+/// by KVM.
 #[test]
 fn changed_content_is_decoded_or_refused_and_never_more_than_that() {
     let original = bytes(&vm(1, 4 << 20));
@@ -144,7 +145,8 @@ fn changed_content_is_decoded_or_refused_and_never_more_than_that() {
 #[test]
 fn registers_of_clocks_interrupts_and_memory_types_are_in_a_state() {
     let vm = vm(2, 4 << 20);
-    // TSC_ADJUST, KVM's wall clock and system time, steal time, end of interrupt; memory types; TSC_DEADLINE.
+    // TSC_ADJUST, KVM's wall clock and system time, steal time, end of interrupt; memory types;
+    // TSC_DEADLINE.
     let wanted = [
         0x3b,
         0x4b56_4d00,

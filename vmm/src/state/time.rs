@@ -1,8 +1,9 @@
 //! Time as the guest has it: the TSC of each vCPU, and KVM's clock.
 //!
-//! All TSCs of a state are those of one moment: one is read, and how far the others are from it follows from
-//! their offsets to the host's. They are set the same way. Each read or set by itself, they would differ by the
-//! time in between, and the guest's time would run backwards from one vCPU to the next.
+//! All TSCs of a state are those of one moment: one is read, and how far the others are from it
+//! follows from their offsets to the host's. They are set the same way. Each read or set by itself,
+//! they would differ by the time in between, and the guest's time would run backwards from one vCPU
+//! to the next.
 
 use std::os::fd::AsRawFd;
 use std::sync::MutexGuard;
@@ -98,8 +99,8 @@ impl TimeState {
         self.check_first(first)
     }
 
-    /// Sets the TSCs of the machine that the state was taken of, by one call for each vCPU where it can be. Whether KVM
-    /// has set them: one that cannot offset them leaves them the host's.
+    /// Sets the TSCs of the machine that the state was taken of, by one call for each vCPU where it
+    /// can be. Whether KVM has set them: one that cannot offset them leaves them the host's.
     pub(super) fn rewind_tscs(&self, vcpus: &[MutexGuard<'_, VcpuFd>]) -> Result<bool, Error> {
         let Some(first) = vcpus.first() else {
             return Ok(false);
@@ -179,7 +180,8 @@ fn write_tsc(vcpu: &VcpuFd, tsc: u64) -> Result<(), Error> {
     }
 }
 
-/// How far the vCPU's TSC is ahead of the host's (scaled to its frequency); `None` on kernels before 5.16.
+/// How far the vCPU's TSC is ahead of the host's (scaled to its frequency); `None` on kernels
+/// before 5.16.
 fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
     let attribute = tsc_attribute(&raw mut offset as u64);

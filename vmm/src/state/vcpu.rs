@@ -15,8 +15,8 @@ use crate::error::Error;
 pub(super) const MSR_IA32_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE: means something only once the local APIC's timer is set.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// Memory type range registers, which KVM has and does not list: variable, fixed, default type (Intel SDM, volume 3,
-/// section 12.11).
+/// Memory type range registers, which KVM has and does not list: variable, fixed, default type
+/// (Intel SDM, volume 3, section 12.11).
 const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
     0x200..=0x20f,
     0x250..=0x250,
@@ -114,7 +114,8 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic)
             .map_err(Error::kvm("set a local APIC"))?;
         match how {
-            // Writing some has an effect beyond the value: that of the wall clock has KVM write guest memory.
+            // Writing some has an effect beyond the value: that of the wall clock has KVM write
+            // guest memory.
             Restore::Back => write_msrs(vcpu, &changed_msrs(vcpu, &self.msrs)?)?,
             Restore::GoOn | Restore::Reset => write_msrs(vcpu, &self.msrs)?,
         }

@@ -44,7 +44,8 @@ macro_rules! guest_code {
                 static END: u8;
             }
             let (start, end) = (&raw const START, &raw const END);
-            // SAFETY: both symbols are in this program's read-only data, the second behind the first.
+            // SAFETY: both symbols are in this program's read-only data, the second behind the
+            // first.
             unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }.to_vec()
         }
     };

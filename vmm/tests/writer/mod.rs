@@ -1,5 +1,5 @@
-//! A guest each of whose vCPUs writes words to pages of an area of its own, in an order that follows from a seed: what
-//! memory has to hold follows from its registers.
+//! A guest each of whose vCPUs writes words to pages of an area of its own, in an order that
+//! follows from a seed: what memory has to hold follows from its registers.
 
 #![allow(dead_code, clippy::unwrap_used)] // Each test file uses a part of it.
 
@@ -22,8 +22,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::common::{CODE, Guest, Running, config};
 use crate::guest_code;
 
-// RSI: area, R13: number of its pages less one, R12: state of the generator, R14: words written. Each 64th word is followed
-// by a word to the device of this test; R15 of them make it pause a little.
+// RSI: area, R13: number of its pages less one, R12: state of the generator, R14: words written.
+// Each 64th word is followed by a word to the device of this test; R15 of them make it pause a
+// little.
 guest_code!(
     writes,
     "mov edx, 0x500",
@@ -74,7 +75,8 @@ fn step(state: &mut u64, area: Area) -> (u64, u64) {
     (area.start + page * 4096 + (*state >> 24 & 0xff8), *state)
 }
 
-/// A device that puts a word into guest memory for each word that it is given, from a counter that is its state.
+/// A device that puts a word into guest memory for each word that it is given, from a counter that
+/// is its state.
 pub struct Echo {
     dma: DmaSpace,
     area: Area,
@@ -278,7 +280,8 @@ impl Writing {
         }
     }
 
-    /// Checks what is in the areas against what the vCPUs and the device have written by their registers.
+    /// Checks what is in the areas against what the vCPUs and the device have written by their
+    /// registers.
     pub fn check(&self, quiesced: &mut Quiesced<'_, '_>) {
         let mut expected = vec![0u64; 0];
         for (index, &area) in self.areas.iter().enumerate() {

@@ -2,8 +2,9 @@
 //!
 //! While it waits, it also kicks the emulated processors ([`super::kick`]).
 //!
-//! A program may be silent for minutes; an agent may not. While nothing comes, a ping is put into the stream between two
-//! requests' frames; the client passes over its answer. An agent that answers none is hung, and so is its server.
+//! A program may be silent for minutes; an agent may not. While nothing comes, a ping is put into
+//! the stream between two requests' frames; the client passes over its answer. An agent that
+//! answers none is hung, and so is its server.
 
 use std::cell::Cell;
 use std::io::{self, Read, Write};

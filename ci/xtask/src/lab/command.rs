@@ -15,9 +15,10 @@ use crate::workspace::Workspace;
 
 /// Runs a program of this host inside the emulated server
 ///
-/// The program sees this host's files read-only, its own /tmp and /run, the environment and the working directory it was
-/// called with, and target/lab/out, which it may write. Output is passed on as it comes; the exit status is the program's,
-/// 124 when its time was up, 130 after Ctrl-C, 125 when the lab failed.
+/// The program sees this host's files read-only, its own /tmp and /run, the environment and the
+/// working directory it was called with, and target/lab/out, which it may write. Output is passed
+/// on as it comes; the exit status is the program's, 124 when its time was up, 130 after Ctrl-C,
+/// 125 when the lab failed.
 #[derive(Clone, Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {

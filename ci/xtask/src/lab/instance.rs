@@ -26,8 +26,8 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 /// Lines of a log that are shown when something went wrong.
 const LOG_TAIL: usize = 12;
 
-/// Waits for the right to use `path`, which is made, and says `waiting` if another process has it; given back when
-/// the file is dropped.
+/// Waits for the right to use `path`, which is made, and says `waiting` if another process has it;
+/// given back when the file is dropped.
 pub fn lock(path: &Path, waiting: Option<&str>) -> anyhow::Result<File> {
     let file = OpenOptions::new()
         .create(true)
@@ -60,8 +60,8 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Starts QEMU in `directory`, which is made new. It ends on drop unless [`Instance::keep`] was called; with
-    /// `bound` also when this process is killed.
+    /// Starts QEMU in `directory`, which is made new. It ends on drop unless [`Instance::keep`] was
+    /// called; with `bound` also when this process is killed.
     pub fn start(directory: &Path, machine: &Machine, bound: bool) -> anyhow::Result<Self> {
         if directory.exists() {
             fs::remove_dir_all(directory)
@@ -88,7 +88,8 @@ impl Instance {
             // Ctrl-C on the terminal is ours to handle.
             .process_group(0);
         if bound {
-            // SAFETY: between fork and exec only one prctl(2) is called, which is async-signal-safe.
+            // SAFETY: between fork and exec only one prctl(2) is called, which is
+            // async-signal-safe.
             unsafe {
                 command.pre_exec(|| {
                     Ok(rustix::process::set_parent_process_death_signal(Some(
@@ -117,7 +118,8 @@ impl Instance {
     pub fn find(directory: &Path) -> Option<Self> {
         let pid = fs::read_to_string(directory.join(PID_FILE)).ok()?;
         let pid = Pid::from_raw(pid.trim().parse().ok()?)?;
-        // The number may have gone to another process since: QEMU's working directory is the instance's.
+        // The number may have gone to another process since: QEMU's working directory is the
+        // instance's.
         let cwd = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).ok()?;
         let same = cwd == directory.canonicalize().ok()?;
         same.then(|| Self {
@@ -182,7 +184,8 @@ impl Instance {
         tail(CONSOLE_LOG) + &tail(QEMU_LOG)
     }
 
-    /// Saves the logs and what the processors are doing below `into`, to find out later why it hung.
+    /// Saves the logs and what the processors are doing below `into`, to find out later why it
+    /// hung.
     pub fn save_state(&self, into: &Path) -> std::io::Result<()> {
         fs::create_dir_all(into)?;
         for name in [CONSOLE_LOG, QEMU_LOG] {

@@ -1,11 +1,13 @@
 //! Gives the emulated processors an interrupt now and then.
 //!
-//! QEMU up to 10.1 can lose one: its `VMRUN` and `#VMEXIT` change a processor's `interrupt_request` word with neither lock nor
-//! atomic instruction (`CPU_INTERRUPT_VIRQ` in `target/i386/tcg/*/svm_helper.c`), and what another thread sets in it at that
-//! moment, such as the local APIC's timer, is gone. The APIC still has the interrupt in its request register, but nothing
-//! looks there before the next one comes; Linux arms its timer anew only in the handler, so that on a processor which runs a
-//! guest none may ever come. Any other interrupt brings the lost one back. So one is sent to all processors: the
-//! message-signalled interrupt of Linux' rescheduling vector, which does nothing where nothing is to be rescheduled.
+//! QEMU up to 10.1 can lose one: its `VMRUN` and `#VMEXIT` change a processor's `interrupt_request`
+//! word with neither lock nor atomic instruction (`CPU_INTERRUPT_VIRQ` in
+//! `target/i386/tcg/*/svm_helper.c`), and what another thread sets in it at that moment, such as
+//! the local APIC's timer, is gone. The APIC still has the interrupt in its request register, but
+//! nothing looks there before the next one comes; Linux arms its timer anew only in the handler, so
+//! that on a processor which runs a guest none may ever come. Any other interrupt brings the lost
+//! one back. So one is sent to all processors: the message-signalled interrupt of Linux'
+//! rescheduling vector, which does nothing where nothing is to be rescheduled.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +16,8 @@ use std::time::{Duration, Instant};
 /// Between two kicks: what a lost timer interrupt costs at most.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// To all processors, physical destination (AMD64 manual volume 2, section 16.11): `RESCHEDULE_VECTOR` of Linux.
+/// To all processors, physical destination (AMD64 manual volume 2, section 16.11):
+/// `RESCHEDULE_VECTOR` of Linux.
 const MESSAGE: &[u8] = b"writel 0xfeeff000 0xfd\n";
 
 /// Sends them through QEMU's test port.

@@ -1,4 +1,5 @@
-//! The count of lab starts, commands and retries, in `retries.json`: a lab that hangs now and then is not hidden by the retry.
+//! The count of lab starts, commands and retries, in `retries.json`: a lab that hangs now and then
+//! is not hidden by the retry.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -20,7 +20,8 @@ pub struct Machine {
     pub memory_mib: u32,
 }
 
-/// File names in an instance's directory. QEMU runs there, so that long paths do not exceed what a socket address holds.
+/// File names in an instance's directory. QEMU runs there, so that long paths do not exceed what a
+/// socket address holds.
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// QEMU's test port, see [`super::kick`].
 pub const TEST_SOCKET: &str = "test.sock";
@@ -35,21 +36,24 @@ pub const QEMU_LOG: &str = "qemu.log";
 const HOST_TAG: &str = "host";
 const OUT_TAG: &str = "out";
 
-/// No mitigations: L1 is not there to be attacked, and emulating them costs. `iommu=pt`: L1's own devices are not
-/// translated, those under VFIO are. `init_on_alloc=0`: huge pages are cleared twice otherwise, the first time all of one
-/// without a place where others may run. `no_timer_check`: whether the timer's interrupt comes is judged by how many come in the time
-/// of ten, and on a busy machine the emulated timer is late.
+/// No mitigations: L1 is not there to be attacked, and emulating them costs. `iommu=pt`: L1's own
+/// devices are not translated, those under VFIO are. `init_on_alloc=0`: huge pages are cleared
+/// twice otherwise, the first time all of one without a place where others may run.
+/// `no_timer_check`: whether the timer's interrupt comes is judged by how many come in the time of
+/// ten, and on a busy machine the emulated timer is late.
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off init_on_alloc=0 no_timer_check";
 
-/// Without `erms`, with which Linux clears and copies pages byte by byte (`rep stosb`): each byte stored to a page that
-/// held code is a look at all that was translated of that page.
+/// Without `erms`, with which Linux clears and copies pages byte by byte (`rep stosb`): each byte
+/// stored to a page that held code is a look at all that was translated of that page.
 const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
 
-/// Memory for translated code, in MiB: what guests that are gone have left there is thrown away soon.
+/// Memory for translated code, in MiB: what guests that are gone have left there is thrown away
+/// soon.
 const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 
-/// More network cards for VFIO, by slot. Each has a network of its own, with what sends everything back at 10.0.2.100.
+/// More network cards for VFIO, by slot. Each has a network of its own, with what sends everything
+/// back at 10.0.2.100.
 const CARDS: [(u8, &str); 6] = [
     (0x10, "rtl8139"),
     (0x11, "pcnet"),
@@ -63,7 +67,8 @@ const CARDS: [(u8, &str); 6] = [
 pub const DISK: (&str, u64) = ("disk.img", 64 << 20);
 
 impl Machine {
-    /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's directory.
+    /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's
+    /// directory.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| args.extend(words.iter().map(OsString::from));

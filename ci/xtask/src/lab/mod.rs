@@ -1,5 +1,6 @@
-//! The lab: an AMD server with nested paging and an IOMMU, played by QEMU's software processor. A stock Debian kernel is
-//! its host kernel (L1); our programs run there as on any host, with a KVM that boots Linux.
+//! The lab: an AMD server with nested paging and an IOMMU, played by QEMU's software processor. A
+//! stock Debian kernel is its host kernel (L1); our programs run there as on any host, with a KVM
+//! that boots Linux.
 //!
 //! ```text
 //!  host                                   L1, emulated
@@ -10,8 +11,9 @@
 //!  target/lab/out ─ 9p, writable ─────────► the same path in the chroot
 //! ```
 //!
-//! Every lab run has an end: a limit for the boot, one for the command, one for an agent that says nothing. A lab that
-//! hangs is thrown away and the command tried once more in a new one; [`ledger`] counts that, and the output says it.
+//! Every lab run has an end: a limit for the boot, one for the command, one for an agent that says
+//! nothing. A lab that hangs is thrown away and the command tried once more in a new one;
+//! [`ledger`] counts that, and the output says it.
 
 mod channel;
 pub mod command;

@@ -33,8 +33,9 @@ const IDLE_BOOT: Duration = Duration::from_secs(5);
 /// For our own short commands in L1.
 const PREPARE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Makes L1 ready for commands, once. The image has mounted the host's root on `/host` and our results on `/out`, and put
-/// its own file systems over `/host/tmp` and others. A workspace below one of those is brought back.
+/// Makes L1 ready for commands, once. The image has mounted the host's root on `/host` and our
+/// results on `/out`, and put its own file systems over `/host/tmp` and others. A workspace below
+/// one of those is brought back.
 const PREPARE: &str = r#"
 set -e
 workspace=$1 out=$2
@@ -51,12 +52,12 @@ grep -q ' /host/dev/pts ' /proc/mounts || mount -t devpts devpts pts
 ip link set lo up
 "#;
 
-/// Files may have changed on the host since the last command, and 9p caches: nothing is in use between commands, so all of
-/// it goes.
+/// Files may have changed on the host since the last command, and 9p caches: nothing is in use
+/// between commands, so all of it goes.
 const FORGET_FILES: &str = "echo 3 > /proc/sys/vm/drop_caches";
 
-/// A namespace of its own takes along what the command leaves running. The shell is there to be process 1, to which
-/// signals such as SIGABRT would do nothing.
+/// A namespace of its own takes along what the command leaves running. The shell is there to be
+/// process 1, to which signals such as SIGABRT would do nothing.
 const WRAPPER: &[&str] = &[
     "unshare",
     "--pid",
@@ -164,8 +165,8 @@ impl Lab {
             .map(drop)
     }
 
-    /// How many times slower this lab came up than on an idle machine, at least 1: limits that end what hangs are to
-    /// be so much longer. 1 for one that was up already.
+    /// How many times slower this lab came up than on an idle machine, at least 1: limits that end
+    /// what hangs are to be so much longer. 1 for one that was up already.
     pub fn pace(&self) -> f64 {
         let boot = self.boot.unwrap_or_default();
         (boot.as_secs_f64() / IDLE_BOOT.as_secs_f64()).max(1.0)

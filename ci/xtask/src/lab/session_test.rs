@@ -1,4 +1,5 @@
-//! The lab's watchdog and retry, with a QEMU that only sleeps and an agent that does as the test says.
+//! The lab's watchdog and retry, with a QEMU that only sleeps and an agent that does as the test
+//! says.
 
 use std::fs;
 use std::io::{Read, Write};

@@ -39,8 +39,8 @@ impl Count {
         self.skipped += skipped;
     }
 
-    /// Adds what a line of a runner's output says; any other line says nothing. nextest repeats, indented, what the
-    /// program of a failed test said: that is not counted again.
+    /// Adds what a line of a runner's output says; any other line says nothing. nextest repeats,
+    /// indented, what the program of a failed test said: that is not counted again.
     pub fn read_line(&mut self, line: &str) {
         let line = without_colours(line);
         // cargo test:  test result: ok. 3 passed; 0 failed; 1 ignored; ...

@@ -1,6 +1,6 @@
-//! A bounded run of the fuzz targets, on the stable toolchain: `cargo-fuzz` is not needed for that, only the compiler's
-//! coverage instrumentation that libFuzzer reads. As many run at a time as there are processors. For long hunts with sanitizers
-//! there is `cargo fuzz`.
+//! A bounded run of the fuzz targets, on the stable toolchain: `cargo-fuzz` is not needed for that,
+//! only the compiler's coverage instrumentation that libFuzzer reads. As many run at a time as
+//! there are processors. For long hunts with sanitizers there is `cargo fuzz`.
 
 use std::num::NonZero;
 use std::path::Path;
@@ -18,7 +18,8 @@ const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanit
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks";
 /// Named, so that build scripts are not instrumented.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// For each target. Long enough to reach deep states from no corpus, short enough for every run of the tests.
+/// For each target. Long enough to reach deep states from no corpus, short enough for every run of
+/// the tests.
 const SECONDS: u32 = 20;
 /// An input that takes longer, in seconds, is a finding.
 const INPUT_LIMIT: u32 = 20;

@@ -1,4 +1,5 @@
-//! Runs a command on this host as the lab would: output as it comes, a time limit, nothing left running.
+//! Runs a command on this host as the lab would: output as it comes, a time limit, nothing left
+//! running.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};

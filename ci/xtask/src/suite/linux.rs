@@ -1,8 +1,9 @@
-//! Runs the `#[ignore]`d tests: they need the images. Those that boot guests run where that is possible, all others on this
-//! host, one after the other; those that take long only in the full form, or by name. In labs, a few tests at a time are one
-//! command, in a process of their own (`queue.rs`), and several labs work side by side. A command that hangs its lab is tried
-//! again in a new one, and so are, once and a few a run, tests that fail in one: what the emulated processors do wrong
-//! (`docs/lab.md`) fails tests too. That is not hidden.
+//! Runs the `#[ignore]`d tests: they need the images. Those that boot guests run where that is
+//! possible, all others on this host, one after the other; those that take long only in the full
+//! form, or by name. In labs, a few tests at a time are one command, in a process of their own
+//! (`queue.rs`), and several labs work side by side. A command that hangs its lab is tried again in
+//! a new one, and so are, once and a few a run, tests that fail in one: what the emulated
+//! processors do wrong (`docs/lab.md`) fails tests too. That is not hidden.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,9 +23,9 @@ use crate::place::Place;
 use crate::steps::duration;
 use crate::workspace::Workspace;
 
-/// Ends a process whose guest hangs in a lab that itself lives: for it, and for each of its tests beyond that. Several
-/// boots, or twenty driver restarts, take some two minutes in a lab that comes up in five seconds; one that took longer
-/// gets as many times more ([`Lab::pace`]).
+/// Ends a process whose guest hangs in a lab that itself lives: for it, and for each of its tests
+/// beyond that. Several boots, or twenty driver restarts, take some two minutes in a lab that comes
+/// up in five seconds; one that took longer gets as many times more ([`Lab::pace`]).
 const PROCESS_LIMIT: Duration = Duration::from_secs(480);
 const TEST_LIMIT: Duration = Duration::from_secs(120);
 /// So many batches of tests of a run that failed in a lab are tried once more.
@@ -66,8 +67,9 @@ impl Findings {
     }
 }
 
-/// Emulated processors of a lab for tests. With two, QEMU's guests with several vCPUs now and then do not come up
-/// (`docs/lab.md`); with one lab for each of the host's processors there is no use for more either.
+/// Emulated processors of a lab for tests. With two, QEMU's guests with several vCPUs now and then
+/// do not come up (`docs/lab.md`); with one lab for each of the host's processors there is no use
+/// for more either.
 const LAB_CPUS: u32 = 1;
 
 /// How guests are run.
@@ -80,7 +82,8 @@ pub struct Guests {
     pub full: bool,
 }
 
-/// Runs every ignored test whose name contains `filter`. What was done is in `findings` even if it ends early.
+/// Runs every ignored test whose name contains `filter`. What was done is in `findings` even if it
+/// ends early.
 pub fn run(
     workspace: &Workspace,
     guests: &Guests,
@@ -306,8 +309,8 @@ impl<'a> BatchRun<'a> {
         });
     }
 
-    /// A test that the program did not come to has failed, and so has every one if the program says nothing of them but ends
-    /// badly.
+    /// A test that the program did not come to has failed, and so has every one if the program says
+    /// nothing of them but ends badly.
     fn finish(mut self, ended: Ended) -> Vec<TestRecord> {
         for test in &self.batch.tests {
             let name = self.batch.program.full_name(test);

@@ -24,10 +24,10 @@ pub use host::run as run_on_host;
 
 /// Runs every check, and the tests
 ///
-/// Style, lints, duplicates among the rust-vmm crates, unit and integration tests, a bounded run of the fuzz targets, and the
-/// tests that boot Linux: on this host's KVM where that is fast enough, else in the lab. Tests that take long run with
-/// --full, or by name. Installs what is missing.
-/// The exit status is 0 when all went well.
+/// Style, lints, duplicates among the rust-vmm crates, unit and integration tests, a bounded run of
+/// the fuzz targets, and the tests that boot Linux: on this host's KVM where that is fast enough,
+/// else in the lab. Tests that take long run with --full, or by name. Installs what is missing. The
+/// exit status is 0 when all went well.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Only the tests that boot Linux, those whose name contains this, also if they take long
@@ -36,8 +36,8 @@ pub struct Args {
     /// With --linux: guests of another kernel than the default one
     #[arg(long, value_name = "NAME", value_parser = images::by_name, requires = "linux")]
     kernel: Option<&'static KernelSource>,
-    /// Tests that take long, too, and the full form of those that have one: every function, every place, MTU 9000, hours
-    /// instead of minutes
+    /// Tests that take long, too, and the full form of those that have one: every function, every
+    /// place, MTU 9000, hours instead of minutes
     #[arg(long)]
     full: bool,
     /// Print what came of it as JSON

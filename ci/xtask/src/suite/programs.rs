@@ -29,15 +29,16 @@ pub struct Program {
 /// The program whose tests run drivers in domains.
 const ISOLATION: &str = "isolation::linux";
 
-/// Guests in which frames fill several pages and the kernel's allocators check what is done to their memory.
+/// Guests in which frames fill several pages and the kernel's allocators check what is done to
+/// their memory.
 const CHECKED: &[(&str, &str)] = &[
     ("COFFERDAM_GUEST_APPEND", "slub_debug=FZPU page_poison=1"),
     ("COFFERDAM_GUEST_MTU", "9000"),
 ];
 
 impl Program {
-    /// The program as often as it is to be run: in the `full` form of the suite, drivers are run in domains once more in guests
-    /// whose kernel checks its memory.
+    /// The program as often as it is to be run: in the `full` form of the suite, drivers are run in
+    /// domains once more in guests whose kernel checks its memory.
     pub fn forms(self, full: bool) -> Vec<Self> {
         let checked = (full && self.name == ISOLATION).then(|| Self {
             name: format!("{ISOLATION} (MTU 9000, checked memory)"),

@@ -1,5 +1,6 @@
-//! Which tests go to the labs, and in which order: those that share a guest a few at a time, all others one by one, the
-//! longest first. So labs side by side come to their ends at nearly the same time.
+//! Which tests go to the labs, and in which order: those that share a guest a few at a time, all
+//! others one by one, the longest first. So labs side by side come to their ends at nearly the same
+//! time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -10,12 +11,14 @@ use anyhow::Context;
 use super::programs::Program;
 use super::record::TestRecord;
 
-/// The tests of each of a program's modules whose names begin so share a guest: they run in one process.
+/// The tests of each of a program's modules whose names begin so share a guest: they run in one
+/// process.
 const SHARED: &str = "shared";
-/// So many of them at most: what is lost with a lab that hangs is no more than these. Each process boots a guest.
+/// So many of them at most: what is lost with a lab that hangs is no more than these. Each process
+/// boots a guest.
 const TOGETHER: usize = 8;
-/// Tests in modules of this name take long, and most of what they show others show, too: they run in the full form of the
-/// suite, and for whoever asks for them by name.
+/// Tests in modules of this name take long, and most of what they show others show, too: they run
+/// in the full form of the suite, and for whoever asks for them by name.
 const LONG: &str = "long";
 
 /// Whether a test takes long.
@@ -23,7 +26,8 @@ pub fn is_long(test: &str) -> bool {
     test.split("::").any(|part| part == LONG)
 }
 
-/// Seconds for a test of which nothing is known: most take less, so that those with known times fill the gaps.
+/// Seconds for a test of which nothing is known: most take less, so that those with known times
+/// fill the gaps.
 const UNKNOWN: f64 = 60.0;
 
 /// Tests of one program that run in one process.

@@ -24,8 +24,8 @@ const MISSES: u64 = 2;
 /// Instructions tried at most to find one at a place that calls reach.
 pub(super) const CANDIDATES: usize = 24;
 
-/// Between two looks at something that will change. Moments are noted by the VM; who looks takes the processor away from
-/// it where there is one for both.
+/// Between two looks at something that will change. Moments are noted by the VM; who looks takes
+/// the processor away from it where there is one for both.
 const POLL: Duration = Duration::from_millis(20);
 
 /// From seeing that a call failed to going on: the first packets come undisturbed.
@@ -94,7 +94,8 @@ pub(super) struct Bench<'a> {
     pub(super) guest: &'a mut Guest,
     pub(super) probe: &'a mut Probe,
     pub(super) control: ControlClient,
-    /// Losses of the link that the other end of the wire saw in calls that failed after they had gone on in the guest.
+    /// Losses of the link that the other end of the wire saw in calls that failed after they had
+    /// gone on in the guest.
     pub(super) link_losses: u64,
 }
 

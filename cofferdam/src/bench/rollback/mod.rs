@@ -6,9 +6,9 @@
 //!                                              └─ first_rx   a ping sent after the fault is answered
 //! ```
 //!
-//! One fault at a time goes into one call. Each entry is isolated alone: a function that an isolated one
-//! calls, directly or through the kernel, is part of that call. The gateway pings all the time, and
-//! after the faults at one place the same operation must succeed.
+//! One fault at a time goes into one call. Each entry is isolated alone: a function that an
+//! isolated one calls, directly or through the kernel, is part of that call. The gateway pings all
+//! the time, and after the faults at one place the same operation must succeed.
 
 mod atomic;
 mod faults;
@@ -45,8 +45,8 @@ pub const ENTRIES: &[&str] = &[
 /// Time for a call in the domain, in microseconds: only a call that hangs should reach it.
 const BUDGET_US: u64 = 10_000_000;
 
-/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place. If `spilled`, their calls go on
-/// in the guest and fail after that.
+/// Measures rollbacks of `entries` in `guest`, `runs` of each, in turn at each place. If `spilled`,
+/// their calls go on in the guest and fail after that.
 pub fn measure(
     guest: &mut Guest,
     probe: &mut Probe,

@@ -12,8 +12,8 @@ use crate::report::{Method, Recovery, RecoveryRun};
 /// [`GUEST_ONLY`].
 pub const SPILLING: &[&str] = &["e1000_set_ringparam", "e1000_open"];
 
-/// Kernel functions that may wait, and which these calls go on in the guest for: memory for rings, and the
-/// interrupt.
+/// Kernel functions that may wait, and which these calls go on in the guest for: memory for rings,
+/// and the interrupt.
 pub(super) const GUEST_ONLY: [&str; 2] = ["vzalloc", "request_threaded_irq"];
 
 /// Places of one entry point at which calls fail after they had gone on in the guest.
@@ -83,7 +83,8 @@ impl Bench<'_> {
         })))
     }
 
-    /// One fault in a call; `None` if calls do not reach it, or have not gone on in the guest by then.
+    /// One fault in a call; `None` if calls do not reach it, or have not gone on in the guest by
+    /// then.
     pub(super) fn spilled_rollback(
         &mut self,
         entry: &str,

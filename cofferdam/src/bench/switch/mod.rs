@@ -1,4 +1,5 @@
-//! Moving one NIC between two running guests, as a switch of the device host and as an unplug and plug, in one run.
+//! Moving one NIC between two running guests, as a switch of the device host and as an unplug and
+//! plug, in one run.
 //!
 //! ```text
 //!  guest left ──┐
@@ -6,9 +7,10 @@
 //!  guest right ─┘
 //! ```
 //!
-//! Both guests send all that they can, all the time: pings to a group that nobody answers. So a guest that has
-//! the NIC is not silent for reasons of its own, and one that waits for it has frames in its rings. The outage is what the
-//! far end of the cable sees: from the last frame of the one guest to the first of the other.
+//! Both guests send all that they can, all the time: pings to a group that nobody answers. So a
+//! guest that has the NIC is not silent for reasons of its own, and one that waits for it has
+//! frames in its rings. The outage is what the far end of the cable sees: from the last frame of
+//! the one guest to the first of the other.
 
 mod observer;
 
@@ -223,7 +225,8 @@ impl Pair {
                 for index in 0..2 {
                     pair.configure(index)?;
                 }
-                // Each has had it once: no link has been away for as long as the other guest took to boot.
+                // Each has had it once: no link has been away for as long as the other guest took
+                // to boot.
                 if pair.turn()?.as_deref() == Some(NAMES[0]) {
                     pair.settled(0, monotonic_ns())?;
                     pair.give(1)?;
@@ -285,8 +288,8 @@ impl Pair {
         control.tell(&Request::Unplug { address })
     }
 
-    /// Waits until the guest has the NIC's interface, and gives it its address, as whoever listens for new devices
-    /// there would.
+    /// Waits until the guest has the NIC's interface, and gives it its address, as whoever listens
+    /// for new devices there would.
     fn configure(&mut self, index: usize) -> anyhow::Result<()> {
         let mac = self.mac(index).to_string();
         let agent = self.guests[index].agent();

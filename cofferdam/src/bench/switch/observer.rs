@@ -50,7 +50,8 @@ impl Log {
         self.0.push_back(seen);
     }
 
-    /// The outage between `old` and `new`, which was asked for at `asked_ns`; `None` as long as `new` is not heard.
+    /// The outage between `old` and `new`, which was asked for at `asked_ns`; `None` as long as
+    /// `new` is not heard.
     fn outage(&self, old: MacAddress, new: MacAddress, asked_ns: u64) -> Option<Outage> {
         let first = self
             .0
@@ -113,7 +114,8 @@ impl Observer {
         })
     }
 
-    /// The outage between the two guests with these addresses, which was asked for at `asked_ns`, once it is over.
+    /// The outage between the two guests with these addresses, which was asked for at `asked_ns`,
+    /// once it is over.
     pub fn outage(&self, old: MacAddress, new: MacAddress, asked_ns: u64) -> Option<Outage> {
         lock(&self.log).outage(old, new, asked_ns)
     }

@@ -8,7 +8,8 @@ use super::Worker;
 use crate::control::protocol::{Disturbance, Reply, Request};
 
 impl Worker {
-    /// How many events of a run without a fault one of this kind can strike at; 0 if the device cannot fail so.
+    /// How many events of a run without a fault one of this kind can strike at; 0 if the device
+    /// cannot fail so.
     pub fn events(&self, kind: EdgeKind) -> u64 {
         self.events.get(kind.name()).copied().unwrap_or(0)
     }
@@ -53,7 +54,8 @@ impl Worker {
     }
 }
 
-/// A fault of this kind at an edge, after so many events, with all that the kind needs from the seed.
+/// A fault of this kind at an edge, after so many events, with all that the kind needs from the
+/// seed.
 pub(super) fn order(kind: EdgeKind, after: u64, seed: u64) -> EdgeOrder {
     let order = EdgeOrder::new(kind).after(after).seed(seed);
     match kind {

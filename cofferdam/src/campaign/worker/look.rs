@@ -84,8 +84,8 @@ impl Worker {
         }
         let looks_again = seen.rungs > 0 || seen.taken_back > 0 && !seen.works;
         if looks_again && seen.answers {
-            // It was restarted meanwhile, or the call that failed was one of those by which it was seen: what counts is
-            // whether it works now.
+            // It was restarted meanwhile, or the call that failed was one of those by which it was
+            // seen: what counts is whether it works now.
             let works = self.workload.works_alone(INTERFACE, GATEWAY);
             seen.works = self.guest.shell(&works).is_ok();
         }
@@ -98,8 +98,9 @@ impl Worker {
         Ok(())
     }
 
-    /// The first call since `since_ns` that was taken back, of so many; the fault was first come to at `reached_ns`. `None` where
-    /// it is not among those that are still known: the last ones, and none of before a restart.
+    /// The first call since `since_ns` that was taken back, of so many; the fault was first come to
+    /// at `reached_ns`. `None` where it is not among those that are still known: the last ones, and
+    /// none of before a restart.
     pub(super) fn first_violation(
         &mut self,
         since_ns: u64,

@@ -8,7 +8,8 @@ use isolation::analysis::image::Ko;
 use isolation::analysis::kernel::{Class, Kernel, Modelled};
 use recovery::model::{Effect, Known, Model, Resource};
 
-/// The kernel in `file` (`vmlinux`, or a `bzImage` to be unpacked), with the model for modules such as this one.
+/// The kernel in `file` (`vmlinux`, or a `bzImage` to be unpacked), with the model for modules such
+/// as this one.
 pub fn read(file: &Path, module: &[u8]) -> anyhow::Result<Kernel> {
     let image = std::fs::read(file)
         .with_context(|| format!("cannot read the kernel {}", file.display()))?;

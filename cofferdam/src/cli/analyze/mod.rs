@@ -32,10 +32,12 @@ pub struct AnalyzeOptions {
     /// Files of modules, or names of modules of the kernel
     #[arg(required_unless_present = "all")]
     modules: Vec<String>,
-    /// All network, block, sound, USB and input modules of the kernel: a table of what could be isolated
+    /// All network, block, sound, USB and input modules of the kernel: a table of what could be
+    /// isolated
     #[arg(long, conflicts_with = "modules")]
     all: bool,
-    /// Folder with the kernel's modules, such as lib/modules/RELEASE [default: target/images/modules]
+    /// Folder with the kernel's modules, such as lib/modules/RELEASE [default:
+    /// target/images/modules]
     #[arg(long = "modules", value_name = "DIR", id = "dir")]
     directory: Option<PathBuf>,
     /// The kernel, vmlinux or vmlinuz [default: target/images/vmlinux]
@@ -149,7 +151,8 @@ fn read(file: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(read_module(file)?)
 }
 
-/// Unpacks kernel and modules of a package; of these only the families that are tabled, if that will do.
+/// Unpacks kernel and modules of a package; of these only the families that are tabled, if that
+/// will do.
 fn unpack(package: &Path, tabled: bool) -> anyhow::Result<Source> {
     let folder = tempfile::tempdir().context("cannot make a folder to unpack into")?;
     let wanted = |path: &str| match path.split_once("/kernel/") {

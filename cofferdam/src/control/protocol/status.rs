@@ -16,7 +16,8 @@ pub struct Status {
     pub pid: u32,
     /// What its vCPUs do.
     pub state: VmState,
-    /// What the guest's kernel said last if it has panicked since it was booted, as far as its console shows.
+    /// What the guest's kernel said last if it has panicked since it was booted, as far as its
+    /// console shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_panic: Option<String>,
     /// Time since the process began to build the VM, in milliseconds.

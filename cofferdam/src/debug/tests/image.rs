@@ -33,7 +33,8 @@ fn table(entries: &[(usize, u64)]) -> [u8; PAGE] {
     page
 }
 
-/// `struct thing { int count; }` and `int driver_entry(struct thing *dev)` as BTF (Documentation/bpf/btf.rst).
+/// `struct thing { int count; }` and `int driver_entry(struct thing *dev)` as BTF
+/// (Documentation/bpf/btf.rst).
 fn types() -> Vec<u8> {
     let strings = b"\0int\0thing\0count\0driver_entry\0dev\0";
     let words: [u32; 22] = [
@@ -72,7 +73,8 @@ fn types() -> Vec<u8> {
     bytes
 }
 
-/// Writes an image into `dir` and opens it: a driver's function that has called the kernel's, which faults.
+/// Writes an image into `dir` and opens it: a driver's function that has called the kernel's, which
+/// faults.
 pub fn image(dir: &Path) -> FaultImage {
     let mut private = (7 * PAGE as u64).to_le_bytes().to_vec();
     private.extend([0x77; PAGE]);

@@ -17,7 +17,8 @@ fn packet(body: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// Bodies of the packets in what was answered, run-length encoding resolved; acknowledgements are left out.
+/// Bodies of the packets in what was answered, run-length encoding resolved; acknowledgements are
+/// left out.
 fn bodies(answer: &[u8]) -> Vec<String> {
     let text = String::from_utf8(answer.to_vec()).unwrap();
     let packets = text.split('$').skip(1);

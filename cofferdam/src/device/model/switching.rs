@@ -1,6 +1,6 @@
-//! The steps of a switch between models of NICs, each of which is its guest's context itself: registers, rings and the map of
-//! memory stay where they are, so saving, mapping and loading are nothing, whatever the size of a guest. What goes on is the turn
-//! at the wire.
+//! The steps of a switch between models of NICs, each of which is its guest's context itself:
+//! registers, rings and the map of memory stay where they are, so saving, mapping and loading are
+//! nothing, whatever the size of a guest. What goes on is the turn at the wire.
 
 use std::sync::{MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -20,8 +20,8 @@ const LOOK: Duration = Duration::from_micros(50);
 /// See the module.
 pub struct ModelSwitch<'a> {
     turns: &'a Turns,
-    /// The NIC of the guest that has the turn, while it stands still: its thread can neither send nor receive for it, nor
-    /// reach memory.
+    /// The NIC of the guest that has the turn, while it stands still: its thread can neither send
+    /// nor receive for it, nor reach memory.
     held: Option<MutexGuard<'a, dyn PciFunction + 'static>>,
     /// Which turn was given last.
     pub turn: Option<u64>,

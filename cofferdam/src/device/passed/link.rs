@@ -1,4 +1,5 @@
-//! Takes the link from a VM that has been parked with it for too long, before its driver finds that its transmitter hangs.
+//! Takes the link from a VM that has been parked with it for too long, before its driver finds that
+//! its transmitter hangs.
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, TryLockError};

@@ -1,8 +1,9 @@
-//! A function of the host's PCI bus: there is one of it, and the VM with the turn has it. The others have images of it.
+//! A function of the host's PCI bus: there is one of it, and the VM with the turn has it. The
+//! others have images of it.
 //!
-//! The function is opened when the device host begins and is kept open: closing it would reset it. Each VM's part
-//! is a function of its own ([`PassedFunction`]) with its configuration space, interrupts and memory; a switch takes the hardware out of
-//! the one and puts it into the other.
+//! The function is opened when the device host begins and is kept open: closing it would reset it.
+//! Each VM's part is a function of its own ([`PassedFunction`]) with its configuration space,
+//! interrupts and memory; a switch takes the hardware out of the one and puts it into the other.
 
 mod link;
 mod switching;
@@ -109,7 +110,8 @@ impl Card for PassedCard {
         None
     }
 
-    /// The kernel ends DMA and interrupts and resets the function when its file is closed, which happens with the process.
+    /// The kernel ends DMA and interrupts and resets the function when its file is closed, which
+    /// happens with the process.
     fn end(&self) {}
 
     fn fill(&self, status: &mut HostStatus) {
@@ -181,7 +183,8 @@ impl Share for PassedShare {
     }
 }
 
-/// Gives the function the memory that the client has now, and has a thread allocate it, so that the device gets it sooner.
+/// Gives the function the memory that the client has now, and has a thread allocate it, so that the
+/// device gets it sooner.
 fn memory_changed(function: &Mutex<PassedFunction>) {
     let memory = match lock(function).memory_changed() {
         Ok(Some(memory)) => memory,

@@ -1,5 +1,5 @@
-//! The steps of a switch of a function of the host. Both VMs' functions are held from the first step that touches them to the end: what
-//! their guests do to them meanwhile waits.
+//! The steps of a switch of a function of the host. Both VMs' functions are held from the first
+//! step that touches them to the end: what their guests do to them meanwhile waits.
 
 use std::sync::MutexGuard;
 
@@ -27,8 +27,8 @@ impl<'a> PassedSwitch<'a> {
         }
     }
 
-    /// The function of `guest`, which is held from now on. Whoever has it has it for an access, or for as long as it takes to
-    /// map memory.
+    /// The function of `guest`, which is held from now on. Whoever has it has it for an access, or
+    /// for as long as it takes to map memory.
     fn of(&mut self, guest: &'a Context<PassedShare>) -> &mut PassedFunction {
         let known = |(other, _): &(&Context<PassedShare>, _)| std::ptr::eq(*other, guest);
         let place = self.held.iter().position(known).unwrap_or_else(|| {
@@ -42,7 +42,8 @@ impl<'a> PassedSwitch<'a> {
 impl<'a> Switchable for PassedSwitch<'a> {
     type Guest = &'a Context<PassedShare>;
 
-    /// The device of a VM that has gone is reset if it does not stand still: nobody waits for its state.
+    /// The device of a VM that has gone is reset if it does not stand still: nobody waits for its
+    /// state.
     fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String> {
         let function = self.of(guest);
         let quiet = function.quiesce();

@@ -1,7 +1,8 @@
 //! A report as one HTML file that needs nothing else.
 //!
-//! Every number in it is in the JSON as well. Colours follow the reader's light or dark setting. What is in a report may
-//! have come from a guest: all text is escaped, and only plots and this program's own style are not.
+//! Every number in it is in the JSON as well. Colours follow the reader's light or dark setting.
+//! What is in a report may have come from a guest: all text is escaped, and only plots and this
+//! program's own style are not.
 
 mod campaign;
 mod isolation;

@@ -59,7 +59,8 @@ pub enum Event {
         guest: String,
         /// Name of the module.
         module: String,
-        /// `running`, `resuming`, `restarting`, `resetting`, `stopped` or `unisolated`; none when it is isolated no more.
+        /// `running`, `resuming`, `restarting`, `resetting`, `stopped` or `unisolated`; none when
+        /// it is isolated no more.
         #[schema(value_type = Option<String>)]
         state: Option<State>,
     },
@@ -189,7 +190,8 @@ impl View {
         }
     }
 
-    /// What is different from `before`. What a process that does not answer had counted is carried on.
+    /// What is different from `before`. What a process that does not answer had counted is carried
+    /// on.
     pub fn since(&self, before: &Self) -> Vec<Event> {
         let mut events = Vec::new();
         for (name, old) in &before.guests {

@@ -1,7 +1,8 @@
 //! What changes, as it is seen: server-sent events.
 //!
-//! Everything is looked at once a second, and only while somebody listens. Whoever listens gets what there is first and
-//! then what changes. A listener that is too slow for that is told so, and has to begin anew.
+//! Everything is looked at once a second, and only while somebody listens. Whoever listens gets
+//! what there is first and then what changes. A listener that is too slow for that is told so, and
+//! has to begin anew.
 
 mod change;
 
@@ -38,7 +39,8 @@ pub const MAX_BEHIND: usize = 256;
 #[derive(Debug)]
 pub struct Watch {
     watched: Mutex<Watched>,
-    /// Held by the listener that comes first while it looks: those that come meanwhile begin with what it saw.
+    /// Held by the listener that comes first while it looks: those that come meanwhile begin with
+    /// what it saw.
     first: tokio::sync::Mutex<()>,
 }
 

@@ -6,7 +6,8 @@ use crate::control::protocol::Status;
 use crate::device::protocol::HostStatus;
 use crate::serve::look::Look;
 
-/// A guest that runs, with an isolated e1000 that failed `aborts` times and was restarted `restarts` times.
+/// A guest that runs, with an isolated e1000 that failed `aborts` times and was restarted
+/// `restarts` times.
 pub fn guest(name: &str, aborts: u64, restarts: u64) -> Listed<Status> {
     let entry = isolation::status::EntryStatus {
         name: "e1000_open".to_owned(),

@@ -19,7 +19,8 @@ impl Vm {
         Ok(self.said_now(work, step, FIRST_TIME))
     }
 
-    /// What the first step that ended otherwise than natively says when it is done once more, isolated.
+    /// What the first step that ended otherwise than natively says when it is done once more,
+    /// isolated.
     pub(super) fn ask_why(
         &mut self,
         work: &Workload,

@@ -173,8 +173,8 @@ fn share(rows: usize, wanted: &[usize]) -> Vec<usize> {
     given
 }
 
-/// The head of a section and as many lines as fit, that with the number `must` among them. Where some do not fit, the last
-/// line says so, if there is room for one beside it.
+/// The head of a section and as many lines as fit, that with the number `must` among them. Where
+/// some do not fit, the last line says so, if there is room for one beside it.
 fn fit(
     section: Vec<Line<'static>>,
     rows: usize,

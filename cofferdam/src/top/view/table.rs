@@ -22,7 +22,8 @@ pub struct Column {
 
 /// A row.
 pub struct Row {
-    /// One for each column; where there are fewer, the last one takes the place of those that are missing.
+    /// One for each column; where there are fewer, the last one takes the place of those that are
+    /// missing.
     pub cells: Vec<String>,
     /// How it looks.
     pub style: Style,
@@ -57,8 +58,8 @@ pub fn head_style() -> Style {
     Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD)
 }
 
-/// The head and the rows as lines of `columns` columns at most. The first column takes what the others leave, but no
-/// more than its cells need; the last one has all of the rest.
+/// The head and the rows as lines of `columns` columns at most. The first column takes what the
+/// others leave, but no more than its cells need; the last one has all of the rest.
 pub fn lines(all: &[Column], rows: Vec<Row>, columns: usize) -> Vec<Line<'static>> {
     let shown = |column: &Column| column.from <= columns;
     let fixed = all.iter().skip(1).filter(|column| shown(column));

@@ -1,4 +1,5 @@
-//! The stock `e1000` driver on our 82540EM: all that it uses of the card, and the gateway at the other end of the wire.
+//! The stock `e1000` driver on our 82540EM: all that it uses of the card, and the gateway at the
+//! other end of the wire.
 
 use std::time::Duration;
 

@@ -74,7 +74,8 @@ fn a_call_is_left_out_of_a_driver_that_is_not_isolated_and_put_back() {
     victim.assert_healthy("a call that was left out for a while");
 }
 
-/// A length that no packet has room for: the kernel prints that and gives up (`skb_over_panic`, net/core/skbuff.c).
+/// A length that no packet has room for: the kernel prints that and gives up (`skb_over_panic`,
+/// net/core/skbuff.c).
 fn absurd_length(victim: &mut Victim) -> Request {
     let text = text_of(victim, CLEAN_RX);
     let mutation = with_function(CLEAN_RX, &text, |function| {
@@ -177,8 +178,8 @@ fn a_stopped_driver_that_sets_its_device_going_again_does_not_drown_the_guest_in
     victim.inject("e1000_xmit_frame", 5, FaultKind::NullDereference, 1, 1);
     victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
     assert_eq!(victim.ladder().state, State::Stopped);
-    // Functions that are not isolated switch the device's interrupts on, and its link comes up: its handler is not run,
-    // and nobody acknowledges that.
+    // Functions that are not isolated switch the device's interrupts on, and its link comes up: its
+    // handler is not run, and nobody acknowledges that.
     victim.run(&["ip", "link", "set", "eth0", "down"]);
     victim.run(&["ip", "link", "set", "eth0", "up"]);
     victim.run(&["sleep", "2"]);

@@ -1,7 +1,7 @@
 //! Faults in calls of the stock e1000 driver of a live guest, and what is left of them.
 //!
-//! `COFFERDAM_FULL=1` runs all entry points, all places and a thousand faults in a stream; otherwise a
-//! few of each.
+//! `COFFERDAM_FULL=1` runs all entry points, all places and a thousand faults in a stream;
+//! otherwise a few of each.
 
 use std::time::{Duration, Instant};
 
@@ -86,22 +86,24 @@ fn after_a_fault_at_any_place_the_same_operation_succeeds() {
     }
 }
 
-/// Pages that a processor keeps in its own list of free ones beyond what it kept before, where they do not count as free:
-/// two batches (`zone_batchsize`, mm/page_alloc.c).
+/// Pages that a processor keeps in its own list of free ones beyond what it kept before, where they
+/// do not count as free: two batches (`zone_batchsize`, mm/page_alloc.c).
 const KEPT_PAGES: i64 = 126;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_checked_stream_survives_faults_and_nothing_leaks() {
     let mut victim = victim();
-    // So many that one object or page for every other fault is more than the noise of a living guest.
+    // So many that one object or page for every other fault is more than the noise of a living
+    // guest.
     let (entries, faults): (&[&str], u64) = match full() {
         true => (&STREAM_ENTRIES, 1000),
         false => (&["e1000_clean"], 200),
     };
     for &entry in entries {
         victim.isolate(entry, unlimited());
-        // Twice without faults: once for what is kept for later, and once for how much comes and goes anyhow.
+        // Twice without faults: once for what is kept for later, and once for how much comes and
+        // goes anyhow.
         let mut undisturbed = || {
             let kind = TrafficKind::TcpEcho;
             let sent = traffic::send(&mut victim.guest, kind, Duration::from_secs(3));
@@ -334,7 +336,8 @@ fn a_device_that_is_put_back_by_its_registers_goes_on() {
     }
 }
 
-/// Puts the NIC to sleep behind its driver's back (D3hot, by its power management control register).
+/// Puts the NIC to sleep behind its driver's back (D3hot, by its power management control
+/// register).
 const SLEEP: &str =
     "printf '\\003' | dd of=/sys/class/net/eth0/device/config bs=1 seek=224 count=1 conv=notrunc";
 

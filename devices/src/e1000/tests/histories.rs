@@ -1,5 +1,5 @@
-//! Random histories: none breaks the controller, and at any point of one a restored twin goes on as the
-//! original does.
+//! Random histories: none breaks the controller, and at any point of one a restored twin goes on as
+//! the original does.
 
 use arbitrary::{Arbitrary, Unstructured};
 

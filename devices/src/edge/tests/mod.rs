@@ -1,4 +1,5 @@
-//! Each kind on a function made by hand: what its driver sees, what reaches it, and that it is over when it is taken back.
+//! Each kind on a function made by hand: what its driver sees, what reaches it, and that it is over
+//! when it is taken back.
 
 mod interrupts;
 mod models;

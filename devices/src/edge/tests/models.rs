@@ -12,7 +12,8 @@ use crate::pci::bus::{ConfigPorts, PciBus};
 use crate::pci::config::offset;
 use crate::wire::gateway::{Gateway, GatewayConfig};
 
-/// Device Status and its link bit, Interrupt Cause Read and its link bit, Interrupt Mask Set (13.4.2, 13.4.17, 13.4.20).
+/// Device Status and its link bit, Interrupt Cause Read and its link bit, Interrupt Mask Set
+/// (13.4.2, 13.4.17, 13.4.20).
 const STATUS: u64 = 0x8;
 const STATUS_LU: u32 = 1 << 1;
 const ICR: u64 = 0xc0;

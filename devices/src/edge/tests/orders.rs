@@ -173,7 +173,8 @@ fn so_many_faults_are_armed_and_each_is_taken_back_by_its_number() {
 }
 
 proptest! {
-    /// Whatever is armed and whatever the guest does, nothing overflows, and what is undone is as if it had never been.
+    /// Whatever is armed and whatever the guest does, nothing overflows, and what is undone is as
+    /// if it had never been.
     #[test]
     fn no_order_and_no_access_breaks_the_edge(
         kind in 0..EdgeKind::ALL.len(),

@@ -1,4 +1,5 @@
-//! Power states of functions, by the PCI power management capability (PCI Bus Power Management Interface 1.2, section 3.2).
+//! Power states of functions, by the PCI power management capability (PCI Bus Power Management
+//! Interface 1.2, section 3.2).
 
 use super::PciBus;
 use crate::pci::config::offset::{CAPABILITIES_POINTER, STATUS};
@@ -11,8 +12,8 @@ const FIRST_CAPABILITY: u8 = 0x40;
 const MAX_CAPABILITIES: usize = 48;
 /// Identity of the power management capability.
 const POWER_MANAGEMENT: u8 = 0x01;
-/// Power management control and status: its offset in the capability, the power state in it, and PME status, which a 1
-/// clears.
+/// Power management control and status: its offset in the capability, the power state in it, and
+/// PME status, which a 1 clears.
 const CONTROL: u16 = 4;
 const STATE: u16 = 3;
 const PME_STATUS: u16 = 1 << 15;
@@ -27,8 +28,8 @@ pub enum PowerState {
 }
 
 impl PciBus {
-    /// Puts function 0 in `slot` into a power state; `false` if it has no power management capability, and nothing was
-    /// done.
+    /// Puts function 0 in `slot` into a power state; `false` if it has no power management
+    /// capability, and nothing was done.
     pub fn set_power_state(&self, slot: u8, state: PowerState) -> bool {
         let Some(capability) = self.find_capability(slot, POWER_MANAGEMENT) else {
             return false;

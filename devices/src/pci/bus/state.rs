@@ -59,8 +59,8 @@ impl PciBus {
         Ok(FunctionStates(states))
     }
 
-    /// Puts back the state of every function, in the order of slots, and what it decodes. Functions drive their
-    /// interrupts anew. After an error the bus must be reset.
+    /// Puts back the state of every function, in the order of slots, and what it decodes. Functions
+    /// drive their interrupts anew. After an error the bus must be reset.
     ///
     /// # Errors
     /// The states are of other functions.

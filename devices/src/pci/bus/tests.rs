@@ -222,7 +222,8 @@ fn no_two_functions_have_the_same_number() {
     assert_eq!(m.pci.serials(), [(0, 0), (3, 3), (5, 2)]);
 }
 
-/// A register of the header, and bytes to write there: mostly the command and base address registers.
+/// A register of the header, and bytes to write there: mostly the command and base address
+/// registers.
 fn config_write() -> impl Strategy<Value = (u8, u16, Vec<u8>)> {
     let register = prop_oneof![Just(offset::COMMAND), 0x10u16..0x28, any::<u16>()];
     let byte = prop_oneof![Just(0), Just(0xff), Just(7), any::<u8>()];

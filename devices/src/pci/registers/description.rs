@@ -19,8 +19,9 @@
 //! [parked]            # how an image answers the driver of a guest that has not got the device now (`parked`)
 //! ```
 //!
-//! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are written as 0. `moves` is
-//! those that are not compared after they were written: the device changes them itself, and may have done so at once.
+//! `keep` is the bits that are saved, written back and compared; all if it is left out. Others are
+//! written as 0. `moves` is those that are not compared after they were written: the device changes
+//! them itself, and may have done so at once.
 
 use serde::Deserialize;
 
@@ -120,7 +121,8 @@ pub(super) struct ConfigField {
     pub awake: u32,
 }
 
-/// A register whose loads have no effect. Drivers load it to have their stores arrive, which a bus may hold back.
+/// A register whose loads have no effect. Drivers load it to have their stores arrive, which a bus
+/// may hold back.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Flush {
@@ -282,8 +284,8 @@ impl Description {
         Self::parse(include_str!("../../../models/82574l.toml"))
     }
 
-    /// Whether a load of `bytes` bytes at `offset` of the registers has no effect, and shows the same whether or not the
-    /// stores at `waiting` have been made.
+    /// Whether a load of `bytes` bytes at `offset` of the registers has no effect, and shows the
+    /// same whether or not the stores at `waiting` have been made.
     pub fn may_overtake(
         &self,
         offset: u64,

@@ -1,10 +1,12 @@
-//! The state of a PCI function by its registers: for devices that cannot give their state away as a whole.
+//! The state of a PCI function by its registers: for devices that cannot give their state away as a
+//! whole.
 //!
-//! Which fields and registers, and in which order they are written back, is data ([`Description`]). Every register is
-//! read again after it was written: a device that does not hold what it was given is not the one that was saved.
+//! Which fields and registers, and in which order they are written back, is data ([`Description`]).
+//! Every register is read again after it was written: a device that does not hold what it was given
+//! is not the one that was saved.
 //!
-//! What is not held is what cannot be read, or not without changing it: statistics, causes of interrupts, timers that
-//! run, a frame that is half moved.
+//! What is not held is what cannot be read, or not without changing it: statistics, causes of
+//! interrupts, timers that run, a frame that is half moved.
 
 pub mod description;
 mod mdio;
@@ -117,10 +119,11 @@ struct SavedRing {
 }
 
 impl Description {
-    /// Takes the state of `function`, whose rings are in `memory`. Nobody else may use it meanwhile.
+    /// Takes the state of `function`, whose rings are in `memory`. Nobody else may use it
+    /// meanwhile.
     ///
-    /// The function goes on unchanged, but for the register through which a PHY is reached: that holds the last
-    /// access.
+    /// The function goes on unchanged, but for the register through which a PHY is reached: that
+    /// holds the last access.
     pub fn take(
         &self,
         function: &mut dyn PciFunction,
@@ -183,7 +186,8 @@ impl Description {
         })
     }
 
-    /// Guest memory that the device writes by itself: address and length of each ring that it uses, in bytes.
+    /// Guest memory that the device writes by itself: address and length of each ring that it uses,
+    /// in bytes.
     pub fn rings(&self, registers: &mut dyn RegisterAccess) -> Vec<(u64, u64)> {
         let mut access = Access(registers);
         let rings = self.ring.iter();
@@ -197,8 +201,8 @@ impl Description {
         self.stop(&mut Access(registers));
     }
 
-    /// Puts a state back. On an error the function is in no state that can be relied on, with its units stopped if
-    /// it still listens.
+    /// Puts a state back. On an error the function is in no state that can be relied on, with its
+    /// units stopped if it still listens.
     pub fn put_back(
         &self,
         function: &mut dyn PciFunction,

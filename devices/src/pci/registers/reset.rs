@@ -1,4 +1,5 @@
-//! Resets of a device by its registers, and what a reset must not bring back: somebody else's station address.
+//! Resets of a device by its registers, and what a reset must not bring back: somebody else's
+//! station address.
 
 use serde::Deserialize;
 
@@ -19,7 +20,8 @@ pub(super) struct Reset {
     pub done: u32,
     /// How long that may take, in microseconds.
     pub wait_us: u64,
-    /// Registers of the state that are 0 then, in the order in which they are made so where a device leaves them.
+    /// Registers of the state that are 0 then, in the order in which they are made so where a
+    /// device leaves them.
     #[serde(default)]
     pub zero: Vec<u32>,
 }
@@ -37,7 +39,8 @@ pub(super) struct Station {
 }
 
 impl Description {
-    /// The description of a function, if there is one by which it can be taken from one user to another.
+    /// The description of a function, if there is one by which it can be taken from one user to
+    /// another.
     ///
     /// # Errors
     /// One of the descriptions is wrong.
@@ -79,8 +82,9 @@ impl Description {
         self.after_reset(registers, address)
     }
 
-    /// Waits until a reset that has begun is over, does what a device may have left undone of it, and gives the device this station
-    /// address in place of the one that it has read from its own memory.
+    /// Waits until a reset that has begun is over, does what a device may have left undone of it,
+    /// and gives the device this station address in place of the one that it has read from its own
+    /// memory.
     ///
     /// # Errors
     /// It does not come back.
@@ -114,7 +118,8 @@ impl Description {
         Ok(())
     }
 
-    /// Reads away what reading clears, such as statistics and causes of interrupts: they are of another user.
+    /// Reads away what reading clears, such as statistics and causes of interrupts: they are of
+    /// another user.
     pub fn read_away(&self, registers: &mut dyn RegisterAccess) {
         for untouched in self
             .untouched

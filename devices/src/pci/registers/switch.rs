@@ -5,8 +5,9 @@
 //!     └──────────────── go_on: the first user has it again ◄───┘
 //! ```
 //!
-//! The rings stay in their user's memory, which nobody changes while another one has the device. Between `quiesce` and
-//! `resume` the device neither reads nor writes memory, nor does it interrupt.
+//! The rings stay in their user's memory, which nobody changes while another one has the device.
+//! Between `quiesce` and `resume` the device neither reads nor writes memory, nor does it
+//! interrupt.
 
 use super::description::{Description, Quieting};
 use super::parked::FromImage;
@@ -71,7 +72,8 @@ impl Description {
         }
     }
 
-    /// Takes the state of a device that stands still, and ran as `running` says. Rings are not part of it.
+    /// Takes the state of a device that stands still, and ran as `running` says. Rings are not part
+    /// of it.
     ///
     /// # Errors
     /// It sleeps, or does not answer.
@@ -118,8 +120,8 @@ impl Description {
         Ok(())
     }
 
-    /// Lets a device run that [`Description::load`] gave this state, and has its driver look at everything: what it was told
-    /// last is not known.
+    /// Lets a device run that [`Description::load`] gave this state, and has its driver look at
+    /// everything: what it was told last is not known.
     ///
     /// # Errors
     /// The device does not hold what it is given.

@@ -5,8 +5,8 @@ use crate::pci::config::Command;
 
 const ADDRESS: &str = "0000:00:02.0";
 
-/// Configuration space and registers of an 82574L, as its data sheet (section 9) has them: power management at 0xc8,
-/// MSI at 0xd0, PCI Express at 0xe0, MSI-X at 0xa0.
+/// Configuration space and registers of an 82574L, as its data sheet (section 9) has them: power
+/// management at 0xc8, MSI at 0xd0, PCI Express at 0xe0, MSI-X at 0xa0.
 fn intel_82574l() -> ([u8; CONFIG_SPACE_BYTES], [u64; BAR_COUNT]) {
     let mut bytes = [0; CONFIG_SPACE_BYTES];
     let mut put = |at: usize, data: &[u8]| bytes[at..at + data.len()].copy_from_slice(data);
@@ -70,7 +70,8 @@ fn a_guest_sees_what_is_safe_of_an_82574l_where_it_is() {
         pba_offset: 0x2000,
     };
     assert_eq!(msix.layout, layout);
-    // The power state can be written, PME is not there; that registers outlive a sleep is the function's.
+    // The power state can be written, PME is not there; that registers outlive a sleep is the
+    // function's.
     config.write(0xcc, &[0xff, 0xff]);
     assert_eq!((config.u16_at(0xca), config.u16_at(0xcc)), (0x0022, 0x000b));
     // An endpoint of the root complex that cannot be reset alone, without a link.

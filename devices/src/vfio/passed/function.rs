@@ -1,7 +1,8 @@
 //! The function as one of its users sees it.
 //!
-//! Configuration space and the table of MSI-X are the user's own, and say what the function may do while it is here: master
-//! the bus, and interrupt. Its registers are the function's, or the image's.
+//! Configuration space and the table of MSI-X are the user's own, and say what the function may do
+//! while it is here: master the bus, and interrupt. Its registers are the function's, or the
+//! image's.
 
 use std::sync::Arc;
 
@@ -94,7 +95,8 @@ pub struct PassedFunction {
 }
 
 impl PassedFunction {
-    /// The function for a user whose NIC has the address `address`, parked. It reaches what `dma` reaches.
+    /// The function for a user whose NIC has the address `address`, parked. It reaches what `dma`
+    /// reaches.
     ///
     /// # Errors
     /// There are no descriptors.
@@ -134,7 +136,8 @@ impl PassedFunction {
         Ok((function, interrupts))
     }
 
-    /// Parks the user with the state after a reset, and without a link: there was none that could stay.
+    /// Parks the user with the state after a reset, and without a link: there was none that could
+    /// stay.
     pub(super) fn begin_anew(&mut self) -> Result<(), PassedError> {
         let (fresh, shown) = (self.survey.fresh().clone(), self.survey.shown().clone());
         self.park(fresh, shown, ParkedLink::Down)

@@ -1,6 +1,7 @@
 //! The function that guests have by turns, as whoever has the turn reaches it.
 //!
-//! It is opened once and stays open: closing it resets it. It has at most one map of memory and one user of its interrupts.
+//! It is opened once and stays open: closing it resets it. It has at most one map of memory and one
+//! user of its interrupts.
 
 use std::fs::File;
 use std::io;
@@ -62,7 +63,8 @@ pub trait Hardware: RegisterAccess + Send {
     /// Has its interrupts go there, and nowhere else.
     ///
     /// # Errors
-    /// The host refuses it. They go nowhere then, or, if it does not end them, where they went: the next call tries that again.
+    /// The host refuses it. They go nowhere then, or, if it does not end them, where they went: the
+    /// next call tries that again.
     fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()>;
     /// Resets it as the host can, if it can.
     ///
@@ -117,8 +119,8 @@ impl VfioHardware {
         self.device.space()
     }
 
-    /// Looks whether it can be given as much memory as every guest has: that needs an IOMMU that works, and a limit of locked
-    /// memory.
+    /// Looks whether it can be given as much memory as every guest has: that needs an IOMMU that
+    /// works, and a limit of locked memory.
     ///
     /// # Errors
     /// It cannot, and why.

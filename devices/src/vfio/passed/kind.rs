@@ -1,4 +1,5 @@
-//! What is known of a function before anybody has it: how it is described, how it looks, what it is after a reset.
+//! What is known of a function before anybody has it: how it is described, how it looks, what it is
+//! after a reset.
 
 use std::sync::Arc;
 
@@ -37,10 +38,12 @@ pub struct Shape {
 }
 
 impl Kind {
-    /// The function at `address`, which `vfio-pci` has: it was reset, stands still and reaches no memory.
+    /// The function at `address`, which `vfio-pci` has: it was reset, stands still and reaches no
+    /// memory.
     ///
     /// # Errors
-    /// It cannot be had, or there is no description by which it could be taken from one guest to another.
+    /// It cannot be had, or there is no description by which it could be taken from one guest to
+    /// another.
     pub fn open(address: PciAddress) -> Result<(Self, Box<dyn Hardware>), PassedError> {
         let mut hardware = VfioHardware::open(address)?;
         hardware.try_memory(LEAST_MEMORY)?;

@@ -5,9 +5,11 @@
 //!   user B: PassedFunction ── Seat::Parked ──► image of the device, in this process
 //! ```
 //!
-//! The hardware is a value that one function at a time has: who has it has the turn. It is taken from a function only when it
-//! stands still, its state is saved and it reaches no memory ([`steps`]); what the driver of its user does then is done to an image
-//! of it ([`crate::pci::registers::parked`]), from which it is loaded when it comes back. Whoever switches has the tests of all this.
+//! The hardware is a value that one function at a time has: who has it has the turn. It is taken
+//! from a function only when it stands still, its state is saved and it reaches no memory
+//! ([`steps`]); what the driver of its user does then is done to an image of it
+//! ([`crate::pci::registers::parked`]), from which it is loaded when it comes back. Whoever
+//! switches has the tests of all this.
 
 mod function;
 pub mod hardware;

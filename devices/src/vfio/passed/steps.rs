@@ -17,7 +17,8 @@ use crate::vfio::error::VfioError;
 use crate::vfio::interrupts::Mode;
 
 impl PassedFunction {
-    /// Makes the device stand still: it reads and writes no memory and does not interrupt. A second time is as good as once.
+    /// Makes the device stand still: it reads and writes no memory and does not interrupt. A second
+    /// time is as good as once.
     ///
     /// # Errors
     /// It is not here, or does not stand still.
@@ -77,8 +78,9 @@ impl PassedFunction {
         }
     }
 
-    /// Takes the device. An image answers from now on: with the state that was saved, or with the one after a reset where none
-    /// was, and then what the user's driver knows of the device is lost.
+    /// Takes the device. An image answers from now on: with the state that was saved, or with the
+    /// one after a reset where none was, and then what the user's driver knows of the device is
+    /// lost.
     pub fn take(&mut self) -> Option<Box<dyn Hardware>> {
         let (hardware, saved) = match self.seat.take() {
             Some(Seat::Here { hardware, stage }) => match stage {
@@ -187,9 +189,10 @@ impl PassedFunction {
         self.tell_again()
     }
 
-    /// Interrupts the user once more by each message that the device has taken for sent: should one not have arrived before
-    /// the device was made to stand still, its cause has masked itself (EIAC) and does not come again by being raised anew. No
-    /// others: a driver that has masked its interrupts relies on it.
+    /// Interrupts the user once more by each message that the device has taken for sent: should one
+    /// not have arrived before the device was made to stand still, its cause has masked itself
+    /// (EIAC) and does not come again by being raised anew. No others: a driver that has masked its
+    /// interrupts relies on it.
     fn tell_again(&mut self) -> Result<(), PassedError> {
         if self.side.mode() == Mode::Msix {
             let description = self.kind.description.clone();
@@ -212,7 +215,8 @@ impl PassedFunction {
         self.resume()
     }
 
-    /// Keeps the device from reading and writing memory and from interrupting, whatever state it is in, and takes it.
+    /// Keeps the device from reading and writing memory and from interrupting, whatever state it is
+    /// in, and takes it.
     pub fn silence(&mut self) -> Option<Box<dyn Hardware>> {
         if !self.has_device() {
             return None;
@@ -225,7 +229,8 @@ impl PassedFunction {
         Some(hardware)
     }
 
-    /// Takes a device from a user that has gone, and that does not stand still: it is reset, and the state is lost.
+    /// Takes a device from a user that has gone, and that does not stand still: it is reset, and
+    /// the state is lost.
     ///
     /// # Errors
     /// It does not come out of its reset.
@@ -249,7 +254,8 @@ impl PassedFunction {
         Ok(())
     }
 
-    /// Resets the device, which is here: it has the state after a reset, with the user's address, and masters no bus.
+    /// Resets the device, which is here: it has the state after a reset, with the user's address,
+    /// and masters no bus.
     ///
     /// # Errors
     /// It does not come back.
@@ -264,7 +270,8 @@ impl PassedFunction {
         self.go_on()
     }
 
-    /// The client has gone: the device reaches no memory any more, and stands still until somebody takes it or the client is back.
+    /// The client has gone: the device reaches no memory any more, and stands still until somebody
+    /// takes it or the client is back.
     pub fn client_gone(&mut self) {
         // As its own reset would leave the command register; whoever comes back writes it anew.
         let command = crate::pci::config::offset::COMMAND;
@@ -286,7 +293,8 @@ impl PassedFunction {
         }
     }
 
-    /// The user's memory has become other memory: the device reaches that, and nothing else. It stands still while there is none.
+    /// The user's memory has become other memory: the device reaches that, and nothing else. It
+    /// stands still while there is none.
     ///
     /// # Errors
     /// It cannot be mapped; the device reaches nothing then.
@@ -314,7 +322,8 @@ impl PassedFunction {
     }
 }
 
-/// Keeps a device from reading and writing memory and from interrupting, and takes all memory from it.
+/// Keeps a device from reading and writing memory and from interrupting, and takes all memory from
+/// it.
 pub fn silence(hardware: &mut dyn Hardware) {
     let mut failed: Vec<VfioError> = Vec::new();
     failed.extend(hardware.set_master(false).err());

@@ -1,4 +1,5 @@
-//! The messages of a function for one of its users: which of them the guest has masked, and where each goes now.
+//! The messages of a function for one of its users: which of them the guest has masked, and where
+//! each goes now.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -66,7 +66,8 @@ impl Client {
         Ok(())
     }
 
-    /// Writes at most eight bytes to a region without waiting for it. It is done before whatever is asked for later.
+    /// Writes at most eight bytes to a region without waiting for it. It is done before whatever is
+    /// asked for later.
     ///
     /// # Errors
     /// The connection has ended.
@@ -136,7 +137,8 @@ impl Client {
         &self.mapped
     }
 
-    /// Has interrupts of a kind, from the first on, signalled by `events`; or acts on them by [`Client::act_on_irqs`].
+    /// Has interrupts of a kind, from the first on, signalled by `events`; or acts on them by
+    /// [`Client::act_on_irqs`].
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -163,7 +165,8 @@ impl Client {
         Ok(())
     }
 
-    /// Acts on `count` interrupts of a kind, from the first on. Triggering none of them turns the kind off.
+    /// Acts on `count` interrupts of a kind, from the first on. Triggering none of them turns the
+    /// kind off.
     ///
     /// # Errors
     /// See [`ClientError`].

@@ -1,8 +1,9 @@
 //! The client's side of a connection.
 //!
-//! One command is under way at a time, besides posted writes, which nobody answers. While it waits the client answers what
-//! the server asks of its memory. An answer that says that a command failed is that call's error; everything else that
-//! goes wrong ends the connection, and every later call fails at once.
+//! One command is under way at a time, besides posted writes, which nobody answers. While it waits
+//! the client answers what the server asks of its memory. An answer that says that a command failed
+//! is that call's error; everything else that goes wrong ends the connection, and every later call
+//! fails at once.
 
 mod calls;
 mod state;
@@ -96,8 +97,8 @@ impl Client {
         Self::new(stream, dma, Limits::default())
     }
 
-    /// Agrees on a version over `stream`, and asks what the device has. The server will be able to reach the parts of
-    /// `dma` that it is told of.
+    /// Agrees on a version over `stream`, and asks what the device has. The server will be able to
+    /// reach the parts of `dma` that it is told of.
     ///
     /// # Errors
     /// The server cannot be used.
@@ -219,7 +220,8 @@ impl Client {
         self.ended.is_none()
     }
 
-    /// Whether an answer to the server waits for room in the socket; [`Client::serve`] sends it then.
+    /// Whether an answer to the server waits for room in the socket; [`Client::serve`] sends it
+    /// then.
     pub fn has_unsent(&self) -> bool {
         self.channel.has_unsent()
     }
@@ -244,8 +246,8 @@ impl Client {
         self.info.flags & DEVICE_FLAGS_RESET != 0
     }
 
-    /// Answers what the server has asked meanwhile, and notices that it went. For an event loop, when the socket can be
-    /// read; never waits, and does no more than what one read gives.
+    /// Answers what the server has asked meanwhile, and notices that it went. For an event loop,
+    /// when the socket can be read; never waits, and does no more than what one read gives.
     ///
     /// # Errors
     /// The connection has ended.

@@ -1,4 +1,5 @@
-//! A function of another process whose driver in the guest is isolated: its server gives its state away and takes it back.
+//! A function of another process whose driver in the guest is isolated: its server gives its state
+//! away and takes it back.
 
 use super::VfioUserFunction;
 use crate::hold::DeviceLost;
@@ -69,8 +70,8 @@ impl GoesOn for VfioUserFunction {
         restored.map_err(|error| DeviceLost(error.to_string()))
     }
 
-    // Its interrupts go from the server into the guest; what it has to withhold them by is only to disconnect them, behind
-    // which a level that is still asserted triggers anew.
+    // Its interrupts go from the server into the guest; what it has to withhold them by is only to
+    // disconnect them, behind which a level that is still asserted triggers anew.
     fn withhold_interrupts(&mut self, withhold: bool) {
         match withhold {
             true => self.disconnect_interrupts(),

@@ -1,11 +1,12 @@
 //! A function that a server has, as a function of this machine.
 //!
-//! The server's function is the whole one: every access to configuration space and registers goes there. What the VMM
-//! itself has to know is kept here as well, and is what the guest reads: where the base address registers are, what the
-//! command register enables, and where MSI-X vectors go. Writes to memory registers are posted, as on the bus; all others
-//! are waited for.
+//! The server's function is the whole one: every access to configuration space and registers goes
+//! there. What the VMM itself has to know is kept here as well, and is what the guest reads: where
+//! the base address registers are, what the command register enables, and where MSI-X vectors go.
+//! Writes to memory registers are posted, as on the bus; all others are waited for.
 //!
-//! Interrupts come by eventfds that this machine gives the server: INTx until the guest turns MSI-X on, then its vectors.
+//! Interrupts come by eventfds that this machine gives the server: INTx until the guest turns MSI-X
+//! on, then its vectors.
 //!
 //! Lock order: the function's own lock, then that of its client.
 
@@ -85,8 +86,8 @@ pub struct VfioUserFunction {
 }
 
 impl VfioUserFunction {
-    /// The function behind `client`, which is reset, reaches what the client's memory is, and interrupts by `intx` or by
-    /// what `vectors` gives.
+    /// The function behind `client`, which is reset, reaches what the client's memory is, and
+    /// interrupts by `intx` or by what `vectors` gives.
     ///
     /// # Errors
     /// It cannot be used here.
@@ -159,11 +160,12 @@ impl VfioUserFunction {
         client.counters()
     }
 
-    /// Goes on with a server that has the same function. Its state is the server's; where its registers are placed, what
-    /// is enabled and where its interrupts go is this machine's.
+    /// Goes on with a server that has the same function. Its state is the server's; where its
+    /// registers are placed, what is enabled and where its interrupts go is this machine's.
     ///
     /// # Errors
-    /// The server cannot be used, or has another function; what was there before is then gone as well.
+    /// The server cannot be used, or has another function; what was there before is then gone as
+    /// well.
     pub fn reconnect(&mut self, stream: UnixStream) -> Result<(), FunctionError> {
         let limits = self.client().limits();
         self.disconnect("it is to be connected anew");
@@ -197,8 +199,8 @@ impl VfioUserFunction {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the event loop has to hear of the server. One that reaches all memory by itself asks for none, and to be woken
-    /// by each reply to somebody else costs two switches of threads.
+    /// What the event loop has to hear of the server. One that reaches all memory by itself asks
+    /// for none, and to be woken by each reply to somebody else costs two switches of threads.
     fn hears(&self) -> EpollSet {
         let all = self.dma.memory().iter().count();
         match self.dma.regions().len() == all {

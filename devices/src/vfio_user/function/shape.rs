@@ -1,4 +1,5 @@
-//! What a server's function looks like, as far as the VMM has to know: read once, and compared when it comes back.
+//! What a server's function looks like, as far as the VMM has to know: read once, and compared when
+//! it comes back.
 
 use crate::pci::config::{BAR_COUNT, ConfigSpace, PciIdentity, offset};
 use crate::pci::{BarIndex, BarSize, BarSpace};
@@ -11,8 +12,9 @@ use super::FunctionError;
 pub const CONFIG_BYTES: usize = 256;
 
 const CAPABILITY_MSIX: u8 = 0x11;
-/// Capabilities that work without the VMM's help, and MSI-X: power management, PCI-X, vendor's own, PCI Express, MSI-X,
-/// advanced features (PCI Code and ID Assignment 1.11, section 2). MSI is not among them.
+/// Capabilities that work without the VMM's help, and MSI-X: power management, PCI-X, vendor's own,
+/// PCI Express, MSI-X, advanced features (PCI Code and ID Assignment 1.11, section 2). MSI is not
+/// among them.
 const SHOWN: [u8; 6] = [0x01, 0x07, 0x09, 0x10, CAPABILITY_MSIX, 0x13];
 /// Most capabilities that fit.
 const MAX_CAPABILITIES: usize = 48;
@@ -134,8 +136,9 @@ impl Shape {
         Ok(config)
     }
 
-    /// Bytes of configuration space that are shown in place of the server's: the list of capabilities without those that
-    /// are hidden, no expansion ROM, no interrupt pin that leads nowhere, a single function.
+    /// Bytes of configuration space that are shown in place of the server's: the list of
+    /// capabilities without those that are hidden, no expansion ROM, no interrupt pin that leads
+    /// nowhere, a single function.
     pub fn shown_otherwise(&self) -> Vec<(u16, u8)> {
         let mut bytes = vec![(offset::HEADER_TYPE, 0)];
         bytes.extend((0..4).map(|n| (offset::EXPANSION_ROM + n, 0)));

@@ -1,6 +1,8 @@
-//! Accesses: `VFIO_USER_REGION_READ`, `_REGION_WRITE`, `_REGION_WRITE_MULTI`, `_DMA_READ` and `_DMA_WRITE`.
+//! Accesses: `VFIO_USER_REGION_READ`, `_REGION_WRITE`, `_REGION_WRITE_MULTI`, `_DMA_READ` and
+//! `_DMA_WRITE`.
 //!
-//! A command to read and the reply to one that writes have no data; the others have as many bytes as `count` says.
+//! A command to read and the reply to one that writes have no data; the others have as many bytes
+//! as `count` says.
 
 use super::{MAX_DATA_BYTES, MessageError, Payload, Reader, put, put64};
 

@@ -69,11 +69,13 @@ pub enum IrqAction {
 /// Which of them it happens to, and how it is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IrqData {
-    /// To all of them, now. With [`IrqAction::Trigger`] and none of them: the whole kind is turned off.
+    /// To all of them, now. With [`IrqAction::Trigger`] and none of them: the whole kind is turned
+    /// off.
     None,
     /// To those that are `true`, now.
     Bools(Vec<bool>),
-    /// Whenever the descriptors that come with the message say so; from now on by nobody if there are none.
+    /// Whenever the descriptors that come with the message say so; from now on by nobody if there
+    /// are none.
     Events,
 }
 

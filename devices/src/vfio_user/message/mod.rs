@@ -111,7 +111,8 @@ pub struct Header {
     pub id: u16,
     /// Number of the command.
     pub command: u16,
-    /// Bytes of the message with this header: at least those of a header, at most [`MAX_MESSAGE_BYTES`].
+    /// Bytes of the message with this header: at least those of a header, at most
+    /// [`MAX_MESSAGE_BYTES`].
     pub size: u32,
     /// A combination of the `FLAG_` constants.
     pub flags: u32,

@@ -7,7 +7,8 @@ use super::{MAX_DATA_BYTES, MessageError, Payload, Reader};
 /// Longest version data.
 const MAX_JSON_BYTES: usize = 4096;
 
-/// What the sender can do (specification, "`VFIO_USER_VERSION`"). What is not said has the specification's value.
+/// What the sender can do (specification, "`VFIO_USER_VERSION`"). What is not said has the
+/// specification's value.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Capabilities {
@@ -79,7 +80,8 @@ impl Payload for Version {
         let data = Data {
             capabilities: self.capabilities.clone(),
         };
-        // Numbers under constant names: this has no way to fail, and without it the defaults would hold.
+        // Numbers under constant names: this has no way to fail, and without it the defaults would
+        // hold.
         if let Ok(json) = serde_json::to_vec(&data) {
             out.extend(json);
             out.push(0);

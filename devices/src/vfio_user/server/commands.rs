@@ -400,8 +400,8 @@ fn parse<T: Payload>(payload: &[u8]) -> Result<T, i32> {
     T::parse(payload).map_err(|_| libc::EINVAL)
 }
 
-/// An access in pieces of at most `width` bytes that do not cross a multiple of it, the first at `offset`. One that is as
-/// wide as a register may be is one piece.
+/// An access in pieces of at most `width` bytes that do not cross a multiple of it, the first at
+/// `offset`. One that is as wide as a register may be is one piece.
 fn pieces(data: &mut [u8], offset: u64, width: usize) -> impl Iterator<Item = &mut [u8]> {
     let whole = width == 8;
     let mut rest = data;

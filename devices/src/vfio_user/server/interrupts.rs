@@ -1,8 +1,8 @@
 //! How a served function interrupts: by the eventfds that its client has given.
 //!
-//! INTx is VFIO's: a trigger masks it until the client unmasks it, by its eventfd or by a message, and it triggers again if
-//! the line is still asserted. What happens while a client has given nothing is kept: the level of the line, and one
-//! pending message for each vector.
+//! INTx is VFIO's: a trigger masks it until the client unmasks it, by its eventfd or by a message,
+//! and it triggers again if the line is still asserted. What happens while a client has given
+//! nothing is kept: the level of the line, and one pending message for each vector.
 
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -95,7 +95,8 @@ impl ClientInterrupts {
         line.deliver();
     }
 
-    /// Takes or forgets the descriptor by which the client unmasks the line; gives the one before, which may be watched.
+    /// Takes or forgets the descriptor by which the client unmasks the line; gives the one before,
+    /// which may be watched.
     pub(super) fn set_unmask(&self, unmask: Option<EventFd>) -> Option<EventFd> {
         std::mem::replace(&mut self.0.line().unmask, unmask)
     }
@@ -198,7 +199,8 @@ impl MsiVectors for Interrupts {
     }
 }
 
-/// The eventfd that a client has sent, if it is one: nothing else is certain not to wait when it is written.
+/// The eventfd that a client has sent, if it is one: nothing else is certain not to wait when it is
+/// written.
 pub(super) fn eventfd(fd: OwnedFd) -> Option<EventFd> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
     if link.as_os_str() != "anon_inode:[eventfd]" {

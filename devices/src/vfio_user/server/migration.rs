@@ -1,8 +1,10 @@
-//! Taking a served function's state and putting it back (specification, "`VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`").
+//! Taking a served function's state and putting it back (specification,
+//! "`VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`").
 //!
-//! A function that is stopped has its bus mastering turned off, so that it reaches no memory and sends no message, and the
-//! client's accesses are refused as busy. Its state is the one before that. A state that was written is put back when the
-//! function is to run again, so that nothing of it happens before.
+//! A function that is stopped has its bus mastering turned off, so that it reaches no memory and
+//! sends no message, and the client's accesses are refused as busy. Its state is the one before
+//! that. A state that was written is put back when the function is to run again, so that nothing of
+//! it happens before.
 
 use std::sync::{MutexGuard, PoisonError};
 

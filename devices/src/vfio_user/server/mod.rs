@@ -7,12 +7,13 @@
 //!                        ◄─ kick: more was received than one turn does
 //! ```
 //!
-//! A turn does a bounded number of messages and accesses, and nothing of it waits for the client. While the client has not
-//! taken its replies no message of it is looked at. A message that has begun has to be whole within a deadline, and so
-//! have replies to be taken and a version to be agreed on.
+//! A turn does a bounded number of messages and accesses, and nothing of it waits for the client.
+//! While the client has not taken its replies no message of it is looked at. A message that has
+//! begun has to be whole within a deadline, and so have replies to be taken and a version to be
+//! agreed on.
 //!
-//! What the client has given ends with its connection, before anybody hears that it has gone: its memory, its eventfds.
-//! The function and its state stay.
+//! What the client has given ends with its connection, before anybody hears that it has gone: its
+//! memory, its eventfds. The function and its state stay.
 //!
 //! Lock order: the function, then its interrupts. No lock is held while anything is sent or told.
 
@@ -59,7 +60,8 @@ pub enum ServerEvent {
     Negotiated,
     /// The function's memory has become other memory; told before the client hears that it is done.
     MemoryChanged,
-    /// Interrupts of the function go elsewhere, or were triggered or masked; told before the client hears that it is done.
+    /// Interrupts of the function go elsewhere, or were triggered or masked; told before the client
+    /// hears that it is done.
     InterruptsChanged,
     /// The client has reset the function.
     Reset,
@@ -95,8 +97,8 @@ struct Watched {
 }
 
 impl Server {
-    /// Serves the client at the other end of `stream` with what is offered. `notify` hears of it on the event loop's
-    /// thread, while no lock is held.
+    /// Serves the client at the other end of `stream` with what is offered. `notify` hears of it on
+    /// the event loop's thread, while no lock is held.
     ///
     /// # Errors
     /// There are no descriptors left.

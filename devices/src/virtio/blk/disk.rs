@@ -166,8 +166,8 @@ impl Disk {
     }
 }
 
-/// Whether a backing says that it cannot do this, or not for such a range: a block device of larger sectors answers
-/// EINVAL for a part of one. Nothing has changed then.
+/// Whether a backing says that it cannot do this, or not for such a range: a block device of larger
+/// sectors answers EINVAL for a part of one. Nothing has changed then.
 fn cannot(error: Errno) -> bool {
     matches!(error, Errno::OPNOTSUPP | Errno::INVAL)
 }

@@ -1,9 +1,9 @@
 //! Virtio block device (section 5.2) over a raw file.
 //!
-//! Requests are served when the driver notifies about them, on the vCPU thread that does, until the turn is over
-//! ([`Queues::spend`]); the event loop goes on with what is left, turn by turn. One request moves at most
-//! [`MAX_REQUEST_BYTES`] and is done to its end, so that no turn takes long: a pause and the end of the machine wait for one
-//! turn at most.
+//! Requests are served when the driver notifies about them, on the vCPU thread that does, until the
+//! turn is over ([`Queues::spend`]); the event loop goes on with what is left, turn by turn. One
+//! request moves at most [`MAX_REQUEST_BYTES`] and is done to its end, so that no turn takes long:
+//! a pause and the end of the machine wait for one turn at most.
 
 mod disk;
 #[cfg(test)]

@@ -356,8 +356,8 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Zeroes and discards ranges that no sector of the backing begins or ends with; nothing else may change, and no old data
-/// may be left in what was zeroed.
+/// Zeroes and discards ranges that no sector of the backing begins or ends with; nothing else may
+/// change, and no old data may be left in what was zeroed.
 fn clear_odd_ranges(path: &std::path::Path) {
     let mut driver = Driver::new(Block::new(Disk::open(path, false).unwrap(), "serial"));
     driver.start(F_FLUSH | F_DISCARD | F_WRITE_ZEROES);

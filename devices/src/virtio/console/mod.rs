@@ -91,8 +91,8 @@ pub struct Console {
     to_guest: Vec<u8>,
     /// Taken from the guest, not yet written to the client.
     to_client: Vec<u8>,
-    /// Most buffers that the driver has had in the queue of control messages to it: it puts one back when it has dealt with
-    /// the message in it.
+    /// Most buffers that the driver has had in the queue of control messages to it: it puts one
+    /// back when it has dealt with the message in it.
     control_buffers: u16,
 }
 
@@ -128,7 +128,8 @@ impl Console {
             return;
         };
         client.finished = true;
-        // It may have gone already. Either way its descriptor now shows the event that has it dropped.
+        // It may have gone already. Either way its descriptor now shows the event that has it
+        // dropped.
         let _ = client.stream.shutdown(Shutdown::Both);
         self.announcements.must_close = self.announcements.open;
         self.to_guest.clear();
@@ -219,8 +220,9 @@ impl Console {
         Ok(())
     }
 
-    /// Whether the driver has dealt with all that it was told. What a client says must not overtake the news that the session
-    /// before it has ended: the guest would answer, and then end the wrong session. The driver notifies when it has.
+    /// Whether the driver has dealt with all that it was told. What a client says must not overtake
+    /// the news that the session before it has ended: the guest would answer, and then end the
+    /// wrong session. The driver notifies when it has.
     fn is_heard(&self, queues: &mut Queues<'_>) -> Result<bool, DeviceError> {
         Ok(queues.available(CONTROL_IN)? >= self.control_buffers)
     }

@@ -75,7 +75,8 @@ impl Channel {
         std::mem::take(&mut self.messages)
     }
 
-    /// As Linux does: looks at each control message and puts its buffer back, which may bring the next.
+    /// As Linux does: looks at each control message and puts its buffer back, which may bring the
+    /// next.
     fn deal_with_control(&mut self) {
         loop {
             let used = self.driver.used(2);

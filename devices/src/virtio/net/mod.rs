@@ -1,11 +1,12 @@
 //! Virtio network device (section 5.1) on a [`Wire`].
 //!
 //! It offers no offloads: each chain is one whole frame behind a header that says so. What waits,
-//! waits in the driver's rings or in the wire, never here. Without a driver frames are lost, as on a
-//! cable with nobody at this end.
+//! waits in the driver's rings or in the wire, never here. Without a driver frames are lost, as on
+//! a cable with nobody at this end.
 //!
 //! The wire's descriptors are registered edge-triggered. No edge is missed: frames are taken until
-//! the wire has none or the ring is empty, and in the latter case the driver's notification goes on.
+//! the wire has none or the ring is empty, and in the latter case the driver's notification goes
+//! on.
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -70,8 +71,8 @@ impl Net {
         }
     }
 
-    /// Has `mac` be the address that the configuration structure shows. A driver that runs keeps the one that it has read
-    /// until it is given another one.
+    /// Has `mac` be the address that the configuration structure shows. A driver that runs keeps
+    /// the one that it has read until it is given another one.
     pub fn set_address(&mut self, mac: [u8; 6]) {
         self.mac = mac;
     }
@@ -216,7 +217,8 @@ impl VirtioDevice for Net {
         }
         // Whoever was sent to may have answered already.
         self.receive(queues)?;
-        // The wire may have learned just now that nobody is at its other end: no event tells of that any more.
+        // The wire may have learned just now that nobody is at its other end: no event tells of
+        // that any more.
         self.update_carrier(queues);
         Ok(())
     }

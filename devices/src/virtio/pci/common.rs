@@ -78,7 +78,8 @@ impl Common {
         };
     }
 
-    /// Whether a driver can have brought it here, of a function that offers these features and has so many vectors.
+    /// Whether a driver can have brought it here, of a function that offers these features and has
+    /// so many vectors.
     pub(super) fn is_possible(&self, offered_features: u64, vectors: u16) -> bool {
         let status = self.status();
         let negotiated = self.driver_features & !offered_features == 0;

@@ -6,8 +6,8 @@
 //!           0x2000  device configuration     0x5000  MSI-X pending bits
 //! ```
 //!
-//! Lock order: the function's own lock, then what its device takes (a wire's). The function is called
-//! by vCPU threads and by the event loop, always under its lock.
+//! Lock order: the function's own lock, then what its device takes (a wire's). The function is
+//! called by vCPU threads and by the event loop, always under its lock.
 
 mod common;
 mod state;

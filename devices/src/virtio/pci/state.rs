@@ -1,6 +1,7 @@
 //! The state of a virtio function: transport, queues and device.
 //!
-//! A notification is not part of it: a function that was put back has the event loop look at all queues.
+//! A notification is not part of it: a function that was put back has the event loop look at all
+//! queues.
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;

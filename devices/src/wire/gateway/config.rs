@@ -62,7 +62,8 @@ impl Default for GatewayConfig {
 }
 
 impl GatewayConfig {
-    /// As the default one for number 0, and the networks behind it for more: `10.0.3.2/24` and so on.
+    /// As the default one for number 0, and the networks behind it for more: `10.0.3.2/24` and so
+    /// on.
     pub fn numbered(number: u8) -> Self {
         let mut config = Self::default();
         for network in &mut config.networks {

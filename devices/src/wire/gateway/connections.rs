@@ -1,10 +1,10 @@
 //! The guest's connections as values, and sockets that go on from them.
 //!
-//! `smoltcp` neither gives a connection away nor takes one. What is kept of one is the numbers that it began with, how
-//! many bytes have gone each way, and those that are under way. A socket that goes on from there is made by a
-//! *rehearsal*: in a stack of its own, where nobody hears it, it is led through a handshake whose numbers are those of where
-//! the connection is now, and is given what the guest had sent and nobody had taken. Then it moves to the network's
-//! own stack.
+//! `smoltcp` neither gives a connection away nor takes one. What is kept of one is the numbers that
+//! it began with, how many bytes have gone each way, and those that are under way. A socket that
+//! goes on from there is made by a *rehearsal*: in a stack of its own, where nobody hears it, it is
+//! led through a handshake whose numbers are those of where the connection is now, and is given
+//! what the guest had sent and nobody had taken. Then it moves to the network's own stack.
 //!
 //! ```text
 //!   guest's side, made up here                          socket
@@ -14,8 +14,9 @@
 //!                                                        data that the guest has not acknowledged: sent again
 //! ```
 //!
-//! The socket's first number is the second that the stack's random number generator gives, so the generator is
-//! seeded to give the wanted one ([`seed_for`]); a socket with another number is not used.
+//! The socket's first number is the second that the stack's random number generator gives, so the
+//! generator is seeded to give the wanted one ([`seed_for`]); a socket with another number is not
+//! used.
 
 use std::net::Ipv4Addr;
 
@@ -148,7 +149,8 @@ pub(super) fn revive(
     if socket.recv_queue() != state.received.len() || !socket.may_send() {
         return None;
     }
-    // Not before: nothing of it may be sent here, or the guest would get it only when it is sent again.
+    // Not before: nothing of it may be sent here, or the guest would get it only when it is sent
+    // again.
     if !state.under_way.is_empty()
         && socket.send_slice(&state.under_way) != Ok(state.under_way.len())
     {
@@ -226,8 +228,9 @@ pub(super) struct GuestEnd<'a> {
 }
 
 impl GuestEnd<'_> {
-    /// A frame that has a connection that goes on say how far it is: the guest may have been promised an
-    /// acknowledgement that was not on its way yet. As a question whether the other end is still there.
+    /// A frame that has a connection that goes on say how far it is: the guest may have been
+    /// promised an acknowledgement that was not on its way yet. As a question whether the other end
+    /// is still there.
     pub(super) fn question(&self) -> Vec<u8> {
         let heard = self.state.received.len() as u32 + u32::from(self.state.guest_has_closed());
         let next = self.state.guest_next().wrapping_add(heard);
@@ -354,12 +357,13 @@ fn answers_with(frame: &[u8], state: &ConnectionState) -> bool {
     })
 }
 
-/// Multiplier and increment of the generator in `smoltcp::rand` (sPCG32), whose output is 32 bits of its state.
+/// Multiplier and increment of the generator in `smoltcp::rand` (sPCG32), whose output is 32 bits
+/// of its state.
 const MULTIPLIER: u64 = 0xbb2e_fcec_3c39_611d;
 const INCREMENT: u64 = 0x7590_ef39;
 
-/// The seed of a stack whose first connection gets the sequence number `wanted`: a new stack takes one number for
-/// itself, which must not be zero in 16 bits, and the second is the connection's.
+/// The seed of a stack whose first connection gets the sequence number `wanted`: a new stack takes
+/// one number for itself, which must not be zero in 16 bits, and the second is the connection's.
 fn seed_for(wanted: u32) -> u64 {
     let inverse = inverse(MULTIPLIER);
     let before = |state: u64| state.wrapping_sub(INCREMENT).wrapping_mul(inverse);

@@ -52,7 +52,8 @@ impl DhcpServer {
         self.leases.iter().map(|client| client.0).collect()
     }
 
-    /// These clients have a lease and no other; `false`, and nothing changes, if there are too many or one is no client.
+    /// These clients have a lease and no other; `false`, and nothing changes, if there are too many
+    /// or one is no client.
     pub(super) fn set_known(&mut self, clients: &[[u8; 6]]) -> bool {
         let clients: Vec<_> = clients.iter().copied().map(EthernetAddress).collect();
         if clients.len() > LEASES || !clients.iter().all(EthernetAddress::is_unicast) {

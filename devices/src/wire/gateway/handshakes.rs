@@ -1,5 +1,5 @@
-//! With which numbers the guest's connections began: what a connection needs to go on elsewhere, and the stack does not
-//! tell.
+//! With which numbers the guest's connections began: what a connection needs to go on elsewhere,
+//! and the stack does not tell.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -101,7 +101,8 @@ impl Handshakes {
         self.begun.insert(tuple, handshake);
     }
 
-    /// Looks at a frame to the guest, without its VLAN tag. `alive` tells whether there is such a connection.
+    /// Looks at a frame to the guest, without its VLAN tag. `alive` tells whether there is such a
+    /// connection.
     pub(super) fn say(&mut self, frame: &[u8], alive: impl Fn(&Tuple) -> bool) {
         let Some((_, ip)) = tcp_in(frame) else {
             return;

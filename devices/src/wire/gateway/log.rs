@@ -1,7 +1,7 @@
 //! What passed through the gateway and when, readable from any thread while the guest runs.
 //!
-//! All times are [`monotonic_ns`](crate::clock::monotonic_ns). Lock order: the log's lock is taken last and nothing is
-//! called under it.
+//! All times are [`monotonic_ns`](crate::clock::monotonic_ns). Lock order: the log's lock is taken
+//! last and nothing is called under it.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};

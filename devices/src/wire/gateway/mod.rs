@@ -3,8 +3,8 @@
 //! It answers ARP, ICMP echo and DHCP, and has the small services of [`services`](self#services).
 //! It can ping the guest by itself and records when frames and replies passed ([`GatewayLog`]).
 //!
-//! It has no thread. A frame is answered on the thread that sends it, before [`Wire::send`] returns;
-//! what needs a clock (TCP's timers, probes) runs in an event loop, by [`GatewayTimer`].
+//! It has no thread. A frame is answered on the thread that sends it, before [`Wire::send`]
+//! returns; what needs a clock (TCP's timers, probes) runs in an event loop, by [`GatewayTimer`].
 //!
 //! Lock order: a NIC's own lock, then the gateway's, then the log's. Nothing is called back under
 //! the gateway's lock.

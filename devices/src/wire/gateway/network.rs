@@ -6,8 +6,8 @@
 //!   Outbox (bounded, shared by all networks) ◄───┘ tagged for the network's VLAN
 //! ```
 //!
-//! Nothing is queued on the way in: a frame is taken only while the outbox has room for an answer to
-//! it, and is done with when `run` returns.
+//! Nothing is queued on the way in: a frame is taken only while the outbox has room for an answer
+//! to it, and is done with when `run` returns.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
@@ -253,8 +253,9 @@ impl Network {
             .connections(&mut self.sockets, |tuple| handshakes.of(tuple))
     }
 
-    /// Goes on with these connections, as a network that has none yet, and has them say so in `outbox`; `false` if it
-    /// cannot have as many. One that cannot be gone on with is lost: the guest finds it reset.
+    /// Goes on with these connections, as a network that has none yet, and has them say so in
+    /// `outbox`; `false` if it cannot have as many. One that cannot be gone on with is lost: the
+    /// guest finds it reset.
     pub(super) fn go_on_with(
         &mut self,
         connections: &[(ServiceState, ConnectionState)],

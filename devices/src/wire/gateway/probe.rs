@@ -1,4 +1,5 @@
-//! Pings the guest at a steady rate as long as it keeps up, to see when it is gone and when it is back.
+//! Pings the guest at a steady rate as long as it keeps up, to see when it is gone and when it is
+//! back.
 //!
 //! The frames are made here and not by `smoltcp`, whose neighbour cache asks only once a second for
 //! an address: that would be the resolution of every measurement.
@@ -22,8 +23,8 @@ const IDENT: u16 = 0xcfd0;
 const OUTSTANDING: usize = 1024;
 /// After so many requests in a row without a reply the guest is asked for its address again too.
 const SILENCE: u32 = 16;
-/// Requests that may be on their way at a time. A guest that answers more slowly than it is asked would be measured by
-/// the queue in front of it.
+/// Requests that may be on their way at a time. A guest that answers more slowly than it is asked
+/// would be measured by the queue in front of it.
 const IN_FLIGHT: usize = 2;
 /// How long a guest may take to answer before it is asked at the steady rate, whatever is missing.
 const PATIENCE_NS: u64 = 20_000_000;

@@ -35,8 +35,9 @@ const SOURCE_PORT: u16 = 19;
 
 /// Connections of one service at one time; a further one is refused by RST.
 const CONNECTIONS: usize = 16;
-/// As much as a window can tell exactly. A larger one is told in units of more than a byte: what it loses in rounding looks
-/// to the stack as if the guest had sent beyond it, and a guest whose own window was closed is not heard any more.
+/// As much as a window can tell exactly. A larger one is told in units of more than a byte: what it
+/// loses in rounding looks to the stack as if the guest had sent beyond it, and a guest whose own
+/// window was closed is not heard any more.
 const STREAM_BUFFER_BYTES: usize = 0xffff;
 /// For a direction that carries next to nothing.
 const SMALL_BUFFER_BYTES: usize = 256;
@@ -124,8 +125,8 @@ struct Connection {
     service: Service,
     handle: SocketHandle,
     stream: Stream,
-    /// Bytes that came from the guest, and bytes that were sent to it. They begin anew at 2^64, as sequence numbers do before:
-    /// those of a stored state may be anything.
+    /// Bytes that came from the guest, and bytes that were sent to it. They begin anew at 2^64, as
+    /// sequence numbers do before: those of a stored state may be anything.
     taken_bytes: u64,
     written_bytes: u64,
 }
@@ -338,7 +339,8 @@ fn source_at(offset: u64) -> ([u8; SOURCE_LINE_BYTES], usize) {
     (source_line(offset / bytes), (offset % bytes) as usize)
 }
 
-/// POSIX's `cksum` of `bytes` bytes: the length follows the data, least byte first, no leading zeros.
+/// POSIX's `cksum` of `bytes` bytes: the length follows the data, least byte first, no leading
+/// zeros.
 fn cksum(mut digest: Digest<'static, u32>, bytes: u64) -> u32 {
     let mut rest = bytes;
     while rest > 0 {

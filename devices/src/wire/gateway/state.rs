@@ -1,5 +1,6 @@
-//! The gateway's state: leases, where hosts are, the guest's connections, frames on their way to it, and the probe. What is not in it:
-//! datagrams in the middle of an answer and fragments that wait for others, which are lost as on any wire.
+//! The gateway's state: leases, where hosts are, the guest's connections, frames on their way to
+//! it, and the probe. What is not in it: datagrams in the middle of an answer and fragments that
+//! wait for others, which are lost as on any wire.
 
 use std::net::Ipv4Addr;
 

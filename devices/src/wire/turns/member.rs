@@ -1,4 +1,5 @@
-//! What there is of a port on the side of the wire: its addresses, frames that wait, and what its event loop is woken by.
+//! What there is of a port on the side of the wire: its addresses, frames that wait, and what its
+//! event loop is woken by.
 //!
 //! ```text
 //!   inbound (epoll)  ◄── kick, stall timer, and with the turn the wire's readable descriptor

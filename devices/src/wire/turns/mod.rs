@@ -6,21 +6,24 @@
 //!   NIC of guest C ── Port ─┘
 //! ```
 //!
-//! At most one port has the turn. Its NIC sends to and receives from the real wire itself: no frame is copied once more.
-//! All others are parked. Their carrier is gone, or, with [`Parked::Stall`], stays for a while in which what they send
-//! waits in their rings (the wire is full) and frames for them wait here, within bounds; a port that has waited too long
-//! loses its carrier, before a guest's transmit time-out would find that its card hangs. What is sent without a carrier is lost, and
-//! does not stay in the rings ([`Wire::loses_frames`]).
+//! At most one port has the turn. Its NIC sends to and receives from the real wire itself: no frame
+//! is copied once more. All others are parked. Their carrier is gone, or, with [`Parked::Stall`],
+//! stays for a while in which what they send waits in their rings (the wire is full) and frames for
+//! them wait here, within bounds; a port that has waited too long loses its carrier, before a
+//! guest's transmit time-out would find that its card hangs. What is sent without a carrier is
+//! lost, and does not stay in the rings ([`Wire::loses_frames`]).
 //!
-//! Who is sent what: a unicast frame to the address that a port was given belongs to that port, whoever has the turn. One to
-//! an address that NICs have asked for themselves ([`Wire::stations`]) belongs to the port with the turn if its NIC has, or
-//! else to the other. Such a frame of another port waits for that port or is dropped, and is counted; never does the port
-//! with the turn get it, also where its guest listens to everything. All other frames, groups among them, are those
-//! of the port with the turn. Each frame is taken from the wire once and has one receiver, in the order of the wire. A guest whose NIC is
-//! promiscuous and has an address that it never told its NIC of (a bridge in it) has no protection for that address.
+//! Who is sent what: a unicast frame to the address that a port was given belongs to that port,
+//! whoever has the turn. One to an address that NICs have asked for themselves ([`Wire::stations`])
+//! belongs to the port with the turn if its NIC has, or else to the other. Such a frame of another
+//! port waits for that port or is dropped, and is counted; never does the port with the turn get
+//! it, also where its guest listens to everything. All other frames, groups among them, are those
+//! of the port with the turn. Each frame is taken from the wire once and has one receiver, in the
+//! order of the wire. A guest whose NIC is promiscuous and has an address that it never told its
+//! NIC of (a bridge in it) has no protection for that address.
 //!
-//! Everything is under one lock, which a port takes once for a frame: a turn never changes in the middle of one. Whoever
-//! holds a NIC takes its lock first.
+//! Everything is under one lock, which a port takes once for a frame: a turn never changes in the
+//! middle of one. Whoever holds a NIC takes its lock first.
 
 mod member;
 mod port;
@@ -49,7 +52,8 @@ pub enum Parked {
 }
 
 impl Parked {
-    /// [`Parked::Stall`] for as long as no guest takes its card to hang: Linux waits five seconds for a transmitter.
+    /// [`Parked::Stall`] for as long as no guest takes its card to hang: Linux waits five seconds
+    /// for a transmitter.
     pub const STALL: Self = Self::Stall(Duration::from_secs(1));
 }
 
@@ -140,8 +144,9 @@ impl Turns {
 
     /// Gives the turn to a port, or takes it away from whoever has it. Answers which turn it is.
     ///
-    /// One step: before it the old one may send and receive, after it the new one may, and there is no moment in which both
-    /// may or a frame is lost in between. If nobody had the turn, what the wire has kept since then is dropped first.
+    /// One step: before it the old one may send and receive, after it the new one may, and there is
+    /// no moment in which both may or a frame is lost in between. If nobody had the turn, what the
+    /// wire has kept since then is dropped first.
     ///
     /// # Errors
     /// All is as it was.
@@ -154,8 +159,8 @@ impl Turns {
         self.lock().holder()
     }
 
-    /// A guest uses the port's NIC from now on, or none does any more. An unplugged port has no carrier, neither sends nor
-    /// receives, and keeps its turn if it has it.
+    /// A guest uses the port's NIC from now on, or none does any more. An unplugged port has no
+    /// carrier, neither sends nor receives, and keeps its turn if it has it.
     ///
     /// # Errors
     /// The port is gone, or the host refuses to watch the wire.

@@ -23,7 +23,8 @@ pub struct State {
     next: u64,
     /// What the far end of the wire sees of the NIC's link.
     shown_link: bool,
-    /// The far end is to see the link of a NIC that has just got the turn, once that has seen the carrier.
+    /// The far end is to see the link of a NIC that has just got the turn, once that has seen the
+    /// carrier.
     link_due: bool,
     last_frame_ns: Option<u64>,
     times: VecDeque<TurnTimes>,
@@ -148,7 +149,8 @@ impl State {
         member.park(stall);
     }
 
-    /// Takes off the wire what came while nobody had the turn. What waits for a port goes on waiting.
+    /// Takes off the wire what came while nobody had the turn. What waits for a port goes on
+    /// waiting.
     fn lose_stale_frames(&mut self) {
         let mut buffer = vec![0; super::super::MAX_FRAME_BYTES];
         for _ in 0..STALE_FRAMES {

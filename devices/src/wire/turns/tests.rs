@@ -361,7 +361,8 @@ fn a_port_that_goes_gives_its_turn_up_and_leaves_no_descriptor() {
     let (wire, _far) = wire();
     let turns = Turns::new(wire, Parked::Down);
     let before = count();
-    // Other tests of this process have descriptors too: those of a thousand leaks would show all the same.
+    // Other tests of this process have descriptors too: those of a thousand leaks would show all
+    // the same.
     for n in 0..200 {
         let port = turns.port(address(n)).unwrap();
         turns.plug(port.id(), true).unwrap();

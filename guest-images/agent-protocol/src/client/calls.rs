@@ -230,7 +230,8 @@ impl Client {
         self.simple(Call::SetTime { real_ns })
     }
 
-    /// Gives an interface another hardware address, address and default route, as far as they are said.
+    /// Gives an interface another hardware address, address and default route, as far as they are
+    /// said.
     ///
     /// # Errors
     /// See [`Client::call`].

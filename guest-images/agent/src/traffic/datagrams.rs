@@ -184,7 +184,8 @@ impl Carrier for Icmp {
     }
 }
 
-/// The payload of an echo reply to us, out of an IPv4 packet. The kernel has checked both checksums.
+/// The payload of an echo reply to us, out of an IPv4 packet. The kernel has checked both
+/// checksums.
 fn echo_reply(packet: &[u8], identifier: [u8; 2]) -> Option<&[u8]> {
     let header = usize::from(packet.first()? & 0xf) * 4;
     let icmp = packet.get(header..)?;

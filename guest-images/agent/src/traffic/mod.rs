@@ -1,8 +1,8 @@
-//! `/init traffic KIND ADDRESS SECONDS [PATIENCE]`: traffic whose every byte is checked, and a line of JSON about
-//! it ([`agent_protocol::traffic`]).
+//! `/init traffic KIND ADDRESS SECONDS [PATIENCE]`: traffic whose every byte is checked, and a line
+//! of JSON about it ([`agent_protocol::traffic`]).
 //!
-//! Contents are made from the sequence number or the offset, so that a loss, a reordering or a wrong
-//! byte shows without anything being remembered.
+//! Contents are made from the sequence number or the offset, so that a loss, a reordering or a
+//! wrong byte shows without anything being remembered.
 
 mod contents;
 mod datagrams;
@@ -22,8 +22,9 @@ const MIN_SECONDS: f64 = 0.01;
 /// How long an answer may take before it counts as lost or the peer as gone, unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long nothing may come through a stream, unless said otherwise. A NIC that is reset loses what is under way, and
-/// either end then waits before it sends again, each time for twice as long, up to two minutes with Linux.
+/// How long nothing may come through a stream, unless said otherwise. A NIC that is reset loses
+/// what is under way, and either end then waits before it sends again, each time for twice as long,
+/// up to two minutes with Linux.
 const STREAM_PATIENCE: Duration = Duration::from_secs(130);
 
 /// How long to send, and to wait for what does not come.
@@ -34,8 +35,8 @@ struct Time {
     stream_patience: Duration,
 }
 
-/// Runs what `arguments` say and prints the result. Returns the exit status: 0 when all that was sent
-/// came back as it should.
+/// Runs what `arguments` say and prints the result. Returns the exit status: 0 when all that was
+/// sent came back as it should.
 pub fn main(arguments: &[String]) -> u8 {
     let Some((kind, peer, time)) = parse(arguments) else {
         let kinds: Vec<&str> = TrafficKind::ALL.iter().map(|kind| kind.name()).collect();

@@ -1,7 +1,9 @@
-//! Values of registers through one function, as far as types, mappings of registers and what a device delivers are concerned.
+//! Values of registers through one function, as far as types, mappings of registers and what a
+//! device delivers are concerned.
 //!
-//! Blocks are gone through until nothing changes. Where ways meet, what is not the same on both is forgotten. A function is called
-//! with what BTF says of its parameters, or with what its callers were seen to pass, and returns what it was seen to return.
+//! Blocks are gone through until nothing changes. Where ways meet, what is not the same on both is
+//! forgotten. A function is called with what BTF says of its parameters, or with what its callers
+//! were seen to pass, and returns what it was seen to return.
 
 mod calls;
 mod memory;
@@ -19,9 +21,11 @@ use super::values::{Shared, State, Value};
 
 /// Times that a block is gone through, on average, before a function is given up.
 const MAX_VISITS: usize = 24;
-/// Registers that a call does not keep (System V ABI, figure 3.4): `rax`, `rcx`, `rdx`, `rsi`, `rdi`, `r8` to `r11`.
+/// Registers that a call does not keep (System V ABI, figure 3.4): `rax`, `rcx`, `rdx`, `rsi`,
+/// `rdi`, `r8` to `r11`.
 const LOST: [usize; 9] = [0, 1, 2, 6, 7, 8, 9, 10, 11];
-/// Bits of a value that is too small for there to be much doubt where it is not known how large an object is.
+/// Bits of a value that is too small for there to be much doubt where it is not known how large an
+/// object is.
 pub const SMALL: u8 = 8;
 /// Bytes of the frame behind an address that is handed on, of which nothing is known then.
 const HANDED_ON: usize = 64;
@@ -410,7 +414,8 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// A comparison by size, or with a certain number, counts as a check of all that both come from.
+    /// A comparison by size, or with a certain number, counts as a check of all that both come
+    /// from.
     fn compared(&mut self, state: &mut State, at: usize) {
         let ordered = self
             .code

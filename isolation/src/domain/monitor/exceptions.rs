@@ -18,8 +18,8 @@ pub struct ExceptionFrame {
 }
 
 impl Monitor {
-    /// The frame of the exception whose stub exited with RSP `rsp` at RIP `rip`; `None` where the two
-    /// cannot come from a stub.
+    /// The frame of the exception whose stub exited with RSP `rsp` at RIP `rip`; `None` where the
+    /// two cannot come from a stub.
     pub fn exception_frame(&self, rip: u64, rsp_at_exit: u64) -> Option<ExceptionFrame> {
         let offset = rip.checked_sub(self.va + VECTORS * PAGE_SIZE)?;
         let vector = u8::try_from(offset / VECTOR_STUB_BYTES).ok()?;
@@ -47,7 +47,8 @@ impl Monitor {
     }
 }
 
-/// Vectors that push an error code (Intel SDM volume 3, table 6-1; 29 and 30 are AMD's #VC and #SX).
+/// Vectors that push an error code (Intel SDM volume 3, table 6-1; 29 and 30 are AMD's #VC and
+/// #SX).
 fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30)
 }

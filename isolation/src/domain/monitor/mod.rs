@@ -19,7 +19,8 @@
 //!
 //! What the driver can do to it: run the stubs at a wrong place, which no check here prevents, and
 //! overwrite the exception stack and the scratch word, which hold nothing across an instruction
-//! that could be interrupted, and the counter, for which its bytes are not looked at one by one then.
+//! that could be interrupted, and the counter, for which its bytes are not looked at one by one
+//! then.
 
 use std::collections::{HashMap, HashSet};
 use std::ptr::NonNull;
@@ -72,8 +73,8 @@ pub const PORT_SLEEP: u16 = 0xF5;
 /// Port of the exit at a kernel function that means that something is broken for good.
 pub const PORT_FATAL: u16 = 0xF4;
 
-/// Port of the exits at both ends of a trampoline whose calls are journalled, and at the beginning of one whose arguments are
-/// looked at.
+/// Port of the exits at both ends of a trampoline whose calls are journalled, and at the beginning
+/// of one whose arguments are looked at.
 pub const PORT_JOURNAL: u16 = 0xF6;
 
 /// Port of the exit at a fault that waits in the driver's copy, see [`super::strike`].
@@ -86,8 +87,9 @@ pub const KERNEL_DS: u16 = 0x18;
 
 const VECTOR_STUB_BYTES: u64 = 16;
 const TRAMPOLINE_SLOT_BYTES: u64 = 256;
-/// Offset in the scratch page of the stubs' word. That of the trampolines, at 0, may be in use when a stub runs: one that is
-/// interrupted by a page fault goes on by way of a stub if the roots were built anew.
+/// Offset in the scratch page of the stubs' word. That of the trampolines, at 0, may be in use when
+/// a stub runs: one that is interrupted by a page fault goes on by way of a stub if the roots were
+/// built anew.
 const STUB_SCRATCH: u64 = 8;
 /// Offset there of the number of calls of kernel functions that ran with the driver's rights.
 const DIRECT_CALLS: u64 = 16;
@@ -236,7 +238,8 @@ impl Monitor {
     /// One page of the area.
     pub fn page(&self, index: u64) -> &Page {
         assert!(index < AREA_PAGES, "page of the monitor area");
-        // SAFETY: the index is within the mapping; P does not run while the host looks (see `Send`).
+        // SAFETY: the index is within the mapping; P does not run while the host looks (see
+        // `Send`).
         unsafe { self.memory.add(index as usize).as_ref() }
     }
 
@@ -253,8 +256,8 @@ impl Monitor {
         self.va
     }
 
-    /// Where P goes on in the kernel after a call-back: loads the kernel root and jumps to the address
-    /// given to [`Monitor::resume_at`].
+    /// Where P goes on in the kernel after a call-back: loads the kernel root and jumps to the
+    /// address given to [`Monitor::resume_at`].
     pub fn kernel_stub(&self) -> u64 {
         self.va + 0x60
     }
@@ -291,14 +294,14 @@ impl Monitor {
         self.put(RETURN_STACK, TARGET, target);
     }
 
-    /// Sets what the entry stub jumps to and leaves the return stack as it is: to go on in the driver
-    /// after a root was changed behind its back.
+    /// Sets what the entry stub jumps to and leaves the return stack as it is: to go on in the
+    /// driver after a root was changed behind its back.
     pub fn resume_at(&mut self, target: u64) {
         self.put(RETURN_STACK, TARGET, target);
     }
 
-    /// Makes the return stack hold `frames`, outermost first, and sets what the entry stub jumps to: to go
-    /// on with a call that was left for a while. `false` if there are more than fit.
+    /// Makes the return stack hold `frames`, outermost first, and sets what the entry stub jumps
+    /// to: to go on with a call that was left for a while. `false` if there are more than fit.
     pub fn resume_with(&mut self, frames: &[CrossingFrame], target: u64) -> bool {
         let end = FIRST_FRAME + frames.len() as u64 * FRAME_BYTES;
         if end > PAGE_SIZE {
@@ -321,8 +324,8 @@ impl Monitor {
         self.get(RETURN_STACK, CROSSINGS)
     }
 
-    /// Calls of kernel functions since the area was made: crossings, and those with the driver's rights, whose number the
-    /// driver could change.
+    /// Calls of kernel functions since the area was made: crossings, and those with the driver's
+    /// rights, whose number the driver could change.
     pub fn kernel_calls(&self) -> (u64, u64) {
         (self.crossings(), self.get(SCRATCH, DIRECT_CALLS))
     }
@@ -424,8 +427,8 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // SAFETY: exactly the mapping made in `new`. The memory slot over it belongs to a VM that is
-        // gone by now or never runs again; a failure would only mean the range is not mapped.
+        // SAFETY: exactly the mapping made in `new`. The memory slot over it belongs to a VM that
+        // is gone by now or never runs again; a failure would only mean the range is not mapped.
         unsafe {
             libc::munmap(
                 self.memory.as_ptr().cast(),

@@ -1,5 +1,5 @@
-//! Trampolines: the ways by which the driver calls kernel functions without an exit, and with two where calls are
-//! journalled.
+//! Trampolines: the ways by which the driver calls kernel functions without an exit, and with two
+//! where calls are journalled.
 //!
 //! ```text
 //!   driver ─► mov [scratch], r11 ─► kernel root ─► call ─► driver root ─► ret ─► driver
@@ -7,8 +7,8 @@
 //!             inc [counter], jmp to a function that needs no more than the driver's rights
 //! ```
 //!
-//! A function that needs no other rights than the driver's is reached on the root that is loaded, unless its calls are
-//! journalled.
+//! A function that needs no other rights than the driver's is reached on the root that is loaded,
+//! unless its calls are journalled.
 
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
 use iced_x86::{Decoder, DecoderOptions};
@@ -19,8 +19,8 @@ use super::*;
 const RET: u8 = 0xc3;
 /// Opcode of `jmp rel32`.
 const JMP: u8 = 0xe9;
-/// `inc qword [disp32]` without the displacement: REX.W, opcode, ModRM, SIB. Flags are nobody's at a call (System V ABI, section
-/// 3.2.1).
+/// `inc qword [disp32]` without the displacement: REX.W, opcode, ModRM, SIB. Flags are nobody's at
+/// a call (System V ABI, section 3.2.1).
 const INC: [u8; 4] = [0x48, 0xff, 0x04, 0x25];
 /// Length of these two, which are put in the place of what is usual.
 const HEAD_BYTES: usize = 13;
@@ -44,7 +44,8 @@ pub(super) struct Trampoline {
 }
 
 impl Trampoline {
-    /// How it, which is at `va`, begins, with what counts calls with the driver's rights at `counter`.
+    /// How it, which is at `va`, begins, with what counts calls with the driver's rights at
+    /// `counter`.
     fn head(self, va: u64, counter: u64) -> [u8; HEAD_BYTES] {
         let mut head = self.usual;
         if self.journalled || self.looked_at {
@@ -113,7 +114,8 @@ impl Monitor {
         Ok(va)
     }
 
-    /// Has these functions run with the rights of the driver when it calls them, and no others. P does not run meanwhile.
+    /// Has these functions run with the rights of the driver when it calls them, and no others. P
+    /// does not run meanwhile.
     pub fn call_directly(&mut self, functions: HashSet<u64>) {
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
@@ -123,8 +125,8 @@ impl Monitor {
         self.direct = functions;
     }
 
-    /// Has the calls of these functions exit when they begin, whether they are journalled or not, and no others for that.
-    /// P does not run meanwhile.
+    /// Has the calls of these functions exit when they begin, whether they are journalled or not,
+    /// and no others for that. P does not run meanwhile.
     pub fn look_at(&mut self, functions: HashSet<u64>) {
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
@@ -134,8 +136,8 @@ impl Monitor {
         self.looked_at = functions;
     }
 
-    /// Has the calls of the functions that `wanted` picks exit when they begin and when they return, and no
-    /// others. P does not run meanwhile.
+    /// Has the calls of the functions that `wanted` picks exit when they begin and when they
+    /// return, and no others. P does not run meanwhile.
     pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
         for index in 0..self.slots.len() {
             let trampoline = self.slots[index];
@@ -154,8 +156,8 @@ impl Monitor {
         }
     }
 
-    /// Which end of which function's trampoline that exits P stopped at with this RIP: KVM leaves it at an
-    /// `out` or, in some builds, behind it.
+    /// Which end of which function's trampoline that exits P stopped at with this RIP: KVM leaves
+    /// it at an `out` or, in some builds, behind it.
     pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {
         let offset = rip.checked_sub(self.va + TRAMPOLINES * PAGE_SIZE)?;
         let index = usize::try_from(offset / TRAMPOLINE_SLOT_BYTES).ok()?;
@@ -197,8 +199,8 @@ impl Monitor {
         self.slots.get(index).map(|slot| slot.target)
     }
 
-    /// `call target` on the kernel root. All registers and the stack's layout are as in a direct call:
-    /// some kernel functions are called from inline assembly and must keep every register.
+    /// `call target` on the kernel root. All registers and the stack's layout are as in a direct
+    /// call: some kernel functions are called from inline assembly and must keep every register.
     fn assemble_trampoline(&self, va: u64, target: u64) -> Result<Vec<u8>, MonitorError> {
         let top = qword_ptr(self.data(RETURN_STACK, TOP));
         let crossings = qword_ptr(self.data(RETURN_STACK, CROSSINGS));
@@ -216,7 +218,8 @@ impl Monitor {
         a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.mov(r11, scratch)?;
-        // Functions are entered with it clear (System V ABI, section 3.2.1), and the kernel's own copy downwards otherwise.
+        // Functions are entered with it clear (System V ABI, section 3.2.1), and the kernel's own
+        // copy downwards otherwise.
         a.cld()?;
         a.call(target)?;
         a.mov(scratch, r11)?;

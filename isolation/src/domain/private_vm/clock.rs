@@ -25,8 +25,8 @@ const FIXED_CALLS: u32 = 256;
 ///
 /// On a host whose own counter is reliable the offset of a vCPU is fixed. On others (nested and
 /// emulated hosts) KVM moves it at every load of the vCPU so that the guest's counter stands still
-/// while the vCPU does not run: there it has to be taken over before each call, or the guest's clock
-/// jumps ahead inside the domain and stands still outside until it has caught up.
+/// while the vCPU does not run: there it has to be taken over before each call, or the guest's
+/// clock jumps ahead inside the domain and stands still outside until it has caught up.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
     offset: Option<u64>,
@@ -41,7 +41,8 @@ impl Clock {
         *self = Self::default();
     }
 
-    /// Sets P's offset to that of `k` where it may have changed; returns the number of system calls.
+    /// Sets P's offset to that of `k` where it may have changed; returns the number of system
+    /// calls.
     pub(super) fn follow(&mut self, k: &VcpuFd, p: &VcpuFd) -> Result<u32, PrivateVmError> {
         if !self.is_due() {
             return Ok(0);
@@ -78,8 +79,8 @@ impl Clock {
 fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, PrivateVmError> {
     let mut offset = 0u64;
     let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel writes just
-    // those 8 bytes.
+    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel writes
+    // just those 8 bytes.
     let result = unsafe {
         let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
         ioctl_with_ref(&vcpu, ioctls::KVM_GET_DEVICE_ATTR(), &attribute)
@@ -89,7 +90,8 @@ fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, PrivateVmError> {
 
 fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<(), PrivateVmError> {
     let attribute = tsc_offset_attribute(&raw mut offset);
-    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel reads them.
+    // SAFETY: `attribute` and the 8 bytes it points to live through the call; the kernel reads
+    // them.
     let result = unsafe {
         let vcpu = std::os::fd::BorrowedFd::borrow_raw(vcpu.as_raw_fd());
         ioctl_with_ref(&vcpu, ioctls::KVM_SET_DEVICE_ATTR(), &attribute)

@@ -20,7 +20,8 @@ pub(super) mod bits {
 pub enum Root {
     /// The driver's: nothing is writable or executable but what was opened.
     Driver,
-    /// The kernel's: the guest's permissions, driver text and memory that devices write meanwhile excepted.
+    /// The kernel's: the guest's permissions, driver text and memory that devices write meanwhile
+    /// excepted.
     Kernel,
 }
 

@@ -9,17 +9,18 @@
 //!               monitor area     as its pages say
 //! ```
 //!
-//! Memory that devices write while calls run is read-only in the kernel root as well, until it is opened (`moving`).
+//! Memory that devices write while calls run is read-only in the kernel root as well, until it is
+//! opened (`moving`).
 //!
 //! A root is filled on demand. An entry either *links* a whole sub-tree of the guest's own tables
-//! (with write and execute taken away where the root's default says so: permissions of all levels are
-//! combined, Intel SDM volume 3, section 4.6), or leads to a *mirror*, a table in the monitor area
-//! that is itself filled on demand. Mirrors exist only on the paths to pages with permissions of
-//! their own.
+//! (with write and execute taken away where the root's default says so: permissions of all levels
+//! are combined, Intel SDM volume 3, section 4.6), or leads to a *mirror*, a table in the monitor
+//! area that is itself filled on demand. Mirrors exist only on the paths to pages with permissions
+//! of their own.
 //!
-//! Every entry that was taken over from the guest is remembered with its value. Before each call the
-//! values are compared; when one changed the roots are built anew. Tables of the guest below a link
-//! are walked by the processor itself and cannot go stale.
+//! Every entry that was taken over from the guest is remembered with its value. Before each call
+//! the values are compared; when one changed the roots are built anew. Tables of the guest below a
+//! link are walked by the processor itself and cannot go stale.
 
 mod entry;
 mod open;
@@ -114,7 +115,8 @@ pub struct FixedPages {
 }
 
 impl Roots {
-    /// Empty roots that follow the tables at `cr3`. `moving` is read-only in the kernel root, too, until it is opened.
+    /// Empty roots that follow the tables at `cr3`. `moving` is read-only in the kernel root, too,
+    /// until it is opened.
     pub fn new(cr3: u64, moving: Option<GvaRange>) -> Self {
         Self {
             cr3,
@@ -208,7 +210,8 @@ impl Roots {
                 .all(|source| same(source.gpa, source.value))
     }
 
-    /// What was taken over from the guest's tables is not to be relied upon: the next call builds the roots anew.
+    /// What was taken over from the guest's tables is not to be relied upon: the next call builds
+    /// the roots anew.
     pub fn forget(&mut self) {
         self.complete = false;
     }
@@ -314,8 +317,8 @@ impl Roots {
         Ok(Fill::NotMapped)
     }
 
-    /// Fills the rest of a table that stands for a piece of a large page: all of it depends on the one
-    /// entry that was remembered, so it costs nothing later.
+    /// Fills the rest of a table that stands for a piece of a large page: all of it depends on the
+    /// one entry that was remembered, so it costs nothing later.
     fn fill_split(
         &self,
         root: Root,
@@ -365,8 +368,8 @@ impl Roots {
         }
     }
 
-    /// Whether the entry of `level` that covers `va` also covers a page with permissions of its own,
-    /// so that it cannot be a link.
+    /// Whether the entry of `level` that covers `va` also covers a page with permissions of its
+    /// own, so that it cannot be a link.
     fn has_special_below(&self, root: Root, level: u8, va: u64) -> bool {
         let state = self.state(root);
         let covered = GvaRange::aligned(Gva(va), 1 << shift(level));

@@ -31,8 +31,8 @@ impl Roots {
         self.fill(root, page, view, monitor)
     }
 
-    /// Closes the page at `page`, if it is open for writing in `root`: it can be read still. Not while P is on that
-    /// root: the processor may remember that it was open.
+    /// Closes the page at `page`, if it is open for writing in `root`: it can be read still. Not
+    /// while P is on that root: the processor may remember that it was open.
     pub fn close(&mut self, root: Root, page: u64, monitor: &mut Monitor) {
         let entry = self.close_entry(root, page);
         if let Some((table, at)) = entry {
@@ -41,7 +41,8 @@ impl Roots {
         }
     }
 
-    /// Takes the right to write the page at `page` away; where its entry is, if there is one that says otherwise.
+    /// Takes the right to write the page at `page` away; where its entry is, if there is one that
+    /// says otherwise.
     fn close_entry(&mut self, root: Root, page: u64) -> Option<(u64, u64)> {
         let state = self.state_mut(root);
         let special = state.special.get_mut(&page)?;
@@ -68,8 +69,8 @@ impl Roots {
             .collect()
     }
 
-    /// Closes all pages that are open for writing in the driver root but those in `keep`. What a page is mapped to is looked
-    /// up anew at its next access.
+    /// Closes all pages that are open for writing in the driver root but those in `keep`. What a
+    /// page is mapped to is looked up anew at its next access.
     pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
         for page in self.open_pages().difference(keep) {
             if let Some((table, at)) = self.close_entry(Root::Driver, *page) {

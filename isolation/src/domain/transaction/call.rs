@@ -19,23 +19,25 @@ pub struct CallRequest<'a> {
     pub regs: kvm_regs,
     /// Control registers and segments.
     pub sregs: &'a kvm_sregs,
-    /// The stack that the function is entered on ([`crate::guest::stack`]): the call's own to write.
+    /// The stack that the function is entered on ([`crate::guest::stack`]): the call's own to
+    /// write.
     pub stack: GvaRange,
     /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
     pub clock: Option<&'a VcpuFd>,
     /// Guest virtual address at which the function's own code begins.
     pub function: u64,
-    /// Guest virtual address of the return gate: an instruction in the guest that gives control back when a
-    /// kernel function that went on there returns to it. Without one calls are never spilled.
+    /// Guest virtual address of the return gate: an instruction in the guest that gives control
+    /// back when a kernel function that went on there returns to it. Without one calls are never
+    /// spilled.
     pub return_gate: Option<u64>,
-    /// What is known of the kernel's functions: with it a call that goes on in the guest keeps a journal, and
-    /// is taken back to its beginning if it fails later.
+    /// What is known of the kernel's functions: with it a call that goes on in the guest keeps a
+    /// journal, and is taken back to its beginning if it fails later.
     pub effects: Option<&'a KernelEffects>,
-    /// Processor time in the private VM, over all parts of the call, after which it is taken to hang and is aborted. One
-    /// that exits gets a little more for each exit.
+    /// Processor time in the private VM, over all parts of the call, after which it is taken to
+    /// hang and is aborted. One that exits gets a little more for each exit.
     pub budget: Duration,
-    /// Time that the call may wait for in all, over all parts of it, with the guest standing still, before it is given
-    /// up as one that sleeps.
+    /// Time that the call may wait for in all, over all parts of it, with the guest standing still,
+    /// before it is given up as one that sleeps.
     pub sleep_limit: Duration,
 }
 
@@ -92,8 +94,9 @@ pub enum CallEnd {
     Aborted(Box<Violation>),
     /// The guest must run the function itself; nothing of the attempt is left.
     PassThrough(PassThroughReason),
-    /// What it did so far is in the guest, which goes on in the middle of a kernel function. The call
-    /// comes back with [`crate::domain::Domain::go_on`] when that function reaches the return gate.
+    /// What it did so far is in the guest, which goes on in the middle of a kernel function. The
+    /// call comes back with [`crate::domain::Domain::go_on`] when that function reaches the return
+    /// gate.
     Spilled(PassThroughReason, Box<SpilledCall>),
 }
 
@@ -146,7 +149,8 @@ pub struct AbortPhases {
     pub memory_ns: u64,
     /// Putting the device's checkpoint back; 0 if the call had not reached the device.
     pub device_ns: u64,
-    /// Until the guest has called all kernel functions that take the call back; 0 if there were none.
+    /// Until the guest has called all kernel functions that take the call back; 0 if there were
+    /// none.
     #[serde(default)]
     pub compensate_ns: u64,
     /// From then until the guest's vCPU has its registers for the return to the caller.
@@ -173,22 +177,23 @@ impl AbortPhases {
 pub struct CallResult {
     /// How it ended.
     pub end: CallEnd,
-    /// For a committed or spilled call: all general registers. For an aborted one: those of the entry,
-    /// after a return; the caller sets RAX. For a pass-through: those of the entry.
+    /// For a committed or spilled call: all general registers. For an aborted one: those of the
+    /// entry, after a return; the caller sets RAX. For a pass-through: those of the entry.
     pub regs: kvm_regs,
     /// What it did and cost.
     pub stats: CallStats,
     /// Time that it has had by now, its earlier parts among it.
     pub time: CallTime,
-    /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill in.
+    /// Where the rollback's time went, for an aborted call; `returned_ns` is the caller's to fill
+    /// in.
     pub phases: AbortPhases,
-    /// Kernel functions that the guest has to call, in this order, before it goes on: what waited for the end
-    /// of the call, or what takes it back.
+    /// Kernel functions that the guest has to call, in this order, before it goes on: what waited
+    /// for the end of the call, or what takes it back.
     pub kernel_calls: Vec<KernelCall>,
     /// What is charged of the host's memory for these.
     pub kept: Kept,
-    /// Lists that an aborted call had changed in the guest, to be looked at when these functions have returned
-    /// ([`list_links`](crate::domain::list_links)).
+    /// Lists that an aborted call had changed in the guest, to be looked at when these functions
+    /// have returned ([`list_links`](crate::domain::list_links)).
     pub lists: Vec<ChangedLinks>,
 }
 

@@ -82,7 +82,8 @@ impl Call<'_> {
         bytes: usize,
     ) -> Result<Result<u64, ViolationKind>, DomainError> {
         self.stats.device_reads += 1;
-        // A load that only flushes stores: they arrive when the call commits, and nobody uses the device before.
+        // A load that only flushes stores: they arrive when the call commits, and nobody uses the
+        // device before.
         let waiting = &mut self.posted.iter().map(|write| write.at);
         if let Some(value) = self.supervisor.device_read_past(at, bytes, waiting) {
             self.take_over()?;
@@ -116,7 +117,8 @@ impl Call<'_> {
         Ok(Step::Continue)
     }
 
-    /// Performs the queued stores in the middle of the call; `Some` if it may not get as far as that.
+    /// Performs the queued stores in the middle of the call; `Some` if it may not get as far as
+    /// that.
     fn perform_posted(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         if !self.posted_use_memory {
             self.reach_registers();
@@ -129,7 +131,8 @@ impl Call<'_> {
         Ok(kind)
     }
 
-    /// The call is about to wait: a device that goes on by itself does meanwhile what it was told before.
+    /// The call is about to wait: a device that goes on by itself does meanwhile what it was told
+    /// before.
     pub(super) fn before_wait(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         match self.domain.view.keeps_bases() && !self.posted.is_empty() {
             true => self.perform_posted(),
@@ -153,8 +156,9 @@ impl Call<'_> {
         self.post(DeviceAddress::Memory(gpa), value, bytes)
     }
 
-    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the queued stores. `Some` if
-    /// the call may not change all of it, and nothing was done: a commit would not find it any more.
+    /// Makes memory as P left it visible to the device, keeping the old bytes, and performs the
+    /// queued stores. `Some` if the call may not change all of it, and nothing was done: a commit
+    /// would not find it any more.
     pub(super) fn reach_device(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
@@ -205,8 +209,9 @@ impl Call<'_> {
         }
     }
 
-    /// What devices have written before a load is seen by whoever made it (PCI Local Bus Specification 3.0, 3.2.5), also in
-    /// private copies. Nothing where they write nothing meanwhile.
+    /// What devices have written before a load is seen by whoever made it (PCI Local Bus
+    /// Specification 3.0, 3.2.5), also in private copies. Nothing where they write nothing
+    /// meanwhile.
     pub(super) fn take_over(&mut self) -> Result<(), DomainError> {
         if self.domain.view.keeps_bases() {
             for pfn in self.private_pages()? {

@@ -1,4 +1,5 @@
-//! Stores of the driver that are looked at one by one: those to pages that hold objects of others, too.
+//! Stores of the driver that are looked at one by one: those to pages that hold objects of others,
+//! too.
 //!
 //! ```text
 //!  store ─► page fault ─► which bytes? ─► not all the call's: a stray write, nothing was stored
@@ -85,7 +86,8 @@ impl Call<'_> {
             self.open_for_a_step(page)?;
         }
         if self.outdated.is_some() {
-            // On tables that were made anew, which are loaded by a stub that is not to be stepped: the store comes once more.
+            // On tables that were made anew, which are loaded by a stub that is not to be stepped:
+            // the store comes once more.
             let pages = std::mem::take(&mut self.stepping);
             self.domain.close(&pages);
             self.last_fault = (0, 0, 0);
@@ -103,7 +105,8 @@ impl Call<'_> {
     /// The debug exception after a store: the pages that were open for it are closed.
     pub(super) fn stepped(&mut self, frame: &ExceptionFrame, regs: &kvm_regs) -> Step {
         let pages = std::mem::take(&mut self.stepping);
-        // The next store may be the same one again, and the fault before it one of as many as there are stores.
+        // The next store may be the same one again, and the fault before it one of as many as there
+        // are stores.
         self.last_fault = (0, 0, 0);
         self.detours = self.detours.saturating_sub(2);
         self.domain.close(&pages);
@@ -186,7 +189,8 @@ impl Call<'_> {
     }
 }
 
-/// What a string instruction with a repeat prefix does in the pages that it is at, if all of its elements lie in one each.
+/// What a string instruction with a repeat prefix does in the pages that it is at, if all of its
+/// elements lie in one each.
 fn repeated(instruction: &Instruction, regs: &kvm_regs) -> Option<Repeated> {
     if !instruction.has_rep_prefix() || regs.rflags & DIRECTION_FLAG != 0 {
         return None;
@@ -281,9 +285,10 @@ fn stored_at(instruction: &Instruction, regs: &kvm_regs, gs_base: u64, fault: u6
     (fault, longest)
 }
 
-/// First byte and length of what a string instruction with elements of so many bytes stores in the page that it is at, one
-/// element at least. A processor stops behind each element with the trap flag set (Intel SDM volume 1, section 7.3.9.2), but
-/// KVM does not where it carries the instruction out itself.
+/// First byte and length of what a string instruction with elements of so many bytes stores in the
+/// page that it is at, one element at least. A processor stops behind each element with the trap
+/// flag set (Intel SDM volume 1, section 7.3.9.2), but KVM does not where it carries the
+/// instruction out itself.
 fn string_in_page(instruction: &Instruction, regs: &kvm_regs, element: u64) -> (u64, u64) {
     let mask = match instruction.op0_kind() {
         OpKind::MemoryESEDI => u64::from(u32::MAX),

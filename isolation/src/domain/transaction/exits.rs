@@ -122,8 +122,8 @@ impl Call<'_> {
         let mut rflags = frame.rflags;
         let rip = match self.outdated.take() {
             None => rip,
-            // By way of a load of CR3, which drops all that the processor remembers of the tables (Intel SDM volume 3,
-            // section 4.10.4.1).
+            // By way of a load of CR3, which drops all that the processor remembers of the tables
+            // (Intel SDM volume 3, section 4.10.4.1).
             Some(root) => {
                 self.stats.root_loads += 1;
                 // The stub would be stepped in place of a store, which comes once more.

@@ -59,7 +59,8 @@ impl Call<'_> {
     fn regs_at_fault(&self, callbacks: &[CrossingFrame]) -> (kvm_regs, bool) {
         let regs = self.domain.vm.regs();
         let monitor = &self.domain.monitor;
-        // Of an exception P has the registers of the one that it interrupted, but for those that the frame has.
+        // Of an exception P has the registers of the one that it interrupted, but for those that
+        // the frame has.
         if let Some(frame) = monitor.exception_frame(regs.rip, regs.rsp) {
             let interrupted = kvm_regs {
                 rip: frame.rip,
@@ -140,8 +141,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Adds the driver's text as it ran, faults on purpose among it, with calls leading to where they would lead in the
-    /// guest.
+    /// Adds the driver's text as it ran, faults on purpose among it, with calls leading to where
+    /// they would lead in the guest.
     fn add_text(&self, pages: &mut Pages) -> Result<(), DomainError> {
         let domain = &*self.domain;
         let place = |va: u64| -> Result<Option<(Pfn, usize)>, DomainError> {

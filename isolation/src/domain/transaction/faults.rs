@@ -18,7 +18,8 @@ impl Call<'_> {
             ));
         }
         match frame.vector {
-            // The driver's own use of the FPU is between two kernel functions that make it the guest's: it has gone wrong.
+            // The driver's own use of the FPU is between two kernel functions that make it the
+            // guest's: it has gone wrong.
             VECTOR_DEVICE_NOT_AVAILABLE if root == Root::Kernel => {
                 let at = self.interrupted(&frame, regs, root);
                 Ok(Step::GuestOnly(PassThroughReason::Fpu, at))
@@ -194,7 +195,8 @@ impl Call<'_> {
                 let Some(return_address) = self.read_guest(frame.rsp)? else {
                     return Ok(wild);
                 };
-                // A function that runs with the driver's rights may find that it has to call another, which needs the kernel's.
+                // A function that runs with the driver's rights may find that it has to call
+                // another, which needs the kernel's.
                 let by_common = self.domain.is_common(return_address);
                 let is_made =
                     translation.execute && self.supervisor.is_made_by_kernel(target, regs.rsi);

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// How far above the stack pointer of a function that only copies the return address of its caller is looked for, in words
-/// of 8 bytes.
+/// How far above the stack pointer of a function that only copies the return address of its caller
+/// is looked for, in words of 8 bytes.
 const MAX_WORDS_ABOVE_CALLER: u64 = 8;
 
 impl Call<'_> {
@@ -37,8 +37,8 @@ impl Call<'_> {
         }
     }
 
-    /// Puts what P wrote into the guest and does what waited; `Some` if the call may not change all of it,
-    /// and nothing was done.
+    /// Puts what P wrote into the guest and does what waited; `Some` if the call may not change all
+    /// of it, and nothing was done.
     pub(super) fn publish(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         let pages = self.private_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
@@ -86,7 +86,8 @@ impl Call<'_> {
             .collect();
         dropped.extend(domain.warm.admit(&rest));
         dropped.sort_unstable();
-        // The call is in the guest by now, and nothing may fail any more: what is not dropped now is before the next.
+        // The call is in the guest by now, and nothing may fail any more: what is not dropped now
+        // is before the next.
         match domain.drop_copies(&dropped) {
             Ok(calls) => self.stats.other_syscalls += calls,
             Err(_) => domain.stale.extend(dropped),
@@ -117,9 +118,10 @@ impl Call<'_> {
         &mut self,
         changes: &[(Pfn, PageMask)],
     ) -> Option<ViolationKind> {
-        // Kernel functions write through their own mapping of the same page, and to objects on the callers'
-        // stack (a block request's completion), so bytes can only be laid at the driver's door where it
-        // called none. An overflow that reaches a caller's frame hits the return address on its way.
+        // Kernel functions write through their own mapping of the same page, and to objects on the
+        // callers' stack (a block request's completion), so bytes can only be laid at the driver's
+        // door where it called none. An overflow that reaches a caller's frame hits the return
+        // address on its way.
         if self.stats_crossed() {
             return None;
         }
@@ -181,7 +183,8 @@ impl Call<'_> {
             spills: self.spills,
             published: None,
         };
-        // Tables that the call has damaged cannot be followed for it, and are no reason not to take it back.
+        // Tables that the call has damaged cannot be followed for it, and are no reason not to take
+        // it back.
         if let Err(error) = self.tell_failing(&violation, cr2) {
             tracing::warn!("a call cannot be looked at, at its fault: {error}");
         }
@@ -195,7 +198,8 @@ impl Call<'_> {
         Ok((CallEnd::Aborted(Box::new(violation)), regs))
     }
 
-    /// The innermost return address into the driver on the stack at `rsp`, of a function that keeps little there.
+    /// The innermost return address into the driver on the stack at `rsp`, of a function that keeps
+    /// little there.
     fn caller(&self, rsp: u64) -> Result<Option<u64>, DomainError> {
         for word in 0..MAX_WORDS_ABOVE_CALLER {
             let Some(value) = self.read_guest(rsp.wrapping_add(word * 8))? else {
@@ -240,8 +244,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Something of the domain's own failed in the middle of the call: leaves nothing of the call in the guest and
-    /// its device, without asking anything more of the private VM.
+    /// Something of the domain's own failed in the middle of the call: leaves nothing of the call
+    /// in the guest and its device, without asking anything more of the private VM.
     pub(super) fn leave_nothing(&mut self) {
         self.posted.clear();
         if self.reached_device {
@@ -268,7 +272,8 @@ impl Call<'_> {
         }
     }
 
-    /// Puts the device back, if the call has reached it; memory is as before already, which the device looks at.
+    /// Puts the device back, if the call has reached it; memory is as before already, which the
+    /// device looks at.
     fn put_device_back(&mut self) {
         if std::mem::take(&mut self.reached_device) {
             self.device_lost |= !self.supervisor.restore_device();

@@ -1,5 +1,5 @@
-//! The journal of a call as it runs: what is noted at each crossing and at each publication, and how the parts
-//! that are in the guest are taken back.
+//! The journal of a call as it runs: what is noted at each crossing and at each publication, and
+//! how the parts that are in the guest are taken back.
 
 use super::finish::elapsed_ns;
 use super::*;
@@ -29,7 +29,8 @@ impl ReadNumber for CallNumbers<'_> {
 }
 
 impl Call<'_> {
-    /// Whether the call, which must go on in the guest, is to be run once more with a journal before it does.
+    /// Whether the call, which must go on in the guest, is to be run once more with a journal
+    /// before it does.
     pub(super) fn wants_journal(&self) -> bool {
         self.journal.is_none()
             && self.spills == 0
@@ -166,7 +167,8 @@ impl Call<'_> {
         }
     }
 
-    /// This part is in the guest. `nested` if more kernel functions are under way than the innermost one.
+    /// This part is in the guest. `nested` if more kernel functions are under way than the
+    /// innermost one.
     pub(super) fn settle_journal(&mut self, nested: bool) {
         if let Some(journal) = &mut self.journal {
             let used = journal.reached_device();
@@ -181,8 +183,8 @@ impl Call<'_> {
         }
     }
 
-    /// Takes back what is in the guest of a call whose last part is taken back already: device and memory at
-    /// once, kernel functions by having the guest call their opposites.
+    /// Takes back what is in the guest of a call whose last part is taken back already: device and
+    /// memory at once, kernel functions by having the guest call their opposites.
     pub(super) fn take_back_published(&mut self) -> Result<Published, DomainError> {
         let Some(journal) = &mut self.journal else {
             return Ok(Published::Stays(Stays::NoModel));

@@ -1,5 +1,5 @@
-//! What kernel functions keep of what the driver gives them: looked at when they are called, since nobody would lay it at the
-//! driver's door when it is used.
+//! What kernel functions keep of what the driver gives them: looked at when they are called, since
+//! nobody would lay it at the driver's door when it is used.
 
 use super::*;
 use crate::domain::effects::{KeptArgument, Required};
@@ -63,8 +63,8 @@ impl Call<'_> {
         Ok(true)
     }
 
-    /// The instruction of the driver that calls, where that is known, by what it would return to: a call in the function's place
-    /// (a jump) returns to the function's caller.
+    /// The instruction of the driver that calls, where that is known, by what it would return to: a
+    /// call in the function's place (a jump) returns to the function's caller.
     pub(super) fn called_from(&self, return_address: u64) -> u64 {
         let at = return_address.wrapping_sub(CALL_BYTES);
         let mut opcode = [0];

@@ -6,8 +6,8 @@ use super::*;
 const MIN_CHARGED: usize = 4096;
 
 impl Call<'_> {
-    /// All pages of which P has its own copy because of this or an earlier call, sorted; the driver's
-    /// text is not among them.
+    /// All pages of which P has its own copy because of this or an earlier call, sorted; the
+    /// driver's text is not among them.
     pub(super) fn private_pages(&mut self) -> Result<Vec<Pfn>, DomainError> {
         self.harvest()?;
         let domain = &*self.domain;
@@ -33,8 +33,9 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Charges the private copies of pages that are known of; `false` if there is no room for them. They are looked at each
-    /// time that they may have doubled, so that it costs most calls one comparison.
+    /// Charges the private copies of pages that are known of; `false` if there is no room for them.
+    /// They are looked at each time that they may have doubled, so that it costs most calls one
+    /// comparison.
     pub(super) fn may_keep_copies(&mut self) -> bool {
         if self.harvested.len() < 2 * self.copies_charged.max(MIN_CHARGED) {
             return true;
@@ -79,7 +80,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Before P writes to page `pfn` at `va`: makes its copy, and remembers of what, if devices write it meanwhile.
+    /// Before P writes to page `pfn` at `va`: makes its copy, and remembers of what, if devices
+    /// write it meanwhile.
     pub(super) fn begin_copy(&mut self, va: u64, pfn: Pfn) -> Result<(), DomainError> {
         let is_there = self.domain.view.contains(pfn) && !self.domain.is_overlay(pfn);
         if !self.domain.moves(va) || !is_there {
@@ -115,7 +117,8 @@ impl Call<'_> {
         }
     }
 
-    /// Starts the roots afresh in the middle of a call, with P on `root`: what was open is opened again when touched.
+    /// Starts the roots afresh in the middle of a call, with P on `root`: what was open is opened
+    /// again when touched.
     fn rebuild(&mut self, root: Root) -> Result<(), DomainError> {
         self.stats.rebuilds += 1;
         self.outdated = Some(root);

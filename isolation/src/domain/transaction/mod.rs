@@ -12,16 +12,17 @@
 //!                                                                   └─ undo ─► PassThrough
 //! ```
 //!
-//! The caller holds the guest's other vCPUs and its emulated devices for the whole call: nobody else
-//! writes guest memory meanwhile.
+//! The caller holds the guest's other vCPUs and its emulated devices for the whole call: nobody
+//! else writes guest memory meanwhile.
 //!
-//! A spilled call goes on in the guest in the middle of a kernel function and comes back when that function
-//! returns (`spill.rs`). A call that passes through leaves no trace, and the guest runs the function itself,
-//! unisolated; that happens where the guest could not take over at the very instruction.
+//! A spilled call goes on in the guest in the middle of a kernel function and comes back when that
+//! function returns (`spill.rs`). A call that passes through leaves no trace, and the guest runs
+//! the function itself, unisolated; that happens where the guest could not take over at the very
+//! instruction.
 //!
 //! A call that is about to spill for the first time is taken back and run once more with a journal
-//! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do not
-//! spill pay nothing for it.
+//! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do
+//! not spill pay nothing for it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
@@ -75,12 +76,13 @@ use time::Meter;
 const INTERRUPT_FLAG: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
-/// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone on on.
+/// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone
+/// on on.
 const MAX_STACKS: usize = 16;
 /// Device stores that may wait for commit.
 const MAX_POSTED: usize = 4096;
-/// Unusual exits after which a call is given up, those at journalled kernel functions left aside: no honest call comes
-/// near.
+/// Unusual exits after which a call is given up, those at journalled kernel functions left aside:
+/// no honest call comes near.
 const MAX_DETOURS: u32 = 1 << 16;
 
 /// Length of `out imm8, al`.
@@ -168,7 +170,8 @@ pub(super) struct Call<'a> {
     last_fault: (u64, u64, u32),
     /// Instruction and stack pointer of the last exception.
     interrupted_at: (u64, u64),
-    /// Tables of this root were changed while P was on it, and the processor may remember what they were.
+    /// Tables of this root were changed while P was on it, and the processor may remember what they
+    /// were.
     outdated: Option<Root>,
     stats: CallStats,
     /// Time that it has had, its earlier parts and attempts among it.
@@ -181,7 +184,8 @@ pub(super) struct Call<'a> {
 }
 
 impl Domain {
-    /// Carries out one call. On an error guest and device are as before the call, and the domain should be taken down.
+    /// Carries out one call. On an error guest and device are as before the call, and the domain
+    /// should be taken down.
     pub fn call(
         &mut self,
         request: &CallRequest<'_>,
@@ -190,9 +194,10 @@ impl Domain {
         self.carry_out(request, supervisor, None)
     }
 
-    /// Goes on with a call that was spilled and whose kernel function has reached the return gate, where
-    /// the guest's vCPU stands as `request` says. On an error guest and device are as they were when it came back, it
-    /// keeps its journal, and it can be given to the guest for good ([`Domain::hand_over`]).
+    /// Goes on with a call that was spilled and whose kernel function has reached the return gate,
+    /// where the guest's vCPU stands as `request` says. On an error guest and device are as they
+    /// were when it came back, it keeps its journal, and it can be given to the guest for good
+    /// ([`Domain::hand_over`]).
     pub fn go_on(
         &mut self,
         spilled: &mut SpilledCall,
@@ -364,7 +369,8 @@ impl Call<'_> {
         }
     }
 
-    /// Makes P ready for a call: pages, control registers, clock and roots as the guest has them now.
+    /// Makes P ready for a call: pages, control registers, clock and roots as the guest has them
+    /// now.
     fn prepare(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
         let domain = &mut *self.domain;
         self.stats.other_syscalls += domain.drop_stale()?;
@@ -460,7 +466,8 @@ impl Call<'_> {
         self.domain.vm.set_regs(&regs);
     }
 
-    /// Runs P to the end of the call. Page tables that were good when it began and are not any more are the call's doing.
+    /// Runs P to the end of the call. Page tables that were good when it began and are not any more
+    /// are the call's doing.
     fn run_or_give_up(&mut self) -> Result<Step, DomainError> {
         match self.run() {
             Err(DomainError::Roots(RootError::Table(_))) => Ok(Step::Violation(

@@ -7,7 +7,8 @@ use crate::domain::violation::ViolationKind;
 /// RFLAGS: direction, I/O privilege level, nested task, alignment check.
 const SYSTEM_FLAGS: u64 = 1 << 10 | 3 << 12 | 1 << 14 | 1 << 18;
 
-/// Registers that a function leaves as they are (System V ABI, section 3.2.1), the stack pointer and RFLAGS.IF left aside.
+/// Registers that a function leaves as they are (System V ABI, section 3.2.1), the stack pointer
+/// and RFLAGS.IF left aside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Preserved {
     registers: [u64; 6],

@@ -1,7 +1,8 @@
 //! Kernel functions that only wait for time to pass: the call waits in them and stays atomic.
 //!
-//! The guest stands still meanwhile, so the time is limited, over all waits of a call. A call that waits at one place over and over is
-//! waiting for somebody else, who stands still too: it is given up.
+//! The guest stands still meanwhile, so the time is limited, over all waits of a call. A call that
+//! waits at one place over and over is waiting for somebody else, who stands still too: it is given
+//! up.
 
 use super::*;
 
@@ -60,8 +61,8 @@ impl Call<'_> {
         Ok(Step::Continue)
     }
 
-    /// The function of `functions` at whose patched beginning P stopped, and what is known of it. KVM
-    /// leaves RIP at an `out` or, in some builds, behind it.
+    /// The function of `functions` at whose patched beginning P stopped, and what is known of it.
+    /// KVM leaves RIP at an `out` or, in some builds, behind it.
     pub(super) fn trapped_at<T: Copy>(
         &self,
         rip: u64,

@@ -1,5 +1,5 @@
-//! Calls that go on in the guest: what they did so far is published, and the guest's vCPU takes over in
-//! the middle of the kernel function that the driver called.
+//! Calls that go on in the guest: what they did so far is published, and the guest's vCPU takes
+//! over in the middle of the kernel function that the driver called.
 //!
 //! ```text
 //!   P: driver ─► kernel function ─► must sleep        P: driver goes on ─► ... ─► commit
@@ -8,9 +8,10 @@
 //! ```
 //!
 //! Only the innermost kernel function goes on in the guest: its return address on the stack becomes
-//! the return gate. What is further out returns in P again, so its return addresses may stay those of the
-//! monitor; the guest never returns through them while the call is open. A spilled call is found
-//! again by the stack pointer with which that kernel function returns: nobody else has that stack.
+//! the return gate. What is further out returns in P again, so its return addresses may stay those
+//! of the monitor; the guest never returns through them while the call is open. A spilled call is
+//! found again by the stack pointer with which that kernel function returns: nobody else has that
+//! stack.
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
 
@@ -47,7 +48,8 @@ pub struct SpilledCall {
     _kept: Kept,
     /// `None` if nothing is known of the kernel's functions.
     pub(super) journal: Option<Box<Journal>>,
-    /// Kernel functions called by the driver, outermost first; the last one is running in the guest.
+    /// Kernel functions called by the driver, outermost first; the last one is running in the
+    /// guest.
     frames: Vec<CrossingFrame>,
     slots: Vec<ReturnSlot>,
 }
@@ -63,8 +65,8 @@ impl SpilledCall {
         &self.entry
     }
 
-    /// Kernel functions that the call did not call yet and that have to be called once it has ended well, or
-    /// in any case if it is given to the guest for good.
+    /// Kernel functions that the call did not call yet and that have to be called once it has ended
+    /// well, or in any case if it is given to the guest for good.
     pub fn take_deferred(&mut self) -> Vec<KernelCall> {
         let journal = self.journal.as_mut();
         journal.map_or_else(Vec::new, |journal| journal.take_deferred())
@@ -88,8 +90,8 @@ impl SpilledCall {
             .is_some_and(|journal| journal.has_deferred())
     }
 
-    /// Whether packets must not be given to the device while the call is in the guest: it has changed the device's
-    /// transmitter, and could not be taken back with them in its ring.
+    /// Whether packets must not be given to the device while the call is in the guest: it has
+    /// changed the device's transmitter, and could not be taken back with them in its ring.
     pub fn keeps_packets_out(&self) -> bool {
         let journal = self.journal.as_ref();
         journal.is_some_and(|journal| journal.keeps_packets_out())
@@ -102,9 +104,9 @@ impl SpilledCall {
 }
 
 impl Domain {
-    /// Gives a spilled call to the guest for good: its stack gets the driver's own return addresses, and
-    /// the guest runs the rest unisolated. Returns where a vCPU goes on that has reached the return
-    /// gate.
+    /// Gives a spilled call to the guest for good: its stack gets the driver's own return
+    /// addresses, and the guest runs the rest unisolated. Returns where a vCPU goes on that has
+    /// reached the return gate.
     pub fn hand_over(&mut self, call: &SpilledCall) -> u64 {
         for slot in &call.slots {
             let (pfn, offset) = slot.slot;
@@ -233,8 +235,8 @@ impl Call<'_> {
         Ok(None)
     }
 
-    /// Registers with which the guest can do itself what P may not, being stopped at it with `regs`; `None`
-    /// where that is not known for sure.
+    /// Registers with which the guest can do itself what P may not, being stopped at it with
+    /// `regs`; `None` where that is not known for sure.
     pub(super) fn in_the_guest(
         &self,
         kind: &ViolationKind,
@@ -261,8 +263,9 @@ impl Call<'_> {
         Ok(rip.map(|rip| kvm_regs { rip, ..*regs }))
     }
 
-    /// Where the `out` to this port is that P, stopped with this RIP, has just come to: KVMs differ in whether they
-    /// have moved on already. Behind an entry gate of another isolated module is its return gate, another `out`.
+    /// Where the `out` to this port is that P, stopped with this RIP, has just come to: KVMs differ
+    /// in whether they have moved on already. Behind an entry gate of another isolated module is
+    /// its return gate, another `out`.
     fn gate_at(&self, rip: u64, port: u8) -> Option<u64> {
         let out = monitor::out(port.into());
         let is_there = |at: &u64| {
@@ -273,7 +276,8 @@ impl Call<'_> {
         if let Some(at) = there.into_iter().find(is_there) {
             return Some(at);
         }
-        // `out` with its port in DX, unless there is another one in front: then it is not known which one it is.
+        // `out` with its port in DX, unless there is another one in front: then it is not known
+        // which one it is.
         let kind = ViolationKind::ForeignPort {
             port: port.into(),
             write: true,
@@ -284,7 +288,8 @@ impl Call<'_> {
         (!behind_another && self.is_access(rip, &kind)).then_some(rip)
     }
 
-    /// Whether the instruction at `rip` is one that makes such an access, and no other effect with it.
+    /// Whether the instruction at `rip` is one that makes such an access, and no other effect with
+    /// it.
     fn is_access(&self, rip: u64, kind: &ViolationKind) -> bool {
         let mut code = [0; 15];
         let readable = (1..=code.len())
@@ -311,8 +316,8 @@ impl Call<'_> {
         }
     }
 
-    /// What is in the registers that functions leave alone (System V ABI), and on the stack of the call up to its
-    /// return address.
+    /// What is in the registers that functions leave alone (System V ABI), and on the stack of the
+    /// call up to its return address.
     pub(super) fn values_held(&self, at: &kvm_regs) -> Result<Vec<u64>, DomainError> {
         let mut values = vec![at.rbx, at.rbp, at.r12, at.r13, at.r14, at.r15];
         let words = (at.rsp & !7..self.entry.rsp).step_by(8);

@@ -1,8 +1,9 @@
 //! How much time a call has had, over all parts of it, and how much it may have.
 //!
-//! What counts is processor time of the thread that runs P: real time passes also while the host does something
-//! else, while the process is stopped (`SIGSTOP`), and while the host makes a page ready that the call has asked
-//! for. The time between two exits of P is the call's own, the rest the host's work for it, and each has its limit:
+//! What counts is processor time of the thread that runs P: real time passes also while the host
+//! does something else, while the process is stopped (`SIGSTOP`), and while the host makes a page
+//! ready that the call has asked for. The time between two exits of P is the call's own, the rest
+//! the host's work for it, and each has its limit:
 //!
 //! | time | limit | beyond it |
 //! | --- | --- | --- |
@@ -10,8 +11,8 @@
 //! | the host's work | [`HOST_LIMIT`] | it is only slow: the guest runs it |
 //! | waits, as asked for and as they took | `sleep_limit`, [`LATE`] times as much | it goes on waiting in the guest |
 //!
-//! Asking for a thread's processor time is a system call. As long as nothing takes long, real time is counted
-//! instead, which is never less.
+//! Asking for a thread's processor time is a system call. As long as nothing takes long, real time
+//! is counted instead, which is never less.
 
 use std::time::Duration;
 
@@ -21,11 +22,11 @@ use rustix::time::{ClockId, clock_gettime};
 const COARSE: Duration = Duration::from_millis(2);
 /// What is counted at most where it is not known how much of a longer time the thread got.
 const UNKNOWN: Duration = Duration::from_millis(10);
-/// Processor time that the host may work for one call: half of what another processor of the guest may be kept waiting
-/// until the kernel calls that a lock-up (`watchdog_thresh`, 10 s, twice).
+/// Processor time that the host may work for one call: half of what another processor of the guest
+/// may be kept waiting until the kernel calls that a lock-up (`watchdog_thresh`, 10 s, twice).
 pub(super) const HOST_LIMIT: Duration = Duration::from_secs(10);
-/// A call whose runs end in exits gets on, and slowly where exits are slow: for each it gets this part of its budget
-/// besides, up to [`MOST`] budgets in all.
+/// A call whose runs end in exits gets on, and slowly where exits are slow: for each it gets this
+/// part of its budget besides, up to [`MOST`] budgets in all.
 const SHARE_OF_EXIT: u32 = 256;
 const MOST: u32 = 10;
 /// Times as long as they were asked for that waits may take: timers are late on a busy host.
@@ -68,7 +69,8 @@ impl CallTime {
 /// Tells how much of the time that passes the thread gets, for as long as a call stays on it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Meter {
-    /// The thread's processor time at the end of what was counted last; `None` as long as nothing took long.
+    /// The thread's processor time at the end of what was counted last; `None` as long as nothing
+    /// took long.
     last: Option<Duration>,
 }
 

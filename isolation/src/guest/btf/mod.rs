@@ -143,7 +143,8 @@ impl Btf {
         Self::parse(section.data().map_err(elf_error)?, base)
     }
 
-    /// This part, without the base's, as [`Btf::parse`] reads it: other than in its header it is what was read.
+    /// This part, without the base's, as [`Btf::parse`] reads it: other than in its header it is
+    /// what was read.
     pub fn write(&self, into: &mut impl Write) -> io::Result<()> {
         let too_long = |_| io::Error::from(io::ErrorKind::InvalidInput);
         let types = u32::try_from(self.types.len()).map_err(too_long)?;

@@ -92,8 +92,8 @@ impl Btf {
         false
     }
 
-    /// Whether the type carries one of these tags (`user`, `rcu`, `percpu`, `iomem`) before anything
-    /// else than qualifiers and typedefs.
+    /// Whether the type carries one of these tags (`user`, `rcu`, `percpu`, `iomem`) before
+    /// anything else than qualifiers and typedefs.
     pub fn has_tag(&self, mut id: TypeId, tags: &[&str]) -> bool {
         for _ in 0..MAX_HOPS {
             let kind = self.kind(id);

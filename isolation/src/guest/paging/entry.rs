@@ -104,7 +104,8 @@ impl Entry {
     }
 
     /// Entry `index` of the table, one level down, that maps the same memory with the same rights
-    /// as this large page of `level` (2 or 3) does. Returns the entry itself if it is no large page.
+    /// as this large page of `level` (2 or 3) does. Returns the entry itself if it is no large
+    /// page.
     pub fn split(self, level: u8, index: usize) -> Self {
         let Some((page, size)) = self.page(level).filter(|(_, s)| *s != PageSize::Size4K) else {
             return self;

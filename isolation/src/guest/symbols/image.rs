@@ -1,4 +1,5 @@
-//! Names of a kernel's symbols out of its image, without running it: the tables of `kallsyms` (`scripts/kallsyms.c`).
+//! Names of a kernel's symbols out of its image, without running it: the tables of `kallsyms`
+//! (`scripts/kallsyms.c`).
 //!
 //! ```text
 //!   num_syms │ names │ markers │ ... │ token table │ token index
@@ -6,8 +7,8 @@
 //!   markers: where in the names every 256th symbol is
 //! ```
 //!
-//! Nothing says where the tables are. The token table is found by its tokens for the digits, which every kernel has, the
-//! others by what they have to be for each other.
+//! Nothing says where the tables are. The token table is found by its tokens for the digits, which
+//! every kernel has, the others by what they have to be for each other.
 
 /// Tokens that there are.
 const TOKENS: usize = 256;
@@ -104,7 +105,8 @@ struct Names<'a> {
 }
 
 impl<'a> Names<'a> {
-    /// Those before the token table at `tokens`: a number of names, so many names, and markers that agree with them.
+    /// Those before the token table at `tokens`: a number of names, so many names, and markers that
+    /// agree with them.
     fn before(image: &'a [u8], tokens: usize) -> Option<Self> {
         let highest = tokens.checked_sub(1)? & !3;
         let lowest = highest.saturating_sub(MOST_BYTES).max(8);
@@ -135,7 +137,8 @@ impl<'a> Names<'a> {
         }))
     }
 
-    /// The tokens of the name at `at`, and where the next one is. Long names have a length of two bytes.
+    /// The tokens of the name at `at`, and where the next one is. Long names have a length of two
+    /// bytes.
     fn next(&self, at: usize) -> Option<(&'a [u8], usize)> {
         let low = usize::from(*self.bytes.get(at)?);
         let (len, begin) = match low & 0x80 {

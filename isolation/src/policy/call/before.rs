@@ -25,7 +25,8 @@ impl<'a, M> MemoryBefore<'a, M> {
         }
     }
 
-    /// Something of the call is put into the guest's page at `gpa`, which has been `page` until now.
+    /// Something of the call is put into the guest's page at `gpa`, which has been `page` until
+    /// now.
     pub fn keep(&mut self, gpa: u64, page: &PageBytes) {
         let number = gpa / PAGE_BYTES as u64;
         self.pages.entry(number).or_insert_with(|| Box::new(*page));

@@ -1,5 +1,6 @@
-//! Where the calls of a function store each time in what passes through them, a packet's headers for example: that page can
-//! be opened before the call begins, which saves the exits of its first load and its first store there.
+//! Where the calls of a function store each time in what passes through them, a packet's headers
+//! for example: that page can be opened before the call begins, which saves the exits of its first
+//! load and its first store there.
 
 use std::collections::HashMap;
 
@@ -39,7 +40,8 @@ impl Habits {
         self.places.contains_key(function)
     }
 
-    /// A call of `function` stores at `at`, which is in `object`: one that was not opened for it before.
+    /// A call of `function` stores at `at`, which is in `object`: one that was not opened for it
+    /// before.
     pub fn stored(&mut self, function: &str, object: &Object, at: Gva) {
         if object.kind != ObjectKind::Passing || !object.range.contains(at) {
             return;

@@ -1,4 +1,5 @@
-//! What was handed out to earlier calls of a driver, as far back as there is room: the oldest is forgotten first.
+//! What was handed out to earlier calls of a driver, as far back as there is room: the oldest is
+//! forgotten first.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -13,14 +14,14 @@ struct HandedOut {
     at: u64,
 }
 
-/// Allocations of earlier calls. The driver may have given one back since; then somebody else's object of the same
-/// place and size counts as the driver's.
+/// Allocations of earlier calls. The driver may have given one back since; then somebody else's
+/// object of the same place and size counts as the driver's.
 #[derive(Debug, Clone, Default)]
 pub(super) struct EarlierAllocations {
     /// By first byte.
     known: HashMap<u64, HandedOut>,
-    /// First bytes and occasions, oldest first. One that was handed out again since is in it twice, and only the
-    /// later occasion counts.
+    /// First bytes and occasions, oldest first. One that was handed out again since is in it twice,
+    /// and only the later occasion counts.
     order: VecDeque<(u64, u64)>,
     occasions: u64,
 }

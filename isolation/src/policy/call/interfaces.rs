@@ -69,8 +69,8 @@ impl InterfaceList {
         operations.is_some_and(|at| sections.iter().any(|section| section.contains(Gva(at))))
     }
 
-    /// The interfaces in the network `namespaces` (in the first one if they are not known) that have their operations in one of
-    /// `sections`.
+    /// The interfaces in the network `namespaces` (in the first one if they are not known) that
+    /// have their operations in one of `sections`.
     fn find<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
@@ -107,8 +107,9 @@ impl InterfaceList {
         found
     }
 
-    /// Whether `at` is what drivers write of the interfaces of others: this processor's count of references to one
-    /// (`dev_hold`), or what one is to others (`IFF_MACVLAN_PORT`, which the driver of the upper interface sets).
+    /// Whether `at` is what drivers write of the interfaces of others: this processor's count of
+    /// references to one (`dev_hold`), or what one is to others (`IFF_MACVLAN_PORT`, which the
+    /// driver of the upper interface sets).
     pub(super) fn is_anybodys<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
@@ -159,8 +160,8 @@ impl DriverPolicy {
         self.interfaces.iter().filter(is_drivers).cloned().collect()
     }
 
-    /// Interrupt handlers, timers and work get pointers whose types say nothing; the interfaces that
-    /// earlier calls were about tell what they may write.
+    /// Interrupt handlers, timers and work get pointers whose types say nothing; the interfaces
+    /// that earlier calls were about tell what they may write.
     pub(super) fn remember_interfaces(
         &mut self,
         function: &str,

@@ -6,8 +6,8 @@ use super::super::reach::Start;
 use super::DriverPolicy;
 use super::handed_out::EarlierAllocations;
 
-/// What earlier calls have left in a policy. What single calls open is closed at their end, and all else comes from the
-/// guest's types and symbols, which do not change.
+/// What earlier calls have left in a policy. What single calls open is closed at their end, and all
+/// else comes from the guest's types and symbols, which do not change.
 #[derive(Debug)]
 pub(crate) struct KeptPolicy {
     owned: Arc<EarlierAllocations>,
@@ -15,7 +15,8 @@ pub(crate) struct KeptPolicy {
 }
 
 impl DriverPolicy {
-    /// What a policy of which no call is under way has to have again with the guest's memory of this moment.
+    /// What a policy of which no call is under way has to have again with the guest's memory of
+    /// this moment.
     pub(crate) fn keep(&self) -> KeptPolicy {
         KeptPolicy {
             owned: self.owned.clone(),
@@ -23,7 +24,8 @@ impl DriverPolicy {
         }
     }
 
-    /// The guest's memory is as it was when `kept` was: what was handed out to the driver since is somebody else's.
+    /// The guest's memory is as it was when `kept` was: what was handed out to the driver since is
+    /// somebody else's.
     pub(crate) fn put_back(&mut self, kept: &KeptPolicy) {
         self.end(false);
         self.owned = kept.owned.clone();

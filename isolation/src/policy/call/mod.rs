@@ -66,22 +66,24 @@ use shared_counts::SharedCounts;
 /// bytes: `preempt_disable` before and since Linux 6.2.
 const PER_CPU_VARIABLES: &[(&str, u64)] = &[("__preempt_count", 4), ("pcpu_hot", 64)];
 
-/// The same, of which they write single members; the variable has the name of its type. `dev_xmit_recursion_inc`,
-/// `tcf_mirred_nest_level` (Linux 6.12).
+/// The same, of which they write single members; the variable has the name of its type.
+/// `dev_xmit_recursion_inc`, `tcf_mirred_nest_level` (Linux 6.12).
 const PER_CPU_MEMBERS: &[(&str, &str)] = &[
     ("softnet_data", "xmit.recursion"),
     ("softnet_data", "xmit.sched_mirred_nest"),
 ];
 
-/// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind it.
+/// End of the kernel's own variables of each processor; what `alloc_percpu` hands out lies behind
+/// it.
 const PER_CPU_END: &str = "__per_cpu_end";
 
-/// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then the first
-/// member of `pcpu_hot`).
+/// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then
+/// the first member of `pcpu_hot`).
 const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
 
 /// Members of the running thread's `struct task_struct` that inline functions of the kernel write:
-/// `pagefault_disable`, which `kmap_atomic` calls, `memalloc_noio_save` and its like, `set_active_memcg`, `set_current_state`.
+/// `pagefault_disable`, which `kmap_atomic` calls, `memalloc_noio_save` and its like,
+/// `set_active_memcg`, `set_current_state`.
 const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags", "active_memcg", "__state"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
@@ -183,8 +185,8 @@ pub struct DriverPolicy {
     slots: BTreeSet<Slots>,
     /// What was handed out to this call.
     handed_out: Vec<GvaRange>,
-    /// Pages of slabs that were opened for what was handed out to a call. They stay open, and stores to others of their
-    /// objects are not asked about. At most [`MAX_OPENED_PAGES`].
+    /// Pages of slabs that were opened for what was handed out to a call. They stay open, and
+    /// stores to others of their objects are not asked about. At most [`MAX_OPENED_PAGES`].
     opened_pages: BTreeSet<u64>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
@@ -276,8 +278,9 @@ impl DriverPolicy {
         })
     }
 
-    /// The same, with what the module's code, `text`, says of its variables: memory that it frees by them is its own, as far
-    /// as they point at any now. What is handed out later is noticed then.
+    /// The same, with what the module's code, `text`, says of its variables: memory that it frees
+    /// by them is its own, as far as they point at any now. What is handed out later is noticed
+    /// then.
     pub fn with_variables<M: GuestPhys>(
         mut self,
         text: &[TextPart<'_>],
@@ -301,7 +304,8 @@ impl DriverPolicy {
         self
     }
 
-    /// What has to be done in place of the function with its gate at `gate`, that was not run or was taken back as a whole.
+    /// What has to be done in place of the function with its gate at `gate`, that was not run or
+    /// was taken back as a whole.
     pub fn completion<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
@@ -313,7 +317,8 @@ impl DriverPolicy {
         self.completions.of(virt, gate, flags, arguments)
     }
 
-    /// Whether code that the kernel has made (a BPF program) begins at `va`, called with this second argument.
+    /// Whether code that the kernel has made (a BPF program) begins at `va`, called with this
+    /// second argument.
     pub fn is_program<M: GuestPhys>(
         &self,
         memory: &CallMemory<'_, M>,
@@ -367,8 +372,8 @@ impl DriverPolicy {
         }
     }
 
-    /// Nothing is left of what the call did, and it is run once more from its beginning: what the attempt was handed
-    /// out is not its own any more, and its call-backs have not happened.
+    /// Nothing is left of what the call did, and it is run once more from its beginning: what the
+    /// attempt was handed out is not its own any more, and its call-backs have not happened.
     pub fn begin_again<M>(&mut self, memory: &mut CallMemory<'_, M>) {
         self.calls.truncate(1);
         for call in &mut self.calls {
@@ -381,8 +386,8 @@ impl DriverPolicy {
         memory.before.forget();
     }
 
-    /// The call, or the call-back in it that came last, is about to begin: where it will store, by what the earlier ones of its
-    /// function did. Whether it may is another question.
+    /// The call, or the call-back in it that came last, is about to begin: where it will store, by
+    /// what the earlier ones of its function did. Whether it may is another question.
     pub fn expected<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Vec<Gva> {
         let Some(call) = self.calls.last() else {
             return Vec::new();
@@ -395,7 +400,8 @@ impl DriverPolicy {
         self.habits.expected(&function, &self.table)
     }
 
-    /// The call stores at `at`, which it may, in something that is not the driver's beyond the call.
+    /// The call stores at `at`, which it may, in something that is not the driver's beyond the
+    /// call.
     pub fn stored(&mut self, at: Gva) {
         if let (Some(call), Some((_, object))) = (self.calls.last(), self.table.lookup(at)) {
             self.habits.stored(&call.function, object, at);
@@ -414,9 +420,9 @@ impl DriverPolicy {
         false
     }
 
-    /// The call is about to be committed, and has changed `range`. On a page that was opened for something that was handed out,
-    /// in this call or an earlier one, nobody is asked about the other objects: those that were handed out to this call are
-    /// the driver's, too.
+    /// The call is about to be committed, and has changed `range`. On a page that was opened for
+    /// something that was handed out, in this call or an earlier one, nobody is asked about the
+    /// other objects: those that were handed out to this call are the driver's, too.
     pub fn committing<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) {
         for call in &self.calls {
             self.habits.changed(&call.function, range);
@@ -450,8 +456,9 @@ impl DriverPolicy {
         (is_new && !self.is_packet(memory, &found)).then_some(found)
     }
 
-    /// A kernel function has returned `at` to the driver, and both views of memory have what it did: memory
-    /// that begins there is the driver's, as if it had been handed out while they differed.
+    /// A kernel function has returned `at` to the driver, and both views of memory have what it
+    /// did: memory that begins there is the driver's, as if it had been handed out while they
+    /// differed.
     pub fn hand_out<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) {
         let allocations = self.memory.with(memory.private);
         let stack = memory.stack;
@@ -466,8 +473,9 @@ impl DriverPolicy {
         }
     }
 
-    /// The call goes on in the guest, where memory changes in other ways too, with these `values` in the driver's
-    /// registers and on its stack: what was handed out to it until now and lies at one of them is the driver's.
+    /// The call goes on in the guest, where memory changes in other ways too, with these `values`
+    /// in the driver's registers and on its stack: what was handed out to it until now and lies at
+    /// one of them is the driver's.
     pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
         let allocations = self.memory.with(memory.private);
         let places = values
@@ -480,9 +488,9 @@ impl DriverPolicy {
         }
     }
 
-    /// The call has these `values` in its registers and on its stack: packets among them that kernel functions have
-    /// handed out to it are its to write, with their data. Their heads may be pieces of pages that were handed
-    /// out long before, which nothing else tells.
+    /// The call has these `values` in its registers and on its stack: packets among them that
+    /// kernel functions have handed out to it are its to write, with their data. Their heads may be
+    /// pieces of pages that were handed out long before, which nothing else tells.
     pub fn hold<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
         let mut seen = BTreeSet::new();
         let values = values.iter().filter(|value| seen.insert(**value));

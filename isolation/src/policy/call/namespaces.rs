@@ -1,4 +1,5 @@
-//! The guest's network namespaces: what inline functions of the kernel write in them, and what a driver keeps in each.
+//! The guest's network namespaces: what inline functions of the kernel write in them, and what a
+//! driver keeps in each.
 
 use super::interfaces::InterfaceList;
 use super::{CallMemory, DriverPolicy};
@@ -17,15 +18,16 @@ const MAX_NAMESPACES: usize = 1024;
 /// Most kinds of data of each namespace that one driver has.
 const MAX_KINDS: usize = 64;
 
-/// Most of what all drivers together keep in a namespace that is believed (`max_gen_ptrs`, net/core/net_namespace.c).
+/// Most of what all drivers together keep in a namespace that is believed (`max_gen_ptrs`,
+/// net/core/net_namespace.c).
 const MAX_NUMBER: u64 = 4096;
 
-/// What a driver's variables end with that have the number of what it keeps in each namespace (`net_generic`,
-/// include/net/netns/generic.h).
+/// What a driver's variables end with that have the number of what it keeps in each namespace
+/// (`net_generic`, include/net/netns/generic.h).
 const NUMBERS: &str = "_net_id";
 
-/// Where a namespace has what is set for all its interfaces together, which inline functions write (`IPV4_DEVCONF_ALL`,
-/// include/linux/inetdevice.h).
+/// Where a namespace has what is set for all its interfaces together, which inline functions write
+/// (`IPV4_DEVCONF_ALL`, include/linux/inetdevice.h).
 const SETTINGS: &[(&str, &str)] = &[("ipv4", "devconf_all"), ("ipv6", "devconf_all")];
 
 /// Where the guest's kernel has its network namespaces.
@@ -149,7 +151,8 @@ impl Namespaces {
 }
 
 impl DriverPolicy {
-    /// Opens the count of references to a namespace, what drivers write of the interfaces in it, or what the driver keeps in one, if `at` lies there.
+    /// Opens the count of references to a namespace, what drivers write of the interfaces in it, or
+    /// what the driver keeps in one, if `at` lies there.
     pub(super) fn open_in_namespace<M: GuestPhys>(
         &mut self,
         memory: &CallMemory<'_, M>,

@@ -1,5 +1,5 @@
-//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 8 of the parent
-//! module's picture.
+//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 8
+//! of the parent module's picture.
 
 use std::sync::Arc;
 
@@ -28,7 +28,8 @@ impl DriverPolicy {
         if self.table.may_write(one) || self.open_in_slot(memory, at) {
             return true;
         }
-        // A driver notes things in the descriptions of its own pages (`page->index`, `page->private`).
+        // A driver notes things in the descriptions of its own pages (`page->index`,
+        // `page->private`).
         if let Some((description, page)) = self.memory.described_page(at) {
             let own = self.table.may_write(GvaRange::aligned(page, 1))
                 || self.open_new_allocation(memory, page);
@@ -38,8 +39,8 @@ impl DriverPolicy {
         if self.open_new_allocation(memory, at) {
             return true;
         }
-        // Before it is a stray write: has the driver interfaces that no argument was about yet, has the call since hung
-        // something new into what its arguments reach, or taken something out?
+        // Before it is a stray write: has the driver interfaces that no argument was about yet, has
+        // the call since hung something new into what its arguments reach, or taken something out?
         self.list_interfaces(memory);
         self.calls.iter_mut().for_each(|call| call.resolved = false);
         self.resolve(memory);
@@ -56,7 +57,8 @@ impl DriverPolicy {
         may
     }
 
-    /// Opens the objects that the calls' arguments point at, once for each call: what most stores are to.
+    /// Opens the objects that the calls' arguments point at, once for each call: what most stores
+    /// are to.
     pub(super) fn open_near<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) {
         let fresh = self.calls.iter_mut().filter(|call| !call.is_near_open);
         let fresh: Vec<Call> = fresh
@@ -76,7 +78,8 @@ impl DriverPolicy {
         }
     }
 
-    /// Opens the byte at `at` if inline functions of the kernel write there, whatever the call is about.
+    /// Opens the byte at `at` if inline functions of the kernel write there, whatever the call is
+    /// about.
     fn open_kernels_word<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let one = GvaRange::aligned(at, 1);
         if self.memory.is_page_reference_count(at) {
@@ -109,8 +112,8 @@ impl DriverPolicy {
         false
     }
 
-    /// Opens what the calls reached when the outermost one began: a driver may take something out of its structures first, and
-    /// write to it then.
+    /// Opens what the calls reached when the outermost one began: a driver may take something out
+    /// of its structures first, and write to it then.
     fn open_as_it_began<M: GuestPhys>(
         &mut self,
         memory: &CallMemory<'_, M>,
@@ -254,8 +257,8 @@ impl DriverPolicy {
         self.table.may_write(one)
     }
 
-    /// What a slot of the driver's rings points at is its own, and what one pointed at when the call began: a driver takes a
-    /// packet out of its ring before it does something with it.
+    /// What a slot of the driver's rings points at is its own, and what one pointed at when the
+    /// call began: a driver takes a packet out of its ring before it does something with it.
     fn open_in_slot<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         if self.slots.is_empty() {
             return false;
@@ -281,8 +284,9 @@ impl DriverPolicy {
         self.table.may_write(GvaRange::aligned(at, 1))
     }
 
-    /// What the driver keeps in its arrays is the driver's, also if it was handed out before anybody looked. It is looked
-    /// for at the first store to something that is not known, and remembered as what was handed out to earlier calls.
+    /// What the driver keeps in its arrays is the driver's, also if it was handed out before
+    /// anybody looked. It is looked for at the first store to something that is not known, and
+    /// remembered as what was handed out to earlier calls.
     fn open_kept<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) -> bool {
         let mut arrays: Vec<Gva> = self.arrays.iter().copied().collect();
         let variables = &self.own_variables.arrays;

@@ -1,4 +1,5 @@
-//! The driver's own variables of each processor (`DEFINE_PER_CPU`), which its `struct module` names.
+//! The driver's own variables of each processor (`DEFINE_PER_CPU`), which its `struct module`
+//! names.
 
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::btf::Btf;
@@ -9,7 +10,8 @@ use crate::guest::phys::GuestPhys;
 /// The section that is a module's `struct module`.
 pub(super) const THIS_MODULE: &str = ".gnu.linkonce.this_module";
 
-/// Most bytes of per-CPU variables that a module has (`PERCPU_MODULE_RESERVE`, include/linux/percpu.h).
+/// Most bytes of per-CPU variables that a module has (`PERCPU_MODULE_RESERVE`,
+/// include/linux/percpu.h).
 const MAX_BYTES: u64 = 8 << 10;
 
 /// Where the module says it: the per-CPU pointer, and how many bytes.

@@ -1,12 +1,13 @@
-//! What lies behind a module's variables and in them. No type tells: BTF has no variables of modules but the per-CPU ones.
-//! What the module's own code does with them does.
+//! What lies behind a module's variables and in them. No type tells: BTF has no variables of
+//! modules but the per-CPU ones. What the module's own code does with them does.
 //!
 //! ```text
 //!   mov  var(%rip), %rdi ; call kfree        what the variable points at is the module's own
 //!   lea  var(%rip), %rdi ; call idr_find     the variable is what idr_find takes: a struct idr
 //! ```
 //!
-//! Only first arguments are looked at, and only those that are loaded in front of the call with no branch taken.
+//! Only first arguments are looked at, and only those that are loaded in front of the call with no
+//! branch taken.
 
 use std::collections::BTreeSet;
 
@@ -122,7 +123,8 @@ impl OwnVariables {
     }
 }
 
-/// Calls `found` with each function outside that is called with a first argument that is known, and that argument.
+/// Calls `found` with each function outside that is called with a first argument that is known, and
+/// that argument.
 fn for_each_call(
     text: &[TextPart<'_>],
     symbols: &SymbolTable,

@@ -1,7 +1,9 @@
-//! Code that the kernel has made while it ran: BPF programs, for which there are no names when a module is isolated.
+//! Code that the kernel has made while it ran: BPF programs, for which there are no names when a
+//! module is isolated.
 //!
-//! Inline functions call them by a pointer, with what they are to look at and with their instructions (`__bpf_prog_run`,
-//! include/linux/filter.h). The instructions are part of the program's structure, which also has the pointer.
+//! Inline functions call them by a pointer, with what they are to look at and with their
+//! instructions (`__bpf_prog_run`, include/linux/filter.h). The instructions are part of the
+//! program's structure, which also has the pointer.
 
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;

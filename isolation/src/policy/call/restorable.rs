@@ -1,6 +1,6 @@
-//! What is the driver's when a call begins: the bytes that are put back if it fails after a part of it was
-//! published. What kernel functions keep among them is not the driver's: that is taken back by calling their
-//! opposites.
+//! What is the driver's when a call begins: the bytes that are put back if it fails after a part of
+//! it was published. What kernel functions keep among them is not the driver's: that is taken back
+//! by calling their opposites.
 
 use std::collections::HashMap;
 
@@ -27,7 +27,8 @@ pub struct Drivers {
     pub own: Vec<GvaRange>,
     /// What kernel functions keep within that.
     pub kernels: Vec<GvaRange>,
-    /// Of this, the links of lists (`struct list_head`) in structures that the driver's module defines.
+    /// Of this, the links of lists (`struct list_head`) in structures that the driver's module
+    /// defines.
     pub links: Vec<GvaRange>,
 }
 

@@ -1,5 +1,6 @@
-//! Counts in the kernel's objects that inline functions write for whoever has the object: references to routes, sockets,
-//! connections, packets. What kind of object it is, its slab cache tells.
+//! Counts in the kernel's objects that inline functions write for whoever has the object:
+//! references to routes, sockets, connections, packets. What kind of object it is, its slab cache
+//! tells.
 
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
@@ -7,8 +8,8 @@ use crate::guest::btf::Btf;
 use crate::guest::phys::GuestPhys;
 use crate::policy::reach::{member_range, reference_counts};
 
-/// Objects of the slab caches with these names begin with a structure, of which these members are written besides its
-/// reference counts.
+/// Objects of the slab caches with these names begin with a structure, of which these members are
+/// written besides its reference counts.
 struct Kind {
     caches: &'static [&'static str],
     structure: &'static str,

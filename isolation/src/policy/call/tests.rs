@@ -666,8 +666,8 @@ fn memory_is_named_by_the_guests_allocator() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever the guest writes into its bookkeeping and objects: text, stacks and the kernel's own
-    /// variables stay closed.
+    /// Whatever the guest writes into its bookkeeping and objects: text, stacks and the kernel's
+    /// own variables stay closed.
     #[test]
     fn hostile_memory_opens_no_text_and_no_kernel_variables(
         changes in prop::collection::vec((0usize..6, 0u64..64, any::<u64>()), 0..40),

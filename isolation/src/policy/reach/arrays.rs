@@ -1,5 +1,6 @@
-//! What a driver keeps by number: in an xarray, or a radix tree, which is one by another name (include/linux/xarray.h,
-//! lib/xarray.c). The kernel's functions put it there, and no type says what it is.
+//! What a driver keeps by number: in an xarray, or a radix tree, which is one by another name
+//! (include/linux/xarray.h, lib/xarray.c). The kernel's functions put it there, and no type says
+//! what it is.
 
 use std::collections::HashSet;
 
@@ -31,8 +32,8 @@ struct Layout {
 }
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
-    /// What the arrays at `arrays` hold, as allocations: objects, pages, and pages that an object has. As long as `wanted` says
-    /// of one that more are.
+    /// What the arrays at `arrays` hold, as allocations: objects, pages, and pages that an object
+    /// has. As long as `wanted` says of one that more are.
     pub fn kept_in(&self, arrays: &[Gva], wanted: &mut dyn FnMut(Allocation) -> bool) {
         let Some(layout) = self.layout() else { return };
         let head = |array: &Gva| self.virt.read_u64(array.checked_add(layout.head)?).ok();

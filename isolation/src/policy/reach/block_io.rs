@@ -1,4 +1,5 @@
-//! The memory that a block I/O or an argument reads into: pages that somebody wants filled, and that inline functions map and fill.
+//! The memory that a block I/O or an argument reads into: pages that somebody wants filled, and
+//! that inline functions map and fill.
 
 use super::walk::{Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};
@@ -11,7 +12,8 @@ use crate::policy::range_table::ObjectKind;
 const MAX_CHAIN: usize = 256;
 /// Most pieces of memory of one I/O (`BIO_MAX_VECS`, include/linux/bio.h).
 const MAX_PIECES: u64 = 256;
-/// The bit of `bio.bi_opf` of operations that take data from memory (`op_is_write`, include/linux/blk_types.h).
+/// The bit of `bio.bi_opf` of operations that take data from memory (`op_is_write`,
+/// include/linux/blk_types.h).
 const WRITES: u64 = 1;
 
 /// Which part of a `bio`'s pieces of memory is its own.
@@ -26,7 +28,8 @@ struct Part {
 }
 
 impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
-    /// What the page that an argument stands for holds (`rw_page` in include/linux/blkdev.h, `read_folio` in include/linux/fs.h).
+    /// What the page that an argument stands for holds (`rw_page` in include/linux/blkdev.h,
+    /// `read_folio` in include/linux/fs.h).
     pub(super) fn page(&mut self, item: &Item, id: TypeId, name: &str) {
         if name != "page" && name != "folio" || item.kind != ObjectKind::Argument {
             return;
@@ -106,8 +109,8 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         Some((page.checked_add(member("bv_offset")?)?, member("bv_len")?))
     }
 
-    /// What is the own of the `bio` at `at`: all of its pieces, or, where it has none and is a part of another one, what is
-    /// left of it (`bio_split`, block/bio.c).
+    /// What is the own of the `bio` at `at`: all of its pieces, or, where it has none and is a part
+    /// of another one, what is left of it (`bio_split`, block/bio.c).
     fn part(&self, bio: TypeId, at: Gva) -> Option<Part> {
         let pieces = self.member_value(at, bio, "bi_vcnt")?;
         if pieces > 0 {

@@ -16,7 +16,8 @@ const MAX_NESTING: usize = 4;
 /// Most pointers of an array that are followed (`TCA_ACT_MAX_PRIO`, include/net/act_api.h).
 const MAX_POINTERS: u64 = 32;
 
-/// Where the member `name` of the structure `of` is, from its beginning; `a.b` is member `b` of the structure that is member `a`.
+/// Where the member `name` of the structure `of` is, from its beginning; `a.b` is member `b` of the
+/// structure that is member `a`.
 pub(in crate::policy) fn member_range(types: &Btf, of: TypeId, name: &str) -> Option<GvaRange> {
     let (mut offset, mut id) = (0, of);
     for name in name.split('.') {

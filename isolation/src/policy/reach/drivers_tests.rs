@@ -1,5 +1,5 @@
-//! Where drivers of several kinds keep what is theirs: behind a block I/O, in a structure without a way back, in per-CPU
-//! memory, in a ring of pointers.
+//! Where drivers of several kinds keep what is theirs: behind a block I/O, in a structure without a
+//! way back, in per-CPU memory, in a ring of pointers.
 
 use std::sync::Arc;
 

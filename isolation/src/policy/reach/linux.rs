@@ -16,7 +16,8 @@ impl Rules {
                 size: Some("rtnl_link_ops->priv_size"),
                 is: &["ifb_dev_private"],
             },
-            // `qdisc_priv` (include/net/sch_generic.h): behind the structure, at the next line of the cache.
+            // `qdisc_priv` (include/net/sch_generic.h): behind the structure, at the next line of
+            // the cache.
             PrivateArea {
                 behind: "Qdisc",
                 align: 64,
@@ -67,8 +68,8 @@ impl Rules {
                 count: Some("num_tx_queues"),
                 ..Followed::PLAIN
             },
-            // `napi_get_frags`: the packet that NAPI keeps from poll to poll, into which a driver puts
-            // pages (`skb_fill_page_desc`).
+            // `napi_get_frags`: the packet that NAPI keeps from poll to poll, into which a driver
+            // puts pages (`skb_fill_page_desc`).
             Followed {
                 of: "napi_struct",
                 member: "skb",
@@ -92,8 +93,8 @@ impl Rules {
                 is: &["nullb"],
                 ..Followed::PLAIN
             },
-            // What block drivers find their own data by: from what is submitted, from a request, from the queue, from a
-            // device that is opened.
+            // What block drivers find their own data by: from what is submitted, from a request,
+            // from the queue, from a device that is opened.
             Followed {
                 of: "bio",
                 member: "bi_bdev->bd_disk->private_data",
@@ -114,8 +115,8 @@ impl Rules {
                 member: "bd_disk->private_data",
                 ..Followed::PLAIN
             },
-            // `rhashtable_insert_fast`, `rhashtable_remove_fast` (include/linux/rhashtable.h): buckets, whose lowest bit is
-            // their lock.
+            // `rhashtable_insert_fast`, `rhashtable_remove_fast` (include/linux/rhashtable.h):
+            // buckets, whose lowest bit is their lock.
             Followed {
                 of: "rhashtable",
                 member: "tbl",

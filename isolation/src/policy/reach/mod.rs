@@ -141,8 +141,9 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         walk.run()
     }
 
-    /// The objects alone that a call of `function` with these register arguments is about: those that they point at, with
-    /// what belongs to them. Part of what [`Self::objects`] finds, and far quicker.
+    /// The objects alone that a call of `function` with these register arguments is about: those
+    /// that they point at, with what belongs to them. Part of what [`Self::objects`] finds, and far
+    /// quicker.
     pub fn near_objects(
         &self,
         function: &Function<'_>,

@@ -1,12 +1,13 @@
-//! What names mean, kept: each is looked for among a kernel's hundred thousand types otherwise, at every call.
+//! What names mean, kept: each is looked for among a kernel's hundred thousand types otherwise, at
+//! every call.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 
 use crate::guest::btf::{Btf, Function, Member, TypeId};
 
-/// Answers to questions by name about one [`Btf`], which does not change. There are as many as the rules have names, and one for
-/// each function of the driver that was called.
+/// Answers to questions by name about one [`Btf`], which does not change. There are as many as the
+/// rules have names, and one for each function of the driver that was called.
 #[derive(Debug, Default)]
 pub struct Names {
     structs: RefCell<HashMap<&'static str, Option<TypeId>>>,

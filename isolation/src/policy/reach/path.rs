@@ -20,8 +20,8 @@ pub struct Path {
 }
 
 impl Path {
-    /// The member that `path`, members between `->`, leads to from structure `of`; `a.b` is member `b` of the structure that is
-    /// member `a`.
+    /// The member that `path`, members between `->`, leads to from structure `of`; `a.b` is member
+    /// `b` of the structure that is member `a`.
     pub fn find(types: &Btf, of: TypeId, path: &str) -> Option<Self> {
         let (before, last) = match path.rsplit_once("->") {
             Some((before, last)) => (Some(before), last),
@@ -62,7 +62,8 @@ impl Path {
     }
 }
 
-/// Offset and type of the member `name` of structure `of`, `.` between members of members; of an array, of its first element.
+/// Offset and type of the member `name` of structure `of`, `.` between members of members; of an
+/// array, of its first element.
 fn member(types: &Btf, of: TypeId, name: &str) -> Option<(u64, TypeId)> {
     name.split('.').try_fold((0, of), |(offset, of), name| {
         let (mut of, kind) = types.resolve(of)?;

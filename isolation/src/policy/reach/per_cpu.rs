@@ -43,8 +43,8 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         }
     }
 
-    /// Data of the current processor that was handed out to the driver (`alloc_percpu`), if `pointer`, which the driver
-    /// has, is a per-CPU address.
+    /// Data of the current processor that was handed out to the driver (`alloc_percpu`), if
+    /// `pointer`, which the driver has, is a per-CPU address.
     pub(super) fn per_cpu_data(&mut self, pointer: u64, to: TypeId, trail: Trail<'_>) {
         let reach = self.reach;
         let (Some(base), Some(first)) = (reach.per_cpu_base, reach.per_cpu_handed_out) else {

@@ -1,5 +1,5 @@
-//! Memory that a driver takes from a pool of its own (`dma_pool_alloc`, mm/dmapool.c): pages that the pool has got long before,
-//! from which blocks are handed out again and again.
+//! Memory that a driver takes from a pool of its own (`dma_pool_alloc`, mm/dmapool.c): pages that
+//! the pool has got long before, from which blocks are handed out again and again.
 
 use super::walk::{Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};

@@ -98,8 +98,9 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         }
     }
 
-    /// What the structure `id` of the kernel's is embedded in (`container_of`), if in `all`, what was handed out with it, only one of the
-    /// driver's structures can be that has it at this place.
+    /// What the structure `id` of the kernel's is embedded in (`container_of`), if in `all`, what
+    /// was handed out with it, only one of the driver's structures can be that has it at this
+    /// place.
     pub(super) fn container(&mut self, item: &Item, id: TypeId, all: GvaRange) {
         let types = self.reach.types;
         if self.extent == Extent::Near || types.base().is_none() {
@@ -231,7 +232,8 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         self.reach.is_own(found).then_some(found)
     }
 
-    /// The driver's structure that is as large as the private data of the structure `id` at `at` was to be, if only one is.
+    /// The driver's structure that is as large as the private data of the structure `id` at `at`
+    /// was to be, if only one is.
     fn only_one_of_size(&mut self, at: Gva, id: TypeId, rule: &PrivateArea) -> Option<TypeId> {
         let types = self.reach.types;
         types.base()?;

@@ -1,5 +1,5 @@
-//! Packets that a driver keeps in queues (`struct sk_buff_head`, include/linux/skbuff.h): a ring of packets, linked by their
-//! first member, with the queue's head in it.
+//! Packets that a driver keeps in queues (`struct sk_buff_head`, include/linux/skbuff.h): a ring of
+//! packets, linked by their first member, with the queue's head in it.
 
 use super::{Reach, Start};
 use crate::guest::addr::Gva;
@@ -10,7 +10,8 @@ use crate::guest::phys::GuestPhys;
 const MAX_PACKETS: usize = 256;
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
-    /// The packets in the queues whose heads are at `queues`, as many as are looked at. Stops in each where it is damaged.
+    /// The packets in the queues whose heads are at `queues`, as many as are looked at. Stops in
+    /// each where it is damaged.
     pub fn queued_in(&self, queues: &[Gva]) -> Vec<Start> {
         let Some(type_id) = self.struct_named("sk_buff") else {
             return Vec::new();
@@ -22,7 +23,8 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 let Some(next) = self.virt.read_u64(at).ok().map(Gva) else {
                     break;
                 };
-                // An object of its own, or the kernel's or another driver's memory would be taken for a packet.
+                // An object of its own, or the kernel's or another driver's memory would be taken
+                // for a packet.
                 let begins = |at: Gva| {
                     let object = self.allocations.allocation_at(at);
                     object.is_some_and(|object| object.range.first() == at)

@@ -11,7 +11,8 @@ pub struct PrivateArea {
     pub align: u64,
     /// Where its size is noted that was asked for, a path from the structure.
     pub size: Option<&'static str>,
-    /// What the private data is where nothing in it tells: the first of these structures that the module defines.
+    /// What the private data is where nothing in it tells: the first of these structures that the
+    /// module defines.
     pub is: &'static [&'static str],
 }
 
@@ -24,7 +25,8 @@ pub struct InsideArea {
     pub holder: &'static str,
     /// The member that is the driver's.
     pub member: &'static str,
-    /// What is in it: the first of these structures that the module defines. Only pointers are of interest.
+    /// What is in it: the first of these structures that the module defines. Only pointers are of
+    /// interest.
     pub is: &'static [&'static str],
 }
 
@@ -44,18 +46,19 @@ pub struct PacketData {
 /// A structure of the kernel's that drivers embed in their own, and get back as an argument.
 pub type Embedded = &'static str;
 
-/// A pointer in a structure of the kernel's that leads to what a driver may write: its own data, or what inline functions
-/// of the kernel that became part of the driver write.
+/// A pointer in a structure of the kernel's that leads to what a driver may write: its own data, or
+/// what inline functions of the kernel that became part of the driver write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Followed {
     /// The structure.
     pub of: &'static str,
-    /// The pointer; `a->b` for member `b` of what `a` points at, which is not to be written for that.
+    /// The pointer; `a->b` for member `b` of what `a` points at, which is not to be written for
+    /// that.
     pub member: &'static str,
     /// Member with the number of elements, if it is an array.
     pub count: Option<&'static str>,
-    /// What a `void *` is: the first of these structures that the module defines. Where none is, it is the module's structure
-    /// that points back.
+    /// What a `void *` is: the first of these structures that the module defines. Where none is, it
+    /// is the module's structure that points back.
     pub is: &'static [&'static str],
     /// Followed also where the structure itself is only to be read.
     pub from_const: bool,
@@ -122,14 +125,15 @@ pub struct Counted {
 pub struct PerCpuPointer {
     /// The structure.
     pub of: &'static str,
-    /// The pointer, a path ([`Path::find`](super::Path::find)). Only that of the kernel's version at hand exists; members of a
-    /// union are all named, the largest counts.
+    /// The pointer, a path ([`Path::find`](super::Path::find)). Only that of the kernel's version
+    /// at hand exists; members of a union are all named, the largest counts.
     pub members: &'static [&'static str],
     /// Also where the structure itself is only to be read.
     pub from_const: bool,
 }
 
-/// What a module keeps in each network namespace (`net_generic`), by a number in a structure of its own.
+/// What a module keeps in each network namespace (`net_generic`), by a number in a structure of its
+/// own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InNamespace {
     /// The structure.
@@ -142,7 +146,8 @@ pub struct InNamespace {
     pub is: &'static str,
 }
 
-/// Structures that belong to modules although the kernel knows them, too: something that is built in has their header.
+/// Structures that belong to modules although the kernel knows them, too: something that is built
+/// in has their header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModulesOwn {
     /// The modules.
@@ -185,28 +190,30 @@ pub struct Rules {
     pub listed: &'static [Listed],
     /// Pools of memory.
     pub pools: &'static [Pool],
-    /// Pointers in the kernel's structures to others of which inline functions count the references.
+    /// Pointers in the kernel's structures to others of which inline functions count the
+    /// references.
     pub counted: &'static [Counted],
-    /// Structures of the kernel's in which drivers keep things by number, with the member that is an xarray; none for what
-    /// is one itself.
+    /// Structures of the kernel's in which drivers keep things by number, with the member that is
+    /// an xarray; none for what is one itself.
     pub arrays: &'static [(&'static str, Option<&'static str>)],
-    /// Structures of the kernel's that are queues of packets, linked by their first member; in a driver's structure they hold
-    /// packets of the driver's.
+    /// Structures of the kernel's that are queues of packets, linked by their first member; in a
+    /// driver's structure they hold packets of the driver's.
     pub queues: &'static [&'static str],
-    /// Structures that an argument may have a pointer to the first of a chain of, with the member that has the next.
+    /// Structures that an argument may have a pointer to the first of a chain of, with the member
+    /// that has the next.
     pub chained: &'static [(&'static str, &'static str)],
-    /// Structures of the kernel's that are part of the driver's: what they are part of is the driver's, if only one of its
-    /// structures can be.
+    /// Structures of the kernel's that are part of the driver's: what they are part of is the
+    /// driver's, if only one of its structures can be.
     pub parts: &'static [&'static str],
     /// What a driver keeps in each network namespace by a number in a structure of its own.
     pub in_namespaces: &'static [InNamespace],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
     pub closed: &'static [&'static str],
-    /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone by calling
-    /// other kernel functions, not by putting bytes back.
+    /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone
+    /// by calling other kernel functions, not by putting bytes back.
     pub kernels: &'static [&'static str],
-    /// Of these, the links of lists that inline functions of the kernel change, too: a pointer to the next and one to the
-    /// previous.
+    /// Of these, the links of lists that inline functions of the kernel change, too: a pointer to
+    /// the next and one to the previous.
     pub links: &'static str,
     /// Members that kernel functions keep in structures that are otherwise the driver's to write.
     pub kernels_members: &'static [(&'static str, &'static str)],

@@ -1,7 +1,9 @@
-//! Long arrays of a driver's: the slots of its rings, hundreds of them, each with a packet or a buffer.
+//! Long arrays of a driver's: the slots of its rings, hundreds of them, each with a packet or a
+//! buffer.
 //!
-//! A walk looks into few elements of an array. Who looks for the owner of one object has its address, and need only find a
-//! pointer to it: in the driver's own arrays, where their elements have pointers by type.
+//! A walk looks into few elements of an array. Who looks for the owner of one object has its
+//! address, and need only find a pointer to it: in the driver's own arrays, where their elements
+//! have pointers by type.
 
 use super::walk::{LOWEST, MAX_ELEMENTS, MAX_NESTING, Walk};
 use super::{Reach, Start};
@@ -39,7 +41,8 @@ struct Place {
 }
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
-    /// What an element of one of these arrays points at, if that is in `object`; by the pointer's type.
+    /// What an element of one of these arrays points at, if that is in `object`; by the pointer's
+    /// type.
     pub fn held_in(&self, arrays: &[Slots], object: GvaRange) -> Option<Start> {
         arrays
             .iter()

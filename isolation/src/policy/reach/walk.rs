@@ -17,7 +17,8 @@ const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
 pub(super) const MAX_ELEMENTS: u64 = 8;
 
-/// Most elements of an array at the end of a structure whose length its allocation says (`struct tc_u_hnode`).
+/// Most elements of an array at the end of a structure whose length its allocation says
+/// (`struct tc_u_hnode`).
 const MAX_FLEXIBLE: u64 = 64;
 
 /// Most elements of an array whose length the guest says.
@@ -38,7 +39,8 @@ const MAX_LABEL: usize = 160;
 /// Types of pointers by which nobody reaches kernel memory as it is.
 const FOREIGN: [&str; 3] = ["user", "percpu", "iomem"];
 
-/// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is written out only for what is kept.
+/// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is
+/// written out only for what is kept.
 #[derive(Clone, Copy)]
 pub(super) enum Trail<'a> {
     Object(&'a str),
@@ -61,7 +63,8 @@ impl fmt::Display for Trail<'_> {
 pub(super) enum Extent {
     /// To all that is reached.
     All,
-    /// To the objects that it starts from, and what belongs to these without a pointer being followed to another object.
+    /// To the objects that it starts from, and what belongs to these without a pointer being
+    /// followed to another object.
     Near,
 }
 
@@ -270,7 +273,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.member_value(at, id, member)
     }
 
-    /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of it.
+    /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of
+    /// it.
     fn add_numbers(&mut self, item: &Item, id: TypeId, rest: Option<GvaRange>) {
         let bytes = self.reach.types.size_of(id);
         if let (Some(bytes), Some(rest)) = (bytes, rest)
@@ -504,7 +508,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
     }
 
-    /// How many elements of as many `bytes` there are from `at` on to the end of what was allocated.
+    /// How many elements of as many `bytes` there are from `at` on to the end of what was
+    /// allocated.
     fn elements_behind(&self, at: Gva, bytes: u64) -> u64 {
         let rest = self.rest(at).filter(|_| !self.on_stack(at));
         let count = rest.and_then(|rest| rest.len_bytes().checked_div(bytes));

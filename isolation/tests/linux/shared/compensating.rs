@@ -1,4 +1,5 @@
-//! Calls of the stock e1000 that went on in the guest, fail there and are taken back to their beginning.
+//! Calls of the stock e1000 that went on in the guest, fail there and are taken back to their
+//! beginning.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -26,7 +27,8 @@ fn machine_with(entries: &[&str], guest_only: &[&str]) -> Lent {
     machine.run("ip link set eth0 mtu 1500; linked");
     machine.settings.sleep_limit = Duration::ZERO;
     machine.settings.model = Some(machine.kernel_model());
-    // Since 6.10 the allocators' names say whether what they allocate is accounted to its place in the code.
+    // Since 6.10 the allocators' names say whether what they allocate is accounted to its place in
+    // the code.
     let own = |name: &&str| match machine.has_symbol(name) {
         true => (*name).to_owned(),
         false => format!("{name}_noprof"),
@@ -36,7 +38,8 @@ fn machine_with(entries: &[&str], guest_only: &[&str]) -> Lent {
     machine
 }
 
-/// Recoveries of each function: a hundred in a full run, a few otherwise, unless `COFFERDAM_RECOVERIES` says how many.
+/// Recoveries of each function: a hundred in a full run, a few otherwise, unless
+/// `COFFERDAM_RECOVERIES` says how many.
 fn recoveries() -> u64 {
     let full = std::env::var_os("COFFERDAM_FULL").is_some();
     let usual = if full { 100 } else { 2 };
@@ -75,7 +78,8 @@ const ANSWERED: &str = "ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2 >/d
     cd /sys/class/net/eth0/queues/tx-0; grep . tx_timeout byte_queue_limits/inflight byte_queue_limits/limit; \
     ethtool -S eth0; ethtool -d eth0; dmesg | tail -n 20; cat /proc/net/softnet_stat; exit 0";
 
-/// What a leak would show in: mappings, interrupts, users of the module, the objects of each slab cache, and pages.
+/// What a leak would show in: mappings, interrupts, users of the module, the objects of each slab
+/// cache, and pages.
 struct Resources {
     mappings: String,
     interrupts: String,
@@ -123,8 +127,8 @@ impl Resources {
             if *now > then {
                 eprintln!("{cache}: {then} -> {now} in {recoveries} recoveries");
             }
-            // Other threads of the guest take and give objects too: 90 of `kmalloc-32` were seen in one recovery. One for
-            // each recovery is more than that once there are enough of them.
+            // Other threads of the guest take and give objects too: 90 of `kmalloc-32` were seen in
+            // one recovery. One for each recovery is more than that once there are enough of them.
             let noise = 256.max(recoveries / 2);
             assert!(
                 now.saturating_sub(then) <= noise,
@@ -134,8 +138,8 @@ impl Resources {
     }
 }
 
-/// Has `function`, which `operation` calls, fail at each of its places, `count` times in all, and be taken back each
-/// time.
+/// Has `function`, which `operation` calls, fail at each of its places, `count` times in all, and
+/// be taken back each time.
 fn fail_everywhere(
     machine: &mut Machine,
     function: &str,
@@ -359,7 +363,8 @@ mod long {
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
     fn a_reset_of_the_adapter_that_fails_with_its_rings_emptied_in_the_guest_is_taken_back() {
-        // The new rings are allocated in the guest, when the old ones are empty and the adapter has been reset.
+        // The new rings are allocated in the guest, when the old ones are empty and the adapter has
+        // been reset.
         let mut machine = machine(&["vzalloc"]);
         machine
             .run("ethtool -G eth0 rx 128; ethtool -G eth0 rx 256; linked; ping -c 1 -W 2 10.0.2.2");

@@ -58,8 +58,8 @@ fn calls_that_sleep_go_on_in_the_guest_and_come_back() {
     machine.settings.model = Some(machine.kernel_model());
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     machine.run(&operations(0));
-    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the guest, and
-    // the machine comes to rest only between such calls.
+    // Packets and interrupts go through the domain while a reset of the adapter sleeps in the
+    // guest, and the machine comes to rest only between such calls.
     let looking = Arc::new(AtomicBool::new(true));
     let looks = {
         let (handle, looking) = (machine.handle.clone(), looking.clone());

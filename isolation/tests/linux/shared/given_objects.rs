@@ -1,5 +1,5 @@
-//! What a driver was given with a call that fails is not forgotten: a block I/O ends with an error, a packet for a device
-//! without a queue is dropped.
+//! What a driver was given with a call that fails is not forgotten: a block I/O ends with an error,
+//! a packet for a device without a queue is dropped.
 
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 

@@ -1,5 +1,5 @@
-//! Tests that share a guest: each begins where the guest was when it had booted, or when its NIC had come up. They go
-//! back there by a rewind, which takes the place of a boot.
+//! Tests that share a guest: each begins where the guest was when it had booted, or when its NIC
+//! had come up. They go back there by a rewind, which takes the place of a boot.
 
 mod attaching;
 mod compensating;

@@ -47,7 +47,8 @@ fn a_file_system_on_an_isolated_null_blk_keeps_its_contents() {
     machine.assert_healthy();
 }
 
-/// What a driver had written before it was isolated is in pages that nobody has seen it get, and that it finds by number.
+/// What a driver had written before it was isolated is in pages that nobody has seen it get, and
+/// that it finds by number.
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn what_was_written_before_is_written_again_by_the_isolated_driver() {

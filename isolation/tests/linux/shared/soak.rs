@@ -1,4 +1,5 @@
-//! Entries of the stock e1000 isolated and released at random, in any order with the calls that meet them.
+//! Entries of the stock e1000 isolated and released at random, in any order with the calls that
+//! meet them.
 //!
 //! ```text
 //!  for COFFERDAM_SOAK_SECONDS (10):
@@ -6,8 +7,8 @@
 //!    no stream                       ║ the same, with operations that stop and start the NIC
 //! ```
 //!
-//! The two are apart because of the driver: under transmit traffic `ethtool -G` can leave the NIC without its link
-//! (docs/limits.md).
+//! The two are apart because of the driver: under transmit traffic `ethtool -G` can leave the NIC
+//! without its link (docs/limits.md).
 
 use std::time::{Duration, Instant};
 
@@ -66,7 +67,8 @@ struct Soak {
 }
 
 impl Soak {
-    /// Isolates some entries while `commands` run in the guest, and releases them, perhaps before those end.
+    /// Isolates some entries while `commands` run in the guest, and releases them, perhaps before
+    /// those end.
     fn round(&mut self, commands: &str) {
         let random = &mut self.random;
         let entries: Vec<&str> = E1000_ENTRIES

@@ -1,7 +1,8 @@
 //! Which steps of the guest's work call a function: what a trial of a fault in it has the guest do.
 //!
-//! The guest's own function tracer tells (Documentation/trace/ftrace.rst), in one run of the work without a fault. A kernel
-//! that cannot trace functions tells nothing, and the guest does all of its work in each trial.
+//! The guest's own function tracer tells (Documentation/trace/ftrace.rst), in one run of the work
+//! without a fault. A kernel that cannot trace functions tells nothing, and the guest does all of
+//! its work in each trial.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -25,7 +26,8 @@ pub enum Steps {
     /// All.
     #[default]
     All,
-    /// The first that call the function with the fault, and those that are always done; all where that is not known.
+    /// The first that call the function with the fault, and those that are always done; all where
+    /// that is not known.
     Called,
 }
 
@@ -55,7 +57,8 @@ echo >$T/trace; echo 1 >$T/tracing_on; }}"
         self.write_script(interface, gateway, Some(&begin))
     }
 
-    /// What the output of [`Workload::traced_script`] says, which comes from the guest and may be anything.
+    /// What the output of [`Workload::traced_script`] says, which comes from the guest and may be
+    /// anything.
     pub fn read_calls(&self, output: &str) -> Calls {
         let mut calls = Calls::default();
         let called = output.lines().filter_map(|line| line.strip_prefix(CALLED));

@@ -1,5 +1,6 @@
-//! What a guest does in a run, as data: how its driver is made ready, steps that have the kernel call the driver's functions,
-//! and how it is seen whether the device works. One shell script, whose output says how each step ended.
+//! What a guest does in a run, as data: how its driver is made ready, steps that have the kernel
+//! call the driver's functions, and how it is seen whether the device works. One shell script,
+//! whose output says how each step ended.
 //!
 //! Those that the program brings are beside this file; a file of one's own is of the same form.
 
@@ -46,8 +47,8 @@ const AT: &str = "at:";
 /// The program's own steps, behind those of the workload.
 const OWN_STEPS: [&str; 3] = ["works", "contents", "end"];
 
-/// What has the guest's kernel check its heap and its free pages (Documentation/mm/slub.rst: sanity checks, red zones,
-/// poisoning), stop at once where it crashes, and show warnings on its console.
+/// What has the guest's kernel check its heap and its free pages (Documentation/mm/slub.rst: sanity
+/// checks, red zones, poisoning), stop at once where it crashes, and show warnings on its console.
 pub const CHECKS: &[&str] = &[
     "slub_debug=FZP",
     "page_poison=1",
@@ -68,8 +69,8 @@ pub struct Workload {
     /// Options of `cofferdam run` that the guest needs, separated by blanks.
     #[serde(default)]
     pub run: String,
-    /// The driver is that of the NIC which is plugged into the user-mode gateway: it gets an address, and the script has the
-    /// interface as `$IF` and the gateway as `$GATEWAY`.
+    /// The driver is that of the NIC which is plugged into the user-mode gateway: it gets an
+    /// address, and the script has the interface as `$IF` and the gateway as `$GATEWAY`.
     #[serde(default)]
     pub network: bool,
     /// Modules that are loaded besides.
@@ -88,7 +89,8 @@ pub struct Workload {
     pub helpers: Vec<String>,
     /// Shell command that succeeds if the device works.
     pub works: String,
-    /// What is done, in this order. Each leaves the device as it was, all of them together at least.
+    /// What is done, in this order. Each leaves the device as it was, all of them together at
+    /// least.
     pub steps: Vec<Step>,
 }
 
@@ -107,10 +109,12 @@ pub struct Step {
     /// Shell command behind it whose end does not matter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub then: Option<String>,
-    /// Its command compares contents, as `cmp` does: with exit status 1 they are not what they should be.
+    /// Its command compares contents, as `cmp` does: with exit status 1 they are not what they
+    /// should be.
     #[serde(default)]
     pub compares: bool,
-    /// Steps of one group are done all together or not at all: those that need each other. A step without is alone.
+    /// Steps of one group are done all together or not at all: those that need each other. A step
+    /// without is alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
     /// It is done in each trial, whatever its function.
@@ -250,8 +254,8 @@ impl Workload {
         self.write_script(interface, gateway, None)
     }
 
-    /// The script. If there is something to `begin` with, that is done first, and has a shell function `c` which is called behind
-    /// each step with its name.
+    /// The script. If there is something to `begin` with, that is done first, and has a shell
+    /// function `c` which is called behind each step with its name.
     fn write_script(&self, interface: &str, gateway: Ipv4Addr, begin: Option<&str>) -> String {
         let mut script = String::new();
         let mut line = |text: &str| {
@@ -393,8 +397,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Steps of `workload`, which this came of, that ended otherwise than in `other`, which may have more of them. One that
-    /// succeeds is well, also where it does not by itself: others came before it there.
+    /// Steps of `workload`, which this came of, that ended otherwise than in `other`, which may
+    /// have more of them. One that succeeds is well, also where it does not by itself: others came
+    /// before it there.
     pub fn differs(&self, other: &Self, workload: &Workload) -> Vec<String> {
         let is_done = |name: &str| workload.steps.iter().any(|step| step.name == name);
         let all = other.steps.iter().filter(|(step, _)| is_done(step));

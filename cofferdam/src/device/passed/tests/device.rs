@@ -1,4 +1,5 @@
-//! A device of registers with the behaviour that matters of an 82574L, in place of a function of the host.
+//! A device of registers with the behaviour that matters of an 82574L, in place of a function of
+//! the host.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -60,8 +61,8 @@ pub struct State {
     pub mapped: u64,
     pub goes: Goes,
     events: Vec<EventFd>,
-    /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not taken away or not given, a
-    /// register holds nothing, interrupts cannot be set.
+    /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not
+    /// taken away or not given, a register holds nothing, interrupts cannot be set.
     pub fails: Option<Step>,
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,

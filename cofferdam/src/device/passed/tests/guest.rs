@@ -1,4 +1,5 @@
-//! A device host with such a device in this process, and its guests: memory in a file and a vfio-user client each.
+//! A device host with such a device in this process, and its guests: memory in a file and a
+//! vfio-user client each.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

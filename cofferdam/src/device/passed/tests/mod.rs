@@ -1,4 +1,5 @@
-//! A device host whose function is one of registers in this process, behind real vfio-user connections.
+//! A device host whose function is one of registers in this process, behind real vfio-user
+//! connections.
 
 mod device;
 mod guest;
@@ -97,8 +98,8 @@ fn a_parked_guest_is_told_that_its_link_has_gone_and_looks_again_later() {
     assert_eq!(device.lock().get(device::ICR) & 4, 4);
 }
 
-/// Seen in the lab: what waited in a ring is sent as soon as the transmitter runs, before the mask is put back; its cause is due
-/// then, and has masked itself when the mask is looked at.
+/// Seen in the lab: what waited in a ring is sent as soon as the transmitter runs, before the mask
+/// is put back; its cause is due then, and has masked itself when the mask is looked at.
 #[test]
 fn a_device_that_interrupts_as_soon_as_it_may_is_taken_over() {
     let (host, device) = host(ParkedAs::Stall, 8);
@@ -114,8 +115,8 @@ fn a_device_that_interrupts_as_soon_as_it_may_is_taken_over() {
     assert!(left.interrupts().contains(&2));
 }
 
-/// A cause that has masked itself, and whose message did not arrive before the device was made to stand still, does not come
-/// again: its driver would wait for ever.
+/// A cause that has masked itself, and whose message did not arrive before the device was made to
+/// stand still, does not come again: its driver would wait for ever.
 #[test]
 fn an_interrupt_that_was_on_its_way_in_a_switch_is_made_up_for() {
     let (host, device) = host(ParkedAs::Down, 8);
@@ -268,8 +269,9 @@ fn a_device_of_a_guest_that_has_gone_is_reset_if_it_does_not_stand_still() {
     assert_eq!(device.lock().get(RDBAL), right.ring());
 }
 
-/// As seen of monitors in wide use: a function attached in the moment in which another guest gives it up is refused as busy, the
-/// second attempt is accepted and the device never sends anything; and attempts that fail use up the slots.
+/// As seen of monitors in wide use: a function attached in the moment in which another guest gives
+/// it up is refused as busy, the second attempt is accepted and the device never sends anything;
+/// and attempts that fail use up the slots.
 #[test]
 fn an_attach_in_the_moment_of_another_guests_end_is_served_whole_or_refused_whole() {
     const ROUNDS: u32 = 30;
@@ -309,7 +311,8 @@ fn a_guests_link_stays_for_a_moment_if_that_was_chosen() {
     wait("the link's end", || left.read(STATUS) & LINK == 0);
     host.switch_to(&"left".parse().unwrap()).unwrap();
     assert_eq!(left.read(STATUS) & LINK, LINK);
-    // It may be over before it is looked at, on a machine that is busy enough, but not twenty times.
+    // It may be over before it is looked at, on a machine that is busy enough, but not twenty
+    // times.
     let mut again = (0..20).filter(|turn| {
         let vm = ["right", "left"][turn % 2].parse().unwrap();
         host.switch_to(&vm).unwrap();

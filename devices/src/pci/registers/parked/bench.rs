@@ -1,4 +1,5 @@
-//! A device for tests and fuzzing, whose registers behave as the 82574L's do where it matters, and what a device host does with it.
+//! A device for tests and fuzzing, whose registers behave as the 82574L's do where it matters, and
+//! what a device host does with it.
 
 #![allow(
     clippy::unwrap_used,

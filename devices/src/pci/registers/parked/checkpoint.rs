@@ -8,16 +8,19 @@ use super::super::{Access, RegisterCheckpoint};
 /// What a guest did with an image of a device, and not yet with the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in super::super) struct FromImage {
-    /// Registers that it stored to, by offset. The device may hold less of that, as it would have of the store itself.
+    /// Registers that it stored to, by offset. The device may hold less of that, as it would have
+    /// of the store itself.
     pub stored: BTreeSet<u32>,
     /// Registers of the PHY, a bit for each.
     pub stored_phy: u32,
-    /// Reads of what is behind a register whose answer the driver may still want to see: the register and the command.
+    /// Reads of what is behind a register whose answer the driver may still want to see: the
+    /// register and the command.
     pub asked: BTreeMap<u32, u32>,
 }
 
 impl FromImage {
-    /// Has the registers that something is reached through show again what the driver asked for last.
+    /// Has the registers that something is reached through show again what the driver asked for
+    /// last.
     pub fn ask_again(&self, access: &mut Access<'_>) {
         for (register, command) in &self.asked {
             access.write(*register, *command);

@@ -10,7 +10,8 @@
 //! [parked.nvm]              # its non-volatile memory, read through a register
 //! ```
 //!
-//! Registers of the state hold what is stored to them, as far as `keep` goes. All others read as 0 and hold nothing.
+//! Registers of the state hold what is stored to them, as far as `keep` goes. All others read as 0
+//! and hold nothing.
 
 use serde::Deserialize;
 
@@ -46,7 +47,8 @@ pub(in crate::pci::registers) struct Link {
     pub offset: u32,
     /// Bits that are set with a link.
     pub up: u32,
-    /// Bits that say that transmission waits and no driver need worry; shown while a link stays that nothing is sent on.
+    /// Bits that say that transmission waits and no driver need worry; shown while a link stays
+    /// that nothing is sent on.
     #[serde(default)]
     pub waits: u32,
 }
@@ -109,7 +111,8 @@ pub(in crate::pci::registers) enum Part {
     Phy,
 }
 
-/// A register of the state whose upper half shows what its lower one leaves of a total, as both are after a reset.
+/// A register of the state whose upper half shows what its lower one leaves of a total, as both are
+/// after a reset.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::pci::registers) struct Remainder {
@@ -141,7 +144,8 @@ pub(in crate::pci::registers) struct Other {
 pub(in crate::pci::registers) struct Phy {
     /// Register that chooses a page.
     pub page: u8,
-    /// Registers from this one on are others on other pages than 0: these read as 0 and hold nothing.
+    /// Registers from this one on are others on other pages than 0: these read as 0 and hold
+    /// nothing.
     pub paged_from: u8,
     /// Registers that stores do not change.
     pub read_only: Vec<u8>,
@@ -158,8 +162,8 @@ pub(in crate::pci::registers) struct PhyLink {
     pub up: u16,
 }
 
-/// Non-volatile memory of 16-bit words, read by the number of a word and a start bit written to a register, which then
-/// shows the word and that it is done.
+/// Non-volatile memory of 16-bit words, read by the number of a word and a start bit written to a
+/// register, which then shows the word and that it is done.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::pci::registers) struct Nvm {

@@ -1,4 +1,5 @@
-//! An image under any accesses, with switches in between: for fuzzing, and for a test with random ones.
+//! An image under any accesses, with switches in between: for fuzzing, and for a test with random
+//! ones.
 
 use super::super::description::Register;
 use super::super::mdio::mdic;

@@ -57,7 +57,8 @@ impl Interrupts {
 }
 
 impl data::Interrupts {
-    /// Where the messages for these causes go, a bit for each vector; `vectors` is the register of that name.
+    /// Where the messages for these causes go, a bit for each vector; `vectors` is the register of
+    /// that name.
     fn vectors_of(&self, causes: u32, vectors: u32) -> u32 {
         let mut all = 0;
         for message in &self.message {
@@ -71,8 +72,9 @@ impl data::Interrupts {
 }
 
 impl Description {
-    /// The vectors whose causes have masked themselves as their message went, a bit for each: the driver was interrupted, or is
-    /// to be, and lets them through again when it is done. A driver that wants no interrupt has none of these.
+    /// The vectors whose causes have masked themselves as their message went, a bit for each: the
+    /// driver was interrupted, or is to be, and lets them through again when it is done. A driver
+    /// that wants no interrupt has none of these.
     pub fn told(&self, registers: &mut dyn RegisterAccess) -> u32 {
         let places = self.parked.as_ref().map(|parked| &parked.interrupts);
         let Some((places, at)) = places.and_then(|places| Some((places, places.vectors?))) else {

@@ -5,11 +5,13 @@
 //!                                        ▲ survey (once, after a reset)
 //! ```
 //!
-//! How it answers is data: the description's part `[parked]` (`data`). Registers of the state hold what is stored to
-//! them, and the device is given that when its turn comes. What a driver waits for is done at once: resets, accesses of the
-//! PHY, reads of non-volatile memory. Nothing is sent, received or counted.
+//! How it answers is data: the description's part `[parked]` (`data`). Registers of the state hold
+//! what is stored to them, and the device is given that when its turn comes. What a driver waits
+//! for is done at once: resets, accesses of the PHY, reads of non-volatile memory. Nothing is sent,
+//! received or counted.
 //!
-//! A guest may access whatever it likes. An image has a fixed size, and its checkpoint has nothing but what is described.
+//! A guest may access whatever it likes. An image has a fixed size, and its checkpoint has nothing
+//! but what is described.
 
 #[cfg(any(test, feature = "fuzzing"))]
 mod bench;
@@ -131,7 +133,8 @@ impl Parked {
             .is_some_and(|answers| self.interrupts.are_due(&answers.interrupts, &self.state))
     }
 
-    /// The MSI-X vectors with a message due, a bit for each. They are taken: each cause is told once.
+    /// The MSI-X vectors with a message due, a bit for each. They are taken: each cause is told
+    /// once.
     pub fn take_messages(&mut self) -> u32 {
         match &self.description.parked {
             Some(answers) => self
@@ -156,7 +159,8 @@ impl Parked {
         }
     }
 
-    /// Writes of the registers. Those that do not write all four bytes of one are lost, as the device may lose them.
+    /// Writes of the registers. Those that do not write all four bytes of one are lost, as the
+    /// device may lose them.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if !offset.is_multiple_of(WIDTH) {
             return;
@@ -311,7 +315,8 @@ impl Parked {
 }
 
 impl Nvm {
-    /// What the register shows after `value` was stored to it. A word that is not there reads as erased.
+    /// What the register shows after `value` was stored to it. A word that is not there reads as
+    /// erased.
     fn command(&self, words: &[u16], value: u32) -> u32 {
         if value & self.start == 0 {
             return value & !self.done;

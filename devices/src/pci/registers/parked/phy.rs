@@ -1,4 +1,5 @@
-//! The PHY of an image, behind a register of the form of MDIC (8254x manual, 13.4.7). Accesses are done at once.
+//! The PHY of an image, behind a register of the form of MDIC (8254x manual, 13.4.7). Accesses are
+//! done at once.
 
 use super::super::RegisterCheckpoint;
 use super::super::description::{Description, PHY_REGISTERS};

@@ -1,4 +1,5 @@
-//! What is read once of a device, just after it was reset: what an image of it begins with, and what no guest changes.
+//! What is read once of a device, just after it was reset: what an image of it begins with, and
+//! what no guest changes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use super::super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint};
 use super::ParkedLink;
 use super::data::{Answers, Nvm, Phy, PhyLink};
 
-/// Reads of a word of non-volatile memory before it is given up, and between two of them. Linux waits for half a second.
+/// Reads of a word of non-volatile memory before it is given up, and between two of them. Linux
+/// waits for half a second.
 const NVM_TRIES: u32 = 1000;
 const NVM_WAIT: Duration = Duration::from_micros(20);
 
@@ -31,7 +33,8 @@ pub struct Survey {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shown {
     pub(super) register: u32,
-    /// What registers show that something is reached through: the answer to the driver's last question.
+    /// What registers show that something is reached through: the answer to the driver's last
+    /// question.
     pub(super) asked: BTreeMap<u32, u32>,
     /// Registers that show the link, by number; none if it is not to be shown.
     pub(super) phy: BTreeMap<u8, u16>,
@@ -85,8 +88,8 @@ impl Description {
         })
     }
 
-    /// What a device that stands still shows its driver just now. To be called before [`Description::save`], which asks the
-    /// PHY for something else.
+    /// What a device that stands still shows its driver just now. To be called before
+    /// [`Description::save`], which asks the PHY for something else.
     ///
     /// # Errors
     /// Its PHY does not answer, or its description does not say how an image answers.
@@ -176,8 +179,8 @@ impl Survey {
         &self.shown
     }
 
-    /// The same device with another station address, as if it had been made with it: after a reset, and in non-volatile
-    /// memory, whose sum stays right.
+    /// The same device with another station address, as if it had been made with it: after a reset,
+    /// and in non-volatile memory, whose sum stays right.
     #[must_use]
     pub fn with_address(mut self, description: &Description, address: [u8; 6]) -> Self {
         let Some(answers) = &description.parked else {

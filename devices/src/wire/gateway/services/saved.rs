@@ -58,7 +58,8 @@ impl Services {
                 continue;
             };
             let mut received = vec![0; socket.recv_queue()];
-            // Fails for a connection that receives no more and has nothing: there is nothing to look at then.
+            // Fails for a connection that receives no more and has nothing: there is nothing to
+            // look at then.
             let _ = socket.peek_slice(&mut received);
             let state = ConnectionState {
                 tuple,
@@ -162,7 +163,8 @@ fn tuple_of(socket: &tcp::Socket<'_>) -> Option<Tuple> {
     })
 }
 
-/// How far a socket's connection is, if it is one that goes on. Services close only when the guest has.
+/// How far a socket's connection is, if it is one that goes on. Services close only when the guest
+/// has.
 fn phase_of(state: tcp::State) -> Option<Phase> {
     match state {
         tcp::State::SynReceived => Some(Phase::Opening),

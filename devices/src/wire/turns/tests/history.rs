@@ -1,5 +1,5 @@
-//! Random histories: whatever happens in whatever order, each frame has one receiver, the right one, in order, and none is
-//! unaccounted for.
+//! Random histories: whatever happens in whatever order, each frame has one receiver, the right
+//! one, in order, and none is unaccounted for.
 
 use proptest::prelude::*;
 
@@ -112,7 +112,8 @@ impl History {
         assert!(self.at_wire(port), "only who has the turn receives");
         let to = frame[6];
         let number = u32::from_be_bytes(*frame[7..].first_chunk().unwrap());
-        // Whose an address was that NICs ask for themselves, when the frame came, is not known here.
+        // Whose an address was that NICs ask for themselves, when the frame came, is not known
+        // here.
         assert!(to >= PORTS || to == port, "the frame is another's");
         assert!(!self.received.contains(&number), "delivered twice");
         assert!(number > self.last[usize::from(port)], "out of order");

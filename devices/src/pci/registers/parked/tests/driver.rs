@@ -1,5 +1,6 @@
-//! The accesses of Linux' e1000e, in the order of its source: drivers/net/ethernet/intel/e1000e/, `82571.c`, `mac.c`, `phy.c`,
-//! `nvm.c`, `netdev.c`. What it waits for has to come, or it says so in the kernel's log.
+//! The accesses of Linux' e1000e, in the order of its source: drivers/net/ethernet/intel/e1000e/,
+//! `82571.c`, `mac.c`, `phy.c`, `nvm.c`, `netdev.c`. What it waits for has to come, or it says so
+//! in the kernel's log.
 
 use super::*;
 

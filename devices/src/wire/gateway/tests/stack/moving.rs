@@ -29,7 +29,8 @@ fn byte(n: usize) -> u8 {
     (n ^ (n >> 8) ^ (n >> 16)) as u8
 }
 
-/// Sends `total` bytes to `port` and returns what comes back, while the gateway moves on now and then.
+/// Sends `total` bytes to `port` and returns what comes back, while the gateway moves on now and
+/// then.
 fn exchange_moving(
     config: &GatewayConfig,
     port: u16,
