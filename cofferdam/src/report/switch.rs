@@ -49,14 +49,17 @@ impl fmt::Display for Way {
     }
 }
 
-/// The parts of a switch, in the order in which they are done.
-pub const PHASES: [&str; 7] = [
+/// The parts of a switch, in the order in which they are done. The device works during the first and
+/// from *resume* on.
+pub const PHASES: [&str; 9] = [
+    "prepare",
     "quiesce",
     "save",
     "unmap",
     "map",
     "load",
     "resume",
+    "complete",
     "first_frame",
 ];
 

@@ -206,12 +206,14 @@ impl Phases {
     fn add(&mut self, of: &SwitchRecord) {
         let phases = &of.phases;
         let told = [
+            phases.prepare_ns,
             phases.quiesce_ns,
             phases.save_ns,
             phases.unmap_ns,
             phases.map_ns,
             phases.load_ns,
             phases.resume_ns,
+            phases.complete_ns,
             of.first_frame_ns,
         ];
         for (name, ns) in PHASES.into_iter().zip(told) {
