@@ -56,6 +56,7 @@ pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
         machine.mark_entered();
         vcpu.incomplete.store(false, Ordering::Release);
         if let Err(reason) = run_until_kicked(machine, index, &mut fd) {
+            machine.ram.end_if_template_was_cut();
             let state = post_mortem::describe(&fd, &vcpu.exits, &machine.ram);
             machine.requests.push(Request::Fail(format!(
                 "vCPU {index} stopped: {reason}\n{state}"
@@ -160,6 +161,7 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
         }
         Ok(VcpuExit::Shutdown) => {
             exits.count(ExitKind::Shutdown, 0);
+            machine.ram.end_if_template_was_cut();
             let state = post_mortem::describe(fd, exits, &machine.ram);
             tracing::warn!("triple fault on vCPU {index}: the machine restarts\n{state}");
             machine.requests.push(Request::Reset);

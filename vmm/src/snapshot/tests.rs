@@ -79,7 +79,7 @@ fn load(chain: &Chain, above_base: bool) -> Result<Vec<u8>, SnapshotError> {
     if !above_base {
         memory.lock().unwrap().fill(0);
     }
-    chain.load(above_base, |offset, content| {
+    chain.load(above_base, &mut |_| true, |offset, content| {
         let offset = usize::try_from(offset).unwrap();
         memory.lock().unwrap()[offset..offset + content.len()].copy_from_slice(content);
         Ok(())
@@ -132,9 +132,9 @@ proptest! {
                 prop_assert!(above[at..at + PAGE] == wanted);
             }
             let chain = Chain::open(&dir).unwrap();
-            chain.check().unwrap();
+            chain.check(&mut |_| true).unwrap();
             let whole = folder.path().join(format!("whole {index}"));
-            chain.merge(&whole).unwrap();
+            chain.merge(&whole, &mut |_| true).unwrap();
             prop_assert!(Chain::open(&whole).unwrap().snapshots().len() == 1);
             prop_assert!(read(&whole).unwrap() == flat(&expected));
             parent = Some(Snapshot::open(&dir).unwrap());
