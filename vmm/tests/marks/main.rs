@@ -6,7 +6,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod half_way;
+#[path = "../nic/mod.rs"]
+mod nic;
 mod resets;
+mod traffic;
 mod whole;
 #[path = "../writer/mod.rs"]
 mod writer;

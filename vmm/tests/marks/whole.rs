@@ -15,7 +15,7 @@ type Registers = (kvm_regs, kvm_sregs, kvm_vcpu_events, Vec<u32>, Vec<i8>);
 pub struct Whole {
     pub memory: Vec<u8>,
     vcpus: Vec<Registers>,
-    devices: vmm::DeviceStates,
+    pub devices: vmm::DeviceStates,
 }
 
 pub fn whole(handle: &VmHandle) -> Whole {
