@@ -118,12 +118,14 @@ impl GuestRam {
 
     fn find_populated(&self) -> io::Result<Vec<Range<u64>>> {
         let mapped = self.mapped.lock();
-        let template = mapped.as_ref().map(|template| template.file.clone());
-        drop(mapped);
-        let Some(file) = template else {
+        let Some(template) = &*mapped else {
+            drop(mapped);
             return data_of(self.memfd(), self.size_bytes());
         };
-        let mut found = data_of(&file, self.size_bytes())?;
+        let mut found = data_of(&template.file, self.size_bytes())?;
+        // What is missing now would be taken for zeros.
+        template.watched.end_if_cut();
+        drop(mapped);
         for region in self.regions() {
             own_pages(region, &mut found)?;
         }

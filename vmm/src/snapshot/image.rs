@@ -75,7 +75,7 @@ pub(super) fn in_parallel<T: Sync>(
         word_at = index + ITEMS_BETWEEN_WORDS;
         tell(index)
     };
-    std::thread::scope(|scope| {
+    let done = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads)
             .filter_map(|_| {
                 std::thread::Builder::new()
@@ -92,5 +92,11 @@ pub(super) fn in_parallel<T: Sync>(
             result = result.and(ended);
         }
         result
-    })
+    });
+    done?;
+    // However fast the others were: long work is heard of.
+    match items.len() < ITEMS_BETWEEN_WORDS || tell(items.len()) {
+        true => Ok(()),
+        false => Err(SnapshotError::GivenUp),
+    }
 }

@@ -233,6 +233,66 @@ fn a_machine_that_is_not_alike_is_refused() {
 }
 
 #[test]
+fn an_image_that_changes_before_it_is_gone_on_from_lazily_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    original.report();
+    snapshot(&original, &dir, None);
+    original.power_off();
+    let lazily = |chain: &Chain| {
+        Guest::new(VmConfig {
+            memory: chain.template().unwrap(),
+            ..config(code(), 1)
+        })
+    };
+    let chain = Chain::open(&dir).unwrap();
+    let mut same = lazily(&chain);
+    same.vm.go_on_from(&chain, &mut |_| true).unwrap();
+    drop(same);
+    let mut other = lazily(&chain);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let image = dir.join("memory.image");
+    let image = std::fs::File::options().write(true).open(image).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, b"x", PAGES_AT).unwrap();
+    let error = other.vm.go_on_from(&chain, &mut |_| true).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("memory.image was changed while it was opened"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_restore_that_is_given_up_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    original.report();
+    // Many runs, so that somebody is asked.
+    let memory = original.handle.ram().memory();
+    for page in (0..400).step_by(2) {
+        let at = GuestAddress(PAGES_AT + 0x6_0000 + page * 4096);
+        memory.write_obj(page + 1, at).unwrap();
+    }
+    snapshot(&original, &dir, None);
+    original.power_off();
+    let chain = Chain::open(&dir).unwrap();
+    let mut words = 0;
+    let mut other = guest();
+    let given_up = other.vm.go_on_from(&chain, &mut |what| {
+        assert!(what.starts_with("reading memory, "), "{what}");
+        words += 1;
+        false
+    });
+    assert_eq!(words, 1);
+    assert_eq!(
+        given_up.unwrap_err().to_string(),
+        "given up, nothing of it is left"
+    );
+}
+
+#[test]
 fn what_was_patched_into_the_guest_is_not_in_its_image() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("s");
