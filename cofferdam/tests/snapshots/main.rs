@@ -13,6 +13,7 @@ use serde_json::Value;
 #[path = "../common/mod.rs"]
 mod common;
 mod filled;
+mod golden;
 mod killed;
 #[path = "../../../vmm/tests/nic/mod.rs"]
 mod nic;
