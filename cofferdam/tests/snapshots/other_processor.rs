@@ -35,12 +35,12 @@ fn leaf(state: &[u8], vendor: &str, number: u32) -> usize {
     let (second, third) = rest.split_at(4);
     let text = [first, third, second].concat();
     let at = state.windows(12).position(|bytes| bytes == text.as_bytes());
-    let first = at.expect("no leaf 0") - EBX;
+    let first = at.unwrap() - EBX;
     let leaves = state[first..].chunks_exact(LEAF_BYTES);
     let index = leaves
         .take(100)
         .position(|leaf| leaf[..8] == [number.to_le_bytes(), [0; 4]].concat());
-    first + index.expect("no such leaf") * LEAF_BYTES
+    first + index.unwrap() * LEAF_BYTES
 }
 
 #[test]

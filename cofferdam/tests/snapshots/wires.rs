@@ -83,14 +83,14 @@ impl Peer {
     #[track_caller]
     fn follow(&mut self, last: &mut u64, count: usize) {
         for _ in 0..count {
-            let number = self.number().expect("the guest has unplugged");
+            let number = self.number().unwrap();
             assert_eq!(number, *last + 2);
             *last = number;
         }
     }
 
     /// Reads until the guest has unplugged, and gives the number that came last.
-    fn to_the_end(mut self, mut last: u64) -> u64 {
+    fn until_it_ends(mut self, mut last: u64) -> u64 {
         while let Some(number) = self.number() {
             assert_eq!(number, last + 2);
             last = number;
@@ -127,7 +127,7 @@ fn a_guest_on_a_unix_wire_plugs_in_again_and_loses_and_repeats_nothing() {
             // The snapshot must not wait for a peer that does not read.
             let words = ["snapshot", "one", &dir, "--stop"];
             let asks = place.command().args(words).spawn().unwrap();
-            let ends = std::thread::spawn(move || peer.to_the_end(last));
+            let ends = std::thread::spawn(move || peer.until_it_ends(last));
             assert!(finish(asks).status.success());
             assert!(finish(vm).status.success());
             last = ends.join().unwrap();

@@ -6,9 +6,9 @@
 //! nothing that the first may have locked, says what is wrong and ends the process.
 //!
 //! ```text
-//!  access ─► SIGBUS ─► handler: is it a template's? ─► eventfd ─► thread: one line, what is to be cleared away, exit
-//!                                   │ no
-//!                                   └─► whoever had the signal before
+//!  access ─► SIGBUS ─► handler: a template's? ─► eventfd ─► thread: clears away, one line, exit
+//!                               │ no
+//!                               └─► whoever had the signal before
 //! ```
 
 use std::fs::File;
@@ -89,7 +89,7 @@ impl Watched {
         std::thread::Builder::new()
             .name("template".to_owned())
             .spawn(move || {
-                // What was written is added up: anything but that nobody watches any more is a page.
+                // What was written is added up: anything but the word of the end is a page.
                 if !matches!(told.read(), Ok(DROPPED)) {
                     end(&name, &file, wanted);
                 }

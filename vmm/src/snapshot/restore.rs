@@ -48,8 +48,8 @@ impl Chain {
 impl Vm {
     /// Has the machine go on from a snapshot when it is run: memory, its own state, then its
     /// devices, which are all there already. Where the machine's memory is the snapshot's image
-    /// ([`Chain::template`]), only what differs is read now. `tell` hears how much of the memory was
-    /// read, and says whether it is still wanted. After an error the machine cannot be used.
+    /// ([`Chain::template`]), only what differs is read now. `tell` hears how much of the memory
+    /// was read, and says whether it is still wanted. After an error the machine cannot be used.
     ///
     /// # Errors
     /// The snapshot is damaged, is of a machine that this one is not like, or is not wanted any

@@ -351,7 +351,8 @@ fn long_work_says_how_far_it_is_and_can_be_given_up() {
         let _ = std::fs::remove_dir_all(&into);
         merged
     };
-    let works: [&dyn Fn(Tell<'_>) -> Result<(), SnapshotError>; 3] = [&load, &check, &merge];
+    type Work<'a> = &'a dyn Fn(Tell<'_>) -> Result<(), SnapshotError>;
+    let works: [Work<'_>; 3] = [&load, &check, &merge];
     for work in works {
         let mut words = Vec::new();
         work(&mut |what| {
