@@ -84,9 +84,10 @@ pub fn partial(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Waits until so much of the image of `dir` is written; false if all of it was meanwhile.
+/// Waits until so much of the image of `dir` is written, not counting what is at `old` paths; false
+/// if all of it was meanwhile.
 #[track_caller]
-pub fn is_under_way(dir: &Path, mib: u64) -> bool {
+pub fn is_under_way(dir: &Path, mib: u64, old: &[PathBuf]) -> bool {
     let written = |path: PathBuf| {
         path.join("memory.image")
             .metadata()
@@ -98,6 +99,7 @@ pub fn is_under_way(dir: &Path, mib: u64) -> bool {
         whole
             || partial(dir)
                 .into_iter()
+                .filter(|path| !old.contains(path))
                 .any(|path| written(path).is_ok_and(|blocks| blocks >= mib << 11))
     });
     !whole

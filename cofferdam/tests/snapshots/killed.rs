@@ -21,8 +21,9 @@ fn what_a_killed_vm_has_written_is_refused_and_the_next_snapshot_succeeds() {
     let name = dir.display().to_string();
     for (round, mib) in [0, 1, 60, 120].into_iter().enumerate() {
         let words = ["snapshot", "one", &name];
+        let old = partial(&dir);
         let asks = place.command().args(words).spawn().unwrap();
-        assert!(is_under_way(&dir, mib), "it was too fast");
+        assert!(is_under_way(&dir, mib, &old), "it was too fast");
         signal(&vm, libc::SIGKILL);
         assert_eq!(finish(vm).status.signal(), Some(libc::SIGKILL));
         let asked = finish(asks);
@@ -85,7 +86,7 @@ fn an_interrupted_snapshot_leaves_nothing_and_the_guest_goes_on() {
         let dir = place.path(&round.to_string());
         let words = ["snapshot", "one", &dir.display().to_string()];
         let asks = place.command().args(words).spawn().unwrap();
-        assert!(is_under_way(&dir, 1), "it was too fast");
+        assert!(is_under_way(&dir, 1, &[]), "it was too fast");
         signal(&asks, by);
         finish(asks);
         wait_until("nothing is left of it", || partial(&dir).is_empty());
@@ -117,7 +118,7 @@ fn an_interrupted_merge_leaves_nothing() {
         let into = place.path(&round.to_string());
         let words = ["snapshot", "merge", &diff, &into.display().to_string()];
         let merges = place.command().args(words).spawn().unwrap();
-        assert!(is_under_way(&into, 1), "it was too fast");
+        assert!(is_under_way(&into, 1, &[]), "it was too fast");
         signal(&merges, by);
         let ended = finish(merges);
         assert_eq!(ended.status.signal(), Some(by), "{ended:?}");

@@ -55,7 +55,9 @@ impl<'a> Lazily<'a> {
         let ended = finish(self.vm);
         let error = String::from_utf8(ended.stderr).unwrap();
         assert_eq!(ended.status.code(), Some(1), "{error}");
-        assert_eq!(error.lines().count(), 1, "{error}");
+        // On a busy host KVM may have had something to be warned of before.
+        let says_so = error.lines().filter(|line| line.starts_with("cofferdam: "));
+        assert_eq!(says_so.count(), 1, "{error}");
         for says in [
             "cofferdam: the guest's memory is lost",
             self.image.to_str().unwrap(),
