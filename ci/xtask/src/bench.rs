@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::{Subcommand, ValueEnum};
 use guest_images::kernels::DEFAULT;
 
-use crate::lab::{Ended, Kind, Lab, Request, Settings, pass_on, watch_interrupts};
+use crate::lab::{CABLED, Ended, Kind, Lab, Request, Settings, pass_on, watch_interrupts};
 use crate::place::Place;
 use crate::steps::{Steps, capture, cargo, run};
 use crate::suite::run_on_host;
@@ -179,6 +179,9 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             memory,
         } => {
             steps.must("switch", || bench.switch(*switches, common.runs, memory))?;
+            steps.must("switch of a function", || {
+                bench.function_switch(*switches, common.runs, memory, &["--large-pages"])
+            })?;
             (common, "switch")
         }
         What::Campaign {
@@ -201,13 +204,17 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Does `cargo xtask demo`.
 pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(8);
+    let mut steps = Steps::new(9);
     let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
     steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
     steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
     steps.must("switch", || bench.switch(DEMO_SWITCHES, DEMO_MOVES, &[256]))?;
+    steps.must("switch of a function", || {
+        let ways = ["--method", "context-stall,hotplug"];
+        bench.function_switch(DEMO_SWITCHES, DEMO_MOVES, &[256], &ways)
+    })?;
     steps.must("faults", || {
         bench.campaign(DEMO_DRIVER, DEMO_KINDS, DEMO_FAULTS)
     })?;
@@ -334,6 +341,32 @@ impl Bench {
                 &memory,
             ],
         )
+    }
+
+    /// The same with the lab's own card in place of a model. Elsewhere it is not known which card of
+    /// the host may be given away.
+    fn function_switch(
+        &mut self,
+        switches: u16,
+        moves: u16,
+        memory: &[u32],
+        more: &[&str],
+    ) -> anyhow::Result<String> {
+        let Some(lab) = &mut self.lab else {
+            return Ok(
+                "not measured: say which card with `cofferdam bench switch --vfio`".to_owned(),
+            );
+        };
+        lab.renew_with(1)?;
+        let [address, driver, far_end] = CABLED;
+        let memory: Vec<_> = memory.iter().map(u32::to_string).collect();
+        let (switches, moves) = (switches.to_string(), moves.to_string());
+        let memory = memory.join(",");
+        let mut words = vec!["switch", "--vfio", address, "--driver", driver];
+        words.extend(["--far-end", far_end, "--switches", &switches]);
+        words.extend(["--moves", &moves, "--memory", &memory]);
+        words.extend(more);
+        self.measure("function", &words)
     }
 
     /// With one emulated processor, as [`Self::recovery`].

@@ -488,7 +488,9 @@ mod tests {
         let wanted = Wanted::Near(&near).pieces(piece).unwrap();
         assert_eq!(wanted.len(), 3);
         assert!(wanted.contains(&0) && wanted.contains(&piece));
-        let long = Wanted::Near(&[0..u64::MAX]).pieces(piece).unwrap();
+        let long = 0..u64::MAX;
+        let long = Wanted::Near(std::slice::from_ref(&long));
+        let long = long.pieces(piece).unwrap();
         assert_eq!(long.len() as u64, MOST_PIECES_OF_ONE + 1);
         assert!(Wanted::All.pieces(piece).is_none());
     }

@@ -28,6 +28,7 @@ mod settings;
 
 pub use command::pass_on;
 pub use interrupt::{seen as interrupted, watch as watch_interrupts};
+pub use machine::CABLED;
 pub use request::{Ended, Request};
 pub use session::{Kind, Lab};
 pub use settings::Settings;

@@ -50,7 +50,8 @@ pub fn section(all: &[Switch]) -> Markup {
         (table(&phases.collect::<Vec<_>>(), parts))
         p.note {
             "Both guests ping all the time. The outage is from the last frame of the one guest to the first of the other, as \
-             the far end of the cable sees them. With unplug and plug the driver is removed and probes anew."
+             the far end of the cable sees them. With unplug and plug the driver probes anew, and waits for its link. A \
+             device works during prepare for the one guest, and during complete for the other."
         }
     }
 }
