@@ -1,7 +1,6 @@
 //! The walk along pointers.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fmt;
 
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
@@ -16,10 +15,6 @@ const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
 pub(super) const MAX_ELEMENTS: u64 = 8;
-
-/// Most elements of an array at the end of a structure whose length its allocation says
-/// (`struct tc_u_hnode`).
-const MAX_FLEXIBLE: u64 = 64;
 
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
@@ -38,25 +33,6 @@ const MAX_LABEL: usize = 160;
 
 /// Types of pointers by which nobody reaches kernel memory as it is.
 const FOREIGN: [&str; 3] = ["user", "percpu", "iomem"];
-
-/// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is
-/// written out only for what is kept.
-#[derive(Clone, Copy)]
-pub(super) enum Trail<'a> {
-    Object(&'a str),
-    Member(&'a Trail<'a>, &'a str),
-    Element(&'a Trail<'a>, u64),
-}
-
-impl fmt::Display for Trail<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Object(path) => f.write_str(path),
-            Self::Member(before, name) => write!(f, "{before}->{name}"),
-            Self::Element(before, index) => write!(f, "{before}[{index}]"),
-        }
-    }
-}
 
 /// How far a walk goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,13 +55,13 @@ pub(super) struct Item {
 
 pub(super) struct Walk<'a, 'r, M, A> {
     pub(super) reach: &'a Reach<'r, M, A>,
-    queue: VecDeque<Item>,
+    pub(super) queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
     /// Where in `found` each range is.
     ranges: HashMap<GvaRange, usize>,
-    arrays: Vec<Gva>,
-    queues: Vec<Gva>,
+    pub(super) arrays: Vec<Gva>,
+    pub(super) queues: Vec<Gva>,
     pub(super) slots: Vec<Slots>,
     pub(super) members_left: usize,
     pub(super) extent: Extent,
@@ -155,7 +131,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Whether the object of type `type_id` at `at` is to be looked at, which is so once.
-    fn is_wanted(&mut self, at: Gva, type_id: TypeId, depth: usize) -> bool {
+    pub(super) fn is_wanted(&mut self, at: Gva, type_id: TypeId, depth: usize) -> bool {
         let types = self.reach.types;
         let plausible = at >= LOWEST && at <= HIGHEST && depth <= MAX_DEPTH;
         let too_far = self.extent == Extent::Near && depth > 0;
@@ -319,7 +295,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Pointers of the kernel's that the rules follow.
-    fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
+    pub(super) fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
         if self.extent == Extent::Near {
             return;
         }
@@ -376,146 +352,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
     }
 
-    /// Follows the pointers in the first elements of an array of a driver's structures.
-    fn follow_elements(&mut self, item: &Item, id: TypeId, bytes: u64, range: GvaRange) {
-        if self.extent == Extent::Near {
-            return;
-        }
-        let count = range.len_bytes().checked_div(bytes).unwrap_or(0);
-        self.note_slots(item.at, id, (bytes, count));
-        let count = if count > MAX_ELEMENTS { 1 } else { count };
-        for element in 0..count {
-            let Some(at) = item.at.checked_add(element * bytes) else {
-                return;
-            };
-            let object = Trail::Object(&item.path);
-            let trail = match element {
-                0 => object,
-                n => Trail::Element(&object, n),
-            };
-            self.follow_members(item, id, at, trail, MAX_NESTING);
-        }
-    }
-
-    fn follow_members(
-        &mut self,
-        item: &Item,
-        id: TypeId,
-        at: Gva,
-        trail: Trail<'_>,
-        nesting: usize,
-    ) {
-        let types = self.reach.types;
-        let Some(nesting) = nesting.checked_sub(1) else {
-            return;
-        };
-        let Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) =
-            types.resolve(id)
-        else {
-            return;
-        };
-        for member in members.iter() {
-            if member.bit_size != 0 || !member.bit_offset.is_multiple_of(8) {
-                continue;
-            }
-            let Some(here) = at.checked_add(u64::from(member.bit_offset / 8)) else {
-                return;
-            };
-            let trail = match types.string(member.name_at) {
-                "" => trail,
-                name => Trail::Member(&trail, name),
-            };
-            self.follow(item, member.type_id, here, trail, nesting);
-        }
-    }
-
-    /// Follows what is in a driver's structure at `at`: a pointer, an array of them, or a structure
-    /// of the driver's.
-    fn follow(&mut self, item: &Item, type_id: TypeId, at: Gva, trail: Trail<'_>, nesting: usize) {
-        let types = self.reach.types;
-        let Some(left) = self.members_left.checked_sub(1) else {
-            return;
-        };
-        self.members_left = left;
-        match types.resolve(type_id) {
-            Some((_, Kind::Pointer(to))) => {
-                let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
-                let target = (!is_code).then(|| self.read_word(at)).flatten();
-                if let Some(target) = target {
-                    self.per_cpu_data(target, to, trail);
-                    let depth = item.depth + 1;
-                    if self.is_wanted(Gva(target), to, depth) {
-                        self.queue.push_back(Item {
-                            at: Gva(target),
-                            type_id: to,
-                            path: trail.to_string(),
-                            depth,
-                            kind: ObjectKind::Allocated,
-                        });
-                    }
-                }
-            }
-            Some((_, Kind::Array { element, count })) => {
-                let Some(bytes) = types.size_of(element) else {
-                    return;
-                };
-                let Some(nesting) = nesting.checked_sub(1) else {
-                    return;
-                };
-                // The last member of a structure may go on to the end of what was allocated.
-                let count = match count {
-                    0 => self.elements_behind(at, bytes),
-                    count => {
-                        self.note_slots(at, element, (bytes, count.into()));
-                        u64::from(count).min(MAX_ELEMENTS)
-                    }
-                };
-                for index in 0..count {
-                    let offset = index.checked_mul(bytes);
-                    let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
-                        return;
-                    };
-                    self.follow(item, element, here, Trail::Element(&trail, index), nesting);
-                }
-            }
-            Some((id, Kind::Struct { .. } | Kind::Union { .. })) if self.reach.is_own(id) => {
-                self.follow_members(item, id, at, trail, nesting);
-            }
-            // The kernel's structures inside the driver's hold the kernel's pointers.
-            Some((id, Kind::Struct { .. })) => {
-                let name = types.name(id);
-                let rules = self.reach.rules;
-                let is_followed = rules.followed.iter().any(|rule| rule.of == name);
-                let is_counted = rules.counted.iter().any(|rule| rule.of == name);
-                if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
-                    let embedded = Item {
-                        at,
-                        type_id: id,
-                        path: trail.to_string(),
-                        depth: item.depth,
-                        kind: item.kind,
-                    };
-                    self.followed(&embedded, id, name);
-                    self.per_cpu(&embedded, id, name);
-                    self.counted(&embedded, id, name);
-                }
-                self.arrays.extend(self.reach.array(at, id));
-                if self.reach.rules.queues.contains(&name) {
-                    self.queues.push(at);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// How many elements of as many `bytes` there are from `at` on to the end of what was
-    /// allocated.
-    fn elements_behind(&self, at: Gva, bytes: u64) -> u64 {
-        let rest = self.rest(at).filter(|_| !self.on_stack(at));
-        let count = rest.and_then(|rest| rest.len_bytes().checked_div(bytes));
-        count.unwrap_or(0).min(MAX_FLEXIBLE)
-    }
-
     pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &'static str) -> Option<u64> {
         let types = self.reach.types;
         let member = self.reach.member_named(id, name)?;
@@ -532,11 +368,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.read_word(at.checked_add(u64::from(member.bit_offset / 8))?)
     }
 
-    fn read_word(&self, at: Gva) -> Option<u64> {
+    pub(super) fn read_word(&self, at: Gva) -> Option<u64> {
         self.reach.virt.read_u64(at).ok()
     }
 
-    fn on_stack(&self, at: Gva) -> bool {
+    pub(super) fn on_stack(&self, at: Gva) -> bool {
         self.reach.stack.is_some_and(|stack| stack.contains(at))
     }
 
@@ -548,7 +384,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// From `at` to the end of the allocation that it lies in.
-    fn rest(&self, at: Gva) -> Option<GvaRange> {
+    pub(super) fn rest(&self, at: Gva) -> Option<GvaRange> {
         GvaRange::inclusive(at, self.allocation(at)?.range.last())
     }
 
