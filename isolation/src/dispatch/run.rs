@@ -200,8 +200,7 @@ impl Armed {
                 per_cpu_base: at.sregs.gs.base,
             },
         });
-        let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
-        let mut in_domain = Some(InDomain {
+        let in_domain = InDomain {
             domain: &mut self.domain,
             knowledge: &self.knowledge,
             policy,
@@ -212,30 +211,12 @@ impl Armed {
                 keeper,
                 entry: &gate.entry.name,
             }),
-        });
-        let mut done = None;
-        match &self.device {
-            Some(device) => {
-                let held = device.hold(&mut |held| {
-                    let Some(in_domain) = in_domain.take() else {
-                        return;
-                    };
-                    before_call(held, run.comes_back);
-                    let ran = in_domain.carry_out(Some(held));
-                    let left = after_call(held, &ran.result, others_open);
-                    *withholding |= left.withheld;
-                    *outside_kept = left.outside_kept;
-                    done = Some(ran);
-                });
-                if let Err(lost) = held {
-                    done = Some(Done {
-                        result: Err(lost.into()),
-                        device_lost: None,
-                        image: None,
-                    });
-                }
-            }
-            None => done = in_domain.map(|in_domain| in_domain.carry_out(None)),
+        };
+        let device = self.device.as_deref();
+        let (done, left) = with_device_held(device, in_domain, run.comes_back, others_open);
+        if let Some(left) = left {
+            self.withholding |= left.withheld;
+            self.outside_kept = left.outside_kept;
         }
         let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
         if let Some(policy) = &mut self.policy {
@@ -392,6 +373,38 @@ impl InDomain<'_> {
             image,
         }
     }
+}
+
+/// Has the domain carry a call out while the `device` is held, if there is one, and says what of it
+/// is kept from the world then. A device that cannot be held is why the call has failed.
+fn with_device_held(
+    device: Option<&dyn Holdable>,
+    in_domain: InDomain<'_>,
+    comes_back: bool,
+    others_open: bool,
+) -> (Option<Done>, Option<Left>) {
+    let Some(device) = device else {
+        return (Some(in_domain.carry_out(None)), None);
+    };
+    let mut in_domain = Some(in_domain);
+    let (mut done, mut left) = (None, None);
+    let held = device.hold(&mut |held| {
+        let Some(in_domain) = in_domain.take() else {
+            return;
+        };
+        before_call(held, comes_back);
+        let ran = in_domain.carry_out(Some(held));
+        left = Some(after_call(held, &ran.result, others_open));
+        done = Some(ran);
+    });
+    if let Err(lost) = held {
+        done = Some(Done {
+            result: Err(lost.into()),
+            device_lost: None,
+            image: None,
+        });
+    }
+    (done, left)
 }
 
 /// What of a device is kept from the world after a call.

@@ -102,73 +102,94 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         };
         self.members_left = left;
         match types.resolve(type_id) {
-            Some((_, Kind::Pointer(to))) => {
-                let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
-                let target = (!is_code).then(|| self.read_word(at)).flatten();
-                if let Some(target) = target {
-                    self.per_cpu_data(target, to, trail);
-                    let depth = item.depth + 1;
-                    if self.is_wanted(Gva(target), to, depth) {
-                        self.queue.push_back(Item {
-                            at: Gva(target),
-                            type_id: to,
-                            path: trail.to_string(),
-                            depth,
-                            kind: ObjectKind::Allocated,
-                        });
-                    }
-                }
-            }
+            Some((_, Kind::Pointer(to))) => self.follow_pointer(item, to, at, trail),
             Some((_, Kind::Array { element, count })) => {
-                let Some(bytes) = types.size_of(element) else {
-                    return;
-                };
-                let Some(nesting) = nesting.checked_sub(1) else {
-                    return;
-                };
-                // The last member of a structure may go on to the end of what was allocated.
-                let count = match count {
-                    0 => self.elements_behind(at, bytes),
-                    count => {
-                        self.note_slots(at, element, (bytes, count.into()));
-                        u64::from(count).min(MAX_ELEMENTS)
-                    }
-                };
-                for index in 0..count {
-                    let offset = index.checked_mul(bytes);
-                    let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
-                        return;
-                    };
-                    self.follow(item, element, here, Trail::Element(&trail, index), nesting);
-                }
+                self.follow_array(item, (element, count), at, trail, nesting);
             }
             Some((id, Kind::Struct { .. } | Kind::Union { .. })) if self.reach.is_own(id) => {
                 self.follow_members(item, id, at, trail, nesting);
             }
             // The kernel's structures inside the driver's hold the kernel's pointers.
-            Some((id, Kind::Struct { .. })) => {
-                let name = types.name(id);
-                let rules = self.reach.rules;
-                let is_followed = rules.followed.iter().any(|rule| rule.of == name);
-                let is_counted = rules.counted.iter().any(|rule| rule.of == name);
-                if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
-                    let embedded = Item {
-                        at,
-                        type_id: id,
-                        path: trail.to_string(),
-                        depth: item.depth,
-                        kind: item.kind,
-                    };
-                    self.followed(&embedded, id, name);
-                    self.per_cpu(&embedded, id, name);
-                    self.counted(&embedded, id, name);
-                }
-                self.arrays.extend(self.reach.array(at, id));
-                if self.reach.rules.queues.contains(&name) {
-                    self.queues.push(at);
-                }
-            }
+            Some((id, Kind::Struct { .. })) => self.look_at_embedded(item, id, at, trail),
             _ => {}
+        }
+    }
+
+    /// Goes on with what the pointer at `at` points at.
+    fn follow_pointer(&mut self, item: &Item, to: TypeId, at: Gva, trail: Trail<'_>) {
+        let types = self.reach.types;
+        let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
+        let target = (!is_code).then(|| self.read_word(at)).flatten();
+        if let Some(target) = target {
+            self.per_cpu_data(target, to, trail);
+            let depth = item.depth + 1;
+            if self.is_wanted(Gva(target), to, depth) {
+                self.queue.push_back(Item {
+                    at: Gva(target),
+                    type_id: to,
+                    path: trail.to_string(),
+                    depth,
+                    kind: ObjectKind::Allocated,
+                });
+            }
+        }
+    }
+
+    /// Follows the first elements of an array, all of which are of a type.
+    fn follow_array(
+        &mut self,
+        item: &Item,
+        (element, count): (TypeId, u32),
+        at: Gva,
+        trail: Trail<'_>,
+        nesting: usize,
+    ) {
+        let types = self.reach.types;
+        let Some(bytes) = types.size_of(element) else {
+            return;
+        };
+        let Some(nesting) = nesting.checked_sub(1) else {
+            return;
+        };
+        // The last member of a structure may go on to the end of what was allocated.
+        let count = match count {
+            0 => self.elements_behind(at, bytes),
+            count => {
+                self.note_slots(at, element, (bytes, count.into()));
+                u64::from(count).min(MAX_ELEMENTS)
+            }
+        };
+        for index in 0..count {
+            let offset = index.checked_mul(bytes);
+            let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
+                return;
+            };
+            self.follow(item, element, here, Trail::Element(&trail, index), nesting);
+        }
+    }
+
+    /// Looks at a structure of the kernel's inside one of the driver's.
+    fn look_at_embedded(&mut self, item: &Item, id: TypeId, at: Gva, trail: Trail<'_>) {
+        let types = self.reach.types;
+        let name = types.name(id);
+        let rules = self.reach.rules;
+        let is_followed = rules.followed.iter().any(|rule| rule.of == name);
+        let is_counted = rules.counted.iter().any(|rule| rule.of == name);
+        if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
+            let embedded = Item {
+                at,
+                type_id: id,
+                path: trail.to_string(),
+                depth: item.depth,
+                kind: item.kind,
+            };
+            self.followed(&embedded, id, name);
+            self.per_cpu(&embedded, id, name);
+            self.counted(&embedded, id, name);
+        }
+        self.arrays.extend(self.reach.array(at, id));
+        if self.reach.rules.queues.contains(&name) {
+            self.queues.push(at);
         }
     }
 

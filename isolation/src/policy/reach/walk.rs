@@ -147,96 +147,111 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     fn look_at(&mut self, item: &Item) {
-        let (types, rules) = (self.reach.types, self.reach.rules);
+        let types = self.reach.types;
         let Some((id, kind)) = types.resolve(item.type_id) else {
             return;
         };
-        let allocation = self.allocation(item.at);
-        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        let is_const = types.is_const(item.type_id);
         match kind {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
-                let name = types.name(id);
-                let is_const = types.is_const(item.type_id);
-                if is_const && self.reach.is_own(id) && types.base().is_some() {
-                    return;
-                }
-                if self.reach.is_own(id) && types.base().is_some() {
-                    let one = GvaRange::new(item.at, bytes.into());
-                    let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
-                        return;
-                    };
-                    self.add_known(range, item.kind, id, &item.path);
-                    self.follow_elements(item, id, bytes.into(), range);
-                    self.listed(item, id, name);
-                    self.followed(item, id, name);
-                    self.per_cpu(item, id, name);
-                    self.in_namespace(item, id, name);
-                    return;
-                }
-                if rules.parts.contains(&name)
-                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                {
-                    self.container(item, id, all.range);
-                }
-                // What is only to be read may still lead to what is to be written.
-                if is_const {
-                    self.followed(item, id, name);
-                    self.per_cpu(item, id, name);
-                    // Who gets a structure that is part of its own has its own.
-                    if rules.embedded.contains(&name)
-                        && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                    {
-                        self.container(item, id, all.range);
-                    }
-                    return;
-                }
-                let from_driver = item.depth > 0;
-                if from_driver && rules.closed.contains(&name) {
-                    self.followed(item, id, name);
-                    return;
-                }
-                if let Some(range) = GvaRange::new(item.at, bytes.into()) {
-                    self.add_known(range, item.kind, id, &item.path);
-                }
-                if rules.embedded.contains(&name)
-                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                {
-                    self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
-                    self.container(item, id, all.range);
-                }
-                self.packet_data(item, id, name);
-                self.block_io(item, id, name);
-                self.page(item, id, name);
-                self.pooled(item, id, name);
-                self.private_area(item, id, name, bytes.into(), rest);
-                self.area_inside(item, name);
-                self.followed(item, id, name);
-                self.per_cpu(item, id, name);
-                if self.extent == Extent::All {
-                    self.counted(item, id, name);
+                let is_own = self.reach.is_own(id) && types.base().is_some();
+                match (is_own, is_const) {
+                    (true, true) => {}
+                    (true, false) => self.look_at_own(item, id, bytes.into()),
+                    (false, _) => self.look_at_kernels(item, id, bytes.into(), is_const),
                 }
             }
-            _ if types.is_const(item.type_id) => {}
+            _ if is_const => {}
             // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
             Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
-                self.add_numbers(item, id, rest);
-                let mut target = self.read_word(item.at);
-                for _ in 0..MAX_CHAINED {
-                    let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
-                        break;
-                    };
-                    self.push(Item {
-                        at,
-                        type_id: to,
-                        path: format!("*{}", item.path),
-                        depth: item.depth,
-                        kind: item.kind,
-                    });
-                    target = self.next_in_chain(at, to);
-                }
+                self.add_numbers(item, id, self.rest(item.at));
+                self.push_chain(item, to);
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
-            _ => self.add_numbers(item, id, rest),
+            _ => self.add_numbers(item, id, self.rest(item.at)),
+        }
+    }
+
+    /// Looks at a structure of the driver's.
+    fn look_at_own(&mut self, item: &Item, id: TypeId, bytes: u64) {
+        let name = self.reach.types.name(id);
+        let rest = self.rest(item.at).filter(|_| !self.on_stack(item.at));
+        let Some(range) = rest.or_else(|| GvaRange::new(item.at, bytes)) else {
+            return;
+        };
+        self.add_known(range, item.kind, id, &item.path);
+        self.follow_elements(item, id, bytes, range);
+        self.listed(item, id, name);
+        self.followed(item, id, name);
+        self.per_cpu(item, id, name);
+        self.in_namespace(item, id, name);
+    }
+
+    /// Looks at a structure of the kernel's, of which only rules lead on.
+    fn look_at_kernels(&mut self, item: &Item, id: TypeId, bytes: u64, is_const: bool) {
+        let (name, rules) = (self.reach.types.name(id), self.reach.rules);
+        let allocation = self.allocation(item.at);
+        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        let around = allocation.filter(|_| !self.on_stack(item.at));
+        if rules.parts.contains(&name)
+            && let Some(all) = around
+        {
+            self.container(item, id, all.range);
+        }
+        // What is only to be read may still lead to what is to be written.
+        if is_const {
+            self.followed(item, id, name);
+            self.per_cpu(item, id, name);
+            // Who gets a structure that is part of its own has its own.
+            if rules.embedded.contains(&name)
+                && let Some(all) = around
+            {
+                self.container(item, id, all.range);
+            }
+            return;
+        }
+        let from_driver = item.depth > 0;
+        if from_driver && rules.closed.contains(&name) {
+            self.followed(item, id, name);
+            return;
+        }
+        if let Some(range) = GvaRange::new(item.at, bytes) {
+            self.add_known(range, item.kind, id, &item.path);
+        }
+        if rules.embedded.contains(&name)
+            && let Some(all) = around
+        {
+            self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
+            self.container(item, id, all.range);
+        }
+        self.packet_data(item, id, name);
+        self.block_io(item, id, name);
+        self.page(item, id, name);
+        self.pooled(item, id, name);
+        self.private_area(item, id, name, bytes, rest);
+        self.area_inside(item, name);
+        self.followed(item, id, name);
+        self.per_cpu(item, id, name);
+        if self.extent == Extent::All {
+            self.counted(item, id, name);
+        }
+    }
+
+    /// Goes on with the structure that an argument's pointer points at, and those behind it.
+    fn push_chain(&mut self, item: &Item, to: TypeId) {
+        let mut target = self.read_word(item.at);
+        for _ in 0..MAX_CHAINED {
+            let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
+                break;
+            };
+            self.push(Item {
+                at,
+                type_id: to,
+                path: format!("*{}", item.path),
+                depth: item.depth,
+                kind: item.kind,
+            });
+            target = self.next_in_chain(at, to);
         }
     }
 
