@@ -2,8 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::flow::SMALL;
-use super::values::{Value, width};
+use super::values::{SMALL, Value, width};
 
 /// Whether an instruction does something if the flags say so.
 pub fn reads_condition(i: &Instruction) -> bool {

@@ -4,8 +4,9 @@
 use devices::dma::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{GATE, Isolator};
+use super::Isolator;
 use crate::dispatch::armed::Armed;
+use crate::guest::gate::GATE;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
 
 /// Bytes of guest memory as they are without isolation.

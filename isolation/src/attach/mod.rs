@@ -21,8 +21,9 @@ mod release;
 pub(crate) mod removal;
 pub mod request;
 mod rest;
-pub(crate) mod returning;
+mod suspending;
 pub mod text_fault;
+mod trap;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,10 +37,10 @@ use vmm::{Refused, VmHandle, VmState};
 use crate::compensation::guest_time::GuestTime;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
+use crate::dispatch::returning::turn_vcpus;
 use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
 use crate::fault_image::FaultImageError;
-use crate::guest::gate::GatePorts;
 use crate::guest::modules::ModuleError;
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::status::ModuleStatus;
@@ -49,19 +50,11 @@ use plan::PlanError;
 use removal::RemovalWatch;
 use text_fault::TextFault;
 
-/// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
-pub(crate) const GATE: GatePorts = GatePorts {
-    entry: 0xe0,
-    returning: 0xe1,
-};
-/// Length of `out imm8, al`.
-pub(crate) const OUT_BYTES: u64 = 2;
 /// How long a release waits for calls that are being taken back or have yet to give things back.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Between two looks at them.
 const RELEASE_POLL: Duration = Duration::from_millis(5);
-/// Reports kept for each module.
-pub(crate) const REPORTS_KEPT: usize = 32;
+
 /// Processor time of its own that a call may take unless said otherwise: a hundred times what the
 /// longest of honest drivers takes, and a twentieth of what the guest's kernel waits for a
 /// processor before it says so.
@@ -197,7 +190,7 @@ impl Isolator {
                 let space = armed.kernel_tables(vcpus, &memory).ok();
                 let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
-                returning::turn_vcpus(&returning, vcpus);
+                turn_vcpus(&returning, vcpus);
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;

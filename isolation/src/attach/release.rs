@@ -5,11 +5,10 @@ use std::collections::HashMap;
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
 
-use super::OUT_BYTES;
-use super::arm::clear_gate;
-use super::returning::Returning;
 use crate::compensation::guest_calls::write_stack;
 use crate::dispatch::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
+use crate::dispatch::returning::Returning;
+use crate::guest::gate::{OUT_BYTES, clear_gate};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 
 impl Armed {

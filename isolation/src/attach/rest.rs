@@ -98,7 +98,7 @@ impl Armed {
         for thread in &returning {
             thread.turn_interrupted(virt);
         }
-        super::returning::turn_vcpus(&returning, vcpus);
+        crate::dispatch::returning::turn_vcpus(&returning, vcpus);
         Ok(())
     }
 }

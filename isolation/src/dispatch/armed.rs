@@ -9,34 +9,34 @@ use devices::dma::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use vmm::PausedVcpus;
-
-use crate::attach::arm::{clear_gate, set_gate};
-use crate::attach::request::Strength;
-use crate::attach::returning::Returning;
-use crate::attach::{AttachError, live};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::GuestCalls;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::fault::Faults;
-use crate::dispatch::run::{Again, Attempt};
+use crate::dispatch::returning::Returning;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
+use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::transaction::{CallEnd, CallResult, SpilledCall};
 use crate::fault_image::Keeper;
 use crate::guest::addr::Gva;
+use crate::guest::gate::{clear_gate, set_gate};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
+use crate::status::Strength;
 use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
 use devices::hold::{DeviceLost, Holdable};
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
+
+/// Reports kept for each module.
+pub(crate) const REPORTS_KEPT: usize = 32;
 
 /// A gate in the guest.
 pub(crate) struct Gate {
@@ -128,6 +128,17 @@ pub(crate) struct Armed {
     pub rolled_back: Option<Instant>,
     /// Why the domain is not used any more.
     pub broken: Option<String>,
+}
+
+/// A call that is to be run once more.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Again {
+    /// Address of its gate.
+    pub gate: u64,
+    /// Which run it is to be.
+    pub attempt: Attempt,
+    /// Registers at its entry.
+    pub entry: kvm_regs,
 }
 
 /// A call that went on in the guest.
@@ -249,30 +260,6 @@ impl Armed {
                 false => clear_gate(&memory, gate.gpa),
             }
         }
-    }
-
-    /// Page tables of a vCPU that is stopped with the kernel and the module mapped.
-    pub fn kernel_tables(
-        &self,
-        vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemory,
-    ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
-        let probe = self
-            .gates
-            .keys()
-            .next()
-            .ok_or(AttachError::NoKernelTables)?;
-        live::kernel_tables(vcpus, self.physical_bits, Gva(*probe), memory)
-    }
-
-    /// Has the domain looked at between calls: through page tables that the guest uses now.
-    pub fn follow_tables(
-        &mut self,
-        vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemory,
-    ) -> Result<(), AttachError> {
-        let (sregs, _) = self.kernel_tables(vcpus, memory)?;
-        Ok(self.domain.follow_tables(sregs.cr3)?)
     }
 
     pub(crate) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {

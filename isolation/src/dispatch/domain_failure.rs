@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 
 use crate::compensation::guest_calls::Failure;
 use crate::dispatch::armed::Armed;
-use crate::dispatch::run::Attempt;
+use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::roots::Root;
 use crate::domain::violation::{Violation, ViolationKind};

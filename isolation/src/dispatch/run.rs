@@ -7,7 +7,7 @@
 //!                                                                               └─ passes through, domain broken: the guest's
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use devices::clock::monotonic_ns;
 use devices::hold::{DeviceLost, HeldDevice, Holdable, OutsideChanges};
@@ -20,6 +20,7 @@ use crate::dispatch::armed::{
 use crate::dispatch::platform::Platform;
 use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, KeepsFaults, Knowledge};
 use crate::domain::Domain;
+use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::transaction::{
     CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
@@ -35,50 +36,6 @@ use crate::status::report::ViolationReport;
 /// Most calls that are in the guest at once; further ones that would have to go on there pass
 /// through. Each has a stack of its own, and no honest guest has as many in one driver.
 const MAX_OPEN: usize = 4096;
-
-/// How often a call is being run with this run, and what it has had before.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Attempt {
-    /// 1 for the first.
-    pub number: u32,
-    /// Time of its own in the runs before this one.
-    pub spent: Duration,
-}
-
-impl Attempt {
-    /// Of a call that enters.
-    pub const FIRST: Self = Self {
-        number: 1,
-        spent: Duration::ZERO,
-    };
-
-    /// The one after this.
-    pub fn next(self) -> Self {
-        Self {
-            number: self.number.saturating_add(1),
-            ..self
-        }
-    }
-
-    /// This one, which has ended after a time of its own.
-    fn after(self, own: Duration) -> Self {
-        Self {
-            spent: self.spent.saturating_add(own),
-            ..self
-        }
-    }
-}
-
-/// A call that is to be run once more.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Again {
-    /// Address of its gate.
-    pub gate: u64,
-    /// Which run it is to be.
-    pub attempt: Attempt,
-    /// Registers at its entry.
-    pub entry: kvm_regs,
-}
 
 /// What is being run.
 struct Run<'a> {

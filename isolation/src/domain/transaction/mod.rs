@@ -42,10 +42,10 @@ use super::view::Pfn;
 use super::violation::ViolationKind;
 use crate::guest::addr::GvaRange;
 
-mod attempt;
 mod begin;
 mod call;
 mod callbacks;
+mod carrying_out;
 mod device;
 mod exact;
 mod exits;

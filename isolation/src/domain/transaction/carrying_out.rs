@@ -1,6 +1,6 @@
-//! An attempt at a call: from the domain at rest to the domain at rest again.
+//! Carrying a call out: from the domain at rest to the domain at rest again.
 //!
-//! A call is attempted once, and once more with a journal if it turns out that it has to go on in
+//! It is attempted once, and once more with a journal if it turns out that it has to go on in
 //! the guest.
 
 use std::collections::BTreeMap;

@@ -8,11 +8,11 @@ use devices::hold::OutsideChanges;
 use kvm_bindings::kvm_regs;
 use vm_memory::Bytes;
 
-use crate::attach::REPORTS_KEPT;
 use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
 use crate::dispatch::after_fault::{AfterFault, FailedCall};
+use crate::dispatch::armed::Again;
+use crate::dispatch::armed::REPORTS_KEPT;
 use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
-use crate::dispatch::run::Again;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::list_links::{self, ChangedLinks};
 use crate::domain::violation::ViolationKind;
