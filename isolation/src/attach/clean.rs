@@ -43,7 +43,7 @@ impl Armed {
     pub(super) fn clean(&self, memory: &GuestMemory) -> Vec<CleanBytes> {
         let gates = self.gates.values();
         let gates = gates.filter_map(|gate| CleanBytes::of_gate(gate.gpa, memory));
-        let call_loop = self.call_loop.map(|call_loop| {
+        let call_loop = self.open.call_loop.map(|call_loop| {
             let (at, bytes) = call_loop.place_without();
             CleanBytes { at, bytes }
         });

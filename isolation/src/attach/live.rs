@@ -68,7 +68,7 @@ impl Armed {
             .keys()
             .next()
             .ok_or(AttachError::NoKernelTables)?;
-        kernel_tables(vcpus, self.physical_bits, Gva(*probe), memory)
+        kernel_tables(vcpus, self.guest.physical_bits, Gva(*probe), memory)
     }
 
     /// Has the domain looked at between calls: through page tables that the guest uses now.

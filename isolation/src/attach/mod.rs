@@ -222,7 +222,7 @@ impl Isolator {
         let modules = self.modules();
         let armed = modules.get(module);
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
-        Ok(armed.reports.iter().cloned().collect())
+        Ok(armed.failures.reports.iter().cloned().collect())
     }
 
     /// Puts `code` over the instructions at `function` + `offset` in the domain's copy of the
@@ -239,7 +239,7 @@ impl Isolator {
             let outside = || AttachError::NoDriverFunction(format!("{function}+{offset:#x}"));
             let at = function_of(armed, function)?.checked_add(offset);
             let at = at.ok_or_else(outside)?;
-            if !armed.knowledge.in_text(at, code.len() as u64) {
+            if !armed.guest.knowledge.in_text(at, code.len() as u64) {
                 return Err(outside());
             }
             let mut before = vec![0; code.len()];
@@ -264,7 +264,7 @@ impl Isolator {
         self.with_module(module, |armed| {
             let start = function_of(armed, &order.function)?;
             let at = start.checked_add(order.offset);
-            at.filter(|at| armed.knowledge.in_text(*at, order.code.len() as u64))
+            at.filter(|at| armed.guest.knowledge.in_text(*at, order.code.len() as u64))
                 .ok_or_else(|| AttachError::NoDriverFunction(order.function.clone()))?;
             let mut gates = armed.gates.values();
             let is_entry = gates.any(|gate| !gate.is_guard && gate.entry.name == order.function);
@@ -317,11 +317,11 @@ impl Isolator {
     ) -> Result<Vec<InstructionAt>, AttachError> {
         self.with_domain(module, |armed| {
             let start = function_of(armed, function)?;
-            let (knowledge, domain) = (&armed.knowledge, &armed.domain);
+            let (knowledge, domain) = (&armed.guest.knowledge, &armed.domain);
             Ok(crate::dispatch::fault::instructions(
                 start,
                 knowledge,
-                &armed.calls,
+                &armed.guest.calls,
                 domain,
             )?)
         })
@@ -360,7 +360,7 @@ impl Isolator {
         let mut modules = self.modules();
         let stale = modules
             .get(module)
-            .is_some_and(|armed| text.is_none_or(|text| !armed.knowledge.in_text(text, 1)));
+            .is_some_and(|armed| text.is_none_or(|text| !armed.guest.knowledge.in_text(text, 1)));
         if stale && let Some(armed) = modules.remove(module) {
             self.put_away(armed);
         }
@@ -382,7 +382,10 @@ impl Isolator {
         {
             let mut modules = self.modules();
             // All isolated modules are the same guest's, on the same processor.
-            let Some(physical_bits) = modules.values().next().map(|armed| armed.physical_bits)
+            let Some(physical_bits) = modules
+                .values()
+                .next()
+                .map(|armed| armed.guest.physical_bits)
             else {
                 return;
             };
@@ -430,7 +433,7 @@ impl Isolator {
 
 /// Address of a function of the module.
 fn function_of(armed: &Armed, name: &str) -> Result<u64, AttachError> {
-    let start = armed.knowledge.driver_function(name);
+    let start = armed.guest.knowledge.driver_function(name);
     start.ok_or_else(|| AttachError::NoDriverFunction(name.to_owned()))
 }
 

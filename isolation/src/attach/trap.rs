@@ -81,7 +81,7 @@ impl Isolator {
         start: Instant,
         context: &mut TrapContext<'_>,
     ) {
-        let functions = self.vm.pci_bus().functions_except(&armed.device_slots);
+        let functions = self.vm.pci_bus().functions_except(&armed.device.slots);
         let _devices: Vec<_> = functions
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))

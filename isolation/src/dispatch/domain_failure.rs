@@ -42,7 +42,7 @@ impl Armed {
             published: None,
         };
         let name = known.entry.name.clone();
-        let mut report = self.knowledge.report(&name, violation, &self.domain);
+        let mut report = self.guest.knowledge.report(&name, violation, &self.domain);
         report.at_ns = monotonic_ns();
         report.device_lost = device_lost.map(|lost| lost.to_string());
         let failure = Failure {
@@ -54,6 +54,6 @@ impl Armed {
             lists: Vec::new(),
         };
         self.failed(gate, failure);
-        self.again = None;
+        self.failures.again = None;
     }
 }

@@ -124,7 +124,7 @@ impl Armed {
         let at = run.at;
         let space = self.space(&at.sregs);
         let gate = self.gates.get(&run.gate)?;
-        let others_open = may_be_taken_back(&self.spilled);
+        let others_open = may_be_taken_back(&self.open.spilled);
         let (private, shared) = self.domain.memories();
         let virt = VirtMemory {
             space,
@@ -137,10 +137,11 @@ impl Armed {
             clock: Some(at.vcpu),
             stack,
             function: gate.body,
-            return_gate: (self.spilled.len() < MAX_OPEN).then_some(run.gate + RETURN_GATE_OFFSET),
-            effects: self.effects.as_ref(),
-            budget: self.budget.saturating_sub(run.attempt.spent),
-            sleep_limit: self.sleep_limit,
+            return_gate: (self.open.spilled.len() < MAX_OPEN)
+                .then_some(run.gate + RETURN_GATE_OFFSET),
+            effects: self.guest.effects.as_ref(),
+            budget: self.limits.budget.saturating_sub(run.attempt.spent),
+            sleep_limit: self.limits.sleep_limit,
         };
         if let Some(policy) = &mut self.policy {
             policy.begin(&gate.entry.name, arguments(&run.entry));
@@ -159,21 +160,21 @@ impl Armed {
         });
         let in_domain = InDomain {
             domain: &mut self.domain,
-            knowledge: &self.knowledge,
+            knowledge: &self.guest.knowledge,
             policy,
             platform: Platform::new(at.vm, at.vcpu),
             request: &request,
             spilled,
-            keeps: self.keeper.as_ref().map(|keeper| KeepsFaults {
+            keeps: self.failures.keeper.as_ref().map(|keeper| KeepsFaults {
                 keeper,
                 entry: &gate.entry.name,
             }),
         };
-        let device = self.device.as_deref();
+        let device = self.device.holdable.as_deref();
         let (done, left) = with_device_held(device, in_domain, run.comes_back, others_open);
         if let Some(left) = left {
-            self.withholding |= left.withheld;
-            self.outside_kept = left.outside_kept;
+            self.device.withholding |= left.withheld;
+            self.device.outside_kept = left.outside_kept;
         }
         let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
         if let Some(policy) = &mut self.policy {
@@ -217,7 +218,7 @@ impl Armed {
                 report.image = image;
                 report.device_lost = device_lost
                     .map(|lost| lost.to_string())
-                    .or_else(|| asleep(self.device.as_deref(), &report.violation));
+                    .or_else(|| asleep(self.device.holdable.as_deref(), &report.violation));
                 Some(Failure {
                     report,
                     attempt: run.attempt.after(time.own),
@@ -264,7 +265,7 @@ impl Armed {
             tracing::debug!(
                 "{} goes on in the guest at {}: {}",
                 gate.entry.name,
-                self.knowledge.place(regs.rip),
+                self.guest.knowledge.place(regs.rip),
                 reason.name()
             );
         }
@@ -273,8 +274,8 @@ impl Armed {
             attempt: run.attempt,
             call,
         };
-        self.guest_calls.remove(&open.call.returns_with());
-        self.spilled.insert(open.call.returns_with(), open);
+        self.open.guest_calls.remove(&open.call.returns_with());
+        self.open.spilled.insert(open.call.returns_with(), open);
         regs
     }
 
@@ -285,7 +286,7 @@ impl Armed {
             .get(&run.gate)
             .map(|gate| gate.entry.name.as_str());
         let name = name.unwrap_or_default();
-        let mut report = self.knowledge.report(name, violation, &self.domain);
+        let mut report = self.guest.knowledge.report(name, violation, &self.domain);
         if let (None, Some(policy)) = (&report.touched, &self.policy) {
             let memory = self.domain.memories().1;
             let virt = VirtMemory {

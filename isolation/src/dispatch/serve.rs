@@ -22,8 +22,8 @@ impl Armed {
         if !standing.returning {
             return self.gates.contains_key(&standing.at);
         }
-        let open = self.spilled.get(&rsp).map(|open| open.gate);
-        let calling = self.guest_calls.get(&rsp).map(|calling| calling.gate);
+        let open = self.open.spilled.get(&rsp).map(|open| open.gate);
+        let calling = self.open.guest_calls.get(&rsp).map(|calling| calling.gate);
         open.or(calling)
             .is_some_and(|open| open + OUT_BYTES == standing.at)
     }
@@ -33,14 +33,14 @@ impl Armed {
     pub(crate) fn serve(&mut self, standing: Standing, at: &mut AtGate<'_>) -> kvm_regs {
         self.give_up_hanging();
         // A call that once had this stack and enters anew never came back.
-        let open = self.spilled.remove(&at.regs.rsp);
-        let calling = self.guest_calls.remove(&at.regs.rsp);
+        let open = self.open.spilled.remove(&at.regs.rsp);
+        let calling = self.open.guest_calls.remove(&at.regs.rsp);
         let mut next = match (open, calling) {
             (Some(open), _) if standing.returning => self.go_on(open, at),
             (None, Some(calling)) if standing.returning => self.run_guest_calls(calling, at),
             _ => self.call(standing.at, Attempt::FIRST, at),
         };
-        while let Some(again) = self.again.take() {
+        while let Some(again) = self.failures.again.take() {
             at.regs = again.entry;
             next = self.call(again.gate, again.attempt, at);
         }
