@@ -78,6 +78,22 @@ struct Wanted {
     linked: Vec<String>,
 }
 
+impl<G: LiveGuest> Supervisor<G> {
+    /// Puts another build of a driver module in the place of the one that runs.
+    ///
+    /// # Errors
+    /// Nothing was changed, and why.
+    pub fn upgrade(
+        &self,
+        module: &str,
+        file: &[u8],
+        limit: Duration,
+        asker: &dyn Asker,
+    ) -> anyhow::Result<UpgradeReport> {
+        upgrade(self, module, file, limit, asker)
+    }
+}
+
 /// All that an exchange takes, known before anything is changed.
 struct Exchange {
     module: String,
@@ -88,7 +104,7 @@ struct Exchange {
 }
 
 /// Puts the module in `file` in the place of `module`. An error means that nothing was changed.
-pub(crate) fn upgrade<G: LiveGuest>(
+fn upgrade<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
     file: &[u8],

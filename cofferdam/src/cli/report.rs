@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::report::isolation::Isolation;
 use crate::report::suspend::{Suspend, of_boot};
 use crate::report::switch::{PHASES, Switch, than_hotplug};
 use crate::report::traffic::{Traffic, of_own};
 use crate::report::{Report, Stat, html, merge, svg};
+use crate::table::{number, table};
 
 /// `report`
 #[derive(Debug, clap::Subcommand)]
