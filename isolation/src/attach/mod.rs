@@ -142,6 +142,8 @@ pub struct Isolator {
     pub(crate) vm: VmHandle,
     /// Of all modules.
     host_memory: HostMemory,
+    /// One lock for all: who runs a call has stopped all other vCPUs, so that locks of their own
+    /// would let nothing go on beside it.
     modules: Mutex<HashMap<String, Armed>>,
     /// Modules that are not isolated any more, and were at a mark of the machine that may be
     /// rewound to. Taken while `modules` is.

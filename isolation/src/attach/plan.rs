@@ -170,8 +170,8 @@ impl Plan {
     }
 }
 
-/// Where direct branches lead out of the module, by where their displacements are. Those to `copies`
-/// stay as they are.
+/// Where direct branches lead out of the module, by where their displacements are. Those to
+/// `copies` stay as they are.
 fn redirects(scan: &TextScan, copies: &BTreeMap<Gva, GvaRange>) -> Vec<(Gva, Gva)> {
     let redirects = scan.sites().iter().filter_map(|site| match site.kind {
         SiteKind::Direct {

@@ -1,4 +1,5 @@
-//! Has a driver's own suspend and resume functions called in a live guest ([`crate::suspend_resume`]).
+//! Has a driver's own suspend and resume functions called in a live guest
+//! ([`crate::suspend_resume`]).
 
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,8 +14,8 @@ use crate::guest::symbols::SymbolTable;
 use crate::suspend_resume::{DriverCalls, SuspendError, SuspendResume};
 
 impl Isolator {
-    /// Has the next write of `word` to the [`crate::suspend_resume::ATTRIBUTE`] of a device that `module` drives call
-    /// these functions of the driver.
+    /// Has the next write of `word` to the [`crate::suspend_resume::ATTRIBUTE`] of a device that
+    /// `module` drives call these functions of the driver.
     pub fn begin_suspend_resume(
         &self,
         calls: DriverCalls,

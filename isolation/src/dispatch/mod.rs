@@ -2,11 +2,11 @@
 //! there, or is answered without being run.
 //!
 //! ```text
-//!   attach::trap (others held, devices held) ─► serve ─► armed ─► Domain::call ─► registers ─► guest
-//!                                               run: step by step
-//!                                                ├── supervisor, platform: what the domain asks meanwhile
-//!                                                ├── after_fault: what its failure means; fault: faults on purpose
-//!                                                └── taking_back, completing: what the guest calls then
+//!   attach::trap (others held, devices held) ─► serve ─► armed ─► Domain::call ─► registers
+//!                       run: step by step ◄────────────────┘
+//!                        ├── supervisor, platform: what the domain asks meanwhile
+//!                        ├── after_fault: what its failure means; fault: faults on purpose
+//!                        └── taking_back, completing: what the guest calls then
 //! ```
 
 pub mod after_fault;
