@@ -11,6 +11,7 @@ pub mod doctor;
 mod ending;
 pub mod error_text;
 pub mod json_lines;
+mod long_work;
 mod module_file;
 pub mod options;
 pub mod process;

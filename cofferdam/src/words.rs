@@ -59,6 +59,9 @@ pub fn rungs(rungs: &Rungs) -> String {
     )
 }
 
+/// Time of a switch in which the device worked that is said apart.
+const WORTH_A_WORD_NS: u64 = 1_000_000;
+
 /// A switch in a line.
 pub fn switched(record: &SwitchRecord) -> String {
     let name = |vm: &Option<String>| vm.clone().unwrap_or_else(|| "nobody".to_owned());
@@ -68,16 +71,21 @@ pub fn switched(record: &SwitchRecord) -> String {
         Outcome::Back { failed } => format!(", {failed}; the turn is where it was"),
         Outcome::Nobody { failed, .. } => format!(", {failed}; nobody has the turn"),
     };
+    let (total, still) = (record.phases.total_ns(), record.phases.still_ns());
+    let still = match total - still {
+        0..WORTH_A_WORD_NS => String::new(),
+        _ => format!(", standing still for {}", us(still)),
+    };
     let first = record
         .first_frame_ns
         .map_or_else(String::new, |ns| format!(", first frame after {}", us(ns)));
     format!(
-        "{}: {} to {} ({}) in {}{first}{end}",
+        "{}: {} to {} ({}) in {}{still}{first}{end}",
         record.number,
         name(&record.from),
         name(&record.to),
         record.reason.text(),
-        us(record.phases.total_ns()),
+        us(total),
     )
 }
 
@@ -124,6 +132,10 @@ mod tests {
         let text = "3: left to nobody (VM gone) in 2.0 us, first frame after 20.0 us";
         assert_eq!(switched(&record), text);
         record.first_frame_ns = None;
+        record.phases.prepare_ns = Some(3_000_000);
+        let text = "3: left to nobody (VM gone) in 3002.0 us, standing still for 2.0 us";
+        assert_eq!(switched(&record), text);
+        record.phases.prepare_ns = None;
         record.outcome = Outcome::Back {
             failed: StepFailed {
                 step: Step::Map,

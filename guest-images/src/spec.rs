@@ -163,6 +163,8 @@ fn lab_modules() -> Vec<BootModule> {
         "9pnet_virtio",
         "9p",
         "tun",
+        "virtio_net",
+        "af_packet",
         "kvm",
     ]
     .map(BootModule::new)

@@ -32,6 +32,8 @@ struct Pending {
     requests: Vec<Request>,
     /// Counts what became of those that the guest made before it was rewound: nothing.
     age: u64,
+    /// Some were taken and are not carried out yet.
+    under_way: bool,
 }
 
 /// Requests that the main loop has taken.
@@ -72,6 +74,7 @@ impl Requests {
         let mut pending = self.pending();
         let requests = std::mem::take(&mut pending.requests);
         let count = requests.len();
+        pending.under_way |= count > 0;
         requests.into_iter().max().map(|request| Taken {
             count,
             request,
@@ -95,6 +98,17 @@ impl Requests {
     /// Whether the machine was not rewound since `taken` was.
     pub fn is_of_now(&self, taken: &Taken) -> bool {
         self.pending().age == taken.age
+    }
+
+    /// What was taken is carried out.
+    pub fn done(&self) {
+        self.pending().under_way = false;
+    }
+
+    /// Whether the machine is to become another one soon: its state has nothing of that.
+    pub fn are_open(&self) -> bool {
+        let pending = self.pending();
+        pending.under_way || !pending.requests.is_empty()
     }
 
     /// Readable when there are requests; to be read by the main loop.

@@ -104,6 +104,7 @@ impl Vm {
             for _ in 0..taken.count {
                 self.machine.gate.release();
             }
+            self.machine.requests.done();
         }
     }
 

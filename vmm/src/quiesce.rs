@@ -86,8 +86,12 @@ impl VmHandle {
         let start = Instant::now();
         loop {
             let attempt = self.at_gate(|operations, vcpus| {
+                let is_started = operations.phase == Phase::Started;
+                if rest == RestFor::State && is_started && self.machine().requests.are_open() {
+                    return Err(None);
+                }
                 let _devices_rest = self.machine().at_work.lock();
-                let settled = settle(self.machine(), rest, vcpus)?;
+                let settled = settle(self.machine(), rest, vcpus).map_err(Some)?;
                 let mut quiesced = Quiesced {
                     machine: self.machine(),
                     operations,
@@ -101,8 +105,24 @@ impl VmHandle {
                 Ok(Some(result)) => return Ok(result),
                 // Only a look that was made takes it.
                 Ok(None) => return Err(Refused::Stopped.into()),
-                Err((who, Unsettled { reason, soon })) => {
-                    if !soon || self.machine().operations().paused || start.elapsed() >= limit {
+                // The guest has asked for its end and stands behind that: who took its state now
+                // would have one that waits for ever. The main loop does it, also while paused.
+                Err(None) if start.elapsed() < limit => {}
+                Err(None) => {
+                    return Err(QuiesceError::Unsettled {
+                        who: "the machine".to_owned(),
+                        reason: "it is being reset or turned off".to_owned(),
+                    });
+                }
+                Err(Some((who, Unsettled { reason, soon }))) => {
+                    let paused = self.machine().operations().paused;
+                    if soon && paused {
+                        // It would end if the guest went on.
+                        let reason =
+                            format!("{reason}, and the machine is paused: resume it first");
+                        return Err(QuiesceError::Unsettled { who, reason });
+                    }
+                    if !soon || start.elapsed() >= limit {
                         return Err(QuiesceError::Unsettled { who, reason });
                     }
                 }

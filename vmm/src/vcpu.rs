@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
+use vm_memory::GuestAddress;
 
 use crate::exits::ExitKind;
 use crate::gate::Pass;
@@ -56,6 +57,7 @@ pub(crate) fn run(machine: &Arc<Machine>, index: u8) {
         machine.mark_entered();
         vcpu.incomplete.store(false, Ordering::Release);
         if let Err(reason) = run_until_kicked(machine, index, &mut fd) {
+            machine.ram.end_if_template_was_cut();
             let state = post_mortem::describe(&fd, &vcpu.exits, &machine.ram);
             machine.requests.push(Request::Fail(format!(
                 "vCPU {index} stopped: {reason}\n{state}"
@@ -152,14 +154,17 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
         }
         Ok(VcpuExit::MmioRead(address, data)) => {
             exits.count(ExitKind::MmioRead, address);
+            is_no_memory(machine, address);
             machine.mmio.read(address, data);
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
             exits.count(ExitKind::MmioWrite, address);
+            is_no_memory(machine, address);
             machine.mmio.write(address, data);
         }
         Ok(VcpuExit::Shutdown) => {
             exits.count(ExitKind::Shutdown, 0);
+            machine.ram.end_if_template_was_cut();
             let state = post_mortem::describe(fd, exits, &machine.ram);
             tracing::warn!("triple fault on vCPU {index}: the machine restarts\n{state}");
             machine.requests.push(Request::Reset);
@@ -188,6 +193,13 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
         }
     }
     Ok(Some(Flow::Continue))
+}
+
+/// A KVM that interprets an instruction takes memory that it cannot reach for a device.
+fn is_no_memory(machine: &Machine, address: u64) {
+    if machine.ram.page_at(GuestAddress(address)).is_some() {
+        machine.ram.end_if_template_was_cut();
+    }
 }
 
 fn describe(exit: &VcpuExit<'_>, run: *const kvm_run) -> String {

@@ -10,8 +10,10 @@ use anyhow::Context;
 use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
+use crate::bench::switch::MovedNic;
 use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
 use crate::options::NicModel;
+use crate::options::PciAddress;
 use crate::report::ratio::ratios;
 use crate::report::switch::SwitchMethod;
 use crate::report::traffic::NicPlace;
@@ -110,10 +112,24 @@ Example:
     /// and plug
     #[command(after_help = "\
 Example:
-  cofferdam bench switch --switches 100 --moves 10 --memory 256,2048 --json switch.json")]
+  cofferdam bench switch --switches 100 --moves 10 --memory 256,2048 --json switch.json
+  cofferdam bench switch --vfio 0000:00:02.0 --driver e1000e --far-end eth0 --large-pages")]
     Switch {
         #[command(flatten)]
         common: Common,
+        /// A function of the host in place of a model; it is given to vfio-pci meanwhile
+        #[arg(long, value_name = "ADDRESS", requires_all = ["driver", "far_end"])]
+        vfio: Option<PciAddress>,
+        /// The guests' driver for that function
+        #[arg(long, value_name = "MODULE", requires = "vfio")]
+        driver: Option<String>,
+        /// The interface of the host that the function's cable ends in, by which is heard whose
+        /// frames come when
+        #[arg(long, value_name = "INTERFACE", requires = "vfio")]
+        far_end: Option<String>,
+        /// Measure with guest memory of large pages, too, which the host sets aside meanwhile
+        #[arg(long)]
+        large_pages: bool,
         /// Ways
         #[arg(
             long,
@@ -325,15 +341,29 @@ impl BenchCommand {
             }
             Self::Switch {
                 common,
+                vfio,
+                driver,
+                far_end,
+                large_pages,
                 method,
                 switches,
                 moves,
                 memory,
             } => {
+                let nic = match (vfio, driver, far_end) {
+                    (Some(address), Some(driver), Some(far_end)) => MovedNic::Function {
+                        address,
+                        driver,
+                        far_end,
+                    },
+                    _ => MovedNic::Model,
+                };
                 let options = switch::SwitchOptions {
                     guest: GuestOptions::new(&common.images.images)?,
                     methods: method,
+                    nic,
                     mem_mib: memory,
+                    large_pages,
                     switches: usize::from(switches),
                     moves: usize::from(moves),
                 };

@@ -1,8 +1,5 @@
 //! `isolate`, `release`: functions of a guest's driver in a domain of their own.
 
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
-
 use anyhow::bail;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
@@ -15,23 +12,17 @@ use super::keep::KeepArgs;
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
+use crate::long_work::LongWork;
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
 use crate::table::{number, table};
 use crate::words::{counted, rungs};
 
-/// After so long a person is told what is done.
-const PATIENCE: Duration = Duration::from_millis(1500);
-
 /// Asks a VM, with what it does meanwhile on a terminal if that takes long.
 pub(super) fn ask(vm: &VmName, request: &Request) -> anyhow::Result<Reply> {
     let vm = RuntimeRoot::from_environment().find(Some(vm))?;
-    let begin = Instant::now();
-    ControlClient::to(&vm, ANSWER_TIME)?.ask_and_watch(request, &mut |what| {
-        if begin.elapsed() > PATIENCE && std::io::stderr().is_terminal() {
-            eprintln!("{what}");
-        }
-    })
+    let mut word = LongWork::begin();
+    ControlClient::to(&vm, ANSWER_TIME)?.ask_and_watch(request, &mut |what| word.tell(what))
 }
 
 /// `isolate`

@@ -139,12 +139,13 @@ fn suspend_text(all: &[Suspend]) -> String {
 fn switch_text(all: &[Switch]) -> String {
     let mut rows = table(&[
         "switch",
-        "MiB",
+        "device",
         "n",
         "outage, ms (median)",
         "p99",
         "largest",
         "shorter than plug",
+        "its link left out",
         "late frames",
     ]);
     let mut heads = vec!["its parts, us (median)"];
@@ -152,15 +153,19 @@ fn switch_text(all: &[Switch]) -> String {
     let mut parts = table(&heads);
     let ms = |us: f64| number(format!("{:.2}", us / 1e3));
     for row in all {
-        let times = than_hotplug(all, row);
+        let shorter = than_hotplug(all, row);
+        let times = |times: Option<f64>| {
+            number(times.map_or_else(String::new, |times| format!("{times:.0} times")))
+        };
         rows.add_row(vec![
-            row.method.words().into(),
-            number(row.mem_mib),
+            row.way.to_string().into(),
+            row.device.as_str().into(),
             number(row.n),
             ms(row.outage_us.p50),
             ms(row.outage_us.p99),
             ms(row.outage_us.max),
-            number(times.map_or_else(String::new, |times| format!("{times:.0} times"))),
+            times(shorter.map(|shorter| shorter.times)),
+            times(shorter.and_then(|shorter| shorter.times_without_link)),
             number(row.late_frames),
         ]);
         if !row.phases_us.is_empty() {
@@ -168,7 +173,7 @@ fn switch_text(all: &[Switch]) -> String {
                 let stat = row.phases_us.get(name);
                 number(stat.map_or_else(String::new, |stat| format!("{:.0}", stat.p50)))
             };
-            let name = format!("{}, {} MiB", row.method.words(), row.mem_mib);
+            let name = row.way.to_string();
             let cells = PHASES.iter().map(|name| us(name));
             parts.add_row(
                 std::iter::once(name.into())

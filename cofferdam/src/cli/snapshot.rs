@@ -14,6 +14,7 @@ use super::isolation::ask;
 use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::protocol::{Reply, Request};
+use crate::long_work::{Interrupt, LongWork};
 use crate::options::VmName;
 
 /// `snapshot`
@@ -89,13 +90,17 @@ impl SnapshotOptions {
             Some(OfDisk::Show { dir, json }) => show(&dir, json)?,
             Some(OfDisk::Check { dir }) => {
                 let chain = Chain::open(&dir)?;
-                chain.check()?;
+                let mut word = LongWork::begin();
+                chain.check(&mut |what| {
+                    word.tell(what);
+                    true
+                })?;
                 let count = chain.snapshots().len();
                 print_bytes(
                     format!("{}: whole ({count} directories)\n", dir.display()).as_bytes(),
                 )?;
             }
-            Some(OfDisk::Merge { dir, into }) => Chain::open(&dir)?.merge(&into)?,
+            Some(OfDisk::Merge { dir, into }) => return merge(&dir, &into),
             None => {
                 let vm = self.vm.context("give the VM's name")?;
                 let dir = self.dir.context("give the directory to write")?;
@@ -122,6 +127,17 @@ impl SnapshotOptions {
         }
         Ok(Ending::SUCCESS)
     }
+}
+
+/// A merge that is interrupted leaves nothing of what it wrote.
+fn merge(dir: &Path, into: &Path) -> anyhow::Result<Ending> {
+    let interrupt = Interrupt::watch()?;
+    let mut word = LongWork::begin();
+    let merged = Chain::open(dir)?.merge(into, &mut |what| {
+        word.tell(what);
+        !interrupt.has_come()
+    });
+    interrupt.ending(merged.map_err(Into::into))
 }
 
 fn sentence(taken: &Taken, dir: &Path) -> String {

@@ -60,6 +60,11 @@ mod waits {
     impl<D: Switchable> Switchable for Waits<'_, D> {
         type Guest = D::Guest;
 
+        fn prepare(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Prepare);
+            self.device.prepare(guest)
+        }
+
         fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String> {
             self.wait(Step::Quiesce);
             self.device.quiesce(guest)
@@ -88,6 +93,11 @@ mod waits {
         fn resume(&mut self, guest: &Self::Guest) -> Result<(), String> {
             self.wait(Step::Resume);
             self.device.resume(guest)
+        }
+
+        fn complete(&mut self, guest: &Self::Guest) -> Result<(), String> {
+            self.wait(Step::Complete);
+            self.device.complete(guest)
         }
 
         fn silence(&mut self) {

@@ -50,6 +50,7 @@ use restored::Saved;
 use vmm::memory::MemorySource;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
+use crate::long_work::LongWork;
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Jail, MachineSandbox, Namespaces};
@@ -216,6 +217,10 @@ fn boot(
     let belongings = watch.belongings();
     belongings.add_dir(dir);
     no_fifos(config)?;
+    if config.restored.as_ref().is_some_and(|from| from.lazy) {
+        let belongings = belongings.clone();
+        vmm::memory::when_memory_is_lost(move || belongings.clear());
+    }
     let saved = config.restored.as_ref().map(Saved::open).transpose()?;
     let console::Opened {
         backend,
@@ -229,7 +234,12 @@ fn boot(
     let mut vm = make(config, saved.as_ref(), backend)?;
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     if let Some(saved) = &saved {
-        saved.put_into(&mut vm, &nics)?;
+        let mut word = LongWork::begin();
+        let mut tell = |what: &str| {
+            word.tell(what);
+            !watch.is_asked()
+        };
+        saved.put_into(&mut vm, &nics, &mut tell)?;
     }
     let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
     let plugging = plugging::Plugging::new(

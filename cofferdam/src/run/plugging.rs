@@ -140,6 +140,20 @@ impl Plugging {
             std::thread::sleep(LOOK);
         }
         self.nics.forget_gone(&self.vm);
+        // The event loop lets go of it a moment later. Whoever is told that it is gone may give what
+        // it had, a function of the host or a socket, to another guest at once: so it ends here.
+        let last = nic.nic.function.clone();
+        drop(all);
+        let ejected = Instant::now();
+        while Arc::strong_count(&last) > 1 {
+            ensure!(
+                ejected.elapsed() < LET_GO_TIME,
+                "the guest has let go of {address}, but this process has not in {} s",
+                LET_GO_TIME.as_secs()
+            );
+            std::thread::sleep(LOOK);
+        }
+        drop(last);
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
 use vmm::Vm;
 use vmm::memory::MemorySource;
-use vmm::snapshot::Chain;
+use vmm::snapshot::{Chain, Tell};
 
 use super::isolation::Isolation;
 use super::memory;
@@ -65,9 +65,9 @@ impl Saved {
     /// the saved ones get them.
     ///
     /// # Errors
-    /// The snapshot is damaged, or is of another VM.
-    pub fn put_into(&self, vm: &mut Vm, nics: &Nics) -> anyhow::Result<()> {
-        let loaded = memory::with_huge_pages(|| vm.go_on_from(&self.chain))?;
+    /// The snapshot is damaged, is of another VM, or is not wanted any more, as `tell` says.
+    pub fn put_into(&self, vm: &mut Vm, nics: &Nics, tell: Tell<'_>) -> anyhow::Result<()> {
+        let loaded = memory::with_huge_pages(|| vm.go_on_from(&self.chain, tell))?;
         tracing::info!(pages = loaded.pages, "the snapshot was read");
         for (nic, saved) in nics.all().iter().zip(self.addresses()?) {
             if let Some(mac) = nic.config.mac.filter(|mac| saved != Some(*mac)) {

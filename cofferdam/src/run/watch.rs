@@ -124,6 +124,11 @@ impl Watch {
         state.asked.is_none()
     }
 
+    /// Whether a signal has asked for the end.
+    pub fn is_asked(&self) -> bool {
+        self.0.lock().asked.is_some()
+    }
+
     /// The run is over: clears everything away. Returns the signal that asked for the end, if any.
     pub fn finish(self) -> Option<EndingSignal> {
         self.0.belongings.clear();

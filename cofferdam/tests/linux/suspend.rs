@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use agent_protocol::clock::ClockResult;
 use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, DRIVER, LINK_TIME};
@@ -21,8 +22,13 @@ use vmm::snapshot::Taken;
 use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
 use crate::full;
 
-/// Seconds of the guest's time that a checked stream lasts.
-const STREAM_SECONDS: u64 = 8;
+/// Seconds of the guest's time that a checked stream lasts: longer than all snapshots take.
+fn stream_seconds() -> u64 {
+    match full() {
+        true => 90,
+        false => 25,
+    }
+}
 
 #[track_caller]
 fn ask(guest: &Guest, request: &Request) -> Reply {
@@ -155,8 +161,9 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     isolate(&mut guest);
     // In a session of its own: the agent ends programs whose client goes.
     let stream = format!(
-        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {STREAM_SECONDS} > /tmp/stream 2>&1; \
-         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
+        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {} > /tmp/stream 2>&1; \
+         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &",
+        stream_seconds()
     );
     shell(&mut guest, &stream);
     wait_until_connected(&mut guest, 1);
@@ -165,6 +172,10 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     for number in 0..snapshots {
         let dir = folder.path().join(number.to_string());
         let stop = number + 1 == snapshots;
+        // It is taken amid the stream, or nothing is shown.
+        shell(&mut guest, "! test -e /tmp/result");
+        wait_until_connected(&mut guest, 1);
+        guest.agent().disconnect();
         let taken = snapshot(&guest, &dir, dirs.last().map(PathBuf::as_path), stop);
         eprintln!("{taken:?}");
         assert_eq!(taken.diff, number > 0);
@@ -173,6 +184,9 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
     drop(guest);
     let mut guest = go_on(&dirs[snapshots - 1], "");
+    // What came from the other end before the last snapshot is not all that comes.
+    shell(&mut guest, "! test -e /tmp/result");
+    wait_until_connected(&mut guest, 1);
     let deadline = Instant::now() + BOOT_TIME;
     let result = loop {
         let result = shell(&mut guest, "cat /tmp/result 2> /dev/null; true");
@@ -225,6 +239,16 @@ fn clones_share_their_memory_and_reach_each_other() {
         &format!("--lazy --net unix={link},mac=02:00:00:00:00:02"),
     );
     assert_ne!(shell(&mut first, drawn), shell(&mut second, drawn));
+    for clone in [&mut first, &mut second] {
+        // Told by the generation ID, and not for another reason.
+        let said = "crng reseeded due to virtual machine fork";
+        let wait = format!(
+            "for t in $(seq 1 200); do dmesg | grep -q '{said}' && exit 0; sleep 0.05; done; exit 1"
+        );
+        shell(clone, &wait);
+        let log = shell(clone, "dmesg");
+        assert_eq!(log.matches(said).count(), 1, "{log}");
+    }
     first.agent().disconnect();
     second.agent().disconnect();
     for (number, clone) in [(1, &mut first), (2, &mut second)] {
@@ -280,13 +304,17 @@ mod long {
         const WATCH: &str = "setsid sh -c 'last=0; while :; do read now _ < /proc/uptime; now=${now%.*}${now#*.}; \
          [ $now -ge $last ] || echo $now after $last >> /tmp/backwards; last=$now; done' \
          < /dev/null > /dev/null 2>&1 &";
+        const CLOCK: &str = "setsid sh -c '/init clock /tmp/clock-ends > /tmp/clock 2>&1; \
+         mv /tmp/clock /tmp/clock-seen' < /dev/null > /dev/null 2>&1 &";
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("s");
         let mut guest = networked("--vcpus 4");
         for _ in 0..2 {
             shell(&mut guest, WATCH);
         }
+        shell(&mut guest, CLOCK);
         let before = uptime(&mut guest);
+        shell(&mut guest, "sleep 1");
         snapshot(&guest, &dir, None, true);
         assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
         drop(guest);
@@ -319,6 +347,25 @@ mod long {
             ping(&mut guest, "10.0.2.2", 1000);
         }
         shell(&mut guest, "! cat /tmp/backwards");
+        // The clock that programs read, on all processors and from before the snapshot on.
+        shell(&mut guest, "touch /tmp/clock-ends");
+        let deadline = Instant::now() + BOOT_TIME;
+        let seen = loop {
+            let seen = shell(&mut guest, "cat /tmp/clock-seen 2> /dev/null; true");
+            if !seen.is_empty() {
+                break seen;
+            }
+            assert!(Instant::now() < deadline, "the clock is still looked at");
+            std::thread::sleep(Duration::from_millis(200));
+        };
+        let seen: ClockResult = serde_json::from_str(seen.trim()).unwrap();
+        eprintln!("{seen:?}");
+        assert_eq!(seen.reads.len(), 4);
+        assert!(seen.reads.iter().all(|reads| *reads > 0), "{seen:?}");
+        assert_eq!((seen.backwards, seen.worst_ns), (0, 0), "{seen:?}");
+        // Those seconds in which the guest was nowhere are not in it.
+        let elapsed = Duration::from_nanos(seen.last_ns - seen.first_ns);
+        assert!(elapsed > Duration::from_secs(1), "{elapsed:?}");
         assert_log_is_healthy(&mut guest, &[]);
     }
 }

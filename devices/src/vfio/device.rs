@@ -265,6 +265,11 @@ impl VfioDevice {
     pub fn map(&self, memory: &DmaMemory) -> Result<DmaMap, VfioError> {
         DmaMap::new(self.container.clone(), memory)
     }
+
+    /// A map for pieces of `memory`, in which there are none yet.
+    pub(super) fn map_for_pieces(&self, memory: &DmaMemory) -> DmaMap {
+        DmaMap::for_pieces(self.container.clone(), memory)
+    }
 }
 
 fn open(path: &str) -> io::Result<File> {

@@ -203,8 +203,11 @@ fn attach_error(name: &str, source: std::io::Error) -> TapError {
     }
 }
 
-/// Sets IFF_UP.
-fn bring_up(name: &str) -> std::io::Result<()> {
+/// Brings the interface `name` up: sets IFF_UP (netdevice(7)).
+///
+/// # Errors
+/// There is none, or this process may not.
+pub fn bring_up(name: &str) -> std::io::Result<()> {
     // SAFETY: no pointers are involved.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if socket < 0 {

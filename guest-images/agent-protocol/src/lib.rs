@@ -18,6 +18,7 @@
 //! ```
 
 pub mod client;
+pub mod clock;
 pub mod frame;
 pub mod init_config;
 pub mod message;

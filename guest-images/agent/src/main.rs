@@ -1,6 +1,7 @@
 //! The guest agent: `/init` as process 1, `serve` for the host's channel, `traffic` to send
-//! and check traffic, `--socket PATH` for tests on a host.
+//! and check traffic, `clock` to look at the clock, `--socket PATH` for tests on a host.
 
+mod clock;
 mod traffic;
 
 use std::fs::File;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["serve"] => serve_port(),
+        ["clock", end] => ExitCode::from(clock::main(end)),
         ["traffic", ..] => ExitCode::from(traffic::main(&arguments[1..])),
         ["--socket", path] => match serve_socket(path) {
             Ok(()) => ExitCode::SUCCESS,
@@ -38,7 +40,7 @@ fn main() -> ExitCode {
         },
         _ => {
             eprintln!(
-                "usage: guest-agent serve | guest-agent --socket PATH | guest-agent traffic ... (and /init as process 1)"
+                "usage: guest-agent serve | guest-agent --socket PATH | guest-agent traffic ... | guest-agent clock FILE (and /init as process 1)"
             );
             ExitCode::from(2)
         }

@@ -8,6 +8,7 @@
 mod guest;
 mod mark;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use isolation::guest::btf::Btf;
 use mark::{MachineMark, Mark, memory};
 use vm_memory::{Bytes, GuestAddress};
+use vmm::snapshot::{Beside, CaptureError, Chain, SnapshotRequest, Taken};
 
 /// -EIO, what a call returns that failed and whose type is not known.
 const ERROR: u64 = -5i64 as u64;
@@ -338,6 +340,83 @@ fn a_guest_with_a_call_open_is_not_marked_but_waited_for() {
         assert_eq!(guest.call(WAITS), ERROR);
         mark.rewind(&guest);
         assert_eq!(guest.read(RUNS), 0);
+    }
+}
+
+/// A snapshot into `dir`, with bytes at gates as they are without isolation.
+fn snapshot(guest: &Guest, dir: &Path, limit: Duration) -> Result<Taken, CaptureError> {
+    let request = SnapshotRequest {
+        dir,
+        parent: None,
+        program: "test",
+        track: false,
+        stop: false,
+        limit,
+    };
+    let mut beside = || {
+        let clean = guest.isolator.clean_bytes().into_iter();
+        Ok(Beside {
+            vm: serde_json::Value::Null,
+            instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
+        })
+    };
+    guest.handle.snapshot(&request, &mut |_| true, &mut beside)
+}
+
+#[test]
+fn a_guest_with_a_call_open_is_not_saved_but_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = spilling();
+    guest.write(STAYS, 1);
+    guest.order(WAITS);
+    while guest.read(SCHEDULED) == 0 {
+        std::thread::yield_now();
+    }
+    // Refused with the reason, also where the guest is paused and cannot come to the call's end.
+    let refused = |is_paused: bool| {
+        let dir = folder.path().join("refused");
+        let limit = match is_paused {
+            true => Duration::from_secs(60),
+            false => Duration::ZERO,
+        };
+        let error = snapshot(&guest, &dir, limit).unwrap_err().to_string();
+        assert!(error.contains("1 calls of `first` are open"), "{error}");
+        assert_eq!(error.contains("resume it first"), is_paused, "{error}");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    };
+    refused(false);
+    guest.handle.pause().unwrap();
+    refused(true);
+    guest.handle.resume().unwrap();
+    // One that is not in a hurry waits for it.
+    let dir = folder.path().join("s");
+    let taken = std::thread::scope(|scope| {
+        let taken = scope.spawn(|| snapshot(&guest, &dir, Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!taken.is_finished());
+        guest.write(STAYS, 0);
+        taken.join().unwrap()
+    });
+    taken.unwrap();
+    let chain = Chain::open(&dir).unwrap();
+    chain.check(&mut |_| true).unwrap();
+    // In the image the call has ended, and no gate is left.
+    let word = |address: u64| {
+        let mut page = [0; PAGE as usize];
+        chain.read(address / PAGE, &mut page).unwrap();
+        let at = (address % PAGE) as usize;
+        u64::from_le_bytes(page[at..at + 8].try_into().unwrap())
+    };
+    for clean in guest.isolator.clean_bytes() {
+        let mut page = [0; PAGE as usize];
+        chain.read(clean.at.0 / PAGE, &mut page).unwrap();
+        let at = (clean.at.0 % PAGE) as usize;
+        assert_eq!(&page[at..at + clean.bytes.len()], &clean.bytes[..]);
+    }
+    assert_eq!(word(gpa_of(STAYS)), 0);
+    // The guest goes on, isolated.
+    for _ in 0..3 {
+        assert_eq!(guest.call(WAITS), 7);
     }
 }
 

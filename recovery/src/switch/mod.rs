@@ -2,9 +2,12 @@
 //! long each takes.
 //!
 //! ```text
-//!   old guest: quiesce ─► save ─► unmap ─┐
-//!   new guest:                            └─► map ─► load ─► resume
+//!   old guest: prepare ─► quiesce ─► save ─► unmap ─┐
+//!   new guest:                                       └─► map ─► load ─► resume ─► complete
 //! ```
+//!
+//! During `prepare` and `complete` the device runs: what need not be done while nobody has it is
+//! done there.
 //!
 //! Whatever fails, the device ends in one of three states: the new guest has it, the old one has it
 //! again, or nobody has it and it is silenced, which cannot fail. What a guest's device was is in
@@ -23,42 +26,51 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
+    /// The device still runs for its guest, and what that does to it waits: what it does not need
+    /// any more is taken away.
+    Prepare,
     /// The device stands still for its guest: nothing is under way, it reads and writes no memory,
     /// interrupts nobody.
     Quiesce,
     /// Its state is put into the guest's context.
     Save,
-    /// The guest's memory is taken away from it.
+    /// The guest's memory is taken away from it, all that there is of it still.
     Unmap,
-    /// The next guest's memory is given to it.
+    /// The next guest's memory is given to it, as much as it needs to go on.
     Map,
     /// It takes over the state in the next guest's context.
     Load,
-    /// It goes on, for that guest.
+    /// It goes on, for that guest, and what that does to it waits.
     Resume,
+    /// It has all that it may have of its guest, which goes on, too.
+    Complete,
 }
 
 impl Step {
     /// All of them, in their order.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
+        Self::Prepare,
         Self::Quiesce,
         Self::Save,
         Self::Unmap,
         Self::Map,
         Self::Load,
         Self::Resume,
+        Self::Complete,
     ];
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Prepare => "prepare",
             Self::Quiesce => "quiesce",
             Self::Save => "save",
             Self::Unmap => "unmap",
             Self::Map => "map",
             Self::Load => "load",
             Self::Resume => "resume",
+            Self::Complete => "complete",
         })
     }
 }
@@ -68,27 +80,47 @@ pub trait Switchable {
     /// Which guest.
     type Guest;
 
+    /// Takes from the device, which runs for `guest`, what it does not need to go on with what it
+    /// was last told to do. Nothing needs to be done here.
+    ///
+    /// # Errors
+    /// Something cannot be taken away; whether it was is not known.
+    fn prepare(&mut self, _guest: &Self::Guest) -> Result<(), String> {
+        Ok(())
+    }
     /// Makes the device stand still, which `guest` has. A second time is as good as once.
     fn quiesce(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Puts the state of the device, which stands still, into `guest`'s context. On an error the
     /// context is not to be used.
     fn save(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Takes `guest`'s memory from the device, also where it has only a part of it.
+    /// Takes `guest`'s memory from the device, also where it has only a part of it: none is left.
     fn unmap(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Gives `guest`'s memory to the device, which has nobody's or only a part of the same one's.
+    /// Gives `guest`'s memory to the device, which has nobody's or only a part of the same one's: at
+    /// least what it needs to do what it was last told to.
     fn map(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Has the device take over what is in `guest`'s context, which is kept.
     fn load(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Lets the device go on for `guest`.
+    /// Lets the device go on for `guest`. One that was not stopped runs on.
     fn resume(&mut self, guest: &Self::Guest) -> Result<(), String>;
+    /// Gives the device, which runs for `guest`, what [`Self::prepare`] took and [`Self::map`] left
+    /// out. Nothing needs to be done here where those leave nothing out.
+    ///
+    /// # Errors
+    /// It does not have all of it.
+    fn complete(&mut self, _guest: &Self::Guest) -> Result<(), String> {
+        Ok(())
+    }
     /// Keeps the device from reading and writing memory and from interrupting, whatever state it is
-    /// in, and takes all memory from it. Nobody has it then; the next switch is from nobody.
+    /// in, and takes all memory from it. The state of a guest that it ran for is kept as well as
+    /// can be. Nobody has it then; the next switch is from nobody.
     fn silence(&mut self);
 }
 
 /// How long the steps took. A step that was not there is `None`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phases {
+    /// [`Step::Prepare`]
+    pub prepare_ns: Option<u64>,
     /// [`Step::Quiesce`]
     pub quiesce_ns: Option<u64>,
     /// [`Step::Save`]
@@ -101,6 +133,8 @@ pub struct Phases {
     pub load_ns: Option<u64>,
     /// [`Step::Resume`]
     pub resume_ns: Option<u64>,
+    /// [`Step::Complete`]
+    pub complete_ns: Option<u64>,
     /// Undoing what had been done when a step failed.
     pub undo_ns: Option<u64>,
 }
@@ -108,27 +142,38 @@ pub struct Phases {
 impl Phases {
     fn of(&mut self, step: Step) -> &mut Option<u64> {
         match step {
+            Step::Prepare => &mut self.prepare_ns,
             Step::Quiesce => &mut self.quiesce_ns,
             Step::Save => &mut self.save_ns,
             Step::Unmap => &mut self.unmap_ns,
             Step::Map => &mut self.map_ns,
             Step::Load => &mut self.load_ns,
             Step::Resume => &mut self.resume_ns,
+            Step::Complete => &mut self.complete_ns,
         }
     }
 
     /// All of it.
     pub fn total_ns(&self) -> u64 {
         let all = [
+            self.prepare_ns,
             self.quiesce_ns,
             self.save_ns,
             self.unmap_ns,
             self.map_ns,
             self.load_ns,
             self.resume_ns,
+            self.complete_ns,
             self.undo_ns,
         ];
         all.into_iter().flatten().fold(0, u64::saturating_add)
+    }
+
+    /// Of it, how long the device stood still.
+    pub fn still_ns(&self) -> u64 {
+        let running = [self.prepare_ns, self.complete_ns];
+        let running = running.into_iter().flatten();
+        running.fold(self.total_ns(), u64::saturating_sub)
     }
 }
 
@@ -229,6 +274,7 @@ impl<D: Switchable> Run<'_, D> {
         to: Option<&D::Guest>,
     ) -> Result<(), StepFailed> {
         if let Some(old) = from {
+            self.step(Step::Prepare, |device| device.prepare(old))?;
             self.step(Step::Quiesce, |device| device.quiesce(old))?;
             self.step(Step::Save, |device| device.save(old))?;
             self.progress.saved = true;
@@ -244,7 +290,8 @@ impl<D: Switchable> Run<'_, D> {
         self.progress.loading = true;
         self.step(Step::Load, |device| device.load(new))?;
         self.progress.resuming = true;
-        self.step(Step::Resume, |device| device.resume(new))
+        self.step(Step::Resume, |device| device.resume(new))?;
+        self.step(Step::Complete, |device| device.complete(new))
     }
 
     fn undo(
@@ -295,6 +342,8 @@ impl<D: Switchable> Run<'_, D> {
             if resuming {
                 let quiet = self.device.quiesce(new);
                 quiet.map_err(fails(Step::Quiesce))?;
+                // It may have gone on already, and changed what its context was.
+                self.device.save(new).map_err(fails(Step::Save))?;
             }
             self.device.unmap(new).map_err(fails(Step::Unmap))?;
         }
@@ -304,7 +353,10 @@ impl<D: Switchable> Run<'_, D> {
         if saved && loading {
             self.device.load(old).map_err(fails(Step::Load))?;
         }
-        self.device.resume(old).map_err(fails(Step::Resume))
+        self.device.resume(old).map_err(fails(Step::Resume))?;
+        // What there is of it is in the device now, and no longer what was saved.
+        self.progress.saved = false;
+        self.device.complete(old).map_err(fails(Step::Complete))
     }
 }
 

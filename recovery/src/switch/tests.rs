@@ -10,6 +10,8 @@ struct Device {
     runs: bool,
     /// Whose memory it reaches.
     mapped: Vec<u32>,
+    /// Only a part of it.
+    in_part: bool,
     /// Whose state is in its registers: each guest's is its number. A step that fails in the middle
     /// leaves neither's.
     registers: Option<u32>,
@@ -64,6 +66,10 @@ impl Device {
             "it runs for whoever has it only"
         );
         assert_eq!(self.mapped, holder.into_iter().collect::<Vec<_>>());
+        assert!(
+            holder.is_none() || !self.in_part,
+            "it lacks memory of its guest"
+        );
         for guest in 0..3 {
             let is_there = match holder == Some(guest) {
                 true => self.registers == Some(guest),
@@ -86,6 +92,12 @@ impl Device {
 impl Switchable for Device {
     type Guest = u32;
 
+    fn prepare(&mut self, guest: &u32) -> Result<(), String> {
+        assert_eq!(self.mapped, [*guest]);
+        assert!(self.runs, "nobody waits for what was done already");
+        self.call(|device| device.in_part = true)
+    }
+
     fn quiesce(&mut self, guest: &u32) -> Result<(), String> {
         assert_eq!(self.mapped, [*guest]);
         self.call(|device| device.runs = false)
@@ -105,7 +117,10 @@ impl Switchable for Device {
     fn map(&mut self, guest: &u32) -> Result<(), String> {
         assert!(!self.runs, "memory is given to a device that runs");
         assert!(self.mapped.is_empty() || self.mapped == [*guest]);
-        self.call(|device| device.mapped = vec![*guest])
+        self.call(|device| {
+            device.mapped = vec![*guest];
+            device.in_part = true;
+        })
     }
 
     fn load(&mut self, guest: &u32) -> Result<(), String> {
@@ -126,10 +141,22 @@ impl Switchable for Device {
         self.call(|device| {
             device.runs = true;
             device.silenced = false;
+            // From now on the device changes it.
+            device.contexts[*guest as usize] = None;
         })
     }
 
+    fn complete(&mut self, guest: &u32) -> Result<(), String> {
+        assert_eq!(self.mapped, [*guest]);
+        assert!(self.runs, "its guest would wait for nothing");
+        self.call(|device| device.in_part = false)
+    }
+
     fn silence(&mut self) {
+        // What is in its registers and nowhere else.
+        if let Some(guest) = self.registers {
+            self.contexts[guest as usize] = Some(guest);
+        }
         self.runs = false;
         self.silenced = true;
         self.mapped.clear();
@@ -140,7 +167,7 @@ impl Switchable for Device {
 #[test]
 fn whatever_fails_one_guest_has_the_device_or_nobody_and_no_state_is_lost() {
     let (mut back, mut nobody, mut switched) = (0, 0, 0);
-    let places = |from: usize| (from..14).flat_map(|call| [(call, false), (call, true)]);
+    let places = |from: usize| (from..20).flat_map(|call| [(call, false), (call, true)]);
     for (from, to) in [(Some(0), Some(1)), (None, Some(1)), (Some(0), None)] {
         for first in places(0) {
             for second in places(first.0 + 1) {
@@ -185,7 +212,7 @@ fn whatever_fails_one_guest_has_the_device_or_nobody_and_no_state_is_lost() {
 #[test]
 fn a_state_that_cannot_be_saved_at_all_is_said_to_be_lost() {
     // Save, resume, and save once more.
-    let mut device = Device::new(&[(1, false), (2, false), (4, false)]);
+    let mut device = Device::new(&[(2, false), (3, false), (5, false)]);
     let (outcome, _) = switch(&mut device, Some(&0), Some(&1));
     let Outcome::Nobody {
         failed,
@@ -206,18 +233,25 @@ fn a_state_that_cannot_be_saved_at_all_is_said_to_be_lost() {
 fn each_step_is_timed_and_done_once_in_its_order() {
     let mut device = Device::new(&[]);
     let (outcome, phases) = switch(&mut device, Some(&0), Some(&1));
-    assert_eq!((outcome, device.calls), (Outcome::Switched {}, 6));
+    assert_eq!((outcome, device.calls), (Outcome::Switched {}, 8));
+    assert!(phases.still_ns() <= phases.total_ns());
     let Phases {
+        prepare_ns,
         quiesce_ns,
         save_ns,
         unmap_ns,
         map_ns,
         load_ns,
         resume_ns,
+        complete_ns,
         undo_ns,
     } = phases;
-    let all = [quiesce_ns, save_ns, unmap_ns, map_ns, load_ns, resume_ns];
-    assert!(all.iter().all(Option::is_some) && undo_ns.is_none());
+    let first = [prepare_ns, quiesce_ns, save_ns, unmap_ns];
+    let all = first
+        .into_iter()
+        .chain([map_ns, load_ns, resume_ns, complete_ns]);
+    let mut all = all.collect::<Vec<_>>().into_iter();
+    assert!(all.all(|ns| ns.is_some()) && undo_ns.is_none());
     let (_, phases) = switch(&mut device, Some(&1), None);
     assert_eq!((phases.map_ns, phases.resume_ns), (None, None));
 }

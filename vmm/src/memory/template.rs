@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{SeekFrom, seek};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
+use super::lost::Watched;
 use super::{GuestRam, MemoryError, PAGE_BYTES, RamRegion};
 
 /// Where a machine's memory comes from.
@@ -34,18 +35,25 @@ pub enum MemorySource {
     /// The bytes of a file, which is not changed.
     Template {
         /// Holds all of memory, at the offsets of [`RamRegion::file_offset`]. It must stay as it is
-        /// and as long as it is: a page that is missing when the guest touches it ends the process
-        /// (SIGBUS).
+        /// and as long as it is: a page that is missing when it is touched ends the process with
+        /// one line ([`super::lost`]).
         file: Arc<File>,
     },
 }
 
 /// What memory is mapped from if not from its own file.
 #[derive(Debug, Default)]
-pub(super) struct Mapped(Mutex<Option<Arc<File>>>);
+pub(super) struct Mapped(Mutex<Option<Template>>);
+
+/// A template that is mapped.
+#[derive(Debug)]
+pub(super) struct Template {
+    file: Arc<File>,
+    watched: Watched,
+}
 
 impl Mapped {
-    pub fn lock(&self) -> MutexGuard<'_, Option<Arc<File>>> {
+    pub fn lock(&self) -> MutexGuard<'_, Option<Template>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -63,8 +71,18 @@ impl GuestRam {
             map_over(region, &file, MapFlags::PRIVATE).map_err(MemoryError::Template)?;
         }
         self.for_each_log(|log| log.set_elsewhere(true));
-        *mapped = Some(file);
+        let watched = Watched::new(file.clone(), self.regions(), self.size_bytes());
+        let watched = watched.map_err(MemoryError::Template)?;
+        *mapped = Some(Template { file, watched });
         Ok(())
+    }
+
+    /// Ends the process, with a line that says so, if memory is mapped from a file that was cut: to
+    /// be asked where the guest cannot go on, before anything else is made of it.
+    pub(crate) fn end_if_template_was_cut(&self) {
+        if let Some(template) = &*self.mapped.lock() {
+            template.watched.end_if_cut();
+        }
     }
 
     /// Whether it is mapped from a template: its own file is empty.
@@ -99,11 +117,15 @@ impl GuestRam {
     }
 
     fn find_populated(&self) -> io::Result<Vec<Range<u64>>> {
-        let template = self.mapped.lock().clone();
-        let Some(file) = template else {
+        let mapped = self.mapped.lock();
+        let Some(template) = &*mapped else {
+            drop(mapped);
             return data_of(self.memfd(), self.size_bytes());
         };
-        let mut found = data_of(&file, self.size_bytes())?;
+        let mut found = data_of(&template.file, self.size_bytes())?;
+        // What is missing now would be taken for zeros.
+        template.watched.end_if_cut();
+        drop(mapped);
         for region in self.regions() {
             own_pages(region, &mut found)?;
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::image::in_parallel;
-use super::{Loaded, PAGE_BYTES, PageRun, Snapshot, SnapshotError};
+use super::{Loaded, PAGE_BYTES, PageRun, Snapshot, SnapshotError, Tell};
 
 /// Most snapshots that a page is looked for in.
 pub(super) const MAX_CHAIN: usize = 64;
@@ -84,22 +84,27 @@ impl Chain {
         &self.snapshots[self.snapshots.len() - 1]
     }
 
-    /// Reads every file of every snapshot and checks it.
+    /// Reads every file of every snapshot and checks it. `tell` hears what is done, and says
+    /// whether it is still wanted.
     ///
     /// # Errors
-    /// Something is damaged.
-    pub fn check(&self) -> Result<(), SnapshotError> {
-        self.snapshots.iter().try_for_each(Snapshot::check)
+    /// Something is damaged, or it is not wanted any more.
+    pub fn check(&self, tell: Tell<'_>) -> Result<(), SnapshotError> {
+        self.snapshots
+            .iter()
+            .try_for_each(|snapshot| snapshot.check(tell))
     }
 
     /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run
     /// at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
+    /// `tell` hears how much of it is done, and says whether it is still wanted.
     ///
     /// # Errors
-    /// Pages are damaged or cannot be read, or `put` says so.
+    /// Pages are damaged or cannot be read, `put` says so, or it is not wanted any more.
     pub fn load(
         &self,
         above_base: bool,
+        tell: Tell<'_>,
         put: impl Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync,
     ) -> Result<Loaded, SnapshotError> {
         let pieces = self.pieces.iter().copied();
@@ -109,7 +114,17 @@ impl Chain {
                 false => piece.run.crc32.is_some(),
             })
             .collect();
-        in_parallel(&pieces, |piece, buffer| {
+        let all: u64 = pieces.iter().map(|piece| piece.end - piece.first).sum();
+        let mut how_far = |taken: usize| {
+            let done = pieces.iter().take(taken);
+            let done: u64 = done.map(|piece| piece.end - piece.first).sum();
+            tell(&format!(
+                "reading memory, {} of {} MiB",
+                done >> 8,
+                all >> 8
+            ))
+        };
+        in_parallel(&pieces, &mut how_far, |piece, buffer| {
             buffer.resize(piece.run.bytes(), 0);
             self.snapshots[piece.level].read_run(&piece.run, buffer)?;
             let from = (piece.first - piece.run.first) * PAGE_BYTES;
@@ -119,8 +134,7 @@ impl Chain {
                 &buffer[from as usize..to as usize],
             )
         })?;
-        let pages = pieces.iter().map(|piece| piece.end - piece.first).sum();
-        Ok(Loaded { pages })
+        Ok(Loaded { pages: all })
     }
 
     /// Fills `buffer` with the pages from number `first` on, checked; those that no snapshot has

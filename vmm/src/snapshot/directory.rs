@@ -1,15 +1,16 @@
 //! A snapshot's directory, opened for reading.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::image::verify_run;
+use super::image::{in_parallel, verify_run};
 use super::manifest::{MAX_MANIFEST_BYTES, StoredFile};
 use super::memory_map::MAX_MAP_BYTES;
 use super::{
     DEVICES_FILE, IMAGE_FILE, MACHINE_FILE, MANIFEST_FILE, MAP_FILE, Manifest, MemoryMap, PageRun,
-    SnapshotError,
+    SnapshotError, Tell,
 };
 
 /// Longest state that is looked at, in bytes: each part of it has a limit of its own.
@@ -23,6 +24,24 @@ pub struct Snapshot {
     manifest: Manifest,
     map: MemoryMap,
     image: File,
+    /// Of the image when it was opened.
+    stamp: Stamp,
+}
+
+/// What tells that a file was changed meanwhile.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    length: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            length: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
 }
 
 impl Snapshot {
@@ -58,6 +77,7 @@ impl Snapshot {
             dir: dir.to_owned(),
             manifest,
             map,
+            stamp: Stamp::of(&metadata),
             image,
         })
     }
@@ -100,6 +120,20 @@ impl Snapshot {
         read_stored(&self.dir, DEVICES_FILE, file, MAX_STATE_BYTES)
     }
 
+    /// Looks whether the image is still the file that was opened, as long and last written when it
+    /// was then: for who has mapped it without a look at its checksums.
+    ///
+    /// # Errors
+    /// It was changed.
+    pub fn image_is_as_opened(&self) -> Result<(), SnapshotError> {
+        let path = self.dir.join(IMAGE_FILE);
+        let now = self.image.metadata().map_err(SnapshotError::read(&path))?;
+        match Stamp::of(&now) == self.stamp {
+            true => Ok(()),
+            false => Err(SnapshotError::ChangedMeanwhile(path)),
+        }
+    }
+
     /// Reads the pages of `run` into `buffer`, whose length is theirs.
     ///
     /// # Errors
@@ -116,19 +150,30 @@ impl Snapshot {
         })
     }
 
-    /// Reads everything and checks it.
+    /// Reads everything and checks it, see [`super::Chain::check`].
     ///
     /// # Errors
-    /// Something is damaged.
-    pub fn check(&self) -> Result<(), SnapshotError> {
+    /// Something is damaged, or it is not wanted any more.
+    pub fn check(&self, tell: Tell<'_>) -> Result<(), SnapshotError> {
         self.machine_state()?;
         self.device_states()?;
-        let mut buffer = Vec::new();
-        for run in self.map.runs() {
+        let runs = self.map.runs();
+        let mut how_far = |taken: usize| {
+            let done: u64 = runs
+                .iter()
+                .take(taken)
+                .map(|run| u64::from(run.pages))
+                .sum();
+            let (done, all) = (done >> 8, self.map.stored_pages() >> 8);
+            tell(&format!(
+                "reading {}, {done} of {all} MiB",
+                self.dir.display()
+            ))
+        };
+        in_parallel(runs, &mut how_far, |run, buffer| {
             buffer.resize(run.bytes(), 0);
-            self.read_run(run, &mut buffer)?;
-        }
-        Ok(())
+            self.read_run(run, buffer)
+        })
     }
 }
 

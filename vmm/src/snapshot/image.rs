@@ -36,30 +36,54 @@ pub(super) fn verify_run(image: &File, run: &PageRun, buffer: &mut [u8]) -> std:
     Err(Error::new(ErrorKind::InvalidData, pages))
 }
 
-/// Does `work` for each of `items`, on as many threads as help. The first error ends it.
+/// Items between two words about how far it is: 64 MiB at most, if they are whole runs.
+const ITEMS_BETWEEN_WORDS: usize = 64;
+
+/// Does `work` for each of `items`, on as many threads as help. The first error ends it. `tell`
+/// hears now and then how many of them are taken, and says whether it is still wanted.
 pub(super) fn in_parallel<T: Sync>(
     items: &[T],
+    tell: &mut dyn FnMut(usize) -> bool,
     work: impl Fn(&T, &mut Vec<u8>) -> Result<(), SnapshotError> + Sync,
 ) -> Result<(), SnapshotError> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = threads.min(MAX_THREADS).min(items.len().max(1));
     let next = AtomicUsize::new(0);
-    let body = || {
+    let body = |tell: &mut dyn FnMut(usize) -> bool| {
         let mut buffer = Vec::new();
-        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = work(item, &mut buffer) {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(index) else {
+                return Ok(());
+            };
+            let done = match tell(index) {
+                true => work(item, &mut buffer),
+                false => Err(SnapshotError::GivenUp),
+            };
+            if let Err(error) = done {
                 // The others find nothing more to do.
                 next.store(items.len(), Ordering::Relaxed);
                 return Err(error);
             }
         }
-        Ok(())
     };
-    std::thread::scope(|scope| {
+    let mut word_at = ITEMS_BETWEEN_WORDS;
+    let mut now_and_then = |index: usize| {
+        if index < word_at {
+            return true;
+        }
+        word_at = index + ITEMS_BETWEEN_WORDS;
+        tell(index)
+    };
+    let done = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads)
-            .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, body).ok())
+            .filter_map(|_| {
+                std::thread::Builder::new()
+                    .spawn_scoped(scope, || body(&mut |_| true))
+                    .ok()
+            })
             .collect();
-        let mut result = body();
+        let mut result = body(&mut now_and_then);
         for other in others {
             // A panic is a fault of this program, and no page may be missing because of it.
             let ended = other
@@ -68,5 +92,11 @@ pub(super) fn in_parallel<T: Sync>(
             result = result.and(ended);
         }
         result
-    })
+    });
+    done?;
+    // However fast the others were: long work is heard of.
+    match items.len() < ITEMS_BETWEEN_WORDS || tell(items.len()) {
+        true => Ok(()),
+        false => Err(SnapshotError::GivenUp),
+    }
 }

@@ -6,28 +6,34 @@ use std::sync::{Mutex, PoisonError};
 use super::manifest::Files;
 use super::{
     Chain, DEVICES_FILE, DirectoryWriter, IMAGE_FILE, ImageWriter, MACHINE_FILE, MAP_FILE,
-    Manifest, PAGE_BYTES, SnapshotError, StoredFile,
+    Manifest, PAGE_BYTES, SnapshotError, StoredFile, Tell,
 };
 
 impl Chain {
     /// Writes the same snapshot to `into`, as a full one: it is read and checked, and keeps its
-    /// identity, so that diffs of it may be put beside it.
+    /// identity, so that diffs of it may be put beside it. `tell` hears what is done, and says
+    /// whether it is still wanted; nothing is left of what is not.
     ///
     /// # Errors
-    /// Something is damaged, or `into` cannot be written.
-    pub fn merge(&self, into: &Path) -> Result<(), SnapshotError> {
+    /// Something is damaged, `into` cannot be written, or it is not wanted any more.
+    pub fn merge(&self, into: &Path, tell: Tell<'_>) -> Result<(), SnapshotError> {
         let writer = DirectoryWriter::begin(into)?;
         let cannot_write = |source| SnapshotError::write(into.join(IMAGE_FILE))(source);
         let top = self.top().manifest();
         let image = ImageWriter::new(writer.create(IMAGE_FILE)?, top.memory_bytes);
         let image = Mutex::new(image.map_err(cannot_write)?);
-        self.load(false, |offset, content| {
+        self.load(false, tell, |offset, content| {
             let mut image = image.lock().unwrap_or_else(PoisonError::into_inner);
             image
                 .put(offset / PAGE_BYTES, content)
                 .map_err(cannot_write)
         })?;
         let image = image.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let still_wanted = |tell: Tell<'_>| match tell("writing the snapshot") {
+            true => Ok(()),
+            false => Err(SnapshotError::GivenUp),
+        };
+        still_wanted(tell)?;
         let (_, map) = image.finish(false).map_err(cannot_write)?;
         let map = map
             .to_bytes()
@@ -41,6 +47,7 @@ impl Chain {
                 crc32: None,
             },
         };
+        still_wanted(tell)?;
         writer.finish(&Manifest {
             parent: None,
             files,

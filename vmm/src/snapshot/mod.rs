@@ -53,6 +53,9 @@ pub const MAP_FILE: &str = "memory.map";
 /// Name of the pages.
 pub const IMAGE_FILE: &str = "memory.image";
 
+/// Hears what is done of long work, and says whether it is still wanted.
+pub type Tell<'a> = &'a mut dyn FnMut(&str) -> bool;
+
 /// Why a snapshot cannot be read or written. Each message is one line that says what to do, or what
 /// is wrong with which file.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +93,12 @@ pub enum SnapshotError {
         /// What does not fit.
         what: String,
     },
+    /// A file is another one than when it was opened.
+    #[error("{0} was changed while it was opened: a snapshot's files must stay as they are")]
+    ChangedMeanwhile(PathBuf),
+    /// Whoever wanted it does not any more.
+    #[error("given up, nothing of it is left")]
+    GivenUp,
     /// It was written by another version.
     #[error(
         "{path} has version {found}, this program reads version {FORMAT_VERSION}: use the one that wrote it"

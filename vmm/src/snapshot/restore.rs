@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Chain, IMAGE_FILE, Loaded, SnapshotError};
+use super::{Chain, IMAGE_FILE, Loaded, SnapshotError, Tell};
 use crate::error::{Error, StateError};
 use crate::memory::{GuestRam, MemorySource};
 use crate::state::MachineState;
@@ -48,19 +48,24 @@ impl Chain {
 impl Vm {
     /// Has the machine go on from a snapshot when it is run: memory, its own state, then its
     /// devices, which are all there already. Where the machine's memory is the snapshot's image
-    /// ([`Chain::template`]), only what differs is read now. After an error the machine cannot be
-    /// used.
+    /// ([`Chain::template`]), only what differs is read now. `tell` hears how much of the memory
+    /// was read, and says whether it is still wanted. After an error the machine cannot be used.
     ///
     /// # Errors
-    /// The snapshot is damaged, or is of a machine that this one is not like.
-    pub fn go_on_from(&mut self, chain: &Chain) -> Result<Loaded, RestoreError> {
+    /// The snapshot is damaged, is of a machine that this one is not like, or is not wanted any
+    /// more.
+    pub fn go_on_from(&mut self, chain: &Chain, tell: Tell<'_>) -> Result<Loaded, RestoreError> {
         // What can be refused without reading the memory comes first.
         let machine = MachineState::from_bytes(&chain.top().machine_state()?)?;
         let devices = DeviceStates::from_bytes(&chain.top().device_states()?)?;
         self.can_be(&machine)?;
         let ram = &self.machine.ram;
         let mapped = ram.is_template();
-        let loaded = chain.load(mapped, |offset, content| fill(ram, offset, content))?;
+        if mapped {
+            // Nobody will look at its checksums.
+            chain.base().image_is_as_opened()?;
+        }
+        let loaded = chain.load(mapped, tell, |offset, content| fill(ram, offset, content))?;
         // The clock goes on from here.
         self.restore(&machine)?;
         self.restore_devices(&devices)?;

@@ -79,7 +79,7 @@ fn load(chain: &Chain, above_base: bool) -> Result<Vec<u8>, SnapshotError> {
     if !above_base {
         memory.lock().unwrap().fill(0);
     }
-    chain.load(above_base, |offset, content| {
+    chain.load(above_base, &mut |_| true, |offset, content| {
         let offset = usize::try_from(offset).unwrap();
         memory.lock().unwrap()[offset..offset + content.len()].copy_from_slice(content);
         Ok(())
@@ -132,9 +132,9 @@ proptest! {
                 prop_assert!(above[at..at + PAGE] == wanted);
             }
             let chain = Chain::open(&dir).unwrap();
-            chain.check().unwrap();
+            chain.check(&mut |_| true).unwrap();
             let whole = folder.path().join(format!("whole {index}"));
-            chain.merge(&whole).unwrap();
+            chain.merge(&whole, &mut |_| true).unwrap();
             prop_assert!(Chain::open(&whole).unwrap().snapshots().len() == 1);
             prop_assert!(read(&whole).unwrap() == flat(&expected));
             parent = Some(Snapshot::open(&dir).unwrap());
@@ -328,4 +328,97 @@ fn nothing_is_written_over_and_nothing_stays_behind() {
         .collect();
     left.sort();
     assert_eq!(left, ["empty", "file", "small"]);
+}
+
+/// As many runs as pages, each of which is read on its own.
+fn scattered(folder: &Path) -> std::path::PathBuf {
+    let dir = folder.join("scattered");
+    let content = (0..PAGES).step_by(2).map(|number| (number, 7)).collect();
+    write(&dir, &content, None).unwrap();
+    dir
+}
+
+#[test]
+fn long_work_says_how_far_it_is_and_can_be_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = scattered(folder.path());
+    let chain = Chain::open(&dir).unwrap();
+    let into = folder.path().join("into");
+    let load = |tell: Tell<'_>| chain.load(false, tell, |_, _| Ok(())).map(drop);
+    let check = |tell: Tell<'_>| chain.check(tell);
+    let merge = |tell: Tell<'_>| {
+        let merged = chain.merge(&into, tell);
+        let _ = std::fs::remove_dir_all(&into);
+        merged
+    };
+    type Work<'a> = &'a dyn Fn(Tell<'_>) -> Result<(), SnapshotError>;
+    let works: [Work<'_>; 3] = [&load, &check, &merge];
+    for work in works {
+        let mut words = Vec::new();
+        work(&mut |what| {
+            words.push(what.to_owned());
+            true
+        })
+        .unwrap();
+        let reading = |word: &&String| word.starts_with("reading ") && word.ends_with(" of 1 MiB");
+        assert!(words.iter().any(|word| reading(&word)), "{words:?}");
+        // Given up at any of them.
+        for at in 0..words.len() {
+            let mut heard = 0;
+            let given_up = work(&mut |_| {
+                heard += 1;
+                heard <= at
+            });
+            // Other threads may have been faster this time.
+            if heard > at {
+                assert!(
+                    matches!(given_up, Err(SnapshotError::GivenUp)),
+                    "{given_up:?}"
+                );
+            }
+            let left = folder.path().read_dir().unwrap().count();
+            assert_eq!(left, 1, "something is left");
+        }
+    }
+}
+
+#[test]
+fn what_a_killed_process_of_the_same_number_left_is_in_nobodys_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let left = format!("small.partial-{}", std::process::id());
+    let left = folder.path().join(left);
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join(IMAGE_FILE), b"half").unwrap();
+    let (dir, expected) = small(folder.path());
+    assert!(read(&dir).unwrap() == expected);
+    assert_eq!(std::fs::read(left.join(IMAGE_FILE)).unwrap(), b"half");
+    assert_eq!(folder.path().read_dir().unwrap().count(), 2);
+}
+
+#[test]
+fn an_image_that_was_changed_since_it_was_opened_is_noticed() {
+    use std::os::unix::fs::FileExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let changes: [fn(&std::fs::File); 3] = [
+        |image| image.set_len(PAGE_BYTES).unwrap(),
+        |image| image.set_len((PAGES + 1) * PAGE_BYTES).unwrap(),
+        |image| image.write_all_at(b"x", 5).unwrap(),
+    ];
+    for change in changes {
+        let (dir, _) = small(folder.path());
+        let path = dir.join(IMAGE_FILE);
+        let snapshot = Snapshot::open(&dir).unwrap();
+        snapshot.image_is_as_opened().unwrap();
+        // Clocks of file systems go in steps.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        change(&file);
+        let error = snapshot.image_is_as_opened().unwrap_err().to_string();
+        assert!(
+            error.contains(path.to_str().unwrap()) && error.contains("was changed"),
+            "{error}"
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -1,5 +1,6 @@
 //! Writing a snapshot's directory: beside its name first, renamed when it is whole.
 
+use std::ffi::OsStr;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -7,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 use super::memory_map::MAX_RUN_PAGES;
 use super::{MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, SnapshotError, StoredFile};
+
+/// Directories of one name that processes with the same number were killed over, at most.
+const MAX_PARTIAL: u32 = 1000;
 
 /// A directory that is being written. Dropped before [`DirectoryWriter::finish`], nothing of it
 /// stays.
@@ -39,16 +43,9 @@ impl DirectoryWriter {
         let name = target
             .file_name()
             .ok_or_else(|| SnapshotError::NotADirectory(target.to_owned()))?;
-        let mut partial = name.to_owned();
-        partial.push(format!(".partial-{}", std::process::id()));
-        let partial = target.with_file_name(partial);
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&partial)
-            .map_err(SnapshotError::write(&partial))?;
         Ok(Self {
             target: target.to_owned(),
-            partial,
+            partial: make_partial(target, name)?,
             done: false,
         })
     }
@@ -107,6 +104,29 @@ impl DirectoryWriter {
             let _ = sync(above);
         }
         Ok(())
+    }
+}
+
+/// Makes a directory beside `target`, whose name is `name`: of this process, and of none that was
+/// killed and had its number. In a jail all VMs have the same.
+fn make_partial(target: &Path, name: &OsStr) -> Result<PathBuf, SnapshotError> {
+    let mut attempt = 0;
+    loop {
+        let mut partial = name.to_owned();
+        partial.push(format!(".partial-{}", std::process::id()));
+        if attempt > 0 {
+            partial.push(format!("-{attempt}"));
+        }
+        let partial = target.with_file_name(partial);
+        match DirBuilder::new().mode(0o700).create(&partial) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists && attempt < MAX_PARTIAL => {
+                attempt += 1;
+            }
+            made => {
+                made.map_err(SnapshotError::write(&partial))?;
+                return Ok(partial);
+            }
+        }
     }
 }
 

@@ -91,12 +91,20 @@ impl Machine {
         add(&["-append", KERNEL_COMMAND_LINE]);
         add(&["-device", "amd-iommu,intremap=on"]);
         // For VFIO: L1 leaves it without a driver.
+        add(&["-device", "e1000e,netdev=n,romfile="]);
+        // What it is plugged into: a network that answers, and a card of the server itself, which
+        // hears who sends.
+        add(&["-netdev", "hubport,id=n,hubid=0"]);
         add(&[
-            "-device",
-            "e1000e,netdev=n,romfile=",
             "-netdev",
             // Whoever connects there has what it sends come back.
-            "user,id=n,guestfwd=tcp:10.0.2.100:7-cmd:cat",
+            "user,id=user,guestfwd=tcp:10.0.2.100:7-cmd:cat",
+            "-netdev",
+            "hubport,id=answers,hubid=0,netdev=user",
+            "-netdev",
+            "hubport,id=far,hubid=0",
+            "-device",
+            "virtio-net-pci,netdev=far,addr=0x16,romfile=",
         ]);
         for (slot, model) in CARDS {
             let id = format!("n{slot:x}");

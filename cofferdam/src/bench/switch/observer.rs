@@ -1,10 +1,12 @@
-//! The far end of a cable: a gateway that answers guests, and a log of whose frames came when.
+//! The far end of a cable, with a log of whose frames came when: a gateway of our own that answers
+//! guests, or an interface of the host.
 
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context;
 use devices::clock::monotonic_ns;
@@ -13,6 +15,7 @@ use devices::wire::unix_link::UnixLink;
 use devices::wire::{MAX_FRAME_BYTES, Wire};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use super::interface::Interface;
 use crate::options::MacAddress;
 
 /// Frames that are remembered.
@@ -114,6 +117,33 @@ impl Observer {
         })
     }
 
+    /// Hears what comes in at the interface `name` of the host, and answers nothing.
+    ///
+    /// # Errors
+    /// There is none, or this process may not listen there.
+    pub fn overhear(name: &str) -> anyhow::Result<Self> {
+        let interface = Interface::open(name)?;
+        let log = Arc::new(Mutex::new(Log::default()));
+        let end = Arc::new(AtomicBool::new(false));
+        let (ends, to) = (end.clone(), log.clone());
+        let thread = std::thread::Builder::new()
+            .name("observer".to_owned())
+            .spawn(move || {
+                while !ends.load(Ordering::Relaxed) {
+                    if let Err(error) = hear(&interface, &to) {
+                        tracing::error!(%error, "the far end of the cable is gone");
+                        return;
+                    }
+                }
+            })
+            .context("cannot start a thread")?;
+        Ok(Self {
+            log,
+            end,
+            thread: Some(thread),
+        })
+    }
+
     /// The outage between the two guests with these addresses, which was asked for at `asked_ns`,
     /// once it is over.
     pub fn outage(&self, old: MacAddress, new: MacAddress, asked_ns: u64) -> Option<Outage> {
@@ -143,6 +173,15 @@ impl Drop for Observer {
 
 fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
     log.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Notes what has come, and waits for a while where nothing has.
+fn hear(interface: &Interface, log: &Mutex<Log>) -> Result<(), std::io::Error> {
+    interface.wait(Duration::from_millis(LOOK_MS as u64))?;
+    while let Some((from, at_ns)) = interface.next()? {
+        lock(log).add(Seen { at_ns, from });
+    }
+    Ok(())
 }
 
 /// Carries frames between the cable and the gateway.

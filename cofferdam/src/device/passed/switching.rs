@@ -2,9 +2,10 @@
 //! step that touches them to the end: what their guests do to them meanwhile waits.
 
 use std::sync::MutexGuard;
+use std::time::Duration;
 
 use devices::vfio::passed::hardware::Hardware;
-use devices::vfio::passed::{PassedFunction, silence};
+use devices::vfio::passed::{PassedError, PassedFunction, silence};
 use recovery::switch::Switchable;
 
 use super::{PassedShare, lock};
@@ -16,6 +17,26 @@ pub struct PassedSwitch<'a> {
     shelf: &'a mut Option<Box<dyn Hardware>>,
     /// The functions of the VMs that take part.
     held: Vec<(&'a Context<PassedShare>, MutexGuard<'a, PassedFunction>)>,
+}
+
+/// How long others may have a function before some more is done to it. Whoever waits for it is not
+/// the next one otherwise.
+const LET_OTHERS: Duration = Duration::from_micros(50);
+
+/// Does something to the function of `guest` little by little, with others in between.
+fn by_and_by(
+    guest: &Context<PassedShare>,
+    act: impl Fn(&mut PassedFunction, u64) -> Result<Option<u64>, PassedError>,
+) -> Result<(), String> {
+    let mut next = Some(0);
+    while let Some(from) = next {
+        let done = act(&mut lock(&guest.share.function), from);
+        next = done.map_err(|error| error.to_string())?;
+        if next.is_some() {
+            std::thread::sleep(LET_OTHERS);
+        }
+    }
+    Ok(())
 }
 
 impl<'a> PassedSwitch<'a> {
@@ -41,6 +62,11 @@ impl<'a> PassedSwitch<'a> {
 
 impl<'a> Switchable for PassedSwitch<'a> {
     type Guest = &'a Context<PassedShare>;
+
+    fn prepare(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        // Nobody is held yet: its guest goes on in between.
+        by_and_by(guest, PassedFunction::prepare)
+    }
 
     /// The device of a VM that has gone is reset if it does not stand still: nobody waits for its
     /// state.
@@ -92,6 +118,11 @@ impl<'a> Switchable for PassedSwitch<'a> {
         self.of(guest).resume().map_err(|error| error.to_string())?;
         guest.share.set_turn(true);
         Ok(())
+    }
+
+    fn complete(&mut self, guest: &Self::Guest) -> Result<(), String> {
+        self.held.clear();
+        by_and_by(guest, PassedFunction::complete)
     }
 
     fn silence(&mut self) {

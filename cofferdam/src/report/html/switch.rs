@@ -10,25 +10,27 @@ pub fn section(all: &[Switch]) -> Markup {
     let heads = [
         "",
         "device",
-        "memory, MiB",
         "n",
         "outage, ms (median)",
         "p99",
         "largest",
         "times shorter than unplug and plug",
+        "its wait for the link left out",
         "late frames",
     ];
     let ms = |us: f64| format!("{:.2}", us / 1e3);
+    let times = |times: Option<f64>| times.map_or_else(String::new, |times| format!("{times:.0}"));
     let rows = all.iter().map(|row| {
+        let shorter = than_hotplug(all, row);
         vec![
-            row.method.words().to_owned(),
+            row.way.to_string(),
             row.device.clone(),
-            row.mem_mib.to_string(),
             row.n.to_string(),
             ms(row.outage_us.p50),
             ms(row.outage_us.p99),
             ms(row.outage_us.max),
-            than_hotplug(all, row).map_or_else(String::new, |times| format!("{times:.0}")),
+            times(shorter.map(|shorter| shorter.times)),
+            times(shorter.and_then(|shorter| shorter.times_without_link)),
             row.late_frames.to_string(),
         ]
     });
@@ -39,7 +41,7 @@ pub fn section(all: &[Switch]) -> Markup {
             let stat = row.phases_us.get(name);
             stat.map_or_else(String::new, |stat| format!("{:.0}", stat.p50))
         };
-        let name = format!("{}, {} MiB", row.method.words(), row.mem_mib);
+        let name = row.way.to_string();
         std::iter::once(name).chain(PHASES.map(of)).collect()
     });
     html! {

@@ -36,6 +36,10 @@ const MAX_TEXT: usize = 64 << 10;
 const MAX_ENTRIES: usize = 512;
 /// Most registers in all.
 const MAX_REGISTERS: u32 = 4096;
+/// Longest descriptor of a ring, in bytes.
+const MAX_DESCRIPTOR: u32 = 128;
+/// Most memory that a descriptor's address is of, in bytes.
+const MAX_BUFFER: u32 = 1 << 20;
 /// Longest wait for a field of configuration space to take effect, in microseconds.
 const MAX_SETTLE_US: u64 = 100_000;
 /// Bytes of conventional configuration space.
@@ -180,6 +184,32 @@ pub(super) struct RingPlace {
     pub control: u32,
     /// Bits of `control` that are set while the ring is used.
     pub enable: u32,
+    /// What its descriptors look like. With it for every ring, the device reaches no memory but the
+    /// rings and what the descriptors point to.
+    pub descriptor: Option<Descriptor>,
+}
+
+/// Where the descriptors of a ring have addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Descriptor {
+    /// Length of one.
+    pub bytes: u32,
+    /// Where in it there may be an address of 64 bits. What is something else there at times costs
+    /// a piece of the map, and nothing else.
+    pub addresses: Vec<u32>,
+    /// Most bytes that the device reads or writes there.
+    pub buffer_bytes: u32,
+}
+
+impl Descriptor {
+    fn is_valid(&self) -> bool {
+        let within = |at: &u32| at.checked_add(8).is_some_and(|end| end <= self.bytes);
+        (8..=MAX_DESCRIPTOR).contains(&self.bytes)
+            && (1..=MAX_BUFFER).contains(&self.buffer_bytes)
+            && self.addresses.len() <= 8
+            && self.addresses.iter().all(within)
+    }
 }
 
 /// A register, or several of a kind one after the other.
@@ -432,6 +462,9 @@ impl Description {
                 if !known {
                     return wrong(&ring.name, "its registers are not saved");
                 }
+            }
+            if ring.descriptor.as_ref().is_some_and(|one| !one.is_valid()) {
+                return wrong(&ring.name, "its descriptors are none");
             }
         }
         Ok(())

@@ -11,6 +11,7 @@
 pub mod description;
 mod mdio;
 pub mod parked;
+mod reach;
 mod reset;
 pub mod switch;
 
@@ -422,11 +423,16 @@ impl Register {
 impl RingPlace {
     /// Address and length of the ring, if the device uses it.
     fn in_use(&self, access: &mut Access<'_>) -> Option<(u64, usize)> {
-        if access.read(self.control) & self.enable != self.enable {
+        self.by_values(&mut |offset| access.read(offset))
+    }
+
+    /// The same, by the values of registers.
+    fn by_values(&self, value: &mut dyn FnMut(u32) -> u32) -> Option<(u64, usize)> {
+        if value(self.control) & self.enable != self.enable {
             return None;
         }
-        let (low, high) = (access.read(self.base_low), access.read(self.base_high));
-        let length = access.read(self.length);
+        let (low, high) = (value(self.base_low), value(self.base_high));
+        let length = value(self.length);
         let address = u64::from(high) << 32 | u64::from(low);
         (length <= MAX_RING).then_some((address, length as usize))
     }

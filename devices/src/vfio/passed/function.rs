@@ -4,6 +4,7 @@
 //! while it is here: master the bus, and interrupt. Its registers are the function's, or the
 //! image's.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use crate::pci::registers::RegisterCheckpoint;
 use crate::pci::registers::parked::{Parked, ParkedLink, Shown, Survey};
 use crate::pci::registers::switch::Running;
 use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
-use crate::vfio::dma::DmaMemory;
+use crate::vfio::dma::{Batch, DmaMemory};
 use crate::vfio::error::VfioError;
 use crate::vfio::interrupts::Mode;
 use crate::vfio::layout::GuestView;
@@ -87,6 +88,8 @@ pub struct PassedFunction {
     interrupts: ClientInterrupts,
     vectors: Arc<UserVectors>,
     pub(super) side: UserSide,
+    /// The device reaches, or is about to reach, a part of that only: a switch is under way.
+    pub(super) in_part: bool,
     /// The function may master the bus.
     pub(super) masters: bool,
     /// What interrupts: `None` if that is to be said anew.
@@ -128,6 +131,7 @@ impl PassedFunction {
             interrupts: interrupts.clone(),
             vectors,
             side: UserSide::new(config, msix, pmcsr, has_pin),
+            in_part: false,
             masters: false,
             mode: None,
             counters: Counters::default(),
@@ -239,23 +243,40 @@ impl PassedFunction {
             return Ok(());
         }
         if masters {
-            self.map_memory()?;
+            self.map_memory(None)?;
         }
         self.hardware()?.set_master(masters)?;
         self.masters = masters;
         Ok(())
     }
 
-    /// Puts the user's memory into the function's map, unless it is there.
-    pub(super) fn map_memory(&mut self) -> Result<(), VfioError> {
+    /// Puts the user's memory into the function's map, at least `near` where that is said, unless
+    /// some is there.
+    pub(super) fn map_memory(&mut self, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
         let Some(memory) = self.memory.clone() else {
             return Ok(());
         };
         match &mut self.seat {
             Some(Seat::Here { hardware, .. }) if hardware.mapped_bytes() == 0 => {
-                hardware.map(&memory)
+                hardware.map(&memory, near)?;
+                self.in_part = near.is_some();
+                Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The device, which has a part of the user's memory, is about to be told to do something:
+    /// gives it what it reaches with that. Descriptors are in their ring before it is told of them.
+    fn map_what_is_told(&mut self) {
+        let description = self.kind.description.clone();
+        let (Some(memory), Some(Seat::Here { hardware, .. })) = (&self.memory, &mut self.seat)
+        else {
+            return;
+        };
+        let near = description.reached_now(hardware.as_mut(), &self.dma);
+        if let Err(error) = hardware.map_more(memory, near.as_deref(), Batch::ALL) {
+            tracing::error!(%error, "the device does not reach what its driver gives it");
         }
     }
 
@@ -319,6 +340,9 @@ impl PassedFunction {
     }
 
     fn device_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        if self.in_part {
+            self.map_what_is_told();
+        }
         let stored = self.store_of(bar, data);
         let (description, address) = (self.kind.description.clone(), self.address);
         self.counters.accesses += 1;

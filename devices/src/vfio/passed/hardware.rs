@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -17,7 +18,7 @@ use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES};
 use crate::pci::registers::RegisterAccess;
 use crate::vfio::address::PciAddress;
 use crate::vfio::device::{InterruptKind, VfioDevice, VfioRegisters};
-use crate::vfio::dma::{DmaMap, DmaMemory};
+use crate::vfio::dma::{Batch, DmaMap, DmaMemory, Wanted};
 use crate::vfio::error::VfioError;
 
 /// Where the function's interrupts go.
@@ -48,11 +49,29 @@ pub trait Hardware: RegisterAccess + Send {
     /// # Errors
     /// The host does not write its command register.
     fn set_master(&mut self, masters: bool) -> Result<(), VfioError>;
-    /// Lets it reach `memory`, and no other.
+    /// Lets it reach `memory`, and no other: of it at least `near`, ranges of guest physical
+    /// addresses, or all where that is not said.
     ///
     /// # Errors
     /// The host does not; it reaches nothing then.
-    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError>;
+    fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError>;
+    /// Lets it reach more of `memory`, of which it reaches a part: `near`, or all, or as much as the
+    /// batch says. Gives where the next batch begins, if there is more. It may run meanwhile.
+    ///
+    /// # Errors
+    /// The host does not; it reaches a part still.
+    fn map_more(
+        &mut self,
+        memory: &DmaMemory,
+        near: Option<&[Range<u64>]>,
+        batch: Batch,
+    ) -> Result<Option<u64>, VfioError>;
+    /// Takes what it reaches but `near` from it, as much as the batch says. Gives where the next
+    /// batch begins, if there is more. It may run meanwhile.
+    ///
+    /// # Errors
+    /// The host does not take it away; it may reach some of it still.
+    fn unmap_far(&mut self, near: &[Range<u64>], batch: Batch) -> Result<Option<u64>, VfioError>;
     /// Lets it reach nothing.
     ///
     /// # Errors
@@ -137,7 +156,7 @@ impl VfioHardware {
             file: Arc::new(file.map_err(cannot)?),
             offset: 0,
         };
-        self.map(&DmaMemory::new(&[region])?)?;
+        self.map(&DmaMemory::new(&[region])?, None)?;
         self.unmap()
     }
 
@@ -208,10 +227,32 @@ impl Hardware for VfioHardware {
         self.device.set_master(masters)
     }
 
-    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
+    fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
         self.unmap()?;
-        self.map = Some(self.device.map(memory)?);
+        let mut map = self.device.map_for_pieces(memory);
+        map.add(memory, &near.map_or(Wanted::All, Wanted::Near), Batch::ALL)?;
+        self.map = Some(map);
         Ok(())
+    }
+
+    fn map_more(
+        &mut self,
+        memory: &DmaMemory,
+        near: Option<&[Range<u64>]>,
+        batch: Batch,
+    ) -> Result<Option<u64>, VfioError> {
+        let device = &self.device;
+        let map = self
+            .map
+            .get_or_insert_with(|| device.map_for_pieces(memory));
+        map.add(memory, &near.map_or(Wanted::All, Wanted::Near), batch)
+    }
+
+    fn unmap_far(&mut self, near: &[Range<u64>], batch: Batch) -> Result<Option<u64>, VfioError> {
+        match &mut self.map {
+            Some(map) => map.keep(near, batch),
+            None => Ok(None),
+        }
     }
 
     fn unmap(&mut self) -> Result<(), VfioError> {

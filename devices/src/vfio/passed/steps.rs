@@ -1,9 +1,15 @@
 //! What a switch does to a function.
 //!
 //! ```text
-//!   quiesce ─► save ─► unmap ─► take ══ the hardware ══► put ─► map ─► load ─► resume
-//!   Running     Still: running, saved   Parked            Still: saved, foreign    Running
+//!   prepare ─► quiesce ─► save ─► unmap ─► take ══ the hardware ══► put ─► map ─► load ─► resume ─► complete
+//!       Running     Still: running, saved   Parked          Still: saved, foreign      Running
 //! ```
+//!
+//! What the device reaches with what it was last told to do is small: its rings, and what their
+//! descriptors point to. The rest of the user's memory, which takes longest, is taken from it before
+//! it stands still, and given to it when it runs again, some at a time: the users' accesses come in
+//! between. What such an access tells the device is put into the map first. At no time it reaches
+//! memory of two users.
 //!
 //! `go_on` takes a device that stands still back to where it was, whatever of this was done.
 
@@ -12,11 +18,31 @@ use std::sync::Arc;
 use super::PassedError;
 use super::function::{PassedFunction, Seat, Stage};
 use super::hardware::{Hardware, Interrupts};
-use crate::vfio::dma::DmaMemory;
+use crate::vfio::dma::{Batch, DmaMemory};
 use crate::vfio::error::VfioError;
 use crate::vfio::interrupts::Mode;
 
 impl PassedFunction {
+    /// Takes some of the memory from a device that runs: what it does not reach with what it was
+    /// told to do, from this guest physical address on. Gives where to go on, if there is more.
+    /// Where it is not known what it reaches it keeps all.
+    ///
+    /// # Errors
+    /// The host does not take it away.
+    pub fn prepare(&mut self, from: u64) -> Result<Option<u64>, PassedError> {
+        let description = self.kind.description.clone();
+        if let Some(Seat::Here {
+            hardware,
+            stage: Stage::Running,
+        }) = &mut self.seat
+            && let Some(near) = description.reached_now(hardware.as_mut(), &self.dma)
+        {
+            self.in_part = true;
+            return Ok(hardware.unmap_far(&near, batch(from))?);
+        }
+        Ok(None)
+    }
+
     /// Makes the device stand still: it reads and writes no memory and does not interrupt. A second
     /// time is as good as once.
     ///
@@ -73,7 +99,11 @@ impl PassedFunction {
     /// The host does not.
     pub fn unmap(&mut self) -> Result<(), PassedError> {
         match &mut self.seat {
-            Some(Seat::Here { hardware, .. }) => Ok(hardware.unmap()?),
+            Some(Seat::Here { hardware, .. }) => {
+                hardware.unmap()?;
+                self.in_part = false;
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -92,7 +122,7 @@ impl PassedFunction {
                 return None;
             }
         };
-        self.masters = false;
+        (self.masters, self.in_part) = (false, false);
         self.forget_interrupts();
         let parked = match saved {
             Some(saved) => self.park(saved.0, saved.1, self.link),
@@ -125,15 +155,44 @@ impl PassedFunction {
         });
     }
 
-    /// Gives the user's memory to the device, if the user lets it master the bus.
+    /// Gives the user's memory to the device, if the user lets it master the bus: as much as it
+    /// reaches with the state that it is about to have, where that is known.
     ///
     /// # Errors
     /// The limit of locked memory is in the way, or the host has not enough.
     pub fn map(&mut self) -> Result<(), PassedError> {
-        match self.side.masters() {
-            true => Ok(self.map_memory()?),
-            false => Ok(()),
+        if !self.side.masters() {
+            return Ok(());
         }
+        let near = match self.stage() {
+            Some(Stage::Still {
+                saved: Some(saved), ..
+            }) => self.kind.description.reached_by(&saved.0, &self.dma),
+            _ => None,
+        };
+        // A device without rings is told of some soon.
+        let near = near.filter(|near| !near.is_empty());
+        Ok(self.map_memory(near.as_deref())?)
+    }
+
+    /// Gives a device that runs some of what it does not have yet of the user's memory, from this
+    /// guest physical address on. Gives where to go on, if there is more.
+    ///
+    /// # Errors
+    /// As those of [`Self::map`].
+    pub fn complete(&mut self, from: u64) -> Result<Option<u64>, PassedError> {
+        let memory = self.memory.clone().filter(|_| self.in_part);
+        if let Some(memory) = memory
+            && let Some(Seat::Here {
+                hardware,
+                stage: Stage::Running,
+            }) = &mut self.seat
+        {
+            let next = hardware.map_more(&memory, None, batch(from))?;
+            self.in_part = next.is_some();
+            return Ok(next);
+        }
+        Ok(None)
     }
 
     /// Has the device, which stands still, take over the user's state.
@@ -212,7 +271,12 @@ impl PassedFunction {
         if matches!(self.stage(), Some(Stage::Still { foreign: true, .. })) {
             self.load()?;
         }
-        self.resume()
+        self.resume()?;
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = self.complete(from)?;
+        }
+        Ok(())
     }
 
     /// Keeps the device from reading and writing memory and from interrupting, whatever state it is
@@ -221,7 +285,9 @@ impl PassedFunction {
         if !self.has_device() {
             return None;
         }
-        if let Err(error) = self.quiesce() {
+        // Its state, if it runs, is nowhere else.
+        let kept = self.quiesce().and_then(|()| self.save());
+        if let Err(error) = kept {
             tracing::warn!(%error, "a device that is to be silenced");
         }
         let mut hardware = self.take()?;
@@ -308,7 +374,7 @@ impl PassedFunction {
         if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
             hardware.set_master(false)?;
             hardware.unmap()?;
-            self.masters = false;
+            (self.masters, self.in_part) = (false, false);
         }
         let memory = DmaMemory::of_space(&self.dma)?;
         if memory.bytes() == 0 {
@@ -319,6 +385,17 @@ impl PassedFunction {
             self.go_on()?;
         }
         Ok(self.memory.clone())
+    }
+}
+
+/// Pieces of memory that are put into the map or taken out of it before somebody else may have the
+/// function for an access.
+const AT_ONCE: usize = 8;
+
+fn batch(from: u64) -> Batch {
+    Batch {
+        from,
+        most: AT_ONCE,
     }
 }
 

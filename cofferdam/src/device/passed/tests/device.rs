@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::pci::BarIndex;
 use devices::pci::config::CONFIG_SPACE_BYTES;
 use devices::pci::registers::{Description, RegisterAccess};
-use devices::vfio::dma::DmaMemory;
+use devices::vfio::dma::{Batch, DmaMemory};
 use devices::vfio::error::VfioError;
 use devices::vfio::passed::hardware::{Hardware, Interrupts};
 use devices::vfio::passed::kind::{Kind, Shape};
@@ -29,6 +30,7 @@ pub const IVAR: u32 = 0xe4;
 pub const RCTL: u32 = 0x100;
 pub const TCTL: u32 = 0x400;
 pub const RDBAL: u32 = 0x2800;
+pub const RDLEN: u32 = 0x2808;
 pub const RDH: u32 = 0x2810;
 pub const RDT: u32 = 0x2818;
 pub const TDT: u32 = 0x3818;
@@ -59,6 +61,8 @@ pub struct State {
     phy: [u16; 32],
     pub masters: bool,
     pub mapped: u64,
+    /// How often it was given a part of its user's memory before it went on.
+    pub mapped_in_part: usize,
     pub goes: Goes,
     events: Vec<EventFd>,
     /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not
@@ -230,6 +234,11 @@ impl RegisterAccess for Device {
     fn store_config(&mut self, _offset: u16, _data: &[u8]) {}
 }
 
+/// Bytes of ranges.
+fn total(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
 impl Hardware for Device {
     fn read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
         match (bar, <&mut [u8; 4]>::try_from(data)) {
@@ -256,12 +265,37 @@ impl Hardware for Device {
         Ok(())
     }
 
-    fn map(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
+    fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
         let mut state = self.lock();
         state.refuse(Step::Map, "map")?;
         assert!(!state.masters, "memory is given to a device that runs");
-        state.mapped = memory.bytes();
+        state.mapped = near.map_or(memory.bytes(), total);
+        state.mapped_in_part += usize::from(near.is_some());
         Ok(())
+    }
+
+    fn map_more(
+        &mut self,
+        memory: &DmaMemory,
+        near: Option<&[Range<u64>]>,
+        batch: Batch,
+    ) -> Result<Option<u64>, VfioError> {
+        let mut state = self.lock();
+        if near.is_some() {
+            return Ok(None);
+        }
+        state.refuse(Step::Complete, "map the rest")?;
+        state.mapped = memory.bytes();
+        // There was one piece of it, and another one.
+        Ok((batch.from == 0).then_some(1))
+    }
+
+    fn unmap_far(&mut self, near: &[Range<u64>], batch: Batch) -> Result<Option<u64>, VfioError> {
+        let mut state = self.lock();
+        assert!(state.masters, "the device stands still already");
+        state.refuse(Step::Prepare, "unmap ahead")?;
+        state.mapped = total(near);
+        Ok((batch.from == 0).then_some(1))
     }
 
     fn unmap(&mut self) -> Result<(), VfioError> {

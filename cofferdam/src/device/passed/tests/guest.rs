@@ -14,7 +14,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, TCTL, TDT};
+use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, RDLEN, TCTL, TDT};
 use crate::device::hello::{AttachInfo, Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::PassedCard;
@@ -115,6 +115,7 @@ impl Guest {
             client.region_write(3, vector * 16 + 12, &[0; 4]).unwrap();
         }
         self.write(RDBAL, self.ring());
+        self.write(RDLEN, 0x100);
         self.write(EIAC, 0x01f0_0000);
         // Each cause has the vector of its number, as the device sends them.
         self.write(IVAR, 0x000c_ba98);

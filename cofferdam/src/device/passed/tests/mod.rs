@@ -193,6 +193,9 @@ fn whatever_step_fails_one_guest_has_the_function_or_nobody() {
         for vm in ["right", "left"] {
             host.switch_to(&vm.parse().unwrap()).unwrap();
         }
+        // It goes on as soon as it reaches its rings, and has all of the memory in the end.
+        assert!(device.lock().mapped_in_part > 0);
+        assert_eq!(device.lock().mapped, MEMORY);
         device.lock().fails = Some(step);
         let failed = host.switch_to(&"right".parse().unwrap());
         let error = failed.expect_err(&format!("{step}"));

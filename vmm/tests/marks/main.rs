@@ -3,99 +3,34 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod half_way;
+#[path = "../nic/mod.rs"]
+mod nic;
+mod resets;
+mod traffic;
+mod whole;
+#[path = "../writer/mod.rs"]
 mod writer;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm::memory::MemorySource;
-use vmm::{
-    Kept, MarkError, Participant, PausedVcpus, QuiesceError, Refused, RestFor, RewindError,
-    Unsettled, VmHandle, VmState,
-};
-use writer::{Writing, all_of, writer};
+use vmm::{MarkError, PausedVcpus, QuiesceError, Refused, RewindError, VmHandle, VmState};
+use whole::{Whole, mark, rewind, whole};
+use writer::writer;
 
 const LIMIT: Duration = Duration::from_secs(20);
-
-type Registers = (kvm_regs, kvm_sregs, kvm_vcpu_events, Vec<u32>, Vec<i8>);
-
-/// All that a guest can see of itself, time apart.
-#[derive(PartialEq)]
-struct Whole {
-    memory: Vec<u8>,
-    vcpus: Vec<Registers>,
-    devices: vmm::DeviceStates,
-}
-
-fn whole(handle: &VmHandle) -> Whole {
-    handle
-        .quiesce(LIMIT, |quiesced| {
-            let devices = quiesced.save_devices().unwrap();
-            let vcpus = quiesced.vcpus().iter_mut().map(|vcpu| {
-                let xsave: kvm_xsave = vcpu.get_xsave().unwrap();
-                (
-                    vcpu.get_regs().unwrap(),
-                    vcpu.get_sregs().unwrap(),
-                    vcpu.get_vcpu_events().unwrap(),
-                    xsave.region.to_vec(),
-                    vcpu.get_lapic().unwrap().regs.to_vec(),
-                )
-            });
-            Whole {
-                vcpus: vcpus.collect(),
-                memory: all_of(handle),
-                devices,
-            }
-        })
-        .unwrap()
-}
-
-fn assert_same(now: &Whole, then: &Whole, what: &str) {
-    let pages = writer::differing(&then.memory, &now.memory);
-    assert!(pages.is_empty(), "{what}: pages {pages:x?} differ");
-    for (index, (now, then)) in now.vcpus.iter().zip(&then.vcpus).enumerate() {
-        assert_eq!(now.0, then.0, "{what}: registers of vCPU {index}");
-        assert_eq!(now.1, then.1, "{what}: special registers of vCPU {index}");
-        assert!(now == then, "{what}: other state of vCPU {index}");
-    }
-    assert!(now.devices == then.devices, "{what}: devices");
-}
 
 fn is_on(handle: &VmHandle) -> bool {
     let memory = handle.ram().memory();
     memory
         .iter()
         .any(|region| region.get_mmap().bitmap().is_on())
-}
-
-/// Goes back to `name` from wherever the guest is, and looks whether it is there.
-fn rewind(writing: &Writing, name: &str, then: &Whole) -> u64 {
-    let handle = writing.handle();
-    let pulse = writing.pulse.swap(false, Ordering::AcqRel);
-    handle.pause().unwrap();
-    let rewound = handle.rewind(Some(name), LIMIT).unwrap();
-    assert_eq!(handle.state(), VmState::Paused);
-    assert_same(&whole(handle), then, name);
-    handle.resume().unwrap();
-    writing.pulse.store(pulse, Ordering::Release);
-    rewound.pages
-}
-
-/// Sets a mark, and looks at the machine at it.
-fn mark(writing: &Writing, name: &str) -> Whole {
-    let handle = writing.handle();
-    let pulse = writing.pulse.swap(false, Ordering::AcqRel);
-    handle.pause().unwrap();
-    handle.mark(name, LIMIT).unwrap();
-    let then = whole(handle);
-    handle.resume().unwrap();
-    writing.pulse.store(pulse, Ordering::Release);
-    then
 }
 
 #[test]
@@ -337,117 +272,6 @@ fn what_cannot_be_marked_or_rewound_is_refused_and_nothing_changes() {
     let refused = handle.rewind(Some("a"), LIMIT).unwrap_err();
     let stopped = QuiesceError::Refused(Refused::Stopped).to_string();
     assert_eq!(refused.to_string(), stopped);
-}
-
-/// Does not put back what it kept, if told so.
-#[derive(Default)]
-struct Stubborn(AtomicBool);
-
-impl Participant for Stubborn {
-    fn name(&self) -> String {
-        "stubborn".to_owned()
-    }
-    fn settle(&self, _rest: RestFor, _vcpus: &mut PausedVcpus<'_>) -> Result<(), Unsettled> {
-        Ok(())
-    }
-    fn go_on(&self) {}
-    fn keep(&self) -> Result<Kept, Unsettled> {
-        Ok(Some(Arc::new(7u32)))
-    }
-    fn put_back(&self, kept: &Kept) -> Result<(), String> {
-        let kept = kept.as_ref().and_then(|kept| kept.downcast_ref::<u32>());
-        assert_eq!(kept, Some(&7));
-        match self.0.load(Ordering::Acquire) {
-            true => Err("it does not want to".to_owned()),
-            false => Ok(()),
-        }
-    }
-}
-
-#[test]
-fn a_rewind_that_fails_half_way_keeps_the_guest_still_until_one_succeeds_or_it_is_reset() {
-    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
-    let handle = writing.handle();
-    let stubborn = Arc::new(Stubborn::default());
-    handle.add_participant(stubborn.clone());
-    let then = mark(&writing, "a");
-    for mended_by_reset in [false, true] {
-        writing.wait(20);
-        stubborn.0.store(true, Ordering::Release);
-        let error = handle.rewind(Some("a"), LIMIT).unwrap_err();
-        assert!(matches!(error, RewindError::HalfWay { .. }), "{error}");
-        assert!(error.to_string().contains("stubborn: it does not want to"));
-        assert_eq!(handle.state(), VmState::Paused);
-        assert_eq!(handle.resume(), Err(Refused::HalfRewound));
-        let look = handle.quiesce(LIMIT, |_| ()).unwrap_err();
-        assert!(matches!(look, QuiesceError::Refused(Refused::HalfRewound)));
-        assert!(handle.mark("b", LIMIT).is_err());
-        stubborn.0.store(false, Ordering::Release);
-        if mended_by_reset {
-            let resets = handle.status().resets;
-            handle.reset().unwrap();
-            while handle.status().resets == resets {
-                std::thread::yield_now();
-            }
-            handle.resume().unwrap();
-            writing.guest.report();
-        } else {
-            handle.rewind(Some("a"), LIMIT).unwrap();
-            assert_same(&whole(handle), &then, "mended");
-            handle.resume().unwrap();
-        }
-    }
-    // The mark outlives the reset.
-    rewind(&writing, "a", &then);
-    writing.wait(20);
-    handle
-        .quiesce(LIMIT, |quiesced| writing.check(quiesced))
-        .unwrap();
-    writing.guest.power_off();
-}
-
-#[test]
-fn after_a_rewind_that_failed_half_way_another_mark_has_its_own_memory() {
-    let writing = writer(4 << 20, MemorySource::Fresh, 1, 64).start();
-    let handle = writing.handle();
-    let stubborn = Arc::new(Stubborn::default());
-    handle.add_participant(stubborn.clone());
-    writing.wait(20);
-    let first = mark(&writing, "a");
-    writing.wait(20);
-    let second = mark(&writing, "b");
-    for (fails, succeeds, then) in [("a", "b", &second), ("b", "a", &first)] {
-        writing.wait(20);
-        stubborn.0.store(true, Ordering::Release);
-        let error = handle.rewind(Some(fails), LIMIT).unwrap_err();
-        assert!(matches!(error, RewindError::HalfWay { .. }), "{error}");
-        stubborn.0.store(false, Ordering::Release);
-        handle.rewind(Some(succeeds), LIMIT).unwrap();
-        assert_same(&whole(handle), then, succeeds);
-        handle.resume().unwrap();
-    }
-    writing.guest.power_off();
-}
-
-#[test]
-fn a_mark_is_valid_after_resets() {
-    let writing = writer(4 << 20, MemorySource::Fresh, 2, 64).start();
-    let handle = writing.handle();
-    writing.wait(100);
-    let then = mark(&writing, "a");
-    for resets in 1..4 {
-        writing.wait(20);
-        handle.reset().unwrap();
-        while handle.status().resets < resets {
-            std::thread::yield_now();
-        }
-        writing.guest.report();
-        rewind(&writing, "a", &then);
-        handle
-            .quiesce(LIMIT, |quiesced| writing.check(quiesced))
-            .unwrap();
-    }
-    writing.guest.power_off();
 }
 
 #[test]

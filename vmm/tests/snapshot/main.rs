@@ -3,100 +3,20 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod counting;
+mod golden;
+mod paused;
+mod places;
 
-use std::path::Path;
-use std::time::Duration;
-
-use common::{Guest, MEMORY, Running, config};
+use common::{Guest, MEMORY, config};
+use counting::{PAGES, PAGES_AT, beside, code, count_on, go_on, guest, request, snapshot};
 use devices::serial::SerialBackend;
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::snapshot::{Beside, CaptureError, Chain, SnapshotRequest, Taken};
+use vmm::snapshot::{Beside, CaptureError, Chain, SnapshotRequest};
 use vmm::{ExitReason, VmConfig};
-
-/// Where the guest's pages are, and their number.
-const PAGES_AT: u64 = 0x20_0000;
-const PAGES: u32 = 64;
-/// What the guest reports when a page is not as it left it.
-const BROKEN: u32 = 0xbad;
-
-// Counts; each number goes into the next of 64 pages, where the one of 64 before has to be, and is
-// reported.
-guest_code!(
-    counts,
-    "mov r12d, 0x1000",
-    "1: mov ecx, r12d",
-    "and ecx, 63",
-    "shl ecx, 12",
-    "lea rbx, [rcx + 0x200000]",
-    "mov eax, [rbx]",
-    "test eax, eax",
-    "jz 2f",
-    "add eax, 64",
-    "cmp eax, r12d",
-    "je 2f",
-    "mov eax, 0xbad",
-    "mov edx, 0x500",
-    "out dx, eax",
-    "hlt",
-    "2: mov [rbx], r12d",
-    "mov eax, r12d",
-    "mov edx, 0x500",
-    "out dx, eax",
-    "inc r12d",
-    "jmp 1b",
-);
-
-fn guest() -> Guest {
-    Guest::new(config(counts(), 1))
-}
-
-fn request<'a>(dir: &'a Path, parent: Option<&'a Path>) -> SnapshotRequest<'a> {
-    SnapshotRequest {
-        dir,
-        parent,
-        program: "test",
-        track: false,
-        stop: false,
-        limit: Duration::from_secs(10),
-    }
-}
-
-fn beside() -> Result<Beside, String> {
-    Ok(Beside {
-        vm: json!({"name": "test"}),
-        instead: Vec::new(),
-    })
-}
-
-fn snapshot(guest: &Running, dir: &Path, parent: Option<&Path>) -> Taken {
-    let taken = guest
-        .handle
-        .snapshot(&request(dir, parent), &mut |_| true, &mut beside);
-    taken.unwrap()
-}
-
-/// The next so many reports of one that counts from `last` on.
-fn count_on(guest: &Running, last: &mut u32, reports: u32) {
-    for _ in 0..reports {
-        let next = guest.report();
-        assert_ne!(next, BROKEN, "a page is not as the guest left it");
-        assert_eq!(next, *last + 1, "a step lost or done twice");
-        *last = next;
-    }
-}
-
-/// A machine that goes on from `dir`, and the number it reported last before.
-fn go_on(dir: &Path) -> (Running, u32) {
-    let chain = Chain::open(dir).unwrap();
-    let mut guest = guest();
-    guest.vm.go_on_from(&chain).unwrap();
-    let guest = guest.start();
-    let first = guest.report();
-    assert_ne!(first, BROKEN);
-    (guest, first)
-}
 
 #[test]
 fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
@@ -194,7 +114,10 @@ fn diffs_hold_what_changed_and_each_of_a_chain_can_be_gone_on_from() {
     for index in 0..4 {
         std::fs::rename(dir(index), moved.join(index.to_string())).unwrap();
     }
-    Chain::open(&moved.join("3")).unwrap().check().unwrap();
+    Chain::open(&moved.join("3"))
+        .unwrap()
+        .check(&mut |_| true)
+        .unwrap();
 }
 
 #[test]
@@ -280,18 +203,22 @@ fn a_machine_that_is_not_alike_is_refused() {
     let chain = Chain::open(&dir).unwrap();
     let larger = VmConfig {
         memory_bytes: 2 * MEMORY,
-        ..config(counts(), 1)
+        ..config(code(), 1)
     };
-    for (config, word) in [(config(counts(), 2), "vCPUs"), (larger, "memory")] {
+    for (config, word) in [(config(code(), 2), "vCPUs"), (larger, "memory")] {
         let mut other = Guest::new(config);
-        let error = other.vm.go_on_from(&chain).unwrap_err().to_string();
+        let error = other
+            .vm
+            .go_on_from(&chain, &mut |_| true)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(word), "{error}");
     }
     // Nor is a snapshot of another machine a parent.
     let other = Guest::new(VmConfig {
         memory_bytes: 2 * MEMORY,
         console: SerialBackend::None,
-        ..config(counts(), 1)
+        ..config(code(), 1)
     });
     let other = other.start();
     other.report();
@@ -303,6 +230,66 @@ fn a_machine_that_is_not_alike_is_refused() {
     assert!(error.contains("no parent"), "{error}");
     other.power_off();
     original.power_off();
+}
+
+#[test]
+fn an_image_that_changes_before_it_is_gone_on_from_lazily_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    original.report();
+    snapshot(&original, &dir, None);
+    original.power_off();
+    let lazily = |chain: &Chain| {
+        Guest::new(VmConfig {
+            memory: chain.template().unwrap(),
+            ..config(code(), 1)
+        })
+    };
+    let chain = Chain::open(&dir).unwrap();
+    let mut same = lazily(&chain);
+    same.vm.go_on_from(&chain, &mut |_| true).unwrap();
+    drop(same);
+    let mut other = lazily(&chain);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let image = dir.join("memory.image");
+    let image = std::fs::File::options().write(true).open(image).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, b"x", PAGES_AT).unwrap();
+    let error = other.vm.go_on_from(&chain, &mut |_| true).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("memory.image was changed while it was opened"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_restore_that_is_given_up_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let original = guest().start();
+    original.report();
+    // Many runs, so that somebody is asked.
+    let memory = original.handle.ram().memory();
+    for page in (0..400).step_by(2) {
+        let at = GuestAddress(PAGES_AT + 0x6_0000 + page * 4096);
+        memory.write_obj(page + 1, at).unwrap();
+    }
+    snapshot(&original, &dir, None);
+    original.power_off();
+    let chain = Chain::open(&dir).unwrap();
+    let mut words = 0;
+    let mut other = guest();
+    let given_up = other.vm.go_on_from(&chain, &mut |what| {
+        assert!(what.starts_with("reading memory, "), "{what}");
+        words += 1;
+        false
+    });
+    assert_eq!(words, 1);
+    assert_eq!(
+        given_up.unwrap_err().to_string(),
+        "given up, nothing of it is left"
+    );
 }
 
 #[test]
@@ -331,49 +318,6 @@ fn what_was_patched_into_the_guest_is_not_in_its_image() {
     let chain = Chain::open(&dir).unwrap();
     chain.read(place.0 / 4096, &mut page).unwrap();
     assert_eq!(&page[4092..], b"text");
-    chain.check().unwrap();
+    chain.check(&mut |_| true).unwrap();
     guest.power_off();
-}
-
-/// A snapshot as version 1 writes it, of a guest that has counted to some number.
-fn golden() -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-1")
-}
-
-/// Writes it: once for each version of the format.
-fn write_golden() {
-    let _ = std::fs::remove_dir_all(golden());
-    std::fs::create_dir_all(golden().parent().unwrap()).unwrap();
-    let guest = guest().start();
-    count_on(&guest, &mut 0xfff, 200);
-    snapshot(&guest, &golden(), None);
-    guest.power_off();
-}
-
-#[test]
-fn a_snapshot_that_an_earlier_program_wrote_is_read() {
-    if std::env::var_os("COFFERDAM_WRITE_GOLDEN").is_some() {
-        write_golden();
-    }
-    let chain = Chain::open(&golden()).unwrap();
-    chain.check().unwrap();
-    let top = chain.top();
-    assert_eq!(top.manifest().version, 1);
-    assert_eq!(top.manifest().memory_bytes, MEMORY);
-    vmm::MachineState::from_bytes(&top.machine_state().unwrap()).unwrap();
-    vmm::DeviceStates::from_bytes(&top.device_states().unwrap()).unwrap();
-    // 64 consecutive numbers, each where the guest puts it.
-    let mut numbers = Vec::new();
-    for index in 0..u64::from(PAGES) {
-        let mut page = [0; 4096];
-        chain.read(PAGES_AT / 4096 + index, &mut page).unwrap();
-        let number = u32::from_le_bytes([page[0], page[1], page[2], page[3]]);
-        assert_eq!(u64::from(number) % u64::from(PAGES), index);
-        numbers.push(number);
-    }
-    numbers.sort_unstable();
-    assert!(
-        numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]),
-        "{numbers:x?}"
-    );
 }

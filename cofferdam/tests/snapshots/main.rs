@@ -10,7 +10,16 @@ use std::process::Child;
 
 use serde_json::Value;
 
+#[path = "../common/mod.rs"]
 mod common;
+mod filled;
+mod golden;
+mod killed;
+#[path = "../../../vmm/tests/nic/mod.rs"]
+mod nic;
+mod other_processor;
+mod template;
+mod wires;
 
 use common::place::{Place, end, finish};
 
@@ -96,6 +105,26 @@ fn a_guest_is_snapshotted_and_goes_on_under_two_names() {
     assert!(finish(vm).status.success());
     place.ask(&format!("snapshot check {}", path("end")));
     place.assert_empty();
+}
+
+#[test]
+fn a_paused_guest_is_saved_and_stays_paused() {
+    let place = Place::new();
+    let vm = place.idle("--memory 32M");
+    let dir = place.path("s").display().to_string();
+    place.ask("pause idle");
+    place.ask(&format!("snapshot idle {dir}"));
+    assert_eq!(place.status()["state"], "paused");
+    let twin = go_on(
+        &place,
+        &format!("--snapshot {dir} --name twin --serial file={dir}.log"),
+    );
+    place.wait_for("twin");
+    assert_eq!(place.status_of("twin")["state"], "running");
+    end(&place, twin, &["idle"]);
+    place.ask("resume idle");
+    assert_eq!(place.status()["state"], "running");
+    end(&place, vm, &[]);
 }
 
 #[test]
