@@ -21,6 +21,7 @@ pub mod runtime_dir;
 pub mod sandbox;
 pub mod serve;
 pub mod sweep;
+mod table;
 pub mod top;
 pub mod trial;
 pub mod words;

@@ -8,11 +8,13 @@
 //! | `guest` | what is needed of a live guest: two traits, with doubles in tests |
 //! | `interface` | network interfaces' configuration, read and put back |
 //! | `ladder` | what is tried, in which order, after a fault |
+//! | `lock` | locks, whoever panicked under them |
 //! | `model` | what kernel functions do that outlasts a call |
 //! | `module_file` | a module's file that is to take a running one's place |
 //! | `request` | what was asked for when a module was isolated |
 //! | `rest` | the supervisor at rest with its machine, and after a rewind |
-//! | `resume_device` | a driver's own suspend and resume functions, called; devices that rest |
+//! | `resting` | devices that were suspended |
+//! | `resume_device` | a driver's own suspend and resume functions, called |
 //! | `rungs` | resume, restart and reset, carried out |
 //! | `supervisor` | the isolated modules of a guest with their ladders |
 //! | `sweep` | modules of a kernel's package, one after the other: what they do, and what came of it |
@@ -32,10 +34,12 @@ pub mod fault;
 pub mod guest;
 pub mod interface;
 pub mod ladder;
+mod lock;
 pub mod model;
 pub mod module_file;
 pub mod request;
 mod rest;
+mod resting;
 pub mod resume_device;
 mod rungs;
 pub mod supervisor;

@@ -6,14 +6,15 @@
 //! kernel symbol can have, every argument exists, and a function that is irrevocable has no
 //! opposite.
 
+mod file;
+mod for_isolation;
+
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use isolation::compensation::effects::{
-    ArgumentModel, FunctionModel, KeptModel, KernelModel, MemberOf, OppositeModel, RequiredModel,
-};
+use file::{File, MAX_BYTES, SCHEMA};
 use serde::{Deserialize, Serialize};
 
 /// The models that come with this crate, by the series of the kernel that they are of.
@@ -21,17 +22,6 @@ const MODELS: [(&str, &str); 2] = [
     ("6.1", include_str!("../models/linux-6.1.toml")),
     ("6.12", include_str!("../models/linux-6.12.toml")),
 ];
-
-/// Version of the schema.
-const SCHEMA: u32 = 1;
-/// Longest model, in bytes.
-const MAX_BYTES: usize = 1 << 20;
-/// Longest name of a symbol (`KSYM_NAME_LEN` with its end byte).
-const MAX_NAME: usize = 511;
-/// Arguments that are passed in registers (System V ABI, section 3.2.3).
-const REGISTER_ARGUMENTS: u8 = 6;
-/// Most members of members.
-const MAX_NESTING: usize = 8;
 
 /// Why a model cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -196,43 +186,6 @@ pub struct Model {
     interrupts_off: BTreeSet<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    schema: u32,
-    /// Series of the kernel.
-    kernel: String,
-    /// Series of the model that holds for everything that is not said here.
-    base: Option<String>,
-    /// What that one has and this kernel has not.
-    #[serde(default)]
-    gone: Vec<String>,
-    data: Vec<String>,
-    transient: Vec<String>,
-    #[serde(default)]
-    interrupts_off: Vec<String>,
-    function: BTreeMap<String, Entry>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    undo: Option<String>,
-    #[serde(default)]
-    owned: Vec<u8>,
-    allocates: Option<Resource>,
-    frees: Option<Resource>,
-    #[serde(default)]
-    sleeps: bool,
-    #[serde(default)]
-    irrevocable: bool,
-    #[serde(default)]
-    deferrable: bool,
-    changes: Option<String>,
-    #[serde(default)]
-    keeps: Vec<String>,
-}
-
 impl Model {
     /// The model that comes with this crate for the kernel of this release, as `uname -r` has it;
     /// `None` if there is none for its series. What a function leaves behind in one series it need
@@ -312,33 +265,6 @@ impl Model {
         self.data.contains(symbol).then_some(Known::Data)
     }
 
-    /// What isolated calls are journalled and compensated by.
-    pub fn for_isolation(&self) -> KernelModel {
-        let mut model = KernelModel {
-            kernel: self.kernel.clone(),
-            harmless: self.data.iter().chain(&self.transient).cloned().collect(),
-            lasting: Vec::new(),
-            interrupts_off: self.interrupts_off.iter().cloned().collect(),
-        };
-        for (name, effect) in &self.lasting {
-            if effect.undo.is_none() && !effect.irrevocable && !effect.deferrable {
-                model.harmless.push(name.clone());
-                continue;
-            }
-            model.lasting.push(FunctionModel {
-                name: name.clone(),
-                undo: effect.undo.as_ref().map(Undo::for_isolation),
-                deferred: effect.deferrable && effect.undo.is_none(),
-                changes: effect.changes.as_ref().map(|changes| MemberOf {
-                    argument: changes.argument,
-                    member: changes.member.clone(),
-                }),
-                keeps: effect.keeps.iter().map(Keeps::for_isolation).collect(),
-            });
-        }
-        model
-    }
-
     /// All functions with effects that last, by name.
     pub fn lasting(&self) -> impl Iterator<Item = (&str, &Effect)> {
         let all = self.lasting.iter();
@@ -350,115 +276,6 @@ impl Model {
         let data = self.data.iter().map(|name| (name.as_str(), Known::Data));
         let transient = self.transient.iter();
         data.chain(transient.map(|name| (name.as_str(), Known::Transient)))
-    }
-}
-
-impl Keeps {
-    fn for_isolation(&self) -> KeptModel {
-        KeptModel {
-            argument: self.argument,
-            member: self.member.clone(),
-            is: match &self.is {
-                Required::Function => RequiredModel::Function,
-                Required::Listed(head, structure, links) => RequiredModel::Listed {
-                    head: head.clone(),
-                    structure: structure.clone(),
-                    links: links.clone(),
-                },
-            },
-        }
-    }
-}
-
-impl Undo {
-    fn for_isolation(&self) -> OppositeModel {
-        let arguments = self.arguments.iter().map(|argument| match argument {
-            Argument::Result => ArgumentModel::Result,
-            Argument::Own(index) => ArgumentModel::Own(*index),
-            Argument::Behind(index) => ArgumentModel::Behind(*index),
-            Argument::Member(argument, member) => ArgumentModel::Member(MemberOf {
-                argument: *argument,
-                member: member.clone(),
-            }),
-            Argument::Constant(number) => ArgumentModel::Constant(*number),
-        });
-        OppositeModel {
-            function: self.function.clone(),
-            arguments: arguments.collect(),
-        }
-    }
-}
-
-impl File {
-    /// One of this schema in which each name is a symbol's, and is there once.
-    fn read(text: &str) -> Result<Self, ModelError> {
-        if text.len() > MAX_BYTES {
-            return Err(ModelError::TooLong(text.len()));
-        }
-        let file: Self =
-            toml::from_str(text).map_err(|error| ModelError::Syntax(error.message().to_owned()))?;
-        if file.schema != SCHEMA {
-            return Err(ModelError::Schema(file.schema));
-        }
-        if let Some(name) = file.interrupts_off.iter().find(|name| !is_symbol(name)) {
-            return Err(ModelError::Name(name.clone()));
-        }
-        let mut seen = BTreeSet::new();
-        let names = file.data.iter().chain(&file.transient);
-        for name in names.chain(file.function.keys()) {
-            if !is_symbol(name) {
-                return Err(ModelError::Name(name.clone()));
-            }
-            if !seen.insert(name.as_str()) {
-                return Err(ModelError::Twice(name.clone()));
-            }
-        }
-        Ok(file)
-    }
-}
-
-impl Entry {
-    fn effect(&self, name: &str) -> Result<Effect, ModelError> {
-        let contradiction = |what| Err(ModelError::Contradiction(name.to_owned(), what));
-        if self.irrevocable && self.undo.is_some() {
-            return contradiction("what is irrevocable has no opposite");
-        }
-        if self.owned.iter().any(|index| *index >= REGISTER_ARGUMENTS) {
-            return contradiction("a function has six arguments in registers, 0 to 5");
-        }
-        let changes = match self.changes.as_deref() {
-            None => None,
-            Some(text) => match parse_member(text) {
-                Some(changed) => Some(changed),
-                None => return contradiction("what it changes is written like 0.state"),
-            },
-        };
-        let keeps: Option<Vec<Keeps>> = self.keeps.iter().map(|text| parse_keeps(text)).collect();
-        let Some(keeps) = keeps else {
-            return contradiction(
-                "what it keeps is written like `1 in list by structure.links` or `2.work.func is function`",
-            );
-        };
-        if !keeps.is_empty() && self.undo.is_none() && !self.irrevocable && !self.deferrable {
-            return contradiction("what keeps something has an effect that lasts");
-        }
-        let undo = self.undo.as_deref().map(|text| {
-            parse_undo(text).ok_or_else(|| ModelError::Undo {
-                function: name.to_owned(),
-                text: text.to_owned(),
-            })
-        });
-        Ok(Effect {
-            undo: undo.transpose()?,
-            owned: self.owned.clone(),
-            allocates: self.allocates,
-            frees: self.frees,
-            sleeps: self.sleeps,
-            irrevocable: self.irrevocable,
-            deferrable: self.deferrable,
-            changes,
-            keeps,
-        })
     }
 }
 
@@ -476,85 +293,4 @@ fn text_of(series: &str) -> Option<&'static str> {
     let mut models = MODELS.iter();
     let (_, text) = models.find(|(kernel, _)| *kernel == series)?;
     Some(text)
-}
-
-fn parse_index(text: &str) -> Option<u8> {
-    let index: u8 = text.parse().ok()?;
-    (index < REGISTER_ARGUMENTS).then_some(index)
-}
-
-/// `0.member`, `0.member.of.it`.
-fn parse_member(text: &str) -> Option<Changed> {
-    let (argument, member) = text.split_once('.')?;
-    let argument = parse_index(argument)?;
-    let names = || member.split('.');
-    (names().all(is_symbol) && names().count() <= MAX_NESTING).then(|| Changed {
-        argument,
-        member: member.to_owned(),
-    })
-}
-
-/// `1 in list by structure.links`, `1 is function`, `2.member.of.it is function`.
-fn parse_keeps(text: &str) -> Option<Keeps> {
-    let words: Vec<&str> = text.split_ascii_whitespace().collect();
-    let (what, is) = match words.as_slice() {
-        [what, "is", "function"] => (*what, Required::Function),
-        [what, "in", head, "by", by] => {
-            let (structure, links) = by.split_once('.')?;
-            if ![*head, structure, links].into_iter().all(is_symbol) {
-                return None;
-            }
-            let [head, structure, links] = [*head, structure, links].map(str::to_owned);
-            (*what, Required::Listed(head, structure, links))
-        }
-        _ => return None,
-    };
-    let (argument, member) = match parse_member(what) {
-        Some(Changed { argument, member }) => (argument, Some(member)),
-        None => (parse_index(what)?, None),
-    };
-    Some(Keeps {
-        argument,
-        member,
-        is,
-    })
-}
-
-/// `name(argument, ...)`.
-fn parse_undo(text: &str) -> Option<Undo> {
-    let (function, arguments) = text.strip_suffix(')')?.split_once('(')?;
-    let arguments: Vec<&str> = match arguments.trim() {
-        "" => Vec::new(),
-        list => list.split(',').map(str::trim).collect(),
-    };
-    if !is_symbol(function) || arguments.len() > usize::from(REGISTER_ARGUMENTS) {
-        return None;
-    }
-    let arguments = arguments.into_iter().map(|argument| {
-        if argument == "result" {
-            return Some(Argument::Result);
-        }
-        if let Some(number) = argument.strip_prefix('=') {
-            return number.parse().ok().map(Argument::Constant);
-        }
-        if let Some(behind) = argument.strip_prefix('*') {
-            return parse_index(behind).map(Argument::Behind);
-        }
-        match parse_member(argument) {
-            Some(Changed { argument, member }) => Some(Argument::Member(argument, member)),
-            None => parse_index(argument).map(Argument::Own),
-        }
-    });
-    Some(Undo {
-        function: function.to_owned(),
-        arguments: arguments.collect::<Option<_>>()?,
-    })
-}
-
-fn is_symbol(name: &str) -> bool {
-    (1..=MAX_NAME).contains(&name.len())
-        && !name.starts_with(|c: char| c.is_ascii_digit())
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_.".contains(&b))
 }

@@ -13,9 +13,10 @@ use vmm::{Kept, Participant, PausedVcpus, RestFor, Unsettled};
 use crate::asker::Asker;
 use crate::guest::LiveGuest;
 use crate::ladder::{Ladder, State};
+use crate::lock::lock;
 use crate::request::{IsolatedModule, IsolationRequest};
-use crate::resume_device::Resting;
-use crate::supervisor::{SupervisedModule, Supervisor, lock};
+use crate::resting::Resting;
+use crate::supervisor::{SupervisedModule, Supervisor};
 
 /// What has to be put back.
 struct KeptSupervisor<G: LiveGuest> {

@@ -110,7 +110,7 @@ fn there_is_no_rest_with_a_rung_to_be_climbed() {
     let refused = supervisor.come_to_rest().unwrap_err();
     assert!(refused.soon && refused.reason.contains("`driver` is about to be restarted"));
     while let Ok(request) = asked.try_recv() {
-        crate::supervisor::climb(&supervisor, &request);
+        crate::rungs::climb(&supervisor, &request);
     }
     supervisor.come_to_rest().unwrap();
 }

@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::asker::Asker;
 use crate::guest::{Agent, LiveGuest};
-use crate::supervisor::{Supervisor, lock};
+use crate::lock::lock;
+use crate::resting::Resting;
+use crate::supervisor::Supervisor;
 
 /// Devices of one driver.
 const MAX_DEVICES: usize = 8;
@@ -46,19 +48,6 @@ pub enum Resumed {
     FromRest(DevicePhases),
     /// They were not: each was suspended and resumed, which took so long.
     Anew(Vec<Duration>),
-}
-
-/// Devices that rest.
-#[derive(Debug, Clone)]
-pub(crate) struct Resting<D> {
-    /// Which instance of the module has them.
-    instance: String,
-    /// Their folders in sysfs.
-    folders: Vec<String>,
-    /// Their state when they came to rest.
-    state: Option<D>,
-    /// They were put into D3hot.
-    asleep: bool,
 }
 
 /// A driver module in the guest, and the folders in sysfs of its devices.
@@ -97,6 +86,27 @@ impl Driver {
     }
 }
 
+impl<G: LiveGuest> Supervisor<G> {
+    /// Has a driver suspend its devices, and leaves them so, in a sleep state if they have any.
+    ///
+    /// # Errors
+    /// They are suspended already, or cannot be: they work then.
+    pub fn suspend_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<DevicePhases> {
+        suspend(self, module, asker)
+    }
+
+    /// Brings back a driver's devices that were suspended; has it suspend and resume those that
+    /// were not.
+    ///
+    /// # Errors
+    /// Its functions cannot be called, or failed; or the driver was removed since.
+    pub fn resume_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<Resumed> {
+        let _alone = self.change_driver_for(asker)?;
+        asker.tell("having the driver resume its devices")?;
+        resume(self, module)
+    }
+}
+
 /// Calls functions of the driver `module` for the device with this folder; how long they took.
 fn call<G: LiveGuest>(
     guest: &G,
@@ -120,7 +130,7 @@ fn call<G: LiveGuest>(
 
 /// Has `module` suspend its devices, takes their state and changes their power state. An error
 /// means that they work.
-pub(crate) fn suspend<G: LiveGuest>(
+fn suspend<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
     asker: &dyn Asker,

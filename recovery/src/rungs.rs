@@ -5,7 +5,8 @@
 //!     ─► the guest goes back to its last mark ─► reset the guest, isolate again ─► stop
 //! ```
 
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -14,8 +15,9 @@ use crate::asker::Nobody;
 use crate::guest::{Agent, LiveGuest, POLL};
 use crate::interface::live;
 use crate::ladder::{Ladder, Next};
+use crate::lock::lock;
 use crate::resume_device;
-use crate::supervisor::{Supervisor, lock};
+use crate::supervisor::{RungRequest, Supervisor};
 use crate::turn::Taken;
 
 /// How long a step of a restart may take in the guest.
@@ -24,9 +26,49 @@ const STEP_TIME: Duration = Duration::from_secs(60);
 /// How long a guest may take to boot after a reset.
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
+impl<G: LiveGuest> Supervisor<G> {
+    /// Supervises `guest`, in which nothing is isolated yet, with a thread that climbs the ladders'
+    /// rungs until the supervisor is dropped.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(guest: G) -> std::io::Result<Arc<Self>> {
+        let (supervisor, asked) = Self::new(guest);
+        let supervisor = Arc::new(supervisor);
+        let weak = Arc::downgrade(&supervisor);
+        std::thread::Builder::new()
+            .name("recovery".to_owned())
+            .spawn(move || serve(&asked, &weak))?;
+        Ok(supervisor)
+    }
+}
+
+/// Begins with the rung that a ladder asked for, unless its module was released or exchanged
+/// meanwhile.
+pub(crate) fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
+    // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
+    let alone = supervisor.change_driver();
+    let ladder = supervisor.ladder(&request.module);
+    if ladder.is_some_and(|ladder| Arc::ptr_eq(&ladder, &request.ladder)) {
+        let (module, ladder) = (&request.module, &request.ladder);
+        recover(supervisor, module, request.resume, ladder, &alone);
+    }
+    drop(alone);
+}
+
+/// Resumes devices and restarts modules as they are asked for, until the supervisor is gone.
+fn serve<G: LiveGuest>(asked: &Receiver<RungRequest>, supervisor: &Weak<Supervisor<G>>) {
+    while let Ok(request) = asked.recv() {
+        let Some(supervisor) = supervisor.upgrade() else {
+            return;
+        };
+        climb(&supervisor, &request);
+    }
+}
+
 /// Begins with a resume or a restart, as the `ladder` of `module` decided, and goes on until
 /// something holds. Nobody else may change the driver meanwhile.
-pub(crate) fn recover<G: LiveGuest>(
+fn recover<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
     resume: bool,

@@ -11,8 +11,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::clock::monotonic_ns;
 use isolation::attach::request::Isolated;
@@ -22,12 +21,11 @@ use isolation::status::ModuleStatus;
 use crate::asker::{Asker, Gone, Nobody};
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
+use crate::lock::lock;
 use crate::request::IsolationRequest;
-use crate::resume_device::{DevicePhases, Resting, Resumed};
+use crate::resting::Resting;
 use crate::turn::{Taken, Turn};
-use crate::upgrade::UpgradeReport;
 use crate::violations::{ViolationLog, Violations};
-use crate::{resume_device, rungs, upgrade};
 
 pub(crate) struct SupervisedModule {
     pub request: IsolationRequest,
@@ -36,11 +34,11 @@ pub(crate) struct SupervisedModule {
 
 /// What a module's ladder asks for beyond an error.
 pub(crate) struct RungRequest {
-    module: String,
+    pub module: String,
     /// The ladder that asks.
-    ladder: Arc<Mutex<Ladder>>,
+    pub ladder: Arc<Mutex<Ladder>>,
     /// Resume its device; otherwise restart it.
-    resume: bool,
+    pub resume: bool,
 }
 
 /// Supervises the isolated modules of a guest.
@@ -58,21 +56,6 @@ pub struct Supervisor<G: LiveGuest> {
 }
 
 impl<G: LiveGuest> Supervisor<G> {
-    /// Supervises `guest`, in which nothing is isolated yet, with a thread that climbs the ladders'
-    /// rungs until the supervisor is dropped.
-    ///
-    /// # Errors
-    /// The thread cannot be started.
-    pub fn start(guest: G) -> std::io::Result<Arc<Self>> {
-        let (supervisor, asked) = Self::new(guest);
-        let supervisor = Arc::new(supervisor);
-        let weak = Arc::downgrade(&supervisor);
-        std::thread::Builder::new()
-            .name("recovery".to_owned())
-            .spawn(move || serve(&asked, &weak))?;
-        Ok(supervisor)
-    }
-
     pub(crate) fn new(guest: G) -> (Self, Receiver<RungRequest>) {
         let (rungs, asked) = channel();
         let supervisor = Self {
@@ -155,41 +138,6 @@ impl<G: LiveGuest> Supervisor<G> {
         // Also of one that could not be isolated again, and has nothing but a ladder.
         self.modules().remove(module);
         status
-    }
-
-    /// Puts another build of a driver module in the place of the one that runs
-    /// ([`crate::upgrade`]).
-    ///
-    /// # Errors
-    /// Nothing was changed, and why.
-    pub fn upgrade(
-        &self,
-        module: &str,
-        file: &[u8],
-        limit: Duration,
-        asker: &dyn Asker,
-    ) -> anyhow::Result<UpgradeReport> {
-        upgrade::upgrade(self, module, file, limit, asker)
-    }
-
-    /// Has a driver suspend its devices, and leaves them so, in a sleep state if they have any
-    /// ([`crate::resume_device`]).
-    ///
-    /// # Errors
-    /// They are suspended already, or cannot be: they work then.
-    pub fn suspend_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<DevicePhases> {
-        resume_device::suspend(self, module, asker)
-    }
-
-    /// Brings back a driver's devices that were suspended; has it suspend and resume those that
-    /// were not ([`crate::resume_device`]).
-    ///
-    /// # Errors
-    /// Its functions cannot be called, or failed; or the driver was removed since.
-    pub fn resume_device(&self, module: &str, asker: &dyn Asker) -> anyhow::Result<Resumed> {
-        let _alone = self.change_driver_for(asker)?;
-        asker.tell("having the driver resume its devices")?;
-        resume_device::resume(self, module)
     }
 
     /// Modules whose devices are suspended.
@@ -284,11 +232,6 @@ impl<G: LiveGuest> Supervisor<G> {
     }
 }
 
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each change under these locks is whole when it can panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Asks the ladder of a module after each fault.
 struct LadderPolicy {
     module: String,
@@ -334,29 +277,6 @@ impl FaultPolicy for LadderPolicy {
                 AfterFault::Stop
             }
         }
-    }
-}
-
-/// Begins with the rung that a ladder asked for, unless its module was released or exchanged
-/// meanwhile.
-pub(crate) fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
-    // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
-    let alone = supervisor.change_driver();
-    let ladder = supervisor.ladder(&request.module);
-    if ladder.is_some_and(|ladder| Arc::ptr_eq(&ladder, &request.ladder)) {
-        let (module, ladder) = (&request.module, &request.ladder);
-        rungs::recover(supervisor, module, request.resume, ladder, &alone);
-    }
-    drop(alone);
-}
-
-/// Resumes devices and restarts modules as they are asked for, until the supervisor is gone.
-fn serve<G: LiveGuest>(asked: &Receiver<RungRequest>, supervisor: &Weak<Supervisor<G>>) {
-    while let Ok(request) = asked.recv() {
-        let Some(supervisor) = supervisor.upgrade() else {
-            return;
-        };
-        climb(&supervisor, &request);
     }
 }
 

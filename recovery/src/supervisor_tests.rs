@@ -1,8 +1,11 @@
 //! Rungs that take time, climbed for a double of a guest.
 
+use std::time::Duration;
+
 use super::*;
 use crate::double::{DRIVER, Double, request};
 use crate::ladder::{OnFault, State};
+use crate::rungs::climb;
 
 fn restarting() -> LadderConfig {
     LadderConfig {

@@ -3,7 +3,7 @@
 
 use std::sync::{Condvar, Mutex};
 
-use crate::supervisor::lock;
+use crate::lock::lock;
 
 /// Free, taken by somebody, or at rest.
 #[derive(Debug, Default)]

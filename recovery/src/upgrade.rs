@@ -13,6 +13,7 @@
 
 use std::time::Duration;
 
+use agent_protocol::ClientError;
 use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 
@@ -77,8 +78,33 @@ struct Wanted {
     linked: Vec<String>,
 }
 
+impl<G: LiveGuest> Supervisor<G> {
+    /// Puts another build of a driver module in the place of the one that runs.
+    ///
+    /// # Errors
+    /// Nothing was changed, and why.
+    pub fn upgrade(
+        &self,
+        module: &str,
+        file: &[u8],
+        limit: Duration,
+        asker: &dyn Asker,
+    ) -> anyhow::Result<UpgradeReport> {
+        upgrade(self, module, file, limit, asker)
+    }
+}
+
+/// All that an exchange takes, known before anything is changed.
+struct Exchange {
+    module: String,
+    old: DriverFile,
+    new: DriverFile,
+    wanted: Wanted,
+    limit: Duration,
+}
+
 /// Puts the module in `file` in the place of `module`. An error means that nothing was changed.
-pub(crate) fn upgrade<G: LiveGuest>(
+fn upgrade<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
     file: &[u8],
@@ -94,32 +120,11 @@ pub(crate) fn upgrade<G: LiveGuest>(
     );
     let new = ModuleFile::parse(file).context("the file cannot be used")?;
     new.is(module).context("the file cannot be used")?;
-    let module = new.name.as_str();
     let _alone = supervisor.change_driver_for(asker)?;
-    ensure!(
-        supervisor.suspended().iter().all(|one| one != module),
-        "the devices of {module} are suspended: `cofferdam resume-device` brings them back"
-    );
     let guest = supervisor.guest();
     let mut agent = guest.agent();
-    not_in_use(&mut agent, module)?;
-    let (old, old_file) = running(&mut agent, supervisor, module)?;
-    new.fits(&old_file).context("the file cannot be used")?;
-    asker.tell("handing the new file to the guest")?;
-    let new = DriverFile {
-        path: new_path(module, &old.path),
-        build: new.build_id.clone(),
-    };
-    agent
-        .write_file(&new.path, file, 0o600)
-        .context("the guest cannot store the file")?;
-    let configs = live::read(&mut agent, module)
-        .context("the configuration of its interfaces cannot be read")?;
-    let wanted = Wanted {
-        linked: live::linked(&mut agent, &configs)?,
-        configs,
-    };
-    asker.tell("everything is there for the exchange")?;
+    let exchange = prepare(supervisor, &mut agent, (&new, file), limit, asker)?;
+    let module = exchange.module.as_str();
     // From here on it is carried out to its end, even when nobody listens any more.
     let tell = |what: &str| {
         let _gone = asker.tell(what);
@@ -130,46 +135,15 @@ pub(crate) fn upgrade<G: LiveGuest>(
     tell(&format!("removing the old {module}"));
     let begin = guest.now();
     if let Err(error) = agent.remove_module(module) {
-        forget_file(&mut agent, &new.path);
+        forget_file(&mut agent, &exchange.new.path);
         drop(agent);
-        let again = supervisor.isolate_again(module);
-        let error = anyhow::Error::new(error).context(format!("{module} cannot be removed"));
-        return match again {
-            Ok(_) => Err(error),
-            Err(other) => {
-                Err(error.context(format!("{module} is not isolated any more: {other:#}")))
-            }
-        };
+        return Err(not_removed(supervisor, module, error));
     }
-    let checkpoint = guest.save_device(module);
-    tell(&format!("inserting the new {module}"));
     let mut problems = Vec::new();
-    let outcome = match insert(guest, &mut agent, module, &new, &wanted, limit) {
-        Ok(()) => UpgradeOutcome::New,
-        Err(error) => {
-            let problem = format!("the new {module} failed: {error:#}");
-            tell(&format!("{problem}; putting the old one back"));
-            problems.push(problem);
-            match put_old_back(guest, &mut agent, module, &old, &wanted, checkpoint) {
-                Ok(()) => UpgradeOutcome::Old,
-                Err(error) => {
-                    problems.push(format!("the old {module} cannot be put back: {error:#}"));
-                    UpgradeOutcome::Neither
-                }
-            }
-        }
-    };
+    let outcome = exchange.carry_out(guest, &mut agent, &tell, &mut problems);
     let outage = guest.now().saturating_sub(begin);
     drop(link);
-    match outcome {
-        UpgradeOutcome::New => {
-            supervisor.driver_came_from(module, &new.path);
-            if old.path.starts_with(FOLDER) {
-                forget_file(&mut agent, &old.path);
-            }
-        }
-        _ => forget_file(&mut agent, &new.path),
-    }
+    exchange.forget_the_other(supervisor, &mut agent, outcome);
     // The agent listens to one client at a time, and isolating asks it as well.
     drop(agent);
     let mut count = 0;
@@ -180,16 +154,117 @@ pub(crate) fn upgrade<G: LiveGuest>(
             Err(error) => problems.push(format!("{module} is not isolated any more: {error:#}")),
         }
     }
+    let configs = exchange.wanted.configs.into_iter();
     Ok(UpgradeReport {
-        module: module.to_owned(),
         outcome,
-        old_build: hex(&old.build),
-        new_build: hex(&new.build),
-        interfaces: wanted.configs.into_iter().map(|one| one.name).collect(),
+        old_build: hex(&exchange.old.build),
+        new_build: hex(&exchange.new.build),
+        interfaces: configs.map(|one| one.name).collect(),
         isolated: count,
         outage_us: u64::try_from(outage.as_micros()).unwrap_or(u64::MAX),
         problems,
+        module: exchange.module,
     })
+}
+
+/// Finds out what the exchange takes, and hands the guest the new `file`.
+fn prepare<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    agent: &mut G::Agent,
+    (new, file): (&ModuleFile, &[u8]),
+    limit: Duration,
+    asker: &dyn Asker,
+) -> anyhow::Result<Exchange> {
+    let module = new.name.as_str();
+    ensure!(
+        supervisor.suspended().iter().all(|one| one != module),
+        "the devices of {module} are suspended: `cofferdam resume-device` brings them back"
+    );
+    not_in_use(agent, module)?;
+    let (old, old_file) = running(agent, supervisor, module)?;
+    new.fits(&old_file).context("the file cannot be used")?;
+    asker.tell("handing the new file to the guest")?;
+    let new = DriverFile {
+        path: new_path(module, &old.path),
+        build: new.build_id.clone(),
+    };
+    agent
+        .write_file(&new.path, file, 0o600)
+        .context("the guest cannot store the file")?;
+    let configs =
+        live::read(agent, module).context("the configuration of its interfaces cannot be read")?;
+    let wanted = Wanted {
+        linked: live::linked(agent, &configs)?,
+        configs,
+    };
+    asker.tell("everything is there for the exchange")?;
+    Ok(Exchange {
+        module: module.to_owned(),
+        old,
+        new,
+        wanted,
+        limit,
+    })
+}
+
+/// The old driver stays, isolated as it was.
+fn not_removed<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+    error: ClientError,
+) -> anyhow::Error {
+    let error = anyhow::Error::new(error).context(format!("{module} cannot be removed"));
+    match supervisor.isolate_again(module) {
+        Ok(_) => error,
+        Err(other) => error.context(format!("{module} is not isolated any more: {other:#}")),
+    }
+}
+
+impl Exchange {
+    /// Inserts the new driver, or the old one again if that fails.
+    fn carry_out<G: LiveGuest>(
+        &self,
+        guest: &G,
+        agent: &mut G::Agent,
+        tell: &dyn Fn(&str),
+        problems: &mut Vec<String>,
+    ) -> UpgradeOutcome {
+        let module = self.module.as_str();
+        let checkpoint = guest.save_device(module);
+        tell(&format!("inserting the new {module}"));
+        let inserted = insert(guest, agent, module, &self.new, &self.wanted, self.limit);
+        let Err(error) = inserted else {
+            return UpgradeOutcome::New;
+        };
+        let problem = format!("the new {module} failed: {error:#}");
+        tell(&format!("{problem}; putting the old one back"));
+        problems.push(problem);
+        match put_old_back(guest, agent, module, &self.old, &self.wanted, checkpoint) {
+            Ok(()) => UpgradeOutcome::Old,
+            Err(error) => {
+                problems.push(format!("the old {module} cannot be put back: {error:#}"));
+                UpgradeOutcome::Neither
+            }
+        }
+    }
+
+    /// Removes the file in the guest that is not needed any more.
+    fn forget_the_other<G: LiveGuest>(
+        &self,
+        supervisor: &Supervisor<G>,
+        agent: &mut G::Agent,
+        outcome: UpgradeOutcome,
+    ) {
+        match outcome {
+            UpgradeOutcome::New => {
+                supervisor.driver_came_from(&self.module, &self.new.path);
+                if self.old.path.starts_with(FOLDER) {
+                    forget_file(agent, &self.old.path);
+                }
+            }
+            _ => forget_file(agent, &self.new.path),
+        }
+    }
 }
 
 /// A module that others use cannot be removed, which is better known before anything is done.

@@ -8,24 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
-use super::worker::{Setup, Worker};
+use super::worker::{EntryCalls, Setup, Worker};
 use recovery::campaign::workload::Shuffle;
 
 /// Texts of false alarms that are kept.
 const MAX_KEPT: usize = 100;
-
-/// Calls of an isolated function.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EntryCalls {
-    /// Its name.
-    pub name: String,
-    /// Its calls.
-    pub calls: u64,
-    /// Of these, calls that were taken back.
-    pub taken_back: u64,
-    /// Times that calls went on in the guest, or were given back to it.
-    pub in_the_guest: u64,
-}
 
 /// What was found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -29,8 +29,8 @@ use recovery::campaign::verdict::Seen;
 use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation};
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
+use serde::{Deserialize, Serialize};
 
-use super::alarms::EntryCalls;
 use super::patience::output_of;
 use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
@@ -71,6 +71,19 @@ pub enum Fault {
     /// At the device's edge: of this kind, after so many of the events that it can strike at, with
     /// this seed.
     Edge(EdgeKind, u64, u64),
+}
+
+/// Calls of an isolated function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryCalls {
+    /// Its name.
+    pub name: String,
+    /// Its calls.
+    pub calls: u64,
+    /// Of these, calls that were taken back.
+    pub taken_back: u64,
+    /// Times that calls went on in the guest, or were given back to it.
+    pub in_the_guest: u64,
 }
 
 /// How the workload ends without a fault, and how long it may take with one.

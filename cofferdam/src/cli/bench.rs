@@ -254,7 +254,8 @@ fn parse_kind(name: &str) -> Result<TrafficKind, String> {
 }
 
 impl BenchCommand {
-    /// `bench`
+    /// `bench`. Flat: an arm for each benchmark takes its options apart and puts what it measured
+    /// into the report.
     pub fn run(self) -> anyhow::Result<Ending> {
         let mut report = environment::report_here();
         let mut progress = |line: &str| eprintln!("{line}");

@@ -16,13 +16,13 @@ use recovery::campaign::workload::{MAX_WORKLOAD, Steps, Workload, checks};
 
 use super::images::Images;
 use super::isolation::StoresArgs;
-use super::table::table;
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
 use crate::bench::network::DRIVER;
 use crate::campaign::worker::Setup;
 use crate::campaign::{self, CampaignOptions, Progress};
 use crate::report;
+use crate::table::table;
 use crate::words::counted;
 use figures::show;
 pub(super) use figures::text;

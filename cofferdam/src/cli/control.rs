@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::ensure;
 
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::ending::{self, Forced};
@@ -12,6 +11,7 @@ use crate::control::listed;
 use crate::control::protocol::{NetSummary, NicStatus, Request, Status, VmState};
 use crate::options::VmName;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
+use crate::table::{number, table};
 use crate::words::duration;
 
 /// How long a VM may take to be listed.

@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
 
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, Connection};
 use crate::control::listed::{self, host_status};
@@ -15,6 +14,7 @@ use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
 use crate::sandbox::MachineSandbox;
+use crate::table::{number, table};
 use crate::words::{counted, switched};
 
 /// How long a device host may take to be listed.

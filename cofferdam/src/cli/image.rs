@@ -10,9 +10,9 @@ use guest_images::{BuildOptions, BuiltImage, KernelSource, images_in};
 use serde::Serialize;
 
 use super::images::UserImages;
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::options::VmName;
+use crate::table::{number, table};
 use crate::words::counted;
 
 /// Where packages are kept in the folder of images.

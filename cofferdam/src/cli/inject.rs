@@ -207,24 +207,7 @@ impl InjectOptions {
             inject(&self.vm, fault, self.json)?;
             return Ok(Ending::SUCCESS);
         }
-        let request = Request::Instructions {
-            module: self.module.clone(),
-            function: function.clone(),
-        };
-        let Reply::Instructions { instructions } = ask(&self.vm, &request)? else {
-            bail!("the VM answered something else");
-        };
-        let offset = match at {
-            None => Place::First.candidates(&instructions).first().copied(),
-            Some(At::Place(place)) => place.candidates(&instructions).first().copied(),
-            Some(At::Function(..)) => None,
-            Some(At::Offset(offset)) => instructions
-                .iter()
-                .map(|instruction| instruction.offset)
-                .find(|start| *start == offset),
-        };
-        let offset =
-            offset.with_context(|| format!("no instruction of {function} begins there"))?;
+        let offset = offset(&self.vm, &self.module, &function, at)?;
         let count = Request::FaultCount {
             module: self.module.clone(),
         };
@@ -261,6 +244,27 @@ impl InjectOptions {
         }
         Ok(Ending::SUCCESS)
     }
+}
+
+/// Where the instruction begins that is meant.
+fn offset(vm: &VmName, module: &str, function: &str, at: Option<At>) -> anyhow::Result<u64> {
+    let request = Request::Instructions {
+        module: module.to_owned(),
+        function: function.to_owned(),
+    };
+    let Reply::Instructions { instructions } = ask(vm, &request)? else {
+        bail!("the VM answered something else");
+    };
+    let offset = match at {
+        None => Place::First.candidates(&instructions).first().copied(),
+        Some(At::Place(place)) => place.candidates(&instructions).first().copied(),
+        Some(At::Function(..)) => None,
+        Some(At::Offset(offset)) => instructions
+            .iter()
+            .map(|instruction| instruction.offset)
+            .find(|start| *start == offset),
+    };
+    offset.with_context(|| format!("no instruction of {function} begins there"))
 }
 
 #[cfg(test)]

@@ -7,12 +7,12 @@ use isolation::mutation::{Kind, Mutation};
 use serde::Serialize;
 
 use super::isolation::ask;
-use super::table::table;
 use super::when::probability;
 use super::{print_bytes, print_json};
 use crate::code_fault::{CodeFault, Injected, fitting_sites, text_request};
 use crate::control::protocol::{FaultsState, FunctionBytes, Reply, Request};
 use crate::options::VmName;
+use crate::table::table;
 use crate::words::{counted, ordinal};
 
 fn words(when: When, seed: u64) -> String {

@@ -9,13 +9,13 @@ use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::request::Spilling;
 
 use super::keep::KeepArgs;
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::control::client::{ANSWER_TIME, ControlClient};
 use crate::control::protocol::{Reply, Request};
 use crate::long_work::LongWork;
 use crate::options::VmName;
 use crate::runtime_dir::RuntimeRoot;
+use crate::table::{number, table};
 use crate::words::{counted, rungs};
 
 /// Asks a VM, with what it does meanwhile on a terminal if that takes long.

@@ -28,7 +28,6 @@ mod snapshot;
 mod suspend_device;
 mod sweep;
 mod switch;
-pub(crate) mod table;
 mod top;
 mod try_module;
 mod upgrade;
@@ -42,6 +41,7 @@ pub use logging::LogOptions;
 
 pub use crate::error_text::one_line;
 pub use crate::run::Ending;
+use crate::table;
 
 /// A lightweight VMM for driver fault isolation.
 #[derive(Debug, Parser)]

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
+use crate::report::isolation::Isolation;
 use crate::report::suspend::{Suspend, of_boot};
 use crate::report::switch::{PHASES, Switch, than_hotplug};
 use crate::report::traffic::{Traffic, of_own};
 use crate::report::{Report, Stat, html, merge, svg};
+use crate::table::{number, table};
 
 /// `report`
 #[derive(Debug, clap::Subcommand)]
@@ -189,7 +190,44 @@ fn switch_text(all: &[Switch]) -> String {
 
 /// A report's numbers as tables.
 pub fn text(report: &Report) -> String {
-    let mut text = String::new();
+    let mut text = times_text(report) + &rollbacks_text(report);
+    if let Some(boot) = &report.boot {
+        text.push_str(&format!(
+            "resident beyond guest memory: {} KiB\n",
+            boot.vmm_rss_kib
+        ));
+    }
+    if !report.suspend.is_empty() {
+        text.push_str(&suspend_text(&report.suspend));
+    }
+    for campaign in &report.campaigns {
+        text.push_str(&format!(
+            "faults in {}, seed {}: {}\n",
+            campaign.driver,
+            campaign.seed,
+            super::campaign::text(&campaign.summary)
+        ));
+    }
+    for one in &report.suspend_followed {
+        text.push_str(&format!(
+            "with a mark set, {} MiB: pings {:.2}, TCP {:.2} of those without\n",
+            one.mem_mib, one.pings_fraction, one.tcp_fraction
+        ));
+    }
+    if !report.switch.is_empty() {
+        text.push_str(&switch_text(&report.switch));
+    }
+    if let Some(isolation) = &report.isolation {
+        text.push_str(&isolation_text(isolation));
+    }
+    if !report.traffic.is_empty() {
+        text.push_str(&traffic_text(&report.traffic));
+    }
+    text
+}
+
+/// How long boots and recoveries take, as a table.
+fn times_text(report: &Report) -> String {
     let mut stats = table(&["ms", "n", "smallest", "median", "p99", "largest"]);
     let mut add = |name: String, stat: &Stat| {
         let ms = |us: f64| number(format!("{:.3}", us / 1e3));
@@ -224,138 +262,121 @@ pub fn text(report: &Report) -> String {
             add(format!("{method}: step {step}"), stat);
         }
     }
-    if !stats.is_empty() {
-        text.push_str(&format!("{stats}\n"));
+    match stats.is_empty() {
+        true => String::new(),
+        false => format!("{stats}\n"),
     }
-    if !report.recovery_ratios.is_empty() {
-        let mut rows = table(&[
-            "rollback of",
-            "n",
-            "returned, us",
-            "p99",
-            "largest",
-            "sooner than",
-            "returned",
-            "first rx",
+}
+
+/// How much sooner a rollback has the network back than other ways, as a table.
+fn rollbacks_text(report: &Report) -> String {
+    if report.recovery_ratios.is_empty() {
+        return String::new();
+    }
+    let mut rows = table(&[
+        "rollback of",
+        "n",
+        "returned, us",
+        "p99",
+        "largest",
+        "sooner than",
+        "returned",
+        "first rx",
+    ]);
+    for ratio in &report.recovery_ratios {
+        let us = |us: f64| number(format!("{us:.0}"));
+        rows.add_row(vec![
+            ratio.name().into(),
+            number(ratio.n),
+            us(ratio.returned_us.p50),
+            us(ratio.returned_us.p99),
+            us(ratio.returned_us.max),
+            ratio.against.name().into(),
+            number(format!("{:.0} times", ratio.returned)),
+            number(ratio.first_rx_text()),
         ]);
-        for ratio in &report.recovery_ratios {
-            let us = |us: f64| number(format!("{us:.0}"));
-            rows.add_row(vec![
-                ratio.name().into(),
-                number(ratio.n),
-                us(ratio.returned_us.p50),
-                us(ratio.returned_us.p99),
-                us(ratio.returned_us.max),
-                ratio.against.name().into(),
-                number(format!("{:.0} times", ratio.returned)),
-                number(ratio.first_rx_text()),
+    }
+    format!("{rows}\n")
+}
+
+/// What isolation costs, as tables.
+fn isolation_text(isolation: &Isolation) -> String {
+    let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);
+    let mut costs = table(&[
+        "function (in set)",
+        "calls",
+        "exits",
+        "crossings",
+        "system calls",
+        "pages",
+        "hold, us",
+        "private VM, us",
+        "host, us",
+    ]);
+    let decimals = |value: f64, n: usize| number(format!("{value:.n$}"));
+    for set in &isolation.sets {
+        rows.add_row(vec![
+            set.name().into(),
+            decimals(set.pings_per_s, 1),
+            decimals(set.pings_fraction, 2),
+            decimals(set.tcp_mib_per_s, 3),
+            decimals(set.tcp_fraction, 2),
+        ]);
+        for f in &set.functions {
+            costs.add_row(vec![
+                format!("{} ({})", f.name, set.name()).into(),
+                number(f.calls),
+                decimals(f.exits_per_call, 2),
+                decimals(f.crossings_per_call, 1),
+                decimals(f.ioctls_per_call, 1),
+                decimals(f.dirty_pages_per_call, 1),
+                decimals(f.holding_us, 1),
+                decimals(f.private_us, 1),
+                decimals(f.host_us, 1),
             ]);
         }
-        text.push_str(&format!("{rows}\n"));
     }
-    if let Some(boot) = &report.boot {
-        text.push_str(&format!(
-            "resident beyond guest memory: {} KiB\n",
-            boot.vmm_rss_kib
-        ));
-    }
-    if !report.suspend.is_empty() {
-        text.push_str(&suspend_text(&report.suspend));
-    }
-    for campaign in &report.campaigns {
-        text.push_str(&format!(
-            "faults in {}, seed {}: {}\n",
-            campaign.driver,
-            campaign.seed,
-            super::campaign::text(&campaign.summary)
-        ));
-    }
-    for one in &report.suspend_followed {
-        text.push_str(&format!(
-            "with a mark set, {} MiB: pings {:.2}, TCP {:.2} of those without\n",
-            one.mem_mib, one.pings_fraction, one.tcp_fraction
-        ));
-    }
-    if !report.switch.is_empty() {
-        text.push_str(&switch_text(&report.switch));
-    }
-    if let Some(isolation) = &report.isolation {
-        let mut rows = table(&["isolated", "pings/s", "of none", "TCP MiB/s", "of none"]);
-        let mut costs = table(&[
-            "function (in set)",
-            "calls",
-            "exits",
-            "crossings",
-            "system calls",
-            "pages",
-            "hold, us",
-            "private VM, us",
-            "host, us",
+    format!(
+        "{rows}\n{costs}\nexits to the isolator after release: {}\n",
+        isolation.exits_when_off
+    )
+}
+
+/// What was sent and what came back, as a table.
+fn traffic_text(all: &[Traffic]) -> String {
+    let mut rows = table(&[
+        "traffic",
+        "NIC in the",
+        "of the VMM's own",
+        "s",
+        "sent",
+        "answered",
+        "reordered",
+        "doubled",
+        "corrupted",
+        "MiB out",
+        "MiB in",
+    ]);
+    let own = |t: &Traffic| {
+        let part = of_own(all, t);
+        part.map_or_else(String::new, |part| format!("{part:.2}"))
+    };
+    for t in all {
+        let count = |n: Option<u64>| number(n.map_or_else(String::new, |n| n.to_string()));
+        let mib = |bytes: u64| number(format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
+        rows.add_row(vec![
+            t.kind.clone().into(),
+            t.nic_at.words().into(),
+            number(own(t)),
+            number(format!("{:.1}", t.seconds)),
+            count(t.sent),
+            count(t.answered),
+            count(t.reordered),
+            count(t.duplicated),
+            number(t.corrupted),
+            mib(t.bytes_to_peer),
+            mib(t.bytes_from_peer),
         ]);
-        let decimals = |value: f64, n: usize| number(format!("{value:.n$}"));
-        for set in &isolation.sets {
-            rows.add_row(vec![
-                set.name().into(),
-                decimals(set.pings_per_s, 1),
-                decimals(set.pings_fraction, 2),
-                decimals(set.tcp_mib_per_s, 3),
-                decimals(set.tcp_fraction, 2),
-            ]);
-            for f in &set.functions {
-                costs.add_row(vec![
-                    format!("{} ({})", f.name, set.name()).into(),
-                    number(f.calls),
-                    decimals(f.exits_per_call, 2),
-                    decimals(f.crossings_per_call, 1),
-                    decimals(f.ioctls_per_call, 1),
-                    decimals(f.dirty_pages_per_call, 1),
-                    decimals(f.holding_us, 1),
-                    decimals(f.private_us, 1),
-                    decimals(f.host_us, 1),
-                ]);
-            }
-        }
-        text.push_str(&format!(
-            "{rows}\n{costs}\nexits to the isolator after release: {}\n",
-            isolation.exits_when_off
-        ));
     }
-    if !report.traffic.is_empty() {
-        let mut rows = table(&[
-            "traffic",
-            "NIC in the",
-            "of the VMM's own",
-            "s",
-            "sent",
-            "answered",
-            "reordered",
-            "doubled",
-            "corrupted",
-            "MiB out",
-            "MiB in",
-        ]);
-        let own = |t: &Traffic| {
-            let part = of_own(&report.traffic, t);
-            part.map_or_else(String::new, |part| format!("{part:.2}"))
-        };
-        for t in &report.traffic {
-            let count = |n: Option<u64>| number(n.map_or_else(String::new, |n| n.to_string()));
-            let mib = |bytes: u64| number(format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
-            rows.add_row(vec![
-                t.kind.clone().into(),
-                t.nic_at.words().into(),
-                number(own(t)),
-                number(format!("{:.1}", t.seconds)),
-                count(t.sent),
-                count(t.answered),
-                count(t.reordered),
-                count(t.duplicated),
-                number(t.corrupted),
-                mib(t.bytes_to_peer),
-                mib(t.bytes_from_peer),
-            ]);
-        }
-        text.push_str(&format!("{rows}\n"));
-    }
-    text
+    format!("{rows}\n")
 }

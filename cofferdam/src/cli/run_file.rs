@@ -20,11 +20,10 @@ use std::path::Path;
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
-use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory, Parser};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, Parser};
 use toml::de::{DeTable, DeValue};
 
 use super::errors::usage_error;
-use super::run::RunOptions;
 
 /// The option that names the file; not one that can be in it.
 const CONFIG: &str = "config";
@@ -32,19 +31,19 @@ const CONFIG: &str = "config";
 /// Longest file, in bytes.
 const MAX_FILE: u64 = 64 << 10;
 
-/// The options by themselves.
+/// The options of a command by themselves.
 #[derive(Debug, Parser)]
 #[command(name = "run", no_binary_name = true)]
-struct Alone {
+struct Alone<O: Args> {
     #[command(flatten)]
-    options: RunOptions,
+    options: O,
 }
 
 /// The options in `file`, and those of this process's own command line in place of them.
 ///
 /// # Errors
 /// A line with the place of what is wrong in the file.
-pub fn with_file(file: &Path) -> anyhow::Result<RunOptions> {
+pub fn with_file<O: Args>(file: &Path) -> anyhow::Result<O> {
     let text = read(file).with_context(|| format!("cannot read {}", file.display()))?;
     let typed = super::Cli::command().try_get_matches()?;
     let typed = typed
@@ -69,14 +68,14 @@ fn read(file: &Path) -> anyhow::Result<String> {
 }
 
 /// Options of a file's text, and of the command line in place of them.
-fn merged(text: &str, typed: &ArgMatches) -> anyhow::Result<RunOptions> {
-    let command = Alone::command();
+fn merged<O: Args>(text: &str, typed: &ArgMatches) -> anyhow::Result<O> {
+    let command = Alone::<O>::command();
     let is_typed = |arg: &Arg| {
         let id = arg.get_id().as_str();
         typed.value_source(id) == Some(ValueSource::CommandLine)
     };
     let mut words: Vec<OsString> = Vec::new();
-    for (arg, more) in words_of(text, &command)? {
+    for (arg, more) in words_of::<O>(text, &command)? {
         if !is_typed(arg) {
             words.extend(more.into_iter().map(OsString::from));
         }
@@ -98,14 +97,17 @@ fn merged(text: &str, typed: &ArgMatches) -> anyhow::Result<RunOptions> {
             words.push(word);
         }
     }
-    match Alone::try_parse_from(words) {
+    match Alone::<O>::try_parse_from(words) {
         Ok(alone) => Ok(alone.options),
         Err(error) => bail!(in_a_line(&error)),
     }
 }
 
 /// The words that say what the file's keys do, each looked at.
-fn words_of<'a>(text: &str, command: &'a Command) -> anyhow::Result<Vec<(&'a Arg, Vec<String>)>> {
+fn words_of<'a, O: Args>(
+    text: &str,
+    command: &'a Command,
+) -> anyhow::Result<Vec<(&'a Arg, Vec<String>)>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     // They come in no order, and what follows the first is often of its making.
     let spans = errors.iter().map(|error| error.span().unwrap_or(0..0));
@@ -129,9 +131,9 @@ fn words_of<'a>(text: &str, command: &'a Command) -> anyhow::Result<Vec<(&'a Arg
         let words = match (value.get_ref(), arg.get_action()) {
             (DeValue::Array(values), ArgAction::Append) => values
                 .iter()
-                .map(|value| word(text, arg, &option, value.get_ref(), &value.span()))
+                .map(|value| word::<O>(text, arg, &option, value.get_ref(), &value.span()))
                 .collect::<anyhow::Result<Vec<_>>>()?,
-            (one, _) => vec![word(text, arg, &option, one, &value.span())?],
+            (one, _) => vec![word::<O>(text, arg, &option, one, &value.span())?],
         };
         all.push((arg, words.into_iter().flatten().collect()));
     }
@@ -139,7 +141,7 @@ fn words_of<'a>(text: &str, command: &'a Command) -> anyhow::Result<Vec<(&'a Arg
 }
 
 /// The word for one value, if it takes any, after the parser has looked at it.
-fn word(
+fn word<O: Args>(
     text: &str,
     arg: &Arg,
     option: &str,
@@ -163,7 +165,7 @@ fn word(
             bail!("{}: {option} is {once}, not {}", at(), other.type_str());
         }
     };
-    match Alone::try_parse_from([&word]) {
+    match Alone::<O>::try_parse_from([&word]) {
         // Alone it may lack what others give.
         Err(error) if error.kind() != ErrorKind::MissingRequiredArgument => {
             bail!("{}: {}", at(), in_a_line(&error))
@@ -195,6 +197,7 @@ fn place(text: &str, span: &Range<usize>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::run::RunOptions;
 
     fn options(text: &str, typed: &str) -> Result<RunOptions, String> {
         let words = ["cofferdam", "run", "--config=x"].into_iter();
@@ -218,7 +221,9 @@ mod tests {
         let of_file = options(GUEST, "").unwrap();
         let words =
             "--kernel=/boot/vmlinux --memory=1G --vcpus=2 --net=user --net=tap=t0 --no-reboot";
-        let of_words = Alone::try_parse_from(words.split(' ')).unwrap().options;
+        let of_words = Alone::<RunOptions>::try_parse_from(words.split(' '))
+            .unwrap()
+            .options;
         assert_eq!(shown(&of_file), shown(&of_words));
     }
 
@@ -227,7 +232,9 @@ mod tests {
         let both = options(GUEST, "--memory=64M --net=user --name=web").unwrap();
         let words =
             "--kernel=/boot/vmlinux --memory=64M --vcpus=2 --net=user --no-reboot --name=web";
-        let of_words = Alone::try_parse_from(words.split(' ')).unwrap().options;
+        let of_words = Alone::<RunOptions>::try_parse_from(words.split(' '))
+            .unwrap()
+            .options;
         assert_eq!(shown(&both), shown(&of_words));
     }
 

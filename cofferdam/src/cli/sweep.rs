@@ -11,10 +11,10 @@ use recovery::sweep::{Case, cases};
 use serde::Serialize;
 
 use super::images::Images;
-use super::table::{number, table};
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
 use crate::sweep::{self, SweepOptions};
+use crate::table::{number, table};
 
 /// The initramfs that has the modules.
 const INITRD: &str = "initrd-sweep.cpio";

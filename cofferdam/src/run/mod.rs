@@ -188,6 +188,14 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     }
 }
 
+fn no_fifos(config: &RunConfig) -> anyhow::Result<()> {
+    no_fifo("kernel", &config.kernel)?;
+    config
+        .initrd
+        .as_ref()
+        .map_or(Ok(()), |initrd| no_fifo("initrd", initrd))
+}
+
 /// A FIFO can be a file's name as well, and who opens one waits until somebody writes to it.
 fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
     let is_fifo = path
@@ -208,14 +216,7 @@ fn boot(
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
     belongings.add_dir(dir);
-    for (what, path) in [
-        ("kernel", Some(&config.kernel)),
-        ("initrd", config.initrd.as_ref()),
-    ] {
-        if let Some(path) = path {
-            no_fifo(what, path)?;
-        }
-    }
+    no_fifos(config)?;
     if config.restored.as_ref().is_some_and(|from| from.lazy) {
         let belongings = belongings.clone();
         vmm::memory::when_memory_is_lost(move || belongings.clear());
@@ -240,27 +241,7 @@ fn boot(
         };
         saved.put_into(&mut vm, &nics, &mut tell)?;
     }
-    let isolator = Isolator::attach(vm.handle())?;
-    let (forgetful, drivers) = (isolator.clone(), nics.clone());
-    vm.handle().on_reset(move || {
-        forgetful.forget();
-        drivers.forget();
-    });
-    let guest = Isolation::new(vm.handle(), isolator, paths.agent_socket(), nics.clone());
-    let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
-    vm.handle().add_participant(supervisor.clone());
-    if let Some(saved) = &saved {
-        saved.tell_guest(&nics, &supervisor)?;
-    }
-    vm.handle().add_participant(Arc::new(panic.clone()));
-    let weak = Arc::downgrade(&supervisor);
-    let forgotten = panic.clone();
-    vm.handle().on_reset(move || {
-        forgotten.forget();
-        if let Some(supervisor) = weak.upgrade() {
-            supervisor.guest_was_reset();
-        }
-    });
+    let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
     let plugging = plugging::Plugging::new(
         config.name.clone(),
         vm.handle(),
@@ -301,6 +282,38 @@ fn boot(
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// Makes isolation and recovery ready for the machine, and has them follow its resets.
+fn start_recovery(
+    vm: &Vm,
+    nics: &nics::Nics,
+    agent_socket: PathBuf,
+    saved: Option<&Saved>,
+    panic: &GuestPanic,
+) -> anyhow::Result<Arc<Supervisor<Isolation>>> {
+    let isolator = Isolator::attach(vm.handle())?;
+    let (forgetful, drivers) = (isolator.clone(), nics.clone());
+    vm.handle().on_reset(move || {
+        forgetful.forget();
+        drivers.forget();
+    });
+    let guest = Isolation::new(vm.handle(), isolator, agent_socket, nics.clone());
+    let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
+    vm.handle().add_participant(supervisor.clone());
+    if let Some(saved) = saved {
+        saved.tell_guest(nics, &supervisor)?;
+    }
+    vm.handle().add_participant(Arc::new(panic.clone()));
+    let weak = Arc::downgrade(&supervisor);
+    let forgotten = panic.clone();
+    vm.handle().on_reset(move || {
+        forgotten.forget();
+        if let Some(supervisor) = weak.upgrade() {
+            supervisor.guest_was_reset();
+        }
+    });
+    Ok(supervisor)
 }
 
 /// The machine, without devices on PCI.

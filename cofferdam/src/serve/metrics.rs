@@ -14,11 +14,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+use recovery::ladder::Rungs;
 
 use super::app::App;
 use super::events::guest_state;
 use super::look::Look;
 use super::problem::{Code, Problem};
+use crate::control::protocol::Status;
+use crate::device::protocol::HostStatus;
 
 /// The format that is spoken (OpenMetrics 1.0).
 const CONTENT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -87,54 +90,79 @@ fn own_rss_bytes() -> u64 {
 
 fn text(look: &Look, own_rss: u64) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("cofferdam");
-    let states = Gauges::<OfState>::default();
-    registry.register("guests", "Guests that run, by state", states.clone());
-    let uptime = Gauges::<OfGuest>::default();
-    let help = "Time since the guest's process began";
-    registry.register_with_unit("guest_uptime", help, Unit::Seconds, uptime.clone());
-    let resets = Family::<OfGuest, Counter>::default();
-    registry.register("guest_resets", "Resets of the guest", resets.clone());
-    let memory = Gauges::<OfMemory>::default();
-    let help = "Resident memory of the guest, and of its process beyond it";
-    registry.register_with_unit("guest_resident", help, Unit::Bytes, memory.clone());
-    let exits = Family::<OfExit, Counter>::default();
-    registry.register("exits", "Exits of vCPUs by reason", exits.clone());
-    let calls = Family::<OfEntry, Counter>::default();
-    registry.register("calls", "Calls of isolated functions", calls.clone());
-    let aborts = Family::<OfEntry, Counter>::default();
-    let help = "Calls that were taken back because of a violation";
-    registry.register("aborts", help, aborts.clone());
-    let rungs = Family::<OfRung, Counter>::default();
-    let help = "What was done to get a driver back, by rung";
-    registry.register("recoveries", help, rungs.clone());
-    let switches = Family::<OfDevice, Counter>::default();
-    let help = "Switches of a device to another guest, by how they ended";
-    registry.register("device_switches", help, switches.clone());
+    let counters = Counters::registered(&mut registry);
     let own = Gauge::<u64, AtomicU64>::default();
     own.set(own_rss);
     let help = "Resident memory of the service";
     registry.register_with_unit("service_resident", help, Unit::Bytes, own);
-
     for listed in &look.guests {
         let state = guest_state(listed).to_owned();
-        states.get_or_create(&OfState { state }).inc();
-        let Some(status) = &listed.status else {
-            continue;
-        };
-        let guest = || listed.name.clone();
-        uptime
+        counters.states.get_or_create(&OfState { state }).inc();
+        if let Some(status) = &listed.status {
+            counters.add_guest(&listed.name, status);
+        }
+    }
+    for listed in &look.devices {
+        if let Some(status) = &listed.status {
+            counters.add_device(&listed.name, status);
+        }
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+/// What is shown of guests and devices.
+#[derive(Default)]
+struct Counters {
+    states: Gauges<OfState>,
+    uptime: Gauges<OfGuest>,
+    resets: Family<OfGuest, Counter>,
+    memory: Gauges<OfMemory>,
+    exits: Family<OfExit, Counter>,
+    calls: Family<OfEntry, Counter>,
+    aborts: Family<OfEntry, Counter>,
+    rungs: Family<OfRung, Counter>,
+    switches: Family<OfDevice, Counter>,
+}
+
+impl Counters {
+    fn registered(registry: &mut Registry) -> Self {
+        let own = Self::default();
+        registry.register("guests", "Guests that run, by state", own.states.clone());
+        let help = "Time since the guest's process began";
+        registry.register_with_unit("guest_uptime", help, Unit::Seconds, own.uptime.clone());
+        registry.register("guest_resets", "Resets of the guest", own.resets.clone());
+        let help = "Resident memory of the guest, and of its process beyond it";
+        registry.register_with_unit("guest_resident", help, Unit::Bytes, own.memory.clone());
+        registry.register("exits", "Exits of vCPUs by reason", own.exits.clone());
+        registry.register("calls", "Calls of isolated functions", own.calls.clone());
+        let help = "Calls that were taken back because of a violation";
+        registry.register("aborts", help, own.aborts.clone());
+        let help = "What was done to get a driver back, by rung";
+        registry.register("recoveries", help, own.rungs.clone());
+        let help = "Switches of a device to another guest, by how they ended";
+        registry.register("device_switches", help, own.switches.clone());
+        own
+    }
+
+    fn add_guest(&self, name: &str, status: &Status) {
+        let guest = || name.to_owned();
+        self.uptime
             .get_or_create(&OfGuest { guest: guest() })
             .set(status.uptime_ms / 1000);
-        resets
+        self.resets
             .get_or_create(&OfGuest { guest: guest() })
             .inc_by(status.resets);
         for (of, kib) in [("guest", status.guest_rss_kib), ("vmm", status.vmm_rss_kib)] {
             let label = OfMemory { guest: guest(), of };
-            memory.get_or_create(&label).set(kib.saturating_mul(1024));
+            self.memory
+                .get_or_create(&label)
+                .set(kib.saturating_mul(1024));
         }
         for (reason, count) in &status.exits {
             let (guest, reason) = (guest(), reason.clone());
-            exits
+            self.exits
                 .get_or_create(&OfExit { guest, reason })
                 .inc_by(*count);
         }
@@ -145,48 +173,46 @@ fn text(look: &Look, own_rss: u64) -> Result<String, std::fmt::Error> {
                     module: module.module.clone(),
                     entry: entry.name.clone(),
                 };
-                calls.get_or_create(&label).inc_by(entry.calls);
-                aborts.get_or_create(&label).inc_by(entry.aborts);
+                self.calls.get_or_create(&label).inc_by(entry.calls);
+                self.aborts.get_or_create(&label).inc_by(entry.aborts);
             }
         }
         for (module, ladder) in &status.recovery {
-            let counts = &ladder.rungs;
-            for (rung, count) in [
-                ("error", counts.errors),
-                ("retry", counts.retries),
-                ("rest", counts.rests),
-                ("resume", counts.resumes),
-                ("failed_resume", counts.failed_resumes),
-                ("restart", counts.restarts),
-                ("failed_restart", counts.failed_restarts),
-                ("rewind", counts.rewinds),
-                ("reset", counts.resets),
-                ("stop", counts.stops),
-            ] {
-                let (guest, module) = (guest(), module.clone());
-                let label = OfRung {
-                    guest,
-                    module,
-                    rung,
-                };
-                rungs.get_or_create(&label).inc_by(count);
-            }
+            self.add_ladder(name, module, &ladder.rungs);
         }
     }
-    for listed in &look.devices {
-        let Some(status) = &listed.status else {
-            continue;
-        };
+
+    fn add_ladder(&self, guest: &str, module: &str, counts: &Rungs) {
+        for (rung, count) in [
+            ("error", counts.errors),
+            ("retry", counts.retries),
+            ("rest", counts.rests),
+            ("resume", counts.resumes),
+            ("failed_resume", counts.failed_resumes),
+            ("restart", counts.restarts),
+            ("failed_restart", counts.failed_restarts),
+            ("rewind", counts.rewinds),
+            ("reset", counts.resets),
+            ("stop", counts.stops),
+        ] {
+            let (guest, module) = (guest.to_owned(), module.to_owned());
+            let label = OfRung {
+                guest,
+                module,
+                rung,
+            };
+            self.rungs.get_or_create(&label).inc_by(count);
+        }
+    }
+
+    fn add_device(&self, name: &str, status: &HostStatus) {
         let done = status.switch_count.saturating_sub(status.failed_switches);
         for (outcome, count) in [("done", done), ("failed", status.failed_switches)] {
-            let device = listed.name.clone();
+            let device = name.to_owned();
             let label = OfDevice { device, outcome };
-            switches.get_or_create(&label).inc_by(count);
+            self.switches.get_or_create(&label).inc_by(count);
         }
     }
-    let mut text = String::new();
-    encode(&mut text, &registry)?;
-    Ok(text)
 }
 
 #[cfg(test)]

@@ -75,6 +75,34 @@ impl GuestSpec {
     /// Looks whether it can be a guest.
     pub fn check(&self) -> Result<Checked, Problem> {
         let name: VmName = value("name", &self.name)?;
+        self.is_consistent()?;
+        let mut words = vec!["run".to_owned(), format!("--name={name}")];
+        let mut add = |option: &str, value: &str| words.push(format!("--{option}={value}"));
+        self.add_payload(&mut add)?;
+        self.add_devices(&mut add)?;
+        if self.snapshot.is_none() {
+            self.add_size(&mut add)?;
+        }
+        for (option, given) in [
+            ("--large-pages", self.large_pages),
+            ("--no-reboot", self.no_reboot),
+            ("--lazy", self.lazy),
+        ] {
+            if given {
+                words.push(option.to_owned());
+            }
+        }
+        match words.iter().any(|word| word.contains('\0')) {
+            true => Err(Problem::new(
+                Code::WrongValues,
+                "no value can have a NUL in it",
+            )),
+            false => Ok(Checked { name, words }),
+        }
+    }
+
+    /// What is given goes together: a guest is booted or goes on from a snapshot.
+    fn is_consistent(&self) -> Result<(), Problem> {
         let booted = [
             ("cmdline", self.cmdline.is_some()),
             ("append", !self.append.is_empty()),
@@ -83,15 +111,17 @@ impl GuestSpec {
             ("vcpus", self.vcpus.is_some()),
         ];
         match (&self.snapshot, booted.iter().find(|(_, given)| *given)) {
-            (Some(_), Some((field, _))) => return Err(wrong(field, "it is the snapshot's")),
+            (Some(_), Some((field, _))) => Err(wrong(field, "it is the snapshot's")),
             (None, _) if self.kernel.is_none() => {
-                return Err(wrong("kernel", "it is needed where there is no snapshot"));
+                Err(wrong("kernel", "it is needed where there is no snapshot"))
             }
-            (None, _) if self.lazy => return Err(wrong("lazy", "there is no snapshot")),
-            _ => {}
+            (None, _) if self.lazy => Err(wrong("lazy", "there is no snapshot")),
+            _ => Ok(()),
         }
-        let mut words = vec!["run".to_owned(), format!("--name={name}")];
-        let mut add = |option: &str, value: &str| words.push(format!("--{option}={value}"));
+    }
+
+    /// What is booted, or what it goes on from.
+    fn add_payload(&self, add: &mut dyn FnMut(&str, &str)) -> Result<(), Problem> {
         for (field, path) in [
             ("kernel", &self.kernel),
             ("initrd", &self.initrd),
@@ -108,6 +138,11 @@ impl GuestSpec {
         for more in &self.append {
             add("append", more);
         }
+        Ok(())
+    }
+
+    /// Disks, networks and the console, and the folders that they are in.
+    fn add_devices(&self, add: &mut dyn FnMut(&str, &str)) -> Result<(), Problem> {
         for disk in &self.disk {
             let disk: DiskSpec = value("disk", disk)?;
             is_absolute("disk", disk.path.to_str())?;
@@ -142,34 +177,22 @@ impl GuestSpec {
             }
         }
         add("serial", &serial.to_string());
-        if self.snapshot.is_none() {
-            let memory = self.memory.as_deref().unwrap_or(DEFAULT_MEMORY);
-            add(
-                "memory",
-                &value::<MemorySize>("memory", memory)?.to_string(),
-            );
-            let vcpus = self.vcpus.unwrap_or(1);
-            if !(1..=MAX_VCPUS).contains(&vcpus) {
-                return Err(wrong("vcpus", &format!("there are 1 to {MAX_VCPUS}")));
-            }
-            add("vcpus", &vcpus.to_string());
+        Ok(())
+    }
+
+    /// How much memory and how many processors it has.
+    fn add_size(&self, add: &mut dyn FnMut(&str, &str)) -> Result<(), Problem> {
+        let memory = self.memory.as_deref().unwrap_or(DEFAULT_MEMORY);
+        add(
+            "memory",
+            &value::<MemorySize>("memory", memory)?.to_string(),
+        );
+        let vcpus = self.vcpus.unwrap_or(1);
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(wrong("vcpus", &format!("there are 1 to {MAX_VCPUS}")));
         }
-        for (option, given) in [
-            ("--large-pages", self.large_pages),
-            ("--no-reboot", self.no_reboot),
-            ("--lazy", self.lazy),
-        ] {
-            if given {
-                words.push(option.to_owned());
-            }
-        }
-        match words.iter().any(|word| word.contains('\0')) {
-            true => Err(Problem::new(
-                Code::WrongValues,
-                "no value can have a NUL in it",
-            )),
-            false => Ok(Checked { name, words }),
-        }
+        add("vcpus", &vcpus.to_string());
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! A VM in which modules are swept, one after the other from one mark.
 
+mod fault;
 mod said;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,14 +12,12 @@ use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
-use isolation::dispatch::fault::FaultCount;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::campaign::verdict::is_bad;
 use recovery::campaign::workload::{Outcome, Step, Workload, preparation};
-use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, State};
 use recovery::request::Spilling;
-use recovery::sweep::record::{Called, Fault, Record, Verdict};
+use recovery::sweep::record::{Called, Record, Verdict};
 use recovery::sweep::{Case, loaded_name};
 use serde::Deserialize;
 
@@ -151,7 +150,7 @@ impl Vm {
         if record.verdict() != Verdict::Right {
             return Ok(());
         }
-        for function in some(&record.called, faults) {
+        for function in fault::some(&record.called, faults) {
             let fault = self.with_fault(&case.workload, &native, &function)?;
             self.lives &= fault.answers;
             record.faults.push(fault);
@@ -298,78 +297,6 @@ impl Vm {
         Ok(())
     }
 
-    /// The work with one fault in a function, and all of it again.
-    fn with_fault(
-        &mut self,
-        work: &Workload,
-        native: &Native,
-        function: &str,
-    ) -> anyhow::Result<Fault> {
-        let mut fault = Fault::default();
-        // Afterwards it was released.
-        self.go_to(ISOLATED)?;
-        for offset in self.offsets(work, function)? {
-            self.go_to(ISOLATED)?;
-            let before = self.entry(work, function)?;
-            self.control.ask(&Request::Inject {
-                module: loaded_name(&work.driver),
-                entry: function.to_owned(),
-                offset,
-                fault: FaultKind::NullDereference,
-                every: 1,
-                times: 1,
-            })?;
-            self.work(work, limit(native));
-            let count = self.fault_count(work)?;
-            let after = self.entry(work, function)?;
-            let taken_back = after.aborts.saturating_sub(before.aborts);
-            fault = Fault {
-                function: function.to_owned(),
-                offset,
-                reached: count.failed > 0 || count.reached > 0 || taken_back > 0,
-                taken_back,
-                answers: self.answers(),
-                log: self.log(),
-                ..Fault::default()
-            };
-            if fault.answers {
-                let outcome = self.work(work, limit(native));
-                fault.differs = outcome.differs(&native.outcome, work);
-                fault.works = outcome.finished
-                    && outcome.works
-                    && outcome.corrupted == 0
-                    && fault.differs.is_empty();
-                let again = self.entry(work, function)?;
-                fault.inside_again = again.commits.saturating_sub(after.commits);
-                fault.answers = self.answers();
-                fault.log.extend(self.log());
-            }
-            if fault.reached || !fault.answers {
-                break;
-            }
-        }
-        Ok(fault)
-    }
-
-    /// Where a fault goes: in the middle of the function, or where calls do not come there, at its
-    /// begin.
-    fn offsets(&mut self, work: &Workload, function: &str) -> anyhow::Result<Vec<u64>> {
-        let request = Request::Instructions {
-            module: loaded_name(&work.driver),
-            function: function.to_owned(),
-        };
-        let Reply::Instructions { instructions } = self.control.ask(&request)? else {
-            bail!("the VM answered something else");
-        };
-        let middle = instructions
-            .get(instructions.len() / 2)
-            .map_or(0, |at| at.offset);
-        Ok([middle, 0]
-            .into_iter()
-            .take(if middle == 0 { 1 } else { 2 })
-            .collect())
-    }
-
     fn work(&mut self, work: &Workload, limit: Duration) -> Outcome {
         let script = work.script("", Ipv4Addr::UNSPECIFIED);
         let output = output_of(&mut self.guest, self.heard, script, limit);
@@ -403,16 +330,6 @@ impl Vm {
         let mut entries = status.into_iter().flat_map(|status| status.entries);
         let found = entries.find(|entry| entry.name == function);
         Ok(found.unwrap_or_default())
-    }
-
-    fn fault_count(&mut self, work: &Workload) -> anyhow::Result<FaultCount> {
-        let module = loaded_name(&work.driver);
-        match self.control.ask(&Request::FaultCount { module }) {
-            Ok(Reply::FaultCount(count)) => Ok(count),
-            Ok(_) => bail!("the VM answered something else"),
-            // A driver that was restarted has forgotten it.
-            Err(_) => self.control.status().map(|_| FaultCount::default()),
-        }
     }
 
     /// Waits until no driver is being restarted any more: the guest cannot be taken back meanwhile.
@@ -506,35 +423,5 @@ fn called(entry: &EntryStatus) -> Called {
         inside: entry.commits,
         taken_back: entry.aborts,
         outside,
-    }
-}
-
-/// At most so many of the functions of which a call ran inside, from all over the list.
-fn some(called: &[Called], most: u32) -> Vec<String> {
-    let inside: Vec<_> = called.iter().filter(|one| one.inside > 0).collect();
-    let most = usize::try_from(most)
-        .unwrap_or(usize::MAX)
-        .min(inside.len());
-    let chosen = (0..most).filter_map(|number| inside.get(number * inside.len() / most));
-    chosen.map(|one| one.name.clone()).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn functions_are_chosen_from_all_over_the_list_and_each_once() {
-        let called: Vec<_> = (0..10)
-            .map(|number| Called {
-                name: format!("f{number}"),
-                calls: 1,
-                inside: u64::from(number != 3),
-                ..Called::default()
-            })
-            .collect();
-        assert_eq!(some(&called, 3), ["f0", "f4", "f7"]);
-        assert_eq!(some(&called, 20).len(), 9);
-        assert!(some(&called, 0).is_empty());
     }
 }

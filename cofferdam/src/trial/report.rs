@@ -7,8 +7,8 @@ use recovery::violations::Violations;
 use serde::{Deserialize, Serialize};
 
 use super::candidate::Candidate;
-use crate::cli::table::{number, table};
 use crate::control::protocol::Status;
+use crate::table::{number, table};
 use crate::top::text::clean;
 use crate::words::counted;
 

@@ -243,6 +243,7 @@ impl Exercise {
         }
     }
 
+    /// One arm for each operation: a flat table.
     fn happen(&mut self, op: &Op) {
         let bench = &mut self.bench;
         let register = |index: &u8| REGISTERS[usize::from(*index) % REGISTERS.len()];

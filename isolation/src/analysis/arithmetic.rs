@@ -2,8 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::flow::SMALL;
-use super::values::{Value, width};
+use super::values::{SMALL, Value, width};
 
 /// Whether an instruction does something if the flags say so.
 pub fn reads_condition(i: &Instruction) -> bool {
@@ -55,7 +54,8 @@ pub fn narrowed(value: Value, bytes: usize) -> Value {
     }
 }
 
-/// What an instruction makes of two values.
+/// What an instruction makes of two values. It is one table, a row for each pair of kinds that
+/// makes something known, and its order counts.
 pub fn computed(mnemonic: Mnemonic, a: Value, b: Value) -> Value {
     use Mnemonic::{Add, And, Imul, Or, Sar, Shl, Shr, Sub, Xor};
     use Value::{

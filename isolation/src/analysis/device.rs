@@ -5,10 +5,11 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::code::{Callee, Code, Goes};
 use super::facts;
 use super::findings::{Finding, FindingKind};
-use super::flow::{Address, Flow, SMALL};
+use super::flow::{Address, Flow};
 use super::image::Ko;
 use super::objects::Objects;
 use super::reached::ARGUMENTS;
+use super::values::SMALL;
 use super::values::{Shared, State, Value};
 
 /// What is found in a function.

@@ -83,8 +83,26 @@ pub fn find(
     operations: &[Operations],
     calls: &Calls<'_>,
 ) -> Vec<Entry> {
+    let mut from = from_operations(ko, operations);
+    for (function, of_code) in from_code(ko, codes, types) {
+        from.entry(function).or_default().extend(of_code);
+    }
     let of_blocks = types.filter(|types| serves_blocks(types));
-    let mut from: BTreeMap<usize, Vec<From>> = BTreeMap::new();
+    let answers = Answers { types, of_blocks };
+    let entries = from.into_iter();
+    let entries =
+        entries.filter_map(|(index, from)| entry(ko, codes, &answers, calls, index, from));
+    let mut entries: Vec<Entry> = entries.collect();
+    entries.sort_by(|a, b| a.function.cmp(&b.function));
+    entries
+}
+
+/// Where functions of the module are called from, by their number.
+type Origins = BTreeMap<usize, Vec<From>>;
+
+/// Functions that tables of operations point at.
+fn from_operations(ko: &Ko<'_>, operations: &[Operations]) -> Origins {
+    let mut from = Origins::new();
     for operations in operations {
         let object = ko
             .objects
@@ -105,6 +123,12 @@ pub fn find(
             });
         }
     }
+    from
+}
+
+/// Functions that code refers to: those that are handed over as call-backs.
+fn from_code(ko: &Ko<'_>, codes: &[Code], types: Option<&Btf>) -> Origins {
+    let mut from = Origins::new();
     for (caller, code) in codes.iter().enumerate() {
         let referred = code.insns.iter().filter_map(|insn| insn.refers);
         for refers in referred {
@@ -140,36 +164,54 @@ pub fn find(
             });
         }
     }
-    let entries = from.into_iter().filter_map(|(index, mut from)| {
-        from.sort();
-        from.dedup();
-        let function = ko.functions.get(index)?;
-        let reached = calls.from(index);
-        let atomic = calls.atomic(&reached);
-        let isolation = if ko.is_init_or_exit(function) {
-            Isolation::Refused { reason: ONCE }
-        } else if !codes.get(index).is_some_and(|code| code.traced) {
-            Isolation::Refused { reason: NO_GATE }
-        } else if let Some(reason) = of_blocks.and_then(|types| no_answer(types, function.name)) {
-            Isolation::Refused { reason }
-        } else {
-            match types.map(|types| abort_return_named(types, function.name)) {
-                None => Isolation::Refused { reason: NO_TYPES },
-                Some(None) => Isolation::Refused { reason: NO_ANSWER },
-                Some(Some(_)) => contained(&atomic, calls, &reached),
-            }
-        };
-        Some(Entry {
-            function: function.name.to_owned(),
-            from,
-            atomic,
-            isolation,
-            reaches: reached.functions.len(),
-        })
-    });
-    let mut entries: Vec<Entry> = entries.collect();
-    entries.sort_by(|a, b| a.function.cmp(&b.function));
-    entries
+    from
+}
+
+/// What answers for failed calls are known by.
+struct Answers<'a> {
+    types: Option<&'a Btf>,
+    /// The same, of a module that serves block requests.
+    of_blocks: Option<&'a Btf>,
+}
+
+/// What is known of the function of this number, which is called from elsewhere.
+fn entry(
+    ko: &Ko<'_>,
+    codes: &[Code],
+    answers: &Answers<'_>,
+    calls: &Calls<'_>,
+    index: usize,
+    mut from: Vec<From>,
+) -> Option<Entry> {
+    from.sort();
+    from.dedup();
+    let function = ko.functions.get(index)?;
+    let reached = calls.from(index);
+    let atomic = calls.atomic(&reached);
+    let no_answer = |types| no_answer(types, function.name);
+    let isolation = if ko.is_init_or_exit(function) {
+        Isolation::Refused { reason: ONCE }
+    } else if !codes.get(index).is_some_and(|code| code.traced) {
+        Isolation::Refused { reason: NO_GATE }
+    } else if let Some(reason) = answers.of_blocks.and_then(no_answer) {
+        Isolation::Refused { reason }
+    } else {
+        let answer = answers
+            .types
+            .map(|types| abort_return_named(types, function.name));
+        match answer {
+            None => Isolation::Refused { reason: NO_TYPES },
+            Some(None) => Isolation::Refused { reason: NO_ANSWER },
+            Some(Some(_)) => contained(&atomic, calls, &reached),
+        }
+    };
+    Some(Entry {
+        function: function.name.to_owned(),
+        from,
+        atomic,
+        isolation,
+        reaches: reached.functions.len(),
+    })
 }
 
 fn contained(atomic: &Atomic, calls: &Calls<'_>, reached: &super::reached::Reached) -> Isolation {

@@ -10,6 +10,10 @@ pub const MAX_SITES: usize = 64;
 /// Most slots of a stack frame that are followed.
 const MAX_SLOTS: usize = 128;
 
+/// Bits of a value that is too small for there to be much doubt where it is not known how large an
+/// object is.
+pub const SMALL: u8 = 8;
+
 /// What is known of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Value {

@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use devices::dma::GuestMemory;
-use vm_memory::{Bytes, GuestAddress};
 
+use super::AttachError;
 use super::plan::Plan;
 use super::request::Strength;
-use super::{AttachError, GATE};
 use crate::dispatch::armed::Gate;
 use crate::domain::Domain;
 use crate::domain::error::DomainError;
@@ -16,7 +15,7 @@ use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::MemoryModel;
 use crate::guest::btf::Btf;
 use crate::guest::fault_tables::FaultTables;
-use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
+use crate::guest::gate::{FTRACE_NOP, GATE_BYTES, clear_gate, set_gate};
 use crate::guest::modules::{ModuleError, ModuleLayout};
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
@@ -159,18 +158,4 @@ pub(crate) fn set_gates(
         }
     }
     Ok(())
-}
-
-/// Writes a gate; `false` if there is no memory.
-pub(crate) fn set_gate(memory: &GuestMemory, gpa: u64) -> bool {
-    memory.write_slice(&GATE.bytes(), GuestAddress(gpa)).is_ok()
-}
-
-/// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
-pub(crate) fn clear_gate(memory: &GuestMemory, gpa: u64) {
-    let mut now = [0; GATE_BYTES];
-    let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
-    if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {
-        tracing::error!("cannot take a gate out of guest memory at {gpa:#x}");
-    }
 }

@@ -4,8 +4,9 @@
 use devices::dma::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{GATE, Isolator};
+use super::Isolator;
 use crate::dispatch::armed::Armed;
+use crate::guest::gate::GATE;
 use crate::guest::gate::{FTRACE_NOP, GATE_BYTES};
 
 /// Bytes of guest memory as they are without isolation.
@@ -42,7 +43,7 @@ impl Armed {
     pub(super) fn clean(&self, memory: &GuestMemory) -> Vec<CleanBytes> {
         let gates = self.gates.values();
         let gates = gates.filter_map(|gate| CleanBytes::of_gate(gate.gpa, memory));
-        let call_loop = self.call_loop.map(|call_loop| {
+        let call_loop = self.open.call_loop.map(|call_loop| {
             let (at, bytes) = call_loop.place_without();
             CleanBytes { at, bytes }
         });

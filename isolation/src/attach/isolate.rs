@@ -11,7 +11,7 @@
 //! with the guest stopped, and made anew if it is not as it was; at last with the guest stopped all
 //! the while.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,9 @@ use super::{AttachError, Isolator, physical_bits};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
-use crate::dispatch::armed::{Armed, Gate};
+use crate::dispatch::armed::{
+    Armed, Failures, Gate, InTheGuest, KeptPackets, KnownGuest, Limits, ModuleDevice,
+};
 use crate::dispatch::fault::Faults;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::effects::KernelEffects;
@@ -315,39 +317,32 @@ impl Prepared {
             physical_bits: self.physical_bits,
         };
         let keeper = request.keep_faults.map(|keep| Keeper::new(keep, subject));
+        let call_loop = call_loop.then(|| CallLoop::place(&self.layout, virt));
         Armed {
-            keeper,
-            call_loop: call_loop
-                .then(|| CallLoop::place(&self.layout, virt))
-                .flatten(),
             wanted: Arc::default(),
-            calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
             domain: self.domain,
-            knowledge: self.knowledge,
             policy: self.policy,
-            physical_bits: self.physical_bits,
+            guest: KnownGuest {
+                knowledge: self.knowledge,
+                effects: self.effects,
+                calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
+                strength: self.strength,
+                physical_bits: self.physical_bits,
+            },
             gates: self.gates,
-            guarding: false,
-            spilled: HashMap::new(),
-            guest_calls: HashMap::new(),
-            stopwatches,
-            returning: Vec::new(),
-            queues: self.queues,
-            effects: self.effects,
-            strength: self.strength,
-            fault_policy: request.policy,
+            open: InTheGuest::new(call_loop.flatten(), stopwatches),
+            packets: KeptPackets {
+                queues: self.queues,
+                guarding: false,
+            },
+            device: ModuleDevice::new(request.device, request.device_slots),
+            limits: Limits {
+                budget: request.budget,
+                sleep_limit: request.sleep_limit,
+            },
+            failures: Failures::new(request.policy, keeper),
             faults: Faults::default(),
-            again: None,
             stopped: false,
-            device: request.device,
-            device_slots: request.device_slots,
-            budget: request.budget,
-            sleep_limit: request.sleep_limit,
-            withholding: false,
-            outside_kept: false,
-            reports: VecDeque::new(),
-            violations: 0,
-            rolled_back: None,
             broken: None,
         }
     }

@@ -63,7 +63,7 @@ impl Armed {
             policy: self.policy.as_ref().map(|policy| policy.keep()),
             faults: self.faults.clone(),
             failed_last: failed.map(|(at, _)| *at).collect(),
-            call_loop: self.call_loop,
+            call_loop: self.open.call_loop,
             stopped: self.stopped,
             broken: self.broken.clone(),
         }
@@ -71,12 +71,16 @@ impl Armed {
 
     /// The guest is as it was when `kept` was.
     fn put_back(&mut self, kept: &KeptModule) {
-        self.spilled.clear();
-        self.guest_calls.clear();
-        self.returning.clear();
-        self.queues.forget();
-        (self.guarding, self.withholding, self.outside_kept) = (false, false, false);
-        (self.again, self.rolled_back) = (None, None);
+        self.open.spilled.clear();
+        self.open.guest_calls.clear();
+        self.open.returning.clear();
+        self.packets.queues.forget();
+        (
+            self.packets.guarding,
+            self.device.withholding,
+            self.device.outside_kept,
+        ) = (false, false, false);
+        (self.failures.again, self.failures.rolled_back) = (None, None);
         for (at, gate) in &mut self.gates {
             gate.failed_last = kept.failed_last.contains(at);
             gate.rests = false;
@@ -85,7 +89,7 @@ impl Armed {
             policy.put_back(kept);
         }
         self.faults = kept.faults.clone();
-        self.call_loop = kept.call_loop;
+        self.open.call_loop = kept.call_loop;
         self.stopped = kept.stopped;
         // What broke since is tried again, and breaks again if it has to.
         self.broken = kept.broken.clone();

@@ -11,6 +11,7 @@ use kvm_bindings::kvm_sregs;
 use vmm::PausedVcpus;
 
 use super::AttachError;
+use crate::dispatch::armed::Armed;
 use crate::guest::addr::Gva;
 use crate::guest::paging::{AddressSpace, TABLE_BYTES};
 use crate::guest::symbols::SymbolTable;
@@ -53,6 +54,32 @@ pub(crate) fn kernel_tables(
         }
     }
     Err(AttachError::NoKernelTables)
+}
+
+impl Armed {
+    /// Page tables of a vCPU that is stopped with the kernel and the module mapped.
+    pub fn kernel_tables(
+        &self,
+        vcpus: &mut PausedVcpus<'_>,
+        memory: &GuestMemory,
+    ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
+        let probe = self
+            .gates
+            .keys()
+            .next()
+            .ok_or(AttachError::NoKernelTables)?;
+        kernel_tables(vcpus, self.guest.physical_bits, Gva(*probe), memory)
+    }
+
+    /// Has the domain looked at between calls: through page tables that the guest uses now.
+    pub fn follow_tables(
+        &mut self,
+        vcpus: &mut PausedVcpus<'_>,
+        memory: &GuestMemory,
+    ) -> Result<(), AttachError> {
+        let (sregs, _) = self.kernel_tables(vcpus, memory)?;
+        Ok(self.domain.follow_tables(sregs.cr3)?)
+    }
 }
 
 /// The kernel's own top-level table, which is there as long as the kernel is

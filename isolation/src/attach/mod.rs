@@ -21,8 +21,9 @@ mod release;
 pub(crate) mod removal;
 pub mod request;
 mod rest;
-pub(crate) mod returning;
+mod suspending;
 pub mod text_fault;
+mod trap;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,10 +37,10 @@ use vmm::{Refused, VmHandle, VmState};
 use crate::compensation::guest_time::GuestTime;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
+use crate::dispatch::returning::turn_vcpus;
 use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
 use crate::fault_image::FaultImageError;
-use crate::guest::gate::GatePorts;
 use crate::guest::modules::ModuleError;
 use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
 use crate::status::ModuleStatus;
@@ -49,19 +50,11 @@ use plan::PlanError;
 use removal::RemovalWatch;
 use text_fault::TextFault;
 
-/// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
-pub(crate) const GATE: GatePorts = GatePorts {
-    entry: 0xe0,
-    returning: 0xe1,
-};
-/// Length of `out imm8, al`.
-pub(crate) const OUT_BYTES: u64 = 2;
 /// How long a release waits for calls that are being taken back or have yet to give things back.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// Between two looks at them.
 const RELEASE_POLL: Duration = Duration::from_millis(5);
-/// Reports kept for each module.
-pub(crate) const REPORTS_KEPT: usize = 32;
+
 /// Processor time of its own that a call may take unless said otherwise: a hundred times what the
 /// longest of honest drivers takes, and a twentieth of what the guest's kernel waits for a
 /// processor before it says so.
@@ -149,6 +142,8 @@ pub struct Isolator {
     pub(crate) vm: VmHandle,
     /// Of all modules.
     host_memory: HostMemory,
+    /// One lock for all: who runs a call has stopped all other vCPUs, so that locks of their own
+    /// would let nothing go on beside it.
     modules: Mutex<HashMap<String, Armed>>,
     /// Modules that are not isolated any more, and were at a mark of the machine that may be
     /// rewound to. Taken while `modules` is.
@@ -197,7 +192,7 @@ impl Isolator {
                 let space = armed.kernel_tables(vcpus, &memory).ok();
                 let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
-                returning::turn_vcpus(&returning, vcpus);
+                turn_vcpus(&returning, vcpus);
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;
@@ -229,7 +224,7 @@ impl Isolator {
         let modules = self.modules();
         let armed = modules.get(module);
         let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
-        Ok(armed.reports.iter().cloned().collect())
+        Ok(armed.failures.reports.iter().cloned().collect())
     }
 
     /// Puts `code` over the instructions at `function` + `offset` in the domain's copy of the
@@ -246,7 +241,7 @@ impl Isolator {
             let outside = || AttachError::NoDriverFunction(format!("{function}+{offset:#x}"));
             let at = function_of(armed, function)?.checked_add(offset);
             let at = at.ok_or_else(outside)?;
-            if !armed.knowledge.in_text(at, code.len() as u64) {
+            if !armed.guest.knowledge.in_text(at, code.len() as u64) {
                 return Err(outside());
             }
             let mut before = vec![0; code.len()];
@@ -271,7 +266,7 @@ impl Isolator {
         self.with_module(module, |armed| {
             let start = function_of(armed, &order.function)?;
             let at = start.checked_add(order.offset);
-            at.filter(|at| armed.knowledge.in_text(*at, order.code.len() as u64))
+            at.filter(|at| armed.guest.knowledge.in_text(*at, order.code.len() as u64))
                 .ok_or_else(|| AttachError::NoDriverFunction(order.function.clone()))?;
             let mut gates = armed.gates.values();
             let is_entry = gates.any(|gate| !gate.is_guard && gate.entry.name == order.function);
@@ -324,11 +319,11 @@ impl Isolator {
     ) -> Result<Vec<InstructionAt>, AttachError> {
         self.with_domain(module, |armed| {
             let start = function_of(armed, function)?;
-            let (knowledge, domain) = (&armed.knowledge, &armed.domain);
+            let (knowledge, domain) = (&armed.guest.knowledge, &armed.domain);
             Ok(crate::dispatch::fault::instructions(
                 start,
                 knowledge,
-                &armed.calls,
+                &armed.guest.calls,
                 domain,
             )?)
         })
@@ -367,7 +362,7 @@ impl Isolator {
         let mut modules = self.modules();
         let stale = modules
             .get(module)
-            .is_some_and(|armed| text.is_none_or(|text| !armed.knowledge.in_text(text, 1)));
+            .is_some_and(|armed| text.is_none_or(|text| !armed.guest.knowledge.in_text(text, 1)));
         if stale && let Some(armed) = modules.remove(module) {
             self.put_away(armed);
         }
@@ -389,7 +384,10 @@ impl Isolator {
         {
             let mut modules = self.modules();
             // All isolated modules are the same guest's, on the same processor.
-            let Some(physical_bits) = modules.values().next().map(|armed| armed.physical_bits)
+            let Some(physical_bits) = modules
+                .values()
+                .next()
+                .map(|armed| armed.guest.physical_bits)
             else {
                 return;
             };
@@ -437,7 +435,7 @@ impl Isolator {
 
 /// Address of a function of the module.
 fn function_of(armed: &Armed, name: &str) -> Result<u64, AttachError> {
-    let start = armed.knowledge.driver_function(name);
+    let start = armed.guest.knowledge.driver_function(name);
     start.ok_or_else(|| AttachError::NoDriverFunction(name.to_owned()))
 }
 

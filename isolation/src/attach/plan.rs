@@ -147,62 +147,19 @@ impl Plan {
         });
         let guards = guards.collect();
         let (copies, modest) = (extents(COPIES, symbols), extents(MODEST, symbols));
-        let redirects = scan.sites().iter().filter_map(|site| match site.kind {
-            SiteKind::Direct {
-                target,
-                reach: Reach::Outside,
-                ..
-            } if site.len >= 5 && !copies.contains_key(&target) => {
-                // The displacement is the last four bytes; a jcc has one byte more in front.
-                Some((Gva(site.at.0 + u64::from(site.len) - 5), target))
-            }
-            _ => None,
-        });
-        let redirects = redirects.collect();
-        let pages = |addresses: &mut dyn Iterator<Item = u64>| -> Vec<Gva> {
-            let pages: BTreeSet<u64> = addresses.map(|at| at & !0xfff).collect();
-            pages.into_iter().map(Gva).collect()
-        };
-        let text_pages = layout.sections.iter().filter(|section| section.is_text());
-        let text_pages = pages(
-            &mut text_pages
-                .flat_map(|section| section.range.pages())
-                .map(|page| page.0),
-        );
-        let thunks = symbols
-            .iter()
-            .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
-        let copy_pages = copies.values().chain(modest.values());
-        let copy_pages = copy_pages.flat_map(GvaRange::pages);
-        let common_pages = pages(
-            &mut thunks
-                .map(|symbol| symbol.at.0)
-                .chain(copy_pages.map(|page| page.0)),
-        );
-        let kernel = |functions: &[KernelFunction]| -> Vec<Gva> {
-            functions
-                .iter()
-                .flat_map(|function| function.names)
-                .filter_map(|name| symbols.kernel_symbol(name))
-                .map(|symbol| symbol.at)
-                .collect()
-        };
+        let text_sections = layout.sections.iter().filter(|section| section.is_text());
+        let text_pages = text_sections.flat_map(|section| section.range.pages());
+        let kernel = |functions| addresses(functions, symbols);
         Ok(Self {
             gates,
             guards,
             refused,
-            redirects,
-            text_pages,
-            common_pages,
+            redirects: redirects(&scan, &copies),
+            text_pages: pages(&mut text_pages.map(|page| page.0)),
+            common_pages: common_pages(symbols, &[&copies, &modest]),
             modest: modest.into_keys().collect(),
             guest_only: kernel(GUEST_ONLY),
-            sleeps: SLEEPS
-                .iter()
-                .filter_map(|(name, unit)| {
-                    let symbol = symbols.kernel_symbol(name)?;
-                    Some((symbol.at, Duration::from_micros(*unit)))
-                })
-                .collect(),
+            sleeps: sleeps(symbols),
             skipped: kernel(YIELDS)
                 .into_iter()
                 .chain(kernel(FPU_QUESTIONS))
@@ -211,6 +168,62 @@ impl Plan {
             fatal: kernel(FATAL),
         })
     }
+}
+
+/// Where direct branches lead out of the module, by where their displacements are. Those to
+/// `copies` stay as they are.
+fn redirects(scan: &TextScan, copies: &BTreeMap<Gva, GvaRange>) -> Vec<(Gva, Gva)> {
+    let redirects = scan.sites().iter().filter_map(|site| match site.kind {
+        SiteKind::Direct {
+            target,
+            reach: Reach::Outside,
+            ..
+        } if site.len >= 5 && !copies.contains_key(&target) => {
+            // The displacement is the last four bytes; a jcc has one byte more in front.
+            Some((Gva(site.at.0 + u64::from(site.len) - 5), target))
+        }
+        _ => None,
+    });
+    redirects.collect()
+}
+
+/// Pages of thunks, and of these `functions`.
+fn common_pages(symbols: &SymbolTable, functions: &[&BTreeMap<Gva, GvaRange>]) -> Vec<Gva> {
+    let thunks = symbols
+        .iter()
+        .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
+    let extents = functions.iter().flat_map(|functions| functions.values());
+    let of_functions = extents.flat_map(GvaRange::pages);
+    pages(
+        &mut thunks
+            .map(|symbol| symbol.at.0)
+            .chain(of_functions.map(|page| page.0)),
+    )
+}
+
+/// The pages that these addresses are on, each once.
+fn pages(addresses: &mut dyn Iterator<Item = u64>) -> Vec<Gva> {
+    let pages: BTreeSet<u64> = addresses.map(|at| at & !0xfff).collect();
+    pages.into_iter().map(Gva).collect()
+}
+
+/// Where those of `functions` begin that this kernel has.
+fn addresses(functions: &[KernelFunction], symbols: &SymbolTable) -> Vec<Gva> {
+    functions
+        .iter()
+        .flat_map(|function| function.names)
+        .filter_map(|name| symbols.kernel_symbol(name))
+        .map(|symbol| symbol.at)
+        .collect()
+}
+
+/// Kernel functions that wait, with the unit of their first argument.
+fn sleeps(symbols: &SymbolTable) -> Vec<(Gva, Duration)> {
+    let sleeps = SLEEPS.iter().filter_map(|(name, unit)| {
+        let symbol = symbols.kernel_symbol(name)?;
+        Some((symbol.at, Duration::from_micros(*unit)))
+    });
+    sleeps.collect()
 }
 
 /// Those of `functions` that this kernel has, by where they begin.

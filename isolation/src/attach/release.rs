@@ -5,18 +5,22 @@ use std::collections::HashMap;
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
 
-use super::OUT_BYTES;
-use super::arm::clear_gate;
-use super::returning::Returning;
 use crate::compensation::guest_calls::write_stack;
 use crate::dispatch::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
+use crate::dispatch::returning::Returning;
+use crate::guest::gate::{OUT_BYTES, clear_gate};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 
 impl Armed {
     /// Whether calls of the guest's are under way that need this module's gates to come to a good
     /// end.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.guest_calls.is_empty() || self.spilled.values().any(|open| open.call.has_deferred())
+        !self.open.guest_calls.is_empty()
+            || self
+                .open
+                .spilled
+                .values()
+                .any(|open| open.call.has_deferred())
     }
 
     /// Takes everything out of the guest: gates, and return gates on stacks. What is returned tells
@@ -26,28 +30,28 @@ impl Armed {
         memory: &GuestMemory,
         space: Option<AddressSpace>,
     ) -> Vec<Returning> {
-        for (_, open) in std::mem::take(&mut self.spilled) {
+        for (_, open) in std::mem::take(&mut self.open.spilled) {
             if open.call.has_deferred() {
                 tracing::warn!(
                     "a call of the module is given up before it has given everything back"
                 );
             }
             let thread = self.hand_over(&open);
-            self.returning.push(thread);
+            self.open.returning.push(thread);
         }
-        let returning = std::mem::take(&mut self.returning);
+        let returning = std::mem::take(&mut self.open.returning);
         for thread in &returning {
             if let Some(space) = space {
                 thread.turn_interrupted(VirtMemory { space, memory });
             }
         }
         // A thread of an calling may be in the loop.
-        if let Some(call_loop) = self.call_loop.take()
-            && self.guest_calls.is_empty()
+        if let Some(call_loop) = self.open.call_loop.take()
+            && self.open.guest_calls.is_empty()
         {
             call_loop.remove(memory);
         }
-        for (_, calling) in std::mem::take(&mut self.guest_calls) {
+        for (_, calling) in std::mem::take(&mut self.open.guest_calls) {
             tracing::warn!("a call of the module is given up before it was taken back");
             let slot = calling.finally.rsp.wrapping_sub(8);
             if let Some(space) = space {
@@ -56,7 +60,7 @@ impl Armed {
         }
         self.let_device_go();
         if let Some(space) = space {
-            self.queues.give_up(VirtMemory { space, memory });
+            self.packets.queues.give_up(VirtMemory { space, memory });
         }
         for gate in self.gates.values() {
             clear_gate(memory, gate.gpa);
@@ -67,8 +71,8 @@ impl Armed {
     /// The guest was reset: there are no calls any more, and what was kept from the world for them
     /// is not.
     pub(crate) fn guest_is_gone(&mut self) {
-        self.spilled.clear();
-        self.guest_calls.clear();
+        self.open.spilled.clear();
+        self.open.guest_calls.clear();
         self.let_device_go();
     }
 
@@ -79,7 +83,8 @@ impl Armed {
             rip: regs.rip.wrapping_sub(OUT_BYTES),
             ..*regs
         };
-        self.returning
+        self.open
+            .returning
             .iter()
             .find_map(|thread| thread.turn(&at_gate))
     }
@@ -88,13 +93,13 @@ impl Armed {
     /// good.
     pub(crate) fn hand_over_all(&mut self) {
         // The others have to come back once more.
-        let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.spilled)
+        let (back, over): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.open.spilled)
             .into_iter()
             .partition(|(_, open)| open.call.has_deferred());
-        self.spilled = back;
+        self.open.spilled = back;
         for open in over.values() {
             let thread = self.hand_over(open);
-            self.returning.push(thread);
+            self.open.returning.push(thread);
         }
     }
 

@@ -4,11 +4,10 @@
 use devices::dma::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::GATE;
-use super::arm::clear_gate;
 use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
 use crate::guest::gate::{self, GATE_BYTES};
+use crate::guest::gate::{GATE, clear_gate};
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
 

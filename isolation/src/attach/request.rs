@@ -11,6 +11,7 @@ use crate::dispatch::after_fault::FaultPolicy;
 use crate::fault_image::KeepFaults;
 use crate::guest::btf::Btf;
 use crate::guest::symbols::SymbolTable;
+pub use crate::status::Strength;
 use devices::hold::Holdable;
 
 /// How far calls have to be contained.
@@ -51,24 +52,6 @@ impl Contain {
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.name() == name)
     }
-}
-
-/// How strong the isolation of a module is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Strength {
-    /// Stores are checked against what the call may write.
-    pub contained: bool,
-    /// Each of them is, not the first to a page alone.
-    #[serde(default)]
-    pub each_store: bool,
-    /// Series of the kernel by whose model calls are taken back that had gone on in the guest;
-    /// `None` if they are not.
-    pub model: Option<String>,
-    /// Isolated functions of which no type is known: a call that fails returns `-EIO`, whatever
-    /// they return otherwise.
-    pub untyped: Vec<String>,
-    /// What is not known of the guest, in words.
-    pub missing: Vec<String>,
 }
 
 /// What to isolate.

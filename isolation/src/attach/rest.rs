@@ -33,7 +33,7 @@ impl Participant for Isolator {
             return Ok(());
         }
         for (name, armed) in modules.iter() {
-            let (open, calling) = (armed.spilled.len(), armed.guest_calls.len());
+            let (open, calling) = (armed.open.spilled.len(), armed.open.guest_calls.len());
             if open > 0 {
                 return soon(format!("{open} calls of `{name}` are open in the guest"));
             }
@@ -86,19 +86,19 @@ impl Armed {
     ) -> Result<(), Unsettled> {
         self.let_device_go();
         self.guard();
-        if self.returning.is_empty() && self.queues.is_empty() {
+        if self.open.returning.is_empty() && self.packets.queues.is_empty() {
             return Ok(());
         }
         let Ok((_, space)) = self.kernel_tables(vcpus, memory) else {
             return soon("no vCPU has the kernel's page tables loaded".to_owned());
         };
         let virt = VirtMemory { space, memory };
-        self.queues.give_up(virt);
-        let returning = std::mem::take(&mut self.returning);
+        self.packets.queues.give_up(virt);
+        let returning = std::mem::take(&mut self.open.returning);
         for thread in &returning {
             thread.turn_interrupted(virt);
         }
-        super::returning::turn_vcpus(&returning, vcpus);
+        crate::dispatch::returning::turn_vcpus(&returning, vcpus);
         Ok(())
     }
 }

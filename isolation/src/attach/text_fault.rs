@@ -23,12 +23,11 @@ use vmm::PausedVcpus;
 
 use super::arm::text_of;
 use super::clean::CleanBytes;
-use super::{
-    AttachError, GATE, Isolator, OUT_BYTES, RELEASE_POLL, RELEASE_WAIT, live, physical_bits,
-};
+use super::{AttachError, Isolator, RELEASE_POLL, RELEASE_WAIT, live, physical_bits};
 use crate::domain::MAX_INSTRUCTION;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{ENDBR64, FTRACE_NOP};
+use crate::guest::gate::{GATE, OUT_BYTES};
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;

@@ -240,6 +240,7 @@ mod tests {
     use crate::guest::btf::encode::Encoder;
     use crate::guest::symbols::{Line, SymbolTableBuilder};
 
+    /// Most of it is one model that has something of each kind.
     #[test]
     fn names_become_addresses_and_members_offsets() {
         let mut e = Encoder::new(None);

@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::compensation::call_loop::{CallLoop, Progress, Row};
 use crate::compensation::guest_time::{Stopwatch, Stopwatches};
-use crate::dispatch::run::Attempt;
+use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::domain::list_links::ChangedLinks;

@@ -9,34 +9,34 @@ use devices::dma::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use vmm::PausedVcpus;
-
-use crate::attach::arm::{clear_gate, set_gate};
-use crate::attach::request::Strength;
-use crate::attach::returning::Returning;
-use crate::attach::{AttachError, live};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::GuestCalls;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::fault::Faults;
-use crate::dispatch::run::{Again, Attempt};
+use crate::dispatch::returning::Returning;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
+use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::transaction::{CallEnd, CallResult, SpilledCall};
 use crate::fault_image::Keeper;
 use crate::guest::addr::Gva;
+use crate::guest::gate::{clear_gate, set_gate};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
+use crate::status::Strength;
 use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
 use devices::hold::{DeviceLost, Holdable};
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
+
+/// Reports kept for each module.
+pub(crate) const REPORTS_KEPT: usize = 32;
 
 /// A gate in the guest.
 pub(crate) struct Gate {
@@ -77,57 +77,152 @@ pub(crate) struct Armed {
     /// there are any, it may be needed again.
     pub wanted: Arc<()>,
     pub domain: Domain,
-    pub knowledge: Knowledge,
     /// What calls may write; `None` if the guest's types or memory management are not known.
     pub policy: Option<DriverPolicy>,
-    pub physical_bits: u8,
+    pub guest: KnownGuest,
     /// By address of the gate.
     pub gates: HashMap<u64, Gate>,
-    /// Calls that went on in the guest, by the stack pointer with which they come back.
-    pub spilled: HashMap<u64, OpenCall>,
-    /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with
-    /// which they come back.
-    pub guest_calls: HashMap<u64, GuestCalls>,
-    /// Guards are set.
-    pub guarding: bool,
-    /// Transmit queues that are stopped because such calls keep packets out.
-    pub queues: TransmitQueues,
-    /// Calls kernel functions for guest_calls; `None` if the module's text has no room for it.
-    pub call_loop: Option<CallLoop>,
-    /// Measure how long those take.
-    pub stopwatches: Stopwatches,
-    /// Threads that may have been at a return gate when their call was given to the guest for good.
-    pub returning: Vec<Returning>,
+    pub open: InTheGuest,
+    pub packets: KeptPackets,
+    pub device: ModuleDevice,
+    pub limits: Limits,
+    pub failures: Failures,
+    /// Faults that are put into calls on purpose.
+    pub faults: Faults,
+    /// Calls return their errors without being run.
+    pub stopped: bool,
+    /// Why the domain is not used any more.
+    pub broken: Option<String>,
+}
+
+/// What is known of the guest and the module.
+pub(crate) struct KnownGuest {
+    pub knowledge: Knowledge,
     /// What is known of the kernel's functions.
     pub effects: Option<KernelEffects>,
     /// Targets of calls out of the module, by the address of their displacement's opcode.
     pub calls: HashMap<u64, Gva>,
     /// How strong the isolation is.
     pub strength: Strength,
-    pub fault_policy: Box<dyn FaultPolicy>,
-    /// Keeps images of the guest at its calls' faults.
-    pub keeper: Option<Keeper>,
-    /// Faults that are put into calls on purpose.
-    pub faults: Faults,
-    /// The call that failed just now, if it is to be run once more.
-    pub again: Option<Again>,
-    /// Calls return their errors without being run.
-    pub stopped: bool,
-    pub device: Option<Arc<dyn Holdable>>,
-    /// The device does not interrupt, because calls are being taken back.
+    pub physical_bits: u8,
+}
+
+/// What the guest does for calls of the module.
+pub(crate) struct InTheGuest {
+    /// Calls that went on in the guest, by the stack pointer with which they come back.
+    pub spilled: HashMap<u64, OpenCall>,
+    /// Kernel functions that the guest calls for calls that have ended, by the stack pointer with
+    /// which they come back.
+    pub guest_calls: HashMap<u64, GuestCalls>,
+    /// Calls kernel functions for `guest_calls`; `None` if the module's text has no room for it.
+    pub call_loop: Option<CallLoop>,
+    /// Measure how long those take.
+    pub stopwatches: Stopwatches,
+    /// Threads that may have been at a return gate when their call was given to the guest for good.
+    pub returning: Vec<Returning>,
+}
+
+impl InTheGuest {
+    /// Nothing yet.
+    pub fn new(call_loop: Option<CallLoop>, stopwatches: Stopwatches) -> Self {
+        Self {
+            spilled: HashMap::new(),
+            guest_calls: HashMap::new(),
+            call_loop,
+            stopwatches,
+            returning: Vec::new(),
+        }
+    }
+}
+
+/// Packets that are kept out of the driver while calls are in the guest that could not be taken
+/// back with them in the device's ring.
+#[derive(Default)]
+pub(crate) struct KeptPackets {
+    /// Transmit queues that are stopped for it.
+    pub queues: TransmitQueues,
+    /// Guards are set.
+    pub guarding: bool,
+}
+
+/// The module's device.
+pub(crate) struct ModuleDevice {
+    pub holdable: Option<Arc<dyn Holdable>>,
+    /// PCI slots of it.
+    pub slots: Vec<u8>,
+    /// It does not interrupt, because calls are being taken back.
     pub withholding: bool,
-    /// The outside does not see what becomes of the device, because calls are in the guest that may
-    /// be taken back.
+    /// The outside does not see what becomes of it, because calls are in the guest that may be
+    /// taken back.
     pub outside_kept: bool,
-    pub device_slots: Vec<u8>,
+}
+
+impl ModuleDevice {
+    /// One from which nothing is kept.
+    pub fn new(holdable: Option<Arc<dyn Holdable>>, slots: Vec<u8>) -> Self {
+        Self {
+            holdable,
+            slots,
+            withholding: false,
+            outside_kept: false,
+        }
+    }
+
+    /// Keeps it from interrupting and from moving data. Functions that are not isolated may have
+    /// set it going again, and an interrupt that nobody acknowledges comes for ever.
+    fn silence(&self) -> Result<(), DeviceLost> {
+        let Some(device) = &self.holdable else {
+            return Ok(());
+        };
+        device.hold(&mut |held| held.silence())
+    }
+}
+
+/// How long a call may take.
+pub(crate) struct Limits {
+    /// Processor time of its own.
     pub budget: Duration,
+    /// Waits that leave it atomic.
     pub sleep_limit: Duration,
+}
+
+/// Calls that failed.
+pub(crate) struct Failures {
+    /// Decides what becomes of them.
+    pub policy: Box<dyn FaultPolicy>,
+    /// Keeps images of the guest at their faults.
+    pub keeper: Option<Keeper>,
+    /// The one that failed just now, if it is to be run once more.
+    pub again: Option<Again>,
     pub reports: VecDeque<ViolationReport>,
     pub violations: u64,
-    /// When memory and device of a failed call were as before; taken when its caller runs again.
+    /// When memory and device of one were as before; taken when its caller runs again.
     pub rolled_back: Option<Instant>,
-    /// Why the domain is not used any more.
-    pub broken: Option<String>,
+}
+
+impl Failures {
+    /// None yet.
+    pub fn new(policy: Box<dyn FaultPolicy>, keeper: Option<Keeper>) -> Self {
+        Self {
+            policy,
+            keeper,
+            again: None,
+            reports: VecDeque::new(),
+            violations: 0,
+            rolled_back: None,
+        }
+    }
+}
+
+/// A call that is to be run once more.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Again {
+    /// Address of its gate.
+    pub gate: u64,
+    /// Which run it is to be.
+    pub attempt: Attempt,
+    /// Registers at its entry.
+    pub entry: kvm_regs,
 }
 
 /// A call that went on in the guest.
@@ -152,11 +247,11 @@ pub(crate) struct AtGate<'a> {
 impl Armed {
     /// Runs the function behind `gate` and returns the registers to go on with.
     pub fn call(&mut self, gate: u64, attempt: Attempt, at: &AtGate<'_>) -> kvm_regs {
-        let keeps_out = keeps_packets_out(&self.spilled);
+        let keeps_out = keeps_packets_out(&self.open.spilled);
         // The call that kept packets out was given to the guest, or has never come back.
-        if !self.queues.is_empty() && !keeps_out {
+        if !self.packets.queues.is_empty() && !keeps_out {
             let memory = self.domain.memories().1;
-            self.queues.give_up(VirtMemory {
+            self.packets.queues.give_up(VirtMemory {
                 space: self.space(&at.sregs),
                 memory: &memory,
             });
@@ -183,7 +278,7 @@ impl Armed {
             }
             if !is_kept_out {
                 // What it was told when the driver was stopped is in the log.
-                let _ = self.silence_device();
+                let _ = self.device.silence();
             }
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
@@ -191,7 +286,7 @@ impl Armed {
                 memory: &memory,
             };
             if is_kept_out {
-                self.queues.stop(arguments[0], arguments[1], virt);
+                self.packets.queues.stop(arguments[0], arguments[1], virt);
             }
             return match returned(&at.regs, virt, rax) {
                 Some(next) if !is_kept_out => self.complete(gate, &at.regs, next, at),
@@ -209,7 +304,7 @@ impl Armed {
             space: self.space(&at.sregs),
             memory: &memory,
         };
-        self.queues.let_go(virt);
+        self.packets.queues.let_go(virt);
         if self.broken.is_none()
             && let Some(next) = self.run(open.gate, Some(&mut open.call), open.attempt, at)
         {
@@ -227,8 +322,8 @@ impl Armed {
     /// What the guest calls when a call has ended: `calls`, and what has the packets sent that were
     /// kept out, if no other call keeps them.
     pub(super) fn and_let_packets_pass(&mut self, mut calls: Vec<KernelCall>) -> Vec<KernelCall> {
-        if !keeps_packets_out(&self.spilled) {
-            calls.extend(self.queues.schedule());
+        if !keeps_packets_out(&self.open.spilled) {
+            calls.extend(self.packets.queues.schedule());
         }
         calls
     }
@@ -236,11 +331,11 @@ impl Armed {
     /// Sets or takes out the guards of the transmit functions that are not isolated, as long as
     /// packets are kept out of calls. The guest's other processors are held.
     pub fn guard(&mut self) {
-        let guarding = keeps_packets_out(&self.spilled);
-        if self.guarding == guarding {
+        let guarding = keeps_packets_out(&self.open.spilled);
+        if self.packets.guarding == guarding {
             return;
         }
-        self.guarding = guarding;
+        self.packets.guarding = guarding;
         let memory = self.domain.memories().1;
         for gate in self.gates.values().filter(|gate| gate.is_guard) {
             match guarding {
@@ -251,47 +346,14 @@ impl Armed {
         }
     }
 
-    /// Page tables of a vCPU that is stopped with the kernel and the module mapped.
-    pub fn kernel_tables(
-        &self,
-        vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemory,
-    ) -> Result<(kvm_sregs, AddressSpace), AttachError> {
-        let probe = self
-            .gates
-            .keys()
-            .next()
-            .ok_or(AttachError::NoKernelTables)?;
-        live::kernel_tables(vcpus, self.physical_bits, Gva(*probe), memory)
-    }
-
-    /// Has the domain looked at between calls: through page tables that the guest uses now.
-    pub fn follow_tables(
-        &mut self,
-        vcpus: &mut PausedVcpus<'_>,
-        memory: &GuestMemory,
-    ) -> Result<(), AttachError> {
-        let (sregs, _) = self.kernel_tables(vcpus, memory)?;
-        Ok(self.domain.follow_tables(sregs.cr3)?)
-    }
-
     pub(crate) fn space(&self, sregs: &kvm_sregs) -> AddressSpace {
-        AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.physical_bits)
-    }
-
-    /// Keeps the device from interrupting and from moving data. Functions that are not isolated may
-    /// have set it going again, and an interrupt that nobody acknowledges comes for ever.
-    fn silence_device(&self) -> Result<(), DeviceLost> {
-        let Some(device) = &self.device else {
-            return Ok(());
-        };
-        device.hold(&mut |held| held.silence())
+        AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, self.guest.physical_bits)
     }
 
     /// Has calls return their errors without being run, and silences the device.
     pub fn stop(&mut self) {
         self.stopped = true;
-        if let Err(lost) = self.silence_device() {
+        if let Err(lost) = self.device.silence() {
             tracing::warn!("the device of a stopped driver is not silent: {lost}");
         }
     }
@@ -301,7 +363,7 @@ impl Armed {
         if let Some(gate) = self.gates.get_mut(&gate) {
             gate.rests = true;
         }
-        if let Err(lost) = self.silence_device() {
+        if let Err(lost) = self.device.silence() {
             tracing::warn!(
                 "the device of a driver that fails again and again is not silent: {lost}"
             );
@@ -324,11 +386,11 @@ impl Armed {
         ModuleStatus {
             module: module.to_owned(),
             entries,
-            violations: self.violations,
+            violations: self.failures.violations,
             stopped: self.stopped,
             warm_pages: self.domain.warm_pages(),
             broken: self.broken.clone(),
-            strength: self.strength.clone(),
+            strength: self.guest.strength.clone(),
         }
     }
 }

@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 
 use crate::compensation::guest_calls::Failure;
 use crate::dispatch::armed::Armed;
-use crate::dispatch::run::Attempt;
+use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::roots::Root;
 use crate::domain::violation::{Violation, ViolationKind};
@@ -42,7 +42,7 @@ impl Armed {
             published: None,
         };
         let name = known.entry.name.clone();
-        let mut report = self.knowledge.report(&name, violation, &self.domain);
+        let mut report = self.guest.knowledge.report(&name, violation, &self.domain);
         report.at_ns = monotonic_ns();
         report.device_lost = device_lost.map(|lost| lost.to_string());
         let failure = Failure {
@@ -54,6 +54,6 @@ impl Armed {
             lists: Vec::new(),
         };
         self.failed(gate, failure);
-        self.again = None;
+        self.failures.again = None;
     }
 }

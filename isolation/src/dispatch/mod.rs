@@ -2,19 +2,23 @@
 //! there, or is answered without being run.
 //!
 //! ```text
-//!   trap (others held, devices held) ─► armed ─► Domain::call ─► registers ─► guest
-//!                              run: step by step
-//!                                         ├── supervisor, platform: what the domain asks meanwhile
-//!                                         └── after_fault: what its failure means; fault: faults on purpose
+//!   attach::trap (others held, devices held) ─► serve ─► armed ─► Domain::call ─► registers
+//!                       run: step by step ◄────────────────┘
+//!                        ├── supervisor, platform: what the domain asks meanwhile
+//!                        ├── after_fault: what its failure means; fault: faults on purpose
+//!                        └── taking_back, completing: what the guest calls then
 //! ```
 
 pub mod after_fault;
 pub(crate) mod armed;
+mod completing;
 mod domain_failure;
 mod due;
 pub mod fault;
 mod knowledge;
 pub(crate) mod platform;
-pub(crate) mod run;
+pub(crate) mod returning;
+mod run;
+pub(crate) mod serve;
 pub(crate) mod supervisor;
-mod trap;
+mod taking_back;

@@ -7,7 +7,7 @@
 //!                                                                               └─ passes through, domain broken: the guest's
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use devices::clock::monotonic_ns;
 use devices::hold::{DeviceLost, HeldDevice, Holdable, OutsideChanges};
@@ -20,6 +20,7 @@ use crate::dispatch::armed::{
 use crate::dispatch::platform::Platform;
 use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, KeepsFaults, Knowledge};
 use crate::domain::Domain;
+use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::transaction::{
     CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
@@ -35,50 +36,6 @@ use crate::status::report::ViolationReport;
 /// Most calls that are in the guest at once; further ones that would have to go on there pass
 /// through. Each has a stack of its own, and no honest guest has as many in one driver.
 const MAX_OPEN: usize = 4096;
-
-/// How often a call is being run with this run, and what it has had before.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Attempt {
-    /// 1 for the first.
-    pub number: u32,
-    /// Time of its own in the runs before this one.
-    pub spent: Duration,
-}
-
-impl Attempt {
-    /// Of a call that enters.
-    pub const FIRST: Self = Self {
-        number: 1,
-        spent: Duration::ZERO,
-    };
-
-    /// The one after this.
-    pub fn next(self) -> Self {
-        Self {
-            number: self.number.saturating_add(1),
-            ..self
-        }
-    }
-
-    /// This one, which has ended after a time of its own.
-    fn after(self, own: Duration) -> Self {
-        Self {
-            spent: self.spent.saturating_add(own),
-            ..self
-        }
-    }
-}
-
-/// A call that is to be run once more.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Again {
-    /// Address of its gate.
-    pub gate: u64,
-    /// Which run it is to be.
-    pub attempt: Attempt,
-    /// Registers at its entry.
-    pub entry: kvm_regs,
-}
 
 /// What is being run.
 struct Run<'a> {
@@ -167,7 +124,7 @@ impl Armed {
         let at = run.at;
         let space = self.space(&at.sregs);
         let gate = self.gates.get(&run.gate)?;
-        let others_open = may_be_taken_back(&self.spilled);
+        let others_open = may_be_taken_back(&self.open.spilled);
         let (private, shared) = self.domain.memories();
         let virt = VirtMemory {
             space,
@@ -180,10 +137,11 @@ impl Armed {
             clock: Some(at.vcpu),
             stack,
             function: gate.body,
-            return_gate: (self.spilled.len() < MAX_OPEN).then_some(run.gate + RETURN_GATE_OFFSET),
-            effects: self.effects.as_ref(),
-            budget: self.budget.saturating_sub(run.attempt.spent),
-            sleep_limit: self.sleep_limit,
+            return_gate: (self.open.spilled.len() < MAX_OPEN)
+                .then_some(run.gate + RETURN_GATE_OFFSET),
+            effects: self.guest.effects.as_ref(),
+            budget: self.limits.budget.saturating_sub(run.attempt.spent),
+            sleep_limit: self.limits.sleep_limit,
         };
         if let Some(policy) = &mut self.policy {
             policy.begin(&gate.entry.name, arguments(&run.entry));
@@ -200,42 +158,23 @@ impl Armed {
                 per_cpu_base: at.sregs.gs.base,
             },
         });
-        let (withholding, outside_kept) = (&mut self.withholding, &mut self.outside_kept);
-        let mut in_domain = Some(InDomain {
+        let in_domain = InDomain {
             domain: &mut self.domain,
-            knowledge: &self.knowledge,
+            knowledge: &self.guest.knowledge,
             policy,
             platform: Platform::new(at.vm, at.vcpu),
             request: &request,
             spilled,
-            keeps: self.keeper.as_ref().map(|keeper| KeepsFaults {
+            keeps: self.failures.keeper.as_ref().map(|keeper| KeepsFaults {
                 keeper,
                 entry: &gate.entry.name,
             }),
-        });
-        let mut done = None;
-        match &self.device {
-            Some(device) => {
-                let held = device.hold(&mut |held| {
-                    let Some(in_domain) = in_domain.take() else {
-                        return;
-                    };
-                    before_call(held, run.comes_back);
-                    let ran = in_domain.carry_out(Some(held));
-                    let left = after_call(held, &ran.result, others_open);
-                    *withholding |= left.withheld;
-                    *outside_kept = left.outside_kept;
-                    done = Some(ran);
-                });
-                if let Err(lost) = held {
-                    done = Some(Done {
-                        result: Err(lost.into()),
-                        device_lost: None,
-                        image: None,
-                    });
-                }
-            }
-            None => done = in_domain.map(|in_domain| in_domain.carry_out(None)),
+        };
+        let device = self.device.holdable.as_deref();
+        let (done, left) = with_device_held(device, in_domain, run.comes_back, others_open);
+        if let Some(left) = left {
+            self.device.withholding |= left.withheld;
+            self.device.outside_kept = left.outside_kept;
         }
         let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
         if let Some(policy) = &mut self.policy {
@@ -279,7 +218,7 @@ impl Armed {
                 report.image = image;
                 report.device_lost = device_lost
                     .map(|lost| lost.to_string())
-                    .or_else(|| asleep(self.device.as_deref(), &report.violation));
+                    .or_else(|| asleep(self.device.holdable.as_deref(), &report.violation));
                 Some(Failure {
                     report,
                     attempt: run.attempt.after(time.own),
@@ -326,7 +265,7 @@ impl Armed {
             tracing::debug!(
                 "{} goes on in the guest at {}: {}",
                 gate.entry.name,
-                self.knowledge.place(regs.rip),
+                self.guest.knowledge.place(regs.rip),
                 reason.name()
             );
         }
@@ -335,8 +274,8 @@ impl Armed {
             attempt: run.attempt,
             call,
         };
-        self.guest_calls.remove(&open.call.returns_with());
-        self.spilled.insert(open.call.returns_with(), open);
+        self.open.guest_calls.remove(&open.call.returns_with());
+        self.open.spilled.insert(open.call.returns_with(), open);
         regs
     }
 
@@ -347,7 +286,7 @@ impl Armed {
             .get(&run.gate)
             .map(|gate| gate.entry.name.as_str());
         let name = name.unwrap_or_default();
-        let mut report = self.knowledge.report(name, violation, &self.domain);
+        let mut report = self.guest.knowledge.report(name, violation, &self.domain);
         if let (None, Some(policy)) = (&report.touched, &self.policy) {
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
@@ -392,6 +331,38 @@ impl InDomain<'_> {
             image,
         }
     }
+}
+
+/// Has the domain carry a call out while the `device` is held, if there is one, and says what of it
+/// is kept from the world then. A device that cannot be held is why the call has failed.
+fn with_device_held(
+    device: Option<&dyn Holdable>,
+    in_domain: InDomain<'_>,
+    comes_back: bool,
+    others_open: bool,
+) -> (Option<Done>, Option<Left>) {
+    let Some(device) = device else {
+        return (Some(in_domain.carry_out(None)), None);
+    };
+    let mut in_domain = Some(in_domain);
+    let (mut done, mut left) = (None, None);
+    let held = device.hold(&mut |held| {
+        let Some(in_domain) = in_domain.take() else {
+            return;
+        };
+        before_call(held, comes_back);
+        let ran = in_domain.carry_out(Some(held));
+        left = Some(after_call(held, &ran.result, others_open));
+        done = Some(ran);
+    });
+    if let Err(lost) = held {
+        done = Some(Done {
+            result: Err(lost.into()),
+            device_lost: None,
+            image: None,
+        });
+    }
+    (done, left)
 }
 
 /// What of a device is kept from the world after a call.

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::view::{PAGE_SIZE, Page};
+use super::page::{PAGE_SIZE, Page};
 
 const WORD: usize = size_of::<u64>();
 const WORDS: usize = PAGE_SIZE as usize / WORD;

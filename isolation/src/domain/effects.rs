@@ -1,5 +1,8 @@
 //! What kernel functions that a driver calls do that outlasts a call, by address: what a call that
 //! went on in the guest before it failed is compensated by.
+//!
+//! The model that this comes from has names ([`crate::compensation::effects`]). They are looked up
+//! once, when a module is isolated: in the middle of a call nothing may be missing.
 
 use std::collections::{HashMap, HashSet};
 

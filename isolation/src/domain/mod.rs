@@ -22,6 +22,7 @@
 //! | `supervisor` | what a call asks of the layer above |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
+pub(crate) mod attempt;
 mod bases;
 pub mod console;
 pub mod effects;
@@ -35,6 +36,7 @@ pub mod list_links;
 pub mod monitor;
 mod moving;
 pub mod overlay;
+mod page;
 pub mod private_vm;
 pub mod roots;
 mod strike;

@@ -32,29 +32,8 @@ use vm_memory::{
 };
 
 use super::bases::{copy_down, take_over};
+pub use super::page::{PAGE_SIZE, Page, Pfn};
 use crate::policy::diff::PageMask;
-
-/// Size of a page in bytes; the view works on whole pages.
-pub const PAGE_SIZE: u64 = 4096;
-
-/// The bytes of one page.
-pub type Page = [u8; PAGE_SIZE as usize];
-
-/// Number of a guest physical page: guest physical address divided by [`PAGE_SIZE`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Pfn(pub u64);
-
-impl Pfn {
-    /// The page that holds guest physical address `gpa`.
-    pub fn of(gpa: u64) -> Self {
-        Self(gpa / PAGE_SIZE)
-    }
-
-    /// Guest physical address of the page's first byte.
-    pub fn gpa(self) -> u64 {
-        self.0 * PAGE_SIZE
-    }
-}
 
 /// Why a view could not be made or used.
 #[derive(Debug, thiserror::Error)]

@@ -2,18 +2,15 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::writer::{Content, write_image};
+use super::writer::{Content, Subject, write_image};
 use super::{FaultImageError, MANIFEST_FILE};
 use crate::domain::failing::Failing;
-use crate::guest::btf::Btf;
-use crate::guest::symbols::SymbolTable;
-use crate::status::report::ViolationReport;
+use crate::status::report::{Kept, ViolationReport};
 
 /// Longest part of an image's name that is a module's or a function's.
 const MAX_NAME: usize = 64;
@@ -74,45 +71,6 @@ impl KeepFaults {
         }
         Ok((count, highest))
     }
-}
-
-/// What became of the image of a fault.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kept {
-    /// It is in this directory.
-    In(PathBuf),
-    /// There were as many as there may be, and none was written.
-    Enough(u32),
-    /// It could not be written, and nothing of it is left.
-    Failed(String),
-}
-
-impl Kept {
-    /// Where it is.
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Self::In(path) => Some(path),
-            Self::Enough(_) | Self::Failed(_) => None,
-        }
-    }
-}
-
-/// What is known of a guest and of the module whose faults are kept.
-#[derive(Debug, Clone)]
-pub struct Subject {
-    /// Name of the module.
-    pub module: String,
-    /// Its sections and where they are.
-    pub sections: Vec<(String, u64)>,
-    /// Release of the guest's kernel.
-    pub kernel: String,
-    /// The guest's symbols.
-    pub symbols: Arc<SymbolTable>,
-    /// Types of the kernel and the module.
-    pub types: Option<Arc<Btf>>,
-    /// Bits of a guest physical address.
-    pub physical_bits: u8,
 }
 
 /// Keeps faults of one module.

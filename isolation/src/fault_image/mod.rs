@@ -36,12 +36,14 @@ mod tests;
 
 use std::path::PathBuf;
 
-pub use keeper::{KeepFaults, Keeper, Kept, Subject};
+pub use crate::status::report::Kept;
+pub use keeper::{KeepFaults, Keeper};
 pub use manifest::{
     Control, FORMAT_VERSION, Files, Manifest, Region, Registers, ReturnPoint, Section,
 };
 pub use reader::{FaultImage, images_in};
 pub use trace::{Frame, FrameKind};
+pub use writer::Subject;
 
 /// Name of the manifest in an image's directory.
 pub const MANIFEST_FILE: &str = "manifest.json";

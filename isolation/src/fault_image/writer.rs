@@ -7,13 +7,13 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::dma::GuestMemory;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm::snapshot::{ImageWriter, StoredFile};
 
-use super::keeper::Subject;
 use super::manifest::{Control, FORMAT_VERSION, Files, Manifest, Region, ReturnPoint, Section};
 use super::{
     FaultImageError, KERNEL_TYPES_FILE, MANIFEST_FILE, MAP_FILE, MEMORY_FILE, MODULE_TYPES_FILE,
@@ -22,7 +22,25 @@ use super::{
 use crate::domain::failing::Failing;
 use crate::domain::view::PAGE_SIZE;
 use crate::guest::btf::Btf;
+use crate::guest::symbols::SymbolTable;
 use crate::status::report::ViolationReport;
+
+/// What is known of a guest and of the module whose faults are kept.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// Name of the module.
+    pub module: String,
+    /// Its sections and where they are.
+    pub sections: Vec<(String, u64)>,
+    /// Release of the guest's kernel.
+    pub kernel: String,
+    /// The guest's symbols.
+    pub symbols: Arc<SymbolTable>,
+    /// Types of the kernel and the module.
+    pub types: Option<Arc<Btf>>,
+    /// Bits of a guest physical address.
+    pub physical_bits: u8,
+}
 
 /// Guest memory that is copied at once, in bytes.
 const BATCH_BYTES: u64 = 1 << 20;

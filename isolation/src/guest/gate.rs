@@ -16,6 +16,7 @@
 use devices::dma::GuestMemory;
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use serde::Serialize;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::addr::{Gva, GvaRange};
 use super::module_text::TextScan;
@@ -50,6 +51,15 @@ impl GatePorts {
         [OUT_IMM8_AL, self.entry, OUT_IMM8_AL, self.returning, NOP]
     }
 }
+
+/// Ports of the gates; the first two of [`vmm::trap::TRAP_PORTS`].
+pub(crate) const GATE: GatePorts = GatePorts {
+    entry: 0xe0,
+    returning: 0xe1,
+};
+
+/// Length of `out imm8, al`.
+pub(crate) const OUT_BYTES: u64 = 2;
 
 /// Where a gate goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -242,6 +252,20 @@ fn first_instruction(at: Gva, code: &[u8]) -> String {
         None => text.push_str("(nothing)"),
     }
     text
+}
+
+/// Writes a gate; `false` if there is no memory.
+pub(crate) fn set_gate(memory: &GuestMemory, gpa: u64) -> bool {
+    memory.write_slice(&GATE.bytes(), GuestAddress(gpa)).is_ok()
+}
+
+/// Puts the NOP back, if the gate is still there: the module may be gone and its memory another's.
+pub(crate) fn clear_gate(memory: &GuestMemory, gpa: u64) {
+    let mut now = [0; GATE_BYTES];
+    let there = memory.read_slice(&mut now, GuestAddress(gpa)).is_ok() && now == GATE.bytes();
+    if there && memory.write_slice(&FTRACE_NOP, GuestAddress(gpa)).is_err() {
+        tracing::error!("cannot take a gate out of guest memory at {gpa:#x}");
+    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,27 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::attach::request::Strength;
 use crate::domain::journal::Published;
 use crate::domain::transaction::{CallEnd, CallResult};
 use crate::domain::violation::Violation;
+
+/// How strong the isolation of a module is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Strength {
+    /// Stores are checked against what the call may write.
+    pub contained: bool,
+    /// Each of them is, not the first to a page alone.
+    #[serde(default)]
+    pub each_store: bool,
+    /// Series of the kernel by whose model calls are taken back that had gone on in the guest;
+    /// `None` if they are not.
+    pub model: Option<String>,
+    /// Isolated functions of which no type is known: a call that fails returns `-EIO`, whatever
+    /// they return otherwise.
+    pub untyped: Vec<String>,
+    /// What is not known of the guest, in words.
+    pub missing: Vec<String>,
+}
 
 /// One isolated function since it was isolated.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,7 @@
 //! A violation as a person reads it.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -8,7 +9,6 @@ use crate::domain::journal::Published;
 use crate::domain::roots::Root;
 use crate::domain::transaction::AbortPhases;
 use crate::domain::violation::{Violation, ViolationKind};
-use crate::fault_image::Kept;
 
 /// What the caller of a failed call was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -22,6 +22,28 @@ pub enum Told {
     Error,
     /// Nothing: the function returns nothing, and has not been run.
     Nothing,
+}
+
+/// What became of the image of a fault.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kept {
+    /// It is in this directory.
+    In(PathBuf),
+    /// There were as many as there may be, and none was written.
+    Enough(u32),
+    /// It could not be written, and nothing of it is left.
+    Failed(String),
+}
+
+impl Kept {
+    /// Where it is.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::In(path) => Some(path),
+            Self::Enough(_) | Self::Failed(_) => None,
+        }
+    }
 }
 
 /// A violation with names.

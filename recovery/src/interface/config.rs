@@ -4,6 +4,9 @@
 //! Read from what `ip -j` and `ethtool` print in the guest, written as the same programs' command
 //! lines. What a guest prints is hostile: sizes are bounded, and a word that becomes part of a
 //! command line is of a form that cannot be taken for an option.
+//!
+//! Text, and not what the kernel tells an agent (`ETHTOOL_GFEATURES`, netlink): that has other
+//! names than `ethtool -k` prints, and several generations of bits for the same features.
 
 use std::fmt::Display;
 use std::net::IpAddr;

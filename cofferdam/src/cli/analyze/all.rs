@@ -14,8 +14,8 @@ use isolation::analysis::findings::{Finding, FindingKind};
 use isolation::analysis::kernel::Kernel;
 use serde::Serialize;
 
-use super::super::table::{number, table};
 use super::{kernel, read};
+use crate::table::{number, table};
 
 /// One module in short.
 #[derive(Debug, Serialize)]

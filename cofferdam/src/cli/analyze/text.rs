@@ -22,6 +22,24 @@ pub fn of(report: &Report) -> String {
 }
 
 fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
+    write_module(report, text)?;
+    write_entries(report, text)?;
+    write_imports(report, text)?;
+    write_findings(report, text)?;
+    match &report.isolate {
+        Some(command) => writeln!(
+            text,
+            "\nTo isolate the most doubtful entries that could be:\n  {command}"
+        ),
+        None => writeln!(
+            text,
+            "\nNo entry could be isolated so that its failed calls are taken back."
+        ),
+    }
+}
+
+/// What the module is and what it drives.
+fn write_module(report: &Report, text: &mut String) -> std::fmt::Result {
     let types = if report.types {
         "with types"
     } else {
@@ -52,12 +70,20 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
             "registers no driver of devices: nothing to suspend or resume"
         )?;
     }
+    Ok(())
+}
+
+fn write_entries(report: &Report, text: &mut String) -> std::fmt::Result {
     writeln!(text, "\nEntries, the most doubtful first:")?;
     for entry in report.entries.iter().filter(|entry| !entry.runs_once()) {
         writeln!(text, "  {} ({})", entry.function, origins(entry))?;
         writeln!(text, "      atomic: {}", atomic(&entry.atomic))?;
         writeln!(text, "      isolation: {}", isolation(&entry.isolation))?;
     }
+    Ok(())
+}
+
+fn write_imports(report: &Report, text: &mut String) -> std::fmt::Result {
     writeln!(text, "\nTaken from the kernel and other modules:")?;
     for (class, name) in CLASSES {
         let of_class = report
@@ -83,7 +109,10 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
             writeln!(text, "  {name}: {list}")?;
         }
     }
-    writeln!(text, "  (* may have to wait)")?;
+    writeln!(text, "  (* may have to wait)")
+}
+
+fn write_findings(report: &Report, text: &mut String) -> std::fmt::Result {
     writeln!(
         text,
         "\n{}",
@@ -105,16 +134,7 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
             )?;
         }
     }
-    match &report.isolate {
-        Some(command) => writeln!(
-            text,
-            "\nTo isolate the most doubtful entries that could be:\n  {command}"
-        ),
-        None => writeln!(
-            text,
-            "\nNo entry could be isolated so that its failed calls are taken back."
-        ),
-    }
+    Ok(())
 }
 
 /// What the classes are called.

@@ -9,8 +9,8 @@ use super::{WorkArgs, setup};
 use crate::campaign::alarms::{self, FalseAlarms};
 use crate::cli::images::Images;
 use crate::cli::isolation::StoresArgs;
-use crate::cli::table::table;
 use crate::cli::{Ending, print_bytes, print_json};
+use crate::table::table;
 use crate::words::counted;
 
 /// `campaign false-alarms`
@@ -93,7 +93,7 @@ fn text(found: &FalseAlarms) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::campaign::alarms::EntryCalls;
+    use crate::campaign::worker::EntryCalls;
 
     #[test]
     fn the_headline_has_all_calls_and_what_was_wrong_is_below() {

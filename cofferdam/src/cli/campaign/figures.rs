@@ -7,9 +7,9 @@ use recovery::campaign::Way;
 use recovery::campaign::summary::{Counts, Summary, total};
 use recovery::campaign::verdict::Verdict;
 
-use crate::cli::table::{number, table};
 use crate::cli::{print_bytes, print_json};
 use crate::report::{self, Stat};
+use crate::table::{number, table};
 
 /// Prints them.
 pub(super) fn show(summary: &Summary, json: bool) -> anyhow::Result<()> {

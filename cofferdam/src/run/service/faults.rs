@@ -1,12 +1,14 @@
 //! Faults on purpose, as the control socket has them put in and taken back.
 
 use agent_protocol::message::Bytes;
+use devices::edge::EdgeOrder;
 use isolation::attach::text_fault::TextChange;
 use isolation::dispatch::fault::FaultOrder;
 
 use super::{VmService, text};
 use crate::control::protocol::{FaultsState, FaultyCalls, FunctionBytes, Reply};
 use crate::error_text::chain;
+use crate::run::disturbance;
 
 /// An instruction of a driver's function, and what is put in its place.
 pub(super) struct Code {
@@ -19,6 +21,32 @@ pub(super) struct Code {
 }
 
 impl VmService {
+    pub(super) fn fault_count(&self, module: &str) -> Result<Reply, String> {
+        let count = self.isolator().fault_count(module).map_err(text)?;
+        Ok(Reply::FaultCount(count))
+    }
+
+    pub(super) fn disturb(&self, nic: Option<&str>, order: EdgeOrder) -> Result<Reply, String> {
+        self.nics.forget_gone(&self.vm);
+        let begin = || disturbance::begin(&self.nics, nic, order);
+        self.vm.with_devices(begin).map(Reply::Disturbed)
+    }
+
+    pub(super) fn undisturb(
+        &self,
+        nic: Option<&str>,
+        number: Option<u64>,
+    ) -> Result<Reply, String> {
+        let end = || disturbance::end(&self.nics, nic, number);
+        let disturbances = self.vm.with_devices(end)?;
+        Ok(Reply::Disturbances { disturbances })
+    }
+
+    pub(super) fn disturbances(&self, nic: Option<&str>) -> Result<Reply, String> {
+        let disturbances = disturbance::all(&self.nics, nic)?;
+        Ok(Reply::Disturbances { disturbances })
+    }
+
     pub(super) fn function_text(&self, module: &str, function: &str) -> Result<Reply, String> {
         self.guest_runs()?;
         let text = self.supervisor.guest().function_text(module, function);

@@ -24,9 +24,7 @@ const MAX_VISITS: usize = 24;
 /// Registers that a call does not keep (System V ABI, figure 3.4): `rax`, `rcx`, `rdx`, `rsi`,
 /// `rdi`, `r8` to `r11`.
 const LOST: [usize; 9] = [0, 1, 2, 6, 7, 8, 9, 10, 11];
-/// Bits of a value that is too small for there to be much doubt where it is not known how large an
-/// object is.
-pub const SMALL: u8 = 8;
+
 /// Bytes of the frame behind an address that is handed on, of which nothing is known then.
 const HANDED_ON: usize = 64;
 

@@ -10,10 +10,16 @@
 //! A function that needs no other rights than the driver's is reached on the root that is loaded,
 //! unless its calls are journalled.
 
+use std::collections::HashSet;
+
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11, rsp};
 use iced_x86::{Decoder, DecoderOptions};
 
-use super::*;
+use super::{
+    CROSSINGS, DIRECT_CALLS, FRAME_BYTES, Monitor, MonitorError, PORT_JOURNAL, RETURN_STACK,
+    SCRATCH, TOP, TRAMPOLINE_PAGES, TRAMPOLINE_SLOT_BYTES, TRAMPOLINES, out,
+};
+use crate::domain::view::PAGE_SIZE;
 
 /// `ret`.
 const RET: u8 = 0xc3;

@@ -1,6 +1,16 @@
 //! Call-backs: the kernel calls the driver in the middle of a call, and the driver returns to it.
 
-use super::*;
+use kvm_bindings::kvm_regs;
+
+use super::preserved::Preserved;
+use super::{Call, Step};
+use crate::domain::error::DomainError;
+use crate::domain::monitor::ExceptionFrame;
+use crate::domain::violation::ViolationKind;
+
+/// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone
+/// on on.
+const MAX_STACKS: usize = 16;
 
 /// A call of the kernel back into the driver.
 #[derive(Debug, Clone, Copy)]

@@ -1,6 +1,33 @@
 //! The isolated device as a call reaches it: stores that wait, loads that do not.
 
-use super::*;
+use devices::hold::{Access, DeviceAddress};
+
+use super::call::PassThroughReason;
+use super::{Call, Step};
+use crate::domain::error::DomainError;
+use crate::domain::roots::Root;
+use crate::domain::view::{PAGE_SIZE, Page};
+use crate::domain::violation::ViolationKind;
+use crate::policy::diff::PageMask;
+
+/// Device stores that may wait for commit.
+const MAX_POSTED: usize = 4096;
+
+/// A store to the device that waits for the commit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PostedWrite {
+    pub(super) at: DeviceAddress,
+    pub(super) value: u64,
+    pub(super) bytes: usize,
+}
+
+/// A page of which something was published before the end of the call.
+pub(super) struct Overwritten {
+    /// Bytes that were.
+    pub(super) bytes: PageMask,
+    /// What they were when the call, or this part of it, began.
+    pub(super) old: Box<Page>,
+}
 
 /// Bytes of the host's memory that the old bytes of a page take, here and with the policy.
 const OVERWRITTEN_BYTES: u64 = 3 * PAGE_SIZE;

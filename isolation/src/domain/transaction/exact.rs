@@ -12,8 +12,14 @@
 use iced_x86::{
     Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
+use kvm_bindings::kvm_regs;
 
-use super::*;
+use super::{Call, Step, TRAP_FLAG};
+use crate::domain::error::DomainError;
+use crate::domain::monitor::ExceptionFrame;
+use crate::domain::roots::Root;
+use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::domain::violation::ViolationKind;
 
 /// RFLAGS: string instructions go downwards.
 const DIRECTION_FLAG: u64 = 1 << 10;

@@ -1,6 +1,17 @@
 //! Exits of P: what each is about, and the ways on.
 
-use super::*;
+use kvm_bindings::kvm_regs;
+
+use super::call::PassThroughReason;
+use super::{Call, Step, TRAP_FLAG};
+use crate::domain::error::DomainError;
+use crate::domain::monitor::{
+    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
+    PORT_SLEEP, PORT_STRIKE, PORT_TRAPPED,
+};
+use crate::domain::private_vm::Exit;
+use crate::domain::roots::Root;
+use crate::domain::violation::ViolationKind;
 
 impl Call<'_> {
     pub(super) fn handle(&mut self, exit: Exit) -> Result<Step, DomainError> {

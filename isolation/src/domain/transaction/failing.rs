@@ -1,9 +1,17 @@
 //! A call at its fault, for who wants to keep it.
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use kvm_bindings::kvm_regs;
+
 use super::finish::elapsed_ns;
-use super::*;
+use super::{Call, OUT_BYTES};
+use crate::domain::error::DomainError;
 use crate::domain::failing::Failing;
 use crate::domain::monitor::CrossingFrame;
+use crate::domain::view::{PAGE_SIZE, Page, Pfn};
+use crate::domain::violation::Violation;
 
 /// Bytes of a call's or jump's displacement.
 const DISPLACEMENT: u64 = 4;

@@ -1,6 +1,25 @@
 //! Exceptions in the domain: what the roots can be changed for, crossings, violations.
 
-use super::*;
+use kvm_bindings::kvm_regs;
+
+use super::call::PassThroughReason;
+use super::{Call, Step};
+use crate::domain::error::DomainError;
+use crate::domain::monitor::ExceptionFrame;
+use crate::domain::roots::Root;
+use crate::domain::supervisor::KernelExceptionVerdict;
+use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::domain::violation::ViolationKind;
+
+const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
+const VECTOR_DEBUG: u8 = 1;
+const VECTOR_NMI: u8 = 2;
+const VECTOR_MACHINE_CHECK: u8 = 18;
+const VECTOR_BREAKPOINT: u8 = 3;
+const VECTOR_PAGE_FAULT: u8 = 14;
+const PF_PRESENT: u64 = 1 << 0;
+const PF_WRITE: u64 = 1 << 1;
+const PF_FETCH: u64 = 1 << 4;
 
 impl Call<'_> {
     pub(super) fn exception(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {

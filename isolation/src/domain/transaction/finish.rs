@@ -1,6 +1,20 @@
 //! The end of a call: checks, commit, abort, and taking everything back.
 
-use super::*;
+use std::time::Instant;
+
+use kvm_bindings::kvm_regs;
+
+use super::Call;
+use super::call::CallEnd;
+use super::preserved::Preserved;
+use crate::domain::error::DomainError;
+use crate::domain::roots::Root;
+use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::domain::violation::{Violation, ViolationKind};
+use crate::policy::diff::PageMask;
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// How far above the stack pointer of a function that only copies the return address of its caller
 /// is looked for, in words of 8 bytes.

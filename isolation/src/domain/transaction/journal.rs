@@ -1,14 +1,23 @@
 //! The journal of a call as it runs: what is noted at each crossing and at each publication, and
 //! how the parts that are in the guest are taken back.
 
+use std::time::Instant;
+
+use kvm_bindings::kvm_regs;
+
 use super::finish::elapsed_ns;
-use super::*;
+use super::{Call, Step};
+use crate::domain::effects::KernelCall;
 use crate::domain::effects::KernelEffects;
+use crate::domain::error::DomainError;
+use crate::domain::journal::Journal;
 use crate::domain::journal::{Crossing, Published, ReadNumber, Stays};
 use crate::domain::list_links;
 use crate::domain::monitor::JournalPoint;
 use crate::domain::roots::Roots;
+use crate::domain::view::{PAGE_SIZE, Pfn};
 use crate::domain::view::{PrivateView, ViewError};
+use crate::domain::violation::ViolationKind;
 
 /// The call's memory.
 struct CallNumbers<'a> {

@@ -1,8 +1,11 @@
 //! What kernel functions keep of what the driver gives them: looked at when they are called, since
 //! nobody would lay it at the driver's door when it is used.
 
-use super::*;
+use super::Call;
+use crate::domain::effects::KernelCall;
 use crate::domain::effects::{KeptArgument, Required};
+use crate::domain::error::DomainError;
+use crate::domain::violation::ViolationKind;
 
 /// Objects in a list of the kernel's that are looked at.
 const MAX_LISTED: usize = 4096;

@@ -1,6 +1,10 @@
 //! Memory as a call has it: private pages, roots, words on stacks.
 
-use super::*;
+use super::Call;
+use crate::domain::error::DomainError;
+use crate::domain::roots::{Fill, Root, RootError};
+use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::guest::addr::Gva;
 
 /// Private copies of pages below which a call is not charged for them.
 const MIN_CHARGED: usize = 4096;

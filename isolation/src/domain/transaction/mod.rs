@@ -24,7 +24,7 @@
 //! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do
 //! not spill pay nothing for it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use kvm_bindings::kvm_regs;
@@ -35,21 +35,17 @@ use super::error::DomainError;
 use super::host_memory::Kept;
 use super::journal::Journal;
 use super::list_links::ChangedLinks;
-use super::monitor::{
-    ExceptionFrame, PORT_CALLBACK_RETURN, PORT_EXCEPTION, PORT_FATAL, PORT_JOURNAL, PORT_RETURN,
-    PORT_SLEEP, PORT_STRIKE, PORT_TRAPPED,
-};
 use super::private_vm::Exit;
-use super::roots::{Fill, Root, RootError};
-use super::supervisor::{KernelExceptionVerdict, Supervisor};
-use super::view::{PAGE_SIZE, Page, Pfn};
-use super::violation::{Violation, ViolationKind};
-use crate::guest::addr::{Gva, GvaRange};
-use crate::policy::diff::PageMask;
-use devices::hold::{Access, DeviceAddress};
+use super::roots::{Root, RootError};
+use super::supervisor::Supervisor;
+use super::view::Pfn;
+use super::violation::ViolationKind;
+use crate::guest::addr::GvaRange;
 
+mod begin;
 mod call;
 mod callbacks;
+mod carrying_out;
 mod device;
 mod exact;
 mod exits;
@@ -69,49 +65,17 @@ pub use spill::SpilledCall;
 pub use time::CallTime;
 
 use callbacks::Callback;
-use preserved::Preserved;
+use device::{Overwritten, PostedWrite};
 use time::Meter;
 
-/// RFLAGS.IF.
-const INTERRUPT_FLAG: u64 = 1 << 9;
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
-/// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone
-/// on on.
-const MAX_STACKS: usize = 16;
-/// Device stores that may wait for commit.
-const MAX_POSTED: usize = 4096;
 /// Unusual exits after which a call is given up, those at journalled kernel functions left aside:
 /// no honest call comes near.
 const MAX_DETOURS: u32 = 1 << 16;
 
 /// Length of `out imm8, al`.
 pub(super) const OUT_BYTES: u64 = 2;
-
-const VECTOR_DEVICE_NOT_AVAILABLE: u8 = 7;
-const VECTOR_DEBUG: u8 = 1;
-const VECTOR_NMI: u8 = 2;
-const VECTOR_MACHINE_CHECK: u8 = 18;
-const VECTOR_BREAKPOINT: u8 = 3;
-const VECTOR_PAGE_FAULT: u8 = 14;
-const PF_PRESENT: u64 = 1 << 0;
-const PF_WRITE: u64 = 1 << 1;
-const PF_FETCH: u64 = 1 << 4;
-
-#[derive(Debug, Clone, Copy)]
-struct PostedWrite {
-    at: DeviceAddress,
-    value: u64,
-    bytes: usize,
-}
-
-/// A page of which something was published before the end of the call.
-struct Overwritten {
-    /// Bytes that were.
-    bytes: PageMask,
-    /// What they were when the call, or this part of it, began.
-    old: Box<Page>,
-}
 
 /// What a call led to.
 enum Outcome {
@@ -183,139 +147,6 @@ pub(super) struct Call<'a> {
     last_sleep: (u64, u32),
 }
 
-impl Domain {
-    /// Carries out one call. On an error guest and device are as before the call, and the domain
-    /// should be taken down.
-    pub fn call(
-        &mut self,
-        request: &CallRequest<'_>,
-        supervisor: &mut dyn Supervisor,
-    ) -> Result<CallResult, DomainError> {
-        self.carry_out(request, supervisor, None)
-    }
-
-    /// Goes on with a call that was spilled and whose kernel function has reached the return gate,
-    /// where the guest's vCPU stands as `request` says. On an error guest and device are as they
-    /// were when it came back, it keeps its journal, and it can be given to the guest for good
-    /// ([`Domain::hand_over`]).
-    pub fn go_on(
-        &mut self,
-        spilled: &mut SpilledCall,
-        request: &CallRequest<'_>,
-        supervisor: &mut dyn Supervisor,
-    ) -> Result<CallResult, DomainError> {
-        self.carry_out(request, supervisor, Some(spilled))
-    }
-
-    /// Begins a call, or goes on with a spilled one, whose journal goes over into the result.
-    pub(crate) fn carry_out(
-        &mut self,
-        request: &CallRequest<'_>,
-        supervisor: &mut dyn Supervisor,
-        mut spilled: Option<&mut SpilledCall>,
-    ) -> Result<CallResult, DomainError> {
-        let mut journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
-        let before = spilled.as_deref();
-        let mut time = before.map_or_else(CallTime::default, |spilled| spilled.time);
-        let mut result = self.attempt(request, supervisor, before, &mut journal, &mut time);
-        if matches!(result, Ok(None)) {
-            supervisor.begin_again();
-            journal = Some(Box::default());
-            result = self.attempt(request, supervisor, before, &mut journal, &mut time);
-        }
-        if let Some(spilled) = spilled {
-            spilled.journal = journal;
-        }
-        result?.ok_or(DomainError::Internal("a call was begun again twice"))
-    }
-
-    /// `None` if the call is to be run with a journal. On an error `journal` is as it was.
-    fn attempt(
-        &mut self,
-        request: &CallRequest<'_>,
-        supervisor: &mut dyn Supervisor,
-        spilled: Option<&SpilledCall>,
-        journal: &mut Option<Box<Journal>>,
-        time: &mut CallTime,
-    ) -> Result<Option<CallResult>, DomainError> {
-        let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
-        let journalled = journal.is_some();
-        if let (true, Some(effects)) = (journalled, request.effects) {
-            self.monitor.journal(|function| effects.matters(function));
-        }
-        let kept = self.host_memory.nothing();
-        let mut call = Call {
-            domain: self,
-            supervisor,
-            request,
-            entry: spilled.map_or(request.regs, |spilled| spilled.entry),
-            spills: spilled.map_or(0, |spilled| spilled.spills),
-            return_address: 0,
-            return_slot: (Pfn(0), 0),
-            host_written: Vec::new(),
-            callbacks: Vec::new(),
-            stacks: vec![request.stack],
-            posted: Vec::new(),
-            posted_use_memory: false,
-            overwritten: BTreeMap::new(),
-            passing: Vec::new(),
-            stepping: Vec::new(),
-            journal: journal.take(),
-            kernel_calls: Vec::new(),
-            calls_kept: Kept::default(),
-            lists: Vec::new(),
-            kept,
-            harvested: Vec::new(),
-            copies_charged: 0,
-            reached_device: false,
-            device_lost: false,
-            detours: 0,
-            last_fault: (0, 0, 0),
-            interrupted_at: (0, 0),
-            outdated: None,
-            stats: CallStats::default(),
-            time: *time,
-            meter: Meter::default(),
-            last_exit: Instant::now(),
-            phases: AbortPhases::default(),
-            last_sleep: (0, 0),
-        };
-        let outcome = call.carry_out(spilled);
-        let has_failed = outcome.is_err();
-        if has_failed {
-            call.leave_nothing();
-            *journal = call.journal.take();
-        }
-        let (mut stats, phases) = (call.stats, call.phases);
-        let kernel_calls = std::mem::take(&mut call.kernel_calls);
-        let kept = std::mem::take(&mut call.calls_kept);
-        let lists = std::mem::take(&mut call.lists);
-        *time = call.time;
-        let mut passing = std::mem::take(&mut call.passing);
-        passing.append(&mut call.stepping);
-        self.close(&passing);
-        self.has_failed |= has_failed;
-        if journalled {
-            self.monitor.journal(|_| false);
-        }
-        stats.runs = self.vm.runs() - runs;
-        stats.crossings = self.monitor.crossings() - crossings;
-        Ok(match outcome? {
-            Outcome::WithJournal => None,
-            Outcome::Ended(end, regs) => Some(CallResult {
-                end,
-                regs,
-                stats,
-                time: *time,
-                phases,
-                kernel_calls,
-                kept,
-                lists,
-            }),
-        })
-    }
-}
-
 impl Call<'_> {
     fn carry_out(&mut self, spilled: Option<&SpilledCall>) -> Result<Outcome, DomainError> {
         let begun = match spilled {
@@ -367,103 +198,6 @@ impl Call<'_> {
             Some(at) => self.spill(reason, &at),
             None => Ok(None),
         }
-    }
-
-    /// Makes P ready for a call: pages, control registers, clock and roots as the guest has them
-    /// now.
-    fn prepare(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
-        let domain = &mut *self.domain;
-        self.stats.other_syscalls += domain.drop_stale()?;
-        domain.warm.refresh(&mut domain.view)?;
-        domain.overlays.follow_one(&mut domain.view)?;
-        if domain.adopt(self.request.sregs)? {
-            self.stats.other_syscalls += 2;
-        }
-        if let Some(clock) = self.request.clock {
-            self.stats.other_syscalls += domain.vm.follow_clock(clock)?;
-        }
-        let cr3 = self.request.sregs.cr3;
-        domain.roots.enter(cr3, &mut domain.monitor);
-        if !domain.roots.fresh(cr3, &domain.view) {
-            domain.opened.clear();
-            match domain.build_roots(cr3) {
-                Ok(()) => self.stats.rebuilds += 1,
-                Err(DomainError::Roots(RootError::OutOfTables)) => {
-                    return Ok(Some(PassThroughReason::PageTables));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(None)
-    }
-
-    /// Brings P to the entry of the function. `Some` says why the call cannot be isolated.
-    fn begin(&mut self) -> Result<Option<PassThroughReason>, DomainError> {
-        if let Some(reason) = self.prepare()? {
-            return Ok(Some(reason));
-        }
-        let domain = &mut *self.domain;
-        domain.monitor.begin_call(self.request.function);
-        let rsp = self.entry.rsp;
-        let Some(slot) = domain
-            .roots
-            .translate(rsp, &domain.view)?
-            .filter(|_| rsp.is_multiple_of(8))
-        else {
-            return Ok(Some(PassThroughReason::Stack));
-        };
-        self.return_slot = (Pfn::of(slot.gpa), (slot.gpa % PAGE_SIZE) as usize);
-        if !domain.view.contains(self.return_slot.0) {
-            return Ok(Some(PassThroughReason::Stack));
-        }
-        self.return_address = self.read_slot(self.return_slot)?;
-        let stub = self.domain.monitor.exit_stub();
-        self.write_slot(self.return_slot, stub)?;
-        for va in [rsp.wrapping_sub(8), rsp.wrapping_sub(PAGE_SIZE / 2)] {
-            if self.in_own_stack(va) && !self.domain.roots.is_open(Root::Driver, va) {
-                self.open(va)?;
-            }
-        }
-        for va in self.supervisor.expected() {
-            self.open_expected(va)?;
-        }
-        self.begin_journal()?;
-        self.start(&self.entry.clone());
-        Ok(None)
-    }
-
-    /// Opens the page at `va`, where the call will probably store, if that would open it.
-    pub(super) fn open_expected(&mut self, va: u64) -> Result<(), DomainError> {
-        if self.domain.roots.is_open(Root::Driver, va) {
-            return Ok(());
-        }
-        let translation = self.domain.roots.translate(va, &self.domain.view)?;
-        let page = va & !(PAGE_SIZE - 1);
-        let Some(translation) =
-            translation.filter(|at| at.write && self.domain.view.contains(Pfn::of(at.gpa)))
-        else {
-            return Ok(());
-        };
-        let each_store = self.domain.each_store && !self.supervisor.owns(page, PAGE_SIZE);
-        if each_store || !self.supervisor.may_write(va) {
-            return Ok(());
-        }
-        self.open(va)?;
-        self.domain.note_open(va, translation.gpa);
-        if !self.supervisor.lasts(va) {
-            self.passing.push((Pfn::of(translation.gpa), page));
-        }
-        Ok(())
-    }
-
-    /// Sets P's registers to these, at the stub that goes on in the driver root.
-    fn start(&mut self, regs: &kvm_regs) {
-        // The stub loads CR3.
-        self.outdated = None;
-        let mut regs = *regs;
-        regs.rip = self.domain.monitor.entry_stub();
-        regs.rflags &= !TRAP_FLAG;
-        self.domain.vm.set_regs(&regs);
     }
 
     /// Runs P to the end of the call. Page tables that were good when it began and are not any more

@@ -4,7 +4,14 @@
 //! waits at one place over and over is waiting for somebody else, who stands still too: it is given
 //! up.
 
-use super::*;
+use std::collections::HashMap;
+use std::time::Instant;
+
+use kvm_bindings::kvm_regs;
+
+use super::call::PassThroughReason;
+use super::{Call, OUT_BYTES, Step};
+use crate::domain::error::DomainError;
 
 /// Waits in a row from one place after which somebody else is waited for.
 const MAX_REPEATED: u32 = 16;

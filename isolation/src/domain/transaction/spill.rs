@@ -14,9 +14,22 @@
 //! stack.
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
+use kvm_bindings::kvm_regs;
 
-use super::*;
+use super::Call;
+use super::call::{CallEnd, PassThroughReason};
+use super::callbacks::Callback;
+use super::time::CallTime;
+use crate::domain::Domain;
+use crate::domain::effects::KernelCall;
+use crate::domain::error::DomainError;
+use crate::domain::host_memory::Kept;
+use crate::domain::journal::Journal;
+use crate::domain::monitor::PORT_TRAPPED;
 use crate::domain::monitor::{self, CrossingFrame};
+use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::domain::violation::ViolationKind;
+use crate::guest::addr::GvaRange;
 
 /// Bytes of the host's memory that a call in the guest takes at least.
 const SPILLED_BYTES: u64 = 1024;

@@ -44,7 +44,7 @@ use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, Range
 use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation, MemoryModel};
+use crate::guest::allocations::{AllocationKind, FindAllocation, MemoryModel};
 use crate::guest::btf::Btf;
 use crate::guest::module_text::TextPart;
 use crate::guest::modules::ModuleLayout;
@@ -97,9 +97,6 @@ const PAGE_SIZE: u64 = PAGE_BYTES as u64;
 
 /// Most pages of slabs whose other objects are looked at: half a GiB of them.
 const MAX_OPENED_PAGES: usize = 1 << 17;
-
-/// Objects begin at multiples of as many bytes (`ARCH_KMALLOC_MINALIGN`, arch/x86/include/asm).
-const WORD: u64 = 8;
 
 /// Most call-backs in one call whose arguments count.
 const MAX_CALLS: usize = 1024;
@@ -418,99 +415,6 @@ impl DriverPolicy {
             }
         }
         false
-    }
-
-    /// The call is about to be committed, and has changed `range`. On a page that was opened for
-    /// something that was handed out, in this call or an earlier one, nobody is asked about the
-    /// other objects: those that were handed out to this call are the driver's, too.
-    pub fn committing<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, range: GvaRange) {
-        for call in &self.calls {
-            self.habits.changed(&call.function, range);
-        }
-        let mut at = range.first();
-        while range.contains(at) && self.opened_pages.contains(&(at.0 & !(PAGE_SIZE - 1))) {
-            at = match self.new_allocation(memory, at) {
-                Some(found) => {
-                    if !self.handed_out.contains(&found.range) {
-                        self.handed_out.push(found.range);
-                    }
-                    Gva(found.range.last().0.wrapping_add(1))
-                }
-                // Somebody else's, or what lies between objects.
-                None => Gva(at.0.wrapping_add(WORD)),
-            };
-        }
-    }
-
-    /// The object at `at`, if it was handed out during the call and a driver can keep it.
-    fn new_allocation<M: GuestPhys>(
-        &self,
-        memory: &CallMemory<'_, M>,
-        at: Gva,
-    ) -> Option<Allocation> {
-        let base = memory.per_cpu_base;
-        let now = self.memory.with(memory.private).on_processor(base);
-        let before = self.memory.with(memory.earlier()).on_processor(base);
-        let found = now.allocation_at(at)?;
-        let is_new = now.is_new(&found, &before);
-        (is_new && !self.is_packet(memory, &found)).then_some(found)
-    }
-
-    /// A kernel function has returned `at` to the driver, and both views of memory have what it
-    /// did: memory that begins there is the driver's, as if it had been handed out while they
-    /// differed.
-    pub fn hand_out<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) {
-        let allocations = self.memory.with(memory.private);
-        let stack = memory.stack;
-        for at in allocations.places_of(at) {
-            let Some(found) = allocations.allocation_at(at) else {
-                continue;
-            };
-            let on_stack = stack.is_some_and(|stack| stack.intersection(&found.range).is_some());
-            if found.range.first() == at && !on_stack {
-                Arc::make_mut(&mut self.owned).insert(found.range);
-            }
-        }
-    }
-
-    /// The call goes on in the guest, where memory changes in other ways too, with these `values`
-    /// in the driver's registers and on its stack: what was handed out to it until now and lies at
-    /// one of them is the driver's.
-    pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
-        let allocations = self.memory.with(memory.private);
-        let places = values
-            .iter()
-            .flat_map(|value| allocations.places_of(Gva(*value)));
-        for at in places.collect::<Vec<_>>() {
-            if !self.table.may_write(GvaRange::aligned(at, 1)) {
-                self.open_new_allocation(memory, at);
-            }
-        }
-    }
-
-    /// The call has these `values` in its registers and on its stack: packets among them that
-    /// kernel functions have handed out to it are its to write, with their data. Their heads may be
-    /// pieces of pages that were handed out long before, which nothing else tells.
-    pub fn hold<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
-        let mut seen = BTreeSet::new();
-        let values = values.iter().filter(|value| seen.insert(**value));
-        for at in values.copied().map(Gva) {
-            let found = self.memory.with(memory.private).allocation_at(at);
-            let is_object = |found: &Allocation| {
-                found.kind == AllocationKind::Slab && found.range.first() == at
-            };
-            if let Some(found) = found.filter(is_object)
-                && self.is_packet(memory, &found)
-            {
-                self.open_new_allocation(memory, at);
-            }
-        }
-    }
-
-    /// Whether `found` is a `struct sk_buff`.
-    fn is_packet<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, found: &Allocation) -> bool {
-        let name = self.memory.with(memory.private).cache_name(found);
-        name.is_some_and(|name| PACKET_CACHES.contains(&name.as_str()))
     }
 
     /// The object that `at` lies in, if it is one that a call may write or was asked about.

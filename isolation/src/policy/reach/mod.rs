@@ -22,6 +22,7 @@ mod arrays;
 mod block_io;
 mod counted;
 mod linux;
+mod members;
 mod names;
 mod path;
 mod per_cpu;

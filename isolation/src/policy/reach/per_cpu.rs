@@ -1,7 +1,8 @@
 //! Data of the processor that a call runs on.
 
 use super::Path;
-use super::walk::{Extent, Item, LOWEST, Trail, Walk};
+use super::members::Trail;
+use super::walk::{Extent, Item, LOWEST, Walk};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, FindAllocation};
 use crate::guest::btf::TypeId;

@@ -1,6 +1,5 @@
 //! Arguments of make-believe functions in a make-believe guest.
 
-#[path = "drivers_tests.rs"]
 mod drivers;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,6 @@
 //! The walk along pointers.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fmt;
 
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
@@ -16,10 +15,6 @@ const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
 
 /// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
 pub(super) const MAX_ELEMENTS: u64 = 8;
-
-/// Most elements of an array at the end of a structure whose length its allocation says
-/// (`struct tc_u_hnode`).
-const MAX_FLEXIBLE: u64 = 64;
 
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
@@ -38,25 +33,6 @@ const MAX_LABEL: usize = 160;
 
 /// Types of pointers by which nobody reaches kernel memory as it is.
 const FOREIGN: [&str; 3] = ["user", "percpu", "iomem"];
-
-/// How a pointer was come to, for reports. Most of what is looked at is nothing, so that this is
-/// written out only for what is kept.
-#[derive(Clone, Copy)]
-pub(super) enum Trail<'a> {
-    Object(&'a str),
-    Member(&'a Trail<'a>, &'a str),
-    Element(&'a Trail<'a>, u64),
-}
-
-impl fmt::Display for Trail<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Object(path) => f.write_str(path),
-            Self::Member(before, name) => write!(f, "{before}->{name}"),
-            Self::Element(before, index) => write!(f, "{before}[{index}]"),
-        }
-    }
-}
 
 /// How far a walk goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,13 +55,13 @@ pub(super) struct Item {
 
 pub(super) struct Walk<'a, 'r, M, A> {
     pub(super) reach: &'a Reach<'r, M, A>,
-    queue: VecDeque<Item>,
+    pub(super) queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
     /// Where in `found` each range is.
     ranges: HashMap<GvaRange, usize>,
-    arrays: Vec<Gva>,
-    queues: Vec<Gva>,
+    pub(super) arrays: Vec<Gva>,
+    pub(super) queues: Vec<Gva>,
     pub(super) slots: Vec<Slots>,
     pub(super) members_left: usize,
     pub(super) extent: Extent,
@@ -155,7 +131,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Whether the object of type `type_id` at `at` is to be looked at, which is so once.
-    fn is_wanted(&mut self, at: Gva, type_id: TypeId, depth: usize) -> bool {
+    pub(super) fn is_wanted(&mut self, at: Gva, type_id: TypeId, depth: usize) -> bool {
         let types = self.reach.types;
         let plausible = at >= LOWEST && at <= HIGHEST && depth <= MAX_DEPTH;
         let too_far = self.extent == Extent::Near && depth > 0;
@@ -171,96 +147,111 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     fn look_at(&mut self, item: &Item) {
-        let (types, rules) = (self.reach.types, self.reach.rules);
+        let types = self.reach.types;
         let Some((id, kind)) = types.resolve(item.type_id) else {
             return;
         };
-        let allocation = self.allocation(item.at);
-        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        let is_const = types.is_const(item.type_id);
         match kind {
             Kind::Struct { bytes, .. } | Kind::Union { bytes, .. } => {
-                let name = types.name(id);
-                let is_const = types.is_const(item.type_id);
-                if is_const && self.reach.is_own(id) && types.base().is_some() {
-                    return;
-                }
-                if self.reach.is_own(id) && types.base().is_some() {
-                    let one = GvaRange::new(item.at, bytes.into());
-                    let Some(range) = rest.filter(|_| !self.on_stack(item.at)).or(one) else {
-                        return;
-                    };
-                    self.add_known(range, item.kind, id, &item.path);
-                    self.follow_elements(item, id, bytes.into(), range);
-                    self.listed(item, id, name);
-                    self.followed(item, id, name);
-                    self.per_cpu(item, id, name);
-                    self.in_namespace(item, id, name);
-                    return;
-                }
-                if rules.parts.contains(&name)
-                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                {
-                    self.container(item, id, all.range);
-                }
-                // What is only to be read may still lead to what is to be written.
-                if is_const {
-                    self.followed(item, id, name);
-                    self.per_cpu(item, id, name);
-                    // Who gets a structure that is part of its own has its own.
-                    if rules.embedded.contains(&name)
-                        && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                    {
-                        self.container(item, id, all.range);
-                    }
-                    return;
-                }
-                let from_driver = item.depth > 0;
-                if from_driver && rules.closed.contains(&name) {
-                    self.followed(item, id, name);
-                    return;
-                }
-                if let Some(range) = GvaRange::new(item.at, bytes.into()) {
-                    self.add_known(range, item.kind, id, &item.path);
-                }
-                if rules.embedded.contains(&name)
-                    && let Some(all) = allocation.filter(|_| !self.on_stack(item.at))
-                {
-                    self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
-                    self.container(item, id, all.range);
-                }
-                self.packet_data(item, id, name);
-                self.block_io(item, id, name);
-                self.page(item, id, name);
-                self.pooled(item, id, name);
-                self.private_area(item, id, name, bytes.into(), rest);
-                self.area_inside(item, name);
-                self.followed(item, id, name);
-                self.per_cpu(item, id, name);
-                if self.extent == Extent::All {
-                    self.counted(item, id, name);
+                let is_own = self.reach.is_own(id) && types.base().is_some();
+                match (is_own, is_const) {
+                    (true, true) => {}
+                    (true, false) => self.look_at_own(item, id, bytes.into()),
+                    (false, _) => self.look_at_kernels(item, id, bytes.into(), is_const),
                 }
             }
-            _ if types.is_const(item.type_id) => {}
+            _ if is_const => {}
             // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
             Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
-                self.add_numbers(item, id, rest);
-                let mut target = self.read_word(item.at);
-                for _ in 0..MAX_CHAINED {
-                    let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
-                        break;
-                    };
-                    self.push(Item {
-                        at,
-                        type_id: to,
-                        path: format!("*{}", item.path),
-                        depth: item.depth,
-                        kind: item.kind,
-                    });
-                    target = self.next_in_chain(at, to);
-                }
+                self.add_numbers(item, id, self.rest(item.at));
+                self.push_chain(item, to);
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
-            _ => self.add_numbers(item, id, rest),
+            _ => self.add_numbers(item, id, self.rest(item.at)),
+        }
+    }
+
+    /// Looks at a structure of the driver's.
+    fn look_at_own(&mut self, item: &Item, id: TypeId, bytes: u64) {
+        let name = self.reach.types.name(id);
+        let rest = self.rest(item.at).filter(|_| !self.on_stack(item.at));
+        let Some(range) = rest.or_else(|| GvaRange::new(item.at, bytes)) else {
+            return;
+        };
+        self.add_known(range, item.kind, id, &item.path);
+        self.follow_elements(item, id, bytes, range);
+        self.listed(item, id, name);
+        self.followed(item, id, name);
+        self.per_cpu(item, id, name);
+        self.in_namespace(item, id, name);
+    }
+
+    /// Looks at a structure of the kernel's, of which only rules lead on.
+    fn look_at_kernels(&mut self, item: &Item, id: TypeId, bytes: u64, is_const: bool) {
+        let (name, rules) = (self.reach.types.name(id), self.reach.rules);
+        let allocation = self.allocation(item.at);
+        let rest = allocation.and_then(|all| GvaRange::inclusive(item.at, all.range.last()));
+        let around = allocation.filter(|_| !self.on_stack(item.at));
+        if rules.parts.contains(&name)
+            && let Some(all) = around
+        {
+            self.container(item, id, all.range);
+        }
+        // What is only to be read may still lead to what is to be written.
+        if is_const {
+            self.followed(item, id, name);
+            self.per_cpu(item, id, name);
+            // Who gets a structure that is part of its own has its own.
+            if rules.embedded.contains(&name)
+                && let Some(all) = around
+            {
+                self.container(item, id, all.range);
+            }
+            return;
+        }
+        let from_driver = item.depth > 0;
+        if from_driver && rules.closed.contains(&name) {
+            self.followed(item, id, name);
+            return;
+        }
+        if let Some(range) = GvaRange::new(item.at, bytes) {
+            self.add_known(range, item.kind, id, &item.path);
+        }
+        if rules.embedded.contains(&name)
+            && let Some(all) = around
+        {
+            self.add(all.range, ObjectKind::PrivateArea, id, &item.path);
+            self.container(item, id, all.range);
+        }
+        self.packet_data(item, id, name);
+        self.block_io(item, id, name);
+        self.page(item, id, name);
+        self.pooled(item, id, name);
+        self.private_area(item, id, name, bytes, rest);
+        self.area_inside(item, name);
+        self.followed(item, id, name);
+        self.per_cpu(item, id, name);
+        if self.extent == Extent::All {
+            self.counted(item, id, name);
+        }
+    }
+
+    /// Goes on with the structure that an argument's pointer points at, and those behind it.
+    fn push_chain(&mut self, item: &Item, to: TypeId) {
+        let mut target = self.read_word(item.at);
+        for _ in 0..MAX_CHAINED {
+            let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
+                break;
+            };
+            self.push(Item {
+                at,
+                type_id: to,
+                path: format!("*{}", item.path),
+                depth: item.depth,
+                kind: item.kind,
+            });
+            target = self.next_in_chain(at, to);
         }
     }
 
@@ -319,7 +310,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Pointers of the kernel's that the rules follow.
-    fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
+    pub(super) fn followed(&mut self, item: &Item, id: TypeId, name: &str) {
         if self.extent == Extent::Near {
             return;
         }
@@ -376,146 +367,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
     }
 
-    /// Follows the pointers in the first elements of an array of a driver's structures.
-    fn follow_elements(&mut self, item: &Item, id: TypeId, bytes: u64, range: GvaRange) {
-        if self.extent == Extent::Near {
-            return;
-        }
-        let count = range.len_bytes().checked_div(bytes).unwrap_or(0);
-        self.note_slots(item.at, id, (bytes, count));
-        let count = if count > MAX_ELEMENTS { 1 } else { count };
-        for element in 0..count {
-            let Some(at) = item.at.checked_add(element * bytes) else {
-                return;
-            };
-            let object = Trail::Object(&item.path);
-            let trail = match element {
-                0 => object,
-                n => Trail::Element(&object, n),
-            };
-            self.follow_members(item, id, at, trail, MAX_NESTING);
-        }
-    }
-
-    fn follow_members(
-        &mut self,
-        item: &Item,
-        id: TypeId,
-        at: Gva,
-        trail: Trail<'_>,
-        nesting: usize,
-    ) {
-        let types = self.reach.types;
-        let Some(nesting) = nesting.checked_sub(1) else {
-            return;
-        };
-        let Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) =
-            types.resolve(id)
-        else {
-            return;
-        };
-        for member in members.iter() {
-            if member.bit_size != 0 || !member.bit_offset.is_multiple_of(8) {
-                continue;
-            }
-            let Some(here) = at.checked_add(u64::from(member.bit_offset / 8)) else {
-                return;
-            };
-            let trail = match types.string(member.name_at) {
-                "" => trail,
-                name => Trail::Member(&trail, name),
-            };
-            self.follow(item, member.type_id, here, trail, nesting);
-        }
-    }
-
-    /// Follows what is in a driver's structure at `at`: a pointer, an array of them, or a structure
-    /// of the driver's.
-    fn follow(&mut self, item: &Item, type_id: TypeId, at: Gva, trail: Trail<'_>, nesting: usize) {
-        let types = self.reach.types;
-        let Some(left) = self.members_left.checked_sub(1) else {
-            return;
-        };
-        self.members_left = left;
-        match types.resolve(type_id) {
-            Some((_, Kind::Pointer(to))) => {
-                let is_code = matches!(types.resolve(to), Some((_, Kind::FunctionType { .. })));
-                let target = (!is_code).then(|| self.read_word(at)).flatten();
-                if let Some(target) = target {
-                    self.per_cpu_data(target, to, trail);
-                    let depth = item.depth + 1;
-                    if self.is_wanted(Gva(target), to, depth) {
-                        self.queue.push_back(Item {
-                            at: Gva(target),
-                            type_id: to,
-                            path: trail.to_string(),
-                            depth,
-                            kind: ObjectKind::Allocated,
-                        });
-                    }
-                }
-            }
-            Some((_, Kind::Array { element, count })) => {
-                let Some(bytes) = types.size_of(element) else {
-                    return;
-                };
-                let Some(nesting) = nesting.checked_sub(1) else {
-                    return;
-                };
-                // The last member of a structure may go on to the end of what was allocated.
-                let count = match count {
-                    0 => self.elements_behind(at, bytes),
-                    count => {
-                        self.note_slots(at, element, (bytes, count.into()));
-                        u64::from(count).min(MAX_ELEMENTS)
-                    }
-                };
-                for index in 0..count {
-                    let offset = index.checked_mul(bytes);
-                    let Some(here) = offset.and_then(|offset| at.checked_add(offset)) else {
-                        return;
-                    };
-                    self.follow(item, element, here, Trail::Element(&trail, index), nesting);
-                }
-            }
-            Some((id, Kind::Struct { .. } | Kind::Union { .. })) if self.reach.is_own(id) => {
-                self.follow_members(item, id, at, trail, nesting);
-            }
-            // The kernel's structures inside the driver's hold the kernel's pointers.
-            Some((id, Kind::Struct { .. })) => {
-                let name = types.name(id);
-                let rules = self.reach.rules;
-                let is_followed = rules.followed.iter().any(|rule| rule.of == name);
-                let is_counted = rules.counted.iter().any(|rule| rule.of == name);
-                if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
-                    let embedded = Item {
-                        at,
-                        type_id: id,
-                        path: trail.to_string(),
-                        depth: item.depth,
-                        kind: item.kind,
-                    };
-                    self.followed(&embedded, id, name);
-                    self.per_cpu(&embedded, id, name);
-                    self.counted(&embedded, id, name);
-                }
-                self.arrays.extend(self.reach.array(at, id));
-                if self.reach.rules.queues.contains(&name) {
-                    self.queues.push(at);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// How many elements of as many `bytes` there are from `at` on to the end of what was
-    /// allocated.
-    fn elements_behind(&self, at: Gva, bytes: u64) -> u64 {
-        let rest = self.rest(at).filter(|_| !self.on_stack(at));
-        let count = rest.and_then(|rest| rest.len_bytes().checked_div(bytes));
-        count.unwrap_or(0).min(MAX_FLEXIBLE)
-    }
-
     pub(super) fn member_value(&self, at: Gva, id: TypeId, name: &'static str) -> Option<u64> {
         let types = self.reach.types;
         let member = self.reach.member_named(id, name)?;
@@ -532,11 +383,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.read_word(at.checked_add(u64::from(member.bit_offset / 8))?)
     }
 
-    fn read_word(&self, at: Gva) -> Option<u64> {
+    pub(super) fn read_word(&self, at: Gva) -> Option<u64> {
         self.reach.virt.read_u64(at).ok()
     }
 
-    fn on_stack(&self, at: Gva) -> bool {
+    pub(super) fn on_stack(&self, at: Gva) -> bool {
         self.reach.stack.is_some_and(|stack| stack.contains(at))
     }
 
@@ -548,7 +399,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// From `at` to the end of the allocation that it lies in.
-    fn rest(&self, at: Gva) -> Option<GvaRange> {
+    pub(super) fn rest(&self, at: Gva) -> Option<GvaRange> {
         GvaRange::inclusive(at, self.allocation(at)?.range.last())
     }
 

@@ -1,13 +1,14 @@
 //! Calls of the stock e1000 that went on in the guest, fail there and are taken back to their
 //! beginning.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use isolation::compensation::effects::{ArgumentModel, OppositeModel};
 use isolation::dispatch::fault::{FaultOrder, InstructionKind, UsedUpBy, WhichCalls};
 
 use super::e1000::E1000_ENTRIES;
+use super::leaks::{ANSWERED, Resources, noise};
 use super::{Lent, with_silent_network};
 use crate::machine::Machine;
 use crate::named;
@@ -38,11 +39,11 @@ fn machine_with(entries: &[&str], guest_only: &[&str]) -> Lent {
     machine
 }
 
-/// Recoveries of each function: a hundred in a full run, a few otherwise, unless
-/// `COFFERDAM_RECOVERIES` says how many.
+/// Recoveries of each function that are looked at for leaks: a hundred in a full run, a few
+/// otherwise, unless `COFFERDAM_RECOVERIES` says how many.
 fn recoveries() -> u64 {
     let full = std::env::var_os("COFFERDAM_FULL").is_some();
-    let usual = if full { 100 } else { 2 };
+    let usual = if full { 100 } else { 8 };
     std::env::var("COFFERDAM_RECOVERIES").map_or(usual, |text| text.parse().unwrap())
 }
 
@@ -72,94 +73,65 @@ fn order(machine: &Machine, function: &str, offset: u64, times: u64) {
     machine.isolator.order_fault("e1000", order).unwrap();
 }
 
-/// Whether the gateway answers, and what there is to know if it does not.
-const ANSWERED: &str = "ip link set eth0 up; linked; ping -c 1 -W 2 10.0.2.2 >/dev/null && echo answered && exit 0; \
-    for i in $(seq 15); do ping -c 1 -W 2 10.0.2.2 >/dev/null && echo answered late && exit 0; done; \
-    cd /sys/class/net/eth0/queues/tx-0; grep . tx_timeout byte_queue_limits/inflight byte_queue_limits/limit; \
-    ethtool -S eth0; ethtool -d eth0; dmesg | tail -n 20; cat /proc/net/softnet_stat; exit 0";
+/// How often in a row a cache has to grow, over as many recoveries each time, for a leak.
+const BATCHES: u32 = 3;
 
-/// What a leak would show in: mappings, interrupts, users of the module, the objects of each slab
-/// cache, and pages.
-struct Resources {
-    mappings: String,
-    interrupts: String,
-    users: String,
-    pages: u64,
-    objects: BTreeMap<String, u64>,
+/// Calls of a function that fail and are taken back, at one place after the other.
+struct Recoveries<'a> {
+    function: &'a str,
+    /// What calls it, and what makes undone what that did if it did not fail.
+    operation: (&'a str, &'a str),
+    places: Vec<u64>,
+    /// Next place.
+    index: usize,
+    /// Faults that were reached.
+    hit: u64,
+    /// Of these, those after a spill.
+    done: u64,
+    /// Nanoseconds for memory, device, and kernel functions with the return.
+    times: Vec<(u64, u64, u64)>,
+    /// Answers that came later.
+    late: u64,
 }
 
-impl Resources {
-    fn of(machine: &mut Machine) -> Self {
-        let mappings = "grep -c e1000 /proc/vmallocinfo; true";
-        let interrupts = "grep -c eth0 /proc/interrupts; ls /proc/irq | wc -l";
-        let caches = machine.run(
-            "for c in /sys/kernel/slab/kmalloc-*; do echo 1 > $c/shrink; done; \
-             tail -n +3 /proc/slabinfo | grep -e kmalloc -e skbuff -e proc | sed 's/ *  */ /g' | cut -d' ' -f1,2",
-        );
-        let object = |line: &str| {
-            let (name, count) = line.split_once(' ')?;
-            Some((name.to_owned(), count.trim().parse().ok()?))
-        };
-        let used = "awk '/^MemTotal/{t=$2} /^MemFree/{f=$2} /^Cached/{c=$2} END{print int((t-f-c)/4)}' /proc/meminfo";
+impl<'a> Recoveries<'a> {
+    fn new(machine: &Machine, function: &'a str, operation: (&'a str, &'a str)) -> Self {
+        // The first are those with the most to take back.
+        let mut places = places(machine, function);
+        places.reverse();
+        assert!(!places.is_empty());
         Self {
-            mappings: machine.run(mappings),
-            interrupts: machine.run(interrupts),
-            users: machine.run("cat /sys/module/e1000/refcnt"),
-            pages: machine.run(used).trim().parse().unwrap(),
-            objects: caches.lines().filter_map(object).collect(),
+            function,
+            operation,
+            places,
+            index: 0,
+            hit: 0,
+            done: 0,
+            times: Vec::new(),
+            late: 0,
         }
     }
 
-    /// After `recoveries` more of them.
-    fn assert_not_grown(&self, before: &Self, recoveries: u64) {
-        assert_eq!(self.mappings, before.mappings);
-        assert_eq!(self.interrupts, before.interrupts);
-        assert_eq!(self.users, before.users);
-        // A ring's buffers are 128 pages, a ring's descriptors one.
-        eprintln!(
-            "pages in use: {} -> {} in {recoveries} recoveries",
-            before.pages, self.pages
+    /// Has as many more calls fail after a spill and be taken back.
+    fn run(&mut self, machine: &mut Machine, count: u64) {
+        let (wanted, limit) = (self.done + count, self.index + self.places.len() * 64);
+        // Places that an undisturbed call does not come by are passed over.
+        while self.done < wanted && self.index < limit {
+            self.next(machine);
+        }
+        assert!(
+            self.done >= wanted,
+            "{} failed after a spill {} times only, of {wanted}",
+            self.function,
+            self.done
         );
-        assert!(self.pages.saturating_sub(before.pages) <= 512 + recoveries / 2);
-        assert!(!self.objects.is_empty());
-        for (cache, now) in &self.objects {
-            let then = before.objects.get(cache).copied().unwrap_or(0);
-            if *now > then {
-                eprintln!("{cache}: {then} -> {now} in {recoveries} recoveries");
-            }
-            // Other threads of the guest take and give objects too: 90 of `kmalloc-32` were seen in
-            // one recovery. One for each recovery is more than that once there are enough of them.
-            let noise = 256.max(recoveries / 2);
-            assert!(
-                now.saturating_sub(then) <= noise,
-                "{cache}: {then} -> {now}"
-            );
-        }
     }
-}
 
-/// Has `function`, which `operation` calls, fail at each of its places, `count` times in all, and
-/// be taken back each time.
-fn fail_everywhere(
-    machine: &mut Machine,
-    function: &str,
-    (operation, back): (&str, &str),
-    count: u64,
-) {
-    // Few recoveries are those with the most to take back.
-    let mut places = places(machine, function);
-    places.reverse();
-    assert!(!places.is_empty());
-    let mut done = 0;
-    let mut hit = 0;
-    let mut before = None;
-    let mut index = 0;
-    let mut times = Vec::new();
-    let mut late = 0;
-    // Places that an undisturbed call does not come by are passed over.
-    while done < count && index < places.len() * 64 {
-        let offset = places[index % places.len()];
-        index += 1;
+    /// Has a call fail at the next place.
+    fn next(&mut self, machine: &mut Machine) {
+        let (function, (operation, back)) = (self.function, self.operation);
+        let offset = self.places[self.index % self.places.len()];
+        self.index += 1;
         let earlier = machine.entry("e1000", function);
         let losses = machine.link_losses();
         order(machine, function, offset, 1);
@@ -169,60 +141,92 @@ fn fail_everywhere(
         if now.aborts == earlier.aborts {
             assert_eq!(ended.trim(), "well", "{function}+{offset:#x}");
             machine.run(back);
-            continue;
+            return;
         }
-        hit += 1;
+        self.hit += 1;
+        let report = machine.isolator.reports("e1000").unwrap().pop().unwrap();
         // An adapter that is reset loses its link; what was taken back nobody has seen.
         if function == "e1000_set_ringparam" {
-            let report = machine.isolator.reports("e1000").unwrap().pop().unwrap();
             assert_eq!(machine.link_losses(), losses, "{report}");
         }
-        let report = machine.isolator.reports("e1000").unwrap().pop().unwrap();
         assert_eq!(ended.trim(), "", "{function}+{offset:#x} did not fail");
         assert_eq!(now.left_over, 0, "{report}");
         if now.undone > earlier.undone {
             let phases = report.phases;
             let returned = phases.compensate_ns + phases.returned_ns;
-            times.push((phases.memory_ns, phases.device_ns, returned));
+            self.times
+                .push((phases.memory_ns, phases.device_ns, returned));
         }
-        done += now.undone - earlier.undone;
+        self.done += now.undone - earlier.undone;
         let answered = machine.run(ANSWERED);
         assert!(
             answered.contains("answered"),
             "{function}+{offset:#x}: {answered}"
         );
-        late += u64::from(answered.contains("late"));
-        // By now every kind of recovery has been once; a few are compared with the first.
-        let few = count < places.len() as u64 && done > 0;
-        if before.is_none() && (few || index >= places.len()) {
-            before = Some((Resources::of(machine), done));
+        self.late += u64::from(answered.contains("late"));
+    }
+
+    fn print(&self, machine: &Machine) {
+        let status = machine.entry("e1000", self.function);
+        eprintln!(
+            "{}: {} places, {} faults, {} of them after a spill; {} bytes put back, {} kernel functions called",
+            self.function,
+            self.places.len(),
+            self.hit,
+            self.done,
+            status.restored_bytes,
+            status.compensations
+        );
+        let median_and_longest = |of: fn(&(u64, u64, u64)) -> u64| {
+            let mut all: Vec<u64> = self.times.iter().map(of).collect();
+            all.sort_unstable();
+            (all.get(all.len() / 2).copied(), all.last().copied())
+        };
+        eprintln!(
+            "median and longest in ns: memory {:?}, device {:?}, kernel functions and return {:?}",
+            median_and_longest(|time| time.0),
+            median_and_longest(|time| time.1),
+            median_and_longest(|time| time.2)
+        );
+        eprintln!("answered later than after 2 s: {}", self.late);
+    }
+}
+
+/// Has `function`, which `operation` calls, fail at its places and be taken back each time, and
+/// looks for leaks in `count` of these recoveries. An object that stays at each of them makes its
+/// cache grow every time; what other threads of the guest take and give does not.
+fn fail_everywhere(machine: &mut Machine, function: &str, operation: (&str, &str), count: u64) {
+    let mut recoveries = Recoveries::new(machine, function, operation);
+    // What is made once and kept is there by then: in a long run after a fault at each place.
+    recoveries.run(machine, 1);
+    while count >= recoveries.places.len() as u64 && recoveries.index < recoveries.places.len() {
+        recoveries.next(machine);
+    }
+    let noise = noise(machine, operation);
+    let mut leaking: Option<BTreeSet<String>> = None;
+    let mut before = Resources::of(machine);
+    for _ in 0..BATCHES {
+        let earlier = recoveries.done;
+        recoveries.run(machine, count);
+        let now = Resources::of(machine);
+        let grown = now.grown(&before, &noise, recoveries.done - earlier);
+        before = now;
+        let still = match leaking.take() {
+            Some(leaking) => leaking.intersection(&grown).cloned().collect(),
+            None => grown,
+        };
+        let is_over = still.is_empty();
+        leaking = Some(still);
+        if is_over {
+            break;
         }
     }
-    let status = machine.entry("e1000", function);
-    eprintln!(
-        "{function}: {} places, {hit} faults, {done} of them after a spill; {} bytes put back, {} kernel functions called",
-        places.len(),
-        status.restored_bytes,
-        status.compensations
-    );
-    let median_and_longest = |of: fn(&(u64, u64, u64)) -> u64| {
-        let mut all: Vec<u64> = times.iter().map(of).collect();
-        all.sort_unstable();
-        (all.get(all.len() / 2).copied(), all.last().copied())
-    };
-    eprintln!(
-        "median and longest in ns: memory {:?}, device {:?}, kernel functions and return {:?}",
-        median_and_longest(|time| time.0),
-        median_and_longest(|time| time.1),
-        median_and_longest(|time| time.2)
-    );
-    eprintln!("answered later than after 2 s: {late}");
+    recoveries.print(machine);
+    let leaking = leaking.unwrap_or_default();
     assert!(
-        done >= count,
-        "{function} failed after a spill {done} times only, of {count}"
+        leaking.is_empty(),
+        "{function}: {leaking:?} grew {BATCHES} times in a row"
     );
-    let (before, since) = before.expect("no recovery after which to look for leaks");
-    Resources::of(machine).assert_not_grown(&before, done - since);
 }
 
 #[test]
@@ -282,7 +286,7 @@ fn a_call_that_was_taken_back_can_be_run_again() {
     machine.isolate("e1000", named(E1000_ENTRIES)).unwrap();
     let function = "e1000_set_ringparam";
     let places = places(&machine, function);
-    let most = usize::try_from(recoveries()).unwrap() + 1;
+    let most = usize::try_from(recoveries()).unwrap() / 2;
     for (round, offset) in places.into_iter().rev().take(most).enumerate() {
         order(&machine, function, offset, 1);
         let size = [128, 256][round % 2];

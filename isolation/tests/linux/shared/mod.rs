@@ -7,6 +7,7 @@ mod dummy;
 pub mod e1000;
 mod exact;
 mod given_objects;
+mod leaks;
 mod null_blk;
 mod soak;
 

@@ -11,18 +11,10 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vmm::trap::{TrapContext, TrapHandler, TrapOutcome};
 
-use crate::attach::{GATE, Isolator, OUT_BYTES};
+use crate::attach::Isolator;
 use crate::dispatch::armed::{Armed, AtGate};
-use crate::dispatch::run::Attempt;
-
-/// Which half of which gate a vCPU stands at.
-#[derive(Clone, Copy)]
-struct Standing {
-    /// Address of the `out`.
-    at: u64,
-    /// It is the second half: a kernel function has returned there.
-    returning: bool,
-}
+use crate::dispatch::serve::Standing;
+use crate::guest::gate::{GATE, OUT_BYTES};
 
 impl TrapHandler for Isolator {
     fn on_trap(&self, context: &mut TrapContext<'_>) -> TrapOutcome {
@@ -89,7 +81,7 @@ impl Isolator {
         start: Instant,
         context: &mut TrapContext<'_>,
     ) {
-        let functions = self.vm.pci_bus().functions_except(&armed.device_slots);
+        let functions = self.vm.pci_bus().functions_except(&armed.device.slots);
         let _devices: Vec<_> = functions
             .iter()
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
@@ -105,39 +97,5 @@ impl Isolator {
         let next = armed.serve(standing, &mut at);
         context.set_regs(&next);
         armed.caller_runs_again();
-    }
-}
-
-impl Armed {
-    /// Whether a vCPU that stands there with this stack pointer is at a gate of this module.
-    fn owns(&self, standing: Standing, rsp: u64) -> bool {
-        if !standing.returning {
-            return self.gates.contains_key(&standing.at);
-        }
-        let open = self.spilled.get(&rsp).map(|open| open.gate);
-        let calling = self.guest_calls.get(&rsp).map(|calling| calling.gate);
-        open.or(calling)
-            .is_some_and(|open| open + OUT_BYTES == standing.at)
-    }
-
-    /// A call enters, comes back from the guest, or a kernel function that is called for one has
-    /// returned; what the vCPU goes on with.
-    fn serve(&mut self, standing: Standing, at: &mut AtGate<'_>) -> kvm_regs {
-        self.give_up_hanging();
-        // A call that once had this stack and enters anew never came back.
-        let open = self.spilled.remove(&at.regs.rsp);
-        let calling = self.guest_calls.remove(&at.regs.rsp);
-        let mut next = match (open, calling) {
-            (Some(open), _) if standing.returning => self.go_on(open, at),
-            (None, Some(calling)) if standing.returning => self.run_guest_calls(calling, at),
-            _ => self.call(standing.at, Attempt::FIRST, at),
-        };
-        while let Some(again) = self.again.take() {
-            at.regs = again.entry;
-            next = self.call(again.gate, again.attempt, at);
-        }
-        self.let_device_go();
-        self.guard();
-        next
     }
 }

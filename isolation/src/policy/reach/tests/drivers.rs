@@ -1,6 +1,8 @@
 //! Where drivers of several kinds keep what is theirs: behind a block I/O, in a structure without a
 //! way back, in per-CPU memory, in a ring of pointers.
 
+mod network;
+
 use std::sync::Arc;
 
 use super::super::*;
@@ -388,6 +390,7 @@ fn per_cpu_memory_is_reached_to_the_end_of_what_was_handed_out() {
     assert!(found.contains(&(at, 56)), "{found:x?}");
 }
 
+/// `sch_choke`.
 /// What a call reaches of [`RING`], `sizes` being all allocations that are known besides.
 fn ring(guest: &TestGuest, sizes: &[(u64, u64)], function: &str, argument: u64) -> bool {
     let sizes = [sizes, &[(RING, 128)]].concat();
@@ -395,75 +398,6 @@ fn ring(guest: &TestGuest, sizes: &[(u64, u64)], function: &str, argument: u64) 
     found.contains(&(RING, 128))
 }
 
-/// `act_gact`, to which the action is only to be read.
-#[test]
-fn what_an_action_counts_on_each_processor_is_its_modules() {
-    let mut guest = guest(1);
-    guest.put(Gva(SOCKET + 8), &STATISTICS.to_le_bytes(), DATA);
-    let found = call(&guest, "my_act", SOCKET);
-    assert!(
-        found.contains(&(PER_CPU_BASE + STATISTICS, 16)),
-        "{found:x?}"
-    );
-    assert!(found.iter().all(|(at, _)| *at != SOCKET));
-    let found = call_with(&[(SOCKET, 128)], "", &guest, "my_act", SOCKET);
-    assert!(found.contains(&(SOCKET, 128)), "what it is part of");
-}
-
-/// `htb_dequeue`, from a queue that is the discipline's own structure's, and `gred_dequeue`.
-#[test]
-fn first_and_last_packet_of_a_queue_are_found_by_a_path_through_members() {
-    let mut guest = guest(1);
-    guest.put(
-        Gva(QDISC + 40),
-        &[SOCKET, PAGE].map(u64::to_le_bytes).concat(),
-        DATA,
-    );
-    let found = call(&guest, "my_enqueue", QDISC);
-    for packet in [SOCKET, PAGE] {
-        assert!(found.contains(&(packet, 64)), "{found:x?}");
-    }
-}
-
-/// `rx_handler`s get one.
-#[test]
-fn a_packet_may_be_an_argument_by_a_pointer_to_its_pointer() {
-    let mut guest = guest(1);
-    guest.put(Gva(SOCKET), &QDISC.to_le_bytes(), DATA);
-    let found = call(&guest, "my_handle", SOCKET);
-    let wanted = [(QDISC, 64), (SOCKET, 8)];
-    assert!(wanted.iter().all(|one| found.contains(one)), "{found:x?}");
-}
-
-#[test]
-fn what_is_in_a_list_of_the_drivers_is_reached_as_what_it_is() {
-    let mut guest = guest(1);
-    let (team, port) = (SOCKET, QDISC);
-    let links = [(team + 8, port + 16), (port + 16, team + 8), (port, RING)];
-    for (at, word) in links {
-        guest.put(Gva(at), &word.to_le_bytes(), DATA);
-    }
-    let sizes = [(team, 64), (port, 64)];
-    assert!(ring(&guest, &sizes, "my_join", team));
-    guest.put(Gva(port + 16), &(port + 16).to_le_bytes(), DATA);
-    assert!(ring(&guest, &sizes, "my_join", team), "one without an end");
-    guest.put(Gva(team + 8), &(team + 8).to_le_bytes(), DATA);
-    assert!(!ring(&guest, &sizes, "my_join", team), "an empty one");
-}
-
-/// `team`, whose port is behind the interface that is a member.
-#[test]
-fn what_an_interface_has_for_who_receives_from_it_is_that_modules() {
-    let mut guest = guest(1);
-    guest.put(Gva(DEVICE + 48), &QDISC.to_le_bytes(), DATA);
-    guest.put(Gva(QDISC), &SOCKET.to_le_bytes(), DATA);
-    let sizes = [(DEVICE, 64), (QDISC, 64), (SOCKET, 64)];
-    let found = call_with(&sizes, "", &guest, "my_init", DEVICE);
-    let wanted = [(QDISC, 64), (SOCKET, 64)];
-    assert!(wanted.iter().all(|one| found.contains(one)), "{found:x?}");
-}
-
-/// `sch_choke`.
 #[test]
 fn private_data_is_the_only_structure_that_is_as_large_as_it_was_asked_for() {
     let mut guest = guest(1);
@@ -509,46 +443,6 @@ fn work_leads_to_the_structure_that_it_is_part_of() {
     );
 }
 
-/// `ipvlan`, whose work takes packets from a queue.
-#[test]
-fn packets_in_a_queue_of_the_drivers_are_found() {
-    let mut guest = guest(1);
-    let (head, packets) = (SOCKET + 48, [QDISC, REQUEST, DEVICE]);
-    let links = [
-        (head, packets[0]),
-        (packets[0], packets[1]),
-        (packets[1], packets[2]),
-        (packets[2], head),
-    ];
-    for (at, word) in links {
-        guest.put(Gva(at), &word.to_le_bytes(), DATA);
-    }
-    let queued = |guest: &TestGuest, known: &[u64]| {
-        let sizes = known.iter().map(|at| (*at, 64)).chain([(SOCKET, 128)]);
-        let (types, known) = (types(), Known(sizes.collect()));
-        let reach = super::reach(&types, guest, &known);
-        let function = types.find_function("my_work").unwrap();
-        let found = reach.objects(&function, &[SOCKET + 8, 0, 0, 0, 0, 0], &[]);
-        assert_eq!(found.queues, [Gva(head)]);
-        let found = reach.queued_in(&found.queues);
-        found.iter().map(|packet| packet.at.0).collect::<Vec<_>>()
-    };
-    assert_eq!(queued(&guest, &packets), packets);
-    assert_eq!(
-        queued(&guest, &packets[..2]),
-        packets[..2],
-        "no object of its own"
-    );
-    guest.put(Gva(packets[2]), &packets[0].to_le_bytes(), DATA);
-    assert_eq!(
-        queued(&guest, &packets).len(),
-        256,
-        "a ring without its head"
-    );
-    guest.put(Gva(head), &head.to_le_bytes(), DATA);
-    assert_eq!(queued(&guest, &packets), [0; 0], "an empty one");
-}
-
 #[test]
 fn a_ring_of_pointers_is_reached_to_its_end() {
     assert!(call(&guest(1), "my_submit", BIO).contains(&(RING, 128)));
@@ -563,34 +457,12 @@ fn what_is_in_a_page_that_an_argument_stands_for_may_be_written() {
 }
 
 #[test]
-fn the_buckets_of_a_hash_table_are_reached_to_their_end() {
-    let mut guest = guest(1);
-    guest.put(Gva(MINE), &[0; 24], DATA);
-    guest.put(Gva(MINE + 16), &RING.to_le_bytes(), DATA);
-    let found = call(&guest, "my_forget", MINE);
-    assert!(found.contains(&(RING, 128)), "{found:x?}");
-}
-
-#[test]
 fn what_the_kernel_defines_and_a_module_keeps_is_followed_in_that_module_only() {
     let mut guest = guest(1);
     guest.put(Gva(DEVICE + 64 + 8), &DISK.to_le_bytes(), DATA);
     let disk = |module| call_in(module, &guest, "my_init", DEVICE).contains(&(DISK, 64));
     assert!(disk("8021q"));
     assert!(!disk("e1000"));
-}
-
-#[test]
-fn of_what_an_interface_has_of_a_protocol_references_and_settings_are_the_drivers_to_write() {
-    let mut guest = guest(1);
-    let reached = |guest: &TestGuest| {
-        let found = call(guest, "my_init", DEVICE).into_iter();
-        let beside = found.filter(|(at, _)| (QUEUE..QUEUE + 64).contains(at));
-        beside.collect::<Vec<_>>()
-    };
-    assert_eq!(reached(&guest), []);
-    guest.put(Gva(DEVICE + 40), &QUEUE.to_le_bytes(), DATA);
-    assert_eq!(reached(&guest), [(QUEUE + 8, 4), (QUEUE + 24, 8)]);
 }
 
 #[test]

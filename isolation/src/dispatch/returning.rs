@@ -36,7 +36,7 @@ pub(crate) struct Returning {
 }
 
 /// Has vCPUs that stand at a return gate go on where `threads` say.
-pub(super) fn turn_vcpus(threads: &[Returning], vcpus: &mut PausedVcpus<'_>) {
+pub(crate) fn turn_vcpus(threads: &[Returning], vcpus: &mut PausedVcpus<'_>) {
     for vcpu in vcpus.iter_mut() {
         let regs = vcpu.get_regs().ok();
         let next = regs.and_then(|regs| threads.iter().find_map(|thread| thread.turn(&regs)));

@@ -8,11 +8,11 @@ use devices::hold::OutsideChanges;
 use kvm_bindings::kvm_regs;
 use vm_memory::Bytes;
 
-use crate::attach::REPORTS_KEPT;
 use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
 use crate::dispatch::after_fault::{AfterFault, FailedCall};
+use crate::dispatch::armed::Again;
+use crate::dispatch::armed::REPORTS_KEPT;
 use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
-use crate::dispatch::run::Again;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::list_links::{self, ChangedLinks};
 use crate::domain::violation::ViolationKind;
@@ -31,13 +31,15 @@ impl Armed {
         };
         if let Some(next) = calling.next(
             calling.gate + RETURN_GATE_OFFSET,
-            self.effects.as_ref(),
-            self.call_loop,
-            &self.stopwatches,
+            self.guest.effects.as_ref(),
+            self.open.call_loop,
+            &self.open.stopwatches,
             virt,
         ) {
-            self.spilled.remove(&calling.returns_with());
-            self.guest_calls.insert(calling.returns_with(), calling);
+            self.open.spilled.remove(&calling.returns_with());
+            self.open
+                .guest_calls
+                .insert(calling.returns_with(), calling);
             return next;
         }
         if let Some(mut failure) = calling.failure.take() {
@@ -55,7 +57,7 @@ impl Armed {
             }
             let undone = !failure.report.violation.stays();
             self.failed(calling.gate, failure);
-            if self.again.is_some() {
+            if self.failures.again.is_some() {
                 write_stack(virt, entry.rsp, calling.finally.rip);
             } else if undone {
                 return self.complete(calling.gate, &entry, calling.finally, at);
@@ -66,18 +68,19 @@ impl Armed {
 
     /// Gives up calls that are being taken back by a kernel function that does not return.
     pub(crate) fn give_up_hanging(&mut self) {
-        if self.guest_calls.is_empty() {
+        if self.open.guest_calls.is_empty() {
             return self.let_device_go();
         }
         let memory = self.domain.memories().1;
         let failed = self
+            .open
             .guest_calls
             .iter()
             .filter(|(_, calling)| calling.failure.is_some());
         let hanging = failed.filter_map(|(rsp, calling)| Some((*rsp, calling.hangs(&memory)?)));
         let hanging: Vec<(u64, u64)> = hanging.collect();
         for (rsp, function) in hanging {
-            let Some(calling) = self.guest_calls.get_mut(&rsp) else {
+            let Some(calling) = self.open.guest_calls.get_mut(&rsp) else {
                 continue;
             };
             let gate = calling.gate;
@@ -87,14 +90,14 @@ impl Armed {
             self.stays(&mut failure, Stays::Hangs { function });
             self.failed(gate, failure);
             // There is no caller to decide about.
-            self.again = None;
+            self.failures.again = None;
         }
         self.let_device_go();
     }
 
     /// Something of a failed call could not be taken back.
     fn stays(&self, failure: &mut Failure, stays: Stays) {
-        failure.report.stays = Some(self.knowledge.why_it_stays(&stays));
+        failure.report.stays = Some(self.guest.knowledge.why_it_stays(&stays));
         failure.report.violation.published = Some(Published::Stays(stays));
     }
 
@@ -103,17 +106,18 @@ impl Armed {
     /// once no call can be taken back.
     pub(crate) fn let_device_go(&mut self) {
         let taking_back = self
+            .open
             .guest_calls
             .values()
             .any(|calling| calling.failure.is_some());
-        let interrupt = self.withholding && !taking_back;
-        let link = self.outside_kept && !may_be_taken_back(&self.spilled);
+        let interrupt = self.device.withholding && !taking_back;
+        let link = self.device.outside_kept && !may_be_taken_back(&self.open.spilled);
         if !interrupt && !link {
             return;
         }
-        self.withholding &= !interrupt;
-        self.outside_kept &= !link;
-        if let Some(device) = &self.device {
+        self.device.withholding &= !interrupt;
+        self.device.outside_kept &= !link;
+        if let Some(device) = &self.device.holdable {
             let held = device.hold(&mut |held| {
                 if interrupt {
                     held.withhold_interrupts(false);
@@ -143,7 +147,7 @@ impl Armed {
             let in_a_row = std::mem::replace(&mut gate.failed_last, true);
             (gate.aborted.value == AbortValue::Nothing, in_a_row)
         });
-        let mut decided = self.fault_policy.after_fault(&FailedCall {
+        let mut decided = self.failures.policy.after_fault(&FailedCall {
             report: &report,
             attempts: attempt.number,
             unheard: unheard || returns_nothing,
@@ -168,7 +172,7 @@ impl Armed {
             _ => Told::Error,
         };
         tracing::warn!("{report}");
-        self.again = (decided == AfterFault::Retry).then_some(Again {
+        self.failures.again = (decided == AfterFault::Retry).then_some(Again {
             gate,
             attempt: attempt.next(),
             entry,
@@ -178,17 +182,20 @@ impl Armed {
             AfterFault::Stop => self.stop(),
             AfterFault::ReturnError | AfterFault::Retry => {}
         }
-        self.violations += 1;
-        self.rolled_back = Some(ended);
-        if self.reports.len() >= REPORTS_KEPT {
-            self.reports.pop_front();
+        self.failures.violations += 1;
+        self.failures.rolled_back = Some(ended);
+        if self.failures.reports.len() >= REPORTS_KEPT {
+            self.failures.reports.pop_front();
         }
-        self.reports.push_back(report);
+        self.failures.reports.push_back(report);
     }
 
     /// Completes the report of a call that failed just now.
     pub(crate) fn caller_runs_again(&mut self) {
-        if let (Some(since), Some(report)) = (self.rolled_back.take(), self.reports.back_mut()) {
+        if let (Some(since), Some(report)) = (
+            self.failures.rolled_back.take(),
+            self.failures.reports.back_mut(),
+        ) {
             report.phases.returned_ns =
                 u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
         }
