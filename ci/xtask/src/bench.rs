@@ -1,6 +1,8 @@
 //! `cargo xtask bench` and `cargo xtask demo`: measurements by `cofferdam bench`, in the place
 //! where Linux guests run, gathered in one report.
 
+pub mod demo;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -20,23 +22,6 @@ use crate::{images, setup};
 /// For one measuring command in the lab: five reboots, a hundred rollbacks of each entry point and
 /// more.
 const COMMAND_LIMIT: Duration = Duration::from_secs(1800);
-
-/// Rollbacks of each entry point that a demo makes.
-const DEMO_ROLLBACKS: u16 = 6;
-
-/// Switches of a NIC that a demo makes of each kind, and moves by unplug and plug.
-const DEMO_SWITCHES: u16 = 30;
-const DEMO_MOVES: u16 = 3;
-
-/// Snapshots and restores that a demo makes of each kind.
-const DEMO_SUSPENDS: u16 = 2;
-
-/// Faults that a demo tries in each of the ways.
-const DEMO_FAULTS: u32 = 8;
-/// The driver that they are in: one that is quickly tried.
-const DEMO_DRIVER: &str = "null_blk";
-/// Of what kinds they are: one of each, of those that a machine seldom survives.
-const DEMO_KINDS: &str = "null_dereference,pointer,wild_jump,smashed_return,undefined_instruction,halt,endless_loop,interrupts_left_off";
 
 /// Measures, and writes what came of it
 #[derive(Clone, Debug, clap::Args)]
@@ -97,7 +82,7 @@ enum What {
         #[command(flatten)]
         common: Common,
         /// The driver's module
-        #[arg(long, value_name = "MODULE", default_value = DEMO_DRIVER)]
+        #[arg(long, value_name = "MODULE", default_value = demo::DRIVER)]
         driver: String,
         /// How many faults
         #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -136,16 +121,6 @@ impl Monitor {
             Self::Qemu => "qemu",
         }
     }
-}
-
-/// Shows what Cofferdam does, and measures it
-///
-/// Installs what is missing, builds, boots guests on this host's KVM where that is fast enough and
-/// in the lab where it is not, and writes target/demo/report.json and target/demo/report.html.
-#[derive(Clone, Debug, clap::Args)]
-pub struct DemoArgs {
-    #[command(flatten)]
-    common: Common,
 }
 
 /// Does `cargo xtask bench`.
@@ -199,32 +174,6 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     };
     bench.finish(&workspace.path("target/bench"), name, common.json)?;
     steps.summary();
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Does `cargo xtask demo`.
-pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(9);
-    let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
-    let runs = args.common.runs;
-    steps.must("boot", || bench.demo_boots(runs))?;
-    steps.must("recovery", || bench.recovery(runs, DEMO_ROLLBACKS))?;
-    steps.must("suspend", || bench.suspend(DEMO_SUSPENDS, &[256]))?;
-    steps.must("switch", || bench.switch(DEMO_SWITCHES, DEMO_MOVES, &[256]))?;
-    steps.must("switch of a function", || {
-        let ways = ["--method", "context-stall,hotplug"];
-        bench.function_switch(DEMO_SWITCHES, DEMO_MOVES, &[256], &ways)
-    })?;
-    steps.must("faults", || {
-        bench.campaign(DEMO_DRIVER, DEMO_KINDS, DEMO_FAULTS)
-    })?;
-    let report = bench.finish(&workspace.path("target/demo"), "report", args.common.json)?;
-    steps.summary();
-    eprintln!(
-        "\nThe report: {}\n            {}",
-        report.display(),
-        report.with_extension("html").display()
-    );
     Ok(ExitCode::SUCCESS)
 }
 

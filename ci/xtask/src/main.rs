@@ -44,7 +44,7 @@ enum Task {
     /// Makes the Debian package, in target/deb
     Package,
     Test(suite::Args),
-    Demo(bench::DemoArgs),
+    Demo(bench::demo::DemoArgs),
     Bench(bench::Args),
     Lab(lab::command::Args),
 }
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
         Task::Build => one_step("build", || bench::build(&workspace)),
         Task::Package => one_step("package", || package::run(&workspace)),
         Task::Test(args) => suite::main(&workspace, args),
-        Task::Demo(args) => bench::demo(&workspace, args),
+        Task::Demo(args) => bench::demo::demo(&workspace, args),
         Task::Bench(args) => bench::main(&workspace, args),
         Task::Lab(args) => lab::command::run(&workspace, args),
     });

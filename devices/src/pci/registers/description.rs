@@ -27,6 +27,7 @@ use serde::Deserialize;
 
 use super::parked::Answers;
 use super::reset::{Reset, Station};
+use super::ring::RingPlace;
 
 /// The form of files that this code reads.
 const SCHEMA: u32 = 1;
@@ -36,10 +37,6 @@ const MAX_TEXT: usize = 64 << 10;
 const MAX_ENTRIES: usize = 512;
 /// Most registers in all.
 const MAX_REGISTERS: u32 = 4096;
-/// Longest descriptor of a ring, in bytes.
-const MAX_DESCRIPTOR: u32 = 128;
-/// Most memory that a descriptor's address is of, in bytes.
-const MAX_BUFFER: u32 = 1 << 20;
 /// Longest wait for a field of configuration space to take effect, in microseconds.
 const MAX_SETTLE_US: u64 = 100_000;
 /// Bytes of conventional configuration space.
@@ -170,46 +167,6 @@ pub(super) struct Idle {
     pub busy: u32,
     /// How long that may take, in microseconds.
     pub wait_us: u64,
-}
-
-/// Registers by which a ring is found.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RingPlace {
-    pub name: String,
-    pub base_low: u32,
-    pub base_high: u32,
-    /// Holds its length in bytes.
-    pub length: u32,
-    pub control: u32,
-    /// Bits of `control` that are set while the ring is used.
-    pub enable: u32,
-    /// What its descriptors look like. With it for every ring, the device reaches no memory but the
-    /// rings and what the descriptors point to.
-    pub descriptor: Option<Descriptor>,
-}
-
-/// Where the descriptors of a ring have addresses.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Descriptor {
-    /// Length of one.
-    pub bytes: u32,
-    /// Where in it there may be an address of 64 bits. What is something else there at times costs
-    /// a piece of the map, and nothing else.
-    pub addresses: Vec<u32>,
-    /// Most bytes that the device reads or writes there.
-    pub buffer_bytes: u32,
-}
-
-impl Descriptor {
-    fn is_valid(&self) -> bool {
-        let within = |at: &u32| at.checked_add(8).is_some_and(|end| end <= self.bytes);
-        (8..=MAX_DESCRIPTOR).contains(&self.bytes)
-            && (1..=MAX_BUFFER).contains(&self.buffer_bytes)
-            && self.addresses.len() <= 8
-            && self.addresses.iter().all(within)
-    }
 }
 
 /// A register, or several of a kind one after the other.

@@ -11,22 +11,20 @@
 pub mod description;
 mod mdio;
 pub mod parked;
-mod reach;
 mod reset;
+mod ring;
 pub mod switch;
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::description::{ConfigField, Register, RingPlace};
+use self::description::{ConfigField, Register};
 pub use self::description::{Description, DescriptionError};
 use self::parked::FromImage;
+use self::ring::MAX_RING;
 use super::PciFunction;
 use crate::dma::{DmaError, DmaSpace};
-
-/// Largest ring, in bytes: what a length register of 20 bits can say.
-const MAX_RING: u32 = 1 << 20;
 
 /// Why a function's state cannot be taken or put back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -417,24 +415,6 @@ impl Register {
 
     fn offsets(&self) -> impl Iterator<Item = u32> + use<> {
         (self.offset..).step_by(4).take(self.count as usize)
-    }
-}
-
-impl RingPlace {
-    /// Address and length of the ring, if the device uses it.
-    fn in_use(&self, access: &mut Access<'_>) -> Option<(u64, usize)> {
-        self.by_values(&mut |offset| access.read(offset))
-    }
-
-    /// The same, by the values of registers.
-    fn by_values(&self, value: &mut dyn FnMut(u32) -> u32) -> Option<(u64, usize)> {
-        if value(self.control) & self.enable != self.enable {
-            return None;
-        }
-        let (low, high) = (value(self.base_low), value(self.base_high));
-        let length = value(self.length);
-        let address = u64::from(high) << 32 | u64::from(low);
-        (length <= MAX_RING).then_some((address, length as usize))
     }
 }
 
