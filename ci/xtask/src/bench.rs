@@ -125,7 +125,11 @@ impl Monitor {
 
 /// Does `cargo xtask bench`.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(4);
+    let measured = match args.what {
+        What::Switch { .. } => 2,
+        _ => 1,
+    };
+    let mut steps = Steps::new(3 + measured);
     let mut bench = Bench::prepare(workspace, "target/bench", &mut steps)?;
     let (common, name) = match &args.what {
         What::Boot { common, only } => {

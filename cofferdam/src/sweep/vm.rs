@@ -12,6 +12,7 @@ use devices::clock::monotonic_ns;
 use devices::hold::CheckpointBy;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
+use isolation::domain::transaction::AbortPhases;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::campaign::verdict::is_bad;
 use recovery::campaign::workload::{Outcome, Step, Workload, preparation};
@@ -76,6 +77,13 @@ struct Native {
     removed: bool,
 }
 
+/// What matters here of a `ViolationReport` of `isolation`.
+#[derive(Deserialize)]
+struct Report {
+    at_ns: u64,
+    phases: AbortPhases,
+}
+
 impl Vm {
     /// Boots a guest and sets its first mark.
     pub fn start(options: &GuestOptions, progress: &mut dyn FnMut(&str)) -> anyhow::Result<Self> {
@@ -134,6 +142,7 @@ impl Vm {
                 return Ok(());
             }
         };
+        record.restart_us = self.restart(&case.workload)?;
         self.go_to(BOOTED)?;
         self.load(&case.workload)?;
         if let Err(why) = self.isolate(&case.workload, record) {
@@ -194,8 +203,32 @@ impl Vm {
         Ok(Err(why))
     }
 
+    /// How long it takes to remove the module, before there is anything that uses it, and to insert
+    /// it again; `None` where it cannot be removed then.
+    fn restart(&mut self, work: &Workload) -> anyhow::Result<Option<u64>> {
+        self.go_to(BOOTED)?;
+        self.load_others(work)?;
+        self.insert(&work.driver, &work.parameters)?;
+        let begun = Instant::now();
+        let removed = self.guest.agent().remove_module(&loaded_name(&work.driver));
+        if removed.is_err() {
+            return Ok(None);
+        }
+        self.insert(&work.driver, &work.parameters)?;
+        Ok(u64::try_from(begun.elapsed().as_micros()).ok())
+    }
+
     /// Loads the module, and what it needs, and prepares its work.
     fn load(&mut self, work: &Workload) -> anyhow::Result<()> {
+        self.load_others(work)?;
+        self.insert(&work.driver, &work.parameters)?;
+        self.guest
+            .shell(&format!("({}\n) >/dev/null", work.prepare))?;
+        Ok(())
+    }
+
+    /// Loads what the module needs.
+    fn load_others(&mut self, work: &Workload) -> anyhow::Result<()> {
         for module in work.modules.iter().filter(|module| **module != work.driver) {
             match self.insert(module, "") {
                 // Another kernel may have it built in. Where it is missing the work does not end
@@ -204,9 +237,6 @@ impl Vm {
                 inserted => inserted?,
             }
         }
-        self.insert(&work.driver, &work.parameters)?;
-        self.guest
-            .shell(&format!("({}\n) >/dev/null", work.prepare))?;
         Ok(())
     }
 
@@ -366,6 +396,19 @@ impl Vm {
         texts.retain(|text| known.insert(text.clone()));
         texts.truncate(MAX_LINES);
         Ok(texts)
+    }
+
+    /// How long the first call that failed since then (`CLOCK_MONOTONIC`) took until its caller was
+    /// about to run again, in microseconds; `None` where that is not known any more.
+    fn returned_us(&mut self, module: &str, since_ns: u64) -> anyhow::Result<Option<u64>> {
+        let module = loaded_name(module);
+        let request = Request::Violations { module };
+        let Reply::Violations { reports, .. } = self.control.ask(&request)? else {
+            bail!("the VM answered something else");
+        };
+        let reports: Vec<Report> = serde_json::from_value(reports)?;
+        let first = reports.iter().find(|report| report.at_ns >= since_ns);
+        Ok(first.map(|report| report.phases.total_ns().div_ceil(1000)))
     }
 
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {

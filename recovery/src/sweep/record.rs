@@ -56,6 +56,10 @@ pub struct Fault {
     pub works: bool,
     /// Calls of the function afterwards that ran inside to their end.
     pub inside_again: u64,
+    /// From the first fault to its caller about to run again, in microseconds, where the driver was
+    /// not restarted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub returned_us: Option<u64>,
     /// Steps that then end otherwise than natively.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differs: Vec<String>,
@@ -105,6 +109,10 @@ pub struct Record {
     /// Why it cannot be isolated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// How long it takes natively to remove the module and to insert it again, in microseconds:
+    /// the least that a restart of the driver takes, which also has to set up again what it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_us: Option<u64>,
     /// Functions with gates.
     #[serde(default)]
     pub gated: usize,
@@ -233,6 +241,20 @@ impl Record {
             .iter()
             .filter(|fault| fault.end() == end)
             .count()
+    }
+
+    /// Of each fault that was recovered from by taking the call back alone: how many times as long
+    /// removing and inserting the module takes.
+    pub fn ratios(&self) -> Vec<f64> {
+        let recovered = self
+            .faults
+            .iter()
+            .filter(|fault| fault.end() == FaultEnd::Recovered);
+        let returned = recovered.filter_map(|fault| fault.returned_us.filter(|us| *us > 0));
+        let restart = self.restart_us.map(|us| us as f64);
+        returned
+            .filter_map(|us| Some(restart? / us as f64))
+            .collect()
     }
 
     /// What a person wants to know of one that is not right, in one line.
@@ -384,6 +406,25 @@ mod tests {
         assert_eq!(fault.end(), FaultEnd::NotReached);
         fault.answers = false;
         assert_eq!(fault.end(), FaultEnd::Lost);
+    }
+
+    #[test]
+    fn a_restart_is_compared_with_faults_that_were_recovered_from() {
+        let mut record = right();
+        let fault = |returned_us| Fault {
+            reached: true,
+            taken_back: 1,
+            answers: true,
+            works: true,
+            returned_us,
+            ..Fault::default()
+        };
+        record.faults = [Some(500), None, Some(0), Some(250)].map(fault).into();
+        assert!(record.ratios().is_empty());
+        record.restart_us = Some(100_000);
+        assert_eq!(record.ratios(), [200.0, 400.0]);
+        record.faults[3].works = false;
+        assert_eq!(record.ratios(), [200.0]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The work with one fault in one function.
 
 use anyhow::bail;
+use devices::clock::monotonic_ns;
 use isolation::dispatch::fault::FaultCount;
 use recovery::campaign::workload::Workload;
 use recovery::fault::FaultKind;
@@ -24,6 +25,7 @@ impl Vm {
         for offset in self.offsets(work, function)? {
             self.go_to(ISOLATED)?;
             let before = self.entry(work, function)?;
+            let begun_ns = monotonic_ns();
             self.control.ask(&Request::Inject {
                 module: loaded_name(&work.driver),
                 entry: function.to_owned(),
@@ -45,6 +47,9 @@ impl Vm {
                 log: self.log(),
                 ..Fault::default()
             };
+            if taken_back > 0 {
+                fault.returned_us = self.returned_us(&work.driver, begun_ns)?;
+            }
             if fault.answers {
                 let outcome = self.work(work, limit(native));
                 fault.differs = outcome.differs(&native.outcome, work);
