@@ -6,11 +6,10 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use devices::vfio::passed::PassedFunction;
+use devices::wire::turns::LINK_STAYS;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// How long the link stays; Linux waits five seconds for a transmitter.
-const STAYS: Duration = Duration::from_secs(1);
 /// Until it is tried again where a switch was in the way.
 const AGAIN: Duration = Duration::from_millis(5);
 
@@ -35,7 +34,7 @@ impl LinkTimer {
     /// Begins anew, or ends.
     pub fn set(&mut self, runs: bool) {
         match runs {
-            true => self.arm(STAYS),
+            true => self.arm(LINK_STAYS),
             false => {
                 if let Err(error) = self.timer.clear() {
                     tracing::debug!(%error, "a timer that nobody needs runs on");

@@ -2,7 +2,7 @@
 //! step that touches them to the end: what their guests do to them meanwhile waits.
 
 use std::sync::MutexGuard;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::vfio::passed::hardware::Hardware;
 use devices::vfio::passed::{PassedError, PassedFunction, silence};
@@ -19,8 +19,9 @@ pub struct PassedSwitch<'a> {
     held: Vec<(&'a Context<PassedShare>, MutexGuard<'a, PassedFunction>)>,
 }
 
-/// How long others may have a function before some more is done to it. Whoever waits for it is not
-/// the next one otherwise.
+/// How long others wait for a function to which something is done little by little.
+const WAIT: Duration = Duration::from_millis(1);
+/// How long they may have it then. Whoever waits for it is not the next one otherwise.
 const LET_OTHERS: Duration = Duration::from_micros(50);
 
 /// Does something to the function of `guest` little by little, with others in between.
@@ -28,12 +29,13 @@ fn by_and_by(
     guest: &Context<PassedShare>,
     act: impl Fn(&mut PassedFunction, u64) -> Result<Option<u64>, PassedError>,
 ) -> Result<(), String> {
-    let mut next = Some(0);
+    let (mut next, mut begun) = (Some(0), Instant::now());
     while let Some(from) = next {
         let done = act(&mut lock(&guest.share.function), from);
         next = done.map_err(|error| error.to_string())?;
-        if next.is_some() {
+        if next.is_some() && begun.elapsed() > WAIT {
             std::thread::sleep(LET_OTHERS);
+            begun = Instant::now();
         }
     }
     Ok(())
