@@ -66,11 +66,14 @@ pub(crate) fn recover<G: LiveGuest>(
         }
         next = lock(ladder).reset(borrowed(&result));
     }
-    if next == Next::Stop
-        && let Err(error) = stop(supervisor, module)
-    {
-        tracing::error!("{module} cannot be stopped: {error:#}");
-        lock(ladder).not_isolated(&format!("{error:#}"));
+    if next == Next::Stop {
+        match stop(supervisor, module) {
+            Ok(()) => supervisor.give_up(module, ladder),
+            Err(error) => {
+                tracing::error!("{module} cannot be stopped: {error:#}");
+                lock(ladder).not_isolated(&format!("{error:#}"));
+            }
+        }
     }
 }
 
