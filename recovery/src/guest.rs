@@ -153,6 +153,10 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// It is not isolated.
     fn stop(&self, module: &str) -> anyhow::Result<()>;
 
+    /// The driver `module` was given up, so that its devices do nothing for the guest any more, or
+    /// is not given up any more: it was released or isolated anew, or the guest begins anew.
+    fn set_given_up(&self, module: &str, given_up: bool);
+
     /// The driver is another build now: nothing that is known of its functions and types holds.
     fn driver_changed(&self, module: &str);
 

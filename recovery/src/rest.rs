@@ -121,11 +121,13 @@ impl<G: LiveGuest> Supervisor<G> {
             Some(why) => Ladder::stopped(told.recovery, why),
             None => Ladder::new(told.recovery),
         };
-        self.isolate_with(told.request, Arc::new(Mutex::new(ladder)), asker)?;
-        match is_stopped {
-            true => self.guest().stop(&module),
-            false => Ok(()),
+        let ladder = Arc::new(Mutex::new(ladder));
+        self.isolate_with(told.request, ladder.clone(), asker)?;
+        if is_stopped {
+            self.guest().stop(&module)?;
+            self.give_up(&module, &ladder);
         }
+        Ok(())
     }
 
     pub(crate) fn end_rest(&self) {

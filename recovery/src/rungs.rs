@@ -43,15 +43,27 @@ impl<G: LiveGuest> Supervisor<G> {
     }
 }
 
-/// Begins with the rung that a ladder asked for, unless its module was released or exchanged
-/// meanwhile.
+/// Begins with the rung that a ladder asked for, or says that the module is given up, unless it was
+/// released or exchanged meanwhile.
 pub(crate) fn climb<G: LiveGuest>(supervisor: &Supervisor<G>, request: &RungRequest) {
+    if let RungRequest::Tell { module } = request {
+        return supervisor.tell_given_up(module);
+    }
     // Nobody exchanges the driver meanwhile, and whoever is isolating it has entered its ladder.
     let alone = supervisor.change_driver();
-    let ladder = supervisor.ladder(&request.module);
-    if ladder.is_some_and(|ladder| Arc::ptr_eq(&ladder, &request.ladder)) {
-        let (module, ladder) = (&request.module, &request.ladder);
-        recover(supervisor, module, request.resume, ladder, &alone);
+    match request {
+        RungRequest::Climb {
+            module,
+            ladder,
+            resume,
+        } => {
+            let own = supervisor.ladder(module);
+            if own.is_some_and(|own| Arc::ptr_eq(&own, ladder)) {
+                recover(supervisor, module, *resume, ladder, &alone);
+            }
+        }
+        RungRequest::GaveUp { module, ladder } => supervisor.give_up(module, ladder),
+        RungRequest::Tell { .. } => {}
     }
     drop(alone);
 }
@@ -108,11 +120,14 @@ fn recover<G: LiveGuest>(
         }
         next = lock(ladder).reset(borrowed(&result));
     }
-    if next == Next::Stop
-        && let Err(error) = stop(supervisor, module)
-    {
-        tracing::error!("{module} cannot be stopped: {error:#}");
-        lock(ladder).not_isolated(&format!("{error:#}"));
+    if next == Next::Stop {
+        match stop(supervisor, module) {
+            Ok(()) => supervisor.give_up(module, ladder),
+            Err(error) => {
+                tracing::error!("{module} cannot be stopped: {error:#}");
+                lock(ladder).not_isolated(&format!("{error:#}"));
+            }
+        }
     }
 }
 

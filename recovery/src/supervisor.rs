@@ -9,7 +9,7 @@
 //! Lock order: who changes a driver takes the turn for that first; a ladder's lock is taken last,
 //! and nothing is called under it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -32,13 +32,24 @@ pub(crate) struct SupervisedModule {
     pub ladder: Arc<Mutex<Ladder>>,
 }
 
-/// What a module's ladder asks for beyond an error.
-pub(crate) struct RungRequest {
-    pub module: String,
-    /// The ladder that asks.
-    pub ladder: Arc<Mutex<Ladder>>,
-    /// Resume its device; otherwise restart it.
-    pub resume: bool,
+/// What a module's ladder asks for beyond an error, and what else is not for a vCPU's thread.
+pub(crate) enum RungRequest {
+    /// Resume a module's device, or restart the module.
+    Climb {
+        module: String,
+        /// The ladder that asks.
+        ladder: Arc<Mutex<Ladder>>,
+        /// Resume its device; otherwise restart it.
+        resume: bool,
+    },
+    /// The module is stopped for good.
+    GaveUp {
+        module: String,
+        /// The ladder that says so.
+        ladder: Arc<Mutex<Ladder>>,
+    },
+    /// Whether the module is given up has changed.
+    Tell { module: String },
 }
 
 /// Supervises the isolated modules of a guest.
@@ -53,6 +64,10 @@ pub struct Supervisor<G: LiveGuest> {
     pub(crate) driver_files: Mutex<HashMap<String, String>>,
     /// Devices that were suspended, by the name of the module that drives them.
     pub(crate) resting: Mutex<HashMap<String, Resting<G::DeviceState>>>,
+    /// Modules that were given up.
+    given_up: Mutex<HashSet<String>>,
+    /// Held while the guest is told of one of them: it hears of changes in their order.
+    telling: Mutex<()>,
 }
 
 impl<G: LiveGuest> Supervisor<G> {
@@ -66,6 +81,8 @@ impl<G: LiveGuest> Supervisor<G> {
             turn: Turn::default(),
             driver_files: Mutex::default(),
             resting: Mutex::default(),
+            given_up: Mutex::default(),
+            telling: Mutex::default(),
         };
         (supervisor, asked)
     }
@@ -89,7 +106,10 @@ impl<G: LiveGuest> Supervisor<G> {
         // only then: who climbs it waits.
         let _alone = self.change_driver_for(asker)?;
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
-        self.isolate_with(request, ladder, asker)
+        let module = request.module.clone();
+        let isolated = self.isolate_with(request, ladder, asker)?;
+        self.take_back(&module);
+        Ok(isolated)
     }
 
     /// Isolates the same functions of a module again, with the ladder that it has, unless it was
@@ -137,7 +157,34 @@ impl<G: LiveGuest> Supervisor<G> {
         let status = self.guest.release(module);
         // Also of one that could not be isolated again, and has nothing but a ladder.
         self.modules().remove(module);
+        self.take_back(module);
         status
+    }
+
+    /// The module of this ladder is stopped for good, unless it was released or exchanged meanwhile.
+    pub(crate) fn give_up(&self, module: &str, ladder: &Arc<Mutex<Ladder>>) {
+        let modules = self.modules();
+        let own = modules.get(module).map(|one| &one.ladder);
+        // Under that lock: whoever releases the module now takes it back afterwards.
+        let is_new = own.is_some_and(|own| Arc::ptr_eq(own, ladder))
+            && lock(&self.given_up).insert(module.to_owned());
+        drop(modules);
+        if is_new {
+            self.tell_given_up(module);
+        }
+    }
+
+    /// The module is not given up any more.
+    fn take_back(&self, module: &str) {
+        if lock(&self.given_up).remove(module) {
+            self.tell_given_up(module);
+        }
+    }
+
+    pub(crate) fn tell_given_up(&self, module: &str) {
+        let _alone = lock(&self.telling);
+        let given_up = lock(&self.given_up).contains(module);
+        self.guest.set_given_up(module, given_up);
     }
 
     /// Modules whose devices are suspended.
@@ -167,6 +214,10 @@ impl<G: LiveGuest> Supervisor<G> {
     pub fn guest_was_reset(&self) {
         lock(&self.driver_files).clear();
         lock(&self.resting).clear();
+        for module in std::mem::take(&mut *lock(&self.given_up)) {
+            // Who says so may be a vCPU's thread. The other one lives as long as the VM.
+            let _ = self.rungs.send(RungRequest::Tell { module });
+        }
     }
 
     /// The ladder of a module that is isolated.
@@ -225,6 +276,7 @@ impl<G: LiveGuest> Supervisor<G> {
             let config = lock(&supervised.ladder).config().clone();
             supervised.ladder = Arc::new(Mutex::new(Ladder::new(config)));
         }
+        self.take_back(module);
     }
 
     pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {
@@ -265,7 +317,7 @@ impl FaultPolicy for LadderPolicy {
             }
             Decision::Resume | Decision::Restart => {
                 // The thread that climbs lives as long as the VM.
-                let _ = self.rungs.send(RungRequest {
+                let _ = self.rungs.send(RungRequest::Climb {
                     module: self.module.clone(),
                     ladder: self.ladder.clone(),
                     resume: decision == Decision::Resume,
@@ -274,6 +326,10 @@ impl FaultPolicy for LadderPolicy {
             }
             Decision::Stop => {
                 tracing::error!("{} is stopped: its calls return errors", self.module);
+                let _ = self.rungs.send(RungRequest::GaveUp {
+                    module: self.module.clone(),
+                    ladder: self.ladder.clone(),
+                });
                 AfterFault::Stop
             }
         }

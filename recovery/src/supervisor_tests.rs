@@ -175,3 +175,66 @@ fn an_upgrade_whose_asker_goes_is_not_begun_or_carried_out_to_its_end() {
     }
     assert!(ends[0] > 0 && ends[1] > 0, "{ends:?}");
 }
+
+/// By the rung that fails last, and by the ladder itself.
+#[test]
+fn a_driver_that_is_given_up_is_so_until_it_is_taken_up_again() {
+    type Again = fn(&Supervisor<Double>);
+    let ways: [(Again, bool); 4] = [
+        (|supervisor| drop(supervisor.release(DRIVER).unwrap()), true),
+        (|supervisor| supervisor.guest_was_reset(), true),
+        (|supervisor| supervisor.driver_came_from(DRIVER, "/x"), true),
+        (|supervisor| drop(supervisor.status()), false),
+    ];
+    for (again, ends) in ways {
+        for at_once in [false, true] {
+            let guest = Double::new();
+            let (supervisor, asked) = Supervisor::new(guest.clone());
+            let config = match at_once {
+                true => LadderConfig {
+                    on_fault: Some(OnFault::Restart),
+                    recoveries_per_minute: 1,
+                    ..LadderConfig::default()
+                },
+                false => restarting(),
+            };
+            supervisor.isolate(request(), config, &Nobody).unwrap();
+            if at_once {
+                guest.fail();
+                assert_eq!(climb_all(&supervisor, &asked).state, State::Running);
+                assert!(!guest.world().given_up);
+                assert_eq!(guest.fail(), AfterFault::Stop);
+                // Said by another thread than the vCPU's.
+                assert!(!guest.world().given_up);
+            } else {
+                guest.world().fails = |step, _| step == "remove";
+                guest.fail();
+            }
+            assert_eq!(climb_all(&supervisor, &asked).state, State::Stopped);
+            assert!(guest.world().given_up);
+            again(&supervisor);
+            while let Ok(request) = asked.try_recv() {
+                climb(&supervisor, &request);
+            }
+            assert_eq!(guest.world().given_up, !ends);
+        }
+    }
+}
+
+/// What a ladder has said of a module that was released since is not said of the module.
+#[test]
+fn a_driver_that_was_released_before_it_was_said_to_be_given_up_is_not() {
+    let guest = Double::new();
+    let (supervisor, asked) = Supervisor::new(guest.clone());
+    let config = LadderConfig {
+        recoveries_per_minute: 0,
+        ..restarting()
+    };
+    supervisor.isolate(request(), config, &Nobody).unwrap();
+    assert_eq!(guest.fail(), AfterFault::Stop);
+    supervisor.release(DRIVER).unwrap();
+    while let Ok(request) = asked.try_recv() {
+        climb(&supervisor, &request);
+    }
+    assert!(!guest.world().given_up);
+}

@@ -81,11 +81,11 @@ impl<C: Card> Host<C> {
         stream: UnixStream,
     ) -> anyhow::Result<()> {
         context.share.plug(true)?;
-        if self.holder().is_none() {
-            let given = self.pass_on(None, Some(context.clone()), Reason::Attached);
-            if let Err(error) = given {
-                tracing::warn!(vm = %context.vm, "gets no turn: {error:#}");
-            }
+        let given = self.begin().and_then(|switching| {
+            self.give_what_is_nobodys(&switching, Some(context.clone()), Reason::Attached)
+        });
+        if let Err(error) = given {
+            tracing::warn!(vm = %context.vm, "gets no turn: {error:#}");
         }
         let info = AttachInfo {
             device: self.config.name.to_string(),
@@ -177,12 +177,26 @@ impl<C: Card> Host<C> {
             self.leave(&context, Reason::Gone);
         }
         // One that came back just now found that the turn was its own still.
-        if self.holder().is_none()
-            && let Some(next) = self.next(None)
-            && let Err(error) = self.pass_on(None, Some(next), Reason::Attached)
-        {
+        let switching = lock(&self.switching);
+        let next = self.next(None);
+        let given = self.give_what_is_nobodys(&switching, next, Reason::Attached);
+        if let Err(error) = given {
             tracing::warn!("nobody gets the turn: {error:#}");
         }
+    }
+
+    /// Gives the turn to `to` if nobody has it. Looked at while no switch is under way: in the
+    /// middle of one nobody may have the turn, which is somebody's when it is over.
+    fn give_what_is_nobodys(
+        &self,
+        switching: &MutexGuard<'_, ()>,
+        to: Option<Arc<ContextOf<C>>>,
+        reason: Reason,
+    ) -> anyhow::Result<()> {
+        if to.is_some() && self.holder().is_none() {
+            self.pass_on_now(switching, None, to, reason)?;
+        }
+        Ok(())
     }
 
     /// Passes `context`'s turn on, if it has it.
@@ -201,26 +215,40 @@ impl<C: Card> Host<C> {
     /// Gives the turn to `vm`, for somebody who asks.
     pub fn switch_to(&self, vm: &VmName) -> anyhow::Result<SwitchRecord> {
         let context = self.context(vm)?;
-        let name = &self.config.name;
+        self.may_be_given_turn(&context)?;
+        let switching = self.begin()?;
+        // It may have gone or come to rest while another switch was waited for.
+        self.may_be_given_turn(&context)?;
+        let record = self.pass_on_now(&switching, None, Some(context), Reason::Asked)?;
+        record.with_context(|| format!("{vm} has the turn already"))
+    }
+
+    /// That a VM can be given the turn.
+    fn may_be_given_turn(&self, context: &ContextOf<C>) -> anyhow::Result<()> {
+        let (vm, name) = (&context.vm, &self.config.name);
         ensure!(
             context.is_connected(),
             "{vm} is not attached to {name} now: start it with `cofferdam run --name {vm} --nic device={name}`"
         );
         ensure!(
             !context.away.load(Ordering::Relaxed),
-            "{vm} is paused: let it go on first, with `cofferdam resume {vm}`"
+            "{vm} is paused, or the driver of its NIC was given up: let it go on first, with `cofferdam resume {vm}` or \
+             `cofferdam release`"
         );
-        let record = self.pass_on(None, Some(context), Reason::Asked)?;
-        record.with_context(|| format!("{vm} has the turn already"))
+        Ok(())
     }
 
     /// The time slice is over.
     pub fn slice(&self) {
-        let holder = self.holder();
-        let next = self.next(holder.as_ref());
-        if next.is_some()
-            && let Err(error) = self.pass_on(holder.as_ref(), next, Reason::Slice)
-        {
+        let passed = self.begin().and_then(|switching| {
+            let holder = self.holder();
+            let next = self.next(holder.as_ref());
+            match next {
+                Some(_) => self.pass_on_now(&switching, holder.as_ref(), next, Reason::Slice),
+                None => Ok(None),
+            }
+        });
+        if let Err(error) = passed {
             tracing::debug!("no switch at the end of a time slice: {error:#}");
         }
     }
@@ -238,25 +266,15 @@ impl<C: Card> Host<C> {
         context.away.store(away, Ordering::Relaxed);
         if away {
             self.leave(&context, Reason::Yielded);
-        } else if self.holder().is_none() && context.is_connected() {
-            self.pass_on(None, Some(context), Reason::Returned)?;
+            return Ok(());
         }
-        Ok(())
+        let switching = lock(&self.switching);
+        let back = context.wants_turns().then_some(context);
+        self.give_what_is_nobodys(&switching, back, Reason::Returned)
     }
 
     /// Takes the turn from whoever has it, or from `from` only, if that is given, and gives it to
-    /// `to`. `None` if `to` has it, or `from` has it no more.
-    fn pass_on(
-        &self,
-        from: Option<&Arc<ContextOf<C>>>,
-        to: Option<Arc<ContextOf<C>>>,
-        reason: Reason,
-    ) -> anyhow::Result<Option<SwitchRecord>> {
-        let switching = self.begin()?;
-        self.pass_on_now(&switching, from, to, reason)
-    }
-
-    /// The same, while no other switch can begin.
+    /// `to`, while no other switch can begin. `None` if `to` has it, or `from` has it no more.
     fn pass_on_now(
         &self,
         _switching: &MutexGuard<'_, ()>,

@@ -2,7 +2,7 @@
 //! attached anew.
 
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -16,7 +16,22 @@ use crate::runtime_dir::RuntimeRoot;
 /// Between two looks at whether the host is there, and between two attempts to reach it.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Whose NIC is attached where.
+/// Why a NIC is to have no turn.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Away {
+    /// The VM is paused.
+    pub paused: bool,
+    /// Its driver was given up: no call of it is run.
+    pub given_up: bool,
+}
+
+impl Away {
+    fn is_away(self) -> bool {
+        self.paused || self.given_up
+    }
+}
+
+/// Whose NIC is attached where; clones are the same one.
 #[derive(Debug, Clone)]
 pub struct Attachment {
     /// Where VMs and device hosts are found.
@@ -27,6 +42,9 @@ pub struct Attachment {
     pub vm: VmName,
     /// Its address.
     pub mac: MacAddress,
+    /// What its host was told last, or is to be told. Held while it is told, so that it hears of
+    /// changes in their order.
+    pub away: Arc<Mutex<Away>>,
 }
 
 impl Attachment {
@@ -45,12 +63,27 @@ impl Attachment {
         Ok(stream)
     }
 
-    /// Tells the host that the VM does not run for now, and passes its turn on if it has it, or
-    /// that it runs again.
+    /// Changes why the NIC is to have no turn. If that makes a difference the host is told, which
+    /// passes its turn on if it has it, or gives it one that nobody has.
     ///
     /// # Errors
-    /// The host does not answer.
-    pub fn set_away(&self, away: bool) -> anyhow::Result<()> {
+    /// The host does not answer. It hears of it when the NIC is attached the next time.
+    pub fn set_away(&self, change: impl FnOnce(&mut Away)) -> anyhow::Result<()> {
+        let mut away = self.away();
+        let before = away.is_away();
+        change(&mut away);
+        match away.is_away() == before {
+            true => Ok(()),
+            false => self.tell_away(!before),
+        }
+    }
+
+    fn away(&self) -> MutexGuard<'_, Away> {
+        // A change of it is whole.
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_away(&self, away: bool) -> anyhow::Result<()> {
         let vm = self.vm.to_string();
         let request = match away {
             true => Request::Yield { vm },
@@ -102,9 +135,75 @@ impl Attachment {
         let Some(function) = function.upgrade() else {
             return Ok(());
         };
-        let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-        function.reconnect(stream)?;
+        let reconnected = {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            function.reconnect(stream)
+        };
+        reconnected?;
+        // To a host that begins anew whoever attaches may have the turn.
+        let away = self.away();
+        if away.is_away() {
+            self.tell_away(true)?;
+        }
         tracing::info!(device = %self.host, "the NIC is attached again");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use recovery::asker::Asker;
+
+    use super::*;
+    use crate::control::server::{Handler, serve_protocol};
+    use crate::device::protocol::{DeviceProtocol, Reply};
+
+    /// A device host that writes down what it is told.
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<String>>);
+
+    impl Handler<DeviceProtocol> for Heard {
+        fn handle(&self, request: Request, _: &dyn Asker) -> Result<Reply, String> {
+            let said = match request {
+                Request::Yield { vm } => format!("{vm} yields"),
+                Request::Return { vm } => format!("{vm} is back"),
+                other => format!("{other:?}"),
+            };
+            self.0.lock().unwrap().push(said);
+            Ok(Reply::Turn { turn: None })
+        }
+    }
+
+    /// A pause and a driver that was given up are one rest for a device host: it ends with the last
+    /// of them.
+    #[test]
+    fn a_nic_has_no_turn_while_its_vm_is_paused_or_its_driver_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = RuntimeRoot::new(folder.path());
+        let host: VmName = "nic".parse().unwrap();
+        let dir = root.devices().claim(&host).unwrap();
+        let heard = Arc::new(Heard::default());
+        serve_protocol(&dir.paths().control_socket(), heard.clone()).unwrap();
+        let attachment = Attachment {
+            root,
+            host,
+            vm: "left".parse().unwrap(),
+            mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            away: Arc::default(),
+        };
+        let said = |change: fn(&mut Away)| {
+            attachment.clone().set_away(change).unwrap();
+            std::mem::take(&mut *heard.0.lock().unwrap())
+        };
+        assert_eq!(said(|away| away.given_up = true), ["left yields"]);
+        assert!(said(|away| away.given_up = true).is_empty());
+        assert!(said(|away| away.paused = true).is_empty());
+        assert!(said(|away| away.given_up = false).is_empty());
+        assert_eq!(said(|away| away.paused = false), ["left is back"]);
+        assert_eq!(said(|away| away.paused = true), ["left yields"]);
+        assert!(said(|away| away.given_up = true).is_empty());
+        assert!(said(|away| away.paused = false).is_empty());
+        assert_eq!(said(|away| away.given_up = false), ["left is back"]);
     }
 }

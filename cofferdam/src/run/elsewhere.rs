@@ -45,13 +45,13 @@ pub fn may_come(vm: &VmHandle, isolator: &Isolator) -> Result<(), String> {
 /// Pauses the VM. What turns it has at device hosts are passed on.
 pub fn pause(vm: &VmHandle, nics: &Nics) -> Result<(), Refused> {
     vm.pause()?;
-    nics.set_away(true);
+    nics.set_paused(true);
     Ok(())
 }
 
 /// Lets the VM go on, and have turns again.
 pub fn resume(vm: &VmHandle, nics: &Nics) -> Result<(), Refused> {
     vm.resume()?;
-    nics.set_away(false);
+    nics.set_paused(false);
     Ok(())
 }

@@ -238,6 +238,10 @@ impl LiveGuest for Isolation {
         Ok(self.isolator.stop(module)?)
     }
 
+    fn set_given_up(&self, module: &str, given_up: bool) {
+        self.nics.set_given_up(module, given_up);
+    }
+
     fn driver_changed(&self, _module: &str) {
         // Even at the same addresses it may have other functions and types.
         *lock(&self.known) = None;

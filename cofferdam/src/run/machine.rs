@@ -118,6 +118,7 @@ impl MadeNic {
             host: host.clone(),
             vm: name.clone(),
             mac: net.mac.context("a NIC of a device host has an address")?,
+            away: Arc::default(),
         };
         let slot = vm.reserve_pci_slot()?;
         let stream = attachment.attach()?;

@@ -2,6 +2,7 @@
 //! driver has.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_protocol::{Client, ClientError};
@@ -15,7 +16,7 @@ use devices::wire::gateway::GatewayControl;
 use vmm::VmHandle;
 
 use super::NetConfig;
-use super::attachment::Attachment;
+use super::attachment::{Attachment, Away};
 use super::meter::Meter;
 use crate::options::NicSpec;
 
@@ -59,6 +60,10 @@ pub struct Nics {
     /// Slots of the NICs that modules had when the guest was last asked: while a driver is out, it
     /// has none.
     driven: Arc<Mutex<HashMap<String, Vec<u8>>>>,
+    /// The VM is paused.
+    paused: Arc<AtomicBool>,
+    /// Slots of the NICs whose driver was given up, by its name.
+    given_up: Arc<Mutex<HashMap<String, Vec<u8>>>>,
 }
 
 /// The devices of a module, held as one.
@@ -75,6 +80,8 @@ impl Nics {
         Self {
             all: Arc::new(Mutex::new(all)),
             driven: Arc::default(),
+            paused: Arc::default(),
+            given_up: Arc::default(),
         }
     }
 
@@ -85,16 +92,40 @@ impl Nics {
 
     /// One more.
     pub fn add(&self, nic: GuestNic) {
-        self.lock().push(nic);
+        self.lock().push(nic.clone());
+        if self.paused.load(Ordering::SeqCst) {
+            tell(&nic, |away| away.paused = true);
+        }
     }
 
     /// Tells the device hosts of all that the VM stands still, or goes on. One that does not answer
     /// is told of in the log: its turn stays where it is.
-    pub fn set_away(&self, away: bool) {
-        for attachment in self.all().iter().filter_map(|nic| nic.attachment.as_ref()) {
-            if let Err(error) = attachment.set_away(away) {
-                tracing::warn!(device = %attachment.host, "not told of a pause: {error:#}");
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
+        for nic in &self.all() {
+            tell(nic, |away| away.paused = paused);
+        }
+    }
+
+    /// The same of the device hosts of `module`'s NICs: the guest's driver of them was given up, or
+    /// is not any more.
+    pub fn set_given_up(&self, module: &str, given_up: bool) {
+        let is_its = self.driven_by(module);
+        let its = self.all().into_iter().filter(|nic| is_its(nic));
+        let its: Vec<u8> = its.map(|nic| nic.slot).collect();
+        let slots = {
+            let mut all = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+            match given_up {
+                true => {
+                    all.insert(module.to_owned(), its.clone());
+                    its
+                }
+                // A guest that begins anew has not said yet which it drives.
+                false => all.remove(module).unwrap_or_default(),
             }
+        };
+        for nic in self.all().iter().filter(|nic| slots.contains(&nic.slot)) {
+            tell(nic, |away| away.given_up = given_up);
         }
     }
 
@@ -148,15 +179,9 @@ impl Nics {
     /// # Errors
     /// There is no such way for them.
     pub fn of(&self, module: &str, by: CheckpointBy) -> anyhow::Result<Option<Driven>> {
-        let driven = self.driven.lock().unwrap_or_else(PoisonError::into_inner);
-        let said = driven.get(module).cloned();
-        drop(driven);
-        let is_its = |nic: &&GuestNic| match &said {
-            Some(slots) => slots.contains(&nic.slot),
-            None => nic.config.nic.drivers().contains(&module),
-        };
+        let is_its = self.driven_by(module);
         let (mut devices, mut slots) = (Vec::new(), Vec::new());
-        for nic in self.all().iter().filter(is_its) {
+        for nic in self.all().iter().filter(|nic| is_its(nic)) {
             if let Some(holdable) = &nic.nic.holdable {
                 let device = holdable(by)?;
                 devices.push(nic.edge.holdable(device, nic.nic.function.clone()));
@@ -168,6 +193,16 @@ impl Nics {
         }
         let device = HoldableSet::of(devices);
         Ok(device.map(|device| Driven { device, slots }))
+    }
+
+    /// Whether a NIC is one of `module`'s: see [`Nics::of`].
+    fn driven_by<'a>(&self, module: &'a str) -> impl Fn(&GuestNic) -> bool + use<'a> {
+        let driven = self.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = driven.get(module).cloned();
+        move |nic| match &said {
+            Some(slots) => slots.contains(&nic.slot),
+            None => nic.config.nic.drivers().contains(&module),
+        }
     }
 
     /// The state of `module`'s devices.
@@ -216,6 +251,16 @@ impl Nics {
             bus.config_write(slot, COMMAND, &command);
         }
         Ok(())
+    }
+}
+
+/// Tells the device host of `nic`, if one has it. See [`Nics::set_paused`].
+fn tell(nic: &GuestNic, change: impl FnOnce(&mut Away)) {
+    let Some(attachment) = &nic.attachment else {
+        return;
+    };
+    if let Err(error) = attachment.set_away(change) {
+        tracing::warn!(device = %attachment.host, "not told whether it may have turns: {error:#}");
     }
 }
 

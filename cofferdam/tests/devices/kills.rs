@@ -90,6 +90,25 @@ fn a_device_host_that_is_killed_takes_no_vm_with_it_and_is_served_anew() {
     assert!(finish_of(host));
 }
 
+/// To the new host it is one more VM that attaches, but for what it says.
+#[test]
+fn a_vm_that_is_paused_keeps_no_turn_at_a_host_that_begins_anew() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let vm = place.idle("--memory 32M --nic device=nic");
+    host.await_turn(Some("idle"));
+    place.ask("pause idle");
+    drop(host);
+    let host = Host::start(&place, "");
+    wait("its rest", || {
+        host.context_of("idle").is_some_and(|idle| idle.away)
+    });
+    host.await_turn(None);
+    place.ask("resume idle");
+    assert_eq!(host.status().turn.as_deref(), Some("idle"));
+    end(&place, vm, &[".devices"]);
+}
+
 /// Whether the device host has ended in order.
 fn finish_of(mut host: Host) -> bool {
     let child = std::mem::replace(

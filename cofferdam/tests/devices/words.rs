@@ -103,6 +103,20 @@ fn device_hosts_are_listed_shown_switched_and_stopped() {
         listed.contains("nic") && listed.contains("left"),
         "{listed}"
     );
+    let listed: Value = serde_json::from_str(&place.ask("device list --json")).unwrap();
+    let [only] = listed.as_array().unwrap().as_slice() else {
+        panic!("{listed}");
+    };
+    assert_eq!(
+        (
+            &only["name"],
+            &only["status"]["turn"],
+            &only["status"]["model"]
+        ),
+        (&"nic".into(), &"left".into(), &"e1000".into()),
+        "{listed}"
+    );
+    assert_eq!(only["pid"], host.child.id(), "{listed}");
     // No VM of that name, and none in the list of VMs.
     assert!(!place.ask("list").contains("nic"));
     signal(&host.child, libc::SIGTERM);

@@ -135,6 +135,66 @@ fn assert_log_is_healthy(guest: &mut Guest, others: &[&str]) {
     }
 }
 
+/// Pings from the guest to the gateway that go on by themselves, five a second.
+struct Pings;
+
+impl Pings {
+    fn start(guest: &mut Guest) -> Self {
+        let script = format!(
+            "ping -i 0.2 {GATEWAY} > /tmp/pings 2>&1 < /dev/null & echo $! > /tmp/pings.pid"
+        );
+        shell(guest, &script);
+        Self
+    }
+
+    /// How many were answered so far.
+    fn answered(&self, guest: &mut Guest) -> u64 {
+        let count = shell(guest, "grep -c 'bytes from' /tmp/pings || true");
+        count.trim().parse().unwrap()
+    }
+
+    /// Waits for one more answer than so many.
+    #[track_caller]
+    fn go_on(&self, guest: &mut Guest, before: u64) {
+        let deadline = std::time::Instant::now() + BOOT_TIME;
+        while self.answered(guest) <= before {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "no ping is answered: {}",
+                shell(guest, "tail -n 5 /tmp/pings; dmesg | tail -n 20")
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Ends them; none was answered twice. Lost ones are said.
+    #[track_caller]
+    fn end(self, guest: &mut Guest, of: &str) {
+        let end = "kill -INT $(cat /tmp/pings.pid); sleep 0.5; cat /tmp/pings";
+        let said = shell(guest, end);
+        let total = said.lines().find(|line| line.contains("transmitted"));
+        let total = total.unwrap_or_else(|| panic!("they have ended before: {said}"));
+        println!("pings of {of}: {total}");
+        assert!(!said.to_lowercase().contains("dup"), "{said}");
+    }
+}
+
+/// The guest's kernel has probed its one NIC once; a driver that loses its link with a frame still
+/// to be reaped resets its card, as when a cable is pulled, and that is all that it is reset for.
+#[track_caller]
+fn assert_probed_once_and_reset_for_lost_links(guest: &mut Guest) {
+    let log = shell(guest, "dmesg");
+    assert_eq!(log.matches("Network Connection").count(), 1, "{log}");
+    let mut last = "";
+    for line in log.lines().filter(|line| line.contains("e1000")) {
+        assert!(
+            !line.contains("Reset adapter") || last.contains("Link is Down"),
+            "{log}"
+        );
+        last = line;
+    }
+}
+
 /// Pings from the guest with payloads of `bytes`; every one must be answered.
 #[track_caller]
 fn ping(guest: &mut Guest, to: &str, bytes: u32) {

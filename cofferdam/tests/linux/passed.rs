@@ -16,7 +16,10 @@ use devices::vfio::binding::Sysfs;
 
 use super::passthrough::with_little_locked_memory;
 use super::switch::{has, kill};
-use super::{assert_log_is_healthy, boot, insert_nic, nic_works, options, shell};
+use super::{
+    Pings, assert_log_is_healthy, assert_probed_once_and_reset_for_lost_links, boot, insert_nic,
+    nic_works, options, shell,
+};
 use crate::full;
 
 /// The lab's e1000e.
@@ -245,21 +248,27 @@ impl Connection {
 fn connections_survive(parked: &str, more: &str) {
     let mut pair = Pair::new(&["--parked", parked], more);
     let markers = NAMES.map(|name| format!("{parked}-sent-by-{name}"));
-    let mut connections = Vec::new();
+    let (mut connections, mut pings) = (Vec::new(), Vec::new());
     for (index, marker) in markers.iter().enumerate() {
         pair.give(index);
         nic_works(&mut pair.guests[index]);
         connections.push(Connection::open(&mut pair.guests[index], marker.clone()));
+        pings.push(Pings::start(&mut pair.guests[index]));
     }
     let (mut records, mut times) = (Vec::new(), Vec::new());
     for number in 0..switches() {
         let index = number % 2;
         let guest = &mut pair.guests[index];
         let before = Connection::back(guest);
+        let answered = pings[index].answered(guest);
         let begin = Instant::now();
         records.extend(pair.give(index));
         connections[index].moves_on(&mut pair.guests[index], before);
         times.push(begin.elapsed());
+        pings[index].go_on(&mut pair.guests[index], answered);
+    }
+    for (index, pings) in pings.into_iter().enumerate() {
+        pings.end(&mut pair.guests[index], NAMES[index]);
     }
     print_phases(
         &format!("parked link {parked}, {MEMORY_MIB} MiB {more}"),
@@ -278,6 +287,7 @@ fn connections_survive(parked: &str, more: &str) {
         let bytes = connections[index].close(guest);
         println!("{}: {bytes} bytes", NAMES[index]);
         assert_log_is_healthy(guest, &["Hardware Unit Hang", "PHY reset"]);
+        assert_probed_once_and_reset_for_lost_links(guest);
         assert!(
             has(pids[index], markers[index].as_bytes()),
             "what is looked for is found"

@@ -78,16 +78,7 @@ impl VfioDevice {
         let group = open_group(address, group_number)?;
         let flags = sys::group_flags(&group).map_err(VfioError::host("look at an IOMMU group"))?;
         if flags & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
-            let others = sysfs.others_of_group(group_number, address);
-            let others: Vec<_> = others
-                .iter()
-                .map(|(other, driver)| format!("{other} ({driver})"))
-                .collect();
-            return Err(VfioError::NotViable {
-                address,
-                group: group_number,
-                others: others.join(", "),
-            });
+            return Err(sysfs.not_viable(address, group_number));
         }
         sys::set_container(&group, &container)
             .map_err(VfioError::host("put an IOMMU group into a container"))?;

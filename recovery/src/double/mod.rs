@@ -73,6 +73,8 @@ pub(crate) struct World {
     /// A call fails as soon as there are gates.
     pub fails_at_once: bool,
     pub stopped: bool,
+    /// What was said last of whether the driver is given up.
+    pub given_up: bool,
     /// What fails is the domain itself.
     pub domain_fails: bool,
     /// Agents that there are: the real one serves one at a time.
@@ -122,6 +124,7 @@ impl Double {
             policy: None,
             fails_at_once: false,
             stopped: false,
+            given_up: false,
             domain_fails: false,
             agents: 0,
             link_held: false,
@@ -279,6 +282,11 @@ impl LiveGuest for Double {
         ensure!(self.world().policy.is_some(), "not isolated");
         self.world().stopped = true;
         Ok(())
+    }
+
+    fn set_given_up(&self, module: &str, given_up: bool) {
+        assert_eq!(module, DRIVER);
+        self.world().given_up = given_up;
     }
 
     fn driver_changed(&self, _module: &str) {}

@@ -152,3 +152,24 @@ fn unbinding_is_for_what_vfio_pci_has() {
             .starts_with("\n")
     );
 }
+
+/// Which functions have to be given away too is said, and only those.
+#[test]
+fn a_group_that_others_are_in_is_refused_with_their_names() {
+    let fake = Fake::new();
+    fake.add("0000:00:02.0", "0x020000", Some("vfio-pci"), Some(7));
+    fake.add("0000:00:02.1", "0x040300", Some("snd_hda_intel"), Some(7));
+    fake.add("0000:00:02.2", "0x020000", Some("vfio-pci"), Some(7));
+    fake.add("0000:00:02.3", "0x0c0500", None, Some(7));
+    fake.add("0000:00:03.0", "0x020000", Some("e1000e"), Some(8));
+    fake.add("0000:00:02.4", "0x0c8000", Some("xhci_hcd"), Some(7));
+    let said = |function| fake.sysfs.not_viable(address(function), 7).to_string();
+    assert_eq!(
+        said("0000:00:02.0"),
+        "0000:00:02.0 cannot be told from 0000:00:02.1 (snd_hda_intel), 0000:00:02.4 (xhci_hcd) by the IOMMU (group \
+         7): these must be given away, or have no driver, too"
+    );
+    // It has let go meanwhile.
+    let alone = fake.sysfs.not_viable(address("0000:00:03.0"), 8);
+    assert!(alone.to_string().contains("another function"), "{alone}");
+}

@@ -219,7 +219,8 @@ impl Device {
             Command::MigDataRead => self.read_state(&parse(payload)?),
             Command::MigDataWrite => {
                 let data: MigData = parse(payload)?;
-                match data.data.len() == data.size as usize {
+                let whole = MigData::BYTES as usize + data.size as usize;
+                match payload.len() == whole {
                     true => self.migration.write(&data.data).map(|()| Vec::new()),
                     false => Err(libc::EINVAL),
                 }

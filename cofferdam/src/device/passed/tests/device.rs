@@ -73,6 +73,8 @@ pub struct State {
     pub resets: usize,
     /// A reset brings back its address, and nothing else, as in QEMU's device.
     pub resets_in_part: bool,
+    /// Done once, when it is given memory: in the middle of a switch, in which nobody has the turn.
+    pub amid: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl State {
@@ -266,6 +268,10 @@ impl Hardware for Device {
     }
 
     fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
+        let amid = self.lock().amid.take();
+        if let Some(amid) = amid {
+            amid();
+        }
         let mut state = self.lock();
         state.refuse(Step::Map, "map")?;
         assert!(!state.masters, "memory is given to a device that runs");

@@ -18,6 +18,8 @@ use super::PassedCard;
 use crate::device::ParkedAs;
 use crate::device::card::Card;
 use crate::device::context::Context;
+use crate::device::host::Host;
+use crate::device::protocol::Reason;
 use crate::options::MacAddress;
 
 /// Link up.
@@ -342,4 +344,73 @@ fn a_link_that_ends_in_a_switch_holds_nobody_up() {
         done.send(()).unwrap();
     });
     is_done.recv_timeout(Duration::from_secs(120)).unwrap();
+}
+
+#[test]
+fn a_guest_that_is_paused_gives_the_function_up_and_gets_it_again_when_it_goes_on() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let [left_vm, right_vm] = ["left", "right"].map(|vm| vm.parse().unwrap());
+    let mut left = Guest::boot(&host, "left", 1);
+    let mut right = Guest::boot(&host, "right", 2);
+    host.set_away(&left_vm, true).unwrap();
+    assert_eq!(host.turn().as_deref(), Some("right"));
+    assert_eq!(host.status().switches[1].reason, Reason::Yielded);
+    assert_eq!(device.lock().address(), right.mac);
+    assert_eq!(host.status().contexts[0].mapped_bytes, Some(0));
+    right.send(1);
+    right.read(RDBAL);
+    assert_eq!(device.lock().sent.last(), Some(&1));
+    let refused = host.switch_to(&left_vm).unwrap_err().to_string();
+    assert!(refused.contains("left is paused"), "{refused}");
+    // Nobody else wants it: it reaches nothing, and who has it the next time finds its own.
+    host.set_away(&right_vm, true).unwrap();
+    assert_eq!(host.turn(), None);
+    assert!(device.lock().is_silent());
+    host.set_away(&left_vm, false).unwrap();
+    assert_eq!(host.turn().as_deref(), Some("left"));
+    assert_eq!(device.lock().get(RDBAL), left.ring());
+    assert_eq!(left.read(RDBAL), left.ring());
+    assert_eq!(device.lock().address(), left.mac);
+    assert_eq!(device.lock().mapped, MEMORY);
+    left.send(2);
+    left.read(RDBAL);
+    assert_eq!(device.lock().sent.last(), Some(&2));
+    // One that goes on takes nothing from anybody.
+    host.set_away(&right_vm, false).unwrap();
+    assert_eq!(host.turn().as_deref(), Some("left"));
+}
+
+/// In the middle of a switch nobody has the turn, which is not to say that it is to be had.
+#[test]
+fn nobody_takes_the_turn_that_somebody_is_just_given() {
+    type Asks = fn(&Host<PassedCard>);
+    let ways: [Asks; 2] = [
+        |host| host.set_away(&"third".parse().unwrap(), false).unwrap(),
+        |host| drop(Guest::attach(host, "fourth", 4)),
+    ];
+    for asks in ways {
+        let (host, device) = host(ParkedAs::Down, 8);
+        let _guests =
+            [("left", 1), ("right", 2), ("third", 3)].map(|(vm, mac)| Guest::boot(&host, vm, mac));
+        host.set_away(&"third".parse().unwrap(), true).unwrap();
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let other = host.clone();
+        device.lock().amid = Some(Box::new(move || {
+            let asks = std::thread::spawn(move || {
+                assert_eq!(other.turn(), None);
+                asks(&other);
+            });
+            begun.send(asks).unwrap();
+            // It asks, and waits for the end of this switch.
+            std::thread::sleep(Duration::from_millis(300));
+        }));
+        host.switch_to(&"right".parse().unwrap()).unwrap();
+        has_begun.recv().unwrap().join().unwrap();
+        assert_eq!(host.turn().as_deref(), Some("right"));
+        assert_eq!(
+            host.status().switch_count,
+            2,
+            "the first turn, and one more"
+        );
+    }
 }
