@@ -12,9 +12,13 @@ use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
 /// After so long a person is told what is done.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
+/// And then not more often than this.
+const BETWEEN: Duration = Duration::from_secs(1);
+
 /// Tells a person at a terminal what is done, if it takes long.
 pub struct LongWork {
     begun: Instant,
+    told: Option<Instant>,
     is_terminal: bool,
 }
 
@@ -23,14 +27,18 @@ impl LongWork {
     pub fn begin() -> Self {
         Self {
             begun: Instant::now(),
+            told: None,
             is_terminal: std::io::stderr().is_terminal(),
         }
     }
 
     /// This is done now.
     pub fn tell(&mut self, what: &str) {
-        if self.is_terminal && self.begun.elapsed() > PATIENCE {
+        let is_due = self.begun.elapsed() > PATIENCE
+            && self.told.is_none_or(|told| told.elapsed() > BETWEEN);
+        if self.is_terminal && is_due {
             eprintln!("{what}");
+            self.told = Some(Instant::now());
         }
     }
 }

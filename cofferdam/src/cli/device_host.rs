@@ -55,8 +55,8 @@ pub struct ServeOptions {
     /// In place of a model: a PCI function of this host, which vfio-pci has, such as 0000:00:02.0
     #[arg(long, value_name = "ADDRESS")]
     vfio: Option<PciAddress>,
-    /// What guests without the turn see: a link that is down, or one that stays up for up to
-    /// three seconds in which frames wait
+    /// What guests without the turn see: a link that is down, or one that stays up for up to a
+    /// second (a function's: three seconds) in which frames wait
     #[arg(long, value_enum, default_value = "down")]
     parked: ParkedAs,
     /// What becomes of the turn of a VM that goes: the next VM gets it, or it is kept until the VM

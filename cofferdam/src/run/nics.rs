@@ -93,9 +93,10 @@ impl Nics {
     /// One more.
     pub fn add(&self, nic: GuestNic) {
         self.lock().push(nic.clone());
-        if self.paused.load(Ordering::SeqCst) {
-            tell(&nic, |away| away.paused = true);
-        }
+        // Looked at where it is told: who lets the VM go on meanwhile tells it so afterwards.
+        tell(&nic, |away| {
+            away.paused = self.paused.load(Ordering::SeqCst);
+        });
     }
 
     /// Tells the device hosts of all that the VM stands still, or goes on. One that does not answer

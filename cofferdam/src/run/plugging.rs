@@ -16,6 +16,8 @@ use crate::options::{MacAddress, NetOption, NicOption, NicSpec, VmName};
 /// How long a guest may take to let go of a NIC: its driver has to end, and may be in the middle of
 /// a reset.
 const LET_GO_TIME: Duration = Duration::from_secs(60);
+/// How long this process may take then.
+const OWN_TIME: Duration = Duration::from_secs(5);
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(1);
 /// Between two words to who waits.
@@ -143,17 +145,18 @@ impl Plugging {
         // The event loop lets go of it a moment later. Whoever is told that it is gone may give what
         // it had, a function of the host or a socket, to another guest at once: so it ends here.
         let last = nic.nic.function.clone();
+        let is_model = matches!(nic.config.nic, NicSpec::Model { .. });
         drop(all);
         let ejected = Instant::now();
-        while Arc::strong_count(&last) > 1 {
-            ensure!(
-                ejected.elapsed() < LET_GO_TIME,
-                "the guest has let go of {address}, but this process has not in {} s",
-                LET_GO_TIME.as_secs()
-            );
+        while Arc::strong_count(&last) > 1 && ejected.elapsed() < OWN_TIME {
             std::thread::sleep(LOOK);
         }
-        drop(last);
+        // An isolated driver's device is kept until it is released. Of a model that is memory only.
+        ensure!(
+            is_model || Arc::strong_count(&last) == 1,
+            "the guest has let go of {address}, and this VM keeps it as long as its driver is isolated: \
+             `cofferdam release` it"
+        );
         Ok(())
     }
 }

@@ -12,7 +12,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::Error;
+use std::io::{Error, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr;
@@ -131,8 +131,10 @@ fn end(name: &Path, file: &File, wanted: u64) -> ! {
     if let Some(clear) = AT_END.get() {
         clear();
     }
-    // As all that is said at the end: not by the log, which may be off.
-    eprintln!(
+    // As all that is said at the end: not by the log, which may be off. Where nobody listens any more
+    // it is said to nobody.
+    let _ = writeln!(
+        std::io::stderr(),
         "cofferdam: the guest's memory is lost: {} {what} while the guest ran from it; \
          put the file back and run it from the snapshot again (without --lazy it needs the file no more once it runs)",
         name.display()

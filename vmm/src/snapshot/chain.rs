@@ -115,9 +115,11 @@ impl Chain {
             })
             .collect();
         let all: u64 = pieces.iter().map(|piece| piece.end - piece.first).sum();
+        let (mut counted, mut done) = (0, 0);
         let mut how_far = |taken: usize| {
-            let done = pieces.iter().take(taken);
-            let done: u64 = done.map(|piece| piece.end - piece.first).sum();
+            let new = pieces.iter().take(taken).skip(counted);
+            done += new.map(|piece| piece.end - piece.first).sum::<u64>();
+            counted = taken;
             tell(&format!(
                 "reading memory, {} of {} MiB",
                 done >> 8,

@@ -158,13 +158,12 @@ impl Snapshot {
         self.machine_state()?;
         self.device_states()?;
         let runs = self.map.runs();
+        let (mut counted, mut pages) = (0, 0);
         let mut how_far = |taken: usize| {
-            let done: u64 = runs
-                .iter()
-                .take(taken)
-                .map(|run| u64::from(run.pages))
-                .sum();
-            let (done, all) = (done >> 8, self.map.stored_pages() >> 8);
+            let new = runs.iter().take(taken).skip(counted);
+            pages += new.map(|run| u64::from(run.pages)).sum::<u64>();
+            counted = taken;
+            let (done, all) = (pages >> 8, self.map.stored_pages() >> 8);
             tell(&format!(
                 "reading {}, {done} of {all} MiB",
                 self.dir.display()

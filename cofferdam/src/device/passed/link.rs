@@ -6,10 +6,13 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use devices::vfio::passed::PassedFunction;
-use devices::wire::turns::LINK_STAYS;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::timerfd::TimerFd;
 
+/// How long the link stays. Linux waits five seconds for a transmitter (`watchdog_timeo`), and may be
+/// slow to see its turn; an image says that the transmitter is held off (`waits`), which keeps its
+/// driver from taking it to hang sooner.
+const STAYS: Duration = Duration::from_secs(3);
 /// Until it is tried again where a switch was in the way.
 const AGAIN: Duration = Duration::from_millis(5);
 
@@ -34,7 +37,7 @@ impl LinkTimer {
     /// Begins anew, or ends.
     pub fn set(&mut self, runs: bool) {
         match runs {
-            true => self.arm(LINK_STAYS),
+            true => self.arm(STAYS),
             false => {
                 if let Err(error) = self.timer.clear() {
                     tracing::debug!(%error, "a timer that nobody needs runs on");

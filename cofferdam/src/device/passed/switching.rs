@@ -124,7 +124,12 @@ impl<'a> Switchable for PassedSwitch<'a> {
 
     fn complete(&mut self, guest: &Self::Guest) -> Result<(), String> {
         self.held.clear();
-        by_and_by(guest, PassedFunction::complete)
+        let done = by_and_by(guest, PassedFunction::complete);
+        if done.is_err() {
+            // Whoever silences the device then finds it.
+            self.of(guest);
+        }
+        done
     }
 
     fn silence(&mut self) {

@@ -13,6 +13,9 @@ use crate::dma::DmaSpace;
 pub(super) const MAX_RING: u32 = 1 << 20;
 /// Longest descriptor of a ring, in bytes.
 const MAX_DESCRIPTOR: u32 = 128;
+/// Most descriptors that are looked at in all: drivers have some thousands at most, and somebody
+/// waits meanwhile.
+const MOST_DESCRIPTORS: usize = 16_384;
 /// Most memory that a descriptor's address is of, in bytes.
 const MAX_BUFFER: u32 = 1 << 20;
 
@@ -57,6 +60,11 @@ impl Descriptor {
 }
 
 impl RingPlace {
+    /// The registers by which it is found.
+    fn registers(&self) -> [u32; 4] {
+        [self.base_low, self.base_high, self.length, self.control]
+    }
+
     /// Address and length of the ring, if the device uses it.
     pub fn in_use(&self, access: &mut Access<'_>) -> Option<(u64, usize)> {
         self.by_values(&mut |offset| access.read(offset))
@@ -77,7 +85,7 @@ impl RingPlace {
 impl Description {
     /// What a device reaches that runs, in guest physical addresses, as far as it has been told by
     /// now; more than that, where a descriptor has something else in place of an address. `None`
-    /// where the descriptors are not described or cannot be read.
+    /// where the descriptors are not described or cannot be read, or are more than are looked at.
     pub fn reached_now(
         &self,
         registers: &mut dyn RegisterAccess,
@@ -85,6 +93,29 @@ impl Description {
     ) -> Option<Vec<Range<u64>>> {
         let mut access = Access(registers);
         self.reached(&mut |offset| access.read(offset), memory)
+    }
+
+    /// What a device reaches that runs, before and after a store to its registers: at which offset,
+    /// and what, if it is of four bytes.
+    pub fn reached_after(
+        &self,
+        registers: &mut dyn RegisterAccess,
+        memory: &DmaSpace,
+        (at, stored): (u64, Option<u32>),
+    ) -> Option<Vec<Range<u64>>> {
+        let mut all = self.reached_now(registers, memory)?;
+        let mut finds = self.ring.iter().flat_map(RingPlace::registers);
+        if let Some(stored) = stored
+            && finds.any(|register| u64::from(register) == at)
+        {
+            let mut access = Access(registers);
+            let mut value = |offset| match u64::from(offset) == at {
+                true => stored,
+                false => access.read(offset),
+            };
+            all.extend(self.reached(&mut value, memory)?);
+        }
+        Some(all)
     }
 
     /// What a device reaches that goes on from `saved`.
@@ -107,13 +138,17 @@ impl Description {
         value: &mut dyn FnMut(u32) -> u32,
         memory: &DmaSpace,
     ) -> Option<Vec<Range<u64>>> {
-        let mut all = Vec::new();
+        let (mut all, mut descriptors) = (Vec::new(), 0);
         for ring in &self.ring {
             let descriptor = ring.descriptor.as_ref()?;
             let Some((address, bytes)) = ring.by_values(value).filter(|(_, bytes)| *bytes > 0)
             else {
                 continue;
             };
+            descriptors += bytes / descriptor.bytes as usize;
+            if descriptors > MOST_DESCRIPTORS {
+                return None;
+            }
             let mut contents = vec![0; bytes];
             memory.read(address, &mut contents).ok()?;
             all.push(address..address.checked_add(bytes as u64)?);
@@ -214,6 +249,21 @@ mod tests {
         assert_eq!(now.as_ref(), Some(&reached));
         let saved = description.read_state(&mut registers, None).unwrap();
         assert_eq!(description.reached_by(&saved, &space), now);
+        // One that a store turns on, and one that it moves.
+        registers.store(12, 0);
+        let on = description.reached_after(&mut registers, &space, (12, Some(2)));
+        assert_eq!(on.as_ref(), Some(&reached));
+        registers.store(12, 2);
+        space.write(0x2800, &0x5000u64.to_le_bytes()).unwrap();
+        let moved = description.reached_after(&mut registers, &space, (0, Some(0x2800)));
+        let moved = moved.unwrap();
+        assert!(moved.starts_with(&reached) && moved.contains(&(0x5000..0x5800)));
+        let other = description.reached_after(&mut registers, &space, (0x80, Some(1)));
+        assert_eq!(other.as_ref(), Some(&reached));
+        // More descriptors than anybody waits for.
+        registers.store(8, MAX_RING);
+        assert_eq!(description.reached_now(&mut registers, &space), None);
+        registers.store(8, 32);
         // A ring that is not used, and one that is nowhere.
         registers.store(12, 0);
         assert_eq!(

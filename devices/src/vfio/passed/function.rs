@@ -42,6 +42,10 @@ pub struct Counters {
     pub turns: u64,
 }
 
+/// Stores to registers during a turn before each of which is looked at what the device reaches then.
+/// Each has the rings read, while whoever switches waits.
+pub(super) const MOST_TOLD_IN_PART: u32 = 1000;
+
 /// How far the device that is here has come.
 #[derive(Debug)]
 pub(super) enum Stage {
@@ -90,6 +94,8 @@ pub struct PassedFunction {
     pub(super) side: UserSide,
     /// The device reaches, or is about to reach, a part of that only: a switch is under way.
     pub(super) in_part: bool,
+    /// Stores of the user in this turn while that was so.
+    pub(super) told_in_part: u32,
     /// The function may master the bus.
     pub(super) masters: bool,
     /// What interrupts: `None` if that is to be said anew.
@@ -132,6 +138,7 @@ impl PassedFunction {
             vectors,
             side: UserSide::new(config, msix, pmcsr, has_pin),
             in_part: false,
+            told_in_part: 0,
             masters: false,
             mode: None,
             counters: Counters::default(),
@@ -266,17 +273,24 @@ impl PassedFunction {
         }
     }
 
-    /// The device, which has a part of the user's memory, is about to be told to do something:
-    /// gives it what it reaches with that. Descriptors are in their ring before it is told of them.
-    fn map_what_is_told(&mut self) {
+    /// The device, which has a part of the user's memory, is about to be told to do something by a
+    /// store: gives it what it reaches with that. Descriptors are in their ring before it is told
+    /// of them. A user who tells it much has all memory in the map, as without pieces.
+    fn map_what_is_told(&mut self, offset: u64, stored: Option<u32>) {
         let description = self.kind.description.clone();
         let (Some(memory), Some(Seat::Here { hardware, .. })) = (&self.memory, &mut self.seat)
         else {
             return;
         };
-        let near = description.reached_now(hardware.as_mut(), &self.dma);
-        if let Err(error) = hardware.map_more(memory, near.as_deref(), Batch::ALL) {
-            tracing::error!(%error, "the device does not reach what its driver gives it");
+        self.told_in_part += 1;
+        let near = (self.told_in_part <= MOST_TOLD_IN_PART)
+            .then(|| description.reached_after(hardware.as_mut(), &self.dma, (offset, stored)))
+            .flatten();
+        match hardware.map_more(memory, near.as_deref(), Batch::ALL) {
+            Ok(_) => self.in_part = near.is_some(),
+            Err(error) => {
+                tracing::error!(%error, "the device does not reach what its driver gives it");
+            }
         }
     }
 
@@ -340,10 +354,10 @@ impl PassedFunction {
     }
 
     fn device_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
-        if self.in_part {
-            self.map_what_is_told();
-        }
         let stored = self.store_of(bar, data);
+        if self.in_part {
+            self.map_what_is_told(offset, stored);
+        }
         let (description, address) = (self.kind.description.clone(), self.address);
         self.counters.accesses += 1;
         let Ok(hardware) = self.hardware() else {

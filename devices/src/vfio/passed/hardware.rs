@@ -256,10 +256,11 @@ impl Hardware for VfioHardware {
     }
 
     fn unmap(&mut self) -> Result<(), VfioError> {
-        match self.map.take() {
-            Some(map) => map.unmap().map(drop),
-            None => Ok(()),
+        if let Some(map) = &mut self.map {
+            map.keep(&[], Batch::ALL)?;
         }
+        self.map = None;
+        Ok(())
     }
 
     fn mapped_bytes(&self) -> u64 {

@@ -16,7 +16,7 @@
 use std::sync::Arc;
 
 use super::PassedError;
-use super::function::{PassedFunction, Seat, Stage};
+use super::function::{MOST_TOLD_IN_PART, PassedFunction, Seat, Stage};
 use super::hardware::{Hardware, Interrupts};
 use crate::vfio::dma::{Batch, DmaMemory};
 use crate::vfio::error::VfioError;
@@ -31,10 +31,11 @@ impl PassedFunction {
     /// The host does not take it away.
     pub fn prepare(&mut self, from: u64) -> Result<Option<u64>, PassedError> {
         let description = self.kind.description.clone();
-        if let Some(Seat::Here {
-            hardware,
-            stage: Stage::Running,
-        }) = &mut self.seat
+        if self.told_in_part <= MOST_TOLD_IN_PART
+            && let Some(Seat::Here {
+                hardware,
+                stage: Stage::Running,
+            }) = &mut self.seat
             && let Some(near) = description.reached_now(hardware.as_mut(), &self.dma)
         {
             self.in_part = true;
@@ -143,7 +144,7 @@ impl PassedFunction {
             _ => None,
         };
         self.forget_interrupts();
-        self.masters = false;
+        (self.masters, self.in_part, self.told_in_part) = (false, false, 0);
         self.counters.turns += 1;
         self.seat = Some(Seat::Here {
             hardware,
@@ -308,6 +309,7 @@ impl PassedFunction {
             return Err(PassedError::NotHere);
         };
         silence(hardware.as_mut());
+        (self.masters, self.in_part) = (false, false);
         description.reset(hardware.as_mut(), address)?;
         description.quiesce(hardware.as_mut())?;
         *stage = Stage::Still {
@@ -328,6 +330,8 @@ impl PassedFunction {
     pub(super) fn reset_device(&mut self) -> Result<(), PassedError> {
         let hardware = self.hardware()?;
         silence(hardware.as_mut());
+        (self.masters, self.in_part) = (false, false);
+        let hardware = self.hardware()?;
         if let Err(error) = hardware.reset() {
             tracing::debug!(%error, "the host does not reset the device");
         }
@@ -357,6 +361,7 @@ impl PassedFunction {
         if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
             silence(hardware.as_mut());
         }
+        (self.masters, self.in_part) = (false, false);
     }
 
     /// The user's memory has become other memory: the device reaches that, and nothing else. It

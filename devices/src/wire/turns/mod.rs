@@ -51,13 +51,10 @@ pub enum Parked {
     Stall(Duration),
 }
 
-/// How long the link of a parked guest stays at most. Linux waits five seconds for a transmitter
-/// before it resets the card (`watchdog_timeo`), and the guest may be slow to see its turn.
-pub const LINK_STAYS: Duration = Duration::from_secs(3);
-
 impl Parked {
-    /// [`Parked::Stall`] for as long as no guest takes its card to hang.
-    pub const STALL: Self = Self::Stall(LINK_STAYS);
+    /// [`Parked::Stall`] for as long as no guest takes its card to hang: Linux waits five seconds
+    /// for a transmitter, but its `e1000` looks by itself for frames that are older than one.
+    pub const STALL: Self = Self::Stall(Duration::from_secs(1));
 }
 
 /// Which port.

@@ -346,6 +346,28 @@ fn a_link_that_ends_in_a_switch_holds_nobody_up() {
     is_done.recv_timeout(Duration::from_secs(120)).unwrap();
 }
 
+/// There is nobody to go back to: the device reaches nothing then, although it ran already.
+#[test]
+fn a_device_that_nobody_had_and_that_does_not_get_all_of_its_memory_is_silent() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let left_vm = "left".parse().unwrap();
+    let mut left = Guest::boot(&host, "left", 1);
+    host.set_away(&left_vm, true).unwrap();
+    assert_eq!(host.turn(), None);
+    device.lock().fails = Some(Step::Complete);
+    let error = host.set_away(&left_vm, false).unwrap_err();
+    assert!(error.to_string().contains("complete failed"), "{error:#}");
+    assert_eq!(host.turn(), None);
+    assert!(device.lock().is_silent());
+    device.lock().fails = None;
+    host.switch_to(&left_vm).unwrap();
+    assert_eq!(left.read(RDBAL), left.ring());
+    assert_eq!(device.lock().mapped, MEMORY);
+    left.send(7);
+    left.read(RDBAL);
+    assert_eq!(device.lock().sent.last(), Some(&7));
+}
+
 #[test]
 fn a_guest_that_is_paused_gives_the_function_up_and_gets_it_again_when_it_goes_on() {
     let (host, device) = host(ParkedAs::Down, 8);
