@@ -113,7 +113,9 @@ pub(super) fn with_little_locked_memory(command: &mut Command) {
 pub(super) fn bring_up(guest: &mut Guest) {
     let seconds = LINK_TIME.as_secs();
     let script = format!(
-        "modprobe e1000e && ip link set {INTERFACE} up && \
+        "modprobe e1000e && \
+         for t in $(seq 1 600); do [ -e /sys/class/net/{INTERFACE} ] && break; sleep 0.1; done; \
+         ip link set {INTERFACE} up && \
          for t in $(seq 1 {seconds}); do \
            [ \"$(cat /sys/class/net/{INTERFACE}/carrier)\" = 1 ] && break; sleep 1; \
          done; \
