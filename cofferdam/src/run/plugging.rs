@@ -151,7 +151,8 @@ impl Plugging {
         while Arc::strong_count(&last) > 1 && ejected.elapsed() < OWN_TIME {
             std::thread::sleep(LOOK);
         }
-        // An isolated driver's device is kept until it is released. Of a model that is memory only.
+        // An isolated driver's device is kept until the driver is released, and its wire with it. Only
+        // what is not in this process is said to be kept: others wait for it.
         ensure!(
             is_model || Arc::strong_count(&last) == 1,
             "the guest has let go of {address}, and this VM keeps it as long as its driver is isolated: \

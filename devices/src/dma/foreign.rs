@@ -8,6 +8,7 @@
 //! Only files in memory are mapped (tmpfs, which is behind memfds too, and hugetlbfs): a page of
 //! another file system can take as long as its owner likes.
 
+use super::bus_error;
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -20,8 +21,6 @@ const SLOTS: usize = 4096;
 /// Kinds of file systems (`<linux/magic.h>`).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
-/// `BUS_ADRERR` of `<asm-generic/siginfo.h>`: there is no such page.
-const BUS_ADRERR: i32 = 2;
 
 /// What the handler knows of a mapping. A slot is free while `end` is 0.
 struct Slot {
@@ -67,7 +66,11 @@ impl ForeignMapping {
         let (true, true, true, Ok(offset)) = (fits, aligned, len > 0, offset) else {
             return Err(ErrorKind::InvalidInput.into());
         };
-        if BEFORE.get_or_init(install).is_none() {
+        if BEFORE
+            // SAFETY: it only reads atomics and makes system calls.
+            .get_or_init(|| unsafe { bus_error::handle(on_sigbus) })
+            .is_none()
+        {
             return Err(Error::other("the handler of SIGBUS cannot be installed"));
         }
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -137,23 +140,10 @@ fn take_slot(start: usize, end: usize, page: usize) -> Option<usize> {
     Some(index)
 }
 
-fn install() -> Option<libc::sigaction> {
-    // SAFETY: all-zero is a valid sigaction, and the handler does only what a signal handler may.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        let mut before: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_sigbus as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        let result = libc::sigaction(libc::SIGBUS, &raw const action, &raw mut before);
-        (result == 0).then_some(before)
-    }
-}
-
 /// Only reads atomics and makes system calls.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`; `si_addr` is there for this
-    // code.
-    let fault = unsafe { ((*info).si_code == BUS_ADRERR).then(|| (*info).si_addr() as usize) };
+    // SAFETY: the kernel has passed it.
+    let fault = unsafe { bus_error::missing(info) };
     // SAFETY: errno is this thread's own.
     let errno = unsafe { *libc::__errno_location() };
     if !fault.is_some_and(put_zeros)

@@ -10,6 +10,7 @@ use vm_memory::{
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
+pub mod bus_error;
 mod dirty_log;
 mod foreign;
 

@@ -7,6 +7,8 @@ mod function;
 mod interop;
 mod memory;
 mod raw;
+mod replies;
 mod server;
+mod sizes;
 mod state;
 mod support;

@@ -19,14 +19,13 @@ use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use devices::dma::bus_error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::RamRegion;
 
 /// Ranges that there can be at a time: each machine has two at most.
 const SLOTS: usize = 64;
-/// `BUS_ADRERR` of `<asm-generic/siginfo.h>`: there is no such page.
-const BUS_ADRERR: i32 = 2;
 
 /// What the handler knows of a mapping. A slot is free while `end` is 0.
 struct Slot {
@@ -68,7 +67,11 @@ pub(super) struct Watched {
 impl Watched {
     /// Of `file`, which is mapped at `regions` and has `wanted` bytes.
     pub fn new(file: Arc<File>, regions: &[RamRegion], wanted: u64) -> std::io::Result<Self> {
-        if BEFORE.get_or_init(install).is_none() {
+        if BEFORE
+            // SAFETY: it only reads atomics and makes system calls.
+            .get_or_init(|| unsafe { bus_error::handle(on_sigbus) })
+            .is_none()
+        {
             return Err(Error::other("the handler of SIGBUS cannot be installed"));
         }
         let told = Arc::new(EventFd::new(EFD_CLOEXEC)?);
@@ -155,23 +158,10 @@ fn take_slot(start: usize, end: usize, tell: i32) -> Option<usize> {
     Some(index)
 }
 
-fn install() -> Option<libc::sigaction> {
-    // SAFETY: all-zero is a valid sigaction, and the handler does only what a signal handler may.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        let mut before: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_sigbus as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        let result = libc::sigaction(libc::SIGBUS, &raw const action, &raw mut before);
-        (result == 0).then_some(before)
-    }
-}
-
 /// Only reads atomics and makes system calls.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`; `si_addr` is there for this
-    // code.
-    let fault = unsafe { ((*info).si_code == BUS_ADRERR).then(|| (*info).si_addr() as usize) };
+    // SAFETY: the kernel has passed it.
+    let fault = unsafe { bus_error::missing(info) };
     if let Some(fd) = fault.and_then(whose) {
         tell(fd);
     }

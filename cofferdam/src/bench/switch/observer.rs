@@ -87,7 +87,6 @@ impl Observer {
         let gateway = Gateway::new(&GatewayConfig::default())?;
         let timer = Arc::new(Mutex::new(gateway.timer()));
         let log = Arc::new(Mutex::new(Log::default()));
-        let end = Arc::new(AtomicBool::new(false));
         let bridge = Bridge {
             link,
             gateway,
@@ -98,23 +97,7 @@ impl Observer {
             EventManager::new().context("cannot make an event loop")?;
         events.add_subscriber(timer);
         events.add_subscriber(Arc::new(Mutex::new(bridge)));
-        let ends = end.clone();
-        let thread = std::thread::Builder::new()
-            .name("observer".to_owned())
-            .spawn(move || {
-                while !ends.load(Ordering::Relaxed) {
-                    if let Err(error) = events.run_with_timeout(LOOK_MS) {
-                        tracing::error!(%error, "the far end of the cable is gone");
-                        return;
-                    }
-                }
-            })
-            .context("cannot start a thread")?;
-        Ok(Self {
-            log,
-            end,
-            thread: Some(thread),
-        })
+        Self::start(log, move || events.run_with_timeout(LOOK_MS))
     }
 
     /// Hears what comes in at the interface `name` of the host, and answers nothing.
@@ -124,13 +107,22 @@ impl Observer {
     pub fn overhear(name: &str) -> anyhow::Result<Self> {
         let interface = Interface::open(name)?;
         let log = Arc::new(Mutex::new(Log::default()));
+        let to = log.clone();
+        Self::start(log, move || hear(&interface, &to))
+    }
+
+    /// Calls `listen`, which waits for a while, until it is dropped.
+    fn start<T, E: std::fmt::Display>(
+        log: Arc<Mutex<Log>>,
+        mut listen: impl FnMut() -> Result<T, E> + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let end = Arc::new(AtomicBool::new(false));
-        let (ends, to) = (end.clone(), log.clone());
+        let ends = end.clone();
         let thread = std::thread::Builder::new()
             .name("observer".to_owned())
             .spawn(move || {
                 while !ends.load(Ordering::Relaxed) {
-                    if let Err(error) = hear(&interface, &to) {
+                    if let Err(error) = listen() {
                         tracing::error!(%error, "the far end of the cable is gone");
                         return;
                     }

@@ -1,8 +1,10 @@
 //! What a switch does to a function.
 //!
 //! ```text
-//!   prepare ─► quiesce ─► save ─► unmap ─► take ══ the hardware ══► put ─► map ─► load ─► resume ─► complete
-//!       Running     Still: running, saved   Parked          Still: saved, foreign      Running
+//!   prepare ─► quiesce ─► save ─► unmap ─► take ══ the hardware ═╗
+//!      Running      Still: running, saved     Parked             ║
+//!                       complete ◄─ resume ◄─ load ◄─ map ◄─ put ╝
+//!                          Running             Still: saved, foreign
 //! ```
 //!
 //! What the device reaches with what it was last told to do is small: its rings, and what their
