@@ -225,6 +225,11 @@ impl Guest {
         self.child.stdout.take()
     }
 
+    /// Process number of the VM.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Where the VM's sockets are.
     pub fn paths(&self) -> &VmPaths {
         &self.paths

@@ -1,10 +1,8 @@
 //! The machine: boot, reboot, power-off, several processors.
 
-use std::os::unix::fs::symlink;
 use std::time::Duration;
 
 use agent_protocol::traffic::TrafficKind;
-use cofferdam::bench::guest::GuestOptions;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::bench::traffic;
 
@@ -23,22 +21,6 @@ fn a_guest_boots_reboots_and_powers_off() {
     guest.agent().power_off().unwrap();
     assert!(guest.wait_for_end(BOOT_TIME).unwrap().success());
     assert!(!guest.paths().dir.exists());
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_boots_from_the_compressed_kernel_that_debian_ships() {
-    let options = options();
-    let images = options.images.canonicalize().unwrap();
-    let kernel = std::fs::read(images.join("vmlinuz")).unwrap();
-    assert_eq!(&kernel[0x202..0x206], b"HdrS");
-    let folder = tempfile::tempdir().unwrap();
-    for (name, image) in [("vmlinux", "vmlinuz"), ("initrd.cpio", "initrd.cpio")] {
-        symlink(images.join(image), folder.path().join(name)).unwrap();
-    }
-    let images = folder.path().to_path_buf();
-    let mut guest = boot(&GuestOptions { images, ..options });
-    guest.agent().ping().unwrap();
 }
 
 #[test]

@@ -10,6 +10,7 @@
     reason = "a test ends where something unexpected happens"
 )]
 
+mod as_written;
 mod builds;
 mod campaign;
 mod disturbed;

@@ -13,9 +13,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// what the largest honest call takes.
 pub const DEFAULT_LIMIT: u64 = 256 << 20;
 
+/// So much kept at once leaves the allocator with more free memory than is worth to keep.
+const LARGE: u64 = 1 << 20;
+
 #[derive(Debug)]
 struct Account {
     used: AtomicU64,
+    /// The most that was kept at once since the allocator was last asked to give back.
+    most: AtomicU64,
     limit: u64,
 }
 
@@ -34,6 +39,7 @@ impl HostMemory {
     pub fn new(limit: u64) -> Self {
         Self(Arc::new(Account {
             used: AtomicU64::new(0),
+            most: AtomicU64::new(0),
             limit,
         }))
     }
@@ -43,8 +49,12 @@ impl HostMemory {
         self.0.used.load(Ordering::Relaxed)
     }
 
-    /// Nothing kept yet.
+    /// Nothing kept yet. What large calls have kept and freed until now goes back to the host.
     pub fn nothing(&self) -> Kept {
+        if self.large_calls_have_ended() {
+            // SAFETY: malloc_trim takes no pointer and may be called at any time.
+            unsafe { libc::malloc_trim(0) };
+        }
         Kept {
             account: Some(self.clone()),
             bytes: 0,
@@ -54,8 +64,21 @@ impl HostMemory {
     fn take(&self, bytes: u64) -> bool {
         let within = |used: u64| used.checked_add(bytes).filter(|now| *now <= self.0.limit);
         let used = &self.0.used;
-        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within)
-            .is_ok()
+        let before = used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within);
+        if let Ok(before) = before {
+            self.0.most.fetch_max(before + bytes, Ordering::Relaxed);
+        }
+        before.is_ok()
+    }
+
+    /// Says once, when most of it is gone, that much was kept.
+    fn large_calls_have_ended(&self) -> bool {
+        let most = self.0.most.load(Ordering::Relaxed);
+        let used = self.used();
+        most >= LARGE && used <= most / 4 && {
+            self.0.most.store(used, Ordering::Relaxed);
+            true
+        }
     }
 
     fn give_back(&self, bytes: u64) {
@@ -131,5 +154,29 @@ mod tests {
         assert_eq!(account.used(), 100);
         drop(one);
         assert_eq!(account.used(), 0);
+    }
+
+    #[test]
+    fn the_allocator_is_asked_to_give_back_once_when_what_was_large_has_gone() {
+        let account = HostMemory::new(1 << 30);
+        let mut small = account.nothing();
+        assert!(small.grow(LARGE / 8));
+        assert!(!account.large_calls_have_ended(), "nothing was large");
+        let mut large = account.nothing();
+        assert!(large.grow(LARGE));
+        assert!(!account.large_calls_have_ended(), "it is still kept");
+        drop(large);
+        assert!(account.large_calls_have_ended());
+        assert!(!account.large_calls_have_ended(), "once");
+        drop(small);
+        assert!(!account.large_calls_have_ended());
+        // Many small ones are as good as a large one.
+        let many: Vec<Kept> = (0..64).map(|_| account.nothing()).collect();
+        let grown = many.into_iter().map(|mut kept| {
+            assert!(kept.grow(LARGE / 32));
+            kept
+        });
+        drop(grown.collect::<Vec<_>>());
+        assert!(account.large_calls_have_ended());
     }
 }

@@ -104,6 +104,9 @@ pub struct EntryStatus {
     pub total_ns: u64,
     /// The longest, in nanoseconds.
     pub longest_ns: u64,
+    /// The first one after the function was isolated, which finds nothing prepared, in nanoseconds.
+    #[serde(default)]
+    pub first_ns: u64,
 }
 
 impl EntryStatus {
@@ -164,6 +167,21 @@ impl EntryStatus {
         self.sleeps += u64::from(stats.sleeps);
         self.slept_us += stats.slept_us;
         self.private_ns += stats.private_ns;
+        if self.first_ns == 0 {
+            self.first_ns = ns;
+            tracing::debug!(
+                "the first call of {}: {} us, in the private VM {} us, {} exits, {} of them to fill page tables, \
+                 {} pages copied, {} crossings, {} other system calls",
+                self.name,
+                ns / 1000,
+                stats.private_ns / 1000,
+                stats.runs,
+                stats.fills,
+                stats.dirty_pages,
+                stats.crossings,
+                stats.other_syscalls
+            );
+        }
         self.total_ns += ns;
         self.longest_ns = self.longest_ns.max(ns);
     }

@@ -47,6 +47,7 @@ impl VmService {
             .tell(&format!("waiting for calls of {module} to end"))
             .map_err(text)?;
         let status = self.supervisor.release(module).map_err(chain)?;
+        memory::give_back_unused();
         Ok(Reply::Released(Box::new(status)))
     }
 
