@@ -1,7 +1,9 @@
 //! Reading guest physical memory.
 
+use std::sync::atomic::Ordering;
+
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Physical addresses that are not backed by memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -33,10 +35,28 @@ impl<B: Bitmap + 'static> GuestPhys for GuestMemoryMmap<B> {
         self.read_slice(data, at)
             .map_err(|_| OutsideMemory { at, len })
     }
+
+    fn read_u64(&self, at: GuestAddress) -> Result<u64, OutsideMemory> {
+        let outside = OutsideMemory { at, len: 8 };
+        if !at.0.is_multiple_of(8) {
+            let mut word = [0; 8];
+            GuestPhys::read(self, at, &mut word)?;
+            return Ok(u64::from_le_bytes(word));
+        }
+        // One access, as a processor reads an entry of a table. A walk is little else, so that the
+        // region is asked: the memory as a whole would make an iterator for each word.
+        let (region, offset) = self.to_region_addr(at).ok_or(outside)?;
+        let word = region.load::<u64>(offset, Ordering::Relaxed);
+        word.map(u64::from_le).map_err(|_| outside)
+    }
 }
 
 impl<T: GuestPhys + ?Sized> GuestPhys for &T {
     fn read(&self, at: GuestAddress, data: &mut [u8]) -> Result<(), OutsideMemory> {
         (**self).read(at, data)
+    }
+
+    fn read_u64(&self, at: GuestAddress) -> Result<u64, OutsideMemory> {
+        (**self).read_u64(at)
     }
 }

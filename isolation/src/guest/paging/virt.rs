@@ -85,6 +85,12 @@ impl<M: GuestPhys> VirtMemory<'_, M> {
 
     /// The little-endian 64-bit word at `at`.
     pub fn read_u64(&self, at: Gva) -> Result<u64, VirtError> {
+        if at.0.is_multiple_of(8) {
+            let source = |source| VirtError::Walk { at, source };
+            let found = self.space.walk(self.memory, at).map_err(source)?;
+            let source = |source| VirtError::Memory { at, source };
+            return self.memory.read_u64(found.gpa).map_err(source);
+        }
         let mut word = [0; 8];
         self.read(at, &mut word)?;
         Ok(u64::from_le_bytes(word))
