@@ -17,6 +17,7 @@ pub mod console;
 mod history_tests;
 pub mod net;
 pub mod pci;
+mod queue_error;
 mod queues;
 #[cfg(test)]
 mod testing;
@@ -26,7 +27,8 @@ use event_manager::{EventOps, Events};
 use crate::state::{Part, StateError};
 
 pub use self::chain::Chain;
-pub use self::queues::{QueueError, Queues};
+pub use self::queue_error::QueueError;
+pub use self::queues::Queues;
 
 /// What the transport must know to present a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
