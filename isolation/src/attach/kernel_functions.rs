@@ -4,8 +4,8 @@
 //! Functions get other names from version to version. One that is not found is not patched: where
 //! calls could do harm then, that is a reason to refuse.
 
-use crate::guest::allocations::MemoryModel;
 use crate::guest::btf::Btf;
+use crate::guest::memory_model::MemoryModel;
 
 /// A kernel function by the names that it has had, the oldest first.
 #[derive(Debug, Clone, Copy)]

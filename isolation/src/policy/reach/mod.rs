@@ -21,6 +21,7 @@
 mod arrays;
 mod block_io;
 mod counted;
+mod limits;
 mod linux;
 mod members;
 mod names;
