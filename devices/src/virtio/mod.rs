@@ -91,11 +91,6 @@ pub trait VirtioDevice: Send {
     /// The driver put buffers into `queue`.
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
 
-    /// As [`crate::pci::PciFunction::set_cable`].
-    fn set_cable(&mut self, _plugged: bool, _queues: &mut Queues<'_>) -> bool {
-        false
-    }
-
     /// Registers the descriptors it needs with the event loop.
     fn watch(&mut self, ops: &mut EventOps<'_>);
 
