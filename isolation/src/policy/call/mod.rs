@@ -145,7 +145,7 @@ pub struct DriverPolicy {
     types: Arc<Btf>,
     names: Names,
     memory: MemoryModel,
-    rules: Rules,
+    rules: &'static Rules,
     /// What of the kernel's structures is this driver's own.
     own_too: OwnTypes,
     table: RangeTable,
@@ -236,7 +236,7 @@ impl DriverPolicy {
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
-        let own_too = Rules::LINUX.own_of(&layout.name, &types);
+        let own_too = Rules::linux().own_of(&layout.name, &types);
         Ok(Self {
             own_too,
             shared_counts: SharedCounts::new(&types),
@@ -248,7 +248,7 @@ impl DriverPolicy {
             types,
             names: Names::default(),
             memory,
-            rules: Rules::LINUX,
+            rules: Rules::linux(),
             table,
             per_cpu_variables,
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
@@ -287,7 +287,7 @@ impl DriverPolicy {
         virt: VirtMemory<'_, M>,
     ) -> Self {
         let data: Vec<GvaRange> = layout.data().map(|section| section.range).collect();
-        let own = OwnVariables::new(text, &data, &self.types, symbols, &self.rules);
+        let own = OwnVariables::new(text, &data, &self.types, symbols, self.rules);
         let allocations = Allocations::new(&self.memory, virt);
         let pointers = own.freed.iter().filter_map(|at| virt.read_u64(*at).ok());
         let places = pointers.flat_map(|at| allocations.places_of(Gva(at)));

@@ -338,7 +338,7 @@ impl DriverPolicy {
             per_cpu_base: Some(memory.per_cpu_base),
             per_cpu_handed_out: self.per_cpu_handed_out,
             own_too: &self.own_too,
-            rules: &self.rules,
+            rules: self.rules,
         })
     }
 

@@ -22,7 +22,6 @@ mod arrays;
 mod block_io;
 mod counted;
 mod limits;
-mod linux;
 mod members;
 mod names;
 mod path;
@@ -52,8 +51,8 @@ pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Counted, Embedded, Followed, InNamespace, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
-    PerCpuPointer, Pool, PrivateArea, Rules,
+    Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
+    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules,
 };
 pub use slots::Slots;
 use walk::Extent;

@@ -254,8 +254,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let (id, _) = self.reach.types.resolve(of)?;
         let name = self.reach.types.name(id);
         let mut rules = self.reach.rules.chained.iter();
-        let (_, member) = rules.find(|(of, _)| *of == name)?;
-        self.member_value(at, id, member)
+        let rule = rules.find(|rule| rule.of == name)?;
+        self.member_value(at, id, rule.next)
     }
 
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of
