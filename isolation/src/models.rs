@@ -23,14 +23,18 @@ where
 
 #[cfg(test)]
 mod tests {
+    use crate::analysis::facts;
     use crate::attach::kernel_functions;
+    use crate::mutation::names;
     use crate::policy::reach::Rules;
 
     #[test]
     fn every_file_is_read_and_says_something_in_each_of_its_lists() {
         let rules = format!("{:?}", Rules::linux());
         let functions = format!("{:?}", *kernel_functions::LINUX);
-        for file in [rules, functions] {
+        let facts = format!("{:?}", *facts::LINUX);
+        let names = format!("{:?}", *names::LINUX);
+        for file in [rules, functions, facts, names] {
             // `[]` for what a rule leaves out is behind `is`, `also` and `others` only.
             let empty = file.match_indices(": []").map(|(at, _)| &file[..at]);
             let named = empty.map(|before| before.rsplit([' ', '{']).next().unwrap_or_default());
