@@ -14,9 +14,9 @@
 //! interrupted build leaves nothing half-made that looks finished. Same packages and same agent
 //! give the same bytes.
 //!
-//! What an image holds is data ([`spec::ImageSpec`]); [`project_images::images_of`] are the ones the project
-//! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again
-//! needs no network.
+//! What an image holds is data ([`spec::ImageSpec`]); [`project_images::images_of`] are the ones
+//! the project uses. Packages are fetched by name with the system's own `apt-get` and kept:
+//! building again needs no network.
 
 pub mod agent;
 pub mod apt;

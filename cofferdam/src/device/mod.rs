@@ -55,7 +55,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 pub enum ParkedAs {
     /// A link that is down.
     Down,
-    /// A link that stays up for up to a second, three of a function of the host, in which frames wait.
+    /// A link that stays up for up to a second, three of a function of the host, in which frames
+    /// wait.
     Stall,
 }
 

@@ -52,8 +52,8 @@ const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
 /// soon.
 const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 
-/// The network card for VFIO whose cable ends in the server itself: where it is, its driver in Linux,
-/// and the server's interface at the other end.
+/// The network card for VFIO whose cable ends in the server itself: where it is, its driver in
+/// Linux, and the server's interface at the other end.
 pub const CABLED: [&str; 3] = ["0000:00:02.0", "e1000e", "eth0"];
 
 /// More network cards for VFIO, by slot. Each has a network of its own, with what sends everything
