@@ -27,8 +27,8 @@
 //! - What the guest does in one access of more than 8 bytes: the bus hands on at most 8.
 //!
 //! Lock order: the function, then the edge, then a line. The edge is not locked while the function
-//! is called. A card's link is told with neither locked ([`Edge::tell_link`]): pulling a cable is no
-//! access, and who can do it is the card's business ([`SetCable`]).
+//! is called. A card's link is told with neither locked ([`Edge::tell_link`]): pulling a cable is
+//! no access, and who can do it is the card's business ([`SetCable`]).
 
 mod fault;
 mod function;
@@ -148,7 +148,8 @@ impl Edge {
     }
 
     /// Takes fault number `number` back, or all of them. What they held up arrives: stores and
-    /// interrupts now, the link with [`Edge::tell_link`]. Gives those that were taken back, with their last counters.
+    /// interrupts now, the link with [`Edge::tell_link`]. Gives those that were taken back, with
+    /// their last counters.
     pub fn disarm(&self, number: Option<u64>, function: &mut dyn PciFunction) -> Vec<EdgeStatus> {
         let mut state = self.state();
         let is_it = |fault: &mut Fault| number.is_none_or(|it| fault.status().number == it);

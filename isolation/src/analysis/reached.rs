@@ -184,11 +184,6 @@ impl<'k> Calls<'k> {
             .collect()
     }
 
-    /// How often each import is called, by index.
-    pub fn import_names(&self) -> impl Iterator<Item = &str> {
-        self.imports.iter().copied()
-    }
-
     fn import(&self, import: usize) -> &str {
         self.imports.get(import).copied().unwrap_or_default()
     }

@@ -102,7 +102,8 @@ impl VmHandle {
     /// from the mark, one that was paused stays so. Not to be called with a device locked.
     ///
     /// # Errors
-    /// [`RewindError::Refused`]: nothing was changed. [`RewindError::HalfWay`]: see the module's text.
+    /// [`RewindError::Refused`]: nothing was changed. [`RewindError::HalfWay`]: see the module's
+    /// text.
     pub fn rewind(&self, name: Option<&str>, limit: Duration) -> Result<Rewound, RewindError> {
         let mut watch = Stopwatch(Instant::now());
         let marks = &mut *self.kept_marks();

@@ -1,5 +1,5 @@
-//! Rings of descriptors: where they are, and which memory a device reaches with what it was last told
-//! to do, which is its rings and what their descriptors point to.
+//! Rings of descriptors: where they are, and which memory a device reaches with what it was last
+//! told to do, which is its rings and what their descriptors point to.
 
 use std::ops::Range;
 
