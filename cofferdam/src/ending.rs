@@ -1,19 +1,21 @@
-//! The end that a person or a service manager asks a process for.
+//! How a command ends.
 
-use anyhow::Context;
-use tokio::signal::unix::{SignalKind, signal};
+use std::process::ExitCode;
 
-/// Hears signals from now on; what comes back ends with one that asks for the end.
-pub(crate) fn asked_to_end() -> anyhow::Result<impl Future<Output = ()>> {
-    let hear = |kind| signal(kind).context("cannot hear signals");
-    let mut interrupt = hear(SignalKind::interrupt())?;
-    let mut terminate = hear(SignalKind::terminate())?;
-    let mut hangup = hear(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
+use crate::signals::EndingSignal;
+
+/// How a run or another command ended, for the process's exit.
+#[derive(Debug, Clone, Copy)]
+pub enum Ending {
+    /// With this status.
+    Status(ExitCode),
+    /// By a signal that asked for it, once everything is cleaned up.
+    Signal(EndingSignal),
+}
+
+impl Ending {
+    /// All went well.
+    pub const SUCCESS: Self = Self::Status(ExitCode::SUCCESS);
+    /// What was looked for was found, and should not be there.
+    pub const FAILURE: Self = Self::Status(ExitCode::FAILURE);
 }

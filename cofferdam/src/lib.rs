@@ -1,5 +1,6 @@
 //! The `cofferdam` command as a library, so that its tests and tools can use its parts.
 
+mod asked_to_end;
 pub mod bench;
 pub mod campaign;
 pub mod cli;
@@ -8,7 +9,7 @@ pub mod control;
 pub mod debug;
 pub mod device;
 pub mod doctor;
-mod ending;
+pub mod ending;
 pub mod error_text;
 pub mod json_lines;
 mod long_work;
@@ -20,6 +21,7 @@ pub mod run;
 pub mod runtime_dir;
 pub mod sandbox;
 pub mod serve;
+pub mod signals;
 pub mod sweep;
 mod table;
 pub mod top;

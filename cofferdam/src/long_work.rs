@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use crate::run::Ending;
-use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
+use crate::ending::Ending;
+use crate::signals::{Asked, EndingSignal, Signals, stop_process};
 
 /// After so long a person is told what is done.
 const PATIENCE: Duration = Duration::from_millis(1500);

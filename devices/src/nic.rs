@@ -10,6 +10,7 @@ use event_manager::MutEventSubscriber;
 
 use crate::dma::DmaSpace;
 use crate::e1000::{E1000, E1000Config, HoldableE1000};
+use crate::edge::SetCable;
 use crate::hold::goes_on::{GoesOn, HoldableFunction};
 use crate::hold::{CheckpointBy, Holdable};
 use crate::irq::{IrqLine, MsiVectors};
@@ -121,6 +122,8 @@ pub struct Nic {
     /// a saved state, which has the address of the card that was saved. A driver that runs keeps
     /// the one that it has read until the guest gives it another one.
     pub set_address: SetAddress,
+    /// Pulls its cable, if that is this process's to pull.
+    pub set_cable: Option<SetCable>,
 }
 
 /// What a card in another process is made of.
@@ -150,6 +153,7 @@ impl Nic {
             holdable: Some(holdable(function.clone(), description)),
             interrupts: None,
             set_address: Arc::new(|_| {}),
+            set_cable: None,
         };
         Ok((nic, function))
     }
@@ -186,6 +190,7 @@ impl Nic {
             interrupts: None,
             // It is in the function's own memory.
             set_address: Arc::new(|_| {}),
+            set_cable: None,
         })
     }
 }
@@ -210,7 +215,7 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let nic = E1000::new(config, parts.dma, parts.intx, parts.wire)?;
     let interrupts = nic.interrupts_taken();
     let nic = Arc::new(Mutex::new(nic));
-    let (held, addressed) = (nic.clone(), nic.clone());
+    let (held, addressed, plugged) = (nic.clone(), nic.clone(), nic.clone());
     Ok(Nic {
         function: nic.clone(),
         events: nic,
@@ -222,6 +227,10 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
             let mut nic = addressed.lock().unwrap_or_else(PoisonError::into_inner);
             nic.set_address(mac);
         }),
+        set_cable: Some(Arc::new(move |is_in| {
+            let mut nic = plugged.lock().unwrap_or_else(PoisonError::into_inner);
+            nic.set_cable(is_in);
+        })),
     })
 }
 
@@ -232,7 +241,7 @@ fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let vectors = (parts.vectors)(count).map_err(NicError::Vectors)?;
     let function = VirtioPciFunction::new(device, parts.dma, parts.intx, vectors)?;
     let function = Arc::new(Mutex::new(function));
-    let addressed = function.clone();
+    let (addressed, plugged) = (function.clone(), function.clone());
     Ok(Nic {
         function: function.clone(),
         events: function,
@@ -242,6 +251,10 @@ fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
             let mut nic = addressed.lock().unwrap_or_else(PoisonError::into_inner);
             nic.device_mut().set_address(mac);
         }),
+        set_cable: Some(Arc::new(move |is_in| {
+            let mut nic = plugged.lock().unwrap_or_else(PoisonError::into_inner);
+            nic.set_cable(is_in);
+        })),
     })
 }
 

@@ -1,7 +1,8 @@
 //! The image for drivers of hardware: what the lab's emulated server has besides what it needs
 //! itself.
 
-use crate::spec::{ImageSpec, full_image};
+use crate::full::full_image;
+use crate::spec::ImageSpec;
 
 /// Drivers of network cards, of a disk controller and of a sound card; the last two make the card
 /// one that is played to through a file.

@@ -14,9 +14,9 @@
 //! interrupted build leaves nothing half-made that looks finished. Same packages and same agent
 //! give the same bytes.
 //!
-//! What an image holds is data ([`spec::ImageSpec`]); [`spec::images_of`] are the ones the project
-//! uses. Packages are fetched by name with the system's own `apt-get` and kept: building again
-//! needs no network.
+//! What an image holds is data ([`spec::ImageSpec`]); [`project_images::images_of`] are the ones
+//! the project uses. Packages are fetched by name with the system's own `apt-get` and kept:
+//! building again needs no network.
 
 pub mod agent;
 pub mod apt;
@@ -28,12 +28,15 @@ mod error;
 #[cfg(test)]
 mod fixtures;
 pub mod folder;
+mod full;
 mod hardware;
 pub mod initramfs;
 pub mod kernel;
 pub mod kernels;
+mod lab;
 mod manifest;
 pub mod modules;
+pub mod project_images;
 pub mod spec;
 mod stage;
 mod stages;
@@ -46,4 +49,5 @@ pub use error::Error;
 pub use folder::{BuiltImage, images_in};
 pub use kernels::KernelSource;
 pub use manifest::{Artefact, BuildOptions, Manifest, PackageUse};
-pub use spec::{ImageSet, ImageSpec, images_of};
+pub use project_images::images_of;
+pub use spec::{ImageSet, ImageSpec};

@@ -1,7 +1,8 @@
 //! The image for sweeps: modules that do something without hardware, and `tc`, which many of them
 //! are asked for by.
 
-use crate::spec::{ImageSpec, Program, full_image};
+use crate::full::full_image;
+use crate::spec::{ImageSpec, Program};
 
 /// Modules that `cofferdam sweep` isolates, by where they are in the kernel's package.
 const SWEPT: &[(&str, &[&str])] = &[

@@ -1,9 +1,10 @@
 //! An image that a person asks for: the full one, with modules and packages of their choice.
 
 use crate::Error;
+use crate::full::full_image;
 use crate::kernels::KernelSource;
 use crate::modules::normal_name;
-use crate::spec::{ImageSet, full_image};
+use crate::spec::ImageSet;
 
 /// File of a user's image in its folder.
 pub const INITRD: &str = "initrd.cpio";

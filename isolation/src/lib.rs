@@ -15,6 +15,7 @@ pub mod dispatch;
 pub mod domain;
 pub mod fault_image;
 pub mod guest;
+mod models;
 pub mod mutation;
 pub mod policy;
 pub mod status;

@@ -10,7 +10,8 @@ pub trait Asker {
     /// Tells in a few words what is done next.
     ///
     /// # Errors
-    /// [`Gone`]: nobody listens any more. What has not been begun should not be; what has to be ended is ended.
+    /// [`Gone`]: nobody listens any more. What has not been begun should not be; what has to be
+    /// ended is ended.
     fn tell(&self, what: &str) -> Result<(), Gone>;
 }
 

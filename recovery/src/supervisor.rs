@@ -161,7 +161,8 @@ impl<G: LiveGuest> Supervisor<G> {
         status
     }
 
-    /// The module of this ladder is stopped for good, unless it was released or exchanged meanwhile.
+    /// The module of this ladder is stopped for good, unless it was released or exchanged
+    /// meanwhile.
     pub(crate) fn give_up(&self, module: &str, ladder: &Arc<Mutex<Ladder>>) {
         let modules = self.modules();
         let own = modules.get(module).map(|one| &one.ladder);

@@ -224,8 +224,21 @@ impl Aml for Raw {
     }
 }
 
-/// COM1, the reservation of ECAM, and the power button with the event device that reports it.
+/// Devices that every machine has, those on PCI apart.
 fn fixed_devices(aml: &mut dyn AmlSink) {
+    serial_port(aml);
+    ecam_reservation(aml);
+    panic_device(aml);
+    generation_id(aml);
+    Device::new(
+        "PWRB".into(),
+        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
+    )
+    .to_aml_bytes(aml);
+    event_device(aml);
+}
+
+fn serial_port(aml: &mut dyn AmlSink) {
     Device::new(
         "COM1".into(),
         vec![
@@ -241,6 +254,10 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(aml);
+}
+
+/// Keeps the kernel from giving the memory of ECAM to others.
+fn ecam_reservation(aml: &mut dyn AmlSink) {
     Device::new(
         "ECAM".into(),
         vec![
@@ -257,6 +274,10 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(aml);
+}
+
+/// The port at which a kernel tells that it panicked.
+fn panic_device(aml: &mut dyn AmlSink) {
     Device::new(
         "PVPN".into(),
         vec![
@@ -273,12 +294,11 @@ fn fixed_devices(aml: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(aml);
-    generation_id(aml);
-    Device::new(
-        "PWRB".into(),
-        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
-    )
-    .to_aml_bytes(aml);
+}
+
+/// The generic event device: reports the power button, devices that come and go, and that the
+/// machine goes on from a state (ACPI 6.4, section 5.6.9).
+fn event_device(aml: &mut dyn AmlSink) {
     let events = layout::POWER_PORTS + power::EVENTS;
     Device::new(
         "GED_".into(),

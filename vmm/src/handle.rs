@@ -1,7 +1,7 @@
 //! A machine as other threads and upper layers see it while it runs.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Bus;
 use devices::dma::DmaSpace;
@@ -16,8 +16,10 @@ use crate::gate::on_vcpu_thread;
 use crate::hotplug::SharedSubscriber;
 use crate::lifecycle::Request;
 use crate::machine::{Machine, Operations, Phase};
+use crate::marks::kept::Marks;
 use crate::memory::GuestRam;
 use crate::paused::PausedVcpus;
+use crate::refused::Refused;
 use crate::slot::PciSlot;
 use crate::trap::TrapHandler;
 
@@ -33,37 +35,6 @@ pub enum VmState {
     Paused,
     /// Turned off; it does not start again.
     Stopped,
-}
-
-/// Why an operation was not done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// The machine is paused.
-    #[error("the machine is paused already")]
-    AlreadyPaused,
-    /// The machine is not paused.
-    #[error("the machine is not paused")]
-    NotPaused,
-    /// The machine has ended.
-    #[error("the machine is turned off")]
-    Stopped,
-    /// A vCPU thread cannot wait for itself.
-    #[error("this cannot be done from inside a trap handler")]
-    OnVcpuThread,
-    /// Nothing that can be taken out is in the slot.
-    #[error("no device that came while the machine ran is in this slot")]
-    NotPlugged,
-    /// The machine was not started.
-    #[error("the machine is not started yet")]
-    NotStarted,
-    /// A rewind failed.
-    #[error(
-        "a rewind of the machine failed half-way: rewind it to a mark, reset it, or turn it off"
-    )]
-    HalfRewound,
-    /// Another trap handler is attached.
-    #[error("another trap handler is attached: detach it first")]
-    TrapHandlerAttached,
 }
 
 /// Figures of a machine at one moment.
@@ -87,15 +58,22 @@ pub struct VmStatus {
 #[derive(Clone)]
 pub struct VmHandle {
     machine: Arc<Machine>,
+    marks: Arc<Mutex<Marks>>,
 }
 
 impl VmHandle {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
-        Self { machine }
+        let marks = Arc::new(Mutex::new(Marks::new(machine.ram.size_bytes())));
+        Self { machine, marks }
     }
 
     pub(crate) fn machine(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    /// The marks of the machine. Locked before the operations.
+    pub(crate) fn kept_marks(&self) -> MutexGuard<'_, Marks> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the machine is doing.

@@ -2,7 +2,6 @@
 
 use kvm_bindings::{
     KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
-    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -10,6 +9,7 @@ use crate::dirty::DirtyTracking;
 use crate::error::Error;
 use crate::layout;
 use crate::memory::GuestRam;
+use crate::memory_slots::set_slots;
 
 /// Opens KVM and checks that it can do what machines need.
 pub(crate) fn open() -> Result<Kvm, Error> {
@@ -90,21 +90,4 @@ pub(crate) fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<(VmFd, bool), Error
     let has_dirty_rings = DirtyTracking::prepare(&vm);
     set_slots(&vm, ram, 0).map_err(Error::kvm("take guest memory"))?;
     Ok((vm, has_dirty_rings))
-}
-
-/// Gives `vm` the regions of `ram` as its memory slots, or those that it has other `flags`.
-pub(crate) fn set_slots(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), kvm_ioctls::Error> {
-    for region in ram.regions() {
-        let slot = kvm_userspace_memory_region {
-            slot: region.slot,
-            flags,
-            guest_phys_addr: region.guest_address.0,
-            memory_size: region.len,
-            userspace_addr: region.host_address,
-        };
-        // SAFETY: the range is a mapping of `ram`, which the machine drops after its vCPUs, so no
-        // guest code runs once it is gone; regions do not overlap.
-        unsafe { vm.set_user_memory_region(slot) }?;
-    }
-    Ok(())
 }

@@ -16,7 +16,6 @@ use crate::generation::GenerationId;
 use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
-use crate::marks::Marks;
 use crate::memory::GuestRam;
 use crate::panic::PanicDevice;
 use crate::participant::Participant;
@@ -93,7 +92,6 @@ pub(crate) struct Machine {
     pub gate: Arc<Gate>,
     pub requests: Arc<Requests>,
     pub operations: Mutex<Operations>,
-    pub marks: Mutex<Marks>,
     pub trap: RwLock<Option<Arc<dyn TrapHandler>>>,
     /// Monotonic time at which guest code first ran, 0 before.
     pub first_entry_ns: AtomicU64,

@@ -17,32 +17,17 @@ use std::time::{Duration, Instant};
 use devices::pci::bus::PciBus;
 
 use crate::error::Error;
-use crate::handle::{Refused, VmHandle};
+use crate::handle::VmHandle;
 use crate::machine::{Machine, Operations, Phase};
 use crate::memory::GuestRam;
 use crate::participant::{Participant, RestFor, Unsettled};
 use crate::paused::PausedVcpus;
+use crate::refused::{QuiesceError, Refused};
 use crate::state::devices::DeviceStates;
 use crate::state::{MachineState, Restore};
 
 /// Between two attempts: the guest goes on meanwhile.
 const AGAIN_AFTER: Duration = Duration::from_millis(1);
-
-/// Why a machine did not come to rest.
-#[derive(Debug, thiserror::Error)]
-pub enum QuiesceError {
-    /// It cannot be paused.
-    #[error(transparent)]
-    Refused(#[from] Refused),
-    /// Something is open.
-    #[error("{who} did not come to rest: {reason}")]
-    Unsettled {
-        /// What is open.
-        who: String,
-        /// Why.
-        reason: String,
-    },
-}
 
 impl VmHandle {
     /// Has `participant` settle whenever the machine is brought to rest, after those that were

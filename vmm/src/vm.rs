@@ -28,7 +28,6 @@ use crate::hotplug::{HOTPLUG_PORT_COUNT, Hotplug, SharedSubscriber};
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::machine::{Machine, Operations, Phase, Vcpu};
-use crate::marks::Marks;
 use crate::memory::{GuestRam, MemoryError, MemorySource};
 use crate::power::{
     KEYBOARD_COMMAND_PORT, KeyboardController, POWER_PORT_COUNT, PowerDevice, RESET_PORT,
@@ -81,6 +80,7 @@ pub enum ExitReason {
 /// A machine. It is made, given devices, and run once, to its end.
 pub struct Vm {
     pub(crate) machine: Arc<Machine>,
+    handle: VmHandle,
     pub(crate) payload: OpenPayload,
     pub(crate) events: EventManager<SharedSubscriber>,
     /// Devices that came while the machine ran, by slot.
@@ -151,7 +151,6 @@ impl Vm {
                 paused: false,
                 mixed: false,
             }),
-            marks: Mutex::new(Marks::new(ram.size_bytes())),
             trap: RwLock::new(None),
             first_entry_ns: AtomicU64::new(0),
             resets: AtomicU64::new(0),
@@ -175,6 +174,7 @@ impl Vm {
             restored: false,
             on_guest_reset: config.on_guest_reset,
             vcpu_start: None,
+            handle: VmHandle::new(machine.clone()),
             machine,
         };
         this.map_fixed_devices();
@@ -245,7 +245,7 @@ impl Vm {
 
     /// Controls the machine from other threads and after [`Vm::run`] has begun.
     pub fn handle(&self) -> VmHandle {
-        VmHandle::new(self.machine.clone())
+        self.handle.clone()
     }
 
     /// All of guest memory, for a device.

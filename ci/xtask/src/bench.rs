@@ -296,8 +296,8 @@ impl Bench {
         )
     }
 
-    /// The same with the lab's own card in place of a model. Elsewhere it is not known which card of
-    /// the host may be given away.
+    /// The same with the lab's own card in place of a model. Elsewhere it is not known which card
+    /// of the host may be given away.
     fn function_switch(
         &mut self,
         switches: u16,

@@ -256,6 +256,7 @@ fn parse_kind(name: &str) -> Result<TrafficKind, String> {
 impl BenchCommand {
     /// `bench`. Flat: an arm for each benchmark takes its options apart and puts what it measured
     /// into the report.
+    #[expect(clippy::too_many_lines, reason = "flat: an arm for each benchmark")]
     pub fn run(self) -> anyhow::Result<Ending> {
         let mut report = environment::report_here();
         let mut progress = |line: &str| eprintln!("{line}");

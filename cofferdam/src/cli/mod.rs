@@ -39,8 +39,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 pub use errors::usage_error;
 pub use logging::LogOptions;
 
+pub use crate::ending::Ending;
 pub use crate::error_text::one_line;
-pub use crate::run::Ending;
 use crate::table;
 
 /// A lightweight VMM for driver fault isolation.

@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn the_image_of_sweeps_has_all_that_is_loaded() {
-        let image = guest_images::spec::images_of(guest_images::kernels::DEFAULT);
+        let image = guest_images::images_of(guest_images::kernels::DEFAULT);
         let mut images = image.images.into_iter();
         let image = images.find(|image| image.file == INITRD).unwrap();
         let named = |module: &str| recovery::sweep::loaded_name(module);

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::Session;
-use crate::ending::asked_to_end;
+use crate::asked_to_end::asked_to_end;
 use crate::options::MAX_SOCKET_PATH_BYTES;
 
 /// Bytes that are read at once.

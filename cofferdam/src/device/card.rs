@@ -6,14 +6,12 @@
 //!     └─ Context ── Share: one VM's part of the card, which has the turn or has not
 //! ```
 
-use devices::vfio_user::Offered;
-use devices::vfio_user::server::ServerEvent;
 use devices::wire::turns::TurnTimes;
 use recovery::switch::{Outcome, Phases};
-use vmm::SharedSubscriber;
 
 use super::context::Context;
-use super::protocol::{ContextStatus, HostStatus};
+use super::protocol::HostStatus;
+use super::share::Share;
 use crate::options::MacAddress;
 
 /// How a switch ended.
@@ -52,29 +50,4 @@ pub trait Card: Send + Sync + Sized + 'static {
     fn end(&self);
     /// Says what it knows of itself.
     fn fill(&self, status: &mut HostStatus);
-}
-
-/// Hears of a client on the thread of its context, while no lock is held.
-pub type Listener = Box<dyn FnMut(&ServerEvent) + Send>;
-
-/// A VM's part of a card.
-pub trait Share: Send + Sync + 'static {
-    /// What its client is shown.
-    fn offered(&self) -> Offered;
-    /// What its event loop serves besides the client.
-    fn events(&self) -> Option<SharedSubscriber>;
-    /// Gives its NIC another address.
-    fn set_address(&self, mac: MacAddress);
-    /// A client uses it from now on, or none does any more.
-    ///
-    /// # Errors
-    /// It is gone, or the host refuses to watch for it.
-    fn plug(&self, plugged: bool) -> anyhow::Result<()>;
-    /// Whether it has the turn.
-    fn has_turn(&self) -> bool;
-    /// Does what has to be done when something happens to its client: when that has gone, its NIC
-    /// reaches no memory.
-    fn listener(&self) -> Listener;
-    /// Says what it knows of itself.
-    fn fill(&self, status: &mut ContextStatus);
 }

@@ -20,9 +20,9 @@ use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm::SharedSubscriber;
 
-use super::card::Share;
-use super::keeper::Happened;
+use super::happened::Happened;
 use super::protocol::{ContextStatus, Messages};
+use super::share::Share;
 use crate::options::{MacAddress, VmName};
 
 /// A client that is attached, or about to be.
@@ -252,7 +252,7 @@ mod tests {
     use devices::vfio_user::server::ClientInterrupts;
 
     use super::*;
-    use crate::device::card::Listener;
+    use crate::device::share::Listener;
 
     struct NoFunction;
 

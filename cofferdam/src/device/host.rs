@@ -14,12 +14,13 @@ use anyhow::{Context as _, bail, ensure};
 use devices::clock::monotonic_ns;
 use recovery::switch::{Outcome, next_after};
 
-use super::card::{Card, Share};
+use super::card::Card;
 use super::context::Context;
+use super::happened::Happened;
 use super::hello::{AttachInfo, Welcome, write_line};
 use super::history::History;
-use super::keeper::Happened;
 use super::protocol::{HostStatus, Reason, SwitchRecord};
+use super::share::Share;
 use super::{HostConfig, OnExit, ParkedAs};
 use crate::options::{MacAddress, VmName};
 

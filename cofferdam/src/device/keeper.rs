@@ -5,24 +5,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::card::Card;
+use super::happened::Happened;
 use super::host::Host;
-use crate::options::VmName;
-
-/// What the keeper hears of.
-#[derive(Debug)]
-pub enum Happened {
-    /// A client's connection has ended.
-    Gone {
-        /// Its VM.
-        vm: VmName,
-        /// Which of its clients.
-        serial: u64,
-        /// Why.
-        why: String,
-    },
-    /// The time slice is another one.
-    Slices(Option<Duration>),
-}
 
 /// Keeps house until nobody is left who could tell it anything.
 pub fn keep<C: Card>(host: &Arc<Host<C>>, events: &Receiver<Happened>) {

@@ -12,6 +12,7 @@ mod attach;
 mod card;
 pub mod client;
 mod context;
+mod happened;
 pub mod hello;
 mod history;
 mod host;
@@ -20,6 +21,7 @@ mod model;
 mod passed;
 pub mod protocol;
 mod service;
+mod share;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -37,13 +39,13 @@ use self::model::ModelCard;
 use self::passed::PassedCard;
 use self::service::DeviceService;
 use crate::control::server::serve_protocol;
+use crate::ending::Ending;
 use crate::options::{NetSpec, NicModel, PciAddress, VmName};
-use crate::run::Ending;
 use crate::run::machine::plug;
-use crate::run::signals::{Asked, EndingSignal, Signals, stop_process};
 use crate::run::watch::Belongings;
 use crate::runtime_dir::{RuntimeRoot, VmPaths};
 use crate::sandbox::MachineSandbox;
+use crate::signals::{Asked, EndingSignal, Signals, stop_process};
 
 /// How long those who wait for an answer may hold up the end.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
@@ -53,7 +55,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 pub enum ParkedAs {
     /// A link that is down.
     Down,
-    /// A link that stays up for up to a second, three of a function of the host, in which frames wait.
+    /// A link that stays up for up to a second, three of a function of the host, in which frames
+    /// wait.
     Stall,
 }
 

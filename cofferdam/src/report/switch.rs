@@ -49,8 +49,8 @@ impl fmt::Display for Way {
     }
 }
 
-/// The parts of a switch, in the order in which they are done. The device works during the first and
-/// from *resume* on.
+/// The parts of a switch, in the order in which they are done. The device works during the first
+/// and from *resume* on.
 pub const PHASES: [&str; 9] = [
     "prepare",
     "quiesce",
@@ -107,8 +107,8 @@ pub struct Shorter {
     pub times_without_link: Option<f64>,
 }
 
-/// How `one` compares with a hot-plug of the same device between guests alike; `None` where there is
-/// none.
+/// How `one` compares with a hot-plug of the same device between guests alike; `None` where there
+/// is none.
 pub fn than_hotplug(all: &[Switch], one: &Switch) -> Option<Shorter> {
     let alike = Way {
         method: SwitchMethod::Hotplug,

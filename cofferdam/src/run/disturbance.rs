@@ -46,6 +46,8 @@ pub fn end(
         let function = &nic.nic.function;
         let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
         let statuses = nic.edge.disarm(number, &mut *function);
+        drop(function);
+        nic.edge.tell_link();
         ended.extend(statuses.into_iter().map(|status| of(nic, status)));
     }
     match number {

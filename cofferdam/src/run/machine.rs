@@ -202,6 +202,9 @@ impl MadeNic {
             vectors: &mut |count| slot.msi_vectors(count).map_err(|error| error.to_string()),
         })?;
         subscribers.push(nic.events.clone());
+        if let Some(set_cable) = &nic.set_cable {
+            slot.edge().has_link(set_cable.clone());
+        }
         let nic = GuestNic {
             config: net.clone(),
             nic,

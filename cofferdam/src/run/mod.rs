@@ -14,7 +14,6 @@ mod attachment;
 mod console;
 mod disturbance;
 mod elsewhere;
-mod ending;
 pub mod escape;
 pub mod isolation;
 mod kept_console;
@@ -27,7 +26,6 @@ mod plugging;
 mod restored;
 pub mod saved;
 mod service;
-pub mod signals;
 mod summary;
 pub mod terminal;
 pub(crate) mod watch;
@@ -50,14 +48,14 @@ use restored::Saved;
 use vmm::memory::MemorySource;
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
+use crate::ending::Ending;
 use crate::long_work::LongWork;
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Jail, MachineSandbox, Namespaces};
-use signals::Signals;
+use crate::signals::Signals;
 
-pub use ending::Ending;
-pub use restored::Restored;
+pub use saved::Restored;
 
 /// Most vCPUs a VM can have.
 pub const MAX_VCPUS: u8 = vmm::MAX_VCPUS;

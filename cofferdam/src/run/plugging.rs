@@ -142,8 +142,9 @@ impl Plugging {
             std::thread::sleep(LOOK);
         }
         self.nics.forget_gone(&self.vm);
-        // The event loop lets go of it a moment later. Whoever is told that it is gone may give what
-        // it had, a function of the host or a socket, to another guest at once: so it ends here.
+        // The event loop lets go of it a moment later. Whoever is told that it is gone may give
+        // what it had, a function of the host or a socket, to another guest at once: so it ends
+        // here.
         let last = nic.nic.function.clone();
         let is_model = matches!(nic.config.nic, NicSpec::Model { .. });
         drop(all);
@@ -151,8 +152,8 @@ impl Plugging {
         while Arc::strong_count(&last) > 1 && ejected.elapsed() < OWN_TIME {
             std::thread::sleep(LOOK);
         }
-        // An isolated driver's device is kept until the driver is released, and its wire with it. Only
-        // what is not in this process is said to be kept: others wait for it.
+        // An isolated driver's device is kept until the driver is released, and its wire with it.
+        // Only what is not in this process is said to be kept: others wait for it.
         ensure!(
             is_model || Arc::strong_count(&last) == 1,
             "the guest has let go of {address}, and this VM keeps it as long as its driver is isolated: \

@@ -1,6 +1,5 @@
 //! A VM that goes on from a snapshot: where its state comes from, and what its guest is told.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,20 +16,11 @@ use vmm::snapshot::{Chain, Tell};
 use super::isolation::Isolation;
 use super::memory;
 use super::nics::Nics;
-use super::saved::SavedVm;
+use super::saved::{Restored, SavedVm};
 use crate::options::MacAddress;
 
 /// How long the guest's agent may take to answer.
 const AGENT_TIME: Duration = Duration::from_secs(60);
-
-/// The snapshot that a VM goes on from.
-#[derive(Debug, Clone)]
-pub struct Restored {
-    /// Its directory.
-    pub dir: PathBuf,
-    /// Whether the guest begins before its memory is there.
-    pub lazy: bool,
-}
 
 /// An open snapshot.
 pub struct Saved {

@@ -9,7 +9,7 @@ use recovery::request::IsolatedModule;
 use serde::{Deserialize, Serialize};
 use vmm::snapshot::Manifest;
 
-use super::{NetConfig, Restored, RunConfig};
+use super::{NetConfig, RunConfig};
 use crate::options::{
     DiskSpec, MacAddress, MemorySize, NetOption, NetSpec, NicOption, NicSpec, SerialSpec, VmName,
 };
@@ -68,6 +68,15 @@ pub struct Changes {
     pub serial: Option<SerialSpec>,
     /// End when the guest reboots.
     pub no_reboot: bool,
+}
+
+/// The snapshot that a VM goes on from.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Whether the guest begins before its memory is there.
+    pub lazy: bool,
 }
 
 impl SavedVm {

@@ -9,9 +9,9 @@ use std::time::Duration;
 use anyhow::Context;
 use vmm::VmHandle;
 
-use super::signals::{Asked, EndingSignal, Signals, stop_process};
 use super::terminal::{self, RawTerminal};
 use crate::runtime_dir::VmDir;
+use crate::signals::{Asked, EndingSignal, Signals, stop_process};
 
 /// How long an orderly end may take: a vCPU may be stuck in a write to a console that nobody reads.
 const PATIENCE: Duration = Duration::from_secs(3);

@@ -14,31 +14,8 @@ use axum::response::{IntoResponse, Response};
 
 use super::page;
 use super::problem::{Code, Problem};
+use super::role::Role;
 use super::tokens::Tokens;
-
-/// What somebody may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Role {
-    /// May look at everything and change nothing
-    Look,
-    /// May do everything
-    Do,
-}
-
-impl Role {
-    /// Its name in a file of tokens.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Look => "look",
-            Self::Do => "do",
-        }
-    }
-
-    /// Whether a request of this method may be made.
-    fn may(self, method: &Method) -> bool {
-        self == Self::Do || matches!(*method, Method::GET | Method::HEAD)
-    }
-}
 
 /// How a door knows who asks.
 #[derive(Debug, Clone)]

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use axum::extract::FromRef;
+
 use super::ask::Asks;
 use super::console::Readers;
 use super::events::Watch;
@@ -32,13 +34,39 @@ impl App {
     /// For what runs in `root`; guests that are made are in jails with `jail`.
     pub fn new(root: RuntimeRoot, jail: bool) -> Arc<Self> {
         Arc::new(Self {
+            asks: Asks::new(root.clone()),
+            looks: Looks::new(root.clone()),
+            watch: Watch::new(root.clone()),
             root,
             jail,
-            asks: Asks::default(),
-            looks: Looks::default(),
             jobs: Jobs::default(),
             consoles: Readers::default(),
-            watch: Watch::default(),
         })
+    }
+}
+
+// What a request needs that is about one of these alone.
+
+impl FromRef<Arc<App>> for Asks {
+    fn from_ref(app: &Arc<App>) -> Self {
+        app.asks.clone()
+    }
+}
+
+impl FromRef<Arc<App>> for Jobs {
+    fn from_ref(app: &Arc<App>) -> Self {
+        app.jobs.clone()
+    }
+}
+
+impl FromRef<Arc<App>> for Readers {
+    fn from_ref(app: &Arc<App>) -> Self {
+        app.consoles.clone()
+    }
+}
+
+impl FromRef<Arc<App>> for Watch {
+    fn from_ref(app: &Arc<App>) -> Self {
+        app.watch.clone()
     }
 }

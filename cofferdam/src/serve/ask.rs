@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use super::app::App;
 use super::problem::{Code, Problem};
 use crate::control::client::{ANSWER_TIME, Connection, ControlClient};
 use crate::control::protocol::{Reply, Request};
@@ -16,23 +15,28 @@ use crate::runtime_dir::{RunningVm, RuntimeRoot};
 /// Requests that are waited for at one time.
 pub const MAX_REQUESTS: usize = 64;
 
-/// The threads in which answers are waited for.
-#[derive(Debug)]
-pub struct Asks(Arc<Semaphore>);
-
-impl Default for Asks {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_REQUESTS)))
-    }
+/// Whom requests go to, and the threads in which answers are waited for.
+#[derive(Debug, Clone)]
+pub struct Asks {
+    root: RuntimeRoot,
+    threads: Arc<Semaphore>,
 }
 
 impl Asks {
+    /// To what runs in `root`.
+    pub fn new(root: RuntimeRoot) -> Self {
+        Self {
+            root,
+            threads: Arc::new(Semaphore::new(MAX_REQUESTS)),
+        }
+    }
+
     /// Does what blocks a thread. It is done to its end, also when nobody waits for it any more.
     pub async fn block<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
-        let Ok(place) = Arc::clone(&self.0).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&self.threads).try_acquire_owned() else {
             let detail =
                 format!("{MAX_REQUESTS} requests wait for answers already: try again later");
             return Err(Problem::new(Code::Busy, detail));
@@ -45,18 +49,27 @@ impl Asks {
         done.await
             .unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())))
     }
-}
 
-impl App {
+    /// The guest `name`, if it runs.
+    pub async fn guest(&self, name: &VmName) -> Result<RunningVm, Problem> {
+        let (root, name) = (self.root.clone(), name.clone());
+        self.block(move || guest(&root, &name)).await
+    }
+
+    /// The same; `None` if it does not run.
+    pub async fn find(&self, name: &VmName) -> Result<Option<RunningVm>, Problem> {
+        let (root, name) = (self.root.clone(), name.clone());
+        self.block(move || find(&root, &name)).await
+    }
+
     /// Asks the guest `name` for something.
     pub async fn ask(&self, name: &VmName, request: Request) -> Result<Reply, Problem> {
         let (root, name) = (self.root.clone(), name.clone());
-        self.asks
-            .block(move || {
-                let vm = guest(&root, &name)?;
-                Ok(ControlClient::to(&vm, ANSWER_TIME)?.ask(&request)?)
-            })
-            .await
+        self.block(move || {
+            let vm = guest(&root, &name)?;
+            Ok(ControlClient::to(&vm, ANSWER_TIME)?.ask(&request)?)
+        })
+        .await
     }
 
     /// The same where nothing comes back but that it was done.
@@ -74,20 +87,19 @@ impl App {
         request: DeviceRequest,
     ) -> Result<DeviceReply, Problem> {
         let (root, name) = (self.root.devices(), name.clone());
-        self.asks
-            .block(move || {
-                let Some(host) = find(&root, &name)? else {
-                    let detail = format!("no device host named {name} runs");
-                    return Err(Problem::new(Code::NoSuchDevice, detail));
-                };
-                Ok(Connection::<DeviceProtocol>::to(&host, ANSWER_TIME)?.ask(&request)?)
-            })
-            .await
+        self.block(move || {
+            let Some(host) = find(&root, &name)? else {
+                let detail = format!("no device host named {name} runs");
+                return Err(Problem::new(Code::NoSuchDevice, detail));
+            };
+            Ok(Connection::<DeviceProtocol>::to(&host, ANSWER_TIME)?.ask(&request)?)
+        })
+        .await
     }
 }
 
 /// The guest `name`, if it runs.
-pub fn guest(root: &RuntimeRoot, name: &VmName) -> Result<RunningVm, Problem> {
+fn guest(root: &RuntimeRoot, name: &VmName) -> Result<RunningVm, Problem> {
     find(root, name)?.ok_or_else(|| {
         let detail = format!("no guest named {name} runs");
         Problem::new(Code::NoSuchGuest, detail)
@@ -95,7 +107,7 @@ pub fn guest(root: &RuntimeRoot, name: &VmName) -> Result<RunningVm, Problem> {
 }
 
 /// The process that has this name now.
-pub fn find(root: &RuntimeRoot, name: &VmName) -> Result<Option<RunningVm>, Problem> {
+fn find(root: &RuntimeRoot, name: &VmName) -> Result<Option<RunningVm>, Problem> {
     let running = root
         .running()
         .map_err(|error| Problem::new(Code::Internal, crate::error_text::one_line(&error)))?;

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::app::App;
+use super::asked_at_length::Asking;
 use super::extract::{Body, ModuleName, Names, Options};
-use super::jobs::{Asking, JobView, shown};
+use super::jobs::{JobView, shown};
 use super::problem::{Code, Problem};
 use crate::code_fault::{CodeFault, fitting_sites, text_request};
 use crate::control::protocol::{FunctionBytes, Reply};
@@ -49,7 +50,11 @@ pub async fn list_sites(
     Names(name, ModuleName(module)): Names<VmName, ModuleName>,
     Options(WhichSites { function, kind }): Options<WhichSites>,
 ) -> Result<Json<SiteList>, Problem> {
-    let text = text(app.ask(&name, text_request(&module, &function)).await?)?;
+    let text = text(
+        app.asks
+            .ask(&name, text_request(&module, &function))
+            .await?,
+    )?;
     Ok(Json(SiteList {
         sites: fitting_sites(&function, &text, kind),
         isolated: text.isolated,

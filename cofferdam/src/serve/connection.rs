@@ -17,10 +17,11 @@ use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::time::{Sleep, sleep};
 
-use super::access::{Access, Role, guarded};
+use super::access::{Access, guarded};
 use super::limits::{self, ClientTime};
 use super::peer::Peers;
 use super::problem::{Code, Problem};
+use super::role::Role;
 
 /// Connections at one time.
 pub const MAX_CONNECTIONS: usize = 256;

@@ -20,8 +20,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 
-use super::app::App;
-use super::ask::guest;
+use super::ask::Asks;
 use super::extract::{Body, Name, Options};
 use super::problem::{Code, Problem};
 use crate::control::client::ANSWER_TIME;
@@ -112,13 +111,13 @@ fn yes() -> bool {
     responses((status = 200, body = String, content_type = "application/octet-stream",
         description = "What it printed, byte by byte")))]
 pub async fn read_console(
-    State(app): State<Arc<App>>,
+    State(asks): State<Asks>,
+    State(readers): State<Readers>,
     Name(name): Name<VmName>,
     Options(ConsoleOptions { follow }): Options<ConsoleOptions>,
 ) -> Result<Response, Problem> {
-    let (root, sought) = (app.root.clone(), name.clone());
-    let vm = app.asks.block(move || guest(&root, &sought)).await?;
-    let reading = app.consoles.enter(&name)?;
+    let vm = asks.guest(&name).await?;
+    let reading = readers.enter(&name)?;
     let mut console = Console::open(&vm, reading).await?;
     // What is wrong is said while it can be: an answer that has begun has no place for it.
     let first = console.next(0).await?;
@@ -151,7 +150,7 @@ pub struct Typed {
 #[utoipa::path(post, path = "/v1/guests/{name}/console", tag = "guests", params(("name" = String, Path)),
     request_body = Typed, responses((status = 204)))]
 pub async fn type_into_console(
-    State(app): State<Arc<App>>,
+    State(asks): State<Asks>,
     Name(name): Name<VmName>,
     Body(typed): Body<Typed>,
 ) -> Result<StatusCode, Problem> {
@@ -161,7 +160,7 @@ pub async fn type_into_console(
         return Err(Problem::new(Code::WrongValues, detail));
     }
     let bytes = Bytes(bytes);
-    app.tell(&name, Request::Type { bytes }).await?;
+    asks.tell(&name, Request::Type { bytes }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

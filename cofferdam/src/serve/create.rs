@@ -20,7 +20,6 @@ use tokio::process::{Child, Command};
 use tokio::time::sleep;
 
 use super::app::App;
-use super::ask;
 use super::extract::Body;
 use super::problem::{Code, Problem};
 use super::spec::{Checked, GuestSpec};
@@ -54,7 +53,7 @@ pub async fn create_guest(
         spec.words.push("--jail".to_owned());
     }
     let location = [(LOCATION, format!("/v1/guests/{}", spec.name))];
-    if let Some(vm) = app.find(&spec).await? {
+    if let Some(vm) = app.asks.find(&spec.name).await? {
         is_of(&vm, &spec)?;
         let status = app.wait_for(&spec, None).await?;
         return Ok((StatusCode::OK, location, Json(status)).into_response());
@@ -64,7 +63,7 @@ pub async fn create_guest(
     match app.wait_for(&spec, Some(&mut child)).await {
         Ok(status) => Ok((StatusCode::CREATED, location, Json(status)).into_response()),
         // Somebody else may have made it at the same time.
-        Err(problem) => match app.find(&spec).await? {
+        Err(problem) => match app.asks.find(&spec.name).await? {
             Some(vm) if vm.pid != child.id() => {
                 is_of(&vm, &spec)?;
                 let status = app.wait_for(&spec, None).await?;
@@ -80,11 +79,6 @@ pub async fn create_guest(
 }
 
 impl App {
-    async fn find(&self, spec: &Checked) -> Result<Option<RunningVm>, Problem> {
-        let (root, name) = (self.root.clone(), spec.name.clone());
-        self.asks.block(move || ask::find(&root, &name)).await
-    }
-
     /// Waits until the guest runs, or `child`, which is to be it, has ended.
     async fn wait_for(
         &self,
@@ -94,7 +88,7 @@ impl App {
         let deadline = Instant::now() + START_TIME;
         let pid = child.as_ref().and_then(|child| child.id());
         loop {
-            let found = self.find(spec).await?;
+            let found = self.asks.find(&spec.name).await?;
             let found = found.filter(|vm| pid.is_none() || vm.pid == pid);
             let is_there = found.is_some();
             if let Some(vm) = found {

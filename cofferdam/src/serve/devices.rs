@@ -63,7 +63,7 @@ pub struct Turn {
 /// List the device hosts. One that does not answer is listed without its status.
 #[utoipa::path(get, path = "/v1/devices", tag = "devices", responses((status = 200, body = DeviceList)))]
 pub async fn list_devices(State(app): State<Arc<App>>) -> Result<Json<DeviceList>, Problem> {
-    let devices = app.look().await?.devices.clone();
+    let devices = app.looks.look().await?.devices.clone();
     Ok(Json(DeviceList { devices }))
 }
 
@@ -74,7 +74,7 @@ pub async fn get_device(
     State(app): State<Arc<App>>,
     Name(name): Name<VmName>,
 ) -> Result<Json<HostStatus>, Problem> {
-    match app.ask_device(&name, Request::Status {}).await? {
+    match app.asks.ask_device(&name, Request::Status {}).await? {
         Reply::Status(status) => Ok(Json(*status)),
         other => Err(Problem::unexpected(&other)),
     }
@@ -89,7 +89,7 @@ pub async fn switch_device(
     Name(name): Name<VmName>,
     Body(spec): Body<SwitchSpec>,
 ) -> Result<Response, Problem> {
-    match app.ask_device(&name, spec.request()?).await? {
+    match app.asks.ask_device(&name, spec.request()?).await? {
         Reply::Switched(record) => Ok(Json(*record).into_response()),
         Reply::Turn { turn } => Ok(Json(Turn { turn }).into_response()),
         other => Err(Problem::unexpected(&other)),

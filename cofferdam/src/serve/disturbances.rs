@@ -70,7 +70,7 @@ pub async fn list_disturbances(
     Name(name): Name<VmName>,
     Options(WhichNic { nic }): Options<WhichNic>,
 ) -> Result<Json<DisturbanceList>, Problem> {
-    list(app.ask(&name, Request::Disturbances { nic }).await?)
+    list(app.asks.ask(&name, Request::Disturbances { nic }).await?)
 }
 
 /// Have something go wrong at the edge of a NIC from now on.
@@ -84,7 +84,7 @@ pub async fn disturb(
     order
         .check()
         .map_err(|error| Problem::new(Code::WrongValues, error.to_string()))?;
-    match app.ask(&name, Request::Disturb { nic, order }).await? {
+    match app.asks.ask(&name, Request::Disturb { nic, order }).await? {
         Reply::Disturbed(disturbance) => Ok(Json(disturbance)),
         other => Err(Problem::unexpected(&other)),
     }
@@ -99,5 +99,9 @@ pub async fn undisturb(
     Options(WhichDisturbances { nic, number }): Options<WhichDisturbances>,
     _: NoBody,
 ) -> Result<Json<DisturbanceList>, Problem> {
-    list(app.ask(&name, Request::Undisturb { nic, number }).await?)
+    list(
+        app.asks
+            .ask(&name, Request::Undisturb { nic, number })
+            .await?,
+    )
 }

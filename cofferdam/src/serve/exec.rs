@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::app::App;
-use super::ask::guest;
 use super::extract::{Body, Name};
 use super::jobs::{GivingUp, JobView, shown};
 use super::problem::{Code, Problem};
@@ -79,9 +78,7 @@ pub async fn exec_in_guest(
         limit_ms: Some(seconds * 1000),
         ..Exec::default()
     };
-    let root = app.root.clone();
-    let sought = name.clone();
-    let vm = app.asks.block(move || guest(&root, &sought)).await?;
+    let vm = app.asks.guest(&name).await?;
     let job = app.jobs.start(&name, "exec", GivingUp::Never, move |job| {
         job.tell("waiting for the agent");
         let mut agent = agent(&vm)?;

@@ -12,7 +12,6 @@ use serde_json::json;
 use utoipa::{IntoParams, ToSchema};
 
 use super::app::App;
-use super::ask::guest;
 use super::extract::{Body, Name, NoBody, Options};
 use super::jobs::{GivingUp, JobView, accepted, shown};
 use super::problem::{Code, Problem};
@@ -35,7 +34,7 @@ pub struct GuestList {
 /// List the guests. One that does not answer is listed without its status.
 #[utoipa::path(get, path = "/v1/guests", tag = "guests", responses((status = 200, body = GuestList)))]
 pub async fn list_guests(State(app): State<Arc<App>>) -> Result<Json<GuestList>, Problem> {
-    let guests = app.look().await?.guests.clone();
+    let guests = app.looks.look().await?.guests.clone();
     Ok(Json(GuestList { guests }))
 }
 
@@ -46,7 +45,7 @@ pub async fn get_guest(
     State(app): State<Arc<App>>,
     Name(name): Name<VmName>,
 ) -> Result<Json<Status>, Problem> {
-    match app.ask(&name, Request::Status {}).await? {
+    match app.asks.ask(&name, Request::Status {}).await? {
         Reply::Status(status) => Ok(Json(*status)),
         other => Err(Problem::unexpected(&other)),
     }
@@ -60,7 +59,7 @@ pub async fn pause_guest(
     Name(name): Name<VmName>,
     _: NoBody,
 ) -> Result<StatusCode, Problem> {
-    app.tell(&name, Request::Pause {}).await?;
+    app.asks.tell(&name, Request::Pause {}).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -72,7 +71,7 @@ pub async fn resume_guest(
     Name(name): Name<VmName>,
     _: NoBody,
 ) -> Result<StatusCode, Problem> {
-    app.tell(&name, Request::Resume {}).await?;
+    app.asks.tell(&name, Request::Resume {}).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -84,7 +83,7 @@ pub async fn reset_guest(
     Name(name): Name<VmName>,
     _: NoBody,
 ) -> Result<StatusCode, Problem> {
-    app.tell(&name, Request::Reset {}).await?;
+    app.asks.tell(&name, Request::Reset {}).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -96,7 +95,7 @@ pub async fn press_power_button(
     Name(name): Name<VmName>,
     _: NoBody,
 ) -> Result<StatusCode, Problem> {
-    app.tell(&name, Request::PowerButton {}).await?;
+    app.asks.tell(&name, Request::PowerButton {}).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -127,8 +126,7 @@ pub async fn end_guest(
     Options(EndOptions { force }): Options<EndOptions>,
     _: NoBody,
 ) -> Result<Response, Problem> {
-    let (root, sought) = (app.root.clone(), name.clone());
-    let vm = app.asks.block(move || guest(&root, &sought)).await?;
+    let vm = app.asks.guest(&name).await?;
     let root = app.root.clone();
     let job = app.jobs.start(&name, "end", GivingUp::Never, move |job| {
         let killed = if force {

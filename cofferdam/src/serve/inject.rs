@@ -88,7 +88,7 @@ pub async fn inject_fault(
         module: module.clone(),
         function: spec.function.clone(),
     };
-    let Reply::Instructions { instructions } = app.ask(&name, request).await? else {
+    let Reply::Instructions { instructions } = app.asks.ask(&name, request).await? else {
         return Err(Problem::unexpected(&"no instructions"));
     };
     let place = spec.place.unwrap_or(Place::First);
@@ -108,7 +108,7 @@ pub async fn inject_fault(
         every: spec.every,
         times: spec.times,
     };
-    app.tell(&name, request).await?;
+    app.asks.tell(&name, request).await?;
     Ok(Json(OrderedFault {
         function: spec.function,
         offset,

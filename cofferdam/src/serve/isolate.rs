@@ -217,7 +217,7 @@ pub async fn list_violations(
         all,
         reports,
         ..
-    } = app.ask(&name, request).await?
+    } = app.asks.ask(&name, request).await?
     else {
         return Err(Problem::unexpected(&"no violations"));
     };
@@ -249,7 +249,11 @@ pub async fn get_faults(
     State(app): State<Arc<App>>,
     Names(name, module): Names<VmName, ModuleName>,
 ) -> Result<Json<FaultsState>, Problem> {
-    faults(app.ask(&name, Request::Faults { module: module.0 }).await?)
+    faults(
+        app.asks
+            .ask(&name, Request::Faults { module: module.0 })
+            .await?,
+    )
 }
 
 /// Take back what is not used up of the faults of a module.
@@ -261,7 +265,8 @@ pub async fn undo_faults(
     _: NoBody,
 ) -> Result<Json<FaultsState>, Problem> {
     faults(
-        app.ask(&name, Request::UndoFaults { module: module.0 })
+        app.asks
+            .ask(&name, Request::UndoFaults { module: module.0 })
             .await?,
     )
 }

@@ -17,12 +17,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
-use super::app::App;
-use super::ask::guest;
 use super::extract::{Name, NoBody};
 use super::problem::{Code, Problem};
-use crate::control::client::{ANSWER_TIME, ControlClient};
-use crate::control::protocol::{Reply, Request};
 use crate::options::VmName;
 
 /// Jobs under way at one time.
@@ -42,8 +38,8 @@ const MAX_PROGRESS: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// All jobs, oldest first.
-#[derive(Debug, Default)]
-pub struct Jobs(Mutex<VecDeque<Arc<Job>>>);
+#[derive(Debug, Clone, Default)]
+pub struct Jobs(Arc<Mutex<VecDeque<Arc<Job>>>>);
 
 /// One of them.
 #[derive(Debug)]
@@ -124,7 +120,7 @@ impl Job {
     }
 
     /// Says what closing ends the job. It is closed at once if the job was given up before.
-    fn is_done_over(&self, connection: UnixStream) {
+    pub fn is_done_over(&self, connection: UnixStream) {
         let mut giving_up = self.giving_up();
         if self.state.borrow().cancelled {
             // It fails where the other side has closed it.
@@ -280,54 +276,6 @@ fn random_id() -> Result<String, Problem> {
     Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
 }
 
-impl App {
-    /// Asks the guest `name` for something that may take long; `result` makes of the reply what is
-    /// shown.
-    pub async fn ask_long(
-        &self,
-        name: &VmName,
-        what: &'static str,
-        request: Request,
-        result: impl FnOnce(Reply) -> Result<Value, Problem> + Send + 'static,
-    ) -> Result<Arc<Job>, Problem> {
-        self.ask_at_length(name, what, move |mut guest| result(guest.ask(&request)?))
-            .await
-    }
-
-    /// The same for `work` that asks more than once.
-    pub async fn ask_at_length(
-        &self,
-        name: &VmName,
-        what: &'static str,
-        work: impl FnOnce(Asking<'_>) -> Result<Value, Problem> + Send + 'static,
-    ) -> Result<Arc<Job>, Problem> {
-        let (root, sought) = (self.root.clone(), name.clone());
-        // Who is not there is said at once.
-        let vm = self.asks.block(move || guest(&root, &sought)).await?;
-        let giving_up = GivingUp::Closing(None);
-        self.jobs.start(name, what, giving_up, move |job| {
-            let client = ControlClient::to(&vm, ANSWER_TIME)?;
-            job.is_done_over(client.stream().map_err(anyhow::Error::from)?);
-            work(Asking { client, job })
-        })
-    }
-}
-
-/// The guest of a job, which is asked.
-pub struct Asking<'a> {
-    client: ControlClient,
-    job: &'a Job,
-}
-
-impl Asking<'_> {
-    /// Asks for something, and tells the job what is done meanwhile.
-    pub fn ask(&mut self, request: &Request) -> Result<Reply, Problem> {
-        let job = self.job;
-        let mut tell = |what: &str| job.tell(what);
-        Ok(self.client.ask_and_watch(request, &mut tell)?)
-    }
-}
-
 /// A value as it is shown in a job.
 pub fn shown(value: impl Serialize) -> Result<Value, Problem> {
     serde_json::to_value(value).map_err(|error| Problem::new(Code::Internal, error.to_string()))
@@ -335,8 +283,8 @@ pub fn shown(value: impl Serialize) -> Result<Value, Problem> {
 
 /// List the jobs: those under way, and the last that have ended.
 #[utoipa::path(get, path = "/v1/jobs", tag = "jobs", responses((status = 200, body = JobList)))]
-pub async fn list_jobs(State(app): State<Arc<App>>) -> Json<JobList> {
-    let jobs = app.jobs.all().iter().map(|job| job.view()).collect();
+pub async fn list_jobs(State(jobs): State<Jobs>) -> Json<JobList> {
+    let jobs = jobs.all().iter().map(|job| job.view()).collect();
     Json(JobList { jobs })
 }
 
@@ -344,21 +292,21 @@ pub async fn list_jobs(State(app): State<Arc<App>>) -> Json<JobList> {
 #[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
     responses((status = 200, body = JobView)))]
 pub async fn get_job(
-    State(app): State<Arc<App>>,
+    State(jobs): State<Jobs>,
     Name(id): Name<String>,
 ) -> Result<Json<JobView>, Problem> {
-    Ok(Json(app.jobs.find(&id)?.view()))
+    Ok(Json(jobs.find(&id)?.view()))
 }
 
 /// Give a job up that is under way. What was done of it is undone by the guest's process.
 #[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
     responses((status = 202, body = JobView)))]
 pub async fn cancel_job(
-    State(app): State<Arc<App>>,
+    State(jobs): State<Jobs>,
     Name(id): Name<String>,
     _: NoBody,
 ) -> Result<Response, Problem> {
-    let job = app.jobs.find(&id)?;
+    let job = jobs.find(&id)?;
     if job.has_ended() {
         return Err(Problem::new(Code::Refused, "the job has ended already"));
     }

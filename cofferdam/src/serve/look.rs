@@ -6,7 +6,6 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::app::App;
 use super::problem::{Code, Problem};
 use crate::control::listed::{self, Listed};
 use crate::control::protocol::Status;
@@ -26,15 +25,26 @@ pub struct Look {
     pub devices: Vec<Listed<HostStatus>>,
 }
 
-/// The last look and when it began.
-#[derive(Debug, Default)]
-pub struct Looks(Mutex<Option<(Instant, Arc<Look>)>>);
+/// Looks at what runs in one place: the last one, and when it began.
+#[derive(Debug)]
+pub struct Looks {
+    root: RuntimeRoot,
+    last: Mutex<Option<(Instant, Arc<Look>)>>,
+}
 
-impl App {
+impl Looks {
+    /// At what runs in `root`.
+    pub fn new(root: RuntimeRoot) -> Self {
+        Self {
+            root,
+            last: Mutex::default(),
+        }
+    }
+
     /// Looks at everything. What comes back was not seen before this was called.
     pub async fn look(&self) -> Result<Arc<Look>, Problem> {
         let called = Instant::now();
-        let mut last = self.looks.0.lock().await;
+        let mut last = self.last.lock().await;
         // Several that waited for one look share the next.
         if let Some((begun, look)) = &*last
             && *begun >= called

@@ -92,7 +92,7 @@ pub async fn list_marks(
     State(app): State<Arc<App>>,
     Name(name): Name<VmName>,
 ) -> Result<Json<MarkList>, Problem> {
-    list(app.ask(&name, Request::Marks {}).await?)
+    list(app.asks.ask(&name, Request::Marks {}).await?)
 }
 
 /// Set a mark where a guest is.
@@ -123,12 +123,16 @@ pub async fn forget_mark(
     Names(name, mark): Names<VmName, MarkName>,
     _: NoBody,
 ) -> Result<Json<MarkList>, Problem> {
-    let Json(MarkList { marks }) = list(app.ask(&name, Request::Marks {}).await?)?;
+    let Json(MarkList { marks }) = list(app.asks.ask(&name, Request::Marks {}).await?)?;
     if !marks.iter().any(|other| other.name == mark.0) {
         let detail = format!("{name} has no mark {}", mark.0);
         return Err(Problem::new(Code::NoSuchMark, detail));
     }
-    list(app.ask(&name, Request::ForgetMark { name: mark.0 }).await?)
+    list(
+        app.asks
+            .ask(&name, Request::ForgetMark { name: mark.0 })
+            .await?,
+    )
 }
 
 /// Take a guest back to a mark, in place and at once.

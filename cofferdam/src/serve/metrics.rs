@@ -74,7 +74,7 @@ struct OfDevice {
 #[utoipa::path(get, path = "/metrics", tag = "service",
     responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
 pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    let look = app.look().await?;
+    let look = app.looks.look().await?;
     let text = text(&look, own_rss_bytes())
         .map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
     Ok(([(CONTENT_TYPE, CONTENT)], text).into_response())

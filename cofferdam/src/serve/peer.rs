@@ -18,7 +18,7 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use tokio::net::UnixStream;
 
-use super::access::Role;
+use super::role::Role;
 
 /// Most groups of a process (`NGROUPS_MAX` of linux/limits.h).
 const MAX_GROUPS: usize = 65536;

@@ -15,7 +15,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest, Sha256};
 
-use super::access::Role;
+use super::role::Role;
 
 /// Longest file of tokens, in bytes.
 const MAX_FILE_BYTES: u64 = 64 << 10;

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::app::App;
+use super::asked_at_length::Asking;
 use super::extract::{Body, ModuleName, Names};
 use super::jobs::{JobView, shown};
 use super::problem::{Code, Problem};
@@ -54,7 +55,7 @@ pub async fn upgrade_module(
         let detail = format!("limit_s is 1 to {MAX_SECONDS}");
         return Err(Problem::new(Code::WrongValues, detail));
     }
-    let work = move |mut guest: super::jobs::Asking<'_>| {
+    let work = move |mut guest: Asking<'_>| {
         let file = read(Path::new(&spec.file), &module)
             .map_err(|error| Problem::new(Code::WrongValues, one_line(&error)))?;
         let request = Request::Upgrade {

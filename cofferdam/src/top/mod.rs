@@ -32,9 +32,9 @@ use anyhow::{Context, bail};
 use devices::clock::monotonic_ns;
 use ratatui::crossterm::event::{self, Event};
 
-use crate::run::Ending;
-use crate::run::signals::{Asked, Signals, stop_process};
+use crate::ending::Ending;
 use crate::runtime_dir::RuntimeRoot;
+use crate::signals::{Asked, Signals, stop_process};
 use input::Ui;
 use model::Model;
 use poll::Told;

@@ -21,8 +21,8 @@ use crate::bench::child;
 use crate::control::client::ControlClient;
 use crate::options::VmName;
 use crate::process::{Process, State};
-use crate::run::signals::{Asked, Signals, stop_process};
 use crate::runtime_dir::{ROOT_VARIABLE, RuntimeRoot, VmPaths};
+use crate::signals::{Asked, Signals, stop_process};
 use crate::top::text::clean;
 
 /// How long a guest may take to boot: a minute and more where a processor is emulated.

@@ -147,7 +147,7 @@ pub struct E1000 {
     link_held: bool,
     /// The PHY's link went while it was held.
     link_missed: bool,
-    /// The host has pulled the cable, see [`PciFunction::set_cable`].
+    /// The host has pulled the cable, see [`E1000::set_cable`].
     cable_pulled: bool,
     kick_fd: EventFd,
     /// A kick is on its way.
@@ -231,6 +231,13 @@ impl E1000 {
     /// runs keeps the one that it has read until it is given another one.
     pub fn set_address(&mut self, mac: [u8; 6]) {
         self.eeprom.set_ethernet_address(mac);
+    }
+
+    /// Pulls the network cable, or plugs it in again, whatever is at its other end.
+    pub fn set_cable(&mut self, plugged: bool) {
+        self.cable_pulled = !plugged;
+        self.update_link();
+        self.settle();
     }
 
     /// Whether the controller may use the bus: bus mastering enabled, not in a sleep state.
@@ -405,12 +412,5 @@ impl PciFunction for E1000 {
 
     fn restore(&mut self, state: &Part) -> Result<(), StateError> {
         self.restore_part(state)
-    }
-
-    fn set_cable(&mut self, plugged: bool) -> bool {
-        self.cable_pulled = !plugged;
-        self.update_link();
-        self.settle();
-        true
     }
 }

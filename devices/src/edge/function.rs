@@ -86,14 +86,6 @@ pub struct AtEdge<'a> {
 }
 
 impl AtEdge<'_> {
-    /// Tells the function of its link, if that has changed.
-    fn tell_link(&mut self) {
-        let news = self.edge.state().cable.news();
-        if let Some(plugged) = news {
-            self.function.set_cable(plugged);
-        }
-    }
-
     fn is_removed(&self) -> bool {
         self.edge.is_armed() && self.edge.state().presence == Presence::Removed
     }
@@ -127,7 +119,6 @@ impl PciFunction for AtEdge<'_> {
             return;
         }
         self.edge.load(&mut self.function, (bar, offset), data);
-        self.tell_link();
     }
 
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
@@ -136,7 +127,6 @@ impl PciFunction for AtEdge<'_> {
             return;
         }
         self.edge.store(&mut self.function, (bar, offset), data);
-        self.tell_link();
     }
 
     fn reset(&mut self) {
@@ -151,9 +141,5 @@ impl PciFunction for AtEdge<'_> {
     fn restore(&mut self, state: &Part) -> Result<(), StateError> {
         self.edge.state().forget_on_the_way();
         self.function.restore(state)
-    }
-
-    fn set_cable(&mut self, plugged: bool) -> bool {
-        self.function.set_cable(plugged)
     }
 }

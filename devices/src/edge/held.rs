@@ -43,8 +43,10 @@ impl Holdable for HoldableAtEdge {
         if !self.edge.is_armed() {
             return self.device.hold(with);
         }
-        let function = || self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        let ranges = function().decoded();
+        let ranges = {
+            let function = self.function.lock();
+            function.unwrap_or_else(PoisonError::into_inner).decoded()
+        };
         let held = self.device.hold(&mut |device| {
             with(&mut HeldAtEdge {
                 edge: &self.edge,
@@ -52,10 +54,7 @@ impl Holdable for HoldableAtEdge {
                 ranges: &ranges,
             });
         });
-        let news = self.edge.state().cable.news();
-        if let Some(plugged) = news {
-            function().set_cable(plugged);
-        }
+        self.edge.tell_link();
         held
     }
 }

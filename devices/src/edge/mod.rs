@@ -27,7 +27,8 @@
 //! - What the guest does in one access of more than 8 bytes: the bus hands on at most 8.
 //!
 //! Lock order: the function, then the edge, then a line. The edge is not locked while the function
-//! is called.
+//! is called. A card's link is told with neither locked ([`Edge::tell_link`]): pulling a cable is
+//! no access, and who can do it is the card's business ([`SetCable`]).
 
 mod fault;
 mod function;
@@ -41,7 +42,7 @@ mod state;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::fault::Fault;
 use self::function::Registers;
@@ -57,6 +58,11 @@ pub use self::sequence::Sequence;
 /// Most faults at one edge.
 pub const MAX_FAULTS: usize = 16;
 
+/// Pulls the network cable of a card, or plugs it in again, whatever is at its other end: the link
+/// goes and comes as such a link does. It is in until told otherwise, and no part of the card's
+/// state. Not to be called with the card's function locked.
+pub type SetCable = Arc<dyn Fn(bool) + Send + Sync>;
+
 /// See the module.
 #[derive(Default)]
 pub struct Edge {
@@ -65,6 +71,9 @@ pub struct Edge {
     /// The function's interrupts go to the guest by descriptors.
     unseen: AtomicBool,
     state: Mutex<State>,
+    /// How the function's link goes, if it has one. Locked while it is told, so that it is told in
+    /// the order in which it goes.
+    cable: Mutex<Option<SetCable>>,
 }
 
 impl std::fmt::Debug for Edge {
@@ -85,6 +94,29 @@ impl Edge {
         }
     }
 
+    /// The function has a link, which goes and comes by `cable`.
+    pub fn has_link(&self, cable: SetCable) {
+        *self.cable() = Some(cable);
+    }
+
+    /// An access to the function's registers is over, and the function not locked any more.
+    pub fn accessed(&self) {
+        if self.is_armed() {
+            self.tell_link();
+        }
+    }
+
+    /// Tells the card of its link, if that has changed. To be called behind [`Edge::disarm`], when
+    /// the function is not locked any more.
+    pub fn tell_link(&self) {
+        let cable = self.cable();
+        let Some(set_cable) = &*cable else { return };
+        let news = self.state().cable.news();
+        if let Some(plugged) = news {
+            set_cable(plugged);
+        }
+    }
+
     /// Arms a fault. `function` is the one that this is the edge of.
     ///
     /// # Errors
@@ -92,23 +124,19 @@ impl Edge {
     pub fn arm(
         &self,
         order: EdgeOrder,
-        function: &mut dyn PciFunction,
+        _function: &mut dyn PciFunction,
     ) -> Result<EdgeStatus, OrderError> {
         order.check()?;
         if order.kind.needs_interrupts() && self.unseen.load(Ordering::Relaxed) {
             return Err(OrderError::InterruptsUnseen(order.kind));
         }
+        let has_link = self.cable().is_some();
         let mut state = self.state();
         if state.faults.len() >= MAX_FAULTS {
             return Err(OrderError::TooMany(state.faults.len()));
         }
-        if order.kind == EdgeKind::LinkFlap {
-            drop(state);
-            // It is in: this asks whether there is one.
-            if !function.set_cable(true) {
-                return Err(OrderError::NoLink);
-            }
-            state = self.state();
+        if order.kind == EdgeKind::LinkFlap && !has_link {
+            return Err(OrderError::NoLink);
         }
         state.last_number += 1;
         let fault = Fault::new(state.last_number, order);
@@ -119,23 +147,20 @@ impl Edge {
         Ok(status)
     }
 
-    /// Takes fault number `number` back, or all of them. What they held up arrives: stores,
-    /// interrupts, the link. Gives those that were taken back, with their last counters.
+    /// Takes fault number `number` back, or all of them. What they held up arrives: stores and
+    /// interrupts now, the link with [`Edge::tell_link`]. Gives those that were taken back, with
+    /// their last counters.
     pub fn disarm(&self, number: Option<u64>, function: &mut dyn PciFunction) -> Vec<EdgeStatus> {
         let mut state = self.state();
         let is_it = |fault: &mut Fault| number.is_none_or(|it| fault.status().number == it);
         let gone: Vec<_> = state.faults.extract_if(.., is_it).collect();
         let late = state.settle();
-        let news = state.cable.news();
         if state.faults.is_empty() {
             self.armed.store(false, Ordering::Relaxed);
         }
         drop(state);
         let mut function = function;
         function.store_all(late);
-        if let Some(plugged) = news {
-            function.set_cable(plugged);
-        }
         gone.iter().map(|fault| fault.status().clone()).collect()
     }
 
@@ -153,6 +178,10 @@ impl Edge {
 
     fn set_interrupts_unseen(&self) {
         self.unseen.store(true, Ordering::Relaxed);
+    }
+
+    fn cable(&self) -> MutexGuard<'_, Option<SetCable>> {
+        self.cable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

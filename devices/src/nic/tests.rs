@@ -42,6 +42,7 @@ fn every_model_is_found_by_its_name_and_is_an_ethernet_function() {
         let mut class = [0; 2];
         nic.function.lock().unwrap().config_read(0x0a, &mut class);
         assert_eq!(class, [0x00, 0x02], "{}", model.name);
+        assert!(nic.set_cable.is_some(), "{} has a cable", model.name);
     }
     assert!(NicModel::from_name("ne2000").is_none());
 }

@@ -348,12 +348,16 @@ impl BusDevice for BarWindow {
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
         let mut seen = self.edge.around(&mut *function);
         seen.bar_read(self.bar, offset, data);
+        drop(function);
+        self.edge.accessed();
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
         let mut seen = self.edge.around(&mut *function);
         seen.bar_write(self.bar, offset, data);
+        drop(function);
+        self.edge.accessed();
     }
 }
 

@@ -85,11 +85,4 @@ pub trait PciFunction: Send {
     fn restore(&mut self, _state: &Part) -> Result<(), StateError> {
         Err(StateError::Kept)
     }
-
-    /// Pulls the function's network cable, or plugs it in again, whatever is at its other end: the
-    /// link goes and comes as such a link does. It is in until told otherwise, and no part of the
-    /// function's state. Says whether it has one.
-    fn set_cable(&mut self, _plugged: bool) -> bool {
-        false
-    }
 }

@@ -9,7 +9,6 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use super::address::PciAddress;
-use super::error::VfioError;
 
 /// The driver that gives functions away.
 pub const DRIVER: &str = "vfio-pci";
@@ -153,24 +152,6 @@ impl Sysfs {
             .collect();
         others.sort();
         others
-    }
-
-    /// Why the group of `address` cannot be used: others of it are the host's.
-    pub(super) fn not_viable(&self, address: PciAddress, group: u32) -> VfioError {
-        let others = self.others_of_group(group, address);
-        let others: Vec<_> = others
-            .iter()
-            .map(|(other, driver)| format!("{other} ({driver})"))
-            .collect();
-        VfioError::NotViable {
-            address,
-            group,
-            // Their driver may just have let go of them.
-            others: match others.is_empty() {
-                true => "another function".to_owned(),
-                false => others.join(", "),
-            },
-        }
     }
 
     /// Gives the function to `vfio-pci`. One that is in use is refused unless `force` is given.

@@ -78,7 +78,8 @@ impl VfioDevice {
         let group = open_group(address, group_number)?;
         let flags = sys::group_flags(&group).map_err(VfioError::host("look at an IOMMU group"))?;
         if flags & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
-            return Err(sysfs.not_viable(address, group_number));
+            let others = sysfs.others_of_group(group_number, address);
+            return Err(VfioError::not_viable(address, group_number, &others));
         }
         sys::set_container(&group, &container)
             .map_err(VfioError::host("put an IOMMU group into a container"))?;

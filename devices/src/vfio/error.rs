@@ -88,6 +88,24 @@ pub enum VfioError {
 }
 
 impl VfioError {
+    /// The group of `address` cannot be used: of `others` in it, each with its driver, the host has
+    /// drivers.
+    pub(super) fn not_viable(address: PciAddress, group: u32, others: &[(String, String)]) -> Self {
+        let others: Vec<_> = others
+            .iter()
+            .map(|(other, driver)| format!("{other} ({driver})"))
+            .collect();
+        Self::NotViable {
+            address,
+            group,
+            // Their driver may just have let go of them.
+            others: match others.is_empty() {
+                true => "another function".to_owned(),
+                false => others.join(", "),
+            },
+        }
+    }
+
     /// Makes a [`VfioError::Host`].
     pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Host { what, source }

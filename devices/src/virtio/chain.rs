@@ -4,7 +4,7 @@ use crate::dma::GuestMemory;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::QueueError;
+use super::queue_error::QueueError;
 
 /// Buffers in one chain: more than any driver uses, few enough to keep.
 const MAX_BUFFERS: usize = 1024;

@@ -17,6 +17,7 @@ pub mod console;
 mod history_tests;
 pub mod net;
 pub mod pci;
+mod queue_error;
 mod queues;
 #[cfg(test)]
 mod testing;
@@ -26,7 +27,8 @@ use event_manager::{EventOps, Events};
 use crate::state::{Part, StateError};
 
 pub use self::chain::Chain;
-pub use self::queues::{QueueError, Queues};
+pub use self::queue_error::QueueError;
+pub use self::queues::Queues;
 
 /// What the transport must know to present a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,11 +90,6 @@ pub trait VirtioDevice: Send {
 
     /// The driver put buffers into `queue`.
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<(), DeviceError>;
-
-    /// As [`crate::pci::PciFunction::set_cable`].
-    fn set_cable(&mut self, _plugged: bool, _queues: &mut Queues<'_>) -> bool {
-        false
-    }
 
     /// Registers the descriptors it needs with the event loop.
     fn watch(&mut self, ops: &mut EventOps<'_>);

@@ -7,6 +7,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Chain;
+use super::queue_error::QueueError;
 
 /// Vector of a queue or of configuration changes that has none (section 4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xffff;
@@ -20,28 +21,6 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// Flags and index before the elements of the used ring, and one element (section 2.7.8).
 const USED_HEADER_BYTES: u64 = 4;
 const USED_ELEMENT_BYTES: u64 = 8;
-
-/// What is wrong with a ring.
-#[derive(Debug, thiserror::Error)]
-pub enum QueueError {
-    /// Indices or addresses of the ring itself.
-    #[error("queue {queue}: {source}")]
-    Ring {
-        /// Which queue.
-        queue: u16,
-        /// What is wrong with it.
-        source: virtio_queue::Error,
-    },
-    /// A loop, too many buffers, or a descriptor that is not there.
-    #[error("a descriptor chain has no end")]
-    Endless,
-    /// A buffer to read comes after one to write.
-    #[error("a descriptor chain has a readable buffer behind a writable one")]
-    Order,
-    /// A buffer is outside guest memory.
-    #[error("a buffer is outside guest memory")]
-    Unreachable,
-}
 
 /// A queue and its vector.
 pub(super) struct Virtqueue {

@@ -1,5 +1,5 @@
-//! Replies of every kind that are wrong in their heads, sizes, contents and descriptors: what becomes
-//! of a client that gets one.
+//! Replies of every kind that are wrong in their heads, sizes, contents and descriptors: what
+//! becomes of a client that gets one.
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -29,8 +29,8 @@ const ASKED: [Command; 13] = [
 ];
 
 /// What becomes of a client that asks `command` of a server which answers it once with what
-/// `strange` does, and everything else well. It is over in bounded time; a client that says that its
-/// connection has ended says so from then on.
+/// `strange` does, and everything else well. It is over in bounded time; a client that says that
+/// its connection has ended says so from then on.
 fn asked(
     command: Command,
     limits: Limits,

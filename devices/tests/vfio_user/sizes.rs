@@ -1,5 +1,5 @@
-//! Messages of every kind that are cut short, too long, or have sizes and flags that are none: what a
-//! server makes of them.
+//! Messages of every kind that are cut short, too long, or have sizes and flags that are none: what
+//! a server makes of them.
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -8,17 +8,8 @@ use std::collections::BTreeMap;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
+use super::facts;
 use super::image::{Applied, Function, Ko, Place, Relocation};
-
-/// Functions of the kernel that do not return.
-pub(crate) const NO_RETURN: &[&str] = &[
-    "__stack_chk_fail",
-    "panic",
-    "fortify_panic",
-    "__fortify_panic",
-    "do_exit",
-    "make_task_dead",
-];
 
 /// What is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -313,7 +304,9 @@ fn goes(
     let returns = import.is_some_and(|name| name.ends_with("_return_thunk"));
     match i.flow_control() {
         FlowControl::Next => Goes::Next,
-        FlowControl::Call if import.is_some_and(|name| NO_RETURN.contains(&name)) => Goes::Stop,
+        FlowControl::Call if import.is_some_and(|name| facts::LINUX.no_return.contains(&name)) => {
+            Goes::Stop
+        }
         FlowControl::Call => Goes::Call(callee),
         FlowControl::UnconditionalBranch if returns => Goes::Return,
         FlowControl::UnconditionalBranch => inner.map_or(Goes::TailCall(callee), Goes::Jump),

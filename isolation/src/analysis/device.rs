@@ -143,9 +143,7 @@ fn length(ko: &Ko<'_>, flow: &Flow<'_>, state: &State, goes: Goes, i: &Instructi
     let value = match goes {
         Goes::Call(Callee::Import(import)) | Goes::TailCall(Callee::Import(import)) => {
             let name = ko.imports.get(import).copied()?;
-            let (_, argument) = facts::TAKES_LENGTH
-                .iter()
-                .find(|(takes, _)| *takes == name)?;
+            let argument = facts::LINUX.takes_length.get(name)?;
             flow.register(state, *ARGUMENTS.get(*argument)?)
         }
         _ if i.has_rep_prefix() && i.is_string_instruction() => flow.register(state, Register::RCX),

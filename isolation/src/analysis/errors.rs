@@ -27,7 +27,7 @@ pub fn ignored<'a>(
             _ => None,
         });
     let matter: Vec<(usize, &str)> = calls
-        .filter(|(_, name)| facts::ERRORS_MATTER.contains(name))
+        .filter(|(_, name)| facts::LINUX.errors_matter.contains(name))
         .collect();
     if matter.is_empty() {
         return matter;

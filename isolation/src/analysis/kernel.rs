@@ -111,7 +111,7 @@ impl Kernel {
     /// Whether the function of this name waits; `None` if it is not the kernel's, or is not known.
     /// The model is believed where it says that it does not.
     pub fn sleeps(&self, name: &str) -> Option<Sleeps> {
-        if facts::SLEEPS.contains(&name) {
+        if facts::LINUX.sleeps.contains(&name) {
             return Some(Sleeps::Yes);
         }
         if is_processor_helper(name) {
@@ -214,7 +214,7 @@ impl<'a> Text<'a> {
             let named = self
                 .exports
                 .iter()
-                .filter(|(_, names)| names.iter().any(|name| facts::SLEEPS.contains(name)));
+                .filter(|(_, names)| names.iter().any(|name| facts::LINUX.sleeps.contains(name)));
             named.map(|(at, _)| *at)
         };
         let always = spread(&shapes, seeds().collect(), |shape, sleeping| {

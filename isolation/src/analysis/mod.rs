@@ -202,9 +202,9 @@ fn buses(ko: &Ko<'_>) -> Vec<String> {
 fn reaches_registers(ko: &Ko<'_>, codes: &[Code]) -> bool {
     use iced_x86::Mnemonic::{In, Insb, Insd, Insw, Out, Outsb, Outsd, Outsw};
     let known = |name: &&str| {
-        facts::MAPS_REGISTERS.contains(name)
-            || facts::MAPS_ARRAYS.contains(name)
-            || facts::READS_REGISTER.iter().any(|(reads, _)| reads == name)
+        facts::LINUX.maps_registers.contains(name)
+            || facts::LINUX.maps_arrays.contains(name)
+            || facts::LINUX.reads_register.contains_key(name)
     };
     let ports = |mnemonic| {
         matches!(

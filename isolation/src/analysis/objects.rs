@@ -120,7 +120,7 @@ impl<'t> Objects<'t> {
             if offset < bytes {
                 return Some((id, offset));
             }
-            let area = Rules::LINUX
+            let area = Rules::linux()
                 .private_areas
                 .iter()
                 .find(|area| area.behind == self.types.name(id))?;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::facts::{DRIVER_SUFFIX, RESUMES, SUSPENDS};
+use super::facts::{self, DRIVER_SUFFIX};
 use super::image::Ko;
 use super::operations::{Operations, PointsAt};
 
@@ -76,8 +76,8 @@ pub fn drivers(ko: &Ko<'_>, operations: &[Operations]) -> Vec<Driver> {
                 .get(driver.object)
                 .map_or("", |object| object.name)
                 .to_owned(),
-            suspend: find(SUSPENDS).or_else(|| of_others.clone()),
-            resume: find(RESUMES).or(of_others),
+            suspend: find(&facts::LINUX.suspends).or_else(|| of_others.clone()),
+            resume: find(&facts::LINUX.resumes).or(of_others),
         })
     });
     drivers.collect()

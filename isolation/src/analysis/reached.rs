@@ -184,11 +184,6 @@ impl<'k> Calls<'k> {
             .collect()
     }
 
-    /// How often each import is called, by index.
-    pub fn import_names(&self) -> impl Iterator<Item = &str> {
-        self.imports.iter().copied()
-    }
-
     fn import(&self, import: usize) -> &str {
         self.imports.get(import).copied().unwrap_or_default()
     }
@@ -196,10 +191,7 @@ impl<'k> Calls<'k> {
 
 /// Whether this call waits: an allocator does only if it is asked to.
 fn call_sleeps(kernel: &Kernel, code: &Code, at: usize, name: &str) -> Option<Sleeps> {
-    let flags = facts::ALLOCATORS
-        .iter()
-        .find(|(allocator, _)| *allocator == name);
-    let Some((_, argument)) = flags else {
+    let Some(argument) = facts::LINUX.allocators.get(name) else {
         return kernel.sleeps(name);
     };
     match constant_argument(code, at, *argument) {

@@ -22,7 +22,7 @@ use kvm_ioctls::Kvm;
 use vmm::PausedVcpus;
 
 use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
-use super::kernel_functions::{WAITS_FOR_OTHERS, WaitsForOthers, lacking};
+use super::kernel_functions::{LINUX, WaitsForOthers, lacking};
 use super::live;
 use super::plan::Plan;
 use super::removal::{PlannedWatch, RemovalWatch};
@@ -445,7 +445,7 @@ fn make_domain(
     })?;
     prepare(&mut domain, plan)?;
     if let Some(types) = &request.types {
-        for waits in WAITS_FOR_OTHERS {
+        for waits in &LINUX.waits_for_others {
             if let Some(waiting) = waiting(waits, &request.symbols, types) {
                 domain.wait_in_guest(&waiting)?;
             }

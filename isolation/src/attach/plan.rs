@@ -7,9 +7,7 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
-use super::kernel_functions::{
-    CONSOLE, COPIES, FATAL, FPU_QUESTIONS, GUEST_ONLY, KernelFunction, MODEST, SLEEPS, YIELDS,
-};
+use super::kernel_functions::{LINUX, Names};
 use crate::domain::console::Console;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{GateSite, NoGate};
@@ -146,10 +144,13 @@ impl Plan {
             })
         });
         let guards = guards.collect();
-        let (copies, modest) = (extents(COPIES, symbols), extents(MODEST, symbols));
+        let (copies, modest) = (
+            extents(&LINUX.copies, symbols),
+            extents(&LINUX.modest, symbols),
+        );
         let text_sections = layout.sections.iter().filter(|section| section.is_text());
         let text_pages = text_sections.flat_map(|section| section.range.pages());
-        let kernel = |functions| addresses(functions, symbols);
+        let kernel = |lists: [&[Names]; 2]| addresses(&lists, symbols);
         Ok(Self {
             gates,
             guards,
@@ -158,14 +159,11 @@ impl Plan {
             text_pages: pages(&mut text_pages.map(|page| page.0)),
             common_pages: common_pages(symbols, &[&copies, &modest]),
             modest: modest.into_keys().collect(),
-            guest_only: kernel(GUEST_ONLY),
+            guest_only: kernel([&LINUX.guest_only, &LINUX.guest_only_with_kvm]),
             sleeps: sleeps(symbols),
-            skipped: kernel(YIELDS)
-                .into_iter()
-                .chain(kernel(FPU_QUESTIONS))
-                .collect(),
+            skipped: kernel([&LINUX.yields, &LINUX.fpu_questions]),
             console: console(symbols),
-            fatal: kernel(FATAL),
+            fatal: kernel([&LINUX.fatal, &[]]),
         })
     }
 }
@@ -207,11 +205,11 @@ fn pages(addresses: &mut dyn Iterator<Item = u64>) -> Vec<Gva> {
     pages.into_iter().map(Gva).collect()
 }
 
-/// Where those of `functions` begin that this kernel has.
-fn addresses(functions: &[KernelFunction], symbols: &SymbolTable) -> Vec<Gva> {
+/// Where those of these functions begin that this kernel has.
+fn addresses(lists: &[&[Names]], symbols: &SymbolTable) -> Vec<Gva> {
+    let functions = lists.iter().copied().flatten();
     functions
-        .iter()
-        .flat_map(|function| function.names)
+        .flatten()
         .filter_map(|name| symbols.kernel_symbol(name))
         .map(|symbol| symbol.at)
         .collect()
@@ -219,7 +217,7 @@ fn addresses(functions: &[KernelFunction], symbols: &SymbolTable) -> Vec<Gva> {
 
 /// Kernel functions that wait, with the unit of their first argument.
 fn sleeps(symbols: &SymbolTable) -> Vec<(Gva, Duration)> {
-    let sleeps = SLEEPS.iter().filter_map(|(name, unit)| {
+    let sleeps = LINUX.sleeps.iter().filter_map(|(name, unit)| {
         let symbol = symbols.kernel_symbol(name)?;
         Some((symbol.at, Duration::from_micros(*unit)))
     });
@@ -227,8 +225,8 @@ fn sleeps(symbols: &SymbolTable) -> Vec<(Gva, Duration)> {
 }
 
 /// Those of `functions` that this kernel has, by where they begin.
-fn extents(functions: &[KernelFunction], symbols: &SymbolTable) -> BTreeMap<Gva, GvaRange> {
-    let names = functions.iter().flat_map(|function| function.names);
+fn extents(functions: &[Names], symbols: &SymbolTable) -> BTreeMap<Gva, GvaRange> {
+    let names = functions.iter().flatten();
     let found = names.filter_map(|name| symbols.kernel_symbol(name));
     let extent = |at| symbols.extent(at, GvaRange::new(at, LONGEST_COMMON)?);
     found
@@ -239,11 +237,12 @@ fn extents(functions: &[KernelFunction], symbols: &SymbolTable) -> BTreeMap<Gva,
 
 /// Where the kernel takes its console, if its function has room for what is put there.
 fn console(symbols: &SymbolTable) -> Option<Console> {
+    let console = &LINUX.console;
     let at = |name: &str| symbols.kernel_symbol(name).map(|symbol| symbol.at);
-    let take = at(CONSOLE.take)?;
+    let take = at(console.take)?;
     let room = GvaRange::new(take, Console::CODE_BYTES)?;
     let is_whole = symbols.extent(take, room) == Some(room);
-    let (writer, defer) = (at(CONSOLE.writer)?, at(CONSOLE.defer)?);
+    let (writer, defer) = (at(console.writer)?, at(console.defer)?);
     is_whole
         .then(|| Console::new(take.0, writer.0, defer.0))
         .flatten()

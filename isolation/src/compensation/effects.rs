@@ -242,6 +242,10 @@ mod tests {
 
     /// Most of it is one model that has something of each kind.
     #[test]
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one table of what is made of each name"
+    )]
     fn names_become_addresses_and_members_offsets() {
         let mut e = Encoder::new(None);
         let (int, word) = (e.int("int", 4, 1), e.int("unsigned long", 8, 0));

@@ -12,7 +12,7 @@
 use serde::Serialize;
 
 use super::addr::{Gva, GvaRange};
-pub use super::memory_model::{MemoryModel, UnknownMemoryModel};
+use super::memory_model::MemoryModel;
 use super::paging::VirtMemory;
 use super::per_cpu::PerCpu;
 use super::phys::GuestPhys;
@@ -112,7 +112,8 @@ impl<M: GuestPhys> FindAllocation for Allocations<'_, M> {
 }
 
 impl<'a, M> Allocations<'a, M> {
-    pub(super) fn new(model: &'a MemoryModel, virt: VirtMemory<'a, M>) -> Self {
+    /// What `model` says of the memory as it is now.
+    pub fn new(model: &'a MemoryModel, virt: VirtMemory<'a, M>) -> Self {
         Self {
             model,
             virt,

@@ -145,7 +145,7 @@ fn guest() -> TestGuest {
 
 fn find(guest: &TestGuest, at: u64) -> Option<(u64, u64, AllocationKind)> {
     let model = MemoryModel::new(&types(), &symbols(), &guest.virt()).unwrap();
-    let found = model.with(guest.virt()).allocation_at(Gva(at))?;
+    let found = Allocations::new(&model, guest.virt()).allocation_at(Gva(at))?;
     Some((found.range.first().0, found.range.len_bytes(), found.kind))
 }
 
@@ -209,7 +209,7 @@ fn pages_and_slabs_are_found_as_linux_6_12_marks_them() {
     put(25, 0xab00 | 3, u32::MAX);
     let model = MemoryModel::new(&types_of(true), &symbols(), &guest.virt()).unwrap();
     let find = |at: u64| {
-        let found = model.with(guest.virt()).allocation_at(Gva(at))?;
+        let found = Allocations::new(&model, guest.virt()).allocation_at(Gva(at))?;
         Some((found.range.first().0, found.range.len_bytes(), found.kind))
     };
     let at = |pfn: u64, offset: u64| DIRECT + (pfn << 12) + offset;
@@ -323,8 +323,8 @@ fn guest_with_free(of_slab: &[u64], of_cpu: Option<&[u64]>) -> TestGuest {
 /// Whether the object at `at` is one that was handed out between `before` and `now`.
 fn is_new(at: u64, before: &TestGuest, now: &TestGuest) -> bool {
     let model = MemoryModel::new(&types(), &symbols(), &now.virt()).unwrap();
-    let now = model.with(now.virt()).on_processor(PER_CPU);
-    let before = model.with(before.virt()).on_processor(PER_CPU);
+    let now = Allocations::new(&model, now.virt()).on_processor(PER_CPU);
+    let before = Allocations::new(&model, before.virt()).on_processor(PER_CPU);
     let found = now.allocation_at(Gva(at)).unwrap();
     assert_eq!((found.range.first().0, found.range.len_bytes()), (at, 176));
     now.is_new(&found, &before)
@@ -422,7 +422,7 @@ proptest! {
         }
         let model = MemoryModel::new(&types(), &symbols(), &guest.virt()).unwrap();
         for probe in probes {
-            if let Some(found) = model.with(guest.virt()).allocation_at(Gva(DIRECT + probe)) {
+            if let Some(found) = Allocations::new(&model, guest.virt()).allocation_at(Gva(DIRECT + probe)) {
                 prop_assert!(found.range.contains(Gva(DIRECT + probe)));
                 prop_assert!(found.range.len_bytes() <= 4096 << MAX_ORDER);
             }

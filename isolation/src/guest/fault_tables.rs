@@ -54,13 +54,6 @@ impl ExceptionEntry {
     pub fn kind(&self) -> u8 {
         self.data as u8
     }
-
-    /// Whether the handler is for accesses of user memory and nothing else: `EX_TYPE_UACCESS` (3),
-    /// `EX_TYPE_COPY` (4) and `EX_TYPE_UCOPY_LEN` (19) of
-    /// `arch/x86/include/asm/extable_fixup_types.h`.
-    pub fn is_user_access(&self) -> bool {
-        matches!(self.kind(), 3 | 4 | 19)
-    }
 }
 
 /// A `BUG` or `WARN`: a `ud2` that the kernel knows of.
@@ -253,15 +246,9 @@ mod tests {
         let mut tables = FaultTables::default();
         tables.add_exceptions(&guest.virt(), range(2)).unwrap();
         let found = tables.exception_at(Gva(text + 0x300)).unwrap();
-        assert_eq!(
-            (found.fixup, found.is_user_access()),
-            (Gva(text + 0x400), true)
-        );
+        assert_eq!((found.fixup, found.kind()), (Gva(text + 0x400), 3));
         let found = tables.exception_at(Gva(text + 0x100)).unwrap();
-        assert_eq!(
-            (found.fixup, found.is_user_access()),
-            (Gva(text + 0x200), false)
-        );
+        assert_eq!((found.fixup, found.kind()), (Gva(text + 0x200), 1));
         assert_eq!(tables.exception_at(Gva(text + 0x101)), None);
     }
 

@@ -1,8 +1,8 @@
 //! Where a kernel keeps what it knows about its memory: symbols, structures and their members.
 
 use super::addr::{Gva, GvaRange};
-use super::allocations::Allocations;
 use super::btf::{Btf, TypeId};
+use super::field::Field;
 use super::paging::VirtMemory;
 use super::per_cpu::{PageArray, PerCpuModel};
 use super::phys::GuestPhys;
@@ -36,33 +36,6 @@ const MEMBERS: [(&str, &[(&str, &str)]); 3] = [
 const COMPOUND_ORDER: &str = "page.compound_order or folio._folio_order or folio._flags_1";
 /// The names that the mark of a slab's page has had.
 const SLAB_MARK: &str = "PG_slab or PGTY_slab";
-
-/// A field of a kernel structure: offset and size in bytes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Field {
-    pub(super) offset: u64,
-    pub(super) bytes: usize,
-}
-
-impl Field {
-    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
-        let member = types.find_member(of, name)?;
-        let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
-        let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
-        whole.then_some(Self {
-            offset: u64::from(member.bit_offset / 8),
-            bytes,
-        })
-    }
-
-    /// The field of the structure at `at`, as an unsigned number.
-    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
-        let mut word = [0; 8];
-        virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
-            .ok()?;
-        Some(u64::from_le_bytes(word))
-    }
-}
 
 /// The kernel's half up to where its image and modules are mapped
 /// (Documentation/x86/x86_64/mm.rst).
@@ -228,11 +201,6 @@ impl MemoryModel {
             lacking.push("PG_head");
         }
         lacking
-    }
-
-    /// Joins the model with the memory as it is now.
-    pub fn with<'a, M>(&'a self, virt: VirtMemory<'a, M>) -> Allocations<'a, M> {
-        Allocations::new(self, virt)
     }
 }
 

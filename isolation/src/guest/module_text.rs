@@ -171,13 +171,6 @@ impl TextScan {
         &self.sites
     }
 
-    /// The sites in `range`.
-    pub fn sites_in(&self, range: GvaRange) -> &[Site] {
-        let first = self.sites.partition_point(|site| site.at < range.first());
-        let end = self.sites.partition_point(|site| site.at <= range.last());
-        &self.sites[first..end]
-    }
-
     /// Direct branches out of the text to ordinary functions.
     pub fn imports(&self) -> impl Iterator<Item = &Site> {
         self.sites.iter().filter(|site| site.is_import())

@@ -8,7 +8,7 @@
 
 use super::addr::{Gva, GvaRange};
 use super::btf::Btf;
-use super::memory_model::Field;
+use super::field::Field;
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
 use super::symbols::SymbolTable;

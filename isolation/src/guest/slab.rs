@@ -12,7 +12,7 @@
 
 use super::addr::{Gva, GvaRange};
 use super::btf::{Btf, TypeId};
-use super::memory_model::Field;
+use super::field::Field;
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
 

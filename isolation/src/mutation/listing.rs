@@ -8,7 +8,7 @@ use iced_x86::{
 };
 
 use super::Function;
-use crate::analysis::code::NO_RETURN;
+use crate::analysis::facts;
 
 /// Longest function that is looked at, in bytes. What is behind is no site.
 const MAX_FUNCTION: usize = 64 << 10;
@@ -134,7 +134,7 @@ impl<'a> Listing<'a> {
             FlowControl::Call
                 if name
                     .as_ref()
-                    .is_some_and(|name| NO_RETURN.contains(&name.as_str())) =>
+                    .is_some_and(|name| facts::LINUX.no_return.contains(&name.as_str())) =>
             {
                 Role::Dead
             }

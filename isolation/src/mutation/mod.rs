@@ -20,7 +20,7 @@ mod flow;
 mod kinds;
 mod listing;
 mod loops;
-mod names;
+pub(crate) mod names;
 mod operands;
 mod registers;
 mod sites;

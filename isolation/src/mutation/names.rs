@@ -1,191 +1,32 @@
-//! Functions of the kernel by what a fault makes of a call of them (Linux 6.1 and 6.12).
+//! Functions of the kernel by what a fault makes of a call of them: the reader of
+//! `models/mutation.toml`.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use iced_x86::Register;
+use serde::Deserialize;
 
-/// Copies and fills, and the register of their length in bytes (or, of `io` ones, in words).
-const COPIES: &[(&str, Register)] = &[
-    ("memcpy", Register::RDX),
-    ("__memcpy", Register::RDX),
-    ("memmove", Register::RDX),
-    ("__memmove", Register::RDX),
-    ("memset", Register::RDX),
-    ("__memset", Register::RDX),
-    ("memset_io", Register::RDX),
-    ("memcpy_toio", Register::RDX),
-    ("memcpy_fromio", Register::RDX),
-    ("__iowrite32_copy", Register::RDX),
-    ("__ioread32_copy", Register::RDX),
-    ("__iowrite64_copy", Register::RDX),
-    ("_copy_to_user", Register::RDX),
-    ("_copy_from_user", Register::RDX),
-    ("copy_user_generic", Register::RDX),
-    ("copy_user_generic_unrolled", Register::RDX),
-    ("copy_user_generic_string", Register::RDX),
-    ("copy_user_enhanced_fast_string", Register::RDX),
-    ("rep_movs_alternative", Register::RCX),
-    ("clear_user", Register::RSI),
-    ("__clear_user", Register::RSI),
-    ("strncpy", Register::RDX),
-    ("strlcpy", Register::RDX),
-    ("strscpy", Register::RDX),
-    ("sized_strscpy", Register::RDX),
-    ("kmemdup", Register::RSI),
-    ("memdup_user", Register::RSI),
-    ("skb_copy_bits", Register::RCX),
-    ("skb_store_bits", Register::RCX),
-    ("skb_copy_datagram_iter", Register::RCX),
-    ("skb_put", Register::RSI),
-    ("skb_push", Register::RSI),
-    ("_copy_to_iter", Register::RSI),
-    ("_copy_from_iter", Register::RSI),
-];
+use crate::analysis::reached::ARGUMENTS;
+use crate::models::built_in;
 
-/// Allocators that return a pointer, and NULL if there is no memory.
-const ALLOCATORS: &[&str] = &[
-    "__alloc_pages",
-    "__alloc_percpu",
-    "__alloc_percpu_gfp",
-    "__alloc_skb",
-    "__get_free_pages",
-    "__kmalloc",
-    "__kmalloc_cache",
-    "__kmalloc_cache_node",
-    "__kmalloc_large",
-    "__kmalloc_large_node",
-    "__kmalloc_node",
-    "__kmalloc_node_track_caller",
-    "__kvmalloc_node",
-    "__napi_alloc_frag_align",
-    "__napi_alloc_skb",
-    "__netdev_alloc_frag_align",
-    "__netdev_alloc_skb",
-    "__vmalloc",
-    "alloc_etherdev_mqs",
-    "alloc_netdev_mqs",
-    "alloc_pages",
-    "alloc_skb_with_frags",
-    "alloc_workqueue",
-    "bio_alloc_bioset",
-    "bitmap_alloc",
-    "bitmap_zalloc",
-    "build_skb",
-    "devm_ioremap",
-    "devm_kasprintf",
-    "devm_kmalloc",
-    "devm_kmemdup",
-    "devm_kstrdup",
-    "dma_alloc_attrs",
-    "dma_pool_alloc",
-    "dma_pool_create",
-    "dmam_alloc_attrs",
-    "get_zeroed_page",
-    "ioremap",
-    "ioremap_cache",
-    "ioremap_wc",
-    "kasprintf",
-    "kmalloc_large",
-    "kmalloc_large_node",
-    "kmalloc_node_trace",
-    "kmalloc_node_track_caller",
-    "kmalloc_trace",
-    "kmem_cache_alloc",
-    "kmem_cache_alloc_lru",
-    "kmem_cache_alloc_node",
-    "kmem_cache_alloc_trace",
-    "kmem_cache_create",
-    "kmem_cache_create_usercopy",
-    "kmemdup",
-    "krealloc",
-    "kstrdup",
-    "kvasprintf",
-    "kvmalloc_node",
-    "mempool_alloc",
-    "napi_alloc_skb",
-    "napi_build_skb",
-    "napi_get_frags",
-    "page_frag_alloc_align",
-    "page_pool_alloc_pages",
-    "pci_iomap",
-    "pci_ioremap_bar",
-    "pcim_iomap",
-    "pskb_copy",
-    "skb_clone",
-    "skb_copy",
-    "skb_copy_expand",
-    "skb_realloc_headroom",
-    "usb_alloc_coherent",
-    "usb_alloc_urb",
-    "vmalloc",
-    "vmalloc_32",
-    "vmalloc_node",
-    "vzalloc",
-    "vzalloc_node",
-];
+/// All that are known.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, bound(deserialize = "'de: 'static"))]
+pub(crate) struct Names {
+    /// Copies and fills, and the argument, from 0, that is their length.
+    copies: BTreeMap<&'static str, usize>,
+    /// Allocators that return a pointer, and NULL if there is no memory.
+    allocators: Vec<&'static str>,
+    /// Functions that give back memory, or a reference to it.
+    frees: Vec<&'static str>,
+    /// Functions that take a reference to their argument, and return it.
+    getters: Vec<&'static str>,
+}
 
-/// Functions that give back memory, or a reference to it.
-const FREES: &[&str] = &[
-    "__dev_kfree_skb_any",
-    "__dev_kfree_skb_irq",
-    "__folio_put",
-    "__free_pages",
-    "__kfree_skb",
-    "__page_frag_cache_drain",
-    "bio_put",
-    "consume_skb",
-    "destroy_workqueue",
-    "dev_kfree_skb_any_reason",
-    "dev_kfree_skb_irq_reason",
-    "devm_kfree",
-    "dma_free_attrs",
-    "dma_pool_destroy",
-    "dma_pool_free",
-    "dma_unmap_page_attrs",
-    "dma_unmap_sg_attrs",
-    "free_netdev",
-    "free_pages",
-    "free_percpu",
-    "fwnode_handle_put",
-    "iounmap",
-    "kfree",
-    "kfree_const",
-    "kfree_sensitive",
-    "kfree_skb",
-    "kfree_skb_list",
-    "kfree_skb_list_reason",
-    "kfree_skb_reason",
-    "kmem_cache_destroy",
-    "kmem_cache_free",
-    "kobject_put",
-    "kvfree",
-    "mempool_destroy",
-    "mempool_free",
-    "module_put",
-    "napi_consume_skb",
-    "of_node_put",
-    "page_frag_free",
-    "pci_dev_put",
-    "pci_iounmap",
-    "put_device",
-    "sk_skb_reason_drop",
-    "usb_free_coherent",
-    "usb_free_urb",
-    "usb_put_dev",
-    "usb_put_intf",
-    "vfree",
-    "vunmap",
-];
-
-/// Functions that take a reference to their argument, and return it.
-const GETTERS: &[&str] = &[
-    "fwnode_handle_get",
-    "get_device",
-    "kobject_get",
-    "of_node_get",
-    "pci_dev_get",
-    "usb_get_dev",
-    "usb_get_intf",
-    "usb_get_urb",
-];
+/// Those of Linux.
+pub(crate) static LINUX: LazyLock<Names> =
+    LazyLock::new(|| built_in(include_str!("../../models/mutation.toml")));
 
 /// What a call does to a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,22 +46,20 @@ pub(super) enum Lock {
 /// The register of a copy's length.
 pub(super) fn length_register(name: &str) -> Option<Register> {
     let name = plain(name);
-    COPIES
-        .iter()
-        .find(|(copy, _)| *copy == name)
-        .map(|(_, register)| *register)
+    let argument = *LINUX.copies.get(name)?;
+    ARGUMENTS.get(argument).copied()
 }
 
 pub(super) fn is_allocator(name: &str) -> bool {
-    ALLOCATORS.contains(&plain(name))
+    LINUX.allocators.contains(&plain(name))
 }
 
 pub(super) fn is_free(name: &str) -> bool {
-    FREES.contains(&plain(name))
+    LINUX.frees.contains(&plain(name))
 }
 
 pub(super) fn is_getter(name: &str) -> bool {
-    GETTERS.contains(&name)
+    LINUX.getters.contains(&name)
 }
 
 /// What a call of the function does to a lock, by the words of its name.

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::diff::{PAGE_BYTES, PageBytes, PageMask};
 use crate::guest::addr::{Gva, GvaRange};
 
 /// Most objects open at once.
@@ -96,17 +95,6 @@ pub enum RangeTableError {
         /// First byte where they do.
         at: Gva,
     },
-}
-
-/// Bytes that a call changed and may not change.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Denied {
-    /// The changed bytes, as long a run as there is on the page.
-    pub range: GvaRange,
-    /// Whose the first of them is, if the table knows: a guard, or the object that ends before it.
-    pub owner: Option<String>,
-    /// What that object is.
-    pub kind: Option<ObjectKind>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -263,78 +251,11 @@ impl RangeTable {
         Some(next)
     }
 
-    /// The bytes of the page at `page` (its first byte) that the call may write.
-    pub fn writable_on(&self, page: Gva) -> PageMask {
-        self.page_mask(page, |table, segment| table.is_writable(segment))
-    }
-
-    /// Whether any byte of the page at `page` may be written: whether it can be opened at all.
-    pub fn touches_page(&self, page: Gva) -> bool {
-        let page = GvaRange::aligned(page, PAGE_BYTES as u64);
-        self.segments_in(page)
-            .any(|(_, segment)| self.is_writable(segment))
-    }
-
-    /// The changed bytes of a page that no object permits to change. `pages` are all addresses
-    /// (first bytes) under which the driver may know the page: what any of them permits is
-    /// permitted, what any of them guards is not. The owner is looked up under the first.
-    pub fn check_page(&self, pages: &[Gva], old: &PageBytes, new: &PageBytes) -> Vec<Denied> {
-        let changed = PageMask::changed(old, new);
-        if changed.is_empty() {
-            return Vec::new();
-        }
-        let mut writable = PageMask::EMPTY;
-        let mut guarded = PageMask::EMPTY;
-        for page in pages {
-            writable = writable.or(&self.writable_on(*page));
-            guarded = guarded.or(&self.page_mask(*page, |table, s| table.is_guarded(s)));
-        }
-        let first_page = pages.first().map_or(Gva(0), |page| page.page());
-        let denied = changed.without(&writable.without(&guarded));
-        denied
-            .runs()
-            .map(|run| {
-                let first = Gva(first_page.0 | run.start as u64);
-                let range = GvaRange::new(first, run.len() as u64)
-                    .unwrap_or_else(|| GvaRange::aligned(first, 1));
-                let owner = self.owner_near(first);
-                Denied {
-                    range,
-                    owner: owner.map(|object| object.label.clone()),
-                    kind: owner.map(|object| object.kind),
-                }
-            })
-            .collect()
-    }
-
-    /// The object at `at`, or the one that ends right before it: an overrun is most often its.
-    fn owner_near(&self, at: Gva) -> Option<&Object> {
-        let before = || self.lookup(at.checked_sub(1)?);
-        self.lookup(at).or_else(before).map(|(_, object)| object)
-    }
-
-    fn page_mask(&self, page: Gva, wanted: impl Fn(&Self, &Segment) -> bool) -> PageMask {
-        let page = GvaRange::aligned(page, PAGE_BYTES as u64);
-        let mut mask = PageMask::EMPTY;
-        for (first, segment) in self.segments_in(page) {
-            if wanted(self, segment) {
-                let from = first.max(page.first().0) - page.first().0;
-                let last = segment.last.min(page.last().0) - page.first().0;
-                mask.insert(from as usize..last as usize + 1);
-            }
-        }
-        mask
-    }
-
     fn permits<'a>(&'a self, segment: &'a Segment) -> impl Iterator<Item = Permit> + 'a {
         segment
             .covered_by
             .iter()
             .filter_map(|id| Some(self.objects.get(id)?.permit))
-    }
-
-    fn is_guarded(&self, segment: &Segment) -> bool {
-        self.permits(segment).any(|permit| permit == Permit::Guard)
     }
 
     fn is_writable(&self, segment: &Segment) -> bool {

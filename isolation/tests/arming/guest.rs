@@ -132,6 +132,10 @@ fn counts_and_stays(a: &mut CodeAssembler, count: u64, stays: u64) -> Result<(),
     a.ret()
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "one table of what is where in the guest"
+)]
 fn write(memory: &GuestMemory) {
     let mut tables = PageTables {
         memory,

@@ -240,11 +240,6 @@ impl InterfaceConfig {
         all
     }
 
-    /// Whether the interface is up.
-    pub fn is_up(&self) -> bool {
-        self.up
-    }
-
     /// What of this configuration an interface that has `now` lacks, in words; nothing if it has
     /// all.
     pub fn lost(&self, now: &Self) -> Vec<String> {

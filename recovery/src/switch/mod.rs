@@ -95,8 +95,8 @@ pub trait Switchable {
     fn save(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Takes `guest`'s memory from the device, also where it has only a part of it: none is left.
     fn unmap(&mut self, guest: &Self::Guest) -> Result<(), String>;
-    /// Gives `guest`'s memory to the device, which has nobody's or only a part of the same one's: at
-    /// least what it needs to do what it was last told to.
+    /// Gives `guest`'s memory to the device, which has nobody's or only a part of the same one's:
+    /// at least what it needs to do what it was last told to.
     fn map(&mut self, guest: &Self::Guest) -> Result<(), String>;
     /// Has the device take over what is in `guest`'s context, which is kept.
     fn load(&mut self, guest: &Self::Guest) -> Result<(), String>;

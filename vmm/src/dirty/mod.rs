@@ -18,18 +18,18 @@ use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::error::Error;
-use crate::kvm;
 use crate::memory::{GuestRam, PAGE_BYTES};
+use crate::memory_slots::set_slots;
 
-mod changes;
 mod pages;
 pub mod ring;
+mod told;
 
-use self::changes::Told;
-pub(crate) use self::changes::ranges;
-pub use self::changes::{ChangedPages, TrackError};
 pub(crate) use self::pages::PageSet;
 use self::ring::{DirtyRing, Overrun};
+pub use self::told::ChangedPages;
+use self::told::Told;
+pub(crate) use self::told::ranges;
 
 /// Who asks for changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,5 +230,5 @@ impl Tracker {
 }
 
 fn log_slots(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), Error> {
-    kvm::set_slots(vm, ram, flags).map_err(Error::kvm("change what it logs of guest memory"))
+    set_slots(vm, ram, flags).map_err(Error::kvm("change what it logs of guest memory"))
 }

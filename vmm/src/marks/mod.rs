@@ -15,169 +15,28 @@
 //! Marks are valid across resets of the guest: what a reset empties and loads has changed. They end
 //! with the machine.
 
-use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use crate::dirty::User;
-use crate::error::Error;
 use crate::handle::VmHandle;
-use crate::machine::Machine;
 use crate::memory::PAGE_BYTES;
-use crate::participant::Kept;
-use crate::quiesce::{QuiesceError, Quiesced};
-use crate::state::MachineState;
-use crate::state::devices::DeviceStates;
+use crate::quiesce::Quiesced;
+use crate::refused::QuiesceError;
 
+mod error;
+pub(crate) mod kept;
 mod pages;
 mod rewind;
 mod tree;
 
+pub use self::error::{MAX_MARKS, MarkError};
+pub use self::kept::MarkInfo;
+use self::kept::{MarkState, Marks};
 use self::pages::{Base, Delta, Pages};
 pub use self::rewind::{RewindError, RewindPhases, Rewound};
-use self::tree::Tree;
 
-/// Most marks of a machine.
-pub const MAX_MARKS: usize = 64;
 /// Longest name, in bytes.
 const MAX_NAME: usize = 64;
-
-/// Why there is no mark.
-#[derive(Debug, thiserror::Error)]
-pub enum MarkError {
-    /// The machine did not come to rest.
-    #[error(transparent)]
-    Rest(#[from] QuiesceError),
-    /// Not a name.
-    #[error(
-        "{0:?} is no name of a mark: use 1 to 64 letters, digits, '-', '_' and '.', the first a letter or digit"
-    )]
-    Name(String),
-    /// There is one.
-    #[error("there is a mark {0} already: forget it first, or use another name")]
-    Exists(String),
-    /// There is none.
-    #[error("there is no mark {0}")]
-    NoSuchMark(String),
-    /// There is none at all.
-    #[error("the guest has no mark: set one first")]
-    NoMark,
-    /// Too many.
-    #[error("there are {MAX_MARKS} marks already: forget one first")]
-    TooMany,
-    /// They would keep too much.
-    #[error("marks would keep more than {} MiB of memory: forget some, or allow more", .limit >> 20)]
-    TooMuch {
-        /// Most bytes that they may keep.
-        limit: u64,
-    },
-    /// The host has no memory.
-    #[error("the host has no memory for the mark: forget others, or stop other programs")]
-    NoMemory,
-    /// A page that is none.
-    #[error("page {0:#x} is outside guest memory")]
-    NoPage(u32),
-    /// A state cannot be taken, or changes not be followed.
-    #[error(transparent)]
-    State(#[from] Error),
-    /// Devices came or went.
-    #[error(
-        "at the mark there were PCI functions in slots {had:?}, now there are in {has:?}: take out what came, or put back what went"
-    )]
-    Devices {
-        /// Slots now.
-        has: Vec<u8>,
-        /// Slots at the mark.
-        had: Vec<u8>,
-    },
-    /// Devices were exchanged.
-    #[error(
-        "since the mark the PCI functions in slots {slots:?} were taken out and others put there: forget the mark and set another"
-    )]
-    Exchanged {
-        /// Slots with another function.
-        slots: Vec<u8>,
-    },
-    /// A participant refuses.
-    #[error("{who} cannot be marked now: {reason}")]
-    Participant {
-        /// Who.
-        who: String,
-        /// Why.
-        reason: String,
-    },
-}
-
-/// A mark as it is told.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MarkInfo {
-    /// Its name.
-    pub name: String,
-    /// The mark that it follows, if that was not forgotten, or the one that that one follows.
-    pub parent: Option<String>,
-    /// Pages that are kept for it.
-    pub pages: u64,
-    /// Bytes of memory that they take.
-    pub bytes: u64,
-    /// The guest is at it, or has gone on from it.
-    pub current: bool,
-}
-
-/// State of a machine at a mark, memory apart.
-struct MarkState {
-    machine: MachineState,
-    devices: DeviceStates,
-    /// Which functions those are of, each with its slot.
-    functions: Vec<(u8, u64)>,
-    kept: Vec<(String, Kept)>,
-}
-
-/// The marks of a machine.
-pub(crate) struct Marks {
-    tree: Tree<MarkState>,
-    /// Most bytes of memory that are kept.
-    limit: u64,
-}
-
-impl Marks {
-    /// None yet, of a machine with `memory_bytes` of memory.
-    pub fn new(memory_bytes: u64) -> Self {
-        Self {
-            tree: Tree::default(),
-            limit: memory_bytes.saturating_mul(2),
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        let pages = self.tree.iter().map(|(_, node)| node.pages.count());
-        pages.sum::<u64>() * PAGE_BYTES
-    }
-
-    fn info(&self, id: tree::Id) -> Option<MarkInfo> {
-        let node = self.tree.get(id)?;
-        let named = |id: &tree::Id| self.tree.get(*id).is_some_and(|node| node.name.is_some());
-        let up = |from: Option<tree::Id>| {
-            let above = |&id: &tree::Id| self.tree.get(id)?.parent;
-            std::iter::successors(from, above).find(named)
-        };
-        let name_of = |id| self.tree.get(id)?.name.clone();
-        Some(MarkInfo {
-            name: node.name.clone()?,
-            parent: up(node.parent).and_then(name_of),
-            pages: node.pages.count(),
-            bytes: node.pages.count() * PAGE_BYTES,
-            current: up(self.tree.current()) == Some(id),
-        })
-    }
-}
-
-impl Machine {
-    /// Its marks. Locked before the operations.
-    fn marks(&self) -> MutexGuard<'_, Marks> {
-        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl VmHandle {
     /// Sets a mark with this name where the guest is now. `limit` is how long to wait for it to
@@ -186,7 +45,7 @@ impl VmHandle {
     pub fn mark(&self, name: &str, limit: Duration) -> Result<MarkInfo, MarkError> {
         check_name(name)?;
         let machine = self.machine();
-        let marks = &mut *machine.marks();
+        let marks = &mut *self.kept_marks();
         if marks.tree.find(name).is_some() {
             return Err(MarkError::Exists(name.to_owned()));
         }
@@ -248,7 +107,7 @@ impl VmHandle {
 
     /// All marks, parents before those that follow them.
     pub fn marks(&self) -> Vec<MarkInfo> {
-        let marks = self.machine().marks();
+        let marks = self.kept_marks();
         let ids = marks.tree.iter().map(|(id, _)| id);
         ids.filter_map(|id| marks.info(id)).collect()
     }
@@ -256,7 +115,7 @@ impl VmHandle {
     /// Forgets the mark with this name. What others need of it is kept.
     pub fn forget_mark(&self, name: &str) -> Result<(), MarkError> {
         let machine = self.machine();
-        let mut marks = machine.marks();
+        let mut marks = self.kept_marks();
         let found = marks.tree.find(name);
         let id = found.ok_or_else(|| MarkError::NoSuchMark(name.to_owned()))?;
         let mut tracker = machine.dirty.lock();
@@ -272,18 +131,7 @@ impl VmHandle {
     /// Lets marks keep at most `bytes` of memory; twice the guest's memory otherwise. Those that
     /// there are stay.
     pub fn limit_marks(&self, bytes: u64) {
-        self.machine().marks().limit = bytes;
-    }
-}
-
-impl Marks {
-    /// Whether `pages` more may be kept.
-    fn check(&self, pages: u64) -> Result<(), MarkError> {
-        let limit = self.limit;
-        match self.bytes().saturating_add(pages * PAGE_BYTES) <= limit {
-            true => Ok(()),
-            false => Err(MarkError::TooMuch { limit }),
-        }
+        self.kept_marks().limit = bytes;
     }
 }
 

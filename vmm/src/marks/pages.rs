@@ -3,7 +3,7 @@
 use rustix::mm::{Advice, madvise};
 use vm_memory::{GuestMemoryBackend, MmapRegion, VolatileMemory};
 
-use super::MarkError;
+use super::error::MarkError;
 use crate::memory::{GuestRam, PAGE_BYTES, RamRegion};
 
 /// Bytes of a page.

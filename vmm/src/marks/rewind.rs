@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::error::MarkError;
+use super::kept::{MarkState, Marks};
 use super::pages::Places;
 use super::tree::Id;
-use super::{MarkError, MarkState, Marks};
 use crate::dirty::User;
 use crate::error::Error;
 use crate::handle::VmHandle;
 use crate::participant::RestFor;
-use crate::quiesce::{QuiesceError, Quiesced};
+use crate::quiesce::Quiesced;
+use crate::refused::QuiesceError;
 
 /// A rewind that was done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,10 +102,11 @@ impl VmHandle {
     /// from the mark, one that was paused stays so. Not to be called with a device locked.
     ///
     /// # Errors
-    /// [`RewindError::Refused`]: nothing was changed. [`RewindError::HalfWay`]: see the module's text.
+    /// [`RewindError::Refused`]: nothing was changed. [`RewindError::HalfWay`]: see the module's
+    /// text.
     pub fn rewind(&self, name: Option<&str>, limit: Duration) -> Result<Rewound, RewindError> {
         let mut watch = Stopwatch(Instant::now());
-        let marks = &mut *self.machine().marks();
+        let marks = &mut *self.kept_marks();
         let target = match name {
             Some(name) => marks
                 .tree

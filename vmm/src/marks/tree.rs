@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use super::MarkError;
+use super::error::MarkError;
 use super::pages::{Found, Pages};
 use crate::dirty::PageSet;
 

@@ -8,8 +8,9 @@ use std::sync::MutexGuard;
 
 use crate::dirty::User;
 use crate::error::Error;
-use crate::handle::{Refused, VmHandle};
+use crate::handle::VmHandle;
 use crate::machine::Machine;
+use crate::refused::Refused;
 
 /// So few pages that they are copied at rest.
 pub(crate) const FEW_PAGES: usize = 128;

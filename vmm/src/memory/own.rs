@@ -12,7 +12,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
 use super::{GuestRam, MemoryError, PAGE_BYTES};
 use crate::error::Error;
-use crate::handle::{Refused, VmHandle};
+use crate::handle::VmHandle;
+use crate::refused::Refused;
 
 /// Bytes that are copied at once.
 const CHUNK: usize = 256 << 10;

@@ -9,13 +9,14 @@
 //!
 //! With the directory written beside its name, whoever looks finds all of the snapshot or nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
+use super::capture_error::{CaptureError, still_wanted};
 use super::copier::Copier;
 use super::manifest::Files;
 use super::{
@@ -26,37 +27,8 @@ use crate::dirty::ChangedPages;
 use crate::error::Error;
 use crate::handle::VmHandle;
 use crate::memory::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
-use crate::quiesce::{QuiesceError, Quiesced, Stay};
-
-/// Why no snapshot was taken. The guest goes on, and earlier snapshots are as they were.
-#[derive(Debug, thiserror::Error)]
-pub enum CaptureError {
-    /// The machine did not come to rest.
-    #[error(transparent)]
-    Quiesce(#[from] QuiesceError),
-    /// The directory cannot be written, or the parent cannot be read.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The machine does not give its state away.
-    #[error(transparent)]
-    Machine(#[from] Error),
-    /// The parent is of another machine.
-    #[error("{path} has {there} MiB of memory, this VM {here}: it is no parent of its snapshots")]
-    OtherMemory {
-        /// The parent.
-        path: PathBuf,
-        /// MiB of its memory.
-        there: u64,
-        /// MiB of this machine's.
-        here: u64,
-    },
-    /// What is beside the machine cannot be saved.
-    #[error("{0}")]
-    Beside(String),
-    /// Whoever wanted it does not any more.
-    #[error("the snapshot was given up, nothing of it is left")]
-    GivenUp,
-}
+use crate::quiesce::{Quiesced, Stay};
+use crate::refused::QuiesceError;
 
 /// What is saved with a machine by the layers above it.
 #[derive(Debug, Default)]
@@ -300,17 +272,6 @@ impl VmHandle {
             true => Ok(()),
             false => self.stop_tracking_changes(),
         }
-    }
-}
-
-/// Tells what is done, and stops if nobody wants it any more.
-pub(super) fn still_wanted(
-    tell: &mut dyn FnMut(&str) -> bool,
-    what: &str,
-) -> Result<(), CaptureError> {
-    match tell(what) {
-        true => Ok(()),
-        false => Err(CaptureError::GivenUp),
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::capture::{CaptureError, still_wanted};
+use super::capture_error::{CaptureError, still_wanted};
 use super::{Chain, IMAGE_FILE, ImageWriter, PAGE_BYTES, SnapshotError};
 use crate::dirty::ranges;
 use crate::memory::{GuestRam, RamRegion};

@@ -19,6 +19,7 @@
 //! bounded, every byte is under a checksum, and what this version does not understand is refused.
 
 mod capture;
+mod capture_error;
 mod chain;
 mod copier;
 mod directory;
@@ -32,7 +33,8 @@ mod writer;
 use std::path::PathBuf;
 
 pub use crate::memory::PAGE_BYTES;
-pub use capture::{Beside, CaptureError, SnapshotRequest, Taken};
+pub use capture::{Beside, SnapshotRequest, Taken};
+pub use capture_error::CaptureError;
 pub use chain::Chain;
 pub use directory::Snapshot;
 pub use image::Loaded;

@@ -116,8 +116,8 @@ fn bytes_of_a_snapshot(guest: &Running) -> u64 {
 fn a_full_disk_is_said_and_leaves_nothing_and_older_snapshots_whole() {
     let (guest, mut last) = counting();
     let all = bytes_of_a_snapshot(&guest);
-    // For a diff with all pages that the guest changes, its files and those of the full one; there is
-    // no room for a second full one, which has some pages more.
+    // For a diff with all pages that the guest changes, its files and those of the full one; there
+    // is no room for a second full one, which has some pages more.
     let room = 2 * all + 6 * 4096;
     let name = "snapshot::places::a_full_disk_is_said_and_leaves_nothing_and_older_snapshots_whole";
     on_tmpfs(name, room, |place| {

@@ -52,8 +52,8 @@ const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
 /// soon.
 const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 
-/// The network card for VFIO whose cable ends in the server itself: where it is, its driver in Linux,
-/// and the server's interface at the other end.
+/// The network card for VFIO whose cable ends in the server itself: where it is, its driver in
+/// Linux, and the server's interface at the other end.
 pub const CABLED: [&str; 3] = ["0000:00:02.0", "e1000e", "eth0"];
 
 /// More network cards for VFIO, by slot. Each has a network of its own, with what sends everything
@@ -74,85 +74,27 @@ impl Machine {
     /// QEMU's arguments. Sockets and logs are relative: QEMU is started in the instance's
     /// directory.
     pub fn arguments(&self) -> Vec<OsString> {
-        let mut args: Vec<OsString> = Vec::new();
-        let mut add = |words: &[&str]| args.extend(words.iter().map(OsString::from));
-        add(&["-machine", "q35", "-accel", ACCELERATOR]);
-        add(&["-cpu", PROCESSOR]);
-        add(&[
-            "-smp",
-            &self.cpus.to_string(),
-            "-m",
-            &self.memory_mib.to_string(),
-        ]);
-        add(&[
-            "-display",
-            "none",
-            "-vga",
-            "none",
-            "-nodefaults",
-            "-no-reboot",
-        ]);
-        add(&["-append", KERNEL_COMMAND_LINE]);
-        add(&["-device", "amd-iommu,intremap=on"]);
-        // For VFIO: L1 leaves it without a driver.
-        add(&["-device", "e1000e,netdev=n,romfile="]);
-        // What it is plugged into: a network that answers, and a card of the server itself, which
-        // hears who sends.
-        add(&["-netdev", "hubport,id=n,hubid=0"]);
-        add(&[
-            "-netdev",
-            // Whoever connects there has what it sends come back.
-            "user,id=user,guestfwd=tcp:10.0.2.100:7-cmd:cat",
-            "-netdev",
-            "hubport,id=answers,hubid=0,netdev=user",
-            "-netdev",
-            "hubport,id=far,hubid=0",
-            "-device",
-            "virtio-net-pci,netdev=far,addr=0x16,romfile=",
-        ]);
-        for (slot, model) in CARDS {
-            let id = format!("n{slot:x}");
-            add(&[
-                "-device",
-                &format!("{model},netdev={id},addr={slot:#x},romfile="),
-                "-netdev",
-                &format!("user,id={id},guestfwd=tcp:10.0.2.100:7-cmd:cat"),
-            ]);
-        }
-        add(&[
-            "-drive",
-            "if=none,id=disk,file=disk.img,format=raw,cache=unsafe",
-            "-device",
-            "nvme,drive=disk,serial=lab,addr=0x18",
-            "-audiodev",
-            "none,id=audio",
-            "-device",
-            "ES1370,audiodev=audio,addr=0x19",
-        ]);
-        add(&["-device", "virtio-serial-pci"]);
-        add(&[
-            "-chardev",
-            &format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"),
-        ]);
-        add(&[
-            "-device",
-            &format!(
-                "virtserialport,chardev=agent,name={}",
-                agent_protocol::PORT_NAME
-            ),
-        ]);
-        add(&["-serial", &format!("file:{CONSOLE_LOG}")]);
-        add(&[
-            "-chardev",
-            &format!("socket,id=monitor,path={MONITOR_SOCKET},server=on,wait=off"),
-        ]);
-        add(&["-mon", "chardev=monitor,mode=readline"]);
-        add(&[
-            "-qtest",
-            &format!("unix:{TEST_SOCKET},server=on,wait=off"),
-            "-qtest-log",
-            "none",
-        ]);
+        let mut args = Vec::new();
+        self.add_server(&mut args);
+        add_network(&mut args);
+        add_disk_and_sound(&mut args);
+        add_channels(&mut args);
+        self.add_files(&mut args);
+        args
+    }
+
+    fn add_server(&self, args: &mut Vec<OsString>) {
+        add(args, &["-machine", "q35", "-accel", ACCELERATOR]);
+        add(args, &["-cpu", PROCESSOR, "-smp", &self.cpus.to_string()]);
+        add(args, &["-m", &self.memory_mib.to_string()]);
+        add(args, &["-display", "none", "-vga", "none"]);
+        add(args, &["-nodefaults", "-no-reboot"]);
+        add(args, &["-append", KERNEL_COMMAND_LINE]);
+        add(args, &["-device", "amd-iommu,intremap=on"]);
+    }
+
+    /// Kernel and initramfs, and what is shared of the host's files.
+    fn add_files(&self, args: &mut Vec<OsString>) {
         for (option, path) in [("-kernel", &self.kernel), ("-initrd", &self.initrd)] {
             args.extend([option.into(), path.into()]);
         }
@@ -168,8 +110,56 @@ impl Machine {
             ));
             args.extend(["-virtfs".into(), share]);
         }
-        args
     }
+}
+
+fn add(args: &mut Vec<OsString>, words: &[&str]) {
+    args.extend(words.iter().map(OsString::from));
+}
+
+fn add_network(args: &mut Vec<OsString>) {
+    // For VFIO: L1 leaves it without a driver.
+    add(args, &["-device", "e1000e,netdev=n,romfile="]);
+    // What it is plugged into: a network that answers, and a card of the server itself, which
+    // hears who sends.
+    add(args, &["-netdev", "hubport,id=n,hubid=0"]);
+    // Whoever connects there has what it sends come back.
+    let user = "user,id=user,guestfwd=tcp:10.0.2.100:7-cmd:cat";
+    add(args, &["-netdev", user]);
+    add(args, &["-netdev", "hubport,id=answers,hubid=0,netdev=user"]);
+    add(args, &["-netdev", "hubport,id=far,hubid=0"]);
+    let far = "virtio-net-pci,netdev=far,addr=0x16,romfile=";
+    add(args, &["-device", far]);
+    for (slot, model) in CARDS {
+        let id = format!("n{slot:x}");
+        let card = format!("{model},netdev={id},addr={slot:#x},romfile=");
+        let network = format!("user,id={id},guestfwd=tcp:10.0.2.100:7-cmd:cat");
+        add(args, &["-device", &card, "-netdev", &network]);
+    }
+}
+
+fn add_disk_and_sound(args: &mut Vec<OsString>) {
+    let disk = "if=none,id=disk,file=disk.img,format=raw,cache=unsafe";
+    add(args, &["-drive", disk]);
+    add(args, &["-device", "nvme,drive=disk,serial=lab,addr=0x18"]);
+    add(args, &["-audiodev", "none,id=audio"]);
+    add(args, &["-device", "ES1370,audiodev=audio,addr=0x19"]);
+}
+
+/// Ways to talk to it: the agent's port, the console, QEMU's monitor and its port for tests.
+fn add_channels(args: &mut Vec<OsString>) {
+    add(args, &["-device", "virtio-serial-pci"]);
+    let agent = format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off");
+    add(args, &["-chardev", &agent]);
+    let name = agent_protocol::PORT_NAME;
+    let port = format!("virtserialport,chardev=agent,name={name}");
+    add(args, &["-device", &port]);
+    add(args, &["-serial", &format!("file:{CONSOLE_LOG}")]);
+    let monitor = format!("socket,id=monitor,path={MONITOR_SOCKET},server=on,wait=off");
+    add(args, &["-chardev", &monitor]);
+    add(args, &["-mon", "chardev=monitor,mode=readline"]);
+    let tests = format!("unix:{TEST_SOCKET},server=on,wait=off");
+    add(args, &["-qtest", &tests, "-qtest-log", "none"]);
 }
 
 /// QEMU's option syntax ends a value at a comma, unless it is doubled.

@@ -75,6 +75,10 @@ fn types() -> Vec<u8> {
 
 /// Writes an image into `dir` and opens it: a driver's function that has called the kernel's, which
 /// faults.
+#[expect(
+    clippy::too_many_lines,
+    reason = "one image's parts, one after the other"
+)]
 pub fn image(dir: &Path) -> FaultImage {
     let mut private = (7 * PAGE as u64).to_le_bytes().to_vec();
     private.extend([0x77; PAGE]);

@@ -16,9 +16,10 @@ use vmm::SharedSubscriber;
 
 use self::switching::ModelSwitch;
 use super::at_step::switch;
-use super::card::{Card, Listener, Passing, Share};
+use super::card::{Card, Passing};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};
+use super::share::{Listener, Share};
 use crate::options::{MacAddress, NicModel};
 
 /// See the module.

@@ -9,9 +9,9 @@ use devices::vfio::passed::PassedFunction;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// How long the link stays. Linux waits five seconds for a transmitter (`watchdog_timeo`), and may be
-/// slow to see its turn; an image says that the transmitter is held off (`waits`), which keeps its
-/// driver from taking it to hang sooner.
+/// How long the link stays. Linux waits five seconds for a transmitter (`watchdog_timeo`), and may
+/// be slow to see its turn; an image says that the transmitter is held off (`waits`), which keeps
+/// its driver from taking it to hang sooner.
 const STAYS: Duration = Duration::from_secs(3);
 /// Until it is tried again where a switch was in the way.
 const AGAIN: Duration = Duration::from_millis(5);

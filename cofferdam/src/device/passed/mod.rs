@@ -29,9 +29,10 @@ use self::link::LinkTimer;
 use self::switching::PassedSwitch;
 use super::ParkedAs;
 use super::at_step::switch;
-use super::card::{Card, Listener, Passing, Share};
+use super::card::{Card, Passing};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};
+use super::share::{Listener, Share};
 use crate::options::MacAddress;
 
 /// See the module.

@@ -16,9 +16,9 @@ use axum::response::sse::{Event as SseEvent, KeepAlive};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::broadcast::{Receiver, Sender, channel};
 
-use super::app::App;
 use super::look::look_at;
 use super::problem::Problem;
+use crate::runtime_dir::RuntimeRoot;
 
 use change::View;
 pub use change::{Event, guest_state};
@@ -35,9 +35,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How far a listener may be behind, in events.
 pub const MAX_BEHIND: usize = 256;
 
+/// What runs in one place, and who is told of what changes there.
+#[derive(Debug, Clone)]
+pub struct Watch(Arc<Watching>);
+
 /// Who listens, and what was seen last.
 #[derive(Debug)]
-pub struct Watch {
+struct Watching {
+    root: RuntimeRoot,
     watched: Mutex<Watched>,
     /// Held by the listener that comes first while it looks: those that come meanwhile begin with
     /// what it saw.
@@ -51,9 +56,10 @@ struct Watched {
     events: Sender<Arc<Event>>,
 }
 
-impl Default for Watch {
-    fn default() -> Self {
+impl Watching {
+    fn new(root: RuntimeRoot) -> Self {
         Self {
+            root,
             watched: Mutex::new(Watched {
                 view: None,
                 events: channel(MAX_BEHIND).0,
@@ -61,9 +67,7 @@ impl Default for Watch {
             first: tokio::sync::Mutex::default(),
         }
     }
-}
 
-impl Watch {
     fn lock(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -107,29 +111,37 @@ impl Watch {
     }
 }
 
-/// Listens, and looks from now on if nobody did.
-async fn listen(app: &Arc<App>) -> Result<(View, Receiver<Arc<Event>>), Problem> {
-    if let Some(listened) = app.watch.listen() {
-        return Ok(listened);
+impl Watch {
+    /// Of what runs in `root`.
+    pub fn new(root: RuntimeRoot) -> Self {
+        Self(Arc::new(Watching::new(root)))
     }
-    let _first = app.watch.first.lock().await;
-    if let Some(listened) = app.watch.listen() {
-        return Ok(listened);
+
+    /// Listens, and looks from now on if nobody did.
+    async fn listen(&self) -> Result<(View, Receiver<Arc<Event>>), Problem> {
+        let watching = &self.0;
+        if let Some(listened) = watching.listen() {
+            return Ok(listened);
+        }
+        let _first = watching.first.lock().await;
+        if let Some(listened) = watching.listen() {
+            return Ok(listened);
+        }
+        let look = look_at(&watching.root, LOOK_TIME).await?;
+        let (view, events, first) = watching.begin(View::of(&look));
+        if first {
+            tokio::spawn(look_on(Arc::clone(watching)));
+        }
+        Ok((view, events))
     }
-    let look = look_at(&app.root, LOOK_TIME).await?;
-    let (view, events, first) = app.watch.begin(View::of(&look));
-    if first {
-        tokio::spawn(look_on(Arc::clone(app)));
-    }
-    Ok((view, events))
 }
 
 /// Looks until nobody listens.
-async fn look_on(app: Arc<App>) {
+async fn look_on(watching: Arc<Watching>) {
     loop {
         tokio::time::sleep(LOOK_INTERVAL).await;
-        match look_at(&app.root, LOOK_TIME).await {
-            Ok(look) if app.watch.saw(View::of(&look)) => {}
+        match look_at(&watching.root, LOOK_TIME).await {
+            Ok(look) if watching.saw(View::of(&look)) => {}
             Ok(_) => return,
             // It may be seen the next time.
             Err(problem) => tracing::warn!("cannot look at guests: {problem:?}"),
@@ -176,9 +188,9 @@ fn sse(event: &Event) -> Result<SseEvent, Infallible> {
     responses((status = 200, body = Event, content_type = "text/event-stream",
         description = "One event after the other, each as JSON in its data")))]
 pub async fn listen_to_events(
-    State(app): State<Arc<App>>,
+    State(watch): State<Watch>,
 ) -> Result<Sse<impl futures_util::Stream<Item = Result<SseEvent, Infallible>>>, Problem> {
-    let (view, events) = listen(&app).await?;
+    let (view, events) = watch.listen().await?;
     let listener = Listener {
         first: Some(view),
         events,

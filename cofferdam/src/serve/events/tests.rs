@@ -105,7 +105,7 @@ fn what_happens_while_a_guest_does_not_answer_is_told_when_it_does() {
 
 #[tokio::test]
 async fn a_listener_that_is_too_slow_is_told_so_and_gets_nothing_more() {
-    let watch = Watch::default();
+    let watch = Watching::new(RuntimeRoot::new("/nowhere"));
     let (first, events, is_first) = watch.begin(View::default());
     assert!(is_first);
     let mut listener = Listener {

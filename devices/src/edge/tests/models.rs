@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::super::{Edge, EdgeKind, EdgeOrder, When};
+use super::super::{Edge, EdgeKind, EdgeOrder, OrderError, When};
 use crate::bus::Bus;
 use crate::e1000::bench::{Bench, BenchLine, MAC};
 use crate::e1000::{E1000, E1000Config, HoldableE1000};
@@ -12,6 +12,9 @@ use crate::pci::bus::{ConfigPorts, PciBus};
 use crate::pci::config::offset;
 use crate::wire::gateway::{Gateway, GatewayConfig};
 
+/// Device Control and its bit to set the link up (13.4.1).
+const CTRL: u64 = 0;
+const CTRL_SLU: u32 = 1 << 6;
 /// Device Status and its link bit, Interrupt Cause Read and its link bit, Interrupt Mask Set
 /// (13.4.2, 13.4.17, 13.4.20).
 const STATUS: u64 = 0x8;
@@ -76,24 +79,40 @@ fn a_load_whose_value_is_lost_acknowledges_the_interrupt_all_the_same() {
 #[test]
 fn the_link_flaps_and_the_driver_is_told_both_times() {
     let (mut bench, edge) = (bench(), Edge::default());
-    let nic = &mut bench.nic;
+    let cable = Arc::<Mutex<Vec<bool>>>::default();
+    let told = cable.clone();
+    edge.has_link(Arc::new(move |plugged| told.lock().unwrap().push(plugged)));
     let order = EdgeOrder::new(EdgeKind::LinkFlap).when(When::Once).span(3);
-    edge.arm(order, nic).unwrap();
-    assert_ne!(
-        read(&edge, nic, STATUS) & STATUS_LU,
-        0,
-        "it goes with this access"
-    );
-    assert_eq!(read(&edge, nic, STATUS) & STATUS_LU, 0);
-    assert_ne!(read(&edge, nic, ICR) & ICR_LSC, 0);
-    read(&edge, nic, STATUS);
-    assert_ne!(read(&edge, nic, STATUS) & STATUS_LU, 0);
-    assert_ne!(read(&edge, nic, ICR) & ICR_LSC, 0);
+    edge.arm(order, &mut bench.nic).unwrap();
+    let nic = &mut bench.nic;
+    let mut read = |register| {
+        let value = read(&edge, nic, register);
+        edge.accessed();
+        for plugged in cable.lock().unwrap().drain(..) {
+            nic.set_cable(plugged);
+        }
+        value
+    };
+    assert_ne!(read(STATUS) & STATUS_LU, 0, "it goes with this access");
+    assert_eq!(read(STATUS) & STATUS_LU, 0);
+    assert_ne!(read(ICR) & ICR_LSC, 0);
+    read(STATUS);
+    assert_ne!(read(STATUS) & STATUS_LU, 0);
+    assert_ne!(read(ICR) & ICR_LSC, 0);
     assert_eq!(
         bench.far_end().nic_link,
         [true, false, true],
         "the port has seen it too"
     );
+}
+
+#[test]
+fn a_function_without_a_cable_has_no_link_that_flaps() {
+    let (mut bench, edge) = (bench(), Edge::default());
+    let flap = EdgeOrder::new(EdgeKind::LinkFlap);
+    let refused = edge.arm(flap, &mut bench.nic);
+    assert_eq!(refused, Err(OrderError::NoLink));
+    assert!(!edge.is_armed());
 }
 
 /// The controller on a bus, at [`BASE`], with its edge.
@@ -114,6 +133,10 @@ fn machine() -> Machine {
     let intx = edge.line(line.clone());
     let nic = E1000::new(E1000Config::new(MAC), dma, intx, Box::new(wire)).unwrap();
     let nic = Arc::new(Mutex::new(nic));
+    let plugged = nic.clone();
+    edge.has_link(Arc::new(move |is_in| {
+        plugged.lock().unwrap().set_cable(is_in);
+    }));
     pci.insert_at_edge(2, nic.clone(), edge.clone()).unwrap();
     pci.config_write(2, offset::BAR0, &(BASE as u32).to_le_bytes());
     pci.config_write(2, offset::COMMAND, &[7, 0]);
@@ -145,6 +168,7 @@ impl Machine {
 
     fn disarm(&self) {
         self.edge.disarm(None, &mut *self.nic.lock().unwrap());
+        self.edge.tell_link();
     }
 
     /// Vendor and device as the guest reads them.
@@ -177,6 +201,34 @@ fn what_comes_by_the_bus_passes_the_edge_and_what_the_host_does_goes_past() {
     machine.disarm();
     assert_eq!(machine.identity(), 0x100e_8086);
     assert!(!machine.line.asserted(), "it was reset as well");
+}
+
+#[test]
+fn a_link_flaps_by_the_bus_and_in_calls_that_hold_the_card() {
+    let machine = machine();
+    machine.write(CTRL, CTRL_SLU);
+    let has_link = || {
+        let mut data = [0; 4];
+        machine.nic.lock().unwrap().bar_read(0, STATUS, &mut data);
+        u32::from_le_bytes(data) & STATUS_LU != 0
+    };
+    assert!(has_link());
+    let flap = EdgeOrder::new(EdgeKind::LinkFlap).when(When::Once).span(2);
+    machine.arm(flap.clone());
+    machine.read(TDBAL);
+    assert!(!has_link());
+    machine.write(TDBAL, 0);
+    machine.read(TDBAL);
+    assert!(has_link());
+    machine.disarm();
+    let held = HoldableE1000::new(machine.nic.clone(), CheckpointBy::Exact).unwrap();
+    let device = machine.edge.holdable(Arc::new(held), machine.nic.clone());
+    machine.arm(flap);
+    let at = DeviceAddress::Memory(BASE + TDBAL);
+    device.hold(&mut |held| held.read(at, &mut [0; 4])).unwrap();
+    assert!(!has_link());
+    machine.disarm();
+    assert!(has_link());
 }
 
 #[test]

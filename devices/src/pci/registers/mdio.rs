@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::description::Mdio;
+use super::description::entries::Mdio;
 use super::{Access, CheckpointError};
 
 /// Reads of a PHY access that is under way before it is given up.

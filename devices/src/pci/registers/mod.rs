@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::description::{ConfigField, Register};
+use self::description::entries::{ConfigField, Register};
 pub use self::description::{Description, DescriptionError};
 use self::parked::FromImage;
 use self::ring::MAX_RING;
@@ -411,10 +411,6 @@ impl Register {
             1 => held(&self.name, value, has),
             _ => held(&format!("{}[{index}]", self.name), value, has),
         }
-    }
-
-    fn offsets(&self) -> impl Iterator<Item = u32> + use<> {
-        (self.offset..).step_by(4).take(self.count as usize)
     }
 }
 

@@ -1,42 +1,9 @@
 //! Resets of a device by its registers, and what a reset must not bring back: somebody else's
 //! station address.
 
-use serde::Deserialize;
-
-use super::description::{Description, Why};
+use super::description::Description;
+use super::description::entries::{Station, Why};
 use super::{Access, CheckpointError, RegisterAccess, wait_until};
-
-/// How the device is reset.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Reset {
-    pub register: String,
-    pub offset: u32,
-    /// Bits that reset it, and clear themselves.
-    pub bits: u32,
-    /// Register that shows that it has read its own memory again.
-    pub done_offset: u32,
-    /// Bits that are set then.
-    pub done: u32,
-    /// How long that may take, in microseconds.
-    pub wait_us: u64,
-    /// Registers of the state that are 0 then, in the order in which they are made so where a
-    /// device leaves them.
-    #[serde(default)]
-    pub zero: Vec<u32>,
-}
-
-/// Registers with the station address.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Station {
-    /// Its first four bytes.
-    pub low: u32,
-    /// The other two, in the lower half.
-    pub high: u32,
-    /// Bits of `high` that say that there is one.
-    pub valid: u32,
-}
 
 impl Description {
     /// The description of a function, if there is one by which it can be taken from one user to

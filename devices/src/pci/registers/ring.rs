@@ -1,63 +1,18 @@
-//! Rings of descriptors: where they are, and which memory a device reaches with what it was last told
-//! to do, which is its rings and what their descriptors point to.
+//! Rings of descriptors: where they are, and which memory a device reaches with what it was last
+//! told to do, which is its rings and what their descriptors point to.
 
 use std::ops::Range;
 
-use serde::Deserialize;
-
 use super::description::Description;
+use super::description::entries::{Descriptor, RingPlace};
 use super::{Access, RegisterAccess, RegisterCheckpoint};
 use crate::dma::DmaSpace;
 
 /// Largest ring, in bytes: what a length register of 20 bits can say.
 pub(super) const MAX_RING: u32 = 1 << 20;
-/// Longest descriptor of a ring, in bytes.
-const MAX_DESCRIPTOR: u32 = 128;
 /// Most descriptors that are looked at in all: drivers have some thousands at most, and somebody
 /// waits meanwhile.
 const MOST_DESCRIPTORS: usize = 16_384;
-/// Most memory that a descriptor's address is of, in bytes.
-const MAX_BUFFER: u32 = 1 << 20;
-
-/// Registers by which a ring is found.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RingPlace {
-    pub name: String,
-    pub base_low: u32,
-    pub base_high: u32,
-    /// Holds its length in bytes.
-    pub length: u32,
-    pub control: u32,
-    /// Bits of `control` that are set while the ring is used.
-    pub enable: u32,
-    /// What its descriptors look like. With it for every ring, the device reaches no memory but the
-    /// rings and what the descriptors point to.
-    pub descriptor: Option<Descriptor>,
-}
-
-/// Where the descriptors of a ring have addresses.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Descriptor {
-    /// Length of one.
-    pub bytes: u32,
-    /// Where in it there may be an address of 64 bits. What is something else there at times costs
-    /// a piece of the map, and nothing else.
-    pub addresses: Vec<u32>,
-    /// Most bytes that the device reads or writes there.
-    pub buffer_bytes: u32,
-}
-
-impl Descriptor {
-    pub fn is_valid(&self) -> bool {
-        let within = |at: &u32| at.checked_add(8).is_some_and(|end| end <= self.bytes);
-        (8..=MAX_DESCRIPTOR).contains(&self.bytes)
-            && (1..=MAX_BUFFER).contains(&self.buffer_bytes)
-            && self.addresses.len() <= 8
-            && self.addresses.iter().all(within)
-    }
-}
 
 impl RingPlace {
     /// The registers by which it is found.

@@ -9,7 +9,8 @@
 //! Between `quiesce` and `resume` the device neither reads nor writes memory, nor does it
 //! interrupt.
 
-use super::description::{Description, Quieting};
+use super::description::Description;
+use super::description::entries::Quieting;
 use super::parked::FromImage;
 use super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint, wait_until};
 

@@ -1,6 +1,7 @@
 use std::os::unix::fs::symlink;
 
 use super::*;
+use crate::vfio::error::VfioError;
 
 /// A sysfs of files: writes arrive, and nothing comes of them.
 struct Fake {
@@ -163,13 +164,17 @@ fn a_group_that_others_are_in_is_refused_with_their_names() {
     fake.add("0000:00:02.3", "0x0c0500", None, Some(7));
     fake.add("0000:00:03.0", "0x020000", Some("e1000e"), Some(8));
     fake.add("0000:00:02.4", "0x0c8000", Some("xhci_hcd"), Some(7));
-    let said = |function| fake.sysfs.not_viable(address(function), 7).to_string();
+    let not_viable = |function, group| {
+        let others = fake.sysfs.others_of_group(group, address(function));
+        VfioError::not_viable(address(function), group, &others).to_string()
+    };
+    let said = |function| not_viable(function, 7);
     assert_eq!(
         said("0000:00:02.0"),
         "0000:00:02.0 cannot be told from 0000:00:02.1 (snd_hda_intel), 0000:00:02.4 (xhci_hcd) by the IOMMU (group \
          7): these must be given away, or have no driver, too"
     );
     // It has let go meanwhile.
-    let alone = fake.sysfs.not_viable(address("0000:00:03.0"), 8);
-    assert!(alone.to_string().contains("another function"), "{alone}");
+    let alone = not_viable("0000:00:03.0", 8);
+    assert!(alone.contains("another function"), "{alone}");
 }

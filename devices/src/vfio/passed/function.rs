@@ -42,8 +42,8 @@ pub struct Counters {
     pub turns: u64,
 }
 
-/// Stores to registers during a turn before each of which is looked at what the device reaches then.
-/// Each has the rings read, while whoever switches waits.
+/// Stores to registers during a turn before each of which is looked at what the device reaches
+/// then. Each has the rings read, while whoever switches waits.
 pub(super) const MOST_TOLD_IN_PART: u32 = 1000;
 
 /// How far the device that is here has come.

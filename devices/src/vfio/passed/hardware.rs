@@ -55,8 +55,8 @@ pub trait Hardware: RegisterAccess + Send {
     /// # Errors
     /// The host does not; it reaches nothing then.
     fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError>;
-    /// Lets it reach more of `memory`, of which it reaches a part: `near`, or all, or as much as the
-    /// batch says. Gives where the next batch begins, if there is more. It may run meanwhile.
+    /// Lets it reach more of `memory`, of which it reaches a part: `near`, or all, or as much as
+    /// the batch says. Gives where the next batch begins, if there is more. It may run meanwhile.
     ///
     /// # Errors
     /// The host does not; it reaches a part still.

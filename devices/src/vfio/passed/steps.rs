@@ -8,10 +8,10 @@
 //! ```
 //!
 //! What the device reaches with what it was last told to do is small: its rings, and what their
-//! descriptors point to. The rest of the user's memory, which takes longest, is taken from it before
-//! it stands still, and given to it when it runs again, some at a time: the users' accesses come in
-//! between. What such an access tells the device is put into the map first. At no time it reaches
-//! memory of two users.
+//! descriptors point to. The rest of the user's memory, which takes longest, is taken from it
+//! before it stands still, and given to it when it runs again, some at a time: the users' accesses
+//! come in between. What such an access tells the device is put into the map first. At no time it
+//! reaches memory of two users.
 //!
 //! `go_on` takes a device that stands still back to where it was, whatever of this was done.
 

@@ -15,6 +15,7 @@ use std::os::fd::RawFd;
 
 use event_manager::{EventOps, EventSet, Events};
 
+use super::pci::VirtioPciFunction;
 use super::{DeviceError, DeviceKind, Queues, VirtioDevice, read_structure};
 use crate::state::{Form, Part, StateError};
 use crate::wire::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableSignal};
@@ -163,6 +164,17 @@ impl Net {
     }
 }
 
+impl VirtioPciFunction<Net> {
+    /// Pulls the network cable, or plugs it in again, whatever is at its other end.
+    pub fn set_cable(&mut self, plugged: bool) {
+        self.with_queues(|card, queues| {
+            card.cable_pulled = !plugged;
+            card.update_carrier(queues);
+            Ok(())
+        });
+    }
+}
+
 impl VirtioDevice for Net {
     fn kind(&self) -> DeviceKind {
         DeviceKind {
@@ -221,12 +233,6 @@ impl VirtioDevice for Net {
         // that any more.
         self.update_carrier(queues);
         Ok(())
-    }
-
-    fn set_cable(&mut self, plugged: bool, queues: &mut Queues<'_>) -> bool {
-        self.cable_pulled = !plugged;
-        self.update_carrier(queues);
-        true
     }
 
     fn watch(&mut self, ops: &mut EventOps<'_>) {

@@ -197,7 +197,7 @@ impl<D: VirtioDevice> VirtioPciFunction<D> {
     }
 
     /// Lets the device work on its queues, then tells the driver what it has to know.
-    fn with_queues(
+    pub(crate) fn with_queues(
         &mut self,
         work: impl FnOnce(&mut D, &mut Queues<'_>) -> Result<(), DeviceError>,
     ) {
@@ -422,15 +422,6 @@ impl<D: VirtioDevice> PciFunction for VirtioPciFunction<D> {
 
     fn restore(&mut self, state: &Part) -> Result<(), StateError> {
         self.restore_part(state)
-    }
-
-    fn set_cable(&mut self, plugged: bool) -> bool {
-        let mut has_one = false;
-        self.with_queues(|device, queues| {
-            has_one = device.set_cable(plugged, queues);
-            Ok(())
-        });
-        has_one
     }
 }
 

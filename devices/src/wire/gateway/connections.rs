@@ -32,7 +32,7 @@ use smoltcp::wire::{
 };
 
 use super::handshakes::{Handshake, Tuple};
-use super::network::{Outbox, Port};
+use super::port::{Outbox, Port};
 
 /// Bytes of a segment that the guest's side is made to say.
 const SEGMENT_BYTES: usize = 1024;

@@ -25,6 +25,7 @@ mod dhcp;
 mod handshakes;
 mod log;
 mod network;
+mod port;
 mod probe;
 mod services;
 mod state;
@@ -40,7 +41,8 @@ use smoltcp::time::Instant;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use self::network::{Incoming, Network, Outbox};
+use self::network::Network;
+use self::port::{Incoming, Outbox};
 use self::probe::Probe;
 use super::{MAX_FRAME_BYTES, SendOutcome, Wire, WritableFd, WritableSignal};
 use crate::clock::monotonic_ns;

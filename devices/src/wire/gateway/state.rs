@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use super::connections::ConnectionState;
-use super::network::Outbox;
+use super::port::Outbox;
 use super::probe::ProbeState;
 use super::services::ServiceState;
 use super::{Gateway, signal, smoltcp_now};

@@ -28,14 +28,14 @@ impl Flow<'_> {
             Callee::Import(_) => self.imported(at, name, &arguments),
             Callee::Indirect | Callee::Inside(_) | Callee::Elsewhere => Value::Unknown,
         };
-        let registered = facts::REGISTERS
-            .iter()
-            .find(|(registers, ..)| *registers == name);
-        if let Some((_, function, cookie, parameter)) = registered
-            && let (Some(Value::Function(function)), Some(cookie)) =
-                (arguments.get(*function), arguments.get(*cookie))
+        if let Some(registered) = facts::LINUX.registers.get(name)
+            && let (Some(Value::Function(function)), Some(cookie)) = (
+                arguments.get(registered.function),
+                arguments.get(registered.handed),
+            )
         {
-            self.shared.learn_parameter(*function, *parameter, *cookie);
+            let parameter = registered.parameter;
+            self.shared.learn_parameter(*function, parameter, *cookie);
         }
         for value in arguments {
             if let Value::Stack(from) = value {
@@ -54,19 +54,17 @@ impl Flow<'_> {
 
     /// What a function of the kernel returns.
     fn imported(&mut self, at: usize, name: &str, arguments: &[Value; 6]) -> Value {
-        if facts::MAPS_REGISTERS.contains(&name) {
+        let facts = &*facts::LINUX;
+        if facts.maps_registers.contains(&name) {
             return Value::Registers;
         }
-        if facts::MAPS_ARRAYS.contains(&name) {
+        if facts.maps_arrays.contains(&name) {
             return Value::RegisterTable;
         }
-        if facts::SHARES_MEMORY.contains(&name) {
+        if facts.shares_memory.contains(&name) {
             return Value::Shared;
         }
-        if let Some((_, bits)) = facts::READS_REGISTER
-            .iter()
-            .find(|(reads, _)| *reads == name)
-        {
+        if let Some(bits) = facts.reads_register.get(name) {
             return self.site(at, false, *bits);
         }
         let Some(objects) = self.objects else {
@@ -78,20 +76,19 @@ impl Flow<'_> {
                 .and_then(|size| objects.of_size(size)),
             _ => None,
         };
-        if let Some((_, structure, argument)) = facts::ALLOCATES_PRIVATE
-            .iter()
-            .find(|(known, ..)| *known == name)
-        {
-            let Some(id) = objects.types().find_struct(structure) else {
+        if let Some(allocated) = facts.allocates_private.get(name) {
+            let Some(id) = objects.types().find_struct(allocated.structure) else {
                 return Value::Unknown;
             };
-            if let Some(private) = size(*argument) {
+            if let Some(private) = size(allocated.size) {
                 self.shared.learn_private(id, private);
             }
             return Value::Struct { id, offset: 0 };
         }
-        let allocates = facts::ALLOCATES.iter().find(|(known, _)| *known == name);
-        let id = allocates.and_then(|(_, argument)| size(*argument));
+        let id = facts
+            .allocates
+            .get(name)
+            .and_then(|argument| size(*argument));
         id.map_or(Value::Unknown, |id| Value::Struct { id, offset: 0 })
     }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::{CallTime, SpilledCall};
+use super::spilled_call::SpilledCall;
+use super::time::CallTime;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::domain::list_links::ChangedLinks;

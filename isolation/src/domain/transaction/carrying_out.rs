@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::call::{AbortPhases, CallRequest, CallResult, CallStats};
-use super::spill::SpilledCall;
+use super::spilled_call::SpilledCall;
 use super::time::{CallTime, Meter};
 use super::{Call, Outcome};
 use crate::domain::Domain;

@@ -58,10 +58,11 @@ mod memory;
 mod preserved;
 mod sleep;
 mod spill;
+mod spilled_call;
 mod time;
 
 pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThroughReason};
-pub use spill::SpilledCall;
+pub use spilled_call::SpilledCall;
 pub use time::CallTime;
 
 use callbacks::Callback;

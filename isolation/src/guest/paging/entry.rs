@@ -68,18 +68,6 @@ impl Entry {
         ))
     }
 
-    /// Which entry of the PAT gives the memory type of the page that this entry of a table of
-    /// `level` maps (Intel SDM volume 3, section 4.9.2); `None` if it points at a table.
-    pub fn pat_index(self, level: u8) -> Option<u8> {
-        let (_, size) = self.page(level)?;
-        let pat = if size == PageSize::Size4K {
-            Self::PAT_SMALL
-        } else {
-            Self::PAT_LARGE
-        };
-        Some(u8::from(self.0 & pat != 0) << 2 | (self.0 >> 3 & 3) as u8)
-    }
-
     /// Whether a bit is set that makes the processor raise a page fault with RSVD.
     pub fn has_reserved_bits(self, level: u8, space: &AddressSpace) -> bool {
         // Address bits below the page size are reserved too, but for the PAT bit of a large page.
@@ -95,12 +83,6 @@ impl Entry {
             reserved |= Self::LARGE;
         }
         self.0 & reserved != 0
-    }
-
-    /// The entry without the bits that the processor sets by itself: two entries that differ in
-    /// those only say the same.
-    pub fn without_accessed_dirty(self) -> Self {
-        Self(self.0 & !(Self::ACCESSED | Self::DIRTY))
     }
 
     /// Entry `index` of the table, one level down, that maps the same memory with the same rights

@@ -2,18 +2,18 @@
 //! section 5.3): 4-level and 5-level paging with 4 KiB, 2 MiB and 1 GiB pages.
 //!
 //! The tables belong to a guest that may be hostile and whose other vCPUs may be writing them:
-//! every word is read once and judged by itself, a walk reads at most five, and a visit of a range
-//! stops at its budget. Rights are those of supervisor code with `CR0.WP` set; protection keys,
-//! SMEP and SMAP are left to the processor.
+//! every word is read once and judged by itself, and a walk reads at most five. Rights are those of
+//! supervisor code with `CR0.WP` set; protection keys, SMEP and SMAP are left to the processor.
 
 mod entry;
 mod virt;
-mod visit;
 
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod visit;
 
 use vm_memory::GuestAddress;
 
@@ -22,7 +22,6 @@ use super::phys::{GuestPhys, OutsideMemory};
 
 pub use entry::{Entry, PageSize, Rights};
 pub use virt::{VirtError, VirtMemory};
-pub use visit::{Leaf, MappedRun, TablePage, VisitError};
 
 /// Entries in a table.
 pub const ENTRIES: usize = 512;

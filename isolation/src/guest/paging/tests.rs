@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use vm_memory::Bytes;
 
 use super::testing::{TestGuest, random_target};
+use super::visit::{Leaf, VisitError};
 use super::*;
 use crate::guest::addr::GvaRange;
 
@@ -170,48 +171,6 @@ fn real_guest_memory_can_be_walked() {
 }
 
 #[test]
-fn runs_merge_neighbours_of_equal_rights_and_are_cut_to_the_range() {
-    let mut guest = TestGuest::new(Levels::Four);
-    for i in 0..8 {
-        let flags = if i < 4 { 0 } else { Entry::WRITE };
-        let at = Gva(KERNEL.0 + i * 0x1000);
-        guest.map(
-            at,
-            GuestAddress(0x70_0000 + i * 0x1000),
-            PageSize::Size4K,
-            flags,
-        );
-    }
-    guest.map(
-        Gva(KERNEL.0 + (6 << 12)),
-        GuestAddress(0x1000),
-        PageSize::Size4K,
-        Entry::WRITE,
-    );
-    let range = GvaRange::new(Gva(KERNEL.0 + 0x800), 1 << 30).unwrap();
-    let runs = guest.space.mapped_runs(&guest.memory, range, 16).unwrap();
-    let seen: Vec<_> = runs
-        .iter()
-        .map(|r| (r.range.first().0 - KERNEL.0, r.range.len_bytes(), r.gpa.0))
-        .collect();
-    assert_eq!(
-        seen,
-        [
-            (0x800, 0x3800, 0x70_0800),
-            (0x4000, 0x2000, 0x70_4000),
-            (0x6000, 0x1000, 0x1000),
-            (0x7000, 0x1000, 0x70_7000)
-        ]
-    );
-    let tables = guest.space.tables_of(&guest.memory, range, 16).unwrap();
-    assert_eq!(
-        tables.iter().map(|t| t.level).collect::<Vec<_>>(),
-        [4, 3, 2, 1]
-    );
-    assert_eq!(tables[3].first, Gva(KERNEL.0 & !0x1f_ffff));
-}
-
-#[test]
 fn tables_that_point_at_themselves_end_at_the_budget() {
     let mut guest = TestGuest::new(Levels::Five);
     let root = guest.space.root;
@@ -221,7 +180,7 @@ fn tables_that_point_at_themselves_end_at_the_budget() {
             .write_u64(entry_address(root, index), root.0 | 0x67);
     }
     let all = GvaRange::inclusive(Gva(0), Gva(u64::MAX)).unwrap();
-    let result = guest.space.mapped_runs(&guest.memory, all, 100);
+    let result = guest.space.visit_pages(&guest.memory, all, 100, |_| {});
     assert_eq!(result, Err(VisitError::OverBudget(100)));
     assert_eq!(
         guest.space.walk(&guest.memory, Gva(0x1234)).unwrap().gpa.0,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{CallMemory, DriverPolicy, PACKET_CACHES, PAGE_SIZE};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{Allocation, AllocationKind, FindAllocation};
+use crate::guest::allocations::{Allocation, AllocationKind, Allocations, FindAllocation};
 use crate::guest::phys::GuestPhys;
 
 /// Objects begin at multiples of as many bytes (`ARCH_KMALLOC_MINALIGN`, arch/x86/include/asm).
@@ -100,8 +100,8 @@ impl DriverPolicy {
         at: Gva,
     ) -> Option<Allocation> {
         let base = memory.per_cpu_base;
-        let now = self.memory.with(memory.private).on_processor(base);
-        let before = self.memory.with(memory.earlier()).on_processor(base);
+        let now = Allocations::new(&self.memory, memory.private).on_processor(base);
+        let before = Allocations::new(&self.memory, memory.earlier()).on_processor(base);
         let found = now.allocation_at(at)?;
         let is_new = now.is_new(&found, &before);
         (is_new && !self.is_packet(memory, &found)).then_some(found)
@@ -111,7 +111,7 @@ impl DriverPolicy {
     /// did: memory that begins there is the driver's, as if it had been handed out while they
     /// differed.
     pub fn hand_out<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, at: Gva) {
-        let allocations = self.memory.with(memory.private);
+        let allocations = Allocations::new(&self.memory, memory.private);
         let stack = memory.stack;
         for at in allocations.places_of(at) {
             let Some(found) = allocations.allocation_at(at) else {
@@ -128,7 +128,7 @@ impl DriverPolicy {
     /// in the driver's registers and on its stack: what was handed out to it until now and lies at
     /// one of them is the driver's.
     pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
-        let allocations = self.memory.with(memory.private);
+        let allocations = Allocations::new(&self.memory, memory.private);
         let places = values
             .iter()
             .flat_map(|value| allocations.places_of(Gva(*value)));
@@ -146,7 +146,7 @@ impl DriverPolicy {
         let mut seen = BTreeSet::new();
         let values = values.iter().filter(|value| seen.insert(**value));
         for at in values.copied().map(Gva) {
-            let found = self.memory.with(memory.private).allocation_at(at);
+            let found = Allocations::new(&self.memory, memory.private).allocation_at(at);
             let is_object = |found: &Allocation| {
                 found.kind == AllocationKind::Slab && found.range.first() == at
             };
@@ -164,7 +164,7 @@ impl DriverPolicy {
         memory: &CallMemory<'_, M>,
         found: &Allocation,
     ) -> bool {
-        let name = self.memory.with(memory.private).cache_name(found);
+        let name = Allocations::new(&self.memory, memory.private).cache_name(found);
         name.is_some_and(|name| PACKET_CACHES.contains(&name.as_str()))
     }
 }

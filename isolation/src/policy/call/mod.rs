@@ -44,8 +44,9 @@ use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, Range
 use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, FindAllocation, MemoryModel};
+use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
 use crate::guest::btf::Btf;
+use crate::guest::memory_model::MemoryModel;
 use crate::guest::module_text::TextPart;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
@@ -144,7 +145,7 @@ pub struct DriverPolicy {
     types: Arc<Btf>,
     names: Names,
     memory: MemoryModel,
-    rules: Rules,
+    rules: &'static Rules,
     /// What of the kernel's structures is this driver's own.
     own_too: OwnTypes,
     table: RangeTable,
@@ -235,7 +236,7 @@ impl DriverPolicy {
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
-        let own_too = Rules::LINUX.own_of(&layout.name, &types);
+        let own_too = Rules::linux().own_of(&layout.name, &types);
         Ok(Self {
             own_too,
             shared_counts: SharedCounts::new(&types),
@@ -247,7 +248,7 @@ impl DriverPolicy {
             types,
             names: Names::default(),
             memory,
-            rules: Rules::LINUX,
+            rules: Rules::linux(),
             table,
             per_cpu_variables,
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
@@ -286,8 +287,8 @@ impl DriverPolicy {
         virt: VirtMemory<'_, M>,
     ) -> Self {
         let data: Vec<GvaRange> = layout.data().map(|section| section.range).collect();
-        let own = OwnVariables::new(text, &data, &self.types, symbols, &self.rules);
-        let allocations = self.memory.with(virt);
+        let own = OwnVariables::new(text, &data, &self.types, symbols, self.rules);
+        let allocations = Allocations::new(&self.memory, virt);
         let pointers = own.freed.iter().filter_map(|at| virt.read_u64(*at).ok());
         let places = pointers.flat_map(|at| allocations.places_of(Gva(at)));
         let owned = Arc::make_mut(&mut self.owned);
@@ -424,7 +425,7 @@ impl DriverPolicy {
 
     /// Whose memory `at` is, as the guest's allocator has it: `kmalloc-512 object + 0x10`.
     pub fn whose<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, at: Gva) -> Option<String> {
-        let allocations = self.memory.with(virt);
+        let allocations = Allocations::new(&self.memory, virt);
         let found = allocations.allocation_at(at)?;
         let offset = at.0 - found.range.first().0;
         Some(match found.kind {

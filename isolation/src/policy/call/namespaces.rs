@@ -4,7 +4,7 @@
 use super::interfaces::InterfaceList;
 use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::FindAllocation;
+use crate::guest::allocations::{Allocations, FindAllocation};
 use crate::guest::btf::Btf;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
@@ -176,7 +176,7 @@ impl DriverPolicy {
             let label = "settings of a network namespace".into();
             return self.open(settings, ObjectKind::Other, label);
         }
-        let allocations = self.memory.with(memory.private);
+        let allocations = Allocations::new(&self.memory, memory.private);
         let found = namespaces.kept(memory.private, &all).find_map(|kept| {
             let found = allocations.allocation_at(kept)?.range;
             found.contains(at).then_some(found)

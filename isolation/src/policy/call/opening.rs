@@ -104,7 +104,7 @@ impl DriverPolicy {
             let label = format!("{name} of the running thread");
             return self.open(one, ObjectKind::Other, label);
         }
-        let allocations = self.memory.with(memory.private);
+        let allocations = Allocations::new(&self.memory, memory.private);
         if let Some((count, cache)) = self.shared_counts.at(&allocations, at) {
             let label = format!("count in an object of {cache}");
             return self.open(count, ObjectKind::Other, label);
@@ -198,8 +198,8 @@ impl DriverPolicy {
     ) -> bool {
         let model = self.memory;
         let base = memory.per_cpu_base;
-        let now = model.with(memory.private).on_processor(base);
-        let before = model.with(memory.earlier()).on_processor(base);
+        let now = Allocations::new(&model, memory.private).on_processor(base);
+        let before = Allocations::new(&model, memory.earlier()).on_processor(base);
         let Some(found) = now.allocation_at(at) else {
             return false;
         };
@@ -263,7 +263,7 @@ impl DriverPolicy {
         if self.slots.is_empty() {
             return false;
         }
-        let Some(object) = self.memory.with(memory.private).allocation_at(at) else {
+        let Some(object) = Allocations::new(&self.memory, memory.private).allocation_at(at) else {
             return false;
         };
         let stack = memory.stack;
@@ -333,12 +333,12 @@ impl DriverPolicy {
             types: &self.types,
             names: &self.names,
             virt,
-            allocations: &self.memory.with(virt),
+            allocations: &Allocations::new(&self.memory, virt),
             stack: memory.stack,
             per_cpu_base: Some(memory.per_cpu_base),
             per_cpu_handed_out: self.per_cpu_handed_out,
             own_too: &self.own_too,
-            rules: &self.rules,
+            rules: self.rules,
         })
     }
 

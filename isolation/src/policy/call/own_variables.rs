@@ -103,7 +103,7 @@ impl OwnVariables {
         if known >= MAX_VARIABLES {
             return;
         }
-        if rules.arrays.iter().any(|(of, _)| *of == name) {
+        if rules.arrays.iter().any(|rule| rule.of == name) {
             if !self.arrays.contains(&(at, id)) {
                 self.arrays.push((at, id));
             }

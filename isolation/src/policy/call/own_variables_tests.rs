@@ -53,7 +53,7 @@ fn found(write: impl FnOnce(&mut CodeAssembler)) -> OwnVariables {
         bytes: &bytes,
     };
     let data = GvaRange::new(Gva(DATA), 0x1000).unwrap();
-    OwnVariables::new(&[text], &[data], &types(), &symbols(), &Rules::LINUX)
+    OwnVariables::new(&[text], &[data], &types(), &symbols(), Rules::linux())
 }
 
 #[test]
@@ -133,6 +133,6 @@ proptest! {
     fn any_bytes_are_text(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
         let text = TextPart { at: Gva(TEXT), bytes: &bytes };
         let data = GvaRange::new(Gva(DATA), 0x1000).unwrap();
-        OwnVariables::new(&[text], &[data], &types(), &symbols(), &Rules::LINUX);
+        OwnVariables::new(&[text], &[data], &types(), &symbols(), Rules::linux());
     }
 }

@@ -62,7 +62,7 @@ impl DriverPolicy {
                 let Some(id) = object.layout else { continue };
                 let pieces = layouts
                     .entry(id)
-                    .or_insert_with(|| kernels_pieces(&self.types, &self.rules, id));
+                    .or_insert_with(|| kernels_pieces(&self.types, self.rules, id));
                 let bytes = self.types.size_of(id).filter(|bytes| *bytes > 0);
                 let count = bytes.map_or(0, |bytes| object.range.len_bytes() / bytes);
                 for element in 0..count {
@@ -128,8 +128,10 @@ fn collect(
                 };
                 *work = left;
                 let offset = at + u64::from(member.bit_offset / 8);
-                let key = (name, types.string(member.name_at));
-                if rules.kernels_members.contains(&key) && pieces.len() < MAX_PIECES {
+                let member_name = types.string(member.name_at);
+                let mut kernels = rules.kernels_members.iter();
+                let is_kernels = kernels.any(|one| (one.of, one.member) == (name, member_name));
+                if is_kernels && pieces.len() < MAX_PIECES {
                     pieces.push(Piece {
                         offset,
                         bytes: types.size_of(member.type_id).unwrap_or(0),
@@ -190,7 +192,7 @@ mod tests {
         let device = e.structure("net_device", 16, &[("mtu", word, 0), ("state", word, 8)]);
         let types = Btf::parse(&e.bytes(), None).unwrap();
         let pieces = |id| -> Vec<(u64, u64, bool)> {
-            let found = kernels_pieces(&types, &Rules::LINUX, id);
+            let found = kernels_pieces(&types, Rules::linux(), id);
             let parts = found.iter();
             parts
                 .map(|piece| (piece.offset, piece.bytes, piece.links))

@@ -59,8 +59,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     pub fn array(&self, at: Gva, id: TypeId) -> Option<Gva> {
         let name = self.types.name(id);
         let mut rules = self.rules.arrays.iter();
-        let (_, member) = rules.find(|(of, _)| *of == name)?;
-        match member {
+        match rules.find(|rule| rule.of == name)?.member {
             None => Some(at),
             Some(member) => {
                 let member = self.member_named(id, member)?;

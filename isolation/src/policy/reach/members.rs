@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::walk::{Extent, Item, MAX_ELEMENTS, MAX_NESTING, Walk};
+use super::limits::{MAX_ELEMENTS, MAX_NESTING};
+use super::walk::{Extent, Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
 use crate::guest::btf::{Kind, TypeId};

@@ -21,7 +21,7 @@
 mod arrays;
 mod block_io;
 mod counted;
-mod linux;
+mod limits;
 mod members;
 mod names;
 mod path;
@@ -51,8 +51,8 @@ pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Counted, Embedded, Followed, InNamespace, InsideArea, Listed, ModulesOwn, OwnTypes, PacketData,
-    PerCpuPointer, Pool, PrivateArea, Rules,
+    Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
+    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules,
 };
 pub use slots::Slots;
 use walk::Extent;

@@ -1,8 +1,9 @@
 //! Data of the processor that a call runs on.
 
 use super::Path;
+use super::limits::LOWEST;
 use super::members::Trail;
-use super::walk::{Extent, Item, LOWEST, Walk};
+use super::walk::{Extent, Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, FindAllocation};
 use crate::guest::btf::TypeId;

@@ -1,23 +1,32 @@
 //! What the kernel's types do not say about what a driver may write.
 
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
 use crate::guest::btf::{Btf, TypeId};
+use crate::models::{built_in, kept};
 
 /// Private data of the driver right behind a structure of the kernel's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PrivateArea {
     /// The structure.
     pub behind: &'static str,
     /// Alignment of the private data, a power of two in bytes.
     pub align: u64,
     /// Where its size is noted that was asked for, a path from the structure.
+    #[serde(borrow)]
     pub size: Option<&'static str>,
     /// What the private data is where nothing in it tells: the first of these structures that the
     /// module defines.
+    #[serde(default, deserialize_with = "kept")]
     pub is: &'static [&'static str],
 }
 
 /// Private data of the driver in the middle of a structure of the kernel's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct InsideArea {
     /// What it is come to by: the first member of the structure.
     pub of: &'static str,
@@ -27,11 +36,13 @@ pub struct InsideArea {
     pub member: &'static str,
     /// What is in it: the first of these structures that the module defines. Only pointers are of
     /// interest.
+    #[serde(default, deserialize_with = "kept")]
     pub is: &'static [&'static str],
 }
 
 /// A buffer described by two members of a structure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PacketData {
     /// The structure.
     pub of: &'static str,
@@ -48,7 +59,8 @@ pub type Embedded = &'static str;
 
 /// A pointer in a structure of the kernel's that leads to what a driver may write: its own data, or
 /// what inline functions of the kernel that became part of the driver write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Followed {
     /// The structure.
     pub of: &'static str,
@@ -56,29 +68,23 @@ pub struct Followed {
     /// that.
     pub member: &'static str,
     /// Member with the number of elements, if it is an array.
+    #[serde(borrow)]
     pub count: Option<&'static str>,
     /// What a `void *` is: the first of these structures that the module defines. Where none is, it
     /// is the module's structure that points back.
+    #[serde(default, deserialize_with = "kept")]
     pub is: &'static [&'static str],
     /// Followed also where the structure itself is only to be read.
+    #[serde(default)]
     pub from_const: bool,
     /// Not followed where it is none of the module's structures.
+    #[serde(default)]
     pub own_only: bool,
 }
 
-impl Followed {
-    pub(super) const PLAIN: Self = Self {
-        of: "",
-        member: "",
-        count: None,
-        is: &[],
-        from_const: false,
-        own_only: false,
-    };
-}
-
 /// A list in a structure of the module's (`struct list_head`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Listed {
     /// The structure.
     pub of: &'static str,
@@ -91,7 +97,8 @@ pub struct Listed {
 }
 
 /// A structure of the kernel's of which a driver has one, from whose pages it is given memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pool {
     /// The structure.
     pub of: &'static str,
@@ -108,33 +115,40 @@ pub struct Pool {
 }
 
 /// A pointer in a structure of the kernel's to another one, of which inline functions write parts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Counted {
     /// The structure.
     pub of: &'static str,
     /// The pointer.
     pub member: &'static str,
     /// Member with the number of elements, if it points at an array of pointers.
+    #[serde(borrow)]
     pub count: Option<&'static str>,
     /// What is written there besides the counts of references.
+    #[serde(default, deserialize_with = "kept")]
     pub also: &'static [&'static str],
 }
 
 /// A pointer in a structure of the kernel's to data of the current processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PerCpuPointer {
     /// The structure.
     pub of: &'static str,
     /// The pointer, a path ([`Path::find`](super::Path::find)). Only that of the kernel's version
     /// at hand exists; members of a union are all named, the largest counts.
+    #[serde(default, deserialize_with = "kept")]
     pub members: &'static [&'static str],
     /// Also where the structure itself is only to be read.
+    #[serde(default)]
     pub from_const: bool,
 }
 
 /// What a module keeps in each network namespace (`net_generic`), by a number in a structure of its
 /// own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct InNamespace {
     /// The structure.
     pub of: &'static str,
@@ -148,16 +162,50 @@ pub struct InNamespace {
 
 /// Structures that belong to modules although the kernel knows them, too: something that is built
 /// in has their header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModulesOwn {
     /// The modules.
+    #[serde(default, deserialize_with = "kept")]
     pub modules: &'static [&'static str],
     /// The structure behind which each keeps its own ([`PrivateArea`]).
     pub behind: &'static str,
     /// What each keeps there.
     pub private: &'static str,
     /// What else is their own.
+    #[serde(default, deserialize_with = "kept")]
     pub others: &'static [&'static str],
+}
+
+/// A structure of the kernel's in which drivers keep things by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Numbered {
+    /// The structure.
+    pub of: &'static str,
+    /// The member that is an xarray; none for what is one itself.
+    #[serde(borrow)]
+    pub member: Option<&'static str>,
+}
+
+/// A structure of the kernel's that is in a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chained {
+    /// The structure.
+    pub of: &'static str,
+    /// The member that has the next.
+    pub next: &'static str,
+}
+
+/// A member that kernel functions keep in a structure that is otherwise the driver's to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelsMember {
+    /// The structure.
+    pub of: &'static str,
+    /// The member.
+    pub member: &'static str,
 }
 
 /// What of the kernel's structures is a driver's own.
@@ -170,56 +218,82 @@ pub struct OwnTypes {
 }
 
 /// All rules.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rules {
     /// Private data behind a structure.
+    #[serde(default, deserialize_with = "kept")]
     pub private_areas: &'static [PrivateArea],
     /// Private data in a structure.
+    #[serde(default, deserialize_with = "kept")]
     pub inside: &'static [InsideArea],
     /// Buffers.
+    #[serde(default, deserialize_with = "kept")]
     pub packet_data: &'static [PacketData],
     /// Structures whose whole allocation is the driver's (`container_of`).
+    #[serde(default, deserialize_with = "kept")]
     pub embedded: &'static [Embedded],
     /// Pointers that are followed though they are the kernel's.
+    #[serde(default, deserialize_with = "kept")]
     pub followed: &'static [Followed],
     /// Pointers to data of the current processor.
+    #[serde(default, deserialize_with = "kept")]
     pub per_cpu: &'static [PerCpuPointer],
     /// Structures of modules that the kernel knows, too.
+    #[serde(default, deserialize_with = "kept")]
     pub modules_own: &'static [ModulesOwn],
     /// Lists in the module's structures.
+    #[serde(default, deserialize_with = "kept")]
     pub listed: &'static [Listed],
     /// Pools of memory.
+    #[serde(default, deserialize_with = "kept")]
     pub pools: &'static [Pool],
     /// Pointers in the kernel's structures to others of which inline functions count the
     /// references.
+    #[serde(default, deserialize_with = "kept")]
     pub counted: &'static [Counted],
-    /// Structures of the kernel's in which drivers keep things by number, with the member that is
-    /// an xarray; none for what is one itself.
-    pub arrays: &'static [(&'static str, Option<&'static str>)],
+    /// Structures of the kernel's in which drivers keep things by number.
+    #[serde(default, deserialize_with = "kept")]
+    pub arrays: &'static [Numbered],
     /// Structures of the kernel's that are queues of packets, linked by their first member; in a
     /// driver's structure they hold packets of the driver's.
+    #[serde(default, deserialize_with = "kept")]
     pub queues: &'static [&'static str],
-    /// Structures that an argument may have a pointer to the first of a chain of, with the member
-    /// that has the next.
-    pub chained: &'static [(&'static str, &'static str)],
+    /// Structures that an argument may have a pointer to the first of a chain of.
+    #[serde(default, deserialize_with = "kept")]
+    pub chained: &'static [Chained],
     /// Structures of the kernel's that are part of the driver's: what they are part of is the
     /// driver's, if only one of its structures can be.
+    #[serde(default, deserialize_with = "kept")]
     pub parts: &'static [&'static str],
     /// What a driver keeps in each network namespace by a number in a structure of its own.
+    #[serde(default, deserialize_with = "kept")]
     pub in_namespaces: &'static [InNamespace],
     /// Structures that a driver's pointer does not make the driver's: shared by the whole kernel.
+    #[serde(default, deserialize_with = "kept")]
     pub closed: &'static [&'static str],
     /// Structures that kernel functions keep, wherever they lie: what a call did to them is undone
     /// by calling other kernel functions, not by putting bytes back.
+    #[serde(default, deserialize_with = "kept")]
     pub kernels: &'static [&'static str],
     /// Of these, the links of lists that inline functions of the kernel change, too: a pointer to
     /// the next and one to the previous.
     pub links: &'static str,
     /// Members that kernel functions keep in structures that are otherwise the driver's to write.
-    pub kernels_members: &'static [(&'static str, &'static str)],
+    #[serde(default, deserialize_with = "kept")]
+    pub kernels_members: &'static [KernelsMember],
 }
 
+/// Those for Linux.
+static LINUX: LazyLock<Rules> =
+    LazyLock::new(|| built_in(include_str!("../../../models/types.toml")));
+
 impl Rules {
+    /// For Linux (`models/types.toml`).
+    pub fn linux() -> &'static Self {
+        &LINUX
+    }
+
     /// What of the kernel's structures is the module's own.
     pub fn own_of(&self, module: &str, types: &Btf) -> OwnTypes {
         let mut rules = self.modules_own.iter();

@@ -5,7 +5,7 @@
 //! address, and need only find a pointer to it: in the driver's own arrays, where their elements
 //! have pointers by type.
 
-use super::walk::{LOWEST, MAX_ELEMENTS, MAX_NESTING, Walk};
+use super::limits::{LOWEST, MAX_NESTING};
 use super::{Reach, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
@@ -18,9 +18,6 @@ const MAX_BYTES: u64 = 1 << 18;
 const MAX_POINTERS: usize = 64;
 /// Most members that are looked at for them.
 const MAX_MEMBERS: usize = 1 << 10;
-/// Most arrays of one question.
-const MAX_ARRAYS: usize = 64;
-
 /// An array of a driver's structures, or of pointers in one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slots {
@@ -120,28 +117,13 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     }
 
     /// Whether an array of this type has slots.
-    fn has_slots(&self, element: TypeId) -> bool {
+    pub(super) fn has_slots(&self, element: TypeId) -> bool {
         match self.types.resolve(element) {
             Some((_, Kind::Pointer(to))) => {
                 matches!(self.types.resolve(to), Some((_, Kind::Struct { .. })))
             }
             Some((id, Kind::Struct { .. } | Kind::Union { .. })) => self.is_own(id),
             _ => false,
-        }
-    }
-}
-
-impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
-    /// Remembers an array of which not all elements are looked into.
-    pub(super) fn note_slots(&mut self, at: Gva, element: TypeId, (bytes, count): (u64, u64)) {
-        let is_long = count > MAX_ELEMENTS && self.slots.len() < MAX_ARRAYS;
-        if is_long && self.reach.has_slots(element) {
-            self.slots.push(Slots {
-                at,
-                element,
-                bytes,
-                count,
-            });
         }
     }
 }

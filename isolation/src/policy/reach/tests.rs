@@ -160,7 +160,7 @@ fn reach<'a>(
         per_cpu_base: Some(PER_CPU_BASE),
         per_cpu_handed_out: Some(0x800),
         own_too: Box::leak(Box::default()),
-        rules: &Rules::LINUX,
+        rules: Rules::linux(),
     }
 }
 

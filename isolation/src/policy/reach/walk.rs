@@ -2,19 +2,13 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
+use super::limits::{HIGHEST, LOWEST, MAX_ELEMENTS};
 use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
-
-/// Pointers into the first and last pages of the address space are error numbers or nonsense.
-pub(super) const LOWEST: Gva = Gva(0xff00_0000_0000_0000);
-const HIGHEST: Gva = Gva(u64::MAX - 0x1_0000);
-
-/// Most elements of an array that are looked into: a few rings, not their hundreds of slots.
-pub(super) const MAX_ELEMENTS: u64 = 8;
 
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
@@ -25,8 +19,8 @@ const MAX_CHAINED: usize = 32;
 /// Most members that one question looks at.
 const MAX_MEMBERS: usize = 1 << 16;
 
-/// Deepest nesting of structures in a structure.
-pub(super) const MAX_NESTING: usize = 8;
+/// Most arrays of one question.
+const MAX_ARRAYS: usize = 64;
 
 /// Longest label, in bytes.
 const MAX_LABEL: usize = 160;
@@ -260,8 +254,8 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let (id, _) = self.reach.types.resolve(of)?;
         let name = self.reach.types.name(id);
         let mut rules = self.reach.rules.chained.iter();
-        let (_, member) = rules.find(|(of, _)| *of == name)?;
-        self.member_value(at, id, member)
+        let rule = rules.find(|rule| rule.of == name)?;
+        self.member_value(at, id, rule.next)
     }
 
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of
@@ -413,6 +407,19 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     /// Takes an object, if its first byte is memory.
+    /// Remembers an array of which not all elements are looked into.
+    pub(super) fn note_slots(&mut self, at: Gva, element: TypeId, (bytes, count): (u64, u64)) {
+        let is_long = count > MAX_ELEMENTS && self.slots.len() < MAX_ARRAYS;
+        if is_long && self.reach.has_slots(element) {
+            self.slots.push(Slots {
+                at,
+                element,
+                bytes,
+                count,
+            });
+        }
+    }
+
     pub(super) fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
         let mut byte = [0];
         if self.found.len() >= MAX_OBJECTS

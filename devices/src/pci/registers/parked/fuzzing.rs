@@ -1,7 +1,7 @@
 //! An image under any accesses, with switches in between: for fuzzing, and for a test with random
 //! ones.
 
-use super::super::description::Register;
+use super::super::description::entries::Register;
 use super::super::mdio::mdic;
 use super::bench::*;
 use super::{Parked, ParkedLink};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::data;
+use super::super::description::answers;
 use crate::pci::registers::{Access, Description, RegisterAccess};
 
 /// Causes that are set. Which of them interrupt is part of the state.
@@ -25,7 +25,7 @@ impl Interrupts {
     }
 
     /// The causes, which are cleared by that.
-    pub fn take(&mut self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+    pub fn take(&mut self, places: &answers::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
         let asserted = match self.are_due(places, state) {
             true => places.asserted,
             false => 0,
@@ -35,12 +35,16 @@ impl Interrupts {
         causes
     }
 
-    pub fn are_due(&self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> bool {
+    pub fn are_due(&self, places: &answers::Interrupts, state: &BTreeMap<u32, u32>) -> bool {
         self.due(places, state) != 0
     }
 
     /// The vectors that a message is due for, a bit for each.
-    pub fn take_messages(&mut self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+    pub fn take_messages(
+        &mut self,
+        places: &answers::Interrupts,
+        state: &BTreeMap<u32, u32>,
+    ) -> u32 {
         let due = self.due(places, state) & !self.told;
         let vectors = places.vectors.and_then(|at| state.get(&at)).copied();
         let sent = places.vectors_of(due, vectors.unwrap_or(0));
@@ -50,13 +54,13 @@ impl Interrupts {
         sent
     }
 
-    fn due(&self, places: &data::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
+    fn due(&self, places: &answers::Interrupts, state: &BTreeMap<u32, u32>) -> u32 {
         let mask = state.get(&places.mask).copied().unwrap_or(0);
         self.causes & mask & !places.asserted
     }
 }
 
-impl data::Interrupts {
+impl answers::Interrupts {
     /// Where the messages for these causes go, a bit for each vector; `vectors` is the register of
     /// that name.
     fn vectors_of(&self, causes: u32, vectors: u32) -> u32 {

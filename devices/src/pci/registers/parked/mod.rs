@@ -16,7 +16,6 @@
 #[cfg(any(test, feature = "fuzzing"))]
 mod bench;
 mod checkpoint;
-mod data;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod interrupts;
@@ -27,12 +26,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(super) use self::checkpoint::FromImage;
-pub(super) use self::data::Answers;
-use self::data::{Nvm, Part};
 use self::interrupts::Interrupts;
 use self::phy::PhyImage;
 pub use self::survey::{Shown, Survey};
 use super::description::Description;
+use super::description::answers::{Answers, Nvm, Part};
 use super::{CheckpointError, RegisterCheckpoint};
 
 /// Bytes of a register.

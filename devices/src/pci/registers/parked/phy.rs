@@ -2,9 +2,9 @@
 //! done at once.
 
 use super::super::RegisterCheckpoint;
+use super::super::description::answers::Phy;
 use super::super::description::{Description, PHY_REGISTERS};
 use super::super::mdio::mdic;
-use super::data::Phy;
 use super::{FromImage, ParkedLink, Shown};
 
 /// Number of a register or of a PHY in a command.

@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::description::{Description, Mdio, PHY_REGISTERS};
+use super::super::description::answers::{Answers, Nvm, Phy, PhyLink};
+use super::super::description::entries::Mdio;
+use super::super::description::{Description, PHY_REGISTERS};
 use super::super::{Access, CheckpointError, RegisterAccess, RegisterCheckpoint};
 use super::ParkedLink;
-use super::data::{Answers, Nvm, Phy, PhyLink};
 
 /// Reads of a word of non-volatile memory before it is given up, and between two of them. Linux
 /// waits for half a second.

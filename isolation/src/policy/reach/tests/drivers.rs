@@ -33,6 +33,7 @@ const KEPT: u64 = AT + 0xe00;
 const PAGE: u64 = super::BUFFER;
 const DESCRIPTION: u64 = PAGE - 64;
 
+#[expect(clippy::too_many_lines, reason = "one table of types")]
 fn types() -> Arc<Btf> {
     let mut e = Encoder::new(None);
     let word = e.int("u64", 8, 0);

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::fuzzing::exercise;
 use super::*;
-use crate::pci::registers::description::Register;
+use crate::pci::registers::description::entries::Register;
 
 /// Registers of the state to which a store is no more than that.
 fn plain(description: &Description) -> Vec<u32> {

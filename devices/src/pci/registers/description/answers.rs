@@ -15,15 +15,6 @@
 
 use serde::Deserialize;
 
-use super::super::description::{Description, DescriptionError, PHY_REGISTERS};
-
-/// Most words of non-volatile memory.
-const MAX_NVM_WORDS: u32 = 1 << 14;
-/// Most entries of one kind.
-const MAX_ENTRIES: usize = 64;
-/// Bits of a register.
-const BITS: u32 = 32;
-
 /// How an image answers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,109 +174,6 @@ pub(in crate::pci::registers) struct Nvm {
 
 fn one() -> u32 {
     1
-}
-
-impl Answers {
-    /// Whether this goes with the rest of the description.
-    pub fn check(&self, description: &Description) -> Result<(), DescriptionError> {
-        let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
-        let many = [self.reset.len(), self.remainder.len(), self.register.len()];
-        let more = self.interrupts.message.len();
-        if many
-            .into_iter()
-            .chain([more])
-            .any(|length| length > MAX_ENTRIES)
-        {
-            return wrong("parked", "too many entries");
-        }
-        let saved = |offset: u32| description.saves(offset);
-        let interrupts = &self.interrupts;
-        let state = [Some(interrupts.mask), interrupts.auto_clear];
-        let mut state = state.into_iter().chain([interrupts.vectors]).flatten();
-        if !state.all(saved) {
-            return wrong("parked.interrupts", "a register is not saved");
-        }
-        for message in &interrupts.message {
-            let field = message.vector | message.valid;
-            let fits = message.shift < BITS && field.leading_zeros() >= message.shift;
-            if !fits || interrupts.vectors.is_none() {
-                return wrong("parked.interrupts", "no such field of vectors");
-            }
-        }
-        for reset in &self.reset {
-            if !saved(reset.offset) {
-                return wrong(&reset.register, "it is not saved");
-            }
-        }
-        for remainder in &self.remainder {
-            if !saved(remainder.offset) {
-                return wrong(&remainder.register, "it is not saved");
-            }
-        }
-        self.check_others(description)?;
-        self.check_behind(description)
-    }
-
-    /// Those that are not part of the state have one meaning each.
-    fn check_others(&self, description: &Description) -> Result<(), DescriptionError> {
-        let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
-        let interrupts = &self.interrupts;
-        let mut single = vec![interrupts.causes, interrupts.raise, interrupts.block];
-        single.extend(self.nvm.iter().map(|nvm| nvm.offset));
-        single.extend(description.mdio.iter().map(|mdio| mdio.register));
-        let single = single
-            .into_iter()
-            .map(|offset| ("parked, a register", offset, 1));
-        let others = self.register.iter();
-        let others = others.map(|one| (one.name.as_str(), one.offset, one.count));
-        let mut taken: Vec<std::ops::Range<u32>> = Vec::new();
-        for (name, offset, count) in single.chain(others) {
-            if count == 0 || !description.has(offset, count) {
-                return wrong(name, "no aligned registers of this device");
-            }
-            let range = offset..offset + 4 * count;
-            let mut each = range.clone().step_by(4);
-            if each.any(|offset| description.saves(offset)) {
-                return wrong(name, "it is part of the state");
-            }
-            if taken
-                .iter()
-                .any(|other| range.start < other.end && other.start < range.end)
-            {
-                return wrong(name, "it has another meaning too");
-            }
-            taken.push(range);
-        }
-        if !self.register.iter().any(|one| one.has(self.link.offset)) {
-            return wrong("parked.link", "it is none of the registers there");
-        }
-        Ok(())
-    }
-
-    /// What is reached through registers.
-    fn check_behind(&self, description: &Description) -> Result<(), DescriptionError> {
-        let wrong = |name: &str, what| Err(DescriptionError::Entry(name.to_owned(), what));
-        if let Some(phy) = &self.phy {
-            let links = phy.link.iter().map(|link| link.number);
-            let mut numbers = links.chain(phy.read_only.iter().copied()).chain([phy.page]);
-            if description.mdio.is_none() || numbers.any(|number| number >= PHY_REGISTERS) {
-                return wrong("parked.phy", "there is none, or it has no such register");
-            }
-        }
-        if let Some(nvm) = &self.nvm {
-            let fits = nvm.words <= MAX_NVM_WORDS
-                && nvm.summed <= nvm.words
-                && nvm.address.saturating_add(3) < nvm.summed;
-            let number = nvm.words.saturating_sub(1);
-            let shifts = nvm.word_shift <= BITS / 2
-                && nvm.number_shift < BITS
-                && number.leading_zeros() >= nvm.number_shift;
-            if !fits || !shifts || nvm.done == 0 || nvm.start == 0 {
-                return wrong("parked.nvm", "words or bits lie outside");
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Other {

@@ -1,0 +1,33 @@
+//! A field of a kernel structure, as the kernel's types say where it is.
+
+use super::addr::Gva;
+use super::btf::{Btf, TypeId};
+use super::paging::VirtMemory;
+use super::phys::GuestPhys;
+
+/// A field of a kernel structure: offset and size in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Field {
+    pub(super) offset: u64,
+    pub(super) bytes: usize,
+}
+
+impl Field {
+    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+        let member = types.find_member(of, name)?;
+        let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
+        let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
+        whole.then_some(Self {
+            offset: u64::from(member.bit_offset / 8),
+            bytes,
+        })
+    }
+
+    /// The field of the structure at `at`, as an unsigned number.
+    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
+        let mut word = [0; 8];
+        virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
+            .ok()?;
+        Some(u64::from_le_bytes(word))
+    }
+}
