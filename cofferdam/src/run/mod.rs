@@ -28,6 +28,7 @@ mod restored;
 pub mod saved;
 mod service;
 pub mod signals;
+mod steps;
 mod summary;
 pub mod terminal;
 pub(crate) mod watch;
@@ -47,7 +48,7 @@ use kept_console::KeptConsole;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
-use vmm::memory::MemorySource;
+use vmm::memory::{MemorySource, Userfault};
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::long_work::LongWork;
@@ -55,6 +56,7 @@ use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmNa
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Jail, MachineSandbox, Namespaces};
 use signals::Signals;
+use steps::Steps;
 
 pub use ending::Ending;
 pub use restored::Restored;
@@ -137,6 +139,15 @@ impl RunConfig {
         self.sandbox.begin_jail(&self.sockets()).map(Some)
     }
 
+    /// By what a guest that goes on lazily has its pages brought when it is isolated. Without it, as
+    /// where this is nobody with the right to it, all of them are copied then.
+    fn userfault(&self) -> Option<Arc<Userfault>> {
+        self.restored.as_ref().filter(|from| from.lazy)?;
+        let opened = Userfault::open();
+        let told = |error| tracing::debug!("memory is copied when something is isolated: {error}");
+        opened.map_err(told).ok().map(Arc::new)
+    }
+
     /// What there is of the runtime folder in a jail: its own folder, and those of device hosts if
     /// it has a NIC of one.
     fn folders_of_jail(&self, own: &Path) -> Vec<PathBuf> {
@@ -167,11 +178,13 @@ impl RunConfig {
 /// Runs a VM to its end.
 pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
+    // In a jail it cannot be had any more.
+    let userfault = config.userfault();
     let jail = config.begin_jail()?;
     let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
-    let result = boot(&config, jail, started_ns, &watch);
+    let result = boot(&config, (jail, userfault), started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
@@ -208,10 +221,11 @@ fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
 /// Makes the VM, runs it and takes it down.
 fn boot(
     config: &RunConfig,
-    jail: Option<Namespaces>,
+    (jail, userfault): (Option<Namespaces>, Option<Arc<Userfault>>),
     started_ns: u64,
     watch: &watch::Watch,
 ) -> anyhow::Result<ExitReason> {
+    let mut steps = Steps::since(started_ns);
     let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
@@ -221,7 +235,10 @@ fn boot(
         let belongings = belongings.clone();
         vmm::memory::when_memory_is_lost(move || belongings.clear());
     }
-    let saved = config.restored.as_ref().map(Saved::open).transpose()?;
+    steps.done("signals and the runtime folder are there");
+    let saved = config.restored.as_ref();
+    let saved = saved.map(|from| Saved::open(from, userfault)).transpose()?;
+    steps.done("the snapshot is open");
     let console::Opened {
         backend,
         input,
@@ -232,7 +249,9 @@ fn boot(
     let observer = console.observer(panic.observer());
     let backend = SerialBackend::Observed(Box::new(backend), observer);
     let mut vm = make(config, saved.as_ref(), backend)?;
+    steps.done("the machine is made");
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    steps.done("its devices are made");
     if let Some(saved) = &saved {
         let mut word = LongWork::begin();
         let mut tell = |what: &str| {
@@ -240,6 +259,7 @@ fn boot(
             !watch.is_asked()
         };
         saved.put_into(&mut vm, &nics, &mut tell)?;
+        steps.done("it has the snapshot's state");
     }
     let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
     let plugging = plugging::Plugging::new(
@@ -254,6 +274,7 @@ fn boot(
         started_ns,
     };
     let service = service::VmService::new(config, plugging, supervisor, told)?;
+    steps.done("recovery and the service are made");
     // Everything is open; nobody has been answered yet, and the guest does not run.
     let jail = jail.map(|namespaces| Jail {
         namespaces,
@@ -264,6 +285,7 @@ fn boot(
         belongings.dir_stays();
     }
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
+    steps.done("the sandbox is entered");
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
@@ -273,6 +295,7 @@ fn boot(
         input.start(vm.handle(), belongings)?;
     }
     memory::give_back_unused();
+    steps.done("it is ready to run");
     let begins = match saved {
         Some(_) => "the guest goes on",
         None => "the guest starts",

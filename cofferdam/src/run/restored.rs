@@ -6,12 +6,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Client;
 use anyhow::Context;
+use devices::clock::monotonic_ns;
 use recovery::asker::Nobody;
 use recovery::guest::LiveGuest;
 use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
 use vmm::Vm;
-use vmm::memory::MemorySource;
+use vmm::memory::{MemorySource, Userfault};
 use vmm::snapshot::{Chain, Tell};
 
 use super::isolation::Isolation;
@@ -36,17 +37,20 @@ pub struct Restored {
 pub struct Saved {
     chain: Chain,
     lazy: bool,
+    userfault: Option<Arc<Userfault>>,
 }
 
 impl Saved {
-    /// Opens the snapshot.
+    /// Opens the snapshot. With `userfault` a guest that goes on lazily can be isolated without a
+    /// copy of all of its memory.
     ///
     /// # Errors
     /// It cannot be used.
-    pub fn open(from: &Restored) -> anyhow::Result<Self> {
+    pub fn open(from: &Restored, userfault: Option<Arc<Userfault>>) -> anyhow::Result<Self> {
         Ok(Self {
             chain: Chain::open(&from.dir)?,
             lazy: from.lazy,
+            userfault,
         })
     }
 
@@ -56,7 +60,7 @@ impl Saved {
     /// The process has no more descriptors.
     pub fn memory(&self) -> anyhow::Result<MemorySource> {
         match self.lazy {
-            true => Ok(self.chain.template()?),
+            true => Ok(self.chain.template(self.userfault.clone())?),
             false => Ok(MemorySource::Fresh),
         }
     }
@@ -140,6 +144,7 @@ impl News {
     fn tell_agent(&self, agent: &mut Client) -> anyhow::Result<()> {
         // The time of now, not of when this began to wait for its turn.
         agent.hello(AGENT_TIME)?;
+        tracing::debug!(at_ns = monotonic_ns(), "the guest's agent answered");
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         agent
             .set_time(u64::try_from(now.as_nanos())?)

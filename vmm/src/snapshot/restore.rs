@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{Chain, IMAGE_FILE, Loaded, SnapshotError, Tell};
 use crate::error::{Error, StateError};
-use crate::memory::{GuestRam, MemorySource};
+use crate::memory::{GuestRam, MemorySource, Userfault};
 use crate::state::MachineState;
 use crate::state::devices::DeviceStates;
 use crate::vm::Vm;
@@ -31,16 +31,21 @@ impl From<StateError> for RestoreError {
 impl Chain {
     /// Memory that is mapped from the image of the full snapshot, for [`crate::VmConfig::memory`]:
     /// pages are read when they are touched, without a look at their checksums, and all machines
-    /// that map it share those that they have not written.
+    /// that map it share those that they have not written. With `userfault` it can be isolated
+    /// without a copy of all of it.
     ///
     /// # Errors
     /// The process has no more descriptors.
-    pub fn template(&self) -> Result<MemorySource, SnapshotError> {
+    pub fn template(
+        &self,
+        userfault: Option<Arc<Userfault>>,
+    ) -> Result<MemorySource, SnapshotError> {
         let base = self.base();
         let file = base.image().try_clone();
         let file = file.map_err(SnapshotError::read(base.dir().join(IMAGE_FILE)))?;
         Ok(MemorySource::Template {
             file: Arc::new(file),
+            userfault,
         })
     }
 }
