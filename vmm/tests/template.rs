@@ -270,7 +270,8 @@ impl View {
         let region = memory.iter().next().unwrap();
         let file = region.file_offset().unwrap().clone();
         let (read, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
-        let mapping = vm_memory::MmapRegion::build(Some(file), MEMORY as usize, read, private).unwrap();
+        let mapping =
+            vm_memory::MmapRegion::build(Some(file), MEMORY as usize, read, private).unwrap();
         let start = mapping.as_ptr() as u64;
         let missing = region.get_mmap().bitmap().missing_pages().unwrap();
         Self {
@@ -280,7 +281,10 @@ impl View {
     }
 
     fn byte(&self, at: u64) -> u8 {
-        self.mapping.as_volatile_slice().read_obj(at as usize).unwrap()
+        self.mapping
+            .as_volatile_slice()
+            .read_obj(at as usize)
+            .unwrap()
     }
 }
 
@@ -292,7 +296,10 @@ fn own_bytes(guest: &Writing) -> u64 {
 #[test]
 fn a_guest_whose_memory_is_shared_in_its_process_costs_what_it_touches() {
     if Userfault::open().is_err() {
-        skipped::skip(concat!(module_path!(), "::a_guest_whose_memory_is_shared"), "no userfaultfd");
+        skipped::skip(
+            concat!(module_path!(), "::a_guest_whose_memory_is_shared"),
+            "no userfaultfd",
+        );
         return;
     }
     let saved = saved(2);
@@ -301,8 +308,12 @@ fn a_guest_whose_memory_is_shared_in_its_process_costs_what_it_touches() {
         let handle = clone.handle();
         // What was not zero in the file and is now, and what was zero and is not.
         let memory = handle.ram().memory();
-        memory.write_slice(&[0; 4096], GuestAddress(writer::CODE_END)).unwrap();
-        memory.write_slice(&[7; 4096], GuestAddress(MEMORY - 4096)).unwrap();
+        memory
+            .write_slice(&[0; 4096], GuestAddress(writer::CODE_END))
+            .unwrap();
+        memory
+            .write_slice(&[7; 4096], GuestAddress(MEMORY - 4096))
+            .unwrap();
         clone.wait(50);
         // One of two is too late, which is no error.
         std::thread::scope(|scope| {
@@ -318,17 +329,28 @@ fn a_guest_whose_memory_is_shared_in_its_process_costs_what_it_touches() {
         check(&clone);
         // Its areas, code and tables, and no more of the 16 MiB than that.
         let areas = 2 * PAGES * 4096;
-        assert!(own_bytes(&clone) <= areas + (1 << 20), "{}", own_bytes(&clone));
+        assert!(
+            own_bytes(&clone) <= areas + (1 << 20),
+            "{}",
+            own_bytes(&clone)
+        );
         // Nobody in another process may map the file.
         assert!(handle.dma_space().regions().is_empty());
         handle
             .quiesce(LIMIT, |quiesced| {
                 clone.check(quiesced);
                 let all = all_of(handle);
-                assert!((0..MEMORY).step_by(64).all(|at| view.byte(at) == all[at as usize]));
+                assert!(
+                    (0..MEMORY)
+                        .step_by(64)
+                        .all(|at| view.byte(at) == all[at as usize])
+                );
                 let area = clone.areas[0].start as usize;
                 let (before, now) = (&saved.memory[..area], &all[..area]);
-                let differ = before.chunks(4096).zip(now.chunks(4096)).filter(|(one, two)| one != two);
+                let differ = before
+                    .chunks(4096)
+                    .zip(now.chunks(4096))
+                    .filter(|(one, two)| one != two);
                 assert!(differ.count() < 32, "what it did not write is the file's");
             })
             .unwrap();
@@ -342,7 +364,10 @@ fn a_guest_whose_memory_is_shared_in_its_process_costs_what_it_touches() {
 #[test]
 fn a_guest_whose_memory_is_shared_gets_all_of_it_when_somebody_else_is_to_map_it() {
     if Userfault::open().is_err() {
-        skipped::skip(concat!(module_path!(), "::a_guest_whose_memory_is_shared_gets"), "no userfaultfd");
+        skipped::skip(
+            concat!(module_path!(), "::a_guest_whose_memory_is_shared_gets"),
+            "no userfaultfd",
+        );
         return;
     }
     let saved = saved(2);
@@ -371,7 +396,10 @@ fn a_guest_whose_memory_is_shared_gets_all_of_it_when_somebody_else_is_to_map_it
 #[test]
 fn a_reset_of_a_guest_whose_memory_is_shared_leaves_zeros() {
     if Userfault::open().is_err() {
-        skipped::skip(concat!(module_path!(), "::a_reset_of_a_guest"), "no userfaultfd");
+        skipped::skip(
+            concat!(module_path!(), "::a_reset_of_a_guest"),
+            "no userfaultfd",
+        );
         return;
     }
     let saved = saved(1);
@@ -399,7 +427,10 @@ fn a_reset_of_a_guest_whose_memory_is_shared_leaves_zeros() {
 #[test]
 fn changes_of_a_guest_whose_memory_is_shared_are_told_and_its_marks_are_valid() {
     if Userfault::open().is_err() {
-        skipped::skip(concat!(module_path!(), "::changes_of_a_guest"), "no userfaultfd");
+        skipped::skip(
+            concat!(module_path!(), "::changes_of_a_guest"),
+            "no userfaultfd",
+        );
         return;
     }
     let saved = saved(2);
@@ -424,4 +455,62 @@ fn changes_of_a_guest_whose_memory_is_shared_are_told_and_its_marks_are_valid() 
         before = after;
     }
     clone.guest.power_off();
+}
+
+#[test]
+fn what_was_touched_of_a_template_is_told_and_fetching_it_ahead_changes_nothing() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MEMORY).unwrap();
+    // Apart by more than the kernel maps with a page that is touched.
+    let pages = [1u64, 5, 9].map(|number| number << 20);
+    for page in pages {
+        file.write_all_at(&[0x5a; 8192], page).unwrap();
+    }
+    let file = Arc::new(file);
+    let ram = || {
+        let source = MemorySource::Template {
+            file: file.clone(),
+            userfault: None,
+        };
+        GuestRam::from(source, MEMORY).unwrap()
+    };
+    let first = ram();
+    assert!(first.touched().unwrap().is_empty());
+    let _: u8 = first.memory().read_obj(GuestAddress(pages[0])).unwrap();
+    first
+        .memory()
+        .write_obj(1u8, GuestAddress(pages[2] + 4096))
+        .unwrap();
+    // Of what is a hole in the file nothing is to be fetched.
+    first
+        .memory()
+        .write_obj(1u8, GuestAddress(12 << 20))
+        .unwrap();
+    let touched = first.touched().unwrap();
+    let has = |at: u64| touched.iter().any(|range| range.contains(&at));
+    assert!(has(pages[0]) && has(pages[2] + 4096), "{touched:x?}");
+    assert!(!has(pages[1]) && !has(12 << 20), "{touched:x?}");
+    let second = ram();
+    // Beyond the memory, as a file may say that is wrong, there is nothing.
+    let beyond = MEMORY - 4096..MEMORY + 8192;
+    second.fetch_ahead(&[touched.clone(), vec![beyond]].concat());
+    let fetched = second.touched().unwrap();
+    assert!(touched.iter().all(|range| {
+        fetched
+            .iter()
+            .any(|other| other.contains(&range.start) && range.end <= other.end)
+    }));
+    let byte: u8 = second
+        .memory()
+        .read_obj(GuestAddress(pages[2] + 4096))
+        .unwrap();
+    assert_eq!(byte, 0x5a);
+    // Memory of its own is not the template's, and nothing of it is fetched.
+    second.clear().unwrap();
+    second.fetch_ahead(&touched);
+    assert!(second.touched().unwrap().is_empty());
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::blocks(&second.memfd().metadata().unwrap()),
+        0
+    );
 }

@@ -215,6 +215,11 @@ impl Guest {
         &mut self.agent
     }
 
+    /// Number of the VM's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A new connection to the VM process.
     pub fn control(&self) -> anyhow::Result<ControlClient> {
         ControlClient::connect(&self.paths.control_socket())

@@ -284,7 +284,10 @@ mod tests {
             "cofferdam status",
         ] {
             let words = || line.split(' ').map(OsString::from);
-            let (alone, among) = (parse(words()).unwrap(), Cli::try_parse_from(words()).unwrap());
+            let (alone, among) = (
+                parse(words()).unwrap(),
+                Cli::try_parse_from(words()).unwrap(),
+            );
             assert_eq!(format!("{alone:?}"), format!("{among:?}"), "{line}");
         }
         for line in [

@@ -250,6 +250,9 @@ fn boot(
     let backend = SerialBackend::Observed(Box::new(backend), observer);
     let mut vm = make(config, saved.as_ref(), backend)?;
     steps.done("the machine is made");
+    if let Some(saved) = &saved {
+        saved.fetch_ahead(&vm)?;
+    }
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     steps.done("its devices are made");
     if let Some(saved) = &saved {
@@ -325,7 +328,7 @@ fn start_recovery(
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
     if let Some(saved) = saved {
-        saved.tell_guest(nics, &supervisor)?;
+        saved.tell_guest(vm, nics, &supervisor)?;
     }
     vm.handle().add_participant(Arc::new(panic.clone()));
     let weak = Arc::downgrade(&supervisor);

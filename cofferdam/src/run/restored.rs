@@ -1,7 +1,7 @@
 //! A VM that goes on from a snapshot: where its state comes from, and what its guest is told.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Client;
@@ -11,9 +11,9 @@ use recovery::asker::Nobody;
 use recovery::guest::LiveGuest;
 use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
-use vmm::Vm;
 use vmm::memory::{MemorySource, Userfault};
-use vmm::snapshot::{Chain, Tell};
+use vmm::snapshot::{Chain, Recorder, Tell, WorkingSet};
+use vmm::{Vm, VmHandle};
 
 use super::isolation::Isolation;
 use super::memory;
@@ -38,6 +38,8 @@ pub struct Saved {
     chain: Chain,
     lazy: bool,
     userfault: Option<Arc<Userfault>>,
+    /// Of one that is lazy: what it touches first.
+    first: Mutex<WorkingSet>,
 }
 
 impl Saved {
@@ -47,10 +49,16 @@ impl Saved {
     /// # Errors
     /// It cannot be used.
     pub fn open(from: &Restored, userfault: Option<Arc<Userfault>>) -> anyhow::Result<Self> {
+        let chain = Chain::open(&from.dir)?;
+        let first = match from.lazy {
+            true => WorkingSet::of(chain.top()),
+            false => WorkingSet::default(),
+        };
         Ok(Self {
-            chain: Chain::open(&from.dir)?,
+            chain,
             lazy: from.lazy,
             userfault,
+            first: Mutex::new(first),
         })
     }
 
@@ -63,6 +71,26 @@ impl Saved {
             true => Ok(self.chain.template(self.userfault.clone())?),
             false => Ok(MemorySource::Fresh),
         }
+    }
+
+    /// Begins to fetch what the guest of `vm` touches first, if it goes on lazily and that is known.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn fetch_ahead(&self, vm: &Vm) -> anyhow::Result<()> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.pages().is_empty() {
+            return Ok(());
+        }
+        let (handle, pages) = (vm.handle(), first.pages().to_vec());
+        std::thread::Builder::new()
+            .name("fetch-ahead".to_owned())
+            .spawn(move || {
+                handle.ram().fetch_ahead(&pages);
+                tracing::debug!(at_ns = monotonic_ns(), "what is touched first is there");
+            })
+            .context("cannot start a thread that fetches memory")?;
+        Ok(())
     }
 
     /// Gives the VM, which has its devices, the state. NICs that are to have other addresses than
@@ -94,6 +122,7 @@ impl Saved {
     /// The snapshot does not say what VM it is of, or there is no thread.
     pub fn tell_guest(
         &self,
+        vm: &Vm,
         nics: &Nics,
         supervisor: &Arc<Supervisor<Isolation>>,
     ) -> anyhow::Result<()> {
@@ -110,10 +139,12 @@ impl Saved {
         agent
             .get_in_line()
             .context("cannot connect to the agent's socket")?;
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = first.recorder().map(|recorder| (recorder, vm.handle()));
         let supervisor = supervisor.clone();
         std::thread::Builder::new()
             .name("after-restore".to_owned())
-            .spawn(move || news.tell(agent, &supervisor))
+            .spawn(move || news.tell(agent, first, &supervisor))
             .context("cannot start a thread that tells the guest")?;
         Ok(())
     }
@@ -127,8 +158,20 @@ struct News {
 }
 
 impl News {
-    fn tell(self, mut agent: Client, supervisor: &Supervisor<Isolation>) {
+    /// `first`: where to say what the guest has touched by then.
+    fn tell(
+        self,
+        mut agent: Client,
+        first: Option<(Recorder, VmHandle)>,
+        supervisor: &Supervisor<Isolation>,
+    ) {
         let told = self.tell_agent(&mut agent);
+        if let Some((recorder, vm)) = first {
+            let touched = vm.ram().touched();
+            if let Err(error) = touched.and_then(|pages| recorder.record(&pages)) {
+                tracing::debug!("what the guest touches first is not recorded: {error}");
+            }
+        }
         // Others wait for their turn.
         drop(agent);
         if let Err(error) = told {

@@ -25,7 +25,7 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
 
-use super::calls::{ABSENT, ALLOWED, Call, FOR_JAILS, FORBIDDEN};
+use super::calls::{ABSENT, ALLOWED, Call, FOR_JAILS, FOR_LAZY, FORBIDDEN};
 use super::{Guests, Mode};
 
 /// Why there is no filter.
@@ -312,7 +312,9 @@ const X32: i64 = 0x4000_0000;
 /// What the service and its guests do not.
 fn service(guests: Guests) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
-    let is_made = |call: &Call| guests == Guests::Jailed && FOR_JAILS.contains(call);
+    let is_made = |call: &Call| {
+        FOR_LAZY.contains(call) || (guests == Guests::Jailed && FOR_JAILS.contains(call))
+    };
     let refused = FORBIDDEN.iter().filter(|call| !is_made(call));
     for (_, number) in refused.filter(|(_, n)| *n != libc::SYS_capset) {
         rules.insert(*number, Vec::new());
@@ -355,11 +357,15 @@ mod tests {
     }
 
     #[test]
-    fn the_service_refuses_all_but_what_jails_are_made_with() {
+    fn the_service_refuses_all_but_what_jails_and_lazy_guests_are_made_with() {
         let [free, jailed] = [Guests::Free, Guests::Jailed].map(|guests| service(guests).unwrap());
         for call in FOR_JAILS {
             assert!(FORBIDDEN.contains(call) && free.contains_key(&call.1));
             assert!(!jailed.contains_key(&call.1));
+        }
+        for call in FOR_LAZY {
+            assert!(FORBIDDEN.contains(call) && !machine().unwrap().contains_key(&call.1));
+            assert!(!free.contains_key(&call.1) && !jailed.contains_key(&call.1));
         }
         for number in [
             libc::SYS_setns,

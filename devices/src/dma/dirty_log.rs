@@ -13,8 +13,8 @@
 //! Off, a write costs one relaxed load. On, it sets two bits, and taking what was marked costs by
 //! what was marked: of memory, only 2 KiB for each 4 GiB are looked at.
 
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use super::{ForeignMapping, MissingPages};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};

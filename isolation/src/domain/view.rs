@@ -50,7 +50,9 @@ pub enum ViewError {
         source: vm_memory::mmap::MmapRegionError,
     },
     /// Pages that are missing in guest memory's file do not come to the second mapping.
-    #[error("cannot have missing pages of guest memory at {gpa:#x} come to a second mapping: {source}")]
+    #[error(
+        "cannot have missing pages of guest memory at {gpa:#x} come to a second mapping: {source}"
+    )]
     Missing {
         /// First guest physical address of the region.
         gpa: u64,

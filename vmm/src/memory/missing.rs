@@ -156,7 +156,9 @@ impl Drop for Missing {
     fn drop(&mut self) {
         let ended = self.end.write(1).map(|()| self.thread.take());
         match ended.map(|thread| thread.map(JoinHandle::join)) {
-            Ok(Some(Err(_)) | None) | Err(_) => tracing::debug!("a thread that brings pages failed"),
+            Ok(Some(Err(_)) | None) | Err(_) => {
+                tracing::debug!("a thread that brings pages failed")
+            }
             Ok(Some(Ok(()))) => {}
         }
         self.serving.end();
@@ -166,7 +168,8 @@ impl Drop for Missing {
 impl Serving {
     fn run(&self, end: &EventFd) -> Result<()> {
         // SAFETY: the descriptor is open as long as `end` is borrowed.
-        let end = unsafe { rustix::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(end)) };
+        let end =
+            unsafe { rustix::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(end)) };
         loop {
             let mut fds = [
                 PollFd::from_borrowed_fd(self.userfault.as_fd(), PollFlags::IN),
@@ -220,9 +223,8 @@ impl Serving {
     fn bring(&self, offset: u64) -> Result<()> {
         let beyond = || Error::new(ErrorKind::InvalidInput, format!("no page at {offset:#x}"));
         let mut regions = self.regions.iter();
-        let region = regions.find(|region| {
-            (region.file_offset..region.file_offset + region.len).contains(&offset)
-        });
+        let region = regions
+            .find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset));
         let region = region.ok_or_else(beyond)?;
         let to = region.host_address + (offset - region.file_offset);
         let page = to..to + PAGE_BYTES;
@@ -236,7 +238,9 @@ impl Serving {
                     return self.userfault.wake(&page);
                 }
                 // The address space is just changed: by who maps or unmaps something.
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    std::thread::yield_now()
+                }
                 Err(error) => {
                     self.watched.end_if_cut();
                     return Err(error);

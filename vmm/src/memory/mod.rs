@@ -19,6 +19,7 @@ use vm_memory::{
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
+mod ahead;
 pub(crate) mod copying;
 mod files;
 mod lost;

@@ -69,6 +69,11 @@ impl Template {
         self.missing.is_some()
     }
 
+    /// The template.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Whether they could.
     pub fn can_be_shared(&self) -> bool {
         self.userfault.is_some()
@@ -282,9 +287,23 @@ pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
-/// Adds the pages of a private mapping that are no longer its file's (proc_pid_pagemap(5): present
-/// or swapped, and neither of a file nor shared).
-fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+/// What a page of a private mapping of a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PageKind {
+    /// Not in this process's memory.
+    Absent,
+    /// The file's.
+    OfFile,
+    /// Written since: its own.
+    Own,
+}
+
+/// Gives each page of `region`, which is a private mapping, to `look`, with its offset in memory's
+/// file (proc_pid_pagemap(5): present or swapped, of a file or shared).
+pub(super) fn look_at_pages(
+    region: &RamRegion,
+    mut look: impl FnMut(u64, PageKind),
+) -> io::Result<()> {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     const OF_FILE: u64 = 1 << 61;
     /// Entries that are read at once.
@@ -299,14 +318,25 @@ fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> 
         pagemap.read_exact_at(bytes, (region.host_address / PAGE_BYTES + page) * 8)?;
         for (number, entry) in (page..).zip(bytes.as_chunks().0) {
             let entry = u64::from_ne_bytes(*entry);
-            if entry & PRESENT_OR_SWAPPED != 0 && entry & OF_FILE == 0 {
-                let start = region.file_offset + number * PAGE_BYTES;
-                found.push(start..start + PAGE_BYTES);
-            }
+            let kind = match (entry & PRESENT_OR_SWAPPED != 0, entry & OF_FILE != 0) {
+                (false, _) => PageKind::Absent,
+                (true, true) => PageKind::OfFile,
+                (true, false) => PageKind::Own,
+            };
+            look(region.file_offset + number * PAGE_BYTES, kind);
         }
         page += count;
     }
     Ok(())
+}
+
+/// Adds the pages of a private mapping that are no longer its file's.
+fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+    look_at_pages(region, |offset, kind| {
+        if kind == PageKind::Own {
+            found.push(offset..offset + PAGE_BYTES);
+        }
+    })
 }
 
 /// The same places in rising order, none twice.
