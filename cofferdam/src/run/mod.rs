@@ -231,13 +231,8 @@ fn boot(
     let belongings = watch.belongings();
     belongings.add_dir(dir);
     no_fifos(config)?;
-    if config.restored.as_ref().is_some_and(|from| from.lazy) {
-        let belongings = belongings.clone();
-        vmm::memory::when_memory_is_lost(move || belongings.clear());
-    }
     steps.done("signals and the runtime folder are there");
-    let saved = config.restored.as_ref();
-    let saved = saved.map(|from| Saved::open(from, userfault)).transpose()?;
+    let saved = open_saved(config, userfault, belongings)?;
     steps.done("the snapshot is open");
     let console::Opened {
         backend,
@@ -256,12 +251,7 @@ fn boot(
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     steps.done("its devices are made");
     if let Some(saved) = &saved {
-        let mut word = LongWork::begin();
-        let mut tell = |what: &str| {
-            word.tell(what);
-            !watch.is_asked()
-        };
-        saved.put_into(&mut vm, &nics, &mut tell)?;
+        put_into(&mut vm, saved, &nics, watch)?;
         steps.done("it has the snapshot's state");
     }
     let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
@@ -308,6 +298,37 @@ fn boot(
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// Gives the VM, which has its devices, the saved state, unless it is asked to end before.
+fn put_into(
+    vm: &mut Vm,
+    saved: &Saved,
+    nics: &nics::Nics,
+    watch: &watch::Watch,
+) -> anyhow::Result<()> {
+    let mut word = LongWork::begin();
+    let mut tell = |what: &str| {
+        word.tell(what);
+        !watch.is_asked()
+    };
+    saved.put_into(vm, nics, &mut tell)
+}
+
+/// Opens the snapshot that it goes on from, if it does.
+fn open_saved(
+    config: &RunConfig,
+    userfault: Option<Arc<Userfault>>,
+    belongings: &Arc<watch::Belongings>,
+) -> anyhow::Result<Option<Saved>> {
+    let Some(from) = &config.restored else {
+        return Ok(None);
+    };
+    if from.lazy {
+        let belongings = belongings.clone();
+        vmm::memory::when_memory_is_lost(move || belongings.clear());
+    }
+    Saved::open(from, userfault).map(Some)
 }
 
 /// Makes isolation and recovery ready for the machine, and has them follow its resets.

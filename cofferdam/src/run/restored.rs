@@ -1,6 +1,7 @@
 //! A VM that goes on from a snapshot: where its state comes from, and what its guest is told.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,9 +12,9 @@ use recovery::asker::Nobody;
 use recovery::guest::LiveGuest;
 use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
+use vmm::Vm;
 use vmm::memory::{MemorySource, Userfault};
-use vmm::snapshot::{Chain, Recorder, Tell, WorkingSet};
-use vmm::{Vm, VmHandle};
+use vmm::snapshot::{Chain, Tell, WorkingSet};
 
 use super::isolation::Isolation;
 use super::memory;
@@ -23,6 +24,9 @@ use crate::options::MacAddress;
 
 /// How long the guest's agent may take to answer.
 const AGENT_TIME: Duration = Duration::from_secs(60);
+
+/// What is touched for so long counts as touched first, where no agent answers before.
+const FIRST_TIME: Duration = Duration::from_secs(5);
 
 /// The snapshot that a VM goes on from.
 #[derive(Debug, Clone)]
@@ -114,6 +118,28 @@ impl Saved {
         SavedVm::of(self.chain.top().manifest())?.addresses()
     }
 
+    /// If nobody has yet, records what the guest of `vm` has touched when its agent has answered,
+    /// which is when what comes back is dropped, or after [`FIRST_TIME`].
+    fn record_first(&self, vm: &Vm) -> anyhow::Result<Option<Sender<()>>> {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(recorder) = first.recorder() else {
+            return Ok(None);
+        };
+        let (answered, is_answered) = channel();
+        let handle = vm.handle();
+        std::thread::Builder::new()
+            .name("first-pages".to_owned())
+            .spawn(move || {
+                let _: Result<(), _> = is_answered.recv_timeout(FIRST_TIME);
+                let touched = handle.ram().touched();
+                if let Err(error) = touched.and_then(|pages| recorder.record(&pages)) {
+                    tracing::debug!("what the guest touches first is not recorded: {error}");
+                }
+            })
+            .context("cannot start a thread that looks what is touched")?;
+        Ok(Some(answered))
+    }
+
     /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its
     /// real time stood still, a clone has other addresses), and what was isolated when the snapshot
     /// was taken isolated again. What does not work is said in the log.
@@ -139,12 +165,11 @@ impl Saved {
         agent
             .get_in_line()
             .context("cannot connect to the agent's socket")?;
-        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = first.recorder().map(|recorder| (recorder, vm.handle()));
+        let answered = self.record_first(vm)?;
         let supervisor = supervisor.clone();
         std::thread::Builder::new()
             .name("after-restore".to_owned())
-            .spawn(move || news.tell(agent, first, &supervisor))
+            .spawn(move || news.tell(agent, answered, &supervisor))
             .context("cannot start a thread that tells the guest")?;
         Ok(())
     }
@@ -158,20 +183,15 @@ struct News {
 }
 
 impl News {
-    /// `first`: where to say what the guest has touched by then.
+    /// `answered` is dropped when the agent has answered, or does not.
     fn tell(
         self,
         mut agent: Client,
-        first: Option<(Recorder, VmHandle)>,
+        answered: Option<Sender<()>>,
         supervisor: &Supervisor<Isolation>,
     ) {
         let told = self.tell_agent(&mut agent);
-        if let Some((recorder, vm)) = first {
-            let touched = vm.ram().touched();
-            if let Err(error) = touched.and_then(|pages| recorder.record(&pages)) {
-                tracing::debug!("what the guest touches first is not recorded: {error}");
-            }
-        }
+        drop(answered);
         // Others wait for their turn.
         drop(agent);
         if let Err(error) = told {

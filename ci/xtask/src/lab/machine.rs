@@ -46,7 +46,7 @@ const KERNEL_COMMAND_LINE: &str =
 
 /// Without `erms`, with which Linux clears and copies pages byte by byte (`rep stosb`): each byte
 /// stored to a page that held code is a look at all that was translated of that page.
-const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms,-pclmulqdq";
+const PROCESSOR: &str = "EPYC-Milan,+svm,+npt,-erms";
 
 /// Memory for translated code, in MiB: what guests that are gone have left there is thrown away
 /// soon.
