@@ -18,56 +18,17 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use devices::dma::{MissingPages, ViewToken};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::lost::Watched;
 use super::userfault::Userfault;
 use super::{PAGE_BYTES, RamRegion, data_of};
-
-/// The template, mapped to be read.
-#[derive(Debug)]
-struct Source {
-    file: Arc<File>,
-    address: u64,
-    bytes: u64,
-}
-
-impl Source {
-    fn map(file: Arc<File>, bytes: u64) -> Result<Self> {
-        let len = usize::try_from(bytes).map_err(|_| ErrorKind::OutOfMemory)?;
-        // SAFETY: a new mapping, which nobody has references into: the kernel alone reads it.
-        let address = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                &file,
-                0,
-            )
-        }?;
-        Ok(Self {
-            file,
-            address: address as u64,
-            bytes,
-        })
-    }
-}
-
-impl Drop for Source {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nobody has references into it.
-        if let Err(error) = unsafe { munmap(self.address as *mut _, self.bytes as usize) } {
-            tracing::debug!(%error, "a template stays mapped");
-        }
-    }
-}
 
 /// A further mapping of the file.
 #[derive(Debug)]
@@ -82,7 +43,9 @@ struct View {
 #[derive(Debug)]
 struct Serving {
     userfault: Arc<Userfault>,
-    source: Source,
+    template: Arc<File>,
+    /// Bytes of memory.
+    bytes: u64,
     own: Arc<File>,
     regions: Vec<RamRegion>,
     views: Mutex<Vec<View>>,
@@ -110,7 +73,8 @@ impl Missing {
         let bytes = regions.iter().map(|region| region.len).sum();
         let serving = Arc::new(Serving {
             userfault,
-            source: Source::map(template, bytes)?,
+            template,
+            bytes,
             own,
             regions: regions.to_vec(),
             views: Mutex::default(),
@@ -143,10 +107,10 @@ impl Missing {
 
     /// Brings all that is not there yet.
     pub fn bring_all(&self) -> Result<()> {
-        let Serving { source, own, .. } = &*self.serving;
+        let serving = &self.serving;
         // What is a hole in both is zero with or without us.
-        for offset in absent(&source.file, own, source.bytes)? {
-            self.serving.bring(offset)?;
+        for offset in absent(&serving.template, &serving.own, serving.bytes)? {
+            serving.bring(offset)?;
         }
         Ok(())
     }
@@ -228,11 +192,13 @@ impl Serving {
         let region = region.ok_or_else(beyond)?;
         let to = region.host_address + (offset - region.file_offset);
         let page = to..to + PAGE_BYTES;
+        let mut content = [0; PAGE_BYTES as usize];
+        if let Err(error) = self.template.read_exact_at(&mut content, offset) {
+            self.watched.end_if_cut();
+            return Err(error);
+        }
         loop {
-            match self
-                .userfault
-                .copy(to, self.source.address + offset, PAGE_BYTES)
-            {
+            match self.userfault.copy(to, &content) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                     return self.userfault.wake(&page);
@@ -241,10 +207,7 @@ impl Serving {
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
                     std::thread::yield_now()
                 }
-                Err(error) => {
-                    self.watched.end_if_cut();
-                    return Err(error);
-                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -266,9 +229,9 @@ impl MissingPages for Serving {
     }
 
     fn data(&self) -> Result<Vec<Range<u64>>> {
-        let mut found = data_of(&self.source.file, self.source.bytes)?;
+        let mut found = data_of(&self.template, self.bytes)?;
         self.watched.end_if_cut();
-        found.extend(data_of(&self.own, self.source.bytes)?);
+        found.extend(data_of(&self.own, self.bytes)?);
         Ok(super::template::joined(found))
     }
 }

@@ -103,18 +103,17 @@ impl Userfault {
         check(unsafe { ioctl_with_ref(&self.0, UFFDIO_UNREGISTER(), &place(at)) })
     }
 
-    /// Puts a page with the bytes at `from` of this process to `to`, which is in a shared mapping
-    /// that is registered, and lets who waits for it go on. [`io::ErrorKind::AlreadyExists`]: it is
-    /// there.
-    pub(super) fn copy(&self, to: u64, from: u64, len: u64) -> io::Result<()> {
+    /// Puts `content`, whole pages, to `to`, which is in a shared mapping that is registered, and lets
+    /// who waits there go on. [`io::ErrorKind::AlreadyExists`]: something is there.
+    pub(super) fn copy(&self, to: u64, content: &[u8]) -> io::Result<()> {
         let mut copy = Copy {
             to,
-            from,
-            len,
+            from: content.as_ptr() as u64,
+            len: content.len() as u64,
             ..Copy::default()
         };
-        // SAFETY: the request reads and writes that structure. `from` is read as by write(2), and
-        // only a page that is not there yet is made at `to`, of which nobody has seen anything.
+        // SAFETY: the request reads and writes that structure and reads `content`. Only pages that are
+        // not there yet are made at `to`, of which nobody has seen anything.
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_COPY(), &mut copy) })
     }
 
