@@ -6,8 +6,8 @@
 //!     ─► restores of the full snapshot, lazy ones without and with what was recorded, cold ones ─► clones
 //! ```
 //!
-//! Lazy restores without a recorded working set have it taken away before; the one before those with
-//! it records it and is not counted.
+//! Lazy restores without a recorded working set have it taken away before; one that is not counted
+//! records it for the others.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -157,39 +157,48 @@ impl One<'_> {
         Ok(())
     }
 
-    /// Restores of the snapshot in `full`.
+    /// Restores of the snapshot in `full`, one of each way after the other: what else the host does
+    /// meanwhile is the same for all of them.
     fn restores(&mut self, boots: &GuestOptions, full: &Path, cold: bool) -> anyhow::Result<()> {
         use SuspendMethod as Method;
+        let goes_on = boots.clone().from_snapshot(full);
+        let lazy = goes_on.clone().with("--lazy");
         let warm = [
-            (Method::Restore, Known::Nothing),
-            (Method::RestoreLazy, Known::Nothing),
-            (Method::RestoreLazyAhead, Known::WorkingSet),
+            (Method::Restore, &goes_on, Known::Nothing),
+            (Method::RestoreLazy, &lazy, Known::Nothing),
+            (Method::RestoreLazyAhead, &lazy, Known::WorkingSet),
         ];
-        let cold_ones = [
-            (Method::RestoreCold, Known::Nothing),
-            (Method::RestoreLazyCold, Known::Nothing),
-            (Method::RestoreLazyAheadCold, Known::WorkingSet),
+        let from_disk = [
+            (Method::RestoreCold, &goes_on, Known::Nothing),
+            (Method::RestoreLazyCold, &lazy, Known::Nothing),
+            (Method::RestoreLazyAheadCold, &lazy, Known::WorkingSet),
         ];
-        let all = warm.iter().chain(cold_ones.iter().filter(|_| cold));
-        for &(method, known) in all {
-            let goes_on = boots.clone().from_snapshot(full);
-            let is_eager = matches!(method, Method::Restore | Method::RestoreCold);
-            let goes_on = goes_on.with(if is_eager { "" } else { "--lazy" });
-            if known == Known::WorkingSet {
-                self.record(&goes_on, full)?;
-            }
-            let mut samples = Samples::default();
-            for _ in 0..self.runs {
-                if known == Known::Nothing {
-                    forget(full)?;
+        let from_disk = from_disk.iter().filter(|_| cold).map(|way| (way, true));
+        let ways: Vec<_> = warm
+            .iter()
+            .map(|way| (way, false))
+            .chain(from_disk)
+            .collect();
+        let mut samples: Vec<Samples> = ways.iter().map(|_| Samples::default()).collect();
+        self.record(&lazy, full)?;
+        let working_set = std::fs::read(full.join(WORKING_SET_FILE))?;
+        for _ in 0..self.runs {
+            for (&(&(_, options, known), is_cold), samples) in ways.iter().zip(&mut samples) {
+                match known {
+                    Known::Nothing => forget(full)?,
+                    Known::WorkingSet => {
+                        std::fs::write(full.join(WORKING_SET_FILE), &working_set)?;
+                    }
                 }
-                if cold_ones.contains(&(method, known)) {
+                if is_cold {
                     drop_page_cache(full)?;
                 }
-                let mut guest = self.start(&goes_on, &mut samples)?;
+                let mut guest = self.start(options, samples)?;
                 network::wait_for_link(&mut guest, LINK_TIME)?;
             }
-            self.note(method, samples)?;
+        }
+        for ((way, _), samples) in ways.into_iter().zip(samples) {
+            self.note(way.0, samples)?;
         }
         Ok(())
     }
