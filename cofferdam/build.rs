@@ -1,10 +1,14 @@
-//! Tells the program which commit it is built from, for the reports it writes.
+//! Tells the program which commit it is built from, for the reports it writes, and has it linked so
+//! that it starts fast.
 
 use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=COFFERDAM_COMMIT");
+    // A hundred thousand addresses are put in place when it starts. As a bitmap (DT_RELR of the
+    // System V ABI, glibc 2.36) they take 30 KiB of the file in place of 2.4 MiB, which each start reads.
+    println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     if std::env::var_os("COFFERDAM_COMMIT").is_some() {
         // Whoever builds knows better, and `option_env!` sees it.
         return;

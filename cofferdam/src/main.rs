@@ -2,14 +2,13 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use cofferdam::cli::{Cli, Ending, dispatch, one_line, usage_error};
+use cofferdam::cli::{Ending, dispatch, one_line, parse, usage_error};
 
 /// Exit status for a command line that cannot be understood.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => match usage_error(&error) {
             Some(line) => {

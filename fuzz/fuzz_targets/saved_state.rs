@@ -1,7 +1,12 @@
 //! What a snapshot's readers make of any bytes: an error, or something that is within its bounds.
 //! The first byte says which.
 //!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none saved_state` from the repository's root.
+//! ```text
+//! RUSTC_BOOTSTRAP=1 cargo fuzz run -s none saved_state fuzz/corpus/saved_state fuzz/seeds/saved_state
+//! ```
+//! from the repository's root, where `fuzz/corpus/saved_state` is a folder that is there. The seeds are the parts of the golden snapshots (`vmm/tests/golden`,
+//! `cofferdam/tests/golden`), states without their heads, behind the byte that says which: without
+//! them nearly no input is read as anything.
 
 #![no_main]
 

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "template/shared.rs"]
+mod shared;
 mod writer;
 
 use std::fs::File;
@@ -13,7 +15,7 @@ use std::time::Duration;
 
 use devices::dma::DmaSpace;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::memory::{GuestRam, MemoryError, MemorySource};
+use vmm::memory::{GuestRam, MemoryError, MemorySource, Userfault};
 use vmm::{DeviceStates, MachineState};
 use writer::{Writing, all_of, writer};
 
@@ -62,11 +64,24 @@ fn saved(vcpus: u8) -> Saved {
 fn template(saved: &Saved) -> MemorySource {
     MemorySource::Template {
         file: saved.file.clone(),
+        userfault: None,
+    }
+}
+
+/// The same, for guests whose memory others may see before all of it is there.
+fn template_on_demand(saved: &Saved) -> MemorySource {
+    MemorySource::Template {
+        file: saved.file.clone(),
+        userfault: Some(Arc::new(Userfault::open().unwrap())),
     }
 }
 
 fn clone_of(saved: &Saved, vcpus: u8) -> Writing {
-    let mut clone = writer(MEMORY, template(saved), vcpus, PAGES);
+    clone_with(saved, template(saved), vcpus)
+}
+
+fn clone_with(saved: &Saved, source: MemorySource, vcpus: u8) -> Writing {
+    let mut clone = writer(MEMORY, source, vcpus, PAGES);
     clone.guest.vm.restore(&saved.state).unwrap();
     clone.guest.vm.restore_devices(&saved.devices).unwrap();
     clone.go_on()
@@ -111,6 +126,7 @@ fn what_may_be_other_than_zero_is_found_in_the_file_and_in_what_was_written() {
     file.write_all_at(&[1; 4096], 0x10_0000).unwrap();
     let source = MemorySource::Template {
         file: Arc::new(file),
+        userfault: None,
     };
     let ram = GuestRam::from(source, MEMORY).unwrap();
     let write = |at| ram.memory().write_obj(2u8, GuestAddress(at)).unwrap();
@@ -130,6 +146,7 @@ fn a_file_that_is_too_short_is_refused() {
     file.set_len(MEMORY - 1).unwrap();
     let source = MemorySource::Template {
         file: Arc::new(file),
+        userfault: None,
     };
     let error = GuestRam::from(source, MEMORY).unwrap_err();
     assert!(matches!(error, MemoryError::TemplateSize { .. }), "{error}");
@@ -241,4 +258,62 @@ fn marks_of_a_guest_with_a_template_are_valid_when_it_owns_its_memory() {
         check(&clone);
     }
     clone.guest.power_off();
+}
+
+#[test]
+fn what_was_touched_of_a_template_is_told_and_fetching_it_ahead_changes_nothing() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MEMORY).unwrap();
+    // Apart by more than the kernel maps with a page that is touched.
+    let pages = [1u64, 5, 9].map(|number| number << 20);
+    for page in pages {
+        file.write_all_at(&[0x5a; 8192], page).unwrap();
+    }
+    let file = Arc::new(file);
+    let ram = || {
+        let source = MemorySource::Template {
+            file: file.clone(),
+            userfault: None,
+        };
+        GuestRam::from(source, MEMORY).unwrap()
+    };
+    let first = ram();
+    assert!(first.touched().unwrap().is_empty());
+    let _: u8 = first.memory().read_obj(GuestAddress(pages[0])).unwrap();
+    first
+        .memory()
+        .write_obj(1u8, GuestAddress(pages[2] + 4096))
+        .unwrap();
+    // Of what is a hole in the file nothing is to be fetched.
+    first
+        .memory()
+        .write_obj(1u8, GuestAddress(12 << 20))
+        .unwrap();
+    let touched = first.touched().unwrap();
+    let has = |at: u64| touched.iter().any(|range| range.contains(&at));
+    assert!(has(pages[0]) && has(pages[2] + 4096), "{touched:x?}");
+    assert!(!has(pages[1]) && !has(12 << 20), "{touched:x?}");
+    let second = ram();
+    // Beyond the memory, as a file may say that is wrong, there is nothing.
+    let beyond = MEMORY - 4096..MEMORY + 8192;
+    second.fetch_ahead(&[touched.clone(), vec![beyond]].concat());
+    let fetched = second.touched().unwrap();
+    assert!(touched.iter().all(|range| {
+        fetched
+            .iter()
+            .any(|other| other.contains(&range.start) && range.end <= other.end)
+    }));
+    let byte: u8 = second
+        .memory()
+        .read_obj(GuestAddress(pages[2] + 4096))
+        .unwrap();
+    assert_eq!(byte, 0x5a);
+    // Memory of its own is not the template's, and nothing of it is fetched.
+    second.clear().unwrap();
+    second.fetch_ahead(&touched);
+    assert!(second.touched().unwrap().is_empty());
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::blocks(&second.memfd().metadata().unwrap()),
+        0
+    );
 }

@@ -215,6 +215,11 @@ impl Guest {
         &mut self.agent
     }
 
+    /// Number of the VM's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A new connection to the VM process.
     pub fn control(&self) -> anyhow::Result<ControlClient> {
         ControlClient::connect(&self.paths.control_socket())
@@ -223,11 +228,6 @@ impl Guest {
     /// Standard output of the process, once; only with [`Console::Pipe`].
     pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
         self.child.stdout.take()
-    }
-
-    /// Process number of the VM.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     /// Where the VM's sockets are.

@@ -4,7 +4,9 @@
 pub mod boot;
 pub(crate) mod child;
 pub mod clock;
+pub mod clones;
 pub mod device_host;
+mod device_power;
 pub mod guest;
 pub mod isolation;
 pub mod network;

@@ -2,22 +2,27 @@
 //! in one run.
 //!
 //! ```text
-//!  boot ─► network up ─► full snapshot, diffs ─► mark, rewinds ─► end ─► restores of the full snapshot, lazy ones
+//!  boot ─► network up ─► full snapshot, diffs ─► mark, rewinds ─► its driver suspended and resumed ─► end
+//!     ─► restores of the full snapshot, lazy ones without and with what was recorded, cold ones ─► clones
 //! ```
+//!
+//! Lazy restores without a recorded working set have it taken away before; one that is not counted
+//! records it for the others.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use devices::clock::monotonic_ns;
-use vmm::snapshot::Taken;
+use vmm::snapshot::{Taken, WORKING_SET_FILE};
 
 use super::guest::{BOOT_TIME, Guest, GuestOptions, guest_facts};
 use super::isolation::rates;
 use super::network::{self, DRIVER, LINK_TIME};
+use super::{clones, device_power};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{Reply, Request};
-use crate::report::suspend::{Followed, Suspend, SuspendMethod};
+use crate::report::suspend::{Clones, Followed, Suspend, SuspendMethod};
 use crate::report::{Guest as GuestFacts, Stat};
 
 /// Rewinds for each of the other runs.
@@ -37,6 +42,12 @@ pub struct SuspendOptions {
     pub mem_mib: Vec<u64>,
     /// How often each is done.
     pub runs: usize,
+    /// Where snapshots are written; a temporary folder if nobody says so.
+    pub folder: Option<PathBuf>,
+    /// Restores with nothing of the snapshot in the page cache, too.
+    pub cold: bool,
+    /// How many clones are alive at a time, with and without isolation; none if 0.
+    pub clones: usize,
 }
 
 /// What was measured.
@@ -46,6 +57,8 @@ pub struct Measured {
     pub ways: Vec<Suspend>,
     /// What a mark costs.
     pub followed: Vec<Followed>,
+    /// What clones cost.
+    pub clones: Vec<Clones>,
     /// The guest.
     pub guest: Option<GuestFacts>,
 }
@@ -62,11 +75,15 @@ pub fn measure(
             runs: options.runs,
             // Guest memory is written to where temporary files are: a tmpfs says more of this
             // program than a disk does.
-            folder: tempfile::tempdir().context("cannot make a temporary folder")?,
+            folder: match &options.folder {
+                Some(folder) => tempfile::tempdir_in(folder),
+                None => tempfile::tempdir(),
+            }
+            .context("cannot make a temporary folder")?,
             measured: &mut measured,
             progress,
         };
-        one.measure(&options.guest)?;
+        one.measure(options)?;
     }
     Ok(measured)
 }
@@ -80,6 +97,13 @@ struct One<'a> {
     progress: &'a mut dyn FnMut(&str),
 }
 
+/// What a lazy restore knows of the pages that are touched first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Nothing,
+    WorkingSet,
+}
+
 /// Samples of one way, in microseconds.
 #[derive(Default)]
 struct Samples {
@@ -89,9 +113,9 @@ struct Samples {
 }
 
 impl One<'_> {
-    fn measure(&mut self, guest: &GuestOptions) -> anyhow::Result<()> {
+    fn measure(&mut self, options: &SuspendOptions) -> anyhow::Result<()> {
         let size = format!("--net user --nic e1000 --memory {}M", self.mem_mib);
-        let boots = guest.clone().with(&size);
+        let boots = options.guest.clone().with(&size);
         let mut samples = Samples::default();
         let mut guest = self.start(&boots, &mut samples)?;
         for _ in 1..self.runs {
@@ -111,18 +135,89 @@ impl One<'_> {
             pings_fraction: marked.pings / before.pings,
             tcp_fraction: marked.mib / before.mib,
         });
+        for (method, us) in device_power::measure(&mut guest, self.runs)? {
+            self.note(
+                method,
+                Samples {
+                    us,
+                    ..Samples::default()
+                },
+            )?;
+        }
         drop(guest);
-        for (method, lazy) in [
-            (SuspendMethod::Restore, ""),
-            (SuspendMethod::RestoreLazy, "--lazy"),
-        ] {
-            let goes_on = boots.clone().from_snapshot(&full).with(lazy);
-            let mut samples = Samples::default();
-            for _ in 0..self.runs {
-                let mut guest = self.start(&goes_on, &mut samples)?;
+        self.restores(&boots, &full, options.cold)?;
+        if options.clones == 0 {
+            return Ok(());
+        }
+        for isolated in [false, true] {
+            let clones = clones::measure(&boots, &full, options.clones, isolated)?;
+            (self.progress)(&clones.sentence());
+            self.measured.clones.push(clones);
+        }
+        Ok(())
+    }
+
+    /// Restores of the snapshot in `full`, one of each way after the other: what else the host does
+    /// meanwhile is the same for all of them.
+    fn restores(&mut self, boots: &GuestOptions, full: &Path, cold: bool) -> anyhow::Result<()> {
+        use SuspendMethod as Method;
+        let goes_on = boots.clone().from_snapshot(full);
+        let lazy = goes_on.clone().with("--lazy");
+        let warm = [
+            (Method::Restore, &goes_on, Known::Nothing),
+            (Method::RestoreLazy, &lazy, Known::Nothing),
+            (Method::RestoreLazyAhead, &lazy, Known::WorkingSet),
+        ];
+        let from_disk = [
+            (Method::RestoreCold, &goes_on, Known::Nothing),
+            (Method::RestoreLazyCold, &lazy, Known::Nothing),
+            (Method::RestoreLazyAheadCold, &lazy, Known::WorkingSet),
+        ];
+        let from_disk = from_disk.iter().filter(|_| cold).map(|way| (way, true));
+        let ways: Vec<_> = warm
+            .iter()
+            .map(|way| (way, false))
+            .chain(from_disk)
+            .collect();
+        let mut samples: Vec<Samples> = ways.iter().map(|_| Samples::default()).collect();
+        self.record(&lazy, full)?;
+        let working_set = std::fs::read(full.join(WORKING_SET_FILE))?;
+        for _ in 0..self.runs {
+            for (&(&(_, options, known), is_cold), samples) in ways.iter().zip(&mut samples) {
+                match known {
+                    Known::Nothing => forget(full)?,
+                    Known::WorkingSet => {
+                        std::fs::write(full.join(WORKING_SET_FILE), &working_set)?;
+                    }
+                }
+                if is_cold {
+                    drop_page_cache(full)?;
+                }
+                let mut guest = self.start(options, samples)?;
                 network::wait_for_link(&mut guest, LINK_TIME)?;
             }
-            self.note(method, samples)?;
+        }
+        for ((way, _), samples) in ways.into_iter().zip(samples) {
+            self.note(way.0, samples)?;
+        }
+        Ok(())
+    }
+
+    /// Has what a guest touches first recorded beside the snapshot in `full`.
+    fn record(&mut self, goes_on: &GuestOptions, full: &Path) -> anyhow::Result<()> {
+        let file = full.join(WORKING_SET_FILE);
+        let is_there = || file.metadata().is_ok_and(|metadata| metadata.len() > 0);
+        if !is_there() {
+            let _guest = Guest::boot(goes_on, BOOT_TIME)?;
+            let deadline = std::time::Instant::now() + BOOT_TIME;
+            while !is_there() {
+                ensure!(
+                    std::time::Instant::now() < deadline,
+                    "no working set was recorded in {}",
+                    full.display()
+                );
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         Ok(())
     }
@@ -234,6 +329,27 @@ fn snapshot(
         Reply::Snapshot(taken) => Ok(taken),
         other => bail!("the VM answered something else: {other:?}"),
     }
+}
+
+/// Takes away what was recorded beside the snapshot in `dir`.
+fn forget(dir: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(dir.join(WORKING_SET_FILE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error)
+            .with_context(|| format!("cannot forget what is recorded in {}", dir.display())),
+        _ => Ok(()),
+    }
+}
+
+/// Has the host forget what it has in memory of the files in `dir` (posix_fadvise(2)); those of this
+/// program stay.
+fn drop_page_cache(dir: &Path) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let file = std::fs::File::open(entry?.path())?;
+        // What is not on the disk yet cannot be dropped.
+        file.sync_all()?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    }
+    Ok(())
 }
 
 fn us(from_ns: u64, to_ns: u64) -> f64 {

@@ -107,6 +107,16 @@ Example:
         /// Sizes of guest memory, in MiB
         #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256], value_parser = clap::value_parser!(u64).range(64..=65_536))]
         memory: Vec<u64>,
+        /// How many guests go on from one snapshot at a time, to see what they cost; 0 for none
+        #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=256))]
+        clones: u16,
+        /// Folder that snapshots are written in; that of temporary files when not given
+        #[arg(long, value_name = "DIR")]
+        folder: Option<PathBuf>,
+        /// Time restores with nothing of the snapshot in the host's page cache, too: of a folder that
+        /// is on a disk, and not in memory
+        #[arg(long, requires = "folder")]
+        cold: bool,
     },
     /// Time how a NIC moves between two running guests: a switch of the device host, against unplug
     /// and plug
@@ -328,15 +338,22 @@ impl BenchCommand {
                 common,
                 runs,
                 memory,
+                clones,
+                folder,
+                cold,
             } => {
                 let options = suspend::SuspendOptions {
                     guest: GuestOptions::new(&common.images.images)?,
                     mem_mib: memory,
                     runs: usize::from(runs.runs),
+                    folder,
+                    cold,
+                    clones: usize::from(clones),
                 };
                 let measured = suspend::measure(&options, &mut progress)?;
                 report.suspend = measured.ways;
                 report.suspend_followed = measured.followed;
+                report.clones = measured.clones;
                 report.guest = measured.guest;
                 common.finish(&report)?;
             }

@@ -34,6 +34,8 @@ mod upgrade;
 mod violations;
 mod when;
 
+use std::ffi::OsString;
+
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub use errors::usage_error;
@@ -161,6 +163,35 @@ Examples:
     Man(man::ManOptions),
 }
 
+/// A command line of `run`, which is the one that somebody waits for: with all commands beside it
+/// the table is some twenty times as large, and is half of what the process does until it begins.
+#[derive(Debug, Parser)]
+#[command(name = "cofferdam run", max_term_width = 100)]
+struct RunAlone {
+    #[command(flatten)]
+    log: LogOptions,
+    #[command(flatten)]
+    options: run::RunOptions,
+}
+
+/// The command line in `words`, the first of which is the program's name.
+///
+/// # Errors
+/// It cannot be understood, or asks for help or the version.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let words: Vec<OsString> = words.into_iter().collect();
+    if words.get(1).is_some_and(|word| word == "run")
+        && let Ok(alone) = RunAlone::try_parse_from(&words[1..])
+    {
+        return Ok(Cli {
+            log: alone.log,
+            command: Command::Run(Box::new(alone.options)),
+        });
+    }
+    // What is wrong, and help, are said as of one command among the others.
+    Cli::try_parse_from(words)
+}
+
 /// Does what was asked.
 pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
     cli.log.start()?;
@@ -237,5 +268,41 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+        RunAlone::command().debug_assert();
+    }
+
+    /// `run` is read by itself: as it would be among the other commands, wherever the options of
+    /// the log stand, and with their complaints.
+    #[test]
+    fn a_command_line_of_run_means_the_same_by_itself() {
+        for line in [
+            "cofferdam run --kernel k",
+            "cofferdam run -vv --kernel k --net user,nic=virtio --nic device=lan --log-file l --vcpus 3",
+            "cofferdam run --snapshot d --lazy --name one --allow-dir / --jail",
+            "cofferdam run --kernel=k --append=-a --append b -v --disk d,ro --memory 1G",
+            "cofferdam -v run --kernel k",
+            "cofferdam status",
+        ] {
+            let words = || line.split(' ').map(OsString::from);
+            let (alone, among) = (
+                parse(words()).unwrap(),
+                Cli::try_parse_from(words()).unwrap(),
+            );
+            assert_eq!(format!("{alone:?}"), format!("{among:?}"), "{line}");
+        }
+        for line in [
+            "cofferdam run",
+            "cofferdam run --lazy",
+            "cofferdam run --kernel k --bogus",
+            "cofferdam run --help",
+            "cofferdam run --version",
+            "cofferdam",
+            "cofferdam fly",
+        ] {
+            let words = || line.split(' ').map(OsString::from);
+            let (alone, among) = (parse(words()), Cli::try_parse_from(words()));
+            let (alone, among) = (alone.unwrap_err(), among.unwrap_err());
+            assert_eq!(alone.to_string(), among.to_string(), "{line}");
+        }
     }
 }

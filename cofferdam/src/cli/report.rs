@@ -214,6 +214,10 @@ pub fn text(report: &Report) -> String {
             one.mem_mib, one.pings_fraction, one.tcp_fraction
         ));
     }
+    for one in &report.clones {
+        text.push_str(&one.sentence());
+        text.push('\n');
+    }
     if !report.switch.is_empty() {
         text.push_str(&switch_text(&report.switch));
     }

@@ -20,6 +20,7 @@ pub fn report_here() -> Report {
         traffic: Vec::new(),
         suspend: Vec::new(),
         suspend_followed: Vec::new(),
+        clones: Vec::new(),
         switch: Vec::new(),
         campaigns: Vec::new(),
         isolation: None,

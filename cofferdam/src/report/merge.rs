@@ -96,6 +96,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         whole.traffic.extend(part.traffic);
         whole.suspend.extend(part.suspend);
         whole.suspend_followed.extend(part.suspend_followed);
+        whole.clones.extend(part.clones);
         whole.switch.extend(part.switch);
         whole.campaigns.extend(part.campaigns);
         if part.isolation.is_some() {
@@ -177,6 +178,7 @@ mod tests {
             traffic: Vec::new(),
             suspend: Vec::new(),
             suspend_followed: Vec::new(),
+            clones: Vec::new(),
             switch: Vec::new(),
             campaigns: Vec::new(),
             isolation: None,

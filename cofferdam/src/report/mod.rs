@@ -66,6 +66,9 @@ pub struct Report {
     /// What a mark costs the guest's traffic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub suspend_followed: Vec<suspend::Followed>,
+    /// What guests cost that go on from one snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clones: Vec<suspend::Clones>,
     /// A NIC moved between running guests.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub switch: Vec<switch::Switch>,

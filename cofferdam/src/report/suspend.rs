@@ -32,6 +32,25 @@ pub struct Followed {
     pub tcp_fraction: f64,
 }
 
+/// Guests that go on lazily from one snapshot, all alive at the same time. Pages that several have are
+/// divided among them (`Pss` of proc_pid_smaps(5)).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Clones {
+    /// Guest memory in MiB.
+    pub mem_mib: u64,
+    /// Each has functions of a driver isolated.
+    pub isolated: bool,
+    /// Pages that the snapshot has, in KiB.
+    pub stored_kib: u64,
+    /// What of them is in memory for the clones, in KiB, of all together.
+    pub base_kib: u64,
+    /// Guest memory that a clone has to itself, in KiB: what it has written; of one that is isolated
+    /// what it has touched since then.
+    pub guest_kib: Stat,
+    /// All else that a clone's process has, in KiB.
+    pub rest_kib: Stat,
+}
+
 /// What is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -47,10 +66,53 @@ pub enum SuspendMethod {
     Restore,
     /// The same, its memory read when it is touched.
     RestoreLazy,
+    /// The same, where what it touches first was recorded: that is fetched ahead.
+    RestoreLazyAhead,
+    /// [`SuspendMethod::Restore`] with nothing of the snapshot in the host's page cache.
+    RestoreCold,
+    /// [`SuspendMethod::RestoreLazy`] so.
+    RestoreLazyCold,
+    /// [`SuspendMethod::RestoreLazyAhead`] so.
+    RestoreLazyAheadCold,
     /// The first mark of a guest.
     Mark,
     /// Back to the mark, in the same process.
     Rewind,
+    /// `cofferdam suspend-device`: the driver's own function, the device's state, its power.
+    DeviceSuspend,
+    /// `cofferdam resume-device`.
+    DeviceResume,
+    /// The guest's kernel suspends the same device, with its driver and bus, while it suspends all
+    /// devices (`/sys/power/pm_test`); by the kernel's own account.
+    KernelSuspend,
+    /// The kernel resumes it.
+    KernelResume,
+    /// The driver is removed and inserted, and its interface brought up.
+    DriverRestart,
+}
+
+impl Clones {
+    /// What was found, for people.
+    pub fn sentence(&self) -> String {
+        let mib = |kib: f64| kib / 1024.0;
+        format!(
+            "{} clones of {} MiB{}: of the snapshot's {:.1} MiB {:.1} in memory for all, each {:.1} MiB of its own \
+             guest memory (at most {:.1}) and {:.1} MiB of the process (at most {:.1})",
+            self.guest_kib.n,
+            self.mem_mib,
+            if self.isolated {
+                ", a driver isolated in each"
+            } else {
+                ""
+            },
+            mib(self.stored_kib as f64),
+            mib(self.base_kib as f64),
+            mib(self.guest_kib.p50),
+            mib(self.guest_kib.max),
+            mib(self.rest_kib.p50),
+            mib(self.rest_kib.max),
+        )
+    }
 }
 
 impl SuspendMethod {
@@ -62,8 +124,17 @@ impl SuspendMethod {
             Self::SnapshotDiff => "diff snapshot",
             Self::Restore => "restore, until the agent answers",
             Self::RestoreLazy => "lazy restore, until the agent answers",
+            Self::RestoreLazyAhead => "the same, with the recorded pages fetched ahead",
+            Self::RestoreCold => "restore, nothing in the page cache",
+            Self::RestoreLazyCold => "lazy restore, nothing in the page cache",
+            Self::RestoreLazyAheadCold => "the same, with the recorded pages fetched ahead, cold",
             Self::Mark => "first mark",
             Self::Rewind => "rewind",
+            Self::DeviceSuspend => "suspend-device",
+            Self::DeviceResume => "resume-device",
+            Self::KernelSuspend => "the kernel's suspend of that device",
+            Self::KernelResume => "the kernel's resume of that device",
+            Self::DriverRestart => "remove and insert its driver",
         }
     }
 }

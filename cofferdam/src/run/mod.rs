@@ -26,6 +26,7 @@ mod plugging;
 mod restored;
 pub mod saved;
 mod service;
+mod steps;
 mod summary;
 pub mod terminal;
 pub(crate) mod watch;
@@ -45,7 +46,7 @@ use kept_console::KeptConsole;
 use panic_watch::GuestPanic;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
-use vmm::memory::MemorySource;
+use vmm::memory::{MemorySource, Userfault};
 use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 
 use crate::ending::Ending;
@@ -54,6 +55,7 @@ use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmNa
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Jail, MachineSandbox, Namespaces};
 use crate::signals::Signals;
+use steps::Steps;
 
 pub use saved::Restored;
 
@@ -135,6 +137,15 @@ impl RunConfig {
         self.sandbox.begin_jail(&self.sockets()).map(Some)
     }
 
+    /// By what a guest that goes on lazily has its pages brought when it is isolated. Without it, as
+    /// where this is nobody with the right to it, all of them are copied then.
+    fn userfault(&self) -> Option<Arc<Userfault>> {
+        self.restored.as_ref().filter(|from| from.lazy)?;
+        let opened = Userfault::open();
+        let told = |error| tracing::debug!("memory is copied when something is isolated: {error}");
+        opened.map_err(told).ok().map(Arc::new)
+    }
+
     /// What there is of the runtime folder in a jail: its own folder, and those of device hosts if
     /// it has a NIC of one.
     fn folders_of_jail(&self, own: &Path) -> Vec<PathBuf> {
@@ -165,11 +176,13 @@ impl RunConfig {
 /// Runs a VM to its end.
 pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
+    // In a jail it cannot be had any more.
+    let userfault = config.userfault();
     let jail = config.begin_jail()?;
     let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
-    let result = boot(&config, jail, started_ns, &watch);
+    let result = boot(&config, (jail, userfault), started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
@@ -206,20 +219,19 @@ fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
 /// Makes the VM, runs it and takes it down.
 fn boot(
     config: &RunConfig,
-    jail: Option<Namespaces>,
+    (jail, userfault): (Option<Namespaces>, Option<Arc<Userfault>>),
     started_ns: u64,
     watch: &watch::Watch,
 ) -> anyhow::Result<ExitReason> {
+    let mut steps = Steps::since(started_ns);
     let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
     belongings.add_dir(dir);
     no_fifos(config)?;
-    if config.restored.as_ref().is_some_and(|from| from.lazy) {
-        let belongings = belongings.clone();
-        vmm::memory::when_memory_is_lost(move || belongings.clear());
-    }
-    let saved = config.restored.as_ref().map(Saved::open).transpose()?;
+    steps.done("signals and the runtime folder are there");
+    let saved = open_saved(config, userfault, belongings)?;
+    steps.done("the snapshot is open");
     let console::Opened {
         backend,
         input,
@@ -230,14 +242,15 @@ fn boot(
     let observer = console.observer(panic.observer());
     let backend = SerialBackend::Observed(Box::new(backend), observer);
     let mut vm = make(config, saved.as_ref(), backend)?;
-    let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    steps.done("the machine is made");
     if let Some(saved) = &saved {
-        let mut word = LongWork::begin();
-        let mut tell = |what: &str| {
-            word.tell(what);
-            !watch.is_asked()
-        };
-        saved.put_into(&mut vm, &nics, &mut tell)?;
+        saved.fetch_ahead(&vm)?;
+    }
+    let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    steps.done("its devices are made");
+    if let Some(saved) = &saved {
+        put_into(&mut vm, saved, &nics, watch)?;
+        steps.done("it has the snapshot's state");
     }
     let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
     let plugging = plugging::Plugging::new(
@@ -252,6 +265,7 @@ fn boot(
         started_ns,
     };
     let service = service::VmService::new(config, plugging, supervisor, told)?;
+    steps.done("recovery and the service are made");
     // Everything is open; nobody has been answered yet, and the guest does not run.
     let jail = jail.map(|namespaces| Jail {
         namespaces,
@@ -262,6 +276,7 @@ fn boot(
         belongings.dir_stays();
     }
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
+    steps.done("the sandbox is entered");
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
@@ -271,6 +286,7 @@ fn boot(
         input.start(vm.handle(), belongings)?;
     }
     memory::give_back_unused();
+    steps.done("it is ready to run");
     let begins = match saved {
         Some(_) => "the guest goes on",
         None => "the guest starts",
@@ -280,6 +296,37 @@ fn boot(
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// Gives the VM, which has its devices, the saved state, unless it is asked to end before.
+fn put_into(
+    vm: &mut Vm,
+    saved: &Saved,
+    nics: &nics::Nics,
+    watch: &watch::Watch,
+) -> anyhow::Result<()> {
+    let mut word = LongWork::begin();
+    let mut tell = |what: &str| {
+        word.tell(what);
+        !watch.is_asked()
+    };
+    saved.put_into(vm, nics, &mut tell)
+}
+
+/// Opens the snapshot that it goes on from, if it does.
+fn open_saved(
+    config: &RunConfig,
+    userfault: Option<Arc<Userfault>>,
+    belongings: &Arc<watch::Belongings>,
+) -> anyhow::Result<Option<Saved>> {
+    let Some(from) = &config.restored else {
+        return Ok(None);
+    };
+    if from.lazy {
+        let belongings = belongings.clone();
+        vmm::memory::when_memory_is_lost(move || belongings.clear());
+    }
+    Saved::open(from, userfault).map(Some)
 }
 
 /// Makes isolation and recovery ready for the machine, and has them follow its resets.
@@ -300,7 +347,7 @@ fn start_recovery(
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
     if let Some(saved) = saved {
-        saved.tell_guest(nics, &supervisor)?;
+        saved.tell_guest(vm, nics, &supervisor)?;
     }
     vm.handle().add_participant(Arc::new(panic.clone()));
     let weak = Arc::downgrade(&supervisor);

@@ -1,17 +1,19 @@
 //! A VM that goes on from a snapshot: where its state comes from, and what its guest is told.
 
-use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::Client;
 use anyhow::Context;
+use devices::clock::monotonic_ns;
 use recovery::asker::Nobody;
 use recovery::guest::LiveGuest;
 use recovery::request::IsolatedModule;
 use recovery::supervisor::Supervisor;
 use vmm::Vm;
-use vmm::memory::MemorySource;
-use vmm::snapshot::{Chain, Tell};
+use vmm::memory::{MemorySource, Userfault};
+use vmm::snapshot::{Chain, Tell, WorkingSet};
 
 use super::isolation::Isolation;
 use super::memory;
@@ -22,21 +24,35 @@ use crate::options::MacAddress;
 /// How long the guest's agent may take to answer.
 const AGENT_TIME: Duration = Duration::from_secs(60);
 
+/// What is touched for so long counts as touched first, where no agent answers before.
+const FIRST_TIME: Duration = Duration::from_secs(5);
+
 /// An open snapshot.
 pub struct Saved {
     chain: Chain,
     lazy: bool,
+    userfault: Option<Arc<Userfault>>,
+    /// Of one that is lazy: what it touches first.
+    first: Mutex<WorkingSet>,
 }
 
 impl Saved {
-    /// Opens the snapshot.
+    /// Opens the snapshot. With `userfault` a guest that goes on lazily can be isolated without a
+    /// copy of all of its memory.
     ///
     /// # Errors
     /// It cannot be used.
-    pub fn open(from: &Restored) -> anyhow::Result<Self> {
+    pub fn open(from: &Restored, userfault: Option<Arc<Userfault>>) -> anyhow::Result<Self> {
+        let chain = Chain::open(&from.dir)?;
+        let first = match from.lazy {
+            true => WorkingSet::of(chain.top()),
+            false => WorkingSet::default(),
+        };
         Ok(Self {
-            chain: Chain::open(&from.dir)?,
+            chain,
             lazy: from.lazy,
+            userfault,
+            first: Mutex::new(first),
         })
     }
 
@@ -46,9 +62,29 @@ impl Saved {
     /// The process has no more descriptors.
     pub fn memory(&self) -> anyhow::Result<MemorySource> {
         match self.lazy {
-            true => Ok(self.chain.template()?),
+            true => Ok(self.chain.template(self.userfault.clone())?),
             false => Ok(MemorySource::Fresh),
         }
+    }
+
+    /// Begins to fetch what the guest of `vm` touches first, if it goes on lazily and that is known.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn fetch_ahead(&self, vm: &Vm) -> anyhow::Result<()> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.pages().is_empty() {
+            return Ok(());
+        }
+        let (handle, pages) = (vm.handle(), first.pages().to_vec());
+        std::thread::Builder::new()
+            .name("fetch-ahead".to_owned())
+            .spawn(move || {
+                handle.ram().fetch_ahead(&pages);
+                tracing::debug!(at_ns = monotonic_ns(), "what is touched first is there");
+            })
+            .context("cannot start a thread that fetches memory")?;
+        Ok(())
     }
 
     /// Gives the VM, which has its devices, the state. NICs that are to have other addresses than
@@ -72,6 +108,28 @@ impl Saved {
         SavedVm::of(self.chain.top().manifest())?.addresses()
     }
 
+    /// If nobody has yet, records what the guest of `vm` has touched when its agent has answered,
+    /// which is when what comes back is dropped, or after [`FIRST_TIME`].
+    fn record_first(&self, vm: &Vm) -> anyhow::Result<Option<Sender<()>>> {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(recorder) = first.recorder() else {
+            return Ok(None);
+        };
+        let (answered, is_answered) = channel();
+        let handle = vm.handle();
+        std::thread::Builder::new()
+            .name("first-pages".to_owned())
+            .spawn(move || {
+                let _: Result<(), _> = is_answered.recv_timeout(FIRST_TIME);
+                let touched = handle.ram().touched();
+                if let Err(error) = touched.and_then(|pages| recorder.record(&pages)) {
+                    tracing::debug!("what the guest touches first is not recorded: {error}");
+                }
+            })
+            .context("cannot start a thread that looks what is touched")?;
+        Ok(Some(answered))
+    }
+
     /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its
     /// real time stood still, a clone has other addresses), and what was isolated when the snapshot
     /// was taken isolated again. What does not work is said in the log.
@@ -80,6 +138,7 @@ impl Saved {
     /// The snapshot does not say what VM it is of, or there is no thread.
     pub fn tell_guest(
         &self,
+        vm: &Vm,
         nics: &Nics,
         supervisor: &Arc<Supervisor<Isolation>>,
     ) -> anyhow::Result<()> {
@@ -96,10 +155,11 @@ impl Saved {
         agent
             .get_in_line()
             .context("cannot connect to the agent's socket")?;
+        let answered = self.record_first(vm)?;
         let supervisor = supervisor.clone();
         std::thread::Builder::new()
             .name("after-restore".to_owned())
-            .spawn(move || news.tell(agent, &supervisor))
+            .spawn(move || news.tell(agent, answered, &supervisor))
             .context("cannot start a thread that tells the guest")?;
         Ok(())
     }
@@ -113,8 +173,15 @@ struct News {
 }
 
 impl News {
-    fn tell(self, mut agent: Client, supervisor: &Supervisor<Isolation>) {
+    /// `answered` is dropped when the agent has answered, or does not.
+    fn tell(
+        self,
+        mut agent: Client,
+        answered: Option<Sender<()>>,
+        supervisor: &Supervisor<Isolation>,
+    ) {
         let told = self.tell_agent(&mut agent);
+        drop(answered);
         // Others wait for their turn.
         drop(agent);
         if let Err(error) = told {
@@ -130,6 +197,7 @@ impl News {
     fn tell_agent(&self, agent: &mut Client) -> anyhow::Result<()> {
         // The time of now, not of when this began to wait for its turn.
         agent.hello(AGENT_TIME)?;
+        tracing::debug!(at_ns = monotonic_ns(), "the guest's agent answered");
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         agent
             .set_time(u64::try_from(now.as_nanos())?)

@@ -80,6 +80,10 @@ pub const FOR_JAILS: &[Call] = calls!(
     SYS_unshare SYS_mount SYS_umount2 SYS_pivot_root SYS_move_mount SYS_open_tree SYS_mount_setattr
 );
 
+/// The one that a guest's process makes at its start where it goes on from a snapshot lazily: by it
+/// pages of the snapshot come when the guest is isolated.
+pub const FOR_LAZY: &[Call] = calls!(SYS_userfaultfd);
+
 /// Calls that a guest's process does not make and the service does, for it starts programs.
 const OF_THE_SERVICE: &[Call] =
     calls!(SYS_execve SYS_execveat SYS_fork SYS_vfork SYS_wait4 SYS_waitid);

@@ -35,6 +35,10 @@ pub const ALL: u64 = u64::MAX;
 /// Most descriptors of a process: some ten times what one with all NICs and clients uses.
 const MAX_DESCRIPTORS: u64 = 8192;
 
+/// How often the processor is left to a thread that is to give up something before it is looked
+/// after.
+const THREAD_YIELDS: usize = 100;
+
 /// How long a thread may take to give up something: it may be in the kernel, locking memory.
 const THREAD_TIME: Duration = Duration::from_secs(10);
 
@@ -128,8 +132,7 @@ fn ask_others(signal: libc::c_int) -> io::Result<()> {
     let process = rustix::process::getpid().as_raw_nonzero().get();
     let mut asked = BTreeSet::from([rustix::thread::gettid().as_raw_nonzero().get()]);
     loop {
-        let threads = threads()?;
-        let new: Vec<_> = threads.difference(&asked).copied().collect();
+        let new = threads(&asked)?;
         if new.is_empty() {
             return Ok(());
         }
@@ -150,8 +153,17 @@ fn ask_others(signal: libc::c_int) -> io::Result<()> {
 /// Waits until `thread` has done what it was asked for, when `before` threads had, or has ended.
 fn wait_for(thread: i32, before: usize) -> io::Result<()> {
     let deadline = Instant::now() + THREAD_TIME;
+    let task = format!("/proc/self/task/{thread}");
+    // It takes the signal as soon as it has a processor; for long, or for ever, one that works in
+    // the kernel or has ended.
+    for _ in 0..THREAD_YIELDS {
+        if DONE.load(Ordering::SeqCst) != before {
+            return Ok(());
+        }
+        std::thread::yield_now();
+    }
     while DONE.load(Ordering::SeqCst) == before {
-        if !threads()?.contains(&thread) {
+        if !Path::new(&task).try_exists()? {
             return Ok(());
         }
         if Instant::now() >= deadline {
@@ -162,15 +174,17 @@ fn wait_for(thread: i32, before: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// The threads of this process that run its program.
-fn threads() -> io::Result<BTreeSet<i32>> {
+/// The threads of this process that run its program, but for those of `asked`.
+fn threads(asked: &BTreeSet<i32>) -> io::Result<BTreeSet<i32>> {
     let tasks = std::fs::read_dir("/proc/self/task")?;
     let mut threads = BTreeSet::new();
     for task in tasks {
         let task = task?;
-        if !is_of_the_kernel(&task.path()) {
-            let name = task.file_name();
-            threads.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
+        let name = task.file_name();
+        let number = name.to_str().and_then(|name| name.parse::<i32>().ok());
+        let number = number.filter(|number| !asked.contains(number));
+        if number.is_some() && !is_of_the_kernel(&task.path()) {
+            threads.extend(number);
         }
     }
     Ok(threads)

@@ -25,7 +25,7 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
 
-use super::calls::{ABSENT, ALLOWED, Call, FOR_JAILS, FORBIDDEN};
+use super::calls::{ABSENT, ALLOWED, Call, FOR_JAILS, FOR_LAZY, FORBIDDEN};
 use super::{Guests, Mode};
 
 /// Why there is no filter.
@@ -186,6 +186,8 @@ const IOCTL_TYPE: u64 = 0xff00;
 const KVM: u64 = 0xae00;
 /// `VFIO_TYPE` of linux/vfio.h.
 const VFIO: u64 = 0x3b00;
+/// `UFFDIO` of linux/userfaultfd.h: what is done with a descriptor that was opened before.
+const USERFAULT: u64 = 0xaa00;
 /// `TUNSETIFF` of linux/if_tun.h.
 const TUNSETIFF: u64 = 0x4004_54ca;
 /// `TCGETS2` and the three `TCSETS2` of asm-generic/ioctls.h, which newer C libraries use.
@@ -258,6 +260,7 @@ fn machine() -> Result<Rules, BackendError> {
     let mut rules: Rules = plain.map(|(_, number)| (*number, Vec::new())).collect();
     let mut ioctl = bits(1, IOCTL_TYPE, KVM)?;
     ioctl.extend(bits(1, IOCTL_TYPE, VFIO)?);
+    ioctl.extend(bits(1, IOCTL_TYPE, USERFAULT)?);
     ioctl.extend(one_of(1, &REQUESTS)?);
     ioctl.extend(one_of(1, &TERMIOS2)?);
     let own = u64::from(std::process::id());
@@ -309,7 +312,9 @@ const X32: i64 = 0x4000_0000;
 /// What the service and its guests do not.
 fn service(guests: Guests) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
-    let is_made = |call: &Call| guests == Guests::Jailed && FOR_JAILS.contains(call);
+    let is_made = |call: &Call| {
+        FOR_LAZY.contains(call) || (guests == Guests::Jailed && FOR_JAILS.contains(call))
+    };
     let refused = FORBIDDEN.iter().filter(|call| !is_made(call));
     for (_, number) in refused.filter(|(_, n)| *n != libc::SYS_capset) {
         rules.insert(*number, Vec::new());
@@ -352,11 +357,15 @@ mod tests {
     }
 
     #[test]
-    fn the_service_refuses_all_but_what_jails_are_made_with() {
+    fn the_service_refuses_all_but_what_jails_and_lazy_guests_are_made_with() {
         let [free, jailed] = [Guests::Free, Guests::Jailed].map(|guests| service(guests).unwrap());
         for call in FOR_JAILS {
             assert!(FORBIDDEN.contains(call) && free.contains_key(&call.1));
             assert!(!jailed.contains_key(&call.1));
+        }
+        for call in FOR_LAZY {
+            assert!(FORBIDDEN.contains(call) && !machine().unwrap().contains_key(&call.1));
+            assert!(!free.contains_key(&call.1) && !jailed.contains_key(&call.1));
         }
         for number in [
             libc::SYS_setns,

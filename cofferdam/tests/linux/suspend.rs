@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::clock::ClockResult;
 use agent_protocol::traffic::TrafficResult;
+use cofferdam::bench::clones;
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, DRIVER, LINK_TIME};
 use cofferdam::control::protocol::{Reply, Request};
@@ -21,6 +22,10 @@ use vmm::snapshot::Taken;
 
 use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
 use crate::full;
+
+/// Most memory of a clone's process beyond its guest's, in KiB: 5 MiB, and more than as much again
+/// for a program that is not optimised.
+const REST_KIB: f64 = 12.0 * 1024.0;
 
 /// Seconds of the guest's time that a checked stream lasts: longer than all snapshots take.
 fn stream_seconds() -> u64 {
@@ -278,6 +283,38 @@ fn clones_share_their_memory_and_reach_each_other() {
     ping(&mut second, "10.9.0.1", 1000);
     assert_log_is_healthy(&mut first, &[]);
     assert_log_is_healthy(&mut second, &[]);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn clones_cost_what_they_change_and_isolated_ones_what_they_touch() {
+    const CLONES: usize = 4;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let guest = networked("");
+    snapshot(&guest, &dir, None, true);
+    drop(guest);
+    let boots = options().with("--net user --nic e1000");
+    let [plain, isolated] = [false, true].map(|isolated| {
+        let clones = clones::measure(&boots, &dir, CLONES, isolated).unwrap();
+        eprintln!("{}", clones.sentence());
+        clones
+    });
+    for clones in [plain, isolated] {
+        assert_eq!(clones.guest_kib.n, CLONES as u64);
+        // Shared by all, and no more of it than there is.
+        assert!(clones.base_kib <= clones.stored_kib, "{clones:?}");
+        // None has a copy of all of the snapshot.
+        assert!(
+            clones.guest_kib.max < clones.stored_kib as f64 * 0.6,
+            "{clones:?}"
+        );
+    }
+    assert!(
+        plain.guest_kib.max < plain.stored_kib as f64 * 0.3,
+        "{plain:?}"
+    );
+    assert!(plain.rest_kib.max < REST_KIB, "{plain:?}");
 }
 
 /// Seconds since the guest booted.

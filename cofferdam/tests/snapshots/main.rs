@@ -20,6 +20,7 @@ mod nic;
 mod other_processor;
 mod template;
 mod wires;
+mod working_set;
 
 use common::place::{Place, end, finish};
 

@@ -13,10 +13,10 @@
 //! Off, a write costs one relaxed load. On, it sets two bits, and taking what was marked costs by
 //! what was marked: of memory, only 2 KiB for each 4 GiB are looked at.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use super::ForeignMapping;
+use super::{ForeignMapping, MissingPages};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
 /// Bytes of a page.
@@ -29,6 +29,7 @@ const BITS: usize = u64::BITS as usize;
 pub struct DirtyLog {
     on: AtomicBool,
     elsewhere: AtomicBool,
+    missing: RwLock<Option<Arc<dyn MissingPages>>>,
     pages: usize,
     /// Made when it is first turned on.
     levels: OnceLock<Levels>,
@@ -118,6 +119,19 @@ impl DirtyLog {
     /// See [`DirtyLog::set_elsewhere`].
     pub fn is_elsewhere(&self) -> bool {
         self.elsewhere.load(Ordering::Acquire)
+    }
+
+    /// Says who brings pages that are missing in the file behind the memory: with that, further
+    /// mappings of the file see the memory's bytes although they are elsewhere.
+    pub fn set_missing_pages(&self, missing: Option<Arc<dyn MissingPages>>) {
+        let place = self.missing.write();
+        *place.unwrap_or_else(PoisonError::into_inner) = missing;
+    }
+
+    /// See [`DirtyLog::set_missing_pages`].
+    pub fn missing_pages(&self) -> Option<Arc<dyn MissingPages>> {
+        let missing = self.missing.read();
+        missing.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     #[cold]

@@ -13,9 +13,11 @@ use vm_memory::{
 pub mod bus_error;
 mod dirty_log;
 mod foreign;
+mod missing;
 
 pub use self::dirty_log::DirtyLog;
 pub use self::foreign::ForeignMapping;
+pub use self::missing::{MissingPages, ViewToken};
 
 /// Guest memory as this process reads and writes it. What it writes is marked where somebody wants
 /// to know ([`DirtyLog`]), which is why nobody writes guest memory by another way without marking

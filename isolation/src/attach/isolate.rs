@@ -102,7 +102,7 @@ impl Isolator {
 
     fn make_and_put_in_place(&self, request: IsolateRequest) -> Result<Isolated, AttachError> {
         // A private view is a second mapping of the file that memory is in.
-        self.vm.own_memory()?;
+        self.vm.share_memory()?;
         let memory = self.vm.ram().memory().clone();
         let (begun, mut stopped) = (Instant::now(), Duration::ZERO);
         let mut request = Some(request);

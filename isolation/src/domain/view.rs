@@ -24,7 +24,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use devices::dma::GuestMemory;
+use devices::dma::{GuestMemory, ViewToken};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
@@ -49,6 +49,16 @@ pub enum ViewError {
         /// What `mmap` said.
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// Pages that are missing in guest memory's file do not come to the second mapping.
+    #[error(
+        "cannot have missing pages of guest memory at {gpa:#x} come to a second mapping: {source}"
+    )]
+    Missing {
+        /// First guest physical address of the region.
+        gpa: u64,
+        /// What the host's kernel said.
+        source: io::Error,
+    },
     /// The regions do not form an address space.
     #[error("guest memory regions overlap")]
     Layout,
@@ -68,20 +78,28 @@ pub struct PrivateView {
     /// What copies were made from, if devices write K's pages meanwhile; of those that the host
     /// knows of.
     bases: Option<HashMap<Pfn, Box<Page>>>,
+    /// That pages of the guest's which are missing come here, too.
+    _tokens: Vec<ViewToken>,
 }
 
 impl PrivateView {
     /// Maps all of `shared` a second time, copy-on-write. No page is copied yet.
     pub fn new(shared: Arc<GuestMemory>) -> Result<Self, ViewError> {
-        let mut regions = Vec::new();
+        let (mut regions, mut tokens) = (Vec::new(), Vec::new());
         for region in shared.iter() {
             let gpa = region.start_addr();
             let file = region
                 .file_offset()
                 .ok_or(ViewError::NotFileBacked(gpa.raw_value()))?;
-            if region.get_mmap().bitmap().is_elsewhere() {
-                return Err(ViewError::NotFileBacked(gpa.raw_value()));
-            }
+            let log = region.get_mmap();
+            let log = log.bitmap();
+            let missing = match log.is_elsewhere() {
+                true => Some(
+                    log.missing_pages()
+                        .ok_or(ViewError::NotFileBacked(gpa.raw_value()))?,
+                ),
+                false => None,
+            };
             let size = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;
             let mapping = MmapRegion::build(
                 Some(file.clone()),
@@ -93,6 +111,14 @@ impl PrivateView {
                 gpa: gpa.raw_value(),
                 source,
             })?;
+            if let Some(missing) = missing {
+                let start = mapping.as_ptr() as u64;
+                let token = missing.view(start..start + region.len(), file.start());
+                tokens.push(token.map_err(|source| ViewError::Missing {
+                    gpa: gpa.raw_value(),
+                    source,
+                })?);
+            }
             regions.push(GuestRegionMmap::new(mapping, gpa).ok_or(ViewError::Layout)?);
         }
         let private = GuestMemory::from_regions(regions).map_err(|_| ViewError::Layout)?;
@@ -100,6 +126,7 @@ impl PrivateView {
             shared,
             private,
             bases: None,
+            _tokens: tokens,
         })
     }
 

@@ -260,10 +260,14 @@ fn data_of(region: &<GuestMemory as GuestMemoryBackend>::R) -> Vec<std::ops::Ran
         return all();
     };
     let (start, end) = (file.start(), file.start() + region.len());
-    match vmm::memory::data_of(file.file(), end) {
+    let found = match region.get_mmap().bitmap().missing_pages() {
+        Some(missing) => missing.data(),
+        None => vmm::memory::data_of(file.file(), end),
+    };
+    match found {
         Ok(found) => found
             .into_iter()
-            .map(|range| range.start.max(start) - start..range.end.max(start) - start)
+            .map(|range| range.start.clamp(start, end) - start..range.end.clamp(start, end) - start)
             .filter(|range| !range.is_empty())
             .collect(),
         Err(_) => all(),

@@ -14,7 +14,7 @@ use isolation::attach::request::{Contain, IsolateRequest};
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 use isolation::guest::btf::Btf;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::memory::MemorySource;
+use vmm::memory::{MemorySource, Userfault};
 
 /// The code of `first_counts`.
 const FIRST_CODE: [u8; 22] = [
@@ -116,11 +116,20 @@ fn guests_whose_memory_begins_as_the_same_file_are_isolated_each_for_itself() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(8 << 20).unwrap();
     let file = Arc::new(file);
-    let guests = [0, 1].map(|_| Guest::start_with(MemorySource::Template { file: file.clone() }));
+    // One has its memory copied, the other where it is touched; both where that cannot be had.
+    let userfaults = [Userfault::open().ok().map(Arc::new), None];
+    let on_demand = userfaults[0].is_some();
+    let guests = userfaults.map(|userfault| {
+        Guest::start_with(MemorySource::Template {
+            file: file.clone(),
+            userfault,
+        })
+    });
     let [first, second] = &guests;
     first.isolate("first").unwrap();
-    // A private view needs memory that is in a file of the guest's own.
-    assert!(!first.handle.ram().is_template());
+    // A private view is a mapping of a file of the guest's own.
+    assert_eq!(first.handle.ram().comes_on_demand(), on_demand);
+    assert!(on_demand || !first.handle.ram().is_template());
     assert!(second.handle.ram().is_template());
     for round in 1..=5 {
         assert_eq!(first.call(FIRST), round);
@@ -130,7 +139,15 @@ fn guests_whose_memory_begins_as_the_same_file_are_isolated_each_for_itself() {
     assert_eq!(commits.map(|entry| entry.commits).sum::<u64>(), 5);
     assert_eq!(first.read(FIRST_DATA), 5);
     second.isolate("first").unwrap();
+    assert!(!second.handle.ram().is_template());
     assert_eq!(second.call(FIRST), 6);
+    // Taken out, and put in place again: another view.
+    for round in 6..9 {
+        first.isolator.release("first").unwrap();
+        first.isolate("first").unwrap();
+        assert_eq!(first.call(FIRST), round);
+    }
+    assert_eq!(first.handle.ram().comes_on_demand(), on_demand);
     let mut bytes = vec![0; 8 << 20];
     std::os::unix::fs::FileExt::read_exact_at(&*file, &mut bytes, 0).unwrap();
     assert!(bytes.iter().all(|&byte| byte == 0), "the file was written");

@@ -61,14 +61,16 @@ pub(super) fn allocate_large_pages(
     })
 }
 
-/// A file of `size_bytes` at most, deleted at once, whose mappings can have huge pages, which save
+/// A file for `size_bytes`, deleted at once, whose mappings can have huge pages, which save
 /// most of the second stage's faults while a guest starts. An ordinary memfd has none on a host
 /// with default settings (`transparent_hugepage/shmem_enabled` is `never`), so this one is made in
 /// a tmpfs of its own, mounted nowhere.
 fn huge_page_file(size_bytes: u64) -> rustix::io::Result<OwnedFd> {
     let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&tmpfs, "huge", "advise")?;
-    fsconfig_set_string(&tmpfs, "size", size_bytes.to_string())?;
+    // A page that is brought (`super::missing`) is taken before it is known that there is one.
+    let limit = size_bytes.saturating_add(LARGE_PAGE_BYTES);
+    fsconfig_set_string(&tmpfs, "size", limit.to_string())?;
     fsconfig_create(&tmpfs)?;
     let root = fsmount(
         &tmpfs,

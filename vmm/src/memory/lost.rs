@@ -105,8 +105,13 @@ impl Watched {
     pub fn end_if_cut(&self) {
         let is_cut = |file: &File| file.metadata().is_ok_and(|now| now.len() < self.wanted);
         if is_cut(&self.file) {
-            tell(self.told.as_raw_fd());
+            self.end();
         }
+    }
+
+    /// Ends the process and does not return: a page cannot be had.
+    pub fn end(&self) -> ! {
+        tell(self.told.as_raw_fd())
     }
 }
 

@@ -19,11 +19,14 @@ use vm_memory::{
 
 use crate::layout::{LOW_MEMORY_END, MEMORY_ABOVE_4G};
 
+mod ahead;
 pub(crate) mod copying;
 mod files;
 mod lost;
+mod missing;
 mod own;
 mod template;
+mod userfault;
 
 pub use self::files::FILE_NAME;
 use self::files::{allocate_large_pages, large_page_file, small_page_file};
@@ -31,6 +34,7 @@ pub use self::lost::when_memory_is_lost;
 pub use self::own::OwnError;
 use self::template::Mapped;
 pub use self::template::{MemorySource, data_of};
+pub use self::userfault::Userfault;
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
@@ -138,9 +142,9 @@ impl GuestRam {
         match source {
             MemorySource::Fresh => Self::new(size_bytes),
             MemorySource::LargePages => Self::make(size_bytes, true),
-            MemorySource::Template { file } => {
+            MemorySource::Template { file, userfault } => {
                 let ram = Self::new(size_bytes)?;
-                ram.use_template(file)?;
+                ram.use_template(file, userfault)?;
                 Ok(ram)
             }
         }

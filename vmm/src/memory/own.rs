@@ -4,12 +4,17 @@
 //!  at rest: follow changes ─► guest runs: copy all that is not zero ─► copy what changed, again while that is much
 //!     ─► at rest: copy the rest, map the file of its own at the same addresses
 //! ```
+//!
+//! Where it is only to be seen by others in this process ([`VmHandle::share_memory`]), what the guest
+//! has written is all that is copied; the rest comes when it is touched ([`super::missing`]).
 
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
+use super::template::Template;
 use super::{GuestRam, MemoryError, PAGE_BYTES};
 use crate::error::Error;
 use crate::handle::VmHandle;
@@ -46,21 +51,61 @@ impl VmHandle {
     /// locked. After an error it goes on with the template.
     pub fn own_memory(&self) -> Result<(), OwnError> {
         let one = self.one_copying();
-        if !self.machine().ram.is_template() {
+        let ram = &self.machine().ram;
+        if !ram.is_template() {
+            return Ok(());
+        }
+        if ram.comes_on_demand() {
+            return self.bring_all();
+        }
+        let copying = self.follow_copying(one)?;
+        self.copy_to_own(&copying, ram.populated(), false)
+    }
+
+    /// If memory began as a template, has further mappings of the file of its own, in this process,
+    /// see the same bytes: those that say so to [`devices::dma::MissingPages`]. What the guest has
+    /// written is copied there, and the rest when it is touched; where the host has no userfaultfd(2)
+    /// for this process all is copied, as by [`VmHandle::own_memory`].
+    pub fn share_memory(&self) -> Result<(), OwnError> {
+        let one = self.one_copying();
+        let ram = &self.machine().ram;
+        if !ram.is_template() || ram.comes_on_demand() {
             return Ok(());
         }
         let copying = self.follow_copying(one)?;
-        self.copy_to_own(&copying)
+        let written = match ram.can_come_on_demand() {
+            // Also what is zero by now: the template has something else there.
+            true => ram.written().ok(),
+            false => None,
+        };
+        match written {
+            Some(written) => self.copy_to_own(&copying, written, true),
+            None => self.copy_to_own(&copying, ram.populated(), false),
+        }
     }
 
-    fn copy_to_own(&self, copying: &Copying<'_>) -> Result<(), OwnError> {
+    /// Brings what is a template's into the file of its own.
+    fn bring_all(&self) -> Result<(), OwnError> {
+        let ram = &self.machine().ram;
+        ram.bring_all()?;
+        self.with_devices_at_rest(|| Ok(ram.use_own()?))?
+    }
+
+    /// Copies what is in `ranges` of the memory's file, and maps it then. `on_demand`: the rest comes
+    /// from the template.
+    fn copy_to_own(
+        &self,
+        copying: &Copying<'_>,
+        ranges: Vec<Range<u64>>,
+        on_demand: bool,
+    ) -> Result<(), OwnError> {
         let ram = &self.machine().ram;
         ram.empty_own()?;
-        for range in ram.populated() {
+        for range in ranges {
             let mut at = range.start;
             while at < range.end {
                 let bytes = (range.end - at).min(CHUNK as u64);
-                ram.copy_to_own(at, bytes as usize, false)?;
+                ram.copy_to_own(at, bytes as usize, on_demand)?;
                 at += bytes;
             }
         }
@@ -83,7 +128,10 @@ impl VmHandle {
                 let at = u64::from(page) * PAGE_BYTES;
                 ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
             }
-            Ok(ram.use_own()?)
+            match on_demand {
+                true => Ok(ram.use_own_on_demand()?),
+                false => Ok(ram.use_own()?),
+            }
         })?
     }
 }
@@ -122,6 +170,17 @@ impl GuestRam {
             from += kept.max(page);
         }
         Ok(())
+    }
+
+    fn can_come_on_demand(&self) -> bool {
+        let mapped = self.mapped.lock();
+        mapped.as_ref().is_some_and(Template::can_be_shared)
+    }
+
+    fn bring_all(&self) -> Result<(), MemoryError> {
+        let mapped = self.mapped.lock();
+        let brought = mapped.as_ref().map_or(Ok(()), Template::bring_all);
+        brought.map_err(MemoryError::Allocate)
     }
 
     /// Empties the memory's own file of what an earlier attempt left there.

@@ -8,6 +8,9 @@
 //!   own file  ──MAP_SHARED──►  guest memory
 //! ```
 //!
+//! Between the two is a guest whose memory others see through further mappings of its own file: it
+//! has what the guest has written, and the rest comes when it is touched ([`super::missing`]).
+//!
 //! KVM's memory slots name addresses of this process, so they stay as they are. The guest's own
 //! file is there from the start, empty, so that whoever has the memory finds it behind it; until it
 //! is in use the memory's [`devices::dma::DirtyLog`] says that nothing is in it.
@@ -22,6 +25,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 use super::lost::Watched;
+use super::missing::{Missing, absent};
+use super::userfault::Userfault;
 use super::{GuestRam, MemoryError, PAGE_BYTES, RamRegion};
 
 /// Where a machine's memory comes from.
@@ -38,6 +43,9 @@ pub enum MemorySource {
         /// and as long as it is: a page that is missing when it is touched ends the process with
         /// one line ([`super::lost`]).
         file: Arc<File>,
+        /// With it, further mappings of the machine's own file see the memory before all of it is
+        /// there ([`crate::VmHandle::share_memory`]).
+        userfault: Option<Arc<Userfault>>,
     },
 }
 
@@ -49,7 +57,32 @@ pub(super) struct Mapped(Mutex<Option<Template>>);
 #[derive(Debug)]
 pub(super) struct Template {
     file: Arc<File>,
-    watched: Watched,
+    watched: Arc<Watched>,
+    userfault: Option<Arc<Userfault>>,
+    /// The own file is mapped, and pages of the template come into it.
+    missing: Option<Missing>,
+}
+
+impl Template {
+    /// Whether pages come into the own file when they are touched.
+    pub fn is_shared(&self) -> bool {
+        self.missing.is_some()
+    }
+
+    /// The template.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether they could.
+    pub fn can_be_shared(&self) -> bool {
+        self.userfault.is_some()
+    }
+
+    /// Brings all of them, if they do.
+    pub fn bring_all(&self) -> io::Result<()> {
+        self.missing.as_ref().map_or(Ok(()), Missing::bring_all)
+    }
 }
 
 impl Mapped {
@@ -60,7 +93,11 @@ impl Mapped {
 
 impl GuestRam {
     /// Maps `file` in place of the memory's own.
-    pub(super) fn use_template(&self, file: Arc<File>) -> Result<(), MemoryError> {
+    pub(super) fn use_template(
+        &self,
+        file: Arc<File>,
+        userfault: Option<Arc<Userfault>>,
+    ) -> Result<(), MemoryError> {
         let length = file.metadata().map_err(MemoryError::Template)?.len();
         if length < self.size_bytes() {
             let wanted = self.size_bytes();
@@ -73,7 +110,49 @@ impl GuestRam {
         self.for_each_log(|log| log.set_elsewhere(true));
         let watched = Watched::new(file.clone(), self.regions(), self.size_bytes());
         let watched = watched.map_err(MemoryError::Template)?;
-        *mapped = Some(Template { file, watched });
+        *mapped = Some(Template {
+            file,
+            watched: Arc::new(watched),
+            userfault,
+            missing: None,
+        });
+        Ok(())
+    }
+
+    /// Maps the memory's own file, which has all that was written, and has the rest come from the
+    /// template when it is touched. The machine is at rest.
+    pub(super) fn use_own_on_demand(&self) -> Result<(), MemoryError> {
+        let mut mapped = self.mapped.lock();
+        let Some(template) = mapped.as_mut().filter(|template| !template.is_shared()) else {
+            return Ok(());
+        };
+        let Some(userfault) = template.userfault.clone() else {
+            return Ok(());
+        };
+        for region in self.regions() {
+            map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
+        }
+        // No huge pages are asked for: the kernel's thread that puts small ones together would take
+        // pages that are missing for zeros (until Linux 6.4).
+        let missing = Missing::serve(
+            userfault,
+            template.file.clone(),
+            self.memfd.clone(),
+            self.regions(),
+            template.watched.clone(),
+        );
+        let missing = match missing {
+            Ok(missing) => missing,
+            Err(error) => {
+                tracing::debug!(%error, "all of a template is copied");
+                let file = template.file.clone();
+                drop(mapped);
+                self.fill_up(&file).map_err(MemoryError::Allocate)?;
+                return self.use_own();
+            }
+        };
+        self.for_each_log(|log| log.set_missing_pages(Some(missing.for_views())));
+        template.missing = Some(missing);
         Ok(())
     }
 
@@ -85,23 +164,44 @@ impl GuestRam {
         }
     }
 
-    /// Whether it is mapped from a template: its own file is empty.
+    /// Copies what the memory's own file has not yet from `template`. The machine is at rest.
+    fn fill_up(&self, template: &File) -> io::Result<()> {
+        let mut page = [0; PAGE_BYTES as usize];
+        for offset in absent(template, self.memfd(), self.size_bytes())? {
+            template.read_exact_at(&mut page, offset)?;
+            self.memfd().write_all_at(&page, offset)?;
+        }
+        Ok(())
+    }
+
+    /// Whether some of it is a template's: its own file is empty, or has what was touched.
     pub fn is_template(&self) -> bool {
         self.mapped.lock().is_some()
+    }
+
+    /// Whether the file of its own is what is mapped, though some of it is a template's.
+    pub fn comes_on_demand(&self) -> bool {
+        let mapped = self.mapped.lock();
+        mapped.as_ref().is_some_and(Template::is_shared)
     }
 
     /// Maps the memory's own file. If it was mapped from a template, its bytes are those of the
     /// file now.
     pub(crate) fn use_own(&self) -> Result<(), MemoryError> {
         let mut mapped = self.mapped.lock();
-        if mapped.is_none() {
+        let Some(template) = mapped.as_ref() else {
             return Ok(());
+        };
+        if !template.is_shared() {
+            for region in self.regions() {
+                map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
+            }
         }
-        for region in self.regions() {
-            map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
-        }
-        *mapped = None;
+        let template = mapped.take();
+        self.for_each_log(|log| log.set_missing_pages(None));
         drop(mapped);
+        // Nobody waits for a page any more that is not there: it is zero.
+        drop(template);
         self.for_each_log(|log| log.set_elsewhere(false));
         self.advise();
         Ok(())
@@ -125,7 +225,18 @@ impl GuestRam {
         let mut found = data_of(&template.file, self.size_bytes())?;
         // What is missing now would be taken for zeros.
         template.watched.end_if_cut();
+        let is_shared = template.is_shared();
         drop(mapped);
+        match is_shared {
+            true => found.extend(data_of(self.memfd(), self.size_bytes())?),
+            false => found.extend(self.written()?),
+        }
+        Ok(joined(found))
+    }
+
+    /// Pages of a template's memory that are not its file's any more, in bytes and rising order.
+    pub(super) fn written(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut found = Vec::new();
         for region in self.regions() {
             own_pages(region, &mut found)?;
         }
@@ -176,9 +287,23 @@ pub fn data_of(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
-/// Adds the pages of a private mapping that are no longer its file's (proc_pid_pagemap(5): present
-/// or swapped, and neither of a file nor shared).
-fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+/// What a page of a private mapping of a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PageKind {
+    /// Not in this process's memory.
+    Absent,
+    /// The file's.
+    OfFile,
+    /// Written since: its own.
+    Own,
+}
+
+/// Gives each page of `region`, which is a private mapping, to `look`, with its offset in memory's
+/// file (proc_pid_pagemap(5): present or swapped, of a file or shared).
+pub(super) fn look_at_pages(
+    region: &RamRegion,
+    mut look: impl FnMut(u64, PageKind),
+) -> io::Result<()> {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     const OF_FILE: u64 = 1 << 61;
     /// Entries that are read at once.
@@ -193,18 +318,29 @@ fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> 
         pagemap.read_exact_at(bytes, (region.host_address / PAGE_BYTES + page) * 8)?;
         for (number, entry) in (page..).zip(bytes.as_chunks().0) {
             let entry = u64::from_ne_bytes(*entry);
-            if entry & PRESENT_OR_SWAPPED != 0 && entry & OF_FILE == 0 {
-                let start = region.file_offset + number * PAGE_BYTES;
-                found.push(start..start + PAGE_BYTES);
-            }
+            let kind = match (entry & PRESENT_OR_SWAPPED != 0, entry & OF_FILE != 0) {
+                (false, _) => PageKind::Absent,
+                (true, true) => PageKind::OfFile,
+                (true, false) => PageKind::Own,
+            };
+            look(region.file_offset + number * PAGE_BYTES, kind);
         }
         page += count;
     }
     Ok(())
 }
 
+/// Adds the pages of a private mapping that are no longer its file's.
+fn own_pages(region: &RamRegion, found: &mut Vec<Range<u64>>) -> io::Result<()> {
+    look_at_pages(region, |offset, kind| {
+        if kind == PageKind::Own {
+            found.push(offset..offset + PAGE_BYTES);
+        }
+    })
+}
+
 /// The same places in rising order, none twice.
-fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(super) fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {

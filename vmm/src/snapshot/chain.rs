@@ -8,6 +8,39 @@ use super::{Loaded, PAGE_BYTES, PageRun, Snapshot, SnapshotError, Tell};
 /// Most snapshots that a page is looked for in.
 pub(super) const MAX_CHAIN: usize = 64;
 
+/// Where pages go.
+pub(super) trait Place: Sync {
+    /// Puts `content` to byte `offset` of memory.
+    fn put(&self, offset: u64, content: &[u8]) -> Result<(), SnapshotError>;
+
+    /// Has `read` fill `bytes` from byte `offset` of memory on, where they are. `None` where they
+    /// are not to be had in one piece: then nothing was done.
+    fn in_place(
+        &self,
+        offset: u64,
+        bytes: usize,
+        read: &mut dyn FnMut(&mut [u8]) -> Result<(), SnapshotError>,
+    ) -> Option<Result<(), SnapshotError>>;
+}
+
+/// A function that takes copies.
+struct Put<F>(F);
+
+impl<F: Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync> Place for Put<F> {
+    fn put(&self, offset: u64, content: &[u8]) -> Result<(), SnapshotError> {
+        (self.0)(offset, content)
+    }
+
+    fn in_place(
+        &self,
+        _: u64,
+        _: usize,
+        _: &mut dyn FnMut(&mut [u8]) -> Result<(), SnapshotError>,
+    ) -> Option<Result<(), SnapshotError>> {
+        None
+    }
+}
+
 /// A snapshot and its parents.
 #[derive(Debug)]
 pub struct Chain {
@@ -95,17 +128,31 @@ impl Chain {
             .try_for_each(|snapshot| snapshot.check(tell))
     }
 
-    /// Gives every page that differs from zero, checked, to `put` with its offset in memory, a run
-    /// at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
-    /// `tell` hears how much of it is done, and says whether it is still wanted.
+    /// Gives every page that differs from zero, checked, to `put` with its offset in memory, as
+    /// [`Chain::load_to`] does.
     ///
     /// # Errors
-    /// Pages are damaged or cannot be read, `put` says so, or it is not wanted any more.
+    /// As of that.
     pub fn load(
         &self,
         above_base: bool,
         tell: Tell<'_>,
         put: impl Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync,
+    ) -> Result<Loaded, SnapshotError> {
+        self.load_to(above_base, tell, &Put(put))
+    }
+
+    /// Gives every page that differs from zero, checked, to `place` with its offset in memory, a run
+    /// at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
+    /// `tell` hears how much of it is done, and says whether it is still wanted.
+    ///
+    /// # Errors
+    /// Pages are damaged or cannot be read, `place` says so, or it is not wanted any more.
+    pub(super) fn load_to(
+        &self,
+        above_base: bool,
+        tell: Tell<'_>,
+        place: &impl Place,
     ) -> Result<Loaded, SnapshotError> {
         let pieces = self.pieces.iter().copied();
         let pieces: Vec<Piece> = pieces
@@ -127,11 +174,18 @@ impl Chain {
             ))
         };
         in_parallel(&pieces, &mut how_far, |piece, buffer| {
-            buffer.resize(piece.run.bytes(), 0);
-            self.snapshots[piece.level].read_run(&piece.run, buffer)?;
+            let (snapshot, run) = (&self.snapshots[piece.level], &piece.run);
+            if (piece.first, piece.end) == (run.first, run.end()) {
+                let mut read = |target: &mut [u8]| snapshot.read_run(run, target);
+                if let Some(done) = place.in_place(run.offset(), run.bytes(), &mut read) {
+                    return done;
+                }
+            }
+            buffer.resize(run.bytes(), 0);
+            snapshot.read_run(run, buffer)?;
             let from = (piece.first - piece.run.first) * PAGE_BYTES;
             let to = (piece.end - piece.run.first) * PAGE_BYTES;
-            put(
+            place.put(
                 piece.first * PAGE_BYTES,
                 &buffer[from as usize..to as usize],
             )

@@ -7,7 +7,8 @@
 //!   ├── machine.state   vCPUs, interrupt controllers, clocks       (state::MachineState)
 //!   ├── devices.state   everything that is plugged in              (device_states::DeviceStates)
 //!   ├── memory.map      which pages the image holds, with checksums (MemoryMap)
-//!   └── memory.image    the pages, each at its offset; the rest are holes
+//!   ├── memory.image    the pages, each at its offset; the rest are holes
+//!   └── working.set     not of the snapshot: what who goes on lazily touches first (WorkingSet)
 //! ```
 //!
 //! A *full* snapshot has every page that is not zero. A *diff* has the pages that changed since its
@@ -28,6 +29,7 @@ mod manifest;
 mod memory_map;
 mod merge;
 mod restore;
+mod working_set;
 mod writer;
 
 use std::path::PathBuf;
@@ -41,6 +43,7 @@ pub use image::Loaded;
 pub use manifest::{CpuModel, FORMAT_VERSION, Manifest, ParentSnapshot, SnapshotId, StoredFile};
 pub use memory_map::{MemoryMap, PageRun};
 pub use restore::RestoreError;
+pub use working_set::{Recorder, WORKING_SET_FILE, WorkingSet};
 use writer::DirectoryWriter;
 pub use writer::ImageWriter;
 

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use super::chain::Place;
 use super::{Chain, IMAGE_FILE, Loaded, SnapshotError, Tell};
 use crate::error::{Error, StateError};
-use crate::memory::{GuestRam, MemorySource};
+use crate::memory::{GuestRam, MemorySource, Userfault};
 use crate::state::MachineState;
 use crate::state::devices::DeviceStates;
 use crate::vm::Vm;
@@ -31,16 +33,21 @@ impl From<StateError> for RestoreError {
 impl Chain {
     /// Memory that is mapped from the image of the full snapshot, for [`crate::VmConfig::memory`]:
     /// pages are read when they are touched, without a look at their checksums, and all machines
-    /// that map it share those that they have not written.
+    /// that map it share those that they have not written. With `userfault` it can be isolated
+    /// without a copy of all of it.
     ///
     /// # Errors
     /// The process has no more descriptors.
-    pub fn template(&self) -> Result<MemorySource, SnapshotError> {
+    pub fn template(
+        &self,
+        userfault: Option<Arc<Userfault>>,
+    ) -> Result<MemorySource, SnapshotError> {
         let base = self.base();
         let file = base.image().try_clone();
         let file = file.map_err(SnapshotError::read(base.dir().join(IMAGE_FILE)))?;
         Ok(MemorySource::Template {
             file: Arc::new(file),
+            userfault,
         })
     }
 }
@@ -65,11 +72,41 @@ impl Vm {
             // Nobody will look at its checksums.
             chain.base().image_is_as_opened()?;
         }
-        let loaded = chain.load(mapped, tell, |offset, content| fill(ram, offset, content))?;
+        let loaded = chain.load_to(mapped, tell, &NotRunning(ram))?;
         // The clock goes on from here.
         self.restore(&machine)?;
         self.restore_devices(&devices)?;
         Ok(loaded)
+    }
+}
+
+/// The memory of a machine that is made and does not run: nobody else touches it.
+struct NotRunning<'a>(&'a GuestRam);
+
+impl Place for NotRunning<'_> {
+    fn put(&self, offset: u64, content: &[u8]) -> Result<(), SnapshotError> {
+        fill(self.0, offset, content)
+    }
+
+    fn in_place(
+        &self,
+        offset: u64,
+        bytes: usize,
+        read: &mut dyn FnMut(&mut [u8]) -> Result<(), SnapshotError>,
+    ) -> Option<Result<(), SnapshotError>> {
+        let region = self.0.region_of(offset)?;
+        let address = GuestAddress(region.guest_address.0 + (offset - region.file_offset));
+        let mut slices = self.0.memory().get_slices(address, bytes);
+        // One that reaches over the gap, or beyond the end, is none.
+        let slice = slices.next()?.ok().filter(|slice| slice.len() == bytes)?;
+        let guard = slice.ptr_guard_mut();
+        // SAFETY: these are mapped bytes of guest memory, which live as long as `self`. No vCPU and
+        // no event loop runs before the machine does, runs of an image do not overlap, and so nobody
+        // else reads or writes them meanwhile.
+        let target = unsafe { std::slice::from_raw_parts_mut(guard.as_ptr(), bytes) };
+        let done = read(target);
+        slice.bitmap().mark_dirty(0, bytes);
+        Some(done)
     }
 }
 
@@ -98,6 +135,10 @@ mod tests {
     use crate::layout::LOW_MEMORY_END;
     use crate::snapshot::PAGE_BYTES;
 
+    fn above_address(ram: &GuestRam) -> GuestAddress {
+        ram.region_of(LOW_MEMORY_END).unwrap().guest_address
+    }
+
     #[test]
     fn pages_on_both_sides_of_the_gap_in_guest_memory_go_to_their_own_places() {
         let ram = GuestRam::new(LOW_MEMORY_END + (4 << 20)).unwrap();
@@ -117,7 +158,29 @@ mod tests {
             read.unwrap();
             assert!(there.iter().all(|byte| *byte == value), "{address:#x}");
         }
+        let place = NotRunning(&ram);
+        let mut read = |target: &mut [u8]| {
+            target.fill(9);
+            Ok(())
+        };
+        let over_the_gap = place.in_place(LOW_MEMORY_END - PAGE_BYTES, 2 * page, &mut read);
+        assert!(
+            over_the_gap.is_none(),
+            "no bytes there are one behind the other"
+        );
+        let done = place.in_place(LOW_MEMORY_END, page, &mut read);
+        done.unwrap().unwrap();
+        let mut there = vec![0; page];
+        let read_back = ram.memory().read_slice(&mut there, above_address(&ram));
+        read_back.unwrap();
+        assert!(there.iter().all(|byte| *byte == 9));
         let end = ram.size_bytes();
+        assert!(
+            place
+                .in_place(end - PAGE_BYTES, 2 * page, &mut read)
+                .is_none()
+        );
+        assert!(place.in_place(end, page, &mut read).is_none());
         let beyond = fill(&ram, end - PAGE_BYTES, &content).unwrap_err();
         assert!(matches!(beyond, SnapshotError::GuestMemory(at) if at == end));
     }

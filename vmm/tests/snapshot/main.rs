@@ -242,7 +242,7 @@ fn an_image_that_changes_before_it_is_gone_on_from_lazily_is_refused() {
     original.power_off();
     let lazily = |chain: &Chain| {
         Guest::new(VmConfig {
-            memory: chain.template().unwrap(),
+            memory: chain.template(None).unwrap(),
             ..config(code(), 1)
         })
     };

@@ -75,7 +75,7 @@ fn page(report: &Report) -> anyhow::Result<Markup> {
                 @if !report.recovery_ratios.is_empty() { (ratio_section(&report.recovery_ratios)) }
                 @if let Some(section) = recovery { (section) }
                 @if let Some(section) = boot { (section) }
-                @if !report.suspend.is_empty() { (suspend::section(&report.suspend, &report.suspend_followed)) }
+                @if !report.suspend.is_empty() { (suspend::section(&report.suspend, &report.suspend_followed, &report.clones)) }
                 @if !report.switch.is_empty() { (switch::section(&report.switch)) }
                 @if !report.traffic.is_empty() { (traffic_section(&report.traffic)) }
                 @if let Some(isolation) = &report.isolation { (isolation::section(isolation)) }

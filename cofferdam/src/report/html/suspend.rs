@@ -3,10 +3,10 @@
 use maud::{Markup, html};
 
 use super::table::table;
-use crate::report::suspend::{Followed, Suspend, of_boot};
+use crate::report::suspend::{Clones, Followed, Suspend, of_boot};
 
 /// The part.
-pub fn section(all: &[Suspend], followed: &[Followed]) -> Markup {
+pub fn section(all: &[Suspend], followed: &[Followed], clones: &[Clones]) -> Markup {
     let heads = [
         "",
         "memory, MiB",
@@ -45,6 +45,9 @@ pub fn section(all: &[Suspend], followed: &[Followed]) -> Markup {
                 "With a mark set, " (one.mem_mib) " MiB: pings " (format!("{:.2}", one.pings_fraction))
                 ", TCP " (format!("{:.2}", one.tcp_fraction)) " of those without."
             }
+        }
+        @for one in clones {
+            p { (one.sentence()) }
         }
     }
 }
