@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
+#[path = "../../../vmm/tests/mapped_bars/card.rs"]
+mod card;
 mod faults;
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod guest;
+mod mapped;
 
 use std::sync::Arc;
 
