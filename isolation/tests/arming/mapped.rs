@@ -4,7 +4,11 @@
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
+use devices::hold::DeviceLost;
+use devices::hold::goes_on::{GoesOn, HoldableFunction};
 use devices::pci::config::offset;
+use devices::pci::registers::Description;
+use isolation::attach::request::IsolateRequest;
 use isolation::dispatch::fault::{FaultOrder, UsedUpBy, WhichCalls};
 
 use crate::card::Card;
@@ -14,8 +18,34 @@ use crate::guest::*;
 /// store.
 const RETURN: u64 = 5 + 10 + 2 + 2 + 2;
 
+/// As a function of another process or of the host: it goes on while a call is in its domain. Its
+/// state is the register.
+impl GoesOn for Card {
+    type Checkpoint = [u8; 4];
+
+    fn take(&mut self, _: Option<&Description>) -> Result<Self::Checkpoint, DeviceLost> {
+        let mut register = [0; 4];
+        self.file.read_exact_at(&mut register, PAGE).unwrap();
+        Ok(register)
+    }
+
+    fn put_back(
+        &mut self,
+        _: Option<&Description>,
+        saved: &Self::Checkpoint,
+    ) -> Result<(), DeviceLost> {
+        self.file.write_all_at(saved, PAGE).unwrap();
+        Ok(())
+    }
+
+    fn withhold_interrupts(&mut self, _withhold: bool) {}
+
+    fn silence(&mut self) {}
+}
+
 struct Device {
     card: Arc<Mutex<Card>>,
+    slot: u8,
 }
 
 impl Device {
@@ -30,7 +60,8 @@ impl Device {
         bus.config_write(slot.number(), offset::COMMAND, &[2, 0]);
         let area = card.lock().unwrap().areas[0].clone();
         assert_eq!(area.address(), Some(DEVICE_GPA));
-        Self { card }
+        let slot = slot.number();
+        Self { card, slot }
     }
 
     /// What the register is, and how many accesses the card has seen.
@@ -55,7 +86,12 @@ fn an_isolated_call_reaches_a_mapped_register_by_its_function_only() {
         assert_eq!(guest.call(TELLS), round);
     }
     assert_eq!(device.state(), (3, 0), "the guest reaches it by itself");
-    guest.isolate("first").unwrap();
+    let request = IsolateRequest {
+        device: Some(Arc::new(HoldableFunction::new(device.card.clone(), None))),
+        device_slots: vec![device.slot],
+        ..Guest::request("first")
+    };
+    guest.isolator.isolate(request).unwrap();
     for round in 4..=6 {
         assert_eq!(guest.call(TELLS), round);
     }
