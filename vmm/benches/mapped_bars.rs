@@ -13,8 +13,10 @@ mod card;
 #[path = "../tests/common/mod.rs"]
 mod common;
 #[path = "../tests/mapped_bars/counting.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod counting;
 #[path = "../tests/mapped_bars/server.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod server;
 
 use std::sync::{Arc, Mutex};

@@ -41,9 +41,9 @@ pub struct DmaMemory {
 }
 
 // SAFETY: the addresses are only passed on to the kernel, never followed.
-unsafe impl Send for DmaMemory {}
+unsafe impl Send for Part {}
 // SAFETY: as above.
-unsafe impl Sync for DmaMemory {}
+unsafe impl Sync for Part {}
 
 impl DmaMemory {
     /// All memory that a space reaches.

@@ -112,7 +112,7 @@ impl RegionInfo {
             return Ok(Vec::new());
         }
         if self.areas.is_empty() {
-            return Ok(vec![0..self.size]);
+            return Ok(std::iter::once(0..self.size).collect());
         }
         let range = |area: &Area| {
             let end = area.offset.checked_add(area.size);
