@@ -108,6 +108,17 @@ impl Bus {
         mappings.retain(|mapping| mapping.id != id);
     }
 
+    /// Whether a mapping answers for all of its range: none of those before it has a part of it.
+    pub fn answers_alone(&self, id: MappingId) -> bool {
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = mappings.iter().position(|mapping| mapping.id == id) else {
+            return false;
+        };
+        let (before, own) = (&mappings[..place], &mappings[place]);
+        let mut before = before.iter();
+        before.all(|other| other.last < own.start || own.last < other.start)
+    }
+
     /// Reads at `address`. What nobody answers for reads as all ones. Says whether anybody did.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);

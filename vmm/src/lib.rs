@@ -16,6 +16,7 @@
 
 mod acpi;
 mod at_work;
+mod bar_slots;
 mod boot;
 mod cpu;
 mod dirty;

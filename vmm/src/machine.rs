@@ -9,6 +9,7 @@ use devices::serial::Serial;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::at_work::AtWork;
+use crate::bar_slots::BarSlots;
 use crate::dirty::DirtyTracking;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
@@ -72,6 +73,7 @@ pub(crate) struct Machine {
     pub dirty: DirtyTracking,
     pub vcpus: Vec<Vcpu>,
     pub vm: Arc<VmFd>,
+    pub bar_slots: Arc<BarSlots>,
     pub kvm: Kvm,
     pub ram: GuestRam,
     pub pio: Arc<Bus>,

@@ -187,6 +187,13 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             fd.set_kvm_immediate_exit(0);
             return Ok(None);
         }
+        Err(error)
+            if error.errno() == libc::EFAULT && machine.bar_slots.withdraw_what_is_lost() =>
+        {
+            exits.count(ExitKind::Other, 0);
+            // The instruction is as it was, and is begun again.
+            return Ok(None);
+        }
         Err(error) => {
             exits.count(ExitKind::Other, 0);
             return Ok(Some(Flow::Fail(format!("KVM_RUN: {error}"))));

@@ -16,6 +16,7 @@ use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::at_work::AtWork;
+use crate::bar_slots::BarSlots;
 use crate::boot::{OpenPayload, Payload};
 use crate::cpu::cpuid::Shown;
 use crate::cpu::regs;
@@ -128,6 +129,8 @@ impl Vm {
             .map_err(host("set up the serial console"))?;
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let pci = Arc::new(PciBus::new(pio.clone(), mmio.clone()));
+        let bar_slots = BarSlots::new(vm.clone(), windows);
+        pci.put_areas_into(bar_slots.clone());
         let power = Arc::new(PowerDevice::new(requests.clone(), line(layout::POWER_GSI)));
         let hotplug =
             Hotplug::new(pci.clone(), power.clone()).map_err(host("create an eventfd"))?;
@@ -157,6 +160,7 @@ impl Vm {
             reset_hooks: Mutex::new(Vec::new()),
             participants: Mutex::new(Vec::new()),
             vm: vm.clone(),
+            bar_slots,
             kvm,
             ram,
             pio,

@@ -1,8 +1,9 @@
 //! Guest memory as a bus-mastering device sees it.
 
 use std::fs::File;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 
+use self::changes::Listeners;
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -11,10 +12,12 @@ use vm_memory::{
 };
 
 pub mod bus_error;
+mod changes;
 mod dirty_log;
 mod foreign;
 mod missing;
 
+pub use self::changes::DmaListener;
 pub use self::dirty_log::DirtyLog;
 pub use self::foreign::ForeignMapping;
 pub use self::missing::{MissingPages, ViewToken};
@@ -98,6 +101,7 @@ impl ForeignRegion {
 #[derive(Debug, Clone)]
 pub struct DmaSpace {
     memory: GuestMemoryAtomic<GuestMemory>,
+    listeners: Arc<Listeners>,
 }
 
 impl DmaSpace {
@@ -105,6 +109,7 @@ impl DmaSpace {
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self {
             memory: memory.into(),
+            listeners: Arc::default(),
         }
     }
 
@@ -114,10 +119,18 @@ impl DmaSpace {
     }
 
     /// Has the space reach `memory` from now on, and nothing else. An access that is under way on
-    /// another thread may still reach what it reached before.
+    /// another thread may still reach what it reached before. Whoever listens has heard of it when
+    /// this returns; until then what the space reached is there.
     pub fn replace(&self, memory: GuestMemory) {
-        let lock = self.memory.lock();
-        lock.unwrap_or_else(PoisonError::into_inner).replace(memory);
+        self.listeners.around(self, || {
+            let lock = self.memory.lock();
+            lock.unwrap_or_else(PoisonError::into_inner).replace(memory);
+        });
+    }
+
+    /// Tells `listener`, as long as it is there, which regions come and go from now on.
+    pub fn listen(&self, listener: Weak<dyn DmaListener>) {
+        self.listeners.add(listener);
     }
 
     /// The memory behind the space at this moment, for libraries that walk it themselves

@@ -1,8 +1,11 @@
 //! A function with its edge around it.
 
+use std::sync::Arc;
+
 use super::Edge;
 use super::order::Direction;
 use super::state::{Fate, LateStore, Presence};
+use crate::pci::areas::BarArea;
 use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
 use crate::state::{Part, StateError};
 
@@ -111,6 +114,13 @@ impl PciFunction for AtEdge<'_> {
 
     fn bars(&self) -> Vec<BarSize> {
         self.function.bars()
+    }
+
+    fn areas(&self) -> &[Arc<BarArea>] {
+        match self.edge.is_armed() {
+            true => &[],
+            false => self.function.areas(),
+        }
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {

@@ -21,9 +21,9 @@
 //! - Interrupts of a function in another process or of the host's: they go through the kernel into
 //!   the guest. Faults of interrupts are refused there, and one that is silent or removed goes on
 //!   interrupting.
-//! - Ranges of base address registers that are mapped into the guest. There are none here: each
-//!   access to one is made by this process, also those of passed-on functions, and no store goes by
-//!   an ioeventfd.
+//! - Accesses that do not exit. While a fault is armed there are none: areas of base address
+//!   registers that are memory ([`crate::pci::areas`]) are taken out of the guest then, and no store
+//!   goes by an ioeventfd.
 //! - What the guest does in one access of more than 8 bytes: the bus hands on at most 8.
 //!
 //! Lock order: the function, then the edge, then a line. The edge is not locked while the function
@@ -124,7 +124,7 @@ impl Edge {
     pub fn arm(
         &self,
         order: EdgeOrder,
-        _function: &mut dyn PciFunction,
+        function: &mut dyn PciFunction,
     ) -> Result<EdgeStatus, OrderError> {
         order.check()?;
         if order.kind.needs_interrupts() && self.unseen.load(Ordering::Relaxed) {
@@ -144,6 +144,11 @@ impl Edge {
         state.faults.push(fault);
         self.armed.store(true, Ordering::Relaxed);
         state.look_who_is_there();
+        drop(state);
+        // The function is the caller's: none comes back meanwhile.
+        for area in function.areas() {
+            area.take_out();
+        }
         Ok(status)
     }
 

@@ -8,19 +8,21 @@
 //! What the guest does passes the function's edge ([`Edge`]); what the host does with the same
 //! registers does not.
 //!
-//! Lock order: a function, then its list of mappings, then a [`Bus`]. A [`Bus`] holds no lock while
-//! it calls a function.
+//! Lock order: a function, then its list of mappings, then its areas, then a [`Bus`]. A [`Bus`]
+//! holds no lock while it calls a function.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
+use super::areas::GuestSlots;
 use super::config::{BAR_COUNT, Command, offset};
 use super::{BarIndex, BarRange, BarSpace, PciFunction};
 use crate::bus::{Bus, BusDevice, MappingId};
 use crate::edge::Edge;
 use bridge::HostBridge;
+use windows::AreaPort;
 
 /// A function as the bus and the event loop share it.
 pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
@@ -87,6 +89,8 @@ pub struct PciBus {
     inserted: AtomicU64,
     io: Arc<Bus>,
     memory: Arc<Bus>,
+    /// Where areas of base address registers that are memory are put.
+    areas: Arc<AreaPort>,
     /// CONFIG_ADDRESS, the register at port 0xCF8.
     config_address: AtomicU32,
 }
@@ -97,6 +101,7 @@ impl PciBus {
         let bus = Self {
             slots: RwLock::new([const { None }; SLOT_COUNT as usize]),
             inserted: AtomicU64::new(0),
+            areas: Arc::new(AreaPort::new(&memory)),
             io,
             memory,
             config_address: AtomicU32::new(0),
@@ -104,6 +109,12 @@ impl PciBus {
         let bridge = Slot::new(0, Arc::new(Mutex::new(HostBridge::new())), Arc::default());
         bus.slots.write().unwrap_or_else(PoisonError::into_inner)[0] = Some(Arc::new(bridge));
         bus
+    }
+
+    /// Has areas of base address registers that are memory put into `slots`; without, each access
+    /// to them exits. The first one counts.
+    pub fn put_areas_into(&self, slots: Arc<dyn GuestSlots>) {
+        self.areas.set(slots);
     }
 
     /// Puts `function` into `slot` (1 to 31) as function 0 of that device.
@@ -138,8 +149,11 @@ impl PciBus {
                 _ => slots.get_mut(usize::from(slot))?.take(),
             }
         }?;
-        let _function = taken.lock();
+        let function = taken.lock();
         taken.gone.store(true, Ordering::Relaxed);
+        for area in function.areas() {
+            area.take_out();
+        }
         let mut mapped = taken.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         for (range, id) in mapped.drain(..) {
             self.bus_of(range.space).unmap(id);
@@ -290,74 +304,11 @@ impl PciBus {
         slots.get(usize::from(slot))?.clone()
     }
 
-    /// Brings the mappings of a slot in line with what its function decodes.
-    fn remap(&self, slot: &Slot, function: &dyn PciFunction) {
-        if slot.gone.load(Ordering::Relaxed) {
-            return;
-        }
-        let wanted = function.decoded();
-        let mut mapped = slot.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        if mapped.iter().map(|(range, _)| range).eq(wanted.iter()) {
-            return;
-        }
-        mapped.retain(|(range, id)| {
-            let keep = wanted.contains(range);
-            if !keep {
-                self.bus_of(range.space).unmap(*id);
-            }
-            keep
-        });
-        for range in wanted {
-            if mapped.iter().any(|(existing, _)| *existing == range) {
-                continue;
-            }
-            let window = Arc::new(BarWindow {
-                function: slot.function.clone(),
-                edge: slot.edge.clone(),
-                bar: range.bar,
-            });
-            match self
-                .bus_of(range.space)
-                .map(range.address, range.size_bytes, window)
-            {
-                Ok(id) => mapped.push((range, id)),
-                // The guest chose the address; hardware would not decode it either.
-                Err(error) => tracing::debug!(%error, "base address register not mapped"),
-            }
-        }
-        mapped.sort_by_key(|(range, _)| range.bar);
-    }
-
     fn bus_of(&self, space: BarSpace) -> &Bus {
         match space {
             BarSpace::Io => &self.io,
             BarSpace::Memory32 | BarSpace::Memory64 => &self.memory,
         }
-    }
-}
-
-/// What answers in the range of one base address register.
-struct BarWindow {
-    function: SharedFunction,
-    edge: Arc<Edge>,
-    bar: BarIndex,
-}
-
-impl BusDevice for BarWindow {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut seen = self.edge.around(&mut *function);
-        seen.bar_read(self.bar, offset, data);
-        drop(function);
-        self.edge.accessed();
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut seen = self.edge.around(&mut *function);
-        seen.bar_write(self.bar, offset, data);
-        drop(function);
-        self.edge.accessed();
     }
 }
 
@@ -478,6 +429,7 @@ mod power;
 mod state;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 pub use power::PowerState;
 pub use state::{BusStateError, FunctionStates};

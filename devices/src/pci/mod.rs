@@ -1,10 +1,14 @@
 //! PCI functions, without regard to whether they are emulated in this process or live elsewhere.
 
+pub mod areas;
 pub mod bus;
 pub mod config;
 pub mod msix;
 pub mod registers;
 
+use std::sync::Arc;
+
+use self::areas::BarArea;
 use crate::state::{Part, StateError};
 
 /// Index of a base address register of a type 0 header, 0 to 5.
@@ -63,6 +67,13 @@ pub trait PciFunction: Send {
     /// used where the guest's own accesses find them.
     fn bars(&self) -> Vec<BarSize> {
         Vec::new()
+    }
+
+    /// The parts of base address registers that are memory at this moment: the bus may let the guest
+    /// reach them without asking the function. Where it does not, [`PciFunction::bar_read`] and
+    /// [`PciFunction::bar_write`] reach the same bytes.
+    fn areas(&self) -> &[Arc<BarArea>] {
+        &[]
     }
 
     /// Reads from `bar` at byte `offset` of it.

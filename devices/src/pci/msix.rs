@@ -5,6 +5,7 @@
 //! and vector mask clear. A trigger that finds it masked sets its pending bit, and it is delivered
 //! once when the mask goes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,19 @@ pub struct MsixLayout {
     pub pba_bar: BarIndex,
     /// Byte offset of the pending bits; they take 8 bytes for each 64 vectors.
     pub pba_offset: u32,
+}
+
+impl MsixLayout {
+    /// Where table and pending bits of so many vectors are in `bar`.
+    pub fn ranges_in(&self, bar: BarIndex, vectors: u16) -> Vec<Range<u64>> {
+        let vectors = u64::from(vectors);
+        let table = (self.bar, self.table_offset, vectors * ENTRY_BYTES);
+        let pending = (self.pba_bar, self.pba_offset, vectors.div_ceil(64) * 8);
+        let both = [table, pending].into_iter();
+        let here = both.filter(|(of, _, _)| *of == bar);
+        here.map(|(_, start, bytes)| u64::from(start)..u64::from(start) + bytes)
+            .collect()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -17,8 +18,10 @@ use super::binding::{DRIVER, Sysfs};
 use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::sys;
+use crate::pci::areas::BarMemory;
 use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, Command, offset};
 use crate::pci::registers::RegisterAccess;
+use crate::vfio_user::message::{Payload, RegionInfo};
 
 /// Kinds of interrupts of a PCI function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +48,7 @@ pub struct Region {
     pub offset: u64,
     /// Bytes; 0 if the function has no such region.
     pub bytes: u64,
-    /// It can be mapped.
+    /// Some of it can be mapped.
     pub mappable: bool,
 }
 
@@ -138,6 +141,36 @@ impl VfioDevice {
     /// Base address register `index`, or [`CONFIG_REGION`].
     pub fn region(&self, index: usize) -> Region {
         self.regions.get(index).copied().unwrap_or_default()
+    }
+
+    /// The parts of a region that can be mapped.
+    pub(super) fn mappable(&self, index: usize) -> Vec<Range<u64>> {
+        let region = self.region(index);
+        if !region.mappable {
+            return Vec::new();
+        }
+        let told = sys::region_with_capabilities(&self.file, index as u32);
+        let told = told.map_err(|error| error.to_string());
+        // The protocol's message is this very structure.
+        let parts = told.and_then(|bytes| {
+            let info = RegionInfo::parse(&bytes).and_then(|info| info.mappable());
+            info.map_err(|error| error.to_string())
+        });
+        parts.unwrap_or_else(|error| {
+            tracing::warn!(error, index, device = %self.address, "registers are not mapped");
+            Vec::new()
+        })
+    }
+
+    /// Maps a part of a region that can be mapped.
+    ///
+    /// # Errors
+    /// The kernel does not.
+    pub(super) fn map_part(&self, index: usize, part: &Range<u64>) -> io::Result<BarMemory> {
+        let bytes = part.end.saturating_sub(part.start);
+        let len = usize::try_from(bytes).map_err(|_| ErrorKind::InvalidInput)?;
+        let at = self.place(index, part.start, len)?;
+        BarMemory::of_device(&self.file, at, len)
     }
 
     /// Reads a region.

@@ -37,13 +37,13 @@ struct Part {
 /// it away meanwhile.
 #[derive(Debug)]
 pub struct DmaMemory {
-    parts: Vec<Part>,
+    parts: Vec<Arc<Part>>,
 }
 
 // SAFETY: the addresses are only passed on to the kernel, never followed.
-unsafe impl Send for DmaMemory {}
+unsafe impl Send for Part {}
 // SAFETY: as above.
-unsafe impl Sync for DmaMemory {}
+unsafe impl Sync for Part {}
 
 impl DmaMemory {
     /// All memory that a space reaches.
@@ -68,9 +68,30 @@ impl DmaMemory {
         let mut memory = Self { parts: Vec::new() };
         for region in regions {
             let part = map(region).map_err(VfioError::host("map guest memory"))?;
-            memory.parts.push(part);
+            memory.parts.push(Arc::new(part));
         }
         Ok(memory)
+    }
+
+    /// This memory without the regions that have gone, and with those that have come. What stays is
+    /// not mapped anew.
+    ///
+    /// # Errors
+    /// What has come cannot be mapped.
+    pub fn changed(&self, removed: &[DmaRegion], added: &[DmaRegion]) -> Result<Self, VfioError> {
+        let has_gone = |part: &Part| {
+            let mut removed = removed.iter();
+            removed.any(|gone| (gone.address, gone.len) == (part.guest, part.bytes as u64))
+        };
+        let mut memory = Self::new(added)?;
+        let stay = self.parts.iter().filter(|part| !has_gone(part)).cloned();
+        memory.parts.extend(stay);
+        Ok(memory)
+    }
+
+    /// Bytes of the pieces that it goes into the map in.
+    pub(super) fn piece_bytes(&self) -> u64 {
+        map::piece_bytes(self.bytes())
     }
 
     /// Bytes of memory in all.

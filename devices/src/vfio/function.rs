@@ -4,7 +4,8 @@
 //! ```text
 //!   guest ─► configuration space (ours) ─► bus mastering ─────────► the function's command register
 //!                                       └► which interrupts ──────► VFIO ─► KVM
-//!         ─► base address registers ─► MSI-X table (ours), the rest ► read and written as the guest does
+//!         ─► base address registers ─► MSI-X table (ours); the rest is mapped into the guest as far as
+//!                                       it can be, and read and written for it where an access exits
 //! ```
 //!
 //! The function decodes its registers all the time, whatever the guest says: where they are in
@@ -19,6 +20,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::address::PciAddress;
+use super::areas;
 use super::device::{CONFIG_REGION, InterruptKind, VfioDevice};
 use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
@@ -27,6 +29,7 @@ use super::layout::{GuestView, HostView};
 use super::side::{UserSide, reaches};
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
+use crate::pci::areas::BarArea;
 use crate::pci::config::{Status, offset};
 use crate::pci::msix::Msix;
 use crate::pci::registers::{Description, DescriptionError};
@@ -53,7 +56,8 @@ struct Refused {
 
 /// See the module's text.
 pub struct VfioFunction {
-    // Dropped in this order: interrupts, then DMA, then the device.
+    // Dropped in this order: registers that the guest has, interrupts, then DMA, then the device.
+    areas: Vec<Arc<BarArea>>,
     interrupts: Interrupts,
     map: Option<DmaMap>,
     device: Arc<VfioDevice>,
@@ -91,6 +95,7 @@ impl VfioFunction {
             has_pin,
         } = HostView { bytes, bars }.for_guest(address)?;
         let mut passed = None;
+        let areas = areas::of(&device, &config.bars(), msix);
         let msix = match msix {
             Some(found) => {
                 let guest = (parts.vectors)(found.vectors).map_err(VfioError::Interrupts)?;
@@ -109,6 +114,7 @@ impl VfioFunction {
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VfioError::host("create an eventfd"))
         };
         let mut function = Self {
+            areas,
             interrupts: Interrupts::new(device.clone(), line, passed.clone()),
             map: None,
             device,
@@ -309,6 +315,10 @@ impl PciFunction for VfioFunction {
 
     fn decoded(&self) -> Vec<BarRange> {
         self.side.decoded()
+    }
+
+    fn areas(&self) -> &[Arc<BarArea>] {
+        &self.areas
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {

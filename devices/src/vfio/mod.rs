@@ -9,6 +9,7 @@
 //! users have by turns.
 
 pub mod address;
+mod areas;
 pub mod binding;
 pub mod device;
 pub mod dma;

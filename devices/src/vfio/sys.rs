@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use libc::{c_int, c_ulong};
 use vfio_bindings::bindings::vfio as api;
 use vmm_sys_util::ioctl::{
-    ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
+    ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
 };
 
 /// Requests, without the base (`VFIO_TYPE`, `VFIO_BASE`); all are of the form `_IO`.
@@ -127,6 +127,23 @@ pub fn region_info(device: &File, index: u32) -> io::Result<api::vfio_region_inf
     // SAFETY: the argument is the structure that the request fills, with its size.
     check(unsafe { ioctl_with_mut_ref(device, Request::DeviceGetRegionInfo.number(), &mut info) })?;
     Ok(info)
+}
+
+/// The same with its capabilities: the bytes of a `vfio_region_info` and what is behind it.
+pub fn region_with_capabilities(device: &File, index: u32) -> io::Result<Vec<u8>> {
+    /// Longest answer: the kernel's have a few areas.
+    const MAX_BYTES: u32 = 64 << 10;
+    let bytes = region_info(device, index)?.argsz.min(MAX_BYTES);
+    // As many whole words as it takes, aligned for the structure.
+    let words = (bytes as usize).div_ceil(size_of::<u64>());
+    let mut answer = vec![0_u64; words.max(size_of::<api::vfio_region_info>() / size_of::<u64>())];
+    // `argsz`, then `flags`; `index`, then `cap_offset`.
+    answer[0] = (answer.len() * size_of::<u64>()) as u64;
+    answer[1] = u64::from(index);
+    let number = Request::DeviceGetRegionInfo.number();
+    // SAFETY: the argument is a `vfio_region_info` with room behind it, and says how much.
+    check(unsafe { ioctl_with_mut_ptr(device, number, answer.as_mut_ptr()) })?;
+    Ok(answer.iter().flat_map(|word| word.to_le_bytes()).collect())
 }
 
 /// How many interrupts of a kind a device has.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod areas;
 mod client;
 mod function;
 mod interop;

@@ -36,6 +36,11 @@ pub const WAITS: u64 = FIRST + 0x200;
 /// A function of the first module that calls another one of it, which has no room for a gate.
 pub const CALLS_OWN: u64 = FIRST + 0x300;
 const HELPS: u64 = FIRST + 0x380;
+/// A function of the first module that counts a register of a device up and returns what it is then.
+pub const TELLS: u64 = FIRST + 0x400;
+/// Where that register is in the guest's memory, in the 32-bit PCI window.
+pub const DEVICE_GPA: u64 = 0xc000_1000;
+const DEVICE: u64 = 0xffff_c900_1000_0000;
 /// How often that ran to its end.
 pub const RUNS: u64 = FIRST_DATA + 8;
 pub const FAILS: u64 = FIRST_DATA + 16;
@@ -156,6 +161,8 @@ fn write(memory: &GuestMemory) {
             tables.map(va, gpa_of(va), flags);
         }
     }
+    // Not cached.
+    tables.map(DEVICE, DEVICE_GPA, WRITE | NX | 1 << 4);
     let mut top = [0; PAGE as usize];
     memory
         .read_slice(&mut top, GuestAddress(KERNEL_TABLES))
@@ -207,6 +214,14 @@ fn write(memory: &GuestMemory) {
         a.ret()
     });
     code(HELPS, &|a| adds(a, FIRST_DATA));
+    code(TELLS, &|a| {
+        a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
+        a.mov(rcx, DEVICE)?;
+        a.mov(eax, dword_ptr(rcx))?;
+        a.inc(eax)?;
+        a.mov(dword_ptr(rcx), eax)?;
+        a.ret()
+    });
     code(KERNEL_WAITS, &|a| {
         a.call(SCHEDULE)?;
         a.ret()
@@ -407,7 +422,7 @@ impl Drop for Guest {
 pub fn symbols() -> SymbolTable {
     let text = format!(
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
-         {CALLS_OWN:x} t first_calls_own\t[first]\n{HELPS:x} t first_helps\t[first]\n\
+         {CALLS_OWN:x} t first_calls_own\t[first]\n{HELPS:x} t first_helps\t[first]\n{TELLS:x} t first_tells\t[first]\n\
          {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
          {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{UNDOES:x} T kernel_undoes\n{LOOP:x} T kernel_loop\n"
     );

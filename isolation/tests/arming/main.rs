@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code")]
 
+#[path = "../../../vmm/tests/mapped_bars/card.rs"]
+mod card;
 mod faults;
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod guest;
+mod mapped;
 
 use std::sync::Arc;
 
@@ -229,6 +232,7 @@ fn who_wants_it_all_the_same_is_told_what_is_not_contained() {
         "first_calls_own",
         "first_calls_second",
         "first_counts",
+        "first_tells",
         "first_waits",
     ];
     assert_eq!(strength.untyped, untyped);

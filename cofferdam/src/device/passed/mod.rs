@@ -14,7 +14,7 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::dma::DmaSpace;
+use devices::dma::{DmaListener, DmaRegion, DmaSpace};
 use devices::pci::registers::parked::ParkedLink;
 use devices::vfio::address::PciAddress;
 use devices::vfio::passed::PassedFunction;
@@ -83,8 +83,11 @@ impl Card for PassedCard {
             ParkedLink::Stays => Some(Arc::new(Mutex::new(LinkTimer::new(function.clone())?))),
             ParkedLink::Down => None,
         };
+        let follows: Arc<dyn DmaListener> = Arc::new(Follows(function.clone()));
+        dma.listen(Arc::downgrade(&follows));
         Ok(PassedShare {
             function,
+            _follows: follows,
             dma,
             interrupts,
             turn: AtomicBool::default(),
@@ -123,6 +126,8 @@ impl Card for PassedCard {
 /// A VM's part of the function.
 pub struct PassedShare {
     function: Arc<Mutex<PassedFunction>>,
+    /// Hears of the VM's memory.
+    _follows: Arc<dyn DmaListener>,
     dma: DmaSpace,
     interrupts: ClientInterrupts,
     turn: AtomicBool,
@@ -169,7 +174,6 @@ impl Share for PassedShare {
     fn listener(&self) -> Listener {
         let function = self.function.clone();
         Box::new(move |event| match event {
-            ServerEvent::MemoryChanged => memory_changed(&function),
             ServerEvent::InterruptsChanged => lock(&function).interrupts_changed(),
             ServerEvent::Gone(_) => lock(&function).client_gone(),
             ServerEvent::Negotiated | ServerEvent::Reset => {}
@@ -184,22 +188,26 @@ impl Share for PassedShare {
     }
 }
 
-/// Gives the function the memory that the client has now, and has a thread allocate it, so that the
-/// device gets it sooner.
-fn memory_changed(function: &Mutex<PassedFunction>) {
-    let memory = match lock(function).memory_changed() {
-        Ok(Some(memory)) => memory,
-        Ok(None) => return,
-        Err(error) => {
-            tracing::error!("the device does not reach a guest's memory: {error}");
-            return;
+/// Has a function reach the memory that its VM has.
+struct Follows(Arc<Mutex<PassedFunction>>);
+
+impl DmaListener for Follows {
+    /// A thread allocates what there is, so that the device gets it sooner.
+    fn changed(&self, removed: &[DmaRegion], added: &[DmaRegion]) {
+        let memory = match lock(&self.0).memory_changed(removed, added) {
+            Ok(Some(memory)) => memory,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!("the device does not reach a guest's memory: {error}");
+                return;
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("populate".to_owned())
+            .spawn(move || memory.populate());
+        if let Err(error) = thread {
+            tracing::debug!("guest memory is not allocated in advance: {error}");
         }
-    };
-    let thread = std::thread::Builder::new()
-        .name("populate".to_owned())
-        .spawn(move || memory.populate());
-    if let Err(error) = thread {
-        tracing::debug!("guest memory is not allocated in advance: {error}");
     }
 }
 

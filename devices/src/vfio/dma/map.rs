@@ -41,7 +41,7 @@ impl DmaMap {
 
     /// One in which there is nothing yet, for `memory` in pieces.
     pub(in crate::vfio) fn for_pieces(container: Arc<File>, memory: &DmaMemory) -> Self {
-        Self::empty(container, piece_bytes(memory.bytes()))
+        Self::empty(container, memory.piece_bytes())
     }
 
     fn empty(container: Arc<File>, piece: u64) -> Self {
@@ -191,7 +191,7 @@ const MOST_PIECES_OF_ONE: u64 = 8;
 const MOST_PIECES: u64 = 4096;
 
 /// How long pieces of so much memory are: large pages where that is not too many.
-fn piece_bytes(memory: u64) -> u64 {
+pub(super) fn piece_bytes(memory: u64) -> u64 {
     let pages = LARGE_PAGE as u64;
     let needed = memory / MOST_PIECES;
     needed

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use super::PassedError;
 use super::function::{MOST_TOLD_IN_PART, PassedFunction, Seat, Stage};
 use super::hardware::{Hardware, Interrupts};
+use crate::dma::DmaRegion;
 use crate::vfio::dma::{Batch, DmaMemory};
 use crate::vfio::error::VfioError;
 use crate::vfio::interrupts::Mode;
@@ -366,13 +367,33 @@ impl PassedFunction {
         (self.masters, self.in_part) = (false, false);
     }
 
-    /// The user's memory has become other memory: the device reaches that, and nothing else. It
-    /// stands still while there is none.
+    /// Regions of the user's memory have gone, and others have come: the device reaches what there
+    /// is now, and nothing else. It stands still while something is taken from it, and while there
+    /// is none. What comes is given to it while it works. Gives the memory that there is.
     ///
     /// # Errors
     /// It cannot be mapped; the device reaches nothing then.
-    pub fn memory_changed(&mut self) -> Result<Option<Arc<DmaMemory>>, PassedError> {
-        self.memory = None;
+    pub fn memory_changed(
+        &mut self,
+        removed: &[DmaRegion],
+        added: &[DmaRegion],
+    ) -> Result<Option<Arc<DmaMemory>>, PassedError> {
+        let before = self.memory.take();
+        let memory = match &before {
+            Some(before) => before.changed(removed, added),
+            None => DmaMemory::new(added),
+        };
+        let memory = memory.map(Arc::new);
+        if let (Some(before), Ok(memory), []) = (&before, &memory, removed)
+            && before.piece_bytes() == memory.piece_bytes()
+        {
+            self.memory = Some(memory.clone());
+            match self.map_what_came(memory) {
+                Ok(()) => return Ok(self.memory.clone()),
+                Err(error) => tracing::debug!(%error, "a device stands still while memory comes"),
+            }
+            self.memory = None;
+        }
         if let Some(Stage::Running) = self.stage()
             && let Err(error) = self.quiesce()
         {
@@ -383,15 +404,29 @@ impl PassedFunction {
             hardware.unmap()?;
             (self.masters, self.in_part) = (false, false);
         }
-        let memory = DmaMemory::of_space(&self.dma)?;
+        let memory = memory?;
         if memory.bytes() == 0 {
             return Ok(None);
         }
-        self.memory = Some(Arc::new(memory));
+        self.memory = Some(memory);
         if self.has_device() {
             self.go_on()?;
         }
         Ok(self.memory.clone())
+    }
+}
+
+impl PassedFunction {
+    /// Lets the device reach all of `memory`, of which it reached all that there was before. One
+    /// that has a part only, or none, gets it as it gets the rest.
+    fn map_what_came(&mut self, memory: &DmaMemory) -> Result<(), PassedError> {
+        match &mut self.seat {
+            Some(Seat::Here { hardware, .. }) if !self.in_part && hardware.mapped_bytes() > 0 => {
+                hardware.map_more(memory, None, Batch::ALL)?;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -8,16 +8,18 @@
 mod calls;
 mod state;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::channel::{Channel, ChannelError, Counters, MAX_FDS, Patience, Received};
 use super::message::{
     CONFIG_REGION, Capabilities, Command, DEVICE_FLAGS_PCI, DEVICE_FLAGS_RESET, DeviceInfo,
-    DmaAccess, Header, IrqInfo, MAX_DATA_BYTES, PCI_IRQS, PCI_REGIONS, Payload, RegionInfo,
-    Version,
+    DmaAccess, Header, IrqInfo, MAX_DATA_BYTES, PCI_IRQS, PCI_REGIONS, Payload, REGION_MMAP,
+    RegionInfo, Version,
 };
 use crate::dma::DmaSpace;
 
@@ -80,6 +82,8 @@ pub struct Client {
     capabilities: Capabilities,
     info: DeviceInfo,
     regions: Vec<RegionInfo>,
+    /// The file of each region that can be mapped.
+    files: Vec<Option<Arc<File>>>,
     irqs: Vec<IrqInfo>,
     /// Memory that the server may ask for, and the parts of it that it was told of.
     dma: DmaSpace,
@@ -118,6 +122,7 @@ impl Client {
                 irqs: 0,
             },
             regions: Vec::new(),
+            files: Vec::new(),
             irqs: Vec::new(),
             dma,
             mapped: Vec::new(),
@@ -159,8 +164,9 @@ impl Client {
             return Err(self.unusable("it has a PCI device with a strange number of regions"));
         }
         for index in 0..self.info.regions.min(PCI_REGIONS) {
-            let region = self.region_info(index)?;
+            let (region, file) = self.region_info(index)?;
             self.regions.push(region);
+            self.files.push(file);
         }
         for index in 0..self.info.irqs.min(PCI_IRQS) {
             let question = IrqInfo {
@@ -182,7 +188,7 @@ impl Client {
         Ok(())
     }
 
-    fn region_info(&mut self, index: u32) -> Result<RegionInfo, ClientError> {
+    fn region_info(&mut self, index: u32) -> Result<(RegionInfo, Option<Arc<File>>), ClientError> {
         let mut question = RegionInfo {
             argsz: RegionInfo::BYTES,
             flags: 0,
@@ -191,18 +197,34 @@ impl Client {
             offset: 0,
             areas: Vec::new(),
         };
-        let mut region: RegionInfo = match self.ask(Command::GetRegionInfo, &question) {
-            Err(ClientError::Refused { .. }) => return Ok(question),
+        let (mut region, mut fds) = match self.ask_for_region(&question) {
+            Err(ClientError::Refused { .. }) => return Ok((question, None)),
             other => other?,
         };
         if region.argsz > RegionInfo::BYTES && region.argsz <= MAX_DATA_BYTES {
             question.argsz = region.argsz;
-            region = self.ask(Command::GetRegionInfo, &question)?;
+            (region, fds) = self.ask_for_region(&question)?;
         }
-        match region.index == index {
-            true => Ok(region),
-            false => Err(self.unusable("it answers another question")),
+        if region.index != index {
+            return Err(self.unusable("it answers another question"));
         }
+        // There is one file where it can be mapped.
+        let file = match <[OwnedFd; 1]>::try_from(fds) {
+            Ok([fd]) if region.flags & REGION_MMAP != 0 => Some(Arc::new(File::from(fd))),
+            _ => None,
+        };
+        Ok((region, file))
+    }
+
+    fn ask_for_region(
+        &mut self,
+        question: &RegionInfo,
+    ) -> Result<(RegionInfo, Vec<OwnedFd>), ClientError> {
+        let (payload, limit) = (question.to_bytes(), self.limits.call);
+        let reply = self.exchange(Command::GetRegionInfo, &payload, &[], limit)?;
+        let region = RegionInfo::parse(&reply.payload);
+        let region = region.map_err(|error| self.end(ChannelError::Garbled(error)))?;
+        Ok((region, reply.fds))
     }
 
     /// Memory that the server may be told of.
@@ -234,6 +256,11 @@ impl Client {
     /// The device's regions, in the order of their indexes.
     pub fn regions(&self) -> &[RegionInfo] {
         &self.regions
+    }
+
+    /// The file of a region, if some of that can be mapped.
+    pub fn region_file(&self, index: usize) -> Option<&Arc<File>> {
+        self.files.get(index)?.as_ref()
     }
 
     /// How many interrupts of a kind the device has.
@@ -312,6 +339,18 @@ impl Client {
         fds: &[BorrowedFd<'_>],
         limit: Duration,
     ) -> Result<Vec<u8>, ClientError> {
+        let reply = self.exchange(command, payload, fds, limit)?;
+        Ok(reply.payload)
+    }
+
+    /// A command, and its reply if it was carried out.
+    fn exchange(
+        &mut self,
+        command: Command,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Received, ClientError> {
         self.check()?;
         let mut patience = Patience::new(limit);
         let id = self.send(command, 0, payload, fds)?;
@@ -328,7 +367,7 @@ impl Client {
         }
         match reply.header.failed() {
             Some(errno) => Err(ClientError::Refused { command, errno }),
-            None => Ok(reply.payload),
+            None => Ok(reply),
         }
     }
 

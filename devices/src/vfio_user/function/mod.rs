@@ -3,13 +3,16 @@
 //! The server's function is the whole one: every access to configuration space and registers goes
 //! there. What the VMM itself has to know is kept here as well, and is what the guest reads: where
 //! the base address registers are, what the command register enables, and where MSI-X vectors go.
-//! Writes to memory registers are posted, as on the bus; all others are waited for.
+//! Writes to memory registers are posted, as on the bus; all others are waited for, and so are those
+//! of a function whose server lets some of its registers be mapped: the guest reaches those by
+//! itself.
 //!
 //! Interrupts come by eventfds that this machine gives the server: INTx until the guest turns MSI-X
 //! on, then its vectors.
 //!
 //! Lock order: the function's own lock, then that of its client.
 
+mod areas;
 mod hold;
 mod interrupts;
 mod shape;
@@ -31,6 +34,7 @@ use super::client::{Client, ClientError};
 use super::message::CONFIG_REGION;
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, LineEvents, MsiVectors};
+use crate::pci::areas::BarArea;
 use crate::pci::config::{BAR_COUNT, ConfigError, ConfigSpace, Status, offset};
 use crate::pci::msix::{Msix, MsixLayout};
 use crate::pci::{BarIndex, BarRange, BarSize, BarSpace, PciFunction};
@@ -77,6 +81,8 @@ pub struct VfioUserFunction {
     /// Whose events those are: they end with it.
     _intx: Arc<dyn IrqLine>,
     shape: Shape,
+    /// While it is connected: what the guest reaches of its registers without a message.
+    areas: Vec<Arc<BarArea>>,
     config: ConfigSpace,
     shown_otherwise: Vec<(u16, u8)>,
     msix: Option<Msix>,
@@ -126,6 +132,7 @@ impl VfioUserFunction {
         }
         let config = shape.config()?;
         let mut function = Self {
+            areas: areas::of(&client, &shape)?,
             dma: client.dma().clone(),
             client: Mutex::new(client),
             connected: Arc::new(AtomicBool::new(true)),
@@ -178,6 +185,7 @@ impl VfioUserFunction {
         if shape != self.shape {
             return Err(FunctionError::Another);
         }
+        self.areas = areas::of(&client, &shape)?;
         self.client = Mutex::new(client);
         self.connected.store(true, Ordering::Relaxed);
         let result = self.attach().and_then(|()| self.configure());
@@ -289,6 +297,8 @@ impl VfioUserFunction {
             return;
         }
         tracing::warn!("a device is gone until its server is back: {why}");
+        // What is in the memory that it had given is no device's any more.
+        self.areas.clear();
         let fd = self.client().as_fd().as_raw_fd();
         let none = EpollEvent::default();
         if let Err(error) = self.watched.ctl(ControlOperation::Delete, fd, none) {
@@ -302,7 +312,12 @@ impl VfioUserFunction {
         end.zip(bytes).is_some_and(|(end, bytes)| end <= *bytes)
     }
 
+    /// Whether a store to `bar` need not be waited for. Beside areas it is: what the guest stores
+    /// there later would be earlier.
     fn is_posted(&self, bar: BarIndex) -> bool {
+        if !self.areas.is_empty() {
+            return false;
+        }
         let mut bars = self.shape.bars.iter();
         bars.any(|one| one.bar == bar && one.space != BarSpace::Io)
     }
@@ -363,6 +378,10 @@ impl PciFunction for VfioUserFunction {
 
     fn bars(&self) -> Vec<BarSize> {
         self.config.bars()
+    }
+
+    fn areas(&self) -> &[Arc<BarArea>] {
+        &self.areas
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {

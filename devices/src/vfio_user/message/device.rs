@@ -1,8 +1,11 @@
 //! What a device has: `VFIO_USER_DEVICE_GET_INFO`, `_GET_REGION_INFO` and `_GET_REGION_IO_FDS`.
 
+use std::ops::Range;
+
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
-    VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE,
 };
 
 use super::{MessageError, Payload, Reader, check_argsz, put, put64};
@@ -15,6 +18,8 @@ pub const DEVICE_FLAGS_PCI: u32 = VFIO_DEVICE_FLAGS_PCI;
 pub const REGION_READ: u32 = VFIO_REGION_INFO_FLAG_READ;
 /// The region can be written.
 pub const REGION_WRITE: u32 = VFIO_REGION_INFO_FLAG_WRITE;
+/// Some of the region can be mapped.
+pub const REGION_MMAP: u32 = VFIO_REGION_INFO_FLAG_MMAP;
 
 /// Most areas of a region that can be mapped.
 const MAX_AREAS: u32 = 256;
@@ -95,6 +100,35 @@ impl RegionInfo {
             areas => Self::BYTES + 16 + 16 * areas,
         }
     }
+
+    /// The parts that can be mapped to be read and written, in the order of their addresses: all of
+    /// it where it says nothing of areas.
+    ///
+    /// # Errors
+    /// Some of them are outside of the region, or overlap.
+    pub fn mappable(&self) -> Result<Vec<Range<u64>>, MessageError> {
+        let both = REGION_READ | REGION_WRITE | REGION_MMAP;
+        if self.flags & both != both {
+            return Ok(Vec::new());
+        }
+        if self.areas.is_empty() {
+            return Ok(std::iter::once(0..self.size).collect());
+        }
+        let range = |area: &Area| {
+            let end = area.offset.checked_add(area.size);
+            let end = end.filter(|end| *end <= self.size);
+            let end = end.ok_or(MessageError::Field("area of a region"))?;
+            Ok(area.offset..end)
+        };
+        let parts: Result<Vec<_>, _> = self.areas.iter().map(range).collect();
+        let mut parts = parts?;
+        parts.retain(|part| !part.is_empty());
+        parts.sort_by_key(|part| part.start);
+        match parts.is_sorted_by(|one, next| one.end <= next.start) {
+            true => Ok(parts),
+            false => Err(MessageError::Field("area of a region")),
+        }
+    }
 }
 
 impl Payload for RegionInfo {
@@ -104,10 +138,14 @@ impl Payload for RegionInfo {
         check_argsz(argsz, Self::BYTES)?;
         let (flags, index, first) = (reader.u32()?, reader.u32()?, reader.u32()?);
         let (size, offset) = (reader.u64()?, reader.u64()?);
+        let mut flags = flags;
         let areas = match flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
             true if argsz as usize <= bytes.len() => areas(bytes, first)?,
-            // There was no room for all of it.
-            true => Vec::new(),
+            true => {
+                // There was no room for all of it: what of it can be mapped is not known.
+                flags &= !REGION_MMAP;
+                Vec::new()
+            }
             false => {
                 reader.end()?;
                 Vec::new()

@@ -9,8 +9,8 @@ mod version;
 
 pub use access::{DmaAccess, MAX_WRITES, RegionAccess, RegionWrites};
 pub use device::{
-    Area, DEVICE_FLAGS_PCI, DEVICE_FLAGS_RESET, DeviceInfo, REGION_READ, REGION_WRITE, RegionInfo,
-    RegionIoFds,
+    Area, DEVICE_FLAGS_PCI, DEVICE_FLAGS_RESET, DeviceInfo, REGION_MMAP, REGION_READ, REGION_WRITE,
+    RegionInfo, RegionIoFds,
 };
 pub use dma::{DmaMap, DmaUnmap, MAP_READ, MAP_WRITE, UNMAP_ALL};
 pub use feature::{

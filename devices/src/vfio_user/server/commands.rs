@@ -115,12 +115,11 @@ impl Device {
         self.maps.have_shrunk()
     }
 
-    /// Drops what the client has given; says whether there was memory.
-    pub fn forget_client(&mut self) -> bool {
-        let had_memory = self.maps.clear();
+    /// Drops what the client has given.
+    pub fn forget_client(&mut self) {
+        self.maps.clear();
         self.replaced.extend(self.interrupts.clear());
         self.migration.abandon();
-        had_memory
     }
 
     /// Does what a message says.
@@ -172,13 +171,11 @@ impl Device {
             Command::Version => self.agree(&parse(payload)?),
             Command::DmaMap => {
                 self.maps.map(&parse(payload)?, fds)?;
-                self.events.push(ServerEvent::MemoryChanged);
                 Ok(Vec::new())
             }
             Command::DmaUnmap => {
                 let unmap: DmaUnmap = parse(payload)?;
                 self.maps.unmap(&unmap)?;
-                self.events.push(ServerEvent::MemoryChanged);
                 Ok(unmap.to_bytes())
             }
             Command::DeviceGetInfo => {

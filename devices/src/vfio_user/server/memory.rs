@@ -1,4 +1,5 @@
-//! The memory that a client has given: what the function's [`DmaSpace`] reaches.
+//! The memory that a client has given: what the function's [`DmaSpace`] reaches. Whoever listens to
+//! that has heard of a change before the client is answered.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -82,12 +83,10 @@ impl Maps {
         Ok(())
     }
 
-    /// Takes all away; says whether there was anything.
-    pub fn clear(&mut self) -> bool {
-        let had = !self.regions.is_empty();
+    /// Takes all away.
+    pub fn clear(&mut self) {
         self.regions.clear();
         self.dma.replace(GuestMemory::new());
-        had
     }
 
     /// Whether a file was found to be shorter than it was.

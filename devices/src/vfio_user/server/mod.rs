@@ -58,8 +58,6 @@ pub struct Offered {
 pub enum ServerEvent {
     /// A version was agreed on.
     Negotiated,
-    /// The function's memory has become other memory; told before the client hears that it is done.
-    MemoryChanged,
     /// Interrupts of the function go elsewhere, or were triggered or masked; told before the client
     /// hears that it is done.
     InterruptsChanged,
@@ -151,9 +149,7 @@ impl Server {
         }
         // The descriptor stays until the loop has stopped watching it.
         self.channel.shut_down();
-        if self.device.forget_client() {
-            (self.notify)(ServerEvent::MemoryChanged);
-        }
+        self.device.forget_client();
         (self.notify)(ServerEvent::Gone(why.to_owned()));
     }
 

@@ -71,6 +71,8 @@ pub struct State {
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,
     pub resets: usize,
+    /// How often it was told to master the bus no more.
+    pub stood_still: usize,
     /// A reset brings back its address, and nothing else, as in QEMU's device.
     pub resets_in_part: bool,
     /// Done once, when it is given memory: in the middle of a switch, in which nobody has the turn.
@@ -263,7 +265,9 @@ impl Hardware for Device {
     }
 
     fn set_master(&mut self, masters: bool) -> Result<(), VfioError> {
-        self.lock().masters = masters;
+        let mut state = self.lock();
+        state.stood_still += usize::from(state.masters && !masters);
+        state.masters = masters;
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use devices::dma::{DmaSpace, GuestMemory};
+use devices::dma::{DmaRegion, DmaSpace, GuestMemory};
 use devices::vfio_user::message::{IrqAction, MSIX};
 use devices::vfio_user::{Client, Limits};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -47,6 +47,13 @@ pub fn host(parked: ParkedAs, slots: usize) -> (Arc<Host<PassedCard>>, Device) {
     (host, device)
 }
 
+/// Memory of a VM.
+fn file() -> Arc<File> {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(MEMORY).unwrap();
+    Arc::new(file)
+}
+
 /// See the module.
 pub struct Guest {
     pub mac: [u8; 6],
@@ -74,9 +81,8 @@ impl Guest {
     /// A VM with its memory, whose driver has not begun.
     pub fn attach(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
         let (stream, info) = connect(host, vm, mac).unwrap();
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(MEMORY).unwrap();
-        let offset = FileOffset::from_arc(Arc::new(file), 0);
+        let file = file();
+        let offset = FileOffset::from_arc(file, 0);
         let range = (GuestAddress(0), MEMORY as usize, Some(offset));
         let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
         let memory = DmaSpace::new(Arc::new(memory));
@@ -158,6 +164,22 @@ impl Guest {
 
     pub fn reset(&mut self) {
         self.client.reset().unwrap();
+    }
+
+    /// Gives the device host as much memory again, behind the first.
+    pub fn give_more(&mut self) {
+        let more = DmaRegion {
+            address: MEMORY,
+            len: MEMORY,
+            file: file(),
+            offset: 0,
+        };
+        self.client.dma_map(&more).unwrap();
+    }
+
+    /// Takes that away.
+    pub fn take_back(&mut self) {
+        self.client.dma_unmap(MEMORY, MEMORY).unwrap();
     }
 
     /// Hands the device something to send.

@@ -77,6 +77,33 @@ fn two_guests_have_a_function_by_turns_and_each_finds_its_own() {
     assert!(passed.accesses > 0 && passed.parked_accesses > 0);
 }
 
+/// Memory that comes is no reason to stop a device; what goes is not taken from under one that runs.
+#[test]
+fn a_device_works_on_while_memory_comes_and_stands_still_while_some_goes() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let mut left = Guest::boot(&host, "left", 1);
+    let mut right = Guest::boot(&host, "right", 2);
+    let still = device.lock().stood_still;
+    left.give_more();
+    assert_eq!(device.lock().mapped, 2 * MEMORY);
+    assert_eq!(device.lock().stood_still, still);
+    // That of a parked guest is in no map, until its turn.
+    right.give_more();
+    assert_eq!(device.lock().mapped, 2 * MEMORY);
+    left.take_back();
+    {
+        let state = device.lock();
+        assert_eq!((state.mapped, state.stood_still), (MEMORY, still + 1));
+        assert!(state.masters);
+    }
+    left.send(3);
+    assert_eq!(device.lock().sent.last(), Some(&3));
+    host.switch_to(&"right".parse().unwrap()).unwrap();
+    assert_eq!(device.lock().mapped, 2 * MEMORY);
+    right.take_back();
+    assert_eq!(device.lock().mapped, MEMORY);
+}
+
 #[test]
 fn what_one_guest_has_counted_is_not_told_the_next() {
     let (host, device) = host(ParkedAs::Down, 8);
