@@ -139,8 +139,8 @@ fn end(name: &Path, file: &File, wanted: u64) -> ! {
     if let Some(clear) = AT_END.get() {
         clear();
     }
-    // As all that is said at the end: not by the log, which may be off. Where nobody listens any more
-    // it is said to nobody.
+    // As all that is said at the end: not by the log, which may be off. Where nobody listens any
+    // more it is said to nobody.
     let _ = writeln!(
         std::io::stderr(),
         "cofferdam: the guest's memory is lost: {} {what} while the guest ran from it; \
