@@ -7,7 +7,8 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=COFFERDAM_COMMIT");
     // A hundred thousand addresses are put in place when it starts. As a bitmap (DT_RELR of the
-    // System V ABI, glibc 2.36) they take 30 KiB of the file in place of 2.4 MiB, which each start reads.
+    // System V ABI, glibc 2.36) they take 30 KiB of the file in place of 2.4 MiB, which each start
+    // reads.
     println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     if std::env::var_os("COFFERDAM_COMMIT").is_some() {
         // Whoever builds knows better, and `option_env!` sees it.

@@ -4,8 +4,8 @@
 //!   snapshot ─► clone, clone, ... ─► each answered a ping, and is isolated if it is to be ─► what each has in memory
 //! ```
 //!
-//! Pages that several have are divided among them (`Pss` of proc_pid_smaps(5)), so that the parts of
-//! all add up to what they take of the host.
+//! Pages that several have are divided among them (`Pss` of proc_pid_smaps(5)), so that the parts
+//! of all add up to what they take of the host.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! One driver's device suspended and resumed, against what the guest's own kernel takes for that and
-//! against removing and inserting the driver.
+//! One driver's device suspended and resumed, against what the guest's own kernel takes for that
+//! and against removing and inserting the driver.
 //!
 //! ```text
 //!   suspend-device, resume-device ─► driver removed, inserted ─► the kernel suspends and resumes all devices
@@ -7,8 +7,8 @@
 //!
 //! The kernel's times are its own (`/sys/power/pm_print_times`), of its suspend to idle that turns
 //! back when all devices are suspended (`/sys/power/pm_test`): the driver and its bus, without the
-//! change of the power state, which comes later. That ends the agent's channel, a device like others;
-//! so it comes last, and the guest says what it has seen on its console.
+//! change of the power state, which comes later. That ends the agent's channel, a device like
+//! others; so it comes last, and the guest says what it has seen on its console.
 
 use std::time::{Duration, Instant};
 

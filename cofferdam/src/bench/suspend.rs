@@ -340,8 +340,8 @@ fn forget(dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Has the host forget what it has in memory of the files in `dir` (posix_fadvise(2)); those of this
-/// program stay.
+/// Has the host forget what it has in memory of the files in `dir` (posix_fadvise(2)); those of
+/// this program stay.
 fn drop_page_cache(dir: &Path) -> anyhow::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let file = std::fs::File::open(entry?.path())?;

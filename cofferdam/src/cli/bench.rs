@@ -113,8 +113,8 @@ Example:
         /// Folder that snapshots are written in; that of temporary files when not given
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
-        /// Time restores with nothing of the snapshot in the host's page cache, too: of a folder that
-        /// is on a disk, and not in memory
+        /// Time restores with nothing of the snapshot in the host's page cache, too: of a folder
+        /// that is on a disk, and not in memory
         #[arg(long, requires = "folder")]
         cold: bool,
     },

@@ -32,8 +32,8 @@ pub struct Followed {
     pub tcp_fraction: f64,
 }
 
-/// Guests that go on lazily from one snapshot, all alive at the same time. Pages that several have are
-/// divided among them (`Pss` of proc_pid_smaps(5)).
+/// Guests that go on lazily from one snapshot, all alive at the same time. Pages that several have
+/// are divided among them (`Pss` of proc_pid_smaps(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Clones {
     /// Guest memory in MiB.
@@ -44,8 +44,8 @@ pub struct Clones {
     pub stored_kib: u64,
     /// What of them is in memory for the clones, in KiB, of all together.
     pub base_kib: u64,
-    /// Guest memory that a clone has to itself, in KiB: what it has written; of one that is isolated
-    /// what it has touched since then.
+    /// Guest memory that a clone has to itself, in KiB: what it has written; of one that is
+    /// isolated what it has touched since then.
     pub guest_kib: Stat,
     /// All else that a clone's process has, in KiB.
     pub rest_kib: Stat,

@@ -137,8 +137,8 @@ impl RunConfig {
         self.sandbox.begin_jail(&self.sockets()).map(Some)
     }
 
-    /// By what a guest that goes on lazily has its pages brought when it is isolated. Without it, as
-    /// where this is nobody with the right to it, all of them are copied then.
+    /// By what a guest that goes on lazily has its pages brought when it is isolated. Without it,
+    /// as where this is nobody with the right to it, all of them are copied then.
     fn userfault(&self) -> Option<Arc<Userfault>> {
         self.restored.as_ref().filter(|from| from.lazy)?;
         let opened = Userfault::open();

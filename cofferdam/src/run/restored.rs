@@ -67,7 +67,8 @@ impl Saved {
         }
     }
 
-    /// Begins to fetch what the guest of `vm` touches first, if it goes on lazily and that is known.
+    /// Begins to fetch what the guest of `vm` touches first, if it goes on lazily and that is
+    /// known.
     ///
     /// # Errors
     /// There is no thread.

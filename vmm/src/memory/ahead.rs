@@ -10,9 +10,9 @@ use super::template::{PageKind, look_at_pages};
 use super::{GuestRam, PAGE_BYTES, data_of};
 
 impl GuestRam {
-    /// Parts of a template, in bytes and whole pages, that somebody has touched: the guest, a device
-    /// or this process. The kernel maps a few neighbours with each page that is only read. Nothing of
-    /// memory that is not a template's, or not any more.
+    /// Parts of a template, in bytes and whole pages, that somebody has touched: the guest, a
+    /// device or this process. The kernel maps a few neighbours with each page that is only read.
+    /// Nothing of memory that is not a template's, or not any more.
     ///
     /// # Errors
     /// The kernel does not say.

@@ -2,8 +2,8 @@
 //!
 //! A guest whose driver is isolated has its memory in a file of its own, of which a private view is
 //! a second mapping. What the guest has written is copied there; of the rest each page comes when
-//! it is first touched, by whomever and through whichever mapping, and so such a guest costs what it
-//! touches.
+//! it is first touched, by whomever and through whichever mapping, and so such a guest costs what
+//! it touches.
 //!
 //! ```text
 //!  guest, devices ─► mapping of the own file, shared ──┐ page is
@@ -61,8 +61,8 @@ pub(super) struct Missing {
 }
 
 impl Missing {
-    /// Has pages of `template` come into the file `own`, which is mapped at `regions`, shared, and of
-    /// which nobody touches a missing page before this returns.
+    /// Has pages of `template` come into the file `own`, which is mapped at `regions`, shared, and
+    /// of which nobody touches a missing page before this returns.
     pub fn serve(
         userfault: Arc<Userfault>,
         template: Arc<File>,

@@ -5,8 +5,8 @@
 //!     ─► at rest: copy the rest, map the file of its own at the same addresses
 //! ```
 //!
-//! Where it is only to be seen by others in this process ([`VmHandle::share_memory`]), what the guest
-//! has written is all that is copied; the rest comes when it is touched ([`super::missing`]).
+//! Where it is only to be seen by others in this process ([`VmHandle::share_memory`]), what the
+//! guest has written is all that is copied; the rest comes when it is touched ([`super::missing`]).
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -64,8 +64,8 @@ impl VmHandle {
 
     /// If memory began as a template, has further mappings of the file of its own, in this process,
     /// see the same bytes: those that say so to [`devices::dma::MissingPages`]. What the guest has
-    /// written is copied there, and the rest when it is touched; where the host has no userfaultfd(2)
-    /// for this process all is copied, as by [`VmHandle::own_memory`].
+    /// written is copied there, and the rest when it is touched; where the host has no
+    /// userfaultfd(2) for this process all is copied, as by [`VmHandle::own_memory`].
     pub fn share_memory(&self) -> Result<(), OwnError> {
         let one = self.one_copying();
         let ram = &self.machine().ram;
@@ -91,8 +91,8 @@ impl VmHandle {
         self.with_devices_at_rest(|| Ok(ram.use_own()?))?
     }
 
-    /// Copies what is in `ranges` of the memory's file, and maps it then. `on_demand`: the rest comes
-    /// from the template.
+    /// Copies what is in `ranges` of the memory's file, and maps it then. `on_demand`: the rest
+    /// comes from the template.
     fn copy_to_own(
         &self,
         copying: &Copying<'_>,

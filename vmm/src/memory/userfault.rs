@@ -103,8 +103,8 @@ impl Userfault {
         check(unsafe { ioctl_with_ref(&self.0, UFFDIO_UNREGISTER(), &place(at)) })
     }
 
-    /// Puts `content`, whole pages, to `to`, which is in a shared mapping that is registered, and lets
-    /// who waits there go on. [`io::ErrorKind::AlreadyExists`]: something is there.
+    /// Puts `content`, whole pages, to `to`, which is in a shared mapping that is registered, and
+    /// lets who waits there go on. [`io::ErrorKind::AlreadyExists`]: something is there.
     pub(super) fn copy(&self, to: u64, content: &[u8]) -> io::Result<()> {
         let mut copy = Copy {
             to,
@@ -112,8 +112,8 @@ impl Userfault {
             len: content.len() as u64,
             ..Copy::default()
         };
-        // SAFETY: the request reads and writes that structure and reads `content`. Only pages that are
-        // not there yet are made at `to`, of which nobody has seen anything.
+        // SAFETY: the request reads and writes that structure and reads `content`. Only pages that
+        // are not there yet are made at `to`, of which nobody has seen anything.
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_COPY(), &mut copy) })
     }
 

@@ -142,8 +142,8 @@ impl Chain {
         self.load_to(above_base, tell, &Put(put))
     }
 
-    /// Gives every page that differs from zero, checked, to `place` with its offset in memory, a run
-    /// at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
+    /// Gives every page that differs from zero, checked, to `place` with its offset in memory, a
+    /// run at a time and on several threads. `above_base`: only what the diffs say, zero pages too.
     /// `tell` hears how much of it is done, and says whether it is still wanted.
     ///
     /// # Errors

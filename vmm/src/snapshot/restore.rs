@@ -101,8 +101,8 @@ impl Place for NotRunning<'_> {
         let slice = slices.next()?.ok().filter(|slice| slice.len() == bytes)?;
         let guard = slice.ptr_guard_mut();
         // SAFETY: these are mapped bytes of guest memory, which live as long as `self`. No vCPU and
-        // no event loop runs before the machine does, runs of an image do not overlap, and so nobody
-        // else reads or writes them meanwhile.
+        // no event loop runs before the machine does, runs of an image do not overlap, and so
+        // nobody else reads or writes them meanwhile.
         let target = unsafe { std::slice::from_raw_parts_mut(guard.as_ptr(), bytes) };
         let done = read(target);
         slice.bitmap().mark_dirty(0, bytes);

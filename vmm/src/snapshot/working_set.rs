@@ -2,8 +2,8 @@
 //! then on.
 //!
 //! A file beside the snapshot, which is whole without it. Who goes on first records it, all others
-//! read it. Wrong pages in it cost time and nothing else; so what cannot be read is not used, and is
-//! recorded anew.
+//! read it. Wrong pages in it cost time and nothing else; so what cannot be read is not used, and
+//! is recorded anew.
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -137,7 +137,8 @@ impl WorkingSet {
 }
 
 impl Recorder {
-    /// Writes that `pages`, whole ones in bytes of the image and in rising order, are touched first.
+    /// Writes that `pages`, whole ones in bytes of the image and in rising order, are touched
+    /// first.
     ///
     /// # Errors
     /// They cannot be written. What is there then is not used by anybody.
