@@ -13,7 +13,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::pci::areas::{BarArea, BarMemory, GuestSlots, SlotRefused};
-use devices::pci::bus::Windows;
+use devices::pci::bus::{PciBus, Windows};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 
@@ -39,14 +39,16 @@ pub(crate) struct BarSlots {
 }
 
 impl BarSlots {
-    /// Slots of `vm` in the memory windows of `windows`.
-    pub fn new(vm: Arc<VmFd>, windows: Windows) -> Arc<Self> {
-        Arc::new_cyclic(|this| Self {
+    /// Slots of `vm` in the memory windows of `windows`, for the areas of `pci`'s functions.
+    pub fn of(pci: &PciBus, vm: Arc<VmFd>, windows: Windows) -> Arc<Self> {
+        let slots = Arc::new_cyclic(|this| Self {
             vm,
             windows,
             used: Mutex::new([const { None }; MAX_SLOTS]),
             this: this.clone(),
-        })
+        });
+        pci.put_areas_into(slots.clone());
+        slots
     }
 
     /// `KVM_RUN` could not reach some memory: withdraws the areas that may be the reason, those

@@ -121,16 +121,13 @@ impl Vm {
         install_kick_handler().map_err(host("install a signal handler"))?;
         let gate = Arc::new(Gate::new(config.vcpus));
         let requests = Arc::new(Requests::new(gate.clone()).map_err(host("create an eventfd"))?);
-        let lines: Arc<[Arc<Gsi>]> = (0..layout::IO_APIC_PINS)
-            .map(|number| Arc::new(Gsi::new(vm.clone(), number)))
-            .collect();
+        let lines = lines(&vm);
         let line = |gsi: u32| Arc::new(LineInput::new(lines[gsi as usize].clone()));
         let serial = Serial::new(line(u32::from(COM1_IRQ)), config.console)
             .map_err(host("set up the serial console"))?;
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let pci = Arc::new(PciBus::new(pio.clone(), mmio.clone()));
-        let bar_slots = BarSlots::new(vm.clone(), windows);
-        pci.put_areas_into(bar_slots.clone());
+        let bar_slots = BarSlots::of(&pci, vm.clone(), windows);
         let power = Arc::new(PowerDevice::new(requests.clone(), line(layout::POWER_GSI)));
         let hotplug =
             Hotplug::new(pci.clone(), power.clone()).map_err(host("create an eventfd"))?;
@@ -305,6 +302,12 @@ impl Vm {
         let guarded = self.machine.at_work.guard(subscriber);
         self.events.add_subscriber(guarded);
     }
+}
+
+/// The inputs of the I/O APIC.
+fn lines(vm: &Arc<VmFd>) -> Arc<[Arc<Gsi>]> {
+    let line = |number| Arc::new(Gsi::new(vm.clone(), number));
+    (0..layout::IO_APIC_PINS).map(line).collect()
 }
 
 /// `count` vCPUs as after power-on.

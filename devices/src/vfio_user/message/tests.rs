@@ -151,9 +151,13 @@ fn a_region_that_can_be_mapped_in_parts_says_which() {
                 0000000000000000 0010000000000000 0020000000000000 0020000000000000";
     let whole = bytes(text);
     assert_eq!(region.to_bytes(), whole);
-    assert_eq!(RegionInfo::parse(&whole), Ok(region));
+    assert_eq!(RegionInfo::parse(&whole).as_ref(), Ok(&region));
+    assert_eq!(region.mappable().unwrap(), [0..0x1000, 0x2000..0x4000]);
     // Too short for its capabilities: they are to be asked for again.
-    assert_eq!(RegionInfo::parse(&whole[..32]).unwrap().areas, []);
+    let cut = RegionInfo::parse(&whole[..32]).unwrap();
+    assert_eq!(cut.areas, []);
+    // As long as they are not known, nothing of it is mapped, and not all.
+    assert_eq!(cut.mappable().unwrap(), []);
     // Lists that go in circles, backwards, or out of the message; areas without end.
     for (at, value) in [
         (12, 31_u32),
