@@ -9,8 +9,8 @@
 //! ```
 //!
 //! A fault ([`EdgeOrder`]) says which events it is for, at which of them it strikes, and what it
-//! does ([`EdgeKind`]). With none armed an access costs one more relaxed load and interrupts cost
-//! two. The function knows nothing of its edge: saving, restoring, holding, checkpoints, resets and
+//! does ([`EdgeKind`]). With none armed an access costs two more relaxed loads, and interrupts
+//! cost as many. The function knows nothing of its edge: saving, restoring, holding, checkpoints, resets and
 //! accesses of the host itself go past, and what is armed is the host's, in no saved state. A
 //! power-on reset leaves faults armed; what they held up is lost with it, and so it is where a
 //! state is put back.
