@@ -9,11 +9,11 @@
 //! ```
 //!
 //! A fault ([`EdgeOrder`]) says which events it is for, at which of them it strikes, and what it
-//! does ([`EdgeKind`]). With none armed an access costs one more relaxed load and interrupts cost
-//! two. The function knows nothing of its edge: saving, restoring, holding, checkpoints, resets and
-//! accesses of the host itself go past, and what is armed is the host's, in no saved state. A
-//! power-on reset leaves faults armed; what they held up is lost with it, and so it is where a
-//! state is put back.
+//! does ([`EdgeKind`]). With none armed an access costs two more relaxed loads, and interrupts
+//! cost as many. The function knows nothing of its edge: saving, restoring, holding, checkpoints,
+//! resets and accesses of the host itself go past, and what is armed is the host's, in no saved
+//! state. A power-on reset leaves faults armed; what they held up is lost with it, and so it is
+//! where a state is put back.
 //!
 //! What the edge does not see:
 //! - Memory. What a function reads and writes by itself goes on, also of one that does not answer
