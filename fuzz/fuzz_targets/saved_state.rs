@@ -2,8 +2,8 @@
 //! The first byte says which.
 //!
 //! ```text
-//! RUSTC_BOOTSTRAP=1 cargo fuzz run -s none saved_state fuzz/corpus/saved_state
-//! fuzz/seeds/saved_state
+//! RUSTC_BOOTSTRAP=1 cargo fuzz run -s none saved_state \
+//!     fuzz/corpus/saved_state fuzz/seeds/saved_state
 //! ```
 //! from the repository's root, where `fuzz/corpus/saved_state` is a folder that is there. The seeds
 //! are the parts of the golden snapshots (`vmm/tests/golden`, `cofferdam/tests/golden`), states
