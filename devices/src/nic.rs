@@ -215,7 +215,7 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let nic = E1000::new(config, parts.dma, parts.intx, parts.wire)?;
     let interrupts = nic.interrupts_taken();
     let nic = Arc::new(Mutex::new(nic));
-    let (held, addressed, plugged) = (nic.clone(), nic.clone(), nic.clone());
+    let (held, addressed, plugged) = (nic.clone(), nic.clone(), Arc::downgrade(&nic));
     Ok(Nic {
         function: nic.clone(),
         events: nic,
@@ -228,7 +228,9 @@ fn make_e1000(parts: NicParts<'_>) -> Result<Nic, NicError> {
             nic.set_address(mac);
         }),
         set_cable: Some(Arc::new(move |is_in| {
-            let mut nic = plugged.lock().unwrap_or_else(PoisonError::into_inner);
+            // The edge has this, and the card has the edge.
+            let Some(nic) = plugged.upgrade() else { return };
+            let mut nic = nic.lock().unwrap_or_else(PoisonError::into_inner);
             nic.set_cable(is_in);
         })),
     })
@@ -241,7 +243,7 @@ fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
     let vectors = (parts.vectors)(count).map_err(NicError::Vectors)?;
     let function = VirtioPciFunction::new(device, parts.dma, parts.intx, vectors)?;
     let function = Arc::new(Mutex::new(function));
-    let (addressed, plugged) = (function.clone(), function.clone());
+    let (addressed, plugged) = (function.clone(), Arc::downgrade(&function));
     Ok(Nic {
         function: function.clone(),
         events: function,
@@ -252,7 +254,9 @@ fn make_virtio(parts: NicParts<'_>) -> Result<Nic, NicError> {
             nic.device_mut().set_address(mac);
         }),
         set_cable: Some(Arc::new(move |is_in| {
-            let mut nic = plugged.lock().unwrap_or_else(PoisonError::into_inner);
+            // The edge has this, and the card has the edge.
+            let Some(nic) = plugged.upgrade() else { return };
+            let mut nic = nic.lock().unwrap_or_else(PoisonError::into_inner);
             nic.set_cable(is_in);
         })),
     })

@@ -26,9 +26,9 @@
 //!   goes by an ioeventfd.
 //! - What the guest does in one access of more than 8 bytes: the bus hands on at most 8.
 //!
-//! Lock order: the function, then the edge, then a line. The edge is not locked while the function
-//! is called. A card's link is told with neither locked ([`Edge::tell_link`]): pulling a cable is
-//! no access, and who can do it is the card's business ([`SetCable`]).
+//! Lock order: the telling of links, the function, the edge, a line. The edge is not locked while
+//! the function is called. A card's link is told with neither locked ([`Edge::tell_link`]): pulling
+//! a cable is no access, and who can do it is the card's business ([`SetCable`]).
 
 mod fault;
 mod function;
@@ -42,7 +42,7 @@ mod state;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use self::fault::Fault;
 use self::function::Registers;
@@ -71,9 +71,10 @@ pub struct Edge {
     /// The function's interrupts go to the guest by descriptors.
     unseen: AtomicBool,
     state: Mutex<State>,
-    /// How the function's link goes, if it has one. Locked while it is told, so that it is told in
-    /// the order in which it goes.
-    cable: Mutex<Option<SetCable>>,
+    /// How the function's link goes, if it has one.
+    cable: OnceLock<SetCable>,
+    /// Locked while the link is told, so that it is told in the order in which it goes.
+    telling: Mutex<()>,
 }
 
 impl std::fmt::Debug for Edge {
@@ -96,7 +97,8 @@ impl Edge {
 
     /// The function has a link, which goes and comes by `cable`.
     pub fn has_link(&self, cable: SetCable) {
-        *self.cable() = Some(cable);
+        // It is told once, when the card is made.
+        let _ = self.cable.set(cable);
     }
 
     /// An access to the function's registers is over, and the function not locked any more.
@@ -109,8 +111,10 @@ impl Edge {
     /// Tells the card of its link, if that has changed. To be called behind [`Edge::disarm`], when
     /// the function is not locked any more.
     pub fn tell_link(&self) {
-        let cable = self.cable();
-        let Some(set_cable) = &*cable else { return };
+        let Some(set_cable) = self.cable.get() else {
+            return;
+        };
+        let _telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
         let news = self.state().cable.news();
         if let Some(plugged) = news {
             set_cable(plugged);
@@ -130,7 +134,7 @@ impl Edge {
         if order.kind.needs_interrupts() && self.unseen.load(Ordering::Relaxed) {
             return Err(OrderError::InterruptsUnseen(order.kind));
         }
-        let has_link = self.cable().is_some();
+        let has_link = self.cable.get().is_some();
         let mut state = self.state();
         if state.faults.len() >= MAX_FAULTS {
             return Err(OrderError::TooMany(state.faults.len()));
@@ -183,10 +187,6 @@ impl Edge {
 
     fn set_interrupts_unseen(&self) {
         self.unseen.store(true, Ordering::Relaxed);
-    }
-
-    fn cable(&self) -> MutexGuard<'_, Option<SetCable>> {
-        self.cable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

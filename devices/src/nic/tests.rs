@@ -205,3 +205,15 @@ fn a_card_that_goes_on_from_a_state_has_its_address_until_it_is_given_another_on
         assert_eq!(address(&card), [2, 0, 0, 0, 1, 7], "{}", model.name);
     }
 }
+
+#[test]
+fn a_card_that_nobody_has_is_gone_whoever_may_still_pull_its_cable() {
+    let dma = memory();
+    for model in &MODELS {
+        let nic = make(model, &dma);
+        let (function, cable) = (Arc::downgrade(&nic.function), nic.set_cable.clone());
+        drop(nic);
+        assert!(function.upgrade().is_none(), "{}", model.name);
+        cable.unwrap()(false);
+    }
+}

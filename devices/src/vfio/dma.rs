@@ -37,6 +37,7 @@ struct Part {
 /// it away meanwhile.
 #[derive(Debug)]
 pub struct DmaMemory {
+    /// By guest physical address. What stays at a change is part of both.
     parts: Vec<Arc<Part>>,
 }
 
@@ -70,6 +71,7 @@ impl DmaMemory {
             let part = map(region).map_err(VfioError::host("map guest memory"))?;
             memory.parts.push(Arc::new(part));
         }
+        memory.parts.sort_by_key(|part| part.guest);
         Ok(memory)
     }
 
@@ -86,6 +88,7 @@ impl DmaMemory {
         let mut memory = Self::new(added)?;
         let stay = self.parts.iter().filter(|part| !has_gone(part)).cloned();
         memory.parts.extend(stay);
+        memory.parts.sort_by_key(|part| part.guest);
         Ok(memory)
     }
 
@@ -141,12 +144,11 @@ impl Part {
     }
 }
 
-impl Drop for DmaMemory {
+impl Drop for Part {
     fn drop(&mut self) {
-        for part in &self.parts {
-            // SAFETY: the range is a mapping of ours that nobody refers to.
-            unsafe { libc::munmap(part.host, part.bytes) };
-        }
+        // SAFETY: the range is a mapping of ours that nobody refers to: memory of which this was a
+        // part, and what that became, have gone.
+        unsafe { libc::munmap(self.host, self.bytes) };
     }
 }
 
@@ -269,5 +271,40 @@ mod tests {
         assert!(error.to_string().contains("--lazy"));
         let none = DmaMemory::of_space(&DmaSpace::empty()).unwrap();
         assert_eq!(none.bytes(), 0);
+    }
+
+    fn region(address: u64) -> DmaRegion {
+        let file = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(1 << 20).unwrap();
+        DmaRegion {
+            address,
+            len: 1 << 20,
+            file: Arc::new(file),
+            offset: 0,
+        }
+    }
+
+    /// Where its parts are in the guest; all of them are mapped here.
+    #[track_caller]
+    fn mapped(memory: &DmaMemory) -> Vec<u64> {
+        for part in &memory.parts {
+            part.populate(0).unwrap();
+        }
+        memory.parts.iter().map(|part| part.guest).collect()
+    }
+
+    #[test]
+    fn what_stays_is_mapped_as_long_as_somebody_has_it_and_all_is_in_order() {
+        let [low, middle, high] = [0, 1 << 32, 1 << 33].map(region);
+        let first = DmaMemory::new(&[high.clone(), low.clone()]).unwrap();
+        assert_eq!(mapped(&first), [0, 1 << 33]);
+        let second = first.changed(&[], std::slice::from_ref(&middle)).unwrap();
+        drop(first);
+        assert_eq!(mapped(&second), [0, 1 << 32, 1 << 33]);
+        let third = second.changed(std::slice::from_ref(&low), &[]).unwrap();
+        let gone = Arc::downgrade(&second.parts[0]);
+        drop(second);
+        assert_eq!(mapped(&third), [1 << 32, 1 << 33]);
+        assert!(gone.upgrade().is_none());
     }
 }

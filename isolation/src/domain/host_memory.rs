@@ -8,6 +8,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use devices::clock::monotonic_ns;
 
 /// Bytes that all calls of a guest may have the host keep unless said otherwise: some twenty times
 /// what the largest honest call takes.
@@ -16,11 +19,16 @@ pub const DEFAULT_LIMIT: u64 = 256 << 20;
 /// So much kept at once leaves the allocator with more free memory than is worth to keep.
 const LARGE: u64 = 1 << 20;
 
+/// The allocator is asked at most this often: it looks through all that it has.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Account {
     used: AtomicU64,
     /// The most that was kept at once since the allocator was last asked to give back.
     most: AtomicU64,
+    /// When that was, in nanoseconds of the host's monotonic clock.
+    asked: AtomicU64,
     limit: u64,
 }
 
@@ -40,6 +48,7 @@ impl HostMemory {
         Self(Arc::new(Account {
             used: AtomicU64::new(0),
             most: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
             limit,
         }))
     }
@@ -51,7 +60,7 @@ impl HostMemory {
 
     /// Nothing kept yet. What large calls have kept and freed until now goes back to the host.
     pub fn nothing(&self) -> Kept {
-        if self.large_calls_have_ended() {
+        if self.large_calls_have_ended(monotonic_ns()) {
             // SAFETY: malloc_trim takes no pointer and may be called at any time.
             unsafe { libc::malloc_trim(0) };
         }
@@ -71,14 +80,20 @@ impl HostMemory {
         before.is_ok()
     }
 
-    /// Says once, when most of it is gone, that much was kept.
-    fn large_calls_have_ended(&self) -> bool {
+    /// Says once, when most of it is gone, that much was kept, if it has not said so lately.
+    fn large_calls_have_ended(&self, now_ns: u64) -> bool {
         let most = self.0.most.load(Ordering::Relaxed);
         let used = self.used();
-        most >= LARGE && used <= most / 4 && {
-            self.0.most.store(used, Ordering::Relaxed);
-            true
+        if most < LARGE || used > most / 4 {
+            return false;
         }
+        let since = now_ns.saturating_sub(self.0.asked.load(Ordering::Relaxed));
+        if Duration::from_nanos(since) < AGAIN_AFTER {
+            return false;
+        }
+        self.0.most.store(used, Ordering::Relaxed);
+        self.0.asked.store(now_ns, Ordering::Relaxed);
+        true
     }
 
     fn give_back(&self, bytes: u64) {
@@ -159,17 +174,19 @@ mod tests {
     #[test]
     fn the_allocator_is_asked_to_give_back_once_when_what_was_large_has_gone() {
         let account = HostMemory::new(1 << 30);
+        let second = 1_000_000_000;
+        let now = second;
         let mut small = account.nothing();
         assert!(small.grow(LARGE / 8));
-        assert!(!account.large_calls_have_ended(), "nothing was large");
+        assert!(!account.large_calls_have_ended(now), "nothing was large");
         let mut large = account.nothing();
         assert!(large.grow(LARGE));
-        assert!(!account.large_calls_have_ended(), "it is still kept");
+        assert!(!account.large_calls_have_ended(now), "it is still kept");
         drop(large);
-        assert!(account.large_calls_have_ended());
-        assert!(!account.large_calls_have_ended(), "once");
+        assert!(account.large_calls_have_ended(now));
+        assert!(!account.large_calls_have_ended(now), "once");
         drop(small);
-        assert!(!account.large_calls_have_ended());
+        assert!(!account.large_calls_have_ended(now));
         // Many small ones are as good as a large one.
         let many: Vec<Kept> = (0..64).map(|_| account.nothing()).collect();
         let grown = many.into_iter().map(|mut kept| {
@@ -177,6 +194,7 @@ mod tests {
             kept
         });
         drop(grown.collect::<Vec<_>>());
-        assert!(account.large_calls_have_ended());
+        assert!(!account.large_calls_have_ended(now + second / 2), "lately");
+        assert!(account.large_calls_have_ended(now + second));
     }
 }

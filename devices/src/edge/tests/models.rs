@@ -1,6 +1,8 @@
 //! Faults at the edge of the 82540EM model, by the bus, by its registers, and while it is held.
 
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::super::{Edge, EdgeKind, EdgeOrder, OrderError, When};
 use crate::bus::Bus;
@@ -271,4 +273,32 @@ fn isolated_calls_pass_the_edge_and_a_call_that_is_taken_back_takes_its_late_sto
     };
     device.hold(&mut store).unwrap();
     assert_eq!((load(), load()), (0x1230, 0x4560));
+}
+
+/// The cable takes the card's lock, which who arms a fault has.
+#[test]
+fn a_fault_is_armed_while_a_link_is_told() {
+    let (edge, bench) = (Edge::default(), Mutex::new(bench()));
+    let (tells, telling) = channel();
+    let (arms, armed) = channel();
+    let armed = Mutex::new(armed);
+    edge.has_link(Arc::new(move |plugged| {
+        tells.send(plugged).unwrap();
+        let armed = armed.lock().unwrap();
+        armed.recv_timeout(Duration::from_secs(30)).unwrap();
+    }));
+    let flap = EdgeOrder::new(EdgeKind::LinkFlap).when(When::Once);
+    edge.arm(flap, &mut bench.lock().unwrap().nic).unwrap();
+    read(&edge, &mut bench.lock().unwrap().nic, STATUS);
+    std::thread::scope(|scope| {
+        let (edge, bench) = (&edge, &bench);
+        scope.spawn(move || {
+            assert!(!telling.recv().unwrap());
+            let order = EdgeOrder::new(EdgeKind::Removed);
+            edge.arm(order, &mut bench.lock().unwrap().nic).unwrap();
+            arms.send(()).unwrap();
+        });
+        edge.accessed();
+    });
+    assert_eq!(edge.statuses().len(), 2);
 }

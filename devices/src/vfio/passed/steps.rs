@@ -192,7 +192,11 @@ impl PassedFunction {
                 stage: Stage::Running,
             }) = &mut self.seat
         {
-            let next = hardware.map_more(&memory, None, batch(from))?;
+            let mut next = hardware.map_more(&memory, None, batch(from))?;
+            if next.is_none() && from > 0 && hardware.mapped_bytes() < memory.bytes() {
+                // Memory has come behind this.
+                next = Some(0);
+            }
             self.in_part = next.is_some();
             return Ok(next);
         }
@@ -381,7 +385,8 @@ impl PassedFunction {
         let before = self.memory.take();
         let memory = match &before {
             Some(before) => before.changed(removed, added),
-            None => DmaMemory::new(added),
+            // There was none, or what there was could not be given to the device.
+            None => DmaMemory::of_space(&self.dma),
         };
         let memory = memory.map(Arc::new);
         if let (Some(before), Ok(memory), []) = (&before, &memory, removed)
