@@ -109,6 +109,44 @@ fn is_at_default(guest: &mut Guest) -> bool {
     text.starts_with(DEFAULT_TEXT)
 }
 
+/// All functions of `e1000` and `dummy` isolated, with traffic through both at once, and the
+/// largest calls that there are.
+#[track_caller]
+fn two_modules_at_once(guest: &mut Guest) {
+    isolate_all(guest, "e1000");
+    guest.agent().load_module("dummy", "numdummies=1").unwrap();
+    isolate_all(guest, "dummy");
+    let at_once = "ip link set dummy0 up; ip addr add 10.9.0.1/24 dev dummy0; \
+        ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev dummy0; \
+        ping -c 20 -i 0.1 -W 1 10.9.0.2 > /dev/null & ping -c 20 -i 0.1 -W 5 10.0.2.2; wait; \
+        cat /sys/class/net/dummy0/statistics/tx_packets";
+    let said = shell(guest, at_once);
+    assert!(said.contains(" 0% packet loss"), "{said}");
+    let sent: u64 = said.lines().last().unwrap().trim().parse().unwrap();
+    assert!(sent >= 20, "{said}");
+    let stream = traffic::send(
+        guest,
+        TrafficKind::TcpEcho,
+        std::time::Duration::from_secs(3),
+    );
+    let stream = stream.unwrap();
+    assert_eq!((stream.corrupted, &stream.error), (0, &None), "{stream:?}");
+    // The largest rings there are, and all of their buffers anew.
+    shell(
+        guest,
+        "ethtool -G eth0 rx 4096 tx 4096; ip link set eth0 mtu 9000",
+    );
+    network::wait_for_link(guest, LINK_TIME).unwrap();
+    ping(guest, "10.0.2.2", 1400);
+    assert_nothing_failed(guest, &["dummy", "e1000"]);
+    let own = resident(guest);
+    assert!(
+        own <= 2 * RESIDENT_AT_MOST,
+        "{own} KiB after the largest calls"
+    );
+    assert_log_is_healthy(guest, &["Reset adapter"]);
+}
+
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn the_commands_of_the_readme_and_two_whole_modules_with_the_defaults() {
@@ -130,6 +168,12 @@ fn the_commands_of_the_readme_and_two_whole_modules_with_the_defaults() {
     network::wait_for_link(&mut guest, LINK_TIME).unwrap();
     println!("without anything isolated");
     resident(&guest);
+    isolate_all(&mut guest, "e1000");
+    ping(&mut guest, "10.0.2.2", 1400);
+    assert_nothing_failed(&guest, &["e1000"]);
+    let own = resident(&guest);
+    assert!(own <= RESIDENT_AT_MOST, "{own} KiB");
+    ask(&mut guest, "release guest e1000");
 
     let commands = commands(&images);
     assert!(commands.len() > 12, "{commands:?}");
@@ -142,41 +186,7 @@ fn the_commands_of_the_readme_and_two_whole_modules_with_the_defaults() {
     // Its copies of what the guest wrote since would be counted below.
     ask(&mut guest, "marks guest --forget mark");
 
-    isolate_all(&mut guest, "e1000");
-    ping(&mut guest, "10.0.2.2", 1400);
-    let own = resident(&guest);
-    assert!(own <= RESIDENT_AT_MOST, "{own} KiB");
-    guest.agent().load_module("dummy", "numdummies=1").unwrap();
-    isolate_all(&mut guest, "dummy");
-    let at_once = "ip link set dummy0 up; ip addr add 10.9.0.1/24 dev dummy0; \
-        ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev dummy0; \
-        ping -c 20 -i 0.1 -W 1 10.9.0.2 > /dev/null & ping -c 20 -i 0.1 -W 5 10.0.2.2; wait; \
-        cat /sys/class/net/dummy0/statistics/tx_packets";
-    let said = shell(&mut guest, at_once);
-    assert!(said.contains(" 0% packet loss"), "{said}");
-    let sent: u64 = said.lines().last().unwrap().trim().parse().unwrap();
-    assert!(sent >= 20, "{said}");
-    let stream = traffic::send(
-        &mut guest,
-        TrafficKind::TcpEcho,
-        std::time::Duration::from_secs(3),
-    );
-    let stream = stream.unwrap();
-    assert_eq!((stream.corrupted, &stream.error), (0, &None), "{stream:?}");
-    // The largest rings there are, and all of their buffers anew.
-    shell(
-        &mut guest,
-        "ethtool -G eth0 rx 4096 tx 4096; ip link set eth0 mtu 9000",
-    );
-    network::wait_for_link(&mut guest, LINK_TIME).unwrap();
-    ping(&mut guest, "10.0.2.2", 1400);
-    assert_nothing_failed(&guest, &["dummy", "e1000"]);
-    let own = resident(&guest);
-    assert!(
-        own <= 2 * RESIDENT_AT_MOST,
-        "{own} KiB after the largest calls"
-    );
-    assert_log_is_healthy(&mut guest, &["Reset adapter"]);
+    two_modules_at_once(&mut guest);
 
     let first = is_at_default(&mut guest);
     begins_anew(&mut guest, |guest| {
