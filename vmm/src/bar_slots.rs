@@ -6,10 +6,14 @@
 //!
 //! A page that its file has no more, or that a device does not give, ends `KVM_RUN` with an error
 //! (a KVM that interprets the instruction takes it for a device's register instead): the areas that
-//! may be the reason are withdrawn, and the vCPU makes its access again, which then exits.
+//! may be the reason are withdrawn, and the vCPU makes its access again, which then exits. Several
+//! vCPUs may come to such a page at once, and somebody else may have taken the area out meanwhile:
+//! whoever finds that a slot has gone since it entered the guest tries again too
+//! ([`BarSlots::gone`]).
 //!
 //! Lock order: an area, then the table here.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use devices::pci::areas::{BarArea, BarMemory, GuestSlots, SlotRefused};
@@ -27,6 +31,15 @@ struct Used {
     address: u64,
     len: u64,
     area: Weak<BarArea>,
+    /// KVM would not take it away: it stays, and withdrawing the area changes nothing.
+    stays: bool,
+}
+
+impl Used {
+    fn has(&self, address: u64) -> bool {
+        let offset = address.checked_sub(self.address);
+        offset.is_some_and(|offset| offset < self.len)
+    }
 }
 
 /// The table of slots of one machine.
@@ -34,6 +47,8 @@ pub(crate) struct BarSlots {
     vm: Arc<VmFd>,
     windows: Windows,
     used: Mutex<[Option<Used>; MAX_SLOTS]>,
+    /// How many have been taken away; raised with the table locked.
+    gone: AtomicU64,
     /// For the slots to give themselves back.
     this: Weak<Self>,
 }
@@ -45,35 +60,46 @@ impl BarSlots {
             vm,
             windows,
             used: Mutex::new([const { None }; MAX_SLOTS]),
+            gone: AtomicU64::new(0),
             this: this.clone(),
         });
         pci.put_areas_into(slots.clone());
         slots
     }
 
-    /// `KVM_RUN` could not reach some memory: withdraws the areas that may be the reason, those
-    /// whose file was cut or else all. Says whether there were any, so that it is worth trying
-    /// again.
-    pub fn withdraw_what_is_lost(&self) -> bool {
-        let areas: Vec<_> = {
+    /// How many slots have been taken away so far: for [`Self::withdraw_what_is_lost`], to be asked
+    /// before `KVM_RUN`.
+    pub fn gone(&self) -> u64 {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// `KVM_RUN` could not reach some memory, at guest physical `address` where it said so.
+    /// `gone_before` is what [`Self::gone`] was when it began. Withdraws the areas that may be the
+    /// reason; says whether a slot has gone since, so that it is worth trying again.
+    pub fn withdraw_what_is_lost(&self, gone_before: u64, address: Option<u64>) -> bool {
+        let mut areas = Vec::new();
+        {
             let used = self.used();
-            let areas = used.iter().flatten();
-            areas.filter_map(|one| one.area.upgrade()).collect()
-        };
-        let cut: Vec<_> = areas
-            .iter()
-            .filter(|area| area.memory().is_cut())
-            .cloned()
-            .collect();
-        let lost = if cut.is_empty() { areas } else { cut };
-        for area in &lost {
+            if self.gone() != gone_before {
+                return true;
+            }
+            for one in used.iter().flatten().filter(|one| !one.stays) {
+                match one.area.upgrade() {
+                    // The area is being dropped, and its slot with it.
+                    None => return true,
+                    Some(area) if address.is_none_or(|at| one.has(at)) => areas.push(area),
+                    Some(_) => {}
+                }
+            }
+        }
+        for area in suspects(areas, address.is_some()) {
             area.withdraw();
             tracing::warn!(
                 ?area,
                 "registers that were mapped are gone: every access exits from now on"
             );
         }
-        !lost.is_empty()
+        self.gone() != gone_before
     }
 
     fn used(&self) -> MutexGuard<'_, [Option<Used>; MAX_SLOTS]> {
@@ -118,7 +144,12 @@ impl GuestSlots for BarSlots {
             return Err(SlotRefused::Here("the machine ends"));
         };
         let area = Arc::downgrade(area);
-        let one = Used { address, len, area };
+        let one = Used {
+            address,
+            len,
+            area,
+            stays: false,
+        };
         self.set(number, &one, memory.host_address(), len)
             .map_err(SlotRefused::ByHost)?;
         used[number] = Some(one);
@@ -128,6 +159,24 @@ impl GuestSlots for BarSlots {
             number,
             memory,
         }))
+    }
+}
+
+/// Which of `areas` are to go when one of them could not be reached: all where it `is_known` which
+/// one. Else those whose file is found cut; else those in files, which other processes may take
+/// away in other ways; else those of devices.
+fn suspects(areas: Vec<Arc<BarArea>>, is_known: bool) -> Vec<Arc<BarArea>> {
+    if is_known {
+        return areas;
+    }
+    let is_of_file = |area: &Arc<BarArea>| area.memory().is_of_file();
+    let (mut in_files, of_devices): (Vec<_>, Vec<_>) = areas.into_iter().partition(is_of_file);
+    if in_files.iter().any(|area| area.memory().is_cut()) {
+        in_files.retain(|area| area.memory().is_cut());
+    }
+    match in_files.is_empty() {
+        true => of_devices,
+        false => in_files,
     }
 }
 
@@ -142,21 +191,25 @@ struct Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut used = self.this.used();
-        let Some(one) = used.get_mut(self.number) else {
+        let Some(entry) = used.get_mut(self.number) else {
             return;
         };
-        let taken = one
-            .as_ref()
-            .map(|one| self.this.set(self.number, one, 0, 0));
-        match taken {
-            Some(Err(error)) => {
-                tracing::error!(
-                    error,
-                    "a memory slot stays, and so does what is mapped there"
-                );
-                std::mem::forget(self.memory.take());
-            }
-            _ => *one = None,
+        let Some(one) = entry else {
+            return;
+        };
+        if let Err(error) = self.this.set(self.number, one, 0, 0) {
+            tracing::error!(
+                error,
+                "a memory slot stays, and so does what is mapped there"
+            );
+            one.stays = true;
+            std::mem::forget(self.memory.take());
+            return;
         }
+        *entry = None;
+        self.this.gone.fetch_add(1, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -129,6 +129,7 @@ fn complete(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<(), St
 fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Option<Flow>, String> {
     let run: *const kvm_run = fd.get_kvm_run();
     let exits = &machine.vcpus[usize::from(index)].exits;
+    let gone = machine.bar_slots.gone();
     match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
             // SAFETY: KVM filled the `io` part of the structure for this exit, and the mapping
@@ -178,6 +179,11 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             // Nothing of an instruction is open.
             return Ok(None);
         }
+        // An error too, for which KVM says the address.
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+            exits.count(ExitKind::Other, 0);
+            return Ok(unreachable_memory(machine, gone, Some(gpa)));
+        }
         Ok(other) => {
             exits.count(ExitKind::Other, 0);
             return Ok(Some(Flow::Fail(describe(&other, run))));
@@ -187,12 +193,9 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
             fd.set_kvm_immediate_exit(0);
             return Ok(None);
         }
-        Err(error)
-            if error.errno() == libc::EFAULT && machine.bar_slots.withdraw_what_is_lost() =>
-        {
+        Err(error) if error.errno() == libc::EFAULT => {
             exits.count(ExitKind::Other, 0);
-            // The instruction is as it was, and is begun again.
-            return Ok(None);
+            return Ok(unreachable_memory(machine, gone, None));
         }
         Err(error) => {
             exits.count(ExitKind::Other, 0);
@@ -200,6 +203,18 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
         }
     }
     Ok(Some(Flow::Continue))
+}
+
+/// KVM could not reach some memory, at `address` if it is known. Where that was a function's
+/// registers, which are gone now, the instruction is as it was, and is begun again. `gone` is
+/// [`crate::bar_slots::BarSlots::gone`] of before.
+fn unreachable_memory(machine: &Machine, gone: u64, address: Option<u64>) -> Option<Flow> {
+    if machine.bar_slots.withdraw_what_is_lost(gone, address) {
+        return None;
+    }
+    let at = address.map_or_else(String::new, |at| format!(" at {at:#x}"));
+    let error = std::io::Error::from_raw_os_error(libc::EFAULT);
+    Some(Flow::Fail(format!("KVM_RUN: {error}{at}")))
 }
 
 /// A KVM that interprets an instruction takes memory that it cannot reach for a device.

@@ -107,7 +107,7 @@ impl BarMemory {
     ///
     /// # Errors
     /// The kernel does not.
-    pub(crate) fn of_device(file: &File, offset: u64, len: usize) -> std::io::Result<Self> {
+    pub fn of_device(file: &File, offset: u64, len: usize) -> std::io::Result<Self> {
         let offset = libc::off_t::try_from(offset).map_err(|_| ErrorKind::InvalidInput)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let (flags, fd) = (libc::MAP_SHARED, file.as_raw_fd());
@@ -138,6 +138,11 @@ impl BarMemory {
     /// Whether there is nothing of it.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether another process has given it, and may take away what is behind it.
+    pub fn is_of_file(&self) -> bool {
+        matches!(self.0, Backing::Foreign { .. })
     }
 
     /// Whether its file is found to be shorter than it was.
@@ -246,8 +251,9 @@ impl BarArea {
         }
     }
 
-    /// Has it at `address`, as far as `slots` can.
-    pub(crate) fn put(self: &Arc<Self>, address: u64, slots: &dyn GuestSlots) {
+    /// Has it at guest physical `address`, as far as `slots` can: the bus does so for the functions
+    /// on it.
+    pub fn put(self: &Arc<Self>, address: u64, slots: &dyn GuestSlots) {
         let mut place = self.place();
         match &*place {
             Place::Withdrawn => return,

@@ -259,7 +259,7 @@ fn first_replies() -> Vec<(Command, Vec<u8>)> {
             index,
             size: if there { REGISTERS as u64 } else { 0 },
             offset: 0,
-            areas: Vec::new(),
+            areas: None,
         };
         replies.push((Command::GetRegionInfo, info.to_bytes()));
     }

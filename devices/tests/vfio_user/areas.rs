@@ -47,7 +47,7 @@ fn whole() -> RegionInfo {
         index: 0,
         size: BAR_BYTES,
         offset: IN_FILE,
-        areas: Vec::new(),
+        areas: None,
     }
 }
 
@@ -55,7 +55,7 @@ fn sparse(areas: &[(u64, u64)]) -> RegionInfo {
     // Built by its bytes, as those that cannot be are refused elsewhere.
     let area = |&(offset, size): &(u64, u64)| devices::vfio_user::message::Area { offset, size };
     let mut region = whole();
-    region.areas = areas.iter().map(area).collect();
+    region.areas = Some(areas.iter().map(area).collect());
     region.argsz = region.whole();
     region
 }
@@ -213,6 +213,8 @@ fn a_file_that_cannot_be_mapped_is_none_and_everything_goes_by_messages() {
         areas_of(sparse(&[(0x800, 0x1000), (0, 0)]), vec![file()]),
         []
     );
+    // A list of no areas is not all of it.
+    assert_eq!(areas_of(sparse(&[]), vec![file()]), []);
 }
 
 #[test]
@@ -261,10 +263,14 @@ fn a_server_has_no_more_mapped_than_there_is_room_for() {
     let huge = RegionInfo {
         size: 1 << 31,
         offset: 0,
-        ..sparse(&[(0, 0x1000), (0x4000_0000, 0x4000_0000)])
+        ..sparse(&[(0, 0x1000), (0x3000, 0x4000_0000), (0x4000_4000, 0x1000)])
     };
     let file = Arc::new(memfd(1 << 31));
-    assert_eq!(areas_of(huge, vec![file]), [(0, 0x1000)]);
+    // One that is too large costs those behind it nothing.
+    assert_eq!(
+        areas_of(huge, vec![file]),
+        [(0, 0x1000), (0x4000_4000, 0x4000_5000)]
+    );
 }
 
 /// What the crate `vfio_user` has at its end of it.

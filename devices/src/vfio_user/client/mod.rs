@@ -195,7 +195,7 @@ impl Client {
             index,
             size: 0,
             offset: 0,
-            areas: Vec::new(),
+            areas: None,
         };
         let (mut region, mut fds) = match self.ask_for_region(&question) {
             Err(ClientError::Refused { .. }) => return Ok((question, None)),

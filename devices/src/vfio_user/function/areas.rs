@@ -32,10 +32,13 @@ pub fn of(client: &Client, shape: &Shape) -> Result<Vec<Arc<BarArea>>, FunctionE
         let parts = parts.map_err(|_| FunctionError::Unusable("a region has impossible areas"))?;
         for part in whole_pages(&parts, &table_in(shape, bar.bar)) {
             let bytes = part.end - part.start;
-            if areas.len() == MAX_AREAS || bytes > left {
+            if areas.len() == MAX_AREAS {
                 return Ok(areas);
             }
-            left -= bytes;
+            if bytes > left {
+                // A smaller one may have room.
+                continue;
+            }
             let offset = region.offset.checked_add(part.start);
             let offset =
                 offset.ok_or(FunctionError::Unusable("a region is nowhere in its file"))?;
@@ -46,7 +49,10 @@ pub fn of(client: &Client, shape: &Shape) -> Result<Vec<Arc<BarArea>>, FunctionE
                     BarArea::new(bar.bar, part.start, memory).map_err(|error| error.to_string())
                 });
             match area {
-                Ok(area) => areas.push(area),
+                Ok(area) => {
+                    left -= bytes;
+                    areas.push(area);
+                }
                 Err(error) => tracing::warn!(
                     error,
                     bar = bar.bar,

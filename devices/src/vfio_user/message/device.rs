@@ -85,8 +85,9 @@ pub struct RegionInfo {
     pub size: u64,
     /// Where it begins in the file whose descriptor comes with the reply, if it can be mapped.
     pub offset: u64,
-    /// Parts that can be mapped, where not all of it can (`VFIO_REGION_INFO_CAP_SPARSE_MMAP`).
-    pub areas: Vec<Area>,
+    /// Parts that can be mapped, where it says so (`VFIO_REGION_INFO_CAP_SPARSE_MMAP`): if it does
+    /// and lists none, nothing can.
+    pub areas: Option<Vec<Area>>,
 }
 
 impl RegionInfo {
@@ -95,9 +96,9 @@ impl RegionInfo {
 
     /// Length of all of it.
     pub fn whole(&self) -> u32 {
-        match self.areas.len() as u32 {
-            0 => Self::BYTES,
-            areas => Self::BYTES + 16 + 16 * areas,
+        match &self.areas {
+            None => Self::BYTES,
+            Some(areas) => Self::BYTES + 16 + 16 * areas.len() as u32,
         }
     }
 
@@ -111,16 +112,16 @@ impl RegionInfo {
         if self.flags & both != both {
             return Ok(Vec::new());
         }
-        if self.areas.is_empty() {
+        let Some(areas) = &self.areas else {
             return Ok(std::iter::once(0..self.size).collect());
-        }
+        };
         let range = |area: &Area| {
             let end = area.offset.checked_add(area.size);
             let end = end.filter(|end| *end <= self.size);
             let end = end.ok_or(MessageError::Field("area of a region"))?;
             Ok(area.offset..end)
         };
-        let parts: Result<Vec<_>, _> = self.areas.iter().map(range).collect();
+        let parts: Result<Vec<_>, _> = areas.iter().map(range).collect();
         let mut parts = parts?;
         parts.retain(|part| !part.is_empty());
         parts.sort_by_key(|part| part.start);
@@ -144,11 +145,11 @@ impl Payload for RegionInfo {
             true => {
                 // There was no room for all of it: what of it can be mapped is not known.
                 flags &= !REGION_MMAP;
-                Vec::new()
+                None
             }
             false => {
                 reader.end()?;
-                Vec::new()
+                None
             }
         };
         Ok(Self {
@@ -163,26 +164,27 @@ impl Payload for RegionInfo {
 
     fn write(&self, out: &mut Vec<u8>) {
         let (mut flags, mut first) = (self.flags & !VFIO_REGION_INFO_FLAG_CAPS, 0);
-        if !self.areas.is_empty() {
+        if self.areas.is_some() {
             flags |= VFIO_REGION_INFO_FLAG_CAPS;
             first = Self::BYTES;
         }
         put(out, [self.argsz, flags, self.index, first]);
         put64(out, [self.size, self.offset]);
-        if !self.areas.is_empty() {
+        if let Some(areas) = &self.areas {
             // Version 1 in the upper half of the first word.
             put(out, [VFIO_REGION_INFO_CAP_SPARSE_MMAP | 1 << 16, 0]);
-            put(out, [self.areas.len() as u32, 0]);
-            for area in &self.areas {
+            put(out, [areas.len() as u32, 0]);
+            for area in areas {
                 put64(out, [area.offset, area.size]);
             }
         }
     }
 }
 
-/// The areas in a list of capabilities: each says where the next one is, which has to be behind it.
-fn areas(bytes: &[u8], first: u32) -> Result<Vec<Area>, MessageError> {
-    let mut found = Vec::new();
+/// The areas in a list of capabilities, if one of them is of areas: each says where the next one is,
+/// which has to be behind it.
+fn areas(bytes: &[u8], first: u32) -> Result<Option<Vec<Area>>, MessageError> {
+    let mut found = None;
     let (mut at, mut last) = (first, RegionInfo::BYTES - 1);
     for _ in 0..MAX_CAPABILITIES {
         if at == 0 {
@@ -204,6 +206,7 @@ fn areas(bytes: &[u8], first: u32) -> Result<Vec<Area>, MessageError> {
         if count > MAX_AREAS {
             return Err(MessageError::Field("number of areas"));
         }
+        let found: &mut Vec<_> = found.get_or_insert_default();
         for _ in 0..count {
             found.push(Area {
                 offset: reader.u64()?,

@@ -134,7 +134,7 @@ fn a_region_that_can_be_mapped_in_parts_says_which() {
         index: 2,
         size: 0x4000,
         offset: 0x1000,
-        areas: vec![
+        areas: Some(vec![
             Area {
                 offset: 0,
                 size: 0x1000,
@@ -143,7 +143,7 @@ fn a_region_that_can_be_mapped_in_parts_says_which() {
                 offset: 0x2000,
                 size: 0x2000,
             },
-        ],
+        ]),
     };
     assert_eq!(region.whole(), 80);
     let text = "50000000 0f000000 02000000 20000000 0040000000000000 0010000000000000
@@ -155,9 +155,20 @@ fn a_region_that_can_be_mapped_in_parts_says_which() {
     assert_eq!(region.mappable().unwrap(), [0..0x1000, 0x2000..0x4000]);
     // Too short for its capabilities: they are to be asked for again.
     let cut = RegionInfo::parse(&whole[..32]).unwrap();
-    assert_eq!(cut.areas, []);
+    assert_eq!(cut.areas, None);
     // As long as they are not known, nothing of it is mapped, and not all.
     assert_eq!(cut.mappable().unwrap(), []);
+    // A list of no areas says that nothing can be, as no list says that all can.
+    let mut none = whole[..48].to_vec();
+    none[0] = 48;
+    none[40] = 0;
+    let listed = RegionInfo::parse(&none).unwrap();
+    assert_eq!(listed.mappable().unwrap(), []);
+    assert_eq!(listed.to_bytes(), none);
+    none[12] = 0;
+    let not_listed = RegionInfo::parse(&none).unwrap();
+    let all = std::iter::once(0..0x4000).collect::<Vec<_>>();
+    assert_eq!(not_listed.mappable().unwrap(), all);
     // Lists that go in circles, backwards, or out of the message; areas without end.
     for (at, value) in [
         (12, 31_u32),

@@ -283,7 +283,7 @@ impl Device {
             index: question.index,
             size,
             offset: 0,
-            areas: Vec::new(),
+            areas: None,
         };
         Ok(info.to_bytes())
     }
