@@ -6,7 +6,7 @@ use crate::common::place::Place;
 use crate::inside::{Kind, attempt};
 
 /// Calls that end a VM's process, with the name that it says.
-const REFUSED: [(&str, &str); 19] = [
+const REFUSED: [(&str, &str); 21] = [
     ("execve", "execve"),
     ("fork", "fork"),
     ("clone", "clone"),

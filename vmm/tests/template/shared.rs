@@ -286,7 +286,7 @@ fn a_first_mark_while_memory_is_shared_finds_no_page_missing() {
         std::thread::scope(|scope| {
             let marked = scope.spawn(|| handle.mark("a", LIMIT).map(|_| ()));
             // At another moment of the mark each time.
-            (0..round * 200).for_each(|_| std::thread::yield_now());
+            (0..round * 20).for_each(|_| std::thread::yield_now());
             handle.share_memory().unwrap();
             marked.join().unwrap().unwrap();
         });
