@@ -279,7 +279,7 @@ fn a_first_mark_while_memory_is_shared_finds_no_page_missing() {
         return;
     }
     let saved = saved(1);
-    for round in 0..12 {
+    for round in 0..4 {
         let clone = clone_with(&saved, template_on_demand(&saved), 1);
         let handle = clone.handle();
         clone.wait(30);
