@@ -2,8 +2,8 @@
 //! then on.
 //!
 //! A file beside the snapshot, which is whole without it. Who goes on first records it, all others
-//! read it. Wrong pages in it cost time and nothing else; so one that cannot be read is not used, and
-//! is recorded anew. What is no working set, or has a second name, is left as it is.
+//! read it. Wrong pages in it cost time and nothing else; so one that cannot be read is not used,
+//! and is recorded anew. What is no working set, or has a second name, is left as it is.
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -69,14 +69,14 @@ impl WorkingSet {
     /// not to go on: what is wrong is said in the log.
     pub fn of(snapshot: &Snapshot) -> Self {
         let path = snapshot.dir().join(WORKING_SET_FILE);
-        Self::open(&path, snapshot).unwrap_or_else(|error| {
+        let (id, bytes) = (snapshot.manifest().id, snapshot.manifest().memory_bytes);
+        Self::open(&path, id, bytes).unwrap_or_else(|error| {
             tracing::debug!("{}: no pages are fetched ahead: {error}", path.display());
             Self::default()
         })
     }
 
-    fn open(path: &Path, snapshot: &Snapshot) -> std::io::Result<Self> {
-        let (id, bytes) = (snapshot.manifest().id, snapshot.manifest().memory_bytes);
+    fn open(path: &Path, id: SnapshotId, memory_bytes: u64) -> std::io::Result<Self> {
         // A FIFO would be waited for, and a link leads elsewhere.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
         let mut options = OpenOptions::new();
@@ -103,7 +103,7 @@ impl WorkingSet {
         let is_ours = content.is_empty() || content.starts_with(MAGIC);
         let is_ours = is_writable && is_ours && metadata.nlink() == 1;
         let recorder = |file| Recorder { file, snapshot: id };
-        match read(&content, id, bytes) {
+        match read(&content, id, memory_bytes) {
             Found::Pages(pages) => Ok(Self {
                 pages,
                 recorder: None,
@@ -258,6 +258,38 @@ mod tests {
             let cut = &bytes[..cut.index(bytes.len())];
             prop_assert!(!matches!(read(cut, id(), MEMORY), Found::Pages(_)));
         }
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_is_not_recorded_into() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(WORKING_SET_FILE);
+        let recorder = || {
+            WorkingSet::open(&path, id(), MEMORY)
+                .unwrap()
+                .recorder()
+                .is_some()
+        };
+        // Nothing yet, cut behind the magic, and one that tells of no page.
+        assert!(recorder());
+        for damaged in [&MAGIC[..], &recorded(id(), &[])] {
+            std::fs::write(&path, damaged).unwrap();
+            assert!(recorder());
+        }
+        let theirs = [
+            b"x".to_vec(),
+            b"COFFERWS, longer than the head".to_vec(),
+            vec![0; 64],
+        ];
+        for theirs in theirs {
+            std::fs::write(&path, &theirs).unwrap();
+            assert!(!recorder());
+            assert_eq!(std::fs::read(&path).unwrap(), theirs);
+        }
+        // By another name it may be anything.
+        std::fs::write(&path, b"").unwrap();
+        std::fs::hard_link(&path, folder.path().join("other")).unwrap();
+        assert!(!recorder());
     }
 
     #[test]
