@@ -122,8 +122,13 @@ impl Saved {
             .name("first-pages".to_owned())
             .spawn(move || {
                 let _: Result<(), _> = is_answered.recv_timeout(FIRST_TIME);
-                let touched = handle.ram().touched();
-                if let Err(error) = touched.and_then(|pages| recorder.record(&pages)) {
+                let recorded = match handle.ram().touched() {
+                    Ok(Some(pages)) if !pages.is_empty() => recorder.record(&pages),
+                    // Its memory is its own by now: who goes on next records it.
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = recorded {
                     tracing::debug!("what the guest touches first is not recorded: {error}");
                 }
             })

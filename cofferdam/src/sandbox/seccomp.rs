@@ -186,8 +186,9 @@ const IOCTL_TYPE: u64 = 0xff00;
 const KVM: u64 = 0xae00;
 /// `VFIO_TYPE` of linux/vfio.h.
 const VFIO: u64 = 0x3b00;
-/// `UFFDIO` of linux/userfaultfd.h: what is done with a descriptor that was opened before.
-const USERFAULT: u64 = 0xaa00;
+/// `UFFDIO_REGISTER`, `UFFDIO_UNREGISTER`, `UFFDIO_WAKE` and `UFFDIO_COPY` of linux/userfaultfd.h:
+/// what is done with a descriptor that was opened before.
+const USERFAULT: [u64; 4] = [0xc020_aa00, 0x8010_aa01, 0x8010_aa02, 0xc028_aa03];
 /// `TUNSETIFF` of linux/if_tun.h.
 const TUNSETIFF: u64 = 0x4004_54ca;
 /// `TCGETS2` and the three `TCSETS2` of asm-generic/ioctls.h, which newer C libraries use.
@@ -260,7 +261,7 @@ fn machine() -> Result<Rules, BackendError> {
     let mut rules: Rules = plain.map(|(_, number)| (*number, Vec::new())).collect();
     let mut ioctl = bits(1, IOCTL_TYPE, KVM)?;
     ioctl.extend(bits(1, IOCTL_TYPE, VFIO)?);
-    ioctl.extend(bits(1, IOCTL_TYPE, USERFAULT)?);
+    ioctl.extend(one_of(1, &USERFAULT)?);
     ioctl.extend(one_of(1, &REQUESTS)?);
     ioctl.extend(one_of(1, &TERMIOS2)?);
     let own = u64::from(std::process::id());

@@ -6,7 +6,7 @@ use crate::common::place::Place;
 use crate::inside::{Kind, attempt};
 
 /// Calls that end a VM's process, with the name that it says.
-const REFUSED: [(&str, &str); 19] = [
+const REFUSED: [(&str, &str); 21] = [
     ("execve", "execve"),
     ("fork", "fork"),
     ("clone", "clone"),
@@ -22,6 +22,8 @@ const REFUSED: [(&str, &str); 19] = [
     ("kill_parent", "kill"),
     ("tgkill_parent", "tgkill"),
     ("ioctl_tiocsti", "ioctl"),
+    ("ioctl_userfault_api", "ioctl"),
+    ("ioctl_userfault_protect", "ioctl"),
     ("fcntl_setown", "fcntl"),
     ("prctl_dumpable", "prctl"),
     ("prlimit_set", "prlimit64"),
@@ -96,6 +98,7 @@ fn a_vcpus_thread_makes_no_names_and_touches_no_terminal_and_others_do() {
     attempt(&place, Kind::Machine, "", "kill_self").returned(0);
     attempt(&place, Kind::Machine, "", "flock").returned(libc::EBADF);
     attempt(&place, Kind::Machine, "", "ioctl_tunsetiff").returned(libc::EBADF);
+    attempt(&place, Kind::Machine, "", "ioctl_userfault_copy").returned(libc::EBADF);
 }
 
 #[test]

@@ -94,10 +94,13 @@ impl PrivateView {
             let log = region.get_mmap();
             let log = log.bitmap();
             let missing = match log.is_elsewhere() {
-                true => Some(
-                    log.missing_pages()
-                        .ok_or(ViewError::NotFileBacked(gpa.raw_value()))?,
-                ),
+                true => match log.missing_pages() {
+                    // Asked again: the guest may have got all of its memory in between.
+                    None if log.is_elsewhere() => {
+                        return Err(ViewError::NotFileBacked(gpa.raw_value()));
+                    }
+                    missing => missing,
+                },
                 false => None,
             };
             let size = usize::try_from(region.len()).map_err(|_| ViewError::Layout)?;

@@ -73,6 +73,8 @@ impl VmHandle {
         name: &str,
         limit: Duration,
     ) -> Result<tree::Id, MarkError> {
+        // Whoever changes what memory is mapped from would have pages read that are missing.
+        let _one = self.one_copying();
         let machine = self.machine();
         let ram = &machine.ram;
         let deadline = Instant::now() + limit;

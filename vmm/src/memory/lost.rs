@@ -62,6 +62,8 @@ pub(super) struct Watched {
     told: Arc<EventFd>,
     file: Arc<File>,
     wanted: u64,
+    /// Why the memory is lost, if it is not by the file.
+    why: Arc<OnceLock<String>>,
 }
 
 impl Watched {
@@ -75,11 +77,13 @@ impl Watched {
             return Err(Error::other("the handler of SIGBUS cannot be installed"));
         }
         let told = Arc::new(EventFd::new(EFD_CLOEXEC)?);
+        let why = Arc::<OnceLock<String>>::default();
         let mut watched = Self {
             slots: Vec::new(),
             told: told.clone(),
             file: file.clone(),
             wanted,
+            why: why.clone(),
         };
         for region in regions {
             let start = region.host_address as usize;
@@ -94,7 +98,7 @@ impl Watched {
             .spawn(move || {
                 // What was written is added up: anything but the word of the end is a page.
                 if !matches!(told.read(), Ok(DROPPED)) {
-                    end(&name, &file, wanted);
+                    end(&name, &file, wanted, why.get());
                 }
             })?;
         Ok(watched)
@@ -109,8 +113,14 @@ impl Watched {
         }
     }
 
-    /// Ends the process and does not return: a page cannot be had.
-    pub fn end(&self) -> ! {
+    /// Ends the process and does not return: pages cannot be had, as `error` says.
+    pub fn end_because(&self, error: &dyn std::fmt::Display) -> ! {
+        // Who comes second has nothing to say that is not of the first.
+        let _ = self.why.set(error.to_string());
+        self.end()
+    }
+
+    fn end(&self) -> ! {
         tell(self.told.as_raw_fd())
     }
 }
@@ -131,11 +141,9 @@ impl Drop for Watched {
 }
 
 /// Says what is wrong and ends the process.
-fn end(name: &Path, file: &File, wanted: u64) -> ! {
-    let what = match file.metadata().map(|now| now.len()) {
-        Ok(now) if now < wanted => format!("was cut to {now} of {wanted} bytes"),
-        _ => "cannot be read".to_owned(),
-    };
+fn end(name: &Path, file: &File, wanted: u64, why: Option<&String>) -> ! {
+    let now = file.metadata().map(|now| now.len());
+    let what = lost(name, now.ok().filter(|now| *now < wanted), wanted, why);
     if let Some(clear) = AT_END.get() {
         clear();
     }
@@ -143,13 +151,30 @@ fn end(name: &Path, file: &File, wanted: u64) -> ! {
     // more it is said to nobody.
     let _ = writeln!(
         std::io::stderr(),
-        "cofferdam: the guest's memory is lost: {} {what} while the guest ran from it; \
-         put the file back and run it from the snapshot again (without --lazy it needs the file no more once it runs)",
-        name.display()
+        "cofferdam: the guest's memory is lost: {what} (without --lazy it needs the file no more once it runs)"
     );
     // SAFETY: nothing is to be done in this process any more, and others may hold what exit()
     // would wait for.
     unsafe { libc::_exit(1) }
+}
+
+/// What is wrong and what to do: of the file `name`, which was `cut` to so many of the bytes
+/// `wanted`, cannot be read, or is well, and pages cannot be had for another reason, `why`.
+fn lost(name: &Path, cut: Option<u64>, wanted: u64, why: Option<&String>) -> String {
+    let name = name.display();
+    match (cut, why) {
+        (Some(now), _) => format!(
+            "{name} was cut to {now} of {wanted} bytes while the guest ran from it; \
+             put the file back and run it from the snapshot again"
+        ),
+        (None, Some(why)) => {
+            format!("{why}; mend that and run it from the snapshot again, whose memory is {name}")
+        }
+        (None, None) => format!(
+            "{name} cannot be read while the guest runs from it; \
+             put the file back and run it from the snapshot again"
+        ),
+    }
 }
 
 fn take_slot(start: usize, end: usize, tell: i32) -> Option<usize> {
@@ -203,5 +228,40 @@ fn tell(fd: i32) -> ! {
     loop {
         // SAFETY: no pointers are involved.
         unsafe { libc::pause() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::missing::BringError;
+
+    #[test]
+    fn a_host_without_memory_is_told_apart_from_a_snapshot_that_is_damaged() {
+        let name = Path::new("/s/memory");
+        let why = |error: BringError| error.to_string();
+        let full = why(BringError::Page(Error::from_raw_os_error(libc::ENOMEM)));
+        let told = lost(name, None, 4096, Some(&full));
+        assert!(told.contains("the host has no memory"), "{told}");
+        assert!(
+            !told.contains("put the file back") && !told.contains("was cut"),
+            "{told}"
+        );
+        let unreadable = why(BringError::Read(Error::from_raw_os_error(libc::EIO)));
+        let told = lost(name, None, 4096, Some(&unreadable));
+        assert!(
+            told.contains("cannot be read") && told.contains("/s/memory"),
+            "{told}"
+        );
+        // A file that was cut is that, whoever came there first.
+        for why in [None, Some(&unreadable)] {
+            let told = lost(name, Some(12), 4096, why);
+            assert!(
+                told.starts_with("/s/memory was cut to 12 of 4096 bytes"),
+                "{told}"
+            );
+        }
+        let told = lost(name, None, 4096, None);
+        assert!(told.contains("/s/memory cannot be read"), "{told}");
     }
 }

@@ -28,7 +28,45 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::lost::Watched;
 use super::userfault::Userfault;
-use super::{PAGE_BYTES, RamRegion, data_of};
+use super::{MemoryError, PAGE_BYTES, RamRegion, data_of};
+
+/// Why a page does not come.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BringError {
+    /// The template does not have it, or it is no page of the memory.
+    #[error("a page of the template cannot be read: {0}")]
+    Read(#[source] Error),
+    /// The kernel does not put it into the own file: most likely the host has no more memory.
+    #[error("the host has no memory for a page of the guest: {0}")]
+    Page(#[source] Error),
+}
+
+impl From<BringError> for MemoryError {
+    fn from(error: BringError) -> Self {
+        match error {
+            BringError::Read(error) => Self::Template(error),
+            BringError::Page(error) => Self::Allocate(error),
+        }
+    }
+}
+
+/// Why pages do not come any more.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Bring(#[from] BringError),
+    /// Nobody can be asked who waits for one, or be woken.
+    #[error("the kernel does not tell of pages that are missing: {0}")]
+    Kernel(#[from] Error),
+}
+
+/// The further mappings of the file.
+#[derive(Debug, Default)]
+struct Views {
+    known: Vec<View>,
+    /// Nobody answers any more.
+    ended: bool,
+}
 
 /// A further mapping of the file.
 #[derive(Debug)]
@@ -48,7 +86,7 @@ struct Serving {
     bytes: u64,
     own: Arc<File>,
     regions: Vec<RamRegion>,
-    views: Mutex<Vec<View>>,
+    views: Mutex<Views>,
     watched: Arc<Watched>,
 }
 
@@ -90,7 +128,7 @@ impl Missing {
             .spawn(move || {
                 if let Err(error) = served.run(&ends) {
                     tracing::error!("pages of the guest's memory do not come any more: {error}");
-                    served.watched.end();
+                    served.watched.end_because(&error);
                 }
             })?;
         Ok(Self {
@@ -105,14 +143,17 @@ impl Missing {
         self.serving.clone()
     }
 
-    /// Brings all that is not there yet.
-    pub fn bring_all(&self) -> Result<()> {
+    /// Offsets of the pages that are not there yet. What is a hole in both files is zero with or
+    /// without us.
+    pub fn absent(&self) -> Result<Vec<u64>> {
         let serving = &self.serving;
-        // What is a hole in both is zero with or without us.
-        for offset in absent(&serving.template, &serving.own, serving.bytes)? {
-            serving.bring(offset)?;
-        }
-        Ok(())
+        absent(&serving.template, &serving.own, serving.bytes)
+    }
+
+    /// Brings the pages at `offsets` of the file that are not there.
+    pub fn bring(&self, offsets: &[u64]) -> std::result::Result<(), BringError> {
+        let mut offsets = offsets.iter();
+        offsets.try_for_each(|&offset| self.serving.bring(offset))
     }
 }
 
@@ -130,7 +171,7 @@ impl Drop for Missing {
 }
 
 impl Serving {
-    fn run(&self, end: &EventFd) -> Result<()> {
+    fn run(&self, end: &EventFd) -> std::result::Result<(), ServeError> {
         // SAFETY: the descriptor is open as long as `end` is borrowed.
         let end =
             unsafe { rustix::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(end)) };
@@ -141,7 +182,7 @@ impl Serving {
             ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(errno) => return Err(Error::from(errno).into()),
             }
             while let Some(address) = self.userfault.next()? {
                 self.answer(address & !(PAGE_BYTES - 1))?;
@@ -154,8 +195,12 @@ impl Serving {
 
     /// Pages that are missing are zero from now on.
     fn end(&self) {
-        let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
-        let alive = views.iter().filter(|view| view.token.strong_count() > 0);
+        let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+        views.ended = true;
+        let alive = views
+            .known
+            .iter()
+            .filter(|view| view.token.strong_count() > 0);
         let alive = alive.map(|view| view.at.clone());
         for at in self.regions.iter().map(at).chain(alive) {
             if let Err(error) = self.userfault.unregister(&at) {
@@ -165,27 +210,31 @@ impl Serving {
     }
 
     /// Somebody waits for the page at `address`.
-    fn answer(&self, address: u64) -> Result<()> {
+    fn answer(&self, address: u64) -> std::result::Result<(), ServeError> {
         let mut regions = self.regions.iter();
         if let Some(region) = regions.find(|region| at(region).contains(&address)) {
-            return self.bring(region.file_offset + (address - region.host_address));
+            return Ok(self.bring(region.file_offset + (address - region.host_address))?);
         }
         let offset = {
             let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
             // The newest one is the one that is there.
-            let view = views.iter().rev().find(|view| view.at.contains(&address));
+            let mut known = views.known.iter().rev();
+            let view = known.find(|view| view.at.contains(&address));
             view.map(|view| view.file_offset + (address - view.at.start))
         };
         if let Some(offset) = offset {
             self.bring(offset)?;
         }
         // Who waits at another address than that of the guest's mapping is not woken by the copy.
-        self.userfault.wake(&(address..address + PAGE_BYTES))
+        Ok(self.userfault.wake(&(address..address + PAGE_BYTES))?)
     }
 
     /// Brings the page at `offset` of the file, if it is not there.
-    fn bring(&self, offset: u64) -> Result<()> {
-        let beyond = || Error::new(ErrorKind::InvalidInput, format!("no page at {offset:#x}"));
+    fn bring(&self, offset: u64) -> std::result::Result<(), BringError> {
+        let beyond = || {
+            let what = format!("no page at {offset:#x}");
+            BringError::Read(Error::new(ErrorKind::InvalidInput, what))
+        };
         let mut regions = self.regions.iter();
         let region = regions
             .find(|region| (region.file_offset..region.file_offset + region.len).contains(&offset));
@@ -195,19 +244,19 @@ impl Serving {
         let mut content = [0; PAGE_BYTES as usize];
         if let Err(error) = self.template.read_exact_at(&mut content, offset) {
             self.watched.end_if_cut();
-            return Err(error);
+            return Err(BringError::Read(error));
         }
         loop {
             match self.userfault.copy(to, &content) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    return self.userfault.wake(&page);
+                    return self.userfault.wake(&page).map_err(BringError::Page);
                 }
                 // The address space is just changed: by who maps or unmaps something.
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
                     std::thread::yield_now()
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(BringError::Page(error)),
             }
         }
     }
@@ -217,8 +266,12 @@ impl MissingPages for Serving {
     fn view(&self, at: Range<u64>, file_offset: u64) -> Result<ViewToken> {
         let token = ViewToken::default();
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
-        views.retain(|view| view.token.strong_count() > 0);
-        views.push(View {
+        if views.ended {
+            // All is there, or zero.
+            return Ok(token);
+        }
+        views.known.retain(|view| view.token.strong_count() > 0);
+        views.known.push(View {
             at: at.clone(),
             file_offset,
             token: token.watch(),

@@ -14,14 +14,17 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
-use super::template::Template;
-use super::{GuestRam, MemoryError, PAGE_BYTES};
+use super::template::{Template, joined};
+use super::{GuestRam, MemoryError, PAGE_BYTES, data_of};
 use crate::error::Error;
 use crate::handle::VmHandle;
 use crate::refused::Refused;
 
 /// Bytes that are copied at once.
 const CHUNK: usize = 256 << 10;
+/// Pages that are brought at once.
+const BATCH: usize = 64;
+
 /// Why a guest keeps the memory of its template.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnError {
@@ -59,7 +62,7 @@ impl VmHandle {
             return self.bring_all();
         }
         let copying = self.follow_copying(one)?;
-        self.copy_to_own(&copying, ram.populated(), false)
+        self.copy_to_own(&copying, ram.populated())
     }
 
     /// If memory began as a template, has further mappings of the file of its own, in this process,
@@ -78,10 +81,12 @@ impl VmHandle {
             true => ram.written().ok(),
             false => None,
         };
-        match written {
-            Some(written) => self.copy_to_own(&copying, written, true),
-            None => self.copy_to_own(&copying, ram.populated(), false),
+        if let Some(written) = written
+            && self.copy_written(&copying, written)?
+        {
+            return Ok(());
         }
+        self.copy_to_own(&copying, ram.populated())
     }
 
     /// Brings what is a template's into the file of its own.
@@ -91,52 +96,102 @@ impl VmHandle {
         self.with_devices_at_rest(|| Ok(ram.use_own()?))?
     }
 
-    /// Copies what is in `ranges` of the memory's file, and maps it then. `on_demand`: the rest
-    /// comes from the template.
-    fn copy_to_own(
+    /// Copies what is in `ranges` of the memory's file, outside of which all is zero, and maps it
+    /// then.
+    fn copy_to_own(&self, copying: &Copying<'_>, ranges: Vec<Range<u64>>) -> Result<(), OwnError> {
+        self.copy_running(copying, ranges, false)?;
+        self.with_devices_at_rest(|| {
+            self.copy_rest(copying)?;
+            Ok(self.machine().ram.use_own()?)
+        })?
+    }
+
+    /// Copies what is in `written` of the memory's file, and maps it then; the rest comes from the
+    /// template. Whether it could: a host that puts more than was written into a file of shared
+    /// memory would have the rest of that taken for zeros.
+    fn copy_written(
+        &self,
+        copying: &Copying<'_>,
+        mut written: Vec<Range<u64>>,
+    ) -> Result<bool, OwnError> {
+        let ram = &self.machine().ram;
+        written.extend(self.copy_running(copying, written.clone(), true)?);
+        self.with_devices_at_rest(|| {
+            written.extend(self.copy_rest(copying)?);
+            let is_all = !ram.is_template() || ram.has_no_more_than(written)?;
+            if is_all {
+                ram.use_own_on_demand()?;
+            }
+            Ok(is_all)
+        })?
+    }
+
+    /// Copies what is in `ranges` of the memory's file while the guest runs, and what changes
+    /// meanwhile, which it returns. `zeros`: also pages of zeros.
+    fn copy_running(
         &self,
         copying: &Copying<'_>,
         ranges: Vec<Range<u64>>,
-        on_demand: bool,
-    ) -> Result<(), OwnError> {
+        zeros: bool,
+    ) -> Result<Vec<Range<u64>>, OwnError> {
         let ram = &self.machine().ram;
+        let mut copied = Vec::new();
         ram.empty_own()?;
         for range in ranges {
             let mut at = range.start;
             while at < range.end {
                 let bytes = (range.end - at).min(CHUNK as u64);
-                ram.copy_to_own(at, bytes as usize, on_demand)?;
+                ram.copy_to_own(at, bytes as usize, zeros)?;
                 at += bytes;
             }
         }
         for _ in 0..ROUNDS {
             let changed = self.with_devices_at_rest(|| copying.changed())??;
-            for &page in &changed {
-                let at = u64::from(page) * PAGE_BYTES;
-                ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
-            }
-            if changed.len() <= FEW_PAGES {
+            let changed = ram.copy_pages_to_own(&changed)?;
+            let is_few = changed.len() <= FEW_PAGES;
+            copied.extend(changed);
+            if is_few {
                 break;
             }
         }
-        self.with_devices_at_rest(|| {
-            // A reset in between did all that is needed.
-            if !ram.is_template() {
-                return Ok(());
-            }
-            for page in copying.changed()? {
-                let at = u64::from(page) * PAGE_BYTES;
-                ram.copy_to_own(at, PAGE_BYTES as usize, true)?;
-            }
-            match on_demand {
-                true => Ok(ram.use_own_on_demand()?),
-                false => Ok(ram.use_own()?),
-            }
-        })?
+        Ok(copied)
+    }
+
+    /// Copies what has changed since, with the machine at rest, and returns it. Nothing if a reset
+    /// in between did all that is needed.
+    fn copy_rest(&self, copying: &Copying<'_>) -> Result<Vec<Range<u64>>, OwnError> {
+        let ram = &self.machine().ram;
+        match ram.is_template() {
+            true => Ok(ram.copy_pages_to_own(&copying.changed()?)?),
+            false => Ok(Vec::new()),
+        }
     }
 }
 
 impl GuestRam {
+    /// Copies `pages`, by their numbers, to the memory's own file, and returns where they are.
+    fn copy_pages_to_own(&self, pages: &[u32]) -> Result<Vec<Range<u64>>, MemoryError> {
+        let copied = pages.iter().map(|&page| {
+            let at = u64::from(page) * PAGE_BYTES;
+            self.copy_to_own(at, PAGE_BYTES as usize, true)?;
+            Ok(at..at + PAGE_BYTES)
+        });
+        copied.collect()
+    }
+
+    /// Whether nothing is in the memory's own file outside of `written`. With huge pages for all
+    /// files of shared memory (`transparent_hugepage/shmem_enabled`) a write has the kernel make 2
+    /// MiB, of which all counts as written (until Linux 6.14).
+    fn has_no_more_than(&self, written: Vec<Range<u64>>) -> Result<bool, MemoryError> {
+        let written = joined(written);
+        let found = data_of(self.memfd(), self.size_bytes()).map_err(MemoryError::Allocate)?;
+        Ok(found.iter().all(|found| {
+            let next = written.partition_point(|range| range.end <= found.start);
+            let within = |range: &Range<u64>| range.start <= found.start && found.end <= range.end;
+            written.get(next).is_some_and(within)
+        }))
+    }
+
     /// Copies `bytes`, whole pages, from `offset` on to the same place in the memory's own file,
     /// with or without pages of zeros. Does nothing if that file is in use by now.
     fn copy_to_own(&self, offset: u64, bytes: usize, zeros: bool) -> Result<(), MemoryError> {
@@ -178,9 +233,17 @@ impl GuestRam {
     }
 
     fn bring_all(&self) -> Result<(), MemoryError> {
-        let mapped = self.mapped.lock();
-        let brought = mapped.as_ref().map_or(Ok(()), Template::bring_all);
-        brought.map_err(MemoryError::Allocate)
+        let absent = self.mapped.lock().as_ref().map(Template::absent);
+        let absent = absent.unwrap_or(Ok(Vec::new()));
+        for offsets in absent.map_err(MemoryError::Template)?.chunks(BATCH) {
+            // Not for long: a reset, which needs no page of these any more, waits.
+            let mapped = self.mapped.lock();
+            let Some(template) = mapped.as_ref() else {
+                break;
+            };
+            template.bring(offsets)?;
+        }
+        Ok(())
     }
 
     /// Empties the memory's own file of what an earlier attempt left there.
@@ -190,5 +253,31 @@ impl GuestRam {
             true => self.punch(),
             false => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_the_own_file_and_was_not_written_is_seen() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let page = |number: u64| number * PAGE_BYTES..(number + 1) * PAGE_BYTES;
+        assert!(ram.has_no_more_than(Vec::new()).unwrap());
+        for number in [3, 4, 9] {
+            ram.memfd()
+                .write_all_at(&[1; PAGE_BYTES as usize], page(number).start)
+                .unwrap();
+        }
+        let of = |pages: &[u64]| pages.iter().map(|&number| page(number)).collect();
+        // In any order, and some twice: pages come as they are written.
+        assert!(ram.has_no_more_than(of(&[9, 4, 3, 4])).unwrap());
+        assert!(ram.has_no_more_than(of(&[2, 3, 4, 5, 9])).unwrap());
+        assert!(!ram.has_no_more_than(of(&[3, 4])).unwrap());
+        assert!(!ram.has_no_more_than(of(&[4, 9])).unwrap());
+        assert!(!ram.has_no_more_than(of(&[3, 9])).unwrap());
+        assert!(!ram.has_no_more_than(Vec::new()).unwrap());
     }
 }

@@ -25,7 +25,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 use super::lost::Watched;
-use super::missing::{Missing, absent};
+use super::missing::{BringError, Missing, absent};
 use super::userfault::Userfault;
 use super::{GuestRam, MemoryError, PAGE_BYTES, RamRegion};
 
@@ -79,9 +79,17 @@ impl Template {
         self.userfault.is_some()
     }
 
-    /// Brings all of them, if they do.
-    pub fn bring_all(&self) -> io::Result<()> {
-        self.missing.as_ref().map_or(Ok(()), Missing::bring_all)
+    /// Offsets of those that have not come yet, if they do.
+    pub fn absent(&self) -> io::Result<Vec<u64>> {
+        self.missing
+            .as_ref()
+            .map_or(Ok(Vec::new()), Missing::absent)
+    }
+
+    /// Brings the pages at `offsets` that have not come yet, if they do.
+    pub fn bring(&self, offsets: &[u64]) -> Result<(), BringError> {
+        let missing = self.missing.as_ref();
+        missing.map_or(Ok(()), |missing| missing.bring(offsets))
     }
 }
 
@@ -120,7 +128,9 @@ impl GuestRam {
     }
 
     /// Maps the memory's own file, which has all that was written, and has the rest come from the
-    /// template when it is touched. The machine is at rest.
+    /// template when it is touched. The machine is at rest. Who reads guest memory while it is not
+    /// holds [`crate::VmHandle::one_copying`]: what is read between the mapping and the kernel's
+    /// knowing that pages are missing would be zero for good.
     pub(super) fn use_own_on_demand(&self) -> Result<(), MemoryError> {
         let mut mapped = self.mapped.lock();
         let Some(template) = mapped.as_mut().filter(|template| !template.is_shared()) else {
@@ -129,31 +139,39 @@ impl GuestRam {
         let Some(userfault) = template.userfault.clone() else {
             return Ok(());
         };
-        for region in self.regions() {
-            map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
-        }
         // No huge pages are asked for: the kernel's thread that puts small ones together would take
         // pages that are missing for zeros (until Linux 6.4).
-        let missing = Missing::serve(
-            userfault,
-            template.file.clone(),
-            self.memfd.clone(),
-            self.regions(),
-            template.watched.clone(),
-        );
+        let missing = self.map_own().and_then(|()| {
+            Missing::serve(
+                userfault,
+                template.file.clone(),
+                self.memfd.clone(),
+                self.regions(),
+                template.watched.clone(),
+            )
+        });
         let missing = match missing {
             Ok(missing) => missing,
             Err(error) => {
                 tracing::debug!(%error, "all of a template is copied");
-                let file = template.file.clone();
+                let (file, watched) = (template.file.clone(), template.watched.clone());
                 drop(mapped);
-                self.fill_up(&file).map_err(MemoryError::Allocate)?;
-                return self.use_own();
+                // Some of the memory is mapped from the own file by now, where pages are missing.
+                if let Err(error) = self.fill_up(&file).and_then(|()| self.use_own()) {
+                    watched.end_because(&error);
+                }
+                return Ok(());
             }
         };
         self.for_each_log(|log| log.set_missing_pages(Some(missing.for_views())));
         template.missing = Some(missing);
         Ok(())
+    }
+
+    /// Maps the memory's own file. After an error some of it may be.
+    fn map_own(&self) -> io::Result<()> {
+        let mut regions = self.regions().iter();
+        regions.try_for_each(|region| map_over(region, self.memfd(), MapFlags::SHARED))
     }
 
     /// Ends the process, with a line that says so, if memory is mapped from a file that was cut: to
@@ -165,11 +183,14 @@ impl GuestRam {
     }
 
     /// Copies what the memory's own file has not yet from `template`. The machine is at rest.
-    fn fill_up(&self, template: &File) -> io::Result<()> {
+    fn fill_up(&self, template: &File) -> Result<(), MemoryError> {
         let mut page = [0; PAGE_BYTES as usize];
-        for offset in absent(template, self.memfd(), self.size_bytes())? {
-            template.read_exact_at(&mut page, offset)?;
-            self.memfd().write_all_at(&page, offset)?;
+        let absent = absent(template, self.memfd(), self.size_bytes());
+        for offset in absent.map_err(MemoryError::Template)? {
+            let read = template.read_exact_at(&mut page, offset);
+            read.map_err(MemoryError::Template)?;
+            let written = self.memfd().write_all_at(&page, offset);
+            written.map_err(MemoryError::Allocate)?;
         }
         Ok(())
     }
@@ -193,16 +214,15 @@ impl GuestRam {
             return Ok(());
         };
         if !template.is_shared() {
-            for region in self.regions() {
-                map_over(region, self.memfd(), MapFlags::SHARED).map_err(MemoryError::Template)?;
-            }
+            self.map_own().map_err(MemoryError::Template)?;
         }
         let template = mapped.take();
+        // In this order: whoever finds nobody who brings pages finds that none is needed.
+        self.for_each_log(|log| log.set_elsewhere(false));
         self.for_each_log(|log| log.set_missing_pages(None));
         drop(mapped);
         // Nobody waits for a page any more that is not there: it is zero.
         drop(template);
-        self.for_each_log(|log| log.set_elsewhere(false));
         self.advise();
         Ok(())
     }

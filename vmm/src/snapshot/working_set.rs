@@ -2,8 +2,8 @@
 //! then on.
 //!
 //! A file beside the snapshot, which is whole without it. Who goes on first records it, all others
-//! read it. Wrong pages in it cost time and nothing else; so what cannot be read is not used, and
-//! is recorded anew.
+//! read it. Wrong pages in it cost time and nothing else; so one that cannot be read is not used,
+//! and is recorded anew. What is no working set, or has a second name, is left as it is.
 //!
 //! | bytes | what |
 //! | --- | --- |
@@ -15,7 +15,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -69,14 +69,14 @@ impl WorkingSet {
     /// not to go on: what is wrong is said in the log.
     pub fn of(snapshot: &Snapshot) -> Self {
         let path = snapshot.dir().join(WORKING_SET_FILE);
-        Self::open(&path, snapshot).unwrap_or_else(|error| {
+        let (id, bytes) = (snapshot.manifest().id, snapshot.manifest().memory_bytes);
+        Self::open(&path, id, bytes).unwrap_or_else(|error| {
             tracing::debug!("{}: no pages are fetched ahead: {error}", path.display());
             Self::default()
         })
     }
 
-    fn open(path: &Path, snapshot: &Snapshot) -> std::io::Result<Self> {
-        let (id, bytes) = (snapshot.manifest().id, snapshot.manifest().memory_bytes);
+    fn open(path: &Path, id: SnapshotId, memory_bytes: u64) -> std::io::Result<Self> {
         // A FIFO would be waited for, and a link leads elsewhere.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
         let mut options = OpenOptions::new();
@@ -99,8 +99,11 @@ impl WorkingSet {
         flock(&file, lock)?;
         let mut content = Vec::new();
         (&file).take(MAX_BYTES).read_to_end(&mut content)?;
+        // What is not a working set, or has another name besides, is somebody else's.
+        let is_ours = content.is_empty() || content.starts_with(MAGIC);
+        let is_ours = is_writable && is_ours && metadata.nlink() == 1;
         let recorder = |file| Recorder { file, snapshot: id };
-        match read(&content, id, bytes) {
+        match read(&content, id, memory_bytes) {
             Found::Pages(pages) => Ok(Self {
                 pages,
                 recorder: None,
@@ -114,12 +117,12 @@ impl WorkingSet {
                 flock(&file, FlockOperation::NonBlockingLockExclusive)?;
                 Ok(Self {
                     pages: Vec::new(),
-                    recorder: is_writable.then(|| recorder(file)),
+                    recorder: is_ours.then(|| recorder(file)),
                 })
             }
             Found::Empty => Ok(Self {
                 pages: Vec::new(),
-                recorder: is_writable.then(|| recorder(file)),
+                recorder: is_ours.then(|| recorder(file)),
             }),
         }
     }
@@ -189,6 +192,9 @@ fn read(bytes: &[u8], id: SnapshotId, memory_bytes: u64) -> Found {
     if content.snapshot != id {
         return damaged("it is of another snapshot");
     }
+    if content.runs.is_empty() {
+        return damaged("it tells of no page");
+    }
     let all = memory_bytes / PAGE_BYTES;
     let (mut pages, mut behind) = (Vec::new(), 0);
     for (first, count) in content.runs {
@@ -232,7 +238,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_recorded_is_read_and_nothing_else_is(
-            gaps in prop::collection::vec((1u64..50, 1u64..50), 0..100),
+            gaps in prop::collection::vec((1u64..50, 1u64..50), 1..100),
             flip in any::<prop::sample::Index>(),
             bit in 0..8u8,
             cut in any::<prop::sample::Index>(),
@@ -255,6 +261,38 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_somebody_else_is_not_recorded_into() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(WORKING_SET_FILE);
+        let recorder = || {
+            WorkingSet::open(&path, id(), MEMORY)
+                .unwrap()
+                .recorder()
+                .is_some()
+        };
+        // Nothing yet, cut behind the magic, and one that tells of no page.
+        assert!(recorder());
+        for damaged in [&MAGIC[..], &recorded(id(), &[])] {
+            std::fs::write(&path, damaged).unwrap();
+            assert!(recorder());
+        }
+        let theirs = [
+            b"x".to_vec(),
+            b"COFFERWS, longer than the head".to_vec(),
+            vec![0; 64],
+        ];
+        for theirs in theirs {
+            std::fs::write(&path, &theirs).unwrap();
+            assert!(!recorder());
+            assert_eq!(std::fs::read(&path).unwrap(), theirs);
+        }
+        // By another name it may be anything.
+        std::fs::write(&path, b"").unwrap();
+        std::fs::hard_link(&path, folder.path().join("other")).unwrap();
+        assert!(!recorder());
+    }
+
+    #[test]
     fn one_of_another_snapshot_of_less_memory_or_of_another_version_is_not_used() {
         let page = 0x100_0000..0x100_2000;
         let bytes = recorded(id(), std::slice::from_ref(&page));
@@ -262,6 +300,9 @@ mod tests {
         assert!(matches!(read(&bytes, other, MEMORY), Found::Damaged(_)));
         assert!(matches!(read(&bytes, id(), 0x100_1000), Found::Damaged(_)));
         assert!(matches!(read(&bytes, id(), 0x100_2000), Found::Pages(_)));
+        // Nothing is touched by nobody: it was recorded wrongly.
+        let none = recorded(id(), &[]);
+        assert!(matches!(read(&none, id(), MEMORY), Found::Damaged(_)));
         let twice = recorded(id(), &[page.clone(), page]);
         assert!(matches!(read(&twice, id(), MEMORY), Found::Damaged(_)));
         let mut newer = bytes;

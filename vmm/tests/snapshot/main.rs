@@ -10,6 +10,9 @@ mod golden;
 mod paused;
 mod places;
 
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
 use common::{Guest, MEMORY, config};
 use counting::{PAGES, PAGES_AT, beside, code, count_on, go_on, guest, request, snapshot};
 use devices::serial::SerialBackend;
@@ -41,6 +44,37 @@ fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
         twin.power_off();
     }
     original.power_off();
+}
+
+/// Who copies memory may have it mapped from elsewhere at the end, and pages missing meanwhile.
+#[test]
+fn a_first_mark_waits_until_nobody_else_copies_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = guest().start();
+    guest.report();
+    let (say, said) = channel();
+    std::thread::scope(|scope| {
+        let handle = &guest.handle;
+        let mut marked_by = None;
+        let mut tell = |what: &str| {
+            if what == "bringing the guest to rest" {
+                let say = say.clone();
+                let mark = move || say.send(handle.mark("a", Duration::from_secs(20)).map(|_| ()));
+                marked_by = Some(scope.spawn(mark));
+                // It takes a few milliseconds where nobody copies; a host that is slower has this
+                // not fail.
+                let waited = said.recv_timeout(Duration::from_millis(500));
+                assert!(matches!(waited, Err(RecvTimeoutError::Timeout)));
+            }
+            true
+        };
+        let dir = folder.path().join("s");
+        let taken = handle.snapshot(&request(&dir, None), &mut tell, &mut beside);
+        taken.unwrap();
+        marked_by.unwrap().join().unwrap().unwrap();
+    });
+    said.recv().unwrap().unwrap();
+    guest.power_off();
 }
 
 #[test]

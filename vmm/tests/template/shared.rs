@@ -2,8 +2,10 @@
 //! is there.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 
-use devices::dma::ViewToken;
+use devices::dma::{MissingPages, ViewToken};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 use vmm::VmHandle;
 use vmm::memory::Userfault;
@@ -21,6 +23,11 @@ struct View {
 
 impl View {
     fn of(handle: &VmHandle) -> Self {
+        Self::with(handle, &missing_pages(handle))
+    }
+
+    /// Of which `missing` is told.
+    fn with(handle: &VmHandle, missing: &Arc<dyn MissingPages>) -> Self {
         let memory = handle.ram().memory();
         let region = memory.iter().next().unwrap();
         let file = region.file_offset().unwrap().clone();
@@ -28,7 +35,6 @@ impl View {
         let mapping =
             vm_memory::MmapRegion::build(Some(file), MEMORY as usize, read, private).unwrap();
         let start = mapping.as_ptr() as u64;
-        let missing = region.get_mmap().bitmap().missing_pages().unwrap();
         Self {
             _token: missing.view(start..start + MEMORY, 0).unwrap(),
             mapping,
@@ -41,6 +47,12 @@ impl View {
             .read_obj(at as usize)
             .unwrap()
     }
+}
+
+fn missing_pages(handle: &VmHandle) -> Arc<dyn MissingPages> {
+    let memory = handle.ram().memory();
+    let region = memory.iter().next().unwrap();
+    region.get_mmap().bitmap().missing_pages().unwrap()
 }
 
 /// Whether this process may have what these tests need.
@@ -203,4 +215,93 @@ fn changes_of_a_guest_whose_memory_is_shared_are_told_and_its_marks_are_valid() 
         before = after;
     }
     clone.guest.power_off();
+}
+
+#[test]
+fn a_view_that_comes_when_pages_come_no_more_keeps_nobody_waiting() {
+    if !can_share() {
+        return;
+    }
+    let saved = saved(1);
+    for is_reset in [false, true] {
+        // The descriptor stays open: nobody is let go by its end.
+        let source = template_on_demand(&saved);
+        let clone = clone_with(&saved, source.clone(), 1);
+        let handle = clone.handle();
+        handle.share_memory().unwrap();
+        // As somebody does who asks just before the guest gets memory of its own.
+        let missing = missing_pages(handle);
+        match is_reset {
+            false => handle.own_memory().unwrap(),
+            true => handle.reset().unwrap(),
+        }
+        let view = View::with(handle, &missing);
+        let (say, said) = channel();
+        // Zero in the file, and in nobody's memory yet.
+        std::thread::spawn(move || say.send(view.byte(MEMORY - 1)));
+        let byte = said.recv_timeout(LIMIT).expect("who looks waits");
+        assert_eq!(byte, 0);
+        if is_reset {
+            clone.guest.report();
+        }
+        clone.guest.power_off();
+    }
+}
+
+#[test]
+fn a_reset_while_all_of_the_shared_memory_is_brought_leaves_zeros() {
+    if !can_share() {
+        return;
+    }
+    let saved = saved(1);
+    for _ in 0..4 {
+        let clone = clone_with(&saved, template_on_demand(&saved), 1);
+        let handle = clone.handle();
+        handle.share_memory().unwrap();
+        std::thread::scope(|scope| {
+            let owned = scope.spawn(|| handle.own_memory());
+            handle.reset().unwrap();
+            owned.join().unwrap().unwrap();
+        });
+        clone.guest.report();
+        assert!(!handle.ram().is_template());
+        let memory = all_of(handle);
+        let area = clone.areas[0].start as usize;
+        let pages = PAGES as usize * 4096;
+        assert!(memory[area..area + pages].iter().all(|&byte| byte == 0));
+        clone.guest.power_off();
+    }
+}
+
+#[test]
+fn a_first_mark_while_memory_is_shared_finds_no_page_missing() {
+    if !can_share() {
+        return;
+    }
+    let saved = saved(1);
+    for round in 0..4 {
+        let clone = clone_with(&saved, template_on_demand(&saved), 1);
+        let handle = clone.handle();
+        clone.wait(30);
+        std::thread::scope(|scope| {
+            let marked = scope.spawn(|| handle.mark("a", LIMIT).map(|_| ()));
+            // At another moment of the mark each time.
+            (0..round * 20).for_each(|_| std::thread::yield_now());
+            handle.share_memory().unwrap();
+            marked.join().unwrap().unwrap();
+        });
+        // Neither in the guest's areas nor written by it: those are looked at by `check`.
+        let look = || {
+            let all = all_of(handle);
+            let same = |at: usize| all[at..at + 4096] == saved.memory[at..at + 4096];
+            let area = clone.areas[0].start as usize;
+            (0..area).step_by(4096).filter(|&at| !same(at)).count()
+        };
+        handle.quiesce(LIMIT, |_| assert!(look() < 32)).unwrap();
+        check(&clone);
+        handle.rewind(Some("a"), LIMIT).unwrap();
+        handle.quiesce(LIMIT, |_| assert!(look() < 32)).unwrap();
+        check(&clone);
+        clone.guest.power_off();
+    }
 }
