@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::asker::Nobody;
-use crate::double::{DRIVER, Double, request};
+use crate::double::{DRIVER, Double, come_to_rest, request};
 use crate::ladder::{LadderConfig, OnFault};
 
 fn config(recoveries_per_minute: u32) -> LadderConfig {
@@ -24,14 +24,14 @@ fn isolated(config: LadderConfig) -> (Arc<Supervisor<Double>>, Double) {
 
 /// Keeps as at a mark.
 fn mark(supervisor: &Supervisor<Double>) -> Kept {
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(supervisor);
     let kept = supervisor.keep_ladders();
     supervisor.end_rest();
     kept
 }
 
 fn rewind(supervisor: &Supervisor<Double>, kept: &Kept) {
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(supervisor);
     supervisor.put_ladders_back(kept).unwrap();
     supervisor.end_rest();
 }
@@ -87,7 +87,7 @@ fn there_is_no_rest_while_a_driver_is_exchanged_and_no_exchange_at_rest() {
         "{refused:?}"
     );
     drop(alone);
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(&supervisor);
     let limit = Duration::from_secs(5);
     let file = crate::double::build(2);
     std::thread::scope(|scope| {
@@ -112,7 +112,7 @@ fn there_is_no_rest_with_a_rung_to_be_climbed() {
     while let Ok(request) = asked.try_recv() {
         crate::rungs::climb(&supervisor, &request);
     }
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(&supervisor);
 }
 
 #[test]

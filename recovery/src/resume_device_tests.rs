@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::asker::Nobody;
-use crate::double::{DRIVER, Double, request};
+use crate::double::{DRIVER, Double, come_to_rest, request};
 use crate::ladder::{LadderConfig, OnFault};
 
 fn supervised() -> (Arc<Supervisor<Double>>, Double) {
@@ -107,11 +107,11 @@ fn a_driver_that_was_removed_or_a_guest_that_was_reset_meanwhile_has_nothing_to_
 fn a_rewind_brings_back_what_rested() {
     let (supervisor, guest) = supervised();
     supervisor.suspend_device(DRIVER, &Nobody).unwrap();
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(&supervisor);
     let kept = supervisor.keep_ladders();
     supervisor.end_rest();
     supervisor.resume_device(DRIVER, &Nobody).unwrap();
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(&supervisor);
     supervisor.put_ladders_back(&kept).unwrap();
     supervisor.end_rest();
     assert_eq!(supervisor.suspended(), [DRIVER]);

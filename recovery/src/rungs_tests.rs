@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::asker::Nobody;
-use crate::double::{DRIVER, Double, request};
+use crate::double::{DRIVER, Double, come_to_rest, request};
 use crate::ladder::{Decision, Fault, LadderConfig, LadderStatus, MayReset, OnFault, State};
 
 /// A supervisor whose driver is isolated, and its guest with nothing written down yet.
@@ -190,7 +190,7 @@ fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
     if !is_isolated {
         supervisor.release(DRIVER).unwrap();
     }
-    supervisor.come_to_rest().unwrap();
+    come_to_rest(&supervisor);
     let kept = supervisor.keep_ladders();
     supervisor.end_rest();
     if !is_isolated {
@@ -208,7 +208,7 @@ fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
     world.mark = Some(Arc::new(move |guest: &Double| {
         let supervisor = weak.upgrade().unwrap();
         // As the machine does it.
-        supervisor.come_to_rest().unwrap();
+        come_to_rest(&supervisor);
         guest.world().loaded = Some(crate::double::build(1));
         supervisor.put_ladders_back(&kept).unwrap();
         supervisor.end_rest();

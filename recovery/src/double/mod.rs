@@ -26,6 +26,7 @@ use isolation::suspend_resume::DriverCalls;
 use crate::asker::Asker;
 use crate::guest::LiveGuest;
 use crate::request::{IsolationRequest, Spilling};
+use crate::supervisor::Supervisor;
 
 /// The driver.
 pub(crate) const DRIVER: &str = "driver";
@@ -370,5 +371,17 @@ impl LiveGuest for Double {
 
     fn wait(&self, time: Duration) {
         self.world().now += time;
+    }
+}
+
+/// As the machine has a guest come to rest: once more as long as whoever is in the way soon is not,
+/// such as a rung whose last step is done and told.
+#[track_caller]
+pub fn come_to_rest(supervisor: &Supervisor<Double>) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while let Err(unsettled) = supervisor.come_to_rest() {
+        let again = unsettled.soon && std::time::Instant::now() < deadline;
+        assert!(again, "{unsettled:?}");
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
