@@ -22,6 +22,7 @@ pub mod runtime_dir;
 pub mod sandbox;
 pub mod serve;
 pub mod signals;
+mod smaps;
 pub mod sweep;
 mod table;
 pub mod top;

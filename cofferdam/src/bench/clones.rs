@@ -23,6 +23,7 @@ use super::network::{self, DRIVER, LINK_TIME};
 use crate::control::protocol::Request;
 use crate::report::Stat;
 use crate::report::suspend::Clones;
+use crate::smaps::{self, Line};
 
 /// Functions that are isolated.
 const ENTRIES: [&str; 2] = ["e1000_xmit_frame", "e1000_clean"];
@@ -106,28 +107,24 @@ fn in_memory(pid: u32) -> anyhow::Result<InMemory> {
 fn sum(smaps: impl BufRead) -> std::io::Result<InMemory> {
     let mut sum = InMemory::default();
     let (mut is_image, mut is_guest) = (false, false);
-    for line in smaps.lines() {
-        let line = line?;
-        let mut words = line.split_whitespace();
-        let (first, second) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-        let kib: u64 = second.parse().unwrap_or(0);
-        match first {
-            "Pss:" if is_image => sum.base += kib,
-            "Pss:" if is_guest => sum.guest += kib,
-            "Pss:" => sum.rest += kib,
-            // Of the image's mapping: what the guest has written, which nobody shares.
-            "Anonymous:" if is_image => {
-                sum.base = sum.base.saturating_sub(kib);
-                sum.guest += kib;
-            }
-            head if !head.ends_with(':') => {
-                let path = words.nth(3).unwrap_or("");
-                is_image = path.ends_with(IMAGE_FILE);
-                is_guest = path.contains(vmm::memory::FILE_NAME);
-            }
-            _ => {}
+    smaps::read(smaps, |line| match line {
+        Line::Mapping { path, .. } => {
+            is_image = path.ends_with(IMAGE_FILE);
+            is_guest = path.contains(vmm::memory::FILE_NAME);
         }
-    }
+        Line::Field { name: "Pss", kib } if is_image => sum.base += kib,
+        Line::Field { name: "Pss", kib } if is_guest => sum.guest += kib,
+        Line::Field { name: "Pss", kib } => sum.rest += kib,
+        // Of the image's mapping: what the guest has written, which nobody shares.
+        Line::Field {
+            name: "Anonymous",
+            kib,
+        } if is_image => {
+            sum.base = sum.base.saturating_sub(kib);
+            sum.guest += kib;
+        }
+        Line::Field { .. } => {}
+    })?;
     Ok(sum)
 }
 

@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader};
 
 use vmm::memory::RamRegion;
 
+use crate::smaps::{self, Line};
+
 /// Resident memory of a process, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Resident {
@@ -30,26 +32,19 @@ pub fn resident(guest: &[RamRegion]) -> std::io::Result<Resident> {
 fn sum(smaps: impl BufRead, is_guest: impl Fn(u64) -> bool) -> std::io::Result<Resident> {
     let mut total = Resident::default();
     let mut of_guest = false;
-    for line in smaps.lines() {
-        let line = line?;
-        let mut words = line.split_whitespace();
-        let (first, second) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-        if first == "Rss:" {
-            let kib: u64 = second.parse().unwrap_or(0);
-            let part = if of_guest {
-                &mut total.guest_kib
-            } else {
-                &mut total.own_kib
+    smaps::read(smaps, |line| match line {
+        Line::Mapping { start, path } => {
+            of_guest = path.contains(vmm::memory::FILE_NAME) || start.is_some_and(&is_guest);
+        }
+        Line::Field { name: "Rss", kib } => {
+            let part = match of_guest {
+                true => &mut total.guest_kib,
+                false => &mut total.own_kib,
             };
             *part = part.saturating_add(kib);
-        } else if !first.ends_with(':') {
-            // The head of a mapping: addresses, permissions, offset, device, inode, path.
-            let start = first
-                .split_once('-')
-                .and_then(|(start, _)| u64::from_str_radix(start, 16).ok());
-            of_guest = line.contains(vmm::memory::FILE_NAME) || start.is_some_and(&is_guest);
         }
-    }
+        Line::Field { .. } => {}
+    })?;
     Ok(total)
 }
 

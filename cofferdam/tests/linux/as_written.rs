@@ -1,6 +1,6 @@
-//! What a new user does first: the commands of the README, as they stand there, on the kernel that
-//! Debian ships (compressed, with address randomisation) and with 2.5 GiB of memory. Then all functions
-//! of two stock modules at once.
+//! What a new user does first, on the kernel that Debian ships (compressed, with address
+//! randomisation) and with 2.5 GiB of memory: all functions of a module isolated, the commands of
+//! the README as they stand there, all functions of two stock modules at once.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
