@@ -64,6 +64,7 @@ fn rows(count: usize) -> Vec<Row> {
 fn caller(rsp: u64) -> kvm_regs {
     kvm_regs {
         rsp,
+        rax: 0xa,
         rbx: 0xb,
         rbp: 0xbb,
         r12: 0xc,
@@ -118,6 +119,7 @@ fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers(
         assert_eq!((port, after.rsp), (0xe1, caller.rsp));
         let kept = |regs: &kvm_regs| [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
         assert_eq!(kept(&after), kept(&caller));
+        assert_eq!(after.rax, caller.rax, "what it is told");
         assert_eq!(after.rflags & 0x200, 0);
         assert_eq!(guest.read(KERNEL_DATA), LOG + count as u64 * 48);
         for (index, row) in rows.iter().enumerate() {

@@ -42,6 +42,9 @@ pub struct FunctionCost {
     pub exits_per_call: f64,
     /// Kernel functions called without an exit.
     pub crossings_per_call: f64,
+    /// Kernel functions that the guest called when the call had ended.
+    #[serde(default)]
+    pub handed_over_per_call: f64,
     /// System calls, `KVM_RUN` left out.
     pub ioctls_per_call: f64,
     /// Pages with a private copy.
@@ -69,6 +72,7 @@ impl FunctionCost {
                 calls: entry.calls,
                 exits_per_call: each(entry.private_exits),
                 crossings_per_call: each(entry.crossings),
+                handed_over_per_call: each(entry.handed_over),
                 ioctls_per_call: each(entry.other_syscalls),
                 dirty_pages_per_call: each(entry.dirty_pages),
                 committed_bytes_per_call: each(entry.committed_bytes),

@@ -68,11 +68,17 @@ pub(crate) fn driver_policy(
         .map_err(|error| error.to_string())
 }
 
-/// Patches P's copies of driver and kernel text.
-pub(crate) fn prepare(domain: &mut Domain, plan: &Plan) -> Result<(), DomainError> {
+/// Patches P's copies of driver and kernel text. Functions that can wait until a call has ended are
+/// `waiting`, with what their callers are told.
+pub(crate) fn prepare(
+    domain: &mut Domain,
+    plan: &Plan,
+    waiting: HashMap<u64, u32>,
+) -> Result<(), DomainError> {
     for gate in plan.gates.iter().chain(&plan.guards) {
         domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
     }
+    domain.let_wait(waiting);
     domain.call_directly(plan.modest.iter().map(|function| function.0));
     for (site, target) in &plan.redirects {
         domain.redirect(site.0, target.0)?;

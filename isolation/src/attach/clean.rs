@@ -43,7 +43,8 @@ impl Armed {
     pub(super) fn clean(&self, memory: &GuestMemory) -> Vec<CleanBytes> {
         let gates = self.gates.values();
         let gates = gates.filter_map(|gate| CleanBytes::of_gate(gate.gpa, memory));
-        let call_loop = self.open.call_loop.map(|call_loop| {
+        let call_loop = self.open.call_loop.filter(|_| !self.open.loop_stays);
+        let call_loop = call_loop.map(|call_loop| {
             let (at, bytes) = call_loop.place_without();
             CleanBytes { at, bytes }
         });
@@ -54,8 +55,8 @@ impl Armed {
 impl Isolator {
     /// What to put into a copy of the guest's memory, so that there is nothing of isolation in it.
     /// To be asked while the machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then,
-    /// and the only traces are gates, the loop that calls kernel functions, and a fault that was
-    /// put into the guest's own text. Faults that were ordered for isolated calls and redirected
+    /// and the only traces are gates, the loop that calls kernel functions (which stays if a thread
+    /// may be in it), and a fault that was put into the guest's own text. Faults that were ordered for isolated calls and redirected
     /// calls are in the domain's copies of code only.
     pub fn clean_bytes(&self) -> Vec<CleanBytes> {
         let memory = self.vm.ram().memory();

@@ -50,6 +50,7 @@ use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::is_transmit_named;
 use crate::policy::call::DriverPolicy;
 use crate::policy::completion::{no_answer, serves_blocks};
+use crate::policy::handed_over;
 
 /// How often a domain is made while the guest runs before it is made with the guest stopped.
 const ATTEMPTS: u32 = 3;
@@ -443,7 +444,9 @@ fn make_domain(
         common: plan.common_pages.iter().map(|page| page.0).collect(),
         kick_signal: vmm::kick_signal(),
     })?;
-    prepare(&mut domain, plan)?;
+    let types = request.types.as_ref();
+    let answers = types.map(|types| handed_over::answers(types, &request.symbols));
+    prepare(&mut domain, plan, answers.unwrap_or_default())?;
     if let Some(types) = &request.types {
         for waits in &LINUX.waits_for_others {
             if let Some(waiting) = waiting(waits, &request.symbols, types) {

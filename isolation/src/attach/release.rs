@@ -45,14 +45,16 @@ impl Armed {
                 thread.turn_interrupted(VirtMemory { space, memory });
             }
         }
-        // A thread of an calling may be in the loop.
+        // A thread of theirs may be in the loop.
         if let Some(call_loop) = self.open.call_loop.take()
             && self.open.guest_calls.is_empty()
+            && !self.open.loop_stays
         {
             call_loop.remove(memory);
         }
-        for (_, calling) in std::mem::take(&mut self.open.guest_calls) {
-            tracing::warn!("a call of the module is given up before it was taken back");
+        for (_, mut calling) in std::mem::take(&mut self.open.guest_calls) {
+            self.perform_later(&calling.take_later());
+            tracing::warn!("a call of the module is given up before all was done for it");
             let slot = calling.finally.rsp.wrapping_sub(8);
             if let Some(space) = space {
                 write_stack(VirtMemory { space, memory }, slot, calling.finally.rip);

@@ -3,8 +3,8 @@
 //! ```text
 //!   stack of the thread                        loop, behind the module's text
 //!   top-8    return gate   ◄── last            next:  note the row
-//!   top-32   rbx, rbp, r12 of the caller              rdi .. r9 from the table
-//!   top-40   row that runs                            call the function
+//!   top-40   rax, rbx, rbp, r12 of the caller         rdi .. r9 from the table
+//!   top-48   row that runs                            call the function
 //!            last call: function, rdi .. r9           next row; again as long as there are any
 //!            ...                                      caller's registers back, return
 //!   rsp      first call
@@ -13,7 +13,8 @@
 //! A call of a kernel function through the return gate costs an exit and an entry of the guest;
 //! taking back an `open` that has filled a ring takes five hundred of them. Functions that sleep
 //! may be among them: the loop keeps all it needs on the thread's stack. Rows of their own switch
-//! interrupts off and on.
+//! interrupts off and on. Where nothing is to be done behind the last one it returns to the caller
+//! itself, with what that is to be told in `rax`, and no exit.
 //!
 //! The kernel rounds a module's text up to whole pages and clears what is left (`layout_sections`,
 //! `move_module`, kernel/module/main.c). The loop stands at the end of the last page; where there
@@ -44,7 +45,7 @@ pub type Row = [u64; 7];
 const ROW_BYTES: u64 = size_of::<Row>() as u64;
 
 /// Registers that the loop needs for itself, kept above its table, and its return address.
-const SAVED_BYTES: u64 = 4 * 8;
+const SAVED_BYTES: u64 = 5 * 8;
 
 /// The row that runs, between these and the table.
 const PROGRESS_BYTES: u64 = 8;
@@ -53,7 +54,7 @@ const PROGRESS_BYTES: u64 = 8;
 ///
 /// Functions are entered by a return and not by an indirect call, which a processor with branch
 /// tracking allows to marked functions only.
-const CODE: [u8; 60] = [
+const CODE: [u8; 61] = [
     0x48, 0x89, 0x5d, 0xf8, // mov [rbp-8], rbx
     0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx+8]
     0x48, 0x8b, 0x73, 0x10, // mov rsi, [rbx+16]
@@ -72,15 +73,16 @@ const CODE: [u8; 60] = [
     0x41, 0x5c, // pop r12
     0x5d, // pop rbp
     0x5b, // pop rbx
+    0x58, // pop rax
     0xc3, // ret
     0xfa, 0xc3, // cli; ret
     0xfb, 0xc3, // sti; ret
 ];
 
 /// Function in it that switches interrupts off.
-const OFF: u64 = 56;
+const OFF: u64 = 57;
 /// Function in it that switches them on.
-const ON: u64 = 58;
+const ON: u64 = 59;
 
 /// The loop of a module.
 #[derive(Debug, Clone, Copy)]
@@ -160,7 +162,7 @@ impl CallLoop {
         let noted = kept.wrapping_sub(PROGRESS_BYTES);
         let table = noted.wrapping_sub(rows.len() as u64 * ROW_BYTES);
         let words = rows.iter().flatten().copied();
-        let words = words.chain([table, caller.r12, caller.rbp, caller.rbx, back]);
+        let words = words.chain([table, caller.r12, caller.rbp, caller.rbx, caller.rax, back]);
         let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         write(virt, table, &bytes)?;
         let progress = Progress {

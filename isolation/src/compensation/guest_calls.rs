@@ -24,6 +24,7 @@ use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::domain::list_links::ChangedLinks;
+use crate::domain::transaction::DeviceStore;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
@@ -66,6 +67,10 @@ pub(crate) struct GuestCalls {
     progress: Option<Progress>,
     /// What is charged of the host's memory for the calls.
     kept: Kept,
+    /// They are called as the driver would have called them, with interrupts as its caller has them.
+    in_its_place: bool,
+    /// Stores to the device that wait for them.
+    later: Vec<DeviceStore>,
 }
 
 impl GuestCalls {
@@ -84,13 +89,47 @@ impl GuestCalls {
             abandoned: 0,
             progress: None,
             kept: Kept::default(),
+            in_its_place: false,
+            later: Vec::new(),
         }
+    }
+
+    /// In the place of a call that has ended well, with stores to its device that wait for them.
+    pub fn in_its_place(mut self, later: Vec<DeviceStore>) -> Self {
+        self.in_its_place = true;
+        self.later = later;
+        self
+    }
+
+    /// Takes the stores to the device that wait for the calls.
+    pub fn take_later(&mut self) -> Vec<DeviceStore> {
+        std::mem::take(&mut self.later)
     }
 
     /// With what is charged of the host's memory for the calls.
     pub fn keeping(mut self, kept: Kept) -> Self {
         self.kept = kept;
         self
+    }
+
+    /// Registers to call all of them with in `call_loop`, which then returns to the caller by itself,
+    /// and nobody hears of it. `None` if something is to be done then, or if there is no room.
+    pub fn unheard(
+        &self,
+        call_loop: Option<CallLoop>,
+        virt: VirtMemory<'_, GuestMemory>,
+    ) -> Option<kvm_regs> {
+        let nothing_behind = self.later.is_empty() && self.failure.is_none();
+        if !self.in_its_place || !nothing_behind || self.calls.is_empty() || self.has_called() {
+            return None;
+        }
+        let call_loop = call_loop?;
+        let top = self.finally.rsp;
+        let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
+        let (rows, calls) = rows(&self.calls, call_loop, |_| false, top, stack);
+        (calls == self.calls.len()).then_some(())?;
+        let begun = call_loop.begin(&rows, &self.finally, self.finally.rip, virt);
+        begun.map(|(regs, _)| regs)
     }
 
     /// Whether the guest has called any function.
@@ -133,7 +172,9 @@ impl GuestCalls {
         // What was waiting for the guest meanwhile, a tick at least, comes when the caller runs
         // again.
         let off = |call: &KernelCall| {
-            stay_off || effects.is_some_and(|known| known.interrupts_off.contains(&call.function))
+            let may_be_off =
+                effects.is_some_and(|known| known.interrupts_off.contains(&call.function));
+            stay_off || may_be_off && !self.in_its_place
         };
         let first = self.calls.front()?;
         let rflags = match off(first) {
@@ -149,7 +190,7 @@ impl GuestCalls {
             let top = self.finally.rsp;
             let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
             let (rows, calls) = rows(&self.calls, call_loop, off, top, stack);
-            if calls > 1
+            if (calls > 1 || self.in_its_place)
                 && let Some((next, progress)) = call_loop.begin(&rows, &caller, return_gate, virt)
             {
                 self.running = Some((function, stopwatches.start()));

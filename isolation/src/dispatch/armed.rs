@@ -116,6 +116,9 @@ pub(crate) struct InTheGuest {
     pub guest_calls: HashMap<u64, GuestCalls>,
     /// Calls kernel functions for `guest_calls`; `None` if the module's text has no room for it.
     pub call_loop: Option<CallLoop>,
+    /// A thread may be in it that is not among these, and that returns by itself: it stays where it
+    /// is, which whoever isolates the module anew knows.
+    pub loop_stays: bool,
     /// Measure how long those take.
     pub stopwatches: Stopwatches,
     /// Threads that may have been at a return gate when their call was given to the guest for good.
@@ -129,6 +132,7 @@ impl InTheGuest {
             spilled: HashMap::new(),
             guest_calls: HashMap::new(),
             call_loop,
+            loop_stays: false,
             stopwatches,
             returning: Vec::new(),
         }

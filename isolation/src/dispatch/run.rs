@@ -199,6 +199,8 @@ impl Armed {
             time,
             phases,
             kernel_calls,
+            handed_over,
+            later,
             kept,
             lists,
             ..
@@ -237,8 +239,14 @@ impl Armed {
             },
             None => regs,
         };
-        let calls = self.and_let_packets_pass(kernel_calls);
-        let calls = GuestCalls::new(run.gate, calls, finally, failure).keeping(kept);
+        let in_its_place = !handed_over.is_empty();
+        let mut calls = handed_over;
+        calls.extend(kernel_calls);
+        let calls = self.and_let_packets_pass(calls);
+        let mut calls = GuestCalls::new(run.gate, calls, finally, failure).keeping(kept);
+        if in_its_place {
+            calls = calls.in_its_place(later);
+        }
         Some(self.run_guest_calls(calls, run.at))
     }
 

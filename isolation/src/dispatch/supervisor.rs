@@ -5,10 +5,11 @@ use devices::dma::GuestMemory;
 
 use crate::dispatch::knowledge::{KERNEL_IMAGE, MODULES_END, USER_END};
 use crate::dispatch::platform::Platform;
+use crate::domain::effects::KernelCall;
 use crate::domain::failing::Failing;
 use crate::domain::list_links::LINKS_BYTES;
 use crate::domain::monitor::ExceptionFrame;
-use crate::domain::supervisor::{KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{HandOver, KernelExceptionVerdict, Supervisor};
 use crate::domain::undo_log::Restorable;
 use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
@@ -109,6 +110,20 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
+    fn may_hand_over(&mut self) -> bool {
+        let policy = self.policy.as_ref();
+        policy.is_some_and(|CallPolicy { policy, memory }| policy.may_hand_over(memory))
+    }
+
+    fn hands_over(&mut self, calls: &[KernelCall]) -> HandOver {
+        let looked = self.policy.as_mut();
+        let looked =
+            looked.and_then(|CallPolicy { policy, memory }| policy.hands_over(memory, calls));
+        looked.map_or(HandOver::Refused, |stores_wait_for| HandOver::Accepted {
+            stores_wait_for,
+        })
+    }
+
     fn owns(&self, va: u64, bytes: u64) -> bool {
         match &self.policy {
             Some(CallPolicy { policy, .. }) => {
@@ -121,6 +136,13 @@ impl Supervisor for CallSupervisor<'_> {
     fn may_change(&mut self, va: u64, bytes: u64) -> bool {
         self.permits(va, bytes)
             .unwrap_or_else(|| self.knowledge.changeable(va, bytes))
+    }
+
+    fn may_write_in(&mut self, va: u64, values: &[u64]) -> bool {
+        let policy = self.policy.as_mut();
+        policy.is_some_and(|CallPolicy { policy, memory }| {
+            va >= USER_END && policy.may_write_in(memory, Gva(va), values)
+        })
     }
 
     fn holds(&mut self, values: &[u64]) {

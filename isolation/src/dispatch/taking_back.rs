@@ -15,6 +15,7 @@ use crate::dispatch::armed::REPORTS_KEPT;
 use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
 use crate::domain::journal::{Published, Stays};
 use crate::domain::list_links::{self, ChangedLinks};
+use crate::domain::transaction::DeviceStore;
 use crate::domain::violation::ViolationKind;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
@@ -29,6 +30,10 @@ impl Armed {
             space: self.space(&at.sregs),
             memory: &memory,
         };
+        if let Some(next) = calling.unheard(self.open.call_loop, virt) {
+            self.open.loop_stays = true;
+            return next;
+        }
         if let Some(next) = calling.next(
             calling.gate + RETURN_GATE_OFFSET,
             self.guest.effects.as_ref(),
@@ -42,6 +47,7 @@ impl Armed {
                 .insert(calling.returns_with(), calling);
             return next;
         }
+        self.perform_later(&calling.take_later());
         if let Some(mut failure) = calling.failure.take() {
             let entry = failure.entry;
             if calling.has_called() {
@@ -64,6 +70,22 @@ impl Armed {
             }
         }
         calling.finally
+    }
+
+    /// Performs stores to the device that waited for what the guest has done by now.
+    pub(crate) fn perform_later(&self, stores: &[DeviceStore]) {
+        let Some(device) = self.device.holdable.as_ref().filter(|_| !stores.is_empty()) else {
+            return;
+        };
+        let held = device.hold(&mut |held| {
+            for store in stores {
+                let bytes = store.bytes.min(size_of_val(&store.value));
+                held.write(store.at, &store.value.to_le_bytes()[..bytes]);
+            }
+        });
+        if let Err(lost) = held {
+            tracing::error!("stores to the device that waited are lost: {lost}");
+        }
     }
 
     /// Gives up calls that are being taken back by a kernel function that does not return.

@@ -66,6 +66,7 @@ use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
+use transaction::Refusals;
 use view::{PAGE_SIZE, Pfn, PrivateView};
 use waiting::Waiting;
 use warm::WarmPages;
@@ -164,6 +165,8 @@ pub struct Domain {
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
     strike: Option<strike::Strike>,
+    /// How often functions could not wait for calls of a function.
+    refusals: HashMap<u64, Refusals>,
     /// A call ended with an error of the domain's own since the guest was last put back.
     has_failed: bool,
 }
@@ -213,6 +216,7 @@ impl Domain {
             opened: HashMap::new(),
             moving: config.moving,
             copied: moving::Copied::default(),
+            refusals: HashMap::new(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: (0, 0),
@@ -311,6 +315,12 @@ impl Domain {
     /// them, where their calls are not journalled. Their pages are among the common ones.
     pub fn call_directly(&mut self, functions: impl Iterator<Item = u64>) {
         self.monitor.call_directly(functions.collect());
+    }
+
+    /// Has these kernel functions wait, where a call may have them wait, until it has ended: their
+    /// callers are told what is given with each. To be told before [`Domain::redirect`].
+    pub fn let_wait(&mut self, answers: HashMap<u64, u32>) {
+        self.monitor.let_wait(answers);
     }
 
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that

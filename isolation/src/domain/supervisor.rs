@@ -3,6 +3,7 @@
 
 use devices::hold::{Access, DeviceAddress, DeviceState};
 
+use super::effects::KernelCall;
 use super::failing::Failing;
 use super::monitor::ExceptionFrame;
 use super::undo_log::Restorable;
@@ -15,6 +16,18 @@ pub enum KernelExceptionVerdict {
     Expected,
     /// The kernel would oops: the driver passed something bad.
     DriversFault,
+}
+
+/// Whether kernel functions may be run by the guest when a call is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandOver {
+    /// They may not: the call is run once more, and calls them itself.
+    Refused,
+    /// They may.
+    Accepted {
+        /// Stores to the device that come after this one of them wait until all have returned.
+        stores_wait_for: Option<usize>,
+    },
 }
 
 /// Knowledge about the guest and access to the isolated device.
@@ -38,12 +51,32 @@ pub trait Supervisor {
     /// The call stores at `va`, for which a page was opened that is closed again at its end.
     fn stored(&mut self, _va: u64) {}
 
+    /// Whether kernel functions that can wait until the call has ended ([`Domain::let_wait`]) may
+    /// wait for this one, which is about to begin.
+    ///
+    /// [`Domain::let_wait`]: super::Domain::let_wait
+    fn may_hand_over(&mut self) -> bool {
+        false
+    }
+
+    /// Looks at what these kernel functions are given, which the guest runs when the call is
+    /// committed.
+    fn hands_over(&mut self, _calls: &[KernelCall]) -> HandOver {
+        HandOver::Refused
+    }
+
     /// Whether it is known without looking further that the call may write all of the `bytes` bytes
     /// at `va`.
     fn owns(&self, va: u64, bytes: u64) -> bool;
 
     /// Whether this call may change the `bytes` bytes at `va`.
     fn may_change(&mut self, va: u64, bytes: u64) -> bool;
+
+    /// Whether one of these values, which the call has in registers, says at once that it may write
+    /// the byte at `va`: if none does, it is [`Supervisor::may_write`]'s to say.
+    fn may_write_in(&mut self, _va: u64, _values: &[u64]) -> bool {
+        false
+    }
 
     /// The call, which holds these values in registers and on its stack, stores where nothing says
     /// that it may, and [`Supervisor::may_write`] is asked once more: what kernel functions have

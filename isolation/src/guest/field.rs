@@ -7,13 +7,13 @@ use super::phys::GuestPhys;
 
 /// A field of a kernel structure: offset and size in bytes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Field {
-    pub(super) offset: u64,
-    pub(super) bytes: usize,
+pub(crate) struct Field {
+    pub(crate) offset: u64,
+    pub(crate) bytes: usize,
 }
 
 impl Field {
-    pub(super) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+    pub(crate) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
         let member = types.find_member(of, name)?;
         let bytes = usize::try_from(types.size_of(member.type_id)?).ok()?;
         let whole = member.bit_size == 0 && member.bit_offset % 8 == 0 && bytes <= 8;
@@ -24,10 +24,19 @@ impl Field {
     }
 
     /// The field of the structure at `at`, as an unsigned number.
-    pub(super) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
+    pub(crate) fn read<M: GuestPhys>(self, virt: &VirtMemory<'_, M>, at: Gva) -> Option<u64> {
         let mut word = [0; 8];
         virt.read(at.checked_add(self.offset)?, word.get_mut(..self.bytes)?)
             .ok()?;
+        Some(u64::from_le_bytes(word))
+    }
+
+    /// The same of a structure whose bytes are `object`.
+    pub(crate) fn of(self, object: &[u8]) -> Option<u64> {
+        let at = usize::try_from(self.offset).ok()?;
+        let bytes = object.get(at..at.checked_add(self.bytes)?)?;
+        let mut word = [0; 8];
+        word.get_mut(..self.bytes)?.copy_from_slice(bytes);
         Some(u64::from_le_bytes(word))
     }
 }

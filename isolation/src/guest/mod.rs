@@ -9,7 +9,7 @@ pub mod allocations;
 pub mod btf;
 pub mod cold;
 pub mod fault_tables;
-mod field;
+pub(crate) mod field;
 pub mod gate;
 pub mod memory_model;
 pub mod module_text;

@@ -7,6 +7,7 @@ pub mod abort_value;
 pub mod call;
 pub mod completion;
 pub mod diff;
+pub mod handed_over;
 pub mod range_table;
 pub mod reach;
 pub mod unheard;

@@ -69,6 +69,9 @@ pub struct EntryStatus {
     pub pass_throughs: BTreeMap<String, u64>,
     /// Kernel functions called without an exit.
     pub crossings: u64,
+    /// Kernel functions that waited for calls to end, and that the guest called then.
+    #[serde(default)]
+    pub handed_over: u64,
     /// Kernel functions called through pointers, at one exit each.
     pub indirect_calls: u64,
     /// Call-backs of the kernel into the driver.
@@ -154,6 +157,7 @@ impl EntryStatus {
             }
         }
         self.crossings += stats.crossings;
+        self.handed_over += u64::from(stats.handed_over);
         self.indirect_calls += u64::from(stats.indirect_calls);
         self.callbacks += u64::from(stats.callbacks);
         self.private_exits += stats.runs;

@@ -2,7 +2,9 @@
 
 use super::*;
 use devices::dma::GuestMemory;
+use isolation::domain::effects::KernelCall;
 use isolation::domain::failing::Failing;
+use isolation::domain::supervisor::HandOver;
 use isolation::domain::transaction::AbortPhases;
 use isolation::fault_image::{Keeper, Kept};
 use isolation::status::report::{Told, ViolationReport};
@@ -74,6 +76,13 @@ pub struct Kernel {
     pub platform_waiting: Vec<(u64, u64)>,
     /// Registers of interrupt controller and timer that were written at commit.
     pub platform_written: Vec<(u64, u64)>,
+    /// Kernel functions may wait for the end of calls; these do not.
+    pub may_hand_over: bool,
+    pub refused: HashSet<u64>,
+    /// Stores to the device wait for this one.
+    pub stores_wait_for: Option<u64>,
+    /// How often a call was begun again.
+    pub begun_again: u32,
     /// Keeps faults.
     pub keeper: Option<Keeper>,
     /// What became of the last one.
@@ -110,6 +119,27 @@ impl Supervisor for Kernel {
     }
     fn expected(&mut self) -> Vec<u64> {
         self.expected.clone()
+    }
+    fn may_hand_over(&mut self) -> bool {
+        self.may_hand_over
+    }
+    fn hands_over(&mut self, calls: &[KernelCall]) -> HandOver {
+        if calls
+            .iter()
+            .any(|call| self.refused.contains(&call.function))
+        {
+            return HandOver::Refused;
+        }
+        let waited_for = self.stores_wait_for;
+        HandOver::Accepted {
+            stores_wait_for: calls
+                .iter()
+                .position(|call| Some(call.function) == waited_for),
+        }
+    }
+    fn begin_again(&mut self) {
+        self.begun_again += 1;
+        self.forget_platform();
     }
     fn stored(&mut self, va: u64) {
         self.stored.push(va);

@@ -10,8 +10,9 @@
 //!  36       EXCEPTION_STACK write         write        IST1; every exception frame lands here
 //!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines;
 //!                                                     a counter
-//!  38       RETURN_STACK    read          write        where kernel functions return to; top first
-//!  39..     page tables     -             -            roots and their tables; no virtual address
+//!  38..42   HANDED_OVER     write         write        calls of kernel functions that wait for the driver's to end
+//!  42       RETURN_STACK    read          write        where kernel functions return to; top first
+//!  43..     page tables     -             -            roots and their tables; no virtual address
 //! ```
 //!
 //! All pages but the page tables are mapped at consecutive virtual addresses; the one after
@@ -19,8 +20,8 @@
 //!
 //! What the driver can do to it: run the stubs at a wrong place, which no check here prevents, and
 //! overwrite the exception stack and the scratch word, which hold nothing across an instruction
-//! that could be interrupted, and the counter, for which its bytes are not looked at one by one
-//! then.
+//! that could be interrupted, the counter, for which its bytes are not looked at one by one then,
+//! and the calls that wait, which are looked at as if the driver had made them.
 
 use std::collections::{HashMap, HashSet};
 use std::ptr::NonNull;
@@ -29,12 +30,15 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11};
 
 use super::view::{PAGE_SIZE, Page};
+use handed_over::Handing;
 use trampolines::Trampoline;
 
 pub use exceptions::ExceptionFrame;
+pub use handed_over::{HandedOver, MAX_HANDED_OVER};
 pub use trampolines::JournalPoint;
 
 mod exceptions;
+mod handed_over;
 mod trampolines;
 
 const VECTORS: u64 = 1;
@@ -44,9 +48,11 @@ const IDT: u64 = 34;
 const SEGMENTS: u64 = 35;
 const EXCEPTION_STACK: u64 = 36;
 const SCRATCH: u64 = 37;
-const RETURN_STACK: u64 = 38;
+const HANDED_OVER: u64 = 38;
+const HANDED_OVER_PAGES: u64 = 4;
+const RETURN_STACK: u64 = HANDED_OVER + HANDED_OVER_PAGES;
 /// Pages that have a virtual address.
-pub const MAPPED_PAGES: u64 = 39;
+pub const MAPPED_PAGES: u64 = RETURN_STACK + 1;
 /// Pages for page tables.
 pub const TABLE_PAGES: u64 = 1024;
 /// All pages of the area.
@@ -114,7 +120,8 @@ pub struct MonitorAccess {
 /// Access to mapped page `page` of the area.
 pub fn access(page: u64) -> MonitorAccess {
     let execute = page < IDT;
-    let both = page == EXCEPTION_STACK || page == SCRATCH;
+    let handed_over = HANDED_OVER..HANDED_OVER + HANDED_OVER_PAGES;
+    let both = page == EXCEPTION_STACK || page == SCRATCH || handed_over.contains(&page);
     MonitorAccess {
         execute,
         driver_write: both,
@@ -166,6 +173,7 @@ pub struct Monitor {
     looked_at: HashSet<u64>,
     /// Functions that run with the driver's rights.
     direct: HashSet<u64>,
+    handing: Handing,
 }
 
 // SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
@@ -206,6 +214,7 @@ impl Monitor {
             slots: Vec::new(),
             looked_at: HashSet::new(),
             direct: HashSet::new(),
+            handing: Handing::default(),
         };
         monitor.write_stubs()?;
         monitor.write_vectors()?;

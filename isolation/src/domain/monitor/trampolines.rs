@@ -5,6 +5,7 @@
 //!   driver ─► mov [scratch], r11 ─► kernel root ─► call ─► driver root ─► ret ─► driver
 //!             out if journalled                                           out if journalled
 //!             inc [counter], jmp to a function that needs no more than the driver's rights
+//!             jmp to what notes the call down, of a function that can wait ([`super::handed_over`])
 //! ```
 //!
 //! A function that needs no other rights than the driver's is reached on the root that is loaded,
@@ -25,6 +26,8 @@ use crate::domain::view::PAGE_SIZE;
 const RET: u8 = 0xc3;
 /// Opcode of `jmp rel32`.
 const JMP: u8 = 0xe9;
+/// Length of that.
+const JMP_BYTES: usize = 5;
 /// `inc qword [disp32]` without the displacement: REX.W, opcode, ModRM, SIB. Flags are nobody's at
 /// a call (System V ABI, section 3.2.1).
 const INC: [u8; 4] = [0x48, 0xff, 0x04, 0x25];
@@ -45,14 +48,16 @@ pub(super) struct Trampoline {
     looked_at: bool,
     /// The function runs with the driver's rights.
     direct: bool,
+    /// What notes the call down behind it, as an offset, if the function can wait.
+    notes: Option<u64>,
     /// How it begins where it changes roots.
     usual: [u8; HEAD_BYTES],
 }
 
 impl Trampoline {
     /// How it, which is at `va`, begins, with what counts calls with the driver's rights at
-    /// `counter`.
-    fn head(self, va: u64, counter: u64) -> [u8; HEAD_BYTES] {
+    /// `counter`, and `handing` if functions wait that can.
+    fn head(self, va: u64, counter: u64, handing: bool) -> [u8; HEAD_BYTES] {
         let mut head = self.usual;
         if self.journalled || self.looked_at {
             head[..2].copy_from_slice(&out(PORT_JOURNAL));
@@ -63,6 +68,11 @@ impl Trampoline {
             head[4..8].copy_from_slice(&(counter as u32).to_le_bytes());
             head[8] = JMP;
             head[9..].copy_from_slice(&displacement.to_le_bytes());
+        } else if let Some(notes) = self.notes.filter(|_| handing) {
+            // In the same slot.
+            let displacement = notes as u32 - JMP_BYTES as u32;
+            head[0] = JMP;
+            head[1..JMP_BYTES].copy_from_slice(&displacement.to_le_bytes());
         }
         head
     }
@@ -96,12 +106,18 @@ impl Monitor {
         let va = self.va + TRAMPOLINES * PAGE_SIZE + index * TRAMPOLINE_SLOT_BYTES;
         let code = self.assemble_trampoline(va, target)?;
         // Both ends have room for an `out`.
-        if code.len() as u64 >= TRAMPOLINE_SLOT_BYTES {
+        let behind = code.len() as u64 + 1;
+        let notes = self.assemble_notes(va + behind, target, index)?;
+        let notes_bytes = notes.as_ref().map_or(0, Vec::len) as u64;
+        if behind + notes_bytes > TRAMPOLINE_SLOT_BYTES {
             return Err(MonitorError::Assemble(
                 "trampoline longer than its slot".into(),
             ));
         }
         self.put_code(va, &code);
+        if let Some(notes) = &notes {
+            self.put_code(va + behind, notes);
+        }
         self.trampolines.insert(target, va);
         let mut first = Decoder::with_ip(64, &code, va, DecoderOptions::NONE);
         let mut usual = [0; HEAD_BYTES];
@@ -113,6 +129,7 @@ impl Monitor {
             journalled: false,
             looked_at: self.looked_at.contains(&target),
             direct: self.direct.contains(&target),
+            notes: notes.map(|_| behind),
             usual,
         };
         self.slots.push(slot);
@@ -190,8 +207,24 @@ impl Monitor {
     /// Makes the trampoline of this slot begin as it is to.
     fn put_head(&mut self, index: usize) {
         let va = self.slot_va(index);
-        let head = self.slots[index].head(va, self.data(SCRATCH, DIRECT_CALLS));
+        let counter = self.data(SCRATCH, DIRECT_CALLS);
+        let head = self.slots[index].head(va, counter, self.handing.on);
         self.put_code(va, &head);
+    }
+
+    /// Makes the trampolines of functions that can wait begin as they are to.
+    pub(super) fn put_heads_that_note(&mut self) {
+        for index in 0..self.slots.len() {
+            if self.slots[index].notes.is_some() {
+                self.put_head(index);
+            }
+        }
+    }
+
+    /// Function of the trampoline with this number.
+    pub(super) fn target_of(&self, index: u64) -> Option<u64> {
+        let slot = self.slots.get(usize::try_from(index).ok()?)?;
+        Some(slot.target)
     }
 
     fn slot_va(&self, index: usize) -> u64 {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use devices::hold::DeviceAddress;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
@@ -101,6 +102,17 @@ pub enum CallEnd {
     Spilled(PassThroughReason, Box<SpilledCall>),
 }
 
+/// A store to the isolated device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceStore {
+    /// Where.
+    pub at: DeviceAddress,
+    /// What.
+    pub value: u64,
+    /// How many bytes of it: 1 to 8, to ports 1 to 4.
+    pub bytes: usize,
+}
+
 /// What a call did and cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct CallStats {
@@ -108,6 +120,8 @@ pub struct CallStats {
     pub runs: u64,
     /// Kernel functions called through trampolines.
     pub crossings: u64,
+    /// Kernel functions that waited for the call's end.
+    pub handed_over: u32,
     /// Exits to fill in page-table entries.
     pub fills: u32,
     /// Pages opened for writing by the driver.
@@ -191,6 +205,11 @@ pub struct CallResult {
     /// Kernel functions that the guest has to call, in this order, before it goes on: what waited
     /// for the end of the call, or what takes it back.
     pub kernel_calls: Vec<KernelCall>,
+    /// Kernel functions that waited for the end of a committed call and that the guest calls in
+    /// its place, in this order, before it goes on.
+    pub handed_over: Vec<KernelCall>,
+    /// Stores to the device that wait for these.
+    pub later: Vec<DeviceStore>,
     /// What is charged of the host's memory for these.
     pub kept: Kept,
     /// Lists that an aborted call had changed in the guest, to be looked at when these functions

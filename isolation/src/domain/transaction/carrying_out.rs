@@ -1,7 +1,7 @@
 //! Carrying a call out: from the domain at rest to the domain at rest again.
 //!
-//! It is attempted once, and once more with a journal if it turns out that it has to go on in
-//! the guest.
+//! It is attempted once, and once more if it turns out that kernel functions cannot wait for its
+//! end, and once more with a journal if it has to go on in the guest.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -16,6 +16,18 @@ use crate::domain::host_memory::Kept;
 use crate::domain::journal::Journal;
 use crate::domain::supervisor::Supervisor;
 use crate::domain::view::Pfn;
+
+/// Most attempts of a call: the first, and one more for each reason to begin again.
+const MAX_ATTEMPTS: usize = 3;
+
+/// What an attempt led to.
+enum Attempted {
+    Ended(Box<CallResult>),
+    /// It is to be made once more, with a journal.
+    WithJournal,
+    /// It is to be made once more, with no function waiting.
+    AtOnce,
+}
 
 impl Domain {
     /// Carries out one call. On an error guest and device are as before the call, and the domain
@@ -51,27 +63,42 @@ impl Domain {
         let mut journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
         let before = spilled.as_deref();
         let mut time = before.map_or_else(CallTime::default, |spilled| spilled.time);
-        let mut result = self.attempt(request, supervisor, before, &mut journal, &mut time);
-        if matches!(result, Ok(None)) {
+        let mut hands_over = before.is_none() && request.effects.is_some();
+        let mut result;
+        let mut attempts = 0;
+        loop {
+            let what = (request, hands_over);
+            result = self.attempt(what, supervisor, before, &mut journal, &mut time);
+            match result {
+                Ok(Attempted::WithJournal) => journal = Some(Box::default()),
+                Ok(Attempted::AtOnce) => {}
+                Ok(Attempted::Ended(_)) | Err(_) => break,
+            }
+            attempts += 1;
+            if attempts >= MAX_ATTEMPTS {
+                break;
+            }
+            hands_over = false;
             supervisor.begin_again();
-            journal = Some(Box::default());
-            result = self.attempt(request, supervisor, before, &mut journal, &mut time);
         }
         if let Some(spilled) = spilled {
             spilled.journal = journal;
         }
-        result?.ok_or(DomainError::Internal("a call was begun again twice"))
+        match result? {
+            Attempted::Ended(result) => Ok(*result),
+            _ => Err(DomainError::Internal("a call was begun again too often")),
+        }
     }
 
-    /// `None` if the call is to be run with a journal. On an error `journal` is as it was.
+    /// On an error `journal` is as it was.
     fn attempt(
         &mut self,
-        request: &CallRequest<'_>,
+        (request, hands_over): (&CallRequest<'_>, bool),
         supervisor: &mut dyn Supervisor,
         spilled: Option<&SpilledCall>,
         journal: &mut Option<Box<Journal>>,
         time: &mut CallTime,
-    ) -> Result<Option<CallResult>, DomainError> {
+    ) -> Result<Attempted, DomainError> {
         let (runs, crossings) = (self.vm.runs(), self.monitor.crossings());
         let journalled = journal.is_some();
         if let (true, Some(effects)) = (journalled, request.effects) {
@@ -79,6 +106,7 @@ impl Domain {
         }
         let mut call = Call::new(self, supervisor, request, spilled, *time);
         call.journal = journal.take();
+        call.hands_over = hands_over && !journalled;
         let outcome = call.carry_out(spilled);
         let has_failed = outcome.is_err();
         if has_failed {
@@ -89,6 +117,8 @@ impl Domain {
         let kernel_calls = std::mem::take(&mut call.kernel_calls);
         let kept = std::mem::take(&mut call.calls_kept);
         let lists = std::mem::take(&mut call.lists);
+        let handed_over = std::mem::take(&mut call.handed_over);
+        let later = std::mem::take(&mut call.later);
         *time = call.time;
         let mut passing = std::mem::take(&mut call.passing);
         passing.append(&mut call.stepping);
@@ -100,17 +130,20 @@ impl Domain {
         stats.runs = self.vm.runs() - runs;
         stats.crossings = self.monitor.crossings() - crossings;
         Ok(match outcome? {
-            Outcome::WithJournal => None,
-            Outcome::Ended(end, regs) => Some(CallResult {
+            Outcome::WithJournal => Attempted::WithJournal,
+            Outcome::AtOnce => Attempted::AtOnce,
+            Outcome::Ended(end, regs) => Attempted::Ended(Box::new(CallResult {
                 end,
                 regs,
                 stats,
                 time: *time,
                 phases,
                 kernel_calls,
+                handed_over,
+                later,
                 kept,
                 lists,
-            }),
+            })),
         })
     }
 }
@@ -137,6 +170,9 @@ impl<'a> Call<'a> {
             callbacks: Vec::new(),
             stacks: vec![request.stack],
             posted: Vec::new(),
+            hands_over: false,
+            handed_over: Vec::new(),
+            later: Vec::new(),
             posted_use_memory: false,
             overwritten: BTreeMap::new(),
             passing: Vec::new(),

@@ -2,7 +2,7 @@
 
 use devices::hold::{Access, DeviceAddress};
 
-use super::call::PassThroughReason;
+use super::call::{DeviceStore, PassThroughReason};
 use super::{Call, Step};
 use crate::domain::error::DomainError;
 use crate::domain::roots::Root;
@@ -16,9 +16,9 @@ const MAX_POSTED: usize = 4096;
 /// A store to the device that waits for the commit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PostedWrite {
-    pub(super) at: DeviceAddress,
-    pub(super) value: u64,
-    pub(super) bytes: usize,
+    pub(super) store: DeviceStore,
+    /// How many kernel functions waited when it was made.
+    pub(super) handed_over: u64,
 }
 
 /// A page of which something was published before the end of the call.
@@ -111,7 +111,7 @@ impl Call<'_> {
         self.stats.device_reads += 1;
         // A load that only flushes stores: they arrive when the call commits, and nobody uses the
         // device before.
-        let waiting = &mut self.posted.iter().map(|write| write.at);
+        let waiting = &mut self.posted.iter().map(|write| write.store.at);
         if let Some(value) = self.supervisor.device_read_past(at, bytes, waiting) {
             self.take_over()?;
             return Ok(Ok(value));
@@ -139,7 +139,13 @@ impl Call<'_> {
             return Ok(self.violation_here(kind));
         }
         self.posted_use_memory |= self.supervisor.device_uses_memory(at, bytes, Access::Store);
-        self.posted.push(PostedWrite { at, value, bytes });
+        self.posted.push(PostedWrite {
+            store: DeviceStore { at, value, bytes },
+            handed_over: match self.hands_over {
+                true => self.domain.monitor.handed_over_count(),
+                false => 0,
+            },
+        });
         self.stats.posted_writes += 1;
         Ok(Step::Continue)
     }
@@ -259,9 +265,9 @@ impl Call<'_> {
 
     pub(super) fn flush_posted(&mut self) {
         self.posted_use_memory = false;
-        for write in std::mem::take(&mut self.posted) {
+        for PostedWrite { store, .. } in std::mem::take(&mut self.posted) {
             self.supervisor
-                .device_write(write.at, write.value, write.bytes);
+                .device_write(store.at, store.value, store.bytes);
         }
     }
 }

@@ -175,7 +175,9 @@ impl Call<'_> {
         address: u64,
         regs: &kvm_regs,
     ) -> Result<bool, DomainError> {
-        if self.supervisor.may_write(address) {
+        // Where a function that copies stores has mostly been handed out just before.
+        let kept = [regs.rbx, regs.rbp, regs.r12, regs.r13, regs.r14, regs.r15];
+        if self.supervisor.may_write_in(address, &kept) || self.supervisor.may_write(address) {
             return Ok(true);
         }
         let interrupted = kvm_regs {

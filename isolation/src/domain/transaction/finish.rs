@@ -233,6 +233,8 @@ impl Call<'_> {
         // It may have executed anything: control registers are set anew for the next call.
         self.domain.adopted = None;
         self.posted.clear();
+        self.later.clear();
+        self.handed_over.clear();
         let pages = self.private_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
         let domain = &mut *self.domain;
@@ -262,6 +264,8 @@ impl Call<'_> {
     /// in the guest and its device, without asking anything more of the private VM.
     pub(super) fn leave_nothing(&mut self) {
         self.posted.clear();
+        self.later.clear();
+        self.handed_over.clear();
         if self.reached_device {
             self.supervisor.stand_still();
         }

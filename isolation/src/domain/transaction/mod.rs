@@ -22,7 +22,8 @@
 //!
 //! A call that is about to spill for the first time is taken back and run once more with a journal
 //! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do
-//! not spill pay nothing for it.
+//! not spill pay nothing for it. So is one of which kernel functions were to wait for the end and
+//! may not (`handing_over.rs`), with these called at once.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -52,6 +53,7 @@ mod exits;
 mod failing;
 mod faults;
 mod finish;
+mod handing_over;
 mod journal;
 mod kept_arguments;
 mod memory;
@@ -61,7 +63,10 @@ mod spill;
 mod spilled_call;
 mod time;
 
-pub use call::{AbortPhases, CallEnd, CallRequest, CallResult, CallStats, PassThroughReason};
+pub use call::{
+    AbortPhases, CallEnd, CallRequest, CallResult, CallStats, DeviceStore, PassThroughReason,
+};
+pub(super) use handing_over::Refusals;
 pub use spilled_call::SpilledCall;
 pub use time::CallTime;
 
@@ -83,6 +88,9 @@ enum Outcome {
     Ended(CallEnd, kvm_regs),
     /// It is to be run once more, with a journal; nothing of it is left.
     WithJournal,
+    /// It is to be run once more, with no kernel function waiting for its end; nothing of it is
+    /// left.
+    AtOnce,
 }
 
 /// What an exit leads to.
@@ -110,6 +118,12 @@ pub(super) struct Call<'a> {
     /// The stack it was entered on, and those on which the kernel has called the driver back.
     stacks: Vec<GvaRange>,
     posted: Vec<PostedWrite>,
+    /// Kernel functions that can wait do so until its end.
+    hands_over: bool,
+    /// Those that waited, once they have been looked at.
+    handed_over: Vec<KernelCall>,
+    /// Stores that wait for these.
+    later: Vec<DeviceStore>,
     /// One of these may have the device use guest memory.
     posted_use_memory: bool,
     overwritten: BTreeMap<Pfn, Overwritten>,
@@ -150,6 +164,7 @@ pub(super) struct Call<'a> {
 
 impl Call<'_> {
     fn carry_out(&mut self, spilled: Option<&SpilledCall>) -> Result<Outcome, DomainError> {
+        self.begin_handing_over();
         let begun = match spilled {
             None => self.begin()?,
             Some(spilled) => self.begin_again(spilled)?,
@@ -161,7 +176,14 @@ impl Call<'_> {
         let ended = match step {
             Step::Returned => match self.check_return() {
                 Some((kind, rip)) => self.abort(kind, rip),
-                None => self.commit(),
+                None if self.take_handed_over() => self.commit(),
+                None => {
+                    self.take_back()?;
+                    match self.device_lost {
+                        true => self.abort(ViolationKind::DeviceLost, self.domain.vm.regs().rip),
+                        false => return Ok(Outcome::AtOnce),
+                    }
+                }
             },
             Step::Violation(kind, rip) => self.abort(kind, rip),
             Step::GuestOnly(_, Some(_)) if self.wants_journal() => {

@@ -158,6 +158,21 @@ impl DriverPolicy {
         }
     }
 
+    /// Whether the byte at `at` is of a packet that one of these `values` is, with its data.
+    pub fn may_write_in<M: GuestPhys>(
+        &mut self,
+        memory: &CallMemory<'_, M>,
+        at: Gva,
+        values: &[u64],
+    ) -> bool {
+        let one = GvaRange::aligned(at, 1);
+        self.table.may_write(one)
+            || values.iter().any(|value| {
+                self.hold(memory, std::slice::from_ref(value));
+                self.table.may_write(one)
+            })
+    }
+
     /// Whether `found` is a `struct sk_buff`.
     pub(super) fn is_packet<M: GuestPhys>(
         &self,

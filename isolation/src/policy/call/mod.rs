@@ -40,9 +40,11 @@ use std::sync::Arc;
 use super::abort_value::REGISTER_ARGUMENTS;
 use super::completion::{Completion, Completions};
 use super::diff::PAGE_BYTES;
+use super::handed_over::HandOvers;
 use super::range_table::{Lifetime, Object, ObjectKind, Permit, RangeTable, RangeTableError};
 use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
+use crate::domain::effects::KernelCall;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
 use crate::guest::btf::Btf;
@@ -88,7 +90,7 @@ const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
 const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags", "active_memcg", "__state"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
-const PACKET_CACHES: &[&str] = &[
+pub(super) const PACKET_CACHES: &[&str] = &[
     "skbuff_head_cache",
     "skbuff_fclone_cache",
     "skbuff_small_head",
@@ -131,7 +133,7 @@ pub struct CallMemory<'a, M> {
 
 impl<M> CallMemory<'_, M> {
     /// Memory as it was when the call began, as the same address space has it.
-    fn earlier(&self) -> VirtMemory<'_, MemoryBefore<'_, M>> {
+    pub(super) fn earlier(&self) -> VirtMemory<'_, MemoryBefore<'_, M>> {
         VirtMemory {
             space: self.private.space,
             memory: &self.before,
@@ -190,6 +192,8 @@ pub struct DriverPolicy {
     sections: Vec<GvaRange>,
     completions: Completions,
     unheard: Unheard,
+    /// What functions take that wait until a call has ended; `None` if they do not wait.
+    hand_overs: Option<HandOvers>,
     /// Where calls store in what passes through them.
     habits: Habits,
     calls: Vec<Call>,
@@ -245,6 +249,7 @@ impl DriverPolicy {
             programs: Programs::new(&types),
             completions,
             unheard: Unheard::new(&types),
+            hand_overs: HandOvers::new(&types, symbols, layout),
             types,
             names: Names::default(),
             memory,
@@ -335,6 +340,25 @@ impl DriverPolicy {
         arguments: &[u64; REGISTER_ARGUMENTS],
     ) -> bool {
         self.unheard.is(virt, gate, arguments)
+    }
+
+    /// Whether kernel functions that can wait until a call has ended may wait for the one that
+    /// begins.
+    pub fn may_hand_over<M: GuestPhys>(&self, memory: &CallMemory<'_, M>) -> bool {
+        let hand_overs = self.hand_overs.as_ref();
+        hand_overs.is_some_and(|hand_overs| hand_overs.may_wait(memory))
+    }
+
+    /// Looks at what `calls` are given that are to be made when this one is committed; `None` if
+    /// something of it is not as it should be. Otherwise the first one that stores to the device
+    /// have to wait for which come after it, if any is.
+    pub fn hands_over<M: GuestPhys>(
+        &mut self,
+        memory: &CallMemory<'_, M>,
+        calls: &[KernelCall],
+    ) -> Option<Option<usize>> {
+        let hand_overs = self.hand_overs.as_mut()?;
+        hand_overs.look(memory, &self.memory, calls)
     }
 
     /// A call of `function` begins, or the kernel calls back into `function` during one.
