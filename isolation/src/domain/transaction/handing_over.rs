@@ -15,14 +15,17 @@ use crate::domain::supervisor::HandOver;
 
 /// Calls of a function in a row of which nothing could wait before it is left off for a while.
 const REFUSED_IN_A_ROW: u32 = 4;
-/// For how many calls.
+/// For how many calls, the first time; each time twice as many until something waits.
 const REST: u32 = 64;
+/// How often they become twice as many.
+const MOST_DOUBLINGS: u32 = 6;
 
 /// How it went with the calls of one function.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::domain) struct Refusals {
     in_a_row: u32,
     rest: u32,
+    doublings: u32,
 }
 
 impl Refusals {
@@ -34,14 +37,16 @@ impl Refusals {
     }
 
     fn ended(&mut self, accepted: bool) {
-        self.in_a_row = match accepted {
-            true => 0,
-            false => self.in_a_row.saturating_add(1),
-        };
+        if accepted {
+            *self = Self::default();
+            return;
+        }
+        self.in_a_row += 1;
         if self.in_a_row >= REFUSED_IN_A_ROW {
             *self = Self {
                 in_a_row: 0,
-                rest: REST,
+                rest: REST << self.doublings,
+                doublings: (self.doublings + 1).min(MOST_DOUBLINGS),
             };
         }
     }
@@ -114,12 +119,14 @@ mod tests {
     #[test]
     fn functions_of_which_nothing_may_wait_are_left_off_for_a_while() {
         let mut refusals = Refusals::default();
-        for round in 0..REFUSED_IN_A_ROW {
-            assert!(refusals.begins(), "{round}");
-            refusals.ended(false);
-        }
-        for call in 0..REST {
-            assert!(!refusals.begins(), "{call}");
+        for doublings in (0..=MOST_DOUBLINGS).chain([MOST_DOUBLINGS]) {
+            for round in 0..REFUSED_IN_A_ROW {
+                assert!(refusals.begins(), "{round}");
+                refusals.ended(false);
+            }
+            for call in 0..REST << doublings {
+                assert!(!refusals.begins(), "{call}");
+            }
         }
         assert!(refusals.begins());
         refusals.ended(false);
