@@ -37,10 +37,14 @@ pub fn labs() -> usize {
 
 /// Whether this host's memory is enough for all else beside the labs.
 pub fn has_room(workspace: &Workspace) -> bool {
-    let lab = u64::from(Settings::new(workspace).machine.memory_mib);
-    let needed = lab * labs() as u64 + BESIDE_LABS_MIB;
+    let lab = Settings::new(workspace).machine.memory_mib;
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    available_mib(&memory).is_some_and(|mib| mib >= needed)
+    is_enough(&memory, labs() as u64 * u64::from(lab))
+}
+
+/// Whether all else has room beside labs that take so many MiB; no, where it is not known.
+fn is_enough(memory: &str, labs_mib: u64) -> bool {
+    available_mib(memory).is_some_and(|mib| mib >= labs_mib + BESIDE_LABS_MIB)
 }
 
 /// proc_meminfo(5): what can be had without swapping.
@@ -94,5 +98,14 @@ mod tests {
         assert_eq!(available_mib(memory), Some(12288));
         assert_eq!(available_mib("MemAvailable: much"), None);
         assert_eq!(available_mib(""), None);
+    }
+
+    #[test]
+    fn room_is_what_labs_and_all_else_take_together() {
+        let has = |mib: u64| format!("MemAvailable: {} kB\n", mib * 1024);
+        let labs = 8192;
+        assert!(is_enough(&has(labs + BESIDE_LABS_MIB), labs));
+        assert!(!is_enough(&has(labs + BESIDE_LABS_MIB - 1), labs));
+        assert!(!is_enough("", 0));
     }
 }

@@ -55,10 +55,10 @@ const INTERRUPTED: i32 = 130;
 
 /// Does all of it.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
-    let steps = &Steps::new(if args.linux.is_some() { 4 } else { 9 });
+    let steps = &Steps::new(if args.linux.is_some() { 4 } else { 10 });
     let mut count = Count::default();
     let mut linux_findings = linux::Findings::default();
-    steps.must("set up", setup::run)?;
+    steps.must("set up", setup::needed)?;
     if args.linux.is_none() {
         checks::quick(workspace, steps);
     }
@@ -69,49 +69,62 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
         .collect();
     // Much of the one is waiting for the network, and for one processor.
     let (images, build) = lanes::beside(
-        || steps.must("images", || images::run(workspace, &kernels, false)),
+        || {
+            if args.linux.is_none() {
+                steps.may("wanted", || Ok(setup::wanted()));
+            }
+            steps.must("images", || images::run(workspace, &kernels, false))
+        },
         || steps.must("build", || build(workspace)),
     );
     images.and(build)?;
-    let mut linux_tests = || {
-        steps.may("Linux tests", || {
-            let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
-            let filter = args.linux.as_deref().unwrap_or_default();
-            let guests = linux::Guests {
-                place,
-                images: workspace.images_of(args.kernel.unwrap_or(DEFAULT)),
-                full: args.full,
-            };
-            linux::run(workspace, &guests, filter, &mut linux_findings)
-                .with_context(|| format!("after {}", linux_findings.count()))?;
-            verdict(linux_findings.count(), &format!("on the {}", place.word()))
-        });
-    };
+    let mut linux_tests = || linux_tests(workspace, args, steps, &mut linux_findings);
+    let mut all_else = || all_else(workspace, args.full, steps, &mut count);
     if args.linux.is_some() {
         linux_tests();
+    } else if lanes::has_room(workspace) {
+        let linux_tests = || {
+            linux_tests();
+            if interrupted() {
+                // The labs have ended in order; nothing waits for the rest.
+                std::process::exit(INTERRUPTED);
+            }
+        };
+        lanes::beside(linux_tests, || {
+            lanes::give_way();
+            all_else();
+        });
     } else {
-        let mut all_else = || all_else(workspace, args.full, steps, &mut count);
-        match lanes::has_room(workspace) {
-            true => {
-                let linux_tests = || {
-                    linux_tests();
-                    if interrupted() {
-                        // The labs have ended in order; nothing waits for the rest.
-                        std::process::exit(INTERRUPTED);
-                    }
-                };
-                lanes::beside(linux_tests, || {
-                    lanes::give_way();
-                    all_else();
-                });
-            }
-            false => {
-                all_else();
-                linux_tests();
-            }
-        }
+        all_else();
+        linux_tests();
     }
     count += linux_findings.count();
+    tell(args, steps, &linux_findings, count)
+}
+
+/// The tests that boot Linux.
+fn linux_tests(workspace: &Workspace, args: &Args, steps: &Steps, findings: &mut linux::Findings) {
+    steps.may("Linux tests", || {
+        let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
+        let filter = args.linux.as_deref().unwrap_or_default();
+        let guests = linux::Guests {
+            place,
+            images: workspace.images_of(args.kernel.unwrap_or(DEFAULT)),
+            full: args.full,
+        };
+        linux::run(workspace, &guests, filter, findings)
+            .with_context(|| format!("after {}", findings.count()))?;
+        verdict(findings.count(), &format!("on the {}", place.word()))
+    });
+}
+
+/// Says what came of it.
+fn tell(
+    args: &Args,
+    steps: &Steps,
+    linux_findings: &linux::Findings,
+    count: Count,
+) -> anyhow::Result<ExitCode> {
     steps.summary();
     for name in linux_findings.unsteady() {
         eprintln!(
