@@ -129,8 +129,8 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
         What::Switch { .. } => 2,
         _ => 1,
     };
-    let mut steps = Steps::new(3 + measured);
-    let mut bench = Bench::prepare(workspace, "target/bench", &mut steps)?;
+    let steps = Steps::new(3 + measured);
+    let mut bench = Bench::prepare(workspace, "target/bench", &steps)?;
     let (common, name) = match &args.what {
         What::Boot { common, only } => {
             steps.must("boot", || {
@@ -194,7 +194,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn prepare(workspace: &Workspace, scratch: &str, steps: &mut Steps) -> anyhow::Result<Self> {
+    fn prepare(workspace: &Workspace, scratch: &str, steps: &Steps) -> anyhow::Result<Self> {
         steps.must("set up", setup::run)?;
         steps.must("images", || images::run(workspace, &[DEFAULT], false))?;
         steps.must("build", || build(workspace))?;

@@ -37,6 +37,12 @@ const LISTED_EVERYWHERE: &str = "busybox-static";
 
 /// Installs what is missing; says what that was.
 pub fn run() -> anyhow::Result<String> {
+    let needed = needed()?;
+    Ok(format!("{needed}; {}", wanted()))
+}
+
+/// Installs what is missing of what is needed; says what that was.
+pub fn needed() -> anyhow::Result<String> {
     let mut installed = Vec::new();
     for (component, subcommand) in COMPONENTS {
         if capture(cargo().args([subcommand, "--version"])).is_err() {
@@ -59,17 +65,22 @@ pub fn run() -> anyhow::Result<String> {
         // The image builder downloads packages by name, for which the lists must be there.
         fetch_lists_if_none()?;
     }
-    let without = match want_of_python() {
-        Ok(packages) => {
-            installed.extend(packages);
-            String::new()
-        }
-        Err(error) => format!("; without Python's packages: {error:#}"),
-    };
-    Ok(match installed.is_empty() {
-        true => format!("nothing was missing{without}"),
-        false => format!("installed {}{without}", installed.join(", ")),
-    })
+    Ok(said(&installed))
+}
+
+/// Installs what is missing of what some tests do without; says what that was, or why not.
+pub fn wanted() -> String {
+    match want_of_python() {
+        Ok(packages) => said(&packages),
+        Err(error) => format!("without Python's packages: {error:#}"),
+    }
+}
+
+fn said(installed: &[&str]) -> String {
+    match installed {
+        [] => "nothing was missing".into(),
+        some => format!("installed {}", some.join(", ")),
+    }
 }
 
 /// Installs Python's packages in a folder of their own; says which.

@@ -4,6 +4,7 @@
 
 use std::io::IsTerminal;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -33,11 +34,12 @@ pub struct Record {
     pub note: String,
 }
 
-/// The steps of one task.
+/// The steps of one task. Several threads may have one each under way.
 pub struct Steps {
     total: usize,
     begin: Instant,
-    records: Vec<Record>,
+    /// In the order of their beginnings; of those under way there is none yet.
+    records: Mutex<Vec<Option<Record>>>,
 }
 
 impl Steps {
@@ -46,7 +48,7 @@ impl Steps {
         Self {
             total,
             begin: Instant::now(),
-            records: Vec::new(),
+            records: Mutex::default(),
         }
     }
 
@@ -55,7 +57,7 @@ impl Steps {
     /// # Errors
     /// The work's.
     pub fn must(
-        &mut self,
+        &self,
         name: &str,
         work: impl FnOnce() -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
@@ -64,16 +66,21 @@ impl Steps {
     }
 
     /// Does a step whose failure is told at the end. `false` when it failed.
-    pub fn may(&mut self, name: &str, work: impl FnOnce() -> anyhow::Result<String>) -> bool {
+    pub fn may(&self, name: &str, work: impl FnOnce() -> anyhow::Result<String>) -> bool {
         self.step(name, work).is_ok()
     }
 
     fn step(
-        &mut self,
+        &self,
         name: &str,
         work: impl FnOnce() -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
-        eprintln!("[{}/{}] {name}", self.records.len() + 1, self.total);
+        let index = {
+            let mut records = self.locked();
+            records.push(None);
+            records.len() - 1
+        };
+        eprintln!("[{}/{}] {name}", index + 1, self.total);
         let begin = Instant::now();
         let result = work();
         let seconds = begin.elapsed().as_secs_f64();
@@ -83,8 +90,13 @@ impl Steps {
         };
         let word = if state == State::Ok { "done" } else { "FAILED" };
         let colon = if note.is_empty() { "" } else { ": " };
-        eprintln!("      {word} in {}{colon}{note}", duration(seconds));
-        self.records.push(Record {
+        let number = index + 1;
+        eprintln!(
+            "[{number}/{}] {name} {word} in {}{colon}{note}",
+            self.total,
+            duration(seconds)
+        );
+        self.locked()[index] = Some(Record {
             name: name.to_owned(),
             state,
             seconds,
@@ -93,22 +105,25 @@ impl Steps {
         result.map(drop)
     }
 
-    /// The steps that are over.
-    pub fn records(&self) -> &[Record] {
-        &self.records
+    fn locked(&self) -> MutexGuard<'_, Vec<Option<Record>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The steps that are over, in the order of their beginnings.
+    pub fn records(&self) -> Vec<Record> {
+        self.locked().iter().flatten().cloned().collect()
     }
 
     /// Whether one failed.
     pub fn failed(&self) -> bool {
-        self.records
-            .iter()
-            .any(|record| record.state == State::Failed)
+        let failed = |record: &Record| record.state == State::Failed;
+        self.locked().iter().flatten().any(failed)
     }
 
     /// Prints all steps with their times.
     pub fn summary(&self) {
-        let width = self
-            .records
+        let records = self.records();
+        let width = records
             .iter()
             .map(|record| record.name.chars().count())
             .max()
@@ -119,7 +134,7 @@ impl Steps {
             state,
             seconds,
             note,
-        } in &self.records
+        } in &records
         {
             let word = if *state == State::Ok {
                 "ok    "
@@ -129,12 +144,29 @@ impl Steps {
             let note = note.lines().next().unwrap_or_default();
             eprintln!("{word}  {name:width$}  {:>8}  {note}", duration(*seconds));
         }
-        eprintln!(
-            "        {:width$}  {:>8}",
-            "all",
-            duration(self.begin.elapsed().as_secs_f64())
-        );
+        let all = duration(self.begin.elapsed().as_secs_f64());
+        let worked = processor_seconds().map_or_else(String::new, |seconds| {
+            format!("{seconds:.0} s of processor time")
+        });
+        eprintln!("        {:width$}  {all:>8}  {worked}", "all");
     }
+}
+
+/// Ticks of a processor's time that Linux counts a second for programs, on x86.
+const TICKS: f64 = 100.0;
+
+/// Processor time of this process and of all that it has waited for, in seconds: what a run costs,
+/// also on a machine that does other things.
+fn processor_seconds() -> Option<f64> {
+    read_processor_seconds(&std::fs::read_to_string("/proc/self/stat").ok()?)
+}
+
+/// proc_pid_stat(5): fields 14 to 17. The name, field 2, may hold blanks and parentheses.
+fn read_processor_seconds(stat: &str) -> Option<f64> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    let times = fields.split_whitespace().skip(11).take(4);
+    let times: Vec<u64> = times.map(str::parse).collect::<Result<_, _>>().ok()?;
+    (times.len() == 4).then(|| times.iter().map(|ticks| *ticks as f64 / TICKS).sum())
 }
 
 /// A duration as a person says it.
@@ -241,16 +273,13 @@ mod tests {
 
     #[test]
     fn failed_step_is_remembered_and_later_ones_go_on() {
-        let mut steps = Steps::new(3);
+        let steps = Steps::new(3);
         assert!(steps.may("one", || Ok("fine".into())));
         assert!(!steps.may("two", || bail!("broken")));
         assert!(steps.may("three", || Ok(String::new())));
         assert!(steps.failed());
-        let states: Vec<_> = steps
-            .records()
-            .iter()
-            .map(|r| (r.state, r.note.as_str()))
-            .collect();
+        let records = steps.records();
+        let states: Vec<_> = records.iter().map(|r| (r.state, r.note.as_str())).collect();
         assert_eq!(
             states,
             [
@@ -259,6 +288,29 @@ mod tests {
                 (State::Ok, "")
             ]
         );
+    }
+
+    #[test]
+    fn steps_side_by_side_are_told_in_the_order_of_their_beginnings() {
+        let steps = Steps::new(2);
+        let steps = &steps;
+        std::thread::scope(|scope| {
+            steps.may("first", || {
+                let second = scope.spawn(|| steps.may("second", || Ok(String::new())));
+                assert!(second.join().unwrap());
+                Ok(String::new())
+            });
+        });
+        let names: Vec<String> = steps.records().into_iter().map(|one| one.name).collect();
+        assert_eq!(names, ["first", "second"]);
+    }
+
+    #[test]
+    fn processor_time_is_read_whatever_the_program_is_called() {
+        let stat = "7 (a) R 1 (b) S 1 7 7 0 -1 4194304 1 2 3 4 100 50 2000 25 20 0 1";
+        assert_eq!(read_processor_seconds(stat), Some(21.75));
+        assert_eq!(read_processor_seconds("7 (a) S 1 7 7"), None);
+        assert!(processor_seconds().is_some());
     }
 
     #[test]

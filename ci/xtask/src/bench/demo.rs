@@ -35,8 +35,8 @@ pub struct DemoArgs {
 
 /// Does it.
 pub fn demo(workspace: &Workspace, args: &DemoArgs) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(9);
-    let mut bench = Bench::prepare(workspace, "target/demo/parts", &mut steps)?;
+    let steps = Steps::new(9);
+    let mut bench = Bench::prepare(workspace, "target/demo/parts", &steps)?;
     let runs = args.common.runs;
     steps.must("boot", || bench.demo_boots(runs))?;
     steps.must("recovery", || bench.recovery(runs, ROLLBACKS))?;

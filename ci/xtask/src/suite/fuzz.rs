@@ -20,7 +20,7 @@ const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanit
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// For each target. Long enough to reach deep states from no corpus, short enough for every run of
 /// the tests.
-const SECONDS: u32 = 20;
+const SECONDS: u32 = 8;
 /// An input that takes longer, in seconds, is a finding.
 const INPUT_LIMIT: u32 = 20;
 

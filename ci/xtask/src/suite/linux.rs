@@ -15,9 +15,9 @@ use serde::Serialize;
 
 use super::FULL;
 use super::count::Count;
-use super::programs;
 use super::queue::{Batch, Queue, Times, is_long};
 use super::record::TestRecord;
+use super::{lanes, programs};
 use crate::lab::{Ended, Kind, Lab, Request, Settings, watch_interrupts};
 use crate::place::Place;
 use crate::steps::duration;
@@ -136,7 +136,7 @@ fn run_in_labs(
     progress: &Progress,
     findings: &mut Findings,
 ) -> anyhow::Result<()> {
-    let labs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let labs = lanes::labs();
     let found = Mutex::new(findings);
     let found = &found;
     let second_tries = &AtomicUsize::new(SECOND_TRIES);

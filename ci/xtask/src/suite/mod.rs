@@ -1,8 +1,10 @@
 //! `cargo xtask test`: every check there is, and the tests, on a machine that has nothing but Rust.
 
+mod checks;
 mod count;
 mod fuzz;
 mod host;
+mod lanes;
 mod linux;
 mod programs;
 mod queue;
@@ -15,6 +17,7 @@ use anyhow::{Context, bail};
 use guest_images::KernelSource;
 use guest_images::kernels::{DEFAULT, KERNELS};
 
+use crate::lab::interrupted;
 use crate::place::Place;
 use crate::steps::{Steps, capture, cargo, run};
 use crate::workspace::Workspace;
@@ -47,27 +50,60 @@ pub struct Args {
 
 /// Environment variable that asks tests for their full form.
 const FULL: &str = "COFFERDAM_FULL";
+/// Exit status after Ctrl-C, as a shell has it.
+const INTERRUPTED: i32 = 130;
 
 /// Does all of it.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
-    let mut steps = Steps::new(if args.linux.is_some() { 4 } else { 9 });
+    let steps = &Steps::new(if args.linux.is_some() { 4 } else { 10 });
     let mut count = Count::default();
     let mut linux_findings = linux::Findings::default();
-    steps.must("set up", setup::run)?;
+    steps.must("set up", setup::needed)?;
     if args.linux.is_none() {
-        checks(workspace, &mut steps);
-        steps.must("build", || build(workspace))?;
-        steps.may("tests", || tests(workspace, args.full, &mut count));
-        steps.may("fuzz", || fuzz::run(workspace));
-    } else {
-        steps.must("build", || build(workspace))?;
+        checks::quick(workspace, steps);
     }
     // The lab's and those that tests ask for, whatever else the guests are of.
     let kernels: Vec<&KernelSource> = KERNELS
         .iter()
         .filter(|kernel| kernel.tested || args.kernel == Some(*kernel))
         .collect();
-    steps.must("images", || images::run(workspace, &kernels, false))?;
+    // Much of the one is waiting for the network, and for one processor.
+    let (images, build) = lanes::beside(
+        || {
+            if args.linux.is_none() {
+                steps.may("wanted", || Ok(setup::wanted()));
+            }
+            steps.must("images", || images::run(workspace, &kernels, false))
+        },
+        || steps.must("build", || build(workspace)),
+    );
+    images.and(build)?;
+    let mut linux_tests = || linux_tests(workspace, args, steps, &mut linux_findings);
+    let mut all_else = || all_else(workspace, args.full, steps, &mut count);
+    if args.linux.is_some() {
+        linux_tests();
+    } else if lanes::has_room(workspace) {
+        let linux_tests = || {
+            linux_tests();
+            if interrupted() {
+                // The labs have ended in order; nothing waits for the rest.
+                std::process::exit(INTERRUPTED);
+            }
+        };
+        lanes::beside(linux_tests, || {
+            lanes::give_way();
+            all_else();
+        });
+    } else {
+        all_else();
+        linux_tests();
+    }
+    count += linux_findings.count();
+    tell(args, steps, &linux_findings, count)
+}
+
+/// The tests that boot Linux.
+fn linux_tests(workspace: &Workspace, args: &Args, steps: &Steps, findings: &mut linux::Findings) {
     steps.may("Linux tests", || {
         let place = Place::find(&workspace.path("target/debug/cofferdam"))?;
         let filter = args.linux.as_deref().unwrap_or_default();
@@ -76,11 +112,19 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             images: workspace.images_of(args.kernel.unwrap_or(DEFAULT)),
             full: args.full,
         };
-        linux::run(workspace, &guests, filter, &mut linux_findings)
-            .with_context(|| format!("after {}", linux_findings.count()))?;
-        verdict(linux_findings.count(), &format!("on the {}", place.word()))
+        linux::run(workspace, &guests, filter, findings)
+            .with_context(|| format!("after {}", findings.count()))?;
+        verdict(findings.count(), &format!("on the {}", place.word()))
     });
-    count += linux_findings.count();
+}
+
+/// Says what came of it.
+fn tell(
+    args: &Args,
+    steps: &Steps,
+    linux_findings: &linux::Findings,
+    count: Count,
+) -> anyhow::Result<ExitCode> {
     steps.summary();
     for name in linux_findings.unsteady() {
         eprintln!(
@@ -107,89 +151,16 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(failed)))
 }
 
-fn checks(workspace: &Workspace, steps: &mut Steps) {
-    let at_root = |words: &[&str]| {
-        let mut command = cargo();
-        command.args(words).current_dir(workspace.root());
-        command
-    };
-    steps.may("style", || {
-        run(&mut at_root(&["fmt", "--all", "--check"])).map(|()| String::new())
-    });
-    steps.may("duplicates", || {
-        duplicates(&mut at_root(&[
-            "tree",
-            "--workspace",
-            "--locked",
-            "-e",
-            "normal",
-            "-d",
-            "--depth",
-            "0",
-            "--prefix",
-            "none",
-        ]))
-    });
-    steps.may("lints", || {
-        let words = [
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--locked",
-            "--quiet",
-            "--",
-            "-D",
-            "warnings",
-        ];
-        run(&mut at_root(&words)).map(|()| String::new())
-    });
-}
-
-/// Crates of which two copies do not work together: types of one are not those of the other.
-const ONCE: &[&str] = &[
-    "kvm-bindings",
-    "kvm-ioctls",
-    "vm-memory",
-    "vmm-sys-util",
-    "vfio-bindings",
-    "vfio-ioctls",
-    "virtio-bindings",
-    "virtio-queue",
-    "linux-loader",
-    "event-manager",
-    "vm-superio",
-    "vm-allocator",
-    "acpi_tables",
-    "iommufd-bindings",
-    "iommufd-ioctls",
-    "seccompiler",
-];
-
-fn duplicates(tree: &mut Command) -> anyhow::Result<String> {
-    let tree = capture(tree)?;
-    let found = duplicates_in(&tree);
-    match found.is_empty() {
-        true => Ok("no rust-vmm crate twice".into()),
-        false => bail!(
-            "more than one version of a rust-vmm crate: {}",
-            found.join(", ")
-        ),
+/// All that needs no images: the tests of this host first, for what they find is wanted soonest.
+fn all_else(workspace: &Workspace, full: bool, steps: &Steps, count: &mut Count) {
+    for step in ["tests", "lints", "fuzz"] {
+        steps.may(step, || match step {
+            _ if interrupted() => bail!("interrupted"),
+            "tests" => tests(workspace, full, count),
+            "lints" => checks::lints(workspace),
+            _ => fuzz::run(workspace),
+        });
     }
-}
-
-fn duplicates_in(tree: &str) -> Vec<&str> {
-    let mut found: Vec<&str> = tree
-        .lines()
-        .map(|line| line.trim_end_matches(" (*)"))
-        .filter(|line| {
-            line.split_whitespace()
-                .next()
-                .is_some_and(|name| ONCE.contains(&name))
-        })
-        .collect();
-    found.sort_unstable();
-    found.dedup();
-    found
 }
 
 fn build(workspace: &Workspace) -> anyhow::Result<String> {
@@ -283,17 +254,6 @@ fn verdict(count: Count, place: &str) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_rust_vmm_crates_count_as_duplicates() {
-        let tree =
-            "bitflags v1.3.2\n\nbitflags v2.13.2\n\nvm-memory v0.17.1\n\nvm-memory v0.18.0 (*)\n";
-        assert_eq!(
-            duplicates_in(tree),
-            ["vm-memory v0.17.1", "vm-memory v0.18.0"]
-        );
-        assert!(duplicates_in("syn v1.0.0\n\nsyn v2.0.0\n").is_empty());
-    }
 
     #[test]
     fn failed_tests_are_counted_and_make_the_step_fail() {
