@@ -70,7 +70,7 @@ fn write_golden() {
             .map()
             .runs()
             .iter()
-            .filter(|run| run.crc32.is_some())
+            .filter(|run| run.sum.is_some())
         {
             let mut content = vec![0; run.bytes()];
             snapshot.read_run(run, &mut content).unwrap();
@@ -95,7 +95,7 @@ fn unpack(place: &Place) {
         let map = MemoryMap::from_bytes(&map, MEMORY_BYTES).unwrap();
         let pages = std::fs::read(from.join(PAGES_FILE)).unwrap();
         let mut rest = &pages[..];
-        for run in map.runs().iter().filter(|run| run.crc32.is_some()) {
+        for run in map.runs().iter().filter(|run| run.sum.is_some()) {
             let (content, behind) = rest.split_at(run.bytes());
             image.write_all_at(content, run.first * PAGE_BYTES).unwrap();
             rest = behind;
