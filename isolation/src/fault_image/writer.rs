@@ -211,7 +211,8 @@ impl Partial {
     fn store_memory(&self, memory: &GuestMemory) -> Result<(u64, Vec<u8>), FaultImageError> {
         let cannot = || FaultImageError::write(self.path.join(MEMORY_FILE));
         let bytes = memory.iter().map(|region| region.len()).sum();
-        let mut image = ImageWriter::new(self.create(MEMORY_FILE)?, bytes, PAGE_SUMS).map_err(cannot())?;
+        let mut image =
+            ImageWriter::new(self.create(MEMORY_FILE)?, bytes, PAGE_SUMS).map_err(cannot())?;
         let mut buffer = Vec::new();
         let mut before = 0;
         for region in memory.iter() {

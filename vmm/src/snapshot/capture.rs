@@ -21,7 +21,8 @@ use super::copier::Copier;
 use super::manifest::Files;
 use super::{
     Chain, CpuModel, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter,
-    MACHINE_FILE, MAP_FILE, Manifest, PageSums, ParentSnapshot, SnapshotError, SnapshotId, StoredFile,
+    MACHINE_FILE, MAP_FILE, Manifest, PageSums, ParentSnapshot, SnapshotError, SnapshotId,
+    StoredFile,
 };
 use crate::dirty::ChangedPages;
 use crate::error::Error;

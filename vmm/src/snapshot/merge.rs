@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::manifest::Files;
 use super::{
-    Chain, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter, MACHINE_FILE, MAP_FILE,
-    Manifest, PAGE_BYTES, PageSums, SnapshotError, StoredFile, Tell,
+    Chain, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter, MACHINE_FILE,
+    MAP_FILE, Manifest, PAGE_BYTES, PageSums, SnapshotError, StoredFile, Tell,
 };
 
 impl Chain {

@@ -7,7 +7,9 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::memory_map::MAX_RUN_PAGES;
-use super::{MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, PageSums, SnapshotError, StoredFile};
+use super::{
+    MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, PageSums, SnapshotError, StoredFile,
+};
 
 /// Directories of one name that processes with the same number were killed over, at most.
 const MAX_PARTIAL: u32 = 1000;

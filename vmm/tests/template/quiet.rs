@@ -115,9 +115,8 @@ fn a_guest_whose_memory_is_a_files_leaves_the_file_and_what_it_has_not_as_they_a
     let clone = clone_with(&saved, template(&saved), 1);
     let handle = clone.handle();
     clone.wait(100);
-    let blocks = |file: &std::fs::File| {
-        std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap())
-    };
+    let blocks =
+        |file: &std::fs::File| std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
     let before = blocks(&saved.file);
     let (full, diff) = (folder.path().join("full"), folder.path().join("diff"));
     snapshot(handle, &full, None);

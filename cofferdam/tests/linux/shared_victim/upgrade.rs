@@ -194,7 +194,9 @@ fn what_takes_or_puts_back_state_is_refused_while_a_driver_is_upgraded_and_nothi
             assert!(error.contains(why), "{request:?} after {begun}: {error}");
         }
         match upgraded.join().unwrap() {
-            Reply::Upgraded(report) => assert_eq!(report.outcome, UpgradeOutcome::Old, "{report:?}"),
+            Reply::Upgraded(report) => {
+                assert_eq!(report.outcome, UpgradeOutcome::Old, "{report:?}")
+            }
             other => panic!("{other:?}"),
         }
     });
