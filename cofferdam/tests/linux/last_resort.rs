@@ -142,6 +142,8 @@ mod long {
         victim.try_command(&["ethtool", "-S", "eth0"]);
         let ladder = victim.wait_until_running();
         let rungs = &ladder.rungs;
+        // There is no mark: the rung is tried, and the next one taken.
+        let tried = u64::from(may_reset_guest == MayReset::Snapshot);
         assert_eq!(
             (
                 rungs.restarts,
@@ -149,7 +151,7 @@ mod long {
                 rungs.rewinds,
                 rungs.resets
             ),
-            (1, 1, 0, 1),
+            (1, 1, tried, 1),
             "{ladder:?}"
         );
         // The installed driver is back, with the same function isolated.
