@@ -110,13 +110,16 @@ mod tests {
     fn each_byte_is_of_one_kind() {
         const SIZE: u64 = 10 * 4096;
         let page = |number: u64| number * 4096;
-        for touched in [
-            vec![],
-            vec![0..SIZE],
-            vec![page(0)..page(1), page(1)..page(3), page(9)..page(10)],
-            vec![page(2)..page(3), page(5)..page(8)],
-            vec![page(9)..page(12)],
-        ] {
+        let cases: [&[[u64; 2]]; 5] = [
+            &[],
+            &[[0, 10]],
+            &[[0, 1], [1, 3], [9, 10]],
+            &[[2, 3], [5, 8]],
+            &[[9, 12]],
+        ];
+        for touched in cases {
+            let ranges = touched.iter().map(|&[from, to]| page(from)..page(to));
+            let touched: Vec<_> = ranges.collect();
             let untouched = Untouched {
                 file: Arc::new(tempfile::tempfile().unwrap()),
                 ranges: between(&touched, SIZE),
