@@ -11,7 +11,7 @@ use vmm::memory::MemorySource;
 use vmm::snapshot::{Beside, Chain, SnapshotRequest, Taken};
 
 use crate::shared::{can_share, own_bytes};
-use crate::writer::{self, Writing, all_of, writer};
+use crate::writer::{Writing, all_of, writer};
 use crate::{
     LIMIT, MEMORY, PAGES, Saved, check, clone_with, saved_with, template, template_on_demand,
 };
