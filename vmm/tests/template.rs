@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "template/quiet.rs"]
+mod quiet;
 #[path = "template/shared.rs"]
 mod shared;
 mod writer;
@@ -32,12 +34,18 @@ struct Saved {
 
 /// A guest with `vcpus` vCPUs in the middle of its work, and what is in the file besides.
 fn saved(vcpus: u8) -> Saved {
+    saved_with(vcpus, |_| {})
+}
+
+/// The same, with what `fill` writes besides.
+fn saved_with(vcpus: u8, fill: impl FnOnce(&devices::dma::GuestMemory)) -> Saved {
     let original = writer(MEMORY, MemorySource::Fresh, vcpus, PAGES).start();
     original.wait(300);
     let handle = original.handle();
     let written = GuestAddress(writer::CODE_END);
     let memory = handle.ram().memory();
     memory.write_slice(&[0x5a; 4096], written).unwrap();
+    fill(memory);
     let (memory, state, devices) = handle
         .quiesce(LIMIT, |quiesced| {
             original.check(quiesced);

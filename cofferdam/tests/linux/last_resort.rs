@@ -102,14 +102,37 @@ mod long {
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
     fn a_driver_that_cannot_be_restarted_has_the_guest_reset_where_that_is_allowed() {
+        the_guest_is_reset(MayReset::Boot, |_| {});
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_that_has_a_snapshot_in_a_directory_and_no_mark_boots() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        the_guest_is_reset(MayReset::Snapshot, |victim| {
+            victim.guest.agent().disconnect();
+            victim.ask(&Request::Snapshot {
+                dir: dir.clone(),
+                parent: None,
+                track: true,
+                stop: false,
+            });
+        });
+    }
+
+    /// Has the driver fail in a guest that was made ready with `before`, when it cannot be
+    /// restarted.
+    fn the_guest_is_reset(may_reset_guest: MayReset, before: impl FnOnce(&mut Victim)) {
         let mut victim = victim();
         let first = boot_id(&mut victim.guest);
         let may_reset = LadderConfig {
             on_fault: Some(OnFault::Restart),
-            may_reset_guest: MayReset::Boot,
+            may_reset_guest,
             ..LadderConfig::default()
         };
         victim.isolate(ENTRY, may_reset);
+        before(&mut victim);
         let stays = that_stays(another_build(0xb1));
         let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
         is_new(&victim, &report);
@@ -119,9 +142,16 @@ mod long {
         victim.try_command(&["ethtool", "-S", "eth0"]);
         let ladder = victim.wait_until_running();
         let rungs = &ladder.rungs;
+        // There is no mark: the rung is tried, and the next one taken.
+        let tried = u64::from(may_reset_guest == MayReset::Snapshot);
         assert_eq!(
-            (rungs.restarts, rungs.failed_restarts, rungs.resets),
-            (1, 1, 1),
+            (
+                rungs.restarts,
+                rungs.failed_restarts,
+                rungs.rewinds,
+                rungs.resets
+            ),
+            (1, 1, tried, 1),
             "{ladder:?}"
         );
         // The installed driver is back, with the same function isolated.

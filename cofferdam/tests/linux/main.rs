@@ -19,6 +19,7 @@ mod kernels;
 mod last_resort;
 mod machine;
 mod nics;
+mod own_suspend;
 mod parked;
 mod passed;
 mod passthrough;

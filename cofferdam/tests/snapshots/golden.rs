@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use serde_json::Value;
-use vmm::snapshot::{IMAGE_FILE, MAP_FILE, MemoryMap, PAGE_BYTES, Snapshot};
+use vmm::snapshot::{FORMAT_VERSION, IMAGE_FILE, MAP_FILE, MemoryMap, PAGE_BYTES, Snapshot};
 
 use crate::common::place::{Place, end, finish};
 use crate::common::{EM_X86_64, elf};
@@ -26,9 +26,9 @@ const FILES: [&str; 4] = ["manifest.json", "machine.state", "devices.state", MAP
 const DIRS: [&str; 2] = ["full", "diff"];
 const MEMORY_BYTES: u64 = 32 << 20;
 
-fn golden(name: &str) -> PathBuf {
+fn golden(version: u32, name: &str) -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-    tests.join("golden/snapshot-1").join(name)
+    tests.join(format!("golden/snapshot-{version}")).join(name)
 }
 
 /// Frames that the guest says in `log` it has received.
@@ -58,7 +58,7 @@ fn write_golden() {
     place.ask(&format!("snapshot golden {diff} --stop"));
     assert!(finish(vm).status.success());
     for name in DIRS {
-        let (from, to) = (folder.join(name), golden(name));
+        let (from, to) = (folder.join(name), golden(FORMAT_VERSION, name));
         let _ = std::fs::remove_dir_all(&to);
         std::fs::create_dir_all(&to).unwrap();
         for file in FILES {
@@ -66,12 +66,7 @@ fn write_golden() {
         }
         let snapshot = Snapshot::open(&from).unwrap();
         let mut pages = Vec::new();
-        for run in snapshot
-            .map()
-            .runs()
-            .iter()
-            .filter(|run| run.crc32.is_some())
-        {
+        for run in snapshot.map().runs().iter().filter(|run| run.sum.is_some()) {
             let mut content = vec![0; run.bytes()];
             snapshot.read_run(run, &mut content).unwrap();
             pages.extend(content);
@@ -81,10 +76,10 @@ fn write_golden() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-/// The snapshots as they were written, in `place`.
-fn unpack(place: &Place) {
+/// The snapshots as `version` wrote them, in `place`.
+fn unpack(version: u32, place: &Place) {
     for name in DIRS {
-        let (from, to) = (golden(name), place.path(name));
+        let (from, to) = (golden(version, name), place.path(name));
         std::fs::create_dir(&to).unwrap();
         for file in FILES {
             std::fs::copy(from.join(file), to.join(file)).unwrap();
@@ -95,7 +90,7 @@ fn unpack(place: &Place) {
         let map = MemoryMap::from_bytes(&map, MEMORY_BYTES).unwrap();
         let pages = std::fs::read(from.join(PAGES_FILE)).unwrap();
         let mut rest = &pages[..];
-        for run in map.runs().iter().filter(|run| run.crc32.is_some()) {
+        for run in map.runs().iter().filter(|run| run.sum.is_some()) {
             let (content, behind) = rest.split_at(run.bytes());
             image.write_all_at(content, run.first * PAGE_BYTES).unwrap();
             rest = behind;
@@ -109,8 +104,12 @@ fn a_vm_that_an_earlier_program_saved_is_read() {
     if std::env::var_os("COFFERDAM_WRITE_GOLDEN").is_some() {
         write_golden();
     }
+    (1..=FORMAT_VERSION).for_each(is_read);
+}
+
+fn is_read(version: u32) {
     let place = Place::new();
-    unpack(&place);
+    unpack(version, &place);
     let diff = place.path("diff").display().to_string();
     assert!(
         place
@@ -122,7 +121,7 @@ fn a_vm_that_an_earlier_program_saved_is_read() {
     assert_eq!(shown.as_array().unwrap().len(), 2);
     for directory in shown.as_array().unwrap() {
         let manifest = &directory["manifest"];
-        assert_eq!(manifest["version"], 1);
+        assert_eq!(manifest["version"], version);
         let vm = &manifest["vm"];
         assert_eq!(vm["name"], "golden");
         assert_eq!(vm["memory"], "32M");
@@ -168,8 +167,12 @@ fn try_to_go_on(place: &Place, words: &str) -> Option<Child> {
 
 #[test]
 fn a_vm_that_an_earlier_program_saved_goes_on() {
+    (1..=FORMAT_VERSION).for_each(goes_on);
+}
+
+fn goes_on(version: u32) {
     let place = Place::new();
-    unpack(&place);
+    unpack(version, &place);
     let kernel = place.file("kernel", &elf(EM_X86_64, &nic::code()));
     let disk = place.path("disk").display().to_string();
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();

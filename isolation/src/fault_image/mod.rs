@@ -36,6 +36,8 @@ mod tests;
 
 use std::path::PathBuf;
 
+use vmm::snapshot::PageSums;
+
 pub use crate::status::report::Kept;
 pub use keeper::{KeepFaults, Keeper};
 pub use manifest::{
@@ -45,6 +47,8 @@ pub use reader::{FaultImage, images_in};
 pub use trace::{Frame, FrameKind};
 pub use writer::Subject;
 
+/// What the guest's pages are summed up by.
+const PAGE_SUMS: PageSums = PageSums::Crc32;
 /// Name of the manifest in an image's directory.
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the pages that the call had otherwise.

@@ -14,7 +14,7 @@ use vmm::snapshot::{MemoryMap, PageRun, StoredFile};
 use super::manifest::{MAX_MANIFEST_BYTES, Manifest};
 use super::{
     FaultImageError, KERNEL_TYPES_FILE, MANIFEST_FILE, MAP_FILE, MEMORY_FILE, MODULE_TYPES_FILE,
-    PRIVATE_FILE, SYMBOLS_FILE,
+    PAGE_SUMS, PRIVATE_FILE, SYMBOLS_FILE,
 };
 use crate::domain::view::{PAGE_SIZE, Page};
 use crate::guest::addr::Gva;
@@ -209,12 +209,12 @@ impl FaultImage {
         let path = || self.dir.join(MEMORY_FILE);
         buffer.clear();
         buffer.resize(run.bytes(), 0);
-        let Some(expected) = run.crc32 else {
+        let Some(expected) = run.sum else {
             return Ok(());
         };
         let read = self.memory.read_exact_at(buffer, run.offset());
         read.map_err(FaultImageError::read(path()))?;
-        if crc32fast::hash(buffer) == expected {
+        if PAGE_SUMS.run(buffer) == expected {
             return Ok(());
         }
         let what = format!(

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vm_memory::GuestAddress;
-use vmm::snapshot::{ImageWriter, StoredFile};
+use vmm::snapshot::{ImageWriter, PageSums, StoredFile};
 
 use super::manifest::{Control, Files, Region, Registers, ReturnPoint};
 use super::*;
@@ -62,7 +62,7 @@ fn image(dir: &Path) -> Manifest {
         .truncate(true)
         .open(dir.join(MEMORY_FILE))
         .unwrap();
-    let mut memory = ImageWriter::new(memory, 12 * PAGE_SIZE).unwrap();
+    let mut memory = ImageWriter::new(memory, 12 * PAGE_SIZE, PageSums::Crc32).unwrap();
     memory.put(1, &table(&[(511, 2 * PAGE_SIZE)])).unwrap();
     memory.put(2, &table(&[(510, 3 * PAGE_SIZE)])).unwrap();
     memory.put(3, &table(&[(8, 4 * PAGE_SIZE)])).unwrap();

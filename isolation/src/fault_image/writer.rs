@@ -17,7 +17,7 @@ use vmm::snapshot::{ImageWriter, StoredFile};
 use super::manifest::{Control, FORMAT_VERSION, Files, Manifest, Region, ReturnPoint, Section};
 use super::{
     FaultImageError, KERNEL_TYPES_FILE, MANIFEST_FILE, MAP_FILE, MEMORY_FILE, MODULE_TYPES_FILE,
-    PRIVATE_FILE, SYMBOLS_FILE,
+    PAGE_SUMS, PRIVATE_FILE, SYMBOLS_FILE,
 };
 use crate::domain::failing::Failing;
 use crate::domain::view::PAGE_SIZE;
@@ -211,7 +211,8 @@ impl Partial {
     fn store_memory(&self, memory: &GuestMemory) -> Result<(u64, Vec<u8>), FaultImageError> {
         let cannot = || FaultImageError::write(self.path.join(MEMORY_FILE));
         let bytes = memory.iter().map(|region| region.len()).sum();
-        let mut image = ImageWriter::new(self.create(MEMORY_FILE)?, bytes).map_err(cannot())?;
+        let mut image =
+            ImageWriter::new(self.create(MEMORY_FILE)?, bytes, PAGE_SUMS).map_err(cannot())?;
         let mut buffer = Vec::new();
         let mut before = 0;
         for region in memory.iter() {

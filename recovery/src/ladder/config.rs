@@ -60,8 +60,9 @@ pub enum MayReset {
     No,
     /// It boots anew.
     Boot,
-    /// It goes back to its last mark. It boots anew where there is none, or where that was done
-    /// less than ten minutes ago and has not helped.
+    /// It goes back to its last mark, in the same process. It boots anew where there is none, or
+    /// where that was done less than ten minutes ago and has not helped. A snapshot in a directory
+    /// is no mark: another process goes on from that.
     Snapshot,
 }
 

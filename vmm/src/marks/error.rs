@@ -38,6 +38,9 @@ pub enum MarkError {
     /// The host has no memory.
     #[error("the host has no memory for the mark: forget others, or stop other programs")]
     NoMemory,
+    /// What the guest has not touched yet cannot be read.
+    #[error("a page of the file that the guest's memory begins as cannot be read: {0}")]
+    Untouched(#[source] std::io::Error),
     /// A page that is none.
     #[error("page {0:#x} is outside guest memory")]
     NoPage(u32),

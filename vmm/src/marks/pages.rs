@@ -4,7 +4,7 @@ use rustix::mm::{Advice, madvise};
 use vm_memory::{GuestMemoryBackend, MmapRegion, VolatileMemory};
 
 use super::error::MarkError;
-use crate::memory::{GuestRam, PAGE_BYTES, RamRegion};
+use crate::memory::{GuestRam, PAGE_BYTES, RamRegion, Untouched};
 
 /// Bytes of a page.
 const PAGE: usize = PAGE_BYTES as usize;
@@ -83,6 +83,33 @@ impl Base {
             .get_slice(page as usize * PAGE, PAGE)
             .map_err(|_| no_page())?;
         from.copy_to_volatile_slice(to);
+        self.note(page);
+        Ok(())
+    }
+
+    /// The same while the guest runs, without touching what nobody has touched: that is in
+    /// `untouched`.
+    pub fn take_quietly(
+        &mut self,
+        ram: &GuestRam,
+        page: u32,
+        untouched: Option<&Untouched>,
+    ) -> Result<(), MarkError> {
+        let offset = u64::from(page) * PAGE_BYTES;
+        let is_untouched = |known: &&Untouched| known.kind(offset, offset + PAGE_BYTES).0;
+        let Some(untouched) = untouched.filter(is_untouched) else {
+            return self.take(ram, page);
+        };
+        let mut content = [0; PAGE];
+        untouched.read(offset, &mut content).map_err(|source| {
+            ram.end_if_template_was_cut();
+            MarkError::Untouched(source)
+        })?;
+        if !self.has(page) && content.iter().all(|&byte| byte == 0) {
+            return Ok(());
+        }
+        let to = self.bytes.get_slice(page as usize * PAGE, PAGE);
+        to.map_err(|_| MarkError::NoPage(page))?.copy_from(&content);
         self.note(page);
         Ok(())
     }

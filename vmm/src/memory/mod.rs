@@ -26,6 +26,7 @@ mod lost;
 mod missing;
 mod own;
 mod template;
+mod untouched;
 mod userfault;
 
 pub use self::files::FILE_NAME;
@@ -34,6 +35,7 @@ pub use self::lost::when_memory_is_lost;
 pub use self::own::OwnError;
 use self::template::Mapped;
 pub use self::template::{MemorySource, data_of};
+pub(crate) use self::untouched::Untouched;
 pub use self::userfault::Userfault;
 
 /// Least memory a machine can have, in bytes: the part below 1 MiB and as much again.

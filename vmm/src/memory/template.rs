@@ -74,6 +74,11 @@ impl Template {
         &self.file
     }
 
+    /// The same, for who reads it while the memory becomes something else.
+    pub fn shared_file(&self) -> Arc<File> {
+        self.file.clone()
+    }
+
     /// Whether they could.
     pub fn can_be_shared(&self) -> bool {
         self.userfault.is_some()

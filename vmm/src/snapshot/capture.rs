@@ -21,7 +21,8 @@ use super::copier::Copier;
 use super::manifest::Files;
 use super::{
     Chain, CpuModel, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter,
-    MACHINE_FILE, MAP_FILE, Manifest, ParentSnapshot, SnapshotError, SnapshotId, StoredFile,
+    MACHINE_FILE, MAP_FILE, Manifest, PageSums, ParentSnapshot, SnapshotError, SnapshotId,
+    StoredFile,
 };
 use crate::dirty::ChangedPages;
 use crate::error::Error;
@@ -105,7 +106,11 @@ impl VmHandle {
         }
         let writer = DirectoryWriter::begin(request.dir)?;
         let cannot_write = || SnapshotError::write(request.dir.join(IMAGE_FILE));
-        let image = ImageWriter::new(writer.create(IMAGE_FILE)?, self.ram().size_bytes());
+        let image = ImageWriter::new(
+            writer.create(IMAGE_FILE)?,
+            self.ram().size_bytes(),
+            PageSums::Xxh64,
+        );
         let image = image.map_err(cannot_write())?;
         let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
         let copying = self.copy_ahead(&mut copier, parent.as_ref(), request.limit, tell)?;

@@ -158,7 +158,7 @@ impl Chain {
         let pieces: Vec<Piece> = pieces
             .filter(|piece| match above_base {
                 true => piece.level + 1 < self.snapshots.len(),
-                false => piece.run.crc32.is_some(),
+                false => piece.run.sum.is_some(),
             })
             .collect();
         let all: u64 = pieces.iter().map(|piece| piece.end - piece.first).sum();
@@ -207,7 +207,7 @@ impl Chain {
             if piece.first >= behind {
                 break;
             }
-            if piece.run.crc32.is_none() {
+            if piece.run.sum.is_none() {
                 continue;
             }
             run.resize(piece.run.bytes(), 0);

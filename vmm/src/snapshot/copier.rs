@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::capture_error::{CaptureError, still_wanted};
 use super::{Chain, IMAGE_FILE, ImageWriter, PAGE_BYTES, SnapshotError};
 use crate::dirty::ranges;
-use crate::memory::{GuestRam, RamRegion};
+use crate::memory::{GuestRam, RamRegion, Untouched};
 
 /// Most pages that are copied at once.
 const BATCH_PAGES: u64 = 256;
@@ -23,6 +23,8 @@ pub(super) struct Copier<'a> {
     image: ImageWriter,
     /// Of a diff: pages that are as this has them are left out.
     parent: Option<&'a Chain>,
+    /// While all pages are copied: those that are read where they would come from.
+    untouched: Option<Untouched>,
     pages: Vec<u8>,
     before: Vec<u8>,
     since_word: u64,
@@ -41,14 +43,23 @@ impl<'a> Copier<'a> {
             dir,
             image,
             parent,
+            untouched: None,
             pages: Vec::new(),
             before: Vec::new(),
             since_word: 0,
         }
     }
 
-    /// Copies all pages that may differ from zero, or from the parent.
+    /// Copies all pages that may differ from zero, or from the parent. Those that nobody has
+    /// touched stay so.
     pub fn copy_all(&mut self, tell: &mut dyn FnMut(&str) -> bool) -> Result<(), CaptureError> {
+        self.untouched = self.ram.untouched();
+        let copied = self.copy_each(tell);
+        self.untouched = None;
+        copied
+    }
+
+    fn copy_each(&mut self, tell: &mut dyn FnMut(&str) -> bool) -> Result<(), CaptureError> {
         let all = 0..self.ram.size_bytes() / PAGE_BYTES;
         if self.parent.is_some() {
             return self.copy(all, tell);
@@ -136,13 +147,29 @@ impl<'a> Copier<'a> {
     /// Reads the pages of one region.
     fn read(&mut self, first: u64, end: u64) -> Result<(), SnapshotError> {
         let (region, _) = self.region(first)?;
-        let offset = first * PAGE_BYTES - region.file_offset;
-        let address = region.guest_address.0 + offset;
         self.pages.resize(((end - first) * PAGE_BYTES) as usize, 0);
-        self.ram
-            .memory()
-            .read_slice(&mut self.pages, GuestAddress(address))
-            .map_err(|_| SnapshotError::GuestMemory(address))
+        let (mut at, end) = (first * PAGE_BYTES, end * PAGE_BYTES);
+        let mut rest = &mut self.pages[..];
+        while at < end {
+            let whole = (false, end);
+            let untouched = self.untouched.as_ref();
+            let (is_untouched, until) = untouched.map_or(whole, |known| known.kind(at, end));
+            let (here, behind) = rest.split_at_mut((until - at) as usize);
+            match untouched.filter(|_| is_untouched) {
+                Some(known) => known.read(at, here).map_err(|source| {
+                    self.ram.end_if_template_was_cut();
+                    SnapshotError::Untouched(source)
+                })?,
+                None => {
+                    let address = region.guest_address.0 + (at - region.file_offset);
+                    let memory = self.ram.memory();
+                    let read = memory.read_slice(here, GuestAddress(address));
+                    read.map_err(|_| SnapshotError::GuestMemory(address))?;
+                }
+            }
+            (at, rest) = (until, behind);
+        }
+        Ok(())
     }
 
     /// Puts the pages that were read into the image, those that differ.

@@ -139,7 +139,9 @@ impl Snapshot {
     /// # Errors
     /// They cannot be read, or are not those that were written.
     pub fn read_run(&self, run: &PageRun, buffer: &mut [u8]) -> Result<(), SnapshotError> {
-        verify_run(&self.image, run, buffer).map_err(|error| match error.kind() {
+        verify_run(&self.image, run, self.manifest.page_sums(), buffer).map_err(|error| match error
+            .kind()
+        {
             std::io::ErrorKind::InvalidData => {
                 SnapshotError::damaged(self.dir.join(IMAGE_FILE), error.to_string())
             }

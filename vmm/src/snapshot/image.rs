@@ -5,7 +5,7 @@ use std::io::{Error, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{PageRun, SnapshotError};
+use super::{PageRun, PageSums, SnapshotError};
 
 /// Most threads that read an image.
 const MAX_THREADS: usize = 4;
@@ -19,13 +19,18 @@ pub struct Loaded {
 
 /// Reads the pages of `run` and checks them. [`ErrorKind::InvalidData`]: they are not those that
 /// were written.
-pub(super) fn verify_run(image: &File, run: &PageRun, buffer: &mut [u8]) -> std::io::Result<()> {
-    let Some(expected) = run.crc32 else {
+pub(super) fn verify_run(
+    image: &File,
+    run: &PageRun,
+    sums: PageSums,
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    let Some(expected) = run.sum else {
         buffer.fill(0);
         return Ok(());
     };
     image.read_exact_at(buffer, run.offset())?;
-    if crc32fast::hash(buffer) == expected {
+    if sums.run(buffer) == expected {
         return Ok(());
     }
     let pages = format!(

@@ -7,10 +7,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::SnapshotError;
+use super::{PageSums, SnapshotError};
 
 /// Version of the directory's form. Changes with every change of it or of what is in it.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
+/// The first version whose pages are under XXH64.
+const XXH64_VERSION: u32 = 2;
 /// What the head of a manifest says.
 const FORMAT: &str = "cofferdam-snapshot";
 /// Longest manifest that is looked at, in bytes.
@@ -124,7 +126,7 @@ pub struct Files {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`].
+    /// 1 to [`FORMAT_VERSION`].
     pub version: u32,
     /// Which snapshot this is.
     pub id: SnapshotId,
@@ -191,7 +193,7 @@ impl Manifest {
         // A later version may say whatever it likes besides its number.
         let version = enveloped.manifest.get("version").and_then(Value::as_u64);
         match version {
-            Some(version) if version == u64::from(FORMAT_VERSION) => {}
+            Some(version) if (1..=u64::from(FORMAT_VERSION)).contains(&version) => {}
             Some(found) => {
                 let path = path.to_owned();
                 return Err(SnapshotError::Version { path, found });
@@ -205,6 +207,14 @@ impl Manifest {
             .map_err(|error| damaged(error.to_string()))?;
         manifest.check().map_err(damaged)?;
         Ok(manifest)
+    }
+
+    /// What the pages of its image are summed up by.
+    pub fn page_sums(&self) -> PageSums {
+        match self.version < XXH64_VERSION {
+            true => PageSums::Crc32,
+            false => PageSums::Xxh64,
+        }
     }
 
     fn check(&self) -> Result<(), String> {

@@ -16,8 +16,9 @@ pub struct PageRun {
     pub first: u64,
     /// Their number, 1 to 256.
     pub pages: u32,
-    /// CRC-32 of their content; `None`: all of them are zero, and the image holds nothing for them.
-    pub crc32: Option<u32>,
+    /// Checksum of their content ([`super::PageSums`]); `None`: all of them are zero, and the image
+    /// holds nothing for them.
+    pub sum: Option<u64>,
 }
 
 impl PageRun {
@@ -70,7 +71,7 @@ impl MemoryMap {
 
     /// Number of pages in the image.
     pub fn stored_pages(&self) -> u64 {
-        let stored = self.0.iter().filter(|run| run.crc32.is_some());
+        let stored = self.0.iter().filter(|run| run.sum.is_some());
         stored.map(|run| u64::from(run.pages)).sum()
     }
 

@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::manifest::Files;
 use super::{
-    Chain, DEVICES_FILE, DirectoryWriter, IMAGE_FILE, ImageWriter, MACHINE_FILE, MAP_FILE,
-    Manifest, PAGE_BYTES, SnapshotError, StoredFile, Tell,
+    Chain, DEVICES_FILE, DirectoryWriter, FORMAT_VERSION, IMAGE_FILE, ImageWriter, MACHINE_FILE,
+    MAP_FILE, Manifest, PAGE_BYTES, PageSums, SnapshotError, StoredFile, Tell,
 };
 
 impl Chain {
@@ -20,7 +20,11 @@ impl Chain {
         let writer = DirectoryWriter::begin(into)?;
         let cannot_write = |source| SnapshotError::write(into.join(IMAGE_FILE))(source);
         let top = self.top().manifest();
-        let image = ImageWriter::new(writer.create(IMAGE_FILE)?, top.memory_bytes);
+        let image = ImageWriter::new(
+            writer.create(IMAGE_FILE)?,
+            top.memory_bytes,
+            PageSums::Xxh64,
+        );
         let image = Mutex::new(image.map_err(cannot_write)?);
         self.load(false, tell, |offset, content| {
             let mut image = image.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,6 +53,7 @@ impl Chain {
         };
         still_wanted(tell)?;
         writer.finish(&Manifest {
+            version: FORMAT_VERSION,
             parent: None,
             files,
             ..top.clone()

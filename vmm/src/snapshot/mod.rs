@@ -29,6 +29,7 @@ mod manifest;
 mod memory_map;
 mod merge;
 mod restore;
+mod sums;
 mod working_set;
 mod writer;
 
@@ -43,6 +44,7 @@ pub use image::Loaded;
 pub use manifest::{CpuModel, FORMAT_VERSION, Manifest, ParentSnapshot, SnapshotId, StoredFile};
 pub use memory_map::{MemoryMap, PageRun};
 pub use restore::RestoreError;
+pub use sums::PageSums;
 pub use working_set::{Recorder, WORKING_SET_FILE, WorkingSet};
 use writer::DirectoryWriter;
 pub use writer::ImageWriter;
@@ -106,7 +108,7 @@ pub enum SnapshotError {
     GivenUp,
     /// It was written by another version.
     #[error(
-        "{path} has version {found}, this program reads version {FORMAT_VERSION}: use the one that wrote it"
+        "{path} has version {found}, this program reads versions 1 to {FORMAT_VERSION}: use the one that wrote it"
     )]
     Version {
         /// The manifest.
@@ -127,6 +129,9 @@ pub enum SnapshotError {
     /// A chain of diffs is longer than any that is written here.
     #[error("{0} has more than {limit} parents: merge some of them", limit = chain::MAX_CHAIN)]
     ChainTooLong(PathBuf),
+    /// What the guest has not touched yet cannot be read.
+    #[error("a page of the file that the guest's memory begins as cannot be read: {0}")]
+    Untouched(#[source] std::io::Error),
     /// The guest's memory cannot be reached.
     #[error("guest memory cannot be reached at {0:#x}")]
     GuestMemory(u64),

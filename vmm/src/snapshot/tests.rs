@@ -31,8 +31,22 @@ fn page(value: u8) -> [u8; PAGE] {
 }
 
 fn write(dir: &Path, content: &Content, parent: Option<&Snapshot>) -> Result<(), SnapshotError> {
+    write_as(FORMAT_VERSION, dir, content, parent)
+}
+
+/// As programs of that version wrote it.
+fn write_as(
+    version: u32,
+    dir: &Path,
+    content: &Content,
+    parent: Option<&Snapshot>,
+) -> Result<(), SnapshotError> {
     let writer = DirectoryWriter::begin(dir)?;
-    let mut image = ImageWriter::new(writer.create(IMAGE_FILE)?, PAGES * PAGE_BYTES).unwrap();
+    let sums = match version {
+        1 => PageSums::Crc32,
+        _ => PageSums::Xxh64,
+    };
+    let mut image = ImageWriter::new(writer.create(IMAGE_FILE)?, PAGES * PAGE_BYTES, sums).unwrap();
     for (number, value) in content {
         image.put(*number, &page(*value)).unwrap();
     }
@@ -47,7 +61,7 @@ fn write(dir: &Path, content: &Content, parent: Option<&Snapshot>) -> Result<(),
         },
     };
     writer.finish(&Manifest {
-        version: FORMAT_VERSION,
+        version,
         id: SnapshotId::random().unwrap(),
         parent: parent.map(|parent| ParentSnapshot {
             id: parent.manifest().id,
@@ -146,7 +160,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         let file = std::fs::File::options().read(true).write(true).create_new(true).open(path);
-        let mut image = ImageWriter::new(file.unwrap(), PAGES * PAGE_BYTES).unwrap();
+        let mut image = ImageWriter::new(file.unwrap(), PAGES * PAGE_BYTES, PageSums::Xxh64).unwrap();
         let mut expected = Content::new();
         for content in &all {
             for (number, value) in content {
@@ -158,7 +172,8 @@ proptest! {
         let mut memory = vec![0; PAGES as usize * PAGE];
         for run in map.runs() {
             let at = usize::try_from(run.offset()).unwrap();
-            super::image::verify_run(&file, run, &mut memory[at..at + run.bytes()]).unwrap();
+            let run_of = &mut memory[at..at + run.bytes()];
+            super::image::verify_run(&file, run, PageSums::Xxh64, run_of).unwrap();
         }
         prop_assert!(memory == flat(&expected));
     }
@@ -176,9 +191,13 @@ proptest! {
 
 /// A snapshot of few pages, all kinds of them.
 fn small(folder: &Path) -> (std::path::PathBuf, Vec<u8>) {
+    small_as(FORMAT_VERSION, folder)
+}
+
+fn small_as(version: u32, folder: &Path) -> (std::path::PathBuf, Vec<u8>) {
     let dir = folder.join("small");
     let content = Content::from([(0, 1), (1, 2), (5, 0), (599, 3)]);
-    write(&dir, &content, None).unwrap();
+    write_as(version, &dir, &content, None).unwrap();
     (dir, flat(&content))
 }
 
@@ -221,8 +240,18 @@ fn a_snapshot_that_is_cut_anywhere_is_refused() {
 
 #[test]
 fn a_flipped_bit_is_found_or_makes_no_difference() {
+    flipped_bits_are_found(FORMAT_VERSION, 2000);
+}
+
+#[test]
+fn a_flipped_bit_of_a_snapshot_of_version_1_is_found_too() {
+    flipped_bits_are_found(1, 200);
+}
+
+/// Flips `flips` bits of each file, one after the other.
+fn flipped_bits_are_found(version: u32, flips: usize) {
     let folder = tempfile::tempdir().unwrap();
-    let (dir, expected) = small(folder.path());
+    let (dir, expected) = small_as(version, folder.path());
     let manifest = Snapshot::open(&dir).unwrap().manifest().clone();
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = |below: usize| {
@@ -233,7 +262,7 @@ fn a_flipped_bit_is_found_or_makes_no_difference() {
         let path = dir.join(name);
         let whole = std::fs::read(&path).unwrap();
         let mut changed = whole.clone();
-        for _ in 0..2000 {
+        for _ in 0..flips {
             let (at, bit) = match name {
                 // Holes hold nothing that could be wrong.
                 IMAGE_FILE => ([0, 1, 599][next(3)] * PAGE + next(PAGE), next(8)),
@@ -263,15 +292,33 @@ fn another_version_is_named() {
     let path = dir.join(MANIFEST_FILE);
     let text = std::fs::read_to_string(&path).unwrap();
     let newer = text.replace(
-        "\"version\": 1",
-        "\"version\": 2, \"what\": \"nobody knows\"",
+        "\"version\": 2",
+        "\"version\": 3, \"what\": \"nobody knows\"",
     );
     std::fs::write(&path, newer).unwrap();
     let error = refused(&dir);
     assert!(
-        matches!(error, SnapshotError::Version { found: 2, .. }),
+        matches!(error, SnapshotError::Version { found: 3, .. }),
         "{error}"
     );
+}
+
+#[test]
+fn a_diff_on_a_snapshot_of_an_earlier_version_is_read_and_merged_to_one_of_this() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, _) = small_as(1, folder.path());
+    let parent = Snapshot::open(&dir).unwrap();
+    assert_eq!(parent.manifest().version, 1);
+    let diff = folder.path().join("diff");
+    write(&diff, &Content::from([(1, 9), (300, 4)]), Some(&parent)).unwrap();
+    let all = Content::from([(0, 1), (1, 9), (300, 4), (599, 3)]);
+    assert!(read(&diff).unwrap() == flat(&all));
+    let merged = folder.path().join("merged");
+    let chain = Chain::open(&diff).unwrap();
+    chain.merge(&merged, &mut |_| true).unwrap();
+    assert!(read(&merged).unwrap() == flat(&all));
+    let merged = Snapshot::open(&merged).unwrap();
+    assert_eq!(merged.manifest().version, FORMAT_VERSION);
 }
 
 #[test]

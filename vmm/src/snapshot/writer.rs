@@ -7,7 +7,9 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::memory_map::MAX_RUN_PAGES;
-use super::{MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, SnapshotError, StoredFile};
+use super::{
+    MANIFEST_FILE, Manifest, MemoryMap, PAGE_BYTES, PageRun, PageSums, SnapshotError, StoredFile,
+};
 
 /// Directories of one name that processes with the same number were killed over, at most.
 const MAX_PARTIAL: u32 = 1000;
@@ -145,8 +147,8 @@ impl Drop for DirectoryWriter {
 enum Page {
     Untold,
     Zero,
-    /// Its CRC-32.
-    Stored(u32),
+    /// Its checksum.
+    Stored(u64),
 }
 
 /// Writes pages into an image and keeps account of them. A page may come again: what came last
@@ -154,19 +156,22 @@ enum Page {
 #[derive(Debug)]
 pub struct ImageWriter {
     file: File,
+    sums: PageSums,
     pages: Vec<Page>,
 }
 
 impl ImageWriter {
-    /// An image of memory of `memory_bytes` in `file`, which is empty.
+    /// An image of memory of `memory_bytes` in `file`, which is empty. Its map has checksums of the
+    /// kind `sums`.
     ///
     /// # Errors
     /// The file system refuses so long a file.
-    pub fn new(file: File, memory_bytes: u64) -> std::io::Result<Self> {
+    pub fn new(file: File, memory_bytes: u64, sums: PageSums) -> std::io::Result<Self> {
         file.set_len(memory_bytes)?;
         let count = usize::try_from(memory_bytes / PAGE_BYTES).map_err(std::io::Error::other)?;
         Ok(Self {
             file,
+            sums,
             pages: vec![Page::Untold; count],
         })
     }
@@ -190,7 +195,7 @@ impl ImageWriter {
             let was_stored = matches!(known, Page::Stored(_));
             *known = match is_zero(page) {
                 true => Page::Zero,
-                false => Page::Stored(crc32fast::hash(page)),
+                false => Page::Stored(self.sums.page(page)),
             };
             if *known == Page::Zero && !was_stored {
                 write_pages(&self.file, first, &pages[run_start..index], run_start)?;
@@ -246,8 +251,8 @@ impl ImageWriter {
     pub fn finish_unsynced(self, diff: bool) -> std::io::Result<(File, MemoryMap)> {
         let mut runs: Vec<PageRun> = Vec::new();
         for (number, page) in (0u64..).zip(&self.pages) {
-            let crc32 = match page {
-                Page::Stored(crc32) => Some(*crc32),
+            let sum = match page {
+                Page::Stored(sum) => Some(*sum),
                 Page::Zero if diff => None,
                 _ => continue,
             };
@@ -255,15 +260,16 @@ impl ImageWriter {
                 Some(run)
                     if run.end() == number
                         && run.pages < MAX_RUN_PAGES
-                        && run.crc32.is_some() == crc32.is_some() =>
+                        && run.sum.is_some() == sum.is_some() =>
                 {
                     run.pages += 1;
-                    run.crc32 = run.crc32.zip(crc32).map(|(all, this)| joined(all, this));
+                    let both = run.sum.zip(sum);
+                    run.sum = both.map(|(all, this)| self.sums.joined(all, this));
                 }
                 _ => runs.push(PageRun {
                     first: number,
                     pages: 1,
-                    crc32,
+                    sum,
                 }),
             }
         }
@@ -284,13 +290,6 @@ fn write_pages(
         return Ok(());
     }
     file.write_all_at(pages.as_flattened(), (first + skipped as u64) * PAGE_BYTES)
-}
-
-/// CRC-32 of some bytes and a page behind them.
-fn joined(before: u32, page: u32) -> u32 {
-    let mut all = crc32fast::Hasher::new_with_initial_len(before, 0);
-    all.combine(&crc32fast::Hasher::new_with_initial_len(page, PAGE_BYTES));
-    all.finalize()
 }
 
 fn is_zero(page: &[u8; PAGE_BYTES as usize]) -> bool {

@@ -2,23 +2,24 @@
 
 use std::path::Path;
 
-use vmm::snapshot::Chain;
+use vmm::snapshot::{Chain, FORMAT_VERSION};
 
 use super::common::MEMORY;
 use super::counting::{PAGES, PAGES_AT, count_on, guest, snapshot};
 
-/// A snapshot as version 1 writes it, of a guest that has counted to some number.
-fn golden() -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/snapshot-1")
+/// A snapshot as `version` writes it, of a guest that has counted to some number.
+fn golden(version: u32) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/snapshot-{version}"))
 }
 
 /// Writes it: once for each version of the format.
 fn write_golden() {
-    let _ = std::fs::remove_dir_all(golden());
-    std::fs::create_dir_all(golden().parent().unwrap()).unwrap();
+    let golden = golden(FORMAT_VERSION);
+    let _ = std::fs::remove_dir_all(&golden);
+    std::fs::create_dir_all(golden.parent().unwrap()).unwrap();
     let guest = guest().start();
     count_on(&guest, &mut 0xfff, 200);
-    snapshot(&guest, &golden(), None);
+    snapshot(&guest, &golden, None);
     guest.power_off();
 }
 
@@ -27,10 +28,14 @@ fn a_snapshot_that_an_earlier_program_wrote_is_read() {
     if std::env::var_os("COFFERDAM_WRITE_GOLDEN").is_some() {
         write_golden();
     }
-    let chain = Chain::open(&golden()).unwrap();
+    (1..=FORMAT_VERSION).for_each(is_read);
+}
+
+fn is_read(version: u32) {
+    let chain = Chain::open(&golden(version)).unwrap();
     chain.check(&mut |_| true).unwrap();
     let top = chain.top();
-    assert_eq!(top.manifest().version, 1);
+    assert_eq!(top.manifest().version, version);
     assert_eq!(top.manifest().memory_bytes, MEMORY);
     vmm::MachineState::from_bytes(&top.machine_state().unwrap()).unwrap();
     vmm::DeviceStates::from_bytes(&top.device_states().unwrap()).unwrap();

@@ -19,7 +19,10 @@ use devices::serial::SerialBackend;
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::snapshot::{Beside, CaptureError, Chain, SnapshotRequest};
-use vmm::{ExitReason, VmConfig};
+use vmm::{ExitReason, MarkError, RewindError, VmConfig};
+
+/// How long a guest may take to come to rest.
+const LIMIT: Duration = Duration::from_secs(10);
 
 #[test]
 fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
@@ -44,6 +47,37 @@ fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
         twin.power_off();
     }
     original.power_off();
+}
+
+/// The ladder's rung that has the guest go back asks for a mark: a directory is gone on from by
+/// another process.
+#[test]
+fn a_snapshot_in_a_directory_is_no_mark_and_moves_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let guest = guest().start();
+    let mut last = guest.report();
+    snapshot(&guest, &folder.path().join("first"), None);
+    let no_mark = guest.handle.rewind(None, LIMIT).unwrap_err();
+    assert!(
+        matches!(no_mark, RewindError::Refused(MarkError::NoMark)),
+        "{no_mark}"
+    );
+    count_on(&guest, &mut last, 100);
+    guest.handle.mark("a", LIMIT).unwrap();
+    count_on(&guest, &mut last, 300);
+    snapshot(&guest, &folder.path().join("second"), None);
+    assert_eq!(guest.handle.marks().len(), 1);
+    // To the mark, not to the snapshot behind it: the guest counts on from an earlier number.
+    let rewound = guest.handle.rewind(None, LIMIT).unwrap();
+    assert_eq!(rewound.mark, "a");
+    loop {
+        let next = guest.report();
+        if next <= last {
+            break;
+        }
+        last = next;
+    }
+    guest.power_off();
 }
 
 /// Who copies memory may have it mapped from elsewhere at the end, and pages missing meanwhile.

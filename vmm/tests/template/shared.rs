@@ -56,7 +56,7 @@ fn missing_pages(handle: &VmHandle) -> Arc<dyn MissingPages> {
 }
 
 /// Whether this process may have what these tests need.
-fn can_share() -> bool {
+pub fn can_share() -> bool {
     let opened = Userfault::open();
     if let Err(error) = &opened {
         skipped::skip(module_path!(), &format!("no userfaultfd: {error}"));
@@ -65,7 +65,7 @@ fn can_share() -> bool {
 }
 
 /// Bytes that the guest's own file takes.
-fn own_bytes(guest: &Writing) -> u64 {
+pub fn own_bytes(guest: &Writing) -> u64 {
     own_blocks(guest) * 512
 }
 

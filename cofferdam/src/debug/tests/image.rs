@@ -8,7 +8,7 @@ use isolation::fault_image::{
     MEMORY_FILE, Manifest, PRIVATE_FILE, Region, Registers, ReturnPoint, SYMBOLS_FILE, Section,
 };
 use serde_json::{Value, json};
-use vmm::snapshot::{ImageWriter, StoredFile};
+use vmm::snapshot::{ImageWriter, PageSums, StoredFile};
 
 const PAGE: usize = 4096;
 pub const CODE: u64 = 0xffff_ffff_8100_0000;
@@ -92,7 +92,7 @@ pub fn image(dir: &Path) -> FaultImage {
         .create_new(true)
         .open(dir.join(MEMORY_FILE))
         .unwrap();
-    let mut memory = ImageWriter::new(file, 16 * PAGE as u64).unwrap();
+    let mut memory = ImageWriter::new(file, 16 * PAGE as u64, PageSums::Crc32).unwrap();
     let page = |number: u64| number * PAGE as u64;
     memory.put(1, &table(&[(511, page(2))])).unwrap();
     memory.put(2, &table(&[(510, page(3))])).unwrap();

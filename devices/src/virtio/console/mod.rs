@@ -12,6 +12,8 @@
 //! - A client that comes before the guest has opened the port waits: nothing is read from it until
 //!   then. When the guest closes the port or resets the device, the client is disconnected.
 //! - What the guest writes while there is no client is lost.
+//! - A driver that goes on with a device that it has reset itself, as at the end of the guest's own
+//!   suspend, does not ask for its ports again: it says that it has them.
 //! - Both directions hold one buffer's worth and then leave the rest where it is.
 //!
 //! Sockets are registered edge-triggered, so that either side can be moved on from whatever thread
@@ -207,7 +209,15 @@ impl Console {
             let yes = u16::from_le_bytes([v0, v1]) == 1;
             match u16::from_le_bytes([e0, e1]) {
                 DEVICE_READY => self.announcements.device_ready = yes,
-                PORT_READY if port == PORT => self.announcements.port_ready = yes,
+                PORT_READY if port == PORT => {
+                    // A driver that has the port from before it suspended the device, and so reset
+                    // it, says no more than that (`virtcons_restore` of Linux).
+                    if yes {
+                        self.announcements.device_ready = true;
+                        self.announcements.port_added = true;
+                    }
+                    self.announcements.port_ready = yes;
+                }
                 PORT_OPEN if port == PORT => {
                     if self.guest_open && !yes {
                         self.finish_client();

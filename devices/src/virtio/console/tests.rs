@@ -146,6 +146,39 @@ fn the_port_is_announced_by_name_and_opens_when_a_client_comes() {
 }
 
 #[test]
+fn a_driver_that_was_suspended_says_that_it_has_the_port_and_hears_of_the_next_client() {
+    for is_connected in [false, true] {
+        let mut channel = Channel::opened();
+        let before = is_connected.then(|| channel.connect());
+        if before.is_some() {
+            assert_eq!(channel.heard(), [(PORT_OPEN, 1)]);
+        }
+        // As Linux does: resets the device, and later begins anew without a word of being ready.
+        channel.driver.write(0x14, 1, 0);
+        channel.driver.run_events();
+        assert!(before.as_ref().is_none_or(is_closed), "its session is over");
+        channel.driver.enable_msix();
+        channel.driver.start(F_MULTIPORT | EVENT_IDX);
+        channel.offer_control(8);
+        channel.say(PORT_READY, 1);
+        channel.say(PORT_OPEN, 1);
+        // The name may come again (virtio_console.c, `handle_control_message`).
+        assert_eq!(channel.heard(), [(PORT_NAME, 1)]);
+        let mut client = channel.connect();
+        assert_eq!(channel.heard(), [(PORT_OPEN, 1)]);
+        client.write_all(b"question").unwrap();
+        channel.driver.post(4, &[], &[100]);
+        channel.driver.kick(4);
+        channel.driver.run_events();
+        assert_eq!(channel.received_by_guest(), b"question");
+        channel.write_to_host(b"answer");
+        let mut answer = [0; 6];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"answer");
+    }
+}
+
+#[test]
 fn bytes_go_both_ways_in_order() {
     let mut channel = Channel::opened();
     let mut client = channel.connect();
