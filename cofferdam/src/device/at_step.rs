@@ -4,6 +4,7 @@
 //! file. As long as it has the name of a step in it, a switch waits before that step, and says so
 //! by an empty file beside it, with `.reached` after its name.
 
+#[cfg(debug_assertions)]
 use std::path::PathBuf;
 
 use recovery::switch::{Outcome, Phases, Switchable};
@@ -14,21 +15,25 @@ const VARIABLE: &str = "COFFERDAM_SWITCH_WAITS";
 
 /// Where switches are made to wait, if they are.
 #[derive(Debug, Clone, Default)]
-pub struct Waiting(Option<PathBuf>);
+pub struct Waiting {
+    /// The file.
+    #[cfg(debug_assertions)]
+    file: Option<PathBuf>,
+}
 
 impl Waiting {
     /// What this process was started with.
     pub fn of_process() -> Self {
-        #[cfg(debug_assertions)]
-        return Self(std::env::var_os(VARIABLE).map(PathBuf::from));
-        #[cfg(not(debug_assertions))]
-        Self(None)
+        Self {
+            #[cfg(debug_assertions)]
+            file: std::env::var_os(VARIABLE).map(PathBuf::from),
+        }
     }
 
     /// For a test in this process: the file is `path`.
-    #[cfg(test)]
+    #[cfg(all(test, debug_assertions))]
     pub fn at(path: PathBuf) -> Self {
-        Self(Some(path))
+        Self { file: Some(path) }
     }
 
     /// See [`recovery::switch::switch`].
@@ -39,7 +44,7 @@ impl Waiting {
         to: Option<&D::Guest>,
     ) -> (Outcome, Phases) {
         #[cfg(debug_assertions)]
-        if let Some(file) = self.0.clone() {
+        if let Some(file) = self.file.clone() {
             return recovery::switch::switch(&mut waits::Waits { device, file }, from, to);
         }
         recovery::switch::switch(device, from, to)
