@@ -119,10 +119,12 @@ impl Soak {
         }
     }
 
-    /// Whether a step is to fail in what is done next, and does.
+    /// Has a step fail in what is done next, or not. Loading does not: the device of the test then
+    /// keeps a register that guests have stored to while they were parked, of which it may hold
+    /// less.
     fn may_fail(&mut self) {
         let step = Step::ALL[self.below(Step::ALL.len())];
-        let fails = self.random.next_u32().is_multiple_of(4);
+        let fails = self.random.next_u32().is_multiple_of(4) && step != Step::Load;
         self.device.lock().fails = fails.then_some(step);
         self.counts.faults += u32::from(fails);
     }
@@ -207,6 +209,7 @@ impl Soak {
 }
 
 fn soak(seed: u64, mut goes_on: impl FnMut(u32) -> bool) {
+    println!("seed {seed}");
     let mut soak = Soak::new(seed);
     let mut round = 0;
     while goes_on(round) {
@@ -216,7 +219,7 @@ fn soak(seed: u64, mut goes_on: impl FnMut(u32) -> bool) {
     }
     let status = soak.host.status();
     println!(
-        "seed {seed}: {round} rounds, {:?}, {} switches in all, of which {} failed",
+        "{round} rounds, {:?}, {} switches in all, of which {} failed",
         soak.counts, status.switch_count, status.failed_switches
     );
     // All of them go: nobody has it, and it reaches nothing.
