@@ -33,14 +33,22 @@ impl DeviceHost {
     /// # Errors
     /// It does not come up.
     pub fn start(program: &Path, root: &Path, words: &[&str]) -> anyhow::Result<Self> {
-        let child = Command::new(program)
+        Self::start_by(Command::new(program), root, words)
+    }
+
+    /// The same by a command that has the program, and what else its process is to be given.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start_by(mut command: Command, root: &Path, words: &[&str]) -> anyhow::Result<Self> {
+        let child = command
             .env(ROOT_VARIABLE, root)
             .args(["device", "serve", NAME])
             .args(words)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
+            .with_context(|| format!("cannot start {}", command.get_program().display()))?;
         let mut host = Self {
             child,
             root: RuntimeRoot::new(root),

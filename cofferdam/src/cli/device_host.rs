@@ -288,7 +288,11 @@ fn contexts_text(contexts: &[ContextStatus]) -> String {
             (true, false, false) => "parked",
         };
         let frames = &context.frames;
-        let lost = frames.lost_while_parked + frames.lost_after_wait + frames.sent_without_carrier;
+        let missed = context.passed.map_or(0, |passed| passed.missed);
+        let lost = frames.lost_while_parked
+            + frames.lost_after_wait
+            + frames.sent_without_carrier
+            + missed;
         rows.add_row(vec![
             context.vm.as_str().into(),
             context.mac.as_str().into(),

@@ -4,24 +4,51 @@
 //! file. As long as it has the name of a step in it, a switch waits before that step, and says so
 //! by an empty file beside it, with `.reached` after its name.
 
+#[cfg(debug_assertions)]
+use std::path::PathBuf;
+
 use recovery::switch::{Outcome, Phases, Switchable};
 
 /// The environment variable with the path.
 #[cfg(debug_assertions)]
 const VARIABLE: &str = "COFFERDAM_SWITCH_WAITS";
 
-/// See [`recovery::switch::switch`].
-pub fn switch<D: Switchable>(
-    device: &mut D,
-    from: Option<&D::Guest>,
-    to: Option<&D::Guest>,
-) -> (Outcome, Phases) {
+/// Where switches are made to wait, if they are.
+#[derive(Debug, Clone, Default)]
+pub struct Waiting {
+    /// The file.
     #[cfg(debug_assertions)]
-    if let Some(file) = std::env::var_os(VARIABLE) {
-        let file = file.into();
-        return recovery::switch::switch(&mut waits::Waits { device, file }, from, to);
+    file: Option<PathBuf>,
+}
+
+impl Waiting {
+    /// What this process was started with.
+    pub fn of_process() -> Self {
+        Self {
+            #[cfg(debug_assertions)]
+            file: std::env::var_os(VARIABLE).map(PathBuf::from),
+        }
     }
-    recovery::switch::switch(device, from, to)
+
+    /// For a test in this process: the file is `path`.
+    #[cfg(all(test, debug_assertions))]
+    pub fn at(path: PathBuf) -> Self {
+        Self { file: Some(path) }
+    }
+
+    /// See [`recovery::switch::switch`].
+    pub fn switch<D: Switchable>(
+        &self,
+        device: &mut D,
+        from: Option<&D::Guest>,
+        to: Option<&D::Guest>,
+    ) -> (Outcome, Phases) {
+        #[cfg(debug_assertions)]
+        if let Some(file) = self.file.clone() {
+            return recovery::switch::switch(&mut waits::Waits { device, file }, from, to);
+        }
+        recovery::switch::switch(device, from, to)
+    }
 }
 
 #[cfg(debug_assertions)]

@@ -374,7 +374,7 @@ impl<C: Card> Host<C> {
         })
     }
 
-    fn contexts(&self) -> MutexGuard<'_, Vec<Arc<ContextOf<C>>>> {
+    pub(super) fn contexts(&self) -> MutexGuard<'_, Vec<Arc<ContextOf<C>>>> {
         lock(&self.contexts)
     }
 

@@ -23,12 +23,13 @@ pub mod protocol;
 mod service;
 mod share;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use devices::vfio::notices::Notices;
 use devices::wire::turns::{Parked, Turns};
 use event_manager::{EventManager, SubscriberOps};
 use vmm::SharedSubscriber;
@@ -37,6 +38,7 @@ use self::card::Card;
 use self::host::Host;
 use self::model::ModelCard;
 use self::passed::PassedCard;
+use self::passed::notices::Hears;
 use self::service::DeviceService;
 use crate::control::server::serve_protocol;
 use crate::ending::Ending;
@@ -105,6 +107,8 @@ pub enum End {
     Asked,
     /// A signal did.
     Signal(EndingSignal),
+    /// The host wants its function back.
+    WantedBack(PciAddress),
 }
 
 /// Serves a device to its end, behind the walls of `sandbox`.
@@ -122,6 +126,10 @@ pub fn serve(
     match result? {
         End::Asked => Ok(Ending::SUCCESS),
         End::Signal(signal) => Ok(Ending::Signal(signal)),
+        End::WantedBack(address) => bail!(
+            "the host took {address} back: it was removed, or is to be another driver's; its guests go on without a NIC \
+             until a device host of that name is there again"
+        ),
     }
 }
 
@@ -177,7 +185,7 @@ fn serve_until(
             let plugged = plug(&net, 0, belongings)?;
             sandbox.enter(net.own_socket().cloned().into_iter().collect(), None)?;
             if !plugged.subscribers.is_empty() {
-                serve_wire(plugged.subscribers)?;
+                serve_events("wire", plugged.subscribers)?;
             }
             let parked = match config.parked {
                 ParkedAs::Down => Parked::Down,
@@ -187,8 +195,11 @@ fn serve_until(
             serve_card(config, card, &paths, end, ended)
         }
         CardConfig::Function(address) => {
-            let card = PassedCard::open(address, config.parked)?;
+            let notices = Notices::new()?;
+            let card = PassedCard::open(address, config.parked, &notices)?;
             sandbox.enter(Vec::new(), None)?;
+            let hears = Hears::of(address, notices, end.clone());
+            serve_events("function", vec![Arc::new(Mutex::new(hears))])?;
             serve_card(config, card, &paths, end, ended)
         }
     }
@@ -220,15 +231,15 @@ fn serve_card<C: Card>(
     Ok(end)
 }
 
-/// Has a thread serve what a wire needs besides its NIC.
-fn serve_wire(subscribers: Vec<SharedSubscriber>) -> anyhow::Result<()> {
-    let mut manager = EventManager::new().context("no event loop for the wire")?;
+/// Has a thread called `name` serve what the card needs besides its shares.
+fn serve_events(name: &str, subscribers: Vec<SharedSubscriber>) -> anyhow::Result<()> {
+    let mut manager = EventManager::new().context("no event loop for the card")?;
     for subscriber in subscribers {
         manager.add_subscriber(subscriber);
     }
     std::thread::Builder::new()
-        .name("wire".to_owned())
+        .name(name.to_owned())
         .spawn(move || context::serve(manager, &AtomicBool::new(false)))
-        .context("cannot start the wire's thread")?;
+        .context("cannot start the card's thread")?;
     Ok(())
 }

@@ -109,6 +109,30 @@ fn a_vm_that_is_paused_keeps_no_turn_at_a_host_that_begins_anew() {
     end(&place, vm, &[".devices"]);
 }
 
+/// Nobody waits for it: what is given to it waits for it, what is taken from it is its own still.
+#[test]
+fn a_vm_whose_process_is_stopped_holds_up_no_switch() {
+    let place = Place::new();
+    let host = Host::start(&place, "");
+    let mut far = Far::connect(&place);
+    let stopped = place.idle("--memory 32M --nic device=nic");
+    host.await_turn(Some("idle"));
+    let mut right = Guest::boot(&place, "right", 2);
+    signal(&stopped, libc::SIGSTOP);
+    for round in 0..3 {
+        host.switch("right");
+        right.await_link(true);
+        let text = format!("round-{round}");
+        right.send(FAR, &text);
+        assert_eq!(far.receive(), text);
+        host.switch("idle");
+    }
+    signal(&stopped, libc::SIGCONT);
+    assert_eq!(place.status()["state"], "running");
+    assert_eq!(host.status().failed_switches, 0);
+    end(&place, stopped, &[".devices"]);
+}
+
 /// Whether the device host has ended in order.
 fn finish_of(mut host: Host) -> bool {
     let child = std::mem::replace(

@@ -39,12 +39,12 @@ fn serve(root: &Path, words: &[&str]) -> DeviceHost {
     DeviceHost::start(&options().program, root, &words).unwrap()
 }
 
-fn context(served: &DeviceHost, vm: &str) -> ContextStatus {
+pub fn context(served: &DeviceHost, vm: &str) -> ContextStatus {
     let mut contexts = served.status().unwrap().contexts.into_iter();
     contexts.find(|context| context.vm == vm).unwrap()
 }
 
-fn guest(root: &Path, name: &'static str, more: &str) -> Guest {
+pub fn guest(root: &Path, name: &'static str, more: &str) -> Guest {
     let options = options().among(root, name);
     let arguments = format!("--nic device={NAME} --memory {MEMORY_MIB}M {more}");
     boot(&options.with(&arguments))

@@ -1,14 +1,14 @@
 //! A function of the host that this process has got by VFIO: its regions, interrupts and DMA map.
 //!
-//! While this value is there nobody else may have the function; when it goes the kernel ends DMA
-//! and resets the function, if it can.
+//! While this value is there nobody else may have the function, unless it is given back before; when
+//! it goes the kernel ends DMA and resets the function, if it can.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use vfio_bindings::bindings::vfio as api;
 use vmm_sys_util::eventfd::EventFd;
@@ -52,13 +52,20 @@ pub struct Region {
     pub mappable: bool,
 }
 
+/// A function that this process has.
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    _group: File,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct VfioDevice {
     address: PciAddress,
     // Closed in this order: the device, then its group, then the container with its map.
-    file: File,
-    _group: File,
+    /// `None` once it was given back.
+    open: RwLock<Option<Opened>>,
     container: Arc<File>,
     regions: [Region; REGIONS],
     can_reset: bool,
@@ -106,8 +113,10 @@ impl VfioDevice {
         }
         Ok(Self {
             address,
-            file,
-            _group: group,
+            open: RwLock::new(Some(Opened {
+                file,
+                _group: group,
+            })),
             container: Arc::new(container),
             regions,
             can_reset: info.flags & api::VFIO_DEVICE_FLAGS_RESET != 0,
@@ -120,8 +129,10 @@ impl VfioDevice {
         let nothing = || File::open("/dev/null").unwrap();
         Self {
             address: "0000:00:02.0".parse().unwrap(),
-            file: nothing(),
-            _group: nothing(),
+            open: RwLock::new(Some(Opened {
+                file: nothing(),
+                _group: nothing(),
+            })),
             container: Arc::new(nothing()),
             regions: [Region::default(); REGIONS],
             can_reset: false,
@@ -133,9 +144,22 @@ impl VfioDevice {
         self.address
     }
 
-    /// The device's descriptor.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// Gives the function back to the host: whatever is asked of it from now on fails. Nothing of it
+    /// is mapped any more, and what was put into the IOMMU's map has been taken out.
+    pub fn give_back(&self) {
+        *self.open.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Asks something of its descriptor.
+    ///
+    /// # Errors
+    /// It was given back, or the host refuses.
+    fn ask<T>(&self, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        match &*open {
+            Some(open) => act(&open.file),
+            None => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+        }
     }
 
     /// Base address register `index`, or [`CONFIG_REGION`].
@@ -149,7 +173,7 @@ impl VfioDevice {
         if !region.mappable {
             return Vec::new();
         }
-        let told = sys::region_with_capabilities(&self.file, index as u32);
+        let told = self.ask(|file| sys::region_with_capabilities(file, index as u32));
         let told = told.map_err(|error| error.to_string());
         // The protocol's message is this very structure.
         let parts = told.and_then(|bytes| {
@@ -170,7 +194,7 @@ impl VfioDevice {
         let bytes = part.end.saturating_sub(part.start);
         let len = usize::try_from(bytes).map_err(|_| ErrorKind::InvalidInput)?;
         let at = self.place(index, part.start, len)?;
-        BarMemory::of_device(&self.file, at, len)
+        self.ask(|file| BarMemory::of_device(file, at, len))
     }
 
     /// Reads a region.
@@ -179,7 +203,7 @@ impl VfioDevice {
     /// That is outside of it, or the function does not answer.
     pub fn read(&self, region: usize, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let at = self.place(region, offset, data.len())?;
-        self.file.read_exact_at(data, at)
+        self.ask(|file| file.read_exact_at(data, at))
     }
 
     /// Writes a region.
@@ -188,7 +212,7 @@ impl VfioDevice {
     /// That is outside of it, or the function does not answer.
     pub fn write(&self, region: usize, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = self.place(region, offset, data.len())?;
-        self.file.write_all_at(data, at)
+        self.ask(|file| file.write_all_at(data, at))
     }
 
     fn place(&self, region: usize, offset: u64, len: usize) -> io::Result<u64> {
@@ -232,7 +256,8 @@ impl VfioDevice {
 
     /// How many interrupts of a kind it has.
     pub fn interrupt_count(&self, kind: InterruptKind) -> u32 {
-        sys::irq_count(&self.file, kind as u32).unwrap_or(0)
+        self.ask(|file| sys::irq_count(file, kind as u32))
+            .unwrap_or(0)
     }
 
     /// Has the function's interrupts of a kind, from `start` on, write `events`.
@@ -247,7 +272,7 @@ impl VfioDevice {
     ) -> io::Result<()> {
         let flags = api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_TRIGGER;
         let descriptors: Vec<i32> = events.iter().map(|event| event.as_raw_fd()).collect();
-        sys::set_irqs(&self.file, kind as u32, flags, start, &descriptors)
+        self.ask(|file| sys::set_irqs(file, kind as u32, flags, start, &descriptors))
     }
 
     /// Has the pin, which keeps quiet once it has interrupted, interrupt again when `event` is
@@ -258,7 +283,7 @@ impl VfioDevice {
     pub fn unmask_by(&self, event: &EventFd) -> io::Result<()> {
         let flags = api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_UNMASK;
         let intx = InterruptKind::Intx as u32;
-        sys::set_irqs(&self.file, intx, flags, 0, &[event.as_raw_fd()])
+        self.ask(|file| sys::set_irqs(file, intx, flags, 0, &[event.as_raw_fd()]))
     }
 
     /// Has no interrupts of a kind.
@@ -267,7 +292,7 @@ impl VfioDevice {
     /// The host says so.
     pub fn end_interrupts(&self, kind: InterruptKind) -> io::Result<()> {
         let flags = api::VFIO_IRQ_SET_DATA_NONE | api::VFIO_IRQ_SET_ACTION_TRIGGER;
-        sys::set_irqs(&self.file, kind as u32, flags, 0, &[])
+        self.ask(|file| sys::set_irqs(file, kind as u32, flags, 0, &[]))
     }
 
     /// Whether the host can reset it.
@@ -280,7 +305,7 @@ impl VfioDevice {
     /// # Errors
     /// The host cannot.
     pub fn reset(&self) -> io::Result<()> {
-        sys::reset(&self.file)
+        self.ask(sys::reset)
     }
 
     /// Lets it reach `memory`, in addition to what it reaches.

@@ -13,11 +13,9 @@
 //! and only with guest memory in the IOMMU's map, from which a reset takes it: memory is made anew
 //! then.
 
-use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::address::PciAddress;
 use super::areas;
@@ -26,6 +24,7 @@ use super::dma::{DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::interrupts::{Interrupts, Mode, OutsideLine, PassedVectors};
 use super::layout::{GuestView, HostView};
+use super::notices::{Notice, Notices};
 use super::side::{UserSide, reaches};
 use crate::dma::DmaSpace;
 use crate::irq::{IrqLine, MsiVectors};
@@ -73,10 +72,9 @@ pub struct VfioFunction {
     withheld: bool,
     /// Failed calls in a row after which the driver was interrupted anew.
     told_again: u8,
-    /// Readable when the host wants it back.
-    wanted_back: EventFd,
-    /// Readable when it failed.
-    failed: EventFd,
+    notices: Notices,
+    /// It was given back to the host: what is left is a card that does not answer.
+    gone: bool,
 }
 
 impl VfioFunction {
@@ -110,9 +108,6 @@ impl VfioFunction {
             true => Some(OutsideLine::new(parts.intx)?),
             false => None,
         };
-        let event = || {
-            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VfioError::host("create an eventfd"))
-        };
         let mut function = Self {
             areas,
             interrupts: Interrupts::new(device.clone(), line, passed.clone()),
@@ -125,13 +120,13 @@ impl VfioFunction {
             refused: Refused::default(),
             withheld: false,
             told_again: 0,
-            wanted_back: event()?,
-            failed: event()?,
+            notices: Notices::new()?,
+            gone: false,
         };
         function.set_command(false)?;
         // Now, where somebody reads why it cannot be.
         function.map_memory()?;
-        function.watch();
+        function.notices.have_told(&function.device);
         Ok(function)
     }
 
@@ -188,21 +183,6 @@ impl VfioFunction {
     fn interrupt_by_all(&mut self) {
         let count = self.vectors.as_ref().map_or(0, |vectors| vectors.count());
         self.interrupt((0..count).collect());
-    }
-
-    /// Has the host tell of what it wants of the function, and of failures, as far as it does.
-    fn watch(&self) {
-        for (kind, event) in [
-            (InterruptKind::Request, &self.wanted_back),
-            (InterruptKind::Error, &self.failed),
-        ] {
-            if self.device.interrupt_count(kind) == 0 {
-                continue;
-            }
-            if let Err(error) = self.device.set_interrupts(kind, 0, &[event]) {
-                tracing::debug!(%error, ?kind, "the host does not tell");
-            }
-        }
     }
 
     fn map_memory(&mut self) -> Result<(), VfioError> {
@@ -290,6 +270,9 @@ impl VfioFunction {
     /// Keeps the function from interrupting and from moving data until its driver configures it
     /// anew.
     pub(super) fn stop(&mut self) {
+        if self.gone {
+            return;
+        }
         if let Err(error) = self.interrupts.set(Mode::Off) {
             tracing::error!(%error, device = %self.device.address(), "interrupts stay");
         }
@@ -297,10 +280,26 @@ impl VfioFunction {
             tracing::error!(%error, device = %self.device.address(), "bus mastering stays");
         }
     }
+
+    /// Gives the function back to the host, which waits for it. To the guest it is a card that was
+    /// pulled out: loads give all ones, stores vanish, and nothing interrupts.
+    fn give_back(&mut self) {
+        self.stop();
+        self.unmap_memory();
+        for area in self.areas.drain(..) {
+            area.withdraw();
+        }
+        self.device.give_back();
+        self.gone = true;
+    }
 }
 
 impl PciFunction for VfioFunction {
     fn config_read(&mut self, at: u16, data: &mut [u8]) {
+        if self.gone {
+            data.fill(0xff);
+            return;
+        }
         if reaches(at, data.len(), offset::STATUS) {
             self.show_interrupt_status();
         }
@@ -308,6 +307,9 @@ impl PciFunction for VfioFunction {
     }
 
     fn config_write(&mut self, at: u16, data: &[u8]) {
+        if self.gone {
+            return;
+        }
         self.side.config_write(at, data);
         self.follow();
         self.look_for_waiting();
@@ -322,6 +324,10 @@ impl PciFunction for VfioFunction {
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        if self.gone {
+            data.fill(0xff);
+            return;
+        }
         let vectors = self.vectors.as_ref();
         let waiting = || vectors.map_or_else(Vec::new, |vectors| vectors.take_waiting());
         if self.side.msix_read(bar, offset, data, waiting) {
@@ -334,6 +340,9 @@ impl PciFunction for VfioFunction {
     }
 
     fn bar_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
+        if self.gone {
+            return;
+        }
         if self.side.msix_write(bar, offset, data) {
             self.look_for_waiting();
             return;
@@ -344,6 +353,10 @@ impl PciFunction for VfioFunction {
     }
 
     fn reset(&mut self) {
+        if self.gone {
+            self.side.reset();
+            return;
+        }
         self.stop();
         if self.device.can_reset()
             && let Err(error) = self.device.reset()
@@ -362,23 +375,25 @@ impl PciFunction for VfioFunction {
 
 impl MutEventSubscriber for VfioFunction {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        let address: PciAddress = self.device.address();
-        let took = |event: &EventFd| -> io::Result<u64> { event.read() };
-        if events.fd() == std::os::fd::AsRawFd::as_raw_fd(&self.wanted_back) {
-            if took(&self.wanted_back).is_ok() {
-                tracing::warn!(device = %address, "the host wants a device back that the guest has: end the guest");
+        let device = self.device.address();
+        match self.notices.take(events.fd()) {
+            Some(Notice::WantedBack) if !self.gone => {
+                self.give_back();
+                tracing::warn!(
+                    %device,
+                    "the host took a device back that the guest had: it was removed, or is another driver's; to the guest \
+                     it is a card that was pulled out"
+                );
             }
-        } else if took(&self.failed).is_ok() {
-            tracing::error!(device = %address, "a device that the guest has reports an error of its bus");
+            Some(Notice::Failed) => {
+                tracing::error!(%device, "a device that the guest has reports an error of its bus");
+            }
+            Some(Notice::WantedBack) | None => {}
         }
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for event in [&self.wanted_back, &self.failed] {
-            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
-                tracing::error!(?error, "a passed-on device is not watched");
-            }
-        }
+        self.notices.watch(ops);
     }
 }
 

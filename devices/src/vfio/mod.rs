@@ -18,6 +18,7 @@ pub mod function;
 mod hold;
 pub mod interrupts;
 pub mod layout;
+pub mod notices;
 pub mod passed;
 mod side;
 mod sys;

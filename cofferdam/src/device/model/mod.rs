@@ -15,7 +15,7 @@ use devices::wire::turns::{PortId, TurnTimes, Turns};
 use vmm::SharedSubscriber;
 
 use self::switching::ModelSwitch;
-use super::at_step::switch;
+use super::at_step::Waiting;
 use super::card::{Card, Passing};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};
@@ -26,12 +26,17 @@ use crate::options::{MacAddress, NicModel};
 pub struct ModelCard {
     model: NicModel,
     turns: Turns,
+    waiting: Waiting,
 }
 
 impl ModelCard {
     /// NICs of `model` at that wire.
     pub fn new(model: NicModel, turns: Turns) -> Self {
-        Self { model, turns }
+        Self {
+            model,
+            turns,
+            waiting: Waiting::of_process(),
+        }
     }
 }
 
@@ -73,7 +78,8 @@ impl Card for ModelCard {
         to: Option<&Context<ModelShare>>,
     ) -> Passing {
         let mut device = ModelSwitch::new(&self.turns);
-        let (outcome, phases) = switch(&mut device, from.as_ref(), to.as_ref());
+        let switched = self.waiting.switch(&mut device, from.as_ref(), to.as_ref());
+        let (outcome, phases) = switched;
         Passing {
             outcome,
             phases,

@@ -6,6 +6,7 @@
 //! interrupts and memory; a switch takes the hardware out of the one and puts it into the other.
 
 mod link;
+pub mod notices;
 mod switching;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::dma::{DmaListener, DmaRegion, DmaSpace};
 use devices::pci::registers::parked::ParkedLink;
 use devices::vfio::address::PciAddress;
+use devices::vfio::notices::Notices;
 use devices::vfio::passed::PassedFunction;
 use devices::vfio::passed::hardware::Hardware;
 use devices::vfio::passed::kind::Kind;
@@ -28,7 +30,7 @@ use vmm::SharedSubscriber;
 use self::link::LinkTimer;
 use self::switching::PassedSwitch;
 use super::ParkedAs;
-use super::at_step::switch;
+use super::at_step::Waiting;
 use super::card::{Card, Passing};
 use super::context::Context;
 use super::protocol::{ContextStatus, HostStatus};
@@ -41,15 +43,17 @@ pub struct PassedCard {
     link: ParkedLink,
     /// The hardware, while nobody has it.
     shelf: Mutex<Option<Box<dyn Hardware>>>,
+    waiting: Waiting,
 }
 
 impl PassedCard {
-    /// The function at `address`, which `vfio-pci` has.
+    /// The function at `address`, which `vfio-pci` has. What the host tells of it is told to
+    /// `notices`.
     ///
     /// # Errors
     /// It cannot be had, or nobody has said how its state is taken.
-    pub fn open(address: PciAddress, parked: ParkedAs) -> anyhow::Result<Self> {
-        let (kind, hardware) = Kind::open(address)?;
+    pub fn open(address: PciAddress, parked: ParkedAs, notices: &Notices) -> anyhow::Result<Self> {
+        let (kind, hardware) = Kind::open(address, notices)?;
         tracing::info!(%address, device = kind.name(), "the function is this process's");
         Ok(Self::of(kind, hardware, parked))
     }
@@ -63,6 +67,7 @@ impl PassedCard {
                 ParkedAs::Stall => ParkedLink::Stays,
             },
             shelf: Mutex::new(Some(hardware)),
+            waiting: Waiting::of_process(),
         }
     }
 }
@@ -102,7 +107,8 @@ impl Card for PassedCard {
     ) -> Passing {
         let mut shelf = lock(&self.shelf);
         let mut device = PassedSwitch::new(&mut shelf);
-        let (outcome, phases) = switch(&mut device, from.as_ref(), to.as_ref());
+        let switched = self.waiting.switch(&mut device, from.as_ref(), to.as_ref());
+        let (outcome, phases) = switched;
         Passing {
             outcome,
             phases,
@@ -120,6 +126,7 @@ impl Card for PassedCard {
 
     fn fill(&self, status: &mut HostStatus) {
         status.function = Some(self.kind.address().to_string());
+        status.lost_without_turn = self.kind.lost();
     }
 }
 

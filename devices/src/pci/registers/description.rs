@@ -16,6 +16,7 @@
 //! [mdio]              # a PHY behind a register, and [[mdio.saved]]: which of its registers
 //! [[after]]           # stores that make up for what is not known
 //! [[untouched]]       # registers that are neither read nor written, and why
+//! [[lost]]            # of those that reading clears, the ones that count frames for which it had no room
 //! [parked]            # how an image answers the driver of a guest that has not got the device now (`parked`)
 //! ```
 //!
@@ -32,7 +33,8 @@ use serde::Deserialize;
 
 use self::answers::Answers;
 use self::entries::{
-    ConfigField, Flush, Idle, Mdio, Quieting, Register, Reset, RingPlace, Station, Store, Untouched,
+    ConfigField, Flush, Idle, Lost, Mdio, Quieting, Register, Reset, RingPlace, Station, Store,
+    Untouched,
 };
 
 /// The form of files that this code reads.
@@ -90,6 +92,8 @@ pub struct Description {
     pub(super) after: Vec<Store>,
     #[serde(default)]
     pub(super) untouched: Vec<Untouched>,
+    #[serde(default)]
+    pub(super) lost: Vec<Lost>,
     pub(super) parked: Option<Answers>,
 }
 

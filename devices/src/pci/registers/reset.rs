@@ -86,8 +86,9 @@ impl Description {
     }
 
     /// Reads away what reading clears, such as statistics and causes of interrupts: they are of
-    /// another user.
-    pub fn read_away(&self, registers: &mut dyn RegisterAccess) {
+    /// another user. Gives how many frames the device says to have lost.
+    pub fn read_away(&self, registers: &mut dyn RegisterAccess) -> u64 {
+        let mut lost = 0;
         for untouched in self
             .untouched
             .iter()
@@ -97,8 +98,30 @@ impl Description {
                 .step_by(4)
                 .take(untouched.count as usize)
             {
-                registers.load(at);
+                lost += self.lost_in(at.into(), registers.load(at));
             }
+        }
+        lost
+    }
+
+    /// How many frames the device has lost since that was read last, for want of room, as far as it
+    /// counts them. It forgets them by that.
+    pub fn read_lost(&self, registers: &mut dyn RegisterAccess) -> u64 {
+        let lost = self.lost.iter();
+        lost.map(|lost| self.lost_in(lost.offset.into(), registers.load(lost.offset)))
+            .sum()
+    }
+
+    /// How many lost frames a load says that gives `value` at `offset`: none, if that counts
+    /// something else, or nobody answers.
+    pub fn lost_in(&self, offset: u64, value: u32) -> u64 {
+        let counts = self
+            .lost
+            .iter()
+            .any(|lost| u64::from(lost.offset) == offset);
+        match counts && value != u32::MAX {
+            true => value.into(),
+            false => 0,
         }
     }
 }

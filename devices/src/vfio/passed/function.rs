@@ -40,6 +40,10 @@ pub struct Counters {
     pub resets: u64,
     /// How often the user got the device.
     pub turns: u64,
+    /// Frames that the device says to have lost in the user's turns, because it had no room for
+    /// them. Its driver was told of those that it read itself, and of no others.
+    #[serde(default)]
+    pub missed: u64,
 }
 
 /// Stores to registers during a turn before each of which is looked at what the device reaches
@@ -347,14 +351,14 @@ impl PassedFunction {
         }
     }
 
-    /// The four bytes that a store to the device's registers writes, and where.
-    fn store_of(&self, bar: BarIndex, data: &[u8]) -> Option<u32> {
+    /// The four bytes that an access to the device's registers stores or loads.
+    fn word_of(&self, bar: BarIndex, data: &[u8]) -> Option<u32> {
         let bytes = <[u8; 4]>::try_from(data).ok()?;
         (bar == self.kind.description.device.bar).then(|| u32::from_le_bytes(bytes))
     }
 
     fn device_write(&mut self, bar: BarIndex, offset: u64, data: &[u8]) {
-        let stored = self.store_of(bar, data);
+        let stored = self.word_of(bar, data);
         if self.in_part {
             self.map_what_is_told(offset, stored);
         }
@@ -426,6 +430,8 @@ impl PciFunction for PassedFunction {
                 if let Err(error) = hardware.read(bar, offset, data) {
                     tracing::debug!(%error, bar, offset, "a register of a passed-on device is not read");
                     data.fill(0xff);
+                } else if let Some(value) = self.word_of(bar, data) {
+                    self.counters.missed += self.kind.description.lost_in(offset, value);
                 }
             }
             Some(Seat::Parked { image, .. }) => {

@@ -20,6 +20,7 @@ use crate::vfio::address::PciAddress;
 use crate::vfio::device::{InterruptKind, VfioDevice, VfioRegisters};
 use crate::vfio::dma::{Batch, DmaMap, DmaMemory, Wanted};
 use crate::vfio::error::VfioError;
+use crate::vfio::notices::Notices;
 
 /// Where the function's interrupts go.
 #[derive(Debug)]
@@ -123,6 +124,11 @@ impl VfioHardware {
         };
         hardware.set_master(false)?;
         Ok(hardware)
+    }
+
+    /// Has the host tell of the function there.
+    pub(super) fn have_told(&self, notices: &Notices) {
+        notices.have_told(&self.device);
     }
 
     /// Has the registers be behind this base address register.

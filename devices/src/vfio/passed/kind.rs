@@ -2,6 +2,7 @@
 //! after a reset.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::PassedError;
 use super::hardware::{Hardware, VfioHardware};
@@ -10,6 +11,7 @@ use crate::pci::registers::Description;
 use crate::pci::registers::parked::Survey;
 use crate::vfio::address::PciAddress;
 use crate::vfio::layout::{GuestView, HostView};
+use crate::vfio::notices::Notices;
 
 /// The least memory that a function is tried with: no guest has less.
 const LEAST_MEMORY: u64 = 16 << 20;
@@ -23,6 +25,8 @@ pub struct Kind {
     bytes: [u8; CONFIG_SPACE_BYTES],
     bars: [u64; BAR_COUNT],
     has_pin: bool,
+    /// Frames that it has lost while nobody had it, as far as it counts them.
+    lost: AtomicU64,
 }
 
 /// What a function shows of itself on its bus.
@@ -39,13 +43,17 @@ pub struct Shape {
 
 impl Kind {
     /// The function at `address`, which `vfio-pci` has: it was reset, stands still and reaches no
-    /// memory.
+    /// memory. What the host tells of it is told to `notices`.
     ///
     /// # Errors
     /// It cannot be had, or there is no description by which it could be taken from one guest to
     /// another.
-    pub fn open(address: PciAddress) -> Result<(Self, Box<dyn Hardware>), PassedError> {
+    pub fn open(
+        address: PciAddress,
+        notices: &Notices,
+    ) -> Result<(Self, Box<dyn Hardware>), PassedError> {
         let mut hardware = VfioHardware::open(address)?;
+        hardware.have_told(notices);
         hardware.try_memory(LEAST_MEMORY)?;
         let (bytes, bars) = hardware.space()?;
         let shape = Shape {
@@ -91,6 +99,7 @@ impl Kind {
             bytes: shape.bytes,
             bars: shape.bars,
             has_pin: shape.has_pin,
+            lost: AtomicU64::new(0),
         };
         kind.view()?;
         Ok((kind, hardware))
@@ -99,6 +108,16 @@ impl Kind {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.description.device.name
+    }
+
+    /// Frames that it says to have lost while no user had it.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Counts some more of them.
+    pub(super) fn add_lost(&self, lost: u64) {
+        self.lost.fetch_add(lost, Ordering::Relaxed);
     }
 
     /// Where it is on the host.

@@ -88,6 +88,7 @@ impl PassedFunction {
             } => {
                 let shown = description.shown(hardware.as_mut(), self.link)?;
                 let state = description.save(hardware.as_mut(), running)?;
+                self.counters.missed += description.read_lost(hardware.as_mut());
                 *saved = Some(Box::new((state, shown)));
                 Ok(())
             }
@@ -223,7 +224,8 @@ impl PassedFunction {
         };
         description.load(hardware.as_mut(), &saved.0)?;
         // What the other one's traffic has counted is not this one's.
-        description.read_away(hardware.as_mut());
+        let lost = description.read_away(hardware.as_mut());
+        self.kind.add_lost(lost);
         *foreign = false;
         Ok(())
     }

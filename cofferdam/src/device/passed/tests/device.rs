@@ -34,6 +34,7 @@ pub const RDLEN: u32 = 0x2808;
 pub const RDH: u32 = 0x2810;
 pub const RDT: u32 = 0x2818;
 pub const TDT: u32 = 0x3818;
+pub const MPC: u32 = 0x4010;
 pub const GPTC: u32 = 0x4080;
 pub const RAL: u32 = 0x5400;
 pub const RAH: u32 = 0x5404;
@@ -61,6 +62,8 @@ pub struct State {
     phy: [u16; 32],
     pub masters: bool,
     pub mapped: u64,
+    /// Bytes of all memory of whoever it was given memory of last, by which that one is told.
+    pub user: u64,
     /// How often it was given a part of its user's memory before it went on.
     pub mapped_in_part: usize,
     pub goes: Goes,
@@ -279,6 +282,7 @@ impl Hardware for Device {
         let mut state = self.lock();
         state.refuse(Step::Map, "map")?;
         assert!(!state.masters, "memory is given to a device that runs");
+        state.user = memory.bytes();
         state.mapped = near.map_or(memory.bytes(), total);
         state.mapped_in_part += usize::from(near.is_some());
         Ok(())

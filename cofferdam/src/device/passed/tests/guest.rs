@@ -15,6 +15,7 @@ use vm_memory::{FileOffset, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, RDLEN, TCTL, TDT};
+use crate::device::at_step::Waiting;
 use crate::device::hello::{AttachInfo, Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::PassedCard;
@@ -31,8 +32,18 @@ const ENABLE: u16 = 1 << 15;
 
 /// A device host named "nic".
 pub fn host(parked: ParkedAs, slots: usize) -> (Arc<Host<PassedCard>>, Device) {
+    waiting_host(parked, slots, Waiting::default())
+}
+
+/// The same; its switches wait where they are told to.
+pub fn waiting_host(
+    parked: ParkedAs,
+    slots: usize,
+    waiting: Waiting,
+) -> (Arc<Host<PassedCard>>, Device) {
     let (device, kind, hardware) = Device::new();
-    let card = PassedCard::of(kind, hardware, parked);
+    let mut card = PassedCard::of(kind, hardware, parked);
+    card.waiting = waiting;
     let config = HostConfig {
         name: "nic".parse().unwrap(),
         wire: "its own wire".to_owned(),
@@ -48,9 +59,9 @@ pub fn host(parked: ParkedAs, slots: usize) -> (Arc<Host<PassedCard>>, Device) {
 }
 
 /// Memory of a VM.
-fn file() -> Arc<File> {
+fn file(bytes: u64) -> Arc<File> {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-    file.set_len(MEMORY).unwrap();
+    file.set_len(bytes).unwrap();
     Arc::new(file)
 }
 
@@ -80,10 +91,14 @@ pub fn connect(
 impl Guest {
     /// A VM with its memory, whose driver has not begun.
     pub fn attach(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
+        Self::attach_with(host, vm, mac, MEMORY)
+    }
+
+    /// The same with so much memory.
+    fn attach_with(host: &Host<PassedCard>, vm: &str, mac: u8, bytes: u64) -> Self {
         let (stream, info) = connect(host, vm, mac).unwrap();
-        let file = file();
-        let offset = FileOffset::from_arc(file, 0);
-        let range = (GuestAddress(0), MEMORY as usize, Some(offset));
+        let offset = FileOffset::from_arc(file(bytes), 0);
+        let range = (GuestAddress(0), bytes as usize, Some(offset));
         let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
         let memory = DmaSpace::new(Arc::new(memory));
         let mut client = Client::new(stream, memory.clone(), Limits::default()).unwrap();
@@ -101,7 +116,12 @@ impl Guest {
 
     /// A VM whose driver runs, with values of its own in the registers.
     pub fn boot(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
-        let mut guest = Self::attach(host, vm, mac);
+        Self::boot_with(host, vm, mac, MEMORY)
+    }
+
+    /// The same with so much memory.
+    pub fn boot_with(host: &Host<PassedCard>, vm: &str, mac: u8, bytes: u64) -> Self {
+        let mut guest = Self::attach_with(host, vm, mac, bytes);
         guest.client.reset().unwrap();
         guest.start();
         guest
@@ -171,7 +191,7 @@ impl Guest {
         let more = DmaRegion {
             address: MEMORY,
             len: MEMORY,
-            file: file(),
+            file: file(MEMORY),
             offset: 0,
         };
         self.client.dma_map(&more).unwrap();

@@ -3,6 +3,10 @@
 
 mod device;
 mod guest;
+#[cfg(debug_assertions)]
+mod kills_at_steps;
+mod lost;
+mod soak;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::entries::{ConfigField, Descriptor, Mdio, Reset, RingPlace, Station};
+use super::entries::{ConfigField, Descriptor, Mdio, Reset, RingPlace, Station, Untouched, Why};
 use super::{Checked, Description, PHY_REGISTERS, check_answers, wrong};
 
 /// Most entries of one kind.
@@ -31,6 +31,7 @@ pub(super) fn check(description: &Description) -> Checked {
         description.register.len(),
         description.after.len(),
         description.untouched.len(),
+        description.lost.len(),
         description.flush.len(),
     ];
     if lengths.into_iter().any(|length| length > MAX_ENTRIES) {
@@ -41,6 +42,7 @@ pub(super) fn check(description: &Description) -> Checked {
     }
     check_config(&description.config)?;
     check_places(description)?;
+    check_lost(description)?;
     check_stores(description)?;
     check_flushes(description)?;
     check_standing_still(description)?;
@@ -105,6 +107,24 @@ fn check_places(description: &Description) -> Checked {
             }
         }
         taken.push((name, range, is_saved));
+    }
+    Ok(())
+}
+
+/// What counts lost frames is cleared by reading, so that each is counted once.
+fn check_lost(description: &Description) -> Checked {
+    for (index, lost) in description.lost.iter().enumerate() {
+        let clears = |left: &Untouched| {
+            let behind = lost.offset.checked_sub(left.offset);
+            left.why == Why::ReadClears && behind.is_some_and(|behind| behind / 4 < left.count)
+        };
+        if !description.has(lost.offset, 1) || !description.untouched.iter().any(clears) {
+            return wrong(&lost.register, "no register that reading clears");
+        }
+        let earlier = &description.lost[..index];
+        if earlier.iter().any(|other| other.offset == lost.offset) {
+            return wrong(&lost.register, "it is there twice");
+        }
     }
     Ok(())
 }

@@ -111,6 +111,14 @@ pub(in crate::pci::registers) struct Untouched {
     pub why: Why,
 }
 
+/// A register that counts frames which the device has received and lost. Reading it clears it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::pci::registers) struct Lost {
+    pub register: String,
+    pub offset: u32,
+}
+
 /// Why registers are left alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

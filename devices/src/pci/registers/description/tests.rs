@@ -81,6 +81,21 @@ fn what_contradicts_itself_is_refused() {
         let error = Description::parse(&text).unwrap_err().to_string();
         assert!(error.contains(why), "{to}: {error}");
     }
+    for (offset, times, why) in [
+        (0x10, 1, ""),
+        (0x10, 2, "twice"),
+        (0x0c, 1, "reading clears"),
+        (0x14, 1, "reading clears"),
+        (0x12, 1, "reading clears"),
+    ] {
+        let lost = format!("\n[[lost]]\nregister = \"L\"\noffset = {offset}").repeat(times);
+        let parsed = Description::parse(&format!("{SMALL}{lost}"));
+        let error = parsed.map_or_else(|error| error.to_string(), |_| String::new());
+        assert!(
+            error.contains(why) && error.is_empty() == why.is_empty(),
+            "{error}"
+        );
+    }
     let ring = format!(
         "{SMALL}\n[[ring]]\nname = \"R\"\nbase_low = 0x40\nbase_high = 0x44\nlength = 0x48\n\
          control = 0\nenable = 1\n"
