@@ -37,6 +37,7 @@ pub mod monitor;
 mod moving;
 pub mod overlay;
 mod page;
+mod places;
 pub mod private_vm;
 pub mod roots;
 mod strike;
@@ -66,6 +67,7 @@ use monitor::{AREA_PAGES, Monitor, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
+use transaction::room::Room;
 use view::{PAGE_SIZE, Pfn, PrivateView};
 use waiting::Waiting;
 use warm::WarmPages;
@@ -164,6 +166,8 @@ pub struct Domain {
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
     strike: Option<strike::Strike>,
+    /// What calls leave each other of the memory that they take.
+    room: Room,
     /// A call ended with an error of the domain's own since the guest was last put back.
     has_failed: bool,
 }
@@ -219,6 +223,7 @@ impl Domain {
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
             strike: None,
+            room: Room::default(),
             has_failed: false,
         };
         domain.adopt(config.sregs)?;

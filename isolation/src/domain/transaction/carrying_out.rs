@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::call::{AbortPhases, CallRequest, CallResult, CallStats};
+use super::room::Room;
 use super::spilled_call::SpilledCall;
 use super::time::{CallTime, Meter};
 use super::{Call, Outcome};
@@ -92,7 +93,10 @@ impl Domain {
         *time = call.time;
         let mut passing = std::mem::take(&mut call.passing);
         passing.append(&mut call.stepping);
+        let mut room = call.give_room_back();
         self.close(&passing);
+        room.passing = passing;
+        self.room = room.emptied();
         self.has_failed |= has_failed;
         if journalled {
             self.monitor.journal(|_| false);
@@ -124,6 +128,16 @@ impl<'a> Call<'a> {
         spilled: Option<&SpilledCall>,
         time: CallTime,
     ) -> Self {
+        let Room {
+            mut stacks,
+            host_written,
+            posted,
+            passing,
+            harvested,
+            pages,
+            changes,
+        } = std::mem::take(&mut domain.room);
+        stacks.push(request.stack);
         Self {
             kept: domain.host_memory.nothing(),
             domain,
@@ -133,19 +147,21 @@ impl<'a> Call<'a> {
             spills: spilled.map_or(0, |spilled| spilled.spills),
             return_address: 0,
             return_slot: (Pfn(0), 0),
-            host_written: Vec::new(),
+            host_written,
             callbacks: Vec::new(),
-            stacks: vec![request.stack],
-            posted: Vec::new(),
+            stacks,
+            posted,
             posted_use_memory: false,
             overwritten: BTreeMap::new(),
-            passing: Vec::new(),
+            passing,
+            pages,
+            changes,
             stepping: Vec::new(),
             journal: None,
             kernel_calls: Vec::new(),
             calls_kept: Kept::default(),
             lists: Vec::new(),
-            harvested: Vec::new(),
+            harvested,
             copies_charged: 0,
             reached_device: false,
             device_lost: false,
@@ -153,12 +169,25 @@ impl<'a> Call<'a> {
             last_fault: (0, 0, 0),
             interrupted_at: (0, 0),
             outdated: None,
+            roots_at_begin: None,
             stats: CallStats::default(),
             time,
             meter: Meter::default(),
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
+        }
+    }
+    /// What the next call can use of the memory that this one took.
+    fn give_room_back(&mut self) -> Room {
+        Room {
+            stacks: std::mem::take(&mut self.stacks),
+            host_written: std::mem::take(&mut self.host_written),
+            posted: std::mem::take(&mut self.posted),
+            passing: Vec::new(),
+            harvested: std::mem::take(&mut self.harvested),
+            pages: std::mem::take(&mut self.pages),
+            changes: std::mem::take(&mut self.changes),
         }
     }
 }

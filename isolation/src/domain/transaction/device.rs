@@ -15,7 +15,7 @@ const MAX_POSTED: usize = 4096;
 
 /// A store to the device that waits for the commit.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct PostedWrite {
+pub(in crate::domain) struct PostedWrite {
     pub(super) at: DeviceAddress,
     pub(super) value: u64,
     pub(super) bytes: usize,
@@ -189,7 +189,7 @@ impl Call<'_> {
     pub(super) fn reach_device(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
-        let pages = self.private_pages()?;
+        let pages = self.written_pages()?;
         let changes = self.changes(&pages)?;
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
@@ -259,7 +259,7 @@ impl Call<'_> {
 
     pub(super) fn flush_posted(&mut self) {
         self.posted_use_memory = false;
-        for write in std::mem::take(&mut self.posted) {
+        for write in self.posted.drain(..) {
             self.supervisor
                 .device_write(write.at, write.value, write.bytes);
         }
