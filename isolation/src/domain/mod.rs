@@ -3,6 +3,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `view` | copy-on-write view of guest memory |
+//! | `places` | where pages are in its two mappings |
 //! | `bases` | pages that a device writes while they are read |
 //! | `moving` | pages that devices write while calls run |
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |

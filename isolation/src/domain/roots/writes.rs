@@ -97,3 +97,84 @@ impl Roots {
         leaves.any(|leaf| entry_at(monitor, leaf.table, leaf.at) & bits::DIRTY != 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: u64 = 50;
+    const OPEN: Option<Permissions> = Some(Permissions {
+        write: true,
+        execute: false,
+    });
+
+    fn entry(pfn: u64) -> u64 {
+        pfn << 12 | bits::PRESENT | bits::WRITE
+    }
+
+    /// What the processor does at the first store by an entry.
+    fn store(at: u64, monitor: &mut Monitor) {
+        let entry = entry_at(monitor, TABLE, at);
+        put_entry(monitor, TABLE, at, entry | bits::DIRTY);
+    }
+
+    fn roots() -> (Roots, Monitor) {
+        let monitor = Monitor::new(1 << 33, 0xffff_ffff_fee0_0000, 0x1000, 0x2000);
+        (Roots::new(0, None), monitor.unwrap())
+    }
+
+    #[test]
+    fn a_page_is_written_if_one_of_its_entries_says_so() {
+        let (mut roots, mut monitor) = roots();
+        for (at, pfn) in [(3, 5), (7, 5), (4, 6)] {
+            roots.put_leaf((Root::Driver, TABLE, at), entry(pfn), OPEN, &mut monitor);
+            assert!(roots.is_written(Pfn(pfn), &monitor), "it is new");
+        }
+        for pfn in [5, 6].map(Pfn) {
+            roots.forget_written(pfn, &mut monitor);
+            assert!(!roots.is_written(pfn, &monitor));
+        }
+        store(7, &mut monitor);
+        assert!(roots.is_written(Pfn(5), &monitor));
+        assert!(!roots.is_written(Pfn(6), &monitor));
+        roots.forget_written(Pfn(5), &mut monitor);
+        store(3, &mut monitor);
+        assert!(roots.is_written(Pfn(5), &monitor));
+    }
+
+    #[test]
+    fn an_entry_that_is_put_in_anew_does_not_hide_a_store() {
+        let (mut roots, mut monitor) = roots();
+        roots.put_leaf((Root::Driver, TABLE, 3), entry(5), OPEN, &mut monitor);
+        roots.forget_written(Pfn(5), &mut monitor);
+        store(3, &mut monitor);
+        for pfn in [5, 6] {
+            roots.put_leaf((Root::Driver, TABLE, 3), entry(pfn), OPEN, &mut monitor);
+            assert!(roots.is_written(Pfn(5), &monitor), "now of {pfn}");
+        }
+    }
+
+    #[test]
+    fn only_what_can_be_written_in_the_driver_root_is_known() {
+        let (mut roots, mut monitor) = roots();
+        let read_only = Some(Permissions {
+            write: false,
+            execute: true,
+        });
+        let others = [
+            (Root::Driver, entry(5), None),
+            (Root::Driver, entry(5), read_only),
+            (Root::Driver, entry(5) & !bits::WRITE, OPEN),
+            (Root::Kernel, entry(5), OPEN),
+        ];
+        for (root, entry, special) in others {
+            roots.put_leaf((root, TABLE, 3), entry, special, &mut monitor);
+            assert_eq!(entry_at(&monitor, TABLE, 3), entry);
+            store(3, &mut monitor);
+            assert!(!roots.is_written(Pfn(5), &monitor));
+        }
+        roots.put_leaf((Root::Driver, TABLE, 3), entry(5), OPEN, &mut monitor);
+        roots.forget_leaf((TABLE, 3), entry(5));
+        assert!(roots.leaves.0.is_empty());
+    }
+}

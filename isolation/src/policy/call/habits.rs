@@ -117,8 +117,8 @@ impl Habits {
 fn root(label: &str) -> &str {
     let path = label.rsplit_once('(').map_or(label, |(_, path)| path);
     let path = path.trim_start_matches('*');
-    let end = path.find("->").unwrap_or(path.len());
-    path[..end].trim_end_matches(')')
+    let end = path.find(['-', '.', '[', ')']);
+    end.map_or(path, |end| &path[..end])
 }
 
 #[cfg(test)]
@@ -163,7 +163,7 @@ mod tests {
         for label in [
             "struct sk_buff (skb->head)",
             "u8 (*frames->head)",
-            "page (of)",
+            "page (of[0].page)",
         ] {
             let passing = Object {
                 label: label.into(),

@@ -211,4 +211,8 @@ fn a_warm_transmit_has_few_exits_and_pages() {
         each(|entry| entry.private_ns) / 1e3,
         each(|entry| entry.total_ns - entry.private_ns) / 1e3,
     );
+    assert_eq!(after.commits, after.calls, "{after:?}");
+    assert!(each(|entry| entry.private_exits) <= 2.25, "{after:?}");
+    assert!(each(|entry| entry.dirty_pages) <= 8.0, "{after:?}");
+    machine.assert_healthy();
 }
