@@ -97,8 +97,8 @@ impl Places {
         let page = self.page(Pfn::of(gpa), mapping);
         let page = page.map_err(|_| ViewError::NotMemory(gpa))?;
         let index = (gpa % PAGE_SIZE / 8) as usize;
-        // SAFETY: a whole mapped page, aligned to 8 bytes, has that word; an aligned atomic load may
-        // race with whoever writes it.
+        // SAFETY: a whole mapped page, aligned to 8 bytes, has that word; an aligned atomic load
+        // may race with whoever writes it.
         let word = unsafe { AtomicU64::from_ptr(page.cast::<u64>().add(index)) };
         Ok(u64::from_le(word.load(Ordering::Relaxed)))
     }

@@ -143,8 +143,8 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     }
 
     /// The objects alone that a call of `function` with these register arguments is about: those
-    /// that those which `wanted` picks by name point at, with what belongs to them. Part of what [`Self::objects`] finds, and far
-    /// quicker.
+    /// that the arguments which `wanted` picks by name point at, with what belongs to them. Part of
+    /// what [`Self::objects`] finds, and far quicker.
     pub fn near_objects(
         &self,
         function: &Function<'_>,
