@@ -89,7 +89,7 @@ impl Places {
                 return Ok(unsafe { mapping(place).add(index as usize) }.as_ptr());
             }
         }
-        let gpa = pfn.0.checked_mul(PAGE_SIZE).unwrap_or(u64::MAX);
+        let gpa = pfn.0.saturating_mul(PAGE_SIZE);
         Err(ViewError::NotMemory(gpa))
     }
 
