@@ -6,19 +6,24 @@
 //! isolated call that writes two pages; *abort* one that faults after the same writes. The two
 //! memory sizes show whether commit and abort depend on the guest's memory. *Host* is the time of a
 //! whole warm call outside `KVM_RUN`, by the pages that it writes: the same code at its real speed
-//! also where KVM emulates.
+//! also where KVM emulates. *One of* is that of a call that writes one page while as many are kept
+//! from others. Allocations and system calls are those of the largest of these calls.
 
 #![allow(clippy::unwrap_used, reason = "bench code")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "../tests/warm_calls/counting.rs"]
+mod counting;
 
 use std::time::Instant;
 
 use common::*;
+use counting::allocations;
 use iced_x86::code_asm::*;
 use isolation::domain::Domain;
 use isolation::domain::transaction::CallEnd;
+use kvm_bindings::kvm_regs;
 
 const ROUNDS: usize = 31;
 const CALLS: u32 = 20;
@@ -26,6 +31,8 @@ const CALLS: u32 = 20;
 const REPEATED: u32 = 200;
 /// Calls of which the host's time is taken.
 const HOST_CALLS: u32 = 2000;
+/// Of these, one in so many writes to all pages, so that they are kept.
+const SELDOM: u32 = 8;
 /// Where the pages are that are written, present, writable and not executable.
 const WRITTEN: u64 = 0xffff_c900_0080_0000;
 const WRITTEN_GPA: u64 = 0x30_0000;
@@ -94,7 +101,8 @@ fn driver(pages: u64, end: impl FnOnce(&mut CodeAssembler)) -> (Guest, Domain) {
     (guest, domain)
 }
 
-/// A driver that adds one to a word of each of `pages` pages.
+/// A driver that adds one to a word of each of the first pages, as many as its argument says, of
+/// `pages`.
 fn writer(pages: u64) -> (Guest, Domain, Kernel) {
     let mut guest = Guest::new();
     for page in 0..pages {
@@ -102,11 +110,13 @@ fn writer(pages: u64) -> (Guest, Domain, Kernel) {
         guest.map(WRITTEN + at, WRITTEN_GPA + at, WRITTEN_FLAGS);
     }
     guest.code(DRIVER_TEXT, |a| {
+        let mut top = a.create_label();
         a.mov(rcx, WRITTEN).unwrap();
-        for _ in 0..pages {
-            a.inc(qword_ptr(rcx)).unwrap();
-            a.add(rcx, PAGE as i32).unwrap();
-        }
+        a.set_label(&mut top).unwrap();
+        a.inc(qword_ptr(rcx)).unwrap();
+        a.add(rcx, PAGE as i32).unwrap();
+        a.dec(rdi).unwrap();
+        a.jnz(top).unwrap();
         a.ret().unwrap();
     });
     let domain = guest.domain();
@@ -117,21 +127,52 @@ fn writer(pages: u64) -> (Guest, Domain, Kernel) {
     (guest, domain, kernel)
 }
 
-/// Microseconds of a warm call outside `KVM_RUN` that writes to `pages` pages and to that of its
-/// return address.
-fn host(pages: u64) -> f64 {
+/// What a warm call costs besides `KVM_RUN`.
+#[derive(Default)]
+struct Host {
+    /// Median, in microseconds.
+    us: f64,
+    /// The most of one call.
+    allocations: u64,
+    system_calls: u32,
+}
+
+/// What a warm call costs that writes to `written` of `pages` pages and to that of its return
+/// address, if each [`SELDOM`]th writes to all.
+fn host(pages: u64, written: u64) -> Host {
     let (guest, mut domain, mut kernel) = writer(pages);
-    let mut call = || {
+    let mut host = Host::default();
+    let mut call = |pages| {
+        let regs = kvm_regs {
+            rdi: pages,
+            ..guest.entry_regs()
+        };
         let start = Instant::now();
-        let result = guest.call(&mut domain, &mut kernel);
+        let mut result = None;
+        let allocations = allocations(|| {
+            result = Some(guest.call_with(&mut domain, &mut kernel, regs));
+        });
         let all = start.elapsed().as_nanos() as f64;
+        let result = result.unwrap();
         assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
-        (all - result.stats.private_ns as f64) / 1e3
+        let us = (all - result.stats.private_ns as f64) / 1e3;
+        (us, allocations, result.stats.other_syscalls)
     };
     (0..CALLS).for_each(|_| {
-        call();
+        call(pages);
     });
-    median((0..HOST_CALLS).map(|_| call()).collect())
+    let mut times = Vec::new();
+    for number in 1..=HOST_CALLS {
+        if number % SELDOM == 0 {
+            call(pages);
+        }
+        let (us, allocations, system_calls) = call(written);
+        times.push(us);
+        host.allocations = host.allocations.max(allocations);
+        host.system_calls = host.system_calls.max(system_calls);
+    }
+    host.us = median(times);
+    host
 }
 
 fn repeated(a: &mut CodeAssembler, body: impl FnOnce(&mut CodeAssembler)) {
@@ -179,16 +220,25 @@ fn main() {
     let stores = time(&guest, &mut domain, &mut kernel, false);
     let exit = (stores - call) / f64::from(REPEATED);
 
-    let host = [1, 9, 33].map(|pages| format!("\"{}\":{:.2}", pages + 1, host(pages)));
+    let by_pages = |host: fn(u64) -> Host| {
+        let hosts = [1, 9, 33].map(|pages| (pages, host(pages)));
+        let most = hosts.iter().fold((0, 0), |most, (_, host)| {
+            (most.0.max(host.allocations), most.1.max(host.system_calls))
+        });
+        let hosts = hosts.map(|(pages, host)| format!("\"{}\":{:.2}", pages + 1, host.us));
+        (hosts.join(","), most)
+    };
+    let (all, (allocations, system_calls)) = by_pages(|pages| host(pages, pages));
+    let (one_of, _) = by_pages(|pages| host(pages, 1));
     println!(
         "{{\"exit_us\":{exit:.3},\"crossing_us\":{crossing:.3},\"crossing_per_exit\":{:.3},\
          \"call_us\":{call:.1},\"call_per_exit\":{:.2},\"abort_us\":{abort:.1},\"abort_per_exit\":{:.2},\
-         \"call_4g_per_128m\":{:.3},\"abort_4g_per_128m\":{:.3},\"host_us_by_pages\":{{{}}}}}",
+         \"call_4g_per_128m\":{:.3},\"abort_4g_per_128m\":{:.3},\"host_us_by_pages\":{{{all}}},\"host_us_one_of\":{{{one_of}}},\
+         \"allocations\":{allocations},\"system_calls\":{system_calls}}}",
         crossing / exit,
         call / exit,
         abort / exit,
         call_large,
         abort_large,
-        host.join(","),
     );
 }

@@ -3,6 +3,7 @@
 //! | file | what it is |
 //! | --- | --- |
 //! | `view` | copy-on-write view of guest memory |
+//! | `places` | where pages are in its two mappings |
 //! | `bases` | pages that a device writes while they are read |
 //! | `moving` | pages that devices write while calls run |
 //! | `monitor` | the pages only P has: stubs, trampolines, tables |
@@ -37,6 +38,7 @@ pub mod monitor;
 mod moving;
 pub mod overlay;
 mod page;
+mod places;
 pub mod private_vm;
 pub mod roots;
 mod strike;
@@ -67,6 +69,7 @@ use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
 use transaction::Refusals;
+use transaction::room::Room;
 use view::{PAGE_SIZE, Pfn, PrivateView};
 use waiting::Waiting;
 use warm::WarmPages;
@@ -167,6 +170,8 @@ pub struct Domain {
     strike: Option<strike::Strike>,
     /// How often functions could not wait for calls of a function.
     refusals: HashMap<u64, Refusals>,
+    /// What calls leave each other of the memory that they take.
+    room: Room,
     /// A call ended with an error of the domain's own since the guest was last put back.
     has_failed: bool,
 }
@@ -223,6 +228,7 @@ impl Domain {
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
             strike: None,
+            room: Room::default(),
             has_failed: false,
         };
         domain.adopt(config.sregs)?;

@@ -33,6 +33,7 @@ use vm_memory::{
 
 use super::bases::{copy_down, take_over};
 pub use super::page::{PAGE_SIZE, Page, Pfn};
+use super::places::Places;
 use crate::policy::diff::PageMask;
 
 /// Why a view could not be made or used.
@@ -75,6 +76,7 @@ pub enum ViewError {
 pub struct PrivateView {
     shared: Arc<GuestMemory>,
     private: GuestMemory,
+    places: Places,
     /// What copies were made from, if devices write K's pages meanwhile; of those that the host
     /// knows of.
     bases: Option<HashMap<Pfn, Box<Page>>>,
@@ -126,6 +128,7 @@ impl PrivateView {
         }
         let private = GuestMemory::from_regions(regions).map_err(|_| ViewError::Layout)?;
         Ok(Self {
+            places: Places::new(&shared, &private)?,
             shared,
             private,
             bases: None,
@@ -173,10 +176,10 @@ impl PrivateView {
     /// Takes what devices have written to K's page since P's copy was made over into that, where P
     /// has not written.
     pub fn take_over(&mut self, pfn: Pfn) -> Result<(), ViewError> {
-        let shared = page_pointer(&self.shared, pfn)?;
-        let private = page_pointer(&self.private, pfn)?;
+        let shared = self.places.shared(pfn)?;
+        let private = self.places.private(pfn)?;
         if let Some(base) = self.bases.as_mut().and_then(|bases| bases.get_mut(&pfn)) {
-            // SAFETY: both are whole mapped pages (`page_pointer`); P runs on the calling thread
+            // SAFETY: both are whole mapped pages (`Places`); P runs on the calling thread
             // only, so not now, and `&mut self` makes this the only access to its page.
             unsafe { take_over(shared, base, &mut *private) };
         }
@@ -195,13 +198,13 @@ impl PrivateView {
 
     /// Whether `pfn` is a page of guest memory.
     pub fn contains(&self, pfn: Pfn) -> bool {
-        self.shared.address_in_range(GuestAddress(pfn.gpa()))
+        self.places.shared(pfn).is_ok()
     }
 
     /// K's bytes of a page.
     pub fn shared_page(&self, pfn: Pfn) -> Result<&Page, ViewError> {
-        let pointer = page_pointer(&self.shared, pfn)?;
-        // SAFETY: `page_pointer` vouches for 4096 mapped bytes that live as long as `self.shared`.
+        let pointer = self.places.shared(pfn)?;
+        // SAFETY: `Places` vouches for 4096 mapped bytes that live as long as `self.shared`.
         // The guest and its devices are held while a transaction looks at pages (module rule), so
         // nothing writes them during the borrow.
         Ok(unsafe { &*pointer })
@@ -209,7 +212,7 @@ impl PrivateView {
 
     /// K's bytes of a page, to change.
     pub fn shared_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
-        let pointer = page_pointer(&self.shared, pfn)?;
+        let pointer = self.places.shared(pfn)?;
         self.mark_shared(pfn);
         // SAFETY: as in `shared_page`, and `&mut self` makes this the only borrow of the view.
         Ok(unsafe { &mut *pointer })
@@ -217,7 +220,7 @@ impl PrivateView {
 
     /// P's bytes of a page.
     pub fn private_page(&self, pfn: Pfn) -> Result<&Page, ViewError> {
-        let pointer = page_pointer(&self.private, pfn)?;
+        let pointer = self.places.private(pfn)?;
         // SAFETY: as in `shared_page`; P runs on the calling thread only, so not now.
         Ok(unsafe { &*pointer })
     }
@@ -247,27 +250,27 @@ impl PrivateView {
 
     /// The 64-bit word around `gpa` as K has it, which others may be writing: read once.
     pub fn shared_word(&self, gpa: u64) -> Result<u64, ViewError> {
-        word(&self.shared, gpa)
+        self.places.shared_word(gpa)
     }
 
     /// The same as P has it.
     pub fn private_word(&self, gpa: u64) -> Result<u64, ViewError> {
-        word(&self.private, gpa)
+        self.places.private_word(gpa)
     }
 
     /// P's bytes of a page, to change: the page is a private copy from now on.
     pub fn private_page_mut(&mut self, pfn: Pfn) -> Result<&mut Page, ViewError> {
-        let pointer = page_pointer(&self.private, pfn)?;
+        let pointer = self.places.private(pfn)?;
         // SAFETY: as in `private_page`, and `&mut self` makes this the only borrow of the view.
         Ok(unsafe { &mut *pointer })
     }
 
     /// Copies the bytes of `mask` from P's page to K's.
     pub fn publish(&mut self, pfn: Pfn, mask: &PageMask) -> Result<(), ViewError> {
-        let from = page_pointer(&self.private, pfn)?.cast::<u8>();
-        let to = page_pointer(&self.shared, pfn)?.cast::<u8>();
+        let from = self.places.private(pfn)?.cast::<u8>();
+        let to = self.places.shared(pfn)?.cast::<u8>();
         for run in mask.runs() {
-            // SAFETY: both pages are mapped (`page_pointer`), a run of a mask is within a page, and
+            // SAFETY: both pages are mapped (`Places`), a run of a mask is within a page, and
             // the two mappings are different addresses, so the ranges do not overlap.
             unsafe {
                 std::ptr::copy_nonoverlapping(from.add(run.start), to.add(run.start), run.len());
@@ -296,8 +299,8 @@ impl PrivateView {
 
     /// Makes the private copy of `pfn` equal to K's page again, keeping it a copy.
     pub fn refresh(&mut self, pfn: Pfn) -> Result<(), ViewError> {
-        let from = page_pointer(&self.shared, pfn)?;
-        let to = page_pointer(&self.private, pfn)?;
+        let from = self.places.shared(pfn)?;
+        let to = self.places.private(pfn)?;
         let Some(bases) = &mut self.bases else {
             // SAFETY: as in `publish`, with whole pages.
             unsafe { std::ptr::copy_nonoverlapping(from, to, 1) };
@@ -344,11 +347,11 @@ impl PrivateView {
         let mut rest = pfns;
         while let Some(first) = rest.first() {
             let mut length = 1;
-            let start = page_pointer(&self.private, *first)?;
+            let start = self.places.private(*first)?;
             while let Some(next) = rest.get(length) {
                 // Neighbours in guest memory need not be neighbours in ours: regions end.
                 let expected = start.wrapping_add(length);
-                if page_pointer(&self.private, *next)? != expected {
+                if self.places.private(*next)? != expected {
                     break;
                 }
                 length += 1;
@@ -371,27 +374,6 @@ impl PrivateView {
         }
         Ok(calls)
     }
-}
-
-fn word(memory: &GuestMemory, gpa: u64) -> Result<u64, ViewError> {
-    let word: Result<u64, _> = memory.load(GuestAddress(gpa & !7), Ordering::Relaxed);
-    word.map(u64::from_le)
-        .map_err(|_| ViewError::NotMemory(gpa))
-}
-
-/// Address of a whole page of `memory`, page-aligned and mapped for the life of `memory`.
-fn page_pointer(memory: &GuestMemory, pfn: Pfn) -> Result<*mut Page, ViewError> {
-    let gpa = pfn
-        .0
-        .checked_mul(PAGE_SIZE)
-        .ok_or(ViewError::NotMemory(u64::MAX))?;
-    let slice = memory
-        .get_slices(GuestAddress(gpa), PAGE_SIZE as usize)
-        .next()
-        .and_then(Result::ok)
-        .filter(|slice| slice.len() == PAGE_SIZE as usize)
-        .ok_or(ViewError::NotMemory(gpa))?;
-    Ok(slice.ptr_guard_mut().as_ptr().cast())
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ pub struct EntryStatus {
     pub fills: u64,
     /// Page-table roots that had to be built.
     pub rebuilds: u64,
-    /// Pages with a private copy at the end of calls.
+    /// Pages that calls may have written, of those with a private copy at their end.
     pub dirty_pages: u64,
     /// Bytes committed.
     pub committed_bytes: u64,

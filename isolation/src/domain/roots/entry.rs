@@ -1,5 +1,7 @@
 //! Entries of page tables, and what becomes of a guest's entry in each root.
 
+use super::super::monitor::Monitor;
+
 /// Entry bits (Intel SDM volume 3, tables 4-15 to 4-20).
 pub(super) mod bits {
     pub const PRESENT: u64 = 1 << 0;
@@ -92,4 +94,18 @@ pub(super) fn restrict(root: Root, entry: u64, special: Option<Permissions>) -> 
 
 pub(super) fn without_used(entry: u64) -> u64 {
     entry & !(bits::ACCESSED | bits::DIRTY)
+}
+
+/// Entry `at` of the table that is page `table` of the monitor area.
+pub(super) fn entry_at(monitor: &Monitor, table: u64, at: u64) -> u64 {
+    let entries = monitor.page(table).as_chunks::<8>().0;
+    entries
+        .get(at as usize)
+        .map_or(0, |entry| u64::from_le_bytes(*entry))
+}
+
+/// Sets it.
+pub(super) fn put_entry(monitor: &mut Monitor, table: u64, at: u64, entry: u64) {
+    let at = at as usize * 8;
+    monitor.page_mut(table)[at..at + 8].copy_from_slice(&entry.to_le_bytes());
 }

@@ -24,6 +24,7 @@
 
 mod entry;
 mod open;
+mod writes;
 
 use std::collections::{HashMap, HashSet};
 
@@ -31,7 +32,8 @@ use super::monitor::{self, MAPPED_PAGES, Monitor, TABLE_PAGES};
 use super::view::{PAGE_SIZE, PrivateView, ViewError};
 use crate::guest::addr::{Gva, GvaRange};
 pub use entry::{Permissions, Root};
-use entry::{bits, index, prefix, restrict, shift, split, without_used};
+use entry::{bits, index, prefix, put_entry, restrict, shift, split, without_used};
+use writes::Leaves;
 
 /// What filling an address did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +96,8 @@ pub struct Roots {
     /// Entries of the top level in use: index and value.
     top_sources: Vec<(u64, u64)>,
     next_table: u64,
+    /// Entries of the driver root that let P write.
+    leaves: Leaves,
     rebuilds: u64,
     /// All that [`Roots::build`] puts in is in.
     complete: bool,
@@ -127,6 +131,7 @@ impl Roots {
             known: HashSet::new(),
             top_sources: Vec::new(),
             next_table: KERNEL_TOP + 1,
+            leaves: Leaves::default(),
             rebuilds: 0,
             complete: false,
         }
@@ -285,7 +290,7 @@ impl Roots {
             if level == 1 || !below {
                 let special = special.filter(|_| level == 1);
                 let leaf = self.restricted(root, (level, page), entry, special);
-                put_entry(monitor, mirror, at, leaf);
+                self.put_leaf((root, mirror, at), leaf, special, monitor);
                 self.remember(level, at, source);
                 if let (1, Some((entry, from))) = (level, large) {
                     self.fill_split(root, page, mirror, (entry, from), monitor);
@@ -320,7 +325,7 @@ impl Roots {
     /// Fills the rest of a table that stands for a piece of a large page: all of it depends on the
     /// one entry that was remembered, so it costs nothing later.
     fn fill_split(
-        &self,
+        &mut self,
         root: Root,
         page: u64,
         mirror: u64,
@@ -332,7 +337,7 @@ impl Roots {
             let va = first + at * PAGE_SIZE;
             let special = self.state(root).special.get(&va).copied();
             let entry = self.restricted(root, (1, va), split(entry, from, 1, va), special);
-            put_entry(monitor, mirror, at, entry);
+            self.put_leaf((root, mirror, at), entry, special, monitor);
         }
     }
 
@@ -483,16 +488,4 @@ pub fn is_free(view: &PrivateView, cr3: u64, va: u64) -> Result<bool, RootError>
         table = entry & bits::ADDRESS;
     }
     Ok(false)
-}
-
-fn entry_at(monitor: &Monitor, table: u64, at: u64) -> u64 {
-    let entries = monitor.page(table).as_chunks::<8>().0;
-    entries
-        .get(at as usize)
-        .map_or(0, |entry| u64::from_le_bytes(*entry))
-}
-
-fn put_entry(monitor: &mut Monitor, table: u64, at: u64, entry: u64) {
-    let at = at as usize * 8;
-    monitor.page_mut(table)[at..at + 8].copy_from_slice(&entry.to_le_bytes());
 }

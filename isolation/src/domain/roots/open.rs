@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::super::monitor::Monitor;
 use super::super::view::{PAGE_SIZE, PrivateView};
-use super::entry::{bits, index, prefix};
-use super::{Fill, Permissions, Root, RootError, Roots, entry_at, put_entry};
+use super::entry::{bits, entry_at, index, prefix, put_entry};
+use super::{Fill, Permissions, Root, RootError, Roots};
 
 impl Roots {
     /// Lets P write the page at `va` in `root`, as far as the guest lets it.
@@ -37,6 +37,7 @@ impl Roots {
         let entry = self.close_entry(root, page);
         if let Some((table, at)) = entry {
             let value = entry_at(monitor, table, at);
+            self.forget_leaf((table, at), value);
             put_entry(monitor, table, at, value & !(bits::WRITE | bits::DIRTY));
         }
     }
@@ -74,6 +75,7 @@ impl Roots {
     pub fn close_all_but(&mut self, keep: &HashSet<u64>, monitor: &mut Monitor) {
         for page in self.open_pages().difference(keep) {
             if let Some((table, at)) = self.close_entry(Root::Driver, *page) {
+                self.forget_leaf((table, at), entry_at(monitor, table, at));
                 put_entry(monitor, table, at, 0);
             }
         }

@@ -43,6 +43,10 @@ impl Call<'_> {
             return Ok(Some(reason));
         }
         let domain = &mut *self.domain;
+        for pfn in domain.warm.iter() {
+            domain.roots.forget_written(pfn, &mut domain.monitor);
+        }
+        self.roots_at_begin = Some(domain.roots.rebuilds());
         domain.monitor.begin_call(self.request.function);
         let rsp = self.entry.rsp;
         let Some(slot) = domain

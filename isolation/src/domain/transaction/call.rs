@@ -134,7 +134,8 @@ pub struct CallStats {
     pub posted_writes: u32,
     /// Device loads.
     pub device_reads: u32,
-    /// Pages with a private copy at the end.
+    /// Pages that it may have written, of those with a private copy at the end; all of these if it
+    /// was taken back.
     pub dirty_pages: u32,
     /// Bytes that differed from the guest's and were committed.
     pub committed_bytes: u64,

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::call::{AbortPhases, CallRequest, CallResult, CallStats};
+use super::room::Room;
 use super::spilled_call::SpilledCall;
 use super::time::{CallTime, Meter};
 use super::{Call, Outcome};
@@ -21,8 +22,12 @@ use crate::domain::view::Pfn;
 const MAX_ATTEMPTS: usize = 3;
 
 /// What an attempt led to.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all end, and a warm call takes no memory"
+)]
 enum Attempted {
-    Ended(Box<CallResult>),
+    Ended(CallResult),
     /// It is to be made once more, with a journal.
     WithJournal,
     /// It is to be made once more, with no function waiting.
@@ -85,7 +90,7 @@ impl Domain {
             spilled.journal = journal;
         }
         match result? {
-            Attempted::Ended(result) => Ok(*result),
+            Attempted::Ended(result) => Ok(result),
             _ => Err(DomainError::Internal("a call was begun again too often")),
         }
     }
@@ -122,7 +127,10 @@ impl Domain {
         *time = call.time;
         let mut passing = std::mem::take(&mut call.passing);
         passing.append(&mut call.stepping);
+        let mut room = call.give_room_back();
         self.close(&passing);
+        room.passing = passing;
+        self.room = room.emptied();
         self.has_failed |= has_failed;
         if journalled {
             self.monitor.journal(|_| false);
@@ -132,7 +140,7 @@ impl Domain {
         Ok(match outcome? {
             Outcome::WithJournal => Attempted::WithJournal,
             Outcome::AtOnce => Attempted::AtOnce,
-            Outcome::Ended(end, regs) => Attempted::Ended(Box::new(CallResult {
+            Outcome::Ended(end, regs) => Attempted::Ended(CallResult {
                 end,
                 regs,
                 stats,
@@ -143,7 +151,7 @@ impl Domain {
                 later,
                 kept,
                 lists,
-            })),
+            }),
         })
     }
 }
@@ -157,6 +165,16 @@ impl<'a> Call<'a> {
         spilled: Option<&SpilledCall>,
         time: CallTime,
     ) -> Self {
+        let Room {
+            mut stacks,
+            host_written,
+            posted,
+            passing,
+            harvested,
+            pages,
+            changes,
+        } = std::mem::take(&mut domain.room);
+        stacks.push(request.stack);
         Self {
             kept: domain.host_memory.nothing(),
             domain,
@@ -166,22 +184,24 @@ impl<'a> Call<'a> {
             spills: spilled.map_or(0, |spilled| spilled.spills),
             return_address: 0,
             return_slot: (Pfn(0), 0),
-            host_written: Vec::new(),
+            host_written,
             callbacks: Vec::new(),
-            stacks: vec![request.stack],
-            posted: Vec::new(),
+            stacks,
+            posted,
             hands_over: false,
             handed_over: Vec::new(),
             later: Vec::new(),
             posted_use_memory: false,
             overwritten: BTreeMap::new(),
-            passing: Vec::new(),
+            passing,
+            pages,
+            changes,
             stepping: Vec::new(),
             journal: None,
             kernel_calls: Vec::new(),
             calls_kept: Kept::default(),
             lists: Vec::new(),
-            harvested: Vec::new(),
+            harvested,
             copies_charged: 0,
             reached_device: false,
             device_lost: false,
@@ -189,12 +209,25 @@ impl<'a> Call<'a> {
             last_fault: (0, 0, 0),
             interrupted_at: (0, 0),
             outdated: None,
+            roots_at_begin: None,
             stats: CallStats::default(),
             time,
             meter: Meter::default(),
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
+        }
+    }
+    /// What the next call can use of the memory that this one took.
+    fn give_room_back(&mut self) -> Room {
+        Room {
+            stacks: std::mem::take(&mut self.stacks),
+            host_written: std::mem::take(&mut self.host_written),
+            posted: std::mem::take(&mut self.posted),
+            passing: Vec::new(),
+            harvested: std::mem::take(&mut self.harvested),
+            pages: std::mem::take(&mut self.pages),
+            changes: std::mem::take(&mut self.changes),
         }
     }
 }

@@ -15,7 +15,7 @@ const MAX_POSTED: usize = 4096;
 
 /// A store to the device that waits for the commit.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct PostedWrite {
+pub(in crate::domain) struct PostedWrite {
     pub(super) store: DeviceStore,
     /// How many kernel functions waited when it was made.
     pub(super) handed_over: u64,
@@ -195,7 +195,7 @@ impl Call<'_> {
     pub(super) fn reach_device(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
-        let pages = self.private_pages()?;
+        let pages = self.written_pages()?;
         let changes = self.changes(&pages)?;
         if let Some(kind) = self.forbidden_change(&changes) {
             return Ok(Some(kind));
@@ -265,7 +265,7 @@ impl Call<'_> {
 
     pub(super) fn flush_posted(&mut self) {
         self.posted_use_memory = false;
-        for PostedWrite { store, .. } in std::mem::take(&mut self.posted) {
+        for PostedWrite { store, .. } in self.posted.drain(..) {
             self.supervisor
                 .device_write(store.at, store.value, store.bytes);
         }

@@ -54,11 +54,12 @@ impl Call<'_> {
     /// Puts what P wrote into the guest and does what waited; `Some` if the call may not change all
     /// of it, and nothing was done.
     pub(super) fn publish(&mut self) -> Result<Option<ViolationKind>, DomainError> {
-        let pages = self.private_pages()?;
+        let mut pages = self.written_pages()?;
         self.stats.dirty_pages = pages.len() as u32;
         let changes = self.changes(&pages)?;
-        if let Some(kind) = self.forbidden_change(&changes) {
-            return Ok(Some(kind));
+        let forbidden = self.forbidden_change(&changes);
+        if forbidden.is_some() {
+            return Ok(forbidden);
         }
         for (pfn, mask) in &changes {
             let Some(va) = self.domain.opened_va(*pfn) else {
@@ -94,11 +95,8 @@ impl Call<'_> {
         let mut dropped = domain
             .warm
             .age(|pfn| changed(pfn) || host_written.contains(&pfn));
-        let rest: Vec<Pfn> = pages
-            .into_iter()
-            .filter(|pfn| !dropped.contains(pfn))
-            .collect();
-        dropped.extend(domain.warm.admit(&rest));
+        pages.retain(|pfn| !dropped.contains(pfn));
+        dropped.extend(domain.warm.admit(&pages));
         dropped.sort_unstable();
         // The call is in the guest by now, and nothing may fail any more: what is not dropped now
         // is before the next.
@@ -106,6 +104,7 @@ impl Call<'_> {
             Ok(calls) => self.stats.other_syscalls += calls,
             Err(_) => domain.stale.extend(dropped),
         }
+        (self.pages, self.changes) = (pages, changes);
         self.supervisor.commit_platform();
         if !self.reached_device && !self.posted.is_empty() {
             self.journal_device();
@@ -115,9 +114,10 @@ impl Call<'_> {
     }
 
     /// What P's copies of `pages` have differently from the guest's, page by page.
-    pub(super) fn changes(&self, pages: &[Pfn]) -> Result<Vec<(Pfn, PageMask)>, DomainError> {
+    pub(super) fn changes(&mut self, pages: &[Pfn]) -> Result<Vec<(Pfn, PageMask)>, DomainError> {
         let view = &self.domain.view;
-        let mut changes = Vec::new();
+        let mut changes = std::mem::take(&mut self.changes);
+        changes.clear();
         for pfn in pages {
             let mask = view.changes(*pfn)?;
             if !mask.is_empty() {

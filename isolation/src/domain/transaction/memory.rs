@@ -28,6 +28,32 @@ impl Call<'_> {
         Ok(pages)
     }
 
+    /// Those of [`Call::private_pages`] that the call may have written, by dirty bits where these
+    /// tell it: where it has been in the driver root alone, on tables that were not made anew. Not
+    /// where pages are closed in between, or devices write them.
+    pub(super) fn written_pages(&mut self) -> Result<Vec<Pfn>, DomainError> {
+        let domain = &*self.domain;
+        let tell = self.roots_at_begin == Some(domain.roots.rebuilds())
+            && domain.monitor.crossings() == domain.crossings_at_entry.0
+            && self.callbacks.is_empty()
+            && !domain.each_store
+            && !domain.view.keeps_bases();
+        if !tell {
+            return self.private_pages();
+        }
+        self.harvest()?;
+        let mut pages = std::mem::take(&mut self.pages);
+        let domain = &*self.domain;
+        let written = |pfn: &Pfn| domain.roots.is_written(*pfn, &domain.monitor);
+        let known = self.harvested.iter().chain(&self.host_written).copied();
+        let written = known.chain(domain.warm.iter().filter(written));
+        pages.clear();
+        pages.extend(written.filter(|pfn| !domain.is_overlay(*pfn)));
+        pages.sort_unstable();
+        pages.dedup();
+        Ok(pages)
+    }
+
     pub(super) fn harvest(&mut self) -> Result<(), DomainError> {
         let harvested = &mut self.harvested;
         let domain = &mut *self.domain;

@@ -42,6 +42,7 @@ use super::supervisor::Supervisor;
 use super::view::Pfn;
 use super::violation::ViolationKind;
 use crate::guest::addr::GvaRange;
+use crate::policy::diff::PageMask;
 
 mod begin;
 mod call;
@@ -58,6 +59,7 @@ mod journal;
 mod kept_arguments;
 mod memory;
 mod preserved;
+pub(super) mod room;
 mod sleep;
 mod spill;
 mod spilled_call;
@@ -129,6 +131,9 @@ pub(super) struct Call<'a> {
     overwritten: BTreeMap<Pfn, Overwritten>,
     /// Pages that it was let write, and that the next call is not.
     passing: Vec<(Pfn, u64)>,
+    /// Room for lists of pages, and of what has changed in them.
+    pages: Vec<Pfn>,
+    changes: Vec<(Pfn, PageMask)>,
     /// Pages that are open for the one store that is being carried out.
     stepping: Vec<(Pfn, u64)>,
     /// Kept by calls that go on in the guest.
@@ -152,6 +157,9 @@ pub(super) struct Call<'a> {
     /// Tables of this root were changed while P was on it, and the processor may remember what they
     /// were.
     outdated: Option<Root>,
+    /// How often the roots had been built when dirty bits were cleared for this run; `None` if they
+    /// were not.
+    roots_at_begin: Option<u64>,
     stats: CallStats,
     /// Time that it has had, its earlier parts and attempts among it.
     time: CallTime,

@@ -80,6 +80,12 @@ impl Habits {
         places.iter().filter_map(|place| place.now).collect()
     }
 
+    /// Whether calls of `function` store in something that is come to by the argument of this name.
+    pub fn is_about(&self, function: &str, argument: &str) -> bool {
+        let mut places = self.places.get(function).into_iter().flatten();
+        places.any(|place| root(&place.label) == argument)
+    }
+
     /// A call of `function` has changed `range`.
     pub fn changed(&mut self, function: &str, range: GvaRange) {
         for place in self.places.get_mut(function).into_iter().flatten() {
@@ -105,6 +111,14 @@ impl Habits {
             self.places.remove(function);
         }
     }
+}
+
+/// What the way to an object begins with, by its label: `skb` of `struct sk_buff (skb->head)`.
+fn root(label: &str) -> &str {
+    let path = label.rsplit_once('(').map_or(label, |(_, path)| path);
+    let path = path.trim_start_matches('*');
+    let end = path.find(['-', '.', '[', ')']);
+    end.map_or(path, |end| &path[..end])
 }
 
 #[cfg(test)]
@@ -141,6 +155,31 @@ mod tests {
         let next = table_with(packet(0x5c00));
         assert_eq!(habits.expected("xmit", &next), [Gva(0x5d22)]);
         assert!(habits.expected("other", &next).is_empty());
+    }
+
+    #[test]
+    fn only_the_arguments_that_lead_to_a_place_are_looked_at() {
+        let mut habits = Habits::default();
+        for label in [
+            "struct sk_buff (skb->head)",
+            "u8 (*frames->head)",
+            "page (of[0].page)",
+        ] {
+            let passing = Object {
+                label: label.into(),
+                ..packet(0x1000)
+            };
+            habits.stored("xmit", &passing, Gva(0x1122));
+        }
+        for (argument, is) in [
+            ("skb", true),
+            ("frames", true),
+            ("of", true),
+            ("netdev", false),
+        ] {
+            assert_eq!(habits.is_about("xmit", argument), is, "{argument}");
+        }
+        assert!(!habits.is_about("other", "skb"));
     }
 
     #[test]

@@ -417,9 +417,14 @@ impl DriverPolicy {
         if !self.habits.knows(&call.function) {
             return Vec::new();
         }
-        let function = call.function.clone();
-        self.open_near(memory);
-        self.habits.expected(&function, &self.table)
+        let near = self.near(memory, call, |argument| {
+            self.habits.is_about(&call.function, argument)
+        });
+        self.open_all(near);
+        match self.calls.last() {
+            Some(call) => self.habits.expected(&call.function, &self.table),
+            None => Vec::new(),
+        }
     }
 
     /// The call stores at `at`, which it may, in something that is not the driver's beyond the

@@ -68,14 +68,24 @@ impl DriverPolicy {
             })
             .collect();
         for call in fresh {
-            let Some(function) = self.names.find_function(&self.types, &call.function) else {
-                continue;
-            };
-            let near = self.reach(memory.private, memory, |reach| {
-                reach.near_objects(&function, &call.arguments)
-            });
+            let near = self.near(memory, &call, |_| true);
             self.open_all(near);
         }
+    }
+
+    /// The objects that the arguments of a call point at which `wanted` picks by name.
+    pub(super) fn near<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        call: &Call,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Vec<Reached> {
+        let Some(function) = self.names.find_function(&self.types, &call.function) else {
+            return Vec::new();
+        };
+        self.reach(memory.private, memory, |reach| {
+            reach.near_objects(&function, &call.arguments, wanted)
+        })
     }
 
     /// Opens the byte at `at` if inline functions of the kernel write there, whatever the call is
@@ -342,7 +352,7 @@ impl DriverPolicy {
         })
     }
 
-    fn open_all(&mut self, found: Vec<Reached>) {
+    pub(super) fn open_all(&mut self, found: Vec<Reached>) {
         for object in found {
             // What does not fit into the table is not permitted; the store will say so.
             self.open(object.range, object.kind, object.label);

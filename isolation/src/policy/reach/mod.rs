@@ -135,7 +135,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         starts: &[Start],
     ) -> Found {
         let mut walk = walk::Walk::new(self, Extent::All);
-        self.enter_arguments(&mut walk, function, arguments);
+        self.enter_arguments(&mut walk, function, arguments, |_| true);
         for start in starts {
             walk.enter(start.at, start.type_id, start.name.clone());
         }
@@ -143,15 +143,16 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     }
 
     /// The objects alone that a call of `function` with these register arguments is about: those
-    /// that they point at, with what belongs to them. Part of what [`Self::objects`] finds, and far
-    /// quicker.
+    /// that the arguments which `wanted` picks by name point at, with what belongs to them. Part of
+    /// what [`Self::objects`] finds, and far quicker.
     pub fn near_objects(
         &self,
         function: &Function<'_>,
         arguments: &[u64; REGISTER_ARGUMENTS],
+        wanted: impl Fn(&str) -> bool,
     ) -> Vec<Reached> {
         let mut walk = walk::Walk::new(self, Extent::Near);
-        self.enter_arguments(&mut walk, function, arguments);
+        self.enter_arguments(&mut walk, function, arguments, wanted);
         walk.run().objects
     }
 
@@ -173,6 +174,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         walk: &mut walk::Walk<'_, '_, M, A>,
         function: &Function<'_>,
         arguments: &[u64; REGISTER_ARGUMENTS],
+        wanted: impl Fn(&str) -> bool,
     ) {
         let names = function
             .params
@@ -188,7 +190,9 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                     "" => format!("argument {index}"),
                     name => name.to_owned(),
                 };
-                walk.enter(Gva(*value), to, name);
+                if wanted(&name) {
+                    walk.enter(Gva(*value), to, name);
+                }
             }
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use isolation::status::EntryStatus;
 use vmm::QuiesceError;
 
 use super::{with_network, with_silent_network};
@@ -190,4 +191,35 @@ mod long {
             machine.assert_healthy();
         }
     }
+}
+
+/// What isolation takes of a transmit once it is warm: packets both ways, with no function isolated
+/// but that.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_warm_transmit_has_few_exits_and_pages() {
+    let mut machine = with_network();
+    machine
+        .isolate("e1000", named(&["e1000_xmit_frame"]))
+        .unwrap();
+    stream_and_flood(&mut machine);
+    let before = machine.entry("e1000", "e1000_xmit_frame");
+    stream_and_flood(&mut machine);
+    machine.print_status();
+    let after = machine.entry("e1000", "e1000_xmit_frame");
+    let calls = (after.calls - before.calls) as f64;
+    let each = |count: fn(&EntryStatus) -> u64| (count(&after) - count(&before)) as f64 / calls;
+    eprintln!(
+        "{calls} warm calls: exits {:.3}, crossings {:.3}, system calls {:.3}, pages {:.2}, {:.0} us in the private VM, {:.0} us besides",
+        each(|entry| entry.private_exits),
+        each(|entry| entry.crossings),
+        each(|entry| entry.other_syscalls),
+        each(|entry| entry.dirty_pages),
+        each(|entry| entry.private_ns) / 1e3,
+        each(|entry| entry.total_ns - entry.private_ns) / 1e3,
+    );
+    assert_eq!(after.commits, after.calls, "{after:?}");
+    assert!(each(|entry| entry.private_exits) <= 2.25, "{after:?}");
+    assert!(each(|entry| entry.dirty_pages) <= 8.0, "{after:?}");
+    machine.assert_healthy();
 }
