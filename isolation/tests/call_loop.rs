@@ -7,7 +7,7 @@ mod common;
 use common::{DRIVER_TEXT, Guest, KERNEL_DATA, KERNEL_TEXT, PAGE, STACK, STACK_TOP, gpa_of};
 use devices::dma::GuestMemory;
 use iced_x86::code_asm::{al, qword_ptr, r8, r9, r10, r11, rax, rbx, rcx, rdi, rdx, rsi};
-use isolation::compensation::call_loop::{CallLoop, MAX_ROWS, Row};
+use isolation::compensation::call_loop::{CallLoop, LITTLE_STACK, MAX_ROWS, MUCH_STACK, Row};
 use isolation::guest::addr::{Gva, GvaRange};
 use isolation::guest::modules::ModuleLayout;
 use isolation::guest::paging::{AddressSpace, VirtMemory};
@@ -133,17 +133,25 @@ fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers(
 
 #[test]
 fn only_as_many_are_called_as_there_is_stack_for() {
-    let room = |top| CallLoop::room(top, GvaRange::new(Gva(STACK), STACK_TOP - STACK).unwrap());
+    let stack = GvaRange::new(Gva(STACK), STACK_TOP - STACK).unwrap();
+    let room = |top| CallLoop::room(top, stack, LITTLE_STACK);
     assert_eq!(room(STACK_TOP - 0x80), MAX_ROWS);
     assert_eq!(room(STACK + 0x1000), 0);
     assert_eq!(room(STACK), 0);
     let few = room(STACK + 0x1200);
     assert!(few > 0 && few < 10, "{few}");
+    // Where all of the network stack has to run, fewer.
+    let deep = CallLoop::room(STACK_TOP - 0x80, stack, MUCH_STACK);
+    assert!((32..MAX_ROWS).contains(&deep), "{deep}");
+    assert_eq!(CallLoop::room(STACK + 0x3000, stack, MUCH_STACK), 0);
     // A stack that ends where another begins.
     assert_eq!(room(STACK_TOP), MAX_ROWS);
     // One that is not aligned to its size, three pages of which lie below an aligned address.
     let stack = GvaRange::new(Gva(STACK + 0x1000), STACK_TOP - STACK).unwrap();
-    assert_eq!(CallLoop::room(STACK_TOP + 0x200, stack), MAX_ROWS);
+    assert_eq!(
+        CallLoop::room(STACK_TOP + 0x200, stack, LITTLE_STACK),
+        MAX_ROWS
+    );
 }
 
 #[test]
@@ -178,6 +186,7 @@ fn the_loop_leaves_the_text_as_it_was_and_finds_its_own_place_again() {
     assert!(guest.all() != before);
     // Not taken out, as by a release that could not wait.
     let again = CallLoop::place(&layout(&guest), &virt(&guest)).unwrap();
+    assert!(again.was_there() && !call_loop.was_there());
     call_loop.remove(&guest.memory);
     assert!(guest.all() == before);
     // Somebody else's by now.

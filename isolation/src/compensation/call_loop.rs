@@ -32,8 +32,11 @@ use crate::guest::stack::THREAD_SIZE;
 /// Most rows of a table: for so long interrupts may wait.
 pub const MAX_ROWS: usize = 128;
 
-/// Bytes of stack that must be left for the functions.
-const STACK_RESERVE: u64 = THREAD_SIZE / 4;
+/// Bytes of stack that must be left for functions that give something back.
+pub const LITTLE_STACK: u64 = THREAD_SIZE / 4;
+/// Bytes that must be left for those that do the driver's work in its place: all of the network
+/// stack, with the interrupts that come meanwhile.
+pub const MUCH_STACK: u64 = THREAD_SIZE / 4 * 3;
 
 /// Bytes that have to be free in front of the loop: an instruction may end in a few zeros.
 const GAP: usize = 32;
@@ -89,6 +92,7 @@ const ON: u64 = 59;
 pub struct CallLoop {
     at: Gva,
     gpa: GuestAddress,
+    was_there: bool,
 }
 
 impl CallLoop {
@@ -104,8 +108,9 @@ impl CallLoop {
         let mut bytes = [0; 0x1000];
         virt.memory.read_slice(&mut bytes, found.gpa).ok()?;
         let start = bytes.len() - CODE.len();
-        // Left there by a release that could not wait.
-        if bytes[start..] == CODE {
+        // Left there by a release that could not wait, or because a thread may be in it.
+        let was_there = bytes[start..] == CODE;
+        if was_there {
             bytes[start..].fill(0);
         }
         if bytes[start - GAP..].iter().any(|byte| *byte != 0) {
@@ -114,7 +119,12 @@ impl CallLoop {
         let gpa = GuestAddress(found.gpa.0.checked_add(start as u64)?);
         virt.memory.write_slice(&CODE, gpa).ok()?;
         let at = page.checked_add(start as u64)?;
-        Some(Self { at, gpa })
+        Some(Self { at, gpa, was_there })
+    }
+
+    /// Whether it had been left there, and a thread may be in it.
+    pub fn was_there(self) -> bool {
+        self.was_there
     }
 
     /// Takes the loop out again. No thread may be in it.
@@ -135,11 +145,12 @@ impl CallLoop {
         (self.gpa, vec![0; CODE.len()])
     }
 
-    /// How many rows there is room for on `stack` below `top`, in one go.
-    pub fn room(top: u64, stack: GvaRange) -> usize {
+    /// How many rows there is room for on `stack` below `top`, in one go, where `reserve` bytes are
+    /// left for the functions.
+    pub fn room(top: u64, stack: GvaRange, reserve: u64) -> usize {
         let above_bottom = top.wrapping_sub(8).saturating_sub(stack.first().0);
         let above_bottom = above_bottom.min(THREAD_SIZE);
-        let bytes = above_bottom.saturating_sub(STACK_RESERVE + SAVED_BYTES + PROGRESS_BYTES);
+        let bytes = above_bottom.saturating_sub(reserve + SAVED_BYTES + PROGRESS_BYTES);
         usize::try_from(bytes / ROW_BYTES).map_or(MAX_ROWS, |rows| rows.min(MAX_ROWS))
     }
 

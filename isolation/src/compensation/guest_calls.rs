@@ -18,14 +18,14 @@ use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::compensation::call_loop::{CallLoop, Progress, Row};
+use crate::compensation::call_loop::{CallLoop, LITTLE_STACK, MUCH_STACK, Progress, Row};
 use crate::compensation::guest_time::{Stopwatch, Stopwatches};
 use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
 use crate::domain::list_links::ChangedLinks;
 use crate::domain::transaction::DeviceStore;
-use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
 use crate::status::report::ViolationReport;
@@ -126,10 +126,19 @@ impl GuestCalls {
         let call_loop = call_loop?;
         let top = self.finally.rsp;
         let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
-        let (rows, calls) = rows(&self.calls, call_loop, |_| false, top, stack);
+        let room = CallLoop::room(top, stack, self.reserve());
+        let (rows, calls) = rows(&self.calls, call_loop, |_| false, room);
         (calls == self.calls.len()).then_some(())?;
         let begun = call_loop.begin(&rows, &self.finally, self.finally.rip, virt);
         begun.map(|(regs, _)| regs)
+    }
+
+    /// Bytes of stack to be left for the functions.
+    fn reserve(&self) -> u64 {
+        match self.in_its_place {
+            true => MUCH_STACK,
+            false => LITTLE_STACK,
+        }
     }
 
     /// Whether the guest has called any function.
@@ -189,8 +198,9 @@ impl GuestCalls {
         if let Some(call_loop) = call_loop {
             let top = self.finally.rsp;
             let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
-            let (rows, calls) = rows(&self.calls, call_loop, off, top, stack);
-            if (calls > 1 || self.in_its_place)
+            let room = CallLoop::room(top, stack, self.reserve());
+            let (rows, calls) = rows(&self.calls, call_loop, off, room);
+            if calls > usize::from(!self.in_its_place)
                 && let Some((next, progress)) = call_loop.begin(&rows, &caller, return_gate, virt)
             {
                 self.running = Some((function, stopwatches.start()));
@@ -223,15 +233,13 @@ impl GuestCalls {
     }
 }
 
-/// Rows for as many of `calls` as there is room for below `top`, and how many these are.
+/// At most `room` rows for as many of `calls` as they are enough for, and how many these are.
 fn rows(
     calls: &VecDeque<KernelCall>,
     call_loop: CallLoop,
     off: impl Fn(&KernelCall) -> bool,
-    top: u64,
-    stack: GvaRange,
+    room: usize,
 ) -> (Vec<Row>, usize) {
-    let room = CallLoop::room(top, stack);
     let mut rows = Vec::with_capacity(room);
     let mut count = 0;
     let mut is_off = calls.front().is_some_and(&off);

@@ -131,8 +131,8 @@ impl InTheGuest {
         Self {
             spilled: HashMap::new(),
             guest_calls: HashMap::new(),
+            loop_stays: call_loop.is_some_and(CallLoop::was_there),
             call_loop,
-            loop_stays: false,
             stopwatches,
             returning: Vec::new(),
         }

@@ -74,7 +74,9 @@ impl Armed {
 
     /// Performs stores to the device that waited for what the guest has done by now.
     pub(crate) fn perform_later(&self, stores: &[DeviceStore]) {
-        let Some(device) = self.device.holdable.as_ref().filter(|_| !stores.is_empty()) else {
+        let device = self.device.holdable.as_ref();
+        // The device of a driver that was stopped meanwhile is silent.
+        let Some(device) = device.filter(|_| !stores.is_empty() && !self.stopped) else {
             return;
         };
         let held = device.hold(&mut |held| {

@@ -339,7 +339,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
     }
 
     /// Whether the slab's object at `at` is free, if that is known.
-    fn is_free(&self, at: Gva) -> Option<bool> {
+    pub fn is_free(&self, at: Gva) -> Option<bool> {
         let object = self.slab_object(at)?;
         let slabs = &self.model.slabs;
         slabs.is_free(&self.virt, &object, self.per_cpu_base)

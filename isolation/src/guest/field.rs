@@ -12,6 +12,32 @@ pub(crate) struct Field {
     pub(crate) bytes: usize,
 }
 
+/// Bits of a structure that are members of their own.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bits {
+    byte: usize,
+    mask: u8,
+}
+
+impl Bits {
+    /// The member of this name, which lies in one byte.
+    pub(crate) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
+        let member = types.find_member(of, name)?;
+        let (first, bits) = (member.bit_offset % 8, member.bit_size);
+        let fits = (1..=8).contains(&bits) && first + bits <= 8;
+        let mask = u8::try_from(((1u32 << bits.min(8)) - 1) << first).ok();
+        Some(Self {
+            byte: usize::try_from(member.bit_offset / 8).ok()?,
+            mask: mask.filter(|_| fits)?,
+        })
+    }
+
+    /// Whether any of them is set in a structure whose bytes are `object`.
+    pub(crate) fn any(self, object: &[u8]) -> Option<bool> {
+        object.get(self.byte).map(|byte| byte & self.mask != 0)
+    }
+}
+
 impl Field {
     pub(crate) fn find(types: &Btf, of: TypeId, name: &str) -> Option<Self> {
         let member = types.find_member(of, name)?;

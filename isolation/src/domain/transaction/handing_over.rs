@@ -58,6 +58,8 @@ impl Call<'_> {
         // What goes on in the guest has them in its journal.
         let may = self.hands_over
             && self.domain.monitor.can_hand_over()
+            // A device that goes on by itself cannot be put back as it was to begin again.
+            && !self.domain.view.keeps_bases()
             && self.supervisor.may_hand_over()
             && self
                 .domain
@@ -101,10 +103,12 @@ impl Call<'_> {
         if self.stats.callbacks > 0 {
             return None;
         }
-        let bytes = size_of_val(calls.as_slice()) as u64;
-        if !self.calls_kept.grow(bytes) {
+        let bytes = size_of_val(calls.as_slice()) + size_of_val(self.posted.as_slice());
+        let mut kept = self.domain.host_memory.nothing();
+        if !kept.grow(bytes as u64) {
             return None;
         }
+        self.calls_kept = kept;
         match self.supervisor.hands_over(&calls) {
             HandOver::Accepted { stores_wait_for } => Some((calls, stores_wait_for)),
             HandOver::Refused => None,

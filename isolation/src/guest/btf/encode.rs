@@ -94,6 +94,22 @@ impl Encoder {
         self.composite(4, name, bytes, members)
     }
 
+    /// A structure of which some members are bits: name, type, offset in bits, and how many bits
+    /// they are, 0 for all of the type.
+    pub(crate) fn structure_with_bits(
+        &mut self,
+        name: &str,
+        bytes: u32,
+        members: &[(&str, TypeId, u32, u32)],
+    ) -> TypeId {
+        let mut words = Vec::new();
+        for (name, id, offset, bits) in members {
+            words.extend([self.name(name), id.0, bits << 24 | offset]);
+        }
+        let info = 1 << 31 | 4 << 24 | members.len() as u32;
+        self.raw(name, info, bytes, &words)
+    }
+
     pub(crate) fn composite(
         &mut self,
         kind: u32,

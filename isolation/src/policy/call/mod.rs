@@ -90,7 +90,7 @@ const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
 const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags", "active_memcg", "__state"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
-pub(super) const PACKET_CACHES: &[&str] = &[
+const PACKET_CACHES: &[&str] = &[
     "skbuff_head_cache",
     "skbuff_fclone_cache",
     "skbuff_small_head",

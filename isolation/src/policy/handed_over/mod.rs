@@ -158,48 +158,74 @@ impl HandOvers {
         model: &MemoryModel,
         calls: &[KernelCall],
     ) -> Option<Option<usize>> {
+        each_once(calls.iter().filter_map(|call| self.packet_of(call)))?;
+        self.packets.begin();
         let allocations = Allocations::new(model, memory.private);
+        let allocations = allocations.on_processor(memory.per_cpu_base);
         let mut polled = None;
         let mut polling: Option<(Gva, u64)> = None;
-        let mut packets: Vec<u64> = Vec::with_capacity(calls.len());
+        let (mut scheduled, mut buffers) = (Vec::new(), Vec::new());
         for (index, call) in calls.iter().enumerate() {
             let (takes, _) = *self.functions.get(&call.function)?;
             let [first, second, ..] = call.arguments;
-            if takes == Takes::Freed {
-                self.packets
-                    .may_be_freed(memory, &allocations, Gva(first))?;
-                packets.push(first);
-                continue;
-            }
-            // What is polled is not polled any more behind the end of its poll.
-            if polled.is_some() {
-                return None;
-            }
-            let device = match polling {
-                Some((napi, device)) if napi == Gva(first) => device,
-                _ => self.polls.device_of(memory, Gva(first))?,
-            };
-            polling = Some((Gva(first), device));
+            let napi = Gva(first);
             match takes {
+                Takes::Freed => {
+                    buffers.extend(self.packets.may_be_freed(memory, &allocations, napi)?);
+                }
+                Takes::Scheduled => {
+                    self.polls.device_of(memory, napi)?;
+                    // By nobody else before, who has it in a list.
+                    let anew = !self.polls.was_scheduled(memory, napi)?;
+                    scheduled.push(anew.then_some(first)?);
+                }
+                // What is polled is not polled any more behind the end of its poll.
+                Takes::Received | Takes::Polled if polled.is_some() => return None,
                 Takes::Received => {
-                    self.packets
-                        .is_received(memory.private, &allocations, Gva(second), device)?;
-                    packets.push(second);
+                    let device = match polling {
+                        Some((known, device)) if known == napi => device,
+                        _ => self.device_polled(memory, napi)?,
+                    };
+                    polling = Some((napi, device));
+                    let (virt, packet) = (memory.private, Gva(second));
+                    buffers.push(self.packets.received(virt, &allocations, packet, device)?);
                 }
                 Takes::Polled => {
-                    self.polls.ends(memory.private, Gva(first))?;
+                    self.device_polled(memory, napi)?;
+                    self.polls.ends(memory.private, napi)?;
                     polled = Some(index);
                 }
-                Takes::Scheduled | Takes::Freed => {}
             }
         }
-        packets.sort_unstable();
-        let each_once = packets.windows(2).all(|two| two[0] != two[1]);
-        each_once.then_some(polled)
+        each_once(buffers.into_iter())?;
+        each_once(scheduled.into_iter())?;
+        Some(polled)
+    }
+
+    /// The interface of what is being polled since before the call.
+    fn device_polled<M: GuestPhys>(&self, memory: &CallMemory<'_, M>, napi: Gva) -> Option<u64> {
+        let device = self.polls.device_of(memory, napi)?;
+        self.polls.was_scheduled(memory, napi)?.then_some(device)
+    }
+
+    /// The packet that a call takes.
+    fn packet_of(&self, call: &KernelCall) -> Option<u64> {
+        match self.functions.get(&call.function)?.0 {
+            Takes::Freed => Some(call.arguments[0]),
+            Takes::Received => Some(call.arguments[1]),
+            Takes::Polled | Takes::Scheduled => None,
+        }
     }
 }
 
-/// Whether all of `range` lies in one of `sections`.
+/// Whether none of these is there twice.
+fn each_once(all: impl Iterator<Item = u64>) -> Option<()> {
+    let mut all: Vec<u64> = all.collect();
+    all.sort_unstable();
+    all.windows(2).all(|two| two[0] != two[1]).then_some(())
+}
+
+/// Whether `at` lies in one of `sections`.
 fn lies_in(sections: &[GvaRange], at: u64) -> bool {
     sections.iter().any(|section| section.contains(Gva(at)))
 }

@@ -9,13 +9,13 @@
 use serde::Deserialize;
 
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
+use crate::guest::allocations::{Allocation, AllocationKind, Allocations, FindAllocation};
 use crate::guest::btf::{Btf, Kind, TypeId};
-use crate::guest::field::Field;
+use crate::guest::field::{Bits, Field};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::models;
-use crate::policy::call::{CallMemory, PACKET_CACHES};
+use crate::policy::call::CallMemory;
 
 /// Largest structures that are believed, in bytes.
 const MAX_BYTES: u64 = 4096;
@@ -23,19 +23,29 @@ const MAX_BYTES: u64 = 4096;
 const MAX_FRAGMENTS: u64 = 45;
 /// Largest buffer of a packet that is believed.
 const MAX_BUFFER: u64 = 1 << 22;
-/// Offset of the link-layer header where there is none.
-const NO_HEADER: u64 = 0xffff;
+/// Most allocations that are looked up for one call: no honest poll hands over as many buffers and
+/// fragments.
+const MAX_LOOKUPS: u32 = 1024;
+/// Most caches of packets that are remembered.
+const MAX_CACHES: usize = 8;
 /// Low bits of the pointer to a fragment's page that say what kind it is.
 const PAGE_TAG: u64 = 3;
 
 /// What is known of packets.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, bound(deserialize = "'de: 'static"))]
+#[serde(deny_unknown_fields)]
 pub(super) struct PacketModel {
     #[serde(deserialize_with = "models::kept")]
     zero: &'static [&'static str],
     #[serde(deserialize_with = "models::kept")]
     shared_zero: &'static [&'static str],
+    #[serde(deserialize_with = "models::kept")]
+    zero_bits: &'static [&'static str],
+    page_bit: &'static str,
+    #[serde(deserialize_with = "models::kept")]
+    caches: &'static [&'static str],
+    #[serde(deserialize_with = "models::kept")]
+    caches_of_two: &'static [&'static str],
 }
 
 /// Where things are in a `struct sk_buff`.
@@ -52,6 +62,9 @@ struct Header {
     users: Field,
     link_header: Field,
     zero: Vec<Field>,
+    zero_bits: Vec<Bits>,
+    /// The buffer is a piece of a page.
+    in_page: Bits,
 }
 
 /// Where things are in a `struct skb_shared_info`.
@@ -74,8 +87,12 @@ struct Shared {
 pub(super) struct Packets {
     header: Header,
     shared: Shared,
-    /// Slab caches of packets, as they were met.
-    caches: Vec<Gva>,
+    /// Names of the slab caches of packets, and of those with two packets in an object.
+    names: (&'static [&'static str], &'static [&'static str]),
+    /// Those that were met, and whether they are of two.
+    caches: Vec<(Gva, bool)>,
+    /// Allocations that may still be looked up for this call.
+    lookups: u32,
 }
 
 impl Packets {
@@ -83,50 +100,83 @@ impl Packets {
         Some(Self {
             header: Header::new(model, types)?,
             shared: Shared::new(model, types)?,
+            names: (model.caches, model.caches_of_two),
             caches: Vec::new(),
+            lookups: 0,
         })
     }
 
-    /// Whether what is at `at` is a packet that the network stack can be given as one that the
-    /// interface `device` has received.
-    pub(super) fn is_received<M: GuestPhys>(
+    /// A call is about to be looked at.
+    pub(super) fn begin(&mut self) {
+        self.lookups = MAX_LOOKUPS;
+    }
+
+    /// The buffer of what is at `at`, if that is a packet that the network stack can be given as one
+    /// that the interface `device` has received.
+    pub(super) fn received<M: GuestPhys>(
         &mut self,
         virt: VirtMemory<'_, M>,
         allocations: &Allocations<'_, M>,
         at: Gva,
         device: u64,
-    ) -> Option<()> {
+    ) -> Option<u64> {
         self.is_packet(allocations, at)?;
         let header = &self.header;
         let object = virt.read_vec(at, header.bytes).ok()?;
         let of = |field: Field| field.of(&object);
         let of_device = of(header.device)? == device && of(header.users)? == 1;
-        let is_nobodys = header.zero.iter().all(|field| of(*field) == Some(0));
+        let is_nobodys = header.zero.iter().all(|field| of(*field) == Some(0))
+            && header
+                .zero_bits
+                .iter()
+                .all(|bits| bits.any(&object) == Some(false));
         (of_device && is_nobodys).then_some(())?;
         let (head, end) = (of(header.head)?, of(header.end)?);
         let linear = of(header.length)?.checked_sub(of(header.data_length)?)?;
         let room = of(header.data)?.checked_sub(head)?;
-        let link = of(header.link_header)?;
         let fits = room.checked_add(linear)? == of(header.tail)?
             && of(header.tail)? <= end
-            && (link <= end || link == NO_HEADER)
+            && of(header.link_header)? <= room
             && end <= MAX_BUFFER;
         fits.then_some(())?;
+        let in_page = header.in_page.any(&object)?;
+        let length = of(header.data_length)?;
         let bytes = end.checked_add(self.shared.bytes as u64)?;
-        is_allocated(allocations, GvaRange::new(Gva(head), bytes)?)?;
+        self.is_buffer(allocations, GvaRange::new(Gva(head), bytes)?, in_page)?;
         let shared = virt.read_vec(Gva(head).checked_add(end)?, self.shared.bytes);
-        let fragments = self.shared.bytes_of_fragments(&shared.ok()?, allocations)?;
-        (fragments == of(header.data_length)?).then_some(())
+        let fragments = self.bytes_of_fragments(&shared.ok()?, allocations)?;
+        (fragments == length).then_some(head)
+    }
+
+    /// Whether `range` is a buffer that can be given back as one: an object of a slab from its
+    /// beginning, or a piece of pages.
+    fn is_buffer<M: GuestPhys>(
+        &mut self,
+        allocations: &Allocations<'_, M>,
+        range: GvaRange,
+        in_page: bool,
+    ) -> Option<()> {
+        self.lookups = self.lookups.checked_sub(1)?;
+        let found = allocations.allocation_at(range.first())?;
+        let is_kind = match found.kind {
+            AllocationKind::Slab => {
+                let begins = found.range.first() == range.first();
+                !in_page && begins && allocations.is_free(range.first()) != Some(true)
+            }
+            AllocationKind::Pages => in_page,
+            AllocationKind::Vmalloc | AllocationKind::PerCpu => false,
+        };
+        (is_kind && found.range.last() >= range.last()).then_some(())
     }
 
     /// Whether the packet at `at` can be freed as it is: the call has not changed it, or it is one
-    /// that could have been received.
+    /// that could have been received, of which this is the buffer.
     pub(super) fn may_be_freed<M: GuestPhys>(
         &mut self,
         memory: &CallMemory<'_, M>,
         allocations: &Allocations<'_, M>,
         at: Gva,
-    ) -> Option<()> {
+    ) -> Option<Option<u64>> {
         self.is_packet(allocations, at)?;
         let object = memory.private.read_vec(at, self.header.bytes).ok()?;
         if memory.earlier().read_vec(at, self.header.bytes).ok()? == object {
@@ -135,30 +185,66 @@ impl Packets {
             let now = memory.private.read_vec(shared, self.shared.bytes).ok()?;
             let before = memory.earlier().read_vec(shared, self.shared.bytes);
             if before.is_ok_and(|before| before == now) {
-                return (of(self.header.users)? > 0).then_some(());
+                return (of(self.header.users)? > 0).then_some(None);
             }
         }
         let device = self.header.device.of(&object)?;
-        self.is_received(memory.private, allocations, at, device)
+        self.received(memory.private, allocations, at, device)
+            .map(Some)
     }
 
     /// Whether an object of one of the caches of packets begins at `at`, or the second packet in
     /// one of two.
     fn is_packet<M: GuestPhys>(&mut self, allocations: &Allocations<'_, M>, at: Gva) -> Option<()> {
+        self.lookups = self.lookups.checked_sub(1)?;
         let found = allocations.allocation_at(at)?;
-        let offset = at.0 - found.range.first().0;
-        let begins = offset == 0 || offset == self.header.bytes as u64;
-        (begins && found.kind == AllocationKind::Slab).then_some(())?;
+        let (offset, bytes) = (at.0 - found.range.first().0, self.header.bytes as u64);
+        let fits = offset.checked_add(bytes)? <= found.range.len_bytes();
+        let is_object = fits && found.kind == AllocationKind::Slab;
+        let is_free = allocations.is_free(found.range.first()) == Some(true);
+        (is_object && !is_free).then_some(())?;
+        let of_two = self.is_of_two(allocations, &found)?;
+        (offset == 0 || of_two && offset == bytes).then_some(())
+    }
+
+    /// Whether a cache of packets has two in an object; `None` if `found` is in none.
+    fn is_of_two<M: GuestPhys>(
+        &mut self,
+        allocations: &Allocations<'_, M>,
+        found: &Allocation,
+    ) -> Option<bool> {
         let cache = found.cache?;
-        if self.caches.contains(&cache) {
-            return Some(());
+        if let Some((_, of_two)) = self.caches.iter().find(|(known, _)| *known == cache) {
+            return Some(*of_two);
         }
-        let name = allocations.cache_name(&found)?;
-        PACKET_CACHES.contains(&name.as_str()).then_some(())?;
-        if self.caches.len() < PACKET_CACHES.len() {
-            self.caches.push(cache);
+        let name = allocations.cache_name(found)?;
+        let of_two = self.names.1.contains(&name.as_str());
+        (of_two || self.names.0.contains(&name.as_str())).then_some(())?;
+        if self.caches.len() < MAX_CACHES {
+            self.caches.push((cache, of_two));
         }
-        Some(())
+        Some(of_two)
+    }
+
+    /// How many bytes are in the fragments of a packet that has this; `None` if they are not where
+    /// they should be.
+    fn bytes_of_fragments<M: GuestPhys>(
+        &mut self,
+        shared: &[u8],
+        allocations: &Allocations<'_, M>,
+    ) -> Option<u64> {
+        let of = |field: Field| field.of(shared);
+        let alone = of(self.shared.references)? == 1
+            && self.shared.zero.iter().all(|field| of(*field) == Some(0));
+        alone.then_some(())?;
+        let mut sum = 0u64;
+        for index in 0..of(self.shared.fragments).filter(|count| *count <= MAX_FRAGMENTS)? {
+            let (page, range) = self.shared.fragment(shared, index)?;
+            let first = allocations.page_address(page)?.checked_add(range.0)?;
+            self.is_buffer(allocations, GvaRange::new(first, range.1)?, true)?;
+            sum = sum.checked_add(range.1)?;
+        }
+        Some(sum)
     }
 }
 
@@ -166,7 +252,10 @@ impl Header {
     fn new(model: &PacketModel, types: &Btf) -> Option<Self> {
         let own = types.find_struct("sk_buff")?;
         let field = |name| Field::find(types, own, name);
+        // What a kernel was built without is in none of its packets.
         let zero = model.zero.iter().filter_map(|name| field(name));
+        let bits = |name: &&str| Bits::find(types, own, name);
+        let zero_bits = model.zero_bits.iter().filter_map(bits);
         Some(Self {
             bytes: bytes_of(types, own)?,
             device: field("dev")?,
@@ -179,6 +268,8 @@ impl Header {
             users: field("users")?,
             link_header: field("mac_header")?,
             zero: zero.collect(),
+            zero_bits: zero_bits.collect(),
+            in_page: Bits::find(types, own, model.page_bit)?,
         })
     }
 }
@@ -210,42 +301,21 @@ impl Shared {
         })
     }
 
-    /// How many bytes are in the fragments of a packet that has this; `None` if they are not where
-    /// they should be.
-    fn bytes_of_fragments<M: GuestPhys>(
-        &self,
-        shared: &[u8],
-        allocations: &Allocations<'_, M>,
-    ) -> Option<u64> {
-        let of = |field: Field| field.of(shared);
-        let alone =
-            of(self.references)? == 1 && self.zero.iter().all(|field| of(*field) == Some(0));
-        alone.then_some(())?;
-        let mut sum = 0u64;
-        for index in 0..of(self.fragments).filter(|count| *count <= MAX_FRAGMENTS)? {
-            let index = usize::try_from(index).ok()?;
-            let at = self
-                .first
-                .checked_add(index.checked_mul(self.fragment_bytes)?)?;
-            let fragment = shared.get(at..at.checked_add(self.fragment_bytes)?)?;
-            let page = Gva(self.page.of(fragment)?);
-            let page = (page.0 & PAGE_TAG == 0).then(|| allocations.page_address(page));
-            let first = page.flatten()?.checked_add(self.offset.of(fragment)?)?;
-            let bytes = self.length.of(fragment)?;
-            is_allocated(allocations, GvaRange::new(first, bytes)?)?;
-            sum = sum.checked_add(bytes)?;
-        }
-        Some(sum)
+    /// The page of a fragment, as a `struct page`, with the fragment's offset and length in it.
+    fn fragment(&self, shared: &[u8], index: u64) -> Option<(Gva, (u64, u64))> {
+        let index = usize::try_from(index).ok()?;
+        let at = self
+            .first
+            .checked_add(index.checked_mul(self.fragment_bytes)?)?;
+        let fragment = shared.get(at..at.checked_add(self.fragment_bytes)?)?;
+        let page = self.page.of(fragment)?;
+        (page & PAGE_TAG == 0).then_some(())?;
+        let range = (self.offset.of(fragment)?, self.length.of(fragment)?);
+        Some((Gva(page), range))
     }
 }
 
 fn bytes_of(types: &Btf, id: TypeId) -> Option<usize> {
     let bytes = types.size_of(id).filter(|bytes| *bytes <= MAX_BYTES)?;
     usize::try_from(bytes).ok()
-}
-
-/// Whether all of `range` was handed out as one.
-fn is_allocated<M: GuestPhys>(allocations: &Allocations<'_, M>, range: GvaRange) -> Option<()> {
-    let found = allocations.allocation_at(range.first())?;
-    (found.range.last() >= range.last()).then_some(())
 }

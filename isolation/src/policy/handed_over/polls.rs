@@ -96,6 +96,16 @@ impl Polls {
             .flatten()
     }
 
+    /// Whether what is at `at` was to be polled when the call began.
+    pub(super) fn was_scheduled<M: GuestPhys>(
+        &self,
+        memory: &CallMemory<'_, M>,
+        at: Gva,
+    ) -> Option<bool> {
+        let before = self.state.read(&memory.earlier(), at)?;
+        Some(before & self.scheduled != 0)
+    }
+
     /// Whether the poll of what is at `at`, of which [`Polls::device_of`] says that it is polled, is
     /// over for good if it ends now.
     pub(super) fn ends<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, at: Gva) -> Option<()> {

@@ -42,6 +42,7 @@ const DEV: u64 = 16;
 const SOCK: u64 = 24;
 const LENGTH: u64 = 112;
 const DATA_LENGTH: u64 = 116;
+const BITS: u64 = 126;
 const LINK_HEADER: u64 = 180;
 const TAIL: u64 = 184;
 const BUFFER_END: u64 = 188;
@@ -90,20 +91,26 @@ fn types() -> Arc<Btf> {
         ("NAPI_STATE_IN_BUSY_POLL", 6),
     ];
     e.enumeration_of("napi_states", &states);
+    let whole = |name, id, byte: u32| (name, id, byte * 8, 0);
+    let bits = |name, bit: u32, bits: u32| (name, byte, 126 * 8 + bit, bits);
     let packet = [
-        ("next", pointer, 0),
-        ("dev", pointer, 16),
-        ("sk", pointer, 24),
-        ("len", int, 112),
-        ("data_len", int, 116),
-        ("mac_header", short, 180),
-        ("tail", int, 184),
-        ("end", int, 188),
-        ("head", pointer, 192),
-        ("data", pointer, 200),
-        ("users", int, 212),
+        whole("next", pointer, 0),
+        whole("dev", pointer, 16),
+        whole("sk", pointer, 24),
+        whole("len", int, 112),
+        whole("data_len", int, 116),
+        bits("cloned", 0, 1),
+        bits("fclone", 2, 2),
+        bits("head_frag", 5, 1),
+        bits("pp_recycle", 7, 1),
+        whole("mac_header", short, 180),
+        whole("tail", int, 184),
+        whole("end", int, 188),
+        whole("head", pointer, 192),
+        whole("data", pointer, 200),
+        whole("users", int, 212),
     ];
-    e.structure("sk_buff", 256, &packet);
+    e.structure_with_bits("sk_buff", 256, &packet);
     let piece = [
         ("bv_page", pointer, 0),
         ("bv_len", int, 8),
@@ -184,6 +191,7 @@ fn receive(guest: &mut TestGuest, at: u64) {
     }
     put32(guest, at + BUFFER_END, END as u32);
     guest.put(Gva(at + LINK_HEADER), &64u16.to_le_bytes(), DATA);
+    guest.put(Gva(at + BITS), &[1 << 5 | 1 << 6], DATA);
     let shared = HEAD + END;
     put32(guest, shared + REFERENCES, 1);
     guest.put(Gva(shared + COUNT), &[1], DATA);
@@ -280,6 +288,15 @@ fn packets_that_were_received_wait_and_stores_wait_for_the_end_of_the_poll() {
         "not polled any more"
     );
     assert_eq!(look(&guest, &guest, &[RECEIVED, RECEIVED]), None, "twice");
+    let mut two = guest.clone();
+    receive(&mut two, PACKETS + 256);
+    let second = call(RECEIVES, NAPI, PACKETS + 256);
+    assert_eq!(look(&two, &two, &[second]), Some(None));
+    assert_eq!(
+        look(&two, &two, &[RECEIVED, second]),
+        None,
+        "one buffer for two"
+    );
     let freed = call(FREES, PACKETS, 0);
     assert_eq!(
         look(&guest, &guest, &[RECEIVED, freed]),
@@ -339,6 +356,19 @@ fn what_is_no_packet_that_can_have_been_received_does_not_wait() {
             0x8888 << 32,
             "a header elsewhere",
         ),
+        (
+            PACKETS + LINK_HEADER - 4,
+            65 << 32,
+            "a header behind its data",
+        ),
+        (PACKETS + LINK_HEADER - 4, 0xffff << 32, "no header"),
+        (
+            PACKETS + BITS - 6,
+            1 << 54,
+            "a buffer that is given back to a slab",
+        ),
+        (PACKETS + BITS - 6, 1 << 53 | 1 << 48, "cloned"),
+        (PACKETS + BITS - 6, 1 << 53 | 1 << 51, "one of two"),
         (shared + FLAGS, 1 << 16 | 1, "not copied"),
         (shared + LIST, PACKETS, "more of them"),
         (shared + REFERENCES, 2, "its data is shared"),
@@ -393,6 +423,11 @@ fn what_the_driver_is_to_be_asked_for_waits_if_it_is_its_own_and_was_asked_for()
     guest.put(Gva(NAPI + STATE), &words(&[0x10]), DATA);
     assert_eq!(look(&idle, &guest, &scheduled), Some(None));
     assert_eq!(look(&guest, &guest, &scheduled), None, "not asked for");
+    assert_eq!(look(&idle, &idle, &scheduled), None, "in a list already");
+    let twice = [scheduled[0], scheduled[0]];
+    assert_eq!(look(&idle, &guest, &twice), None, "twice");
+    let polled = [scheduled[0], RECEIVED];
+    assert_eq!(look(&idle, &guest, &polled), None, "not polled yet");
     guest.put(Gva(NAPI + STATE), &words(&[1, 0, 0, RECEIVES]), DATA);
     assert_eq!(look(&guest, &guest, &scheduled), None, "another's");
 }
