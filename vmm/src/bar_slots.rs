@@ -200,7 +200,9 @@ impl Drop for Slot {
         if let Err(error) = self.this.set(self.number, one, 0, 0) {
             tracing::error!(
                 error,
-                "a memory slot stays, and so does what is mapped there"
+                area = ?one.area.upgrade(),
+                "a memory slot stays, and so does what is mapped there: a device whose registers these are is not given \
+                 back to the host before this process ends"
             );
             one.stays = true;
             std::mem::forget(self.memory.take());

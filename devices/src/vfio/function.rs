@@ -151,7 +151,7 @@ impl VfioFunction {
 
     /// Interrupts the guest by these vectors, as the function would.
     pub(super) fn interrupt(&mut self, vectors: Vec<u16>) {
-        if self.side.mode() == Mode::Msix && !self.withheld {
+        if self.side.mode() == Mode::Msix && !self.withheld && !self.gone {
             self.side.trigger(vectors);
         }
     }
@@ -160,6 +160,9 @@ impl VfioFunction {
     /// interrupted by each vector once, as it is not known which have come meanwhile; a pin is
     /// asserted still.
     pub(super) fn withhold(&mut self, withhold: bool) {
+        if self.gone {
+            return;
+        }
         let ends = self.withheld && !withhold;
         self.withheld = withhold;
         self.follow();
@@ -172,6 +175,9 @@ impl VfioFunction {
     /// does not come again, and whose cause may have masked itself: the driver gets all of them
     /// once more. A driver that fails each time does not go on for ever.
     pub(super) fn after_call(&mut self, failed: bool) {
+        if self.gone {
+            return;
+        }
         if !failed {
             self.told_again = 0;
         } else if self.told_again < MOST_TOLD_AGAIN {
@@ -282,15 +288,19 @@ impl VfioFunction {
     }
 
     /// Gives the function back to the host, which waits for it. To the guest it is a card that was
-    /// pulled out: loads give all ones, stores vanish, and nothing interrupts.
-    fn give_back(&mut self) {
+    /// pulled out: loads give all ones, stores vanish, and nothing interrupts. Says whether the host
+    /// has it: a part of its registers that is still mapped keeps it here.
+    fn give_back(&mut self) -> bool {
         self.stop();
         self.unmap_memory();
+        let mut mapped = Vec::new();
         for area in self.areas.drain(..) {
             area.withdraw();
+            mapped.push(Arc::downgrade(area.memory()));
         }
         self.device.give_back();
         self.gone = true;
+        mapped.iter().all(|memory| memory.strong_count() == 0)
     }
 }
 
@@ -377,14 +387,18 @@ impl MutEventSubscriber for VfioFunction {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         let device = self.device.address();
         match self.notices.take(events.fd()) {
-            Some(Notice::WantedBack) if !self.gone => {
-                self.give_back();
-                tracing::warn!(
+            Some(Notice::WantedBack) if !self.gone => match self.give_back() {
+                true => tracing::warn!(
                     %device,
                     "the host took a device back that the guest had: it was removed, or is another driver's; to the guest \
                      it is a card that was pulled out"
-                );
-            }
+                ),
+                false => tracing::error!(
+                    %device,
+                    "the host wants a device back that the guest had, and does not get it: a part of its registers is \
+                     still mapped, so the host waits until this process ends; to the guest it is a card that was pulled out"
+                ),
+            },
             Some(Notice::Failed) => {
                 tracing::error!(%device, "a device that the guest has reports an error of its bus");
             }
@@ -402,3 +416,6 @@ impl Drop for VfioFunction {
         self.stop();
     }
 }
+
+#[cfg(test)]
+mod tests;

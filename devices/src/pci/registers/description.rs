@@ -17,6 +17,7 @@
 //! [[after]]           # stores that make up for what is not known
 //! [[untouched]]       # registers that are neither read nor written, and why
 //! [[lost]]            # of those that reading clears, the ones that count frames for which it had no room
+//! [[withheld]]        # parts of its base address registers that guests who have it by turns do not reach
 //! [parked]            # how an image answers the driver of a guest that has not got the device now (`parked`)
 //! ```
 //!
@@ -34,7 +35,7 @@ use serde::Deserialize;
 use self::answers::Answers;
 use self::entries::{
     ConfigField, Flush, Idle, Lost, Mdio, Quieting, Register, Reset, RingPlace, Station, Store,
-    Untouched,
+    Untouched, Withheld,
 };
 
 /// The form of files that this code reads.
@@ -94,6 +95,8 @@ pub struct Description {
     pub(super) untouched: Vec<Untouched>,
     #[serde(default)]
     pub(super) lost: Vec<Lost>,
+    #[serde(default)]
+    withheld: Vec<Withheld>,
     pub(super) parked: Option<Answers>,
 }
 
@@ -154,6 +157,16 @@ impl Description {
         let known = flushes.find(|flush| u64::from(flush.offset) == offset && bytes == 4);
         known.is_some_and(|flush| {
             waiting.all(|store| flush.past.iter().any(|past| u64::from(*past) == store))
+        })
+    }
+
+    /// Whether guests that have the device by turns do not reach all of the `bytes` bytes at
+    /// `offset` of a base address register: a load gives 0 then, and a store is lost.
+    pub fn withholds(&self, bar: u8, offset: u64, bytes: usize) -> bool {
+        let end = offset.saturating_add(bytes as u64);
+        self.withheld.iter().any(|one| {
+            let start = u64::from(one.offset);
+            one.bar == bar && start < end && offset < start + u64::from(one.bytes)
         })
     }
 

@@ -423,6 +423,10 @@ impl PciFunction for PassedFunction {
         if self.side.msix_read(bar, offset, data, waiting) {
             return;
         }
+        if self.kind.description.withholds(bar, offset, data.len()) {
+            data.fill(0);
+            return;
+        }
         data.fill(0xff);
         match &mut self.seat {
             Some(Seat::Here { hardware, .. }) => {
@@ -450,6 +454,9 @@ impl PciFunction for PassedFunction {
         if self.side.msix_write(bar, offset, data) {
             self.follow();
             self.look_for_waiting();
+            return;
+        }
+        if self.kind.description.withholds(bar, offset, data.len()) {
             return;
         }
         match &mut self.seat {

@@ -118,6 +118,29 @@ fn what_one_guest_has_counted_is_not_told_the_next() {
     assert_eq!(right.read(GPTC), 0);
 }
 
+/// Packet memory has frames of whoever had the device before.
+#[test]
+fn no_guest_reaches_the_devices_packet_memory() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let mut left = Guest::boot(&host, "left", 1);
+    let mut right = Guest::boot(&host, "right", 2);
+    let (first, last) = (0x1_0000, 0x1_fffc);
+    for vm in ["left", "right"] {
+        host.switch_to(&vm.parse().unwrap()).unwrap();
+        for guest in [&mut left, &mut right] {
+            for at in [first, last] {
+                device.lock().registers.insert(at, 0x6672_616d);
+                assert_eq!(guest.read(at), 0);
+                guest.write(at, 1);
+                assert_eq!(device.lock().get(at), 0x6672_616d);
+            }
+        }
+    }
+    // What lies before it is the device's, for whoever has it.
+    right.write(first - 4, 7);
+    assert_eq!(device.lock().get(first - 4), 7);
+}
+
 #[test]
 fn a_parked_guest_is_told_that_its_link_has_gone_and_looks_again_later() {
     let (host, device) = host(ParkedAs::Down, 8);

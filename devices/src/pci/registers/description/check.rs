@@ -33,6 +33,7 @@ pub(super) fn check(description: &Description) -> Checked {
         description.untouched.len(),
         description.lost.len(),
         description.flush.len(),
+        description.withheld.len(),
     ];
     if lengths.into_iter().any(|length| length > MAX_ENTRIES) {
         return wrong(&device.name, "too many entries");
@@ -43,6 +44,7 @@ pub(super) fn check(description: &Description) -> Checked {
     check_config(&description.config)?;
     check_places(description)?;
     check_lost(description)?;
+    check_withheld(description)?;
     check_stores(description)?;
     check_flushes(description)?;
     check_standing_still(description)?;
@@ -124,6 +126,30 @@ fn check_lost(description: &Description) -> Checked {
         let earlier = &description.lost[..index];
         if earlier.iter().any(|other| other.offset == lost.offset) {
             return wrong(&lost.register, "it is there twice");
+        }
+    }
+    Ok(())
+}
+
+/// What guests do not reach is nothing that is known of the device.
+fn check_withheld(description: &Description) -> Checked {
+    let device = &description.device;
+    for one in &description.withheld {
+        let end = one.offset.checked_add(one.bytes);
+        let end =
+            end.filter(|end| one.bytes > 0 && (one.bar != device.bar || *end <= device.bytes));
+        if end.is_none() || one.bar > 5 {
+            return wrong(&one.name, "it is no part of this device");
+        }
+        let saved = description.register.iter();
+        let saved = saved.map(|known| (known.offset, known.count));
+        let left = description.untouched.iter();
+        let left = left.map(|known| (known.offset, known.count));
+        let mut known = saved
+            .chain(left)
+            .map(|(at, count)| (at, 4 * count as usize));
+        if known.any(|(at, bytes)| description.withholds(device.bar, at.into(), bytes)) {
+            return wrong(&one.name, "it has registers that are described");
         }
     }
     Ok(())

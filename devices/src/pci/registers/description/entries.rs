@@ -119,6 +119,16 @@ pub(in crate::pci::registers) struct Lost {
     pub offset: u32,
 }
 
+/// A part of a base address register that no guest reaches of those that have the device by turns.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::pci::registers) struct Withheld {
+    pub name: String,
+    pub bar: u8,
+    pub offset: u32,
+    pub bytes: u32,
+}
+
 /// Why registers are left alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -51,6 +51,19 @@ fn a_load_without_effect_overtakes_stores_that_do_not_matter_to_it() {
 }
 
 #[test]
+fn packet_memory_of_an_82574l_is_withheld_and_the_way_around_it() {
+    let description = Description::intel_82574l().unwrap();
+    let withheld = |bar, offset, bytes| description.withholds(bar, offset, bytes);
+    assert!(withheld(0, 0x1_0000, 4) && withheld(0, 0x1_fffc, 4) && withheld(0, 0x1_fffe, 8));
+    assert!(withheld(0, 0xfffc, 8), "one that reaches into it");
+    assert!(withheld(2, 0, 4) && withheld(2, 4, 4) && withheld(2, 31, 1));
+    assert!(!withheld(0, 0xfffc, 4) && !withheld(0, 0x2_0000, 4) && !withheld(0, 0x1_0000, 0));
+    assert!(!withheld(1, 0x1_0000, 4) && !withheld(3, 0, 4) && !withheld(0, u64::MAX, 8));
+    let other = Description::intel_82540em().unwrap();
+    assert!(!other.withholds(0, 0x1_0000, 4));
+}
+
+#[test]
 fn what_contradicts_itself_is_refused() {
     for (from, to, why) in [
         ("schema = 1", "schema = 2", "schema 2"),
@@ -94,6 +107,24 @@ fn what_contradicts_itself_is_refused() {
         assert!(
             error.contains(why) && error.is_empty() == why.is_empty(),
             "{error}"
+        );
+    }
+    for (bar, offset, bytes, why) in [
+        (0, 0x14, 4, ""),
+        (1, 0x10, 0x200, ""),
+        (0, 0x13, 2, "described"),
+        (0, 0x0, 1, "described"),
+        (0, 0xfc, 5, "no part"),
+        (0, 0x14, 0, "no part"),
+        (6, 0x14, 4, "no part"),
+        (1, u32::MAX, 1, "no part"),
+    ] {
+        let part = format!("bar = {bar}\noffset = {offset}\nbytes = {bytes}");
+        let parsed = Description::parse(&format!("{SMALL}\n[[withheld]]\nname = \"W\"\n{part}"));
+        let error = parsed.map_or_else(|error| error.to_string(), |_| String::new());
+        assert!(
+            error.contains(why) && error.is_empty() == why.is_empty(),
+            "{part}: {error}"
         );
     }
     let ring = format!(
