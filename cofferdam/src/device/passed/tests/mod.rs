@@ -125,7 +125,7 @@ fn no_guest_reaches_the_devices_packet_memory() {
     let mut left = Guest::boot(&host, "left", 1);
     let mut right = Guest::boot(&host, "right", 2);
     let (first, last) = (0x1_0000, 0x1_fffc);
-    for vm in ["left", "right"] {
+    for vm in ["right", "left"] {
         host.switch_to(&vm.parse().unwrap()).unwrap();
         for guest in [&mut left, &mut right] {
             for at in [first, last] {
@@ -137,7 +137,7 @@ fn no_guest_reaches_the_devices_packet_memory() {
         }
     }
     // What lies before it is the device's, for whoever has it.
-    right.write(first - 4, 7);
+    left.write(first - 4, 7);
     assert_eq!(device.lock().get(first - 4), 7);
 }
 
