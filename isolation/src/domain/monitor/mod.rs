@@ -202,8 +202,18 @@ impl Monitor {
         };
         let memory = (address != libc::MAP_FAILED)
             .then_some(address)
-            .and_then(|address| NonNull::new(address.cast()))
+            .and_then(|address| NonNull::new(address.cast::<Page>()))
             .ok_or_else(|| MonitorError::Map(std::io::Error::last_os_error()))?;
+        // Most of the area is never touched, and a huge page of it would be half of what a VM takes.
+        // SAFETY: the range is the mapping that was just made, and only how large its pages are
+        // changes. Where the host's kernel has none there is nothing to be asked for.
+        unsafe {
+            libc::madvise(
+                memory.as_ptr().cast(),
+                (AREA_PAGES * PAGE_SIZE) as usize,
+                libc::MADV_NOHUGEPAGE,
+            )
+        };
         let mut monitor = Self {
             memory,
             gpa,
