@@ -26,6 +26,7 @@ mod tests {
     use crate::analysis::facts;
     use crate::attach::kernel_functions;
     use crate::mutation::names;
+    use crate::policy::handed_over;
     use crate::policy::reach::Rules;
 
     #[test]
@@ -34,7 +35,8 @@ mod tests {
         let functions = format!("{:?}", *kernel_functions::LINUX);
         let facts = format!("{:?}", *facts::LINUX);
         let names = format!("{:?}", *names::LINUX);
-        for file in [rules, functions, facts, names] {
+        let handed_over = format!("{:?}", *handed_over::LINUX);
+        for file in [rules, functions, facts, names, handed_over] {
             // `[]` for what a rule leaves out is behind `is`, `also` and `others` only.
             let empty = file.match_indices(": []").map(|(at, _)| &file[..at]);
             let named = empty.map(|before| before.rsplit([' ', '{']).next().unwrap_or_default());

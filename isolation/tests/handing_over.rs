@@ -9,8 +9,10 @@ use common::*;
 use iced_x86::code_asm::*;
 use isolation::domain::Domain;
 use isolation::domain::effects::{KernelCall, KernelEffects};
+use isolation::domain::monitor::MAX_HANDED_OVER;
 use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use isolation::domain::violation::ViolationKind;
+use isolation::guest::addr::{Gva, GvaRange};
 use kvm_bindings::kvm_regs;
 use std::time::Duration;
 
@@ -26,8 +28,6 @@ const COUNTS: u64 = KERNEL_TEXT + 0x300;
 const CALLS_BACK: u64 = KERNEL_TEXT + 0x400;
 /// The function that it calls back.
 const CALLED_BACK: u64 = DRIVER_TEXT + 0x800;
-/// Most that waits in one call; the monitor's tests know it too.
-const ROOM: u64 = 511;
 
 struct Bench {
     guest: Guest,
@@ -47,7 +47,10 @@ fn counts(a: &mut CodeAssembler, offset: u64) {
 impl Bench {
     /// A driver with this code, whose calls at these addresses are of these functions.
     fn new(build: impl FnOnce(&mut CodeAssembler), calls: &[(u64, u64)]) -> Self {
-        let guest = Guest::new();
+        Self::of(Guest::new(), build, calls)
+    }
+
+    fn of(guest: Guest, build: impl FnOnce(&mut CodeAssembler), calls: &[(u64, u64)]) -> Self {
         guest.code(TAKES, |a| counts(a, 0));
         guest.code(ENDS, |a| counts(a, 8));
         guest.code(COUNTS, |a| counts(a, 16));
@@ -151,7 +154,12 @@ fn what_waits_is_told_in_order_and_nothing_of_it_was_done() {
 /// A driver that gives something away, stores to its device before and behind the end, and writes
 /// to its data.
 fn stores_behind_the_end() -> Bench {
-    Bench::new(
+    stores_behind_the_end_in(Guest::new())
+}
+
+fn stores_behind_the_end_in(guest: Guest) -> Bench {
+    Bench::of(
+        guest,
         |a| {
             a.mov(rbx, DEVICE).unwrap();
             gives(a, TAKES, A, B);
@@ -224,6 +232,13 @@ fn nothing_waits_where_it_may_not() {
         assert_eq!((result.handed_over.len(), result.stats.crossings), (0, 2));
         assert_eq!(bench.guest.read(KERNEL_DATA), 1);
     }
+    // A device that writes memory by itself.
+    let mut guest = Guest::new();
+    guest.moving = GvaRange::new(Gva(DIRECT_MAP), 1024 * PAGE);
+    let mut bench = stores_behind_the_end_in(guest);
+    let result = bench.call();
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!((result.handed_over.len(), result.stats.crossings), (0, 2));
 }
 
 #[test]
@@ -248,7 +263,7 @@ fn of_a_call_that_fails_nothing_is_handed_over() {
 
 #[test]
 fn a_call_in_which_more_waits_than_there_is_room_for_calls_all_of_it_itself() {
-    for (count, waits) in [(ROOM, true), (ROOM + 1, false)] {
+    for (count, waits) in [(MAX_HANDED_OVER, true), (MAX_HANDED_OVER + 1, false)] {
         let mut bench = Bench::new(
             |a| {
                 let mut top = a.create_label();

@@ -96,21 +96,6 @@ fn resident(guest: &Guest) -> u64 {
     own
 }
 
-/// The same once what larger calls have freed has gone back to the host, which is at the next call
-/// after a second: the least in ten of them.
-fn resident_at_rest(guest: &mut Guest) -> u64 {
-    let mut least = u64::MAX;
-    for _ in 0..10 {
-        least = least.min(resident(guest));
-        if least <= RESIDENT_AT_MOST {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_secs(1));
-        ping(guest, "10.0.2.2", 1400);
-    }
-    least
-}
-
 fn isolate_all(guest: &mut Guest, module: &str) {
     print!(
         "{}",
@@ -186,7 +171,7 @@ fn the_commands_of_the_readme_and_two_whole_modules_with_the_defaults() {
     isolate_all(&mut guest, "e1000");
     ping(&mut guest, "10.0.2.2", 1400);
     assert_nothing_failed(&guest, &["e1000"]);
-    let own = resident_at_rest(&mut guest);
+    let own = resident(&guest);
     assert!(own <= RESIDENT_AT_MOST, "{own} KiB");
     ask(&mut guest, "release guest e1000");
 

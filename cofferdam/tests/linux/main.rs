@@ -38,7 +38,7 @@ mod virtio;
 mod wires;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_protocol::message::Ipv4;
 use cofferdam::bench::guest::{Guest, GuestOptions};
@@ -96,6 +96,19 @@ fn insert_nic(guest: &mut Guest, driver: &str, last: u8) {
         prefix: 24,
     };
     agent.set_address("eth0", address, None).unwrap();
+}
+
+/// How long something that happens by itself may be in coming.
+const SOON: Duration = Duration::from_secs(300);
+
+/// Waits for something that happens by itself.
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// The guest's NIC works, when its driver has seen its link.

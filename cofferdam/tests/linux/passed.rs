@@ -17,8 +17,8 @@ use devices::vfio::binding::Sysfs;
 use super::passthrough::with_little_locked_memory;
 use super::switch::{has, kill};
 use super::{
-    Pings, assert_log_is_healthy, assert_probed_once_and_reset_for_lost_links, boot, insert_nic,
-    nic_works, options, shell,
+    Pings, SOON, assert_log_is_healthy, assert_probed_once_and_reset_for_lost_links, boot,
+    insert_nic, nic_works, options, shell, wait_until,
 };
 use crate::full;
 
@@ -31,8 +31,6 @@ const MEMORY_MIB: u32 = 256;
 pub const NAMES: [&str; 2] = ["left", "right"];
 /// What sends everything back, on TCP port 7.
 const ECHO: &str = "10.0.2.100";
-/// How long something that happens by itself may be in coming.
-const SOON: Duration = Duration::from_secs(300);
 
 fn serve(root: &Path, words: &[&str]) -> DeviceHost {
     let words = [&["--vfio", FUNCTION], words].concat();
@@ -340,15 +338,6 @@ fn a_real_function_outlives_the_guests_that_are_killed() {
         &mut pair.guests[1],
         &["Hardware Unit Hang", "Reset adapter"],
     );
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited too long for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Run in the full form of the suite, or by name.

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
@@ -18,22 +18,11 @@ use recovery::switch::Step;
 use super::passed::{NAMES, context, guest};
 use super::passthrough::{FUNCTION, bring_up, transfer};
 use super::switch::kill;
-use super::{assert_log_is_healthy, insert_nic, nic_works, shell};
+use super::{assert_log_is_healthy, insert_nic, nic_works, shell, wait_until};
 use crate::{full, options};
 
-/// How long something that happens by itself may be in coming.
-const SOON: Duration = Duration::from_secs(300);
 /// Bus mastering, in the command register.
 const BUS_MASTER: u8 = 1 << 2;
-
-#[track_caller]
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited too long for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 /// The function's own command register says that it may reach memory.
 fn masters() -> bool {

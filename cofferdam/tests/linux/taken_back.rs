@@ -5,7 +5,6 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
@@ -14,22 +13,10 @@ use cofferdam::runtime_dir::ROOT_VARIABLE;
 use devices::vfio::binding::Sysfs;
 
 use super::passthrough::{FUNCTION, bring_up, transfer};
-use super::{assert_log_is_healthy, boot, options, shell};
-
-/// How long the kernel may take to have a function back: it asks once in ten seconds.
-const SOON: Duration = Duration::from_secs(300);
+use super::{assert_log_is_healthy, boot, options, shell, wait_until};
 
 fn folder() -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(FUNCTION)
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited too long for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Removes the function: the kernel waits for whoever has it.

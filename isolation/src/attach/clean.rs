@@ -56,8 +56,8 @@ impl Isolator {
     /// What to put into a copy of the guest's memory, so that there is nothing of isolation in it.
     /// To be asked while the machine is at rest ([`vmm::VmHandle::quiesce`]): no call is open then,
     /// and the only traces are gates, the loop that calls kernel functions (which stays if a thread
-    /// may be in it), and a fault that was put into the guest's own text. Faults that were ordered for isolated calls and redirected
-    /// calls are in the domain's copies of code only.
+    /// may be in it), and a fault that was put into the guest's own text. Faults that were ordered
+    /// for isolated calls and redirected calls are in the domain's copies of code only.
     pub fn clean_bytes(&self) -> Vec<CleanBytes> {
         let memory = self.vm.ram().memory();
         let modules = self.modules();

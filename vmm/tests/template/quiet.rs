@@ -73,6 +73,15 @@ fn is_as_saved(saved: &Saved, guest: &Writing) {
     assert!(all[place.clone()] == saved.memory[place]);
 }
 
+/// Runs on, is rewound to its mark, and has all that was saved.
+fn goes_back(saved: &Saved, clone: Writing) {
+    clone.wait(100);
+    clone.handle().rewind(Some("a"), LIMIT).unwrap();
+    check(&clone);
+    is_as_saved(saved, &clone);
+    clone.guest.power_off();
+}
+
 #[test]
 fn a_snapshot_and_a_mark_of_a_guest_whose_memory_is_shared_bring_none_of_it() {
     if !can_share() {
@@ -101,11 +110,7 @@ fn a_snapshot_and_a_mark_of_a_guest_whose_memory_is_shared_bring_none_of_it() {
     for at in UNTOUCHED.step_by(64 << 12) {
         memory.write_slice(&[0x11; 100], GuestAddress(at)).unwrap();
     }
-    clone.wait(100);
-    handle.rewind(Some("a"), LIMIT).unwrap();
-    check(&clone);
-    is_as_saved(&saved, &clone);
-    clone.guest.power_off();
+    goes_back(&saved, clone);
 }
 
 #[test]
@@ -127,11 +132,7 @@ fn a_guest_whose_memory_is_a_files_leaves_the_file_and_what_it_has_not_as_they_a
     for dir in [&full, &diff] {
         is_whole(&saved, dir);
     }
-    clone.wait(100);
-    handle.rewind(Some("a"), LIMIT).unwrap();
-    check(&clone);
-    is_as_saved(&saved, &clone);
-    clone.guest.power_off();
+    goes_back(&saved, clone);
 }
 
 #[test]

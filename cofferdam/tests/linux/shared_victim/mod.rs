@@ -1,6 +1,7 @@
 //! Tests that share a guest whose driver is made to fail: each begins where the guest was when its
 //! NIC had come up. They go back there by a rewind, which takes the place of a boot.
 
+mod handing_over;
 mod marks;
 mod mutations;
 mod recovery;

@@ -36,15 +36,6 @@ pub(super) struct Handing {
     pub(super) on: bool,
 }
 
-/// Calls that wait.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HandedOver {
-    /// These, in this order, with their first three arguments.
-    Calls(Vec<KernelCall>),
-    /// There were more than there is room for, or what is noted down are none.
-    Unusable,
-}
-
 impl Monitor {
     /// Has these functions, to be told before the trampolines for them are made, wait while
     /// [`Monitor::hand_over`] says so; their callers are told what is given with each.
@@ -71,16 +62,12 @@ impl Monitor {
         self.get(HANDED_OVER, COUNT)
     }
 
-    /// The calls that wait.
-    pub fn handed_over(&self) -> HandedOver {
+    /// The calls that wait, in their order, with their first three arguments. `None` if there were
+    /// more than there is room for, or if what is noted down are none.
+    pub fn handed_over(&self) -> Option<Vec<KernelCall>> {
         let count = self.handed_over_count();
-        if count > MAX_HANDED_OVER {
-            return HandedOver::Unusable;
-        }
-        let calls = (0..count).map(|index| self.note(index));
-        calls
-            .collect::<Option<_>>()
-            .map_or(HandedOver::Unusable, HandedOver::Calls)
+        let notes = (count <= MAX_HANDED_OVER).then_some(0..count)?;
+        notes.map(|index| self.note(index)).collect()
     }
 
     fn note(&self, index: u64) -> Option<KernelCall> {
@@ -186,14 +173,12 @@ mod tests {
             monitor.trampoline(target).unwrap();
         }
         monitor.hand_over(true);
-        assert_eq!(monitor.handed_over(), HandedOver::Calls(Vec::new()));
+        assert_eq!(monitor.handed_over(), Some(Vec::new()));
         for index in 0..MAX_HANDED_OVER {
             note(&mut monitor, index, [1, index, 7, 8]);
         }
         monitor.put(HANDED_OVER, COUNT, MAX_HANDED_OVER);
-        let HandedOver::Calls(calls) = monitor.handed_over() else {
-            panic!("calls are not believed")
-        };
+        let calls = monitor.handed_over().unwrap();
         assert_eq!(calls.len() as u64, MAX_HANDED_OVER);
         for (index, call) in (0..).zip(calls) {
             assert_eq!(
@@ -202,15 +187,15 @@ mod tests {
             );
         }
         monitor.put(HANDED_OVER, COUNT, MAX_HANDED_OVER + 1);
-        assert_eq!(monitor.handed_over(), HandedOver::Unusable);
+        assert_eq!(monitor.handed_over(), None);
         monitor.put(HANDED_OVER, COUNT, 1);
         // One that does not wait, and none.
         for trampoline in [0, 2, u64::MAX] {
             note(&mut monitor, 0, [trampoline, 0, 0, 0]);
-            assert_eq!(monitor.handed_over(), HandedOver::Unusable, "{trampoline}");
+            assert_eq!(monitor.handed_over(), None, "{trampoline}");
         }
         // Each call begins with none.
         monitor.hand_over(true);
-        assert_eq!(monitor.handed_over(), HandedOver::Calls(Vec::new()));
+        assert_eq!(monitor.handed_over(), Some(Vec::new()));
     }
 }

@@ -34,7 +34,7 @@ use handed_over::Handing;
 use trampolines::Trampoline;
 
 pub use exceptions::ExceptionFrame;
-pub use handed_over::{HandedOver, MAX_HANDED_OVER};
+pub use handed_over::MAX_HANDED_OVER;
 pub use trampolines::JournalPoint;
 
 mod exceptions;

@@ -10,7 +10,6 @@
 
 use super::Call;
 use crate::domain::effects::KernelCall;
-use crate::domain::monitor::HandedOver;
 use crate::domain::supervisor::HandOver;
 
 /// Calls of a function in a row of which nothing could wait before it is left off for a while.
@@ -96,9 +95,7 @@ impl Call<'_> {
     }
 
     fn handed_over_calls(&mut self) -> Option<(Vec<KernelCall>, Option<usize>)> {
-        let HandedOver::Calls(calls) = self.domain.monitor.handed_over() else {
-            return None;
-        };
+        let calls = self.domain.monitor.handed_over()?;
         // The kernel called the driver back, and went on with what it was told.
         if self.stats.callbacks > 0 {
             return None;

@@ -94,6 +94,30 @@ impl Encoder {
         self.composite(4, name, bytes, members)
     }
 
+    /// The kernel's structures of pages and slabs, 64 bytes each, and what it marks them by.
+    pub(crate) fn memory_management(&mut self) {
+        let long = self.int("long unsigned int", 8, 0);
+        let int = self.int("unsigned int", 4, 0);
+        let byte = self.int("unsigned char", 1, 0);
+        let pointer = self.pointer(TypeId::VOID);
+        let page = [
+            ("flags", long, 0),
+            ("compound_head", long, 8),
+            ("compound_order", byte, 17),
+            ("_refcount", int, 52),
+        ];
+        self.structure("page", 64, &page);
+        self.structure("slab", 64, &[("slab_cache", pointer, 24)]);
+        let cache = [
+            ("size", int, 0),
+            ("object_size", int, 4),
+            ("offset", int, 8),
+            ("name", pointer, 16),
+        ];
+        self.structure("kmem_cache", 64, &cache);
+        self.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    }
+
     /// A structure of which some members are bits: name, type, offset in bits, and how many bits
     /// they are, 0 for all of the type.
     pub(crate) fn structure_with_bits(

@@ -32,30 +32,11 @@ const STACK: u64 = VMALLOC + 0x4000;
 
 fn types() -> Arc<Btf> {
     let mut e = Encoder::new(None);
-    let long = e.int("long unsigned int", 8, 0);
     let int = e.int("unsigned int", 4, 0);
     let byte = e.int("unsigned char", 1, 0);
     let pointer = e.pointer(TypeId::VOID);
     let bytes = e.pointer(byte);
-    let page = [
-        ("flags", long, 0),
-        ("compound_head", long, 8),
-        ("compound_order", byte, 17),
-    ];
-    e.structure(
-        "page",
-        64,
-        &[page.as_slice(), &[("_refcount", int, 52)]].concat(),
-    );
-    e.structure("slab", 64, &[("slab_cache", pointer, 24)]);
-    let cache = [
-        ("size", int, 0),
-        ("object_size", int, 4),
-        ("offset", int, 8),
-        ("name", pointer, 16),
-    ];
-    e.structure("kmem_cache", 64, &cache);
-    e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    e.memory_management();
     e.structure("skb_shared_info", 64, &[]);
     let count = e.structure("refcount_struct", 4, &[("refs", int, 0)]);
     let packet = [("end", int, 8), ("head", bytes, 16), ("users", count, 184)];

@@ -67,22 +67,7 @@ fn types() -> Arc<Btf> {
     let short = e.int("short unsigned int", 2, 0);
     let byte = e.int("unsigned char", 1, 0);
     let pointer = e.pointer(TypeId::VOID);
-    let page = [
-        ("flags", long, 0),
-        ("compound_head", long, 8),
-        ("compound_order", byte, 17),
-        ("_refcount", int, 52),
-    ];
-    e.structure("page", 64, &page);
-    e.structure("slab", 64, &[("slab_cache", pointer, 24)]);
-    let cache = [
-        ("size", int, 0),
-        ("object_size", int, 4),
-        ("offset", int, 8),
-        ("name", pointer, 16),
-    ];
-    e.structure("kmem_cache", 64, &cache);
-    e.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);
+    e.memory_management();
     e.enumeration_of("gro_result", &[("GRO_NORMAL", 3)]);
     let states = [
         ("NAPI_STATE_SCHED", 0),
