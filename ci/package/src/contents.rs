@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use flate2::{Compression, GzBuilder};
+use memchr::memmem;
 
 use crate::tree::Tree;
 use crate::{ARCHITECTURE, Error, NAME};
@@ -144,7 +145,7 @@ pub fn glibc(program: &[u8]) -> Option<String> {
     const MARK: &[u8] = b"GLIBC_2.";
     let mut newest = None;
     let mut rest = program;
-    while let Some(at) = rest.windows(MARK.len()).position(|window| window == MARK) {
+    while let Some(at) = memmem::find(rest, MARK) {
         rest = rest.get(at + MARK.len()..).unwrap_or_default();
         let digits = rest.iter().take(3).take_while(|byte| byte.is_ascii_digit());
         let minor = digits.fold(0, |number, digit| number * 10 + u32::from(digit - b'0'));

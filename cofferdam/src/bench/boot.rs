@@ -201,7 +201,7 @@ fn wait_for_init(console: impl Read + Send + 'static, limit: Duration) -> anyhow
 }
 
 fn contains(line: &[u8], wanted: &[u8]) -> bool {
-    line.windows(wanted.len()).any(|window| window == wanted)
+    memchr::memmem::find(line, wanted).is_some()
 }
 
 /// Time between two moments, in microseconds.

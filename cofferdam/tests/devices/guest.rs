@@ -218,7 +218,7 @@ impl Guest {
         use std::os::unix::fs::FileExt;
         let mut all = vec![0; self.file.metadata().unwrap().len() as usize];
         self.file.read_exact_at(&mut all, 0).unwrap();
-        all.windows(bytes.len()).any(|window| window == bytes)
+        memchr::memmem::find(&all, bytes).is_some()
     }
 }
 

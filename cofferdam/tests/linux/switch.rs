@@ -11,6 +11,7 @@ use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
 use cofferdam::device::protocol::Reason;
+use memchr::memmem;
 use recovery::fault::FaultKind;
 use recovery::ladder::{LadderConfig, OnFault, State};
 use rustix::fs::{SeekFrom, seek};
@@ -122,10 +123,7 @@ pub fn has(pid: u32, bytes: &[u8]) -> bool {
     // Holes have nothing.
     while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
         let read = file.read_at(&mut chunk, start).unwrap();
-        if chunk[..read]
-            .windows(bytes.len())
-            .any(|window| window == bytes)
-        {
+        if memmem::find(&chunk[..read], bytes).is_some() {
             return true;
         }
         if read <= bytes.len() {

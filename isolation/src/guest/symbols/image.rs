@@ -10,6 +10,8 @@
 //! Nothing says where the tables are. The token table is found by its tokens for the digits, which
 //! every kernel has, the others by what they have to be for each other.
 
+use memchr::memmem;
+
 /// Tokens that there are.
 const TOKENS: usize = 256;
 /// The token of `0`; those of the other digits follow.
@@ -31,7 +33,7 @@ const LONGEST_TOKEN: usize = 512;
 /// What of the tables is not found: the image has none, or keeps them in another order.
 pub fn names_in_image(image: &[u8]) -> Result<Vec<String>, &'static str> {
     let mut from = 0;
-    while let Some(found) = find(image.get(from..).unwrap_or_default(), DIGITS) {
+    while let Some(found) = memmem::find(image.get(from..).unwrap_or_default(), DIGITS) {
         if let Some(tokens) = Tokens::around(image, from + found) {
             let names = Names::before(image, tokens.start).ok_or("its names are not found")?;
             return names.read(&tokens).ok_or("its names are damaged");
@@ -39,10 +41,6 @@ pub fn names_in_image(image: &[u8]) -> Result<Vec<String>, &'static str> {
         from += found + 1;
     }
     Err("it has no table of tokens")
-}
-
-fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes.windows(wanted.len()).position(|part| part == wanted)
 }
 
 fn word(image: &[u8], at: usize) -> Option<usize> {
