@@ -10,19 +10,31 @@ use devices::e1000::ops::{Exercise, Op};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|ops: Vec<Op>| {
-    let Ok(mut exercise) = Exercise::new() else { return };
+    let Ok(mut exercise) = Exercise::new() else {
+        return;
+    };
     // Without this, nearly all sequences would find a controller that is switched off.
-    exercise.apply(&Op::Open { tx_count: 1, rx_count: 1, receive: 0, vlan_mode: true });
+    exercise.apply(&Op::Open {
+        tx_count: 1,
+        rx_count: 1,
+        receive: 0,
+        vlan_mode: true,
+    });
     let (before, after) = ops.split_at(ops.len() / 2);
     for op in before {
         exercise.apply(op);
     }
     exercise.take_observations();
-    let Ok(mut twin) = exercise.twin() else { panic!("a saved state is refused") };
+    let Ok(mut twin) = exercise.twin() else {
+        panic!("a saved state is refused")
+    };
     for op in after {
         exercise.apply(op);
         twin.apply(op);
     }
-    assert!(exercise.take_observations() == twin.take_observations(), "the twin differs");
+    assert!(
+        exercise.take_observations() == twin.take_observations(),
+        "the twin differs"
+    );
     assert_eq!(exercise.state(), twin.state(), "the twin differs");
 });

@@ -20,11 +20,17 @@ const TYPES: &[u8] = include_bytes!("../seeds/ko_reader/kernel.btf");
 
 static KERNEL: LazyLock<Option<Kernel>> = LazyLock::new(|| {
     let types = Btf::parse(TYPES, None).ok()?;
-    Some(Kernel::from_parts(Arc::new(types), HashMap::new(), HashMap::new()))
+    Some(Kernel::from_parts(
+        Arc::new(types),
+        HashMap::new(),
+        HashMap::new(),
+    ))
 });
 
 fuzz_target!(|input: &[u8]| {
-    let Some((which, data)) = input.split_first() else { return };
+    let Some((which, data)) = input.split_first() else {
+        return;
+    };
     let kernel = KERNEL.as_ref().expect("the types are those of the tests");
     if which % 4 == 0 {
         let _either = analyze(data, kernel);

@@ -30,11 +30,23 @@ fuzz_target!(|input: &[u8]| {
         0 => manifest(bytes),
         1 => {
             if let Ok(map) = MemoryMap::from_bytes(bytes, MEMORY_BYTES) {
-                assert!(map.runs().iter().all(|run| run.end() * 4096 <= MEMORY_BYTES));
+                assert!(
+                    map.runs()
+                        .iter()
+                        .all(|run| run.end() * 4096 <= MEMORY_BYTES)
+                );
             }
         }
-        2 => drop(MachineState::from_bytes(&headed(b"COFFMACH", STATE_VERSION, bytes))),
-        _ => drop(DeviceStates::from_bytes(&headed(b"COFFDEVS", DEVICE_STATES_VERSION, bytes))),
+        2 => drop(MachineState::from_bytes(&headed(
+            b"COFFMACH",
+            STATE_VERSION,
+            bytes,
+        ))),
+        _ => drop(DeviceStates::from_bytes(&headed(
+            b"COFFDEVS",
+            DEVICE_STATES_VERSION,
+            bytes,
+        ))),
     }
 });
 

@@ -51,6 +51,8 @@ mod vcpu;
 mod vm;
 mod waker;
 
+#[cfg(feature = "fuzzing")]
+pub use boot::fuzzing as boot_fuzzing;
 pub use boot::{BootError, DEFAULT_COMMAND_LINE, Payload};
 pub use dirty::{ChangedPages, ring as dirty_ring};
 pub use error::{DEVICE_STATES_VERSION, Error, STATE_VERSION, StateError};

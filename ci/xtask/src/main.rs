@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything that is done with this workspace besides writing code.
 
 mod bench;
+mod fuzz;
 mod images;
 mod lab;
 mod licences;
@@ -46,6 +47,7 @@ enum Task {
     Test(suite::Args),
     Demo(bench::demo::DemoArgs),
     Bench(bench::Args),
+    Fuzz(fuzz::Args),
     Lab(lab::command::Args),
 }
 
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Task::Test(args) => suite::main(&workspace, args),
         Task::Demo(args) => bench::demo::demo(&workspace, args),
         Task::Bench(args) => bench::main(&workspace, args),
+        Task::Fuzz(args) => fuzz::main(&workspace, args),
         Task::Lab(args) => lab::command::run(&workspace, args),
     });
     result.unwrap_or_else(|error| {

@@ -4,6 +4,8 @@
 //! Linux is entered by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): long mode,
 //! paging on with the first GiB mapped one to one, RSI pointing at the zero page.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod image;
 mod params;
 

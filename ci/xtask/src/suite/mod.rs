@@ -2,7 +2,6 @@
 
 mod checks;
 mod count;
-mod fuzz;
 mod host;
 mod lanes;
 mod linux;
@@ -17,6 +16,7 @@ use anyhow::{Context, bail};
 use guest_images::KernelSource;
 use guest_images::kernels::{DEFAULT, KERNELS};
 
+use crate::fuzz;
 use crate::lab::interrupted;
 use crate::place::Place;
 use crate::steps::{Steps, capture, cargo, run};
@@ -166,7 +166,7 @@ fn all_else(workspace: &Workspace, full: bool, steps: &Steps, count: &mut Count)
             _ if interrupted() => bail!("interrupted"),
             "tests" => tests(workspace, full, count),
             "lints" => checks::lints(workspace),
-            _ => fuzz::run(workspace),
+            _ => fuzz::test(workspace, full),
         });
     }
 }
