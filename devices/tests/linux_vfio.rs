@@ -33,12 +33,15 @@ const DESCRIPTOR: u64 = 16;
 /// Descriptor done, in the status byte of legacy descriptors (82574 datasheet, 7.1.4 and 7.2.10).
 const DONE: u8 = 1;
 const ANSWER_TIME: Duration = Duration::from_secs(20);
+/// Link up, in the status register (10.2.2.2).
+const LINK_UP: u32 = 1 << 1;
 /// Command register: I/O and memory space, with and without bus mastering.
 const MASTERS: u16 = 7;
 const STILL: u16 = 3;
 
 mod register {
     pub const CTRL: u32 = 0;
+    pub const STATUS: u32 = 8;
     pub const RCTL: u32 = 0x100;
     pub const TCTL: u32 = 0x400;
     pub const RDBAL: u32 = 0x2800;
@@ -108,6 +111,12 @@ impl User {
         // Link set up, full duplex.
         let control = registers.load(CTRL);
         registers.store(CTRL, control | 1 | 1 << 6);
+        // Without a link what is received now may wait until more comes.
+        let deadline = Instant::now() + ANSWER_TIME;
+        while registers.load(STATUS) & LINK_UP == 0 {
+            assert!(Instant::now() < deadline, "no link");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         for index in 0..DESCRIPTORS {
             let buffer = BUFFERS + index * BUFFER;
             self.put(RECEIVE_RING + index * DESCRIPTOR, &buffer.to_le_bytes());
@@ -151,11 +160,13 @@ impl User {
         loop {
             let descriptor = RECEIVE_RING + self.next_receive * DESCRIPTOR;
             if self.get::<1>(descriptor + 12)[0] & DONE == 0 {
-                assert!(
-                    Instant::now() < deadline,
-                    "user {} hears nothing",
-                    self.number
-                );
+                if Instant::now() >= deadline {
+                    use register::*;
+                    let all = [CTRL, STATUS, RCTL, TCTL, RDH, RDT, TDH, TDT];
+                    let all = all.map(|at| format!("{at:#x}: {:#x}", registers.load(at)));
+                    let sent = self.get::<1>(at + 12)[0] & DONE != 0;
+                    panic!("user {} hears nothing (sent: {sent}): {all:?}", self.number);
+                }
                 std::thread::sleep(Duration::from_millis(1));
                 continue;
             }
