@@ -3,12 +3,14 @@
 //! Everything goes to standard error; standard output belongs to results.
 
 use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
 
 /// How a step ended.
@@ -219,7 +221,16 @@ pub fn cargo() -> Command {
     for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "CARGO_PKG_VERSION"] {
         cargo.env_remove(name);
     }
+    ends_with_us(&mut cargo);
     cargo
+}
+
+/// Has a command asked to end when we have ended before it: by a signal, most likely.
+fn ends_with_us(command: &mut Command) {
+    let ask = || Ok(set_parent_process_death_signal(Some(Signal::TERM))?);
+    // SAFETY: between fork and exec it makes one system call, and touches no memory that another
+    // thread could have been changing.
+    unsafe { command.pre_exec(ask) };
 }
 
 /// The command as a person would type it.
@@ -303,6 +314,47 @@ mod tests {
         });
         let names: Vec<String> = steps.records().into_iter().map(|one| one.name).collect();
         assert_eq!(names, ["first", "second"]);
+    }
+
+    /// Set in the process that starts a command and is killed.
+    const STARTS: &str = "COFFERDAM_TEST_STARTS";
+
+    #[test]
+    fn a_command_ends_with_who_was_killed_while_it_ran() {
+        if std::env::var_os(STARTS).is_some() {
+            let mut command = Command::new("sleep");
+            command.arg("600");
+            ends_with_us(&mut command);
+            let mut child = command.spawn().unwrap();
+            println!("child {}.", child.id());
+            child.wait().unwrap();
+            return;
+        }
+        let mut alone = Command::new(std::env::current_exe().unwrap());
+        let name = "steps::tests::a_command_ends_with_who_was_killed_while_it_ran";
+        alone
+            .args(["--exact", name, "--nocapture"])
+            .env(STARTS, "1");
+        let mut alone = alone.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let said = std::io::BufReader::new(alone.stdout.take().unwrap());
+        let child = std::io::BufRead::lines(said).find_map(|line| {
+            let line = line.unwrap();
+            let (_, rest) = line.split_once("child ")?;
+            rest.split_once('.').map(|(child, _)| child.to_owned())
+        });
+        let child = child.expect("it says what it has started");
+        let is_there = || {
+            let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+            !stat.is_empty() && !stat.contains(") Z")
+        };
+        assert!(is_there());
+        alone.kill().unwrap();
+        alone.wait().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while is_there() {
+            assert!(Instant::now() < deadline, "the command still runs");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]
