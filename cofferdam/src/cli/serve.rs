@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::SandboxOptions;
@@ -52,6 +53,11 @@ pub struct ServeOptions {
     /// Print the OpenAPI document and end
     #[arg(long, conflicts_with_all = ["socket", "look_group", "listen"])]
     openapi: bool,
+    /// Make campaigns (see `cofferdam campaign`), with their files in this folder
+    #[arg(long, value_name = "DIR")]
+    campaigns: Option<PathBuf>,
+    #[command(flatten)]
+    images: Images,
     #[command(flatten)]
     sandbox: SandboxOptions,
     /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is
@@ -84,6 +90,7 @@ impl ServeOptions {
             client_time: Duration::from_secs(self.client_time),
             sandbox: self.sandbox,
             jail: self.jail,
+            campaigns: self.campaigns.map(|folder| (folder, self.images.images)),
         })?;
         Ok(Ending::SUCCESS)
     }

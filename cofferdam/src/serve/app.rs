@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::FromRef;
 
 use super::ask::Asks;
+use super::campaigns::Campaigns;
 use super::console::Readers;
 use super::events::Watch;
 use super::jobs::Jobs;
@@ -24,6 +25,8 @@ pub struct App {
     pub looks: Looks,
     /// Work that takes long.
     pub jobs: Jobs,
+    /// Where campaigns are, if there are any.
+    pub campaigns: Option<Campaigns>,
     /// Who reads consoles.
     pub consoles: Readers,
     /// What changes.
@@ -32,13 +35,14 @@ pub struct App {
 
 impl App {
     /// For what runs in `root`; guests that are made are in jails with `jail`.
-    pub fn new(root: RuntimeRoot, jail: bool) -> Arc<Self> {
+    pub fn new(root: RuntimeRoot, jail: bool, campaigns: Option<Campaigns>) -> Arc<Self> {
         Arc::new(Self {
             asks: Asks::new(root.clone()),
             looks: Looks::new(root.clone()),
             watch: Watch::new(root.clone()),
             root,
             jail,
+            campaigns,
             jobs: Jobs::default(),
             consoles: Readers::default(),
         })
