@@ -64,6 +64,10 @@ pub struct ServeOptions {
     /// not behind Landlock then, which would not let them be made
     #[arg(long)]
     jail: bool,
+    /// Put each guest that is made into a control group of its own below this one (see `cofferdam
+    /// run --cgroup`)
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
 }
 
 impl ServeOptions {
@@ -90,6 +94,7 @@ impl ServeOptions {
             client_time: Duration::from_secs(self.client_time),
             sandbox: self.sandbox,
             jail: self.jail,
+            cgroup: self.cgroup,
             campaigns: self.campaigns.map(|folder| (folder, self.images.images)),
         })?;
         Ok(Ending::SUCCESS)

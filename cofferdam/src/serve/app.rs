@@ -19,6 +19,8 @@ pub struct App {
     pub root: RuntimeRoot,
     /// Guests that are made are in jails.
     pub jail: bool,
+    /// The control group that theirs are in, if they are to have some.
+    pub cgroup: Option<String>,
     /// Requests to them.
     pub asks: Asks,
     /// Looks at all of them.
@@ -34,14 +36,21 @@ pub struct App {
 }
 
 impl App {
-    /// For what runs in `root`; guests that are made are in jails with `jail`.
-    pub fn new(root: RuntimeRoot, jail: bool, campaigns: Option<Campaigns>) -> Arc<Self> {
+    /// For what runs in `root`; guests that are made are in jails with `jail`, and in control groups
+    /// below `cgroup`.
+    pub fn new(
+        root: RuntimeRoot,
+        jail: bool,
+        cgroup: Option<String>,
+        campaigns: Option<Campaigns>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             asks: Asks::new(root.clone()),
             looks: Looks::new(root.clone()),
             watch: Watch::new(root.clone()),
             root,
             jail,
+            cgroup,
             campaigns,
             jobs: Jobs::default(),
             consoles: Readers::default(),

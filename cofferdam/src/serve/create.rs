@@ -52,6 +52,9 @@ pub async fn create_guest(
     if app.jail {
         spec.words.push("--jail".to_owned());
     }
+    if let Some(group) = &app.cgroup {
+        spec.words.push(format!("--cgroup={group}"));
+    }
     let location = [(LOCATION, format!("/v1/guests/{}", spec.name))];
     if let Some(vm) = app.asks.find(&spec.name).await? {
         is_of(&vm, &spec)?;

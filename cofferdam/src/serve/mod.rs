@@ -54,7 +54,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use axum::Router;
 
 pub use api::document;
@@ -64,7 +64,7 @@ pub use tokens::new_line;
 
 use crate::asked_to_end::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::{Guests, SandboxOptions, can_jail};
+use crate::sandbox::{Guests, SandboxOptions, can_jail, divide};
 use app::App;
 use campaigns::Campaigns;
 use network::Network;
@@ -97,6 +97,8 @@ pub struct ServeConfig {
     pub sandbox: SandboxOptions,
     /// The guests that it makes are in jails.
     pub jail: bool,
+    /// The control group in which each guest that it makes has one.
+    pub cgroup: Option<PathBuf>,
     /// The folder of campaigns' files, if it makes any, and that of images for their guests.
     pub campaigns: Option<(PathBuf, PathBuf)>,
 }
@@ -112,6 +114,11 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    let cgroup = config.cgroup.as_deref().map(divide).transpose()?;
+    let cgroup = cgroup.map(|dir| dir.into_os_string().into_string());
+    let cgroup = cgroup
+        .transpose()
+        .map_err(|dir| anyhow!("the control group {} is no UTF-8", dir.display()))?;
     let campaigns = config
         .campaigns
         .map(|(folder, images)| Campaigns::new(&folder, &images, &root))
@@ -147,7 +154,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         }
         let listener = socket.listener()?;
         let peers = Peers::new(look);
-        let router = api::router(App::new(RuntimeRoot::new(root), config.jail, campaigns));
+        let router = api::router(App::new(RuntimeRoot::new(root), config.jail, cgroup, campaigns));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
             never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},

@@ -169,10 +169,8 @@ fn a_campaign_ends_with_its_service_and_guests_with_their_campaign_whoever_is_ki
     let begun = next.post("/v1/campaigns", SPEC).ok(202);
     let (guest, campaign) = processes(&place);
     // SAFETY: a plain system call; the process is a child of the service that runs.
-    assert_eq!(
-        unsafe { libc::kill(campaign.cast_signed(), libc::SIGKILL) },
-        0
-    );
+    let killed = unsafe { libc::kill(campaign.cast_signed(), libc::SIGKILL) };
+    assert_eq!(killed, 0);
     let ended = next.end_of_job(&begun);
     assert_eq!(ended["problem"]["code"], "campaign_failed", "{ended}");
     until("its guest has ended", || !is_there(guest));
@@ -277,12 +275,10 @@ fn what_no_campaign_can_be_is_refused_and_leaves_nothing() {
     place.assert_empty();
 }
 
-#[test]
-fn files_of_campaigns_are_shown_whatever_else_is_in_their_folder() {
-    let place = Place::new();
-    let service = service(&place);
-    let file = campaign(&place, "mine", 3);
-    campaign(&place, "cut", 2);
+/// Puts all that may be there into the folder, and gives the one whole file.
+fn fill(place: &Place) -> String {
+    let file = campaign(place, "mine", 3);
+    campaign(place, "cut", 2);
     let cut = fs::read(place.path("campaigns/cut.jsonl")).unwrap();
     place.file("campaigns/cut.jsonl", &cut[..cut.len() - 20]);
     place.file("campaigns/empty.jsonl", b"");
@@ -296,6 +292,14 @@ fn files_of_campaigns_are_shown_whatever_else_is_in_their_folder() {
     assert!(made.unwrap().success());
     let huge = fs::File::create(place.path("campaigns/huge.jsonl")).unwrap();
     huge.set_len((256 << 20) + 1).unwrap();
+    file
+}
+
+#[test]
+fn files_of_campaigns_are_shown_whatever_else_is_in_their_folder() {
+    let place = Place::new();
+    let service = service(&place);
+    let file = fill(&place);
     let list = service.get("/v1/campaigns").ok(200).json();
     let campaigns = list["campaigns"].as_array().unwrap();
     let names: Vec<_> = campaigns.iter().map(|one| one["name"].as_str()).collect();
@@ -352,10 +356,19 @@ fn files_of_campaigns_are_shown_whatever_else_is_in_their_folder() {
         let answer = service.get(&format!("/v1/campaigns/{path}"));
         assert!(matches!(answer.status, 400 | 404), "{path}: {answer:?}");
     }
+    service.end();
+    place.assert_empty();
+}
+
+/// A replay is a job of a process of its own, which has no guest with Linux to boot here.
+#[test]
+fn a_trial_that_is_made_again_leaves_its_file_as_it_is() {
+    let place = Place::new();
+    let service = service(&place);
+    let file = campaign(&place, "mine", 3);
     service
         .post("/v1/campaigns/mine/trials/4/replay", "{}")
         .problem(404, "no_such_trial", "4");
-    // A replay is a job of a process of its own, which has no guest to boot here.
     let images = r#"{"images": "/nonexistent"}"#;
     service
         .post("/v1/campaigns/mine/trials/2/replay", images)

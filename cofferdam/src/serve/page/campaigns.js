@@ -102,7 +102,8 @@ export class Reports {
       image.alt = `Plot: ${plot}`;
       // An image runs no scripts and loads nothing, whatever is in it.
       image.src = `data:image/svg+xml,${encodeURIComponent(await answer.text())}`;
-      parts.push(image);
+      const what = plot.replace(".svg", "").replace("-", ", ");
+      parts.push(make("p", `Plot: ${what}`, "facts"), image);
     }
     for (const [verdict, trials] of Object.entries(summary.to_look_at)) {
       const shown = trials.slice(0, MOST_TRIALS).map((number) => this.trial(name, number, verdict));
