@@ -1,11 +1,11 @@
 //! Files of JSON lines that are gone on with: the first line says what the file is of, each other
 //! one is a record.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 
 /// What is in such a file.
@@ -31,9 +31,7 @@ pub fn open<H: Serialize + PartialEq, R>(
     differs: &str,
 ) -> anyhow::Result<(File, Vec<R>)> {
     let name = || path.display().to_string();
-    let mut options = OpenOptions::new();
-    options.read(true).append(true).create(true);
-    let mut file = options.open(path).with_context(name)?;
+    let mut file = open_alone(path)?;
     if file.metadata().with_context(name)?.len() == 0 {
         append(&mut file, header).with_context(name)?;
         return Ok((file, Vec::new()));
@@ -42,6 +40,39 @@ pub fn open<H: Serialize + PartialEq, R>(
     ensure_same(path, &there.header, header, differs)?;
     file.set_len(there.whole_bytes as u64).with_context(name)?;
     Ok((file, there.records))
+}
+
+/// Opens the file to write behind its end, for this process alone as long as it is open; it is made
+/// if it is not there.
+fn open_alone(path: &Path) -> anyhow::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).create(true);
+    let name = || path.display().to_string();
+    let file = options.open(path).with_context(name)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "{} is being written by another process: wait for its end, or choose another file",
+                path.display()
+            )
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(name),
+    }
+}
+
+/// Looks whether the file can be written, before anything is done that takes long. One that was not
+/// there is not left behind.
+///
+/// # Errors
+/// It cannot, or another process writes it.
+pub fn ensure_writable(path: &Path) -> anyhow::Result<()> {
+    let was_there = path.try_exists();
+    let file = open_alone(path)?;
+    if matches!(was_there, Ok(false)) && file.metadata().is_ok_and(|file| file.len() == 0) {
+        std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
 }
 
 /// Whether a file is of what is wanted.
@@ -88,4 +119,32 @@ pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
         path.display()
     );
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_by_one_at_a_time_and_looking_leaves_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        ensure_writable(&path).unwrap();
+        assert!(!path.exists());
+        let nothing = |_: &Path| -> anyhow::Result<Contents<u32, ()>> { bail!("for a test") };
+        let (held, _) = open(&path, &7_u32, nothing, "").unwrap();
+        for refused in [
+            ensure_writable(&path),
+            open(&path, &7_u32, nothing, "").map(drop),
+        ] {
+            let why = format!("{:#}", refused.unwrap_err());
+            assert!(why.contains("by another process"), "{why}");
+        }
+        drop(held);
+        ensure_writable(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "7\n");
+        let missing = folder.path().join("none/file");
+        let why = format!("{:#}", ensure_writable(&missing).unwrap_err());
+        assert!(why.contains("none/file"), "{why}");
+    }
 }

@@ -3,11 +3,15 @@
 use std::process::ExitCode;
 
 use cofferdam::cli::{Ending, dispatch, one_line, parse, usage_error};
+use cofferdam::sandbox::keeper;
 
 /// Exit status for a command line that cannot be understood.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    if let Some(status) = keeper(std::env::args_os()) {
+        return status;
+    }
     let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => match usage_error(&error) {

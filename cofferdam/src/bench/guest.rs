@@ -14,6 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use devices::clock::monotonic_ns;
 use tempfile::TempDir;
 
+use super::together::{self, Known};
 use super::{child, stuck};
 use crate::control::client::ControlClient;
 use crate::options::VmName;
@@ -57,8 +58,13 @@ pub struct GuestOptions {
 impl GuestOptions {
     /// This program itself, with the full initramfs and no NIC.
     pub fn new(images: &Path) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
         Ok(Self {
-            program: std::env::current_exe().context("cannot find this program's own file")?,
+            // Another may have been put in its place since.
+            program: match program.is_file() {
+                true => program,
+                false => PathBuf::from("/proc/self/exe"),
+            },
             images: images.to_path_buf(),
             initrd: "initrd.cpio",
             snapshot: None,
@@ -121,6 +127,7 @@ pub enum Console {
 /// A VM that runs for us.
 pub struct Guest {
     child: Child,
+    _known: Known,
     /// When the process was started, in nanoseconds of the host's monotonic clock.
     pub started_ns: u64,
     paths: VmPaths,
@@ -165,12 +172,12 @@ impl Guest {
             }
         }
         let started_ns = monotonic_ns();
-        let child = command
-            .spawn()
+        let (child, known) = together::spawn(&mut command, folder.path())
             .with_context(|| format!("cannot start {}", options.program.display()))?;
         let agent = Client::unix(paths.agent_socket());
         Ok(Self {
             child,
+            _known: known,
             started_ns,
             paths,
             folder,

@@ -16,4 +16,5 @@ pub mod rollback;
 mod stuck;
 pub mod suspend;
 pub mod switch;
+pub mod together;
 pub mod traffic;

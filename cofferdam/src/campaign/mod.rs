@@ -4,6 +4,7 @@
 pub mod alarms;
 mod jobs;
 pub mod patience;
+pub mod stream;
 pub mod worker;
 
 use std::collections::BTreeMap;
@@ -109,6 +110,7 @@ pub fn run(
         header.kernel.clone_from(&there.kernel);
         ensure_same(&options.file, &there, &header, DIFFERS)?;
     }
+    json_lines::ensure_writable(&options.file)?;
     let worker = Worker::start(&options.setup, &options.kinds, progress)?;
     worker.kernel().clone_into(&mut header.kernel);
     let (mut file, records) = open(&options.file, &header)?;
@@ -406,9 +408,11 @@ mod tests {
         assert_eq!(header_in(&path).unwrap().as_ref(), Some(&header));
         append(&mut file, &record(1)).unwrap();
         file.write_all(b"{\"number\":2,\"ki").unwrap();
+        drop(file);
         let (mut file, records) = open(&path, &header).unwrap();
         assert_eq!(records, [record(1)]);
         append(&mut file, &record(2)).unwrap();
+        drop(file);
         assert_eq!(read(&path).unwrap().records, [record(1), record(2)]);
         let whole = std::fs::read(&path).unwrap();
         let refused = open(&path, &Header { seed: 2, ..header }).unwrap_err();

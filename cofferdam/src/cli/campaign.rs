@@ -2,6 +2,7 @@
 
 mod alarms;
 mod figures;
+mod stream;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use super::isolation::StoresArgs;
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
 use crate::bench::network::DRIVER;
+use crate::bench::together::Together;
 use crate::campaign::worker::Setup;
 use crate::campaign::{self, CampaignOptions, Progress};
 use crate::report;
@@ -26,6 +28,7 @@ use crate::table::table;
 use crate::words::counted;
 use figures::show;
 pub(super) use figures::text;
+use stream::Told;
 
 /// `campaign`
 #[derive(Debug, clap::Args)]
@@ -78,6 +81,8 @@ enum CampaignCommand {
         trial: u32,
         #[command(flatten)]
         images: Images,
+        #[command(flatten)]
+        told: Told,
     },
     /// Look for false alarms: the guest works in random order with its driver isolated and without
     /// a fault, and no call is to be taken back
@@ -144,8 +149,10 @@ struct RunArgs {
     #[arg(long, value_name = "FILE", default_value = "campaign.jsonl")]
     file: PathBuf,
     /// The figures as JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "stream")]
     json: bool,
+    #[command(flatten)]
+    told: Told,
 }
 
 /// A [`Way`] on the command line.
@@ -212,7 +219,10 @@ impl CampaignArgs {
     /// `campaign`
     pub fn run(self) -> anyhow::Result<Ending> {
         match self.command {
-            None => self.run.run(),
+            None => {
+                let _together = Together::begin(self.run.told.stream)?;
+                self.run.run()
+            }
             Some(CampaignCommand::Show { file, plots, json }) => {
                 let summary = Summary::of(&campaign::read(&file)?.records);
                 if let Some(folder) = plots {
@@ -225,8 +235,15 @@ impl CampaignArgs {
                 file,
                 trial,
                 images,
-            }) => replay(&file, trial, &images),
-            Some(CampaignCommand::FalseAlarms(args)) => args.run(),
+                told,
+            }) => {
+                let _together = Together::begin(told.stream)?;
+                replay(&file, trial, &images, &told)
+            }
+            Some(CampaignCommand::FalseAlarms(args)) => {
+                let _together = Together::begin(false)?;
+                args.run()
+            }
             Some(CampaignCommand::Kinds { json }) => {
                 kinds(json)?;
                 Ok(Ending::SUCCESS)
@@ -282,7 +299,9 @@ impl RunArgs {
         ways.dedup();
         let contain = self.stores.contain(Contain::Full)?;
         let options = CampaignOptions {
-            setup: setup(&self.images, workload, contain, self.steps.into())?,
+            setup: self
+                .told
+                .jailed(setup(&self.images, workload, contain, self.steps.into())?),
             kinds: or_all(self.kinds.into_iter().flatten().collect()),
             trials: self.trials,
             seed: self.seed,
@@ -290,12 +309,16 @@ impl RunArgs {
             jobs: self.jobs,
             file: self.file,
         };
-        let mut tell = |what: &str| eprintln!("campaign: {what}");
+        let told = self.told;
+        let mut tell = |what: &str| told.says(what);
         let mut each = |progress: Progress<'_>| {
-            eprintln!("campaign: {}", line(&progress));
+            told.made(&progress);
             true
         };
         let done = campaign::run(&options, &mut tell, &mut each)?;
+        if told.stream {
+            return Ok(Ending::SUCCESS);
+        }
         let seconds = done.took.as_secs_f64();
         if done.made > 0 {
             eprintln!(
@@ -375,12 +398,23 @@ fn minutes(time: Duration) -> String {
     }
 }
 
-fn replay(file: &std::path::Path, trial: u32, images: &Images) -> anyhow::Result<Ending> {
+fn replay(
+    file: &std::path::Path,
+    trial: u32,
+    images: &Images,
+    told: &Told,
+) -> anyhow::Result<Ending> {
     // Which steps a trial has is in the file.
-    let of_header =
-        |header: &Header| setup(images, header.workload.clone(), header.contain, Steps::All);
-    let mut tell = |what: &str| eprintln!("campaign: {what}");
+    let of_header = |header: &Header| {
+        let setup = setup(images, header.workload.clone(), header.contain, Steps::All)?;
+        Ok(told.jailed(setup))
+    };
+    let mut tell = |what: &str| told.says(what);
     let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
+    if told.stream {
+        told.replayed(then, now);
+        return Ok(Ending::SUCCESS);
+    }
     print_json(&serde_json::json!({ "then": then, "now": now }))?;
     let same = then.runs.iter().all(|(way, run)| {
         now.runs

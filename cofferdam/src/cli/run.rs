@@ -10,7 +10,7 @@ use crate::options::{
 };
 use crate::run::saved::{Changes, SavedVm};
 use crate::run::{MAX_NICS, MAX_VCPUS, NetConfig, Restored, RunConfig};
-use crate::sandbox::MachineSandbox;
+use crate::sandbox::{GroupOptions, MachineSandbox};
 
 use super::Ending;
 
@@ -133,6 +133,8 @@ pub struct RunOptions {
     /// --allow-dir. TAPs and files are opened with its user's rights alone
     #[arg(long)]
     jail: bool,
+    #[command(flatten)]
+    group: GroupOptions,
 }
 
 impl RunOptions {
@@ -180,6 +182,7 @@ impl RunOptions {
             restored: None,
             sandbox: self.sandbox,
             jail: self.jail,
+            group: self.group,
         })
     }
 
@@ -203,6 +206,7 @@ impl RunOptions {
         Ok(RunConfig {
             sandbox: self.sandbox,
             jail: self.jail,
+            group: self.group,
             ..config
         })
     }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::SandboxOptions;
@@ -52,12 +53,21 @@ pub struct ServeOptions {
     /// Print the OpenAPI document and end
     #[arg(long, conflicts_with_all = ["socket", "look_group", "listen"])]
     openapi: bool,
+    /// Make campaigns (see `cofferdam campaign`), with their files in this folder
+    #[arg(long, value_name = "DIR")]
+    campaigns: Option<PathBuf>,
+    #[command(flatten)]
+    images: Images,
     #[command(flatten)]
     sandbox: SandboxOptions,
     /// Put each guest that is made into a jail (see `cofferdam run --jail`). The service itself is
     /// not behind Landlock then, which would not let them be made
     #[arg(long)]
     jail: bool,
+    /// Put each guest that is made into a control group of its own below this one (see `cofferdam
+    /// run --cgroup`)
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
 }
 
 impl ServeOptions {
@@ -84,6 +94,8 @@ impl ServeOptions {
             client_time: Duration::from_secs(self.client_time),
             sandbox: self.sandbox,
             jail: self.jail,
+            cgroup: self.cgroup,
+            campaigns: self.campaigns.map(|folder| (folder, self.images.images)),
         })?;
         Ok(Ending::SUCCESS)
     }

@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::images::Images;
 use super::{Ending, print_bytes, print_json};
 use crate::bench::guest::GuestOptions;
+use crate::bench::together::Together;
 use crate::sweep::{self, SweepOptions};
 use crate::table::{number, table};
 
@@ -90,7 +91,10 @@ impl SweepArgs {
     /// `sweep`
     pub fn run(self) -> anyhow::Result<Ending> {
         match self.command {
-            None => self.run.run(),
+            None => {
+                let _together = Together::begin(false)?;
+                self.run.run()
+            }
             Some(SweepCommand::Show { file, all, json }) => {
                 show(&sweep::read(&file)?, all, json)?;
                 Ok(Ending::SUCCESS)

@@ -58,6 +58,7 @@ pub fn examine() -> Report {
         walls::seccomp(),
         walls::landlock(),
         walls::jail(),
+        walls::control_group(),
         walls::ordinary_user(),
     ]);
     let (lab, lab_ready) = host::lab();
@@ -99,6 +100,7 @@ mod tests {
             "hugepages",
             "seccomp",
             "landlock",
+            "control group",
             "without root",
             "lab",
         ] {

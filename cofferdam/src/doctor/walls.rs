@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::report::Check;
-use crate::sandbox::{can_jail, landlock_version};
+use crate::sandbox::{can_jail, controllers, delegated, landlock_version};
 
 /// The first version of Landlock that knows truncation, devices' requests and abstract sockets:
 /// Linux 6.12.
@@ -67,6 +67,32 @@ pub fn jail() -> Check {
             format!("no user namespace with mounts of its own: {why}"),
             "guests run without --jail: allow it (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, \
              kernel.apparmor_restrict_unprivileged_userns); Linux 5.12 has all that it takes",
+        ),
+    }
+}
+
+/// The control group that `--jail` would divide.
+pub fn control_group() -> Check {
+    let name = "control group";
+    let dir = match delegated() {
+        Ok(dir) => dir,
+        Err(why) => {
+            let why = crate::error_text::one_line(&why);
+            return Check::limited(
+                name,
+                format!("none to put guests in: {why}"),
+                "guests have memory, tasks and processor time as their user: start them in a unit with Delegate=yes, \
+                 or give run and serve --cgroup DIR, one that this user may divide",
+            );
+        }
+    };
+    let there = controllers(&dir).unwrap_or_default().join(", ");
+    match there.as_str() {
+        "memory, pids, cpu" => Check::good(name, format!("{}: {there}", dir.display())),
+        _ => Check::limited(
+            name,
+            format!("{} has of memory, pids, cpu: {there}", dir.display()),
+            "what is missing is not bounded: have it handed on (systemd: Delegate=memory pids cpu)",
         ),
     }
 }

@@ -58,7 +58,7 @@ pub fn write(summary: &Summary, folder: &Path) -> anyhow::Result<()> {
 }
 
 /// The plots by file name.
-pub(super) fn plots(summary: &Summary) -> anyhow::Result<BTreeMap<String, String>> {
+pub fn plots(summary: &Summary) -> anyhow::Result<BTreeMap<String, String>> {
     let mut plots = BTreeMap::new();
     for way in summary.ways.keys() {
         for (what, counts) in [("kinds", &summary.kinds), ("functions", &summary.functions)] {

@@ -53,7 +53,7 @@ use crate::ending::Ending;
 use crate::long_work::LongWork;
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::{Jail, MachineSandbox, Namespaces};
+use crate::sandbox::{Entered, Group, GroupOptions, Jail, MachineSandbox, Namespaces};
 use crate::signals::Signals;
 use steps::Steps;
 
@@ -101,6 +101,8 @@ pub struct RunConfig {
     pub sandbox: MachineSandbox,
     /// Its process is in a jail.
     pub jail: bool,
+    /// The control group of its process.
+    pub group: GroupOptions,
 }
 
 /// A NIC.
@@ -178,11 +180,16 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
     // In a jail it cannot be had any more.
     let userfault = config.userfault();
+    // By the rights that it has outside of the jail.
+    let memory = config.memory.bytes();
+    let group = config
+        .group
+        .enter(&config.name, config.jail, memory, config.vcpus)?;
     let jail = config.begin_jail()?;
     let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
-    let result = boot(&config, (jail, userfault), started_ns, &watch);
+    let result = boot(&config, (jail, &group, userfault), started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
@@ -219,7 +226,7 @@ fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
 /// Makes the VM, runs it and takes it down.
 fn boot(
     config: &RunConfig,
-    (jail, userfault): (Option<Namespaces>, Option<Arc<Userfault>>),
+    (jail, group, userfault): (Option<Namespaces>, &Group, Option<Arc<Userfault>>),
     started_ns: u64,
     watch: &watch::Watch,
 ) -> anyhow::Result<ExitReason> {
@@ -267,14 +274,7 @@ fn boot(
     let service = service::VmService::new(config, plugging, supervisor, told)?;
     steps.done("recovery and the service are made");
     // Everything is open; nobody has been answered yet, and the guest does not run.
-    let jail = jail.map(|namespaces| Jail {
-        namespaces,
-        folders: config.folders_of_jail(&paths.dir),
-    });
-    let sandbox = config.sandbox.enter(config.sockets(), jail.as_ref())?;
-    if jail.is_some() {
-        belongings.dir_stays();
-    }
+    let sandbox = wall_off(config, (jail, group), &paths.dir, belongings)?;
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
     steps.done("the sandbox is entered");
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
@@ -296,6 +296,25 @@ fn boot(
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// Puts this process, whose folder is `dir`, behind its walls.
+fn wall_off(
+    config: &RunConfig,
+    (jail, group): (Option<Namespaces>, &Group),
+    dir: &Path,
+    belongings: &watch::Belongings,
+) -> anyhow::Result<Entered> {
+    let jail = jail.map(|namespaces| Jail {
+        namespaces,
+        folders: config.folders_of_jail(dir),
+    });
+    let entered = config.sandbox.enter(config.sockets(), jail.as_ref())?;
+    group.tell();
+    if jail.is_some() {
+        belongings.dir_stays();
+    }
+    Ok(entered)
 }
 
 /// Gives the VM, which has its devices, the saved state, unless it is asked to end before.

@@ -235,6 +235,7 @@ impl SavedVm {
             restored: Some(from),
             sandbox: MachineSandbox::default(),
             jail: false,
+            group: crate::sandbox::GroupOptions::default(),
         })
     }
 }

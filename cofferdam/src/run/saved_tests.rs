@@ -31,6 +31,7 @@ fn config(nets: &[&str]) -> RunConfig {
         restored: None,
         sandbox: MachineSandbox::default(),
         jail: false,
+        group: crate::sandbox::GroupOptions::default(),
     }
 }
 

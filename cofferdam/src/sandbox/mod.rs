@@ -14,6 +14,7 @@
 //! | `seccomp` | system calls that the process does not make | seccomp(2), a filter for all threads and one more for vCPUs |
 //! | `files` | files and folders that it has no business with | landlock(7) |
 //! | `jail` | the same, other processes in `/proc` and all rights outside, where that is asked for | user and mount namespaces |
+//! | `group` | memory, tasks and processor time without end, where it is asked for or `jail` finds one | control groups, cgroup v2 |
 //! | `privileges` | capabilities, new privileges, core dumps, descriptors without end | capabilities(7), prctl(2), setrlimit(2) |
 //!
 //! Nothing of it can be taken back. Where the host's kernel lacks a wall the others stand, and a
@@ -23,6 +24,7 @@
 
 mod calls;
 mod files;
+mod group;
 mod jail;
 mod privileges;
 mod refusal;
@@ -34,6 +36,7 @@ use anyhow::{Context, bail};
 
 pub use calls::FORBIDDEN;
 pub use files::landlock_version;
+pub use group::{Group, GroupOptions, controllers, delegated, divide, keeper};
 pub use jail::{Namespaces, can_jail};
 
 use files::Places;

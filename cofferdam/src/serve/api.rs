@@ -5,7 +5,8 @@ use std::sync::Arc;
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use utoipa::openapi::{ContentBuilder, OpenApi, RefOr, ResponseBuilder};
+use utoipa::openapi::path::Operation;
+use utoipa::openapi::{ContentBuilder, OpenApi, PathItem, RefOr, ResponseBuilder};
 use utoipa::{OpenApi as _, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -13,8 +14,8 @@ use utoipa_axum::routes;
 use super::app::App;
 use super::problem::{Code, Problem};
 use super::{
-    code_faults, console, create, devices, disturbances, events, exec, guests, inject, isolate,
-    jobs, marks, metrics, nics, page, suspend, upgrade,
+    campaigns, code_faults, console, create, devices, disturbances, events, exec, guests, inject,
+    isolate, jobs, marks, metrics, nics, page, suspend, upgrade,
 };
 
 #[derive(utoipa::OpenApi)]
@@ -32,6 +33,7 @@ use super::{
         (name = "disturbances", description = "NICs that fail as hardware does"),
         (name = "nics", description = "NICs that come and go while a guest runs"),
         (name = "devices", description = "NICs that guests share by turns"),
+        (name = "campaigns", description = "Faults by the hundred, and what became of each"),
         (name = "jobs", description = "Work that takes long"),
         (name = "events", description = "What changes"),
         (name = "service", description = "The service itself")
@@ -78,6 +80,14 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(devices::list_devices))
         .routes(routes!(devices::get_device))
         .routes(routes!(devices::switch_device))
+        .routes(routes!(
+            campaigns::list_campaigns,
+            campaigns::start_campaign
+        ))
+        .routes(routes!(campaigns::get_campaign))
+        .routes(routes!(campaigns::get_plot))
+        .routes(routes!(campaigns::get_trial))
+        .routes(routes!(campaigns::replay_trial))
         .routes(routes!(jobs::list_jobs))
         .routes(routes!(jobs::get_job, jobs::cancel_job))
         .routes(routes!(events::listen_to_events))
@@ -87,6 +97,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(page::page_style))
         .routes(routes!(page::page_script))
         .routes(routes!(page::plot_script))
+        .routes(routes!(page::campaigns_script))
 }
 
 /// The service's requests.
@@ -109,6 +120,7 @@ pub fn router(app: Arc<App>) -> Router {
 pub fn document() -> anyhow::Result<String> {
     let (_, mut document) = routes().split_for_parts();
     add_answers(&mut document);
+    one_line_summaries(&mut document);
     let mut text = document.to_pretty_json()?;
     text.push('\n');
     Ok(text)
@@ -134,13 +146,7 @@ fn add_answers(document: &mut OpenApi) {
         .content("application/problem+json", content)
         .build();
     for item in document.paths.paths.values_mut() {
-        let operations = [
-            &mut item.get,
-            &mut item.put,
-            &mut item.post,
-            &mut item.delete,
-        ];
-        for operation in operations.into_iter().flatten() {
+        for operation in operations(item) {
             let responses = &mut operation.responses.responses;
             for (status, response) in responses.iter_mut() {
                 if let RefOr::T(response) = response
@@ -150,6 +156,34 @@ fn add_answers(document: &mut OpenApi) {
                 }
             }
             responses.insert("default".to_owned(), RefOr::T(response.clone()));
+        }
+    }
+}
+
+/// What is done at a path.
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    let all = [
+        &mut item.get,
+        &mut item.put,
+        &mut item.post,
+        &mut item.delete,
+    ];
+    all.into_iter().flatten()
+}
+
+/// Makes the first sentence of each operation its summary, in one line, and the rest its
+/// description (OpenAPI 3.1.0, 4.8.10: a short summary, a verbose explanation).
+fn one_line_summaries(document: &mut OpenApi) {
+    for item in document.paths.paths.values_mut() {
+        for operation in operations(item) {
+            let text = [&operation.summary, &operation.description]
+                .into_iter()
+                .flatten();
+            let text: Vec<_> = text.flat_map(|text| text.split_whitespace()).collect();
+            let text = text.join(" ");
+            let (summary, rest) = text.split_once(". ").unwrap_or((&text, ""));
+            operation.summary = Some(summary.trim_end_matches('.').to_owned());
+            operation.description = (!rest.is_empty()).then(|| rest.to_owned());
         }
     }
 }

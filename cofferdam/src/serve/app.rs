@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::FromRef;
 
 use super::ask::Asks;
+use super::campaigns::Campaigns;
 use super::console::Readers;
 use super::events::Watch;
 use super::jobs::Jobs;
@@ -18,12 +19,16 @@ pub struct App {
     pub root: RuntimeRoot,
     /// Guests that are made are in jails.
     pub jail: bool,
+    /// The control group that theirs are in, if they are to have some.
+    pub cgroup: Option<String>,
     /// Requests to them.
     pub asks: Asks,
     /// Looks at all of them.
     pub looks: Looks,
     /// Work that takes long.
     pub jobs: Jobs,
+    /// Where campaigns are, if there are any.
+    pub campaigns: Option<Campaigns>,
     /// Who reads consoles.
     pub consoles: Readers,
     /// What changes.
@@ -31,14 +36,22 @@ pub struct App {
 }
 
 impl App {
-    /// For what runs in `root`; guests that are made are in jails with `jail`.
-    pub fn new(root: RuntimeRoot, jail: bool) -> Arc<Self> {
+    /// For what runs in `root`; guests that are made are in jails with `jail`, and in control groups
+    /// below `cgroup`.
+    pub fn new(
+        root: RuntimeRoot,
+        jail: bool,
+        cgroup: Option<String>,
+        campaigns: Option<Campaigns>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             asks: Asks::new(root.clone()),
             looks: Looks::new(root.clone()),
             watch: Watch::new(root.clone()),
             root,
             jail,
+            cgroup,
+            campaigns,
             jobs: Jobs::default(),
             consoles: Readers::default(),
         })

@@ -25,7 +25,7 @@ use super::problem::{Code, Problem};
 use super::spec::{Checked, GuestSpec};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{Status, VmState};
-use crate::runtime_dir::{ROOT_VARIABLE, RunningVm};
+use crate::runtime_dir::{ROOT_VARIABLE, RunningVm, RuntimeRoot};
 
 /// How long a guest may take to run.
 const START_TIME: Duration = Duration::from_secs(60);
@@ -52,13 +52,16 @@ pub async fn create_guest(
     if app.jail {
         spec.words.push("--jail".to_owned());
     }
+    if let Some(group) = &app.cgroup {
+        spec.words.push(format!("--cgroup={group}"));
+    }
     let location = [(LOCATION, format!("/v1/guests/{}", spec.name))];
     if let Some(vm) = app.asks.find(&spec.name).await? {
         is_of(&vm, &spec)?;
         let status = app.wait_for(&spec, None).await?;
         return Ok((StatusCode::OK, location, Json(status)).into_response());
     }
-    let said = said_file(&app)?;
+    let said = said_file_in(&app.root)?;
     let mut child = start(&app, &spec, &said)?;
     match app.wait_for(&spec, Some(&mut child)).await {
         Ok(status) => Ok((StatusCode::CREATED, location, Json(status)).into_response()),
@@ -143,11 +146,11 @@ fn is_of(vm: &RunningVm, spec: &Checked) -> Result<(), Problem> {
     Err(Problem::new(Code::OtherSpec, detail))
 }
 
-/// Where a guest's process says what is wrong. Nobody else sees it, and it is gone with the
-/// process; a pipe would end with the service.
-fn said_file(app: &App) -> Result<File, Problem> {
-    crate::runtime_dir::create_dir(app.root.path())
-        .and_then(|()| tempfile::tempfile_in(app.root.path()))
+/// Where a process says what is wrong. Nobody else sees it, and it is gone with the process; a pipe
+/// would end with the service.
+pub fn said_file_in(root: &RuntimeRoot) -> Result<File, Problem> {
+    crate::runtime_dir::create_dir(root.path())
+        .and_then(|()| tempfile::tempfile_in(root.path()))
         .map_err(|error| Problem::new(Code::Internal, error.to_string()))
 }
 
@@ -176,7 +179,7 @@ fn start(app: &App, spec: &Checked, said: &File) -> Result<Child, Problem> {
 }
 
 /// The last line that a guest's process said.
-fn last_line(mut said: File) -> Option<String> {
+pub fn last_line(mut said: File) -> Option<String> {
     let end = said.seek(SeekFrom::End(0)).ok()?;
     let from = end.saturating_sub(MAX_SAID_BYTES);
     said.seek(SeekFrom::Start(from)).ok()?;

@@ -187,6 +187,8 @@ pub struct ViolationList {
     /// The last ones one by one, oldest first.
     #[schema(value_type = Object)]
     last_reports: serde_json::Value,
+    /// The same for people, with names for addresses.
+    last_texts: Vec<String>,
 }
 
 /// Violations of one function at one place.
@@ -216,7 +218,7 @@ pub async fn list_violations(
         isolated,
         all,
         reports,
-        ..
+        texts,
     } = app.asks.ask(&name, request).await?
     else {
         return Err(Problem::unexpected(&"no violations"));
@@ -232,6 +234,7 @@ pub async fn list_violations(
         isolated,
         violations: violations.collect(),
         last_reports: reports,
+        last_texts: texts,
     }))
 }
 

@@ -28,6 +28,9 @@ pub const MAX_RUNNING: usize = 16;
 /// others want to look at it meanwhile.
 const MAX_OF_ONE: usize = 8;
 
+/// Campaigns: each has guests of its own, and processors to work on.
+pub const MAX_CAMPAIGNS: usize = 2;
+
 /// Jobs that have ended and can still be looked at; the oldest goes first.
 const MAX_ENDED: usize = 64;
 
@@ -45,10 +48,50 @@ pub struct Jobs(Arc<Mutex<VecDeque<Arc<Job>>>>);
 #[derive(Debug)]
 pub struct Job {
     id: String,
-    guest: String,
+    of: Subject,
     what: &'static str,
     state: watch::Sender<JobState>,
     giving_up: Mutex<GivingUp>,
+}
+
+/// What a job is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Subject {
+    /// The guest of this name.
+    Guest(String),
+    /// The campaign of this name, which is made by a process with these words.
+    Campaign(String, Vec<String>),
+}
+
+impl Subject {
+    fn name(&self) -> &str {
+        match self {
+            Self::Guest(name) | Self::Campaign(name, _) => name,
+        }
+    }
+
+    /// How many of it there may be at one time: of one guest, or campaigns at all.
+    fn most(&self) -> usize {
+        match self {
+            Self::Guest(_) => MAX_OF_ONE,
+            Self::Campaign(..) => MAX_CAMPAIGNS,
+        }
+    }
+
+    /// Whether `other` counts with it.
+    fn counts_with(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Guest(one), Self::Guest(other)) => one == other,
+            (Self::Campaign(..), Self::Campaign(..)) => true,
+            _ => false,
+        }
+    }
+}
+
+impl From<&VmName> for Subject {
+    fn from(guest: &VmName) -> Self {
+        Self::Guest(guest.to_string())
+    }
 }
 
 /// How a job is given up.
@@ -63,6 +106,7 @@ pub enum GivingUp {
 #[derive(Debug, Default)]
 struct JobState {
     progress: VecDeque<String>,
+    figures: Option<Value>,
     cancelled: bool,
     result: Option<Result<Value, Problem>>,
 }
@@ -85,13 +129,23 @@ pub struct JobView {
     /// Which.
     id: String,
     /// Name of the guest.
-    guest: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest: Option<String>,
+    /// Name of the campaign.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    campaign: Option<String>,
     /// What is done.
     what: &'static str,
     /// How it stands.
     stage: JobStage,
     /// What was done so far, as far as it was told: the last 64 lines.
     progress: Vec<String>,
+    /// Of a campaign: how many trials are made (`trials` of `of`), how long the rest takes
+    /// (`left_s`), verdicts by way (`ways`; of the faults that harm natively `of_harm`), and how
+    /// many trials are to be looked at (`to_look_at`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    figures: Option<Value>,
     /// What it brought: what the request answers where it does not take long.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
@@ -117,6 +171,17 @@ impl Job {
             }
             state.progress.push_back(what.to_owned());
         });
+    }
+
+    /// Tells how far it is, in figures.
+    pub fn counts(&self, figures: Value) {
+        self.state
+            .send_modify(|state| state.figures = Some(figures));
+    }
+
+    /// Whether it was given up.
+    pub fn is_given_up(&self) -> bool {
+        self.state.borrow().cancelled
     }
 
     /// Says what closing ends the job. It is closed at once if the job was given up before.
@@ -154,6 +219,11 @@ impl Job {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn is_campaign(&self, name: &str) -> bool {
+        let is_of = matches!(&self.of, Subject::Campaign(other, _) if other == name);
+        is_of && !self.has_ended()
+    }
+
     fn has_ended(&self) -> bool {
         self.state.borrow().result.is_some()
     }
@@ -167,10 +237,12 @@ impl Job {
         };
         JobView {
             id: self.id.clone(),
-            guest: self.guest.clone(),
+            guest: matches!(self.of, Subject::Guest(_)).then(|| self.of.name().to_owned()),
+            campaign: matches!(self.of, Subject::Campaign(..)).then(|| self.of.name().to_owned()),
             what: self.what,
             stage,
             progress: state.progress.iter().cloned().collect(),
+            figures: state.figures.clone(),
             result,
             problem,
         }
@@ -191,24 +263,54 @@ impl Jobs {
         })
     }
 
-    /// Does `work` for `guest` in a thread of its own.
+    /// The campaign of this name that is under way, as a job.
+    pub fn of_campaign(&self, name: &str) -> Option<String> {
+        let all = self.all();
+        let job = all.iter().find(|job| job.is_campaign(name));
+        job.map(|job| job.id.clone())
+    }
+
+    /// Whether any campaign is under way.
+    pub fn have_campaigns(&self) -> bool {
+        let of = |job: &Arc<Job>| matches!(job.of, Subject::Campaign(..)) && !job.has_ended();
+        self.all().iter().any(of)
+    }
+
+    /// Does `work` of this in a thread of its own. Of a campaign that is under way the job is the
+    /// one that there is.
     pub fn start(
         &self,
-        guest: &VmName,
+        of: impl Into<Subject>,
         what: &'static str,
         giving_up: GivingUp,
         work: impl FnOnce(&Job) -> Result<Value, Problem> + Send + 'static,
     ) -> Result<Arc<Job>, Problem> {
+        let of = of.into();
         let mut all = self.all();
+        if let Subject::Campaign(name, _) = &of
+            && let Some(there) = all.iter().find(|job| job.is_campaign(name))
+        {
+            return match there.of == of {
+                true => Ok(Arc::clone(there)),
+                false => {
+                    let detail = format!("{name} is under way and was begun as something else");
+                    Err(Problem::new(Code::OtherSpec, detail))
+                }
+            };
+        }
         let running = all.iter().filter(|job| !job.has_ended()).count();
         if running >= MAX_RUNNING {
             let detail = format!("{MAX_RUNNING} jobs are under way already: try again later");
             return Err(Problem::new(Code::Busy, detail));
         }
-        let is_of_this = |job: &&Arc<Job>| job.guest == guest.as_str() && !job.has_ended();
-        if all.iter().filter(is_of_this).count() >= MAX_OF_ONE {
-            let detail =
-                format!("{MAX_OF_ONE} jobs of {guest} are under way already: try again later");
+        let is_of_this = |job: &&Arc<Job>| job.of.counts_with(&of) && !job.has_ended();
+        let most = of.most();
+        if all.iter().filter(is_of_this).count() >= most {
+            let whose = match &of {
+                Subject::Guest(name) => format!("jobs of {name}"),
+                Subject::Campaign(..) => "campaigns".to_owned(),
+            };
+            let detail = format!("{most} {whose} are under way already: try again later");
             return Err(Problem::new(Code::Busy, detail));
         }
         if all.len() - running >= MAX_ENDED
@@ -218,7 +320,7 @@ impl Jobs {
         }
         let job = Arc::new(Job {
             id: random_id()?,
-            guest: guest.to_string(),
+            of,
             what,
             state: watch::Sender::default(),
             giving_up: Mutex::new(giving_up),
@@ -259,6 +361,23 @@ impl Jobs {
             };
         }
         accepted(&job)
+    }
+}
+
+impl Jobs {
+    /// Why a job has failed that fails soon; it is forgotten then.
+    pub async fn failed_early(&self, job: &Arc<Job>) -> Option<Problem> {
+        let mut state = job.state.subscribe();
+        let ended = state.wait_for(|state| state.result.is_some());
+        let problem = match tokio::time::timeout(PATIENCE, ended).await {
+            Ok(Ok(state)) => match &state.result {
+                Some(Err(problem)) => Some(problem.clone()),
+                _ => None,
+            },
+            _ => None,
+        }?;
+        self.all().retain(|other| !Arc::ptr_eq(other, job));
+        Some(problem)
     }
 }
 
@@ -317,122 +436,4 @@ pub async fn cancel_job(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{self, Read, Write};
-
-    use super::*;
-
-    fn name() -> VmName {
-        "web".parse().unwrap()
-    }
-
-    async fn end(job: &Job) {
-        let mut state = job.state.subscribe();
-        let ended = state.wait_for(|state| state.result.is_some());
-        ended.await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn jobs_are_bounded_and_the_oldest_that_ended_goes_first() {
-        let jobs = Jobs::default();
-        let mut first = None;
-        for _ in 0..=MAX_ENDED {
-            let job = jobs
-                .start(&name(), "a test", GivingUp::Never, |job| {
-                    job.tell("word");
-                    Ok(Value::Null)
-                })
-                .unwrap();
-            end(&job).await;
-            first.get_or_insert(job);
-        }
-        assert_eq!(jobs.all().len(), MAX_ENDED);
-        assert_eq!(
-            jobs.find(&first.unwrap().id).unwrap_err(),
-            jobs.find("").unwrap_err()
-        );
-        let (hold, held) = std::sync::mpsc::channel::<()>();
-        let held = Arc::new(Mutex::new(held));
-        let begin = |guest: &str| {
-            let held = Arc::clone(&held);
-            jobs.start(
-                &guest.parse().unwrap(),
-                "a test",
-                GivingUp::Never,
-                move |_| {
-                    let _ = held.lock().unwrap().recv();
-                    Ok(Value::Null)
-                },
-            )
-        };
-        for _ in 0..MAX_OF_ONE {
-            begin("one").unwrap();
-        }
-        begin("one").unwrap_err();
-        for _ in MAX_OF_ONE..MAX_RUNNING {
-            begin("other").unwrap();
-        }
-        begin("third").unwrap_err();
-        drop(hold);
-    }
-
-    #[tokio::test]
-    async fn a_job_keeps_its_last_words_and_why_it_failed() {
-        let jobs = Jobs::default();
-        let work = |job: &Job| {
-            for number in 0..100 {
-                job.tell(&number.to_string());
-            }
-            panic!("for a test")
-        };
-        let job = jobs
-            .start(&name(), "a test", GivingUp::Never, work)
-            .unwrap();
-        end(&job).await;
-        let view = job.view();
-        assert_eq!(view.progress.len(), MAX_PROGRESS);
-        assert_eq!(view.progress[MAX_PROGRESS - 1], "99");
-        assert_eq!(view.stage, JobStage::Failed);
-        assert!(view.problem.is_some());
-    }
-
-    #[tokio::test]
-    async fn a_job_that_has_only_just_begun_is_given_up_before_it_asks_for_anything() {
-        let jobs = Jobs::default();
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (go, may_go) = std::sync::mpsc::channel::<()>();
-        let closing = GivingUp::Closing(None);
-        let work = move |job: &Job| {
-            let _ = may_go.recv();
-            job.is_done_over(ours.try_clone().unwrap());
-            let broken = |error: io::Error| Problem::new(Code::BrokenOff, error.to_string());
-            (&ours).write_all(b"do it").map_err(broken)?;
-            Ok(Value::Null)
-        };
-        let job = jobs.start(&name(), "a test", closing, work).unwrap();
-        assert!(job.give_up());
-        assert_eq!(job.view().stage, JobStage::Running);
-        go.send(()).unwrap();
-        end(&job).await;
-        let view = job.view();
-        let given_up = Problem::new(Code::Cancelled, "the job was given up");
-        assert_eq!(view.problem, Some(given_up));
-        let mut asked = Vec::new();
-        theirs.read_to_end(&mut asked).unwrap();
-        assert!(asked.is_empty(), "{asked:?}");
-        // It has ended, and one without a connection is never given up.
-        assert!(!job.give_up());
-        let (go, may_go) = std::sync::mpsc::channel::<()>();
-        let work = move |_: &Job| {
-            let _ = may_go.recv();
-            Ok(Value::Null)
-        };
-        let job = jobs
-            .start(&name(), "a test", GivingUp::Never, work)
-            .unwrap();
-        assert!(!job.give_up());
-        drop(go);
-        end(&job).await;
-        assert_eq!(job.view().stage, JobStage::Done);
-    }
-}
+mod tests;

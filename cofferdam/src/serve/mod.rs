@@ -19,6 +19,7 @@ mod api;
 mod app;
 mod ask;
 mod asked_at_length;
+mod campaigns;
 mod code_faults;
 mod connection;
 mod console;
@@ -53,7 +54,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use axum::Router;
 
 pub use api::document;
@@ -63,8 +64,9 @@ pub use tokens::new_line;
 
 use crate::asked_to_end::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::{Guests, SandboxOptions, can_jail};
+use crate::sandbox::{Guests, SandboxOptions, can_jail, divide};
 use app::App;
+use campaigns::Campaigns;
 use network::Network;
 use peer::Peers;
 use socket::Socket;
@@ -95,6 +97,10 @@ pub struct ServeConfig {
     pub sandbox: SandboxOptions,
     /// The guests that it makes are in jails.
     pub jail: bool,
+    /// The control group in which each guest that it makes has one.
+    pub cgroup: Option<PathBuf>,
+    /// The folder of campaigns' files, if it makes any, and that of images for their guests.
+    pub campaigns: Option<(PathBuf, PathBuf)>,
 }
 
 /// Serves until a signal asks for the end.
@@ -108,6 +114,15 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
+    let cgroup = config.cgroup.as_deref().map(divide).transpose()?;
+    let cgroup = cgroup.map(|dir| dir.into_os_string().into_string());
+    let cgroup = cgroup
+        .transpose()
+        .map_err(|dir| anyhow!("the control group {} is no UTF-8", dir.display()))?;
+    let campaigns = config
+        .campaigns
+        .map(|(folder, images)| Campaigns::new(&folder, &images, &root))
+        .transpose()?;
     let look = config.look_group.as_deref().map(peer::group).transpose()?;
     let network = config.network.as_ref().map(Network::bind).transpose()?;
     // Before there are other threads, which inherit it.
@@ -129,6 +144,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         .thread_name("service-ask")
         .build()
         .context("cannot start the service's threads")?;
+    let of_campaigns = campaigns.clone();
     let ended = runtime.block_on(async {
         // Before anybody can see that it is there.
         let asked_to_end = asked_to_end()?;
@@ -138,7 +154,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         }
         let listener = socket.listener()?;
         let peers = Peers::new(look);
-        let router = api::router(App::new(RuntimeRoot::new(root), config.jail));
+        let router = api::router(App::new(RuntimeRoot::new(root), config.jail, cgroup, campaigns));
         tracing::info!("serving at {}", path.display());
         tokio::select! {
             never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},
@@ -148,6 +164,9 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
     });
     // Who is still waited for is a process that does not answer.
     runtime.shutdown_background();
+    if let Some(campaigns) = of_campaigns {
+        campaigns.leave();
+    }
     ended
 }
 

@@ -12,7 +12,7 @@ use axum::http::header::{
 use axum::response::{IntoResponse, Response};
 
 /// Paths that are given without a token.
-pub const PATHS: [&str; 4] = ["/", "/page.css", "/page.js", "/plot.js"];
+pub const PATHS: [&str; 5] = ["/", "/page.css", "/page.js", "/plot.js", "/campaigns.js"];
 
 /// What the page may do: run and show its own files, and ask this service.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -61,5 +61,15 @@ pub async fn plot_script() -> Response {
     file(
         "text/javascript; charset=utf-8",
         include_str!("page/plot.js"),
+    )
+}
+
+/// Show what shows campaigns, jobs and reports.
+#[utoipa::path(get, path = "/campaigns.js", tag = "service",
+    responses((status = 200, body = String, content_type = "text/javascript")))]
+pub async fn campaigns_script() -> Response {
+    file(
+        "text/javascript; charset=utf-8",
+        include_str!("page/campaigns.js"),
     )
 }

@@ -41,11 +41,17 @@ pub enum Code {
     NoSuchMark,
     /// There is no such job, or no more.
     NoSuchJob,
-    /// A guest of that name runs already, and it was made of something else.
+    /// The service has no campaign of that name.
+    NoSuchCampaign,
+    /// The campaign has no such trial, or no such plot.
+    NoSuchTrial,
+    /// Of that name there is a guest or a campaign already, and it was made of something else.
     OtherSpec,
     /// The guest did not start.
     CannotStart,
-    /// The guest or the device host says no.
+    /// The campaign could not begin or go on.
+    CampaignFailed,
+    /// The guest or the device host says no, or this service has not what it takes.
     Refused,
     /// The guest or the device host does not answer in time.
     NoAnswer,
@@ -93,15 +99,26 @@ impl Code {
             Self::NoSuchDevice => ("no_such_device", S::NOT_FOUND, "no such device host runs"),
             Self::NoSuchMark => ("no_such_mark", S::NOT_FOUND, "there is no such mark"),
             Self::NoSuchJob => ("no_such_job", S::NOT_FOUND, "there is no such job"),
+            Self::NoSuchCampaign => (
+                "no_such_campaign",
+                S::NOT_FOUND,
+                "there is no such campaign",
+            ),
+            Self::NoSuchTrial => ("no_such_trial", S::NOT_FOUND, "there is no such trial"),
             Self::OtherSpec => (
                 "other_spec",
                 S::CONFLICT,
-                "a guest of that name runs and is another one",
+                "what has that name is another one",
             ),
             Self::CannotStart => (
                 "cannot_start",
                 S::UNPROCESSABLE_ENTITY,
                 "the guest did not start",
+            ),
+            Self::CampaignFailed => (
+                "campaign_failed",
+                S::UNPROCESSABLE_ENTITY,
+                "the campaign could not go on",
             ),
             Self::Refused => ("refused", S::CONFLICT, "it was refused"),
             Self::NoAnswer => ("no_answer", S::GATEWAY_TIMEOUT, "no answer in time"),
@@ -144,6 +161,16 @@ impl Problem {
             code,
             detail: detail.into(),
         }
+    }
+
+    /// Whether it is of this kind.
+    pub fn is(&self, code: Code) -> bool {
+        self.code == code
+    }
+
+    /// What went wrong this time.
+    pub fn detail(&self) -> &str {
+        &self.detail
     }
 
     /// What a process answered that was not wanted.
@@ -189,7 +216,7 @@ impl IntoResponse for Problem {
 mod tests {
     use super::*;
 
-    const ALL: [Code; 21] = [
+    const ALL: [Code; 24] = [
         Code::Malformed,
         Code::WrongValues,
         Code::WrongType,
@@ -203,8 +230,11 @@ mod tests {
         Code::NoSuchDevice,
         Code::NoSuchMark,
         Code::NoSuchJob,
+        Code::NoSuchCampaign,
+        Code::NoSuchTrial,
         Code::OtherSpec,
         Code::CannotStart,
+        Code::CampaignFailed,
         Code::Refused,
         Code::NoAnswer,
         Code::BrokenOff,

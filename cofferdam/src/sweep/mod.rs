@@ -122,6 +122,7 @@ mod tests {
         assert!(records.is_empty());
         append(&mut file, &record).unwrap();
         file.write_all(b"{\"class\":\"qd").unwrap();
+        drop(file);
         let (mut file, records) = open(&path, &header).unwrap();
         assert_eq!(records, std::slice::from_ref(&record));
         let next = Record {
@@ -129,6 +130,7 @@ mod tests {
             ..record.clone()
         };
         append(&mut file, &next).unwrap();
+        drop(file);
         assert_eq!(read(&path).unwrap().records, [record, next]);
         let other = Header {
             kernel: "6.12".to_owned(),

@@ -11,6 +11,7 @@ mod breaking;
 #[path = "../common/mod.rs"]
 mod common;
 mod files;
+mod group;
 mod inside;
 mod jail;
 mod running;

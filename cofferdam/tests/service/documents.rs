@@ -50,6 +50,12 @@ fn each_answer_is_described_and_each_part_of_a_path_named() {
     let document: Value = serde_json::from_str(&read("openapi.json")).unwrap();
     for (path, item) in document["paths"].as_object().unwrap() {
         for (method, operation) in item.as_object().unwrap() {
+            let summary = operation["summary"].as_str().unwrap_or_default();
+            let is_a_line = !summary.is_empty() && !summary.contains('\n');
+            assert!(
+                is_a_line && !summary.ends_with('.'),
+                "{method} {path}: {summary:?}"
+            );
             for (status, answer) in operation["responses"].as_object().unwrap() {
                 let description = answer["description"].as_str().unwrap_or_default();
                 assert!(!description.is_empty(), "{method} {path}: {status}");
@@ -98,7 +104,9 @@ fn what_is_in_the_document_is_served_and_nothing_else() {
             .replace("{module}", "x")
             .replace("{mark}", "x")
             .replace("{id}", "x")
-            .replace("{address}", "x");
+            .replace("{address}", "x")
+            .replace("{plot}", "x")
+            .replace("{number}", "1");
         for method in ["get", "put", "post", "delete", "patch"] {
             if path == "/v1/events" && method == "get" {
                 // It has no end; another test listens.
@@ -171,6 +179,7 @@ fn the_examples_of_the_guide_work() {
     assert!(script.contains("--unix-socket"));
     let program = Path::new(env!("CARGO_BIN_EXE_cofferdam")).parent().unwrap();
     let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+    crate::campaigns::campaign(&place, "first", 3);
     let mut shell = std::process::Command::new("bash");
     shell
         .args(["-c", &script])
@@ -178,6 +187,7 @@ fn the_examples_of_the_guide_work() {
         .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
         .env("KERNEL", place.idle_kernel())
         .env("SNAPSHOT", place.path("snapshot"))
+        .env("CAMPAIGNS", place.path("campaigns"))
         .env("TOKENS", place.path("tokens"))
         .env("TOLD", place.path("told"))
         .env("PORT", "0")

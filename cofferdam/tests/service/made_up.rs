@@ -79,7 +79,10 @@ fn requests_that_others_make_up_find_nothing() {
         return skipped::skip(name, "there is no schemathesis in target/python");
     }
     let place = Place::new();
-    let over = OverTcp::start(&place, "");
+    crate::campaigns::campaign(&place, "idle", 3);
+    let campaigns = place.path("campaigns").display().to_string();
+    let words = format!("--campaigns {campaigns} --images /nonexistent");
+    let over = OverTcp::start(&place, &words);
     // Snapshots and sockets that are made up go nowhere else.
     std::fs::create_dir(place.path("ours")).unwrap();
     let ours = place.path("ours").display().to_string();

@@ -12,6 +12,7 @@ mod common;
 mod agent;
 mod bad_input;
 mod browser;
+mod campaigns;
 mod client;
 mod console;
 mod creating;

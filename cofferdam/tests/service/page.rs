@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::browser::Browser;
+use crate::campaigns::campaign;
 use crate::common::place::{Place, finish};
 use crate::over_tcp::{DO, LOOK, OverTcp};
 use crate::scripted::{HOSTILE, script};
@@ -16,6 +17,7 @@ fn the_page_may_load_and_ask_nothing_but_its_own_service() {
         ("/page.css", "text/css"),
         ("/page.js", "text/javascript"),
         ("/plot.js", "text/javascript"),
+        ("/campaigns.js", "text/javascript"),
     ] {
         let answer = over.ask("GET", path, "").ok(200);
         for line in [
@@ -97,6 +99,71 @@ fn a_browser_shows_guests_as_they_are_and_nothing_that_they_say_as_markup() {
     over.service.delete("/v1/guests/idle?force=true").ok(200);
     finish(vm);
     browser.until(&format!("{events}.includes('idle is gone')"));
+    over.service.end();
+    drop(dir);
+    browser.end();
+}
+
+#[test]
+fn a_browser_opens_campaigns_reports_and_jobs_and_nothing_in_them_is_markup() {
+    let name =
+        "service::page::a_browser_opens_campaigns_reports_and_jobs_and_nothing_in_them_is_markup";
+    let Some(mut browser) = Browser::start(name) else {
+        return;
+    };
+    let place = Place::new();
+    campaign(&place, "mine", 3);
+    place.file("campaigns/old.jsonl", b"{\"campaign\":1}\n");
+    let folder = place.path("campaigns").display().to_string();
+    let over = OverTcp::start(&place, &format!("--campaigns {folder}"));
+    let (dir, script) = script(&place);
+    script.be_hostile();
+    script.fail(3);
+    browser.open(&format!("https://{}/", over.address));
+    browser.until("!document.getElementById('login').hidden");
+    browser.log_in(LOOK);
+    browser.until("document.querySelectorAll('.campaign').length === 2");
+    let campaigns = "document.getElementById('campaigns').textContent";
+    browser.until(&format!("{campaigns}.includes('format 1')"));
+    browser.value("document.querySelector('.campaign details').open = true");
+    // Two ways with kinds and functions each, and latencies; all of them drawn.
+    let images = "[...document.querySelectorAll('.campaign img')]";
+    browser.until(&format!("{images}.length === 5"));
+    browser.until(&format!(
+        "{images}.every((one) => one.complete && one.naturalWidth > 100)"
+    ));
+    for text in ["crash", "isolated, once", "Trial 2: escaped"] {
+        browser.until(&format!("{campaigns}.includes({})", json!(text)));
+    }
+    browser.value("document.querySelector('.inside details').open = true");
+    let told = "document.querySelector('.inside details pre')?.textContent";
+    browser.until(&format!("{told} === {}", json!(HOSTILE)));
+    // It stays open while all around it is made anew.
+    let looks = "performance.getEntriesByType('resource')\
+                 .filter((one) => one.name.endsWith('/v1/campaigns')).length";
+    let so_far = browser.value(looks).as_u64().unwrap();
+    browser.until(&format!("{looks} >= {}", so_far + 2));
+    assert_eq!(browser.value(&format!("{images}.length")), json!(5));
+    // What calls of a guest's module did wrong, as its process says it with names.
+    browser.value("document.querySelector('.guest details').open = true");
+    let report = "document.querySelector('.guest details pre')?.textContent";
+    browser.until(&format!("{report} === {}", json!(HOSTILE)));
+    let begun = over
+        .service
+        .post("/v1/guests/script/snapshot", r#"{"dir": "/nonexistent"}"#);
+    let jobs = "document.getElementById('jobs').textContent";
+    browser.until(&format!("{jobs}.includes('snapshot of script')"));
+    browser.until(&format!("{jobs}.includes('writing')"));
+    let id = begun.ok(202).json()["id"].as_str().unwrap().to_owned();
+    over.service.delete(&format!("/v1/jobs/{id}")).ok(202);
+    browser.until(&format!("{jobs}.includes('given up')"));
+    assert_eq!(browser.value("document.scripts.length"), json!(1));
+    assert_eq!(browser.value("typeof window.broken"), json!("undefined"));
+    browser.size(360, 800);
+    browser.until("document.documentElement.scrollWidth <= 360");
+    browser.screenshot("campaigns-narrow");
+    browser.size(1200, 900);
+    browser.screenshot("campaigns");
     over.service.end();
     drop(dir);
     browser.end();

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use crate::client::Service;
-use crate::common::place::{Place, finish};
+use crate::common::place::{LIMIT, Place, finish, signal};
 
 /// `serve` with these words must fail with one line that says this.
 #[track_caller]
@@ -194,5 +194,44 @@ fn a_group_that_cannot_look_is_refused_in_a_line() {
         "cannot pass through",
     );
     assert!(!place.path("s").exists());
+    place.assert_empty();
+}
+
+#[test]
+fn a_service_without_descriptors_left_answers_again_when_there_are_some() {
+    let place = Place::new();
+    let script = format!(
+        "ulimit -n 40; exec {} serve",
+        env!("CARGO_BIN_EXE_cofferdam")
+    );
+    let mut shell = std::process::Command::new("sh");
+    shell
+        .args(["-c", &script])
+        .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
+    let mut service = Service {
+        child: Some(shell.spawn().unwrap()),
+        socket: place.path("run/service.sock"),
+    };
+    let deadline = std::time::Instant::now() + LIMIT;
+    while UnixStream::connect(&service.socket).is_err() {
+        assert!(std::time::Instant::now() < deadline, "no service");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    service.get("/v1/guests").ok(200);
+    // Those beyond the descriptors wait in the kernel, and nobody hears of them.
+    let idle: Vec<_> = (0..60).map(|_| service.connect()).collect();
+    let descriptors = format!("/proc/{}/fd", service.child.as_ref().unwrap().id());
+    while std::fs::read_dir(&descriptors).unwrap().count() < 40 {
+        assert!(std::time::Instant::now() < deadline, "descriptors are left");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    drop(idle);
+    service.get("/v1/guests").ok(200);
+    let child = service.child.take().unwrap();
+    signal(&child, libc::SIGTERM);
+    assert!(finish(child).status.success());
     place.assert_empty();
 }

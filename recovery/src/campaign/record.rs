@@ -4,6 +4,7 @@
 //! a full disk or a killed process leaves: it is written anew.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, Read};
 
 use isolation::attach::request::Contain;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ pub const FORMAT: u32 = 2;
 
 /// Longest file that is read, in bytes: some kilobytes for each of a hundred thousand trials.
 pub const MAX_FILE: u64 = 1 << 30;
+
+/// Longest line of a file, in bytes: a workload has 64 KiB, and what is seen of a trial is bounded.
+pub const MAX_LINE: u64 = 4 << 20;
 
 /// What a campaign is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +89,12 @@ pub enum FileError {
         /// What is wrong.
         source: serde_json::Error,
     },
+    /// A line that is none of a campaign's, for its length.
+    #[error("line {0} is longer than {MAX_LINE} bytes")]
+    Long(usize),
+    /// It cannot be read.
+    #[error("it cannot be read: {0}")]
+    Read(#[from] std::io::Error),
     /// Nothing.
     #[error("it is empty")]
     Empty,
@@ -121,18 +131,76 @@ pub struct Campaign {
 pub fn read(text: &str) -> Result<Campaign, FileError> {
     let whole_bytes = text.rfind('\n').map_or(0, |at| at + 1);
     let whole = text.get(..whole_bytes).unwrap_or_default();
-    let mut lines = (1..).zip(whole.lines());
-    let (_, first) = lines.next().ok_or(FileError::Empty)?;
-    let at = |line| move |source| FileError::Line { line, source };
-    let format: Format = serde_json::from_str(first).map_err(at(1))?;
-    if format.campaign != FORMAT {
-        return Err(FileError::Format(format.campaign));
+    let mut lines = Lines::new(whole.as_bytes());
+    let header = lines.header()?;
+    let records = lines.collect::<Result<_, _>>()?;
+    Ok(Campaign {
+        header,
+        records,
+        whole_bytes,
+    })
+}
+
+/// A campaign's file, a trial at a time: its [`Lines::header`], then its records. A last line that
+/// is cut off is left out.
+#[derive(Debug)]
+pub struct Lines<R> {
+    input: R,
+    /// Number of the line that was read last.
+    line: usize,
+    text: Vec<u8>,
+}
+
+impl<R: BufRead> Lines<R> {
+    /// From the first line on.
+    pub fn new(input: R) -> Self {
+        Self {
+            input,
+            line: 0,
+            text: Vec::new(),
+        }
     }
-    let header: Header = serde_json::from_str(first).map_err(at(1))?;
-    header.workload.check()?;
-    let mut records = Vec::new();
-    for ((line, text), expected) in lines.zip(1..) {
-        let record: Record = serde_json::from_str(text).map_err(at(line))?;
+
+    /// What the campaign is. It comes before the first record.
+    ///
+    /// # Errors
+    /// The file is none of a campaign, or of another format.
+    pub fn header(&mut self) -> Result<Header, FileError> {
+        if !self.next_line()? {
+            return Err(FileError::Empty);
+        }
+        let at = |source| FileError::Line { line: 1, source };
+        let format: Format = serde_json::from_slice(&self.text).map_err(at)?;
+        if format.campaign != FORMAT {
+            return Err(FileError::Format(format.campaign));
+        }
+        let header: Header = serde_json::from_slice(&self.text).map_err(at)?;
+        header.workload.check()?;
+        Ok(header)
+    }
+
+    /// Takes the next line that is whole; whether there is one.
+    fn next_line(&mut self) -> Result<bool, FileError> {
+        self.text.clear();
+        let mut input = self.input.by_ref().take(MAX_LINE);
+        let bytes = input.read_until(b'\n', &mut self.text)?;
+        self.line += 1;
+        match self.text.last() {
+            Some(b'\n') => Ok(true),
+            _ if bytes as u64 == MAX_LINE => Err(FileError::Long(self.line)),
+            _ => Ok(false),
+        }
+    }
+
+    fn record(&mut self) -> Result<Option<Record>, FileError> {
+        if !self.next_line()? {
+            return Ok(None);
+        }
+        let line = self.line;
+        let at = |source| FileError::Line { line, source };
+        let record: Record = serde_json::from_slice(&self.text).map_err(at)?;
+        // The first trial is in the second line.
+        let expected = u32::try_from(line - 1).unwrap_or(u32::MAX);
         let found = record.trial.number;
         if found != expected {
             return Err(FileError::Order {
@@ -141,13 +209,16 @@ pub fn read(text: &str) -> Result<Campaign, FileError> {
                 expected,
             });
         }
-        records.push(record);
+        Ok(Some(record))
     }
-    Ok(Campaign {
-        header,
-        records,
-        whole_bytes,
-    })
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = Result<Record, FileError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.record().transpose()
+    }
 }
 
 /// The part of a header that every format has.
@@ -238,6 +309,8 @@ pub(crate) mod tests {
         assert!(refused(&text(&hostile, &[])).contains("f; reboot"));
         let garbage = text(&header(), &[]) + "{}\n";
         assert!(refused(&garbage).contains("line 2"));
+        let long = text(&header(), &[]) + &" ".repeat(MAX_LINE as usize + 1) + "\n";
+        assert!(refused(&long).contains("line 2 is longer"));
         let gap = text(&header(), &[record(1, &[]), record(3, &[])]);
         assert!(refused(&gap).contains("trial 3, and trial 2"));
     }

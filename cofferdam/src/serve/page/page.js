@@ -1,6 +1,7 @@
 // The service's page: looks at guests and devices, and listens to what changes. Everything that comes from a guest is
 // set as text, never as markup. The token is in this script's memory alone.
 
+import { Reports } from "/campaigns.js";
 import { plot, rate, rates, SPAN } from "/plot.js";
 
 /** Between two looks, in milliseconds. */
@@ -40,6 +41,7 @@ function make(name, text, kind, ...inside) {
 }
 
 class Unknown extends Error {}
+class Refused extends Error {}
 
 /** Asks the service. */
 async function ask(path, signal) {
@@ -48,6 +50,7 @@ async function ask(path, signal) {
   const answer = await fetch(path, { headers, signal, credentials: "omit", redirect: "error" });
   // Unless another one was given meanwhile.
   if (answer.status === 401 && token === used) throw new Unknown();
+  if (answer.status === 409) throw new Refused((await answer.json()).detail);
   if (!answer.ok) throw new Error(`the service answers ${answer.status}`);
   return answer;
 }
@@ -201,6 +204,9 @@ function guestCard(listed, now, histories) {
     const history = remember(key, status.isolation, now);
     histories.set(key, history);
     card.append(modulesOf(status, history), ...plot(history, now));
+    const wrong = status.isolation.filter((one) => one.violations > 0);
+    card.append(...wrong.map((one) =>
+      reports.ofModule(listed.name, listed.pid, one.module, one.violations)));
   }
   return card;
 }
@@ -225,17 +231,36 @@ function deviceCard(listed) {
   return card;
 }
 
+const reports = new Reports({ make, table, ask, askJson });
+
+/** What a service without a folder for campaigns refuses is nothing. */
+async function campaigns() {
+  try {
+    return (await askJson("/v1/campaigns")).campaigns;
+  } catch (error) {
+    if (error instanceof Refused) return [];
+    throw error;
+  }
+}
+
+/** Fills a part of the page, or says that there is nothing for it. */
+function fill(id, cards, none) {
+  byId(id).replaceChildren(...(cards.length > 0 ? cards : [make("p", none)]));
+}
+
 async function look(here) {
-  const [guests, devices] = await Promise.all([askJson("/v1/guests"), askJson("/v1/devices")]);
+  const [guests, devices, all, jobs] = await Promise.all([askJson("/v1/guests"),
+    askJson("/v1/devices"), campaigns(), askJson("/v1/jobs")]);
   const now = performance.now();
   const kept = new Map(histories);
   const cards = guests.guests.map((listed) => guestCard(listed, now, kept));
   const there = new Set(guests.guests.map((listed) => JSON.stringify([listed.name, listed.pid])));
   histories = new Map([...kept].filter(([key]) => there.has(key)));
-  byId("guests").replaceChildren(...(cards.length > 0 ? cards : [make("p", "No guest runs.")]));
-  const hosts = devices.devices.map(deviceCard);
-  const none = [make("p", "No device host runs.")];
-  byId("devices").replaceChildren(...(hosts.length > 0 ? hosts : none));
+  fill("guests", cards, "No guest runs.");
+  fill("devices", devices.devices.map(deviceCard), "No device host runs.");
+  fill("campaigns", reports.campaigns(all), "There are no campaigns.");
+  fill("jobs", reports.jobs(jobs.jobs), "Nothing that takes long is done.");
+  reports.sweep();
   byId("shown").hidden = false;
   here();
   await wait(LOOK_EVERY);
