@@ -14,6 +14,7 @@ fn machine(vcpus: u8, removable_slots: Vec<u8>) -> Machine {
         vcpus,
         removable_slots,
         windows,
+        has_i8042: false,
     }
 }
 
