@@ -10,6 +10,7 @@
 //! What must be gone at the end (terminal mode, sockets, the runtime folder) belongs to
 //! [`watch::Belongings`], which the orderly way and the way by force both clear.
 
+mod at_ports;
 mod attachment;
 mod console;
 mod disturbance;

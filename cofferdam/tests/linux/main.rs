@@ -18,6 +18,7 @@ mod isolation;
 mod kernels;
 mod last_resort;
 mod machine;
+mod mouse;
 mod nics;
 mod own_suspend;
 mod parked;

@@ -225,6 +225,19 @@ impl Mouse {
         }
     }
 
+    /// Is set as `before` was, whatever it has been told since; what happened to it stays.
+    pub fn be_set_as(&mut self, before: &Self) {
+        self.bytes.clear();
+        if let Some(step) = self.sending.take() {
+            self.steps.push_front(step);
+        }
+        self.awaits = None;
+        (self.mode, self.wraps) = (before.mode, before.wraps);
+        (self.reports, self.doubles) = (before.reports, before.doubles);
+        (self.resolution, self.rate) = (before.resolution, before.rate);
+        (self.id, self.rates) = (before.id, before.rates);
+    }
+
     /// It sends no packets by itself any more.
     pub fn silence(&mut self) {
         self.reports = false;

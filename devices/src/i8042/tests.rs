@@ -389,14 +389,28 @@ fn a_held_controller_interrupts_when_it_is_let_go() {
         held.write(DeviceAddress::Port(0x60), &[0xf5]);
         let after = held.state().unwrap();
         held.restore().unwrap();
-        assert!(
-            held.undo(&[(before, after)]).is_err(),
-            "it is not so any more"
-        );
+        let foreign = crate::hold::DeviceState(Arc::new(7));
+        assert!(held.undo(&[(foreign, after)]).is_err());
+        held.put_back(&before).unwrap();
     });
     held.unwrap();
     assert_eq!(guest.bytes(), [0; 0]);
     assert_eq!(guest.mouse(0xe9)[1] & 0x20, 0x20, "it is still on");
+    // Nor has one that had gone on meanwhile, and the guest has seen the answers of the mouse.
+    let state = || {
+        let mut state = None;
+        holdable.hold(&mut |held| state = held.state()).unwrap();
+        state.unwrap()
+    };
+    let before = state();
+    for byte in [0xf5, 0xf3, 40, 0xe8, 3] {
+        assert_eq!(guest.mouse(byte), [0xfa]);
+    }
+    let parts = [(before, state())];
+    holdable
+        .hold(&mut |held| held.undo(&parts).unwrap())
+        .unwrap();
+    assert_eq!(guest.mouse(0xe9), [0xfa, 0x20, 2, 80]);
     holdable.hold(&mut |held| held.silence()).unwrap();
     let event = MouseEvent::Move { x: 1, y: 1 };
     assert_eq!(guest.event(event), Err(NotMoved::NotListening));
