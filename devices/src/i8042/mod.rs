@@ -16,6 +16,7 @@
 //! A line is asserted while the output buffer holds a byte that is to interrupt, and comes down
 //! between two of them: each byte has an edge of its own.
 
+mod events;
 mod hold;
 mod mouse;
 mod state;
@@ -23,8 +24,9 @@ mod state;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use events::{Button, MouseEvent, NotMoved};
 pub use hold::HoldableI8042;
-pub use mouse::{Button, MAX_EVENTS, MouseCounts, MouseEvent, NotMoved};
+pub use mouse::{MAX_EVENTS, MouseCounts};
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;

@@ -18,14 +18,10 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::events::{Button, MouseEvent, NotMoved, Step, doubled, nine_bits, steps_of};
+
 /// Events that wait for the guest. One that moves far counts as several.
 pub const MAX_EVENTS: usize = 1024;
-/// Farthest that one packet says the mouse has moved on an axis, in counts: nine bits with a sign.
-const STEP: i32 = 255;
-/// Most that one packet says the wheel has turned: four bits with a sign.
-const WHEEL_STEP: i32 = 7;
-/// Longest that one event may move on an axis, or turn, so that it fits into an empty queue.
-const MAX_DISTANCE: i32 = 4096;
 /// Bytes that wait for the controller: an acknowledgement and a packet.
 const MAX_BYTES: usize = 5;
 
@@ -50,66 +46,6 @@ const SET_RATE: u8 = 0xf3;
 const RESET_WRAP: u8 = 0xec;
 const RESET: u8 = 0xff;
 
-/// A button.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Button {
-    /// Bit 0 of a packet's first byte.
-    Left,
-    /// Bit 1.
-    Right,
-    /// Bit 2.
-    Middle,
-}
-
-impl Button {
-    fn bit(self) -> u8 {
-        match self {
-            Self::Left => 1,
-            Self::Right => 2,
-            Self::Middle => 4,
-        }
-    }
-}
-
-/// Something that happens to the mouse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum MouseEvent {
-    /// It is moved, in counts: `x` to the right, `y` towards its user (down on a screen).
-    Move {
-        /// To the right.
-        x: i32,
-        /// Down.
-        y: i32,
-    },
-    /// The wheel is turned, in notches away from the user (up on a screen).
-    Wheel(i32),
-    /// A button goes down.
-    Press(Button),
-    /// A button goes up.
-    Release(Button),
-    /// A button goes down and up.
-    Click(Button),
-}
-
-/// Why an event did not reach the mouse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NotMoved {
-    /// Its driver has not switched packets on.
-    #[error("the guest does not listen to its mouse: no driver has switched it on")]
-    NotListening,
-    /// The queue has no room.
-    #[error("the guest has not taken {MAX_EVENTS} events that came before")]
-    Full,
-    /// Too far.
-    #[error("a mouse moves at most {MAX_DISTANCE} at once")]
-    TooFar,
-    /// It has none for the guest.
-    #[error("the guest's driver did not ask the mouse for its wheel")]
-    NoWheel,
-}
-
 /// What became of the events that the host sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MouseCounts {
@@ -121,17 +57,6 @@ pub struct MouseCounts {
     pub waiting: u64,
     /// Steps that were forgotten by a reset, or by what the driver told the mouse.
     pub forgotten: u64,
-}
-
-/// One packet's worth of what happened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Step {
-    x: i16,
-    /// Up, as packets have it.
-    y: i16,
-    /// Towards the user, as packets have it.
-    z: i8,
-    buttons: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -432,18 +357,13 @@ impl Mouse {
 
     /// Whether a mouse can be so; what is wrong otherwise.
     pub fn check(&self) -> Result<(), &'static str> {
-        let is_step = |step: &Step| {
-            let far = |counts: i16| (-STEP..=STEP).contains(&i32::from(counts));
-            let turned = (-WHEEL_STEP..=WHEEL_STEP).contains(&i32::from(step.z));
-            far(step.x) && far(step.y) && turned && step.buttons <= 7
-        };
-        if self.steps.len() > MAX_EVENTS + 1 || !self.steps.iter().all(is_step) {
+        if self.steps.len() > MAX_EVENTS + 1 || !self.steps.iter().all(Step::is_possible) {
             return Err("its mouse has moved in a way that it cannot");
         }
         if self.bytes.len() > MAX_BYTES || self.last.len() > MAX_BYTES {
             return Err("its mouse has said more than it can");
         }
-        let sends = self.sending.is_none_or(|step| is_step(&step)) && self.sends_what_it_says();
+        let sends = self.sending.is_none_or(|step| step.is_possible()) && self.sends_what_it_says();
         let knows = |rate: &u8| *rate == 0 || RATES.contains(rate);
         let awaits = matches!(self.awaits, None | Some(SET_RATE | SET_RESOLUTION));
         let is_mouse = self.resolution <= MAX_RESOLUTION
@@ -462,80 +382,4 @@ impl Mouse {
     fn sends_what_it_says(&self) -> bool {
         self.sending.is_none() || !self.bytes.is_empty()
     }
-}
-
-/// The steps of `event` where `buttons` are down, and the buttons that are down behind it.
-fn steps_of(event: MouseEvent, buttons: u8) -> Result<(Vec<Step>, u8), NotMoved> {
-    let here = Step {
-        buttons,
-        ..Step::default()
-    };
-    let with = |buttons: u8| Step {
-        buttons,
-        ..Step::default()
-    };
-    let near = |distance: i32| (-MAX_DISTANCE..=MAX_DISTANCE).contains(&distance);
-    Ok(match event {
-        MouseEvent::Move { x, y } if near(x) && near(y) => {
-            let (mut x, mut y) = (x, -y);
-            let mut steps = Vec::new();
-            while x != 0 || y != 0 {
-                let (here_x, here_y) = (x.clamp(-STEP, STEP), y.clamp(-STEP, STEP));
-                steps.push(Step {
-                    // Both fit: they are clamped.
-                    x: here_x as i16,
-                    y: here_y as i16,
-                    ..here
-                });
-                (x, y) = (x - here_x, y - here_y);
-            }
-            (steps, buttons)
-        }
-        MouseEvent::Wheel(notches) if near(notches) => {
-            let mut z = -notches;
-            let mut steps = Vec::new();
-            while z != 0 {
-                let step = z.clamp(-WHEEL_STEP, WHEEL_STEP);
-                steps.push(Step {
-                    z: step as i8,
-                    ..here
-                });
-                z -= step;
-            }
-            (steps, buttons)
-        }
-        MouseEvent::Move { .. } | MouseEvent::Wheel(_) => return Err(NotMoved::TooFar),
-        MouseEvent::Press(button) | MouseEvent::Release(button) => {
-            let after = match matches!(event, MouseEvent::Press(_)) {
-                true => buttons | button.bit(),
-                false => buttons & !button.bit(),
-            };
-            let steps = (after != buttons).then(|| with(after));
-            (steps.into_iter().collect(), after)
-        }
-        MouseEvent::Click(button) => {
-            let (down, up) = (buttons | button.bit(), buttons & !button.bit());
-            (vec![with(down), with(up)], up)
-        }
-    })
-}
-
-/// Scaling 2:1, which is one by itself for small counts.
-fn doubled(counts: i16) -> i32 {
-    let counts = i32::from(counts);
-    let by = match counts.abs() {
-        0 => 0,
-        1 | 2 => 1,
-        3 => 3,
-        4 => 6,
-        5 => 9,
-        many => 2 * many,
-    };
-    by * counts.signum()
-}
-
-/// The lower eight bits of a counter of nine, its sign, and whether it stopped at its end.
-fn nine_bits(counts: i32) -> (u8, bool, bool) {
-    let kept = counts.clamp(-256, 255);
-    (kept as u8, kept < 0, kept != counts)
 }
