@@ -119,6 +119,14 @@ impl Bus {
         before.all(|other| other.last < own.start || own.last < other.start)
     }
 
+    /// Whether somebody answers for one of the `len` addresses from `start`.
+    pub fn answers(&self, start: u64, len: u64) -> bool {
+        let last = start.saturating_add(len.saturating_sub(1));
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let mut mappings = mappings.iter();
+        mappings.any(|mapping| mapping.start <= last && start <= mapping.last)
+    }
+
     /// Reads at `address`. What nobody answers for reads as all ones. Says whether anybody did.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
@@ -189,6 +197,14 @@ mod tests {
         assert_eq!(data, [2, 3, 0xff, 0xff]);
         assert!(bus.write(0x13, &[7, 8]));
         assert_eq!(device.lock().unwrap().0, [(3, vec![7])]);
+        for (start, len, answers) in [
+            (0xe, 2, false),
+            (0xe, 3, true),
+            (0x13, 4, true),
+            (0x14, u64::MAX, false),
+        ] {
+            assert_eq!(bus.answers(start, len), answers, "{start:#x}, {len}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod dma;
 pub mod e1000;
 pub mod edge;
 pub mod hold;
+pub mod i8042;
 pub mod irq;
 pub mod moments;
 pub mod nic;

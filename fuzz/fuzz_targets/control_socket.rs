@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock};
 use std::thread;
 
 use cofferdam::control::client::ControlClient;
-use cofferdam::control::protocol::{Reply, Request, VmProtocol};
+use cofferdam::control::protocol::{Reply, Request};
 use cofferdam::control::server::{Handler, serve};
 use libfuzzer_sys::fuzz_target;
 use recovery::asker::Asker;
@@ -79,7 +79,7 @@ fn ask(bytes: &[u8]) {
 }
 
 fn be_answered(bytes: &[u8]) {
-    let mut client = ControlClient::<VmProtocol>::connect(&SOCKETS.liar).expect("it listens");
+    let mut client = ControlClient::connect(&SOCKETS.liar).expect("it listens");
     thread::scope(|scope| {
         let answering = scope.spawn(|| {
             let (mut stream, _) = SOCKETS.listener.accept().expect("somebody connects");

@@ -17,7 +17,9 @@ use std::path::Path;
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 use vmm::snapshot::{Manifest, MemoryMap};
-use vmm::{DEVICE_STATES_VERSION, DeviceStates, MachineState, STATE_VERSION};
+use vmm::{
+    DEVICE_STATES_VERSION, DEVICE_STATES_VERSION_WITHOUT_I8042, DeviceStates, MachineState, STATE_VERSION,
+};
 
 /// Memory that the maps are for: 64 MiB.
 const MEMORY_BYTES: u64 = 64 << 20;
@@ -26,7 +28,7 @@ fuzz_target!(|input: &[u8]| {
     let Some((which, bytes)) = input.split_first() else {
         return;
     };
-    match which % 4 {
+    match which % 5 {
         0 => manifest(bytes),
         1 => {
             if let Ok(map) = MemoryMap::from_bytes(bytes, MEMORY_BYTES) {
@@ -37,16 +39,13 @@ fuzz_target!(|input: &[u8]| {
                 );
             }
         }
-        2 => drop(MachineState::from_bytes(&headed(
-            b"COFFMACH",
-            STATE_VERSION,
-            bytes,
-        ))),
-        _ => drop(DeviceStates::from_bytes(&headed(
+        2 => drop(MachineState::from_bytes(&headed(b"COFFMACH", STATE_VERSION, bytes))),
+        3 => drop(DeviceStates::from_bytes(&headed(
             b"COFFDEVS",
-            DEVICE_STATES_VERSION,
+            DEVICE_STATES_VERSION_WITHOUT_I8042,
             bytes,
         ))),
+        _ => drop(DeviceStates::from_bytes(&headed(b"COFFDEVS", DEVICE_STATES_VERSION, bytes))),
     }
 });
 

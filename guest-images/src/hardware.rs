@@ -1,11 +1,11 @@
 //! The image for drivers of hardware: what the lab's emulated server has besides what it needs
-//! itself.
+//! itself, and our own model of a mouse.
 
 use crate::full::full_image;
 use crate::spec::ImageSpec;
 
-/// Drivers of network cards, of a disk controller and of a sound card; the last two make the card
-/// one that is played to through a file.
+/// Drivers of network cards, of a disk controller, of a sound card (which two others make one that
+/// is played to through a file), and of a mouse, whose events are read from a file.
 pub const DRIVERS: &[&str] = &[
     "8139cp",
     "e100",
@@ -16,6 +16,8 @@ pub const DRIVERS: &[&str] = &[
     "snd-ens1370",
     "snd-pcm-oss",
     "snd-mixer-oss",
+    "psmouse",
+    "evdev",
 ];
 
 /// `initrd-hardware.cpio`: as `initrd.cpio`, with these drivers.

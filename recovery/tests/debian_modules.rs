@@ -16,7 +16,7 @@ use object::{Object, ObjectSymbol};
 use recovery::model::Model;
 
 /// The modules whose every import has an entry.
-const MODULES: [&str; 5] = ["e1000", "8139too", "r8169", "dummy", "null_blk"];
+const MODULES: [&str; 6] = ["e1000", "8139too", "r8169", "dummy", "null_blk", "psmouse"];
 /// The kernels that there is a model of: where their images are in the folder of all.
 const KERNELS: [&str; 2] = ["", "6.12-amd64"];
 

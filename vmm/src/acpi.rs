@@ -3,8 +3,8 @@
 //! There is no PM timer, no SCI and no legacy interrupt controller for the guest to program. It
 //! turns itself off by the sleep control register, restarts by the reset register, and hears of the
 //! power button through a generic event device (all in [`crate::power`]). The FADT says that there
-//! is no keyboard controller, no VGA and no CMOS clock, so that a guest does not wait for them; it
-//! takes the time from KVM's clock.
+//! is no VGA and no CMOS clock, and no keyboard controller unless the machine has one, so that a guest
+//! does not wait for them; it takes the time from KVM's clock.
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬► FADT ─► DSDT (PCI root and its slots, COM1, ECAM's reservation, power button,
@@ -42,9 +42,10 @@ const OEM_ID: [u8; 6] = *b"COFFER";
 const OEM_TABLE_ID: [u8; 8] = *b"COFFERDM";
 const OEM_REVISION: u32 = 1;
 
-/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): no VGA, no CMOS clock; bit 1, the keyboard
-/// controller, is clear.
+/// FADT IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): no VGA, no CMOS clock.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+/// The same word: there is a keyboard controller.
+const BOOT_ARCH_8042: u16 = 1 << 1;
 
 /// What the tables describe.
 pub(crate) struct Machine {
@@ -52,6 +53,8 @@ pub(crate) struct Machine {
     pub vcpus: u8,
     /// PCI slots whose device can come and go while the guest runs.
     pub removable_slots: Vec<u8>,
+    /// Whether there is a keyboard controller, with a mouse.
+    pub has_i8042: bool,
     /// Where PCI devices decode.
     pub windows: Windows,
 }
@@ -78,7 +81,7 @@ fn tables(machine: &Machine, base: GuestAddress) -> Vec<u8> {
     };
     let dsdt = place(&dsdt(machine));
     let entries = [
-        place(&fadt(dsdt)),
+        place(&fadt(dsdt, machine.has_i8042)),
         place(&madt(machine.vcpus)),
         place(&mcfg()),
     ];
@@ -103,7 +106,7 @@ fn port(address: u16) -> GAS {
     )
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, has_i8042: bool) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
@@ -111,7 +114,11 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup)
         .flag(Flags::HwReducedAcpi);
-    fadt.iapc_boot_arch = BOOT_ARCH.into();
+    let boot_arch = match has_i8042 {
+        true => BOOT_ARCH | BOOT_ARCH_8042,
+        false => BOOT_ARCH,
+    };
+    fadt.iapc_boot_arch = boot_arch.into();
     fadt.reset_reg = port(power::RESET_PORT);
     fadt.reset_value = power::RESET_VALUE;
     fadt.sleep_control_reg = port(layout::POWER_PORTS + power::SLEEP_CONTROL);
@@ -139,6 +146,9 @@ fn dsdt(machine: &Machine) -> Sdt {
     let mut aml = Vec::new();
     pci_root(machine, &mut aml);
     fixed_devices(&mut aml);
+    if machine.has_i8042 {
+        i8042::devices(&mut aml);
+    }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&Scope::raw("\\_SB_".into(), aml));
     let mut s5 = Vec::new();
@@ -373,5 +383,6 @@ fn generation_id(aml: &mut dyn AmlSink) {
 }
 
 mod hotplug;
+mod i8042;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,11 @@ use crate::memory::MemoryError;
 /// either.
 pub const STATE_VERSION: u32 = 1;
 /// The same of the states of a machine's devices, each of which has a version of its own besides.
-pub const DEVICE_STATES_VERSION: u32 = 1;
+/// Those of a machine without a keyboard controller are written as version
+/// [`DEVICE_STATES_VERSION_WITHOUT_I8042`], which was there before there was one.
+pub const DEVICE_STATES_VERSION: u32 = 2;
+/// See [`DEVICE_STATES_VERSION`].
+pub const DEVICE_STATES_VERSION_WITHOUT_I8042: u32 = 1;
 
 /// Why a machine cannot be made or run.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +141,19 @@ pub enum StateError {
     /// The serial port's state.
     #[error("serial port: {0}")]
     Serial(devices::state::StateError),
+    /// The keyboard controller's state.
+    #[error("keyboard controller: {0}")]
+    KeyboardController(devices::state::StateError),
+    /// One of the two has a keyboard controller.
+    #[error(
+        "{} has a mouse, {} has none",
+        if *.here { "this machine" } else { "the saved machine" },
+        if *.here { "the saved one" } else { "this one" }
+    )]
+    OneHasMouse {
+        /// It is the one here.
+        here: bool,
+    },
     /// Other functions came while the machine ran.
     #[error(
         "in the saved machine the functions in slots {found:?} came while it ran, in this one those in {here:?}"

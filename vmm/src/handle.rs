@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Bus;
 use devices::dma::DmaSpace;
+use devices::i8042::I8042;
 use devices::irq::MsiVectors;
 use devices::pci::bus::{PciBus, SharedFunction};
 use kvm_ioctls::{Kvm, VmFd};
@@ -316,6 +317,12 @@ impl VmHandle {
     /// The connection to KVM that the VM was made with.
     pub fn kvm(&self) -> &Kvm {
         &self.machine.kvm
+    }
+
+    /// The keyboard controller with its mouse, if [`crate::Vm::add_mouse`] gave it one. What is done
+    /// with it has to be done inside [`VmHandle::with_devices`].
+    pub fn i8042(&self) -> Option<Arc<Mutex<I8042>>> {
+        self.machine.i8042.get().cloned()
     }
 
     /// Devices in the memory space.

@@ -26,6 +26,7 @@ mod gate;
 mod generation;
 mod handle;
 mod hotplug;
+mod input;
 mod irq;
 mod kvm;
 pub mod layout;
@@ -55,7 +56,9 @@ mod waker;
 pub use boot::fuzzing as boot_fuzzing;
 pub use boot::{BootError, DEFAULT_COMMAND_LINE, Payload};
 pub use dirty::{ChangedPages, ring as dirty_ring};
-pub use error::{DEVICE_STATES_VERSION, Error, STATE_VERSION, StateError};
+pub use error::{
+    DEVICE_STATES_VERSION, DEVICE_STATES_VERSION_WITHOUT_I8042, Error, STATE_VERSION, StateError,
+};
 pub use gate::kick_signal;
 pub use handle::{HoldGuard, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;

@@ -1,9 +1,10 @@
 //! What all threads of one machine share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use devices::bus::Bus;
+use devices::i8042::I8042;
 use devices::pci::bus::PciBus;
 use devices::serial::Serial;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -83,6 +84,8 @@ pub(crate) struct Machine {
     pub hotplug: Arc<Hotplug>,
     pub panic: Arc<PanicDevice>,
     pub serial: Arc<Mutex<Serial>>,
+    /// The keyboard controller, if it has one.
+    pub i8042: OnceLock<Arc<Mutex<I8042>>>,
     pub at_work: AtWork,
     /// The last snapshot that was taken.
     pub last_snapshot: Mutex<Option<SnapshotId>>,
@@ -145,6 +148,13 @@ impl Machine {
 
     pub fn serial(&self) -> MutexGuard<'_, Serial> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The keyboard controller, if it has one.
+    pub fn i8042(&self) -> Option<MutexGuard<'_, I8042>> {
+        self.i8042
+            .get()
+            .map(|controller| devices::i8042::lock(controller))
     }
 
     /// A device's connection to input `gsi` of the I/O APIC, one of

@@ -16,12 +16,13 @@ use crate::machine::Phase;
 use crate::power::{EVENT_GENERATION, RESET_VECTOR_CODE};
 use crate::state::Restore;
 use crate::vm::{ExitReason, OnGuestReset, Vm};
-use crate::{acpi, layout, vcpu};
+use crate::{acpi, input, layout, vcpu};
 
 impl Vm {
     /// Starts the guest and serves it until the machine is turned off. The calling thread becomes
     /// the event loop's.
     pub fn run(&mut self) -> Result<ExitReason, Error> {
+        input::map_reset(&self.machine);
         let result = match self.restored {
             true => self.renew_generation(),
             false => self.load_guest(),
@@ -145,6 +146,9 @@ impl Vm {
         self.serve_changes();
         self.machine.pci.reset();
         machine.serial().reset();
+        if let Some(mut controller) = machine.i8042() {
+            controller.reset();
+        }
         self.machine.panic.reset();
         self.power_on
             .restore(&machine, &machine.lock_vcpus(), Restore::Reset)?;
@@ -167,6 +171,7 @@ impl Vm {
             .assign_resources(&self.windows, |slot, pin| layout::pci_gsi(slot, pin) as u8);
         let tables = acpi::Machine {
             vcpus: machine.vcpus.len() as u8,
+            has_i8042: machine.i8042.get().is_some(),
             removable_slots: machine.hotplug.removable(),
             windows: self.windows,
         };

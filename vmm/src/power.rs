@@ -3,7 +3,7 @@
 //!
 //! | port | register |
 //! | --- | --- |
-//! | 0x64 | keyboard controller's command port: 0xFE resets, nothing else is there |
+//! | 0x64 | keyboard controller's command port where there is none: 0xFE resets |
 //! | 0xCF9 | reset control, as on PC chipsets: bit 2 set resets; ACPI's reset register |
 //! | 0x600 | ACPI sleep control (ACPI 6.5, section 4.8.3.7): SLP_TYP in bits 4:2, SLP_EN in bit 5 |
 //! | 0x601 | ACPI sleep status: WAK_STS in bit 7 |
@@ -22,8 +22,6 @@ use crate::lifecycle::{Request, Requests};
 pub const RESET_VALUE: u8 = 0x06;
 /// Reset control port.
 pub const RESET_PORT: u16 = 0xcf9;
-/// Command port of the keyboard controller.
-pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 /// Number of ports from [`crate::layout::POWER_PORTS`].
 pub const POWER_PORT_COUNT: u16 = 8;
 /// Offset of the sleep control register.
@@ -147,7 +145,7 @@ impl BusDevice for ResetControl {
     }
 }
 
-/// What is left of the keyboard controller.
+/// What is left of the keyboard controller where there is none ([`crate::Vm::add_mouse`]).
 pub(crate) struct KeyboardController(pub Arc<Requests>);
 
 impl BusDevice for KeyboardController {

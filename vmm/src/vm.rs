@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use devices::bus::Bus;
 use devices::dma::DmaSpace;
@@ -30,15 +30,12 @@ use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::machine::{Machine, Operations, Phase, Vcpu};
 use crate::memory::{GuestRam, MemoryError, MemorySource};
-use crate::power::{
-    KEYBOARD_COMMAND_PORT, KeyboardController, POWER_PORT_COUNT, PowerDevice, RESET_PORT,
-    ResetControl,
-};
+use crate::power::{POWER_PORT_COUNT, PowerDevice, RESET_PORT, ResetControl};
 use crate::slot::PciSlot;
 use crate::state::devices::DeviceStates;
 use crate::state::{MachineState, Restore};
 use crate::waker::Waker;
-use crate::{MAX_VCPUS, kvm, layout};
+use crate::{MAX_VCPUS, input, kvm, layout};
 
 /// What a machine is made of.
 #[derive(Debug)]
@@ -141,6 +138,7 @@ impl Vm {
             hotplug: Arc::new(hotplug),
             panic: Arc::default(),
             serial: Arc::new(Mutex::new(serial)),
+            i8042: OnceLock::new(),
             at_work: AtWork::default(),
             last_snapshot: Mutex::default(),
             generation: Mutex::new(GenerationId::random()?),
@@ -194,7 +192,7 @@ impl Vm {
     fn map_fixed_devices(&mut self) {
         let machine = self.machine.clone();
         let requests = &machine.requests;
-        let ports: [(u64, u64, Arc<dyn devices::bus::BusDevice>); 7] = [
+        let ports: [(u64, u64, Arc<dyn devices::bus::BusDevice>); 6] = [
             (
                 u64::from(layout::HOTPLUG_PORTS),
                 u64::from(HOTPLUG_PORT_COUNT),
@@ -220,11 +218,6 @@ impl Vm {
                 u64::from(layout::POWER_PORTS),
                 u64::from(POWER_PORT_COUNT),
                 machine.power.clone(),
-            ),
-            (
-                u64::from(KEYBOARD_COMMAND_PORT),
-                1,
-                Arc::new(KeyboardController(requests.clone())),
             ),
         ];
         for (start, len, device) in ports {
@@ -295,6 +288,13 @@ impl Vm {
     /// The states are of other devices. The machine is not to be run then.
     pub fn restore_devices(&mut self, states: &DeviceStates) -> Result<(), Error> {
         states.restore(&self.machine)
+    }
+
+    /// Gives the machine a keyboard controller with a mouse, before [`Vm::run`] and, where it is to
+    /// go on from a state, before that is put back. Without it there is what resets the machine at
+    /// the controller's port, and nothing else of it.
+    pub fn add_mouse(&mut self) {
+        input::add_i8042(&self.machine);
     }
 
     /// Lets the event loop serve `subscriber`.

@@ -19,6 +19,7 @@ mod keep;
 mod logging;
 mod man;
 mod marks;
+mod mouse;
 mod plug;
 mod report;
 mod run;
@@ -107,6 +108,8 @@ enum Command {
     Plug(plug::PlugOptions),
     /// Take a NIC out of a guest that runs
     Unplug(plug::UnplugOptions),
+    /// Move a guest's mouse, press its buttons, turn its wheel
+    Mouse(mouse::MouseOptions),
     /// Run a command inside a guest, through its agent
     Exec(exec::ExecOptions),
     /// Put functions of a guest's driver into a domain of their own
@@ -212,6 +215,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Marks(options) => options.run(),
         Command::Plug(options) => options.run(),
         Command::Unplug(options) => options.run(),
+        Command::Mouse(options) => options.run(),
         Command::Exec(options) => options.run(),
         Command::Isolate(options) => options.run(),
         Command::Release(options) => options.run(),

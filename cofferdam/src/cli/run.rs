@@ -81,6 +81,9 @@ pub struct RunOptions {
     /// not given
     #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddress>,
+    /// A PS/2 mouse behind a keyboard controller: `cofferdam mouse` moves it
+    #[arg(long, conflicts_with = "snapshot")]
+    mouse: bool,
     /// Guest memory
     #[arg(
         long,
@@ -174,6 +177,7 @@ impl RunOptions {
             append: self.append,
             disks: self.disk,
             nets,
+            mouse: self.mouse,
             memory: self.memory,
             large_pages: self.large_pages,
             vcpus: self.vcpus,

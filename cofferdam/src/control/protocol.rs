@@ -22,6 +22,7 @@ use std::time::Duration;
 use agent_protocol::message::Bytes;
 use devices::edge::EdgeOrder;
 use devices::hold::CheckpointBy;
+use devices::i8042::{MouseCounts, MouseEvent};
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
@@ -304,6 +305,12 @@ pub enum Request {
         /// At most [`MAX_TYPED_BYTES`].
         bytes: Bytes,
     },
+    /// Have the mouse see something, or nothing. Answer: [`Reply::Mouse`].
+    Mouse {
+        /// What.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        event: Option<MouseEvent>,
+    },
     /// What was seen? Answer: [`Reply::Probe`].
     ProbeRead {
         /// Only what happened at this time or later counts.
@@ -435,6 +442,8 @@ pub enum Reply {
     },
     /// Something that the guest printed on its console.
     Console(ConsoleOutput),
+    /// What became of what the mouse saw.
+    Mouse(MouseCounts),
     /// What the gateway saw.
     Probe(ProbeReading),
 }

@@ -25,6 +25,7 @@ use recovery::model::Model;
 use recovery::request::IsolationRequest;
 use vmm::VmHandle;
 
+use super::at_ports;
 use super::nics::Nics;
 
 /// How long the agent may take to list the guest's symbols.
@@ -196,12 +197,14 @@ impl LiveGuest for Isolation {
             return Err(AttachError::NotContained(missing.clone()).into());
         }
         self.nics.look(&mut agent, module)?;
+        let at_ports = at_ports::driven_by(module, &self.vm, &mut agent)?;
         let kernel = agent.agent().map_or("", |agent| agent.kernel.as_str());
         let driven = self.nics.of(module, request.checkpoint)?;
         let (device, device_slots) = match driven {
             Some(driven) => (Some(driven.device), driven.slots),
             None => (None, Vec::new()),
         };
+        let device = at_ports::together(device, at_ports);
         asker.tell("making the domain")?;
         let isolated = self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),

@@ -10,6 +10,7 @@
 //! What must be gone at the end (terminal mode, sockets, the runtime folder) belongs to
 //! [`watch::Belongings`], which the orderly way and the way by force both clear.
 
+mod at_ports;
 mod attachment;
 mod console;
 mod disturbance;
@@ -85,6 +86,8 @@ pub struct RunConfig {
     pub disks: Vec<DiskSpec>,
     /// NICs, in this order.
     pub nets: Vec<NetConfig>,
+    /// It has a PS/2 mouse.
+    pub mouse: bool,
     /// Guest memory.
     pub memory: MemorySize,
     /// It is in large pages that the host has set aside.
@@ -252,6 +255,9 @@ fn boot(
     steps.done("the machine is made");
     if let Some(saved) = &saved {
         saved.fetch_ahead(&vm)?;
+    }
+    if config.mouse {
+        vm.add_mouse();
     }
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
     steps.done("its devices are made");

@@ -281,7 +281,7 @@ fn is_driven(agent: &mut Client, nic: &GuestNic, module: &str) -> Result<bool, C
 }
 
 /// A file of the guest; `None` if it does not give it.
-fn read(agent: &mut Client, path: &str) -> Result<Option<Vec<u8>>, ClientError> {
+pub(super) fn read(agent: &mut Client, path: &str) -> Result<Option<Vec<u8>>, ClientError> {
     match agent.read_file(path) {
         Ok(text) => Ok(Some(text)),
         Err(ClientError::Agent(_)) => Ok(None),
@@ -291,7 +291,7 @@ fn read(agent: &mut Client, path: &str) -> Result<Option<Vec<u8>>, ClientError> 
 
 /// The driver's name in the `uevent` file of a device (`DRIVER=`); `None` if it has none, or none
 /// that could be a file's name.
-fn driver_in(uevent: &[u8]) -> Option<&str> {
+pub(super) fn driver_in(uevent: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(uevent).ok()?;
     let driver = text.lines().find_map(|line| line.strip_prefix("DRIVER="))?;
     let usable = !driver.is_empty()

@@ -29,6 +29,9 @@ pub struct SavedVm {
     append: Vec<String>,
     disks: Vec<String>,
     nics: Vec<SavedNic>,
+    /// Absent where there is none, as in snapshots of before there was one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    mouse: bool,
     memory: String,
     vcpus: u8,
     no_reboot: bool,
@@ -118,6 +121,7 @@ impl SavedVm {
             append: config.append.clone(),
             disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
             nics: config.nets.iter().map(nic).collect::<Result<_, _>>()?,
+            mouse: config.mouse,
             memory: config.memory.to_string(),
             vcpus: config.vcpus,
             no_reboot: config.no_reboot,
@@ -227,6 +231,7 @@ impl SavedVm {
             append: self.append,
             disks,
             nets,
+            mouse: self.mouse,
             memory,
             large_pages: false,
             vcpus: self.vcpus,

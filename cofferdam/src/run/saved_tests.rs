@@ -23,6 +23,7 @@ fn config(nets: &[&str]) -> RunConfig {
         append: vec!["quiet".to_owned()],
         disks: vec!["/images/root.img,ro".parse().unwrap()],
         nets: nets.iter().enumerate().map(net).collect(),
+        mouse: false,
         memory: "256M".parse().unwrap(),
         large_pages: false,
         vcpus: 2,

@@ -245,6 +245,7 @@ impl Handler for VmService {
                 self.told.console.type_in(&bytes.0)?;
                 Ok(Reply::Done {})
             }
+            Request::Mouse { event } => self.mouse(event),
             Request::ProbeStart { interval_us } => self.probe_start(interval_us),
             Request::ProbeStop {} => {
                 self.gateway()?.stop_probe();

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{BOOT_TIME, boot, options, ping};
 
 /// Runs `cofferdam` with these words on the guest's VM.
-fn command(guest: &Guest, words: &str) -> Output {
+pub fn command(guest: &Guest, words: &str) -> Output {
     let root = guest.paths().dir.parent().unwrap();
     Command::new(env!("CARGO_BIN_EXE_cofferdam"))
         .env("COFFERDAM_RUNTIME_DIR", root)

@@ -19,6 +19,7 @@ mod isolation;
 mod kernels;
 mod last_resort;
 mod machine;
+mod mouse;
 mod nics;
 mod own_suspend;
 mod parked;

@@ -92,6 +92,7 @@ impl Isolator {
             sregs,
             vcpu: context.vcpu,
             vm: self.vm.vm_fd(),
+            ports: self.vm.pio_bus(),
         };
         at.holding = start.elapsed();
         let next = armed.serve(standing, &mut at);

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::bus::Bus;
 use devices::dma::GuestMemory;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -246,6 +247,8 @@ pub(crate) struct AtGate<'a> {
     pub sregs: kvm_sregs,
     pub vcpu: &'a VcpuFd,
     pub vm: &'a VmFd,
+    /// Devices at I/O ports.
+    pub ports: &'a Bus,
 }
 
 impl Armed {

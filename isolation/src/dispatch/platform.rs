@@ -3,6 +3,7 @@
 //! The private VM has none. What a kernel function writes to the I/O APIC, to send an interrupt to
 //! another processor or to set the timer is kept until the call commits, and forgotten otherwise.
 
+use devices::bus::Bus;
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, Msrs, kvm_irqchip, kvm_msr_entry};
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -31,8 +32,15 @@ const POSTED_MSRS: [u32; 3] = [0x830, 0x83f, 0x6e0];
 /// Most register writes that wait; no honest call makes nearly as many.
 const MAX_POSTED: usize = 256;
 
+/// Ports below are of devices that are on a PC's board; KVM has some of them itself.
+const BOARD_PORTS_END: u16 = 0x100;
+/// Edge or level of the interrupt controllers' inputs, which KVM has (82371AB datasheet, section
+/// 4.2.7).
+const ELCR_PORTS: std::ops::RangeInclusive<u16> = 0x4d0..=0x4d1;
+
 /// The platform during one call.
 pub struct Platform<'a> {
+    ports: Option<&'a Bus>,
     vm: &'a VmFd,
     vcpu: &'a VcpuFd,
     io_apic: Option<Box<kvm_irqchip>>,
@@ -45,12 +53,31 @@ impl<'a> Platform<'a> {
     /// For a call on `vcpu` of the guest `vm`, whose other vCPUs are held.
     pub fn new(vm: &'a VmFd, vcpu: &'a VcpuFd) -> Self {
         Self {
+            ports: None,
             vm,
             vcpu,
             io_apic: None,
             changed: 0,
             msrs: Vec::new(),
         }
+    }
+
+    /// The same with the devices at these ports.
+    pub fn with_ports(self, ports: &'a Bus) -> Self {
+        Self {
+            ports: Some(ports),
+            ..self
+        }
+    }
+
+    /// Whether no device is at the `bytes` ports from `port`: loads give all ones there and stores
+    /// are lost, whoever makes them. A driver may look for a device that this machine has not.
+    pub fn is_nobodys_port(&self, port: u16, bytes: usize) -> bool {
+        let last = port.saturating_add(u16::try_from(bytes).unwrap_or(u16::MAX).saturating_sub(1));
+        let kvms =
+            port < BOARD_PORTS_END || port <= *ELCR_PORTS.end() && *ELCR_PORTS.start() <= last;
+        let answers = |bus: &Bus| bus.answers(port.into(), bytes as u64);
+        !kvms && self.ports.is_some_and(|bus| !answers(bus))
     }
 
     /// Loads from the I/O APIC.
@@ -231,6 +258,35 @@ mod tests {
         vm.get_irqchip(&mut chip).unwrap();
         // SAFETY: the chip was filled in as an I/O APIC, and an entry is any pattern of bits.
         unsafe { chip.chip.ioapic.redirtbl[pin].bits }
+    }
+
+    #[test]
+    fn a_port_is_nobodys_where_the_machine_has_no_device() {
+        struct Device;
+        impl devices::bus::BusDevice for Device {
+            fn read(&self, _offset: u64, _data: &mut [u8]) {}
+            fn write(&self, _offset: u64, _data: &[u8]) {}
+        }
+        let bus = Bus::new();
+        bus.map(0x1000, 8, std::sync::Arc::new(Device)).unwrap();
+        let (vm, vcpu) = machine();
+        let alone = Platform::new(&vm, &vcpu);
+        assert!(!alone.is_nobodys_port(0x5658, 4), "not known");
+        let platform = alone.with_ports(&bus);
+        for (port, bytes, nobodys) in [
+            (0x5658, 4, true),
+            (0xffff, 1, true),
+            (0xffc, 4, true),
+            (0xffd, 4, false),
+            (0x1007, 1, false),
+            // Where KVM has devices of its own.
+            (0x40, 1, false),
+            (0x4ce, 4, false),
+            (0x4d2, 1, true),
+        ] {
+            let is = platform.is_nobodys_port(port, bytes);
+            assert_eq!(is, nobodys, "{port:#x}, {bytes}");
+        }
     }
 
     #[test]

@@ -162,7 +162,7 @@ impl Armed {
             domain: &mut self.domain,
             knowledge: &self.guest.knowledge,
             policy,
-            platform: Platform::new(at.vm, at.vcpu),
+            platform: Platform::new(at.vm, at.vcpu).with_ports(at.ports),
             request: &request,
             spilled,
             keeps: self.failures.keeper.as_ref().map(|keeper| KeepsFaults {

@@ -232,6 +232,10 @@ impl Supervisor for CallSupervisor<'_> {
         device.is_some_and(|device| device.owns_port(port))
     }
 
+    fn is_nobodys_port(&self, port: u16, bytes: usize) -> bool {
+        self.platform.is_nobodys_port(port, bytes)
+    }
+
     fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64 {
         let mut data = [0xff; 8];
         if let Some(device) = &mut self.device {

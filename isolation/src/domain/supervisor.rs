@@ -133,6 +133,11 @@ pub trait Supervisor {
         false
     }
 
+    /// Whether no device of the machine is at any of the `bytes` I/O ports from `port`.
+    fn is_nobodys_port(&self, _port: u16, _bytes: usize) -> bool {
+        false
+    }
+
     /// Loads `bytes` (1 to 8, from ports 1 to 4) from the isolated device.
     fn device_read(&mut self, at: DeviceAddress, bytes: usize) -> u64;
 

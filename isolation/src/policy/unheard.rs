@@ -1,5 +1,6 @@
 //! Functions whose callers have no use for an error. Most take something down, and are not asked
-//! again: if one failed, what it should have let go would be freed all the same.
+//! again: if one failed, what it should have let go would be freed all the same. Others are given
+//! something that nobody has any more when they have failed.
 //!
 //! Which function of a driver it is, is read where the kernel reads it, in the table of operations
 //! of the very object. What is read is the guest's and hostile: what does not lead to the function
@@ -25,6 +26,9 @@ const UNHEARD: &[(&str, &str)] = &[
     ("net_device", "rtnl_link_ops->fill_info"),
     // `snd_pcm_release_substream` (sound/core/pcm_native.c).
     ("snd_pcm_substream", "ops->close"),
+    // `serio_interrupt` (drivers/input/serio/serio.c): what a device behind a serial line has sent
+    // comes once.
+    ("serio", "drv->interrupt"),
 ];
 
 /// From an object to its table's pointer to such a function, in a guest with certain types.
@@ -79,6 +83,13 @@ mod tests {
         let ops = e.structure("file_operations", 64, &[("release", word, 24)]);
         let ops = e.pointer(ops);
         e.structure("file", 64, &[("f_op", ops, 16)]);
+        let driver = e.structure(
+            "serio_driver",
+            64,
+            &[("write_wakeup", word, 0), ("interrupt", word, 24)],
+        );
+        let driver = e.pointer(driver);
+        e.structure("serio", 64, &[("drv", driver, 16)]);
         let types = Btf::parse(&e.bytes(), None).unwrap();
         let mut guest = TestGuest::new(Levels::Four);
         guest.put(Gva(BASE), &[0; 4096], DATA);
@@ -103,6 +114,9 @@ mod tests {
         assert!(is(RELEASE, [BASE + 0x400, FILE]));
         assert!(!is(STOP + 0x40, [DEVICE, 0]), "what opens it");
         assert!(!is(STOP, [FILE, 0]));
+        // A port of a serial line, at the same place: what it has sent comes once.
+        assert!(is(RELEASE, [FILE, 0x5a]));
+        assert!(!is(STOP + 0x40, [FILE, 0x5a]), "what it writes to");
         for nonsense in [0, 7, u64::MAX - 3] {
             assert!(!is(STOP, [nonsense, nonsense]));
         }

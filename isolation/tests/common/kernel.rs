@@ -9,6 +9,8 @@ use isolation::domain::transaction::AbortPhases;
 use isolation::fault_image::{Keeper, Kept};
 use isolation::status::report::{Told, ViolationReport};
 
+/// An I/O port at which the machine has no device.
+pub const NOBODYS_PORT: u16 = 0x5658;
 /// What is stored to the device to change its transmitter.
 pub const TRANSMITTER: u64 = 0x7c71;
 
@@ -312,6 +314,9 @@ impl Supervisor for Kernel {
         };
         let keeper = self.keeper.as_ref().unwrap();
         self.kept = Some(keeper.keep("driver_entry", &report, failing));
+    }
+    fn is_nobodys_port(&self, port: u16, _: usize) -> bool {
+        port == NOBODYS_PORT
     }
     fn harmless_port_write(&mut self, port: u16, _: u32, _: usize) -> bool {
         port == 0x3f8

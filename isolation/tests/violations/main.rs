@@ -325,6 +325,22 @@ fn ports_and_halts_are_violations_of_the_driver() {
 }
 
 #[test]
+fn a_driver_may_look_for_a_device_where_there_is_none() {
+    let guest = Guest::new();
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(edx, u32::from(NOBODYS_PORT)).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.out(dx, eax).unwrap();
+        a.in_(eax, dx).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let result = guest.call(&mut domain, &mut Kernel::with_data());
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.regs.rax, u64::from(u32::MAX));
+}
+
+#[test]
 fn a_call_that_hangs_is_ended_by_its_budget() {
     let guest = Guest::new();
     guest.code(DRIVER_TEXT, |a| {

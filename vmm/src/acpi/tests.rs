@@ -14,6 +14,7 @@ fn machine(vcpus: u8, removable_slots: Vec<u8>) -> Machine {
         vcpus,
         removable_slots,
         windows,
+        has_i8042: false,
     }
 }
 
@@ -78,6 +79,18 @@ fn fadt_offers_reset_and_sleep_and_denies_legacy_devices() {
     let boot_arch = u16::from_le_bytes(fadt[109..111].try_into().unwrap());
     assert_eq!(boot_arch & 0b10, 0, "no keyboard controller");
     assert_eq!(boot_arch & 0b10_0100, 0b10_0100, "no VGA, no CMOS clock");
+    let with = Machine {
+        has_i8042: true,
+        ..machine(1, vec![])
+    };
+    let with = tables(&with, BASE);
+    let boot_arch = u16::from_le_bytes(walk(&with)[1][109..111].try_into().unwrap());
+    assert_eq!(boot_arch & 0b10_0110, 0b10_0110, "one with a mouse has it");
+    // EISA identifiers of the keyboard's and the mouse's device (ACPI 6.5, 19.3.4).
+    for id in [[0x41, 0xd0, 0x03, 0x03], [0x41, 0xd0, 0x0f, 0x13]] {
+        let has = |image: &[u8]| image.windows(4).any(|bytes| bytes == id);
+        assert!(has(&with) && !has(&image), "{id:x?}");
+    }
     let flags = u32_at(fadt, 112);
     assert_eq!(
         flags & (1 << 10 | 1 << 20),

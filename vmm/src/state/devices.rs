@@ -12,15 +12,21 @@ use devices::state::Part;
 use serde::{Deserialize, Serialize};
 
 use super::encoding::Encoding;
-use crate::error::{DEVICE_STATES_VERSION, Error, StateError};
+use crate::error::{DEVICE_STATES_VERSION, DEVICE_STATES_VERSION_WITHOUT_I8042, Error, StateError};
 use crate::machine::Machine;
 
-/// A function has at most some 4 MiB, and there are 32.
+/// Of a machine without a keyboard controller. A function has at most some 4 MiB, and there are 32.
 const ENCODING: Encoding = Encoding {
     magic: *b"COFFDEVS",
-    version: DEVICE_STATES_VERSION,
+    version: DEVICE_STATES_VERSION_WITHOUT_I8042,
     max_bytes: 160 << 20,
     what: "the states of a machine's devices",
+};
+
+/// Of one with it: the controller's state is behind the others.
+const WITH_I8042: Encoding = Encoding {
+    version: DEVICE_STATES_VERSION,
+    ..ENCODING
 };
 
 /// See the module's text.
@@ -34,6 +40,9 @@ pub struct DeviceStates {
     plugged: u32,
     /// Those of them that were asked back from the guest.
     leaving: u32,
+    /// The keyboard controller, if there is one: it is written by [`WITH_I8042`].
+    #[serde(skip)]
+    i8042: Option<Part>,
 }
 
 impl DeviceStates {
@@ -42,12 +51,14 @@ impl DeviceStates {
         let (plugged, leaving) = machine.hotplug.plugged();
         let functions = machine.pci.save_functions();
         let serial = machine.serial().save();
+        let i8042 = machine.i8042().map(|controller| controller.save());
         Ok(Self {
             functions: functions.map_err(StateError::Functions)?,
             serial: serial.map_err(StateError::Serial)?,
             panicked: machine.panic.panicked(),
             plugged,
             leaving,
+            i8042: i8042.transpose().map_err(StateError::KeyboardController)?,
         })
     }
 
@@ -64,6 +75,10 @@ impl DeviceStates {
             let (found, here) = (slots(self.plugged), slots(here));
             return Err(StateError::Plugged { found, here }.into());
         }
+        let here = machine.i8042.get().is_some();
+        if here != self.i8042.is_some() {
+            return Err(StateError::OneHasMouse { here }.into());
+        }
         machine
             .pci
             .restore_functions(&self.functions)
@@ -72,6 +87,10 @@ impl DeviceStates {
             .serial()
             .restore(&self.serial)
             .map_err(StateError::Serial)?;
+        if let Some((mut controller, part)) = machine.i8042().zip(self.i8042.as_ref()) {
+            let restored = controller.restore(part);
+            restored.map_err(StateError::KeyboardController)?;
+        }
         machine.panic.set_panicked(self.panicked);
         machine.hotplug.set_leaving(self.leaving);
         Ok(())
@@ -84,12 +103,25 @@ impl DeviceStates {
 
     /// The states as bytes.
     pub fn to_bytes(&self) -> Result<Vec<u8>, StateError> {
-        ENCODING.write(self)
+        match &self.i8042 {
+            Some(controller) => WITH_I8042.write(&(self, controller)),
+            None => ENCODING.write(self),
+        }
     }
 
     /// The states that [`DeviceStates::to_bytes`] gave. Whether this machine can have them is known
     /// only when they are put back.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, StateError> {
-        ENCODING.read(bytes)
+        match WITH_I8042.read::<(Self, Part)>(bytes) {
+            Ok((states, controller)) => Ok(Self {
+                i8042: Some(controller),
+                ..states
+            }),
+            Err(StateError::Version {
+                found: DEVICE_STATES_VERSION_WITHOUT_I8042,
+                ..
+            }) => ENCODING.read(bytes),
+            Err(error) => Err(error),
+        }
     }
 }

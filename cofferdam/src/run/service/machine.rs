@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use devices::i8042::{self, MouseEvent};
 use recovery::asker::Asker;
 use vmm::Refused;
 use vmm::snapshot::{Beside, SnapshotRequest};
@@ -51,6 +52,21 @@ impl VmService {
         asker.tell("going back").map_err(text)?;
         let rewound = self.vm.rewind(name, REST_TIME);
         rewound.map(Reply::Rewound).map_err(text)
+    }
+
+    /// Has the mouse see `event`, and tells what became of all.
+    pub(super) fn mouse(&self, event: Option<MouseEvent>) -> Result<Reply, String> {
+        let Some(controller) = self.vm.i8042() else {
+            return Err("the VM has no mouse: `cofferdam run --mouse` gives it one".to_owned());
+        };
+        // Not while the machine is at rest: what it saves has all of an event or nothing.
+        self.vm.with_devices(|| {
+            let mut controller = i8042::lock(&controller);
+            if let Some(event) = event {
+                controller.move_mouse(event).map_err(text)?;
+            }
+            Ok(Reply::Mouse(controller.mouse_counts()))
+        })
     }
 
     pub(super) fn forget_mark(&self, name: &str) -> Result<Reply, String> {
