@@ -179,6 +179,18 @@ impl Monitor {
         }
     }
 
+    /// Has all calls that change roots exit when they begin and when they return. P does not run
+    /// meanwhile.
+    pub fn watch_crossings(&mut self) {
+        let change = |slot: &&Trampoline| {
+            let waits = self.handing.on && slot.notes.is_some();
+            !slot.direct && !waits
+        };
+        let slots = self.slots.iter().filter(change);
+        let crossings: HashSet<u64> = slots.map(|slot| slot.target).collect();
+        self.journal(|function| crossings.contains(&function));
+    }
+
     /// Which end of which function's trampoline that exits P stopped at with this RIP: KVM leaves
     /// it at an `out` or, in some builds, behind it.
     pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {

@@ -242,6 +242,9 @@ impl Call<'_> {
                     let monitor = &mut self.domain.monitor;
                     monitor.journal(|function| effects.matters(function));
                 }
+                if self.watch.is_some() {
+                    self.domain.monitor.watch_crossings();
+                }
                 self.resume_at(frame, regs, trampoline);
                 Ok(Step::Continue)
             }
