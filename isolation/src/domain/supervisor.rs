@@ -5,7 +5,7 @@ use devices::hold::{Access, DeviceAddress, DeviceState};
 
 use super::effects::KernelCall;
 use super::failing::Failing;
-use super::monitor::ExceptionFrame;
+use super::monitor::{Asked, ExceptionFrame};
 use super::undo_log::Restorable;
 use crate::guest::addr::GvaRange;
 
@@ -82,6 +82,15 @@ pub trait Supervisor {
     /// that it may, and [`Supervisor::may_write`] is asked once more: what kernel functions have
     /// returned to it is among them.
     fn holds(&mut self, _values: &[u64]) {}
+
+    /// The call has asked for memory, or has given some back, in this order.
+    fn asked_for(&mut self, _asked: &[Asked]) {}
+
+    /// Where memory is, behind what the call has asked for, that was zeroed when it was handed out:
+    /// nobody writes there.
+    fn zeroed_behind(&self) -> Vec<GvaRange> {
+        Vec::new()
+    }
 
     /// The kernel calls back into the driver's `function` with these register arguments (`rdi`,
     /// `rsi`, `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.

@@ -5,6 +5,7 @@
 mod callers;
 #[path = "../common/mod.rs"]
 mod common;
+mod red_zones;
 mod stack;
 
 use common::*;

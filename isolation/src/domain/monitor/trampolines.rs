@@ -266,6 +266,7 @@ impl Monitor {
         a.mov(r11, top)?;
         a.pop(qword_ptr(r11))?;
         a.mov(qword_ptr(r11 + 8), rsp)?;
+        self.assemble_asking(&mut a, target)?;
         a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.mov(r11, scratch)?;
@@ -278,6 +279,7 @@ impl Monitor {
         a.lea(r11, qword_ptr(r11 - FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.push(qword_ptr(r11))?;
+        self.assemble_noting(&mut a, target)?;
         a.mov(r11, self.driver_root)?;
         a.mov(cr3, r11)?;
         a.mov(r11, scratch)?;

@@ -226,6 +226,7 @@ impl<'a> Call<'a> {
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
+            asked: 0,
             watch: None,
             is_suspected: false,
             is_to_be_watched: false,

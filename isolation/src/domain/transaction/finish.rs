@@ -135,7 +135,7 @@ impl Call<'_> {
         &mut self,
         changes: &[(Pfn, PageMask)],
     ) -> Option<ViolationKind> {
-        if let Some(kind) = self.changed_callers(changes) {
+        if let Some(kind) = self.overrun().or_else(|| self.changed_callers(changes)) {
             return Some(kind);
         }
         // Kernel functions write through their own mapping of the same page, so bytes can only be

@@ -60,6 +60,7 @@ mod journal;
 mod kept_arguments;
 mod memory;
 mod preserved;
+mod red_zones;
 pub(super) mod room;
 mod sleep;
 mod spill;
@@ -174,6 +175,8 @@ pub(super) struct Call<'a> {
     phases: AbortPhases,
     /// Where the last wait was called from, and how often running.
     last_sleep: (u64, u32),
+    /// How many of the notes of what it asked for were looked at.
+    asked: usize,
     /// Its crossings exit, and the callers' frames are looked at there.
     watch: Option<Watch>,
     /// It, or a kernel function, has changed these, and it is to be run once more to see which.

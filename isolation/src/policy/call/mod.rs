@@ -28,6 +28,7 @@ mod opening;
 mod own_per_cpu;
 mod own_variables;
 mod programs;
+mod red_zones;
 mod restorable;
 mod shared_counts;
 
@@ -63,6 +64,7 @@ use namespaces::Namespaces;
 use own_per_cpu::OwnPerCpu;
 use own_variables::OwnVariables;
 use programs::Programs;
+use red_zones::RedZone;
 use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -188,6 +190,10 @@ pub struct DriverPolicy {
     /// Pages of slabs that were opened for what was handed out to a call. They stay open, and
     /// stores to others of their objects are not asked about. At most [`MAX_OPENED_PAGES`].
     opened_pages: BTreeSet<u64>,
+    /// What lies behind the memory that this call asked for.
+    red_zones: Vec<RedZone>,
+    /// Where the kernel says whether it zeroes what it hands out (a `struct static_key`).
+    init_on_alloc: Option<Gva>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     completions: Completions,
@@ -270,6 +276,10 @@ impl DriverPolicy {
             slots: BTreeSet::new(),
             handed_out: Vec::new(),
             opened_pages: BTreeSet::new(),
+            red_zones: Vec::new(),
+            init_on_alloc: symbols
+                .kernel_symbol("init_on_alloc")
+                .map(|symbol| symbol.at),
             sections: layout
                 .sections
                 .iter()
@@ -386,6 +396,7 @@ impl DriverPolicy {
         self.queues.clear();
         self.slots.clear();
         self.listed = false;
+        self.red_zones.clear();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
@@ -403,6 +414,7 @@ impl DriverPolicy {
         }
         self.listed = false;
         self.handed_out.clear();
+        self.red_zones.clear();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         memory.before.forget();
@@ -440,6 +452,7 @@ impl DriverPolicy {
         for _ in 0..MAX_STEPS {
             match self.table.first_denied(range) {
                 None => return true,
+                Some(at) if self.is_in_red_zone(at) => return false,
                 Some(at) if !self.open_around(memory, at) => return false,
                 Some(_) => {}
             }
