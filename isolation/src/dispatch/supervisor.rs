@@ -9,7 +9,7 @@ use crate::domain::effects::KernelCall;
 use crate::domain::failing::Failing;
 use crate::domain::list_links::LINKS_BYTES;
 use crate::domain::monitor::{Asked, ExceptionFrame};
-use crate::domain::supervisor::{HandOver, KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{Behind, HandOver, KernelExceptionVerdict, Supervisor};
 use crate::domain::undo_log::Restorable;
 use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
@@ -157,10 +157,10 @@ impl Supervisor for CallSupervisor<'_> {
         }
     }
 
-    fn zeroed_behind(&self) -> Vec<GvaRange> {
+    fn behind_asked(&self) -> Vec<Behind> {
         let policy = self.policy.as_ref();
         policy.map_or_else(Vec::new, |CallPolicy { policy, .. }| {
-            policy.zeroed_behind().collect()
+            policy.behind_asked().collect()
         })
     }
 

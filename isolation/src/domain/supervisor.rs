@@ -30,6 +30,16 @@ pub enum HandOver {
     },
 }
 
+/// Memory behind what a call has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Behind {
+    /// Where.
+    pub range: GvaRange,
+    /// It is a red zone, which the kernel fills and looks at itself; zero, or filled by the kernel's
+    /// checks, otherwise.
+    pub is_red_zone: bool,
+}
+
 /// Knowledge about the guest and access to the isolated device.
 pub trait Supervisor {
     /// Whether this call may write at least one byte around guest virtual address `va`, on its
@@ -86,9 +96,9 @@ pub trait Supervisor {
     /// The call has asked for memory, or has given some back, in this order.
     fn asked_for(&mut self, _asked: &[Asked]) {}
 
-    /// Where memory is, behind what the call has asked for, that was zeroed when it was handed out:
-    /// nobody writes there.
-    fn zeroed_behind(&self) -> Vec<GvaRange> {
+    /// What lies behind what the call has asked for and has a known content, as long as nobody
+    /// writes there.
+    fn behind_asked(&self) -> Vec<Behind> {
         Vec::new()
     }
 

@@ -5,7 +5,7 @@ use devices::dma::GuestMemory;
 use isolation::domain::effects::KernelCall;
 use isolation::domain::failing::Failing;
 use isolation::domain::monitor::Asked;
-use isolation::domain::supervisor::HandOver;
+use isolation::domain::supervisor::{Behind, HandOver};
 use isolation::domain::transaction::AbortPhases;
 use isolation::fault_image::{Keeper, Kept};
 use isolation::status::report::{Told, ViolationReport};
@@ -88,6 +88,8 @@ pub struct Kernel {
     pub asked: Vec<Asked>,
     /// Bytes of the slots in which that is handed out, zeroed; 0 if that is not known.
     pub slot_bytes: u64,
+    /// What is behind it there is the kernel's red zone.
+    pub slots_are_red: bool,
     /// Keeps faults.
     pub keeper: Option<Keeper>,
     /// What became of the last one.
@@ -149,7 +151,7 @@ impl Supervisor for Kernel {
     fn asked_for(&mut self, asked: &[Asked]) {
         self.asked.extend(asked);
     }
-    fn zeroed_behind(&self) -> Vec<GvaRange> {
+    fn behind_asked(&self) -> Vec<Behind> {
         let all = self.asked.iter().filter(|_| self.slot_bytes > 0);
         let known = all.filter(|asked| {
             let mut same = self.asked.iter().filter(|other| other.at == asked.at);
@@ -157,7 +159,10 @@ impl Supervisor for Kernel {
         });
         let behind = known.filter_map(|asked| {
             let bytes = asked.bytes?;
-            GvaRange::new(Gva(asked.at + bytes), self.slot_bytes - bytes)
+            Some(Behind {
+                range: GvaRange::new(Gva(asked.at + bytes), self.slot_bytes - bytes)?,
+                is_red_zone: self.slots_are_red,
+            })
         });
         behind.collect()
     }

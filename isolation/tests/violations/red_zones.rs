@@ -142,3 +142,28 @@ fn a_call_that_asks_more_often_than_is_noted_is_not_looked_at() {
     assert_eq!(kernel.asked.len(), MAX_ASKED);
     assert!(kernel.asked.iter().all(|asked| asked.bytes.is_none()));
 }
+
+#[test]
+fn a_red_zone_of_the_kernels_may_have_what_the_kernel_fills_it_with_and_nothing_else() {
+    for (fill, found) in [(0xcc, false), (0xbb, false), (0, true), (0x6b, true)] {
+        let (guest, mut domain, mut kernel) = asks_for_40(|a| {
+            // In the place of the kernel, which the test's supervisor cannot tell.
+            a.mov(rdi, rax).unwrap();
+            a.add(rdi, 40).unwrap();
+            a.mov(ecx, 24).unwrap();
+            a.mov(eax, fill).unwrap();
+            a.rep().stosb().unwrap();
+        });
+        kernel.slots_are_red = true;
+        let result = guest.call(&mut domain, &mut kernel);
+        if found {
+            let kind = ViolationKind::StrayBytes {
+                address: SLOT + 40,
+                bytes: 24,
+            };
+            assert_eq!(violation_kind(&result), kind);
+        } else {
+            assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+        }
+    }
+}

@@ -2,12 +2,15 @@
 
 use super::Call;
 use crate::domain::monitor::{Asked, MAX_ASKED};
+use crate::domain::supervisor::Behind;
 use crate::domain::view::{PAGE_SIZE, Pfn};
 use crate::domain::violation::ViolationKind;
 use crate::guest::addr::{Gva, GvaRange};
 
 /// What SLUB fills memory with (include/linux/poison.h): free, its end, in use.
 const POISON: [u8; 3] = [0x6b, 0xa5, 0x5a];
+/// What it fills red zones with, of objects that are in use and of free ones.
+const RED: [u8; 2] = [0xcc, 0xbb];
 
 impl Call<'_> {
     /// Tells what the call has asked for since it was last told.
@@ -26,17 +29,23 @@ impl Call<'_> {
         }
     }
 
-    /// The first bytes that were written behind what the call asked for, where that was zero.
+    /// The first bytes that were written behind what the call asked for, where it is known what was
+    /// there.
     pub(super) fn overrun(&mut self) -> Option<ViolationKind> {
         self.tell_asked();
         if self.asked == 0 {
             return None;
         }
-        let zones = self.supervisor.zeroed_behind();
-        zones.into_iter().find_map(|zone| self.written_in(zone))
+        let behind = self.supervisor.behind_asked();
+        behind.iter().find_map(|behind| self.written_in(behind))
     }
 
-    fn written_in(&self, zone: GvaRange) -> Option<ViolationKind> {
+    fn written_in(&self, behind: &Behind) -> Option<ViolationKind> {
+        let zone = behind.range;
+        let is_written = |byte: &u8| {
+            let is_zero = *byte == 0 || POISON.contains(byte);
+            !RED.contains(byte) && (behind.is_red_zone || !is_zero)
+        };
         for page in zone.pages() {
             let piece = zone.intersection(&GvaRange::aligned(page, PAGE_SIZE))?;
             let at = self
@@ -47,7 +56,6 @@ impl Call<'_> {
             let memory = self.domain.view.private_page(Pfn::of(gpa)).ok()?;
             let first = (gpa % PAGE_SIZE) as usize;
             let bytes = memory.get(first..first.checked_add(piece.len_bytes() as usize)?)?;
-            let is_written = |byte: &u8| *byte != 0 && !POISON.contains(byte);
             if let Some(offset) = bytes.iter().position(is_written) {
                 let run = bytes[offset..].iter().take_while(|byte| is_written(byte));
                 let Gva(at) = piece.first();

@@ -8,10 +8,11 @@
 //! How much was asked for is known of what the call was handed out itself, and until it gives it
 //! back, has it made longer or goes on in the guest, where all that may happen unseen. Of memory
 //! that is zeroed when it is handed out it is also known at the call's end whether somebody wrote
-//! there.
+//! there, and of the red zones that the kernel has around objects itself (`slub_debug`).
 
 use super::{CallMemory, DriverPolicy};
 use crate::domain::monitor::Asked;
+use crate::domain::supervisor::Behind;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
 use crate::guest::phys::GuestPhys;
@@ -20,69 +21,83 @@ use crate::policy::range_table::{Lifetime, Object, ObjectId, ObjectKind, Permit}
 /// `__GFP_ZERO` (include/linux/gfp_types.h).
 const GFP_ZERO: u64 = 0x100;
 
-/// A guard behind an object of this call.
+/// An object of this call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RedZone {
-    /// Where the object begins.
+    /// Where it begins.
     object: Gva,
-    guard: ObjectId,
-    range: GvaRange,
-    /// All of it was zero.
+    /// What was handed out with it and not asked for, with its guard in the table.
+    rest: Option<(GvaRange, ObjectId)>,
+    /// All of that was zero.
     zeroed: bool,
+    /// The red zone of the kernel's behind it.
+    kernels: Option<GvaRange>,
 }
 
 impl DriverPolicy {
     /// The call has asked for memory, or has given it back.
     pub fn asked_for<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, asked: &[Asked]) {
         for Asked { at, bytes, flags } in asked {
-            let at = Gva(*at);
-            self.forget_red_zones(|zone| zone.object == at);
+            let object = Gva(*at);
+            self.forget_red_zones(|zone| zone.object == object);
             let Some(bytes) = bytes.filter(|bytes| *bytes > 0) else {
                 continue;
             };
             let allocations = Allocations::new(&self.memory, memory.private);
-            let Some(found) = allocations.allocation_at(at) else {
+            let found = allocations.allocation_at(object).filter(|found| {
+                found.range.first() == object
+                    && matches!(found.kind, AllocationKind::Slab | AllocationKind::Vmalloc)
+            });
+            let Some(found) = found.filter(|found| bytes <= found.range.len_bytes()) else {
                 continue;
             };
-            let is_whole = found.range.first() == at
-                && matches!(found.kind, AllocationKind::Slab | AllocationKind::Vmalloc);
-            let behind = at.checked_add(bytes).filter(|_| is_whole);
-            let range = behind.and_then(|first| GvaRange::inclusive(first, found.range.last()));
-            let Some(range) = range else { continue };
             let cache = allocations.cache_name(&found);
-            let zeroed = flags.is_none_or(|flags| flags & GFP_ZERO != 0) || self.zeroes(memory);
-            let guard = self.table.open(Object {
-                range,
-                kind: ObjectKind::Other,
-                permit: Permit::Guard,
-                lifetime: Lifetime::Call(self.number),
-                label: format!(
-                    "behind {bytes} bytes that were asked for of {}",
-                    cache.as_deref().unwrap_or("memory")
-                ),
-            });
-            // Without room for it nothing is known of it.
-            if let Ok(guard) = guard {
-                self.red_zones.push(RedZone {
-                    object: at,
-                    guard,
+            let kernels = allocations.red_zone(&found);
+            let rest = object.checked_add(bytes);
+            let rest = rest.and_then(|first| GvaRange::inclusive(first, found.range.last()));
+            let rest = rest.and_then(|range| {
+                let cache = cache.as_deref().unwrap_or("memory");
+                // Without room for it nothing is known of it.
+                let guard = self.table.open(Object {
                     range,
-                    zeroed,
+                    kind: ObjectKind::Other,
+                    permit: Permit::Guard,
+                    lifetime: Lifetime::Call(self.number),
+                    label: format!("behind {bytes} bytes that were asked for of {cache}"),
                 });
-            }
+                Some((range, guard.ok()?))
+            });
+            let zeroed = flags.is_none_or(|flags| flags & GFP_ZERO != 0) || self.zeroes(memory);
+            self.red_zones.push(RedZone {
+                object,
+                rest,
+                zeroed,
+                kernels,
+            });
         }
     }
 
-    /// Of what lies behind the objects that the call asked for, what was zero when they were handed
-    /// out.
-    pub fn zeroed_behind(&self) -> impl Iterator<Item = GvaRange> {
-        let zones = self.red_zones.iter().filter(|zone| zone.zeroed);
-        zones.map(|zone| zone.range)
+    /// What lies behind the objects that the call asked for and has a known content, as long as
+    /// nobody writes there.
+    pub fn behind_asked(&self) -> impl Iterator<Item = Behind> {
+        self.red_zones.iter().flat_map(|zone| {
+            let rest = zone.rest.filter(|_| zone.zeroed);
+            let rest = rest.map(|(range, _)| Behind {
+                range,
+                is_red_zone: false,
+            });
+            let kernels = zone.kernels.map(|range| Behind {
+                range,
+                is_red_zone: true,
+            });
+            rest.into_iter().chain(kernels)
+        })
     }
 
     /// Whether `at` lies behind what was asked for.
     pub(super) fn is_in_red_zone(&self, at: Gva) -> bool {
-        self.red_zones.iter().any(|zone| zone.range.contains(at))
+        let mut rests = self.red_zones.iter().filter_map(|zone| zone.rest);
+        rests.any(|(range, _)| range.contains(at))
     }
 
     /// Nothing is known any more of those objects that `which` picks.
@@ -90,8 +105,8 @@ impl DriverPolicy {
         let table = &mut self.table;
         self.red_zones.retain(|zone| {
             let forgotten = which(zone);
-            if forgotten {
-                table.close(zone.guard);
+            if let Some((_, guard)) = zone.rest.filter(|_| forgotten) {
+                table.close(guard);
             }
             !forgotten
         });

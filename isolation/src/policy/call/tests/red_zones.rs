@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::domain::monitor::Asked;
+use crate::domain::supervisor::Behind;
 
 const FRESH: u64 = OBJECTS + 512;
 
@@ -89,7 +90,7 @@ fn of_what_is_not_as_it_seems_nothing_is_guarded() {
         let flags = Some(0x100);
         policy.asked_for(&memory(&now, &before), &[Asked { at, bytes, flags }]);
     }
-    assert_eq!(policy.zeroed_behind().count(), 0);
+    assert_eq!(policy.behind_asked().count(), 0);
     assert!(ask(&mut policy, &now, &before, FRESH, 256));
 }
 
@@ -104,12 +105,15 @@ fn memory_that_was_zeroed_is_known_by_its_flags_its_function_and_the_kernels_own
         }];
         policy.begin("my_irq", [0; 6]);
         policy.asked_for(&memory(now, &before), &asked);
-        let found: Vec<GvaRange> = policy.zeroed_behind().collect();
+        let found: Vec<Behind> = policy.behind_asked().collect();
         policy.end(true);
         found
     };
     let mut policy = policy(&before);
-    let behind = vec![GvaRange::new(Gva(FRESH + 40), 216).unwrap()];
+    let behind = vec![Behind {
+        range: GvaRange::new(Gva(FRESH + 40), 216).unwrap(),
+        is_red_zone: false,
+    }];
     assert_eq!(zeroed(&mut policy, &now, Some(0xcc0)), []);
     assert_eq!(zeroed(&mut policy, &now, Some(0xdc0)), behind);
     assert_eq!(zeroed(&mut policy, &now, None), behind);
