@@ -31,6 +31,7 @@ mod programs;
 mod red_zones;
 mod restorable;
 mod shared_counts;
+mod whose;
 
 #[cfg(test)]
 mod tests;
@@ -47,7 +48,7 @@ use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
 use crate::domain::effects::KernelCall;
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
+use crate::guest::allocations::{Allocations, FindAllocation};
 use crate::guest::btf::Btf;
 use crate::guest::memory_model::MemoryModel;
 use crate::guest::module_text::TextPart;
@@ -463,36 +464,6 @@ impl DriverPolicy {
     /// The object that `at` lies in, if it is one that a call may write or was asked about.
     pub fn owner(&self, at: Gva) -> Option<&Object> {
         self.table.lookup(at).map(|(_, object)| object)
-    }
-
-    /// Whose memory `at` is, as the guest's allocator has it: `kmalloc-512 object + 0x10`.
-    pub fn whose<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, at: Gva) -> Option<String> {
-        let allocations = Allocations::new(&self.memory, virt);
-        let found = allocations.allocation_at(at)?;
-        let offset = at.0 - found.range.first().0;
-        Some(match found.kind {
-            AllocationKind::Slab => {
-                let cache = allocations
-                    .cache_name(&found)
-                    .unwrap_or_else(|| "slab".into());
-                format!("{cache} object + {offset:#x}")
-            }
-            AllocationKind::Pages => {
-                format!("{} bytes of pages + {offset:#x}", found.range.len_bytes())
-            }
-            AllocationKind::Vmalloc => {
-                format!(
-                    "{} bytes of vmalloc area + {offset:#x}",
-                    found.range.len_bytes()
-                )
-            }
-            AllocationKind::PerCpu => {
-                format!(
-                    "{} bytes of a processor + {offset:#x}",
-                    found.range.len_bytes()
-                )
-            }
-        })
     }
 
     /// Whether what the call may write at `at` is the driver's beyond the call.
