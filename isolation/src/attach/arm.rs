@@ -79,6 +79,8 @@ pub(crate) fn prepare(
         domain.patch(gate.site.gate.0, &FTRACE_NOP)?;
     }
     domain.let_wait(waiting);
+    let measured = plan.measured.iter();
+    domain.measure(measured.map(|(at, measure)| (at.0, *measure)).collect());
     domain.call_directly(plan.modest.iter().map(|function| function.0));
     for (site, target) in &plan.redirects {
         domain.redirect(site.0, target.0)?;

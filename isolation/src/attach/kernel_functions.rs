@@ -43,6 +43,11 @@ pub(crate) struct KernelFunctions {
     /// by: they only look at memory and answer, or write to what the driver gives them and might
     /// write itself. They run with the driver's rights, at no change of roots.
     pub modest: Vec<Names>,
+    /// Functions that hand out as much memory as they are asked for.
+    pub sized: Vec<Sized>,
+    /// Functions after which it is not known any more how much was asked for of what their first
+    /// argument points at: it is given back, or longer, or its caller knows how long it is.
+    pub unsized_now: Vec<Names>,
     /// Functions that wait for as long as their first argument says, with its unit in microseconds.
     /// Where one is not known a call that reaches it goes on in the guest.
     pub sleeps: BTreeMap<&'static str, u64>,
@@ -53,6 +58,18 @@ pub(crate) struct KernelFunctions {
     pub waits_for_others: Vec<WaitsForOthers>,
     /// Values that failed calls return: they have to be this kernel's.
     returned: BTreeMap<&'static str, i128>,
+}
+
+/// A function that hands out memory from the address that it returns on.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, bound(deserialize = "'de: 'static"))]
+pub(crate) struct Sized {
+    /// By the names that it has had with these arguments.
+    pub names: Names,
+    /// Number of the argument that says how many bytes, from 0.
+    pub size: u8,
+    /// Number of the one with the flags (`gfp_t`); without one all of it is zeroed.
+    pub flags: Option<u8>,
 }
 
 /// What a kernel has of its console by name.

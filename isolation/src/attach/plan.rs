@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kernel_functions::{LINUX, Names};
 use crate::domain::console::Console;
+use crate::domain::monitor::Measure;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::gate::{GateSite, NoGate};
 use crate::guest::module_text::{Reach, SiteKind, TextScan, TextTooLarge};
@@ -103,6 +104,8 @@ pub struct Plan {
     pub common_pages: Vec<Gva>,
     /// Kernel functions that need no other rights than the driver's.
     pub modest: Vec<Gva>,
+    /// Kernel functions that tell how much memory is asked for.
+    pub measured: Vec<(Gva, Measure)>,
     /// Kernel functions whose callers pass through.
     pub guest_only: Vec<Gva>,
     /// Kernel functions that wait, with the unit of their first argument.
@@ -159,6 +162,7 @@ impl Plan {
             text_pages: pages(&mut text_pages.map(|page| page.0)),
             common_pages: common_pages(symbols, &[&copies, &modest]),
             modest: modest.into_keys().collect(),
+            measured: measured(symbols),
             guest_only: kernel([&LINUX.guest_only, &LINUX.guest_only_with_kvm]),
             sleeps: sleeps(symbols),
             skipped: kernel([&LINUX.yields, &LINUX.fpu_questions]),
@@ -222,6 +226,20 @@ fn sleeps(symbols: &SymbolTable) -> Vec<(Gva, Duration)> {
         Some((symbol.at, Duration::from_micros(*unit)))
     });
     sleeps.collect()
+}
+
+/// Kernel functions that tell how much memory is asked for, and those after which that is not known
+/// any more.
+fn measured(symbols: &SymbolTable) -> Vec<(Gva, Measure)> {
+    let sized = LINUX.sized.iter().flat_map(|function| {
+        let (size, flags) = (function.size, function.flags);
+        let measure = Measure::HandsOut { size, flags };
+        function.names.iter().map(move |name| (*name, measure))
+    });
+    let unsized_now = LINUX.unsized_now.iter().flatten();
+    let all = sized.chain(unsized_now.map(|name| (*name, Measure::Forgets)));
+    all.filter_map(|(name, measure)| Some((symbols.kernel_symbol(name)?.at, measure)))
+        .collect()
 }
 
 /// Those of `functions` that this kernel has, by where they begin.

@@ -8,8 +8,8 @@ use crate::dispatch::platform::Platform;
 use crate::domain::effects::KernelCall;
 use crate::domain::failing::Failing;
 use crate::domain::list_links::LINKS_BYTES;
-use crate::domain::monitor::ExceptionFrame;
-use crate::domain::supervisor::{HandOver, KernelExceptionVerdict, Supervisor};
+use crate::domain::monitor::{Asked, ExceptionFrame};
+use crate::domain::supervisor::{Behind, HandOver, KernelExceptionVerdict, Supervisor};
 use crate::domain::undo_log::Restorable;
 use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
@@ -149,6 +149,19 @@ impl Supervisor for CallSupervisor<'_> {
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
             policy.hold(memory, values);
         }
+    }
+
+    fn asked_for(&mut self, asked: &[Asked]) {
+        if let Some(CallPolicy { policy, memory }) = &mut self.policy {
+            policy.asked_for(memory, asked);
+        }
+    }
+
+    fn behind_asked(&self) -> Vec<Behind> {
+        let policy = self.policy.as_ref();
+        policy.map_or_else(Vec::new, |CallPolicy { policy, .. }| {
+            policy.behind_asked().collect()
+        })
     }
 
     fn called_back(&mut self, function: u64, arguments: [u64; 6]) {

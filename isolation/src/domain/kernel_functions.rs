@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Domain;
 use super::console::Console;
 use super::error::DomainError;
-use super::monitor::{self, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
+use super::monitor::{self, Measure, PORT_FATAL, PORT_SLEEP, PORT_TRAPPED};
 use super::waiting::Waiting;
 
 impl Domain {
@@ -27,6 +27,12 @@ impl Domain {
     /// callers are told what is given with each. To be told before [`Domain::redirect`].
     pub fn let_wait(&mut self, answers: HashMap<u64, u32>) {
         self.monitor.let_wait(answers);
+    }
+
+    /// Has it noted how much memory is asked for of these kernel functions. To be told before
+    /// [`Domain::redirect`].
+    pub fn measure(&mut self, functions: HashMap<u64, Measure>) {
+        self.monitor.measure(functions);
     }
 
     /// Makes the kernel function that begins at `va` one that only the guest may run: a call that

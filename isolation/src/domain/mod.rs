@@ -69,8 +69,8 @@ use monitor::{AREA_PAGES, Monitor};
 use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
-use transaction::Refusals;
 use transaction::room::Room;
+use transaction::{Refusals, WrittenByKernel};
 use view::{PAGE_SIZE, Pfn, PrivateView};
 use warm::WarmPages;
 use watchdog::Watchdog;
@@ -170,6 +170,8 @@ pub struct Domain {
     strike: Option<strike::Strike>,
     /// How often functions could not wait for calls of a function.
     refusals: HashMap<u64, Refusals>,
+    /// Where on the stacks of calls' callers kernel functions write.
+    written_by_kernel: WrittenByKernel,
     /// What calls leave each other of the memory that they take.
     room: Room,
     /// A call ended with an error of the domain's own since the guest was last put back.
@@ -222,6 +224,7 @@ impl Domain {
             moving: config.moving,
             copied: moving::Copied::default(),
             refusals: HashMap::new(),
+            written_by_kernel: WrittenByKernel::default(),
             adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: (0, 0),

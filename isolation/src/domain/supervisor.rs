@@ -5,7 +5,7 @@ use devices::hold::{Access, DeviceAddress, DeviceState};
 
 use super::effects::KernelCall;
 use super::failing::Failing;
-use super::monitor::ExceptionFrame;
+use super::monitor::{Asked, ExceptionFrame};
 use super::undo_log::Restorable;
 use crate::guest::addr::GvaRange;
 
@@ -28,6 +28,16 @@ pub enum HandOver {
         /// Stores to the device that come after this one of them wait until all have returned.
         stores_wait_for: Option<usize>,
     },
+}
+
+/// Memory behind what a call has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Behind {
+    /// Where.
+    pub range: GvaRange,
+    /// It is a red zone, which the kernel fills and looks at itself; zero, or filled by the kernel's
+    /// checks, otherwise.
+    pub is_red_zone: bool,
 }
 
 /// Knowledge about the guest and access to the isolated device.
@@ -82,6 +92,15 @@ pub trait Supervisor {
     /// that it may, and [`Supervisor::may_write`] is asked once more: what kernel functions have
     /// returned to it is among them.
     fn holds(&mut self, _values: &[u64]) {}
+
+    /// The call has asked for memory, or has given some back, in this order.
+    fn asked_for(&mut self, _asked: &[Asked]) {}
+
+    /// What lies behind what the call has asked for and has a known content, as long as nobody
+    /// writes there.
+    fn behind_asked(&self) -> Vec<Behind> {
+        Vec::new()
+    }
 
     /// The kernel calls back into the driver's `function` with these register arguments (`rdi`,
     /// `rsi`, `rdx`, `rcx`, `r8`, `r9`): the call may write what they lead to, too.

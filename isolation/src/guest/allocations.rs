@@ -290,6 +290,12 @@ impl<M: GuestPhys> Allocations<'_, M> {
         String::from_utf8(bytes[..len].to_vec()).ok()
     }
 
+    /// The red zone of the kernel's own behind a slab's object, if there is one.
+    pub fn red_zone(&self, allocation: &Allocation) -> Option<GvaRange> {
+        let slabs = &self.model.slabs;
+        slabs.red_zone(&self.virt, allocation.cache?, allocation.range)
+    }
+
     /// Whether a byte of `allocation` differs from the `earlier` memory: whether somebody has
     /// worked on it since. Looks at the first 4 KiB.
     pub fn is_changed<E: GuestPhys>(

@@ -62,6 +62,7 @@ fn types_of(newer: bool) -> Btf {
             ("object_size", int, 28),
             ("red_left_pad", int, 32),
             ("offset", int, 36),
+            ("inuse", int, 48),
             ("random", long, 40),
         ],
     );
@@ -428,4 +429,29 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn the_red_zone_right_of_an_object_is_that_of_the_kernels_own_checks() {
+    let mut guest = guest();
+    let types = types();
+    let model = MemoryModel::new(&types, &symbols(), &guest.virt()).unwrap();
+    let red_zone = |guest: &TestGuest| {
+        let allocations = Allocations::new(&model, guest.virt());
+        let found = allocations
+            .allocation_at(Gva(DIRECT + (16 << 12) + 8))
+            .unwrap();
+        let zone = allocations.red_zone(&found)?;
+        assert_eq!(zone.first().0, found.range.last().0 + 1);
+        Some(zone.len_bytes())
+    };
+    let cache = CACHE;
+    guest.put(Gva(cache + 48), &180u32.to_le_bytes(), DATA);
+    assert_eq!(red_zone(&guest), Some(4));
+    // Without red zones, and with none right of objects.
+    guest.put(Gva(cache + 32), &0u32.to_le_bytes(), DATA);
+    assert_eq!(red_zone(&guest), None);
+    guest.put(Gva(cache + 32), &8u32.to_le_bytes(), DATA);
+    guest.put(Gva(cache + 48), &176u32.to_le_bytes(), DATA);
+    assert_eq!(red_zone(&guest), None);
 }

@@ -26,6 +26,8 @@ pub(super) struct SlabModel {
     pub size: Field,
     pub object_size: Field,
     pub left_pad: Option<Field>,
+    /// Bytes from an object to what SLUB notes beside it, behind the red zone right of it.
+    pub in_use: Option<Field>,
     /// Where a free object has the link to the next one, from its start.
     pub link_offset: Option<Field>,
     pub name: Option<Field>,
@@ -112,6 +114,7 @@ impl SlabModel {
             size: need(cache, "size")?,
             object_size: need(cache, "object_size")?,
             left_pad: Field::find(types, cache, "red_left_pad"),
+            in_use: Field::find(types, cache, "inuse"),
             link_offset: Field::find(types, cache, "offset"),
             name: Field::find(types, cache, "name"),
             random: Field::find(types, cache, "random"),
@@ -151,6 +154,21 @@ impl SlabModel {
             Some(field) => field.read(virt, cache),
             None => Some(0),
         }
+    }
+
+    /// The red zone right of `object`, if SLUB has some around the objects of this cache: it fills
+    /// and looks at it itself (`check_object`, mm/slub.c).
+    pub fn red_zone<M: GuestPhys>(
+        &self,
+        virt: &VirtMemory<'_, M>,
+        cache: Gva,
+        object: GvaRange,
+    ) -> Option<GvaRange> {
+        // Only with red zones there is a pad.
+        self.left_pad(virt, cache).filter(|pad| *pad > 0)?;
+        let bytes = self.in_use?.read(virt, cache)?;
+        let bytes = bytes.checked_sub(object.len_bytes())?.min(MAX_BESIDE);
+        GvaRange::new(object.last().checked_add(1)?, bytes)
     }
 
     /// Where `object` has its link.

@@ -4,7 +4,8 @@ use super::*;
 use devices::dma::GuestMemory;
 use isolation::domain::effects::KernelCall;
 use isolation::domain::failing::Failing;
-use isolation::domain::supervisor::HandOver;
+use isolation::domain::monitor::Asked;
+use isolation::domain::supervisor::{Behind, HandOver};
 use isolation::domain::transaction::AbortPhases;
 use isolation::fault_image::{Keeper, Kept};
 use isolation::status::report::{Told, ViolationReport};
@@ -85,6 +86,12 @@ pub struct Kernel {
     pub stores_wait_for: Option<u64>,
     /// How often a call was begun again.
     pub begun_again: u32,
+    /// What calls asked for.
+    pub asked: Vec<Asked>,
+    /// Bytes of the slots in which that is handed out, zeroed; 0 if that is not known.
+    pub slot_bytes: u64,
+    /// What is behind it there is the kernel's red zone.
+    pub slots_are_red: bool,
     /// Keeps faults.
     pub keeper: Option<Keeper>,
     /// What became of the last one.
@@ -142,6 +149,24 @@ impl Supervisor for Kernel {
     fn begin_again(&mut self) {
         self.begun_again += 1;
         self.forget_platform();
+    }
+    fn asked_for(&mut self, asked: &[Asked]) {
+        self.asked.extend(asked);
+    }
+    fn behind_asked(&self) -> Vec<Behind> {
+        let all = self.asked.iter().filter(|_| self.slot_bytes > 0);
+        let known = all.filter(|asked| {
+            let mut same = self.asked.iter().filter(|other| other.at == asked.at);
+            same.all(|asked| asked.bytes.is_some())
+        });
+        let behind = known.filter_map(|asked| {
+            let bytes = asked.bytes?;
+            Some(Behind {
+                range: GvaRange::new(Gva(asked.at + bytes), self.slot_bytes - bytes)?,
+                is_red_zone: self.slots_are_red,
+            })
+        });
+        behind.collect()
     }
     fn stored(&mut self, va: u64) {
         self.stored.push(va);

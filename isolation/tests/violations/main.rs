@@ -2,14 +2,17 @@
 
 #![allow(clippy::unwrap_used, reason = "test code")]
 
+mod callers;
 #[path = "../common/mod.rs"]
 mod common;
+mod red_zones;
 mod stack;
 
 use common::*;
 use iced_x86::code_asm::*;
+use isolation::domain::Domain;
 use isolation::domain::roots::Root;
-use isolation::domain::transaction::{CallEnd, CallRequest, PassThroughReason};
+use isolation::domain::transaction::{CallEnd, CallRequest, CallResult, PassThroughReason};
 use isolation::domain::violation::ViolationKind;
 use kvm_bindings::kvm_regs;
 use std::time::Duration;

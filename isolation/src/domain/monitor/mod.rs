@@ -11,8 +11,9 @@
 //!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines;
 //!                                                     a counter
 //!  38..42   HANDED_OVER     write         write        calls of kernel functions that wait for the driver's to end
-//!  42       RETURN_STACK    read          write        where kernel functions return to; top first
-//!  43..     page tables     -             -            roots and their tables; no virtual address
+//!  42       ASKED           read          write        how much memory the driver asked for
+//!  43       RETURN_STACK    read          write        where kernel functions return to; top first
+//!  44..     page tables     -             -            roots and their tables; no virtual address
 //! ```
 //!
 //! All pages but the page tables are mapped at consecutive virtual addresses; the one after
@@ -30,13 +31,16 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, cr3, qword_ptr, r11};
 
 use super::view::{PAGE_SIZE, Page};
+use asked::Measured;
 use handed_over::Handing;
 use trampolines::Trampoline;
 
+pub use asked::{Asked, MAX_ASKED, Measure};
 pub use exceptions::ExceptionFrame;
 pub use handed_over::MAX_HANDED_OVER;
 pub use trampolines::JournalPoint;
 
+mod asked;
 mod exceptions;
 mod handed_over;
 mod trampolines;
@@ -50,7 +54,8 @@ const EXCEPTION_STACK: u64 = 36;
 const SCRATCH: u64 = 37;
 const HANDED_OVER: u64 = 38;
 const HANDED_OVER_PAGES: u64 = 4;
-const RETURN_STACK: u64 = HANDED_OVER + HANDED_OVER_PAGES;
+const ASKED: u64 = HANDED_OVER + HANDED_OVER_PAGES;
+const RETURN_STACK: u64 = ASKED + 1;
 /// Pages that have a virtual address.
 pub const MAPPED_PAGES: u64 = RETURN_STACK + 1;
 /// Pages for page tables.
@@ -104,7 +109,8 @@ const TOP: u64 = 0;
 const CROSSINGS: u64 = 8;
 const TARGET: u64 = 16;
 const FIRST_FRAME: u64 = 32;
-const FRAME_BYTES: u64 = 16;
+/// Return address, RSP, and two words of what is noted behind the call ([`asked`]).
+const FRAME_BYTES: u64 = 32;
 
 /// What the guest may do with a mapped monitor page in each root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +131,7 @@ pub fn access(page: u64) -> MonitorAccess {
     MonitorAccess {
         execute,
         driver_write: both,
-        kernel_write: both || page == RETURN_STACK,
+        kernel_write: both || page == RETURN_STACK || page == ASKED,
     }
 }
 
@@ -174,6 +180,8 @@ pub struct Monitor {
     /// Functions that run with the driver's rights.
     direct: HashSet<u64>,
     handing: Handing,
+    /// Functions whose calls tell how much memory is asked for.
+    measured: Measured,
 }
 
 // SAFETY: the mapping belongs to this value alone; P, the only other party that writes it, runs on
@@ -225,6 +233,7 @@ impl Monitor {
             looked_at: HashSet::new(),
             direct: HashSet::new(),
             handing: Handing::default(),
+            measured: Measured::default(),
         };
         monitor.write_stubs()?;
         monitor.write_vectors()?;
@@ -311,6 +320,7 @@ impl Monitor {
         let top = self.va + RETURN_STACK * PAGE_SIZE + FIRST_FRAME;
         self.put(RETURN_STACK, TOP, top);
         self.put(RETURN_STACK, TARGET, target);
+        self.forget_asked();
     }
 
     /// Sets what the entry stub jumps to and leaves the return stack as it is: to go on in the
@@ -332,7 +342,11 @@ impl Monitor {
         {
             self.put(RETURN_STACK, offset, frame.return_address);
             self.put(RETURN_STACK, offset + 8, frame.rsp);
+            // A function that hands memory out notes that nothing is known of it.
+            self.put(RETURN_STACK, offset + 16, 0);
+            self.put(RETURN_STACK, offset + 24, 0);
         }
+        self.forget_asked();
         self.put(RETURN_STACK, TOP, self.va + RETURN_STACK * PAGE_SIZE + end);
         self.put(RETURN_STACK, TARGET, target);
         true

@@ -179,6 +179,18 @@ impl Monitor {
         }
     }
 
+    /// Has all calls that change roots exit when they begin and when they return. P does not run
+    /// meanwhile.
+    pub fn watch_crossings(&mut self) {
+        let change = |slot: &&Trampoline| {
+            let waits = self.handing.on && slot.notes.is_some();
+            !slot.direct && !waits
+        };
+        let slots = self.slots.iter().filter(change);
+        let crossings: HashSet<u64> = slots.map(|slot| slot.target).collect();
+        self.journal(|function| crossings.contains(&function));
+    }
+
     /// Which end of which function's trampoline that exits P stopped at with this RIP: KVM leaves
     /// it at an `out` or, in some builds, behind it.
     pub fn journal_point(&self, rip: u64) -> Option<(u64, JournalPoint)> {
@@ -254,6 +266,7 @@ impl Monitor {
         a.mov(r11, top)?;
         a.pop(qword_ptr(r11))?;
         a.mov(qword_ptr(r11 + 8), rsp)?;
+        self.assemble_asking(&mut a, target)?;
         a.lea(r11, qword_ptr(r11 + FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.mov(r11, scratch)?;
@@ -266,6 +279,7 @@ impl Monitor {
         a.lea(r11, qword_ptr(r11 - FRAME_BYTES as i32))?;
         a.mov(top, r11)?;
         a.push(qword_ptr(r11))?;
+        self.assemble_noting(&mut a, target)?;
         a.mov(r11, self.driver_root)?;
         a.mov(cr3, r11)?;
         a.mov(r11, scratch)?;

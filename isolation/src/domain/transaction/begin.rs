@@ -72,6 +72,7 @@ impl Call<'_> {
             self.open_expected(va)?;
         }
         self.begin_journal()?;
+        self.begin_watching()?;
         self.start(&self.entry.clone());
         Ok(None)
     }

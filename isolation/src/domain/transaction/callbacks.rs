@@ -58,6 +58,7 @@ impl Call<'_> {
                 .extend(self.supervisor.interrupt_stack(frame.rsp));
         }
         self.stats.callbacks += 1;
+        self.see_callers()?;
         self.supervisor.called_back(target, arguments);
         for va in self.supervisor.expected() {
             self.open_expected(va)?;
@@ -70,21 +71,26 @@ impl Call<'_> {
         Ok(Step::Continue)
     }
 
-    pub(super) fn callback_return(&mut self, regs: &kvm_regs) -> Step {
+    pub(super) fn callback_return(&mut self, regs: &kvm_regs) -> Result<Step, DomainError> {
         let Some(callback) = self.callbacks.pop() else {
             let target = self.domain.monitor.callback_return_stub();
-            return Step::Violation(ViolationKind::IllegalControlTransfer { target }, regs.rip);
+            let kind = ViolationKind::IllegalControlTransfer { target };
+            return Ok(Step::Violation(kind, regs.rip));
         };
         if callback.rsp != regs.rsp {
-            return Step::Violation(ViolationKind::UnbalancedStack { rsp: regs.rsp }, regs.rip);
+            let kind = ViolationKind::UnbalancedStack { rsp: regs.rsp };
+            return Ok(Step::Violation(kind, regs.rip));
+        }
+        if let Some(kind) = self.check_callers()? {
+            return Ok(Step::Violation(kind, callback.function));
         }
         if let Some(kind) = callback.kept.changed(regs) {
-            return Step::Violation(kind, callback.function);
+            return Ok(Step::Violation(kind, callback.function));
         }
         self.domain.monitor.resume_at(callback.return_address);
         let mut next = *regs;
         next.rip = self.domain.monitor.kernel_stub();
         self.domain.vm.set_regs(&next);
-        Step::Continue
+        Ok(Step::Continue)
     }
 }

@@ -1,7 +1,8 @@
 //! Carrying a call out: from the domain at rest to the domain at rest again.
 //!
 //! It is attempted once, and once more if it turns out that kernel functions cannot wait for its
-//! end, and once more with a journal if it has to go on in the guest.
+//! end, and once more with a journal if it has to go on in the guest, and once more if it has to be
+//! seen who changed its callers' frames.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -9,6 +10,7 @@ use std::time::Instant;
 use super::call::{AbortPhases, CallRequest, CallResult, CallStats};
 use super::room::Room;
 use super::spilled_call::SpilledCall;
+use super::stack_guard::Watch;
 use super::time::{CallTime, Meter};
 use super::{Call, Outcome};
 use crate::domain::Domain;
@@ -19,7 +21,7 @@ use crate::domain::supervisor::Supervisor;
 use crate::domain::view::Pfn;
 
 /// Most attempts of a call: the first, and one more for each reason to begin again.
-const MAX_ATTEMPTS: usize = 3;
+const MAX_ATTEMPTS: usize = 4;
 
 /// What an attempt led to.
 #[expect(
@@ -32,6 +34,8 @@ enum Attempted {
     WithJournal,
     /// It is to be made once more, with no function waiting.
     AtOnce,
+    /// It is to be made once more, with an exit at each crossing.
+    Watched,
 }
 
 impl Domain {
@@ -69,21 +73,25 @@ impl Domain {
         let before = spilled.as_deref();
         let mut time = before.map_or_else(CallTime::default, |spilled| spilled.time);
         let mut hands_over = before.is_none() && request.effects.is_some();
+        let mut watched = false;
         let mut result;
         let mut attempts = 0;
         loop {
-            let what = (request, hands_over);
+            let what = (request, hands_over, watched);
             result = self.attempt(what, supervisor, before, &mut journal, &mut time);
             match result {
-                Ok(Attempted::WithJournal) => journal = Some(Box::default()),
-                Ok(Attempted::AtOnce) => {}
+                Ok(Attempted::WithJournal) => {
+                    journal = Some(Box::default());
+                    hands_over = false;
+                }
+                Ok(Attempted::AtOnce) => hands_over = false,
+                Ok(Attempted::Watched) => watched = true,
                 Ok(Attempted::Ended(_)) | Err(_) => break,
             }
             attempts += 1;
             if attempts >= MAX_ATTEMPTS {
                 break;
             }
-            hands_over = false;
             supervisor.begin_again();
         }
         if let Some(spilled) = spilled {
@@ -98,7 +106,7 @@ impl Domain {
     /// On an error `journal` is as it was.
     fn attempt(
         &mut self,
-        (request, hands_over): (&CallRequest<'_>, bool),
+        (request, hands_over, watched): (&CallRequest<'_>, bool, bool),
         supervisor: &mut dyn Supervisor,
         spilled: Option<&SpilledCall>,
         journal: &mut Option<Box<Journal>>,
@@ -112,6 +120,7 @@ impl Domain {
         let mut call = Call::new(self, supervisor, request, spilled, *time);
         call.journal = journal.take();
         call.hands_over = hands_over && !journalled;
+        call.watch = (watched && !journalled).then(Watch::default);
         let outcome = call.carry_out(spilled);
         let has_failed = outcome.is_err();
         if has_failed {
@@ -132,7 +141,7 @@ impl Domain {
         room.passing = passing;
         self.room = room.emptied();
         self.has_failed |= has_failed;
-        if journalled {
+        if journalled || watched {
             self.monitor.journal(|_| false);
         }
         stats.runs = self.vm.runs() - runs;
@@ -140,6 +149,7 @@ impl Domain {
         Ok(match outcome? {
             Outcome::WithJournal => Attempted::WithJournal,
             Outcome::AtOnce => Attempted::AtOnce,
+            Outcome::Watched => Attempted::Watched,
             Outcome::Ended(end, regs) => Attempted::Ended(CallResult {
                 end,
                 regs,
@@ -216,8 +226,13 @@ impl<'a> Call<'a> {
             last_exit: Instant::now(),
             phases: AbortPhases::default(),
             last_sleep: (0, 0),
+            asked: 0,
+            watch: None,
+            is_suspected: false,
+            is_to_be_watched: false,
         }
     }
+
     /// What the next call can use of the memory that this one took.
     fn give_room_back(&mut self) -> Room {
         Room {

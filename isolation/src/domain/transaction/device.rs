@@ -203,6 +203,12 @@ impl Call<'_> {
     pub(super) fn reach_device(&mut self) -> Result<Option<ViolationKind>, DomainError> {
         // What the guest and its devices see is the stack with its own return address.
         self.write_slot(self.return_slot, self.return_address)?;
+        if self.watch.is_some()
+            && self.root()? == Root::Driver
+            && let Some(kind) = self.check_callers()?
+        {
+            return Ok(Some(kind));
+        }
         let pages = self.written_pages()?;
         let changes = self.changes(&pages)?;
         if let Some(kind) = self.forbidden_change(&changes) {

@@ -27,7 +27,7 @@ impl Call<'_> {
             Exit::Out {
                 port: PORT_CALLBACK_RETURN,
                 ..
-            } if self.at_stub(&regs) => Ok(self.callback_return(&regs)),
+            } if self.at_stub(&regs) => self.callback_return(&regs),
             Exit::Out {
                 port: PORT_JOURNAL, ..
             } if self.at_stub(&regs) => self.journal_point(&regs),

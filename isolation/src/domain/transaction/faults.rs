@@ -142,6 +142,7 @@ impl Call<'_> {
             // Device registers are judged when the access arrives as an exit of its own.
             let is_memory = self.domain.view.contains(Pfn::of(translation.gpa));
             let is_others = is_memory && !self.in_own_stack(address);
+            self.tell_asked();
             if is_others && !self.may_write(frame, address, regs)? {
                 return Ok(Step::Violation(
                     ViolationKind::StrayWrite { address },
@@ -241,6 +242,9 @@ impl Call<'_> {
                 {
                     let monitor = &mut self.domain.monitor;
                     monitor.journal(|function| effects.matters(function));
+                }
+                if self.watch.is_some() {
+                    self.domain.monitor.watch_crossings();
                 }
                 self.resume_at(frame, regs, trampoline);
                 Ok(Step::Continue)

@@ -5,11 +5,11 @@ use std::time::Instant;
 use kvm_bindings::kvm_regs;
 
 use super::Call;
-use super::call::CallEnd;
+use super::call::{CallEnd, PassThroughReason};
 use super::preserved::Preserved;
 use crate::domain::error::DomainError;
 use crate::domain::roots::Root;
-use crate::domain::view::{PAGE_SIZE, Pfn};
+use crate::domain::view::Pfn;
 use crate::domain::violation::{Violation, ViolationKind};
 use crate::policy::diff::PageMask;
 
@@ -22,16 +22,19 @@ const MAX_WORDS_ABOVE_CALLER: u64 = 8;
 
 impl Call<'_> {
     /// What is wrong with the way the function returned.
-    pub(super) fn check_return(&self) -> Option<(ViolationKind, u64)> {
+    pub(super) fn check_return(&mut self) -> Result<Option<(ViolationKind, u64)>, DomainError> {
+        let callers = self.check_callers()?;
         let (entry, now) = (&self.entry, self.domain.vm.regs());
-        let kind = if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
-            ViolationKind::UnbalancedStack { rsp: now.rsp }
+        let kind = if callers.is_some() {
+            callers
+        } else if now.rsp != entry.rsp.wrapping_add(8) || !self.callbacks.is_empty() {
+            Some(ViolationKind::UnbalancedStack { rsp: now.rsp })
         } else if (now.rflags ^ entry.rflags) & INTERRUPT_FLAG != 0 {
-            ViolationKind::InterruptFlag
+            Some(ViolationKind::InterruptFlag)
         } else {
-            Preserved::of(entry).changed(&now)?
+            Preserved::of(entry).changed(&now)
         };
-        Some((kind, self.request.function))
+        Ok(kind.map(|kind| (kind, self.request.function)))
     }
 
     pub(super) fn commit(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
@@ -132,29 +135,22 @@ impl Call<'_> {
         &mut self,
         changes: &[(Pfn, PageMask)],
     ) -> Option<ViolationKind> {
-        // Kernel functions write through their own mapping of the same page, and to objects on the
-        // callers' stack (a block request's completion), so bytes can only be laid at the driver's
-        // door where it called none. An overflow that reaches a caller's frame hits the return
-        // address on its way.
+        if let Some(kind) = self.overrun().or_else(|| self.changed_callers(changes)) {
+            return Some(kind);
+        }
+        // Kernel functions write through their own mapping of the same page, so bytes can only be
+        // laid at the driver's door where it called none.
         if self.stats_crossed() {
             return None;
         }
-        // The return address is the host's to set: the callers' frames begin above it.
-        let callers = self.entry.rsp.wrapping_add(8);
         let runs = changes
             .iter()
             .flat_map(|(pfn, mask)| mask.runs().map(move |run| (*pfn, run)));
         for (pfn, run) in runs {
             let (offset, bytes) = (run.start as u64, run.len() as u64);
-            if pfn == self.return_slot.0 {
-                let address = (self.entry.rsp & !(PAGE_SIZE - 1)) + offset;
-                let (from, end) = (address.max(callers), address + bytes);
-                if end > from && !self.supervisor.may_change(from, end - from) {
-                    return Some(ViolationKind::StackSmash { address: from });
-                }
-                continue;
-            }
-            if let Some(va) = self.domain.opened_va(pfn) {
+            if pfn != self.return_slot.0
+                && let Some(va) = self.domain.opened_va(pfn)
+            {
                 let address = va + offset;
                 if !self.in_own_stack(address) && !self.supervisor.may_change(address, bytes) {
                     return Some(ViolationKind::StrayBytes { address, bytes });
@@ -169,11 +165,22 @@ impl Call<'_> {
             || self.stats.callbacks > 0
     }
 
+    /// Takes the call back, as one that failed, unless that is only suspected: then it is run once
+    /// more, and how it ended here does not count.
     pub(super) fn abort(
         &mut self,
-        kind: ViolationKind,
+        mut kind: ViolationKind,
         rip: u64,
     ) -> Result<(CallEnd, kvm_regs), DomainError> {
+        if std::mem::take(&mut self.is_suspected) {
+            self.take_back()?;
+            self.is_to_be_watched = !self.device_lost;
+            if self.is_to_be_watched {
+                let end = CallEnd::PassThrough(PassThroughReason::Stack);
+                return Ok((end, self.request.regs));
+            }
+            kind = ViolationKind::DeviceLost;
+        }
         self.phases.detect_ns = elapsed_ns(self.last_exit);
         let regs = self.domain.vm.regs();
         let fault = self.domain.vm.fault_registers()?;

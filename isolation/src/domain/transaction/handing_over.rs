@@ -29,13 +29,14 @@ pub(in crate::domain) struct Refusals {
 
 impl Refusals {
     /// Whether the call that begins is to be tried.
-    fn begins(&mut self) -> bool {
+    pub(super) fn begins(&mut self) -> bool {
         let rests = self.rest > 0;
         self.rest = self.rest.saturating_sub(1);
         !rests
     }
 
-    fn ended(&mut self, accepted: bool) {
+    /// The call that was tried has ended, and it was worth it, or not.
+    pub(super) fn ended(&mut self, accepted: bool) {
         if accepted {
             *self = Self::default();
             return;

@@ -98,6 +98,7 @@ impl Call<'_> {
         };
         let next = match point {
             JournalPoint::Leave => {
+                self.see_callers()?;
                 self.journal_leave(rsp, regs.rax);
                 returned
             }
@@ -107,6 +108,9 @@ impl Call<'_> {
                     function,
                     arguments,
                 };
+                if let Some(kind) = self.check_callers()? {
+                    return Ok(Step::Violation(kind, self.called_from(return_address)));
+                }
                 if let Some(kind) = self.keeps_what_it_must_not(&call)? {
                     return Ok(Step::Violation(kind, self.called_from(return_address)));
                 }

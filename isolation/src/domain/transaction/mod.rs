@@ -23,7 +23,8 @@
 //! A call that is about to spill for the first time is taken back and run once more with a journal
 //! (`journal.rs`), so that it can be undone to its beginning if it fails after that. Calls that do
 //! not spill pay nothing for it. So is one of which kernel functions were to wait for the end and
-//! may not (`handing_over.rs`), with these called at once.
+//! may not (`handing_over.rs`), with these called at once, and one that may have changed its callers'
+//! frames (`stack_guard.rs`), with an exit at each crossing.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -59,10 +60,12 @@ mod journal;
 mod kept_arguments;
 mod memory;
 mod preserved;
+mod red_zones;
 pub(super) mod room;
 mod sleep;
 mod spill;
 mod spilled_call;
+mod stack_guard;
 mod time;
 
 pub use call::{
@@ -70,10 +73,12 @@ pub use call::{
 };
 pub(super) use handing_over::Refusals;
 pub use spilled_call::SpilledCall;
+pub(super) use stack_guard::WrittenByKernel;
 pub use time::CallTime;
 
 use callbacks::Callback;
 use device::{Overwritten, PostedWrite};
+use stack_guard::Watch;
 use time::Meter;
 
 /// RFLAGS.TF.
@@ -93,6 +98,8 @@ enum Outcome {
     /// It is to be run once more, with no kernel function waiting for its end; nothing of it is
     /// left.
     AtOnce,
+    /// It is to be run once more, watched; nothing of it is left.
+    Watched,
 }
 
 /// What an exit leads to.
@@ -168,6 +175,14 @@ pub(super) struct Call<'a> {
     phases: AbortPhases,
     /// Where the last wait was called from, and how often running.
     last_sleep: (u64, u32),
+    /// How many of the notes of what it asked for were looked at.
+    asked: usize,
+    /// Its crossings exit, and the callers' frames are looked at there.
+    watch: Option<Watch>,
+    /// It, or a kernel function, has changed these, and it is to be run once more to see which.
+    is_suspected: bool,
+    /// That is so, and nothing of it is left.
+    is_to_be_watched: bool,
 }
 
 impl Call<'_> {
@@ -182,7 +197,7 @@ impl Call<'_> {
             Some(reason) => Step::GuestOnly(reason, None),
         };
         let ended = match step {
-            Step::Returned => match self.check_return() {
+            Step::Returned => match self.check_return()? {
                 Some((kind, rip)) => self.abort(kind, rip),
                 None if self.take_handed_over() => self.commit(),
                 None => {
@@ -216,6 +231,9 @@ impl Call<'_> {
             },
             Step::Continue => Err(DomainError::Internal("a call stopped without a reason")),
         };
+        if self.is_to_be_watched {
+            return Ok(Outcome::Watched);
+        }
         ended.map(|(end, regs)| Outcome::Ended(end, regs))
     }
 

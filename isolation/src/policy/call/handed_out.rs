@@ -128,6 +128,8 @@ impl DriverPolicy {
     /// in the driver's registers and on its stack: what was handed out to it until now and lies at
     /// one of them is the driver's.
     pub fn leave<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>, values: &[u64]) {
+        // What becomes of them there is not seen.
+        self.forget_red_zones(|_| true);
         let allocations = Allocations::new(&self.memory, memory.private);
         let places = values
             .iter()

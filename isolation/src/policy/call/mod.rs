@@ -28,8 +28,10 @@ mod opening;
 mod own_per_cpu;
 mod own_variables;
 mod programs;
+mod red_zones;
 mod restorable;
 mod shared_counts;
+mod whose;
 
 #[cfg(test)]
 mod tests;
@@ -46,7 +48,7 @@ use super::reach::{Names, OwnTypes, Rules, Slots, Start, member_range};
 use super::unheard::Unheard;
 use crate::domain::effects::KernelCall;
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
+use crate::guest::allocations::{Allocations, FindAllocation};
 use crate::guest::btf::Btf;
 use crate::guest::memory_model::MemoryModel;
 use crate::guest::module_text::TextPart;
@@ -63,6 +65,7 @@ use namespaces::Namespaces;
 use own_per_cpu::OwnPerCpu;
 use own_variables::OwnVariables;
 use programs::Programs;
+use red_zones::RedZone;
 use shared_counts::SharedCounts;
 
 /// Variables of each processor that inline functions of the kernel write, with their sizes in
@@ -188,6 +191,10 @@ pub struct DriverPolicy {
     /// Pages of slabs that were opened for what was handed out to a call. They stay open, and
     /// stores to others of their objects are not asked about. At most [`MAX_OPENED_PAGES`].
     opened_pages: BTreeSet<u64>,
+    /// What lies behind the memory that this call asked for.
+    red_zones: Vec<RedZone>,
+    /// Where the kernel says whether it zeroes what it hands out (a `struct static_key`).
+    init_on_alloc: Option<Gva>,
     /// Sections of the module: where its operations tables are.
     sections: Vec<GvaRange>,
     completions: Completions,
@@ -270,6 +277,10 @@ impl DriverPolicy {
             slots: BTreeSet::new(),
             handed_out: Vec::new(),
             opened_pages: BTreeSet::new(),
+            red_zones: Vec::new(),
+            init_on_alloc: symbols
+                .kernel_symbol("init_on_alloc")
+                .map(|symbol| symbol.at),
             sections: layout
                 .sections
                 .iter()
@@ -386,6 +397,7 @@ impl DriverPolicy {
         self.queues.clear();
         self.slots.clear();
         self.listed = false;
+        self.red_zones.clear();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
@@ -403,6 +415,7 @@ impl DriverPolicy {
         }
         self.listed = false;
         self.handed_out.clear();
+        self.red_zones.clear();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         memory.before.forget();
@@ -440,6 +453,7 @@ impl DriverPolicy {
         for _ in 0..MAX_STEPS {
             match self.table.first_denied(range) {
                 None => return true,
+                Some(at) if self.is_in_red_zone(at) => return false,
                 Some(at) if !self.open_around(memory, at) => return false,
                 Some(_) => {}
             }
@@ -450,36 +464,6 @@ impl DriverPolicy {
     /// The object that `at` lies in, if it is one that a call may write or was asked about.
     pub fn owner(&self, at: Gva) -> Option<&Object> {
         self.table.lookup(at).map(|(_, object)| object)
-    }
-
-    /// Whose memory `at` is, as the guest's allocator has it: `kmalloc-512 object + 0x10`.
-    pub fn whose<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, at: Gva) -> Option<String> {
-        let allocations = Allocations::new(&self.memory, virt);
-        let found = allocations.allocation_at(at)?;
-        let offset = at.0 - found.range.first().0;
-        Some(match found.kind {
-            AllocationKind::Slab => {
-                let cache = allocations
-                    .cache_name(&found)
-                    .unwrap_or_else(|| "slab".into());
-                format!("{cache} object + {offset:#x}")
-            }
-            AllocationKind::Pages => {
-                format!("{} bytes of pages + {offset:#x}", found.range.len_bytes())
-            }
-            AllocationKind::Vmalloc => {
-                format!(
-                    "{} bytes of vmalloc area + {offset:#x}",
-                    found.range.len_bytes()
-                )
-            }
-            AllocationKind::PerCpu => {
-                format!(
-                    "{} bytes of a processor + {offset:#x}",
-                    found.range.len_bytes()
-                )
-            }
-        })
     }
 
     /// Whether what the call may write at `at` is the driver's beyond the call.

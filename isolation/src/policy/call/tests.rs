@@ -1,6 +1,7 @@
 //! Calls of a make-believe driver in a make-believe guest with a slab allocator.
 
 mod handed_out;
+mod red_zones;
 
 use proptest::prelude::*;
 

@@ -256,6 +256,9 @@ fn buffers_go_to_the_end_of_their_allocation_but_not_on_the_stack() {
     assert!(found.contains(&(STACK + 16, 8, "long unsigned int (data)".into())));
     let found = call("my_irq", &[11, DEVICE]);
     assert_eq!(found, [(DEVICE, 0x200, "void (data)".into())]);
+    // What has no type there may be a buffer of bytes.
+    let found = call("my_irq", &[11, STACK + 16]);
+    assert_eq!(found, [(STACK + 16, 256, "void (data)".into())]);
 }
 
 #[test]
