@@ -20,12 +20,19 @@ impl IrqLine for Line {
 }
 
 fn controller() -> Arc<Mutex<I8042>> {
-    Arc::new(Mutex::new(I8042::new(Arc::new(Line), Arc::new(Line), Box::new(|| {}))))
+    Arc::new(Mutex::new(I8042::new(
+        Arc::new(Line),
+        Arc::new(Line),
+        Box::new(|| {}),
+    )))
 }
 
 /// What two bytes do, and what is seen of it.
 fn step(controller: &Arc<Mutex<I8042>>, what: u8, value: u8) -> u8 {
-    let (data, command) = (Port::data(controller.clone()), Port::command(controller.clone()));
+    let (data, command) = (
+        Port::data(controller.clone()),
+        Port::command(controller.clone()),
+    );
     let mut seen = [0];
     let event = |event| u8::from(lock(controller).move_mouse(event).is_ok());
     let signed = i32::from(value as i8);
@@ -38,7 +45,12 @@ fn step(controller: &Arc<Mutex<I8042>>, what: u8, value: u8) -> u8 {
         }
         3 => command.read(0, &mut seen),
         4 => data.read(0, &mut seen),
-        5 => seen[0] = event(MouseEvent::Move { x: signed * 40, y: signed }),
+        5 => {
+            seen[0] = event(MouseEvent::Move {
+                x: signed * 40,
+                y: signed,
+            })
+        }
         6 => seen[0] = event(MouseEvent::Wheel(signed)),
         _ => seen[0] = event(MouseEvent::Click(Button::Left)),
     }
@@ -47,7 +59,10 @@ fn step(controller: &Arc<Mutex<I8042>>, what: u8, value: u8) -> u8 {
 
 fuzz_target!(|input: &[u8]| {
     let one = controller();
-    let steps: Vec<[u8; 2]> = input.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
+    let steps: Vec<[u8; 2]> = input
+        .chunks_exact(2)
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
     let (before, after) = steps.split_at(steps.len() / 2);
     for [what, value] in before {
         step(&one, *what, *value);
@@ -56,7 +71,11 @@ fuzz_target!(|input: &[u8]| {
     let twin = controller();
     lock(&twin).restore(&saved).expect("its own state");
     for [what, value] in after {
-        assert_eq!(step(&one, *what, *value), step(&twin, *what, *value), "the twin differs");
+        assert_eq!(
+            step(&one, *what, *value),
+            step(&twin, *what, *value),
+            "the twin differs"
+        );
     }
     assert_eq!(lock(&one).save(), lock(&twin).save(), "the twin differs");
 });

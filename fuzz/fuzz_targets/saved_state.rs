@@ -18,7 +18,8 @@ use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 use vmm::snapshot::{Manifest, MemoryMap};
 use vmm::{
-    DEVICE_STATES_VERSION, DEVICE_STATES_VERSION_WITHOUT_I8042, DeviceStates, MachineState, STATE_VERSION,
+    DEVICE_STATES_VERSION, DEVICE_STATES_VERSION_WITHOUT_I8042, DeviceStates, MachineState,
+    STATE_VERSION,
 };
 
 /// Memory that the maps are for: 64 MiB.
@@ -39,13 +40,21 @@ fuzz_target!(|input: &[u8]| {
                 );
             }
         }
-        2 => drop(MachineState::from_bytes(&headed(b"COFFMACH", STATE_VERSION, bytes))),
+        2 => drop(MachineState::from_bytes(&headed(
+            b"COFFMACH",
+            STATE_VERSION,
+            bytes,
+        ))),
         3 => drop(DeviceStates::from_bytes(&headed(
             b"COFFDEVS",
             DEVICE_STATES_VERSION_WITHOUT_I8042,
             bytes,
         ))),
-        _ => drop(DeviceStates::from_bytes(&headed(b"COFFDEVS", DEVICE_STATES_VERSION, bytes))),
+        _ => drop(DeviceStates::from_bytes(&headed(
+            b"COFFDEVS",
+            DEVICE_STATES_VERSION,
+            bytes,
+        ))),
     }
 });
 
