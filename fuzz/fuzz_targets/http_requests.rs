@@ -72,7 +72,7 @@ fuzz_target!(|input: &[u8]| {
     };
     match which % 8 {
         0 => {
-            exchange(bytes);
+            exchange(bytes, true);
         }
         _ => by_the_document(bytes),
     }
@@ -108,7 +108,7 @@ fn by_the_document(bytes: &[u8]) {
     if path.starts_with("/v1/events") {
         return;
     }
-    let answer = exchange(&[head.as_bytes(), body].concat());
+    let answer = exchange(&[head.as_bytes(), body].concat(), false);
     let status: u16 = answer
         .strip_prefix(b"HTTP/1.1 ")
         .and_then(|rest| std::str::from_utf8(rest.get(..3)?).ok()?.parse().ok())
@@ -129,14 +129,18 @@ fn word(input: &mut Unstructured<'_>) -> String {
         .collect()
 }
 
-fn exchange(request: &[u8]) -> Vec<u8> {
+/// What is answered to `request`, behind which nothing can come if it `ends`: the service gives up
+/// what is asked by who has gone.
+fn exchange(request: &[u8], ends: bool) -> Vec<u8> {
     let mut stream = UnixStream::connect(&SERVICE.socket).expect("it listens");
     stream
         .set_read_timeout(Some(ANSWER_TIME))
         .expect("it can have a limit");
     // It may have closed the connection at the first bytes.
     let _ = stream.write_all(request);
-    let _ = stream.shutdown(Shutdown::Write);
+    if ends {
+        let _ = stream.shutdown(Shutdown::Write);
+    }
     let mut answer = Vec::new();
     if let Err(error) = stream.take(ANSWER_BYTES).read_to_end(&mut answer) {
         let timed_out = error.kind() == std::io::ErrorKind::WouldBlock;

@@ -121,7 +121,7 @@ fn build(workspace: &Workspace, more: &[&str]) -> anyhow::Result<Vec<Program>> {
 }
 
 fn run_all(workspace: &Workspace, programs: &[Program], seconds: u32) -> anyhow::Result<String> {
-    let mut notes = Vec::new();
+    let (mut notes, mut findings) = (Vec::new(), Vec::new());
     for programs in programs.chunks(available_parallelism().map_or(1, NonZero::get)) {
         let names: Vec<&str> = programs.iter().map(|program| &*program.name).collect();
         let _progress = Progress::new(&format!("{} for {seconds} s", names.join(", ")));
@@ -132,11 +132,17 @@ fn run_all(workspace: &Workspace, programs: &[Program], seconds: u32) -> anyhow:
             threads.into_iter().map(|thread| thread.join()).collect()
         });
         for (name, run) in names.into_iter().zip(runs) {
-            let inputs = run.map_err(|_| anyhow::anyhow!("the run of {name} panicked"))??;
-            notes.push(format!("{name} {inputs} inputs"));
+            match run {
+                Ok(Ok(inputs)) => notes.push(format!("{name} {inputs} inputs")),
+                Ok(Err(finding)) => findings.push(format!("{finding:#}")),
+                Err(_) => findings.push(format!("the run of {name} panicked")),
+            }
         }
     }
-    Ok(notes.join(", "))
+    match findings.is_empty() {
+        true => Ok(notes.join(", ")),
+        false => bail!("{}", findings.join("\n")),
+    }
 }
 
 fn run_target(workspace: &Workspace, program: &Program, seconds: u32) -> anyhow::Result<String> {

@@ -130,7 +130,9 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         true => Guests::Jailed,
         false => Guests::Free,
     };
-    if let (true, Err(why)) = (config.jail, can_jail()) {
+    if config.jail
+        && let Err(why) = can_jail()
+    {
         bail!(
             "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
         );
