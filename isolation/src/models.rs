@@ -29,6 +29,18 @@ mod tests {
     use crate::policy::handed_over;
     use crate::policy::reach::Rules;
 
+    /// Arguments behind the fourth are not in the registers that trampolines look at.
+    #[test]
+    fn what_an_allocator_is_asked_for_is_among_its_first_four_arguments() {
+        for allocator in &kernel_functions::LINUX.sized {
+            let numbers = [Some(allocator.size), allocator.flags];
+            assert!(
+                numbers.into_iter().flatten().all(|number| number < 4),
+                "{allocator:?}"
+            );
+        }
+    }
+
     #[test]
     fn every_file_is_read_and_says_something_in_each_of_its_lists() {
         let rules = format!("{:?}", Rules::linux());

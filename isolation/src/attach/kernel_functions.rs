@@ -44,7 +44,7 @@ pub(crate) struct KernelFunctions {
     /// write itself. They run with the driver's rights, at no change of roots.
     pub modest: Vec<Names>,
     /// Functions that hand out as much memory as they are asked for.
-    pub sized: Vec<Sized>,
+    pub sized: Vec<Allocator>,
     /// Functions after which it is not known any more how much was asked for of what their first
     /// argument points at: it is given back, or longer, or its caller knows how long it is.
     pub unsized_now: Vec<Names>,
@@ -63,7 +63,7 @@ pub(crate) struct KernelFunctions {
 /// A function that hands out memory from the address that it returns on.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, bound(deserialize = "'de: 'static"))]
-pub(crate) struct Sized {
+pub(crate) struct Allocator {
     /// By the names that it has had with these arguments.
     pub names: Names,
     /// Number of the argument that says how many bytes, from 0.

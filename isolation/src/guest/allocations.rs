@@ -290,6 +290,15 @@ impl<M: GuestPhys> Allocations<'_, M> {
         String::from_utf8(bytes[..len].to_vec()).ok()
     }
 
+    /// Whether an object's slab has nothing between its objects: with `slub_debug` the kernel has
+    /// records there, and does not zero what was not asked for.
+    pub fn is_plain(&self, allocation: &Allocation) -> bool {
+        let slabs = &self.model.slabs;
+        allocation
+            .cache
+            .is_none_or(|cache| slabs.is_plain(&self.virt, cache) == Some(true))
+    }
+
     /// The red zone of the kernel's own behind a slab's object, if there is one.
     pub fn red_zone(&self, allocation: &Allocation) -> Option<GvaRange> {
         let slabs = &self.model.slabs;

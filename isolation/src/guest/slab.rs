@@ -156,6 +156,12 @@ impl SlabModel {
         }
     }
 
+    /// Whether the cache's objects lie one behind the other, with nothing between them.
+    pub fn is_plain<M: GuestPhys>(&self, virt: &VirtMemory<'_, M>, cache: Gva) -> Option<bool> {
+        let object_size = self.object_size.read(virt, cache)?;
+        Some(object_size == self.size.read(virt, cache)?)
+    }
+
     /// The red zone right of `object`, if SLUB has some around the objects of this cache: it fills
     /// and looks at it itself (`check_object`, mm/slub.c).
     pub fn red_zone<M: GuestPhys>(

@@ -1,6 +1,6 @@
 //! Functions whose callers have no use for an error. Most take something down, and are not asked
 //! again: if one failed, what it should have let go would be freed all the same. Others are given
-//! something that nobody has any more when they have failed.
+//! something that comes once, such as a byte of a port: such a call is run again.
 //!
 //! Which function of a driver it is, is read where the kernel reads it, in the table of operations
 //! of the very object. What is read is the guest's and hostile: what does not lead to the function

@@ -7,9 +7,8 @@ use crate::domain::view::{PAGE_SIZE, Pfn};
 use crate::domain::violation::ViolationKind;
 use crate::guest::addr::{Gva, GvaRange};
 
-/// What SLUB fills memory with (include/linux/poison.h): free, its end, in use.
-const POISON: [u8; 3] = [0x6b, 0xa5, 0x5a];
-/// What it fills red zones with, of objects that are in use and of free ones.
+/// What SLUB fills red zones with (include/linux/poison.h), of objects that are in use and of free
+/// ones.
 const RED: [u8; 2] = [0xcc, 0xbb];
 
 impl Call<'_> {
@@ -29,22 +28,26 @@ impl Call<'_> {
         }
     }
 
-    /// The first bytes that were written behind what the call asked for, where it is known what was
-    /// there.
+    /// The first bytes that the driver has written behind what the call asked for, where it is known
+    /// what was there. The kernel's own red zones are looked at in any case; memory that was zero
+    /// only where no kernel function ran but those that hand it out and take it back: another may
+    /// have given the object away, and whoever got it has written there.
     pub(super) fn overrun(&mut self) -> Option<ViolationKind> {
         self.tell_asked();
         if self.asked == 0 {
             return None;
         }
+        let only_asked = self.crossed() <= self.asked as u64 && !self.went_elsewhere();
         let behind = self.supervisor.behind_asked();
-        behind.iter().find_map(|behind| self.written_in(behind))
+        let mut behind = behind.iter().filter(|one| one.is_red_zone || only_asked);
+        behind.find_map(|behind| self.written_in(behind))
     }
 
     fn written_in(&self, behind: &Behind) -> Option<ViolationKind> {
         let zone = behind.range;
-        let is_written = |byte: &u8| {
-            let is_zero = *byte == 0 || POISON.contains(byte);
-            !RED.contains(byte) && (behind.is_red_zone || !is_zero)
+        let is_written = |byte: &u8| match behind.is_red_zone {
+            true => !RED.contains(byte),
+            false => *byte != 0,
         };
         for page in zone.pages() {
             let piece = zone.intersection(&GvaRange::aligned(page, PAGE_SIZE))?;

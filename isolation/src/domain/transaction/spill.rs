@@ -110,6 +110,10 @@ impl Call<'_> {
         }
         self.write_slot(gate_slot, gate)?;
         let held = self.values_held(at)?;
+        // Nothing is known of it any more behind the call's leaving.
+        if let Some(kind) = self.overrun() {
+            return self.abort(kind, self.request.function).map(Some);
+        }
         self.supervisor.leaves(&held);
         if let Some(kind) = self.publish()? {
             return self.abort(kind, self.request.function).map(Some);

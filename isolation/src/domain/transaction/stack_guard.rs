@@ -35,6 +35,8 @@ const STACK_PAGES: usize = (THREAD_SIZE / PAGE_SIZE) as usize;
 const MAX_PLACES: usize = 1024;
 /// Bytes of a link, of a saved register, of a return address.
 const WORD: u64 = 8;
+/// Most crossings of a call that is run once more, each of which exits twice then.
+const MAX_WATCHED: u64 = 4096;
 
 /// Places on the stacks of functions' callers that kernel functions have written, by the function
 /// and the offset from its stack pointer at the entry.
@@ -47,7 +49,12 @@ impl WrittenByKernel {
         self.0.get_mut(&place).is_none_or(Refusals::begins)
     }
 
-    /// It was a kernel function that wrote at `place`.
+    /// It was the driver that wrote at `place`.
+    fn forget(&mut self, place: (u64, u64)) {
+        self.0.remove(&place);
+    }
+
+    /// It was a kernel function that wrote at `place`, or may have been.
     fn note(&mut self, place: (u64, u64)) {
         if self.0.len() >= MAX_PLACES && !self.0.contains_key(&place) {
             self.0.clear();
@@ -103,16 +110,14 @@ impl Call<'_> {
                 continue;
             };
             for run in changes[index].1.runs() {
-                let from = va.saturating_add(run.start as u64).max(callers);
+                let mut from = va.saturating_add(run.start as u64).max(callers);
                 let end = va.saturating_add(run.end as u64);
-                if from >= end || !(by_driver || self.is_worth_asking(from)) {
-                    continue;
-                }
-                let Some(address) = self.first_of_callers(from, end) else {
-                    continue;
-                };
-                if by_driver || self.suspects(from) {
-                    return Some(ViolationKind::StackSmash { address });
+                // Word by word: what is known of one says nothing of the next.
+                while let Some(address) = self.first_of_callers(from, end) {
+                    if by_driver || self.suspects(address) {
+                        return Some(ViolationKind::StackSmash { address });
+                    }
+                    from = next_word(address);
                 }
             }
         }
@@ -121,52 +126,61 @@ impl Call<'_> {
 
     /// Whether a kernel function ran with its own rights in the call, or the kernel called it back.
     fn was_in_kernel(&self) -> bool {
-        self.domain.monitor.crossings() != self.domain.crossings_at_entry.0
-            || self.stats.callbacks > 0
-            || self.spills > 0
+        self.crossed() != 0 || self.went_elsewhere()
     }
 
+    /// Kernel functions that ran with their own rights in the call.
+    pub(super) fn crossed(&self) -> u64 {
+        let now = self.domain.monitor.crossings();
+        now.wrapping_sub(self.domain.crossings_at_entry.0)
+    }
+
+    /// Whether the kernel called the driver back, or a part of the call ran in the guest.
+    pub(super) fn went_elsewhere(&self) -> bool {
+        self.stats.callbacks > 0 || self.spills > 0
+    }
+
+    /// The word with `address`, by the function and the offset from its stack pointer at the entry.
     fn place(&self, address: u64) -> (u64, u64) {
-        let offset = address.wrapping_sub(self.entry.rsp);
+        let offset = (address & !(WORD - 1)).wrapping_sub(self.entry.rsp);
         (self.request.function, offset)
     }
 
-    /// Whether a change at `from`, which may be a kernel function's, is to be looked at.
-    fn is_worth_asking(&mut self, from: u64) -> bool {
-        if self.watch.is_some() {
-            return true;
-        }
-        // What is in the guest already cannot be run again, nor can a call whose device goes on by
-        // itself.
-        let can_begin_again =
-            self.spills == 0 && self.journal.is_none() && !self.domain.view.keeps_bases();
-        let place = self.place(from);
-        can_begin_again && self.domain.written_by_kernel.is_a_reason(place)
-    }
-
-    /// Something at `from` was changed, by the driver or by a kernel function: `true`, if the call
-    /// has to be run once more to see by whom. If that is what has been done, it was a kernel
+    /// The word with `address` was changed, by the driver or by a kernel function: `true`, if the
+    /// call has to be run once more to see by whom. If that is what has been done, it was a kernel
     /// function, or the driver would have been stopped.
-    fn suspects(&mut self, from: u64) -> bool {
+    fn suspects(&mut self, address: u64) -> bool {
+        let place = self.place(address);
         if self.watch.is_some() {
-            let place = self.place(from);
             self.domain.written_by_kernel.note(place);
             return false;
         }
+        // What is in the guest already cannot be run again, nor can a call whose device goes on by
+        // itself. One of very many crossings would take too long.
+        let can_begin_again = self.spills == 0
+            && self.journal.is_none()
+            && !self.domain.view.keeps_bases()
+            && self.crossed() <= MAX_WATCHED;
+        if !can_begin_again || !self.domain.written_by_kernel.is_a_reason(place) {
+            return false;
+        }
+        // However the next run ends: it is forgotten if it was the driver.
+        self.domain.written_by_kernel.note(place);
         self.is_suspected = true;
         true
     }
 
-    /// First address in the callers' frames from `from` to before `end` that the driver may not
-    /// change.
+    /// First address in the callers' frames from `from` to before `end`, if there is anything, that
+    /// the driver may not change.
     fn first_of_callers(&mut self, from: u64, end: u64) -> Option<u64> {
-        if self.supervisor.may_change(from, end - from) {
+        let bytes = end.checked_sub(from).filter(|bytes| *bytes > 0)?;
+        if self.supervisor.may_change(from, bytes) {
             return None;
         }
         let mut at = from;
         while at < end {
             let word = at & !(WORD - 1);
-            let next = word.saturating_add(WORD).min(end);
+            let next = next_word(at).min(end);
             if !self.is_link(word) && !self.supervisor.may_change(at, next - at) {
                 return Some(at);
             }
@@ -232,14 +246,23 @@ impl Call<'_> {
             for run in mask.runs() {
                 let from = seen.va.saturating_add(run.start as u64).max(callers);
                 let end = seen.va.saturating_add(run.end as u64);
-                if from < end && found.is_none() {
+                if found.is_none() {
                     found = self.first_of_callers(from, end);
                 }
             }
         }
         self.watch = Some(watch);
+        if let Some(address) = found {
+            let place = self.place(address);
+            self.domain.written_by_kernel.forget(place);
+        }
         Ok(found.map(|address| ViolationKind::StackSmash { address }))
     }
+}
+
+/// First byte behind the word with `address`.
+fn next_word(address: u64) -> u64 {
+    (address & !(WORD - 1)).saturating_add(WORD)
 }
 
 #[cfg(test)]

@@ -20,6 +20,9 @@ use crate::policy::range_table::{Lifetime, Object, ObjectId, ObjectKind, Permit}
 
 /// `__GFP_ZERO` (include/linux/gfp_types.h).
 const GFP_ZERO: u64 = 0x100;
+/// Most bytes behind an object that are looked at when the call ends: its slab may be of any size
+/// that the guest says.
+const MAX_LOOKED_AT: u64 = 4096;
 
 /// An object of this call.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +70,8 @@ impl DriverPolicy {
                 });
                 Some((range, guard.ok()?))
             });
-            let zeroed = flags.is_none_or(|flags| flags & GFP_ZERO != 0) || self.zeroes(memory);
+            let zeroed = allocations.is_plain(&found)
+                && (flags.is_none_or(|flags| flags & GFP_ZERO != 0) || self.zeroes(memory));
             self.red_zones.push(RedZone {
                 object,
                 rest,
@@ -82,9 +86,12 @@ impl DriverPolicy {
     pub fn behind_asked(&self) -> impl Iterator<Item = Behind> {
         self.red_zones.iter().flat_map(|zone| {
             let rest = zone.rest.filter(|_| zone.zeroed);
-            let rest = rest.map(|(range, _)| Behind {
-                range,
-                is_red_zone: false,
+            let rest = rest.and_then(|(range, _)| {
+                let bytes = range.len_bytes().min(MAX_LOOKED_AT);
+                Some(Behind {
+                    range: GvaRange::new(range.first(), bytes)?,
+                    is_red_zone: false,
+                })
             });
             let kernels = zone.kernels.map(|range| Behind {
                 range,

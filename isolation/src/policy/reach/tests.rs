@@ -253,7 +253,7 @@ fn buffers_go_to_the_end_of_their_allocation_but_not_on_the_stack() {
     let found = call("my_stats", &[DEVICE, BUFFER + 8]);
     assert!(found.contains(&(BUFFER + 8, 0xff8, "long unsigned int (data)".into())));
     let found = call("my_stats", &[DEVICE, STACK + 16]);
-    assert!(found.contains(&(STACK + 16, 8, "long unsigned int (data)".into())));
+    assert!(found.contains(&(STACK + 16, 256, "long unsigned int (data)".into())));
     let found = call("my_irq", &[11, DEVICE]);
     assert_eq!(found, [(DEVICE, 0x200, "void (data)".into())]);
     // What has no type there may be a buffer of bytes.

@@ -16,8 +16,8 @@ const MAX_COUNT: u64 = 4096;
 /// Most structures of a chain that are looked at (`BLK_MAX_REQUEST_COUNT`, include/linux/blkdev.h).
 const MAX_CHAINED: usize = 32;
 
-/// Most bytes of a buffer on a stack (longer ones are `kmalloc`ed, by the rule that frames be
-/// small, `CONFIG_FRAME_WARN`).
+/// Most bytes of a buffer on a stack: most are shorter, as compilers warn of whole frames from 1 or
+/// 2 KiB on (`CONFIG_FRAME_WARN`).
 const MAX_STACK_BUFFER: u64 = 256;
 
 /// Most members that one question looks at.
@@ -272,18 +272,18 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             self.note_slots(item.at, id, (bytes, count));
         }
         let one = bytes.and_then(|bytes| GvaRange::new(item.at, bytes));
-        let one = self.buffer_on_stack(item, bytes).or(one);
+        let one = self.buffer_on_stack(item).or(one);
         let rest = rest.filter(|_| !self.on_stack(item.at));
         if let Some(range) = rest.or(one) {
             self.add(range, item.kind, id, &item.path);
         }
     }
 
-    /// What an argument may point at that has a pointer to bytes, or to nobody knows what, on the
-    /// stack: how long it is no type says.
-    fn buffer_on_stack(&self, item: &Item, element: Option<u64>) -> Option<GvaRange> {
+    /// What an argument may point at that has a pointer to numbers, or to nobody knows what, on the
+    /// stack: how many there are no type says.
+    fn buffer_on_stack(&self, item: &Item) -> Option<GvaRange> {
         let stack = self.reach.stack.filter(|stack| stack.contains(item.at))?;
-        let is_buffer = item.depth == 0 && element.is_none_or(|bytes| bytes <= 1);
+        let is_buffer = item.depth == 0;
         let last = item.at.checked_add(MAX_STACK_BUFFER - 1)?;
         let range = GvaRange::inclusive(item.at, last.min(stack.last()));
         range.filter(|_| is_buffer)
