@@ -182,6 +182,39 @@ fn a_resume_that_fails_restarts_the_driver() {
     assert_eq!(guest.world().done.last().unwrap(), "isolate");
 }
 
+#[test]
+fn how_long_each_rung_took_is_counted_by_how_it_ended() {
+    let counts = |supervisor: &Supervisor<Double>| {
+        let times = status(supervisor).times;
+        let all = times.each().map(|(rung, times)| (rung, times.count()));
+        all.into_iter()
+            .filter(|(_, count)| *count > 0)
+            .collect::<Vec<_>>()
+    };
+    let (supervisor, guest) = resuming();
+    let before = guest.now();
+    fail(&supervisor, false);
+    let took = guest.now() - before;
+    assert_eq!(counts(&supervisor), [("resume", 1)]);
+    let times = status(&supervisor).times;
+    let sum = times.each().map(|(_, times)| times.sum_ns()).iter().sum();
+    assert_eq!((took.is_zero(), Duration::from_nanos(sum)), (false, took));
+    guest.world().fails = |step, _| step == "end suspend";
+    fail(&supervisor, false);
+    let expected = [("resume", 1), ("failed_resume", 1), ("restart", 1)];
+    assert_eq!(counts(&supervisor), expected);
+
+    let (supervisor, guest) = isolated(MayReset::Boot);
+    guest.world().fails = |step, _| step == "look for eth0";
+    fail(&supervisor, false);
+    let expected = [("failed_restart", 1), ("reset", 1)];
+    assert_eq!(counts(&supervisor), expected);
+    let times = status(&supervisor).times;
+    let failed = times.each().into_iter();
+    let sum: u64 = failed.map(|(_, times)| times.sum_ns()).sum();
+    assert!(Duration::from_nanos(sum) >= STEP_TIME, "{sum}");
+}
+
 /// A guest with a mark at which the driver is isolated, or not, and whose driver cannot be inserted
 /// any more.
 fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {
