@@ -161,6 +161,7 @@ fn the_package_is_put_in_and_taken_out_and_leaves_nothing() {
         ("usr/share/bash-completion/completions/cofferdam", 0o644),
         ("lib/systemd/system/cofferdam@.service", 0o644),
         ("etc/cofferdam/guests/example.toml", 0o644),
+        ("usr/share/cofferdam/dashboard.json", 0o644),
     ] {
         let data = root
             .path(path)

@@ -14,7 +14,7 @@ use anyhow::{Context, ensure};
 use crate::asker::Nobody;
 use crate::guest::{Agent, LiveGuest, POLL};
 use crate::interface::live;
-use crate::ladder::{Ladder, Next};
+use crate::ladder::{Ladder, Next, Rung};
 use crate::lock::lock;
 use crate::resume_device;
 use crate::supervisor::{RungRequest, Supervisor};
@@ -88,37 +88,37 @@ fn recover<G: LiveGuest>(
     turn: &Taken<'_>,
 ) {
     if resume {
-        let result = resume_device::resume(supervisor, module);
-        let result = result.map_err(|error| format!("{error:#}")).map(drop);
+        let (result, took) = timed(supervisor, || {
+            resume_device::resume(supervisor, module).map(drop)
+        });
         match &result {
             Ok(()) => tracing::warn!("{module} has resumed its device"),
             Err(error) => tracing::error!("{module} could not resume its device: {error}"),
         }
-        if lock(ladder).resumed(borrowed(&result)) != Next::Restart {
+        if ended(ladder, Rung::Resume, &result, took) != Next::Restart {
             return;
         }
     }
-    let result = restart(supervisor, module).map_err(|error| format!("{error:#}"));
+    let (result, took) = timed(supervisor, || restart(supervisor, module));
     match &result {
         Ok(()) => tracing::warn!("{module} was restarted"),
         Err(error) => tracing::error!("{module} could not be restarted: {error}"),
     }
-    let mut next = lock(ladder).restarted(borrowed(&result));
+    let mut next = ended(ladder, Rung::Restart, &result, took);
     if next == Next::GoBack {
-        let result =
-            go_back(supervisor, module, ladder, turn).map_err(|error| format!("{error:#}"));
+        let (result, took) = timed(supervisor, || go_back(supervisor, module, ladder, turn));
         match &result {
             Ok(()) => tracing::warn!("the guest is back at its last mark for {module}"),
             Err(error) => tracing::error!("the guest does not go back to a mark: {error}"),
         }
-        next = lock(ladder).went_back(borrowed(&result));
+        next = ended(ladder, Rung::Rewind, &result, took);
     }
     if next == Next::Reset {
-        let result = reset(supervisor, module).map_err(|error| format!("{error:#}"));
+        let (result, took) = timed(supervisor, || reset(supervisor, module));
         if let Err(error) = &result {
             tracing::error!("after the reset: {error}");
         }
-        next = lock(ladder).reset(borrowed(&result));
+        next = ended(ladder, Rung::Reset, &result, took);
     }
     if next == Next::Stop {
         match stop(supervisor, module) {
@@ -128,6 +128,28 @@ fn recover<G: LiveGuest>(
                 lock(ladder).not_isolated(&format!("{error:#}"));
             }
         }
+    }
+}
+
+/// What came of a rung, and how long it took.
+fn timed<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    rung: impl FnOnce() -> anyhow::Result<()>,
+) -> (Result<(), String>, Duration) {
+    let begin = supervisor.guest().now();
+    let result = rung().map_err(|error| format!("{error:#}"));
+    (result, supervisor.guest().now().saturating_sub(begin))
+}
+
+/// Tells the ladder that a rung has ended; what comes next.
+fn ended(ladder: &Mutex<Ladder>, rung: Rung, result: &Result<(), String>, took: Duration) -> Next {
+    let (result, mut ladder) = (borrowed(result), lock(ladder));
+    ladder.took(rung, result, took);
+    match rung {
+        Rung::Resume => ladder.resumed(result),
+        Rung::Restart => ladder.restarted(result),
+        Rung::Rewind => ladder.went_back(result),
+        Rung::Reset => ladder.reset(result),
     }
 }
 

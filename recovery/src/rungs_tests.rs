@@ -182,6 +182,37 @@ fn a_resume_that_fails_restarts_the_driver() {
     assert_eq!(guest.world().done.last().unwrap(), "isolate");
 }
 
+#[test]
+fn how_long_each_rung_took_is_counted_by_how_it_ended() {
+    let counts = |supervisor: &Supervisor<Double>| {
+        let times = status(supervisor).times;
+        let all = times.each().map(|(rung, times)| (rung, times.count()));
+        all.into_iter()
+            .filter(|(_, count)| *count > 0)
+            .collect::<Vec<_>>()
+    };
+    let (supervisor, guest) = resuming();
+    fail(&supervisor, false);
+    assert_eq!(counts(&supervisor), [("resume", 1)]);
+    guest.world().fails = |step, _| step == "end suspend";
+    fail(&supervisor, false);
+    let expected = [("resume", 1), ("failed_resume", 1), ("restart", 1)];
+    assert_eq!(counts(&supervisor), expected);
+
+    let (supervisor, guest) = isolated(MayReset::Boot);
+    guest.world().fails = |step, _| step == "look for eth0";
+    let before = guest.now();
+    fail(&supervisor, false);
+    let took = guest.now() - before;
+    let expected = [("failed_restart", 1), ("reset", 1)];
+    assert_eq!(counts(&supervisor), expected);
+    let times = status(&supervisor).times;
+    let failed = times.each().into_iter();
+    let sum: u64 = failed.map(|(_, times)| times.sum_ns()).sum();
+    assert!(took >= STEP_TIME, "{took:?}");
+    assert_eq!(Duration::from_nanos(sum), took);
+}
+
 /// A guest with a mark at which the driver is isolated, or not, and whose driver cannot be inserted
 /// any more.
 fn with_mark(is_isolated: bool) -> (Arc<Supervisor<Double>>, Double) {

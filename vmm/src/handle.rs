@@ -1,7 +1,7 @@
 //! A machine as other threads and upper layers see it while it runs.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use devices::bus::Bus;
 use devices::dma::DmaSpace;
@@ -75,6 +75,15 @@ impl VmHandle {
     /// The marks of the machine. Locked before the operations.
     pub(crate) fn kept_marks(&self) -> MutexGuard<'_, Marks> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::kept_marks`], without waiting for who has them.
+    pub(crate) fn kept_marks_if_free(&self) -> Option<MutexGuard<'_, Marks>> {
+        match self.marks.try_lock() {
+            Ok(marks) => Some(marks),
+            Err(TryLockError::Poisoned(marks)) => Some(marks.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// What the machine is doing.

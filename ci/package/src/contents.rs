@@ -40,6 +40,7 @@ const SERVICE: &str = include_str!("../assets/cofferdam.service");
 const GUEST: &str = include_str!("../assets/cofferdam@.service");
 const TMPFILES: &str = include_str!("../assets/cofferdam.tmpfiles");
 const EXAMPLE: &str = include_str!("../assets/example.toml");
+const DASHBOARD: &str = include_str!("../../../cofferdam/dashboard/cofferdam.json");
 const COPYRIGHT: &str = include_str!("../assets/copyright");
 const POSTINST: &str = include_str!("../assets/postinst");
 const PRERM: &str = include_str!("../assets/prerm");
@@ -88,6 +89,7 @@ impl Contents {
         tree.file("lib/systemd/system/cofferdam@.service", 0o644, GUEST);
         tree.file("usr/lib/tmpfiles.d/cofferdam.conf", 0o644, TMPFILES);
         tree.file("etc/cofferdam/guests/example.toml", 0o644, EXAMPLE);
+        tree.file("usr/share/cofferdam/dashboard.json", 0o644, DASHBOARD);
         let documents = format!("usr/share/doc/{NAME}");
         tree.file(&format!("{documents}/copyright"), 0o644, COPYRIGHT);
         for (name, document) in &self.documents {

@@ -29,6 +29,16 @@ const WANTED_OF_PYTHON: &[(&str, &str)] = &[
     ("openapi-spec-validator==0.9.0", "openapi_spec_validator"),
     // It makes up requests for the service.
     ("schemathesis==4.32.5", "schemathesis"),
+    // Grafana's own types of a dashboard; what is before the mark of exclamation is when they were
+    // made from Grafana's.
+    (
+        "grafana-foundation-sdk==1769699379!11.6.0",
+        "grafana_foundation_sdk",
+    ),
+    // It reads the dashboard's queries.
+    ("promql-parser==0.12.0", "promql_parser"),
+    // It reads the service's metrics.
+    ("prometheus-client==0.26.0", "prometheus_client"),
 ];
 /// Where they are, in the workspace.
 const PYTHON: &str = "../../target/python";

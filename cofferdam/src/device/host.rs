@@ -305,7 +305,8 @@ impl<C: Card> Host<C> {
             first_frame_ns: None,
             outage_ns: None,
         };
-        let record = lock(&self.history).add(record, passing.turn, &self.card);
+        let times = |turn| self.card.times(turn);
+        let record = lock(&self.history).add(record, passing.turn, times);
         match &record.outcome {
             Outcome::Switched {} => Ok(Some(record)),
             Outcome::Back { failed } => bail!("{failed}; the turn is where it was"),
@@ -384,7 +385,8 @@ impl<C: Card> Host<C> {
         // Each may wait for its NIC: before the history is locked, which a switch writes to.
         let contexts = contexts.iter().map(|context| context.status()).collect();
         let turn = self.turn();
-        let history = lock(&self.history);
+        let mut history = lock(&self.history);
+        let switches = history.last(|turn| self.card.times(turn));
         let every = *lock(&self.every);
         let mut status = HostStatus {
             name: self.config.name.to_string(),
@@ -410,7 +412,9 @@ impl<C: Card> Host<C> {
             lost_without_turn: 0,
             switch_count: history.count,
             failed_switches: history.failed,
-            switches: history.last(&self.card),
+            switch_times: history.times.clone(),
+            outages: history.outages.clone(),
+            switches,
         };
         self.card.fill(&mut status);
         status

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use devices::vfio::passed::Counters as PassedCounters;
 use devices::wire::turns::PortCounters;
+use isolation::status::histogram::Histogram;
 use recovery::switch::{Outcome, Phases};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -123,6 +124,14 @@ pub struct HostStatus {
     pub switch_count: u64,
     /// Of them those that failed.
     pub failed_switches: u64,
+    /// How long all of them took, whatever became of them.
+    #[serde(default, skip_serializing_if = "Histogram::is_empty")]
+    #[schema(value_type = Object)]
+    pub switch_times: Histogram,
+    /// How long no frame passed at each that gave somebody the turn, as `outage_ns` of a record.
+    #[serde(default, skip_serializing_if = "Histogram::is_empty")]
+    #[schema(value_type = Object)]
+    pub outages: Histogram,
     /// The last ones, oldest first.
     pub switches: Vec<SwitchRecord>,
 }

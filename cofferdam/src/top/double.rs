@@ -33,6 +33,7 @@ pub fn status(exits: u64, frames: u64) -> Status {
         ready_ns: None,
         vmm_rss_kib: 1024,
         guest_rss_kib: 2048,
+        mark_pages: None,
         resets: 0,
         config: ConfigSummary {
             kernel: "/boot/vmlinux".to_owned(),

@@ -119,7 +119,7 @@ fn what_happens_to_a_driver_is_told_once_with_how_often() {
             restarts,
             ..Rungs::default()
         },
-        gave_up: None,
+        ..LadderStatus::default()
     };
     told.guest("web", with(0, ladder(State::Running, 0)), &[]);
     assert_eq!(told.happened(), ["web e1000: isolated, functions: 1"]);

@@ -123,6 +123,29 @@ impl Victim {
         status.recovery[DRIVER].clone()
     }
 
+    /// How many rungs took how long, in milliseconds, by rung.
+    pub fn rung_times(&self) -> Vec<(&'static str, u64, u64)> {
+        let times = self.ladder().times;
+        let times = times
+            .each()
+            .map(|(rung, times)| (rung, times.count(), times.sum_ns() / 1_000_000));
+        times
+            .into_iter()
+            .filter(|(_, count, _)| *count > 0)
+            .collect()
+    }
+
+    /// How many calls of isolated functions were taken back, and how long it took until they were,
+    /// in microseconds.
+    pub fn taken_back(&self) -> (u64, u64) {
+        let status = self.guest.control().unwrap().status().unwrap();
+        let entries = status.isolation.iter().flat_map(|one| &one.entries);
+        let times = entries.map(|entry| &entry.taken_back);
+        times.fold((0, 0), |(count, us), times| {
+            (count + times.count(), us + times.sum_ns() / 1000)
+        })
+    }
+
     /// Waits until the ladder has done what it is at.
     pub fn wait_until_running(&mut self) -> LadderStatus {
         // It asks the agent itself, which listens to one client at a time.

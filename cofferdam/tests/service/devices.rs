@@ -9,7 +9,8 @@ use serde_json::json;
 use crate::client::Service;
 use crate::common::place::{LIMIT, Place, finish, signal};
 
-fn host(place: &Place) -> Child {
+/// A device host called `nic0`.
+pub fn host(place: &Place) -> Child {
     let words = ["device", "serve", "nic0", "--net", "user"];
     let child = place.command().args(words).spawn().unwrap();
     let deadline = Instant::now() + LIMIT;

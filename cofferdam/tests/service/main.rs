@@ -16,6 +16,7 @@ mod campaigns;
 mod client;
 mod console;
 mod creating;
+mod dashboard;
 mod devices;
 mod documents;
 mod events;

@@ -10,6 +10,7 @@ use cofferdam::control::protocol::{Reply, Request};
 use cofferdam::control::server::{Handler, serve};
 use cofferdam::runtime_dir::{RuntimeRoot, VmDir};
 use recovery::asker::Asker;
+use recovery::ladder::Rung;
 use serde_json::{Value, json};
 
 use crate::client::{Listener, Service};
@@ -48,11 +49,13 @@ impl Handler for Script {
                 let entry = entry(violations);
                 let hostile = self.hostile.load(Ordering::Relaxed);
                 let panic = hostile.then_some(HOSTILE);
-                let mut status = json!({"guest_panic": panic, "reply": "status", "name": "script", "pid": 1, "state": "running", "uptime_ms": 1,
+                let mut times = recovery::ladder::RungTimes::default();
+                times.add(Rung::Restart, false, Duration::from_secs(3));
+                let mut status = json!({"guest_panic": panic, "reply": "status", "name": "script", "pid": 1, "state": "running", "uptime_ms": 1, "mark_pages": 2,
                     "vmm_rss_kib": 1, "guest_rss_kib": 1, "resets": 0, "exits": {}, "nic": {},
                     "isolation": [{"module": "e1000", "entries": [entry], "violations": violations,
                         "warm_pages": 0, "broken": null}],
-                    "recovery": {"e1000": {"state": "running", "rungs": {"errors": violations, "retries": 0,
+                    "recovery": {"e1000": {"state": "running", "times": times, "rungs": {"errors": violations, "retries": 0,
                         "restarts": 0, "failed_restarts": 0, "resets": 0, "stops": 0}}},
                     "config": {"kernel": "/k", "memory_mib": 64, "vcpus": 1, "disks": [], "serial": "stdio"}});
                 if hostile {
@@ -118,12 +121,15 @@ impl Handler for Script {
 }
 
 fn entry(aborts: u64) -> Value {
-    let entry = isolation::status::EntryStatus {
+    let mut entry = isolation::status::EntryStatus {
         name: "e1000_open".to_owned(),
         calls: aborts,
         aborts,
         ..Default::default()
     };
+    for _ in 0..aborts {
+        entry.taken_back.add(Duration::from_micros(40));
+    }
     json!(entry)
 }
 

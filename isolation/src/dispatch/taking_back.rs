@@ -186,7 +186,7 @@ impl Armed {
             decided = AfterFault::ReturnError;
         }
         if let Some(gate) = self.gates.get_mut(&gate) {
-            gate.entry.count_failure(&report.violation);
+            gate.entry.count_failure(&report.violation, &report.phases);
             gate.entry.retries += u64::from(decided == AfterFault::Retry);
         }
         report.told = match decided {

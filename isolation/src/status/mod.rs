@@ -1,5 +1,6 @@
 //! Counters of isolated modules and their entries.
 
+pub mod histogram;
 pub mod report;
 
 use std::collections::BTreeMap;
@@ -8,8 +9,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::journal::Published;
-use crate::domain::transaction::{CallEnd, CallResult};
+use crate::domain::transaction::{AbortPhases, CallEnd, CallResult};
 use crate::domain::violation::Violation;
+use crate::status::histogram::Histogram;
 
 /// How strong the isolation of a module is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +42,10 @@ pub struct EntryStatus {
     pub commits: u64,
     /// Calls that were taken back because of a violation.
     pub aborts: u64,
+    /// How long it took from each such fault until nothing of its call was left. Calls of which
+    /// something stays are not among them.
+    #[serde(default, skip_serializing_if = "Histogram::is_empty")]
+    pub taken_back: Histogram,
     /// Calls that were run once more after they had been taken back.
     #[serde(default)]
     pub retries: u64,
@@ -122,7 +128,10 @@ impl EntryStatus {
     }
 
     /// Counts what became of a call that failed.
-    pub fn count_failure(&mut self, violation: &Violation) {
+    pub fn count_failure(&mut self, violation: &Violation, phases: &AbortPhases) {
+        if !violation.stays() {
+            self.taken_back.add_ns(phases.taken_back_ns());
+        }
         match &violation.published {
             None => {}
             Some(Published::Stays(_)) => self.left_over += 1,

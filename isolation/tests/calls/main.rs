@@ -106,6 +106,9 @@ fn a_call_that_fails_after_it_went_on_in_the_guest_is_run_again_at_most_as_often
     assert_eq!(guest.read(RUNS), 0);
     let entry = guest.entry("first_waits");
     assert_eq!((entry.aborts, entry.retries, entry.undone), (3, 2, 3));
+    // How long that took is told of each.
+    assert_eq!(entry.taken_back.count(), 3);
+    assert!(entry.taken_back.sum_ns() > 0);
     guest.write(FAILS, 0);
     assert_eq!(guest.call(WAITS), 7);
     assert_eq!(guest.read(RUNS), 1);

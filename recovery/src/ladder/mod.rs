@@ -25,13 +25,16 @@
 
 mod config;
 mod rows;
+mod times;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 pub use config::{LadderConfig, MayReset, OnFault};
 use rows::Row;
+pub use times::{Rung, RungTimes};
 
 /// Nanoseconds in the minute that recoveries are limited in.
 const MINUTE_NS: u64 = 60_000_000_000;
@@ -95,6 +98,9 @@ pub struct LadderStatus {
     pub state: State,
     /// How often each rung was used.
     pub rungs: Rungs,
+    /// How long those took that take time.
+    #[serde(default, skip_serializing_if = "RungTimes::is_empty")]
+    pub times: RungTimes,
     /// Why the driver was stopped, or runs without being isolated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gave_up: Option<String>,
@@ -281,6 +287,13 @@ impl Ladder {
         self.rested = false;
     }
 
+    /// A rung took so long. To be said at its end, before what became of it.
+    pub fn took(&mut self, rung: Rung, result: Result<(), &str>, time: Duration) {
+        let goes_on_failing = self.rested && matches!(rung, Rung::Resume | Rung::Restart);
+        let failed = result.is_err() || goes_on_failing;
+        self.status.times.add(rung, failed, time);
+    }
+
     /// The resume that was asked for has ended. It has failed if a function had to rest again since
     /// the device began anew.
     pub fn resumed(&mut self, result: Result<(), &str>) -> Next {
@@ -359,10 +372,10 @@ impl Ladder {
     /// The guest was rewound to where this ladder was `kept`. What was counted, and that the guest
     /// had to go back for this driver, stays known.
     pub fn put_back(&mut self, kept: &Self) {
-        let rungs = self.status.rungs;
+        let (rungs, times) = (self.status.rungs, std::mem::take(&mut self.status.times));
         let (failed_ns, went_back_ns) = (self.failed_ns, self.went_back_ns);
         self.clone_from(kept);
-        self.status.rungs = rungs;
+        (self.status.rungs, self.status.times) = (rungs, times);
         (self.failed_ns, self.went_back_ns) = (failed_ns, went_back_ns);
     }
 

@@ -198,6 +198,28 @@ fn a_guest_that_went_back_boots_if_that_has_not_helped() {
 }
 
 #[test]
+fn how_long_rungs_took_is_known_after_the_guest_went_back() {
+    let mut ladder = Ladder::new(config(OnFault::Restart));
+    let kept = ladder.clone();
+    assert!(ladder.status().times.is_empty());
+    ladder.took(Rung::Restart, Err("busy"), Duration::from_millis(7));
+    ladder.put_back(&kept);
+    ladder.took(Rung::Rewind, Ok(()), Duration::from_millis(3));
+    let times = ladder.status().times.clone();
+    let seen = times.each().map(|(rung, times)| (rung, times.sum_ns()));
+    let seen: Vec<_> = seen.into_iter().filter(|(_, sum)| *sum > 0).collect();
+    assert_eq!(seen, [("failed_restart", 7_000_000), ("rewind", 3_000_000)]);
+    // As it travels, also from a process that says nothing of it.
+    let text = serde_json::to_string(ladder.status()).unwrap();
+    let back: LadderStatus = serde_json::from_str(&text).unwrap();
+    assert_eq!(back.times, times);
+    let text = serde_json::to_string(kept.status()).unwrap();
+    assert!(!text.contains("times"), "{text}");
+    let back: LadderStatus = serde_json::from_str(&text).unwrap();
+    assert!(back.times.is_empty());
+}
+
+#[test]
 fn a_guest_that_cannot_go_back_boots() {
     let mut ladder = Ladder::new(LadderConfig {
         may_reset_guest: MayReset::Snapshot,

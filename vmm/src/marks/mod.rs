@@ -116,6 +116,12 @@ impl VmHandle {
         ids.filter_map(|id| marks.info(id)).collect()
     }
 
+    /// Pages that are kept for all marks; `None` while one is being set or gone back to.
+    pub fn mark_pages(&self) -> Option<u64> {
+        let marks = self.kept_marks_if_free()?;
+        Some(marks.tree.iter().map(|(_, node)| node.pages.count()).sum())
+    }
+
     /// Forgets the mark with this name. What others need of it is kept.
     pub fn forget_mark(&self, name: &str) -> Result<(), MarkError> {
         let machine = self.machine();

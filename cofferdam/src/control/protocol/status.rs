@@ -29,6 +29,9 @@ pub struct Status {
     pub vmm_rss_kib: u64,
     /// Guest memory that is resident, in KiB.
     pub guest_rss_kib: u64,
+    /// Pages of 4 KiB that are kept for its marks, unless one is being set or gone back to now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark_pages: Option<u64>,
     /// Times the guest was reset since it started.
     pub resets: u64,
     /// What it was started with.

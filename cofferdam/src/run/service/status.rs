@@ -39,6 +39,7 @@ impl VmService {
             ready_ns: vm.first_entry_ns,
             vmm_rss_kib: resident.own_kib,
             guest_rss_kib: resident.guest_kib,
+            mark_pages: self.vm.mark_pages(),
             resets: vm.resets,
             config: self.config.clone(),
             exits,

@@ -32,7 +32,7 @@ fn busy() -> Told1s {
         let ladder = LadderStatus {
             state: State::Restarting,
             rungs,
-            gave_up: None,
+            ..LadderStatus::default()
         };
         web.recovery.insert("e1000".to_owned(), ladder);
         told.guest("web", web, &[violations(3, 2 * crate::top::double::S)]);

@@ -172,6 +172,9 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
     victim.run(&["ip", "link", "set", "eth0", "allmulticast", "off"]);
     let rungs = victim.ladder().rungs;
     assert_eq!((rungs.retries, rungs.errors), (1, 0));
+    let (count, us) = victim.taken_back();
+    assert!(count == 1 && us > 0, "{count} calls in {us} us");
+    println!("a call taken back in {us} us");
     victim.release();
     victim.assert_configured(&before);
     // The driver suspends and resumes its device, and has never gone.
@@ -190,6 +193,9 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
         ),
         (1, 0, 0)
     );
+    let times = victim.rung_times();
+    assert!(matches!(times[..], [("resume", 1, 1..)]), "{times:?}");
+    println!("{times:?}");
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
     victim.assert_configured(&before);
@@ -205,6 +211,9 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
         (ladder.rungs.restarts, ladder.rungs.failed_restarts),
         (1, 0)
     );
+    let times = victim.rung_times();
+    assert!(matches!(times[..], [("restart", 1, 1..)]), "{times:?}");
+    println!("{times:?}");
     network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
     victim.ping();
     victim.assert_configured(&before);

@@ -176,13 +176,17 @@ pub struct AbortPhases {
 impl AbortPhases {
     /// All of them.
     pub fn total_ns(&self) -> u64 {
+        self.taken_back_ns().saturating_add(self.returned_ns)
+    }
+
+    /// Those until nothing of the call is left.
+    pub fn taken_back_ns(&self) -> u64 {
         let phases = [
             self.detect_ns,
             self.keep_ns,
             self.memory_ns,
             self.device_ns,
             self.compensate_ns,
-            self.returned_ns,
         ];
         phases.into_iter().fold(0, u64::saturating_add)
     }
