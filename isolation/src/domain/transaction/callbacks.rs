@@ -6,6 +6,7 @@ use super::preserved::Preserved;
 use super::{Call, Step};
 use crate::domain::error::DomainError;
 use crate::domain::monitor::ExceptionFrame;
+use crate::domain::recorder::Happened;
 use crate::domain::violation::ViolationKind;
 
 /// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone
@@ -58,6 +59,7 @@ impl Call<'_> {
                 .extend(self.supervisor.interrupt_stack(frame.rsp));
         }
         self.stats.callbacks += 1;
+        self.note(|| Happened::CallsBack(target));
         self.supervisor.called_back(target, arguments);
         for va in self.supervisor.expected() {
             self.open_expected(va)?;
@@ -81,6 +83,7 @@ impl Call<'_> {
         if let Some(kind) = callback.kept.changed(regs) {
             return Step::Violation(kind, callback.function);
         }
+        self.note(|| Happened::CallBackReturned);
         self.domain.monitor.resume_at(callback.return_address);
         let mut next = *regs;
         next.rip = self.domain.monitor.kernel_stub();
