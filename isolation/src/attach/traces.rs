@@ -36,7 +36,8 @@ impl Isolator {
         let (mut taken, slots) = self.with_module(module, |armed| {
             let knowledge = &armed.guest.knowledge;
             let tracer = armed.tracer.as_mut().filter(|tracer| tracer.id == id);
-            let taken = tracer.ok_or(AttachError::NoTrace)?.take(knowledge);
+            let tracer = tracer.ok_or(AttachError::NoTrace)?;
+            let taken = tracer.take(|at| knowledge.function_name(at));
             if !taken.more {
                 armed.tracer = None;
             }

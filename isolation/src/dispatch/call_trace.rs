@@ -14,7 +14,6 @@ use devices::clock::monotonic_ns;
 use serde::{Deserialize, Serialize};
 
 use crate::dispatch::armed::{Armed, AtGate};
-use crate::dispatch::supervisor::Knowledge;
 use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::recorder::{Ended, Event, Happened, Recording};
@@ -138,8 +137,8 @@ impl Tracer {
         self.current.is_some() || self.left > 0 && Instant::now() < self.until
     }
 
-    /// Takes some of what there is.
-    pub fn take(&mut self, knowledge: &Knowledge) -> TraceTaken {
+    /// Takes some of what there is, with the names that `name` gives functions.
+    pub fn take(&mut self, name: impl Fn(u64) -> String) -> TraceTaken {
         let mut taken = TraceTaken {
             call: None,
             continues: false,
@@ -153,7 +152,7 @@ impl Tracer {
                 .split_off(first.events.len().min(EVENTS_AT_ONCE));
             let events = std::mem::replace(&mut first.events, rest);
             taken.continues = !first.events.is_empty();
-            taken.functions = names(&events, knowledge);
+            taken.functions = names(&events, name);
             let head = CallTrace {
                 events: Vec::new(),
                 ..match taken.continues {
@@ -197,7 +196,7 @@ impl CallTrace {
 }
 
 /// Names of the functions in `events`.
-fn names(events: &[Event], knowledge: &Knowledge) -> Vec<(u64, String)> {
+fn names(events: &[Event], name: impl Fn(u64) -> String) -> Vec<(u64, String)> {
     let addresses: BTreeSet<u64> = events
         .iter()
         .filter_map(|event| match event.what {
@@ -205,14 +204,14 @@ fn names(events: &[Event], knowledge: &Knowledge) -> Vec<(u64, String)> {
             _ => None,
         })
         .collect();
-    let name = |at: u64| {
-        let name = knowledge.function_name(at);
+    let short = |at: u64| {
+        let name = name(at);
         name.chars()
             .filter(char::is_ascii_graphic)
             .take(MAX_NAME)
             .collect()
     };
-    addresses.into_iter().map(|at| (at, name(at))).collect()
+    addresses.into_iter().map(|at| (at, short(at))).collect()
 }
 
 /// How it ended.
@@ -302,5 +301,55 @@ impl Armed {
         if let Some(tracer) = &mut self.tracer {
             tracer.end(self.domain.recorder.end());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_of_many_events_is_taken_in_pieces_with_short_names() {
+        let order = TraceOrder {
+            function: None,
+            calls: u32::MAX,
+            limit: Duration::from_secs(3600),
+        };
+        let mut tracer = Tracer::new(order);
+        assert_eq!(tracer.left, MAX_CALLS);
+        let event = |at_ns| Event {
+            at_ns,
+            what: Happened::Calls(at_ns),
+        };
+        let all: Vec<Event> = (0..2 * EVENTS_AT_ONCE as u64 + 5).map(event).collect();
+        for function in ["first", "second"] {
+            tracer.current = Some(CallTrace {
+                function: function.to_owned(),
+                violation: Some("what it did".to_owned()),
+                ..CallTrace::default()
+            });
+            tracer.end(Some(Recording {
+                events: all.clone(),
+                left_out: 3,
+            }));
+        }
+        for function in ["first", "second"] {
+            let mut events = Vec::new();
+            for continues in [true, true, false] {
+                let taken = tracer.take(|at| format!("{at}\n{}", "x".repeat(1000)));
+                assert_eq!((taken.continues, taken.more), (continues, true));
+                let names = taken.functions.iter().map(|(_, name)| name);
+                assert!(names.clone().all(|name| name.len() == MAX_NAME));
+                let call = taken.call.unwrap();
+                assert_eq!((call.function.as_str(), call.left_out), (function, 3));
+                assert_eq!(call.violation.as_deref(), Some("what it did"));
+                assert_eq!(names.count(), call.events.len());
+                events.extend(call.events);
+            }
+            assert_eq!(events, all);
+        }
+        assert_eq!(tracer.take(|_| String::new()).call, None);
+        tracer.left = 0;
+        assert!(!tracer.take(|_| String::new()).more);
     }
 }
