@@ -51,7 +51,6 @@ fn a_vm_that_is_stopped_holds_up_nobody() {
         ("pause still", 1),
         ("stop still", 1),
         ("isolate still e1000 --entries all", 1),
-        ("trace still e1000", 1),
         ("exec still -- true", 125),
     ] {
         let (code, said) = say(&place, words);

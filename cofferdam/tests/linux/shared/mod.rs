@@ -5,7 +5,6 @@ mod command_line;
 mod nic;
 mod pause;
 mod plugging;
-mod tracing;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
