@@ -30,6 +30,7 @@ mod suspend_device;
 mod sweep;
 mod switch;
 mod top;
+mod trace;
 mod try_module;
 mod upgrade;
 mod violations;
@@ -124,6 +125,8 @@ enum Command {
     ResumeDevice(suspend_device::ResumeDeviceOptions),
     /// Show what calls of an isolated driver did wrong
     Violations(violations::ViolationsOptions),
+    /// Record calls of an isolated driver, and say where their time went; for Perfetto, too
+    Trace(trace::TraceOptions),
     /// Look at a guest at the fault of an isolated call, by hand or with gdb
     Debug(debug::DebugOptions),
     /// Make calls of an isolated driver fail, to see it recover
@@ -223,6 +226,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::SuspendDevice(options) => options.run(),
         Command::ResumeDevice(options) => options.run(),
         Command::Violations(options) => options.run(),
+        Command::Trace(options) => options.run(),
         Command::Debug(options) => options.run(),
         Command::Inject(options) => options.run(),
         Command::Campaign(options) => options.run(),

@@ -15,6 +15,7 @@
 mod console;
 mod faults;
 mod status;
+mod traces;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use devices::hold::CheckpointBy;
 use devices::i8042::{MouseCounts, MouseEvent};
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::Contain;
+use isolation::dispatch::call_trace::TraceTaken;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::fault_image::KeepFaults;
 use isolation::status::ModuleStatus;
@@ -43,6 +45,7 @@ use super::Protocol;
 pub use console::ConsoleOutput;
 pub use faults::{Disturbance, FaultsState, FaultyCalls, FunctionBytes};
 pub use status::{ConfigSummary, NetSummary, NicStatus, ProbeReading, Status, VmState};
+pub use traces::TraceWanted;
 
 /// Longest request, with its line end, in bytes: a module's file in base64 and something around it.
 pub const MAX_REQUEST_BYTES: u64 = (MAX_MODULE_BYTES / 3 + 1) * 4 + (64 << 10);
@@ -197,6 +200,28 @@ pub enum Request {
     Violations {
         /// Name of the module.
         module: String,
+    },
+    /// Record the next calls of an isolated module, in the place of those asked for before. Answer:
+    /// [`Reply::TraceBegun`].
+    BeginTrace {
+        /// Name of the module.
+        module: String,
+        /// Which calls.
+        wanted: TraceWanted,
+    },
+    /// Take some of what was recorded. Answer: [`Reply::Trace`].
+    TakeTrace {
+        /// Name of the module.
+        module: String,
+        /// Number of the trace.
+        id: u64,
+    },
+    /// Record no more calls, and forget those that were.
+    EndTrace {
+        /// Name of the module.
+        module: String,
+        /// Number of the trace.
+        id: u64,
     },
     /// Which instructions does a function of an isolated module have? Answer:
     /// [`Reply::Instructions`].
@@ -422,6 +447,13 @@ pub enum Reply {
         /// The same for people.
         texts: Vec<String>,
     },
+    /// Calls are being recorded.
+    TraceBegun {
+        /// Number of the trace.
+        id: u64,
+    },
+    /// Some of what was recorded.
+    Trace(Box<TraceTaken>),
     /// Instructions of a function.
     Instructions {
         /// By offset.

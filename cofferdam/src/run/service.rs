@@ -5,6 +5,7 @@ mod faults;
 mod machine;
 mod probe;
 mod status;
+mod traces;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -194,6 +195,9 @@ impl Handler for VmService {
             Request::SuspendDevice { module } => self.suspend_device(&module, asker),
             Request::ResumeDevice { module } => self.resume_device(&module, asker),
             Request::Violations { module } => self.violations(&module),
+            Request::BeginTrace { module, wanted } => self.begin_trace(&module, wanted),
+            Request::TakeTrace { module, id } => self.take_trace(&module, id),
+            Request::EndTrace { module, id } => self.end_trace(&module, id),
             Request::Instructions { module, function } => self.instructions(&module, &function),
             Request::Inject {
                 module,

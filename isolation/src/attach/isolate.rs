@@ -343,6 +343,7 @@ impl Prepared {
             },
             failures: Failures::new(request.policy, keeper),
             faults: Faults::default(),
+            tracer: None,
             stopped: false,
             broken: None,
         }

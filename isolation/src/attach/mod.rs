@@ -23,6 +23,7 @@ pub mod request;
 mod rest;
 mod suspending;
 pub mod text_fault;
+mod traces;
 mod trap;
 
 use std::collections::HashMap;
@@ -79,6 +80,14 @@ pub enum AttachError {
     /// A function that the module does not have.
     #[error("the module has no function {0}")]
     NoDriverFunction(String),
+    /// A function of which no calls are isolated.
+    #[error("{0} is not isolated: `cofferdam status` lists the functions that are")]
+    NotIsolatedFunction(String),
+    /// The module was isolated anew, or somebody asked for another one.
+    #[error(
+        "the trace is not there any more: another one was begun, or the module was isolated anew"
+    )]
+    NoTrace,
     /// Too many faults.
     #[error("too many faults are ordered of the module and not used up: release it to drop them")]
     TooManyFaults,

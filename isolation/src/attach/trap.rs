@@ -87,7 +87,9 @@ impl Isolator {
             .map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
         let mut at = AtGate {
+            reached: start,
             holding: Duration::ZERO,
+            index: context.index,
             regs,
             sregs,
             vcpu: context.vcpu,
@@ -97,6 +99,7 @@ impl Isolator {
         at.holding = start.elapsed();
         let next = armed.serve(standing, &mut at);
         context.set_regs(&next);
+        armed.back_in_guest();
         armed.caller_runs_again();
     }
 }

@@ -15,6 +15,7 @@ use crate::compensation::guest_calls::GuestCalls;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
+use crate::dispatch::call_trace::Tracer;
 use crate::dispatch::fault::Faults;
 use crate::dispatch::returning::Returning;
 use crate::dispatch::supervisor::Knowledge;
@@ -90,6 +91,8 @@ pub(crate) struct Armed {
     pub failures: Failures,
     /// Faults that are put into calls on purpose.
     pub faults: Faults,
+    /// Records calls, where that was asked for.
+    pub tracer: Option<Box<Tracer>>,
     /// Calls return their errors without being run.
     pub stopped: bool,
     /// Why the domain is not used any more.
@@ -241,8 +244,12 @@ pub(crate) struct OpenCall {
 
 /// A vCPU of the guest at a gate.
 pub(crate) struct AtGate<'a> {
+    /// When it came there.
+    pub reached: Instant,
     /// Time that it took to hold the other vCPUs and the devices.
     pub holding: Duration,
+    /// Number of the vCPU.
+    pub index: u8,
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub vcpu: &'a VcpuFd,

@@ -6,11 +6,13 @@
 //!                       run: step by step ◄────────────────┘
 //!                        ├── supervisor, platform: what the domain asks meanwhile
 //!                        ├── after_fault: what its failure means; fault: faults on purpose
+//!                        ├── call_trace: what happened, with times, for who asks
 //!                        └── taking_back, completing: what the guest calls then
 //! ```
 
 pub mod after_fault;
 pub(crate) mod armed;
+pub mod call_trace;
 mod completing;
 mod domain_failure;
 mod due;

@@ -17,11 +17,13 @@ use crate::compensation::guest_calls::{Failure, GuestCalls};
 use crate::dispatch::armed::{
     Armed, AtGate, OpenCall, RETURN_GATE_OFFSET, arguments, may_be_taken_back,
 };
+use crate::dispatch::call_trace;
 use crate::dispatch::platform::Platform;
 use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, KeepsFaults, Knowledge};
 use crate::domain::Domain;
 use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
+use crate::domain::recorder::{Ended, Happened};
 use crate::domain::transaction::{
     CallEnd, CallRequest, CallResult, PassThroughReason, SpilledCall,
 };
@@ -73,12 +75,14 @@ impl Armed {
             comes_back: spilled.is_some(),
             at,
         };
+        self.begin_trace(gate, (attempt, run.comes_back), at);
         self.put_fault_in(&run);
         let Done {
             result,
             device_lost,
             image,
         } = self.carry_out(&run, spilled)?;
+        self.trace_result(&result);
         let failed = matches!(&result, Ok(result) if matches!(result.end, CallEnd::Aborted(_)));
         let next = match result {
             Ok(result) => {
@@ -173,8 +177,13 @@ impl Armed {
         let device = self.device.holdable.as_deref();
         let (done, left) = with_device_held(device, in_domain, run.comes_back, others_open);
         if let Some(left) = left {
+            self.domain.recorder.note(|| Happened::DeviceReleased);
             self.device.withholding |= left.withheld;
             self.device.outside_kept = left.outside_kept;
+        } else if device.is_some() {
+            // It could not be held.
+            let recorder = &mut self.domain.recorder;
+            recorder.note(|| Happened::Ended(Ended::DomainFailed));
         }
         let stays = |end: &CallEnd| matches!(end, CallEnd::Committed | CallEnd::Spilled(..));
         if let Some(policy) = &mut self.policy {
@@ -221,6 +230,7 @@ impl Armed {
                 report.device_lost = device_lost
                     .map(|lost| lost.to_string())
                     .or_else(|| asleep(self.device.holdable.as_deref(), &report.violation));
+                self.trace_violation(&report);
                 Some(Failure {
                     report,
                     attempt: run.attempt.after(time.own),
@@ -332,6 +342,7 @@ impl InDomain<'_> {
         let result = self
             .domain
             .carry_out(self.request, &mut supervisor, self.spilled);
+        self.domain.recorder.note(|| call_trace::ended(&result));
         let (device_lost, image) = supervisor.ended();
         Done {
             result,

@@ -22,6 +22,7 @@
 //! | `strike` | a fault on purpose that waits for a call |
 //! | `kept` | what has to be put back when the guest is rewound |
 //! | `supervisor` | what a call asks of the layer above |
+//! | `recorder` | what happens in a call, with times, where that was asked for |
 //! | `watchdog` | interrupts runs that last, so that calls that hang are noticed |
 
 pub(crate) mod attempt;
@@ -42,6 +43,7 @@ pub mod overlay;
 mod page;
 mod places;
 pub mod private_vm;
+pub mod recorder;
 pub mod roots;
 mod strike;
 pub mod supervisor;
@@ -68,6 +70,7 @@ use host_memory::HostMemory;
 use monitor::{AREA_PAGES, Monitor};
 use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
+use recorder::Recorder;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
 use transaction::room::Room;
 use transaction::{Refusals, WrittenByKernel};
@@ -168,6 +171,8 @@ pub struct Domain {
     /// Functions that wait, with the unit of their first argument.
     sleeps: HashMap<u64, Duration>,
     strike: Option<strike::Strike>,
+    /// Of the call that is under way, where that was asked for.
+    pub recorder: Recorder,
     /// How often functions could not wait for calls of a function.
     refusals: HashMap<u64, Refusals>,
     /// Where on the stacks of calls' callers kernel functions write.
@@ -231,6 +236,7 @@ impl Domain {
             trapped: HashMap::new(),
             sleeps: HashMap::new(),
             strike: None,
+            recorder: Recorder::default(),
             room: Room::default(),
             has_failed: false,
         };

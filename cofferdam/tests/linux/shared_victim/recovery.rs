@@ -153,21 +153,11 @@ fn a_checked_stream_survives_faults_and_nothing_leaks() {
     }
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often_is_stopped() {
-    let mut victim = victim();
-    victim.configure();
-    let before = victim.configuration();
-    // A call that returns nothing is run again, and does its work.
-    victim.isolate("e1000_set_rx_mode", LadderConfig::default());
-    victim.inject(
-        "e1000_set_rx_mode",
-        5,
-        FaultKind::UndefinedInstruction,
-        1,
-        1,
-    );
+/// A call that returns nothing is run again, and does its work.
+fn a_call_is_run_again(victim: &mut Victim) {
+    let entry = "e1000_set_rx_mode";
+    victim.isolate(entry, LadderConfig::default());
+    victim.inject(entry, 5, FaultKind::UndefinedInstruction, 1, 1);
     victim.run(&["ip", "link", "set", "eth0", "allmulticast", "on"]);
     victim.run(&["ip", "link", "set", "eth0", "allmulticast", "off"]);
     let rungs = victim.ladder().rungs;
@@ -176,6 +166,15 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
     assert!(count == 1 && us > 0, "{count} calls in {us} us");
     println!("a call taken back in {us} us");
     victim.release();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often_is_stopped() {
+    let mut victim = victim();
+    victim.configure();
+    let before = victim.configuration();
+    a_call_is_run_again(&mut victim);
     victim.assert_configured(&before);
     // The driver suspends and resumes its device, and has never gone.
     let mut resume = LadderConfig::default();

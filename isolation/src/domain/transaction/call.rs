@@ -44,7 +44,7 @@ pub struct CallRequest<'a> {
 }
 
 /// Why a call was given back to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PassThroughReason {
     /// A kernel function uses the FPU.

@@ -6,6 +6,7 @@ use super::preserved::Preserved;
 use super::{Call, Step};
 use crate::domain::error::DomainError;
 use crate::domain::monitor::ExceptionFrame;
+use crate::domain::recorder::Happened;
 use crate::domain::violation::ViolationKind;
 
 /// Stacks that a call may be on: a thread's, and the interrupts' of each processor that it has gone
@@ -59,6 +60,7 @@ impl Call<'_> {
         }
         self.stats.callbacks += 1;
         self.see_callers()?;
+        self.note(|| Happened::CallsBack(target));
         self.supervisor.called_back(target, arguments);
         for va in self.supervisor.expected() {
             self.open_expected(va)?;
@@ -87,6 +89,7 @@ impl Call<'_> {
         if let Some(kind) = callback.kept.changed(regs) {
             return Ok(Step::Violation(kind, callback.function));
         }
+        self.note(|| Happened::CallBackReturned);
         self.domain.monitor.resume_at(callback.return_address);
         let mut next = *regs;
         next.rip = self.domain.monitor.kernel_stub();

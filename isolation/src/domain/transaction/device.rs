@@ -5,6 +5,7 @@ use devices::hold::{Access, DeviceAddress};
 use super::call::{DeviceStore, PassThroughReason};
 use super::{Call, Step};
 use crate::domain::error::DomainError;
+use crate::domain::recorder::Happened;
 use crate::domain::roots::Root;
 use crate::domain::view::{PAGE_SIZE, Page};
 use crate::domain::violation::ViolationKind;
@@ -44,7 +45,7 @@ impl Call<'_> {
             let kind = ViolationKind::ForeignMmio { gpa, write: false };
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
-        match self.device_read(DeviceAddress::Memory(gpa), bytes)? {
+        match self.load(DeviceAddress::Memory(gpa), bytes)? {
             Ok(value) => self.domain.vm.answer_mmio(value),
             Err(kind) => return Ok(self.violation_here(kind)),
         }
@@ -67,7 +68,7 @@ impl Call<'_> {
             return self.foreign(kind, PassThroughReason::OtherDevice);
         }
         for index in 0..count {
-            match self.device_read(DeviceAddress::Port(port), bytes)? {
+            match self.load(DeviceAddress::Port(port), bytes)? {
                 Ok(value) => self.domain.vm.answer_port(index, value as u32),
                 Err(kind) => return Ok(self.violation_here(kind)),
             }
@@ -100,6 +101,7 @@ impl Call<'_> {
             is_kernel && self.supervisor.harmless_port_write(port, value, bytes)
         });
         if harmless {
+            self.note(|| Happened::Console(port));
             return Ok(Step::Continue);
         }
         let kind = ViolationKind::ForeignPort { port, write: true };
@@ -108,6 +110,23 @@ impl Call<'_> {
 
     fn violation_here(&self, kind: ViolationKind) -> Step {
         Step::Violation(kind, self.domain.vm.regs().rip)
+    }
+
+    /// The same, noted where that was asked for.
+    fn load(
+        &mut self,
+        at: DeviceAddress,
+        bytes: usize,
+    ) -> Result<Result<u64, ViolationKind>, DomainError> {
+        let answer = self.device_read(at, bytes)?;
+        if let Ok(value) = answer {
+            self.note(|| Happened::DeviceLoad {
+                at: at.into(),
+                bytes: bytes as u8,
+                value,
+            });
+        }
+        Ok(answer)
     }
 
     /// What the device answers, or why the call may not get as far as asking it.
@@ -155,6 +174,11 @@ impl Call<'_> {
             },
         });
         self.stats.posted_writes += 1;
+        self.note(|| Happened::DeviceStore {
+            at: at.into(),
+            bytes: bytes as u8,
+            value,
+        });
         Ok(Step::Continue)
     }
 
@@ -279,6 +303,10 @@ impl Call<'_> {
 
     pub(super) fn flush_posted(&mut self) {
         self.posted_use_memory = false;
+        if !self.posted.is_empty() {
+            let stores = self.posted.len() as u32;
+            self.note(|| Happened::DevicePerforms(stores));
+        }
         for PostedWrite { store, .. } in self.posted.drain(..) {
             self.supervisor
                 .device_write(store.at, store.value, store.bytes);

@@ -6,6 +6,7 @@ use super::call::PassThroughReason;
 use super::{Call, Step};
 use crate::domain::error::DomainError;
 use crate::domain::monitor::ExceptionFrame;
+use crate::domain::recorder::Happened;
 use crate::domain::roots::Root;
 use crate::domain::supervisor::KernelExceptionVerdict;
 use crate::domain::view::{PAGE_SIZE, Pfn};
@@ -158,12 +159,14 @@ impl Call<'_> {
                 frame.rip
             );
             self.open(address)?;
+            self.note(|| Happened::Opened(address));
             self.domain.note_open(address, translation.gpa);
             if is_others && !self.supervisor.lasts(address) {
                 self.supervisor.stored(address);
                 self.passing.push((Pfn::of(translation.gpa), page));
             }
         }
+        self.note(|| Happened::Filled(address));
         self.fill(root, address)?;
         self.resume(frame, regs);
         Ok(Step::Continue)
@@ -209,6 +212,7 @@ impl Call<'_> {
         let in_driver = self.domain.is_driver_text(target);
         match root {
             Root::Driver if in_driver || self.domain.is_common(target) => {
+                self.note(|| Happened::Filled(target));
                 self.fill(root, target)?;
                 self.resume(frame, regs);
                 Ok(Step::Continue)
@@ -236,6 +240,7 @@ impl Call<'_> {
                     return Ok(wild);
                 }
                 self.stats.indirect_calls += 1;
+                self.note(|| Happened::Calls(target));
                 let trampoline = self.domain.monitor.trampoline(target)?;
                 if let (Some(_), Some(effects)) = (&self.journal, self.request.effects)
                     && !self.has_overflowed()
@@ -251,6 +256,7 @@ impl Call<'_> {
             }
             Root::Kernel if in_driver => self.call_back(frame, target, regs),
             Root::Kernel if translation.execute => {
+                self.note(|| Happened::Filled(target));
                 self.fill(root, target)?;
                 self.resume(frame, regs);
                 Ok(Step::Continue)

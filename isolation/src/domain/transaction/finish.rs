@@ -8,6 +8,7 @@ use super::Call;
 use super::call::{CallEnd, PassThroughReason};
 use super::preserved::Preserved;
 use crate::domain::error::DomainError;
+use crate::domain::recorder::Happened;
 use crate::domain::roots::Root;
 use crate::domain::view::Pfn;
 use crate::domain::violation::{Violation, ViolationKind};
@@ -38,6 +39,7 @@ impl Call<'_> {
     }
 
     pub(super) fn commit(&mut self) -> Result<(CallEnd, kvm_regs), DomainError> {
+        self.note(|| Happened::Commits);
         let mut regs = self.domain.vm.regs();
         regs.rip = self.return_address;
         self.write_slot(self.return_slot, self.return_address)?;
@@ -64,6 +66,7 @@ impl Call<'_> {
         if forbidden.is_some() {
             return Ok(forbidden);
         }
+        self.note(|| Happened::Writes(changes.len() as u32));
         for (pfn, mask) in &changes {
             let Some(va) = self.domain.opened_va(*pfn) else {
                 continue;
@@ -182,6 +185,7 @@ impl Call<'_> {
             kind = ViolationKind::DeviceLost;
         }
         self.phases.detect_ns = elapsed_ns(self.last_exit);
+        self.note(|| Happened::TakesBack);
         let regs = self.domain.vm.regs();
         let fault = self.domain.vm.fault_registers()?;
         let (cr2, root) = (fault.cr2, self.domain.root_of(fault.cr3));

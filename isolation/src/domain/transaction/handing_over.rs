@@ -10,6 +10,7 @@
 
 use super::Call;
 use crate::domain::effects::KernelCall;
+use crate::domain::recorder::Happened;
 use crate::domain::supervisor::HandOver;
 
 /// Calls of a function in a row of which nothing could wait before it is left off for a while.
@@ -91,6 +92,7 @@ impl Call<'_> {
             self.later = later.into_iter().map(|post| post.store).collect();
         }
         self.stats.handed_over = calls.len() as u32;
+        self.note(|| Happened::HandsOver(calls.len() as u32));
         self.handed_over = calls;
         true
     }

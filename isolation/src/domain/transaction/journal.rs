@@ -14,6 +14,7 @@ use crate::domain::journal::Journal;
 use crate::domain::journal::{Crossing, Published, ReadNumber, Stays};
 use crate::domain::list_links;
 use crate::domain::monitor::JournalPoint;
+use crate::domain::recorder::Happened;
 use crate::domain::roots::Roots;
 use crate::domain::view::{PAGE_SIZE, Pfn};
 use crate::domain::view::{PrivateView, ViewError};
@@ -99,10 +100,12 @@ impl Call<'_> {
         let next = match point {
             JournalPoint::Leave => {
                 self.see_callers()?;
+                self.note(|| Happened::CallReturned);
                 self.journal_leave(rsp, regs.rax);
                 returned
             }
             JournalPoint::Enter { resume, .. } => {
+                self.note(|| Happened::Calls(function));
                 let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
                 let call = KernelCall {
                     function,

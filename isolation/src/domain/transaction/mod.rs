@@ -38,6 +38,7 @@ use super::host_memory::Kept;
 use super::journal::Journal;
 use super::list_links::ChangedLinks;
 use super::private_vm::Exit;
+use super::recorder::Happened;
 use super::roots::{Root, RootError};
 use super::supervisor::Supervisor;
 use super::view::Pfn;
@@ -192,15 +193,17 @@ impl Call<'_> {
             None => self.begin()?,
             Some(spilled) => self.begin_again(spilled)?,
         };
+        self.note(|| Happened::Prepared);
         let step = match begun {
             None => self.run_or_give_up()?,
             Some(reason) => Step::GuestOnly(reason, None),
         };
         let ended = match step {
-            Step::Returned => match self.check_return()? {
+            Step::Returned => match self.returned()? {
                 Some((kind, rip)) => self.abort(kind, rip),
                 None if self.take_handed_over() => self.commit(),
                 None => {
+                    self.note(|| Happened::BeginsAgain);
                     self.take_back()?;
                     match self.device_lost {
                         true => self.abort(ViolationKind::DeviceLost, self.domain.vm.regs().rip),
@@ -210,6 +213,7 @@ impl Call<'_> {
             },
             Step::Violation(kind, rip) => self.abort(kind, rip),
             Step::GuestOnly(_, Some(_)) if self.wants_journal() => {
+                self.note(|| Happened::BeginsAgain);
                 self.take_back()?;
                 match self.device_lost {
                     true => self.abort(ViolationKind::DeviceLost, self.domain.vm.regs().rip),
@@ -235,6 +239,18 @@ impl Call<'_> {
             return Ok(Outcome::Watched);
         }
         ended.map(|(end, regs)| Outcome::Ended(end, regs))
+    }
+
+    /// Notes what happens, where that was asked for.
+    #[inline]
+    fn note(&mut self, what: impl FnOnce() -> Happened) {
+        self.domain.recorder.note(what);
+    }
+
+    /// The function has returned; what is wrong with the way it did.
+    fn returned(&mut self) -> Result<Option<(ViolationKind, u64)>, DomainError> {
+        self.note(|| Happened::Returned);
+        self.check_return()
     }
 
     /// Spills, if the guest can go on with these registers.
@@ -300,6 +316,7 @@ impl Call<'_> {
         let entered = Instant::now();
         self.time.host += self.meter.count(entered.duration_since(self.last_exit));
         self.domain.watchdog.enter(entered);
+        self.note(|| Happened::Entered);
         let exit = self.domain.vm.run();
         self.domain.watchdog.leave();
         self.last_exit = Instant::now();
@@ -307,6 +324,7 @@ impl Call<'_> {
         self.stats.private_ns += u64::try_from(inside.as_nanos()).unwrap_or(u64::MAX);
         self.time.own += self.meter.count(inside);
         let exit = exit?;
+        self.note(|| Happened::Exit((&exit).into()));
         // Those that the host brings about tell nothing of the call.
         let is_its_own = !matches!(exit, Exit::Interrupted | Exit::DirtyRingFull);
         self.time.exits = self.time.exits.saturating_add(is_its_own.into());

@@ -12,6 +12,7 @@ use kvm_bindings::kvm_regs;
 use super::call::PassThroughReason;
 use super::{Call, OUT_BYTES, Step};
 use crate::domain::error::DomainError;
+use crate::domain::recorder::Happened;
 
 /// Waits in a row from one place after which somebody else is waited for.
 const MAX_REPEATED: u32 = 16;
@@ -51,13 +52,16 @@ impl Call<'_> {
         if let Some(kind) = self.before_wait()? {
             return Ok(Step::Violation(kind, regs.rip));
         }
+        self.note(|| Happened::Calls(function));
         let since = Instant::now();
         std::thread::sleep(time);
         self.take_over()?;
         self.time.asked += time;
         self.time.waited += since.elapsed();
         self.stats.sleeps += 1;
-        self.stats.slept_us += u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let slept_us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.stats.slept_us += slept_us;
+        self.note(|| Happened::Waited(slept_us));
         let next = kvm_regs {
             rip: return_address,
             rsp: regs.rsp.wrapping_add(8),
