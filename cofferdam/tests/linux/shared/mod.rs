@@ -5,6 +5,7 @@ mod command_line;
 mod nic;
 mod pause;
 mod plugging;
+mod tracing;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
