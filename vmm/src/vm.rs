@@ -106,11 +106,7 @@ impl Vm {
         let kvm = kvm::open()?;
         let shown = Shown::on_this_host(&kvm)?;
         let windows = windows(shown.physical_address_bits());
-        let ram = GuestRam::from(config.memory, config.memory_bytes)?;
-        if ram.end().0 > windows.memory64.0 {
-            let (asked, limit) = (config.memory_bytes, windows.memory64.0);
-            return Err(MemoryError::MoreThanAddressable { asked, limit }.into());
-        }
+        let ram = memory_below(windows.memory64.0, config.memory, config.memory_bytes)?;
         let (vm, has_dirty_rings) = kvm::create_vm(&kvm, &ram)?;
         let vm = Arc::new(vm);
         let vcpus = create_vcpus(&vm, &shown, config.vcpus)?;
@@ -302,6 +298,15 @@ impl Vm {
         let guarded = self.machine.at_work.guard(subscriber);
         self.events.add_subscriber(guarded);
     }
+}
+
+/// Guest memory, all of it below `limit`.
+fn memory_below(limit: u64, source: MemorySource, asked: u64) -> Result<GuestRam, MemoryError> {
+    let ram = GuestRam::from(source, asked)?;
+    if ram.end().0 > limit {
+        return Err(MemoryError::MoreThanAddressable { asked, limit });
+    }
+    Ok(ram)
 }
 
 /// The inputs of the I/O APIC.

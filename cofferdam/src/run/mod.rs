@@ -53,7 +53,7 @@ use vmm::{ExitReason, OnGuestReset, Payload, Vm, VmConfig};
 use crate::ending::Ending;
 use crate::long_work::LongWork;
 use crate::options::{DiskSpec, MacAddress, MemorySize, NicSpec, SerialSpec, VmName};
-use crate::runtime_dir::RuntimeRoot;
+use crate::runtime_dir::{RuntimeRoot, VmDir};
 use crate::sandbox::{Entered, Group, GroupOptions, Jail, MachineSandbox, Namespaces};
 use crate::signals::Signals;
 use steps::Steps;
@@ -183,6 +183,8 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
     // In a jail it cannot be had any more.
     let userfault = config.userfault();
+    // Before there is anything under the name, such as a control group.
+    let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     // By the rights that it has outside of the jail.
     let memory = config.memory.bytes();
     let group = config
@@ -192,7 +194,7 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
-    let result = boot(&config, (jail, &group, userfault), started_ns, &watch);
+    let result = boot(&config, dir, (jail, &group, userfault), started_ns, &watch);
     // Whatever came of it: a signal that asked for the end has the last word.
     if let Some(signal) = watch.finish() {
         if let Err(error) = result {
@@ -229,12 +231,12 @@ fn no_fifo(what: &str, path: &Path) -> anyhow::Result<()> {
 /// Makes the VM, runs it and takes it down.
 fn boot(
     config: &RunConfig,
+    dir: VmDir,
     (jail, group, userfault): (Option<Namespaces>, &Group, Option<Arc<Userfault>>),
     started_ns: u64,
     watch: &watch::Watch,
 ) -> anyhow::Result<ExitReason> {
     let mut steps = Steps::since(started_ns);
-    let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     let paths = dir.paths().clone();
     let belongings = watch.belongings();
     belongings.add_dir(dir);

@@ -11,18 +11,19 @@
 //! Who has taken the process over must not get out: nothing that could move it is left open. So it
 //! cannot remove its group either; the keeper does, and where that was killed too the next start.
 
-use std::ffi::OsString;
-use std::fs;
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::time::Duration;
+mod keeper;
 
-use anyhow::{Context, anyhow, bail, ensure};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::process::ChildStdin;
+
+use anyhow::{Context, anyhow, ensure};
+
+pub use keeper::keeper;
 
 use crate::options::{MemorySize, VmName};
+use keeper::Keeper;
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2: i64 = 0x6367_7270;
@@ -32,9 +33,6 @@ const PREFIX: &str = "cofferdam-";
 
 /// What is bounded, by the controller that does it.
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
-
-/// How the program is called as a keeper.
-const KEEPER: &str = "cofferdam-keeper";
 
 /// Where keepers are, and the service, whose own group is divided. No group of a VM is called that.
 const KEEPERS: &str = "keepers";
@@ -55,10 +53,8 @@ const MORE_CPUS: u32 = 2;
 /// (cgroup-v2.rst, `cpu.max`).
 const PERIOD_US: u64 = 100_000;
 
-/// Between two tries to remove a group whose process is ending, and between later ones.
-const POLL: Duration = Duration::from_millis(20);
-const SLOW_POLL: Duration = Duration::from_millis(500);
-const QUICK_POLLS: u32 = 100;
+/// How often a new group is made that a keeper removes before somebody is in it.
+const ENTER_TRIES: u32 = 100;
 
 /// A control group of a process's own.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -205,6 +201,28 @@ pub fn divide(dir: &Path) -> anyhow::Result<PathBuf> {
     divided.with_context(|| format!("cannot use the control group {}", dir.display()))
 }
 
+/// The same with this process's own group, where it was handed to it with all that a guest's has
+/// bounds of.
+///
+/// # Errors
+/// It was not, or cannot be divided.
+pub fn divide_delegated() -> anyhow::Result<PathBuf> {
+    let own = delegated()?;
+    let missing = missing(&controllers(&own)?);
+    ensure!(
+        missing.is_empty(),
+        "its own, {}, was handed to it without {}",
+        own.display(),
+        missing.join(", ")
+    );
+    let dir = divide(&own)?;
+    // Others may be in there.
+    CONTROLLERS
+        .iter()
+        .try_for_each(|name| hand_on(&dir, name))?;
+    Ok(dir)
+}
+
 /// The control group of version 2 at this directory.
 fn group_at(dir: &Path) -> anyhow::Result<PathBuf> {
     let dir = fs::canonicalize(dir)?;
@@ -269,33 +287,75 @@ fn place(groups: &str, mounts: &str) -> Option<PathBuf> {
     })
 }
 
-/// Makes the group of `name` in `parent` and puts this process into it.
+/// Makes the group of `name` in `parent` and puts this process into it. Where that fails it is where
+/// it was, and nothing is left of trying.
 fn make(
     parent: &Path,
     name: &VmName,
     limits: &[(&'static str, &'static str, String)],
 ) -> anyhow::Result<Made> {
     let group = parent.join(format!("{PREFIX}{name}"));
-    let mut keeper = keep(&group).context("cannot start its keeper")?;
-    let input = keeper.stdin.take().context("its keeper hears nothing")?;
-    if own()?.as_deref() == Some(parent) {
-        // What is in the group that is divided would keep its controllers from being handed on
-        // ("no internal processes").
-        let other = parent.join(KEEPERS);
-        new_group(&other)?;
-        move_to(&other, keeper.id())?;
-    }
+    let before = own()?;
     if let Err(error) = fs::remove_dir(&group)
         && error.kind() != ErrorKind::NotFound
     {
         return Err(error)
             .context("processes of an earlier VM of this name are in its control group");
     }
-    new_group(&group)?;
-    move_to(&group, std::process::id())?;
+    let mut keeper = Keeper::start(&group)?;
+    if before.as_deref() == Some(parent) {
+        // What is in the group that is divided would keep its controllers from being handed on
+        // ("no internal processes").
+        let other = parent.join(KEEPERS);
+        new_group(&other)?;
+        move_to(&other, keeper.child.id())?;
+    }
+    enter_new(&group)?;
+    match bound(parent, &group, limits) {
+        Ok(missing) => Ok(Made {
+            input: keeper.stays()?,
+            missing,
+        }),
+        Err(error) => {
+            let is_back = before.is_some_and(|before| move_to(&before, std::process::id()).is_ok());
+            if !is_back {
+                // It hears of the end of this process as it would of a VM's.
+                std::mem::forget(keeper.stays()?);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Puts this process into a new group, made anew where the keeper of an earlier VM removes it
+/// before there is a process in it.
+fn enter_new(group: &Path) -> anyhow::Result<()> {
+    const NODEV: i32 = rustix::io::Errno::NODEV.raw_os_error();
+    let mut last = None;
+    for _ in 0..ENTER_TRIES {
+        new_group(group)?;
+        match put_into(group, std::process::id()) {
+            Err(error)
+                if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(NODEV) =>
+            {
+                last = Some(error);
+            }
+            done => return done.with_context(|| format!("cannot enter {}", group.display())),
+        }
+    }
+    Err(anyhow!(
+        "{} is removed again and again: {last:?}",
+        group.display()
+    ))
+}
+
+/// Writes the bounds of a group as far as `parent` has the controllers; what has none.
+fn bound(
+    parent: &Path,
+    group: &Path,
+    limits: &[(&'static str, &'static str, String)],
+) -> anyhow::Result<Vec<&'static str>> {
     let there = controllers(parent)?;
-    let missing = limits.iter().map(|(controller, ..)| *controller);
-    let missing: Vec<_> = missing.filter(|name| !there.contains(name)).collect();
     for (controller, file, value) in limits {
         if !there.contains(controller) {
             continue;
@@ -304,10 +364,21 @@ fn make(
         let file = group.join(file);
         write(&file, value).with_context(|| format!("cannot write {}", file.display()))?;
     }
+    match write(&group.join("memory.swap.max"), "0") {
+        // A kernel without swap, or without the controller.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        done => done.context("cannot bound its swap")?,
+    }
     // All of it ends at once where there is too little memory; kernels before 4.19 have no such
     // file.
     let _ = write(&group.join("memory.oom.group"), "1");
-    Ok(Made { input, missing })
+    Ok(missing(&there))
+}
+
+/// Controllers that are not among these.
+fn missing(there: &[&str]) -> Vec<&'static str> {
+    let is_missing = |name: &&str| !there.contains(name);
+    CONTROLLERS.into_iter().filter(is_missing).collect()
 }
 
 /// Has groups in `parent` have this controller.
@@ -337,9 +408,12 @@ fn new_group(group: &Path) -> anyhow::Result<()> {
 }
 
 fn move_to(group: &Path, process: u32) -> anyhow::Result<()> {
-    let file = group.join("cgroup.procs");
-    write(&file, &process.to_string())
+    put_into(group, process)
         .with_context(|| format!("cannot move a process to {}", group.display()))
+}
+
+fn put_into(group: &Path, process: u32) -> io::Result<()> {
+    write(&group.join("cgroup.procs"), &process.to_string())
 }
 
 /// Writes to a file that is there: a group makes none.
@@ -347,66 +421,6 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     let mut file = fs::OpenOptions::new().write(true).open(file)?;
     file.write_all(text.as_bytes())
-}
-
-/// Starts the keeper of a group: this program, outside of it.
-fn keep(group: &Path) -> io::Result<Child> {
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0(KEEPER)
-        .arg(group)
-        .current_dir("/")
-        .env_clear()
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    // SAFETY: `setsid` is a plain system call, which may be made between fork and exec
-    // (signal-safety(7)).
-    unsafe {
-        command.pre_exec(|| {
-            // Signals of the VM's terminal are not for it.
-            rustix::process::setsid()?;
-            Ok(())
-        });
-    }
-    command.spawn()
-}
-
-/// What the program does where it was started as a keeper: waits for the VM's end and removes its
-/// group. `None` where it was not.
-pub fn keeper(words: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
-    let mut words = words.into_iter();
-    words.next().filter(|word| word == KEEPER)?;
-    let group = PathBuf::from(words.next()?);
-    Some(match remove_at_end(&group) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    })
-}
-
-fn remove_at_end(group: &Path) -> anyhow::Result<()> {
-    let name = group.file_name().unwrap_or_default().as_bytes();
-    ensure!(
-        name.starts_with(PREFIX.as_bytes()),
-        "this is no group of ours"
-    );
-    let mut bytes = [0; 64];
-    while std::io::stdin().read(&mut bytes)? > 0 {}
-    // Who has been taken over may close its end early: the group stays for as long as somebody is
-    // in it.
-    for polls in 0.. {
-        match fs::remove_dir(group) {
-            Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error.into()),
-            Ok(()) => return Ok(()),
-        }
-        std::thread::sleep(match polls {
-            0..QUICK_POLLS => POLL,
-            _ => SLOW_POLL,
-        });
-    }
-    bail!("it never ended")
 }
 
 #[cfg(test)]
@@ -448,14 +462,5 @@ mod tests {
             ["67108864", "99", "100000 100000"]
         );
         assert!(values(&GroupOptions::default(), u64::MAX, 1)[0] == u64::MAX.to_string());
-    }
-
-    #[test]
-    fn only_a_keeper_keeps_and_only_groups_of_ours() {
-        let words = |words: &[&str]| keeper(words.iter().map(OsString::from)).is_some();
-        assert!(!words(&["cofferdam", "run"]) && !words(&[]));
-        assert!(!words(&[KEEPER]), "without a group it is none");
-        remove_at_end(Path::new("/tmp")).unwrap_err();
-        remove_at_end(Path::new("/")).unwrap_err();
     }
 }

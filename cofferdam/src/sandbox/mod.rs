@@ -36,7 +36,7 @@ use anyhow::{Context, bail};
 
 pub use calls::FORBIDDEN;
 pub use files::landlock_version;
-pub use group::{Group, GroupOptions, controllers, delegated, divide, keeper};
+pub use group::{Group, GroupOptions, controllers, delegated, divide, divide_delegated, keeper};
 pub use jail::{Namespaces, can_jail};
 
 use files::Places;

@@ -51,7 +51,7 @@ mod tokens;
 mod upgrade;
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -64,7 +64,7 @@ pub use tokens::new_line;
 
 use crate::asked_to_end::asked_to_end;
 use crate::runtime_dir::RuntimeRoot;
-use crate::sandbox::{Guests, SandboxOptions, can_jail, divide};
+use crate::sandbox::{Guests, SandboxOptions, can_jail, divide, divide_delegated};
 use app::App;
 use campaigns::Campaigns;
 use network::Network;
@@ -114,11 +114,12 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
-    let cgroup = config.cgroup.as_deref().map(divide).transpose()?;
-    let cgroup = cgroup.map(|dir| dir.into_os_string().into_string());
-    let cgroup = cgroup
-        .transpose()
-        .map_err(|dir| anyhow!("the control group {} is no UTF-8", dir.display()))?;
+    if let (true, Err(why)) = (config.jail, can_jail()) {
+        bail!(
+            "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
+        );
+    }
+    let cgroup = group_of_guests(config.cgroup.as_deref(), config.jail)?;
     let campaigns = config
         .campaigns
         .map(|(folder, images)| Campaigns::new(&folder, &images, &root))
@@ -130,13 +131,6 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         true => Guests::Jailed,
         false => Guests::Free,
     };
-    if config.jail
-        && let Err(why) = can_jail()
-    {
-        bail!(
-            "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
-        );
-    }
     config.sandbox.enter_service(guests)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -170,6 +164,29 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         campaigns.leave();
     }
     ended
+}
+
+/// The control group in which guests have theirs: the one that was named, or the service's own
+/// where guests are jailed and it may be divided. Where it may not, that is said: nobody reads what
+/// a guest says of it.
+fn group_of_guests(named: Option<&Path>, jail: bool) -> anyhow::Result<Option<String>> {
+    let dir = match named {
+        Some(dir) => divide(dir)?,
+        None if jail => match divide_delegated() {
+            Ok(dir) => dir,
+            Err(why) => {
+                let why = crate::error_text::one_line(&why);
+                tracing::warn!(
+                    "no control groups around guests, their memory, tasks and processor time are as this user's: {why}"
+                );
+                return Ok(None);
+            }
+        },
+        None => return Ok(None),
+    };
+    let name = dir.into_os_string().into_string();
+    let name = name.map_err(|dir| anyhow!("the control group {} is no UTF-8", dir.display()))?;
+    Ok(Some(name))
 }
 
 /// Accepts connections over TCP for ever, if there are to be any.

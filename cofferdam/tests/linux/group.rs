@@ -104,6 +104,17 @@ fn the_bounds_of_a_vms_control_group_hold_and_it_goes_with_the_vm() {
     let values = ["memory.max", "pids.max", "cpu.max", "memory.oom.group"]
         .map(|file| read(&format!("cofferdam-one/{file}")).trim().to_owned());
     assert_eq!(values, ["268435456", "40", "100000 100000", "1"]);
+    // What of it is in the guest's memory goes to no swap either, where the kernel counts that.
+    let swap = read("cofferdam-one/memory.swap.max");
+    assert!(matches!(swap.trim(), "" | "0"), "{swap}");
+    // Its time is counted in periods against the bound; that it is held to it is the kernel's.
+    wait_until("a period", || {
+        let counts = read("cofferdam-one/cpu.stat");
+        let periods = counts
+            .lines()
+            .find_map(|line| line.strip_prefix("nr_periods "));
+        periods.is_some_and(|periods| periods != "0")
+    });
     // No more tasks than there may be.
     let group = parent.join("cofferdam-one");
     let fork = "for i in $(seq 60); do sleep 30 & done; wait";

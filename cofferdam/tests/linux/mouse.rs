@@ -16,10 +16,12 @@ const WHEEL: u16 = 8;
 
 /// Reads what the guest's one input device reports from now on into a file.
 fn read_events(guest: &mut Guest) {
+    // It sees what comes once it has the device open.
     shell(
         guest,
         "killall cat; rm -f /tmp/events; cat /dev/input/event* > /tmp/events 2>/dev/null < /dev/null & \
-         for t in $(seq 1 100); do [ -e /tmp/events ] && break; sleep 0.05; done; sleep 0.2",
+         for t in $(seq 1 400); do ls -l /proc/$!/fd 2>/dev/null | grep -q /dev/input/event && exit 0; sleep 0.05; done; \
+         exit 1",
     );
 }
 
@@ -59,6 +61,40 @@ fn mouse_works(guest: &mut Guest) {
             .success()
     });
     come(guest, &[(RELATIVE, 0, 3), (RELATIVE, 1, -4)]);
+}
+
+/// The same where calls of the driver fail. Where one takes more than half a second, as on a busy
+/// machine, `psmouse` by its own rule throws away the packet that the byte belongs to
+/// (drivers/input/mouse/psmouse-base.c, `psmouse_interrupt`, "lost synchronization"), and the mouse
+/// moves once more.
+#[track_caller]
+fn mouse_works_through_faults(guest: &mut Guest) {
+    for lost in 0..5 {
+        let before = losses(guest);
+        wait_until("the mouse", || {
+            guest.agent().disconnect();
+            super::isolation::command(guest, "mouse guest move 3 -4")
+                .status
+                .success()
+        });
+        let mut is_lost = false;
+        wait_until("the mouse's events, or their loss", || {
+            is_lost = losses(guest) > before;
+            is_lost || events(guest).len() >= 2
+        });
+        if !is_lost {
+            return come(guest, &[(RELATIVE, 0, 3), (RELATIVE, 1, -4)]);
+        }
+        assert!(events(guest).is_empty(), "part of a packet");
+        eprintln!("psmouse threw away {} packets that came late", lost + 1);
+    }
+    panic!("each packet is lost");
+}
+
+/// How many packets `psmouse` has thrown away as too late.
+fn losses(guest: &mut Guest) -> u32 {
+    let count = "dmesg | grep -c 'lost synchronization, throwing' || true";
+    shell(guest, count).trim().parse().unwrap()
 }
 
 /// How often a call of `function` failed so far.
@@ -101,7 +137,7 @@ fn a_mouse_goes_on_under_its_isolated_driver_and_through_faults_in_it() {
         let before = aborts(&mut guest, "psmouse_interrupt");
         let fault = format!("inject guest psmouse psmouse_interrupt --at {place}");
         ask(&mut guest, &fault);
-        mouse_works(&mut guest);
+        mouse_works_through_faults(&mut guest);
         ask(&mut guest, "inject guest psmouse --undo");
         assert!(aborts(&mut guest, "psmouse_interrupt") > before, "{place}");
     }

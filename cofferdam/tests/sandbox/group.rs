@@ -153,6 +153,59 @@ fn a_jailed_vm_has_a_control_group_of_its_own_where_one_was_handed_over() {
     parent.until(&["keepers"]);
 }
 
+/// How many keepers wait for the end of this group.
+fn keepers(group: &Path) -> usize {
+    let processes = fs::read_dir("/proc").unwrap().map(Result::unwrap);
+    let words = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+    let ours = format!("cofferdam-keeper\0{}\0", group.display());
+    words.filter(|words| words == ours.as_bytes()).count()
+}
+
+#[test]
+fn a_start_that_comes_to_nothing_leaves_no_keeper() {
+    if cofferdam::sandbox::can_jail().is_err() {
+        return skipped::skip("sandbox::group", "this host makes no jails");
+    }
+    let Some(parent) = Parent::new("refused_starts") else {
+        return;
+    };
+    parent.hand_over();
+    let place = Place::new();
+    let group = parent.0.join("cofferdam-idle");
+    let vm = start_in(&place, &parent.0, "--jail");
+    assert_eq!(keepers(&group), 1);
+    // The name is another's.
+    for _ in 0..3 {
+        let mut again = place.command();
+        again.args(["run", "--name", "idle", "--kernel", &place.idle_kernel()]);
+        again.args(["--memory", "32M", "--cgroup"]).arg(&parent.0);
+        let output = again.output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("is running"), "{said}");
+        assert_eq!(keepers(&group), 1);
+    }
+    signal(&vm, libc::SIGTERM);
+    finish(vm);
+    parent.until(&["keepers"]);
+    // The group is another's.
+    fs::create_dir(&group).unwrap();
+    let mut other = std::process::Command::new("sleep")
+        .arg("300")
+        .spawn()
+        .unwrap();
+    fs::write(group.join("cgroup.procs"), other.id().to_string()).unwrap();
+    let mut start = place.command();
+    start.args(["run", "--name", "idle", "--kernel", &place.idle_kernel()]);
+    start.args(["--memory", "32M", "--cgroup"]).arg(&parent.0);
+    let output = start.output();
+    let left = keepers(&group);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let said = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(said.contains("an earlier VM of this name"), "{said}");
+    assert_eq!(left, 0);
+}
+
 #[test]
 fn a_jail_says_in_a_line_that_it_has_no_control_group() {
     if cofferdam::sandbox::can_jail().is_err() {
@@ -203,27 +256,38 @@ fn a_control_group_that_cannot_be_is_refused_in_a_line_and_nothing_is_left() {
     }
 }
 
-#[test]
-fn a_service_leaves_the_group_that_its_guests_are_to_have_theirs_in() {
-    let Some(parent) = Parent::new("service") else {
-        return;
-    };
-    let place = Place::new();
+/// A shell that goes into the group and becomes a service there, once that has its socket.
+fn serve_in(place: &Place, parent: &Path, words: &str) -> std::process::Child {
     let script = format!(
-        "echo $$ > {0}/cgroup.procs && exec {1} serve --cgroup {0}",
-        parent.0.display(),
+        "echo $$ > {}/cgroup.procs && exec {} serve {words}",
+        parent.display(),
         env!("CARGO_BIN_EXE_cofferdam")
     );
     let mut shell = std::process::Command::new("sh");
     shell
         .args(["-c", &script])
-        .env("COFFERDAM_RUNTIME_DIR", place.path("run"));
+        .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
+        .stderr(std::process::Stdio::piped());
     let service = shell.spawn().unwrap();
     let deadline = Instant::now() + LIMIT;
     while !place.path("run/service.sock").exists() {
         assert!(Instant::now() < deadline, "no service");
         std::thread::sleep(Duration::from_millis(5));
     }
+    service
+}
+
+#[test]
+fn a_service_leaves_the_group_that_its_guests_are_to_have_theirs_in() {
+    let Some(parent) = Parent::new("service") else {
+        return;
+    };
+    let place = Place::new();
+    let service = serve_in(
+        &place,
+        &parent.0,
+        &format!("--cgroup {}", parent.0.display()),
+    );
     assert!(is_in(service.id(), "/service"));
     assert_eq!(
         fs::read_to_string(parent.0.join("cgroup.procs")).unwrap(),
@@ -231,4 +295,32 @@ fn a_service_leaves_the_group_that_its_guests_are_to_have_theirs_in() {
     );
     signal(&service, libc::SIGTERM);
     finish(service);
+}
+
+#[test]
+fn a_service_that_jails_divides_its_own_group_or_says_that_guests_have_none() {
+    if cofferdam::sandbox::can_jail().is_err() {
+        return skipped::skip("sandbox::group", "this host makes no jails");
+    }
+    let Some(parent) = Parent::new("service_jails") else {
+        return;
+    };
+    let place = Place::new();
+    for is_handed_over in [false, true] {
+        if is_handed_over {
+            parent.hand_over();
+        }
+        let divides = is_handed_over && parent.has_all_controllers();
+        let service = serve_in(&place, &parent.0, "--jail");
+        assert_eq!(is_in(service.id(), "/service"), divides);
+        let handed_on = fs::read_to_string(parent.0.join("cgroup.subtree_control")).unwrap();
+        let all = ["memory", "pids", "cpu"];
+        assert_eq!(all.iter().all(|name| handed_on.contains(name)), divides);
+        signal(&service, libc::SIGTERM);
+        let said = String::from_utf8(finish(service).stderr).unwrap();
+        let lines = said
+            .lines()
+            .filter(|line| line.contains("no control groups around guests"));
+        assert_eq!(lines.count(), usize::from(!divides), "{said}");
+    }
 }

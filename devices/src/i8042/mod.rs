@@ -178,8 +178,10 @@ impl I8042 {
     }
 
     /// Goes back to the state after power-on; what the host has sent and the guest has not seen is
-    /// lost.
+    /// lost. Lines that were withheld or frozen are let go: whoever did it knows nothing of the
+    /// driver that comes next.
     pub fn reset(&mut self) {
+        (self.withheld, self.frozen, self.came_frozen) = (false, false, false);
         self.become_registers(Registers::new());
     }
 

@@ -415,3 +415,23 @@ fn a_held_controller_interrupts_when_it_is_let_go() {
     let event = MouseEvent::Move { x: 1, y: 1 };
     assert_eq!(guest.event(event), Err(NotMoved::NotListening));
 }
+
+#[test]
+fn a_reset_lets_go_of_a_line_that_was_withheld() {
+    let guest = Guest::with_wheel();
+    let holdable = HoldableI8042(guest.controller.clone());
+    holdable
+        .hold(&mut |held| held.withhold_interrupts(true))
+        .unwrap();
+    let edges = guest.aux_edges();
+    guest.event(MouseEvent::Move { x: 1, y: 1 }).unwrap();
+    assert_eq!(guest.aux_edges(), edges, "it is withheld");
+    // The driver that comes next has never asked for that.
+    lock(&guest.controller).reset();
+    guest.tell(0x60);
+    guest.give(0x47);
+    guest.tell(0xd4);
+    guest.give(0xf4);
+    assert_eq!(guest.aux_edges(), edges + 1);
+    assert_eq!(guest.bytes(), [0xfa]);
+}
