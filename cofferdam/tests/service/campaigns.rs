@@ -223,7 +223,8 @@ fn a_campaign_that_is_asked_to_end_in_two_ways_ends_its_guests_first() {
     let (guest, _) = processes(&place);
     // It does not end when it is asked, and is killed after a while.
     // SAFETY: a plain system call; the process is a child of the campaign, which runs.
-    assert_eq!(unsafe { libc::kill(guest.cast_signed(), libc::SIGSTOP) }, 0);
+    let stopped = unsafe { libc::kill(guest.cast_signed(), libc::SIGSTOP) };
+    assert_eq!(stopped, 0);
     drop(campaign.stdin.take());
     crate::common::place::signal(&campaign, libc::SIGTERM);
     crate::common::place::finish(campaign);
