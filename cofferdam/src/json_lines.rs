@@ -3,10 +3,14 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
+
+/// Times that a file is opened which others remove at the same time.
+const MAX_OPENINGS: u32 = 100;
 
 /// What is in such a file.
 pub struct Contents<H, R> {
@@ -48,17 +52,27 @@ fn open_alone(path: &Path) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).append(true).create(true);
     let name = || path.display().to_string();
-    let file = options.open(path).with_context(name)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!(
-                "{} is being written by another process: wait for its end, or choose another file",
-                path.display()
-            )
+    for _ in 0..MAX_OPENINGS {
+        let file = options.open(path).with_context(name)?;
+        match file.try_lock() {
+            Ok(()) if is_still(&file, path) => return Ok(file),
+            // Who looked whether it can be written has removed it again meanwhile.
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => break,
+            Err(TryLockError::Error(error)) => return Err(error).with_context(name),
         }
-        Err(TryLockError::Error(error)) => Err(error).with_context(name),
     }
+    bail!(
+        "{} is being written by another process: wait for its end, or choose another file",
+        path.display()
+    )
+}
+
+/// Whether `file` (or folder) is what is there at `path` now.
+pub(crate) fn is_still(file: &File, path: &Path) -> bool {
+    let there = std::fs::metadata(path).map(|there| (there.dev(), there.ino()));
+    let ours = file.metadata().map(|ours| (ours.dev(), ours.ino()));
+    matches!((ours, there), (Ok(ours), Ok(there)) if ours == there)
 }
 
 /// Looks whether the file can be written, before anything is done that takes long. One that was not
@@ -146,5 +160,31 @@ mod tests {
         let missing = folder.path().join("none/file");
         let why = format!("{:#}", ensure_writable(&missing).unwrap_err());
         assert!(why.contains("none/file"), "{why}");
+    }
+
+    #[test]
+    fn looking_takes_no_file_from_who_has_just_opened_it() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let nothing = |_: &Path| -> anyhow::Result<Contents<u32, ()>> { bail!("for a test") };
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    // It may be refused: the other one writes.
+                    let _ = ensure_writable(&path);
+                }
+            });
+            let mut nameless = 0;
+            for _ in 0..10_000 {
+                if let Ok((file, _)) = open(&path, &7_u32, nothing, "") {
+                    nameless += u32::from(!is_still(&file, &path));
+                    let _ = std::fs::remove_file(&path);
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(nameless, 0, "files that were written and have no name");
+        });
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Dropping it ends the VM and removes everything it made.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -263,6 +263,12 @@ impl Guest {
         console.map_or(0, |console| console.len())
     }
 
+    /// Removes what the guest has written to its console so far; behind which byte what it writes
+    /// from now on will be. Only with [`Console::File`].
+    pub fn cut_console(&self) -> u64 {
+        cut(&self.console_file())
+    }
+
     /// Runs a command in the guest and returns its output; it must succeed.
     pub fn run(&mut self, argv: &[&str]) -> anyhow::Result<String> {
         let words = argv.join(" ");
@@ -341,6 +347,16 @@ pub fn text_from(file: &Path, from: u64) -> String {
     String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
+/// Removes what is in a file that another process writes at its end (`O_APPEND`, open(2)), and
+/// gives its length then, in bytes: that of before if it cannot be cut.
+fn cut(file: &Path) -> u64 {
+    let cut = OpenOptions::new().write(true).open(file).and_then(|file| {
+        file.set_len(0)?;
+        Ok(0)
+    });
+    cut.unwrap_or_else(|_| std::fs::metadata(file).map_or(0, |file| file.len()))
+}
+
 /// The guest, for the report.
 pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
     let config = guest.control()?.status()?.config;
@@ -353,4 +369,26 @@ pub fn guest_facts(guest: &mut Guest) -> anyhow::Result<GuestFacts> {
         vcpus: config.vcpus,
         mem_mib: config.memory_mib,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_console_that_is_cut_has_only_what_is_written_from_then_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let console = folder.path().join("console");
+        // As the VM's process opens it.
+        let mut options = OpenOptions::new();
+        let mut writes = options.create(true).append(true).open(&console).unwrap();
+        writes.write_all(b"of the run before").unwrap();
+        let from = cut(&console);
+        writes.write_all(b"of this run").unwrap();
+        assert_eq!(text_from(&console, from), "of this run");
+        assert_eq!(std::fs::metadata(&console).unwrap().len(), 11);
+        assert_eq!(cut(&folder.path().join("none")), 0);
+    }
 }

@@ -36,6 +36,9 @@ static RUNNING: Mutex<Running> = Mutex::new(Running {
     guests: Vec::new(),
 });
 
+/// Held by who ends all VMs.
+static ENDS: Mutex<()> = Mutex::new(());
+
 /// The VMs that this process has.
 struct Running {
     /// They end with this process.
@@ -72,14 +75,19 @@ pub fn spawn(command: &mut Command, folder: &Path) -> anyhow::Result<(Child, Kno
     if !running.are_bound {
         return Ok((command.spawn()?, Known(None)));
     }
-    // SAFETY: a system call with numbers, which may be made between fork and exec
+    let parent = std::process::id().cast_signed();
+    // SAFETY: system calls with numbers, which may be made between fork and exec
     // (signal-safety(7), prctl(2)).
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             let signal = libc::c_ulong::from(libc::SIGTERM.cast_unsigned());
-            match libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
+            if libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // Of a parent that has ended before there is no signal any more.
+            match libc::getppid() == parent {
+                true => Ok(()),
+                false => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
             }
         });
     }
@@ -152,8 +160,9 @@ fn end_by(signal: EndingSignal) -> ! {
     signal.end_process()
 }
 
-/// Ends all VMs and removes what they made.
+/// Ends all VMs and removes what they made. Who comes second waits until the first has done it.
 fn end_all() {
+    let _ends = ENDS.lock().unwrap_or_else(PoisonError::into_inner);
     let guests = {
         let mut running = running();
         running.is_ending = true;

@@ -92,19 +92,7 @@ pub fn run(
     each: &mut dyn FnMut(Progress<'_>) -> bool,
 ) -> anyhow::Result<Done> {
     let begun = Instant::now();
-    let mut header = Header {
-        campaign: FORMAT,
-        workload: options.setup.workload.clone(),
-        kernel: String::new(),
-        seed: options.seed,
-        kinds: options
-            .kinds
-            .iter()
-            .map(|kind| kind.name().to_owned())
-            .collect(),
-        contain: options.setup.contain,
-        steps: options.setup.steps,
-    };
+    let mut header = header_of(options);
     // Before a guest is booted for nothing.
     if let Some(there) = header_in(&options.file)? {
         header.kernel.clone_from(&there.kernel);
@@ -166,6 +154,20 @@ pub fn run(
     jobs.make_all(worker, done_before, progress, &mut write)?;
     done.took = begun.elapsed();
     Ok(done)
+}
+
+/// What its file is of, before it is known which kernel the guest has.
+fn header_of(options: &CampaignOptions) -> Header {
+    let kinds = options.kinds.iter().map(|kind| kind.name().to_owned());
+    Header {
+        campaign: FORMAT,
+        workload: options.setup.workload.clone(),
+        kernel: String::new(),
+        seed: options.seed,
+        kinds: kinds.collect(),
+        contain: options.setup.contain,
+        steps: options.setup.steps,
+    }
 }
 
 /// Makes one trial, in another VM if the one that there is does not do what it is asked for. A

@@ -20,13 +20,22 @@ const POLL: Duration = Duration::from_millis(200);
 /// Longest output of a script that is looked at, in bytes: an honest one writes a few thousand.
 const MAX_OUTPUT: usize = 1 << 20;
 
+/// Longest console of a run, in bytes: one that writes more without an end is not waited for.
+const MAX_CONSOLE: u64 = 16 << 20;
+
 /// Whether this is of the console of a guest whose kernel has panicked (`panic` in kernel/panic.c).
 pub fn has_panicked(console: &str) -> bool {
     console.contains("Kernel panic - not syncing")
 }
 
-/// What a script writes in the guest until it ends, its time is up, or the guest panics, as its
-/// console says behind byte `heard`.
+/// Whether a guest has written more than a whole run may to its console behind byte `heard`.
+fn says_too_much(console: &Path, heard: u64) -> bool {
+    let bytes = std::fs::metadata(console).map_or(0, |console| console.len());
+    bytes.saturating_sub(heard) > MAX_CONSOLE
+}
+
+/// What a script writes in the guest until it ends, its time is up, or the guest panics or writes
+/// too much, as its console says behind byte `heard`.
 pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration) -> String {
     guest.agent().disconnect();
     let mut output = Vec::new();
@@ -41,7 +50,7 @@ pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration)
         }
     };
     let console = guest.console_file();
-    let has_ended = || has_panicked(&text_from(&console, heard));
+    let has_ended = || says_too_much(&console, heard) || has_panicked(&text_from(&console, heard));
     // What it said before it hung counts.
     let _ended = exec_unless(has_ended, &guest.paths().agent_socket(), exec, &mut collect);
     String::from_utf8_lossy(&output).into_owned()

@@ -404,6 +404,8 @@ impl Worker {
         self.control.ask(&Request::Rewind {
             name: Some(name.to_owned()),
         })?;
+        // What was said before is of a run that is over, and campaigns have many.
+        self.heard = self.guest.cut_console();
         Ok(())
     }
 

@@ -270,14 +270,16 @@ impl Jobs {
         job.map(|job| job.id.clone())
     }
 
-    /// Whether any campaign is under way.
-    pub fn have_campaigns(&self) -> bool {
-        let of = |job: &Arc<Job>| matches!(job.of, Subject::Campaign(..)) && !job.has_ended();
-        self.all().iter().any(of)
+    /// Names of the campaigns that are under way.
+    pub fn campaigns(&self) -> Vec<String> {
+        let all = self.all();
+        let under_way = all.iter().filter(|job| !job.has_ended());
+        let campaigns = under_way.filter(|job| matches!(job.of, Subject::Campaign(..)));
+        campaigns.map(|job| job.of.name().to_owned()).collect()
     }
 
     /// Does `work` of this in a thread of its own. Of a campaign that is under way the job is the
-    /// one that there is.
+    /// one that there is; while it is being given up there can be no other.
     pub fn start(
         &self,
         of: impl Into<Subject>,
@@ -290,6 +292,10 @@ impl Jobs {
         if let Subject::Campaign(name, _) = &of
             && let Some(there) = all.iter().find(|job| job.is_campaign(name))
         {
+            if there.is_given_up() {
+                let detail = format!("{name} is ending: try again when its job has ended");
+                return Err(Problem::new(Code::Busy, detail));
+            }
             return match there.of == of {
                 true => Ok(Arc::clone(there)),
                 false => {

@@ -445,7 +445,7 @@ impl Vm {
             }
             std::thread::sleep(POLL);
         }
-        self.heard = self.guest.console_bytes();
+        self.heard = self.guest.cut_console();
         Ok(())
     }
 }

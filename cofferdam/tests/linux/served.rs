@@ -80,6 +80,41 @@ impl Drop for Service {
     }
 }
 
+/// A disk that is full is a problem of the job with a line that says so.
+#[track_caller]
+fn a_full_disk_is_said(folder: &Path) {
+    let (root, disk) = (folder.join("other"), FullDisk::in_folder(folder));
+    std::fs::create_dir(&root).unwrap();
+    let service = Service::start(&root, &disk.0);
+    let full = r#"{"name": "full", "driver": "dummy", "trials": 1, "ways": ["native"]}"#;
+    let full = service.end_of(&service.begin("/v1/campaigns", full));
+    assert_eq!(full["problem"]["code"], "campaign_failed", "{full}");
+    let detail = full["problem"]["detail"].as_str().unwrap();
+    assert!(detail.contains("No space left on device"), "{full}");
+}
+
+/// A disk on which there is no room for a byte.
+struct FullDisk(PathBuf);
+
+impl FullDisk {
+    fn in_folder(folder: &Path) -> Self {
+        let disk = folder.join("disk");
+        std::fs::create_dir(&disk).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=16k", "tmpfs"]);
+        assert!(mount.arg(&disk).status().unwrap().success());
+        let full = std::fs::write(disk.join("filled"), [0; 64 << 10]).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+        Self(disk)
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_campaign_over_http_is_told_of_given_up_gone_on_with_and_made_again() {
@@ -88,13 +123,7 @@ fn a_campaign_over_http_is_told_of_given_up_gone_on_with_and_made_again() {
     std::fs::create_dir(&root).unwrap();
     std::fs::create_dir(&campaigns).unwrap();
     let service = Service::start(&root, &campaigns);
-    // A disk that is full is a problem of the job with a line that says so.
-    std::os::unix::fs::symlink("/dev/full", campaigns.join("full.jsonl")).unwrap();
-    let full = r#"{"name": "full", "driver": "dummy", "trials": 1, "ways": ["native"]}"#;
-    let full = service.end_of(&service.begin("/v1/campaigns", full));
-    assert_eq!(full["problem"]["code"], "campaign_failed", "{full}");
-    let detail = full["problem"]["detail"].as_str().unwrap();
-    assert!(detail.contains("No space left on device"), "{full}");
+    a_full_disk_is_said(folder.path());
     let spec = r#"{"name": "few", "driver": "dummy", "kinds": ["null_dereference", "nop"],
                    "functions": ["dummy_get_drvinfo", "dummy_xmit"], "trials": 4}"#;
     let first = service.begin("/v1/campaigns", spec);

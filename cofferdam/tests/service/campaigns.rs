@@ -19,6 +19,12 @@ use crate::scripted::HOSTILE;
 
 /// A campaign of these trials in its file: each crashes natively and escapes when isolated.
 pub fn campaign(place: &Place, name: &str, trials: u32) -> String {
+    fs::create_dir_all(place.path("campaigns")).unwrap();
+    place.file(&format!("campaigns/{name}.jsonl"), text(trials).as_bytes())
+}
+
+/// The text of such a file, that of fewer trials at its beginning.
+pub fn text(trials: u32) -> String {
     let header = Header {
         campaign: FORMAT,
         workload: Workload::of_driver("dummy").unwrap(),
@@ -58,9 +64,7 @@ pub fn campaign(place: &Place, name: &str, trials: u32) -> String {
         };
         text += &(serde_json::to_string(&record).unwrap() + "\n");
     }
-    let folder = place.path("campaigns");
-    fs::create_dir_all(&folder).unwrap();
-    place.file(&format!("campaigns/{name}.jsonl"), text.as_bytes())
+    text
 }
 
 /// A service with a folder for campaigns, and images of a guest that boots for ever.
@@ -125,8 +129,16 @@ fn a_campaign_that_is_given_up_ends_with_its_guests_and_leaves_nothing() {
     let job = begun.json();
     assert_eq!(job["campaign"], "few", "{job}");
     assert!(job["guest"].is_null(), "{job}");
-    assert_eq!(job["progress"][0], "booting a guest", "{job}");
+    let id = job["id"].as_str().unwrap().to_owned();
+    until("it tells what it does", || {
+        let job = service.get(&format!("/v1/jobs/{id}")).json();
+        job["progress"][0] == "booting a guest"
+    });
     let (guest, campaign) = processes(&place);
+    // It is in the list, which has no file of it yet.
+    let list = service.get("/v1/campaigns").ok(200).json();
+    let listed = json!({"name": "few", "bytes": 0, "job": id});
+    assert_eq!(list["campaigns"], json!([listed]));
     // It is no guest of the service's.
     assert_eq!(service.get("/v1/guests").json()["guests"], json!([]));
     // Asked for once more it is the same one, and another one of its name is refused.
@@ -140,7 +152,6 @@ fn a_campaign_that_is_given_up_ends_with_its_guests_and_leaves_nothing() {
         .problem(409, "other_spec", "few");
     let shown = service.get("/v1/campaigns/few").ok(200).json();
     assert_eq!((&shown["job"], &shown["bytes"]), (&job["id"], &json!(0)));
-    let id = job["id"].as_str().unwrap();
     service.delete(&format!("/v1/jobs/{id}")).ok(202);
     let ended = service.end_of_job(&begun);
     assert_eq!(ended["problem"]["code"], "cancelled", "{ended}");
@@ -178,7 +189,7 @@ fn a_campaign_ends_with_its_service_and_guests_with_their_campaign_whoever_is_ki
     assert_eq!(guests(&place).len(), 1);
     let left = guests(&place).remove(0);
     let begun = next.post("/v1/campaigns", SPEC).ok(202);
-    assert!(!left.exists());
+    until("what was left is gone", || !left.exists());
     let id = begun.json()["id"].as_str().unwrap().to_owned();
     next.delete(&format!("/v1/jobs/{id}")).ok(202);
     next.end_of_job(&begun);
@@ -186,10 +197,8 @@ fn a_campaign_ends_with_its_service_and_guests_with_their_campaign_whoever_is_ki
     place.assert_empty();
 }
 
-#[test]
-fn a_campaign_that_is_asked_to_end_by_a_signal_ends_its_guests_first() {
-    use std::os::unix::process::ExitStatusExt;
-    let place = Place::new();
+/// The command, with images of a guest that boots for ever.
+fn command(place: &Place) -> std::process::Command {
     let kernel = place.idle_kernel();
     fs::create_dir(place.path("images")).unwrap();
     fs::create_dir(place.path("run/.campaigns")).unwrap();
@@ -202,7 +211,37 @@ fn a_campaign_that_is_asked_to_end_by_a_signal_ends_its_guests_first() {
         .arg("--file")
         .arg(place.path("few.jsonl"))
         .env("TMPDIR", place.path("run/.campaigns"));
-    let campaign = command.spawn().unwrap();
+    command
+}
+
+#[test]
+fn a_campaign_that_is_asked_to_end_in_two_ways_ends_its_guests_first() {
+    let place = Place::new();
+    let mut command = command(&place);
+    command.arg("--stream").stdin(std::process::Stdio::piped());
+    let mut campaign = command.spawn().unwrap();
+    let (guest, _) = processes(&place);
+    // It does not end when it is asked, and is killed after a while.
+    // SAFETY: a plain system call; the process is a child of the campaign, which runs.
+    let stopped = unsafe { libc::kill(guest.cast_signed(), libc::SIGSTOP) };
+    assert_eq!(stopped, 0);
+    drop(campaign.stdin.take());
+    crate::common::place::signal(&campaign, libc::SIGTERM);
+    crate::common::place::finish(campaign);
+    let is_left = is_there(guest);
+    if is_left {
+        // SAFETY: a plain system call; it is there, and was a child of the campaign.
+        unsafe { libc::kill(guest.cast_signed(), libc::SIGKILL) };
+    }
+    assert!(!is_left, "the guest outlived its campaign");
+    assert!(guests(&place).is_empty(), "{:?}", guests(&place));
+}
+
+#[test]
+fn a_campaign_that_is_asked_to_end_by_a_signal_ends_its_guests_first() {
+    use std::os::unix::process::ExitStatusExt;
+    let place = Place::new();
+    let campaign = command(&place).spawn().unwrap();
     let (guest, _) = processes(&place);
     crate::common::place::signal(&campaign, libc::SIGTERM);
     let output = crate::common::place::finish(campaign);
@@ -244,6 +283,11 @@ fn what_no_campaign_can_be_is_refused_and_leaves_nothing() {
     fs::create_dir(place.path("campaigns/folder.jsonl")).unwrap();
     place.file("campaigns/workload.toml", b"driver = 7\n");
     let workload = place.path("campaigns/workload.toml").display().to_string();
+    let outside = place.file("outside", b"");
+    std::os::unix::fs::symlink(&outside, place.path("campaigns/link.jsonl")).unwrap();
+    let fifo = place.path("campaigns/fifo.jsonl");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
     for (spec, says) in [
         (
             json!({"name": "few", "images": "/nonexistent"}),
@@ -252,6 +296,8 @@ fn what_no_campaign_can_be_is_refused_and_leaves_nothing() {
         (json!({"name": "mine"}), "another campaign"),
         (json!({"name": "old"}), "format 1"),
         (json!({"name": "folder"}), "folder.jsonl"),
+        (json!({"name": "link"}), "link.jsonl"),
+        (json!({"name": "fifo"}), "fifo.jsonl"),
         (
             json!({"name": "few", "workload": workload}),
             "workload.toml",

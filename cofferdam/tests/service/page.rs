@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::browser::Browser;
-use crate::campaigns::campaign;
+use crate::campaigns::{campaign, text};
 use crate::common::place::{Place, finish};
 use crate::over_tcp::{DO, LOOK, OverTcp};
 use crate::scripted::{HOSTILE, script};
@@ -138,12 +138,33 @@ fn a_browser_opens_campaigns_reports_and_jobs_and_nothing_in_them_is_markup() {
     browser.value("document.querySelector('.inside details').open = true");
     let told = "document.querySelector('.inside details pre')?.textContent";
     browser.until(&format!("{told} === {}", json!(HOSTILE)));
-    // It stays open while all around it is made anew.
+    // It stays open while all around it is made anew, and while its file grows.
+    let more = text(4)[text(3).len()..].to_owned();
+    let mut options = std::fs::OpenOptions::new();
+    let file = options
+        .append(true)
+        .open(place.path("campaigns/mine.jsonl"));
+    std::io::Write::write_all(&mut file.unwrap(), more.as_bytes()).unwrap();
+    browser.until(&format!("{campaigns}.includes('Trial 4: escaped')"));
+    let opened = "document.querySelectorAll('.inside details[open]').length";
+    assert_eq!(browser.value(opened), json!(1));
+    assert_eq!(browser.value(told), json!(HOSTILE));
     let looks = "performance.getEntriesByType('resource')\
                  .filter((one) => one.name.endsWith('/v1/campaigns')).length";
     let so_far = browser.value(looks).as_u64().unwrap();
     browser.until(&format!("{looks} >= {}", so_far + 2));
     assert_eq!(browser.value(&format!("{images}.length")), json!(5));
+    // Campaigns that cannot be listed are nothing to guests and jobs.
+    let folder = place.path("campaigns");
+    std::fs::rename(&folder, place.path("elsewhere")).unwrap();
+    browser.until(&format!("{campaigns}.includes('This cannot be shown')"));
+    browser.until("document.getElementById('connection').textContent === 'Connected'");
+    assert_eq!(
+        browser.value("document.querySelectorAll('.guest').length"),
+        json!(1)
+    );
+    std::fs::rename(place.path("elsewhere"), &folder).unwrap();
+    browser.until("document.querySelectorAll('.campaign').length === 2");
     // What calls of a guest's module did wrong, as its process says it with names.
     browser.value("document.querySelector('.guest details').open = true");
     let report = "document.querySelector('.guest details pre')?.textContent";

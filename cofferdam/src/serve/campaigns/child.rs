@@ -1,7 +1,8 @@
 //! The process that makes a campaign: this program, which ends with its VMs when its standard input
 //! ends, be it that the job was given up or that the service is not there any more.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -10,9 +11,12 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use crate::campaign::stream::Line;
+use crate::json_lines::is_still;
 use crate::runtime_dir::RuntimeRoot;
 use crate::serve::create::{last_line, said_file_in};
 use crate::serve::jobs::{Job, shown};
@@ -26,6 +30,12 @@ const LOOK: Timespec = Timespec {
 
 /// How long one that was given up may take to end its VMs.
 const END_TIME: Duration = Duration::from_secs(40);
+
+/// How long another service of the runtime folder may take to remove what was left behind.
+const HOLD_TIME: Duration = Duration::from_secs(60);
+
+/// Between two looks whether it has.
+const HOLD_POLL: Duration = Duration::from_millis(20);
 
 /// Longest line that is taken, in bytes: two records of a trial.
 const MAX_LINE: usize = 4 << 20;
@@ -42,7 +52,7 @@ pub fn run(
     words: &[String],
 ) -> Result<Option<Value>, Problem> {
     let internal = |error: std::io::Error| Problem::new(Code::Internal, error.to_string());
-    crate::runtime_dir::create_dir(guests).map_err(internal)?;
+    let _held = hold(guests, job)?;
     let said = said_file_in(root)?;
     let (ours, theirs) = UnixStream::pair().map_err(internal)?;
     // This program itself, also when another was put in its place.
@@ -133,9 +143,56 @@ fn has_more(from: &ChildStdout) -> std::io::Result<bool> {
     }
 }
 
+/// Keeps the folder `guests` and what is in it from every service of the runtime folder, as long as
+/// the campaign of `job` is under way and what is given is open. Where no campaign is under way yet,
+/// of this service or another one, what those before have left behind is removed first.
+fn hold(guests: &Path, job: &Job) -> Result<File, Problem> {
+    let internal = |error: std::io::Error| {
+        let detail = format!("cannot lock {}: {error}", guests.display());
+        Problem::new(Code::Internal, detail)
+    };
+    let deadline = Instant::now() + HOLD_TIME;
+    while Instant::now() < deadline && !job.is_given_up() {
+        crate::runtime_dir::create_dir(guests).map_err(internal)?;
+        let folder = match File::open(guests) {
+            // A service that ends has removed it meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            folder => folder.map_err(internal)?,
+        };
+        if is_alone(&folder) && is_still(&folder, guests) {
+            clear(guests);
+        }
+        // In place of the lock that it may have.
+        match flock(&folder, FlockOperation::NonBlockingLockShared) {
+            Ok(()) if is_still(&folder, guests) => return Ok(folder),
+            Ok(()) => {}
+            // Another service removes what is left behind.
+            Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(HOLD_POLL),
+            Err(error) => return Err(internal(error.into())),
+        }
+    }
+    let detail = "another service of this runtime folder clears what campaigns left: try again";
+    Err(Problem::new(Code::Busy, detail))
+}
+
+/// Whether no campaign is under way; none begins then as long as `folder` is open.
+fn is_alone(folder: &File) -> bool {
+    flock(folder, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
+/// Removes the folder `guests`, if no campaign is under way and nothing is in it.
+pub fn leave(guests: &Path) {
+    if let Ok(folder) = File::open(guests)
+        && is_alone(&folder)
+    {
+        // One whose guests are just ending is left, and used again.
+        let _ = std::fs::remove_dir(guests);
+    }
+}
+
 /// Removes what campaigns have left behind in `guests` whose processes were killed. None is under
 /// way.
-pub fn clear(guests: &Path) {
+fn clear(guests: &Path) {
     let Ok(entries) = std::fs::read_dir(guests) else {
         return;
     };
@@ -148,5 +205,39 @@ pub fn clear(guests: &Path) {
         {
             tracing::warn!("{} is left over: {error}", path.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::jobs::{GivingUp, Jobs, Subject};
+
+    #[tokio::test]
+    async fn what_is_left_behind_goes_only_when_no_service_has_a_campaign_under_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let guests = folder.path().join("guests");
+        let left = guests.join("left");
+        let of = Subject::Campaign("a".to_owned(), Vec::new());
+        let nothing = |_: &Job| Ok(Value::Null);
+        let job = Jobs::default().start(of, "a test", GivingUp::Closing(None), nothing);
+        let job = job.unwrap();
+        std::fs::create_dir_all(&left).unwrap();
+        let first = hold(&guests, &job).unwrap();
+        assert!(!left.exists());
+        // A guest of the first has its folder and does not run yet when the second comes.
+        std::fs::create_dir(&left).unwrap();
+        let second = hold(&guests, &job).unwrap();
+        drop(first);
+        leave(&guests);
+        assert!(left.exists());
+        drop(second);
+        let third = hold(&guests, &job).unwrap();
+        assert!(!left.exists());
+        leave(&guests);
+        assert!(guests.exists(), "a campaign has it");
+        drop(third);
+        leave(&guests);
+        assert!(!guests.exists());
     }
 }

@@ -118,8 +118,27 @@ impl Files {
         self.0.join(format!("{name}{ENDING}"))
     }
 
-    /// All of them; `job` says which one is at one.
-    pub fn list(&self, job: impl Fn(&str) -> Option<String>) -> Result<CampaignList, Problem> {
+    /// Refuses what is there in place of a file of the campaign `name`: it would be written into
+    /// by who may not read it, or waited for.
+    pub fn ensure_may_be_written(&self, name: &str) -> Result<(), Problem> {
+        let is_file = std::fs::symlink_metadata(self.path(name)).map(|there| there.is_file());
+        match is_file {
+            Ok(false) => {
+                let detail = format!("{name}{ENDING} is no file: choose another name");
+                Err(Problem::new(Code::CampaignFailed, detail))
+            }
+            // Of what cannot be looked at the campaign's process says why.
+            _ => Ok(()),
+        }
+    }
+
+    /// All of them, with those that are `under_way` and have no file yet; `job` says which one is
+    /// at one.
+    pub fn list(
+        &self,
+        under_way: Vec<String>,
+        job: impl Fn(&str) -> Option<String>,
+    ) -> Result<CampaignList, Problem> {
         let cannot = |error: std::io::Error| {
             let detail = format!("cannot read {}: {error}", self.0.display());
             Problem::new(Code::Internal, detail)
@@ -132,20 +151,23 @@ impl Files {
             names.extend(name.and_then(|name| name.parse::<VmName>().ok()));
         }
         let mut names: Vec<_> = names.iter().map(VmName::to_string).collect();
+        names.extend(under_way);
         names.sort_unstable();
+        names.dedup();
         let left_out = names.len().saturating_sub(MAX_LISTED);
         names.truncate(MAX_LISTED);
-        let listed = |name: String| CampaignListed {
-            job: job(&name),
-            ..self.listed(name)
+        let listed = |name: String| {
+            let job = job(&name);
+            self.listed(name, job)
         };
         Ok(CampaignList {
-            campaigns: names.into_iter().map(listed).collect(),
+            campaigns: names.into_iter().filter_map(listed).collect(),
             left_out,
         })
     }
 
-    fn listed(&self, name: String) -> CampaignListed {
+    /// One in the list; nothing if it has neither a file nor a job (any more).
+    fn listed(&self, name: String, job: Option<String>) -> Option<CampaignListed> {
         let read = self.open(&name).and_then(|(mut lines, bytes)| {
             let what = match bytes {
                 0 => None,
@@ -155,15 +177,19 @@ impl Files {
         });
         let (what, bytes, unreadable) = match read {
             Ok((what, bytes)) => (what, bytes, None),
+            Err(problem) if problem.is(Code::NoSuchCampaign) => {
+                job.as_ref()?;
+                (None, 0, None)
+            }
             Err(problem) => (None, 0, Some(problem.detail().to_owned())),
         };
-        CampaignListed {
+        Some(CampaignListed {
             name,
             bytes,
-            job: None,
+            job,
             what,
             unreadable,
-        }
+        })
     }
 
     /// One of them. One that a `job` has only just begun has no file yet.

@@ -24,9 +24,10 @@ use axum::http::HeaderValue;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::app::App;
+use super::ask::Asks;
 use super::extract::{Body, Name, Names};
 use super::jobs::{GivingUp, JobView, Subject, accepted, shown};
 use super::problem::{Code, Problem};
@@ -78,8 +79,36 @@ impl Campaigns {
 
     /// Removes the folder of their guests, if there is nothing in it.
     pub fn leave(&self) {
-        // One whose guests are just ending is left, and used again.
-        let _ = std::fs::remove_dir(&self.guests);
+        child::leave(&self.guests);
+    }
+
+    /// Looks at files in one of the threads of `asks`, when there is room for it. There is none
+    /// before those that are read are read to their ends, whether anybody waits for that or not.
+    async fn read<T: Send + 'static>(
+        &self,
+        asks: &Asks,
+        read: impl FnOnce(&Files) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let place = Self::room(Arc::clone(&self.reads)).await?;
+        let files = self.files.clone();
+        let work = move || {
+            let read = read(&files);
+            drop(place);
+            read
+        };
+        asks.block(work).await
+    }
+
+    /// The same in a thread of a job.
+    fn read_here<T>(&self, read: impl FnOnce(&Files) -> Result<T, Problem>) -> Result<T, Problem> {
+        let room = Self::room(Arc::clone(&self.reads));
+        let _place = tokio::runtime::Handle::current().block_on(room)?;
+        read(&self.files)
+    }
+
+    async fn room(reads: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
+        let place = reads.acquire_owned().await;
+        place.map_err(|error| Problem::new(Code::Internal, error.to_string()))
     }
 }
 
@@ -96,14 +125,7 @@ impl App {
         &self,
         read: impl FnOnce(&Files) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
-        let campaigns = self.campaigns()?;
-        let files = campaigns.files.clone();
-        let reads = Arc::clone(&campaigns.reads);
-        let _place = reads
-            .acquire_owned()
-            .await
-            .map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
-        self.asks.block(move || read(&files)).await
+        self.campaigns()?.read(&self.asks, read).await
     }
 
     /// Has a campaign's process do this as a job.
@@ -114,9 +136,6 @@ impl App {
         words: Vec<String>,
     ) -> Result<Response, Problem> {
         let campaigns = self.campaigns()?.clone();
-        if !self.jobs.have_campaigns() {
-            child::clear(&campaigns.guests);
-        }
         let (app, file) = (Arc::clone(self), name.to_string());
         let of = Subject::Campaign(name.to_string(), words.clone());
         let job = self
@@ -125,7 +144,7 @@ impl App {
                 match child::run(&app.root, &campaigns.guests, job, &words)? {
                     Some(replayed) => Ok(replayed),
                     // The file says it, also of trials that were made before.
-                    None => shown(campaigns.files.figures(&file)?),
+                    None => shown(campaigns.read_here(|files| files.figures(&file))?),
                 }
             })?;
         let jobs = self.jobs.clone();
@@ -142,7 +161,7 @@ impl App {
 pub async fn list_campaigns(State(app): State<Arc<App>>) -> Result<Json<CampaignList>, Problem> {
     let jobs = app.jobs.clone();
     let list = app
-        .read_campaigns(move |files| files.list(|name| jobs.of_campaign(name)))
+        .read_campaigns(move |files| files.list(jobs.campaigns(), |name| jobs.of_campaign(name)))
         .await?;
     Ok(Json(list))
 }
@@ -159,6 +178,9 @@ pub async fn start_campaign(
 ) -> Result<Response, Problem> {
     let campaigns = app.campaigns()?;
     let (name, mut words) = spec.words(&campaigns.files, &campaigns.images)?;
+    let (files, of) = (campaigns.files.clone(), name.clone());
+    let look = move || files.ensure_may_be_written(of.as_str());
+    app.asks.block(look).await?;
     if app.jail {
         words.push("--jail".to_owned());
     }
@@ -246,4 +268,43 @@ pub async fn replay_trial(
     app.read_campaigns(move |files| files.trial(of.as_str(), number))
         .await?;
     app.campaign_job(&name, "replay", words).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime_dir::RuntimeRoot;
+
+    #[tokio::test]
+    async fn a_read_that_nobody_waits_for_any_more_keeps_its_place_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let campaigns = Campaigns::new(folder.path(), folder.path(), folder.path()).unwrap();
+        let asks = Asks::new(RuntimeRoot::new(folder.path()));
+        let (begins, mut has_begun) = tokio::sync::mpsc::channel(MAX_READS);
+        let (go, may_go) = std::sync::mpsc::channel::<()>();
+        let may_go = Arc::new(std::sync::Mutex::new(may_go));
+        for _ in 0..MAX_READS {
+            let (of, asks, begins) = (campaigns.clone(), asks.clone(), begins.clone());
+            let may_go = Arc::clone(&may_go);
+            let asked = tokio::spawn(async move {
+                let read = move |_: &Files| {
+                    begins.blocking_send(()).unwrap();
+                    let _ = may_go.lock().unwrap().recv();
+                    Ok(())
+                };
+                of.read(&asks, read).await
+            });
+            has_begun.recv().await.unwrap();
+            asked.abort();
+            assert!(asked.await.unwrap_err().is_cancelled());
+        }
+        assert_eq!(campaigns.reads.available_permits(), 0);
+        drop(go);
+        campaigns.read(&asks, |_| Ok(())).await.unwrap();
+        // That of a job counts with them.
+        let of = campaigns.clone();
+        let there = move || of.read_here(|_| Ok(of.reads.available_permits()));
+        let there = tokio::task::spawn_blocking(there).await.unwrap();
+        assert!(there.unwrap() < MAX_READS);
+    }
 }

@@ -137,7 +137,8 @@ async fn a_campaign_is_under_way_once_and_few_are_at_a_time() {
     begin("b", "30").unwrap();
     assert_eq!(code(begin("c", "30").unwrap_err()), "busy");
     assert_eq!(jobs.of_campaign("a").as_ref(), Some(&first.id));
-    assert!(jobs.of_campaign("c").is_none() && jobs.have_campaigns());
+    assert!(jobs.of_campaign("c").is_none());
+    assert_eq!(jobs.campaigns(), ["a", "b"]);
     drop(hold);
     end(&first).await;
     let view = first.view();
@@ -145,4 +146,26 @@ async fn a_campaign_is_under_way_once_and_few_are_at_a_time() {
     assert_eq!(view.figures, Some(serde_json::json!({"trials": 3})));
     // One that has ended is begun anew.
     assert!(!Arc::ptr_eq(&first, &begin("a", "31").unwrap()));
+}
+
+#[tokio::test]
+async fn a_campaign_that_is_being_given_up_is_begun_again_after_its_end() {
+    let jobs = Jobs::default();
+    let (go, may_go) = std::sync::mpsc::channel::<()>();
+    let may_go = Arc::new(Mutex::new(may_go));
+    let begin = || {
+        let may_go = Arc::clone(&may_go);
+        let of = Subject::Campaign("a".to_owned(), Vec::new());
+        jobs.start(of, "a test", GivingUp::Closing(None), move |_| {
+            let _ = may_go.lock().unwrap().recv();
+            Ok(Value::Null)
+        })
+    };
+    let first = begin().unwrap();
+    assert!(first.give_up());
+    let problem = serde_json::json!(begin().unwrap_err());
+    assert_eq!(problem["code"], "busy", "{problem}");
+    go.send(()).unwrap();
+    end(&first).await;
+    assert!(!Arc::ptr_eq(&first, &begin().unwrap()));
 }

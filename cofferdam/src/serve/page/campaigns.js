@@ -2,6 +2,11 @@
 
 /** Trials to be looked at that are listed of one campaign. */
 const MOST_TRIALS = 50;
+/** Figures of a campaign that is under way are read anew when its file is so much longer, */
+const LONGER = 1.5;
+/** and those of a file of fewer bytes after so many milliseconds, too. */
+const SMALL = 8 << 20;
+const REFRESH_EVERY = 30000;
 /** Reports of a module that are shown, the last ones. */
 const MOST_REPORTS = 8;
 
@@ -17,6 +22,8 @@ export class Reports {
     this.tools = tools;
     /** What was opened stays as it is, while what is around it is made anew. */
     this.opened = new Map();
+    /** Of the campaigns by name: how long its file was when its figures were read, and when. */
+    this.read = new Map();
   }
 
   /** A line that opens: `fill` gives what is in it, each time that `version` is another one. */
@@ -54,9 +61,11 @@ export class Reports {
     }
   }
 
-  /** Forgets what is not there any more. */
-  sweep() {
+  /** Forgets what of a kind is not there any more: all, or those in `within`. */
+  sweep(kind, within) {
     for (const [key, one] of this.opened) {
+      const [its, name] = JSON.parse(key);
+      if (its !== kind || (within !== undefined && name !== within)) continue;
       if (!one.used) this.opened.delete(key);
       one.used = false;
     }
@@ -88,7 +97,8 @@ export class Reports {
   /** A campaign's figures, plots and trials to be looked at. */
   async figures(name) {
     const { make, table, ask, askJson } = this.tools;
-    const { summary, plots } = await askJson(under("campaigns", name));
+    const { summary, plots, bytes } = await askJson(under("campaigns", name));
+    this.read.set(name, { bytes, at: performance.now() });
     const parts = [this.verdicts(summary.ways)];
     if (Object.keys(summary.of_harm).length > 0) {
       parts.push(make("p", "Of those that harm natively:", "facts"), this.verdicts(summary.of_harm));
@@ -112,35 +122,37 @@ export class Reports {
         parts.push(make("p", `${trials.length - shown.length} more ${words(verdict)}`, "facts"));
       }
     }
+    this.sweep("trial", name);
     return parts;
   }
 
-  /** A trial, with all that was seen of it. It is thrown away with the figures around it. */
+  /** A trial, with all that was seen of it. It stays while the figures around it are made anew. */
   trial(name, number, verdict) {
     const { make, askJson } = this.tools;
-    const inside = make("div", null, "inside");
-    const title = make("summary", `Trial ${number}: ${words(verdict)}`);
-    const element = make("details", null, null, title, inside);
-    element.addEventListener("toggle", async () => {
-      if (!element.open || inside.childElementCount > 0) return;
-      try {
-        const record = await askJson(under("campaigns", name, "trials", number));
-        const runs = Object.entries(record.runs).flatMap(([way, run]) => [
-          make("p", `${WAYS[way]}: ${words(run.verdict)}`, "facts"),
-          make("pre", run.seen.violation?.says ?? [...(run.seen.log ?? []), ...(run.seen.differs ?? [])].join("\n")),
-        ]);
-        inside.replaceChildren(make("p", record.says), ...runs);
-      } catch (error) {
-        inside.replaceChildren(make("p", `It cannot be shown: ${error.message}`, "facts bad"));
-      }
+    const key = JSON.stringify(["trial", name, number, verdict]);
+    return this.opening(key, `Trial ${number}: ${words(verdict)}`, 0, async () => {
+      const record = await askJson(under("campaigns", name, "trials", number));
+      const runs = Object.entries(record.runs).flatMap(([way, run]) => [
+        make("p", `${WAYS[way]}: ${words(run.verdict)}`, "facts"),
+        make("pre", run.seen.violation?.says ?? [...(run.seen.log ?? []), ...(run.seen.differs ?? [])].join("\n")),
+      ]);
+      return [make("p", record.says), ...runs];
     });
-    return element;
+  }
+
+  /** Which figures of a campaign are to be shown: each time the whole file is read, several times. */
+  version({ name, bytes, job }) {
+    const read = this.read.get(name);
+    if (!read || !job || bytes < read.bytes || bytes >= LONGER * read.bytes) return bytes;
+    const isOld = performance.now() - read.at >= REFRESH_EVERY;
+    const shown = this.opened.get(JSON.stringify(["campaign", name]));
+    return bytes < SMALL && isOld ? bytes : (shown?.version ?? bytes);
   }
 
   /** Cards of campaigns. */
   campaigns(list) {
     const { make } = this.tools;
-    return list.map((one) => {
+    const cards = list.map((one) => {
       const state = one.unreadable ? "cannot be read" : one.job ? "under way" : "";
       const head = make("header", null, null, make("h3", one.name),
         make("span", state, one.unreadable ? "bad" : "running"));
@@ -151,10 +163,19 @@ export class Reports {
       const card = make("section", null, "card campaign", head, make("p", facts, "facts"));
       if (what) {
         const key = JSON.stringify(["campaign", one.name]);
-        card.append(this.opening(key, "Figures and plots", one.bytes, () => this.figures(one.name)));
+        const fill = () => this.figures(one.name);
+        card.append(this.opening(key, "Figures and plots", this.version(one), fill));
       }
       return card;
     });
+    this.sweep("campaign");
+    const there = new Set(list.map((one) => one.name));
+    for (const name of this.read.keys()) {
+      if (there.has(name)) continue;
+      this.read.delete(name);
+      this.sweep("trial", name);
+    }
+    return cards;
   }
 
   /** Cards of jobs, the latest first. */

@@ -248,21 +248,46 @@ function fill(id, cards, none) {
   byId(id).replaceChildren(...(cards.length > 0 ? cards : [make("p", none)]));
 }
 
+/** Parts of the page that are being asked for. */
+const asked = new Set();
+
+/** Asks for a part of the page. What is wrong with it is said there, and is nothing to the others. */
+async function show(id, get, cards, none) {
+  if (asked.has(id)) return;
+  asked.add(id);
+  try {
+    fill(id, cards(await get()), none);
+  } catch (error) {
+    // That the service is not there, or does not know the token, is said for the whole page.
+    if (error instanceof Unknown || error instanceof TypeError) return;
+    byId(id).replaceChildren(make("p", `This cannot be shown: ${error.message}`, "facts bad"));
+  } finally {
+    asked.delete(id);
+  }
+}
+
+const others = () => Promise.all([
+  show("devices", () => askJson("/v1/devices"), (all) => all.devices.map(deviceCard),
+    "No device host runs."),
+  show("campaigns", campaigns, (all) => reports.campaigns(all), "There are no campaigns."),
+  show("jobs", () => askJson("/v1/jobs"), (all) => reports.jobs(all.jobs),
+    "Nothing that takes long is done."),
+]);
+
 async function look(here) {
-  const [guests, devices, all, jobs] = await Promise.all([askJson("/v1/guests"),
-    askJson("/v1/devices"), campaigns(), askJson("/v1/jobs")]);
+  const rest = others();
+  const guests = await askJson("/v1/guests");
   const now = performance.now();
   const kept = new Map(histories);
   const cards = guests.guests.map((listed) => guestCard(listed, now, kept));
   const there = new Set(guests.guests.map((listed) => JSON.stringify([listed.name, listed.pid])));
   histories = new Map([...kept].filter(([key]) => there.has(key)));
   fill("guests", cards, "No guest runs.");
-  fill("devices", devices.devices.map(deviceCard), "No device host runs.");
-  fill("campaigns", reports.campaigns(all), "There are no campaigns.");
-  fill("jobs", reports.jobs(jobs.jobs), "Nothing that takes long is done.");
-  reports.sweep();
+  reports.sweep("module");
   byId("shown").hidden = false;
   here();
+  // One that takes long is not waited for.
+  await Promise.race([rest, wait(LOOK_EVERY)]);
   await wait(LOOK_EVERY);
 }
 
