@@ -183,6 +183,8 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
     let started_ns = monotonic_ns();
     // In a jail it cannot be had any more.
     let userfault = config.userfault();
+    // From here on a signal finds what it has to clear away.
+    let signals = Signals::block().context("cannot block signals")?;
     // Before there is anything under the name, such as a control group.
     let dir = RuntimeRoot::from_environment().claim(&config.name)?;
     // By the rights that it has outside of the jail.
@@ -191,7 +193,6 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
         .group
         .enter(&config.name, config.jail, memory, config.vcpus)?;
     let jail = config.begin_jail()?;
-    let signals = Signals::block().context("cannot block signals")?;
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
     let result = boot(&config, dir, (jail, &group, userfault), started_ns, &watch);

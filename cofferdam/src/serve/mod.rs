@@ -114,7 +114,9 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         Some(path) => path,
         None => root.join("service.sock"),
     };
-    if let (true, Err(why)) = (config.jail, can_jail()) {
+    if config.jail
+        && let Err(why) = can_jail()
+    {
         bail!(
             "guests cannot be jailed on this host ({why}): see `cofferdam doctor`, or leave --jail away"
         );

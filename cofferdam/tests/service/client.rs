@@ -138,13 +138,19 @@ impl Service {
 
     /// Ends it as a service manager does.
     #[track_caller]
-    pub fn end(mut self) {
+    pub fn end(self) {
+        assert_eq!(self.end_and_hear(), "");
+    }
+
+    /// The same; what it has said on its standard error.
+    #[track_caller]
+    pub fn end_and_hear(mut self) -> String {
         let child = self.child.take().unwrap();
         signal(&child, libc::SIGTERM);
         let output = finish(child);
         assert!(output.status.success(), "{output:?}");
-        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
         assert!(!self.socket.exists());
+        String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// Ends it as nobody should.

@@ -165,6 +165,10 @@ fn a_service_that_jails_makes_guests_in_jails_that_see_nothing_of_it() {
         .post("/v1/guests/web/marks", r#"{"name":"a"}"#)
         .ok(200);
     service.delete("/v1/guests/web?force=true").ok(200);
-    service.end();
+    // Where the service has no control group that it may divide.
+    let said = service.end_and_hear();
+    let mut lines = said.lines();
+    let known = "no control groups around guests";
+    assert!(lines.all(|line| line.contains(known)), "{said}");
     place.assert_empty();
 }
