@@ -76,14 +76,16 @@ pub fn snapshot(guest: &Running, dir: &Path, parent: Option<&Path>) -> Taken {
     taken.unwrap()
 }
 
-/// The next so many reports of one that counts from `last` on.
+/// The next so many reports of one that counts from `last` on, behind those that wait already: the
+/// guest runs now, and may have stood still since it made these.
 pub fn count_on(guest: &Running, last: &mut u32, reports: u32) {
-    for _ in 0..reports {
-        let next = guest.report();
+    let mut count = |next| {
         assert_ne!(next, BROKEN, "a page is not as the guest left it");
         assert_eq!(next, *last + 1, "a step lost or done twice");
         *last = next;
-    }
+    };
+    guest.drain().into_iter().for_each(&mut count);
+    (0..reports).for_each(|_| count(guest.report()));
 }
 
 /// A machine that goes on from `dir`, and the number it reported last before.
