@@ -126,6 +126,10 @@ impl User {
         for at in [RDH, RDT, TDH, TDT] {
             registers.store(at, 0);
         }
+        // Upper halves of who had it before would lead elsewhere.
+        for at in [RDBAL + 4, TDBAL + 4] {
+            registers.store(at, 0);
+        }
         registers.store(RDBAL, RECEIVE_RING as u32);
         registers.store(RDLEN, ring);
         registers.store(TDBAL, TRANSMIT_RING as u32);
