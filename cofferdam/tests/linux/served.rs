@@ -125,7 +125,7 @@ fn a_campaign_over_http_is_told_of_given_up_gone_on_with_and_made_again() {
     let service = Service::start(&root, &campaigns);
     a_full_disk_is_said(folder.path());
     let spec = r#"{"name": "few", "driver": "dummy", "kinds": ["null_dereference", "nop"],
-                   "functions": ["dummy_get_drvinfo", "dummy_xmit"], "trials": 4}"#;
+                   "functions": ["dummy_get_drvinfo", "dummy_xmit"], "trials": 4, "ways": ["native"]}"#;
     let first = service.begin("/v1/campaigns", spec);
     wait_until("a trial", || {
         service.job(&first)["figures"]["trials"].as_u64() >= Some(1)

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::place::{LIMIT, Place, finish, signal};
@@ -93,30 +94,45 @@ fn is_in(process: u32, end: &str) -> bool {
         .any(|line| line.starts_with("0::") && line.ends_with(end))
 }
 
-/// A shell that goes into the group and becomes a VM there.
-fn start_in(place: &Place, parent: &Path, words: &str) -> std::process::Child {
-    let kernel = place.idle_kernel();
+/// Whether this host makes no jails, which is said.
+fn makes_no_jails() -> bool {
+    let makes_none = cofferdam::sandbox::can_jail().is_err();
+    if makes_none {
+        skipped::skip("sandbox::group", "this host makes no jails");
+    }
+    makes_none
+}
+
+/// A shell that goes into the group and becomes `cofferdam` with these words there.
+fn shell_in(place: &Place, parent: &Path, words: &str) -> Command {
     let script = format!(
-        "echo $$ > {}/cgroup.procs && exec {} run --name idle --kernel {kernel} --memory 32M {words}",
+        "echo $$ > {}/cgroup.procs && exec {} {words}",
         parent.display(),
         env!("CARGO_BIN_EXE_cofferdam")
     );
-    let mut shell = std::process::Command::new("sh");
+    let mut shell = Command::new("sh");
     shell
         .args(["-c", &script])
         .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped());
-    let child = shell.spawn().unwrap();
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    shell
+}
+
+/// A VM that was started in the group.
+fn start_in(place: &Place, parent: &Path, words: &str) -> Child {
+    let kernel = place.idle_kernel();
+    let words = format!("run --name idle --kernel {kernel} --memory 32M {words}");
+    let child = shell_in(place, parent, &words).spawn().unwrap();
     place.wait_for("idle");
     child
 }
 
 #[test]
 fn a_jailed_vm_has_a_control_group_of_its_own_where_one_was_handed_over() {
-    if cofferdam::sandbox::can_jail().is_err() {
-        return skipped::skip("sandbox::group", "this host makes no jails");
+    if makes_no_jails() {
+        return;
     }
     let Some(parent) = Parent::new("handed_over") else {
         return;
@@ -163,8 +179,8 @@ fn keepers(group: &Path) -> usize {
 
 #[test]
 fn a_start_that_comes_to_nothing_leaves_no_keeper() {
-    if cofferdam::sandbox::can_jail().is_err() {
-        return skipped::skip("sandbox::group", "this host makes no jails");
+    if makes_no_jails() {
+        return;
     }
     let Some(parent) = Parent::new("refused_starts") else {
         return;
@@ -174,12 +190,15 @@ fn a_start_that_comes_to_nothing_leaves_no_keeper() {
     let group = parent.0.join("cofferdam-idle");
     let vm = start_in(&place, &parent.0, "--jail");
     assert_eq!(keepers(&group), 1);
-    // The name is another's.
-    for _ in 0..3 {
+    let again = || {
         let mut again = place.command();
         again.args(["run", "--name", "idle", "--kernel", &place.idle_kernel()]);
         again.args(["--memory", "32M", "--cgroup"]).arg(&parent.0);
-        let output = again.output().unwrap();
+        again
+    };
+    // The name is another's.
+    for _ in 0..3 {
+        let output = again().output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.contains("is running"), "{said}");
         assert_eq!(keepers(&group), 1);
@@ -189,15 +208,9 @@ fn a_start_that_comes_to_nothing_leaves_no_keeper() {
     parent.until(&["keepers"]);
     // The group is another's.
     fs::create_dir(&group).unwrap();
-    let mut other = std::process::Command::new("sleep")
-        .arg("300")
-        .spawn()
-        .unwrap();
+    let mut other = Command::new("sleep").arg("300").spawn().unwrap();
     fs::write(group.join("cgroup.procs"), other.id().to_string()).unwrap();
-    let mut start = place.command();
-    start.args(["run", "--name", "idle", "--kernel", &place.idle_kernel()]);
-    start.args(["--memory", "32M", "--cgroup"]).arg(&parent.0);
-    let output = start.output();
+    let output = again().output();
     let left = keepers(&group);
     other.kill().unwrap();
     other.wait().unwrap();
@@ -208,8 +221,8 @@ fn a_start_that_comes_to_nothing_leaves_no_keeper() {
 
 #[test]
 fn a_jail_says_in_a_line_that_it_has_no_control_group() {
-    if cofferdam::sandbox::can_jail().is_err() {
-        return skipped::skip("sandbox::group", "this host makes no jails");
+    if makes_no_jails() {
+        return;
     }
     if cofferdam::sandbox::delegated().is_ok() {
         return skipped::skip("sandbox::group", "the tests have a control group to divide");
@@ -256,18 +269,9 @@ fn a_control_group_that_cannot_be_is_refused_in_a_line_and_nothing_is_left() {
     }
 }
 
-/// A shell that goes into the group and becomes a service there, once that has its socket.
-fn serve_in(place: &Place, parent: &Path, words: &str) -> std::process::Child {
-    let script = format!(
-        "echo $$ > {}/cgroup.procs && exec {} serve {words}",
-        parent.display(),
-        env!("CARGO_BIN_EXE_cofferdam")
-    );
-    let mut shell = std::process::Command::new("sh");
-    shell
-        .args(["-c", &script])
-        .env("COFFERDAM_RUNTIME_DIR", place.path("run"))
-        .stderr(std::process::Stdio::piped());
+/// A service that was started in the group, once it has its socket.
+fn serve_in(place: &Place, parent: &Path, words: &str) -> Child {
+    let mut shell = shell_in(place, parent, &format!("serve {words}"));
     let service = shell.spawn().unwrap();
     let deadline = Instant::now() + LIMIT;
     while !place.path("run/service.sock").exists() {
@@ -299,8 +303,8 @@ fn a_service_leaves_the_group_that_its_guests_are_to_have_theirs_in() {
 
 #[test]
 fn a_service_that_jails_divides_its_own_group_or_says_that_guests_have_none() {
-    if cofferdam::sandbox::can_jail().is_err() {
-        return skipped::skip("sandbox::group", "this host makes no jails");
+    if makes_no_jails() {
+        return;
     }
     let Some(parent) = Parent::new("service_jails") else {
         return;

@@ -18,7 +18,7 @@ use crate::serve::problem::{Code, Problem};
 /// How a file of a campaign ends.
 const ENDING: &str = ".jsonl";
 
-/// Longest file that is looked at, in bytes: tens of thousands of trials.
+/// Longest file that is looked at, in bytes: some hundred thousand trials.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// Most campaigns in a list.

@@ -8,7 +8,8 @@
 //! How much was asked for is known of what the call was handed out itself, and until it gives it
 //! back, has it made longer or goes on in the guest, where all that may happen unseen. Of memory
 //! that is zeroed when it is handed out it is also known at the call's end whether somebody wrote
-//! there, and of the red zones that the kernel has around objects itself (`slub_debug`).
+//! there (who, says `domain/transaction/red_zones.rs`), and of the red zones that the kernel has
+//! around objects itself (`slub_debug`).
 
 use super::{CallMemory, DriverPolicy};
 use crate::domain::monitor::Asked;
