@@ -1,35 +1,3 @@
-//! Whatever a guest says its types are (BTF) is read without harm: every type is asked for
-//! everything it offers.
-//!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none btf` from the repository's root.
-
 #![no_main]
 
-use isolation::guest::btf::{Btf, Kind};
-use libfuzzer_sys::fuzz_target;
-
-fuzz_target!(|data: &[u8]| {
-    let Ok(types) = Btf::parse(data, None) else {
-        return;
-    };
-    for id in types.ids() {
-        types.type_name(id);
-        types.size_of(id);
-        types.pointee(id);
-        types.is_const(id);
-        types.names_of(id);
-        types.find_member(id, "a");
-        match types.resolve(id) {
-            Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) => {
-                for member in members.iter() {
-                    types.string(member.name_at);
-                }
-            }
-            Some(_) | None => {}
-        }
-        let name = types.name(id).to_owned();
-        types.find_struct(&name);
-        types.find_function(&name);
-        types.enum_value(&name);
-    }
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| cofferdam_fuzz::btf::run(input));

@@ -1,36 +1,3 @@
-//! Whatever a guest, or a kernel's image, says its symbols are is read without harm
-//! (`/proc/kallsyms`, and its tables in an image). The first byte says which.
-//!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run -s none guest_symbols` from the repository's root.
-
 #![no_main]
 
-use isolation::guest::addr::Gva;
-use isolation::guest::symbols::image::names_in_image;
-use isolation::guest::symbols::read_kallsyms;
-use libfuzzer_sys::fuzz_target;
-
-fuzz_target!(|input: &[u8]| {
-    let Some((which, data)) = input.split_first() else {
-        return;
-    };
-    match which % 2 {
-        0 => list(data),
-        _ => drop(names_in_image(data)),
-    }
-});
-
-fn list(data: &[u8]) {
-    let Ok(table) = read_kallsyms(data, |_| true) else {
-        return;
-    };
-    for symbol in table.iter() {
-        // Address 0 is that of absolute symbols.
-        let found = table.lookup(symbol.at).is_some() == (symbol.at != Gva(0));
-        assert!(found, "a symbol is not found at its own address");
-        assert!(
-            table.named(symbol.name).next().is_some(),
-            "a symbol is not found by its name"
-        );
-    }
-}
+libfuzzer_sys::fuzz_target!(|input: &[u8]| cofferdam_fuzz::guest_symbols::run(input));

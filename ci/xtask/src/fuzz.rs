@@ -3,7 +3,8 @@
 //! processors. For hunts with sanitizers there is `cargo fuzz`.
 //!
 //! ```text
-//! fuzz/fuzz_targets/NAME.rs     a target
+//! fuzz/src/NAME.rs              what a target does with an input
+//! fuzz/fuzz_targets/NAME.rs     the target
 //! fuzz/seeds/NAME/              inputs that it begins with, in the repository: few and small
 //! target/fuzz/corpus/NAME/      what it found new ways with, kept from run to run
 //! target/fuzz/findings/         what it found faults with
@@ -26,10 +27,7 @@ const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanit
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks";
 /// Named, so that build scripts are not instrumented.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// The feature of those targets that need all of the program.
-const PROGRAM: &str = "program";
-/// For each target in a run of the tests. Long enough to reach deep states from no corpus, short
-/// enough for every run.
+/// For each target in a full run of the tests: enough to reach deep states from no corpus.
 const TEST_SECONDS: u32 = 4;
 /// An input that takes longer, in seconds, is a finding.
 const INPUT_LIMIT: u32 = 20;
@@ -52,7 +50,7 @@ pub struct Args {
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     let steps = Steps::new(1);
     steps.may("fuzz", || {
-        let mut programs = build(workspace, &["--features", PROGRAM])?;
+        let mut programs = build(workspace)?;
         if let Some(unknown) = (args.targets.iter())
             .find(|name| !programs.iter().any(|program| program.name == **name))
         {
@@ -66,11 +64,10 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(steps.failed())))
 }
 
-/// A short run, as part of the tests: of all targets in the `full` form, else of those that do not
-/// need all of the program, which takes longer to build than they all run.
-pub fn test(workspace: &Workspace, full: bool) -> anyhow::Result<String> {
-    let features: &[&str] = if full { &["--features", PROGRAM] } else { &[] };
-    run_all(workspace, &build(workspace, features)?, TEST_SECONDS)
+/// A short run of all targets, as part of the full form of the tests: they take longer to build than
+/// to run. Each has a test without instrumentation, too (`fuzz/src/blind.rs`), in every run.
+pub fn test(workspace: &Workspace) -> anyhow::Result<String> {
+    run_all(workspace, &build(workspace)?, TEST_SECONDS)
 }
 
 /// A target that is built.
@@ -86,17 +83,15 @@ struct Message {
     executable: Option<PathBuf>,
 }
 
-fn build(workspace: &Workspace, more: &[&str]) -> anyhow::Result<Vec<Program>> {
-    let words = "build --release --quiet --locked --message-format json --target";
+fn build(workspace: &Workspace) -> anyhow::Result<Vec<Program>> {
+    let words = "build --package cofferdam-fuzz --bins --features libfuzzer --profile fuzz --quiet \
+        --locked --message-format json --target";
     let messages = capture(
         cargo()
-            .args(words.split(' '))
+            .args(words.split_whitespace())
             .arg(TARGET)
-            .arg("--manifest-path")
-            .arg(workspace.path("fuzz/Cargo.toml"))
             .arg("--target-dir")
             .arg(workspace.path("target/fuzz"))
-            .args(more)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env("RUSTFLAGS", RUSTFLAGS)
             .current_dir(workspace.root()),

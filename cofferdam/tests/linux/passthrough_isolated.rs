@@ -145,31 +145,6 @@ const UNDESCRIBED_FAULTS: [(&str, &str, &str, bool); 3] = [
     ),
 ];
 
-#[test]
-#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
-fn a_device_without_a_description_is_begun_anew_only_where_a_failed_call_had_reached_it() {
-    Sysfs::default()
-        .bind(UNDESCRIBED.parse().unwrap(), false)
-        .unwrap();
-    let with = format!("--nic vfio={UNDESCRIBED} --memory 256M");
-    let mut guest = boot(&options().initrd("initrd-hardware.cpio").with(&with));
-    insert_nic(&mut guest, "8139cp", 15);
-    nic_works(&mut guest);
-    ask(
-        &mut guest,
-        "isolate guest 8139cp --entries all --budget-us 10000000",
-    );
-    transfer(&mut guest, 2);
-    for fault in (1..).zip(UNDESCRIBED_FAULTS) {
-        let (last, reaches) = (fails(&mut guest, "8139cp", fault), fault.1.3);
-        assert_eq!(last["device_lost"].is_string(), reaches, "{last}");
-        let begun_anew = begun_anew(&mut guest, "8139cp");
-        assert_eq!(begun_anew, u64::from(reaches), "{last}");
-    }
-    transfer(&mut guest, 2);
-    assert_log_is_healthy(&mut guest, &[]);
-}
-
 /// As [`FAULTS`], of a driver whose card is in another process.
 const ELSEWHERE_FAULTS: [(&str, &str, &str, bool); 3] = [
     ("e1000_xmit_frame", "first", "true", false),
@@ -205,4 +180,33 @@ fn the_driver_of_a_nic_of_a_device_host_is_isolated_and_its_faults_are_taken_bac
     }
     assert_eq!(begun_anew(&mut guest, "e1000"), 0);
     assert_log_is_healthy(&mut guest, &["Reset adapter", "Detected Tx Unit Hang"]);
+}
+
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+    fn a_device_without_a_description_is_begun_anew_only_where_a_failed_call_had_reached_it() {
+        Sysfs::default()
+            .bind(UNDESCRIBED.parse().unwrap(), false)
+            .unwrap();
+        let with = format!("--nic vfio={UNDESCRIBED} --memory 256M");
+        let mut guest = boot(&options().initrd("initrd-hardware.cpio").with(&with));
+        insert_nic(&mut guest, "8139cp", 15);
+        nic_works(&mut guest);
+        ask(
+            &mut guest,
+            "isolate guest 8139cp --entries all --budget-us 10000000",
+        );
+        transfer(&mut guest, 2);
+        for fault in (1..).zip(UNDESCRIBED_FAULTS) {
+            let (last, reaches) = (fails(&mut guest, "8139cp", fault), fault.1.3);
+            assert_eq!(last["device_lost"].is_string(), reaches, "{last}");
+            let begun_anew = begun_anew(&mut guest, "8139cp");
+            assert_eq!(begun_anew, u64::from(reaches), "{last}");
+        }
+        transfer(&mut guest, 2);
+        assert_log_is_healthy(&mut guest, &[]);
+    }
 }

@@ -285,38 +285,6 @@ fn clones_share_their_memory_and_reach_each_other() {
     assert_log_is_healthy(&mut second, &[]);
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn clones_cost_what_they_change_and_isolated_ones_what_they_touch() {
-    const CLONES: usize = 4;
-    let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().join("s");
-    let guest = networked("");
-    snapshot(&guest, &dir, None, true);
-    drop(guest);
-    let boots = options().with("--net user --nic e1000");
-    let [plain, isolated] = [false, true].map(|isolated| {
-        let clones = clones::measure(&boots, &dir, CLONES, isolated).unwrap();
-        eprintln!("{}", clones.sentence());
-        clones
-    });
-    for clones in [plain, isolated] {
-        assert_eq!(clones.guest_kib.n, CLONES as u64);
-        // Shared by all, and no more of it than there is.
-        assert!(clones.base_kib <= clones.stored_kib, "{clones:?}");
-        // None has a copy of all of the snapshot.
-        assert!(
-            clones.guest_kib.max < clones.stored_kib as f64 * 0.6,
-            "{clones:?}"
-        );
-    }
-    assert!(
-        plain.guest_kib.max < plain.stored_kib as f64 * 0.3,
-        "{plain:?}"
-    );
-    assert!(plain.rest_kib.max < REST_KIB, "{plain:?}");
-}
-
 /// Seconds since the guest booted.
 fn uptime(guest: &mut Guest) -> f64 {
     let text = shell(guest, "cat /proc/uptime");
@@ -404,5 +372,37 @@ mod long {
         let elapsed = Duration::from_nanos(seen.last_ns - seen.first_ns);
         assert!(elapsed > Duration::from_secs(1), "{elapsed:?}");
         assert_log_is_healthy(&mut guest, &[]);
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn clones_cost_what_they_change_and_isolated_ones_what_they_touch() {
+        const CLONES: usize = 4;
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let guest = networked("");
+        snapshot(&guest, &dir, None, true);
+        drop(guest);
+        let boots = options().with("--net user --nic e1000");
+        let [plain, isolated] = [false, true].map(|isolated| {
+            let clones = clones::measure(&boots, &dir, CLONES, isolated).unwrap();
+            eprintln!("{}", clones.sentence());
+            clones
+        });
+        for clones in [plain, isolated] {
+            assert_eq!(clones.guest_kib.n, CLONES as u64);
+            // Shared by all, and no more of it than there is.
+            assert!(clones.base_kib <= clones.stored_kib, "{clones:?}");
+            // None has a copy of all of the snapshot.
+            assert!(
+                clones.guest_kib.max < clones.stored_kib as f64 * 0.6,
+                "{clones:?}"
+            );
+        }
+        assert!(
+            plain.guest_kib.max < plain.stored_kib as f64 * 0.3,
+            "{plain:?}"
+        );
+        assert!(plain.rest_kib.max < REST_KIB, "{plain:?}");
     }
 }

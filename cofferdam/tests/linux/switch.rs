@@ -243,51 +243,6 @@ fn the_nic_outlives_guests_and_guests_outlive_its_host() {
     pair.works(1);
 }
 
-/// A driver that is given up would keep the NIC from the other guest for ever.
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_driver_that_the_ladder_gives_up_passes_the_turn_on() {
-    const ENTRY: &str = "e1000_get_ethtool_stats";
-    let Pair {
-        guests: [left, right],
-        host,
-        folder: _folder,
-    } = Pair::new("down");
-    let host = host.unwrap();
-    let turn = || host.turn().unwrap();
-    if turn().as_deref() != Some(NAMES[0]) {
-        host.give(NAMES[0]).unwrap();
-    }
-    let mut victim = Victim::of(left);
-    let stop = LadderConfig {
-        on_fault: Some(OnFault::Stop),
-        ..LadderConfig::default()
-    };
-    victim.isolate(ENTRY, stop);
-    // What goes wrong is taken back, and the turn stays where it is.
-    assert_eq!(turn().as_deref(), Some(NAMES[0]));
-    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
-    victim.try_command(&["ethtool", "-S", "eth0"]);
-    victim.guest.agent().disconnect();
-    let deadline = Instant::now() + SOON;
-    while turn().as_deref() != Some(NAMES[1]) {
-        let ladder = victim.ladder();
-        assert!(Instant::now() < deadline, "{:?}: {ladder:?}", turn());
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    assert_eq!(victim.ladder().state, State::Stopped);
-    let status = host.status().unwrap();
-    assert_eq!(status.switches.last().unwrap().reason, Reason::Yielded);
-    let mut right = right;
-    nic_works(&mut right);
-    // It gets no turn before its driver is let go.
-    let refused = host.give(NAMES[0]).unwrap_err().to_string();
-    assert!(refused.contains("was given up"), "{refused}");
-    victim.release();
-    host.give(NAMES[0]).unwrap();
-    nic_works(&mut victim.guest);
-}
-
 pub(super) fn kill(pid: u32) {
     // SAFETY: a plain system call on a process of this test's own.
     let sent = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
@@ -303,5 +258,50 @@ mod long {
     fn streams_of_two_guests_survive_switches_with_the_parked_link_down() {
         let switches = if full() { 100 } else { 6 };
         streams_survive("down", switches, Duration::from_millis(700));
+    }
+
+    /// A driver that is given up would keep the NIC from the other guest for ever.
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_driver_that_the_ladder_gives_up_passes_the_turn_on() {
+        const ENTRY: &str = "e1000_get_ethtool_stats";
+        let Pair {
+            guests: [left, right],
+            host,
+            folder: _folder,
+        } = Pair::new("down");
+        let host = host.unwrap();
+        let turn = || host.turn().unwrap();
+        if turn().as_deref() != Some(NAMES[0]) {
+            host.give(NAMES[0]).unwrap();
+        }
+        let mut victim = Victim::of(left);
+        let stop = LadderConfig {
+            on_fault: Some(OnFault::Stop),
+            ..LadderConfig::default()
+        };
+        victim.isolate(ENTRY, stop);
+        // What goes wrong is taken back, and the turn stays where it is.
+        assert_eq!(turn().as_deref(), Some(NAMES[0]));
+        victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+        victim.try_command(&["ethtool", "-S", "eth0"]);
+        victim.guest.agent().disconnect();
+        let deadline = Instant::now() + SOON;
+        while turn().as_deref() != Some(NAMES[1]) {
+            let ladder = victim.ladder();
+            assert!(Instant::now() < deadline, "{:?}: {ladder:?}", turn());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(victim.ladder().state, State::Stopped);
+        let status = host.status().unwrap();
+        assert_eq!(status.switches.last().unwrap().reason, Reason::Yielded);
+        let mut right = right;
+        nic_works(&mut right);
+        // It gets no turn before its driver is let go.
+        let refused = host.give(NAMES[0]).unwrap_err().to_string();
+        assert!(refused.contains("was given up"), "{refused}");
+        victim.release();
+        host.give(NAMES[0]).unwrap();
+        nic_works(&mut victim.guest);
     }
 }

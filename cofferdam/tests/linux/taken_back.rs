@@ -63,20 +63,6 @@ fn unplug(guest: &Guest, address: String) {
     control.tell(&Request::Unplug { address }).unwrap();
 }
 
-#[test]
-#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
-fn a_function_that_the_host_takes_back_is_given_back_and_nobody_is_harmed() {
-    let sysfs = Sysfs::default();
-    sysfs.bind(FUNCTION.parse().unwrap(), true).unwrap();
-    let runtime = tempfile::tempdir().unwrap();
-    let root = runtime.path();
-    let mut guest = boot(&options().among(root, "left").with("--memory 256M"));
-    from_a_guest_that_has_it_for_itself(&mut guest);
-    from_a_device_host(&mut guest, root);
-    drop(guest);
-    sysfs.unbind(FUNCTION.parse().unwrap(), false).unwrap();
-}
-
 #[track_caller]
 fn from_a_guest_that_has_it_for_itself(guest: &mut Guest) {
     let nic = format!("vfio={FUNCTION}");
@@ -137,4 +123,22 @@ fn from_a_device_host(guest: &mut Guest, root: &Path) {
     transfer(guest, 1);
     assert_log_is_healthy(guest, &[]);
     unplug(guest, address);
+}
+
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+    fn a_function_that_the_host_takes_back_is_given_back_and_nobody_is_harmed() {
+        let sysfs = Sysfs::default();
+        sysfs.bind(FUNCTION.parse().unwrap(), true).unwrap();
+        let runtime = tempfile::tempdir().unwrap();
+        let root = runtime.path();
+        let mut guest = boot(&options().among(root, "left").with("--memory 256M"));
+        from_a_guest_that_has_it_for_itself(&mut guest);
+        from_a_device_host(&mut guest, root);
+        drop(guest);
+        sysfs.unbind(FUNCTION.parse().unwrap(), false).unwrap();
+    }
 }

@@ -8,19 +8,20 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::bail;
 use serde::Serialize;
 
 use super::FULL;
+use super::batch_run::{BatchRun, Progress};
 use super::count::Count;
+use super::emulator::Emulator;
 use super::queue::{Batch, Queue, Times, is_long};
 use super::record::TestRecord;
 use super::{lanes, programs};
 use crate::lab::{Ended, Kind, Lab, Request, Settings, watch_interrupts};
 use crate::place::Place;
-use crate::steps::duration;
 use crate::workspace::Workspace;
 
 /// Ends a process whose guest hangs in a lab that itself lives: for it, and for each of its tests
@@ -157,6 +158,7 @@ fn run_in_labs(
                             lab.bring_up()?;
                             request.limit = request.limit.mul_f64(lab.pace());
                             let mut run = BatchRun::new(batch, Place::Lab, name.clone(), progress);
+                            run.emulator = lab.pid().and_then(Emulator::new);
                             let mut read = |is_stderr, bytes: &[u8]| run.read(is_stderr, bytes);
                             let outcome = lab.run(&request, &mut read)?;
                             if outcome.ended == Ended::Interrupted {
@@ -220,132 +222,6 @@ fn second(mut first: Vec<TestRecord>, second: Vec<TestRecord>) -> Vec<TestRecord
     first
 }
 
-/// How many tests are over, of how many.
-struct Progress {
-    over: AtomicUsize,
-    all: usize,
-}
-
-impl Progress {
-    fn new(all: usize) -> Self {
-        Self {
-            over: AtomicUsize::new(0),
-            all,
-        }
-    }
-}
-
-/// Understands what a test program says while it runs.
-struct BatchRun<'a> {
-    batch: &'a Batch,
-    place: Place,
-    /// What to call the place.
-    place_name: String,
-    progress: &'a Progress,
-    /// All that it said.
-    output: Vec<u8>,
-    /// The unfinished line on its standard output, where the results are.
-    line: Vec<u8>,
-    records: Vec<TestRecord>,
-    last_end: Instant,
-}
-
-impl<'a> BatchRun<'a> {
-    fn new(batch: &'a Batch, place: Place, place_name: String, progress: &'a Progress) -> Self {
-        Self {
-            batch,
-            place,
-            place_name,
-            progress,
-            output: Vec::new(),
-            line: Vec::new(),
-            records: Vec::new(),
-            last_end: Instant::now(),
-        }
-    }
-
-    fn read(&mut self, is_stderr: bool, bytes: &[u8]) -> std::io::Result<()> {
-        self.output.extend_from_slice(bytes);
-        if is_stderr {
-            return Ok(());
-        }
-        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            self.line.extend_from_slice(piece);
-            if piece.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.line);
-                if let Some((test, passed)) = read_result(String::from_utf8_lossy(&line).trim_end())
-                {
-                    self.record(test, passed);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn record(&mut self, test: &str, passed: bool) {
-        if !self.batch.tests.iter().any(|known| known == test) {
-            return;
-        }
-        let name = self.batch.program.full_name(test);
-        let before = self.records.len();
-        // A lab that hung: the program begins anew.
-        self.records.retain(|record| record.name != name);
-        let progress = self.progress;
-        let over = match self.records.len() == before {
-            true => 1 + progress.over.fetch_add(1, Ordering::Relaxed),
-            false => progress.over.load(Ordering::Relaxed),
-        };
-        let seconds = self.last_end.elapsed().as_secs_f64();
-        self.last_end = Instant::now();
-        let word = if passed { "ok" } else { "FAILED" };
-        let (time, place, all) = (duration(seconds), &self.place_name, progress.all);
-        eprintln!("      {over}/{all} test {name} ... {word} ({time}, {place})");
-        self.records.push(TestRecord {
-            name,
-            place: self.place,
-            passed,
-            second_try: false,
-            seconds,
-        });
-    }
-
-    /// A test that the program did not come to has failed, and so has every one if the program says
-    /// nothing of them but ends badly.
-    fn finish(mut self, ended: Ended) -> Vec<TestRecord> {
-        for test in &self.batch.tests {
-            let name = self.batch.program.full_name(test);
-            if !self.records.iter().any(|record| record.name == name) {
-                self.record(test, false);
-            }
-        }
-        let all_passed = self.records.iter().all(|record| record.passed);
-        if all_passed && ended != Ended::Exited(0) {
-            // All tests ended well, but something behind them did not.
-            self.records
-                .iter_mut()
-                .for_each(|record| record.passed = false);
-        }
-        if !all_passed || ended != Ended::Exited(0) {
-            eprintln!(
-                "{}\n      {} ended: {ended:?}",
-                String::from_utf8_lossy(&self.output),
-                self.batch.program.name
-            );
-        }
-        self.records
-    }
-}
-
-/// Test and whether it passed, of a line such as `test boots ... ok`.
-fn read_result(line: &str) -> Option<(&str, bool)> {
-    let (test, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
-    match result {
-        "ok" => Some((test, true)),
-        "FAILED" => Some((test, false)),
-        _ => None,
-    }
-}
-
 fn request(
     workspace: &Workspace,
     Batch { program, tests }: &Batch,
@@ -381,78 +257,7 @@ fn request(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::suite::programs::Program;
-
-    fn batch(tests: &[&str]) -> Batch {
-        let program = Program {
-            path: "/t/boot".into(),
-            directory: "/w/vmm".into(),
-            name: "vmm::boot".into(),
-            boots_linux: true,
-            environment: &[],
-        };
-        Batch {
-            program: program.into(),
-            tests: tests.iter().map(|test| (*test).to_owned()).collect(),
-        }
-    }
-
-    fn passed(said: &[&str], ended: Ended) -> Vec<(String, bool)> {
-        let (batch, progress) = (batch(&["a", "b"]), Progress::new(2));
-        let mut run = BatchRun::new(&batch, Place::Lab, "lab 1".into(), &progress);
-        for piece in said {
-            run.read(false, piece.as_bytes()).unwrap();
-            run.read(true, b"a word on standard error").unwrap();
-        }
-        let records = run.finish(ended);
-        assert_eq!(progress.over.into_inner(), 2);
-        records
-            .into_iter()
-            .map(|record| (record.name, record.passed))
-            .collect()
-    }
-
-    fn both(a: bool, b: bool) -> Vec<(String, bool)> {
-        vec![("vmm::boot::a".into(), a), ("vmm::boot::b".into(), b)]
-    }
-
-    #[test]
-    fn results_are_read_from_what_a_program_says() {
-        let said = [
-            "running 2 tests\ntest a ...",
-            " ok\ntest b ... FAIL",
-            "ED\n\ntest c ... ok\n",
-        ];
-        assert_eq!(passed(&said, Ended::Exited(101)), both(true, false));
-        assert_eq!(
-            passed(&["test a ... ok\ntest b ... ok\n"], Ended::Exited(0)),
-            both(true, true)
-        );
-    }
-
-    #[test]
-    fn tests_that_a_program_did_not_come_to_have_failed() {
-        assert_eq!(
-            passed(&["test a ... ok\ntest b ... "], Ended::TimeLimit),
-            both(true, false)
-        );
-        assert_eq!(passed(&[""], Ended::Exited(0)), both(false, false));
-    }
-
-    #[test]
-    fn a_program_that_ends_badly_after_its_tests_fails_them() {
-        let said = ["test a ... ok\ntest b ... ok\n"];
-        assert_eq!(passed(&said, Ended::Signaled(11)), both(false, false));
-    }
-
-    #[test]
-    fn a_second_try_replaces_what_the_first_found() {
-        let said = [
-            "test a ... FAILED\n",
-            "running 2 tests\ntest a ... ok\ntest b ... ok\n",
-        ];
-        assert_eq!(passed(&said, Ended::Exited(0)), both(true, true));
-    }
+    use crate::suite::batch_run::tests::batch;
 
     #[test]
     fn a_test_that_passes_at_its_second_try_is_told_from_others() {

@@ -1,7 +1,9 @@
 //! `cargo xtask test`: every check there is, and the tests, on a machine that has nothing but Rust.
 
+mod batch_run;
 mod checks;
 mod count;
+mod emulator;
 mod host;
 mod lanes;
 mod linux;
@@ -27,10 +29,10 @@ pub use host::run as run_on_host;
 
 /// Runs every check, and the tests
 ///
-/// Style, lints, duplicates among the rust-vmm crates, unit and integration tests, a bounded run of
-/// the fuzz targets, and the tests that boot Linux: on this host's KVM where that is fast enough,
-/// else in the lab. Tests that take long run with --full, or by name. Installs what is missing. The
-/// exit status is 0 when all went well.
+/// Style, lints, duplicates among the rust-vmm crates, unit and integration tests, and the tests
+/// that boot Linux: on this host's KVM where that is fast enough, else in the lab. Tests that take
+/// long, and a bounded run of the fuzz targets, run with --full, or by name. Installs what is
+/// missing. The exit status is 0 when all went well.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Only the tests that boot Linux, those whose name contains this, also if they take long
@@ -55,7 +57,11 @@ const INTERRUPTED: i32 = 130;
 
 /// Does all of it.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
-    let steps = &Steps::new(if args.linux.is_some() { 4 } else { 10 });
+    let steps = &Steps::new(match (&args.linux, args.full) {
+        (Some(_), _) => 4,
+        (None, false) => 9,
+        (None, true) => 10,
+    });
     let mut count = Count::default();
     let mut linux_findings = linux::Findings::default();
     steps.must("set up", setup::needed)?;
@@ -161,12 +167,13 @@ fn tell(
 
 /// All that needs no images: the tests of this host first, for what they find is wanted soonest.
 fn all_else(workspace: &Workspace, full: bool, steps: &Steps, count: &mut Count) {
-    for step in ["tests", "lints", "fuzz"] {
-        steps.may(step, || match step {
+    let all = ["tests", "lints", "fuzz"];
+    for step in &all[..if full { 3 } else { 2 }] {
+        steps.may(step, || match *step {
             _ if interrupted() => bail!("interrupted"),
             "tests" => tests(workspace, full, count),
             "lints" => checks::lints(workspace),
-            _ => fuzz::test(workspace, full),
+            _ => fuzz::test(workspace),
         });
     }
 }

@@ -179,6 +179,7 @@ mod tests {
             passed,
             second_try: false,
             seconds,
+            processor_seconds: None,
         };
         let ran = [
             record("short", 1.0, true),

@@ -17,4 +17,7 @@ pub struct TestRecord {
     pub second_try: bool,
     /// How long it took: to its end from that of the one before it.
     pub seconds: f64,
+    /// What the lab's emulator took of this host's processors meanwhile, in seconds, where it is
+    /// known.
+    pub processor_seconds: Option<f64>,
 }

@@ -253,44 +253,6 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_poll_that_fails_for_ever_lets_the_guest_do_what_a_rung_needs_of_it() {
-    let mut victim = victim();
-    victim.configure();
-    let before = victim.configuration();
-    let entry = "e1000_clean";
-    victim.isolate(
-        entry,
-        LadderConfig {
-            recoveries_per_minute: u32::MAX,
-            failures_in_a_row: 20,
-            ..LadderConfig::default()
-        },
-    );
-    victim.inject(entry, 5, FaultKind::UndefinedInstruction, 1, u64::MAX);
-    victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
-    // It fails until its module is isolated anew by the restart.
-    let deadline = Instant::now() + Duration::from_secs(600);
-    let rungs = loop {
-        let rungs = victim.wait_until_running().rungs;
-        if rungs.restarts > 0 {
-            break rungs;
-        }
-        assert!(Instant::now() < deadline, "{rungs:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    };
-    eprintln!("{rungs:?}");
-    assert_eq!((rungs.resumes, rungs.restarts), (1, 1));
-    // The resume has failed if the function had to rest again before it was over.
-    assert!(rungs.failed_resumes <= 1 && rungs.failed_restarts == 0);
-    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-    victim.ping();
-    victim.assert_configured(&before);
-    victim.release();
-    victim.assert_healthy("a poll that fails for ever");
-}
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_device_that_is_put_back_by_its_registers_goes_on() {
     let mut victim = victim();
     victim.checkpoint = CheckpointBy::Registers;
@@ -348,32 +310,6 @@ fn a_device_that_is_put_back_by_its_registers_goes_on() {
 /// register).
 const SLEEP: &str =
     "printf '\\003' | dd of=/sys/class/net/eth0/device/config bs=1 seek=224 count=1 conv=notrunc";
-
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_device_that_is_lost_is_resumed_and_if_it_is_lost_again_its_driver_restarted() {
-    let mut victim = victim();
-    victim.configure();
-    let before = victim.configuration();
-    let entry = "e1000_get_ethtool_stats";
-    victim.isolate(entry, LadderConfig::default());
-    for round in 1..=2 {
-        victim.run(&["busybox", "sh", "-c", SLEEP]);
-        victim.try_command(&["ethtool", "-S", "eth0"]);
-        let violations = victim.violations();
-        let rungs = victim.wait_until_running().rungs;
-        eprintln!("round {round}: {rungs:?}, {violations:?}");
-        assert!(round == 2 || violations[0].contains("sleep state"));
-        assert_eq!(rungs.failed_resumes + rungs.failed_restarts, 0);
-        // The second time within a minute the driver is restarted, unless the lab is very slow.
-        assert!(rungs.resumes >= 1 && rungs.resumes + rungs.restarts == round);
-        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-        victim.ping();
-        victim.assert_configured(&before);
-    }
-    victim.release();
-    victim.assert_healthy("a lost device");
-}
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
@@ -469,5 +405,69 @@ mod long {
         let error = resume(&mut victim, "dummy").unwrap_err().to_string();
         assert!(error.contains("drives no PCI device"), "{error}");
         victim.assert_healthy("all of it");
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_device_that_is_lost_is_resumed_and_if_it_is_lost_again_its_driver_restarted() {
+        let mut victim = victim();
+        victim.configure();
+        let before = victim.configuration();
+        let entry = "e1000_get_ethtool_stats";
+        victim.isolate(entry, LadderConfig::default());
+        for round in 1..=2 {
+            victim.run(&["busybox", "sh", "-c", SLEEP]);
+            victim.try_command(&["ethtool", "-S", "eth0"]);
+            let violations = victim.violations();
+            let rungs = victim.wait_until_running().rungs;
+            eprintln!("round {round}: {rungs:?}, {violations:?}");
+            assert!(round == 2 || violations[0].contains("sleep state"));
+            assert_eq!(rungs.failed_resumes + rungs.failed_restarts, 0);
+            // The second time within a minute the driver is restarted, unless the lab is very slow.
+            assert!(rungs.resumes >= 1 && rungs.resumes + rungs.restarts == round);
+            network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+            victim.ping();
+            victim.assert_configured(&before);
+        }
+        victim.release();
+        victim.assert_healthy("a lost device");
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_poll_that_fails_for_ever_lets_the_guest_do_what_a_rung_needs_of_it() {
+        let mut victim = victim();
+        victim.configure();
+        let before = victim.configuration();
+        let entry = "e1000_clean";
+        victim.isolate(
+            entry,
+            LadderConfig {
+                recoveries_per_minute: u32::MAX,
+                failures_in_a_row: 20,
+                ..LadderConfig::default()
+            },
+        );
+        victim.inject(entry, 5, FaultKind::UndefinedInstruction, 1, u64::MAX);
+        victim.try_command(&["ping", "-c", "1", "-W", "1", GATEWAY]);
+        // It fails until its module is isolated anew by the restart.
+        let deadline = Instant::now() + Duration::from_secs(600);
+        let rungs = loop {
+            let rungs = victim.wait_until_running().rungs;
+            if rungs.restarts > 0 {
+                break rungs;
+            }
+            assert!(Instant::now() < deadline, "{rungs:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        };
+        eprintln!("{rungs:?}");
+        assert_eq!((rungs.resumes, rungs.restarts), (1, 1));
+        // The resume has failed if the function had to rest again before it was over.
+        assert!(rungs.failed_resumes <= 1 && rungs.failed_restarts == 0);
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        victim.ping();
+        victim.assert_configured(&before);
+        victim.release();
+        victim.assert_healthy("a poll that fails for ever");
     }
 }

@@ -138,89 +138,93 @@ fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
 /// waits for its turn.
 const LONG_UPGRADE_MS: u64 = 40_000;
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn what_takes_or_puts_back_state_is_refused_while_a_driver_is_upgraded_and_nothing_is_harmed() {
-    let mut victim = victim();
-    victim.configure();
-    victim.isolate(ENTRY, LadderConfig::default());
-    let before = victim.configuration();
-    let old = victim.loaded_build();
-    victim.guest.agent().disconnect();
-    victim.ask(&Request::Mark {
-        name: "before".to_owned(),
-    });
-    let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().join("s");
-    let meanwhile = [
-        Request::Rewind {
-            name: Some("before".to_owned()),
-        },
-        Request::Mark {
-            name: "amid".to_owned(),
-        },
-        Request::Snapshot {
-            dir: dir.clone(),
-            parent: None,
-            track: false,
-            stop: false,
-        },
-    ];
-    let upgrade = Request::Upgrade {
-        module: DRIVER.to_owned(),
-        file: Bytes(without_the_device()),
-        limit_ms: LONG_UPGRADE_MS,
-    };
-    let mut control = victim.guest.control().unwrap();
-    let (say, said) = std::sync::mpsc::channel();
-    std::thread::scope(|scope| {
-        let upgraded = scope.spawn(move || {
-            let answer = control.ask_and_watch(&upgrade, &mut |what| {
-                let _ = say.send(what.to_owned());
-            });
-            answer.unwrap()
-        });
-        let begun = said.recv_timeout(Duration::from_secs(60)).unwrap();
-        let mut asked = Vec::new();
-        for request in &meanwhile {
-            let mut control = victim.guest.control().unwrap();
-            let request = request.clone();
-            asked.push(scope.spawn(move || (control.ask(&request), request)));
-        }
-        for asked in asked {
-            let (answer, request) = asked.join().unwrap();
-            let error = format!("{:#}", answer.unwrap_err());
-            let why = "a driver is being isolated, resumed, restarted or exchanged";
-            assert!(error.contains(why), "{request:?} after {begun}: {error}");
-        }
-        match upgraded.join().unwrap() {
-            Reply::Upgraded(report) => {
-                assert_eq!(report.outcome, UpgradeOutcome::Old, "{report:?}")
-            }
-            other => panic!("{other:?}"),
-        }
-    });
-    assert!(!dir.exists(), "nothing of a refused snapshot stays");
-    let check = |victim: &mut Victim, build: &[u8]| {
-        assert_eq!(hex(&victim.loaded_build()), hex(build));
-        victim.assert_configured(&before);
-        assert_eq!(victim.isolated(), [ENTRY]);
-        victim.ping();
-        victim.assert_healthy("an upgrade");
-    };
-    check(&mut victim, &old);
+mod long {
+    use super::*;
 
-    // Behind the upgrade the same requests are granted; the driver of the mark is back, too.
-    let new = another_build(0xa3);
-    let report = victim.upgrade(DRIVER, new.clone(), 60_000).unwrap();
-    assert_eq!(report.outcome, UpgradeOutcome::New, "{report:?}");
-    check(&mut victim, &build_of(&new));
-    for request in &meanwhile[1..] {
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn what_takes_or_puts_back_state_is_refused_while_a_driver_is_upgraded_and_nothing_is_harmed() {
+        let mut victim = victim();
+        victim.configure();
+        victim.isolate(ENTRY, LadderConfig::default());
+        let before = victim.configuration();
+        let old = victim.loaded_build();
         victim.guest.agent().disconnect();
-        victim.ask(request);
+        victim.ask(&Request::Mark {
+            name: "before".to_owned(),
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let meanwhile = [
+            Request::Rewind {
+                name: Some("before".to_owned()),
+            },
+            Request::Mark {
+                name: "amid".to_owned(),
+            },
+            Request::Snapshot {
+                dir: dir.clone(),
+                parent: None,
+                track: false,
+                stop: false,
+            },
+        ];
+        let upgrade = Request::Upgrade {
+            module: DRIVER.to_owned(),
+            file: Bytes(without_the_device()),
+            limit_ms: LONG_UPGRADE_MS,
+        };
+        let mut control = victim.guest.control().unwrap();
+        let (say, said) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let upgraded = scope.spawn(move || {
+                let answer = control.ask_and_watch(&upgrade, &mut |what| {
+                    let _ = say.send(what.to_owned());
+                });
+                answer.unwrap()
+            });
+            let begun = said.recv_timeout(Duration::from_secs(60)).unwrap();
+            let mut asked = Vec::new();
+            for request in &meanwhile {
+                let mut control = victim.guest.control().unwrap();
+                let request = request.clone();
+                asked.push(scope.spawn(move || (control.ask(&request), request)));
+            }
+            for asked in asked {
+                let (answer, request) = asked.join().unwrap();
+                let error = format!("{:#}", answer.unwrap_err());
+                let why = "a driver is being isolated, resumed, restarted or exchanged";
+                assert!(error.contains(why), "{request:?} after {begun}: {error}");
+            }
+            match upgraded.join().unwrap() {
+                Reply::Upgraded(report) => {
+                    assert_eq!(report.outcome, UpgradeOutcome::Old, "{report:?}")
+                }
+                other => panic!("{other:?}"),
+            }
+        });
+        assert!(!dir.exists(), "nothing of a refused snapshot stays");
+        let check = |victim: &mut Victim, build: &[u8]| {
+            assert_eq!(hex(&victim.loaded_build()), hex(build));
+            victim.assert_configured(&before);
+            assert_eq!(victim.isolated(), [ENTRY]);
+            victim.ping();
+            victim.assert_healthy("an upgrade");
+        };
+        check(&mut victim, &old);
+
+        // Behind the upgrade the same requests are granted; the driver of the mark is back, too.
+        let new = another_build(0xa3);
+        let report = victim.upgrade(DRIVER, new.clone(), 60_000).unwrap();
+        assert_eq!(report.outcome, UpgradeOutcome::New, "{report:?}");
+        check(&mut victim, &build_of(&new));
+        for request in &meanwhile[1..] {
+            victim.guest.agent().disconnect();
+            victim.ask(request);
+        }
+        victim.guest.agent().disconnect();
+        victim.ask(&meanwhile[0]);
+        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+        check(&mut victim, &old);
     }
-    victim.guest.agent().disconnect();
-    victim.ask(&meanwhile[0]);
-    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-    check(&mut victim, &old);
 }

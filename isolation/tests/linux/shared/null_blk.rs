@@ -47,44 +47,6 @@ fn a_file_system_on_an_isolated_null_blk_keeps_its_contents() {
     machine.assert_healthy();
 }
 
-/// What a driver had written before it was isolated is in pages that nobody has seen it get, and
-/// that it finds by number.
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn what_was_written_before_is_written_again_by_the_isolated_driver() {
-    let mut machine = booted();
-    machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
-    machine.load("brd", "rd_nr=1 rd_size=8192");
-    let write = |machine: &mut Machine, what: &str| {
-        machine.run(&format!(
-            "dd if=/dev/urandom of=/tmp/{what} bs=64k count=64 2>/dev/null; \
-            for to in nullb0 ram0; do dd if=/tmp/{what} of=/dev/$to bs=64k oflag=direct 2>&1 || echo failed; done"
-        ))
-    };
-    let out = write(&mut machine, "before");
-    assert!(!out.contains("failed"), "{out}");
-    for (module, entries) in [
-        ("null_blk", &["null_queue_rq"]),
-        ("brd", &["brd_submit_bio"]),
-    ] {
-        machine.isolate(module, named(entries)).unwrap();
-    }
-    let out = write(&mut machine, "after");
-    machine.print_status();
-    assert!(!out.contains("failed"), "{out}");
-    let out = machine.run(
-        "echo 3 > /proc/sys/vm/drop_caches; \
-        for from in nullb0 ram0; do dd if=/dev/$from of=/tmp/back bs=64k count=64 2>/dev/null; cmp /tmp/back /tmp/after && echo same; done",
-    );
-    assert_eq!(out.matches("same").count(), 2, "{out}");
-    for (module, entry) in [("null_blk", "null_queue_rq"), ("brd", "brd_submit_bio")] {
-        assert_eq!(machine.status(module).violations, 0);
-        assert!(machine.entry(module, entry).commits >= 64);
-        machine.isolator.release(module).unwrap();
-    }
-    machine.assert_healthy();
-}
-
 /// A call of `memcpy` with `rdx` bytes for a place of somebody else's.
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
@@ -125,4 +87,46 @@ fn a_copy_that_is_too_long_is_stopped_where_it_leaves_what_is_the_drivers() {
     assert!(!out.contains("failed"), "{out}");
     machine.isolator.release("null_blk").unwrap();
     machine.assert_healthy();
+}
+
+mod long {
+    use super::*;
+
+    /// What a driver had written before it was isolated is in pages that nobody has seen it get, and
+    /// that it finds by number.
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn what_was_written_before_is_written_again_by_the_isolated_driver() {
+        let mut machine = booted();
+        machine.load("null_blk", "nr_devices=1 memory_backed=1 gb=1 bs=4096");
+        machine.load("brd", "rd_nr=1 rd_size=8192");
+        let write = |machine: &mut Machine, what: &str| {
+            machine.run(&format!(
+                "dd if=/dev/urandom of=/tmp/{what} bs=64k count=64 2>/dev/null; \
+                for to in nullb0 ram0; do dd if=/tmp/{what} of=/dev/$to bs=64k oflag=direct 2>&1 || echo failed; done"
+            ))
+        };
+        let out = write(&mut machine, "before");
+        assert!(!out.contains("failed"), "{out}");
+        for (module, entries) in [
+            ("null_blk", &["null_queue_rq"]),
+            ("brd", &["brd_submit_bio"]),
+        ] {
+            machine.isolate(module, named(entries)).unwrap();
+        }
+        let out = write(&mut machine, "after");
+        machine.print_status();
+        assert!(!out.contains("failed"), "{out}");
+        let out = machine.run(
+            "echo 3 > /proc/sys/vm/drop_caches; \
+            for from in nullb0 ram0; do dd if=/dev/$from of=/tmp/back bs=64k count=64 2>/dev/null; cmp /tmp/back /tmp/after && echo same; done",
+        );
+        assert_eq!(out.matches("same").count(), 2, "{out}");
+        for (module, entry) in [("null_blk", "null_queue_rq"), ("brd", "brd_submit_bio")] {
+            assert_eq!(machine.status(module).violations, 0);
+            assert!(machine.entry(module, entry).commits >= 64);
+            machine.isolator.release(module).unwrap();
+        }
+        machine.assert_healthy();
+    }
 }
