@@ -15,13 +15,12 @@ pub fn run(data: &[u8]) {
         types.is_const(id);
         types.names_of(id);
         types.find_member(id, "a");
-        match types.resolve(id) {
-            Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) => {
-                for member in members.iter() {
-                    types.string(member.name_at);
-                }
+        if let Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) =
+            types.resolve(id)
+        {
+            for member in members.iter() {
+                types.string(member.name_at);
             }
-            Some(_) | None => {}
         }
         let name = types.name(id).to_owned();
         types.find_struct(&name);
