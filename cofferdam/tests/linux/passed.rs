@@ -313,33 +313,6 @@ fn switches() -> usize {
     if full() { 100 } else { 4 }
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_real_function_outlives_the_guests_that_are_killed() {
-    let mut pair = Pair::new(&[], "");
-    nic_works(&mut pair.guests[0]);
-    // The one that is parked: the other one does not notice.
-    kill(pid(&pair.guests[1]));
-    let gone = || !pair.context(NAMES[1]).connected;
-    wait_until("its end", gone);
-    nic_works(&mut pair.guests[0]);
-    pair.guests[1] = guest(pair.folder.path(), NAMES[1], "");
-    insert_nic(&mut pair.guests[1], "e1000e", 16);
-    nic_works(&mut pair.guests[0]);
-    // The one with the turn: the other one gets it, and the function is nowhere else meanwhile.
-    kill(pid(&pair.guests[0]));
-    wait_until("the turn", || {
-        pair.served.turn().unwrap().as_deref() == Some(NAMES[1])
-    });
-    nic_works(&mut pair.guests[1]);
-    let status = pair.context(NAMES[0]);
-    assert_eq!((status.mapped_bytes, status.dma_bytes), (Some(0), 0));
-    assert_log_is_healthy(
-        &mut pair.guests[1],
-        &["Hardware Unit Hang", "Reset adapter"],
-    );
-}
-
 /// Run in the full form of the suite, or by name.
 mod long {
     use super::*;
@@ -378,5 +351,32 @@ mod long {
         let interrupts = shell(&mut left, "grep eth0 /proc/interrupts");
         assert!(interrupts.contains("IO-APIC"), "{interrupts}");
         assert_log_is_healthy(&mut left, &["Hardware Unit Hang"]);
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_real_function_outlives_the_guests_that_are_killed() {
+        let mut pair = Pair::new(&[], "");
+        nic_works(&mut pair.guests[0]);
+        // The one that is parked: the other one does not notice.
+        kill(pid(&pair.guests[1]));
+        let gone = || !pair.context(NAMES[1]).connected;
+        wait_until("its end", gone);
+        nic_works(&mut pair.guests[0]);
+        pair.guests[1] = guest(pair.folder.path(), NAMES[1], "");
+        insert_nic(&mut pair.guests[1], "e1000e", 16);
+        nic_works(&mut pair.guests[0]);
+        // The one with the turn: the other one gets it, and the function is nowhere else meanwhile.
+        kill(pid(&pair.guests[0]));
+        wait_until("the turn", || {
+            pair.served.turn().unwrap().as_deref() == Some(NAMES[1])
+        });
+        nic_works(&mut pair.guests[1]);
+        let status = pair.context(NAMES[0]);
+        assert_eq!((status.mapped_bytes, status.dma_bytes), (Some(0), 0));
+        assert_log_is_healthy(
+            &mut pair.guests[1],
+            &["Hardware Unit Hang", "Reset adapter"],
+        );
     }
 }

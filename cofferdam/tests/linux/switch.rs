@@ -215,34 +215,6 @@ fn streams_of_two_guests_survive_switches_with_the_parked_link_up() {
     streams_survive("stall", switches, Duration::from_millis(50));
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn the_nic_outlives_guests_and_guests_outlive_its_host() {
-    let mut pair = Pair::new("down");
-    pair.give(0);
-    pair.works(0);
-    // The guest that has the turn is killed: the other one gets it.
-    let pid = pair.guests[0].control().unwrap().status().unwrap().pid;
-    kill(pid);
-    pair.wait_for_turn(1);
-    pair.works(1);
-    // The host is killed, and another one comes.
-    kill(pair.host.as_ref().unwrap().pid());
-    pair.host = None;
-    shell(&mut pair.guests[1], "true");
-    pair.host = Some(Pair::host(pair.folder.path(), "down"));
-    pair.wait_for_turn(1);
-    // The device begins anew; its driver has to be told.
-    let vm = pair.guests[1].paths().dir.file_name().unwrap().to_owned();
-    assert_eq!(vm, NAMES[1]);
-    pair.guests[1].agent().disconnect();
-    let mut control = pair.guests[1].control().unwrap();
-    let module = "e1000".to_owned();
-    let resumed = control.ask(&cofferdam::control::protocol::Request::ResumeDevice { module });
-    resumed.unwrap_or_else(|error| panic!("{error:#}{}", pair.guests[1].last_words()));
-    pair.works(1);
-}
-
 pub(super) fn kill(pid: u32) {
     // SAFETY: a plain system call on a process of this test's own.
     let sent = unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
@@ -303,5 +275,33 @@ mod long {
         victim.release();
         host.give(NAMES[0]).unwrap();
         nic_works(&mut victim.guest);
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn the_nic_outlives_guests_and_guests_outlive_its_host() {
+        let mut pair = Pair::new("down");
+        pair.give(0);
+        pair.works(0);
+        // The guest that has the turn is killed: the other one gets it.
+        let pid = pair.guests[0].control().unwrap().status().unwrap().pid;
+        kill(pid);
+        pair.wait_for_turn(1);
+        pair.works(1);
+        // The host is killed, and another one comes.
+        kill(pair.host.as_ref().unwrap().pid());
+        pair.host = None;
+        shell(&mut pair.guests[1], "true");
+        pair.host = Some(Pair::host(pair.folder.path(), "down"));
+        pair.wait_for_turn(1);
+        // The device begins anew; its driver has to be told.
+        let vm = pair.guests[1].paths().dir.file_name().unwrap().to_owned();
+        assert_eq!(vm, NAMES[1]);
+        pair.guests[1].agent().disconnect();
+        let mut control = pair.guests[1].control().unwrap();
+        let module = "e1000".to_owned();
+        let resumed = control.ask(&cofferdam::control::protocol::Request::ResumeDevice { module });
+        resumed.unwrap_or_else(|error| panic!("{error:#}{}", pair.guests[1].last_words()));
+        pair.works(1);
     }
 }

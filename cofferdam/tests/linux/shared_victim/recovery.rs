@@ -251,61 +251,6 @@ fn configuration_survives_rollback_and_restart_and_a_driver_that_fails_too_often
     victim.assert_healthy("all of it");
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_device_that_is_put_back_by_its_registers_goes_on() {
-    let mut victim = victim();
-    victim.checkpoint = CheckpointBy::Registers;
-    // These read the device, and the first acknowledges its interrupts by that.
-    for entry in ["e1000_intr", "e1000_clean"] {
-        victim.isolate(entry, unlimited());
-        let operation = Operation::of(entry).unwrap();
-        let offset = victim.fail_at(entry, operation, Place::Last);
-        victim.inject(entry, offset, FaultKind::UndefinedInstruction, 5, 30);
-        let result = traffic::send(
-            &mut victim.guest,
-            TrafficKind::TcpEcho,
-            Duration::from_secs(5),
-        );
-        let result = result.unwrap();
-        assert_eq!((result.corrupted, &result.error), (0, &None), "{entry}");
-        let count = victim.count();
-        let violations = victim.violations();
-        eprintln!("{entry}+{offset:#x}: {count:?}, {result:?}");
-        assert!(count.failed > 0, "{count:?}");
-        // Not every poll reads the device before its end.
-        let reached = |text: &String| text.contains("put back from its checkpoint");
-        assert!(
-            entry == "e1000_clean" || violations.iter().all(reached),
-            "{violations:?}"
-        );
-        victim.release();
-        victim.assert_healthy(entry);
-    }
-    // These reset the controller and power the PHY down and up.
-    let resets: &[&str] = match full() {
-        true => &["e1000_set_ringparam", "e1000_change_mtu"],
-        false => &["e1000_set_ringparam"],
-    };
-    for entry in resets {
-        victim.isolate(entry, unlimited());
-        let operation = Operation::of(entry).unwrap();
-        let places: &[Place] = match full() {
-            true => &[Place::Middle, Place::Last],
-            false => &[Place::Last],
-        };
-        for &place in places {
-            let offset = victim.fail_at(entry, operation, place);
-            let violations = victim.violations();
-            eprintln!("{entry}+{offset:#x}: {violations:?}");
-            victim.ping();
-            victim.operate_well(operation);
-            victim.assert_healthy(entry);
-        }
-        victim.release();
-    }
-}
-
 /// Puts the NIC to sleep behind its driver's back (D3hot, by its power management control
 /// register).
 const SLEEP: &str =
@@ -469,5 +414,60 @@ mod long {
         victim.assert_configured(&before);
         victim.release();
         victim.assert_healthy("a poll that fails for ever");
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_device_that_is_put_back_by_its_registers_goes_on() {
+        let mut victim = victim();
+        victim.checkpoint = CheckpointBy::Registers;
+        // These read the device, and the first acknowledges its interrupts by that.
+        for entry in ["e1000_intr", "e1000_clean"] {
+            victim.isolate(entry, unlimited());
+            let operation = Operation::of(entry).unwrap();
+            let offset = victim.fail_at(entry, operation, Place::Last);
+            victim.inject(entry, offset, FaultKind::UndefinedInstruction, 5, 30);
+            let result = traffic::send(
+                &mut victim.guest,
+                TrafficKind::TcpEcho,
+                Duration::from_secs(5),
+            );
+            let result = result.unwrap();
+            assert_eq!((result.corrupted, &result.error), (0, &None), "{entry}");
+            let count = victim.count();
+            let violations = victim.violations();
+            eprintln!("{entry}+{offset:#x}: {count:?}, {result:?}");
+            assert!(count.failed > 0, "{count:?}");
+            // Not every poll reads the device before its end.
+            let reached = |text: &String| text.contains("put back from its checkpoint");
+            assert!(
+                entry == "e1000_clean" || violations.iter().all(reached),
+                "{violations:?}"
+            );
+            victim.release();
+            victim.assert_healthy(entry);
+        }
+        // These reset the controller and power the PHY down and up.
+        let resets: &[&str] = match full() {
+            true => &["e1000_set_ringparam", "e1000_change_mtu"],
+            false => &["e1000_set_ringparam"],
+        };
+        for entry in resets {
+            victim.isolate(entry, unlimited());
+            let operation = Operation::of(entry).unwrap();
+            let places: &[Place] = match full() {
+                true => &[Place::Middle, Place::Last],
+                false => &[Place::Last],
+            };
+            for &place in places {
+                let offset = victim.fail_at(entry, operation, place);
+                let violations = victim.violations();
+                eprintln!("{entry}+{offset:#x}: {violations:?}");
+                victim.ping();
+                victim.operate_well(operation);
+                victim.assert_healthy(entry);
+            }
+            victim.release();
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! meet them.
 //!
 //! ```text
-//!  for COFFERDAM_SOAK_SECONDS (10):
+//!  for COFFERDAM_SOAK_SECONDS (5):
 //!    a TCP stream, contents checked  ║ isolate some entries, use the driver, wait, release; again and again
 //!    no stream                       ║ the same, with operations that stop and start the NIC
 //! ```
@@ -125,7 +125,7 @@ fn entries_are_isolated_and_released_at_random_under_traffic() {
         rounds: 0,
         calls: 0,
     };
-    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 10));
+    let end = Instant::now() + Duration::from_secs(number("COFFERDAM_SOAK_SECONDS", 5));
     while Instant::now() < end {
         let left = end.saturating_duration_since(Instant::now());
         let stream = soak.stream(STREAM.min(left));
