@@ -65,7 +65,7 @@ impl DriverPolicy {
         let pointees = arguments.filter_map(|argument| self.types.pointee(argument.type_id));
         let types = pointees.filter_map(|to| Some(self.types.resolve(to)?.0));
         // All of them count as seen, not only those up to the first new one.
-        types.fold(false, |is_new, id| seen.insert(id) || is_new)
+        types.filter(|id| seen.insert(*id)).count() > 0
     }
 
     /// Looks for what else could be a reason to write at `at`.

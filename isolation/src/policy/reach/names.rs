@@ -15,18 +15,21 @@ use crate::guest::btf::{Btf, Function, Member, TypeId};
 /// the guest says.
 const MAX_PLACES: usize = 1024;
 
+/// Answers by what was asked about.
+type Answers<Q, A> = RefCell<HashMap<Q, A>>;
+
 /// Answers to questions about one [`Btf`], which does not change. There are as many as the rules
 /// have names and structures, one for each function of the driver that was called, and [`MAX_PLACES`].
 #[derive(Debug, Default)]
 pub struct Names {
-    structs: RefCell<HashMap<&'static str, Option<TypeId>>>,
-    members: RefCell<HashMap<(TypeId, &'static str), Option<Member>>>,
-    functions: RefCell<HashMap<String, Option<TypeId>>>,
-    paths: RefCell<HashMap<(TypeId, &'static str), Option<Arc<Path>>>>,
-    counts: RefCell<HashMap<TypeId, Arc<[GvaRange]>>>,
-    pointing: RefCell<HashMap<TypeId, Arc<[Candidate]>>>,
-    holders: RefCell<HashMap<(TypeId, u64), Arc<[Containing]>>>,
-    leading: RefCell<HashMap<TypeId, Arc<[Member]>>>,
+    structs: Answers<&'static str, Option<TypeId>>,
+    members: Answers<(TypeId, &'static str), Option<Member>>,
+    functions: Answers<String, Option<TypeId>>,
+    paths: Answers<(TypeId, &'static str), Option<Arc<Path>>>,
+    counts: Answers<TypeId, Arc<[GvaRange]>>,
+    pointing: Answers<TypeId, Arc<[Candidate]>>,
+    holders: Answers<(TypeId, u64), Arc<[Containing]>>,
+    leading: Answers<TypeId, Arc<[Member]>>,
 }
 
 impl Names {
