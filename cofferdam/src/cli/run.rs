@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
-use vmm::snapshot::Snapshot;
+use vmm::snapshot::Manifest;
 
 use crate::options::{
     DiskSpec, MacAddress, MemorySize, NetOption, NicOption, NicSpec, SerialSpec, VmName,
@@ -192,7 +192,8 @@ impl RunOptions {
 
     /// A VM that goes on from the snapshot in `dir`.
     fn restored(self, dir: PathBuf) -> anyhow::Result<RunConfig> {
-        let snapshot = Snapshot::open(&dir)?;
+        // The rest of it is looked at when the VM is made.
+        let manifest = Manifest::read(&dir)?;
         let changes = Changes {
             name: self.name,
             kernel: self.kernel,
@@ -205,7 +206,7 @@ impl RunOptions {
             no_reboot: self.no_reboot,
         };
         let lazy = self.lazy;
-        let saved = SavedVm::of(snapshot.manifest())?;
+        let saved = SavedVm::of(&manifest)?;
         let config = saved.configure(changes, Restored { dir, lazy })?;
         Ok(RunConfig {
             sandbox: self.sandbox,

@@ -87,6 +87,22 @@ fn forbid_huge_pages(forbidden: bool) {
 pub fn give_back_unused() {
     // SAFETY: malloc_trim takes no pointer and may be called at any time.
     unsafe { libc::malloc_trim(0) };
+    advise(|kind| match kind {
+        Mapping::Text => Some(libc::MADV_DONTNEED),
+        Mapping::Heap => Some(libc::MADV_NOHUGEPAGE),
+    });
+    forbid_huge_pages(false);
+}
+
+/// Lets guest memory have huge pages from now on, and gives nothing back yet: who waits for the
+/// guest would wait for what was given back, too.
+pub fn let_guest_have_huge_pages() {
+    advise(|kind| (kind == Mapping::Heap).then_some(libc::MADV_NOHUGEPAGE));
+    forbid_huge_pages(false);
+}
+
+/// Gives the kernel the advice that `what` says about each mapping.
+fn advise(what: impl Fn(Mapping) -> Option<libc::c_int>) {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_else(|error| {
         tracing::debug!("memory of the start is kept: {error}");
         String::new()
@@ -95,9 +111,8 @@ pub fn give_back_unused() {
         let Some((start, end, kind)) = mapping(line) else {
             continue;
         };
-        let advice = match kind {
-            Mapping::Text => libc::MADV_DONTNEED,
-            Mapping::Heap => libc::MADV_NOHUGEPAGE,
+        let Some(advice) = what(kind) else {
+            continue;
         };
         let length = end.saturating_sub(start);
         let start = start as *mut libc::c_void;
@@ -108,7 +123,6 @@ pub fn give_back_unused() {
             tracing::debug!("{line}: {}", std::io::Error::last_os_error());
         }
     }
-    forbid_huge_pages(false);
 }
 
 /// Mappings that something can be given back of.

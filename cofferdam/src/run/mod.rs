@@ -193,6 +193,7 @@ pub fn run(config: RunConfig) -> anyhow::Result<Ending> {
         .group
         .enter(&config.name, config.jail, memory, config.vcpus)?;
     let jail = config.begin_jail()?;
+    config.sandbox.begin();
     memory::make_buffers_lazy();
     let watch = watch::Watch::start(signals)?;
     let result = boot(&config, dir, (jail, &group, userfault), started_ns, &watch);
@@ -268,7 +269,9 @@ fn boot(
         put_into(&mut vm, saved, &nics, watch)?;
         steps.done("it has the snapshot's state");
     }
-    let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), saved.as_ref(), &panic)?;
+    let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), &panic)?;
+    let in_line = saved.as_ref().map(|_| restored::get_in_line(&supervisor));
+    let in_line = in_line.transpose()?;
     let plugging = plugging::Plugging::new(
         config.name.clone(),
         vm.handle(),
@@ -280,12 +283,17 @@ fn boot(
         console: console.clone(),
         started_ns,
     };
-    let service = service::VmService::new(config, plugging, supervisor, told)?;
+    let service = service::VmService::new(config, plugging, supervisor.clone(), told)?;
     steps.done("recovery and the service are made");
     // Everything is open; nobody has been answered yet, and the guest does not run.
     let sandbox = wall_off(config, (jail, group), &paths.dir, belongings)?;
     vm.on_vcpu_start(move || sandbox.enter_vcpu());
     steps.done("the sandbox is entered");
+    if let Some((saved, agent)) = saved.as_ref().zip(in_line) {
+        // Its threads are behind the walls from their beginning.
+        saved.tell_guest(&vm, &nics, &supervisor, agent)?;
+    }
+    drop(supervisor);
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
@@ -294,7 +302,10 @@ fn boot(
     if let Some(input) = input {
         input.start(vm.handle(), belongings)?;
     }
-    memory::give_back_unused();
+    match &saved {
+        Some(saved) => saved.let_guest_have_huge_pages(),
+        None => memory::give_back_unused(),
+    }
     steps.done("it is ready to run");
     let begins = match saved {
         Some(_) => "the guest goes on",
@@ -362,7 +373,6 @@ fn start_recovery(
     vm: &Vm,
     nics: &nics::Nics,
     agent_socket: PathBuf,
-    saved: Option<&Saved>,
     panic: &GuestPanic,
 ) -> anyhow::Result<Arc<Supervisor<Isolation>>> {
     let isolator = Isolator::attach(vm.handle())?;
@@ -374,9 +384,6 @@ fn start_recovery(
     let guest = Isolation::new(vm.handle(), isolator, agent_socket, nics.clone());
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
-    if let Some(saved) = saved {
-        saved.tell_guest(vm, nics, &supervisor)?;
-    }
     vm.handle().add_participant(Arc::new(panic.clone()));
     let weak = Arc::downgrade(&supervisor);
     let forgotten = panic.clone();

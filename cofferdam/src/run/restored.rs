@@ -136,7 +136,15 @@ impl Saved {
         Ok(Some(answered))
     }
 
-    /// Has it done, once the guest goes on and its agent answers, what only the guest can do (its
+    /// Lets guest memory have huge pages again, as far as it can: what is mapped from the snapshot
+    /// cannot, and that is said when [`Self::tell_guest`] has told the guest.
+    pub fn let_guest_have_huge_pages(&self) {
+        if !self.lazy {
+            memory::let_guest_have_huge_pages();
+        }
+    }
+
+    /// Has it done, once the guest goes on and its agent, which was got in line for, answers, what only the guest can do (its
     /// real time stood still, a clone has other addresses), and what was isolated when the snapshot
     /// was taken isolated again. What does not work is said in the log.
     ///
@@ -147,6 +155,7 @@ impl Saved {
         vm: &Vm,
         nics: &Nics,
         supervisor: &Arc<Supervisor<Isolation>>,
+        agent: Client,
     ) -> anyhow::Result<()> {
         let saved = SavedVm::of(self.chain.top().manifest())?;
         let now: Vec<_> = nics.all().iter().map(|nic| nic.config.mac).collect();
@@ -156,11 +165,6 @@ impl Saved {
             addresses: pairs.filter(|(was, is)| was != is).collect(),
             isolated: saved.isolated().to_vec(),
         };
-        // Before the guest goes on, and so before everybody else who waits for it.
-        let mut agent = supervisor.guest().agent();
-        agent
-            .get_in_line()
-            .context("cannot connect to the agent's socket")?;
         let answered = self.record_first(vm)?;
         let supervisor = supervisor.clone();
         std::thread::Builder::new()
@@ -169,6 +173,18 @@ impl Saved {
             .context("cannot start a thread that tells the guest")?;
         Ok(())
     }
+}
+
+/// The guest's agent, in whose line this is the first, as long as the guest does not go on.
+///
+/// # Errors
+/// The agent's socket is not there.
+pub fn get_in_line(supervisor: &Supervisor<Isolation>) -> anyhow::Result<Client> {
+    let mut agent = supervisor.guest().agent();
+    agent
+        .get_in_line()
+        .context("cannot connect to the agent's socket")?;
+    Ok(agent)
 }
 
 /// What a guest does not know that goes on from a snapshot.
@@ -190,6 +206,8 @@ impl News {
         drop(answered);
         // Others wait for their turn.
         drop(agent);
+        // Until then it would only have had to be read again.
+        memory::give_back_unused();
         if let Err(error) = told {
             tracing::warn!("the guest was not told that it goes on from a snapshot: {error:#}");
         }

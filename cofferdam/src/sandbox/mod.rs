@@ -118,6 +118,14 @@ impl MachineSandbox {
         Namespaces::begin()
     }
 
+    /// Gives up what can be given up before anything is opened, and before there is a second
+    /// thread.
+    pub fn begin(&self) {
+        if self.options.mode() == Mode::On {
+            privileges::bound_before_threads(privileges::KEPT);
+        }
+    }
+
     /// Puts this process behind its walls: all threads that there are and will be. Of what was
     /// opened before it may go on to use all, and at its end it removes `sockets`.
     ///

@@ -59,6 +59,8 @@ static KEEP: AtomicU64 = AtomicU64::new(ALL);
 static RULESET: AtomicI32 = AtomicI32::new(NO_RULESET);
 static DONE: AtomicUsize = AtomicUsize::new(0);
 static FAILED: AtomicI32 = AtomicI32::new(0);
+/// What may be in the bounding set of any thread.
+static BOUNDED: AtomicU64 = AtomicU64::new(ALL);
 
 /// `struct __user_cap_header_struct` of capget(2).
 #[repr(C)]
@@ -94,6 +96,30 @@ pub fn limit_resources() -> io::Result<()> {
         maximum: bounded(now.maximum),
     };
     Ok(setrlimit(Resource::Nofile, limit)?)
+}
+
+/// Takes all capabilities but `keep` out of the bounding set while this is the only thread: those
+/// that come later inherit it, so that none of them has to make forty calls of its own. What the
+/// process has it keeps until [`drop_in_each_thread`].
+pub fn bound_before_threads(keep: u64) {
+    if drop_from_bounding_set(keep) {
+        BOUNDED.store(keep, Ordering::SeqCst);
+    }
+}
+
+/// Takes all capabilities but `keep` out of the calling thread's bounding set; `false` if it has no
+/// right to.
+fn drop_from_bounding_set(keep: u64) -> bool {
+    let may_be_there = BOUNDED.load(Ordering::SeqCst);
+    for capability in (0..64).filter(|bit| may_be_there & !keep & (1 << bit) != 0) {
+        // SAFETY: numbers only (prctl(2)).
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            // Behind the last one that this kernel has there is none.
+            // SAFETY: errno is this thread's own.
+            return unsafe { *libc::__errno_location() } == libc::EINVAL;
+        }
+    }
+    true
 }
 
 /// Has each thread of this process give up all capabilities but `keep` (bits by number), the right
@@ -249,12 +275,7 @@ fn give_up() -> Result<(), i32> {
 
 fn drop_capabilities(keep: u64) -> Result<(), i32> {
     // The bounding set needs a right that an ordinary user has not, who has no capabilities either.
-    for capability in (0..64).filter(|bit| keep & (1 << bit) == 0) {
-        // SAFETY: numbers only (prctl(2)).
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
-            break;
-        }
-    }
+    drop_from_bounding_set(keep);
     let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL;
     // SAFETY: numbers only; kernels before 4.3 have no such set (prctl(2)).
     unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) };

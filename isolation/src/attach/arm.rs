@@ -1,9 +1,11 @@
 //! Arming and disarming: what has to be known of the guest, and the patches in P and in the guest.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use devices::dma::GuestMemory;
+use vm_memory::{Address, Bytes};
 
 use super::AttachError;
 use super::plan::Plan;
@@ -142,19 +144,29 @@ pub(crate) fn set_gates(
     virt: &VirtMemory<'_, GuestMemory>,
     memory: &GuestMemory,
 ) -> Result<(), AttachError> {
+    // A hundred of them are on a dozen pages.
+    let mut pages = HashMap::new();
     for (at, gate) in gates.iter_mut() {
-        let mut now = [0; GATE_BYTES];
-        virt.read(Gva(*at), &mut now)?;
-        let translation = virt.space.walk(virt.memory, Gva(*at));
-        let gpa = translation
-            .map_err(|_| DomainError::TextNotMapped(*at))?
-            .gpa
-            .0;
+        let not_mapped = || DomainError::TextNotMapped(*at);
+        let page = Gva(*at).page();
+        let frame = match pages.entry(page) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(place) => {
+                let translation = virt.space.walk(virt.memory, page);
+                *place.insert(translation.map_err(|_| not_mapped())?.gpa)
+            }
+        };
+        let offset = *at - page.0;
         // A NOP that crosses a page would need two translations; functions are 16-byte aligned.
-        if now != FTRACE_NOP || gpa & 0xfff > 0x1000 - GATE_BYTES as u64 {
-            return Err(DomainError::TextNotMapped(*at).into());
+        let fits = offset <= 0x1000 - GATE_BYTES as u64;
+        let gpa = frame.checked_add(offset).filter(|_| fits);
+        let gpa = gpa.ok_or_else(not_mapped)?;
+        let mut now = [0; GATE_BYTES];
+        let read = virt.memory.read_slice(&mut now, gpa);
+        if read.is_err() || now != FTRACE_NOP {
+            return Err(not_mapped().into());
         }
-        gate.gpa = gpa;
+        gate.gpa = gpa.0;
     }
     let isolated = || gates.values().filter(|gate| !gate.is_guard);
     for (written, gate) in isolated().enumerate() {

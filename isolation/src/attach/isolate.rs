@@ -16,18 +16,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::dma::GuestMemory;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_sregs};
+use kvm_bindings::kvm_sregs;
 use kvm_ioctls::Kvm;
 
 use vmm::PausedVcpus;
 
-use super::arm::{driver_policy, fault_tables, gates_of, prepare, set_gates, text_of};
-use super::kernel_functions::{LINUX, WaitsForOthers, lacking};
+use super::arm::{driver_policy, fault_tables, gates_of, set_gates, text_of};
+use super::kernel_functions::lacking;
 use super::live;
+use super::made_domain::make_domain;
 use super::plan::Plan;
+use super::registers::{KnownPlaces, Registers};
 use super::removal::{PlannedWatch, RemovalWatch};
 use super::request::{Contain, IsolateRequest, Isolated, Strength};
-use super::{AttachError, Isolator, physical_bits};
+use super::{AttachError, Isolator};
 use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
@@ -36,32 +38,21 @@ use crate::dispatch::armed::{
 };
 use crate::dispatch::fault::Faults;
 use crate::dispatch::supervisor::Knowledge;
+use crate::domain::Domain;
 use crate::domain::effects::KernelEffects;
 use crate::domain::host_memory::HostMemory;
-use crate::domain::waiting::Waiting;
-use crate::domain::{Domain, DomainConfig};
 use crate::fault_image::{Keeper, Subject};
-use crate::guest::addr::GvaRange;
+use crate::guest::addr::Gva;
 use crate::guest::btf::Btf;
-use crate::guest::memory_model::mapping_of_memory;
 use crate::guest::modules::{ModuleLayout, ModuleText};
-use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::abort_value::is_transmit_named;
-use crate::policy::call::DriverPolicy;
+use crate::policy::call::{CallMemory, DriverPolicy, MemoryBefore};
 use crate::policy::completion::{no_answer, serves_blocks};
-use crate::policy::handed_over;
 
 /// How often a domain is made while the guest runs before it is made with the guest stopped.
 const ATTEMPTS: u32 = 3;
-
-/// A vCPU's control registers and the tables that the guest is looked at through.
-struct Registers {
-    cpuid: CpuId,
-    physical_bits: u8,
-    sregs: kvm_sregs,
-    space: AddressSpace,
-}
 
 /// All of an isolated module but what is in the guest.
 struct Prepared {
@@ -78,7 +69,12 @@ struct Prepared {
     physical_bits: u8,
     isolated: Isolated,
     watch: Option<PlannedWatch>,
+    /// The module's direct calls out of it, by address.
+    calls: HashMap<u64, Gva>,
 }
+
+/// What was needed to put a module into its domain, and is dropped when the guest runs again.
+type Leftovers = (Plan, ModuleText);
 
 impl Isolator {
     /// Puts functions of a module into a domain of their own.
@@ -93,10 +89,8 @@ impl Isolator {
         }
         let (symbols, types) = (request.symbols.clone(), request.types.clone());
         let isolated = self.make_and_put_in_place(request);
-        // What calls need of it comes back by itself.
-        symbols.cool();
-        if let Some(types) = types {
-            types.cool();
+        if isolated.is_err() {
+            cool(&symbols, types.as_deref());
         }
         isolated
     }
@@ -109,9 +103,10 @@ impl Isolator {
         let mut request = Some(request);
         for _ in 0..ATTEMPTS {
             let Some(asked) = &request else { break };
-            let look = |vcpus: &mut PausedVcpus<'_>| Registers::of(vcpus, asked, &memory);
+            let known = KnownPlaces::of(asked)?;
+            let look = |vcpus: &mut PausedVcpus<'_>| Registers::of(vcpus, &known, &memory);
             let registers = timed(&mut stopped, || self.vm.with_paused(look))??;
-            let prepared = match Prepared::new(
+            let mut prepared = match Prepared::new(
                 (self.vm.kvm(), &self.host_memory),
                 asked,
                 &registers,
@@ -120,26 +115,29 @@ impl Isolator {
                 Err(error) if may_pass(&error) => continue,
                 prepared => prepared?,
             };
+            prepared.rehearse(asked, &registers, &memory);
             let put = |vcpus: &mut PausedVcpus<'_>| {
                 self.put_in_place(prepared, &mut request, vcpus, &memory)
             };
-            if let Some(isolated) = timed(&mut stopped, || self.vm.with_paused(put))?? {
+            // What is not needed any more is dropped when the guest runs again.
+            if let Some((isolated, _)) = timed(&mut stopped, || self.vm.with_paused(put))?? {
                 return Ok(isolated.took(stopped, begun.elapsed()));
             }
         }
         let at_once = |vcpus: &mut PausedVcpus<'_>| {
             let asked = request.as_ref().ok_or(AttachError::Changing)?;
-            let registers = Registers::of(vcpus, asked, &memory)?;
+            let registers = Registers::of(vcpus, &KnownPlaces::of(asked)?, &memory)?;
             let prepared = Prepared::new(
                 (self.vm.kvm(), &self.host_memory),
                 asked,
                 &registers,
                 &memory,
             )?;
+            cool(&asked.symbols, asked.types.as_deref());
             self.put_in_place(prepared, &mut request, vcpus, &memory)
         };
         let isolated = timed(&mut stopped, || self.vm.with_paused(at_once))??;
-        let isolated = isolated.ok_or(AttachError::Changing)?;
+        let (isolated, _) = isolated.ok_or(AttachError::Changing)?;
         Ok(isolated.took(stopped, begun.elapsed()))
     }
 
@@ -156,14 +154,14 @@ impl Isolator {
 
     /// Writes the gates of what was prepared into the guest, which is stopped, if the guest is
     /// still as it was when it was prepared; `None`, with nothing done, if it is not. Takes the
-    /// request if it is done.
+    /// request if it is done. With what was isolated comes what is not needed any more.
     fn put_in_place(
         &self,
         mut prepared: Prepared,
         request: &mut Option<IsolateRequest>,
         vcpus: &mut PausedVcpus<'_>,
         memory: &Arc<GuestMemory>,
-    ) -> Result<Option<Isolated>, AttachError> {
+    ) -> Result<Option<(Isolated, Leftovers)>, AttachError> {
         let Some(asked) = request else {
             return Ok(None);
         };
@@ -183,43 +181,13 @@ impl Isolator {
         };
         let (isolated, planned) = (prepared.isolated.clone(), prepared.watch);
         let module = request.module.clone();
-        let armed = prepared.arm(request, &virt, self.guest_time.stopwatches());
+        let (armed, leftovers) = prepared.arm(request, &virt, self.guest_time.stopwatches());
         self.modules().insert(module, armed);
         let mut watch = self.watch();
         if let (None, Some(planned)) = (*watch, planned) {
             *watch = RemovalWatch::set(planned, &virt);
         }
-        Ok(Some(isolated))
-    }
-}
-
-impl Registers {
-    fn of(
-        vcpus: &mut PausedVcpus<'_>,
-        request: &IsolateRequest,
-        memory: &GuestMemory,
-    ) -> Result<Self, AttachError> {
-        let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
-        let cpuid = vcpu
-            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-        let physical_bits = physical_bits(&cpuid);
-        let text = text_of(&request.module, &request.sections)?;
-        let (mut sregs, space) = live::kernel_tables(vcpus, physical_bits, text, memory)?;
-        // Tables that stay while the guest runs, if there are any.
-        let space = match live::boot_tables(&request.symbols, space, text, memory) {
-            Some(lasting) => {
-                sregs.cr3 = lasting.root.0;
-                lasting
-            }
-            None => space,
-        };
-        Ok(Self {
-            cpuid,
-            physical_bits,
-            sregs,
-            space,
-        })
+        Ok(Some((isolated, leftovers)))
     }
 }
 
@@ -268,7 +236,9 @@ impl Prepared {
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);
         let knowledge = Knowledge::new(&layout, symbols.clone(), faults);
+        let redirects = plan.redirects.iter();
         Ok(Self {
+            calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
             isolated: isolated(&plan, &knowledge, &strength),
             watch: types.and_then(|types| RemovalWatch::plan(types, symbols)),
             knowledge,
@@ -285,6 +255,41 @@ impl Prepared {
             gates,
             strength,
         })
+    }
+
+    /// Does while the guest runs what is to be done when it is stopped, and at the first call:
+    /// whoever waits then need not wait for code and data to be read from files. What it says about
+    /// the guest is of no account.
+    fn rehearse(
+        &mut self,
+        request: &IsolateRequest,
+        registers: &Registers,
+        memory: &Arc<GuestMemory>,
+    ) {
+        // What calls need of it comes back by itself, the more of it now.
+        cool(&request.symbols, request.types.as_deref());
+        let space = registers.space;
+        if let Some(policy) = &mut self.policy {
+            let (private, shared) = self.domain.memories();
+            let memory = CallMemory {
+                private: VirtMemory {
+                    space,
+                    memory: &private,
+                },
+                before: MemoryBefore::new(&shared),
+                stack: None,
+                per_cpu_base: registers.sregs.gs.base,
+            };
+            let gates = self.plan.gates.iter();
+            policy.rehearse(&memory, gates.map(|gate| gate.name.as_str()));
+        }
+        let virt = VirtMemory {
+            space,
+            memory: &**memory,
+        };
+        if !self.is_current(&registers.sregs, &virt).unwrap_or(false) {
+            tracing::debug!("{} changed while it was looked at", request.module);
+        }
     }
 
     /// Whether the guest, which is stopped, is as it was when all this was read.
@@ -306,9 +311,8 @@ impl Prepared {
         request: IsolateRequest,
         virt: &VirtMemory<'_, GuestMemory>,
         stopwatches: Stopwatches,
-    ) -> Armed {
+    ) -> (Armed, Leftovers) {
         let call_loop = self.effects.is_some();
-        let redirects = self.plan.redirects.iter();
         let subject = Subject {
             module: request.module,
             sections: request.sections,
@@ -319,14 +323,14 @@ impl Prepared {
         };
         let keeper = request.keep_faults.map(|keep| Keeper::new(keep, subject));
         let call_loop = call_loop.then(|| CallLoop::place(&self.layout, virt));
-        Armed {
+        let armed = Armed {
             wanted: Arc::default(),
             domain: self.domain,
             policy: self.policy,
             guest: KnownGuest {
                 knowledge: self.knowledge,
                 effects: self.effects,
-                calls: redirects.map(|(site, target)| (site.0, *target)).collect(),
+                calls: self.calls,
                 strength: self.strength,
                 physical_bits: self.physical_bits,
             },
@@ -346,7 +350,8 @@ impl Prepared {
             tracer: None,
             stopped: false,
             broken: None,
-        }
+        };
+        (armed, (self.plan, self.text))
     }
 }
 
@@ -415,71 +420,6 @@ fn not_found(kernel: &str, lacking: &[String]) -> String {
     format!("not found in the guest's kernel ({kernel}), or under another name: {names}")
 }
 
-/// The private VM with its copies of driver and kernel text patched.
-fn make_domain(
-    (kvm, host_memory): (&Kvm, &HostMemory),
-    request: &IsolateRequest,
-    registers: &Registers,
-    plan: &Plan,
-    memory: &Arc<GuestMemory>,
-) -> Result<Domain, AttachError> {
-    let mut domain = Domain::new(DomainConfig {
-        kvm,
-        memory: memory.clone(),
-        cpuid: &registers.cpuid,
-        sregs: &registers.sregs,
-        monitor_gpa: vmm::layout::UNUSED.0,
-        moving: match request.memory_moves {
-            true => {
-                let virt = VirtMemory {
-                    space: registers.space,
-                    memory: memory.as_ref(),
-                };
-                mapping_of_memory(&request.symbols, &virt)
-            }
-            false => None,
-        },
-        host_memory: host_memory.clone(),
-        driver_text: plan.text_pages.iter().map(|page| page.0).collect(),
-        each_store: request.contain == Contain::Exact,
-        common: plan.common_pages.iter().map(|page| page.0).collect(),
-        kick_signal: vmm::kick_signal(),
-    })?;
-    let types = request.types.as_ref();
-    let answers = types.map(|types| handed_over::answers(types, &request.symbols));
-    prepare(&mut domain, plan, answers.unwrap_or_default())?;
-    if let Some(types) = &request.types {
-        for waits in &LINUX.waits_for_others {
-            if let Some(waiting) = waiting(waits, &request.symbols, types) {
-                domain.wait_in_guest(&waiting)?;
-            }
-        }
-    }
-    for name in &request.guest_only {
-        let symbol = request.symbols.kernel_symbol(name);
-        let symbol = symbol.ok_or_else(|| AttachError::NoSuchFunction(name.clone()))?;
-        domain.trap_function(symbol.at.0)?;
-    }
-    Ok(domain)
-}
-
-/// How the private VM has a function that waits for others, if this kernel has it so and there is
-/// room for that.
-fn waiting(waits: &WaitsForOthers, symbols: &SymbolTable, types: &Btf) -> Option<Waiting> {
-    let function = symbols.kernel_symbol(waits.name)?.at;
-    let room = GvaRange::new(function, Waiting::MAX_CODE_BYTES)?;
-    symbols
-        .extent(function, room)
-        .filter(|extent| *extent == room)?;
-    let [outer, inner] = waits.member;
-    let outer = types.find_member(types.find_struct(waits.of)?, outer)?;
-    let inner = types.find_member(outer.type_id, inner)?;
-    types.size_of(inner.type_id).filter(|bytes| *bytes == 4)?;
-    let offset = u64::from(outer.bit_offset / 8) + u64::from(inner.bit_offset / 8);
-    let bit = u32::try_from(types.enum_value(waits.bit)?).ok()?;
-    Waiting::new(function.0, offset, bit)
-}
-
 /// Whether what failed may work a moment later: the guest was running and what was read was
 /// changing.
 fn may_pass(error: &AttachError) -> bool {
@@ -487,6 +427,14 @@ fn may_pass(error: &AttachError) -> bool {
         error,
         AttachError::Memory(_) | AttachError::Domain(_) | AttachError::Module(_)
     )
+}
+
+/// Gives up the memory of what was looked at of symbols and types.
+fn cool(symbols: &SymbolTable, types: Option<&Btf>) {
+    symbols.cool();
+    if let Some(types) = types {
+        types.cool();
+    }
 }
 
 /// Adds the time that `work` takes to `spent`.

@@ -86,15 +86,19 @@ impl Armed {
 /// (arch/x86/include/asm/pgtable_64.h).
 const BOOT_TABLES: &str = "init_top_pgt";
 
-/// The kernel's own tables as an address space, if they can be found from the symbols through
+/// Where the kernel's own top-level table is, as the symbols say.
+pub(crate) fn boot_tables_at(symbols: &SymbolTable) -> Option<Gva> {
+    Some(symbols.kernel_symbol(BOOT_TABLES)?.at)
+}
+
+/// The kernel's own tables `at` that address of its as an address space, if they are found through
 /// `space`, and lead to the same memory for `probe`. They stay when processes go.
 pub(crate) fn boot_tables(
-    symbols: &SymbolTable,
+    at: Gva,
     space: AddressSpace,
     probe: Gva,
     memory: &GuestMemory,
 ) -> Option<AddressSpace> {
-    let at = symbols.kernel_symbol(BOOT_TABLES)?.at;
     let root = space.walk(memory, at).ok()?.gpa;
     let own = AddressSpace { root, ..space };
     let leads_to = |space: &AddressSpace| space.walk(memory, probe).ok().map(|found| found.gpa);

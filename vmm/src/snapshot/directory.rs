@@ -44,13 +44,12 @@ impl Stamp {
     }
 }
 
-impl Snapshot {
-    /// Opens the snapshot in `dir`.
+impl Manifest {
+    /// What the snapshot in `dir` says of itself, without a look at its other files.
     ///
     /// # Errors
-    /// There is none, it is not one of this version, or its manifest, map or image is damaged in a
-    /// way that can be seen without reading the pages.
-    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+    /// There is no snapshot, it is not one of this version, or its manifest is damaged.
+    pub fn read(dir: &Path) -> Result<Self, SnapshotError> {
         let path = dir.join(MANIFEST_FILE);
         let text = match read_limited(&path, MAX_MANIFEST_BYTES) {
             Err(SnapshotError::Read { source, .. })
@@ -62,7 +61,18 @@ impl Snapshot {
         };
         let text = String::from_utf8(text)
             .map_err(|_| SnapshotError::damaged(&path, "it is no text (UTF-8)"))?;
-        let manifest = Manifest::from_text(&path, &text)?;
+        Self::from_text(&path, &text)
+    }
+}
+
+impl Snapshot {
+    /// Opens the snapshot in `dir`.
+    ///
+    /// # Errors
+    /// There is none, it is not one of this version, or its manifest, map or image is damaged in a
+    /// way that can be seen without reading the pages.
+    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+        let manifest = Manifest::read(dir)?;
         let map = read_stored(dir, MAP_FILE, &manifest.files.map, MAX_MAP_BYTES)?;
         let map = MemoryMap::from_bytes(&map, manifest.memory_bytes)
             .map_err(|what| SnapshotError::damaged(dir.join(MAP_FILE), what))?;
@@ -190,7 +200,9 @@ fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, SnapshotError> {
         let what = format!("it has {} bytes, more than any", metadata.len());
         return Err(SnapshotError::damaged(path, what));
     }
-    let mut bytes = Vec::new();
+    // All of it at once, and one byte of room in which its end is seen.
+    let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+    let mut bytes = Vec::with_capacity(length.saturating_add(1));
     let read = file.take(limit).read_to_end(&mut bytes);
     read.map_err(SnapshotError::read(path))?;
     Ok(bytes)

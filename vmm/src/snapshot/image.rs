@@ -51,8 +51,14 @@ pub(super) fn in_parallel<T: Sync>(
     tell: &mut dyn FnMut(usize) -> bool,
     work: impl Fn(&T, &mut Vec<u8>) -> Result<(), SnapshotError> + Sync,
 ) -> Result<(), SnapshotError> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.min(MAX_THREADS).min(items.len().max(1));
+    // How many processors there are takes twenty system calls to find out.
+    let threads = match items.len() {
+        0 | 1 => 1,
+        more => {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            processors.min(MAX_THREADS).min(more)
+        }
+    };
     let next = AtomicUsize::new(0);
     let body = |tell: &mut dyn FnMut(usize) -> bool| {
         let mut buffer = Vec::new();

@@ -200,6 +200,19 @@ impl Btf {
         std::str::from_utf8(&rest[..len.unwrap_or(0)]).unwrap_or_default()
     }
 
+    /// Whether the string at `offset` is `name`, which is quicker to say than what it is.
+    pub fn is_string(&self, offset: u32, name: &str) -> bool {
+        if offset < self.first_string {
+            return self
+                .base
+                .as_ref()
+                .is_some_and(|base| base.is_string(offset, name));
+        }
+        let rest = self.strings.get((offset - self.first_string) as usize..);
+        let behind = rest.and_then(|rest| rest.strip_prefix(name.as_bytes()));
+        name.len() < MAX_STRING && behind.is_some_and(|behind| behind.first() == Some(&0))
+    }
+
     /// What a type is. `None` if there is no type of this number.
     pub fn kind(&self, id: TypeId) -> Option<Kind<'_>> {
         if id == TypeId::VOID {

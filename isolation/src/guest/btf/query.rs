@@ -209,14 +209,13 @@ impl Btf {
         for member in members.iter() {
             *work = work.checked_sub(1)?;
             let bit_offset = base_bits.checked_add(member.bit_offset)?;
-            let member_name = self.string(member.name_at);
-            if member_name == name {
+            if self.is_string(member.name_at, name) {
                 return Some(Member {
                     bit_offset,
                     ..member
                 });
             }
-            if member_name.is_empty()
+            if self.is_string(member.name_at, "")
                 && let Some(found) = self.member_in(member.type_id, name, bit_offset, work, depth)
             {
                 return Some(found);

@@ -43,6 +43,45 @@ fn a_modules_types_go_on_where_the_kernels_end() {
 }
 
 #[test]
+fn a_string_is_the_one_that_it_is_said_to_be_and_no_other() {
+    let (kernel, [_, device, ..]) = kernel();
+    let base = Arc::new(Btf::parse(&kernel.bytes(), None).unwrap());
+    let mut e = Encoder::new(Some(&base));
+    e.structure(
+        "my_private",
+        24,
+        &[("hits", TypeId(1), 16), ("", device, 24)],
+    );
+    let own = Btf::parse(&e.bytes(), Some(base.clone())).unwrap();
+    let names = [
+        "",
+        "h",
+        "hits",
+        "hitsx",
+        "its",
+        "my_private",
+        "net_device",
+        "mtu",
+    ];
+    for at in 0..own.end_string() + 3 {
+        for name in names {
+            let inside = at < own.end_string();
+            let is = own.is_string(at, name);
+            assert_eq!(is, inside && own.string(at) == name, "{name:?} at {at}");
+        }
+    }
+    let mut cut = e.bytes();
+    cut.pop();
+    let strings = cut.len() as u32 - 24 - own.types.len() as u32;
+    cut[20..24].copy_from_slice(&strings.to_le_bytes());
+    let open = Btf::parse(&cut, Some(base)).unwrap();
+    // Its last letter, before the zero that is cut off.
+    let last = own.end_string() - 2;
+    let name = own.string(last);
+    assert!(own.is_string(last, name) && !open.is_string(last, name));
+}
+
+#[test]
 fn what_is_written_is_what_was_read() {
     let (kernel, _) = kernel();
     let base = Arc::new(Btf::parse(&kernel.bytes(), None).unwrap());

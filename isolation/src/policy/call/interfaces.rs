@@ -167,10 +167,7 @@ impl DriverPolicy {
         function: &str,
         arguments: &[u64; REGISTER_ARGUMENTS],
     ) {
-        if !self.interface_arguments.contains_key(function) {
-            let which = self.find_interface_arguments(function);
-            self.interface_arguments.insert(function.to_owned(), which);
-        }
+        self.know_interface_arguments(function);
         let which = self.interface_arguments.get(function).into_iter().flatten();
         let found: Vec<Gva> = which
             .filter_map(|index| arguments.get(*index))
@@ -189,6 +186,14 @@ impl DriverPolicy {
                 type_id,
                 name: "interface".into(),
             });
+        }
+    }
+
+    /// Finds out, once, which arguments of `function` are pointers to interfaces.
+    pub(super) fn know_interface_arguments(&mut self, function: &str) {
+        if !self.interface_arguments.contains_key(function) {
+            let which = self.find_interface_arguments(function);
+            self.interface_arguments.insert(function.to_owned(), which);
         }
     }
 

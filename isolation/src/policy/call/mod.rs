@@ -29,6 +29,7 @@ mod own_per_cpu;
 mod own_variables;
 mod programs;
 mod red_zones;
+mod rehearsal;
 mod restorable;
 mod shared_counts;
 mod whose;

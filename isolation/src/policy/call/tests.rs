@@ -2,6 +2,7 @@
 
 mod handed_out;
 mod red_zones;
+mod rehearsal;
 
 use proptest::prelude::*;
 

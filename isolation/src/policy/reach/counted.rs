@@ -95,7 +95,8 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         };
         let also = also.iter().filter_map(|name| member_range(types, id, name));
         let also: Vec<GvaRange> = also.collect();
-        for count in reference_counts(types, to).into_iter().chain(also) {
+        let counts = self.reach.names.reference_counts(types, to);
+        for count in counts.iter().copied().chain(also) {
             let first = at.checked_add(count.first().0);
             let range = first.and_then(|first| GvaRange::new(first, count.len_bytes()));
             if let Some(range) = range {

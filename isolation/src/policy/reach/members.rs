@@ -6,7 +6,7 @@ use super::limits::{MAX_ELEMENTS, MAX_NESTING};
 use super::walk::{Extent, Item, Walk};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
-use crate::guest::btf::{Kind, TypeId};
+use crate::guest::btf::{Btf, Kind, TypeId};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
 
@@ -19,7 +19,7 @@ const MAX_FLEXIBLE: u64 = 64;
 #[derive(Clone, Copy)]
 pub(super) enum Trail<'a> {
     Object(&'a str),
-    Member(&'a Trail<'a>, &'a str),
+    Member(&'a Trail<'a>, &'a Btf, u32),
     Element(&'a Trail<'a>, u64),
 }
 
@@ -27,7 +27,9 @@ impl fmt::Display for Trail<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Object(path) => f.write_str(path),
-            Self::Member(before, name) => write!(f, "{before}->{name}"),
+            Self::Member(before, types, name_at) => {
+                write!(f, "{before}->{}", types.string(*name_at))
+            }
             Self::Element(before, index) => write!(f, "{before}[{index}]"),
         }
     }
@@ -67,21 +69,13 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let Some(nesting) = nesting.checked_sub(1) else {
             return;
         };
-        let Some((_, Kind::Struct { members, .. } | Kind::Union { members, .. })) =
-            types.resolve(id)
-        else {
-            return;
-        };
-        for member in members.iter() {
-            if member.bit_size != 0 || !member.bit_offset.is_multiple_of(8) {
-                continue;
-            }
+        for member in &*self.reach.leading_members(id) {
             let Some(here) = at.checked_add(u64::from(member.bit_offset / 8)) else {
                 return;
             };
-            let trail = match types.string(member.name_at) {
-                "" => trail,
-                name => Trail::Member(&trail, name),
+            let trail = match types.is_string(member.name_at, "") {
+                true => trail,
+                false => Trail::Member(&trail, types, member.name_at),
             };
             self.follow(item, member.type_id, here, trail, nesting);
         }

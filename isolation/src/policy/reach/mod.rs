@@ -21,9 +21,11 @@
 mod arrays;
 mod block_io;
 mod counted;
+mod leading;
 mod limits;
 mod members;
 mod names;
+mod own;
 mod path;
 mod per_cpu;
 mod pools;
@@ -35,6 +37,8 @@ mod walk;
 
 #[cfg(test)]
 mod tests;
+
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -163,6 +167,10 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
 
     fn struct_named(&self, name: &'static str) -> Option<TypeId> {
         self.names.find_struct(self.types, name)
+    }
+
+    fn find_path(&self, of: TypeId, path: &'static str) -> Option<Arc<Path>> {
+        self.names.find_path(self.types, of, path)
     }
 
     fn member_named(&self, of: TypeId, name: &'static str) -> Option<Member> {

@@ -1,18 +1,35 @@
-//! What names mean, kept: each is looked for among a kernel's hundred thousand types otherwise, at
-//! every call.
+//! What names mean and how types hang together, kept: each answer is looked for among a kernel's
+//! hundred thousand types, or all of a module's, otherwise, at every call.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 
+use super::Path;
+use super::counted::reference_counts;
+use super::own::{Candidate, Containing, holders_of, pointing_at};
+use crate::guest::addr::GvaRange;
 use crate::guest::btf::{Btf, Function, Member, TypeId};
 
-/// Answers to questions by name about one [`Btf`], which does not change. There are as many as the
-/// rules have names, and one for each function of the driver that was called.
+/// Most places in allocations of which it is kept what structure may begin there: where they are
+/// the guest says.
+const MAX_PLACES: usize = 1024;
+
+/// Answers by what was asked about.
+type Answers<Q, A> = RefCell<HashMap<Q, A>>;
+
+/// Answers to questions about one [`Btf`], which does not change. There are as many as the rules
+/// have names and structures, one for each function of the driver that was called, and [`MAX_PLACES`].
 #[derive(Debug, Default)]
 pub struct Names {
-    structs: RefCell<HashMap<&'static str, Option<TypeId>>>,
-    members: RefCell<HashMap<(TypeId, &'static str), Option<Member>>>,
-    functions: RefCell<HashMap<String, Option<TypeId>>>,
+    structs: Answers<&'static str, Option<TypeId>>,
+    members: Answers<(TypeId, &'static str), Option<Member>>,
+    functions: Answers<String, Option<TypeId>>,
+    paths: Answers<(TypeId, &'static str), Option<Arc<Path>>>,
+    counts: Answers<TypeId, Arc<[GvaRange]>>,
+    pointing: Answers<TypeId, Arc<[Candidate]>>,
+    holders: Answers<(TypeId, u64), Arc<[Containing]>>,
+    leading: Answers<TypeId, Arc<[Member]>>,
 }
 
 impl Names {
@@ -28,6 +45,55 @@ impl Names {
         *known
             .entry((of, name))
             .or_insert_with(|| types.find_member(of, name))
+    }
+
+    /// The member that a path of the rules leads to, see [`Path::find`].
+    pub(super) fn find_path(
+        &self,
+        types: &Btf,
+        of: TypeId,
+        path: &'static str,
+    ) -> Option<Arc<Path>> {
+        let mut known = self.paths.borrow_mut();
+        let found = || Path::find(types, of, path).map(Arc::new);
+        known.entry((of, path)).or_insert_with(found).clone()
+    }
+
+    /// Where the structure `of` has counts of references, from its beginning.
+    pub(super) fn reference_counts(&self, types: &Btf, of: TypeId) -> Arc<[GvaRange]> {
+        let mut known = self.counts.borrow_mut();
+        let found = || reference_counts(types, of).into();
+        known.entry(of).or_insert_with(found).clone()
+    }
+
+    /// The module's structures that have pointers to `of`.
+    pub(super) fn pointing_at(&self, types: &Btf, of: TypeId) -> Arc<[Candidate]> {
+        let mut known = self.pointing.borrow_mut();
+        let found = || pointing_at(types, of).into();
+        known.entry(of).or_insert_with(found).clone()
+    }
+
+    /// The module's structures that have the structure `id` as a member at `offset`.
+    pub(super) fn holders_of(&self, types: &Btf, id: TypeId, offset: u64) -> Arc<[Containing]> {
+        let mut known = self.holders.borrow_mut();
+        if let Some(found) = known.get(&(id, offset)) {
+            return found.clone();
+        }
+        let found: Arc<[Containing]> = holders_of(types, id, offset).into();
+        if known.len() < MAX_PLACES {
+            known.insert((id, offset), found.clone());
+        }
+        found
+    }
+
+    /// The members of the structure `of` that lead anywhere, which `find` finds.
+    pub(super) fn leading_members(
+        &self,
+        of: TypeId,
+        find: impl FnOnce() -> Vec<Member>,
+    ) -> Arc<[Member]> {
+        let mut known = self.leading.borrow_mut();
+        known.entry(of).or_insert_with(|| find().into()).clone()
     }
 
     /// The function of this name.

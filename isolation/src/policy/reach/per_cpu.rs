@@ -1,6 +1,5 @@
 //! Data of the processor that a call runs on.
 
-use super::Path;
 use super::limits::LOWEST;
 use super::members::Trail;
 use super::walk::{Extent, Item, Walk};
@@ -26,7 +25,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
             let members = rule
                 .members
                 .iter()
-                .filter_map(|name| Some((*name, Path::find(types, id, name)?)));
+                .filter_map(|name| Some((*name, self.reach.find_path(id, name)?)));
             let sized = members.filter_map(|(name, path)| {
                 let to = types.pointee(path.type_id)?;
                 Some((types.size_of(to)?, name, path, to))

@@ -1,15 +1,12 @@
 //! Private data of drivers, behind structures of the kernel's or in them: what type it is.
 
+use super::PrivateArea;
 use super::walk::{Extent, Item, Walk};
-use super::{Path, PrivateArea};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
 use crate::guest::btf::{Kind, TypeId};
 use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::ObjectKind;
-
-/// Deepest nesting of structures that a member is looked for in.
-const MAX_NESTING: usize = 4;
 
 /// Most elements of a list that are looked at.
 const MAX_LISTED: usize = 64;
@@ -109,18 +106,13 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let Some(offset) = item.at.0.checked_sub(all.first().0) else {
             return;
         };
-        let mut found = None;
-        for own in types.own_ids() {
-            let fits = matches!(types.kind(own), Some(Kind::Struct { bytes, .. })
-                if u64::from(bytes) <= all.len_bytes());
-            if fits && self.has_at(own, offset, id, MAX_NESTING) && found.replace(own).is_some() {
-                return;
-            }
-        }
-        if let Some(type_id) = found {
+        let holders = self.reach.names.holders_of(types, id, offset);
+        let mut fitting = holders.iter().filter(|own| own.bytes <= all.len_bytes());
+        let found = fitting.next().filter(|_| fitting.next().is_none());
+        if let Some(own) = found {
             self.push(Item {
                 at: all.first(),
-                type_id,
+                type_id: own.id,
                 path: format!("container of {}", item.path),
                 depth: item.depth + 1,
                 kind: ObjectKind::PrivateArea,
@@ -132,7 +124,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     pub(super) fn in_namespace(&mut self, item: &Item, id: TypeId, name: &str) {
         let rules = self.reach.rules.in_namespaces.iter();
         for rule in rules.filter(|rule| rule.of == name) {
-            let generic = Path::find(self.reach.types, id, rule.generic);
+            let generic = self.reach.find_path(id, rule.generic);
             let generic = generic.and_then(|path| path.read(self.reach.virt, item.at));
             let number = self.member_value(item.at, id, rule.number);
             let (Some(generic), Some(number)) = (generic, number) else {
@@ -196,34 +188,6 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         }
     }
 
-    /// Whether the structure `of` has the structure `id` as a member at `offset`.
-    fn has_at(&mut self, of: TypeId, offset: u64, id: TypeId, nesting: usize) -> bool {
-        let types = self.reach.types;
-        let (Some(nesting), Some((_, Kind::Struct { members, .. }))) =
-            (nesting.checked_sub(1), types.resolve(of))
-        else {
-            return false;
-        };
-        for member in members.iter() {
-            let Some(left) = self.members_left.checked_sub(1) else {
-                return false;
-            };
-            self.members_left = left;
-            let at = u64::from(member.bit_offset / 8);
-            let bytes = types.size_of(member.type_id).unwrap_or(0);
-            let Some(inside) = offset.checked_sub(at).filter(|inside| *inside < bytes) else {
-                continue;
-            };
-            let is = types
-                .resolve(member.type_id)
-                .is_some_and(|(is, _)| is == id);
-            if is && inside == 0 || self.has_at(member.type_id, inside, id, nesting) {
-                return true;
-            }
-        }
-        false
-    }
-
     /// The first of the structures with these names that is the driver's.
     pub(super) fn named_own(&self, names: &[&'static str]) -> Option<TypeId> {
         let found = names
@@ -237,7 +201,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     fn only_one_of_size(&mut self, at: Gva, id: TypeId, rule: &PrivateArea) -> Option<TypeId> {
         let types = self.reach.types;
         types.base()?;
-        let path = Path::find(types, id, rule.size?)?;
+        let path = self.reach.find_path(id, rule.size?)?;
         let mask = match types.size_of(path.type_id)? {
             8 => u64::MAX,
             4 => u64::from(u32::MAX),
@@ -266,28 +230,17 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let types = self.reach.types;
         types.base()?;
         let mut best: Option<(TypeId, u64)> = None;
-        for id in types.own_ids() {
-            let Some(Kind::Struct { bytes, members }) = types.kind(id) else {
-                continue;
-            };
-            let bytes = u64::from(bytes);
+        for own in &*self.reach.names.pointing_at(types, of) {
+            let bytes = own.bytes;
             if bytes > area.len_bytes() || best.is_some_and(|(_, largest)| largest >= bytes) {
                 continue;
             }
-            for member in members.iter() {
-                let Some(left) = self.members_left.checked_sub(1) else {
-                    return best.map(|(id, _)| id);
-                };
-                self.members_left = left;
-                let to = types
-                    .pointee(member.type_id)
-                    .and_then(|to| types.resolve(to));
-                let points_back = to.is_some_and(|(to, _)| to == of)
-                    && self.word_at(area.first(), &member) == Some(at.0);
-                if points_back {
-                    best = Some((id, bytes));
-                    break;
-                }
+            let left = self.members_left.checked_sub(own.pointers.len());
+            let Some(left) = left else { break };
+            self.members_left = left;
+            let mut pointers = own.pointers.iter();
+            if pointers.any(|member| self.word_at(area.first(), member) == Some(at.0)) {
+                best = Some((own.id, bytes));
             }
         }
         best.map(|(id, _)| id)

@@ -219,6 +219,25 @@ fn what_a_slot_of_a_long_ring_points_at_is_found_by_its_address() {
 }
 
 #[test]
+fn of_a_drivers_structure_only_members_that_lead_somewhere_are_looked_at() {
+    let (types, (guest, known)) = (types(), guest());
+    let reach = reach(&types, &guest, &known);
+    let leading = |name: &str| -> Vec<&str> {
+        let members = reach.leading_members(types.find_struct(name).unwrap());
+        let names = members.iter().map(|member| types.string(member.name_at));
+        names.collect()
+    };
+    // `napi` is the kernel's, and has a rule.
+    assert_eq!(
+        leading("my_private"),
+        ["netdev", "rings", "napi", "net", "self"]
+    );
+    assert_eq!(leading("my_ring"), ["slots"]);
+    assert_eq!(leading("my_slot"), ["skb"]);
+    assert_eq!(leading("my_slot"), ["skb"], "asked again");
+}
+
+#[test]
 fn a_transmit_reaches_packet_interface_and_the_drivers_rings() {
     let found = call("my_xmit", &[PACKET, DEVICE]);
     let found: Vec<_> = found

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::limits::{HIGHEST, LOWEST, MAX_ELEMENTS};
-use super::{Found, MAX_DEPTH, MAX_OBJECTS, Path, Reach, Reached, Slots, Start};
+use super::{Found, MAX_DEPTH, MAX_OBJECTS, Reach, Reached, Slots, Start};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::btf::{Kind, Member, TypeId};
@@ -333,7 +333,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             .filter(|rule| rule.of == name && (rule.from_const || !is_const))
         {
             let virt = self.reach.virt;
-            let Some(path) = Path::find(types, id, rule.member) else {
+            let Some(path) = self.reach.find_path(id, rule.member) else {
                 continue;
             };
             let (Some(at), Some(to), Some(holder_at)) = (
