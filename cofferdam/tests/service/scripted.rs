@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ pub struct Script {
     asked: Mutex<Vec<Request>>,
     violations: Mutex<u64>,
     hostile: AtomicBool,
+    modules: AtomicUsize,
 }
 
 /// What a guest may say that wants to be more than text.
@@ -34,7 +35,12 @@ impl Script {
         self.hostile.store(true, Ordering::Relaxed);
     }
 
-    /// So many more calls of its module fail.
+    /// From now on it has so many modules more, of long names.
+    pub fn have_modules(&self, count: usize) {
+        self.modules.store(count, Ordering::Relaxed);
+    }
+
+    /// So many more calls of each of its modules fail.
     pub fn fail(&self, more: u64) {
         *self.violations.lock().unwrap() += more;
     }
@@ -61,6 +67,11 @@ impl Handler for Script {
                 if hostile {
                     let mut other = status["isolation"][0].clone();
                     other["module"] = json!(HOSTILE);
+                    status["isolation"].as_array_mut().unwrap().push(other);
+                }
+                for number in 0..self.modules.load(Ordering::Relaxed) {
+                    let mut other = status["isolation"][0].clone();
+                    other["module"] = json!(format!("{number}{}", "x".repeat(300)));
                     status["isolation"].as_array_mut().unwrap().push(other);
                 }
                 status
@@ -140,6 +151,7 @@ pub fn script(place: &Place) -> (VmDir, Arc<Script>) {
         asked: Mutex::default(),
         violations: Mutex::new(2),
         hostile: AtomicBool::new(false),
+        modules: AtomicUsize::new(0),
     });
     serve(&dir.paths().control_socket(), script.clone()).unwrap();
     (dir, script)
