@@ -141,7 +141,7 @@ pub fn listen(
     let mut threads = Vec::new();
     for _ in 0..count {
         let mut stream = Stream::begin(stream()?, last)?;
-        threads.push(spawn(move || stream.to_its_end())?);
+        threads.push(spawn(move || stream.read_to_its_end())?);
     }
     let slow_ones = |sip: Option<usize>| -> anyhow::Result<Vec<_>> {
         let one = |_| {
@@ -158,7 +158,7 @@ pub fn listen(
     memory.push(place.memory("listeners have listened")?);
     over.store(true, Ordering::Relaxed);
     place.end_guest(last)?;
-    let all = first.to_its_end()?;
+    let all = first.read_to_its_end()?;
     let seen: Vec<_> = threads.into_iter().map(joined).collect();
     let failed = seen.iter().filter_map(|seen| match seen {
         Ok(seen) if *seen == all => None,
@@ -278,7 +278,7 @@ impl Stream {
         guests.iter().all(is_so)
     }
 
-    fn to_its_end(&mut self) -> anyhow::Result<Seen> {
+    fn read_to_its_end(&mut self) -> anyhow::Result<Seen> {
         while self.next()? {}
         Ok(Seen {
             events: self.events,
@@ -387,7 +387,7 @@ mod tests {
                 .unwrap();
         }
         drop(theirs);
-        Stream::begin(BufReader::new(ours), "z")?.to_its_end()
+        Stream::begin(BufReader::new(ours), "z")?.read_to_its_end()
     }
 
     #[test]

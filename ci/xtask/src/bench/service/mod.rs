@@ -29,6 +29,10 @@ const AIM_KIB: u64 = 12 << 10;
 /// The part of a start of `cofferdam status` that a request is to take at most.
 const AIM_PART: f64 = 1.0 / 20.0;
 
+/// How long nothing is asked before memory is looked at once more: longer than the service keeps what
+/// requests have needed.
+const REST: Duration = Duration::from_secs(15);
+
 /// Looks at a guest that are made before any is timed.
 const WARM: usize = 50;
 
@@ -93,7 +97,9 @@ struct Times {
 /// What is to be judged; all are of this run alone.
 #[derive(Debug, Serialize)]
 struct Ratios {
-    /// Largest memory with guests and before anybody listens, of what it is to be at most.
+    /// Memory with guests and without requests, of what it is to be at most.
+    memory_at_rest_of_aim: f64,
+    /// The largest with guests and before anybody listens.
     memory_of_aim: f64,
     /// The same without pages of files, which all processes of the program share.
     anonymous_of_aim: f64,
@@ -133,14 +139,18 @@ impl Times {
 /// # Errors
 /// Something cannot be started, or a listener has lost something or was not told why it was dropped.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
-    let program = match &args.program {
-        Some(program) => std::path::absolute(program)?,
+    let (program, commit) = match &args.program {
+        // It is not known of what it was built.
+        Some(program) => (std::path::absolute(program)?, "unknown".to_owned()),
         None => {
             build(workspace)?;
-            workspace.path("target/release/cofferdam")
+            (
+                workspace.path("target/release/cofferdam"),
+                commit(workspace),
+            )
         }
     };
-    let report = measure(&program, args, commit(workspace))?;
+    let report = measure(&program, args, commit)?;
     let json = serde_json::to_string_pretty(&report)? + "\n";
     let folder = workspace.path("target/bench");
     std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -176,6 +186,9 @@ fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report
     eprintln!("      requests");
     let requests = requests(&place, &mut client, &names, args.requests)?;
     memory.push(place.memory("requests were timed")?);
+    std::thread::sleep(REST);
+    let at_rest = place.memory("nothing was asked for a while")?;
+    memory.push(at_rest.clone());
     let with_guests: Vec<_> = memory.iter().skip(1).cloned().collect();
     eprintln!("      {} listeners, {} s", args.listeners, args.seconds);
     let time = Duration::from_secs(args.seconds);
@@ -188,6 +201,7 @@ fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report
         cpu: cpu(),
         guests: args.guests,
         ratios: Ratios {
+            memory_at_rest_of_aim: at_rest.rss_kib as f64 / AIM_KIB as f64,
             memory_of_aim: largest(|memory| memory.rss_kib) / AIM_KIB as f64,
             anonymous_of_aim: largest(|memory| memory.anon_kib) / AIM_KIB as f64,
             kept_of_status: requests.kept_us.p50 / requests.status_us.p50,
@@ -268,7 +282,9 @@ impl Report {
             false => format!("{ratio:.3} (MORE than {aim:.3})\n"),
         };
         let ratios = &self.ratios;
-        text += "\nmemory with guests, of 12 MiB        ";
+        text += "\nmemory at rest, of 12 MiB            ";
+        text += &of(ratios.memory_at_rest_of_aim, 1.0);
+        text += "largest memory with guests           ";
         text += &of(ratios.memory_of_aim, 1.0);
         text += "the same without pages of files      ";
         text += &of(ratios.anonymous_of_aim, 1.0);
