@@ -1,5 +1,7 @@
 //! A process that only speaks the protocol, for what a guest without Linux cannot do.
 
+mod orders;
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -27,24 +29,6 @@ pub struct Script {
 
 /// What a guest may say that wants to be more than text.
 pub const HOSTILE: &str = "</td><img src=x onerror=broken=1><script>broken=1</script>";
-
-impl Script {
-    /// From now on it has a module called [`HOSTILE`], has panicked with that, and says that of a
-    /// call that failed.
-    pub fn be_hostile(&self) {
-        self.hostile.store(true, Ordering::Relaxed);
-    }
-
-    /// From now on it has so many modules more, of long names.
-    pub fn have_modules(&self, count: usize) {
-        self.modules.store(count, Ordering::Relaxed);
-    }
-
-    /// So many more calls of each of its modules fail.
-    pub fn fail(&self, more: u64) {
-        *self.violations.lock().unwrap() += more;
-    }
-}
 
 impl Handler for Script {
     fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String> {

@@ -32,8 +32,8 @@ const LOOK_TIME: Duration = Duration::from_secs(1);
 /// Between two signs of life on a stream on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// How far a listener may be behind, in looks at which something had changed: however much that was,
-/// who reads has all of it. What a connection holds comes on top of it.
+/// How far a listener may be behind, in looks at which something had changed: however much that
+/// was, who reads has all of it. What a connection holds comes on top of it.
 pub const MAX_BEHIND: usize = 16;
 
 /// What changed between two looks.

@@ -121,8 +121,8 @@ impl Listened {
     }
 }
 
-/// Has `count` clients listen for `time`, while guests are paused and go on by turns. The last guest
-/// does not, and ends at the end: by this everybody knows it.
+/// Has `count` clients listen for `time`, while guests are paused and go on by turns. The last
+/// guest does not, and ends at the end: by this everybody knows it.
 ///
 /// # Errors
 /// The service does not let them, or changes are not seen.

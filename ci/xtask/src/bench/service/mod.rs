@@ -29,8 +29,8 @@ const AIM_KIB: u64 = 12 << 10;
 /// The part of a start of `cofferdam status` that a request is to take at most.
 const AIM_PART: f64 = 1.0 / 20.0;
 
-/// How long nothing is asked before memory is looked at once more: longer than the service keeps what
-/// requests have needed.
+/// How long nothing is asked before memory is looked at once more: longer than the service keeps
+/// what requests have needed.
 const REST: Duration = Duration::from_secs(15);
 
 /// Looks at a guest that are made before any is timed.
@@ -137,7 +137,8 @@ impl Times {
 /// Measures, prints what came of it and writes it to `target/bench/service.json`.
 ///
 /// # Errors
-/// Something cannot be started, or a listener has lost something or was not told why it was dropped.
+/// Something cannot be started, or a listener has lost something or was not told why it was
+/// dropped.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
     let (program, commit) = match &args.program {
         // It is not known of what it was built.
