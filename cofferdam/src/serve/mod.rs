@@ -174,8 +174,8 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
     ended
 }
 
-/// Gives memory back that nobody has needed since, for ever. What is needed again comes from the page
-/// cache, in which the guests' processes have it, too.
+/// Gives memory back that nobody has needed since, for ever. What is needed again comes from the
+/// page cache, in which the guests' processes have it, too.
 async fn keep_little() -> Infallible {
     loop {
         memory::give_back_unused();

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use super::Script;
 
 impl Script {
-    /// From now on it has a module called [`HOSTILE`](super::HOSTILE), has panicked with that, and says that of a
-    /// call that failed.
+    /// From now on it has a module called [`HOSTILE`](super::HOSTILE), has panicked with that, and
+    /// says that of a call that failed.
     pub fn be_hostile(&self) {
         self.hostile.store(true, Ordering::Relaxed);
     }
