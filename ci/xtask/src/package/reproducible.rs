@@ -22,10 +22,13 @@ const SHOWN: usize = 48;
 /// They differ, and where; or one could not be made.
 pub fn check(workspace: &Workspace) -> anyhow::Result<String> {
     let all = workspace.path("target/reproducible");
+    // Both before the first is built: there may be another commit until it is.
+    for name in FOLDERS {
+        clone(workspace.root(), &all.join(name))?;
+    }
     let mut made = Vec::new();
     for name in FOLDERS {
         let folder = all.join(name);
-        clone(workspace.root(), &folder)?;
         eprintln!("      in {}", folder.display());
         made.push(make(&Workspace::at(folder))?);
     }
