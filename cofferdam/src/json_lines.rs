@@ -2,8 +2,8 @@
 //! one is a record.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
@@ -11,6 +11,40 @@ use serde::Serialize;
 
 /// Times that a file is opened which others remove at the same time.
 const MAX_OPENINGS: u32 = 100;
+
+/// What becomes of a name at which there is no file but something else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elsewhere {
+    /// A link leads where it leads, and a device is used: who gave the name has put it there.
+    Followed,
+    /// It is refused: others may put things into the folder.
+    Refused,
+}
+
+impl Elsewhere {
+    /// Opens what is at `path` and nothing that is put there later: what is looked at is what was
+    /// opened. A FIFO is not waited for.
+    fn open(self, options: &mut OpenOptions, path: &Path) -> anyhow::Result<File> {
+        let name = || path.display().to_string();
+        let flags = match self {
+            Self::Followed => libc::O_NONBLOCK,
+            Self::Refused => libc::O_NONBLOCK | libc::O_NOFOLLOW,
+        };
+        let opened = options.custom_flags(flags).open(path);
+        let is_link = |error: &std::io::Error| error.raw_os_error() == Some(libc::ELOOP);
+        if self == Self::Refused && opened.as_ref().is_err_and(is_link) {
+            bail!("{} is no file but a link: choose another name", name());
+        }
+        let file = opened.with_context(name)?;
+        let is_file = file.metadata().with_context(name)?.is_file();
+        ensure!(
+            self == Self::Followed || is_file,
+            "{} is no file: choose another name",
+            name()
+        );
+        Ok(file)
+    }
+}
 
 /// What is in such a file.
 pub struct Contents<H, R> {
@@ -27,20 +61,22 @@ pub struct Contents<H, R> {
 /// otherwise (`differs`).
 ///
 /// # Errors
-/// It is another one's, or cannot be read or written.
+/// It is another one's, has `limit` bytes or more, or cannot be read or written.
 pub fn open<H: Serialize + PartialEq, R>(
-    path: &Path,
+    (path, elsewhere): (&Path, Elsewhere),
     header: &H,
-    read: impl FnOnce(&Path) -> anyhow::Result<Contents<H, R>>,
+    limit: u64,
+    read: impl FnOnce(&str) -> anyhow::Result<Contents<H, R>>,
     differs: &str,
 ) -> anyhow::Result<(File, Vec<R>)> {
     let name = || path.display().to_string();
-    let mut file = open_alone(path)?;
+    let mut file = open_alone(path, elsewhere)?;
     if file.metadata().with_context(name)?.len() == 0 {
         append(&mut file, header).with_context(name)?;
         return Ok((file, Vec::new()));
     }
-    let there = read(path)?;
+    // What is read is what is written: by its name it could be another file by now.
+    let there = read(&text_of(&file, path, limit)?).with_context(name)?;
     ensure_same(path, &there.header, header, differs)?;
     file.set_len(there.whole_bytes as u64).with_context(name)?;
     Ok((file, there.records))
@@ -48,12 +84,12 @@ pub fn open<H: Serialize + PartialEq, R>(
 
 /// Opens the file to write behind its end, for this process alone as long as it is open; it is made
 /// if it is not there.
-fn open_alone(path: &Path) -> anyhow::Result<File> {
+fn open_alone(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).append(true).create(true);
     let name = || path.display().to_string();
     for _ in 0..MAX_OPENINGS {
-        let file = options.open(path).with_context(name)?;
+        let file = elsewhere.open(&mut options, path)?;
         match file.try_lock() {
             Ok(()) if is_still(&file, path) => return Ok(file),
             // Who looked whether it can be written has removed it again meanwhile.
@@ -80,9 +116,9 @@ pub(crate) fn is_still(file: &File, path: &Path) -> bool {
 ///
 /// # Errors
 /// It cannot, or another process writes it.
-pub fn ensure_writable(path: &Path) -> anyhow::Result<()> {
+pub fn ensure_writable(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<()> {
     let was_there = path.try_exists();
-    let file = open_alone(path)?;
+    let file = open_alone(path, elsewhere)?;
     if matches!(was_there, Ok(false)) && file.metadata().is_ok_and(|file| file.len() == 0) {
         std::fs::remove_file(path).with_context(|| path.display().to_string())?;
     }
@@ -122,8 +158,34 @@ pub fn append(file: &mut File, value: &impl Serialize) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// It cannot be read, or is too large.
-pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
+pub fn text(path: &Path, elsewhere: Elsewhere, limit: u64) -> anyhow::Result<String> {
+    let file = elsewhere.open(OpenOptions::new().read(true), path)?;
+    text_of(&file, path, limit)
+}
+
+/// The same; `None` if there is no file, or nothing in it.
+///
+/// # Errors
+/// As of [`text`].
+pub fn text_if_any(
+    path: &Path,
+    elsewhere: Elsewhere,
+    limit: u64,
+) -> anyhow::Result<Option<String>> {
+    match text(path, elsewhere, limit) {
+        Ok(text) if text.is_empty() => Ok(None),
+        Err(error) if is_not_there(&error) => Ok(None),
+        text => text.map(Some),
+    }
+}
+
+fn is_not_there(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+/// The text in the open `file`, which is at `path`.
+fn text_of(file: &File, path: &Path, limit: u64) -> anyhow::Result<String> {
     let mut text = String::new();
     let bytes = file.take(limit).read_to_string(&mut text);
     let bytes = bytes.with_context(|| path.display().to_string())?;
@@ -137,28 +199,41 @@ pub fn text(path: &Path, limit: u64) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::Elsewhere::{Followed, Refused};
     use super::*;
+
+    /// Opens a file whose first line is 7.
+    fn seven(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<(File, Vec<()>)> {
+        let read = |text: &str| -> anyhow::Result<Contents<u32, ()>> {
+            ensure!(text == "7\n", "it has {text:?}");
+            Ok(Contents {
+                header: 7,
+                records: Vec::new(),
+                whole_bytes: text.len(),
+            })
+        };
+        open((path, elsewhere), &7_u32, 100, read, "")
+    }
 
     #[test]
     fn a_file_is_written_by_one_at_a_time_and_looking_leaves_none() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        ensure_writable(&path).unwrap();
+        ensure_writable(&path, Followed).unwrap();
         assert!(!path.exists());
-        let nothing = |_: &Path| -> anyhow::Result<Contents<u32, ()>> { bail!("for a test") };
-        let (held, _) = open(&path, &7_u32, nothing, "").unwrap();
+        let (held, _) = seven(&path, Followed).unwrap();
         for refused in [
-            ensure_writable(&path),
-            open(&path, &7_u32, nothing, "").map(drop),
+            ensure_writable(&path, Followed),
+            seven(&path, Followed).map(drop),
         ] {
             let why = format!("{:#}", refused.unwrap_err());
             assert!(why.contains("by another process"), "{why}");
         }
         drop(held);
-        ensure_writable(&path).unwrap();
+        ensure_writable(&path, Followed).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "7\n");
         let missing = folder.path().join("none/file");
-        let why = format!("{:#}", ensure_writable(&missing).unwrap_err());
+        let why = format!("{:#}", ensure_writable(&missing, Followed).unwrap_err());
         assert!(why.contains("none/file"), "{why}");
     }
 
@@ -167,18 +242,17 @@ mod tests {
         use std::sync::atomic::{AtomicBool, Ordering};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        let nothing = |_: &Path| -> anyhow::Result<Contents<u32, ()>> { bail!("for a test") };
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     // It may be refused: the other one writes.
-                    let _ = ensure_writable(&path);
+                    let _ = ensure_writable(&path, Followed);
                 }
             });
             let mut nameless = 0;
             for _ in 0..10_000 {
-                if let Ok((file, _)) = open(&path, &7_u32, nothing, "") {
+                if let Ok((file, _)) = seven(&path, Followed) {
                     nameless += u32::from(!is_still(&file, &path));
                     let _ = std::fs::remove_file(&path);
                 }
@@ -186,5 +260,73 @@ mod tests {
             over.store(true, Ordering::Relaxed);
             assert_eq!(nameless, 0, "files that were written and have no name");
         });
+    }
+
+    #[test]
+    fn what_is_no_file_is_neither_read_nor_written_where_it_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (outside, path) = (folder.path().join("outside"), folder.path().join("file"));
+        for contents in ["", "7\n"] {
+            std::fs::write(&outside, contents).unwrap();
+            std::os::unix::fs::symlink(&outside, &path).unwrap();
+            for refused in [
+                ensure_writable(&path, Refused),
+                seven(&path, Refused).map(drop),
+                text(&path, Refused, 100).map(drop),
+                text_if_any(&path, Refused, 100).map(drop),
+            ] {
+                let why = format!("{:#}", refused.unwrap_err());
+                assert!(why.contains("file is no file but a link"), "{why}");
+            }
+            assert_eq!(std::fs::read_to_string(&outside).unwrap(), contents);
+            // Whoever may choose the name may choose a link.
+            drop(seven(&path, Followed).unwrap());
+            assert_eq!(text(&path, Followed, 100).unwrap(), "7\n");
+            std::fs::remove_file(&path).unwrap();
+        }
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for refused in [
+            ensure_writable(&path, Refused),
+            text(&path, Refused, 100).map(drop),
+        ] {
+            let why = format!("{:#}", refused.unwrap_err());
+            assert!(why.contains("is no file"), "{why}");
+        }
+        assert_eq!(
+            text_if_any(&folder.path().join("none"), Refused, 9).unwrap(),
+            None
+        );
+    }
+
+    #[test]
+    fn a_link_that_comes_between_is_never_followed() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let folder = tempfile::tempdir().unwrap();
+        let (outside, path) = (folder.path().join("outside"), folder.path().join("file"));
+        let next = folder.path().join("next");
+        std::fs::write(&outside, "").unwrap();
+        let over = AtomicBool::new(false);
+        let mut refused = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    std::os::unix::fs::symlink(&outside, &next).unwrap();
+                    std::fs::rename(&next, &path).unwrap();
+                    std::fs::write(&next, "7\n").unwrap();
+                    std::fs::rename(&next, &path).unwrap();
+                }
+            });
+            // Until it has met a link often, and a file.
+            let mut opened = 0;
+            while refused < 1000 || opened < 1000 {
+                match seven(&path, Refused) {
+                    Ok(_) => opened += 1,
+                    Err(_) => refused += 1,
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(std::fs::read(&outside).unwrap(), b"");
     }
 }

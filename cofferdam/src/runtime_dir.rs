@@ -217,43 +217,39 @@ impl RuntimeRoot {
         let _root_lock = self.lock()?;
         let mut running = Vec::new();
         for (name, paths) in self.folders()? {
-            let Ok(mut pid_file) = File::open(paths.pid_file()) else {
-                continue;
-            };
-            if flock(&pid_file, FlockOperation::NonBlockingLockShared).is_err() {
-                running.push(RunningVm {
-                    name,
-                    pid: read_pid(&mut pid_file),
-                    paths,
-                });
-            }
+            running.extend(who_has(name, paths));
         }
         running.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(running)
     }
 
+    /// The VM called `name`, if it runs: the others are not looked at.
+    pub fn running_as(&self, name: &VmName) -> anyhow::Result<Option<RunningVm>> {
+        if !self.path.exists() {
+            return Ok(None);
+        }
+        let _root_lock = self.lock()?;
+        Ok(who_has(name.clone(), self.paths(name)))
+    }
+
     /// The running VM called `name`, or the only one there is when no name is given.
     pub fn find(&self, name: Option<&VmName>) -> anyhow::Result<RunningVm> {
-        let mut running = self.running()?;
-        match name {
-            Some(name) => running
-                .into_iter()
-                .find(|vm| vm.name == *name)
-                .with_context(|| {
-                    let Words { what, list, .. } = self.words;
-                    format!("no {what} named \"{name}\" is running: see `{list}`")
-                }),
-            None if running.len() > 1 => {
+        if let Some(name) = name {
+            return self.running_as(name)?.with_context(|| {
                 let Words { what, list, .. } = self.words;
-                bail!(
-                    "{} {what}s are running: name one, see `{list}`",
-                    running.len()
-                )
-            }
-            None => running.pop().with_context(|| {
+                format!("no {what} named \"{name}\" is running: see `{list}`")
+            });
+        }
+        let mut running = self.running()?;
+        match running.len() {
+            0 | 1 => running.pop().with_context(|| {
                 let Words { what, start, .. } = self.words;
                 format!("no {what} is running: start one with `{start}`, see its --help")
             }),
+            count => {
+                let Words { what, list, .. } = self.words;
+                bail!("{count} {what}s are running: name one, see `{list}`")
+            }
         }
     }
 
@@ -386,6 +382,17 @@ fn read_pid(file: &mut File) -> Option<u32> {
     text.trim().parse().ok()
 }
 
+/// The process that has the folder of `name`, which is at `paths`, if one has.
+fn who_has(name: VmName, paths: VmPaths) -> Option<RunningVm> {
+    let mut pid_file = File::open(paths.pid_file()).ok()?;
+    let free = flock(&pid_file, FlockOperation::NonBlockingLockShared).is_ok();
+    (!free).then(|| RunningVm {
+        name,
+        pid: read_pid(&mut pid_file),
+        paths,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -407,7 +414,13 @@ mod tests {
         let other = root.claim(&name("b")).unwrap();
         assert_eq!(root.running().unwrap().len(), 2);
         assert!(root.find(None).is_err());
+        for named in ["a", "b"].map(name) {
+            let pid = root.running_as(&named).unwrap().unwrap().pid;
+            assert_eq!(pid, Some(std::process::id()));
+        }
         drop(other);
+        assert!(root.running_as(&name("b")).unwrap().is_none());
+        assert!(root.find(Some(&name("b"))).is_err());
         assert_eq!(root.find(None).unwrap().name, name("a"));
         drop(first);
         assert!(root.running().unwrap().is_empty());

@@ -22,11 +22,16 @@ pub fn find_agent(program: &Path) -> Option<PathBuf> {
     places.find(|place| place.is_file())
 }
 
-/// Builds the agent of the workspace at `workspace` and returns the program's path.
+/// Builds the agent of the workspace at `workspace`, with these `flags` of the compiler besides its
+/// own, and returns the program's path.
 ///
 /// # Errors
 /// When cargo cannot be run or the build fails; cargo's own messages are on standard error.
-pub fn build_agent(workspace: &Path, target_dir: &Path) -> Result<PathBuf, Error> {
+pub fn build_agent(
+    workspace: &Path,
+    target_dir: &Path,
+    flags: &[String],
+) -> Result<PathBuf, Error> {
     let arguments = [
         "build",
         "--quiet",
@@ -42,16 +47,23 @@ pub fn build_agent(workspace: &Path, target_dir: &Path) -> Result<PathBuf, Error
         reason,
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let own = [
+        "-C",
+        "target-feature=+crt-static",
+        "-C",
+        "relocation-model=static",
+    ];
+    let flags: Vec<&str> = own
+        .into_iter()
+        .chain(flags.iter().map(String::as_str))
+        .collect();
     let status = Command::new(cargo)
         .args(arguments)
         .arg("--target-dir")
         .arg(target_dir)
         .current_dir(workspace)
-        .env(
-            "RUSTFLAGS",
-            "-C target-feature=+crt-static -C relocation-model=static",
-        )
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        // Words are parted by this character, as paths may have blanks.
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .status()
         .map_err(|error| failed(error.to_string()))?;
     if !status.success() {

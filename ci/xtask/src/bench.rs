@@ -2,6 +2,7 @@
 //! where Linux guests run, gathered in one report.
 
 pub mod demo;
+mod service;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -88,6 +89,9 @@ enum What {
         #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
         trials: u32,
     },
+    /// Memory of the service, a request against a start of the program, and listeners to events.
+    /// Needs no images and no lab
+    Service(service::Args),
     /// Send traffic through the NIC and check every byte of it
     Traffic {
         #[command(flatten)]
@@ -125,6 +129,10 @@ impl Monitor {
 
 /// Does `cargo xtask bench`.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
+    if let What::Service(args) = &args.what {
+        service::main(workspace, args)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let measured = match args.what {
         What::Switch { .. } => 2,
         _ => 1,
@@ -171,6 +179,7 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<ExitCode> {
             steps.must("campaign", || bench.campaign(driver, "", *trials))?;
             (common, "campaign")
         }
+        What::Service(_) => bail!("this needs none of what was prepared"),
         What::Traffic { common, seconds } => {
             steps.must("traffic", || bench.traffic(*seconds))?;
             (common, "traffic")

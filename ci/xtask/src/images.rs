@@ -42,7 +42,7 @@ pub fn run(
     refresh: bool,
 ) -> anyhow::Result<String> {
     let progress = Progress::new("guest agent");
-    let agent = agent::build_agent(workspace.root(), &workspace.path("target/agent"))
+    let agent = agent::build_agent(workspace.root(), &workspace.path("target/agent"), &[])
         .context("cannot build the guest agent")?;
     let say = |line: &str| progress.say(line);
     let mut built = Vec::new();

@@ -42,8 +42,7 @@ enum Task {
     },
     /// Builds the release program
     Build,
-    /// Makes the Debian package, in target/deb
-    Package,
+    Package(package::Args),
     Test(suite::Args),
     Demo(bench::demo::DemoArgs),
     Bench(bench::Args),
@@ -58,7 +57,7 @@ fn main() -> ExitCode {
         Task::Images(args) => one_step("images", || images::main(&workspace, args)),
         Task::KernelFacts { kernel } => images::facts(&workspace, kernel),
         Task::Build => one_step("build", || bench::build(&workspace)),
-        Task::Package => one_step("package", || package::run(&workspace)),
+        Task::Package(args) => one_step("package", || package::run(&workspace, args)),
         Task::Test(args) => suite::main(&workspace, args),
         Task::Demo(args) => bench::demo::demo(&workspace, args),
         Task::Bench(args) => bench::main(&workspace, args),

@@ -3,6 +3,8 @@
 //! The same commit gives the same package where the same compiler builds it: paths of this machine
 //! are mapped to others, and the date of all is the commit's, or `SOURCE_DATE_EPOCH`.
 
+mod reproducible;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -15,13 +17,50 @@ use crate::licences;
 use crate::steps::{Progress, capture, cargo, run as run_command};
 use crate::workspace::Workspace;
 
-/// Builds the package; says where it is.
-pub fn run(workspace: &Workspace) -> anyhow::Result<String> {
+/// Makes the Debian package, in target/deb
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Make it of the last commit in two folders, in place of target/deb, and compare every byte
+    #[arg(long)]
+    check_reproducible: bool,
+}
+
+/// Builds the package and says where it is, or whether it comes out the same twice.
+pub fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<String> {
+    if args.check_reproducible {
+        return reproducible::check(workspace);
+    }
+    let made = make(workspace)?;
+    let folder = workspace.path("target/deb");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let path = folder.join(&made.name);
+    std::fs::write(&path, &made.package).with_context(|| path.display().to_string())?;
+    let shown = path.strip_prefix(workspace.root()).unwrap_or(&path);
+    let kib = made.package.len() >> 10;
+    Ok(format!("{}, {kib} KiB", shown.display()))
+}
+
+/// A package that was made, with what is built for it.
+struct Made {
+    /// The name of its file.
+    name: String,
+    package: Vec<u8>,
+    program: Vec<u8>,
+    agent: Vec<u8>,
+}
+
+/// Builds the package of `workspace`.
+fn make(workspace: &Workspace) -> anyhow::Result<Made> {
     let date = date(workspace)?;
     let program = build_program(workspace)?;
     let progress = Progress::new("guest agent");
-    let agent = build_agent(workspace.root(), &workspace.path("target/agent"))
-        .context("cannot build the guest agent")?;
+    let flags = without_paths(workspace)?;
+    let agent = build_agent(
+        workspace.root(),
+        &workspace.path("target/packaged-agent"),
+        &flags,
+    )
+    .context("cannot build the guest agent")?;
     progress.say("manual pages and completions");
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let contents = Contents {
@@ -37,14 +76,12 @@ pub fn run(workspace: &Workspace) -> anyhow::Result<String> {
         version,
     };
     progress.say("packing");
-    let package = build(&contents, date)?;
-    let folder = workspace.path("target/deb");
-    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let path = folder.join(file_name(&contents.version));
-    std::fs::write(&path, &package).with_context(|| path.display().to_string())?;
-    drop(progress);
-    let shown = path.strip_prefix(workspace.root()).unwrap_or(&path);
-    Ok(format!("{}, {} KiB", shown.display(), package.len() >> 10))
+    Ok(Made {
+        name: file_name(&contents.version),
+        package: build(&contents, date)?,
+        program: contents.program,
+        agent: contents.agent,
+    })
 }
 
 /// The date of everything in the package, in seconds since 1970.
@@ -71,18 +108,7 @@ fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
         "-p",
         "cofferdam",
     ];
-    let home = std::env::var("CARGO_HOME").or_else(|_| {
-        let home = std::env::var("HOME").context("there is no home folder")?;
-        anyhow::Ok(format!("{home}/.cargo"))
-    })?;
-    let mapped = [
-        (workspace.root().display().to_string(), "/cofferdam"),
-        (home, "/cargo"),
-    ];
-    let flags: Vec<String> = mapped
-        .iter()
-        .map(|(from, to)| format!("--remap-path-prefix={from}={to}"))
-        .collect();
+    let flags = without_paths(workspace)?;
     run_command(
         cargo()
             .args(words)
@@ -92,6 +118,20 @@ fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
             .current_dir(workspace.root()),
     )?;
     Ok(workspace.path("target/packaged/cofferdam"))
+}
+
+/// What tells the compiler to name files as they would be called elsewhere.
+fn without_paths(workspace: &Workspace) -> anyhow::Result<Vec<String>> {
+    let home = std::env::var("CARGO_HOME").or_else(|_| {
+        let home = std::env::var("HOME").context("there is no home folder")?;
+        anyhow::Ok(format!("{home}/.cargo"))
+    })?;
+    let mapped = [
+        (workspace.root().display().to_string(), "/cofferdam"),
+        (home, "/cargo"),
+    ];
+    let flag = |(from, to): &(String, &str)| format!("--remap-path-prefix={from}={to}");
+    Ok(mapped.iter().map(flag).collect())
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {

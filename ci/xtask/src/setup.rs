@@ -15,6 +15,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("bpftool", "bpftool"),
     // The service's guide and its tests ask with it.
     ("curl", "curl"),
+    ("tmux", "tmux"),
     // Tests look at the service's page with it.
     ("chromium", "chromium"),
     // For libFuzzer.

@@ -27,6 +27,11 @@ impl Workspace {
         })
     }
 
+    /// Another checkout, at `root`.
+    pub fn at(root: PathBuf) -> Self {
+        Self { root }
+    }
+
     /// Root directory.
     pub fn root(&self) -> &Path {
         &self.root

@@ -24,7 +24,7 @@ use recovery::campaign::summary::Summary;
 use recovery::campaign::verdict::Verdict;
 
 use crate::control::protocol::FunctionBytes;
-use crate::json_lines::{self, Contents, append, ensure_same, text};
+use crate::json_lines::{self, Contents, Elsewhere, append, ensure_same, text, text_if_any};
 use jobs::Jobs;
 use worker::{Fault, Setup, Worker};
 
@@ -51,6 +51,8 @@ pub struct CampaignOptions {
     pub jobs: u32,
     /// Where it is written, and gone on with if it is there.
     pub file: PathBuf,
+    /// What becomes of it if that is no file.
+    pub elsewhere: Elsewhere,
 }
 
 /// How far a campaign is.
@@ -94,14 +96,14 @@ pub fn run(
     let begun = Instant::now();
     let mut header = header_of(options);
     // Before a guest is booted for nothing.
-    if let Some(there) = header_in(&options.file)? {
+    if let Some(there) = header_in(&options.file, options.elsewhere)? {
         header.kernel.clone_from(&there.kernel);
         ensure_same(&options.file, &there, &header, DIFFERS)?;
     }
-    json_lines::ensure_writable(&options.file)?;
+    json_lines::ensure_writable(&options.file, options.elsewhere)?;
     let worker = Worker::start(&options.setup, &options.kinds, progress)?;
     worker.kernel().clone_into(&mut header.kernel);
-    let (mut file, records) = open(&options.file, &header)?;
+    let (mut file, records) = open(&options.file, options.elsewhere, &header)?;
     let summary = Summary::of(&records);
     let fits = |kind: &&TrialKind| match kind {
         TrialKind::Code(_) => true,
@@ -253,12 +255,12 @@ fn fault(trial: &Trial, worker: &Worker) -> anyhow::Result<(Fault, String)> {
 /// # Errors
 /// There is no such trial, or the driver is another one.
 pub fn replay(
-    file: &Path,
+    (file, elsewhere): (&Path, Elsewhere),
     number: u32,
     setup: impl FnOnce(&Header) -> anyhow::Result<Setup>,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<(Record, Record)> {
-    let campaign = read(file)?;
+    let campaign = read(file, elsewhere)?;
     let records = campaign.records.iter();
     let mut found = records.filter(|record| record.trial.number == number);
     let then = found
@@ -272,6 +274,7 @@ pub fn replay(
         ways: then.runs.keys().copied().collect(),
         jobs: 1,
         file: file.to_owned(),
+        elsewhere,
     };
     let mut worker = Worker::start(&options.setup, &options.kinds, progress)?;
     let kernel = worker.kernel();
@@ -295,31 +298,31 @@ pub fn replay(
 ///
 /// # Errors
 /// It is none, or too large.
-pub fn read(path: &Path) -> anyhow::Result<record::Campaign> {
-    let text = text(path, MAX_FILE)?;
+pub fn read(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<record::Campaign> {
+    let text = text(path, elsewhere, MAX_FILE)?;
     record::read(&text).with_context(|| path.display().to_string())
 }
 
 /// The header in a campaign's file; `None` if there is no file, or nothing in it.
-fn header_in(path: &Path) -> anyhow::Result<Option<Header>> {
-    match std::fs::metadata(path) {
-        Ok(there) if there.len() > 0 => read(path).map(|campaign| Some(campaign.header)),
-        // One that cannot be looked at is not to be written either, which says why.
-        _ => Ok(None),
-    }
+fn header_in(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<Option<Header>> {
+    let Some(text) = text_if_any(path, elsewhere, MAX_FILE)? else {
+        return Ok(None);
+    };
+    let campaign = record::read(&text).with_context(|| path.display().to_string())?;
+    Ok(Some(campaign.header))
 }
 
 /// The file to go on in, and what is in it.
-fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
-    let read = |path: &Path| {
-        let campaign = read(path)?;
+fn open(path: &Path, elsewhere: Elsewhere, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
+    let read = |text: &str| {
+        let campaign = record::read(text)?;
         Ok(Contents {
             header: campaign.header,
             records: campaign.records,
             whole_bytes: campaign.whole_bytes,
         })
     };
-    json_lines::open(path, header, read, DIFFERS)
+    json_lines::open((path, elsewhere), header, MAX_FILE, read, DIFFERS)
 }
 
 /// Where faults can be put, in all functions.
@@ -404,20 +407,26 @@ mod tests {
             steps: Vec::new(),
             runs: BTreeMap::new(),
         };
-        assert_eq!(header_in(&path).unwrap(), None);
-        let (mut file, records) = open(&path, &header).unwrap();
+        assert_eq!(header_in(&path, Elsewhere::Followed).unwrap(), None);
+        let (mut file, records) = open(&path, Elsewhere::Followed, &header).unwrap();
         assert!(records.is_empty());
-        assert_eq!(header_in(&path).unwrap().as_ref(), Some(&header));
+        assert_eq!(
+            header_in(&path, Elsewhere::Followed).unwrap().as_ref(),
+            Some(&header)
+        );
         append(&mut file, &record(1)).unwrap();
         file.write_all(b"{\"number\":2,\"ki").unwrap();
         drop(file);
-        let (mut file, records) = open(&path, &header).unwrap();
+        let (mut file, records) = open(&path, Elsewhere::Followed, &header).unwrap();
         assert_eq!(records, [record(1)]);
         append(&mut file, &record(2)).unwrap();
         drop(file);
-        assert_eq!(read(&path).unwrap().records, [record(1), record(2)]);
+        assert_eq!(
+            read(&path, Elsewhere::Followed).unwrap().records,
+            [record(1), record(2)]
+        );
         let whole = std::fs::read(&path).unwrap();
-        let refused = open(&path, &Header { seed: 2, ..header }).unwrap_err();
+        let refused = open(&path, Elsewhere::Followed, &Header { seed: 2, ..header }).unwrap_err();
         assert!(
             refused.to_string().contains("another campaign"),
             "{refused:#}"

@@ -23,6 +23,7 @@ use crate::bench::network::DRIVER;
 use crate::bench::together::Together;
 use crate::campaign::worker::Setup;
 use crate::campaign::{self, CampaignOptions, Progress};
+use crate::json_lines::Elsewhere;
 use crate::report;
 use crate::table::table;
 use crate::words::counted;
@@ -224,7 +225,7 @@ impl CampaignArgs {
                 self.run.run()
             }
             Some(CampaignCommand::Show { file, plots, json }) => {
-                let summary = Summary::of(&campaign::read(&file)?.records);
+                let summary = Summary::of(&campaign::read(&file, Elsewhere::Followed)?.records);
                 if let Some(folder) = plots {
                     report::campaign::write(&summary, &folder)?;
                 }
@@ -266,7 +267,7 @@ fn parse_driver(driver: &str) -> Result<Workload, String> {
 
 /// A workload from a file.
 fn read_workload(path: &std::path::Path) -> anyhow::Result<Workload> {
-    let text = crate::json_lines::text(path, MAX_WORKLOAD)?;
+    let text = crate::json_lines::text(path, Elsewhere::Followed, MAX_WORKLOAD)?;
     Workload::read(&text).with_context(|| path.display().to_string())
 }
 
@@ -308,6 +309,7 @@ impl RunArgs {
             ways,
             jobs: self.jobs,
             file: self.file,
+            elsewhere: self.told.elsewhere(),
         };
         let told = self.told;
         let mut tell = |what: &str| told.says(what);
@@ -358,6 +360,7 @@ pub(super) fn measure(
         ways: Way::ALL.to_vec(),
         jobs: 1,
         file: folder.path().join("campaign.jsonl"),
+        elsewhere: Elsewhere::Followed,
     };
     let mut each = |progress: Progress<'_>| {
         eprintln!("{}", line(&progress));
@@ -410,7 +413,7 @@ fn replay(
         Ok(told.jailed(setup))
     };
     let mut tell = |what: &str| told.says(what);
-    let (then, now) = campaign::replay(file, trial, of_header, &mut tell)?;
+    let (then, now) = campaign::replay((file, told.elsewhere()), trial, of_header, &mut tell)?;
     if told.stream {
         told.replayed(then, now);
         return Ok(Ending::SUCCESS);

@@ -208,11 +208,7 @@ impl StopOptions {
             ask_at(&host, &Request::Quit {}, ANSWER_TIME)?;
         }
         let deadline = Instant::now() + END_TIME;
-        while root
-            .running()?
-            .iter()
-            .any(|running| running.name == self.name)
-        {
+        while root.running_as(&self.name)?.is_some() {
             ensure!(
                 Instant::now() < deadline,
                 "{} does not end within {} s: use --force",

@@ -97,8 +97,6 @@ pub fn ended(root: &RuntimeRoot, vm: &RunningVm, limit: Duration) -> anyhow::Res
 
 /// Whether the same process still has the VM's name.
 fn still_runs(root: &RuntimeRoot, vm: &RunningVm) -> anyhow::Result<bool> {
-    let running = root.running()?;
-    Ok(running
-        .iter()
-        .any(|other| other.name == vm.name && other.pid == vm.pid))
+    let running = root.running_as(&vm.name)?;
+    Ok(running.is_some_and(|other| other.pid == vm.pid))
 }

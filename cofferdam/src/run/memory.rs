@@ -64,6 +64,17 @@ pub fn make_buffers_lazy() {
     forbid_huge_pages(true);
 }
 
+/// Heaps that threads have among them in a process that keeps little.
+const HEAPS: libc::c_int = 2;
+
+/// Has all threads of this process use few heaps: each keeps what its threads have once needed.
+pub fn share_heaps() {
+    // SAFETY: mallopt takes no pointer and may be called at any time.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) } == 0 {
+        tracing::debug!("each thread has a heap");
+    }
+}
+
 /// Has `work` fill guest memory with huge pages while [`make_buffers_lazy`] forbids them.
 pub fn with_huge_pages<T>(work: impl FnOnce() -> T) -> T {
     forbid_huge_pages(false);

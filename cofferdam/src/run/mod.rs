@@ -19,7 +19,7 @@ pub mod escape;
 pub mod isolation;
 mod kept_console;
 pub(crate) mod machine;
-mod memory;
+pub(crate) mod memory;
 mod meter;
 mod nics;
 mod panic_watch;

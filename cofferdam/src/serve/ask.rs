@@ -108,8 +108,6 @@ fn guest(root: &RuntimeRoot, name: &VmName) -> Result<RunningVm, Problem> {
 
 /// The process that has this name now.
 fn find(root: &RuntimeRoot, name: &VmName) -> Result<Option<RunningVm>, Problem> {
-    let running = root
-        .running()
-        .map_err(|error| Problem::new(Code::Internal, crate::error_text::one_line(&error)))?;
-    Ok(running.into_iter().find(|vm| vm.name == *name))
+    root.running_as(name)
+        .map_err(|error| Problem::new(Code::Internal, crate::error_text::one_line(&error)))
 }

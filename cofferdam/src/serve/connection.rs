@@ -1,7 +1,9 @@
 //! Connections: who may connect, how many, and how long each may take.
 
 use std::convert::Infallible;
+use std::ffi::c_int;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -122,11 +124,25 @@ where
 pub struct Patient<S> {
     stream: S,
     limit: Duration,
-    /// Runs while the other side takes nothing.
-    wait: Option<Pin<Box<Sleep>>>,
+    /// Runs while the connection takes no more.
+    wait: Option<Wait>,
 }
 
-impl<S> Patient<S> {
+/// What is waited for.
+struct Wait {
+    end: Pin<Box<Sleep>>,
+    /// What the connection held when this began, in bytes, as far as the kernel says.
+    held: Option<c_int>,
+}
+
+impl Wait {
+    fn begin(limit: Duration, held: Option<c_int>) -> Self {
+        let end = Box::pin(sleep(limit));
+        Self { end, held }
+    }
+}
+
+impl<S: AsFd> Patient<S> {
     /// `stream`, of which something has to be taken within `limit`.
     pub fn new(stream: S, limit: Duration) -> Self {
         Self {
@@ -145,11 +161,31 @@ impl<S> Patient<S> {
             self.wait = None;
             return polled;
         }
-        let limit = self.limit;
-        let wait = self.wait.get_or_insert_with(|| Box::pin(sleep(limit)));
-        ready!(wait.as_mut().poll(context));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+        let (limit, stream) = (self.limit, &self.stream);
+        let wait = self
+            .wait
+            .get_or_insert_with(|| Wait::begin(limit, held(stream)));
+        loop {
+            ready!(wait.end.as_mut().poll(context));
+            // A socket takes more only when most of what it holds is gone: of who takes it a little
+            // at a time this alone is seen.
+            let now = held(stream);
+            if now.zip(wait.held).is_none_or(|(now, then)| now >= then) {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            *wait = Wait::begin(limit, now);
+        }
     }
+}
+
+/// Bytes that a socket holds and the other side has not taken (`SIOCOUTQ`, tcp(7); of a unix socket
+/// with what the kernel needs to keep them).
+fn held(stream: &impl AsFd) -> Option<c_int> {
+    let mut bytes = 0;
+    let socket = stream.as_fd().as_raw_fd();
+    // SAFETY: the socket is open, and the kernel writes one int.
+    let failed = unsafe { libc::ioctl(socket, libc::TIOCOUTQ, &raw mut bytes) } != 0;
+    (!failed).then_some(bytes)
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
@@ -162,7 +198,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+impl<S: AsyncWrite + AsFd + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

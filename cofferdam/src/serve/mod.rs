@@ -63,6 +63,7 @@ pub use role::Role;
 pub use tokens::new_line;
 
 use crate::asked_to_end::asked_to_end;
+use crate::run::memory;
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Guests, SandboxOptions, can_jail, divide, divide_delegated};
 use app::App;
@@ -79,6 +80,9 @@ const STACK_BYTES: usize = 512 << 10;
 
 /// How long one of them is kept that has nothing to do.
 const THREAD_IDLE: Duration = Duration::from_secs(2);
+
+/// How long the service keeps memory that a request has needed, most of it pages of its program.
+const KEEP_TIME: Duration = Duration::from_secs(10);
 
 /// How the service is started.
 #[derive(Debug)]
@@ -134,6 +138,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         false => Guests::Free,
     };
     config.sandbox.enter_service(guests)?;
+    memory::share_heaps();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(THREADS)
@@ -156,6 +161,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         tracing::info!("serving at {}", path.display());
         tokio::select! {
             never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},
+            never = keep_little() => match never {},
             failed = accept_over_tcp(network, router, config.client_time) => failed.map(|never| match never {}),
             () = asked_to_end => Ok(()),
         }
@@ -166,6 +172,15 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         campaigns.leave();
     }
     ended
+}
+
+/// Gives memory back that nobody has needed since, for ever. What is needed again comes from the
+/// page cache, in which the guests' processes have it, too.
+async fn keep_little() -> Infallible {
+    loop {
+        memory::give_back_unused();
+        tokio::time::sleep(KEEP_TIME).await;
+    }
 }
 
 /// The control group in which guests have theirs: the one that was named, or the service's own

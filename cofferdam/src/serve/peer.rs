@@ -9,13 +9,14 @@
 //! The kernel says who they were when they connected (`SO_PEERCRED`, `SO_PEERGROUPS`, unix(7)). The
 //! socket's mode says the same; what is asked here holds also where somebody has changed it.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags};
 use tokio::net::UnixStream;
 
 use super::role::Role;
@@ -142,26 +143,18 @@ fn number_in(list: &str, name: &str) -> Option<u32> {
 /// The group cannot be given the socket, or cannot get there.
 pub fn open_to(path: &Path, group: u32) -> anyhow::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let give = |path: &Path, mode: u32| {
-        chown(path, None, Some(group))
-            .and_then(|()| path.symlink_metadata())
-            .and_then(|file| {
-                let mut permissions = file.permissions();
-                permissions.set_mode(mode);
-                std::fs::set_permissions(path, permissions)
-            })
-            .with_context(|| {
-                format!(
-                    "cannot give {} to the group {group}: the service has to be root's or of a member of it",
-                    path.display()
-                )
-            })
+    let cannot = || {
+        format!(
+            "cannot give {} to the group {group}: the service has to be root's or of a member of it",
+            path.display()
+        )
     };
-    let inside = folder.metadata();
+    let inside = hold(folder, OFlags::DIRECTORY);
     let inside = inside.with_context(|| format!("cannot look at {}", folder.display()))?;
+    let about = inside.metadata().with_context(cannot)?;
     let own = rustix::process::geteuid().as_raw();
-    if inside.uid() == own && inside.mode() & 0o077 == 0 {
-        give(folder, 0o710)?;
+    if about.uid() == own && about.mode() & 0o077 == 0 {
+        give(&inside, group, 0o710).with_context(cannot)?;
     }
     for around in folder.ancestors() {
         let about = around.metadata();
@@ -175,7 +168,29 @@ pub fn open_to(path: &Path, group: u32) -> anyhow::Result<()> {
             );
         }
     }
-    give(path, 0o660)
+    let socket = hold(path, OFlags::NOFOLLOW).with_context(cannot)?;
+    let about = socket.metadata().with_context(cannot)?;
+    ensure!(
+        about.file_type().is_socket() && about.uid() == own,
+        "{} is not the service's socket any more",
+        path.display()
+    );
+    give(&socket, group, 0o660).with_context(cannot)
+}
+
+/// What is at `path` now, to be looked at and given away: what is put there later is not meant.
+fn hold(path: &Path, flags: OFlags) -> io::Result<File> {
+    let held = rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    Ok(held.into())
+}
+
+/// Gives what is held to `group`, with this mode.
+fn give(held: &File, group: u32, mode: u32) -> io::Result<()> {
+    let group = Some(Gid::from_raw(group));
+    rustix::fs::chownat(held, "", None, group, AtFlags::EMPTY_PATH)?;
+    // No call changes the mode of what is held only (`O_PATH`); this name leads to it (proc(5)).
+    let name = format!("/proc/self/fd/{}", held.as_raw_fd());
+    std::fs::set_permissions(name, Permissions::from_mode(mode))
 }
 
 #[cfg(test)]
@@ -201,6 +216,27 @@ mod tests {
         };
         assert_eq!(alone.role(1001, 50, || vec![50]), None);
         assert_eq!(alone.role(1000, 7, none), Some(Role::Do));
+    }
+
+    #[test]
+    fn a_link_in_the_sockets_place_gives_nothing_of_another_file_away() {
+        use std::os::unix::net::UnixListener;
+        let folder = tempfile::tempdir().unwrap();
+        let [socket, other] = ["socket", "other"].map(|name| folder.path().join(name));
+        let group = rustix::process::getegid().as_raw();
+        std::fs::write(&other, "x").unwrap();
+        std::fs::set_permissions(&other, Permissions::from_mode(0o600)).unwrap();
+        // The folder is opened whatever is in it: it is this user's.
+        std::fs::set_permissions(folder.path(), Permissions::from_mode(0o711)).unwrap();
+        std::os::unix::fs::symlink(&other, &socket).unwrap();
+        let why = format!("{:#}", open_to(&socket, group).unwrap_err());
+        assert!(why.contains("not the service's socket any more"), "{why}");
+        let mode = |path: &Path| path.symlink_metadata().unwrap().mode() & 0o777;
+        assert_eq!(mode(&other), 0o600);
+        std::fs::remove_file(&socket).unwrap();
+        let _listener = UnixListener::bind(&socket).unwrap();
+        open_to(&socket, group).unwrap();
+        assert_eq!(mode(&socket), 0o660);
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use recovery::sweep::Case;
 use recovery::sweep::record::{self, FORMAT, Header, MAX_FILE, Record, Sweep};
 
 use crate::bench::guest::GuestOptions;
-use crate::json_lines::{self, Contents, append, text};
+use crate::json_lines::{self, Contents, Elsewhere, append, text};
 use vm::Vm;
 
 /// What to sweep.
@@ -79,14 +79,14 @@ pub fn run(
 /// # Errors
 /// It is none, or too large.
 pub fn read(path: &Path) -> anyhow::Result<Sweep> {
-    let text = text(path, MAX_FILE)?;
+    let text = text(path, Elsewhere::Followed, MAX_FILE)?;
     record::read(&text).with_context(|| path.display().to_string())
 }
 
 /// The file to go on in, and what is in it.
 fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
-    let read = |path: &Path| {
-        let sweep = read(path)?;
+    let read = |text: &str| {
+        let sweep = record::read(text)?;
         Ok(Contents {
             header: sweep.header,
             records: sweep.records,
@@ -94,7 +94,7 @@ fn open(path: &Path, header: &Header) -> anyhow::Result<(File, Vec<Record>)> {
         })
     };
     let differs = "another sweep (kernel or number of faults differ)";
-    json_lines::open(path, header, read, differs)
+    json_lines::open((path, Elsewhere::Followed), header, MAX_FILE, read, differs)
 }
 
 #[cfg(test)]

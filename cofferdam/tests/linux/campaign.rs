@@ -4,6 +4,7 @@ use std::path::Path;
 
 use cofferdam::campaign::worker::Setup;
 use cofferdam::campaign::{self, CampaignOptions};
+use cofferdam::json_lines::Elsewhere;
 use devices::edge::EdgeKind;
 use isolation::attach::request::Contain;
 use isolation::mutation::Kind;
@@ -40,6 +41,7 @@ fn campaign(
         ways: Way::ALL.to_vec(),
         jobs: 1,
         file: folder.join("campaign.jsonl"),
+        elsewhere: Elsewhere::Followed,
     }
 }
 
@@ -108,7 +110,7 @@ fn faults_that_crash_a_guest_are_recovered_from_when_the_driver_is_isolated() {
         assert_ne!(run.verdict, Verdict::Escaped, "{way:?}: {run:?}");
     }
     assert_eq!(records[1].runs.len(), 3);
-    let written = campaign::read(&campaign.file).unwrap();
+    let written = campaign::read(&campaign.file, Elsewhere::Followed).unwrap();
     assert_eq!(written.records, records);
     assert_eq!(Summary::of(&written.records), summary);
     // Another campaign does not go on in this one's file.

@@ -192,6 +192,38 @@ fn a_client_that_is_slow_is_not_waited_for() {
     service.end();
 }
 
+/// How much is read at a time, ten times a second, in bytes, and how often: within the time that a
+/// client has more than the kernel keeps in one piece (36 KiB), and less than has to be gone before
+/// a socket takes more (three quarters of what it holds).
+const SIP: usize = 2500;
+const SIPS: usize = 80;
+
+#[test]
+fn a_client_that_takes_a_little_at_a_time_gets_all_of_its_answers() {
+    let place = Place::new();
+    let service = Service::start(&place, "--client-time 3");
+    let mut stream = service.connect();
+    // More than a connection holds.
+    let request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n";
+    let last = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    stream
+        .write_all(&[request.repeat(9), last.to_vec()].concat())
+        .unwrap();
+    let mut taken = Vec::new();
+    for _ in 0..SIPS {
+        let mut sip = [0; SIP];
+        stream.read_exact(&mut sip).unwrap();
+        taken.extend(sip);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    stream.read_to_end(&mut taken).unwrap();
+    let text = String::from_utf8(taken).unwrap();
+    assert_eq!(text.matches("HTTP/1.1 200 OK").count(), 10);
+    let one = service.get("/openapi.json").ok(200).text;
+    assert!(text.len() > one.len() * 10 && text.ends_with(&one));
+    service.end();
+}
+
 #[test]
 fn a_client_that_takes_nothing_is_given_up() {
     let place = Place::new();

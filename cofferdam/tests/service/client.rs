@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Child;
+use std::process::{Child, Command};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -60,8 +60,12 @@ impl Answer {
 impl Service {
     /// Starts one for the runtime folder of `place` and waits until it answers.
     pub fn start(place: &Place, words: &str) -> Self {
-        let child = place
-            .command()
+        Self::start_by(place.command(), place, words)
+    }
+
+    /// The same by a command that has the program, and what else its process is to be given.
+    pub fn start_by(mut command: Command, place: &Place, words: &str) -> Self {
+        let child = command
             .arg("serve")
             .args(words.split_whitespace())
             .spawn()
@@ -216,6 +220,13 @@ impl Listener {
                 return serde_json::from_str(data).unwrap();
             }
         }
+    }
+
+    /// Reads on until the stream ends.
+    #[track_caller]
+    pub fn ends(mut self) {
+        let mut rest = String::new();
+        self.0.read_to_string(&mut rest).unwrap();
     }
 
     /// The next event of this name; others are passed over.

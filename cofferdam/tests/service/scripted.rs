@@ -1,8 +1,10 @@
 //! A process that only speaks the protocol, for what a guest without Linux cannot do.
 
+mod orders;
+
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,23 +24,11 @@ pub struct Script {
     asked: Mutex<Vec<Request>>,
     violations: Mutex<u64>,
     hostile: AtomicBool,
+    modules: AtomicUsize,
 }
 
 /// What a guest may say that wants to be more than text.
 pub const HOSTILE: &str = "</td><img src=x onerror=broken=1><script>broken=1</script>";
-
-impl Script {
-    /// From now on it has a module called [`HOSTILE`], has panicked with that, and says that of a
-    /// call that failed.
-    pub fn be_hostile(&self) {
-        self.hostile.store(true, Ordering::Relaxed);
-    }
-
-    /// So many more calls of its module fail.
-    pub fn fail(&self, more: u64) {
-        *self.violations.lock().unwrap() += more;
-    }
-}
 
 impl Handler for Script {
     fn handle(&self, request: Request, asker: &dyn Asker) -> Result<Reply, String> {
@@ -61,6 +51,11 @@ impl Handler for Script {
                 if hostile {
                     let mut other = status["isolation"][0].clone();
                     other["module"] = json!(HOSTILE);
+                    status["isolation"].as_array_mut().unwrap().push(other);
+                }
+                for number in 0..self.modules.load(Ordering::Relaxed) {
+                    let mut other = status["isolation"][0].clone();
+                    other["module"] = json!(format!("{number}{}", "x".repeat(300)));
                     status["isolation"].as_array_mut().unwrap().push(other);
                 }
                 status
@@ -140,6 +135,7 @@ pub fn script(place: &Place) -> (VmDir, Arc<Script>) {
         asked: Mutex::default(),
         violations: Mutex::new(2),
         hostile: AtomicBool::new(false),
+        modules: AtomicUsize::new(0),
     });
     serve(&dir.paths().control_socket(), script.clone()).unwrap();
     (dir, script)

@@ -235,3 +235,36 @@ fn a_service_without_descriptors_left_answers_again_when_there_are_some() {
     assert!(finish(child).status.success());
     place.assert_empty();
 }
+
+/// Pages of files that a process has in memory (proc_pid_status(5)), in KiB.
+fn of_files(service: &Service) -> u64 {
+    let path = format!("/proc/{}/status", service.child.as_ref().unwrap().id());
+    let text = fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("RssFile:"));
+    let kib = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    kib.parse().unwrap()
+}
+
+#[test]
+fn a_service_that_rests_gives_back_what_requests_have_needed() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    for path in ["/v1/guests", "/metrics", "/openapi.json", "/v1/jobs"] {
+        service.get(path).ok(200);
+    }
+    // How much that is depends on the build.
+    let deadline = std::time::Instant::now() + LIMIT;
+    let mut most = of_files(&service);
+    loop {
+        let now = of_files(&service);
+        most = most.max(now);
+        if now < most / 2 {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "{now} KiB of {most}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    service.get("/v1/guests").ok(200);
+    service.end();
+    place.assert_empty();
+}

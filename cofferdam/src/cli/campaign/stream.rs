@@ -7,6 +7,7 @@ use crate::campaign::Progress;
 use crate::campaign::stream::{Figures, Line};
 use crate::campaign::worker::Setup;
 use crate::cli::print_bytes;
+use crate::json_lines::Elsewhere;
 
 /// Whom it tells, and how its VMs are.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -27,6 +28,15 @@ impl Told {
             setup.guest = setup.guest.with("--jail");
         }
         setup
+    }
+
+    /// What becomes of a campaign's file that is no file: the service, which is who has a stream,
+    /// chooses names in a folder in which others may write.
+    pub fn elsewhere(self) -> Elsewhere {
+        match self.stream {
+            true => Elsewhere::Refused,
+            false => Elsewhere::Followed,
+        }
     }
 
     /// What is done.

@@ -118,20 +118,6 @@ impl Files {
         self.0.join(format!("{name}{ENDING}"))
     }
 
-    /// Refuses what is there in place of a file of the campaign `name`: it would be written into
-    /// by who may not read it, or waited for.
-    pub fn ensure_may_be_written(&self, name: &str) -> Result<(), Problem> {
-        let is_file = std::fs::symlink_metadata(self.path(name)).map(|there| there.is_file());
-        match is_file {
-            Ok(false) => {
-                let detail = format!("{name}{ENDING} is no file: choose another name");
-                Err(Problem::new(Code::CampaignFailed, detail))
-            }
-            // Of what cannot be looked at the campaign's process says why.
-            _ => Ok(()),
-        }
-    }
-
     /// All of them, with those that are `under_way` and have no file yet; `job` says which one is
     /// at one.
     pub fn list(

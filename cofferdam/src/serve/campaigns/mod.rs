@@ -178,9 +178,6 @@ pub async fn start_campaign(
 ) -> Result<Response, Problem> {
     let campaigns = app.campaigns()?;
     let (name, mut words) = spec.words(&campaigns.files, &campaigns.images)?;
-    let (files, of) = (campaigns.files.clone(), name.clone());
-    let look = move || files.ensure_may_be_written(of.as_str());
-    app.asks.block(look).await?;
     if app.jail {
         words.push("--jail".to_owned());
     }

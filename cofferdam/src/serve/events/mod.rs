@@ -32,8 +32,12 @@ const LOOK_TIME: Duration = Duration::from_secs(1);
 /// Between two signs of life on a stream on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// How far a listener may be behind, in events.
-pub const MAX_BEHIND: usize = 256;
+/// How far a listener may be behind, in looks at which something had changed: however much that
+/// was, who reads has all of it. What a connection holds comes on top of it.
+pub const MAX_BEHIND: usize = 16;
+
+/// What changed between two looks.
+type Changes = Arc<[Arc<Event>]>;
 
 /// What runs in one place, and who is told of what changes there.
 #[derive(Debug, Clone)]
@@ -53,7 +57,7 @@ struct Watching {
 struct Watched {
     /// `None` while nobody looks.
     view: Option<View>,
-    events: Sender<Arc<Event>>,
+    changes: Sender<Changes>,
 }
 
 impl Watching {
@@ -62,7 +66,7 @@ impl Watching {
             root,
             watched: Mutex::new(Watched {
                 view: None,
-                events: channel(MAX_BEHIND).0,
+                changes: channel(MAX_BEHIND).0,
             }),
             first: tokio::sync::Mutex::default(),
         }
@@ -73,23 +77,24 @@ impl Watching {
     }
 
     /// What there is, and what changes from there on. None while nobody looks.
-    fn listen(&self) -> Option<(View, Receiver<Arc<Event>>)> {
+    fn listen(&self) -> Option<(View, Receiver<Changes>)> {
         let watched = self.lock();
         let view = watched.view.clone()?;
-        Some((view, watched.events.subscribe()))
+        Some((view, watched.changes.subscribe()))
     }
 
     /// Something was seen: tells what changed. Whether anybody listens.
     fn saw(&self, mut view: View) -> bool {
         let mut watched = self.lock();
-        if watched.events.receiver_count() == 0 {
+        if watched.changes.receiver_count() == 0 {
             watched.view = None;
             return false;
         }
         if let Some(before) = &watched.view {
-            for event in view.since(before) {
+            let changes: Changes = view.since(before).into_iter().map(Arc::new).collect();
+            if !changes.is_empty() {
                 // Who listened may have gone just now.
-                let _ = watched.events.send(Arc::new(event));
+                let _ = watched.changes.send(changes);
             }
             view.carry_on(before);
         }
@@ -98,14 +103,14 @@ impl Watching {
     }
 
     /// The first listener came: `view` is what it begins with.
-    fn begin(&self, view: View) -> (View, Receiver<Arc<Event>>, bool) {
+    fn begin(&self, view: View) -> (View, Receiver<Changes>, bool) {
         let mut watched = self.lock();
-        let events = watched.events.subscribe();
+        let changes = watched.changes.subscribe();
         match &watched.view {
-            Some(other) => (other.clone(), events, false),
+            Some(other) => (other.clone(), changes, false),
             None => {
                 watched.view = Some(view.clone());
-                (view, events, true)
+                (view, changes, true)
             }
         }
     }
@@ -118,7 +123,7 @@ impl Watch {
     }
 
     /// Listens, and looks from now on if nobody did.
-    async fn listen(&self) -> Result<(View, Receiver<Arc<Event>>), Problem> {
+    async fn listen(&self) -> Result<(View, Receiver<Changes>), Problem> {
         let watching = &self.0;
         if let Some(listened) = watching.listen() {
             return Ok(listened);
@@ -128,11 +133,11 @@ impl Watch {
             return Ok(listened);
         }
         let look = look_at(&watching.root, LOOK_TIME).await?;
-        let (view, events, first) = watching.begin(View::of(&look));
+        let (view, changes, first) = watching.begin(View::of(&look));
         if first {
             tokio::spawn(look_on(Arc::clone(watching)));
         }
-        Ok((view, events))
+        Ok((view, changes))
     }
 }
 
@@ -151,29 +156,36 @@ async fn look_on(watching: Arc<Watching>) {
 
 /// What one listener is told.
 struct Listener {
-    first: Option<View>,
-    events: Receiver<Arc<Event>>,
+    /// What it was not told yet of a look, the first thing last.
+    next: Vec<Arc<Event>>,
+    changes: Receiver<Changes>,
     ended: bool,
 }
 
 impl Listener {
+    /// One that begins with what there is.
+    fn new(now: View, changes: Receiver<Changes>) -> Self {
+        Self {
+            next: vec![Arc::new(now.into_event())],
+            changes,
+            ended: false,
+        }
+    }
+
     async fn next(&mut self) -> Option<Arc<Event>> {
-        if let Some(view) = self.first.take() {
-            return Some(Arc::new(view.into_event()));
-        }
-        if self.ended {
-            return None;
-        }
-        match self.events.recv().await {
-            Ok(event) => Some(event),
-            Err(RecvError::Closed) => None,
-            Err(RecvError::Lagged(missed)) => {
-                self.ended = true;
-                Some(Arc::new(Event::Dropped {
-                    reason: format!("{missed} events were not read in time: listen anew"),
-                }))
+        while self.next.is_empty() && !self.ended {
+            match self.changes.recv().await {
+                Ok(changes) => self.next.extend(changes.iter().rev().cloned()),
+                Err(RecvError::Closed) => self.ended = true,
+                Err(RecvError::Lagged(missed)) => {
+                    self.ended = true;
+                    let reason =
+                        format!("what {missed} looks saw was not read in time: listen anew");
+                    self.next.push(Arc::new(Event::Dropped { reason }));
+                }
             }
         }
+        self.next.pop()
     }
 }
 
@@ -190,12 +202,8 @@ fn sse(event: &Event) -> Result<SseEvent, Infallible> {
 pub async fn listen_to_events(
     State(watch): State<Watch>,
 ) -> Result<Sse<impl futures_util::Stream<Item = Result<SseEvent, Infallible>>>, Problem> {
-    let (view, events) = watch.listen().await?;
-    let listener = Listener {
-        first: Some(view),
-        events,
-        ended: false,
-    };
+    let (view, changes) = watch.listen().await?;
+    let listener = Listener::new(view, changes);
     let stream = futures_util::stream::unfold(listener, |mut listener| async {
         let event = listener.next().await?;
         Some((sse(&event), listener))

@@ -108,11 +108,7 @@ async fn a_listener_that_is_too_slow_is_told_so_and_gets_nothing_more() {
     let watch = Watching::new(RuntimeRoot::new("/nowhere"));
     let (first, events, is_first) = watch.begin(View::default());
     assert!(is_first);
-    let mut listener = Listener {
-        first: Some(first),
-        events,
-        ended: false,
-    };
+    let mut listener = Listener::new(first, events);
     for count in 0..=MAX_BEHIND as u64 {
         assert!(watch.saw(view(vec![guest("web", count, 0)], vec![])));
     }
@@ -122,4 +118,22 @@ async fn a_listener_that_is_too_slow_is_told_so_and_gets_nothing_more() {
     drop(listener);
     assert!(!watch.saw(View::default()), "nobody listens any more");
     assert!(watch.listen().is_none());
+}
+
+#[tokio::test]
+async fn a_listener_that_reads_has_all_of_a_look_however_much_it_is() {
+    let many = |aborts| {
+        let guests = (0..2000).map(|number| guest(&format!("g{number}"), aborts, 0));
+        view(guests.collect(), vec![])
+    };
+    let watch = Watching::new(RuntimeRoot::new("/nowhere"));
+    let (first, changes, _) = watch.begin(many(0));
+    let mut listener = Listener::new(first, changes);
+    assert_eq!(listener.next().await.unwrap().name(), "now");
+    for round in 1..=3 {
+        assert!(watch.saw(many(round)));
+        for _ in 0..2000 {
+            assert_eq!(listener.next().await.unwrap().name(), "violations");
+        }
+    }
 }
