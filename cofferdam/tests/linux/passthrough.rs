@@ -241,52 +241,48 @@ fn a_guest_has_the_hosts_e1000e_and_the_host_gets_it_back() {
     wait_for_driver("e1000e");
 }
 
-mod long {
-    use super::*;
-
-    /// As seen of monitors in wide use: a function attached in the moment in which another guest gives
-    /// it up is refused as busy, the second attempt is accepted and the device never sends anything;
-    /// and attempts that fail use up the slots.
-    #[test]
-    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-    fn a_function_that_one_guest_lets_go_of_works_in_the_next_one_at_once() {
-        let sysfs = Sysfs::default();
-        sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let guest = |name| boot(&options().among(folder.path(), name).with("--memory 256M"));
-        let mut guests = ["left", "right"].map(guest);
-        let plug = |guest: &Guest| {
-            let request = Request::Plug {
-                net: None,
-                nic: Some(format!("vfio={FUNCTION}")),
-            };
-            let reply = guest.control().unwrap().ask(&request);
-            reply.map(|reply| match reply {
-                Reply::Plugged(nic) => nic.address,
-                other => panic!("{other:?}"),
-            })
+/// As seen of monitors in wide use: a function attached in the moment in which another guest gives
+/// it up is refused as busy, the second attempt is accepted and the device never sends anything;
+/// and attempts that fail use up the slots.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_function_that_one_guest_lets_go_of_works_in_the_next_one_at_once() {
+    let sysfs = Sysfs::default();
+    sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let guest = |name| boot(&options().among(folder.path(), name).with("--memory 256M"));
+    let mut guests = ["left", "right"].map(guest);
+    let plug = |guest: &Guest| {
+        let request = Request::Plug {
+            net: None,
+            nic: Some(format!("vfio={FUNCTION}")),
         };
-        let mut places = Vec::new();
-        for has in [0, 1, 0] {
-            let address = plug(&guests[has]).unwrap();
-            let error = plug(&guests[1 - has]).unwrap_err();
-            assert!(error.to_string().contains("in use"), "{error:#}");
-            bring_up(&mut guests[has]);
-            transfer(&mut guests[has], 4);
-            let mut control = guests[has].control().unwrap();
-            let unplug = Request::Unplug {
-                address: address.clone(),
-            };
-            control.tell(&unplug).unwrap();
-            places.push(address);
-        }
-        // Those that were refused have taken no slot.
-        assert_eq!(places[0], places[2]);
-        assert_eq!(places[0], places[1]);
-        for guest in &mut guests {
-            assert_log_is_healthy(guest, &[]);
-        }
-        drop(guests);
-        sysfs.unbind(FUNCTION.parse().unwrap(), false).unwrap();
+        let reply = guest.control().unwrap().ask(&request);
+        reply.map(|reply| match reply {
+            Reply::Plugged(nic) => nic.address,
+            other => panic!("{other:?}"),
+        })
+    };
+    let mut places = Vec::new();
+    for has in [0, 1, 0] {
+        let address = plug(&guests[has]).unwrap();
+        let error = plug(&guests[1 - has]).unwrap_err();
+        assert!(error.to_string().contains("in use"), "{error:#}");
+        bring_up(&mut guests[has]);
+        transfer(&mut guests[has], 4);
+        let mut control = guests[has].control().unwrap();
+        let unplug = Request::Unplug {
+            address: address.clone(),
+        };
+        control.tell(&unplug).unwrap();
+        places.push(address);
     }
+    // Those that were refused have taken no slot.
+    assert_eq!(places[0], places[2]);
+    assert_eq!(places[0], places[1]);
+    for guest in &mut guests {
+        assert_log_is_healthy(guest, &[]);
+    }
+    drop(guests);
+    sysfs.unbind(FUNCTION.parse().unwrap(), false).unwrap();
 }

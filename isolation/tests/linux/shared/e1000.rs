@@ -150,6 +150,25 @@ const TOOLS: &str = "ethtool eth0; ethtool -i eth0; ethtool -a eth0; ethtool -c 
     ethtool -s eth0 autoneg on; linked; ethtool eth0; true";
 
 /// Run in the full form of the suite, or by name.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn ethtool_and_ip_show_the_same_from_the_domain() {
+    let mut machine = with_silent_network();
+    machine.run(TOOLS);
+    let native = machine.run(TOOLS);
+    let again = machine.run(TOOLS);
+    assert_eq!(native, again, "the tools' output changes by itself");
+    machine
+        .isolate("e1000", isolation::attach::plan::Wanted::All)
+        .unwrap();
+    let isolated = machine.run(TOOLS);
+    machine.print_status();
+    assert_eq!(native, isolated);
+    let status = machine.status("e1000");
+    assert_eq!((status.violations, &status.broken), (0, &None));
+    machine.assert_healthy();
+}
+
 mod long {
     use super::*;
 
@@ -171,25 +190,6 @@ mod long {
             machine.run("ping -c 1 -W 2 10.0.2.2");
             machine.assert_healthy();
         }
-    }
-
-    #[test]
-    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-    fn ethtool_and_ip_show_the_same_from_the_domain() {
-        let mut machine = with_silent_network();
-        machine.run(TOOLS);
-        let native = machine.run(TOOLS);
-        let again = machine.run(TOOLS);
-        assert_eq!(native, again, "the tools' output changes by itself");
-        machine
-            .isolate("e1000", isolation::attach::plan::Wanted::All)
-            .unwrap();
-        let isolated = machine.run(TOOLS);
-        machine.print_status();
-        assert_eq!(native, isolated);
-        let status = machine.status("e1000");
-        assert_eq!((status.violations, &status.broken), (0, &None));
-        machine.assert_healthy();
     }
 }
 
