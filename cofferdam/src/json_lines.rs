@@ -23,11 +23,11 @@ pub enum Elsewhere {
 
 impl Elsewhere {
     /// Opens what is at `path` and nothing that is put there later: what is looked at is what was
-    /// opened. A FIFO is not waited for.
+    /// opened. Where it is refused, a FIFO is not waited for.
     fn open(self, options: &mut OpenOptions, path: &Path) -> anyhow::Result<File> {
         let name = || path.display().to_string();
         let flags = match self {
-            Self::Followed => libc::O_NONBLOCK,
+            Self::Followed => 0,
             Self::Refused => libc::O_NONBLOCK | libc::O_NOFOLLOW,
         };
         let opened = options.custom_flags(flags).open(path);
@@ -112,14 +112,19 @@ pub(crate) fn is_still(file: &File, path: &Path) -> bool {
 }
 
 /// Looks whether the file can be written, before anything is done that takes long. One that was not
-/// there is not left behind.
+/// there is not left behind, but where a link leads.
 ///
 /// # Errors
 /// It cannot, or another process writes it.
 pub fn ensure_writable(path: &Path, elsewhere: Elsewhere) -> anyhow::Result<()> {
     let was_there = path.try_exists();
     let file = open_alone(path, elsewhere)?;
-    if matches!(was_there, Ok(false)) && file.metadata().is_ok_and(|file| file.len() == 0) {
+    // A link is not ours to remove, and what it leads to is not found by it any more without it.
+    let is_link = path
+        .symlink_metadata()
+        .is_ok_and(|there| there.is_symlink());
+    let is_empty = file.metadata().is_ok_and(|file| file.len() == 0);
+    if matches!(was_there, Ok(false)) && is_empty && !is_link {
         std::fs::remove_file(path).with_context(|| path.display().to_string())?;
     }
     Ok(())
@@ -300,6 +305,27 @@ mod tests {
     }
 
     #[test]
+    fn a_pipe_is_read_to_its_end_and_a_link_stays_where_its_file_is_yet_to_come() {
+        let folder = tempfile::tempdir().unwrap();
+        let [pipe, link, led] = ["pipe", "link", "led"].map(|name| folder.path().join(name));
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| text(&pipe, Followed, 100).unwrap());
+            let mut writer = OpenOptions::new().write(true).open(&pipe).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            writer.write_all(b"7\n").unwrap();
+            drop(writer);
+            assert_eq!(reader.join().unwrap(), "7\n");
+        });
+        std::os::unix::fs::symlink(&led, &link).unwrap();
+        ensure_writable(&link, Followed).unwrap();
+        drop(seven(&link, Followed).unwrap());
+        assert_eq!(std::fs::read_to_string(&led).unwrap(), "7\n");
+        assert!(link.symlink_metadata().unwrap().is_symlink());
+    }
+
+    #[test]
     fn a_link_that_comes_between_is_never_followed() {
         use std::sync::atomic::{AtomicBool, Ordering};
         let folder = tempfile::tempdir().unwrap();
@@ -309,7 +335,7 @@ mod tests {
         let over = AtomicBool::new(false);
         let mut refused = 0;
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let renames = scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     std::os::unix::fs::symlink(&outside, &next).unwrap();
                     std::fs::rename(&next, &path).unwrap();
@@ -320,6 +346,7 @@ mod tests {
             // Until it has met a link often, and a file.
             let mut opened = 0;
             while refused < 1000 || opened < 1000 {
+                assert!(!renames.is_finished(), "{opened} and {refused}");
                 match seven(&path, Refused) {
                     Ok(_) => opened += 1,
                     Err(_) => refused += 1,

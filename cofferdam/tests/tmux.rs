@@ -40,14 +40,16 @@ impl<'a> Tmux<'a> {
             .args(words)
             .env("COFFERDAM_RUNTIME_DIR", self.place.path("run"))
             .env("LANG", "C.UTF-8")
+            // Not its user's, which may be one that runs nothing.
+            .env("SHELL", "/bin/sh")
             .env_remove("TMUX")
             .output()
             .unwrap()
     }
 
-    /// What is on the screen.
+    /// What is on the screen. A line that went on in the next one is one line: too long.
     fn screen(&self) -> String {
-        let output = self.tmux(&["capture-pane", "-p", "-t", "x"]);
+        let output = self.tmux(&["capture-pane", "-p", "-J", "-t", "x"]);
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -84,6 +86,20 @@ impl Drop for Tmux<'_> {
     }
 }
 
+/// What the last line says.
+const KEYS: &str = "q end";
+
+/// All of it is there, from the first line to the last one, and none is longer than the screen.
+#[track_caller]
+fn assert_fits(screen: &str, columns: usize, lines: usize) {
+    let all: Vec<&str> = screen.trim_end().lines().collect();
+    assert_eq!(all.len(), lines, "{screen}");
+    assert!(all[0].contains("cofferdam"), "{screen}");
+    assert!(all[lines - 1].contains(KEYS), "{screen}");
+    let longest = all.iter().map(|line| line.chars().count()).max();
+    assert!(longest <= Some(columns), "{longest:?} columns:\n{screen}");
+}
+
 #[test]
 fn top_fits_a_terminal_of_80_columns_and_24_lines_and_gives_it_back() {
     let name = "tmux::top_fits_a_terminal_of_80_columns_and_24_lines_and_gives_it_back";
@@ -93,13 +109,8 @@ fn top_fits_a_terminal_of_80_columns_and_24_lines_and_gives_it_back() {
     let place = Place::new();
     let vm = place.idle("");
     let tmux = Tmux::start(&place, 80, 24, "top --interval 0.2");
-    let screen = tmux.wait_for(&["idle", "running"]);
-    let lines: Vec<&str> = screen.lines().collect();
-    assert!(lines.len() <= 24, "{screen}");
-    assert!(
-        lines.iter().all(|line| line.chars().count() <= 80),
-        "{screen}"
-    );
+    let screen = tmux.wait_for(&["idle", "running", KEYS]);
+    assert_fits(&screen, 80, 24);
     // One that is paused is shown so while it is looked at; the columns stay where they are.
     let column = |screen: &str, text: &str| screen.lines().find_map(|line| line.find(text));
     place.ask("pause idle");
@@ -121,11 +132,9 @@ fn top_fits_a_terminal_of_80_columns_and_24_lines_and_gives_it_back() {
     // Another size, as when a window is changed.
     let output = tmux.tmux(&["resize-window", "-t", "x", "-x", "60", "-y", "12"]);
     assert!(output.status.success(), "{output:?}");
-    let small = tmux.wait_for(&["idle", "running"]);
-    assert!(
-        small.lines().all(|line| line.chars().count() <= 60),
-        "{small}"
-    );
+    // The last line of the larger one is not on it any more until all is drawn anew.
+    let small = tmux.wait_for(&["idle", "running", KEYS]);
+    assert_fits(&small, 60, 12);
     tmux.key("q");
     let after = tmux.wait_for(&["ended 0"]);
     assert!(!after.contains("running"), "{after}");

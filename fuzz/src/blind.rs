@@ -2,6 +2,7 @@
 //! and seeds with something changed. The same ones in each run.
 
 use std::path::Path;
+use std::sync::Mutex;
 
 use rand_core::{Rng, SeedableRng};
 use rand_xorshift::XorShiftRng;
@@ -57,8 +58,26 @@ impl Inputs {
     }
 }
 
+/// Ends the process where any of its threads panics, as libFuzzer does: the target's own thread may
+/// not notice, or wait for the other one.
+fn end_with_any_thread() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        let which = INPUT
+            .lock()
+            .map(|input| format!("input {} of {}", input.1, input.0));
+        eprintln!("{}", which.unwrap_or_default());
+        std::process::abort();
+    }));
+}
+
+/// The target and the number of its input: which it was that panicked.
+static INPUT: Mutex<(&str, usize)> = Mutex::new(("", 0));
+
 /// So many inputs for a target.
-fn run(name: &str, count: usize, target: fn(&[u8])) {
+fn run(name: &'static str, count: usize, target: fn(&[u8])) {
+    end_with_any_thread();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("seeds")
         .join(name);
@@ -77,18 +96,8 @@ fn run(name: &str, count: usize, target: fn(&[u8])) {
     };
     for number in 0..count {
         let input = inputs.next();
-        // The name and number of the one that panics say which it is.
-        let told = Told(name, number);
+        *INPUT.lock().expect("nobody panics with it") = (name, number);
         target(&input);
-        std::mem::forget(told);
-    }
-}
-
-struct Told<'a>(&'a str, usize);
-
-impl Drop for Told<'_> {
-    fn drop(&mut self) {
-        eprintln!("input {} of {}", self.1, self.0);
     }
 }
 

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arbitrary::Unstructured;
 use cofferdam::runtime_dir::RuntimeRoot;
@@ -43,7 +43,9 @@ static SERVICE: LazyLock<Service> = LazyLock::new(|| {
         campaigns: None,
     };
     std::thread::spawn(|| serve(config).expect("it serves"));
+    let begun = Instant::now();
     while UnixStream::connect(&socket).is_err() {
+        assert!(begun.elapsed() < ANSWER_TIME, "the service does not come");
         std::thread::sleep(Duration::from_millis(10));
     }
     let document = document().expect("it has one");

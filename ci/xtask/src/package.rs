@@ -1,6 +1,6 @@
 //! `cargo xtask package`: the Debian package, of the program in a profile of its own.
 //!
-//! The same commit gives the same package where the same compiler builds it: paths of this machine
+//! The same commit is meant to give the same package where the same compiler builds it: paths of this machine
 //! are mapped to others, and the date of all is the commit's, or `SOURCE_DATE_EPOCH`.
 
 mod reproducible;

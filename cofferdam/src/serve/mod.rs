@@ -153,7 +153,7 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         let asked_to_end = asked_to_end()?;
         let socket = Socket::bind(&path)?;
         if let Some(group) = look {
-            peer::open_to(socket.path(), group)?;
+            peer::open_to(socket.path(), socket.file(), group)?;
         }
         let listener = socket.listener()?;
         let peers = Peers::new(look);

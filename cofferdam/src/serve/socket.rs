@@ -62,6 +62,11 @@ impl Socket {
         &self.path
     }
 
+    /// Device and inode of its file.
+    pub fn file(&self) -> (u64, u64) {
+        self.file
+    }
+
     /// The same for the runtime that this is called in.
     ///
     /// # Errors

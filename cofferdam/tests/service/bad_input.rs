@@ -201,7 +201,7 @@ const SIPS: usize = 80;
 #[test]
 fn a_client_that_takes_a_little_at_a_time_gets_all_of_its_answers() {
     let place = Place::new();
-    let service = Service::start(&place, "--client-time 3");
+    let service = Service::start(&place, "--client-time 5");
     let mut stream = service.connect();
     // More than a connection holds.
     let request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n";

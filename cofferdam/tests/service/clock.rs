@@ -31,7 +31,7 @@ impl Clock {
     fn new(place: &Place) -> Result<Self, String> {
         let library = place.path("jumping.so");
         let made = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
+            .args(["-shared", "-fPIC", "-O1", "-o"])
             .arg(&library)
             .arg(concat!(
                 env!("CARGO_MANIFEST_DIR"),
@@ -40,8 +40,10 @@ impl Clock {
             .arg("-ldl")
             .output()
             .map_err(|error| format!("there is no C compiler: {error}"))?;
-        let said = String::from_utf8_lossy(&made.stderr);
-        assert!(made.status.success(), "{said}");
+        if !made.status.success() {
+            let said = String::from_utf8_lossy(&made.stderr);
+            return Err(format!("the C compiler makes none: {said}"));
+        }
         let file = place.path("jump");
         std::fs::write(&file, [0; 16]).unwrap();
         Ok(Self { library, file })

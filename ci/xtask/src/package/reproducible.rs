@@ -22,9 +22,12 @@ const SHOWN: usize = 48;
 /// They differ, and where; or one could not be made.
 pub fn check(workspace: &Workspace) -> anyhow::Result<String> {
     let all = workspace.path("target/reproducible");
-    // Both before the first is built: there may be another commit until it is.
+    // The second is of the first: there may be another commit meanwhile.
+    let mut from = workspace.root().to_owned();
     for name in FOLDERS {
-        clone(workspace.root(), &all.join(name))?;
+        let folder = all.join(name);
+        clone(&from, &folder)?;
+        from = folder;
     }
     let mut made = Vec::new();
     for name in FOLDERS {

@@ -18,6 +18,6 @@ pub struct TestRecord {
     /// How long it took: to its end from that of the one before it.
     pub seconds: f64,
     /// What the lab's emulator took of this host's processors meanwhile, in seconds, where it is
-    /// known.
+    /// known: not behind a lab that hung amid tests of one process.
     pub processor_seconds: Option<f64>,
 }
