@@ -8,8 +8,8 @@
 //!
 //! What is read while the guest runs may change while it is read: a process whose tables lead there
 //! ends, the module is removed, the kernel patches its code. So all of it is looked at once more,
-//! first while the guest runs, then with the guest stopped, and made anew if it is not as it was; at
-//! last with the guest stopped all the while.
+//! first while the guest runs, then with the guest stopped, and made anew if it is not as it was;
+//! at last with the guest stopped all the while.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -264,8 +264,8 @@ impl Domain {
     }
 
     /// Whether the guest has the same code under all that was patched as when it was patched, seen
-    /// through the tables at `cr3`. What changed beside the patches on their pages is taken over. If
-    /// so, and the guest does not run, the domain is ready for a call from these tables. Before
+    /// through the tables at `cr3`. What changed beside the patches on their pages is taken over.
+    /// If so, and the guest does not run, the domain is ready for a call from these tables. Before
     /// there was a call the guest may run: then it may be otherwise when the answer comes, and what
     /// was taken over is of account only when this was asked again with the guest held.
     pub fn is_current(&mut self, cr3: u64) -> Result<bool, DomainError> {

@@ -1,5 +1,5 @@
-//! Pages of which P has copies that are not the guest's, left by calls that failed: dropped when the
-//! next call begins, so that no caller waits for it.
+//! Pages of which P has copies that are not the guest's, left by calls that failed: dropped when
+//! the next call begins, so that no caller waits for it.
 
 use super::view::Pfn;
 

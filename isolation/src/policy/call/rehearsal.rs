@@ -1,5 +1,5 @@
-//! The first question, asked before there is a call: while the guest still runs and nobody waits for
-//! the answer.
+//! The first question, asked before there is a call: while the guest still runs and nobody waits
+//! for the answer.
 //!
 //! What a call may write is worked out at its first store. The first time of all that takes several
 //! times as long as later: names are looked for, types and code that nobody has needed until then
