@@ -107,6 +107,10 @@ fn a_guest_that_goes_on_is_told_so_from_behind_the_walls_and_does_not_wait_for_t
             names.iter().any(|(name, _)| name == "after-restore"),
             "{names:?}"
         );
+        // Its memory may have huge pages from now on (proc_pid_status(5); since Linux 5.0).
+        let status = threads(copy.id()).into_values().next().unwrap();
+        let huge = status.get("THP_enabled").map(String::as_str);
+        assert!(matches!(huge, None | Some("1")), "{way}: {huge:?}");
         // What the start needed is there until the guest was told.
         let restored = resident_text(copy.id());
         assert!(restored > fresh + 512, "{fresh} and {restored} KiB");
