@@ -105,8 +105,9 @@ pub fn give_back_unused() {
     forbid_huge_pages(false);
 }
 
-/// Lets guest memory have huge pages from now on, and gives nothing back yet: who waits for the
-/// guest would wait for what was given back, too.
+/// Lets guest memory have huge pages from now on, as far as it can (what is mapped from a snapshot
+/// cannot until it is copied), and gives nothing back yet: who waits for the guest would wait for
+/// what was given back, too.
 pub fn let_guest_have_huge_pages() {
     advise(|kind| (kind == Mapping::Heap).then_some(libc::MADV_NOHUGEPAGE));
     forbid_huge_pages(false);

@@ -302,20 +302,25 @@ fn boot(
     if let Some(input) = input {
         input.start(vm.handle(), belongings)?;
     }
-    match &saved {
-        Some(saved) => saved.let_guest_have_huge_pages(),
-        None => memory::give_back_unused(),
-    }
-    steps.done("it is ready to run");
-    let begins = match saved {
-        Some(_) => "the guest goes on",
-        None => "the guest starts",
-    };
-    tracing::info!(name = %config.name, "{begins}");
+    is_ready(config, saved.is_some(), &mut steps);
     let ended = vm.run();
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)
+}
+
+/// The guest is about to begin, or to go on.
+fn is_ready(config: &RunConfig, goes_on: bool, steps: &mut Steps) {
+    match goes_on {
+        true => memory::let_guest_have_huge_pages(),
+        false => memory::give_back_unused(),
+    }
+    steps.done("it is ready to run");
+    let begins = match goes_on {
+        true => "the guest goes on",
+        false => "the guest starts",
+    };
+    tracing::info!(name = %config.name, "{begins}");
 }
 
 /// Puts this process, whose folder is `dir`, behind its walls.

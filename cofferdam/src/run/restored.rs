@@ -136,17 +136,10 @@ impl Saved {
         Ok(Some(answered))
     }
 
-    /// Lets guest memory have huge pages again, as far as it can: what is mapped from the snapshot
-    /// cannot, and that is said when [`Self::tell_guest`] has told the guest.
-    pub fn let_guest_have_huge_pages(&self) {
-        if !self.lazy {
-            memory::let_guest_have_huge_pages();
-        }
-    }
-
-    /// Has it done, once the guest goes on and its agent, which was got in line for, answers, what only the guest can do (its
-    /// real time stood still, a clone has other addresses), and what was isolated when the snapshot
-    /// was taken isolated again. What does not work is said in the log.
+    /// Has it done, once the guest goes on and its agent, which was got in line for, answers, what
+    /// only the guest can do (its real time stood still, a clone has other addresses), and what was
+    /// isolated when the snapshot was taken isolated again. At last what only the start needed is
+    /// given back. What does not work is said in the log.
     ///
     /// # Errors
     /// The snapshot does not say what VM it is of, or there is no thread.
@@ -206,8 +199,6 @@ impl News {
         drop(answered);
         // Others wait for their turn.
         drop(agent);
-        // Until then it would only have had to be read again.
-        memory::give_back_unused();
         if let Err(error) = told {
             tracing::warn!("the guest was not told that it goes on from a snapshot: {error:#}");
         }
@@ -216,6 +207,8 @@ impl News {
                 "{module} is not isolated as it was when the guest was saved: {error:#}"
             );
         }
+        // Until now it would only have had to be read again, while somebody waits.
+        memory::give_back_unused();
     }
 
     fn tell_agent(&self, agent: &mut Client) -> anyhow::Result<()> {

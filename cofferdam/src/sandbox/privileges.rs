@@ -59,7 +59,8 @@ static KEEP: AtomicU64 = AtomicU64::new(ALL);
 static RULESET: AtomicI32 = AtomicI32::new(NO_RULESET);
 static DONE: AtomicUsize = AtomicUsize::new(0);
 static FAILED: AtomicI32 = AtomicI32::new(0);
-/// What may be in the bounding set of any thread.
+/// What may be in the bounding set of any thread, as far as it was taken out before there was a
+/// second one.
 static BOUNDED: AtomicU64 = AtomicU64::new(ALL);
 
 /// `struct __user_cap_header_struct` of capget(2).
@@ -102,16 +103,21 @@ pub fn limit_resources() -> io::Result<()> {
 /// that come later inherit it, so that none of them has to make forty calls of its own. What the
 /// process has it keeps until [`drop_in_each_thread`].
 pub fn bound_before_threads(keep: u64) {
-    if drop_from_bounding_set(keep) {
+    if drop_from_bounding_set(ALL, keep) && is_only_thread() {
         BOUNDED.store(keep, Ordering::SeqCst);
     }
 }
 
-/// Takes all capabilities but `keep` out of the calling thread's bounding set; `false` if it has no
-/// right to.
-fn drop_from_bounding_set(keep: u64) -> bool {
-    let may_be_there = BOUNDED.load(Ordering::SeqCst);
-    for capability in (0..64).filter(|bit| may_be_there & !keep & (1 << bit) != 0) {
+/// Whether this process has one thread, which is the calling one.
+fn is_only_thread() -> bool {
+    let tasks = std::fs::read_dir("/proc/self/task");
+    tasks.is_ok_and(|tasks| tasks.count() == 1)
+}
+
+/// Takes all capabilities of `among` but `keep` out of the calling thread's bounding set; `false`
+/// if it has no right to. System calls only.
+fn drop_from_bounding_set(among: u64, keep: u64) -> bool {
+    for capability in (0..64).filter(|bit| among & !keep & (1 << bit) != 0) {
         // SAFETY: numbers only (prctl(2)).
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
             // Behind the last one that this kernel has there is none.
@@ -120,6 +126,21 @@ fn drop_from_bounding_set(keep: u64) -> bool {
         }
     }
     true
+}
+
+/// What may be in the calling thread's bounding set. That the others were taken out is looked at by
+/// one of them: a thread that did not inherit it (joining a user namespace fills the set) has that
+/// one, too. System calls only.
+fn may_be_bounding() -> u64 {
+    let bounded = BOUNDED.load(Ordering::SeqCst);
+    let taken = bounded.trailing_ones();
+    // SAFETY: numbers only (prctl(2)).
+    let is_there = bounded != ALL
+        && unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(taken), 0, 0, 0) } != 0;
+    match is_there {
+        true => ALL,
+        false => bounded,
+    }
 }
 
 /// Has each thread of this process give up all capabilities but `keep` (bits by number), the right
@@ -275,7 +296,7 @@ fn give_up() -> Result<(), i32> {
 
 fn drop_capabilities(keep: u64) -> Result<(), i32> {
     // The bounding set needs a right that an ordinary user has not, who has no capabilities either.
-    drop_from_bounding_set(keep);
+    drop_from_bounding_set(may_be_bounding(), keep);
     let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL;
     // SAFETY: numbers only; kernels before 4.3 have no such set (prctl(2)).
     unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) };
@@ -302,5 +323,41 @@ fn check(result: libc::c_long) -> Result<(), i32> {
         // SAFETY: errno is this thread's own.
         -1 => Err(unsafe { *libc::__errno_location() }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the calling thread's bounding set has `CAP_CHOWN`, the first capability.
+    fn has_chown() -> bool {
+        // SAFETY: numbers only (prctl(2)).
+        unsafe { libc::prctl(libc::PR_CAPBSET_READ, 0, 0, 0, 0) == 1 }
+    }
+
+    /// In threads of their own, whose sets go with them.
+    fn in_a_thread<T: Send + 'static>(work: fn() -> T) -> T {
+        std::thread::spawn(work).join().unwrap()
+    }
+
+    #[test]
+    fn that_a_bounding_set_was_emptied_before_is_looked_at_by_each_thread() {
+        // There are other threads, which keep theirs.
+        in_a_thread(|| bound_before_threads(KEPT));
+        assert_eq!(BOUNDED.load(Ordering::SeqCst), ALL);
+        assert_eq!(in_a_thread(may_be_bounding), ALL);
+        // One that has a full set all the same does not believe it.
+        BOUNDED.store(KEPT, Ordering::SeqCst);
+        let (before, at_first, dropped, after, at_last) = in_a_thread(|| {
+            let (before, at_first) = (has_chown(), may_be_bounding());
+            let dropped = drop_from_bounding_set(at_first, KEPT);
+            (before, at_first, dropped, has_chown(), may_be_bounding())
+        });
+        BOUNDED.store(ALL, Ordering::SeqCst);
+        let expected = |is_there| if is_there { ALL } else { KEPT };
+        assert_eq!(at_first, expected(before));
+        assert_eq!(after, before && !dropped);
+        assert_eq!(at_last, expected(after));
     }
 }

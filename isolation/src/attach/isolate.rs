@@ -3,13 +3,13 @@
 //! ```text
 //!   stopped    │ guest runs                                              │ stopped             │ guest runs
 //!   registers, │ layout, text, types, plan, private VM, roots, patches   │ is it still so?     │ calls come
-//!   tables     │ in the private VM's copies                              │ then gates          │ to the gates
+//!   tables     │ in the private VM's copies; is it still so?             │ then gates          │ to the gates
 //! ```
 //!
 //! What is read while the guest runs may change while it is read: a process whose tables lead there
-//! ends, the module is removed, the kernel patches its code. So all of it is looked at once more
-//! with the guest stopped, and made anew if it is not as it was; at last with the guest stopped all
-//! the while.
+//! ends, the module is removed, the kernel patches its code. So all of it is looked at once more,
+//! first while the guest runs, then with the guest stopped, and made anew if it is not as it was;
+//! at last with the guest stopped all the while.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -106,16 +106,13 @@ impl Isolator {
             let known = KnownPlaces::of(asked)?;
             let look = |vcpus: &mut PausedVcpus<'_>| Registers::of(vcpus, &known, &memory);
             let registers = timed(&mut stopped, || self.vm.with_paused(look))??;
-            let mut prepared = match Prepared::new(
-                (self.vm.kvm(), &self.host_memory),
-                asked,
-                &registers,
-                &memory,
-            ) {
+            let host = (self.vm.kvm(), &self.host_memory);
+            let prepared = match Prepared::rehearsed(host, asked, &registers, &memory) {
                 Err(error) if may_pass(&error) => continue,
                 prepared => prepared?,
             };
-            prepared.rehearse(asked, &registers, &memory);
+            // Who knows already that it changed need not stop the guest.
+            let Some(prepared) = prepared else { continue };
             let put = |vcpus: &mut PausedVcpus<'_>| {
                 self.put_in_place(prepared, &mut request, vcpus, &memory)
             };
@@ -124,6 +121,8 @@ impl Isolator {
                 return Ok(isolated.took(stopped, begun.elapsed()));
             }
         }
+        let asked = request.as_ref().ok_or(AttachError::Changing)?;
+        let (symbols, types) = (asked.symbols.clone(), asked.types.clone());
         let at_once = |vcpus: &mut PausedVcpus<'_>| {
             let asked = request.as_ref().ok_or(AttachError::Changing)?;
             let registers = Registers::of(vcpus, &KnownPlaces::of(asked)?, &memory)?;
@@ -133,10 +132,10 @@ impl Isolator {
                 &registers,
                 &memory,
             )?;
-            cool(&asked.symbols, asked.types.as_deref());
             self.put_in_place(prepared, &mut request, vcpus, &memory)
         };
         let isolated = timed(&mut stopped, || self.vm.with_paused(at_once))??;
+        cool(&symbols, types.as_deref());
         let (isolated, _) = isolated.ok_or(AttachError::Changing)?;
         Ok(isolated.took(stopped, begun.elapsed()))
     }
@@ -257,15 +256,31 @@ impl Prepared {
         })
     }
 
+    /// The same, rehearsed; `None` if the guest has changed meanwhile.
+    fn rehearsed(
+        host: (&Kvm, &HostMemory),
+        request: &IsolateRequest,
+        registers: &Registers,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Option<Self>, AttachError> {
+        let mut prepared = Self::new(host, request, registers, memory)?;
+        let is_current = prepared.rehearse(request, registers, memory)?;
+        if !is_current {
+            tracing::debug!("{} changed while it was looked at", request.module);
+        }
+        Ok(is_current.then_some(prepared))
+    }
+
     /// Does while the guest runs what is to be done when it is stopped, and at the first call:
-    /// whoever waits then need not wait for code and data to be read from files. What it says about
-    /// the guest is of no account.
+    /// whoever waits then need not wait for code and data to be read from files. Says whether the
+    /// guest is as it was read until now, which is asked again when it is stopped; what calls would
+    /// reach is of no account.
     fn rehearse(
         &mut self,
         request: &IsolateRequest,
         registers: &Registers,
         memory: &Arc<GuestMemory>,
-    ) {
+    ) -> Result<bool, AttachError> {
         // What calls need of it comes back by itself, the more of it now.
         cool(&request.symbols, request.types.as_deref());
         let space = registers.space;
@@ -287,12 +302,11 @@ impl Prepared {
             space,
             memory: &**memory,
         };
-        if !self.is_current(&registers.sregs, &virt).unwrap_or(false) {
-            tracing::debug!("{} changed while it was looked at", request.module);
-        }
+        self.is_current(&registers.sregs, &virt)
     }
 
-    /// Whether the guest, which is stopped, is as it was when all this was read.
+    /// Whether the guest is as it was when all this was read. Only of one that is stopped it says
+    /// so for longer than it takes.
     fn is_current(
         &mut self,
         sregs: &kvm_sregs,

@@ -12,6 +12,7 @@
 //! | `console` | what calls print is written to the console after them |
 //! | `overlay` | pages of code that P has differently |
 //! | `warm` | private pages kept from call to call |
+//! | `stale` | private pages that failed calls left behind |
 //! | `transaction` | one call from entry to commit or abort |
 //! | `failing` | a call at its fault, for who wants to look at it |
 //! | `effects` | what kernel functions do that outlasts a call |
@@ -45,6 +46,7 @@ mod places;
 pub mod private_vm;
 pub mod recorder;
 pub mod roots;
+mod stale;
 mod strike;
 pub mod supervisor;
 pub mod transaction;
@@ -72,6 +74,7 @@ use overlay::Overlays;
 use private_vm::{FaultRegisters, Kept, PrivateVm};
 use recorder::Recorder;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
+use stale::StalePages;
 use transaction::room::Room;
 use transaction::{Refusals, WrittenByKernel};
 use view::{PAGE_SIZE, Pfn, PrivateView};
@@ -142,9 +145,7 @@ pub struct Domain {
     roots: Roots,
     view: PrivateView,
     warm: WarmPages,
-    /// Pages of which P has copies that are not the guest's, left by calls that failed: dropped
-    /// when the next call begins, so that no caller waits for it.
-    stale: Vec<Pfn>,
+    stale: StalePages,
     fixed: FixedPages,
     common: BTreeSet<u64>,
     /// Stores to pages with objects of others are looked at one by one.
@@ -214,7 +215,7 @@ impl Domain {
             roots,
             view,
             warm: WarmPages::default(),
-            stale: Vec::new(),
+            stale: StalePages::default(),
             each_store: config.each_store,
             common: config.common.iter().copied().collect(),
             text: config.driver_text.iter().copied().collect(),
@@ -253,7 +254,8 @@ impl Domain {
     /// Makes P's pages equal to the guest's and has addresses translated through the guest's tables
     /// at `cr3` from now on, which have to be ones that the guest uses: between two calls those of
     /// the last call may be gone, and their memory be somebody else's. The guest must not run
-    /// meanwhile.
+    /// meanwhile, but for a domain in which no call was yet: that keeps no pages which would have
+    /// to be copied whole.
     pub fn follow_tables(&mut self, cr3: u64) -> Result<(), DomainError> {
         self.drop_stale()?;
         self.warm.refresh(&mut self.view)?;
@@ -261,9 +263,11 @@ impl Domain {
         Ok(())
     }
 
-    /// Whether the guest, which must not run, has the same code under all that was patched as when
-    /// it was patched, seen through the tables at `cr3`. What changed beside the patches on their
-    /// pages is taken over. If so, the domain is ready for a call from these tables.
+    /// Whether the guest has the same code under all that was patched as when it was patched, seen
+    /// through the tables at `cr3`. What changed beside the patches on their pages is taken over.
+    /// If so, and the guest does not run, the domain is ready for a call from these tables. Before
+    /// there was a call the guest may run: then it may be otherwise when the answer comes, and what
+    /// was taken over is of account only when this was asked again with the guest held.
     pub fn is_current(&mut self, cr3: u64) -> Result<bool, DomainError> {
         self.follow_tables(cr3)?;
         for (va, pfn) in &self.patched {
@@ -354,9 +358,10 @@ impl Domain {
     /// made.
     fn drop_stale(&mut self) -> Result<u32, DomainError> {
         let mut stale = std::mem::take(&mut self.stale);
-        stale.sort_unstable();
-        stale.dedup();
-        self.drop_copies(&stale)
+        let dropped = stale.drop_by(|pages| self.drop_copies(pages));
+        // What could not be dropped.
+        self.stale = stale;
+        dropped
     }
 
     /// Takes over K's control registers if they changed; says whether they did.

@@ -26,18 +26,30 @@ impl Overlay {
         if guest == self.guest {
             return Ok(());
         }
+        write(pfn, &guest, &self.patches, view)?;
+        // Only now: what could not be written is tried again the next time.
         self.guest = guest;
-        self.write(pfn, view)
+        Ok(())
     }
 
     /// Makes P's page the guest's with the patches.
     fn write(&self, pfn: Pfn, view: &mut PrivateView) -> Result<(), ViewError> {
-        let mut page = self.guest.clone();
-        for (offset, byte) in &*self.patches {
-            page[*offset] = *byte;
-        }
-        view.write_private(pfn.gpa(), page.as_slice())
+        write(pfn, &self.guest, &self.patches, view)
     }
+}
+
+/// Makes P's page `guest` with the patches.
+fn write(
+    pfn: Pfn,
+    guest: &Page,
+    patches: &Patches,
+    view: &mut PrivateView,
+) -> Result<(), ViewError> {
+    let mut page = *guest;
+    for (offset, byte) in patches {
+        page[*offset] = *byte;
+    }
+    view.write_private(pfn.gpa(), &page)
 }
 
 /// What was patched at a moment, see [`Overlays::keep`].
@@ -72,8 +84,9 @@ impl Overlays {
                 patches: Arc::default(),
             }),
         };
+        view.write_private(pfn.gpa() + offset as u64, &[byte])?;
         Arc::make_mut(&mut overlay.patches).insert(offset, byte);
-        view.write_private(pfn.gpa() + offset as u64, &[byte])
+        Ok(())
     }
 
     /// Compares the next overlay with the guest's page and makes it anew if that changed.
@@ -91,7 +104,7 @@ impl Overlays {
         overlay.follow(*pfn, view)
     }
 
-    /// The same for all of them.
+    /// The same for all of them. The guest may run: then it has to be done again when it is held.
     pub fn follow_all(&mut self, view: &mut PrivateView) -> Result<(), ViewError> {
         let mut all = self.pages.iter_mut();
         all.try_for_each(|(pfn, overlay)| overlay.follow(*pfn, view))
@@ -118,9 +131,10 @@ impl Overlays {
         let Some(overlay) = self.pages.get_mut(&pfn) else {
             return Ok(());
         };
-        Arc::make_mut(&mut overlay.patches).remove(&offset);
         let byte = overlay.guest[offset];
-        view.write_private(pfn.gpa() + offset as u64, &[byte])
+        view.write_private(pfn.gpa() + offset as u64, &[byte])?;
+        Arc::make_mut(&mut overlay.patches).remove(&offset);
+        Ok(())
     }
 
     /// What is patched now.
@@ -147,18 +161,70 @@ impl Overlays {
                 continue;
             };
             let same_patches = Arc::ptr_eq(patches, &overlay.patches);
-            if !same_patches {
-                overlay.patches = patches.clone();
+            if same_patches && *view.shared_page(*pfn)? == *overlay.guest {
+                continue;
             }
-            if *view.shared_page(*pfn)? != *overlay.guest {
-                overlay.follow(*pfn, view)?;
-            } else if !same_patches {
-                overlay.write(*pfn, view)?;
-            }
+            let guest = view.copy_shared(*pfn)?;
+            write(*pfn, &guest, patches, view)?;
+            *overlay = Overlay {
+                guest,
+                patches: patches.clone(),
+            };
         }
+        view.drop_pages(&gone)?;
         for pfn in &gone {
             self.pages.remove(pfn);
         }
-        view.drop_pages(&gone).map(drop)
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::domain::test_memory;
+
+    /// A view of four pages with a byte patched on the second, over which the guest has written
+    /// since; and what to put in the place of its private memory, which has no such page.
+    fn outdated() -> (Overlays, PrivateView, devices::dma::GuestMemory) {
+        let shared = test_memory(4);
+        let mut view = PrivateView::new(shared.clone()).unwrap();
+        let mut overlays = Overlays::default();
+        overlays.patch(Pfn(1), 5, 0xcc, &mut view).unwrap();
+        shared.write_obj(0x77u8, GuestAddress(0x1006)).unwrap();
+        let none = std::sync::Arc::into_inner(test_memory(1)).unwrap();
+        (overlays, view, none)
+    }
+
+    #[test]
+    fn what_could_not_be_followed_is_followed_the_next_time() {
+        let (mut overlays, mut view, mut none) = outdated();
+        view.swap_private(&mut none);
+        assert!(overlays.follow_all(&mut view).is_err());
+        view.swap_private(&mut none);
+        overlays.follow_all(&mut view).unwrap();
+        let page = view.private_page(Pfn(1)).unwrap();
+        assert_eq!(page[5..8], [0xcc, 0x77, 0]);
+    }
+
+    #[test]
+    fn what_could_not_be_patched_or_put_back_is_not_said_to_be() {
+        let (mut overlays, mut view, mut none) = outdated();
+        let kept = overlays.keep();
+        overlays.patch(Pfn(1), 9, 0xdd, &mut view).unwrap();
+        view.swap_private(&mut none);
+        assert!(overlays.patch(Pfn(1), 10, 0xee, &mut view).is_err());
+        assert_eq!(overlays.patched(Pfn(1), 10), None);
+        assert!(overlays.unpatch(Pfn(1), 5, &mut view).is_err());
+        assert_eq!(overlays.patched(Pfn(1), 5), Some(0xcc));
+        assert!(overlays.put_back(&kept, &mut view).is_err());
+        assert_eq!(overlays.patched(Pfn(1), 9), Some(0xdd));
+        view.swap_private(&mut none);
+        overlays.put_back(&kept, &mut view).unwrap();
+        assert_eq!(overlays.patched(Pfn(1), 9), None);
+        let page = view.private_page(Pfn(1)).unwrap();
+        assert_eq!(page[5..10], [0xcc, 0x77, 0, 0, 0]);
     }
 }

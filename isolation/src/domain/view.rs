@@ -377,5 +377,14 @@ impl PrivateView {
 }
 
 #[cfg(test)]
+impl PrivateView {
+    /// Puts other memory in the place of P's, where that is written by its guest physical address;
+    /// what was there has to live as long as the view.
+    pub(super) fn swap_private(&mut self, with: &mut GuestMemory) {
+        std::mem::swap(&mut self.private, with);
+    }
+}
+
+#[cfg(test)]
 #[path = "view_tests.rs"]
 mod tests;

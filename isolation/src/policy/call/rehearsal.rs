@@ -1,13 +1,13 @@
-//! The first question, asked before there is a call: while the guest still runs and nobody waits for
-//! the answer.
+//! The first question, asked before there is a call: while the guest still runs and nobody waits
+//! for the answer.
 //!
 //! What a call may write is worked out at its first store. The first time of all that takes several
 //! times as long as later: names are looked for, types and code that nobody has needed until then
 //! are read from files. So it is asked once as soon as a module is isolated, about what its
 //! interfaces reach, with one of them in the place of each argument. The answer says nothing, since
-//! the guest changes its memory meanwhile, and is thrown away; what is kept is known of types, which
-//! do not change, and which interfaces the driver has, of which each call looks whether they are
-//! still its.
+//! the guest changes its memory meanwhile, and is thrown away with the interfaces that were found:
+//! what is one by a list that was read half changed would be taken for one by later calls, too.
+//! What is kept is known of types, which do not change.
 
 use std::collections::BTreeSet;
 
@@ -28,8 +28,18 @@ impl DriverPolicy {
         memory: &CallMemory<'_, M>,
         functions: impl Iterator<Item = &'a str>,
     ) {
+        let before = self.interfaces.clone();
         self.list_interfaces(memory);
+        self.ask_about(memory, functions);
         self.listed = false;
+        self.interfaces = before;
+    }
+
+    fn ask_about<'a, M: GuestPhys>(
+        &mut self,
+        memory: &CallMemory<'_, M>,
+        functions: impl Iterator<Item = &'a str>,
+    ) {
         let interfaces = self.known_interfaces(memory);
         // Where the driver has none, its variables are as good as anything.
         let data = self.table.iter().map(|(_, object)| object.range.first());

@@ -7,19 +7,16 @@ use std::sync::Arc;
 
 use super::Path;
 use super::counted::reference_counts;
-use super::own::{Candidate, Containing, holders_of, pointing_at};
+use super::own::{Candidate, Holders, holders_of, pointing_at};
 use crate::guest::addr::GvaRange;
 use crate::guest::btf::{Btf, Function, Member, TypeId};
-
-/// Most places in allocations of which it is kept what structure may begin there: where they are
-/// the guest says.
-const MAX_PLACES: usize = 1024;
 
 /// Answers by what was asked about.
 type Answers<Q, A> = RefCell<HashMap<Q, A>>;
 
 /// Answers to questions about one [`Btf`], which does not change. There are as many as the rules
-/// have names and structures, one for each function of the driver that was called, and [`MAX_PLACES`].
+/// have names and the types structures, and one for each function of the driver that was called:
+/// none is of a value that the guest says.
 #[derive(Debug, Default)]
 pub struct Names {
     structs: Answers<&'static str, Option<TypeId>>,
@@ -28,7 +25,7 @@ pub struct Names {
     paths: Answers<(TypeId, &'static str), Option<Arc<Path>>>,
     counts: Answers<TypeId, Arc<[GvaRange]>>,
     pointing: Answers<TypeId, Arc<[Candidate]>>,
-    holders: Answers<(TypeId, u64), Arc<[Containing]>>,
+    holders: Answers<TypeId, Arc<Holders>>,
     leading: Answers<TypeId, Arc<[Member]>>,
 }
 
@@ -66,24 +63,18 @@ impl Names {
         known.entry(of).or_insert_with(found).clone()
     }
 
-    /// The module's structures that have pointers to `of`.
+    /// The module's structures that have pointers to `of`, the largest first.
     pub(super) fn pointing_at(&self, types: &Btf, of: TypeId) -> Arc<[Candidate]> {
         let mut known = self.pointing.borrow_mut();
         let found = || pointing_at(types, of).into();
         known.entry(of).or_insert_with(found).clone()
     }
 
-    /// The module's structures that have the structure `id` as a member at `offset`.
-    pub(super) fn holders_of(&self, types: &Btf, id: TypeId, offset: u64) -> Arc<[Containing]> {
+    /// Where the module's structures have the structure `id` as a member.
+    pub(super) fn holders_of(&self, types: &Btf, id: TypeId) -> Arc<Holders> {
         let mut known = self.holders.borrow_mut();
-        if let Some(found) = known.get(&(id, offset)) {
-            return found.clone();
-        }
-        let found: Arc<[Containing]> = holders_of(types, id, offset).into();
-        if known.len() < MAX_PLACES {
-            known.insert((id, offset), found.clone());
-        }
-        found
+        let found = || holders_of(types, id).into();
+        known.entry(id).or_insert_with(found).clone()
     }
 
     /// The members of the structure `of` that lead anywhere, which `find` finds.

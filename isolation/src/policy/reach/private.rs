@@ -106,13 +106,11 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let Some(offset) = item.at.0.checked_sub(all.first().0) else {
             return;
         };
-        let holders = self.reach.names.holders_of(types, id, offset);
-        let mut fitting = holders.iter().filter(|own| own.bytes <= all.len_bytes());
-        let found = fitting.next().filter(|_| fitting.next().is_none());
-        if let Some(own) = found {
+        let holders = self.reach.names.holders_of(types, id);
+        if let Some(type_id) = holders.only_one(offset, all.len_bytes()) {
             self.push(Item {
                 at: all.first(),
-                type_id: own.id,
+                type_id,
                 path: format!("container of {}", item.path),
                 depth: item.depth + 1,
                 kind: ObjectKind::PrivateArea,
@@ -229,21 +227,16 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
     ) -> Option<TypeId> {
         let types = self.reach.types;
         types.base()?;
-        let mut best: Option<(TypeId, u64)> = None;
-        for own in &*self.reach.names.pointing_at(types, of) {
-            let bytes = own.bytes;
-            if bytes > area.len_bytes() || best.is_some_and(|(_, largest)| largest >= bytes) {
-                continue;
-            }
-            let left = self.members_left.checked_sub(own.pointers.len());
-            let Some(left) = left else { break };
-            self.members_left = left;
+        let pointing = self.reach.names.pointing_at(types, of);
+        let too_large = pointing.partition_point(|own| own.bytes > area.len_bytes());
+        for own in pointing.iter().skip(too_large) {
+            self.members_left = self.members_left.checked_sub(own.pointers.len())?;
             let mut pointers = own.pointers.iter();
             if pointers.any(|member| self.word_at(area.first(), member) == Some(at.0)) {
-                best = Some((own.id, bytes));
+                return Some(own.id);
             }
         }
-        best.map(|(id, _)| id)
+        None
     }
 }
 

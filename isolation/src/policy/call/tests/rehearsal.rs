@@ -56,19 +56,20 @@ fn what_is_asked_before_there_is_a_call_opens_nothing_and_changes_no_answer() {
 }
 
 #[test]
-fn the_interfaces_are_known_before_the_first_call_and_only_as_long_as_they_are_the_drivers() {
+fn the_interfaces_that_were_found_are_forgotten_and_each_call_looks_for_its_own() {
     let mut guest = listed();
     let mut policy = policy(&guest);
     rehearse(&mut policy, &guest);
-    assert!(
-        policy
-            .interfaces
-            .iter()
-            .any(|known| known.at == Gva(DEVICE))
-    );
-    assert!(!policy.listed, "a call looks for new ones");
-    // It is somebody else's by now.
-    guest.put(Gva(DEVICE + 8), &words(&[BASES]), DATA);
+    assert!(policy.interfaces.is_empty());
+    assert!(!policy.listed, "a call looks for them");
+    policy.begin("my_irq", [0; 6]);
+    assert!(ask(&mut policy, &guest, &guest, DEVICE, 8));
+    policy.end(true);
+    // Its memory is somebody else's by now, and looks as it did.
+    let mut policy = self::policy(&guest);
+    rehearse(&mut policy, &guest);
+    let head = BASES + 32 + 8;
+    guest.put(Gva(head), &words(&[head]), DATA);
     policy.begin("my_irq", [0; 6]);
     assert!(!ask(&mut policy, &guest, &guest, DEVICE, 8));
 }
