@@ -108,7 +108,7 @@ impl<G: LiveGuest> Supervisor<G> {
 }
 
 /// Calls functions of the driver `module` for the device with this folder; how long they took.
-fn call<G: LiveGuest>(
+pub(crate) fn call<G: LiveGuest>(
     guest: &G,
     agent: &mut G::Agent,
     calls: DriverCalls,
@@ -138,6 +138,7 @@ fn suspend<G: LiveGuest>(
     let _alone = supervisor.change_driver_for(asker)?;
     let guest = supervisor.guest();
     let mut agent = guest.agent();
+    supervisor.has_its_devices(module)?;
     let driver = Driver::look(&mut agent, module)?;
     if let Some(resting) = lock(&supervisor.resting).get(module) {
         ensure!(
@@ -182,6 +183,7 @@ pub(crate) fn resume<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
 ) -> anyhow::Result<Resumed> {
+    supervisor.has_its_devices(module)?;
     let guest = supervisor.guest();
     let mut agent = guest.agent();
     let found = lock(&supervisor.resting).get(module).cloned();

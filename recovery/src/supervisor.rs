@@ -19,6 +19,7 @@ use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use isolation::status::ModuleStatus;
 
 use crate::asker::{Asker, Gone, Nobody};
+use crate::by_turns::HandedOver;
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
 use crate::lock::lock;
@@ -64,6 +65,8 @@ pub struct Supervisor<G: LiveGuest> {
     pub(crate) driver_files: Mutex<HashMap<String, String>>,
     /// Devices that were suspended, by the name of the module that drives them.
     pub(crate) resting: Mutex<HashMap<String, Resting<G::DeviceState>>>,
+    /// Devices that are another guest's just now, by their address, suspended by their drivers.
+    pub(crate) handed_over: Mutex<HashMap<String, HandedOver>>,
     /// Modules that were given up.
     given_up: Mutex<HashSet<String>>,
     /// Held while the guest is told of one of them: it hears of changes in their order.
@@ -81,6 +84,7 @@ impl<G: LiveGuest> Supervisor<G> {
             turn: Turn::default(),
             driver_files: Mutex::default(),
             resting: Mutex::default(),
+            handed_over: Mutex::default(),
             given_up: Mutex::default(),
             telling: Mutex::default(),
         };
@@ -215,6 +219,7 @@ impl<G: LiveGuest> Supervisor<G> {
     pub fn guest_was_reset(&self) {
         lock(&self.driver_files).clear();
         lock(&self.resting).clear();
+        lock(&self.handed_over).clear();
         for module in std::mem::take(&mut *lock(&self.given_up)) {
             // Who says so may be a vCPU's thread. The other one lives as long as the VM.
             let _ = self.rungs.send(RungRequest::Tell { module });

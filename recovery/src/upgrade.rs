@@ -176,6 +176,7 @@ fn prepare<G: LiveGuest>(
     asker: &dyn Asker,
 ) -> anyhow::Result<Exchange> {
     let module = new.name.as_str();
+    supervisor.has_its_devices(module)?;
     ensure!(
         supervisor.suspended().iter().all(|one| one != module),
         "the devices of {module} are suspended: `cofferdam resume-device` brings them back"

@@ -30,6 +30,7 @@ use isolation::dispatch::call_trace::TraceTaken;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::fault_image::KeepFaults;
 use isolation::status::ModuleStatus;
+use recovery::by_turns::{GivenAway, TakenOver};
 use recovery::fault::FaultKind;
 use recovery::ladder::LadderConfig;
 use recovery::module_file::MAX_MODULE_BYTES;
@@ -196,6 +197,18 @@ pub enum Request {
         /// Name of the module.
         module: String,
     },
+    /// A device host is about to give the device that it has to another VM: the guest's driver is
+    /// to suspend it. Answer: [`Reply::GivenAway`].
+    HandOver {
+        /// Name of the device host.
+        device: String,
+    },
+    /// The device of a device host is this VM's: the guest's driver is to resume it, or to find it.
+    /// Answer: [`Reply::TakenOver`].
+    TakeOver {
+        /// Name of the device host.
+        device: String,
+    },
     /// What did calls of a module do wrong? Answer: [`Reply::Violations`].
     Violations {
         /// Name of the module.
@@ -357,6 +370,8 @@ impl Request {
             Self::Isolate { .. } | Self::SuspendDevice { .. } | Self::ResumeDevice { .. } => {
                 Some(Duration::from_secs(600))
             }
+            // The same the first time; the rest has limits of its own.
+            Self::HandOver { .. } | Self::TakeOver { .. } => Some(Duration::from_secs(120)),
             // The agent lists all symbols the first time.
             Self::FunctionText { .. } | Self::InjectCode { .. } => Some(Duration::from_secs(600)),
             // Its steps have limits of their own.
@@ -433,6 +448,16 @@ pub enum Reply {
     DeviceSuspended(DevicePhases),
     /// Devices that were suspended work again, brought back in these phases.
     DeviceResumed(DevicePhases),
+    /// The guest has nothing to do with its device any more.
+    GivenAway {
+        /// How that came.
+        how: GivenAway,
+    },
+    /// The guest has its device.
+    TakenOver {
+        /// How that came.
+        how: TakenOver,
+    },
     /// How an upgrade ended.
     Upgraded(Box<UpgradeReport>),
     /// Violations.

@@ -64,6 +64,10 @@ pub struct AttachInfo {
     /// Whether the VM was attached before and has its context again: the device goes on from where
     /// it was.
     pub returned: bool,
+    /// Whether the guest's driver has to suspend the device before the turn is passed on, so that
+    /// the guest has to run then.
+    #[serde(default)]
+    pub by_driver: bool,
 }
 
 /// Writes one line.

@@ -94,6 +94,7 @@ impl<C: Card> Host<C> {
             mac: context.mac().to_string(),
             turn: context.share.has_turn(),
             returned: serial > 1,
+            by_driver: self.card.is_suspended_by_drivers(),
         };
         // The client speaks after it has read this.
         write_line(&stream, &Welcome::Ok(info))?;
@@ -261,9 +262,20 @@ impl<C: Card> Host<C> {
         let _ = self.keeper.send(Happened::Slices(every));
     }
 
+    /// The driver of the device in `vm` was given up: it does not run for now, and is not asked for
+    /// anything.
+    pub fn driver_lost(&self, vm: &VmName) -> anyhow::Result<()> {
+        let context = self.context(vm)?;
+        context.driver_lost.store(true, Ordering::Relaxed);
+        self.set_away(vm, true)
+    }
+
     /// `vm` does not run for now, or runs again.
     pub fn set_away(&self, vm: &VmName, away: bool) -> anyhow::Result<()> {
         let context = self.context(vm)?;
+        if !away {
+            context.driver_lost.store(false, Ordering::Relaxed);
+        }
         context.away.store(away, Ordering::Relaxed);
         if away {
             self.leave(&context, Reason::Yielded);

@@ -2,6 +2,7 @@
 //! attached anew.
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Attachment {
     /// What its host was told last, or is to be told. Held while it is told, so that it hears of
     /// changes in their order.
     pub away: Arc<Mutex<Away>>,
+    /// The guest's driver has to suspend the device before its turn is passed on.
+    pub by_driver: Arc<AtomicBool>,
 }
 
 impl Attachment {
@@ -54,6 +57,7 @@ impl Attachment {
     /// See [`attach`].
     pub fn attach(&self) -> anyhow::Result<UnixStream> {
         let (stream, info) = attach(&self.root, &self.host, &self.vm, self.mac)?;
+        self.by_driver.store(info.by_driver, Ordering::Relaxed);
         let turn = if info.turn {
             "and has the turn"
         } else {
@@ -74,7 +78,7 @@ impl Attachment {
         change(&mut away);
         match away.is_away() == before {
             true => Ok(()),
-            false => self.tell_away(!before),
+            false => self.tell_away(*away),
         }
     }
 
@@ -83,11 +87,12 @@ impl Attachment {
         self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell_away(&self, away: bool) -> anyhow::Result<()> {
+    fn tell_away(&self, away: Away) -> anyhow::Result<()> {
         let vm = self.vm.to_string();
         let request = match away {
-            true => Request::Yield { vm },
-            false => Request::Return { vm },
+            Away { given_up: true, .. } => Request::GiveUp { vm },
+            Away { paused: true, .. } => Request::Yield { vm },
+            _ => Request::Return { vm },
         };
         ask(&self.root, &self.host, &request).map(drop)
     }
@@ -109,7 +114,7 @@ impl Attachment {
                 let mut refused = None;
                 while function.strong_count() > 0 {
                     std::thread::sleep(LOOK);
-                    if connected.load(std::sync::atomic::Ordering::Relaxed) {
+                    if connected.load(Ordering::Relaxed) {
                         refused = None;
                         continue;
                     }
@@ -143,7 +148,7 @@ impl Attachment {
         // To a host that begins anew whoever attaches may have the turn.
         let away = self.away();
         if away.is_away() {
-            self.tell_away(true)?;
+            self.tell_away(*away)?;
         }
         tracing::info!(device = %self.host, "the NIC is attached again");
         Ok(())
@@ -167,6 +172,7 @@ mod tests {
         fn handle(&self, request: Request, _: &dyn Asker) -> Result<Reply, String> {
             let said = match request {
                 Request::Yield { vm } => format!("{vm} yields"),
+                Request::GiveUp { vm } => format!("{vm} gives up"),
                 Request::Return { vm } => format!("{vm} is back"),
                 other => format!("{other:?}"),
             };
@@ -191,12 +197,13 @@ mod tests {
             vm: "left".parse().unwrap(),
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             away: Arc::default(),
+            by_driver: Arc::default(),
         };
         let said = |change: fn(&mut Away)| {
             attachment.clone().set_away(change).unwrap();
             std::mem::take(&mut *heard.0.lock().unwrap())
         };
-        assert_eq!(said(|away| away.given_up = true), ["left yields"]);
+        assert_eq!(said(|away| away.given_up = true), ["left gives up"]);
         assert!(said(|away| away.given_up = true).is_empty());
         assert!(said(|away| away.paused = true).is_empty());
         assert!(said(|away| away.given_up = false).is_empty());

@@ -32,6 +32,8 @@ use crate::supervisor::Supervisor;
 pub(crate) const DRIVER: &str = "driver";
 /// Its file under `/lib/modules`.
 pub(crate) const INSTALLED: &str = "/lib/modules/6.1/kernel/driver.ko";
+/// The address of its device.
+pub(crate) const ADDRESS: &str = "0000:00:02.0";
 /// The folder of its device.
 pub(crate) const DEVICE: &str = "/sys/bus/pci/devices/0000:00:02.0";
 
@@ -89,6 +91,12 @@ pub(crate) struct World {
     pub instance: u32,
     /// Whether its device is awake.
     pub awake: bool,
+    /// Whether the guest's kernel knows the device.
+    pub known: bool,
+    /// Whether the driver has it.
+    pub bound: bool,
+    /// What is said of who has it in place of the truth.
+    pub says: Option<&'static str>,
     /// What was learnt of the guest.
     pub learnt: u32,
     /// What puts the guest back to its last mark, if there is one.
@@ -133,6 +141,9 @@ impl Double {
             calls: None,
             instance: 1,
             awake: true,
+            known: true,
+            bound: true,
+            says: None,
             learnt: 1,
             mark: None,
         })))
