@@ -54,6 +54,12 @@ impl DrivenKind {
         mut hardware: Box<dyn Hardware>,
         shape: Shape,
     ) -> Result<(Self, Box<dyn Hardware>), PassedError> {
+        // A driver that has suspended it may have left it addresses of its guest's memory.
+        if !hardware.can_reset() {
+            return Err(PassedError::NoReset {
+                address: shape.address,
+            });
+        }
         begin_anew(hardware.as_mut())?;
         shape.view()?;
         Ok((Self { shape }, hardware))
@@ -71,7 +77,7 @@ impl DrivenKind {
     }
 }
 
-/// Takes from a device what whoever had it left there, as far as the host can reset it alone.
+/// Takes from a device what whoever had it left there.
 fn begin_anew(hardware: &mut dyn Hardware) -> Result<(), PassedError> {
     hardware.set_master(false)?;
     hardware.reset().map_err(PassedError::Reset)?;

@@ -55,6 +55,15 @@ pub enum PassedError {
     /// There are no descriptors.
     #[error("no eventfd for the device: {0}")]
     Events(std::io::Error),
+    /// What one user's driver leaves in it would be there in the next one's turn.
+    #[error(
+        "the host cannot reset {address} alone, so its state cannot be its drivers': give it to one guest by \
+         `cofferdam run --nic vfio={address}`"
+    )]
+    NoReset {
+        /// The function.
+        address: PciAddress,
+    },
     /// It cannot be reset.
     #[error("the device cannot be reset: {0}")]
     Reset(std::io::Error),

@@ -12,7 +12,8 @@ use devices::pci::registers::{Description, RegisterAccess};
 use devices::vfio::dma::{Batch, DmaMemory};
 use devices::vfio::error::VfioError;
 use devices::vfio::passed::hardware::{Hardware, Interrupts};
-use devices::vfio::passed::kind::{Kind, Shape};
+use devices::vfio::passed::kind::Kind;
+use devices::vfio::passed::opened::Shape;
 use recovery::switch::Step;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -71,6 +72,10 @@ pub struct State {
     /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not
     /// taken away or not given, a register holds nothing, interrupts cannot be set.
     pub fails: Option<Step>,
+    /// The host cannot reset it.
+    pub cannot_be_reset: bool,
+    /// Its resets by the host fail.
+    pub fails_to_reset: bool,
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,
     pub resets: usize,
@@ -148,6 +153,15 @@ pub struct Device(Arc<Mutex<State>>);
 impl Device {
     /// It, and what is known of it.
     pub fn new() -> (Self, Kind, Box<dyn Hardware>) {
+        let (device, shape) = Self::with_shape();
+        let description = Description::intel_82574l().unwrap();
+        let hardware = Box::new(device.clone());
+        let (kind, hardware) = Kind::of(hardware, description, shape).unwrap();
+        (device, kind, hardware)
+    }
+
+    /// It, and how it looks.
+    pub fn with_shape() -> (Self, Shape) {
         let device = Self::default();
         device.lock().reset();
         let mut bytes = [0; CONFIG_SPACE_BYTES];
@@ -165,10 +179,7 @@ impl Device {
             bars: [0x20000, 0, 0, 0x4000, 0, 0],
             has_pin: true,
         };
-        let description = Description::intel_82574l().unwrap();
-        let hardware = Box::new(device.clone());
-        let (kind, hardware) = Kind::of(hardware, description, shape).unwrap();
-        (device, kind, hardware)
+        (device, shape)
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
@@ -351,8 +362,16 @@ impl Hardware for Device {
         Ok(())
     }
 
+    fn can_reset(&self) -> bool {
+        !self.lock().cannot_be_reset
+    }
+
     fn reset(&mut self) -> io::Result<()> {
-        self.lock().reset();
+        let mut state = self.lock();
+        if state.fails_to_reset {
+            return Err(io::Error::other("injected"));
+        }
+        state.reset();
         Ok(())
     }
 }
