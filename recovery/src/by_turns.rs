@@ -22,8 +22,8 @@ use crate::turn::Taken;
 /// How long another change of a driver is waited for: who changes one may wait for whoever asks for
 /// this.
 const BUSY_TIME: Duration = Duration::from_secs(5);
-/// How long the agent may take for each thing that it is asked.
-const AGENT_TIME: Duration = Duration::from_secs(30);
+/// How long the agent may take for each thing that it is asked: the first time it lists symbols.
+const AGENT_TIME: Duration = Duration::from_secs(60);
 
 /// Longest name of a module, in bytes (`MODULE_NAME_LEN`, include/linux/module.h).
 const MAX_NAME: usize = 56;

@@ -67,10 +67,6 @@ const CARDS: [(u8, &str); 6] = [
     (0x15, "e1000"),
 ];
 
-/// One more, behind a port of its own, so that the server can reset it alone: 0000:01:00.0. Slot of
-/// the port, and model.
-const RESETTABLE: (u8, &str) = (0x17, "vmxnet3");
-
 /// The disk behind the lab's NVMe controller: its file, in the instance's directory, and its bytes.
 pub const DISK: (&str, u64) = ("disk.img", 64 << 20);
 
@@ -134,14 +130,9 @@ fn add_network(args: &mut Vec<OsString>) {
     add(args, &["-netdev", "hubport,id=far,hubid=0"]);
     let far = "virtio-net-pci,netdev=far,addr=0x16,romfile=";
     add(args, &["-device", far]);
-    let (port, resettable) = RESETTABLE;
-    let bridge = format!("pcie-root-port,id=port,addr={port:#x},chassis=1,hotplug=off");
-    add(args, &["-device", &bridge]);
-    let on_root = CARDS.map(|(slot, model)| (slot, model, format!("addr={slot:#x}")));
-    let behind = (port, resettable, "bus=port".to_owned());
-    for (slot, model, place) in on_root.into_iter().chain([behind]) {
+    for (slot, model) in CARDS {
         let id = format!("n{slot:x}");
-        let card = format!("{model},netdev={id},{place},romfile=");
+        let card = format!("{model},netdev={id},addr={slot:#x},romfile=");
         let network = format!("user,id={id},guestfwd=tcp:10.0.2.100:7-cmd:cat");
         add(args, &["-device", &card, "-netdev", &network]);
     }

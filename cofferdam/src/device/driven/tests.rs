@@ -103,7 +103,7 @@ impl Drivers for Vms {
             }
             // Its registers are its own until it is done.
             assert_eq!(one.guest.read(RDBAL), one.guest.ring());
-            one.guest.set_command(0);
+            one.guest.set_command(2);
             one.suspended = true;
             Ok(GivenAway::Suspended)
         })
