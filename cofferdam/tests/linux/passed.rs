@@ -88,7 +88,7 @@ fn print_phases(what: &str, records: &[SwitchRecord]) {
 
 /// A device host that is to be refused; what it says.
 #[track_caller]
-fn refused(root: &Path, function: &str, change: impl FnOnce(&mut Command)) -> String {
+pub fn refused(root: &Path, function: &str, change: impl FnOnce(&mut Command)) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
     command
         .env(ROOT_VARIABLE, root)
