@@ -130,61 +130,6 @@ fn moved_by_hotplug() -> Vec<Duration> {
     times
 }
 
-/// The second guest has never had the function when it gets its first turn, and probes it then.
-#[test]
-#[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
-fn drivers_of_two_guests_suspend_and_resume_a_function_that_they_have_by_turns() {
-    let sysfs = Sysfs::default();
-    sysfs.bind(FUNCTION.parse().unwrap(), true).unwrap();
-    let mut pair = Pair::new();
-    assert_eq!(pair.served.turn().unwrap().as_deref(), Some(NAMES[0]));
-    insert_nic(&mut pair.guests[0], DRIVER, LAST[0]);
-    shell(&mut pair.guests[1], &format!("modprobe {DRIVER}"));
-    let unknown = format!("! grep -l {VENDOR} /sys/bus/pci/devices/*/vendor");
-    shell(&mut pair.guests[1], &unknown);
-    let markers = NAMES.map(|name| format!("driven-sent-by-{name}"));
-    let (mut connections, mut pings) = (Vec::new(), Vec::new());
-    for (index, marker) in markers.iter().enumerate() {
-        if index > 0 {
-            println!("the first turn: {:?}", pair.give(index).phases);
-            insert_nic(&mut pair.guests[index], DRIVER, LAST[index]);
-            let mac = shell(&mut pair.guests[index], "cat /sys/class/net/eth0/address");
-            assert_eq!(mac.trim(), context(&pair.served, NAMES[index]).mac);
-        }
-        nic_works(&mut pair.guests[index]);
-        connections.push(Connection::open(&mut pair.guests[index], marker.clone()));
-        pings.push(Pings::start(&mut pair.guests[index]));
-    }
-    let (mut records, mut times) = (Vec::new(), Vec::new());
-    for number in 0..switches() {
-        let index = number % 2;
-        let before = Connection::back(&mut pair.guests[index]);
-        let answered = pings[index].answered(&mut pair.guests[index]);
-        let begin = Instant::now();
-        records.push(pair.give(index));
-        is_answered(&mut pair.guests[index]);
-        times.push(begin.elapsed());
-        connections[index].moves_on(&mut pair.guests[index], before);
-        pings[index].go_on(&mut pair.guests[index], answered);
-    }
-    for (index, pings) in pings.into_iter().enumerate() {
-        pings.end(&mut pair.guests[index], NAMES[index]);
-    }
-    println!("the last one: {:?}", records.last().unwrap().phases);
-    let switched = say("switched, until a ping is answered", times);
-    finish(&mut pair, &connections, &markers);
-    drop(pair);
-    if !full() {
-        return;
-    }
-    let plugged = say(
-        "unplugged and plugged, until a ping is answered",
-        moved_by_hotplug(),
-    );
-    let ratio = plugged.as_secs_f64() / switched.as_secs_f64();
-    println!("a switch takes 1/{ratio:.1} of that");
-}
-
 /// Nothing was lost, changed or the other one's, and neither kernel noticed more than its link.
 #[track_caller]
 fn finish(pair: &mut Pair, connections: &[Connection], markers: &[String; 2]) {
@@ -235,6 +180,61 @@ fn a_function_that_the_host_cannot_reset_alone_is_refused() {
 mod long {
     use super::super::switch::kill;
     use super::*;
+
+    /// The second guest has never had the function when it gets its first turn, and probes it then.
+    #[test]
+    #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+    fn drivers_of_two_guests_suspend_and_resume_a_function_that_they_have_by_turns() {
+        let sysfs = Sysfs::default();
+        sysfs.bind(FUNCTION.parse().unwrap(), true).unwrap();
+        let mut pair = Pair::new();
+        assert_eq!(pair.served.turn().unwrap().as_deref(), Some(NAMES[0]));
+        insert_nic(&mut pair.guests[0], DRIVER, LAST[0]);
+        shell(&mut pair.guests[1], &format!("modprobe {DRIVER}"));
+        let unknown = format!("! grep -l {VENDOR} /sys/bus/pci/devices/*/vendor");
+        shell(&mut pair.guests[1], &unknown);
+        let markers = NAMES.map(|name| format!("driven-sent-by-{name}"));
+        let (mut connections, mut pings) = (Vec::new(), Vec::new());
+        for (index, marker) in markers.iter().enumerate() {
+            if index > 0 {
+                println!("the first turn: {:?}", pair.give(index).phases);
+                insert_nic(&mut pair.guests[index], DRIVER, LAST[index]);
+                let mac = shell(&mut pair.guests[index], "cat /sys/class/net/eth0/address");
+                assert_eq!(mac.trim(), context(&pair.served, NAMES[index]).mac);
+            }
+            nic_works(&mut pair.guests[index]);
+            connections.push(Connection::open(&mut pair.guests[index], marker.clone()));
+            pings.push(Pings::start(&mut pair.guests[index]));
+        }
+        let (mut records, mut times) = (Vec::new(), Vec::new());
+        for number in 0..switches() {
+            let index = number % 2;
+            let before = Connection::back(&mut pair.guests[index]);
+            let answered = pings[index].answered(&mut pair.guests[index]);
+            let begin = Instant::now();
+            records.push(pair.give(index));
+            is_answered(&mut pair.guests[index]);
+            times.push(begin.elapsed());
+            connections[index].moves_on(&mut pair.guests[index], before);
+            pings[index].go_on(&mut pair.guests[index], answered);
+        }
+        for (index, pings) in pings.into_iter().enumerate() {
+            pings.end(&mut pair.guests[index], NAMES[index]);
+        }
+        println!("the last one: {:?}", records.last().unwrap().phases);
+        let switched = say("switched, until a ping is answered", times);
+        finish(&mut pair, &connections, &markers);
+        drop(pair);
+        if !full() {
+            return;
+        }
+        let plugged = say(
+            "unplugged and plugged, until a ping is answered",
+            moved_by_hotplug(),
+        );
+        let ratio = plugged.as_secs_f64() / switched.as_secs_f64();
+        println!("a switch takes 1/{ratio:.1} of that");
+    }
 
     /// A guest that is paused has suspended the device before; the next one has it.
     #[test]

@@ -1,0 +1,35 @@
+//! How long requests to a VM process may take.
+
+use std::time::Duration;
+
+use super::{Request, line};
+
+impl Request {
+    /// How long a VM process may be at work on it, where that can be long: what it does is told at
+    /// least every [`super::BEAT`] then. The others are answered at once.
+    pub fn may_take(&self) -> Option<Duration> {
+        match self {
+            Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
+            Self::Release { .. } => Some(Duration::from_secs(60)),
+            Self::Unplug { .. } => Some(Duration::from_secs(120)),
+            // All of the memory is written, to whatever kind of disk.
+            Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
+            // The agent lists all symbols, for which it has a minute; each device has one.
+            Self::Isolate { .. } | Self::SuspendDevice { .. } | Self::ResumeDevice { .. } => {
+                Some(Duration::from_secs(600))
+            }
+            // The same the first time; the rest has limits of its own.
+            Self::HandOver { .. } | Self::TakeOver { .. } => Some(Duration::from_secs(120)),
+            // The agent lists all symbols the first time.
+            Self::FunctionText { .. } | Self::InjectCode { .. } => Some(Duration::from_secs(600)),
+            // Its steps have limits of their own.
+            Self::Upgrade { .. } => Some(Duration::from_secs(1200)),
+            _ => None,
+        }
+    }
+
+    /// The request as it travels.
+    pub fn line(&self) -> String {
+        line(self)
+    }
+}
