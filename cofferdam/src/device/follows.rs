@@ -16,8 +16,8 @@ type Changed = Box<dyn Fn(&[DmaRegion], &[DmaRegion]) -> Reached + Send + Sync>;
 pub struct Follows(Changed);
 
 impl Follows {
-    /// The function is told by `changed`.
-    pub fn new(
+    /// A listener for a function that is told by `changed`.
+    pub fn by(
         changed: impl Fn(&[DmaRegion], &[DmaRegion]) -> Reached + Send + Sync + 'static,
     ) -> Arc<dyn DmaListener> {
         Arc::new(Self(Box::new(changed)))

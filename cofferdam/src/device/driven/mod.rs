@@ -83,8 +83,7 @@ impl Card for DrivenCard {
         let (function, interrupts) = DrivenFunction::new(&self.kind, dma.clone())?;
         let function = Arc::new(Mutex::new(function));
         let told = function.clone();
-        let follows =
-            Follows::new(move |removed, added| lock(&told).memory_changed(removed, added));
+        let follows = Follows::by(move |removed, added| lock(&told).memory_changed(removed, added));
         dma.listen(Arc::downgrade(&follows));
         Ok(DrivenShare {
             function,

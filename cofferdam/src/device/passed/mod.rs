@@ -89,8 +89,7 @@ impl Card for PassedCard {
             ParkedLink::Down => None,
         };
         let told = function.clone();
-        let follows =
-            Follows::new(move |removed, added| lock(&told).memory_changed(removed, added));
+        let follows = Follows::by(move |removed, added| lock(&told).memory_changed(removed, added));
         dma.listen(Arc::downgrade(&follows));
         Ok(PassedShare {
             function,
