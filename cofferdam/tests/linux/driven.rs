@@ -14,7 +14,7 @@ use devices::vfio::binding::Sysfs;
 use super::passed::{Connection, NAMES, context, refused};
 use super::switch::has;
 use super::{
-    GATEWAY, Pings, SOON, assert_log_is_healthy, boot, insert_nic, nic_works, options, shell,
+    GATEWAY, Pings, assert_log_is_healthy, boot, insert_nic, nic_works, options, shell, wait_until,
 };
 use crate::full;
 
@@ -256,11 +256,12 @@ mod long {
         assert_log_is_healthy(&mut pair.guests[0], &[]);
         pair.let_agents_go();
         kill(pair.guests[1].pid());
-        let deadline = Instant::now() + SOON;
-        while pair.served.turn().unwrap().as_deref() != Some(NAMES[0]) {
-            assert!(Instant::now() < deadline, "nobody has the turn");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        // Its driver is asked by its agent, which is left alone until that is over.
+        wait_until("the turn", || {
+            let status = pair.served.status().unwrap();
+            let last = status.switches.last();
+            last.is_some_and(|last| last.to.as_deref() == Some(NAMES[0]))
+        });
         nic_works(&mut pair.guests[0]);
         assert_log_is_healthy(&mut pair.guests[0], &[]);
     }
