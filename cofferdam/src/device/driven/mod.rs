@@ -38,7 +38,7 @@ use crate::options::MacAddress;
 
 /// See the module.
 pub struct DrivenCard {
-    kind: DrivenKind,
+    kind: Arc<DrivenKind>,
     /// The hardware, while nobody has it.
     shelf: Mutex<Option<Box<dyn Hardware>>>,
     drivers: Box<dyn Drivers>,
@@ -59,7 +59,7 @@ impl DrivenCard {
 
     fn of(kind: DrivenKind, hardware: Box<dyn Hardware>, drivers: Box<dyn Drivers>) -> Self {
         Self {
-            kind,
+            kind: Arc::new(kind),
             shelf: Mutex::new(Some(hardware)),
             drivers,
             waiting: Waiting::of_process(),
@@ -80,7 +80,7 @@ impl Card for DrivenCard {
 
     fn share(&self, _mac: MacAddress) -> anyhow::Result<DrivenShare> {
         let dma = DmaSpace::empty();
-        let (function, interrupts) = DrivenFunction::new(&self.kind, dma.clone())?;
+        let (function, interrupts) = DrivenFunction::new(self.kind.clone(), dma.clone())?;
         let function = Arc::new(Mutex::new(function));
         let told = function.clone();
         let follows = Follows::by(move |removed, added| lock(&told).memory_changed(removed, added));

@@ -130,7 +130,7 @@ impl Drivers for Vms {
 
 fn host() -> (Arc<Host<DrivenCard>>, Vms) {
     let (device, shape) = Device::with_shape();
-    let (kind, hardware) = DrivenKind::of(Box::new(device.clone()), shape).unwrap();
+    let (kind, hardware) = DrivenKind::of(Box::new(device.clone()), shape, None).unwrap();
     let vms = Vms {
         all: Arc::default(),
         device,
@@ -293,7 +293,7 @@ fn who_goes_or_whose_driver_was_given_up_is_asked_for_nothing_and_leaves_nothing
 fn a_function_that_the_host_cannot_reset_alone_is_refused() {
     let (device, shape) = Device::with_shape();
     device.lock().cannot_be_reset = true;
-    let refused = DrivenKind::of(Box::new(device), shape).err().unwrap();
+    let refused = DrivenKind::of(Box::new(device), shape, None).err().unwrap();
     assert!(
         refused.to_string().contains("cannot reset 0000:00:02.0"),
         "{refused}"

@@ -21,6 +21,7 @@ use super::steps::silence;
 use super::user_interrupts::UserInterrupts;
 use crate::dma::{DmaRegion, DmaSpace};
 use crate::pci::config::{Command, offset};
+use crate::pci::registers::Description;
 use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
 use crate::vfio::address::PciAddress;
 use crate::vfio::dma::{Batch, DmaMemory};
@@ -32,6 +33,9 @@ use crate::vfio_user::server::ClientInterrupts;
 #[derive(Debug)]
 pub struct DrivenKind {
     shape: Shape,
+    /// How it is reset besides, if it is described: an emulated one may do nothing when the host
+    /// resets it.
+    description: Option<Description>,
 }
 
 impl DrivenKind {
@@ -41,9 +45,14 @@ impl DrivenKind {
     /// It cannot be reset, or shows what cannot be.
     pub fn open(opened: Opened) -> Result<(Self, Box<dyn Hardware>), PassedError> {
         let Opened {
-            hardware, shape, ..
+            mut hardware,
+            shape,
+            description,
         } = opened;
-        Self::of(Box::new(hardware), shape)
+        if let Some(description) = &description {
+            hardware.set_bar(description.device.bar);
+        }
+        Self::of(Box::new(hardware), shape, description)
     }
 
     /// The same for a function that is reached in another way.
@@ -53,6 +62,7 @@ impl DrivenKind {
     pub fn of(
         mut hardware: Box<dyn Hardware>,
         shape: Shape,
+        description: Option<Description>,
     ) -> Result<(Self, Box<dyn Hardware>), PassedError> {
         // A driver that has suspended it may have left it addresses of its guest's memory.
         if !hardware.can_reset() {
@@ -60,9 +70,10 @@ impl DrivenKind {
                 address: shape.address,
             });
         }
-        begin_anew(hardware.as_mut())?;
         shape.view()?;
-        Ok((Self { shape }, hardware))
+        let kind = Self { shape, description };
+        kind.begin_anew(hardware.as_mut())?;
+        Ok((kind, hardware))
     }
 
     /// Its vendor and device identifiers, in words.
@@ -71,21 +82,28 @@ impl DrivenKind {
         format!("{vendor:04x}:{device:04x}")
     }
 
+    /// Takes from a device what whoever had it left there.
+    fn begin_anew(&self, hardware: &mut dyn Hardware) -> Result<(), PassedError> {
+        hardware.set_master(false)?;
+        hardware.reset().map_err(PassedError::Reset)?;
+        hardware.set_master(false)?;
+        if let Some(description) = &self.description {
+            // Each driver sets the address that it knows.
+            description.reset(hardware, [0; 6])?;
+            description.quiesce(hardware)?;
+        }
+        Ok(())
+    }
+
     /// Where it is on the host.
     pub fn address(&self) -> PciAddress {
         self.shape.address
     }
 }
 
-/// Takes from a device what whoever had it left there.
-fn begin_anew(hardware: &mut dyn Hardware) -> Result<(), PassedError> {
-    hardware.set_master(false)?;
-    hardware.reset().map_err(PassedError::Reset)?;
-    Ok(hardware.set_master(false)?)
-}
-
 /// See the module.
 pub struct DrivenFunction {
+    kind: Arc<DrivenKind>,
     hardware: Option<Box<dyn Hardware>>,
     /// The device, if it is here, may do what the user lets it.
     runs: bool,
@@ -106,7 +124,10 @@ impl DrivenFunction {
     ///
     /// # Errors
     /// There are no descriptors.
-    pub fn new(kind: &DrivenKind, dma: DmaSpace) -> Result<(Self, ClientInterrupts), PassedError> {
+    pub fn new(
+        kind: Arc<DrivenKind>,
+        dma: DmaSpace,
+    ) -> Result<(Self, ClientInterrupts), PassedError> {
         let GuestView {
             config,
             msix,
@@ -116,6 +137,7 @@ impl DrivenFunction {
         let (interrupts, msix) = UserInterrupts::new(msix).map_err(PassedError::Events)?;
         let client = interrupts.client();
         let function = Self {
+            kind,
             hardware: None,
             runs: false,
             known: false,
@@ -257,7 +279,8 @@ impl DrivenFunction {
     /// # Errors
     /// It is not here, or cannot be reset.
     pub fn load(&mut self) -> Result<(), PassedError> {
-        begin_anew(self.hardware()?.as_mut())
+        let kind = self.kind.clone();
+        kind.begin_anew(self.hardware()?.as_mut())
     }
 
     /// Lets the device do what its user lets it.
@@ -421,7 +444,7 @@ impl PciFunction for DrivenFunction {
         };
         silence(hardware.as_mut());
         self.masters = false;
-        if let Err(error) = begin_anew(hardware.as_mut()) {
+        if let Err(error) = self.kind.begin_anew(hardware.as_mut()) {
             tracing::error!(%error, "the device is not reset");
         }
         self.runs = true;

@@ -50,7 +50,7 @@ impl Shape {
 pub struct Opened {
     pub(super) hardware: VfioHardware,
     pub(super) shape: Shape,
-    description: Option<Description>,
+    pub(super) description: Option<Description>,
 }
 
 impl Opened {
