@@ -13,6 +13,7 @@ use recovery::switch::Switchable;
 
 use super::drivers::Drivers;
 use super::{DrivenShare, lock};
+use crate::control::client::AskError;
 use crate::device::context::Context;
 
 /// See the module.
@@ -72,7 +73,11 @@ impl<'a> Switchable for DrivenSwitch<'a> {
             // One that goes meanwhile is not waited for.
             Err(_) if !guest.is_connected() => Ok(()),
             Err(error) => {
-                self.works = Some(guest);
+                // One of which nothing was heard may have suspended it.
+                let refused = error.downcast_ref();
+                if let Some(AskError::Refused(_)) = refused {
+                    self.works = Some(guest);
+                }
                 Err(format!("{}: {error:#}", guest.vm))
             }
         }
@@ -109,12 +114,14 @@ impl<'a> Switchable for DrivenSwitch<'a> {
         if let Some(hardware) = hardware {
             function.put(hardware);
         }
-        function.map().map_err(|error| error.to_string())
+        // What the other driver left is taken away before the device reaches this one's memory.
+        let given = function.begin_anew().and_then(|()| function.map());
+        given.map_err(|error| error.to_string())
     }
 
-    /// What the other driver left is taken away.
-    fn load(&mut self, guest: &Self::Guest) -> Result<(), String> {
-        self.of(guest).load().map_err(|error| error.to_string())
+    /// Its driver has it.
+    fn load(&mut self, _guest: &Self::Guest) -> Result<(), String> {
+        Ok(())
     }
 
     fn resume(&mut self, guest: &Self::Guest) -> Result<(), String> {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::ensure;
+use devices::pci::registers::Description;
 use devices::vfio::passed::driven::DrivenKind;
 use recovery::by_turns::{GivenAway, TakenOver};
 use recovery::switch::{Outcome, Step};
@@ -123,14 +124,20 @@ impl Drivers for Vms {
                 (true, false) => TakenOver::Anew,
             };
             (one.begun, one.suspended) = (true, false);
+            let late = format!("{vm} resumes, late");
+            ensure!(lock(&self.fails).as_ref() != Some(&late), "injected");
             Ok(how)
         })
     }
 }
 
 fn host() -> (Arc<Host<DrivenCard>>, Vms) {
+    host_with(None)
+}
+
+fn host_with(description: Option<Description>) -> (Arc<Host<DrivenCard>>, Vms) {
     let (device, shape) = Device::with_shape();
-    let (kind, hardware) = DrivenKind::of(Box::new(device.clone()), shape, None).unwrap();
+    let (kind, hardware) = DrivenKind::of(Box::new(device.clone()), shape, description).unwrap();
     let vms = Vms {
         all: Arc::default(),
         device,
@@ -229,9 +236,8 @@ fn whatever_step_fails_one_guest_has_the_function_or_nobody_and_it_works_again()
         match step {
             Step::Prepare => *lock(&vms.fails) = Some("left suspends".to_owned()),
             Step::Complete => *lock(&vms.fails) = Some("right resumes".to_owned()),
-            Step::Load => vms.device.lock().fails_to_reset = true,
             // There is nothing to be done for these that could fail.
-            Step::Quiesce | Step::Save => continue,
+            Step::Quiesce | Step::Save | Step::Load => continue,
             _ => vms.device.lock().fails = Some(step),
         }
         let error = host.switch_to(&name("right")).unwrap_err();
@@ -298,4 +304,80 @@ fn a_function_that_the_host_cannot_reset_alone_is_refused() {
         refused.to_string().contains("cannot reset 0000:00:02.0"),
         "{refused}"
     );
+}
+
+/// Its old addresses would be addresses in the next one's memory.
+#[test]
+fn a_function_is_reset_before_it_reaches_the_next_ones_memory_also_on_the_way_back() {
+    for description in [None, Some(Description::intel_82574l().unwrap())] {
+        let (host, vms) = host_with(description);
+        vms.boot(&host, "left", 1);
+        vms.boot(&host, "right", 2);
+        vms.device.lock().is_blank_when_mapped = true;
+        for vm in ["right", "left"] {
+            host.switch_to(&name(vm)).unwrap();
+            vms.assert_works_for(vm);
+        }
+        *lock(&vms.fails) = Some("right resumes, late".to_owned());
+        let error = host.switch_to(&name("right")).unwrap_err().to_string();
+        assert!(error.contains("the turn is where it was"), "{error}");
+        vms.assert_works_for("left");
+        *lock(&vms.fails) = None;
+        vms.device.lock().fails_to_reset = true;
+        let error = host.switch_to(&name("right")).unwrap_err().to_string();
+        assert!(error.starts_with("map failed"), "{error}");
+        assert!(host.turn().is_none() && vms.device.lock().is_silent());
+    }
+}
+
+#[test]
+fn nobody_is_given_a_device_that_reaches_anothers_memory() {
+    let (host, vms) = host();
+    vms.boot(&host, "left", 1);
+    vms.boot(&host, "right", 2);
+    vms.device.lock().keeps_memory = true;
+    vms.end("left");
+    wait("a switch that fails", || host.status().failed_switches > 0);
+    for _ in 0..2 {
+        let error = host.switch_to(&name("right")).unwrap_err().to_string();
+        assert!(error.starts_with("map failed"), "{error}");
+        assert!(host.turn().is_none() && !vms.device.lock().masters);
+    }
+    vms.device.lock().keeps_memory = false;
+    wait("the turn", || {
+        host.switch_to(&name("right")).is_ok() || host.turn().as_deref() == Some("right")
+    });
+    vms.assert_works_for("right");
+}
+
+#[test]
+fn memory_that_cannot_be_given_to_the_device_silences_it_and_its_driver_is_asked_all_the_same() {
+    let (host, vms) = host();
+    vms.boot(&host, "left", 1);
+    vms.boot(&host, "right", 2);
+    vms.device.lock().fails = Some(Step::Complete);
+    vms.with("left", |one| one.guest.give_more());
+    wait("silence", || vms.device.lock().is_silent());
+    vms.device.lock().fails = None;
+    host.switch_to(&name("right")).unwrap();
+    assert_eq!(vms.asked(), ["left suspends", "right resumes"]);
+    vms.assert_works_for("right");
+    host.switch_to(&name("left")).unwrap();
+    let state = vms.device.lock();
+    assert!(state.masters && state.mapped == 2 * MEMORY);
+}
+
+#[test]
+fn what_a_description_withholds_no_driver_gets_at() {
+    /// In the packet buffer.
+    const HELD: u32 = 0x1_0010;
+    let (host, vms) = host_with(Some(Description::intel_82574l().unwrap()));
+    vms.boot(&host, "left", 1);
+    vms.device.lock().registers.insert(HELD, 0x005e_c4e7);
+    vms.with("left", |one| {
+        assert_eq!(one.guest.read(HELD), 0);
+        one.guest.write(HELD, 7);
+        assert_eq!(one.guest.read(RDBAL), one.guest.ring());
+    });
+    assert_eq!(vms.device.lock().get(HELD), 0x005e_c4e7);
 }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   user's driver suspends ─► quiesce ─► unmap ─► take ══ the hardware ═╗
-//!   user's driver resumes ◄─ resume ◄─ load: reset ◄─ map ◄─ put ◄══════╝
+//!   user's driver resumes ◄─ resume ◄─ map ◄─ begin anew: reset ◄─ put ◄╝
 //! ```
 //!
 //! What is kept here of a user without the device is its configuration space and its table of
@@ -33,8 +33,8 @@ use crate::vfio_user::server::ClientInterrupts;
 #[derive(Debug)]
 pub struct DrivenKind {
     shape: Shape,
-    /// How it is reset besides, if it is described: an emulated one may do nothing when the host
-    /// resets it.
+    /// How it is reset besides, and what no driver gets at, if it is described: an emulated one may
+    /// do nothing when the host resets it.
     description: Option<Description>,
 }
 
@@ -82,9 +82,11 @@ impl DrivenKind {
         format!("{vendor:04x}:{device:04x}")
     }
 
-    /// Takes from a device what whoever had it left there.
+    /// Takes from a device what whoever had it left there, and whatever memory it reaches still: a
+    /// host that could not take that away before may not be able to now.
     fn begin_anew(&self, hardware: &mut dyn Hardware) -> Result<(), PassedError> {
         hardware.set_master(false)?;
+        hardware.unmap()?;
         hardware.reset().map_err(PassedError::Reset)?;
         hardware.set_master(false)?;
         if let Some(description) = &self.description {
@@ -93,6 +95,13 @@ impl DrivenKind {
             description.quiesce(hardware)?;
         }
         Ok(())
+    }
+
+    /// Whether this is the device's memory of what it did for others, or a way around what is
+    /// looked at.
+    fn withholds(&self, bar: BarIndex, offset: u64, bytes: usize) -> bool {
+        let description = self.description.as_ref();
+        description.is_some_and(|description| description.withholds(bar, offset, bytes))
     }
 
     /// Where it is on the host.
@@ -105,6 +114,8 @@ impl DrivenKind {
 pub struct DrivenFunction {
     kind: Arc<DrivenKind>,
     hardware: Option<Box<dyn Hardware>>,
+    /// What the device reaches is this user's memory, all of it.
+    mapped: bool,
     /// The device, if it is here, may do what the user lets it.
     runs: bool,
     /// The user's kernel may know of the function: it has had the device since it began.
@@ -139,6 +150,7 @@ impl DrivenFunction {
         let function = Self {
             kind,
             hardware: None,
+            mapped: false,
             runs: false,
             known: false,
             dma,
@@ -240,6 +252,7 @@ impl DrivenFunction {
     /// # Errors
     /// The host does not.
     pub fn unmap(&mut self) -> Result<(), PassedError> {
+        self.mapped = false;
         match &mut self.hardware {
             Some(hardware) => Ok(hardware.unmap()?),
             None => Ok(()),
@@ -248,39 +261,48 @@ impl DrivenFunction {
 
     /// Takes the device, which stands still.
     pub fn take(&mut self) -> Option<Box<dyn Hardware>> {
-        (self.runs, self.masters) = (false, false);
-        self.interrupts.forget();
+        self.stands_still();
         self.hardware.take()
     }
 
     /// Gives the user the device, which stands still.
     pub fn put(&mut self, hardware: Box<dyn Hardware>) {
-        (self.runs, self.masters) = (false, false);
-        self.interrupts.forget();
+        self.stands_still();
         self.counters.turns += 1;
         self.hardware = Some(hardware);
     }
 
-    /// Gives the user's memory to the device, unless it has it.
-    ///
-    /// # Errors
-    /// The limit of locked memory is in the way, or the host has not enough.
-    pub fn map(&mut self) -> Result<(), PassedError> {
-        match (&mut self.hardware, &self.memory) {
-            (Some(hardware), Some(memory)) if hardware.mapped_bytes() == 0 => {
-                Ok(hardware.map(memory, None)?)
-            }
-            _ => Ok(()),
-        }
+    /// The device, wherever it is, does nothing, and what it reaches need not be this user's.
+    fn stands_still(&mut self) {
+        (self.runs, self.masters, self.mapped) = (false, false, false);
+        self.interrupts.forget();
     }
 
     /// Takes from the device, which stands still, what another user left in it.
     ///
     /// # Errors
-    /// It is not here, or cannot be reset.
-    pub fn load(&mut self) -> Result<(), PassedError> {
+    /// It is not here, cannot be reset, or keeps memory.
+    pub fn begin_anew(&mut self) -> Result<(), PassedError> {
+        self.stands_still();
         let kind = self.kind.clone();
         kind.begin_anew(self.hardware()?.as_mut())
+    }
+
+    /// Gives the user's memory to the device, unless it has it.
+    ///
+    /// # Errors
+    /// It keeps memory of somebody else, the limit of locked memory is in the way, or the host has
+    /// not enough.
+    pub fn map(&mut self) -> Result<(), PassedError> {
+        let Some(hardware) = self.hardware.as_mut().filter(|_| !self.mapped) else {
+            return Ok(());
+        };
+        hardware.unmap()?;
+        if let Some(memory) = &self.memory {
+            hardware.map(memory, None)?;
+            self.mapped = true;
+        }
+        Ok(())
     }
 
     /// Lets the device do what its user lets it.
@@ -309,8 +331,7 @@ impl DrivenFunction {
         let bits = without.bits().to_le_bytes();
         self.side.config.set(offset::COMMAND, &bits);
         self.memory = None;
-        (self.runs, self.masters) = (false, false);
-        self.interrupts.forget();
+        self.stands_still();
         if let Some(hardware) = &mut self.hardware {
             silence(hardware.as_mut());
         }
@@ -321,42 +342,59 @@ impl DrivenFunction {
     /// is now, and nothing else. Gives the memory that there is.
     ///
     /// # Errors
-    /// It cannot be mapped; the device reaches nothing then.
+    /// It cannot be mapped: the device does nothing then until its driver has it begin anew, and
+    /// what has gone is forgotten all the same.
     pub fn memory_changed(
         &mut self,
         removed: &[DmaRegion],
         added: &[DmaRegion],
     ) -> Result<Option<Arc<DmaMemory>>, PassedError> {
         let before = self.memory.take();
-        let memory = match &before {
+        let changed = match &before {
             Some(before) => before.changed(removed, added),
             None => DmaMemory::of_space(&self.dma),
         };
-        let memory = memory.map(Arc::new);
-        if let (Some(hardware), Some(before), Ok(memory), []) =
-            (&mut self.hardware, &before, &memory, removed)
-            && before.piece_bytes() == memory.piece_bytes()
-            && hardware.mapped_bytes() > 0
-        {
-            // What comes is given to it while it works.
-            hardware.map_more(memory, None, Batch::ALL)?;
-            self.memory = Some(memory.clone());
-            return Ok(self.memory.clone());
-        }
-        if let Some(hardware) = &mut self.hardware {
-            hardware.set_master(false)?;
-            self.masters = false;
-            hardware.unmap()?;
-        }
-        let memory = memory?;
-        if memory.bytes() == 0 {
-            return Ok(None);
-        }
-        self.memory = Some(memory);
-        if self.runs {
-            self.try_to_follow()?;
+        let changed = changed.map(Arc::new).map_err(PassedError::from);
+        // What stays does not depend on what comes.
+        self.memory = match (&changed, &before) {
+            (Ok(memory), _) => Some(memory.clone()),
+            (Err(_), Some(before)) => before.changed(removed, &[]).ok().map(Arc::new),
+            (Err(_), None) => None,
+        };
+        self.memory.take_if(|memory| memory.bytes() == 0);
+        let same_pieces = matches!((&before, &self.memory), (Some(before), Some(memory))
+            if before.piece_bytes() == memory.piece_bytes());
+        let comes_only = removed.is_empty() && same_pieces && self.mapped;
+        let followed = changed.and_then(|_| self.follow_memory(comes_only));
+        if let Err(error) = followed {
+            self.stands_still();
+            if let Some(hardware) = &mut self.hardware {
+                silence(hardware.as_mut());
+            }
+            self.interrupts.set_level(false);
+            return Err(error);
         }
         Ok(self.memory.clone())
+    }
+
+    /// Has the device reach the memory that there is now, which is what there was and more if that
+    /// is said.
+    fn follow_memory(&mut self, comes_only: bool) -> Result<(), PassedError> {
+        let Some(hardware) = &mut self.hardware else {
+            return Ok(());
+        };
+        if let (true, Some(memory)) = (comes_only, &self.memory) {
+            // It works meanwhile.
+            hardware.map_more(memory, None, Batch::ALL)?;
+            return Ok(());
+        }
+        (self.masters, self.mapped) = (false, false);
+        hardware.set_master(false)?;
+        hardware.unmap()?;
+        match self.runs && self.memory.is_some() {
+            true => self.try_to_follow(),
+            false => Ok(()),
+        }
     }
 
     /// Whether the user's kernel is to find nothing here.
@@ -406,6 +444,10 @@ impl PciFunction for DrivenFunction {
         if self.side.msix_read(bar, offset, data, waiting) {
             return;
         }
+        if self.kind.withholds(bar, offset, data.len()) {
+            data.fill(0);
+            return;
+        }
         data.fill(0xff);
         let Some(hardware) = &mut self.hardware else {
             self.counters.parked_accesses += 1;
@@ -422,6 +464,9 @@ impl PciFunction for DrivenFunction {
         if self.side.msix_write(bar, offset, data) {
             self.follow();
             self.side.trigger(self.interrupts.take_waiting());
+            return;
+        }
+        if self.kind.withholds(bar, offset, data.len()) {
             return;
         }
         let Some(hardware) = &mut self.hardware else {
@@ -443,9 +488,9 @@ impl PciFunction for DrivenFunction {
             return;
         };
         silence(hardware.as_mut());
-        self.masters = false;
-        if let Err(error) = self.kind.begin_anew(hardware.as_mut()) {
+        if let Err(error) = self.begin_anew() {
             tracing::error!(%error, "the device is not reset");
+            return;
         }
         self.runs = true;
         self.follow();

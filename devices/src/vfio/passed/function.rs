@@ -98,6 +98,9 @@ pub struct PassedFunction {
     pub(super) in_part: bool,
     /// Stores of the user in this turn while that was so.
     pub(super) told_in_part: u32,
+    /// What the device reaches may be somebody else's memory, or some of this user's: the host may
+    /// have failed to take it away.
+    pub(super) reaches_other: bool,
     /// The function may master the bus.
     pub(super) masters: bool,
     pub(super) counters: Counters,
@@ -136,6 +139,7 @@ impl PassedFunction {
             side: UserSide::new(config, msix, pmcsr, has_pin),
             in_part: false,
             told_in_part: 0,
+            reaches_other: false,
             masters: false,
             counters: Counters::default(),
         };
@@ -256,6 +260,12 @@ impl PassedFunction {
     /// Puts the user's memory into the function's map, at least `near` where that is said, unless
     /// some is there.
     pub(super) fn map_memory(&mut self, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
+        if let Some(Seat::Here { hardware, .. }) = &mut self.seat
+            && self.reaches_other
+        {
+            hardware.unmap()?;
+            self.reaches_other = false;
+        }
         let Some(memory) = self.memory.clone() else {
             return Ok(());
         };

@@ -72,6 +72,10 @@ pub struct State {
     /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not
     /// taken away or not given, a register holds nothing, interrupts cannot be set.
     pub fails: Option<Step>,
+    /// The host takes no memory away from it.
+    pub keeps_memory: bool,
+    /// Whoever gives it memory has reset it before.
+    pub is_blank_when_mapped: bool,
     /// The host cannot reset it.
     pub cannot_be_reset: bool,
     /// Its resets by the host fail.
@@ -292,6 +296,14 @@ impl Hardware for Device {
         }
         let mut state = self.lock();
         state.refuse(Step::Map, "map")?;
+        if state.keeps_memory && state.mapped > 0 {
+            return Err(VfioError::Host {
+                what: "unmap before a map",
+                source: io::Error::other("injected"),
+            });
+        }
+        let blank = state.get(RDBAL) == 0;
+        assert!(blank || !state.is_blank_when_mapped, "not reset");
         assert!(!state.masters, "memory is given to a device that runs");
         state.user = memory.bytes();
         state.mapped = near.map_or(memory.bytes(), total);
@@ -328,7 +340,7 @@ impl Hardware for Device {
         assert!(!state.masters, "memory is taken from a device that runs");
         // The second time, when it is silenced, it is done.
         let fails = state.fails.take_if(|fails| *fails == Step::Unmap);
-        if fails.is_some() {
+        if fails.is_some() || state.keeps_memory && state.mapped > 0 {
             return Err(VfioError::Host {
                 what: "unmap",
                 source: io::Error::other("injected"),

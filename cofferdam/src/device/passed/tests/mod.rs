@@ -5,6 +5,7 @@ pub mod device;
 pub mod guest;
 #[cfg(debug_assertions)]
 mod kills_at_steps;
+mod keeps;
 mod lost;
 mod soak;
 
