@@ -29,9 +29,11 @@ const AGENT_TIME: Duration = Duration::from_secs(60);
 const MAX_NAME: usize = 56;
 
 /// Prints `there` if the guest's kernel knows the PCI device `$1`, and which module drives it, with
-/// a number that changes whenever the module is inserted.
+/// a number that changes whenever the driver gets the device (that of the link, Linux
+/// drivers/base/dd.c: `driver_sysfs_add`), or that it is driven by no module.
 pub(crate) const LOOK: &str = "d=/sys/bus/pci/devices/$1; [ -e $d ] || exit 0; echo there; \
-    m=$(readlink $d/driver/module) && stat -c \"module ${m##*/} %i\" /sys/module/${m##*/}; true";
+    [ -e $d/driver ] || exit 0; m=$(readlink $d/driver/module) || { echo built-in; exit 0; }; \
+    stat -c \"module ${m##*/} %i\" $d/driver";
 
 /// Has the guest's kernel forget the PCI device `$1`.
 pub(crate) const FORGET: &str = "echo 1 > /sys/bus/pci/devices/$1/remove";
@@ -47,7 +49,7 @@ pub(crate) const FIND: &str = "d=/sys/bus/pci/devices/$1; [ -e $d ] || echo 1 > 
 pub(crate) struct HandedOver {
     /// The module that drives it.
     pub module: String,
-    /// Which instance of it.
+    /// Which binding of it to the device.
     instance: String,
 }
 
@@ -109,8 +111,20 @@ impl<G: LiveGuest> Supervisor<G> {
         self.device_begins_anew(module);
         let suspend = DriverCalls::Suspend;
         call(guest, &mut agent, suspend, module, &folder(address))?;
-        lock(&self.handed_over).insert(address.to_owned(), driver);
+        lock(&self.handed_over).insert(address.to_owned(), driver.clone());
+        if let Err(gone) = asker.tell("the device is suspended") {
+            // Who has gone did not take it, and it may be here still.
+            let resume = DriverCalls::Resume;
+            call(guest, &mut agent, resume, module, &folder(address))?;
+            lock(&self.handed_over).remove(address);
+            return Err(gone.into());
+        }
         Ok(GivenAway::Suspended)
+    }
+
+    /// The device at `address` was taken out of the guest: nobody has it suspended.
+    pub fn device_gone(&self, address: &str) {
+        lock(&self.handed_over).remove(address);
     }
 
     /// Has the guest's driver of the PCI device at `address` resume it, which is here again. A
@@ -187,6 +201,10 @@ fn look(agent: &mut impl Agent, address: &str) -> anyhow::Result<Seen> {
     let Some(line) = lines.next() else {
         return Ok(Some(None));
     };
+    ensure!(
+        line != "built-in",
+        "the driver of {address} is no module of the guest: its functions cannot be called"
+    );
     let words: Vec<_> = line.split(' ').collect();
     let ["module", module, instance] = words[..] else {
         bail!("the guest says of {address}: {line}");

@@ -129,6 +129,7 @@ fn nonsense_of_a_guest_is_no_module() {
         "module x",
         "x",
         "module a b c",
+        "built-in",
     ] {
         let (supervisor, guest) = supervised();
         guest.world().says = Some(line);
@@ -136,4 +137,46 @@ fn nonsense_of_a_guest_is_no_module() {
         refusal(supervisor.take_over(ADDRESS, MAC, &Nobody));
         assert!(done(&guest).is_empty());
     }
+}
+
+/// Hears so many words, and goes then.
+struct Goes(std::cell::Cell<usize>);
+
+impl Asker for Goes {
+    fn tell(&self, _what: &str) -> Result<(), crate::asker::Gone> {
+        let left = self.0.get().checked_sub(1).ok_or(crate::asker::Gone)?;
+        self.0.set(left);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_device_that_nobody_waits_for_any_more_is_resumed() {
+    let (supervisor, guest) = supervised();
+    refusal(supervisor.hand_over(ADDRESS, &Goes(1.into())));
+    assert_eq!(done(&guest), ["driver suspends", "driver resumes"]);
+    assert!(supervisor.has_its_devices(DRIVER).is_ok());
+    // Where that fails it is resumed in its turn.
+    guest.world().fails = |step, before| step == "driver resumes" && before == 0;
+    guest.world().done.clear();
+    refusal(supervisor.hand_over(ADDRESS, &Goes(1.into())));
+    let taken = supervisor.take_over(ADDRESS, MAC, &Nobody).unwrap();
+    assert_eq!(taken, TakenOver::Resumed);
+}
+
+#[test]
+fn a_driver_whose_functions_have_succeeded_has_done_it_whatever_its_agent_says() {
+    let (supervisor, guest) = supervised();
+    guest.world().fails = |step, _| step.starts_with("write ");
+    supervisor.hand_over(ADDRESS, &Nobody).unwrap();
+    let taken = supervisor.take_over(ADDRESS, MAC, &Nobody).unwrap();
+    assert_eq!(taken, TakenOver::Resumed);
+}
+
+#[test]
+fn a_device_that_was_taken_out_is_nobody_elses() {
+    let (supervisor, _) = supervised();
+    supervisor.hand_over(ADDRESS, &Nobody).unwrap();
+    supervisor.device_gone(ADDRESS);
+    assert!(supervisor.has_its_devices(DRIVER).is_ok());
 }

@@ -108,10 +108,12 @@ impl<G: LiveGuest> Supervisor<G> {
     ) -> anyhow::Result<Isolated> {
         // A call that fails as soon as there are gates asks for a rung of a ladder that is entered
         // only then: who climbs it waits.
-        let _alone = self.change_driver_for(asker)?;
+        let alone = self.change_driver_for(asker)?;
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
         let module = request.module.clone();
         let isolated = self.isolate_with(request, ladder, asker)?;
+        // Who hears of it may have a driver here take its device over.
+        drop(alone);
         self.take_back(&module);
         Ok(isolated)
     }
@@ -274,7 +276,8 @@ impl<G: LiveGuest> Supervisor<G> {
     }
 
     /// The driver `module` is another build now, of the file at `path` in the guest: nothing that
-    /// the old one did counts any more.
+    /// the old one did counts any more. The guest is not told yet that it is not given up: that
+    /// may take a turn ([`Self::tell_given_up`]).
     pub(crate) fn driver_came_from(&self, module: &str, path: &str) {
         lock(&self.driver_files).insert(module.to_owned(), path.to_owned());
         self.guest.driver_changed(module);
@@ -282,7 +285,7 @@ impl<G: LiveGuest> Supervisor<G> {
             let config = lock(&supervised.ladder).config().clone();
             supervised.ladder = Arc::new(Mutex::new(Ladder::new(config)));
         }
-        self.take_back(module);
+        lock(&self.given_up).remove(module);
     }
 
     pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {

@@ -90,7 +90,10 @@ impl<G: LiveGuest> Supervisor<G> {
         limit: Duration,
         asker: &dyn Asker,
     ) -> anyhow::Result<UpgradeReport> {
-        upgrade(self, module, file, limit, asker)
+        let upgraded = upgrade(self, module, file, limit, asker);
+        // Behind the turn to change drivers, which whoever hears of it may want here.
+        self.tell_given_up(module);
+        upgraded
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) fn request() -> IsolationRequest {
     }
 }
 
-/// Puts a guest back to where it was.
+/// Does something to a guest: puts it back to where it was.
 pub(crate) type Rewind = dyn Fn(&Double) + Send + Sync;
 
 /// The state of the guest.
@@ -78,6 +78,8 @@ pub(crate) struct World {
     pub stopped: bool,
     /// What was said last of whether the driver is given up.
     pub given_up: bool,
+    /// Done when that is said.
+    pub told: Option<Arc<Rewind>>,
     /// What fails is the domain itself.
     pub domain_fails: bool,
     /// Agents that there are: the real one serves one at a time.
@@ -134,6 +136,7 @@ impl Double {
             fails_at_once: false,
             stopped: false,
             given_up: false,
+            told: None,
             domain_fails: false,
             agents: 0,
             link_held: false,
@@ -299,6 +302,10 @@ impl LiveGuest for Double {
     fn set_given_up(&self, module: &str, given_up: bool) {
         assert_eq!(module, DRIVER);
         self.world().given_up = given_up;
+        let told = self.world().told.clone();
+        if let Some(told) = told {
+            told(self);
+        }
     }
 
     fn driver_changed(&self, _module: &str) {}
