@@ -25,7 +25,7 @@ pub const MAX_SLICE_MS: u64 = 3_600_000;
 
 /// How long a switch may take: one whose step failed goes back, and drivers in guests have their time
 /// each way.
-const SWITCH_TIME: Duration = Duration::from_secs(600);
+pub const SWITCH_TIME: Duration = Duration::from_secs(600);
 
 /// Requests to a device host.
 #[derive(Debug)]
@@ -216,6 +216,8 @@ pub enum Reason {
     Yielded,
     /// A VM runs again, and nobody had it.
     Returned,
+    /// A switch had left it with nobody.
+    Again,
 }
 
 impl Reason {
@@ -228,6 +230,7 @@ impl Reason {
             Self::Gone => "VM gone",
             Self::Yielded => "VM at rest",
             Self::Returned => "VM goes on",
+            Self::Again => "nobody had it",
         }
     }
 }

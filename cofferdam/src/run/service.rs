@@ -158,6 +158,7 @@ impl Handler for VmService {
             Request::Plug { net, nic } => self.plug(net.as_deref(), nic.as_deref()),
             Request::Unplug { address } => {
                 self.plugging.unplug(&address, asker).map_err(chain)?;
+                self.supervisor.device_gone(&address);
                 Ok(Reply::Done {})
             }
             Request::Mark { name } => self.mark(&name, asker),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Request, line};
+use crate::device::protocol::SWITCH_TIME;
 
 impl Request {
     /// How long a VM process may be at work on it, where that can be long: what it does is told at
@@ -10,7 +11,11 @@ impl Request {
     pub fn may_take(&self) -> Option<Duration> {
         match self {
             Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
-            Self::Release { .. } => Some(Duration::from_secs(60)),
+            // The device hosts of its NICs are told, and may have drivers in this guest and in
+            // others hand a device over; what is attached may have to wait for that.
+            Self::Pause {} | Self::Resume {} | Self::Release { .. } | Self::Plug { .. } => {
+                Some(SWITCH_TIME)
+            }
             Self::Unplug { .. } => Some(Duration::from_secs(120)),
             // All of the memory is written, to whatever kind of disk.
             Self::Snapshot { .. } => Some(Duration::from_secs(3600)),

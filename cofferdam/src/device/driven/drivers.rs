@@ -14,7 +14,10 @@ pub trait Drivers: Send + Sync {
     /// Has the driver in the guest of `vm` suspend the device.
     ///
     /// # Errors
-    /// It cannot; the device works as before.
+    /// It cannot. The device works as before if that is [`AskError::Refused`]; otherwise it may be
+    /// suspended.
+    ///
+    /// [`AskError::Refused`]: crate::control::client::AskError::Refused
     fn hand_over(&self, vm: &VmName) -> anyhow::Result<GivenAway>;
     /// Has the driver in the guest of `vm` resume the device, or probe one that is new to it.
     ///

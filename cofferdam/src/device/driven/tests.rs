@@ -2,7 +2,9 @@
 //! connections; the guests' drivers suspend and resume it.
 
 use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::ensure;
 use devices::pci::registers::Description;
@@ -12,11 +14,13 @@ use recovery::switch::{Outcome, Step};
 
 use super::drivers::Drivers;
 use super::{DrivenCard, lock};
+use crate::control::client::AskError;
 use crate::device::ParkedAs;
+use crate::device::hello::{Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::tests::device::{Device, Goes, RDBAL};
-use crate::device::passed::tests::guest::{Guest, MEMORY, host_of, wait};
-use crate::options::VmName;
+use crate::device::passed::tests::guest::{Guest, MEMORY, host_of, wait, welcome};
+use crate::options::{MacAddress, VmName};
 
 const TURNS: usize = 20;
 /// All that a device says that does not answer.
@@ -40,6 +44,8 @@ struct Vms {
     asked: Arc<Mutex<Vec<String>>>,
     /// What fails.
     fails: Arc<Mutex<Option<String>>>,
+    /// Held while drivers are not to come back from resuming the device.
+    waits: Arc<Mutex<()>>,
 }
 
 impl Vms {
@@ -47,7 +53,9 @@ impl Vms {
         let said = format!("{vm} {what}");
         let fails = lock(&self.fails).as_ref() == Some(&said);
         lock(&self.asked).push(said);
-        ensure!(!fails, "injected");
+        if fails {
+            return Err(AskError::Refused("injected".to_owned()).into());
+        }
         Ok(())
     }
 
@@ -106,12 +114,15 @@ impl Drivers for Vms {
             assert_eq!(one.guest.read(RDBAL), one.guest.ring());
             one.guest.set_command(2);
             one.suspended = true;
+            let late = format!("{vm} suspends, late");
+            ensure!(lock(&self.fails).as_ref() != Some(&late), "injected");
             Ok(GivenAway::Suspended)
         })
     }
 
     fn take_over(&self, vm: &VmName) -> anyhow::Result<TakenOver> {
         self.note("resumes", vm)?;
+        drop(lock(&self.waits));
         self.with(vm.as_str(), |one| {
             // Nothing of another guest is left in it.
             assert_ne!(one.guest.identity(), [0xff; 4]);
@@ -143,6 +154,7 @@ fn host_with(description: Option<Description>) -> (Arc<Host<DrivenCard>>, Vms) {
         device,
         asked: Arc::default(),
         fails: Arc::default(),
+        waits: Arc::default(),
     };
     let card = DrivenCard::of(kind, hardware, Box::new(vms.clone()));
     (host_of(card, ParkedAs::Down, 8), vms)
@@ -380,4 +392,73 @@ fn what_a_description_withholds_no_driver_gets_at() {
         assert_eq!(one.guest.read(RDBAL), one.guest.ring());
     });
     assert_eq!(vms.device.lock().get(HELD), 0x005e_c4e7);
+}
+
+/// Its VM did not answer in time, and did what it was asked for all the same.
+#[test]
+fn a_driver_of_which_nothing_was_heard_is_asked_to_resume_what_it_may_have_suspended() {
+    let (host, vms) = host();
+    vms.boot(&host, "left", 1);
+    vms.boot(&host, "right", 2);
+    *lock(&vms.fails) = Some("left suspends, late".to_owned());
+    let error = host.switch_to(&name("right")).unwrap_err().to_string();
+    assert!(error.contains("the turn is where it was"), "{error}");
+    assert_eq!(vms.asked(), ["left suspends", "left resumes"]);
+    vms.assert_works_for("left");
+}
+
+/// Neither guest's driver can resume it for a while.
+#[test]
+fn what_a_switch_left_with_nobody_is_somebodys_again_as_soon_as_it_can_be() {
+    let (host, vms) = host();
+    vms.boot(&host, "left", 1);
+    vms.device.lock().fails = Some(Step::Map);
+    vms.boot(&host, "right", 2);
+    host.switch_to(&name("right")).unwrap_err();
+    assert_eq!(host.turn(), None);
+    let failed = || host.status().failed_switches;
+    let before = failed();
+    wait("another attempt", || failed() > before);
+    assert!(host.turn().is_none() && vms.device.lock().is_silent());
+    vms.device.lock().fails = None;
+    wait("the turn", || host.turn().is_some());
+    let holder = host.turn().unwrap();
+    wait("its driver", || {
+        vms.asked().contains(&format!("{holder} resumes"))
+    });
+    wait("its registers", || {
+        let ring = vms.with(&holder, |one| one.guest.ring());
+        vms.device.lock().get(RDBAL) == ring && vms.device.lock().masters
+    });
+}
+
+#[test]
+fn who_attaches_waits_for_a_switch_in_which_drivers_have_their_time() {
+    let (host, vms) = host();
+    vms.boot(&host, "left", 1);
+    vms.boot(&host, "right", 2);
+    let waits = vms.waits.clone();
+    let held = lock(&waits);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        let switch = scope.spawn(|| host.switch_to(&name("right")).map(drop));
+        wait("the other driver", || {
+            lock(&vms.asked).contains(&"right resumes".to_owned())
+        });
+        let mac = MacAddress([2, 0, 0, 0, 0, 3]);
+        let own = &host;
+        let attach = scope.spawn(move || own.attach(name("third"), mac, theirs));
+        for _ in 0..2 {
+            let said: Welcome = read_line(&ours, Duration::from_secs(120)).unwrap();
+            assert_eq!(said, Welcome::Wait {});
+        }
+        drop(held);
+        let Welcome::Ok(info) = welcome(&ours).unwrap() else {
+            panic!("not attached");
+        };
+        assert!(!info.turn && info.by_driver);
+        attach.join().unwrap().unwrap();
+        switch.join().unwrap().unwrap();
+    });
+    vms.assert_works_for("right");
 }

@@ -88,9 +88,20 @@ pub fn connect<C: Card>(
     let (ours, theirs) = UnixStream::pair()?;
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
     host.attach(vm.parse()?, mac, theirs)?;
-    match read_line(&ours, LIMIT)? {
+    match welcome(&ours)? {
         Welcome::Ok(info) => Ok((ours, info)),
+        Welcome::Wait {} => anyhow::bail!("it was waited for"),
         Welcome::Error(error) => anyhow::bail!(error),
+    }
+}
+
+/// What a device host says to one that attaches.
+pub fn welcome(stream: &UnixStream) -> anyhow::Result<Welcome> {
+    loop {
+        match read_line(stream, LIMIT)? {
+            Welcome::Wait {} => {}
+            welcome => return Ok(welcome),
+        }
     }
 }
 

@@ -3,9 +3,9 @@
 
 pub mod device;
 pub mod guest;
+mod keeps;
 #[cfg(debug_assertions)]
 mod kills_at_steps;
-mod keeps;
 mod lost;
 mod soak;
 
