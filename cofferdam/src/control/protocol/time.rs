@@ -38,3 +38,26 @@ impl Request {
         line(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever asks for it would give up while drivers in guests have their time.
+    #[test]
+    fn what_device_hosts_are_told_of_has_the_time_of_a_switch() {
+        let module = "driver".to_owned();
+        for request in [
+            Request::Pause {},
+            Request::Resume {},
+            Request::Release { module },
+            Request::Plug {
+                net: None,
+                nic: None,
+            },
+        ] {
+            let time = request.may_take();
+            assert!(time.is_some_and(|time| time >= SWITCH_TIME), "{request:?}");
+        }
+    }
+}
