@@ -182,6 +182,23 @@ impl SuspendResume {
         }
     }
 
+    /// Takes the gate of an earlier one out, which was given up on before it was over.
+    ///
+    /// # Errors
+    /// A function that it called has yet to return to it.
+    pub fn end_earlier(
+        earlier: &mut Option<Self>,
+        memory: &GuestMemory,
+    ) -> Result<(), SuspendError> {
+        match earlier.take().map(|one| one.disarm(memory)) {
+            Some(Err(out)) => {
+                *earlier = Some(*out);
+                Err(SuspendError::Busy)
+            }
+            Some(Ok(_)) | None => Ok(()),
+        }
+    }
+
     /// Which function has not returned.
     pub fn out(&self) -> SuspendError {
         match self.state {

@@ -326,3 +326,22 @@ fn a_kernel_that_is_not_as_expected_is_left_alone() {
     assert_eq!(none.unwrap_err(), SuspendError::NoGate);
     assert_eq!(world.text()[1..], FTRACE_NOP[1..]);
 }
+
+/// Its caller gave it up while its function was out, which has returned since.
+#[test]
+fn an_earlier_one_that_is_over_is_in_nobodys_way_and_one_that_is_out_is() {
+    let world = World::new(SUSPEND, RESUME);
+    let mut earlier = None;
+    SuspendResume::end_earlier(&mut earlier, &world.memory).unwrap();
+    let mut calls = world.arm_for(DriverCalls::Suspend);
+    let first = calls.step(STORE_AT, &entry(), &world.virt()).unwrap();
+    earlier = Some(calls);
+    let busy = SuspendResume::end_earlier(&mut earlier, &world.memory);
+    assert_eq!(busy, Err(SuspendError::Busy));
+    assert_eq!(world.text(), GATE.bytes());
+    let out = earlier.as_mut().unwrap();
+    out.step(STORE_AT + 2, &back(&first, 0), &world.virt());
+    SuspendResume::end_earlier(&mut earlier, &world.memory).unwrap();
+    assert!(earlier.is_none());
+    assert_eq!(world.text(), FTRACE_NOP);
+}

@@ -26,6 +26,7 @@
 //! Knows nothing of processes, sockets and the command line.
 
 pub mod asker;
+pub mod by_turns;
 pub mod campaign;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]

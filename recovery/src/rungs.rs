@@ -177,6 +177,7 @@ fn borrowed(result: &Result<(), String>) -> Result<(), &str> {
 /// isolates the same functions again.
 fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
     let guest = supervisor.guest();
+    supervisor.has_its_devices(module)?;
     if supervisor.suspended().iter().any(|one| one == module) {
         // A driver waits for ever for the end of what it has ended already when it was suspended.
         let resumed = resume_device::resume(supervisor, module);

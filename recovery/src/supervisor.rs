@@ -19,6 +19,7 @@ use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
 use isolation::status::ModuleStatus;
 
 use crate::asker::{Asker, Gone, Nobody};
+use crate::by_turns::HandedOver;
 use crate::guest::LiveGuest;
 use crate::ladder::{Decision, Fault, Ladder, LadderConfig, LadderStatus};
 use crate::lock::lock;
@@ -64,6 +65,8 @@ pub struct Supervisor<G: LiveGuest> {
     pub(crate) driver_files: Mutex<HashMap<String, String>>,
     /// Devices that were suspended, by the name of the module that drives them.
     pub(crate) resting: Mutex<HashMap<String, Resting<G::DeviceState>>>,
+    /// Devices that are another guest's just now, by their address, suspended by their drivers.
+    pub(crate) handed_over: Mutex<HashMap<String, HandedOver>>,
     /// Modules that were given up.
     given_up: Mutex<HashSet<String>>,
     /// Held while the guest is told of one of them: it hears of changes in their order.
@@ -81,6 +84,7 @@ impl<G: LiveGuest> Supervisor<G> {
             turn: Turn::default(),
             driver_files: Mutex::default(),
             resting: Mutex::default(),
+            handed_over: Mutex::default(),
             given_up: Mutex::default(),
             telling: Mutex::default(),
         };
@@ -104,10 +108,12 @@ impl<G: LiveGuest> Supervisor<G> {
     ) -> anyhow::Result<Isolated> {
         // A call that fails as soon as there are gates asks for a rung of a ladder that is entered
         // only then: who climbs it waits.
-        let _alone = self.change_driver_for(asker)?;
+        let alone = self.change_driver_for(asker)?;
         let ladder = Arc::new(Mutex::new(Ladder::new(config)));
         let module = request.module.clone();
         let isolated = self.isolate_with(request, ladder, asker)?;
+        // Who hears of it may have a driver here take its device over.
+        drop(alone);
         self.take_back(&module);
         Ok(isolated)
     }
@@ -215,6 +221,7 @@ impl<G: LiveGuest> Supervisor<G> {
     pub fn guest_was_reset(&self) {
         lock(&self.driver_files).clear();
         lock(&self.resting).clear();
+        lock(&self.handed_over).clear();
         for module in std::mem::take(&mut *lock(&self.given_up)) {
             // Who says so may be a vCPU's thread. The other one lives as long as the VM.
             let _ = self.rungs.send(RungRequest::Tell { module });
@@ -269,7 +276,8 @@ impl<G: LiveGuest> Supervisor<G> {
     }
 
     /// The driver `module` is another build now, of the file at `path` in the guest: nothing that
-    /// the old one did counts any more.
+    /// the old one did counts any more. The guest is not told yet that it is not given up: that
+    /// may take a turn ([`Self::tell_given_up`]).
     pub(crate) fn driver_came_from(&self, module: &str, path: &str) {
         lock(&self.driver_files).insert(module.to_owned(), path.to_owned());
         self.guest.driver_changed(module);
@@ -277,7 +285,7 @@ impl<G: LiveGuest> Supervisor<G> {
             let config = lock(&supervised.ladder).config().clone();
             supervised.ladder = Arc::new(Mutex::new(Ladder::new(config)));
         }
-        self.take_back(module);
+        lock(&self.given_up).remove(module);
     }
 
     pub(crate) fn modules(&self) -> MutexGuard<'_, HashMap<String, SupervisedModule>> {

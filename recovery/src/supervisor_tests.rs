@@ -183,7 +183,13 @@ fn a_driver_that_is_given_up_is_so_until_it_is_taken_up_again() {
     let ways: [(Again, bool); 4] = [
         (|supervisor| drop(supervisor.release(DRIVER).unwrap()), true),
         (|supervisor| supervisor.guest_was_reset(), true),
-        (|supervisor| supervisor.driver_came_from(DRIVER, "/x"), true),
+        (
+            |supervisor| {
+                supervisor.driver_came_from(DRIVER, "/x");
+                supervisor.tell_given_up(DRIVER);
+            },
+            true,
+        ),
         (|supervisor| drop(supervisor.status()), false),
     ];
     for (again, ends) in ways {
@@ -236,5 +242,33 @@ fn a_driver_that_was_released_before_it_was_said_to_be_given_up_is_not() {
     while let Ok(request) = asked.try_recv() {
         climb(&supervisor, &request);
     }
+    assert!(!guest.world().given_up);
+}
+
+/// Whoever hears of it may give a device to the guest, whose driver has to take it over then.
+#[test]
+fn who_isolates_or_exchanges_a_driver_says_so_when_others_may_change_drivers() {
+    let guest = Double::new();
+    let (supervisor, _asked) = supervised(&guest);
+    let supervisor = Arc::new(supervisor);
+    let (own, taken) = (
+        Arc::downgrade(&supervisor),
+        Arc::<Mutex<Vec<bool>>>::default(),
+    );
+    let said = taken.clone();
+    guest.world().told = Some(Arc::new(move |_| {
+        let own = own.upgrade().unwrap();
+        said.lock().unwrap().push(own.turn.try_take().is_some());
+    }));
+    lock(&supervisor.given_up).insert(DRIVER.to_owned());
+    guest.world().policy = None;
+    supervisor
+        .isolate(request(), restarting(), &Nobody)
+        .unwrap();
+    lock(&supervisor.given_up).insert(DRIVER.to_owned());
+    let file = crate::double::build(2);
+    let limit = Duration::from_secs(5);
+    supervisor.upgrade(DRIVER, &file, limit, &Nobody).unwrap();
+    assert_eq!(*taken.lock().unwrap(), [true, true]);
     assert!(!guest.world().given_up);
 }

@@ -90,7 +90,10 @@ impl<G: LiveGuest> Supervisor<G> {
         limit: Duration,
         asker: &dyn Asker,
     ) -> anyhow::Result<UpgradeReport> {
-        upgrade(self, module, file, limit, asker)
+        let upgraded = upgrade(self, module, file, limit, asker);
+        // Behind the turn to change drivers, which whoever hears of it may want here.
+        self.tell_given_up(module);
+        upgraded
     }
 }
 
@@ -176,6 +179,7 @@ fn prepare<G: LiveGuest>(
     asker: &dyn Asker,
 ) -> anyhow::Result<Exchange> {
     let module = new.name.as_str();
+    supervisor.has_its_devices(module)?;
     ensure!(
         supervisor.suspended().iter().all(|one| one != module),
         "the devices of {module} are suspended: `cofferdam resume-device` brings them back"

@@ -9,7 +9,7 @@ use crate::control::client::{ANSWER_TIME, Connection};
 use crate::control::listed::{self, host_status};
 use crate::device::client;
 use crate::device::protocol::{ContextStatus, DeviceProtocol, HostStatus, Reply, Request};
-use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, serve};
+use crate::device::{CardConfig, HostConfig, OnExit, ParkedAs, StateBy, serve};
 use crate::options::{NetSpec, NicModel, PciAddress, VmName};
 use crate::process::Process;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
@@ -55,8 +55,14 @@ pub struct ServeOptions {
     /// In place of a model: a PCI function of this host, which vfio-pci has, such as 0000:00:02.0
     #[arg(long, value_name = "ADDRESS")]
     vfio: Option<PciAddress>,
+    /// How a function's state is taken from one guest and given to another: by its registers, which
+    /// a description has to name, or by the suspend and resume functions of the guests' own
+    /// drivers. By registers where there is a description, if not said
+    #[arg(long, value_enum, requires = "vfio", value_name = "WAY")]
+    state: Option<StateBy>,
     /// What guests without the turn see: a link that is down, or one that stays up for up to a
-    /// second (a function's: three seconds) in which frames wait
+    /// second (a function's: three seconds) in which frames wait. Drivers that suspend the function
+    /// say themselves
     #[arg(long, value_enum, default_value = "down")]
     parked: ParkedAs,
     /// What becomes of the turn of a VM that goes: the next VM gets it, or it is kept until the VM
@@ -74,7 +80,11 @@ impl ServeOptions {
     /// `device serve`
     pub fn run(self) -> anyhow::Result<Ending> {
         let (card, wire) = match (self.vfio, self.net) {
-            (Some(address), _) => (CardConfig::Function(address), "its own wire".to_owned()),
+            (Some(address), _) => {
+                let state = self.state;
+                let card = CardConfig::Function { address, state };
+                (card, "its own wire".to_owned())
+            }
             (None, Some(net)) => {
                 let wire = net.to_string();
                 let model = self.model;

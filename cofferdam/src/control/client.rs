@@ -4,7 +4,7 @@
 //! process is at work for long it says every second what it does. One that is silent for longer is
 //! stopped, or so is its host.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::marker::PhantomData;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -154,26 +154,41 @@ impl<P: Protocol> Connection<P> {
         let deadline = Instant::now() + self.limit;
         let mut stopped = 0;
         loop {
-            let room = MAX_ANSWER_BYTES.saturating_sub(line.len() as u64);
-            // What was read when the time is up stays in the line.
-            let read = (&mut self.reader).take(room).read_until(b'\n', &mut line);
-            match read {
+            match self.read_some(&mut line) {
+                Ok(true) => break,
+                // Some of a line is no sign of life: whoever sends a byte at a time would be waited
+                // for without end.
+                Ok(false) if Instant::now() < deadline => stopped = 0,
+                Ok(false) => return Err(self.silent().into()),
                 Err(error) if is_time_up(&error) && Instant::now() < deadline => {
                     stopped = if self.is_stopped() { stopped + 1 } else { 0 };
                     if stopped >= STOPPED_LOOKS {
                         return Err(self.silent().into());
                     }
                 }
-                read => {
-                    self.in_words(read, unreadable::<P>)?;
-                    break;
-                }
+                Err(error) => return self.in_words(Err(error), unreadable::<P>),
             }
         }
         if line.last() != Some(&b'\n') {
             return Err(AskError::Ended(format!("{} ended before it answered", P::WHO)).into());
         }
         serde_json::from_slice(&line).with_context(unreadable::<P>)
+    }
+
+    /// Reads on in a line, once. Says whether that is all: its end, the connection's, or as much as
+    /// an answer may have.
+    fn read_some(&mut self, line: &mut Vec<u8>) -> std::io::Result<bool> {
+        let bytes = match self.reader.fill_buf() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(false),
+            bytes => bytes?,
+        };
+        let room = MAX_ANSWER_BYTES.saturating_sub(line.len() as u64);
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(bytes.len(), |end| end + 1).min(room);
+        line.extend_from_slice(&bytes[..taken]);
+        self.reader.consume(taken);
+        Ok(taken == 0 || line.last() == Some(&b'\n'))
     }
 
     fn in_words<T>(
@@ -237,4 +252,42 @@ fn unreadable<P: Protocol>() -> String {
 /// Whether this is how the system says that a socket's time is up.
 fn is_time_up(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// Long after the caller's limit.
+    const SAFETY: Duration = Duration::from_secs(120);
+
+    /// It sends a byte at a time for as long as somebody waits for it.
+    #[test]
+    fn who_sends_bytes_and_no_answer_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let begin = Instant::now();
+                while !over.load(Ordering::Relaxed)
+                    && begin.elapsed() < SAFETY
+                    && stream.write_all(b"x").is_ok()
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let limit = Duration::from_millis(100);
+            let mut client = ControlClient::open(&path, None, limit).unwrap();
+            let error = client.ask(&Request::Status {}).unwrap_err();
+            over.store(true, Ordering::Relaxed);
+            let silent = matches!(error.downcast_ref(), Some(AskError::Silent(_)));
+            assert!(silent, "{error:#}");
+        });
+    }
 }

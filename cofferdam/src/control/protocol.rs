@@ -15,6 +15,7 @@
 mod console;
 mod faults;
 mod status;
+mod time;
 mod traces;
 
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ use isolation::dispatch::call_trace::TraceTaken;
 use isolation::dispatch::fault::{FaultCount, InstructionAt};
 use isolation::fault_image::KeepFaults;
 use isolation::status::ModuleStatus;
+use recovery::by_turns::{GivenAway, TakenOver};
 use recovery::fault::FaultKind;
 use recovery::ladder::LadderConfig;
 use recovery::module_file::MAX_MODULE_BYTES;
@@ -196,6 +198,18 @@ pub enum Request {
         /// Name of the module.
         module: String,
     },
+    /// A device host is about to give the device that it has to another VM: the guest's driver is
+    /// to suspend it. Answer: [`Reply::GivenAway`].
+    HandOver {
+        /// Name of the device host.
+        device: String,
+    },
+    /// The device of a device host is this VM's: the guest's driver is to resume it, or to find it.
+    /// Answer: [`Reply::TakenOver`].
+    TakeOver {
+        /// Name of the device host.
+        device: String,
+    },
     /// What did calls of a module do wrong? Answer: [`Reply::Violations`].
     Violations {
         /// Name of the module.
@@ -343,34 +357,6 @@ pub enum Request {
     },
 }
 
-impl Request {
-    /// How long a VM process may be at work on it, where that can be long: what it does is told at
-    /// least every [`BEAT`] then. The others are answered at once.
-    pub fn may_take(&self) -> Option<Duration> {
-        match self {
-            Self::Mark { .. } | Self::Rewind { .. } => Some(Duration::from_secs(600)),
-            Self::Release { .. } => Some(Duration::from_secs(60)),
-            Self::Unplug { .. } => Some(Duration::from_secs(120)),
-            // All of the memory is written, to whatever kind of disk.
-            Self::Snapshot { .. } => Some(Duration::from_secs(3600)),
-            // The agent lists all symbols, for which it has a minute; each device has one.
-            Self::Isolate { .. } | Self::SuspendDevice { .. } | Self::ResumeDevice { .. } => {
-                Some(Duration::from_secs(600))
-            }
-            // The agent lists all symbols the first time.
-            Self::FunctionText { .. } | Self::InjectCode { .. } => Some(Duration::from_secs(600)),
-            // Its steps have limits of their own.
-            Self::Upgrade { .. } => Some(Duration::from_secs(1200)),
-            _ => None,
-        }
-    }
-
-    /// The request as it travels.
-    pub fn line(&self) -> String {
-        line(self)
-    }
-}
-
 /// An answer of a VM process, or of another one that is asked in the same way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -433,6 +419,16 @@ pub enum Reply {
     DeviceSuspended(DevicePhases),
     /// Devices that were suspended work again, brought back in these phases.
     DeviceResumed(DevicePhases),
+    /// The guest has nothing to do with its device any more.
+    GivenAway {
+        /// How that came.
+        how: GivenAway,
+    },
+    /// The guest has its device.
+    TakenOver {
+        /// How that came.
+        how: TakenOver,
+    },
     /// How an upgrade ended.
     Upgraded(Box<UpgradeReport>),
     /// Violations.

@@ -32,6 +32,11 @@ pub trait Card: Send + Sync + Sized + 'static {
 
     /// What it is, in a word: the name of a model, or of a device.
     fn name(&self) -> String;
+    /// Whether its state is what the drivers in the guests keep of it: they suspend it while their
+    /// guest runs.
+    fn is_suspended_by_drivers(&self) -> bool {
+        false
+    }
     /// A share for a VM whose NIC has the address `mac`, without the turn.
     ///
     /// # Errors

@@ -1,21 +1,21 @@
 //! A guest's VMM, and others who want something, at a device host.
 
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::hello::{Hello, VERSION, Welcome, read_line, write_line};
-use super::protocol::{DeviceProtocol, Reply, Request};
+use super::protocol::{DeviceProtocol, Reply, Request, SWITCH_TIME};
 use crate::control::client::{ANSWER_TIME as ASK_TIME, Connection};
 use crate::options::{MacAddress, VmName};
 use crate::runtime_dir::RuntimeRoot;
 
 pub use super::hello::AttachInfo;
 
-/// How long a device host may take to attach somebody.
+/// How long a device host may take to attach somebody, or to say again that it will.
 const ATTACH_TIME: Duration = Duration::from_secs(10);
 
 /// Asks the device host `name` for something; `root` is that of the VMs.
@@ -57,11 +57,18 @@ pub fn attach(
         mac: mac.to_string(),
     };
     write_line(&stream, &hello).with_context(cannot)?;
-    let welcome = read_line(&stream, ATTACH_TIME)
-        .with_context(|| format!("the device host {name} does not answer"))?;
+    let deadline = Instant::now() + SWITCH_TIME + ATTACH_TIME;
+    let mut welcome = Welcome::Wait {};
+    while let Welcome::Wait {} = welcome
+        && Instant::now() < deadline
+    {
+        welcome = read_line(&stream, ATTACH_TIME)
+            .with_context(|| format!("the device host {name} does not answer"))?;
+    }
     stream.set_write_timeout(None).with_context(cannot)?;
     match welcome {
         Welcome::Ok(info) => Ok((stream, info)),
+        Welcome::Wait {} => bail!("the device host {name} is busy with a switch that does not end"),
         Welcome::Error(error) => bail!("the device host {name} does not attach {vm}: {error}"),
     }
 }

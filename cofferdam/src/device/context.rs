@@ -40,6 +40,8 @@ pub struct Context<S> {
     pub share: S,
     /// Its VM does not run for now.
     pub away: AtomicBool,
+    /// The guest's driver of it was given up: none of its calls is run.
+    pub driver_lost: AtomicBool,
     mac: Mutex<MacAddress>,
     client: Mutex<Option<Client>>,
     /// There is one. Apart from it: whoever holds the NIC asks for this, and whoever holds the
@@ -70,6 +72,7 @@ impl<S: Share> Context<S> {
             vm,
             share,
             away: AtomicBool::default(),
+            driver_lost: AtomicBool::default(),
             mac: Mutex::new(mac),
             client: Mutex::new(None),
             connected: AtomicBool::default(),
@@ -108,6 +111,7 @@ impl<S: Share> Context<S> {
         });
         self.connected.store(true, Ordering::Release);
         self.away.store(false, Ordering::Relaxed);
+        self.driver_lost.store(false, Ordering::Relaxed);
         let mut own = lock(&self.mac);
         if *own != mac {
             *own = mac;

@@ -16,6 +16,8 @@ pub enum Happened {
         /// Why.
         why: String,
     },
+    /// A switch has left the turn with nobody.
+    Nobody,
     /// The time slice is another one.
     Slices(Option<Duration>),
 }

@@ -4,6 +4,7 @@
 //!   guest's VMM: {"attach":{"version":1,"vm":"web","mac":"02:cf:00:00:00:01"}}
 //!   device host: {"ok":{"device":"nic0","model":"e1000","mac":"02:cf:00:00:00:01","turn":true,"returned":false}}
 //!                {"error":"web is attached already: ..."}, and the end of the connection
+//!                {"wait":{}} every second before either, while a switch by drivers is under way
 //! ```
 //!
 //! From the byte behind the answer on the same connection carries vfio-user, in which the client
@@ -46,6 +47,9 @@ pub enum Hello {
 pub enum Welcome {
     /// vfio-user from here on.
     Ok(AttachInfo),
+    /// Not yet: a switch is under way in which drivers in guests have their time. Another line
+    /// comes.
+    Wait {},
     /// Not attached, and why, for a person.
     Error(String),
 }
@@ -64,6 +68,10 @@ pub struct AttachInfo {
     /// Whether the VM was attached before and has its context again: the device goes on from where
     /// it was.
     pub returned: bool,
+    /// Whether the guest's driver has to suspend the device before the turn is passed on, so that
+    /// the guest has to run then.
+    #[serde(default)]
+    pub by_driver: bool,
 }
 
 /// Writes one line.

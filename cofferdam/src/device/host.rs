@@ -19,9 +19,10 @@ use super::context::Context;
 use super::happened::Happened;
 use super::hello::{AttachInfo, Welcome, write_line};
 use super::history::History;
-use super::protocol::{HostStatus, Reason, SwitchRecord};
+use super::protocol::{HostStatus, Reason, SWITCH_TIME, SwitchRecord};
 use super::share::Share;
 use super::{HostConfig, OnExit, ParkedAs};
+use crate::control::protocol::BEAT;
 use crate::options::{MacAddress, VmName};
 
 /// How long a switch waits for another one.
@@ -65,7 +66,7 @@ impl<C: Card> Host<C> {
 
     /// Attaches `vm`, whose VMM is at `stream`, and tells it.
     pub fn attach(&self, vm: VmName, mac: MacAddress, stream: UnixStream) -> anyhow::Result<()> {
-        let (context, serial) = self.reserve(vm, mac)?;
+        let (context, serial) = self.reserve(vm, mac, &stream)?;
         let attached = self.serve(&context, serial, stream);
         if attached.is_err() {
             // Where it was served this is done by who served it, before anybody can come back.
@@ -82,7 +83,7 @@ impl<C: Card> Host<C> {
         stream: UnixStream,
     ) -> anyhow::Result<()> {
         context.share.plug(true)?;
-        let given = self.begin().and_then(|switching| {
+        let given = self.begin_for(&stream).and_then(|switching| {
             self.give_what_is_nobodys(&switching, Some(context.clone()), Reason::Attached)
         });
         if let Err(error) = given {
@@ -94,6 +95,7 @@ impl<C: Card> Host<C> {
             mac: context.mac().to_string(),
             turn: context.share.has_turn(),
             returned: serial > 1,
+            by_driver: self.card.is_suspended_by_drivers(),
         };
         // The client speaks after it has read this.
         write_line(&stream, &Welcome::Ok(info))?;
@@ -104,10 +106,15 @@ impl<C: Card> Host<C> {
     }
 
     /// The place for a client of `vm`, in its context or in a new one.
-    fn reserve(&self, vm: VmName, mac: MacAddress) -> anyhow::Result<(Arc<ContextOf<C>>, u64)> {
+    fn reserve(
+        &self,
+        vm: VmName,
+        mac: MacAddress,
+        stream: &UnixStream,
+    ) -> anyhow::Result<(Arc<ContextOf<C>>, u64)> {
         let deadline = Instant::now() + GONE_TIME;
         loop {
-            if let Some(reserved) = self.try_reserve(&vm, mac)? {
+            if let Some(reserved) = self.try_reserve(&vm, mac, stream)? {
                 return Ok(reserved);
             }
             ensure!(
@@ -123,11 +130,12 @@ impl<C: Card> Host<C> {
         &self,
         vm: &VmName,
         mac: MacAddress,
+        stream: &UnixStream,
     ) -> anyhow::Result<Option<(Arc<ContextOf<C>>, u64)>> {
         // Dropped after the lock is free: it waits for a thread.
         let mut given_up = Vec::new();
         // A context that is being given the turn does not have to make place.
-        let _switching = self.begin()?;
+        let _switching = self.begin_for(stream)?;
         let mut contexts = self.contexts();
         let others = |context: &Arc<ContextOf<C>>| context.vm != *vm && context.mac() == mac;
         if let Some(other) = contexts.iter().find(|context| others(context)) {
@@ -254,6 +262,23 @@ impl<C: Card> Host<C> {
         }
     }
 
+    /// Gives the turn to the next one who wants it, if nobody has it. Says whether that is still
+    /// so.
+    pub fn try_again(&self) -> bool {
+        let next = self.next(None);
+        let is_wanted = next.is_some();
+        let given = self
+            .begin()
+            .and_then(|switching| self.give_what_is_nobodys(&switching, next, Reason::Again));
+        match given {
+            Ok(()) => false,
+            Err(error) => {
+                tracing::info!("nobody gets the turn yet: {error:#}");
+                is_wanted
+            }
+        }
+    }
+
     /// Passes the turn on after each such time, or not.
     pub fn set_every(&self, every: Option<Duration>) {
         *lock(&self.every) = every;
@@ -261,14 +286,29 @@ impl<C: Card> Host<C> {
         let _ = self.keeper.send(Happened::Slices(every));
     }
 
+    /// The driver of the device in `vm` was given up: it does not run for now, and is not asked for
+    /// anything.
+    pub fn driver_lost(&self, vm: &VmName) -> anyhow::Result<()> {
+        let context = self.context(vm)?;
+        context.driver_lost.store(true, Ordering::Relaxed);
+        self.rests(&context);
+        Ok(())
+    }
+
+    fn rests(&self, context: &Arc<ContextOf<C>>) {
+        context.away.store(true, Ordering::Relaxed);
+        self.leave(context, Reason::Yielded);
+    }
+
     /// `vm` does not run for now, or runs again.
     pub fn set_away(&self, vm: &VmName, away: bool) -> anyhow::Result<()> {
         let context = self.context(vm)?;
-        context.away.store(away, Ordering::Relaxed);
+        context.driver_lost.store(false, Ordering::Relaxed);
         if away {
-            self.leave(&context, Reason::Yielded);
+            self.rests(&context);
             return Ok(());
         }
+        context.away.store(false, Ordering::Relaxed);
         let switching = lock(&self.switching);
         let back = context.wants_turns().then_some(context);
         self.give_what_is_nobodys(&switching, back, Reason::Returned)
@@ -310,14 +350,43 @@ impl<C: Card> Host<C> {
         match &record.outcome {
             Outcome::Switched {} => Ok(Some(record)),
             Outcome::Back { failed } => bail!("{failed}; the turn is where it was"),
-            Outcome::Nobody { failed, .. } => bail!("{failed}; nobody has the turn"),
+            Outcome::Nobody { failed, .. } => {
+                // The keeper goes only with the process.
+                let _ = self.keeper.send(Happened::Nobody);
+                bail!("{failed}; nobody has the turn")
+            }
         }
     }
 
     /// Waits until no other switch is under way.
     fn begin(&self) -> anyhow::Result<MutexGuard<'_, ()>> {
-        let deadline = Instant::now() + TURN_TIME;
+        self.begin_within(TURN_TIME, &mut || Ok(()))
+    }
+
+    /// The same for somebody who attaches at `stream`. One by drivers may take long, and is told of
+    /// meanwhile.
+    fn begin_for(&self, stream: &UnixStream) -> anyhow::Result<MutexGuard<'_, ()>> {
+        if !self.card.is_suspended_by_drivers() {
+            return self.begin();
+        }
+        let mut told = Instant::now();
+        self.begin_within(SWITCH_TIME, &mut || {
+            if told.elapsed() >= BEAT {
+                write_line(stream, &Welcome::Wait {})?;
+                told = Instant::now();
+            }
+            Ok(())
+        })
+    }
+
+    fn begin_within(
+        &self,
+        limit: Duration,
+        waits: &mut dyn FnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<MutexGuard<'_, ()>> {
+        let deadline = Instant::now() + limit;
         loop {
+            waits()?;
             match self.switching.try_lock() {
                 Ok(guard) => return Ok(guard),
                 Err(TryLockError::Poisoned(guard)) => return Ok(PoisonError::into_inner(guard)),

@@ -12,6 +12,8 @@ mod attach;
 mod card;
 pub mod client;
 mod context;
+mod driven;
+mod follows;
 mod happened;
 pub mod hello;
 mod history;
@@ -30,11 +32,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use devices::vfio::notices::Notices;
+use devices::vfio::passed::opened::Opened;
 use devices::wire::turns::{Parked, Turns};
 use event_manager::{EventManager, SubscriberOps};
 use vmm::SharedSubscriber;
 
 use self::card::Card;
+use self::driven::{DrivenCard, OverSockets};
 use self::host::Host;
 use self::model::ModelCard;
 use self::passed::PassedCard;
@@ -82,7 +86,21 @@ pub enum CardConfig {
         net: NetSpec,
     },
     /// A function of the host.
-    Function(PciAddress),
+    Function {
+        /// Where it is.
+        address: PciAddress,
+        /// How its state is taken; by its description where there is one, if that is not said.
+        state: Option<StateBy>,
+    },
+}
+
+/// How the state of a function of the host is taken from one guest and given to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum StateBy {
+    /// By its registers and rings, as its description has them.
+    Registers,
+    /// By the suspend and resume functions of the drivers in the guests, whose agents are asked.
+    Driver,
 }
 
 /// How a device host shares what it has.
@@ -194,13 +212,33 @@ fn serve_until(
             let card = ModelCard::new(model, Turns::new(plugged.wire, parked));
             serve_card(config, card, &paths, end, ended)
         }
-        CardConfig::Function(address) => {
+        CardConfig::Function { address, state } => {
             let notices = Notices::new()?;
-            let card = PassedCard::open(address, config.parked, &notices)?;
-            sandbox.enter(Vec::new(), None)?;
+            let opened = Opened::open(address, &notices)?;
+            let described = match opened.is_described() {
+                true => StateBy::Registers,
+                false => StateBy::Driver,
+            };
             let hears = Hears::of(address, notices, end.clone());
-            serve_events("function", vec![Arc::new(Mutex::new(hears))])?;
-            serve_card(config, card, &paths, end, ended)
+            let hears = || serve_events("function", vec![Arc::new(Mutex::new(hears))]);
+            match state.unwrap_or(described) {
+                StateBy::Registers => {
+                    let card = PassedCard::open(opened, config.parked)?;
+                    sandbox.enter(Vec::new(), None)?;
+                    hears()?;
+                    serve_card(config, card, &paths, end, ended)
+                }
+                StateBy::Driver => {
+                    let drivers = OverSockets {
+                        root: RuntimeRoot::from_environment(),
+                        host: config.name.clone(),
+                    };
+                    let card = DrivenCard::open(opened, drivers)?;
+                    sandbox.enter(Vec::new(), None)?;
+                    hears()?;
+                    serve_card(config, card, &paths, end, ended)
+                }
+            }
         }
     }
 }

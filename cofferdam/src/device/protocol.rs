@@ -23,6 +23,10 @@ pub const MIN_SLICE_MS: u64 = 1;
 /// Longest time slice, in milliseconds.
 pub const MAX_SLICE_MS: u64 = 3_600_000;
 
+/// How long a switch may take: one whose step failed goes back, and drivers in guests have their time
+/// each way.
+pub const SWITCH_TIME: Duration = Duration::from_secs(600);
+
 /// Requests to a device host.
 #[derive(Debug)]
 pub struct DeviceProtocol;
@@ -33,8 +37,15 @@ impl Protocol for DeviceProtocol {
     const WHO: &'static str = "the device host";
     const END: &'static str = "kill -9";
 
-    fn may_take(_: &Request) -> Option<Duration> {
-        None
+    /// Drivers in guests may have to be asked.
+    fn may_take(request: &Request) -> Option<Duration> {
+        match request {
+            Request::Switch { .. }
+            | Request::Yield { .. }
+            | Request::GiveUp { .. }
+            | Request::Return { .. } => Some(SWITCH_TIME),
+            _ => None,
+        }
     }
 }
 
@@ -60,6 +71,12 @@ pub enum Request {
     /// A VM does not run for now: it is not given the turn until [`Request::Return`], and what turn
     /// it has is passed on. Answer: [`Reply::Turn`].
     Yield {
+        /// Its name.
+        vm: String,
+    },
+    /// The same because the guest's driver of the device was given up: it is asked for nothing.
+    /// Answer: [`Reply::Turn`].
+    GiveUp {
         /// Its name.
         vm: String,
     },
@@ -199,6 +216,8 @@ pub enum Reason {
     Yielded,
     /// A VM runs again, and nobody had it.
     Returned,
+    /// A switch had left it with nobody.
+    Again,
 }
 
 impl Reason {
@@ -211,6 +230,7 @@ impl Reason {
             Self::Gone => "VM gone",
             Self::Yielded => "VM at rest",
             Self::Returned => "VM goes on",
+            Self::Again => "nobody had it",
         }
     }
 }

@@ -59,6 +59,10 @@ impl<C: Card> Handler<DeviceProtocol> for DeviceService<C> {
                 self.host.set_away(&name(&vm)?, true).map_err(chain)?;
                 Ok(self.turn())
             }
+            Request::GiveUp { vm } => {
+                self.host.driver_lost(&name(&vm)?).map_err(chain)?;
+                Ok(self.turn())
+            }
             Request::Return { vm } => {
                 self.host.set_away(&name(&vm)?, false).map_err(chain)?;
                 Ok(self.turn())

@@ -2,6 +2,7 @@
 //! attached anew.
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -29,6 +30,16 @@ impl Away {
     fn is_away(self) -> bool {
         self.paused || self.given_up
     }
+
+    /// What the host is told then of `vm`.
+    fn request(self, vm: &VmName) -> Request {
+        let vm = vm.to_string();
+        match self {
+            Self { given_up: true, .. } => Request::GiveUp { vm },
+            Self { paused: true, .. } => Request::Yield { vm },
+            _ => Request::Return { vm },
+        }
+    }
 }
 
 /// Whose NIC is attached where; clones are the same one.
@@ -45,6 +56,8 @@ pub struct Attachment {
     /// What its host was told last, or is to be told. Held while it is told, so that it hears of
     /// changes in their order.
     pub away: Arc<Mutex<Away>>,
+    /// The guest's driver has to suspend the device before its turn is passed on.
+    pub by_driver: Arc<AtomicBool>,
 }
 
 impl Attachment {
@@ -54,6 +67,7 @@ impl Attachment {
     /// See [`attach`].
     pub fn attach(&self) -> anyhow::Result<UnixStream> {
         let (stream, info) = attach(&self.root, &self.host, &self.vm, self.mac)?;
+        self.by_driver.store(info.by_driver, Ordering::Relaxed);
         let turn = if info.turn {
             "and has the turn"
         } else {
@@ -70,11 +84,11 @@ impl Attachment {
     /// The host does not answer. It hears of it when the NIC is attached the next time.
     pub fn set_away(&self, change: impl FnOnce(&mut Away)) -> anyhow::Result<()> {
         let mut away = self.away();
-        let before = away.is_away();
+        let before = away.request(&self.vm);
         change(&mut away);
-        match away.is_away() == before {
+        match away.request(&self.vm) == before {
             true => Ok(()),
-            false => self.tell_away(!before),
+            false => self.tell_away(*away),
         }
     }
 
@@ -83,13 +97,8 @@ impl Attachment {
         self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell_away(&self, away: bool) -> anyhow::Result<()> {
-        let vm = self.vm.to_string();
-        let request = match away {
-            true => Request::Yield { vm },
-            false => Request::Return { vm },
-        };
-        ask(&self.root, &self.host, &request).map(drop)
+    fn tell_away(&self, away: Away) -> anyhow::Result<()> {
+        ask(&self.root, &self.host, &away.request(&self.vm)).map(drop)
     }
 
     /// Attaches `function` again whenever its host has gone and come back, as long as it is there.
@@ -109,7 +118,7 @@ impl Attachment {
                 let mut refused = None;
                 while function.strong_count() > 0 {
                     std::thread::sleep(LOOK);
-                    if connected.load(std::sync::atomic::Ordering::Relaxed) {
+                    if connected.load(Ordering::Relaxed) {
                         refused = None;
                         continue;
                     }
@@ -143,7 +152,7 @@ impl Attachment {
         // To a host that begins anew whoever attaches may have the turn.
         let away = self.away();
         if away.is_away() {
-            self.tell_away(true)?;
+            self.tell_away(*away)?;
         }
         tracing::info!(device = %self.host, "the NIC is attached again");
         Ok(())
@@ -167,6 +176,7 @@ mod tests {
         fn handle(&self, request: Request, _: &dyn Asker) -> Result<Reply, String> {
             let said = match request {
                 Request::Yield { vm } => format!("{vm} yields"),
+                Request::GiveUp { vm } => format!("{vm} gives up"),
                 Request::Return { vm } => format!("{vm} is back"),
                 other => format!("{other:?}"),
             };
@@ -175,8 +185,8 @@ mod tests {
         }
     }
 
-    /// A pause and a driver that was given up are one rest for a device host: it ends with the last
-    /// of them.
+    /// A pause and a driver that was given up are one rest for a device host, which ends with the
+    /// last of them; it knows whether the driver can be asked for anything.
     #[test]
     fn a_nic_has_no_turn_while_its_vm_is_paused_or_its_driver_given_up() {
         let folder = tempfile::tempdir().unwrap();
@@ -191,18 +201,19 @@ mod tests {
             vm: "left".parse().unwrap(),
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             away: Arc::default(),
+            by_driver: Arc::default(),
         };
         let said = |change: fn(&mut Away)| {
             attachment.clone().set_away(change).unwrap();
             std::mem::take(&mut *heard.0.lock().unwrap())
         };
-        assert_eq!(said(|away| away.given_up = true), ["left yields"]);
+        assert_eq!(said(|away| away.given_up = true), ["left gives up"]);
         assert!(said(|away| away.given_up = true).is_empty());
         assert!(said(|away| away.paused = true).is_empty());
-        assert!(said(|away| away.given_up = false).is_empty());
+        assert_eq!(said(|away| away.given_up = false), ["left yields"]);
         assert_eq!(said(|away| away.paused = false), ["left is back"]);
         assert_eq!(said(|away| away.paused = true), ["left yields"]);
-        assert!(said(|away| away.given_up = true).is_empty());
+        assert_eq!(said(|away| away.given_up = true), ["left gives up"]);
         assert!(said(|away| away.paused = false).is_empty());
         assert_eq!(said(|away| away.given_up = false), ["left is back"]);
     }

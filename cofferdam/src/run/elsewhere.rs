@@ -3,7 +3,7 @@
 //! other.
 
 use isolation::attach::Isolator;
-use vmm::{Refused, VmHandle};
+use vmm::{Refused, VmHandle, VmState};
 
 use super::nics::Nics;
 
@@ -44,9 +44,16 @@ pub fn may_come(vm: &VmHandle, isolator: &Isolator) -> Result<(), String> {
 
 /// Pauses the VM. What turns it has at device hosts are passed on.
 pub fn pause(vm: &VmHandle, nics: &Nics) -> Result<(), Refused> {
-    vm.pause()?;
-    nics.set_paused(true);
-    Ok(())
+    if vm.state() == VmState::Running {
+        nics.about_to_pause();
+    }
+    let paused = vm.pause();
+    match &paused {
+        Ok(()) => nics.set_paused(true),
+        Err(Refused::AlreadyPaused) => {}
+        Err(_) => nics.set_paused(false),
+    }
+    paused
 }
 
 /// Lets the VM go on, and have turns again.

@@ -119,6 +119,7 @@ impl MadeNic {
             vm: name.clone(),
             mac: net.mac.context("a NIC of a device host has an address")?,
             away: Arc::default(),
+            by_driver: Arc::default(),
         };
         let slot = vm.reserve_pci_slot()?;
         let stream = attachment.attach()?;

@@ -108,6 +108,17 @@ impl Nics {
         }
     }
 
+    /// The same of those device hosts for which the guest's drivers have to do something before it
+    /// stands still.
+    pub fn about_to_pause(&self) {
+        for nic in &self.all() {
+            let attachment = nic.attachment.as_ref();
+            if attachment.is_some_and(|own| own.by_driver.load(Ordering::Relaxed)) {
+                tell(nic, |away| away.paused = true);
+            }
+        }
+    }
+
     /// The same of the device hosts of `module`'s NICs: the guest's driver of them was given up, or
     /// is not any more.
     pub fn set_given_up(&self, module: &str, given_up: bool) {

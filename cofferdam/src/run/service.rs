@@ -158,6 +158,7 @@ impl Handler for VmService {
             Request::Plug { net, nic } => self.plug(net.as_deref(), nic.as_deref()),
             Request::Unplug { address } => {
                 self.plugging.unplug(&address, asker).map_err(chain)?;
+                self.supervisor.device_gone(&address);
                 Ok(Reply::Done {})
             }
             Request::Mark { name } => self.mark(&name, asker),
@@ -194,6 +195,8 @@ impl Handler for VmService {
             } => self.upgrade(&module, &file.0, Duration::from_millis(limit_ms), asker),
             Request::SuspendDevice { module } => self.suspend_device(&module, asker),
             Request::ResumeDevice { module } => self.resume_device(&module, asker),
+            Request::HandOver { device } => self.hand_over(&device, asker),
+            Request::TakeOver { device } => self.take_over(&device, asker),
             Request::Violations { module } => self.violations(&module),
             Request::BeginTrace { module, wanted } => self.begin_trace(&module, wanted),
             Request::TakeTrace { module, id } => self.take_trace(&module, id),

@@ -14,6 +14,7 @@ mod as_written;
 mod builds;
 mod campaign;
 mod disturbed;
+mod driven;
 mod group;
 mod isolation;
 mod kernels;

@@ -88,7 +88,7 @@ fn print_phases(what: &str, records: &[SwitchRecord]) {
 
 /// A device host that is to be refused; what it says.
 #[track_caller]
-fn refused(root: &Path, function: &str, change: impl FnOnce(&mut Command)) -> String {
+pub fn refused(root: &Path, function: &str, change: impl FnOnce(&mut Command)) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
     command
         .env(ROOT_VARIABLE, root)
@@ -174,14 +174,14 @@ impl Pair {
 
 /// A connection of a guest to an echo, over which something is sent all the time; what was sent and
 /// came back is in files.
-struct Connection {
+pub struct Connection {
     marker: String,
 }
 
 impl Connection {
     /// Opens it in the turn of its guest.
     #[track_caller]
-    fn open(guest: &mut Guest, marker: String) -> Self {
+    pub fn open(guest: &mut Guest, marker: String) -> Self {
         let lines =
             format!("BEGIN {{ for (i = 0; i < 64; i++) printf \"{marker}-%08d-%03d\\n\", n, i }}");
         let script = format!(
@@ -195,13 +195,13 @@ impl Connection {
     }
 
     /// Bytes that came back so far.
-    fn back(guest: &mut Guest) -> u64 {
+    pub fn back(guest: &mut Guest) -> u64 {
         shell(guest, "wc -c < /tmp/back").trim().parse().unwrap()
     }
 
     /// Waits until more has come back than this.
     #[track_caller]
-    fn moves_on(&self, guest: &mut Guest, before: u64) {
+    pub fn moves_on(&self, guest: &mut Guest, before: u64) {
         let deadline = Instant::now() + SOON;
         while Self::back(guest) <= before {
             assert!(
@@ -219,7 +219,7 @@ impl Connection {
 
     /// In a turn of its guest: all that was sent comes back, and is the same. How much that is.
     #[track_caller]
-    fn close(&self, guest: &mut Guest) -> u64 {
+    pub fn close(&self, guest: &mut Guest) -> u64 {
         shell(guest, "touch /tmp/stop");
         let deadline = Instant::now() + SOON;
         loop {

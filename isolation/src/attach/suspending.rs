@@ -28,9 +28,7 @@ impl Isolator {
         let memory = self.vm.ram().memory().clone();
         self.vm.with_paused(|vcpus| {
             let mut suspending = self.suspending();
-            if suspending.is_some() {
-                return Err(SuspendError::Busy.into());
-            }
+            SuspendResume::end_earlier(&mut suspending, &memory)?;
             let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
             let cpuid = vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)

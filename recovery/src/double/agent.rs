@@ -5,7 +5,8 @@ use std::time::Duration;
 use agent_protocol::ClientError;
 use agent_protocol::message::{Interface, Module};
 
-use super::{DEVICE, DRIVER, Double, INSTALLED, module_file, refused};
+use super::{ADDRESS, DEVICE, DRIVER, Double, INSTALLED, module_file, refused};
+use crate::by_turns::{FIND, FORGET, LOOK};
 use crate::guest::{Agent, Ran};
 
 /// The agent of the double.
@@ -69,6 +70,34 @@ impl Agent for DoubleAgent {
             stderr: String::new(),
         };
         Ok(match argv {
+            ["sh", _, LOOK, _, ADDRESS] => {
+                let world = self.0.world();
+                let truth = format!("module {DRIVER} {}", world.instance);
+                said(match (world.known, world.says, world.bound) {
+                    (false, ..) => String::new(),
+                    (true, Some(says), _) => format!("there\n{says}\n"),
+                    (true, None, true) => format!("there\n{truth}\n"),
+                    (true, None, false) => "there\n".to_owned(),
+                })
+            }
+            ["sh", _, FORGET, _, ADDRESS] => {
+                let success = self.0.step("forget").is_ok();
+                self.0.world().known &= !success;
+                Ran {
+                    success,
+                    ..Ran::default()
+                }
+            }
+            ["sh", _, FIND, _, ADDRESS, mac] => {
+                let success = self.0.step(&format!("find {mac}")).is_ok();
+                let mut world = self.0.world();
+                world.known |= success;
+                world.bound |= success;
+                Ran {
+                    success,
+                    ..Ran::default()
+                }
+            }
             ["sh", _, list, ..] if list.contains("/sys/bus/pci") => {
                 let world = self.0.world();
                 let folder = if there { DEVICE } else { "" };

@@ -32,6 +32,8 @@ use crate::supervisor::Supervisor;
 pub(crate) const DRIVER: &str = "driver";
 /// Its file under `/lib/modules`.
 pub(crate) const INSTALLED: &str = "/lib/modules/6.1/kernel/driver.ko";
+/// The address of its device.
+pub(crate) const ADDRESS: &str = "0000:00:02.0";
 /// The folder of its device.
 pub(crate) const DEVICE: &str = "/sys/bus/pci/devices/0000:00:02.0";
 
@@ -53,7 +55,7 @@ pub(crate) fn request() -> IsolationRequest {
     }
 }
 
-/// Puts a guest back to where it was.
+/// Does something to a guest: puts it back to where it was.
 pub(crate) type Rewind = dyn Fn(&Double) + Send + Sync;
 
 /// The state of the guest.
@@ -76,6 +78,8 @@ pub(crate) struct World {
     pub stopped: bool,
     /// What was said last of whether the driver is given up.
     pub given_up: bool,
+    /// Done when that is said.
+    pub told: Option<Arc<Rewind>>,
     /// What fails is the domain itself.
     pub domain_fails: bool,
     /// Agents that there are: the real one serves one at a time.
@@ -89,6 +93,12 @@ pub(crate) struct World {
     pub instance: u32,
     /// Whether its device is awake.
     pub awake: bool,
+    /// Whether the guest's kernel knows the device.
+    pub known: bool,
+    /// Whether the driver has it.
+    pub bound: bool,
+    /// What is said of who has it in place of the truth.
+    pub says: Option<&'static str>,
     /// What was learnt of the guest.
     pub learnt: u32,
     /// What puts the guest back to its last mark, if there is one.
@@ -126,6 +136,7 @@ impl Double {
             fails_at_once: false,
             stopped: false,
             given_up: false,
+            told: None,
             domain_fails: false,
             agents: 0,
             link_held: false,
@@ -133,6 +144,9 @@ impl Double {
             calls: None,
             instance: 1,
             awake: true,
+            known: true,
+            bound: true,
+            says: None,
             learnt: 1,
             mark: None,
         })))
@@ -288,6 +302,10 @@ impl LiveGuest for Double {
     fn set_given_up(&self, module: &str, given_up: bool) {
         assert_eq!(module, DRIVER);
         self.world().given_up = given_up;
+        let told = self.world().told.clone();
+        if let Some(told) = told {
+            told(self);
+        }
     }
 
     fn driver_changed(&self, _module: &str) {}

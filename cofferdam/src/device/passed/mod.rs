@@ -10,18 +10,17 @@ pub mod notices;
 mod switching;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
-mod tests;
+pub(super) mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::dma::{DmaListener, DmaRegion, DmaSpace};
+use devices::dma::{DmaListener, DmaSpace};
 use devices::pci::registers::parked::ParkedLink;
-use devices::vfio::address::PciAddress;
-use devices::vfio::notices::Notices;
 use devices::vfio::passed::PassedFunction;
 use devices::vfio::passed::hardware::Hardware;
 use devices::vfio::passed::kind::Kind;
+use devices::vfio::passed::opened::Opened;
 use devices::vfio_user::Offered;
 use devices::vfio_user::server::{ClientInterrupts, ServerEvent};
 use devices::wire::turns::TurnTimes;
@@ -33,6 +32,7 @@ use super::ParkedAs;
 use super::at_step::Waiting;
 use super::card::{Card, Passing};
 use super::context::Context;
+use super::follows::Follows;
 use super::protocol::{ContextStatus, HostStatus};
 use super::share::{Listener, Share};
 use crate::options::MacAddress;
@@ -47,13 +47,13 @@ pub struct PassedCard {
 }
 
 impl PassedCard {
-    /// The function at `address`, which `vfio-pci` has. What the host tells of it is told to
-    /// `notices`.
+    /// The function that was opened.
     ///
     /// # Errors
-    /// It cannot be had, or nobody has said how its state is taken.
-    pub fn open(address: PciAddress, parked: ParkedAs, notices: &Notices) -> anyhow::Result<Self> {
-        let (kind, hardware) = Kind::open(address, notices)?;
+    /// Nobody has said how its state is taken, or it does not answer.
+    pub fn open(opened: Opened, parked: ParkedAs) -> anyhow::Result<Self> {
+        let (kind, hardware) = Kind::open(opened)?;
+        let address = kind.address();
         tracing::info!(%address, device = kind.name(), "the function is this process's");
         Ok(Self::of(kind, hardware, parked))
     }
@@ -88,7 +88,8 @@ impl Card for PassedCard {
             ParkedLink::Stays => Some(Arc::new(Mutex::new(LinkTimer::new(function.clone())?))),
             ParkedLink::Down => None,
         };
-        let follows: Arc<dyn DmaListener> = Arc::new(Follows(function.clone()));
+        let told = function.clone();
+        let follows = Follows::by(move |removed, added| lock(&told).memory_changed(removed, added));
         dma.listen(Arc::downgrade(&follows));
         Ok(PassedShare {
             function,
@@ -192,29 +193,6 @@ impl Share for PassedShare {
         status.carrier = function.has_device() || function.link_stays();
         status.mapped_bytes = Some(function.mapped_bytes());
         status.passed = Some(function.counters());
-    }
-}
-
-/// Has a function reach the memory that its VM has.
-struct Follows(Arc<Mutex<PassedFunction>>);
-
-impl DmaListener for Follows {
-    /// A thread allocates what there is, so that the device gets it sooner.
-    fn changed(&self, removed: &[DmaRegion], added: &[DmaRegion]) {
-        let memory = match lock(&self.0).memory_changed(removed, added) {
-            Ok(Some(memory)) => memory,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::error!("the device does not reach a guest's memory: {error}");
-                return;
-            }
-        };
-        let thread = std::thread::Builder::new()
-            .name("populate".to_owned())
-            .spawn(move || memory.populate());
-        if let Err(error) = thread {
-            tracing::debug!("guest memory is not allocated in advance: {error}");
-        }
     }
 }
 

@@ -11,7 +11,9 @@ use recovery::resume_device::Resumed;
 use super::{VmService, json, text};
 use crate::control::protocol::Reply;
 use crate::error_text::chain;
+use crate::run::attachment::Attachment;
 use crate::run::memory;
+use crate::run::nics::GuestNic;
 
 impl VmService {
     /// Isolates what was asked for, unless who asked has gone when all is known that it takes.
@@ -79,6 +81,33 @@ impl VmService {
                 times_us: times.iter().map(us).collect(),
             }),
         }
+    }
+
+    /// The guest's NIC of the device host `device`.
+    fn nic_of(&self, device: &str) -> Result<(GuestNic, Attachment), String> {
+        let mut all = self.nics.all().into_iter();
+        let own = all.find_map(|nic| {
+            let attachment = nic.attachment.clone()?;
+            (attachment.host.as_str() == device).then_some((nic, attachment))
+        });
+        own.ok_or_else(|| format!("the VM has no NIC of the device host {device}"))
+    }
+
+    pub(super) fn hand_over(&self, device: &str, asker: &dyn Asker) -> Result<Reply, String> {
+        let (nic, _) = self.nic_of(device)?;
+        self.guest_runs()?;
+        let given = self.supervisor.hand_over(&nic.address(), asker);
+        let how = given.map_err(chain)?;
+        Ok(Reply::GivenAway { how })
+    }
+
+    pub(super) fn take_over(&self, device: &str, asker: &dyn Asker) -> Result<Reply, String> {
+        let (nic, attachment) = self.nic_of(device)?;
+        self.guest_runs()?;
+        let (address, mac) = (nic.address(), attachment.mac.to_string());
+        let taken = self.supervisor.take_over(&address, &mac, asker);
+        let how = taken.map_err(chain)?;
+        Ok(Reply::TakenOver { how })
     }
 
     pub(super) fn violations(&self, module: &str) -> Result<Reply, String> {

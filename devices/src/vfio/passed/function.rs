@@ -10,12 +10,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::PassedError;
-use super::hardware::{Hardware, Interrupts};
+use super::hardware::Hardware;
 use super::kind::Kind;
-use super::vectors::UserVectors;
+use super::user_interrupts::UserInterrupts;
 use crate::dma::DmaSpace;
 use crate::pci::config::offset;
-use crate::pci::msix::Msix;
 use crate::pci::registers::RegisterCheckpoint;
 use crate::pci::registers::parked::{Parked, ParkedLink, Shown, Survey};
 use crate::pci::registers::switch::Running;
@@ -93,17 +92,17 @@ pub struct PassedFunction {
     pub(super) dma: DmaSpace,
     /// The user's memory in this process.
     pub(super) memory: Option<Arc<DmaMemory>>,
-    interrupts: ClientInterrupts,
-    vectors: Arc<UserVectors>,
+    interrupts: UserInterrupts,
     pub(super) side: UserSide,
     /// The device reaches, or is about to reach, a part of that only: a switch is under way.
     pub(super) in_part: bool,
     /// Stores of the user in this turn while that was so.
     pub(super) told_in_part: u32,
+    /// What the device reaches may be somebody else's memory, or some of this user's: the host may
+    /// have failed to take it away.
+    pub(super) reaches_other: bool,
     /// The function may master the bus.
     pub(super) masters: bool,
-    /// What interrupts: `None` if that is to be said anew.
-    mode: Option<(Mode, Vec<bool>)>,
     pub(super) counters: Counters,
 }
 
@@ -125,10 +124,8 @@ impl PassedFunction {
             pmcsr,
             has_pin,
         } = kind.view()?;
-        let interrupts = ClientInterrupts::new(msix.map_or(0, |msix| msix.vectors));
-        let vectors = UserVectors::new(interrupts.vectors()).map_err(PassedError::Events)?;
-        let vectors = Arc::new(vectors);
-        let msix = msix.map(|found| Msix::at(vectors.clone(), found.layout, found.capability));
+        let (interrupts, msix) = UserInterrupts::new(msix).map_err(PassedError::Events)?;
+        let client = interrupts.client();
         let mut function = Self {
             survey: Arc::new(kind.survey.clone().with_address(&kind.description, address)),
             kind,
@@ -138,17 +135,16 @@ impl PassedFunction {
             seat: None,
             dma,
             memory: None,
-            interrupts: interrupts.clone(),
-            vectors,
+            interrupts,
             side: UserSide::new(config, msix, pmcsr, has_pin),
             in_part: false,
             told_in_part: 0,
+            reaches_other: false,
             masters: false,
-            mode: None,
             counters: Counters::default(),
         };
         function.begin_anew()?;
-        Ok((function, interrupts))
+        Ok((function, client))
     }
 
     /// Parks the user with the state after a reset, and without a link: there was none that could
@@ -216,7 +212,7 @@ impl PassedFunction {
 
     /// The eventfds of the user's client are others.
     pub fn interrupts_changed(&mut self) {
-        self.mode = None;
+        self.interrupts.forget();
         self.follow();
     }
 
@@ -264,6 +260,12 @@ impl PassedFunction {
     /// Puts the user's memory into the function's map, at least `near` where that is said, unless
     /// some is there.
     pub(super) fn map_memory(&mut self, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
+        if let Some(Seat::Here { hardware, .. }) = &mut self.seat
+            && self.reaches_other
+        {
+            hardware.unmap()?;
+            self.reaches_other = false;
+        }
         let Some(memory) = self.memory.clone() else {
             return Ok(());
         };
@@ -301,35 +303,24 @@ impl PassedFunction {
     /// Has the function's interrupts go where the user wants them.
     pub(super) fn direct_interrupts(&mut self) -> Result<(), PassedError> {
         let mode = self.side.mode();
-        let wanted = (mode, self.vectors.open());
-        if self.mode.as_ref() == Some(&wanted) {
-            return Ok(());
-        }
-        let to = match mode {
-            Mode::Off => Interrupts::Off,
-            Mode::Intx => match self.interrupts.line().events() {
-                Some(events) => Interrupts::Line(events),
-                None => Interrupts::Off,
-            },
-            Mode::Msix => Interrupts::Messages(self.vectors.events().map_err(PassedError::Events)?),
+        let Some(Seat::Here { hardware, .. }) = &mut self.seat else {
+            return Err(PassedError::NotHere);
         };
-        self.mode = None;
-        let set = self.hardware()?.set_interrupts(to);
-        set.map_err(PassedError::Interrupts)?;
-        self.mode = Some(wanted);
-        self.look_for_waiting();
+        if self.interrupts.direct(hardware.as_mut(), mode)? {
+            self.look_for_waiting();
+        }
         Ok(())
     }
 
     /// What interrupts the user is to be said anew: the device comes or goes.
     pub(super) fn forget_interrupts(&mut self) {
-        self.mode = None;
-        self.interrupts.line().set_level(false);
+        self.interrupts.forget();
+        self.interrupts.set_level(false);
     }
 
     /// Finds what came for masked vectors: it is delivered or shown as pending.
     pub(super) fn look_for_waiting(&mut self) {
-        self.side.trigger(self.vectors.take_waiting());
+        self.side.trigger(self.interrupts.take_waiting());
     }
 
     /// Interrupts the user for what the image has to say.
@@ -346,8 +337,8 @@ impl PassedFunction {
                     self.counters.parked_interrupts += 1;
                 }
             }
-            (Mode::Intx, _) => self.interrupts.line().set_level(image.interrupt_due()),
-            _ => self.interrupts.line().set_level(false),
+            (Mode::Intx, _) => self.interrupts.set_level(image.interrupt_due()),
+            _ => self.interrupts.set_level(false),
         }
     }
 
@@ -419,7 +410,7 @@ impl PciFunction for PassedFunction {
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        let waiting = || self.vectors.take_waiting();
+        let waiting = || self.interrupts.take_waiting();
         if self.side.msix_read(bar, offset, data, waiting) {
             return;
         }

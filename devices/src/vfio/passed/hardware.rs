@@ -86,6 +86,8 @@ pub trait Hardware: RegisterAccess + Send {
     /// The host refuses it. They go nowhere then, or, if it does not end them, where they went: the
     /// next call tries that again.
     fn set_interrupts(&mut self, to: Interrupts) -> io::Result<()>;
+    /// Whether the host can reset it, and it alone.
+    fn can_reset(&self) -> bool;
     /// Resets it as the host can, if it can.
     ///
     /// # Errors
@@ -288,6 +290,10 @@ impl Hardware for VfioHardware {
             self.end_interrupts()?;
         }
         begun
+    }
+
+    fn can_reset(&self) -> bool {
+        self.device.can_reset()
     }
 
     fn reset(&mut self) -> io::Result<()> {

@@ -5,71 +5,31 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::PassedError;
-use super::hardware::{Hardware, VfioHardware};
-use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES, offset};
+use super::hardware::Hardware;
+use super::opened::{Opened, Shape};
 use crate::pci::registers::Description;
 use crate::pci::registers::parked::Survey;
 use crate::vfio::address::PciAddress;
-use crate::vfio::layout::{GuestView, HostView};
-use crate::vfio::notices::Notices;
-
-/// The least memory that a function is tried with: no guest has less.
-const LEAST_MEMORY: u64 = 16 << 20;
+use crate::vfio::layout::GuestView;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Kind {
     pub(super) description: Arc<Description>,
     pub(super) survey: Survey,
-    address: PciAddress,
-    bytes: [u8; CONFIG_SPACE_BYTES],
-    bars: [u64; BAR_COUNT],
-    has_pin: bool,
+    shape: Shape,
     /// Frames that it has lost while nobody had it, as far as it counts them.
     lost: AtomicU64,
 }
 
-/// What a function shows of itself on its bus.
-pub struct Shape {
-    /// Where it is.
-    pub address: PciAddress,
-    /// Its configuration space.
-    pub bytes: [u8; CONFIG_SPACE_BYTES],
-    /// Bytes of each of its base address registers.
-    pub bars: [u64; BAR_COUNT],
-    /// Whether its pin can be used.
-    pub has_pin: bool,
-}
-
 impl Kind {
-    /// The function at `address`, which `vfio-pci` has: it was reset, stands still and reaches no
-    /// memory. What the host tells of it is told to `notices`.
+    /// A function that was opened: it is reset and stands still.
     ///
     /// # Errors
-    /// It cannot be had, or there is no description by which it could be taken from one guest to
-    /// another.
-    pub fn open(
-        address: PciAddress,
-        notices: &Notices,
-    ) -> Result<(Self, Box<dyn Hardware>), PassedError> {
-        let mut hardware = VfioHardware::open(address)?;
-        hardware.have_told(notices);
-        hardware.try_memory(LEAST_MEMORY)?;
-        let (bytes, bars) = hardware.space()?;
-        let shape = Shape {
-            address,
-            bytes,
-            bars,
-            has_pin: hardware.has_pin(),
-        };
-        let id = |at: u16| u16::from_le_bytes([bytes[usize::from(at)], bytes[usize::from(at) + 1]]);
-        let (vendor, device) = (id(offset::VENDOR_ID), id(offset::DEVICE_ID));
-        let description = Description::of_function(vendor, device)?;
-        let description = description.ok_or(PassedError::NoDescription {
-            address,
-            vendor,
-            device,
-        })?;
+    /// There is no description by which it could be taken from one guest to another, or it does not
+    /// answer.
+    pub fn open(opened: Opened) -> Result<(Self, Box<dyn Hardware>), PassedError> {
+        let (mut hardware, shape, description) = opened.described()?;
         hardware.set_bar(description.device.bar);
         Self::of(Box::new(hardware), description, shape)
     }
@@ -95,10 +55,7 @@ impl Kind {
         let kind = Self {
             description: Arc::new(description),
             survey,
-            address: shape.address,
-            bytes: shape.bytes,
-            bars: shape.bars,
-            has_pin: shape.has_pin,
+            shape,
             lost: AtomicU64::new(0),
         };
         kind.view()?;
@@ -122,17 +79,11 @@ impl Kind {
 
     /// Where it is on the host.
     pub fn address(&self) -> PciAddress {
-        self.address
+        self.shape.address
     }
 
     /// What a guest is shown.
     pub(super) fn view(&self) -> Result<GuestView, PassedError> {
-        let view = HostView {
-            bytes: &self.bytes,
-            bars: self.bars,
-        };
-        let mut view = view.for_guest(self.address)?;
-        view.has_pin &= self.has_pin;
-        Ok(view)
+        self.shape.view()
     }
 }

@@ -9,12 +9,16 @@
 //! from a function only when it stands still, its state is saved and it reaches no memory
 //! ([`steps`]); what the driver of its user does then is done to an image of it
 //! ([`crate::pci::registers::parked`]), from which it is loaded when it comes back. Whoever
-//! switches has the tests of all this.
+//! switches has the tests of all this. Where nobody has described the device its users' drivers keep
+//! its state themselves ([`driven`]).
 
+pub mod driven;
 mod function;
 pub mod hardware;
 pub mod kind;
+pub mod opened;
 mod steps;
+mod user_interrupts;
 mod vectors;
 
 pub use self::function::{Counters, PassedFunction};
@@ -37,8 +41,8 @@ pub enum PassedError {
     Registers(#[from] CheckpointError),
     /// Nobody has said how it is saved.
     #[error(
-        "{address} is a {vendor:04x}:{device:04x}, of which there is no description: give it to one guest by \
-         `cofferdam run --nic vfio={address}`"
+        "{address} is a {vendor:04x}:{device:04x}, of which there is no description: let its drivers keep its state, \
+         with --state driver, or give it to one guest by `cofferdam run --nic vfio={address}`"
     )]
     NoDescription {
         /// The function.
@@ -51,6 +55,18 @@ pub enum PassedError {
     /// There are no descriptors.
     #[error("no eventfd for the device: {0}")]
     Events(std::io::Error),
+    /// What one user's driver leaves in it would be there in the next one's turn.
+    #[error(
+        "the host cannot reset {address} alone, so its state cannot be its drivers': give it to one guest by \
+         `cofferdam run --nic vfio={address}`"
+    )]
+    NoReset {
+        /// The function.
+        address: PciAddress,
+    },
+    /// It cannot be reset.
+    #[error("the device cannot be reset: {0}")]
+    Reset(std::io::Error),
     /// Interrupts cannot be set.
     #[error("the device gets no interrupts: {0}")]
     Interrupts(std::io::Error),

@@ -105,8 +105,9 @@ impl PassedFunction {
     pub fn unmap(&mut self) -> Result<(), PassedError> {
         match &mut self.seat {
             Some(Seat::Here { hardware, .. }) => {
+                self.reaches_other = true;
                 hardware.unmap()?;
-                self.in_part = false;
+                (self.reaches_other, self.in_part) = (false, false);
                 Ok(())
             }
             _ => Ok(()),
@@ -149,6 +150,7 @@ impl PassedFunction {
         };
         self.forget_interrupts();
         (self.masters, self.in_part, self.told_in_part) = (false, false, 0);
+        self.reaches_other = true;
         self.counters.turns += 1;
         self.seat = Some(Seat::Here {
             hardware,
@@ -357,6 +359,7 @@ impl PassedFunction {
         let without = self.side.config.command() - crate::pci::config::Command::BUS_MASTER;
         self.side.config.set(command, &without.bits().to_le_bytes());
         self.memory = None;
+        self.reaches_other = true;
         if !self.has_device() {
             return;
         }
@@ -407,9 +410,10 @@ impl PassedFunction {
             tracing::warn!(%error, "a device whose memory goes");
         }
         if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
+            self.reaches_other = true;
             hardware.set_master(false)?;
             hardware.unmap()?;
-            (self.masters, self.in_part) = (false, false);
+            (self.masters, self.in_part, self.reaches_other) = (false, false, false);
         }
         let memory = memory?;
         if memory.bytes() == 0 {

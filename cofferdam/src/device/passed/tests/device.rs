@@ -12,7 +12,8 @@ use devices::pci::registers::{Description, RegisterAccess};
 use devices::vfio::dma::{Batch, DmaMemory};
 use devices::vfio::error::VfioError;
 use devices::vfio::passed::hardware::{Hardware, Interrupts};
-use devices::vfio::passed::kind::{Kind, Shape};
+use devices::vfio::passed::kind::Kind;
+use devices::vfio::passed::opened::Shape;
 use recovery::switch::Step;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -71,6 +72,14 @@ pub struct State {
     /// What makes this step fail: it does not stand still, its PHY does not answer, memory is not
     /// taken away or not given, a register holds nothing, interrupts cannot be set.
     pub fails: Option<Step>,
+    /// The host takes no memory away from it.
+    pub keeps_memory: bool,
+    /// Whoever gives it memory has reset it before.
+    pub is_blank_when_mapped: bool,
+    /// The host cannot reset it.
+    pub cannot_be_reset: bool,
+    /// Its resets by the host fail.
+    pub fails_to_reset: bool,
     /// Each move of the transmit tail while it could be followed.
     pub sent: Vec<u32>,
     pub resets: usize,
@@ -148,6 +157,15 @@ pub struct Device(Arc<Mutex<State>>);
 impl Device {
     /// It, and what is known of it.
     pub fn new() -> (Self, Kind, Box<dyn Hardware>) {
+        let (device, shape) = Self::with_shape();
+        let description = Description::intel_82574l().unwrap();
+        let hardware = Box::new(device.clone());
+        let (kind, hardware) = Kind::of(hardware, description, shape).unwrap();
+        (device, kind, hardware)
+    }
+
+    /// It, and how it looks.
+    pub fn with_shape() -> (Self, Shape) {
         let device = Self::default();
         device.lock().reset();
         let mut bytes = [0; CONFIG_SPACE_BYTES];
@@ -165,10 +183,7 @@ impl Device {
             bars: [0x20000, 0, 0, 0x4000, 0, 0],
             has_pin: true,
         };
-        let description = Description::intel_82574l().unwrap();
-        let hardware = Box::new(device.clone());
-        let (kind, hardware) = Kind::of(hardware, description, shape).unwrap();
-        (device, kind, hardware)
+        (device, shape)
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
@@ -281,6 +296,14 @@ impl Hardware for Device {
         }
         let mut state = self.lock();
         state.refuse(Step::Map, "map")?;
+        if state.keeps_memory && state.mapped > 0 {
+            return Err(VfioError::Host {
+                what: "unmap before a map",
+                source: io::Error::other("injected"),
+            });
+        }
+        let blank = state.get(RDBAL) == 0;
+        assert!(blank || !state.is_blank_when_mapped, "not reset");
         assert!(!state.masters, "memory is given to a device that runs");
         state.user = memory.bytes();
         state.mapped = near.map_or(memory.bytes(), total);
@@ -317,7 +340,7 @@ impl Hardware for Device {
         assert!(!state.masters, "memory is taken from a device that runs");
         // The second time, when it is silenced, it is done.
         let fails = state.fails.take_if(|fails| *fails == Step::Unmap);
-        if fails.is_some() {
+        if fails.is_some() || state.keeps_memory && state.mapped > 0 {
             return Err(VfioError::Host {
                 what: "unmap",
                 source: io::Error::other("injected"),
@@ -351,8 +374,16 @@ impl Hardware for Device {
         Ok(())
     }
 
+    fn can_reset(&self) -> bool {
+        !self.lock().cannot_be_reset
+    }
+
     fn reset(&mut self) -> io::Result<()> {
-        self.lock().reset();
+        let mut state = self.lock();
+        if state.fails_to_reset {
+            return Err(io::Error::other("injected"));
+        }
+        state.reset();
         Ok(())
     }
 }

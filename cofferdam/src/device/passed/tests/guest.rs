@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, RDLEN, TCTL, TDT};
 use crate::device::at_step::Waiting;
+use crate::device::card::Card;
 use crate::device::hello::{AttachInfo, Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::PassedCard;
@@ -44,6 +45,11 @@ pub fn waiting_host(
     let (device, kind, hardware) = Device::new();
     let mut card = PassedCard::of(kind, hardware, parked);
     card.waiting = waiting;
+    (host_of(card, parked, slots), device)
+}
+
+/// The same with this card.
+pub fn host_of<C: Card>(card: C, parked: ParkedAs, slots: usize) -> Arc<Host<C>> {
     let config = HostConfig {
         name: "nic".parse().unwrap(),
         wire: "its own wire".to_owned(),
@@ -55,7 +61,7 @@ pub fn waiting_host(
     let host = Arc::new(Host::new(config, card, sender));
     let kept = host.clone();
     std::thread::spawn(move || keeper::keep(&kept, &events));
-    (host, device)
+    host
 }
 
 /// Memory of a VM.
@@ -74,28 +80,39 @@ pub struct Guest {
 }
 
 /// Attaches a VM; the host's answer is on the stream.
-pub fn connect(
-    host: &Host<PassedCard>,
+pub fn connect<C: Card>(
+    host: &Host<C>,
     vm: &str,
     mac: u8,
 ) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
     host.attach(vm.parse()?, mac, theirs)?;
-    match read_line(&ours, LIMIT)? {
+    match welcome(&ours)? {
         Welcome::Ok(info) => Ok((ours, info)),
+        Welcome::Wait {} => anyhow::bail!("it was waited for"),
         Welcome::Error(error) => anyhow::bail!(error),
+    }
+}
+
+/// What a device host says to one that attaches.
+pub fn welcome(stream: &UnixStream) -> anyhow::Result<Welcome> {
+    loop {
+        match read_line(stream, LIMIT)? {
+            Welcome::Wait {} => {}
+            welcome => return Ok(welcome),
+        }
     }
 }
 
 impl Guest {
     /// A VM with its memory, whose driver has not begun.
-    pub fn attach(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
+    pub fn attach<C: Card>(host: &Host<C>, vm: &str, mac: u8) -> Self {
         Self::attach_with(host, vm, mac, MEMORY)
     }
 
     /// The same with so much memory.
-    fn attach_with(host: &Host<PassedCard>, vm: &str, mac: u8, bytes: u64) -> Self {
+    fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
         let (stream, info) = connect(host, vm, mac).unwrap();
         let offset = FileOffset::from_arc(file(bytes), 0);
         let range = (GuestAddress(0), bytes as usize, Some(offset));
@@ -115,12 +132,12 @@ impl Guest {
     }
 
     /// A VM whose driver runs, with values of its own in the registers.
-    pub fn boot(host: &Host<PassedCard>, vm: &str, mac: u8) -> Self {
+    pub fn boot<C: Card>(host: &Host<C>, vm: &str, mac: u8) -> Self {
         Self::boot_with(host, vm, mac, MEMORY)
     }
 
     /// The same with so much memory.
-    pub fn boot_with(host: &Host<PassedCard>, vm: &str, mac: u8, bytes: u64) -> Self {
+    pub fn boot_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
         let mut guest = Self::attach_with(host, vm, mac, bytes);
         guest.client.reset().unwrap();
         guest.start();
@@ -175,6 +192,13 @@ impl Guest {
             .region_read(0, register.into(), &mut bytes)
             .unwrap();
         u32::from_le_bytes(bytes)
+    }
+
+    /// The first bytes of configuration space: who it is.
+    pub fn identity(&mut self) -> [u8; 4] {
+        let mut bytes = [0; 4];
+        self.client.region_read(CONFIG, 0, &mut bytes).unwrap();
+        bytes
     }
 
     pub fn set_command(&mut self, command: u16) {

@@ -1,8 +1,9 @@
 //! A device host whose function is one of registers in this process, behind real vfio-user
 //! connections.
 
-mod device;
-mod guest;
+pub mod device;
+pub mod guest;
+mod keeps;
 #[cfg(debug_assertions)]
 mod kills_at_steps;
 mod lost;
