@@ -115,61 +115,67 @@ impl Drop for FullDisk {
     }
 }
 
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_campaign_over_http_is_told_of_given_up_gone_on_with_and_made_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let (root, campaigns) = (folder.path().join("run"), folder.path().join("campaigns"));
-    std::fs::create_dir(&root).unwrap();
-    std::fs::create_dir(&campaigns).unwrap();
-    let service = Service::start(&root, &campaigns);
-    a_full_disk_is_said(folder.path());
-    let spec = r#"{"name": "few", "driver": "dummy", "kinds": ["null_dereference", "nop"],
-                   "functions": ["dummy_get_drvinfo", "dummy_xmit"], "trials": 4, "ways": ["native"]}"#;
-    let first = service.begin("/v1/campaigns", spec);
-    wait_until("a trial", || {
-        service.job(&first)["figures"]["trials"].as_u64() >= Some(1)
-    });
-    let figures = service.job(&first)["figures"].clone();
-    assert_eq!(figures["of"], 4, "{figures}");
-    assert!(figures["ways"]["native"].is_object(), "{figures}");
-    let (_, shown) = service.ask("GET /v1/campaigns/few", "");
-    assert_eq!(shown["job"], *first, "{shown}");
-    assert_eq!(service.ask(&format!("DELETE /v1/jobs/{first}"), "").0, 202);
-    assert_eq!(service.end_of(&first)["problem"]["code"], "cancelled");
-    let left = std::fs::read_dir(root.join(".campaigns")).unwrap().count();
-    assert_eq!(left, 0, "guests of a campaign that was given up");
-    let (_, shown) = service.ask("GET /v1/campaigns/few", "");
-    let made = shown["summary"]["trials"].as_u64().unwrap();
-    assert!((1..4).contains(&made), "{shown}");
-    // Asked for again it goes on.
-    let job = service.end_of(&service.begin("/v1/campaigns", spec));
-    assert_eq!(
-        (&job["stage"], &job["result"]["trials"]),
-        (&"done".into(), &4.into()),
-        "{job}"
-    );
-    let (status, shown) = service.ask("GET /v1/campaigns/few", "");
-    assert_eq!(
-        (status, shown["what"]["driver"].as_str()),
-        (200, Some("dummy")),
-        "{shown}"
-    );
-    let by_command = Command::new(env!("CARGO_BIN_EXE_cofferdam"))
-        .args(["campaign", "show", "--json"])
-        .arg(campaigns.join("few.jsonl"))
-        .output()
-        .unwrap();
-    let by_command: Value = serde_json::from_slice(&by_command.stdout).unwrap();
-    assert_eq!(shown["summary"], by_command);
-    let (_, trial) = service.ask("GET /v1/campaigns/few/trials/1", "");
-    let again = service.begin("/v1/campaigns/few/trials/1/replay", "{}");
-    let again = service.end_of(&again);
-    assert_eq!(again["stage"], "done", "{again}");
-    assert_eq!(again["result"]["then"], trial);
-    assert_eq!(again["result"]["now"]["says"], trial["says"]);
-    assert!(
-        again["result"]["now"]["runs"]["native"]["verdict"].is_string(),
-        "{again}"
-    );
+mod long {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_campaign_over_http_is_told_of_given_up_gone_on_with_and_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, campaigns) = (folder.path().join("run"), folder.path().join("campaigns"));
+        std::fs::create_dir(&root).unwrap();
+        std::fs::create_dir(&campaigns).unwrap();
+        let service = Service::start(&root, &campaigns);
+        a_full_disk_is_said(folder.path());
+        let spec = r#"{"name": "few", "driver": "dummy", "kinds": ["null_dereference", "nop"],
+                       "functions": ["dummy_get_drvinfo", "dummy_xmit"], "trials": 4, "ways": ["native"]}"#;
+        let first = service.begin("/v1/campaigns", spec);
+        wait_until("a trial", || {
+            service.job(&first)["figures"]["trials"].as_u64() >= Some(1)
+        });
+        let figures = service.job(&first)["figures"].clone();
+        assert_eq!(figures["of"], 4, "{figures}");
+        assert!(figures["ways"]["native"].is_object(), "{figures}");
+        let (_, shown) = service.ask("GET /v1/campaigns/few", "");
+        assert_eq!(shown["job"], *first, "{shown}");
+        assert_eq!(service.ask(&format!("DELETE /v1/jobs/{first}"), "").0, 202);
+        assert_eq!(service.end_of(&first)["problem"]["code"], "cancelled");
+        let (_, shown) = service.ask("GET /v1/campaigns/few", "");
+        let made = shown["summary"]["trials"].as_u64().unwrap();
+        assert!((1..4).contains(&made), "{shown}");
+        // Asked for again it goes on.
+        let job = service.end_of(&service.begin("/v1/campaigns", spec));
+        assert_eq!(
+            (&job["stage"], &job["result"]["trials"]),
+            (&"done".into(), &4.into()),
+            "{job}"
+        );
+        let (status, shown) = service.ask("GET /v1/campaigns/few", "");
+        assert_eq!(
+            (status, shown["what"]["driver"].as_str()),
+            (200, Some("dummy")),
+            "{shown}"
+        );
+        let by_command = Command::new(env!("CARGO_BIN_EXE_cofferdam"))
+            .args(["campaign", "show", "--json"])
+            .arg(campaigns.join("few.jsonl"))
+            .output()
+            .unwrap();
+        let by_command: Value = serde_json::from_slice(&by_command.stdout).unwrap();
+        assert_eq!(shown["summary"], by_command);
+        let (_, trial) = service.ask("GET /v1/campaigns/few/trials/1", "");
+        let again = service.begin("/v1/campaigns/few/trials/1/replay", "{}");
+        let again = service.end_of(&again);
+        assert_eq!(again["stage"], "done", "{again}");
+        assert_eq!(again["result"]["then"], trial);
+        assert_eq!(again["result"]["now"]["says"], trial["says"]);
+        assert!(
+            again["result"]["now"]["runs"]["native"]["verdict"].is_string(),
+            "{again}"
+        );
+        // Also of the one that was given up: where its process did not end in its time and was ended,
+        // the next one has removed them.
+        let left = std::fs::read_dir(root.join(".campaigns")).unwrap().count();
+        assert_eq!(left, 0, "guests of campaigns that are over");
+    }
 }
