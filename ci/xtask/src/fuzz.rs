@@ -1,6 +1,6 @@
 //! The fuzz targets, on the stable toolchain: `cargo-fuzz` is not needed for that, only the
 //! compiler's coverage instrumentation that libFuzzer reads. As many run at a time as there are
-//! processors. For hunts with sanitizers there is `cargo fuzz`.
+//! processors.
 //!
 //! ```text
 //! fuzz/src/NAME.rs              what a target does with an input
