@@ -9,7 +9,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
@@ -21,6 +21,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm::SharedSubscriber;
 
 use super::happened::Happened;
+use super::held::lock;
 use super::protocol::{ContextStatus, Messages};
 use super::share::Share;
 use crate::options::{MacAddress, VmName};
@@ -238,10 +239,6 @@ pub fn serve(mut manager: EventManager<SharedSubscriber>, stop: &AtomicBool) {
             return;
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

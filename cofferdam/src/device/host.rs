@@ -17,6 +17,7 @@ use recovery::switch::{Outcome, next_after};
 use super::card::Card;
 use super::context::Context;
 use super::happened::Happened;
+use super::held::lock;
 use super::hello::{AttachInfo, Welcome, write_line};
 use super::history::History;
 use super::protocol::{HostStatus, Reason, SWITCH_TIME, SwitchRecord};
@@ -493,8 +494,4 @@ impl<C: Card> Host<C> {
     pub fn end(&self) {
         self.card.end();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

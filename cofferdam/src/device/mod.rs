@@ -15,6 +15,7 @@ mod context;
 mod driven;
 mod follows;
 mod happened;
+mod held;
 pub mod hello;
 mod history;
 mod host;

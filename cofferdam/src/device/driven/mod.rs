@@ -14,7 +14,7 @@ mod switching;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use devices::dma::{DmaListener, DmaSpace};
 use devices::vfio::passed::driven::{DrivenFunction, DrivenKind};
@@ -32,6 +32,7 @@ use super::at_step::Waiting;
 use super::card::{Card, Passing};
 use super::context::Context;
 use super::follows::Follows;
+use super::held::lock;
 use super::protocol::{ContextStatus, HostStatus};
 use super::share::{Listener, Share};
 use crate::options::MacAddress;
@@ -173,8 +174,4 @@ impl Share for DrivenShare {
         status.mapped_bytes = Some(function.mapped_bytes());
         status.passed = Some(function.counters());
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

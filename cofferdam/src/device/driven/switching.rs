@@ -2,7 +2,6 @@
 //! first step and in the last one, in which no function is held: they need their registers for it.
 //! In between both VMs' functions are held: what their guests do to them meanwhile waits.
 
-use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
 use devices::vfio::passed::driven::DrivenFunction;
@@ -11,10 +10,11 @@ use devices::vfio::passed::silence;
 use recovery::by_turns::GivenAway;
 use recovery::switch::Switchable;
 
+use super::DrivenShare;
 use super::drivers::Drivers;
-use super::{DrivenShare, lock};
 use crate::control::client::AskError;
 use crate::device::context::Context;
+use crate::device::held::{Held, lock};
 
 /// See the module.
 pub struct DrivenSwitch<'a> {
@@ -22,7 +22,7 @@ pub struct DrivenSwitch<'a> {
     shelf: &'a mut Option<Box<dyn Hardware>>,
     drivers: &'a dyn Drivers,
     /// The functions of the VMs that take part.
-    held: Vec<(&'a Context<DrivenShare>, MutexGuard<'a, DrivenFunction>)>,
+    held: Held<'a, DrivenShare, DrivenFunction>,
     /// Whose driver did not suspend the device, and works on if it goes on.
     works: Option<&'a Context<DrivenShare>>,
 }
@@ -33,19 +33,14 @@ impl<'a> DrivenSwitch<'a> {
         Self {
             shelf,
             drivers,
-            held: Vec::new(),
+            held: Held::new(),
             works: None,
         }
     }
 
     /// The function of `guest`, which is held from now on.
     fn of(&mut self, guest: &'a Context<DrivenShare>) -> &mut DrivenFunction {
-        let known = |(other, _): &(&Context<DrivenShare>, _)| std::ptr::eq(*other, guest);
-        let place = self.held.iter().position(known).unwrap_or_else(|| {
-            self.held.push((guest, lock(&guest.share.function)));
-            self.held.len() - 1
-        });
-        &mut self.held[place].1
+        self.held.of(guest, &guest.share.function)
     }
 }
 
@@ -131,7 +126,7 @@ impl<'a> Switchable for DrivenSwitch<'a> {
     }
 
     fn complete(&mut self, guest: &Self::Guest) -> Result<(), String> {
-        self.held.clear();
+        self.held.let_go();
         let works = self.works.is_some_and(|works| std::ptr::eq(works, *guest));
         if works || !can_be_asked(guest) {
             return Ok(());
@@ -150,7 +145,7 @@ impl<'a> Switchable for DrivenSwitch<'a> {
     }
 
     fn silence(&mut self) {
-        for (guest, function) in &mut self.held {
+        for (guest, function) in self.held.all() {
             if let Some(hardware) = function.silence() {
                 *self.shelf = Some(hardware);
             }

@@ -1,22 +1,22 @@
 //! The steps of a switch of a function of the host. Both VMs' functions are held from the first
 //! step that touches them to the end: what their guests do to them meanwhile waits.
 
-use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
 use devices::vfio::passed::hardware::Hardware;
 use devices::vfio::passed::{PassedError, PassedFunction, silence};
 use recovery::switch::Switchable;
 
-use super::{PassedShare, lock};
+use super::PassedShare;
 use crate::device::context::Context;
+use crate::device::held::{Held, lock};
 
 /// See the module.
 pub struct PassedSwitch<'a> {
     /// The hardware, while no VM has it.
     shelf: &'a mut Option<Box<dyn Hardware>>,
     /// The functions of the VMs that take part.
-    held: Vec<(&'a Context<PassedShare>, MutexGuard<'a, PassedFunction>)>,
+    held: Held<'a, PassedShare, PassedFunction>,
 }
 
 /// How long others wait for a function to which something is done little by little.
@@ -46,19 +46,14 @@ impl<'a> PassedSwitch<'a> {
     pub fn new(shelf: &'a mut Option<Box<dyn Hardware>>) -> Self {
         Self {
             shelf,
-            held: Vec::new(),
+            held: Held::new(),
         }
     }
 
     /// The function of `guest`, which is held from now on. Whoever has it has it for an access, or
     /// for as long as it takes to map memory.
     fn of(&mut self, guest: &'a Context<PassedShare>) -> &mut PassedFunction {
-        let known = |(other, _): &(&Context<PassedShare>, _)| std::ptr::eq(*other, guest);
-        let place = self.held.iter().position(known).unwrap_or_else(|| {
-            self.held.push((guest, lock(&guest.share.function)));
-            self.held.len() - 1
-        });
-        &mut self.held[place].1
+        self.held.of(guest, &guest.share.function)
     }
 }
 
@@ -123,7 +118,7 @@ impl<'a> Switchable for PassedSwitch<'a> {
     }
 
     fn complete(&mut self, guest: &Self::Guest) -> Result<(), String> {
-        self.held.clear();
+        self.held.let_go();
         let done = by_and_by(guest, PassedFunction::complete);
         if done.is_err() {
             // Whoever silences the device then finds it.
@@ -133,7 +128,7 @@ impl<'a> Switchable for PassedSwitch<'a> {
     }
 
     fn silence(&mut self) {
-        for (guest, function) in &mut self.held {
+        for (guest, function) in self.held.all() {
             if let Some(hardware) = function.silence() {
                 *self.shelf = Some(hardware);
             }
