@@ -1,28 +1,10 @@
 //! A double whose device is somebody else's for a while.
 
-use std::sync::Arc;
-
 use super::*;
 use crate::asker::Nobody;
-use crate::double::{ADDRESS, DRIVER, Double};
+use crate::double::{ADDRESS, DRIVER, done, refusal, supervised};
 
 const MAC: &str = "02:cf:00:00:00:07";
-
-fn supervised() -> (Arc<Supervisor<Double>>, Double) {
-    let guest = Double::new();
-    (Supervisor::start(guest.clone()).unwrap(), guest)
-}
-
-/// What was done to the guest since the last time, the writes of words left aside.
-fn done(guest: &Double) -> Vec<String> {
-    let done = std::mem::take(&mut guest.world().done);
-    let is_word = |step: &String| step.starts_with("write ") || step == "begin suspend";
-    done.into_iter().filter(|step| !is_word(step)).collect()
-}
-
-fn refusal<T: std::fmt::Debug>(result: anyhow::Result<T>) -> String {
-    format!("{:#}", result.unwrap_err())
-}
 
 #[test]
 fn a_driver_suspends_its_device_and_resumes_it_in_its_turn_and_nobody_else_wakes_it_meanwhile() {

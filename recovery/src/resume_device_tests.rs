@@ -1,27 +1,9 @@
 //! Devices of a double that are suspended and resumed.
 
-use std::sync::Arc;
-
 use super::*;
 use crate::asker::Nobody;
-use crate::double::{DRIVER, Double, come_to_rest, request};
+use crate::double::{DRIVER, come_to_rest, done, refusal, request, supervised};
 use crate::ladder::{LadderConfig, OnFault};
-
-fn supervised() -> (Arc<Supervisor<Double>>, Double) {
-    let guest = Double::new();
-    (Supervisor::start(guest.clone()).unwrap(), guest)
-}
-
-/// What was done to the guest since the last time, the writes of words left aside.
-fn done(guest: &Double) -> Vec<String> {
-    let done = std::mem::take(&mut guest.world().done);
-    let is_word = |step: &String| step.starts_with("write ") || step == "begin suspend";
-    done.into_iter().filter(|step| !is_word(step)).collect()
-}
-
-fn refusal<T: std::fmt::Debug>(result: anyhow::Result<T>) -> String {
-    format!("{:#}", result.unwrap_err())
-}
 
 #[test]
 fn a_device_rests_until_it_is_resumed() {

@@ -403,3 +403,21 @@ pub fn come_to_rest(supervisor: &Supervisor<Double>) {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
+
+/// A double with its supervisor.
+pub(crate) fn supervised() -> (Arc<Supervisor<Double>>, Double) {
+    let guest = Double::new();
+    (Supervisor::start(guest.clone()).unwrap(), guest)
+}
+
+/// What was done to the guest since the last time, the writes of words left aside.
+pub(crate) fn done(guest: &Double) -> Vec<String> {
+    let done = std::mem::take(&mut guest.world().done);
+    let is_word = |step: &String| step.starts_with("write ") || step == "begin suspend";
+    done.into_iter().filter(|step| !is_word(step)).collect()
+}
+
+/// Why it was refused.
+pub(crate) fn refusal<T: std::fmt::Debug>(result: anyhow::Result<T>) -> String {
+    format!("{:#}", result.unwrap_err())
+}
