@@ -18,10 +18,6 @@ const ENTRY: &str = "e1000_xmit_frame";
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-#[expect(
-    clippy::too_many_lines,
-    reason = "one story: each step begins where the last ended"
-)]
 fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
     let mut victim = victim();
     victim.configure();
