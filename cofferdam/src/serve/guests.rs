@@ -45,10 +45,7 @@ pub async fn get_guest(
     State(app): State<Arc<App>>,
     Name(name): Name<VmName>,
 ) -> Result<Json<Status>, Problem> {
-    match app.asks.ask(&name, Request::Status {}).await? {
-        Reply::Status(status) => Ok(Json(*status)),
-        other => Err(Problem::unexpected(&other)),
-    }
+    app.asks.status(&name).await.map(Json)
 }
 
 /// Hold a guest's processors; nothing happens if they are held already.
