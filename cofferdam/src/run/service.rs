@@ -141,6 +141,7 @@ impl Handler for VmService {
             Request::Resume {} => self.resume(),
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
+            Request::Wake {} => done(self.vm.wake(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
             Request::Snapshot {
                 dir,

@@ -96,6 +96,18 @@ pub async fn press_power_button(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Wake a guest that has suspended itself; one that is awake does not mind.
+#[utoipa::path(post, path = "/v1/guests/{name}/wake", tag = "guests", params(("name" = String, Path)),
+    responses((status = 204)))]
+pub async fn wake_guest(
+    State(app): State<Arc<App>>,
+    Name(name): Name<VmName>,
+    _: NoBody,
+) -> Result<StatusCode, Problem> {
+    app.asks.tell(&name, Request::Wake {}).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// How a guest is to end.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
