@@ -38,8 +38,11 @@ pub fn ask(vm: &RunningVm) -> anyhow::Result<()> {
     let mut control = ControlClient::to(vm, ANSWER_TIME)?;
     // A process that is stopped would have the agent waited for in vain.
     control.status()?;
-    // One that has suspended itself hears neither its agent's channel nor the button.
-    control.tell(&Request::Wake {})?;
+    // One that has suspended itself hears neither its agent's channel nor the button. A VM of an
+    // earlier version does not know of this, and is asked all the same.
+    if let Err(error) = control.tell(&Request::Wake {}) {
+        tracing::debug!("it was not woken: {error:#}");
+    }
     let mut agent = Client::unix(vm.paths.agent_socket());
     let asked = agent.hello(AGENT_TIME).and_then(|_| agent.power_off());
     if let Err(error) = asked {
