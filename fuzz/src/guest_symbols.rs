@@ -2,7 +2,7 @@
 //! (`/proc/kallsyms`, and its tables in an image). The first byte says which.
 
 use isolation::guest::addr::Gva;
-use isolation::guest::symbols::image::names_in_image;
+use isolation::guest::symbols::image::{names_in_image, symbols_in_image};
 use isolation::guest::symbols::read_kallsyms;
 
 /// One input.
@@ -12,7 +12,7 @@ pub fn run(input: &[u8]) {
     };
     match which % 2 {
         0 => list(data),
-        _ => drop(names_in_image(data)),
+        _ => in_image(data),
     }
 }
 
@@ -29,4 +29,13 @@ fn list(data: &[u8]) {
             "a symbol is not found by its name"
         );
     }
+}
+
+fn in_image(data: &[u8]) {
+    let names = names_in_image(data);
+    let Ok(symbols) = symbols_in_image(data) else {
+        return;
+    };
+    let same = names.is_ok_and(|names| names.iter().eq(symbols.iter().map(|symbol| symbol.name)));
+    assert!(same, "names differ with and without addresses");
 }

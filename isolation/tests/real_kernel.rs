@@ -17,7 +17,7 @@ use isolation::attach::kernel_functions::lacking;
 use isolation::guest::addr::{Gva, GvaRange};
 use isolation::guest::btf::{Btf, Kind, TypeId};
 use isolation::guest::module_text::{TextPart, TextScan};
-use isolation::guest::symbols::image::names_in_image;
+use isolation::guest::symbols::image::{names_in_image, symbols_in_image};
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
@@ -273,15 +273,19 @@ fn real_text_is_decoded_whole_and_every_relocated_branch_is_found() {
     }
 }
 
+/// Where the images of the tested kernels are.
+fn kernels() -> PathBuf {
+    std::env::var_os("COFFERDAM_KERNELS").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/images")),
+        PathBuf::from,
+    )
+}
+
 /// What is known by name of 6.1 and 6.12 is all there, and what is taken away is named.
 #[test]
 #[ignore = "needs the guest images of both: cargo xtask test runs it"]
 fn calls_can_be_contained_in_the_kernels_that_are_tested() {
-    let kernels = std::env::var_os("COFFERDAM_KERNELS").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/images")),
-        PathBuf::from,
-    );
-    for folder in [kernels.clone(), kernels.join("6.12-amd64")] {
+    for folder in [kernels(), kernels().join("6.12-amd64")] {
         let image = std::fs::read(folder.join("vmlinux")).unwrap();
         let types = Btf::from_elf(&image, None).unwrap();
         let names = names_in_image(&image).unwrap();
@@ -290,5 +294,45 @@ fn calls_can_be_contained_in_the_kernels_that_are_tested() {
         assert_eq!(lacking(&types, &has), [""; 0], "{}", folder.display());
         let without = lacking(&types, &|name| name != "__schedule" && has(name));
         assert_eq!(without, ["__schedule"]);
+    }
+}
+
+/// The addresses of symbols in the images are those of what they name: the banner is there, and the
+/// types lie between the two that are around them.
+#[test]
+#[ignore = "needs the guest images of both: cargo xtask test runs it"]
+fn symbols_are_where_an_image_has_what_they_name() {
+    use object::{Object, ObjectSection, ObjectSegment};
+    for folder in [kernels(), kernels().join("6.12-amd64")] {
+        let image = std::fs::read(folder.join("vmlinux")).unwrap();
+        let symbols = symbols_in_image(&image).unwrap();
+        assert_eq!(
+            names_in_image(&image).unwrap(),
+            symbols.iter().map(|symbol| symbol.name).collect::<Vec<_>>()
+        );
+        let address = |name: &str| {
+            let mut named = symbols.iter().filter(|symbol| symbol.name == name);
+            let found = named.next().unwrap();
+            assert!(named.next().is_none(), "{name}");
+            assert_eq!(symbols.address(name), Some(found.address));
+            found.address
+        };
+        let elf = object::File::parse(image.as_slice()).unwrap();
+        let banner = elf.segments().find_map(|segment| {
+            segment
+                .data_range(address("linux_banner"), 14)
+                .ok()
+                .flatten()
+        });
+        assert_eq!(banner, Some(&b"Linux version "[..]));
+        let types = elf.section_by_name(".BTF").unwrap();
+        assert_eq!(
+            (address("__start_BTF"), address("__stop_BTF")),
+            (types.address(), types.address() + types.size())
+        );
+        let text = elf.section_by_name(".text").unwrap();
+        assert_eq!(address("_text"), text.address());
+        let schedule = symbols.iter().find(|symbol| symbol.name == "schedule");
+        assert_eq!(schedule.map(|symbol| symbol.kind), Some('T'));
     }
 }

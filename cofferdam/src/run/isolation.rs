@@ -16,6 +16,7 @@ use isolation::attach::text_fault::{FunctionText, LoadedModule, TextChange};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
 use isolation::guest::btf::Btf;
+use isolation::guest::symbols::image::TableSymbols;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::ModuleStatus;
 use isolation::suspend_resume::DriverCalls;
@@ -46,8 +47,10 @@ pub struct Isolation {
     agent_socket: PathBuf,
     nics: Nics,
     vm: VmHandle,
-    /// What the agent reported last: it takes seconds to transfer.
+    /// What is known of the module that was asked about last.
     known: Mutex<Option<Arc<Known>>>,
+    /// Types of the guest's kernel, and the resets of the machine by then.
+    kernel_types: Mutex<Option<(u64, Arc<Btf>)>>,
 }
 
 /// What is known of a guest and one of its modules, for as long as the same modules are loaded at
@@ -71,6 +74,7 @@ impl Isolation {
             nics,
             vm,
             known: Mutex::new(None),
+            kernel_types: Mutex::new(None),
         }
     }
 
@@ -96,17 +100,50 @@ impl Isolation {
         }
         // What was known does not take up memory while its successor is read.
         *known = None;
-        let types = guest_types(agent, module)
+        let own = loaded.iter().find(|loaded| loaded.name == module);
+        let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
+        let image = self.isolator.kernel_image(module, &own.sections);
+        let image = image.inspect_err(|error| {
+            tracing::info!(%error, "symbols and types are asked of the guest's agent");
+        });
+        let image = image.ok();
+        let types = image.as_ref().and_then(|image| image.types.as_deref());
+        let types = self
+            .kernel_types(agent, resets, types)
+            .and_then(|kernel| module_types(agent, module, kernel))
             .map_err(|error| format!("the types of its kernel and of {module} (BTF): {error:#}"));
+        let symbols = guest_symbols(agent, image.as_ref().map(|image| &image.symbols))?;
         let new = Arc::new(Known {
             module: module.to_owned(),
-            symbols: Arc::new(guest_symbols(agent)?),
+            symbols: Arc::new(symbols),
             types,
             resets,
             loaded,
         });
         *known = Some(new.clone());
         Ok(new)
+    }
+
+    /// Types of the guest's kernel: those that are known since it was booted, what was found in its
+    /// memory, or what its agent reads.
+    fn kernel_types(
+        &self,
+        agent: &mut Client,
+        resets: u64,
+        found: Option<&[u8]>,
+    ) -> anyhow::Result<Arc<Btf>> {
+        let mut kept = lock(&self.kernel_types);
+        if let Some((_, types)) = kept.as_ref().filter(|(of, _)| *of == resets) {
+            return Ok(types.clone());
+        }
+        *kept = None;
+        let types = match found.map(|bytes| Btf::parse(bytes, None)) {
+            Some(Ok(types)) => types,
+            _ => Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?,
+        };
+        let types = Arc::new(types);
+        *kept = Some((resets, types.clone()));
+        Ok(types)
     }
 }
 
@@ -351,9 +388,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// All symbols of the guest.
-fn guest_symbols(agent: &mut Client) -> anyhow::Result<SymbolTable> {
+fn guest_symbols(agent: &mut Client, kernel: Option<&TableSymbols>) -> anyhow::Result<SymbolTable> {
     let mut table = SymbolTableBuilder::default();
-    for symbol in agent.symbols(SymbolFilter::default())? {
+    let is_known = kernel.is_some();
+    for symbol in kernel.into_iter().flat_map(TableSymbols::iter) {
+        table.add(&symbol)?;
+    }
+    let filter = SymbolFilter {
+        of_modules: is_known,
+        ..SymbolFilter::default()
+    };
+    for symbol in agent.symbols(filter)? {
+        if is_known && symbol.module.is_none() {
+            continue;
+        }
         table.add(&Line {
             address: symbol.address,
             kind: symbol.kind,
@@ -364,9 +412,8 @@ fn guest_symbols(agent: &mut Client) -> anyhow::Result<SymbolTable> {
     Ok(table.finish())
 }
 
-/// Types of the guest's kernel and of `module`.
-fn guest_types(agent: &mut Client, module: &str) -> anyhow::Result<Arc<Btf>> {
-    let kernel = Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?;
+/// Types of `module`, with those of the kernel.
+fn module_types(agent: &mut Client, module: &str, kernel: Arc<Btf>) -> anyhow::Result<Arc<Btf>> {
     let own = agent.read_file(&format!("/sys/kernel/btf/{module}"))?;
-    Ok(Arc::new(Btf::parse(&own, Some(Arc::new(kernel)))?))
+    Ok(Arc::new(Btf::parse(&own, Some(kernel))?))
 }

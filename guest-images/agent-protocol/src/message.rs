@@ -212,6 +212,9 @@ pub struct SymbolFilter {
     pub module: Option<String>,
     /// Name is one of these.
     pub names: Option<Vec<String>>,
+    /// Belongs to a module, whichever. Agents that do not know this send the kernel's as well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub of_modules: bool,
 }
 
 /// An IPv4 address with its prefix length, as in `10.0.2.15/24`.

@@ -46,7 +46,8 @@ pub fn symbols(filter: &SymbolFilter, part: &mut dyn FnMut(Body) -> Result<()>) 
                 .module
                 .as_ref()
                 .is_none_or(|m| module.unwrap_or("") == m)
-            && names.as_ref().is_none_or(|n| n.contains(name));
+            && names.as_ref().is_none_or(|n| n.contains(name))
+            && (module.is_some() || !filter.of_modules);
         if !wanted {
             continue;
         }

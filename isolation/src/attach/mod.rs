@@ -15,6 +15,7 @@ pub mod clean;
 mod isolate;
 mod kept;
 pub mod kernel_functions;
+pub mod kernel_image;
 pub(crate) mod live;
 mod made_domain;
 pub mod plan;
@@ -76,6 +77,9 @@ pub enum AttachError {
     /// It is not isolated.
     #[error("module {0} is not isolated")]
     NotIsolated(String),
+    /// The kernel's symbols cannot be read in the guest's memory: why.
+    #[error("the guest's kernel: {0}")]
+    NoKernelImage(&'static str),
     /// A function that the guest's kernel does not have, or has twice.
     #[error("the guest's kernel has no function {0}, or several")]
     NoSuchFunction(String),

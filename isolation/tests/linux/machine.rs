@@ -19,6 +19,7 @@ use devices::serial::SerialBackend;
 use devices::virtio::console::Console;
 use devices::virtio::pci::VirtioPciFunction;
 use devices::wire::gateway::{Gateway, GatewayConfig};
+use isolation::attach::kernel_image::KernelImage;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, IsolateRequest, Isolated};
 use isolation::attach::{AttachError, DEFAULT_SLEEP_LIMIT, Isolator};
@@ -100,7 +101,8 @@ pub struct Machine {
     nic_slot: u8,
     link_losses: Arc<AtomicU64>,
     symbols: Arc<SymbolTable>,
-    kernel_types: Arc<Btf>,
+    /// Read with the first module.
+    kernel_types: Option<Arc<Btf>>,
     images: PathBuf,
     /// First kernel message after the boot.
     boot_end: u64,
@@ -185,10 +187,7 @@ impl Machine {
             nic,
             nic_slot: slot.number(),
             symbols: Arc::new(SymbolTable::default()),
-            kernel_types: {
-                let kernel = std::fs::read(images.join("vmlinux")).unwrap();
-                Arc::new(Btf::from_elf(&kernel, None).unwrap())
-            },
+            kernel_types: None,
             images,
             thread: Some(thread),
             _directory: directory,
@@ -255,21 +254,40 @@ impl Machine {
     /// Loads a module and reads the guest's symbols anew.
     pub fn load(&mut self, module: &str, params: &str) {
         self.agent.load_module(module, params).unwrap();
-        self.read_symbols();
+        self.read_symbols(module);
     }
 
-    pub fn read_symbols(&mut self) {
+    fn read_symbols(&mut self, module: &str) {
+        let image = self.kernel_image(module);
         let mut table = SymbolTableBuilder::default();
-        for symbol in self.agent.symbols(SymbolFilter::default()).unwrap() {
+        for symbol in image.symbols.iter() {
+            table.add(&symbol).unwrap();
+        }
+        let of_modules = SymbolFilter {
+            of_modules: true,
+            ..SymbolFilter::default()
+        };
+        for symbol in self.agent.symbols(of_modules).unwrap() {
             let line = Line {
                 address: symbol.address,
                 kind: symbol.kind,
                 name: &symbol.name,
-                module: symbol.module.as_deref(),
+                module: Some(symbol.module.as_deref().unwrap()),
             };
             table.add(&line).unwrap();
         }
         self.symbols = Arc::new(table.finish());
+        if self.kernel_types.is_none() {
+            let types = Btf::parse(&image.types.unwrap(), None).unwrap();
+            self.kernel_types = Some(Arc::new(types));
+        }
+    }
+
+    /// What the kernel has of itself in memory; `module` is loaded.
+    pub fn kernel_image(&mut self, module: &str) -> KernelImage {
+        let loaded = self.agent.modules(Some(module)).unwrap();
+        let image = self.isolator.kernel_image(module, &loaded[0].sections);
+        image.unwrap()
     }
 
     /// Whether the kernel has a symbol of this name.
@@ -288,7 +306,7 @@ impl Machine {
             .then(|| HoldableE1000::new(self.nic.clone(), CheckpointBy::Exact).unwrap());
         let file = self.images.join(format!("modules/{module}.ko"));
         let file = std::fs::read(file).unwrap();
-        let types = Btf::from_elf(&file, Some(self.kernel_types.clone())).unwrap();
+        let types = Btf::from_elf(&file, self.kernel_types.clone()).unwrap();
         self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             types: Some(Arc::new(types)),

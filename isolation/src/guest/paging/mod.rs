@@ -7,13 +7,12 @@
 
 mod entry;
 mod virt;
+mod visit;
 
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod visit;
 
 use vm_memory::GuestAddress;
 

@@ -1,4 +1,4 @@
-//! Going over all that is mapped in a range of addresses, which a walk is compared with.
+//! Going over all that is mapped in a range of addresses.
 
 use vm_memory::GuestAddress;
 

@@ -7,10 +7,14 @@
 //!   markers: where in the names every 256th symbol is
 //! ```
 //!
+//! Addresses are before the number of symbols or behind the token index, by the kernel's version.
+//!
 //! Nothing says where the tables are. The token table is found by its tokens for the digits, which
 //! every kernel has, the others by what they have to be for each other.
 
 use memchr::memmem;
+
+use super::Line;
 
 /// Tokens that there are.
 const TOKENS: usize = 256;
@@ -24,24 +28,143 @@ const PER_MARKER: usize = 256;
 const COUNTS: std::ops::RangeInclusive<usize> = 256..=1 << 21;
 /// Most bytes from the first name to the token table.
 const MOST_BYTES: usize = 16 << 20;
+/// Most bytes of all kinds and names together.
+const MOST_TEXT: usize = 64 << 20;
 /// Longest text of a token.
 const LONGEST_TOKEN: usize = 512;
+
+/// A kernel's symbols as its tables have them.
+#[derive(Debug, Default)]
+pub struct TableSymbols {
+    /// Kinds and names, one behind the other.
+    text: String,
+    /// Where in the text each ends, and its address.
+    rows: Vec<(usize, u64)>,
+}
+
+impl TableSymbols {
+    /// All of them in the tables' order. Addresses are as linked, where the kernel has not been
+    /// moved yet.
+    pub fn iter(&self) -> impl Iterator<Item = Line<'_>> {
+        let mut begin = 0;
+        self.rows.iter().filter_map(move |&(end, address)| {
+            let text = self.text.get(begin..end)?;
+            begin = end;
+            let mut letters = text.chars();
+            Some(Line {
+                address,
+                kind: letters.next()?,
+                name: letters.as_str(),
+                module: None,
+            })
+        })
+    }
+
+    /// The first one of this name.
+    pub fn address(&self, name: &str) -> Option<u64> {
+        let mut found = self.iter().filter(|symbol| symbol.name == name);
+        found.next().map(|symbol| symbol.address)
+    }
+}
 
 /// Names of all symbols in a kernel's image.
 ///
 /// # Errors
 /// What of the tables is not found: the image has none, or keeps them in another order.
 pub fn names_in_image(image: &[u8]) -> Result<Vec<String>, &'static str> {
-    let mut from = 0;
-    while let Some(found) = memmem::find(image.get(from..).unwrap_or_default(), DIGITS) {
-        if let Some(tokens) = Tokens::around(image, from + found) {
-            let names = Names::before(image, tokens.start).ok_or("its names are not found")?;
-            return names.read(&tokens).ok_or("its names are damaged");
-        }
-        from += found + 1;
-    }
-    Err("it has no table of tokens")
+    let tables = Tables::find(image)?;
+    let none = vec![0; tables.names.count];
+    let symbols = tables.names.read(&tables.tokens, none).ok_or(DAMAGED)?;
+    Ok(symbols
+        .iter()
+        .map(|symbol| symbol.name.to_owned())
+        .collect())
 }
+
+/// All symbols that the tables in `image` have, in their order. `image` begins at a multiple of
+/// eight bytes.
+///
+/// # Errors
+/// What of the tables is not found.
+pub fn symbols_in_image(image: &[u8]) -> Result<TableSymbols, &'static str> {
+    let tables = Tables::find(image)?;
+    let addresses = tables
+        .addresses(image)
+        .ok_or("its addresses are not found")?;
+    tables.names.read(&tables.tokens, addresses).ok_or(DAMAGED)
+}
+
+/// Where the tokens' digits are in `bytes`, if they are there: what a search begins with.
+pub fn find_digits(bytes: &[u8]) -> Option<usize> {
+    memmem::rfind(bytes, DIGITS)
+}
+
+/// How long what [`find_digits`] looks for is, in bytes.
+pub const DIGITS_BYTES: usize = DIGITS.len();
+
+const DAMAGED: &str = "its names are damaged";
+
+/// The tables of one kernel.
+struct Tables<'a> {
+    tokens: Tokens<'a>,
+    names: Names<'a>,
+}
+
+impl<'a> Tables<'a> {
+    fn find(image: &'a [u8]) -> Result<Self, &'static str> {
+        let mut from = 0;
+        while let Some(found) = memmem::find(image.get(from..).unwrap_or_default(), DIGITS) {
+            if let Some(tokens) = Tokens::around(image, from + found) {
+                let names = Names::before(image, tokens.start).ok_or("its names are not found")?;
+                return Ok(Self { tokens, names });
+            }
+            from += found + 1;
+        }
+        Err("it has no table of tokens")
+    }
+
+    /// The address of each symbol. Up to Linux 6.3 these come before the names, later behind the
+    /// tokens: 32 bits each, relative to an address behind them, which `scripts/kallsyms.c` calls
+    /// `kallsyms_relative_base`.
+    fn addresses(&self, image: &[u8]) -> Option<Vec<u64>> {
+        let len = self.names.count.checked_mul(4)?.next_multiple_of(8);
+        let before = || self.names.start.checked_sub(16 + len);
+        let behind = self.tokens.end.checked_next_multiple_of(8);
+        let places = [before(), behind];
+        places
+            .into_iter()
+            .flatten()
+            .find_map(|at| self.addresses_at(image, at, len))
+    }
+
+    fn addresses_at(&self, image: &[u8], at: usize, len: usize) -> Option<Vec<u64>> {
+        let base_at = at.checked_add(len)?;
+        let base = image.get(base_at..base_at.checked_add(8)?)?;
+        let base = u64::from_le_bytes(base.try_into().ok()?);
+        let offsets = image.get(at..base_at)?.as_chunks::<4>().0;
+        let offsets = offsets.get(..self.names.count)?;
+        let offsets = offsets.iter().map(|bytes| i32::from_le_bytes(*bytes));
+        // With `CONFIG_KALLSYMS_ABSOLUTE_PERCPU` those of the kernel are below zero, and the few
+        // others are the addresses themselves.
+        let below = offsets.clone().filter(|offset| *offset < 0).count();
+        let is_signed = below > self.names.count / 2;
+        let addresses: Vec<u64> = offsets
+            .map(|offset| match (is_signed, offset) {
+                (true, 0..) => u64::from(offset.unsigned_abs()),
+                (true, _) => base
+                    .wrapping_sub(1)
+                    .wrapping_add(u64::from(offset.unsigned_abs())),
+                (false, _) => base.wrapping_add(u64::from(offset.cast_unsigned())),
+            })
+            .collect();
+        // They are in the order of addresses, and the kernel is in the last 2 GiB.
+        let fits = base >= KERNEL && addresses.is_sorted();
+        fits.then_some(addresses)
+    }
+}
+
+/// Where a kernel can be (`__START_KERNEL_map`, arch/x86/include/asm/page_64_types.h).
+const KERNEL: u64 = 0xffff_ffff_8000_0000;
 
 fn word(image: &[u8], at: usize) -> Option<usize> {
     let bytes = image.get(at..at.checked_add(4)?)?;
@@ -51,6 +174,8 @@ fn word(image: &[u8], at: usize) -> Option<usize> {
 /// The text of each token, and where the table of them begins.
 struct Tokens<'a> {
     start: usize,
+    /// Behind their index.
+    end: usize,
     texts: Vec<&'a [u8]>,
 }
 
@@ -82,7 +207,8 @@ impl<'a> Tokens<'a> {
             at += text.len() + 1;
             texts.push(text);
         }
-        Some(Self { start, texts })
+        let end = index.checked_add(2 * TOKENS)?;
+        Some(Self { start, end, texts })
     }
 }
 
@@ -98,6 +224,7 @@ fn text(image: &[u8], at: usize) -> Option<&[u8]> {
 
 /// Where the names are.
 struct Names<'a> {
+    start: usize,
     bytes: &'a [u8],
     count: usize,
 }
@@ -112,7 +239,11 @@ impl<'a> Names<'a> {
             let counts = [8, 4].map(|before| word(image, start - before));
             counts.into_iter().flatten().find_map(|count| {
                 let bytes = image.get(start..tokens)?;
-                let names = Self { bytes, count };
+                let names = Self {
+                    start,
+                    bytes,
+                    count,
+                };
                 (COUNTS.contains(&count) && names.fit()?).then_some(names)
             })
         })
@@ -150,20 +281,25 @@ impl<'a> Names<'a> {
         (len > 1).then_some((tokens, begin + len))
     }
 
-    fn read(&self, tokens: &Tokens<'_>) -> Option<Vec<String>> {
-        let mut names = Vec::with_capacity(self.count);
+    /// Kinds and names, with these addresses.
+    fn read(&self, tokens: &Tokens<'_>, addresses: Vec<u64>) -> Option<TableSymbols> {
+        let mut text = Vec::new();
+        let mut rows = Vec::with_capacity(self.count);
         let mut at = 0;
-        for _ in 0..self.count {
+        for address in addresses {
             let (packed, next) = self.next(at)?;
-            let bytes = packed
-                .iter()
-                .flat_map(|token| tokens.texts[usize::from(*token)].iter().copied());
-            // The first letter is the kind.
-            let name: Vec<u8> = bytes.skip(1).collect();
-            names.push(String::from_utf8(name).ok()?);
+            if text.len() > MOST_TEXT {
+                return None;
+            }
+            for token in packed {
+                text.extend_from_slice(tokens.texts.get(usize::from(*token))?);
+            }
+            rows.push((text.len(), address));
             at = next;
         }
-        Some(names)
+        let text = String::from_utf8(text).ok()?;
+        let ends_between_letters = rows.iter().all(|(end, _)| text.is_char_boundary(*end));
+        ends_between_letters.then_some(TableSymbols { text, rows })
     }
 }
 
@@ -173,9 +309,15 @@ mod tests {
 
     /// An image with these names, one of whose tokens is longer than a letter.
     fn image(names: &[&str]) -> Vec<u8> {
+        image_with(names, &[], &[])
+    }
+
+    /// The same, with bytes before the number of names and behind the tokens.
+    fn image_with(names: &[&str], before: &[u8], behind: &[u8]) -> Vec<u8> {
         let mut image = b"what comes before".to_vec();
         let align = |image: &mut Vec<u8>| image.resize(image.len().next_multiple_of(8), 0);
         align(&mut image);
+        image.extend(before);
         image.extend((names.len() as u32).to_le_bytes());
         align(&mut image);
         let (start, mut markers) = (image.len(), Vec::new());
@@ -206,8 +348,57 @@ mod tests {
         image.extend(table);
         align(&mut image);
         image.extend(index);
+        align(&mut image);
+        image.extend(behind);
         image.extend(b"what comes after");
         image
+    }
+
+    /// Offsets and the address that they are relative to, as the tables have them.
+    fn addresses(offsets: impl Iterator<Item = u32>, base: u64) -> Vec<u8> {
+        let mut bytes: Vec<u8> = offsets.flat_map(u32::to_le_bytes).collect();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes.extend(base.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn addresses_are_found_on_either_side_and_of_either_kind() {
+        let names: Vec<String> = (0..601).map(|number| format!("f{number}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let base = KERNEL + 0x100_0000;
+        let wanted: Vec<u64> = (0..601).map(|number| base + 16 * number).collect();
+        let plain = addresses((0..601).map(|number| 16 * number), base);
+        // Below zero from the address before the base on; the first is an address by itself.
+        let signed = |number: u32| match number {
+            0 => 0x40,
+            _ => (16 * number + 1).wrapping_neg(),
+        };
+        let percpu = addresses((0..601).map(signed), base);
+        let mut with_percpu = wanted.clone();
+        with_percpu[0] = 0x40;
+        for (bytes, wanted) in [(&plain, &wanted), (&percpu, &with_percpu)] {
+            for image in [
+                image_with(&names, bytes, &[]),
+                image_with(&names, &[], bytes),
+            ] {
+                let symbols = symbols_in_image(&image).unwrap();
+                let found: Vec<_> = symbols.iter().map(|symbol| symbol.address).collect();
+                assert_eq!(found, *wanted);
+                assert!(symbols.iter().zip(&names).all(|(symbol, name)| {
+                    (symbol.kind, symbol.name, symbol.module) == ('T', *name, None)
+                }));
+                assert_eq!(symbols.address("f600"), Some(base + 9600));
+                assert_eq!(symbols.address("f601"), None);
+            }
+        }
+        for no_kernel in [
+            addresses((0..601).map(|number| 16 * number), KERNEL - 1),
+            addresses((0..601).map(|number| 16 * (number ^ 1)), base),
+        ] {
+            let image = image_with(&names, &no_kernel, &[]);
+            assert!(symbols_in_image(&image).is_err());
+        }
     }
 
     #[test]

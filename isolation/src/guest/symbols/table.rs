@@ -1,5 +1,6 @@
 //! Symbols by address and by name.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
 
 use super::Line;
@@ -137,15 +138,17 @@ impl SymbolTableBuilder {
         } = self;
         // Stable: of symbols with one address the guest's first one names it.
         records.sort_by_key(|record| record.address);
-        let name_of = |index: &u32| {
-            let record = &records[*index as usize];
+        let name_of = |index: u32| {
+            let record = &records[index as usize];
             let from = record.name_at as usize;
             &names[from..from + usize::from(record.name_len)]
         };
-        let mut by_name: Vec<u32> = (0..records.len() as u32).collect();
-        by_name.sort_by(|a, b| name_of(a).cmp(name_of(b)));
+        let indices = 0..records.len() as u32;
+        let mut by_name: Vec<_> = indices.map(|i| (hash_of(name_of(i)), i)).collect();
+        by_name.sort_unstable();
+        let by_name = by_name.into_iter().map(|(_, index)| index);
         SymbolTable {
-            by_name: ColdRows::new(by_name.into_iter().map(u32::to_le_bytes)),
+            by_name: ColdRows::new(by_name.map(u32::to_le_bytes)),
             records: ColdRows::new(records.into_iter().map(Record::row)),
             names: ColdBytes::new(names.into_bytes()),
             modules,
@@ -158,7 +161,7 @@ impl SymbolTableBuilder {
 pub struct SymbolTable {
     /// By address.
     records: ColdRows<RECORD_BYTES>,
-    /// Indices into `records`, by name and then by address.
+    /// Indices into `records`, by what their names hash to and then by address.
     by_name: ColdRows<4>,
     names: ColdBytes,
     modules: Vec<String>,
@@ -230,12 +233,15 @@ impl SymbolTable {
     pub fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = Symbol<'a>> + use<'a> {
         let name_of = |row: &[u8; 4]| self.name_of(u32::from_le_bytes(*row) as usize);
         let rows = self.by_name.rows();
-        let first = rows.partition_point(|row| name_of(row) < name);
-        let behind = rows.partition_point(|row| name_of(row) <= name);
-        let same = rows.get(first..behind).unwrap_or_default().iter();
-        same.filter_map(|row| {
+        let hash = hash_of(name);
+        let first = rows.partition_point(|row| hash_of(name_of(row)) < hash);
+        let alike = rows.get(first..).unwrap_or_default().iter();
+        // Others may hash to the same.
+        let alike = alike.take_while(move |row| hash_of(name_of(row)) == hash);
+        let name = name.to_owned();
+        alike.filter_map(move |row| {
             let record = self.record(u32::from_le_bytes(*row) as usize)?;
-            Some(self.symbol(&record))
+            Some(self.symbol(&record)).filter(|symbol| symbol.name == name)
         })
     }
 
@@ -307,4 +313,10 @@ impl SymbolTable {
                 .map(String::as_str),
         }
     }
+}
+
+fn hash_of(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish()
 }

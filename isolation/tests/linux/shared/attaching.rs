@@ -1,5 +1,6 @@
 //! Isolating and releasing: what is left afterwards, and what is refused.
 
+use agent_protocol::message::SymbolFilter;
 use isolation::attach::plan::Wanted;
 
 use super::{booted, with_network};
@@ -40,6 +41,37 @@ fn a_released_module_has_every_byte_of_its_text_back() {
         "a released module still exits at gates"
     );
     machine.assert_healthy();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn symbols_and_types_in_the_kernels_memory_are_those_that_it_tells() {
+    let mut machine = booted();
+    machine.load("dummy", "numdummies=1");
+    let image = machine.kernel_image("dummy");
+    let told = machine.agent.symbols(SymbolFilter::default()).unwrap();
+    let told: Vec<_> = told
+        .iter()
+        .filter(|symbol| symbol.module.is_none())
+        .map(|symbol| (symbol.address, symbol.kind, symbol.name.as_str()))
+        .collect();
+    let found: Vec<_> = image
+        .symbols
+        .iter()
+        .map(|symbol| (symbol.address, symbol.kind, symbol.name))
+        .collect();
+    assert!(found.len() > 50_000, "{}", found.len());
+    let other = found.iter().zip(&told).find(|(found, told)| found != told);
+    assert_eq!((found.len(), other), (told.len(), None));
+    let told = machine.agent.read_file("/sys/kernel/btf/vmlinux").unwrap();
+    assert!(image.types == Some(told), "types differ");
+    let modules = SymbolFilter {
+        of_modules: true,
+        ..SymbolFilter::default()
+    };
+    let modules = machine.agent.symbols(modules).unwrap();
+    assert!(modules.iter().all(|symbol| symbol.module.is_some()));
+    assert!(modules.iter().any(|symbol| symbol.name == "dummy_xmit"));
 }
 
 #[test]
