@@ -117,6 +117,15 @@ impl Agent for Client {
     }
 }
 
+/// Where a guest went back to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WentBackTo {
+    /// A mark: what is isolated, and how its ladders stand, are of that moment.
+    Mark,
+    /// A snapshot in a directory: nothing is isolated, as in a guest that has booted.
+    Snapshot,
+}
+
 /// A guest that runs: its agent, the isolation of its modules, and the machine around it.
 pub trait LiveGuest: Send + Sync + 'static {
     /// A client of its agent.
@@ -185,11 +194,12 @@ pub trait LiveGuest: Send + Sync + 'static {
     /// It cannot be reset now.
     fn reset(&self) -> anyhow::Result<()>;
 
-    /// Has the guest go back to the last mark that was made of it.
+    /// Has the guest go back to the last mark that was made of it or, where there is none, to its
+    /// last snapshot.
     ///
     /// # Errors
-    /// There is none, or it cannot go back to it.
-    fn go_back(&self) -> anyhow::Result<()>;
+    /// There is neither, or it cannot go back to it.
+    fn go_back(&self) -> anyhow::Result<WentBackTo>;
 
     /// What was learnt of the guest by now.
     fn learnt(&self) -> Self::Learnt;

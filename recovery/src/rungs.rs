@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  resume the device ─► restart: read the configuration, take the gates out, remove, insert, put it back, isolate again
-//!     ─► the guest goes back to its last mark ─► reset the guest, isolate again ─► stop
+//!     ─► the guest goes back to its last mark or snapshot ─► reset the guest, isolate again ─► stop
 //! ```
 
 use std::sync::mpsc::Receiver;
@@ -12,9 +12,9 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 
 use crate::asker::Nobody;
-use crate::guest::{Agent, LiveGuest, POLL};
+use crate::guest::{Agent, LiveGuest, POLL, WentBackTo};
 use crate::interface::live;
-use crate::ladder::{Ladder, Next, Rung};
+use crate::ladder::{Ladder, Next, Rung, State};
 use crate::lock::lock;
 use crate::resume_device;
 use crate::supervisor::{RungRequest, Supervisor};
@@ -108,8 +108,8 @@ fn recover<G: LiveGuest>(
     if next == Next::GoBack {
         let (result, took) = timed(supervisor, || go_back(supervisor, module, ladder, turn));
         match &result {
-            Ok(()) => tracing::warn!("the guest is back at its last mark for {module}"),
-            Err(error) => tracing::error!("the guest does not go back to a mark: {error}"),
+            Ok(()) => tracing::warn!("the guest went back for {module}"),
+            Err(error) => tracing::error!("the guest does not go back: {error}"),
         }
         next = ended(ladder, Rung::Rewind, &result, took);
     }
@@ -207,8 +207,8 @@ fn restart<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Re
     isolate_again(supervisor, module)
 }
 
-/// Has the guest go back to its last mark, and the module isolated in it also if it was not at the
-/// mark.
+/// Has the guest go back to its last mark or snapshot, and the module isolated in it also if it was
+/// not at the mark.
 fn go_back<G: LiveGuest>(
     supervisor: &Supervisor<G>,
     module: &str,
@@ -216,15 +216,48 @@ fn go_back<G: LiveGuest>(
     turn: &Taken<'_>,
 ) -> anyhow::Result<()> {
     let request = supervisor.request(module);
-    turn.lend(|| supervisor.guest().go_back())?;
-    if supervisor.ladder(module).is_some() {
-        return Ok(());
+    match turn.lend(|| supervisor.guest().go_back())? {
+        WentBackTo::Snapshot => return all_again(supervisor, module),
+        WentBackTo::Mark if supervisor.ladder(module).is_some() => return Ok(()),
+        WentBackTo::Mark => {}
     }
     let request = request.context("it is not isolated any more")?;
     let isolated = supervisor.isolate_with(request, ladder.clone(), &Nobody);
     isolated
         .map(drop)
         .context("it cannot be isolated in the guest as it was at the mark")
+}
+
+/// Isolates again in a guest that is back at its snapshot what was isolated before. Only that it
+/// does not work for `module` is an error.
+fn all_again<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
+    let guest = supervisor.guest();
+    guest.agent().wait_until_it_answers(STEP_TIME)?;
+    for (other, status) in supervisor.status() {
+        if other == module {
+            continue;
+        }
+        let is_stopped = status.state == State::Stopped;
+        if let Err(error) = isolate_other(supervisor, &other, is_stopped) {
+            tracing::error!("{other} is not isolated any more: {error:#}");
+        }
+    }
+    isolate_again(supervisor, module)
+}
+
+fn isolate_other<G: LiveGuest>(
+    supervisor: &Supervisor<G>,
+    module: &str,
+    is_stopped: bool,
+) -> anyhow::Result<()> {
+    isolate_again(supervisor, module)?;
+    if is_stopped {
+        supervisor.guest().stop(module)?;
+        if let Some(ladder) = supervisor.ladder(module) {
+            supervisor.give_up(module, &ladder);
+        }
+    }
+    Ok(())
 }
 
 /// Resets the guest, and isolates the same functions again once it has booted.

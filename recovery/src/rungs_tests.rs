@@ -275,6 +275,34 @@ fn a_driver_that_was_not_isolated_at_the_mark_is_isolated_again_in_the_guest_tha
 }
 
 #[test]
+fn a_guest_without_a_mark_goes_back_to_its_snapshot_with_the_driver_isolated_and_boots_if_it_fails_again()
+ {
+    let (supervisor, guest) = isolated(MayReset::Snapshot);
+    guest.world().fails = |step, _| step.starts_with("insert");
+    guest.world().has_snapshot = true;
+    fail(&supervisor, false);
+    let went_back = status(&supervisor);
+    assert_eq!((went_back.state, went_back.gave_up), (State::Running, None));
+    assert_eq!((went_back.rungs.rewinds, went_back.rungs.resets), (1, 0));
+    let done = guest.world().done.clone();
+    assert_eq!(done[done.len() - 3..], ["go back", "boot", "isolate"]);
+    assert!(guest.world().policy.is_some());
+    fail(&supervisor, false);
+    assert_eq!(status(&supervisor).rungs.resets, 1);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_back_at_its_snapshot_boots() {
+    let (supervisor, guest) = isolated(MayReset::Snapshot);
+    guest.world().has_snapshot = true;
+    guest.world().fails =
+        |step, before| step.starts_with("insert") || step == "boot" && before == 0;
+    fail(&supervisor, false);
+    let status = status(&supervisor);
+    assert_eq!((status.state, status.rungs.resets), (State::Running, 1));
+}
+
+#[test]
 fn a_guest_without_a_mark_boots() {
     let (supervisor, guest) = isolated(MayReset::Snapshot);
     guest.world().fails = |step, _| step.starts_with("insert");

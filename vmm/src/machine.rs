@@ -66,6 +66,8 @@ pub(crate) struct Operations {
     pub paused: bool,
     /// A rewind failed half-way: it must not go on.
     pub mixed: bool,
+    /// It was paused for that alone, and so goes on when it is reset.
+    pub paused_by_mix: bool,
 }
 
 pub(crate) struct Machine {

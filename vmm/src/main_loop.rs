@@ -158,6 +158,10 @@ impl Vm {
         }
         self.load_guest()?;
         operations.mixed = false;
+        if std::mem::take(&mut operations.paused_by_mix) {
+            operations.paused = false;
+            self.machine.gate.release();
+        }
         self.machine.resets.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

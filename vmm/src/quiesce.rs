@@ -183,10 +183,14 @@ impl<'v> Quiesced<'_, 'v> {
         }
     }
 
-    /// Says whether the machine is between two states. One that is stays paused and does not go on.
+    /// Says whether the machine is between two states. One that is stays paused and does not go on,
+    /// until a reset, if it was running.
     pub(crate) fn set_mixed(&mut self, mixed: bool) {
         self.operations.mixed = mixed;
-        if mixed && !std::mem::replace(&mut self.operations.paused, true) {
+        if !mixed {
+            self.operations.paused_by_mix = false;
+        } else if !std::mem::replace(&mut self.operations.paused, true) {
+            self.operations.paused_by_mix = true;
             self.machine.gate.inhibit();
         }
     }

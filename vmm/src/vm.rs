@@ -144,6 +144,7 @@ impl Vm {
                 phase: Phase::Created,
                 paused: false,
                 mixed: false,
+                paused_by_mix: false,
             }),
             trap: RwLock::new(None),
             first_entry_ns: AtomicU64::new(0),

@@ -80,9 +80,10 @@ pub struct IsolateOptions {
     /// little is known of the guest's kernel; a faulty call may then write to all of its heap
     #[arg(long, value_name = "HOW", default_value = "full", value_parser = parse_contain)]
     contain: Contain,
-    /// Reset the guest when the driver cannot be restarted: have it boot, or go back to its last
-    /// mark (snapshot), as `cofferdam mark` sets one and not `cofferdam snapshot`; it boots where
-    /// there is no mark, or where going back has not helped. Boot without a value
+    /// Reset the guest when the driver cannot be restarted: have it boot, or go back (snapshot) to
+    /// its last mark or, where it has none, to the last snapshot that was taken of it or that it
+    /// went on from; it boots where there is neither, or where going back has not helped. Boot
+    /// without a value
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "boot", value_parser = parse_may_reset)]
     may_reset_guest: Option<MayReset>,
     #[command(flatten)]

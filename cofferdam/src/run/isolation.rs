@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
 use devices::pci::bus::PowerState;
@@ -21,10 +21,11 @@ use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::ModuleStatus;
 use isolation::suspend_resume::DriverCalls;
 use recovery::asker::Asker;
-use recovery::guest::LiveGuest;
+use recovery::guest::{LiveGuest, WentBackTo};
 use recovery::model::Model;
 use recovery::request::IsolationRequest;
-use vmm::VmHandle;
+use vmm::snapshot::{Chain, SnapshotId};
+use vmm::{MarkError, RewindError, VmHandle};
 
 use super::at_ports;
 use super::nics::Nics;
@@ -51,6 +52,16 @@ pub struct Isolation {
     known: Mutex<Option<Arc<Known>>>,
     /// Types of the guest's kernel, and the resets of the machine by then.
     kernel_types: Mutex<Option<(u64, Arc<Btf>)>>,
+    /// What the guest can go back to where it has no mark: the last snapshot of it.
+    snapshot: Mutex<Option<LastSnapshot>>,
+}
+
+/// A snapshot that was taken, or gone on from.
+struct LastSnapshot {
+    /// Its whole path.
+    dir: PathBuf,
+    /// There may be another one in that place by now.
+    id: SnapshotId,
 }
 
 /// What is known of a guest and one of its modules, for as long as the same modules are loaded at
@@ -65,6 +76,16 @@ pub struct Known {
     types: Result<Arc<Btf>, String>,
 }
 
+impl Known {
+    /// Gives up the memory of what was looked at.
+    fn cool(&self) {
+        self.symbols.cool();
+        if let Ok(types) = &self.types {
+            types.cool();
+        }
+    }
+}
+
 impl Isolation {
     /// For `vm` with its `isolator`, whose agent is reached at `agent_socket`.
     pub fn new(vm: VmHandle, isolator: Arc<Isolator>, agent_socket: PathBuf, nics: Nics) -> Self {
@@ -75,7 +96,35 @@ impl Isolation {
             vm,
             known: Mutex::new(None),
             kernel_types: Mutex::new(None),
+            snapshot: Mutex::new(None),
         }
+    }
+
+    /// The snapshot in `dir`, a whole path, is the last one of the guest from now on.
+    pub fn has_snapshot(&self, dir: PathBuf, id: SnapshotId) {
+        *lock(&self.snapshot) = Some(LastSnapshot { dir, id });
+    }
+
+    /// Has the guest go back to its last snapshot; `false` if there is none.
+    fn go_back_to_snapshot(&self) -> anyhow::Result<bool> {
+        let last = lock(&self.snapshot);
+        let Some(LastSnapshot { dir, id }) = &*last else {
+            return Ok(false);
+        };
+        let (dir, id) = (dir.clone(), *id);
+        drop(last);
+        let chain = Chain::open(&dir)?;
+        ensure!(
+            chain.top().manifest().id == id,
+            "{} is not the last snapshot any more",
+            dir.display()
+        );
+        let pages = self.vm.go_back_to(&chain, REST_TIME, &mut |_| true)?;
+        tracing::warn!(
+            "the guest is back at its snapshot {}, with {pages} pages put back",
+            dir.display()
+        );
+        Ok(true)
     }
 
     /// What isolates.
@@ -186,7 +235,7 @@ impl Isolation {
             symbols: &known.symbols,
         };
         let result = look(&self.isolator, loaded);
-        known.symbols.cool();
+        known.cool();
         Ok(result?)
     }
 }
@@ -266,8 +315,10 @@ impl LiveGuest for Isolation {
                 .map_or(DEFAULT_BUDGET, Duration::from_micros),
             policy,
             keep_faults: request.keep_faults.clone(),
-        })?;
-        Ok(isolated)
+        });
+        // All of that was looked at on the way.
+        known.cool();
+        Ok(isolated?)
     }
 
     fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
@@ -325,14 +376,21 @@ impl LiveGuest for Isolation {
         Ok(self.vm.reset()?)
     }
 
-    fn go_back(&self) -> anyhow::Result<()> {
-        let rewound = self.vm.rewind(None, REST_TIME)?;
+    fn go_back(&self) -> anyhow::Result<WentBackTo> {
+        let rewound = match self.vm.rewind(None, REST_TIME) {
+            Err(RewindError::Refused(MarkError::NoMark)) => {
+                let went = self.go_back_to_snapshot()?;
+                ensure!(went, "the guest has no mark and no snapshot");
+                return Ok(WentBackTo::Snapshot);
+            }
+            rewound => rewound?,
+        };
         tracing::warn!(
             "the guest is back at its mark {}, with {} pages put back",
             rewound.mark,
             rewound.pages
         );
-        Ok(())
+        Ok(WentBackTo::Mark)
     }
 
     fn learnt(&self) -> Self::Learnt {

@@ -150,7 +150,12 @@ impl Saved {
         supervisor: &Arc<Supervisor<Isolation>>,
         agent: Client,
     ) -> anyhow::Result<()> {
-        let saved = SavedVm::of(self.chain.top().manifest())?;
+        let manifest = self.chain.top().manifest();
+        // Its path as it is now: the process may be moved to another folder.
+        if let Ok(dir) = self.chain.top().dir().canonicalize() {
+            supervisor.guest().has_snapshot(dir, manifest.id);
+        }
+        let saved = SavedVm::of(manifest)?;
         let now: Vec<_> = nics.all().iter().map(|nic| nic.config.mac).collect();
         let pairs = self.addresses()?.into_iter().zip(now);
         let pairs = pairs.filter_map(|(was, is)| was.zip(is));

@@ -83,7 +83,7 @@ pub struct RecoverySpec {
     #[schema(minimum = 1)]
     failures_in_a_row: Option<u32>,
     /// Whether the guest may be reset when the driver cannot be restarted: `no`, `boot` or
-    /// `snapshot`: its last mark, which a snapshot in a directory is not.
+    /// `snapshot`: its last mark or, where it has none, its last snapshot in a directory.
     #[schema(value_type = String)]
     may_reset_guest: MayReset,
 }

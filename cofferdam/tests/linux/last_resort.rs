@@ -1,12 +1,14 @@
-//! Drivers that can be neither restarted nor exchanged: the guest is booted anew.
+//! Drivers that can be neither restarted nor exchanged: the guest goes back to its snapshot, or is
+//! booted anew.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::Request;
 use recovery::fault::FaultKind;
-use recovery::ladder::{LadderConfig, MayReset, OnFault, State};
+use recovery::ladder::{LadderConfig, LadderStatus, MayReset, OnFault, State};
 use recovery::upgrade::{UpgradeOutcome, UpgradeReport};
 
 use super::builds::{another_build, build_of, hex, stock, that_stays, without_the_device};
@@ -65,6 +67,68 @@ fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset()
     victim.assert_healthy("a driver that was stopped");
 }
 
+fn take_snapshot(victim: &mut Victim, dir: &Path) {
+    victim.guest.agent().disconnect();
+    victim.ask(&Request::Snapshot {
+        dir: dir.to_owned(),
+        parent: None,
+        track: true,
+        stop: false,
+    });
+}
+
+/// What is isolated, with what may be reset when its restart has failed.
+fn may_reset(may_reset_guest: MayReset) -> LadderConfig {
+    LadderConfig {
+        on_fault: Some(OnFault::Restart),
+        may_reset_guest,
+        ..LadderConfig::default()
+    }
+}
+
+/// Exchanges the driver for one that cannot be removed, and has a call of it fail, which asks for
+/// its restart; what becomes of that.
+fn fail_to_restart(victim: &mut Victim) -> LadderStatus {
+    let stays = that_stays(another_build(0xb1));
+    let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
+    is_new(victim, &report);
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stays)));
+    victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
+    victim.try_command(&["ethtool", "-S", "eth0"]);
+    victim.wait_until_running()
+}
+
+/// The driver that was there before is back, isolated, and works.
+fn is_back(victim: &mut Victim) {
+    assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
+    assert_eq!(victim.isolated(), [ENTRY]);
+    network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
+    victim.ping();
+    let statistics = victim.run(&["ethtool", "-S", "eth0"]);
+    assert!(statistics.contains("rx_packets"), "{statistics}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_that_has_a_snapshot_in_a_directory_and_no_mark_goes_back_to_it_without_a_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut victim = victim();
+    let first = boot_id(&mut victim.guest);
+    victim.isolate(ENTRY, may_reset(MayReset::Snapshot));
+    victim.run(&["sh", "-c", "echo before > /tmp/when"]);
+    take_snapshot(&mut victim, &folder.path().join("s"));
+    victim.run(&["sh", "-c", "echo behind > /tmp/when"]);
+    let ladder = fail_to_restart(&mut victim);
+    let rungs = &ladder.rungs;
+    let counts = (rungs.failed_restarts, rungs.rewinds, rungs.resets);
+    assert_eq!(counts, (1, 1, 0), "{ladder:?}");
+    // It is the guest that was saved, and it has not booted.
+    assert_eq!(boot_id(&mut victim.guest), first);
+    assert_eq!(victim.run(&["cat", "/tmp/when"]).trim(), "before");
+    is_back(&mut victim);
+    victim.assert_healthy("a guest that is back at its snapshot");
+}
+
 /// Run in the full form of the suite, or by name.
 mod long {
     use super::*;
@@ -107,17 +171,18 @@ mod long {
 
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-    fn a_guest_that_has_a_snapshot_in_a_directory_and_no_mark_boots() {
+    fn a_guest_that_has_neither_a_mark_nor_a_snapshot_boots() {
+        the_guest_is_reset(MayReset::Snapshot, |_| {});
+    }
+
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_whose_last_snapshot_is_gone_boots() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("s");
         the_guest_is_reset(MayReset::Snapshot, |victim| {
-            victim.guest.agent().disconnect();
-            victim.ask(&Request::Snapshot {
-                dir: dir.clone(),
-                parent: None,
-                track: true,
-                stop: false,
-            });
+            take_snapshot(victim, &dir);
+            std::fs::remove_dir_all(&dir).unwrap();
         });
     }
 
@@ -126,23 +191,11 @@ mod long {
     fn the_guest_is_reset(may_reset_guest: MayReset, before: impl FnOnce(&mut Victim)) {
         let mut victim = victim();
         let first = boot_id(&mut victim.guest);
-        let may_reset = LadderConfig {
-            on_fault: Some(OnFault::Restart),
-            may_reset_guest,
-            ..LadderConfig::default()
-        };
-        victim.isolate(ENTRY, may_reset);
+        victim.isolate(ENTRY, may_reset(may_reset_guest));
         before(&mut victim);
-        let stays = that_stays(another_build(0xb1));
-        let report = victim.upgrade(DRIVER, stays.clone(), 60_000).unwrap();
-        is_new(&victim, &report);
-        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stays)));
-
-        victim.inject(ENTRY, 5, FaultKind::NullDereference, 1, 1);
-        victim.try_command(&["ethtool", "-S", "eth0"]);
-        let ladder = victim.wait_until_running();
+        let ladder = fail_to_restart(&mut victim);
         let rungs = &ladder.rungs;
-        // There is no mark: the rung is tried, and the next one taken.
+        // There is nothing to go back to: the rung is tried, and the next one taken.
         let tried = u64::from(may_reset_guest == MayReset::Snapshot);
         assert_eq!(
             (
@@ -154,13 +207,7 @@ mod long {
             (1, 1, tried, 1),
             "{ladder:?}"
         );
-        // The installed driver is back, with the same function isolated.
         assert_ne!(boot_id(&mut victim.guest), first);
-        assert_eq!(hex(&victim.loaded_build()), hex(&build_of(&stock(DRIVER))));
-        assert_eq!(victim.isolated(), [ENTRY]);
-        network::wait_for_link(&mut victim.guest, LINK_TIME).unwrap();
-        victim.ping();
-        let statistics = victim.run(&["ethtool", "-S", "eth0"]);
-        assert!(statistics.contains("rx_packets"), "{statistics}");
+        is_back(&mut victim);
     }
 }

@@ -10,10 +10,10 @@ use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use guest_agent::server::{Powers, serve};
+use guest_agent::server::{Powers, serve, serve_each};
 use guest_agent::{channel, init};
 
-/// Between two looks for a port, and after a host that closed its side.
+/// Between two looks for a port.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// Whether the first serial port wakes a kernel that has suspended itself, as `cofferdam wake` has
@@ -59,7 +59,7 @@ fn serve_port() -> ! {
         // No port: a machine that is not driven from outside, or a port that comes later. An error
         // while serving: the port was unplugged. In both cases, look again.
         if let Ok(port) = channel::open_port(agent_protocol::PORT_NAME) {
-            let _ended = serve(port, Powers::WholeMachine);
+            let _ended = serve_each(port, Powers::WholeMachine);
         }
         std::thread::sleep(AGAIN);
     }

@@ -10,12 +10,16 @@
 //! mark in the stream) the generation is counted up: programs are killed, and what still comes from
 //! the old client's requests is dropped. A request that hangs in the kernel hangs only its worker:
 //! the next client gets a new one.
+//!
+//! A client's first answer takes as little as can be, since in a guest that goes on from a snapshot
+//! each page that it touches has to come first: a worker begins when there is something for it to
+//! do, one that waits for work serves the next client too, and the mark goes out with the answer.
 
 use std::fs::File;
-use std::io::{self, Read};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use agent_protocol::frame::{self, Decoder, Item};
 use agent_protocol::message::{AgentError, AgentInfo, Body, Call, Done};
@@ -40,10 +44,69 @@ pub enum Powers {
 
 /// A channel being served.
 struct Server {
-    writer: Mutex<File>,
+    writer: Mutex<Writer>,
     generation: AtomicU64,
     running: exec::Running,
     powers: Powers,
+    info: OnceLock<AgentInfo>,
+}
+
+/// The way to the client.
+struct Writer {
+    channel: File,
+    /// A client has begun and was not told yet where its answers begin.
+    mark_is_due: bool,
+}
+
+impl Writer {
+    /// Sends an answer, behind the mark if that is due.
+    fn send(&mut self, response: &Response) -> io::Result<()> {
+        let mut bytes = self.mark();
+        bytes.extend(frame::encode(&serde_json::to_vec(response)?)?);
+        self.channel.write_all(&bytes)
+    }
+
+    /// Sends the mark if it is due.
+    fn send_mark(&mut self) -> io::Result<()> {
+        match self.mark() {
+            none if none.is_empty() => Ok(()),
+            mark => self.channel.write_all(&mark),
+        }
+    }
+
+    fn mark(&mut self) -> Vec<u8> {
+        match std::mem::take(&mut self.mark_is_due) {
+            true => frame::MARK.to_vec(),
+            false => Vec::new(),
+        }
+    }
+}
+
+/// A request of the client of that generation, and when it came.
+type Work = (u64, Request, Stamp);
+
+/// Who carries out one request after the other.
+struct Worker {
+    queue: SyncSender<Work>,
+    /// Requests that it was given and has not done.
+    open: Arc<AtomicUsize>,
+}
+
+impl Worker {
+    fn is_idle(&self) -> bool {
+        self.open.load(Ordering::SeqCst) == 0
+    }
+
+    fn take(&self, work: Work) -> Result<()> {
+        self.open.fetch_add(1, Ordering::SeqCst);
+        let refused = match self.queue.try_send(work) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(_)) => error(format!("{QUEUE} requests wait already")),
+            Err(TrySendError::Disconnected(_)) => error("the agent's worker has ended"),
+        };
+        self.open.fetch_sub(1, Ordering::SeqCst);
+        Err(refused)
+    }
 }
 
 /// Serves until the other side closes the channel.
@@ -52,23 +115,53 @@ struct Server {
 /// What the channel reports.
 pub fn serve(channel: File, powers: Powers) -> io::Result<()> {
     let mut reader = channel.try_clone()?;
-    let server = Arc::new(Server {
-        writer: Mutex::new(channel),
-        generation: AtomicU64::new(0),
-        running: exec::Running::default(),
-        powers,
-    });
-    // On a virtio port this waits until the host has opened its side.
-    server.begin(Some(Body::Ready(agent_info())))?;
-    let result = server.read(&mut reader);
-    server.next_generation();
-    result
+    Server::new(channel, powers).serve_one(&mut reader, &mut None)
+}
+
+/// Serves one host after the other on a channel that goes on when a host closes its side, as a
+/// virtio port does, and that waits for the next one where something is written to it. The port
+/// stays open: to close it would end the session of a host that is there again already.
+///
+/// # Errors
+/// What the channel reports: there is none any more.
+pub fn serve_each(channel: File, powers: Powers) -> io::Result<()> {
+    let mut reader = channel.try_clone()?;
+    let (server, mut worker) = (Server::new(channel, powers), None);
+    loop {
+        server.serve_one(&mut reader, &mut worker)?;
+    }
 }
 
 impl Server {
-    fn read(self: &Arc<Self>, reader: &mut File) -> io::Result<()> {
+    fn new(channel: File, powers: Powers) -> Arc<Self> {
+        Arc::new(Self {
+            writer: Mutex::new(Writer {
+                channel,
+                mark_is_due: false,
+            }),
+            generation: AtomicU64::new(0),
+            running: exec::Running::default(),
+            powers,
+            info: OnceLock::new(),
+        })
+    }
+
+    /// Serves until the host closes its side.
+    fn serve_one(
+        self: &Arc<Self>,
+        reader: &mut File,
+        worker: &mut Option<Worker>,
+    ) -> io::Result<()> {
+        self.begin(worker);
+        // On a virtio port this waits until the host has opened its side.
+        self.is_ready()?;
+        let result = self.read(reader, worker);
+        self.next_generation();
+        result
+    }
+
+    fn read(self: &Arc<Self>, reader: &mut File, worker: &mut Option<Worker>) -> io::Result<()> {
         let mut decoder = Decoder::new();
-        let mut worker = self.worker()?;
         let mut buffer = vec![0; 1 << 16];
         loop {
             let n = match reader.read(&mut buffer) {
@@ -80,10 +173,7 @@ impl Server {
             let mut input = &buffer[..n];
             while let Some(item) = decoder.next(&mut input) {
                 match item {
-                    Item::Mark => {
-                        self.begin(None)?;
-                        worker = self.worker()?;
-                    }
+                    Item::Mark => self.begin(worker),
                     Item::TooLong(length) => {
                         self.refuse(
                             0,
@@ -91,30 +181,38 @@ impl Server {
                             format!("a request of {length} bytes is too long"),
                         )?;
                     }
-                    Item::Frame(payload) => self.request(&payload, &worker)?,
+                    Item::Frame(payload) => self.request(&payload, worker)?,
                 }
             }
+            self.writer().send_mark()?;
         }
     }
 
     /// A client begins: nothing of an earlier one goes on.
-    fn begin(&self, hello: Option<Body>) -> io::Result<()> {
+    fn begin(&self, worker: &mut Option<Worker>) {
         self.next_generation();
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        frame::send_mark(&mut *writer)?;
-        if let Some(body) = hello {
-            let now = stamp();
-            send(
-                &mut writer,
-                &Response {
-                    id: 0,
-                    received: now,
-                    sent: now,
-                    body,
-                },
-            )?;
-        }
-        Ok(())
+        *worker = worker.take().filter(Worker::is_idle);
+        self.writer().mark_is_due = true;
+    }
+
+    /// Tells a client that did not ask that somebody serves.
+    fn is_ready(&self) -> io::Result<()> {
+        let now = stamp();
+        self.writer().send(&Response {
+            id: 0,
+            received: now,
+            sent: now,
+            body: Body::Ready(self.info()),
+        })
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What stays the same as long as the machine runs.
+    fn info(&self) -> AgentInfo {
+        self.info.get_or_init(agent_info).clone()
     }
 
     fn next_generation(&self) {
@@ -122,27 +220,37 @@ impl Server {
         self.running.begin_generation(generation);
     }
 
-    fn worker(self: &Arc<Self>) -> io::Result<SyncSender<(Request, Stamp)>> {
-        let (sender, receiver) = sync_channel::<(Request, Stamp)>(QUEUE);
-        let (server, generation) = (self.clone(), self.generation.load(Ordering::SeqCst));
+    fn worker(self: &Arc<Self>) -> io::Result<Worker> {
+        let (queue, receiver) = sync_channel::<Work>(QUEUE);
+        let (server, open) = (self.clone(), Arc::new(AtomicUsize::new(0)));
+        let done = open.clone();
         std::thread::Builder::new().spawn(move || {
-            for (Request { id, call }, received) in receiver {
-                if server.generation.load(Ordering::SeqCst) != generation {
-                    return;
+            for (generation, Request { id, call }, received) in receiver {
+                if server.generation.load(Ordering::SeqCst) == generation {
+                    let mut part = |body| server.part(generation, id, received, body);
+                    let result = carry_out(call, &mut part);
+                    server.finish(generation, id, received, result);
                 }
-                let mut part = |body| server.part(generation, id, received, body);
-                let result = carry_out(call, &mut part);
-                server.finish(generation, id, received, result);
+                done.fetch_sub(1, Ordering::SeqCst);
             }
         })?;
-        Ok(sender)
+        Ok(Worker { queue, open })
     }
 
-    fn request(
-        self: &Arc<Self>,
-        payload: &[u8],
-        worker: &SyncSender<(Request, Stamp)>,
-    ) -> io::Result<()> {
+    /// Has a worker carry out the request, which begins if there is none.
+    fn queue(self: &Arc<Self>, work: Work, worker: &mut Option<Worker>) -> Result<()> {
+        let worker = match worker {
+            Some(worker) => worker,
+            None => {
+                let new = self.worker();
+                let failed = |failed| error(format!("no thread for the request: {failed}"));
+                worker.insert(new.map_err(failed)?)
+            }
+        };
+        worker.take(work)
+    }
+
+    fn request(self: &Arc<Self>, payload: &[u8], worker: &mut Option<Worker>) -> io::Result<()> {
         let received = stamp();
         let request: Request = match serde_json::from_slice(payload) {
             Ok(request) => request,
@@ -155,7 +263,7 @@ impl Server {
         let result = match request.call {
             Call::Hello { nonce } => Ok(Done::Hello {
                 nonce,
-                agent: agent_info(),
+                agent: self.info(),
             }),
             Call::Ping => Ok(Done::Ok),
             Call::Kill { target, signal } => self
@@ -177,10 +285,9 @@ impl Server {
                     Err(failed) => Err(error(format!("no thread for the program: {failed}"))),
                 }
             }
-            call => match worker.try_send((Request { id, call }, received)) {
+            call => match self.queue((generation, Request { id, call }, received), worker) {
                 Ok(()) => return Ok(()),
-                Err(TrySendError::Full(_)) => Err(error(format!("{QUEUE} requests wait already"))),
-                Err(TrySendError::Disconnected(_)) => Err(error("the agent's worker has ended")),
+                Err(refused) => Err(refused),
             },
         };
         let body = result.map_or_else(Body::Error, Body::Done);
@@ -262,16 +369,12 @@ impl Server {
 
     /// Sends an answer, unless it is for an earlier client.
     fn send(&self, generation: u64, response: &Response) -> io::Result<()> {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writer = self.writer();
         match self.generation.load(Ordering::SeqCst) == generation {
-            true => send(&mut writer, response),
+            true => writer.send(response),
             false => Ok(()),
         }
     }
-}
-
-fn send(writer: &mut File, response: &Response) -> io::Result<()> {
-    frame::send(writer, &serde_json::to_vec(response)?)
 }
 
 /// Requests that may take their time.

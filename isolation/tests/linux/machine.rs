@@ -47,7 +47,7 @@ const BUDGET: Duration = Duration::from_secs(30);
 const BOOT_TIME: Duration = Duration::from_secs(120);
 
 /// Time to come to rest.
-const REST_TIME: Duration = Duration::from_secs(60);
+pub const REST_TIME: Duration = Duration::from_secs(60);
 
 /// Runs calls that failed once more.
 struct Retry;
@@ -97,7 +97,7 @@ pub struct Machine {
     pub agent: Client,
     pub isolator: Arc<Isolator>,
     pub handle: VmHandle,
-    nic: Arc<Mutex<E1000>>,
+    pub nic: Arc<Mutex<E1000>>,
     nic_slot: u8,
     link_losses: Arc<AtomicU64>,
     symbols: Arc<SymbolTable>,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use agent_protocol::ClientError;
 use agent_protocol::message::AgentError;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use isolation::attach::plan::Wanted;
 use isolation::attach::request::{Contain, Isolated, Strength};
 use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
@@ -24,7 +24,7 @@ use isolation::status::report::{Told, ViolationReport};
 use isolation::suspend_resume::DriverCalls;
 
 use crate::asker::Asker;
-use crate::guest::LiveGuest;
+use crate::guest::{LiveGuest, WentBackTo};
 use crate::request::{IsolationRequest, Spilling};
 use crate::supervisor::Supervisor;
 
@@ -103,6 +103,8 @@ pub(crate) struct World {
     pub learnt: u32,
     /// What puts the guest back to its last mark, if there is one.
     pub mark: Option<Arc<Rewind>>,
+    /// There is a snapshot of it, with the first build loaded.
+    pub has_snapshot: bool,
 }
 
 /// The guest.
@@ -149,6 +151,7 @@ impl Double {
             says: None,
             learnt: 1,
             mark: None,
+            has_snapshot: false,
         })))
     }
 
@@ -341,11 +344,18 @@ impl LiveGuest for Double {
         Ok(())
     }
 
-    fn go_back(&self) -> anyhow::Result<()> {
+    fn go_back(&self) -> anyhow::Result<WentBackTo> {
         self.step("go back")?;
         let mark = self.world().mark.clone();
-        mark.context("there is no mark")?(self);
-        Ok(())
+        if let Some(mark) = mark {
+            mark(self);
+            return Ok(WentBackTo::Mark);
+        }
+        let mut world = self.world();
+        ensure!(world.has_snapshot, "there is no mark");
+        world.policy = None;
+        world.loaded = Some(build(1));
+        Ok(WentBackTo::Snapshot)
     }
 
     fn learnt(&self) -> u32 {

@@ -60,9 +60,9 @@ pub enum MayReset {
     No,
     /// It boots anew.
     Boot,
-    /// It goes back to its last mark, in the same process. It boots anew where there is none, or
-    /// where that was done less than ten minutes ago and has not helped. A snapshot in a directory
-    /// is no mark: another process goes on from that.
+    /// It goes back to its last mark or, where it has none, to its last snapshot in a directory, in
+    /// the same process. It boots anew where there is neither, or where that was done less than ten
+    /// minutes ago and has not helped.
     Snapshot,
 }
 

@@ -82,7 +82,7 @@ pub struct Rungs {
     pub restarts: u64,
     /// Those of them that failed.
     pub failed_restarts: u64,
-    /// Times that the guest was to go back to its last mark.
+    /// Times that the guest was to go back to its last mark or snapshot.
     #[serde(default)]
     pub rewinds: u64,
     /// Resets of the guest that were begun.
@@ -130,7 +130,7 @@ pub enum Next {
     Nothing,
     /// Restart the driver.
     Restart,
-    /// Have the guest go back to its last mark.
+    /// Have the guest go back to its last mark or snapshot.
     GoBack,
     /// Reset the guest.
     Reset,

@@ -12,7 +12,7 @@ pub enum Rung {
     Resume,
     /// The driver is restarted.
     Restart,
-    /// The guest goes back to its last mark.
+    /// The guest goes back to its last mark or snapshot.
     Rewind,
     /// The guest is reset.
     Reset,

@@ -6,6 +6,7 @@
 //! KVM goes on with XCR0 as after power-on, CPUID contradicts what the guest has set, and what it
 //! has set is gone at the next entry. A guest must not be shown XSAVE there.
 
+use std::arch::x86_64::{__cpuid, CpuidResult};
 use std::sync::OnceLock;
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
@@ -17,6 +18,11 @@ use crate::kvm::create_empty_vm;
 
 /// Leaf 1, ECX of the host's own CPUID: it is a guest itself.
 const ECX_HYPERVISOR: u32 = 1 << 31;
+/// What a hypervisor calls itself (Linux, `arch/x86/kernel/cpu/hypervisor.c`): EBX, ECX and EDX of
+/// this leaf.
+const HYPERVISOR_NAME: u32 = 0x4000_0000;
+/// A processor that QEMU emulates (QEMU, `target/i386/cpu.c`).
+const EMULATED: [u8; 12] = *b"TCGTCGTCGTCG";
 /// Where the code is.
 const CODE: GuestAddress = GuestAddress(0x1000);
 /// Enables x87 and SSE state in XCR0, and halts.
@@ -30,13 +36,41 @@ const SET_XCR0: [u8; 13] = [
 /// Signals that may interrupt the few instructions before the probe is given up.
 const MAX_INTERRUPTIONS: usize = 1000;
 
+/// What the host's processor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Processor {
+    Real,
+    /// QEMU's.
+    Emulated,
+    /// The host is a guest.
+    BelowUs,
+}
+
+impl Processor {
+    /// By leaf 1 and leaf 0x4000_0000 of its CPUID.
+    fn of(features: CpuidResult, name: CpuidResult) -> Self {
+        let words = [name.ebx, name.ecx, name.edx].map(u32::to_le_bytes);
+        match features.ecx & ECX_HYPERVISOR {
+            0 => Self::Real,
+            _ if words.concat() == EMULATED => Self::Emulated,
+            _ => Self::BelowUs,
+        }
+    }
+}
+
 /// Whether KVM hears of it when a guest sets XCR0. Asked once a process, and only where the host is
-/// a guest itself: real processors do.
+/// a guest itself: real processors do. Of one that says that it is emulated it is not counted on:
+/// to make and to end a VM for that takes such a processor longer than most of a VM's start.
 pub(super) fn xsetbv_reaches_kvm(kvm: &Kvm) -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
-        if std::arch::x86_64::__cpuid(1).ecx & ECX_HYPERVISOR == 0 {
-            return true;
+        match Processor::of(__cpuid(1), __cpuid(HYPERVISOR_NAME)) {
+            Processor::Real => return true,
+            Processor::Emulated => {
+                tracing::info!("this host's processor is emulated: guests have no XSAVE");
+                return false;
+            }
+            Processor::BelowUs => {}
         }
         match xcr0_after_xsetbv(kvm) {
             Ok(3) => true,
@@ -122,4 +156,31 @@ fn xcr0_after_xsetbv(kvm: &Kvm) -> Result<u64, Error> {
     }
     let xcrs = vcpu.get_xcrs().map_err(Error::kvm("read XCR0"))?;
     Ok(xcrs.xcrs[0].value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_emulated_processor_is_told_from_a_real_one_and_from_another_hypervisors() {
+        let leaf = |words: [u32; 4]| {
+            let [eax, ebx, ecx, edx] = words;
+            CpuidResult { eax, ebx, ecx, edx }
+        };
+        let named = |name: &[u8; 12]| {
+            let word = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
+            leaf([0x4000_0001, word(0), word(4), word(8)])
+        };
+        let guest = leaf([0, 0, ECX_HYPERVISOR, 0]);
+        for (features, name, expected) in [
+            (guest, b"TCGTCGTCGTCG", Processor::Emulated),
+            (guest, b"KVMKVMKVM\0\0\0", Processor::BelowUs),
+            (guest, b"TCGTCGTCGTCH", Processor::BelowUs),
+            // What a real one says there is the highest leaf's again.
+            (leaf([0; 4]), b"TCGTCGTCGTCG", Processor::Real),
+        ] {
+            assert_eq!(Processor::of(features, named(name)), expected, "{name:?}");
+        }
+    }
 }

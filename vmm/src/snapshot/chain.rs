@@ -1,5 +1,6 @@
 //! A snapshot with all that it is based on.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::image::in_parallel;
@@ -191,6 +192,15 @@ impl Chain {
             )
         })?;
         Ok(Loaded { pages: all })
+    }
+
+    /// Whether a snapshot says something of one of `pages`, by their numbers.
+    pub fn has(&self, pages: Range<u64>) -> bool {
+        let next = self
+            .pieces
+            .partition_point(|piece| piece.end <= pages.start);
+        let next = self.pieces.get(next);
+        next.is_some_and(|piece| piece.first < pages.end)
     }
 
     /// Fills `buffer` with the pages from number `first` on, checked; those that no snapshot has

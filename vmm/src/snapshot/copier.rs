@@ -144,32 +144,11 @@ impl<'a> Copier<'a> {
         Ok((region, (region.file_offset + region.len) / PAGE_BYTES))
     }
 
-    /// Reads the pages of one region.
+    /// Reads the pages.
     fn read(&mut self, first: u64, end: u64) -> Result<(), SnapshotError> {
-        let (region, _) = self.region(first)?;
         self.pages.resize(((end - first) * PAGE_BYTES) as usize, 0);
-        let (mut at, end) = (first * PAGE_BYTES, end * PAGE_BYTES);
-        let mut rest = &mut self.pages[..];
-        while at < end {
-            let whole = (false, end);
-            let untouched = self.untouched.as_ref();
-            let (is_untouched, until) = untouched.map_or(whole, |known| known.kind(at, end));
-            let (here, behind) = rest.split_at_mut((until - at) as usize);
-            match untouched.filter(|_| is_untouched) {
-                Some(known) => known.read(at, here).map_err(|source| {
-                    self.ram.end_if_template_was_cut();
-                    SnapshotError::Untouched(source)
-                })?,
-                None => {
-                    let address = region.guest_address.0 + (at - region.file_offset);
-                    let memory = self.ram.memory();
-                    let read = memory.read_slice(here, GuestAddress(address));
-                    read.map_err(|_| SnapshotError::GuestMemory(address))?;
-                }
-            }
-            (at, rest) = (until, behind);
-        }
-        Ok(())
+        let untouched = self.untouched.as_ref();
+        read(self.ram, untouched, first * PAGE_BYTES, &mut self.pages)
     }
 
     /// Puts the pages that were read into the image, those that differ.
@@ -190,4 +169,35 @@ impl<'a> Copier<'a> {
         }
         Ok(())
     }
+}
+
+/// Reads guest memory from `offset` of the memory's file on, `untouched` of it from where it would
+/// come.
+pub(super) fn read(
+    ram: &GuestRam,
+    untouched: Option<&Untouched>,
+    offset: u64,
+    mut into: &mut [u8],
+) -> Result<(), SnapshotError> {
+    let (mut at, end) = (offset, offset + into.len() as u64);
+    while at < end {
+        let region = ram.region_of(at).ok_or(SnapshotError::GuestMemory(at))?;
+        let end = (region.file_offset + region.len).min(end);
+        let whole = (false, end);
+        let (is_untouched, until) = untouched.map_or(whole, |known| known.kind(at, end));
+        let (here, behind) = into.split_at_mut((until - at) as usize);
+        match untouched.filter(|_| is_untouched) {
+            Some(known) => known.read(at, here).map_err(|source| {
+                ram.end_if_template_was_cut();
+                SnapshotError::Untouched(source)
+            })?,
+            None => {
+                let address = region.guest_address.0 + (at - region.file_offset);
+                let read = ram.memory().read_slice(here, GuestAddress(address));
+                read.map_err(|_| SnapshotError::GuestMemory(address))?;
+            }
+        }
+        (at, into) = (until, behind);
+    }
+    Ok(())
 }

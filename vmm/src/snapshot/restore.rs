@@ -112,7 +112,11 @@ impl Place for NotRunning<'_> {
 
 /// Puts `content` to where `offset` of the memory's file is in guest memory, which may be in two
 /// regions: the file has no gap where guest memory has one.
-fn fill(ram: &GuestRam, mut offset: u64, mut content: &[u8]) -> Result<(), SnapshotError> {
+pub(super) fn fill(
+    ram: &GuestRam,
+    mut offset: u64,
+    mut content: &[u8],
+) -> Result<(), SnapshotError> {
     while !content.is_empty() {
         let beyond = || SnapshotError::GuestMemory(offset);
         let region = ram.region_of(offset).ok_or_else(beyond)?;

@@ -62,18 +62,24 @@ impl DeviceStates {
         })
     }
 
+    /// That `others` are of the same kinds of devices in the same places.
+    pub(crate) fn are_like(&self, others: &Self) -> Result<(), StateError> {
+        if self.plugged != others.plugged {
+            return Err(plugged(others.plugged, self.plugged));
+        }
+        if self.i8042.is_some() != others.i8042.is_some() {
+            let here = self.i8042.is_some();
+            return Err(StateError::OneHasMouse { here });
+        }
+        Ok(self.functions.are_like(&others.functions)?)
+    }
+
     /// Puts them back into `machine`, which has the same devices and whose own state was put back
     /// before.
     pub(crate) fn restore(&self, machine: &Machine) -> Result<(), Error> {
         let (here, _) = machine.hotplug.plugged();
         if here != self.plugged {
-            let slots = |bits: u32| {
-                (0..SLOT_COUNT)
-                    .filter(|slot| bits >> slot & 1 == 1)
-                    .collect()
-            };
-            let (found, here) = (slots(self.plugged), slots(here));
-            return Err(StateError::Plugged { found, here }.into());
+            return Err(plugged(self.plugged, here).into());
         }
         let here = machine.i8042.get().is_some();
         if here != self.i8042.is_some() {
@@ -123,5 +129,17 @@ impl DeviceStates {
             }) => ENCODING.read(bytes),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Other functions came while the machine ran: slots as bits.
+fn plugged(found: u32, here: u32) -> StateError {
+    let slots = |bits: u32| {
+        let all = 0..SLOT_COUNT;
+        all.filter(|slot| bits >> slot & 1 == 1).collect()
+    };
+    StateError::Plugged {
+        found: slots(found),
+        here: slots(here),
     }
 }

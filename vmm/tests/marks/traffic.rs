@@ -206,11 +206,13 @@ fn a_thousand_rewinds_under_traffic_give_memory_registers_and_devices_back_each_
         }
     }
     traffic.wait(100);
-    let (sent, received) = traffic.counts();
-    assert!(
-        sent > first && received > 50,
-        "{sent} sent, {received} received"
-    );
+    // On a busy machine frames to the guest come late.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while traffic.counts().1 <= 50 {
+        assert!(Instant::now() < deadline, "nothing comes any more");
+        traffic.wait(1);
+    }
+    assert!(traffic.counts().0 > first);
     let answered = *traffic.answered.lock().unwrap();
     assert!(answered > ROUNDS, "{answered} answered");
     traffic.guest.power_off();

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod back;
 #[path = "../common/mod.rs"]
 mod common;
 mod counting;
@@ -49,8 +50,7 @@ fn a_guest_goes_on_from_a_directory_and_the_one_it_was_taken_of_too() {
     original.power_off();
 }
 
-/// The ladder's rung that has the guest go back asks for a mark: a directory is gone on from by
-/// another process.
+/// A rewind without a name goes to a mark and never to a directory.
 #[test]
 fn a_snapshot_in_a_directory_is_no_mark_and_moves_none() {
     let folder = tempfile::tempdir().unwrap();

@@ -111,6 +111,9 @@ impl VmService {
             })
         };
         let taken = self.vm.snapshot(request, &mut tell, &mut beside);
-        taken.map(Reply::Snapshot).map_err(text)
+        let taken = taken.map_err(text)?;
+        let guest = self.supervisor.guest();
+        guest.has_snapshot(request.dir.to_owned(), taken.id);
+        Ok(Reply::Snapshot(taken))
     }
 }

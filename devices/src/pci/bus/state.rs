@@ -25,6 +25,16 @@ pub enum BusStateError {
         /// Slots here.
         here: Vec<u8>,
     },
+    /// Another function is in a slot.
+    #[error("PCI slot {slot}: the saved machine has a {found} there, this one a {here}")]
+    Kinds {
+        /// The slot.
+        slot: u8,
+        /// Kind of the state's function.
+        found: String,
+        /// Kind of the one here.
+        here: String,
+    },
 }
 
 /// The states of all functions, each with its slot.
@@ -35,6 +45,27 @@ impl FunctionStates {
     /// Slot and kind of each function.
     pub fn kinds(&self) -> impl Iterator<Item = (u8, &str)> {
         self.0.iter().map(|(slot, part)| (*slot, part.kind()))
+    }
+
+    /// That `others` are of the same kinds of functions in the same slots.
+    ///
+    /// # Errors
+    /// Which are not.
+    pub fn are_like(&self, others: &Self) -> Result<(), BusStateError> {
+        let slots = |states: &Self| states.0.iter().map(|(slot, _)| *slot).collect::<Vec<_>>();
+        let (found, here) = (slots(others), slots(self));
+        if found != here {
+            return Err(BusStateError::Slots { found, here });
+        }
+        let mut pairs = self.0.iter().zip(&others.0);
+        match pairs.find(|((_, here), (_, found))| here.kind() != found.kind()) {
+            Some(((slot, here), (_, found))) => Err(BusStateError::Kinds {
+                slot: *slot,
+                found: found.kind().to_owned(),
+                here: here.kind().to_owned(),
+            }),
+            None => Ok(()),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod exact;
 mod given_objects;
 mod leaks;
 mod null_blk;
+mod rewinds;
 mod soak;
 
 use std::ops::{Deref, DerefMut};
