@@ -196,7 +196,8 @@ impl Btf {
             .strings
             .get((offset - self.first_string) as usize..)
             .unwrap_or_default();
-        let len = rest.iter().take(MAX_STRING).position(|byte| *byte == 0);
+        let longest = rest.get(..MAX_STRING).unwrap_or(rest);
+        let len = memchr::memchr(0, longest);
         std::str::from_utf8(&rest[..len.unwrap_or(0)]).unwrap_or_default()
     }
 

@@ -233,20 +233,33 @@ impl<'a> Names<'a> {
     /// Those before the token table at `tokens`: a number of names, so many names, and markers that
     /// agree with them.
     fn before(image: &'a [u8], tokens: usize) -> Option<Self> {
-        let highest = tokens.checked_sub(1)? & !3;
-        let lowest = highest.saturating_sub(MOST_BYTES).max(8);
-        (lowest..=highest).rev().step_by(4).find_map(|start| {
-            let counts = [8, 4].map(|before| word(image, start - before));
-            counts.into_iter().flatten().find_map(|count| {
-                let bytes = image.get(start..tokens)?;
+        let words = image.get(..tokens)?.as_chunks::<4>().0;
+        let lowest = words.len().saturating_sub(MOST_BYTES / 4);
+        // Nearly no word could be a number of symbols: a plain loop, which a build for tests makes
+        // fast as well.
+        let mut at = words.len();
+        while at > lowest {
+            at -= 1;
+            let count = u32::from_le_bytes(words[at]) as usize;
+            if !COUNTS.contains(&count) {
+                continue;
+            }
+            // What follows it begins at a multiple of eight bytes in most kernels.
+            for start in [4 * at + 8, 4 * at + 4] {
+                let Some(bytes) = image.get(start..tokens) else {
+                    continue;
+                };
                 let names = Self {
                     start,
                     bytes,
                     count,
                 };
-                (COUNTS.contains(&count) && names.fit()?).then_some(names)
-            })
-        })
+                if names.fit().is_some_and(|fits| fits) {
+                    return Some(names);
+                }
+            }
+        }
+        None
     }
 
     /// Whether markers come behind the names that say where every 256th is.
