@@ -8,9 +8,11 @@
 //!    4. reached from the call's arguments by type     worked out where 2 and 3 did not do
 //!    5. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
-//!    6. reached when the call began, not any more     the same as 4 in memory as it was then
-//!    7. of a network namespace                        counts of references, what the driver keeps in each
-//!    8. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached
+//!    6. what a kernel function answered with          in this call, by function and type
+//!    7. reached when the call began, not any more     the same as 4 in memory as it was then
+//!    8. of a network namespace                        counts of references, what the driver keeps in each
+//!    9. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached,
+//!       or a list of its variables
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -18,6 +20,7 @@
 //! Both views are read: the private one shows what the call did, the other one what was there
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
+mod answers;
 mod before;
 mod habits;
 mod handed_out;
@@ -25,6 +28,7 @@ mod interfaces;
 mod kept;
 mod namespaces;
 mod opening;
+mod own_lists;
 mod own_per_cpu;
 mod own_variables;
 mod programs;
@@ -57,6 +61,7 @@ use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
+use answers::Answers;
 pub use before::MemoryBefore;
 use habits::Habits;
 use handed_out::EarlierAllocations;
@@ -163,6 +168,8 @@ pub struct DriverPolicy {
     own_per_cpu: Option<OwnPerCpu>,
     /// What the module's code says of its variables.
     own_variables: OwnVariables,
+    /// Variables that may be heads of lists.
+    list_heads: Vec<Gva>,
     /// How BPF programs are told; `None` if there are none.
     programs: Option<Programs>,
     /// Offset of the pointer to the running thread in the per-CPU area.
@@ -170,6 +177,7 @@ pub struct DriverPolicy {
     /// Offsets in that thread.
     task_members: Vec<(&'static str, GvaRange)>,
     shared_counts: SharedCounts,
+    answers: Answers,
     interfaces: Vec<Start>,
     /// Which arguments of functions that were called are pointers to interfaces, by name.
     interface_arguments: HashMap<String, Vec<usize>>,
@@ -254,6 +262,7 @@ impl DriverPolicy {
             shared_counts: SharedCounts::new(&types),
             own_per_cpu: OwnPerCpu::new(&types, layout),
             own_variables: OwnVariables::default(),
+            list_heads: own_lists::heads(layout, symbols),
             programs: Programs::new(&types),
             completions,
             unheard: Unheard::new(&types),
@@ -267,6 +276,7 @@ impl DriverPolicy {
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,
+            answers: Answers::new(symbols, Rules::linux()),
             interfaces: Vec::new(),
             interface_arguments: HashMap::new(),
             list,
@@ -399,6 +409,7 @@ impl DriverPolicy {
         self.slots.clear();
         self.listed = false;
         self.red_zones.clear();
+        self.answers.forget();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
@@ -417,6 +428,7 @@ impl DriverPolicy {
         self.listed = false;
         self.handed_out.clear();
         self.red_zones.clear();
+        self.answers.forget();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         memory.before.forget();

@@ -1,5 +1,6 @@
 //! Calls of a make-believe driver in a make-believe guest with a slab allocator.
 
+mod answered;
 mod handed_out;
 mod red_zones;
 mod rehearsal;
@@ -31,6 +32,9 @@ const OBJECTS: u64 = DIRECT + 0x3000;
 const DEVICE: u64 = OBJECTS + 256;
 const HEAD: u64 = DIRECT + 0x4000;
 const STACK: u64 = VMALLOC + 0x4000;
+/// Functions of the kernel's.
+const BREAD: u64 = 0xffff_ffff_8100_0000;
+const KERN_PATH: u64 = BREAD + 0x100;
 
 fn types() -> Arc<Btf> {
     let mut e = Encoder::new(None);
@@ -80,8 +84,26 @@ fn types() -> Arc<Btf> {
         ("ns", common, 32),
     ];
     e.structure("net", 64, &net);
+    let list = e.structure(
+        "list_head",
+        16,
+        &[("next", pointer, 0), ("prev", pointer, 8)],
+    );
+    let block = [
+        ("b_state", pointer, 0),
+        ("b_size", pointer, 8),
+        ("b_data", pointer, 16),
+        ("b_count", int, 24),
+    ];
+    e.structure("buffer_head", 64, &block);
+    let inode = e.structure("inode", 64, &[("i_mode", int, 0), ("i_state", pointer, 24)]);
+    let inode = e.pointer(inode);
+    let dentry = e.structure("dentry", 64, &[("d_inode", inode, 48)]);
+    let dentry = e.pointer(dentry);
+    e.structure("path", 16, &[("mnt", pointer, 0), ("dentry", dentry, 8)]);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
+    e.structure("my_sap", 160, &[("list", list, 16)]);
     let device = e.pointer(base.find_struct("net_device").unwrap());
     let void = e.pointer(TypeId::VOID);
     let int = e.int("int", 4, 1);
@@ -138,13 +160,16 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n180 A softnet_data\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n180 A softnet_data\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n\
+         {:x} d my_list\t[my]\n{:x} d my_flag\t[my]\n{BREAD:x} T __bread_gfp\n{KERN_PATH:x} T kern_path\n",
         BASES,
         BASES + 8,
         BASES + 16,
         BASES + 32,
         NAMESPACES,
-        VARIABLES + 16
+        VARIABLES + 16,
+        VARIABLES + 0x40,
+        VARIABLES + 0x60,
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [

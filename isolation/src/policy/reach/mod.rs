@@ -18,11 +18,13 @@
 //! The pointers are the guest's and hostile: depth, objects and reads are bounded, and what is not
 //! guest memory is left out.
 
+mod answered;
 mod arrays;
 mod block_io;
 mod counted;
 mod leading;
 mod limits;
+mod listed;
 mod members;
 mod names;
 mod own;
@@ -55,7 +57,7 @@ pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
+    Answered, Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
     ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules,
 };
 pub use slots::Slots;

@@ -208,6 +208,34 @@ pub struct KernelsMember {
     pub member: &'static str,
 }
 
+/// An object that kernel functions answer a driver with, of which it, or an inline function that
+/// became part of it, writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answered {
+    /// The functions, by all names that they have had.
+    #[serde(default, deserialize_with = "kept")]
+    pub by: &'static [&'static str],
+    /// The argument, from 0, that points at where they put the pointer to the object; without one
+    /// they return it.
+    pub argument: Option<u8>,
+    /// What that points at, and the member of it with the pointer; without one it points at the
+    /// pointer itself.
+    #[serde(borrow)]
+    pub member: Option<[&'static str; 2]>,
+    /// The object.
+    pub is: &'static str,
+    /// What of it is written, paths from it ([`Path::find`](super::Path::find)).
+    #[serde(default, deserialize_with = "kept")]
+    pub also: &'static [&'static str],
+    /// Its members with the address of a buffer that is written, and with the buffer's bytes.
+    #[serde(borrow)]
+    pub buffer: Option<[&'static str; 2]>,
+    /// It is the driver's to write as what the driver's own structures have pointers to.
+    #[serde(default)]
+    pub whole: bool,
+}
+
 /// What of the kernel's structures is a driver's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OwnTypes {
@@ -266,6 +294,9 @@ pub struct Rules {
     /// driver's, if only one of its structures can be.
     #[serde(default, deserialize_with = "kept")]
     pub parts: &'static [&'static str],
+    /// What kernel functions answer drivers with.
+    #[serde(default, deserialize_with = "kept")]
+    pub answered: &'static [Answered],
     /// What a driver keeps in each network namespace by a number in a structure of its own.
     #[serde(default, deserialize_with = "kept")]
     pub in_namespaces: &'static [InNamespace],
