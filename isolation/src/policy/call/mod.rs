@@ -12,7 +12,7 @@
 //!    7. reached when the call began, not any more     the same as 4 in memory as it was then
 //!    8. of a network namespace                        counts of references, what the driver keeps in each
 //!    9. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached,
-//!       or a list of its variables
+//!       a list of its variables, or a slab cache that is the driver's alone
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -28,6 +28,7 @@ mod interfaces;
 mod kept;
 mod namespaces;
 mod opening;
+mod own_caches;
 mod own_lists;
 mod own_per_cpu;
 mod own_variables;

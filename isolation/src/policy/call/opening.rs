@@ -49,7 +49,8 @@ impl DriverPolicy {
             || self.open_in_namespace(memory, at)
             || self.open_queued(memory, one)
             || self.open_kept(memory, at)
-            || self.open_listed(memory, at);
+            || self.open_listed(memory, at)
+            || self.open_in_own_cache(memory, at);
         if !may {
             for (_, object) in self.table.iter() {
                 tracing::trace!("open, when {at} was not: {} {}", object.range, object.label);

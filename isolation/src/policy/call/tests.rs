@@ -150,6 +150,7 @@ fn guest() -> TestGuest {
     put_page(&mut guest, OBJECTS, 1 << 9, CACHES[1], 1);
     put_page(&mut guest, HEAD, 0, 0, 1);
     put_page(&mut guest, PER_CPU, 0, 0, 1);
+    guest.put(Gva(CACHES[1] + 24), &words(&[1]), DATA);
     guest.put(Gva(DEVICE), &words(&[0, VARIABLES]), DATA);
     // Free objects are linked in the middle.
     guest.put(Gva(OBJECTS + 512 + 128), &words(&[0xfeed_f00d]), DATA);

@@ -58,7 +58,7 @@ pub use names::Names;
 pub use path::Path;
 pub use rules::{
     Answered, Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
-    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules,
+    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules, Written,
 };
 pub use slots::Slots;
 use walk::Extent;

@@ -208,6 +208,18 @@ pub struct KernelsMember {
     pub member: &'static str,
 }
 
+/// Members of the kernel's objects that inline functions write, behind pointers in a structure of
+/// the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// The structure.
+    pub of: &'static str,
+    /// The members, paths from it ([`Path::find`](super::Path::find)).
+    #[serde(default, deserialize_with = "kept")]
+    pub members: &'static [&'static str],
+}
+
 /// An object that kernel functions answer a driver with, of which it, or an inline function that
 /// became part of it, writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -294,6 +306,9 @@ pub struct Rules {
     /// driver's, if only one of its structures can be.
     #[serde(default, deserialize_with = "kept")]
     pub parts: &'static [&'static str],
+    /// Members of the kernel's objects that are written.
+    #[serde(default, deserialize_with = "kept")]
+    pub written: &'static [Written],
     /// What kernel functions answer drivers with.
     #[serde(default, deserialize_with = "kept")]
     pub answered: &'static [Answered],

@@ -365,7 +365,7 @@ proptest! {
         for name in ["my_xmit", "my_stats", "my_poll", "my_irq"] {
             let function = types.find_function(name).unwrap();
             let found = reach.objects(&function, &[PACKET, DEVICE, PACKET, DEVICE, 1, 2], &[]).objects;
-            prop_assert!(found.len() <= MAX_OBJECTS);
+            prop_assert!(found.len() <= MAX_OBJECTS + walk::MAX_DATA);
             prop_assert!(found.iter().all(|object| object.label.len() <= 200));
         }
     }

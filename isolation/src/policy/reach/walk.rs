@@ -13,8 +13,12 @@ use crate::policy::range_table::ObjectKind;
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
 
-/// Most structures of a chain that are looked at (`BLK_MAX_REQUEST_COUNT`, include/linux/blkdev.h).
-const MAX_CHAINED: usize = 32;
+/// Most structures of a chain that are looked at (twice `BLK_MAX_REQUEST_COUNT`, block/blk-mq.c).
+const MAX_CHAINED: usize = 64;
+
+/// Most pieces of memory that block I/Os read into of one question, besides other objects: a chain
+/// of requests has thousands.
+pub(super) const MAX_DATA: usize = 1 << 14;
 
 /// Most bytes of a buffer on a stack: most are shorter, as compilers warn of whole frames from 1 or
 /// 2 KiB on (`CONFIG_FRAME_WARN`).
@@ -56,6 +60,8 @@ pub(super) struct Walk<'a, 'r, M, A> {
     pub(super) queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
+    /// How many of these block I/Os read into.
+    data: usize,
     /// Where in `found` each range is.
     ranges: HashMap<GvaRange, usize>,
     pub(super) arrays: Vec<Gva>,
@@ -72,6 +78,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             queue: VecDeque::new(),
             seen: HashSet::new(),
             found: Vec::new(),
+            data: 0,
             ranges: HashMap::new(),
             arrays: Vec::new(),
             queues: Vec::new(),
@@ -107,10 +114,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         while let Some(item) = self.queue.pop_front() {
             self.look_at(&item);
         }
-        if self.found.len() >= MAX_OBJECTS || self.members_left == 0 {
+        if self.objects() >= MAX_OBJECTS || self.data >= MAX_DATA || self.members_left == 0 {
             tracing::debug!(
-                "not all that a call reaches was looked at: {} objects, {} members left",
-                self.found.len(),
+                "not all that a call reaches was looked at: {} objects, {} pieces of memory, {} members left",
+                self.objects(),
+                self.data,
                 self.members_left
             );
         }
@@ -135,7 +143,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let too_far = self.extent == Extent::Near && depth > 0;
         if !plausible
             || too_far
-            || self.found.len() + self.queue.len() >= MAX_OBJECTS
+            || self.objects() + self.queue.len() >= MAX_OBJECTS
             || types.has_tag(type_id, &FOREIGN)
         {
             return false;
@@ -183,6 +191,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.followed(item, id, name);
         self.per_cpu(item, id, name);
         self.in_namespace(item, id, name);
+        if self.extent == Extent::All {
+            self.written(item, id, name);
+        }
     }
 
     /// Looks at a structure of the kernel's, of which only rules lead on.
@@ -436,12 +447,29 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     pub(super) fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
+        if self.objects() < MAX_OBJECTS {
+            self.put(range, kind, id, path);
+        }
+    }
+
+    /// Takes memory that a block I/O reads into, if its first byte is memory.
+    pub(super) fn add_data(&mut self, range: GvaRange, id: TypeId, path: &str) {
+        if self.data < MAX_DATA && self.put(range, ObjectKind::Passing, id, path) {
+            self.data += 1;
+        }
+    }
+
+    /// How many objects were found that are no such memory.
+    fn objects(&self) -> usize {
+        self.found.len() - self.data
+    }
+
+    fn put(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) -> bool {
         let mut byte = [0];
-        if self.found.len() >= MAX_OBJECTS
-            || self.ranges.contains_key(&range)
-            || self.reach.virt.read(range.first(), &mut byte).is_err()
-        {
-            return;
+        let is_new = !self.ranges.contains_key(&range)
+            && self.reach.virt.read(range.first(), &mut byte).is_ok();
+        if !is_new {
+            return false;
         }
         let mut label = format!("{} ({path})", self.reach.types.type_name(id));
         if label.len() > MAX_LABEL {
@@ -458,5 +486,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             label,
             layout: None,
         });
+        true
     }
 }

@@ -190,3 +190,29 @@ fn what_no_structure_of_the_drivers_has_a_link_for_is_not_in_a_list_nor_is_one_t
     guest.put(Gva(link), &words(&[head, head]), DATA);
     assert!(!is_listed(&guest));
 }
+
+/// `fat_cache_inval_inode`.
+#[test]
+fn objects_of_a_slab_cache_that_is_the_drivers_alone_are_its_own() {
+    let cache = VARIABLES + 0x80;
+    let mut guest = guest_with_objects();
+    guest.put(Gva(cache), &words(&[CACHES[1]]), DATA);
+    let mut policy = policy(&guest);
+    let may = |policy: &mut DriverPolicy, guest: &TestGuest, at| {
+        policy.begin("my_irq", [0; 6]);
+        let may = ask(policy, guest, guest, at, 8);
+        policy.end(true);
+        may
+    };
+    assert!(!may(&mut policy, &guest, OBJECT), "nobody knows of it");
+    policy.own_variables.caches.insert(Gva(cache));
+    assert!(may(&mut policy, &guest, OBJECT));
+    assert!(!may(&mut policy, &guest, PACKETS), "another cache");
+    assert!(!may(&mut policy, &guest, HEAD), "no object");
+    // Somebody else has asked for one of the same size.
+    guest.put(Gva(CACHES[1] + 24), &words(&[2]), DATA);
+    assert!(!may(&mut policy, &guest, OBJECT));
+    guest.put(Gva(CACHES[1] + 24), &words(&[1]), DATA);
+    guest.put(Gva(cache), &words(&[0x10]), DATA);
+    assert!(!may(&mut policy, &guest, OBJECT));
+}

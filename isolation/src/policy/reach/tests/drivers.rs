@@ -1,6 +1,7 @@
 //! Where drivers of several kinds keep what is theirs: behind a block I/O, in a structure without a
 //! way back, in per-CPU memory, in a ring of pointers.
 
+mod chains;
 mod network;
 
 use std::sync::Arc;
