@@ -117,11 +117,18 @@ const MAX_CALLS: usize = 1024;
 /// Most objects that one question about a range of bytes opens.
 const MAX_STEPS: usize = 64;
 
+/// Arguments on the stack that are looked at (System V ABI, section 3.2.3).
+pub const STACK_ARGUMENTS: usize = 4;
+
+/// Those and the ones in registers.
+const ALL_ARGUMENTS: usize = REGISTER_ARGUMENTS + STACK_ARGUMENTS;
+
 /// A call in progress: whose arguments say what it may write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Call {
     function: String,
-    arguments: [u64; REGISTER_ARGUMENTS],
+    /// Those in registers, and those on the stack; 0 where they are not known.
+    arguments: [u64; ALL_ARGUMENTS],
     /// What the arguments point at is in the table.
     is_near_open: bool,
     /// What the arguments reach is in the table.
@@ -391,12 +398,26 @@ impl DriverPolicy {
         }
         let function = function.to_owned();
         self.remember_interfaces(&function, &arguments);
+        let mut all = [0; ALL_ARGUMENTS];
+        for (place, argument) in all.iter_mut().zip(arguments) {
+            *place = argument;
+        }
         self.calls.push(Call {
             function,
-            arguments,
+            arguments: all,
             is_near_open: false,
             resolved: false,
         });
+    }
+
+    /// The call that has begun has these arguments on its stack, as far as it has any there.
+    pub fn has_on_stack(&mut self, arguments: [u64; STACK_ARGUMENTS]) {
+        if let Some(call) = self.calls.last_mut() {
+            let places = call.arguments.iter_mut().skip(REGISTER_ARGUMENTS);
+            places
+                .zip(arguments)
+                .for_each(|(place, argument)| *place = argument);
+        }
     }
 
     /// The call is over: what only it could write is closed. What was handed out to it stays the
@@ -433,33 +454,6 @@ impl DriverPolicy {
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         memory.before.forget();
-    }
-
-    /// The call, or the call-back in it that came last, is about to begin: where it will store, by
-    /// what the earlier ones of its function did. Whether it may is another question.
-    pub fn expected<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Vec<Gva> {
-        let Some(call) = self.calls.last() else {
-            return Vec::new();
-        };
-        if !self.habits.knows(&call.function) {
-            return Vec::new();
-        }
-        let near = self.near(memory, call, |argument| {
-            self.habits.is_about(&call.function, argument)
-        });
-        self.open_all(near);
-        match self.calls.last() {
-            Some(call) => self.habits.expected(&call.function, &self.table),
-            None => Vec::new(),
-        }
-    }
-
-    /// The call stores at `at`, which it may, in something that is not the driver's beyond the
-    /// call.
-    pub fn stored(&mut self, at: Gva) {
-        if let (Some(call), Some((_, object))) = (self.calls.last(), self.table.lookup(at)) {
-            self.habits.stored(&call.function, object, at);
-        }
     }
 
     /// Whether the call may write every byte of `range`.

@@ -114,6 +114,11 @@ fn types() -> Arc<Btf> {
     e.structure("my_private", 16, &[("dev", device, 0), ("ring", ring, 8)]);
     e.function("my_open", int, &[("dev", device)]);
     e.function("my_irq", int, &[("irq", int), ("data", void)]);
+    let pointers = e.pointer(void);
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let mut many: Vec<_> = names.iter().map(|name| (*name, int)).collect();
+    many.extend([("arg", pointers), ("dev", device)]);
+    e.function("my_change", int, &many);
     Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
 }
 
@@ -311,6 +316,31 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
     guest.put(Gva(other + 16), &words(&[8, u64::MAX]), DATA);
     guest.put(Gva(VARIABLES + 16), &words(&[u64::MAX]), DATA);
     assert!(!ask(&mut policy, &guest, &guest, kept, 8));
+}
+
+/// `u32_change` of Linux 6.12.
+#[test]
+fn what_arguments_on_the_stack_point_at_may_be_written() {
+    let guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_change", [STACK + 0x200; 6]);
+    assert!(
+        !ask(&mut policy, &guest, &guest, STACK + 0x200, 8),
+        "numbers"
+    );
+    policy.end(true);
+    policy.begin("my_change", [0; 6]);
+    policy.has_on_stack([STACK + 0x200, DEVICE, STACK + 0x800, STACK + 0x800]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(STACK + 0x200, 8) && may(DEVICE, 96));
+    assert!(!may(STACK + 0x800, 8), "there are no more arguments");
+    policy.end(true);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    policy.has_on_stack([STACK + 0x200; STACK_ARGUMENTS]);
+    assert!(
+        !ask(&mut policy, &guest, &guest, STACK + 0x200, 8),
+        "it has one"
+    );
 }
 
 #[test]

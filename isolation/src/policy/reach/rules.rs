@@ -196,6 +196,9 @@ pub struct Chained {
     pub of: &'static str,
     /// The member that has the next.
     pub next: &'static str,
+    /// A structure that is a list of them, and its member that has the first.
+    #[serde(borrow)]
+    pub list: Option<[&'static str; 2]>,
 }
 
 /// A member that kernel functions keep in a structure that is otherwise the driver's to write.

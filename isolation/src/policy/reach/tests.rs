@@ -12,6 +12,7 @@ use crate::guest::allocations::{Allocation, AllocationKind};
 use crate::guest::btf::encode::Encoder;
 use crate::guest::paging::testing::{TestGuest, TestMemory};
 use crate::guest::paging::{Entry, Levels};
+use crate::policy::abort_value::REGISTER_ARGUMENTS;
 
 const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
 const DEVICE: u64 = 0xffff_8880_0001_0000;

@@ -13,9 +13,6 @@ use crate::policy::range_table::ObjectKind;
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
 
-/// Most structures of a chain that are looked at (twice `BLK_MAX_REQUEST_COUNT`, block/blk-mq.c).
-const MAX_CHAINED: usize = 64;
-
 /// Most pieces of memory that block I/Os read into of one question, besides other objects: a chain
 /// of requests has thousands.
 pub(super) const MAX_DATA: usize = 1 << 14;
@@ -171,7 +168,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
             Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
                 self.add_numbers(item, id, self.rest(item.at));
-                self.push_chain(item, to);
+                self.push_chain(item, item.at, to);
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
             _ => self.add_numbers(item, id, self.rest(item.at)),
@@ -235,6 +232,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
         self.packet_data(item, id, name);
         self.block_io(item, id, name);
+        self.chain_of_list(item, id, name);
         self.page(item, id, name);
         self.pooled(item, id, name);
         self.private_area(item, id, name, bytes, rest);
@@ -244,33 +242,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         if self.extent == Extent::All {
             self.counted(item, id, name);
         }
-    }
-
-    /// Goes on with the structure that an argument's pointer points at, and those behind it.
-    fn push_chain(&mut self, item: &Item, to: TypeId) {
-        let mut target = self.read_word(item.at);
-        for _ in 0..MAX_CHAINED {
-            let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
-                break;
-            };
-            self.push(Item {
-                at,
-                type_id: to,
-                path: format!("*{}", item.path),
-                depth: item.depth,
-                kind: item.kind,
-            });
-            target = self.next_in_chain(at, to);
-        }
-    }
-
-    /// What comes behind the structure of type `of` at `at`, if such structures are in chains.
-    fn next_in_chain(&self, at: Gva, of: TypeId) -> Option<u64> {
-        let (id, _) = self.reach.types.resolve(of)?;
-        let name = self.reach.types.name(id);
-        let mut rules = self.reach.rules.chained.iter();
-        let rule = rules.find(|rule| rule.of == name)?;
-        self.member_value(at, id, rule.next)
     }
 
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of
