@@ -36,6 +36,28 @@ const STACK: u64 = VMALLOC + 0x4000;
 const BREAD: u64 = 0xffff_ffff_8100_0000;
 const KERN_PATH: u64 = BREAD + 0x100;
 
+/// What kernel functions answer with, and links of lists, of which this returns the type.
+fn listed_and_answered(e: &mut Encoder, pointer: TypeId, int: TypeId) -> TypeId {
+    let list = e.structure(
+        "list_head",
+        16,
+        &[("next", pointer, 0), ("prev", pointer, 8)],
+    );
+    let block = [
+        ("b_state", pointer, 0),
+        ("b_size", pointer, 8),
+        ("b_data", pointer, 16),
+        ("b_count", int, 24),
+    ];
+    e.structure("buffer_head", 64, &block);
+    let inode = e.structure("inode", 64, &[("i_mode", int, 0), ("i_state", pointer, 24)]);
+    let inode = e.pointer(inode);
+    let dentry = e.structure("dentry", 64, &[("d_inode", inode, 48)]);
+    let dentry = e.pointer(dentry);
+    e.structure("path", 16, &[("mnt", pointer, 0), ("dentry", dentry, 8)]);
+    list
+}
+
 fn types() -> Arc<Btf> {
     let mut e = Encoder::new(None);
     let int = e.int("unsigned int", 4, 0);
@@ -84,23 +106,7 @@ fn types() -> Arc<Btf> {
         ("ns", common, 32),
     ];
     e.structure("net", 64, &net);
-    let list = e.structure(
-        "list_head",
-        16,
-        &[("next", pointer, 0), ("prev", pointer, 8)],
-    );
-    let block = [
-        ("b_state", pointer, 0),
-        ("b_size", pointer, 8),
-        ("b_data", pointer, 16),
-        ("b_count", int, 24),
-    ];
-    e.structure("buffer_head", 64, &block);
-    let inode = e.structure("inode", 64, &[("i_mode", int, 0), ("i_state", pointer, 24)]);
-    let inode = e.pointer(inode);
-    let dentry = e.structure("dentry", 64, &[("d_inode", inode, 48)]);
-    let dentry = e.pointer(dentry);
-    e.structure("path", 16, &[("mnt", pointer, 0), ("dentry", dentry, 8)]);
+    let list = listed_and_answered(&mut e, pointer, int);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
     e.structure("my_sap", 160, &[("list", list, 16)]);
